@@ -1,0 +1,6 @@
+"""`python -m marble_jax`."""
+import sys
+
+from marble_jax.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,230 @@
+"""Builds a run from its configuration: the only module that knows both the ConfigDict and the rooms below."""
+from __future__ import annotations
+
+import dataclasses
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from marble_jax import adapters, parallel
+from marble_jax.errors import InputError, one_of
+from marble_jax.evaluation.evaluate import Evaluator
+from marble_jax.flow.schedule import sigma_grid
+from marble_jax.harmonize.baselines import make_balancer
+from marble_jax.models import mmdit
+from marble_jax.models.pipeline import Pipeline, load_pipeline
+from marble_jax.nft.policies import rollout_decay
+from marble_jax.prompts.files import Prompt, read_directory
+from marble_jax.prompts.groups import shares
+from marble_jax.rewards.catalogue import load_rewards
+from marble_jax.rewards.scorer import Scorer
+from marble_jax.sampling import PolicyVelocity, make_sampler
+from marble_jax.training.batch import Collector
+from marble_jax.training.state import TrainState, initial_state
+from marble_jax.training.steps import make_steps
+from marble_jax.training.update import Recipe
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Batch arithmetic of an optimiser step, derived from prompts x images alone."""
+
+    pictures: int
+    rollout_batches: int
+    timesteps: int
+    samples: int
+    micro_steps: int
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a training run is made of."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    sizes: Sizes
+    pipeline: Pipeline
+    spec: adapters.LoraSpec
+    train_prompts: dict[str, list[Prompt]]
+    collector: Collector
+    evaluator: Evaluator
+    optimizer: optax.GradientTransformation
+    recipe: Recipe
+    steps: Any
+    velocity: PolicyVelocity
+    state: TrainState
+
+
+def place_of(path: str, kind: str) -> Path:
+    """Where a model, prompt or reward directory lies; 'embedded' names the ones shipped with the package."""
+    if path == EMBEDDED:
+        return Path(str(resources.files("marble_jax") / "embedded" / kind))
+    if not path:
+        raise InputError(f"{'model' if kind == 'pipeline' else kind}.path: expected a directory or 'embedded'; received nothing")
+    return Path(path)
+
+
+def derive_sizes(config: ml_collections.ConfigDict, num_devices: int) -> Sizes:
+    """Checks that prompts, groups, batches and micro-batches fit together.
+
+    Raises:
+      InputError: they do not; the message names the nearest size that does.
+    """
+    rollout, training = config.rollout, config.training
+    pictures = rollout.prompts_per_step * rollout.images_per_prompt
+    for name, value in (("rollout.prompts_per_step", rollout.prompts_per_step), ("rollout.batch_size", rollout.batch_size),
+                        ("training.micro_batch_size", training.micro_batch_size),
+                        ("rollout.num_steps", rollout.num_steps), ("training.num_steps", training.num_steps)):
+        if value < 1:
+            raise InputError(f"{name}: expected at least 1; received {value}")
+    if rollout.images_per_prompt < 2:
+        raise InputError(f"rollout.images_per_prompt: expected at least 2 (an advantage compares pictures of one prompt); "
+                         f"received {rollout.images_per_prompt}")
+    if not 0 < training.timestep_fraction <= 1:
+        raise InputError(f"training.timestep_fraction: expected a number in (0, 1]; received {training.timestep_fraction}")
+    for name, size in (("rollout.batch_size", rollout.batch_size), ("training.micro_batch_size", training.micro_batch_size)):
+        if pictures % size or size % num_devices:
+            fits = [n for n in range(num_devices, pictures + 1, num_devices) if pictures % n == 0]
+            best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
+            raise InputError(f"{name}: expected a divisor of the {pictures} pictures a step "
+                             f"({rollout.prompts_per_step} prompts x {rollout.images_per_prompt}) that {num_devices} "
+                             f"device(s) share evenly; received {size}{best}")
+    timesteps = max(1, int(training.timestep_fraction * rollout.num_steps))
+    samples = pictures * timesteps
+    return Sizes(pictures, pictures // rollout.batch_size, timesteps, samples, samples // training.micro_batch_size)
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW behind clipping to a global norm."""
+    training = config.training
+    one_of("training.schedule", training.schedule, ("constant", "cosine"))
+    rate: Any = training.learning_rate
+    if training.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(training.learning_rate, training.num_steps, training.min_ratio)
+    return optax.chain(
+        optax.clip_by_global_norm(training.clip_norm),
+        optax.adamw(rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon,
+                    weight_decay=training.weight_decay))
+
+
+def balancer_of(config: ml_collections.ConfigDict) -> Any:
+    """The balancer with the settings that belong to it."""
+    harmonize = config.harmonize
+    settings: dict[str, Any] = {}
+    if harmonize.balancer == "marble":
+        settings = {"normalize": harmonize.normalize, "reward_weights": tuple(harmonize.reward_weights),
+                    "alpha_floor": harmonize.alpha_floor}
+    elif harmonize.balancer == "fixed":
+        settings = {"alpha": tuple(harmonize.fixed_alpha), "normalize": harmonize.normalize}
+    elif harmonize.balancer == "equal":
+        settings = {"normalize": harmonize.normalize}
+    for key, values in (("reward_weights", harmonize.reward_weights), ("fixed_alpha", harmonize.fixed_alpha)):
+        if values and len(values) != len(config.rewards.train):
+            raise InputError(f"harmonize.{key}: expected one number for each of {len(config.rewards.train)} rewards; "
+                             f"received {len(values)}")
+    return make_balancer(harmonize.balancer, **settings)
+
+
+def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh: Mesh | None = None) -> Pipeline:
+    """The pipeline of `model.path`, its transformer laid out over the mesh."""
+    one_of("model.dtype", config.model.dtype, DTYPES)
+    place = None
+    if mesh is not None:
+        def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
+            if component != "transformer":
+                return parallel.place_everywhere(mesh, leaf)
+            return jax.device_put(leaf, parallel.weight_sharding(mesh, leaf.shape))
+    return load_pipeline(place_of(config.model.path, "pipeline"), dtype=DTYPES[config.model.dtype], place=place,
+                         remat=config.model.remat, attention=config.model.attention, lora_scale=spec.scale)
+
+
+def held_out_prompts(config: ml_collections.ConfigDict, directory: Path) -> list[Prompt]:
+    """The first test prompts of every source, in equal shares, sources in turn."""
+    by_source = read_directory(directory, "test", tuple(config.prompts.sources))
+    counts = shares(sorted(by_source), config.evaluation.num_prompts)
+    return [p for name, count in counts.items() for p in by_source[name][:count]]
+
+
+def lora_spec(config: ml_collections.ConfigDict) -> adapters.LoraSpec:
+    return adapters.LoraSpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+
+
+def build(config: ml_collections.ConfigDict) -> Run:
+    """Everything for training; reads models, prompts and rewards, computes nothing.
+
+    Raises:
+      InputError: whatever in the configuration, or in the files it names, does not fit.
+    """
+    one_of("harmonize.mode", config.harmonize.mode, ("exact", "amortised", "faithful"))
+    one_of("advantages.scalarise", config.advantages.scalarise, ("none", "weighted_sum", "gdpo"))
+    names = tuple(config.rewards.train)
+    overlap = set(names) & set(config.rewards.heldout)
+    if overlap:
+        raise InputError(f"rewards.heldout: expected rewards that are not trained on; received {sorted(overlap)[0]!r}")
+    balancer = balancer_of(config)
+    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sizes = derive_sizes(config, mesh.size)
+    spec = lora_spec(config)
+    prompt_directory = place_of(config.prompts.path, "prompts")
+    train_prompts = read_directory(prompt_directory, "train", tuple(config.prompts.sources))
+    test_prompts = held_out_prompts(config, prompt_directory)
+    rewards = load_rewards(place_of(config.rewards.path, "rewards"), (*names, *config.rewards.heldout),
+                           config.rewards.num_workers)
+    pipeline = load_model(config, spec, mesh)
+
+    def velocity(params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
+        return mmdit.velocity(pipeline.model, params, adapter, xt, sigma, cond)
+
+    def scorer(chosen: list[Any]) -> Scorer:
+        return Scorer(chosen, config.rewards.num_workers, config.rewards.on_error, config.rewards.max_missing_share,
+                      config.rewards.timeout)
+
+    encoded: dict[str, Any] = {}
+
+    def encode(texts: Any) -> Any:
+        new = [t for t in dict.fromkeys(texts) if t not in encoded]
+        if new:
+            cond = pipeline.encode_prompts(new, config.model.max_sequence_length)
+            encoded.update({t: jax.tree.map(lambda leaf, i=i: leaf[i], cond) for i, t in enumerate(new)})
+        return jax.tree.map(lambda *rows: jnp.stack(rows), *[encoded[t] for t in texts])
+
+    shift = pipeline.scheduler.shift
+    latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)
+    rollout = config.rollout
+
+    def decode(latents: jax.Array) -> jax.Array:
+        return pipeline.decode(latents, min(len(latents), 32))
+
+    collector = Collector(
+        make_sampler(velocity, rollout.num_steps, rollout.solver, shift, rollout.integer_timesteps), encode, decode,
+        scorer(rewards[:len(names)]), latent_shape, rollout.batch_size, lambda tree: parallel.place_batch(mesh, tree))
+    evaluator = Evaluator(
+        test_prompts, make_sampler(velocity, config.evaluation.num_steps, config.evaluation.solver, shift), encode,
+        decode, scorer(rewards), latent_shape, rollout.batch_size, config.evaluation.seed,
+        config.evaluation.num_pictures)
+    optimizer = make_optimizer(config)
+    sigmas = sigma_grid(rollout.num_steps, shift)
+    recipe = Recipe(
+        sigmas=tuple(float(s) for s in sigmas[:-1]), num_timesteps=sizes.timesteps,
+        micro_batch=config.training.micro_batch_size,
+        chunk=min(config.harmonize.chunk_size * mesh.size, config.training.micro_batch_size), num_rewards=len(names),
+        scalarised=config.advantages.scalarise != "none", nft_beta=config.nft.beta, kl_weight=config.nft.kl_weight,
+        clip=config.advantages.clip, balancer=balancer, rho=config.harmonize.rho,
+        smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,
+        old_schedule=rollout_decay(config.policies.schedule, rate=config.policies.rate, cap=config.policies.cap),
+        ema_decay=config.policies.ema_decay)
+    adapter = adapters.init_adapter(jax.random.fold_in(jax.random.key(config.seed), 1), pipeline.params, spec)
+    state = parallel.place_everywhere(
+        mesh, initial_state(adapter, optimizer, len(names), balancer.init(len(names)), config.seed))
+    steps = make_steps(recipe, velocity, optimizer, config.harmonize.mode, config.harmonize.refresh_every)
+    return Run(config, mesh, sizes, pipeline, spec, train_prompts, collector, evaluator, optimizer, recipe, steps,
+               velocity, state)

@@ -1,0 +1,82 @@
+"""Scores of a policy on held-out prompts: the same prompts and the same noise every time, no prompt dropped.
+
+Picture i starts from noise drawn with (seed, i) whatever the batch size, so two policies differ by their weights alone
+and gains are paired.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.scorer import Scorer, concatenate
+from marble_jax.sampling import Sampler, batches
+from marble_jax.types import Adapter, Conditioning, Params, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Held-out prompts and how to draw and score their pictures.
+
+    Attributes:
+      prompts: the held-out prompts.
+      sampler: compiled sampler of the evaluation's solver.
+      encode: prompts to conditioning.
+      decode: latents [n, h, w, C] to pictures [n, H, W, 3].
+      scorer: every reward, the held-out ones too.
+      latent_shape: (h, w, C).
+      batch_size: pictures at once.
+      seed: of the noise.
+      num_pictures: pictures kept, spread evenly over the prompts.
+    """
+
+    prompts: Sequence[Prompt]
+    sampler: Sampler
+    encode: Callable[[Sequence[str]], Conditioning]
+    decode: Callable[[jax.Array], jax.Array]
+    scorer: Scorer
+    latent_shape: tuple[int, int, int]
+    batch_size: int
+    seed: int
+    num_pictures: int
+
+    @property
+    def kept(self) -> list[int]:
+        """Indices of the prompts whose pictures are kept."""
+        count = min(self.num_pictures, len(self.prompts))
+        return sorted({int(i) for i in np.linspace(0, len(self.prompts) - 1, count)}) if count else []
+
+    def __call__(self, params: Params, adapter: Adapter | None,
+                 progress: Callable[[int], None] = lambda count: None) -> tuple[Scores, np.ndarray]:
+        """Draws and scores one picture a prompt.
+
+        Args:
+          params: base weights.
+          adapter: the policy; None is the base model.
+          progress: called with the number of pictures of every finished batch.
+
+        Returns:
+          Scores of all prompts, and the kept pictures uint8 [num_pictures, H, W, 3].
+        """
+        pending, pictures, kept = [], {}, set(self.kept)
+        key = jax.random.key(self.seed)
+        for index in batches(len(self.prompts), self.batch_size):
+            chosen = [self.prompts[i] for i in index]
+            noise = _noise(key, jnp.asarray(index), self.latent_shape)
+            images = self.decode(self.sampler(params, adapter, self.encode([p.text for p in chosen]), noise))
+            pending.append(self.scorer.submit(images, chosen))
+            for row, i in enumerate(index):
+                if int(i) in kept and int(i) not in pictures:
+                    pictures[int(i)] = np.asarray(jnp.round(images[row] * 255), np.uint8)
+            progress(len(set(index.tolist())))
+        scores = concatenate([p.result() for p in pending], len(self.prompts))
+        return scores, np.stack([pictures[i] for i in self.kept]) if kept else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def _noise(key: jax.Array, index: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)

@@ -1,0 +1,51 @@
+"""The grid of noise levels of SD3's flow-matching Euler scheduler."""
+from __future__ import annotations
+
+import numpy as np
+
+from marble_jax.errors import InputError
+
+SD3_SHIFT = 3.0
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def shifted(u: np.ndarray | float, shift: float) -> np.ndarray | float:
+    """Moves uniform noise levels towards 1: `shift u / (1 + (shift - 1) u)`; 0 and 1 stay."""
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def sigma_grid(num_steps: int, shift: float = SD3_SHIFT, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> np.ndarray:
+    """Noise levels of a sampling run, from 1 down to the smallest one, with a trailing 0.
+
+    The smallest level is shifted twice, as in the reference scheduler: once when the training range is set up and
+    again with the whole grid. For shift 3 it is 0.0089286 whatever the number of steps.
+
+    Args:
+      num_steps: N >= 1.
+      shift: resolution shift, > 0.
+      num_train_timesteps: length of the training range that fixes the smallest level.
+
+    Returns:
+      float32 [N + 1], strictly decreasing, computed in float64.
+
+    Raises:
+      InputError: N < 1 or shift <= 0.
+
+    Source: FlowMatchEulerDiscreteScheduler of diffusers, static shifting.
+    """
+    if num_steps < 1:
+        raise InputError(f"number of sampling steps: expected at least 1; received {num_steps}")
+    if not shift > 0:
+        raise InputError(f"schedule shift: expected a number above 0; received {shift}")
+    smallest = shifted(1.0 / num_train_timesteps, shift)
+    sigmas = shifted(np.linspace(1.0, smallest, num_steps), shift)
+    return np.append(sigmas, 0.0).astype(np.float32)
+
+
+def truncated(sigmas: np.ndarray, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> np.ndarray:
+    """The levels a network sees when its timestep is the integer part of `1000 sigma`, as in upstream rollouts.
+
+    Training uses the exact levels, so the two differ by less than one unit of the timestep.
+    """
+    whole = np.floor(np.asarray(sigmas, np.float32) * np.float32(num_train_timesteps))
+    return (whole / num_train_timesteps).astype(np.float32)

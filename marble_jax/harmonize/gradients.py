@@ -1,0 +1,240 @@
+"""Every reward's policy gradient for about the price of one backward pass.
+
+The losses of all K rewards share one forward pass, and their cotangents at a sample are combinations of just two
+directions, `e` and `d` (see `nft.objective`). Samples do not interact in the network, so two per-sample pull-backs
+`Ge_n = J_n^T e_n` and `Gd_n = J_n^T d_n` give every `g_k` as a K x n matrix product, exactly and for any K.
+
+Because `g_k` is linear in the samples, the sums here are additive: adding the `RewardSums` of all micro-steps, devices
+and hosts and dividing once by the number of valid samples (`mean_gradients`) gives the gradients of the whole batch.
+
+The per-sample pull-back is a `vmap` of a `vjp` under `jit`; see `marble_jax.platform` for the compiler setting that
+this needs.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from marble_jax import tree
+from marble_jax.errors import InputError
+from marble_jax.nft import objective
+from marble_jax.types import Adapter
+
+Velocity = Callable[[Adapter, jax.Array, jax.Array, Any], jax.Array]
+"""velocity(adapter, xt [n, ...], t [n], cond) -> [n, ...], with no interaction between samples."""
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@flax.struct.dataclass
+class FlowBatch:
+    """A micro-batch of noised rollout latents.
+
+    Attributes:
+      x0: [n, ...] clean latents of the rollout policy.
+      xt: [n, ...] the same at noise level `t`.
+      t: [n] noise level in (0, 1].
+      cond: pytree of conditioning, leaves [n, ...].
+      v_old: [n, ...] velocity of the rollout policy at `xt`.
+      v_ref: [n, ...] velocity of the base model at `xt`; None leaves the divergence out.
+    """
+
+    x0: jax.Array
+    xt: jax.Array
+    t: jax.Array
+    cond: Any
+    v_old: jax.Array
+    v_ref: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class RewardSums:
+    """Additive sums over samples from which whole-batch gradients and losses follow.
+
+    Attributes:
+      gradients: adapter tree, leaves [K, ...] float32: per-reward policy gradients summed over valid samples.
+      counts: float32 [K] number of valid samples.
+      losses: float32 [K] policy losses summed over valid samples.
+      kl_gradient: adapter tree, float32: gradient of the divergence summed over samples; zeros without `v_ref`.
+      kl: float32 scalar: divergence summed over samples.
+      num_samples: float32 scalar.
+    """
+
+    gradients: Adapter
+    counts: jax.Array
+    losses: jax.Array
+    kl_gradient: Adapter
+    kl: jax.Array
+    num_samples: jax.Array
+
+
+@flax.struct.dataclass
+class RewardGradients:
+    """Whole-batch means: per-reward gradients (leaves [K, ...]), losses [K], and the divergence with its gradient."""
+
+    gradients: Adapter
+    losses: jax.Array
+    kl_gradient: Adapter
+    kl: jax.Array
+
+
+def zero_sums(adapter: Adapter, num_rewards: int) -> RewardSums:
+    """The neutral element of `tree.add` on RewardSums."""
+    return RewardSums(
+        gradients=tree.zeros_like(adapter, num_rewards), counts=jnp.zeros(num_rewards), losses=jnp.zeros(num_rewards),
+        kl_gradient=tree.zeros_like(adapter), kl=jnp.zeros(()), num_samples=jnp.zeros(()),
+    )
+
+
+def _chunks(batch: Any, chunk_size: int) -> Any:
+    """Splits the leading axis of every leaf: [n, ...] -> [n / chunk_size, chunk_size, ...]."""
+    return jax.tree.map(lambda x: x.reshape((x.shape[0] // chunk_size, chunk_size) + x.shape[1:]), batch)
+
+
+def _resolve_chunk(num: int, chunk_size: int | None) -> int:
+    chunk_size = num if chunk_size is None else chunk_size
+    if chunk_size < 1 or num % chunk_size:
+        divisors = [c for c in range(1, num + 1) if num % c == 0]
+        best = min(divisors, key=lambda c: abs(c - chunk_size))
+        raise InputError(f"gradient chunk size: expected a divisor of the {num} samples of a micro-batch; "
+                         f"received {chunk_size} (nearest valid choice {best})")
+    return chunk_size
+
+
+def _sample_pull_backs(velocity: Velocity, adapter: Adapter, sample: FlowBatch, nft_beta: float,
+                       clip: float) -> tuple[Adapter, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One sample's pulled-back directions, stacked [2 or 3, ...] as e, d (and divergence); P, N, w_pos, w_neg, KL."""
+    one = jax.tree.map(lambda x: x[None], sample)
+    v, pull_back = jax.vjp(lambda a: velocity(a, one.xt, one.t, one.cond), adapter)
+    parts = objective.directions(v, one.v_old, one.x0, one.xt, one.t, nft_beta)
+    positive, negative = objective.branch_errors(parts)
+    factor = 2.0 * one.t[0] * clip / v.size
+    seeds = [factor * parts.e, factor * parts.d]
+    divergence = jnp.zeros(1)
+    if sample.v_ref is not None:
+        divergence = objective.sample_kl(v, one.v_ref)
+        seeds.append(2.0 / v.size * (v.astype(parts.e.dtype) - one.v_ref))
+    (pulled,) = jax.vmap(pull_back)(jnp.stack(seeds).astype(v.dtype))
+    return pulled, positive[0], negative[0], parts.w_pos[0], parts.w_neg[0], divergence[0]
+
+
+def accumulate(velocity: Velocity, adapter: Adapter, batch: FlowBatch, r: jax.Array, valid: jax.Array, *,
+               nft_beta: float, clip: float = objective.ADVANTAGE_CLIP, chunk_size: int | None = None) -> RewardSums:
+    """Sums over a micro-batch of the policy gradients of K rewards, and of the divergence.
+
+    Inside, `velocity` is called on one sample at a time under `vmap`. Memory: `chunk_size` x 2 (3 with `v_ref`)
+    adapter-sized arrays for the pulled-back directions, plus K for the sums.
+
+    Args:
+      velocity: pure function of (adapter, xt, t, cond).
+      adapter: pytree of trainable leaves.
+      batch: n samples.
+      r: [K, n] optimality of every sample under every reward, in [0, 1].
+      valid: bool [K, n]; False where the reward does not apply.
+      nft_beta: mixing weight of the objective.
+      clip: `A_max`.
+      chunk_size: samples pulled back together, a divisor of n; all n when None.
+
+    Returns:
+      RewardSums, to be added over micro-steps.
+
+    Raises:
+      InputError: `chunk_size` does not divide n.
+    """
+    chunk_size = _resolve_chunk(batch.xt.shape[0], chunk_size)
+
+    def step(sums: RewardSums, part: tuple[FlowBatch, jax.Array, jax.Array]) -> tuple[RewardSums, None]:
+        samples, r_part, valid_part = part
+        pulled, positive, negative, w_pos, w_neg, divergence = jax.vmap(
+            lambda sample: _sample_pull_backs(velocity, adapter, sample, nft_beta, clip))(samples)
+        r_part, valid_part = r_part.T, valid_part.T
+        mask = valid_part.astype(jnp.float32)
+        a, b = objective.coefficients(r_part, w_pos, w_neg)
+        mix = jnp.stack([jnp.where(valid_part, a, 0.0), jnp.where(valid_part, b, 0.0)], axis=-1)
+
+        def rewards(leaf: jax.Array) -> jax.Array:
+            return jnp.einsum("kcj,cj...->k...", mix, leaf[:, :2].astype(mix.dtype), precision=_HIGHEST)
+
+        each = clip / nft_beta * (r_part * positive + (1.0 - r_part) * negative)
+        new = RewardSums(
+            gradients=jax.tree.map(rewards, pulled), counts=jnp.sum(mask, axis=1),
+            losses=jnp.sum(jnp.where(valid_part, each, 0.0), axis=1),
+            kl_gradient=jax.tree.map(lambda x: jnp.sum(x[:, 2:], axis=(0, 1)), pulled),
+            kl=jnp.sum(divergence), num_samples=jnp.asarray(float(chunk_size), jnp.float32),
+        )
+        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
+
+    parts = _chunks((batch, r.astype(jnp.promote_types(r.dtype, jnp.float32)).T, valid.T), chunk_size)
+    sums, _ = jax.lax.scan(step, zero_sums(adapter, r.shape[0]), parts)
+    return sums
+
+
+def mean_gradients(sums: RewardSums) -> RewardGradients:
+    """Divides whole-batch sums by the number of valid samples of each reward; a reward without any has gradient 0."""
+    inverse = 1.0 / jnp.maximum(sums.counts, 1.0)
+    share = 1.0 / jnp.maximum(sums.num_samples, 1.0)
+    return RewardGradients(
+        gradients=jax.tree.map(lambda x: x * inverse.reshape((-1,) + (1,) * (x.ndim - 1)), sums.gradients),
+        losses=sums.losses * inverse, kl_gradient=tree.scale(sums.kl_gradient, share), kl=sums.kl * share,
+    )
+
+
+def branch_weights(weights: jax.Array, r: jax.Array, valid: jax.Array,
+                   counts: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Per-sample weights of P and N whose loss is exactly `sum_k weights[k] loss_k`.
+
+    The losses are affine in r with P and N in common, so any weighted sum of them, masks, clipping and different
+    numbers of valid samples included, is one loss with a weight for P and one for N at every sample. This is what
+    makes an amortised step equal to a full step with the same weights.
+
+    Args:
+      weights: [K] weights on the raw per-reward gradients; a negative weight is allowed.
+      r: [K, n] optimality.
+      valid: bool [K, n].
+      counts: [K] valid samples of the whole batch when n is only a part of it; taken from `valid` when None.
+
+    Returns:
+      Weights of P [n] and of N [n]; sum over samples, do not average.
+    """
+    counts = jnp.sum(valid, axis=1) if counts is None else counts
+    share = jnp.where(valid, (weights / jnp.maximum(counts, 1))[:, None], 0.0)
+    return jnp.sum(share * r, axis=0), jnp.sum(share * (1.0 - r), axis=0)
+
+
+def combined_gradient(velocity: Velocity, adapter: Adapter, batch: FlowBatch, positive_weight: jax.Array,
+                      negative_weight: jax.Array, *, nft_beta: float, clip: float = objective.ADVANTAGE_CLIP,
+                      kl_weight: float = 0.0, num_samples: int | None = None) -> tuple[Adapter, dict[str, jax.Array]]:
+    """One ordinary backward pass of `clip / nft_beta * sum_n (p_n P_n + q_n N_n) + kl_weight * KL`.
+
+    Used in amortised steps, with the weights of `branch_weights` (exact) or, for a single combined advantage with
+    optimality r over n samples, with `r / n` and `(1 - r) / n`.
+
+    Args:
+      velocity: pure function of (adapter, xt, t, cond).
+      adapter: pytree of trainable leaves.
+      batch: n samples; `v_ref` is needed only for a positive `kl_weight`.
+      positive_weight: [n] weight p of the positive branch.
+      negative_weight: [n] weight q of the negative branch.
+      nft_beta: mixing weight of the objective.
+      clip: `A_max`.
+      kl_weight: weight of the divergence from the base model.
+      num_samples: samples of the whole batch, over which the divergence is averaged; n when None.
+
+    Returns:
+      The gradient (same tree as `adapter`), to be summed over micro-steps, and a dict with `policy_loss` and `kl`
+      (this part's share of both, additive too).
+    """
+    total = batch.xt.shape[0] if num_samples is None else num_samples
+
+    def loss(current: Adapter) -> tuple[jax.Array, dict[str, jax.Array]]:
+        v = velocity(current, batch.xt, batch.t, batch.cond)
+        positive, negative = objective.branches(v, batch.v_old, batch.x0, batch.xt, batch.t, nft_beta)
+        policy = clip / nft_beta * jnp.sum(positive_weight * positive + negative_weight * negative)
+        divergence = jnp.zeros(()) if batch.v_ref is None else jnp.sum(objective.sample_kl(v, batch.v_ref)) / total
+        return policy + kl_weight * divergence, {"policy_loss": policy, "kl": divergence}
+
+    return jax.grad(loss, has_aux=True)(adapter)

@@ -1,0 +1,118 @@
+"""Softmax attention, norms and modulation shared by the transformer's blocks.
+
+Implementations of attention are interchangeable functions (q, k, v) -> out, chosen by name or passed as a callable:
+
+* "xla": `jax.nn.dot_product_attention` compiled by XLA; any platform and dtype, softmax in float32, memory quadratic in
+  the number of tokens.
+* "cudnn": the fused flash kernel on NVIDIA GPUs, float16 or bfloat16 only; memory linear in the number of tokens.
+* "einsum": the two products and the softmax written out; the plain reference.
+* a callable: a kernel of one's own, such as a Pallas one. It must be differentiable and work under `jax.vmap`.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from marble_jax.errors import InputError, one_of
+from marble_jax.models.lora import LoraDense
+
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+EPS = 1e-6  # of every norm of the transformer
+
+
+def _einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    if q.dtype not in (jnp.float16, jnp.bfloat16):
+        raise InputError(f"attention 'cudnn': expected float16 or bfloat16; received {q.dtype} (use 'xla' in float32)")
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+IMPLEMENTATIONS: dict[str, AttentionFn] = {"xla": _xla, "cudnn": _cudnn, "einsum": _einsum}
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | AttentionFn = "xla") -> jax.Array:
+    """Full softmax attention without mask, scaled by 1/sqrt(head width).
+
+    Args:
+      q: [N, Tq, H, d].
+      k: [N, Tk, H, d].
+      v: [N, Tk, H, d].
+      implementation: a key of `IMPLEMENTATIONS`, or a function of (q, k, v).
+
+    Returns:
+      [N, Tq, H, d] in the dtype of `q`.
+
+    Raises:
+      InputError: unknown implementation, or one that does not support the dtype.
+    """
+    if not callable(implementation):
+        one_of("attention", implementation, IMPLEMENTATIONS)
+        implementation = IMPLEMENTATIONS[implementation]
+    return implementation(q, k, v)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned scale, in float32; the result has the input's dtype.
+
+    Source: diffusers 0.42 `models/normalization.py` RMSNorm, eps 1e-6 as SD3.5 uses it on queries and keys.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., d] -> [..., d]."""
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
+        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Layer norm over the last axis without scale or bias, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + EPS)
+
+
+def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """`normed * (1 + scale) + shift` in float32, cast to `dtype`.
+
+    Args:
+      normed: float32 [N, T, D].
+      shift: [N, D].
+      scale: [N, D].
+      dtype: dtype of the result.
+    """
+    scale, shift = scale.astype(jnp.float32)[:, None], shift.astype(jnp.float32)[:, None]
+    return (normed * (1 + scale) + shift).astype(dtype)
+
+
+class AdaLayerNorm(nn.Module):
+    """`parts` modulation vectors from the conditioning vector: split(Dense(silu(temb))).
+
+    Attributes:
+      parts: number of vectors; their meaning belongs to the caller.
+      dtype: dtype of the product.
+      lora_scale: alpha / rank.
+    """
+
+    parts: int
+    dtype: Any = jnp.float32
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, temb: jax.Array) -> list[jax.Array]:
+        """[N, D] -> `parts` arrays [N, D]."""
+        linear = LoraDense(self.parts * temb.shape[-1], dtype=self.dtype, lora_scale=self.lora_scale, name="linear")
+        return jnp.split(linear(nn.silu(temb)), self.parts, axis=-1)

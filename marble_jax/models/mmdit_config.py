@@ -1,0 +1,98 @@
+"""Architecture of an SD3 transformer, as its published `config.json` gives it, and the three published sizes."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from marble_jax.errors import InputError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """Architecture, with the field names and defaults of a diffusers `SD3Transformer2DModel` config.
+
+    Attributes:
+      sample_size: latent side the positional coordinates are scaled to.
+      patch_size: side of a patch, in latent cells.
+      in_channels: latent channels of the input.
+      num_layers: number of blocks.
+      attention_head_dim: width of a head.
+      num_attention_heads: heads per block.
+      joint_attention_dim: width of the text embeddings.
+      caption_projection_dim: width of the text stream; equal to heads * head width.
+      pooled_projection_dim: width of the pooled text embedding.
+      out_channels: latent channels of the velocity; None means `in_channels`.
+      pos_embed_max_size: side of the positional table, in patches.
+      dual_attention_layers: blocks with a second, image-only attention.
+      qk_norm: "rms_norm" or None.
+    """
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    out_channels: int | None = 16
+    pos_embed_max_size: int = 96
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
+        if self.caption_projection_dim != self.width:
+            raise InputError(
+                "transformer config: expected caption_projection_dim = num_attention_heads * attention_head_dim = "
+                f"{self.width}; received {self.caption_projection_dim}"
+            )
+        if self.qk_norm not in (None, "rms_norm"):
+            raise InputError(f"transformer config: expected qk_norm 'rms_norm' or null; received {self.qk_norm!r}")
+        if not set(self.dual_attention_layers) <= set(range(self.num_layers)):
+            raise InputError(
+                f"transformer config: expected dual_attention_layers in 0..{self.num_layers - 1}; "
+                f"received {list(self.dual_attention_layers)}"
+            )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> MMDiTConfig:
+        """From the contents of `config.json`; keys starting with "_" are ignored.
+
+        Raises:
+          InputError: an unknown key, or a value this implementation does not support.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        public = {key: value for key, value in config.items() if not key.startswith("_")}
+        for key in public.keys() - names:
+            raise InputError(f"transformer config: expected SD3 fields; received {key!r}{nearest(key, names)}")
+        return cls(**public)
+
+    @property
+    def width(self) -> int:
+        """Width of both token streams."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def runs(self) -> tuple[tuple[int, int, bool], ...]:
+        """(first block, number of blocks, dual) of each stacked run; the last block is not among them."""
+        runs: list[tuple[int, int, bool]] = []
+        for i in range(self.num_layers - 1):
+            dual = i in self.dual_attention_layers
+            if runs and runs[-1][2] == dual:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, dual)
+            else:
+                runs.append((i, 1, dual))
+        return tuple(runs)
+
+
+SD35_MEDIUM = MMDiTConfig(
+    num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+    dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+)  # fmt: skip
+SD35_LARGE = MMDiTConfig(
+    num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"
+)
+SD3_MEDIUM = MMDiTConfig(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)

@@ -1,0 +1,1 @@
+"""DiffusionNFT: the forward-process objective and the policies it needs."""

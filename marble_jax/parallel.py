@@ -1,0 +1,55 @@
+"""The device mesh and where arrays lie on it.
+
+Axes: `data` splits the batch, `fsdp` splits the batch and, leaf by leaf, the base weights. Adapters, optimiser and
+everything K x K are small and replicated.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from marble_jax.errors import InputError
+
+BATCH = PartitionSpec(("data", "fsdp"))
+SMALLEST_SHARDED = 1 << 16  # numbers; smaller leaves are replicated
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """A mesh over all devices.
+
+    Args:
+      data: devices along `data`; -1 takes what `fsdp` leaves.
+      fsdp: devices along `fsdp`.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    count = len(jax.devices())
+    if data == -1 and fsdp >= 1 and count % fsdp == 0:
+        data = count // fsdp
+    if data < 1 or fsdp < 1 or data * fsdp != count:
+        raise InputError(f"mesh: expected data x fsdp = {count} devices; received {data} x {fsdp}")
+    return Mesh(np.asarray(jax.devices()).reshape(data, fsdp), ("data", "fsdp"))
+
+
+def place_batch(mesh: Mesh, tree: Any) -> Any:
+    """Splits the leading axis of every leaf over all devices."""
+    return jax.device_put(tree, NamedSharding(mesh, BATCH))
+
+
+def place_everywhere(mesh: Mesh, tree: Any) -> Any:
+    """One copy of every leaf on each device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def weight_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Over `fsdp` along the largest axis that divides; replicated if none does or the leaf is small."""
+    size = mesh.shape["fsdp"]
+    axes = [axis for axis, length in enumerate(shape) if length % size == 0]
+    if size == 1 or not axes or int(np.prod(shape)) < SMALLEST_SHARDED:
+        return NamedSharding(mesh, PartitionSpec())
+    largest = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))

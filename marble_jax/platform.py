@@ -1,0 +1,47 @@
+"""Settings of the XLA compiler that have to be in place before JAX opens a backend.
+
+One setting so far. jaxlib 0.10.2 fuses matrix products on the CPU in a way that makes `jit(vmap(vjp))` return wrong
+cotangents for every index but the first, silently, once the network is large enough (128 tokens of width 256 with
+attention, MLP and LoRA already are). Per-sample gradients are built on exactly that composition, so the fusion is
+switched off for the affected releases. `tests/harmonize/test_compiler_trap.py` fails when the setting is lost.
+"""
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import MutableMapping
+
+FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+AFFECTED = ("0.10.",)
+
+
+def needs_fusion_off(jaxlib_version: str) -> bool:
+    """True for the jaxlib releases whose CPU backend has the faulty fusion (and knows the flag that disables it)."""
+    return jaxlib_version.startswith(AFFECTED)
+
+
+def prepare(environ: MutableMapping[str, str] | None = None) -> bool:
+    """Appends the fusion flag to `XLA_FLAGS` when the installed jaxlib needs it; calling it again changes nothing.
+
+    XLA reads the variable when the first backend opens, so this has to run before any JAX computation, not
+    necessarily before `import jax`. A value that the user set for this flag stays. Where libtpu is installed and the
+    platform was not narrowed to the CPU nothing is set: libtpu parses the same variable with its own list of flags.
+
+    Args:
+      environ: the mapping to edit, `os.environ` when None.
+
+    Returns:
+      Whether `environ` was changed.
+    """
+    environ = os.environ if environ is None else environ
+    try:
+        version = importlib.metadata.version("jaxlib")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    flags = environ.get("XLA_FLAGS", "")
+    on_tpu = importlib.util.find_spec("libtpu") is not None and environ.get("JAX_PLATFORMS", "") != "cpu"
+    if not needs_fusion_off(version) or FUSION_FLAG in flags or on_tpu:
+        return False
+    environ["XLA_FLAGS"] = f"{flags} {FUSION_FLAG}".strip()
+    return True

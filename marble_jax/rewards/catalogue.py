@@ -1,0 +1,82 @@
+"""Rewards by name: a directory's `rewards.json` says what each is made of, and this module makes it.
+
+    {"alignment": {"kind": "clip", "formula": "clipscore", "model": "alignment"},
+     "aesthetic": {"kind": "aesthetic", "model": "alignment", "head": "aesthetic"},
+     "ocr": {"kind": "ocr", "detect": false, "scale": 3},
+     "geneval": {"kind": "geneval", "detector": "shapes"}}
+
+`model` and `head` are folders beside the file. Rewards that name the same model share it.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from marble_jax.errors import InputError, nearest, one_of
+from marble_jax.rewards.aesthetic import AestheticReward, load_head
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.clip import CLIPReward, ClipEncoder
+from marble_jax.rewards.detect import ShapeDetector
+from marble_jax.rewards.geneval import GenEvalReward
+from marble_jax.rewards.ocr import OCRReward, RapidReader
+
+FILE = "rewards.json"
+OPTIONS = {"clip": {"formula", "model"}, "aesthetic": {"model", "head"}, "ocr": {"detect", "scale"},
+           "geneval": {"detector"}}
+
+
+def load_rewards(directory: Path | str, names: Sequence[str], num_workers: int = 2, dtype: Any = "float32") -> list[Reward]:
+    """The rewards `names` of a directory.
+
+    Args:
+      directory: holds `rewards.json` and the folders it names.
+      names: rewards wanted, in the order of the reward axis.
+      num_workers: pictures a host reward works on at the same time.
+      dtype: of the CLIP towers.
+
+    Raises:
+      InputError: missing directory, file or folder; an unknown reward, kind or option; a reward named twice.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"rewards.path: expected a directory with {FILE}; received {str(directory)!r}")
+    try:
+        entries = json.loads((directory / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"rewards.path: expected {FILE} in {directory}; received a directory without it") from None
+    except ValueError as error:
+        raise InputError(f"{directory / FILE}: expected JSON; received an error at {error}") from None
+    for name in names:
+        if name not in entries:
+            raise InputError(f"reward: expected one of {', '.join(entries)} of {directory / FILE}; received "
+                             f"{name!r}{nearest(name, entries)}")
+        if list(names).count(name) > 1:
+            raise InputError(f"reward: expected every name once; received {name!r} {list(names).count(name)} times")
+    towers: dict[str, ClipEncoder] = {}
+
+    def tower(name: str) -> ClipEncoder:
+        if name not in towers:
+            towers[name] = ClipEncoder.load(directory / name, dtype)
+        return towers[name]
+
+    def build(name: str) -> Reward:
+        entry = dict(entries[name])
+        kind = entry.pop("kind", None)
+        one_of(f"{directory / FILE}: kind of {name}", str(kind), OPTIONS)
+        for option in entry:
+            one_of(f"{directory / FILE}: option of {name}", option, OPTIONS[kind])
+        try:
+            if kind == "clip":
+                return CLIPReward(name, tower(entry["model"]), entry.get("formula", "clipscore"))
+            if kind == "aesthetic":
+                return AestheticReward(name, tower(entry["model"]), load_head(directory / entry["head"]))
+        except KeyError as error:
+            raise InputError(f"{directory / FILE}: expected {error} for {name}; received none") from None
+        if kind == "ocr":
+            return OCRReward(name, RapidReader(entry.get("detect", True), entry.get("scale", 1), num_workers))
+        one_of(f"{directory / FILE}: detector of {name}", entry.get("detector", "shapes"), ("shapes",))
+        return GenEvalReward(name, ShapeDetector())
+
+    return [build(name) for name in names]

@@ -1,0 +1,165 @@
+"""What stands between a picture and an image tower: resize, crop or pad, normalise; on device and in batches.
+
+A resize with the antialiasing of Pillow and torchvision is linear and separable, so it is two small matrix products
+whose matrices depend on the sizes only. Where the original scorer goes through 8-bit pictures, `eight_bit` rounds at
+the same places (input, after the horizontal pass, after the vertical one); where it resizes floats, nothing is
+rounded or clipped and bicubic overshoot is kept. (Recent Pillow takes the vertical pass first where that one shrinks
+more; resizes that keep the aspect ratio, which are all there are here, never do.)
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.errors import InputError, one_of
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+
+def _bilinear(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - np.abs(x), 0)
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    """Keys' cubic with a = -1/2, the constant of Pillow and of torch's antialiased resize."""
+    x = np.abs(x)
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+FILTERS = {"bilinear": (_bilinear, 1.0), "bicubic": (_bicubic, 2.0)}
+
+
+@functools.lru_cache(maxsize=128)
+def resize_matrix(size_in: int, size_out: int, method: str) -> np.ndarray:
+    """float32 [size_out, size_in]: one axis of an antialiased resize; every row sums to 1.
+
+    The kernel is stretched by the reduction factor when scaling down and kept at its own width when scaling up.
+    Source: the coefficient rule of Pillow's `Resample.c`, shared by torch's `interpolate(antialias=True)`.
+    """
+    one_of("resize method", method, FILTERS)
+    kernel, radius = FILTERS[method]
+    scale = size_in / size_out
+    stretch = max(scale, 1.0)
+    centres = (np.arange(size_out) + 0.5) * scale
+    first = np.maximum((centres - radius * stretch + 0.5).astype(int), 0)
+    last = np.minimum((centres + radius * stretch + 0.5).astype(int), size_in)
+    taps = np.arange(size_in)
+    weights = kernel((taps[None] + 0.5 - centres[:, None]) / stretch)
+    weights = np.where((taps >= first[:, None]) & (taps < last[:, None]), weights, 0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _eight_bit(x: jax.Array) -> jax.Array:
+    """x in [0, 1] rounded to the nearest of 256 levels and clipped, halves up as Pillow does."""
+    return jnp.clip(jnp.floor(x * 255 + 0.5), 0, 255) / 255
+
+
+def resize(images: jax.Array, height: int, width: int, method: str, eight_bit: bool = False) -> jax.Array:
+    """Antialiased resize.
+
+    Args:
+      images: float32 [N, H, W, 3].
+      height: rows of the result.
+      width: columns of the result.
+      method: "bilinear" or "bicubic".
+      eight_bit: round to 256 levels after each pass, as Pillow does on 8-bit pictures.
+
+    Returns:
+      float32 [N, height, width, 3]; may leave [0, 1] for "bicubic" unless `eight_bit`.
+    """
+    quantise = _eight_bit if eight_bit else (lambda x: x)
+    exact = jax.lax.Precision.HIGHEST
+    _, rows, columns, _ = images.shape
+    if columns != width:
+        matrix = resize_matrix(columns, width, method)
+        images = quantise(jnp.einsum("nhwc,vw->nhvc", images, matrix, precision=exact))
+    if rows != height:
+        matrix = resize_matrix(rows, height, method)
+        images = quantise(jnp.einsum("nhwc,uh->nuwc", images, matrix, precision=exact))
+    return images
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """From pictures in [0, 1] to the pixels an image tower takes; call it on float32 [N, H, W, 3].
+
+    Attributes:
+      size: edge of the square result, in pixels.
+      fit: "shortest" scales the shorter edge to `resize_to` and crops the centre; "longest" scales the longer edge to
+        `size` and pads the rest with zeros before normalising.
+      method: "bicubic" or "bilinear", antialiased.
+      eight_bit: go through 256 levels, as scorers that take 8-bit pictures do.
+      resize_to: edge for "shortest"; None means `size`.
+      mean: per channel, subtracted.
+      std: per channel, divided by.
+    """
+
+    size: int
+    fit: str = "shortest"
+    method: str = "bicubic"
+    eight_bit: bool = True
+    resize_to: int | None = None
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self):
+        one_of("fit", self.fit, ("shortest", "longest"))
+        one_of("resize method", self.method, FILTERS)
+        if self.resize_to is not None and self.resize_to < self.size:
+            raise InputError(f"resize_to: expected at least the crop size {self.size}; received {self.resize_to}")
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        images = jnp.asarray(images, jnp.float32)
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise InputError(f"pictures: expected [N, H, W, 3]; received {list(images.shape)}")
+        images = _eight_bit(images) if self.eight_bit else images
+        rows, columns = images.shape[1:3]
+        if self.fit == "shortest":
+            edge, short = self.resize_to or self.size, min(rows, columns)
+            images = resize(images, edge * rows // short, edge * columns // short, self.method, self.eight_bit)
+            top, left = (images.shape[1] - self.size) // 2, (images.shape[2] - self.size) // 2
+            images = images[:, top:top + self.size, left:left + self.size]
+        else:
+            factor = self.size / max(rows, columns)
+            images = resize(images, round(rows * factor), round(columns * factor), self.method, self.eight_bit)
+            spare = [self.size - images.shape[1], self.size - images.shape[2]]
+            margins = [(s // 2, s - s // 2) for s in spare]
+            images = jnp.pad(images, ((0, 0), *margins, (0, 0)))
+        return (images - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], size: int, **overrides) -> Preprocess:
+        """The preprocessing a Hugging Face `preprocessor_config.json` describes.
+
+        Args:
+          config: the parsed file; what it leaves out takes CLIP's value.
+          size: the tower's input edge, which the crop must equal.
+          **overrides: fields to replace, for scorers that depart from their own model's file.
+        """
+        resample = config.get("resample", 3)
+        if resample not in PIL_FILTERS:
+            raise InputError(
+                f"preprocessor_config.json resample: expected 2 (bilinear) or 3 (bicubic); received {resample}")
+        edge = config.get("size", size)
+        if isinstance(edge, Mapping):
+            edge = edge.get("shortest_edge", edge.get("height", size))
+        crop = config.get("crop_size", size)
+        if isinstance(crop, Mapping):
+            crop = crop.get("height", size)
+        if not config.get("do_center_crop", True):
+            crop = edge
+        if crop != size:
+            raise InputError(f"preprocessor_config.json crop_size: expected the image tower's {size}; received {crop}")
+        fields = dict(size=size, resize_to=edge, method=PIL_FILTERS[resample],
+                      mean=tuple(config.get("image_mean", CLIP_MEAN)), std=tuple(config.get("image_std", CLIP_STD)))
+        return cls(**{**fields, **overrides})

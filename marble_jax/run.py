@@ -1,0 +1,236 @@
+"""A training run from end to end: workdir, start-up table, loop, evaluations, checkpoints, report."""
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from marble_jax import adapters, compose, parallel
+from marble_jax.checkpoint import Checkpoints
+from marble_jax.config import flatten
+from marble_jax.console import Console, duration, joined, quantity, shown
+from marble_jax.errors import InputError
+from marble_jax.evaluation.statistics import gains, standardised_gain, summary
+from marble_jax.pictures import save_png
+from marble_jax.report import write_report
+from marble_jax.training.loop import Hooks, Sampling, Schedule, train
+from marble_jax.training.records import Events
+from marble_jax.training.state import TrainState
+from marble_jax.types import Scores
+from marble_jax.workdir import Workdir
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "ml_collections", "transformers")
+
+
+class Evaluations:
+    """Evaluates states, compares with the base model, records, and keeps the best averaged adapter."""
+
+    def __init__(self, run: compose.Run, workdir: Workdir, console: Console, events: Events):
+        self._run, self._workdir, self._console, self._events = run, workdir, console, events
+        self._train_names = tuple(run.config.rewards.train)
+        self._base: Scores | None = None
+
+    def __call__(self, state: TrainState) -> TrainState:
+        """Evaluates the averaged policy (the base model at step 0, which it equals)."""
+        step = int(state.step)
+        done = {r["step"] for r in self._workdir.read(self._workdir.evaluations)}
+        if step in done:
+            return state
+        base = self._reference()
+        if step == 0:
+            return state
+        scores, pictures, seconds = self._scores(state, f"step {step} evaluation")
+        gain = gains(scores, base)
+        self._write(step, "ema", scores, pictures, gain, seconds)
+        better = standardised_gain(scores, base, self._train_names)
+        ups = " ".join(f"{n} {gain[n]['mean']:+.3f}" for n in scores.names)
+        self._console.say(f"evaluation after step {step} ({len(self._run.evaluator.prompts)} held-out prompts, "
+                          f"{duration(seconds)}): gain {ups}")
+        if better > float(state.best_score):
+            state = state.replace(best_score=jnp.asarray(better, jnp.float32), best_step=jnp.asarray(step, jnp.int32),
+                                  best=jax.tree.map(jnp.copy, state.ema))
+        return state
+
+    def _reference(self) -> Scores:
+        """The base model's scores, evaluated once a run and read back on resume."""
+        if self._base is None:
+            file = self._workdir.path / "base_scores.json"
+            if file.exists():
+                self._base = _read_scores(self._workdir, "base_scores.json")
+            else:
+                scores, pictures, seconds = self._scores(None, "evaluation of the base model")
+                self._write(0, "base", scores, pictures, None, seconds)
+                self._workdir.write_json("base_scores.json", {
+                    "names": scores.names, "values": scores.values, "valid": scores.valid, "failed": scores.failed})
+                self._base = scores
+                self._console.say(f"evaluation of the base model: {len(self._run.evaluator.prompts)} held-out prompts, "
+                                  f"{duration(seconds)}")
+        return self._base
+
+    def _scores(self, state: TrainState | None, what: str) -> tuple[Scores, np.ndarray, float]:
+        start, run = time.perf_counter(), self._run
+        params, adapter = run.pipeline.params, None if state is None else state.ema
+        if adapter is not None and run.config.rollout.merge_adapter:
+            params, adapter = adapters.merge(params, adapter, run.spec.scale), None
+        with self._console.bar(len(run.evaluator.prompts), what, "img") as bar:
+            scores, pictures = run.evaluator(params, adapter, bar.update)
+        return scores, pictures, time.perf_counter() - start
+
+    def _write(self, step: int, policy: str, scores: Scores, pictures: np.ndarray, gain: dict | None,
+               seconds: float) -> None:
+        evaluator = self._run.evaluator
+        folder = self._workdir.samples / f"step_{step:06d}"
+        for i, picture in enumerate(pictures):
+            prompt = evaluator.prompts[evaluator.kept[i]].text
+            save_png(folder / f"{i:02d}.png", picture, {"prompt": prompt, "step": str(step)})
+        self._workdir.write_json("samples/prompts.json", [
+            {"prompt": evaluator.prompts[i].text, "seed": i} for i in evaluator.kept])
+        record: dict[str, Any] = {"step": step, "policy": policy, "num_prompts": len(evaluator.prompts),
+                                  "scores": summary(scores), "seconds": seconds}
+        if gain is not None:
+            record["gain"] = gain
+        self._workdir.append(self._workdir.evaluations, record)
+        self._events.write(step, {f"evaluation/score/{n}": v["mean"] for n, v in record["scores"].items()})
+
+
+def _read_scores(workdir: Workdir, name: str) -> Scores:
+    import json
+
+    record = json.loads((workdir.path / name).read_text())
+    return Scores(tuple(record["names"]), np.asarray(record["values"], np.float32), np.asarray(record["valid"], bool),
+                  np.asarray(record["failed"], bool))
+
+
+def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str) -> None:
+    """Trains as `config` says in `workdir_path`; goes on where an earlier run there stopped.
+
+    Raises:
+      InputError: whatever does not fit, before anything is written to the workdir.
+      Interrupted: stopped by a signal, state saved.
+    """
+    start = time.perf_counter()
+    console = Console()
+    run = compose.build(config)
+    workdir = Workdir(workdir_path)
+    existed = workdir.claim(flatten(config))
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoints.keep)
+    state, resumed = run.state, checkpoints.latest()
+    if resumed is not None:
+        _, state = checkpoints.restore(run.state)
+    done = int(state.step)
+    if existed:
+        workdir.cut(done)
+    if done > config.training.num_steps:
+        raise InputError(f"training.num_steps: expected at least the {done} steps this workdir has done; received "
+                         f"{config.training.num_steps}")
+    _announce(run, workdir, console, done if existed else None)
+    workdir.write_json("run.json", _run_record(run, command))
+    events = Events(str(workdir.events), config.logging.tensorboard, config.logging.wandb, config.name, flatten(config))
+    evaluations = Evaluations(run, workdir, console, events)
+
+    def record(step: int, values: dict[str, Any]) -> None:
+        workdir.append(workdir.metrics, values)
+        events.write(step, values)
+
+    sampling = Sampling(
+        run.train_prompts, config.seed, config.rollout.prompts_per_step, config.rollout.images_per_prompt,
+        config.advantages.scale, config.advantages.scalarise, tuple(config.harmonize.reward_weights))
+    schedule = Schedule(config.training.num_steps, config.evaluation.every_steps, config.checkpoints.every_steps)
+    hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s))
+    try:
+        state = train(state, run.pipeline.params, run.collector, run.steps, sampling, schedule, hooks, console,
+                      run.spec.scale, config.rollout.merge_adapter, lambda t: parallel.place_everywhere(run.mesh, t))
+    finally:
+        checkpoints.close()
+        events.close()
+        run.collector.scorer.close()
+        run.evaluator.scorer.close()
+        report = write_report(str(workdir.path)) if workdir.evaluations.exists() else None
+    _conclude(run, workdir, console, state, time.perf_counter() - start)
+    console.say(f"report: {report}")
+
+
+def _run_record(run: compose.Run, command: str) -> dict[str, Any]:
+    config = run.config
+    devices = jax.devices()
+    return {
+        "name": config.name, "method": method_name(config), "rewards": list(config.rewards.train),
+        "heldout_rewards": list(config.rewards.heldout), "num_steps": config.training.num_steps,
+        "config": flatten(config), "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "hardware": {"device": devices[0].device_kind, "devices": len(devices), "processes": jax.process_count()},
+        "command": command, "differences_from_faithful": differences_from_faithful(config), "started": time.time()}
+
+
+def method_name(config: ml_collections.ConfigDict) -> str:
+    """`MARBLE, amortised`, `weighted sum` and so on."""
+    if config.advantages.scalarise != "none":
+        return config.advantages.scalarise.replace("_", " ")
+    name = "MARBLE" if config.harmonize.balancer == "marble" else config.harmonize.balancer
+    return f"{name}, {config.harmonize.mode}"
+
+
+def differences_from_faithful(config: ml_collections.ConfigDict) -> list[str]:
+    """What this configuration does differently from upstream's code, a sentence each."""
+    found = []
+    if config.harmonize.mode != "faithful":
+        found += ["alpha is solved on the whole batch of an optimiser step, not on one micro-step",
+                  "steps between solves weigh gradients, not advantages: missing rewards stay missing and mean|g|/|g_k| is kept"]
+    if not config.rollout.integer_timesteps:
+        found.append("rollouts see exact timesteps, as training does; upstream truncates them to integers")
+    found += ["resume restores every policy, the optimiser, alpha and the random state",
+              "the best policy is chosen by standardised gain, not by the mean of raw scores",
+              "a failed reward is missing, never 0"]
+    return found
+
+
+def _announce(run: compose.Run, workdir: Workdir, console: Console, resumed: int | None) -> None:
+    config, sizes = run.config, run.sizes
+    devices = jax.devices()
+    base = adapters.num_parameters(run.pipeline.params)
+    trained = adapters.num_parameters(run.state.current)
+    held = trained * 4 * min(3, 2 + (config.nft.kl_weight > 0)) * run.recipe.chunk / 1e6
+    console.say(f"marble_jax: {config.name}, {method_name(config)}" +
+                (f", resumed after step {resumed}" if resumed is not None else ""))
+    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    rows = [
+        ("devices", f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}"),
+        ("model", f"{config.model.path}: transformer {quantity(base)} {config.model.dtype}, adapter {quantity(trained)} "
+                  f"(rank {config.lora.rank}), {config.model.resolution} px"),
+        ("rewards", f"{joined(config.rewards.train)}; never trained on: {joined(config.rewards.heldout)}"),
+        ("step", f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.pictures} "
+                 f"pictures in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} timesteps: "
+                 f"{sizes.samples} samples in {sizes.micro_steps} micro-steps"),
+        ("memory", f"per-sample adapter gradients up to {held:.0f} MB at a time, {len(config.rewards.train)} "
+                   f"accumulators of {trained * 4 / 1e6:.1f} MB"),
+        ("evaluation", f"{len(run.evaluator.prompts)} held-out prompts, {config.evaluation.num_steps} steps of "
+                       f"{config.evaluation.solver}" +
+                       (f", every {config.evaluation.every_steps} steps" if config.evaluation.every_steps else "")),
+        ("workdir", f"{workdir.path}: config.json metrics.jsonl evaluation.jsonl tensorboard/ samples/ checkpoints/ "
+                    "report.html"),
+    ]
+    console.table(rows)
+
+
+def _conclude(run: compose.Run, workdir: Workdir, console: Console, state: TrainState, seconds: float) -> None:
+    records = workdir.read(workdir.evaluations)
+    if len(records) < 2:
+        return
+    base, last = records[0], records[-1]
+    rows = []
+    for name in (*run.config.rewards.train, *run.config.rewards.heldout):
+        gain = last["gain"][name]
+        if gain["mean"] is None:
+            rows.append((name, "-", "-", "no valid sample", "", ""))
+            continue
+        verdict = "up" if gain["low"] > 0 else "down" if gain["high"] < 0 else "not clear"
+        note = " (never trained)" if name in run.config.rewards.heldout else ""
+        rows.append((name + note, shown(base["scores"][name]["mean"]), shown(last["scores"][name]["mean"]),
+                     shown(gain["mean"], gain["low"], gain["high"], sign=True), last["scores"][name]["count"], verdict))
+    console.say(f"\nbefore and after {int(state.step)} steps, {last['num_prompts']} held-out prompts, gain with 95 % "
+                f"bootstrap interval ({duration(seconds)} in all):")
+    console.table([tuple(map(str, row)) for row in rows], ("reward", "before", "after", "gain", "prompts", ""))

@@ -1,0 +1,49 @@
+"""Sampling pictures from a policy: noise to latents to pixels, one compiled program per batch shape."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.flow.sampler import sample
+from marble_jax.flow.schedule import sigma_grid, truncated
+from marble_jax.flow.solvers import solver_table
+from marble_jax.types import Adapter, Conditioning, Params
+
+PolicyVelocity = Callable[[Params, Adapter | None, jax.Array, jax.Array, Conditioning], jax.Array]
+"""velocity(params, adapter or None, xt [n, h, w, C], sigma [n], cond) -> float32 [n, h, w, C]."""
+
+Sampler = Callable[[Params, Adapter | None, Conditioning, jax.Array], jax.Array]
+"""sampler(params, adapter or None, cond of n samples, noise [n, h, w, C]) -> clean latents float32 [n, h, w, C]."""
+
+
+def make_sampler(velocity: PolicyVelocity, num_steps: int, solver: str, shift: float,
+                 integer_timesteps: bool = False) -> Sampler:
+    """A compiled sampler.
+
+    Args:
+      velocity: the policy as a function.
+      num_steps: solver steps.
+      solver: "euler", "dpm1", "dpm2" or "ddim".
+      shift: resolution shift of the noise levels.
+      integer_timesteps: truncate the timestep that the network sees, as upstream's rollouts do.
+    """
+    sigmas = sigma_grid(num_steps, shift)
+    table = solver_table(solver, sigmas)
+    seen = truncated(sigmas[:-1]) if integer_timesteps else None
+
+    @jax.jit
+    def run(params: Params, adapter: Adapter | None, cond: Conditioning, noise: jax.Array) -> jax.Array:
+        def at(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return velocity(params, adapter, x, jnp.broadcast_to(sigma, x.shape[:1]), cond)
+
+        return sample(at, noise, sigmas, table, seen)
+
+    return run
+
+
+def batches(count: int, size: int) -> list[np.ndarray]:
+    """Indices [size] of every batch; the last one is filled up by repeating, so that nothing is compiled twice."""
+    return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]

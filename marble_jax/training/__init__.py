@@ -1,0 +1,1 @@
+"""The training procedure: rollout, scores, advantages, per-reward gradients, alpha, update."""

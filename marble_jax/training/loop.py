@@ -1,0 +1,186 @@
+"""The loop: rollout, scores, advantages, update; records, evaluations and checkpoints around it."""
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax import adapters
+from marble_jax.advantages import Advantages, gdpo, per_reward, weighted_sum
+from marble_jax.console import Clock, Console
+from marble_jax.prompts.files import Prompt
+from marble_jax.prompts.groups import draw
+from marble_jax.training.batch import Collector
+from marble_jax.training.microsteps import RolloutBatch
+from marble_jax.training.records import flat_metrics, score_metrics
+from marble_jax.training.state import TrainState
+from marble_jax.training.steps import Steps
+from marble_jax.types import Params, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When what happens.
+
+    Attributes:
+      num_steps: optimiser steps of the run.
+      evaluate_every: optimiser steps between evaluations; 0 for only before and after.
+      checkpoint_every: optimiser steps between checkpoints.
+    """
+
+    num_steps: int
+    evaluate_every: int
+    checkpoint_every: int
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the state after `step` steps is evaluated."""
+        return step in (0, self.num_steps) or bool(self.evaluate_every and step % self.evaluate_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether the state after `step` steps is saved."""
+        return step == self.num_steps or step % self.checkpoint_every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Which prompts a step draws and how their scores become advantages."""
+
+    prompts: Mapping[str, list[Prompt]]
+    seed: int
+    prompts_per_step: int
+    images_per_prompt: int
+    scale: str
+    scalarise: str
+    reward_weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the loop calls and does not know: the composition fills them in.
+
+    Attributes:
+      record: called with (step, flat record) after every optimiser step.
+      evaluate: called with the state after a step that `Schedule.evaluates`; returns the state.
+      save: called with the state to save it.
+    """
+
+    record: Callable[[int, dict[str, Any]], None]
+    evaluate: Callable[[TrainState], TrainState]
+    save: Callable[[TrainState], None]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM or Ctrl-C) and its state is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}; the same command goes on from here")
+        self.step = step
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT into a list instead of dying from them; a second one does."""
+    received: list[int] = []
+    before = {}
+
+    def handler(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def advantages_of(scores: Scores, groups: np.ndarray, sampling: Sampling) -> tuple[Advantages, np.ndarray, np.ndarray]:
+    """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarised."""
+    each = per_reward(scores.values, scores.valid, groups, sampling.scale)
+    if sampling.scalarise == "none":
+        return each, each.values, each.valid
+    weights = np.asarray(sampling.reward_weights) if sampling.reward_weights else None
+    if sampling.scalarise == "gdpo":
+        one = gdpo(scores.values, scores.valid, groups, weights)
+    else:
+        one = per_reward(*weighted_sum(scores.values, scores.valid, weights), groups, sampling.scale)
+    return (each, np.concatenate([each.values, np.atleast_2d(one.values)]),
+            np.concatenate([each.valid, np.atleast_2d(one.valid)]))
+
+
+def train(state: TrainState, params: Params, collector: Collector, steps: Steps, sampling: Sampling,
+          schedule: Schedule, hooks: Hooks, console: Console, lora_scale: float, merge: bool,
+          place: Callable[[Any], Any]) -> TrainState:
+    """Runs until `schedule.num_steps` optimiser steps are done.
+
+    Args:
+      state: where to start.
+      params: base weights.
+      collector: samples and scores.
+      steps: the compiled optimiser steps.
+      sampling: prompts and advantages.
+      schedule: when what happens.
+      hooks: records, evaluations, checkpoints.
+      console: the terminal.
+      lora_scale: alpha / rank.
+      merge: fold the rollout policy's adapter into a copy of the weights before sampling. Faster; exact up to
+        rounding in the weights' dtype, so meant for float32.
+      place: puts a tree on every device.
+
+    Raises:
+      Interrupted: a signal came; the state was saved after the step under way.
+    """
+    merged = jax.jit(lambda params, adapter: adapters.merge(params, adapter, lora_scale))
+    first = int(state.step)
+    clock = Clock(first, schedule.num_steps)
+    with stop_requests() as stops:
+        if schedule.evaluates(first) and first == 0:
+            state = hooks.evaluate(state)
+        while (step := int(state.step)) < schedule.num_steps and not stops:
+            start = time.perf_counter()
+            samples = draw(sampling.prompts, sampling.seed, step, sampling.prompts_per_step, sampling.images_per_prompt)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), 1)
+            weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)
+            with console.bar(len(samples.prompts), f"step {step + 1} rollout", "img") as bar:
+                rollout = collector(weights, adapter, samples, key, bar.update)
+            del weights
+            each, rows, valid = advantages_of(rollout.scores, samples.groups, sampling)
+            batch = RolloutBatch(rollout.x0, *place((jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows),
+                                                     jnp.asarray(valid))))
+            trained = time.perf_counter()
+            program = steps.due(bool(state.alpha.solved), int(state.alpha.age))
+            state, metrics = program(state, params, batch)
+            names = rollout.scores.names
+            record = {"step": step, "time": time.time()} | score_metrics(rollout.scores, each)
+            record |= {f"rollout/{k}": v for k, v in rollout.health.items()} | flat_metrics(metrics, names)
+            end = time.perf_counter()
+            record |= {"time/rollout_s": rollout.seconds["rollout"], "time/rewards_wait_s": rollout.seconds["rewards_wait"],
+                       "time/train_s": end - trained, "time/step_s": end - start}
+            hooks.record(step, record)
+            console.say(step_line(record, names, schedule.num_steps, clock.left(step + 1)))
+            done = step + 1
+            if schedule.evaluates(done):
+                state = hooks.evaluate(state)
+            if schedule.saves(done) or stops:
+                hooks.save(state)
+    if stops:
+        raise Interrupted(int(state.step))
+    return state
+
+
+def step_line(record: Mapping[str, Any], names: tuple[str, ...], total: int, left: str) -> str:
+    """One line a step: scores of the rollouts, gradient norm, worst cosine, seconds, time left."""
+    scores = " ".join(f"{n} {record[f'rollout/score_mean/{n}']:.3f}" for n in names)
+    cosine = f" worst cos {record['harmonize/worst_cos']:+.2f}" if "harmonize/worst_cos" in record else ""
+    return (f"step {record['step'] + 1}/{total}  {scores}  |g| {record['training/grad_norm']:.3f}{cosine}  "
+            f"{record['time/step_s']:.1f}s (rollout {record['time/rollout_s']:.1f} train {record['time/train_s']:.1f}) "
+            f"{left} left")

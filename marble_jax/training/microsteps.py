@@ -1,0 +1,104 @@
+"""From a batch of rollouts to micro-steps: which picture meets which timestep and which noise.
+
+Every picture is trained on `num_timesteps` of its solver's timesteps, shuffled apart for each picture, with one noise
+draw for each. Micro-step m = j * B + b takes the b-th slice of the pictures at their j-th timestep.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from marble_jax.flow.path import interpolate
+from marble_jax.harmonize.gradients import FlowBatch
+from marble_jax.sampling import PolicyVelocity
+from marble_jax.types import Adapter, Conditioning, Params
+
+@flax.struct.dataclass
+class RolloutBatch:
+    """One optimiser step's rollouts, with what every objective row makes of them.
+
+    Attributes:
+      x0: float32 [N, h, w, C] clean latents.
+      prompt: int32 [N] index of each picture's prompt in `cond`.
+      cond: conditioning of the P distinct prompts.
+      advantages: float32 [R, N] under every row (the rewards, then the scalarised one if there is one).
+      valid: bool [R, N]; an advantage that is not valid is 0.
+    """
+
+    x0: jax.Array
+    prompt: jax.Array
+    cond: Conditioning
+    advantages: jax.Array
+    valid: jax.Array
+
+
+@flax.struct.dataclass
+class Schedule:
+    """Pictures in training order, cut into B slices of n: leaves [B, n, ...]; sigma is [T, B, n]."""
+
+    x0: jax.Array
+    prompt: jax.Array
+    advantages: jax.Array
+    valid: jax.Array
+    sigma: jax.Array
+    key: jax.Array
+
+
+def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timesteps: int, micro_batch: int) -> Schedule:
+    """Shuffles pictures and, for each, timesteps.
+
+    Args:
+      batch: N pictures, N divisible by `micro_batch`.
+      key: PRNG key of this optimiser step.
+      sigmas: [S] the solver's noise levels, without the trailing zero.
+      num_timesteps: T <= S timesteps per picture.
+      micro_batch: n.
+    """
+    num = batch.x0.shape[0]
+    order_key, time_key, noise_key = jax.random.split(key, 3)
+    order = jax.random.permutation(order_key, num)
+    grid = jnp.broadcast_to(jnp.asarray(sigmas, jnp.float32), (num, len(sigmas)))
+    times = jax.random.permutation(time_key, grid, axis=1, independent=True)[:, :num_timesteps]
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x[order].reshape(num // micro_batch, micro_batch, *x.shape[1:])
+
+    return Schedule(
+        x0=cut(batch.x0), prompt=cut(batch.prompt), advantages=cut(batch.advantages.T), valid=cut(batch.valid.T),
+        sigma=times.T.reshape(num_timesteps, num // micro_batch, micro_batch), key=noise_key)
+
+
+def micro_step(velocity: PolicyVelocity, params: Params, old: Adapter, batch: RolloutBatch, plan: Schedule,
+               index: jax.Array, with_reference: bool) -> tuple[FlowBatch, jax.Array, jax.Array]:
+    """Noised latents of micro-step `index` with the rollout policy's and the base model's velocity there.
+
+    Returns:
+      FlowBatch of n samples, advantages [R, n] and valid [R, n].
+    """
+    slices = plan.x0.shape[0]
+    part, time = index % slices, index // slices
+    x0, sigma = plan.x0[part], plan.sigma[time, part]
+    xt = interpolate(x0, jax.random.normal(jax.random.fold_in(plan.key, index), x0.shape), sigma)
+    cond = jax.tree.map(lambda leaf: leaf[plan.prompt[part]], batch.cond)
+    v_old = velocity(params, old, xt, sigma, cond)
+    v_ref = velocity(params, None, xt, sigma, cond) if with_reference else None
+    v_old, v_ref = jax.lax.stop_gradient((v_old, v_ref))
+    return FlowBatch(x0, xt, sigma, cond, v_old, v_ref), plan.advantages[part].T, plan.valid[part].T
+
+
+def num_micro_steps(plan: Schedule) -> int:
+    """Micro-steps of an optimiser step: timesteps times slices."""
+    return plan.sigma.shape[0] * plan.sigma.shape[1]
+
+
+def sum_over(body: Callable[[jax.Array], Any], first: int, last: int) -> Any:
+    """sum of `body(m)` for m in [first, last), a pytree, in one compiled loop."""
+    shapes = jax.eval_shape(body, jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(lambda acc, m: (jax.tree.map(jnp.add, acc, body(m)), None), zeros,
+                            jnp.arange(first, last, dtype=jnp.int32))
+    return total

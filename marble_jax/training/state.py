@@ -1,0 +1,58 @@
+"""Everything a run needs to go on: one pytree that is checkpointed whole."""
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from marble_jax.harmonize import smoothing
+from marble_jax.types import Adapter
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The whole state of training after `step` optimiser steps.
+
+    Prompts, noise and timesteps are functions of (`key`, `step`) alone, so `step` is also the sampler's position.
+
+    Attributes:
+      step: int32 scalar, optimiser steps done.
+      key: uint32 key data of the run's random key.
+      current: the adapter that is trained.
+      old: the adapter that samples rollouts.
+      ema: the averaged adapter that is evaluated and exported.
+      opt_state: state of the optimiser.
+      alpha: the remembered alpha and its age.
+      balancer: state of the balancer, possibly empty.
+      best_score: float32 scalar, best mean standardised gain at an evaluation; -inf before the first.
+      best_step: int32 scalar, the step of that evaluation.
+      best: the averaged adapter at that evaluation.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    current: Adapter
+    old: Adapter
+    ema: Adapter
+    opt_state: optax.OptState
+    alpha: smoothing.AlphaState
+    balancer: Any
+    best_score: jax.Array
+    best_step: jax.Array
+    best: Adapter
+
+
+def initial_state(adapter: Adapter, optimizer: optax.GradientTransformation, num_rewards: int, balancer_state: Any,
+                  seed: int) -> TrainState:
+    """The state before the first step: all three policies are the same new adapter."""
+    def copy(tree: Adapter) -> Adapter:
+        return jax.tree.map(jnp.copy, tree)
+
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), key=jax.random.key_data(jax.random.key(seed)), current=adapter,
+        old=copy(adapter), ema=copy(adapter), opt_state=optimizer.init(adapter),
+        alpha=smoothing.init(num_rewards), balancer=balancer_state,
+        best_score=jnp.asarray(-jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32), best=copy(adapter))

@@ -1,0 +1,164 @@
+"""One optimiser step: per-reward gradients, their common update, the three policies.
+
+`exact` takes every reward's gradient over the whole batch and solves for alpha at every step. `amortised` does so every
+`refresh_every` steps and in between runs one backward pass on `sum_k w_k loss_k`, with w_k = alpha_k mean|g| / |g_k|
+from the last solve, which is the same update rule with older coefficients. `marble_jax.training.faithful` is upstream's
+variant. Each is one compiled program for all steps.
+
+The rows of the objective are the K rewards and, when advantages are scalarised, one more: the single advantage that is
+trained on. Its per-reward companions then cost nothing and show what it does to each reward.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from marble_jax import tree
+from marble_jax.harmonize import diagnostics, gradients, smoothing
+from marble_jax.harmonize.balancers import Balancer
+from marble_jax.nft import policies
+from marble_jax.nft.objective import optimality
+from marble_jax.sampling import PolicyVelocity
+from marble_jax.training.microsteps import RolloutBatch, micro_step, num_micro_steps, schedule, sum_over
+from marble_jax.training.state import TrainState
+from marble_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What an optimiser step does, fixed for a run.
+
+    Attributes:
+      sigmas: the rollout solver's noise levels without the trailing zero.
+      num_timesteps: timesteps trained on per picture.
+      micro_batch: samples a micro-step.
+      chunk: samples whose per-sample gradients are held at once.
+      num_rewards: K.
+      scalarised: whether row K is the single advantage that is trained on.
+      nft_beta, kl_weight, clip: the objective's constants.
+      balancer: from Gram matrix to weights.
+      rho: weight of the old alpha in its running average.
+      smooth: whether a solve's update uses the running average instead of the fresh alpha.
+      old_schedule: decay of the rollout policy as a function of the step.
+      ema_decay: decay of the averaged adapter.
+    """
+
+    sigmas: tuple[float, ...]
+    num_timesteps: int
+    micro_batch: int
+    chunk: int
+    num_rewards: int
+    scalarised: bool
+    nft_beta: float
+    kl_weight: float
+    clip: float
+    balancer: Balancer
+    rho: float
+    smooth: bool
+    old_schedule: Callable[[jax.Array], jax.Array]
+    ema_decay: float
+
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Params, RolloutBatch], tuple[TrainState, Metrics]]
+
+
+def finish(recipe: Recipe, optimizer: optax.GradientTransformation, state: TrainState, gradient: Any,
+           alpha: smoothing.AlphaState) -> tuple[TrainState, Metrics]:
+    """Clips, steps the optimiser and moves the averaged and the rollout policy.
+
+    A non-finite gradient changes nothing but the step count, and is reported.
+    """
+    norm = tree.norm(gradient)
+    finite = jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.current)
+    step = state.step + 1
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    current = keep(optax.apply_updates(state.current, updates), state.current)
+    ema_decay = policies.ema_decay(step, recipe.ema_decay)
+    old_decay = recipe.old_schedule(step)
+    new = state.replace(
+        step=step, current=current, opt_state=keep(opt_state, state.opt_state), alpha=smoothing.advance(alpha),
+        ema=policies.soft_update(state.ema, current, ema_decay), old=policies.soft_update(state.old, current, old_decay))
+    return new, {"training/grad_norm": norm, "training/skipped": 1.0 - finite, "policies/ema_decay": ema_decay,
+                 "policies/old_decay": old_decay}
+
+
+def exact_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation) -> Step:
+    """The step that takes every reward's gradient over the whole batch and solves for alpha."""
+    rewards = recipe.num_rewards
+
+    def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
+
+        def body(index: jax.Array) -> gradients.RewardSums:
+            flow, advantages, valid = micro_step(velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0)
+            return gradients.accumulate(
+                partial(velocity, params), state.current, flow, optimality(advantages, recipe.clip), valid,
+                nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk)
+
+        sums = sum_over(body, 0, num_micro_steps(plan))
+        mean = gradients.mean_gradients(sums)
+        gram = tree.gram(mean.gradients)
+        own = gram[:rewards, :rewards]
+        solution = recipe.balancer(own, sums.counts[:rewards] > 0, state.balancer)
+        alpha = smoothing.refresh(state.alpha, solution.alpha, solution.scale, recipe.rho, solution.used)
+        weights = solution.weights
+        if recipe.smooth:
+            weights = smoothing.present_alpha(alpha, solution.used) * solution.scale
+        if recipe.scalarised:
+            weights = jnp.concatenate([jnp.zeros(rewards), jnp.ones(1)])
+        update = tree.weighted_sum(weights, mean.gradients)
+        total = tree.add(update, tree.scale(mean.kl_gradient, recipe.kl_weight))
+        state, metrics = finish(recipe, optimizer, state.replace(balancer=solution.state), total, alpha)
+        padded = jnp.pad(alpha.alpha, (0, len(gram) - rewards))
+        look = diagnostics.from_gram(gram, weights, jnp.arange(len(gram)) < rewards, padded)
+        look |= {"harmonize/cos_update": look["harmonize/cos_update"][:rewards],
+                 "harmonize/cos_pair": look["harmonize/cos_pair"][:rewards, :rewards]}
+        metrics |= {"nft/loss": jnp.sum(jnp.where(weights != 0, weights * mean.losses, 0.0)), "nft/kl": mean.kl,
+                    "nft/loss_per_reward": mean.losses[:rewards], "harmonize/alpha": alpha.alpha,
+                    "harmonize/alpha_solved": solution.alpha, "harmonize/grad_norm": solution.norms,
+                    "harmonize/refreshed": jnp.ones(()), "harmonize/alpha_age": alpha.age,
+                    "harmonize/min_norm": solution.min_norm, "harmonize/kkt_residual": solution.kkt_residual} | look
+        return state, metrics
+
+    return step
+
+
+def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation) -> Step:
+    """The step in between solves: one backward pass with the cached coefficients."""
+    rewards = recipe.num_rewards
+
+    def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
+        counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
+        total = batch.x0.shape[0] * recipe.num_timesteps
+        weights = smoothing.present_alpha(state.alpha, counts[:rewards] > 0) * state.alpha.scale
+        if recipe.scalarised:
+            weights = jnp.concatenate([jnp.zeros(rewards), jnp.ones(1)])
+
+        def body(index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+            flow, advantages, valid = micro_step(velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0)
+            positive, negative = gradients.branch_weights(weights, optimality(advantages, recipe.clip), valid, counts)
+            return gradients.combined_gradient(
+                partial(velocity, params), state.current, flow, positive, negative, nft_beta=recipe.nft_beta,
+                clip=recipe.clip, kl_weight=recipe.kl_weight, num_samples=total)
+
+        gradient, parts = sum_over(body, 0, num_micro_steps(plan))
+        state, metrics = finish(recipe, optimizer, state, gradient, state.alpha)
+        return state, metrics | {"nft/loss": parts["policy_loss"], "nft/kl": parts["kl"],
+                                 "harmonize/alpha": state.alpha.alpha, "harmonize/refreshed": jnp.zeros(()),
+                                 "harmonize/alpha_age": state.alpha.age}
+
+    return step

@@ -1,0 +1,119 @@
+"""The directory of a run: where its records, pictures and checkpoints live, and whose run it is.
+
+Any `etils.epath` location works. Files are written beside their place and renamed, so a reader never sees half of one;
+records are appended a line at a time and cut back to the restored step on resume.
+"""
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from marble_jax.errors import InputError
+
+FREE_KEYS = ("name", "training.num_steps", "evaluation.", "checkpoints.", "logging.", "mesh.", "rewards.num_workers",
+             "rewards.timeout", "rewards.on_error", "rewards.max_missing_share", "harmonize.chunk_size")
+"""Keys that may change between a run and its resumption: they do not change what a step computes."""
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it; tuples become lists, non-finite numbers null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "__jax_array__") or hasattr(value, "addressable_shards"):
+        value = np.asarray(value).tolist()
+        return plain(value) if isinstance(value, list) else plain(float(value) if isinstance(value, float) else value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Workdir:
+    """Paths and records of one run.
+
+    Args:
+      path: directory, made on `claim`.
+    """
+
+    def __init__(self, path: str):
+        self.path = epath.Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluations = self.path / "evaluation.jsonl"
+        self.samples = self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
+        self.events = self.path / "tensorboard"
+        self.report = self.path / "report.html"
+
+    def claim(self, config: dict[str, Any]) -> bool:
+        """Makes the directory for a run with this flat configuration, or checks that it holds that very run.
+
+        Returns:
+          Whether a run was there already.
+
+        Raises:
+          InputError: the place is not a directory, is not writable, or holds a run with another configuration.
+        """
+        record = self.path / "config.json"
+        config = plain(config)
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"workdir: expected a directory; received the file {self.path}")
+        if record.exists():
+            try:
+                there = json.loads(record.read_text())
+            except ValueError:
+                raise InputError(f"workdir: expected JSON in {record}; received something else") from None
+            for key in sorted(set(config) | set(there)):
+                if config.get(key) != there.get(key) and not key.startswith(FREE_KEYS):
+                    raise InputError(f"workdir {self.path} holds another run: {key} expected {there.get(key)!r} (its own); "
+                                     f"received {config.get(key)!r}; choose another --workdir")
+            self.write_json("config.json", config)
+            return True
+        if self.path.exists() and any(self.path.iterdir()):
+            raise InputError(f"workdir: expected an empty or new directory, or one made by train; received {self.path} "
+                             "with other files in it")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", config)
+        except OSError as error:
+            raise InputError(f"workdir: expected a writable place; received {self.path} ({error.strerror or error})") from None
+        return False
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file whole or not at all."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".{target.name}.partial"
+        partial.write_text(text)
+        partial.rename(target) if not target.exists() else partial.replace(target)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(plain(value), indent=1) + "\n")
+
+    def append(self, file: epath.Path, record: dict[str, Any]) -> None:
+        """Adds one JSON line."""
+        with file.open("a") as handle:
+            handle.write(json.dumps(plain(record)) + "\n")
+
+    def read(self, file: epath.Path) -> list[dict[str, Any]]:
+        """All whole lines of a record file; a last line cut short by a kill is left out."""
+        if not file.exists():
+            return []
+        records = []
+        for line in file.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def cut(self, step: int) -> None:
+        """Drops what a killed run recorded after the step it is resumed from (`step` optimiser steps are done)."""
+        for file, keep in ((self.metrics, step - 1), (self.evaluations, step)):
+            if file.exists():
+                records = [r for r in self.read(file) if r["step"] <= keep]
+                self.write_text(file.name, "".join(json.dumps(r) + "\n" for r in records))

@@ -1,0 +1,158 @@
+"""Solver tables and the loop against independent NumPy float64 integrators, diffusers, and published weights."""
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marble_jax.errors import InputError
+from marble_jax.flow import sampler, schedule, solvers
+
+WEIGHTS = [0, 0, .3063, .3722, .4077, .4306, .4469, .4593, .4694, .4780, .4857, .4928, .4998, .5068, .5142, .5224, .5319,
+           .5434, .5582, .5788, .6102, .6660, .7987, 1.9493, 0]
+
+
+def _velocity(x, sigma, module=np):
+    return module.tanh(1.3 * x + sigma) - 0.4 * x * sigma
+
+
+def _noise():
+    return np.random.default_rng(3).normal(size=(2, 4, 4, 3))
+
+
+def _euler(x, sigmas):
+    for sigma, tau in zip(sigmas[:-1], sigmas[1:]):
+        x = x + (tau - sigma) * _velocity(x, sigma)
+    return x
+
+
+def _ddim(x, sigmas):
+    """Predicted data and predicted noise, recombined at the next level."""
+    for sigma, tau in zip(sigmas[:-1], sigmas[1:]):
+        data = x - sigma * _velocity(x, sigma)
+        noise = (x - (1 - sigma) * data) / sigma
+        x = (1 - tau) * data + tau * noise
+    return x
+
+
+def _dpm2(x, sigmas):
+    """Multistep DPM-Solver++ written with log-SNR and exponentials, infinities included."""
+    num_steps, before = len(sigmas) - 1, None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        half_log_snr = np.log((1 - sigmas) / sigmas)
+    for i in range(num_steps):
+        sigma, tau = sigmas[i], sigmas[i + 1]
+        data = x - sigma * _velocity(x, sigma)
+        if i in (0, num_steps - 1):
+            x_next = (1 - tau) * data + tau * (x - (1 - sigma) * data) / sigma
+        else:
+            h, h_before = half_log_snr[i + 1] - half_log_snr[i], half_log_snr[i] - half_log_snr[i - 1]
+            slope = (data - before) / (h_before / h)
+            grow = (1 - tau) * -np.expm1(-h)
+            x_next = tau / sigma * x + grow * data + 0.5 * grow * slope
+        x, before = x_next, data
+    return x
+
+
+def test_published_correction_weights():
+    np.testing.assert_allclose(solvers.correction_weights(schedule.sigma_grid(25)), WEIGHTS, atol=5.1e-5)
+
+
+@pytest.mark.parametrize(("name", "reference"), [
+    ("euler", _euler), ("ddim", _ddim), ("dpm1", _ddim), ("dpm2", _dpm2)])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 25])
+def test_loop_matches_float64_integrator(name, reference, num_steps):
+    sigmas = schedule.sigma_grid(num_steps)
+    table = solvers.solver_table(name, sigmas)
+    got = sampler.sample(lambda x, s: _velocity(x, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas, table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = reference(_noise(), sigmas.astype(np.float64))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_a_run_that_starts_below_one_is_second_order_from_step_one():
+    weights = solvers.correction_weights(np.array([0.9, 0.6, 0.3, 0.0]))
+    # lambda = log((1 - s) / s): h_0 = log(6), h_1 = log(3.5); weight h_1 / (2 h_0).
+    np.testing.assert_allclose(weights, [0, np.log(3.5) / (2 * np.log(6)), 0], rtol=1e-12)
+
+
+def test_one_hand_computed_step():
+    table = solvers.dpm2(np.array([1.0, 0.8, 0.5, 0.2, 0.0]))
+    weight = np.log(4) / (2 * np.log(4))
+    np.testing.assert_allclose([table.state[2], table.current[2], table.previous[2]],
+                               [0.4, 0.6 * (1 + weight), -0.6 * weight], rtol=1e-12)
+    np.testing.assert_allclose([table.state[3], table.current[3], table.previous[3]], [0, 1, 0])
+
+
+def test_second_order_beats_first_order():
+    fine = _euler(_noise(), schedule.sigma_grid(4000).astype(np.float64))
+    sigmas = schedule.sigma_grid(25).astype(np.float64)
+    assert np.abs(_dpm2(_noise(), sigmas) - fine).max() < 0.3 * np.abs(_euler(_noise(), sigmas) - fine).max()
+
+
+def test_euler_equals_diffusers():
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(12)
+    x = torch.tensor(_noise(), dtype=torch.float32)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tensor(_velocity(x.numpy(), float(t) / 1000)), t, x).prev_sample
+    sigmas = schedule.sigma_grid(12)
+    got = sampler.sample(lambda z, s: _velocity(z, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas,
+                         solvers.solver_table("euler", sigmas))
+    np.testing.assert_allclose(got, x.numpy(), atol=1e-5)
+
+
+def test_the_network_can_be_shown_other_levels_than_the_solver_uses():
+    sigmas = schedule.sigma_grid(3)
+    seen = sampler.sample(lambda x, s: jnp.full_like(x, s), jnp.zeros((1, 1)), sigmas,
+                          solvers.first_order(sigmas), network_sigmas=np.array([0.5, 0.25, 0.125]))
+    steps = np.diff(sigmas.astype(np.float64))
+    np.testing.assert_allclose(seen[0, 0], steps @ [0.5, 0.25, 0.125], rtol=1e-5)
+
+
+def test_state_stays_float32_for_a_half_precision_network():
+    sigmas = schedule.sigma_grid(4)
+    out = sampler.sample(lambda x, s: (x * s).astype(jnp.bfloat16), jnp.ones((2, 2), jnp.bfloat16), sigmas,
+                         solvers.dpm2(sigmas))
+    assert out.dtype == jnp.float32
+
+
+def test_guidance_mixes_and_switches_off_at_one():
+    calls = []
+
+    def velocity(x, sigma, cond):
+        calls.append(x.shape[0])
+        return x + cond["c"]
+
+    x, cond, negative = jnp.ones((2, 3)), {"c": jnp.full((2, 1), 5.0)}, {"c": jnp.full((2, 1), 2.0)}
+    np.testing.assert_allclose(sampler.guided(velocity, cond, negative, 4.0)(x, 0.5), 1 + 2 + 4 * (5 - 2))
+    np.testing.assert_allclose(sampler.guided(velocity, cond, None, 1.0)(x, 0.5), 6.0)
+    assert calls == [4, 2]
+
+
+def test_sampling_compiles_to_one_network_call():
+    sigmas = schedule.sigma_grid(25)
+    traces = []
+
+    def velocity(x, sigma):
+        traces.append(1)
+        return -x
+
+    jax.jit(lambda z: sampler.sample(velocity, z, sigmas, solvers.dpm2(sigmas)))(jnp.ones((1, 2)))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: solvers.solver_table("dpm3", schedule.sigma_grid(3)), "solver: expected one of euler.*received 'dpm3'"),
+    (lambda: solvers.first_order(np.array([0.5, 0.7, 0.0])), "noise levels: expected .* strictly decreasing"),
+    (lambda: solvers.first_order(np.array([1.0])), "noise levels: expected"),
+    (lambda: solvers.first_order(np.array([1.5, 0.0])), "noise levels: expected"),
+    (lambda: sampler.sample(lambda x, s: x, jnp.ones((1, 1)), schedule.sigma_grid(4),
+                            solvers.first_order(schedule.sigma_grid(3))), "expected 4 for a solver table of 3 steps; received 5")])
+def test_bad_input(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

@@ -1,0 +1,82 @@
+"""Draws: shares, wrap-around, purity."""
+import collections
+
+import numpy as np
+import pytest
+
+from marble_jax.errors import InputError
+from marble_jax.prompts.files import Prompt
+from marble_jax.prompts.groups import draw, shares
+
+
+def pool(**sizes):
+    return {name: [Prompt(f"{name} {i}", name) for i in range(n)] for name, n in sizes.items()}
+
+
+POOL = pool(general=50, ocr=3, geneval=20)
+
+
+def test_shares_by_hand():
+    names = ("a", "b", "c")
+    assert shares(names, 6) == {"a": 2, "b": 2, "c": 2}
+    assert shares(names, 8) == {"a": 3, "b": 3, "c": 2}
+    # 7 * (1/2, 1/3, 1/6) = 3.5, 2.33, 1.17: the half is rounded up
+    assert shares(names, 7, {"a": 3, "b": 2, "c": 1}) == {"a": 4, "b": 2, "c": 1}
+    assert shares(names, 5, {"a": 0, "b": 1, "c": 0}) == {"a": 0, "b": 5, "c": 0}
+
+
+def test_groups_sources_and_repeats():
+    d = draw(POOL, seed=42, step=3, num_prompts=6, images_per_prompt=4)
+    assert len(d.prompts) == len(d.sources) == 24
+    np.testing.assert_array_equal(d.groups, np.repeat(np.arange(6), 4))
+    for group in range(6):
+        assert len({d.prompts[i].text for i in np.flatnonzero(d.groups == group)}) == 1
+    assert collections.Counter(d.sources) == {"general": 8, "geneval": 8, "ocr": 8}
+    assert d.sources == tuple(p.source for p in d.prompts)
+
+
+def test_pure_in_seed_and_step():
+    key = dict(prompts=POOL, num_prompts=6, images_per_prompt=2)
+    assert draw(seed=1, step=5, **key).prompts == draw(seed=1, step=5, **key).prompts
+    assert draw(seed=1, step=5, **key).prompts != draw(seed=1, step=6, **key).prompts
+    assert draw(seed=1, step=5, **key).prompts != draw(seed=2, step=5, **key).prompts
+
+
+def test_wraps_and_keeps_draws_apart():
+    d = draw(pool(ocr=3), seed=0, step=0, num_prompts=7, images_per_prompt=2)
+    counts = collections.Counter(p.text for p in d.prompts)
+    assert sorted(counts.values()) == [4, 4, 6]  # 7 draws of 3 prompts: 2, 2 and 3 times, two pictures each
+    assert len(set(d.groups)) == 7
+
+
+def test_no_repeats_within_a_step_while_a_source_lasts_and_all_get_drawn():
+    seen = set()
+    for step in range(40):
+        texts = [p.text for p in draw(POOL, 0, step, 6, 1).prompts]
+        assert len(set(texts)) == 6
+        seen.update(texts)
+    assert len(seen) > 50  # of 73; two independent draws from each source over 40 steps give 60 on average
+
+
+def test_weights_and_unweighted_sources():
+    d = draw(POOL | {"empty": []}, 0, 0, 4, 1, weights={"general": 3, "ocr": 1, "geneval": 0, "empty": 0})
+    assert collections.Counter(d.sources) == {"general": 3, "ocr": 1}
+
+
+def test_rejects_bad_input():
+    with pytest.raises(InputError, match="images_per_prompt: expected at least 1; received 0"):
+        draw(POOL, 0, 0, 4, 0)
+    with pytest.raises(InputError, match="prompts per step: expected at least 1; received 0"):
+        draw(POOL, 0, 0, 0, 1)
+    with pytest.raises(InputError, match="source 'ocr': expected at least one prompt"):
+        draw({"ocr": []}, 0, 0, 1, 1)
+    with pytest.raises(InputError, match="prompt sources: expected at least one"):
+        draw({}, 0, 0, 1, 1)
+    with pytest.raises(InputError, match="source weights: expected one of .*did you mean 'ocr'"):
+        shares(("ocr",), 1, {"ocrr": 1})
+    with pytest.raises(InputError, match="expected a weight for 'b'"):
+        shares(("a", "b"), 1, {"a": 1})
+    with pytest.raises(InputError, match="expected a number >= 0 for 'a'"):
+        shares(("a",), 1, {"a": -1})
+    with pytest.raises(InputError, match="received only zeros"):
+        shares(("a",), 1, {"a": 0})

@@ -1,0 +1,277 @@
+"""The page as a reader's browser sees it: parsed, not matched as text."""
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+
+from etils import epath
+import pytest
+
+from marble_jax.errors import InputError
+from marble_jax.report import read_records, write_report
+from make_workdir import HELDOUT, HOSTILE, PROMPTS, REWARDS, make_workdir
+
+VOID = {"meta", "link", "img", "br", "input"}
+SECTIONS = [
+    "verdict",
+    "before-after",
+    "pictures",
+    "curves",
+    "compare",
+    "alpha",
+    "conflict",
+    "norms",
+    "health",
+    "time",
+    "setup",
+]
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, attributes, text by section and tables; fails on tags that do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.sections, self.text, self.rows, self.cell = [], [], [], {}, [], None
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag == "section":
+            self.sections.append(attrs["id"])
+        if tag == "tr":
+            self.rows.append((self.sections[-1], [], []))
+        if tag == "data":
+            self.rows[-1][2].append((float(attrs["value"]), "")) if self.rows and "tr" in self.open else None
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, (tag, self.open[-4:])
+        self.open.pop()
+
+    def handle_data(self, data):
+        where = self.sections[-1] if self.sections else "head"
+        self.text[where] = self.text.get(where, "") + data
+        if "tr" in self.open:
+            self.rows[-1][1].append(data)
+            if self.open[-1] == "data":
+                self.rows[-1][2][-1] = (self.rows[-1][2][-1][0], data)
+
+
+def load(root):
+    return Page(write_report(root).read_text())
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    root = make_workdir(tmp_path_factory.mktemp("full") / "run")
+    return root, load(root)
+
+
+def test_sections_in_order_and_reachable(full):
+    _, page = full
+    assert page.sections == SECTIONS
+    targets = [attrs["href"][1:] for tag, attrs in page.tags if tag == "a"]
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert set(targets) <= ids and set(SECTIONS) <= set(targets)
+
+
+def test_numbers_of_the_table_are_those_of_the_records(full):
+    root, page = full
+    records = read_records(root)
+    rows = [row for row in page.rows if row[0] == "before-after"][1:]
+    assert len(rows) == len(REWARDS + HELDOUT)
+    for name, (_, words, numbers) in zip(REWARDS + HELDOUT, rows):
+        assert name in words and ("never trained" in words) == (name in HELDOUT)
+        wanted = [
+            entry[name][field]
+            for entry in (records.base["scores"], records.trained[-1]["scores"], records.trained[-1]["gain"])
+            for field in ("mean", "low", "high")
+        ]
+        assert [value for value, _ in numbers] == wanted + [records.base["scores"][name]["count"]]
+        for value, shown in numbers:
+            text = shown.replace("\N{MINUS SIGN}", "-")
+            decimals = len(text.split(".")[1]) if "." in text else 0
+            assert float(text) == pytest.approx(value, abs=0.51 * 10.0**-decimals)
+
+
+def test_nothing_outside_the_file_is_asked_for(full):
+    root, page = full
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
+            assert not attrs.get(name) or attrs[name].startswith(("data:", "#")), (tag, attrs)
+    text = (root / "report.html").read_text()
+    assert not re.search(r"url\(|@import|https?:", re.search(r"<style>(.*?)</style>", text, re.S).group(1))
+    assert "//" not in re.sub(r"^\s*//.*$", "", re.search(r"<script>(.*?)</script>", text, re.S).group(1), flags=re.M)
+
+
+def test_hostile_text_stays_text(full):
+    _, page = full
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert HOSTILE in page.text["pictures"]
+    assert "<img src=x onerror=alert(1)>" in page.text["setup"]
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert any(HOSTILE in attrs["alt"] for tag, attrs in page.tags if tag == "img")
+
+
+def test_hostile_names_stay_text(tmp_path):
+    root = make_workdir(tmp_path / "run", done=21, pictures=False, compare=False)
+    evil = '"><script>x</script>'
+    for file in ("run.json", "metrics.jsonl", "evaluation.jsonl"):
+        (root / file).write_text(
+            (root / file)
+            .read_text()
+            .replace("clip", evil.replace('"', '\\"'))
+            .replace("signs-and-shapes", evil.replace('"', '\\"'))
+        )
+    page = load(root)
+    assert [tag for tag, _ in page.tags].count("script") == 1 and evil in page.text["before-after"]
+
+
+def test_pictures_are_inside_with_words(full):
+    _, page = full
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == len(PROMPTS) * (2 + 4)
+    assert all(i["src"].startswith("data:image/png;base64,") and i["alt"] and i["width"] == "64" for i in images)
+
+
+def test_large_pictures_are_scaled_down(tmp_path):
+    root = make_workdir(tmp_path / "run", done=20, compare=False, size=512)
+    images = [attrs for tag, attrs in load(root).tags if tag == "img"]
+    assert images and all(i["src"].startswith("data:image/jpeg;base64,") and i["width"] == "320" for i in images)
+
+
+def test_charts_have_words_and_tables_have_heads(full):
+    _, page = full
+    assert all(attrs.get("aria-label") or attrs.get("aria-hidden") for tag, attrs in page.tags if tag == "svg")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("table") == tags.count("thead") > 10
+    assert dict(page.tags[0:1])["html"] == {"lang": "en"} and tags.count("h1") == 1
+
+
+@pytest.mark.parametrize(
+    "kept", [(), ("run.json",), ("metrics.jsonl",), ("evaluation.jsonl",), ("run.json", "metrics.jsonl"), ("samples",)]
+)
+def test_any_record_may_be_missing(tmp_path, kept):
+    root = make_workdir(tmp_path / "run", done=21, compare=False)
+    for path in list(root.iterdir()):
+        if path.name not in kept:
+            path.rename(tmp_path / path.name)
+    page = load(root)
+    assert page.sections == [s for s in SECTIONS if s != "compare"]
+    assert "nan" not in " ".join(page.text.values()).lower().split()
+
+
+def test_an_empty_workdir_says_what_is_not_there(tmp_path):
+    page = load(tmp_path)
+    assert "no records yet" in page.text["verdict"] and "just begun" in page.text["head"]
+    assert "No evaluation yet" in page.text["before-after"] and "No metrics yet" in page.text["health"]
+
+
+def test_half_way(tmp_path):
+    page = load(make_workdir(tmp_path / "run", done=47))
+    assert "not finished" in page.text["head"] and "47 of 120 steps" in page.text["head"]
+    assert "So far, at step 40" in page.text["verdict"] and "73 steps are left" in page.text["time"]
+
+
+def test_one_step(tmp_path):
+    assert load(make_workdir(tmp_path / "run", done=1)).sections == SECTIONS
+
+
+def test_damaged_picture_and_cut_line_are_told(tmp_path):
+    root = make_workdir(tmp_path / "run", done=21)
+    picture = root / "samples" / "step_000020" / "01.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    metrics = root / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-30])
+    text = load(root).text["setup"]
+    assert "step_000020/01.png could not be read" in text and "last line of metrics.jsonl is incomplete" in text
+
+
+def test_alarms_are_words(full):
+    _, page = full
+    assert (
+        "Diversity has halved" in page.text["health"] and "sharpness fell without being trained" in page.text["verdict"]
+    )
+
+
+def test_other_runs_stand_beside_this_one(full):
+    _, page = full
+    assert "weighted_sum" in page.text["compare"] and "this run" in page.text["compare"]
+
+
+def test_text_that_utf8_cannot_hold_does_not_stop_the_page(tmp_path):
+    (tmp_path / "samples" / "step_000000").mkdir(parents=True)
+    (tmp_path / "samples" / "prompts.json").write_text('[{"prompt": "lone \\ud800 half", "seed": 1}]')
+    (tmp_path / "samples" / "step_000000" / "00.png").write_bytes(b"")
+    page = Page(write_report(tmp_path).read_bytes().decode("utf-8"))
+    assert "lone ? half" in page.text["pictures"] and "unreadable" in page.text["pictures"]
+
+
+def test_configuration_falls_back_to_the_resolved_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"training.learning_rate": 0.0003}')
+    assert "training.learning_rate" in load(tmp_path).text["setup"]
+
+
+def test_many_rewards_share_colours_but_not_looks(tmp_path):
+    names = [f"reward{i}" for i in range(11)]
+    (tmp_path / "run.json").write_text(json.dumps({"rewards": names, "num_steps": 3}))
+    rows = [{"step": s} | {f"harmonize/alpha/{n}": 1 / 11 for n in names} for s in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert all(name in load(tmp_path).text["alpha"] for name in names)
+
+
+def test_written_in_one_move_and_again(tmp_path):
+    root = make_workdir(tmp_path / "run", done=3, pictures=False, compare=False)
+    first = write_report(root)
+    assert first == epath.Path(root) / "report.html"
+    before = first.read_text()
+    assert write_report(str(root)).read_text() == before
+    assert not [p.name for p in root.iterdir() if "partial" in p.name]
+
+
+def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
+    from marble_jax.report import page as module
+
+    root = make_workdir(tmp_path / "run", done=3, pictures=False, compare=False)
+    before = write_report(root).read_text()
+
+    def fail(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(epath.Path(root)), "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        module.write_report(root)
+    assert (root / "report.html").read_text() == before
+    assert not [p.name for p in root.iterdir() if "partial" in p.name]
+
+
+def test_missing_workdir():
+    with pytest.raises(InputError, match="report workdir: expected the directory of a training run"):
+        write_report("/no/such/run")
+
+
+def test_a_long_run_stays_small(tmp_path):
+    root = make_workdir(
+        tmp_path / "run", num_steps=900, evaluate_every=300, refresh_every=1, pictures=False, compare=False
+    )
+    page = load(root)
+    paths = [attrs["d"] for tag, attrs in page.tags if tag == "path" and "curve" in attrs.get("class", "")]
+    assert max(d.count("L") for d in paths) < 300 and "means of 4 records" in page.text["conflict"]
+
+
+def test_neither_jax_nor_matplotlib_is_imported():
+    heavy = ("jax", "jaxlib", "flax", "torch", "matplotlib")
+    code = f"import sys, marble_jax.report; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,0 +1,129 @@
+"""Quoting rule, spelling score and the RapidOCR reader."""
+import os
+import random
+
+import numpy as np
+import pytest
+
+from marble_jax.errors import InputError
+from marble_jax.rewards import base
+from marble_jax.rewards.ocr import OCRReward, RapidReader, edit_distance, quoted_text, spelling_score
+
+
+class Lines:
+    """A reader that returns prepared texts and counts pictures."""
+
+    def __init__(self, *texts):
+        self.texts, self.seen = list(texts), []
+
+    def read(self, images):
+        assert images.dtype == np.uint8
+        self.seen += list(images[:, 0, 0, 0])
+        return self.texts
+
+
+@pytest.mark.parametrize("prompt,target", [
+    ('a sign "Hello World" here', "Hello World"), ('two "a" and "b"', "a"), ('only "one mark', "one mark"),
+    ('empty "" then "x"', None), ('spaces "   "', None), ('ends "', None), ("no marks 'x'", None), ("", None),
+    ('keeps " spaces "', " spaces "),
+])
+def test_quoted_text(prompt, target):
+    assert quoted_text(prompt) == target
+
+
+@pytest.mark.parametrize("a,b,distance", [
+    ("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("ab", "ba", 2), ("abc", "abc", 0)])
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+@pytest.mark.parametrize("recognised,target,score", [
+    ("hello world", "Hello World", 1.0),
+    ("xxHELLOxx", "hello", 1.0),  # contained: anything around it is free
+    ("helo", "hello", 1 - 1 / 5),
+    ("", "hello", 0.0),
+    ("completely different", "abc", 0.0),  # the distance is capped at the target's length
+    ("h e l l o", "hel lo", 1.0),
+])
+def test_spelling_score(recognised, target, score):
+    assert spelling_score(recognised, target) == pytest.approx(score)
+
+
+def test_reward_reads_only_quoted_and_masks_failures():
+    images = np.linspace(0, 1, 5, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 3), np.float32)
+    prompts = ['"AB"', "plain", '"AB"', '" "', '"AB"']
+    reader = Lines("ab", None, "ax")
+    result = base.score(OCRReward("ocr", reader), images, prompts, [{}] * 5)
+    assert reader.seen == [0, 128, 255]
+    np.testing.assert_allclose(result.values, [1, 0, 0, 0, 0.5])
+    np.testing.assert_array_equal(result.valid, [True, False, False, False, True])
+    np.testing.assert_array_equal(result.failed, [False, False, True, False, False])
+    faithful = base.score(OCRReward("ocr", Lines("ab", None, "ax"), faithful=True), images, prompts, [{}] * 5)
+    np.testing.assert_array_equal(faithful.valid, [True, False, True, False, True])
+    assert faithful.values[2] == 0
+    values, valid = OCRReward("ocr", Lines()).score(None, images[:1], ["plain"], [{}])
+    assert not valid.any() and not values.any()
+
+
+def test_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rapidocr", None)
+    with pytest.raises(InputError, match="reward ocr: expected the packages rapidocr and onnxruntime"):
+        RapidReader()
+
+
+@pytest.fixture(scope="module")
+def reader():
+    pytest.importorskip("rapidocr")
+    reader = RapidReader(detect=False, scale=3, workers=2)
+    yield reader
+    reader.close()
+
+
+def test_rapidocr_reads_clean_signs(world, reader, capfd):
+    rng = random.Random(11)
+    words = [rng.choice(world.sign_words("train")) for _ in range(16)]
+    images = np.stack([world.render(world.sign_scene(rng, w)) for w in words])
+    result = base.score(OCRReward("ocr", reader), images.astype(np.float32) / 255, [f'"{w}"' for w in words], [{}] * 16)
+    assert result.valid.all() and (result.values == 1).mean() >= 15 / 16
+    wrong = base.score(OCRReward("ocr", reader), images[:4].astype(np.float32) / 255, ['"QQ"'] * 4, [{}] * 4)
+    assert not wrong.values.any()
+    assert capfd.readouterr() == ("", "")  # neither RapidOCR nor onnxruntime says anything
+
+
+def test_rapidocr_failure_is_none_and_blank_is_empty(reader):
+    blank = np.full((64, 64, 3), 200, np.uint8)
+    assert reader.read(blank[None]) == [""]
+    class Broken:
+        def __call__(self, image):
+            raise RuntimeError("no")
+
+    kept = [reader._engines.get() for _ in range(2)]
+    reader._engines.put(Broken())
+    assert reader.read(np.stack([blank, blank])) == [None, None]
+    reader._engines.get()
+    for engine in kept:
+        reader._engines.put(engine)
+
+
+def test_rapidocr_finds_lines_in_a_larger_picture(world):
+    pytest.importorskip("rapidocr")
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (320, 192), (240, 240, 240))
+    draw = ImageDraw.Draw(image)
+    for y, text in ((30, "Spring"), (110, "2024")):
+        draw.text((40, y), text, font=world._font(world.FONTS[0], 40), fill=(20, 20, 160))
+    reader = RapidReader(detect=True, workers=1)
+    (text,) = reader.read(np.asarray(image)[None])
+    reader.close()
+    assert spelling_score(text, "Spring 2024") == 1
+
+
+@pytest.mark.skipif("MARBLE_JAX_TEST_PROMPTS" not in os.environ, reason="MARBLE_JAX_TEST_PROMPTS names no prompt sets")
+def test_real_prompts_all_have_a_target():
+    from marble_jax.prompts.files import read_directory
+
+    found = read_directory(os.environ["MARBLE_JAX_TEST_PROMPTS"], "test")
+    targets = [quoted_text(p.text) for p in found["ocr"]]
+    assert all(targets) and max(len(t.replace(" ", "")) for t in targets) <= 29
+    assert not any(quoted_text(p.text) for p in found["geneval"] + found.get("drawbench", []))
