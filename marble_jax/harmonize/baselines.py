@@ -25,7 +25,7 @@ def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     return jnp.dot(matrix, vector, precision=_HIGHEST)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule(Balancer):
     """A balancer given by a function of the usable gradients' scaled Gram matrix.
 
@@ -55,7 +55,7 @@ class Rule(Balancer):
                         state=state)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UPGrad(Rule):
     """The mean of the gradients' projections onto the cone of directions that conflict with none of them.
 
@@ -84,7 +84,7 @@ class UPGrad(Rule):
         return jnp.sum(weights, axis=0) / jnp.maximum(jnp.sum(used), 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PCGrad(Rule):
     """Every gradient with its conflicting parts along the others projected out, averaged.
 
@@ -109,7 +109,7 @@ class PCGrad(Rule):
         return jnp.sum(jnp.where(used[:, None], weights, 0.0), axis=0) / jnp.maximum(jnp.sum(used), 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CAGrad(Rule):
     """The direction within `c |g0|` of the mean gradient g0 that helps the worst-off reward most.
 
@@ -138,7 +138,7 @@ class CAGrad(Rule):
         return even + radius / length * w
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class IMTLG(Rule):
     """The combination with equal projections onto all unit gradients; weights sum to 1 and may be negative.
 
@@ -153,7 +153,7 @@ class IMTLG(Rule):
         return jnp.where(jnp.abs(total) > 1e-6, weights / jnp.where(jnp.abs(total) > 1e-6, total, 1.0), even)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NashMTL(Rule):
     """The Nash bargaining solution: positive weights with `G alpha = 1 / alpha`.
 
@@ -164,7 +164,7 @@ class NashMTL(Rule):
     where the paper's has length sqrt(K) before clipping.
 
     Attributes:
-      regularisation: added to the diagonal of the scaled Gram matrix, so that opposed gradients keep weights finite.
+      regularisation: added to the diagonal of the unit Gram matrix, so that opposed gradients keep weights finite.
       num_steps: Newton steps.
     """
 
@@ -173,7 +173,10 @@ class NashMTL(Rule):
 
     def combine(self, gram: jax.Array, used: jax.Array) -> jax.Array:
         size = gram.shape[0]
-        matrix = jnp.where(used[:, None] & used[None], gram + self.regularisation * jnp.eye(size), jnp.eye(size))
+        # Rescaling a gradient rescales its weight inversely, so unit gradients lose nothing and condition best.
+        shorten = inverse(jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0)))
+        unit = gram * shorten[:, None] * shorten[None]
+        matrix = jnp.where(used[:, None] & used[None], unit + self.regularisation * jnp.eye(size), jnp.eye(size))
 
         def newton(_: jax.Array, alpha: jax.Array) -> jax.Array:
             slope = _product(matrix, alpha) - 1.0 / alpha
@@ -183,7 +186,7 @@ class NashMTL(Rule):
             return alpha - step / (1.0 + jnp.where(decrement > 0.25, decrement, 0.0))
 
         alpha = jax.lax.fori_loop(0, self.num_steps, newton, jnp.full(size, 1.0 / size**0.5))
-        alpha = jnp.where(used, alpha, 0.0)
+        alpha = jnp.where(used, alpha, 0.0) * shorten
         length = jnp.sqrt(jnp.maximum(jnp.dot(alpha, _product(gram, alpha)), 1e-12))
         return alpha / length
 

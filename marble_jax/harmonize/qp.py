@@ -114,7 +114,8 @@ def _warm_start(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
     bound = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
     solver = jaxopt.ProjectedGradient(
         fun=objective, projection=lambda b, _: _project(b, valid), acceleration=True,
-        stepsize=lambda _: 1.0 / jnp.maximum(bound, 1e-30), maxiter=_WARM_STEPS, tol=1e-7, implicit_diff=False, jit=True)
+        stepsize=lambda _: 1.0 / jnp.maximum(bound, 1e-30), maxiter=_WARM_STEPS, tol=1e-7,
+        implicit_diff=False, jit=True)
     even = valid / jnp.maximum(jnp.sum(valid), 1)
     return jnp.where(valid, solver.run(even.astype(jnp.float32), None).params, 0.0)
 

@@ -47,12 +47,13 @@ class TrainState:
 
 def initial_state(adapter: Adapter, optimizer: optax.GradientTransformation, num_rewards: int, balancer_state: Any,
                   seed: int) -> TrainState:
-    """The state before the first step: all three policies are the same new adapter."""
-    def copy(tree: Adapter) -> Adapter:
-        return jax.tree.map(jnp.copy, tree)
+    """The state before the first step: all three policies are the same new adapter.
 
-    return TrainState(
+    Every leaf has a buffer of its own, because steps are given the whole state to overwrite.
+    """
+    state = TrainState(
         step=jnp.zeros((), jnp.int32), key=jax.random.key_data(jax.random.key(seed)), current=adapter,
-        old=copy(adapter), ema=copy(adapter), opt_state=optimizer.init(adapter),
+        old=adapter, ema=adapter, opt_state=optimizer.init(adapter),
         alpha=smoothing.init(num_rewards), balancer=balancer_state,
-        best_score=jnp.asarray(-jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32), best=copy(adapter))
+        best_score=jnp.asarray(-jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32), best=adapter)
+    return jax.tree.map(jnp.copy, state)

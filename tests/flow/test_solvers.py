@@ -9,8 +9,8 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.flow import sampler, schedule, solvers
 
-WEIGHTS = [0, 0, .3063, .3722, .4077, .4306, .4469, .4593, .4694, .4780, .4857, .4928, .4998, .5068, .5142, .5224, .5319,
-           .5434, .5582, .5788, .6102, .6660, .7987, 1.9493, 0]
+WEIGHTS = [0, 0, .3063, .3722, .4077, .4306, .4469, .4593, .4694, .4780, .4857, .4928, .4998, .5068, .5142, .5224,
+           .5319, .5434, .5582, .5788, .6102, .6660, .7987, 1.9493, 0]
 
 
 def _velocity(x, sigma, module=np):
@@ -87,10 +87,17 @@ def test_one_hand_computed_step():
     np.testing.assert_allclose([table.state[3], table.current[3], table.previous[3]], [0, 1, 0])
 
 
-def test_second_order_beats_first_order():
-    fine = _euler(_noise(), schedule.sigma_grid(4000).astype(np.float64))
-    sigmas = schedule.sigma_grid(25).astype(np.float64)
-    assert np.abs(_dpm2(_noise(), sigmas) - fine).max() < 0.3 * np.abs(_euler(_noise(), sigmas) - fine).max()
+def test_halving_the_step_quarters_the_error_of_dpm2_and_halves_that_of_euler():
+    def grid(num_steps):
+        return 1 / (1 + np.exp(np.linspace(-2.0, 2.0, num_steps + 1)))
+
+    def errors(method):
+        exact = _dpm2(_noise(), grid(640))
+        return [np.abs(method(_noise(), grid(n)) - exact).max() for n in (20, 40)]
+
+    first, second = errors(_euler), errors(_dpm2)
+    assert 1.7 < first[0] / first[1] < 2.4
+    assert 3.2 < second[0] / second[1] < 5.0
 
 
 def test_euler_equals_diffusers():
@@ -152,7 +159,8 @@ def test_sampling_compiles_to_one_network_call():
     (lambda: solvers.first_order(np.array([1.0])), "noise levels: expected"),
     (lambda: solvers.first_order(np.array([1.5, 0.0])), "noise levels: expected"),
     (lambda: sampler.sample(lambda x, s: x, jnp.ones((1, 1)), schedule.sigma_grid(4),
-                            solvers.first_order(schedule.sigma_grid(3))), "expected 4 for a solver table of 3 steps; received 5")])
+                            solvers.first_order(schedule.sigma_grid(3))),
+     "expected 4 for a solver table of 3 steps; received 5")])
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()

@@ -83,7 +83,8 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
     shape = (NUM_SAMPLES, TOKENS, WIDTH)
     batch = gradients.FlowBatch(
         x0=jax.random.normal(keys[1], shape), xt=jax.random.normal(keys[2], shape),
-        t=jax.random.uniform(keys[3], (NUM_SAMPLES,), minval=0.1), cond=jax.random.normal(keys[4], (NUM_SAMPLES, WIDTH)),
+        t=jax.random.uniform(keys[3], (NUM_SAMPLES,), minval=0.1),
+        cond=jax.random.normal(keys[4], (NUM_SAMPLES, WIDTH)),
         v_old=jax.random.normal(keys[5], shape))
     r = jax.random.uniform(keys[6], (NUM_REWARDS, NUM_SAMPLES))
     valid = jnp.ones_like(r, bool)

@@ -27,7 +27,8 @@ VARIANTS = {
     "alternating": dataclasses.replace(TINY, dual_attention_layers=(1, 4), out_channels=2),
 }
 SPEC = LoraSpec(rank=3, alpha=6.0)
-run_velocity = jax.jit(velocity, static_argnums=0)
+QUICK = {"xla_backend_optimization_level": 0}  # these programs are compiled for one run each
+run_velocity = jax.jit(velocity, static_argnums=0, compiler_options=QUICK)
 
 
 def randomise(module):
@@ -127,7 +128,8 @@ def test_block(pair, index, run, offset):
     rng = np.random.default_rng(5)
     x, c, temb = (rng.standard_normal(s).astype(np.float32) for s in ((2, 6, 16), (2, 5, 16), (2, 16)))
     own = params[run] if offset is None else jax.tree.map(lambda leaf: leaf[offset], params[run])
-    (x_out, c_out), _ = Block(TINY, dual=index < 2, last=index == 4).apply({"params": own}, (x, c), temb)
+    block = jax.jit(Block(TINY, dual=index < 2, last=index == 4).apply, compiler_options=QUICK)
+    (x_out, c_out), _ = block({"params": own}, (x, c), temb)
     with torch.no_grad():
         c_ref, x_ref = theirs.transformer_blocks[index](*(torch.from_numpy(a) for a in (x, c, temb)))
     assert_close(x_out, x_ref)
@@ -226,7 +228,7 @@ def gradient(model, params, adapter, xt, sigma, cond):
     return jax.grad(lambda a: jnp.sum(jnp.sin(velocity(model, params, a, xt, sigma, cond))))(adapter)
 
 
-run_gradient = jax.jit(gradient, static_argnums=0)
+run_gradient = jax.jit(gradient, static_argnums=0, compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -266,7 +268,7 @@ def test_vmap_over_one_adapter_per_sample(pair):
     adapters = [random_adapter(params), random_adapter(params, seed=1)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
     single = lambda a, x, s, c: gradient(model, params, a, x[None], s, jax.tree.map(lambda y: y[None], c))
-    together = jax.jit(jax.vmap(single))(stacked, xt, sigma, cond)
+    together = jax.jit(jax.vmap(single), compiler_options=QUICK)(stacked, xt, sigma, cond)
     for i, adapter in enumerate(adapters):
         own = jax.tree.map(lambda y, i=i: y[i : i + 1], (xt, sigma, cond))
         alone = run_gradient(model, params, adapter, *own)

@@ -65,7 +65,11 @@ def test_eight_bit_pictures_are_scaled():
 
 def test_rewards_run_at_the_same_time_and_beside_the_caller():
     meet = threading.Barrier(3, timeout=10)
-    with HostScorer([Mean("m", lambda _: meet.wait() and None), Mean("n", lambda _: meet.wait() and None)]) as scorer:
+
+    def arrive(images):
+        meet.wait()
+
+    with HostScorer([Mean("m", arrive), Mean("n", arrive)]) as scorer:
         pending = scorer.submit(IMAGES, PROMPTS, METADATA)
         assert not pending.done()
         meet.wait()  # passes only once both rewards are inside `score`
@@ -83,7 +87,7 @@ def test_mask_makes_failures_missing_and_counts_them(caplog):
 
 
 def test_retry_scores_only_what_is_missing():
-    script = flaky(OSError("busy"), np.array([True, False, True, False]), np.array([True, True]))
+    script = flaky(OSError("busy"), np.array([True, False, True]), np.array([True]))
     reward = Mean("flaky", script)
     with HostScorer([reward], on_error="retry", retries=2) as scorer:
         result = scorer.submit(IMAGES, PROMPTS, METADATA).result(10)["flaky"]
@@ -101,7 +105,7 @@ def test_retry_gives_up():
 
 def test_fail_stops_with_one_line():
     with HostScorer([Mean("bad", broken)], on_error="fail") as scorer:
-        with pytest.raises(RewardError, match="reward bad: failed on 3 samples: ConnectionError: server gone") as caught:
+        with pytest.raises(RewardError, match="bad: failed on 3 samples: ConnectionError: server gone") as caught:
             scorer.submit(IMAGES, PROMPTS, METADATA).result(10)
     assert "\n" not in str(caught.value)
     part = Mean("part", lambda images: np.arange(len(images)) > 0)

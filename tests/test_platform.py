@@ -1,0 +1,41 @@
+"""When the compiler setting is made, and that it is made for this very process."""
+import os
+
+import marble_jax
+from marble_jax import platform
+
+
+def test_only_the_affected_releases_need_it():
+    assert platform.needs_fusion_off("0.10.0") and platform.needs_fusion_off("0.10.2")
+    assert not any(platform.needs_fusion_off(v) for v in ("0.9.2", "0.8.3", "0.100.0", "1.10.2"))
+
+
+def test_the_flag_is_appended_once_and_keeps_what_was_there(monkeypatch):
+    monkeypatch.setattr(platform.importlib.metadata, "version", lambda _: "0.10.2")
+    environ = {"XLA_FLAGS": "--xla_a=1", "JAX_PLATFORMS": "cpu"}
+    assert platform.prepare(environ)
+    assert environ["XLA_FLAGS"] == "--xla_a=1 " + platform.FUSION_FLAG
+    assert not platform.prepare(environ)
+    chosen = {"XLA_FLAGS": platform.FUSION_FLAG + "LIBRARY_FUSION_TYPE_DOT"}
+    assert not platform.prepare(chosen)
+
+
+def test_other_releases_machines_without_jaxlib_and_tpus_are_left_alone(monkeypatch):
+    def missing(_):
+        raise platform.importlib.metadata.PackageNotFoundError
+
+    environ = {}
+    for version in (lambda _: "0.9.2", missing):
+        monkeypatch.setattr(platform.importlib.metadata, "version", version)
+        assert not platform.prepare(environ)
+    monkeypatch.setattr(platform.importlib.metadata, "version", lambda _: "0.10.2")
+    monkeypatch.setattr(platform.importlib.util, "find_spec", lambda name: object())
+    assert not platform.prepare(environ) and environ == {}
+    assert platform.prepare({"JAX_PLATFORMS": "cpu"})
+
+
+def test_importing_the_package_has_made_the_setting():
+    version = platform.importlib.metadata.version("jaxlib")
+    libtpu = platform.importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu"
+    assert marble_jax.__version__
+    assert (platform.FUSION_FLAG in os.environ.get("XLA_FLAGS", "")) or not platform.needs_fusion_off(version) or libtpu
