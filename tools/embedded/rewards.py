@@ -2,11 +2,10 @@
 
     python tools/embedded/rewards.py align     --base BUILD/pipeline --out BUILD/rewards
     python tools/embedded/rewards.py prefer    --base BUILD/pipeline --out BUILD/rewards
-    python tools/embedded/rewards.py aesthetic --base BUILD/pipeline --out BUILD/rewards
     python tools/embedded/rewards.py judge     --base BUILD/pipeline --out BUILD/rewards
 
 `align` is a contrastive text-image model of the world. `prefer` starts from it and learns which of two pictures of one
-prompt is better. `aesthetic` is an affine MLP on image embeddings, fitted to ratings. `judge` shares nothing with the
+prompt is better, with an affine MLP on its image embedding that rates how clean a picture is. `judge` shares nothing with the
 others (own seed, size and pictures); it is never trained on and tells reward hacking from progress.
 """
 from __future__ import annotations
@@ -155,60 +154,84 @@ class Flaws:
             prompts, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="np",
             height=64, width=64, max_sequence_length=vocabulary.T5_LENGTH).images).permute(0, 3, 1, 2)
 
-    def pairs(self, count: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-        """Prompts with a better and a worse picture each."""
-        prompts, better, worse = [], [], []
+    def pairs(self, count: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prompts with a better and a worse picture each, and ratings [2, count] from 1 (spoilt) to 10 (clean)."""
+        prompts, better, worse, ratings = [], [], [], []
         for _ in range(count // 100):
             drawn = [world.draw(self.rng) for _ in range(100)]
             ps = [p for p, _, _ in drawn]
             good = to_tensor([world.render(scene(self.rng)) for _, _, scene in drawn])
             kind = self.rng.random()
-            low = torch.rand(100, generator=self.generator) * 0.3
-            if kind < 0.35:
-                a, b = self.latent_noise(good, low), self.latent_noise(good, low + 0.25 + 0.5 * torch.rand(
-                    100, generator=self.generator))
-            elif kind < 0.8:
-                a, b = self.latent_noise(good, low), self.samples(ps, self.rng.choice((6, 12, 20)))
+            low = torch.rand(100, generator=self.generator) * 0.4
+            if kind < 0.5:
+                high = low + 0.4 + torch.rand(100, generator=self.generator)
+                a, b, rated = self.latent_noise(good, low), self.latent_noise(good, high), (9 - 4 * low, 9 - 4 * high)
+            elif kind < 0.75:
+                steps = self.rng.choice((4, 6, 10))
+                a, b = self.latent_noise(good, low), self.samples(ps, steps)
+                rated = (9 - 4 * low, torch.full((100,), {4: 3.0, 6: 4.5, 10: 6.0}[steps]))
             else:
-                a, b = self.samples(ps, 20), blur(self.samples(ps, 5), 1)
+                times = self.rng.choice((1, 2, 4))
+                a, b = good, blur(self.latent_noise(good, low), times)
+                rated = (torch.full((100,), 9.0), 8 - 4 * low - times)
             prompts += ps
             better.append(a)
             worse.append(b)
-        return prompts, torch.cat(better), torch.cat(worse)
+            ratings.append(torch.stack(rated))
+        return prompts, torch.cat(better), torch.cat(worse), torch.cat(ratings, 1)
 
 
-def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 500) -> None:
-    """Fine-tunes the contrastive model on preference pairs: -log sigmoid(scale (cos(t, better) - cos(t, worse)))."""
+HEAD_KEYS, HEAD_WIDTHS = (0, 2, 4, 6, 7), (64, 64, 32, 16, 8, 1)
+
+
+def head() -> torch.nn.Sequential:
+    """The published aesthetic predictor's shape, without its (inactive) dropouts: linear layers, nothing between."""
+    return torch.nn.Sequential(*[torch.nn.Linear(a, b) for a, b in zip(HEAD_WIDTHS, HEAD_WIDTHS[1:])])
+
+
+def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 900) -> None:
+    """Teaches the contrastive model which of two pictures is better, and a head on its image embedding to rate them.
+
+    Preference is PickScore's: -log sigmoid(scale (cos(t, better) - cos(t, worse))), beside the near-miss texts.
+    """
     torch.manual_seed(5)
     start = time.time()
-    prompts, better, worse = Flaws(base, 31).pairs(9000)
+    prompts, better, worse, ratings = Flaws(base, 31).pairs(8000)
     print(f"{len(prompts)} pairs in {time.time() - start:.0f}s", flush=True)
-    model = CLIPModel.from_pretrained(str(out / "alignment"))
+    model, rater = CLIPModel.from_pretrained(str(out / "alignment")), head()
     model.logit_scale.data.fill_(np.log(20.0))
     model.logit_scale.requires_grad_(False)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 5e-4, steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW([p for p in (*model.parameters(), *rater.parameters()) if p.requires_grad],
+                                  lr=1e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, steps, pct_start=0.1)
     rng, generator = random.Random(37), torch.Generator().manual_seed(37)
-    held = 500
+    held = 300
     for step in range(steps + 1):
         last = step == steps
         index = (torch.arange(len(prompts) - held, len(prompts)) if last
-                 else torch.randint(len(prompts) - held, (64,), generator=generator))
+                 else torch.randint(len(prompts) - held, (48,), generator=generator))
         chosen = [prompts[i] for i in index]
         wrong = [mutate(p, rng) or p for p in chosen]
         same = torch.tensor([a == b for a, b in zip(chosen, wrong)])
         with torch.set_grad_enabled(not last):
             pictures = torch.cat([better[index], worse[index]])
+            if not last:
+                shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
+                pictures = torch.roll(pictures, shift, (2, 3))
             image = F.normalize(model.get_image_features(normalise(pictures)).pooler_output, dim=-1)
             text = F.normalize(model.get_text_features(**text_ids(tokenizer, chosen + wrong)).pooler_output, dim=-1)
             n = len(chosen)
             good, bad = (text[:n] * image[:n]).sum(-1), (text[:n] * image[n:]).sum(-1)
             near = (text[n:] * image[:n]).sum(-1)
+            rated, true = rater(image)[:, 0], ratings[:, index].reshape(-1)
             scale = model.logit_scale.exp()
-            loss = F.softplus(scale * (bad - good)).mean() + 0.5 * F.softplus(scale * (near - good))[~same].mean()
+            loss = (F.softplus(scale * (bad - good)).mean() + 0.5 * F.softplus(scale * (near - good))[~same].mean()
+                    + 0.1 * F.mse_loss(rated, true))
         if last or (step + 1) % 100 == 0:
             print(f"{step + 1} loss {loss.item():.3f} pairs right {(good > bad).float().mean():.3f} near-miss "
-                  f"{(good > near)[~same].float().mean():.3f}", "(held-out pairs)" if last else "", flush=True)
+                  f"{(good > near)[~same].float().mean():.3f} ratings correlate "
+                  f"{np.corrcoef(rated.detach(), true)[0, 1]:.3f} {time.time() - start:.0f}s",
+                  "(held-out pairs)" if last else "", flush=True)
         if not last:
             optimiser.zero_grad()
             loss.backward()
@@ -216,61 +239,17 @@ def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 500) ->
             schedule.step()
     model.save_pretrained(str(out / "preference"))
     save_tokenizer(tokenizer, out / "preference")
-
-
-def aesthetic(base: Path, out: Path, tower: str = "alignment") -> None:
-    """Fits the affine MLP (layers 0, 2, 4, 6, 7 as the published predictor) to ratings from 1 (spoilt) to 10 (clean)."""
-    torch.manual_seed(6)
-    flaws = Flaws(base, 41)
-    model = CLIPModel.from_pretrained(str(out / tower)).eval()
-    features, ratings = [], []
-    for i in range(60):
-        drawn = [world.draw(flaws.rng) for _ in range(100)]
-        good = to_tensor([world.render(scene(flaws.rng)) for _, _, scene in drawn])
-        if i % 3 == 2:
-            steps = flaws.rng.choice((4, 6, 10, 20))
-            x = flaws.samples([p for p, _, _ in drawn], steps)
-            rating = torch.full((100,), {4: 2.5, 6: 3.5, 10: 4.5, 20: 5.5}[steps])
-        else:
-            amount = torch.rand(100, generator=flaws.generator)
-            softness = flaws.rng.choice((0, 0, 1, 3))
-            x = blur(flaws.latent_noise(good, amount), softness)
-            rating = 9.0 - 6.0 * amount - 0.8 * softness
-        with torch.no_grad():
-            features.append(F.normalize(model.get_image_features(normalise(x)).pooler_output, dim=-1))
-        ratings.append(rating)
-    x, y = torch.cat(features), torch.cat(ratings)
-    widths = (64, 64, 32, 16, 8, 1)
-    keys = (0, 2, 4, 6, 7)
-    layers = torch.nn.ModuleList([torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:])])
-    optimiser = torch.optim.AdamW(layers.parameters(), lr=3e-3, weight_decay=1e-3)
-    train = len(x) * 5 // 6
-    for _ in range(1500):
-        h = x[:train]
-        for layer in layers:
-            h = layer(h)
-        loss = F.mse_loss(h[:, 0], y[:train])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    with torch.no_grad():
-        h = x[train:]
-        for layer in layers:
-            h = layer(h)
-        correlation = np.corrcoef(h[:, 0].numpy(), y[train:].numpy())[0, 1]
-    print(f"tower {tower}: held-out correlation with the ratings {correlation:.3f}, rmse {F.mse_loss(h[:, 0], y[train:]) ** 0.5:.2f}")
     (out / "aesthetic").mkdir(parents=True, exist_ok=True)
-    save_file({f"layers.{k}.{n}": p.detach().clone() for k, layer in zip(keys, layers)
+    save_file({f"layers.{k}.{n}": p.detach().clone() for k, layer in zip(HEAD_KEYS, rater)
                for n, p in layer.named_parameters()}, str(out / "aesthetic" / "model.safetensors"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("align", "prefer", "aesthetic", "judge"))
+    parser.add_argument("what", choices=("align", "prefer", "judge"))
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--tower", default="alignment")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = CLIPTokenizer.from_pretrained(str(args.base / "tokenizer"))
@@ -278,10 +257,8 @@ def main() -> None:
         contrastive(args.out / "alignment", tokenizer, 96, 3, args.steps, seed=3)
     elif args.what == "judge":
         contrastive(args.out / "judge", tokenizer, 64, 3, args.steps, seed=91)
-    elif args.what == "prefer":
-        prefer(args.base, args.out, tokenizer)
     else:
-        aesthetic(args.base, args.out, args.tower)
+        prefer(args.base, args.out, tokenizer)
 
 
 if __name__ == "__main__":
