@@ -19,11 +19,11 @@ def get_config(preset: str = ""):
     config.rewards.update(path="embedded", train=("alignment", "preference", "aesthetic", "ocr", "geneval"),
                           heldout=("judge",))
     config.lora.update(rank=16, alpha=32.0)
-    config.rollout.update(prompts_per_step=18, images_per_prompt=8, batch_size=72, num_steps=10, merge_adapter=True)
-    config.training.update(num_steps=60, micro_batch_size=72, timestep_fraction=0.4, learning_rate=1e-3)
+    config.rollout.update(prompts_per_step=18, images_per_prompt=8, batch_size=72, num_steps=6, merge_adapter=True)
+    config.training.update(num_steps=60, micro_batch_size=72, timestep_fraction=0.5, learning_rate=2e-3)
     config.harmonize.update(mode="amortised", refresh_every=5, chunk_size=24)
     config.policies.update(schedule="linear_capped", rate=0.001, cap=0.5)
-    config.evaluation.update(num_prompts=360, every_steps=20, num_steps=10, solver="dpm2")
+    config.evaluation.update(num_prompts=420, every_steps=20, num_steps=6, solver="dpm2")
     config.checkpoints.update(every_steps=10, keep=2)
     if preset in ("weighted_sum", "gdpo"):
         config.advantages.scalarise = preset

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import optax
 from jax.sharding import Mesh
 
 from marble_jax import adapters, parallel
-from marble_jax.errors import InputError, one_of
+from marble_jax.config import check as check_values
+from marble_jax.config import flatten
+from marble_jax.errors import InputError
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.flow.schedule import sigma_grid
 from marble_jax.harmonize.baselines import make_balancer
 from marble_jax.models import mmdit
-from marble_jax.models.pipeline import Pipeline, load_pipeline
+from marble_jax.models.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.nft.policies import rollout_decay
 from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
@@ -73,24 +76,38 @@ def place_of(path: str, kind: str) -> Path:
     return Path(path)
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Everything that is wrong with a configuration and shows without reading a file.
+
+    Raises:
+      InputError: a value outside the table of keys, or values that do not fit each other or this machine.
+    """
+    check_values(flatten(config))
+    names, heldout = tuple(config.rewards.train), tuple(config.rewards.heldout)
+    if not names:
+        raise InputError("rewards.train: expected at least one reward; received none")
+    if not config.prompts.sources:
+        raise InputError("prompts.sources: expected at least one source; received none")
+    for name in heldout:
+        if name in names:
+            raise InputError(f"rewards.heldout: expected rewards that are not trained on; received {name!r}")
+    if config.harmonize.alpha_floor > 1 / len(names):
+        raise InputError(f"harmonize.alpha_floor: expected at most 1/{len(names)}; received {config.harmonize.alpha_floor}")
+    if config.model.attention == "cudnn" and (jax.default_backend() != "gpu" or config.model.dtype != "bfloat16"):
+        raise InputError(f"model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received 'cudnn' on "
+                         f"{jax.default_backend()} in {config.model.dtype}")
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)")
+
+
 def derive_sizes(config: ml_collections.ConfigDict, num_devices: int) -> Sizes:
-    """Checks that prompts, groups, batches and micro-batches fit together.
+    """Checks that prompts, groups, batches and micro-batches fit together; all of them are at least 1.
 
     Raises:
       InputError: they do not; the message names the nearest size that does.
     """
     rollout, training = config.rollout, config.training
     pictures = rollout.prompts_per_step * rollout.images_per_prompt
-    for name, value in (("rollout.prompts_per_step", rollout.prompts_per_step), ("rollout.batch_size", rollout.batch_size),
-                        ("training.micro_batch_size", training.micro_batch_size),
-                        ("rollout.num_steps", rollout.num_steps), ("training.num_steps", training.num_steps)):
-        if value < 1:
-            raise InputError(f"{name}: expected at least 1; received {value}")
-    if rollout.images_per_prompt < 2:
-        raise InputError(f"rollout.images_per_prompt: expected at least 2 (an advantage compares pictures of one prompt); "
-                         f"received {rollout.images_per_prompt}")
-    if not 0 < training.timestep_fraction <= 1:
-        raise InputError(f"training.timestep_fraction: expected a number in (0, 1]; received {training.timestep_fraction}")
     for name, size in (("rollout.batch_size", rollout.batch_size), ("training.micro_batch_size", training.micro_batch_size)):
         if pictures % size or size % num_devices:
             fits = [n for n in range(num_devices, pictures + 1, num_devices) if pictures % n == 0]
@@ -106,7 +123,6 @@ def derive_sizes(config: ml_collections.ConfigDict, num_devices: int) -> Sizes:
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """AdamW behind clipping to a global norm."""
     training = config.training
-    one_of("training.schedule", training.schedule, ("constant", "cosine"))
     rate: Any = training.learning_rate
     if training.schedule == "cosine":
         rate = optax.cosine_decay_schedule(training.learning_rate, training.num_steps, training.min_ratio)
@@ -136,7 +152,6 @@ def balancer_of(config: ml_collections.ConfigDict) -> Any:
 
 def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline of `model.path`, its transformer laid out over the mesh."""
-    one_of("model.dtype", config.model.dtype, DTYPES)
     place = None
     if mesh is not None:
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
@@ -164,12 +179,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     Raises:
       InputError: whatever in the configuration, or in the files it names, does not fit.
     """
-    one_of("harmonize.mode", config.harmonize.mode, ("exact", "amortised", "faithful"))
-    one_of("advantages.scalarise", config.advantages.scalarise, ("none", "weighted_sum", "gdpo"))
+    check(config)
     names = tuple(config.rewards.train)
-    overlap = set(names) & set(config.rewards.heldout)
-    if overlap:
-        raise InputError(f"rewards.heldout: expected rewards that are not trained on; received {sorted(overlap)[0]!r}")
     balancer = balancer_of(config)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     sizes = derive_sizes(config, mesh.size)
@@ -177,9 +188,15 @@ def build(config: ml_collections.ConfigDict) -> Run:
     prompt_directory = place_of(config.prompts.path, "prompts")
     train_prompts = read_directory(prompt_directory, "train", tuple(config.prompts.sources))
     test_prompts = held_out_prompts(config, prompt_directory)
+    find_model(place_of(config.model.path, "pipeline"))
     rewards = load_rewards(place_of(config.rewards.path, "rewards"), (*names, *config.rewards.heldout),
-                           config.rewards.num_workers)
+                           config.rewards.num_workers, faithful=config.harmonize.mode == "faithful")
     pipeline = load_model(config, spec, mesh)
+    latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)
+    cell, largest = config.model.resolution // latent_shape[0], pipeline.model.side * pipeline.model.config.patch_size
+    if latent_shape[0] > largest:
+        raise InputError(f"model.resolution: expected at most the model's {largest * cell} pixels; received "
+                         f"{config.model.resolution}")
 
     def velocity(params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
         return mmdit.velocity(pipeline.model, params, adapter, xt, sigma, cond)
@@ -198,7 +215,6 @@ def build(config: ml_collections.ConfigDict) -> Run:
         return jax.tree.map(lambda *rows: jnp.stack(rows), *[encoded[t] for t in texts])
 
     shift = pipeline.scheduler.shift
-    latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)
     rollout = config.rollout
 
     def decode(latents: jax.Array) -> jax.Array:
@@ -220,7 +236,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
         scalarised=config.advantages.scalarise != "none", nft_beta=config.nft.beta, kl_weight=config.nft.kl_weight,
         clip=config.advantages.clip, balancer=balancer, rho=config.harmonize.rho,
         smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,
-        old_schedule=rollout_decay(config.policies.schedule, rate=config.policies.rate, cap=config.policies.cap),
+        old_schedule=rollout_decay(config.policies.schedule, rate=config.policies.rate, cap=config.policies.cap,
+                                   delay=config.policies.delay),
         ema_decay=config.policies.ema_decay)
     adapter = adapters.init_adapter(jax.random.fold_in(jax.random.key(config.seed), 1), pipeline.params, spec)
     state = parallel.place_everywhere(

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from marble_jax import adapters, compose
+from marble_jax import adapters, compose, platform
 from marble_jax.checkpoint import Checkpoints
 from marble_jax.config import KEYS, default_config
 from marble_jax.console import Console
@@ -91,6 +91,7 @@ def draw_pictures(prompts: Sequence[str], out: str, *, model: str, workdir: str,
     one_of("--solver", solver, SOLVERS)
     if not prompts:
         raise InputError("prompts: expected at least one; received none")
+    platform.keep_compilations()
     console = Console()
     adapter, where, origin = None, model, model
     if workdir:

@@ -45,3 +45,15 @@ def prepare(environ: MutableMapping[str, str] | None = None) -> bool:
         return False
     environ["XLA_FLAGS"] = f"{flags} {FUSION_FLAG}".strip()
     return True
+
+
+def keep_compilations(directory: str = "") -> None:
+    """Keeps compiled programs on disk, so that the second run of a configuration starts at once.
+
+    Args:
+      directory: where; `~/.cache/marble_jax/xla` by default. JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) wins.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", directory or os.path.expanduser("~/.cache/marble_jax/xla"))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from marble_jax import adapters, compose, parallel
+from marble_jax import adapters, compose, parallel, platform
 from marble_jax.checkpoint import Checkpoints
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity, shown
@@ -52,8 +52,11 @@ class Evaluations:
         self._console.say(f"evaluation after step {step} ({len(self._run.evaluator.prompts)} held-out prompts, "
                           f"{duration(seconds)}): gain {ups}")
         if better > float(state.best_score):
-            state = state.replace(best_score=jnp.asarray(better, jnp.float32), best_step=jnp.asarray(step, jnp.int32),
-                                  best=jax.tree.map(jnp.copy, state.ema))
+            # Placed like what they replace: an array that lies elsewhere would have the steps compiled anew.
+            state = state.replace(
+                best_score=jax.device_put(np.float32(better), state.best_score.sharding),
+                best_step=jax.device_put(np.int32(step), state.best_step.sharding),
+                best=jax.tree.map(jnp.copy, state.ema))
         return state
 
     def _reference(self) -> Scores:
@@ -114,21 +117,27 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
       Interrupted: stopped by a signal, state saved.
     """
     start = time.perf_counter()
+    platform.keep_compilations()
     console = Console()
-    run = compose.build(config)
     workdir = Workdir(workdir_path)
-    existed = workdir.claim(flatten(config))
+    existed = workdir.check(flatten(config))
+    run = compose.build(config)
+    if not existed:
+        workdir.claim(flatten(config))
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoints.keep)
     state, resumed = run.state, checkpoints.latest()
     if resumed is not None:
         _, state = checkpoints.restore(run.state)
     done = int(state.step)
-    if existed:
-        workdir.cut(done)
     if done > config.training.num_steps:
         raise InputError(f"training.num_steps: expected at least the {done} steps this workdir has done; received "
                          f"{config.training.num_steps}")
+    if existed:
+        workdir.claim(flatten(config))
+        workdir.cut(done)
     _announce(run, workdir, console, done if existed else None)
+    if done == config.training.num_steps:
+        console.say(f"all {done} steps are done: nothing to train; a larger training.num_steps goes on from here")
     workdir.write_json("run.json", _run_record(run, command))
     events = Events(str(workdir.events), config.logging.tensorboard, config.logging.wandb, config.name, flatten(config))
     evaluations = Evaluations(run, workdir, console, events)

@@ -14,9 +14,11 @@ from etils import epath
 
 from marble_jax.errors import InputError
 
-FREE_KEYS = ("name", "training.num_steps", "evaluation.", "checkpoints.", "logging.", "mesh.", "rewards.num_workers",
-             "rewards.timeout", "rewards.on_error", "rewards.max_missing_share", "harmonize.chunk_size")
-"""Keys that may change between a run and its resumption: they do not change what a step computes."""
+FREE_KEYS = ("name", "training.num_steps", "evaluation.every_steps", "checkpoints.", "logging.", "mesh.",
+             "rewards.num_workers", "rewards.timeout", "rewards.on_error", "rewards.max_missing_share",
+             "harmonize.chunk_size")
+"""Keys that may change between a run and its resumption: they change neither what a step computes nor which pictures
+an evaluation compares with those of the base model."""
 
 
 def plain(value: Any) -> Any:
@@ -49,39 +51,54 @@ class Workdir:
         self.events = self.path / "tensorboard"
         self.report = self.path / "report.html"
 
+    def check(self, config: dict[str, Any]) -> bool:
+        """Whether the directory holds this very run already; writes nothing.
+
+        Args:
+          config: flat configuration of the run.
+
+        Raises:
+          InputError: the place is not a directory, holds other files, or holds a run with another configuration.
+        """
+        record, config = self.path / "config.json", plain(config)
+        for place in (self.path, *self.path.parents):
+            if place.exists():
+                if not place.is_dir():
+                    raise InputError(f"workdir: expected a directory; received the file {place}")
+                break
+        if not record.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise InputError(f"workdir: expected an empty or new directory, or one made by train; received {self.path} "
+                                 "with other files in it")
+            return False
+        try:
+            there = json.loads(record.read_text())
+        except ValueError:
+            there = None
+        if not isinstance(there, dict):
+            raise InputError(f"workdir: expected a JSON object in {record}; received something else")
+        for key in sorted(set(config) | set(there)):
+            if config.get(key) != there.get(key) and not _is_free(key, config):
+                raise InputError(f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own); "
+                                 f"received {config.get(key)!r}; choose another --workdir")
+        return True
+
     def claim(self, config: dict[str, Any]) -> bool:
-        """Makes the directory for a run with this flat configuration, or checks that it holds that very run.
+        """Makes the directory for a run, or records the free keys of the run that is there.
 
         Returns:
           Whether a run was there already.
 
         Raises:
-          InputError: the place is not a directory, is not writable, or holds a run with another configuration.
+          InputError: as `check`, or the place is not writable.
         """
-        record = self.path / "config.json"
-        config = plain(config)
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"workdir: expected a directory; received the file {self.path}")
-        if record.exists():
-            try:
-                there = json.loads(record.read_text())
-            except ValueError:
-                raise InputError(f"workdir: expected JSON in {record}; received something else") from None
-            for key in sorted(set(config) | set(there)):
-                if config.get(key) != there.get(key) and not key.startswith(FREE_KEYS):
-                    raise InputError(f"workdir {self.path} holds another run: {key} expected {there.get(key)!r} (its own); "
-                                     f"received {config.get(key)!r}; choose another --workdir")
-            self.write_json("config.json", config)
-            return True
-        if self.path.exists() and any(self.path.iterdir()):
-            raise InputError(f"workdir: expected an empty or new directory, or one made by train; received {self.path} "
-                             "with other files in it")
+        existed = self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
         except OSError as error:
             raise InputError(f"workdir: expected a writable place; received {self.path} ({error.strerror or error})") from None
-        return False
+        return existed
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole or not at all."""
@@ -117,3 +134,10 @@ class Workdir:
             if file.exists():
                 records = [r for r in self.read(file) if r["step"] <= keep]
                 self.write_text(file.name, "".join(json.dumps(r) + "\n" for r in records))
+
+
+def _is_free(key: str, config: dict[str, Any]) -> bool:
+    """Whether a key may change on resume; the number of steps may not where the learning rate is a function of it."""
+    if key == "training.num_steps" and config.get("training.schedule") == "cosine":
+        return False
+    return key.startswith(FREE_KEYS)

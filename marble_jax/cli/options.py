@@ -4,16 +4,17 @@ ml_collections does the parsing; what it finds wrong is put in one line that nam
 """
 from __future__ import annotations
 
+import ast
 import re
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from marble_jax.config import KEYS
+from marble_jax.config import KEYS, check, flatten, known
 from marble_jax.errors import InputError, nearest, one_of
 
 
@@ -64,69 +65,69 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """The locked configuration of `--config=FILE[:preset]` with its `--config.key=value` overrides.
 
     Raises:
-      InputError: no such file or preset, an unknown key, a value of the wrong type.
+      InputError: no such file or preset, an unknown key, a value of the wrong type or outside its range.
     """
     files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
     if len(files) != 1:
         raise InputError(f"--config: expected one configuration file (such as configs/embedded.py); received {len(files)}")
-    path = files[0].split(":", 1)[0]
-    if not Path(path).is_file():
-        beside = [str(p) for p in Path(path).parent.glob("*.py")] if Path(path).parent.is_dir() else []
-        raise InputError(f"--config: expected a configuration file; received {path!r}{nearest(path, beside)}")
+    config = _read(*files[0].partition(":")[::2])
+    flags_given = []
     for argument in arguments:
-        key = argument.split("=", 1)[0].removeprefix("--config").removeprefix(".")
-        if key and key not in KEYS:
-            raise InputError(f"--config.{key}: expected a configuration key; received an unknown one{nearest(key, KEYS)}")
+        name, _, value = argument.partition("=")
+        if name != "--config":
+            key = name.removeprefix("--config.")
+            known(key)
+            flags_given.append(f"{name}={_as_tuple(value) if isinstance(KEYS[key].default, tuple) else value}")
     values = flags.FlagValues()
-    argv = ["marble-jax", *arguments]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+    argv = ["marble-jax", *flags_given]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)
     try:
         values(argv)
-    except InputError:
-        raise
-    except Exception as error:  # absl wraps whatever the file or a value raises; the innermost cause is the message
-        raise InputError(_explain(error, arguments)) from error
-    config = holder.value
-    unknown = set(_names(config)) ^ set(KEYS)
-    if unknown:
-        key = sorted(unknown)[0]
-        raise InputError(f"{path}: expected exactly the known configuration keys; received "
-                         f"{'an unknown' if key not in KEYS else 'none for'} {key!r}{nearest(key, KEYS)}")
-    check_types(config)
+    except Exception as error:  # absl wraps whatever a value raises, differently for every type
+        raise InputError(_explain(error, flags_given)) from error
+    check(flatten(config))
     return config
 
 
-def check_types(config: Mapping[str, Any]) -> None:
-    """Raises InputError where a value is not of its default's kind."""
-    from marble_jax.config import flatten
+def _read(path: str, preset: str) -> ml_collections.ConfigDict:
+    """What `get_config` of a configuration file returns for a preset."""
+    file = Path(path)
+    if not file.is_file():
+        beside = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise InputError(f"--config: expected a configuration file; received {path!r}{nearest(path, beside)}")
+    try:
+        namespace = runpy.run_path(str(file))
+        config = namespace["get_config"](*([preset] if preset else []))
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's file raises; the cause stays attached
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: expected a file with get_config(preset) that runs; received {type(error).__name__}: "
+                         f"{reason}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"{path}: expected get_config to return a ConfigDict; received {type(config).__name__}")
+    for key in flatten(config):
+        known(key)
+    return config
 
-    for name, value in flatten(config).items():
-        default = KEYS[name].default
-        kind = (float, int) if isinstance(default, float) else (tuple, list) if isinstance(default, tuple) else type(default)
-        if not isinstance(value, kind) or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise InputError(f"config.{name}: expected {type(default).__name__} ({KEYS[name].meaning}); received {value!r}")
+
+def _as_tuple(text: str) -> str:
+    """A tuple as Python writes it, also from plain words: `a,b` is `('a', 'b')`."""
+    try:
+        value = ast.literal_eval(text) if text.strip() else ()
+    except (ValueError, SyntaxError):
+        value = tuple(word.strip() for word in text.split(",") if word.strip())
+    return repr(tuple(value) if isinstance(value, (tuple, list)) else (value,))
 
 
-def _names(config: Any) -> list[str]:
-    from marble_jax.config import flatten
-
-    return list(flatten(config))
-
-
-def _explain(error: BaseException, arguments: Sequence[str]) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
+def _explain(error: Exception, arguments: Sequence[str]) -> str:
     text = " ".join(str(error).split())
-    for argument in arguments:
+    for argument in reversed(arguments):
         name, _, value = argument.partition("=")
-        key = name.removeprefix("--config.")
-        if key in KEYS and (name.removeprefix("--") in text or repr(value) in text):
-            default = KEYS[key].default
-            return f"{name}: expected {type(default).__name__} ({KEYS[key].meaning}); received {value!r}"
-    return f"--config: expected a loadable configuration; received {type(error).__name__}: {text[:200]}"
+        if name.removeprefix("--") in text or repr(value) in text:
+            key = KEYS[name.removeprefix("--config.")]
+            return f"{name}: expected {type(key.default).__name__} ({key.meaning}); received {value!r}"
+    return f"--config: expected values of the keys' types; received {type(error).__name__}: {text[:200]}"
 
 
 def boolean(name: str, text: str) -> bool:

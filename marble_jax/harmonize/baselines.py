@@ -15,8 +15,17 @@ import jax.numpy as jnp
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.harmonize import qp
-from marble_jax.harmonize.balancers import (Balancer, Fixed, Marble, Solution, WeightedSum, closed_form_status, inverse,
-                                            mean_over, usable)
+from marble_jax.harmonize.balancers import (
+    Balancer,
+    Fixed,
+    Marble,
+    Solution,
+    WeightedSum,
+    closed_form_status,
+    inverse,
+    mean_over,
+    usable,
+)
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -20,7 +20,8 @@ _DEFAULTS = {"copy": (0.0, 0.0, 0), "linear_capped": (0.001, 0.95, 0), "delayed_
 ROLLOUT_DECAYS = tuple(_DEFAULTS)
 
 
-def rollout_decay(name: str, *, rate: float | None = None, cap: float | None = None, offset: int = 0) -> Decay:
+def rollout_decay(name: str, *, rate: float | None = None, cap: float | None = None, delay: int | None = None,
+                  offset: int = 0) -> Decay:
     """The decay of the rollout policy as a function of the optimiser step.
 
     "copy" always replaces it. "linear_capped" is `min(0.001 s, 0.95)`. "delayed_linear" is 0 for the first 75 steps
@@ -30,6 +31,7 @@ def rollout_decay(name: str, *, rate: float | None = None, cap: float | None = N
       name: one of ROLLOUT_DECAYS.
       rate: slope per step in place of the schedule's own.
       cap: largest decay in place of the schedule's own, in [0, 1].
+      delay: steps before "delayed_linear" leaves zero, in place of its own; the others have none.
       offset: steps taken off before the schedule is read, at least 0.
 
     Raises:
@@ -40,7 +42,8 @@ def rollout_decay(name: str, *, rate: float | None = None, cap: float | None = N
     one_of("rollout decay", name, ROLLOUT_DECAYS)
     if cap is not None and not 0.0 <= cap <= 1.0:
         raise InputError(f"rollout decay cap: expected a number in [0, 1]; received {cap}")
-    own_rate, own_cap, delay = _DEFAULTS[name]
+    own_rate, own_cap, own_delay = _DEFAULTS[name]
+    delay = own_delay if delay is None or name != "delayed_linear" else delay
     rate = own_rate if rate is None else rate
     cap = own_cap if cap is None else cap
     if name == "copy":

@@ -6,9 +6,9 @@ Arguments named as markup (cells, captions, bodies) are used as they are: text f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-import math
 from typing import Any
 
 from marble_jax.report import charts

@@ -6,10 +6,10 @@ pixels and never scaled up, so its text keeps the size of the page's text; a pag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
-from html import escape
 import math
+from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 

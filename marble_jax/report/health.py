@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from html import escape
 import math
+from html import escape
 
 from marble_jax.report import blocks, charts, findings
 from marble_jax.report.records import Records

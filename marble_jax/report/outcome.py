@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from html import escape
 import io
 import math
+from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
-from html import escape
 import math
 import os
 import pathlib
+from html import escape
 
 from etils import epath
 
@@ -33,7 +33,7 @@ _SECTIONS = (
 
 
 def _moment(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _started(value: object) -> object:

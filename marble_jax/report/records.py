@@ -8,8 +8,8 @@ import math
 import re
 from typing import Any
 
-from etils import epath
 import numpy as np
+from etils import epath
 
 from marble_jax.errors import InputError
 

@@ -1,11 +1,11 @@
 """Rewards by name: a directory's `rewards.json` says what each is made of, and this module makes it.
 
     {"alignment": {"kind": "clip", "formula": "clipscore", "model": "alignment"},
-     "aesthetic": {"kind": "aesthetic", "model": "alignment", "head": "aesthetic"},
+     "aesthetic": {"kind": "aesthetic", "model": "alignment", "head": "aesthetic/model.safetensors"},
      "ocr": {"kind": "ocr", "detect": false, "scale": 3},
      "geneval": {"kind": "geneval", "detector": "shapes"}}
 
-`model` and `head` are folders beside the file. Rewards that name the same model share it.
+`model` is a folder beside the file, `head` a file. Rewards that name the same model share it.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from marble_jax.errors import InputError, nearest, one_of
 from marble_jax.rewards.aesthetic import AestheticReward, load_head
 from marble_jax.rewards.base import Reward
-from marble_jax.rewards.clip import CLIPReward, ClipEncoder
+from marble_jax.rewards.clip import ClipEncoder, CLIPReward
 from marble_jax.rewards.detect import ShapeDetector
 from marble_jax.rewards.geneval import GenEvalReward
 from marble_jax.rewards.ocr import OCRReward, RapidReader
@@ -27,7 +27,8 @@ OPTIONS = {"clip": {"formula", "model"}, "aesthetic": {"model", "head"}, "ocr": 
            "geneval": {"detector"}}
 
 
-def load_rewards(directory: Path | str, names: Sequence[str], num_workers: int = 2, dtype: Any = "float32") -> list[Reward]:
+def load_rewards(directory: Path | str, names: Sequence[str], num_workers: int = 2, dtype: Any = "float32",
+                 faithful: bool = False) -> list[Reward]:
     """The rewards `names` of a directory.
 
     Args:
@@ -35,6 +36,7 @@ def load_rewards(directory: Path | str, names: Sequence[str], num_workers: int =
       names: rewards wanted, in the order of the reward axis.
       num_workers: pictures a host reward works on at the same time.
       dtype: of the CLIP towers.
+      faithful: score OCR and GenEval as upstream does where our rules differ.
 
     Raises:
       InputError: missing directory, file or folder; an unknown reward, kind or option; a reward named twice.
@@ -75,8 +77,8 @@ def load_rewards(directory: Path | str, names: Sequence[str], num_workers: int =
         except KeyError as error:
             raise InputError(f"{directory / FILE}: expected {error} for {name}; received none") from None
         if kind == "ocr":
-            return OCRReward(name, RapidReader(entry.get("detect", True), entry.get("scale", 1), num_workers))
+            return OCRReward(name, RapidReader(entry.get("detect", True), entry.get("scale", 1), num_workers), faithful)
         one_of(f"{directory / FILE}: detector of {name}", entry.get("detector", "shapes"), ("shapes",))
-        return GenEvalReward(name, ShapeDetector())
+        return GenEvalReward(name, ShapeDetector(), faithful=faithful)
 
     return [build(name) for name in names]

@@ -186,11 +186,16 @@ class HostScorer:
             self._waited += waited
 
     def _check(self, results: Mapping[str, Result]) -> None:
-        for name, result in results.items():
-            failed, asked = int(result.failed.sum()), int((result.valid | result.failed).sum())
-            if failed > self._max_missing_share * asked:
-                raise RewardError(f"reward {name}: expected at most {self._max_missing_share:.0%} of a batch to fail; "
-                                  f"received {failed} of {asked}")
+        check_missing(results, self._max_missing_share)
+
+
+def check_missing(results: Mapping[str, Result], max_missing_share: float) -> None:
+    """Raises RewardError when a reward failed on a larger share of the samples it applies to."""
+    for name, result in results.items():
+        failed, asked = int(result.failed.sum()), int((result.valid | result.failed).sum())
+        if failed > max_missing_share * asked:
+            raise RewardError(f"reward {name}: expected at most {max_missing_share:.0%} of a batch to fail; "
+                              f"received {failed} of {asked}")
 
 
 def _line(error: BaseException) -> str:

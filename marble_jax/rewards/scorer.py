@@ -10,7 +10,7 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
-from marble_jax.rewards.host import HostScorer, Pending
+from marble_jax.rewards.host import HostScorer, Pending, check_missing
 from marble_jax.types import Scores
 
 
@@ -18,8 +18,9 @@ class PendingScores:
     """Scores of one batch under way."""
 
     def __init__(self, names: Sequence[str], device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
-                 timeout: float):
-        self._names, self._device, self._host, self._timeout = tuple(names), device, host, timeout
+                 timeout: float, max_missing_share: float):
+        self._names, self._device, self._host = tuple(names), device, host
+        self._timeout, self._max_missing_share = timeout, max_missing_share
 
     def result(self) -> Scores:
         """Waits for every reward; rewards in the run's order.
@@ -28,6 +29,7 @@ class PendingScores:
           RewardError: as `host.Pending.result`.
         """
         found = {name: base.settle(*parts) for name, parts in self._device.items()}
+        check_missing(found, self._max_missing_share)
         if self._host is not None:
             found |= self._host.result(self._timeout)
         return base.stack({name: found[name] for name in self._names})
@@ -52,7 +54,7 @@ class Scorer:
         self._device = [reward for reward in rewards if reward.kind == "device"]
         host = [reward for reward in rewards if reward.kind == "host"]
         self._host = HostScorer(host, num_workers, on_error, max_missing_share=max_missing_share) if host else None
-        self._timeout = timeout
+        self._timeout, self._max_missing_share = timeout, max_missing_share
 
     def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> PendingScores:
         """Hands over float32 pictures [N, H, W, 3] in [0, 1] with their N prompts."""
@@ -62,7 +64,7 @@ class Scorer:
             values, valid = reward.score(reward.params, images, texts, metadata)
             device[reward.name] = (values, valid, base.applicable(reward, texts, metadata))
         host = self._host.submit(np.asarray(images), texts, metadata) if self._host else None
-        return PendingScores(self.names, device, host, self._timeout)
+        return PendingScores(self.names, device, host, self._timeout, self._max_missing_share)
 
     @property
     def waited_seconds(self) -> float:

@@ -76,7 +76,8 @@ class Collector:
             images = self.decode(x0)
             pending.append(self.scorer.submit(images, [draw.prompts[i] for i in index]))
             latents.append(x0)
-            sums.append(_picture_health(x0, images, jnp.asarray(group)))
+            # Labels within the batch: a global one can be beyond the number of segments.
+            sums.append(_picture_health(x0, images, jnp.asarray(np.unique(group, return_inverse=True)[1])))
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
         scores = concatenate([p.result() for p in pending], count)

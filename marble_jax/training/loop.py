@@ -140,7 +140,7 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
       Interrupted: a signal came; the state was saved after the step under way.
     """
     merged = jax.jit(lambda params, adapter: adapters.merge(params, adapter, lora_scale))
-    first = int(state.step)
+    first = saved = int(state.step)
     clock = Clock(first, schedule.num_steps)
     with stop_requests() as stops:
         if schedule.evaluates(first) and first == 0:
@@ -172,6 +172,10 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
                 state = hooks.evaluate(state)
             if schedule.saves(done) or stops:
                 hooks.save(state)
+                saved = done
+        # A signal can come after that last check.
+        if stops and saved != int(state.step):
+            hooks.save(state)
     if stops:
         raise Interrupted(int(state.step))
     return state

@@ -17,6 +17,7 @@ from marble_jax.harmonize.gradients import FlowBatch
 from marble_jax.sampling import PolicyVelocity
 from marble_jax.types import Adapter, Conditioning, Params
 
+
 @flax.struct.dataclass
 class RolloutBatch:
     """One optimiser step's rollouts, with what every objective row makes of them.

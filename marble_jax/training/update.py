@@ -73,7 +73,7 @@ def finish(recipe: Recipe, optimizer: optax.GradientTransformation, state: Train
            alpha: smoothing.AlphaState) -> tuple[TrainState, Metrics]:
     """Clips, steps the optimiser and moves the averaged and the rollout policy.
 
-    A non-finite gradient changes nothing but the step count, and is reported.
+    A non-finite gradient moves no policy and not the optimiser, and is reported; the step counts all the same.
     """
     norm = tree.norm(gradient)
     finite = jnp.isfinite(norm)
@@ -88,7 +88,8 @@ def finish(recipe: Recipe, optimizer: optax.GradientTransformation, state: Train
     old_decay = recipe.old_schedule(step)
     new = state.replace(
         step=step, current=current, opt_state=keep(opt_state, state.opt_state), alpha=smoothing.advance(alpha),
-        ema=policies.soft_update(state.ema, current, ema_decay), old=policies.soft_update(state.old, current, old_decay))
+        ema=keep(policies.soft_update(state.ema, current, ema_decay), state.ema),
+        old=keep(policies.soft_update(state.old, current, old_decay), state.old))
     return new, {"training/grad_norm": norm, "training/skipped": 1.0 - finite, "policies/ema_decay": ema_decay,
                  "policies/old_decay": old_decay}
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-
 from world import draw, render
 
 

@@ -9,10 +9,9 @@ import json
 import random
 from pathlib import Path
 
+import world
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
-
-import world
 
 CLIP_LENGTH = 14
 T5_LENGTH = 12
@@ -89,18 +88,3 @@ def write_t5(directory: Path) -> PreTrainedTokenizerFast:
         model_max_length=T5_LENGTH)
     fast.save_pretrained(str(directory))
     return fast
-
-
-if __name__ == "__main__":
-    import sys
-    out = Path(sys.argv[1])
-    a, b, t = write_clip(out / "tokenizer", "<|endoftext|>"), write_clip(out / "tokenizer_2", "!"), write_t5(out / "tokenizer_3")
-    longest = {"clip": 0, "t5": 0}
-    rng = random.Random(0)
-    for i in range(4000):
-        p = world.draw(rng)[0]
-        longest["clip"] = max(longest["clip"], len(a(p).input_ids))
-        longest["t5"] = max(longest["t5"], len(t(p).input_ids))
-        if i < 4:
-            print(p, a.tokenize(p), t.tokenize(p))
-    print(longest, len(a), len(t))

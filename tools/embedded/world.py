@@ -7,8 +7,10 @@ pure function of a `random.Random`, so a seed names a picture.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -55,6 +57,9 @@ class Scene:
     offset: tuple[float, float] = (0.0, 0.0)
 
 
+Maker = Callable[[random.Random], Scene]
+
+
 def sign_words(split: str) -> list[str]:
     """All two-letter signs of `split`; every sixth word is held out for `test`."""
     words = [a + b for a in LETTERS for b in LETTERS]
@@ -62,11 +67,9 @@ def sign_words(split: str) -> list[str]:
     return [w for i, w in enumerate(words) if (i % 6 == 0) == (split == "test")]
 
 
-def _font(name: str, size: int, _cache: dict = {}) -> ImageFont.FreeTypeFont:
-    if (name, size) not in _cache:
-        folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-        _cache[name, size] = ImageFont.truetype(str(folder / name), size)
-    return _cache[name, size]
+@functools.cache
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def _outline(thing: Thing) -> list[tuple[float, float]]:
@@ -148,7 +151,7 @@ def _plural(shape: str, count: int) -> str:
     return shape if count == 1 else shape + ("es" if shape == "cross" else "s")
 
 
-def general(rng: random.Random) -> tuple[str, dict, "callable"]:
+def general(rng: random.Random) -> tuple[str, dict, Maker]:
     """A general description: count, colour, shape and background; returns prompt, metadata, scene maker."""
     count, shape = rng.choice((1, 1, 2, 3)), rng.choice(SHAPES)
     ink, background = rng.choice(list(INKS)), rng.choice(list(BACKGROUNDS))
@@ -156,7 +159,7 @@ def general(rng: random.Random) -> tuple[str, dict, "callable"]:
     return prompt, {}, lambda r: things_scene(r, [(shape, ink)] * count, background)
 
 
-def quoted(rng: random.Random, split: str = "train") -> tuple[str, dict, "callable"]:
+def quoted(rng: random.Random, split: str = "train") -> tuple[str, dict, Maker]:
     """A sign with quoted text, its ink and sometimes its background."""
     text, ink = rng.choice(sign_words(split)), rng.choice(list(INKS))
     background = rng.choice([None, *BACKGROUNDS])
@@ -164,7 +167,7 @@ def quoted(rng: random.Random, split: str = "train") -> tuple[str, dict, "callab
     return prompt, {}, lambda r: sign_scene(r, text, ink, background)
 
 
-def composition(rng: random.Random) -> tuple[str, dict, "callable"]:
+def composition(rng: random.Random) -> tuple[str, dict, Maker]:
     """A GenEval-style prompt with GenEval's metadata (`tag`, `include`, `exclude`, `prompt`)."""
     tag = rng.choice(("single_object", "two_object", "counting", "colors", "position", "color_attr"))
     a, b = rng.sample(SHAPES, 2)
@@ -196,7 +199,7 @@ def composition(rng: random.Random) -> tuple[str, dict, "callable"]:
     return prompt, metadata, lambda r: things_scene(r, wanted, None, relation)
 
 
-def draw(rng: random.Random, split: str = "train") -> tuple[str, dict, "callable"]:
+def draw(rng: random.Random, split: str = "train") -> tuple[str, dict, Maker]:
     """A prompt of a random kind: general 30 %, quoted text 40 %, composition 30 %."""
     u = rng.random()
     if u < 0.3:

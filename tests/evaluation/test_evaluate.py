@@ -1,0 +1,111 @@
+"""Evaluations: the same noise for the same prompt whatever the batch size, nothing dropped, kept pictures."""
+import marble_jax  # noqa: F401
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marble_jax.evaluation.evaluate import Evaluator
+from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.scorer import Scorer
+from marble_jax.sampling import make_sampler
+from marble_jax.types import Conditioning
+
+PROMPTS = [Prompt(t, "general") for t in ("a cat", 'a sign "go"', "two dogs", "a bird", 'the word "no"', "fog", "a cat")]
+
+
+def _velocity(params, adapter, xt, sigma, cond):
+    shift = 0.0 if adapter is None else adapter
+    return jnp.tanh(params * xt + sigma[:, None, None, None]) + cond.pooled[:, :, None, None] + shift
+
+
+class Brightness(Reward):
+    def score(self, params, images, prompts, metadata):
+        return images.mean(axis=(1, 2, 3)), jnp.ones(len(prompts), bool)
+
+
+class Length(Reward):
+    """Characters of the prompt, only where there is a quote."""
+
+    def applies(self, prompt, metadata):
+        return '"' in prompt
+
+    def score(self, params, images, prompts, metadata):
+        return np.array([len(p) for p in prompts], np.float32), np.array(['"' in p for p in prompts])
+
+
+def _encode(texts):
+    numbers = jnp.asarray([[sum(map(ord, t)) % 11] for t in texts], jnp.float32) / 10
+    return Conditioning(embeds=numbers[:, None], pooled=numbers)
+
+
+@functools.cache
+def _sampler():
+    return make_sampler(_velocity, 3, "dpm2", 1.0)
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    made = Scorer([Brightness(name="brightness", kind="device"), Length(name="length", kind="host")])
+    yield made
+    made.close()
+
+
+def _evaluator(scorer, batch_size, seed=0, num_pictures=3, prompts=PROMPTS):
+    return Evaluator(prompts=prompts, sampler=_sampler(), encode=_encode, decode=jax.nn.sigmoid, scorer=scorer,
+                     latent_shape=(2, 2, 3), batch_size=batch_size, seed=seed, num_pictures=num_pictures)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
+def test_results_do_not_depend_on_the_batch_size_and_no_prompt_is_dropped(scorer, batch_size):
+    """Against a loop over single prompts with noise from (seed, index)."""
+    done = []
+    scores, pictures = _evaluator(scorer, batch_size)(0.5, None, done.append)
+    assert sum(done) == len(PROMPTS) and scores.values.shape == (2, 7)
+    images = []
+    for i, prompt in enumerate(PROMPTS):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (2, 2, 3))[None]
+        images.append(np.asarray(jax.nn.sigmoid(_sampler()(0.5, None, _encode([prompt.text]), noise)))[0])
+    np.testing.assert_allclose(scores.values[0], [image.mean() for image in images], rtol=1e-5)
+    quoted = np.array(['"' in p.text for p in PROMPTS])
+    np.testing.assert_array_equal(scores.valid, [np.ones(7, bool), quoted])
+    np.testing.assert_array_equal(scores.values[1][quoted], [len(p.text) for p in PROMPTS if '"' in p.text])
+    assert not scores.failed.any()
+    assert pictures.dtype == np.uint8 and pictures.shape == (3, 2, 2, 3)
+    expected = np.stack([images[i] for i in (0, 3, 6)]) * 255
+    assert np.abs(pictures - expected).max() <= 0.5 + 1e-3
+
+
+def test_equal_prompts_start_from_different_noise(scorer):
+    """The first and the last prompt have the same text."""
+    scores, _ = _evaluator(scorer, 4)(0.5, None)
+    assert scores.values[0, 0] != scores.values[0, 6]
+
+
+def test_the_same_noise_every_time_and_another_one_for_another_seed(scorer):
+    evaluator = _evaluator(scorer, 4)
+    once, again, other = evaluator(0.5, None)[0], evaluator(0.5, None)[0], _evaluator(scorer, 4, seed=1)(0.5, None)[0]
+    np.testing.assert_array_equal(once.values, again.values)
+    assert np.all(once.values[0] != other.values[0])
+
+
+def test_policies_differ_by_their_weights_alone(scorer):
+    """A velocity that is lower by 0.3 everywhere ends 0.3 higher everywhere, up to what tanh makes of it: all gain."""
+    evaluator = _evaluator(scorer, 4)
+    base, raised = evaluator(jnp.float32(0.0), None)[0], evaluator(jnp.float32(0.0), jnp.float32(-0.3))[0]
+    assert np.all(raised.values[0] > base.values[0])
+    spread = (raised.values[0] - base.values[0]).std()
+    assert spread < 0.5 * base.values[0].std()
+
+
+@pytest.mark.parametrize("num_pictures, kept", [
+    (0, []), (1, [0]), (2, [0, 6]), (3, [0, 3, 6]), (7, list(range(7))), (50, list(range(7)))])
+def test_kept_pictures_are_spread_over_the_prompts(scorer, num_pictures, kept):
+    evaluator = _evaluator(scorer, 4, num_pictures=num_pictures)
+    assert evaluator.kept == kept
+    if num_pictures in (0, 50):
+        assert len(evaluator(0.5, None)[1]) == len(kept)

@@ -1,0 +1,104 @@
+"""The table of keys, the files in configs/, and what a configuration may not hold."""
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from marble_jax.cli.options import load_config
+from marble_jax.config import KEYS, check, default_config, describe, flatten
+from marble_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def presets(path: Path) -> tuple[str, ...]:
+    """The presets a configuration file names, read without running it."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PRESETS":
+            return tuple(ast.literal_eval(node.value))
+    return ("",)
+
+
+ALL = [(path, preset) for path in FILES for preset in presets(path)]
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_every_key_is_documented_and_allowed(name):
+    key = KEYS[name]
+    assert re.fullmatch(r"[a-z]+(\.[a-z0-9_]+)?", name)
+    assert len(key.meaning) > 8 and key.unit and key.source in ("ours", "paper", "NFT")
+    assert isinstance(key.default, (bool, int, float, str, tuple))
+    if "|" in key.unit:
+        assert key.default in key.unit.split("|")
+
+
+def test_the_defaults_pass():
+    check(flatten(default_config()))
+
+
+def test_help_names_every_key_with_its_default():
+    text = describe()
+    for name, key in KEYS.items():
+        assert f"  {name} = {key.default!r}\n      {key.meaning} [{key.unit}; {key.source}]" in text
+
+
+@pytest.mark.parametrize("name", [n for n in KEYS if n != "name"])
+def test_every_key_is_used(name):
+    """`a.b` is read as an attribute somewhere: a key that changes nothing would be a trap."""
+    group, _, leaf = name.rpartition(".")
+    text = "\n".join((ROOT / "marble_jax" / f).read_text(encoding="utf-8") for f in ("compose.py", "run.py", "draw.py"))
+    assert re.search(rf"\b{group}\.{leaf}\b" if group else rf"config\.{leaf}\b", text), f"{name} is never read"
+
+
+def test_defaults_become_a_tree_and_back():
+    config = default_config()
+    assert isinstance(config.rollout, ml_collections.ConfigDict)
+    assert flatten(config) == {name: key.default for name, key in KEYS.items()}
+    assert flatten(ml_collections.ConfigDict(config.to_dict())) == flatten(config)
+
+
+def test_every_configuration_file_is_covered():
+    assert {"embedded.py"} <= {path.name for path in FILES}
+    assert "smoke" in presets(ROOT / "configs" / "embedded.py")
+
+
+@pytest.mark.parametrize(("path", "preset"), ALL, ids=[f"{p.stem}:{s}" for p, s in ALL])
+def test_files_load_for_every_preset(path, preset):
+    config = load_config([f"--config={path}" + (f":{preset}" if preset else "")])
+    assert set(flatten(config)) == set(KEYS)
+    with pytest.raises(AttributeError):
+        config.surprise = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("training.num_steps", 0, "config.training.num_steps: expected a number >= 1 .optimiser steps.; received 0"),
+     ("training.num_steps", "3", "config.training.num_steps: expected int .*; received '3'"),
+     ("training.num_steps", True, "config.training.num_steps: expected int .*; received True"),
+     ("training.learning_rate", float("nan"), "config.training.learning_rate: expected a number >= 0 .*received nan"),
+     ("nft.beta", 0.0, r"config.nft.beta: expected a number in \(0, 1\] .*; received 0.0"),
+     ("harmonize.rho", 1.0, r"config.harmonize.rho: expected a number in \[0, 1\) .*; received 1.0"),
+     ("rollout.images_per_prompt", 1, "expected a number >= 2 .*; received 1"),
+     ("advantages.scale", "batch", "config.advantages.scale: expected one of global, group; received 'batch'"),
+     ("harmonize.mode", "amortized", "expected one of exact, amortised, faithful; received 'amortized'; did you mean 'amor"),
+     ("harmonize.reward_weights", (1.0, 0.0), r"harmonize.reward_weights: expected a number > 0 .*received \(1.0, 0.0\)"),
+     ("harmonize.fixed_alpha", ("a",), r"harmonize.fixed_alpha: expected tuple of numbers .*received \('a',\)"),
+     ("rewards.train", (1, 2), r"config.rewards.train: expected tuple of texts .*received \(1, 2\)"),
+     ("rewards.train", "ocr", "config.rewards.train: expected tuple of texts .*received 'ocr'"),
+     ("rollout.merge_adapter", 1, "config.rollout.merge_adapter: expected bool .*; received 1"),
+     ("model.atention", "xla", "config.model.atention: expected a configuration key; .*did you mean 'model.attention'")])
+def test_what_the_table_does_not_allow(name, value, message):
+    with pytest.raises(InputError, match=message):
+        check({**flatten(default_config()), name: value})
+
+
+def test_a_key_left_out():
+    flat = flatten(default_config())
+    del flat["nft.beta"]
+    with pytest.raises(InputError, match="config.nft.beta: expected a value .*; received none"):
+        check(flat)

@@ -1,0 +1,128 @@
+"""The house's drawing: who may import whom, and where the heavy libraries are let in."""
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "marble_jax"
+ROWS = (
+    ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
+    ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "pictures", "workdir", "config", "console")),
+    ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling")),
+    ("procedures", ("training", "evaluation", "report")),
+    ("composition", ("compose", "run", "draw")),
+    ("doors", ("cli", "__main__")),
+)
+ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}
+LIBRARIES = {
+    "jaxopt": {"harmonize.qp"},
+    "orbax": {"checkpoint"},
+    "optax": {"training", "compose"},
+    "ml_collections": {"config", "compose", "run", "draw", "cli"},
+    "rapidocr": {"rewards.ocr"},
+    "tensorboardX": {"training.records"},
+    "torch": set(),
+    "diffusers": set(),
+    "matplotlib": set(),
+}
+
+
+def module_name(path: Path) -> str:
+    """Dotted name below marble_jax; the package itself is the empty string."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str) -> set[str]:
+    """Full names of everything a module imports, also inside functions; `from a import b` gives `a.b` if a module."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner.removeprefix("marble_jax.") in MODULES else node.module)
+    return found
+
+
+def inside(name: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    own = {i for i in imports(name) if i.split(".")[0] == "marble_jax"}
+    return {i.removeprefix("marble_jax").lstrip(".") for i in own}
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def violations() -> list[str]:
+    return [f"{name} ({ROWS[ROW[room(name)]][0]}) imports {other} ({ROWS[ROW[room(other)]][0]})"
+            for name in MODULES for other in sorted(inside(name)) if ROW[room(other)] > ROW[room(name)]]
+
+
+def test_every_module_has_its_place():
+    assert {room(name) for name in MODULES} == set(ROW)
+
+
+def test_no_module_imports_from_a_higher_row():
+    assert not violations()
+
+
+def test_rooms_of_a_row_do_not_import_each_other_in_a_circle():
+    graph = {r: set() for r in ROW}
+    for name in MODULES:
+        graph[room(name)] |= {room(other) for other in inside(name)} - {room(name)}
+    done: set[str] = set()
+    while ready := {r for r in graph if r not in done and graph[r] <= done}:
+        done |= ready
+    assert done == set(graph), f"circle among {sorted(set(graph) - done)}"
+
+
+@pytest.mark.parametrize(("one", "other"), [("training", "evaluation"), ("training", "report"), ("evaluation", "report")])
+def test_procedures_do_not_know_each_other(one, other):
+    crossing = [n for n in MODULES for o in inside(n) if {room(n), room(o)} == {one, other}]
+    assert not crossing
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries_are_imported_where_they_belong(library):
+    allowed = LIBRARIES[library]
+    users = {name for name in MODULES if any(i.split(".")[0] == library for i in imports(name))}
+    strays = {name for name in users if not any(name == a or name.startswith(a + ".") for a in allowed)}
+    assert not strays
+
+
+def test_the_report_needs_no_jax():
+    reached, waiting = set(), {"cli.main", "cli.report", *(n for n in MODULES if room(n) == "report")}
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        assert not any(i.split(".")[0] in ("jax", "flax", "optax", "orbax") for i in imports(name)), name
+        waiting |= inside(name) - reached - {""}
+    code = "import sys, marble_jax.cli.main, marble_jax.cli.report, marble_jax.report; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
+def test_heavy_libraries_are_imported_inside_functions():
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            heavy = {n.split(".")[0] for n in names} & {"rapidocr", "onnxruntime", "transformers", "scipy", "jaxopt",
+                                                       "tensorboardX", "wandb"}
+            assert not heavy, f"{name} imports {heavy} at the top"
+
+
+def test_a_wrong_import_is_found(monkeypatch, tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from marble_jax import compose\n")
+    monkeypatch.setitem(MODULES, "flow.bad", bad)
+    assert violations() == ["flow.bad (mechanisms) imports compose (composition)"]

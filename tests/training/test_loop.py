@@ -1,0 +1,291 @@
+"""The loop: what it calls when, how it stops and goes on, and how scores become objective rows."""
+import marble_jax  # noqa: F401
+
+import functools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_policy as toy
+
+from marble_jax.console import Console
+from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.scorer import Scorer
+from marble_jax.sampling import make_sampler
+from marble_jax.training.batch import Collector
+from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, advantages_of, stop_requests, train
+from marble_jax.training.steps import make_steps
+from marble_jax.types import Conditioning, Scores
+
+PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)],
+           "ocr": [Prompt(f'the word "{w}"', "ocr") for w in ("go", "stop", "left")]}
+
+
+class Brightness(Reward):
+    def score(self, params, images, prompts, metadata):
+        return images.mean(axis=(1, 2, 3)), jnp.ones(len(prompts), bool)
+
+
+class Redness(Reward):
+    """Only of prompts with a quote."""
+
+    def applies(self, prompt, metadata):
+        return '"' in prompt
+
+    def score(self, params, images, prompts, metadata):
+        return images[..., 0].mean(axis=(1, 2)), jnp.ones(len(prompts), bool)
+
+
+def _encode(texts):
+    numbers = np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
+    return Conditioning(embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), pooled=jnp.asarray(numbers[:, :2]))
+
+
+@functools.cache
+def _collector():
+    scorer = Scorer([Brightness(name="brightness", kind="device"), Redness(name="redness", kind="device")])
+    return Collector(sampler=make_sampler(toy.velocity, 2, "euler", 1.0), encode=_encode, decode=jax.nn.sigmoid,
+                     scorer=scorer, latent_shape=toy.LATENT, batch_size=6, place=lambda tree: tree)
+
+
+@functools.cache
+def _steps():
+    return make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "amortised", 2)
+
+
+def _sampling(scalarise="none", weights=()):
+    return Sampling(PROMPTS, 3, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", scalarise, weights)
+
+
+class Diary:
+    """Hooks that write down what was called; states are copied because the next step overwrites them."""
+
+    def __init__(self, stop_at=None, number=signal.SIGTERM):
+        self.events, self.records, self.saved, self._stop_at, self._number = [], {}, {}, stop_at, number
+
+    def record(self, step, record):
+        self.events.append(("record", step))
+        self.records[step] = record
+        if step == self._stop_at:
+            os.kill(os.getpid(), self._number)
+
+    def evaluate(self, state):
+        self.events.append(("evaluate", int(state.step)))
+        return state.replace(best_step=state.step + 0)
+
+    def save(self, state):
+        self.events.append(("save", int(state.step)))
+        self.saved[int(state.step)] = jax.tree.map(lambda x: np.array(x, copy=True), state)
+
+    @property
+    def hooks(self):
+        return Hooks(self.record, self.evaluate, self.save)
+
+
+def _train(state, diary, num_steps=3, evaluate_every=2, checkpoint_every=2, merge=False):
+    schedule = Schedule(num_steps, evaluate_every, checkpoint_every)
+    return train(state, toy.base_params(), _collector(), _steps(), _sampling(), schedule, diary.hooks, Console(),
+                 toy.SCALE, merge, lambda tree: tree)
+
+
+def _start():
+    return toy.new_state(num_rewards=2)
+
+
+@functools.cache
+def _whole():
+    diary = Diary()
+    return jax.tree.map(lambda x: np.array(x, copy=True), _train(_start(), diary)), diary
+
+
+def test_what_is_called_when():
+    state, diary = _whole()
+    assert diary.events == [("evaluate", 0), ("record", 0), ("record", 1), ("evaluate", 2), ("save", 2), ("record", 2),
+                            ("evaluate", 3), ("save", 3)]
+    assert int(state.step) == 3 and int(state.best_step) == 3
+    toy.assert_identical(diary.saved[3], state)
+    assert [diary.records[s]["harmonize/refreshed"] for s in range(3)] == [1, 0, 1]
+
+
+def test_records_are_flat_and_complete(capsys):
+    _train(_start(), diary := Diary(), num_steps=2)
+    record = diary.records[0]
+    assert all(isinstance(v, (int, float)) for v in record.values())
+    expected = {"step", "time", "time/rollout_s", "time/rewards_wait_s", "time/train_s", "time/step_s", "nft/loss", "nft/kl",
+                "training/grad_norm", "training/skipped", "rollout/diversity", "rollout/brightness", "rollout/x0_norm",
+                "harmonize/alpha/redness", "harmonize/cos_pair/brightness|redness", "rollout/score_mean/brightness",
+                "rollout/missing_share/redness", "advantages/abs_mean/redness", "policies/old_decay"}
+    assert expected <= set(record)
+    assert "harmonize/cos_pair/redness|brightness" not in record
+    # Redness applies to OCR prompts alone, 1 of the 3 (the sources share 3 prompts as 2 and 1).
+    assert record["rollout/missing_share/redness"] == pytest.approx(2 / 3)
+    assert record["rollout/missing_share/brightness"] == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("step 1/2  brightness 0.") and "worst cos" in lines[0]
+    assert "worst cos" not in lines[1]  # the step in between solves knows no cosines
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_under_way_and_the_rest_can_follow(number):
+    """Stopped in the first of three steps, off the checkpoint schedule; the continuation equals the whole run."""
+    before = signal.getsignal(number)
+    diary = Diary(stop_at=0, number=number)
+    with pytest.raises(Interrupted, match="stopped after step 1; the same command goes on from here") as stopped:
+        _train(_start(), diary)
+    assert stopped.value.step == 1
+    assert diary.events == [("evaluate", 0), ("record", 0), ("save", 1)]
+    assert signal.getsignal(number) == before
+
+    later = Diary()
+    state = _train(jax.tree.map(jnp.asarray, diary.saved[1]), later)
+    assert later.events == [("record", 1), ("evaluate", 2), ("save", 2), ("record", 2), ("evaluate", 3), ("save", 3)]
+    toy.assert_identical(state, _whole()[0])
+    for name, value in _whole()[1].records[2].items():
+        assert name.startswith("time") or later.records[2][name] == value or np.isnan(value), name
+
+
+def test_a_signal_in_a_step_that_is_saved_anyway_saves_once():
+    diary = Diary(stop_at=1)
+    with pytest.raises(Interrupted, match="after step 2"):
+        _train(_start(), diary)
+    assert diary.events[-2:] == [("evaluate", 2), ("save", 2)] and list(diary.saved) == [2]
+
+
+def test_a_signal_after_the_save_check_is_not_lost():
+    """It comes when the loop looks whether another step is due: nothing was saved on schedule, so it is saved now."""
+    class Late:
+        checked = False
+
+        def evaluates(self, step):
+            return False
+
+        def saves(self, step):
+            self.checked = True
+            return False
+
+        @property
+        def num_steps(self):
+            if self.checked:
+                os.kill(os.getpid(), signal.SIGTERM)
+                self.checked = False
+            return 9
+
+    diary = Diary()
+    with pytest.raises(Interrupted, match="after step 1"):
+        train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Late(), diary.hooks, Console(), toy.SCALE,
+              False, lambda tree: tree)
+    assert diary.events == [("record", 0), ("save", 1)]
+
+
+def test_a_signal_during_the_first_evaluation_stops_before_any_step():
+    diary = Diary()
+
+    def evaluate(state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return diary.evaluate(state)
+
+    with pytest.raises(Interrupted, match="after step 0"):
+        train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Schedule(2, 0, 1),
+              Hooks(diary.record, evaluate, diary.save), Console(), toy.SCALE, False, lambda tree: tree)
+    assert diary.events == [("evaluate", 0)]
+
+
+def test_a_second_signal_is_not_caught():
+    with stop_requests() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_finished_run_does_nothing_more():
+    diary = Diary()
+    state = _train(jax.tree.map(jnp.asarray, _whole()[0]), diary)
+    assert diary.events == [] and int(state.step) == 3
+
+
+def test_merging_the_adapter_changes_rollouts_by_rounding_only():
+    """One step: weights agree, although AdamW makes a step of unit size out of small differences."""
+    plain, merged = Diary(), Diary()
+    _train(_start(), plain, num_steps=1)
+    _train(_start(), merged, num_steps=1, merge=True)
+    for name in ("rollout/x0_norm", "rollout/score_mean/redness", "rollout/diversity"):
+        assert merged.records[0][name] == pytest.approx(plain.records[0][name], rel=1e-4)
+    toy.assert_close(merged.saved[1].current, plain.saved[1].current, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("every, evaluated, num_steps", [(0, [0, 7], 7), (3, [0, 3, 6, 7], 7), (7, [0, 7], 7), (2, [0, 2], 2)])
+def test_when_states_are_evaluated(every, evaluated, num_steps):
+    schedule = Schedule(num_steps, every, 1)
+    assert [s for s in range(num_steps + 1) if schedule.evaluates(s)] == evaluated
+
+
+@pytest.mark.parametrize("every, saved", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (50, [5])])
+def test_when_states_are_saved(every, saved):
+    schedule = Schedule(5, 0, every)
+    assert [s for s in range(1, 6) if schedule.saves(s)] == saved
+
+
+# Two groups of three pictures; the second reward is missing for a picture of group 0 and for all but one of group 1.
+GROUPS = np.array([0, 0, 0, 1, 1, 1])
+VALUES = np.array([[1.0, 2.0, 6.0, 3.0, 3.0, 9.0], [0.5, 0.1, 0.0, 0.9, 0.0, 0.0]], np.float32)
+VALID = np.array([[True] * 6, [True, True, False, True, False, False]])
+SCORES = Scores(("a", "b"), VALUES, VALID, np.zeros((2, 6), bool))
+
+
+def _by_hand(values, valid, std=None):
+    """Advantages of one reward: centred on the group's valid scores, over their overall standard deviation."""
+    out = np.zeros(6)
+    std = values[valid].std() if std is None else std
+    for group in (0, 1):
+        member = valid & (GROUPS == group)
+        if member.any():
+            out[member] = (values[member] - values[member].mean()) / (std + 1e-4)
+    return out
+
+
+def test_rows_of_the_objective_are_the_rewards():
+    each, rows, valid = advantages_of(SCORES, GROUPS, _sampling())
+    assert rows.shape == (2, 6) and np.array_equal(valid, VALID)
+    for k in range(2):
+        np.testing.assert_allclose(rows[k], _by_hand(VALUES[k].astype(float), VALID[k]), rtol=1e-5)
+    np.testing.assert_array_equal(each.values, rows)
+    assert rows[1, 3] == 0 and valid[1, 3]  # alone in its group
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 4.0)])
+def test_weighted_sum_adds_a_row_from_raw_scores(weights):
+    each, rows, valid = advantages_of(SCORES, GROUPS, _sampling("weighted_sum", weights))
+    plain = advantages_of(SCORES, GROUPS, _sampling())[1]
+    np.testing.assert_array_equal(rows[:2], plain)
+    np.testing.assert_array_equal(each.values, plain)
+    w = np.array(weights or (1.0, 1.0))[:, None]
+    one = (np.where(VALID, VALUES, 0) * w).sum(0) / (VALID * w).sum(0)
+    np.testing.assert_allclose(rows[2], _by_hand(one, np.ones(6, bool)), rtol=1e-5)
+    assert rows.shape == valid.shape == (3, 6) and valid[2].all()
+
+
+def test_gdpo_adds_a_row_from_advantages_normalised_in_their_groups():
+    _, rows, valid = advantages_of(SCORES, GROUPS, _sampling("gdpo", (1.0, 2.0)))
+    within = np.zeros((2, 6))
+    for k in range(2):
+        for group in (0, 1):
+            member = VALID[k] & (GROUPS == group)
+            scores = VALUES[k][member].astype(float)
+            within[k, member] = (scores - scores.mean()) / (scores.std() + 1e-4)
+    w = np.array([1.0, 2.0])[:, None]
+    mixed = (within * VALID * w).sum(0) / (VALID * w).sum(0)
+    np.testing.assert_allclose(rows[2], (mixed - mixed.mean()) / (mixed.std() + 1e-4), rtol=1e-4, atol=1e-5)
+    assert valid.shape == (3, 6) and valid[2].all()
+
+
+def test_a_picture_without_any_reward_is_missing_from_the_scalarised_row():
+    scores = Scores(("a",), VALUES[:1], VALID[1:], np.zeros((1, 6), bool))
+    for scalarise in ("weighted_sum", "gdpo"):
+        _, rows, valid = advantages_of(scores, GROUPS, _sampling(scalarise))
+        np.testing.assert_array_equal(valid[1], VALID[1])
+        assert np.all(rows[1][~VALID[1]] == 0)

@@ -1,0 +1,93 @@
+"""A two-layer policy on latents [n, 2, 2, 3] with an adapter on each layer, and training problems small enough to
+redo by hand: masks, advantages beyond the clip, and a rollout policy that differs from the current one."""
+import marble_jax  # noqa: F401
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from marble_jax.harmonize.balancers import Marble
+from marble_jax.nft.policies import rollout_decay
+from marble_jax.training.microsteps import RolloutBatch
+from marble_jax.training.state import initial_state
+from marble_jax.training.update import Recipe
+from marble_jax.types import Conditioning
+
+LATENT, HIDDEN, RANK, SCALE = (2, 2, 3), 6, 2, 2.0
+REWARDS, PROMPTS, PICTURES, MICRO_BATCH, TIMESTEPS = 3, 3, 12, 4, 3
+SIGMAS = (1.0, 0.8, 0.55, 0.25)
+RATE, BETAS, EPSILON, DECAY, CLIP_NORM = 3e-3, (0.9, 0.95), 1e-6, 0.1, 0.5
+OLD_DECAY = rollout_decay("linear_capped", rate=0.3)
+
+
+def velocity(params, adapter, xt, sigma, cond):
+    """tanh layer and linear layer; `cond` enters through its pooled part and the mean of its tokens."""
+    def dense(name, x):
+        out = x @ params[name]["kernel"]
+        return out if adapter is None else out + SCALE * (x @ adapter[name]["a"]) @ adapter[name]["b"]
+
+    x = jnp.concatenate([xt.reshape(xt.shape[0], -1), sigma[:, None], cond.pooled, cond.embeds.mean(axis=1)], axis=1)
+    return dense("second", jnp.tanh(dense("first", x))).reshape(xt.shape)
+
+
+def normal(rng, *shape, scale=1.0):
+    return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+
+@functools.cache
+def base_params():
+    rng = np.random.default_rng(1)
+    return {"first": {"kernel": normal(rng, 12 + 1 + 2 + 3, HIDDEN, scale=0.3)},
+            "second": {"kernel": normal(rng, HIDDEN, 12, scale=0.4)}}
+
+
+def new_adapter(seed, scale=0.3):
+    rng = np.random.default_rng(seed)
+    return {name: {"a": normal(rng, leaf["kernel"].shape[0], RANK, scale=scale),
+                   "b": normal(rng, RANK, leaf["kernel"].shape[1], scale=scale)} for name, leaf in base_params().items()}
+
+
+def recipe(**changes):
+    settings = dict(
+        sigmas=SIGMAS, num_timesteps=TIMESTEPS, micro_batch=MICRO_BATCH, chunk=2, num_rewards=REWARDS, scalarised=False,
+        nft_beta=0.1, kl_weight=0.05, clip=5.0, balancer=Marble(), rho=0.7, smooth=True,
+        old_schedule=OLD_DECAY, ema_decay=0.9)
+    return Recipe(**settings | changes)
+
+
+def optimizer():
+    return optax.chain(optax.clip_by_global_norm(CLIP_NORM),
+                       optax.adamw(RATE, b1=BETAS[0], b2=BETAS[1], eps=EPSILON, weight_decay=DECAY))
+
+
+def new_state(adapter_seed=2, seed=5, num_rewards=REWARDS):
+    """All policies apart from each other, as in the middle of training; no solve yet."""
+    state = initial_state(new_adapter(adapter_seed), optimizer(), num_rewards, (), seed)
+    return state.replace(old=new_adapter(adapter_seed + 100), ema=new_adapter(adapter_seed + 200))
+
+
+def new_batch(seed=3, rows=REWARDS, absent=()):
+    """12 pictures of 3 prompts. Row 1 is missing for prompt 0, row 2 for every other picture; `absent` rows wholly."""
+    rng = np.random.default_rng(seed)
+    prompt = np.repeat(np.arange(PROMPTS, dtype=np.int32), PICTURES // PROMPTS)
+    valid = np.ones((rows, PICTURES), bool)
+    valid[1, prompt == 0] = False
+    valid[2, ::2] = False
+    valid[list(absent)] = False
+    advantages = np.where(valid, 6.0 * rng.normal(size=valid.shape), 0.0)
+    cond = Conditioning(normal(rng, PROMPTS, 2, 3), normal(rng, PROMPTS, 2))
+    return RolloutBatch(normal(rng, PICTURES, *LATENT), jnp.asarray(prompt), cond, jnp.asarray(advantages, jnp.float32),
+                        jnp.asarray(valid))
+
+
+def assert_close(found, expected, rtol=2e-4, atol=2e-6):
+    """Two trees of the same structure, leaf by leaf."""
+    jax.tree.map(lambda f, e: np.testing.assert_allclose(np.asarray(f), np.asarray(e), rtol=rtol, atol=atol),
+                 found, expected)
+
+
+def assert_identical(found, expected):
+    jax.tree.map(lambda f, e: np.testing.assert_array_equal(np.asarray(f), np.asarray(e)), found, expected)
