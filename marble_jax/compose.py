@@ -72,7 +72,8 @@ def place_of(path: str, kind: str) -> Path:
     if path == EMBEDDED:
         return Path(str(resources.files("marble_jax") / "embedded" / kind))
     if not path:
-        raise InputError(f"{'model' if kind == 'pipeline' else kind}.path: expected a directory or 'embedded'; received nothing")
+        room = "model" if kind == "pipeline" else kind
+        raise InputError(f"{room}.path: expected a directory or 'embedded'; received nothing")
     return Path(path)
 
 
@@ -92,7 +93,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         if name in names:
             raise InputError(f"rewards.heldout: expected rewards that are not trained on; received {name!r}")
     if config.harmonize.alpha_floor > 1 / len(names):
-        raise InputError(f"harmonize.alpha_floor: expected at most 1/{len(names)}; received {config.harmonize.alpha_floor}")
+        raise InputError(f"harmonize.alpha_floor: expected at most 1/{len(names)}; received "
+                         f"{config.harmonize.alpha_floor}")
     if config.model.attention == "cudnn" and (jax.default_backend() != "gpu" or config.model.dtype != "bfloat16"):
         raise InputError(f"model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received 'cudnn' on "
                          f"{jax.default_backend()} in {config.model.dtype}")
@@ -108,7 +110,8 @@ def derive_sizes(config: ml_collections.ConfigDict, num_devices: int) -> Sizes:
     """
     rollout, training = config.rollout, config.training
     pictures = rollout.prompts_per_step * rollout.images_per_prompt
-    for name, size in (("rollout.batch_size", rollout.batch_size), ("training.micro_batch_size", training.micro_batch_size)):
+    for name, size in (("rollout.batch_size", rollout.batch_size),
+                       ("training.micro_batch_size", training.micro_batch_size)):
         if pictures % size or size % num_devices:
             fits = [n for n in range(num_devices, pictures + 1, num_devices) if pictures % n == 0]
             best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""

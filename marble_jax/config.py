@@ -52,7 +52,8 @@ KEYS: dict[str, Key] = {
     "prompts.path": Key("", "directory with SOURCE/{train,test} prompt files, or 'embedded'", "path"),
     "prompts.sources": Key(("general", "ocr", "geneval"), "sources drawn from, in equal shares", "-", "paper"),
     # rollout
-    "rollout.prompts_per_step": Key(48, "distinct prompts an optimiser step, over all devices", "prompts, >= 1", "paper"),
+    "rollout.prompts_per_step": Key(48, "distinct prompts an optimiser step, over all devices", "prompts, >= 1",
+                                    "paper"),
     "rollout.images_per_prompt": Key(24, "size of a group", "pictures, >= 2", "paper"),
     "rollout.batch_size": Key(144, "pictures sampled at once, over all devices", "pictures, >= 1", "paper"),
     "rollout.num_steps": Key(25, "solver steps", "steps, >= 1", "paper"),
@@ -76,11 +77,13 @@ KEYS: dict[str, Key] = {
     "advantages.scalarise": Key("none", "one advantage instead of K: 'weighted_sum' of scores (DiffusionNFT) or "
                                 "'gdpo' (sum of normalised advantages)", "none|weighted_sum|gdpo"),
     # harmonisation
-    "harmonize.balancer": Key("marble", "how K gradients become one update", "marble|equal|fixed|upgrad|pcgrad|cagrad|imtl|nash"),
+    "harmonize.balancer": Key("marble", "how K gradients become one update",
+                              "marble|equal|fixed|upgrad|pcgrad|cagrad|imtl|nash"),
     "harmonize.mode": Key("amortised", "when per-reward gradients are taken: every step ('exact'), every "
                           "refresh_every steps ('amortised'), or as upstream does ('faithful')",
                           "exact|amortised|faithful", "paper"),
-    "harmonize.refresh_every": Key(10, "N: optimiser steps between solves of the amortised mode", "steps, >= 1", "paper"),
+    "harmonize.refresh_every": Key(10, "N: optimiser steps between solves of the amortised mode", "steps, >= 1",
+                                   "paper"),
     "harmonize.rho": Key(0.7, "weight of the old alpha in its running average", "[0, 1)", "paper"),
     "harmonize.smooth_exact": Key(False, "apply the running average in exact mode too", "-"),
     "harmonize.normalize": Key(True, "solve on unit gradients", "-", "paper"),
@@ -88,13 +91,16 @@ KEYS: dict[str, Key] = {
                                     "scalarised); empty: all one", "> 0", "paper"),
     "harmonize.fixed_alpha": Key((), "alpha of the 'fixed' balancer, one a reward, sum 1", "[0, 1]", "paper"),
     "harmonize.alpha_floor": Key(0.0, "least alpha of every reward", "[0, 1/K]", "paper"),
-    "harmonize.chunk_size": Key(8, "samples whose per-sample adapter gradients are held at once, a device", "samples, >= 1"),
+    "harmonize.chunk_size": Key(8, "samples whose per-sample adapter gradients are held at once, a device",
+                                "samples, >= 1"),
     # objective
-    "nft.beta": Key(0.1, "mixing of current and rollout velocity in the positive and negative branch", "(0, 1]", "paper"),
+    "nft.beta": Key(0.1, "mixing of current and rollout velocity in the positive and negative branch",
+                    "(0, 1]", "paper"),
     "nft.kl_weight": Key(1e-4, "weight of the squared distance to the base model's velocity", ">= 0", "paper"),
     # training
     "training.num_steps": Key(1000, "optimiser steps", "steps, >= 1"),
-    "training.micro_batch_size": Key(144, "samples (picture, timestep) a micro-step, over all devices", "samples, >= 1", "paper"),
+    "training.micro_batch_size": Key(144, "samples (picture, timestep) a micro-step, over all devices",
+                                     "samples, >= 1", "paper"),
     "training.timestep_fraction": Key(0.99, "share of a picture's timesteps trained on: int(fraction * N)",
                                       "(0, 1]", "paper"),
     "training.learning_rate": Key(3e-4, "AdamW step size", ">= 0", "paper"),
@@ -184,7 +190,7 @@ def known(name: str) -> None:
 
 def _check_value(name: str, key: Key, value: Any) -> None:
     default = key.default
-    kind = (float, int) if isinstance(default, float) else (tuple, list) if isinstance(default, tuple) else type(default)
+    kind = {float: (float, int), tuple: (tuple, list)}.get(type(default), type(default))
     ranged = _INTERVAL.search(key.unit) or _BOUND.search(key.unit)
     parts = value if isinstance(default, tuple) and isinstance(value, (tuple, list)) else (value,)
     part_kind = kind if not isinstance(default, tuple) else (float, int) if ranged else str

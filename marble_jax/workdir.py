@@ -27,7 +27,8 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "__jax_array__") or hasattr(value, "addressable_shards"):
+    arrays = (np.ndarray, np.generic)
+    if isinstance(value, arrays) or hasattr(value, "__jax_array__") or hasattr(value, "addressable_shards"):
         value = np.asarray(value).tolist()
         return plain(value) if isinstance(value, list) else plain(float(value) if isinstance(value, float) else value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -68,8 +69,8 @@ class Workdir:
                 break
         if not record.exists():
             if self.path.exists() and any(self.path.iterdir()):
-                raise InputError(f"workdir: expected an empty or new directory, or one made by train; received {self.path} "
-                                 "with other files in it")
+                raise InputError(f"workdir: expected an empty or new directory, or one made by train; received "
+                                 f"{self.path} with other files in it")
             return False
         try:
             there = json.loads(record.read_text())
@@ -79,8 +80,8 @@ class Workdir:
             raise InputError(f"workdir: expected a JSON object in {record}; received something else")
         for key in sorted(set(config) | set(there)):
             if config.get(key) != there.get(key) and not _is_free(key, config):
-                raise InputError(f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own); "
-                                 f"received {config.get(key)!r}; choose another --workdir")
+                raise InputError(f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own)"
+                                 f"; received {config.get(key)!r}; choose another --workdir")
         return True
 
     def claim(self, config: dict[str, Any]) -> bool:
@@ -97,7 +98,8 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
         except OSError as error:
-            raise InputError(f"workdir: expected a writable place; received {self.path} ({error.strerror or error})") from None
+            reason = error.strerror or error
+            raise InputError(f"workdir: expected a writable place; received {self.path} ({reason})") from None
         return existed
 
     def write_text(self, name: str, text: str) -> None:

@@ -67,8 +67,8 @@ def test_check(changes, message, monkeypatch):
 def test_build_checks_before_it_reads(monkeypatch):
     for reader in ("read_directory", "find_model", "load_rewards", "load_pipeline"):
         monkeypatch.setattr(compose, reader, lambda *a, **k: pytest.fail("something was read"))
-    for changes, message in (({"nft__beta": 0.0}, "config.nft.beta"), ({"mesh__data": 3}, "mesh: expected data x fsdp = 1"),
-                             ({"harmonize__fixed_alpha": (1.0,)}, "harmonize.fixed_alpha: expected one number for each of 5"),
+    for changes, message in (({"nft__beta": 0.0}, "config.nft.beta"), ({"mesh__data": 3}, "mesh: expected data x fsdp"),
+                             ({"harmonize__fixed_alpha": (1.0,)}, "fixed_alpha: expected one number for each of 5"),
                              ({"lora__rank": 0}, "config.lora.rank"), ({"rollout__batch_size": 7}, "nearest valid 6"),
                              ({}, "prompts.path: expected a directory or 'embedded'; received nothing")):
         with pytest.raises(InputError, match=message):
@@ -104,7 +104,7 @@ def test_balancers_get_their_settings():
         assert compose.balancer_of(config(harmonize__balancer=name))
     with pytest.raises(InputError, match="fixed alpha: expected one share a reward"):
         compose.balancer_of(config(harmonize__balancer="fixed"))
-    with pytest.raises(InputError, match="harmonize.reward_weights: expected one number for each of 5 rewards; received 2"):
+    with pytest.raises(InputError, match="reward_weights: expected one number for each of 5 rewards; received 2"):
         compose.balancer_of(config(harmonize__reward_weights=(1.0, 1.0)))
 
 

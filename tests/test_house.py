@@ -86,7 +86,8 @@ def test_rooms_of_a_row_do_not_import_each_other_in_a_circle():
     assert done == set(graph), f"circle among {sorted(set(graph) - done)}"
 
 
-@pytest.mark.parametrize(("one", "other"), [("training", "evaluation"), ("training", "report"), ("evaluation", "report")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("training", "evaluation"), ("training", "report"), ("evaluation", "report")])
 def test_procedures_do_not_know_each_other(one, other):
     crossing = [n for n in MODULES for o in inside(n) if {room(n), room(o)} == {one, other}]
     assert not crossing

@@ -1,10 +1,9 @@
 """Samplers against a loop in NumPy, and the cutting of work into batches."""
-import marble_jax  # noqa: F401
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import marble_jax  # noqa: F401
 from marble_jax.errors import InputError
 from marble_jax.flow.schedule import sigma_grid
 from marble_jax.sampling import batches, make_sampler
@@ -90,7 +89,7 @@ def test_an_unknown_solver_is_refused():
 
 
 @pytest.mark.parametrize("count, size, expected", [
-    (6, 3, [[0, 1, 2], [3, 4, 5]]), (5, 3, [[0, 1, 2], [3, 4, 4]]), (1, 4, [[0, 0, 0, 0]]), (4, 1, [[0], [1], [2], [3]]),
-    (0, 3, [])])
+    (6, 3, [[0, 1, 2], [3, 4, 5]]), (5, 3, [[0, 1, 2], [3, 4, 4]]), (1, 4, [[0, 0, 0, 0]]),
+    (4, 1, [[0], [1], [2], [3]]), (0, 3, [])])
 def test_batches_cover_every_index_and_are_all_of_one_size(count, size, expected):
     assert [b.tolist() for b in batches(count, size)] == expected

@@ -100,7 +100,11 @@ def test_places_that_are_no_workdir(tmp_path):
 
 def test_an_unwritable_place(tmp_path, monkeypatch):
     workdir = Workdir(tmp_path / "run")
-    monkeypatch.setattr(type(workdir.path), "mkdir", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "denied")))
+
+    def deny(*args, **kwargs):
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr(type(workdir.path), "mkdir", deny)
     with pytest.raises(InputError, match="workdir: expected a writable place; received .*run .denied."):
         workdir.claim(CONFIG)
 

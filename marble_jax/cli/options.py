@@ -69,7 +69,8 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """
     files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
     if len(files) != 1:
-        raise InputError(f"--config: expected one configuration file (such as configs/embedded.py); received {len(files)}")
+        raise InputError(f"--config: expected one configuration file (such as configs/embedded.py); received "
+                         f"{len(files)}")
     config = _read(*files[0].partition(":")[::2])
     flags_given = []
     for argument in arguments:

@@ -163,8 +163,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
             record = {"step": step, "time": time.time()} | score_metrics(rollout.scores, each)
             record |= {f"rollout/{k}": v for k, v in rollout.health.items()} | flat_metrics(metrics, names)
             end = time.perf_counter()
-            record |= {"time/rollout_s": rollout.seconds["rollout"], "time/rewards_wait_s": rollout.seconds["rewards_wait"],
-                       "time/train_s": end - trained, "time/step_s": end - start}
+            record |= {f"time/{k}_s": v for k, v in rollout.seconds.items()}
+            record |= {"time/train_s": end - trained, "time/step_s": end - start}
             hooks.record(step, record)
             console.say(step_line(record, names, schedule.num_steps, clock.left(step + 1)))
             done = step + 1

@@ -41,7 +41,7 @@ def test_other_runs_are_compared(run, tmp_path, capsys):
 def test_bad_input(refused, run, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert "--workdir: expected a value; received none" in refused("report")
-    assert f"expected the directory of a training run; received '{nowhere}'" in refused("report", f"--workdir={nowhere}")
+    assert f"the directory of a training run; received '{nowhere}'" in refused("report", f"--workdir={nowhere}")
     assert "expected the directory of a training run" in refused("report", f"--workdir={nowhere}", f"--compare={run}")
     assert "--compare: expected the workdir of a run" in refused("report", f"--workdir={run}", f"--compare={nowhere}")
     assert "received --config=x" in refused("report", f"--workdir={run}", "--config=x")

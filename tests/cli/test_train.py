@@ -31,12 +31,12 @@ def workdir(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--wrkdir=1"], r"option: expected one of --config, --workdir; received --wrkdir; did you mean 'workdir'\?"),
-     (["--config.training.num_stps=3"], "config.training.num_stps: expected a configuration key; .*'training.num_steps'"),
-     (["--config.training.num_steps=abc"], r"config.training.num_steps: expected int \(optimiser steps\); received 'abc'"),
+     (["--config.training.num_stps=3"], "num_stps: expected a configuration key; .*'training.num_steps'"),
+     (["--config.training.num_steps=abc"], r"num_steps: expected int \(optimiser steps\); received 'abc'"),
      (["--config.nft.beta=-1"], r"config.nft.beta: expected a number in \(0, 1\] .*; received -1.0"),
-     (["--config.harmonize.balancer=marbel"], "config.harmonize.balancer: expected one of marble, .*; did you mean 'marble'"),
-     (["--config.harmonize.fixed_alpha=0.5,0.5"], "harmonize.fixed_alpha: expected one number for each of 5 .*received 2"),
-     (["--config.rollout.batch_size=5"], "rollout.batch_size: expected a divisor of the 12 .*received 5; nearest valid 4"),
+     (["--config.harmonize.balancer=marbel"], "balancer: expected one of marble, .*; did you mean 'marble'"),
+     (["--config.harmonize.fixed_alpha=0.5,0.5"], "fixed_alpha: expected one number for each of 5 .*received 2"),
+     (["--config.rollout.batch_size=5"], "batch_size: expected a divisor of the 12 .*received 5; nearest valid 4"),
      (["--config.training.micro_batch_size=13"], "training.micro_batch_size: .*received 13; nearest valid 12"),
      (["--config.rollout.images_per_prompt=1"], "rollout.images_per_prompt: expected a number >= 2 .*; received 1"),
      (["--config.mesh.data=3"], "mesh: expected data x fsdp = 1 devices; received 3 x 1"),
@@ -47,10 +47,10 @@ def workdir(tmp_path):
      (["--config.rewards.path=/nowhere"], "rewards.path: expected a directory with rewards.json; received '/nowhere'"),
      (["--config.model.path=/nowhere"], "model: expected a directory or a Hub name owner/model; received '/nowhere'"),
      (["--config.prompts.path=/nowhere"], "prompt directory /nowhere: expected a folder per source; received no such"),
-     (["--config.prompts.sources=ocr,genral"], "expected genral/train.txt or .*received neither; did you mean 'general'"),
+     (["--config.prompts.sources=ocr,genral"], "expected genral/train.txt or .*; did you mean 'general'"),
      (["--config.checkpoints.keep=0"], "config.checkpoints.keep: expected a number >= 1 .*; received 0"),
      ([*HOST_ONLY, "--config.lora.targets=attn.to_qq"], "adapter target: expected the end of .*received 'attn.to_qq'"),
-     ([*HOST_ONLY, "--config.model.resolution=60"], "picture size: expected positive multiples of 16 pixels; received 60")])
+     ([*HOST_ONLY, "--config.model.resolution=60"], "picture size: expected positive multiples of 16 .*received 60")])
 def test_bad_input(refused, workdir, arguments, message):
     assert re.search(message, refused("train", SMOKE, f"--workdir={workdir}", *arguments))
 
@@ -150,7 +150,8 @@ def finished(request, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / request.param
     command = ["train", SMOKE, f"--workdir={workdir}"]
     if request.param == "brief":
-        command += ["--config.rewards.train=geneval,ocr", "--config.rewards.heldout=", "--config.harmonize.refresh_every=1"]
+        command += ["--config.rewards.train=geneval,ocr", "--config.rewards.heldout=",
+                    "--config.harmonize.refresh_every=1"]
     elif not all_rewards_are_there():
         pytest.skip("the weights of a reward are not there")
     assert main(command) == 0

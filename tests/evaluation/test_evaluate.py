@@ -1,6 +1,4 @@
 """Evaluations: the same noise for the same prompt whatever the batch size, nothing dropped, kept pictures."""
-import marble_jax  # noqa: F401
-
 import functools
 
 import jax
@@ -8,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import marble_jax  # noqa: F401
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
@@ -15,7 +14,8 @@ from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import make_sampler
 from marble_jax.types import Conditioning
 
-PROMPTS = [Prompt(t, "general") for t in ("a cat", 'a sign "go"', "two dogs", "a bird", 'the word "no"', "fog", "a cat")]
+TEXTS = ("a cat", 'a sign "go"', "two dogs", "a bird", 'the word "no"', "fog", "a cat")
+PROMPTS = [Prompt(text, "general") for text in TEXTS]
 
 
 def _velocity(params, adapter, xt, sigma, cond):

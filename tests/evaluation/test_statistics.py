@@ -1,12 +1,11 @@
 """Bootstrap intervals against distributions that are known, gains and masks by hand."""
-import marble_jax  # noqa: F401
-
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import marble_jax  # noqa: F401
 from marble_jax.evaluation.statistics import bootstrap, gains, standardised_gain, summary
 from marble_jax.types import Scores
 
@@ -93,9 +92,10 @@ def test_gains_leave_out_what_is_missing_on_either_side():
 
 
 def test_standardised_gain_by_hand():
-    """a: reference 1 3 5 7 has deviation sqrt 5, gain 2. b: reference 0 10 has deviation 5, gain -1; c is not trained."""
-    reference = _scores([[1, 3, 5, 7], [0, 10, 99, 99], [1, 2, 3, 4]], [[1] * 4, [1, 1, 0, 0], [1] * 4], ("a", "b", "c"))
-    scores = _scores([[3, 5, 7, 9], [-1, 9, 0, 0], [500] * 4], [[1] * 4, [1, 1, 1, 0], [1] * 4], ("a", "b", "c"))
+    """a: reference 1 3 5 7 has deviation sqrt 5, gain 2; b: reference 0 10, deviation 5, gain -1; c is not trained."""
+    names = ("a", "b", "c")
+    reference = _scores([[1, 3, 5, 7], [0, 10, 99, 99], [1, 2, 3, 4]], [[1] * 4, [1, 1, 0, 0], [1] * 4], names)
+    scores = _scores([[3, 5, 7, 9], [-1, 9, 0, 0], [500] * 4], [[1] * 4, [1, 1, 1, 0], [1] * 4], names)
     a, b = 2 / math.sqrt(5), -1 / 5
     assert standardised_gain(scores, reference, ("a", "b")) == pytest.approx((a + b) / 2, rel=1e-6)
     assert standardised_gain(scores, reference, ("b",)) == pytest.approx(b, rel=1e-6)

@@ -1,11 +1,10 @@
 """Rollouts of a step: order of scores and latents, conditioning, health by hand."""
-import marble_jax  # noqa: F401
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import marble_jax  # noqa: F401
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import Reward
@@ -47,7 +46,8 @@ def _encode(texts):
 
 def _draw(texts, images_per_prompt):
     prompts = tuple(Prompt(t, "general") for t in texts for _ in range(images_per_prompt))
-    return Draw(prompts, np.repeat(np.arange(len(texts), dtype=np.int32), images_per_prompt), ("general",) * len(prompts))
+    groups = np.repeat(np.arange(len(texts), dtype=np.int32), images_per_prompt)
+    return Draw(prompts, groups, ("general",) * len(prompts))
 
 
 def _collector(scorer, batch_size, sampler, encode=_encode, placed=None):

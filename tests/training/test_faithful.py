@@ -1,6 +1,4 @@
 """Upstream's step against a PyTorch twin that spells out its peculiarities."""
-import marble_jax  # noqa: F401
-
 import functools
 
 import jax
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 import toy_policy as toy
 
+import marble_jax  # noqa: F401
 from marble_jax.training.faithful import faithful_step
 
 pytest.importorskip("torch")

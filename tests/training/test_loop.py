@@ -1,6 +1,4 @@
 """The loop: what it calls when, how it stops and goes on, and how scores become objective rows."""
-import marble_jax  # noqa: F401
-
 import functools
 import os
 import signal
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import toy_policy as toy
 
+import marble_jax  # noqa: F401
 from marble_jax.console import Console
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
@@ -115,9 +114,9 @@ def test_records_are_flat_and_complete(capsys):
     _train(_start(), diary := Diary(), num_steps=2)
     record = diary.records[0]
     assert all(isinstance(v, (int, float)) for v in record.values())
-    expected = {"step", "time", "time/rollout_s", "time/rewards_wait_s", "time/train_s", "time/step_s", "nft/loss", "nft/kl",
-                "training/grad_norm", "training/skipped", "rollout/diversity", "rollout/brightness", "rollout/x0_norm",
-                "harmonize/alpha/redness", "harmonize/cos_pair/brightness|redness", "rollout/score_mean/brightness",
+    expected = {"step", "time", "time/rollout_s", "time/rewards_wait_s", "time/train_s", "time/step_s", "nft/loss",
+                "nft/kl", "training/grad_norm", "training/skipped", "rollout/diversity", "rollout/brightness",
+                "rollout/x0_norm", "harmonize/alpha/redness", "harmonize/cos_pair/brightness|redness", "rollout/score_mean/brightness",
                 "rollout/missing_share/redness", "advantages/abs_mean/redness", "policies/old_decay"}
     assert expected <= set(record)
     assert "harmonize/cos_pair/redness|brightness" not in record
@@ -176,8 +175,8 @@ def test_a_signal_after_the_save_check_is_not_lost():
 
     diary = Diary()
     with pytest.raises(Interrupted, match="after step 1"):
-        train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Late(), diary.hooks, Console(), toy.SCALE,
-              False, lambda tree: tree)
+        train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Late(), diary.hooks, Console(),
+              toy.SCALE, False, lambda tree: tree)
     assert diary.events == [("record", 0), ("save", 1)]
 
 
@@ -218,7 +217,8 @@ def test_merging_the_adapter_changes_rollouts_by_rounding_only():
     toy.assert_close(merged.saved[1].current, plain.saved[1].current, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("every, evaluated, num_steps", [(0, [0, 7], 7), (3, [0, 3, 6, 7], 7), (7, [0, 7], 7), (2, [0, 2], 2)])
+@pytest.mark.parametrize("every, evaluated, num_steps", [
+    (0, [0, 7], 7), (3, [0, 3, 6, 7], 7), (7, [0, 7], 7), (2, [0, 2], 2)])
 def test_when_states_are_evaluated(every, evaluated, num_steps):
     schedule = Schedule(num_steps, every, 1)
     assert [s for s in range(num_steps + 1) if schedule.evaluates(s)] == evaluated

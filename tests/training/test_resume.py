@@ -1,6 +1,4 @@
 """N steps, save, restore elsewhere, M steps: bit for bit what N + M steps give."""
-import marble_jax  # noqa: F401
-
 import functools
 
 import jax
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 import toy_policy as toy
 
+import marble_jax  # noqa: F401
 from marble_jax.checkpoint import Checkpoints
 from marble_jax.errors import InputError
 from marble_jax.training.steps import make_steps
@@ -42,7 +41,9 @@ def test_interrupted_equals_uninterrupted(mode, tmp_path):
     checkpoints.close()
 
     fresh = toy.new_state(adapter_seed=40, seed=99)
-    step, restored = Checkpoints(tmp_path / "checkpoints").restore(fresh)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    step, restored = checkpoints.restore(fresh)
+    checkpoints.close()
     assert step == 3 and int(restored.step) == 3
     toy.assert_identical(restored, saved)
     assert jax.tree.structure(restored) == jax.tree.structure(saved)

@@ -1,7 +1,5 @@
 """A two-layer policy on latents [n, 2, 2, 3] with an adapter on each layer, and training problems small enough to
 redo by hand: masks, advantages beyond the clip, and a rollout policy that differs from the current one."""
-import marble_jax  # noqa: F401
-
 import functools
 
 import jax
@@ -9,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import marble_jax  # noqa: F401
 from marble_jax.harmonize.balancers import Marble
 from marble_jax.nft.policies import rollout_decay
 from marble_jax.training.microsteps import RolloutBatch
@@ -46,8 +45,9 @@ def base_params():
 
 def new_adapter(seed, scale=0.3):
     rng = np.random.default_rng(seed)
-    return {name: {"a": normal(rng, leaf["kernel"].shape[0], RANK, scale=scale),
-                   "b": normal(rng, RANK, leaf["kernel"].shape[1], scale=scale)} for name, leaf in base_params().items()}
+    shapes = {name: leaf["kernel"].shape for name, leaf in base_params().items()}
+    return {name: {"a": normal(rng, inner, RANK, scale=scale), "b": normal(rng, RANK, outer, scale=scale)}
+            for name, (inner, outer) in shapes.items()}
 
 
 def recipe(**changes):
