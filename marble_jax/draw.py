@@ -50,7 +50,9 @@ def run_config(workdir: Workdir) -> ml_collections.ConfigDict:
     return config
 
 
-def run_adapter(config: ml_collections.ConfigDict, workdir: Workdir, pipeline: Pipeline, policy: str) -> tuple[Adapter, int]:
+def run_adapter(
+    config: ml_collections.ConfigDict, workdir: Workdir, pipeline: Pipeline, policy: str
+) -> tuple[Adapter, int]:
     """A policy's adapter from the newest checkpoint, and the step it is of.
 
     Raises:
@@ -123,8 +125,8 @@ def draw_pictures(prompts: Sequence[str], out: str, *, model: str, workdir: str,
 
     folder = epath.Path(out)
     todo = [i for i in range(len(prompts)) if not (folder / f"{i:05d}.png").exists()]
-    console.say(f"{len(prompts)} prompts, {len(prompts) - len(todo)} already in {folder}; {origin}, {num_steps} steps of "
-                f"{solver}, guidance {guidance:g}, {shape[0] * pipeline.vae.config.downsampling} px")
+    console.say(f"{len(prompts)} prompts, {len(prompts) - len(todo)} already in {folder}; {origin}, {num_steps} steps "
+                f"of {solver}, guidance {guidance:g}, {shape[0] * pipeline.vae.config.downsampling} px")
     key = jax.random.key(seed)
     with console.bar(len(todo), "sample", "img") as bar:
         for rows in batches(len(todo), min(batch, len(todo)) or 1):

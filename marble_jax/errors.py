@@ -22,4 +22,5 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> None:
     """Raises InputError unless `value` is one of `choices`."""
     choices = tuple(choices)
     if value not in choices:
-        raise InputError(f"{what}: expected one of {', '.join(map(str, choices))}; received {value!r}{nearest(value, choices)}")
+        expected = ", ".join(map(str, choices))
+        raise InputError(f"{what}: expected one of {expected}; received {value!r}{nearest(value, choices)}")

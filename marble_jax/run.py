@@ -188,7 +188,8 @@ def differences_from_faithful(config: ml_collections.ConfigDict) -> list[str]:
     found = []
     if config.harmonize.mode != "faithful":
         found += ["alpha is solved on the whole batch of an optimiser step, not on one micro-step",
-                  "steps between solves weigh gradients, not advantages: missing rewards stay missing and mean|g|/|g_k| is kept"]
+                  "steps between solves weigh gradients, not advantages: a missing reward stays missing, and the "
+                  "factor mean|g|/|g_k| is kept"]
     if not config.rollout.integer_timesteps:
         found.append("rollouts see exact timesteps, as training does; upstream truncates them to integers")
     found += ["resume restores every policy, the optimiser, alpha and the random state",
@@ -208,12 +209,12 @@ def _announce(run: compose.Run, workdir: Workdir, console: Console, resumed: int
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     rows = [
         ("devices", f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}"),
-        ("model", f"{config.model.path}: transformer {quantity(base)} {config.model.dtype}, adapter {quantity(trained)} "
-                  f"(rank {config.lora.rank}), {config.model.resolution} px"),
+        ("model", f"{config.model.path}: transformer {quantity(base)} {config.model.dtype}, adapter "
+                  f"{quantity(trained)} (rank {config.lora.rank}), {config.model.resolution} px"),
         ("rewards", f"{joined(config.rewards.train)}; never trained on: {joined(config.rewards.heldout)}"),
         ("step", f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.pictures} "
-                 f"pictures in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} timesteps: "
-                 f"{sizes.samples} samples in {sizes.micro_steps} micro-steps"),
+                 f"pictures in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} "
+                 f"timesteps: {sizes.samples} samples in {sizes.micro_steps} micro-steps"),
         ("memory", f"per-sample adapter gradients up to {held:.0f} MB at a time, {len(config.rewards.train)} "
                    f"accumulators of {trained * 4 / 1e6:.1f} MB"),
         ("evaluation", f"{len(run.evaluator.prompts)} held-out prompts, {config.evaluation.num_steps} steps of "

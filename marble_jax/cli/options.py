@@ -72,13 +72,14 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
         raise InputError(f"--config: expected one configuration file (such as configs/embedded.py); received "
                          f"{len(files)}")
     config = _read(*files[0].partition(":")[::2])
-    flags_given = []
+    overrides = {}  # the last one of a key wins; left to absl, tuples given twice would be joined
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name != "--config":
             key = name.removeprefix("--config.")
             known(key)
-            flags_given.append(f"{name}={_as_tuple(value) if isinstance(KEYS[key].default, tuple) else value}")
+            overrides[name] = _as_tuple(value) if isinstance(KEYS[key].default, tuple) else value
+    flags_given = [f"{name}={value}" for name, value in overrides.items()]
     values = flags.FlagValues()
     argv = ["marble-jax", *flags_given]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)

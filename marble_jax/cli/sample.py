@@ -48,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
         raise InputError("sample: expected either --model or --workdir; received "
                          f"{'both' if values['model'] else 'neither'}")
     if bool(values["prompts"]) == bool(values["file"]):
-        raise InputError(f"sample: expected either --prompts or --file; received {'both' if values['file'] else 'neither'}")
+        raise InputError("sample: expected either --prompts or --file; received "
+                         f"{'both' if values['file'] else 'neither'}")
     one_of("--policy", values["policy"], POLICIES)
     from marble_jax.prompts.files import read_geneval, read_text
 

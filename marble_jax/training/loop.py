@@ -147,7 +147,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
             state = hooks.evaluate(state)
         while (step := int(state.step)) < schedule.num_steps and not stops:
             start = time.perf_counter()
-            samples = draw(sampling.prompts, sampling.seed, step, sampling.prompts_per_step, sampling.images_per_prompt)
+            samples = draw(
+                sampling.prompts, sampling.seed, step, sampling.prompts_per_step, sampling.images_per_prompt)
             key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), 1)
             weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)
             with console.bar(len(samples.prompts), f"step {step + 1} rollout", "img") as bar:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.advantages import Advantages
+from marble_jax.errors import InputError
 from marble_jax.types import Scores
 
 
@@ -55,9 +56,8 @@ class Events:
             try:
                 import wandb
             except ImportError as error:
-                from marble_jax.errors import InputError
-
-                raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)") from error
+                raise InputError(
+                    "logging.wandb: expected the package wandb; received none (pip install wandb)") from error
             self._wandb = wandb.init(project=wandb_project, name=name, config=config)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:

@@ -63,6 +63,8 @@ def test_the_last_override_wins_and_the_others_stay():
     config = load_config([SMOKE, "--config.nft.beta=0.2", "--config.nft.beta=0.3"])
     assert config.nft.beta == 0.3 and config.nft.kl_weight == 1e-4 and config.name == "embedded-smoke"
     assert load_config([SMOKE]).nft.beta == 0.1
+    twice = load_config([SMOKE, "--config.rewards.train=ocr,geneval", "--config.rewards.train=ocr"])
+    assert twice.rewards.train == ("ocr",)
 
 
 @pytest.mark.parametrize(

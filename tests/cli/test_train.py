@@ -17,7 +17,8 @@ from marble_jax.config import KEYS
 ROOT = Path(__file__).parents[2]
 SMOKE = f"--config={ROOT / 'configs' / 'embedded.py'}:smoke"
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
-HOST_ONLY = ("--config.rewards.train=geneval", "--config.rewards.heldout=")  # no reward weights are read
+UNWEIGHTED = "--config.harmonize.reward_weights="  # the preset has one weight for each of its own rewards
+HOST_ONLY = ("--config.rewards.train=geneval", "--config.rewards.heldout=", UNWEIGHTED)  # no reward models are read
 
 
 @pytest.fixture
@@ -41,8 +42,9 @@ def workdir(tmp_path):
      (["--config.rollout.images_per_prompt=1"], "rollout.images_per_prompt: expected a number >= 2 .*; received 1"),
      (["--config.mesh.data=3"], "mesh: expected data x fsdp = 1 devices; received 3 x 1"),
      (["--config.mesh.fsdp=0"], "mesh: expected data x fsdp = 1 devices; received -1 x 0"),
-     (["--config.rewards.train=ocr,geneva"], "reward: expected one of .*; received 'geneva'; did you mean 'geneval'"),
-     (["--config.rewards.train=ocr,ocr"], "reward: expected every name once; received 'ocr' 2 times"),
+     ([UNWEIGHTED, "--config.rewards.train=ocr,geneva"], "reward: expected .*received 'geneva'; did you mean 'geneval'"),
+     ([UNWEIGHTED, "--config.rewards.train=ocr,ocr"], "reward: expected every name once; received 'ocr' 2 times"),
+     (["--config.rewards.train=ocr"], "reward_weights: expected one number for each of 1 rewards; received 5"),
      (["--config.rewards.heldout=ocr"], "rewards.heldout: expected rewards that are not trained on; received 'ocr'"),
      (["--config.rewards.path=/nowhere"], "rewards.path: expected a directory with rewards.json; received '/nowhere'"),
      (["--config.model.path=/nowhere"], "model: expected a directory or a Hub name owner/model; received '/nowhere'"),
@@ -150,8 +152,7 @@ def finished(request, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / request.param
     command = ["train", SMOKE, f"--workdir={workdir}"]
     if request.param == "brief":
-        command += ["--config.rewards.train=geneval,ocr", "--config.rewards.heldout=",
-                    "--config.harmonize.refresh_every=1"]
+        command += [*HOST_ONLY, "--config.rewards.train=geneval,ocr", "--config.harmonize.refresh_every=1"]
     elif not all_rewards_are_there():
         pytest.skip("the weights of a reward are not there")
     assert main(command) == 0

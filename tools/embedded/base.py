@@ -152,7 +152,8 @@ def main() -> None:
             torch._foreach_lerp_(list(average.parameters()), list(nets.parameters()), 1 - decay)
         total += loss.item()
         if (step + 1) % 100 == 0:
-            print(f"{step + 1} loss {total / 100:.4f} {(time.time() - start) / (step + 1 - first):.3f}s/step", flush=True)
+            rate = (time.time() - start) / (step + 1 - first)
+            print(f"{step + 1} loss {total / 100:.4f} {rate:.3f}s/step", flush=True)
             total = 0.0
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             torch.save({"nets": nets.state_dict(), "average": average.state_dict(), "step": step + 1,

@@ -5,8 +5,8 @@
     python tools/embedded/rewards.py judge     --base BUILD/pipeline --out BUILD/rewards
 
 `align` is a contrastive text-image model of the world. `prefer` starts from it and learns which of two pictures of one
-prompt is better, with an affine MLP on its image embedding that rates how clean a picture is. `judge` shares nothing with the
-others (own seed, size and pictures); it is never trained on and tells reward hacking from progress.
+prompt is better, with an affine MLP on its image embedding that rates how clean a picture is. `judge` shares nothing
+with the others (own seed, size and pictures); it is never trained on and tells reward hacking from progress.
 """
 from __future__ import annotations
 
