@@ -61,6 +61,8 @@ def run_adapter(
     spec, count = compose.lora_spec(config), len(config.rewards.train)
     adapter = adapters.init_adapter(jax.random.key(0), pipeline.params, spec)
     blank = initial_state(adapter, compose.make_optimizer(config), count, compose.balancer_of(config).init(count), 0)
+    if not workdir.checkpoints.exists():
+        raise InputError(f"--workdir: expected a run with a checkpoint; received {workdir.path}, which has none yet")
     checkpoints = Checkpoints(workdir.checkpoints)
     try:
         step, state = checkpoints.restore(blank)

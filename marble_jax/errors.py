@@ -22,5 +22,5 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> None:
     """Raises InputError unless `value` is one of `choices`."""
     choices = tuple(choices)
     if value not in choices:
-        expected = ", ".join(map(str, choices))
+        expected = ", ".join(str(c) or "'' (the default)" for c in choices)
         raise InputError(f"{what}: expected one of {expected}; received {value!r}{nearest(value, choices)}")

@@ -42,7 +42,7 @@ def workdir(tmp_path):
      (["--config.rollout.images_per_prompt=1"], "rollout.images_per_prompt: expected a number >= 2 .*; received 1"),
      (["--config.mesh.data=3"], "mesh: expected data x fsdp = 1 devices; received 3 x 1"),
      (["--config.mesh.fsdp=0"], "mesh: expected data x fsdp = 1 devices; received -1 x 0"),
-     ([UNWEIGHTED, "--config.rewards.train=ocr,geneva"], "reward: expected .*received 'geneva'; did you mean 'geneval'"),
+     ([UNWEIGHTED, "--config.rewards.train=ocr,geneva"], "reward: .*received 'geneva'; did you mean 'geneval'"),
      ([UNWEIGHTED, "--config.rewards.train=ocr,ocr"], "reward: expected every name once; received 'ocr' 2 times"),
      (["--config.rewards.train=ocr"], "reward_weights: expected one number for each of 1 rewards; received 5"),
      (["--config.rewards.heldout=ocr"], "rewards.heldout: expected rewards that are not trained on; received 'ocr'"),

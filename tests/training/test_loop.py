@@ -117,7 +117,8 @@ def test_records_are_flat_and_complete(capsys):
     expected = {"step", "time", "time/rollout_s", "time/rewards_wait_s", "time/train_s", "time/step_s", "nft/loss",
                 "nft/kl", "training/grad_norm", "training/skipped", "rollout/diversity", "rollout/brightness",
                 "rollout/x0_norm", "harmonize/alpha/redness", "harmonize/cos_pair/brightness|redness",
-                "rollout/score_mean/brightness", "rollout/missing_share/redness", "advantages/abs_mean/redness", "policies/old_decay"}
+                "rollout/score_mean/brightness", "rollout/missing_share/redness", "advantages/abs_mean/redness",
+                "policies/old_decay"}
     assert expected <= set(record)
     assert "harmonize/cos_pair/redness|brightness" not in record
     # Redness applies to OCR prompts alone, 1 of the 3 (the sources share 3 prompts as 2 and 1).
