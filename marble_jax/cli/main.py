@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {verb:8} {meaning}")
         return 0
     verb, *rest = argv
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers are all that is used of it
     try:
         if verb not in VERBS:
             raise InputError(f"verb: expected one of {', '.join(VERBS)}; received {verb!r}{nearest(verb, VERBS)}")
