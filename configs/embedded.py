@@ -20,16 +20,13 @@ def get_config(preset: str = ""):
                           heldout=("judge",))
     config.lora.update(rank=16, alpha=32.0)
     config.rollout.update(prompts_per_step=18, images_per_prompt=8, batch_size=72, num_steps=6, merge_adapter=True)
-    config.training.update(num_steps=80, micro_batch_size=72, timestep_fraction=0.5, learning_rate=1.5e-3)
-    # The update's cosine with a reward is inversely proportional to its weight: alignment, which is nearly saturated,
-    # gets twice the cosine of the others.
-    config.harmonize.update(mode="amortised", refresh_every=5, chunk_size=24, reward_weights=(0.5, 1.0, 1.0, 1.0, 1.0))
+    config.training.update(num_steps=60, micro_batch_size=72, timestep_fraction=0.5, learning_rate=7e-4)
+    config.harmonize.update(mode="amortised", refresh_every=5, chunk_size=24)
     config.policies.update(schedule="linear_capped", rate=0.001, cap=0.5)
     config.evaluation.update(num_prompts=420, every_steps=20, num_steps=6, solver="dpm2")
     config.checkpoints.update(every_steps=10, keep=2)
     if preset in ("weighted_sum", "gdpo"):
         config.advantages.scalarise = preset
-        config.harmonize.reward_weights = ()
     elif preset == "equal":
         config.harmonize.update(balancer="equal", normalize=False)
     elif preset in ("exact", "faithful"):
