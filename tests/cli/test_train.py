@@ -17,8 +17,7 @@ from marble_jax.config import KEYS
 ROOT = Path(__file__).parents[2]
 SMOKE = f"--config={ROOT / 'configs' / 'embedded.py'}:smoke"
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
-UNWEIGHTED = "--config.harmonize.reward_weights="  # the preset has one weight for each of its own rewards
-HOST_ONLY = ("--config.rewards.train=geneval", "--config.rewards.heldout=", UNWEIGHTED)  # no reward models are read
+HOST_ONLY = ("--config.rewards.train=geneval", "--config.rewards.heldout=")  # no reward models are read
 
 
 @pytest.fixture
@@ -42,9 +41,10 @@ def workdir(tmp_path):
      (["--config.rollout.images_per_prompt=1"], "rollout.images_per_prompt: expected a number >= 2 .*; received 1"),
      (["--config.mesh.data=3"], "mesh: expected data x fsdp = 1 devices; received 3 x 1"),
      (["--config.mesh.fsdp=0"], "mesh: expected data x fsdp = 1 devices; received -1 x 0"),
-     ([UNWEIGHTED, "--config.rewards.train=ocr,geneva"], "reward: .*received 'geneva'; did you mean 'geneval'"),
-     ([UNWEIGHTED, "--config.rewards.train=ocr,ocr"], "reward: expected every name once; received 'ocr' 2 times"),
-     (["--config.rewards.train=ocr"], "reward_weights: expected one number for each of 1 rewards; received 5"),
+     (["--config.rewards.train=ocr,geneva"], "reward: .*received 'geneva'; did you mean 'geneval'"),
+     (["--config.rewards.train=ocr,ocr"], "reward: expected every name once; received 'ocr' 2 times"),
+     (["--config.rewards.train=ocr", "--config.harmonize.reward_weights=1,2,1,1,1"],
+      "reward_weights: expected one number for each of 1 rewards; received 5"),
      (["--config.rewards.heldout=ocr"], "rewards.heldout: expected rewards that are not trained on; received 'ocr'"),
      (["--config.rewards.path=/nowhere"], "rewards.path: expected a directory with rewards.json; received '/nowhere'"),
      (["--config.model.path=/nowhere"], "model: expected a directory or a Hub name owner/model; received '/nowhere'"),
