@@ -1,9 +1,27 @@
 """Environment of the tests: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs."""
+import importlib.util
 import os
 import pathlib
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "marble_jax" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="session")
+def world():
+    """tools/embedded/world.py as a module."""
+    pytest.importorskip("matplotlib")
+    path = pathlib.Path(__file__).parents[1] / "tools" / "embedded" / "world.py"
+    if not path.exists():
+        pytest.skip("tools/embedded/world.py is not there")
+    spec = importlib.util.spec_from_file_location("embedded_world", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["embedded_world"] = module
+    spec.loader.exec_module(module)
+    return module

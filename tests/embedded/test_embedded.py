@@ -6,7 +6,6 @@ import importlib.util
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -122,20 +121,6 @@ def test_geneval_metadata(split):
         assert prompt.text == prompt.metadata["prompt"]
         for clause in prompt.metadata["include"]:
             assert clause["class"] in prompt.text
-
-
-@pytest.fixture(scope="module")
-def world():
-    """tools/embedded/world.py as a module."""
-    pytest.importorskip("matplotlib")
-    path = Path(__file__).parents[2] / "tools" / "embedded" / "world.py"
-    if not path.exists():
-        pytest.skip("tools/embedded/world.py is not there")
-    spec = importlib.util.spec_from_file_location("embedded_world", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["embedded_world"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 REWARDS = json.loads((EMBEDDED / "rewards" / "rewards.json").read_text())
