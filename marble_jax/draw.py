@@ -22,7 +22,7 @@ from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.models import mmdit
 from marble_jax.models.pipeline import Pipeline, load_pipeline
 from marble_jax.pictures import grid, save_png
-from marble_jax.sampling import batches
+from marble_jax.sampling import batches, picture_noise
 from marble_jax.training.state import initial_state
 from marble_jax.types import Adapter, Conditioning
 from marble_jax.workdir import Workdir
@@ -135,7 +135,7 @@ def draw_pictures(prompts: Sequence[str], out: str, *, model: str, workdir: str,
             chosen = [todo[r] for r in rows]
             cond = pipeline.encode_prompts([prompts[i] for i in chosen], tokens)
             away = pipeline.encode_prompts([negative] * len(chosen), tokens) if guidance > 1 else None
-            noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), shape) for i in chosen])
+            noise = picture_noise(key, chosen, shape)
             pictures = np.asarray(pipeline.decode(latents(pipeline.params, adapter, cond, away, noise), len(chosen)))
             for i, picture in dict(zip(chosen, pictures)).items():
                 save_png(folder / f"{i:05d}.png", picture, {

@@ -1,7 +1,7 @@
 """Sampling pictures from a policy: noise to latents to pixels, one compiled program per batch shape."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,3 +47,15 @@ def make_sampler(velocity: PolicyVelocity, num_steps: int, solver: str, shift: f
 def batches(count: int, size: int) -> list[np.ndarray]:
     """Indices [size] of every batch; the last one is filled up by repeating, so that nothing is compiled twice."""
     return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+
+
+def picture_noise(key: jax.Array, index: Sequence[int] | np.ndarray, shape: tuple[int, int, int]) -> jax.Array:
+    """Noise [n, h, w, C] that belongs to the pictures' numbers, whatever batch they are drawn in.
+
+    Args:
+      key: PRNG key of all pictures.
+      index: n picture numbers.
+      shape: (h, w, C).
+    """
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index))
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)

@@ -14,7 +14,7 @@ import numpy as np
 
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.scorer import Scorer, concatenate
-from marble_jax.sampling import Sampler, batches
+from marble_jax.sampling import Sampler, batches, picture_noise
 from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 
@@ -66,7 +66,7 @@ class Evaluator:
         key = jax.random.key(self.seed)
         for index in batches(len(self.prompts), self.batch_size):
             chosen = [self.prompts[i] for i in index]
-            noise = _noise(key, jnp.asarray(index), self.latent_shape)
+            noise = picture_noise(key, index, self.latent_shape)
             images = self.decode(self.sampler(params, adapter, self.encode([p.text for p in chosen]), noise))
             pending.append(self.scorer.submit(images, chosen))
             for row, i in enumerate(index):
@@ -75,8 +75,3 @@ class Evaluator:
             progress(len(set(index.tolist())))
         scores = concatenate([p.result() for p in pending], len(self.prompts))
         return scores, np.stack([pictures[i] for i in self.kept]) if kept else np.zeros((0, 1, 1, 3), np.uint8)
-
-
-def _noise(key: jax.Array, index: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
