@@ -1,0 +1,1 @@
+"""Published files of other libraries to ours and back: LoRA adapters, whole checkpoints."""

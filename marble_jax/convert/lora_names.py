@@ -1,0 +1,143 @@
+"""What other libraries call the tensors of an SD3 LoRA, and which of our layers they mean.
+
+A key is a prefix (which library wrote it), the name of a layer and an ending (which of the pair, or alpha). The layer
+is named as in diffusers or as in the original repository, with dots or with underscores; the original one holds q, k
+and v in one layer and the halves of two modulation layers the other way round.
+
+Source: PEFT 0.21, diffusers 0.42 (`loaders/peft.py`, `convert_sd3_to_diffusers.py`), kohya sd-scripts and ComfyUI for
+their key styles.
+"""
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from marble_jax.errors import InputError, nearest
+from marble_jax.models.mmdit_weights import dense_modules
+
+PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
+_PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, "model.diffusion_model.", "diffusion_model.", "lora_transformer_",
+             "lora_unet_")
+_ENDING = re.compile(
+    r"(?P<stem>.+?)(?:\.lora_(?P<letter>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+    r"|(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<word>down|up)\.weight"
+    r"|(?:\.lora)?\.(?P<alpha>alpha))")
+_PARTS = {"A": "a", "B": "b", "down": "a", "up": "b"}
+_OTHER_METHODS = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
+    "lora_mid": "a LoRA of convolutions", "lora_embedding": "a LoRA of embeddings", "lora_B.bias": "a LoRA with bias",
+}
+_TEXT_ENCODER = re.compile(r"^(text_encoder|lora_te\d?_|text_model)")
+_OTHER_MODELS = {
+    "Flux": re.compile(r"single_transformer_blocks|single_blocks|double_blocks"),
+    "SDXL or SD 1.5": re.compile(r"(input|output|down|up)_blocks|mid(dle)?_block"),
+    "PixArt, Wan or another transformer": re.compile(r"attn1[._]to_|(^|[._])blocks[._]\d+[._](self|cross)_attn"),
+}
+
+_ORIGINAL = {
+    "context_embedder": "context_embedder", "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+}
+_ORIGINAL_BLOCK = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "x_block.attn.proj": ("attn.to_out.0",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",), "x_block.mlp.fc2": ("ff.net.2",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",), "context_block.mlp.fc2": ("ff_context.net.2",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",), "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The part of a foreign layer's output that is one of our layers.
+
+    Attributes:
+      name: our (diffusers') layer name.
+      part: which of `parts` equal parts of the output it is.
+      parts: 3 for q, k and v in one layer, else 1.
+      swapped: the output's halves (shift, scale) are ours in the other order.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    swapped: bool = False
+
+
+def layer_pieces(shapes: Mapping[str, Any]) -> dict[str, tuple[Piece, ...]]:
+    """Every name a layer goes by, without prefix, and what it holds.
+
+    Args:
+      shapes: parameters or abstract parameters of the transformer.
+    """
+    names = [module.name for module in dense_modules(shapes)]
+    blocks = sorted({int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")})
+    found = {name: (Piece(name),) for name in names}
+    found |= {original: (Piece(ours, swapped=ours == "norm_out.linear"),) for original, ours in _ORIGINAL.items()}
+    for i in blocks:
+        for original, inner in _ORIGINAL_BLOCK.items():
+            # The last block's text stream has two modulations, as `norm_out` has, and the same change of order.
+            swapped = inner == ("norm1_context.linear",) and i == blocks[-1]
+            found[f"joint_blocks.{i}.{original}"] = tuple(
+                Piece(f"transformer_blocks.{i}.{name}", part, len(inner), swapped) for part, name in enumerate(inner))
+    found = {name: group for name, group in found.items() if all(piece.name in names for piece in group)}
+    return found | {name.replace(".", "_"): group for name, group in found.items()}
+
+
+def split_key(path: object, key: str) -> tuple[str, str]:
+    """(layer with its prefix, "a", "b" or "alpha") of a tensor's key.
+
+    Raises:
+      InputError: not the key of a plain LoRA.
+    """
+    match = _ENDING.fullmatch(key)
+    if match is None:
+        for mark, method in _OTHER_METHODS.items():
+            if mark in key:
+                raise InputError(f"{path}: expected a plain LoRA; received {method} (tensor {key!r})")
+        raise InputError(f"{path}: expected tensors named LAYER.lora_A.weight, LAYER.lora_B.weight or one of the older "
+                         f"styles; received {key!r}")
+    return match["stem"], match["alpha"] or _PARTS[match["letter"] or match["word"]]
+
+
+def find_layer(path: object, stem: str, pieces: Mapping[str, tuple[Piece, ...]]) -> tuple[Piece, ...]:
+    """Our layers that a foreign layer name stands for.
+
+    Args:
+      path: the file, for messages.
+      stem: layer name with its prefix.
+      pieces: result of `layer_pieces`.
+
+    Raises:
+      InputError: no layer of this transformer.
+    """
+    name, shortest = stem, stem
+    while name not in pieces:
+        prefix = next((p for p in _PREFIXES if name.startswith(p)), None)
+        if prefix is None:
+            dotted = [n for n in pieces if ("." in n) == ("." in shortest)]
+            raise InputError(f"{path}: expected layers of this SD3 transformer; received {stem!r}"
+                             f"{nearest(shortest, dotted)}")
+        name = shortest = name.removeprefix(prefix)
+    return pieces[name]
+
+
+def check_architecture(path: object, keys: Iterable[str]) -> None:
+    """Raises InputError when the keys give away another model, or a text encoder's LoRA."""
+    keys = list(keys)
+    for model, pattern in _OTHER_MODELS.items():
+        found = next((key for key in keys if pattern.search(key)), None)
+        if found is not None:
+            raise InputError(f"{path}: expected a LoRA for SD3; received one for {model} (tensor {found!r})")
+    found = next((key for key in keys if _TEXT_ENCODER.match(key)), None)
+    if found is not None:
+        raise InputError(f"{path}: expected a LoRA of the transformer alone, as text encoders are not adapted here; "
+                         f"received {found!r}")
