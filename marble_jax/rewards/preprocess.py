@@ -1,10 +1,11 @@
 """What stands between a picture and an image tower: resize, crop or pad, normalise; on device and in batches.
 
 A resize with the antialiasing of Pillow and torchvision is linear and separable, so it is two small matrix products
-whose matrices depend on the sizes only. Where the original scorer goes through 8-bit pictures, `eight_bit` rounds at
-the same places (input, after the horizontal pass, after the vertical one); where it resizes floats, nothing is
-rounded or clipped and bicubic overshoot is kept. (Recent Pillow takes the vertical pass first where that one shrinks
-more; resizes that keep the aspect ratio, which are all there are here, never do.)
+whose matrices depend on the sizes only. Where the original scorer goes through 8-bit pictures, `eight_bit` computes
+what Pillow computes, bit for bit: its weights are whole numbers (22 binary places), and a pass rounds back to 8 bit.
+Where the original resizes floats, nothing is rounded or clipped and bicubic overshoot is kept. (Recent Pillow takes
+the vertical pass first where that one shrinks much more; resizes that keep the aspect ratio, which are all there are
+here, do not.)
 """
 from __future__ import annotations
 
@@ -37,15 +38,16 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
 
 
 FILTERS = {"bilinear": (_bilinear, 1.0), "bicubic": (_bicubic, 2.0)}
+PLACES = 22
+"""Binary places of Pillow's weights on 8-bit pictures: 32 less 8 for the pixel and 2 for overshoot."""
+DIGIT = 8
+"""Bits of a digit of such a weight: a digit times a pixel, summed over up to 256 taps, is exact in float32."""
+CROPS = {"floor": lambda spare: spare // 2, "round": lambda spare: int(round(spare / 2))}
+"""Margin before a centred crop: transformers rounds half a pixel down, torchvision to even."""
 
 
-@functools.lru_cache(maxsize=128)
-def resize_matrix(size_in: int, size_out: int, method: str) -> np.ndarray:
-    """float32 [size_out, size_in]: one axis of an antialiased resize; every row sums to 1.
-
-    The kernel is stretched by the reduction factor when scaling down and kept at its own width when scaling up.
-    Source: the coefficient rule of Pillow's `Resample.c`, shared by torch's `interpolate(antialias=True)`.
-    """
+def _weights(size_in: int, size_out: int, method: str) -> np.ndarray:
+    """`resize_matrix` in float64."""
     one_of("resize method", method, FILTERS)
     kernel, radius = FILTERS[method]
     scale = size_in / size_out
@@ -56,12 +58,33 @@ def resize_matrix(size_in: int, size_out: int, method: str) -> np.ndarray:
     taps = np.arange(size_in)
     weights = kernel((taps[None] + 0.5 - centres[:, None]) / stretch)
     weights = np.where((taps >= first[:, None]) & (taps < last[:, None]), weights, 0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return weights / weights.sum(1, keepdims=True)
 
 
-def _eight_bit(x: jax.Array) -> jax.Array:
-    """x in [0, 1] rounded to the nearest of 256 levels and clipped, halves up as Pillow does."""
-    return jnp.clip(jnp.floor(x * 255 + 0.5), 0, 255) / 255
+@functools.lru_cache(maxsize=128)
+def resize_matrix(size_in: int, size_out: int, method: str) -> np.ndarray:
+    """float32 [size_out, size_in]: one axis of an antialiased resize; every row sums to 1.
+
+    The kernel is stretched by the reduction factor when scaling down and kept at its own width when scaling up.
+    Source: the coefficient rule of Pillow's `Resample.c`, shared by torch's `interpolate(antialias=True)`.
+    """
+    return _weights(size_in, size_out, method).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=128)
+def _digits(size_in: int, size_out: int, method: str) -> np.ndarray:
+    """float32 [3, size_out, size_in]: Pillow's whole-number weights in digits of DIGIT bits, the lowest first."""
+    weights = _weights(size_in, size_out, method) * 2**PLACES
+    whole = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int64)
+    low = 2**DIGIT - 1
+    return np.stack([whole & low, whole >> DIGIT & low, whole >> 2 * DIGIT]).astype(np.float32)
+
+
+def _pass(pixels: jax.Array, digits: np.ndarray, equation: str) -> jax.Array:
+    """One axis of Pillow's resize: whole numbers in [0, 255], held in float32, to the same."""
+    sums = [jnp.einsum(equation, pixels, digit, precision="highest").astype(jnp.int32) for digit in digits]
+    total = sum(part << DIGIT * place for place, part in enumerate(sums)) + (1 << PLACES - 1)
+    return jnp.clip(total >> PLACES, 0, 255).astype(jnp.float32)
 
 
 def resize(images: jax.Array, height: int, width: int, method: str, eight_bit: bool = False) -> jax.Array:
@@ -72,21 +95,22 @@ def resize(images: jax.Array, height: int, width: int, method: str, eight_bit: b
       height: rows of the result.
       width: columns of the result.
       method: "bilinear" or "bicubic".
-      eight_bit: round to 256 levels after each pass, as Pillow does on 8-bit pictures.
+      eight_bit: the pictures have 256 levels, and so has the result: Pillow's resize, bit for bit.
 
     Returns:
       float32 [N, height, width, 3]; may leave [0, 1] for "bicubic" unless `eight_bit`.
     """
-    quantise = _eight_bit if eight_bit else (lambda x: x)
-    exact = jax.lax.Precision.HIGHEST
     _, rows, columns, _ = images.shape
-    if columns != width:
-        matrix = resize_matrix(columns, width, method)
-        images = quantise(jnp.einsum("nhwc,vw->nhvc", images, matrix, precision=exact))
-    if rows != height:
-        matrix = resize_matrix(rows, height, method)
-        images = quantise(jnp.einsum("nhwc,uh->nuwc", images, matrix, precision=exact))
-    return images
+    if eight_bit:
+        images = jnp.round(images * 255)
+    for size_in, size_out, equation in ((columns, width, "nhwc,vw->nhvc"), (rows, height, "nhwc,uh->nuwc")):
+        if size_in == size_out:
+            continue
+        if eight_bit:
+            images = _pass(images, _digits(size_in, size_out, method), equation)
+        else:
+            images = jnp.einsum(equation, images, resize_matrix(size_in, size_out, method), precision="highest")
+    return images / 255 if eight_bit else images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +124,7 @@ class Preprocess:
       method: "bicubic" or "bilinear", antialiased.
       eight_bit: go through 256 levels, as scorers that take 8-bit pictures do.
       resize_to: edge for "shortest"; None means `size`.
+      crop: "floor" or "round", how an odd margin of "shortest" is halved.
       mean: per channel, subtracted.
       std: per channel, divided by.
     """
@@ -109,12 +134,14 @@ class Preprocess:
     method: str = "bicubic"
     eight_bit: bool = True
     resize_to: int | None = None
+    crop: str = "floor"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self):
         one_of("fit", self.fit, ("shortest", "longest"))
         one_of("resize method", self.method, FILTERS)
+        one_of("crop", self.crop, CROPS)
         if self.resize_to is not None and self.resize_to < self.size:
             raise InputError(f"resize_to: expected at least the crop size {self.size}; received {self.resize_to}")
 
@@ -122,20 +149,30 @@ class Preprocess:
         images = jnp.asarray(images, jnp.float32)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise InputError(f"pictures: expected [N, H, W, 3]; received {list(images.shape)}")
-        images = _eight_bit(images) if self.eight_bit else images
-        rows, columns = images.shape[1:3]
+        if self.eight_bit:
+            images = jnp.clip(jnp.round(images * 255), 0, 255) / 255
+        height, width, top, left = self.frame(*images.shape[1:3])
+        images = resize(images, height, width, self.method, self.eight_bit)
         if self.fit == "shortest":
-            edge, short = self.resize_to or self.size, min(rows, columns)
-            images = resize(images, edge * rows // short, edge * columns // short, self.method, self.eight_bit)
-            top, left = (images.shape[1] - self.size) // 2, (images.shape[2] - self.size) // 2
             images = images[:, top:top + self.size, left:left + self.size]
         else:
-            factor = self.size / max(rows, columns)
-            images = resize(images, round(rows * factor), round(columns * factor), self.method, self.eight_bit)
-            spare = [self.size - images.shape[1], self.size - images.shape[2]]
-            margins = [(s // 2, s - s // 2) for s in spare]
-            images = jnp.pad(images, ((0, 0), *margins, (0, 0)))
+            below, right = self.size - height - top, self.size - width - left
+            images = jnp.pad(images, ((0, 0), (top, below), (left, right), (0, 0)))
         return (images - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
+
+    def frame(self, rows: int, columns: int) -> tuple[int, int, int, int]:
+        """What becomes of a picture of `rows` x `columns`: resized height and width, and where the square lies.
+
+        The last two are the rows and columns cut off before the crop for "shortest", added before it for "longest".
+        """
+        if self.fit == "shortest":
+            edge, short = self.resize_to or self.size, min(rows, columns)
+            height, width = edge * rows // short, edge * columns // short
+            margin = CROPS[self.crop]
+            return height, width, margin(height - self.size), margin(width - self.size)
+        factor = self.size / max(rows, columns)
+        height, width = round(rows * factor), round(columns * factor)
+        return height, width, (self.size - height) // 2, (self.size - width) // 2
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], size: int, **overrides) -> Preprocess:
