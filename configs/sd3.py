@@ -5,8 +5,9 @@
 48 prompts x 24 pictures a step, 25 dpm2 steps without guidance, 24 timesteps trained on, LoRA rank 32 on the eight
 attention projections. The paper reports, after training: GenEval 0.94, OCR 0.96, PickScore 22.83, CLIPScore 0.286,
 HPSv2.1 0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project yet: the weights are gated, and a run takes
-eight large accelerators. `model.path` is a diffusers directory or hub id (log in first), `prompts.path` a directory
-with general/, ocr/ and geneval/, `rewards.path` one with the reward models and a rewards.json.
+eight large accelerators. `model.path` is a diffusers directory or hub id (log in first), `rewards.path` a directory
+with the reward models and a rewards.json. The prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes
+them down); `prompts.path=DIR` takes your own, SOURCE/{train,test} files for general, ocr and geneval.
 """
 from marble_jax.config import default_config
 from marble_jax.errors import one_of
@@ -19,7 +20,7 @@ def get_config(preset: str = PRESETS[0]):
     config = default_config()
     config.name = preset
     config.model.path = "stabilityai/stable-diffusion-3.5-medium"
-    config.prompts.path = "prompts"
+    config.prompts.path = "generated"
     config.rewards.path = "rewards"
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)

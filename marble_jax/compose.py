@@ -23,6 +23,7 @@ from marble_jax.harmonize.baselines import make_balancer
 from marble_jax.models import mmdit
 from marble_jax.models.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.nft.policies import rollout_decay
+from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
 from marble_jax.rewards.catalogue import load_rewards
@@ -165,9 +166,16 @@ def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh:
                          remat=config.model.remat, attention=config.model.attention, lora_scale=spec.scale)
 
 
-def held_out_prompts(config: ml_collections.ConfigDict, directory: Path) -> list[Prompt]:
+def read_prompts(place: str, split: str, sources: tuple[str, ...] | None = None) -> dict[str, list[Prompt]]:
+    """The prompts of a split, by source: from a directory, or the sets that need none."""
+    if place == generated.NAME:
+        return generated.generate(split, sources)
+    return read_directory(place_of(place, "prompts"), split, sources)
+
+
+def held_out_prompts(config: ml_collections.ConfigDict) -> list[Prompt]:
     """The first test prompts of every source, in equal shares, sources in turn."""
-    by_source = read_directory(directory, "test", tuple(config.prompts.sources))
+    by_source = read_prompts(config.prompts.path, "test", tuple(config.prompts.sources))
     counts = shares(sorted(by_source), config.evaluation.num_prompts)
     return [p for name, count in counts.items() for p in by_source[name][:count]]
 
@@ -188,9 +196,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     sizes = derive_sizes(config, mesh.size)
     spec = lora_spec(config)
-    prompt_directory = place_of(config.prompts.path, "prompts")
-    train_prompts = read_directory(prompt_directory, "train", tuple(config.prompts.sources))
-    test_prompts = held_out_prompts(config, prompt_directory)
+    train_prompts = read_prompts(config.prompts.path, "train", tuple(config.prompts.sources))
+    test_prompts = held_out_prompts(config)
     find_model(place_of(config.model.path, "pipeline"))
     rewards = load_rewards(place_of(config.rewards.path, "rewards"), (*names, *config.rewards.heldout),
                            config.rewards.num_workers, faithful=config.harmonize.mode == "faithful")

@@ -49,7 +49,8 @@ KEYS: dict[str, Key] = {
         ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
          "attn.add_v_proj", "attn.to_add_out"), "adapted modules, by the end of their diffusers name", "-", "paper"),
     # prompts
-    "prompts.path": Key("", "directory with SOURCE/{train,test} prompt files, or 'embedded'", "path"),
+    "prompts.path": Key("", "directory with SOURCE/{train,test} prompt files, 'generated' for the ready-made sets, or "
+                        "'embedded'", "path"),
     "prompts.sources": Key(("general", "ocr", "geneval"), "sources drawn from, in equal shares", "-", "paper"),
     # rollout
     "rollout.prompts_per_step": Key(48, "distinct prompts an optimiser step, over all devices", "prompts, >= 1",

@@ -109,11 +109,11 @@ def test_balancers_get_their_settings():
 
 
 def test_held_out_prompts_come_in_equal_shares():
-    made = config(evaluation__num_prompts=10)
-    prompts = compose.held_out_prompts(made, compose.place_of("embedded", "prompts"))
+    made = config(evaluation__num_prompts=10, prompts__path="embedded")
+    prompts = compose.held_out_prompts(made)
     counts = {name: sum(p.source == name for p in prompts) for name in made.prompts.sources}
     assert sorted(counts.values()) == [3, 3, 4] and len(prompts) == 10
-    assert prompts == compose.held_out_prompts(made, compose.place_of("embedded", "prompts"))
+    assert prompts == compose.held_out_prompts(made)
 
 
 def first_moves(**changes) -> list[float]:

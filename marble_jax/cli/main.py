@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from marble_jax.errors import InputError, nearest
 
 VERBS = {"train": "train adapters on several rewards", "sample": "draw pictures from a model or a training run",
-         "report": "write a run's report.html from its records"}
+         "report": "write a run's report.html from its records",
+         "prompts": "write the ready-made prompt sets, or look through prompt files"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

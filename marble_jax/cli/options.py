@@ -136,3 +136,19 @@ def boolean(name: str, text: str) -> bool:
     """A switch's value."""
     one_of(f"--{name}", text.lower(), ("true", "false"))
     return text.lower() == "true"
+
+
+def number(values: Mapping[str, str], name: str, kind: type, least: float) -> float | int:
+    """An option's number.
+
+    Raises:
+      InputError: not a number of the kind (int or float), or one below `least`.
+    """
+    try:
+        value = kind(values[name])
+    except ValueError:
+        value = None
+    if value is None or not least <= value < float("inf"):
+        raise InputError(f"--{name}: expected {'a whole number' if kind is int else 'a number'} of at least {least}; "
+                         f"received {values[name]!r}")
+    return value

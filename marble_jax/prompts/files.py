@@ -60,6 +60,22 @@ def read_geneval(path: Path | str, source: str) -> list[Prompt]:
     return _some(path, prompts)
 
 
+def read_file(path: Path | str, source: str = "") -> list[Prompt]:
+    """Prompts of one file: GenEval metadata if its name ends in `.jsonl`, else one prompt a line.
+
+    Args:
+      path: the file.
+      source: name of the set; by default the folder's name for `train` and `test` files, else the file's own.
+
+    Raises:
+      InputError: as `read_text` and `read_geneval`.
+    """
+    path = Path(path)
+    stem = path.stem.removesuffix("_metadata")
+    source = source or (path.resolve().parent.name if stem in ("train", "test") else stem)
+    return read_geneval(path, source) if path.suffix == ".jsonl" else read_text(path, source)
+
+
 def read_directory(directory: Path | str, split: str, names: Sequence[str] | None = None) -> dict[str, list[Prompt]]:
     """The prompts of one split, by source in alphabetical order.
 

@@ -58,7 +58,7 @@ def test_bad_input(refused, workdir, arguments, message):
 
 
 def test_bad_command_lines(refused, workdir):
-    assert "verb: expected one of train, sample, report; received 'trian'; did you mean 'train'?" in refused("trian")
+    assert re.search("verb: expected one of train, .*; received 'trian'; did you mean 'train'", refused("trian"))
     assert "--workdir: expected a value; received none" in refused("train", SMOKE)
     assert "--config: expected one configuration file" in refused("train", f"--workdir={workdir}")
     missing = SMOKE.replace("embedded.py:smoke", "embeded.py")
