@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
     ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
     ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "pictures", "workdir", "config", "console")),
-    ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling")),
+    ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
     ("composition", ("compose", "run", "draw")),
     ("doors", ("cli", "__main__")),
