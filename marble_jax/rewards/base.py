@@ -51,7 +51,8 @@ class Reward:
 
         Returns:
           (values float32 [N], valid bool [N]). Where the reward applies and `valid` is False, or the value is not
-          finite, the reward failed on that picture.
+          finite, the reward failed on that picture. A host reward that learns only from its backend what it applies
+          to returns a third array, bool [N], that narrows `applies`.
         """
         raise NotImplementedError
 
@@ -77,7 +78,8 @@ def settle(values, valid, applies: np.ndarray) -> Result:
       valid: bool [N] as returned by the reward.
       applies: bool [N] from `applicable`.
     """
-    values = np.asarray(values, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, below
+        values = np.asarray(values, np.float32)
     if values.shape != applies.shape:
         raise RewardError(f"reward scores: expected shape {applies.shape}; received {values.shape}")
     valid = np.asarray(valid, bool) & np.isfinite(values) & applies
@@ -97,7 +99,9 @@ def score(
     if not applies.any():
         return all_failed(applies)
     images = np.asarray(images, np.float32) if reward.kind == "host" else images
-    values, valid = reward.score(reward.params if params is None else params, images, prompts, metadata)
+    values, valid, *narrower = reward.score(reward.params if params is None else params, images, prompts, metadata)
+    for narrow in narrower:
+        applies = applies & np.asarray(narrow, bool)
     return settle(values, valid, applies)
 
 

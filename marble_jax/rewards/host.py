@@ -1,7 +1,8 @@
 """Host rewards beside the device: batches are handed over, scored in worker threads, and collected later.
 
 Threads do, because what host rewards spend their time in (onnxruntime, SciPy, servers) releases the interpreter lock.
-A reward that raises never turns into a score of 0: its samples are missing and counted, or the run stops.
+A reward that raises, hangs or answers nonsense never turns into a score of 0: its samples are missing and counted, or
+the run stops.
 """
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future
 
 import numpy as np
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.rewards.base import Metadata, Result, Reward, RewardError, all_failed, applicable, score
+from marble_jax.rewards.workers import Expired, Pool
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ ON_ERROR = ("mask", "fail", "retry")
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """Running totals of a HostScorer.
+    """Running totals of a HostScorer; samples count once their scores are collected.
 
     Attributes:
       applicable: per reward, samples it applied to.
@@ -40,11 +41,21 @@ class Tally:
     waited_seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """N pictures float32 [N, H, W, 3] with prompts and metadata."""
+
+    images: np.ndarray
+    prompts: Sequence[str]
+    metadata: Sequence[Metadata]
+
+
 class Pending:
     """Scores under way; from `HostScorer.submit`."""
 
-    def __init__(self, scorer: HostScorer, futures: Mapping[str, Future[Result]]):
-        self._scorer, self._futures = scorer, futures
+    def __init__(self, scorer: HostScorer, batch: Batch, futures: Mapping[Reward, Future[Result]]):
+        self._scorer, self._batch, self._futures = scorer, batch, dict(futures)
+        self._results: dict[str, Result] = {}
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
@@ -54,27 +65,22 @@ class Pending:
         """Waits for the scores.
 
         Args:
-          timeout: seconds to wait in all; None waits for ever.
+          timeout: seconds a call may run; None is for ever. What runs longer has failed.
 
         Returns:
           One Result per host reward, in the scorer's order.
 
         Raises:
-          RewardError: time is up, a reward failed under on_error "fail", or too many samples failed.
+          RewardError: a reward failed under on_error "fail", or hangs in too many calls.
         """
         start = time.perf_counter()
-        results = {}
         try:
-            for name, future in self._futures.items():
-                left = None if timeout is None else max(0.0, timeout - (time.perf_counter() - start))
-                try:
-                    results[name] = future.result(left)
-                except FutureTimeout:
-                    raise RewardError(f"reward {name}: expected scores within {timeout:g} s; received none") from None
+            for reward, future in self._futures.items():
+                if reward.name not in self._results:
+                    self._results[reward.name] = self._scorer._collect(reward, future, self._batch, timeout)
         finally:
             self._scorer._account(waited=time.perf_counter() - start)
-        self._scorer._check(results)
-        return results
+        return self._results
 
 
 class HostScorer:
@@ -85,10 +91,7 @@ class HostScorer:
     under "retry" they alone are scored again.
     """
 
-    def __init__(
-        self, rewards: Sequence[Reward], workers: int = 2, on_error: str = "mask", retries: int = 1,
-        max_missing_share: float = 0.5,
-    ):
+    def __init__(self, rewards: Sequence[Reward], workers: int = 2, on_error: str = "mask", retries: int = 1):
         """Starts the pool.
 
         Args:
@@ -96,7 +99,6 @@ class HostScorer:
           workers: calls that run at the same time.
           on_error: "mask", "fail" or "retry".
           retries: further attempts under "retry"; what still fails then is missing.
-          max_missing_share: largest share in [0, 1] of a batch's applicable samples that one reward may fail on.
 
         Raises:
           InputError: an argument out of range, two rewards of one name, or a device reward.
@@ -109,16 +111,15 @@ class HostScorer:
             if names.count(reward.name) > 1:
                 raise InputError(f"reward {reward.name}: expected distinct names; "
                                  f"received it {names.count(reward.name)} times")
-        if not 0 <= max_missing_share <= 1:
-            raise InputError(f"max_missing_share: expected a share in [0, 1]; received {max_missing_share}")
         if workers < 1:
             raise InputError(f"workers: expected at least 1; received {workers}")
-        self._rewards, self._max_missing_share = tuple(rewards), max_missing_share
-        self._on_error, self._attempts = on_error, 1 + (retries if on_error == "retry" else 0)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reward")
+        self._rewards = tuple(rewards)
+        self._on_error, self._attempts = on_error, attempts_of(on_error, retries)
+        self._pool = Pool(workers, "reward")
         self._lock = threading.Lock()
         self._busy = self._waited = 0.0
         self._applicable, self._failed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        self.errors: dict[str, str] = {}
 
     def __enter__(self) -> HostScorer:
         return self
@@ -127,8 +128,8 @@ class HostScorer:
         self.close()
 
     def close(self) -> None:
-        """Drops calls not yet begun and waits for those that have."""
-        self._pool.shutdown(cancel_futures=True)
+        """Drops calls not yet begun and waits a little for those that have."""
+        self._pool.close()
 
     def submit(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Pending:
         """Hands over N pictures, float in [0, 1] or uint8 [N, H, W, 3], not to be changed until collected."""
@@ -138,9 +139,8 @@ class HostScorer:
         images = np.asarray(images)
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / 255
-        prompts, metadata = list(prompts), list(metadata)
-        return Pending(self, {reward.name: self._pool.submit(self._call, reward, images, prompts, metadata)
-                              for reward in self._rewards})
+        batch = Batch(images, list(prompts), list(metadata))
+        return Pending(self, batch, {r: self._pool.submit(self._call, r, batch) for r in self._rewards})
 
     @property
     def tally(self) -> Tally:
@@ -148,56 +148,81 @@ class HostScorer:
         with self._lock:
             return Tally(dict(self._applicable), dict(self._failed), self._busy, self._waited)
 
-    def _call(self, reward: Reward, images: np.ndarray, prompts: list[str], metadata: list[Metadata]) -> Result:
+    def _call(self, reward: Reward, batch: Batch) -> Result:
         start = time.perf_counter()
         try:
-            result = self._attempt(reward, images, prompts, metadata)
+            return self._attempt(reward, batch)
         finally:
             self._account(busy=time.perf_counter() - start)
-        with self._lock:
-            self._applicable[reward.name] += int((result.valid | result.failed).sum())
-            self._failed[reward.name] += int(result.failed.sum())
-        return result
 
-    def _attempt(self, reward: Reward, images: np.ndarray, prompts: list[str], metadata: list[Metadata]) -> Result:
-        result = all_failed(applicable(reward, prompts, metadata))
+    def _attempt(self, reward: Reward, batch: Batch) -> Result:
+        result = all_failed(applicable(reward, batch.prompts, batch.metadata))
         for attempt in range(self._attempts):
             left = np.flatnonzero(result.failed)
             if not left.size:
                 break
             try:
-                again = score(reward, images[left], [prompts[i] for i in left], [metadata[i] for i in left])
-            except Exception as error:  # a reward is foreign code: whatever it raises, the samples are missing
+                again = score(reward, batch.images[left], [batch.prompts[i] for i in left],
+                              [batch.metadata[i] for i in left])
+            except (Exception, SystemExit) as error:  # foreign code: whatever it raises, the samples are missing
                 if self._on_error == "fail":
-                    raise RewardError(f"reward {reward.name}: failed on {left.size} samples: {_line(error)}") from error
-                log.warning(
-                    "reward %s failed, attempt %d of %d: %s", reward.name, attempt + 1, self._attempts, _line(error))
+                    raise RewardError(f"reward {reward.name}: failed on {left.size} samples: {line(error)}") from error
+                self._note(reward, attempt, line(error))
                 continue
             for column, part in zip(result, again):
                 column[left] = part
-        if self._on_error == "fail" and result.failed.any():
-            raise RewardError(f"reward {reward.name}: expected a score for every sample; "
-                              f"{int(result.failed.sum())} of {int((result.valid | result.failed).sum())} failed")
+        if self._on_error == "fail":
+            expect_all(reward.name, result)
         return result
+
+    def _collect(self, reward: Reward, future: Future[Result], batch: Batch, timeout: float | None) -> Result:
+        result = None
+        for attempt in range(self._attempts):
+            try:
+                result = self._pool.result(future, timeout)
+                break
+            except Expired as error:
+                if self._on_error == "fail":
+                    raise RewardError(f"reward {reward.name}: expected scores within {timeout:g} s; received none"
+                                      ) from None
+                self._note(reward, attempt, str(error))
+                if attempt + 1 < self._attempts:
+                    future = self._pool.submit(self._call, reward, batch)
+        if result is None:
+            result = all_failed(applicable(reward, batch.prompts, batch.metadata))
+        with self._lock:
+            self._applicable[reward.name] += asked(result)
+            self._failed[reward.name] += int(result.failed.sum())
+        return result
+
+    def _note(self, reward: Reward, attempt: int, reason: str) -> None:
+        self.errors[reward.name] = reason
+        log.warning("reward %s failed, attempt %d of %d: %s", reward.name, attempt + 1, self._attempts, reason)
 
     def _account(self, busy: float = 0.0, waited: float = 0.0) -> None:
         with self._lock:
             self._busy += busy
             self._waited += waited
 
-    def _check(self, results: Mapping[str, Result]) -> None:
-        check_missing(results, self._max_missing_share)
+
+def attempts_of(on_error: str, retries: int = 1) -> int:
+    """How often a call is made at most."""
+    return 1 + (retries if on_error == "retry" else 0)
 
 
-def check_missing(results: Mapping[str, Result], max_missing_share: float) -> None:
-    """Raises RewardError when a reward failed on a larger share of the samples it applies to."""
-    for name, result in results.items():
-        failed, asked = int(result.failed.sum()), int((result.valid | result.failed).sum())
-        if failed > max_missing_share * asked:
-            raise RewardError(f"reward {name}: expected at most {max_missing_share:.0%} of a batch to fail; "
-                              f"received {failed} of {asked}")
+def asked(result: Result) -> int:
+    """How many samples the reward applies to."""
+    return int((result.valid | result.failed).sum())
 
 
-def _line(error: BaseException) -> str:
+def expect_all(name: str, result: Result) -> None:
+    """Raises RewardError unless every sample that the reward applies to has a score."""
+    if result.failed.any():
+        raise RewardError(f"reward {name}: expected a score for every sample; {int(result.failed.sum())} of "
+                          f"{asked(result)} failed")
+
+
+def line(error: BaseException) -> str:
+    """An error's type and first line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,6 +1,7 @@
 """All rewards of a run on a batch of pictures: device rewards at once, host rewards beside the next batch."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,29 +11,67 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
-from marble_jax.rewards.host import HostScorer, Pending, check_missing
+from marble_jax.rewards.base import Reward, RewardError
+from marble_jax.rewards.host import HostScorer, Pending, asked, attempts_of, expect_all, line
 from marble_jax.types import Scores
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 8
+"""Batches without any score that are put up with beyond what `max_missing_share` allows, for each that it allows."""
+
+
+class MissingCap:
+    """Stops a run in which one reward fails too often.
+
+    Every batch adds its failed share less the allowed one to a sum that never falls below 0; the run stops when the
+    sum exceeds PATIENCE times the allowed share. At one half, a reward that gives nothing any more stops the run after
+    9 batches, while one that fails in 30 % of its calls drifts away from the cap; at 0 the first failure does.
+    """
+
+    def __init__(self, max_missing_share: float):
+        """Sets the allowed share, in [0, 1]; 1 allows everything."""
+        if not 0 <= max_missing_share <= 1:
+            raise InputError(f"max_missing_share: expected a share in [0, 1]; received {max_missing_share}")
+        self._share = max_missing_share
+        self._level: dict[str, float] = {}
+        self._recent: dict[str, list[tuple[int, int]]] = {}
+
+    def add(self, name: str, result: base.Result, reason: str = "") -> None:
+        """Takes a batch of one reward into account.
+
+        Raises:
+          RewardError: the reward has failed too often.
+        """
+        failed, total = int(result.failed.sum()), asked(result)
+        if not total:
+            return
+        level = max(0.0, self._level.get(name, 0.0) + failed / total - self._share)
+        self._level[name] = level
+        recent = self._recent.setdefault(name, [])
+        recent.append((failed, total))
+        if level == 0:
+            recent.clear()
+        elif level > PATIENCE * self._share:
+            failed, total = (sum(column) for column in zip(*recent))
+            raise RewardError(f"reward {name}: expected at most {self._share:.0%} of its scores to fail; received "
+                              f"{failed} of {total} in the last {len(recent)} batch(es)" +
+                              (f" ({reason})" if reason else ""))
 
 
 class PendingScores:
     """Scores of one batch under way."""
 
-    def __init__(self, names: Sequence[str], device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
-                 timeout: float, max_missing_share: float):
-        self._names, self._device, self._host = tuple(names), device, host
-        self._timeout, self._max_missing_share = timeout, max_missing_share
+    def __init__(self, scorer: Scorer, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None):
+        self._scorer, self._device, self._host = scorer, device, host
 
     def result(self) -> Scores:
         """Waits for every reward; rewards in the run's order.
 
         Raises:
-          RewardError: as `host.Pending.result`.
+          RewardError: as `host.Pending.result`, or a reward failed too often.
         """
-        found = {name: base.settle(*parts) for name, parts in self._device.items()}
-        check_missing(found, self._max_missing_share)
-        if self._host is not None:
-            found |= self._host.result(self._timeout)
-        return base.stack({name: found[name] for name in self._names})
+        return self._scorer._collect(self._device, self._host)
 
 
 class Scorer:
@@ -41,30 +80,37 @@ class Scorer:
     Args:
       rewards: with distinct names, in the order of the reward axis.
       num_workers: threads for host rewards.
-      on_error: see `HostScorer`; a device reward that gives a number that is not finite has failed too.
-      max_missing_share: see `HostScorer`.
-      timeout: seconds a batch's host rewards may take.
+      on_error: see `HostScorer`; a device reward that raises or gives a number that is not finite has failed too. It
+        is tried again, under "retry", only where it raises.
+      max_missing_share: see `MissingCap`.
+      timeout: seconds a call of a host reward may take.
     """
 
-    def __init__(self, rewards: Sequence[base.Reward], num_workers: int = 2, on_error: str = "mask",
+    def __init__(self, rewards: Sequence[Reward], num_workers: int = 2, on_error: str = "mask",
                  max_missing_share: float = 0.5, timeout: float = 120.0):
         if not rewards:
             raise InputError("rewards: expected at least one; received none")
         self.names = tuple(reward.name for reward in rewards)
         self._device = [reward for reward in rewards if reward.kind == "device"]
         host = [reward for reward in rewards if reward.kind == "host"]
-        self._host = HostScorer(host, num_workers, on_error, max_missing_share=max_missing_share) if host else None
-        self._timeout, self._max_missing_share = timeout, max_missing_share
+        self._cap = MissingCap(max_missing_share)
+        self._host = HostScorer(host, num_workers, on_error) if host else None
+        self._on_error, self._timeout = on_error, timeout
+        self._errors: dict[str, str] = {}
 
     def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> PendingScores:
-        """Hands over float32 pictures [N, H, W, 3] in [0, 1] with their N prompts."""
+        """Hands over float32 pictures [N, H, W, 3] in [0, 1] with their N prompts.
+
+        Raises:
+          RewardError: a device reward failed under on_error "fail".
+        """
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         device = {}
         for reward in self._device:
-            values, valid = reward.score(reward.params, images, texts, metadata)
+            values, valid = self._start(reward, images, texts, metadata)
             device[reward.name] = (values, valid, base.applicable(reward, texts, metadata))
         host = self._host.submit(np.asarray(images), texts, metadata) if self._host else None
-        return PendingScores(self.names, device, host, self._timeout, self._max_missing_share)
+        return PendingScores(self, device, host)
 
     @property
     def waited_seconds(self) -> float:
@@ -75,6 +121,42 @@ class Scorer:
         """Ends the worker threads."""
         if self._host:
             self._host.close()
+
+    def _start(self, reward: Reward, images: jax.Array, texts: list[str], metadata: list[base.Metadata]
+               ) -> tuple[Any, Any]:
+        """Sets a device reward to work; nothing valid when it raises."""
+        for _ in range(attempts_of(self._on_error)):
+            try:
+                return reward.score(reward.params, images, texts, metadata)
+            except Exception as error:  # a reward is foreign code: whatever it raises, the samples are missing
+                self._failed(reward.name, error)
+        return np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
+
+    def _settled(self, name: str, values: Any, valid: Any, applies: np.ndarray) -> base.Result:
+        """Waits for a device reward; what went wrong since `_start` shows here."""
+        try:
+            result = base.settle(values, valid, applies)
+        except Exception as error:  # see `_start`
+            self._failed(name, error)
+            return base.all_failed(applies)
+        if self._on_error == "fail":
+            expect_all(name, result)
+        return result
+
+    def _failed(self, name: str, error: Exception) -> None:
+        if self._on_error == "fail":
+            raise RewardError(f"reward {name}: {line(error)}") from error
+        self._errors[name] = line(error)
+        log.warning("reward %s failed: %s", name, line(error))
+
+    def _collect(self, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None) -> Scores:
+        found = {name: self._settled(name, *parts) for name, parts in device.items()}
+        if host is not None:
+            found |= host.result(self._timeout)
+        errors = self._errors | (self._host.errors if self._host else {})
+        for name, result in found.items():
+            self._cap.add(name, result, errors.get(name, "") if result.failed.any() else "")
+        return base.stack({name: found[name] for name in self.names})
 
 
 def concatenate(parts: Sequence[Scores], count: int) -> Scores:

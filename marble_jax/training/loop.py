@@ -17,6 +17,7 @@ from marble_jax.advantages import Advantages, gdpo, per_reward, weighted_sum
 from marble_jax.console import Clock, Console
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import draw
+from marble_jax.rewards.base import RewardError
 from marble_jax.training.batch import Collector
 from marble_jax.training.microsteps import RolloutBatch
 from marble_jax.training.records import flat_metrics, score_metrics
@@ -103,6 +104,22 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
+@contextmanager
+def saved_on_failure(latest: Callable[[], tuple[TrainState, int]], save: Callable[[TrainState], None]
+                     ) -> Iterator[None]:
+    """Saves the latest state when rewards stop the run; `latest` gives it and the step that was saved last."""
+    try:
+        yield
+    except RewardError as error:
+        state, saved = latest()
+        step = int(state.step)
+        if step == 0:
+            raise
+        if step != saved:
+            save(state)
+        raise RewardError(f"{error}; saved after step {step}, the same command goes on from there") from error
+
+
 def advantages_of(scores: Scores, groups: np.ndarray, sampling: Sampling) -> tuple[Advantages, np.ndarray, np.ndarray]:
     """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarised."""
     each = per_reward(scores.values, scores.valid, groups, sampling.scale)
@@ -138,11 +155,12 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
 
     Raises:
       Interrupted: a signal came; the state was saved after the step under way.
+      RewardError: a reward failed and the run is not to go on without it; the state before the step was saved.
     """
     merged = jax.jit(lambda params, adapter: adapters.merge(params, adapter, lora_scale))
     first = saved = int(state.step)
     clock = Clock(first, schedule.num_steps)
-    with stop_requests() as stops:
+    with stop_requests() as stops, saved_on_failure(lambda: (state, saved), hooks.save):
         if schedule.evaluates(first) and first == 0:
             state = hooks.evaluate(state)
         while (step := int(state.step)) < schedule.num_steps and not stops:
@@ -186,6 +204,8 @@ def step_line(record: Mapping[str, Any], names: tuple[str, ...], total: int, lef
     """One line a step: scores of the rollouts, gradient norm, worst cosine, seconds, time left."""
     scores = " ".join(f"{n} {record[f'rollout/score_mean/{n}']:.3f}" for n in names)
     cosine = f" worst cos {record['harmonize/worst_cos']:+.2f}" if "harmonize/worst_cos" in record else ""
-    return (f"step {record['step'] + 1}/{total}  {scores}  |g| {record['training/grad_norm']:.3f}{cosine}  "
+    lost = {n: record[f"rollout/failed_count/{n}"] for n in names}
+    failed = "".join(f"  {n} failed {count}" for n, count in lost.items() if count)
+    return (f"step {record['step'] + 1}/{total}  {scores}{failed}  |g| {record['training/grad_norm']:.3f}{cosine}  "
             f"{record['time/step_s']:.1f}s (rollout {record['time/rollout_s']:.1f} train {record['time/train_s']:.1f}) "
             f"{left} left")

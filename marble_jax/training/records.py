@@ -36,6 +36,7 @@ def score_metrics(scores: Scores, advantages: Advantages) -> dict[str, float]:
             f"rollout/score_std/{name}": float(valid.std()) if valid.size else float("nan"),
             f"rollout/missing_share/{name}": float(1 - scores.valid[k].mean()),
             f"rollout/failed/{name}": float(scores.failed[k].mean()),
+            f"rollout/failed_count/{name}": int(scores.failed[k].sum()),
             f"rollout/zero_std_share/{name}": float(advantages.tied[k]),
             f"advantages/abs_mean/{name}": float(np.abs(advantages.values[k][advantages.valid[k]]).mean())
             if advantages.valid[k].any() else float("nan"),

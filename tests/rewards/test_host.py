@@ -1,4 +1,5 @@
 """Concurrency, bookkeeping and what becomes of failures."""
+import itertools
 import threading
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_rewards_run_at_the_same_time_and_beside_the_caller():
 
 
 def test_mask_makes_failures_missing_and_counts_them(caplog):
-    with HostScorer([Mean("bad", broken), Mean("good")], on_error="mask", max_missing_share=1) as scorer:
+    with HostScorer([Mean("bad", broken), Mean("good")], on_error="mask") as scorer:
         results = scorer.submit(IMAGES, PROMPTS, METADATA).result(10)
         np.testing.assert_array_equal(results["bad"].failed, [True, True, False, True])
         assert not results["bad"].valid.any() and results["good"].valid.sum() == 3
@@ -98,7 +99,7 @@ def test_retry_scores_only_what_is_missing():
 
 def test_retry_gives_up():
     reward = Mean("down", broken)
-    with HostScorer([reward], on_error="retry", retries=2, max_missing_share=1) as scorer:
+    with HostScorer([reward], on_error="retry", retries=2) as scorer:
         result = scorer.submit(IMAGES, PROMPTS, METADATA).result(10)["down"]
     assert reward.sizes == [3, 3, 3] and result.failed.sum() == 3
 
@@ -114,25 +115,68 @@ def test_fail_stops_with_one_line():
             scorer.submit(IMAGES, PROMPTS, METADATA).result(10)
 
 
-def test_cap_on_the_missing_share():
-    lame = Mean("lame", lambda images: np.arange(len(images)) > 1)
-    with HostScorer([lame], max_missing_share=0.7) as scorer:
-        assert scorer.submit(IMAGES, PROMPTS, METADATA).result(10)["lame"].failed.sum() == 2
-    with HostScorer([lame], max_missing_share=0.5) as scorer:
-        with pytest.raises(RewardError, match="reward lame: expected at most 50% of a batch to fail; received 2 of 3"):
-            scorer.submit(IMAGES, PROMPTS, METADATA).result(10)
-        skipped = scorer.submit(IMAGES[:1], ["skip"], [{}]).result(10)["lame"]
-        assert not skipped.failed.any() and not skipped.valid.any()
+def hanging(release, *which):
+    """Hangs until `release` is set in the calls numbered in `which`."""
+    numbers = itertools.count()
+
+    def before(images):
+        if next(numbers) in which:
+            assert release.wait(30)
+
+    return before
 
 
-def test_timeout():
+def test_a_call_that_hangs_is_given_up_and_another_thread_takes_its_place(caplog):
+    """One thread: the calls behind the hung one are scored all the same, and what comes late changes nothing."""
     release = threading.Event()
-    with HostScorer([Mean("slow", lambda _: release.wait(10) and None)]) as scorer:
-        pending = scorer.submit(IMAGES, PROMPTS, METADATA)
-        with pytest.raises(RewardError, match="reward slow: expected scores within 0.01 s; received none"):
-            pending.result(0.01)
+    with HostScorer([Mean("slow", hanging(release, 0))], workers=1) as scorer:
+        hung, next_one = (scorer.submit(IMAGES, PROMPTS, METADATA) for _ in range(2))
+        after = next_one.result(0.2)["slow"]
+        assert after.valid.sum() == 3 and not after.failed.any()
+        lost = hung.result(0.2)["slow"]
+        np.testing.assert_array_equal(lost.failed, [True, True, False, True])
         release.set()
-        assert pending.result(10)["slow"].valid.sum() == 3
+        assert hung.result(10)["slow"] is lost and not lost.valid.any()
+        assert scorer.tally.failed == {"slow": 3} and scorer.tally.applicable == {"slow": 6}
+    assert "reward slow failed, attempt 1 of 1: no answer within 0.2 s" in caplog.text
+
+
+def test_a_call_that_hangs_is_tried_again():
+    release = threading.Event()
+    with HostScorer([Mean("slow", hanging(release, 0))], workers=1, on_error="retry") as scorer:
+        assert scorer.submit(IMAGES, PROMPTS, METADATA).result(0.2)["slow"].valid.sum() == 3
+        release.set()
+
+
+def test_a_call_that_hangs_stops_the_run_under_fail():
+    release = threading.Event()
+    with HostScorer([Mean("slow", hanging(release, 0))], on_error="fail") as scorer:
+        with pytest.raises(RewardError, match="reward slow: expected scores within 0.1 s; received none"):
+            scorer.submit(IMAGES, PROMPTS, METADATA).result(0.1)
+        release.set()
+
+
+@pytest.mark.parametrize("answer", [
+    np.ones(3), (np.ones(5), np.ones(5, bool)), (["high"] * 3, np.ones(3, bool)), None, (np.ones(3), np.ones(2, bool)),
+    ([[1.0, 2.0, 3.0]], np.ones(3, bool)), ([None] * 3, np.ones(3, bool)), (np.full(3, 1e300), np.ones(3, bool))])
+def test_garbage_is_a_failure(answer):
+    """Wrong length, text, nothing, a mask that does not fit, a shape too many, no numbers, beyond float32."""
+    class Garbage(Mean):
+        def score(self, params, images, prompts, metadata):
+            return answer
+
+    with HostScorer([Garbage("bad")]) as scorer:
+        result = scorer.submit(IMAGES, PROMPTS, METADATA).result(10)["bad"]
+    np.testing.assert_array_equal(result.failed, [True, True, False, True])
+    assert not result.valid.any()
+
+
+def test_a_reward_cannot_end_the_program():
+    def leave(_):
+        raise SystemExit(0)
+
+    with HostScorer([Mean("bad", leave)]) as scorer:
+        assert scorer.submit(IMAGES, PROMPTS, METADATA).result(10)["bad"].failed.sum() == 3
 
 
 def test_rejects_bad_arguments():
@@ -142,8 +186,6 @@ def test_rejects_bad_arguments():
         HostScorer([Mean("m", kind="device")])
     with pytest.raises(InputError, match="reward m: expected distinct names; received it 2 times"):
         HostScorer([Mean("m"), Mean("m")])
-    with pytest.raises(InputError, match=r"max_missing_share: expected a share in \[0, 1\]; received 2"):
-        HostScorer([], max_missing_share=2)
     with pytest.raises(InputError, match="workers: expected at least 1; received 0"):
         HostScorer([], workers=0)
     with HostScorer([Mean()]) as scorer:

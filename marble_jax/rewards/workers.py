@@ -1,0 +1,129 @@
+"""Threads that hold nothing up: a pool for calls that may never return.
+
+The standard pool waits for its threads when it is closed and when the interpreter ends, so one hung call would hang
+the run. Here a call that ran out of time is given up: its future fails with `Expired`, another thread takes the place
+of the one that hangs, and what the call returns later is dropped. Threads are daemons.
+"""
+from __future__ import annotations
+
+import concurrent.futures
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from marble_jax.rewards.base import RewardError
+
+MAX_LOST = 64
+"""Threads that may hang at the same time; each costs little, but a reward that loses so many is of no use."""
+
+
+class Expired(Exception):
+    """A call was given up because it ran longer than it may."""
+
+
+class Pool:
+    """Runs calls in `workers` threads at a time."""
+
+    def __init__(self, workers: int, name: str):
+        """Starts the threads; `name` begins theirs."""
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._lock, self._name = threading.Lock(), name
+        self._running: dict[Future, tuple[float, threading.Thread]] = {}
+        self._lost, self._closed = 0, False
+        self._threads = [self._start() for _ in range(workers)]
+
+    @property
+    def lost(self) -> int:
+        """Threads that hang in a call that was given up."""
+        return self._lost
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
+        """Queues a call; collect it with `result`."""
+        if self._closed:
+            raise RewardError("reward worker threads: expected an open pool; received a call after closing")
+        future: Future = Future()
+        self._queue.put((future, call, arguments))
+        return future
+
+    def result(self, future: Future, seconds: float | None = None) -> Any:
+        """Waits for a call.
+
+        Args:
+          future: from `submit`.
+          seconds: how long a call may run, counted from when it began; None is for ever. Time in the queue does not
+            count: calls ahead that run out of it are given up as well.
+
+        Raises:
+          Expired: the call ran longer.
+          RewardError: more than MAX_LOST calls hang.
+          BaseException: whatever the call raised.
+        """
+        while not future.done():
+            concurrent.futures.wait([future], None if seconds is None else self._expire(seconds))
+        return future.result()
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Drops calls not yet begun and waits up to `seconds` for those that have; later ones are left behind."""
+        self._closed = True
+        while True:
+            try:
+                task = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if task is not None:
+                task[0].cancel()
+        for _ in self._threads:
+            self._queue.put(None)
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        thread.start()
+        return thread
+
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
+            future, call, arguments = task
+            if future.set_running_or_notify_cancel():
+                with self._lock:
+                    self._running[future] = time.monotonic(), threading.current_thread()
+                value = error = None
+                try:
+                    value = call(*arguments)
+                except BaseException as raised:  # handed to whoever collects the call
+                    error = raised
+                with self._lock:
+                    given_up = self._running.pop(future, None) is None
+                    if given_up:
+                        self._lost -= 1
+                if given_up:
+                    return
+                if error is None:
+                    future.set_result(value)
+                else:
+                    future.set_exception(error)
+                del value, error
+            del task, future, call, arguments  # pictures should not live until the next call
+
+    def _expire(self, seconds: float) -> float:
+        """Gives up what has run longer than `seconds`; returns the seconds until the next call may have."""
+        now, late = time.monotonic(), []
+        with self._lock:
+            for future, (began, thread) in list(self._running.items()):
+                if now - began >= seconds:
+                    del self._running[future]
+                    late.append(future)
+                    self._threads.remove(thread)
+                    self._threads.append(self._start())
+            self._lost += len(late)
+            lost, first = self._lost, min((began for began, _ in self._running.values()), default=now)
+        for future in late:
+            future.set_exception(Expired(f"no answer within {seconds:g} s"))
+        if lost > MAX_LOST:
+            raise RewardError(f"rewards: expected calls to return; received {lost} that hang at the same time")
+        return max(0.0, first + seconds - now)

@@ -1,0 +1,114 @@
+"""All rewards of a run together: failures on the device, the cap, and host rewards beside the sampling."""
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marble_jax.errors import InputError
+from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.base import Reward, RewardError, settle
+from marble_jax.rewards.scorer import MissingCap, Scorer
+
+IMAGES = jnp.arange(4.0)[:, None, None, None] / 4 * jnp.ones((1, 2, 2, 3))
+PROMPTS = [Prompt(text, "general") for text in ("a", "b", "skip", "d")]
+
+
+class Scripted(Reward):
+    """Answers with the next thing of a script: an error to raise, or scores."""
+
+    def __init__(self, name, *script, kind="device"):
+        super().__init__(name=name, kind=kind)
+        self.script, self.calls = list(script), 0
+
+    def applies(self, prompt, metadata):
+        return prompt != "skip"
+
+    def score(self, params, images, prompts, metadata):
+        self.calls += 1
+        step = self.script.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        return step, np.ones(len(prompts), bool)
+
+
+def scores(reward, **settings):
+    scorer = Scorer([reward], **settings)
+    try:
+        return scorer.submit(IMAGES, PROMPTS).result()
+    finally:
+        scorer.close()
+
+
+GOOD, ODD = np.array([1.0, 2, 3, 4]), np.array([1.0, np.nan, np.inf, np.inf])
+
+
+@pytest.mark.parametrize("answer, failed", [
+    (ValueError("out of memory"), [1, 1, 0, 1]), (ODD, [0, 1, 0, 1]), (np.ones(5), [1, 1, 0, 1]),
+    ("text", [1, 1, 0, 1]), (GOOD, [0, 0, 0, 0])])
+def test_device_failures_are_missing(answer, failed):
+    got = scores(Scripted("r", answer))
+    np.testing.assert_array_equal(got.failed[0], np.array(failed, bool))
+    np.testing.assert_array_equal(got.valid[0], np.array([1, 1, 0, 1], bool) & ~got.failed[0])
+
+
+@pytest.mark.parametrize("answer, message", [
+    (ValueError("out of memory"), "reward r: ValueError: out of memory"),
+    (ODD, "reward r: expected a score for every sample; 2 of 3 failed"),
+    (np.ones(5), r"reward r: RewardError: reward scores: expected shape \(4,\); received \(5,\)")])
+def test_device_failures_stop_the_run_under_fail(answer, message):
+    with pytest.raises(RewardError, match=message):
+        scores(Scripted("r", answer), on_error="fail")
+
+
+def test_a_device_reward_that_raises_is_tried_again():
+    reward = Scripted("r", OSError("busy"), GOOD)
+    assert not scores(reward, on_error="retry").failed.any() and reward.calls == 2
+
+
+def result(failed, total):
+    failed = np.arange(total) < failed
+    return settle(np.zeros(total), ~failed, np.ones(total, bool))
+
+
+def batches_until_stop(cap, pattern, limit=400):
+    for number in range(limit):
+        try:
+            cap.add("r", result(10 * pattern[number % len(pattern)], 10))
+        except RewardError:
+            return number + 1
+    return None
+
+
+@pytest.mark.parametrize("share, pattern, stops", [
+    (0.5, [1], 9), (0.2, [1], 3), (0.0, [0, 0, 1], 3), (1.0, [1], None), (0.5, [0], None),
+    (0.5, [1, 0, 0, 1, 0, 0, 1, 0, 0, 0], None), (0.5, [1, 1, 1, 0, 0, 0, 0, 0, 0, 0], None), (0.25, [1, 0, 0], 19)])
+def test_when_the_cap_stops_a_run(share, pattern, stops):
+    """Failed 30 % of the time, evenly or in a row, is put up with at a half; a dead reward is not for long.
+
+    By hand, for [1, 0, 0] at 1/4: three batches add 0.75 - 0.25 - 0.25 = 0.25, so the sum is 1.5 after eighteen and
+    2.25, above 8 x 1/4, after the nineteenth.
+    """
+    assert batches_until_stop(MissingCap(share), pattern) == stops
+
+
+def test_the_cap_says_what_happened_and_counts_rewards_apart():
+    cap = MissingCap(0.0)
+    cap.add("good", result(0, 4))
+    cap.add("other", settle(np.zeros(2), np.zeros(2, bool), np.zeros(2, bool)))  # does not apply
+    with pytest.raises(RewardError, match=r"reward bad: expected at most 0% of its scores to fail; received 1 of 4 "
+                                          r"in the last 1 batch\(es\) \(OSError: gone\)"):
+        cap.add("bad", result(1, 4), "OSError: gone")
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_the_cap_stops_a_scorer_with_the_reason(kind):
+    scorer = Scorer([Scripted("r", OSError("gone"), kind=kind)], max_missing_share=0)
+    with pytest.raises(RewardError, match=r"reward r: .*received 3 of 3 .*\(OSError: gone\)"):
+        scorer.submit(IMAGES, PROMPTS).result()
+    scorer.close()
+
+
+def test_rejects_bad_arguments():
+    with pytest.raises(InputError, match="rewards: expected at least one; received none"):
+        Scorer([])
+    with pytest.raises(InputError, match=r"max_missing_share: expected a share in \[0, 1\]; received 2"):
+        Scorer([Scripted("r")], max_missing_share=2)
