@@ -15,7 +15,8 @@ from marble_jax.flow.schedule import sigma_grid
 from marble_jax.flow.solvers import solver_table
 from marble_jax.models.clip import TextOutput
 from marble_jax.models.mmdit import velocity
-from marble_jax.models.pipeline import assemble, find_model, load_pipeline, load_tokenizer
+from marble_jax.models.pipeline import find_model, load_pipeline
+from marble_jax.models.text import TextEncoders, assemble, load_tokenizer
 from marble_jax.types import Conditioning
 
 PROMPTS = ["a red cat!", "", "a very long prompt that goes on and on and is cut", "a red cat!", 'sign saying "AB"']
@@ -143,41 +144,55 @@ def test_a_pipeline_saved_without_t5_loads(broken):
     index.update(text_encoder_3=[None, None], tokenizer_3=[None, None])
     (broken / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(broken / "text_encoder_3")
-    assert load_pipeline(broken).text_encoders[2] is None
+    assert load_pipeline(broken).text.modules[2] is None
 
 
 def test_equal_prompts_are_encoded_once_and_nothing_retraces(ours):
     ours.encode_prompts(["a"], 9)
-    traces, calls, embed = ours._embed._cache_size(), [], ours._embed
-    ours._embed = lambda *args, **kwargs: calls.append(1) or embed(*args, **kwargs)
+    traces, calls, embed = ours.text._embed._cache_size(), [], ours.text._embed
+    ours.text._embed = lambda *args, **kwargs: calls.append(1) or embed(*args, **kwargs)
     try:
         got = ours.encode_prompts(["a", "b", "a", "a", "b", "a"], 9)
         ours.encode_prompts([f"prompt {i}" for i in range(7)], 9)
     finally:
-        ours._embed = embed
+        ours.text._embed = embed
     assert len(calls) == 1 + 3 and embed._cache_size() == traces
     np.testing.assert_array_equal(got.embeds[0], got.embeds[5])
     assert np.abs(got.embeds[0] - got.embeds[1]).max() > 0
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_pixels_match_diffusers(saved, ours, guidance_scale):
-    torch = pytest.importorskip("torch")
+@pytest.mark.parametrize(("guidance_scale", "negative", "t5"), [
+    (1.0, "", True), (4.0, "", True), (4.0, "blurred, low quality", True), (3.0, "a cat", False)])
+def test_pixels_match_diffusers(saved, ours, guidance_scale, negative, t5):
+    """16 x 24 pixels, from the same latents."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    theirs = saved[0]
+    if not t5:
+        ours = load_pipeline(saved[1], text_encoder_3=False)
+        theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(saved[1], text_encoder_3=None, tokenizer_3=None)
+        theirs.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).normal(size=(2, *ours.latent_shape(16, 24))).astype(np.float32)
     prompts = PROMPTS[:1] + PROMPTS[2:3]
-    want = saved[0](
-        prompts, negative_prompt="", latents=torch.from_numpy(noise).permute(0, 3, 1, 2), height=16, width=24,
-        num_inference_steps=4, guidance_scale=guidance_scale, max_sequence_length=9, output_type="np").images
+
+    def drawn(negative_prompt):
+        return theirs(
+            prompts, negative_prompt=negative_prompt, latents=torch.from_numpy(noise).permute(0, 3, 1, 2), height=16,
+            width=24, num_inference_steps=4, guidance_scale=guidance_scale, max_sequence_length=9,
+            output_type="np").images
+
+    want = drawn(negative)
     sigmas = sigma_grid(4, ours.scheduler.shift, ours.scheduler.num_train_timesteps)
 
     def network(x, sigma, cond):
         return velocity(ours.model, ours.params, None, x, sigma, cond)
 
-    cond, negative = (ours.encode_prompts(texts, 9) for texts in (prompts, ["", ""]))
-    latents = sample(guided(network, cond, negative, guidance_scale), jnp.asarray(noise), sigmas,
+    cond, away = (ours.encode_prompts(texts, 9) for texts in (prompts, [negative] * 2))
+    latents = sample(guided(network, cond, away, guidance_scale), jnp.asarray(noise), sigmas,
                      solver_table("euler", sigmas))
     assert want.std() > 0.02
     np.testing.assert_allclose(ours.decode(latents, 2), want, atol=2e-5)
+    if negative:
+        assert np.abs(drawn("") - want).max() > 1e-3
 
 
 def test_decode_in_batches_equals_decode_at_once(ours):
@@ -273,23 +288,27 @@ def test_malformed_files(broken):
 
 
 def test_networks_that_do_not_fit_each_other(ours):
-    texts = list(zip(ours.text_encoders, ours.text_params, strict=True))
+    encoders = list(zip(ours.text.modules, ours.text.params, strict=True))
 
-    def rebuilt(model, text_encoders=texts):
-        return type(ours)(ours.directory, (model, ours.params), (ours.vae, ours.vae_params), text_encoders,
-                          ours.tokenizers, ours.scheduler)
-
-    def transformer(**changes):
-        return ours.model.clone(config=type(ours.model.config)(**{**vars(ours.model.config), **changes}))
+    def text(width=32, pooled=20, encoders=encoders):
+        return TextEncoders(ours.directory, encoders, ours.text.tokenizers, width, pooled)
 
     with pytest.raises(InputError, match="pooled CLIP width: expected the transformer's 24; received 20"):
-        rebuilt(transformer(pooled_projection_dim=24))
+        text(pooled=24)
     with pytest.raises(InputError, match="text_encoder_3 width: expected the transformer's 40; received 32"):
-        rebuilt(transformer(joint_attention_dim=40))
-    with pytest.raises(InputError, match="VAE latent channels: expected the transformer's 8; received 4"):
-        rebuilt(transformer(in_channels=8))
+        text(width=40)
     with pytest.raises(InputError, match="joint CLIP width: expected at most 24; received 28"):
-        rebuilt(transformer(joint_attention_dim=24), [*texts[:2], None])
+        text(width=24, encoders=[*encoders[:2], None])
+    wider = ours.model.clone(config=type(ours.model.config)(**{**vars(ours.model.config), "in_channels": 8}))
+    with pytest.raises(InputError, match="VAE latent channels: expected the transformer's 8; received 4"):
+        type(ours)(ours.directory, (wider, ours.params), (ours.vae, ours.vae_params), ours.text, ours.scheduler)
+
+
+def test_without_text_encoders(saved, ours):
+    bare = load_pipeline(saved[1], text_encoders=False)
+    assert bare.text is None and jax.tree.all(jax.tree.map(np.array_equal, bare.params, ours.params))
+    with pytest.raises(InputError, match="expected text encoders; received a pipeline loaded without"):
+        bare.encode_prompts(["a"], 4)
 
 
 def test_hub_download(saved, monkeypatch):
