@@ -15,12 +15,13 @@ from marble_jax import adapters, compose, platform
 from marble_jax.checkpoint import Checkpoints
 from marble_jax.config import KEYS, default_config
 from marble_jax.console import Console
+from marble_jax.convert.lora import add_loras
 from marble_jax.errors import InputError, one_of
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.schedule import sigma_grid
 from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.models import mmdit
-from marble_jax.models.pipeline import Pipeline, load_pipeline
+from marble_jax.models.pipeline import load_pipeline
 from marble_jax.pictures import grid, save_png
 from marble_jax.sampling import batches, picture_noise
 from marble_jax.training.state import initial_state
@@ -51,29 +52,39 @@ def run_config(workdir: Workdir) -> ml_collections.ConfigDict:
 
 
 def run_adapter(
-    config: ml_collections.ConfigDict, workdir: Workdir, pipeline: Pipeline, policy: str
+    config: ml_collections.ConfigDict, workdir: Workdir, shapes: Any, policy: str, step: int | None = None
 ) -> tuple[Adapter, int]:
-    """A policy's adapter from the newest checkpoint, and the step it is of.
+    """A policy's adapter from a checkpoint, and the step it is of.
+
+    Args:
+      config: configuration of the run.
+      workdir: the run.
+      shapes: parameters or abstract parameters of its transformer.
+      policy: field of the state: "current", "old", "ema" or "best".
+      step: of the checkpoint; the newest if None.
 
     Raises:
-      InputError: no checkpoint, or one of another configuration.
+      InputError: no such checkpoint, or one of another configuration.
     """
     spec, count = compose.lora_spec(config), len(config.rewards.train)
-    adapter = adapters.init_adapter(jax.random.key(0), pipeline.params, spec)
+    adapter = adapters.init_adapter(jax.random.key(0), shapes, spec)
     blank = initial_state(adapter, compose.make_optimizer(config), count, compose.balancer_of(config).init(count), 0)
     if not workdir.checkpoints.exists():
         raise InputError(f"--workdir: expected a run with a checkpoint; received {workdir.path}, which has none yet")
     checkpoints = Checkpoints(workdir.checkpoints)
     try:
-        step, state = checkpoints.restore(blank)
+        step, state = checkpoints.restore(blank, step)
     finally:
         checkpoints.close()
+    if policy == "best" and not np.isfinite(state.best_score):
+        raise InputError(f"policy: expected one that the run has; received 'best' of {workdir.path}, where no "
+                         "evaluation since the start is on record")
     return getattr(state, policy), int(state.best_step) if policy == "best" else step
 
 
 def draw_pictures(prompts: Sequence[str], out: str, *, model: str, workdir: str, policy: str, seed: int, num_steps: int,
                   solver: str, guidance: float, negative: str, size: tuple[int, int] | None, tokens: int | None,
-                  batch: int, with_grid: bool) -> None:
+                  batch: int, with_grid: bool, loras: str = "") -> None:
     """Writes `out/00000.png` and so on; a picture that is there is not drawn again.
 
     Args:
@@ -91,6 +102,7 @@ def draw_pictures(prompts: Sequence[str], out: str, *, model: str, workdir: str,
       tokens: T5 tokens a prompt.
       batch: pictures at once.
       with_grid: also write `grid.png`.
+      loras: LoRAs to add, `PATH[:weight],PATH[:weight]`.
     """
     one_of("--solver", solver, SOLVERS)
     if not prompts:
@@ -106,11 +118,13 @@ def draw_pictures(prompts: Sequence[str], out: str, *, model: str, workdir: str,
         where, tokens = config.model.path, tokens or config.model.max_sequence_length
         size = size or (config.model.resolution,) * 2
         if policy != "base":
-            adapter, step = run_adapter(config, place, pipeline, policy)
+            adapter, step = run_adapter(config, place, pipeline.params, policy)
             origin = f"{workdir} {policy} after step {step}"
     else:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         pipeline = load_pipeline(compose.place_of(model, "pipeline"), dtype=dtype)
+    adapter = add_loras(loras, pipeline.params, pipeline.model.lora_scale, adapter)
+    origin = f"{origin} with {loras}" if loras else origin
     tokens = tokens or (EMBEDDED_TOKENS if where == compose.EMBEDDED else DEFAULT_TOKENS)
     side = pipeline.model.config.sample_size * pipeline.vae.config.downsampling
     shape = pipeline.latent_shape(*(size or (side, side)))

@@ -8,8 +8,9 @@ from marble_jax.cli.options import boolean, split
 from marble_jax.errors import InputError, one_of
 
 OPTIONS = {
-    "model": "", "workdir": "", "policy": "ema", "prompts": "", "file": "", "out": None, "seed": "0", "steps": "40",
-    "solver": "euler", "guidance": "1.0", "negative": "", "size": "", "tokens": "", "batch": "8", "grid": "true",
+    "model": "", "workdir": "", "policy": "ema", "lora": "", "prompts": "", "file": "", "out": None, "seed": "0",
+    "steps": "40", "solver": "euler", "guidance": "1.0", "negative": "", "size": "", "tokens": "", "batch": "8",
+    "grid": "true",
 }
 POLICIES = ("base", "current", "old", "ema", "best")
 
@@ -20,6 +21,8 @@ def help_text() -> str:
   --model=DIR        diffusers-layout SD3 directory, hub id, or 'embedded'
   --workdir=RUN      a training run; its model with its adapter
   --policy=ema       with --workdir: base, current, old, ema or best
+  --lora=A[:w],B[:w] LoRAs to add, with weights (1 unless given): a PEFT directory, an exported folder, or a
+                     .safetensors file of diffusers, kohya or ComfyUI
   --prompts=A|B      prompts, separated by |
   --file=FILE        one prompt a line, or GenEval metadata (.jsonl)
   --out=DIR          where PNGs (prompt and seed inside) and grid.png go; pictures that are there are kept
@@ -71,5 +74,6 @@ def run(argv: Sequence[str]) -> int:
         seed=_number(values, "seed", int, 0), num_steps=_number(values, "steps", int, 1), solver=values["solver"],
         guidance=_number(values, "guidance", float, 0), negative=values["negative"], size=size,
         tokens=_number(values, "tokens", int, 1) if values["tokens"] else None,
-        batch=_number(values, "batch", int, 1), with_grid=boolean("grid", values["grid"]))
+        batch=_number(values, "batch", int, 1), with_grid=boolean("grid", values["grid"]),
+        loras=values["lora"])
     return 0
