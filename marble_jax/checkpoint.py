@@ -3,16 +3,26 @@
 A checkpoint becomes visible only when it is complete (Orbax renames it), so a run killed at any moment resumes from
 its last complete one. Restoring goes onto the caller's own arrays: their shapes, dtypes and shardings, not those of the
 machine that saved.
+
+Frozen weights are written and read leaf by leaf (`save_leaves`, `read_leaves`), so that memory holds one leaf whatever
+the model's size; what is on disk is an ordinary Orbax checkpoint of the whole tree.
 """
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from marble_jax.errors import InputError
+
+Path = tuple[str, ...]
+"""Keys from the root of a nested dict to a leaf."""
 
 
 class Checkpoints:
@@ -64,3 +74,105 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array that comes into being when it is its turn to be written, and is dropped after that.
+
+    Attributes:
+      shape: of the array.
+      dtype: of the array.
+      read: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array; Orbax asks for it."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Leaf`s as the host arrays they stand for, each one complete before the next is made."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values)):
+            for future in await super().serialize([value.read()], [info], [arg]):
+                future.result()
+        return []
+
+
+def save_leaves(path: epath.PathLike, leaves: Mapping[Path, Leaf]) -> None:
+    """Writes a nested dict of leaves as one Orbax checkpoint, one leaf in memory at a time.
+
+    Not compressed: weights hardly shrink, and the disk shall be what limits the speed.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(epath.Path(path).absolute(), args=ocp.args.PyTreeSave(_nested(leaves)))
+
+
+def leaf_shapes(path: epath.PathLike) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every leaf of an Orbax checkpoint, without reading arrays.
+
+    Raises:
+      InputError: there is no complete checkpoint.
+    """
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(epath.Path(path).absolute()).item_metadata.tree
+        flat = {tuple(str(k.key) for k in keys): meta for keys, meta in jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda node: not isinstance(node, dict))}
+        return {key: jax.ShapeDtypeStruct(meta.shape, meta.dtype) for key, meta in flat.items()}
+    except Exception as error:  # Orbax raises many kinds for damage; the cause stays attached
+        raise InputError(f"{path}: expected an Orbax checkpoint; received {_first_line(error)}") from error
+
+
+def read_leaves(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, np.ndarray]:
+    """Some leaves of an Orbax checkpoint, as host arrays.
+
+    Raises:
+      InputError: a leaf is missing or damaged.
+    """
+    paths = tuple(paths)
+    target = _nested({p: 0 for p in paths})
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(
+                epath.Path(path).absolute(),
+                args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
+    except Exception as error:  # see leaf_shapes
+        raise InputError(f"{path}: expected leaf {'/'.join(paths[0])!r}{' and more' if len(paths) > 1 else ''} intact; "
+                         f"received {_first_line(error)}") from error
+    found = {}
+    for keys in paths:
+        leaf = tree
+        for key in keys:
+            leaf = leaf[key]
+        found[keys] = leaf
+    return found
+
+
+def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for keys, value in flat.items():
+        node = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = value
+    return tree
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

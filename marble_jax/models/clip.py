@@ -19,14 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from marble_jax.errors import InputError, one_of
-from marble_jax.models.weights import SafetensorsDir, load_params, path_entries
+from marble_jax.models.stored import StoredDir, load_component, open_component
+from marble_jax.models.weights import SafetensorsDir, path_entries
 from marble_jax.types import Params
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-_BUFFERS = ("*.position_ids",)
+BUFFERS = ("*.position_ids",)
 """Integer buffers 0, 1, 2, ... that older files hold; nothing to load."""
 _IDS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 LEGACY_EOS = 2
@@ -253,14 +254,19 @@ class CLIPModel(nn.Module):
 def load_text_encoder(
     directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
 ) -> tuple[CLIPTextEncoder, Params]:
-    """Model and parameters of a `CLIPTextModelWithProjection` directory (`place` as in `load_params`).
+    """Model and parameters of a `CLIPTextModelWithProjection` directory (`place` as in `load_component`).
 
     Raises:
       InputError: missing or malformed directory, config or weights.
     """
-    source = SafetensorsDir(directory)
+    source = open_component(directory)
     model = CLIPTextEncoder(CLIPTextConfig.from_dict(source.config), dtype)
     return model, _load(source, model, dtype, place, _IDS)
+
+
+def abstract_text_params(model: CLIPTextEncoder) -> dict[str, Any]:
+    """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
+    return jax.eval_shape(model.init, jax.random.key(0), _IDS)["params"]
 
 
 def load_vision_encoder(
@@ -280,7 +286,7 @@ def load_vision_encoder(
 def load_clip(
     directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
 ) -> tuple[CLIPModel, Params]:
-    """Model and parameters of a `CLIPModel` directory (`place` as in `load_params`).
+    """Model and parameters of a `CLIPModel` directory (`place` as in `load_component`).
 
     Raises:
       InputError: missing or malformed directory, config or weights.
@@ -328,8 +334,8 @@ def _pixels(config: CLIPVisionConfig) -> jax.ShapeDtypeStruct:
 
 
 def _load(
-    source: SafetensorsDir, model: nn.Module, dtype: Any, place: Callable[..., Any] | None,
+    source: SafetensorsDir | StoredDir, model: nn.Module, dtype: Any, place: Callable[..., Any] | None,
     *inputs: jax.ShapeDtypeStruct,
 ) -> Params:
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    return load_params(source, path_entries(shapes), shapes, dtype, _BUFFERS, place)
+    return load_component(source, path_entries(shapes), shapes, dtype, BUFFERS, place)

@@ -16,7 +16,8 @@ from flax import traverse_util
 
 from marble_jax.models.mmdit import MMDiT, abstract_params
 from marble_jax.models.mmdit_config import MMDiTConfig
-from marble_jax.models.weights import Entry, SafetensorsDir, load_params
+from marble_jax.models.stored import load_component, open_component
+from marble_jax.models.weights import Entry
 from marble_jax.types import Params
 
 _DOTTED = {"to_out_0": "to_out.0", "net_0_proj": "net.0.proj", "net_2": "net.2"}
@@ -80,12 +81,12 @@ def load_mmdit(
     variant: str | None = None,
     **options: Any,
 ) -> tuple[MMDiT, Params]:
-    """Opens a diffusers `transformer` directory.
+    """Opens a `transformer` directory in diffusers' layout or ours.
 
     Args:
-      directory: holds `config.json` and safetensors.
+      directory: holds `config.json` and safetensors (or `params`).
       param_dtype: dtype of the weights in memory.
-      place: puts a finished leaf on devices; see `load_params`.
+      place: puts a finished leaf on devices; see `load_component`.
       variant: file variant, such as "fp16".
       **options: fields of `MMDiT`. With `table_side`, only the centre of the positional table is kept.
 
@@ -95,7 +96,7 @@ def load_mmdit(
     Raises:
       InputError: unreadable, incomplete or unsupported directory.
     """
-    source = SafetensorsDir(directory, variant)
+    source = open_component(directory, variant)
     model = MMDiT(MMDiTConfig.from_dict(source.config), **options)
     whole = abstract_params(model.clone(table_side=None))
     put = (lambda path, leaf: jnp.asarray(leaf)) if place is None else place
@@ -103,7 +104,7 @@ def load_mmdit(
     def keep(path: tuple[str, ...], leaf: np.ndarray) -> Any:
         return put(path, crop_table(leaf, model.side) if path == ("pos_embed", "pos_embed") else leaf)
 
-    return model, load_params(source, entries(whole), whole, param_dtype, place=keep)
+    return model, load_component(source, entries(whole), whole, param_dtype, place=keep)
 
 
 def crop_table(table: np.ndarray, side: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.errors import one_of
-from marble_jax.models.weights import SafetensorsDir, load_params, path_entries
+from marble_jax.models.stored import load_component, open_component
+from marble_jax.models.weights import Entry, path_entries
 from marble_jax.types import Params
 
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")
@@ -133,22 +134,32 @@ class T5Encoder(nn.Module):
 def load_t5(
     directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
 ) -> tuple[T5Encoder, Params]:
-    """Model and parameters of a `T5EncoderModel` directory (`place` as in `load_params`).
+    """Model and parameters of a `T5EncoderModel` directory (`place` as in `load_component`).
 
     A full T5 checkpoint loads too: the decoder and the language-model head are left aside.
 
     Raises:
       InputError: missing or malformed directory, config or weights.
     """
-    source = SafetensorsDir(directory)
+    source = open_component(directory)
     model = T5Encoder(T5Config.from_dict(source.config), dtype)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    shapes = abstract_params(model)
+    entries, ignore = file_entries(shapes, source.keys())
+    return model, load_component(source, entries, shapes, dtype, ignore, place)
+
+
+def abstract_params(model: T5Encoder) -> dict[str, Any]:
+    """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+
+
+def file_entries(shapes: Mapping[str, Any], keys: Collection[str]) -> tuple[list[Entry], list[str]]:
+    """Key map for a file with these keys, and patterns of its tensors that the encoder has no use for."""
     entries = path_entries(shapes)
-    if _TIED[0] not in source.keys() and _TIED[1] in source.keys():
+    if _TIED[0] not in keys and _TIED[1] in keys:
         entries = [dataclasses.replace(e, key=_TIED[1]) if e.key == _TIED[0] else e for e in entries]
     used = {e.key for e in entries}
-    ignore = [*(k for k in _TIED if k not in used), "decoder.*", "lm_head.weight"]
-    return model, load_params(source, entries, shapes, dtype, ignore, place)
+    return entries, [*(k for k in _TIED if k not in used), "decoder.*", "lm_head.weight"]
 
 
 def relative_buckets(length: int, num_buckets: int = 32, max_distance: int = 128) -> np.ndarray:

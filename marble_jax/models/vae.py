@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from marble_jax.errors import InputError
-from marble_jax.models.weights import SafetensorsDir, load_params, path_entries
+from marble_jax.models.stored import load_component, open_component
+from marble_jax.models.weights import path_entries
 from marble_jax.types import Params
 
 _EPS = 1e-6  # of every group norm, in every published AutoencoderKL
@@ -195,17 +196,22 @@ class AutoencoderKL(nn.Module):
 def load_vae(
     directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
 ) -> tuple[AutoencoderKL, Params]:
-    """The autoencoder and its parameters of a diffusers component directory (`place` as in `load_params`).
+    """The autoencoder and its parameters of a component directory (`place` as in `load_component`).
 
     Raises:
       InputError: missing or malformed directory, config or weights.
     """
-    source = SafetensorsDir(directory)
-    config = VAEConfig.from_dict(source.config)
-    model = AutoencoderKL(config, dtype)
-    image = jnp.zeros((1, config.downsampling, config.downsampling, config.in_channels))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    return model, load_params(source, path_entries(shapes), shapes, dtype, place=place)
+    source = open_component(directory)
+    model = AutoencoderKL(VAEConfig.from_dict(source.config), dtype)
+    shapes = abstract_params(model)
+    return model, load_component(source, path_entries(shapes), shapes, dtype, place=place)
+
+
+def abstract_params(model: AutoencoderKL) -> dict[str, Any]:
+    """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
+    config = model.config
+    image = jax.ShapeDtypeStruct((1, config.downsampling, config.downsampling, config.in_channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
 def encode(model: AutoencoderKL, params: Params, images: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -15,9 +15,10 @@ import dataclasses
 import fnmatch
 import json
 import math
+import mmap
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -119,10 +120,18 @@ class SafetensorsFile:
             end = max(end, last)
         if self._start + end != size:
             raise self._corrupt(f"{self._start + end} bytes; received {size}")
-        self._bytes = np.memmap(self.path, np.uint8, mode="r") if end else np.zeros(size, np.uint8)
+        self._map = None
+        if end:
+            with self.path.open("rb") as handle:
+                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(self._map, np.uint8) if end else np.zeros(size, np.uint8)
 
     def _corrupt(self, detail: str) -> InputError:
         return InputError(f"{self.path}: truncated or corrupt safetensors file: expected {detail}")
+
+    def file(self, key: str) -> pathlib.Path:
+        """This file, whatever the tensor."""
+        return self.path
 
     def keys(self) -> list[str]:
         """Tensor names, in file order."""
@@ -132,10 +141,23 @@ class SafetensorsFile:
         """Shape of a tensor, without reading it."""
         return self._tensors[key][1]
 
+    def dtype(self, key: str) -> np.dtype:
+        """Dtype of a tensor, without reading it."""
+        return np.dtype(_DTYPES[self._tensors[key][0]])
+
     def read(self, key: str) -> np.ndarray:
         """Read-only view of a tensor in the file's dtype and layout; pages are read when touched."""
         dtype, shape, first, last = self._tensors[key]
         return self._bytes[self._start + first : self._start + last].view(_DTYPES[dtype]).reshape(shape)
+
+    def release(self, key: str) -> None:
+        """Lets go of the pages a tensor was read into; without it, a whole model would stay in resident memory."""
+        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first, last = (self._start + offset for offset in self._tensors[key][2:])
+        first -= first % mmap.PAGESIZE
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 class SafetensorsDir:
@@ -162,7 +184,7 @@ class SafetensorsDir:
         self.path = pathlib.Path(path)
         if not self.path.is_dir():
             raise InputError(f"{self.path}: expected a model component directory; received no such directory")
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
         self._files: dict[str, SafetensorsFile] = {}
         for name, keys in self._shards(variant):
             file = SafetensorsFile(self.path / name)
@@ -184,7 +206,7 @@ class SafetensorsDir:
                 index = self.path / f"{stem}.safetensors.index{dot}.json"
                 if index.is_file():
                     shards: dict[str, list[str]] = {}
-                    weight_map = _read_json(index).get("weight_map")
+                    weight_map = read_json(index).get("weight_map")
                     if not isinstance(weight_map, dict):
                         raise InputError(f"{index}: expected an object 'weight_map'; received none")
                     for key, name in weight_map.items():
@@ -202,16 +224,25 @@ class SafetensorsDir:
         """Shape of a tensor in the file's layout."""
         return self._files[key].shape(key)
 
+    def dtype(self, key: str) -> np.dtype:
+        """Dtype of a tensor in the file."""
+        return self._files[key].dtype(key)
+
     def read(self, key: str) -> np.ndarray:
         """Read-only memory-mapped tensor in the file's dtype and layout."""
         return self._files[key].read(key)
+
+    def release(self, key: str) -> None:
+        """Lets go of a tensor's pages; see `SafetensorsFile.release`."""
+        self._files[key].release(key)
 
     def file(self, key: str) -> pathlib.Path:
         """The file that holds a tensor; the directory for a tensor it does not have."""
         return self._files[key].path if key in self._files else self.path
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError when it is unreadable or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -223,8 +254,21 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
+class Tensors(Protocol):
+    """Named tensors in a published layout, wherever they come from: what `SafetensorsDir` does, as a type."""
+
+    path: pathlib.Path
+
+    def keys(self) -> list[str]: ...
+    def shape(self, key: str) -> tuple[int, ...]: ...
+    def dtype(self, key: str) -> np.dtype: ...
+    def read(self, key: str) -> np.ndarray: ...
+    def release(self, key: str) -> None: ...
+    def file(self, key: str) -> pathlib.Path: ...
+
+
 def load_params(
-    source: SafetensorsDir | SafetensorsFile,
+    source: Tensors,
     entries: Iterable[Entry],
     shapes: Mapping[str, Any],
     dtype: Any = None,
@@ -248,6 +292,29 @@ def load_params(
       InputError: a tensor is missing, left over or of the wrong shape (names file, tensor, both shapes).
     """
     leaves = traverse_util.flatten_dict(dict(shapes))
+    filled = {}
+    for path, group in matched(source, entries, shapes, ignore).items():
+        kind = leaves[path].dtype if dtype is None or not jnp.issubdtype(leaves[path].dtype, jnp.floating) else dtype
+        host = fill(source, group, leaves[path].shape, kind)
+        filled[path] = jnp.asarray(host) if place is None else place(path, host)
+    return traverse_util.unflatten_dict(filled)
+
+
+def matched(
+    source: Tensors, entries: Iterable[Entry], shapes: Mapping[str, Any], ignore: Sequence[str] = ()
+) -> dict[tuple[str, ...], list[Entry]]:
+    """The entries by leaf, after checking names and shapes against a file; reads no tensor.
+
+    Args:
+      source: an open directory or file.
+      entries: the key map.
+      shapes: abstract parameters.
+      ignore: `fnmatch` patterns of tensors in the file that this network does not use.
+
+    Raises:
+      InputError: as `load_params`.
+    """
+    leaves = traverse_util.flatten_dict(dict(shapes))
     groups = _group(entries, leaves)
     known = {e.key for group in groups.values() for e in group}
     present = set(source.keys())
@@ -260,26 +327,41 @@ def load_params(
     extra = sorted(k for k in present - known if not any(fnmatch.fnmatchcase(k, pattern) for pattern in ignore))
     if extra:
         raise InputError(
-            f"{_file(source, extra[0])}: expected only the tensors of this config; received {extra[0]!r}{_more(extra)}"
+            f"{source.file(extra[0])}: expected only the tensors of this config; received {extra[0]!r}{_more(extra)}"
         )
     for path, group in groups.items():
         for entry in group:
-            expected = _permuted_shape(leaves[path].shape[entry.index is not None :], _AXES[entry.transform][1])
+            expected = published_shape(entry, leaves[path].shape)
             if source.shape(entry.key) != expected:
                 raise InputError(
-                    f"{_file(source, entry.key)}: tensor {entry.key!r}: expected shape {expected}; "
+                    f"{source.file(entry.key)}: tensor {entry.key!r}: expected shape {expected}; "
                     f"received {source.shape(entry.key)}"
                 )
-    filled = {}
-    for path, group in groups.items():
-        kind = leaves[path].dtype if dtype is None or not jnp.issubdtype(leaves[path].dtype, jnp.floating) else dtype
-        host = np.empty(leaves[path].shape, kind)
-        for entry in group:
-            axes = _AXES[entry.transform][0]
-            tensor = source.read(entry.key)
-            host[... if entry.index is None else entry.index] = tensor if axes is None else tensor.transpose(axes)
-        filled[path] = jnp.asarray(host) if place is None else place(path, host)
-    return traverse_util.unflatten_dict(filled)
+    return groups
+
+
+def fill(source: Tensors, group: Sequence[Entry], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """One leaf, from the tensors that make it up."""
+    host = np.empty(shape, dtype)
+    for entry in group:
+        axes = _AXES[entry.transform][0]
+        tensor = source.read(entry.key)
+        host[... if entry.index is None else entry.index] = tensor if axes is None else tensor.transpose(axes)
+        source.release(entry.key)
+    return host
+
+
+def published(entry: Entry, leaf: np.ndarray) -> np.ndarray:
+    """The tensor of `entry` in the file's layout, as a view of its leaf."""
+    axes = _AXES[entry.transform][1]
+    tensor = leaf if entry.index is None else leaf[entry.index]
+    return tensor if axes is None else tensor.transpose(axes)
+
+
+def published_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in the file of the tensor of `entry`, which is part of a leaf of `shape`."""
+    shape, axes = tuple(shape[entry.index is not None :]), _AXES[entry.transform][1]
+    return shape if axes is None or len(axes) != len(shape) else tuple(shape[a] for a in axes)
 
 
 def save_params(params: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, np.ndarray]:
@@ -288,10 +370,7 @@ def save_params(params: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str
     tensors = {}
     for path, group in _group(entries, leaves).items():
         host = np.asarray(jax.device_get(leaves[path]))
-        for entry in group:
-            axes = _AXES[entry.transform][1]
-            tensor = host if entry.index is None else host[entry.index]
-            tensors[entry.key] = np.array(tensor if axes is None else tensor.transpose(axes), order="C")
+        tensors.update({entry.key: np.array(published(entry, host), order="C") for entry in group})
     return tensors
 
 
@@ -309,14 +388,6 @@ def _group(entries: Iterable[Entry], leaves: Mapping[tuple[str, ...], Any]) -> d
         if slots != [None] and sorted(-1 if s is None else s for s in slots) != list(range(leaves[path].shape[0])):
             raise InputError(f"parameter {'/'.join(path)}: expected each of its slices once; received {slots}")
     return groups
-
-
-def _permuted_shape(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[int, ...]:
-    return tuple(shape) if axes is None or len(axes) != len(shape) else tuple(shape[a] for a in axes)
-
-
-def _file(source: SafetensorsDir | SafetensorsFile, key: str) -> pathlib.Path:
-    return source.file(key) if isinstance(source, SafetensorsDir) else source.path
 
 
 def _more(names: Sequence[str]) -> str:
