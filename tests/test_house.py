@@ -25,7 +25,7 @@ LIBRARIES = {
     "ml_collections": {"config", "compose", "run", "draw", "cli"},
     "rapidocr": {"rewards.ocr"},
     "tensorboardX": {"training.records"},
-    "torch": set(),
+    "torch": {"models.pickled", "rewards.mask2former"},
     "diffusers": set(),
     "matplotlib": set(),
 }

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from marble_jax.errors import InputError
 from marble_jax.models import vae as vae_functions
+from marble_jax.models.hub import HUB_NAME, download
 from marble_jax.models.mmdit import MMDiT
 from marble_jax.models.mmdit_weights import load_mmdit
 from marble_jax.models.text import TextEncoders, full_batches, load_text_encoders
@@ -28,7 +28,6 @@ from marble_jax.types import Conditioning, Params
 
 _REQUIRED = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 Place = Callable[[str, tuple[str, ...], np.ndarray], Any]
 """Called with (component, leaf path, host array); returns the array where it shall live."""
@@ -180,28 +179,12 @@ def find_model(name: pathlib.Path | str, revision: str | None = None, text_encod
     path = pathlib.Path(name)
     if path.is_dir():
         return path
-    if not _HUB_NAME.fullmatch(str(name)):
+    if not HUB_NAME.fullmatch(str(name)):
         raise InputError(f"model: expected a directory or a Hub name owner/model; received {str(name)!r}")
-    from huggingface_hub import errors, snapshot_download  # needed for downloads only
-
     skipped = ["*.fp16*", *([] if text_encoder_3 else ["text_encoder_3/*", "tokenizer_3/*"])]
+    # Components only: the root of such a repository holds all weights a second time in single files.
     folders = [f"{component}/*" for component in (*_REQUIRED, *_OPTIONAL)]
-    try:
-        # Components only: the root of such a repository holds all weights a second time in single files.
-        local = snapshot_download(
-            str(name), revision=revision, allow_patterns=["model_index.json", *folders], ignore_patterns=skipped)
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"model {str(name)!r}: expected access to a gated Hub model; received a refusal (accept its licence on "
-            "huggingface.co and log in with `hf auth login`)") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise InputError(f"model {str(name)!r}: expected a directory or a Hub model{at}; received neither") from error
-    except Exception as error:  # the transport's own errors change between releases; the cause stays attached
-        raise InputError(
-            f"model {str(name)!r}: expected a directory, a cached Hub model or a reachable Hub; received no such "
-            f"directory and {type(error).__name__}") from error
-    return pathlib.Path(local)
+    return download(str(name), ["model_index.json", *folders], skipped, revision)
 
 
 def _scheduler(directory: pathlib.Path) -> SchedulerConfig:

@@ -17,8 +17,9 @@ from typing import Any
 from marble_jax.errors import InputError, nearest, one_of
 from marble_jax.rewards.aesthetic import AestheticReward, load_head
 from marble_jax.rewards.base import Reward
-from marble_jax.rewards.clip import ClipEncoder, CLIPReward
+from marble_jax.rewards.clip import CLIPReward
 from marble_jax.rewards.detect import ShapeDetector
+from marble_jax.rewards.encoder import ClipEncoder
 from marble_jax.rewards.geneval import GenEvalReward
 from marble_jax.rewards.ocr import OCRReward, RapidReader
 
