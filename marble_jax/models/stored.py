@@ -7,7 +7,7 @@ one layout opens the other.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from marble_jax.models.weights import Entry, SafetensorsDir, load_params, read_j
 
 PARAMS = "params"
 """Name of the Orbax checkpoint in a component directory."""
-_BATCH = 128_000_000  # bytes; opening a checkpoint costs 25 ms, which hundreds of small leaves should share
+_GROUP = 128_000_000  # bytes; opening a checkpoint costs 25 ms, which hundreds of small leaves should share
 
 
 class StoredDir:
@@ -43,21 +43,24 @@ class StoredDir:
         """Paths of all leaves."""
         return ["/".join(path) for path in self.leaves]
 
-    def batches(self) -> Iterator[dict[tuple[str, ...], np.ndarray]]:
-        """All leaves, a few at a time; a leaf above the size of a batch comes alone."""
-        from marble_jax.checkpoint import read_leaves
-
-        batch: list[tuple[str, ...]] = []
-        size = 0
+    def groups(self) -> list[list[tuple[str, ...]]]:
+        """All paths, in the groups they are best read in; a leaf above the size of a group is one alone."""
+        groups: list[list[tuple[str, ...]]] = []
+        size = _GROUP
         for path, leaf in self.leaves.items():
             nbytes = leaf.size * leaf.dtype.itemsize
-            if batch and size + nbytes > _BATCH:
-                yield read_leaves(self.path / PARAMS, batch)
-                batch, size = [], 0
-            batch.append(path)
+            if size + nbytes > _GROUP:
+                groups.append([])
+                size = 0
+            groups[-1].append(path)
             size += nbytes
-        if batch:
-            yield read_leaves(self.path / PARAMS, batch)
+        return groups
+
+    def read(self, paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], np.ndarray]:
+        """Some leaves. Raises InputError when one is damaged."""
+        from marble_jax.checkpoint import read_leaves
+
+        return read_leaves(self.path / PARAMS, paths)
 
     def check(self, shapes: Mapping[str, Any]) -> None:
         """Raises InputError unless the leaves are those of `shapes`, a tree of shapes."""
@@ -105,10 +108,11 @@ def load_component(
         return load_params(source, entries, shapes, dtype, ignore, place)
     source.check(shapes)
     abstract, filled = traverse_util.flatten_dict(dict(shapes)), {}
-    for batch in source.batches():
-        for path in list(batch):
+    for group in source.groups():
+        arrays = source.read(group)
+        for path in group:
             kind = abstract[path].dtype
             kind = kind if dtype is None or not jnp.issubdtype(kind, jnp.floating) else dtype
-            host = batch.pop(path).astype(kind, copy=False)
+            host = arrays.pop(path).astype(kind, copy=False)
             filled[path] = jnp.asarray(host) if place is None else place(path, host)
     return traverse_util.unflatten_dict(filled)

@@ -28,7 +28,7 @@ from flax import traverse_util
 
 from marble_jax.errors import InputError, nearest, one_of
 
-_DTYPES = {
+DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
@@ -112,10 +112,10 @@ class SafetensorsFile:
         self._start = 8 + length
         end = 0
         for key, (dtype, shape, first, last) in self._tensors.items():
-            if dtype not in _DTYPES:
-                expected = ", ".join(_DTYPES)
+            if dtype not in DTYPES:
+                expected = ", ".join(DTYPES)
                 raise InputError(f"{self.path}: tensor {key!r}: expected a dtype of {expected}; received {dtype}")
-            if first < 0 or last - first != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+            if first < 0 or last - first != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
                 raise self._corrupt(f"tensor {key!r} of shape {shape} {dtype}; received {last - first} bytes")
             end = max(end, last)
         if self._start + end != size:
@@ -143,12 +143,12 @@ class SafetensorsFile:
 
     def dtype(self, key: str) -> np.dtype:
         """Dtype of a tensor, without reading it."""
-        return np.dtype(_DTYPES[self._tensors[key][0]])
+        return np.dtype(DTYPES[self._tensors[key][0]])
 
     def read(self, key: str) -> np.ndarray:
         """Read-only view of a tensor in the file's dtype and layout; pages are read when touched."""
         dtype, shape, first, last = self._tensors[key]
-        return self._bytes[self._start + first : self._start + last].view(_DTYPES[dtype]).reshape(shape)
+        return self._bytes[self._start + first : self._start + last].view(DTYPES[dtype]).reshape(shape)
 
     def release(self, key: str) -> None:
         """Lets go of the pages a tensor was read into; without it, a whole model would stay in resident memory."""
