@@ -8,6 +8,7 @@ HPSv2.1 0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project yet: th
 eight large accelerators. `model.path` is a diffusers directory or hub id (log in first), `rewards.path` a directory
 with the reward models and a rewards.json. The prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes
 them down); `prompts.path=DIR` takes your own, SOURCE/{train,test} files for general, ocr and geneval.
+Their text embeddings, 1.7 MB each, are computed once and kept in `prompts.embedding_cache`: T5 never meets training.
 """
 from marble_jax.config import default_config
 from marble_jax.errors import one_of
@@ -21,6 +22,7 @@ def get_config(preset: str = PRESETS[0]):
     config.name = preset
     config.model.path = "stabilityai/stable-diffusion-3.5-medium"
     config.prompts.path = "generated"
+    config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
     config.rewards.path = "rewards"
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from jax.sharding import Mesh
 from marble_jax import adapters, parallel
 from marble_jax.config import check as check_values
 from marble_jax.config import flatten
+from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.flow.schedule import sigma_grid
 from marble_jax.harmonize.baselines import make_balancer
 from marble_jax.models import mmdit
+from marble_jax.models.embeddings import Embeddings
 from marble_jax.models.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.nft.policies import rollout_decay
 from marble_jax.prompts import generated
@@ -154,8 +158,9 @@ def balancer_of(config: ml_collections.ConfigDict) -> Any:
     return make_balancer(harmonize.balancer, **settings)
 
 
-def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh: Mesh | None = None) -> Pipeline:
-    """The pipeline of `model.path`, its transformer laid out over the mesh."""
+def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh: Mesh | None = None,
+               text_encoders: bool = True) -> Pipeline:
+    """The pipeline of `model.path`, its transformer laid out over the mesh, with its text encoders or without."""
     place = None
     if mesh is not None:
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
@@ -163,7 +168,24 @@ def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh:
                 return parallel.place_everywhere(mesh, leaf)
             return jax.device_put(leaf, parallel.weight_sharding(mesh, leaf.shape))
     return load_pipeline(place_of(config.model.path, "pipeline"), dtype=DTYPES[config.model.dtype], place=place,
-                         remat=config.model.remat, attention=config.model.attention, lora_scale=spec.scale)
+                         text_encoder_3=config.model.t5, text_encoders=text_encoders, remat=config.model.remat,
+                         attention=config.model.attention, lora_scale=spec.scale)
+
+
+def text_embeddings(config: ml_collections.ConfigDict, root: Path, texts: Sequence[str]) -> Embeddings:
+    """Conditioning of a run's texts. With a cache on disk all of them are there on return, and no encoder in memory."""
+    found = Embeddings(root, config.model.max_sequence_length, DTYPES[config.model.dtype], t5=config.model.t5,
+                       cache=config.prompts.embedding_cache)
+    if not config.prompts.embedding_cache:
+        found.load()
+        return found
+    missing, console = len(found.missing(texts)), Console()
+    if missing:
+        console.say(f"text embeddings: {missing} of {len(set(texts))} prompts to encode into "
+                    f"{config.prompts.embedding_cache}, before the transformer is loaded")
+    with console.bar(missing, "text embeddings", "prompt") as bar:
+        found.fill(texts, bar.update)
+    return found
 
 
 def read_prompts(place: str, split: str, sources: tuple[str, ...] | None = None) -> dict[str, list[Prompt]]:
@@ -198,10 +220,11 @@ def build(config: ml_collections.ConfigDict) -> Run:
     spec = lora_spec(config)
     train_prompts = read_prompts(config.prompts.path, "train", tuple(config.prompts.sources))
     test_prompts = held_out_prompts(config)
-    find_model(place_of(config.model.path, "pipeline"))
+    root = find_model(place_of(config.model.path, "pipeline"), text_encoder_3=config.model.t5)
     rewards = load_rewards(place_of(config.rewards.path, "rewards"), (*names, *config.rewards.heldout),
                            config.rewards.num_workers, faithful=config.harmonize.mode == "faithful")
-    pipeline = load_model(config, spec, mesh)
+    encode = text_embeddings(config, root, [p.text for p in (*itertools.chain(*train_prompts.values()), *test_prompts)])
+    pipeline = load_model(config, spec, mesh, text_encoders=False)
     latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)
     cell, largest = config.model.resolution // latent_shape[0], pipeline.model.side * pipeline.model.config.patch_size
     if latent_shape[0] > largest:
@@ -214,15 +237,6 @@ def build(config: ml_collections.ConfigDict) -> Run:
     def scorer(chosen: list[Any]) -> Scorer:
         return Scorer(chosen, config.rewards.num_workers, config.rewards.on_error, config.rewards.max_missing_share,
                       config.rewards.timeout)
-
-    encoded: dict[str, Any] = {}
-
-    def encode(texts: Any) -> Any:
-        new = [t for t in dict.fromkeys(texts) if t not in encoded]
-        if new:
-            cond = pipeline.encode_prompts(new, config.model.max_sequence_length)
-            encoded.update({t: jax.tree.map(lambda leaf, i=i: leaf[i], cond) for i, t in enumerate(new)})
-        return jax.tree.map(lambda *rows: jnp.stack(rows), *[encoded[t] for t in texts])
 
     shift = pipeline.scheduler.shift
     rollout = config.rollout

@@ -42,6 +42,7 @@ KEYS: dict[str, Key] = {
     "model.remat": Key("none", "what the backward pass recomputes", "none|full|dots"),
     "model.resolution": Key(512, "height and width of the pictures", "pixels, >= 1", "paper"),
     "model.max_sequence_length": Key(128, "T5 tokens a prompt", "tokens, >= 1", "paper"),
+    "model.t5": Key(True, "use the T5 text encoder; without it its tokens are zeros, as in diffusers"),
     # lora
     "lora.rank": Key(32, "rank of every adapter", ">= 1", "paper"),
     "lora.alpha": Key(64.0, "adapter output is scaled by alpha / rank", "> 0", "paper"),
@@ -51,6 +52,8 @@ KEYS: dict[str, Key] = {
     # prompts
     "prompts.path": Key("", "directory with SOURCE/{train,test} prompt files, 'generated' for the ready-made sets, or "
                         "'embedded'", "path"),
+    "prompts.embedding_cache": Key("", "folder for text embeddings, filled before training so that no text encoder "
+                                   "stays in memory; may be shared by runs; empty: encoders stay", "path"),
     "prompts.sources": Key(("general", "ocr", "geneval"), "sources drawn from, in equal shares", "-", "paper"),
     # rollout
     "rollout.prompts_per_step": Key(48, "distinct prompts an optimiser step, over all devices", "prompts, >= 1",
