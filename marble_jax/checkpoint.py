@@ -97,20 +97,42 @@ class Leaf:
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Leaf`s as the host arrays they stand for, each one complete before the next is made."""
+    """Writes `Leaf`s as the host arrays they stand for, some of them complete before the next are made."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
-        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values)):
-            for future in await super().serialize([value.read()], [info], [arg]):
+        args = args or [ocp.SaveArgs()] * len(values)
+        start = 0
+        for group in grouped([value.nbytes for value in values]):
+            part = slice(start, start + group)
+            arrays = [value.read() for value in values[part]]
+            for future in await super().serialize(arrays, infos[part], args[part]):
                 future.result()
+            del arrays
+            start += group
         return []
 
 
+def grouped(sizes: Iterable[int], limit: int = 64_000_000) -> list[int]:
+    """How many leaves in a row to take at once: up to `limit` bytes together, or one.
+
+    Opening a checkpoint, and committing to it, costs some ten milliseconds, which small leaves share.
+    """
+    counts: list[int] = []
+    total = limit
+    for size in sizes:
+        if total + size > limit:
+            counts.append(0)
+            total = 0
+        counts[-1] += 1
+        total += size
+    return counts
+
+
 def save_leaves(path: epath.PathLike, leaves: Mapping[Path, Leaf]) -> None:
-    """Writes a nested dict of leaves as one Orbax checkpoint, one leaf in memory at a time.
+    """Writes a nested dict of leaves as one Orbax checkpoint, one leaf (or some small ones) in memory at a time.
 
     Not compressed: weights hardly shrink, and the disk shall be what limits the speed.
     """

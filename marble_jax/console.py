@@ -23,8 +23,9 @@ class Console:
             sys.stdout.flush()
 
     def bar(self, total: int, what: str, unit: str) -> tqdm:
-        """A bar with rate and remaining time, to be used as a context; silent without a terminal."""
-        return tqdm(total=total, desc=what, unit=unit, leave=False, disable=not self.bars, dynamic_ncols=True)
+        """A bar with rate and remaining time, to be used as a context; silent without a terminal. Unit B: bytes."""
+        return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", leave=False, disable=not self.bars,
+                    dynamic_ncols=True)
 
     def table(self, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Aligned columns, the first to the left and the others to the right (or all left without a header)."""

@@ -10,7 +10,8 @@ from marble_jax.errors import InputError, nearest
 
 VERBS = {"train": "train adapters on several rewards", "sample": "draw pictures from a model or a training run",
          "report": "write a run's report.html from its records",
-         "prompts": "write the ready-made prompt sets, or look through prompt files"}
+         "prompts": "write the ready-made prompt sets, or look through prompt files",
+         "convert": "checkpoints of diffusers and Stability to our layout and back"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

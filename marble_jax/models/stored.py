@@ -19,7 +19,6 @@ from marble_jax.models.weights import Entry, SafetensorsDir, load_params, read_j
 
 PARAMS = "params"
 """Name of the Orbax checkpoint in a component directory."""
-_GROUP = 128_000_000  # bytes; opening a checkpoint costs 25 ms, which hundreds of small leaves should share
 
 
 class StoredDir:
@@ -44,17 +43,12 @@ class StoredDir:
         return ["/".join(path) for path in self.leaves]
 
     def groups(self) -> list[list[tuple[str, ...]]]:
-        """All paths, in the groups they are best read in; a leaf above the size of a group is one alone."""
-        groups: list[list[tuple[str, ...]]] = []
-        size = _GROUP
-        for path, leaf in self.leaves.items():
-            nbytes = leaf.size * leaf.dtype.itemsize
-            if size + nbytes > _GROUP:
-                groups.append([])
-                size = 0
-            groups[-1].append(path)
-            size += nbytes
-        return groups
+        """All paths, in the groups they are best read in."""
+        from marble_jax.checkpoint import grouped
+
+        paths = iter(self.leaves)
+        sizes = (leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
+        return [[next(paths) for _ in range(count)] for count in grouped(sizes)]
 
     def read(self, paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], np.ndarray]:
         """Some leaves. Raises InputError when one is damaged."""

@@ -1,0 +1,67 @@
+"""What each component of an SD3 model is made of: its key map, its parameter tree, its names in diffusers."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from marble_jax.models import clip, mmdit, mmdit_weights, t5, vae
+from marble_jax.models.mmdit_config import MMDiTConfig
+from marble_jax.models.weights import Entry, path_entries
+
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Directories that hold weights."""
+CARRIED = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
+"""Directories without weights; their files are copied."""
+STEMS = {name: "diffusion_pytorch_model" if name in ("transformer", "vae") else "model" for name in COMPONENTS}
+"""How diffusers and transformers name the safetensors of a component."""
+CLASSES = {
+    "transformer": ("diffusers", "SD3Transformer2DModel"), "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_3": ("transformers", "T5EncoderModel"),
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "tokenizer": ("transformers", "CLIPTokenizer"), "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "tokenizer_3": ("transformers", "T5TokenizerFast"),
+}
+"""Library and class of each part, as model_index.json names them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One component's tensors.
+
+    Attributes:
+      entries: published tensors and the leaves they fill.
+      shapes: abstract parameters.
+      ignore: patterns of published tensors that the network does not use.
+    """
+
+    entries: tuple[Entry, ...]
+    shapes: Mapping[str, Any]
+    ignore: tuple[str, ...] = ()
+
+
+def layout(component: str, config: Mapping[str, Any], keys: Collection[str] = ()) -> Layout:
+    """The layout of a component with this config.json.
+
+    Args:
+      component: one of `COMPONENTS`.
+      config: contents of its config.json.
+      keys: names of its published tensors, where it has such; tells which of two names a tied tensor goes by.
+
+    Raises:
+      InputError: a config this package does not support.
+    """
+    if component == "transformer":
+        shapes = mmdit.abstract_params(mmdit.MMDiT(MMDiTConfig.from_dict(config)))
+        return Layout(tuple(mmdit_weights.entries(shapes)), shapes)
+    if component == "vae":
+        shapes = vae.abstract_params(vae.AutoencoderKL(vae.VAEConfig.from_dict(config)))
+        return Layout(tuple(path_entries(shapes)), shapes)
+    if component == "text_encoder_3":
+        shapes = t5.abstract_params(t5.T5Encoder(t5.T5Config.from_dict(config)))
+        entries, ignore = t5.file_entries(shapes, keys)
+        return Layout(tuple(entries), shapes, tuple(ignore))
+    shapes = clip.abstract_text_params(clip.CLIPTextEncoder(clip.CLIPTextConfig.from_dict(config)))
+    return Layout(tuple(path_entries(shapes)), shapes, clip.BUFFERS)
