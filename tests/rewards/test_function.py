@@ -135,7 +135,7 @@ def test_functions_are_found_by_name(here, monkeypatch):
 @pytest.mark.parametrize("name, source, message", [
     ("a b:c", None, "reward function: expected module:function; received 'a b:c'"),
     ("marble_test_none:f", None, "reward marble_test_none:f: expected a module marble_test_none in .*; received none"),
-    ("marble_test_1:shrp", "def sharp(): pass\n", "expected a function shrp in .*; received none; did you mean 'sharp'"),
+    ("marble_test_1:shrp", "def sharp(): pass\n", "expected a function shrp in .*received none; did you mean 'sharp'"),
     ("marble_test_2:x", "x = 3\n", "expected a function x in .*marble_test_2.py; received int"),
     ("marble_test_3:x", "1 / 0\n", "expected a module that imports; received ZeroDivisionError: division by zero"),
     ("marble_test_4:x", "import nothing_of_the_kind\n", "expected a module that imports; it lacks nothing_of_the_kind"),
