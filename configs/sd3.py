@@ -24,11 +24,11 @@ def get_config(preset: str = PRESETS[0]):
     config.prompts.path = "generated"
     config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
     config.rewards.path = "rewards"
+    config.harmonize.mode = preset if preset in ("faithful", "exact") else "amortised"
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)
-    elif preset in ("faithful", "exact"):
-        config.harmonize.mode = preset
-        config.rollout.integer_timesteps = preset == "faithful"
+    elif preset == "faithful":
+        config.rollout.integer_timesteps = True
     elif preset == "weighted_sum":
         config.advantages.scalarise = "weighted_sum"
     return config

@@ -1,8 +1,16 @@
 """Every reward's policy gradient for about the price of one backward pass.
 
-The losses of all K rewards share one forward pass, and their cotangents at a sample are combinations of just two
-directions, `e` and `d` (see `nft.objective`). Samples do not interact in the network, so two per-sample pull-backs
-`Ge_n = J_n^T e_n` and `Gd_n = J_n^T d_n` give every `g_k` as a K x n matrix product, exactly and for any K.
+The loss of a sample is affine in the optimality r, and P and N are common to all rewards. So its cotangent is
+`(r_k - 1/2) signal + anchor` (see `nft.objective`): one direction that the advantage scales, and one that is the same
+for every reward. Samples do not interact in the network, so the per-sample pull-backs `S_n = J_n^T signal_n` and
+`A_n = J_n^T anchor_n` give every reward's gradient exactly, for any K, as a K x n matrix product:
+
+    g_k = (1 / n_k) sum_n valid_kn ((r_kn - 1/2) S_n + A_n)
+
+A backward pass with a frozen base costs about as much as a forward pass, for each direction. The anchors, the pull to
+the rollout policy and the divergence from the base model, do not depend on the advantages and need no precision that
+the advantages lack: `anchors=False` leaves them out of a micro-step, and `anchor_scale` makes up for it in another,
+without bias.
 
 Because `g_k` is linear in the samples, the sums here are additive: adding the `RewardSums` of all micro-steps, devices
 and hosts and dividing once by the number of valid samples (`mean_gradients`) gives the gradients of the whole batch.
@@ -61,7 +69,7 @@ class RewardSums:
       losses: float32 [K] policy losses summed over valid samples.
       kl_gradient: adapter tree, float32: gradient of the divergence summed over samples; zeros without `v_ref`.
       kl: float32 scalar: divergence summed over samples.
-      num_samples: float32 scalar.
+      num_samples: float32 scalar: samples that the divergence was taken at.
     """
 
     gradients: Adapter
@@ -105,29 +113,33 @@ def _resolve_chunk(num: int, chunk_size: int | None) -> int:
     return chunk_size
 
 
-def _sample_pull_backs(velocity: Velocity, adapter: Adapter, sample: FlowBatch, nft_beta: float,
-                       clip: float) -> tuple[Adapter, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One sample's pulled-back directions, stacked [2 or 3, ...] as e, d (and divergence); P, N, w_pos, w_neg, KL."""
+def _sample_pull_backs(
+    velocity: Velocity, adapter: Adapter, sample: FlowBatch, nft_beta: float, clip: float, anchors: bool
+) -> tuple[Adapter, tuple[jax.Array, jax.Array, jax.Array]]:
+    """One sample's pulled-back signal, anchor and divergence, stacked in this order; its P, N and divergence."""
     one = jax.tree.map(lambda x: x[None], sample)
     v, pull_back = jax.vjp(lambda a: velocity(a, one.xt, one.t, one.cond), adapter)
     parts = objective.directions(v, one.v_old, one.x0, one.xt, one.t, nft_beta)
     positive, negative = objective.branch_errors(parts)
     factor = 2.0 * one.t[0] * clip / v.size
-    seeds = [factor * parts.e, factor * parts.d]
-    divergence = jnp.zeros(1)
-    if sample.v_ref is not None:
+    signal, anchor = objective.signal_and_anchor(parts)
+    seeds, divergence = [factor * signal], jnp.zeros(1)
+    if anchors:
+        seeds.append(factor * anchor)
+    if anchors and sample.v_ref is not None:
         divergence = objective.sample_kl(v, one.v_ref)
         seeds.append(2.0 / v.size * (v.astype(parts.e.dtype) - one.v_ref))
     (pulled,) = jax.vmap(pull_back)(jnp.stack(seeds).astype(v.dtype))
-    return pulled, positive[0], negative[0], parts.w_pos[0], parts.w_neg[0], divergence[0]
+    return pulled, (positive[0], negative[0], divergence[0])
 
 
 def accumulate(velocity: Velocity, adapter: Adapter, batch: FlowBatch, r: jax.Array, valid: jax.Array, *,
-               nft_beta: float, clip: float = objective.ADVANTAGE_CLIP, chunk_size: int | None = None) -> RewardSums:
+               nft_beta: float, clip: float = objective.ADVANTAGE_CLIP, chunk_size: int | None = None,
+               anchors: bool = True, anchor_scale: float = 1.0) -> RewardSums:
     """Sums over a micro-batch of the policy gradients of K rewards, and of the divergence.
 
-    Inside, `velocity` is called on one sample at a time under `vmap`. Memory: `chunk_size` x 2 (3 with `v_ref`)
-    adapter-sized arrays for the pulled-back directions, plus K for the sums.
+    Inside, `velocity` is called on one sample at a time under `vmap`. Memory: `chunk_size` x 3 (2 without `v_ref`, 1
+    without anchors) adapter-sized arrays for the pulled-back directions, plus K for the sums.
 
     Args:
       velocity: pure function of (adapter, xt, t, cond).
@@ -138,6 +150,9 @@ def accumulate(velocity: Velocity, adapter: Adapter, batch: FlowBatch, r: jax.Ar
       nft_beta: mixing weight of the objective.
       clip: `A_max`.
       chunk_size: samples pulled back together, a divisor of n; all n when None.
+      anchors: whether the terms that do not depend on r are included: the loss at r = 1/2 and the divergence.
+      anchor_scale: factor of the loss at r = 1/2, the inverse of the share of micro-steps that have anchors. (The
+        divergence is divided by its own number of samples.)
 
     Returns:
       RewardSums, to be added over micro-steps.
@@ -149,22 +164,21 @@ def accumulate(velocity: Velocity, adapter: Adapter, batch: FlowBatch, r: jax.Ar
 
     def step(sums: RewardSums, part: tuple[FlowBatch, jax.Array, jax.Array]) -> tuple[RewardSums, None]:
         samples, r_part, valid_part = part
-        pulled, positive, negative, w_pos, w_neg, divergence = jax.vmap(
-            lambda sample: _sample_pull_backs(velocity, adapter, sample, nft_beta, clip))(samples)
+        pulled, (positive, negative, divergence) = jax.vmap(
+            lambda sample: _sample_pull_backs(velocity, adapter, sample, nft_beta, clip, anchors))(samples)
         r_part, valid_part = r_part.T, valid_part.T
-        mask = valid_part.astype(jnp.float32)
-        a, b = objective.coefficients(r_part, w_pos, w_neg)
-        mix = jnp.stack([jnp.where(valid_part, a, 0.0), jnp.where(valid_part, b, 0.0)], axis=-1)
+        mask = valid_part.astype(r_part.dtype)
+        mix = jnp.stack([jnp.where(valid_part, r_part - 0.5, 0.0), anchor_scale * mask][:1 + anchors], axis=-1)
 
         def rewards(leaf: jax.Array) -> jax.Array:
-            return jnp.einsum("kcj,cj...->k...", mix, leaf[:, :2].astype(mix.dtype), precision=_HIGHEST)
+            return jnp.einsum("kcj,cj...->k...", mix, leaf[:, :mix.shape[-1]].astype(mix.dtype), precision=_HIGHEST)
 
         each = clip / nft_beta * (r_part * positive + (1.0 - r_part) * negative)
         new = RewardSums(
             gradients=jax.tree.map(rewards, pulled), counts=jnp.sum(mask, axis=1),
             losses=jnp.sum(jnp.where(valid_part, each, 0.0), axis=1),
             kl_gradient=jax.tree.map(lambda x: jnp.sum(x[:, 2:], axis=(0, 1)), pulled),
-            kl=jnp.sum(divergence), num_samples=jnp.asarray(float(chunk_size), jnp.float32),
+            kl=jnp.sum(divergence), num_samples=jnp.asarray(float(chunk_size * anchors), jnp.float32),
         )
         return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
 

@@ -154,11 +154,17 @@ def kl(v: jax.Array, v_ref: jax.Array) -> jax.Array:
     return jnp.mean(sample_kl(v, v_ref))
 
 
-def coefficients(r: jax.Array, w_pos: jax.Array, w_neg: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights a, b [..., n] of `e` and `d` in the cotangent of the loss with optimality r.
+def signal_and_anchor(parts: Directions) -> tuple[jax.Array, jax.Array]:
+    """The cotangent of a sample's loss as the affine function of r that it is: `(r - 1/2) signal + anchor`.
 
-    The cotangent at sample n of a loss that averages over m samples is `2 t clip / (D m) * (a e + b d)` for D
-    elements per sample: differentiate `r |e - d|^2 / w_pos + (1 - r) |e + d|^2 / w_neg` and use dd/dv = t nft_beta.
+    `signal` is what an advantage pushes along. `anchor`, the loss at r = 1/2, is the same for every reward and holds
+    the policy near the rollout policy; it vanishes where the two agree. The cotangent of a loss that averages over m
+    samples of D elements is `2 t clip / (D m)` times this: differentiate `r |e - d|^2 / w_pos + (1 - r) |e + d|^2 /
+    w_neg` and use dd/dv = t nft_beta.
+
+    Returns:
+      signal and anchor, each [n, ...].
     """
-    w_pos, w_neg = w_pos.astype(r.dtype), w_neg.astype(r.dtype)
-    return (1.0 - r) / w_neg - r / w_pos, (1.0 - r) / w_neg + r / w_pos
+    positive, negative = (expand(1.0 / w.astype(parts.e.dtype), parts.e) for w in (parts.w_pos, parts.w_neg))
+    total, difference = negative + positive, negative - positive
+    return -total * parts.e - difference * parts.d, 0.5 * (difference * parts.e + total * parts.d)

@@ -86,7 +86,7 @@ def faithful_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gra
             (gradient, alpha, metrics), _ = jax.lax.scan(
                 solve, (gradient, alpha, empty), jnp.arange(solves, dtype=jnp.int32))
         if solves < units:
-            rest, parts = sum_over(partial(cached, alpha.alpha), solves, units)
+            rest, parts = sum_over(partial(cached, alpha.alpha), range(solves, units))
             gradient = tree.add(gradient, rest)
             metrics = {"nft/loss": parts["policy_loss"], "nft/kl": parts["kl"]} | metrics
         state, more = finish(recipe, optimizer, state, gradient, alpha)

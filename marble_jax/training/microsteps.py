@@ -5,7 +5,7 @@ draw for each. Micro-step m = j * B + b takes the b-th slice of the pictures at 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -96,10 +96,10 @@ def num_micro_steps(plan: Schedule) -> int:
     return plan.sigma.shape[0] * plan.sigma.shape[1]
 
 
-def sum_over(body: Callable[[jax.Array], Any], first: int, last: int) -> Any:
-    """sum of `body(m)` for m in [first, last), a pytree, in one compiled loop."""
+def sum_over(body: Callable[[jax.Array], Any], indices: Sequence[int]) -> Any:
+    """sum of `body(m)`, a pytree, over the micro-steps `indices` in one compiled loop."""
     shapes = jax.eval_shape(body, jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(lambda acc, m: (jax.tree.map(jnp.add, acc, body(m)), None), zeros,
-                            jnp.arange(first, last, dtype=jnp.int32))
+                            jnp.asarray(list(indices), jnp.int32))
     return total

@@ -39,6 +39,7 @@ class Recipe:
       num_timesteps: timesteps trained on per picture.
       micro_batch: samples a micro-step.
       chunk: samples whose per-sample gradients are held at once.
+      anchor_every: exact steps take the terms that do not depend on advantages at every such micro-step.
       num_rewards: K.
       scalarised: whether row K is the single advantage that is trained on.
       nft_beta, kl_weight, clip: the objective's constants.
@@ -53,6 +54,7 @@ class Recipe:
     num_timesteps: int
     micro_batch: int
     chunk: int
+    anchor_every: int
     num_rewards: int
     scalarised: bool
     nft_beta: float
@@ -102,13 +104,20 @@ def exact_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gradie
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
 
-        def body(index: jax.Array) -> gradients.RewardSums:
-            flow, advantages, valid = micro_step(velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0)
+        units = num_micro_steps(plan)
+        anchored = range(0, units, recipe.anchor_every)
+
+        def body(anchors: bool, index: jax.Array) -> gradients.RewardSums:
+            flow, advantages, valid = micro_step(
+                velocity, params, state.old, batch, plan, index, anchors and recipe.kl_weight > 0)
             return gradients.accumulate(
                 partial(velocity, params), state.current, flow, optimality(advantages, recipe.clip), valid,
-                nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk)
+                nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk, anchors=anchors,
+                anchor_scale=units / len(anchored))
 
-        sums = sum_over(body, 0, num_micro_steps(plan))
+        sums = sum_over(partial(body, True), anchored)
+        if len(anchored) < units:
+            sums = tree.add(sums, sum_over(partial(body, False), sorted(set(range(units)) - set(anchored))))
         mean = gradients.mean_gradients(sums)
         gram = tree.gram(mean.gradients)
         own = gram[:rewards, :rewards]
@@ -156,7 +165,7 @@ def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gr
                 partial(velocity, params), state.current, flow, positive, negative, nft_beta=recipe.nft_beta,
                 clip=recipe.clip, kl_weight=recipe.kl_weight, num_samples=total)
 
-        gradient, parts = sum_over(body, 0, num_micro_steps(plan))
+        gradient, parts = sum_over(body, range(num_micro_steps(plan)))
         state, metrics = finish(recipe, optimizer, state, gradient, state.alpha)
         return state, metrics | {"nft/loss": parts["policy_loss"], "nft/kl": parts["kl"],
                                  "harmonize/alpha": state.alpha.alpha, "harmonize/refreshed": jnp.zeros(()),

@@ -91,6 +91,27 @@ def test_divergence_and_its_gradient_come_along():
     assert _relative(without.gradients, _fast(adapter, batch, r, valid).gradients) <= 1e-6
 
 
+@pytest.mark.parametrize("num_rewards", [1, 5])
+def test_anchors_are_the_loss_at_no_advantage(num_rewards):
+    """What `anchors=False` leaves out is each reward's own backward pass at r = 1/2, times `anchor_scale`."""
+    adapter, batch, r, valid = _problem(num_rewards)
+
+    @functools.partial(jax.jit, static_argnames=("anchors", "anchor_scale"))
+    def means(anchors, anchor_scale):
+        sums = gradients.accumulate(_velocity, adapter, batch, r, valid, nft_beta=BETA, anchors=anchors,
+                                    anchor_scale=anchor_scale)
+        return gradients.mean_gradients(sums)
+
+    signal, tripled = means(False, 1.0), means(True, 3.0)
+    assert float(tree.norm(signal.kl_gradient)) == 0.0 and float(signal.kl) == 0.0
+    for k in range(num_rewards):
+        if bool(valid[k].any()):
+            whole, anchor = (_reference(adapter, batch, x, valid[k])[1] for x in (r[k], jnp.full_like(r[k], 0.5)))
+            assert float(tree.norm(anchor)) > 0.01 * float(tree.norm(whole))
+            assert _relative(tree.take(signal.gradients, k), jax.tree.map(jnp.subtract, whole, anchor)) <= 1e-5
+            assert _relative(tree.take(tripled.gradients, k), jax.tree.map(lambda w, a: w + 2 * a, whole, anchor)) <= 1e-5
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_chunks_do_not_change_the_sums(chunk_size):
     adapter, batch, r, valid = _problem(5)

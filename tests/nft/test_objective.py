@@ -70,11 +70,11 @@ def test_closed_form_cotangent_equals_the_derivative():
     with jax.enable_x64(True):
         parts = objective.directions(*(jnp.asarray(batch[k]) for k in ("v", "v_old", "x0", "xt", "t")), BETA)
         r = objective.optimality(jnp.asarray(advantages), CLIP)
-        a, b = objective.coefficients(r, parts.w_pos, parts.w_neg)
+        signal, anchor = objective.signal_and_anchor(parts)
         factor = 2 * batch["t"] * CLIP / parts.e[0].size
         lift = lambda x: x[..., None, None, None]  # noqa: E731
         factor = factor * valid / np.maximum(valid.sum(1, keepdims=True), 1)
-        got = lift(factor) * (lift(a) * parts.e + lift(b) * parts.d)
+        got = lift(factor) * (lift(r - 0.5) * signal + anchor)
         np.testing.assert_allclose(got, grads, rtol=1e-10, atol=1e-14)
 
 

@@ -71,6 +71,30 @@ def test_exact_steps_equal_the_torch_twin():
     assert _moved(start, state.current) > 5e-3
 
 
+def test_anchors_at_every_fourth_micro_step_are_three_times_as_strong():
+    """Nine micro-steps, of which 0, 4 and 8 have the loss at r = 1/2 and the divergence."""
+    made, state, batch = toy.recipe(anchor_every=4), toy.new_state(), toy.new_batch()
+    torch_twin, _ = _twin(state, made)
+
+    class Twin(torch_twin.Twin):
+        def each(self, part, advantage):
+            (whole, divergence), (anchor, _) = super().each(part, advantage), super().each(part, 0 * advantage)
+            return whole + (part["anchor"] - 1) * anchor, part["anchor"] * divergence
+
+    twin = Twin(state, made)
+    parts = twin.draws(state, batch)
+    assert len(parts) == 9
+    for number, part in enumerate(parts):
+        part["anchor"] = 3.0 * torch_twin.torch.ones(toy.MICRO_BATCH) * (number % 4 == 0)
+    found, alpha, scale, kl = twin.harmonised(torch_twin.joined(parts))
+    twin.finish(sum(alpha[k] * scale[k] * g for k, g in found.items()) + made.kl_weight * kl)
+    step = jax.jit(update.exact_step(made, toy.velocity, toy.optimizer()))
+    after, metrics = step(state, toy.base_params(), batch)
+    np.testing.assert_allclose(metrics["harmonize/alpha"], alpha, atol=2e-4)
+    np.testing.assert_allclose(metrics["harmonize/grad_norm"], [float(g.norm()) for g in found.values()], rtol=1e-4)
+    _assert_same_policies(after, torch_twin, twin)
+
+
 def test_exact_step_reports_losses_and_divergence_of_the_twin():
     made, state, batch = toy.recipe(), toy.new_state(), toy.new_batch()
     torch_twin, twin = _twin(state, made)

@@ -52,9 +52,9 @@ def new_adapter(seed, scale=0.3):
 
 def recipe(**changes):
     settings = dict(
-        sigmas=SIGMAS, num_timesteps=TIMESTEPS, micro_batch=MICRO_BATCH, chunk=2, num_rewards=REWARDS, scalarised=False,
-        nft_beta=0.1, kl_weight=0.05, clip=5.0, balancer=Marble(), rho=0.7, smooth=True,
-        old_schedule=OLD_DECAY, ema_decay=0.9)
+        sigmas=SIGMAS, num_timesteps=TIMESTEPS, micro_batch=MICRO_BATCH, chunk=2, anchor_every=1,
+        num_rewards=REWARDS, scalarised=False, nft_beta=0.1, kl_weight=0.05, clip=5.0, balancer=Marble(), rho=0.7,
+        smooth=True, old_schedule=OLD_DECAY, ema_decay=0.9)
     return Recipe(**settings | changes)
 
 
