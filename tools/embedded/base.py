@@ -1,6 +1,6 @@
 """Trains the embedded base model by flow matching: transformer and three text encoders, jointly, end to end.
 
-    python tools/embedded/base.py --vae BUILD/vae --out BUILD/pipeline --steps 6000
+    python tools/embedded/base.py --vae BUILD/vae --out BUILD/pipeline --steps 3000
 
 The pictures are encoded once (`--pictures`), every picture keeps its prompt; steps are warm-up, constant, decay.
 A checkpoint every 500 steps lets the run be continued with the same command.
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--shift", type=float, default=1.5, help="shift of the shipped scheduler")
