@@ -18,8 +18,17 @@ ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"),
 """What NumPy's own pickles name."""
 
 
+def _as_bytes(text: str, encoding: str) -> bytes:
+    """What protocols before 3 write bytes as."""
+    if encoding != "latin1":
+        raise RewardError("pickle: expected containers, numbers and arrays; received a codec")
+    return text.encode("latin1")
+
+
 class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _as_bytes
         if (module, name) not in ALLOWED:
             raise RewardError(f"pickle: expected containers, numbers and arrays; received {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)  # NumPy 1 and 2
