@@ -19,6 +19,7 @@ from marble_jax import adapters, parallel
 from marble_jax.config import check as check_values
 from marble_jax.config import flatten
 from marble_jax.console import Console
+from marble_jax.convert.lora import read_lora, start_from
 from marble_jax.errors import InputError
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.flow.schedule import sigma_grid
@@ -264,6 +265,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
                                    delay=config.policies.delay),
         ema_decay=config.policies.ema_decay)
     adapter = adapters.init_adapter(jax.random.fold_in(jax.random.key(config.seed), 1), pipeline.params, spec)
+    if config.lora.init:
+        adapter = start_from(read_lora(config.lora.init, pipeline.params), adapter, pipeline.params, spec)
     state = parallel.place_everywhere(
         mesh, initial_state(adapter, optimizer, len(names), balancer.init(len(names)), config.seed))
     steps = make_steps(recipe, velocity, optimizer, config.harmonize.mode, config.harmonize.refresh_every)

@@ -49,6 +49,8 @@ KEYS: dict[str, Key] = {
     "lora.targets": Key(
         ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
          "attn.add_v_proj", "attn.to_add_out"), "adapted modules, by the end of their diffusers name", "-", "paper"),
+    "lora.init": Key("", "LoRA to start from, of this rank: PEFT directory, exported folder, .safetensors file or hub "
+                     "id; the reference of divergence and gains stays the base model without it", "path"),
     # prompts
     "prompts.path": Key("", "directory with SOURCE/{train,test} prompt files, 'generated' for the ready-made sets, or "
                         "'embedded'", "path"),
@@ -132,6 +134,11 @@ KEYS: dict[str, Key] = {
     # checkpoints
     "checkpoints.every_steps": Key(30, "steps between checkpoints", "steps, >= 1", "paper"),
     "checkpoints.keep": Key(3, "checkpoints kept", "checkpoints, >= 1"),
+    # exports
+    "export.every_steps": Key(30, "steps between exports of a LoRA for diffusers and PEFT to exports/step_N, the last "
+                              "step too; 0: none", "steps, >= 0"),
+    "export.policy": Key("ema", "exported policy", "ema|current|rollout|best"),
+    "export.keep": Key(3, "exports kept", "exports, >= 1"),
     # machine
     "mesh.data": Key(-1, "devices along the data axis; -1: all that are left", "devices"),
     "mesh.fsdp": Key(1, "devices the base weights are sharded over", "devices"),

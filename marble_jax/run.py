@@ -16,6 +16,7 @@ from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.errors import InputError
 from marble_jax.evaluation.statistics import gains, standardised_gain, summary
+from marble_jax.export import PeriodicExports
 from marble_jax.pictures import save_png
 from marble_jax.report import write_report
 from marble_jax.training.loop import Hooks, Sampling, Schedule, train
@@ -149,8 +150,10 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     sampling = Sampling(
         run.train_prompts, config.seed, config.rollout.prompts_per_step, config.rollout.images_per_prompt,
         config.advantages.scale, config.advantages.scalarise, tuple(config.harmonize.reward_weights))
-    schedule = Schedule(config.training.num_steps, config.evaluation.every_steps, config.checkpoints.every_steps)
-    hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s))
+    schedule = Schedule(config.training.num_steps, config.evaluation.every_steps, config.checkpoints.every_steps,
+                        config.export.every_steps)
+    exports = PeriodicExports(config, workdir, run.pipeline.params, console)
+    hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s), exports)
     try:
         state = train(state, run.pipeline.params, run.collector, run.steps, sampling, schedule, hooks, console,
                       run.spec.scale, config.rollout.merge_adapter, lambda t: parallel.place_everywhere(run.mesh, t))
@@ -207,10 +210,11 @@ def _announce(run: compose.Run, workdir: Workdir, console: Console, resumed: int
     console.say(f"marble_jax: {config.name}, {method_name(config)}" +
                 (f", resumed after step {resumed}" if resumed is not None else ""))
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    start = f", from {config.lora.init}" if config.lora.init else ""
     rows = [
         ("devices", f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}"),
         ("model", f"{config.model.path}: transformer {quantity(base)} {config.model.dtype}, adapter "
-                  f"{quantity(trained)} (rank {config.lora.rank}), {config.model.resolution} px"),
+                  f"{quantity(trained)} (rank {config.lora.rank}{start}), {config.model.resolution} px"),
         ("rewards", f"{joined(config.rewards.train)}; never trained on: {joined(config.rewards.heldout)}"),
         ("step", f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.pictures} "
                  f"pictures in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} "

@@ -15,7 +15,7 @@ from etils import epath
 from marble_jax.errors import InputError
 
 FREE_KEYS = ("name", "prompts.embedding_cache", "training.num_steps", "evaluation.every_steps", "checkpoints.",
-             "logging.", "mesh.",
+             "export.", "logging.", "mesh.",
              "rewards.num_workers", "rewards.timeout", "rewards.on_error", "rewards.max_missing_share",
              "harmonize.chunk_size")
 """Keys that may change between a run and its resumption: they change neither what a step computes nor which pictures

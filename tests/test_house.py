@@ -14,7 +14,7 @@ ROWS = (
     ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "pictures", "workdir", "config", "console")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
-    ("composition", ("compose", "run", "draw")),
+    ("composition", ("compose", "run", "draw", "export", "model_card", "verify")),
     ("doors", ("cli", "__main__")),
 )
 ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}
@@ -22,11 +22,12 @@ LIBRARIES = {
     "jaxopt": {"harmonize.qp"},
     "orbax": {"checkpoint"},
     "optax": {"training", "compose"},
-    "ml_collections": {"config", "compose", "run", "draw", "cli"},
+    "ml_collections": {"config", "compose", "run", "draw", "export", "cli"},
     "rapidocr": {"rewards.ocr"},
     "tensorboardX": {"training.records"},
-    "torch": {"models.pickled", "rewards.mask2former"},
-    "diffusers": set(),
+    "torch": {"verify", "models.pickled", "rewards.mask2former"},
+    "diffusers": {"verify"},
+    "peft": {"verify"},
     "matplotlib": set(),
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from marble_jax.errors import InputError, nearest
 
 VERBS = {"train": "train adapters on several rewards", "sample": "draw pictures from a model or a training run",
+         "export": "write a run's LoRA for diffusers, PEFT and ComfyUI, and prove it",
          "report": "write a run's report.html from its records",
          "prompts": "write the ready-made prompt sets, or look through prompt files",
          "convert": "checkpoints of diffusers and Stability to our layout and back"}

@@ -30,6 +30,7 @@ from marble_jax.convert.lora_names import (
     split_key,
 )
 from marble_jax.errors import InputError
+from marble_jax.models.hub import HUB_NAME, download
 from marble_jax.models.mmdit_weights import dense_modules
 from marble_jax.models.weights import SafetensorsFile
 from marble_jax.types import Adapter
@@ -81,7 +82,8 @@ def read_lora(path: str, shapes: Mapping[str, Any]) -> Lora:
     """Reads a LoRA of any of the known styles.
 
     Args:
-      path: a PEFT directory, a directory with diffusers' or one other safetensors file, an exported folder, or a file.
+      path: a PEFT directory, a directory with diffusers' or one other safetensors file, an exported folder, a file, or
+        a hub id of one of these.
       shapes: parameters or abstract parameters of the transformer it is for.
 
     Raises:
@@ -209,8 +211,11 @@ def _find(path: pathlib.Path) -> tuple[pathlib.Path, tuple[pathlib.Path, Mapping
             raise InputError(f"{path}: expected a .safetensors file (others can run code); received {path.name!r}")
         beside = path.parent / PEFT_CONFIG
         return path, (beside, _read_json(beside)) if path.name == PEFT_FILE and beside.is_file() else None
+    if not path.exists() and HUB_NAME.fullmatch(str(path)):
+        # Not every .safetensors: a repository of a whole model would come down to the last gigabyte.
+        path = download(str(path), [PEFT_CONFIG, PEFT_FILE, DIFFUSERS_FILE, "lora/adapter_*", "*lora*.safetensors"])
     if not path.is_dir():
-        raise InputError(f"LoRA: expected a directory or a .safetensors file; received {str(path)!r}")
+        raise InputError(f"LoRA: expected a directory, a .safetensors file or a hub id; received {str(path)!r}")
     for folder in (path, path / "lora"):
         if (folder / PEFT_CONFIG).is_file():
             return folder / PEFT_FILE, (folder / PEFT_CONFIG, _read_json(folder / PEFT_CONFIG))

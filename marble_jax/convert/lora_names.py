@@ -4,8 +4,7 @@ A key is a prefix (which library wrote it), the name of a layer and an ending (w
 is named as in diffusers or as in the original repository, with dots or with underscores; the original one holds q, k
 and v in one layer and the halves of two modulation layers the other way round.
 
-Source: PEFT 0.21, diffusers 0.42 (`loaders/peft.py`, `convert_sd3_to_diffusers.py`), kohya sd-scripts and ComfyUI for
-their key styles.
+Source: PEFT 0.21, diffusers 0.42 (`loaders/peft.py`), kohya sd-scripts and ComfyUI for their key styles.
 """
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from marble_jax.convert.original import original_name
 from marble_jax.errors import InputError, nearest
 from marble_jax.models.mmdit_weights import dense_modules
 
@@ -35,24 +35,6 @@ _OTHER_MODELS = {
     "SDXL or SD 1.5": re.compile(r"(input|output|down|up)_blocks|mid(dle)?_block"),
     "PixArt, Wan or another transformer": re.compile(r"attn1[._]to_|(^|[._])blocks[._]\d+[._](self|cross)_attn"),
 }
-
-_ORIGINAL = {
-    "context_embedder": "context_embedder", "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-}
-_ORIGINAL_BLOCK = {
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "x_block.attn.proj": ("attn.to_out.0",),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "context_block.attn.proj": ("attn.to_add_out",),
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "x_block.attn2.proj": ("attn2.to_out.0",),
-    "x_block.mlp.fc1": ("ff.net.0.proj",), "x_block.mlp.fc2": ("ff.net.2",),
-    "context_block.mlp.fc1": ("ff_context.net.0.proj",), "context_block.mlp.fc2": ("ff_context.net.2",),
-    "x_block.adaLN_modulation.1": ("norm1.linear",), "context_block.adaLN_modulation.1": ("norm1_context.linear",),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +61,13 @@ def layer_pieces(shapes: Mapping[str, Any]) -> dict[str, tuple[Piece, ...]]:
       shapes: parameters or abstract parameters of the transformer.
     """
     names = [module.name for module in dense_modules(shapes)]
-    blocks = sorted({int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")})
+    blocks = {int(name.split(".")[1]) for name in names if name.startswith("transformer_blocks.")}
     found = {name: (Piece(name),) for name in names}
-    found |= {original: (Piece(ours, swapped=ours == "norm_out.linear"),) for original, ours in _ORIGINAL.items()}
-    for i in blocks:
-        for original, inner in _ORIGINAL_BLOCK.items():
-            # The last block's text stream has two modulations, as `norm_out` has, and the same change of order.
-            swapped = inner == ("norm1_context.linear",) and i == blocks[-1]
-            found[f"joint_blocks.{i}.{original}"] = tuple(
-                Piece(f"transformer_blocks.{i}.{name}", part, len(inner), swapped) for part, name in enumerate(inner))
-    found = {name: group for name, group in found.items() if all(piece.name in names for piece in group)}
+    for name in names:
+        key, third, swapped = original_name("transformer", f"{name}.weight", {"num_layers": len(blocks)})
+        original = key.removesuffix(".weight")
+        piece = Piece(name, swapped=swapped) if third is None else Piece(name, third, 3)
+        found[original] = (*(other for other in found.get(original, ()) if other.name != name), piece)
     return found | {name.replace(".", "_"): group for name, group in found.items()}
 
 

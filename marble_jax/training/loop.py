@@ -34,11 +34,13 @@ class Schedule:
       num_steps: optimiser steps of the run.
       evaluate_every: optimiser steps between evaluations; 0 for only before and after.
       checkpoint_every: optimiser steps between checkpoints.
+      export_every: optimiser steps between exports; 0 for none.
     """
 
     num_steps: int
     evaluate_every: int
     checkpoint_every: int
+    export_every: int = 0
 
     def evaluates(self, step: int) -> bool:
         """Whether the state after `step` steps is evaluated."""
@@ -47,6 +49,10 @@ class Schedule:
     def saves(self, step: int) -> bool:
         """Whether the state after `step` steps is saved."""
         return step == self.num_steps or step % self.checkpoint_every == 0
+
+    def exports(self, step: int) -> bool:
+        """Whether the state after `step` steps is exported."""
+        return self.export_every > 0 and (step == self.num_steps or step % self.export_every == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +76,13 @@ class Hooks:
       record: called with (step, flat record) after every optimiser step.
       evaluate: called with the state after a step that `Schedule.evaluates`; returns the state.
       save: called with the state to save it.
+      export: called with the state after a step that `Schedule.exports`.
     """
 
     record: Callable[[int, dict[str, Any]], None]
     evaluate: Callable[[TrainState], TrainState]
     save: Callable[[TrainState], None]
+    export: Callable[[TrainState], None] = lambda state: None
 
 
 class Interrupted(Exception):
@@ -192,6 +200,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
             if schedule.saves(done) or stops:
                 hooks.save(state)
                 saved = done
+            if schedule.exports(done):
+                hooks.export(state)
         # A signal can come after that last check.
         if stops and saved != int(state.step):
             hooks.save(state)

@@ -334,7 +334,7 @@ def test_half_a_pair(tmp_path, lost, match):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(InputError, match=r"LoRA: expected a directory or a .safetensors file; received '/nowhere'"):
+    with pytest.raises(InputError, match=r"LoRA: expected a directory, a .safetensors file or a hub id; received '/no"):
         read_lora("/nowhere", SHAPES)
     with pytest.raises(InputError, match="expected adapter_config.json with .* file; received an empty directory"):
         read_lora(str(tmp_path), SHAPES)

@@ -1,0 +1,49 @@
+"""`marble-jax export --workdir=RUN --out=DIR`: a run's adapter as a folder that diffusers, PEFT and others open."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from marble_jax.cli.options import boolean, split
+from marble_jax.errors import InputError, one_of
+
+OPTIONS = {"workdir": None, "out": None, "which": "ema", "step": "", "merge": "false", "dtype": "", "verify": "false",
+           "prompt": "", "overwrite": "false"}
+WHICH = ("ema", "current", "rollout", "best")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def help_text() -> str:
+    return """usage: marble-jax export --workdir=RUN --out=DIR [--which=ema] [--merge] [--verify]
+
+  --workdir=RUN      a training run, finished or not
+  --out=DIR          new folder for diffusers' load_lora_weights, PEFT, ComfyUI and upstream's evaluation, with a
+                     model card (README.md); it appears when it is complete, and not at all on an error
+  --which=ema        policy: ema (averaged, the one that is evaluated), current, rollout or best
+  --step=N           checkpoint of that step (the newest)
+  --merge            also DIR/transformer, whole weights for SD3Transformer2DModel.from_pretrained
+  --dtype=float32    of the merged weights: float32, bfloat16 or float16 (the base model's own)
+  --verify           open the result with diffusers, PEFT and merged, draw a picture with each and compare with ours;
+                     status 2 when it differs or the LoRA has no effect (needs torch, diffusers and peft)
+  --prompt=TEXT      what to draw for that (a prompt of the run's own)
+  --overwrite        replace an earlier export at DIR"""
+
+
+def run(argv: Sequence[str]) -> int:
+    values, rest = split(argv, OPTIONS)
+    if rest:
+        raise InputError(f"export: expected no --config (a run brings its own); received {rest[0]}")
+    one_of("--which", values["which"], WHICH)
+    merge = boolean("merge", values["merge"])
+    if values["dtype"]:
+        one_of("--dtype", values["dtype"], DTYPES)
+        if not merge:
+            raise InputError(f"--dtype: expected with --merge, whose weights it is of; received {values['dtype']!r} "
+                             "alone")
+    if values["step"] and not values["step"].isdigit():
+        raise InputError(f"--step: expected the number of a step; received {values['step']!r}")
+    from marble_jax.export import export_run
+
+    export_run(values["workdir"], values["out"], values["which"], int(values["step"]) if values["step"] else None,
+               merge=merge, dtype=values["dtype"] or None, verified=boolean("verify", values["verify"]),
+               overwrite=boolean("overwrite", values["overwrite"]), prompt=values["prompt"])
+    return 0
