@@ -11,6 +11,7 @@ from marble_jax.errors import InputError, nearest
 VERBS = {"train": "train adapters on several rewards", "sample": "draw pictures from a model or a training run",
          "export": "write a run's LoRA for diffusers, PEFT and ComfyUI, and prove it",
          "report": "write a run's report.html from its records",
+         "reward": "check rewards on golden pictures, or serve them to other machines",
          "prompts": "write the ready-made prompt sets, or look through prompt files",
          "convert": "checkpoints of diffusers and Stability to our layout and back"}
 
