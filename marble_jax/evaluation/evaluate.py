@@ -1,7 +1,7 @@
 """Scores of a policy on held-out prompts: the same prompts and the same noise every time, no prompt dropped.
 
 Picture i starts from noise drawn with (seed, i) whatever the batch size, so two policies differ by their weights alone
-and gains are paired.
+and gains are paired. Several pictures of a prompt are not independent: `groups` says which belong together.
 """
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Evaluator:
       batch_size: pictures at once.
       seed: of the noise.
       num_pictures: pictures kept, spread evenly over the prompts.
+      images_per_prompt: pictures drawn of every prompt; picture i is of prompt i modulo their number.
     """
 
     prompts: Sequence[Prompt]
@@ -43,6 +44,12 @@ class Evaluator:
     batch_size: int
     seed: int
     num_pictures: int
+    images_per_prompt: int = 1
+
+    @property
+    def groups(self) -> np.ndarray:
+        """int [prompts * images_per_prompt]: the prompt of every picture."""
+        return np.arange(len(self.prompts) * self.images_per_prompt) % len(self.prompts)
 
     @property
     def kept(self) -> list[int]:
@@ -52,7 +59,7 @@ class Evaluator:
 
     def __call__(self, params: Params, adapter: Adapter | None,
                  progress: Callable[[int], None] = lambda count: None) -> tuple[Scores, np.ndarray]:
-        """Draws and scores one picture a prompt.
+        """Draws and scores `images_per_prompt` pictures of every prompt.
 
         Args:
           params: base weights.
@@ -60,12 +67,12 @@ class Evaluator:
           progress: called with the number of pictures of every finished batch.
 
         Returns:
-          Scores of all prompts, and the kept pictures uint8 [num_pictures, H, W, 3].
+          Scores of all pictures, and the kept pictures uint8 [num_pictures, H, W, 3].
         """
-        pending, pictures, kept = [], {}, set(self.kept)
+        pending, pictures, kept, groups = [], {}, set(self.kept), self.groups
         key = jax.random.key(self.seed)
-        for index in batches(len(self.prompts), self.batch_size):
-            chosen = [self.prompts[i] for i in index]
+        for index in batches(len(groups), self.batch_size):
+            chosen = [self.prompts[groups[i]] for i in index]
             noise = picture_noise(key, index, self.latent_shape)
             images = self.decode(self.sampler(params, adapter, self.encode([p.text for p in chosen]), noise))
             pending.append(self.scorer.submit(images, chosen))
@@ -73,5 +80,5 @@ class Evaluator:
                 if int(i) in kept and int(i) not in pictures:
                     pictures[int(i)] = np.asarray(jnp.round(images[row] * 255), np.uint8)
             progress(len(set(index.tolist())))
-        scores = concatenate([p.result() for p in pending], len(self.prompts))
+        scores = concatenate([p.result() for p in pending], len(groups))
         return scores, np.stack([pictures[i] for i in self.kept]) if kept else np.zeros((0, 1, 1, 3), np.uint8)

@@ -1,4 +1,5 @@
 """Evaluations: the same noise for the same prompt whatever the batch size, nothing dropped, kept pictures."""
+import dataclasses
 import functools
 
 import jax
@@ -91,6 +92,20 @@ def test_the_same_noise_every_time_and_another_one_for_another_seed(scorer):
     once, again, other = evaluator(0.5, None)[0], evaluator(0.5, None)[0], _evaluator(scorer, 4, seed=1)(0.5, None)[0]
     np.testing.assert_array_equal(once.values, again.values)
     assert np.all(once.values[0] != other.values[0])
+
+
+def test_several_pictures_of_a_prompt_are_a_group(scorer):
+    """The first pass over the prompts is what one picture each gives; the second differs by its noise alone."""
+    once, pictures = _evaluator(scorer, 4)(0.5, None)
+    evaluator = dataclasses.replace(_evaluator(scorer, 4), images_per_prompt=2)
+    twice, same_pictures = evaluator(0.5, None)
+    np.testing.assert_array_equal(evaluator.groups, [*range(7), *range(7)])
+    np.testing.assert_allclose(twice.values[:, :7], once.values, rtol=1e-6)
+    np.testing.assert_array_equal(same_pictures, pictures)
+    np.testing.assert_array_equal(twice.valid[:, 7:], once.valid)
+    assert np.all(twice.values[0, 7:] != once.values[0])
+    applies = once.valid[1]
+    np.testing.assert_array_equal(twice.values[1, 7:][applies], once.values[1][applies])
 
 
 def test_policies_differ_by_their_weights_alone(scorer):
