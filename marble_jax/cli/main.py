@@ -12,6 +12,7 @@ VERBS = {"train": "train adapters on several rewards", "sample": "draw pictures 
          "export": "write a run's LoRA for diffusers, PEFT and ComfyUI, and prove it",
          "report": "write a run's report.html from its records",
          "reward": "check rewards on golden pictures, or serve them to other machines",
+         "evaluate": "compare models: pictures, scores and a page",
          "prompts": "write the ready-made prompt sets, or look through prompt files",
          "convert": "checkpoints of diffusers and Stability to our layout and back"}
 

@@ -1,22 +1,31 @@
 """`marble-jax sample --model=DIR|HUB_ID|embedded --prompts=... --out=DIR` or, from a training run, `--workdir=RUN`."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from marble_jax.cli.options import boolean, split
+from marble_jax.cli.options import boolean, number, split
 from marble_jax.errors import InputError, one_of
 
-OPTIONS = {
-    "model": "", "workdir": "", "policy": "ema", "lora": "", "prompts": "", "file": "", "out": None, "seed": "0",
-    "steps": "40", "solver": "euler", "guidance": "1.0", "negative": "", "size": "", "tokens": "", "batch": "8",
-    "grid": "true",
-}
+HOW = {"steps": "40", "solver": "euler", "guidance": "1.0", "negative": "", "size": "", "tokens": "", "t5": "true",
+       "batch": "8", "embedding_cache": ""}
+"""Options about how pictures are drawn, shared with `evaluate`."""
+
+OPTIONS = {"model": "", "workdir": "", "policy": "ema", "lora": "", "prompts": "", "file": "", "images": "1",
+           "out": None, "seed": "0", **HOW, "grid": "true"}
 POLICIES = ("base", "current", "old", "ema", "best")
+
+HOW_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
+  --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
+  --size=HEIGHTxWIDTH  in pixels; the run's or the model's own unless given
+  --tokens=N         T5 tokens a prompt (the run's own; 256 for a model; at most 12 for 'embedded')
+  --t5=true          false leaves T5 out: its tokens are zeros, as in diffusers, and its weights are never read
+  --embedding_cache=DIR  keep text embeddings there; all texts are then encoded first, and no text encoder is in
+                     memory while pictures are drawn
+  --batch=8          pictures at once"""
 
 
 def help_text() -> str:
-    return """usage: marble-jax sample (--model=DIR | --workdir=RUN) (--prompts='one|another' | --file=FILE) --out=DIR
+    return f"""usage: marble-jax sample (--model=DIR | --workdir=RUN) (--prompts='one|another' | --file=FILE) --out=DIR
 
   --model=DIR        diffusers-layout SD3 directory, hub id, or 'embedded'
   --workdir=RUN      a training run; its model with its adapter
@@ -25,22 +34,33 @@ def help_text() -> str:
                      .safetensors file of diffusers, kohya or ComfyUI
   --prompts=A|B      prompts, separated by |
   --file=FILE        one prompt a line, or GenEval metadata (.jsonl)
-  --out=DIR          where PNGs (prompt and seed inside) and grid.png go; pictures that are there are kept
-  --seed=0           picture i starts from noise of (seed, i)
-  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim) --guidance=1.0 --negative='' --size=HEIGHTxWIDTH
-  --tokens=N         T5 tokens a prompt (the run's own; 256 for a model; at most 12 for 'embedded')
-  --batch=8 --grid=true"""
+  --images=1         pictures of each prompt
+  --out=DIR          where 00000.png, 00001.png ... (prompt, seed and settings inside) and grid.png go. The same command
+                     again draws what is missing; a folder with pictures of other settings is refused
+  --seed=0           picture i starts from noise of (seed, i), whatever the batch
+{HOW_HELP}
+  --grid=true"""
 
 
-def _number(values: dict[str, str], name: str, kind: type, least: float) -> float | int:
-    try:
-        value = kind(values[name])
-    except ValueError:
-        value = None
-    if value is None or not value >= least:
-        raise InputError(f"--{name}: expected {'a whole number' if kind is int else 'a number'} of at least {least}; "
-                         f"received {values[name]!r}")
-    return value
+def settings_of(values: Mapping[str, str]):
+    """The drawing settings of parsed options.
+
+    Raises:
+      InputError: a value that is not of its kind.
+    """
+    from marble_jax.draw import Settings
+
+    size = None
+    if values["size"]:
+        parts = values["size"].lower().split("x")
+        if len(parts) != 2 or not all(p.isdigit() for p in parts):
+            raise InputError(f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received {values['size']!r}")
+        size = (int(parts[0]), int(parts[1]))
+    return Settings(
+        seed=number(values, "seed", int, 0), num_steps=number(values, "steps", int, 1), solver=values["solver"],
+        guidance=number(values, "guidance", float, 0), negative=values["negative"], size=size,
+        tokens=number(values, "tokens", int, 1) if values["tokens"] else None, t5=boolean("t5", values["t5"]),
+        batch=number(values, "batch", int, 1), embedding_cache=values["embedding_cache"])
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,26 +74,16 @@ def run(argv: Sequence[str]) -> int:
         raise InputError("sample: expected either --prompts or --file; received "
                          f"{'both' if values['file'] else 'neither'}")
     one_of("--policy", values["policy"], POLICIES)
-    from marble_jax.prompts.files import read_geneval, read_text
+    from marble_jax.prompts.files import read_file
 
     if values["file"]:
-        path = Path(values["file"])
-        prompts = [p.text for p in (read_geneval if path.suffix == ".jsonl" else read_text)(path, "file")]
+        prompts = [p.text for p in read_file(values["file"])]
     else:
         prompts = [p.strip() for p in values["prompts"].split("|") if p.strip()]
-    size = None
-    if values["size"]:
-        parts = values["size"].lower().split("x")
-        if len(parts) != 2 or not all(p.isdigit() for p in parts):
-            raise InputError(f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received {values['size']!r}")
-        size = (int(parts[0]), int(parts[1]))
-    from marble_jax.draw import draw_pictures
+    images, with_grid = number(values, "images", int, 1), boolean("grid", values["grid"])
+    settings = settings_of(values)
+    from marble_jax.draw import Source, draw_pictures
 
-    draw_pictures(
-        prompts, values["out"], model=values["model"], workdir=values["workdir"], policy=values["policy"],
-        seed=_number(values, "seed", int, 0), num_steps=_number(values, "steps", int, 1), solver=values["solver"],
-        guidance=_number(values, "guidance", float, 0), negative=values["negative"], size=size,
-        tokens=_number(values, "tokens", int, 1) if values["tokens"] else None,
-        batch=_number(values, "batch", int, 1), with_grid=boolean("grid", values["grid"]),
-        loras=values["lora"])
+    draw_pictures([p for p in prompts for _ in range(images)], values["out"],
+                  Source(values["model"], values["workdir"], values["policy"], values["lora"]), settings, with_grid)
     return 0

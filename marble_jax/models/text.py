@@ -8,8 +8,6 @@ Source: diffusers 0.42 `StableDiffusion3Pipeline.encode_prompt` for how the thre
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 
 from marble_jax.errors import InputError
 from marble_jax.models.clip import CLIPTextEncoder, TextOutput, load_text_encoder
+from marble_jax.models.contents import content_hash
 from marble_jax.models.t5 import T5Encoder, load_t5
 from marble_jax.models.weights import read_json
 from marble_jax.types import Conditioning, Params
@@ -205,27 +204,9 @@ def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
 
 
 def identity(root: pathlib.Path, t5: bool = True, known: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """Hash of the contents of every file that the text encoders and their tokenizers are made of.
+    """Hash of the files that the text encoders and their tokenizers are made of; T5's count with `t5`.
 
-    Args:
-      root: the model's directory.
-      t5: whether T5 counts.
-      known: hashes of an earlier call, which spare reading files whose size and time of change are the same.
-
-    Returns:
-      The hash, in hexadecimal, and the hashes of all files for a later call.
+    `known` and the second value are those of `contents.content_hash`.
     """
     count = 3 if t5 and has_t5(root) else 2
-    names = (*COMPONENTS[:count], *TOKENIZERS[:count])
-    hashes, parts = {}, []
-    for name in names:
-        for file in sorted(p for p in (root / name).rglob("*") if p.is_file()):
-            status, path = file.stat(), str(file.resolve())
-            stamp = [status.st_size, status.st_mtime_ns]
-            entry = (known or {}).get(path)
-            if not isinstance(entry, list) or entry[:2] != stamp:
-                with file.open("rb") as handle:
-                    entry = [*stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
-            hashes[path] = entry
-            parts.append([str(file.relative_to(root)), entry[2]])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest(), hashes
+    return content_hash(root, (*COMPONENTS[:count], *TOKENIZERS[:count]), known)

@@ -1,4 +1,4 @@
-"""The report of a training run: one HTML file made from the records in its workdir.
+"""HTML pages made from records: the report of a training run, and models side by side.
 
 Imports neither jax nor a plotting library.
 """
@@ -6,5 +6,6 @@ Imports neither jax nor a plotting library.
 from marble_jax.report.findings import summarise
 from marble_jax.report.page import write_report
 from marble_jax.report.records import Records, read_records
+from marble_jax.report.side_by_side import write_comparison
 
-__all__ = ["Records", "read_records", "summarise", "write_report"]
+__all__ = ["Records", "read_records", "summarise", "write_comparison", "write_report"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
-from marble_jax.report import blocks, charts, findings
+from marble_jax.report import blocks, charts, document, findings
 from marble_jax.report.records import Records, Strip, number, step_of
 
 _WORDS = {
@@ -21,7 +19,6 @@ _WORDS = {
 }
 MAX_PROMPTS = 12
 MAX_BETWEEN = 4
-MAX_PIXELS = 320
 
 
 def _tiles(records: Records) -> str:
@@ -154,34 +151,9 @@ def before_after(records: Records) -> str:
 
 
 def _embed(strip: Strip, index: int, flaws: list[str]) -> str:
-    """One picture as an `<img>` with its bytes inside; large ones are scaled down and stored as JPEG."""
+    """One picture of a strip."""
     step, path = strip.pictures[index]
-    from PIL import Image
-
-    try:
-        raw = path.read_bytes()
-        with Image.open(io.BytesIO(raw)) as image:
-            image.load()
-            width, height = image.size
-            kind = "png"
-            if max(width, height) > MAX_PIXELS:
-                image = image.convert("RGB")
-                image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
-                buffer = io.BytesIO()
-                image.save(buffer, "JPEG", quality=86, optimize=True)
-                raw, kind, (width, height) = buffer.getvalue(), "jpeg", image.size
-            elif image.format != "PNG":
-                raise ValueError("not a PNG")
-    except (
-        Exception
-    ) as error:  # Pillow raises many kinds for a damaged or half-written file; the page must still be made.
-        flaws.append(f"{path.parent.name}/{path.name} could not be read ({type(error).__name__}).")
-        return '<span class="hole">unreadable</span>'
-    what = escape(f"Step {step}: {strip.prompt}", quote=True)
-    return (
-        f'<img alt="{what}" width="{width}" height="{height}" loading="lazy" '
-        f'src="data:image/{kind};base64,{base64.b64encode(raw).decode("ascii")}">'
-    )
+    return document.inline(path, f"Step {step}: {strip.prompt}", flaws)
 
 
 def _step_name(step: int) -> str:

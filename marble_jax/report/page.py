@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
-import hashlib
 import math
-import os
-import pathlib
 from html import escape
 
 from etils import epath
 
-from marble_jax.report import blocks, findings, gradients, health, outcome, provenance
+from marble_jax.report import blocks, document, findings, gradients, health, outcome, provenance
 from marble_jax.report.records import Records, number, read_records
 
 REPORT_NAME = "report.html"
-_HERE = pathlib.Path(__file__).parent
 _SECTIONS = (
     ("verdict", "Verdict"),
     ("before-after", "Table"),
@@ -110,34 +105,12 @@ def render(records: Records) -> str:
             provenance.setup(records),
         ]
     )
-    links = "".join(
-        f'<li><a href="#{anchor}">{label}</a></li>' for anchor, label in _SECTIONS if f'<section id="{anchor}"' in body
+    footer = (
+        f"Made from the records in <code>{escape(str(records.workdir))}</code> "
+        f"with {len(records.rows):,} step records and {len(records.evaluations):,} evaluations."
     )
-    notes = (
-        f'<aside class="flaws"><h2>Not readable</h2><ul>{"".join(f"<li>{escape(flaw)}</li>" for flaw in flaws)}'
-        "</ul></aside>"
-        if flaws
-        else ""
-    )
-    style = (_HERE / "style.css").read_text("utf-8")
-    script = (_HERE / "hover.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Prompts and names come from files; should one slip past escaping, the policy keeps it from loading or running.
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri "
-        "'none'; form-action 'none'"
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(records.name)}: training report</title><style>{style}</style></head><body>"
-        f'<a class="skip" href="#verdict">Skip to the verdict</a>{_header(records)}<nav aria-label="Sections"><ul>'
-        f"{links}</ul></nav>"
-        f"<main>{body}{notes}</main><footer>Made from the records in <code>{escape(str(records.workdir))}</code> "
-        f"with {len(records.rows):,} step records and {len(records.evaluations):,} evaluations.</footer>"
-        f"<script>{script}</script></body></html>\n"
+    return document.document(
+        f"{records.name}: training report", _header(records), _SECTIONS, body + document.notes(flaws), footer
     )
 
 
@@ -155,12 +128,4 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     """
     records = read_records(workdir)
     page = render(records)
-    target = records.workdir / REPORT_NAME
-    partial = records.workdir / f".{REPORT_NAME}.{os.getpid()}.partial"
-    try:
-        partial.write_bytes(page.encode("utf-8", "replace"))
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return target
+    return document.write_page(records.workdir / REPORT_NAME, page)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from marble_jax.errors import InputError
+from marble_jax.models import contents
 from marble_jax.models import embeddings as module
 from marble_jax.models.embeddings import Embeddings
 from marble_jax.models.text import identity
@@ -116,7 +117,7 @@ def test_another_model_length_dtype_or_t5_is_another_entry(model, tmp_path):
 
 def test_hashes_are_kept_and_noticed_when_stale(model, monkeypatch):
     first, hashes = identity(model)
-    monkeypatch.setattr(module.text.hashlib, "file_digest", lambda *a: pytest.fail("a known file was read"))
+    monkeypatch.setattr(contents.hashlib, "file_digest", lambda *a: pytest.fail("a known file was read"))
     assert identity(model, known=hashes) == (first, hashes)
     monkeypatch.undo()
     (model / "text_encoder_3" / "file").write_text("longer than before")
