@@ -9,9 +9,11 @@ the model's size; what is on disk is an ordinary Orbax checkpoint of the whole t
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -121,9 +123,9 @@ def grouped(sizes: Iterable[int], limit: int = 64_000_000) -> list[int]:
     Opening a checkpoint, and committing to it, costs some ten milliseconds, which small leaves share.
     """
     counts: list[int] = []
-    total = limit
+    total = 0
     for size in sizes:
-        if total + size > limit:
+        if not counts or total + size > limit:
             counts.append(0)
             total = 0
         counts[-1] += 1
@@ -139,7 +141,7 @@ def save_leaves(path: epath.PathLike, leaves: Mapping[Path, Leaf]) -> None:
     registry = ocp.type_handlers.create_type_handler_registry(
         (Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(epath.Path(path).absolute(), args=ocp.args.PyTreeSave(_nested(leaves)))
 
 
@@ -150,7 +152,7 @@ def leaf_shapes(path: epath.PathLike) -> dict[Path, jax.ShapeDtypeStruct]:
       InputError: there is no complete checkpoint.
     """
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(epath.Path(path).absolute()).item_metadata.tree
         flat = {tuple(str(k.key) for k in keys): meta for keys, meta in jax.tree_util.tree_leaves_with_path(
             tree, is_leaf=lambda node: not isinstance(node, dict))}
@@ -169,7 +171,7 @@ def read_leaves(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, np.nd
     target = _nested({p: 0 for p in paths})
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.restore(
                 epath.Path(path).absolute(),
                 args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
@@ -180,7 +182,9 @@ def read_leaves(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, np.nd
     for keys in paths:
         leaf = tree
         for key in keys:
-            leaf = leaf[key]
+            leaf = leaf.get(key) if isinstance(leaf, dict) else None
+        if not isinstance(leaf, np.ndarray):  # Orbax passes over what is not there
+            raise InputError(f"{path}: expected leaf {'/'.join(keys)!r}; received a checkpoint without it")
         found[keys] = leaf
     return found
 
@@ -193,6 +197,18 @@ def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[keys[-1]] = value
     return tree
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's threads from logging the traceback of an error that is raised anyway."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -148,9 +148,6 @@ def _finish(
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, partial / name)
     for name, value in model.written.items():
-        if name == "model_index.json":
-            kept = {*model.layouts, *(n.split("/")[0] for n in small)}
-            value = {k: v if k in kept or not isinstance(v, list) else [None, None] for k, v in value.items()}
         write_json(partial / name, value)
     files |= {name: seal(partial / name) for name in small}
     manifest = {

@@ -130,18 +130,21 @@ def open_model(
     wanted = list(components or COMPONENTS)
     for component in components:
         if component not in model.components:
-            raise InputError(f"--components: expected components of {model.path} ({', '.join(model.components)}); "
-                             f"received {component!r}")
+            raise InputError(f"--components: expected components that {model.path} has; received {component!r}")
     model.components = {c: model.components[c] for c in wanted if c in model.components}
     for component, source in model.components.items():
         plan = layout(component, source.config, source.keys())
         matched(source, plan.entries, plan.shapes, (*plan.ignore, *ignore))
         model.layouts[component] = plan
+    parts = {*model.components, *(name.split("/")[0] for name in (*model.carried, *model.written))}
+    index = model.written.get(_INDEX, {})
+    model.written |= {_INDEX: {part: value if part in parts or not isinstance(value, list) else [None, None]
+                               for part, value in index.items()}} if index else {}
     return model
 
 
-def _directory(name: str, revision: str | None, components: Sequence[str]) -> Model:
-    root = find_model(name, revision, not components or "text_encoder_3" in components)
+def _directory(name: str, revision: str | None, wanted: Sequence[str]) -> Model:
+    root = find_model(name, revision, not wanted or "text_encoder_3" in wanted)
     index = read_json(root / _INDEX) if (root / _INDEX).is_file() else None
     if index is not None and index.get("_class_name") != "StableDiffusion3Pipeline":
         raise InputError(f"{root / _INDEX}: expected a StableDiffusion3Pipeline; received {index.get('_class_name')}")
@@ -150,10 +153,10 @@ def _directory(name: str, revision: str | None, components: Sequence[str]) -> Mo
         part for part in (*COMPONENTS, *CARRIED) if (index.get(part) or [None])[-1] is not None}
     found: dict[str, Component] = {}
     for component in COMPONENTS:
-        if component in present and (not components or component in components):
+        if component in present and (not wanted or component in wanted):
             source = open_component(root / component)
             found[component] = StoredTensors(source) if isinstance(source, StoredDir) else source
-    if not found:
+    if not present & set(COMPONENTS):
         raise InputError(f"{root}: expected a model directory with {_INDEX} or one of {', '.join(COMPONENTS)}; "
                          f"received {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'an empty directory'}")
     kinds = {"orbax" if isinstance(c, StoredTensors) else "diffusers" for c in found.values()}
@@ -161,7 +164,7 @@ def _directory(name: str, revision: str | None, components: Sequence[str]) -> Mo
         raise InputError(f"{root}: expected components of one layout; received both")
     if (root / MANIFEST).is_file():
         check_sizes(root)
-    model = Model(name, kinds.pop(), root, found)
+    model = Model(name, kinds.pop() if kinds else "diffusers", root, found)
     for part in sorted(present & set(CARRIED)):
         if not (root / part).is_dir():
             raise InputError(f"{root / part}: expected the directory that {_INDEX} names; received none")
@@ -193,6 +196,8 @@ def _complete(model: Model, other: Model) -> None:
     """Adds the parts of `other` that `model` lacks."""
     index = model.written.setdefault(_INDEX, {"_class_name": "StableDiffusion3Pipeline"})
     theirs = other.written.get(_INDEX, {})
+    for part in model.components:
+        index.setdefault(part, list(CLASSES[part]))
     for part in COMPONENTS:
         if part in other.components and part not in model.components:
             model.components[part] = other.components[part]

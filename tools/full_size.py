@@ -1,0 +1,178 @@
+"""Full-size proof of the conversion and of the transformer: SD3.5-medium with random weights, against diffusers.
+
+    python tools/full_size.py --dir=/path/with/20GB
+
+1. diffusers makes the transformer in bfloat16 and saves it (4.9 GB, one file).
+2. `marble-jax convert` brings it into our layout, and back; both are timed against a plain copy of the file.
+3. Every tensor that came back is compared with the original, bit for bit.
+4. Both libraries compute one velocity at 512 x 512 (1024 picture and 333 text tokens), in float32 on the bfloat16
+   weights, each in a process of its own whose peak memory is measured.
+
+Prints one JSON object. Nothing is downloaded.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+TOKENS = 77 + 256
+
+
+def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Latents [1, 64, 64, 16], text embeddings, pooled embeddings and sigma."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    return draw(1, 64, 64, 16), draw(1, TOKENS, 4096), draw(1, 2048), 0.7
+
+
+def make(root: pathlib.Path) -> dict:
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = SD3Transformer2DModel(
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 and len(parameter) == 64 else 0.0, 0.02)
+    model.to(torch.bfloat16).save_pretrained(root / "model" / "transformer")
+    return {"tensors": len(model.state_dict())}
+
+
+def convert(source: pathlib.Path, target: pathlib.Path) -> dict:
+    """Runs the command line as a user would."""
+    from marble_jax.cli.main import main
+
+    start = time.perf_counter()
+    assert main(["convert", f"--model={source}", f"--out={target}"]) == 0
+    return {"seconds": time.perf_counter() - start}
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> dict:
+    """The disk's own speed: a plain copy, on the disk when it is done."""
+    start = time.perf_counter()
+    with source.open("rb") as read, target.open("wb") as write:
+        shutil.copyfileobj(read, write, 16_000_000)
+        write.flush()
+        os.fsync(write.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return {"seconds": seconds}
+
+
+def compare(one: pathlib.Path, other: pathlib.Path) -> dict:
+    from marble_jax.models.weights import SafetensorsDir
+
+    a, b = SafetensorsDir(one), SafetensorsDir(other)
+    assert set(a.keys()) == set(b.keys())
+    different = 0
+    for key in a.keys():
+        different += a.dtype(key) != b.dtype(key) or not np.array_equal(
+            a.read(key).view(np.uint8), b.read(key).view(np.uint8))
+        a.release(key)
+        b.release(key)
+    return {"tensors": len(a.keys()), "different": int(different)}
+
+
+def ours(directory: pathlib.Path, out: pathlib.Path) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    from marble_jax.models.mmdit import velocity
+    from marble_jax.models.mmdit_weights import load_mmdit
+    from marble_jax.types import Conditioning
+
+    start = time.perf_counter()
+    model, params = load_mmdit(directory, jnp.bfloat16, table_side=32, dtype=jnp.float32)
+    loaded = time.perf_counter() - start
+    latents, embeds, pooled, sigma = arrays()
+    run = jax.jit(lambda p, x, e, q: velocity(model, p, None, x, sigma, Conditioning(e, q)))
+    start = time.perf_counter()
+    np.save(out, np.asarray(run(params, latents, embeds, pooled)))
+    return {"load_seconds": loaded, "forward_seconds": time.perf_counter() - start}
+
+
+def theirs(directory: pathlib.Path, out: pathlib.Path) -> dict:
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    start = time.perf_counter()
+    model = SD3Transformer2DModel.from_pretrained(directory, torch_dtype=torch.bfloat16).eval()
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    # Left out of layerwise casting by diffusers; small, so kept in float32 throughout.
+    for module in (model.pos_embed, *(m for n, m in model.named_modules() if ".norm_" in n or n.endswith("norm_out"))):
+        module.float()
+    loaded = time.perf_counter() - start
+    latents, embeds, pooled, sigma = arrays()
+    start = time.perf_counter()
+    with torch.no_grad():
+        velocity = model(torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()), torch.from_numpy(embeds),
+                         torch.from_numpy(pooled), torch.tensor([sigma * 1000]), return_dict=False)[0]
+    np.save(out, velocity.float().numpy().transpose(0, 2, 3, 1))
+    return {"load_seconds": loaded, "forward_seconds": time.perf_counter() - start}
+
+
+STEPS = {"make": make, "convert": convert, "copy": copy, "compare": compare, "ours": ours, "theirs": theirs}
+
+
+def alone(step: str, *paths: pathlib.Path) -> dict:
+    """Runs one step in a process of its own."""
+    print(f"{step} ...", file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, "--step", step, *map(str, paths)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def prove(root: pathlib.Path) -> dict:
+    """All steps; the record."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "model" / "transformer" / "config.json").is_file():
+        alone("make", root)
+    file, = (root / "model" / "transformer").glob("*.safetensors")
+    size = file.stat().st_size
+    for name in ("stored", "back"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    record = {"bytes": size, "copy": alone("copy", file, root / "copied"),
+              "to_orbax": alone("convert", root / "model", root / "stored"),
+              "to_diffusers": alone("convert", root / "stored", root / "back"),
+              "round_trip": alone("compare", root / "model" / "transformer", root / "back" / "transformer")}
+    for step in ("copy", "to_orbax", "to_diffusers"):
+        record[step]["mb_per_second"] = size / 1e6 / record[step]["seconds"]
+    record["ours"] = alone("ours", root / "stored" / "transformer", root / "ours.npy")
+    record["theirs"] = alone("theirs", root / "model" / "transformer", root / "theirs.npy")
+    got, want = (np.load(root / f"{name}.npy").astype(np.float64) for name in ("ours", "theirs"))
+    record["error"] = {"relative": float(np.linalg.norm(got - want) / np.linalg.norm(want)),
+                       "largest": float(np.abs(got - want).max()), "largest_velocity": float(np.abs(want).max())}
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=pathlib.Path)
+    parser.add_argument("--step", choices=STEPS)
+    parser.add_argument("paths", nargs="*", type=pathlib.Path)
+    options = parser.parse_args()
+    if options.step:
+        result = STEPS[options.step](*options.paths)
+        print(json.dumps({**result, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+    elif options.dir:
+        print(json.dumps(prove(options.dir), indent=1))
+    else:
+        parser.error("expected --dir")
+
+
+if __name__ == "__main__":
+    main()
