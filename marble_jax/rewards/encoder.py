@@ -27,7 +27,7 @@ from marble_jax.models.clip import CLIPConfig, CLIPModel, load_clip
 from marble_jax.models.pickled import PickledFile
 from marble_jax.models.text import load_tokenizer
 from marble_jax.models.weights import load_params, path_entries
-from marble_jax.rewards.preprocess import Preprocess
+from marble_jax.rewards.preprocess import Preprocess, prepare
 from marble_jax.types import Params
 
 TEXT_BATCH = 32
@@ -70,8 +70,6 @@ class ClipEncoder:
         self.preprocessor_config = dict(preprocessor_config or {})
         self._text = jax.jit(self._text_features)
         self._pixels = jax.jit(self.image_features)
-        self._pictures = jax.jit(lambda params, images, preprocess: self.image_features(params, preprocess(images)),
-                                 static_argnames="preprocess")
         self._kept: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
         self._last: dict[Preprocess, tuple[weakref.ref, Params, jax.Array]] = {}
         self._lock = threading.RLock()
@@ -125,11 +123,11 @@ class ClipEncoder:
         the first time; that is how rewards on one tower share its work. Only the last batch's features are kept.
         """
         if not isinstance(images, jax.Array) or isinstance(images, jax.core.Tracer):
-            return self._pictures(params, images, preprocess)
+            return self._pixels(params, prepare(images, preprocess))
         with self._lock:
             kept = self._last.get(preprocess)
             if kept is None or kept[0]() is not images or kept[1] is not params:
-                kept = weakref.ref(images), params, self._pictures(params, images, preprocess)
+                kept = weakref.ref(images), params, self._pixels(params, prepare(images, preprocess))
                 self._last[preprocess] = kept
             return kept[2]
 

@@ -200,3 +200,7 @@ class Preprocess:
         fields = dict(size=size, resize_to=edge, method=PIL_FILTERS[resample],
                       mean=tuple(config.get("image_mean", CLIP_MEAN)), std=tuple(config.get("image_std", CLIP_STD)))
         return cls(**{**fields, **overrides})
+
+
+prepare = jax.jit(lambda images, preprocess: preprocess(images), static_argnames="preprocess")
+"""`preprocess(images)`, compiled apart from the tower behind it, which then does not depend on the pictures' size."""
