@@ -32,6 +32,7 @@ from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
 from marble_jax.rewards.catalogue import load_rewards
+from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
 from marble_jax.training.batch import Collector
@@ -81,6 +82,14 @@ def place_of(path: str, kind: str) -> Path:
         room = "model" if kind == "pipeline" else kind
         raise InputError(f"{room}.path: expected a directory or 'embedded'; received nothing")
     return Path(path)
+
+
+def reward_place(config: ml_collections.ConfigDict) -> Path | None:
+    """The directory of the rewards; None where there is none and all rewards are functions."""
+    names = (*config.rewards.train, *config.rewards.heldout)
+    if not config.rewards.path and all(is_function(name) for name in names):
+        return None
+    return place_of(config.rewards.path, "rewards")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -222,8 +231,12 @@ def build(config: ml_collections.ConfigDict) -> Run:
     train_prompts = read_prompts(config.prompts.path, "train", tuple(config.prompts.sources))
     test_prompts = held_out_prompts(config)
     root = find_model(place_of(config.model.path, "pipeline"), text_encoder_3=config.model.t5)
-    rewards = load_rewards(place_of(config.rewards.path, "rewards"), (*names, *config.rewards.heldout),
-                           config.rewards.num_workers, faithful=config.harmonize.mode == "faithful")
+    rewards = load_rewards(reward_place(config), (*names, *config.rewards.heldout), config.rewards.num_workers,
+                           faithful=config.harmonize.mode == "faithful")
+    for reward in rewards[:len(names)]:
+        if reward.whole_groups and config.rollout.batch_size % config.rollout.images_per_prompt:
+            raise InputError(f"rollout.batch_size: expected a multiple of the {config.rollout.images_per_prompt} pictures "
+                             f"a prompt, as {reward.name} compares them; received {config.rollout.batch_size}")
     encode = text_embeddings(config, root, [p.text for p in (*itertools.chain(*train_prompts.values()), *test_prompts)])
     pipeline = load_model(config, spec, mesh, text_encoders=False)
     latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)

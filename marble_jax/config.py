@@ -68,13 +68,16 @@ KEYS: dict[str, Key] = {
     "rollout.merge_adapter": Key(False, "fold the adapter into a copy of the weights for sampling: faster, exact only "
                                  "with float32 weights"),
     # rewards
-    "rewards.train": Key(("pickscore", "hpsv2", "clipscore", "ocr", "geneval"), "rewards trained on", "-", "paper"),
+    "rewards.train": Key(("pickscore", "hpsv2", "clipscore", "ocr", "geneval"), "rewards trained on: names in "
+                         "rewards.json, or functions of your own as module:function", "-", "paper"),
     "rewards.heldout": Key((), "rewards only evaluated: they tell progress from reward hacking"),
     "rewards.path": Key("", "directory with the reward models, or 'embedded'", "path"),
     "rewards.on_error": Key("mask", "what a failed reward does: its samples are missing, the run stops, or one retry",
                             "mask|fail|retry"),
-    "rewards.max_missing_share": Key(0.5, "share of failed scores of one reward at which the run stops", "[0, 1]"),
-    "rewards.timeout": Key(120.0, "longest wait for a host reward", "s, > 0"),
+    "rewards.max_missing_share": Key(0.5, "share of one reward's scores that may fail; the run stops, saved, once it is "
+                                     "exceeded by 8 batches' worth", "[0, 1]"),
+    "rewards.timeout": Key(120.0, "longest a call of a host reward may take before it counts as failed", "s, > 0"),
+    "rewards.check": Key(True, "score golden pictures first, and do not start with a reward that is broken"),
     "rewards.num_workers": Key(2, "host threads for host rewards", "threads, >= 1"),
     # advantages
     "advantages.scale": Key("global", "standard deviation divided by: of the whole batch or of the group",

@@ -19,6 +19,7 @@ from marble_jax.evaluation.statistics import gains, standardised_gain, summary
 from marble_jax.export import PeriodicExports
 from marble_jax.pictures import save_png
 from marble_jax.report import write_report
+from marble_jax.rewards.check import before_training
 from marble_jax.training.loop import Hooks, Sampling, Schedule, train
 from marble_jax.training.records import Events
 from marble_jax.training.state import TrainState
@@ -98,6 +99,8 @@ class Evaluations:
                                   "scores": summary(scores), "seconds": seconds}
         if gain is not None:
             record["gain"] = gain
+        if scores.failed.any():
+            record["failed"] = {n: int(f.sum()) for n, f in zip(scores.names, scores.failed) if f.any()}
         self._workdir.append(self._workdir.evaluations, record)
         self._events.write(step, {f"evaluation/score/{n}": v["mean"] for n, v in record["scores"].items()})
 
@@ -123,6 +126,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     workdir = Workdir(workdir_path)
     existed = workdir.check(flatten(config))
     run = compose.build(config)
+    _check_rewards(run, console)
     if not existed:
         workdir.claim(flatten(config))
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoints.keep)
@@ -155,6 +159,8 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     exports = PeriodicExports(config, workdir, run.pipeline.params, console)
     hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s), exports)
     try:
+        if done and schedule.evaluates(done):
+            state = evaluations(state)  # a reward may have stopped the run during this very evaluation
         state = train(state, run.pipeline.params, run.collector, run.steps, sampling, schedule, hooks, console,
                       run.spec.scale, config.rollout.merge_adapter, lambda t: parallel.place_everywhere(run.mesh, t))
     finally:
@@ -165,6 +171,18 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
         report = write_report(str(workdir.path)) if workdir.evaluations.exists() else None
     _conclude(run, workdir, console, state, time.perf_counter() - start)
     console.say(f"report: {report}")
+
+
+def _check_rewards(run: compose.Run, console: Console) -> None:
+    """Scores golden pictures with all rewards, in a batch of the rollouts' size: programs it compiles are used again."""
+    config, rewards = run.config, run.evaluator.scorer.rewards
+    if not config.rewards.check:
+        return
+    # What is on record was scored by our rules, not by upstream's.
+    directory = None if config.harmonize.mode == "faithful" else compose.reward_place(config)
+    for remark in before_training(rewards, config.model.resolution, directory, config.rollout.batch_size,
+                                  config.rewards.timeout):
+        console.say(remark)
 
 
 def _run_record(run: compose.Run, command: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from marble_jax.errors import InputError
 
 FREE_KEYS = ("name", "prompts.embedding_cache", "training.num_steps", "evaluation.every_steps", "checkpoints.",
              "export.", "logging.", "mesh.",
-             "rewards.num_workers", "rewards.timeout", "rewards.on_error", "rewards.max_missing_share",
+             "rewards.num_workers", "rewards.timeout", "rewards.on_error", "rewards.max_missing_share", "rewards.check",
              "harmonize.chunk_size")
 """Keys that may change between a run and its resumption: they change neither what a step computes nor which pictures
 an evaluation compares with those of the base model."""

@@ -30,11 +30,13 @@ class Reward:
       name: key of the reward in configs, records and logs.
       kind: "device" (jax arrays) or "host" (NumPy arrays, called from a worker thread, hence thread-safe).
       params: frozen weights handed to `score` by default; None for rewards without any.
+      whole_groups: a picture's score depends on the other pictures of its prompt, which have to be in its batch.
     """
 
     name: str
     kind: Literal["device", "host"]
     params: Params = None
+    whole_groups: bool = False
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """Whether a picture of this prompt can be scored at all."""

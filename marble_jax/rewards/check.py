@@ -12,12 +12,14 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base, golden
 from marble_jax.rewards.base import Result, Reward
@@ -28,6 +30,7 @@ TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
 ATTEMPTS = 3
 MIN_SECONDS = 1.0
 """For which the throughput is measured."""
+BROKEN = {"failed": "fails", "differs": "scores otherwise", "constant": "gives every picture the same score"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,3 +203,28 @@ def memory() -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return f"peak memory {peak / 1e9:.2g} GB" + (f", {device / 1e9:.2g} GB on the device" if device else "")
+
+
+def before_training(rewards: Sequence[Reward], side: int, directory: Path | None, batch_size: int,
+                    timeout: float) -> list[str]:
+    """The check at the start of a run.
+
+    Args:
+      rewards: of the run.
+      side, batch_size, timeout: see `look`.
+      directory: where recorded scores may lie; None to do without.
+
+    Returns:
+      A line for each reward that may not work.
+
+    Raises:
+      InputError: a reward is broken.
+    """
+    findings = look(rewards, side, golden.read_expected(directory, side), timeout, batch_size)
+    for finding in findings:
+        if finding.broken:
+            raise InputError(f"reward {finding.name}: expected sound scores of the golden pictures; received a reward "
+                             f"that {BROKEN[finding.status]} ({finding.note}); see marble-jax reward check, or "
+                             "rewards.check=false")
+    return [f"reward {f.name}: {f.status} on the golden pictures ({f.note}); that may be right, or a faulty installation"
+            for f in findings if not f.passed]

@@ -4,7 +4,7 @@ Its first two parameters say how it wants to be called:
 
     def sharpness(image, prompt, metadata): ...      # one picture at a time -> a number
     def sharpness(images, prompts, metadata): ...    # a batch -> a number each
-    def rank(images, prompt, metadata): ...          # all pictures of one prompt in the batch -> a number each
+    def rank(images, prompt, metadata): ...          # all pictures of one prompt -> a number each
 
 A picture is float32 [H, W, 3] in [0, 1] (read-only), metadata the prompt's mapping (a list of them where `images` is
 one). None instead of a number says that the function does not apply to that picture; NaN, or an exception, that it
@@ -127,6 +127,7 @@ class FunctionReward(Reward):
         """
         super().__init__(name=name, kind="host")
         self.function, self.form = function, form_of(name, function)
+        self.whole_groups = self.form == "group"
         self._applies = applies or getattr(function, "applies", None) or APPLIES["all"]
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:

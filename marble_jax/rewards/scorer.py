@@ -90,7 +90,7 @@ class Scorer:
                  max_missing_share: float = 0.5, timeout: float = 120.0):
         if not rewards:
             raise InputError("rewards: expected at least one; received none")
-        self.names = tuple(reward.name for reward in rewards)
+        self.rewards, self.names = tuple(rewards), tuple(reward.name for reward in rewards)
         self._device = [reward for reward in rewards if reward.kind == "device"]
         host = [reward for reward in rewards if reward.kind == "host"]
         self._cap = MissingCap(max_missing_share)
