@@ -36,6 +36,7 @@ from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
 from marble_jax.training.batch import Collector
+from marble_jax.training.presence import Presence, make_dropout, parse_stages
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.steps import make_steps
 from marble_jax.training.update import Recipe
@@ -110,6 +111,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if config.harmonize.alpha_floor > 1 / len(names):
         raise InputError(f"harmonize.alpha_floor: expected at most 1/{len(names)}; received "
                          f"{config.harmonize.alpha_floor}")
+    presence_of(config)
     if config.model.attention == "cudnn" and (jax.default_backend() != "gpu" or config.model.dtype != "bfloat16"):
         raise InputError(f"model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received 'cudnn' on "
                          f"{jax.default_backend()} in {config.model.dtype}")
@@ -156,16 +158,34 @@ def balancer_of(config: ml_collections.ConfigDict) -> Any:
     settings: dict[str, Any] = {}
     if harmonize.balancer == "marble":
         settings = {"normalize": harmonize.normalize, "reward_weights": tuple(harmonize.reward_weights),
-                    "alpha_floor": harmonize.alpha_floor}
+                    "alpha_floor": harmonize.alpha_floor, "groups": group_indices(config)}
     elif harmonize.balancer == "fixed":
         settings = {"alpha": tuple(harmonize.fixed_alpha), "normalize": harmonize.normalize}
     elif harmonize.balancer == "equal":
         settings = {"normalize": harmonize.normalize}
-    for key, values in (("reward_weights", harmonize.reward_weights), ("fixed_alpha", harmonize.fixed_alpha)):
+    if harmonize.groups and harmonize.balancer != "marble":
+        raise InputError(f"harmonize.groups: expected none with another balancer than marble; received "
+                         f"{', '.join(harmonize.groups)} with {harmonize.balancer!r}")
+    for key, values, what in (("reward_weights", harmonize.reward_weights, "number"),
+                              ("fixed_alpha", harmonize.fixed_alpha, "number"), ("groups", harmonize.groups, "name")):
         if values and len(values) != len(config.rewards.train):
-            raise InputError(f"harmonize.{key}: expected one number for each of {len(config.rewards.train)} rewards; "
+            raise InputError(f"harmonize.{key}: expected one {what} for each of {len(config.rewards.train)} rewards; "
                              f"received {len(values)}")
     return make_balancer(harmonize.balancer, **settings)
+
+
+def group_indices(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """Index of each reward's group, groups counted by first appearance; empty for none."""
+    order = {name: index for index, name in enumerate(dict.fromkeys(config.harmonize.groups))}
+    return tuple(order[name] for name in config.harmonize.groups)
+
+
+def presence_of(config: ml_collections.ConfigDict) -> Presence:
+    """Which rewards teach when: the stages and the reward dropout of a configuration."""
+    advantages, names = config.advantages, tuple(config.rewards.train)
+    stages = parse_stages(advantages.stages, names, tuple(config.prompts.sources), config.training.num_steps)
+    return Presence(stages, make_dropout(advantages.dropout_targets, advantages.dropout, advantages.dropout_warmup,
+                                         names))
 
 
 def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh: Mesh | None = None,
@@ -207,7 +227,8 @@ def read_prompts(place: str, split: str, sources: tuple[str, ...] | None = None)
 
 def held_out_prompts(config: ml_collections.ConfigDict) -> list[Prompt]:
     """The first test prompts of every source, in equal shares, sources in turn."""
-    by_source = read_prompts(config.prompts.path, "test", tuple(config.prompts.sources))
+    sources = tuple(config.evaluation.sources) or tuple(config.prompts.sources)
+    by_source = read_prompts(config.prompts.path, "test", sources)
     counts = shares(sorted(by_source), config.evaluation.num_prompts)
     return [p for name, count in counts.items() for p in by_source[name][:count]]
 

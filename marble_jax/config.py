@@ -85,6 +85,14 @@ KEYS: dict[str, Key] = {
     "advantages.clip": Key(5.0, "A_max: advantages are clipped to [-clip, clip]", "> 0", "paper"),
     "advantages.scalarise": Key("none", "one advantage instead of K: 'weighted_sum' of scores (DiffusionNFT) or "
                                 "'gdpo' (sum of normalised advantages)", "none|weighted_sum|gdpo"),
+    "advantages.stages": Key((), "rewards trained on one stage after the other, each 'reward+reward[@source+source]"
+                             "[:steps]': a reward is missing outside its stage; the last stage goes on to the end; "
+                             "without steps all are equally long; empty: every reward at every step", "-", "NFT"),
+    "advantages.dropout": Key(0.0, "probability, for a step and a target, that the reward ignores the samples on which "
+                              "rewards that are no targets have scores; 0: off", "[0, 1]", "paper"),
+    "advantages.dropout_targets": Key((), "rewards that dropout may drop", "-", "paper"),
+    "advantages.dropout_warmup": Key(0, "steps over which the probability of dropout rises from 0", "steps, >= 0",
+                                     "paper"),
     # harmonisation
     "harmonize.balancer": Key("marble", "how K gradients become one update",
                               "marble|equal|fixed|upgrad|pcgrad|cagrad|imtl|nash"),
@@ -98,6 +106,8 @@ KEYS: dict[str, Key] = {
     "harmonize.normalize": Key(True, "solve on unit gradients", "-", "paper"),
     "harmonize.reward_weights": Key((), "one weight a reward, applied to unit gradients (or to scores when "
                                     "scalarised); empty: all one", "> 0", "paper"),
+    "harmonize.groups": Key((), "a group name for each reward: rewards of one group enter the solve as their mean and "
+                            "share its alpha; empty: every reward by itself", "-", "paper"),
     "harmonize.fixed_alpha": Key((), "alpha of the 'fixed' balancer, one a reward, sum 1", "[0, 1]", "paper"),
     "harmonize.alpha_floor": Key(0.0, "least alpha of every reward", "[0, 1/K]", "paper"),
     "harmonize.chunk_size": Key(8, "samples whose per-sample adapter gradients are held at once, a device",
@@ -129,6 +139,7 @@ KEYS: dict[str, Key] = {
     "policies.ema_decay": Key(0.9, "decay of the averaged adapter that is evaluated and exported", "[0, 1)", "paper"),
     # evaluation
     "evaluation.num_prompts": Key(384, "held-out prompts, in equal shares of the sources", "prompts, >= 1"),
+    "evaluation.sources": Key((), "sources of the held-out prompts, in equal shares; empty: those trained on"),
     "evaluation.every_steps": Key(10, "steps between evaluations; 0: only before and after", "steps, >= 0", "paper"),
     "evaluation.num_steps": Key(40, "solver steps", "steps, >= 1", "paper"),
     "evaluation.solver": Key("euler", "ODE solver", "euler|dpm1|dpm2|ddim", "paper"),

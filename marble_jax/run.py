@@ -153,7 +153,8 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
 
     sampling = Sampling(
         run.train_prompts, config.seed, config.rollout.prompts_per_step, config.rollout.images_per_prompt,
-        config.advantages.scale, config.advantages.scalarise, tuple(config.harmonize.reward_weights))
+        config.advantages.scale, config.advantages.scalarise, tuple(config.harmonize.reward_weights),
+        compose.presence_of(config))
     schedule = Schedule(config.training.num_steps, config.evaluation.every_steps, config.checkpoints.every_steps,
                         config.export.every_steps)
     exports = PeriodicExports(config, workdir, run.pipeline.params, console)
@@ -199,9 +200,13 @@ def _run_record(run: compose.Run, command: str) -> dict[str, Any]:
 def method_name(config: ml_collections.ConfigDict) -> str:
     """`MARBLE, amortised`, `weighted sum` and so on."""
     if config.advantages.scalarise != "none":
-        return config.advantages.scalarise.replace("_", " ")
-    name = "MARBLE" if config.harmonize.balancer == "marble" else config.harmonize.balancer
-    return f"{name}, {config.harmonize.mode}"
+        name = config.advantages.scalarise.replace("_", " ")
+    else:
+        name = "MARBLE" if config.harmonize.balancer == "marble" else config.harmonize.balancer
+        name = f"{name}, {config.harmonize.mode}"
+    parts = [name, f"{len(config.advantages.stages)} stages" if config.advantages.stages else "",
+             "reward dropout" if config.advantages.dropout else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def differences_from_faithful(config: ml_collections.ConfigDict) -> list[str]:

@@ -140,7 +140,8 @@ class Workdir:
 
 
 def _is_free(key: str, config: dict[str, Any]) -> bool:
-    """Whether a key may change on resume; the number of steps may not where the learning rate is a function of it."""
-    if key == "training.num_steps" and config.get("training.schedule") == "cosine":
-        return False
+    """Whether a key may change on resume; the number of steps may not where the learning rate or stages follow it."""
+    if key == "training.num_steps":
+        shared = any(":" not in stage for stage in config.get("advantages.stages", ()))
+        return config.get("training.schedule") != "cosine" and not shared
     return key.startswith(FREE_KEYS)

@@ -55,6 +55,8 @@ def test_sizes_that_do_not_divide(name, size, devices, message):
      ({"rewards__heldout": ("imagereward", "ocr")}, "rewards.heldout: .*not trained on; received 'ocr'"),
      ({"harmonize__alpha_floor": 0.25}, "harmonize.alpha_floor: expected at most 1/5; received 0.25"),
      ({"model__attention": "cudnn"}, "model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; .*on cpu"),
+     ({"advantages__stages": ("ocr:20", "clip:20")}, "advantages.stages: reward: .*received 'clip'"),
+     ({"advantages__dropout": 0.5}, "advantages.dropout_targets: expected some of the rewards .*; received none"),
      ({"logging__wandb": "project"}, "logging.wandb: expected the package wandb; received none"),
      ({"policies__schedule": "linear"}, "policies.schedule: expected one of copy, linear_capped, delayed_linear"),
      ({"rollout__solver": "heun"}, "rollout.solver: expected one of euler, dpm1, dpm2, ddim; received 'heun'")])
@@ -106,6 +108,32 @@ def test_balancers_get_their_settings():
         compose.balancer_of(config(harmonize__balancer="fixed"))
     with pytest.raises(InputError, match="reward_weights: expected one number for each of 5 rewards; received 2"):
         compose.balancer_of(config(harmonize__reward_weights=(1.0, 1.0)))
+
+
+def test_groups_are_numbered_by_first_appearance():
+    groups = ("taste", "taste", "match", "own", "match")
+    assert compose.balancer_of(config(harmonize__groups=groups)).groups == (0, 0, 1, 2, 1)
+    assert compose.balancer_of(config()).groups == ()
+    with pytest.raises(InputError, match="harmonize.groups: expected one name for each of 5 rewards; received 2"):
+        compose.balancer_of(config(harmonize__groups=("a", "b")))
+    with pytest.raises(InputError, match="groups: expected none with another balancer than marble; .*with 'equal'"):
+        compose.balancer_of(config(harmonize__groups=groups, harmonize__balancer="equal"))
+
+
+def test_stages_and_dropout_of_a_configuration():
+    made = config(training__num_steps=30, advantages__stages=("pickscore+hpsv2+clipscore@general", "ocr", "geneval"),
+                  advantages__dropout=0.5, advantages__dropout_targets=("pickscore",), advantages__dropout_warmup=7)
+    presence = compose.presence_of(made)
+    assert [(s.rewards[0], s.sources, s.first) for s in presence.stages] == [
+        ("pickscore", ("general",), 0), ("ocr", (), 10), ("geneval", (), 20)]
+    assert (presence.dropout.targets, presence.dropout.probability, presence.dropout.warmup) == (("pickscore",), 0.5, 7)
+
+
+def test_held_out_prompts_may_come_from_other_sources():
+    made = config(evaluation__num_prompts=6, prompts__path="embedded", prompts__sources=("ocr",))
+    assert {p.source for p in compose.held_out_prompts(made)} == {"ocr"}
+    made.evaluation.sources = ("general", "geneval")
+    assert {p.source for p in compose.held_out_prompts(made)} == {"general", "geneval"}
 
 
 def test_held_out_prompts_come_in_equal_shares():

@@ -20,7 +20,7 @@ def presets(path: Path) -> tuple[str, ...]:
     """The presets a configuration file names, read without running it."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PRESETS":
-            return tuple(ast.literal_eval(node.value))
+            return tuple(map(ast.literal_eval, getattr(node.value, "keys", None) or node.value.elts))
     return ("",)
 
 
@@ -102,3 +102,21 @@ def test_a_key_left_out():
     del flat["nft.beta"]
     with pytest.raises(InputError, match="config.nft.beta: expected a value .*; received none"):
         check(flat)
+
+
+def test_the_embedded_presets_evaluate_the_same_pictures_on_the_same_rewards():
+    """A specialist is compared with the others: whatever it trains on, it is measured like them."""
+    path = ROOT / "configs" / "embedded.py"
+    made = {p: load_config([f"--config={path}:{p}"]) for p in presets(path) if p not in ("", "smoke")}
+    for preset, config in made.items():
+        assert sorted((*config.rewards.train, *config.rewards.heldout)) == [
+            "aesthetic", "alignment", "geneval", "judge", "ocr", "preference"], preset
+        assert "judge" in config.rewards.heldout
+        assert tuple(config.evaluation.sources or config.prompts.sources) == ("general", "ocr", "geneval")
+        same = ("num_prompts", "num_steps", "solver", "seed")
+        assert [config.evaluation[k] for k in same] == [made["exact"].evaluation[k] for k in same]
+    only = {name.removeprefix("only_"): c for name, c in made.items() if name.startswith("only_")}
+    assert {n: tuple(c.rewards.train) for n, c in only.items()} == {n: (n,) for n in made["exact"].rewards.train}
+    assert {n: tuple(c.prompts.sources) for n, c in only.items() if len(c.prompts.sources) == 1} == {
+        "ocr": ("ocr",), "geneval": ("geneval",)}
+    assert made["upweighted"].harmonize.reward_weights == (1.0, 1.0, 1.0, 2.0, 2.0)

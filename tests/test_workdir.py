@@ -83,6 +83,17 @@ def test_the_number_of_steps_is_not_free_under_a_schedule_of_it(tmp_path):
         workdir.claim({**cosine, "training.num_steps": 5})
 
 
+@pytest.mark.parametrize(("stages", "free"), [((), True), (("x:2", "y:1"), True), (("x", "y"), False)])
+def test_the_number_of_steps_is_free_where_stages_have_their_own(tmp_path, stages, free):
+    workdir, staged = Workdir(tmp_path), {**CONFIG, "advantages.stages": stages}
+    workdir.claim(staged)
+    if free:
+        assert workdir.claim({**staged, "training.num_steps": 5})
+    else:
+        with pytest.raises(InputError, match="training.num_steps: expected 3 .its own.; received 5"):
+            workdir.claim({**staged, "training.num_steps": 5})
+
+
 def test_places_that_are_no_workdir(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="workdir: expected a directory; received the file .*file"):

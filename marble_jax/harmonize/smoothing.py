@@ -40,8 +40,10 @@ def refresh(state: AlphaState, alpha: jax.Array, scale: jax.Array, rho: float,
     """Takes in a fresh solve: `alpha <- rho alpha + (1 - rho) alpha_new`; the first solve is taken as it is.
 
     With `valid`, a reward that could not take part keeps its old alpha and scale, and the fresh alpha shares what
-    the absent rewards leave; otherwise one batch without a reward would starve it until the next solve. A solve in
-    which no reward took part (all alpha 0) changes nothing.
+    the absent rewards leave; otherwise one batch without a reward would starve it until the next solve. The first
+    solve that a reward takes part in asks another question than those before it: its alpha is taken as it is, and the
+    absent rewards keep their ratios and one share each in the whole. A solve in which no reward took part (all alpha
+    0) changes nothing.
 
     Args:
       state: the state before.
@@ -53,8 +55,14 @@ def refresh(state: AlphaState, alpha: jax.Array, scale: jax.Array, rho: float,
     took_part = jnp.ones_like(alpha, bool) if valid is None else valid
     any_solve = jnp.any(alpha > 0)
     absent_mass = jnp.sum(jnp.where(took_part, 0.0, state.alpha))
-    fresh = jnp.where(took_part, alpha * (1.0 - absent_mass), state.alpha)
-    mixed = jnp.where(state.solved, rho * state.alpha + (1.0 - rho) * fresh, fresh)
+    known = state.scale != 0
+    some_new = jnp.any(took_part & ~known) if valid is not None else jnp.zeros((), bool)
+    waiting = jnp.sum(~took_part & known)
+    new_mass = jnp.where(absent_mass > 0, waiting / jnp.maximum(waiting + jnp.sum(took_part), 1), 0.0)
+    left = jnp.where(some_new, new_mass, absent_mass)
+    shrunk = jnp.where(some_new, new_mass / jnp.where(absent_mass > 0, absent_mass, 1.0), 1.0)
+    fresh = jnp.where(took_part, alpha * (1.0 - left), state.alpha * shrunk)
+    mixed = jnp.where(state.solved & ~some_new, rho * state.alpha + (1.0 - rho) * fresh, fresh)
     keep = ~any_solve if valid is not None else jnp.zeros((), bool)
     return AlphaState(
         alpha=jnp.where(keep, state.alpha, mixed).astype(jnp.float32),
@@ -71,6 +79,8 @@ def advance(state: AlphaState) -> AlphaState:
 def present_alpha(state: AlphaState, valid: jax.Array) -> jax.Array:
     """The remembered alpha shared out among the rewards present in this step, uniform where they hold none of it.
 
+    A present reward that was never solved for takes an equal share, 1 / (number present); the others share the rest.
+
     Args:
       state: after at least one solve.
       valid: bool [K].
@@ -78,7 +88,22 @@ def present_alpha(state: AlphaState, valid: jax.Array) -> jax.Array:
     Returns:
       float32 [K], 0 outside `valid`, summing to 1 unless no reward is present.
     """
-    held = jnp.where(valid, state.alpha, 0.0)
-    total = jnp.sum(held)
     even = valid / jnp.maximum(jnp.sum(valid), 1)
-    return jnp.where(total > 0, held / jnp.where(total > 0, total, 1.0), even).astype(jnp.float32)
+    known = valid & (state.scale != 0)
+    held = jnp.where(known, state.alpha, 0.0)
+    total = jnp.sum(held)
+    rest = jnp.sum(jnp.where(known, even, 0.0))
+    shared = jnp.where(known, held / jnp.where(total > 0, total, 1.0) * rest, even)
+    return jnp.where(total > 0, shared, even).astype(jnp.float32)
+
+
+def present_weights(state: AlphaState, valid: jax.Array) -> jax.Array:
+    """Float32 [K] weights on raw gradients from `present_alpha`; 0 outside `valid`.
+
+    A reward that was never solved for has no scale of its own: it takes the mean of those present, or 1 (its gradient
+    as it is) if there is none.
+    """
+    known = valid & (state.scale != 0)
+    mean = jnp.sum(jnp.where(known, state.scale, 0.0)) / jnp.maximum(jnp.sum(known), 1)
+    scale = jnp.where(known, state.scale, jnp.where(jnp.any(known), mean, 1.0))
+    return present_alpha(state, valid) * scale

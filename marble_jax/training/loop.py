@@ -20,6 +20,7 @@ from marble_jax.prompts.groups import draw
 from marble_jax.rewards.base import RewardError
 from marble_jax.training.batch import Collector
 from marble_jax.training.microsteps import RolloutBatch
+from marble_jax.training.presence import Presence
 from marble_jax.training.records import flat_metrics, score_metrics
 from marble_jax.training.state import TrainState
 from marble_jax.training.steps import Steps
@@ -66,6 +67,12 @@ class Sampling:
     scale: str
     scalarise: str
     reward_weights: tuple[float, ...]
+    presence: Presence = Presence()
+
+    def prompts_of(self, step: int) -> Mapping[str, list[Prompt]]:
+        """The prompts a step draws from, by source."""
+        sources = self.presence.sources(step)
+        return {name: self.prompts[name] for name in sources} if sources else self.prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +135,27 @@ def saved_on_failure(latest: Callable[[], tuple[TrainState, int]], save: Callabl
         raise RewardError(f"{error}; saved after step {step}, the same command goes on from there") from error
 
 
-def advantages_of(scores: Scores, groups: np.ndarray, sampling: Sampling) -> tuple[Advantages, np.ndarray, np.ndarray]:
-    """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarised."""
+def advantages_of(scores: Scores, groups: np.ndarray, sampling: Sampling, mask: np.ndarray | None = None
+                  ) -> tuple[Advantages, np.ndarray, np.ndarray]:
+    """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarised.
+
+    Args:
+      scores: of the K rewards.
+      groups: [N] labels.
+      sampling: how scores become advantages.
+      mask: bool [K, N] valid scores that are trained on; all when None. It cuts the rows that are trained on: the
+        rewards', or when scalarised the last one. The rewards' rows then stay whole, to show what the update does to
+        every reward.
+    """
     each = per_reward(scores.values, scores.valid, groups, sampling.scale)
+    mask = scores.valid if mask is None else mask
     if sampling.scalarise == "none":
-        return each, each.values, each.valid
+        return each, np.where(mask, each.values, 0), each.valid & mask
     weights = np.asarray(sampling.reward_weights) if sampling.reward_weights else None
     if sampling.scalarise == "gdpo":
-        one = gdpo(scores.values, scores.valid, groups, weights)
+        one = gdpo(scores.values, mask, groups, weights)
     else:
-        one = per_reward(*weighted_sum(scores.values, scores.valid, weights), groups, sampling.scale)
+        one = per_reward(*weighted_sum(scores.values, mask, weights), groups, sampling.scale)
     return (each, np.concatenate([each.values, np.atleast_2d(one.values)]),
             np.concatenate([each.valid, np.atleast_2d(one.valid)]))
 
@@ -173,21 +191,24 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
             state = hooks.evaluate(state)
         while (step := int(state.step)) < schedule.num_steps and not stops:
             start = time.perf_counter()
-            samples = draw(
-                sampling.prompts, sampling.seed, step, sampling.prompts_per_step, sampling.images_per_prompt)
+            samples = draw(sampling.prompts_of(step), sampling.seed, step, sampling.prompts_per_step,
+                           sampling.images_per_prompt)
             key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), 1)
             weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)
             with console.bar(len(samples.prompts), f"step {step + 1} rollout", "img") as bar:
                 rollout = collector(weights, adapter, samples, key, bar.update)
             del weights
-            each, rows, valid = advantages_of(rollout.scores, samples.groups, sampling)
+            names, scored = rollout.scores.names, rollout.scores.valid
+            mask = sampling.presence.mask(names, scored, sampling.seed, step)
+            each, rows, valid = advantages_of(rollout.scores, samples.groups, sampling, mask)
             batch = RolloutBatch(rollout.x0, *place((jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows),
                                                      jnp.asarray(valid))))
             trained = time.perf_counter()
-            program = steps.due(bool(state.alpha.solved), int(state.alpha.age))
+            age = steps.every if sampling.presence.begins(step) else int(state.alpha.age)
+            program = steps.due(bool(state.alpha.solved), age)
             state, metrics = program(state, params, batch)
-            names = rollout.scores.names
             record = {"step": step, "time": time.time()} | score_metrics(rollout.scores, each)
+            record |= sampling.presence.metrics(names, scored, mask)
             record |= {f"rollout/{k}": v for k, v in rollout.health.items()} | flat_metrics(metrics, names)
             end = time.perf_counter()
             record |= {f"time/{k}_s": v for k, v in rollout.seconds.items()}

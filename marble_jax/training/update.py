@@ -154,7 +154,7 @@ def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gr
         plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
         counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
         total = batch.x0.shape[0] * recipe.num_timesteps
-        weights = smoothing.present_alpha(state.alpha, counts[:rewards] > 0) * state.alpha.scale
+        weights = smoothing.present_weights(state.alpha, counts[:rewards] > 0)
         if recipe.scalarised:
             weights = jnp.concatenate([jnp.zeros(rewards), jnp.ones(1)])
 

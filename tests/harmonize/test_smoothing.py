@@ -63,3 +63,34 @@ def test_present_alpha_is_shared_among_the_present():
     np.testing.assert_array_equal(smoothing.present_alpha(state, jnp.zeros(3, bool)), 0)
     got = smoothing.present_alpha(_state([1.0, 0.0, 0.0]), jnp.array([False, True, True]))
     np.testing.assert_allclose(got, [0, 0.5, 0.5])
+
+
+def test_the_first_solve_of_a_new_stage_is_taken_as_it_is():
+    """Two rewards in the first stage, the other two in the second: alpha goes over whole, half of it stays behind."""
+    first = jnp.array([True, True, False, False])
+    state = smoothing.refresh(smoothing.init(4), jnp.array([0.25, 0.75, 0, 0]), jnp.array([2.0, 3.0, 0, 0]), RHO, first)
+    np.testing.assert_allclose(state.alpha, [0.25, 0.75, 0, 0])
+    state = smoothing.refresh(state, jnp.array([0, 0, 0.1, 0.9]), jnp.array([0, 0, 4.0, 5.0]), RHO, ~first)
+    np.testing.assert_allclose(state.alpha, [0.125, 0.375, 0.05, 0.45], rtol=1e-6)
+    np.testing.assert_allclose(state.scale, [2, 3, 4, 5])
+    np.testing.assert_allclose(smoothing.present_alpha(state, ~first), [0, 0, 0.1, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(smoothing.present_alpha(state, first), [0.25, 0.75, 0, 0], rtol=1e-6)
+    # The second solve of the stage is averaged, among its own rewards.
+    state = smoothing.refresh(state, jnp.array([0, 0, 1.0, 0]), jnp.array([0, 0, 4.0, 5.0]), RHO, ~first)
+    np.testing.assert_allclose(smoothing.present_alpha(state, ~first), [0, 0, 0.7 * 0.1 + 0.3, 0.63], rtol=1e-6)
+
+
+def test_a_reward_that_comes_late_is_taken_in_whole():
+    state = _state([0.5, 0.5, 0.0], [1.0, 1.0, 0.0])
+    state = smoothing.refresh(state, jnp.array([0.2, 0.2, 0.6]), jnp.ones(3), RHO, jnp.ones(3, bool))
+    np.testing.assert_allclose(state.alpha, [0.2, 0.2, 0.6], rtol=1e-6)
+
+
+def test_rewards_without_an_alpha_yet_take_equal_shares():
+    state = _state([0.6, 0.4, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0])
+    np.testing.assert_allclose(smoothing.present_alpha(state, jnp.array([False, False, True, True])), [0, 0, 0.5, 0.5])
+    np.testing.assert_allclose(smoothing.present_weights(state, jnp.array([False, False, True, True])), [0, 0, .5, .5])
+    one_new = jnp.array([True, True, True, False])
+    np.testing.assert_allclose(smoothing.present_alpha(state, one_new), [0.4, 0.8 / 3, 1 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(smoothing.present_weights(state, one_new), [0.8, 3.2 / 3, 1, 0], rtol=1e-6)
+    np.testing.assert_array_equal(smoothing.present_weights(state, jnp.zeros(4, bool)), 0)

@@ -73,8 +73,8 @@ class Run:
         reward = Faulty(fault, self.release, kind, every)
         self.scorer = Scorer([Brightness(name="brightness", kind="device"), reward], 2, on_error, cap, timeout=0.3)
 
-        def spy(scores, groups, sampling):
-            out = advantages_of(scores, groups, sampling)
+        def spy(scores, groups, sampling, mask):
+            out = advantages_of(scores, groups, sampling, mask)
             self.seen.append((scores, groups, out))
             return out
 

@@ -1,4 +1,5 @@
 """The loop: what it calls when, how it stops and goes on, and how scores become objective rows."""
+import dataclasses
 import functools
 import os
 import signal
@@ -17,6 +18,7 @@ from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import make_sampler
 from marble_jax.training.batch import Collector
 from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, advantages_of, stop_requests, train
+from marble_jax.training.presence import Dropout, Presence, Stage
 from marble_jax.training.steps import make_steps
 from marble_jax.types import Conditioning, Scores
 
@@ -85,9 +87,10 @@ class Diary:
         return Hooks(self.record, self.evaluate, self.save)
 
 
-def _train(state, diary, num_steps=3, evaluate_every=2, checkpoint_every=2, merge=False):
+def _train(state, diary, num_steps=3, evaluate_every=2, checkpoint_every=2, merge=False, presence=None):
     schedule = Schedule(num_steps, evaluate_every, checkpoint_every)
-    return train(state, toy.base_params(), _collector(), _steps(), _sampling(), schedule, diary.hooks, Console(),
+    sampling = dataclasses.replace(_sampling(), presence=presence or Presence())
+    return train(state, toy.base_params(), _collector(), _steps(), sampling, schedule, diary.hooks, Console(),
                  toy.SCALE, merge, lambda tree: tree)
 
 
@@ -295,3 +298,46 @@ def test_a_picture_without_any_reward_is_missing_from_the_scalarised_row():
         _, rows, valid = advantages_of(scores, GROUPS, _sampling(scalarise))
         np.testing.assert_array_equal(valid[1], VALID[1])
         assert np.all(rows[1][~VALID[1]] == 0)
+
+
+def test_a_mask_cuts_the_rows_that_are_trained_on():
+    mask = VALID & np.array([[True] * 3 + [False] * 3, [False] * 3 + [True] * 3])
+    each, rows, valid = advantages_of(SCORES, GROUPS, _sampling(), mask)
+    whole = advantages_of(SCORES, GROUPS, _sampling())[1]
+    np.testing.assert_array_equal(valid, mask)
+    np.testing.assert_array_equal(rows, np.where(mask, whole, 0))
+    np.testing.assert_array_equal(each.values, whole)
+
+
+def test_a_mask_leaves_the_rows_beside_a_scalarised_one_whole():
+    """Only the second reward is trained on; both rows stay, to show what that does to them."""
+    mask = VALID & np.array([[False], [True]])
+    for scalarise in ("weighted_sum", "gdpo"):
+        _, rows, valid = advantages_of(SCORES, GROUPS, _sampling(scalarise), mask)
+        np.testing.assert_array_equal(valid, [*VALID, VALID[1]])
+        np.testing.assert_array_equal(rows[:2], advantages_of(SCORES, GROUPS, _sampling())[1])
+    np.testing.assert_allclose(advantages_of(SCORES, GROUPS, _sampling("weighted_sum"), mask)[1][2], rows[1], rtol=1e-6)
+
+
+def test_a_stage_begins_with_a_solve_on_its_own_rewards_and_prompts():
+    """Solves are due at steps 0, 2, 4; the second stage begins at step 3 and solves at once, then at 5."""
+    stages = (Stage(("brightness",), (), 0), Stage(("redness",), ("ocr",), 3))
+    state = _train(_start(), diary := Diary(), num_steps=6, presence=Presence(stages))
+    records = [diary.records[s] for s in range(6)]
+    assert [r["harmonize/refreshed"] for r in records] == [1, 0, 1, 1, 0, 1]
+    assert [r["advantages/ignored_share/redness"] for r in records] == [1, 1, 1, 0, 0, 0]
+    assert [r["advantages/ignored_share/brightness"] for r in records] == [0, 0, 0, 1, 1, 1]
+    assert [r["rollout/missing_share/redness"] for r in records] == [pytest.approx(2 / 3)] * 3 + [0] * 3
+    assert all(r["training/grad_norm"] > 0 for r in records)
+    assert [r["harmonize/cos_update/redness"] for r in records if r["harmonize/refreshed"]] == [
+        0, 0, pytest.approx(1, abs=1e-5), pytest.approx(1, abs=1e-5)]
+    np.testing.assert_allclose(state.alpha.alpha, [0.5, 0.5], rtol=1e-5)
+
+
+def test_a_dropped_reward_is_trained_on_the_samples_of_no_other():
+    presence = Presence(dropout=Dropout(("brightness",), 1.0))
+    _train(_start(), diary := Diary(), num_steps=1, presence=presence)
+    record = diary.records[0]
+    assert record["advantages/ignored_share/brightness"] == pytest.approx(1 / 3)
+    assert record["advantages/ignored_share/redness"] == 0
+    assert record["harmonize/grad_norm/brightness"] > 0 and record["harmonize/grad_norm/redness"] > 0
