@@ -119,7 +119,7 @@ def read_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list[Promp
     Args:
       text: files (one prompt a line, or GenEval's `.jsonl`) or directories with SOURCE/test files, separated by commas;
         or 'embedded' or 'generated'.
-      num_prompts: at most so many, in equal shares of the sources, from the start of each; 0: all.
+      num_prompts: at most so many, in equal shares of the sources, evenly from each; 0: all.
       images: pictures of each prompt.
 
     Raises:
@@ -137,8 +137,15 @@ def read_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list[Promp
         raise InputError("--prompts: expected a file, a directory, 'embedded' or 'generated'; received none")
     if num_prompts:
         counts = shares(sorted(by_source), num_prompts)
-        by_source = {name: by_source[name][:count] for name, count in counts.items()}
+        # Not the first ones: files come sorted by kind.
+        by_source = {name: [by_source[name][i] for i in _spread(len(by_source[name]), count)]
+                     for name, count in counts.items()}
     return [p for name in sorted(by_source) for p in by_source[name] for _ in range(images)]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """`count` indices (all, if there are fewer) evenly from `total`."""
+    return [i * total // min(count, total) for i in range(min(count, total))]
 
 
 def evaluate(request: Request, out: str) -> dict[str, Any] | None:

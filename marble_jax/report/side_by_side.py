@@ -188,7 +188,8 @@ def gains(comparison: Comparison) -> str:
                                                               kind="forest")))
     lead = (f"Mean difference to <b>{escape(models[0])}</b> on the same prompt and seed, with its 95&nbsp;% interval. "
             "Upright line: zero. Within one reward all models share a scale.")
-    return blocks.section("gains", f"Gains over {escape(models[0])}", blocks.panels(items), lead=lead)
+    return blocks.section("gains", f"Gains over {escape(models[0])}",
+                          f'<div class="gain-panels">{blocks.panels(items)}</div>', lead=lead)
 
 
 def geneval(comparison: Comparison) -> str:

@@ -1,0 +1,326 @@
+"""`marble-jax sample` and `evaluate` on the shipped pipeline: resumable jobs, refusals, scores and the page."""
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from marble_jax import adapters, benchmark
+from marble_jax.cli.main import main
+from marble_jax.convert.lora_files import lora_files
+from marble_jax.draw import Source
+from marble_jax.errors import InputError
+from marble_jax.models.mmdit_weights import load_mmdit
+from marble_jax.pictures import Album, read_picture
+from marble_jax.rewards.catalogue import FILE, entries_of
+
+EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
+DATA = Path(__file__).parents[3] / "shared" / "data"
+FAST = ("--steps=2", "--batch=4")
+GENEVAL = EMBEDDED / "prompts" / "geneval" / "test_metadata.jsonl"
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A LoRA of the shipped transformer with both halves random, as diffusers and PEFT read it."""
+    folder = tmp_path_factory.mktemp("lora")
+    _, params = load_mmdit(EMBEDDED / "pipeline" / "transformer")
+    spec = adapters.LoraSpec(4, 8.0)
+    adapter = adapters.init_adapter(jax.random.key(0), params, spec)
+    adapter = jax.tree.map(lambda leaf: 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter)
+    for name, content in lora_files(adapters.unstack(adapter), spec).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Seven prompts in the three formats: GenEval metadata, quoted text, plain; one of them twice."""
+    root = tmp_path_factory.mktemp("prompts")
+    lines = GENEVAL.read_text().splitlines()
+    for source, name, content in (("geneval", "test_metadata.jsonl", [lines[0], lines[0], lines[80]]),
+                                  ("ocr", "test.txt", ['a sign saying "KA" in red on white', 'the word "ZO"']),
+                                  ("general", "test.txt", ["a blue star on gray", "two red circles on white"])):
+        (root / source).mkdir()
+        (root / source / name).write_text("\n".join(content) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, lora):
+    """Pictures with guidance and a negative prompt at 48 x 80, and the command that drew them."""
+    out = tmp_path_factory.mktemp("sampled") / "pictures"
+    command = ["sample", "--model=embedded", f"--lora={lora}:0.5", "--prompts=a red star|two blue circles|fog",
+               "--images=2", "--guidance=3", "--negative=a cross", "--size=48x80", "--solver=dpm2", f"--out={out}",
+               *FAST]
+    assert main(command) == 0
+    return out, command
+
+
+def test_sample_writes_pictures_with_their_making_and_a_grid(sampled):
+    out, _ = sampled
+    assert sorted(p.name for p in out.glob("*.png")) == [*(f"{i:05d}.png" for i in range(6)), "grid.png"]
+    with Image.open(out / "00003.png") as image:
+        assert image.size == (80, 48) and image.text["prompt"] == "two blue circles"
+        assert image.text["seed"] == "0:3" and image.text["negative prompt"] == "a cross"
+        assert image.text["guidance"] == "3" and image.text["solver"] == "dpm2" and ":0.5" in image.text["model"]
+    assert read_picture(out / "grid.png").shape == (48, 6 * 80, 3)
+    assert not np.array_equal(read_picture(out / "00000.png"), read_picture(out / "00001.png"))
+
+
+def test_a_killed_job_goes_on_with_the_same_pictures(sampled, tmp_path, capsys, monkeypatch):
+    done, command = sampled
+    out = tmp_path / "again"
+    command = [f"--out={out}" if a.startswith("--out") else a for a in command]
+    save = Album.save
+
+    def killed(self, index, *rest):
+        if index == 2:
+            (self.path / f".{index:05d}.png.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, index, *rest)
+
+    monkeypatch.setattr(Album, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    monkeypatch.undo()
+    first = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("0*.png")}
+    assert sorted(first) == ["00000.png", "00001.png"]
+    assert main(command) == 0
+    assert "6 pictures of 48 x 80 px, 2 already in" in capsys.readouterr().out
+    assert all((p.read_bytes(), p.stat().st_mtime_ns) == first[p.name] for p in out.glob("0000[01].png"))
+    for i in range(6):
+        np.testing.assert_array_equal(read_picture(out / f"{i:05d}.png"), read_picture(done / f"{i:05d}.png"))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("--steps=3", "other settings: steps: expected 2 .its own.; received 3; choose another folder"),
+    ("--negative=blue", "other settings: negative: expected 'a cross' .its own.; received 'blue'"),
+    ("--t5=false", "other settings: .*received"),
+    ("--lora=", "other settings: adapter: expected '[0-9a-f]{16}' .its own.; received ''"),
+    ("--prompts=a red star|fog", "other prompts: picture 2: expected 'two blue circles' .its own.; received 'fog'")])
+def test_other_settings_in_the_same_folder_are_refused(refused, contents, sampled, change, message):
+    out, command = sampled
+    before = contents(out)
+    key = change.split("=")[0] + "="
+    assert re.search(message, refused(*[change if a.startswith(key) else a for a in command],
+                                      *([change] if not any(a.startswith(key) for a in command) else [])))
+    assert contents(out) == before
+
+
+def test_sample_refuses_before_it_writes(refused, tmp_path):
+    out = f"--out={tmp_path / 'out'}"
+    broken = tmp_path / "broken_metadata.jsonl"
+    lines = GENEVAL.read_text().splitlines()[:20]
+    broken.write_text("\n".join([*lines[:16], lines[16].replace("{", "", 1), *lines[17:]]))
+    for arguments, message in (
+            ([f"--file={broken}"], f"{broken}:17: expected a JSON object; received"),
+            (["--prompts=a", "--solver=heun"], "--solver: expected one of euler, ddim, dpm1, dpm2; received 'heun'"),
+            (["--prompts=a", "--size=50x64"], "picture size: expected positive multiples of 16 .*; received 50 x 64"),
+            (["--prompts=a", "--size=big"], "--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received 'big'"),
+            (["--prompts=a", "--size=4096x64"], "--size: expected at most the model's .* pixels; received 4096 x 64"),
+            (["--prompts=a", "--guidance=-1"], "--guidance: expected a number of at least 0; received '-1'"),
+            (["--prompts=a", "--images=0"], "--images: expected a whole number of at least 1; received '0'"),
+            (["--prompts=a", "--t5=maybe"], "--t5: expected one of true, false; received 'maybe'"),
+            (["--prompts=a", "--lora=/nowhere"], "nowhere"),
+            (["--prompts= | "], "prompts: expected at least one; received none")):
+        assert re.search(message, refused("sample", "--model=embedded", out, *arguments)), arguments
+    assert "expected either --model or --workdir; received both" in refused(
+        "sample", "--model=embedded", "--workdir=x", "--prompts=a", out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_from_disk_draw_the_same_pictures(sampled, tmp_path):
+    done, command = sampled
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    assert main([*(f"--out={out}" if a.startswith("--out") else a for a in command if "--images" not in a),
+                 "--images=1", f"--embedding_cache={cache}"]) == 0
+    assert len(list(cache.glob("*/*.npz"))) == 4  # three prompts and the negative one
+    np.testing.assert_array_equal(read_picture(out / "00000.png"), read_picture(done / "00000.png"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, lora, prompts):
+    """Two models evaluated with the reward that needs no weights, and the command."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    command = ["evaluate", f"--models=base=embedded,tuned=embedded+{lora}", f"--prompts={prompts}",
+               "--rewards=geneval", f"--out={out}", *FAST]
+    assert main(command) == 0
+    return out, command
+
+
+def records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_evaluate_leaves_scores_summary_and_page(evaluated):
+    out, _ = evaluated
+    summary = json.loads((out / "summary.json").read_text())
+    for model in ("base", "tuned"):
+        assert len(list((out / model).glob("0*.png"))) == 7
+        lines = records(out / model / "scores.jsonl")
+        assert [line["index"] for line in lines] == list(range(7))
+        assert [line["source"] for line in lines] == ["general"] * 2 + ["geneval"] * 3 + ["ocr"] * 2
+        for line in lines:
+            values = line["scores"]
+            assert set(values) == {"geneval", "geneval_accuracy"}
+            assert all((v is None) == (line["source"] != "geneval") for v in values.values())
+        mean = np.mean([line["scores"]["geneval"] for line in lines if "tag" in line])
+        assert summary["scores"][model]["geneval"]["mean"] == pytest.approx(mean)
+        assert summary["scores"][model]["geneval"]["count"] == 3
+    tags = summary["geneval"]["geneval_accuracy"]["tuned"]
+    assert "overall" in tags and tags["overall"]["count"] == 3
+    assert set(summary["gains"]) == {"tuned"} and set(summary["composite"]) == {"base", "tuned"}
+    page = (out / "index.html").read_text()
+    assert "tuned against base" in page and page.count("data:image/png") == 2 * 6  # a prompt given twice is shown once
+    assert "Not measured here." in page
+
+
+def test_models_start_from_the_same_noise_and_differ(evaluated):
+    out, _ = evaluated
+    for i in range(7):
+        pair = [read_picture(out / model / f"{i:05d}.png") for model in ("base", "tuned")]
+        assert not np.array_equal(*pair)
+    same = [read_picture(out / "base" / f"{i:05d}.png") for i in (2, 3)]  # one prompt, two seeds
+    assert not np.array_equal(*same)
+
+
+def test_the_same_command_again_changes_no_score(evaluated, contents, capsys):
+    out, command = evaluated
+    before = contents(out)
+    assert main(command) == 0
+    assert "base: 0 pictures to score" in capsys.readouterr().out
+    after = contents(out)
+    assert {k for k in before if before[k] != after[k]} <= {"evaluation.json", "index.html"}
+
+
+def test_scoring_apart_from_drawing_gives_the_same_scores(evaluated, tmp_path, capsys):
+    out, command = evaluated
+    place = shutil.copytree(out, tmp_path / "out")
+    for file in (*place.glob("*/scores.jsonl"), place / "summary.json"):
+        file.unlink()
+    again = [f"--out={place}" if a.startswith("--out") else a for a in command]
+    assert main([*again, "--no_score"]) == 0
+    assert "Not scored yet" in (place / "index.html").read_text() and not (place / "summary.json").exists()
+    assert main([*again, "--skip_generation"]) == 0
+    assert "pictures of" not in capsys.readouterr().out.split("pictures to score")[-1]
+    for name in ("summary.json", "base/scores.jsonl", "tuned/scores.jsonl"):
+        assert (place / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_kill_while_scoring_and_a_reward_added_later(evaluated, tmp_path, monkeypatch):
+    pytest.importorskip("rapidocr")
+    out, command = evaluated
+    place = shutil.copytree(out, tmp_path / "out")
+    again = [f"--out={place}" if a.startswith("--out") else a for a in command] + ["--skip_generation"]
+    file = place / "base" / "scores.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]) + '{"index": 3, "pro')
+    assert main(again) == 0
+    assert file.read_bytes() == (out / "base" / "scores.jsonl").read_bytes()
+    before = [line["scores"]["geneval"] for line in records(file)]
+    assert main([a.replace("--rewards=geneval", "--rewards=geneval,ocr") for a in again]) == 0
+    lines = records(file)
+    assert [line["scores"]["geneval"] for line in lines] == before
+    assert all((line["scores"]["ocr"] is None) == (line["source"] != "ocr") for line in lines)
+    assert "ocr" in json.loads((place / "summary.json").read_text())["scores"]["tuned"]
+
+
+def test_missing_pictures_are_named(evaluated, refused, contents, tmp_path):
+    out, command = evaluated
+    place = shutil.copytree(out, tmp_path / "out")
+    (place / "tuned" / "00004.png").unlink()
+    before = contents(place)
+    again = [f"--out={place}" if a.startswith("--out") else a for a in command]
+    assert re.search("--skip_generation: expected 7 pictures of 'tuned' in .*; received 6, without 00004.png",
+                     refused(*again, "--skip_generation"))
+    assert contents(place) == before
+    fresh = [f"--out={tmp_path / 'new'}" if a.startswith("--out") else a for a in command]
+    assert "expected 7 pictures of 'base'" in refused(*fresh, "--skip_generation")
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_evaluation_in_the_same_place_is_refused(evaluated, refused, contents, tmp_path):
+    out, command = evaluated
+    before = contents(out)
+    assert "holds an evaluation of other prompts" in refused(*command, "--num_prompts=3")
+    assert "holds an evaluation of other prompts: line 2" in refused(*command, "--images=2")
+    assert "expected the 'base' of" in refused(*(a.replace("base=embedded", f"base={EMBEDDED / 'pipeline'}")
+                                                 for a in command))
+    rewards = tmp_path / "rewards"
+    rewards.mkdir()
+    (rewards / FILE).write_text(json.dumps({"geneval": entries_of(EMBEDDED / "rewards")["geneval"]}))
+    assert "--rewards_path: expected the 'geneval' that" in refused(*command, f"--rewards_path={rewards}")
+    assert contents(out) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    assert "--out: expected a new folder or one made by evaluate" in refused(
+        *(f"--out={tmp_path / 'mine'}" if a.startswith("--out") else a for a in command))
+
+
+def test_evaluate_refuses_before_it_writes(refused, prompts, tmp_path):
+    out = tmp_path / "out"
+    broken = tmp_path / "broken.jsonl"
+    lines = GENEVAL.read_text().splitlines()[:20]
+    broken.write_text("\n".join([*lines[:16], lines[16] + "}", *lines[17:]]))
+    for arguments, message in (
+            ([f"--prompts={broken}"], f"{broken}:17: expected a JSON object; received"),
+            (["--rewards=genevl"], "reward: expected one of .*; received 'genevl'; did you mean 'geneval'"),
+            (["--rewards_path=/nowhere"], "rewards.path: expected a directory with rewards.json; received '/nowhere'"),
+            (["--prompts=/nowhere"], "prompt directory /nowhere: expected a folder per source"),
+            (["--models=a=/nowhere"], "model: expected a directory or a Hub name owner/model; received '/nowhere'"),
+            (["--models="], "--models: expected at least one NAME=PLACE; received none"),
+            (["--images=x"], "--images: expected a whole number of at least 1; received 'x'")):
+        models = [] if any(a.startswith("--models") for a in arguments) else ["--models=base=embedded"]
+        if not any(a.startswith("--prompts") for a in arguments):
+            arguments = [*arguments, f"--prompts={prompts}"]
+        assert re.search(message, refused("evaluate", f"--out={out}", *models, *arguments)), arguments
+    assert "--models: expected a value; received none" in refused("evaluate", f"--out={out}")
+    assert not out.exists()
+
+
+def test_models_by_name(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    found = benchmark.parse_models(f"embedded, tuned={run}:best,{run},two=embedded+a.safetensors+dir:0.5,"
+                                   "stabilityai/stable-diffusion-3.5-medium")
+    assert found == {
+        "embedded": Source("embedded"), "tuned": Source("", str(run), "best"), "run": Source("", str(run), "ema"),
+        "two": Source("embedded", loras="a.safetensors,dir:0.5"),
+        "stable-diffusion-3.5-medium": Source("stabilityai/stable-diffusion-3.5-medium")}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a=embedded,a=embedded", "--models: expected every name once; received 'a' twice"),
+    ("a/b=embedded", "--models: expected NAME=PLACE with a name of letters, .*; received 'a/b=embedded'"),
+    ("a=", r"--models: expected NAME=PLACE\[:POLICY\]\[\+LORA\]; received 'a='"),
+    ("a=embedded+", r"--models: expected NAME=PLACE\[:POLICY\]\[\+LORA\]; received 'a=embedded\+'"),
+    ("a=embedded:ema", "--models: expected a training run before ':ema'; received 'embedded'")])
+def test_bad_models(text, message):
+    with pytest.raises(InputError, match=message):
+        benchmark.parse_models(text)
+
+
+def test_prompts_in_the_formats_users_have():
+    if not DATA.is_dir():
+        pytest.skip("shared/data is not there")
+    files = [DATA / "geneval" / "test_metadata.jsonl", DATA / "ocr" / "test.txt", DATA / "drawbench" / "test.txt"]
+    found = benchmark.read_prompts(",".join(map(str, files)))
+    counts = {source: sum(p.source == source for p in found) for source in ("drawbench", "geneval", "ocr")}
+    assert counts == {"drawbench": 1000, "geneval": 2212, "ocr": 1018}
+    assert benchmark.read_prompts(str(DATA)) == found
+    few = benchmark.read_prompts(str(DATA), num_prompts=90, images=2)
+    assert len(few) == 180 and few[0] == few[1] and {p.source for p in few} == set(counts)
+    assert len({p.metadata["tag"] for p in few if p.metadata}) == 6
+
+
+def test_no_prompts():
+    with pytest.raises(InputError, match="--prompts: expected a file, a directory, .*; received none"):
+        benchmark.read_prompts(" , ")
