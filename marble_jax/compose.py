@@ -285,13 +285,14 @@ def build(config: ml_collections.ConfigDict) -> Run:
     evaluator = Evaluator(
         test_prompts, make_sampler(velocity, config.evaluation.num_steps, config.evaluation.solver, shift), encode,
         decode, scorer(rewards), latent_shape, rollout.batch_size, config.evaluation.seed,
-        config.evaluation.num_pictures)
+        config.evaluation.num_pictures, config.evaluation.images_per_prompt)
     optimizer = make_optimizer(config)
     sigmas = sigma_grid(rollout.num_steps, shift)
     recipe = Recipe(
         sigmas=tuple(float(s) for s in sigmas[:-1]), num_timesteps=sizes.timesteps,
         micro_batch=config.training.micro_batch_size,
-        chunk=min(config.harmonize.chunk_size * mesh.size, config.training.micro_batch_size), num_rewards=len(names),
+        chunk=min(config.harmonize.chunk_size * mesh.size, config.training.micro_batch_size),
+        anchor_every=config.harmonize.anchor_every, num_rewards=len(names),
         scalarised=config.advantages.scalarise != "none", nft_beta=config.nft.beta, kl_weight=config.nft.kl_weight,
         clip=config.advantages.clip, balancer=balancer, rho=config.harmonize.rho,
         smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,

@@ -96,9 +96,9 @@ KEYS: dict[str, Key] = {
     # harmonisation
     "harmonize.balancer": Key("marble", "how K gradients become one update",
                               "marble|equal|fixed|upgrad|pcgrad|cagrad|imtl|nash"),
-    "harmonize.mode": Key("amortised", "when per-reward gradients are taken: every step ('exact'), every "
-                          "refresh_every steps ('amortised'), or as upstream does ('faithful')",
-                          "exact|amortised|faithful", "paper"),
+    "harmonize.mode": Key("exact", "when per-reward gradients are taken: every step ('exact'), every refresh_every "
+                          "steps ('amortised', the paper's), or as upstream does ('faithful')",
+                          "exact|amortised|faithful"),
     "harmonize.refresh_every": Key(10, "N: optimiser steps between solves of the amortised mode", "steps, >= 1",
                                    "paper"),
     "harmonize.rho": Key(0.7, "weight of the old alpha in its running average", "[0, 1)", "paper"),
@@ -112,6 +112,9 @@ KEYS: dict[str, Key] = {
     "harmonize.alpha_floor": Key(0.0, "least alpha of every reward", "[0, 1/K]", "paper"),
     "harmonize.chunk_size": Key(8, "samples whose per-sample adapter gradients are held at once, a device",
                                 "samples, >= 1"),
+    "harmonize.anchor_every": Key(4, "a solve takes the terms that no advantage scales (pull to the rollout policy, "
+                                  "divergence from the base) at every n-th micro-step, n times as strong; 1: at all",
+                                  "micro-steps, >= 1"),
     # objective
     "nft.beta": Key(0.1, "mixing of current and rollout velocity in the positive and negative branch",
                     "(0, 1]", "paper"),
@@ -140,6 +143,7 @@ KEYS: dict[str, Key] = {
     # evaluation
     "evaluation.num_prompts": Key(384, "held-out prompts, in equal shares of the sources", "prompts, >= 1"),
     "evaluation.sources": Key((), "sources of the held-out prompts, in equal shares; empty: those trained on"),
+    "evaluation.images_per_prompt": Key(1, "pictures of each; intervals resample whole prompts", "pictures, >= 1"),
     "evaluation.every_steps": Key(10, "steps between evaluations; 0: only before and after", "steps, >= 0", "paper"),
     "evaluation.num_steps": Key(40, "solver steps", "steps, >= 1", "paper"),
     "evaluation.solver": Key("euler", "ODE solver", "euler|dpm1|dpm2|ddim", "paper"),

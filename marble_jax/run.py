@@ -47,7 +47,7 @@ class Evaluations:
         if step == 0:
             return state
         scores, pictures, seconds = self._scores(state, f"step {step} evaluation")
-        gain = gains(scores, base)
+        gain = gains(scores, base, self._run.evaluator.groups)
         self._write(step, "ema", scores, pictures, gain, seconds)
         better = standardised_gain(scores, base, self._train_names)
         ups = " ".join(f"{n} {gain[n]['mean']:+.3f}" for n in scores.names)
@@ -82,7 +82,7 @@ class Evaluations:
         params, adapter = run.pipeline.params, None if state is None else state.ema
         if adapter is not None and run.config.rollout.merge_adapter:
             params, adapter = adapters.merge(params, adapter, run.spec.scale), None
-        with self._console.bar(len(run.evaluator.prompts), what, "img") as bar:
+        with self._console.bar(len(run.evaluator.groups), what, "img") as bar:
             scores, pictures = run.evaluator(params, adapter, bar.update)
         return scores, pictures, time.perf_counter() - start
 
@@ -96,7 +96,7 @@ class Evaluations:
         self._workdir.write_json("samples/prompts.json", [
             {"prompt": evaluator.prompts[i].text, "seed": i} for i in evaluator.kept])
         record: dict[str, Any] = {"step": step, "policy": policy, "num_prompts": len(evaluator.prompts),
-                                  "scores": summary(scores), "seconds": seconds}
+                                  "scores": summary(scores, evaluator.groups), "seconds": seconds}
         if gain is not None:
             record["gain"] = gain
         if scores.failed.any():
@@ -229,7 +229,7 @@ def _announce(run: compose.Run, workdir: Workdir, console: Console, resumed: int
     devices = jax.devices()
     base = adapters.num_parameters(run.pipeline.params)
     trained = adapters.num_parameters(run.state.current)
-    held = trained * 4 * min(3, 2 + (config.nft.kl_weight > 0)) * run.recipe.chunk / 1e6
+    held = trained * 4 * (2 + (config.nft.kl_weight > 0)) * run.recipe.chunk / 1e6
     console.say(f"marble_jax: {config.name}, {method_name(config)}" +
                 (f", resumed after step {resumed}" if resumed is not None else ""))
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
@@ -244,7 +244,8 @@ def _announce(run: compose.Run, workdir: Workdir, console: Console, resumed: int
                  f"timesteps: {sizes.samples} samples in {sizes.micro_steps} micro-steps"),
         ("memory", f"per-sample adapter gradients up to {held:.0f} MB at a time, {len(config.rewards.train)} "
                    f"accumulators of {trained * 4 / 1e6:.1f} MB"),
-        ("evaluation", f"{len(run.evaluator.prompts)} held-out prompts, {config.evaluation.num_steps} steps of "
+        ("evaluation", f"{len(run.evaluator.prompts)} held-out prompts x {run.evaluator.images_per_prompt}, "
+                       f"{config.evaluation.num_steps} steps of "
                        f"{config.evaluation.solver}" +
                        (f", every {config.evaluation.every_steps} steps" if config.evaluation.every_steps else "")),
         ("workdir", f"{workdir.path}: config.json metrics.jsonl evaluation.jsonl tensorboard/ samples/ checkpoints/ "
