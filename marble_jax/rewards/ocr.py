@@ -9,15 +9,17 @@ reader gets its channels in the order it was trained on (there red and blue are 
 """
 from __future__ import annotations
 
+import functools
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from marble_jax.errors import InputError
 from marble_jax.rewards.base import Metadata, Reward, to_uint8
+from marble_jax.rewards.ocr_engines import PaddleEngine, RapidEngine
+from marble_jax.rewards.processes import ProcessPool
 from marble_jax.types import Params
 
 
@@ -65,72 +67,85 @@ class Reader(Protocol):
         ...
 
 
-class RapidReader:
-    """Reads with RapidOCR's PP-OCR models in onnxruntime, one single-threaded engine per worker.
+class EngineReader:
+    """Spreads pictures over several engines, in threads or in processes.
 
-    An engine keeps state between its stages and so serves one picture at a time; pictures are spread over `workers`
-    engines. onnxruntime releases the interpreter lock while a model runs.
+    Threads start at once and share memory, but an engine's Python part takes turns and a hung engine stays. Processes
+    use every core and are replaced when they die or take too long.
     """
 
-    def __init__(self, detect: bool = True, scale: int = 1, workers: int = 2):
+    def __init__(self, make: Callable[[], Callable[[np.ndarray], str]], workers: int = 2, processes: bool = False,
+                 timeout: float = 60.0):
+        """Loads the engines.
+
+        Args:
+          make: makes an engine, a function of one picture.
+          workers: engines.
+          processes: whether each has a process of its own.
+          timeout: seconds a picture may take, in a process.
+
+        Raises:
+          InputError: an engine cannot be made.
+        """
+        self._processes = ProcessPool(make, workers, timeout) if processes else None
+        if processes:
+            return
+        self._engines: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(workers):
+            self._engines.put(make())
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
+
+    def read(self, images: np.ndarray) -> list[str | None]:
+        """See `Reader.read`."""
+        return self._processes.map(images) if self._processes else list(self._pool.map(self._read_one, images))
+
+    def close(self) -> None:
+        """Ends the threads, which finish their pictures, or the processes, which do not."""
+        self._processes.close() if self._processes else self._pool.shutdown()
+
+    def _read_one(self, image: np.ndarray) -> str | None:
+        engine = self._engines.get()
+        try:
+            return engine(image)
+        except Exception:  # whatever the backend raises, this one picture has no reading
+            return None
+        finally:
+            self._engines.put(engine)
+
+
+class RapidReader(EngineReader):
+    """Reads with RapidOCR."""
+
+    def __init__(self, detect: bool = True, scale: int = 1, workers: int = 2, processes: bool = False,
+                 timeout: float = 60.0):
         """Loads the engines.
 
         Args:
           detect: find lines first, for pictures in which text is a part. False hands the whole picture to the
             recogniser as one line, for small pictures that are a sign: about eight times faster.
           scale: factor by which pictures are enlarged (bicubic) before reading; 3 suits 64 px pictures.
-          workers: engines, each with its own thread.
-
-        Raises:
-          InputError: RapidOCR is not installed.
+          workers: see `EngineReader`.
+          processes: see `EngineReader`.
+          timeout: see `EngineReader`.
         """
-        try:
-            import rapidocr  # optional, slow to import
-        except ImportError as error:
-            raise InputError("reward ocr: expected the packages rapidocr and onnxruntime; received neither "
-                             "(pip install rapidocr onnxruntime)") from error
-        params: dict[str, Any] = {
-            "Global.log_level": "critical",  # otherwise a line per model, and one per picture without text
-            "Global.use_cls": False,
-            "Global.use_det": detect,
-            "Global.text_score": 0.0,
-            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-            "Det.limit_type": "max",
-            "Det.limit_side_len": 960,
-        }
-        if not detect:
-            # Lines are padded to at least this width; a square picture needs no more than its own.
-            params["Rec.rec_img_shape"] = [3, 48, 48]
-        self.scale = scale
-        self._engines: queue.SimpleQueue = queue.SimpleQueue()
-        for _ in range(workers):
-            self._engines.put(rapidocr.RapidOCR(params=params))
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
+        super().__init__(functools.partial(RapidEngine, detect, scale), workers, processes, timeout)
 
-    def read(self, images: np.ndarray) -> list[str | None]:
-        """See `Reader.read`."""
-        return list(self._pool.map(self._read_one, images))
 
-    def close(self) -> None:
-        """Ends the worker threads; pictures being read are finished."""
-        self._pool.shutdown()
+class PaddleReader(EngineReader):
+    """Reads with PaddleOCR, in processes: its predictors are not thread-safe and hold the interpreter lock."""
 
-    def _read_one(self, image: np.ndarray) -> str | None:
-        from PIL import Image
+    def __init__(self, scale: int = 1, workers: int = 2, timeout: float = 60.0, lang: str = "en",
+                 version: str = "PP-OCRv4"):
+        """Loads the engines.
 
-        if self.scale != 1:
-            size = (image.shape[1] * self.scale, image.shape[0] * self.scale)
-            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-        engine = self._engines.get()
-        try:
-            result = engine(np.ascontiguousarray(image[..., ::-1]))  # the models were trained on BGR
-        except Exception:  # whatever the backend raises, this one picture has no reading
-            return None
-        finally:
-            self._engines.put(engine)
-        texts, scores = getattr(result, "txts", None) or (), getattr(result, "scores", None) or ()
-        return "".join(text for text, score in zip(texts, scores) if score > 0)
+        Args:
+          scale: factor by which pictures are enlarged (bicubic) before reading.
+          workers: see `EngineReader`.
+          timeout: see `EngineReader`.
+          lang: language of the recogniser.
+          version: generation of the models, "PP-OCRv3" to "PP-OCRv5".
+        """
+        super().__init__(functools.partial(PaddleEngine, scale, lang, version), workers, True, timeout)
 
 
 class OCRReward(Reward):

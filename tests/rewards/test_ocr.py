@@ -1,6 +1,8 @@
 """Quoting rule, spelling score and the RapidOCR reader."""
 import os
 import random
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
 from marble_jax.rewards.ocr import OCRReward, RapidReader, edit_distance, quoted_text, spelling_score
+from marble_jax.rewards.ocr_engines import PaddleEngine
 
 
 class Lines:
@@ -66,9 +69,33 @@ def test_reward_reads_only_quoted_and_masks_failures():
 
 
 def test_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "rapidocr", None)
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(InputError, match="reward ocr: expected the packages rapidocr and onnxruntime"):
         RapidReader()
+
+
+def test_paddleocr_is_asked_as_its_interface_wants(monkeypatch):
+    """PaddleOCR 3's signatures, checked in its source; the package itself is too large for the tests."""
+    asked = []
+
+    class PaddleOCR:
+        def __init__(self, *, lang, ocr_version, device, cpu_threads, text_rec_score_thresh,
+                     use_doc_orientation_classify, use_doc_unwarping, use_textline_orientation):
+            asked.append((lang, ocr_version, device, use_textline_orientation))
+
+        def predict(self, input):
+            asked.append(input)
+            return [{"rec_texts": ["AB", "cd", "x"], "rec_scores": [0.9, 0.4, 0.0]}]
+
+    monkeypatch.setitem(sys.modules, "paddleocr", types.SimpleNamespace(PaddleOCR=PaddleOCR))
+    picture = np.zeros((4, 6, 3), np.uint8)
+    picture[..., 0] = 200
+    assert PaddleEngine(scale=2)(picture) == "ABcd"
+    assert asked[0] == ("en", "PP-OCRv4", "cpu", False)
+    assert asked[1].shape == (8, 12, 3) and asked[1][0, 0].tolist() == [0, 0, 200]  # blue, green, red
+    monkeypatch.setitem(sys.modules, "paddleocr", None)
+    with pytest.raises(InputError, match=r"expected the packages paddleocr \(3.x\) and paddlepaddle; received neither"):
+        PaddleEngine()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +132,8 @@ def test_rapidocr_failure_is_none_and_blank_is_empty(reader):
         reader._engines.put(engine)
 
 
-def test_rapidocr_finds_lines_in_a_larger_picture(world):
+@pytest.mark.parametrize("processes", [False, True])
+def test_rapidocr_finds_lines_in_a_larger_picture(world, processes):
     pytest.importorskip("rapidocr")
     from PIL import Image, ImageDraw
 
@@ -113,7 +141,7 @@ def test_rapidocr_finds_lines_in_a_larger_picture(world):
     draw = ImageDraw.Draw(image)
     for y, text in ((30, "Spring"), (110, "2024")):
         draw.text((40, y), text, font=world._font(world.FONTS[0], 40), fill=(20, 20, 160))
-    reader = RapidReader(detect=True, workers=1)
+    reader = RapidReader(detect=True, workers=1, processes=processes)
     (text,) = reader.read(np.asarray(image)[None])
     reader.close()
     assert spelling_score(text, "Spring 2024") == 1

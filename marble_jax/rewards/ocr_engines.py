@@ -1,0 +1,84 @@
+"""Text recognisers behind one call: a picture in, the text in it out. Imports no jax, so that processes start fast."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from marble_jax.errors import InputError
+
+
+class RapidEngine:
+    """RapidOCR's PP-OCR models in onnxruntime on one core; serves one picture at a time."""
+
+    def __init__(self, detect: bool = True, scale: int = 1):
+        """Loads the models; arguments as `RapidReader`.
+
+        Raises:
+          InputError: RapidOCR is not installed.
+        """
+        try:
+            import rapidocr  # optional, slow to import
+        except ImportError as error:
+            raise InputError("reward ocr: expected the packages rapidocr and onnxruntime; received neither "
+                             "(pip install rapidocr onnxruntime)") from error
+        params: dict[str, Any] = {
+            "Global.log_level": "critical",  # otherwise a line per model, and one per picture without text
+            "Global.use_cls": False,
+            "Global.use_det": detect,
+            "Global.text_score": 0.0,
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            "Det.limit_type": "max",
+            "Det.limit_side_len": 960,
+        }
+        if not detect:
+            # Lines are padded to at least this width; a square picture needs no more than its own.
+            params["Rec.rec_img_shape"] = [3, 48, 48]
+        self._scale, self._engine = scale, rapidocr.RapidOCR(params=params)
+
+    def __call__(self, image: np.ndarray) -> str:
+        """The text in a picture uint8 [H, W, 3], RGB."""
+        result = self._engine(_bgr(image, self._scale))
+        return _joined(getattr(result, "txts", None) or (), getattr(result, "scores", None) or ())
+
+
+class PaddleEngine:
+    """PaddleOCR 3 on one core, with the PP-OCRv4 models that upstream's PaddleOCR 2.9 has for English."""
+
+    def __init__(self, scale: int = 1, lang: str = "en", version: str = "PP-OCRv4"):
+        """Loads the models, which PaddleOCR downloads on first use; arguments as `PaddleReader`.
+
+        Raises:
+          InputError: PaddleOCR is not installed.
+        """
+        try:
+            from paddleocr import PaddleOCR  # optional, slow to import
+        except ImportError as error:
+            raise InputError("reward ocr: expected the packages paddleocr (3.x) and paddlepaddle; received neither "
+                             "(pip install 'marble-jax[paddle]')") from error
+        self._scale = scale
+        self._engine = PaddleOCR(
+            lang=lang, ocr_version=version, device="cpu", cpu_threads=1, text_rec_score_thresh=0.0,
+            use_doc_orientation_classify=False, use_doc_unwarping=False, use_textline_orientation=False)
+
+    def __call__(self, image: np.ndarray) -> str:
+        """The text in a picture uint8 [H, W, 3], RGB."""
+        (result,) = self._engine.predict(_bgr(image, self._scale))
+        return _joined(result["rec_texts"], result["rec_scores"])
+
+
+def _bgr(image: np.ndarray, scale: int) -> np.ndarray:
+    """The picture enlarged and in the channel order that both engines' models were trained on."""
+    from PIL import Image
+
+    if scale != 1:
+        size = (image.shape[1] * scale, image.shape[0] * scale)
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(image[..., ::-1])
+
+
+def _joined(texts: Sequence[str], scores: Sequence[float]) -> str:
+    """The lines read with any confidence, without separator."""
+    return "".join(text for text, score in zip(texts, scores, strict=True) if score > 0)
