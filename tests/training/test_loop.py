@@ -239,6 +239,21 @@ def test_when_states_are_saved(every, saved):
     assert [s for s in range(1, 6) if schedule.saves(s)] == saved
 
 
+@pytest.mark.parametrize("every, exported", [(0, []), (2, [2, 4, 5]), (50, [5])])
+def test_when_states_are_exported(every, exported):
+    schedule = Schedule(5, 0, 1, every)
+    assert [s for s in range(1, 6) if schedule.exports(s)] == exported
+
+
+def test_states_are_exported_after_they_are_saved():
+    diary = Diary()
+    hooks = Hooks(diary.record, diary.evaluate, diary.save, lambda s: diary.events.append(("export", int(s.step))))
+    train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Schedule(2, 0, 2, 1), hooks, Console(),
+          toy.SCALE, False, lambda tree: tree)
+    assert diary.events == [("evaluate", 0), ("record", 0), ("export", 1), ("record", 1), ("evaluate", 2), ("save", 2),
+                            ("export", 2)]
+
+
 # Two groups of three pictures; the second reward is missing for a picture of group 0 and for all but one of group 1.
 GROUPS = np.array([0, 0, 0, 1, 1, 1])
 VALUES = np.array([[1.0, 2.0, 6.0, 3.0, 3.0, 9.0], [0.5, 0.1, 0.0, 0.9, 0.0, 0.0]], np.float32)
