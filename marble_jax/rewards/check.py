@@ -151,7 +151,7 @@ def _compared(values: np.ndarray, valid: np.ndarray, expected: Sequence[float | 
     worst, allowed = int(np.argmax(difference)), max(TOLERANCE * spread, LEAST_TOLERANCE)
     if difference[worst] > allowed:
         return "differs", (f"golden picture {worst}: expected {wanted[worst]:.4g} within {allowed:.2g}; received "
-                           f"{values[worst]:.4g}")
+                           f"{values[worst]:.4g}; if the weights are new, reward check --write records them")
     return "ok", f"as on record, within {difference[worst]:.1g}"
 
 
@@ -226,5 +226,5 @@ def before_training(rewards: Sequence[Reward], side: int, directory: Path | None
             raise InputError(f"reward {finding.name}: expected sound scores of the golden pictures; received a reward "
                              f"that {BROKEN[finding.status]} ({finding.note}); see marble-jax reward check, or "
                              "rewards.check=false")
-    return [f"reward {f.name}: {f.status} on the golden pictures ({f.note}); that may be right, or a faulty installation"
-            for f in findings if not f.passed]
+    return [f"reward {f.name}: {f.status} on the golden pictures ({f.note}); right for some rewards, else a sign of a "
+            "faulty installation" for f in findings if not f.passed]

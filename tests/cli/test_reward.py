@@ -1,0 +1,112 @@
+"""`marble-jax reward check` and `serve`: what they print, when they fail, and that a server comes and goes."""
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+
+from marble_jax.cli.main import main
+from marble_jax.rewards import protocol
+
+MODULE = """
+def red(image, prompt, metadata):
+    return (image[..., 0] - image[..., 1]).mean() * prompt.startswith("a red")
+
+
+def same(image, prompt, metadata):
+    return 0.5
+
+
+def broken(image, prompt, metadata):
+    raise FileNotFoundError("model.bin")
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a module of functions and a rewards directory."""
+    (tmp_path / "marble_test_cli.py").write_text(MODULE)
+    (tmp_path / "rewards.json").write_text(json.dumps({
+        "red": {"kind": "function", "function": "marble_test_cli:red"},
+        "same": {"kind": "function", "function": "marble_test_cli:same"},
+        "lost": {"kind": "function", "function": "marble_test_cli:lost"}}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_check_prints_a_table_and_records(here, capsys):
+    assert main(["reward", "check", f"--path={here}", "--rewards=red", "--size=32", "--batch=4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 rewards on 12 golden pictures of 32 px") and "peak memory" in lines[0]
+    assert lines[1].split()[:6] == ["reward", "status", "own", "other", "img/s", "weights"]
+    assert lines[3].split()[:2] == ["red", "ok"] and "own prompts lead by 0.0" in lines[3]
+    command = ["reward", "check", f"--path={here}", "--rewards=red", "--size=32"]
+    assert main([*command, "--write"]) == 0 and (here / "golden.json").exists()
+    assert main(command) == 0 and "as on record, within" in capsys.readouterr().out
+
+
+def test_check_fails_for_what_is_broken(here, capsys):
+    functions = ["marble_test_cli:broken", "marble_test_cli:same", "marble_test_cli:red"]
+    assert main(["reward", "check", f"--path={here}", f"--rewards={','.join(functions)}", "--size=16"]) == 2
+    captured = capsys.readouterr()
+    assert "12 of 12 golden pictures without a score: FileNotFoundError: model.bin" in captured.out
+    assert captured.err.splitlines()[-1] == (
+        "marble-jax reward: check: expected every reward to pass; received marble_test_cli:broken (failed), "
+        "marble_test_cli:same (constant)")
+
+
+def test_check_goes_on_past_a_reward_that_does_not_load(here, capsys):
+    assert main(["reward", "check", f"--path={here}", "--size=16"]) == 2
+    captured = capsys.readouterr()
+    assert "not loaded" in captured.out and "expected a function lost in" in captured.out
+    assert "received same (constant), lost (not loaded)" in captured.err
+    assert main(["reward", "check", f"--path={here}", "--rewards=lost", "--size=16"]) == 2
+
+
+def test_functions_need_no_directory(here):
+    config = here / "mine.py"
+    config.write_text(
+        "from marble_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+        "    config.rewards.train = ('marble_test_cli:red',)\n    config.model.resolution = 32\n    return config\n")
+    assert main(["reward", "check", f"--config={config}"]) == 0
+
+
+def test_bad_command_lines(refused, here):
+    assert "reward: expected one of check, serve; received 'chek'; did you mean 'check'?" in refused("reward", "chek")
+    assert "expected one of check, serve; received ''" in refused("reward")
+    assert "expected either --config or --path; received neither" in refused("reward", "check")
+    assert "rewards.path: expected a directory with rewards.json" in refused("reward", "check", "--path=/nowhere")
+    assert "--batch: expected a whole number of at least 1" in refused("reward", "check", "--path=x", "--batch=0")
+    assert "received 'rd'; did you mean 'red'?" in refused("reward", "check", f"--path={here}", "--rewards=rd")
+    serve = ("reward", "serve", f"--path={here}", "--rewards=red")
+    assert "--port: expected a whole number of at least 0; received 'x'" in refused(*serve, "--port=x")
+    assert "--host: expected a loopback address" in refused(*serve, "--host=0.0.0.0", "--port=0")
+    assert "expected --token or --token_file; received both" in refused(*serve, "--token=a", "--token_file=b")
+    assert "expected a token in nowhere; received FileNotFoundError" in refused(*serve, "--token_file=nowhere")
+    assert "expected a function lost in" in refused("reward", "serve", f"--path={here}")
+
+
+def test_serve_until_a_signal(here):
+    """In a process of its own: it says where it is, answers, and ends with status 0."""
+    (here / "token").write_text("t0k\n")
+    command = [sys.executable, "-m", "marble_jax", "reward", "serve", f"--path={here}", "--rewards=red", "--port=0",
+               "--token_file=token"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("serving red at http://127.0.0.1:") and "(with a token)" in line
+            image = np.zeros((1, 4, 4, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+            body = protocol.encode_request(protocol.Request("red", image, ["a red thing"], [{}]))
+            headers = {"Content-Type": protocol.CONTENT_TYPE, "Authorization": "Bearer t0k"}
+            request = urllib.request.Request(line.split()[3] + "/score", body, headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert json.loads(answer.read()) == {"scores": [1.0], "applies": [True]}
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()
