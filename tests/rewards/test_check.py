@@ -57,7 +57,7 @@ def test_pictures_are_the_same_at_every_size_up_to_its_grain():
     assert large.shape == (COUNT, 64, 64, 3) and large.dtype == np.float32 and 0 <= large.min() < large.max() <= 1
     np.testing.assert_array_equal(large * 255, np.round(large * 255))
     difference = np.abs(large.reshape(COUNT, 32, 2, 32, 2, 3).mean((2, 4)) - small)
-    assert difference.max() < 0.2 and difference.mean() < 0.002  # edges, by the fineness of the grid
+    assert difference.max() < 0.2 and difference.mean() < 0.004  # edges, by the fineness of the grid
     np.testing.assert_array_equal(large[::2], large[1::2])
     texts = [p.text for p in prompts]
     assert texts[0] == texts[3] == "a red circle on white" and texts[1] == texts[2] == "a blue square on gray"
@@ -136,7 +136,7 @@ def record(answer):
 
 def test_recorded_scores():
     assert look(Scripted("r", good), record(good)).note == "as on record, within 0"
-    assert look(Scripted("r", lambda i, own: good(i, own) + 0.08), record(good)).status == "ok"  # 5 % of the spread 1.625
+    assert look(Scripted("r", lambda i, own: good(i, own) + 0.08), record(good)).status == "ok"  # 5 % of 1.625
     finding = look(Scripted("r", lambda i, own: good(i, own) + 0.1 * (i == 3 and own)), record(good))
     assert finding.status == "differs" and finding.broken
     assert finding.note.startswith("golden picture 6: expected 1.375 within 0.081; received 1.475; ")
