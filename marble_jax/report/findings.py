@@ -17,6 +17,8 @@ DIVERSITY_ALARM, DIVERSITY_WATCH = 0.5, 0.75
 BRIGHTNESS_ALARM, BRIGHTNESS_WATCH = 0.20, 0.10
 X0_NORM_ALARM, X0_NORM_WATCH = 0.25, 0.10
 FAILED_ALARM = 0.05
+WAIT_WATCH = 0.10
+"""Share of a step's time, spent waiting for rewards, from which it is worth a look."""
 ZERO_STD_WATCH = 0.5
 STARVED_ALPHA = 0.01
 _MINUS = re.compile(r"(?<![\w.])-(?=\d)")
@@ -211,6 +213,36 @@ def _reward_faults(records: Records) -> list[Alarm]:
     return found
 
 
+def _waits(records: Records) -> list[Alarm]:
+    """Rewards that hold the run up."""
+    phases = timings(records)
+    share = phases["rewards_wait"] / phases["step"] if phases["step"] > 0 else math.nan
+    if not share > WAIT_WATCH:
+        return []
+    text = (
+        f"{share:.0%} of a step is spent waiting for rewards that run beside the sampling. More of them at a time "
+        "(rewards.num_workers), more replicas of a remote one, or smaller rollout batches shorten the wait."
+    )
+    return [Alarm("watch", "Rewards hold the run up", text)]
+
+
+def _failed_evaluations(records: Records) -> list[Alarm]:
+    found: dict[str, list[str]] = {}
+    for evaluation in records.evaluations:
+        failed = evaluation.get("failed")
+        for name, count in failed.items() if isinstance(failed, dict) else ():
+            if number(count) > 0:
+                found.setdefault(name, []).append(f"{number(count):g} in step {step_of(evaluation)}")
+    return [
+        Alarm(
+            "watch",
+            f"{name} failed in evaluations",
+            f"Held-out pictures without a score: {', '.join(where)}. Gains compare the pictures that both have.",
+        )
+        for name, where in found.items()
+    ]
+
+
 def _outcome_faults(records: Records) -> list[Alarm]:
     found = []
     for outcome in outcomes(records):
@@ -258,7 +290,8 @@ def _numeric_faults(records: Records) -> list[Alarm]:
 
 def alarms(records: Records) -> tuple[Alarm, ...]:
     """Everything that asks for a look, alarms before watches."""
-    found = _outcome_faults(records) + _drifts(records) + _reward_faults(records) + _numeric_faults(records)
+    found = _outcome_faults(records) + _drifts(records) + _reward_faults(records) + _failed_evaluations(records)
+    found += _numeric_faults(records) + _waits(records)
     found = [dataclasses.replace(alarm, text=_MINUS.sub("\N{MINUS SIGN}", alarm.text)) for alarm in found]
     return tuple(sorted(found, key=lambda alarm: alarm.level != "alarm"))
 

@@ -53,7 +53,7 @@ def health(records: Records) -> str:
     else:
         words = (
             '<p class="calm">No alarm. Looked at: diversity, brightness, latent norm, constant or failing '
-            "rewards, groups without spread, starved weights, "
+            "rewards, waiting for rewards, groups without spread, starved weights, "
             "missing losses, rising gradient norms, held-out losses, rewards past their peak.</p>"
         )
     drift = _metric_panels(
@@ -93,8 +93,8 @@ def health(records: Records) -> str:
     )
     rows = []
     for slot, name in enumerate(records.rewards):
-        missing, failed, std = (
-            records.series(f"rollout/{key}/{name}") for key in ("missing_share", "failed", "score_std")
+        missing, failed, std, lost = (
+            records.series(f"rollout/{key}/{name}") for key in ("missing_share", "failed", "score_std", "failed_count")
         )
         if not (len(missing) or len(failed) or len(std)):
             continue
@@ -105,12 +105,14 @@ def health(records: Records) -> str:
                 blocks.percent(missing.mean()),
                 blocks.percent(missing.last()),
                 "none" if total == 0 else blocks.percent(total) if total <= 1 else blocks.short(total),
+                blocks.data(float(lost.finite.sum()), 0) if lost.finite.size else blocks.short(math.nan),
                 blocks.short(std.median()),
             )
         )
     shares = (
         blocks.table(
-            ("Reward", "Missing, mean", "Missing, last step", "Failed, worst step", "Spread of scores (median)"),
+            ("Reward", "Missing, mean", "Missing, last step", "Failed, worst step", "Failed, in all",
+             "Spread of scores (median)"),
             rows,
             caption="Missing: the reward does not apply to the picture's prompt, or its call failed",
         )

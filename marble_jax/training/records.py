@@ -27,16 +27,17 @@ def flat_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
 
 
 def score_metrics(scores: Scores, advantages: Advantages) -> dict[str, float]:
-    """Mean and spread of the rollouts' scores, missing and failed shares, share of groups without a signal."""
+    """Mean and spread of the rollouts' scores, missing share, failed share of those it applies to and their number,
+    share of groups without a signal."""
     record: dict[str, float] = {}
     for k, name in enumerate(scores.names):
-        valid = scores.values[k][scores.valid[k]]
+        valid, failed = scores.values[k][scores.valid[k]], int(scores.failed[k].sum())
         record |= {
             f"rollout/score_mean/{name}": float(valid.mean()) if valid.size else float("nan"),
             f"rollout/score_std/{name}": float(valid.std()) if valid.size else float("nan"),
             f"rollout/missing_share/{name}": float(1 - scores.valid[k].mean()),
-            f"rollout/failed/{name}": float(scores.failed[k].mean()),
-            f"rollout/failed_count/{name}": int(scores.failed[k].sum()),
+            f"rollout/failed/{name}": failed / max(valid.size + failed, 1),
+            f"rollout/failed_count/{name}": failed,
             f"rollout/zero_std_share/{name}": float(advantages.tied[k]),
             f"advantages/abs_mean/{name}": float(np.abs(advantages.values[k][advantages.valid[k]]).mean())
             if advantages.valid[k].any() else float("nan"),

@@ -73,6 +73,7 @@ def metrics(step: int, num_steps: int, rng: np.random.Generator, refresh_every: 
         row[f"rollout/score_std/{name}"] = float(3 * NOISE[name])
         row[f"rollout/missing_share/{name}"] = {"ocr": 0.66, "geneval": 0.34}.get(name, 0.0)
         row[f"rollout/failed/{name}"] = 0.02 if name == "aesthetic" and step % 17 == 0 else 0.0
+        row[f"rollout/failed_count/{name}"] = 23 if row[f"rollout/failed/{name}"] else 0
         row[f"rollout/zero_std_share/{name}"] = float(
             np.clip({"ocr": 0.5, "geneval": 0.3}.get(name, 0) * (1 - 0.5 * progress) + 0.03 * rng.normal(), 0, 1)
         )

@@ -97,6 +97,11 @@ def steps(key, values):
         (steps("rollout/failed/b", [0.0] * 9 + [0.02]), "watch", "b failed at times"),
         (steps("rollout/failed/b", [0.2] * 10), "alarm", "b failed at times"),
         (steps("rollout/zero_std_share/a", [0.8] * 6), "watch", "a: most groups tie"),
+        (
+            [{"step": i, "time/step_s": 10.0, "time/rewards_wait_s": 1.2} for i in range(5)],
+            "watch",
+            "Rewards hold the run up",
+        ),
         (steps("harmonize/alpha/a", [0.5] * 10 + [0.001] * 10), "watch", "a has almost no weight"),
         (steps("nft/loss", [1.0, None, 1.0]), "watch", "No number for the loss"),
         (steps("training/grad_norm", [1.0] * 18 + [20.0] * 2), "alarm", "Gradient norm has risen tenfold"),
@@ -105,6 +110,13 @@ def steps(key, values):
 def test_alarms(tmp_path, rows, level, title):
     found = findings.alarms(write(tmp_path, rows))
     assert [(a.level, a.title) for a in found] == [(level, title)]
+
+
+def test_failures_in_evaluations_are_told(tmp_path):
+    done = [{"step": 0, "policy": "base", "failed": {"a": 3}}, {"step": 9, "policy": "ema", "failed": {"a": 1}}]
+    (alarm,) = findings.alarms(write(tmp_path, evaluations=done))
+    assert (alarm.level, alarm.title) == ("watch", "a failed in evaluations")
+    assert "3 in step 0, 1 in step 9" in alarm.text
 
 
 def test_a_steady_run_raises_nothing(tmp_path):

@@ -204,6 +204,14 @@ def test_alarms_are_words(full):
     )
 
 
+def test_failures_and_the_share_of_waiting_are_on_the_page(full):
+    """Eight of the 120 steps (0, 17, ..., 119) lose 23 scores each; 5.1 of a step's 40.4 seconds are waiting."""
+    root, page = full
+    assert "Failed, in all" in page.text["health"]
+    assert '<data value="184.0">184</data>' in (root / "report.html").read_text()
+    assert "13\N{NO-BREAK SPACE}% of a step is spent waiting for rewards" in page.text["time"]
+
+
 def test_other_runs_stand_beside_this_one(full):
     _, page = full
     assert "weighted_sum" in page.text["compare"] and "this run" in page.text["compare"]

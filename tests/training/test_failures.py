@@ -118,7 +118,8 @@ def test_training_goes_on_and_no_zero_enters(monkeypatch, capsys, fault, kind):
                 want = (values[member] - values[member].mean()) / (values[good].std() + 1e-4)
                 np.testing.assert_allclose(each.values[1][member], want, atol=1e-3)
     for record, (scores, _, _) in zip(run.records.values(), run.seen):
-        assert record["rollout/failed_count/brightness"] == 0
+        assert record["rollout/failed_count/brightness"] == record["rollout/failed/brightness"] == 0
+        assert record["rollout/failed/faulty"] == record["rollout/failed_count/faulty"] / toy.PICTURES
         np.testing.assert_equal(record["rollout/score_mean/faulty"], float(scores.values[1][scores.valid[1]].mean())
                                 if scores.valid[1].any() else np.nan)
     lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("step ")]
