@@ -23,7 +23,7 @@ from marble_jax.convert.layouts import Layout
 from marble_jax.convert.manifest import seal, write_json
 from marble_jax.errors import InputError
 from marble_jax.models.stored import PARAMS
-from marble_jax.models.weights import DTYPES, Tensors, fill
+from marble_jax.models.weights import DTYPES, Tensors, copy, fill
 
 KEEP = "keep"
 CHOICES = {KEEP: None, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -124,12 +124,17 @@ def _write_shard(path: pathlib.Path, source: Cast, keys: list[str], progress: Pr
         put(len(text).to_bytes(8, "little"))
         put(text)
         for key in keys:
-            data = memoryview(np.ascontiguousarray(source.read(key)).reshape(-1).view(np.uint8))
+            tensor = source.read(key)
+            if not tensor.flags.c_contiguous:
+                whole = np.empty(tensor.shape, tensor.dtype)
+                copy(whole, tensor)
+                tensor = whole
+            data = memoryview(tensor.reshape(-1).view(np.uint8))
             for start in range(0, len(data), _CHUNK):
                 part = data[start : start + _CHUNK]
                 put(part)
                 progress(len(part))
-            del data
+            del data, tensor
             source.release(key)
         handle.flush()
         os.fsync(handle.fileno())

@@ -15,6 +15,7 @@ from marble_jax.models.weights import (
     SafetensorsDir,
     SafetensorsFile,
     conv,
+    copy,
     linear,
     load_params,
     norm,
@@ -279,3 +280,12 @@ def test_index_that_does_not_agree(tmp_path):
     (tmp_path / second).unlink()
     with pytest.raises(InputError, match=f"{second}: expected a safetensors file; received no such file"):
         SafetensorsDir(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(300, 5), (5, 300), (129, 257), (0, 3), (1, 1)])
+def test_copy_of_a_transposed_matrix(shape):
+    tensor = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    for view in (tensor, tensor.T):
+        target = np.full(view.shape, -1, np.float16)
+        copy(target, view)
+        np.testing.assert_array_equal(target, view.astype(np.float16))
