@@ -39,7 +39,6 @@ from marble_jax.rewards.catalogue import entries_of, load_rewards
 from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import batches
-from marble_jax.types import Scores
 from marble_jax.workdir import Workdir, plain
 
 POLICIES = ("base", "current", "old", "ema", "best")
@@ -158,13 +157,14 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     console, place = Console(), Workdir(out)
     prompts = read_prompts(request.prompts, request.num_prompts, request.images)
     entries = _rewards(request) if request.score else {}
-    painters: dict[str, Painter] = {}
-    if request.draw:
-        models = Models()
-        painters = {name: Painter(source, request.settings, models) for name, source in request.models.items()}
+    models = Models()
+    painters = {name: Painter(source, request.settings, models)
+                for name, source in request.models.items()} if request.draw else {}
     record = _record(request, place, prompts, entries)
     for name in () if request.draw else request.models:
         _all_there(Album(place.path / name), name, prompts)
+    for name, painter in painters.items():
+        Album(place.path / name).check(painter.plan(), [p.text for p in prompts], partial=True)
     with writable(place.path):
         place.write_json("evaluation.json", record)
         if not (place.path / "prompts.jsonl").exists():
@@ -175,15 +175,14 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
         painter.close()
         with writable(place.path):
             place.write_json("evaluation.json", record)
-    names: list[str] = []
+    del painters, models  # the memory is the rewards' now
     if request.score:
-        names = _score(request, place, prompts, console)
-        record["columns"] = names
+        record["columns"] = list(dict.fromkeys([*record.get("columns", ()), *_score(request, place, prompts, console)]))
         with writable(place.path):
             place.write_json("evaluation.json", record)
-    found = _summarise(list(request.models), record.get("columns", []), place, prompts)
+    found = _summarise(list(request.models), record.get("columns", ()), place, prompts)
     if found is not None:
-        _announce(found, record["columns"], console)
+        _announce(found, console)
     console.say(f"page: {write_comparison(str(place.path), request.num_pictures)}")
     return found
 
@@ -294,23 +293,23 @@ def _score(request: Request, place: Workdir, prompts: Sequence[Prompt], console:
 
 def _summarise(models: Sequence[str], names: Sequence[str], place: Workdir, prompts: Sequence[Prompt]
                ) -> dict[str, Any] | None:
-    """Writes `summary.json` once every model has all scores (failed ones are missing and counted)."""
-    scores: dict[str, Scores] = {}
-    for model in models:
-        file = place.path / model / "scores.jsonl"
-        if not names or not file.exists():
-            return None
-        scores[model] = ScoreFile(file).scores(names, len(prompts))
+    """Writes `summary.json` of the rewards that have looked at every picture of every model (failures are counted)."""
+    files = {model: ScoreFile(place.path / model / "scores.jsonl") for model in models}
+    known = set.intersection(*(file.known(len(prompts)) for file in files.values()))
+    names = [name for name in names if name in known]
+    if not names:
+        return None
+    scores = {model: file.scores(names, len(prompts)) for model, file in files.items()}
     found = compare(scores, prompts)
     with writable(place.path):
         place.write_json("summary.json", found)
     return found
 
 
-def _announce(found: Mapping[str, Any], names: Sequence[str], console: Console) -> None:
+def _announce(found: Mapping[str, Any], console: Console) -> None:
     models = list(found["scores"])
     rows = []
-    for name in names:
+    for name in found["scores"][models[0]]:
         cells = []
         for model in models:
             entry = found["scores"][model][name]

@@ -158,6 +158,9 @@ class Models:
     def texts(self, root: pathlib.Path, tokens: int, dtype: str, t5: bool, cache: str) -> Embeddings:
         """Conditioning by the text encoders in `root`."""
         key = (root, tokens, dtype, t5, cache)
+        for other, held in self._texts.items():
+            if other != key:
+                held.release()
         if key not in self._texts:
             self._texts[key] = Embeddings(root, tokens, compose.DTYPES[dtype], t5=t5, cache=cache)
         return self._texts[key]
@@ -198,18 +201,16 @@ class Painter:
         self._pipeline: Pipeline | None = None
 
     def prepare(self, texts: Sequence[str], console: Console) -> None:
-        """Sees to the conditioning of all texts; with an embedding cache, the text encoders are gone afterwards."""
+        """Before `open`: with an embedding cache, encodes all texts and lets go of the text encoders."""
         self._cond = self._models.texts(self.root, self._tokens, self._dtype, self._t5, self._settings.embedding_cache)
-        if not self._settings.embedding_cache:
-            if texts:
-                self._cond.load()
+        if not self._settings.embedding_cache or not texts:
             return
         texts = [*texts, *([self._settings.negative] if self._settings.guidance > 1 else [])]
         with console.bar(len(self._cond.missing(texts)), "text embeddings", "prompt") as bar:
             self._cond.fill(texts, bar.update)
 
-    def open(self) -> None:
-        """Reads the weights.
+    def open(self, draws: bool = True) -> None:
+        """Reads the weights; those of text encoders only if something is to be drawn that no cache has ready.
 
         Raises:
           InputError: damaged files, no checkpoint of the run, a LoRA that does not fit, or a size that the model
@@ -246,11 +247,13 @@ class Painter:
 
             return sample(guided(velocity, cond, away, settings.guidance), noise, sigmas, table)
 
+        if draws and not settings.embedding_cache:
+            self._cond.load()
         self._latents, self._pipeline = latents, pipeline
 
     def close(self) -> None:
-        """Lets go of the weights."""
-        self._pipeline = self._latents = self._adapter = None
+        """Lets go of the weights, for good."""
+        self._pipeline = self._latents = self._adapter = self._cond = self._models = None
 
     def record(self, known: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that decides what a picture looks like, and file hashes that make the next call quick.
@@ -259,12 +262,15 @@ class Painter:
         """
         weights, files = content_hash(self.root, ("transformer", "vae", "scheduler"), known)
         text, more = identity(self.root, self._t5, known)
+        found = {"weights": weights[:16], "text_encoders": text[:16], "adapter": self._digest()}
+        return found | {"size": list(self.size)} | self.plan(), files | more
+
+    def plan(self) -> dict[str, Any]:
+        """The part of `record` that is known before any weights are read."""
         settings = self._settings
-        return {
-            "weights": weights[:16], "text_encoders": text[:16], "adapter": self._digest(),
-            "seed": settings.seed, "steps": settings.num_steps, "solver": settings.solver,
-            "guidance": max(settings.guidance, 1.0), "negative": settings.negative if settings.guidance > 1 else "",
-            "size": list(self.size), "tokens": self._tokens, "t5": self._t5, "dtype": self._dtype}, files | more
+        return {"seed": settings.seed, "steps": settings.num_steps, "solver": settings.solver,
+                "guidance": max(settings.guidance, 1.0), "negative": settings.negative if settings.guidance > 1 else "",
+                "tokens": self._tokens, "t5": self._t5, "dtype": self._dtype}
 
     def _digest(self) -> str:
         """Hash of the adapter's values; empty without one."""
@@ -308,8 +314,10 @@ def fill_album(album: Album, painter: Painter, prompts: Sequence[str], batch: in
     Raises:
       InputError: the folder holds pictures of another making, or cannot be written to.
     """
-    painter.prepare([prompts[i] for i in album.missing(len(prompts))], console)
-    painter.open()
+    album.check(painter.plan(), prompts, partial=True)
+    todo = album.missing(len(prompts))
+    painter.prepare([prompts[i] for i in todo], console)
+    painter.open(bool(todo))
     hashes = album.path / "hashes.json"
     known = _read_hashes(hashes)
     settings, files = painter.record(known)
@@ -317,7 +325,6 @@ def fill_album(album: Album, painter: Painter, prompts: Sequence[str], batch: in
     if files != known:
         with writable(album.path):
             Workdir(album.path).write_json(hashes.name, files)
-    todo = album.missing(len(prompts))
     height, width = painter.size
     console.say(f"{what}: {len(prompts)} pictures of {height} x {width} px, {len(prompts) - len(todo)} already in "
                 f"{album.path}; {painter.origin}")

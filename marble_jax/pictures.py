@@ -42,12 +42,13 @@ class Album:
             raise InputError(f"{self._record}: expected settings and prompts in JSON; received something else")
         return content
 
-    def check(self, settings: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    def check(self, settings: Mapping[str, Any], prompts: Sequence[str], partial: bool = False) -> None:
         """Makes sure that pictures of these settings may be added; writes nothing.
 
         Args:
           settings: all that decides what picture i of a prompt looks like.
           prompts: the text of picture i; the folder may hold more or fewer, but no other.
+          partial: `settings` are only some of them.
 
         Raises:
           InputError: the folder holds pictures of other settings or prompts, or of unknown ones, or is no folder.
@@ -63,7 +64,7 @@ class Album:
                 raise InputError(f"--out: expected a new folder or one made by this command; received {self.path} with "
                                  "pictures of unknown making")
             return
-        for key in sorted(set(settings) | set(there["settings"])):
+        for key in sorted(set(settings) if partial else set(settings) | set(there["settings"])):
             own, given = there["settings"].get(key), settings.get(key)
             if own != given:
                 raise InputError(f"{self.path} holds pictures of other settings: {key}: expected {own!r} (its own); "

@@ -53,6 +53,9 @@ def test_another_making_is_refused(album, settings, prompts, message):
     before = {p.name: p.read_bytes() for p in album.path.iterdir()}
     with pytest.raises(InputError, match=message):
         album.claim(settings, prompts)
+    album.check({"seed": 0}, PROMPTS, partial=True)
+    with pytest.raises(InputError, match="seed: expected 0"):
+        album.check({"seed": 1}, PROMPTS, partial=True)
     assert {p.name: p.read_bytes() for p in album.path.iterdir()} == before
 
 

@@ -18,7 +18,8 @@ VERBS = {"train": "train adapters on several rewards", "sample": "draw pictures 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0 done, 2 bad input, 143 stopped by a signal with its state saved."""
+    """Runs one verb; returns the exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C, 143 stopped by a signal
+    with its state saved."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: marble-jax VERB [options]     (marble-jax VERB --help for its options)\n")
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"marble-jax {verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"marble-jax {verb}: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

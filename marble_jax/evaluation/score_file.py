@@ -57,6 +57,10 @@ class ScoreFile:
         wanted = {n for lack in lacking.values() for n in lack}
         return [n for n in names if n in wanted], [i for i, lack in lacking.items() if lack]
 
+    def known(self, count: int) -> set[str]:
+        """The rewards that have looked at each of the first `count` pictures, with or without success."""
+        return set.intersection(*(set(self._scores.get(i, ())) for i in range(count))) if count else set()
+
     def append(self, index: Sequence[int], prompts: Sequence[Prompt], scores: Scores) -> None:
         """Adds scores of n pictures (the first n columns) with their prompts."""
         lines = []
