@@ -182,7 +182,7 @@ def test_a_dead_reward_reaches_the_cap(monkeypatch):
 
 
 def test_host_rewards_are_scored_while_the_next_batch_is_sampled(monkeypatch):
-    """Each waits for the other: the reward of batch 1 until batch 2 is being sampled, and batch 2 until it has begun."""
+    """Each waits for the other: batch 1's reward until batch 2 is being sampled, and batch 2 until it has begun."""
     begun, sampling = threading.Event(), threading.Event()
 
     class Patient(Reward):
