@@ -160,6 +160,21 @@ class Preprocess:
             images = jnp.pad(images, ((0, 0), (top, below), (left, right), (0, 0)))
         return (images - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
+    def on_host(self, image: np.ndarray) -> np.ndarray:
+        """The pixels float32 [size, size, 3] of one picture uint8 [H, W, 3], by Pillow: for cut-outs of many sizes.
+
+        Raises:
+          InputError: a preprocessing other than 8-bit with "shortest".
+        """
+        from PIL import Image
+
+        if not self.eight_bit or self.fit != "shortest":
+            raise InputError(f"preprocessing on the host: expected 8-bit and 'shortest'; received {self}")
+        height, width, top, left = self.frame(*image.shape[:2])
+        small = Image.fromarray(image).resize((width, height), getattr(Image.Resampling, self.method.upper()))
+        pixels = np.asarray(small, np.float32)[top:top + self.size, left:left + self.size] / 255
+        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
     def frame(self, rows: int, columns: int) -> tuple[int, int, int, int]:
         """What becomes of a picture of `rows` x `columns`: resized height and width, and where the square lies.
 

@@ -46,6 +46,15 @@ def test_published_size_matches_pillow_bit_for_bit(size_in):
     np.testing.assert_allclose(got[0], want / 255, atol=1e-6)
 
 
+def test_on_host_equals_on_device(picture):
+    transform = Preprocess(size=16, crop="round")
+    for x in (picture[0], picture[0, :9, :5]):
+        pixels = preprocess.prepare(x[None].astype(np.float32) / 255, transform)
+        np.testing.assert_allclose(transform.on_host(x), pixels[0], atol=1e-5)
+    with pytest.raises(InputError, match="preprocessing on the host: expected 8-bit and 'shortest'; received"):
+        Preprocess(size=16, eight_bit=False).on_host(picture[0])
+
+
 def test_odd_margins():
     floor, rounded = Preprocess(size=24), Preprocess(size=24, crop="round")
     assert [floor.frame(24, 24 + odd)[3] for odd in (1, 3, 5, 6)] == [0, 1, 2, 3]
@@ -68,7 +77,7 @@ def test_halving_bilinear_by_hand():
 
 def test_shortest_edge_matches_torchvision_style_pipeline(picture):
     x = picture[:, :40, :50]
-    got = Preprocess(size=24)(x.astype(np.float32) / 255)
+    got = preprocess.prepare(x.astype(np.float32) / 255, Preprocess(size=24))
     small = [Image.fromarray(p).resize((30, 24), Image.Resampling.BICUBIC).crop((3, 0, 27, 24)) for p in x]
     want = (np.stack(small) / 255 - preprocess.CLIP_MEAN) / preprocess.CLIP_STD
     assert got.shape == (2, 24, 24, 3)
