@@ -171,6 +171,8 @@ class HostScorer:
                 continue
             for column, part in zip(result, again):
                 column[left] = part
+            if again.failed.any() and self._on_error != "fail":
+                self._note(reward, attempt, f"no number for {int(again.failed.sum())} of {left.size} samples")
         if self._on_error == "fail":
             expect_all(reward.name, result)
         return result

@@ -87,7 +87,7 @@ def test_mask_makes_failures_missing_and_counts_them(caplog):
     assert "reward bad failed, attempt 1 of 1: ConnectionError: server gone" in caplog.text
 
 
-def test_retry_scores_only_what_is_missing():
+def test_retry_scores_only_what_is_missing(caplog):
     script = flaky(OSError("busy"), np.array([True, False, True]), np.array([True]))
     reward = Mean("flaky", script)
     with HostScorer([reward], on_error="retry", retries=2) as scorer:
@@ -95,6 +95,7 @@ def test_retry_scores_only_what_is_missing():
     assert reward.sizes == [3, 3, 1]
     np.testing.assert_allclose(result.values, [0, 0.25, 0, 0.75])
     assert not result.failed.any()
+    assert "reward flaky failed, attempt 2 of 3: no number for 1 of 3 samples" in caplog.text
 
 
 def test_retry_gives_up():
