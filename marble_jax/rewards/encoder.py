@@ -95,8 +95,7 @@ class ClipEncoder:
         if not directory.is_dir():
             raise InputError(f"{directory}: expected a directory of a CLIP model; received no such directory")
         model, params, is_openclip = _load(directory, jnp.dtype(dtype), weights)
-        has_own = any((directory / name).is_file() for name in TOKENIZER_FILES)
-        beside = directory if tokenizer is None or has_own else tokenizer
+        beside = directory if tokenizer is None or has_tokenizer(directory) else tokenizer
         length = model.config.text.max_position_embeddings
         tokenize = load_tokenize(Path(beside), length, clean=openclip_text if is_openclip else None)
         config = _read_json(directory / "preprocessor_config.json") or _read_json(
@@ -171,6 +170,11 @@ def _load(directory: Path, dtype: Any, weights: Sequence[str]) -> tuple[CLIPMode
     expected = ", ".join((*weights, "model.safetensors", *openclip.FILES, "pytorch_model.bin"))
     held = ", ".join(sorted(p.name for p in directory.iterdir())) or "an empty directory"
     raise InputError(f"{directory}: expected weights of a CLIP model, one of {expected}; received {held}")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_tokenize(directory: Path, length: int, kind: str = "CLIPTokenizer",

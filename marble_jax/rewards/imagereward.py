@@ -20,7 +20,7 @@ from marble_jax.models.pickled import open_weights
 from marble_jax.models.weights import read_json
 from marble_jax.rewards.aesthetic import affine, fold_head
 from marble_jax.rewards.base import Metadata, Reward
-from marble_jax.rewards.encoder import TOKENIZER_FILES, Tokenize, exact, load_tokenize
+from marble_jax.rewards.encoder import Tokenize, exact, has_tokenizer, load_tokenize
 from marble_jax.rewards.preprocess import Preprocess, prepare
 from marble_jax.types import Params
 
@@ -76,8 +76,7 @@ class ImageReward(Reward):
         source = open_weights(path)
         model, params = load_blip(
             source, BlipTextConfig.from_dict(read_json(directory / CONFIG)), jnp.dtype(dtype))
-        has_own = any((directory / file).is_file() for file in TOKENIZER_FILES)
-        beside = directory if tokenizer is None or has_own else Path(tokenizer)
+        beside = directory if tokenizer is None or has_tokenizer(directory) else Path(tokenizer)
         tokenize = load_tokenize(beside, MAX_TOKENS, "BertTokenizer", special=SPECIAL)
         return cls(name, model, params, fold_head(source, "mlp."), tokenize)
 
