@@ -27,7 +27,7 @@ from etils import epath
 from marble_jax import compose, platform
 from marble_jax.console import Console, shown
 from marble_jax.draw import Models, Painter, Settings, Source, fill_album
-from marble_jax.errors import InputError, nearest
+from marble_jax.errors import InputError
 from marble_jax.evaluation.comparison import compare
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.score_file import ScoreFile
@@ -192,10 +192,8 @@ def _rewards(request: Request) -> dict[str, Any]:
     path = compose.place_of(request.rewards_path, "rewards")
     entries = {} if request.rewards and all(map(is_function, request.rewards)) else entries_of(path)
     names = request.rewards or tuple(entries)
-    for name in names:  # what load_rewards refuses, before anything is drawn
-        if name not in entries and not is_function(name):
-            raise InputError(f"reward: expected one of {', '.join(entries)} of {path}; received {name!r}"
-                             f"{nearest(name, entries)}")
+    # What has no entry is refused by the catalogue now, not after hours of drawing, unless it is known there.
+    load_rewards(path, [name for name in names if name not in entries], request.num_workers)
     return {name: entries.get(name, {}) | {"path": str(path)} for name in names}
 
 

@@ -193,3 +193,26 @@ def test_a_run_of_the_embedded_pipeline():
     with pytest.raises(InputError, match="model.resolution: expected at most the model's 256 pixels; received 512"):
         made.model.resolution = 512
         compose.build(made)
+
+
+def test_text_embeddings_leave_no_encoder_in_memory(tmp_path, capsys):
+    """With a cache every text of a run is on disk before the transformer is loaded; the next run loads no encoder."""
+    made = config(model__path="embedded", model__dtype="float32", model__max_sequence_length=6,
+                  prompts__embedding_cache=str(tmp_path))
+    root, texts = compose.place_of("embedded", "pipeline"), ["a red star", "fog", "a red star"]
+    encode = compose.text_embeddings(made, root, texts)
+    assert "text embeddings: 2 of 2 prompts to encode" in capsys.readouterr().out
+    assert not encode.loaded and len(list(tmp_path.glob("*/*.npz"))) == 2
+    again = compose.text_embeddings(made, root, texts)
+    np.testing.assert_array_equal(again(texts).embeds, encode(texts).embeds)
+    assert not again.loaded and not encode.loaded and capsys.readouterr().out == ""
+    made.prompts.embedding_cache = ""
+    kept = compose.text_embeddings(made, root, texts)
+    assert kept.loaded
+    np.testing.assert_array_equal(kept(texts).embeds, encode(texts).embeds)
+
+
+def test_ready_made_prompts_need_no_directory():
+    made = config(prompts__path="generated", evaluation__num_prompts=9)
+    assert {p.source for p in compose.held_out_prompts(made)} == {"general", "ocr", "geneval"}
+    assert len(compose.read_prompts("generated", "train", ("ocr",))["ocr"]) == 6000
