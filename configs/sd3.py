@@ -5,8 +5,8 @@
 48 prompts x 24 pictures a step, 25 dpm2 steps without guidance, 24 timesteps trained on, LoRA rank 32 on the eight
 attention projections. The paper reports, after training: GenEval 0.94, OCR 0.96, PickScore 22.83, CLIPScore 0.286,
 HPSv2.1 0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project yet: the weights are gated, and a run takes
-eight large accelerators. `model.path` is a diffusers directory or hub id (log in first), `rewards.path` a directory
-with the reward models and a rewards.json. The prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes
+eight large accelerators. `model.path` is a diffusers directory or hub id (log in first). `rewards.path` is a directory
+with the reward models as published (`marble_jax/rewards/published.py` lists them), 'hub' fetches them. The prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes
 them down); `prompts.path=DIR` takes your own, SOURCE/{train,test} files for general, ocr and geneval.
 Their text embeddings, 1.7 MB each, are computed once and kept in `prompts.embedding_cache`: T5 never meets training.
 """
@@ -23,7 +23,7 @@ def get_config(preset: str = PRESETS[0]):
     config.model.path = "stabilityai/stable-diffusion-3.5-medium"
     config.prompts.path = "generated"
     config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
-    config.rewards.path = "rewards"
+    config.rewards.path = "hub"
     config.harmonize.mode = preset if preset in ("faithful", "exact") else "amortised"
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)

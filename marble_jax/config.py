@@ -71,7 +71,7 @@ KEYS: dict[str, Key] = {
     "rewards.train": Key(("pickscore", "hpsv2", "clipscore", "ocr", "geneval"), "rewards trained on: names in "
                          "rewards.json, or functions of your own as module:function", "-", "paper"),
     "rewards.heldout": Key((), "rewards only evaluated: they tell progress from reward hacking"),
-    "rewards.path": Key("", "directory with the reward models, or 'embedded'", "path"),
+    "rewards.path": Key("", "directory with the reward models, 'hub', or 'embedded'", "path"),
     "rewards.on_error": Key("mask", "what a failed reward does: its samples are missing, the run stops, or one retry",
                             "mask|fail|retry"),
     "rewards.max_missing_share": Key(0.5, "share of one reward's scores that may fail; the run stops, saved, once it is "
