@@ -1,0 +1,100 @@
+"""Trains the embedded pipeline with many methods and seeds, and compares what they come to.
+
+    python -m tools.experiments --suite=main --seeds=3 --steps=60 --jobs=2 --out=runs/experiments
+
+The same command again skips what is finished and goes on with the rest. See HELP for the options.
+"""
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from marble_jax.cli.options import boolean, number, split
+from marble_jax.errors import InputError
+from tools.experiments import fronts, results, runner, table
+from tools.experiments.methods import METHODS, SUITES, choose, jobs
+
+HELP = f"""usage: python -m tools.experiments [options] [--config=FILE] [--config.key=value ...]
+
+  --suite=main|sweeps|ablations|balancers|all   which methods (main)
+  --methods=a,b     only these, whatever the suite
+  --seeds=3         runs a method, seeds 1, 2, ...
+  --steps=N         optimiser steps of every run (those of the configuration file)
+  --jobs=1          runs at a time, 1 or 2, each on its share of the cores
+  --out=runs/experiments    the runs' folders, logs/, and unless --results says otherwise what they come to
+  --results=DIR     results.json, table.md and fronts.svg, of these methods and all others finished in --out
+  --pairs={fronts.PAIRS}
+                    rewards against each other in fronts.svg
+  --list            names the methods and their runs
+  --dry_run         prints the commands
+  --collect         trains nothing: results of what is finished
+  --config=configs/embedded.py, --config.key=value   the file with the presets, and keys that change in all runs
+"""
+OPTIONS = {"suite": "main", "methods": "", "seeds": "3", "steps": "", "jobs": "1", "out": "runs/experiments",
+           "results": "", "pairs": fronts.PAIRS, "list": "false", "dry_run": "false", "collect": "false"}
+
+
+def main(argv: Sequence[str], train: Sequence[str] = runner.TRAIN) -> int:
+    """Returns the exit status: 0 all runs are there, 1 some are not, 2 bad input."""
+    if any(a in ("-h", "--help") for a in argv):
+        print(HELP, end="")
+        return 0
+    try:
+        return _main(argv, train)
+    except InputError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(argv: Sequence[str], train: Sequence[str]) -> int:
+    values, config_args = split(argv, OPTIONS)
+    files = [a.split("=", 1)[1] for a in config_args if a.startswith("--config=")] or ["configs/embedded.py"]
+    overrides = [a for a in config_args if not a.startswith("--config=")]
+    if values["steps"]:
+        overrides.append(f"--config.training.num_steps={number(values, 'steps', int, 1)}")
+    num_jobs = number(values, "jobs", int, 1)
+    if num_jobs > 2:
+        raise InputError(f"--jobs: expected 1 or 2; received {num_jobs}")
+    methods = choose(values["suite"], [n for n in values["methods"].split(",") if n])
+    out = Path(values["out"])
+    target = Path(values["results"]) if values["results"] else out
+    everything = jobs(METHODS, number(values, "seeds", int, 1), out, files[-1], overrides)
+    names = {method.name for method in methods}
+    planned = [job for job in everything if names & set(job.methods)]
+    config = planned[0].config
+    pairs = fronts.parse_pairs(values["pairs"], [*config["rewards.train"], *config["rewards.heldout"]])
+    if boolean("list", values["list"]):
+        for suite in SUITES:
+            for method in (m for m in METHODS if m.suite == suite and m in methods):
+                own = ", ".join(job.name for job in planned if method.name in job.methods)
+                print(f"{suite:10} {method.name:16} {method.title:52} {own}")
+        return 0
+    if boolean("dry_run", values["dry_run"]):
+        for job in planned:
+            print(("# finished: " if runner.finished(job) else "") + shlex.join([*train, *job.arguments]))
+        return 0
+    failed = []
+    if not boolean("collect", values["collect"]):
+        failed = runner.run(planned, num_jobs, out / "logs", train, say=_say)
+    there = [job for job in everything if job in planned or runner.finished(job)]
+    found = results.collect(there, shlex.join(["python", "-m", "tools.experiments", *argv]))
+    results.write_json(target / "results.json", found)
+    results.write(target / "table.md", table.markdown(found))
+    written = ["results.json", "table.md"]
+    if (main_rows := table.rows(found, "main")) and pairs:
+        fronts.draw(main_rows, table.columns(found), pairs, target / "fronts.svg")
+        written.append("fronts.svg")
+    _say(f"{len(found['runs'])} of {len(there)} runs in {target}: {', '.join(written)}")
+    if failed:
+        _say(f"not finished: {', '.join(failed)}; the same command goes on with them")
+    return 1 if failed else 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,143 @@
+"""What is compared: methods as presets of a configuration file with changes, and the runs they come to."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from marble_jax.cli.options import load_config
+from marble_jax.config import flatten
+from marble_jax.errors import InputError, one_of
+from marble_jax.workdir import plain
+
+SUITES = ("main", "sweeps", "ablations", "balancers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    Attributes:
+      name: short, names the run's folder.
+      title: what the table says.
+      suite: one of SUITES.
+      preset: of the configuration file.
+      changes: configuration keys that differ from the preset, as on the command line.
+    """
+
+    name: str
+    title: str
+    suite: str
+    preset: str
+    changes: tuple[tuple[str, str], ...] = ()
+
+
+def _sweep(what: str, key: str, values: Sequence[str], title: str) -> tuple[Method, ...]:
+    return tuple(Method(f"{what}_{v}", f"{title} {v}", "sweeps", "amortised", ((key, v),)) for v in values)
+
+
+METHODS = (
+    Method("exact", "MARBLE, exact", "main", "exact"),
+    Method("amortised", "MARBLE, amortised", "main", "amortised"),
+    Method("faithful", "MARBLE, faithful", "main", "faithful"),
+    Method("weighted_sum", "weighted sum", "main", "weighted_sum"),
+    Method("equal", "equal alpha", "main", "equal"),
+    Method("upweighted", "weighted sum, specialists x 2", "main", "upweighted"),
+    Method("gdpo", "GDPO", "main", "gdpo"),
+    Method("dropout", "MARBLE, reward dropout", "main", "dropout"),
+    Method("sequential", "sequential", "main", "sequential"),
+    *(Method(f"only_{name}", f"only {name}", "main", f"only_{name}")
+      for name in ("alignment", "preference", "aesthetic", "ocr", "geneval")),
+    # The paper's values (MARBLE, arXiv 2605.06507, ablations of N and rho), and 2, as these runs are short.
+    *_sweep("refresh", "harmonize.refresh_every", ("2", "5", "10", "20"), "amortised, N ="),
+    *_sweep("rho", "harmonize.rho", ("0.1", "0.3", "0.5", "0.7", "0.9"), "amortised, rho ="),
+    Method("unit_weights", "exact, every reward weight 1", "ablations", "exact", (("harmonize.reward_weights", ""),)),
+    Method("raw_exact", "exact, without normalisation", "ablations", "exact", (("harmonize.normalize", "False"),)),
+    Method("raw_amortised", "amortised, without normalisation", "ablations", "amortised",
+           (("harmonize.normalize", "False"),)),
+    Method("solve_micro", "a solve a step, on one micro-batch (faithful, N = 1)", "ablations", "faithful",
+           (("harmonize.refresh_every", "1"),)),
+    Method("solve_batch", "a solve a step, on the whole batch (exact)", "ablations", "exact"),
+    Method("solve_smooth", "the same, alpha averaged over steps", "ablations", "exact",
+           (("harmonize.smooth_exact", "True"),)),
+    *(Method(name, title, "balancers", "exact", (("harmonize.balancer", name),))
+      for name, title in (("upgrad", "UPGrad"), ("pcgrad", "PCGrad"), ("cagrad", "CAGrad"), ("imtl", "IMTL-G"),
+                          ("nash", "Nash-MTL"))),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    Attributes:
+      name: of its folder, method and seed.
+      methods: names of the methods whose run it is: several where their configurations are the same.
+      seed: of the run.
+      workdir: where it lives.
+      config: flat configuration, as JSON knows it.
+      arguments: of `marble-jax train`.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    seed: int
+    workdir: Path
+    config: dict[str, Any]
+    arguments: tuple[str, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return self.config["training.num_steps"]
+
+
+def choose(suite: str, names: Sequence[str]) -> tuple[Method, ...]:
+    """The methods of a suite ("all" for every one), or those named, in the order of METHODS.
+
+    Raises:
+      InputError: an unknown suite or method.
+    """
+    one_of("--suite", suite, (*SUITES, "all"))
+    for name in names:
+        one_of("--methods", name, [m.name for m in METHODS])
+    return tuple(m for m in METHODS if (m.name in names if names else suite in (m.suite, "all")))
+
+
+def jobs(methods: Sequence[Method], num_seeds: int, out: Path, file: str, overrides: Sequence[str] = ()
+         ) -> tuple[Job, ...]:
+    """Every run that `methods` need, seed by seed, so that a part of them compares all methods.
+
+    Methods with the same configuration share a run, under the name of the first of METHODS that has it.
+
+    Args:
+      methods: what to compare.
+      num_seeds: runs a method, with seeds 1, 2, ...
+      out: folder of the runs' folders.
+      file: configuration file with the presets.
+      overrides: `--config.key=value` arguments for all runs; a method's own come after them.
+
+    Raises:
+      InputError: a preset or key that is not there, or a value out of range.
+    """
+    if num_seeds < 1:
+        raise InputError(f"--seeds: expected at least 1; received {num_seeds}")
+    owner: dict[str, str] = {}
+    users: dict[str, list[str]] = {}
+    made: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {}
+    for method in METHODS:
+        arguments = (f"--config={file}:{method.preset}", *overrides,
+                     *(f"--config.{key}={value}" for key, value in method.changes))
+        config = plain(flatten(load_config(arguments)))
+        first = owner.setdefault(repr(sorted((k, v) for k, v in config.items() if k != "name")), method.name)
+        made.setdefault(first, (config, arguments))
+        if method in methods:
+            users.setdefault(first, []).append(method.name)
+    found = []
+    for seed in range(1, num_seeds + 1):
+        for name, own in users.items():
+            config, arguments = made[name]
+            workdir = out / f"{name}-{seed}"
+            found.append(Job(workdir.name, tuple(own), seed, workdir, config | {"seed": seed},
+                             (*arguments, f"--config.seed={seed}", f"--workdir={workdir}")))
+    return tuple(found)

@@ -1,0 +1,96 @@
+"""From the records of runs to one small JSON: all that the tables and plots are made from."""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marble_jax.report.records import Records, read_records
+from tools.experiments.methods import METHODS, Job
+from tools.experiments.runner import finished
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """12 hex digits of SHA-256 over a flat configuration without its name and seed: one for all seeds of a method."""
+    own = {key: value for key, value in config.items() if key not in ("name", "seed")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _rounded(value: float, digits: int = 6) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def _table(records: Records, evaluation: dict[str, Any] | None, which: str, fields: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for name in records.names:
+        score = records.score(evaluation, name, which)
+        found[name] = {field: _rounded(score[field]) for field in fields}
+    return found
+
+
+def run_result(job: Job) -> dict[str, Any]:
+    """What one finished run came to.
+
+    `conflict_rate` is the share of the steps looked at in which the update pointed against a reward, `worst_cos` the
+    mean over these steps of the smallest cosine with a reward's gradient, `least_cos` the smallest of all. They are
+    null for a run on a single reward, whose update has nothing to conflict with.
+    """
+    records = read_records(job.workdir)
+    last = records.trained[-1]
+    conflict, cosine = records.series("harmonize/conflict").finite, records.series("harmonize/worst_cos").finite
+    looked = len(cosine) if len(records.rewards) > 1 else 0
+    seconds = records.series("time/step_s").finite
+    return {
+        "seed": job.seed, "methods": list(job.methods), "num_steps": job.num_steps, "trained": list(records.rewards),
+        "num_prompts": last.get("num_prompts"),
+        "before": {n: v["mean"] for n, v in _table(records, records.base, "scores", ("mean",)).items()},
+        "after": {n: v["mean"] for n, v in _table(records, last, "scores", ("mean",)).items()},
+        "gain": _table(records, last, "gain", ("mean", "low", "high")),
+        "conflict_rate": _rounded(float(conflict.mean())) if looked else None,
+        "worst_cos": _rounded(float(cosine.mean()), 4) if looked else None,
+        "least_cos": _rounded(float(cosine.min()), 4) if looked else None,
+        "steps_looked_at": looked, "seconds": _rounded(float(seconds.sum()), 4),
+        "seconds_per_step": _rounded(float(np.median(seconds)), 4) if seconds.size else None,
+        "config_hash": config_hash(job.config), "command": records.run.get("command"),
+        "versions": records.run.get("versions"), "hardware": records.run.get("hardware"),
+    }
+
+
+def collect(jobs: Sequence[Job], command: str) -> dict[str, Any]:
+    """Every finished run's result; versions and hardware stand once where all runs share them.
+
+    Raises:
+      InputError: a folder holds a run with another configuration.
+    """
+    runs = {job.name: run_result(job) for job in jobs if finished(job)}
+    shared = {}
+    for key in ("versions", "hardware"):
+        values = [run[key] for run in runs.values()]
+        if values and all(value == values[0] for value in values):
+            shared[key] = values[0]
+            for run in runs.values():
+                del run[key]
+    wanted = {name for job in jobs for name in job.methods}
+    return {"command": command, "seeds": sorted({job.seed for job in jobs}), **shared,
+            "methods": [{"name": m.name, "title": m.title, "suite": m.suite} for m in METHODS if m.name in wanted],
+            "missing": [job.name for job in jobs if job.name not in runs], "runs": runs}
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """JSON with a line for each run's entry, small enough to commit and to compare."""
+    runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in value["runs"].items())
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in value.items() if k != "runs")
+    write(path, f'{{\n{head} "runs": {{\n{runs}\n }}\n}}\n')

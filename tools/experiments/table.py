@@ -1,0 +1,193 @@
+"""Tables of the results: a row a method, means over its seeds with the interval across them, in Markdown."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from marble_jax.evaluation.statistics import composite
+
+HEADINGS = {"main": "Methods", "sweeps": "Sweeps of N and rho, amortised", "ablations": "Ablations",
+            "balancers": "Balancers from the literature, exact mode"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method over its seeds; S seeds, C columns (the rewards, then those never trained on by any method).
+
+    Attributes:
+      name: of the method.
+      title: what the table says.
+      seeds: the S seeds there are.
+      trained: the rewards it trains on.
+      gain: float64 [S, C] paired gain over the base model on held-out prompts; NaN where there is none.
+      clear: int8 [S, C] 1 or -1 where the run's own interval over prompts lies above or below 0.
+      conflict_rate: [S], NaN for a single reward.
+      worst_cos: [S], likewise.
+      least_cos: [S], likewise.
+      seconds: [S] of all optimiser steps.
+    """
+
+    name: str
+    title: str
+    seeds: tuple[int, ...]
+    trained: tuple[str, ...]
+    gain: np.ndarray
+    clear: np.ndarray
+    conflict_rate: np.ndarray
+    worst_cos: np.ndarray
+    least_cos: np.ndarray
+    seconds: np.ndarray
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean over seeds and half of its 95 % Student interval, which is NaN with fewer than two.
+
+    With three seeds that is 2.48 standard deviations: seeds are few, and the interval says so.
+
+    Args:
+      values: [S].
+    """
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float(values.mean()) if len(values) else float("nan"), float("nan")
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def columns(results: dict[str, Any]) -> tuple[str, ...]:
+    """The rewards that some method trains on, in their order, then the others."""
+    runs = list(results["runs"].values())
+    widest = max((run["trained"] for run in runs), key=len, default=[])
+    trained = dict.fromkeys([*widest, *(n for run in runs for n in run["trained"])])
+    return tuple(dict.fromkeys([*trained, *(n for run in runs for n in run["gain"])]))
+
+
+def rows(results: dict[str, Any], suite: str | None = None) -> list[Row]:
+    """The methods (of one suite) that have at least one finished run."""
+    names, found = columns(results), []
+    for method in results["methods"]:
+        if suite is not None and method["suite"] != suite:
+            continue
+        runs = sorted((r for r in results["runs"].values() if method["name"] in r["methods"]), key=lambda r: r["seed"])
+        if not runs:
+            continue
+
+        def gain(run: dict[str, Any], field: str) -> list[float]:
+            return [_number(run["gain"].get(name, {}).get(field)) for name in names]
+
+        def each(key: str, runs: Sequence[dict[str, Any]] = tuple(runs)) -> np.ndarray:
+            return np.array([_number(run[key]) for run in runs])
+
+        low, high = (np.array([gain(run, field) for run in runs]) for field in ("low", "high"))
+        found.append(Row(
+            method["name"], method["title"], tuple(run["seed"] for run in runs), tuple(runs[0]["trained"]),
+            np.array([gain(run, "mean") for run in runs]), np.where(low > 0, 1, np.where(high < 0, -1, 0)),
+            each("conflict_rate"), each("worst_cos"), each("least_cos"), each("seconds")))
+    return found
+
+
+def composites(found: Sequence[Row]) -> list[tuple[float, float]]:
+    """The paper's composite of each row: mean over columns of z-scores among the rows, of the means over seeds.
+
+    Its interval is that of the composites of single seeds, among the rows' runs of that seed; NaN unless all rows
+    have the same seeds. Gains rank as scores do, as all runs share the base model's pictures.
+
+    Source: MARBLE (arXiv 2605.06507), Table 1.
+    """
+    middle = composite(np.array([row.gain.mean(axis=0) for row in found]))
+    half = np.full(len(found), np.nan)
+    if len({row.seeds for row in found}) == 1 and len(found[0].seeds) > 1:
+        single = np.array([composite(np.array([row.gain[s] for row in found])) for s in range(len(found[0].seeds))])
+        half = np.array([t_interval(values)[1] for values in single.T])
+    return [(float(m), float(h)) for m, h in zip(middle, half, strict=True)]
+
+
+def shown(mean: float, half: float = float("nan"), digits: int = 4) -> str:
+    """`+0.0123 ± 0.0045`, without what is NaN."""
+    if not np.isfinite(mean):
+        return "-"
+    return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+
+
+def verdict(row: Row, rewards: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
+    """In how many seeds all rewards have gone up, and in how many that is clear within the run."""
+    index = [names.index(name) for name in rewards]
+    up, clear = np.all(row.gain[:, index] > 0, axis=1), np.all(row.clear[:, index] > 0, axis=1)
+    return f"{up.sum()}/{len(up)}", f"{clear.sum()}/{len(clear)}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [_line(header), _line(["---"] * len(header)), *(_line(row) for row in body)]
+
+
+def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Gains, composite, verdict and diagnostics, a row a method."""
+    rewards = max((row.trained for row in found), key=len)
+    header = ["method", "seeds", *(f"{n} (never trained)" if n not in rewards else n for n in names), "composite",
+              f"all {len(rewards)} up", "clearly", "conflict rate", "worst cosine: mean (least)", "minutes"]
+    body = []
+    for row, (middle, half) in zip(found, composites(found), strict=True):
+        conflict, cosine = row.conflict_rate.mean(), row.worst_cos.mean()
+        body.append([
+            row.title, str(len(row.seeds)), *(shown(*t_interval(row.gain[:, c])) for c in range(len(names))),
+            shown(middle, half, 2), *verdict(row, rewards, names),
+            f"{100 * conflict:.0f} %" if np.isfinite(conflict) else "-",
+            f"{cosine:+.2f} ({row.least_cos.min():+.2f})" if np.isfinite(cosine) else "-",
+            f"{row.seconds.mean() / 60:.1f}"])
+    return _grid(header, body)
+
+
+def differences_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Gain of each method minus that of the first row, paired by seed: the same prompts and starting noise."""
+    first, body = found[0], []
+    for row in found[1:]:
+        both = [s for s in row.seeds if s in first.seeds]
+        if both:
+            own, other = ([r.seeds.index(s) for s in both] for r in (row, first))
+            gap = row.gain[own] - first.gain[other]
+            body.append([row.title, *(shown(*t_interval(gap[:, c])) for c in range(len(names)))])
+    return _grid([f"minus {first.title}", *names], body)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All tables with what they mean and the command that makes them."""
+    names = columns(results)
+    runs = list(results["runs"].values())
+    steps, prompts = (sorted({run[k] for run in runs}) for k in ("num_steps", "num_prompts"))
+    text = ["# Experiments on the embedded pipeline", "", "```", results["command"], "```", ""]
+    if not runs:
+        return "\n".join([*text, "No run is finished yet.", ""])
+    text += [
+        f"Every run has the same budget: {'/'.join(map(str, steps))} optimiser steps, "
+        f"{'/'.join(map(str, prompts))} held-out prompts. Numbers are gains over the base model, on the same prompts "
+        f"and noise: mean over seeds ± half the 95 % Student interval over seeds (at {len(results['seeds'])} seeds, "
+        "wide).", "",
+        "`composite`: the paper's, mean over the columns of z-scores among the rows of its table; its ± is over seeds. "
+        "`all up`: seeds in which every reward gained; `clearly`: seeds in which every gain's own bootstrap interval "
+        "over prompts lies above 0. `conflict rate`: share of the steps looked at in which the update pointed against "
+        "a reward's gradient. `worst cosine`: smallest cosine of the update with a reward's gradient, mean over steps "
+        "(and the least of all). Only steps that solve for alpha are looked at, on what they solve on. `minutes`: "
+        "of optimiser steps, with other runs beside it.", ""]
+    if results["missing"]:
+        text += [f"Not finished: {', '.join(results['missing'])}.", ""]
+    for suite, heading in HEADINGS.items():
+        found = rows(results, suite)
+        if not found:
+            continue
+        text += [f"## {heading}", "", *gains_table(found, names), ""]
+        if len(found) > 1:
+            text += ["Difference to the first row, paired by seed:", "", *differences_table(found, names), ""]
+    return "\n".join(text)
