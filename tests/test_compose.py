@@ -82,8 +82,8 @@ def test_names_are_looked_up_before_weights_are_read(monkeypatch):
     base = {"prompts__path": "embedded", "rewards__path": "embedded"}
     with pytest.raises(InputError, match="model: expected a directory or a Hub name .*; received '/nowhere/at/all'"):
         compose.build(config(**base, model__path="/nowhere/at/all"))
-    with pytest.raises(InputError, match="reward: expected one of .*received 'pickscore'"):
-        compose.build(config(**base, model__path="embedded"))
+    with pytest.raises(InputError, match="reward: expected one of .*received 'pikscore'; did you mean 'pickscore'"):
+        compose.build(config(**base, model__path="embedded", rewards__train=("ocr", "pikscore")))
     with pytest.raises(InputError, match="model.path: expected a directory or 'embedded'; received nothing"):
         compose.build(config(**base))
 
