@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from marble_jax.cli.main import main
 from marble_jax.rewards import protocol
 
 MODULE = """
+import time
+
+
 def red(image, prompt, metadata):
     return (image[..., 0] - image[..., 1]).mean() * prompt.startswith("a red")
 
@@ -24,7 +28,26 @@ def same(image, prompt, metadata):
 
 def broken(image, prompt, metadata):
     raise FileNotFoundError("model.bin")
+
+
+def rank(images, prompt, metadata):
+    return images.mean((1, 2, 3)) - images.mean()
+
+
+NUMBER = iter(range(1000))
+
+
+def faulty(images, prompts, metadata):
+    scores = [float(image.mean()) + 5 for image in images]
+    kind = next(NUMBER) % 16  # the first call is the check's; 5 of 16 go wrong
+    if kind == 2:
+        raise ConnectionError("server gone")
+    if kind == 5:
+        time.sleep(30)
+    return {8: [float("nan")] * len(scores), 11: scores[1:], 14: "garbage"}.get(kind, scores)
 """
+SMOKE = (f"--config={Path(__file__).parents[2] / 'configs' / 'embedded.py'}:smoke", "--config.rewards.heldout=",
+         "--config.harmonize.reward_weights=", "--config.harmonize.mode=exact")
 
 
 @pytest.fixture
@@ -110,3 +133,37 @@ def test_serve_until_a_signal(here):
             assert process.wait(60) == 0 and process.stderr.read() == ""
         finally:
             process.kill()
+
+
+def test_training_does_not_start_with_a_broken_reward(refused, here):
+    message = refused("train", *SMOKE, "--config.rewards.train=marble_test_cli:broken,geneval", "--workdir=run")
+    assert "reward marble_test_cli:broken: expected sound scores of the golden pictures; received a reward that fails" \
+        " (12 of 12 golden pictures without a score: FileNotFoundError: model.bin)" in message
+    assert not (here / "run").exists()
+
+
+def test_a_reward_that_compares_pictures_needs_whole_groups(refused, here):
+    message = refused("train", *SMOKE, "--config.rewards.train=marble_test_cli:rank", "--config.rollout.batch_size=6",
+                      "--workdir=run")
+    assert "rollout.batch_size: expected a multiple of the 4 pictures a prompt, as marble_test_cli:rank" in message
+
+
+@pytest.mark.slow
+def test_training_with_a_reward_that_fails_now_and_then(here, capsys):
+    """Raises, hangs, NaN, too few and garbage: the run goes on under mask, stops under fail, and goes on again."""
+    command = ["train", *SMOKE, "--config.rewards.train=marble_test_cli:faulty,geneval", "--workdir=run",
+               "--config.rollout.batch_size=4", "--config.rewards.timeout=2"]
+    assert main([*command, "--config.training.num_steps=6"]) == 0
+    rows = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    failed = [row["rollout/failed_count/marble_test_cli:faulty"] for row in rows]
+    assert len(rows) == 6 and sum(failed) >= 16 and sum(failed) % 4 == 0
+    assert all(5 < row["rollout/score_mean/marble_test_cli:faulty"] < 6 for row in rows)
+    assert "marble_test_cli:faulty failed at times" in (here / "run" / "report.html").read_text()
+    capsys.readouterr()
+    assert main([*command, "--config.training.num_steps=20", "--config.rewards.on_error=fail"]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("marble-jax train:")]
+    assert "reward marble_test_cli:faulty: " in line
+    done = len((here / "run" / "metrics.jsonl").read_text().splitlines())
+    assert line.endswith(f"; saved after step {done}, the same command goes on from there")
+    assert main([*command, f"--config.training.num_steps={done + 2}"]) == 0
+    assert len((here / "run" / "metrics.jsonl").read_text().splitlines()) == done + 2
