@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
 from marble_jax.training.batch import Collector
+from marble_jax.training.microsteps import whole
 from marble_jax.training.presence import Presence, make_dropout, parse_stages
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.steps import make_steps
@@ -93,8 +95,12 @@ def reward_place(config: ml_collections.ConfigDict) -> Path | None:
     return place_of(config.rewards.path, "rewards")
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
     """Everything that is wrong with a configuration and shows without reading a file.
+
+    Args:
+      config: the configuration.
+      backend: "cpu", "gpu" or "tpu", where it is to run; this machine's by default.
 
     Raises:
       InputError: a value outside the table of keys, or values that do not fit each other or this machine.
@@ -112,9 +118,10 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"harmonize.alpha_floor: expected at most 1/{len(names)}; received "
                          f"{config.harmonize.alpha_floor}")
     presence_of(config)
-    if config.model.attention == "cudnn" and (jax.default_backend() != "gpu" or config.model.dtype != "bfloat16"):
+    backend = backend or jax.default_backend()
+    if config.model.attention == "cudnn" and (backend != "gpu" or config.model.dtype != "bfloat16"):
         raise InputError(f"model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received 'cudnn' on "
-                         f"{jax.default_backend()} in {config.model.dtype}")
+                         f"{backend} in {config.model.dtype}")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)")
 
@@ -150,6 +157,27 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         optax.clip_by_global_norm(training.clip_norm),
         optax.adamw(rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon,
                     weight_decay=training.weight_decay))
+
+
+def chunk_size(config: ml_collections.ConfigDict, num_devices: int) -> int:
+    """Samples pulled back together, over all devices: as many as `harmonize.chunk_size` allows and divide evenly."""
+    share = config.training.micro_batch_size // num_devices
+    return num_devices * max(c for c in range(1, share + 1) if share % c == 0 and c <= config.harmonize.chunk_size)
+
+
+def make_recipe(config: ml_collections.ConfigDict, sizes: Sizes, mesh: Mesh, balancer: Any, shift: float) -> Recipe:
+    """What an optimiser step does, for a model whose noise levels are shifted by `shift`."""
+    sigmas = sigma_grid(config.rollout.num_steps, shift)
+    return Recipe(
+        sigmas=tuple(float(s) for s in sigmas[:-1]), num_timesteps=sizes.timesteps,
+        micro_batch=config.training.micro_batch_size, chunk=chunk_size(config, mesh.size),
+        anchor_every=config.harmonize.anchor_every, num_rewards=len(config.rewards.train),
+        scalarised=config.advantages.scalarise != "none", nft_beta=config.nft.beta, kl_weight=config.nft.kl_weight,
+        clip=config.advantages.clip, balancer=balancer, rho=config.harmonize.rho,
+        smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,
+        old_schedule=rollout_decay(config.policies.schedule, rate=config.policies.rate, cap=config.policies.cap,
+                                   delay=config.policies.delay),
+        ema_decay=config.policies.ema_decay, place=partial(parallel.split_batch, mesh) if mesh.size > 1 else whole)
 
 
 def balancer_of(config: ml_collections.ConfigDict) -> Any:
@@ -287,18 +315,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
         decode, scorer(rewards), latent_shape, rollout.batch_size, config.evaluation.seed,
         config.evaluation.num_pictures, config.evaluation.images_per_prompt)
     optimizer = make_optimizer(config)
-    sigmas = sigma_grid(rollout.num_steps, shift)
-    recipe = Recipe(
-        sigmas=tuple(float(s) for s in sigmas[:-1]), num_timesteps=sizes.timesteps,
-        micro_batch=config.training.micro_batch_size,
-        chunk=min(config.harmonize.chunk_size * mesh.size, config.training.micro_batch_size),
-        anchor_every=config.harmonize.anchor_every, num_rewards=len(names),
-        scalarised=config.advantages.scalarise != "none", nft_beta=config.nft.beta, kl_weight=config.nft.kl_weight,
-        clip=config.advantages.clip, balancer=balancer, rho=config.harmonize.rho,
-        smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,
-        old_schedule=rollout_decay(config.policies.schedule, rate=config.policies.rate, cap=config.policies.cap,
-                                   delay=config.policies.delay),
-        ema_decay=config.policies.ema_decay)
+    recipe = make_recipe(config, sizes, mesh, balancer, shift)
     adapter = adapters.init_adapter(jax.random.fold_in(jax.random.key(config.seed), 1), pipeline.params, spec)
     if config.lora.init:
         adapter = start_from(read_lora(config.lora.init, pipeline.params), adapter, pipeline.params, spec)

@@ -5,6 +5,7 @@ everything K x K are small and replicated.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,27 +18,34 @@ BATCH = PartitionSpec(("data", "fsdp"))
 SMALLEST_SHARDED = 1 << 16  # numbers; smaller leaves are replicated
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices.
 
     Args:
       data: devices along `data`; -1 takes what `fsdp` leaves.
       fsdp: devices along `fsdp`.
+      devices: `jax.devices()` when None; those of a topology to compile for one that is not here.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
-    count = len(jax.devices())
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if data == -1 and fsdp >= 1 and count % fsdp == 0:
         data = count // fsdp
     if data < 1 or fsdp < 1 or data * fsdp != count:
         raise InputError(f"mesh: expected data x fsdp = {count} devices; received {data} x {fsdp}")
-    return Mesh(np.asarray(jax.devices()).reshape(data, fsdp), ("data", "fsdp"))
+    return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:
     """Splits the leading axis of every leaf over all devices."""
     return jax.device_put(tree, NamedSharding(mesh, BATCH))
+
+
+def split_batch(mesh: Mesh, tree: Any) -> Any:
+    """`place_batch` inside a compiled function: a constraint on where the values lie."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, BATCH))
 
 
 def place_everywhere(mesh: Mesh, tree: Any) -> Any:

@@ -99,8 +99,15 @@ def zero_sums(adapter: Adapter, num_rewards: int) -> RewardSums:
 
 
 def _chunks(batch: Any, chunk_size: int) -> Any:
-    """Splits the leading axis of every leaf: [n, ...] -> [n / chunk_size, chunk_size, ...]."""
-    return jax.tree.map(lambda x: x.reshape((x.shape[0] // chunk_size, chunk_size) + x.shape[1:]), batch)
+    """Deals the leading axis of every leaf out: [n, ...] -> [n / chunk_size, chunk_size, ...].
+
+    Every n / chunk_size-th sample makes a chunk, so that where samples are split over devices in blocks, each device
+    has its share of every chunk.
+    """
+    def deal(x: jax.Array) -> jax.Array:
+        return x.reshape((chunk_size, x.shape[0] // chunk_size) + x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(deal, batch)
 
 
 def _resolve_chunk(num: int, chunk_size: int | None) -> int:

@@ -44,12 +44,12 @@ def faithful_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gra
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
+        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.place)
         units = num_micro_steps(plan)
         solves = {"all": units, "first": 1, "none": 0}[solved]
 
         def prepared(index: jax.Array) -> tuple[gradients.FlowBatch, jax.Array, jax.Array]:
-            return micro_step(velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0)
+            return micro_step(velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0, recipe.place)
 
         def solve(carry: tuple[Any, smoothing.AlphaState, Metrics], index: jax.Array) -> tuple[Any, None]:
             total, alpha, _ = carry

@@ -17,6 +17,14 @@ from marble_jax.harmonize.gradients import FlowBatch
 from marble_jax.sampling import PolicyVelocity
 from marble_jax.types import Adapter, Conditioning, Params
 
+Place = Callable[[Any], Any]
+"""Splits the leading axis of every leaf of a tree of samples over the devices, inside a compiled step."""
+
+
+def whole(tree: Any) -> Any:
+    """The `Place` of a single device; with several, each would work on all samples."""
+    return tree
+
 
 @flax.struct.dataclass
 class RolloutBatch:
@@ -49,7 +57,8 @@ class Schedule:
     key: jax.Array
 
 
-def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timesteps: int, micro_batch: int) -> Schedule:
+def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timesteps: int, micro_batch: int,
+             place: Place = whole) -> Schedule:
     """Shuffles pictures and, for each, timesteps.
 
     Args:
@@ -58,6 +67,7 @@ def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timeste
       sigmas: [S] the solver's noise levels, without the trailing zero.
       num_timesteps: T <= S timesteps per picture.
       micro_batch: n.
+      place: splits the samples of a micro-step over the devices.
     """
     num = batch.x0.shape[0]
     order_key, time_key, noise_key = jax.random.split(key, 3)
@@ -69,13 +79,25 @@ def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timeste
         return x[order].reshape(num // micro_batch, micro_batch, *x.shape[1:])
 
     return Schedule(
-        x0=cut(batch.x0), prompt=cut(batch.prompt), advantages=cut(batch.advantages.T), valid=cut(batch.valid.T),
+        x0=jax.vmap(place)(cut(batch.x0)), prompt=cut(batch.prompt),
+        advantages=cut(batch.advantages.T), valid=cut(batch.valid.T),
         sigma=times.T.reshape(num_timesteps, num // micro_batch, micro_batch), key=noise_key)
 
 
 def micro_step(velocity: PolicyVelocity, params: Params, old: Adapter, batch: RolloutBatch, plan: Schedule,
-               index: jax.Array, with_reference: bool) -> tuple[FlowBatch, jax.Array, jax.Array]:
+               index: jax.Array, with_reference: bool, place: Place = whole
+               ) -> tuple[FlowBatch, jax.Array, jax.Array]:
     """Noised latents of micro-step `index` with the rollout policy's and the base model's velocity there.
+
+    Args:
+      velocity: the policy.
+      params: base weights.
+      old: the rollout policy.
+      batch: the step's rollouts.
+      plan: their schedule.
+      index: of the micro-step.
+      with_reference: whether the base model's velocity is wanted.
+      place: splits the samples over the devices.
 
     Returns:
       FlowBatch of n samples, advantages [R, n] and valid [R, n].
@@ -84,7 +106,8 @@ def micro_step(velocity: PolicyVelocity, params: Params, old: Adapter, batch: Ro
     part, time = index % slices, index // slices
     x0, sigma = plan.x0[part], plan.sigma[time, part]
     xt = interpolate(x0, jax.random.normal(jax.random.fold_in(plan.key, index), x0.shape), sigma)
-    cond = jax.tree.map(lambda leaf: leaf[plan.prompt[part]], batch.cond)
+    x0, xt, sigma, prompt = place((x0, xt, sigma, plan.prompt[part]))
+    cond = place(jax.tree.map(lambda leaf: leaf[prompt], batch.cond))
     v_old = velocity(params, old, xt, sigma, cond)
     v_ref = velocity(params, None, xt, sigma, cond) if with_reference else None
     v_old, v_ref = jax.lax.stop_gradient((v_old, v_ref))

@@ -25,7 +25,15 @@ from marble_jax.harmonize.balancers import Balancer
 from marble_jax.nft import policies
 from marble_jax.nft.objective import optimality
 from marble_jax.sampling import PolicyVelocity
-from marble_jax.training.microsteps import RolloutBatch, micro_step, num_micro_steps, schedule, sum_over
+from marble_jax.training.microsteps import (
+    Place,
+    RolloutBatch,
+    micro_step,
+    num_micro_steps,
+    schedule,
+    sum_over,
+    whole,
+)
 from marble_jax.training.state import TrainState
 from marble_jax.types import Params
 
@@ -48,6 +56,7 @@ class Recipe:
       smooth: whether a solve's update uses the running average instead of the fresh alpha.
       old_schedule: decay of the rollout policy as a function of the step.
       ema_decay: decay of the averaged adapter.
+      place: splits the samples of a micro-step over the devices.
     """
 
     sigmas: tuple[float, ...]
@@ -65,6 +74,7 @@ class Recipe:
     smooth: bool
     old_schedule: Callable[[jax.Array], jax.Array]
     ema_decay: float
+    place: Place = whole
 
 
 Metrics = dict[str, jax.Array]
@@ -102,14 +112,14 @@ def exact_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gradie
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
+        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.place)
 
         units = num_micro_steps(plan)
         anchored = range(0, units, recipe.anchor_every)
 
         def body(anchors: bool, index: jax.Array) -> gradients.RewardSums:
             flow, advantages, valid = micro_step(
-                velocity, params, state.old, batch, plan, index, anchors and recipe.kl_weight > 0)
+                velocity, params, state.old, batch, plan, index, anchors and recipe.kl_weight > 0, recipe.place)
             return gradients.accumulate(
                 partial(velocity, params), state.current, flow, optimality(advantages, recipe.clip), valid,
                 nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk, anchors=anchors,
@@ -151,7 +161,7 @@ def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gr
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
+        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.place)
         counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
         total = batch.x0.shape[0] * recipe.num_timesteps
         weights = smoothing.present_weights(state.alpha, counts[:rewards] > 0)
@@ -159,7 +169,8 @@ def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gr
             weights = jnp.concatenate([jnp.zeros(rewards), jnp.ones(1)])
 
         def body(index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-            flow, advantages, valid = micro_step(velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0)
+            flow, advantages, valid = micro_step(
+                velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0, recipe.place)
             positive, negative = gradients.branch_weights(weights, optimality(advantages, recipe.clip), valid, counts)
             return gradients.combined_gradient(
                 partial(velocity, params), state.current, flow, positive, negative, nft_beta=recipe.nft_beta,
