@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from marble_jax.config import KEYS
 from marble_jax.errors import InputError
 
 FREE_KEYS = ("name", "prompts.embedding_cache", "training.num_steps", "evaluation.every_steps", "checkpoints.",
@@ -79,6 +80,8 @@ class Workdir:
             there = None
         if not isinstance(there, dict):
             raise InputError(f"workdir: expected a JSON object in {record}; received something else")
+        # A key that is younger than the run has its default there.
+        there = {key: plain(KEYS[key].default) for key in config if key in KEYS} | there
         for key in sorted(set(config) | set(there)):
             if config.get(key) != there.get(key) and not _is_free(key, config):
                 raise InputError(f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own)"

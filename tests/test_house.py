@@ -14,7 +14,7 @@ ROWS = (
     ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "pictures", "workdir", "config", "console")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
-    ("composition", ("compose", "run", "draw", "benchmark", "export", "model_card", "verify")),
+    ("composition", ("compose", "run", "draw", "compare", "export", "model_card", "verify")),
     ("doors", ("cli", "__main__")),
 )
 ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}

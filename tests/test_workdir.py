@@ -65,7 +65,7 @@ def test_free_keys_may_change(tmp_path, change):
     [({"seed": 2}, "holds another run: seed: expected 1 .its own.; received 2; choose another --workdir"),
      ({"rewards.train": ("x",)}, r"rewards.train: expected \['x', 'y'\] .its own.; received \['x'\]"),
      ({"evaluation.num_prompts": 12}, "evaluation.num_prompts: expected 6"),
-     ({"nft.beta": 0.5}, "nft.beta: expected None .its own.; received 0.5")])
+     ({"nft.beta": 0.5}, "nft.beta: expected 0.1 .its own.; received 0.5")])
 def test_another_run_is_refused_and_left_alone(tmp_path, change, message):
     workdir = Workdir(tmp_path)
     workdir.claim(CONFIG)
@@ -73,6 +73,12 @@ def test_another_run_is_refused_and_left_alone(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         workdir.claim({**CONFIG, **change})
     assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_key_that_is_younger_than_the_run_has_its_default_there(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.claim(CONFIG)
+    assert workdir.claim({**CONFIG, "nft.beta": 0.1})
 
 
 def test_the_number_of_steps_is_not_free_under_a_schedule_of_it(tmp_path):

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from marble_jax.prompts.composition import COLOURS
 from marble_jax.rewards.encoder import ClipEncoder
-from marble_jax.rewards.geneval import COLOURS, MAX_PER_CLASS, Detection
+from marble_jax.rewards.geneval import MAX_PER_CLASS, Detection
 
 GREY = 0x99
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")

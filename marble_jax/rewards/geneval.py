@@ -21,7 +21,6 @@ from marble_jax.prompts.files import TAGS
 from marble_jax.rewards.base import Metadata, Reward, to_uint8
 from marble_jax.types import Params
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 MIN_SCORE, MIN_SCORE_COUNTING = 0.3, 0.9
 MAX_PER_CLASS = 16
 SLACK = 0.1
@@ -37,7 +36,7 @@ class Detection:
       score: confidence in [0, 1].
       box: left, top, right, bottom in pixels.
       mask: bool [H, W] of the object's pixels, if the detector makes one.
-      colour: one of COLOURS, if the detector names it.
+      colour: one of `composition.COLOURS`, if the detector names it.
     """
 
     label: str
@@ -56,7 +55,7 @@ class Detector(Protocol):
 
 
 ClassifyColours = Callable[[np.ndarray, Sequence[Detection]], list[str | None]]
-"""(image uint8 [H, W, 3], detections of one class) -> one of COLOURS each."""
+"""(image uint8 [H, W, 3], detections of one class) -> one of `composition.COLOURS` each."""
 
 
 def own_colours(image: np.ndarray, detections: Sequence[Detection]) -> list[str | None]:
@@ -129,7 +128,7 @@ def _clauses(
     for clause in include:
         count, everything = clause["count"], found.get(clause["class"], [])
         group = everything if exact else everything[:count]
-        enough = (lambda n: n == count) if exact else (lambda n: n >= count)
+        enough = count.__eq__ if exact else count.__le__
         matched, coloured, placed = enough(len(group)), None, None
         if "color" in clause:
             coloured = colours(clause["class"], len(group)).count(clause["color"]) if matched else 0

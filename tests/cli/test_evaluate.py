@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marble_jax import adapters, benchmark
+from marble_jax import adapters, compare
 from marble_jax.cli.main import main
 from marble_jax.convert.lora_files import lora_files
 from marble_jax.draw import Source
@@ -290,7 +290,7 @@ def test_models_by_name(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    found = benchmark.parse_models(f"embedded, tuned={run}:best,{run},two=embedded+a.safetensors+dir:0.5,"
+    found = compare.parse_models(f"embedded, tuned={run}:best,{run},two=embedded+a.safetensors+dir:0.5,"
                                    "stabilityai/stable-diffusion-3.5-medium")
     assert found == {
         "embedded": Source("embedded"), "tuned": Source("", str(run), "best"), "run": Source("", str(run), "ema"),
@@ -306,22 +306,22 @@ def test_models_by_name(tmp_path):
     ("a=embedded:ema", "--models: expected a training run before ':ema'; received 'embedded'")])
 def test_bad_models(text, message):
     with pytest.raises(InputError, match=message):
-        benchmark.parse_models(text)
+        compare.parse_models(text)
 
 
 def test_prompts_in_the_formats_users_have():
     if not DATA.is_dir():
         pytest.skip("shared/data is not there")
     files = [DATA / "geneval" / "test_metadata.jsonl", DATA / "ocr" / "test.txt", DATA / "drawbench" / "test.txt"]
-    found = benchmark.read_prompts(",".join(map(str, files)))
+    found = compare.read_prompts(",".join(map(str, files)))
     counts = {source: sum(p.source == source for p in found) for source in ("drawbench", "geneval", "ocr")}
     assert counts == {"drawbench": 1000, "geneval": 2212, "ocr": 1018}
-    assert benchmark.read_prompts(str(DATA)) == found
-    few = benchmark.read_prompts(str(DATA), num_prompts=90, images=2)
+    assert compare.read_prompts(str(DATA)) == found
+    few = compare.read_prompts(str(DATA), num_prompts=90, images=2)
     assert len(few) == 180 and few[0] == few[1] and {p.source for p in few} == set(counts)
     assert len({p.metadata["tag"] for p in few if p.metadata}) == 6
 
 
 def test_no_prompts():
     with pytest.raises(InputError, match="--prompts: expected a file, a directory, .*; received none"):
-        benchmark.read_prompts(" , ")
+        compare.read_prompts(" , ")

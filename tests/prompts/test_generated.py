@@ -13,7 +13,7 @@ from marble_jax.errors import InputError
 from marble_jax.prompts import composition, lettering
 from marble_jax.prompts.files import TAGS, read_directory, read_file, read_geneval
 from marble_jax.prompts.generated import SOURCES, generate, write
-from marble_jax.rewards.geneval import COLOURS, judge
+from marble_jax.rewards.geneval import judge
 from marble_jax.rewards.ocr import OCRReward
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -68,10 +68,6 @@ def test_pairs_are_of_different_things():
             assert include[0]["class"] != include[1]["class"]
             if tag == "color_attr":
                 assert include[0]["color"] != include[1]["color"] and "person" not in (c["class"] for c in include)
-
-
-def test_colours_are_those_the_reward_judges():
-    assert composition.COLOURS == COLOURS
 
 
 @pytest.mark.parametrize(("tag", "number", "message"), [

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from marble_jax.prompts.composition import COLOURS
 from marble_jax.rewards.colours import TEMPLATES, ClipColours, cut_out
 from marble_jax.rewards.encoder import ClipEncoder
-from marble_jax.rewards.geneval import COLOURS, Detection, judge
+from marble_jax.rewards.geneval import Detection, judge
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
