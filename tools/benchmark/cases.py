@@ -1,0 +1,148 @@
+"""Which micro-steps are timed, what is made of their times, and which ratios are stated."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from marble_jax import adapters
+from tools.benchmark import formulations, measure, ours
+from tools.benchmark.sizes import Problem, Size
+
+REWARDS = (1, 5, 20)
+REFRESH_EVERY = 10  # the paper's N
+
+
+@dataclasses.dataclass
+class Cases:
+    """Everything to time.
+
+    Attributes:
+      ours: timed functions by name.
+      peer: the same, of the PyTorch side.
+      memory: bytes of temporary (ours) or peak (theirs, on a GPU) memory by name.
+    """
+
+    ours: dict[str, Callable[[], Any]]
+    peer: dict[str, Callable[[], Any]]
+    memory: dict[str, int]
+
+
+def our_cases(problem: Problem, formulation: bool, say: Callable[[str], None]) -> Cases:
+    """Compiles our side, running everything once."""
+    size, cases = problem.size, Cases({}, {}, {})
+
+    def add(name: str, body: ours.Body, num_rewards: int = 1, params: Any = None) -> ours.Program:
+        say(f"compiling {name}")
+        program = ours.compile_program(problem, body, num_rewards, params)
+        program()
+        cases.ours[name] = program
+        if program.bytes is not None:
+            cases.memory[name] = program.bytes
+        return program
+
+    def step(name: str, core: ours.Core, num_rewards: int = 1, reference: bool = True) -> ours.Program:
+        return add(name, ours.with_inputs(problem, core, reference), num_rewards)
+
+    step("weighted_sum", ours.weighted_sum(problem))
+    step("weighted_sum.no_kl", ours.weighted_sum(problem), reference=False)
+    step("combined_k5", ours.combined(problem), 5)
+    for k in REWARDS:
+        anchored = step(f"exact_k{k}.anchors", ours.exact(problem, anchors=True), k)
+        step(f"exact_k{k}.signal", ours.exact(problem, anchors=False), k, reference=False)
+        cases.ours[f"solve_k{k}"] = ours.compile_solve(problem, anchored.sums)
+        cases.ours[f"solve_k{k}"]()
+    for k in separate_counts(size):
+        step(f"separate_k{k}", ours.separate(problem), k)
+    if formulation:
+        _add_formulations(problem, step)
+        _add_forwards(problem, add)
+    return cases
+
+
+def separate_counts(size: Size) -> tuple[int, ...]:
+    """K of the K + 1 separate passes: 20 only where that takes seconds, not minutes."""
+    return (5, 20) if size.name in ("tiny", "embedded") else (5,)
+
+
+def _add_formulations(problem: Problem, step: Callable) -> None:
+    for suffix, anchors in (("anchors", True), ("signal", False)):
+        if problem.size.chunk != problem.size.num:
+            step(f"f.exact_k5.one_chunk.{suffix}", ours.exact(problem, anchors, problem.size.num), 5, anchors)
+        step(f"f.vmapped_k5.{suffix}", formulations.vmapped(problem, anchors), 5, anchors)
+        step(f"f.copied_adapters_k5.{suffix}", formulations.copied_adapters(problem, anchors), 5, anchors)
+        for k in (5, 20):
+            step(f"f.weighted_sums_k{k}.{suffix}", formulations.weighted_sums(problem, anchors), k, anchors)
+    step("f.separate_batched_k5", ours.separate(problem, together=True), 5)
+
+
+def _add_forwards(problem: Problem, add: Callable) -> None:
+    add("f.forwards.three_calls", formulations.three_forwards(problem, batched=False))
+    add("f.forwards.one_call", formulations.three_forwards(problem, batched=True))
+    add("f.weighted_sum.old_and_ref_in_one_call", formulations.weighted_sum_batched(problem))
+    merged = jax.jit(adapters.merge, static_argnums=2)(problem.params, problem.old, problem.size.spec.scale)
+    add("f.weighted_sum.old_merged", formulations.weighted_sum_merged(problem), params=(problem.params, merged))
+
+
+def add_peer(cases: Cases, problem: Problem, threads: int, compiled: bool, say: Callable[[str], None]) -> None:
+    """Makes the PyTorch side, running everything once."""
+    import torch
+
+    from tools.benchmark.peer import Tuned, Upstream
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    kinds: dict[str, Callable] = {"upstream": Upstream, "tuned": Tuned}
+    if compiled:
+        kinds["compiled"] = lambda *args: Tuned(*args, compiled=True)
+    for name, make in kinds.items():
+        for kind, k in (("weighted_sum", 1), ("harmonised", 5)):
+            say(f"preparing torch.{name}.{kind}")
+            run = getattr(make(problem, k, device), kind)
+            run()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                run()
+                cases.memory[f"torch.{name}.{kind}"] = torch.cuda.max_memory_allocated()
+            cases.peer[f"torch.{name}.{kind}"] = run
+
+
+def derive(size: Size, times: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Times of an average micro-step of several kinds, by name; round by round.
+
+    `exact_k5` is what training runs by default, one micro-step with anchors and anchor_every - 1 without. `.step` is an
+    average micro-step of a whole optimiser step: its own number of anchors, and a share of the one solve.
+    """
+    every, share, steps = size.anchor_every, size.anchored_share, size.micro_steps
+    shares = {f"weighted_sum.kl_every_{every}": {"weighted_sum": 1 / every, "weighted_sum.no_kl": 1 - 1 / every}}
+    for k in REWARDS:
+        shares[f"exact_k{k}"] = {f"exact_k{k}.anchors": 1 / every, f"exact_k{k}.signal": 1 - 1 / every}
+        shares[f"exact_k{k}.step"] = {f"exact_k{k}.anchors": share, f"exact_k{k}.signal": 1 - share,
+                                      f"solve_k{k}": 1 / steps}
+    for name in ("exact_k5", "exact_k5.step"):
+        between = 1 - 1 / REFRESH_EVERY
+        shares[name.replace("exact", "amortised")] = {
+            "combined_k5": between, **{part: s / REFRESH_EVERY for part, s in shares[name].items()}}
+    return {name: measure.mixture(times, parts) for name, parts in shares.items()}
+
+
+def ratios(size: Size, times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Speeds relative to each other: "A / B" is time of B over time of A, so above 1 where A is faster."""
+    fair = f"weighted_sum.kl_every_{size.anchor_every}"
+    names = [name for name in times if name != "weighted_sum" and not name.startswith(("solve", "torch", "f.forwards"))]
+    pairs = [(name, "weighted_sum") for name in names]
+    pairs += [(name, fair) for name in names if name.startswith(("exact", "amortised"))]
+    pairs += [("exact_k20", "exact_k5"), ("exact_k20.anchors", "exact_k5.anchors"), ("exact_k5", "separate_k5")]
+    if "f.forwards.one_call" in times:
+        pairs.append(("f.forwards.one_call", "f.forwards.three_calls"))
+    for name in times:
+        if name.startswith("torch."):
+            harmonised = ("exact_k5.anchors", "exact_k5", "separate_k5")
+            own = ("weighted_sum",) if name.endswith("weighted_sum") else harmonised
+            pairs += [(mine, name) for mine in own]
+    return {f"{fast} / {slow}": measure.ratio(times[slow], times[fast]) for fast, slow in pairs}

@@ -1,0 +1,177 @@
+"""Our micro-steps, as `training.update` runs them: the three velocities inside, sums carried from one to the next."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from marble_jax import tree
+from marble_jax.harmonize import gradients
+from marble_jax.harmonize.balancers import Marble
+from marble_jax.models import mmdit
+from marble_jax.nft import objective
+from marble_jax.training.microsteps import RolloutBatch, Schedule, micro_step, schedule
+from marble_jax.types import Adapter, Params
+from tools.benchmark.sizes import SIGMAS, Problem, Size
+
+Sums = Any
+Body = Callable[[Params, Adapter, Adapter, RolloutBatch, Schedule], Sums]
+"""(params, current, old, batch, plan) -> what a micro-step adds."""
+Core = Callable[[Params, Adapter, gradients.FlowBatch, jax.Array, jax.Array], Sums]
+"""(params, current, flow, r [K, n], valid [K, n]) -> the same, from the rollout and reference velocities on."""
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled micro-step that adds to sums it owns; calling it runs it once and waits.
+
+    Attributes:
+      compiled: (sums, params, current, old, batch, plan) -> sums.
+      sums: the carry, donated at every call.
+      rest: the other arguments.
+      bytes: temporary memory that the compiler reports, None where it does not.
+    """
+
+    compiled: Callable
+    sums: Sums
+    rest: tuple
+    bytes: int | None
+
+    def __call__(self) -> Sums:
+        self.sums = self.compiled(self.sums, *self.rest)
+        return jax.block_until_ready(self.sums)
+
+
+def compile_program(problem: Problem, body: Body, num_rewards: int, params: Params | None = None,
+                    options: dict[str, Any] | None = None) -> Program:
+    """Compiles `sums + body(...)` for K rewards, with the sums donated as in the loop over micro-steps.
+
+    Args:
+      problem: weights and rollouts.
+      body: what is added.
+      num_rewards: K.
+      params: other weights for `body` than those of `problem`.
+      options: of the compiler.
+    """
+    batch = problem.batch(num_rewards)
+    plan = make_plan(problem.size, batch)
+    rest = (problem.params if params is None else params, problem.current, problem.old, batch, plan)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, *rest))
+    step = jax.jit(lambda sums, *args: tree.add(sums, body(*args)), donate_argnums=0, compiler_options=options)
+    compiled = step.lower(zeros, *rest).compile()
+    memory = compiled.memory_analysis()
+    return Program(compiled, zeros, rest, None if memory is None else int(memory.temp_size_in_bytes))
+
+
+def make_plan(size: Size, batch: RolloutBatch) -> Schedule:
+    """The draws of an optimiser step over `batch`."""
+    return schedule(batch, jax.random.key(7), SIGMAS, len(SIGMAS), size.num)
+
+
+def inputs(problem: Problem, params: Params, old: Adapter, batch: RolloutBatch, plan: Schedule, reference: bool
+           ) -> tuple[gradients.FlowBatch, jax.Array, jax.Array]:
+    """Micro-step 1: noised latents with v_old (and v_ref), r [K, n], valid [K, n]."""
+    flow, advantages, valid = micro_step(
+        partial(mmdit.velocity, problem.model), params, old, batch, plan, jnp.int32(1), reference)
+    return flow, objective.optimality(advantages, problem.size.clip), valid
+
+
+def with_inputs(problem: Problem, core: Core, reference: bool) -> Body:
+    """A whole micro-step: the two passes that need no gradient, then `core`."""
+
+    def body(params, current, old, batch, plan):
+        return core(params, current, *inputs(problem, params, old, batch, plan, reference))
+
+    return body
+
+
+def weighted_sum(problem: Problem) -> Core:
+    """One advantage, that of the first reward, for all: one backward pass. The divergence is there if v_ref is."""
+    size = problem.size
+
+    def core(params, current, flow, r, valid):
+        return gradients.combined_gradient(
+            partial(mmdit.velocity, problem.model, params), current, flow, r[0] / size.num, (1 - r[0]) / size.num,
+            nft_beta=size.nft_beta, clip=size.clip, kl_weight=size.kl_weight * (flow.v_ref is not None))[0]
+
+    return core
+
+
+def combined(problem: Problem) -> Core:
+    """Between the solves of the amortised mode: one backward pass with a weight for every reward."""
+    size = problem.size
+
+    def core(params, current, flow, r, valid):
+        positive, negative = gradients.branch_weights(jnp.full(len(r), 1 / len(r)), r, valid, jnp.sum(valid, axis=1))
+        return gradients.combined_gradient(
+            partial(mmdit.velocity, problem.model, params), current, flow, positive, negative,
+            nft_beta=size.nft_beta, clip=size.clip, kl_weight=size.kl_weight, num_samples=size.num)[0]
+
+    return core
+
+
+def exact(problem: Problem, anchors: bool, chunk: int | None = None) -> Core:
+    """Every reward's gradient, with or without the terms that no advantage scales."""
+    size = problem.size
+
+    def core(params, current, flow, r, valid):
+        return gradients.accumulate(
+            partial(mmdit.velocity, problem.model, params), current, flow, r, valid, nft_beta=size.nft_beta,
+            clip=size.clip, chunk_size=chunk or size.chunk, anchors=anchors)
+
+    return core
+
+
+def reward_losses(problem: Problem, v: jax.Array, flow: gradients.FlowBatch, r: jax.Array, valid: jax.Array
+                  ) -> jax.Array:
+    """[K + 1] losses of the rewards, summed over valid samples, and the divergence."""
+    size = problem.size
+    positive, negative = objective.branches(v, flow.v_old, flow.x0, flow.xt, flow.t, size.nft_beta)
+    each = size.clip / size.nft_beta * (r * positive + (1 - r) * negative)
+    return jnp.append(jnp.sum(jnp.where(valid, each, 0), axis=1), jnp.sum(objective.sample_kl(v, flow.v_ref)))
+
+
+def separate(problem: Problem, together: bool = False) -> Core:
+    """K + 1 backward passes through one forward pass, one after the other, or batched (`together`)."""
+
+    def core(params, current, flow, r, valid):
+        v, pull_back = jax.vjp(
+            lambda a: mmdit.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond), current)
+        seeds = jax.jacrev(lambda u: reward_losses(problem, u, flow, r, valid))(v)
+        pulled = (jax.vmap(pull_back) if together else partial(jax.lax.map, pull_back))(seeds)[0]
+        return by_reward(pulled)
+
+    return core
+
+
+def by_reward(pulled: Adapter) -> dict[str, Adapter]:
+    """Splits leaves [K + 1, ...] into those of the rewards and that of the divergence."""
+    return {"gradients": jax.tree.map(lambda x: x[:-1], pulled), "kl_gradient": jax.tree.map(lambda x: x[-1], pulled)}
+
+
+@dataclasses.dataclass
+class Solve:
+    """What an exact optimiser step does once: means, Gram matrix, alpha, the common update."""
+
+    compiled: Callable
+    sums: gradients.RewardSums
+
+    def __call__(self) -> Adapter:
+        return jax.block_until_ready(self.compiled(self.sums))
+
+
+def compile_solve(problem: Problem, sums: gradients.RewardSums) -> Solve:
+    """Compiles the solve on the sums of an exact micro-step (copied: a program donates its own)."""
+    balancer, sums = Marble(), jax.tree.map(jnp.copy, sums)
+
+    def solve(total: gradients.RewardSums) -> Adapter:
+        mean = gradients.mean_gradients(total)
+        solution = balancer(tree.gram(mean.gradients), total.counts > 0, balancer.init(len(total.counts)))
+        update = tree.weighted_sum(solution.weights, mean.gradients)
+        return tree.add(update, tree.scale(mean.kl_gradient, problem.size.kl_weight))
+
+    return Solve(jax.jit(solve).lower(sums).compile(), sums)

@@ -1,0 +1,84 @@
+"""Where a measurement was taken, and how it is shown."""
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from marble_jax import adapters
+from marble_jax.version import VERSION
+from tools.benchmark import measure
+from tools.benchmark.sizes import ROOT, Problem
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that takes part; a library that is not installed is left out."""
+    found = {"python": platform.python_version(), "marble_jax": VERSION}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+
+
+def hardware(threads: int) -> dict[str, Any]:
+    """Processor, threads and devices."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return {"processor": models[0] if models else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(), "threads": threads, "backend": jax.default_backend(),
+            "devices": [device.device_kind for device in jax.devices()]}
+
+
+def shapes(problem: Problem) -> dict[str, Any]:
+    """The size, with the numbers of values in the network and in the adapter."""
+    return {**dataclasses.asdict(problem.size), "parameters": adapters.num_parameters(problem.params),
+            "adapter_parameters": adapters.num_parameters(problem.current)}
+
+
+def times_record(times: Mapping[str, list[float]], memory: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Quartiles in milliseconds, the single times, memory in bytes where it is known."""
+    return {name: {"milliseconds": measure.quartiles([1e3 * t for t in values]),
+                   "rounds": [round(1e3 * t, 3) for t in values],
+                   **({"bytes": memory[name]} if name in memory else {})}
+            for name, values in times.items()}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The record as text."""
+    size, where = record["shapes"], record["hardware"]
+    lines = [f"{size['name']}: {size['num']} samples of {size['side']} x {size['side']} latents and {size['tokens']} "
+             f"text tokens, {size['parameters'] / 1e6:.1f} M parameters, {size['adapter_parameters'] / 1e6:.2f} M in "
+             f"the adapter, {size['dtype']}, chunk {size['chunk']}",
+             f"{where['processor']}, {where['threads']} threads, {', '.join(where['devices'])}; load "
+             f"{' -> '.join(format(load[0], '.1f') for load in record['load'])}",
+             "", f"{'milliseconds a micro-step':44s} {'median':>9s} {'q1':>9s} {'q3':>9s} {'memory MB':>10s}"]
+    for name, entry in record["times"].items():
+        ms, held = entry["milliseconds"], entry.get("bytes")
+        lines.append(f"{name:44s} {ms['median']:9.2f} {ms['q1']:9.2f} {ms['q3']:9.2f} "
+                     + (f"{held / 1e6:10.1f}" if held is not None else ""))
+    lines += ["", f"{'speed relative to (above 1: the first is faster)':74s} {'median':>7s} {'q1':>7s} {'q3':>7s}"]
+    for name, found in record["ratios"].items():
+        lines.append(f"{name:74s} {found['median']:7.3f} {found['q1']:7.3f} {found['q3']:7.3f}")
+    rounds = next(iter(record["times"].values()))["milliseconds"]["num"]
+    return "\n".join([*lines, "", f"{rounds} rounds"])
+
+
+def write(record: Mapping[str, Any], path: Path) -> None:
+    """Writes JSON beside the target first, so that a broken run leaves an older record alone."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
