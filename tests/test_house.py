@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
     ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
-    ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "pictures", "workdir", "config", "console")),
+    ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "pictures", "workdir", "config", "console",
+                    "chips")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
     ("composition", ("compose", "run", "draw", "compare", "export", "model_card", "verify")),
