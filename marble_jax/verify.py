@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.models import mmdit
 from marble_jax.models.pipeline import load_pipeline
+from marble_jax.models.weights import SafetensorsDir
 from marble_jax.sampling import make_sampler, picture_noise
 from marble_jax.types import Adapter
 
@@ -124,6 +126,9 @@ def _our_pictures(drawing: Drawing, adapter: Adapter) -> dict[str, np.ndarray]:
 def _their_pictures(folder: epath.Path, drawing: Drawing, ours: dict[str, np.ndarray]
                     ) -> Iterator[tuple[str, bool, np.ndarray, np.ndarray]]:
     """Yields (reader, whether its weights are rounded, its picture without adapter, its picture with it)."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # diffusers' imports chat through it
     import diffusers
     import peft
     import torch
@@ -131,10 +136,13 @@ def _their_pictures(folder: epath.Path, drawing: Drawing, ours: dict[str, np.nda
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
-        drawing.model, torch_dtype=torch.float32, local_files_only=True, **dict.fromkeys(parts))
-    pipe.set_progress_bar_config(disable=True)
-    noise, embeds, pooled = (torch.from_numpy(ours[name]) for name in ("noise", "embeds", "pooled"))
+    try:
+        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+            str(drawing.model), local_files_only=True, **dict.fromkeys(parts))
+    except Exception as error:  # as below
+        raise InputError(f"--verify: expected a base model that diffusers opens; received {_reason(error)}") from error
+    pipe.to(torch.float32).set_progress_bar_config(disable=True)
+    noise, embeds, pooled = (torch.tensor(ours[name]) for name in ("noise", "embeds", "pooled"))
 
     def draw() -> np.ndarray:
         return pipe(
@@ -151,13 +159,15 @@ def _their_pictures(folder: epath.Path, drawing: Drawing, ours: dict[str, np.nda
         try:
             opened = read()
         except Exception as error:  # whatever a library makes of the folder is the finding; the cause stays attached
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--verify: expected {name} to open the export; received {type(error).__name__}: "
-                             f"{reason}") from error
+            raise InputError(f"--verify: expected {name} to open the export; received {_reason(error)}") from error
         yield name, False, base, draw()
         pipe.unload_lora_weights() if opened is None else opened.unload()
     if (folder / "transformer").exists():
         merged = diffusers.SD3Transformer2DModel.from_pretrained(str(folder), subfolder="transformer")
-        rounded = merged.dtype != torch.float32
         pipe.register_modules(transformer=merged.to(torch.float32))
-        yield "merged", rounded, base, draw()
+        stored = SafetensorsDir(Path(folder / "transformer"))
+        yield "merged", any(stored.dtype(key) != np.float32 for key in stored.keys()), base, draw()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
