@@ -119,10 +119,23 @@ def theirs(directory: pathlib.Path, out: pathlib.Path) -> dict:
 
     start = time.perf_counter()
     model = SD3Transformer2DModel.from_pretrained(directory, torch_dtype=torch.bfloat16).eval()
-    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    # Left out of layerwise casting by diffusers; small, so kept in float32 throughout.
-    for module in (model.pos_embed, *(m for n, m in model.named_modules() if ".norm_" in n or n.endswith("norm_out"))):
-        module.float()
+
+    # One layer at a time in float32, exactly; diffusers' own layerwise casting leaves every norm out.
+    def widen(module, _):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        module.narrow = [(tensor, tensor.data) for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+
+    def narrow(module, _, out):
+        for tensor, data in module.narrow:
+            tensor.data = data
+        return out
+
+    for module in model.modules():
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(narrow)
     loaded = time.perf_counter() - start
     latents, embeds, pooled, sigma = arrays()
     start = time.perf_counter()
@@ -142,7 +155,9 @@ def alone(step: str, *paths: pathlib.Path) -> dict:
     command = [sys.executable, __file__, "--step", step, *map(str, paths)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    record = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(record), file=sys.stderr, flush=True)
+    return record
 
 
 def prove(root: pathlib.Path) -> dict:
