@@ -141,7 +141,7 @@ def test_a_program_adds_up_and_its_sums_are_solved(problem, exact):
     step = ours.compile_program(problem, ours.with_inputs(problem, ours.exact(problem, True), True), 5, None, QUICK)
     once = jax.tree.map(np.array, step())
     assert relative(once.gradients, exact.gradients) <= 1e-5
-    solve = ours.compile_solve(problem, step.sums)
+    solve = ours.compile_solve(problem, step.sums, QUICK)
     assert relative(step().gradients, tree.scale(once.gradients, 2.0)) <= 1e-6
     assert float(step.sums.num_samples) == 2 * problem.size.num
     mean = ours.gradients.mean_gradients(exact)
@@ -242,7 +242,7 @@ def test_sizes_are_those_of_the_shipped_files():
     assert medium.gpu_only and (medium.config.width, medium.config.num_layers, medium.side) == (1536, 24, 64)
 
 
-def test_record_is_printed_and_written(problem, tmp_path, monkeypatch):
+def test_record_is_printed_and_written(problem, tmp_path):
     times = {"weighted_sum": [0.002, 0.004, 0.003], "exact_k5": [0.001, 0.002, 0.003]}
     found = {"hardware": record.hardware(2), "load": [(0.5, 0, 0), (1.25, 0, 0)], "shapes": record.shapes(problem),
              "versions": record.versions(), "times": record.times_record(times, {"exact_k5": 5_000_000}),
@@ -271,5 +271,7 @@ def test_bad_flags(argument, message, capsys):
     (["--size=embedded", "--chunk=7"], "--chunk: expected a divisor of the 72 samples; received 7")])
 def test_bad_input(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
+    for name in ("OMP_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        monkeypatch.setenv(name, "1")
     assert program.main(arguments) == 2
     assert capsys.readouterr().err == message + "\n"

@@ -164,7 +164,7 @@ class Solve:
         return jax.block_until_ready(self.compiled(self.sums))
 
 
-def compile_solve(problem: Problem, sums: gradients.RewardSums) -> Solve:
+def compile_solve(problem: Problem, sums: gradients.RewardSums, options: dict[str, Any] | None = None) -> Solve:
     """Compiles the solve on the sums of an exact micro-step (copied: a program donates its own)."""
     balancer, sums = Marble(), jax.tree.map(jnp.copy, sums)
 
@@ -174,4 +174,4 @@ def compile_solve(problem: Problem, sums: gradients.RewardSums) -> Solve:
         update = tree.weighted_sum(solution.weights, mean.gradients)
         return tree.add(update, tree.scale(mean.kl_gradient, problem.size.kl_weight))
 
-    return Solve(jax.jit(solve).lower(sums).compile(), sums)
+    return Solve(jax.jit(solve, compiler_options=options).lower(sums).compile(), sums)
