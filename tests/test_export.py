@@ -96,8 +96,9 @@ def exported(run):
 
 @pytest.fixture(scope="module")
 def ours():
-    """Noise [1, h, w, C] and our picture of it without and with the averaged adapter; T5 is left out, as its part of the
-    conditioning knows no adapter."""
+    """Noise [1, h, w, C] and our picture of it without and with the averaged adapter.
+
+    T5 is left out: its part of the conditioning knows no adapter."""
     pipeline = load_pipeline(BASE, text_encoder_3=False, lora_scale=SPEC.scale)
     noise = np.random.default_rng(5).normal(size=(1, *pipeline.latent_shape(64, 64))).astype(np.float32)
 
