@@ -61,7 +61,7 @@ def _encode(texts):
 
 @functools.cache
 def _programs():
-    steps = make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "amortised", 2)
+    steps = make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "exact", 1)
     return make_sampler(toy.velocity, 2, "euler", 1.0), steps
 
 
