@@ -39,11 +39,13 @@ from marble_jax.sampling import PolicyVelocity, make_sampler
 from marble_jax.training.batch import Collector
 from marble_jax.training.microsteps import whole
 from marble_jax.training.presence import Presence, make_dropout, parse_stages
+from marble_jax.training.profile import parse_steps
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.steps import make_steps
 from marble_jax.training.update import Recipe
 
 EMBEDDED = "embedded"
+DECODED = 32  # pictures the autoencoder turns from latents to pixels at once
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -118,6 +120,7 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
         raise InputError(f"harmonize.alpha_floor: expected at most 1/{len(names)}; received "
                          f"{config.harmonize.alpha_floor}")
     presence_of(config)
+    parse_steps(config.logging.profile_steps)
     backend = backend or jax.default_backend()
     if config.model.attention == "cudnn" and (backend != "gpu" or config.model.dtype != "bfloat16"):
         raise InputError(f"model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received 'cudnn' on "
@@ -157,6 +160,11 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         optax.clip_by_global_norm(training.clip_norm),
         optax.adamw(rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon,
                     weight_decay=training.weight_decay))
+
+
+def decode_size(count: int, mesh: Mesh) -> int:
+    """Pictures decoded at once, over all devices, of `count` in a batch."""
+    return min(count, mesh.size * max(1, DECODED // mesh.size))
 
 
 def chunk_size(config: ml_collections.ConfigDict, num_devices: int) -> int:
@@ -305,7 +313,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     rollout = config.rollout
 
     def decode(latents: jax.Array) -> jax.Array:
-        return pipeline.decode(latents, min(len(latents), 32))
+        return pipeline.decode(latents, decode_size(len(latents), mesh), partial(parallel.place_batch, mesh))
 
     collector = Collector(
         make_sampler(velocity, rollout.num_steps, rollout.solver, shift, rollout.integer_timesteps), encode, decode,

@@ -161,6 +161,8 @@ KEYS: dict[str, Key] = {
     "mesh.data": Key(-1, "devices along the data axis; -1: all that are left", "devices"),
     "mesh.fsdp": Key(1, "devices the base weights are sharded over", "devices"),
     "logging.tensorboard": Key(True, "write TensorBoard events"),
+    "logging.profile_steps": Key("", "steps whose profiler trace is written to profile/, such as 3-5 (1-based); empty: "
+                                 "none", "steps"),
     "logging.wandb": Key("", "wandb project; empty: off"),
 }
 

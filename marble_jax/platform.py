@@ -14,6 +14,9 @@ from collections.abc import MutableMapping
 
 FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 AFFECTED = ("0.10.",)
+# The accelerator type only silences a warning: slices of other chips compile under it.
+_LIBTPU_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",
+                 "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def needs_fusion_off(jaxlib_version: str) -> bool:
@@ -45,6 +48,24 @@ def prepare(environ: MutableMapping[str, str] | None = None) -> bool:
         return False
     environ["XLA_FLAGS"] = f"{flags} {FUSION_FLAG}".strip()
     return True
+
+
+def compile_elsewhere(environ: MutableMapping[str, str] | None = None) -> None:
+    """Keeps JAX on the CPU and lets libtpu be loaded as nothing but a compiler, on a machine without a TPU.
+
+    Has to run before JAX is imported. Left alone, libtpu asks the cloud's metadata server what machine this is, for
+    half a minute, and complains; and it refuses the CPU's fusion flag, which a process that computes nothing can do
+    without.
+
+    Args:
+      environ: the mapping to edit, `os.environ` when None.
+    """
+    environ = os.environ if environ is None else environ
+    environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in _LIBTPU_ALONE.items():
+        environ.setdefault(name, value)
+    if FUSION_FLAG in environ.get("XLA_FLAGS", ""):
+        environ["XLA_FLAGS"] = environ["XLA_FLAGS"].replace(FUSION_FLAG, "").strip()
 
 
 def keep_compilations(directory: str = "") -> None:

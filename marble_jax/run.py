@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from marble_jax import adapters, compose, parallel, platform
+from marble_jax import adapters, chips, compose, parallel, platform
 from marble_jax.checkpoint import Checkpoints
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity, shown
@@ -21,9 +21,11 @@ from marble_jax.pictures import save_png
 from marble_jax.report import write_report
 from marble_jax.rewards.check import before_training
 from marble_jax.training.loop import Hooks, Sampling, Schedule, train
+from marble_jax.training.profile import Profiler, parse_steps
 from marble_jax.training.records import Events
 from marble_jax.training.state import TrainState
 from marble_jax.types import Scores
+from marble_jax.work import speed, work_of
 from marble_jax.workdir import Workdir
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "ml_collections", "transformers")
@@ -158,7 +160,11 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     schedule = Schedule(config.training.num_steps, config.evaluation.every_steps, config.checkpoints.every_steps,
                         config.export.every_steps)
     exports = PeriodicExports(config, workdir, run.pipeline.params, console)
-    hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s), exports)
+    work = work_of(config, run.sizes, run.pipeline, run.state.current)
+    chip = chips.of_kind(jax.devices()[0].device_kind)
+    profiler = Profiler(parse_steps(config.logging.profile_steps), workdir.path / "profile")
+    hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s), exports,
+                  lambda r: speed(work, r, run.sizes.pictures, jax.device_count(), chip), profiler)
     try:
         if done and schedule.evaluates(done):
             state = evaluations(state)  # a reward may have stopped the run during this very evaluation

@@ -39,7 +39,8 @@ def make_sampler(velocity: PolicyVelocity, num_steps: int, solver: str, shift: f
         def at(x: jax.Array, sigma: jax.Array) -> jax.Array:
             return velocity(params, adapter, x, jnp.broadcast_to(sigma, x.shape[:1]), cond)
 
-        return sample(at, noise, sigmas, table, seen)
+        with jax.named_scope("rollout"):
+            return sample(at, noise, sigmas, table, seen)
 
     return run
 

@@ -15,7 +15,7 @@ ROWS = (
                     "chips")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
-    ("composition", ("compose", "run", "draw", "compare", "export", "model_card", "verify")),
+    ("composition", ("compose", "work", "plan", "run", "draw", "compare", "export", "model_card", "verify")),
     ("doors", ("cli", "__main__")),
 )
 ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}
@@ -23,7 +23,7 @@ LIBRARIES = {
     "jaxopt": {"harmonize.qp"},
     "orbax": {"checkpoint"},
     "optax": {"training", "compose"},
-    "ml_collections": {"config", "compose", "run", "draw", "export", "cli"},
+    "ml_collections": {"config", "compose", "work", "plan", "run", "draw", "export", "cli"},
     "rapidocr": {"rewards.ocr_engines"},
     "paddleocr": {"rewards.ocr_engines"},
     "tensorboardX": {"training.records"},

@@ -39,3 +39,10 @@ def test_importing_the_package_has_made_the_setting():
     libtpu = platform.importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu"
     assert marble_jax.__version__
     assert (platform.FUSION_FLAG in os.environ.get("XLA_FLAGS", "")) or not platform.needs_fusion_off(version) or libtpu
+
+
+def test_libtpu_as_a_compiler_alone():
+    environ = {"XLA_FLAGS": f"--xla_a=1 {platform.FUSION_FLAG}", "TPU_WORKER_HOSTNAMES": "here", "JAX_PLATFORMS": "tpu"}
+    platform.compile_elsewhere(environ)
+    assert environ["XLA_FLAGS"] == "--xla_a=1" and environ["JAX_PLATFORMS"] == "cpu"
+    assert environ["TPU_SKIP_MDS_QUERY"] == "1" and environ["TPU_WORKER_HOSTNAMES"] == "here"

@@ -105,17 +105,19 @@ class Pipeline:
             raise InputError(f"{self.directory}: expected text encoders; received a pipeline loaded without")
         return self.text.encode(prompts, max_sequence_length)
 
-    def decode(self, latents: jax.Array, batch: int) -> jax.Array:
+    def decode(self, latents: jax.Array, batch: int, place: Callable[[jax.Array], jax.Array] = lambda part: part
+               ) -> jax.Array:
         """Pictures of latents.
 
         Args:
           latents: [N, h, w, C] in the transformer's scale.
           batch: pictures per call of the decoder; the last call is filled up.
+          place: puts a call's latents on devices.
 
         Returns:
           float32 [N, H, W, 3] in [0, 1].
         """
-        parts = [self._decode(self.vae_params, part) for part in full_batches(latents, len(latents), batch)]
+        parts = [self._decode(self.vae_params, place(part)) for part in full_batches(latents, len(latents), batch)]
         return jnp.concatenate(parts)[: len(latents)]
 
 

@@ -25,6 +25,7 @@ from marble_jax.types import Conditioning, Params
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+CLIP_LENGTH = 77  # tokens of a published CLIP text encoder
 
 
 class TextEncoders:
@@ -179,6 +180,11 @@ def load_text_encoders(root: pathlib.Path, dtype: Any = jnp.float32, t5: bool = 
 def has_t5(root: pathlib.Path) -> bool:
     """Whether a model comes with its third text encoder."""
     return (read_json(root / "model_index.json").get(COMPONENTS[2]) or [None])[-1] is not None
+
+
+def clip_length(root: pathlib.Path) -> int:
+    """CLIP tokens of a prompt of a model, without loading its tokenizer."""
+    return int(read_json(root / TOKENIZERS[0] / "tokenizer_config.json").get("model_max_length", CLIP_LENGTH))
 
 
 def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.scorer import Scorer, concatenate
 from marble_jax.sampling import Sampler, batches
+from marble_jax.training.profile import phase
 from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 
@@ -80,10 +81,11 @@ class Collector:
             sums.append(_picture_health(x0, images, jnp.asarray(np.unique(group, return_inverse=True)[1])))
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
-        scores = concatenate([p.result() for p in pending], count)
+        with phase("rewards"):
+            scores = concatenate([p.result() for p in pending], count)
         health = {name: float(np.mean([s[name] for s in sums])) for name in sums[0]}
         seconds = {"rollout": sampled - start, "rewards_wait": self.scorer.waited_seconds - waited}
-        return Rollout(jnp.concatenate(latents)[:count], scores, cond, draw.groups, health, seconds)
+        return Rollout(self.place(jnp.concatenate(latents)[:count]), scores, cond, draw.groups, health, seconds)
 
 
 @jax.jit

@@ -21,6 +21,7 @@ from marble_jax.rewards.base import RewardError
 from marble_jax.training.batch import Collector
 from marble_jax.training.microsteps import RolloutBatch
 from marble_jax.training.presence import Presence
+from marble_jax.training.profile import Profiler, phase
 from marble_jax.training.records import flat_metrics, score_metrics
 from marble_jax.training.state import TrainState
 from marble_jax.training.steps import Steps
@@ -84,12 +85,16 @@ class Hooks:
       evaluate: called with the state after a step that `Schedule.evaluates`; returns the state.
       save: called with the state to save it.
       export: called with the state after a step that `Schedule.exports`.
+      speed: figures that follow from a step's record, added to it.
+      profiler: around every step.
     """
 
     record: Callable[[int, dict[str, Any]], None]
     evaluate: Callable[[TrainState], TrainState]
     save: Callable[[TrainState], None]
     export: Callable[[TrainState], None] = lambda state: None
+    speed: Callable[[Mapping[str, Any]], dict[str, float]] = lambda record: {}
+    profiler: Profiler = Profiler(range(0), "")
 
 
 class Interrupted(Exception):
@@ -190,31 +195,35 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
         if schedule.evaluates(first) and first == 0:
             state = hooks.evaluate(state)
         while (step := int(state.step)) < schedule.num_steps and not stops:
-            start = time.perf_counter()
-            samples = draw(sampling.prompts_of(step), sampling.seed, step, sampling.prompts_per_step,
-                           sampling.images_per_prompt)
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), 1)
-            weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)
-            with console.bar(len(samples.prompts), f"step {step + 1} rollout", "img") as bar:
-                rollout = collector(weights, adapter, samples, key, bar.update)
-            del weights
-            names, scored = rollout.scores.names, rollout.scores.valid
-            mask = sampling.presence.mask(names, scored, sampling.seed, step)
-            each, rows, valid = advantages_of(rollout.scores, samples.groups, sampling, mask)
-            batch = RolloutBatch(rollout.x0, *place((jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows),
-                                                     jnp.asarray(valid))))
-            trained = time.perf_counter()
-            age = steps.every if sampling.presence.begins(step) else int(state.alpha.age)
-            program = steps.due(bool(state.alpha.solved), age)
-            state, metrics = program(state, params, batch)
-            record = {"step": step, "time": time.time()} | score_metrics(rollout.scores, each)
-            record |= sampling.presence.metrics(names, scored, mask)
-            record |= {f"rollout/{k}": v for k, v in rollout.health.items()} | flat_metrics(metrics, names)
-            end = time.perf_counter()
-            record |= {f"time/{k}_s": v for k, v in rollout.seconds.items()}
-            record |= {"time/train_s": end - trained, "time/step_s": end - start}
-            hooks.record(step, record)
-            console.say(step_line(record, names, schedule.num_steps, clock.left(step + 1)))
+            with hooks.profiler.step(step + 1):
+                start = time.perf_counter()
+                samples = draw(sampling.prompts_of(step), sampling.seed, step, sampling.prompts_per_step,
+                               sampling.images_per_prompt)
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), 1)
+                weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)
+                with phase("rollout"), console.bar(len(samples.prompts), f"step {step + 1} rollout", "img") as bar:
+                    rollout = collector(weights, adapter, samples, key, bar.update)
+                del weights
+                names, scored = rollout.scores.names, rollout.scores.valid
+                mask = sampling.presence.mask(names, scored, sampling.seed, step)
+                each, rows, valid = advantages_of(rollout.scores, samples.groups, sampling, mask)
+                batch = RolloutBatch(rollout.x0, *place((jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows),
+                                                         jnp.asarray(valid))))
+                trained = time.perf_counter()
+                age = steps.every if sampling.presence.begins(step) else int(state.alpha.age)
+                program = steps.due(bool(state.alpha.solved), age)
+                with phase("train"):
+                    state, metrics = program(state, params, batch)
+                    trained_on = flat_metrics(metrics, names)
+                record = {"step": step, "time": time.time()} | score_metrics(rollout.scores, each)
+                record |= sampling.presence.metrics(names, scored, mask)
+                record |= {f"rollout/{k}": v for k, v in rollout.health.items()} | trained_on
+                end = time.perf_counter()
+                record |= {f"time/{k}_s": v for k, v in rollout.seconds.items()}
+                record |= {"time/train_s": end - trained, "time/step_s": end - start}
+                record |= hooks.speed(record)
+                hooks.record(step, record)
+                console.say(step_line(record, names, schedule.num_steps, clock.left(step + 1)))
             done = step + 1
             if schedule.evaluates(done):
                 state = hooks.evaluate(state)
@@ -237,6 +246,11 @@ def step_line(record: Mapping[str, Any], names: tuple[str, ...], total: int, lef
     cosine = f" worst cos {record['harmonize/worst_cos']:+.2f}" if "harmonize/worst_cos" in record else ""
     lost = {n: record[f"rollout/failed_count/{n}"] for n in names}
     failed = "".join(f"  {n} failed {count}" for n, count in lost.items() if count)
+    speed = f"{record['speed/pictures_per_s']:.3g} img/s " if "speed/pictures_per_s" in record else ""
+    if "speed/train_tflops_per_device" in record:
+        speed += f"train {record['speed/train_tflops_per_device']:.3g} TFLOP/s a device "
+    if "speed/train_mfu" in record:
+        speed += f"(MFU {record['speed/train_mfu']:.0%}) "
     return (f"step {record['step'] + 1}/{total}  {scores}{failed}  |g| {record['training/grad_norm']:.3f}{cosine}  "
             f"{record['time/step_s']:.1f}s (rollout {record['time/rollout_s']:.1f} train {record['time/train_s']:.1f}) "
-            f"{left} left")
+            f"{speed}{left} left")

@@ -10,7 +10,10 @@ import optax
 from marble_jax.errors import InputError
 from marble_jax.sampling import PolicyVelocity
 from marble_jax.training.faithful import faithful_step
-from marble_jax.training.update import Recipe, Step, amortised_step, exact_step
+from marble_jax.training.microsteps import RolloutBatch
+from marble_jax.training.state import TrainState
+from marble_jax.training.update import Metrics, Recipe, Step, amortised_step, exact_step
+from marble_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,11 @@ def make_steps(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gradie
         raise InputError(f"harmonize.refresh_every: expected at least 1; received {refresh_every}")
 
     def compiled(step: Step) -> Callable:
-        return jax.jit(step, donate_argnums=0)
+        def train(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+            with jax.named_scope("train"):
+                return step(state, params, batch)
+
+        return jax.jit(train, donate_argnums=0)
 
     if mode == "faithful":
         first, refresh, between = (compiled(faithful_step(recipe, velocity, optimizer, solved))

@@ -99,7 +99,7 @@ def test_every_draw_is_encoded_once_and_conditions_its_pictures(scorer):
     conds = [x for x in placed if isinstance(x, Conditioning)]
     seen = np.concatenate([np.asarray(c.pooled) for c in conds])
     np.testing.assert_array_equal(seen, np.asarray(_encode(TEXTS).pooled)[rollout.prompt])
-    assert len(placed) == 4  # conditioning and noise of two batches
+    assert len(placed) == 5  # conditioning and noise of two batches, all latents
 
 
 def test_noise_is_a_function_of_the_key_and_differs_between_pictures(scorer):

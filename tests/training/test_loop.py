@@ -1,6 +1,8 @@
 """The loop: what it calls when, how it stops and goes on, and how scores become objective rows."""
 import dataclasses
 import functools
+import gzip
+import json
 import os
 import signal
 
@@ -19,6 +21,7 @@ from marble_jax.sampling import make_sampler
 from marble_jax.training.batch import Collector
 from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, advantages_of, stop_requests, train
 from marble_jax.training.presence import Dropout, Presence, Stage
+from marble_jax.training.profile import Profiler
 from marble_jax.training.steps import make_steps
 from marble_jax.types import Conditioning, Scores
 
@@ -132,6 +135,24 @@ def test_records_are_flat_and_complete(capsys):
     assert "worst cos" not in lines[1]  # the step in between solves knows no cosines
 
 
+def test_speed_in_record_and_step_line_and_phases_in_a_trace(tmp_path, capsys):
+    class Fast(Diary):
+        @property
+        def hooks(self):
+            speed = {"speed/pictures_per_s": 2.5, "speed/train_tflops_per_device": 81.0, "speed/train_mfu": 0.41}
+            return dataclasses.replace(super().hooks, speed=lambda record: speed if record["time/step_s"] > 0 else {},
+                                       profiler=Profiler(range(2, 3), tmp_path / "profile"))
+
+    _train(_start(), diary := Fast(), num_steps=2)
+    assert [diary.records[s]["speed/train_mfu"] for s in range(2)] == [0.41, 0.41]
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert all("2.5 img/s train 81 TFLOP/s a device (MFU 41%)" in line for line in lines)
+    (file,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    assert [e["args"]["step_num"] for e in events if e.get("name") == "step"] == ["2"]
+    assert {"rollout", "rewards", "train"} <= {e.get("name") for e in events}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step_under_way_and_the_rest_can_follow(number):
     """Stopped in the first of three steps, off the checkpoint schedule; the continuation equals the whole run."""
@@ -164,6 +185,9 @@ def test_a_signal_after_the_save_check_is_not_lost():
         checked = False
 
         def evaluates(self, step):
+            return False
+
+        def exports(self, step):
             return False
 
         def saves(self, step):
