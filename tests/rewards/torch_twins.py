@@ -13,16 +13,16 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 SIZE, WIDTH, LENGTH = 32, 24, 12
-PROMPTS = ["a cat", "a bad cab", "a cat", "dad at a bat"]
+PROMPTS = ["a cat", "a bad cab", "dad at a bat"]
 LETTERS = ["a", "b", "c", "d", "t"]
 VOCAB = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
 HEAD_LAYERS = (0, 2, 4, 6, 7)
 
 
 def picture_files(folder):
-    """Four PNG files, of which one is wide, one tall by an odd margin, one small: paths in the order of PROMPTS."""
+    """Three PNG files, one wide, one tall by an odd margin, one small: paths in the order of PROMPTS."""
     rng, paths = np.random.default_rng(0), []
-    for i, (height, width) in enumerate([(40, 40), (48, 75), (83, 50), (20, 20)]):
+    for i, (height, width) in enumerate([(48, 75), (83, 50), (20, 20)]):
         coarse = rng.integers(0, 256, (5, 5, 3), np.uint8)
         smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
         noisy = np.clip(smooth + rng.integers(-40, 40, smooth.shape), 0, 255).astype(np.uint8)
