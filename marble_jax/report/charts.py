@@ -244,6 +244,8 @@ def line_chart(
     Returns:
       The `<svg>` text, or "" when there is nothing to draw.
     """
+    if log:
+        lines = [dataclasses.replace(line, y=np.where(np.asarray(line.y) > 0, line.y, np.nan)) for line in lines]
     extent = _extent(lines, log, [*include, *(y for y, _ in references)])
     if extent is None:
         return ""
@@ -307,13 +309,7 @@ def line_chart(
         )
     for line in lines:
         out.append(_draw(line, across, up))
-    ends = []
-    for line in named:
-        ends.append(
-            up(float(line.y[np.isfinite(line.y) & ((line.y > 0) | (not log))][-1]))
-            if np.isfinite(line.y).any()
-            else up.start
-        )
+    ends = [up(float(line.y[np.isfinite(line.y)][-1])) for line in named]
     for line, name, at in zip(named, names, _spread(ends, 14.0, up.end + 4, up.start - 2)):
         out.append(
             f'<text class="end {slot_class(line.slot)}" x="{width - right + 7:.1f}" y="{at + 4:.1f}">'

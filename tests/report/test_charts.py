@@ -99,3 +99,12 @@ def test_slots_differ_in_more_than_colour():
     looks = [(charts.dash(i), charts.marker(i, 0, 0)) for i in range(charts.NUM_COLOURS)]
     assert len(set(looks)) == charts.NUM_COLOURS
     assert charts.slot_class(9) == charts.slot_class(1) and charts.dash(9) != charts.dash(1)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_logarithmic_chart_leaves_out_a_line_without_a_positive_value(steps):
+    """A reward that no step so far has trained on has gradients of norm 0."""
+    x = np.arange(steps)
+    lines = [charts.Line("there", x, np.full(steps, 0.5), 0), charts.Line("absent", x, np.zeros(steps), 1)]
+    svg = charts.line_chart(lines, width=350, height=200, label="norms", log=True)
+    assert ">there</text>" in svg and ">absent</text>" not in svg
