@@ -32,7 +32,7 @@ from marble_jax.convert.lora_names import (
 from marble_jax.errors import InputError
 from marble_jax.models.hub import HUB_NAME, download
 from marble_jax.models.mmdit_weights import dense_modules
-from marble_jax.models.weights import SafetensorsFile
+from marble_jax.models.weights import SafetensorsFile, read_json
 from marble_jax.types import Adapter
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -210,7 +210,7 @@ def _find(path: pathlib.Path) -> tuple[pathlib.Path, tuple[pathlib.Path, Mapping
         if path.suffix != ".safetensors":
             raise InputError(f"{path}: expected a .safetensors file (others can run code); received {path.name!r}")
         beside = path.parent / PEFT_CONFIG
-        return path, (beside, _read_json(beside)) if path.name == PEFT_FILE and beside.is_file() else None
+        return path, (beside, read_json(beside)) if path.name == PEFT_FILE and beside.is_file() else None
     if not path.exists() and HUB_NAME.fullmatch(str(path)):
         # Not every .safetensors: a repository of a whole model would come down to the last gigabyte.
         path = download(str(path), [PEFT_CONFIG, PEFT_FILE, DIFFUSERS_FILE, "lora/adapter_*", "*lora*.safetensors"])
@@ -218,7 +218,7 @@ def _find(path: pathlib.Path) -> tuple[pathlib.Path, tuple[pathlib.Path, Mapping
         raise InputError(f"LoRA: expected a directory, a .safetensors file or a hub id; received {str(path)!r}")
     for folder in (path, path / "lora"):
         if (folder / PEFT_CONFIG).is_file():
-            return folder / PEFT_FILE, (folder / PEFT_CONFIG, _read_json(folder / PEFT_CONFIG))
+            return folder / PEFT_FILE, (folder / PEFT_CONFIG, read_json(folder / PEFT_CONFIG))
         if folder == path and (path / DIFFUSERS_FILE).is_file():
             return path / DIFFUSERS_FILE, None
     files = sorted(path.glob("*.safetensors"))
@@ -227,16 +227,6 @@ def _find(path: pathlib.Path) -> tuple[pathlib.Path, tuple[pathlib.Path, Mapping
         raise InputError(f"{path}: expected {PEFT_CONFIG} with {PEFT_FILE}, {DIFFUSERS_FILE} or one other .safetensors "
                          f"file; received {received}")
     return _find(files[0])
-
-
-def _read_json(path: pathlib.Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a readable JSON file; received {type(error).__name__}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object; received a {type(content).__name__}")
-    return content
 
 
 def _header_config(file: pathlib.Path, text: str) -> tuple[pathlib.Path, Mapping[str, Any]]:

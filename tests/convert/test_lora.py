@@ -375,7 +375,7 @@ def test_bad_peft_configurations(tmp_path, change, match):
     with pytest.raises(InputError, match="adapter_config.json: expected a JSON object; received a list"):
         read_lora(str(tmp_path), SHAPES)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(InputError, match="adapter_config.json: expected a readable JSON file; received JSONDecodeErr"):
+    with pytest.raises(InputError, match="adapter_config.json: expected valid JSON; received an error at"):
         read_lora(str(tmp_path), SHAPES)
 
 
