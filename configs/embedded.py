@@ -12,21 +12,22 @@ SOURCES = ("general", "ocr", "geneval")
 REWARDS = ("alignment", "preference", "aesthetic", "ocr", "geneval")
 # Where the hull's unit gradients are long, the update leans less: aesthetics, which clean pictures of the wrong thing
 # please too, steers less than alignment.
-MARBLE_WEIGHTS = (0.5, 0.7, 1.7, 1.0, 0.8)
+WEIGHTED = {"harmonize.reward_weights": (0.5, 0.7, 1.7, 1.0, 0.8)}
 # One over the standard deviation of the base model's scores: every reward has the same say in a sum.
 SUM_WEIGHTS = (25.0, 8.6, 1.9, 3.0, 2.7)
 PRESETS = {
-    "": {},
-    "exact": {"harmonize.mode": "exact"},
-    "amortised": {"harmonize.mode": "amortised"},
-    "faithful": {"harmonize.mode": "faithful", "rollout.integer_timesteps": True},
+    "": WEIGHTED,
+    "exact": WEIGHTED | {"harmonize.mode": "exact"},
+    "amortised": WEIGHTED | {"harmonize.mode": "amortised"},
+    "faithful": WEIGHTED | {"harmonize.mode": "faithful", "rollout.integer_timesteps": True},
     "weighted_sum": {"advantages.scalarise": "weighted_sum", "harmonize.reward_weights": SUM_WEIGHTS},
     "upweighted": {"advantages.scalarise": "weighted_sum", "harmonize.reward_weights": (25.0, 8.6, 1.9, 6.0, 5.4)},
     "gdpo": {"advantages.scalarise": "gdpo"},
     "sequential": {"advantages.scalarise": "weighted_sum", "harmonize.reward_weights": SUM_WEIGHTS,
                    "advantages.stages": ("alignment+preference+aesthetic@general", "ocr@ocr", "geneval@geneval")},
     "equal": {"harmonize.balancer": "equal", "harmonize.normalize": False},
-    "dropout": {"advantages.dropout": 0.5, "advantages.dropout_targets": ("alignment", "preference", "aesthetic")},
+    "dropout": WEIGHTED | {"advantages.dropout": 0.5,
+                           "advantages.dropout_targets": ("alignment", "preference", "aesthetic")},
     "only_alignment": {"rewards.train": ("alignment",)},
     "only_preference": {"rewards.train": ("preference",)},
     "only_aesthetic": {"rewards.train": ("aesthetic",)},
@@ -55,8 +56,5 @@ def get_config(preset: str = ""):
     config.evaluation.update(num_prompts=420, images_per_prompt=2, every_steps=30, num_steps=6, solver="dpm2")
     config.checkpoints.update(every_steps=10, keep=2)
     config.update_from_flattened_dict(PRESETS[preset])
-    if config.rewards.train == REWARDS and config.harmonize.balancer == "marble" and (
-            config.advantages.scalarise == "none"):
-        config.harmonize.reward_weights = MARBLE_WEIGHTS
     config.rewards.heldout = (*(name for name in REWARDS if name not in config.rewards.train), "judge")
     return config

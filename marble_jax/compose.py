@@ -205,8 +205,8 @@ def balancer_of(config: ml_collections.ConfigDict) -> Any:
     for key, values, what in (("reward_weights", harmonize.reward_weights, "number"),
                               ("fixed_alpha", harmonize.fixed_alpha, "number"), ("groups", harmonize.groups, "name")):
         if values and len(values) != len(config.rewards.train):
-            raise InputError(f"harmonize.{key}: expected one {what} for each of {len(config.rewards.train)} rewards; "
-                             f"received {len(values)}")
+            raise InputError(f"harmonize.{key}: expected one {what} for each of {len(config.rewards.train)} rewards "
+                             f"(--config.harmonize.{key}= for none); received {len(values)}")
     return make_balancer(harmonize.balancer, **settings)
 
 

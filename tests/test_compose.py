@@ -106,7 +106,7 @@ def test_balancers_get_their_settings():
         assert compose.balancer_of(config(harmonize__balancer=name))
     with pytest.raises(InputError, match="fixed alpha: expected one share a reward"):
         compose.balancer_of(config(harmonize__balancer="fixed"))
-    with pytest.raises(InputError, match="reward_weights: expected one number for each of 5 rewards; received 2"):
+    with pytest.raises(InputError, match="reward_weights: expected one number for each of 5 rewards .*; received 2"):
         compose.balancer_of(config(harmonize__reward_weights=(1.0, 1.0)))
 
 
@@ -114,7 +114,7 @@ def test_groups_are_numbered_by_first_appearance():
     groups = ("taste", "taste", "match", "own", "match")
     assert compose.balancer_of(config(harmonize__groups=groups)).groups == (0, 0, 1, 2, 1)
     assert compose.balancer_of(config()).groups == ()
-    with pytest.raises(InputError, match="harmonize.groups: expected one name for each of 5 rewards; received 2"):
+    with pytest.raises(InputError, match="harmonize.groups: expected one name for each of 5 rewards .*; received 2"):
         compose.balancer_of(config(harmonize__groups=("a", "b")))
     with pytest.raises(InputError, match="groups: expected none with another balancer than marble; .*with 'equal'"):
         compose.balancer_of(config(harmonize__groups=groups, harmonize__balancer="equal"))
