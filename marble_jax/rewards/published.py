@@ -82,7 +82,8 @@ def find_folder(reward: str, directory: Path | None, name: str, kind: str) -> Pa
         local = download(name, FILES[kind])
         return _clip_weights(name, local) if kind == "clip" else local
     except InputError as error:
-        raise InputError(f"reward {reward}: expected {name} in {where}, or from the Hub; {error}") from error
+        raise InputError(f"reward {reward}: expected {name} in {where}, or from the Hub; {error} (its files are at "
+                         f"https://huggingface.co/{name})") from error
 
 
 def find_file(reward: str, directory: Path | None, name: str) -> Path:
