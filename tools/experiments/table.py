@@ -173,14 +173,14 @@ def markdown(results: dict[str, Any]) -> str:
     text += [
         f"Every run has the same budget: {'/'.join(map(str, steps))} optimiser steps, "
         f"{'/'.join(map(str, prompts))} held-out prompts. Numbers are gains over the base model, on the same prompts "
-        f"and noise: mean over seeds ± half the 95 % Student interval over seeds (at {len(results['seeds'])} seeds, "
-        "wide).", "",
+        f"and noise: mean over seeds ± half the 95 % Student interval over seeds, which is wide for so few "
+        "(nothing after a mean: one seed).", "",
         "`composite`: the paper's, mean over the columns of z-scores among the rows of its table; its ± is over seeds. "
         "`all up`: seeds in which every reward gained; `clearly`: seeds in which every gain's own bootstrap interval "
         "over prompts lies above 0. `conflict rate`: share of the steps looked at in which the update pointed against "
         "a reward's gradient. `worst cosine`: smallest cosine of the update with a reward's gradient, mean over steps "
         "(and the least of all). Only steps that solve for alpha are looked at, on what they solve on. `minutes`: "
-        "of optimiser steps, with other runs beside it.", ""]
+        "of optimiser steps, compilation included, with other runs beside them.", ""]
     if results["missing"]:
         text += [f"Not finished: {', '.join(results['missing'])}.", ""]
     for suite, heading in HEADINGS.items():
