@@ -292,8 +292,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
                            faithful=config.harmonize.mode == "faithful")
     for reward in rewards[:len(names)]:
         if reward.whole_groups and config.rollout.batch_size % config.rollout.images_per_prompt:
-            raise InputError(f"rollout.batch_size: expected a multiple of the {config.rollout.images_per_prompt} pictures "
-                             f"a prompt, as {reward.name} compares them; received {config.rollout.batch_size}")
+            raise InputError(f"rollout.batch_size: expected a multiple of the {config.rollout.images_per_prompt} "
+                             f"pictures a prompt, as {reward.name} compares them; received {config.rollout.batch_size}")
     encode = text_embeddings(config, root, [p.text for p in (*itertools.chain(*train_prompts.values()), *test_prompts)])
     pipeline = load_model(config, spec, mesh, text_encoders=False)
     latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)

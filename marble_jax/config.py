@@ -74,8 +74,8 @@ KEYS: dict[str, Key] = {
     "rewards.path": Key("", "directory with the reward models, 'hub', or 'embedded'", "path"),
     "rewards.on_error": Key("mask", "what a failed reward does: its samples are missing, the run stops, or one retry",
                             "mask|fail|retry"),
-    "rewards.max_missing_share": Key(0.5, "share of one reward's scores that may fail; the run stops, saved, once it is "
-                                     "exceeded by 8 batches' worth", "[0, 1]"),
+    "rewards.max_missing_share": Key(0.5, "share of one reward's scores that may fail; the run stops, saved, once it "
+                                     "is exceeded by 8 batches' worth", "[0, 1]"),
     "rewards.timeout": Key(120.0, "longest a call of a host reward may take before it counts as failed", "s, > 0"),
     "rewards.check": Key(True, "score golden pictures first, and do not start with a reward that is broken"),
     "rewards.num_workers": Key(2, "host threads for host rewards", "threads, >= 1"),

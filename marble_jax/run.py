@@ -175,13 +175,23 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
         events.close()
         run.collector.scorer.close()
         run.evaluator.scorer.close()
-        report = write_report(str(workdir.path)) if workdir.evaluations.exists() else None
+        report = _report(workdir)
     _conclude(run, workdir, console, state, time.perf_counter() - start)
     console.say(f"report: {report}")
 
 
+def _report(workdir: Workdir) -> str:
+    """Where the report is, or why there is none: how a run ends must not hang on it."""
+    if not workdir.evaluations.exists():
+        return "none before the first evaluation"
+    try:
+        return str(write_report(str(workdir.path)))
+    except Exception as error:  # whatever goes wrong in drawing; the records are safe
+        return f"not written ({type(error).__name__}: {error}); `marble-jax report --workdir={workdir.path}` tries again"
+
+
 def _check_rewards(run: compose.Run, console: Console) -> None:
-    """Scores golden pictures with all rewards, in a batch of the rollouts' size: programs it compiles are used again."""
+    """Scores golden pictures with all rewards, in batches of the rollouts' size: what it compiles is used again."""
     config, rewards = run.config, run.evaluator.scorer.rewards
     if not config.rewards.check:
         return

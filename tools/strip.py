@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     steps = sorted((args.workdir / "samples").glob("step_*"))
     if len(steps) < 2:
-        parser.error(f"--workdir: expected pictures of at least two evaluations; received {len(steps)} in {args.workdir}")
+        parser.error(f"--workdir: expected pictures of two or more evaluations; received {len(steps)}")
     rows = [[np.asarray(Image.open(p).convert("RGB")) for p in sorted(steps[i].glob("*.png"))] for i in (0, -1)]
     strip = grid([p for row in rows for p in row], len(rows[0]))
     save_png(args.out, strip.repeat(args.scale, 0).repeat(args.scale, 1))

@@ -57,7 +57,7 @@ def check_adapter(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> None
     """
     kernels = {p[:-1]: v.shape for p, v in traverse_util.flatten_dict(dict(params)).items() if p[-1] == "kernel"}
     leaves = traverse_util.flatten_dict(dict(adapter))
-    for path, leaf in leaves.items():
+    for path in leaves:
         module, name = path[:-1], "/".join(path)
         if module not in kernels:
             close = nearest("/".join(module), ("/".join(k) for k in kernels))

@@ -92,7 +92,7 @@ def health(records: Records) -> str:
         missing="No record yet of groups without spread.",
     )
     rows = []
-    for slot, name in enumerate(records.rewards):
+    for name in records.rewards:
         missing, failed, std, lost = (
             records.series(f"rollout/{key}/{name}") for key in ("missing_share", "failed", "score_std", "failed_count")
         )

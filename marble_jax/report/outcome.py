@@ -113,7 +113,7 @@ def before_after(records: Records) -> str:
         widths = [v["high"] - v["low"] for v in (outcome.base, outcome.trained, outcome.gain)]
         decimals = blocks.decimals_for(min((w for w in widths if math.isfinite(w) and w > 0), default=math.nan))
 
-        def cell(value: dict[str, float], signed: bool = False) -> str:
+        def cell(value: dict[str, float], signed: bool = False, decimals: int = decimals) -> str:
             shown = blocks.data(value["mean"], decimals, signed=signed)
             if not math.isfinite(value["low"]) or not math.isfinite(value["high"]):
                 return shown

@@ -6,7 +6,7 @@ import scipy.optimize
 
 from marble_jax.errors import InputError
 from marble_jax.harmonize import baselines
-from marble_jax.harmonize.baselines import CAGrad, IMTLG, NashMTL, PCGrad, UPGrad, make_balancer
+from marble_jax.harmonize.baselines import IMTLG, CAGrad, NashMTL, PCGrad, UPGrad, make_balancer
 
 RULES = [UPGrad(), PCGrad(), CAGrad(), IMTLG(), NashMTL()]
 ALL = [*RULES, UPGrad(normalize=True), PCGrad(normalize=True), CAGrad(normalize=True)]

@@ -4,14 +4,13 @@ Measured: `vmap` over the 3 cotangents of a batched `vjp` is off by 8 % for ever
 setting (4e-7 with it). The per-sample form that `gradients.accumulate` uses was right either way at this size; it is
 held to the same standard because nothing but the size of a matrix product separates the two.
 """
-import marble_jax  # noqa: F401  first, so that its compiler setting is in place
-
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import marble_jax  # noqa: F401  first, so that its compiler setting is in place
 from marble_jax import tree
 from marble_jax.harmonize import gradients
 

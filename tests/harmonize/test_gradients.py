@@ -1,6 +1,4 @@
 """All rewards' gradients from two pull-backs against one backward pass per reward."""
-import marble_jax  # noqa: F401
-
 import functools
 
 import jax
@@ -8,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import marble_jax  # noqa: F401
 from marble_jax import tree
 from marble_jax.errors import InputError
 from marble_jax.harmonize import gradients
@@ -109,7 +108,8 @@ def test_anchors_are_the_loss_at_no_advantage(num_rewards):
             whole, anchor = (_reference(adapter, batch, x, valid[k])[1] for x in (r[k], jnp.full_like(r[k], 0.5)))
             assert float(tree.norm(anchor)) > 0.01 * float(tree.norm(whole))
             assert _relative(tree.take(signal.gradients, k), jax.tree.map(jnp.subtract, whole, anchor)) <= 1e-5
-            assert _relative(tree.take(tripled.gradients, k), jax.tree.map(lambda w, a: w + 2 * a, whole, anchor)) <= 1e-5
+            thrice = jax.tree.map(lambda w, a: w + 2 * a, whole, anchor)
+            assert _relative(tree.take(tripled.gradients, k), thrice) <= 1e-5
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])

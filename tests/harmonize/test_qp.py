@@ -75,7 +75,7 @@ def test_value_is_no_larger_than_that_of_scipy(floor):
         g /= np.linalg.norm(g, axis=1, keepdims=True)
         gram = g @ g.T
         other = scipy.optimize.minimize(
-            lambda a: a @ gram @ a, np.full(5, 0.2), jac=lambda a: 2 * gram @ a, method="SLSQP",
+            lambda a, gram: a @ gram @ a, np.full(5, 0.2), (gram,), jac=lambda a, gram: 2 * gram @ a, method="SLSQP",
             bounds=[(floor, 1)] * 5, constraints={"type": "eq", "fun": lambda a: a.sum() - 1},
             options={"ftol": 1e-14, "maxiter": 500})
         got = qp.min_norm(gram, jnp.ones(5, bool), floor)

@@ -10,7 +10,7 @@ import pytest
 from marble_jax.adapters import LoraSpec, init_adapter, merge, num_parameters, stack
 from marble_jax.errors import InputError
 from marble_jax.models.attention import IMPLEMENTATIONS, attend
-from marble_jax.models.mmdit import MMDiT, Block, PatchEmbed, TimeTextEmbed, abstract_params, position_table, velocity
+from marble_jax.models.mmdit import Block, MMDiT, PatchEmbed, TimeTextEmbed, abstract_params, position_table, velocity
 from marble_jax.models.mmdit_config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.models.mmdit_weights import crop_table, entries, load_mmdit
 from marble_jax.models.weights import SafetensorsDir, save_params

@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
+from make_workdir import REWARDS, make_workdir
 
 from marble_jax.report import findings, read_records, summarise
-from make_workdir import REWARDS, make_workdir
 
 
 def write(root, rows=(), evaluations=(), **run):

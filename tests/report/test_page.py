@@ -6,12 +6,12 @@ import re
 import subprocess
 import sys
 
-from etils import epath
 import pytest
+from etils import epath
+from make_workdir import HELDOUT, HOSTILE, PROMPTS, REWARDS, make_workdir
 
 from marble_jax.errors import InputError
 from marble_jax.report import read_records, write_report
-from make_workdir import HELDOUT, HOSTILE, PROMPTS, REWARDS, make_workdir
 
 VOID = {"meta", "link", "img", "br", "input"}
 SECTIONS = [

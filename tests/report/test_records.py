@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from make_workdir import HELDOUT, PROMPTS, REWARDS, make_workdir
 
 from marble_jax.errors import InputError
 from marble_jax.report import read_records
-from make_workdir import HELDOUT, PROMPTS, REWARDS, make_workdir
 
 
 def test_full_run(tmp_path):
