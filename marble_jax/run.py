@@ -187,7 +187,7 @@ def _report(workdir: Workdir) -> str:
     try:
         return str(write_report(str(workdir.path)))
     except Exception as error:  # whatever goes wrong in drawing; the records are safe
-        return f"not written ({type(error).__name__}: {error}); `marble-jax report --workdir={workdir.path}` tries again"
+        return f"not written ({type(error).__name__}: {error}); marble-jax report --workdir={workdir.path} tries again"
 
 
 def _check_rewards(run: compose.Run, console: Console) -> None:
