@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from marble_jax.errors import InputError
 
+AXES = ("data", "fsdp")
 BATCH = PartitionSpec(("data", "fsdp"))
 SMALLEST_SHARDED = 1 << 16  # numbers; smaller leaves are replicated
 
@@ -30,12 +31,23 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
       InputError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
+    return Mesh(np.asarray(devices).reshape(mesh_sizes(len(devices), data, fsdp)), AXES)
+
+
+def abstract_mesh(count: int, data: int = -1, fsdp: int = 1) -> AbstractMesh:
+    """The mesh over `count` devices that are not here, to reckon with; arguments and errors as `make_mesh`."""
+    return AbstractMesh(mesh_sizes(count, data, fsdp), AXES)
+
+
+def mesh_sizes(count: int, data: int = -1, fsdp: int = 1) -> tuple[int, int]:
+    """Devices along each of `AXES`, of `count`; arguments and errors as `make_mesh`."""
     if data == -1 and fsdp >= 1 and count % fsdp == 0:
         data = count // fsdp
     if data < 1 or fsdp < 1 or data * fsdp != count:
-        raise InputError(f"mesh: expected data x fsdp = {count} devices; received {data} x {fsdp}")
-    return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
+        best = min((n for n in range(1, count + 1) if count % n == 0), key=lambda n: abs(n - fsdp))
+        raise InputError(f"mesh: expected data x fsdp = {count} devices; received {data} x {fsdp} (nearest valid "
+                         f"{count // best} x {best})")
+    return data, fsdp
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:
@@ -53,7 +65,7 @@ def place_everywhere(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def weight_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+def weight_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> NamedSharding:
     """Over `fsdp` along the largest axis that divides; replicated if none does or the leaf is small."""
     size = mesh.shape["fsdp"]
     axes = [axis for axis, length in enumerate(shape) if length % size == 0]

@@ -14,6 +14,7 @@ VERBS = {"train": "train adapters on several rewards", "sample": "draw pictures 
          "reward": "check rewards on golden pictures, or serve them to other machines",
          "evaluate": "compare models: pictures, scores and a page",
          "prompts": "write the ready-made prompt sets, or look through prompt files",
+         "plan": "sizes, memory, work and a compile for a TPU slice, without running",
          "convert": "checkpoints of diffusers and Stability to our layout and back"}
 
 

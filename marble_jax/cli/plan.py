@@ -1,0 +1,46 @@
+"""`marble-jax plan --config=FILE[:preset] [--devices=N | --topology=v5e:4x4]`: what a run comes to, without running."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from marble_jax import platform
+from marble_jax.cli.options import load_config, number, split
+from marble_jax.errors import InputError, one_of
+
+OPTIONS = {"devices": "0", "topology": "", "chip": "", "utilisation": "0.4", "json": "", "programs": ""}
+PROGRAMS = ("rollout", "decode", "train, solving", "train, between")
+_SHORT = {"rollout": PROGRAMS[0], "decode": PROGRAMS[1], "solving": PROGRAMS[2], "between": PROGRAMS[3]}
+
+
+def help_text() -> str:
+    return """usage: marble-jax plan --config=FILE[:preset] [--config.key=value ...] [options]
+
+  Batches and groups, what runs where, memory a device by source, FLOPs and seconds of a step. Reads no weights and
+  needs no accelerator; settings that do not fit are refused with the nearest that do.
+
+  --devices=N          devices in all, with neither weights nor topology; 1 unless given
+  --chip=NAME          what they are: v4, v5e, v5p, v6e, a100, h100, h200 (for seconds, MFU and HBM)
+  --topology=v5e:4x4   a TPU slice (v5e, v5p or v6e, with its shape in chips): compiles rollout, decoder and training
+                       for it with libtpu (pip install libtpu) and says what the compiler says: HBM a chip, FLOPs,
+                       bytes, collectives, and whether it fits. Minutes on a few CPU cores
+  --programs=A,B       compile only some of rollout, decode, solving, between
+  --utilisation=0.4    share of the peak that products are taken to run at
+  --json=FILE          write all of it there, too"""
+
+
+def run(argv: Sequence[str]) -> int:
+    platform.compile_elsewhere()
+    values, config_args = split(argv, OPTIONS)
+    config = load_config(config_args)
+    utilisation = number(values, "utilisation", float, 0)
+    if not 0 < utilisation <= 1:
+        raise InputError(f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}")
+    chosen = [name.strip() for name in values["programs"].split(",") if name.strip()]
+    for name in chosen:
+        one_of("--programs", name, _SHORT)
+    from marble_jax.console import Console
+    from marble_jax.plan.planning import Request, plan
+
+    plan(config, Request(number(values, "devices", int, 0), values["topology"], values["chip"], utilisation,
+                         values["json"], tuple(_SHORT[name] for name in chosen)), Console())
+    return 0

@@ -1,0 +1,58 @@
+"""A step on four devices: the same mathematics, and each device works on its own samples only."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def steps() -> dict[str, object]:
+    """Runs in the process with four devices: both steps there and on one, as differences and shapes of products."""
+    import re
+    from functools import partial
+
+    import jax
+    import numpy as np
+    import toy_policy as toy
+
+    from marble_jax import parallel
+    from marble_jax.training.steps import make_steps
+
+    assert jax.device_count() == 4
+    mesh = parallel.make_mesh(2, 2)
+    found = {}
+    sizes = {"micro_batch": 12, "chunk": 4}
+    split = make_steps(toy.recipe(**sizes, place=partial(parallel.split_batch, mesh)), toy.velocity, toy.optimizer(),
+                       "amortised", 2)
+    alone = make_steps(toy.recipe(**sizes), toy.velocity, toy.optimizer(), "amortised", 2)
+    everywhere = partial(parallel.place_everywhere, mesh)
+    batch = toy.new_batch()
+    arguments = (everywhere(toy.base_params()), everywhere(batch).replace(x0=parallel.place_batch(mesh, batch.x0)))
+    for name in ("refresh", "between"):
+        compiled = getattr(split, name).lower(everywhere(toy.new_state()), *arguments).compile()
+        one, metrics = getattr(alone, name)(toy.new_state(), toy.base_params(), batch)
+        four, found_metrics = compiled(everywhere(toy.new_state()), *arguments)
+        gaps = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)),
+                                                      initial=0)), one.current, four.current)
+        rows = {int(r) for r in re.findall(r"= f32\[(\d+),6\]\S* dot\(", compiled.as_text())}
+        found[name] = {"gap": max(jax.tree.leaves(gaps)), "rows": sorted(rows),
+                       "norms": [float(metrics["training/grad_norm"]), float(found_metrics["training/grad_norm"])]}
+    return found
+
+
+def test_devices_share_the_samples_and_agree():
+    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import test_devices; "
+            "print(json.dumps(test_devices.steps()))")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parents[1],
+                          env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert found["gap"] < 1e-6, name
+        one, four = found["norms"]
+        assert abs(one - four) < 1e-5 * one, name
+        assert 12 not in found["rows"] and 3 in found["rows"], (name, found["rows"])  # 12 samples, 3 a device
