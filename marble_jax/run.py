@@ -287,4 +287,4 @@ def _conclude(run: compose.Run, workdir: Workdir, console: Console, state: Train
                      shown(gain["mean"], gain["low"], gain["high"], sign=True), last["scores"][name]["count"], verdict))
     console.say(f"\nbefore and after {int(state.step)} steps, {last['num_prompts']} held-out prompts, gain with 95 % "
                 f"bootstrap interval ({duration(seconds)} in all):")
-    console.table([tuple(map(str, row)) for row in rows], ("reward", "before", "after", "gain", "prompts", ""))
+    console.table([tuple(map(str, row)) for row in rows], ("reward", "before", "after", "gain", "pictures", ""))

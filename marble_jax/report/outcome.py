@@ -136,7 +136,7 @@ def before_after(records: Records) -> str:
         )
     last = f"step&nbsp;{step_of(records.trained[-1]):,}" if records.trained else "not&nbsp;evaluated&nbsp;yet"
     grid = blocks.table(
-        ("Reward", "Base", f"Trained<br>({last})", "Gain", "Gain against zero", "Verdict", "Prompts"),
+        ("Reward", "Base", f"Trained<br>({last})", "Gain", "Gain against zero", "Verdict", "Pictures"),
         rows,
         kind="outcome",
         caption="Mean score with its 95&nbsp;% interval below it, in each reward's own units; higher is better",
@@ -146,7 +146,7 @@ def before_after(records: Records) -> str:
         title,
         grid,
         '<p class="small">Bars: each row has its own scale; the upright line is zero. '
-        "<i>Prompts</i> counts those to which the reward applies.</p>",
+        "<i>Pictures</i> counts those to which the reward applies.</p>",
     )
 
 
