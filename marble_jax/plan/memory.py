@@ -22,7 +22,7 @@ from marble_jax.plan.architecture import Architecture
 POLICIES = 4  # current, rollout, averaged and best adapter
 MOMENTS = 2  # of AdamW
 BLOCK_ARRAYS = 28  # arrays [tokens, width] of a block's backward pass that are alive at once
-FORWARD_ARRAYS = 12  # the same of a forward pass
+FORWARD_ARRAYS = 6  # the same of a forward pass
 KEPT_ARRAYS = 34  # arrays a block keeps for its backward pass without rematerialisation
 SUMS_HELD = 3  # sums of gradients alive at once: of the loop, of its body, and of the loop before
 DECODER_ARRAYS = 4  # of the decoder's largest activation
@@ -138,8 +138,7 @@ class _Parts:
 
     def forward(self, count: int) -> float:
         """A block's forward pass of `count` samples."""
-        return count * (self.scores(self.joint, 4) + self.scores(self.joint, self.size) +
-                        FORWARD_ARRAYS * self.stream)
+        return count * (self.scores(self.joint, 4) + FORWARD_ARRAYS * self.stream)
 
     def backward(self, count: int, cotangents: int = 1) -> float:
         """A block's backward pass of `count` samples with `cotangents` for each."""
@@ -186,7 +185,8 @@ class _Parts:
         count = self.share(compose.decode_size(self.config.rollout.batch_size, self.mesh))
         widths = self.made.vae.config.block_out_channels
         largest = self.config.model.resolution**2 * (widths[1] if len(widths) > 1 else widths[0]) * 4
-        weights = sum(4 * s.size for s in jax.tree.leaves(self.made.vae_params))
+        used = [leaves for part, leaves in self.made.vae_params.items() if part in ("decoder", "post_quant_conv")]
+        weights = sum(4 * s.size for s in jax.tree.leaves(used))
         return weights + DECODER_ARRAYS * count * largest, f"weights and activations of {count} pictures, float32"
 
 

@@ -235,6 +235,18 @@ def test_averages_of_micro_steps_by_hand():
     assert found["weighted_sum / torch.tuned.weighted_sum"]["median"] == 2.5
 
 
+def test_rows_that_were_not_timed_are_left_out():
+    wanted = cases.chooser("weighted_sum*,exact_k5.signal")
+    assert wanted("weighted_sum.no_kl") and wanted("exact_k5.signal") and not wanted("exact_k5.anchors")
+    assert cases.chooser("")("exact_k5.anchors")
+    times = {"weighted_sum": [8.0], "weighted_sum.no_kl": [4.0], "exact_k5.signal": [6.0]}
+    derived = cases.derive(SIZES["tiny"](), times)
+    assert set(derived) == {"weighted_sum.kl_every_4"}
+    assert set(cases.ratios(SIZES["tiny"](), {**times, **derived})) == {
+        "weighted_sum.no_kl / weighted_sum", "exact_k5.signal / weighted_sum",
+        "weighted_sum.kl_every_4 / weighted_sum", "exact_k5.signal / weighted_sum.kl_every_4"}
+
+
 def test_sizes_are_those_of_the_shipped_files():
     embedded, medium = SIZES["embedded"](), SIZES["sd35m"]()
     assert (embedded.num, embedded.side, embedded.tokens, embedded.rank, embedded.micro_steps) == (72, 8, 26, 16, 6)
@@ -268,7 +280,9 @@ def test_bad_flags(argument, message, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--size=sd35m"], "--size: expected a GPU for sd35m; received cpu (--force to run)"),
-    (["--size=embedded", "--chunk=7"], "--chunk: expected a divisor of the 72 samples; received 7")])
+    (["--size=embedded", "--chunk=7"], "--chunk: expected a divisor of the 72 samples; received 7"),
+    (["--size=tiny", "--only=exakt*", "--no-torch"], "--only: expected patterns of rows (--help names them); received "
+     "'exakt*', which matches none")])
 def test_bad_input(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
     for name in ("OMP_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE"):

@@ -2,6 +2,7 @@
 
     python -m tools.benchmark --size=mid --json=mid.json
     python -m tools.benchmark --size=embedded --formulations --no-torch
+    python -m tools.benchmark --size=mid --only='weighted_sum*,combined_k5,exact_k5*,solve_k5,torch.*' --seconds=300
 
 Sizes: `embedded` is the shipped pipeline as configs/embedded.py trains it; `mid` fills two cores; `sd35m` is
 SD3.5-medium at 512 px with random weights in bfloat16, for a GPU (`--force` for another device). A micro-step is what
@@ -30,6 +31,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -45,9 +47,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores, for both libraries")
     parser.add_argument("--chunk", type=int, help="samples whose per-sample gradients are held at once")
     parser.add_argument("--formulations", action="store_true", help="time the formulations that were not chosen, too")
+    parser.add_argument("--only", default="", help="rows to time, shell patterns separated by commas, so that more "
+                        "rounds fit: 'weighted_sum*,combined_k5,exact_k5*,solve_k5,torch.*'")
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="leave the PyTorch side out")
     parser.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto",
-                        help="also time torch.compile (auto: on a GPU)")
+                        help="also time torch.compile (auto: on a GPU, or with a C++ compiler)")
     parser.add_argument("--force", action="store_true", help="run a size for GPUs on another device")
     options = parser.parse_args(arguments)
     cores = len(os.sched_getaffinity(0))
@@ -96,10 +100,15 @@ def run(options: argparse.Namespace) -> dict:
 
     load = [os.getloadavg()]
     problem = make_problem(size)
-    found = cases.our_cases(problem, options.formulations, say)
+    wanted = cases.chooser(options.only)
+    found = cases.our_cases(problem, options.formulations, wanted, say)
     if options.torch:
-        compiled = options.torch_compile == "on" or options.torch_compile == "auto" and jax.default_backend() == "gpu"
-        cases.add_peer(found, problem, options.threads, compiled, say)
+        able = jax.default_backend() == "gpu" or shutil.which("g++") is not None
+        compiled = options.torch_compile == "on" or options.torch_compile == "auto" and able
+        cases.add_peer(found, problem, options.threads, compiled, wanted, say)
+    if not found.ours and not found.peer:
+        raise InputError(f"--only: expected patterns of rows (--help names them); received {options.only!r}, which "
+                         "matches none")
     say(f"timing {len(found.ours) + len(found.peer)} programs")
     times = measure.interleave([found.ours, found.peer], options.repeats, options.seconds)
     derived = cases.derive(size, times)

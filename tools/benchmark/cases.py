@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,11 +31,19 @@ class Cases:
     memory: dict[str, int]
 
 
-def our_cases(problem: Problem, formulation: bool, say: Callable[[str], None]) -> Cases:
-    """Compiles our side, running everything once."""
+def chooser(only: str) -> Callable[[str], bool]:
+    """Whether a name is wanted: it matches one of the comma-separated shell patterns in `only`, or `only` is empty."""
+    patterns = [pattern for pattern in only.split(",") if pattern]
+    return lambda name: not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def our_cases(problem: Problem, formulation: bool, wanted: Callable[[str], bool], say: Callable[[str], None]) -> Cases:
+    """Compiles our side, as far as it is wanted, running everything once."""
     size, cases = problem.size, Cases({}, {}, {})
 
-    def add(name: str, body: ours.Body, num_rewards: int = 1, params: Any = None) -> ours.Program:
+    def add(name: str, body: ours.Body, num_rewards: int = 1, params: Any = None) -> ours.Program | None:
+        if not wanted(name):
+            return None
         say(f"compiling {name}")
         program = ours.compile_program(problem, body, num_rewards, params)
         program()
@@ -43,7 +52,7 @@ def our_cases(problem: Problem, formulation: bool, say: Callable[[str], None]) -
             cases.memory[name] = program.bytes
         return program
 
-    def step(name: str, core: ours.Core, num_rewards: int = 1, reference: bool = True) -> ours.Program:
+    def step(name: str, core: ours.Core, num_rewards: int = 1, reference: bool = True) -> ours.Program | None:
         return add(name, ours.with_inputs(problem, core, reference), num_rewards)
 
     step("weighted_sum", ours.weighted_sum(problem))
@@ -52,8 +61,10 @@ def our_cases(problem: Problem, formulation: bool, say: Callable[[str], None]) -
     for k in REWARDS:
         anchored = step(f"exact_k{k}.anchors", ours.exact(problem, anchors=True), k)
         step(f"exact_k{k}.signal", ours.exact(problem, anchors=False), k, reference=False)
-        cases.ours[f"solve_k{k}"] = ours.compile_solve(problem, anchored.sums)
-        cases.ours[f"solve_k{k}"]()
+        if anchored is not None and wanted(f"solve_k{k}"):
+            say(f"compiling solve_k{k}")
+            cases.ours[f"solve_k{k}"] = ours.compile_solve(problem, anchored.sums)
+            cases.ours[f"solve_k{k}"]()
     for k in separate_counts(size):
         step(f"separate_k{k}", ours.separate(problem), k)
     if formulation:
@@ -86,8 +97,9 @@ def _add_forwards(problem: Problem, add: Callable) -> None:
     add("f.weighted_sum.old_merged", formulations.weighted_sum_merged(problem), params=(problem.params, merged))
 
 
-def add_peer(cases: Cases, problem: Problem, threads: int, compiled: bool, say: Callable[[str], None]) -> None:
-    """Makes the PyTorch side, running everything once."""
+def add_peer(cases: Cases, problem: Problem, threads: int, compiled: bool, wanted: Callable[[str], bool],
+             say: Callable[[str], None]) -> None:
+    """Makes the PyTorch side, as far as it is wanted, running everything once."""
     import torch
 
     from tools.benchmark.peer import Tuned, Upstream
@@ -102,7 +114,11 @@ def add_peer(cases: Cases, problem: Problem, threads: int, compiled: bool, say: 
         kinds["compiled"] = lambda *args: Tuned(*args, compiled=True)
     for name, make in kinds.items():
         for kind, k in (("weighted_sum", 1), ("harmonised", 5)):
+            if not wanted(f"torch.{name}.{kind}"):
+                continue
             say(f"preparing torch.{name}.{kind}")
+            # A compiled backward pass frees what it reads unless told that it will run again.
+            torch._functorch.config.donated_buffer = kind != "harmonised"
             run = getattr(make(problem, k, device), kind)
             run()
             if device == "cuda":
@@ -128,7 +144,7 @@ def derive(size: Size, times: Mapping[str, list[float]]) -> dict[str, list[float
         between = 1 - 1 / REFRESH_EVERY
         shares[name.replace("exact", "amortised")] = {
             "combined_k5": between, **{part: s / REFRESH_EVERY for part, s in shares[name].items()}}
-    return {name: measure.mixture(times, parts) for name, parts in shares.items()}
+    return {name: measure.mixture(times, parts) for name, parts in shares.items() if set(parts) <= set(times)}
 
 
 def ratios(size: Size, times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -138,11 +154,11 @@ def ratios(size: Size, times: Mapping[str, list[float]]) -> dict[str, dict[str, 
     pairs = [(name, "weighted_sum") for name in names]
     pairs += [(name, fair) for name in names if name.startswith(("exact", "amortised"))]
     pairs += [("exact_k20", "exact_k5"), ("exact_k20.anchors", "exact_k5.anchors"), ("exact_k5", "separate_k5")]
-    if "f.forwards.one_call" in times:
-        pairs.append(("f.forwards.one_call", "f.forwards.three_calls"))
+    pairs.append(("f.forwards.one_call", "f.forwards.three_calls"))
     for name in times:
         if name.startswith("torch."):
             harmonised = ("exact_k5.anchors", "exact_k5", "separate_k5")
             own = ("weighted_sum",) if name.endswith("weighted_sum") else harmonised
             pairs += [(mine, name) for mine in own]
-    return {f"{fast} / {slow}": measure.ratio(times[slow], times[fast]) for fast, slow in pairs}
+    return {f"{fast} / {slow}": measure.ratio(times[slow], times[fast])
+            for fast, slow in pairs if fast in times and slow in times}

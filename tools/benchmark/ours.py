@@ -60,6 +60,7 @@ def compile_program(problem: Problem, body: Body, num_rewards: int, params: Para
     batch = problem.batch(num_rewards)
     plan = make_plan(problem.size, batch)
     rest = (problem.params if params is None else params, problem.current, problem.old, batch, plan)
+    body = jax.jit(body, inline=True)  # traced once, not again for its shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, *rest))
     step = jax.jit(lambda sums, *args: tree.add(sums, body(*args)), donate_argnums=0, compiler_options=options)
     compiled = step.lower(zeros, *rest).compile()
