@@ -159,6 +159,9 @@ def peer(request, problem, draws):
 
     from tools.benchmark import peer as peers
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two wait for each other on a busy machine
+
     def make(num_rewards):
         made = getattr(peers, request.param)(problem, num_rewards, "cpu")
         batch = problem.batch(num_rewards)
@@ -172,7 +175,8 @@ def peer(request, problem, draws):
         made.advantages, made.valid = to(plan.advantages[0].T), to(plan.valid[0].T)
         return made
 
-    return make
+    yield make
+    torch.set_num_threads(threads)
 
 
 def test_torch_weighted_sum(problem, weighted, peer):
@@ -256,17 +260,26 @@ def test_sizes_are_those_of_the_shipped_files():
 
 def test_record_is_printed_and_written(problem, tmp_path):
     times = {"weighted_sum": [0.002, 0.004, 0.003], "exact_k5": [0.001, 0.002, 0.003]}
-    found = {"hardware": record.hardware(2), "load": [(0.5, 0, 0), (1.25, 0, 0)], "shapes": record.shapes(problem),
+    found = {"hardware": record.hardware(2), "others": 0.012, "shapes": record.shapes(problem),
              "versions": record.versions(), "times": record.times_record(times, {"exact_k5": 5_000_000}),
              "ratios": {"exact_k5 / weighted_sum": measure.ratio(*times.values())}}
     text = record.table(found)
     assert "weighted_sum                                      3.00      2.50      3.50" in text
     assert "exact_k5                                          2.00      1.50      2.50        5.0" in text
-    assert "2.000   1.500   2.000" in text and "load 0.5 -> 1.2" in text and text.endswith("3 rounds")
+    assert "2.000   1.500   2.000" in text and "kept 1 % of the cores busy\n" in text and text.endswith("3 rounds")
+    assert "kept 40 % of the cores busy, so nothing here is a measurement (wanted: at most 5 %)" in record.table(
+        {**found, "others": 0.4})
     record.write(found, tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["times"]["exact_k5"]["bytes"] == 5_000_000
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert found["versions"]["jax"] == jax.__version__
+
+
+def test_share_of_other_processes_by_hand():
+    # 10 s on 2 cores: 15 processor seconds were spent, 11 of them here; 4 of 20 are others'.
+    assert record.share_of_others((100.0, 5.0), (115.0, 16.0), 10.0, 2) == pytest.approx(0.2)
+    machine, own = record.busy_seconds()
+    assert 0 < own and not machine < 0
 
 
 @pytest.mark.parametrize(("argument", "message"), [

@@ -98,7 +98,6 @@ def run(options: argparse.Namespace) -> dict:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    load = [os.getloadavg()]
     problem = make_problem(size)
     wanted = cases.chooser(options.only)
     found = cases.our_cases(problem, options.formulations, wanted, say)
@@ -110,13 +109,14 @@ def run(options: argparse.Namespace) -> dict:
         raise InputError(f"--only: expected patterns of rows (--help names them); received {options.only!r}, which "
                          "matches none")
     say(f"timing {len(found.ours) + len(found.peer)} programs")
+    before, start = record.busy_seconds(), time.perf_counter()
     times = measure.interleave([found.ours, found.peer], options.repeats, options.seconds)
+    others = record.share_of_others(before, record.busy_seconds(), time.perf_counter() - start, os.cpu_count())
     derived = cases.derive(size, times)
     times = dict(sorted({**times, **derived}.items(), key=lambda item: (item[0].startswith(("f.", "torch.")), item[0])))
-    load.append(os.getloadavg())
     return {
         "command": " ".join(["python -m tools.benchmark", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "versions": record.versions(), "hardware": record.hardware(options.threads), "load": load,
+        "versions": record.versions(), "hardware": record.hardware(options.threads), "others": others,
         "xla_flags": os.environ.get("XLA_FLAGS", ""), "shapes": record.shapes(problem),
         "times": record.times_record(times, found.memory), "ratios": cases.ratios(size, times)}
 

@@ -18,6 +18,9 @@ from marble_jax.version import VERSION
 from tools.benchmark import measure
 from tools.benchmark.sizes import ROOT, Problem
 
+QUIET = 0.05
+"""Largest share of the cores that other processes may use. A thread that waits for its turn stops the other threads of
+a parallel loop too; PyTorch's then spin, which made a tiny step 30 times slower on a loaded machine."""
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft")
 
 
@@ -43,6 +46,21 @@ def hardware(threads: int) -> dict[str, Any]:
             "devices": [device.device_kind for device in jax.devices()]}
 
 
+def busy_seconds() -> tuple[float, float]:
+    """Processor seconds that the machine and this process have spent so far; the first is NaN outside Linux."""
+    own = sum(os.times()[:4])
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return float("nan"), own
+    user, nice, system, _, _, *more = map(int, stat.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK"), own
+
+
+def share_of_others(before: tuple[float, float], after: tuple[float, float], seconds: float, cores: int) -> float:
+    """Share of the machine's cores that other processes kept busy, from two readings of `busy_seconds`."""
+    return ((after[0] - before[0]) - (after[1] - before[1])) / (seconds * cores)
+
+
 def shapes(problem: Problem) -> dict[str, Any]:
     """The size, with the numbers of values in the network and in the adapter."""
     return {**dataclasses.asdict(problem.size), "parameters": adapters.num_parameters(problem.params),
@@ -63,8 +81,10 @@ def table(record: Mapping[str, Any]) -> str:
     lines = [f"{size['name']}: {size['num']} samples of {size['side']} x {size['side']} latents and {size['tokens']} "
              f"text tokens, {size['parameters'] / 1e6:.1f} M parameters, {size['adapter_parameters'] / 1e6:.2f} M in "
              f"the adapter, {size['dtype']}, chunk {size['chunk']}",
-             f"{where['processor']}, {where['threads']} threads, {', '.join(where['devices'])}; load "
-             f"{' -> '.join(format(load[0], '.1f') for load in record['load'])}",
+             f"{where['processor']}, {where['threads']} threads, {', '.join(where['devices'])}; other processes kept "
+             f"{100 * record['others']:.0f} % of the cores busy"
+             + (f", so nothing here is a measurement (wanted: at most {100 * QUIET:.0f} %)"
+                if record["others"] > QUIET else ""),
              "", f"{'milliseconds a micro-step':44s} {'median':>9s} {'q1':>9s} {'q3':>9s} {'memory MB':>10s}"]
     for name, entry in record["times"].items():
         ms, held = entry["milliseconds"], entry.get("bytes")
