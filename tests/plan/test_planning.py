@@ -115,9 +115,10 @@ def test_programs_accept_the_planned_arguments():
     assert list(jobs) == ["rollout", "decode", "train, solving", "train, between"]
     latents, pictures = (jax.eval_shape(f, *arguments) for f, arguments in list(jobs.values())[:2])
     assert latents.shape == (8, 8, 8, 16) and pictures.shape == (8, 64, 64, 3)
-    for name in list(jobs)[2:]:
-        state, metrics = jax.eval_shape(jobs[name][0], *jobs[name][1])
-        assert jax.tree.structure(state) == jax.tree.structure(jobs[name][1][0]) and "nft/loss" in metrics
+    step, arguments = jobs["train, between"]
+    state, metrics = jax.eval_shape(step, *arguments)
+    assert jax.tree.structure(state) == jax.tree.structure(arguments[0]) and "nft/loss" in metrics
+    assert jobs["train, solving"][1] == arguments and jobs["train, solving"][0] is not step
     merged = config("embedded", **SMALL, rollout__merge_adapter=True)
     assert ahead.jobs(merged, architecture(merged), compose.derive_sizes(merged, 1), mesh)["rollout"][1][1] is None
 
