@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
     ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
     ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "pictures", "workdir", "config", "console",
-                    "chips")),
+                    "chips", "channel", "hosts")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
     ("composition", ("compose", "work", "plan", "run", "draw", "compare", "export", "model_card", "verify")),

@@ -1,0 +1,396 @@
+"""Several processes as one run: how they are found and started, how they agree, who holds which rows.
+
+Every process runs the same program over arrays that span all of them. What only one process does (writing) or what can
+fail on one alone (files, signals, rewards on the host) goes through `from_first`, `together` and `any_of`, so that all
+go on or all stop. With one process each of these is a plain call.
+
+JAX's own cluster detection serves TPU pods, SLURM, Open MPI and Kubernetes; torchrun's variables are read here.
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from marble_jax.channel import LOST_STATUS, Channel, HostLost, meet, split_address
+from marble_jax.errors import InputError, one_of
+
+MODES = ("auto", "off", "on")
+JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+TORCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+ADVICE = ("--coordinator=HOST:PORT --num_processes=N --process_id=I say it outright, --distributed=off runs one "
+          "process alone")
+
+Value = TypeVar("Value")
+_channel: Channel | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Where a process stands among those of its run.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0.
+      num_processes: of the run, at least 2.
+      process_id: of this one, from 0.
+      found_by: what said so.
+      local_devices: devices of this host that the process may use; None for all.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    found_by: str
+    local_devices: tuple[int, ...] | None = None
+
+
+def find_cluster(mode: str = "auto", coordinator: str = "", num_processes: str = "", process_id: str = "",
+                 timeout: float = 300.0, environ: Mapping[str, str] | None = None) -> Cluster | None:
+    """The processes that this one belongs to: by options, by JAX's or torchrun's variables, or as JAX detects them.
+
+    Args:
+      mode: "auto" looks, "on" looks and insists, "off" does not look.
+      coordinator, num_processes, process_id: the options as text; empty where not given.
+      timeout: seconds the detection may take to resolve the coordinator's name.
+      environ: `os.environ` by default.
+
+    Returns:
+      None for a process on its own.
+
+    Raises:
+      InputError: incomplete or impossible settings, a detection that failed, or "on" without any cluster.
+    """
+    one_of("--distributed", mode, MODES)
+    environ = os.environ if environ is None else environ
+    options = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    if mode == "off":
+        if any(options.values()):
+            given = ", ".join(name for name, value in options.items() if value)
+            raise InputError(f"--distributed=off: expected none of {', '.join(options)}; received {given}")
+        return None
+    found = None
+    if any(options.values()):
+        found = _explicit(options, "the command line")
+    elif all(name in environ for name in JAX_VARIABLES):
+        found = _explicit({name: environ[name] for name in JAX_VARIABLES}, "JAX's variables", _jax_devices(environ))
+    elif "WORLD_SIZE" in environ and "RANK" in environ:
+        found = _torchrun(environ)
+    else:
+        found = _detected(timeout)
+        if found is None and "JOB_COMPLETION_INDEX" in environ and "KUBERNETES_SERVICE_HOST" in environ:
+            raise InputError("--distributed: expected a cluster that JAX detects in this indexed Kubernetes job; "
+                             f"received none (pip install 'jax[k8s]'); {ADVICE}")
+    if mode == "on" and found is None:
+        raise InputError("--distributed=on: expected a TPU pod, SLURM, Open MPI, Kubernetes, "
+                         f"{', '.join(JAX_VARIABLES)} or torchrun's variables; received none of them; {ADVICE}")
+    return found if found is None or found.num_processes > 1 else None
+
+
+def _explicit(settings: Mapping[str, str], found_by: str, devices: tuple[int, ...] | None = None) -> Cluster:
+    for name, value in settings.items():
+        if not value:
+            raise InputError(f"{name}: expected together with {', '.join(n for n in settings if n != name)}; received "
+                             "nothing")
+    address, (count_name, count), (index_name, index) = next(iter(settings.values())), *list(settings.items())[1:]
+    split_address(address)
+    for name, text, least in ((count_name, count, 1), (index_name, index, 0)):
+        if not text.isdigit() or int(text) < least:
+            raise InputError(f"{name}: expected a number >= {least}; received {text!r}")
+    if int(index) >= int(count):
+        raise InputError(f"{index_name}: expected 0 to {int(count) - 1} with {count_name}={count}; received {index}")
+    return Cluster(address, int(count), int(index), found_by, devices)
+
+
+def _jax_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    listed = environ.get("JAX_LOCAL_DEVICE_IDS", "")
+    return tuple(int(i) for i in listed.split(",")) if listed.replace(",", "").isdigit() else None
+
+
+def _torchrun(environ: Mapping[str, str]) -> Cluster:
+    """torchrun's variables. Under its agent MASTER_PORT is taken by the agent's own store, so the next port is used.
+
+    Source: `torch.distributed.run` and `rendezvous.py` (TORCHELASTIC_USE_AGENT_STORE).
+    """
+    if environ["WORLD_SIZE"] == "1":
+        return Cluster("localhost:1", 1, 0, "torchrun's variables")
+    for name in TORCH_VARIABLES:
+        if not environ.get(name):
+            raise InputError(f"{name}: expected as torchrun sets it, beside WORLD_SIZE={environ['WORLD_SIZE']}; "
+                             f"received nothing; {ADVICE}")
+    port = environ["MASTER_PORT"]
+    if port.isdigit() and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        port = str(int(port) + 1)
+    local = environ.get("LOCAL_RANK", "")
+    shared = local.isdigit() and environ.get("LOCAL_WORLD_SIZE", "") != "1"
+    return _explicit({"MASTER_ADDR:MASTER_PORT": f"{environ['MASTER_ADDR']}:{port}",
+                      "WORLD_SIZE": environ["WORLD_SIZE"], "RANK": environ["RANK"]}, "torchrun's variables",
+                     (int(local),) if shared else None)
+
+
+def _detected(timeout: float) -> Cluster | None:
+    """What JAX detects: a Google TPU pod, Kubernetes, Open MPI, SLURM.
+
+    `jax.distributed.initialize()` does the same, but it neither says what it found nor copes with a coordinator that is
+    not there; hence the look behind it.
+    """
+    from jax._src import clusters
+
+    try:
+        address, count, index, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(timeout))
+    except Exception as error:  # whatever the cluster's own interfaces raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--distributed: expected the cluster to say who takes part; received {type(error).__name__}: "
+                         f"{reason}; {ADVICE}") from error
+    if None in (address, count, index):
+        return None
+    return Cluster(str(address), int(count), int(index), "JAX's cluster detection",
+                   None if devices is None else tuple(devices))
+
+
+@contextmanager
+def joined(cluster: Cluster | None, verb: str, init_timeout: float = 300.0, heartbeat_timeout: float = 100.0
+           ) -> Iterator[None]:
+    """Runs the body as one process of `cluster`; `start_jax` in it, before anything touches a device.
+
+    Of several processes, one that fails tells the others why and ends here with its line on standard error: nothing is
+    left that Python's way out could wait for. With one process it is a plain context.
+
+    Args:
+      cluster: from `find_cluster`.
+      verb: for messages.
+      init_timeout: seconds to wait for the other processes.
+      heartbeat_timeout: seconds after which a process that does not answer counts as dead.
+
+    Raises:
+      InputError: the processes did not find each other.
+    """
+    global _channel
+    if cluster is None:
+        yield
+        return
+    _channel = meet(cluster.coordinator, cluster.num_processes, cluster.process_id, init_timeout, heartbeat_timeout)
+    try:
+        yield
+    except BaseException as error:
+        _end(_channel, verb, error)
+    _channel.close()
+    _channel = None
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def end_unless(agreed: tuple[type[BaseException], ...], error: BaseException) -> None:
+    """Ends this process here and now if it is one of several and failed on its own: tidying up would wait for others.
+
+    Args:
+      agreed: what all processes raise together.
+      error: what was raised.
+    """
+    if _channel is not None and not isinstance(error, (InputError, *agreed)):
+        _end(_channel, "", error)
+
+
+def _end(channel: Channel, verb: str, error: BaseException) -> None:
+    """Says what happened and ends this process, whatever other threads wait for."""
+    said = str(error) or type(error).__name__
+    status = {HostLost: LOST_STATUS, KeyboardInterrupt: 130}.get(type(error), 2 if isinstance(error, InputError) else 1)
+    if status == 1 and channel.lost:  # a collective that broke because another process is gone
+        said, status = channel.lost, LOST_STATUS
+    if status == 1:
+        traceback.print_exception(error)
+        said = f"{type(error).__name__}: {said.splitlines()[0]}"
+    try:
+        sys.stdout.flush()
+        sys.stderr.write(f"marble-jax{' ' * bool(verb)}{verb}: process {channel.index}: {said}\n")
+        sys.stderr.flush()
+        channel.leave(said if status in (2, LOST_STATUS) else f"process {channel.index} "
+                      f"({channel.names[channel.index]}): {said}")
+    finally:
+        os._exit(status)
+
+
+def start_jax(cluster: Cluster | None, init_timeout: float = 300.0, heartbeat_timeout: float = 100.0) -> None:
+    """Starts JAX's distributed runtime; all processes have met, so nobody is waited for in vain.
+
+    Raises:
+      InputError: it does not start.
+    """
+    if cluster is None:
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled, and agreed on, by the loop
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator, cluster.num_processes, cluster.process_id,
+            None if cluster.local_devices is None else list(cluster.local_devices),
+            initialization_timeout=int(init_timeout), heartbeat_timeout_seconds=int(heartbeat_timeout))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"distributed: expected JAX's runtime to start at {cluster.coordinator}; received "
+                         f"{str(error).strip().splitlines()[0]}") from error
+
+
+def alone() -> bool:
+    """Whether this process is the whole run."""
+    return _channel is None
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks."""
+    return _channel is None or _channel.index == 0
+
+
+def exchange(label: str, value: Any) -> list[Any]:
+    """Every process's value (anything JSON knows), in their order; a list of one for a process on its own."""
+    return [value] if _channel is None else _channel.exchange(label, value)
+
+
+def together(label: str, call: Callable[[], Value]) -> Value:
+    """Calls on every process; if it finds bad input on one of them, all raise.
+
+    Raises:
+      InputError: with the line of the first process that failed, named where not all of them did.
+    """
+    if _channel is None:
+        return call()
+    result, said = None, ""
+    try:
+        result = call()
+    except (InputError, OSError) as error:
+        said = _line(error)
+    _raise_first(exchange(label, said))
+    return result
+
+
+def from_first(label: str, call: Callable[[], Value]) -> Value:
+    """The value of a call that only process 0 makes (anything JSON knows).
+
+    Raises:
+      InputError: everywhere, if it fails there.
+    """
+    if _channel is None:
+        return call()
+    result, said = None, ""
+    if is_first():
+        try:
+            result = call()
+        except (InputError, OSError) as error:
+            said = _line(error)
+    found = exchange(label, [said, result])
+    _raise_first([error for error, _ in found])
+    return result if is_first() else found[0][1]
+
+
+def any_of(label: str, reason: str) -> str:
+    """The first process's reason that is not empty, with its name where there are several; empty if there is none."""
+    if _channel is None:
+        return reason
+    for index, one in enumerate(exchange(label, reason)):
+        if one:
+            return f"{one} on process {index} ({_named(index)})"
+    return ""
+
+
+def same(what: str, settings: Mapping[str, Any]) -> None:
+    """Makes sure that all processes mean the same run.
+
+    Args:
+      what: in front of the name of what differs.
+      settings: by name, anything JSON knows.
+
+    Raises:
+      InputError: everywhere, naming the first setting that differs, and where.
+    """
+    mine = {name: repr(value) for name, value in settings.items()}
+    first, *others = exchange(f"same {what}", mine)
+    for index, other in enumerate(others, 1):
+        for name in sorted(set(first) | set(other)):
+            if first.get(name) != other.get(name):
+                received = [f"{values.get(name, 'none')} on process {i} ({_named(i)})"
+                            for i, values in ((0, first), (index, other))]
+                raise InputError(f"{what}{name}: expected the same on every host; received {' and '.join(received)}")
+
+
+def _named(index: int) -> str:
+    return _channel.names[index]
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    return str(error)
+
+
+def _raise_first(said: list[str]) -> None:
+    failed = [index for index, line in enumerate(said) if line]
+    if failed:
+        line = said[failed[0]]
+        same_everywhere = len(failed) == len(said) and len(set(said)) == 1
+        raise InputError(line if same_everywhere else f"process {failed[0]} ({_named(failed[0])}): {line}")
+
+
+def put(tree: Any, sharding: Any) -> Any:
+    """`jax.device_put` over the devices of all processes, each of which holds the same host values.
+
+    Nothing is sent: every process puts its own parts where they belong.
+
+    Args:
+      tree: arrays.
+      sharding: of every leaf, or a tree of them.
+    """
+    one_for_all = isinstance(sharding, jax.sharding.Sharding)
+    if all(s.is_fully_addressable for s in ([sharding] if one_for_all else jax.tree.leaves(sharding))):
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda leaf, *own: _put(leaf, own[0] if own else sharding), tree,
+                        *([] if one_for_all else [sharding]))
+
+
+def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)  # from one layout to another, between the devices
+    host = np.asarray(leaf)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def whole(tree: Any) -> Any:
+    """Arrays of all processes as host arrays; all of them have to ask for it."""
+    def one(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(one, tree)
+
+
+def row_owners(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
+    """int [N]: the process that answers for each row of an array; of several that hold it, the first."""
+    owners = np.full(shape[0], jax.process_count())
+    for device, index in sharding.devices_indices_map(shape).items():
+        rows = index[0]
+        owners[rows] = np.minimum(owners[rows], device.process_index)
+    return owners
+
+
+def own_rows(array: jax.Array, owners: np.ndarray) -> np.ndarray:
+    """The rows of an array that this process answers for, in their order, read from its own devices.
+
+    Args:
+      array: split along its first axis only.
+      owners: from `row_owners`.
+    """
+    rows = np.flatnonzero(owners == jax.process_index())
+    found = np.zeros((len(rows), *array.shape[1:]), array.dtype)
+    for shard in array.addressable_shards:
+        first, last, _ = shard.index[0].indices(array.shape[0])
+        inside = (rows >= first) & (rows < last)
+        if inside.any():
+            found[inside] = np.asarray(shard.data)[rows[inside] - first]
+    return found
