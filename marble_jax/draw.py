@@ -43,13 +43,12 @@ def run_config(workdir: Workdir) -> ml_collections.ConfigDict:
     """The configuration a run was started with.
 
     Raises:
-      InputError: there is no run.
+      InputError: there is no run, or its record is damaged.
     """
-    file = workdir.path / "config.json"
-    if not file.exists():
+    if not (workdir.path / "config.json").exists():
         raise InputError(f"--workdir: expected a training run (with config.json); received {workdir.path}")
     config = default_config()
-    for name, value in json.loads(file.read_text()).items():
+    for name, value in workdir.config().items():
         if name in KEYS:
             *rooms, leaf = name.split(".")
             node = config
@@ -79,7 +78,7 @@ def run_adapter(
     blank = initial_state(adapter, compose.make_optimizer(config), count, compose.balancer_of(config).init(count), 0)
     if not workdir.checkpoints.exists():
         raise InputError(f"--workdir: expected a run with a checkpoint; received {workdir.path}, which has none yet")
-    checkpoints = Checkpoints(workdir.checkpoints)
+    checkpoints = Checkpoints(workdir.checkpoints, say=Console().say)
     try:
         step, state = checkpoints.restore(blank, step)
     finally:

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from marble_jax.errors import InputError
+from marble_jax.storage import location, write_whole
 from marble_jax.workdir import Workdir, plain
 
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 8, 256
@@ -24,7 +25,7 @@ class Album:
     """
 
     def __init__(self, path: epath.PathLike):
-        self.path = epath.Path(path)
+        self.path = location("--out", path)
         self._record = self.path / "settings.json"
 
     def record(self) -> dict[str, Any] | None:
@@ -167,16 +168,12 @@ def save_png(path: epath.PathLike, picture: np.ndarray, texts: Mapping[str, str]
     """
     from PIL import Image, PngImagePlugin
 
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
     for key, value in (texts or {}).items():
         info.add_itxt(key, value)
     buffer = io.BytesIO()
     Image.fromarray(as_uint8(picture)).save(buffer, "PNG", pnginfo=info)
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    write_whole(path, buffer.getvalue())
 
 
 def as_uint8(picture: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The directory of a run: where its records, pictures and checkpoints live, and whose run it is.
 
-Any `etils.epath` location works. Files are written beside their place and renamed, so a reader never sees half of one;
-records are appended a line at a time and cut back to the restored step on resume.
+It may be in a bucket. Files are written whole, so a reader never sees half of one; records are appended a line at a
+time and cut back to the restored step on resume.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from etils import epath
 
 from marble_jax.config import KEYS
 from marble_jax.errors import InputError
+from marble_jax.storage import is_remote, location, write_whole
 
 FREE_KEYS = ("name", "prompts.embedding_cache", "training.num_steps", "evaluation.every_steps", "checkpoints.",
              "export.", "logging.", "mesh.",
@@ -43,10 +44,14 @@ class Workdir:
 
     Args:
       path: directory, made on `claim`.
+      what: names it in errors.
+
+    Raises:
+      InputError: a bucket that cannot be reached.
     """
 
-    def __init__(self, path: str):
-        self.path = epath.Path(path)
+    def __init__(self, path: epath.PathLike, what: str = "workdir"):
+        self.path = location(what, path)
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluation.jsonl"
         self.samples = self.path / "samples"
@@ -70,16 +75,12 @@ class Workdir:
                     raise InputError(f"workdir: expected a directory; received the file {place}")
                 break
         if not record.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            # A kill can leave the half-written record behind.
+            if self.path.exists() and any(not p.name.endswith(".partial") for p in self.path.iterdir()):
                 raise InputError(f"workdir: expected an empty or new directory, or one made by train; received "
                                  f"{self.path} with other files in it")
             return False
-        try:
-            there = json.loads(record.read_text())
-        except ValueError:
-            there = None
-        if not isinstance(there, dict):
-            raise InputError(f"workdir: expected a JSON object in {record}; received something else")
+        there = self.config()
         # A key that is younger than the run has its default there.
         there = {key: plain(KEYS[key].default) for key in config if key in KEYS} | there
         for key in sorted(set(config) | set(there)):
@@ -87,6 +88,22 @@ class Workdir:
                 raise InputError(f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own)"
                                  f"; received {config.get(key)!r}; choose another --workdir")
         return True
+
+    def config(self) -> dict[str, Any]:
+        """The flat configuration of the run that is there; from run.json, which repeats it, if config.json is damaged.
+
+        Raises:
+          InputError: there is none, or both are damaged.
+        """
+        for name, inner in (("config.json", None), ("run.json", "config")):
+            try:
+                found = json.loads((self.path / name).read_bytes())
+                found = found if inner is None else found[inner]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if isinstance(found, dict):
+                return found
+        raise InputError(f"workdir: expected a JSON object in {self.path / 'config.json'}; received something else")
 
     def claim(self, config: dict[str, Any]) -> bool:
         """Makes the directory for a run, or records the free keys of the run that is there.
@@ -108,30 +125,33 @@ class Workdir:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole or not at all."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".{target.name}.partial"
-        partial.write_text(text)
-        partial.rename(target) if not target.exists() else partial.replace(target)
+        write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(plain(value), indent=1) + "\n")
 
     def append(self, file: epath.Path, record: dict[str, Any]) -> None:
-        """Adds one JSON line."""
+        """Adds one JSON line; in a bucket, where nothing can be appended to, by writing the file anew."""
+        line = json.dumps(plain(record)) + "\n"
+        if is_remote(file):
+            write_whole(file, (file.read_bytes() if file.exists() else b"") + line.encode())
+            return
         with file.open("a") as handle:
-            handle.write(json.dumps(plain(record)) + "\n")
+            handle.write(line)
 
     def read(self, file: epath.Path) -> list[dict[str, Any]]:
         """All whole lines of a record file; a last line cut short by a kill is left out."""
         if not file.exists():
             return []
         records = []
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(record, dict) or "step" not in record:
+                break
+            records.append(record)
         return records
 
     def cut(self, step: int) -> None:

@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
     ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
-    ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "pictures", "workdir", "config", "console",
+    ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "leaves", "manifest",
+                    "storage", "pictures", "workdir", "config", "console",
                     "chips", "channel", "hosts")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
@@ -21,7 +22,7 @@ ROWS = (
 ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}
 LIBRARIES = {
     "jaxopt": {"harmonize.qp"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "leaves"},
     "optax": {"training", "compose"},
     "ml_collections": {"config", "compose", "work", "plan", "run", "draw", "export", "cli"},
     "rapidocr": {"rewards.ocr_engines"},

@@ -19,10 +19,10 @@ from marble_jax.console import Console
 from marble_jax.convert.layouts import STEMS
 from marble_jax.convert.lora import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.lora_names import DIFFUSERS_PREFIX, PEFT_PREFIX
-from marble_jax.convert.manifest import write_json
 from marble_jax.convert.sources import open_model
 from marble_jax.convert.writing import KEEP, Cast, write_safetensors
 from marble_jax.errors import InputError
+from marble_jax.manifest import write_json
 from marble_jax.models.weights import Tensors
 
 Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from marble_jax.convert.layouts import CARRIED, CLASSES, COMPONENTS, Layout, layout
-from marble_jax.convert.manifest import MANIFEST, check_sizes
 from marble_jax.convert.original import SCHEDULER, OriginalComponent, open_original
 from marble_jax.errors import InputError, one_of
+from marble_jax.manifest import MANIFEST, check_sizes
 from marble_jax.models.hub import HUB_NAME, download
 from marble_jax.models.pipeline import find_model
 from marble_jax.models.stored import PARAMS, StoredDir, open_component

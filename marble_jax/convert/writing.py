@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from marble_jax.checkpoint import Leaf, save_leaves
 from marble_jax.convert.layouts import Layout
-from marble_jax.convert.manifest import seal, write_json
 from marble_jax.errors import InputError
+from marble_jax.leaves import Leaf, save_leaves
+from marble_jax.manifest import seal, write_json
 from marble_jax.models.stored import PARAMS
 from marble_jax.models.weights import DTYPES, Tensors, copy, fill
 

@@ -245,7 +245,7 @@ def test_changed_files_are_found(stored, tmp_path):
 
 
 def main_check(directory):
-    from marble_jax.convert.manifest import check_hashes
+    from marble_jax.manifest import check_hashes
 
     check_hashes(directory)
 

@@ -1,46 +1,60 @@
-"""What a converted model consists of: every file with its size and SHA-256, in `manifest.json` beside them."""
+"""What a folder consists of: every file with its size and SHA-256, in `manifest.json` beside them.
+
+Folders are those of converted models and of checkpoints; the latter may be in a bucket.
+"""
 from __future__ import annotations
 
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from etils import epath
 
 from marble_jax.errors import InputError
 from marble_jax.models.weights import read_json
+from marble_jax.storage import is_remote, write_whole
 
 MANIFEST = "manifest.json"
 _CHUNK = 16_000_000  # bytes
 
+Folder = pathlib.Path | epath.Path
 
-def seal(path: pathlib.Path, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
+
+def seal(path: Folder, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
     """Makes sure a file is on the disk, and gives its size and SHA-256."""
-    digest, size = hashlib.sha256(), path.stat().st_size
+    path, digest, size = epath.Path(path), hashlib.sha256(), 0
     # One buffer for all chunks: new memory costs more than reading the disk's cache does.
-    buffer = memoryview(bytearray(min(_CHUNK, max(size, 1))))
-    with path.open("rb", buffering=0) as handle:
-        os.fsync(handle.fileno())
+    buffer = memoryview(bytearray(min(_CHUNK, max(path.stat().length, 1))))
+    with path.open("rb") as handle:
+        if not is_remote(path):
+            os.fsync(handle.fileno())
         while count := handle.readinto(buffer):
             digest.update(buffer[:count])
+            size += count
             progress(count)
-        return {"bytes": handle.tell(), "sha256": digest.hexdigest()}
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def files_below(root: Folder, inner: str = "") -> Iterator[str]:
+    """Names of all files below a folder, relative to it."""
+    for path in sorted((root / inner).iterdir()):
+        name = f"{inner}{path.name}"
+        if path.is_dir():
+            yield from files_below(root, f"{name}/")
+        else:
+            yield name
+
+
+def write_json(path: Folder, value: Any) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.write(json.dumps(value, indent=2) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def recorded(root: pathlib.Path) -> Mapping[str, Mapping[str, Any]]:
-    """Size and hash by file of a converted model.
+def recorded(root: Folder) -> Mapping[str, Mapping[str, Any]]:
+    """Size and hash by file of a folder.
 
     Raises:
       InputError: no manifest, or one that is not ours.
@@ -52,17 +66,17 @@ def recorded(root: pathlib.Path) -> Mapping[str, Mapping[str, Any]]:
     return files
 
 
-def check_sizes(root: pathlib.Path) -> None:
+def check_sizes(root: Folder) -> None:
     """Raises InputError when a file of the manifest is missing or of another size; quick."""
     for name, record in recorded(root).items():
-        path = root / name
-        size = path.stat().st_size if path.is_file() else None
+        path = epath.Path(root) / name
+        size = path.stat().length if path.exists() and not path.is_dir() else None
         if size != record["bytes"]:
             received = "no such file" if size is None else f"{size} bytes"
             raise InputError(f"{path}: expected {record['bytes']} bytes (its manifest); received {received}")
 
 
-def check_hashes(root: pathlib.Path, progress: Callable[[int], object] = lambda _: None) -> int:
+def check_hashes(root: Folder, progress: Callable[[int], object] = lambda _: None) -> int:
     """Reads every file of the manifest; returns how many bytes.
 
     Raises:

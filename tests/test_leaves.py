@@ -8,8 +8,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from marble_jax.checkpoint import Leaf, grouped, leaf_shapes, read_leaves, save_leaves
 from marble_jax.errors import InputError
+from marble_jax.leaves import Leaf, grouped, leaf_shapes, read_leaves, save_leaves
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

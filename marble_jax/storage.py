@@ -1,0 +1,62 @@
+"""Places on this machine or in a bucket (`gs://`, `s3://`): found out before anything is done, written to whole."""
+from __future__ import annotations
+
+import os
+
+from etils import epath
+
+from marble_jax.errors import InputError, one_of
+
+BACKENDS = {"gs": "gcsfs", "s3": "s3fs"}
+"""Package that opens a scheme; TensorFlow, where it is installed, opens both."""
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def location(what: str, path: epath.PathLike) -> epath.Path:
+    """A place to read from or write to, which need not exist; one in a bucket is asked for at once.
+
+    Args:
+      what: names the place in errors, such as "workdir".
+      path: local, or `gs://...` or `s3://...`.
+
+    Raises:
+      InputError: an unknown scheme, a package that is not installed, or a bucket that cannot be reached.
+    """
+    text = os.fspath(path)
+    if not is_remote(text):
+        return epath.Path(text)
+    scheme = text.partition("://")[0]
+    one_of(f"{what}: scheme of {text}", scheme, BACKENDS)
+    try:
+        place = epath.Path(text)
+        place.exists()
+    except ImportError:
+        raise InputError(f"{what}: expected a package that opens {scheme}://; received none for {text} (pip install "
+                         f"{BACKENDS[scheme]})") from None
+    except Exception as error:  # each package has its own for no such bucket, no permission and no network
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{what}: expected a bucket that can be reached; received {text} ({type(error).__name__}: "
+                         f"{reason})") from error
+    return place
+
+
+def write_whole(path: epath.PathLike, content: bytes | str) -> None:
+    """Writes a file whole or not at all, and on the disk when this returns; makes its folder.
+
+    In a bucket an object appears when it is complete. Elsewhere a file beside the place is renamed onto it.
+    """
+    path, content = epath.Path(path), content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    partial = path.parent / f".{path.name}.partial"
+    with partial.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
