@@ -16,7 +16,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from marble_jax import adapters, parallel
+from marble_jax import adapters, parallel, sharding
 from marble_jax.config import check as check_values
 from marble_jax.config import flatten
 from marble_jax.console import Console
@@ -37,7 +37,6 @@ from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
 from marble_jax.training.batch import Collector
-from marble_jax.training.microsteps import whole
 from marble_jax.training.presence import Presence, make_dropout, parse_stages
 from marble_jax.training.profile import parse_steps
 from marble_jax.training.state import TrainState, initial_state
@@ -129,8 +128,17 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
         raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)")
 
 
-def derive_sizes(config: ml_collections.ConfigDict, num_devices: int) -> Sizes:
+def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a configuration, over all devices or those given. Raises InputError as `parallel.make_mesh`."""
+    return parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+
+
+def derive_sizes(config: ml_collections.ConfigDict, num_shards: int) -> Sizes:
     """Checks that prompts, groups, batches and micro-batches fit together; all of them are at least 1.
+
+    Args:
+      config: the configuration.
+      num_shards: parts that a batch is split into, `parallel.batch_shards`.
 
     Raises:
       InputError: they do not; the message names the nearest size that does.
@@ -139,11 +147,11 @@ def derive_sizes(config: ml_collections.ConfigDict, num_devices: int) -> Sizes:
     pictures = rollout.prompts_per_step * rollout.images_per_prompt
     for name, size in (("rollout.batch_size", rollout.batch_size),
                        ("training.micro_batch_size", training.micro_batch_size)):
-        if pictures % size or size % num_devices:
-            fits = [n for n in range(num_devices, pictures + 1, num_devices) if pictures % n == 0]
+        if pictures % size or size % num_shards:
+            fits = [n for n in range(num_shards, pictures + 1, num_shards) if pictures % n == 0]
             best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
             raise InputError(f"{name}: expected a divisor of the {pictures} pictures a step "
-                             f"({rollout.prompts_per_step} prompts x {rollout.images_per_prompt}) that {num_devices} "
+                             f"({rollout.prompts_per_step} prompts x {rollout.images_per_prompt}) that {num_shards} "
                              f"device(s) share evenly; received {size}{best}")
     timesteps = max(1, int(training.timestep_fraction * rollout.num_steps))
     samples = pictures * timesteps
@@ -164,13 +172,14 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 def decode_size(count: int, mesh: Mesh) -> int:
     """Pictures decoded at once, over all devices, of `count` in a batch."""
-    return min(count, mesh.size * max(1, DECODED // mesh.size))
+    shards = parallel.batch_shards(mesh)
+    return min(count, shards * max(1, DECODED // shards))
 
 
-def chunk_size(config: ml_collections.ConfigDict, num_devices: int) -> int:
+def chunk_size(config: ml_collections.ConfigDict, num_shards: int) -> int:
     """Samples pulled back together, over all devices: as many as `harmonize.chunk_size` allows and divide evenly."""
-    share = config.training.micro_batch_size // num_devices
-    return num_devices * max(c for c in range(1, share + 1) if share % c == 0 and c <= config.harmonize.chunk_size)
+    share = config.training.micro_batch_size // num_shards
+    return num_shards * max(c for c in range(1, share + 1) if share % c == 0 and c <= config.harmonize.chunk_size)
 
 
 def make_recipe(config: ml_collections.ConfigDict, sizes: Sizes, mesh: Mesh, balancer: Any, shift: float) -> Recipe:
@@ -178,14 +187,14 @@ def make_recipe(config: ml_collections.ConfigDict, sizes: Sizes, mesh: Mesh, bal
     sigmas = sigma_grid(config.rollout.num_steps, shift)
     return Recipe(
         sigmas=tuple(float(s) for s in sigmas[:-1]), num_timesteps=sizes.timesteps,
-        micro_batch=config.training.micro_batch_size, chunk=chunk_size(config, mesh.size),
+        micro_batch=config.training.micro_batch_size, chunk=chunk_size(config, parallel.batch_shards(mesh)),
         anchor_every=config.harmonize.anchor_every, num_rewards=len(config.rewards.train),
         scalarised=config.advantages.scalarise != "none", nft_beta=config.nft.beta, kl_weight=config.nft.kl_weight,
         clip=config.advantages.clip, balancer=balancer, rho=config.harmonize.rho,
         smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,
         old_schedule=rollout_decay(config.policies.schedule, rate=config.policies.rate, cap=config.policies.cap,
                                    delay=config.policies.delay),
-        ema_decay=config.policies.ema_decay, place=partial(parallel.split_batch, mesh) if mesh.size > 1 else whole)
+        ema_decay=config.policies.ema_decay, shards=parallel.Shards(mesh))
 
 
 def balancer_of(config: ml_collections.ConfigDict) -> Any:
@@ -232,7 +241,7 @@ def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh:
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
             if component != "transformer":
                 return parallel.place_everywhere(mesh, leaf)
-            return jax.device_put(leaf, parallel.weight_sharding(mesh, leaf.shape))
+            return jax.device_put(leaf, sharding.sharding_of(mesh, component, path, leaf.shape))
     return load_pipeline(place_of(config.model.path, "pipeline"), dtype=DTYPES[config.model.dtype], place=place,
                          text_encoder_3=config.model.t5, text_encoders=text_encoders, remat=config.model.remat,
                          attention=config.model.attention, lora_scale=spec.scale)
@@ -282,8 +291,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     check(config)
     names = tuple(config.rewards.train)
     balancer = balancer_of(config)
-    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sizes = derive_sizes(config, mesh.size)
+    mesh = make_mesh(config)
+    sizes = derive_sizes(config, parallel.batch_shards(mesh))
     spec = lora_spec(config)
     train_prompts = read_prompts(config.prompts.path, "train", tuple(config.prompts.sources))
     test_prompts = held_out_prompts(config)

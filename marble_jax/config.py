@@ -158,8 +158,11 @@ KEYS: dict[str, Key] = {
     "export.policy": Key("ema", "exported policy", "ema|current|rollout|best"),
     "export.keep": Key(3, "exports kept", "exports, >= 1"),
     # machine
-    "mesh.data": Key(-1, "devices along the data axis; -1: all that are left", "devices"),
-    "mesh.fsdp": Key(1, "devices the base weights are sharded over", "devices"),
+    "mesh.data": Key(-1, "devices that split the batch alone; -1, here or for one of the next two: all that are left",
+                     "devices"),
+    "mesh.fsdp": Key(1, "devices that split the batch and the base weights, which are gathered layer by layer",
+                     "devices"),
+    "mesh.tensor": Key(1, "devices that split heads and hidden units and work on the same samples", "devices"),
     "logging.tensorboard": Key(True, "write TensorBoard events"),
     "logging.profile_steps": Key("", "steps whose profiler trace is written to profile/, such as 3-5 (1-based); empty: "
                                  "none", "steps"),

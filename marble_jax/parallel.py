@@ -1,75 +1,132 @@
-"""The device mesh and where arrays lie on it.
+"""The device mesh, where arrays lie on it, and how a compiled step deals its samples out to devices.
 
-Axes: `data` splits the batch, `fsdp` splits the batch and, leaf by leaf, the base weights. Adapters, optimiser and
-everything K x K are small and replicated.
+Axes: `data` splits the batch, `fsdp` splits the batch and the weights, `tensor` splits the weights inside their layers
+(heads and hidden units), so that devices along it work on the same samples. Which axis of which weight is split over
+which of them is in `marble_jax.sharding`.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from marble_jax import hosts
 from marble_jax.errors import InputError
 
-AXES = ("data", "fsdp")
-BATCH = PartitionSpec(("data", "fsdp"))
-SMALLEST_SHARDED = 1 << 16  # numbers; smaller leaves are replicated
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+BATCH = PartitionSpec(BATCH_AXES)
+EVERYWHERE = PartitionSpec()
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices.
 
     Args:
-      data: devices along `data`; -1 takes what `fsdp` leaves.
+      data: devices along `data`; -1 takes what the others leave, here as for each of the three.
       fsdp: devices along `fsdp`.
+      tensor: devices along `tensor`, neighbours of each other: they exchange the most.
       devices: `jax.devices()` when None; those of a topology to compile for one that is not here.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    return Mesh(np.asarray(devices).reshape(mesh_sizes(len(devices), data, fsdp)), AXES)
+    return Mesh(np.asarray(devices).reshape(mesh_sizes(len(devices), data, fsdp, tensor)), AXES)
 
 
-def abstract_mesh(count: int, data: int = -1, fsdp: int = 1) -> AbstractMesh:
+def abstract_mesh(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     """The mesh over `count` devices that are not here, to reckon with; arguments and errors as `make_mesh`."""
-    return AbstractMesh(mesh_sizes(count, data, fsdp), AXES)
+    return AbstractMesh(mesh_sizes(count, data, fsdp, tensor), AXES)
 
 
-def mesh_sizes(count: int, data: int = -1, fsdp: int = 1) -> tuple[int, int]:
+def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
     """Devices along each of `AXES`, of `count`; arguments and errors as `make_mesh`."""
-    if data == -1 and fsdp >= 1 and count % fsdp == 0:
-        data = count // fsdp
-    if data < 1 or fsdp < 1 or data * fsdp != count:
-        best = min((n for n in range(1, count + 1) if count % n == 0), key=lambda n: abs(n - fsdp))
-        raise InputError(f"mesh: expected data x fsdp = {count} devices; received {data} x {fsdp} (nearest valid "
-                         f"{count // best} x {best})")
-    return data, fsdp
+    given = (data, fsdp, tensor)
+    fixed = math.prod(size for size in given if size != -1)
+    if given.count(-1) == 1 and fixed > 0 and count % fixed == 0:
+        given = tuple(count // fixed if size == -1 else size for size in given)
+    if min(given) < 1 or math.prod(given) != count:
+        wanted = [size if size != -1 else None for size in (data, fsdp, tensor)]
+        best = min(_factors(count), key=lambda sizes: sum(
+            abs(math.log(max(want, 1) / size)) for want, size in zip(wanted, sizes, strict=True) if want is not None))
+        raise InputError(f"mesh: expected data x fsdp x tensor = {count} device(s), at most one of them -1; received "
+                         f"{data} x {fsdp} x {tensor} (nearest valid {' x '.join(map(str, best))})")
+    return given
+
+
+def _factors(count: int) -> list[tuple[int, int, int]]:
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    return [(count // (f * t), f, t) for t in divisors for f in divisors if count % (f * t) == 0]
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Parts that a batch is split into; devices along `tensor` share one."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:
-    """Splits the leading axis of every leaf over all devices."""
-    return jax.device_put(tree, NamedSharding(mesh, BATCH))
-
-
-def split_batch(mesh: Mesh, tree: Any) -> Any:
-    """`place_batch` inside a compiled function: a constraint on where the values lie."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, BATCH))
+    """Splits the leading axis of every leaf over `data` and `fsdp`."""
+    return hosts.put(tree, NamedSharding(mesh, BATCH))
 
 
 def place_everywhere(mesh: Mesh, tree: Any) -> Any:
     """One copy of every leaf on each device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return hosts.put(tree, NamedSharding(mesh, EVERYWHERE))
 
 
-def weight_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Over `fsdp` along the largest axis that divides; replicated if none does or the leaf is small."""
-    size = mesh.shape["fsdp"]
-    axes = [axis for axis, length in enumerate(shape) if length % size == 0]
-    if size == 1 or not axes or int(np.prod(shape)) < SMALLEST_SHARDED:
-        return NamedSharding(mesh, PartitionSpec())
-    largest = max(axes, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How a compiled step deals its samples out to the devices of a mesh.
+
+    Sums over samples are taken per device first, as arrays with a leading axis of devices that is split over them:
+    adding to such an array needs no exchange, so that a loop over micro-steps has none, and `total` after the loop is
+    the one place where gradients are reduced. A sum without that axis would be reduced in every turn of the loop.
+
+    Attributes:
+      mesh: the devices; None for a single one.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+
+    @property
+    def count(self) -> int:
+        """Parts that a batch is split into."""
+        return 1 if self.mesh is None else batch_shards(self.mesh)
+
+    def split(self, tree: Any) -> Any:
+        """Splits the leading axis of every leaf over the devices."""
+        return tree if self.count == 1 else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, BATCH))
+
+    def on_each(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """`function` of every device's own samples, apart from each other.
+
+        Args:
+          function: of trees with leaves [n / devices, ...], such as a sum over samples.
+          *trees: leaves [n, ...]; a device's samples are neighbours.
+
+        Returns:
+          What `function` returns, with a leading axis of devices where there are several; see `total`.
+        """
+        if self.count == 1:
+            return function(*trees)
+        dealt = jax.tree.map(lambda x: x.reshape(self.count, x.shape[0] // self.count, *x.shape[1:]), trees)
+        found = jax.vmap(function, spmd_axis_name=BATCH_AXES)(*self.split(dealt))
+        return jax.tree.map(self._own, found)
+
+    def total(self, tree: Any) -> Any:
+        """Sum over devices of what `on_each` returned: here they exchange."""
+        return tree if self.count == 1 else jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+
+    def _own(self, x: jax.Array) -> jax.Array:
+        free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, *free)))
+
+
+ALONE = Shards()

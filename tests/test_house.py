@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
     ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
-    ("mechanisms", ("flow", "models", "parallel", "prompts", "checkpoint", "leaves", "manifest",
+    ("mechanisms", ("flow", "models", "parallel", "sharding", "prompts", "checkpoint", "leaves", "manifest",
                     "storage", "pictures", "workdir", "config", "console",
                     "chips", "channel", "hosts")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marble_jax import compose, parallel
+from marble_jax import compose, parallel, sharding
 from marble_jax.chips import CHIPS, GIB, Chip
 from marble_jax.errors import InputError, nearest
 from marble_jax.models import mmdit, vae
@@ -117,7 +117,8 @@ def jobs(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.S
     def velocity(params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
         return mmdit.velocity(made.model, params, adapter, xt, sigma, cond)
 
-    params = jax.tree.map(lambda s: struct(s.shape, s.dtype, parallel.weight_sharding(mesh, s.shape)), made.params)
+    lie = sharding.shardings(mesh, "transformer", made.params, made.model.config.attention_head_dim)
+    params = jax.tree.map(lambda s, where: struct(s.shape, s.dtype, where), made.params, lie)
     optimizer, balancer = compose.make_optimizer(config), compose.balancer_of(config)
     recipe = compose.make_recipe(config, sizes, mesh, balancer, made.shift)
     names = len(config.rewards.train)

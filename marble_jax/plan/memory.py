@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from marble_jax import adapters, compose, parallel
+from marble_jax import adapters, compose, parallel, sharding
 from marble_jax.plan.architecture import Architecture
 
 POLICIES = 4  # current, rollout, averaged and best adapter
@@ -45,8 +45,12 @@ SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
 
 def weight_bytes(made: Architecture, mesh: Mesh | AbstractMesh) -> float:
     """Bytes of the base weights on a device."""
-    return sum(math.prod(parallel.weight_sharding(mesh, s.shape).shard_shape(s.shape)) * s.dtype.itemsize
-               for s in jax.tree.leaves(made.params))
+    return layout(made, mesh).device
+
+
+def layout(made: Architecture, mesh: Mesh | AbstractMesh) -> sharding.Layout:
+    """How the base weights lie on the devices."""
+    return sharding.layout(mesh, "transformer", made.params, made.model.config.attention_head_dim)
 
 
 def programs(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.Sizes, mesh: Mesh | AbstractMesh,
@@ -98,9 +102,10 @@ def beside(config: ml_collections.ConfigDict, made: Architecture, mesh: Mesh | A
 
 
 def _lies(made: Architecture, mesh: Mesh | AbstractMesh) -> str:
-    dtype = jax.tree.leaves(made.params)[0].dtype
-    where = f"sharded over fsdp {mesh.shape['fsdp']}" if mesh.shape["fsdp"] > 1 else "replicated"
-    return f"{dtype}, {where}"
+    dtype, found = jax.tree.leaves(made.params)[0].dtype, layout(made, mesh)
+    over = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
+    unsplit = f", {found.unsplit / 1e6:.0f} MB of it on every device as no axis divides" if found.unsplit else ""
+    return f"{dtype}, {f'sharded over {over}{unsplit}' if over else 'replicated'}"
 
 
 class _Parts:
@@ -171,7 +176,7 @@ class _Parts:
                 Source(BLOCK, self.backward(count), f"{count} samples, backward")]
 
     def solving(self) -> list[Source]:
-        chunk = self.share(compose.chunk_size(self.config, self.mesh.size))
+        chunk = self.share(compose.chunk_size(self.config, parallel.batch_shards(self.mesh)))
         cotangents = 2 + (self.config.nft.kl_weight > 0)
         kept, what = self.saved(chunk)
         block = max(self.backward(chunk, cotangents), self.forward(self.share(self.config.training.micro_batch_size)))

@@ -58,11 +58,10 @@ def plan(config: ml_collections.ConfigDict, request: Request, console: Console) 
         raise InputError(f"--json: expected a file in a folder that is there; received {request.file!r}")
     compose.check(config, chip.backend if chip else "")
     compose.balancer_of(config)
-    mesh: Any = parallel.abstract_mesh(count, config.mesh.data, config.mesh.fsdp)
+    mesh: Any = parallel.abstract_mesh(count, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if request.topology:
-        devices = ahead.slice_devices(request.topology)
-        mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    sizes = compose.derive_sizes(config, count)
+        mesh = compose.make_mesh(config, ahead.slice_devices(request.topology))
+    sizes = compose.derive_sizes(config, parallel.batch_shards(mesh))
     made = architecture(config)
     sample = transformer(made.model.config, made.params, made.adapter, made.tokens, made.text_tokens)
     work = step_work(config, sizes, sample, decoder(made.vae.config, made.vae_params, *made.latent[:2]))
@@ -99,13 +98,13 @@ def _devices(request: Request) -> tuple[Chip | None, int]:
 
 def _show_sizes(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.Sizes, mesh: Any,
                 chip: Chip | None, request: Request, console: Console) -> None:
-    count = mesh.size
+    count = parallel.batch_shards(mesh)
     micro, rollout = config.training.micro_batch_size, config.rollout
     solves = {"exact": "every step", "amortised": f"every {config.harmonize.refresh_every} steps",
               "faithful": f"one micro-step every {config.harmonize.refresh_every} steps"}[config.harmonize.mode]
     where = f" ({request.topology})" if request.topology else ""
     functions = [name for name in config.rewards.train if is_function(name)]
-    console.say(f"marble_jax plan: {config.name}, {method_name(config)}, on {count} x "
+    console.say(f"marble_jax plan: {config.name}, {method_name(config)}, on {mesh.size} x "
                 f"{chip.name if chip else 'a device of unknown kind'}{where}")
     console.table([
         ("mesh", " x ".join(f"{name} {size}" for name, size in mesh.shape.items())),

@@ -44,19 +44,22 @@ def faithful_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gra
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.place)
+        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.shards)
         units = num_micro_steps(plan)
         solves = {"all": units, "first": 1, "none": 0}[solved]
 
         def prepared(index: jax.Array) -> tuple[gradients.FlowBatch, jax.Array, jax.Array]:
-            return micro_step(velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0, recipe.place)
+            return micro_step(velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0, recipe.shards)
 
         def solve(carry: tuple[Any, smoothing.AlphaState, Metrics], index: jax.Array) -> tuple[Any, None]:
             total, alpha, _ = carry
             flow, advantages, valid = prepared(index)
-            sums = gradients.accumulate(
-                partial(velocity, params), state.current, flow, optimality(advantages[:rewards], recipe.clip),
-                valid[:rewards], nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk)
+            sums = recipe.shards.on_each(lambda flow, advantages, valid: gradients.accumulate(
+                partial(velocity, params), state.current, flow, optimality(advantages.T, recipe.clip), valid.T,
+                nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk // recipe.shards.count),
+                flow, advantages[:rewards].T, valid[:rewards].T)
+            # Reduced here and not after the loop: alpha is solved on this micro-step alone.
+            sums = recipe.shards.total(sums)
             mean = gradients.mean_gradients(sums)
             gram = tree.gram(mean.gradients)
             solution = recipe.balancer(gram, sums.counts > 0, state.balancer)
@@ -73,10 +76,10 @@ def faithful_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gra
             flow, advantages, _ = prepared(index)
             r = optimality(alpha @ advantages[:rewards], recipe.clip)
             share = 1.0 / (units * recipe.micro_batch)
-            return gradients.combined_gradient(
-                partial(velocity, params), state.current, flow, r * share, (1.0 - r) * share,
-                nft_beta=recipe.nft_beta, clip=recipe.clip, kl_weight=recipe.kl_weight,
-                num_samples=units * recipe.micro_batch)
+            return recipe.shards.on_each(lambda flow, p, q: gradients.combined_gradient(
+                partial(velocity, params), state.current, flow, p, q, nft_beta=recipe.nft_beta, clip=recipe.clip,
+                kl_weight=recipe.kl_weight, num_samples=units * recipe.micro_batch),
+                flow, r * share, (1.0 - r) * share)
 
         gradient, alpha, metrics = tree.zeros_like(state.current), state.alpha, {}
         if solves:
@@ -86,7 +89,7 @@ def faithful_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gra
             (gradient, alpha, metrics), _ = jax.lax.scan(
                 solve, (gradient, alpha, empty), jnp.arange(solves, dtype=jnp.int32))
         if solves < units:
-            rest, parts = sum_over(partial(cached, alpha.alpha), range(solves, units))
+            rest, parts = recipe.shards.total(sum_over(partial(cached, alpha.alpha), range(solves, units)))
             gradient = tree.add(gradient, rest)
             metrics = {"nft/loss": parts["policy_loss"], "nft/kl": parts["kl"]} | metrics
         state, more = finish(recipe, optimizer, state, gradient, alpha)

@@ -14,16 +14,9 @@ import jax.numpy as jnp
 
 from marble_jax.flow.path import interpolate
 from marble_jax.harmonize.gradients import FlowBatch
+from marble_jax.parallel import ALONE, Shards
 from marble_jax.sampling import PolicyVelocity
 from marble_jax.types import Adapter, Conditioning, Params
-
-Place = Callable[[Any], Any]
-"""Splits the leading axis of every leaf of a tree of samples over the devices, inside a compiled step."""
-
-
-def whole(tree: Any) -> Any:
-    """The `Place` of a single device; with several, each would work on all samples."""
-    return tree
 
 
 @flax.struct.dataclass
@@ -58,7 +51,7 @@ class Schedule:
 
 
 def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timesteps: int, micro_batch: int,
-             place: Place = whole) -> Schedule:
+             shards: Shards = ALONE) -> Schedule:
     """Shuffles pictures and, for each, timesteps.
 
     Args:
@@ -67,7 +60,8 @@ def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timeste
       sigmas: [S] the solver's noise levels, without the trailing zero.
       num_timesteps: T <= S timesteps per picture.
       micro_batch: n.
-      place: splits the samples of a micro-step over the devices.
+      shards: the devices that share a micro-step. Every one of them needs all of `batch`: which pictures meet in a
+        micro-step is random, so that no device could keep to its own.
     """
     num = batch.x0.shape[0]
     order_key, time_key, noise_key = jax.random.split(key, 3)
@@ -79,13 +73,13 @@ def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timeste
         return x[order].reshape(num // micro_batch, micro_batch, *x.shape[1:])
 
     return Schedule(
-        x0=jax.vmap(place)(cut(batch.x0)), prompt=cut(batch.prompt),
+        x0=jax.vmap(shards.split)(cut(batch.x0)), prompt=cut(batch.prompt),
         advantages=cut(batch.advantages.T), valid=cut(batch.valid.T),
         sigma=times.T.reshape(num_timesteps, num // micro_batch, micro_batch), key=noise_key)
 
 
 def micro_step(velocity: PolicyVelocity, params: Params, old: Adapter, batch: RolloutBatch, plan: Schedule,
-               index: jax.Array, with_reference: bool, place: Place = whole
+               index: jax.Array, with_reference: bool, shards: Shards = ALONE
                ) -> tuple[FlowBatch, jax.Array, jax.Array]:
     """Noised latents of micro-step `index` with the rollout policy's and the base model's velocity there.
 
@@ -97,7 +91,7 @@ def micro_step(velocity: PolicyVelocity, params: Params, old: Adapter, batch: Ro
       plan: their schedule.
       index: of the micro-step.
       with_reference: whether the base model's velocity is wanted.
-      place: splits the samples over the devices.
+      shards: the devices that share the samples.
 
     Returns:
       FlowBatch of n samples, advantages [R, n] and valid [R, n].
@@ -106,8 +100,8 @@ def micro_step(velocity: PolicyVelocity, params: Params, old: Adapter, batch: Ro
     part, time = index % slices, index // slices
     x0, sigma = plan.x0[part], plan.sigma[time, part]
     xt = interpolate(x0, jax.random.normal(jax.random.fold_in(plan.key, index), x0.shape), sigma)
-    x0, xt, sigma, prompt = place((x0, xt, sigma, plan.prompt[part]))
-    cond = place(jax.tree.map(lambda leaf: leaf[prompt], batch.cond))
+    x0, xt, sigma, prompt = shards.split((x0, xt, sigma, plan.prompt[part]))
+    cond = shards.split(jax.tree.map(lambda leaf: leaf[prompt], batch.cond))
     v_old = velocity(params, old, xt, sigma, cond)
     v_ref = velocity(params, None, xt, sigma, cond) if with_reference else None
     v_old, v_ref = jax.lax.stop_gradient((v_old, v_ref))

@@ -24,16 +24,9 @@ from marble_jax.harmonize import diagnostics, gradients, smoothing
 from marble_jax.harmonize.balancers import Balancer
 from marble_jax.nft import policies
 from marble_jax.nft.objective import optimality
+from marble_jax.parallel import ALONE, Shards
 from marble_jax.sampling import PolicyVelocity
-from marble_jax.training.microsteps import (
-    Place,
-    RolloutBatch,
-    micro_step,
-    num_micro_steps,
-    schedule,
-    sum_over,
-    whole,
-)
+from marble_jax.training.microsteps import RolloutBatch, micro_step, num_micro_steps, schedule, sum_over
 from marble_jax.training.state import TrainState
 from marble_jax.types import Params
 
@@ -56,7 +49,7 @@ class Recipe:
       smooth: whether a solve's update uses the running average instead of the fresh alpha.
       old_schedule: decay of the rollout policy as a function of the step.
       ema_decay: decay of the averaged adapter.
-      place: splits the samples of a micro-step over the devices.
+      shards: the devices that share the samples of a micro-step.
     """
 
     sigmas: tuple[float, ...]
@@ -74,7 +67,7 @@ class Recipe:
     smooth: bool
     old_schedule: Callable[[jax.Array], jax.Array]
     ema_decay: float
-    place: Place = whole
+    shards: Shards = ALONE
 
 
 Metrics = dict[str, jax.Array]
@@ -112,22 +105,23 @@ def exact_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gradie
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.place)
+        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.shards)
 
         units = num_micro_steps(plan)
         anchored = range(0, units, recipe.anchor_every)
 
         def body(anchors: bool, index: jax.Array) -> gradients.RewardSums:
             flow, advantages, valid = micro_step(
-                velocity, params, state.old, batch, plan, index, anchors and recipe.kl_weight > 0, recipe.place)
-            return gradients.accumulate(
-                partial(velocity, params), state.current, flow, optimality(advantages, recipe.clip), valid,
-                nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk, anchors=anchors,
-                anchor_scale=units / len(anchored))
+                velocity, params, state.old, batch, plan, index, anchors and recipe.kl_weight > 0, recipe.shards)
+            return recipe.shards.on_each(lambda flow, advantages, valid: gradients.accumulate(
+                partial(velocity, params), state.current, flow, optimality(advantages.T, recipe.clip), valid.T,
+                nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk // recipe.shards.count,
+                anchors=anchors, anchor_scale=units / len(anchored)), flow, advantages.T, valid.T)
 
         sums = sum_over(partial(body, True), anchored)
         if len(anchored) < units:
             sums = tree.add(sums, sum_over(partial(body, False), sorted(set(range(units)) - set(anchored))))
+        sums = recipe.shards.total(sums)
         mean = gradients.mean_gradients(sums)
         gram = tree.gram(mean.gradients)
         own = gram[:rewards, :rewards]
@@ -161,7 +155,7 @@ def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gr
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.place)
+        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.shards)
         counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
         total = batch.x0.shape[0] * recipe.num_timesteps
         weights = smoothing.present_weights(state.alpha, counts[:rewards] > 0)
@@ -170,13 +164,13 @@ def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gr
 
         def body(index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
             flow, advantages, valid = micro_step(
-                velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0, recipe.place)
+                velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0, recipe.shards)
             positive, negative = gradients.branch_weights(weights, optimality(advantages, recipe.clip), valid, counts)
-            return gradients.combined_gradient(
-                partial(velocity, params), state.current, flow, positive, negative, nft_beta=recipe.nft_beta,
-                clip=recipe.clip, kl_weight=recipe.kl_weight, num_samples=total)
+            return recipe.shards.on_each(lambda flow, p, q: gradients.combined_gradient(
+                partial(velocity, params), state.current, flow, p, q, nft_beta=recipe.nft_beta, clip=recipe.clip,
+                kl_weight=recipe.kl_weight, num_samples=total), flow, positive, negative)
 
-        gradient, parts = sum_over(body, range(num_micro_steps(plan)))
+        gradient, parts = recipe.shards.total(sum_over(body, range(num_micro_steps(plan))))
         state, metrics = finish(recipe, optimizer, state, gradient, state.alpha)
         return state, metrics | {"nft/loss": parts["policy_loss"], "nft/kl": parts["kl"],
                                  "harmonize/alpha": state.alpha.alpha, "harmonize/refreshed": jnp.zeros(()),

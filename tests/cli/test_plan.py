@@ -32,7 +32,7 @@ def test_the_papers_recipe_on_sixteen_chips(capsys, tmp_path):
                  "train, between", "in all, of 16.91", "MFU", "pictures/s"):
         assert part in said, part
     record = json.loads(file.read_text())
-    assert record["sizes"]["micro_steps"] == 192 and record["mesh"] == {"data": 16, "fsdp": 1}
+    assert record["sizes"]["micro_steps"] == 192 and record["mesh"] == {"data": 16, "fsdp": 1, "tensor": 1}
     assert record["memory"]["train, between"]["base weights"]["bytes"] == 2 * 2_469_663_936
     # 28800 forward passes of 2.24 TFLOP, at 40 % of 16 x 197 TFLOP/s.
     assert record["work_flop"]["rollout"] == pytest.approx(28800 * record["sample_flop"]["forward"])
@@ -47,7 +47,7 @@ def test_one_device_of_unknown_kind(capsys):
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--devices=64"], "rollout.batch_size: .*64 device.s. share evenly; received 144; nearest valid 128"),
-    (["--devices=16", "--config.mesh.fsdp=5"], "mesh: expected data x fsdp = 16 devices; .*nearest valid 4 x 4"),
+    (["--devices=16", "--config.mesh.fsdp=5"], "mesh: expected data x fsdp x tensor = 16 .*nearest valid 4 x 4 x 1"),
     (["--devices=few"], "--devices: expected a whole number of at least 0; received 'few'"),
     (["--chip=v7"], "chip: expected one of v4, v5e.*received 'v7'"),
     (["--utilisation=1.5"], r"--utilisation: expected a share in \(0, 1\]; received '1.5'"),

@@ -13,7 +13,6 @@ HERE = Path(__file__).parent
 def steps() -> dict[str, object]:
     """Runs in the process with four devices: both steps there and on one, as differences and shapes of products."""
     import re
-    from functools import partial
 
     import jax
     import numpy as np
@@ -26,12 +25,15 @@ def steps() -> dict[str, object]:
     mesh = parallel.make_mesh(2, 2)
     found = {}
     sizes = {"micro_batch": 12, "chunk": 4}
-    split = make_steps(toy.recipe(**sizes, place=partial(parallel.split_batch, mesh)), toy.velocity, toy.optimizer(),
+    split = make_steps(toy.recipe(**sizes, shards=parallel.Shards(mesh)), toy.velocity, toy.optimizer(),
                        "amortised", 2)
     alone = make_steps(toy.recipe(**sizes), toy.velocity, toy.optimizer(), "amortised", 2)
-    everywhere = partial(parallel.place_everywhere, mesh)
+
+    def everywhere(tree):
+        return parallel.place_everywhere(mesh, tree)
+
     batch = toy.new_batch()
-    arguments = (everywhere(toy.base_params()), everywhere(batch).replace(x0=parallel.place_batch(mesh, batch.x0)))
+    arguments = (everywhere(toy.base_params()), everywhere(batch))
     for name in ("refresh", "between"):
         compiled = getattr(split, name).lower(everywhere(toy.new_state()), *arguments).compile()
         one, metrics = getattr(alone, name)(toy.new_state(), toy.base_params(), batch)
