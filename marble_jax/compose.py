@@ -25,7 +25,7 @@ from marble_jax.errors import InputError
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.flow.schedule import sigma_grid
 from marble_jax.harmonize.baselines import make_balancer
-from marble_jax.models import mmdit
+from marble_jax.models import attention, mmdit
 from marble_jax.models.embeddings import Embeddings
 from marble_jax.models.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.nft.policies import rollout_decay
@@ -121,9 +121,12 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
     presence_of(config)
     parse_steps(config.logging.profile_steps)
     backend = backend or jax.default_backend()
-    if config.model.attention == "cudnn" and (backend != "gpu" or config.model.dtype != "bfloat16"):
-        raise InputError(f"model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received 'cudnn' on "
-                         f"{backend} in {config.model.dtype}")
+    chosen, dtype = config.model.attention, config.model.dtype
+    if attention.FUSED.get(chosen, backend) != backend or chosen == "cudnn" and dtype != "bfloat16":
+        needs = "a GPU and bfloat16" if chosen == "cudnn" else "a TPU"
+        fitting = attention.choose("auto", DTYPES[dtype], backend)
+        raise InputError(f"model.attention: expected {fitting!r}, as {chosen} needs {needs}; received {chosen!r} on "
+                         f"{backend} in {dtype} ('auto' takes what fits)")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)")
 
@@ -244,7 +247,14 @@ def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh:
             return jax.device_put(leaf, sharding.sharding_of(mesh, component, path, leaf.shape))
     return load_pipeline(place_of(config.model.path, "pipeline"), dtype=DTYPES[config.model.dtype], place=place,
                          text_encoder_3=config.model.t5, text_encoders=text_encoders, remat=config.model.remat,
-                         attention=config.model.attention, lora_scale=spec.scale)
+                         attention=attention_of(config, mesh), lora_scale=spec.scale)
+
+
+def attention_of(config: ml_collections.ConfigDict, mesh: Mesh | None) -> str | attention.Flash:
+    """The implementation of `model.attention` for batches that are split over the mesh."""
+    if mesh is None:
+        return config.model.attention
+    return attention.over(config.model.attention, DTYPES[config.model.dtype], mesh)
 
 
 def text_embeddings(config: ml_collections.ConfigDict, root: Path, texts: Sequence[str]) -> Embeddings:

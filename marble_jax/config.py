@@ -38,7 +38,9 @@ KEYS: dict[str, Key] = {
     # models
     "model.path": Key("", "diffusers-layout directory, hub id, or 'embedded' for the shipped tiny pipeline", "path"),
     "model.dtype": Key("bfloat16", "matmul dtype of the transformer", "bfloat16|float32"),
-    "model.attention": Key("xla", "attention implementation; cudnn needs a GPU and bfloat16", "xla|cudnn|einsum"),
+    "model.attention": Key("xla", "attention implementation: cudnn is fused and needs a GPU and bfloat16, splash is "
+                           "fused and needs a TPU, auto takes what fits the machine, einsum is the reference",
+                           "xla|cudnn|splash|auto|einsum"),
     "model.remat": Key("none", "what the backward pass recomputes", "none|full|dots"),
     "model.resolution": Key(512, "height and width of the pictures", "pixels, >= 1", "paper"),
     "model.max_sequence_length": Key(128, "T5 tokens a prompt", "tokens, >= 1", "paper"),

@@ -24,6 +24,7 @@ from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.schedule import sigma_grid
 from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.models import mmdit
+from marble_jax.models.attention import over
 from marble_jax.models.contents import content_hash
 from marble_jax.models.embeddings import Embeddings
 from marble_jax.models.pipeline import Pipeline, find_model, load_pipeline
@@ -149,7 +150,8 @@ class Models:
         if key != self._key:
             self._pipeline = None  # before the next one is read
             self._pipeline = load_pipeline(
-                root, dtype=compose.DTYPES[dtype], text_encoders=False, attention=attention,
+                root, dtype=compose.DTYPES[dtype], text_encoders=False,
+                attention=over(attention, compose.DTYPES[dtype], mesh),
                 place=lambda component, path, leaf: parallel.place_everywhere(mesh, leaf))
             self._key = key
         return self._pipeline
@@ -184,7 +186,7 @@ class Painter:
         self._place, self.config = None, None
         where, tokens, t5 = source.model, settings.tokens, settings.t5
         self._dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        self._attention = "xla"
+        self._attention = "auto"
         self.origin = source.model
         if source.workdir:
             self._place = Workdir(source.workdir)

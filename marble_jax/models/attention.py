@@ -4,9 +4,13 @@ Implementations of attention are interchangeable functions (q, k, v) -> out, cho
 
 * "xla": `jax.nn.dot_product_attention` compiled by XLA; any platform and dtype, softmax in float32, memory quadratic in
   the number of tokens.
-* "cudnn": the fused flash kernel on NVIDIA GPUs, float16 or bfloat16 only; memory linear in the number of tokens.
 * "einsum": the two products and the softmax written out; the plain reference.
-* a callable: a kernel of one's own, such as a Pallas one. It must be differentiable and work under `jax.vmap`.
+* "cudnn": the fused flash kernel on NVIDIA GPUs, float16 or bfloat16 only; memory linear in the number of tokens.
+* "splash": the fused flash kernel on TPUs; memory linear in the number of tokens.
+* "auto": "cudnn" on a GPU in a half precision, "splash" on a TPU, "xla" elsewhere.
+* a callable: a kernel of one's own. It must be differentiable and work under `jax.vmap`.
+
+Over several devices the fused kernels have to be told how the batch lies: `over` gives the function that does.
 """
 from __future__ import annotations
 
@@ -16,8 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from marble_jax.errors import InputError, one_of
+from marble_jax.errors import one_of
+from marble_jax.models.flash import Flash, cudnn
 from marble_jax.models.lora import LoraDense
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -33,13 +39,54 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    if q.dtype not in (jnp.float16, jnp.bfloat16):
-        raise InputError(f"attention 'cudnn': expected float16 or bfloat16; received {q.dtype} (use 'xla' in float32)")
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+def _auto(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return attend(q, k, v, choose("auto", q.dtype, jax.default_backend()))
 
 
-IMPLEMENTATIONS: dict[str, AttentionFn] = {"xla": _xla, "cudnn": _cudnn, "einsum": _einsum}
+IMPLEMENTATIONS: dict[str, AttentionFn] = {
+    "xla": _xla, "einsum": _einsum, "cudnn": Flash("cudnn"), "splash": Flash("splash"), "auto": _auto}
+FUSED = {"cudnn": "gpu", "splash": "tpu"}  # kernels, and the platform that each runs on
+
+
+def choose(name: str, dtype: Any, platform: str) -> str:
+    """What `name` comes to on a platform: itself, unless it is "auto".
+
+    Args:
+      name: a key of `IMPLEMENTATIONS`.
+      dtype: of queries, keys and values.
+      platform: "cpu", "gpu" or "tpu".
+    """
+    if name != "auto":
+        return name
+    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn" if jax.default_backend() != "gpu" or has_cudnn(dtype) else "xla"
+    return "splash" if platform == "tpu" else "xla"
+
+
+def has_cudnn(dtype: Any) -> bool:
+    """Whether this machine's cuDNN and GPU can do the fused kernel, which JAX asks them while it traces."""
+    struct = jax.ShapeDtypeStruct((1, 128, 1, 64), dtype)
+    try:
+        jax.eval_shape(cudnn, struct, struct, struct)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def over(name: str, dtype: Any, mesh: Mesh) -> str | Flash:
+    """The implementation for a batch that is split over a mesh.
+
+    A fused kernel of another platform gives way to what fits, so that a run of a TPU pod opens on a laptop; training
+    refuses it before (`compose.check`).
+
+    Args:
+      name: a key of `IMPLEMENTATIONS`.
+      dtype: of queries, keys and values.
+      mesh: the devices.
+    """
+    platform = mesh.devices.flat[0].platform
+    chosen = choose(name if FUSED.get(name, platform) == platform else "auto", dtype, platform)
+    return Flash(chosen, mesh) if chosen in FUSED else chosen
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | AttentionFn = "xla") -> jax.Array:

@@ -114,8 +114,10 @@ def jobs(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.S
         return Conditioning(struct((count, made.text_tokens, widths.joint_attention_dim), dtype, sharding),
                             struct((count, widths.pooled_projection_dim), dtype, sharding))
 
+    model = made.model.clone(attention=compose.attention_of(config, mesh))
+
     def velocity(params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
-        return mmdit.velocity(made.model, params, adapter, xt, sigma, cond)
+        return mmdit.velocity(model, params, adapter, xt, sigma, cond)
 
     lie = sharding.shardings(mesh, "transformer", made.params, made.model.config.attention_head_dim)
     params = jax.tree.map(lambda s, where: struct(s.shape, s.dtype, where), made.params, lie)

@@ -25,6 +25,7 @@ BLOCK_ARRAYS = 28  # arrays [tokens, width] of a block's backward pass that are 
 FORWARD_ARRAYS = 6  # the same of a forward pass
 KEPT_ARRAYS = 34  # arrays a block keeps for its backward pass without rematerialisation
 SUMS_HELD = 3  # sums of gradients alive at once: of the loop, of its body, and of the loop before
+SPLASH_ARRAYS = 13  # arrays [tokens, width] around the TPU's fused kernel: padded to blocks and lanes, statistics
 DECODER_ARRAYS = 4  # of the decoder's largest activation
 LANES = 128  # a TPU pads the last axis of an array to this
 
@@ -130,6 +131,8 @@ class _Parts:
         """Attention's scores of one sample over `tokens`; none with a fused kernel."""
         if self.config.model.attention == "cudnn":
             return 0.0
+        if self.config.model.attention == "splash":
+            return SPLASH_ARRAYS * tokens * self.arch.width * self.size * (size == 4)
         return self.arch.num_attention_heads * tokens * (-(-tokens // self.pad) * self.pad) * size
 
     @property

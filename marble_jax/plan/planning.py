@@ -16,6 +16,7 @@ from marble_jax.chips import Chip
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity
 from marble_jax.errors import InputError
+from marble_jax.models.attention import choose
 from marble_jax.models.flops import decoder, transformer
 from marble_jax.plan import ahead, memory
 from marble_jax.plan.architecture import Architecture, architecture
@@ -58,6 +59,9 @@ def plan(config: ml_collections.ConfigDict, request: Request, console: Console) 
         raise InputError(f"--json: expected a file in a folder that is there; received {request.file!r}")
     compose.check(config, chip.backend if chip else "")
     compose.balancer_of(config)
+    if chip:
+        config = config.copy_and_resolve_references()
+        config.model.attention = choose(config.model.attention, compose.DTYPES[config.model.dtype], chip.backend)
     mesh: Any = parallel.abstract_mesh(count, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if request.topology:
         mesh = compose.make_mesh(config, ahead.slice_devices(request.topology))

@@ -319,7 +319,7 @@ def test_config_errors(change, message):
     "options, shape, message",
     [
         ({"remat": "ful"}, (1, 4, 4, 3), "remat: expected one of none, full, dots; received 'ful'; did you"),
-        ({"attention": "flash"}, (1, 4, 4, 3), "attention: expected one of xla, cudnn, einsum; received 'flash'"),
+        ({"attention": "flash"}, (1, 4, 4, 3), "attention: expected one of xla, einsum, cudnn, splash, auto"),
         ({"attention": "cudnn"}, (1, 4, 4, 3), "attention 'cudnn': expected float16 or bfloat16; received float32"),
         ({"table_side": 5}, (1, 4, 4, 3), "table_side: expected an even side up to 12; received 5"),
         ({}, (1, 5, 4, 3), "latents: expected sides divisible by 2 and up to 24; received 5 x 4"),
