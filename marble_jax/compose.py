@@ -4,7 +4,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from marble_jax import adapters, parallel, sharding
+from marble_jax import adapters, hosts, parallel, sharding
 from marble_jax.config import check as check_values
 from marble_jax.config import flatten
 from marble_jax.console import Console
@@ -32,7 +34,9 @@ from marble_jax.nft.policies import rollout_decay
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
+from marble_jax.rewards.base import Reward
 from marble_jax.rewards.catalogue import load_rewards
+from marble_jax.rewards.colours import ClipColours
 from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
@@ -244,7 +248,7 @@ def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh:
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
             if component != "transformer":
                 return parallel.place_everywhere(mesh, leaf)
-            return jax.device_put(leaf, sharding.sharding_of(mesh, component, path, leaf.shape))
+            return hosts.put(leaf, sharding.sharding_of(mesh, component, path, leaf.shape))
     return load_pipeline(place_of(config.model.path, "pipeline"), dtype=DTYPES[config.model.dtype], place=place,
                          text_encoder_3=config.model.t5, text_encoders=text_encoders, remat=config.model.remat,
                          attention=attention_of(config, mesh), lora_scale=spec.scale)
@@ -258,19 +262,70 @@ def attention_of(config: ml_collections.ConfigDict, mesh: Mesh | None) -> str | 
 
 
 def text_embeddings(config: ml_collections.ConfigDict, root: Path, texts: Sequence[str]) -> Embeddings:
-    """Conditioning of a run's texts. With a cache on disk all of them are there on return, and no encoder in memory."""
-    found = Embeddings(root, config.model.max_sequence_length, DTYPES[config.model.dtype], t5=config.model.t5,
-                       cache=config.prompts.embedding_cache)
-    if not config.prompts.embedding_cache:
-        found.load()
+    """Conditioning of a run's texts. With a cache on disk all of them are there on return, and no encoder in memory.
+
+    The first process fills the cache, and then every other one what it does not find there.
+    """
+    def ready() -> Embeddings:
+        found = Embeddings(root, config.model.max_sequence_length, DTYPES[config.model.dtype], t5=config.model.t5,
+                           cache=config.prompts.embedding_cache)
+        if not config.prompts.embedding_cache:
+            found.load()
+            return found
+        missing, console = len(found.missing(texts)), Console()
+        if missing:
+            console.say(f"text embeddings: {missing} of {len(set(texts))} prompts to encode into "
+                        f"{config.prompts.embedding_cache}, before the transformer is loaded")
+        with console.bar(missing, "text embeddings", "prompt") as bar:
+            found.fill(texts, bar.update)
         return found
-    missing, console = len(found.missing(texts)), Console()
-    if missing:
-        console.say(f"text embeddings: {missing} of {len(set(texts))} prompts to encode into "
-                    f"{config.prompts.embedding_cache}, before the transformer is loaded")
-    with console.bar(missing, "text embeddings", "prompt") as bar:
-        found.fill(texts, bar.update)
-    return found
+
+    return hosts.together("text embeddings", ready if hosts.is_first() else lambda: None) or ready()
+
+
+def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
+    """Puts the weights of device rewards on every device, those they share once.
+
+    A pair of towers that names colours too is kept by its host as well: worker threads must not launch programs that
+    span processes.
+    """
+    kept = {id(part.encoder) for reward in rewards for part in vars(reward).values() if isinstance(part, ClipColours)}
+    placed: dict[int, Any] = {}
+
+    def spread(node: Any) -> Any:
+        if id(node) not in placed:
+            placed[id(node)] = ({name: spread(part) for name, part in node.items()} if isinstance(node, Mapping) else
+                                parallel.place_everywhere(mesh, node))
+        return placed[id(node)]
+
+    for reward in rewards if mesh.size > 1 else ():
+        if reward.kind == "device" and reward.params is not None:
+            reward.params = spread(reward.params)
+            encoder = getattr(reward, "encoder", None)
+            if encoder is not None and id(encoder) not in kept:
+                encoder.params = spread(encoder.params)
+
+
+def check_groups(reward: Reward, mesh: Mesh, rollout: ml_collections.ConfigDict) -> None:
+    """Makes sure that a reward which compares the pictures of a prompt gets them together.
+
+    Raises:
+      InputError: a batch cuts through a group, or the hosts share out its pictures so that one does.
+    """
+    size, group = rollout.batch_size, rollout.images_per_prompt
+    if not reward.whole_groups:
+        return
+    if size % group:
+        raise InputError(f"rollout.batch_size: expected a multiple of the {group} pictures a prompt, as {reward.name} "
+                         f"compares them; received {size}")
+    owners = hosts.row_owners(NamedSharding(mesh, parallel.BATCH), (size,)).reshape(-1, group)
+    if np.any(owners != owners[:, :1]):
+        pictures, unit = rollout.prompts_per_step * group, jax.process_count() * group
+        shards = math.prod(mesh.shape[axis] for axis in parallel.BATCH[0])
+        fits = [n for n in range(unit, pictures + 1, unit) if pictures % n == 0 and n % shards == 0]
+        best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
+        raise InputError(f"rollout.batch_size: expected the {group} pictures of a prompt on one host of "
+                         f"{jax.process_count()}, as {reward.name} compares them; received {size}{best}")
 
 
 def read_prompts(place: str, split: str, sources: tuple[str, ...] | None = None) -> dict[str, list[Prompt]]:
@@ -310,9 +365,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     rewards = load_rewards(reward_place(config), (*names, *config.rewards.heldout), config.rewards.num_workers,
                            faithful=config.harmonize.mode == "faithful")
     for reward in rewards[:len(names)]:
-        if reward.whole_groups and config.rollout.batch_size % config.rollout.images_per_prompt:
-            raise InputError(f"rollout.batch_size: expected a multiple of the {config.rollout.images_per_prompt} "
-                             f"pictures a prompt, as {reward.name} compares them; received {config.rollout.batch_size}")
+        check_groups(reward, mesh, config.rollout)
+    place_rewards(mesh, rewards)
     encode = text_embeddings(config, root, [p.text for p in (*itertools.chain(*train_prompts.values()), *test_prompts)])
     pipeline = load_model(config, spec, mesh, text_encoders=False)
     latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)
@@ -332,7 +386,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
     rollout = config.rollout
 
     def decode(latents: jax.Array) -> jax.Array:
-        return pipeline.decode(latents, decode_size(len(latents), mesh), partial(parallel.place_batch, mesh))
+        place = partial(parallel.place_batch, mesh)
+        return place(pipeline.decode(latents, decode_size(len(latents), mesh), place))
 
     collector = Collector(
         make_sampler(velocity, rollout.num_steps, rollout.solver, shift, rollout.integer_timesteps), encode, decode,
@@ -340,7 +395,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     evaluator = Evaluator(
         test_prompts, make_sampler(velocity, config.evaluation.num_steps, config.evaluation.solver, shift), encode,
         decode, scorer(rewards), latent_shape, rollout.batch_size, config.evaluation.seed,
-        config.evaluation.num_pictures, config.evaluation.images_per_prompt)
+        config.evaluation.num_pictures, config.evaluation.images_per_prompt, partial(parallel.place_batch, mesh))
     optimizer = make_optimizer(config)
     recipe = make_recipe(config, sizes, mesh, balancer, shift)
     adapter = adapters.init_adapter(jax.random.fold_in(jax.random.key(config.seed), 1), pipeline.params, spec)

@@ -19,12 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from etils import epath
 
-from marble_jax import adapters, compose, platform
+from marble_jax import adapters, compose, hosts, platform
 from marble_jax.console import Console, quantity
 from marble_jax.convert.lora import PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.lora_files import Pairs, lora_files, merge_transformer
@@ -203,7 +202,9 @@ class PeriodicExports:
 
     def __call__(self, state: TrainState) -> None:
         """Exports a state on the first process; a disk without room is said and does not stop the training."""
-        if jax.process_index() == 0:
+        which = POLICIES[self._config.export.policy]
+        state = state.replace(**{which: hosts.whole(getattr(state, which))})
+        if hosts.is_first():
             try:
                 self._console.say(f"export: {self.write(state)}")
             except InputError as error:

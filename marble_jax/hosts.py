@@ -247,6 +247,16 @@ def is_first() -> bool:
     return _channel is None or _channel.index == 0
 
 
+def index() -> int:
+    """Of this process, from 0."""
+    return 0 if _channel is None else _channel.index
+
+
+def count() -> int:
+    """Of all processes."""
+    return 1 if _channel is None else _channel.count
+
+
 def exchange(label: str, value: Any) -> list[Any]:
     """Every process's value (anything JSON knows), in their order; a list of one for a process on its own."""
     return [value] if _channel is None else _channel.exchange(label, value)
@@ -290,12 +300,12 @@ def from_first(label: str, call: Callable[[], Value]) -> Value:
 
 def any_of(label: str, reason: str) -> str:
     """The first process's reason that is not empty, with its name where there are several; empty if there is none."""
-    if _channel is None:
-        return reason
-    for index, one in enumerate(exchange(label, reason)):
-        if one:
-            return f"{one} on process {index} ({_named(index)})"
-    return ""
+    return reason if _channel is None else first_of(exchange(label, reason))
+
+
+def first_of(reasons: list[str]) -> str:
+    """The first of all processes' reasons that is not empty, with the process's name."""
+    return next((f"process {i} ({_named(i)}): {reason}" for i, reason in enumerate(reasons) if reason), "")
 
 
 def same(what: str, settings: Mapping[str, Any]) -> None:
@@ -329,11 +339,8 @@ def _line(error: Exception) -> str:
 
 
 def _raise_first(said: list[str]) -> None:
-    failed = [index for index, line in enumerate(said) if line]
-    if failed:
-        line = said[failed[0]]
-        same_everywhere = len(failed) == len(said) and len(set(said)) == 1
-        raise InputError(line if same_everywhere else f"process {failed[0]} ({_named(failed[0])}): {line}")
+    if any(said):
+        raise InputError(said[0] if len(set(said)) == 1 else first_of(said))
 
 
 def put(tree: Any, sharding: Any) -> Any:

@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
-from marble_jax import adapters, chips, compose, parallel, platform
+from marble_jax import adapters, chips, compose, hosts, parallel, platform, probe
 from marble_jax.checkpoint import Checkpoints
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity, shown
@@ -20,7 +23,7 @@ from marble_jax.export import PeriodicExports
 from marble_jax.pictures import save_png
 from marble_jax.report import write_report
 from marble_jax.rewards.check import before_training
-from marble_jax.training.loop import Hooks, Sampling, Schedule, train
+from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, train
 from marble_jax.training.profile import Profiler, parse_steps
 from marble_jax.training.records import Events
 from marble_jax.training.state import TrainState
@@ -42,7 +45,8 @@ class Evaluations:
     def __call__(self, state: TrainState) -> TrainState:
         """Evaluates the averaged policy (the base model at step 0, which it equals)."""
         step = int(state.step)
-        done = {r["step"] for r in self._workdir.read(self._workdir.evaluations)}
+        records = self._workdir.evaluations
+        done = hosts.from_first("evaluations", lambda: [r["step"] for r in self._workdir.read(records)])
         if step in done:
             return state
         base = self._reference()
@@ -50,7 +54,7 @@ class Evaluations:
             return state
         scores, pictures, seconds = self._scores(state, f"step {step} evaluation")
         gain = gains(scores, base, self._run.evaluator.groups)
-        self._write(step, "ema", scores, pictures, gain, seconds)
+        hosts.from_first("evaluation", lambda: self._write(step, "ema", scores, pictures, gain, seconds))
         better = standardised_gain(scores, base, self._train_names)
         ups = " ".join(f"{n} {gain[n]['mean']:+.3f}" for n in scores.names)
         self._console.say(f"evaluation after step {step} ({len(self._run.evaluator.prompts)} held-out prompts, "
@@ -58,22 +62,26 @@ class Evaluations:
         if better > float(state.best_score):
             # Placed like what they replace: an array that lies elsewhere would have the steps compiled anew.
             state = state.replace(
-                best_score=jax.device_put(np.float32(better), state.best_score.sharding),
-                best_step=jax.device_put(np.int32(step), state.best_step.sharding),
+                best_score=hosts.put(np.float32(better), state.best_score.sharding),
+                best_step=hosts.put(np.int32(step), state.best_step.sharding),
                 best=jax.tree.map(jnp.copy, state.ema))
         return state
 
     def _reference(self) -> Scores:
         """The base model's scores, evaluated once a run and read back on resume."""
         if self._base is None:
-            file = self._workdir.path / "base_scores.json"
-            if file.exists():
-                self._base = _read_scores(self._workdir, "base_scores.json")
+            there = hosts.from_first("base scores", lambda: _read_scores(self._workdir.path / "base_scores.json"))
+            if there is not None:
+                self._base = _scores_of(there)
             else:
                 scores, pictures, seconds = self._scores(None, "evaluation of the base model")
-                self._write(0, "base", scores, pictures, None, seconds)
-                self._workdir.write_json("base_scores.json", {
-                    "names": scores.names, "values": scores.values, "valid": scores.valid, "failed": scores.failed})
+
+                def write() -> None:
+                    self._write(0, "base", scores, pictures, None, seconds)
+                    self._workdir.write_json("base_scores.json", {
+                        "names": scores.names, "values": scores.values, "valid": scores.valid, "failed": scores.failed})
+
+                hosts.from_first("evaluation", write)
                 self._base = scores
                 self._console.say(f"evaluation of the base model: {len(self._run.evaluator.prompts)} held-out prompts, "
                                   f"{duration(seconds)}")
@@ -107,16 +115,20 @@ class Evaluations:
         self._events.write(step, {f"evaluation/score/{n}": v["mean"] for n, v in record["scores"].items()})
 
 
-def _read_scores(workdir: Workdir, name: str) -> Scores:
-    import json
+def _read_scores(file: epath.Path) -> dict[str, Any] | None:
+    """The record of scores in a file; None where there is none."""
+    return json.loads(file.read_text()) if file.exists() else None
 
-    record = json.loads((workdir.path / name).read_text())
+
+def _scores_of(record: Mapping[str, Any]) -> Scores:
     return Scores(tuple(record["names"]), np.asarray(record["values"], np.float32), np.asarray(record["valid"], bool),
                   np.asarray(record["failed"], bool))
 
 
 def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str) -> None:
     """Trains as `config` says in `workdir_path`; goes on where an earlier run there stopped.
+
+    With several processes all of them call this with the same arguments; the first one writes.
 
     Raises:
       InputError: whatever does not fit, before anything is written to the workdir.
@@ -126,11 +138,12 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     platform.keep_compilations()
     console = Console()
     workdir = Workdir(workdir_path)
-    existed = workdir.check(flatten(config))
-    run = compose.build(config)
-    _check_rewards(run, console)
+    existed = hosts.from_first("workdir", lambda: workdir.check(flatten(config)))
+    probe.shared(workdir.path)
+    run = hosts.together("build", lambda: compose.build(config))
+    hosts.together("reward check", lambda: _check_rewards(run, console))
     if not existed:
-        workdir.claim(flatten(config))
+        hosts.from_first("claim", lambda: workdir.claim(flatten(config)))
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoints.keep)
     state, resumed = run.state, checkpoints.latest()
     if resumed is not None:
@@ -140,18 +153,22 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
         raise InputError(f"training.num_steps: expected at least the {done} steps this workdir has done; received "
                          f"{config.training.num_steps}")
     if existed:
-        workdir.claim(flatten(config))
-        workdir.cut(done)
+        hosts.from_first("claim", lambda: workdir.claim(flatten(config)))
+        hosts.from_first("cut", lambda: workdir.cut(done))
     _announce(run, workdir, console, done if existed else None)
     if done == config.training.num_steps:
         console.say(f"all {done} steps are done: nothing to train; a larger training.num_steps goes on from here")
-    workdir.write_json("run.json", _run_record(run, command))
-    events = Events(str(workdir.events), config.logging.tensorboard, config.logging.wandb, config.name, flatten(config))
+    hosts.from_first("run.json", lambda: workdir.write_json("run.json", _run_record(run, command)))
+    events = Events(str(workdir.events), config.logging.tensorboard and hosts.is_first(),
+                    config.logging.wandb if hosts.is_first() else "", config.name, flatten(config))
     evaluations = Evaluations(run, workdir, console, events)
 
     def record(step: int, values: dict[str, Any]) -> None:
-        workdir.append(workdir.metrics, values)
-        events.write(step, values)
+        def write() -> None:
+            workdir.append(workdir.metrics, values)
+            events.write(step, values)
+
+        hosts.from_first("record", write)
 
     sampling = Sampling(
         run.train_prompts, config.seed, config.rollout.prompts_per_step, config.rollout.images_per_prompt,
@@ -162,7 +179,8 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     exports = PeriodicExports(config, workdir, run.pipeline.params, console)
     work = work_of(config, run.sizes, run.pipeline, run.state.current)
     chip = chips.of_kind(jax.devices()[0].device_kind)
-    profiler = Profiler(parse_steps(config.logging.profile_steps), workdir.path / "profile")
+    profiler = Profiler(parse_steps(config.logging.profile_steps) if hosts.is_first() else range(0),
+                        workdir.path / "profile")
     hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s), exports,
                   lambda r: speed(work, r, run.sizes.pictures, jax.device_count(), chip), profiler)
     try:
@@ -170,13 +188,17 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
             state = evaluations(state)  # a reward may have stopped the run during this very evaluation
         state = train(state, run.pipeline.params, run.collector, run.steps, sampling, schedule, hooks, console,
                       run.spec.scale, config.rollout.merge_adapter, lambda t: parallel.place_everywhere(run.mesh, t))
+    except BaseException as error:
+        hosts.end_unless((Interrupted,), error)
+        raise
     finally:
         checkpoints.close()
         events.close()
         run.collector.scorer.close()
         run.evaluator.scorer.close()
-        report = _report(workdir)
-    _conclude(run, workdir, console, state, time.perf_counter() - start)
+        report = hosts.from_first("report", lambda: _report(workdir))
+    if hosts.is_first():
+        _conclude(run, workdir, console, state, time.perf_counter() - start)
     console.say(f"report: {report}")
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax import hosts
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.scorer import Scorer, concatenate
 from marble_jax.sampling import Sampler, batches, picture_noise
@@ -33,6 +35,7 @@ class Evaluator:
       seed: of the noise.
       num_pictures: pictures kept, spread evenly over the prompts.
       images_per_prompt: pictures drawn of every prompt; picture i is of prompt i modulo their number.
+      place: puts arrays with a leading batch axis on the devices.
     """
 
     prompts: Sequence[Prompt]
@@ -45,6 +48,7 @@ class Evaluator:
     seed: int
     num_pictures: int
     images_per_prompt: int = 1
+    place: Callable[[Any], Any] = lambda tree: tree
 
     @property
     def groups(self) -> np.ndarray:
@@ -74,11 +78,12 @@ class Evaluator:
         for index in batches(len(groups), self.batch_size):
             chosen = [self.prompts[groups[i]] for i in index]
             noise = picture_noise(key, index, self.latent_shape)
-            images = self.decode(self.sampler(params, adapter, self.encode([p.text for p in chosen]), noise))
+            cond = hosts.together("prompts", lambda chosen=chosen: self.encode([p.text for p in chosen]))
+            images = self.decode(self.sampler(params, adapter, *self.place((cond, noise))))
             pending.append(self.scorer.submit(images, chosen))
             for row, i in enumerate(index):
                 if int(i) in kept and int(i) not in pictures:
-                    pictures[int(i)] = np.asarray(jnp.round(images[row] * 255), np.uint8)
+                    pictures[int(i)] = hosts.whole(jnp.round(images[row] * 255)).astype(np.uint8)
             progress(len(set(index.tolist())))
         scores = concatenate([p.result() for p in pending], len(groups))
         return scores, np.stack([pictures[i] for i in self.kept]) if kept else np.zeros((0, 1, 1, 3), np.uint8)

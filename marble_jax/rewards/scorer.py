@@ -1,4 +1,8 @@
-"""All rewards of a run on a batch of pictures: device rewards at once, host rewards beside the next batch."""
+"""All rewards of a run on a batch of pictures: device rewards at once, host rewards beside the next batch.
+
+With several processes a batch spans all of them. Device rewards score it where it lies; host rewards score on every
+host the pictures that this host holds, and the scores are then the same everywhere, failures included.
+"""
 from __future__ import annotations
 
 import logging
@@ -8,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from marble_jax import hosts
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
@@ -60,10 +65,11 @@ class MissingCap:
 
 
 class PendingScores:
-    """Scores of one batch under way."""
+    """Scores of one batch under way; `owners` says which process scores which picture on its host."""
 
-    def __init__(self, scorer: Scorer, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None):
-        self._scorer, self._device, self._host = scorer, device, host
+    def __init__(self, scorer: Scorer, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
+                 owners: np.ndarray | None = None):
+        self._scorer, self._device, self._host, self._owners = scorer, device, host, owners
 
     def result(self) -> Scores:
         """Waits for every reward; rewards in the run's order.
@@ -71,7 +77,7 @@ class PendingScores:
         Raises:
           RewardError: as `host.Pending.result`, or a reward failed too often.
         """
-        return self._scorer._collect(self._device, self._host)
+        return self._scorer._collect(self._device, self._host, self._owners)
 
 
 class Scorer:
@@ -97,20 +103,29 @@ class Scorer:
         self._host = HostScorer(host, num_workers, on_error) if host else None
         self._on_error, self._timeout = on_error, timeout
         self._errors: dict[str, str] = {}
+        self._stopping = ""
 
     def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> PendingScores:
         """Hands over float32 pictures [N, H, W, 3] in [0, 1] with their N prompts.
 
         Raises:
-          RewardError: a device reward failed under on_error "fail".
+          RewardError: a device reward failed under on_error "fail". With several processes `result` raises it, when
+            all of them know.
         """
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         device = {}
         for reward in self._device:
             values, valid = self._start(reward, images, texts, metadata)
             device[reward.name] = (values, valid, base.applicable(reward, texts, metadata))
-        host = self._host.submit(np.asarray(images), texts, metadata) if self._host else None
-        return PendingScores(self, device, host)
+        if self._host is None:
+            return PendingScores(self, device, None)
+        if hosts.alone():
+            return PendingScores(self, device, self._host.submit(np.asarray(images), texts, metadata))
+        owners = hosts.row_owners(images.sharding, images.shape)
+        own = np.flatnonzero(owners == jax.process_index())
+        pending = self._host.submit(hosts.own_rows(images, owners), [texts[i] for i in own],
+                                    [metadata[i] for i in own])
+        return PendingScores(self, device, pending, owners)
 
     @property
     def waited_seconds(self) -> float:
@@ -135,7 +150,7 @@ class Scorer:
     def _settled(self, name: str, values: Any, valid: Any, applies: np.ndarray) -> base.Result:
         """Waits for a device reward; what went wrong since `_start` shows here."""
         try:
-            result = base.settle(values, valid, applies)
+            result = base.settle(*hosts.whole((values, valid)), applies)
         except Exception as error:  # see `_start`
             self._failed(name, error)
             return base.all_failed(applies)
@@ -145,18 +160,60 @@ class Scorer:
 
     def _failed(self, name: str, error: Exception) -> None:
         if self._on_error == "fail":
-            raise RewardError(f"reward {name}: {line(error)}") from error
+            if hosts.alone():
+                raise RewardError(f"reward {name}: {line(error)}") from error
+            self._stopping = self._stopping or f"reward {name}: {line(error)}"
         self._errors[name] = line(error)
         log.warning("reward %s failed: %s", name, line(error))
 
-    def _collect(self, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None) -> Scores:
-        found = {name: self._settled(name, *parts) for name, parts in device.items()}
-        if host is not None:
-            found |= host.result(self._timeout)
-        errors = self._errors | (self._host.errors if self._host else {})
+    def _collect(self, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
+                 owners: np.ndarray | None) -> Scores:
+        if hosts.alone():
+            found = {name: self._settled(name, *parts) for name, parts in device.items()}
+            if host is not None:
+                found |= host.result(self._timeout)
+            errors = self._errors | (self._host.errors if self._host else {})
+        else:
+            found, errors = self._from_all(device, host, owners)
         for name, result in found.items():
             self._cap.add(name, result, errors.get(name, "") if result.failed.any() else "")
         return base.stack({name: found[name] for name in self.names})
+
+    def _from_all(self, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
+                  owners: np.ndarray | None) -> tuple[dict[str, base.Result], dict[str, str]]:
+        """Every process's part of the scores, put together, and why scores failed.
+
+        What a device reward gives is read only if no process failed to start it: reading takes all of them.
+
+        Raises:
+          RewardError: on every process, if one of them has to stop.
+        """
+        parts: dict[str, base.Result] = {}
+        try:
+            parts = host.result(self._timeout) if host is not None else {}
+        except RewardError as error:
+            self._stopping = self._stopping or str(error)
+        errors = self._errors | (self._host.errors if self._host else {})
+        broken = [name for name, (values, _, _) in device.items() if not isinstance(values, jax.Array)]
+        said = hosts.exchange("scores", {
+            "stop": self._stopping, "broken": broken, "errors": errors,
+            "scores": {name: [column.tolist() for column in result] for name, result in parts.items()}})
+        self._stopping = hosts.first_of([one["stop"] for one in said])
+        if self._stopping:
+            raise RewardError(self._stopping)
+        broken = {name for one in said for name in one["broken"]}
+        found = {name: base.all_failed(applies) if name in broken else self._settled(name, values, valid, applies)
+                 for name, (values, valid, applies) in device.items()}
+        for name in parts:
+            columns = base.Result(*(np.zeros(len(owners), kind) for kind in (np.float32, bool, bool)))
+            for index, one in enumerate(said):
+                for column, own in zip(columns, one["scores"][name]):
+                    column[owners == index] = own
+            found[name] = columns
+        stop = hosts.any_of("scores", self._stopping)  # what went wrong on the device shows when it is read
+        if stop:
+            raise RewardError(stop)
+        return found, {name: reason for one in reversed(said) for name, reason in one["errors"].items()}
 
 
 def concatenate(parts: Sequence[Scores], count: int) -> Scores:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax import hosts
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.scorer import Scorer, concatenate
 from marble_jax.sampling import Sampler, batches
@@ -67,7 +68,7 @@ class Collector:
         count = len(draw.prompts)
         _, first = np.unique(draw.groups, return_index=True)
         texts = [draw.prompts[i].text for i in first]
-        cond = self.encode(texts)
+        cond = hosts.together("prompts", lambda: self.encode(texts))
         latents, pending, sums = [], [], []
         for number, index in enumerate(batches(count, self.batch_size)):
             noise = jax.random.normal(jax.random.fold_in(key, number), (self.batch_size, *self.latent_shape))
@@ -78,7 +79,7 @@ class Collector:
             pending.append(self.scorer.submit(images, [draw.prompts[i] for i in index]))
             latents.append(x0)
             # Labels within the batch: a global one can be beyond the number of segments.
-            sums.append(_picture_health(x0, images, jnp.asarray(np.unique(group, return_inverse=True)[1])))
+            sums.append(_picture_health(x0, images, np.unique(group, return_inverse=True)[1].astype(np.int32)))
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
         with phase("rewards"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marble_jax import adapters
+from marble_jax import adapters, hosts
 from marble_jax.advantages import Advantages, gdpo, per_reward, weighted_sum
 from marble_jax.console import Clock, Console
 from marble_jax.prompts.files import Prompt
@@ -98,10 +99,10 @@ class Hooks:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM or Ctrl-C) and its state is saved."""
+    """The run was asked to stop (SIGTERM or Ctrl-C, on any process) and its state is saved."""
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}; the same command goes on from here")
+    def __init__(self, step: int, where: str = ""):
+        super().__init__(f"stopped after step {step}{where and f' ({where})'}; the same command goes on from here")
         self.step = step
 
 
@@ -188,18 +189,24 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
       Interrupted: a signal came; the state was saved after the step under way.
       RewardError: a reward failed and the run is not to go on without it; the state before the step was saved.
     """
+    def stopping() -> str:
+        """Whether to stop, as all processes agree: the signal, with the process that received it if there are several.
+        """
+        return hosts.any_of("stop", ", ".join(signal.Signals(number).name for number in stops))
+
     merged = jax.jit(lambda params, adapter: adapters.merge(params, adapter, lora_scale))
     first = saved = int(state.step)
     clock = Clock(first, schedule.num_steps)
     with stop_requests() as stops, saved_on_failure(lambda: (state, saved), hooks.save):
         if schedule.evaluates(first) and first == 0:
             state = hooks.evaluate(state)
-        while (step := int(state.step)) < schedule.num_steps and not stops:
+        while (step := int(state.step)) < schedule.num_steps and not stopping():
             with hooks.profiler.step(step + 1):
                 start = time.perf_counter()
                 samples = draw(sampling.prompts_of(step), sampling.seed, step, sampling.prompts_per_step,
                                sampling.images_per_prompt)
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), 1)
+                key = jax.random.wrap_key_data(jnp.asarray(hosts.whole(state.key)))
+                key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
                 weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)
                 with phase("rollout"), console.bar(len(samples.prompts), f"step {step + 1} rollout", "img") as bar:
                     rollout = collector(weights, adapter, samples, key, bar.update)
@@ -207,6 +214,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
                 names, scored = rollout.scores.names, rollout.scores.valid
                 mask = sampling.presence.mask(names, scored, sampling.seed, step)
                 each, rows, valid = advantages_of(rollout.scores, samples.groups, sampling, mask)
+                checksum = zlib.crc32(rows.tobytes() + valid.tobytes())
+                hosts.same(f"advantages of step {step + 1}, ", {"checksum": checksum})
                 batch = RolloutBatch(rollout.x0, *place((jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows),
                                                          jnp.asarray(valid))))
                 trained = time.perf_counter()
@@ -227,16 +236,17 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
             done = step + 1
             if schedule.evaluates(done):
                 state = hooks.evaluate(state)
-            if schedule.saves(done) or stops:
+            if schedule.saves(done) or stopping():
                 hooks.save(state)
                 saved = done
             if schedule.exports(done):
                 hooks.export(state)
         # A signal can come after that last check.
-        if stops and saved != int(state.step):
+        where = stopping()
+        if where and saved != int(state.step):
             hooks.save(state)
-    if stops:
-        raise Interrupted(int(state.step))
+    if where:
+        raise Interrupted(int(state.step), "" if hosts.alone() else where)
     return state
 
 
