@@ -213,6 +213,7 @@ class Checkpoints:
                 raise  # the other processes wait for this one
             self._failure = first_line(error)
             self._say(f"checkpoint of step {self._saving} could not be written: {self._failure}")
+            (self._path / f"{self._saving}{_TEMPORARY}").rmtree(missing_ok=True)  # room for the next
             self._manager.reload()
 
 

@@ -135,6 +135,12 @@ KEYS: dict[str, Key] = {
     "training.beta2": Key(0.999, "AdamW second moment decay", "[0, 1)", "paper"),
     "training.epsilon": Key(1e-8, "AdamW epsilon", "> 0", "paper"),
     "training.clip_norm": Key(1.0, "global norm the update's gradient is clipped to", "> 0", "paper"),
+    "training.non_finite": Key("stop", "a gradient that is not finite moves nothing; after some in a row 'stop' saves and "
+                               "ends the run, 'rollback' goes back to the last checkpoint with other random numbers, "
+                               "'skip' goes on", "skip|stop|rollback"),
+    "training.non_finite_patience": Key(5, "how many in a row", "steps, >= 1"),
+    "training.max_rollbacks": Key(3, "rollbacks, since the command was given, before the run is stopped after all",
+                                  ">= 0"),
     # policies
     "policies.schedule": Key("linear_capped", "decay of the rollout policy towards the current one over steps",
                              "copy|linear_capped|delayed_linear", "paper"),
@@ -153,7 +159,8 @@ KEYS: dict[str, Key] = {
     "evaluation.num_pictures": Key(12, "fixed prompts whose pictures are kept", "pictures, >= 0"),
     # checkpoints
     "checkpoints.every_steps": Key(30, "steps between checkpoints", "steps, >= 1", "paper"),
-    "checkpoints.keep": Key(3, "checkpoints kept", "checkpoints, >= 1"),
+    "checkpoints.keep": Key(3, "newest checkpoints kept; each holds the best policy too", "checkpoints, >= 1"),
+    "checkpoints.keep_every": Key(0, "checkpoints of every so many steps are kept for good; 0: none", "steps, >= 0"),
     # exports
     "export.every_steps": Key(30, "steps between exports of a LoRA for diffusers and PEFT to exports/step_N, the last "
                               "step too; 0: none", "steps, >= 0"),

@@ -23,6 +23,7 @@ from marble_jax.export import PeriodicExports
 from marble_jax.pictures import save_png
 from marble_jax.report import write_report
 from marble_jax.rewards.check import before_training
+from marble_jax.training.guard import Guard, fresh_stream
 from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, train
 from marble_jax.training.profile import Profiler, parse_steps
 from marble_jax.training.records import Events
@@ -144,10 +145,10 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     hosts.together("reward check", lambda: _check_rewards(run, console))
     if not existed:
         hosts.from_first("claim", lambda: workdir.claim(flatten(config)))
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoints.keep)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoints.keep, config.checkpoints.keep_every, console.say)
     state, resumed = run.state, checkpoints.latest()
     if resumed is not None:
-        _, state = checkpoints.restore(run.state)
+        _, state = checkpoints.restore(run.state, resumed)
     done = int(state.step)
     if done > config.training.num_steps:
         raise InputError(f"training.num_steps: expected at least the {done} steps this workdir has done; received "
@@ -171,7 +172,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
         hosts.from_first("record", write)
 
     sampling = Sampling(
-        run.train_prompts, config.seed, config.rollout.prompts_per_step, config.rollout.images_per_prompt,
+        run.train_prompts, config.rollout.prompts_per_step, config.rollout.images_per_prompt,
         config.advantages.scale, config.advantages.scalarise, tuple(config.harmonize.reward_weights),
         compose.presence_of(config))
     schedule = Schedule(config.training.num_steps, config.evaluation.every_steps, config.checkpoints.every_steps,
@@ -181,8 +182,23 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     chip = chips.of_kind(jax.devices()[0].device_kind)
     profiler = Profiler(parse_steps(config.logging.profile_steps) if hosts.is_first() else range(0),
                         workdir.path / "profile")
+    training = config.training
+    # The steps overwrite the state itself.
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), run.state)
+
+    def rollback(why: str, number: int) -> TrainState:
+        step, found = checkpoints.restore(like)
+        hosts.from_first("cut", lambda: workdir.cut(step))
+        console.say(f"{why}: back to step {step} with other random numbers (rollback {number} of "
+                    f"{training.max_rollbacks})")
+        return fresh_stream(found, number)
+
+    if training.non_finite == "rollback" and resumed is None:
+        checkpoints.save(0, state)
     hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s), exports,
-                  lambda r: speed(work, r, run.sizes.pictures, jax.device_count(), chip), profiler)
+                  lambda r: speed(work, r, run.sizes.pictures, jax.device_count(), chip), profiler,
+                  Guard(training.non_finite, training.non_finite_patience, training.max_rollbacks, rollback),
+                  checkpoints.preempted)
     try:
         if done and schedule.evaluates(done):
             state = evaluations(state)  # a reward may have stopped the run during this very evaluation

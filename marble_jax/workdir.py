@@ -17,7 +17,7 @@ from marble_jax.errors import InputError
 from marble_jax.storage import is_remote, location, write_whole
 
 FREE_KEYS = ("name", "prompts.embedding_cache", "training.num_steps", "evaluation.every_steps", "checkpoints.",
-             "export.", "logging.", "mesh.",
+             "training.non_finite", "training.max_rollbacks", "export.", "logging.", "mesh.",
              "rewards.num_workers", "rewards.timeout", "rewards.on_error", "rewards.max_missing_share", "rewards.check",
              "harmonize.chunk_size")
 """Keys that may change between a run and its resumption: they change neither what a step computes nor which pictures

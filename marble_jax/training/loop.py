@@ -20,6 +20,7 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import draw
 from marble_jax.rewards.base import RewardError
 from marble_jax.training.batch import Collector
+from marble_jax.training.guard import NotFinite
 from marble_jax.training.microsteps import RolloutBatch
 from marble_jax.training.presence import Presence
 from marble_jax.training.profile import Profiler, phase
@@ -63,7 +64,6 @@ class Sampling:
     """Which prompts a step draws and how their scores become advantages."""
 
     prompts: Mapping[str, list[Prompt]]
-    seed: int
     prompts_per_step: int
     images_per_prompt: int
     scale: str
@@ -88,6 +88,9 @@ class Hooks:
       export: called with the state after a step that `Schedule.exports`.
       speed: figures that follow from a step's record, added to it.
       profiler: around every step.
+      guard: called with the state after every step and its record; returns the state to go on from, which may be that
+        of an earlier step.
+      preempted: called with the steps done, once a step: whether the machines are about to be taken away.
     """
 
     record: Callable[[int, dict[str, Any]], None]
@@ -96,6 +99,8 @@ class Hooks:
     export: Callable[[TrainState], None] = lambda state: None
     speed: Callable[[Mapping[str, Any]], dict[str, float]] = lambda record: {}
     profiler: Profiler = Profiler(range(0), "")
+    guard: Callable[[TrainState, Mapping[str, Any]], TrainState] = lambda state, record: state
+    preempted: Callable[[int], bool] = lambda step: False
 
 
 class Interrupted(Exception):
@@ -128,17 +133,18 @@ def stop_requests() -> Iterator[list[int]]:
 @contextmanager
 def saved_on_failure(latest: Callable[[], tuple[TrainState, int]], save: Callable[[TrainState], None]
                      ) -> Iterator[None]:
-    """Saves the latest state when rewards stop the run; `latest` gives it and the step that was saved last."""
+    """Saves the latest state when rewards or numbers stop the run; `latest` gives it and the step that was saved last.
+    """
     try:
         yield
-    except RewardError as error:
+    except (RewardError, NotFinite) as error:
         state, saved = latest()
         step = int(state.step)
         if step == 0:
             raise
         if step != saved:
             save(state)
-        raise RewardError(f"{error}; saved after step {step}, the same command goes on from there") from error
+        raise type(error)(f"{error}; saved after step {step}, the same command goes on from there") from error
 
 
 def advantages_of(scores: Scores, groups: np.ndarray, sampling: Sampling, mask: np.ndarray | None = None
@@ -188,6 +194,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
     Raises:
       Interrupted: a signal came; the state was saved after the step under way.
       RewardError: a reward failed and the run is not to go on without it; the state before the step was saved.
+      NotFinite: too many gradients were not finite; the state was saved.
+      InputError: the state is not finite; it was not saved.
     """
     def stopping() -> str:
         """Whether to stop, as all processes agree: the signal, with the process that received it if there are several.
@@ -203,7 +211,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
         while (step := int(state.step)) < schedule.num_steps and not stopping():
             with hooks.profiler.step(step + 1):
                 start = time.perf_counter()
-                samples = draw(sampling.prompts_of(step), sampling.seed, step, sampling.prompts_per_step,
+                seed = state.seed
+                samples = draw(sampling.prompts_of(step), seed, step, sampling.prompts_per_step,
                                sampling.images_per_prompt)
                 key = jax.random.wrap_key_data(jnp.asarray(hosts.whole(state.key)))
                 key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
@@ -212,7 +221,7 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
                     rollout = collector(weights, adapter, samples, key, bar.update)
                 del weights
                 names, scored = rollout.scores.names, rollout.scores.valid
-                mask = sampling.presence.mask(names, scored, sampling.seed, step)
+                mask = sampling.presence.mask(names, scored, seed, step)
                 each, rows, valid = advantages_of(rollout.scores, samples.groups, sampling, mask)
                 checksum = zlib.crc32(rows.tobytes() + valid.tobytes())
                 hosts.same(f"advantages of step {step + 1}, ", {"checksum": checksum})
@@ -234,6 +243,12 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
                 hooks.record(step, record)
                 console.say(step_line(record, names, schedule.num_steps, clock.left(step + 1)))
             done = step + 1
+            state = hooks.guard(state, record)
+            if int(state.step) != done:
+                saved = int(state.step)
+                continue
+            if hooks.preempted(done):
+                stops.append(signal.SIGTERM)
             if schedule.evaluates(done):
                 state = hooks.evaluate(state)
             if schedule.saves(done) or stopping():
@@ -256,6 +271,7 @@ def step_line(record: Mapping[str, Any], names: tuple[str, ...], total: int, lef
     cosine = f" worst cos {record['harmonize/worst_cos']:+.2f}" if "harmonize/worst_cos" in record else ""
     lost = {n: record[f"rollout/failed_count/{n}"] for n in names}
     failed = "".join(f"  {n} failed {count}" for n, count in lost.items() if count)
+    failed += "  update skipped, not finite" if record["training/skipped"] else ""
     speed = f"{record['speed/pictures_per_s']:.3g} img/s " if "speed/pictures_per_s" in record else ""
     if "speed/train_tflops_per_device" in record:
         speed += f"train {record['speed/train_tflops_per_device']:.3g} TFLOP/s a device "

@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from marble_jax.harmonize import smoothing
@@ -20,7 +21,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, optimiser steps done.
-      key: uint32 key data of the run's random key.
+      key: uint32 key data of the run's random key: that of the seed, until a rollback changes it.
       current: the adapter that is trained.
       old: the adapter that samples rollouts.
       ema: the averaged adapter that is evaluated and exported.
@@ -43,6 +44,11 @@ class TrainState:
     best_score: jax.Array
     best_step: jax.Array
     best: Adapter
+
+    @property
+    def seed(self) -> int:
+        """The key as one number, for prompts; at first the seed that it was made of."""
+        return int.from_bytes(np.asarray(self.key).astype(">u4").tobytes(), "big")
 
 
 def initial_state(adapter: Adapter, optimizer: optax.GradientTransformation, num_rewards: int, balancer_state: Any,

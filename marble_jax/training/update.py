@@ -75,10 +75,18 @@ Step = Callable[[TrainState, Params, RolloutBatch], tuple[TrainState, Metrics]]
 
 
 def finish(recipe: Recipe, optimizer: optax.GradientTransformation, state: TrainState, gradient: Any,
-           alpha: smoothing.AlphaState) -> tuple[TrainState, Metrics]:
+           alpha: smoothing.AlphaState, balancer: Any = None) -> tuple[TrainState, Metrics]:
     """Clips, steps the optimiser and moves the averaged and the rollout policy.
 
-    A non-finite gradient moves no policy and not the optimiser, and is reported; the step counts all the same.
+    A non-finite gradient leaves everything as it was and is reported; the step counts all the same.
+
+    Args:
+      recipe: constants.
+      optimizer: steps `state.current`.
+      state: before the step.
+      gradient: of the whole step.
+      alpha: after this step's solve, if there was one.
+      balancer: the balancer's state after it; None leaves that as it is.
     """
     norm = tree.norm(gradient)
     finite = jnp.isfinite(norm)
@@ -92,7 +100,9 @@ def finish(recipe: Recipe, optimizer: optax.GradientTransformation, state: Train
     ema_decay = policies.ema_decay(step, recipe.ema_decay)
     old_decay = recipe.old_schedule(step)
     new = state.replace(
-        step=step, current=current, opt_state=keep(opt_state, state.opt_state), alpha=smoothing.advance(alpha),
+        step=step, current=current, opt_state=keep(opt_state, state.opt_state),
+        alpha=smoothing.advance(keep(alpha, state.alpha)),
+        balancer=state.balancer if balancer is None else keep(balancer, state.balancer),
         ema=keep(policies.soft_update(state.ema, current, ema_decay), state.ema),
         old=keep(policies.soft_update(state.old, current, old_decay), state.old))
     return new, {"training/grad_norm": norm, "training/skipped": 1.0 - finite, "policies/ema_decay": ema_decay,
@@ -134,7 +144,7 @@ def exact_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gradie
             weights = jnp.concatenate([jnp.zeros(rewards), jnp.ones(1)])
         update = tree.weighted_sum(weights, mean.gradients)
         total = tree.add(update, tree.scale(mean.kl_gradient, recipe.kl_weight))
-        state, metrics = finish(recipe, optimizer, state.replace(balancer=solution.state), total, alpha)
+        state, metrics = finish(recipe, optimizer, state, total, alpha, solution.state)
         padded = jnp.pad(alpha.alpha, (0, len(gram) - rewards))
         look = diagnostics.from_gram(gram, weights, jnp.arange(len(gram)) < rewards, padded)
         look |= {"harmonize/cos_update": look["harmonize/cos_update"][:rewards],

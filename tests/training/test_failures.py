@@ -85,7 +85,7 @@ class Run:
         collector = Collector(sampler, _encode, jax.nn.sigmoid, self.scorer, toy.LATENT, BATCH, lambda t: t)
         hooks = Hooks(self.records.__setitem__, lambda s: s,
                       lambda s: self.saved.__setitem__(int(s.step), jax.tree.map(lambda x: np.array(x), s)))
-        sampling = Sampling(PROMPTS, 3, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
+        sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
         try:
             return train(state, toy.base_params(), collector, steps, sampling, Schedule(num_steps, 0, 50), hooks,
                          Console(), toy.SCALE, False, lambda tree: tree)

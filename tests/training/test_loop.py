@@ -62,7 +62,7 @@ def _steps():
 
 
 def _sampling(scalarise="none", weights=()):
-    return Sampling(PROMPTS, 3, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", scalarise, weights)
+    return Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", scalarise, weights)
 
 
 class Diary:

@@ -1,0 +1,92 @@
+"""A training of seconds with a real workdir and real checkpoints, to be killed: `python toy_run.py WORKDIR [STALL]`.
+
+With STALL it stops for good in the middle of writing the checkpoint of that step, and makes the file `stalled`.
+"""
+import functools
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import toy_policy as toy
+
+import marble_jax  # noqa: F401
+from marble_jax import checkpoint
+from marble_jax.checkpoint import Checkpoints
+from marble_jax.console import Console
+from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.scorer import Scorer
+from marble_jax.sampling import make_sampler
+from marble_jax.training.batch import Collector
+from marble_jax.training.loop import Hooks, Sampling, Schedule, train
+from marble_jax.training.steps import make_steps
+from marble_jax.types import Conditioning
+from marble_jax.workdir import Workdir
+
+PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}
+NUM_STEPS = 12
+
+
+class Brightness(Reward):
+    def score(self, params, images, prompts, metadata):
+        return images.mean(axis=(1, 2, 3)), jnp.ones(len(prompts), bool)
+
+
+def encode(texts):
+    numbers = np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
+    return Conditioning(embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), pooled=jnp.asarray(numbers[:, :2]))
+
+
+@functools.cache
+def programs():
+    scorer = Scorer([Brightness(name="one", kind="device"), Brightness(name="two", kind="device")])
+    collector = Collector(make_sampler(toy.velocity, 2, "euler", 1.0), encode, jax.nn.sigmoid, scorer, toy.LATENT, 6,
+                          lambda tree: tree)
+    return collector, make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "exact", 1)
+
+
+def new_state():
+    """On a device by name, as a restored one is: the steps are then compiled once."""
+    return jax.device_put(toy.new_state(num_rewards=2), jax.devices()[0])
+
+
+def run(place, say=print):
+    """Trains to the end from wherever the workdir stands; returns the final state."""
+    workdir, config = Workdir(str(place)), {"name": "small"}
+    workdir.claim(config)
+    checkpoints = Checkpoints(workdir.checkpoints, keep=2, say=say)
+    state, latest = new_state(), checkpoints.latest()
+    if latest is not None:
+        _, state = checkpoints.restore(state, latest)
+    workdir.cut(int(state.step))
+    hooks = Hooks(lambda step, record: workdir.append(workdir.metrics, record), lambda state: state,
+                  lambda state: checkpoints.save(int(state.step), state))
+    collector, steps = programs()
+    sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
+    try:
+        return train(state, toy.base_params(), collector, steps, sampling, Schedule(NUM_STEPS, 0, 1), hooks, Console(),
+                     toy.SCALE, False, lambda tree: jax.device_put(tree, jax.devices()[0]))
+    finally:
+        checkpoints.close()
+
+
+def stall_at(place, step):
+    """Makes the sealing of one checkpoint never end."""
+    seal = checkpoint.seal
+
+    def stalling(path):
+        if f"/{step}." in str(path):
+            (Path(place) / "stalled").touch()
+            time.sleep(3600)
+        return seal(path)
+
+    checkpoint.seal = stalling
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        stall_at(sys.argv[1], int(sys.argv[2]))
+    run(sys.argv[1])
