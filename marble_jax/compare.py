@@ -22,7 +22,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from marble_jax import compose, platform
 from marble_jax.console import Console, shown
@@ -39,6 +38,7 @@ from marble_jax.rewards.catalogue import entries_of, load_rewards
 from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import batches
+from marble_jax.storage import location
 from marble_jax.workdir import Workdir, plain
 
 POLICIES = ("base", "current", "old", "ema", "best")
@@ -102,7 +102,8 @@ def parse_models(text: str) -> dict[str, Source]:
             raise InputError(f"--models: expected every name once; received {name!r} twice")
         if not where or not all(loras):
             raise InputError(f"--models: expected NAME=PLACE[:POLICY][+LORA]; received {item!r}")
-        run = (epath.Path(where) / "config.json").exists() and not (epath.Path(where) / "model_index.json").exists()
+        there = location("--models", where)
+        run = (there / "config.json").exists() and not (there / "model_index.json").exists()
         if policy and not run:
             raise InputError(f"--models: expected a training run before ':{policy}'; received {where!r}")
         found[name] = Source(model="" if run else where, workdir=where if run else "", policy=policy or "ema",
@@ -154,7 +155,7 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
       InputError: bad input, before anything is written; or pictures or scores that are missing.
     """
     platform.keep_compilations()
-    console, place = Console(), Workdir(out)
+    console, place = Console(), Workdir(out, "--out")
     prompts = read_prompts(request.prompts, request.num_prompts, request.images)
     entries = _rewards(request) if request.score else {}
     models = Models()

@@ -135,9 +135,9 @@ KEYS: dict[str, Key] = {
     "training.beta2": Key(0.999, "AdamW second moment decay", "[0, 1)", "paper"),
     "training.epsilon": Key(1e-8, "AdamW epsilon", "> 0", "paper"),
     "training.clip_norm": Key(1.0, "global norm the update's gradient is clipped to", "> 0", "paper"),
-    "training.non_finite": Key("stop", "a gradient that is not finite moves nothing; after some in a row 'stop' saves and "
-                               "ends the run, 'rollback' goes back to the last checkpoint with other random numbers, "
-                               "'skip' goes on", "skip|stop|rollback"),
+    "training.non_finite": Key("stop", "a gradient that is not finite moves nothing; after some in a row 'stop' saves "
+                               "and ends the run, 'rollback' goes back to the last checkpoint with other random "
+                               "numbers, 'skip' goes on", "skip|stop|rollback"),
     "training.non_finite_patience": Key(5, "how many in a row", "steps, >= 1"),
     "training.max_rollbacks": Key(3, "rollbacks, since the command was given, before the run is stopped after all",
                                   ">= 0"),

@@ -37,6 +37,7 @@ from marble_jax.models.mmdit_config import MMDiTConfig
 from marble_jax.models.pipeline import find_model
 from marble_jax.models.stored import open_component
 from marble_jax.report.records import read_records
+from marble_jax.storage import location
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter
 from marble_jax.verify import Drawing, check_packages, verify
@@ -160,7 +161,7 @@ def export_run(path: str, out: str, which: str = "ema", step: int | None = None,
     console, workdir = Console(), Workdir(path)
     config = run_config(workdir)
     spec = compose.lora_spec(config)
-    with new_folder(epath.Path(out), overwrite) as folder:
+    with new_folder(location("--out", out), overwrite) as folder:
         root = find_model(compose.place_of(config.model.path, "pipeline"))
         base = open_component(root / "transformer")
         shapes = mmdit.abstract_params(mmdit.MMDiT(MMDiTConfig.from_dict(base.config)))

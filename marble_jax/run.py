@@ -48,9 +48,9 @@ class Evaluations:
         step = int(state.step)
         records = self._workdir.evaluations
         done = hosts.from_first("evaluations", lambda: [r["step"] for r in self._workdir.read(records)])
+        base = self._reference(on_record=0 in done)
         if step in done:
             return state
-        base = self._reference()
         if step == 0:
             return state
         scores, pictures, seconds = self._scores(state, f"step {step} evaluation")
@@ -68,8 +68,9 @@ class Evaluations:
                 best=jax.tree.map(jnp.copy, state.ema))
         return state
 
-    def _reference(self) -> Scores:
-        """The base model's scores, evaluated once a run and read back on resume."""
+    def _reference(self, on_record: bool) -> Scores:
+        """The base model's scores, evaluated once a run and read back on resume; a kill may come between the record
+        of the evaluation and the scores themselves."""
         if self._base is None:
             there = hosts.from_first("base scores", lambda: _read_scores(self._workdir.path / "base_scores.json"))
             if there is not None:
@@ -78,7 +79,8 @@ class Evaluations:
                 scores, pictures, seconds = self._scores(None, "evaluation of the base model")
 
                 def write() -> None:
-                    self._write(0, "base", scores, pictures, None, seconds)
+                    if not on_record:
+                        self._write(0, "base", scores, pictures, None, seconds)
                     self._workdir.write_json("base_scores.json", {
                         "names": scores.names, "values": scores.values, "valid": scores.valid, "failed": scores.failed})
 
@@ -117,8 +119,12 @@ class Evaluations:
 
 
 def _read_scores(file: epath.Path) -> dict[str, Any] | None:
-    """The record of scores in a file; None where there is none."""
-    return json.loads(file.read_text()) if file.exists() else None
+    """The record of scores in a file; None where there is none, or a damaged one."""
+    try:
+        found = json.loads(file.read_bytes()) if file.exists() else None
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) and {"names", "values", "valid", "failed"} <= set(found) else None
 
 
 def _scores_of(record: Mapping[str, Any]) -> Scores:

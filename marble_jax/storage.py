@@ -44,6 +44,15 @@ def location(what: str, path: epath.PathLike) -> epath.Path:
     return place
 
 
+def append(path: epath.Path, text: str) -> None:
+    """Adds text to a file; in a bucket, where nothing can be appended to, by writing the file anew."""
+    if is_remote(path):
+        write_whole(path, (path.read_bytes() if path.exists() else b"") + text.encode())
+        return
+    with path.open("a") as handle:
+        handle.write(text)
+
+
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file whole or not at all, and on the disk when this returns; makes its folder.
 

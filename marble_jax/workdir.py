@@ -14,7 +14,7 @@ from etils import epath
 
 from marble_jax.config import KEYS
 from marble_jax.errors import InputError
-from marble_jax.storage import is_remote, location, write_whole
+from marble_jax.storage import append, location, write_whole
 
 FREE_KEYS = ("name", "prompts.embedding_cache", "training.num_steps", "evaluation.every_steps", "checkpoints.",
              "training.non_finite", "training.max_rollbacks", "export.", "logging.", "mesh.",
@@ -131,13 +131,8 @@ class Workdir:
         self.write_text(name, json.dumps(plain(value), indent=1) + "\n")
 
     def append(self, file: epath.Path, record: dict[str, Any]) -> None:
-        """Adds one JSON line; in a bucket, where nothing can be appended to, by writing the file anew."""
-        line = json.dumps(plain(record)) + "\n"
-        if is_remote(file):
-            write_whole(file, (file.read_bytes() if file.exists() else b"") + line.encode())
-            return
-        with file.open("a") as handle:
-            handle.write(line)
+        """Adds one JSON line."""
+        append(file, json.dumps(plain(record)) + "\n")
 
     def read(self, file: epath.Path) -> list[dict[str, Any]]:
         """All whole lines of a record file; a last line cut short by a kill is left out."""

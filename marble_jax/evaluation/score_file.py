@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from etils import epath
 
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
+from marble_jax.storage import append, write_whole
 from marble_jax.types import Scores
 
 
@@ -72,20 +72,14 @@ class ScoreFile:
             lines.append(_line(i, prompt, values, failed))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._torn is not None:
-            self._write(self._torn)
+            write_whole(self.path, self._torn)
             self._torn = None
-        with self.path.open("a") as handle:
-            handle.write("".join(lines))
+        append(self.path, "".join(lines))
 
     def finish(self, prompts: Sequence[Prompt]) -> None:
         """Rewrites the file with one line a picture, in order."""
-        self._write("".join(_line(i, prompts[i], self._scores[i], sorted(self._failed[i]))
-                            for i in sorted(self._scores) if i < len(prompts)))
-
-    def _write(self, text: str) -> None:
-        partial = self.path.parent / f".{self.path.name}.{os.getpid()}.partial"
-        partial.write_text(text)
-        partial.replace(self.path)
+        write_whole(self.path, "".join(_line(i, prompts[i], self._scores[i], sorted(self._failed[i]))
+                                       for i in sorted(self._scores) if i < len(prompts)))
 
     def scores(self, names: Sequence[str], count: int) -> Scores:
         """Scores of the first `count` pictures; one that is not on file counts as failed."""

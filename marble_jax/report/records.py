@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from marble_jax.errors import InputError
+from marble_jax.storage import location
 
 _STEP_DIRECTORY = re.compile(r"^step_(\d+)$")
 
@@ -227,7 +228,7 @@ def read_records(workdir: epath.PathLike) -> Records:
     Raises:
       InputError: the directory does not exist.
     """
-    workdir = epath.Path(workdir)
+    workdir = location("report workdir", workdir)
     if not workdir.is_dir():
         raise InputError(f"report workdir: expected the directory of a training run; received {str(workdir)!r}")
     flaws: list[str] = []

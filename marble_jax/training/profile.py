@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+from etils import epath
 
 from marble_jax.errors import InputError
+from marble_jax.manifest import files_below
+from marble_jax.storage import is_remote, write_whole
 
 
 def parse_steps(text: str) -> range:
@@ -45,6 +49,8 @@ class Profiler:
 
     def __init__(self, steps: range, directory: str | os.PathLike):
         self._steps, self._directory, self._running = steps, str(directory), False
+        # The profiler writes to disks only.
+        self._local = tempfile.mkdtemp() if steps and is_remote(directory) else self._directory
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -53,7 +59,7 @@ class Profiler:
         A run that goes on in the middle of them takes the rest; one that fails keeps what it has.
         """
         if number in self._steps and not self._running:
-            jax.profiler.start_trace(self._directory)
+            jax.profiler.start_trace(self._local)
             self._running = True
         try:
             with jax.profiler.StepTraceAnnotation("step", step_num=number):
@@ -69,3 +75,6 @@ class Profiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._local != self._directory:
+                for name in files_below(epath.Path(self._local)):
+                    write_whole(epath.Path(self._directory) / name, (epath.Path(self._local) / name).read_bytes())

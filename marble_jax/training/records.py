@@ -54,7 +54,11 @@ class Events:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(directory)
+            try:
+                self._writer = SummaryWriter(directory)
+            except ImportError as error:  # for a bucket, which it writes to in its own way
+                raise InputError(f"logging.tensorboard: expected the package that tensorboardX needs for {directory}; "
+                                 f"received none ({error} --config.logging.tensorboard=false goes without)") from error
         if wandb_project:
             try:
                 import wandb
