@@ -133,6 +133,9 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
                          f"{backend} in {dtype} ('auto' takes what fits)")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)")
+    if chosen == "cudnn" and jax.default_backend() == backend and not attention.has_cudnn(DTYPES[dtype]):
+        raise InputError("model.attention: expected a GPU of compute capability 8.0 and a cuDNN that JAX finds for "
+                         "'cudnn'; received neither or one (pip install nvidia-cudnn-cu12 or -cu13, or 'xla')")
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:

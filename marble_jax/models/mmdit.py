@@ -333,7 +333,8 @@ def abstract_params(model: MMDiT) -> dict[str, Any]:
     latents, text = (1, p, p, config.in_channels), (1, 1, config.joint_attention_dim)
     inputs = (latents, (1,), text, (1, config.pooled_projection_dim))
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
-    return jax.eval_shape(model.init, jax.random.key(0), *structs)["params"]
+    init = model.clone(attention="xla").init  # has no parameters, and a fused one cannot be traced everywhere
+    return jax.eval_shape(init, jax.random.key(0), *structs)["params"]
 
 
 def velocity(

@@ -1,0 +1,65 @@
+"""The presets for one and eight GPUs: they fit by the plan, and compute what the paper's recipe does."""
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from marble_jax import chips, compose, parallel
+from marble_jax.config import flatten
+from marble_jax.errors import InputError
+from marble_jax.plan import memory
+from marble_jax.plan.architecture import architecture
+
+CONFIG = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sd3.py"))["get_config"]
+REWARDS = 12e9
+"""Bytes of the paper's reward models in float32 (two CLIP-H of 986 M parameters, one CLIP-L of 428 M, a detector on
+the host) with the activations of a batch."""
+PRESETS = {"gpu_80gb": ("h100", 1), "gpu_140gb": ("h200", 1), "gpu_8x80gb": ("a100", 8)}
+HOW_MUCH_AT_ONCE = {"name", "model.attention", "model.remat", "rollout.batch_size", "training.micro_batch_size",
+                    "harmonize.chunk_size"}
+
+
+@pytest.fixture(scope="module")
+def medium():
+    return architecture(CONFIG("exact"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fits_with_the_reward_models(preset, medium):
+    (name, count), config = PRESETS[preset], CONFIG(preset)
+    compose.check(config, "gpu")
+    mesh = parallel.abstract_mesh(count)
+    programs = memory.programs(config, medium, compose.derive_sizes(config, count), mesh, 1)
+    most = max(memory.total(sources) + memory.total(memory.beside(config, medium, mesh, program))
+               for program, sources in programs.items())
+    usable = chips.named(name).usable
+    assert most + REWARDS < usable and most > 0.5 * usable  # no card is left half empty
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_changes_nothing_but_how_much_is_done_at_once(preset):
+    recipe, found = flatten(CONFIG("exact")), flatten(CONFIG(preset))
+    assert {name for name in found if found[name] != recipe[name]} <= HOW_MUCH_AT_ONCE
+    assert found["harmonize.mode"] == "exact"
+    pictures = found["rollout.prompts_per_step"] * found["rollout.images_per_prompt"]
+    assert pictures == 48 * 24 and found["lora.rank"] == 32 and found["model.resolution"] == 512
+
+
+@pytest.mark.parametrize(("preset", "devices", "line"), [
+    ("gpu_8x80gb", 7, "rollout.batch_size: expected a divisor of the 1152 pictures a step .*received 576"),
+    ("gpu_80gb", 32, "training.micro_batch_size: expected .*received 72; nearest valid (64|96)"),
+    ("gpu_140gb", 64, "rollout.batch_size: expected .*received 288; nearest valid (192|384)")])
+def test_another_number_of_devices_names_the_nearest_sizes(preset, devices, line):
+    config = CONFIG(preset)
+    if preset == "gpu_80gb":
+        config.rollout.batch_size = 96
+    with pytest.raises(InputError, match=line):
+        compose.derive_sizes(config, devices)
+
+
+def test_a_gpu_preset_says_so_on_a_cpu():
+    with pytest.raises(InputError, match="model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received "
+                                         "'cudnn' on cpu in bfloat16 .'auto' takes what fits"):
+        compose.check(CONFIG("gpu_80gb"), "cpu")
