@@ -51,7 +51,7 @@ def get_config(preset: str = ""):
     config.lora.update(rank=16, alpha=32.0)
     config.rollout.update(prompts_per_step=18, images_per_prompt=8, batch_size=72, num_steps=6, merge_adapter=True)
     config.training.update(num_steps=60, micro_batch_size=72, timestep_fraction=0.5, learning_rate=1e-3)
-    config.harmonize.update(refresh_every=5, chunk_size=36)
+    config.harmonize.update(refresh_every=5, chunk_size=36, anchor_every=4)
     config.policies.update(schedule="linear_capped", rate=0.001, cap=0.5)
     config.evaluation.update(num_prompts=420, images_per_prompt=2, every_steps=30, num_steps=6, solver="dpm2")
     config.checkpoints.update(every_steps=10, keep=2)

@@ -41,6 +41,7 @@ from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
 from marble_jax.training.batch import Collector
+from marble_jax.training.loop import Sampling
 from marble_jax.training.presence import Presence, make_dropout, parse_stages
 from marble_jax.training.profile import parse_steps
 from marble_jax.training.state import TrainState, initial_state
@@ -80,6 +81,14 @@ class Run:
     steps: Any
     velocity: PolicyVelocity
     state: TrainState
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which prompts a step draws and how their scores become advantages."""
+        rollout, advantages = self.config.rollout, self.config.advantages
+        return Sampling(
+            self.train_prompts, rollout.prompts_per_step, rollout.images_per_prompt, advantages.scale,
+            advantages.scalarise, tuple(self.config.harmonize.reward_weights), presence_of(self.config))
 
 
 def place_of(path: str, kind: str) -> Path:

@@ -114,7 +114,7 @@ KEYS: dict[str, Key] = {
     "harmonize.alpha_floor": Key(0.0, "least alpha of every reward", "[0, 1/K]", "paper"),
     "harmonize.chunk_size": Key(8, "samples whose per-sample adapter gradients are held at once, a device",
                                 "samples, >= 1"),
-    "harmonize.anchor_every": Key(4, "a solve takes the terms that no advantage scales (pull to the rollout policy, "
+    "harmonize.anchor_every": Key(8, "a solve takes the terms that no advantage scales (pull to the rollout policy, "
                                   "divergence from the base) at every n-th micro-step, n times as strong; 1: at all",
                                   "micro-steps, >= 1"),
     # objective

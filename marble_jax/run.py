@@ -24,7 +24,7 @@ from marble_jax.pictures import save_png
 from marble_jax.report import write_report
 from marble_jax.rewards.check import before_training
 from marble_jax.training.guard import Guard, fresh_stream
-from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, train
+from marble_jax.training.loop import Hooks, Interrupted, Schedule, train
 from marble_jax.training.profile import Profiler, parse_steps
 from marble_jax.training.records import Events
 from marble_jax.training.state import TrainState
@@ -177,10 +177,6 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
 
         hosts.from_first("record", write)
 
-    sampling = Sampling(
-        run.train_prompts, config.rollout.prompts_per_step, config.rollout.images_per_prompt,
-        config.advantages.scale, config.advantages.scalarise, tuple(config.harmonize.reward_weights),
-        compose.presence_of(config))
     schedule = Schedule(config.training.num_steps, config.evaluation.every_steps, config.checkpoints.every_steps,
                         config.export.every_steps)
     exports = PeriodicExports(config, workdir, run.pipeline.params, console)
@@ -208,7 +204,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     try:
         if done and schedule.evaluates(done):
             state = evaluations(state)  # a reward may have stopped the run during this very evaluation
-        state = train(state, run.pipeline.params, run.collector, run.steps, sampling, schedule, hooks, console,
+        state = train(state, run.pipeline.params, run.collector, run.steps, run.sampling, schedule, hooks, console,
                       run.spec.scale, config.rollout.merge_adapter, lambda t: parallel.place_everywhere(run.mesh, t))
     except BaseException as error:
         hosts.end_unless((Interrupted,), error)

@@ -26,8 +26,8 @@ def test_the_papers_step_by_hand():
     work = made(harmonize__mode="amortised")
     assert work.rollout == 1152 * 25 * 11 and work.decode == 1152 * 3
     assert work.between == 27648 * (11 + 11 + 10 + 13)
-    # A solve has the base and two more directions in every fourth of 192 micro-steps of 144.
-    assert work.solve == 27648 * (11 + 11 + 13) + 48 * 144 * (10 + 2 * 13)
+    # A solve has the base and two more directions in every eighth of 192 micro-steps of 144.
+    assert work.solve == 27648 * (11 + 11 + 13) + 24 * 144 * (10 + 2 * 13)
     assert work.solve_share == 0.1 and work.train == pytest.approx(0.1 * work.solve + 0.9 * work.between)
     assert work.trained(True) == work.solve and work.trained(False) == work.between
 
