@@ -121,11 +121,7 @@ class Checkpoints:
         """
         if step is None:
             step = self.latest()
-        elif step in self.steps() and (problem := hosts.from_first("checkpoint", lambda: self._problem(step))):
-            raise InputError(f"checkpoint of step {step}: expected an intact one; received {problem}")
-        if step is None or step not in self.steps():
-            raise InputError(f"checkpoint: expected one of {self.steps() or 'none saved yet'} in {self._path}; "
-                             f"received {step}")
+        hosts.from_first("checkpoint", lambda: self._check(step))
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             with quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -134,6 +130,14 @@ class Checkpoints:
             reason = str(error).strip().splitlines()
             raise InputError(f"checkpoint {self._path}/{step}: expected the state of this configuration; received "
                              f"another one ({reason[0] if reason else type(error).__name__})") from error
+
+    def _check(self, step: int | None) -> None:
+        steps = self.steps()
+        if step not in steps:
+            raise InputError(f"checkpoint: expected one of {steps or 'none saved yet'} in {self._path}; "
+                             f"received {step}")
+        if problem := self._problem(step):
+            raise InputError(f"checkpoint of step {step}: expected an intact one; received {problem}")
 
     def preempted(self, step: int) -> bool:
         """Whether the machines are about to be taken away and this is the step that all hosts save at.

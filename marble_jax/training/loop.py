@@ -19,7 +19,7 @@ from marble_jax.console import Clock, Console
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import draw
 from marble_jax.rewards.base import RewardError
-from marble_jax.training.batch import Collector
+from marble_jax.training.batch import Collector, Rollout
 from marble_jax.training.guard import NotFinite
 from marble_jax.training.microsteps import RolloutBatch
 from marble_jax.training.presence import Presence
@@ -111,6 +111,10 @@ class Interrupted(Exception):
         self.step = step
 
 
+class Abandoned(Exception):
+    """A step was given up while its pictures were sampled, because the run is to stop."""
+
+
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT into a list instead of dying from them; a second one does."""
@@ -192,7 +196,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
       place: puts a tree on every device.
 
     Raises:
-      Interrupted: a signal came; the state was saved after the step under way.
+      Interrupted: a signal came; the state was saved. A step that was still sampling is given up, as a machine that is
+        taken away leaves half a minute.
       RewardError: a reward failed and the run is not to go on without it; the state before the step was saved.
       NotFinite: too many gradients were not finite; the state was saved.
       InputError: the state is not finite; it was not saved.
@@ -201,6 +206,17 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
         """Whether to stop, as all processes agree: the signal, with the process that received it if there are several.
         """
         return hosts.any_of("stop", ", ".join(signal.Signals(number).name for number in stops))
+
+    def collected(bar: Any, *arguments: Any) -> Rollout | None:
+        def progress(count: int) -> None:
+            bar.update(count)
+            if stopping():
+                raise Abandoned
+
+        try:
+            return collector(*arguments, progress)
+        except Abandoned:
+            return None
 
     merged = jax.jit(lambda params, adapter: adapters.merge(params, adapter, lora_scale))
     first = saved = int(state.step)
@@ -218,7 +234,9 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
                 key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
                 weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)
                 with phase("rollout"), console.bar(len(samples.prompts), f"step {step + 1} rollout", "img") as bar:
-                    rollout = collector(weights, adapter, samples, key, bar.update)
+                    rollout = collected(bar, weights, adapter, samples, key)
+                if rollout is None:
+                    break
                 del weights
                 names, scored = rollout.scores.names, rollout.scores.valid
                 mask = sampling.presence.mask(names, scored, seed, step)
@@ -249,14 +267,15 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
                 continue
             if hooks.preempted(done):
                 stops.append(signal.SIGTERM)
-            if schedule.evaluates(done):
+            # One that is left out now is made up for when the run goes on, but not after the last step.
+            if schedule.evaluates(done) and (done == schedule.num_steps or not stopping()):
                 state = hooks.evaluate(state)
             if schedule.saves(done) or stopping():
                 hooks.save(state)
                 saved = done
             if schedule.exports(done):
                 hooks.export(state)
-        # A signal can come after that last check.
+        # A signal can come after that last check, or while a step is sampled.
         where = stopping()
         if where and saved != int(state.step):
             hooks.save(state)

@@ -176,7 +176,39 @@ def test_a_signal_in_a_step_that_is_saved_anyway_saves_once():
     diary = Diary(stop_at=1)
     with pytest.raises(Interrupted, match="after step 2"):
         _train(_start(), diary)
-    assert diary.events[-2:] == [("evaluate", 2), ("save", 2)] and list(diary.saved) == [2]
+    # The evaluation can wait until the run goes on.
+    assert diary.events[-2:] == [("record", 1), ("save", 2)] and list(diary.saved) == [2]
+
+
+def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
+    """It comes in the first of the two batches of step 2: the state after step 1 is saved; the rest equals the whole.
+    """
+    diary, decoded = Diary(), []
+
+    def decode(latents):
+        decoded.append(1)
+        if len(decoded) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return jax.nn.sigmoid(latents)
+
+    with pytest.raises(Interrupted, match="stopped after step 1; the same command goes on from here"):
+        train(_start(), toy.base_params(), dataclasses.replace(_collector(), decode=decode), _steps(), _sampling(),
+              Schedule(3, 2, 2), diary.hooks, Console(), toy.SCALE, False, lambda tree: tree)
+    assert diary.events == [("evaluate", 0), ("record", 0), ("save", 1)] and len(decoded) == 3
+    toy.assert_identical(_train(jax.tree.map(jnp.asarray, diary.saved[1]), Diary()), _whole()[0])
+
+
+def test_a_preemption_notice_is_like_a_signal():
+    diary, asked = Diary(), []
+
+    def preempted(done):
+        asked.append(done)
+        return done == 2
+
+    with pytest.raises(Interrupted, match="after step 2"):
+        train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Schedule(9, 0, 50),
+              dataclasses.replace(diary.hooks, preempted=preempted), Console(), toy.SCALE, False, lambda tree: tree)
+    assert asked == [1, 2] and list(diary.saved) == [2]
 
 
 def test_a_signal_after_the_save_check_is_not_lost():
