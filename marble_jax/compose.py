@@ -29,7 +29,9 @@ from marble_jax.flow.schedule import sigma_grid
 from marble_jax.harmonize.baselines import make_balancer
 from marble_jax.models import attention, mmdit
 from marble_jax.models.embeddings import Embeddings
+from marble_jax.models.mmdit_config import MMDiTConfig
 from marble_jax.models.pipeline import Pipeline, find_model, load_pipeline
+from marble_jax.models.weights import read_json
 from marble_jax.nft.policies import rollout_decay
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
@@ -140,11 +142,11 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
         fitting = attention.choose("auto", DTYPES[dtype], backend)
         raise InputError(f"model.attention: expected {fitting!r}, as {chosen} needs {needs}; received {chosen!r} on "
                          f"{backend} in {dtype} ('auto' takes what fits)")
-    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)")
     if chosen == "cudnn" and jax.default_backend() == backend and not attention.has_cudnn(DTYPES[dtype]):
         raise InputError("model.attention: expected a GPU of compute capability 8.0 and a cuDNN that JAX finds for "
                          "'cudnn'; received neither or one (pip install nvidia-cudnn-cu12 or -cu13, or 'xla')")
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)")
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -255,15 +257,17 @@ def presence_of(config: ml_collections.ConfigDict) -> Presence:
 def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh: Mesh | None = None,
                text_encoders: bool = True) -> Pipeline:
     """The pipeline of `model.path`, its transformer laid out over the mesh, with its text encoders or without."""
-    place = None
+    root = find_model(place_of(config.model.path, "pipeline"), text_encoder_3=config.model.t5)
+    place = gather = None
     if mesh is not None:
+        width = MMDiTConfig.from_dict(read_json(root / "transformer" / "config.json")).attention_head_dim
+        gather = sharding.gather(mesh, width)
+
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
-            if component != "transformer":
-                return parallel.place_everywhere(mesh, leaf)
-            return hosts.put(leaf, sharding.sharding_of(mesh, component, path, leaf.shape))
-    return load_pipeline(place_of(config.model.path, "pipeline"), dtype=DTYPES[config.model.dtype], place=place,
-                         text_encoder_3=config.model.t5, text_encoders=text_encoders, remat=config.model.remat,
-                         attention=attention_of(config, mesh), lora_scale=spec.scale)
+            return parallel.read_into(sharding.sharding_of(mesh, component, path, leaf.shape, width), leaf)
+    return load_pipeline(root, dtype=DTYPES[config.model.dtype], place=place, text_encoder_3=config.model.t5,
+                         text_encoders=text_encoders, remat=config.model.remat, attention=attention_of(config, mesh),
+                         lora_scale=spec.scale, gather=gather)
 
 
 def attention_of(config: ml_collections.ConfigDict, mesh: Mesh | None) -> str | attention.Flash:
@@ -403,7 +407,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
 
     collector = Collector(
         make_sampler(velocity, rollout.num_steps, rollout.solver, shift, rollout.integer_timesteps), encode, decode,
-        scorer(rewards[:len(names)]), latent_shape, rollout.batch_size, lambda tree: parallel.place_batch(mesh, tree))
+        scorer(rewards[:len(names)]), latent_shape, rollout.batch_size, partial(parallel.place_batch, mesh),
+        partial(parallel.place_everywhere, mesh))
     evaluator = Evaluator(
         test_prompts, make_sampler(velocity, config.evaluation.num_steps, config.evaluation.solver, shift), encode,
         decode, scorer(rewards), latent_shape, rollout.batch_size, config.evaluation.seed,

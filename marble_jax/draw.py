@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from marble_jax import adapters, compose, parallel, platform
 from marble_jax.checkpoint import Checkpoints
@@ -149,10 +149,11 @@ class Models:
         key = (root, dtype, attention)
         if key != self._key:
             self._pipeline = None  # before the next one is read
+            everywhere = NamedSharding(mesh, parallel.EVERYWHERE)
             self._pipeline = load_pipeline(
                 root, dtype=compose.DTYPES[dtype], text_encoders=False,
                 attention=over(attention, compose.DTYPES[dtype], mesh),
-                place=lambda component, path, leaf: parallel.place_everywhere(mesh, leaf))
+                place=lambda component, path, leaf: parallel.read_into(everywhere, leaf))
             self._key = key
         return self._pipeline
 

@@ -81,6 +81,16 @@ def place_everywhere(mesh: Mesh, tree: Any) -> Any:
     return hosts.put(tree, NamedSharding(mesh, EVERYWHERE))
 
 
+def read_into(sharding: NamedSharding, leaf: Any) -> jax.Array:
+    """An array whose parts are read straight into their places, by each process those of its own devices.
+
+    Args:
+      sharding: of the array.
+      leaf: has `shape`, and gives the part at an index of slices: a host array, or a leaf of a file.
+    """
+    return jax.make_array_from_callback(tuple(leaf.shape), sharding, lambda index: leaf[index])
+
+
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """How a compiled step deals its samples out to the devices of a mesh.

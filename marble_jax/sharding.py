@@ -236,6 +236,31 @@ def layout(mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], h
     return Layout(total, device, unsplit)
 
 
-def place(mesh: Mesh, network: str, params: Mapping[str, Any], head_width: int = HEAD_WIDTH) -> Any:
-    """Parameters of a network where they belong, such as those of a reward; arguments and errors as `spec_of`."""
-    return jax.device_put(dict(params), shardings(mesh, network, params, head_width))
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """Puts weights of the transformer together over `fsdp`, inside a compiled function.
+
+    Left to itself the compiler may split the products instead, and then exchanges activations, which are larger.
+
+    Attributes:
+      mesh: the devices.
+      head_width: of the transformer.
+    """
+
+    mesh: Mesh
+    head_width: int = HEAD_WIDTH
+
+    def __call__(self, path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters under `path`, one block of a run as `block_0`, with every axis whole that `fsdp` splits."""
+        flat = traverse_util.flatten_dict(dict(params))
+        for name, leaf in flat.items():
+            spec = spec_of(self.mesh, "transformer", (*path, *name), leaf.shape, self.head_width)
+            if "fsdp" in spec:
+                whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+                flat[name] = jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, whole))
+        return traverse_util.unflatten_dict(flat)
+
+
+def gather(mesh: Mesh, head_width: int = HEAD_WIDTH) -> Gather | None:
+    """How blocks put their weights together on a mesh; None where every device holds them whole."""
+    return Gather(mesh, head_width) if mesh.shape["fsdp"] > 1 else None

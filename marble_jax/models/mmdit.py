@@ -13,11 +13,13 @@ Source: diffusers 0.42 `SD3Transformer2DModel`, `JointTransformerBlock`, `JointA
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.models.attention import AdaLayerNorm, AttentionFn, RMSNorm, attend, layer_norm, modulate
@@ -26,6 +28,8 @@ from marble_jax.models.mmdit_config import MMDiTConfig
 from marble_jax.types import Adapter, Conditioning, Params
 
 NUM_TRAIN_TIMESTEPS = 1000  # timestep = 1000 * sigma
+GATHERED = "gathered"
+"""Name of weights that were put together from several devices; a backward pass gathers them again, never keeps them."""
 _FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 
 REMAT_POLICIES = {
@@ -253,6 +257,8 @@ class MMDiT(nn.Module):
       lora_scale: alpha / rank of the adapter.
       table_side: side of the stored positional table, in patches; None stores the whole one. SD3.5-medium's table is
         384 x 384 x 1536 numbers (453 MB in bfloat16), of which a 512 px picture reads the central 32 x 32.
+      gather: puts parameters together from the devices that they are split over, (path, parameters under it) ->
+        parameters; called where a block is, so that no more than one is whole at a time. None where they lie whole.
     """
 
     config: MMDiTConfig
@@ -261,6 +267,7 @@ class MMDiT(nn.Module):
     attention: str | AttentionFn = "xla"
     lora_scale: float = 1.0
     table_side: int | None = None
+    gather: Callable[[tuple[str, ...], Params], Params] | None = None
 
     @property
     def side(self) -> int:
@@ -290,7 +297,7 @@ class MMDiT(nn.Module):
         temb = TimeTextEmbed(config.width, name="time_text_embed", **low_rank)(timestep, pooled)
         c = LoraDense(config.width, name="context_embedder", **low_rank)(embeds)
         # Under a scan the recomputation cannot be merged with the forward pass, so the barrier would only cost time.
-        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        block = self._block(prevent_cse=False)
         options = {"attention": self.attention, **low_rank}
         for first, length, dual in config.runs:
             run = nn.scan(
@@ -302,7 +309,7 @@ class MMDiT(nn.Module):
             )
             (x, c), _ = run(config, dual, name=f"blocks_{first}", **options)((x, c), temb)
         final = config.num_layers - 1
-        last = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat])
+        last = self._block(prevent_cse=True)
         dual = final in config.dual_attention_layers
         (x, _), _ = last(config, dual, last=True, name=f"block_{final}", **options)((x, c), temb)
         scale, shift = AdaLayerNorm(2, name="norm_out", **low_rank)(temb)
@@ -312,6 +319,18 @@ class MMDiT(nn.Module):
         num, height, width = latents.shape[:3]
         x = x.reshape(num, height // p, width // p, p, p, channels)
         return jnp.einsum("nhwpqc->nhpwqc", x).reshape(num, height, width, channels)
+
+    def _block(self, prevent_cse: bool) -> Any:
+        """The class of a block, with gathering and rematerialisation."""
+        block, policy = Block, REMAT_POLICIES[self.remat]
+        if self.gather is not None and not self.is_initializing():
+            block = nn.map_variables(block, "params", lambda found: {
+                "params": checkpoint_name(self.gather(("block_0",), found["params"]), GATHERED)})
+            if self.remat == "none":
+                policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        elif self.remat == "none":
+            return block
+        return nn.remat(block, prevent_cse=prevent_cse, policy=policy)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         one_of("remat", self.remat, REMAT_POLICIES)
@@ -356,6 +375,9 @@ def velocity(
     Raises:
       InputError: adapter leaves that no layer reads or that do not fit; see also `MMDiT`.
     """
+    if model.gather is not None:  # blocks do so themselves; of the positional table only the centre is read
+        outside = {name: part for name, part in params.items() if not name.startswith(("block", "pos_embed"))}
+        params = {**params, **model.gather((), outside)}
     variables = {"params": params}
     if adapter is not None:
         check_adapter(params, adapter)

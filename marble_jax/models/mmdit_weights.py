@@ -101,8 +101,9 @@ def load_mmdit(
     whole = abstract_params(model.clone(table_side=None))
     put = (lambda path, leaf: jnp.asarray(leaf)) if place is None else place
 
-    def keep(path: tuple[str, ...], leaf: np.ndarray) -> Any:
-        return put(path, crop_table(leaf, model.side) if path == ("pos_embed", "pos_embed") else leaf)
+    def keep(path: tuple[str, ...], leaf: Any) -> Any:
+        cropped = path == ("pos_embed", "pos_embed") and model.table_side is not None
+        return put(path, crop_table(np.asarray(leaf), model.side) if cropped else leaf)
 
     return model, load_component(source, entries(whole), whole, param_dtype, place=keep)
 

@@ -29,8 +29,9 @@ from marble_jax.types import Conditioning, Params
 _REQUIRED = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")
 
-Place = Callable[[str, tuple[str, ...], np.ndarray], Any]
-"""Called with (component, leaf path, host array); returns the array where it shall live."""
+Place = Callable[[str, tuple[str, ...], Any], Any]
+"""Called with (component, leaf path, leaf); returns the array where it shall live. A leaf has `shape` and `dtype`, and
+indexing it reads no more than the part asked for (`weights.Leaf`)."""
 
 
 @dataclasses.dataclass(frozen=True)

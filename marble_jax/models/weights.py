@@ -274,7 +274,7 @@ def load_params(
     shapes: Mapping[str, Any],
     dtype: Any = None,
     ignore: Sequence[str] = (),
-    place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
+    place: Callable[[tuple[str, ...], Leaf], Any] | None = None,
 ) -> dict[str, Any]:
     """Fills a parameter tree from a file.
 
@@ -284,7 +284,8 @@ def load_params(
       shapes: abstract parameters, `jax.eval_shape(module.init, ...)["params"]`.
       dtype: dtype of all floating leaves; None keeps the dtype of `shapes`.
       ignore: `fnmatch` patterns of tensors in the file that this network does not use.
-      place: called with (path, host array) once per finished leaf, for a device or sharding; default `jnp.asarray`.
+      place: called with (path, leaf) once per leaf, for a device or sharding. A leaf is read when it is indexed, and
+        only what is asked for; `np.asarray` reads it whole. Default `jnp.asarray`.
 
     Returns:
       Nested dict with the structure of `shapes`.
@@ -296,8 +297,8 @@ def load_params(
     filled = {}
     for path, group in matched(source, entries, shapes, ignore).items():
         kind = leaves[path].dtype if dtype is None or not jnp.issubdtype(leaves[path].dtype, jnp.floating) else dtype
-        host = fill(source, group, leaves[path].shape, kind)
-        filled[path] = jnp.asarray(host) if place is None else place(path, host)
+        leaf = Leaf(source, group, leaves[path].shape, kind)
+        filled[path] = jnp.asarray(leaf[...]) if place is None else place(path, leaf)
     return traverse_util.unflatten_dict(filled)
 
 
@@ -336,16 +337,52 @@ def matched(
     return groups
 
 
+class Leaf:
+    """A parameter leaf in a file, of which each part is read when it is asked for.
+
+    Attributes:
+      shape: of the leaf.
+      dtype: of what is read.
+    """
+
+    def __init__(self, source: Tensors, group: Sequence[Entry], shape: tuple[int, ...], dtype: Any):
+        """The leaf that the tensors of `group` make up."""
+        self._source, self._group = source, group
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        self._kept: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The part at `index`, slices without steps or `...`; devices that hold the same part share one array."""
+        index = (slice(None),) * len(self.shape) if index is Ellipsis else index
+        bounds = tuple(s.indices(length)[:2] for s, length in zip(index, self.shape, strict=True))
+        if bounds not in self._kept:
+            self._kept[bounds] = self._read(bounds)
+        return self._kept[bounds]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole leaf."""
+        return self[...].astype(dtype or self.dtype, copy=False)
+
+    def _read(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        host = np.empty([last - first for first, last in bounds], self.dtype)
+        for entry in self._group:
+            target, wanted = host, bounds
+            if entry.index is not None:
+                (first, last), *wanted = bounds
+                if not first <= entry.index < last:
+                    continue
+                target = host[entry.index - first]
+            axes = _AXES[entry.transform][0]
+            tensor = self._source.read(entry.key)
+            tensor = tensor if axes is None else tensor.transpose(axes)
+            copy(target[...], tensor[tuple(slice(*each) for each in wanted)])
+            self._source.release(entry.key)
+        return host
+
+
 def fill(source: Tensors, group: Sequence[Entry], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """One leaf, from the tensors that make it up."""
-    host = np.empty(shape, dtype)
-    for entry in group:
-        axes = _AXES[entry.transform][0]
-        tensor = source.read(entry.key)
-        tensor = tensor if axes is None else tensor.transpose(axes)
-        copy(host[... if entry.index is None else (entry.index, ...)], tensor)
-        source.release(entry.key)
-    return host
+    return Leaf(source, group, shape, dtype)[...]
 
 
 def copy(target: np.ndarray, tensor: np.ndarray) -> None:

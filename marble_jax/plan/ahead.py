@@ -114,7 +114,8 @@ def jobs(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.S
         return Conditioning(struct((count, made.text_tokens, widths.joint_attention_dim), dtype, sharding),
                             struct((count, widths.pooled_projection_dim), dtype, sharding))
 
-    model = made.model.clone(attention=compose.attention_of(config, mesh))
+    model = made.model.clone(attention=compose.attention_of(config, mesh),
+                             gather=sharding.gather(mesh, made.model.config.attention_head_dim))
 
     def velocity(params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
         return mmdit.velocity(model, params, adapter, xt, sigma, cond)
@@ -129,7 +130,7 @@ def jobs(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.S
                               balancer.init(names), 0)))
     rows, drawn = names + recipe.scalarised, sizes.pictures
     rollouts = RolloutBatch(
-        struct((drawn, *made.latent), jnp.float32, batch), struct((drawn,), jnp.int32),
+        struct((drawn, *made.latent), jnp.float32), struct((drawn,), jnp.int32),
         cond(config.rollout.prompts_per_step, everywhere), struct((rows, drawn), jnp.float32),
         struct((rows, drawn), jnp.bool_))
     sampler = make_sampler(velocity, config.rollout.num_steps, config.rollout.solver, made.shift,

@@ -128,7 +128,7 @@ class _Parts:
         return NamedSharding(self.mesh, parallel.BATCH).shard_shape((count,))[0]
 
     def scores(self, tokens: int, size: int) -> float:
-        """Attention's scores of one sample over `tokens`; none with a fused kernel."""
+        """Attention's scores of one sample over `tokens`, numbers of `size` bytes; a fused kernel has none."""
         if self.config.model.attention == "cudnn":
             return 0.0
         if self.config.model.attention == "splash":
@@ -168,9 +168,9 @@ class _Parts:
 
     def rollouts(self) -> Source:
         """What the rollouts hand to training, and the copies of it that training makes."""
-        pictures = self.share(self.sizes.pictures) * 4 * self.latent
-        return Source(ROLLOUTS, 2 * (pictures + self.config.rollout.prompts_per_step * self.cond),
-                      "latents, conditioning of the prompts, and a copy of each in training order")
+        pictures = (self.sizes.pictures + self.share(self.sizes.pictures)) * 4 * self.latent
+        return Source(ROLLOUTS, pictures + 2 * self.config.rollout.prompts_per_step * self.cond,
+                      "all latents and conditioning of the prompts, and the device's own in training order")
 
     def between(self) -> list[Source]:
         count = self.share(self.config.training.micro_batch_size)

@@ -124,7 +124,7 @@ def test_path_entries_follow_module_names():
 
 def test_place_gets_every_leaf_once(tmp_path):
     seen = []
-    place = lambda path, leaf: seen.append(path) or leaf
+    place = lambda path, leaf: seen.append(path) or np.asarray(leaf)
     params = load_params(SafetensorsDir(write(tmp_path)), ENTRIES, SHAPES, place=place)
     assert len(seen) == len(set(seen)) == 5
     assert isinstance(params["run"]["kernel"], np.ndarray)

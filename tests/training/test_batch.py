@@ -57,7 +57,7 @@ def _collector(scorer, batch_size, sampler, encode=_encode, placed=None):
         return tree
 
     return Collector(sampler=sampler, encode=encode, decode=lambda x: x, scorer=scorer, latent_shape=(1, 2, 3),
-                     batch_size=batch_size, place=place)
+                     batch_size=batch_size, place=place, spread=place)
 
 
 def _noisy(params, adapter, cond, noise):
@@ -99,7 +99,7 @@ def test_every_draw_is_encoded_once_and_conditions_its_pictures(scorer):
     conds = [x for x in placed if isinstance(x, Conditioning)]
     seen = np.concatenate([np.asarray(c.pooled) for c in conds])
     np.testing.assert_array_equal(seen, np.asarray(_encode(TEXTS).pooled)[rollout.prompt])
-    assert len(placed) == 5  # conditioning and noise of two batches, all latents
+    assert len(placed) == 6  # conditioning, noise and latents of two batches
 
 
 def test_noise_is_a_function_of_the_key_and_differs_between_pictures(scorer):

@@ -1,0 +1,176 @@
+"""Every weight of every network has a rule, on every mesh a shape that divides, and is read in parts."""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from marble_jax import adapters, compose, parallel, sharding
+from marble_jax.errors import InputError
+from marble_jax.models import blip, clip, mmdit, openclip, t5, vae
+from marble_jax.models.mmdit_config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
+from marble_jax.models.mmdit_weights import load_mmdit
+from marble_jax.models.weights import read_json
+from marble_jax.plan.architecture import CLIP_G, CLIP_L, T5_XXL, VAE
+
+HERE = Path(__file__).parent
+MESHES = ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
+
+
+def shallow(config):
+    """Two layers of a tower that is not scanned: the others are named alike."""
+    return dataclasses.replace(config, num_hidden_layers=2)
+
+
+@functools.cache
+def shapes() -> dict[str, tuple[str, dict]]:
+    """(kind of network, abstract parameters) by name, in published sizes, and the embedded transformer."""
+    own = MMDiTConfig.from_dict(read_json(compose.place_of("embedded", "pipeline") / "transformer" / "config.json"))
+    found = {name: ("transformer", mmdit.abstract_params(mmdit.MMDiT(config))) for name, config in {
+        "sd3-medium": SD3_MEDIUM, "sd3.5-medium": SD35_MEDIUM, "sd3.5-large": SD35_LARGE, "embedded": own}.items()}
+    quant = vae.VAEConfig(use_quant_conv=True, use_post_quant_conv=True, block_out_channels=(32, 64))
+    found |= {name: ("vae", vae.abstract_params(vae.AutoencoderKL(config)))
+              for name, config in {"vae": VAE, "vae-quant": quant}.items()}
+    found |= {name: ("text_encoder", clip.abstract_text_params(clip.CLIPTextEncoder(config)))
+              for name, config in {"clip-l": shallow(CLIP_L), "clip-g": shallow(CLIP_G)}.items()}
+    found["t5"] = "text_encoder_3", t5.abstract_params(t5.T5Encoder(dataclasses.replace(T5_XXL, num_layers=2)))
+    pair = openclip.abstract_params(clip.CLIPModel(clip.CLIPConfig(
+        shallow(clip.CLIPTextConfig()), shallow(clip.CLIPVisionConfig()))))
+    head = {"weight": jax.ShapeDtypeStruct((768,), jnp.float32), "bias": jax.ShapeDtypeStruct((), jnp.float32)}
+    sight = shallow(blip.BlipVisionConfig())
+    pixels = jax.ShapeDtypeStruct((1, sight.image_size, sight.image_size, 3), jnp.float32)
+    encoder = jax.eval_shape(blip.BlipEncoder(shallow(blip.BlipTextConfig()), sight).init, jax.random.key(0), pixels,
+                             jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    return found | {"pickscore": ("reward", pair), "aesthetic": ("reward", {"clip": pair, "head": head}),
+                    "imagereward": ("reward", {"blip": encoder, "head": head})}
+
+
+def leaves(tree):
+    return {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(dict(tree)).items()}
+
+
+def test_every_weight_has_a_rule_and_every_rule_a_weight():
+    used, named = set(), {name for name, _ in sharding.TABLE}
+    for name, (_, tree) in shapes().items():
+        for path, shape in leaves(tree).items():
+            axes = sharding.logical_axes(path, len(shape))
+            assert len(axes) == len(shape) and set(axes) <= named, (name, path)
+            used.add(sharding.rule_of(path))
+    assert used == set(range(len(sharding.RULES)))
+    assert {axis for _, axes in sharding.RULES for axis in axes} | {"layers", "rank"} == named
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_shards_divide_and_heads_stay_whole(sizes):
+    mesh = parallel.abstract_mesh(8, *sizes)
+    for name, (network, tree) in shapes().items():
+        width = 32 if name == "embedded" else 64
+        lie = leaves_of(sharding.shardings(mesh, network, tree, width))
+        for path, shape in leaves(tree).items():
+            part = lie[path].shard_shape(shape)  # raises where an axis does not divide
+            axes = sharding.logical_axes(path, len(shape))
+            if "heads" in axes and network == "transformer":
+                assert part[axes.index("heads")] % (1 if len(shape) == 0 else width) == 0, (name, path)
+        found = sharding.layout(mesh, network, tree, width)
+        assert found.device == sum(
+            int(np.prod(lie[path].shard_shape(shape))) * 4 for path, shape in leaves(tree).items())
+
+
+def leaves_of(tree):
+    return traverse_util.flatten_dict(tree)
+
+
+def test_what_lies_where():
+    """SD3.5-medium: an eighth a device over fsdp; over tensor all but the positional table and what is small; heads of
+    SD3.5-large are 38 and do not divide."""
+    trees = {name: tree for name, (_, tree) in shapes().items()}
+
+    def share(name, *sizes):
+        found = sharding.layout(parallel.abstract_mesh(8, *sizes), "transformer", trees[name])
+        return found.device / found.total, found.unsplit / found.total
+
+    assert share("sd3.5-medium", 8, 1, 1) == (1.0, 0.0)
+    assert share("sd3.5-medium", 1, 8, 1) == (pytest.approx(1 / 8, rel=0.02), 0.0)
+    assert share("sd3.5-medium", 1, 4, 2) == (pytest.approx(1 / 8, rel=0.2), 0.0)
+    table = 147456 * 1536 / 2_469_663_936
+    assert share("sd3.5-medium", 1, 1, 8) == (pytest.approx(1 / 8 + 7 / 8 * table, rel=0.02), 0.0)
+    device, unsplit = share("sd3.5-large", 1, 1, 8)
+    assert 0.2 < unsplit < device < 0.4
+    assert sharding.layout(parallel.abstract_mesh(8, 1, 8), "vae", trees["vae"]).device == 4 * 83_819_683
+
+
+def test_axes_of_a_scanned_run_and_of_adapters():
+    assert sharding.logical_axes(("blocks_0", "attn", "to_q", "kernel"), 3) == ("layers", "embed", "heads")
+    assert sharding.logical_axes(("block_23", "ff", "net_2", "kernel"), 2) == ("mlp", "embed")
+    assert sharding.logical_axes(("blocks_0", "attn", "to_q", "b"), 3) == ("layers", "rank", "heads")
+    mesh = parallel.abstract_mesh(8, 1, 4, 2)
+    params = shapes()["sd3.5-medium"][1]
+    adapter = jax.eval_shape(lambda: adapters.init_adapter(jax.random.key(0), params, adapters.LoraSpec()))
+    found = leaves_of(sharding.shardings(mesh, "adapter", adapter))
+    assert all(lie.is_fully_replicated for lie in found.values())
+
+
+def test_a_weight_that_no_rule_names_is_an_error():
+    with pytest.raises(InputError, match="parameter blocks_0/attn/to_x/kernel: expected a rule of .*received none"):
+        sharding.logical_axes(("blocks_0", "attn", "to_x", "kernel"), 3)
+    with pytest.raises(InputError, match=r"to_q/kernel: expected 3 axes \(layers, embed, heads\); received 2"):
+        sharding.logical_axes(("blocks_0", "attn", "to_q", "kernel"), 2)
+
+
+def in_eight_devices() -> dict[str, float]:
+    """Runs in a process with eight devices: the embedded transformer read straight into its shards."""
+    from marble_jax.models import weights
+
+    directory = compose.place_of("embedded", "pipeline") / "transformer"
+    mesh = parallel.make_mesh(1, 8, 1)
+    counted, whole = [0], weights.copy
+
+    def count(target, tensor):
+        counted[0] += target.nbytes
+        whole(target, tensor)
+
+    weights.copy = count
+    _, plain = load_mmdit(directory)
+    total, counted[0] = counted[0], 0
+    lie = lambda path, leaf: sharding.sharding_of(mesh, "transformer", path, leaf.shape, 32)
+    _, placed = load_mmdit(directory, place=lambda path, leaf: parallel.read_into(lie(path, leaf), leaf))
+    every, counted[0] = counted[0], 0
+    one, largest = jax.devices()[3], [0]
+
+    def own(path, leaf):
+        """What a process that has only this device asks for."""
+        before = counted[0]
+        part = leaf[lie(path, leaf).devices_indices_map(leaf.shape)[one]]
+        largest[0] = max(largest[0], counted[0] - before)
+        return part
+
+    _, mine = load_mmdit(directory, place=own)
+    equal = jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), plain, placed))
+    same = jax.tree.all(jax.tree.map(
+        lambda x, y: np.array_equal(next(s.data for s in x.addressable_shards if s.device == one), y), placed, mine))
+    return {"total": total, "every": every, "one": counted[0], "largest": largest[0], "equal": equal, "same": same,
+            "expected": sharding.layout(mesh, "transformer", plain, 32).device}
+
+
+def test_a_process_reads_only_what_its_devices_need():
+    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import test_sharding; "
+            "print(json.dumps(test_sharding.in_eight_devices()))")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent,
+                          env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["equal"] and found["same"]
+    assert found["every"] == found["total"]  # eight devices of one process: every number once, shared parts too
+    assert found["one"] == found["expected"] < 0.16 * found["total"]
+    assert found["largest"] < 0.03 * found["total"]
