@@ -26,11 +26,13 @@ from marble_jax.errors import InputError
 
 GRACE = 10.0
 """Seconds between the loss of a process and the end of one that does not notice by itself."""
+LINGER = GRACE + 2.0
+"""Seconds process 0 stays for the others at most when the run failed."""
 PATIENCE = 3600.0
 """Seconds a process that is alive may keep the others waiting."""
 LOST_STATUS = 75
 """Exit status when another process was lost: the same command may be tried again. Source: EX_TEMPFAIL of sysexits.h."""
-_RETRY = 0.25
+_RETRY, _ANSWER = 0.25, 2.0
 _LARGEST = 1 << 26
 _VALUE, _LOST, _BYE = b"V", b"L", b"B"
 _MAGIC = "marble_jax channel 1"
@@ -182,7 +184,7 @@ class Channel:
             self._closed, self.lost = True, self.lost or line
         for peer in self._peers:
             peer.send(_LOST, line)
-        end = time.monotonic() + GRACE + 2
+        end = time.monotonic() + LINGER
         for reader in self._readers if not self.index else ():
             reader.join(max(0.0, end - time.monotonic()))
 
@@ -323,7 +325,7 @@ def _join(host: str, port: int, count: int, index: int, timeout: float, deadline
         try:
             _send(connection, _VALUE, {"magic": _MAGIC, "process": index, "of": count, "name": name})
             # Process 0 gives up at a time of its own, and says so.
-            connection.settimeout(max(1.0, deadline - time.monotonic() + GRACE))
+            connection.settimeout(max(0.0, deadline - time.monotonic()) + _ANSWER)
             answer = _receive(connection)
         except OSError as error:
             answer, reason = None, str(error) or type(error).__name__
