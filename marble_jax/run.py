@@ -4,7 +4,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,17 +43,22 @@ class Evaluations:
         self._train_names = tuple(run.config.rewards.train)
         self._base: Scores | None = None
 
-    def __call__(self, state: TrainState) -> TrainState:
-        """Evaluates the averaged policy (the base model at step 0, which it equals)."""
+    def __call__(self, state: TrainState, give_way: Callable[[], None] = lambda: None) -> TrainState:
+        """Evaluates the averaged policy (the base model at step 0, which it equals).
+
+        Args:
+          state: to evaluate.
+          give_way: called after every batch of pictures; what it raises comes through, and nothing is on record.
+        """
         step = int(state.step)
         records = self._workdir.evaluations
         done = hosts.from_first("evaluations", lambda: [r["step"] for r in self._workdir.read(records)])
-        base = self._reference(on_record=0 in done)
+        base = self._reference(0 in done, give_way)
         if step in done:
             return state
         if step == 0:
             return state
-        scores, pictures, seconds = self._scores(state, f"step {step} evaluation")
+        scores, pictures, seconds = self._scores(state, f"step {step} evaluation", give_way)
         gain = gains(scores, base, self._run.evaluator.groups)
         hosts.from_first("evaluation", lambda: self._write(step, "ema", scores, pictures, gain, seconds))
         better = standardised_gain(scores, base, self._train_names)
@@ -68,7 +73,7 @@ class Evaluations:
                 best=jax.tree.map(jnp.copy, state.ema))
         return state
 
-    def _reference(self, on_record: bool) -> Scores:
+    def _reference(self, on_record: bool, give_way: Callable[[], None]) -> Scores:
         """The base model's scores, evaluated once a run and read back on resume; a kill may come between the record
         of the evaluation and the scores themselves."""
         if self._base is None:
@@ -76,7 +81,7 @@ class Evaluations:
             if there is not None:
                 self._base = _scores_of(there)
             else:
-                scores, pictures, seconds = self._scores(None, "evaluation of the base model")
+                scores, pictures, seconds = self._scores(None, "evaluation of the base model", give_way)
 
                 def write() -> None:
                     if not on_record:
@@ -90,13 +95,18 @@ class Evaluations:
                                   f"{duration(seconds)}")
         return self._base
 
-    def _scores(self, state: TrainState | None, what: str) -> tuple[Scores, np.ndarray, float]:
+    def _scores(self, state: TrainState | None, what: str, give_way: Callable[[], None]
+                ) -> tuple[Scores, np.ndarray, float]:
+        def progress(count: int) -> None:
+            bar.update(count)
+            give_way()
+
         start, run = time.perf_counter(), self._run
         params, adapter = run.pipeline.params, None if state is None else state.ema
         if adapter is not None and run.config.rollout.merge_adapter:
             params, adapter = adapters.merge(params, adapter, run.spec.scale), None
         with self._console.bar(len(run.evaluator.groups), what, "img") as bar:
-            scores, pictures = run.evaluator(params, adapter, bar.update)
+            scores, pictures = run.evaluator(params, adapter, progress)
         return scores, pictures, time.perf_counter() - start
 
     def _write(self, step: int, policy: str, scores: Scores, pictures: np.ndarray, gain: dict | None,

@@ -38,6 +38,7 @@ def make(tmp_path):
         def evaluate(params, adapter, progress):
             step = None if adapter is None else int(adapter["step"])
             asked.append(step)
+            progress(1)
             gain = np.zeros(3) if step is None else np.asarray(gains[step])
             return scores_of((BASE + gain[:, None]).astype(np.float32)), np.zeros((1, 2, 2, 3))
 
@@ -92,3 +93,19 @@ def test_the_base_model_is_evaluated_once_and_what_a_kill_left_is_completed(make
         assert asked == [None]  # anew, but not on record twice
     records = Workdir(str(tmp_path)).read(tmp_path / "evaluation.jsonl")
     assert [(r["step"], r["policy"]) for r in records] == [(0, "base"), (1, "ema"), (2, "ema")]
+
+
+def test_an_evaluation_that_gives_way_is_not_on_record(make, tmp_path):
+    evaluations, asked = make({1: (1.0, 0.1, 0.0)})
+    state = after(1, evaluations(after(0)))
+
+    class Stop(Exception):
+        pass
+
+    def give_way():
+        raise Stop
+
+    with pytest.raises(Stop):
+        evaluations(state, give_way)
+    assert [r["step"] for r in Workdir(str(tmp_path)).read(tmp_path / "evaluation.jsonl")] == [0]
+    assert int(evaluations(state).best_step) == 1 and asked == [None, 1, 1]

@@ -83,7 +83,8 @@ class Hooks:
 
     Attributes:
       record: called with (step, flat record) after every optimiser step.
-      evaluate: called with the state after a step that `Schedule.evaluates`; returns the state.
+      evaluate: called with the state after a step that `Schedule.evaluates` and a function to be called now and then,
+        which raises `Abandoned` when the run is to stop; returns the state.
       save: called with the state to save it.
       export: called with the state after a step that `Schedule.exports`.
       speed: figures that follow from a step's record, added to it.
@@ -94,7 +95,7 @@ class Hooks:
     """
 
     record: Callable[[int, dict[str, Any]], None]
-    evaluate: Callable[[TrainState], TrainState]
+    evaluate: Callable[[TrainState, Callable[[], None]], TrainState]
     save: Callable[[TrainState], None]
     export: Callable[[TrainState], None] = lambda state: None
     speed: Callable[[Mapping[str, Any]], dict[str, float]] = lambda record: {}
@@ -112,7 +113,7 @@ class Interrupted(Exception):
 
 
 class Abandoned(Exception):
-    """A step was given up while its pictures were sampled, because the run is to stop."""
+    """A step or an evaluation was given up while its pictures were sampled, because the run is to stop."""
 
 
 @contextmanager
@@ -196,8 +197,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
       place: puts a tree on every device.
 
     Raises:
-      Interrupted: a signal came; the state was saved. A step that was still sampling is given up, as a machine that is
-        taken away leaves half a minute.
+      Interrupted: a signal came; the state was saved. What was still sampling pictures is given up, as a machine that
+        is taken away leaves half a minute.
       RewardError: a reward failed and the run is not to go on without it; the state before the step was saved.
       NotFinite: too many gradients were not finite; the state was saved.
       InputError: the state is not finite; it was not saved.
@@ -207,11 +208,21 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
         """
         return hosts.any_of("stop", ", ".join(signal.Signals(number).name for number in stops))
 
+    def give_way() -> None:
+        if stopping():
+            raise Abandoned
+
+    def evaluated(state: TrainState, done: int) -> TrainState:
+        """One that is given up is made up for when the run goes on, but not after the last step."""
+        try:
+            return hooks.evaluate(state, give_way if done < schedule.num_steps else lambda: None)
+        except Abandoned:
+            return state
+
     def collected(bar: Any, *arguments: Any) -> Rollout | None:
         def progress(count: int) -> None:
             bar.update(count)
-            if stopping():
-                raise Abandoned
+            give_way()
 
         try:
             return collector(*arguments, progress)
@@ -223,7 +234,7 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
     clock = Clock(first, schedule.num_steps)
     with stop_requests() as stops, saved_on_failure(lambda: (state, saved), hooks.save):
         if schedule.evaluates(first) and first == 0:
-            state = hooks.evaluate(state)
+            state = evaluated(state, first)
         while (step := int(state.step)) < schedule.num_steps and not stopping():
             with hooks.profiler.step(step + 1):
                 start = time.perf_counter()
@@ -267,9 +278,8 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
                 continue
             if hooks.preempted(done):
                 stops.append(signal.SIGTERM)
-            # One that is left out now is made up for when the run goes on, but not after the last step.
-            if schedule.evaluates(done) and (done == schedule.num_steps or not stopping()):
-                state = hooks.evaluate(state)
+            if schedule.evaluates(done):
+                state = evaluated(state, done)
             if schedule.saves(done) or stopping():
                 hooks.save(state)
                 saved = done

@@ -83,7 +83,7 @@ class Run:
     def __call__(self, state, num_steps=NUM_STEPS):
         sampler, steps = _programs()
         collector = Collector(sampler, _encode, jax.nn.sigmoid, self.scorer, toy.LATENT, BATCH, lambda t: t)
-        hooks = Hooks(self.records.__setitem__, lambda s: s,
+        hooks = Hooks(self.records.__setitem__, lambda s, give_way: s,
                       lambda s: self.saved.__setitem__(int(s.step), jax.tree.map(lambda x: np.array(x), s)))
         sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
         try:

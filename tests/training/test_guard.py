@@ -73,7 +73,7 @@ class Run:
             found = fresh_stream(jax.tree.map(jnp.asarray, self.saved[max(self.saved)]), number)
             return jax.tree.map(jnp.asarray, _copy(found))  # on no particular device, like a new state
 
-        hooks = Hooks(lambda step, record: self.records.append(record), lambda state: state, self.save,
+        hooks = Hooks(lambda step, record: self.records.append(record), lambda state, give_way: state, self.save,
                       guard=Guard(policy, patience, max_rollbacks, rollback))
         self._arguments = (
             toy.base_params(), collector, Steps(program, program, program, 1),

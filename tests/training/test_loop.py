@@ -77,7 +77,8 @@ class Diary:
         if step == self._stop_at:
             os.kill(os.getpid(), self._number)
 
-    def evaluate(self, state):
+    def evaluate(self, state, give_way):
+        give_way()
         self.events.append(("evaluate", int(state.step)))
         return state.replace(best_step=state.step + 0)
 
@@ -243,14 +244,14 @@ def test_a_signal_after_the_save_check_is_not_lost():
 def test_a_signal_during_the_first_evaluation_stops_before_any_step():
     diary = Diary()
 
-    def evaluate(state):
+    def evaluate(state, give_way):
         os.kill(os.getpid(), signal.SIGTERM)
-        return diary.evaluate(state)
+        return diary.evaluate(state, give_way)
 
     with pytest.raises(Interrupted, match="after step 0"):
         train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Schedule(2, 0, 1),
               Hooks(diary.record, evaluate, diary.save), Console(), toy.SCALE, False, lambda tree: tree)
-    assert diary.events == [("evaluate", 0)]
+    assert diary.events == []  # given up, to be done when the run goes on
 
 
 def test_a_second_signal_is_not_caught():

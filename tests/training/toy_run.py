@@ -62,7 +62,7 @@ def run(place, say=print):
     if latest is not None:
         _, state = checkpoints.restore(state, latest)
     workdir.cut(int(state.step))
-    hooks = Hooks(lambda step, record: workdir.append(workdir.metrics, record), lambda state: state,
+    hooks = Hooks(lambda step, record: workdir.append(workdir.metrics, record), lambda state, give_way: state,
                   lambda state: checkpoints.save(int(state.step), state))
     collector, steps = programs()
     sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
