@@ -151,3 +151,37 @@ def test_cut_drops_what_came_after_the_restored_step(tmp_path):
     workdir.append(workdir.metrics, {"step": 2})
     assert [r["step"] for r in workdir.read(workdir.metrics)] == [0, 1, 2]
     assert [r["step"] for r in workdir.read(workdir.evaluations)] == [0, 2]
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"name": "a", "se', b"\0\0\0", b"[]"])
+def test_a_damaged_configuration_is_read_from_the_runs_other_record(tmp_path, damage):
+    workdir = Workdir(tmp_path)
+    workdir.claim(CONFIG)
+    workdir.write_json("run.json", {"name": "a", "config": CONFIG})
+    (tmp_path / "config.json").write_bytes(damage)
+    with pytest.raises(InputError, match="holds another run: seed: expected 1"):
+        workdir.claim({**CONFIG, "seed": 2})
+    assert (tmp_path / "config.json").read_bytes() == damage
+    assert workdir.claim(CONFIG) and workdir.config() == plain(CONFIG)
+    assert json.loads((tmp_path / "config.json").read_text()) == plain(CONFIG)
+    for name in ("config.json", "run.json"):
+        (tmp_path / name).write_bytes(damage)
+    with pytest.raises(InputError, match="workdir: expected a JSON object in .*config.json; received something else"):
+        workdir.claim(CONFIG)
+
+
+def test_a_kill_before_the_first_record_is_there(tmp_path):
+    (tmp_path / ".config.json.partial").write_text('{"na')
+    assert not Workdir(tmp_path).claim(CONFIG) and Workdir(tmp_path).claim(CONFIG)
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"step": 1, "tr', b'{"step"', b"\0\0", b'{"step": 1, "x": "\xc3', b"7", b"{}"])
+def test_records_cut_anywhere(tmp_path, rest):
+    workdir = Workdir(tmp_path)
+    workdir.append(workdir.metrics, {"step": 0})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(rest)
+    assert workdir.read(workdir.metrics) == [{"step": 0}]
+    workdir.cut(1)
+    workdir.append(workdir.metrics, {"step": 1})
+    assert [r["step"] for r in workdir.read(workdir.metrics)] == [0, 1]
