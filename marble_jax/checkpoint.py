@@ -54,7 +54,7 @@ class Checkpoints:
             raise InputError(f"checkpoints.keep: expected at least 1; received {keep}")
         self._path = epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
         self._keep, self._keep_every, self._say = keep, keep_every, say
-        self._saving, self._failure = 0, ""
+        self._saving, self._failure = -1, ""
         self._problems: dict[int, str] = {}
         self._said: set[int] = set()
         self._manager: ocp.CheckpointManager | None = None
@@ -107,7 +107,8 @@ class Checkpoints:
         self._saving, self._failure = step, ""
         self._problems.pop(step, None)
         # Forced, as Orbax otherwise refuses a step below the newest one, silently.
-        manager.save(step, args=ocp.args.StandardSave(state), force=True, custom_metadata={SEALED: True})
+        self._attempt(lambda: manager.save(step, args=ocp.args.StandardSave(state), force=True,
+                                           custom_metadata={SEALED: True}))
 
     def restore(self, state: Any, step: int | None = None) -> tuple[int, Any]:
         """The state saved at `step` (the newest intact one if None), placed like `state`.
@@ -207,11 +208,18 @@ class Checkpoints:
             _write_manifest(place, {**files, **{name: seal(place / name) for name in NOTES if (place / name).exists()}})
 
     def _settle(self) -> None:
-        """Waits for the save under way. One that failed is said; the next is due at its own step."""
-        try:
+        """Waits for the save under way."""
+        def finish() -> None:
             self._manager.wait_until_finished()
             if self._saving in self._manager.all_steps() and hosts.is_first():
                 self._seal_notes()
+
+        self._attempt(finish)
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        """Makes a call about the save under way. One that failed is said; the next save is due at its own step."""
+        try:
+            call()
         except Exception as error:  # whatever the file system raises
             if not hosts.alone():
                 raise  # the other processes wait for this one

@@ -188,7 +188,7 @@ def test_milestones_are_kept_for_good(tmp_path):
 
 
 def test_a_full_disk_is_said_and_the_next_one_is_written(tmp_path, monkeypatch, capfd):
-    def full(path):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     seal, said = checkpoint.seal, []
@@ -204,6 +204,11 @@ def test_a_full_disk_is_said_and_the_next_one_is_written(tmp_path, monkeypatch, 
     checkpoints.save(3, state_of(3))
     checkpoints.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+        checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
+        checkpoints.save(4, state_of(4))
+        assert said[1:] == ["checkpoint of step 4 could not be written: OSError: [Errno 28] No space left on device"]
     monkeypatch.setattr(checkpoint, "seal", full)
     checkpoints.save(4, state_of(4))
     with pytest.raises(InputError, match="expected a place with room for the checkpoint of step 4; received OSError"):
