@@ -157,7 +157,8 @@ def compile_program(name: str, function: Callable, arguments: tuple[Any, ...]) -
     """
     start = time.perf_counter()
     platform = next(iter(jax.tree.leaves(arguments)[0].sharding.device_set)).platform
-    lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+    elsewhere = None if platform == jax.default_backend() else (platform,)
+    lowered = function.trace(*arguments).lower(lowering_platforms=elsewhere)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

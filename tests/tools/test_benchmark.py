@@ -302,3 +302,16 @@ def test_bad_input(arguments, message, capsys, monkeypatch):
         monkeypatch.setenv(name, "1")
     assert program.main(arguments) == 2
     assert capsys.readouterr().err == message + "\n"
+
+
+def test_flops_of_rows_by_hand(problem):
+    """Two forward passes and a backward pass are a signal; the base model and two more cotangents make an anchor."""
+    found, size = cases.flops(problem), problem.size
+    sample = cases.transformer(size.config, problem.params, problem.current, 16, size.tokens)
+    signal, anchor = 2 * sample.forward + sample.backward, sample.base + 2 * sample.backward
+    assert found["exact_k5.signal"] == found["weighted_sum.no_kl"] == size.num * signal
+    assert found["exact_k5"] == pytest.approx(size.num * (signal + anchor / size.anchor_every))
+    assert found["torch.upstream.harmonised"] == found["separate_k5"]
+    assert found["separate_k5"] == pytest.approx(size.num * (signal + sample.base + 5 * sample.backward))
+    entry = record.times_record({"a": [0.5, 0.25, 0.25]}, {}, {"a": 1e12}, 16e12)["a"]
+    assert (entry["tflops"], entry["mfu"]) == (4.0, 0.25)

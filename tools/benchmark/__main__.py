@@ -24,7 +24,8 @@ Times are rows, in milliseconds:
   torch.upstream.*       diffusers and PEFT as upstream's trainer runs them; harmonised is K = 5
   torch.tuned.*          with the rollout policy merged, inference mode, float32 losses; torch.compiled.* compiled too
 
-Memory is what the compiler reserves for temporaries (ours) or PyTorch's peak allocation (on a GPU).
+TFLOP/s and MFU count what the mathematics asks for (`marble_jax.models.flops`), not what is computed again. Memory is
+what the compiler reserves for temporaries (ours) or PyTorch's peak allocation (on a GPU).
 """
 from __future__ import annotations
 
@@ -49,6 +50,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--formulations", action="store_true", help="time the formulations that were not chosen, too")
     parser.add_argument("--only", default="", help="rows to time, shell patterns separated by commas, so that more "
                         "rounds fit: 'weighted_sum*,combined_k5,exact_k5*,solve_k5,torch.*'")
+    parser.add_argument("--attention", choices=("auto", "xla", "cudnn", "einsum"), default="auto",
+                        help="of our side; auto is the fused kernel where the machine has it")
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="leave the PyTorch side out")
     parser.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto",
                         help="also time torch.compile (auto: on a GPU, or with a C++ compiler)")
@@ -78,13 +81,13 @@ def run(options: argparse.Namespace) -> dict:
     import jax
 
     import marble_jax  # noqa: F401  (sets a compiler flag before the first backend opens)
-    from marble_jax import platform
+    from marble_jax import chips, platform
     from marble_jax.errors import InputError
     from tools.benchmark import cases, measure, record
     from tools.benchmark.sizes import SIZES, make_problem
 
     platform.keep_compilations()
-    size = SIZES[options.size]()
+    size = dataclasses.replace(SIZES[options.size](), attention=options.attention)
     if options.chunk is not None:
         size = dataclasses.replace(size, chunk=options.chunk)
     if size.num % size.chunk:
@@ -113,12 +116,14 @@ def run(options: argparse.Namespace) -> dict:
     times = measure.interleave([found.ours, found.peer], options.repeats, options.seconds)
     others = record.share_of_others(before, record.busy_seconds(), time.perf_counter() - start, os.cpu_count())
     derived = cases.derive(size, times)
+    chip = chips.of_kind(jax.devices()[0].device_kind)
     times = dict(sorted({**times, **derived}.items(), key=lambda item: (item[0].startswith(("f.", "torch.")), item[0])))
     return {
         "command": " ".join(["python -m tools.benchmark", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
         "versions": record.versions(), "hardware": record.hardware(options.threads), "others": others,
         "xla_flags": os.environ.get("XLA_FLAGS", ""), "shapes": record.shapes(problem),
-        "times": record.times_record(times, found.memory), "ratios": cases.ratios(size, times)}
+        "times": record.times_record(times, found.memory, cases.flops(problem), chip.flops if chip else None),
+        "ratios": cases.ratios(size, times)}
 
 
 def main(arguments: list[str] | None = None) -> int:

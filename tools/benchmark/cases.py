@@ -9,11 +9,13 @@ from typing import Any
 import jax
 
 from marble_jax import adapters
+from marble_jax.models.flops import transformer
 from tools.benchmark import formulations, measure, ours
 from tools.benchmark.sizes import Problem, Size
 
 REWARDS = (1, 5, 20)
 REFRESH_EVERY = 10  # the paper's N
+PEERS = ("upstream", "tuned", "compiled")
 
 
 @dataclasses.dataclass
@@ -128,8 +130,8 @@ def add_peer(cases: Cases, problem: Problem, threads: int, compiled: bool, wante
             cases.peer[f"torch.{name}.{kind}"] = run
 
 
-def derive(size: Size, times: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """Times of an average micro-step of several kinds, by name; round by round.
+def mixtures(size: Size) -> dict[str, dict[str, float]]:
+    """Shares of what an average micro-step of several kinds is made of, by name.
 
     `exact_k5` is what training runs by default, one micro-step with anchors and anchor_every - 1 without. `.step` is an
     average micro-step of a whole optimiser step: its own number of anchors, and a share of the one solve.
@@ -144,7 +146,34 @@ def derive(size: Size, times: Mapping[str, list[float]]) -> dict[str, list[float
         between = 1 - 1 / REFRESH_EVERY
         shares[name.replace("exact", "amortised")] = {
             "combined_k5": between, **{part: s / REFRESH_EVERY for part, s in shares[name].items()}}
-    return {name: measure.mixture(times, parts) for name, parts in shares.items() if set(parts) <= set(times)}
+    return shares
+
+
+def derive(size: Size, times: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Times of the average micro-steps of `mixtures` whose parts were timed; round by round."""
+    return {name: measure.mixture(times, parts) for name, parts in mixtures(size).items() if set(parts) <= set(times)}
+
+
+def flops(problem: Problem) -> dict[str, float]:
+    """FLOPs that a row asks for, by name; what rematerialisation and a solve add is not counted.
+
+    A micro-step has the current and the rollout velocity forward, that of the base model where a divergence is taken,
+    and one backward pass for each cotangent, with the base weights frozen.
+    """
+    size = problem.size
+    sample = transformer(size.config, problem.params, problem.current, (size.side // size.config.patch_size)**2,
+                         size.tokens)
+    signal = 2 * sample.forward + sample.backward
+    whole = signal + sample.base
+    found = {"weighted_sum": whole, "weighted_sum.no_kl": signal, "combined_k5": whole}
+    for k in REWARDS:
+        found |= {f"exact_k{k}.anchors": whole + 2 * sample.backward, f"exact_k{k}.signal": signal, f"solve_k{k}": 0.0,
+                  f"separate_k{k}": whole + k * sample.backward}
+    for side in PEERS:
+        found |= {f"torch.{side}.weighted_sum": whole, f"torch.{side}.harmonised": whole + 5 * sample.backward}
+    found = {name: size.num * count for name, count in found.items()}
+    mixed = {name: sum(share * found[part] for part, share in parts.items()) for name, parts in mixtures(size).items()}
+    return found | mixed
 
 
 def ratios(size: Size, times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:

@@ -43,7 +43,7 @@ def hardware(threads: int) -> dict[str, Any]:
     models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     return {"processor": models[0] if models else platform.processor() or platform.machine(),
             "cores": os.cpu_count(), "threads": threads, "backend": jax.default_backend(),
-            "devices": [device.device_kind for device in jax.devices()]}
+            "devices": [device.device_kind for device in jax.devices()], "graphics": graphics()}
 
 
 def busy_seconds() -> tuple[float, float]:
@@ -67,12 +67,37 @@ def shapes(problem: Problem) -> dict[str, Any]:
             "adapter_parameters": adapters.num_parameters(problem.current)}
 
 
-def times_record(times: Mapping[str, list[float]], memory: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Quartiles in milliseconds, the single times, memory in bytes where it is known."""
-    return {name: {"milliseconds": measure.quartiles([1e3 * t for t in values]),
-                   "rounds": [round(1e3 * t, 3) for t in values],
-                   **({"bytes": memory[name]} if name in memory else {})}
-            for name, values in times.items()}
+def graphics() -> list[str]:
+    """Name, driver, memory and clocks of every NVIDIA GPU, as its own tool reports them; nothing without one."""
+    try:
+        asked = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm",
+                                "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
+
+
+def times_record(times: Mapping[str, list[float]], memory: Mapping[str, int], flops: Mapping[str, float] | None = None,
+                 peak: float | None = None) -> dict[str, dict[str, Any]]:
+    """Quartiles in milliseconds, the single times, and where they are known bytes of memory, TFLOP/s and MFU.
+
+    Args:
+      times: seconds by name, one a round.
+      memory: bytes by name.
+      flops: FLOPs that the mathematics asks for, by name.
+      peak: FLOP/s of the device; None where it is not in the table of chips.
+    """
+    found = {}
+    for name, values in times.items():
+        entry: dict[str, Any] = {"milliseconds": measure.quartiles([1e3 * t for t in values]),
+                                 "rounds": [round(1e3 * t, 3) for t in values]}
+        if name in memory:
+            entry["bytes"] = memory[name]
+        if flops and flops.get(name):
+            rate = flops[name] / (entry["milliseconds"]["median"] / 1e3)
+            entry |= {"flops": flops[name], "tflops": rate / 1e12} | ({"mfu": rate / peak} if peak else {})
+        found[name] = entry
+    return found
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -85,11 +110,15 @@ def table(record: Mapping[str, Any]) -> str:
              f"{100 * record['others']:.0f} % of the cores busy"
              + (f", so nothing here is a measurement (wanted: at most {100 * QUIET:.0f} %)"
                 if record["others"] > QUIET else ""),
-             "", f"{'milliseconds a micro-step':44s} {'median':>9s} {'q1':>9s} {'q3':>9s} {'memory MB':>10s}"]
+             "", f"{'milliseconds a micro-step':44s} {'median':>9s} {'q1':>9s} {'q3':>9s} {'memory MB':>10s} "
+             f"{'TFLOP/s':>8s} {'MFU':>4s}"]
     for name, entry in record["times"].items():
         ms, held = entry["milliseconds"], entry.get("bytes")
-        lines.append(f"{name:44s} {ms['median']:9.2f} {ms['q1']:9.2f} {ms['q3']:9.2f} "
-                     + (f"{held / 1e6:10.1f}" if held is not None else ""))
+        line = (f"{name:44s} {ms['median']:9.2f} {ms['q1']:9.2f} {ms['q3']:9.2f} "
+                + (f"{held / 1e6:10.1f}" if held is not None else " " * 10)
+                + (f" {entry['tflops']:8.3g}" if "tflops" in entry else "")
+                + (f" {entry['mfu']:4.0%}" if "mfu" in entry else ""))
+        lines.append(line.rstrip())
     lines += ["", f"{'speed relative to (above 1: the first is faster)':74s} {'median':>7s} {'q1':>7s} {'q3':>7s}"]
     for name, found in record["ratios"].items():
         lines.append(f"{name:74s} {found['median']:7.3f} {found['q1']:7.3f} {found['q3']:7.3f}")
