@@ -150,7 +150,8 @@ def test_strangers_do_not_take_a_place():
 
 
 @pytest.mark.parametrize(("counts", "indices", "message"), [
-    ((3, 2), (0, 1), "--num_processes: expected the same on every host; received 3 on process 0 .a. and 2 on process 1"),
+    ((3, 2), (0, 1), "--num_processes: expected the same on every host; received 3 on process 0 .a. and 2 on process 1"
+     ),
     ((3, 3, 3), (0, 1, 1), "--process_id: expected 0 to 2, each once; received 1 from [bc] and from [bc]"),
     ((2, 2), (0, 5), "--process_id: expected 0 to 1, each once; received 5 from b")])
 def test_processes_that_do_not_fit_together(counts, indices, message):
