@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# One host of a run: `marble-jax train "$@"`, a reward server beside it, and new starts after another host was lost.
+# The other launchers call this on every host.
+#
+#   REWARD_ARGS  arguments of `marble-jax reward serve`, such as "--path=rewards --rewards=geneval"; empty: no server.
+#                It listens on 127.0.0.1, and rewards.json asks it as {"kind": "remote", "urls": ["http://127.0.0.1:8810"]}:
+#                every host has its own pictures scored by its own server.
+#   REWARD_PORT  its port (8810)
+#   RESTARTS     how often to start again after status 75 (another host was lost), or when the training was killed (0)
+#   PID_FILE     where to leave the process id of this script; SIGTERM to it saves and stops the run on all hosts
+#   MARBLE       the command (marble-jax)
+set -uo pipefail
+
+read -r -a marble <<< "${MARBLE:-marble-jax}"
+port="${REWARD_PORT:-8810}"
+server="" training="" stopped=""
+
+end_server() { if [ -n "$server" ]; then kill "$server" 2> /dev/null; fi; }
+stop() { stopped=yes; if [ -n "$training" ]; then kill -TERM "$training" 2> /dev/null; fi; }
+trap end_server EXIT
+trap stop TERM INT HUP
+if [ -n "${PID_FILE:-}" ]; then echo $$ > "$PID_FILE"; fi
+
+if [ -n "${REWARD_ARGS:-}" ]; then
+  read -r -a reward <<< "$REWARD_ARGS"
+  "${marble[@]}" reward serve --host=127.0.0.1 --port="$port" "${reward[@]}" &
+  server=$!
+  for _ in $(seq 600); do
+    if (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then break; fi
+    if ! kill -0 "$server" 2> /dev/null; then
+      echo "host.sh: expected a reward server at port $port; received one that ended" >&2
+      exit 2
+    fi
+    sleep 1
+  done
+fi
+
+left="${RESTARTS:-0}"
+while true; do
+  "${marble[@]}" train "$@" &
+  training=$!
+  while true; do
+    wait "$training"
+    status=$?
+    kill -0 "$training" 2> /dev/null || break # else a signal came, and the training is still saving
+  done
+  case $status in
+    75 | 134 | 137) ;;
+    *) exit "$status" ;;
+  esac
+  if [ -n "$stopped" ] || [ "$left" -le 0 ]; then exit "$status"; fi
+  left=$((left - 1))
+  echo "host.sh: status $status, starting again ($left more)" >&2
+  sleep 2
+done
