@@ -255,7 +255,9 @@ def test_splash_compiles_for_a_tpu_slice():
     """The kernel's forward and backward passes under nested vmap over 2 x 2 devices, by the TPU's own compiler."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed, which holds the TPU's compiler")
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=HERE.parents[1])
+    environ = {name: value for name, value in os.environ.items() if name != "JAX_DEFAULT_MATMUL_PRECISION"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=HERE.parents[1],
+                          env=environ)  # the kernel's products of bfloat16 have no higher precision
     assert done.returncode == 0, done.stderr[-3000:]
     for calls, gathers in json.loads(done.stdout.splitlines()[-1]):
-        assert calls >= 4 and gathers <= 8  # heads are joined for the result, which nothing says how to split
+        assert calls >= 4 and gathers == 0
