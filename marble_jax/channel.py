@@ -42,6 +42,18 @@ class HostLost(Exception):
     """Another process ended or failed, so this one cannot go on; the message is one line."""
 
 
+class Refused(Exception):
+    """Some processes found that the run cannot go on; all of them learn it at the same exchange.
+
+    Attributes:
+      lines: why, by process; empty for those that found nothing.
+    """
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__(next(line for line in lines if line))
+        self.lines = list(lines)
+
+
 def _send(connection: socket.socket, kind: bytes, value: Any) -> None:
     body = json.dumps(value).encode()
     connection.sendall(struct.pack("!cI", kind, len(body)) + body)
@@ -140,30 +152,37 @@ class Channel:
         for reader in self._readers:
             reader.start()
 
-    def exchange(self, label: str, value: Any) -> list[Any]:
+    def exchange(self, label: str, value: Any, refusal: str = "") -> list[Any]:
         """Every process's value, in their order.
 
-        All processes have to call it in the same order.
+        All processes have to call it in the same order, but for one that refuses to go on: it may be anywhere.
 
         Args:
           label: what this is about; the same everywhere.
           value: anything JSON knows.
+          refusal: why this process cannot go on.
 
         Raises:
+          Refused: on every process, if one of them does.
           HostLost: a process ended, did something else, or kept the others waiting too long.
         """
-        mine = {"label": label, "value": value}
+        mine = {"label": label, "value": value, "refusal": refusal}
         if self.index:
             self._peers[0].send(_VALUE, mine)
-            return self._next(self._peers[0])
-        found = [mine] + [self._next(peer) for peer in self._peers]
-        for index, one in enumerate(found):
-            if one["label"] != label:
-                self.fail(f"expected every process at {label!r}; received process {index} at {one['label']!r}")
-        values = [one["value"] for one in found]
-        for peer in self._peers:
-            peer.send(_VALUE, values)
-        return values
+            answer = self._next(self._peers[0])
+        else:
+            found = [mine] + [self._next(peer) for peer in self._peers]
+            refusals = [one["refusal"] for one in found]
+            strays = [] if any(refusals) else [i for i, one in enumerate(found) if one["label"] != label]
+            if strays:
+                self.fail(f"expected every process at {label!r}; received process {strays[0]} at "
+                          f"{found[strays[0]]['label']!r}")
+            answer = {"refusals": refusals, "values": [one["value"] for one in found]}
+            for peer in self._peers:
+                peer.send(_VALUE, answer)
+        if any(answer["refusals"]):
+            raise Refused(answer["refusals"])
+        return answer["values"]
 
     def fail(self, line: str) -> None:
         """Tells the others that this process cannot go on, and why.

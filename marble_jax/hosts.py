@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from marble_jax.channel import LOST_STATUS, Channel, HostLost, meet, split_address
+from marble_jax.channel import LOST_STATUS, Channel, HostLost, Refused, meet, split_address
 from marble_jax.errors import InputError, one_of
 
 MODES = ("auto", "off", "on")
@@ -257,9 +257,27 @@ def count() -> int:
     return 1 if _channel is None else _channel.count
 
 
-def exchange(label: str, value: Any) -> list[Any]:
-    """Every process's value (anything JSON knows), in their order; a list of one for a process on its own."""
-    return [value] if _channel is None else _channel.exchange(label, value)
+class Agreed(InputError):
+    """Bad input that one process found and all of them raise."""
+
+
+def exchange(label: str, value: Any, refusal: str = "") -> list[Any]:
+    """Every process's value (anything JSON knows), in their order; a list of one for a process on its own.
+
+    Args:
+      label: what it is about.
+      value: of this process.
+      refusal: why this process cannot go on, if it cannot; the others may then be at any other exchange.
+
+    Raises:
+      Agreed: on every process, with the refusal of the first one that has one; it is named unless all say the same.
+    """
+    if _channel is None:
+        return [value]
+    try:
+        return _channel.exchange(label, value, refusal)
+    except Refused as error:
+        raise Agreed(error.lines[0] if len(set(error.lines)) == 1 else first_of(error.lines)) from None
 
 
 def together(label: str, call: Callable[[], Value]) -> Value:
@@ -270,12 +288,14 @@ def together(label: str, call: Callable[[], Value]) -> Value:
     """
     if _channel is None:
         return call()
-    result, said = None, ""
+    result, refusal = None, ""
     try:
         result = call()
+    except Agreed:
+        raise
     except (InputError, OSError) as error:
-        said = _line(error)
-    _raise_first(exchange(label, said))
+        refusal = _line(error)
+    exchange(label, None, refusal)
     return result
 
 
@@ -287,15 +307,14 @@ def from_first(label: str, call: Callable[[], Value]) -> Value:
     """
     if _channel is None:
         return call()
-    result, said = None, ""
+    result, refusal = None, ""
     if is_first():
         try:
             result = call()
         except (InputError, OSError) as error:
-            said = _line(error)
-    found = exchange(label, [said, result])
-    _raise_first([error for error, _ in found])
-    return result if is_first() else found[0][1]
+            refusal = _line(error)
+    found = exchange(label, result, refusal)
+    return result if is_first() else found[0]
 
 
 def any_of(label: str, reason: str) -> str:
@@ -336,11 +355,6 @@ def _line(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     return str(error)
-
-
-def _raise_first(said: list[str]) -> None:
-    if any(said):
-        raise InputError(said[0] if len(set(said)) == 1 else first_of(said))
 
 
 def put(tree: Any, sharding: Any) -> Any:

@@ -66,6 +66,17 @@ def test_a_process_elsewhere_is_noticed(met):
     assert {str(e) for e in found} == {"process 0 (host0): expected every process at 'a'; received process 2 at 'b'"}
 
 
+def test_a_refusal_reaches_all_wherever_they_are(met):
+    def one(i):
+        try:
+            met[i].exchange("inner" if i < 2 else "outer", i, "no model" if i == 2 else "")
+        except channel.Refused as error:
+            return error.lines
+
+    assert of_each(range(3), one) == [["", "", "no model"]] * 3
+    assert of_each(range(3), lambda i: met[i].exchange("next", i)) == [[0, 1, 2]] * 3
+
+
 @pytest.mark.parametrize("leaving", [0, 2])
 def test_why_a_process_left_reaches_the_others(met, leaving):
     staying = [i for i in range(3) if i != leaving]

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 OPTIONS = {"distributed": "auto", "coordinator": "", "num_processes": "", "process_id": "", "init_timeout": "300",
            "heartbeat_timeout": "100"}
-HELP = """  --distributed=auto       several processes as one run: auto takes what a TPU pod, SLURM, Open MPI, Kubernetes,
-                           torchrun (MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK) or JAX's variables say
+HELP = """  --distributed=auto       several processes as one run: auto takes what a TPU pod, SLURM, Open MPI,
+                           Kubernetes, torchrun (MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK) or JAX's variables say
                            (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID); on insists that one of them
                            does; off is one process
   --coordinator=HOST:PORT --num_processes=N --process_id=I

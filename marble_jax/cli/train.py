@@ -22,10 +22,11 @@ def run(argv: Sequence[str]) -> int:
     values, config_args = split(argv, {"workdir": None, **OPTIONS})
     cluster, init_timeout, heartbeat_timeout = cluster_of(values)
     from marble_jax import hosts
-    from marble_jax.run import PACKAGES, train_run
-    from marble_jax.training.loop import Interrupted
 
     with hosts.joined(cluster, "train", init_timeout, heartbeat_timeout):
+        from marble_jax.run import PACKAGES, train_run
+        from marble_jax.training.loop import Interrupted
+
         config = hosts.together("configuration", lambda: load_config(config_args))
         if cluster is not None:
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}

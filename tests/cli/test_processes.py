@@ -1,0 +1,91 @@
+"""`marble-jax train` as several processes: what is wrong on one host ends all of them, with one line each."""
+from __future__ import annotations
+
+import re
+import socket
+
+import pytest
+import small_run as small
+
+from marble_jax.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small.make_pipeline(tmp_path_factory.mktemp("small"))
+
+
+def refusals(processes):
+    """The lines of processes that all end with status 2, without `marble-jax train: process N: `."""
+    lines = []
+    for index, (status, out, errors) in enumerate(small.ended(processes)):
+        assert status == 2 and "Traceback" not in errors, (status, errors)
+        said = [line for line in errors.splitlines() if line.startswith("marble-jax")]
+        assert len(said) == 1 and not out, (errors, out)
+        lines.append(re.sub(rf"^marble-jax train: (process {index}: )?", "", said[0]))
+    return lines
+
+
+def everybody(line):
+    """The line that all of them say."""
+    def check(lines):
+        assert len(set(lines)) == 1 and re.search(line, lines[0]), lines
+
+    return check
+
+
+def test_others_that_do_not_come(folder, tmp_path):
+    """Processes of torchrun's variables, one of which is missing."""
+    port = small.free_port()
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    arguments = [*small.command(folder, tmp_path / "run"), "--init_timeout=10"]
+    everybody(rf"expected 3 processes at port {port} of process 0 \(.*\) within 10 s; received none from process 1: ")(
+        refusals([small.start(arguments, RANK=rank, **torchrun) for rank in "02"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_nobody_at_the_coordinator(folder, tmp_path, capsys):
+    port = small.free_port()
+    assert main([*small.command(folder, tmp_path / "run"), f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
+                 "--process_id=1", "--init_timeout=1"]) == 2
+    errors = capsys.readouterr().err
+    assert re.fullmatch(rf"marble-jax train: --coordinator: expected process 0 at 127.0.0.1:{port} within 1 s; "
+                        r"received none \(Connection refused\): is process 0 running there, .*\n", errors)
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ("--init_timeout=0", "--init_timeout: expected a number of at least 1; received '0'"),
+    ("--distributed=yes", "--distributed: expected one of auto, off, on; received 'yes'"),
+    ("--process_id=1", "--coordinator: expected together with --num_processes, --process_id; received nothing")])
+def test_bad_options(folder, tmp_path, capsys, option, message):
+    assert main([*small.command(folder, tmp_path / "run"), option]) == 2
+    assert message in capsys.readouterr().err
+
+
+def pair(arguments, **how):
+    port = small.free_port()
+    return [small.start(arguments[i], i, 2, port, **{k: v[i] for k, v in how.items()}) for i in range(2)]
+
+
+def test_configurations_that_differ(folder, tmp_path):
+    arguments = [small.command(folder, tmp_path / "run", nft__beta=beta) for beta in (0.1, 0.2)]
+    everybody(r"config.nft.beta: expected the same on every host; received 0.1 on process 0 \(.*\) and 0.2 on process "
+              "1 ")(refusals(pair(arguments)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_not_shared(folder, tmp_path):
+    """A relative place on hosts with another working directory each."""
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        place.mkdir()
+    everybody(r"process 1 \(.*\): workdir: expected a directory that all hosts share; received run, where what process "
+              "0 writes does not show$")(refusals(pair([small.command(folder, "run")] * 2, cwd=places)))
+    assert [list(place.iterdir()) for place in places] == [[], []]
+
+
+def test_a_model_that_one_host_lacks(folder, tmp_path):
+    arguments = [small.command(folder, tmp_path / "run", model__path="model")] * 2
+    everybody(rf"process 1 \({re.escape(socket.gethostname())}\): model: expected a directory or a Hub name "
+              "owner/model; received 'model'$")(refusals(pair(arguments, cwd=[folder, tmp_path])))
+    assert not (tmp_path / "run").exists()
