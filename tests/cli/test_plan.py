@@ -54,7 +54,7 @@ def test_one_device_of_unknown_kind(capsys):
     (["--programs=train"], "--programs: expected one of rollout, decode, solving, between; received 'train'"),
     (["--topology=v5x:4x4"], "--topology: expected a slice of v5e, v5p, v6e .*received 'v5x:4x4'"),
     (["--config.model.path=me/sd35"], "model.path: expected a local directory, 'embedded' or one of the published"),
-    (["--config.model.attention=cudnn", "--chip=v5e"], "model.attention: expected 'xla'.*on tpu in bfloat16"),
+    (["--config.model.attention=cudnn", "--chip=v5e"], "model.attention: expected 'splash'.*on tpu in bfloat16"),
     (["--config.logging.profile_steps=5-3"], "logging.profile_steps: expected steps such as 3-5"),
     (["--json=/no/such/folder/plan.json"], "--json: expected a file in a folder that is there; received '/no/such")])
 def test_one_line_for_bad_input(refused, options, message):
