@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from marble_jax import adapters, chips, compose, hosts, parallel, platform, probe
+from marble_jax import adapters, chips, compose, hosts, parallel, platform, probe, sharding
 from marble_jax.checkpoint import Checkpoints
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity, shown
@@ -304,6 +304,8 @@ def _announce(run: compose.Run, workdir: Workdir, console: Console, resumed: int
         ("devices", f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}"),
         ("model", f"{config.model.path}: transformer {quantity(base)} {config.model.dtype}, adapter "
                   f"{quantity(trained)} (rank {config.lora.rank}{start}), {config.model.resolution} px"),
+        ("base weights", sharding.described(run.mesh, "transformer", run.pipeline.params,
+                                            run.pipeline.model.config.attention_head_dim)),
         ("rewards", f"{joined(config.rewards.train)}; never trained on: {joined(config.rewards.heldout)}"),
         ("step", f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.pictures} "
                  f"pictures in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} "

@@ -236,6 +236,16 @@ def layout(mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], h
     return Layout(total, device, unsplit)
 
 
+def described(mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH) -> str:
+    """`layout` in words."""
+    found = layout(mesh, network, shapes, head_width)
+    over = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
+    if not over:
+        return "replicated"
+    unsplit = f", {found.unsplit / 1e6:.0f} MB of it on every device as no axis divides" if found.unsplit else ""
+    return f"sharded over {over}: {found.device / 1e9:.2f} of {found.total / 1e9:.2f} GB a device{unsplit}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Gather:
     """Puts weights of the transformer together over `fsdp`, inside a compiled function.

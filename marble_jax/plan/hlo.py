@@ -38,16 +38,27 @@ def collectives(text: str) -> tuple[Collective, ...]:
         match = _LINE.match(line)
         if not match:
             continue
-        shapes = [_size(*shape) for shape in _SHAPE.findall(match[1]) if shape[1] or not match[3]]
-        if match[3] and match[2] != "all-reduce":
-            shapes = shapes[len(shapes) // 2:]  # an asynchronous start gives its operands, then its results
-        size = sum(shapes)
+        size = result_bytes(match[2], match[1], bool(match[3]))
         name = _OP_NAME.search(line)
         origin = name[1] if name else ""
         found.setdefault((match[2], "while/body" in origin), []).append((size, origin))
     rows = [Collective(kind, looped, len(each), sum(size for size, _ in each), max(each)[1])
             for (kind, looped), each in found.items()]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
+
+
+def result_bytes(kind: str, result: str, started: bool) -> int:
+    """Bytes of a collective's result.
+
+    Args:
+      kind: such as "all-reduce".
+      result: its type in the text.
+      started: whether it is the start of an asynchronous one.
+    """
+    shapes = [_size(*shape) for shape in _SHAPE.findall(result) if shape[1] or not started]
+    if started and kind != "all-reduce":
+        shapes = shapes[len(shapes) // 2:]  # an asynchronous start gives its operands, then its results
+    return sum(shapes)
 
 
 def _size(kind: str, sides: str) -> int:

@@ -46,12 +46,7 @@ SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
 
 def weight_bytes(made: Architecture, mesh: Mesh | AbstractMesh) -> float:
     """Bytes of the base weights on a device."""
-    return layout(made, mesh).device
-
-
-def layout(made: Architecture, mesh: Mesh | AbstractMesh) -> sharding.Layout:
-    """How the base weights lie on the devices."""
-    return sharding.layout(mesh, "transformer", made.params, made.model.config.attention_head_dim)
+    return sharding.layout(mesh, "transformer", made.params, made.model.config.attention_head_dim).device
 
 
 def programs(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.Sizes, mesh: Mesh | AbstractMesh,
@@ -103,10 +98,9 @@ def beside(config: ml_collections.ConfigDict, made: Architecture, mesh: Mesh | A
 
 
 def _lies(made: Architecture, mesh: Mesh | AbstractMesh) -> str:
-    dtype, found = jax.tree.leaves(made.params)[0].dtype, layout(made, mesh)
-    over = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
-    unsplit = f", {found.unsplit / 1e6:.0f} MB of it on every device as no axis divides" if found.unsplit else ""
-    return f"{dtype}, {f'sharded over {over}{unsplit}' if over else 'replicated'}"
+    dtype = jax.tree.leaves(made.params)[0].dtype
+    lie = sharding.described(mesh, "transformer", made.params, made.model.config.attention_head_dim)
+    return f"{dtype}, {lie}"
 
 
 class _Parts:

@@ -20,6 +20,7 @@ from marble_jax.models.attention import choose
 from marble_jax.models.flops import decoder, transformer
 from marble_jax.plan import ahead, memory
 from marble_jax.plan.architecture import Architecture, architecture
+from marble_jax.plan.executed import reason_of
 from marble_jax.rewards.function import is_function
 from marble_jax.run import method_name
 from marble_jax.work import StepWork, step_work
@@ -122,8 +123,8 @@ def _show_sizes(config: ml_collections.ConfigDict, made: Architecture, sizes: co
                     f"decoded {compose.decode_size(rollout.batch_size, mesh) // count} a device at a time"),
         ("train", f"{sizes.micro_steps} micro-steps of {micro}, {micro // count} a device; gradients of every reward "
                   f"{solves}, {compose.chunk_size(config, count) // count} samples a device at a time"),
-        ("everywhere", "transformer and autoencoder on every device, samples split over all of them; rewards with a "
-                       "network likewise; adapters, optimiser and the solve for alpha on every device alike"),
+        ("everywhere", "samples split over data x fsdp; base weights as below, autoencoder and rewards with a network "
+                       "whole; adapters, optimiser and the solve for alpha on every device alike"),
         ("hosts", "every host runs the same command; rewards that read pictures (OCR, GenEval" +
                   (f", {joined(functions)}" if functions else "") + f") in {config.rewards.num_workers} threads; " +
                   ("text embeddings from disk, text encoders only to fill it" if config.prompts.embedding_cache else
@@ -196,7 +197,8 @@ def _compile(jobs: dict[str, Any], sources: dict[str, list[memory.Source]], requ
                         f"{program.bytes / GB:.3g} GB read and written")
         for each in program.collectives:
             console.say(f"    {each.kind} x {each.count}{' in a loop' if each.looped else ''}: "
-                        f"{each.bytes / 1e6:.4g} MB, the largest from {each.origin or 'the compiler'}")
+                        f"{each.bytes / 1e6:.4g} MB, the largest from {each.origin or 'the compiler'}"
+                        f" ({reason_of(each.kind, each.origin) or 'not explained'})")
     return found
 
 
