@@ -13,7 +13,7 @@ from etils import epath
 from marble_jax import hosts
 from marble_jax.errors import InputError
 
-PATIENCE = 15.0
+PATIENCE = 10.0
 """Seconds; what one host writes to a network's file system is not at once seen by the others."""
 
 

@@ -197,17 +197,19 @@ time.sleep(100)
 """
 
 
-def test_a_killed_process_ends_the_others_even_where_they_hang():
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_even_where_they_hang(victim):
     address = f"127.0.0.1:{free_port()}"
     processes = [subprocess.Popen([sys.executable, "-c", STUCK, address, str(i)], cwd=ROOT, text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(3)]
     try:
         assert [p.stdout.readline() for p in processes] == ["there\n"] * 3
-        processes[1].kill()
-        for i in (0, 2):
+        processes[victim].kill()
+        for i in {0, 1, 2} - {victim}:
             _, errors = processes[i].communicate(timeout=60)
             assert processes[i].returncode == channel.LOST_STATUS
-            assert errors == f"marble-jax: process {i}: process 1 (host1) ended, or cannot be reached any more\n"
+            assert errors == (f"marble-jax: process {i}: process {victim} (host{victim}) ended, or cannot be reached any "
+                              "more\n")
     finally:
         for process in processes:
             process.kill()

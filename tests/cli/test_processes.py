@@ -1,6 +1,7 @@
 """`marble-jax train` as several processes: what is wrong on one host ends all of them, with one line each."""
 from __future__ import annotations
 
+import json
 import re
 import socket
 
@@ -89,3 +90,21 @@ def test_a_model_that_one_host_lacks(folder, tmp_path):
     everybody(rf"process 1 \({re.escape(socket.gethostname())}\): model: expected a directory or a Hub name "
               "owner/model; received 'model'$")(refusals(pair(arguments, cwd=[folder, tmp_path])))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_leaves_what_one_leaves(folder, tmp_path):
+    """Everything from the command line to the report, with a reward on the devices and one on the hosts."""
+    whole = small.ended([small.start(small.command(folder, tmp_path / "one", export__every_steps=3), devices=2)], 1500)
+    both = small.ended(pair([small.command(folder, tmp_path / "two", export__every_steps=3)] * 2), 1500)
+    assert [status for status, _, _ in whole + both] == [0, 0, 0], (whole, both)
+    assert "report:" in both[0][1] and "step" not in both[1][1]
+    files = [{str(p.relative_to(place)) for p in place.rglob("*") if p.is_file() and "checkpoints" not in p.parts}
+             for place in (tmp_path / "one", tmp_path / "two")]
+    assert files[0] == files[1]
+    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
+    assert [len(r) for r in rows] == [3, 3]
+    for one, two in zip(*rows):
+        for key in (k for k in one if k.split("/")[0] in ("rollout", "training", "nft", "advantages")):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
