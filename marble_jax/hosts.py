@@ -143,9 +143,11 @@ def _detected(timeout: float) -> Cluster | None:
     """
     from jax._src import clusters
 
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
     try:
-        address, count, index, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, int(timeout))
+        # The coordinator is asked for last: a host on its own has none that could be found.
+        _, count, index, devices = detect("nowhere:1", None, None, None, None, int(timeout))
+        address = None if count in (None, 1) else detect(None, count, index, devices, None, int(timeout))[0]
     except Exception as error:  # whatever the cluster's own interfaces raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"--distributed: expected the cluster to say who takes part; received {type(error).__name__}: "
@@ -191,12 +193,22 @@ def joined(cluster: Cluster | None, verb: str, init_timeout: float = 300.0, hear
 def end_unless(agreed: tuple[type[BaseException], ...], error: BaseException) -> None:
     """Ends this process here and now if it is one of several and failed on its own: tidying up would wait for others.
 
+    Bad input is made known first, and then all processes tidy up.
+
     Args:
       agreed: what all processes raise together.
       error: what was raised.
     """
-    if _channel is not None and not isinstance(error, (InputError, *agreed)):
-        _end(_channel, "", error)
+    if _channel is None or isinstance(error, (Agreed, *agreed)):
+        return
+    if isinstance(error, InputError):
+        try:
+            exchange("end", None, str(error))
+        except Agreed:
+            return
+        except HostLost as lost:
+            error = lost
+    _end(_channel, "", error)
 
 
 def _end(channel: Channel, verb: str, error: BaseException) -> None:

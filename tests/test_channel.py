@@ -187,6 +187,7 @@ def test_addresses(address):
     assert channel.split_address("[::1]:80") == ("::1", 80)
 
 
+ENDED = "ended, or cannot be reached any more"
 STUCK = """
 import sys, time
 from marble_jax import channel
@@ -208,8 +209,7 @@ def test_a_killed_process_ends_the_others_even_where_they_hang(victim):
         for i in {0, 1, 2} - {victim}:
             _, errors = processes[i].communicate(timeout=60)
             assert processes[i].returncode == channel.LOST_STATUS
-            assert errors == (f"marble-jax: process {i}: process {victim} (host{victim}) ended, or cannot be reached any "
-                              "more\n")
+            assert errors == f"marble-jax: process {i}: process {victim} (host{victim}) {ENDED}\n"
     finally:
         for process in processes:
             process.kill()

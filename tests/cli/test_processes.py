@@ -93,6 +93,15 @@ def test_a_model_that_one_host_lacks(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_reward_that_needs_whole_groups(folder, tmp_path):
+    (folder / "rewards" / "ranks.py").write_text("def rank(images, prompt, metadata):\n    return range(len(images))\n")
+    arguments = [small.command(folder, tmp_path / "run", rewards__train="brightness,ranks:rank",
+                               rollout__images_per_prompt=8, rollout__batch_size=8)] * 2
+    everybody("rollout.batch_size: expected the 8 pictures of a prompt on one host of 2, as ranks:rank compares them; "
+              "received 8; nearest valid 16$")(refusals(pair(arguments)))
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_leaves_what_one_leaves(folder, tmp_path):
     """Everything from the command line to the report, with a reward on the devices and one on the hosts."""
     whole = small.ended([small.start(small.command(folder, tmp_path / "one", export__every_steps=3), devices=2)], 1500)

@@ -23,7 +23,8 @@ def start(place, count, *more, steps=NUM_STEPS):
     """The processes of a run, their output as text."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "JAX_PLATFORMS": "cpu",
+                        "XLA_FLAGS": "--xla_backend_optimization_level=0",
                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return [subprocess.Popen([sys.executable, HERE / "toy_processes.py", place, f"127.0.0.1:{port}", str(count), str(i),
                               str(steps), *more], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
