@@ -40,7 +40,7 @@ def workdir(tmp_path):
      (["--config.rollout.batch_size=5"], "batch_size: expected a divisor of the 12 .*received 5; nearest valid 4"),
      (["--config.training.micro_batch_size=13"], "training.micro_batch_size: .*received 13; nearest valid 12"),
      (["--config.rollout.images_per_prompt=1"], "rollout.images_per_prompt: expected a number >= 2 .*; received 1"),
-     (["--config.mesh.data=3"], "mesh: expected data x fsdp x tensor = 1 .*received 3 x 1 x 1 .nearest valid 1 x 1 x 1"),
+     (["--config.mesh.data=3"], "mesh: .* data x fsdp x tensor = 1 .*received 3 x 1 x 1 .nearest valid 1 x 1 x 1"),
      (["--config.mesh.fsdp=0"], "mesh: expected data x fsdp x tensor = 1 .*received -1 x 0 x 1"),
      (["--config.rewards.train=ocr,geneva"], "reward: .*received 'geneva'; did you mean 'geneval'"),
      (["--config.rewards.train=ocr,ocr"], "reward: expected every name once; received 'ocr' 2 times"),
