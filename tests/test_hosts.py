@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marble_jax import hosts
+from marble_jax.cluster import Cluster, find_cluster
 from marble_jax.errors import InputError
-from marble_jax.hosts import Cluster, find_cluster
 
 ROOT = Path(__file__).parents[1]
 JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}

@@ -13,7 +13,7 @@ ROWS = (
     ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
     ("mechanisms", ("flow", "models", "parallel", "sharding", "prompts", "checkpoint", "leaves", "manifest",
                     "storage", "pictures", "workdir", "config", "console",
-                    "chips", "channel", "hosts", "probe")),
+                    "chips", "channel", "cluster", "hosts", "probe")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
     ("composition", ("compose", "work", "plan", "run", "draw", "compare", "export", "model_card", "verify")),

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from marble_jax import hosts, parallel, probe
+from marble_jax.cluster import find_cluster
 from marble_jax.errors import InputError
 
 
@@ -79,7 +80,7 @@ def places(index, own, shared):
 
 
 def main(coordinator, count, index, own, shared):
-    cluster = hosts.find_cluster("on", coordinator, count, index)
+    cluster = find_cluster("on", coordinator, count, index)
     with hosts.joined(cluster, "toy", 60, 30):
         index, count = hosts.index(), hosts.count()
         found = {"agreement": agreement(index, count), "places": places(index, own, shared)}

@@ -13,6 +13,7 @@ import toy_run
 
 from marble_jax import hosts, parallel, probe
 from marble_jax.checkpoint import Checkpoints
+from marble_jax.cluster import find_cluster
 from marble_jax.console import Console
 from marble_jax.harmonize.baselines import make_balancer
 from marble_jax.rewards.base import Reward
@@ -74,7 +75,7 @@ def run(place, num_steps, broken):
 
 
 def main(place, coordinator, count, index, num_steps="6", broken=""):
-    cluster = hosts.find_cluster(coordinator=coordinator, num_processes=count, process_id=index)
+    cluster = find_cluster(coordinator=coordinator, num_processes=count, process_id=index)
     with hosts.joined(cluster, "toy", 60, 30):
         hosts.start_jax(cluster, 60, 30)
         assert jax.process_count() == int(count)
