@@ -140,14 +140,6 @@ class Checkpoints:
         if problem := self._problem(step):
             raise InputError(f"checkpoint of step {step}: expected an intact one; received {problem}")
 
-    def preempted(self, step: int) -> bool:
-        """Whether the machines are about to be taken away and this is the step that all hosts save at.
-
-        Asked once a step with the same numbers on every host. Always False without JAX's distributed runtime, which is
-        what listens for the notice.
-        """
-        return ocp.utils.reached_preemption(step)
-
     def wait(self) -> None:
         """Blocks until everything saved so far is complete."""
         if self._manager is not None:

@@ -209,8 +209,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
         checkpoints.save(0, state)
     hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s), exports,
                   lambda r: speed(work, r, run.sizes.pictures, jax.device_count(), chip), profiler,
-                  Guard(training.non_finite, training.non_finite_patience, training.max_rollbacks, rollback),
-                  checkpoints.preempted)
+                  Guard(training.non_finite, training.non_finite_patience, training.max_rollbacks, rollback))
     try:
         if done and schedule.evaluates(done):
             state = evaluations(state)  # a reward may have stopped the run during this very evaluation

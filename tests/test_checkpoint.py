@@ -221,7 +221,6 @@ def test_there_is_nothing_to_restore(tmp_path):
     checkpoints = Checkpoints(tmp_path / "none")
     assert checkpoints.latest() is None and checkpoints.steps() == []
     assert not (tmp_path / "none").exists()
-    assert not checkpoints.preempted(3)  # without JAX's distributed runtime
     with pytest.raises(InputError, match="checkpoints.keep: expected at least 1; received 0"):
         Checkpoints(tmp_path, keep=0)
 
@@ -253,30 +252,3 @@ def test_from_one_device_to_eight_and_back(place):
     assert step == 10 and same(found, 10)
     without_manifest(place, 10)  # the trial copes with what eight devices wrote, too
     assert Checkpoints(place, say=pytest.fail).latest() == 10
-
-
-def notified(port):
-    """In a process of JAX's distributed runtime: asks at every step, and is told after SIGTERM."""
-    import signal
-    import time
-
-    jax.distributed.initialize(f"localhost:{port}", num_processes=1, process_id=0)
-    checkpoints = Checkpoints("/tmp/nowhere")
-    assert not any(checkpoints.preempted(step) for step in range(3))
-    os.kill(os.getpid(), signal.SIGTERM)
-    for step in range(3, 200):
-        if checkpoints.preempted(step):
-            print("told")
-            return
-        time.sleep(0.05)
-
-
-def test_a_preemption_notice_is_passed_on_by_the_distributed_runtime():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_checkpoint as t; t.notified({port})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent, timeout=300)
-    assert done.returncode == 0 and "told" in done.stdout, done.stderr[-2000:]

@@ -91,7 +91,6 @@ class Hooks:
       profiler: around every step.
       guard: called with the state after every step and its record; returns the state to go on from, which may be that
         of an earlier step.
-      preempted: called with the steps done, once a step: whether the machines are about to be taken away.
     """
 
     record: Callable[[int, dict[str, Any]], None]
@@ -101,7 +100,6 @@ class Hooks:
     speed: Callable[[Mapping[str, Any]], dict[str, float]] = lambda record: {}
     profiler: Profiler = Profiler(range(0), "")
     guard: Callable[[TrainState, Mapping[str, Any]], TrainState] = lambda state, record: state
-    preempted: Callable[[int], bool] = lambda step: False
 
 
 class Interrupted(Exception):
@@ -276,8 +274,6 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
             if int(state.step) != done:
                 saved = int(state.step)
                 continue
-            if hooks.preempted(done):
-                stops.append(signal.SIGTERM)
             if schedule.evaluates(done):
                 state = evaluated(state, done)
             if schedule.saves(done) or stopping():

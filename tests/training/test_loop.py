@@ -199,19 +199,6 @@ def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
     toy.assert_identical(_train(jax.tree.map(jnp.asarray, diary.saved[1]), Diary()), _whole()[0])
 
 
-def test_a_preemption_notice_is_like_a_signal():
-    diary, asked = Diary(), []
-
-    def preempted(done):
-        asked.append(done)
-        return done == 2
-
-    with pytest.raises(Interrupted, match="after step 2"):
-        train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Schedule(9, 0, 50),
-              dataclasses.replace(diary.hooks, preempted=preempted), Console(), toy.SCALE, False, lambda tree: tree)
-    assert asked == [1, 2] and list(diary.saved) == [2]
-
-
 def test_a_signal_after_the_save_check_is_not_lost():
     """It comes when the loop looks whether another step is due: nothing was saved on schedule, so it is saved now."""
     class Late:
