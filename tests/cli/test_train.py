@@ -31,7 +31,7 @@ def workdir(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--wrkdir=1"], r"option: expected one of --config, --workdir; received --wrkdir; did you mean 'workdir'\?"),
+    [(["--wrkdir=1"], r"option: expected one of --config, --workdir, .*; received --wrkdir; did you mean 'workdir'\?"),
      (["--config.training.num_stps=3"], "num_stps: expected a configuration key; .*'training.num_steps'"),
      (["--config.training.num_steps=abc"], r"num_steps: expected int \(optimiser steps\); received 'abc'"),
      (["--config.nft.beta=-1"], r"config.nft.beta: expected a number in \(0, 1\] .*; received -1.0"),

@@ -76,11 +76,11 @@ def test_models_and_resolutions_that_do_not_fit():
 def test_what_is_passed_to_a_program_is_exact(medium):
     """The parts that are no estimates, against shapes: weights over fsdp, four adapters, two moments."""
     chosen = config(harmonize__mode="amortised", model__remat="full")
-    for fsdp, expected in ((1, 2 * 2_469_663_936), (16, 2 * 2_469_663_936 / 16)):
+    for fsdp, expected, whole in ((1, 2 * 2_469_663_936, 5e-3), (16, 2 * 2_469_663_936 / 16, 4e-2)):
         mesh = parallel.abstract_mesh(16, -1, fsdp)
         found = memory.programs(chosen, medium, compose.derive_sizes(chosen, 16), mesh)
         by_name = {s.name: s.bytes for s in found["train, between"]}
-        assert by_name[memory.BASE] == pytest.approx(expected, rel=5e-3)  # small leaves stay whole
+        assert by_name[memory.BASE] == pytest.approx(expected, rel=whole)  # biases and norms stay whole
         assert by_name[memory.ADAPTERS] == 4 * 4 * 18_776_064 and by_name[memory.OPTIMISER] == 2 * 4 * 18_776_064
         solving = {s.name: s.bytes for s in found["train, solving"]}
         assert solving[memory.SAMPLES] == 3 * 3 * 4 * 18_776_064  # chunks of 3, three directions

@@ -101,7 +101,10 @@ def run(script, *arguments, **environ):
 def test_a_slurm_job(tmp_path):
     """With srun and scontrol that write down what they are asked for."""
     for name in ("srun", "scontrol"):
-        script = program(tmp_path, f'echo {name} "$@" >> {tmp_path}/asked\n[[ "$*" == *" train "* ]] && exit 75\n:\n')
+        # A run lasts until the reward servers beside it were asked for.
+        script = program(tmp_path, f'echo {name} "$@" >> {tmp_path}/asked\n[[ "$*" == *" train "* ]] || exit 0\n'
+                         f'for i in {{1..300}}; do grep -q "reward serve" {tmp_path}/asked && break; sleep 0.1; done\n'
+                         'exit 75\n')
         Path(script).rename(tmp_path / name)
     done = run("slurm.sbatch", "--config=c.py", "--workdir=/a b", PATH=f"{tmp_path}:{os.environ['PATH']}",
                SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="17", REWARD_ARGS="--path=rewards --rewards=geneval")
