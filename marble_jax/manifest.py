@@ -83,9 +83,10 @@ def check_hashes(root: Folder, progress: Callable[[int], object] = lambda _: Non
       InputError: a file is missing, or its size or hash is another.
     """
     check_sizes(root)
-    for name, record in recorded(root).items():
+    files = recorded(root)
+    for name, record in files.items():
         received = seal(root / name, progress)["sha256"]
         if received != record["sha256"]:
             raise InputError(f"{root / name}: expected SHA-256 {record['sha256'][:16]}... (its manifest); received "
                              f"{received[:16]}...")
-    return sum(record["bytes"] for record in recorded(root).values())
+    return sum(record["bytes"] for record in files.values())

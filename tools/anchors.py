@@ -24,7 +24,6 @@ import optax
 from marble_jax import adapters, compose, parallel, platform, tree
 from marble_jax.checkpoint import Checkpoints
 from marble_jax.draw import run_config
-from marble_jax.prompts.groups import draw
 from marble_jax.training.loop import advantages_of
 from marble_jax.training.microsteps import RolloutBatch
 from marble_jax.training.state import TrainState
@@ -77,11 +76,9 @@ def show(title: str, taken: dict[int, list[Adapter]]) -> None:
 
 def rollouts(run: compose.Run, state: TrainState, step: int) -> RolloutBatch:
     """The batch that the loop would train on next."""
-    config = run.config
-    samples = draw(run.train_prompts, config.seed, step, config.rollout.prompts_per_step,
-                   config.rollout.images_per_prompt)
+    samples = run.sampling.draw(state.seed, step)
     params, adapter = run.pipeline.params, state.old
-    if config.rollout.merge_adapter:
+    if run.config.rollout.merge_adapter:
         params, adapter = adapters.merge(params, adapter, run.spec.scale), None
     rollout = run.collector(params, adapter, samples, jax.random.key(step))
     _, rows, valid = advantages_of(rollout.scores, samples.groups, run.sampling)

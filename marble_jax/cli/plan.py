@@ -8,8 +8,7 @@ from marble_jax.cli.options import load_config, number, split
 from marble_jax.errors import InputError, one_of
 
 OPTIONS = {"devices": "0", "topology": "", "chip": "", "utilisation": "0.4", "json": "", "programs": ""}
-PROGRAMS = ("rollout", "decode", "train, solving", "train, between")
-_SHORT = {"rollout": PROGRAMS[0], "decode": PROGRAMS[1], "solving": PROGRAMS[2], "between": PROGRAMS[3]}
+PROGRAMS = {"rollout": "rollout", "decode": "decode", "solving": "train, solving", "between": "train, between"}
 
 
 def help_text() -> str:
@@ -37,10 +36,10 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}")
     chosen = [name.strip() for name in values["programs"].split(",") if name.strip()]
     for name in chosen:
-        one_of("--programs", name, _SHORT)
+        one_of("--programs", name, PROGRAMS)
     from marble_jax.console import Console
     from marble_jax.plan.planning import Request, plan
 
     plan(config, Request(number(values, "devices", int, 0), values["topology"], values["chip"], utilisation,
-                         values["json"], tuple(_SHORT[name] for name in chosen)), Console())
+                         values["json"], tuple(PROGRAMS[name] for name in chosen)), Console())
     return 0

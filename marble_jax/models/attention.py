@@ -86,7 +86,7 @@ def over(name: str, dtype: Any, mesh: Mesh) -> str | Flash:
     """
     platform = mesh.devices.flat[0].platform
     chosen = choose(name if FUSED.get(name, platform) == platform else "auto", dtype, platform)
-    return Flash(chosen, mesh, heads="tensor") if chosen in FUSED else chosen
+    return Flash(chosen, mesh) if chosen in FUSED else chosen
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | AttentionFn = "xla") -> jax.Array:

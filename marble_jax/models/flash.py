@@ -26,6 +26,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
 from marble_jax.errors import InputError
+from marble_jax.parallel import BATCH_AXES
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(q, k, v) -> out, all [N, T, H, d]; differentiable, need not work under `vmap`."""
@@ -48,7 +49,7 @@ class Flash:
 
     kind: str
     mesh: Mesh | None = None
-    batch: tuple[str, ...] = ("data", "fsdp")
+    batch: tuple[str, ...] = BATCH_AXES
     heads: str = "tensor"
     interpret: bool = False
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from marble_jax.plan.hlo import KINDS, result_bytes
+from marble_jax.plan.hlo import IN_LOOP, KINDS, origin_of, result_bytes
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)$")
@@ -20,9 +20,6 @@ _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:"?(\d+)"?\}')
 _SIDES = re.compile(r"\w+\[([\d,]*)\]")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-
-_IN_LOOP = "while/body"
 
 ALWAYS = "always"
 EXPLANATIONS: tuple[tuple[str, str, str, str], ...] = (
@@ -43,7 +40,7 @@ EXPLANATIONS: tuple[tuple[str, str, str, str], ...] = (
 
 def reason_of(kind: str, origin: str) -> str:
     """Why a collective of a kind and origin is there; empty where nothing explains it."""
-    where = "loop" if _IN_LOOP in origin else "once"
+    where = "loop" if IN_LOOP in origin else "once"
     return next((why for known, when, pattern, why in EXPLANATIONS
                  if known == kind and when in (where, ALWAYS) and re.search(pattern, origin)), "")
 
@@ -68,7 +65,7 @@ class Exchange:
     @property
     def looped(self) -> bool:
         """Whether it stands in the body of a loop."""
-        return _IN_LOOP in self.origin
+        return IN_LOOP in self.origin
 
     @property
     def reason(self) -> str:
@@ -100,9 +97,8 @@ def executed(text: str) -> Executed:
                 flops += times * _flops(operation, result, rest, shapes)
             kind = operation.removesuffix("-start")
             if kind in KINDS and not operation.endswith("-done"):
-                found = _OP_NAME.search(rest)
                 size = result_bytes(kind, result, operation.endswith("-start"))
-                exchanges.append(Exchange(kind, times, size, found[1] if found else ""))
+                exchanges.append(Exchange(kind, times, size, origin_of(rest)))
     return Executed(flops, tuple(sorted(exchanges, key=lambda e: -e.times * e.bytes)))
 
 

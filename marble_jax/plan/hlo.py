@@ -8,6 +8,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
          "ragged-all-to-all")
 _LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
+IN_LOOP = "while/body"  # in the origin of what stands in the body of a loop
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
 
@@ -39,12 +40,17 @@ def collectives(text: str) -> tuple[Collective, ...]:
         if not match:
             continue
         size = result_bytes(match[2], match[1], bool(match[3]))
-        name = _OP_NAME.search(line)
-        origin = name[1] if name else ""
-        found.setdefault((match[2], "while/body" in origin), []).append((size, origin))
+        origin = origin_of(line)
+        found.setdefault((match[2], IN_LOOP in origin), []).append((size, origin))
     rows = [Collective(kind, looped, len(each), sum(size for size, _ in each), max(each)[1])
             for (kind, looped), each in found.items()]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
+
+
+def origin_of(line: str) -> str:
+    """Where an instruction comes from, by JAX's names; empty where the compiler put it there."""
+    found = _OP_NAME.search(line)
+    return found[1] if found else ""
 
 
 def result_bytes(kind: str, result: str, started: bool) -> int:

@@ -13,6 +13,7 @@ from etils import epath
 from marble_jax.errors import InputError, one_of
 from marble_jax.prompts import composition, lettering, scenes
 from marble_jax.prompts.files import Prompt
+from marble_jax.storage import write_whole
 
 NAME = "generated"
 SOURCES = {"general": (scenes.split, 6000, 600), "geneval": (composition.split, 6000, 600),
@@ -74,8 +75,5 @@ def write(directory: epath.PathLike, prompts: Mapping[str, Mapping[str, Sequence
         if file.exists():
             raise InputError(f"--out: expected a place without prompt files; received {file}, which exists")
     for file, text in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.parent / f".{file.name}.partial"
-        partial.write_text(text)
-        partial.rename(file)
+        write_whole(file, text)
     return list(files)

@@ -16,6 +16,7 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.detect import INKS
+from marble_jax.storage import write_whole
 
 FILE = "golden.json"
 OVERSAMPLE = 4
@@ -129,7 +130,6 @@ def write_expected(directory: Path, side: int, scores: Mapping[str, Sequence[flo
     kept = read_expected(directory, side) if (directory / FILE).exists() else {}
     rows = {name: [None if v is None else float(f"{v:.6g}") for v in row] for name, row in {**kept, **scores}.items()}
     lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
-    file, partial = directory / FILE, directory / f".{FILE}.partial"
-    partial.write_text(f'{{"size": {side}, "scores": {{\n  {lines}\n}}}}\n', encoding="utf-8")
-    partial.replace(file)
+    file = directory / FILE
+    write_whole(file, f'{{"size": {side}, "scores": {{\n  {lines}\n}}}}\n')
     return file

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from marble_jax import tree
 from marble_jax.errors import InputError
 from marble_jax.training.state import TrainState
 
@@ -22,9 +23,8 @@ class NotFinite(InputError):
 @jax.jit
 def all_finite(state: TrainState) -> jax.Array:
     """Scalar bool: every number that training goes on from is finite. The best score is -inf before an evaluation."""
-    parts = (state.current, state.old, state.ema, state.best, state.opt_state, state.alpha, state.balancer)
-    numbers = [leaf for leaf in jax.tree.leaves(parts) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))
+    return tree.all_finite(
+        (state.current, state.old, state.ema, state.best, state.opt_state, state.alpha, state.balancer))
 
 
 def fresh_stream(state: TrainState, number: int) -> TrainState:

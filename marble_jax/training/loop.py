@@ -17,7 +17,7 @@ from marble_jax import adapters, hosts
 from marble_jax.advantages import Advantages, gdpo, per_reward, weighted_sum
 from marble_jax.console import Clock, Console
 from marble_jax.prompts.files import Prompt
-from marble_jax.prompts.groups import draw
+from marble_jax.prompts.groups import Draw, draw
 from marble_jax.rewards.base import RewardError
 from marble_jax.training.batch import Collector, Rollout
 from marble_jax.training.guard import NotFinite
@@ -75,6 +75,10 @@ class Sampling:
         """The prompts a step draws from, by source."""
         sources = self.presence.sources(step)
         return {name: self.prompts[name] for name in sources} if sources else self.prompts
+
+    def draw(self, seed: int, step: int) -> Draw:
+        """The samples of a step."""
+        return draw(self.prompts_of(step), seed, step, self.prompts_per_step, self.images_per_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,8 +241,7 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
             with hooks.profiler.step(step + 1):
                 start = time.perf_counter()
                 seed = state.seed
-                samples = draw(sampling.prompts_of(step), seed, step, sampling.prompts_per_step,
-                               sampling.images_per_prompt)
+                samples = sampling.draw(seed, step)
                 key = jax.random.wrap_key_data(jnp.asarray(hosts.whole(state.key)))
                 key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
                 weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)

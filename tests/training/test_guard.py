@@ -1,46 +1,21 @@
 """Gradients and states that are not finite: nothing of them is kept, and the run skips, stops or goes back."""
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_policy as toy
+from toy_run import PROMPTS, programs
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
 from marble_jax.errors import InputError
-from marble_jax.prompts.files import Prompt
-from marble_jax.rewards.base import Reward
-from marble_jax.rewards.scorer import Scorer
-from marble_jax.sampling import make_sampler
-from marble_jax.training.batch import Collector
 from marble_jax.training.guard import Guard, NotFinite, all_finite, fresh_stream
 from marble_jax.training.loop import Hooks, Sampling, Schedule, train
-from marble_jax.training.steps import Steps, make_steps
-from marble_jax.types import Conditioning
+from marble_jax.training.steps import Steps
 
-PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}
 NUM_STEPS = 6
-
-
-class Brightness(Reward):
-    def score(self, params, images, prompts, metadata):
-        return images.mean(axis=(1, 2, 3)), jnp.ones(len(prompts), bool)
-
-
-def _encode(texts):
-    numbers = np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
-    return Conditioning(embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), pooled=jnp.asarray(numbers[:, :2]))
-
-
-@functools.cache
-def _programs():
-    scorer = Scorer([Brightness(name="one", kind="device"), Brightness(name="two", kind="device")])
-    collector = Collector(make_sampler(toy.velocity, 2, "euler", 1.0), _encode, jax.nn.sigmoid, scorer, toy.LATENT, 6,
-                          lambda tree: tree)
-    return collector, make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "exact", 1).first
 
 
 def _start():
@@ -61,11 +36,11 @@ class Run:
 
     def __init__(self, bad, policy, patience=2, max_rollbacks=2, after=lambda state: state):
         self.saved, self.records, self.said = {0: _copy(_start())}, [], []
-        collector, step = _programs()
+        collector, steps = programs()
 
         def program(state, params, batch):
             factor = np.nan if bad(state) else 1.0
-            state, metrics = step(state, params, batch.replace(x0=batch.x0 * factor))
+            state, metrics = steps.first(state, params, batch.replace(x0=batch.x0 * factor))
             return after(state), metrics
 
         def rollback(why, number):
@@ -93,7 +68,7 @@ class Run:
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts():
-    _, step = _programs()
+    step = programs()[1].first
     before, _ = step(_start(), toy.base_params(), _batch(3))
     kept = _copy(before)
     batch = _batch(4)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_policy as toy
+from toy_run import Brightness, encode
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
@@ -23,15 +24,10 @@ from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, adv
 from marble_jax.training.presence import Dropout, Presence, Stage
 from marble_jax.training.profile import Profiler
 from marble_jax.training.steps import make_steps
-from marble_jax.types import Conditioning, Scores
+from marble_jax.types import Scores
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)],
            "ocr": [Prompt(f'the word "{w}"', "ocr") for w in ("go", "stop", "left")]}
-
-
-class Brightness(Reward):
-    def score(self, params, images, prompts, metadata):
-        return images.mean(axis=(1, 2, 3)), jnp.ones(len(prompts), bool)
 
 
 class Redness(Reward):
@@ -44,15 +40,10 @@ class Redness(Reward):
         return images[..., 0].mean(axis=(1, 2)), jnp.ones(len(prompts), bool)
 
 
-def _encode(texts):
-    numbers = np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
-    return Conditioning(embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), pooled=jnp.asarray(numbers[:, :2]))
-
-
 @functools.cache
 def _collector():
     scorer = Scorer([Brightness(name="brightness", kind="device"), Redness(name="redness", kind="device")])
-    return Collector(sampler=make_sampler(toy.velocity, 2, "euler", 1.0), encode=_encode, decode=jax.nn.sigmoid,
+    return Collector(sampler=make_sampler(toy.velocity, 2, "euler", 1.0), encode=encode, decode=jax.nn.sigmoid,
                      scorer=scorer, latent_shape=toy.LATENT, batch_size=6, place=lambda tree: tree)
 
 

@@ -12,7 +12,7 @@ pull-backs, and the sums.
 Times are rows, in milliseconds:
 
   weighted_sum           one advantage, one backward pass, three forward passes
-  weighted_sum.no_kl     the same without the reference policy; .kl_every_4 is the average with it every 4th time
+  weighted_sum.no_kl     the same without the reference policy; .kl_every_N is the average with it every Nth time
   combined_k5            between solves of the amortised mode; amortised_k5 is nine of these and one of exact_k5
   exact_kK.anchors       gradients of K rewards with everything in them (anchor_every = 1)
   exact_kK.signal        without the terms that no advantage scales

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from marble_jax.cli.options import boolean, number, split
 from marble_jax.errors import InputError
+from marble_jax.storage import write_whole
 from tools.experiments import fronts, results, runner, table
 from tools.experiments.methods import METHODS, SUITES, choose, jobs
 
@@ -81,7 +82,7 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     there = [job for job in everything if job in planned or runner.finished(job)]
     found = results.collect(there, shlex.join(["python", "-m", "tools.experiments", *argv]))
     results.write_json(target / "results.json", found)
-    results.write(target / "table.md", table.markdown(found))
+    write_whole(target / "table.md", table.markdown(found))
     written = ["results.json", "table.md"]
     if (main_rows := table.rows(found, "main")) and pairs:
         fronts.draw(main_rows, table.columns(found), pairs, target / "fronts.svg")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.report.records import Records, read_records
+from marble_jax.storage import write_whole
 from tools.experiments.methods import METHODS, Job
 from tools.experiments.runner import finished
 
@@ -81,16 +82,8 @@ def collect(jobs: Sequence[Job], command: str) -> dict[str, Any]:
             "missing": [job.name for job in jobs if job.name not in runs], "runs": runs}
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """JSON with a line for each run's entry, small enough to commit and to compare."""
     runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in value["runs"].items())
     head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in value.items() if k != "runs")
-    write(path, f'{{\n{head} "runs": {{\n{runs}\n }}\n}}\n')
+    write_whole(path, f'{{\n{head} "runs": {{\n{runs}\n }}\n}}\n')
