@@ -26,6 +26,7 @@ class Chip:
       memory: bytes of HBM.
       usable: bytes of it that a program can have.
       bandwidth: bytes/s of HBM.
+      host: devices of one host of a slice or a cluster.
     """
 
     name: str
@@ -35,16 +36,17 @@ class Chip:
     memory: float
     usable: float
     bandwidth: float
+    host: int
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip("v4", ("TPU v4",), "tpu", 275e12, 32 * GIB, 30.5 * GIB, 1.228e12),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197e12, 16 * GIB, 15.75 * GIB, 0.819e12),
-    Chip("v5p", ("TPU v5p", "TPU v5"), "tpu", 459e12, 96 * GIB, 95.73 * GIB, 2.765e12),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32 * GIB, 31.24 * GIB, 1.640e12),
-    Chip("a100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"), "gpu", 312e12, 80 * GIB, 60 * GIB, 2.039e12),
-    Chip("h100", ("NVIDIA H100",), "gpu", 989e12, 80 * GIB, 60 * GIB, 3.35e12),
-    Chip("h200", ("NVIDIA H200",), "gpu", 989e12, 141e9, 0.75 * 141e9, 4.8e12),
+    Chip("v4", ("TPU v4",), "tpu", 275e12, 32 * GIB, 30.5 * GIB, 1.228e12, 4),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197e12, 16 * GIB, 15.75 * GIB, 0.819e12, 4),
+    Chip("v5p", ("TPU v5p", "TPU v5"), "tpu", 459e12, 96 * GIB, 95.73 * GIB, 2.765e12, 4),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32 * GIB, 31.24 * GIB, 1.640e12, 4),
+    Chip("a100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"), "gpu", 312e12, 80 * GIB, 60 * GIB, 2.039e12, 8),
+    Chip("h100", ("NVIDIA H100",), "gpu", 989e12, 80 * GIB, 60 * GIB, 3.35e12, 8),
+    Chip("h200", ("NVIDIA H200",), "gpu", 989e12, 141e9, 0.75 * 141e9, 4.8e12, 8),
 )}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from marble_jax import adapters, hosts, parallel, sharding
 from marble_jax.config import check as check_values
@@ -193,7 +192,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 def decode_size(count: int, mesh: Mesh) -> int:
     """Pictures decoded at once, over all devices, of `count` in a batch."""
-    shards = parallel.batch_shards(mesh)
+    shards = parallel.picture_shards(mesh, count)
     return min(count, shards * max(1, DECODED // shards))
 
 
@@ -334,10 +333,10 @@ def check_groups(reward: Reward, mesh: Mesh, rollout: ml_collections.ConfigDict)
     if size % group:
         raise InputError(f"rollout.batch_size: expected a multiple of the {group} pictures a prompt, as {reward.name} "
                          f"compares them; received {size}")
-    owners = hosts.row_owners(NamedSharding(mesh, parallel.BATCH), (size,)).reshape(-1, group)
+    owners = hosts.row_owners(parallel.picture_sharding(mesh, size), (size,)).reshape(-1, group)
     if np.any(owners != owners[:, :1]):
         pictures, unit = rollout.prompts_per_step * group, jax.process_count() * group
-        shards = math.prod(mesh.shape[axis] for axis in parallel.BATCH[0])
+        shards = parallel.batch_shards(mesh)
         fits = [n for n in range(unit, pictures + 1, unit) if pictures % n == 0 and n % shards == 0]
         best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
         raise InputError(f"rollout.batch_size: expected the {group} pictures of a prompt on one host of "
@@ -402,7 +401,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     rollout = config.rollout
 
     def decode(latents: jax.Array) -> jax.Array:
-        place = partial(parallel.place_batch, mesh)
+        place = partial(hosts.put, sharding=parallel.picture_sharding(mesh, len(latents)))
         return place(pipeline.decode(latents, decode_size(len(latents), mesh), place))
 
     collector = Collector(

@@ -41,6 +41,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return Mesh(np.asarray(devices).reshape(mesh_sizes(len(devices), data, fsdp, tensor)), AXES)
 
 
+def host_mesh() -> Mesh:
+    """This process's own devices, all along `fsdp`, for what every host computes for itself."""
+    return make_mesh(1, -1, 1, jax.local_devices())
+
+
 def abstract_mesh(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     """The mesh over `count` devices that are not here, to reckon with; arguments and errors as `make_mesh`."""
     return AbstractMesh(mesh_sizes(count, data, fsdp, tensor), AXES)
@@ -69,6 +74,18 @@ def _factors(count: int) -> list[tuple[int, int, int]]:
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Parts that a batch is split into; devices along `tensor` share one."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def picture_shards(mesh: Mesh | AbstractMesh, count: int) -> int:
+    """Parts that a batch of `count` pictures is split into while it is decoded and scored: one for every device, as
+    networks that each of them holds whole would only repeat their work along `tensor`; where that does not come out
+    even, as many as samples are split into."""
+    return mesh.size if count % mesh.size == 0 else batch_shards(mesh)
+
+
+def picture_sharding(mesh: Mesh, count: int) -> NamedSharding:
+    """Where pictures lie while they are decoded and scored; see `picture_shards`."""
+    return NamedSharding(mesh, PartitionSpec(AXES) if picture_shards(mesh, count) == mesh.size else BATCH)
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:

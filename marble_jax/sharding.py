@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ import jax
 from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from marble_jax import parallel
 from marble_jax.errors import InputError
 
 Path = tuple[str, ...]
@@ -198,6 +199,17 @@ def sharding_of(mesh: Mesh | AbstractMesh, network: str, path: Path, shape: tupl
                 head_width: int = HEAD_WIDTH) -> NamedSharding:
     """`spec_of` as a sharding; arguments and errors as there."""
     return NamedSharding(mesh, spec_of(mesh, network, path, shape, head_width))
+
+
+def over_host(network: str) -> Callable[[Path, Any], jax.Array] | None:
+    """What splits the weights of a network that every host runs for itself over its own devices; None for one device.
+
+    Text encoders are the larger part of a model (T5-XXL alone takes 9.5 GB), and a device that held them whole would
+    have little room for anything else.
+    """
+    mesh = parallel.host_mesh()
+    return None if mesh.size == 1 else lambda path, leaf: parallel.read_into(
+        sharding_of(mesh, network, path, leaf.shape), leaf)
 
 
 def shardings(mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH

@@ -15,6 +15,12 @@ def test_one_size_follows_from_the_others(given, expected):
     assert tuple(mesh.shape.values()) == expected and parallel.batch_shards(mesh) == expected[0] * expected[1]
 
 
+@pytest.mark.parametrize(("given", "count", "expected"), [
+    ((8, 1, 1), 16, 8), ((2, 2, 2), 16, 8), ((1, 1, 8), 24, 8), ((2, 2, 2), 12, 4), ((1, 1, 8), 12, 1)])
+def test_pictures_are_split_over_all_devices_that_come_out_even(given, count, expected):
+    assert parallel.picture_shards(parallel.abstract_mesh(8, *given), count) == expected
+
+
 @pytest.mark.parametrize(("count", "given", "nearest"), [
     (8, (3, 1, 1), "8 x 1 x 1"), (16, (-1, 5, 1), "4 x 4 x 1"), (8, (-1, -1, 2), "4 x 1 x 2|"
      "2 x 2 x 2|1 x 4 x 2"), (8, (8, 0, 1), "8 x 1 x 1"), (6, (1, 2, 4), "1 x 2 x 3"), (1, (-2, 1, 1), "1 x 1 x 1"),

@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from marble_jax import adapters, compose, parallel, sharding
 from marble_jax.errors import InputError
-from marble_jax.models import blip, clip, mmdit, openclip, t5, vae
+from marble_jax.models import blip, clip, mmdit, openclip, t5, text, vae
 from marble_jax.models.mmdit_config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.models.mmdit_weights import load_mmdit
 from marble_jax.models.weights import read_json
@@ -159,7 +159,19 @@ def in_eight_devices() -> dict[str, float]:
     same = jax.tree.all(jax.tree.map(
         lambda x, y: np.array_equal(next(s.data for s in x.addressable_shards if s.device == one), y), placed, mine))
     return {"total": total, "every": every, "one": counted[0], "largest": largest[0], "equal": equal, "same": same,
-            "expected": sharding.layout(mesh, "transformer", plain, 32).device}
+            "expected": sharding.layout(mesh, "transformer", plain, 32).device} | texts_in_eight_devices()
+
+
+def texts_in_eight_devices() -> dict[str, float]:
+    """The text encoders split over a host's devices: how far conditioning is from theirs, and bytes on a device."""
+    root = compose.place_of("embedded", "pipeline")
+    prompts = ["a red star", "the word \"go\" on a green field", ""]
+    whole, split = (text.load_text_encoders(root, **options) for options in ({}, {"place": sharding.over_host}))
+    gaps = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()),
+                        whole.encode(prompts, 12), split.encode(prompts, 12))
+    on_one = sum(leaf.addressable_shards[5].data.nbytes for leaf in jax.tree.leaves(split.params))
+    return {"text_gap": max(jax.tree.leaves(gaps)),
+            "text_share": on_one / sum(leaf.nbytes for leaf in jax.tree.leaves(whole.params))}
 
 
 def test_a_process_reads_only_what_its_devices_need():
@@ -173,4 +185,5 @@ def test_a_process_reads_only_what_its_devices_need():
     assert found["equal"] and found["same"]
     assert found["every"] == found["total"]  # eight devices of one process: every number once, shared parts too
     assert found["one"] == found["expected"] < 0.16 * found["total"]
+    assert found["text_gap"] < 1e-5 and found["text_share"] < 0.16
     assert found["largest"] < 0.03 * found["total"]

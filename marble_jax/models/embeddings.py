@@ -7,6 +7,7 @@ nothing in it ever goes stale. After `fill`, a run needs no text encoder in memo
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from marble_jax import sharding
 from marble_jax.errors import InputError
 from marble_jax.models import text
 from marble_jax.models.text import TextEncoders
@@ -40,14 +42,14 @@ class Embeddings:
       dtype: of encoders and conditioning.
       t5: False leaves T5 out.
       cache: folder on disk; empty: computed values are kept in memory alone.
-      load: loads the text encoders; by default those of `root`.
+      load: loads the text encoders; by default those of `root`, split over the devices of this host.
       memory: bytes of host memory for values at hand.
     """
 
     def __init__(self, root: pathlib.Path, length: int, dtype: Any, *, t5: bool = True, cache: epath.PathLike = "",
                  load: Callable[[], TextEncoders] | None = None, memory: int = MEMORY_BYTES):
         self._root, self._length, self._dtype, self._t5 = root, length, jnp.dtype(dtype), t5
-        self._load = load or (lambda: text.load_text_encoders(root, dtype, t5))
+        self._load = load or functools.partial(text.load_text_encoders, root, dtype, t5, place=sharding.over_host)
         self._encoders: TextEncoders | None = None
         self._memory = memory
         self._at_hand: collections.OrderedDict[str, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()

@@ -142,7 +142,7 @@ def jobs(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.S
                               struct((at_once, *made.latent), jnp.float32, batch))),
         "decode": (jax.jit(partial(vae.decode, made.vae)),
                    (jax.tree.map(lambda s: struct(s.shape, s.dtype), made.vae_params),
-                    struct((decoded, *made.latent), jnp.float32, batch))),
+                    struct((decoded, *made.latent), jnp.float32, parallel.picture_sharding(mesh, at_once)))),
         "train, solving": (steps.refresh, (state, params, rollouts))}
     if steps.between is not steps.refresh:
         found["train, between"] = (steps.between, (state, params, rollouts))

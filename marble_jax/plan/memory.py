@@ -76,16 +76,25 @@ def programs(config: ml_collections.ConfigDict, made: Architecture, sizes: compo
     return found
 
 
-def beside(config: ml_collections.ConfigDict, made: Architecture, mesh: Mesh | AbstractMesh, name: str) -> list[Source]:
-    """What lies on a device while program `name` runs and is no argument of it, reward models apart."""
+def beside(config: ml_collections.ConfigDict, made: Architecture, mesh: Mesh | AbstractMesh, name: str,
+           on_host: int = 1) -> list[Source]:
+    """What lies on a device while program `name` runs and is no argument of it, reward models apart.
+
+    Args:
+      config: of the run.
+      made: its networks.
+      mesh: its devices.
+      name: a key of `programs`.
+      on_host: devices of one host, which share its text encoders.
+    """
     adapter = 4 * adapters.num_parameters(made.adapter)
     merged, cached = config.rollout.merge_adapter, bool(config.prompts.embedding_cache)
     found = {
         "the rest of the state": (POLICIES + MOMENTS) * adapter - (not merged) * adapter,
         "transformer" + (", and the merged copy" if merged else ""): (1 + merged) * weight_bytes(made, mesh),
         "VAE": sum(4 * s.size for s in jax.tree.leaves(made.vae_params)),
-        "text encoders (first device)": 0 if cached else (
-            jnp.dtype(compose.DTYPES[config.model.dtype]).itemsize * made.encoder_parameters)}
+        "text encoders": 0 if cached else (
+            jnp.dtype(compose.DTYPES[config.model.dtype]).itemsize * made.encoder_parameters / on_host)}
     rest, weights, autoencoder, encoders = found
     if name == "rollout":
         found[weights] -= weight_bytes(made, mesh)
@@ -184,7 +193,8 @@ class _Parts:
 
     def decoder(self) -> tuple[float, str]:
         """Weights and activations of the decoder."""
-        count = self.share(compose.decode_size(self.config.rollout.batch_size, self.mesh))
+        at_once = self.config.rollout.batch_size
+        count = compose.decode_size(at_once, self.mesh) // parallel.picture_shards(self.mesh, at_once)
         widths = self.made.vae.config.block_out_channels
         largest = self.config.model.resolution**2 * (widths[1] if len(widths) > 1 else widths[0]) * 4
         used = [leaves for part, leaves in self.made.vae_params.items() if part in ("decoder", "post_quant_conv")]

@@ -71,7 +71,8 @@ def plan(config: ml_collections.ConfigDict, request: Request, console: Console) 
     sample = transformer(made.model.config, made.params, made.adapter, made.tokens, made.text_tokens)
     work = step_work(config, sizes, sample, decoder(made.vae.config, made.vae_params, *made.latent[:2]))
     sources = memory.programs(config, made, sizes, mesh, memory.LANES if chip and chip.backend == "tpu" else 1)
-    beside = {name: memory.beside(config, made, mesh, name) for name in sources}
+    on_host = min(mesh.size, chip.host if chip else mesh.size)
+    beside = {name: memory.beside(config, made, mesh, name, on_host) for name in sources}
     _show_sizes(config, made, sizes, mesh, chip, request, console)
     _show_memory(sources, beside, chip, console)
     seconds = _show_work(work, sizes, count, chip, request, console)
@@ -105,6 +106,7 @@ def _show_sizes(config: ml_collections.ConfigDict, made: Architecture, sizes: co
                 chip: Chip | None, request: Request, console: Console) -> None:
     count = parallel.batch_shards(mesh)
     micro, rollout = config.training.micro_batch_size, config.rollout
+    decoded = compose.decode_size(rollout.batch_size, mesh) // parallel.picture_shards(mesh, rollout.batch_size)
     solves = {"exact": "every step", "amortised": f"every {config.harmonize.refresh_every} steps",
               "faithful": f"one micro-step every {config.harmonize.refresh_every} steps"}[config.harmonize.mode]
     where = f" ({request.topology})" if request.topology else ""
@@ -120,15 +122,16 @@ def _show_sizes(config: ml_collections.ConfigDict, made: Architecture, sizes: co
         ("step", f"{rollout.prompts_per_step} prompts x {rollout.images_per_prompt} = {sizes.pictures} pictures; "
                  f"{sizes.timesteps} of {rollout.num_steps} timesteps: {sizes.samples} samples"),
         ("rollout", f"{sizes.rollout_batches} batches of {rollout.batch_size}, {rollout.batch_size // count} a device; "
-                    f"decoded {compose.decode_size(rollout.batch_size, mesh) // count} a device at a time"),
+                    f"decoded {decoded} a device at a time"),
         ("train", f"{sizes.micro_steps} micro-steps of {micro}, {micro // count} a device; gradients of every reward "
                   f"{solves}, {compose.chunk_size(config, count) // count} samples a device at a time"),
-        ("everywhere", "samples split over data x fsdp; base weights as below, autoencoder and rewards with a network "
-                       "whole; adapters, optimiser and the solve for alpha on every device alike"),
+        ("everywhere", "samples split over data x fsdp, pictures to decode and score over all axes; base weights as "
+                       "below, autoencoder and rewards with a network whole; adapters, optimiser and the solve for "
+                       "alpha on every device alike"),
         ("hosts", "every host runs the same command; rewards that read pictures (OCR, GenEval" +
                   (f", {joined(functions)}" if functions else "") + f") in {config.rewards.num_workers} threads; " +
                   ("text embeddings from disk, text encoders only to fill it" if config.prompts.embedding_cache else
-                   "text encoders stay on the first device (prompts.embedding_cache takes them away)"))])
+                   "text encoders stay, split over each host's devices (prompts.embedding_cache takes them away)"))])
 
 
 def _show_memory(sources: dict[str, list[memory.Source]], beside: dict[str, list[memory.Source]], chip: Chip | None,

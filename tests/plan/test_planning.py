@@ -104,8 +104,10 @@ def test_memory_follows_the_settings(medium):
                                                                                            "train, solving")}
     assert names == {"rollout": {"the rest of the state", "VAE"}, "train, solving": {"VAE"},
                      "decode": {"the rest of the state", "transformer"}}
-    (encoders,) = (s for s in memory.beside(config(), medium, mesh, "train, solving") if "encoders" in s.name)
-    assert encoders.bytes == 2 * medium.encoder_parameters
+    for devices in (1, 4):
+        (encoders,) = (s for s in memory.beside(config(), medium, mesh, "train, solving", devices)
+                       if "encoders" in s.name)
+        assert encoders.bytes == 2 * medium.encoder_parameters / devices
 
 
 def test_programs_accept_the_planned_arguments():

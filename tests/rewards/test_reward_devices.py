@@ -1,0 +1,72 @@
+"""Rewards over eight devices: a device scores its own pictures, and the scores are those of one device."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+MESHES = ((8, 1, 1), (2, 2, 2))
+
+
+def scores() -> dict[str, dict[str, object]]:
+    """Runs in a process with eight devices: by mesh, gaps to one device and what the devices hold of the pictures."""
+    import jax
+    import numpy as np
+
+    from marble_jax import compose, hosts, parallel
+    from marble_jax.models.pipeline import load_pipeline
+    from marble_jax.rewards.catalogue import load_rewards
+    from marble_jax.rewards.scorer import Scorer
+
+    names = ("alignment", "preference", "aesthetic", "judge", "ocr", "geneval")
+    pipeline = load_pipeline(compose.place_of("embedded", "pipeline"), text_encoders=False)
+    prompts = [p for part in compose.read_prompts("embedded", "test").values() for p in part[:8]][:16]
+    latents = jax.random.normal(jax.random.key(0), (16, *pipeline.latent_shape(64, 64)))
+
+    def scored(mesh):
+        sharding = parallel.picture_sharding(mesh, 16)
+        pictures = pipeline.decode(latents, compose.decode_size(16, mesh), lambda part: hosts.put(part, sharding))
+        pictures = hosts.put(pictures, sharding)
+        rewards = load_rewards(compose.place_of("embedded", "rewards"), names)
+        compose.place_rewards(mesh, rewards)
+        scorer = Scorer(rewards)
+        try:
+            return pictures, scorer.submit(pictures, prompts).result()
+        finally:
+            scorer.close()
+
+    expected_pictures, expected = scored(parallel.make_mesh(devices=jax.devices()[:1]))
+    found = {}
+    for sizes in MESHES:
+        pictures, got = scored(parallel.make_mesh(*sizes))
+        gaps = np.abs(got.values - expected.values).max(axis=1, where=expected.valid, initial=0)
+        found["x".join(map(str, sizes))] = {
+            "pictures": float(np.abs(np.asarray(pictures) - np.asarray(expected_pictures)).max()),
+            "gaps": dict(zip(names, map(float, gaps))), "valid": bool((got.valid == expected.valid).all()),
+            "spread": float(np.ptp(expected.values[0])),
+            "rows": sorted(shard.data.shape[0] for shard in pictures.addressable_shards)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import test_reward_devices; "
+            "print(json.dumps(test_reward_devices.scores()))")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parents[1],
+                          env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", ["8x1x1", "2x2x2"])
+def test_scores_are_those_of_one_device(found, mesh):
+    got = found[mesh]
+    assert got["valid"] and got["pictures"] < 1e-5 and got["spread"] > 1e-3
+    assert all(gap < 1e-4 for gap in got["gaps"].values()), got["gaps"]
+    assert got["rows"] == [2] * 8  # of 16 pictures, along tensor too
