@@ -40,7 +40,7 @@ class Evaluations:
 
     def __init__(self, run: compose.Run, workdir: Workdir, console: Console, events: Events):
         self._run, self._workdir, self._console, self._events = run, workdir, console, events
-        self._train_names = tuple(run.config.rewards.train)
+        self._deciding = deciding_rewards(run.config)
         self._base: Scores | None = None
 
     def __call__(self, state: TrainState, give_way: Callable[[], None] = lambda: None) -> TrainState:
@@ -61,7 +61,7 @@ class Evaluations:
         scores, pictures, seconds = self._scores(state, f"step {step} evaluation", give_way)
         gain = gains(scores, base, self._run.evaluator.groups)
         hosts.from_first("evaluation", lambda: self._write(step, "ema", scores, pictures, gain, seconds))
-        better = standardised_gain(scores, base, self._train_names)
+        better = standardised_gain(scores, base, self._deciding)
         ups = " ".join(f"{n} {gain[n]['mean']:+.3f}" for n in scores.names)
         self._console.say(f"evaluation after step {step} ({len(self._run.evaluator.prompts)} held-out prompts, "
                           f"{duration(seconds)}): gain {ups}")
@@ -274,6 +274,12 @@ def method_name(config: ml_collections.ConfigDict) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def deciding_rewards(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Names of the rewards that choose the best policy (`evaluation.best`)."""
+    trained, heldout = tuple(config.rewards.train), tuple(config.rewards.heldout)
+    return {"train": trained, "heldout": heldout or trained, "all": trained + heldout}[config.evaluation.best]
+
+
 def differences_from_faithful(config: ml_collections.ConfigDict) -> list[str]:
     """What this configuration does differently from upstream's code, a sentence each."""
     found = []
@@ -284,7 +290,8 @@ def differences_from_faithful(config: ml_collections.ConfigDict) -> list[str]:
     if not config.rollout.integer_timesteps:
         found.append("rollouts see exact timesteps, as training does; upstream truncates them to integers")
     found += ["resume restores every policy, the optimiser, alpha and the random state",
-              "the best policy is chosen by standardised gain, not by the mean of raw scores",
+              f"the best policy is chosen by standardised gain ({joined(deciding_rewards(config))}), not by the mean of "
+              "raw scores",
               "a failed reward is missing, never 0"]
     return found
 

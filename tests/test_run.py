@@ -32,7 +32,7 @@ def scores_of(values):
 def make(tmp_path):
     """make(gains): evaluations in which step i has the gains gains[i] over the base model, and how often it was asked.
     """
-    def call(gains):
+    def call(gains, best="train", heldout=("heldout",)):
         asked = []
 
         def evaluate(params, adapter, progress):
@@ -44,8 +44,8 @@ def make(tmp_path):
 
         evaluate.groups, evaluate.kept = np.arange(4), [0]
         evaluate.prompts = [SimpleNamespace(text=f"a thing {i}") for i in range(4)]
-        config = ml_collections.ConfigDict({"rewards": {"train": ("large", "small"), "heldout": ("heldout",)},
-                                            "rollout": {"merge_adapter": False}})
+        config = ml_collections.ConfigDict({"rewards": {"train": ("large", "small"), "heldout": heldout},
+                                            "evaluation": {"best": best}, "rollout": {"merge_adapter": False}})
         run = SimpleNamespace(config=config, evaluator=evaluate, spec=SimpleNamespace(scale=1.0),
                               pipeline=SimpleNamespace(params={}))
         return Evaluations(run, Workdir(str(tmp_path)), Console(), Nothing()), asked
@@ -63,16 +63,19 @@ def after(step, state=None):
     return state.replace(step=jnp.asarray(step, jnp.int32), ema={"step": jnp.asarray(step, jnp.int32)})
 
 
-def test_the_best_policy_has_the_largest_standardised_gain_of_the_trained_rewards(make):
+@pytest.mark.parametrize(("best", "heldout", "step", "gain"), [
+    ("train", ("heldout",), 1, (-5 / 100 + 0.2 / 0.1) / 2), ("heldout", ("heldout",), 3, 0.9),
+    ("all", ("heldout",), 1, (-5 / 100 + 0.2 / 0.1) / 3), ("heldout", (), 1, (-5 / 100 + 0.2 / 0.1) / 2)])
+def test_the_best_policy_has_the_largest_standardised_gain(make, best, heldout, step, gain):
     """Step 2 has the largest mean of raw scores (by 10 of the reward on the scale of 100), step 3 the largest of the
     reward that is not trained on; step 1 gains two standard deviations where they are small."""
-    evaluations, _ = make({1: (-5.0, 0.2, 0.0), 2: (20.0, 0.0, 0.0), 3: (0.0, 0.0, 9.0)})
+    evaluations, _ = make({1: (-5.0, 0.2, 0.0), 2: (20.0, 0.0, 0.0), 3: (0.0, 0.0, 0.9)}, best, heldout)
     state = evaluations(after(0))
     assert float(state.best_score) == -np.inf
-    for step in (1, 2, 3):
-        state = evaluations(after(step, state))
-    assert int(state.best_step) == 1 and int(state.best["step"]) == 1
-    assert float(state.best_score) == pytest.approx((-5 / 100 + 0.2 / 0.1) / 2)
+    for number in (1, 2, 3):
+        state = evaluations(after(number, state))
+    assert int(state.best_step) == step and int(state.best["step"]) == step
+    assert float(state.best_score) == pytest.approx(gain, rel=1e-5)
 
 
 def test_the_base_model_is_evaluated_once_and_what_a_kill_left_is_completed(make, tmp_path):
