@@ -157,8 +157,8 @@ KEYS: dict[str, Key] = {
     "evaluation.solver": Key("euler", "ODE solver", "euler|dpm1|dpm2|ddim", "paper"),
     "evaluation.seed": Key(1234, "seed of the evaluation noise, the same at every evaluation", "integer, >= 0"),
     "evaluation.num_pictures": Key(12, "fixed prompts whose pictures are kept", "pictures, >= 0"),
-    "evaluation.best": Key("heldout", "rewards whose mean standardised gain on held-out prompts makes a policy the best "
-                                      "one: never trained on (where there is none, as 'train'), trained on, or all",
+    "evaluation.best": Key("heldout", "rewards whose mean standardised gain on held-out prompts makes the best policy: "
+                                      "those never trained on (if none, as 'train'), those trained on, or all",
                            "heldout|train|all"),
     # checkpoints
     "checkpoints.every_steps": Key(30, "steps between checkpoints", "steps, >= 1", "paper"),

@@ -290,8 +290,8 @@ def differences_from_faithful(config: ml_collections.ConfigDict) -> list[str]:
     if not config.rollout.integer_timesteps:
         found.append("rollouts see exact timesteps, as training does; upstream truncates them to integers")
     found += ["resume restores every policy, the optimiser, alpha and the random state",
-              f"the best policy is chosen by standardised gain ({joined(deciding_rewards(config))}), not by the mean of "
-              "raw scores",
+              f"the best policy is chosen by standardised gain ({joined(deciding_rewards(config))}), not by the mean "
+              "of raw scores",
               "a failed reward is missing, never 0"]
     return found
 
