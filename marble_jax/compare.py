@@ -38,8 +38,8 @@ from marble_jax.rewards.catalogue import entries_of, load_rewards
 from marble_jax.rewards.function import is_function
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import batches
-from marble_jax.storage import location
-from marble_jax.workdir import Workdir, plain
+from marble_jax.storage.files import location
+from marble_jax.storage.workdir import Workdir, plain
 
 POLICIES = ("base", "current", "old", "ema", "best")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")

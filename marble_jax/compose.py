@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -30,17 +29,16 @@ from marble_jax.models import attention, mmdit
 from marble_jax.models.embeddings import Embeddings
 from marble_jax.models.mmdit_config import MMDiTConfig
 from marble_jax.models.pipeline import Pipeline, find_model, load_pipeline
-from marble_jax.models.weights import read_json
 from marble_jax.nft.policies import rollout_decay
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
-from marble_jax.rewards.base import Reward
 from marble_jax.rewards.catalogue import load_rewards
-from marble_jax.rewards.colours import ClipColours
 from marble_jax.rewards.function import is_function
+from marble_jax.rewards.placement import check_groups, place_rewards
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
+from marble_jax.storage.files import read_json
 from marble_jax.training.batch import Collector
 from marble_jax.training.loop import Sampling
 from marble_jax.training.presence import Presence, make_dropout, parse_stages
@@ -298,51 +296,6 @@ def text_embeddings(config: ml_collections.ConfigDict, root: Path, texts: Sequen
     return hosts.together("text embeddings", ready if hosts.is_first() else lambda: None) or ready()
 
 
-def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
-    """Puts the weights of device rewards on every device, those they share once.
-
-    A pair of towers that names colours too is kept by its host as well: worker threads must not launch programs that
-    span processes.
-    """
-    kept = {id(part.encoder) for reward in rewards for part in vars(reward).values() if isinstance(part, ClipColours)}
-    placed: dict[int, Any] = {}
-
-    def spread(node: Any) -> Any:
-        if id(node) not in placed:
-            placed[id(node)] = ({name: spread(part) for name, part in node.items()} if isinstance(node, Mapping) else
-                                parallel.place_everywhere(mesh, node))
-        return placed[id(node)]
-
-    for reward in rewards if mesh.size > 1 else ():
-        if reward.kind == "device" and reward.params is not None:
-            reward.params = spread(reward.params)
-            encoder = getattr(reward, "encoder", None)
-            if encoder is not None and id(encoder) not in kept:
-                encoder.params = spread(encoder.params)
-
-
-def check_groups(reward: Reward, mesh: Mesh, rollout: ml_collections.ConfigDict) -> None:
-    """Makes sure that a reward which compares the pictures of a prompt gets them together.
-
-    Raises:
-      InputError: a batch cuts through a group, or the hosts share out its pictures so that one does.
-    """
-    size, group = rollout.batch_size, rollout.images_per_prompt
-    if not reward.whole_groups:
-        return
-    if size % group:
-        raise InputError(f"rollout.batch_size: expected a multiple of the {group} pictures a prompt, as {reward.name} "
-                         f"compares them; received {size}")
-    owners = hosts.row_owners(parallel.picture_sharding(mesh, size), (size,)).reshape(-1, group)
-    if np.any(owners != owners[:, :1]):
-        pictures, unit = rollout.prompts_per_step * group, jax.process_count() * group
-        shards = parallel.batch_shards(mesh)
-        fits = [n for n in range(unit, pictures + 1, unit) if pictures % n == 0 and n % shards == 0]
-        best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
-        raise InputError(f"rollout.batch_size: expected the {group} pictures of a prompt on one host of "
-                         f"{jax.process_count()}, as {reward.name} compares them; received {size}{best}")
-
-
 def read_prompts(place: str, split: str, sources: tuple[str, ...] | None = None) -> dict[str, list[Prompt]]:
     """The prompts of a split, by source: from a directory, or the sets that need none."""
     if place == generated.NAME:
@@ -377,10 +330,11 @@ def build(config: ml_collections.ConfigDict) -> Run:
     train_prompts = read_prompts(config.prompts.path, "train", tuple(config.prompts.sources))
     test_prompts = held_out_prompts(config)
     root = find_model(place_of(config.model.path, "pipeline"), text_encoder_3=config.model.t5)
+    rollout = config.rollout
     rewards = load_rewards(reward_place(config), (*names, *config.rewards.heldout), config.rewards.num_workers,
                            faithful=config.harmonize.mode == "faithful")
     for reward in rewards[:len(names)]:
-        check_groups(reward, mesh, config.rollout)
+        check_groups(reward, mesh, rollout.prompts_per_step, rollout.images_per_prompt, rollout.batch_size)
     place_rewards(mesh, rewards)
     encode = text_embeddings(config, root, [p.text for p in (*itertools.chain(*train_prompts.values()), *test_prompts)])
     pipeline = load_model(config, spec, mesh, text_encoders=False)
@@ -398,7 +352,6 @@ def build(config: ml_collections.ConfigDict) -> Run:
                       config.rewards.timeout)
 
     shift = pipeline.scheduler.shift
-    rollout = config.rollout
 
     def decode(latents: jax.Array) -> jax.Array:
         place = partial(hosts.put, sharding=parallel.picture_sharding(mesh, len(latents)))

@@ -15,7 +15,6 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from marble_jax import adapters, compose, parallel, platform
-from marble_jax.checkpoint import Checkpoints
 from marble_jax.config import KEYS, default_config
 from marble_jax.console import Console
 from marble_jax.convert.lora import add_loras
@@ -31,10 +30,11 @@ from marble_jax.models.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.models.text import has_t5, identity
 from marble_jax.pictures import Album, writable
 from marble_jax.sampling import picture_noise
+from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.storage.workdir import Workdir
 from marble_jax.training.state import initial_state
 from marble_jax.types import Adapter, Conditioning
 from marble_jax.version import VERSION
-from marble_jax.workdir import Workdir
 
 EMBEDDED_TOKENS, DEFAULT_TOKENS = 12, 256
 DECODE_BATCH = 8  # pictures the autoencoder works on at once

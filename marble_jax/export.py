@@ -37,12 +37,12 @@ from marble_jax.models.mmdit_config import MMDiTConfig
 from marble_jax.models.pipeline import find_model
 from marble_jax.models.stored import open_component
 from marble_jax.report.records import read_records
-from marble_jax.storage import location
+from marble_jax.storage.files import location
+from marble_jax.storage.workdir import Workdir, plain
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter
 from marble_jax.verify import Drawing, check_packages, verify
 from marble_jax.version import VERSION
-from marble_jax.workdir import Workdir, plain
 
 POLICIES = {"ema": "ema", "current": "current", "rollout": "old", "best": "best"}
 """Names of the policies outside, and the fields of the training state that hold them."""

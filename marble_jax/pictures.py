@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 
 from marble_jax.errors import InputError
-from marble_jax.storage import location, write_whole
-from marble_jax.workdir import Workdir, plain
+from marble_jax.storage.files import location, write_whole
+from marble_jax.storage.workdir import Workdir, plain
 
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 8, 256
 """Most pictures in a grid, and the longest side of each, in pixels."""

@@ -13,16 +13,18 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from marble_jax import adapters, chips, compose, hosts, parallel, platform, probe, sharding
-from marble_jax.checkpoint import Checkpoints
+from marble_jax import adapters, chips, compose, hosts, parallel, platform, sharding
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.errors import InputError
 from marble_jax.evaluation.statistics import gains, standardised_gain, summary
 from marble_jax.export import PeriodicExports
+from marble_jax.hosts import probe
 from marble_jax.pictures import save_png
 from marble_jax.report import write_report
 from marble_jax.rewards.check import before_training
+from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.storage.workdir import Workdir
 from marble_jax.training.guard import Guard, fresh_stream
 from marble_jax.training.loop import Hooks, Interrupted, Schedule, train
 from marble_jax.training.profile import Profiler, parse_steps
@@ -30,7 +32,6 @@ from marble_jax.training.records import Events
 from marble_jax.training.state import TrainState
 from marble_jax.types import Scores
 from marble_jax.work import speed, work_of
-from marble_jax.workdir import Workdir
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "ml_collections", "transformers")
 

@@ -23,7 +23,7 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.models import mmdit
 from marble_jax.models.pipeline import load_pipeline
-from marble_jax.models.weights import SafetensorsDir
+from marble_jax.models.tensors import SafetensorsDir
 from marble_jax.sampling import make_sampler, picture_noise
 from marble_jax.types import Adapter
 

@@ -14,7 +14,6 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from marble_jax import adapters, compose, export, verify
-from marble_jax.checkpoint import Checkpoints
 from marble_jax.config import flatten
 from marble_jax.console import Console
 from marble_jax.errors import InputError
@@ -24,8 +23,9 @@ from marble_jax.models.mmdit_config import MMDiTConfig
 from marble_jax.models.pipeline import load_pipeline
 from marble_jax.pictures import save_png
 from marble_jax.sampling import make_sampler
+from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.storage.workdir import Workdir
 from marble_jax.training.state import initial_state
-from marble_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
 BASE = Path(str(importlib.resources.files("marble_jax") / "embedded" / "pipeline"))

@@ -11,9 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
     ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
-    ("mechanisms", ("flow", "models", "parallel", "sharding", "prompts", "checkpoint", "leaves", "manifest",
-                    "storage", "pictures", "workdir", "config", "console",
-                    "chips", "channel", "cluster", "hosts", "probe")),
+    ("mechanisms", ("flow", "models", "parallel", "sharding", "prompts", "hosts", "storage", "pictures", "config",
+                    "console", "chips")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
     ("procedures", ("training", "evaluation", "report")),
     ("composition", ("compose", "work", "plan", "run", "draw", "compare", "export", "model_card", "verify")),
@@ -22,7 +21,7 @@ ROWS = (
 ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}
 LIBRARIES = {
     "jaxopt": {"harmonize.qp"},
-    "orbax": {"checkpoint", "leaves"},
+    "orbax": {"storage"},
     "optax": {"training", "compose"},
     "ml_collections": {"config", "compose", "work", "plan", "run", "draw", "export", "cli"},
     "rapidocr": {"rewards.ocr_engines"},

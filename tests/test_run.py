@@ -10,9 +10,9 @@ import pytest
 
 from marble_jax.console import Console
 from marble_jax.run import Evaluations
+from marble_jax.storage.workdir import Workdir
 from marble_jax.training.state import initial_state
 from marble_jax.types import Scores
-from marble_jax.workdir import Workdir
 
 NAMES = ("large", "small", "heldout")
 # Standard deviations 100, 0.1 and 1.

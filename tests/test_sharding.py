@@ -20,8 +20,8 @@ from marble_jax.errors import InputError
 from marble_jax.models import blip, clip, mmdit, openclip, t5, text, vae
 from marble_jax.models.mmdit_config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.models.mmdit_weights import load_mmdit
-from marble_jax.models.weights import read_json
 from marble_jax.plan.architecture import CLIP_G, CLIP_L, T5_XXL, VAE
+from marble_jax.storage.files import read_json
 
 HERE = Path(__file__).parent
 MESHES = ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))

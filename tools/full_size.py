@@ -82,7 +82,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> dict:
 
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> dict:
-    from marble_jax.models.weights import SafetensorsDir
+    from marble_jax.models.tensors import SafetensorsDir
 
     a, b = SafetensorsDir(one), SafetensorsDir(other)
     assert set(a.keys()) == set(b.keys())

@@ -49,7 +49,7 @@ FEWEST_SECONDS = 30  # a part is not begun with less
 PAIRS = (("exact_k5", "torch.upstream.harmonised"), ("exact_k5", "torch.tuned.harmonised"),
          ("exact_k5", "torch.compiled.harmonised"), ("weighted_sum", "torch.upstream.weighted_sum"),
          ("weighted_sum", "torch.tuned.weighted_sum"), ("weighted_sum", "torch.compiled.weighted_sum"),
-         ("exact_k20.signal", "exact_k5.signal"), ("exact_k5", "separate_k5"))
+         ("exact_k5", "weighted_sum"), ("exact_k20.signal", "exact_k5.signal"), ("exact_k5", "separate_k5"))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

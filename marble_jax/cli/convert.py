@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
 
     console = Console()
     if values["check"]:
-        from marble_jax.manifest import check_hashes, recorded
+        from marble_jax.storage.manifest import check_hashes, recorded
 
         root = Path(values["check"])
         with console.bar(sum(r["bytes"] for r in recorded(root).values()), "check", "B") as bar:

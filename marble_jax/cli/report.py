@@ -16,7 +16,7 @@ def help_text() -> str:
 
 def run(argv: Sequence[str]) -> int:
     from marble_jax.report import read_records, summarise, write_report
-    from marble_jax.workdir import Workdir
+    from marble_jax.storage.workdir import Workdir
 
     values, rest = split(argv, {"workdir": None, "compare": ""})
     if rest:

@@ -32,7 +32,8 @@ from marble_jax.convert.lora_names import (
 from marble_jax.errors import InputError
 from marble_jax.models.hub import HUB_NAME, download
 from marble_jax.models.mmdit_weights import dense_modules
-from marble_jax.models.weights import SafetensorsFile, read_json
+from marble_jax.models.tensors import SafetensorsFile
+from marble_jax.storage.files import read_json
 from marble_jax.types import Adapter
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

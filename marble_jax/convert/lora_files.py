@@ -22,8 +22,8 @@ from marble_jax.convert.lora_names import DIFFUSERS_PREFIX, PEFT_PREFIX
 from marble_jax.convert.sources import open_model
 from marble_jax.convert.writing import KEEP, Cast, write_safetensors
 from marble_jax.errors import InputError
-from marble_jax.manifest import write_json
-from marble_jax.models.weights import Tensors
+from marble_jax.models.tensors import Tensors
+from marble_jax.storage.manifest import write_json
 
 Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """(a [in, r], b [r, out]) by layer name, as `adapters.unstack` gives them."""

@@ -23,7 +23,7 @@ from marble_jax.convert.layouts import CARRIED, COMPONENTS, STEMS
 from marble_jax.convert.sources import Model, open_model
 from marble_jax.convert.writing import CHOICES, KEEP, Cast, write_params, write_safetensors
 from marble_jax.errors import InputError, one_of
-from marble_jax.manifest import MANIFEST, seal, write_json
+from marble_jax.storage.manifest import MANIFEST, seal, write_json
 from marble_jax.version import VERSION
 
 LAYOUTS = ("orbax", "diffusers")

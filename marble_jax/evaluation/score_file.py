@@ -11,7 +11,7 @@ from etils import epath
 
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
-from marble_jax.storage import append, write_whole
+from marble_jax.storage.files import append, write_whole
 from marble_jax.types import Scores
 
 

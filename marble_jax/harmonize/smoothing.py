@@ -52,23 +52,25 @@ def refresh(state: AlphaState, alpha: jax.Array, scale: jax.Array, rho: float,
       rho: weight of the old value, in [0, 1).
       valid: bool [K] rewards that took part, or None to take alpha at face value as upstream does.
     """
-    took_part = jnp.ones_like(alpha, bool) if valid is None else valid
-    any_solve = jnp.any(alpha > 0)
-    absent_mass = jnp.sum(jnp.where(took_part, 0.0, state.alpha))
-    known = state.scale != 0
-    some_new = jnp.any(took_part & ~known) if valid is not None else jnp.zeros((), bool)
-    waiting = jnp.sum(~took_part & known)
-    new_mass = jnp.where(absent_mass > 0, waiting / jnp.maximum(waiting + jnp.sum(took_part), 1), 0.0)
-    left = jnp.where(some_new, new_mass, absent_mass)
-    shrunk = jnp.where(some_new, new_mass / jnp.where(absent_mass > 0, absent_mass, 1.0), 1.0)
-    fresh = jnp.where(took_part, alpha * (1.0 - left), state.alpha * shrunk)
-    mixed = jnp.where(state.solved & ~some_new, rho * state.alpha + (1.0 - rho) * fresh, fresh)
-    keep = ~any_solve if valid is not None else jnp.zeros((), bool)
+    took_part, known = jnp.ones_like(alpha, bool) if valid is None else valid, state.scale != 0
+    newcomer = jnp.zeros((), bool) if valid is None else jnp.any(valid & ~known)
+    nothing = jnp.zeros((), bool) if valid is None else ~jnp.any(alpha > 0)
+    solved, absent = jnp.where(took_part, alpha, 0.0), jnp.where(took_part, 0.0, state.alpha)
+    equal = jnp.sum(~took_part & known) / jnp.maximum(jnp.sum(took_part | known), 1)  # share of the absent, one each
+    fresh = jnp.where(newcomer, _beside(solved, absent, equal), _beside(solved, absent, jnp.sum(absent)))
+    mixed = jnp.where(state.solved & ~newcomer, rho * state.alpha + (1.0 - rho) * fresh, fresh)
     return AlphaState(
-        alpha=jnp.where(keep, state.alpha, mixed).astype(jnp.float32),
-        scale=jnp.where(jnp.logical_or(keep, ~took_part), state.scale, scale).astype(jnp.float32),
-        solved=jnp.logical_or(state.solved, ~keep), age=jnp.where(keep, state.age, 0).astype(jnp.int32),
+        alpha=jnp.where(nothing, state.alpha, mixed).astype(jnp.float32),
+        scale=jnp.where(nothing | ~took_part, state.scale, scale).astype(jnp.float32),
+        solved=state.solved | ~nothing, age=jnp.where(nothing, state.age, 0).astype(jnp.int32),
     )
+
+
+def _beside(solved: jax.Array, absent: jax.Array, share: jax.Array) -> jax.Array:
+    """The solve's weights beside those of absent rewards, which keep their ratios and get `share` of the whole."""
+    held = jnp.sum(absent)
+    share = jnp.where(held > 0, share, 0.0)
+    return solved * (1.0 - share) + absent * (share / jnp.where(held > 0, held, 1.0))
 
 
 def advance(state: AlphaState) -> AlphaState:

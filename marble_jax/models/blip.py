@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.models.clip import ACTIVATIONS
-from marble_jax.models.weights import Tensors, load_params, path_entries
+from marble_jax.models.tensors import Tensors
+from marble_jax.models.weights import load_params, path_entries
 from marble_jax.types import Params
 
 PREFIX = "blip."

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.models.stored import StoredDir, load_component, open_component
-from marble_jax.models.weights import SafetensorsDir, path_entries
+from marble_jax.models.tensors import SafetensorsDir
+from marble_jax.models.weights import path_entries
 from marble_jax.types import Params
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

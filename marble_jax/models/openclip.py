@@ -19,7 +19,8 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.models.clip import LEGACY_EOS, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from marble_jax.models.pickled import open_weights
-from marble_jax.models.weights import Entry, Tensors, load_params, path_entries
+from marble_jax.models.tensors import Tensors
+from marble_jax.models.weights import Entry, load_params, path_entries
 from marble_jax.types import Params
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from marble_jax.errors import InputError
-from marble_jax.models.weights import SafetensorsFile, Tensors
+from marble_jax.models.tensors import SafetensorsFile, Tensors
 
 SUFFIXES = (".bin", ".pt", ".pth")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")

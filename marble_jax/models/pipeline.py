@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from marble_jax.models.mmdit import MMDiT
 from marble_jax.models.mmdit_weights import load_mmdit
 from marble_jax.models.text import TextEncoders, full_batches, load_text_encoders
 from marble_jax.models.vae import AutoencoderKL, load_vae
+from marble_jax.storage.files import read_json
 from marble_jax.types import Conditioning, Params
 
 _REQUIRED = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -150,7 +150,7 @@ def load_pipeline(
       InputError: missing, gated or unreachable model; missing or malformed component; components that do not fit.
     """
     root = find_model(directory, revision, text_encoder_3)
-    index = _read_json(root / "model_index.json")
+    index = read_json(root / "model_index.json")
     if index.get("_class_name", "StableDiffusion3Pipeline") != "StableDiffusion3Pipeline":
         raise InputError(
             f"{root / 'model_index.json'}: expected a StableDiffusion3Pipeline; received {index['_class_name']}")
@@ -192,20 +192,8 @@ def find_model(name: pathlib.Path | str, revision: str | None = None, text_encod
 
 def _scheduler(directory: pathlib.Path) -> SchedulerConfig:
     path = directory / "scheduler_config.json"
-    config = _read_json(path)
+    config = read_json(path)
     if config.get("use_dynamic_shifting"):
         raise InputError(f"{path}: use_dynamic_shifting: expected false (a static shift); received true")
     names = {field.name for field in dataclasses.fields(SchedulerConfig)}
     return SchedulerConfig(**{key: value for key, value in config.items() if key in names})
-
-
-def _read_json(path: pathlib.Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: expected a readable file; received {type(error).__name__}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: expected valid JSON; received an error at {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object; received a {type(content).__name__}")
-    return content

@@ -15,7 +15,9 @@ import numpy as np
 from flax import traverse_util
 
 from marble_jax.errors import InputError, nearest
-from marble_jax.models.weights import Entry, SafetensorsDir, load_params, read_json
+from marble_jax.models.tensors import SafetensorsDir
+from marble_jax.models.weights import Entry, load_params
+from marble_jax.storage.files import read_json
 
 PARAMS = "params"
 """Name of the Orbax checkpoint in a component directory."""
@@ -32,7 +34,7 @@ class StoredDir:
 
     def __init__(self, path: pathlib.Path | str):
         """Opens the directory. Raises InputError when the config or the checkpoint is missing or damaged."""
-        from marble_jax.leaves import leaf_shapes  # Orbax takes a second to import
+        from marble_jax.storage.leaves import leaf_shapes
 
         self.path = pathlib.Path(path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
@@ -44,7 +46,7 @@ class StoredDir:
 
     def groups(self) -> list[list[tuple[str, ...]]]:
         """All paths, in the groups they are best read in."""
-        from marble_jax.leaves import grouped
+        from marble_jax.storage.leaves import grouped
 
         paths = iter(self.leaves)
         sizes = (leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
@@ -52,7 +54,7 @@ class StoredDir:
 
     def read(self, paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], np.ndarray]:
         """Some leaves. Raises InputError when one is damaged."""
-        from marble_jax.leaves import read_leaves
+        from marble_jax.storage.leaves import read_leaves
 
         return read_leaves(self.path / PARAMS, paths)
 

@@ -20,7 +20,7 @@ from marble_jax.errors import InputError
 from marble_jax.models.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.models.contents import content_hash
 from marble_jax.models.t5 import T5Encoder, load_t5
-from marble_jax.models.weights import read_json
+from marble_jax.storage.files import read_json
 from marble_jax.types import Conditioning, Params
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3")

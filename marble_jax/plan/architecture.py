@@ -21,7 +21,7 @@ from marble_jax.models.t5 import T5Config, T5Encoder
 from marble_jax.models.t5 import abstract_params as t5_params
 from marble_jax.models.text import CLIP_LENGTH, clip_length, has_t5
 from marble_jax.models.vae import AutoencoderKL, VAEConfig
-from marble_jax.models.weights import read_json
+from marble_jax.storage.files import read_json
 from marble_jax.types import Adapter, Params
 
 PUBLISHED = {"stable-diffusion-3.5-medium": SD35_MEDIUM, "stable-diffusion-3-medium-diffusers": SD3_MEDIUM,

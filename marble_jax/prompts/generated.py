@@ -13,7 +13,7 @@ from etils import epath
 from marble_jax.errors import InputError, one_of
 from marble_jax.prompts import composition, lettering, scenes
 from marble_jax.prompts.files import Prompt
-from marble_jax.storage import write_whole
+from marble_jax.storage.files import write_whole
 
 NAME = "generated"
 SOURCES = {"general": (scenes.split, 6000, 600), "geneval": (composition.split, 6000, 600),

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from marble_jax.errors import InputError
-from marble_jax.storage import location
+from marble_jax.storage.files import location
 
 _STEP_DIRECTORY = re.compile(r"^step_(\d+)$")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from marble_jax.errors import InputError
 from marble_jax.models.pickled import open_weights
-from marble_jax.models.weights import Tensors
+from marble_jax.models.tensors import Tensors
 from marble_jax.rewards.base import Metadata, Reward
 from marble_jax.rewards.encoder import ClipEncoder
 from marble_jax.types import Params

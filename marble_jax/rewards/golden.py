@@ -16,7 +16,7 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.detect import INKS
-from marble_jax.storage import write_whole
+from marble_jax.storage.files import write_whole
 
 FILE = "golden.json"
 OVERSAMPLE = 4

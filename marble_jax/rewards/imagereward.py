@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from marble_jax.errors import InputError
 from marble_jax.models.blip import BlipEncoder, BlipTextConfig, load_blip
 from marble_jax.models.pickled import open_weights
-from marble_jax.models.weights import read_json
 from marble_jax.rewards.aesthetic import affine, fold_head
 from marble_jax.rewards.base import Metadata, Reward
 from marble_jax.rewards.encoder import Tokenize, exact, has_tokenizer, load_tokenize
 from marble_jax.rewards.preprocess import Preprocess, prepare
+from marble_jax.storage.files import read_json
 from marble_jax.types import Params
 
 FILES = ("ImageReward.safetensors", "ImageReward.pt")

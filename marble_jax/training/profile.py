@@ -15,8 +15,8 @@ import jax
 from etils import epath
 
 from marble_jax.errors import InputError
-from marble_jax.manifest import files_below
-from marble_jax.storage import is_remote, write_whole
+from marble_jax.storage.files import is_remote, write_whole
+from marble_jax.storage.manifest import files_below
 
 
 def parse_steps(text: str) -> range:

@@ -1,6 +1,6 @@
 """A run made on eight devices is opened, drawn from, exported and gone on with on one device.
 
-`tests/test_checkpoint.py` has the quick test of what all of these do.
+`tests/storage/test_checkpoint.py` has the quick test of what all of these do.
 """
 from __future__ import annotations
 

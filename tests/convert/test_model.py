@@ -26,7 +26,7 @@ from marble_jax.convert.model import convert
 from marble_jax.errors import InputError
 from marble_jax.models.pipeline import load_pipeline
 from marble_jax.models.stored import StoredDir, load_component
-from marble_jax.models.weights import SafetensorsDir
+from marble_jax.models.tensors import SafetensorsDir
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded" / "pipeline"))
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -245,7 +245,7 @@ def test_changed_files_are_found(stored, tmp_path):
 
 
 def main_check(directory):
-    from marble_jax.manifest import check_hashes
+    from marble_jax.storage.manifest import check_hashes
 
     check_hashes(directory)
 

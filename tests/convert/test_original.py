@@ -14,7 +14,7 @@ from marble_jax.convert.original import open_original
 from marble_jax.errors import InputError
 from marble_jax.models.mmdit_weights import load_mmdit
 from marble_jax.models.pipeline import load_pipeline
-from marble_jax.models.weights import SafetensorsDir
+from marble_jax.models.tensors import SafetensorsDir
 
 LAYERS, WIDTH, HEAD, TEXT, POOLED, SIDE = 3, 128, 64, 160, 96, 6
 

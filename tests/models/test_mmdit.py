@@ -13,7 +13,8 @@ from marble_jax.models.attention import IMPLEMENTATIONS, attend
 from marble_jax.models.mmdit import Block, MMDiT, PatchEmbed, TimeTextEmbed, abstract_params, position_table, velocity
 from marble_jax.models.mmdit_config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.models.mmdit_weights import crop_table, entries, load_mmdit
-from marble_jax.models.weights import SafetensorsDir, save_params
+from marble_jax.models.tensors import SafetensorsDir
+from marble_jax.models.weights import save_params
 from marble_jax.types import Conditioning
 
 TINY = MMDiTConfig(

@@ -11,7 +11,7 @@ from marble_jax.errors import InputError
 from marble_jax.models import openclip
 from marble_jax.models.clip import CLIPConfig, CLIPModel
 from marble_jax.models.openclip import Unpacked, config_from_shapes, config_of, load_openclip
-from marble_jax.models.weights import SafetensorsFile
+from marble_jax.models.tensors import SafetensorsFile
 
 VIT_H = {"embed_dim": 1024,
          "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},

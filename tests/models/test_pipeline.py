@@ -248,7 +248,7 @@ def test_missing_pieces(broken, tmp_path):
     with pytest.raises(InputError, match="model: expected a directory or a Hub name owner/model; received '.*nowhere'"):
         load_pipeline(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="model_index.json: expected a readable file; received FileNotFoundError"):
+    with pytest.raises(InputError, match="model_index.json: expected a readable JSON file; received FileNotFoundError"):
         load_pipeline(tmp_path / "empty")
     shutil.rmtree(broken / "text_encoder_2")
     with pytest.raises(InputError, match="text_encoder_2: expected a model component directory"):

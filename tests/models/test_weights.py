@@ -10,18 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from marble_jax.errors import InputError
-from marble_jax.models.weights import (
-    Entry,
-    SafetensorsDir,
-    SafetensorsFile,
-    conv,
-    copy,
-    linear,
-    load_params,
-    norm,
-    path_entries,
-    save_params,
-)
+from marble_jax.models.tensors import SafetensorsDir, SafetensorsFile
+from marble_jax.models.weights import Entry, conv, copy, linear, load_params, norm, path_entries, save_params
 
 RNG = np.random.default_rng(0)
 TENSORS = {

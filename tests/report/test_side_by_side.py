@@ -13,8 +13,8 @@ from marble_jax.evaluation.comparison import compare
 from marble_jax.pictures import save_png
 from marble_jax.prompts.files import Prompt
 from marble_jax.report.side_by_side import chosen, read_comparison, render, write_comparison
+from marble_jax.storage.workdir import Workdir
 from marble_jax.types import Scores
-from marble_jax.workdir import Workdir
 
 NAMES = ("ocr", "geneval", "geneval_accuracy", "judge<b>")
 MODELS = ("base", "lora-a", "lora-b")

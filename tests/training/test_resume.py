@@ -8,8 +8,8 @@ import pytest
 import toy_policy as toy
 
 import marble_jax  # noqa: F401
-from marble_jax.checkpoint import Checkpoints
 from marble_jax.errors import InputError
+from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.training.steps import make_steps
 
 

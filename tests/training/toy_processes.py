@@ -11,18 +11,19 @@ import numpy as np
 import toy_policy as toy
 import toy_run
 
-from marble_jax import hosts, parallel, probe
-from marble_jax.checkpoint import Checkpoints
-from marble_jax.cluster import find_cluster
+from marble_jax import hosts, parallel
 from marble_jax.console import Console
 from marble_jax.harmonize.baselines import make_balancer
+from marble_jax.hosts import probe
+from marble_jax.hosts.cluster import find_cluster
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import make_sampler
+from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.storage.workdir import Workdir
 from marble_jax.training.batch import Collector
 from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, train
 from marble_jax.training.steps import make_steps
-from marble_jax.workdir import Workdir
 
 SEEN = []
 """Pictures of every call of the host reward."""

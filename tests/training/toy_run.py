@@ -13,18 +13,18 @@ import numpy as np
 import toy_policy as toy
 
 import marble_jax  # noqa: F401
-from marble_jax import checkpoint
-from marble_jax.checkpoint import Checkpoints
 from marble_jax.console import Console
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import make_sampler
+from marble_jax.storage import checkpoint
+from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.storage.workdir import Workdir
 from marble_jax.training.batch import Collector
 from marble_jax.training.loop import Hooks, Sampling, Schedule, train
 from marble_jax.training.steps import make_steps
 from marble_jax.types import Conditioning
-from marble_jax.workdir import Workdir
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}
 NUM_STEPS = 12

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from marble_jax.cli.options import boolean, number, split
 from marble_jax.errors import InputError
-from marble_jax.storage import write_whole
+from marble_jax.storage.files import write_whole
 from tools.experiments import fronts, results, runner, table
 from tools.experiments.methods import METHODS, SUITES, choose, jobs
 

@@ -9,7 +9,7 @@ from typing import Any
 from marble_jax.cli.options import load_config
 from marble_jax.config import flatten
 from marble_jax.errors import InputError, one_of
-from marble_jax.workdir import plain
+from marble_jax.storage.workdir import plain
 
 SUITES = ("main", "sweeps", "ablations", "balancers")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.report.records import Records, read_records
-from marble_jax.storage import write_whole
+from marble_jax.storage.files import write_whole
 from tools.experiments.methods import METHODS, Job
 from tools.experiments.runner import finished
 

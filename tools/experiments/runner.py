@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from marble_jax.console import duration
-from marble_jax.workdir import Workdir
+from marble_jax.storage.workdir import Workdir
 from tools.experiments.methods import Job
 
 TRAIN = (sys.executable, "-m", "marble_jax", "train")

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from marble_jax import hosts, parallel, probe
-from marble_jax.cluster import find_cluster
+from marble_jax import hosts, parallel
 from marble_jax.errors import InputError
+from marble_jax.hosts import probe
+from marble_jax.hosts.cluster import find_cluster
 
 
 def refused(call):

@@ -12,18 +12,18 @@ import pytest
 from etils import epath
 from etils.epath import backend
 
-from marble_jax.checkpoint import Checkpoints, _problem_in
 from marble_jax.cli.main import main
 from marble_jax.errors import InputError
 from marble_jax.evaluation.score_file import ScoreFile
 from marble_jax.export import new_folder
-from marble_jax.manifest import files_below
 from marble_jax.pictures import Album, read_picture, save_png
 from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_report
-from marble_jax.storage import append, is_remote, location, write_whole
+from marble_jax.storage.checkpoint import Checkpoints, _problem_in
+from marble_jax.storage.files import append, is_remote, location, write_whole
+from marble_jax.storage.manifest import files_below
+from marble_jax.storage.workdir import Workdir
 from marble_jax.types import Scores
-from marble_jax.workdir import Workdir
 
 
 @pytest.fixture(params=["gs", "s3"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.workdir import Workdir, plain
+from marble_jax.storage.workdir import Workdir, plain
 
 CONFIG = {"name": "a", "seed": 1, "training.num_steps": 3, "rewards.train": ("x", "y"), "training.schedule": "constant",
           "evaluation.every_steps": 10, "evaluation.num_prompts": 6, "mesh.data": -1}

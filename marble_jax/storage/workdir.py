@@ -14,7 +14,7 @@ from etils import epath
 
 from marble_jax.config import KEYS
 from marble_jax.errors import InputError
-from marble_jax.storage import append, location, write_whole
+from marble_jax.storage.files import append, location, write_whole
 
 FREE_KEYS = ("name", "prompts.embedding_cache", "training.num_steps", "evaluation.every_steps", "checkpoints.",
              "training.non_finite", "training.max_rollbacks", "export.", "logging.", "mesh.",

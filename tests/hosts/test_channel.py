@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from marble_jax import channel
-from marble_jax.channel import HostLost, meet
 from marble_jax.errors import InputError
+from marble_jax.hosts import channel
+from marble_jax.hosts.channel import HostLost, meet
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
@@ -190,7 +190,7 @@ def test_addresses(address):
 ENDED = "ended, or cannot be reached any more"
 STUCK = """
 import sys, time
-from marble_jax import channel
+from marble_jax.hosts import channel
 channel.GRACE = 0.5
 met = channel.meet(sys.argv[1], 3, int(sys.argv[2]), 60, name="host" + sys.argv[2])
 print("there", flush=True)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marble_jax import checkpoint
-from marble_jax.checkpoint import SEALED, Checkpoints
 from marble_jax.errors import InputError
+from marble_jax.storage import checkpoint
+from marble_jax.storage.checkpoint import SEALED, Checkpoints
 
 HERE = Path(__file__).parent
 
@@ -246,7 +246,7 @@ def test_from_one_device_to_eight_and_back(place):
     code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_checkpoint as t; "
             f"t.on_eight_devices({str(place)!r})")
     env = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parents[1], env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     step, found = Checkpoints(place, say=pytest.fail).restore(state_of(0))
     assert step == 10 and same(found, 10)

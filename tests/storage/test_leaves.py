@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.leaves import Leaf, grouped, leaf_shapes, read_leaves, save_leaves
+from marble_jax.storage.leaves import Leaf, grouped, leaf_shapes, read_leaves, save_leaves
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -8,8 +8,8 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
-from marble_jax.channel import split_address
 from marble_jax.errors import InputError, one_of
+from marble_jax.hosts.channel import split_address
 
 MODES = ("auto", "off", "on")
 JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

@@ -14,8 +14,7 @@ from typing import Any
 from etils import epath
 
 from marble_jax.errors import InputError
-from marble_jax.models.weights import read_json
-from marble_jax.storage import is_remote, write_whole
+from marble_jax.storage.files import is_remote, read_json, write_whole
 
 MANIFEST = "manifest.json"
 _CHUNK = 16_000_000  # bytes

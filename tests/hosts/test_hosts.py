@@ -14,10 +14,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marble_jax import hosts
-from marble_jax.cluster import Cluster, find_cluster
 from marble_jax.errors import InputError
+from marble_jax.hosts.cluster import Cluster, find_cluster
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 TORCH = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "WORLD_SIZE": "16", "RANK": "9", "LOCAL_RANK": "1",
          "LOCAL_WORLD_SIZE": "8"}
@@ -105,7 +105,7 @@ def test_several_processes(tmp_path, count, devices):
     for i in range(count):
         (tmp_path / str(i)).mkdir()
         processes.append(subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "toy_hosts.py", address, str(count), str(i), tmp_path / str(i),
+            [sys.executable, ROOT / "tests" / "hosts" / "toy_hosts.py", address, str(count), str(i), tmp_path / str(i),
              tmp_path / "shared"], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     try:
         ended = [p.communicate(timeout=200) for p in processes]

@@ -25,10 +25,9 @@ from etils import epath
 
 from marble_jax import hosts
 from marble_jax.errors import InputError
-from marble_jax.leaves import first_line, quiet
-from marble_jax.manifest import MANIFEST, check_hashes, files_below, recorded, seal
-from marble_jax.models.weights import read_json
-from marble_jax.storage import is_remote, write_whole
+from marble_jax.storage.files import is_remote, read_json, write_whole
+from marble_jax.storage.leaves import first_line, quiet
+from marble_jax.storage.manifest import MANIFEST, check_hashes, files_below, recorded, seal
 
 ITEM = "default"
 NOTES = ("_CHECKPOINT_METADATA", "commit_success.txt")

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they are started, how they agree, who holds which rows.
+"""Several processes as one run: how they are started and how they agree.
 
 Every process runs the same program over arrays that span all of them. What only one process does (writing) or what can
 fail on one alone (files, signals, rewards on the host) goes through `from_first`, `together` and `any_of`, so that all
@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from marble_jax.channel import LOST_STATUS, Channel, HostLost, Refused, meet
-from marble_jax.cluster import Cluster
 from marble_jax.errors import InputError
+from marble_jax.hosts.channel import LOST_STATUS, Channel, HostLost, Refused, meet
+from marble_jax.hosts.cluster import Cluster
 
 Value = TypeVar("Value")
 _channel: Channel | None = None
@@ -234,63 +232,3 @@ def _line(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     return str(error)
-
-
-def put(tree: Any, sharding: Any) -> Any:
-    """`jax.device_put` over the devices of all processes, each of which holds the same host values.
-
-    Nothing is sent: every process puts its own parts where they belong.
-
-    Args:
-      tree: arrays.
-      sharding: of every leaf, or a tree of them.
-    """
-    one_for_all = isinstance(sharding, jax.sharding.Sharding)
-    if all(s.is_fully_addressable for s in ([sharding] if one_for_all else jax.tree.leaves(sharding))):
-        return jax.device_put(tree, sharding)
-    return jax.tree.map(lambda leaf, *own: _put(leaf, own[0] if own else sharding), tree,
-                        *([] if one_for_all else [sharding]))
-
-
-def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jax.device_put(leaf, sharding)  # from one layout to another, between the devices
-    host = np.asarray(leaf)
-    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def whole(tree: Any) -> Any:
-    """Arrays of all processes as host arrays; all of them have to ask for it."""
-    def one(leaf: Any) -> np.ndarray:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return np.asarray(leaf)
-        return multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.tree.map(one, tree)
-
-
-def row_owners(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
-    """int [N]: the process that answers for each row of an array; of several that hold it, the first."""
-    owners = np.full(shape[0], jax.process_count())
-    for device, index in sharding.devices_indices_map(shape).items():
-        rows = index[0]
-        owners[rows] = np.minimum(owners[rows], device.process_index)
-    return owners
-
-
-def own_rows(array: jax.Array, owners: np.ndarray) -> np.ndarray:
-    """The rows of an array that this process answers for, in their order, read from its own devices.
-
-    Args:
-      array: split along its first axis only.
-      owners: from `row_owners`.
-    """
-    rows = np.flatnonzero(owners == jax.process_index())
-    found = np.zeros((len(rows), *array.shape[1:]), array.dtype)
-    for shard in array.addressable_shards:
-        first, last, _ = shard.index[0].indices(array.shape[0])
-        inside = (rows >= first) & (rows < last)
-        if inside.any():
-            found[inside] = np.asarray(shard.data)[rows[inside] - first]
-    return found

@@ -1,7 +1,9 @@
 """Places on this machine or in a bucket (`gs://`, `s3://`): found out before anything is done, written to whole."""
 from __future__ import annotations
 
+import json
 import os
+from typing import Any
 
 from etils import epath
 
@@ -69,3 +71,16 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     partial.replace(path)
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError when it is unreadable or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable JSON file; received {type(error).__name__}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: expected valid JSON; received an error at {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object; received a {type(content).__name__}")
+    return content

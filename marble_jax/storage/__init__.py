@@ -1,0 +1,1 @@
+"""Disks and buckets: files, workdirs, sealed checkpoints."""
