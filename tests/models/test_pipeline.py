@@ -257,7 +257,7 @@ def test_missing_pieces(broken, tmp_path):
     with pytest.raises(InputError, match="tokenizer: expected a tokenizer directory; received no such directory"):
         load_pipeline(broken)
     (broken / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(InputError, match="scheduler_config.json: expected a readable file"):
+    with pytest.raises(InputError, match="scheduler_config.json: expected a readable JSON file"):
         load_pipeline(broken)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -112,7 +113,9 @@ def test_two_processes_killed_and_stopped_end_where_one_does(alone, tmp_path):
     found = ends(processes)
     assert [status for status, _, _ in found] == [143, 143], found
     assert re.search(r"stopped after step \d+ \(process 1 \(.*\): SIGTERM\); the same command goes on", found[0][1])
+    shutil.copytree(place, tmp_path / "laptop")
     close_to(finished(place, 2), alone)
+    close_to(finished(tmp_path / "laptop", 1), alone)
 
 
 @pytest.mark.slow
