@@ -11,30 +11,29 @@ after `GRACE` seconds where it hangs in a collective.
 """
 from __future__ import annotations
 
-import json
 import os
 import queue
 import socket
-import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from marble_jax.errors import InputError
+from marble_jax.hosts.wire import BYE, LOST, VALUE, Peer, keep_alive, listen, receive, send
 
 GRACE = 10.0
 """Seconds between the loss of a process and the end of one that does not notice by itself."""
 LINGER = GRACE + 2.0
 """Seconds process 0 stays for the others at most when the run failed."""
+NOTICE = 5.0
+"""Seconds for the loss of a process to show here, where a collective that broke may be the first sign of it."""
 PATIENCE = 3600.0
 """Seconds a process that is alive may keep the others waiting."""
 LOST_STATUS = 75
 """Exit status when another process was lost: the same command may be tried again. Source: EX_TEMPFAIL of sysexits.h."""
 _RETRY, _ANSWER = 0.25, 2.0
-_LARGEST = 1 << 26
-_VALUE, _LOST, _BYE = b"V", b"L", b"B"
 _MAGIC = "marble_jax channel 1"
 
 
@@ -54,80 +53,6 @@ class Refused(Exception):
         self.lines = list(lines)
 
 
-def _send(connection: socket.socket, kind: bytes, value: Any) -> None:
-    body = json.dumps(value).encode()
-    connection.sendall(struct.pack("!cI", kind, len(body)) + body)
-
-
-def _receive(connection: socket.socket) -> tuple[bytes, Any] | None:
-    """One message; None at the end of the connection or of something else than a message."""
-    head = _exactly(connection, 5)
-    if head is None:
-        return None
-    kind, size = struct.unpack("!cI", head)
-    if kind not in (_VALUE, _LOST, _BYE) or size > _LARGEST:
-        return None
-    body = _exactly(connection, size)
-    try:
-        return None if body is None else (kind, json.loads(body))
-    except ValueError:
-        return None
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < size:
-        part = connection.recv(min(size - len(parts), 1 << 16))
-        if not part:
-            return None
-        parts += part
-    return bytes(parts)
-
-
-class _Peer:
-    """The connection to one other process, read by a thread of its own."""
-
-    def __init__(self, index: int, name: str, connection: socket.socket):
-        self.index, self.name, self._connection = index, name, connection
-        self.messages: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-
-    def __str__(self) -> str:
-        return f"process {self.index} ({self.name})"
-
-    def send(self, kind: bytes, value: Any) -> None:
-        """Sends, or lets the reading thread find out that nobody is there."""
-        try:
-            with self._lock:
-                _send(self._connection, kind, value)
-        except OSError:
-            pass
-
-    def read(self, lost: Callable[[_Peer, str], None]) -> None:
-        """Collects messages until the connection ends; `lost` is called unless it ends with a farewell."""
-        while True:
-            try:
-                message = _receive(self._connection)
-            except OSError:
-                message = None
-            if message is None:
-                lost(self, f"{self} ended, or cannot be reached any more")
-                return
-            if message[0] == _LOST:
-                lost(self, message[1])
-                continue
-            self.messages.put(message)
-            if message[0] == _BYE:
-                return
-
-    def close(self) -> None:
-        try:
-            self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._connection.close()
-
-
 class Channel:
     """The open connections of one process; from `meet`.
 
@@ -141,12 +66,12 @@ class Channel:
     def __init__(self, index: int, names: Sequence[str], connections: Sequence[tuple[int, socket.socket]],
                  keepalive: float):
         self.index, self.count, self.names, self.lost = index, len(names), tuple(names), ""
-        self._closed, self._lock = False, threading.Lock()
+        self._closed, self._lock, self._noticed = False, threading.Lock(), threading.Event()
         self._peers = []
         for other, connection in sorted(connections, key=lambda pair: pair[0]):
             connection.settimeout(None)
-            _keep_alive(connection, keepalive)
-            self._peers.append(_Peer(other, names[other], connection))
+            keep_alive(connection, keepalive)
+            self._peers.append(Peer(other, names[other], connection))
         self._readers = [threading.Thread(target=peer.read, args=(self._give_up,), name=f"{peer}", daemon=True)
                          for peer in self._peers]
         for reader in self._readers:
@@ -168,7 +93,7 @@ class Channel:
         """
         mine = {"label": label, "value": value, "refusal": refusal}
         if self.index:
-            self._peers[0].send(_VALUE, mine)
+            self._peers[0].send(VALUE, mine)
             answer = self._next(self._peers[0])
         else:
             found = [mine] + [self._next(peer) for peer in self._peers]
@@ -179,10 +104,15 @@ class Channel:
                           f"{found[strays[0]]['label']!r}")
             answer = {"refusals": refusals, "values": [one["value"] for one in found]}
             for peer in self._peers:
-                peer.send(_VALUE, answer)
+                peer.send(VALUE, answer)
         if any(answer["refusals"]):
             raise Refused(answer["refusals"])
         return answer["values"]
+
+    def loss(self) -> str:
+        """`lost`, after up to `NOTICE` seconds if need be: for a failure that another process's end may have caused."""
+        self._noticed.wait(NOTICE)
+        return self.lost
 
     def fail(self, line: str) -> None:
         """Tells the others that this process cannot go on, and why.
@@ -202,7 +132,7 @@ class Channel:
         with self._lock:
             self._closed, self.lost = True, self.lost or line
         for peer in self._peers:
-            peer.send(_LOST, line)
+            peer.send(LOST, line)
         end = time.monotonic() + LINGER
         for reader in self._readers if not self.index else ():
             reader.join(max(0.0, end - time.monotonic()))
@@ -212,33 +142,34 @@ class Channel:
         with self._lock:
             self._closed = True
         for peer in self._peers:
-            peer.send(_BYE, None)
+            peer.send(BYE, None)
         for peer in self._peers:
             peer.close()
 
-    def _next(self, peer: _Peer) -> Any:
+    def _next(self, peer: Peer) -> Any:
         try:  # what came before the loss counts
             kind, value = peer.messages.get(timeout=0 if self.lost else PATIENCE)
         except queue.Empty:
             if self.lost:
                 raise HostLost(self.lost) from None
             self.fail(f"expected {peer} within {PATIENCE:g} s; received nothing")
-        if kind == _BYE:
+        if kind == BYE:
             self.fail(f"expected {peer} to go on; received its farewell")
-        if kind == _LOST:
+        if kind == LOST:
             raise HostLost(self.lost)
         return value
 
-    def _give_up(self, peer: _Peer, line: str) -> None:
+    def _give_up(self, peer: Peer, line: str) -> None:
         """In the reading thread: notes who is lost, wakes the main thread, and ends the process if that does not."""
         with self._lock:
             if self._closed or self.lost:
                 return
             self.lost = line
+        self._noticed.set()
         for other in self._peers:
             if other is not peer and not self.index:
-                other.send(_LOST, line)
-            other.messages.put((_LOST, line))
+                other.send(LOST, line)
+            other.messages.put((LOST, line))
         timer = threading.Timer(GRACE, self._end)
         timer.daemon = True
         timer.start()
@@ -288,7 +219,7 @@ def split_address(address: str) -> tuple[str, int]:
 def _gather(port: int, count: int, timeout: float, deadline: float, keepalive: float, name: str) -> Channel:
     """Process 0: takes the others in, and tells all of them how it went."""
     try:
-        listener = _listen(port)
+        listener = listen(port)
     except OSError as error:
         raise InputError(f"--coordinator: expected port {port} to be free on process 0 ({name}); received "
                          f"{error.strerror or error}; choose another one") from None
@@ -318,15 +249,15 @@ def _gather(port: int, count: int, timeout: float, deadline: float, keepalive: f
                 problem = (f"--process_id: expected 0 to {count - 1}, each once; received {other} from "
                            f"{hello['name']}" + (f" and from {arrived[other][0]}" if other in arrived else ""))
             if problem:
-                _answer([connection], _LOST, problem)
+                _answer([connection], LOST, problem)
             else:
                 arrived[other] = (hello["name"], connection)
     connections = [connection for _, connection in arrived.values()]
     if problem:
-        _answer(connections, _LOST, problem)
+        _answer(connections, LOST, problem)
         raise InputError(problem)
     names = [name] + [arrived[i][0] for i in range(1, count)]
-    _answer(connections, _VALUE, names)
+    _answer(connections, VALUE, names)
     return Channel(0, names, [(i, arrived[i][1]) for i in arrived], keepalive)
 
 
@@ -342,16 +273,16 @@ def _join(host: str, port: int, count: int, index: int, timeout: float, deadline
             time.sleep(min(_RETRY, max(0.0, left)))
             continue
         try:
-            _send(connection, _VALUE, {"magic": _MAGIC, "process": index, "of": count, "name": name})
+            send(connection, VALUE, {"magic": _MAGIC, "process": index, "of": count, "name": name})
             # Process 0 gives up at a time of its own, and says so.
             connection.settimeout(max(0.0, deadline - time.monotonic()) + _ANSWER)
-            answer = _receive(connection)
+            answer = receive(connection)
         except OSError as error:
             answer, reason = None, str(error) or type(error).__name__
-        if answer is not None and answer[0] == _VALUE:
+        if answer is not None and answer[0] == VALUE:
             return Channel(index, answer[1], [(0, connection)], keepalive)
         connection.close()
-        if answer is not None and answer[0] == _LOST:
+        if answer is not None and answer[0] == LOST:
             raise InputError(answer[1])
         reason = reason or "another program, or a process 0 that stopped, at that port"
         time.sleep(_RETRY)
@@ -363,7 +294,7 @@ def _hello(connection: socket.socket) -> dict[str, Any] | None:
     """What a process says when it arrives; None for a stranger."""
     connection.settimeout(5.0)
     try:
-        message = _receive(connection)
+        message = receive(connection)
     except OSError:
         return None
     hello = message[1] if message else None
@@ -376,24 +307,8 @@ def _hello(connection: socket.socket) -> dict[str, Any] | None:
 def _answer(connections: Sequence[socket.socket], kind: bytes, value: Any) -> None:
     for connection in connections:
         try:
-            _send(connection, kind, value)
-            if kind == _LOST:
+            send(connection, kind, value)
+            if kind == LOST:
                 connection.close()
         except OSError:
             continue
-
-
-def _listen(port: int) -> socket.socket:
-    """On every address of this host, as JAX's service does; the port may have been used a moment ago."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    return socket.create_server(("", port), family=family, backlog=256, dualstack_ipv6=family == socket.AF_INET6)
-
-
-def _keep_alive(connection: socket.socket, seconds: float) -> None:
-    """Has the system find out when the other host is gone without a word."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    step = max(1, int(seconds / 6))
-    for option, value in (("TCP_KEEPIDLE", 3 * step), ("TCP_KEEPINTVL", step), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, option):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -80,7 +80,7 @@ def _end(channel: Channel, verb: str, error: BaseException) -> None:
     """Says what happened and ends this process, whatever other threads wait for."""
     said = str(error) or type(error).__name__
     status = {HostLost: LOST_STATUS, KeyboardInterrupt: 130}.get(type(error), 2 if isinstance(error, InputError) else 1)
-    if status == 1 and channel.lost:  # a collective that broke because another process is gone
+    if status == 1 and channel.loss():  # a collective that broke because another process is gone
         said, status = channel.lost, LOST_STATUS
     if status == 1:
         traceback.print_exception(error)

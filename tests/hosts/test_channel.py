@@ -66,6 +66,17 @@ def test_a_process_elsewhere_is_noticed(met):
     assert {str(e) for e in found} == {"process 0 (host0): expected every process at 'a'; received process 2 at 'b'"}
 
 
+def test_a_loss_that_shows_a_moment_later_is_waited_for(met, monkeypatch):
+    """A collective can break before the connection does."""
+    monkeypatch.setattr(channel, "NOTICE", 0.2)
+    assert [c.loss() for c in met] == ["", "", ""]
+    monkeypatch.setattr(channel, "NOTICE", 60.0)
+    timer = threading.Timer(0.3, met[2]._peers[0].close)  # without a farewell
+    timer.start()
+    assert of_each(range(2), lambda i: met[i].loss()) == [f"process 2 (host2) {ENDED}"] * 2
+    timer.join()
+
+
 def test_a_refusal_reaches_all_wherever_they_are(met):
     def one(i):
         try:
