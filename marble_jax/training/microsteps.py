@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from marble_jax.flow.path import interpolate
 from marble_jax.harmonize.gradients import FlowBatch
@@ -114,9 +115,14 @@ def num_micro_steps(plan: Schedule) -> int:
 
 
 def sum_over(body: Callable[[jax.Array], Any], indices: Sequence[int]) -> Any:
-    """sum of `body(m)`, a pytree, over the micro-steps `indices` in one compiled loop."""
-    shapes = jax.eval_shape(body, jnp.zeros((), jnp.int32))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(lambda acc, m: (jax.tree.map(jnp.add, acc, body(m)), None), zeros,
+    """sum of `body(m)`, a pytree, over the micro-steps `indices` in one compiled loop.
+
+    `body` is traced once, for the shapes and for the loop: tracing a transformer takes seconds.
+    """
+    traced, shapes = jax.make_jaxpr(body, return_shape=True)(jnp.zeros((), jnp.int32))
+    body_leaves = jaxpr_as_fun(traced)
+    leaves, structure = jax.tree.flatten(shapes)
+    total, _ = jax.lax.scan(lambda acc, m: ([x + y for x, y in zip(acc, body_leaves(m), strict=True)], None),
+                            [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves],
                             jnp.asarray(list(indices), jnp.int32))
-    return total
+    return jax.tree.unflatten(structure, total)
