@@ -13,6 +13,7 @@ import toy_run
 
 from marble_jax import hosts, parallel
 from marble_jax.console import Console
+from marble_jax.errors import InputError
 from marble_jax.harmonize.baselines import make_balancer
 from marble_jax.hosts import probe
 from marble_jax.hosts.cluster import find_cluster
@@ -95,4 +96,8 @@ def main(place, coordinator, count, index, num_steps="6", broken=""):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except InputError as error:
+        sys.stderr.write(f"marble-jax toy: {error}\n")
+        sys.exit(2)
