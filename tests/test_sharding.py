@@ -3,12 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +19,6 @@ from marble_jax.models.mmdit_weights import load_mmdit
 from marble_jax.plan.architecture import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.storage.files import read_json
 
-HERE = Path(__file__).parent
 MESHES = ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
 
 
@@ -175,13 +170,7 @@ def texts_in_eight_devices() -> dict[str, float]:
 
 
 def test_a_process_reads_only_what_its_devices_need():
-    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import test_sharding; "
-            "print(json.dumps(test_sharding.in_eight_devices()))")
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent,
-                          env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = fake_devices.call(in_eight_devices)
     assert found["equal"] and found["same"]
     assert found["every"] == found["total"]  # eight devices of one process: every number once, shared parts too
     assert found["one"] == found["expected"] < 0.16 * found["total"]

@@ -1,15 +1,9 @@
 """Rewards over two, four and eight devices: each scores its own pictures, and the scores are those of one device."""
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import fake_devices
 import pytest
 
-HERE = Path(__file__).parent
 MESHES = {"2x1x1": 2, "1x4x1": 4, "8x1x1": 8, "2x2x2": 8}
 
 
@@ -55,13 +49,7 @@ def scores() -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def found():
-    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import test_reward_devices; "
-            "print(json.dumps(test_reward_devices.scores()))")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parents[1],
-                          env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return fake_devices.call(scores)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -2,13 +2,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +15,6 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.storage import checkpoint
 from marble_jax.storage.checkpoint import SEALED, Checkpoints
-
-HERE = Path(__file__).parent
 
 
 def state_of(step):
@@ -243,11 +239,7 @@ def on_eight_devices(path):
 
 
 def test_from_one_device_to_eight_and_back(place):
-    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_checkpoint as t; "
-            f"t.on_eight_devices({str(place)!r})")
-    env = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parents[1], env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    fake_devices.call(on_eight_devices, place)
     step, found = Checkpoints(place, say=pytest.fail).restore(state_of(0))
     assert step == 10 and same(found, 10)
     without_manifest(place, 10)  # the trial copes with what eight devices wrote, too

@@ -121,11 +121,20 @@ def test_local_places(tmp_path):
     shutil.rmtree(tmp_path / "deep")
 
 
-def test_no_backend_is_one_line(monkeypatch):
-    def missing(self, path):
-        raise ImportError("Please install gcsfs to access Google Storage")
+@pytest.fixture
+def no_bucket(monkeypatch):
+    """no_bucket(error): every bucket raises it."""
+    def call(error):
+        def fs(self, path):
+            raise error
 
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", missing)
+        monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", fs)
+
+    return call
+
+
+def test_no_backend_is_one_line(no_bucket):
+    no_bucket(ImportError("Please install gcsfs to access Google Storage"))
     with pytest.raises(InputError, match=r"workdir: expected a package that opens gs://; received none for gs://b/run "
                                          r"\(pip install gcsfs\)$"):
         Workdir("gs://b/run")
@@ -135,11 +144,8 @@ def test_no_backend_is_one_line(monkeypatch):
         Workdir("g3://b")
 
 
-def test_a_bucket_that_cannot_be_reached_is_one_line(monkeypatch):
-    def refused(self, path):
-        raise RuntimeError("Anonymous caller does not\nhave storage.objects.list access")
-
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", refused)
+def test_a_bucket_that_cannot_be_reached_is_one_line(no_bucket):
+    no_bucket(RuntimeError("Anonymous caller does not\nhave storage.objects.list access"))
     with pytest.raises(InputError, match=r"--out: expected a bucket that can be reached; received s3://b/out "
                                          r"\(RuntimeError: Anonymous caller does not have storage"):
         location("--out", "s3://b/out")

@@ -1,13 +1,7 @@
 """A step on four devices: the same mathematics, and each device works on its own samples only."""
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).parent
+import fake_devices
 
 
 def steps() -> dict[str, object]:
@@ -47,13 +41,7 @@ def steps() -> dict[str, object]:
 
 
 def test_devices_share_the_samples_and_agree():
-    code = (f"import json, sys; sys.path.insert(0, {str(HERE)!r}); import test_devices; "
-            "print(json.dumps(test_devices.steps()))")
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parents[1],
-                          env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+    for name, found in fake_devices.call(steps, devices=4).items():
         assert found["gap"] < 1e-6, name
         one, four = found["norms"]
         assert abs(one - four) < 1e-5 * one, name
