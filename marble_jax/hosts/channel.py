@@ -131,6 +131,7 @@ class Channel:
         """
         with self._lock:
             self._closed, self.lost = True, self.lost or line
+        self._noticed.set()
         for peer in self._peers:
             peer.send(LOST, line)
         end = time.monotonic() + LINGER
