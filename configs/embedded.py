@@ -45,7 +45,7 @@ def get_config(preset: str = ""):
     one_of("preset of configs/embedded.py", preset, PRESETS)
     config = default_config()
     config.name = "embedded" + (f"-{preset}" if preset else "")
-    config.model.update(path="embedded", dtype="float32", resolution=64, max_sequence_length=12)
+    config.model.update(path="embedded", dtype="float32", resolution=64, max_sequence_length=12, unroll=2)
     config.prompts.path = "embedded"
     config.rewards.update(path="embedded", train=REWARDS)
     config.lora.update(rank=16, alpha=32.0)

@@ -40,11 +40,11 @@ from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
 from marble_jax.storage.files import read_json
 from marble_jax.training.batch import Collector
-from marble_jax.training.loop import Sampling
 from marble_jax.training.presence import Presence, make_dropout, parse_stages
 from marble_jax.training.profile import parse_steps
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.steps import make_steps
+from marble_jax.training.turn import Sampling, Turn
 from marble_jax.training.update import Recipe
 
 EMBEDDED = "embedded"
@@ -88,6 +88,13 @@ class Run:
         return Sampling(
             self.train_prompts, rollout.prompts_per_step, rollout.images_per_prompt, advantages.scale,
             advantages.scalarise, tuple(self.config.harmonize.reward_weights), presence_of(self.config))
+
+    @property
+    def turn(self) -> Turn:
+        """What every optimiser step does."""
+        merge = jax.jit(partial(adapters.merge, scale=self.spec.scale)) if self.config.rollout.merge_adapter else None
+        return Turn(self.pipeline.params, self.collector, self.sampling, self.steps,
+                    partial(parallel.place_everywhere, self.mesh), merge)
 
 
 def place_of(path: str, kind: str) -> Path:
@@ -263,8 +270,8 @@ def load_model(config: ml_collections.ConfigDict, spec: adapters.LoraSpec, mesh:
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
             return parallel.read_into(sharding.sharding_of(mesh, component, path, leaf.shape, width), leaf)
     return load_pipeline(root, dtype=DTYPES[config.model.dtype], place=place, text_encoder_3=config.model.t5,
-                         text_encoders=text_encoders, remat=config.model.remat, attention=attention_of(config, mesh),
-                         lora_scale=spec.scale, gather=gather)
+                         text_encoders=text_encoders, remat=config.model.remat, unroll=config.model.unroll,
+                         attention=attention_of(config, mesh), lora_scale=spec.scale, gather=gather)
 
 
 def attention_of(config: ml_collections.ConfigDict, mesh: Mesh | None) -> str | attention.Flash:

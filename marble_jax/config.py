@@ -42,6 +42,8 @@ KEYS: dict[str, Key] = {
                            "fused and needs a TPU, auto takes what fits the machine, einsum is the reference",
                            "xla|cudnn|splash|auto|einsum"),
     "model.remat": Key("none", "what the backward pass recomputes", "none|full|dots"),
+    "model.unroll": Key(1, "transformer blocks compiled into one turn of the loop over them: more run faster and take "
+                        "longer to compile", ">= 1"),
     "model.resolution": Key(512, "height and width of the pictures", "pixels, >= 1", "paper"),
     "model.max_sequence_length": Key(128, "T5 tokens a prompt", "tokens, >= 1", "paper"),
     "model.t5": Key(True, "use the T5 text encoder; without it its tokens are zeros, as in diffusers"),

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from marble_jax import adapters, chips, compose, hosts, parallel, platform, sharding
+from marble_jax import adapters, chips, compose, hosts, platform, sharding
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.errors import InputError
@@ -214,8 +214,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     try:
         if done and schedule.evaluates(done):
             state = evaluations(state)  # a reward may have stopped the run during this very evaluation
-        state = train(state, run.pipeline.params, run.collector, run.steps, run.sampling, schedule, hooks, console,
-                      run.spec.scale, config.rollout.merge_adapter, lambda t: parallel.place_everywhere(run.mesh, t))
+        state = train(state, run.turn, schedule, hooks, console)
     except BaseException as error:
         hosts.end_unless((Interrupted,), error)
         raise

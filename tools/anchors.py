@@ -25,9 +25,9 @@ from marble_jax import adapters, compose, parallel, platform, tree
 from marble_jax.draw import run_config
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
-from marble_jax.training.loop import advantages_of
 from marble_jax.training.microsteps import RolloutBatch
 from marble_jax.training.state import TrainState
+from marble_jax.training.turn import advantages_of
 from marble_jax.training.update import exact_step
 from marble_jax.types import Adapter
 

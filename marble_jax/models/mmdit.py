@@ -254,6 +254,7 @@ class MMDiT(nn.Module):
       remat: what a block keeps for its backward pass: everything ("none"), its products with weights ("dots") or its
         input alone ("full").
       attention: "xla", "cudnn", "einsum" or a function; see `marble_jax.models.attention`.
+      unroll: blocks in one turn of the scan over a run of equal ones; more run faster and take longer to compile.
       lora_scale: alpha / rank of the adapter.
       table_side: side of the stored positional table, in patches; None stores the whole one. SD3.5-medium's table is
         384 x 384 x 1536 numbers (453 MB in bfloat16), of which a 512 px picture reads the central 32 x 32.
@@ -265,6 +266,7 @@ class MMDiT(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str | AttentionFn = "xla"
+    unroll: int = 1
     lora_scale: float = 1.0
     table_side: int | None = None
     gather: Callable[[tuple[str, ...], Params], Params] | None = None
@@ -306,6 +308,7 @@ class MMDiT(nn.Module):
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=length,
+                unroll=min(self.unroll, length),
             )
             (x, c), _ = run(config, dual, name=f"blocks_{first}", **options)((x, c), temb)
         final = config.num_layers - 1

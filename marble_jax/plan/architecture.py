@@ -76,8 +76,8 @@ def architecture(config: ml_collections.ConfigDict) -> Architecture:
     """
     transformer, autoencoder, texts, t5, clip_tokens, shift = _configs(config)
     dtype, spec = DTYPES[config.model.dtype], lora_spec(config)
-    model = MMDiT(transformer, dtype=dtype, remat=config.model.remat, attention=config.model.attention,
-                  lora_scale=spec.scale)
+    model = MMDiT(transformer, dtype=dtype, remat=config.model.remat, unroll=config.model.unroll,
+                  attention=config.model.attention, lora_scale=spec.scale)
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), mmdit.abstract_params(model))
     decoder = AutoencoderKL(autoencoder)
     cell, patch = autoencoder.downsampling, transformer.patch_size

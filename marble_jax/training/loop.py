@@ -1,33 +1,22 @@
-"""The loop: rollout, scores, advantages, update; records, evaluations and checkpoints around it."""
+"""The loop over optimiser steps: records, evaluations, checkpoints and stops around them."""
 from __future__ import annotations
 
 import dataclasses
 import signal
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from marble_jax import adapters, hosts
-from marble_jax.advantages import Advantages, gdpo, per_reward, weighted_sum
+from marble_jax import hosts
 from marble_jax.console import Clock, Console
-from marble_jax.prompts.files import Prompt
-from marble_jax.prompts.groups import Draw, draw
+from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import RewardError
-from marble_jax.training.batch import Collector, Rollout
+from marble_jax.training.batch import Rollout
 from marble_jax.training.guard import NotFinite
-from marble_jax.training.microsteps import RolloutBatch
-from marble_jax.training.presence import Presence
 from marble_jax.training.profile import Profiler, phase
-from marble_jax.training.records import flat_metrics, score_metrics
 from marble_jax.training.state import TrainState
-from marble_jax.training.steps import Steps
-from marble_jax.types import Params, Scores
+from marble_jax.training.turn import Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,28 +46,6 @@ class Schedule:
     def exports(self, step: int) -> bool:
         """Whether the state after `step` steps is exported."""
         return self.export_every > 0 and (step == self.num_steps or step % self.export_every == 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Which prompts a step draws and how their scores become advantages."""
-
-    prompts: Mapping[str, list[Prompt]]
-    prompts_per_step: int
-    images_per_prompt: int
-    scale: str
-    scalarise: str
-    reward_weights: tuple[float, ...]
-    presence: Presence = Presence()
-
-    def prompts_of(self, step: int) -> Mapping[str, list[Prompt]]:
-        """The prompts a step draws from, by source."""
-        sources = self.presence.sources(step)
-        return {name: self.prompts[name] for name in sources} if sources else self.prompts
-
-    def draw(self, seed: int, step: int) -> Draw:
-        """The samples of a step."""
-        return draw(self.prompts_of(step), seed, step, self.prompts_per_step, self.images_per_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,49 +121,15 @@ def saved_on_failure(latest: Callable[[], tuple[TrainState, int]], save: Callabl
         raise type(error)(f"{error}; saved after step {step}, the same command goes on from there") from error
 
 
-def advantages_of(scores: Scores, groups: np.ndarray, sampling: Sampling, mask: np.ndarray | None = None
-                  ) -> tuple[Advantages, np.ndarray, np.ndarray]:
-    """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarised.
-
-    Args:
-      scores: of the K rewards.
-      groups: [N] labels.
-      sampling: how scores become advantages.
-      mask: bool [K, N] valid scores that are trained on; all when None. It cuts the rows that are trained on: the
-        rewards', or when scalarised the last one. The rewards' rows then stay whole, to show what the update does to
-        every reward.
-    """
-    each = per_reward(scores.values, scores.valid, groups, sampling.scale)
-    mask = scores.valid if mask is None else mask
-    if sampling.scalarise == "none":
-        return each, np.where(mask, each.values, 0), each.valid & mask
-    weights = np.asarray(sampling.reward_weights) if sampling.reward_weights else None
-    if sampling.scalarise == "gdpo":
-        one = gdpo(scores.values, mask, groups, weights)
-    else:
-        one = per_reward(*weighted_sum(scores.values, mask, weights), groups, sampling.scale)
-    return (each, np.concatenate([each.values, np.atleast_2d(one.values)]),
-            np.concatenate([each.valid, np.atleast_2d(one.valid)]))
-
-
-def train(state: TrainState, params: Params, collector: Collector, steps: Steps, sampling: Sampling,
-          schedule: Schedule, hooks: Hooks, console: Console, lora_scale: float, merge: bool,
-          place: Callable[[Any], Any]) -> TrainState:
+def train(state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, console: Console) -> TrainState:
     """Runs until `schedule.num_steps` optimiser steps are done.
 
     Args:
       state: where to start.
-      params: base weights.
-      collector: samples and scores.
-      steps: the compiled optimiser steps.
-      sampling: prompts and advantages.
-      schedule: when what happens.
+      turn: what a step does.
+      schedule: when what happens around the steps.
       hooks: records, evaluations, checkpoints.
       console: the terminal.
-      lora_scale: alpha / rank.
-      merge: fold the rollout policy's adapter into a copy of the weights before sampling. Faster; exact up to
-        rounding in the weights' dtype, so meant for float32.
-      place: puts a tree on every device.
 
     Raises:
       Interrupted: a signal came; the state was saved. What was still sampling pictures is given up, as a machine that
@@ -221,58 +154,37 @@ def train(state: TrainState, params: Params, collector: Collector, steps: Steps,
         except Abandoned:
             return state
 
-    def collected(bar: Any, *arguments: Any) -> Rollout | None:
+    def rolled_out(state: TrainState, samples: Draw) -> Rollout | None:
+        """None when the run is to stop."""
         def progress(count: int) -> None:
             bar.update(count)
             give_way()
 
-        try:
-            return collector(*arguments, progress)
-        except Abandoned:
-            return None
+        what = f"step {int(state.step) + 1} rollout"
+        with phase("rollout"), console.bar(len(samples.prompts), what, "img") as bar:
+            try:
+                return turn.roll_out(state, samples, progress)
+            except Abandoned:
+                return None
 
-    merged = jax.jit(lambda params, adapter: adapters.merge(params, adapter, lora_scale))
     first = saved = int(state.step)
     clock = Clock(first, schedule.num_steps)
     with stop_requests() as stops, saved_on_failure(lambda: (state, saved), hooks.save):
         if schedule.evaluates(first) and first == 0:
             state = evaluated(state, first)
         while (step := int(state.step)) < schedule.num_steps and not stopping():
-            with hooks.profiler.step(step + 1):
+            done = step + 1
+            with hooks.profiler.step(done):
                 start = time.perf_counter()
-                seed = state.seed
-                samples = sampling.draw(seed, step)
-                key = jax.random.wrap_key_data(jnp.asarray(hosts.whole(state.key)))
-                key = jax.random.fold_in(jax.random.fold_in(key, step), 1)
-                weights, adapter = (merged(params, state.old), None) if merge else (params, state.old)
-                with phase("rollout"), console.bar(len(samples.prompts), f"step {step + 1} rollout", "img") as bar:
-                    rollout = collected(bar, weights, adapter, samples, key)
+                samples = turn.sampling.draw(state.seed, step)
+                rollout = rolled_out(state, samples)
                 if rollout is None:
                     break
-                del weights
-                names, scored = rollout.scores.names, rollout.scores.valid
-                mask = sampling.presence.mask(names, scored, seed, step)
-                each, rows, valid = advantages_of(rollout.scores, samples.groups, sampling, mask)
-                checksum = zlib.crc32(rows.tobytes() + valid.tobytes())
-                hosts.same(f"advantages of step {step + 1}, ", {"checksum": checksum})
-                batch = RolloutBatch(rollout.x0, *place((jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows),
-                                                         jnp.asarray(valid))))
-                trained = time.perf_counter()
-                age = steps.every if sampling.presence.begins(step) else int(state.alpha.age)
-                program = steps.due(bool(state.alpha.solved), age)
-                with phase("train"):
-                    state, metrics = program(state, params, batch)
-                    trained_on = flat_metrics(metrics, names)
-                record = {"step": step, "time": time.time()} | score_metrics(rollout.scores, each)
-                record |= sampling.presence.metrics(names, scored, mask)
-                record |= {f"rollout/{k}": v for k, v in rollout.health.items()} | trained_on
-                end = time.perf_counter()
-                record |= {f"time/{k}_s": v for k, v in rollout.seconds.items()}
-                record |= {"time/train_s": end - trained, "time/step_s": end - start}
+                state, record = turn.update(state, samples, rollout)
+                record["time/step_s"] = time.perf_counter() - start
                 record |= hooks.speed(record)
                 hooks.record(step, record)
-                console.say(step_line(record, names, schedule.num_steps, clock.left(step + 1)))
-            done = step + 1
+                console.say(step_line(record, rollout.scores.names, schedule.num_steps, clock.left(done)))
             state = hooks.guard(state, record)
             if int(state.step) != done:
                 saved = int(state.step)

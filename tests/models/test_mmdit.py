@@ -232,12 +232,13 @@ def gradient(model, params, adapter, xt, sigma, cond):
 run_gradient = jax.jit(gradient, static_argnums=0, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_keeps_the_gradient(pair, remat):
+@pytest.mark.parametrize("changes", [
+    {"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"unroll": 50, "remat": "full"}], ids=str)
+def test_how_a_run_of_blocks_is_compiled_keeps_the_gradient(pair, changes):
     _, model, params, _ = pair
     adapter = random_adapter(params)
     want = run_gradient(model, params, adapter, *inputs(TINY))
-    got = run_gradient(model.clone(remat=remat), params, adapter, *inputs(TINY))
+    got = run_gradient(model.clone(**changes), params, adapter, *inputs(TINY))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
 
 

@@ -15,10 +15,11 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward, RewardError
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import make_sampler
-from marble_jax.training import loop
+from marble_jax.training import turn
 from marble_jax.training.batch import Collector
-from marble_jax.training.loop import Hooks, Sampling, Schedule, advantages_of, train
+from marble_jax.training.loop import Hooks, Schedule, train
 from marble_jax.training.steps import make_steps
+from marble_jax.training.turn import Sampling, Turn, advantages_of
 from marble_jax.types import Conditioning
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}
@@ -78,7 +79,7 @@ class Run:
             self.seen.append((scores, groups, out))
             return out
 
-        monkeypatch.setattr(loop, "advantages_of", spy)
+        monkeypatch.setattr(turn, "advantages_of", spy)
 
     def __call__(self, state, num_steps=NUM_STEPS):
         sampler, steps = _programs()
@@ -87,8 +88,8 @@ class Run:
                       lambda s: self.saved.__setitem__(int(s.step), jax.tree.map(lambda x: np.array(x), s)))
         sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
         try:
-            return train(state, toy.base_params(), collector, steps, sampling, Schedule(num_steps, 0, 50), hooks,
-                         Console(), toy.SCALE, False, lambda tree: tree)
+            return train(state, Turn(toy.base_params(), collector, sampling, steps, lambda tree: tree),
+                         Schedule(num_steps, 0, 50), hooks, Console())
         finally:
             self.release.set()
             self.scorer.close()

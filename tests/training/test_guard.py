@@ -12,8 +12,9 @@ import marble_jax  # noqa: F401
 from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.training.guard import Guard, NotFinite, all_finite, fresh_stream
-from marble_jax.training.loop import Hooks, Sampling, Schedule, train
+from marble_jax.training.loop import Hooks, Schedule, train
 from marble_jax.training.steps import Steps
+from marble_jax.training.turn import Sampling, Turn
 
 NUM_STEPS = 6
 
@@ -50,10 +51,9 @@ class Run:
 
         hooks = Hooks(lambda step, record: self.records.append(record), lambda state, give_way: state, self.save,
                       guard=Guard(policy, patience, max_rollbacks, rollback))
-        self._arguments = (
-            toy.base_params(), collector, Steps(program, program, program, 1),
-            Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ()),
-            Schedule(NUM_STEPS, 0, 2), hooks, Console(), toy.SCALE, False, lambda tree: tree)
+        sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
+        turn = Turn(toy.base_params(), collector, sampling, Steps(program, program, program, 1), lambda tree: tree)
+        self._arguments = turn, Schedule(NUM_STEPS, 0, 2), hooks, Console()
 
     def save(self, state):
         assert bool(all_finite(state))

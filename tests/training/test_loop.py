@@ -1,10 +1,11 @@
-"""The loop: what it calls when, how it stops and goes on, and how scores become objective rows."""
+"""The loop: what it calls when, how it stops and goes on."""
 import dataclasses
 import functools
 import gzip
 import json
 import os
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,18 @@ import toy_policy as toy
 from toy_run import Brightness, encode
 
 import marble_jax  # noqa: F401
+from marble_jax import adapters
 from marble_jax.console import Console
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import make_sampler
 from marble_jax.training.batch import Collector
-from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, advantages_of, stop_requests, train
+from marble_jax.training.loop import Hooks, Interrupted, Schedule, stop_requests, train
 from marble_jax.training.presence import Dropout, Presence, Stage
 from marble_jax.training.profile import Profiler
 from marble_jax.training.steps import make_steps
-from marble_jax.types import Scores
+from marble_jax.training.turn import Sampling, Turn
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)],
            "ocr": [Prompt(f'the word "{w}"', "ocr") for w in ("go", "stop", "left")]}
@@ -52,8 +54,8 @@ def _steps():
     return make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "amortised", 2)
 
 
-def _sampling(scalarise="none", weights=()):
-    return Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", scalarise, weights)
+def _sampling(**presence):
+    return Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", (), Presence(**presence))
 
 
 class Diary:
@@ -82,11 +84,14 @@ class Diary:
         return Hooks(self.record, self.evaluate, self.save)
 
 
-def _train(state, diary, num_steps=3, evaluate_every=2, checkpoint_every=2, merge=False, presence=None):
+def _turn(**changes):
+    turn = Turn(toy.base_params(), _collector(), _sampling(), _steps(), lambda tree: tree)
+    return dataclasses.replace(turn, **changes)
+
+
+def _train(state, diary, num_steps=3, evaluate_every=2, checkpoint_every=2, **changes):
     schedule = Schedule(num_steps, evaluate_every, checkpoint_every)
-    sampling = dataclasses.replace(_sampling(), presence=presence or Presence())
-    return train(state, toy.base_params(), _collector(), _steps(), sampling, schedule, diary.hooks, Console(),
-                 toy.SCALE, merge, lambda tree: tree)
+    return train(state, _turn(**changes), schedule, diary.hooks, Console())
 
 
 def _start():
@@ -184,8 +189,8 @@ def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
         return jax.nn.sigmoid(latents)
 
     with pytest.raises(Interrupted, match="stopped after step 1; the same command goes on from here"):
-        train(_start(), toy.base_params(), dataclasses.replace(_collector(), decode=decode), _steps(), _sampling(),
-              Schedule(3, 2, 2), diary.hooks, Console(), toy.SCALE, False, lambda tree: tree)
+        train(_start(), _turn(collector=dataclasses.replace(_collector(), decode=decode)), Schedule(3, 2, 2),
+              diary.hooks, Console())
     assert diary.events == [("evaluate", 0), ("record", 0), ("save", 1)] and len(decoded) == 3
     toy.assert_identical(_train(jax.tree.map(jnp.asarray, diary.saved[1]), Diary()), _whole()[0])
 
@@ -214,8 +219,7 @@ def test_a_signal_after_the_save_check_is_not_lost():
 
     diary = Diary()
     with pytest.raises(Interrupted, match="after step 1"):
-        train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Late(), diary.hooks, Console(),
-              toy.SCALE, False, lambda tree: tree)
+        train(_start(), _turn(), Late(), diary.hooks, Console())
     assert diary.events == [("record", 0), ("save", 1)]
 
 
@@ -227,8 +231,7 @@ def test_a_signal_during_the_first_evaluation_stops_before_any_step():
         return diary.evaluate(state, give_way)
 
     with pytest.raises(Interrupted, match="after step 0"):
-        train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Schedule(2, 0, 1),
-              Hooks(diary.record, evaluate, diary.save), Console(), toy.SCALE, False, lambda tree: tree)
+        train(_start(), _turn(), Schedule(2, 0, 1), Hooks(diary.record, evaluate, diary.save), Console())
     assert diary.events == []  # given up, to be done when the run goes on
 
 
@@ -255,7 +258,7 @@ def test_merging_the_adapter_changes_rollouts_by_rounding_only():
     """One step: weights agree, although AdamW makes a step of unit size out of small differences."""
     plain, merged = Diary(), Diary()
     _train(_start(), plain, num_steps=1)
-    _train(_start(), merged, num_steps=1, merge=True)
+    _train(_start(), merged, num_steps=1, merge=partial(adapters.merge, scale=toy.SCALE))
     for name in ("rollout/x0_norm", "rollout/score_mean/redness", "rollout/diversity"):
         assert merged.records[0][name] == pytest.approx(plain.records[0][name], rel=1e-4)
     toy.assert_close(merged.saved[1].current, plain.saved[1].current, rtol=1e-2, atol=1e-4)
@@ -283,96 +286,15 @@ def test_when_states_are_exported(every, exported):
 def test_states_are_exported_after_they_are_saved():
     diary = Diary()
     hooks = Hooks(diary.record, diary.evaluate, diary.save, lambda s: diary.events.append(("export", int(s.step))))
-    train(_start(), toy.base_params(), _collector(), _steps(), _sampling(), Schedule(2, 0, 2, 1), hooks, Console(),
-          toy.SCALE, False, lambda tree: tree)
+    train(_start(), _turn(), Schedule(2, 0, 2, 1), hooks, Console())
     assert diary.events == [("evaluate", 0), ("record", 0), ("export", 1), ("record", 1), ("evaluate", 2), ("save", 2),
                             ("export", 2)]
-
-
-# Two groups of three pictures; the second reward is missing for a picture of group 0 and for all but one of group 1.
-GROUPS = np.array([0, 0, 0, 1, 1, 1])
-VALUES = np.array([[1.0, 2.0, 6.0, 3.0, 3.0, 9.0], [0.5, 0.1, 0.0, 0.9, 0.0, 0.0]], np.float32)
-VALID = np.array([[True] * 6, [True, True, False, True, False, False]])
-SCORES = Scores(("a", "b"), VALUES, VALID, np.zeros((2, 6), bool))
-
-
-def _by_hand(values, valid, std=None):
-    """Advantages of one reward: centred on the group's valid scores, over their overall standard deviation."""
-    out = np.zeros(6)
-    std = values[valid].std() if std is None else std
-    for group in (0, 1):
-        member = valid & (GROUPS == group)
-        if member.any():
-            out[member] = (values[member] - values[member].mean()) / (std + 1e-4)
-    return out
-
-
-def test_rows_of_the_objective_are_the_rewards():
-    each, rows, valid = advantages_of(SCORES, GROUPS, _sampling())
-    assert rows.shape == (2, 6) and np.array_equal(valid, VALID)
-    for k in range(2):
-        np.testing.assert_allclose(rows[k], _by_hand(VALUES[k].astype(float), VALID[k]), rtol=1e-5)
-    np.testing.assert_array_equal(each.values, rows)
-    assert rows[1, 3] == 0 and valid[1, 3]  # alone in its group
-
-
-@pytest.mark.parametrize("weights", [(), (1.0, 4.0)])
-def test_weighted_sum_adds_a_row_from_raw_scores(weights):
-    each, rows, valid = advantages_of(SCORES, GROUPS, _sampling("weighted_sum", weights))
-    plain = advantages_of(SCORES, GROUPS, _sampling())[1]
-    np.testing.assert_array_equal(rows[:2], plain)
-    np.testing.assert_array_equal(each.values, plain)
-    w = np.array(weights or (1.0, 1.0))[:, None]
-    one = (np.where(VALID, VALUES, 0) * w).sum(0) / (VALID * w).sum(0)
-    np.testing.assert_allclose(rows[2], _by_hand(one, np.ones(6, bool)), rtol=1e-5)
-    assert rows.shape == valid.shape == (3, 6) and valid[2].all()
-
-
-def test_gdpo_adds_a_row_from_advantages_normalised_in_their_groups():
-    _, rows, valid = advantages_of(SCORES, GROUPS, _sampling("gdpo", (1.0, 2.0)))
-    within = np.zeros((2, 6))
-    for k in range(2):
-        for group in (0, 1):
-            member = VALID[k] & (GROUPS == group)
-            scores = VALUES[k][member].astype(float)
-            within[k, member] = (scores - scores.mean()) / (scores.std() + 1e-4)
-    w = np.array([1.0, 2.0])[:, None]
-    mixed = (within * VALID * w).sum(0) / (VALID * w).sum(0)
-    np.testing.assert_allclose(rows[2], (mixed - mixed.mean()) / (mixed.std() + 1e-4), rtol=1e-4, atol=1e-5)
-    assert valid.shape == (3, 6) and valid[2].all()
-
-
-def test_a_picture_without_any_reward_is_missing_from_the_scalarised_row():
-    scores = Scores(("a",), VALUES[:1], VALID[1:], np.zeros((1, 6), bool))
-    for scalarise in ("weighted_sum", "gdpo"):
-        _, rows, valid = advantages_of(scores, GROUPS, _sampling(scalarise))
-        np.testing.assert_array_equal(valid[1], VALID[1])
-        assert np.all(rows[1][~VALID[1]] == 0)
-
-
-def test_a_mask_cuts_the_rows_that_are_trained_on():
-    mask = VALID & np.array([[True] * 3 + [False] * 3, [False] * 3 + [True] * 3])
-    each, rows, valid = advantages_of(SCORES, GROUPS, _sampling(), mask)
-    whole = advantages_of(SCORES, GROUPS, _sampling())[1]
-    np.testing.assert_array_equal(valid, mask)
-    np.testing.assert_array_equal(rows, np.where(mask, whole, 0))
-    np.testing.assert_array_equal(each.values, whole)
-
-
-def test_a_mask_leaves_the_rows_beside_a_scalarised_one_whole():
-    """Only the second reward is trained on; both rows stay, to show what that does to them."""
-    mask = VALID & np.array([[False], [True]])
-    for scalarise in ("weighted_sum", "gdpo"):
-        _, rows, valid = advantages_of(SCORES, GROUPS, _sampling(scalarise), mask)
-        np.testing.assert_array_equal(valid, [*VALID, VALID[1]])
-        np.testing.assert_array_equal(rows[:2], advantages_of(SCORES, GROUPS, _sampling())[1])
-    np.testing.assert_allclose(advantages_of(SCORES, GROUPS, _sampling("weighted_sum"), mask)[1][2], rows[1], rtol=1e-6)
 
 
 def test_a_stage_begins_with_a_solve_on_its_own_rewards_and_prompts():
     """Solves are due at steps 0, 2, 4; the second stage begins at step 3 and solves at once, then at 5."""
     stages = (Stage(("brightness",), (), 0), Stage(("redness",), ("ocr",), 3))
-    state = _train(_start(), diary := Diary(), num_steps=6, presence=Presence(stages))
+    state = _train(_start(), diary := Diary(), num_steps=6, sampling=_sampling(stages=stages))
     records = [diary.records[s] for s in range(6)]
     assert [r["harmonize/refreshed"] for r in records] == [1, 0, 1, 1, 0, 1]
     assert [r["advantages/ignored_share/redness"] for r in records] == [1, 1, 1, 0, 0, 0]
@@ -385,8 +307,8 @@ def test_a_stage_begins_with_a_solve_on_its_own_rewards_and_prompts():
 
 
 def test_a_dropped_reward_is_trained_on_the_samples_of_no_other():
-    presence = Presence(dropout=Dropout(("brightness",), 1.0))
-    _train(_start(), diary := Diary(), num_steps=1, presence=presence)
+    dropped = _sampling(dropout=Dropout(("brightness",), 1.0))
+    _train(_start(), diary := Diary(), num_steps=1, sampling=dropped)
     record = diary.records[0]
     assert record["advantages/ignored_share/brightness"] == pytest.approx(1 / 3)
     assert record["advantages/ignored_share/redness"] == 0

@@ -23,8 +23,9 @@ from marble_jax.sampling import make_sampler
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.batch import Collector
-from marble_jax.training.loop import Hooks, Interrupted, Sampling, Schedule, train
+from marble_jax.training.loop import Hooks, Interrupted, Schedule, train
 from marble_jax.training.steps import make_steps
+from marble_jax.training.turn import Sampling, Turn
 
 SEEN = []
 """Pictures of every call of the host reward."""
@@ -66,8 +67,8 @@ def run(place, num_steps, broken):
                   lambda state, *_: state, lambda state: checkpoints.save(int(state.step), state))
     sampling = Sampling(toy_run.PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
     try:
-        return train(state, everywhere(jax.device_get(toy.base_params())), collector, steps, sampling,
-                     Schedule(num_steps, 0, 1), hooks, Console(), toy.SCALE, False, everywhere)
+        turn = Turn(everywhere(jax.device_get(toy.base_params())), collector, sampling, steps, everywhere)
+        return train(state, turn, Schedule(num_steps, 0, 1), hooks, Console())
     except BaseException as error:
         hosts.end_unless((Interrupted,), error)
         raise

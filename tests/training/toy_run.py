@@ -22,8 +22,9 @@ from marble_jax.storage import checkpoint
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.batch import Collector
-from marble_jax.training.loop import Hooks, Sampling, Schedule, train
+from marble_jax.training.loop import Hooks, Schedule, train
 from marble_jax.training.steps import make_steps
+from marble_jax.training.turn import Sampling, Turn
 from marble_jax.types import Conditioning
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}
@@ -67,8 +68,8 @@ def run(place, say=print):
     collector, steps = programs()
     sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
     try:
-        return train(state, toy.base_params(), collector, steps, sampling, Schedule(NUM_STEPS, 0, 1), hooks, Console(),
-                     toy.SCALE, False, lambda tree: jax.device_put(tree, jax.devices()[0]))
+        turn = Turn(toy.base_params(), collector, sampling, steps, lambda tree: jax.device_put(tree, jax.devices()[0]))
+        return train(state, turn, Schedule(NUM_STEPS, 0, 1), hooks, Console())
     finally:
         checkpoints.close()
 

@@ -40,6 +40,7 @@ class Size:
       micro_steps: of an optimiser step, over which one solve is spread.
       dtype: compute dtype, and dtype of the frozen weights.
       remat: what the backward pass recomputes.
+      unroll: transformer blocks in one turn of the scan.
       attention: implementation; "auto" is the fused one where the machine has it.
       table_side: side of the stored positional table; None stores the whole one.
       nft_beta, kl_weight, clip: the objective's constants.
@@ -58,6 +59,7 @@ class Size:
     micro_steps: int
     dtype: str = "float32"
     remat: str = "none"
+    unroll: int = 1
     attention: str = "auto"
     table_side: int | None = None
     nft_beta: float = 0.1
@@ -162,8 +164,8 @@ class Problem:
 def make_problem(size: Size) -> Problem:
     """Random weights: products keep the scale of their input, norm weights are near one."""
     dtype = jnp.dtype(size.dtype)
-    model = MMDiT(size.config, dtype=dtype, remat=size.remat, attention=size.attention, lora_scale=size.spec.scale,
-                  table_side=size.table_side)
+    model = MMDiT(size.config, dtype=dtype, remat=size.remat, unroll=size.unroll, attention=size.attention,
+                  lora_scale=size.spec.scale, table_side=size.table_side)
     shapes = abstract_params(model)
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
