@@ -189,9 +189,11 @@ def accumulate(velocity: Velocity, adapter: Adapter, batch: FlowBatch, r: jax.Ar
         )
         return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
 
-    parts = _chunks((batch, r.astype(jnp.promote_types(r.dtype, jnp.float32)).T, valid.T), chunk_size)
-    sums, _ = jax.lax.scan(step, zero_sums(adapter, r.shape[0]), parts)
-    return sums
+    whole = batch, r.astype(jnp.promote_types(r.dtype, jnp.float32)).T, valid.T
+    zeros = zero_sums(adapter, r.shape[0])
+    if chunk_size == batch.xt.shape[0]:  # a loop of one turn stays a loop, with all that a loop copies
+        return step(zeros, whole)[0]
+    return jax.lax.scan(step, zeros, _chunks(whole, chunk_size))[0]
 
 
 def mean_gradients(sums: RewardSums) -> RewardGradients:

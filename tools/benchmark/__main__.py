@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the record")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores, for both libraries")
     parser.add_argument("--chunk", type=int, help="samples whose per-sample gradients are held at once")
-    parser.add_argument("--unroll", type=int, default=1, help="transformer blocks in one turn of our scan")
+    parser.add_argument("--unroll", type=int, help="transformer blocks in one turn of our scan (that of the size)")
     parser.add_argument("--formulations", action="store_true", help="time the formulations that were not chosen, too")
     parser.add_argument("--only", default="", help="rows to time, shell patterns separated by commas, so that more "
                         "rounds fit: 'weighted_sum*,combined_k5,exact_k5*,solve_k5,torch.*'")
@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if not 1 <= options.threads <= cores:
         parser.error(f"--threads: expected 1 to {cores}; received {options.threads}")
     for name in ("repeats", "unroll"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1; received {getattr(options, name)}")
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"--json: expected a file in an existing directory; received {options.json}")
@@ -89,9 +89,9 @@ def run(options: argparse.Namespace) -> dict:
     from tools.benchmark.sizes import SIZES, make_problem
 
     platform.keep_compilations()
-    size = dataclasses.replace(SIZES[options.size](), attention=options.attention, unroll=options.unroll)
-    if options.chunk is not None:
-        size = dataclasses.replace(size, chunk=options.chunk)
+    size = dataclasses.replace(SIZES[options.size](), attention=options.attention)
+    chosen = {name: getattr(options, name) for name in ("chunk", "unroll") if getattr(options, name) is not None}
+    size = dataclasses.replace(size, **chosen)
     if size.num % size.chunk:
         raise InputError(f"--chunk: expected a divisor of the {size.num} samples; received {size.chunk}")
     if size.gpu_only and jax.default_backend() != "gpu" and not options.force:

@@ -89,7 +89,7 @@ def embedded() -> Size:
         14 + config.model.max_sequence_length, config.lora.rank, config.lora.alpha, config.harmonize.chunk_size,
         config.harmonize.anchor_every,
         pictures // training.micro_batch_size * int(training.timestep_fraction * config.rollout.num_steps),
-        config.model.dtype, config.model.remat)
+        config.model.dtype, config.model.remat, config.model.unroll)
 
 
 def mid() -> Size:
@@ -98,7 +98,7 @@ def mid() -> Size:
         sample_size=16, num_layers=8, num_attention_heads=6, joint_attention_dim=512, caption_projection_dim=384,
         pooled_projection_dim=256, pos_embed_max_size=16, dual_attention_layers=(0, 1, 2, 3), qk_norm="rms_norm")
     return Size("mid", config, num=16, side=16, tokens=48, rank=16, alpha=32.0, chunk=16,
-                anchor_every=default_config().harmonize.anchor_every, micro_steps=24)
+                anchor_every=default_config().harmonize.anchor_every, micro_steps=24, unroll=8)
 
 
 def sd35m() -> Size:
@@ -106,7 +106,7 @@ def sd35m() -> Size:
     config = default_config()
     return Size("sd35m", SD35_MEDIUM, num=9, side=64, tokens=77 + 128, rank=32, alpha=64.0, chunk=9,
                 anchor_every=config.harmonize.anchor_every, micro_steps=192, dtype="bfloat16",
-                remat=config.model.remat, table_side=32, gpu_only=True)
+                remat=config.model.remat, unroll=config.model.unroll, table_side=32, gpu_only=True)
 
 
 def tiny() -> Size:
