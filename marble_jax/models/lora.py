@@ -23,8 +23,8 @@ COLLECTION = "lora"
 def widen(h: jax.Array, b: jax.Array) -> jax.Array:
     """`h @ b`, [..., r] and [r, out] -> [..., out], which transposes the narrow side for the gradient of `b`.
 
-    JAX's own rule asks for [out, r] and turns it: a product that reads all of the wide cotangent in the order of its
-    columns, which XLA on CPUs does by copying it and whatever is fused into it (7 % of a training micro-step).
+    JAX's own rule makes [out, r] and turns it: a product that wants the wide cotangent column by column, for which XLA
+    on CPUs copies it, together with all that is fused into it.
     """
     return h @ b
 

@@ -20,7 +20,8 @@ Times are rows, in milliseconds:
   solve_kK               once an optimiser step: Gram matrix, alpha, update
   exact_kK.step          average micro-step of a whole optimiser step, solve included
   separate_kK            K + 1 backward passes through one forward pass
-  f.*                    formulations that training does not use (`--formulations`)
+  f.*                    formulations that training does not use (`--formulations`); .rolled has one block in a turn of
+                         the scan where the size has several
   torch.upstream.*       diffusers and PEFT as upstream's trainer runs them; harmonised is K = 5
   torch.tuned.*          with the rollout policy merged, inference mode, float32 losses; torch.compiled.* compiled too
 

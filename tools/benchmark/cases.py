@@ -72,6 +72,10 @@ def our_cases(problem: Problem, formulation: bool, wanted: Callable[[str], bool]
     if formulation:
         _add_formulations(problem, step)
         _add_forwards(problem, add)
+        if size.unroll > 1:
+            rolled = dataclasses.replace(problem, model=problem.model.clone(unroll=1))
+            add("f.weighted_sum.rolled", ours.with_inputs(rolled, ours.weighted_sum(rolled), True))
+            add("f.exact_k5.rolled.signal", ours.with_inputs(rolled, ours.exact(rolled, anchors=False), False), 5)
     return cases
 
 
@@ -183,7 +187,7 @@ def ratios(size: Size, times: Mapping[str, list[float]]) -> dict[str, dict[str, 
     pairs = [(name, "weighted_sum") for name in names]
     pairs += [(name, fair) for name in names if name.startswith(("exact", "amortised"))]
     pairs += [("exact_k20", "exact_k5"), ("exact_k20.anchors", "exact_k5.anchors"), ("exact_k5", "separate_k5")]
-    pairs.append(("f.forwards.one_call", "f.forwards.three_calls"))
+    pairs += [("f.forwards.one_call", "f.forwards.three_calls"), ("f.exact_k5.rolled.signal", "exact_k5.signal")]
     for name in times:
         if name.startswith("torch."):
             harmonised = ("exact_k5.anchors", "exact_k5", "separate_k5")
