@@ -15,7 +15,7 @@ from marble_jax.cli.options import boolean, number, split
 from marble_jax.errors import InputError
 from marble_jax.storage.files import write_whole
 from tools.experiments import fronts, results, runner, table
-from tools.experiments.methods import METHODS, SUITES, choose, jobs
+from tools.experiments.methods import METHODS, SUITES, Job, choose, jobs
 
 HELP = f"""usage: python -m tools.experiments [options] [--config=FILE] [--config.key=value ...]
 
@@ -79,7 +79,7 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     failed = []
     if not boolean("collect", values["collect"]):
         failed = runner.run(planned, num_jobs, out / "logs", train, say=_say)
-    there = [job for job in everything if job in planned or runner.finished(job)]
+    there = [job for job in everything if job in planned or _is_there(job)]
     found = results.collect(there, shlex.join(["python", "-m", "tools.experiments", *argv]))
     results.write_json(target / "results.json", found)
     write_whole(target / "table.md", table.markdown(found))
@@ -91,6 +91,14 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     if failed:
         _say(f"not finished: {', '.join(failed)}; the same command goes on with them")
     return 1 if failed else 0
+
+
+def _is_there(job: Job) -> bool:
+    """Whether a run that nobody asked for is finished; one under its name with other settings is another run."""
+    try:
+        return runner.finished(job)
+    except InputError:
+        return False
 
 
 def _say(text: str) -> None:
