@@ -12,6 +12,7 @@ import pytest
 
 from marble_jax.cli.options import load_config
 from marble_jax.errors import InputError
+from marble_jax.storage.workdir import Workdir
 from tools.experiments import fronts, results, runner, table
 from tools.experiments.__main__ import main
 from tools.experiments.methods import METHODS, SUITES, Job, choose, jobs
@@ -302,6 +303,9 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "4 of 4 runs are there already" in capsys.readouterr().out
     assert main([*argv, "--collect", f"--results={tmp_path / 'kept'}"], FAKE) == 0
     assert json.loads((tmp_path / "kept" / "results.json").read_text())["runs"] == found["runs"]
+    Workdir(str(out / "equal-1")).claim({"seed": 5})  # somebody's other run, under a name of ours
+    assert main([*argv, "--collect"], FAKE) == 0
+    assert json.loads((out / "results.json").read_text())["runs"] == found["runs"]
     assert main([*argv, "--list"], FAKE) == 0 and "GDPO" in capsys.readouterr().out
 
 
