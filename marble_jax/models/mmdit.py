@@ -254,7 +254,8 @@ class MMDiT(nn.Module):
       remat: what a block keeps for its backward pass: everything ("none"), its products with weights ("dots") or its
         input alone ("full").
       attention: "xla", "cudnn", "einsum" or a function; see `marble_jax.models.attention`.
-      unroll: blocks in one turn of the scan over a run of equal ones; more run faster and take longer to compile.
+      unroll: blocks in one turn of the scan over a run of equal ones; more run faster and take longer to compile, and
+        as many may be whole at a time (see `gather`).
       lora_scale: alpha / rank of the adapter.
       table_side: side of the stored positional table, in patches; None stores the whole one. SD3.5-medium's table is
         384 x 384 x 1536 numbers (453 MB in bfloat16), of which a 512 px picture reads the central 32 x 32.
