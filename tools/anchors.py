@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from marble_jax import adapters, compose, parallel, platform, tree
+from marble_jax import compose, platform, tree
 from marble_jax.draw import run_config
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
@@ -76,14 +76,11 @@ def show(title: str, taken: dict[int, list[Adapter]]) -> None:
 
 def rollouts(run: compose.Run, state: TrainState, step: int) -> RolloutBatch:
     """The batch that the loop would train on next."""
-    samples = run.sampling.draw(state.seed, step)
-    params, adapter = run.pipeline.params, state.old
-    if run.config.rollout.merge_adapter:
-        params, adapter = adapters.merge(params, adapter, run.spec.scale), None
-    rollout = run.collector(params, adapter, samples, jax.random.key(step))
-    _, rows, valid = advantages_of(rollout.scores, samples.groups, run.sampling)
-    rest = (jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows), jnp.asarray(valid))
-    return RolloutBatch(rollout.x0, *parallel.place_everywhere(run.mesh, rest))
+    turn = run.turn
+    samples = turn.sampling.draw(state.seed, step)
+    rollout = turn.collector(*turn.policy(state), samples, jax.random.key(step))
+    _, rows, valid = advantages_of(rollout.scores, samples.groups, turn.sampling)
+    return turn.batch(rollout, rows, valid)
 
 
 def compiled(run: compose.Run, every: int) -> Update:

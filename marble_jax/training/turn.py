@@ -93,6 +93,15 @@ class Turn:
     place: Callable[[Any], Any]
     merge: Callable[[Params, Adapter], Params] | None = None
 
+    def policy(self, state: TrainState) -> tuple[Params, Adapter | None]:
+        """Weights of the rollout policy, and its adapter where that is not folded into them."""
+        return (self.params, state.old) if self.merge is None else (self.merge(self.params, state.old), None)
+
+    def batch(self, rollout: Rollout, rows: np.ndarray, valid: np.ndarray) -> RolloutBatch:
+        """What an update trains on, on every device; rows and mask [R, N] are those of `advantages_of`."""
+        rest = jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows), jnp.asarray(valid)
+        return RolloutBatch(rollout.x0, *self.place(rest))
+
     def roll_out(self, state: TrainState, samples: Draw, progress: Callable[[int], None]) -> Rollout:
         """Pictures of the rollout policy and their scores.
 
@@ -106,10 +115,7 @@ class Turn:
         """
         key = jax.random.wrap_key_data(jnp.asarray(hosts.whole(state.key)))
         key = jax.random.fold_in(jax.random.fold_in(key, int(state.step)), 1)
-        weights, adapter = self.params, state.old
-        if self.merge is not None:
-            weights, adapter = self.merge(self.params, state.old), None
-        return self.collector(weights, adapter, samples, key, progress)
+        return self.collector(*self.policy(state), samples, key, progress)
 
     def update(self, state: TrainState, samples: Draw, rollout: Rollout) -> tuple[TrainState, dict[str, Any]]:
         """The state after the step, in place of `state`, and the step's flat record."""
@@ -119,8 +125,7 @@ class Turn:
         each, rows, valid = advantages_of(rollout.scores, samples.groups, self.sampling, mask)
         checksum = zlib.crc32(rows.tobytes() + valid.tobytes())
         hosts.same(f"advantages of step {step + 1}, ", {"checksum": checksum})
-        batch = RolloutBatch(rollout.x0, *self.place((jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows),
-                                                      jnp.asarray(valid))))
+        batch = self.batch(rollout, rows, valid)
         start = time.perf_counter()
         program = self.steps.due(bool(state.alpha.solved),
                                  self.steps.every if presence.begins(step) else int(state.alpha.age))

@@ -120,6 +120,13 @@ def test_chunks_do_not_change_the_sums(chunk_size):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_one_chunk_is_no_loop():
+    adapter, batch, r, valid = _problem(5)
+    loops = ["scan[" in str(jax.make_jaxpr(lambda a, n=n: gradients.accumulate(
+        _velocity, a, batch, r, valid, nft_beta=BETA, chunk_size=n))(adapter)) for n in (NUM, NUM // 2)]
+    assert loops == [False, True]
+
+
 def test_sums_of_micro_steps_add_up_to_the_whole_batch():
     adapter, batch, r, valid = _problem(5)
     first, second = (jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 2), slice(2, None)))

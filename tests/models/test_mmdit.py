@@ -1,6 +1,7 @@
 """The transformer against diffusers and PEFT on tiny random weights, from the embeddings up to the whole model."""
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -240,6 +241,13 @@ def test_how_a_run_of_blocks_is_compiled_keeps_the_gradient(pair, changes):
     want = run_gradient(model, params, adapter, *inputs(TINY))
     got = run_gradient(model.clone(**changes), params, adapter, *inputs(TINY))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("unroll, shown", [(1, {1}), (2, {2}), (50, {2})])
+def test_blocks_in_one_turn_are_at_most_those_of_a_run(pair, unroll, shown):
+    _, model, params, _ = pair
+    jaxpr = str(jax.make_jaxpr(lambda *args: velocity(model.clone(unroll=unroll), params, None, *args))(*inputs(TINY)))
+    assert {int(n) for n in re.findall(r"\bunroll=(\d+)", jaxpr)} == shown
 
 
 def test_text_queries_of_the_last_block_have_no_gradient(pair):

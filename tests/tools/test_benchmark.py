@@ -284,6 +284,7 @@ def test_share_of_other_processes_by_hand():
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("--threads=0", "--threads: expected 1 to"), ("--repeats=0", "--repeats: expected at least 1; received 0"),
+    ("--unroll=0", "--unroll: expected at least 1; received 0"),
     ("--json=/nowhere/x.json", "--json: expected a file in an existing directory"), ("--size=huge", "invalid choice")])
 def test_bad_flags(argument, message, capsys):
     with pytest.raises(SystemExit, match="2"):
