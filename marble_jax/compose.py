@@ -39,6 +39,7 @@ from marble_jax.rewards.placement import check_groups, place_rewards
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.sampling import PolicyVelocity, make_sampler
 from marble_jax.storage.files import read_json
+from marble_jax.streams import Stream, stream_key
 from marble_jax.training.batch import Collector
 from marble_jax.training.presence import Presence, make_dropout, parse_stages
 from marble_jax.training.profile import parse_steps
@@ -374,7 +375,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
         config.evaluation.num_pictures, config.evaluation.images_per_prompt, partial(parallel.place_batch, mesh))
     optimizer = make_optimizer(config)
     recipe = make_recipe(config, sizes, mesh, balancer, shift)
-    adapter = adapters.init_adapter(jax.random.fold_in(jax.random.key(config.seed), 1), pipeline.params, spec)
+    adapter = adapters.init_adapter(stream_key(jax.random.key(config.seed), Stream.ADAPTER), pipeline.params, spec)
     if config.lora.init:
         adapter = start_from(read_lora(config.lora.init, pipeline.params), adapter, pipeline.params, spec)
     state = parallel.place_everywhere(

@@ -10,6 +10,7 @@ import numpy as np
 from marble_jax.flow.sampler import sample
 from marble_jax.flow.schedule import sigma_grid, truncated
 from marble_jax.flow.solvers import solver_table
+from marble_jax.streams import Stream, stream_key
 from marble_jax.types import Adapter, Conditioning, Params
 
 PolicyVelocity = Callable[[Params, Adapter | None, jax.Array, jax.Array, Conditioning], jax.Array]
@@ -58,5 +59,6 @@ def picture_noise(key: jax.Array, index: Sequence[int] | np.ndarray, shape: tupl
       index: n picture numbers.
       shape: (h, w, C).
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index))
+    stream = stream_key(key, Stream.IMAGE_NOISE)
+    keys = jax.vmap(lambda i: jax.random.fold_in(stream, i))(jnp.asarray(index))
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)

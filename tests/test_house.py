@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
-    ("vocabulary", ("errors", "types", "version", "platform", "tree", "")),
+    ("vocabulary", ("errors", "types", "version", "platform", "tree", "streams", "")),
     ("mechanisms", ("flow", "models", "parallel", "sharding", "prompts", "hosts", "storage", "pictures", "config",
                     "console", "chips")),
     ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),

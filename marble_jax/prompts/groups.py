@@ -13,6 +13,7 @@ import numpy as np
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.prompts.files import Prompt
+from marble_jax.streams import Stream, stream_generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +90,17 @@ def draw(
     names = sorted(prompts)
     counts = shares(names, num_prompts, weights)
     # A generator per source: a source's draw does not depend on the sizes of the others.
-    drawn = [p for i, name in enumerate(names) for p in _take(prompts[name], name, counts[name], (seed, step, i))]
-    order = np.random.default_rng((seed, step, len(names))).permutation(num_prompts)
+    drawn = [p for i, name in enumerate(names) for p in _take(prompts[name], name, counts[name], stream_generator(seed, Stream.PROMPTS, step, i))]
+    order = stream_generator(seed, Stream.PROMPT_ORDER, step).permutation(num_prompts)
     picked = [drawn[i] for i in order for _ in range(images_per_prompt)]
     groups = np.repeat(np.arange(num_prompts, dtype=np.int32), images_per_prompt)
     return Draw(tuple(picked), groups, tuple(p.source for p in picked))
 
 
-def _take(prompts: Sequence[Prompt], name: str, count: int, seed: tuple[int, ...]) -> list[Prompt]:
+def _take(prompts: Sequence[Prompt], name: str, count: int, generator: np.random.Generator) -> list[Prompt]:
     if count and not prompts:
         raise InputError(f"source {name!r}: expected at least one prompt; received none")
     if not count:
         return []
-    order = np.random.default_rng(seed).permutation(len(prompts))
+    order = generator.permutation(len(prompts))
     return [prompts[order[i % len(prompts)]] for i in range(count)]

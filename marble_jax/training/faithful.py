@@ -43,8 +43,9 @@ def faithful_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gra
     rewards = recipe.num_rewards
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.shards)
+        key = jax.random.wrap_key_data(state.key)
+        plan = schedule(batch, key, state.step, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch,
+                        recipe.shards)
         units = num_micro_steps(plan)
         solves = {"all": units, "first": 1, "none": 0}[solved]
 

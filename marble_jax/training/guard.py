@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from marble_jax import tree
 from marble_jax.errors import InputError
+from marble_jax.streams import Stream, stream_key
 from marble_jax.training.state import TrainState
 
 
@@ -28,12 +29,9 @@ def all_finite(state: TrainState) -> jax.Array:
 
 
 def fresh_stream(state: TrainState, number: int) -> TrainState:
-    """The state with other prompts, noise and timesteps from here on; different for every `number` from 1.
-
-    Counted down from the largest number a key can be folded with, where no step is.
-    """
+    """The state with other prompts, noise and timesteps from here on; different for every `number` from 1."""
     def other(key: jax.Array) -> jax.Array:
-        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), jnp.uint32(2**32 - number)))
+        return jax.random.key_data(stream_key(jax.random.wrap_key_data(key), Stream.ROLLBACK, number))
 
     return state.replace(key=jax.jit(other, out_shardings=state.key.sharding)(state.key))
 

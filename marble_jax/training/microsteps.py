@@ -17,6 +17,7 @@ from marble_jax.flow.path import interpolate
 from marble_jax.harmonize.gradients import FlowBatch
 from marble_jax.parallel import ALONE, Shards
 from marble_jax.sampling import PolicyVelocity
+from marble_jax.streams import Stream, stream_key
 from marble_jax.types import Adapter, Conditioning, Params
 
 
@@ -51,13 +52,14 @@ class Schedule:
     key: jax.Array
 
 
-def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timesteps: int, micro_batch: int,
-             shards: Shards = ALONE) -> Schedule:
+def schedule(batch: RolloutBatch, key: jax.Array, step: jax.Array | int, sigmas: jax.Array, num_timesteps: int,
+             micro_batch: int, shards: Shards = ALONE) -> Schedule:
     """Shuffles pictures and, for each, timesteps.
 
     Args:
       batch: N pictures, N divisible by `micro_batch`.
-      key: PRNG key of this optimiser step.
+      key: PRNG key of the run.
+      step: optimiser steps done.
       sigmas: [S] the solver's noise levels, without the trailing zero.
       num_timesteps: T <= S timesteps per picture.
       micro_batch: n.
@@ -65,7 +67,9 @@ def schedule(batch: RolloutBatch, key: jax.Array, sigmas: jax.Array, num_timeste
         micro-step is random, so that no device could keep to its own.
     """
     num = batch.x0.shape[0]
-    order_key, time_key, noise_key = jax.random.split(key, 3)
+    order_key, time_key, noise_key = (
+        stream_key(key, stream, step)
+        for stream in (Stream.PICTURE_ORDER, Stream.TIMESTEP_ORDER, Stream.TRAINING_NOISE))
     order = jax.random.permutation(order_key, num)
     grid = jnp.broadcast_to(jnp.asarray(sigmas, jnp.float32), (num, len(sigmas)))
     times = jax.random.permutation(time_key, grid, axis=1, independent=True)[:, :num_timesteps]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from marble_jax.errors import InputError, one_of
+from marble_jax.streams import Stream, stream_generator
 
 _STAGE = re.compile(r"([^@:]+)(?:@([^@:]+))?(?::(\d+))?")
 _FORM = "reward+reward[@source+source][:steps]"
@@ -57,8 +58,11 @@ class Dropout:
     def dropped(self, seed: int, step: int) -> tuple[str, ...]:
         """The targets that are dropped in a step."""
         chance = self.probability * (min(step / self.warmup, 1.0) if self.warmup else 1.0)
-        return tuple(name for name in self.targets
-                     if np.random.default_rng((seed, step, zlib.crc32(name.encode()))).random() < chance)
+        return tuple(name for name in self.targets if self._draw(seed, step, name) < chance)
+
+    @staticmethod
+    def _draw(seed: int, step: int, name: str) -> float:
+        return stream_generator(seed, Stream.REWARD_DROPOUT, step, zlib.crc32(name.encode())).random()
 
 
 @dataclasses.dataclass(frozen=True)

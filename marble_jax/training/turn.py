@@ -15,6 +15,7 @@ from marble_jax import hosts
 from marble_jax.advantages import Advantages, gdpo, per_reward, weighted_sum
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import Draw, draw
+from marble_jax.streams import Stream, stream_key
 from marble_jax.training.batch import Collector, Rollout
 from marble_jax.training.microsteps import RolloutBatch
 from marble_jax.training.presence import Presence
@@ -114,7 +115,7 @@ class Turn:
           RewardError: a reward failed and the run is not to go on without it.
         """
         key = jax.random.wrap_key_data(jnp.asarray(hosts.whole(state.key)))
-        key = jax.random.fold_in(jax.random.fold_in(key, int(state.step)), 1)
+        key = stream_key(key, Stream.ROLLOUT_NOISE, int(state.step))
         return self.collector(*self.policy(state), samples, key, progress)
 
     def update(self, state: TrainState, samples: Draw, rollout: Rollout) -> tuple[TrainState, dict[str, Any]]:

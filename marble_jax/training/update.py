@@ -114,8 +114,9 @@ def exact_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gradie
     rewards = recipe.num_rewards
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.shards)
+        key = jax.random.wrap_key_data(state.key)
+        plan = schedule(batch, key, state.step, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch,
+                        recipe.shards)
 
         units = num_micro_steps(plan)
         anchored = range(0, units, recipe.anchor_every)
@@ -164,8 +165,9 @@ def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gr
     rewards = recipe.num_rewards
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch, recipe.shards)
+        key = jax.random.wrap_key_data(state.key)
+        plan = schedule(batch, key, state.step, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch,
+                        recipe.shards)
         counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
         total = batch.x0.shape[0] * recipe.num_timesteps
         weights = smoothing.present_weights(state.alpha, counts[:rewards] > 0)

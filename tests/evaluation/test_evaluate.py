@@ -12,7 +12,7 @@ from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.sampling import make_sampler
+from marble_jax.sampling import make_sampler, picture_noise
 from marble_jax.types import Conditioning
 
 TEXTS = ("a cat", 'a sign "go"', "two dogs", "a bird", 'the word "no"', "fog", "a cat")
@@ -69,7 +69,7 @@ def test_results_do_not_depend_on_the_batch_size_and_no_prompt_is_dropped(scorer
     assert sum(done) == len(PROMPTS) and scores.values.shape == (2, 7)
     images = []
     for i, prompt in enumerate(PROMPTS):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (2, 2, 3))[None]
+        noise = picture_noise(jax.random.key(0), [i], (2, 2, 3))
         images.append(np.asarray(jax.nn.sigmoid(_sampler()(0.5, None, _encode([prompt.text]), noise)))[0])
     np.testing.assert_allclose(scores.values[0], [image.mean() for image in images], rtol=1e-5)
     quoted = np.array(['"' in p.text for p in PROMPTS])

@@ -14,7 +14,7 @@ SLICES = toy.PICTURES // toy.MICRO_BATCH
 
 def _plan(num_timesteps=toy.TIMESTEPS, seed=0, batch=None):
     batch = toy.new_batch() if batch is None else batch
-    return batch, schedule(batch, jax.random.key(seed), toy.SIGMAS, num_timesteps, toy.MICRO_BATCH)
+    return batch, schedule(batch, jax.random.key(seed), 0, toy.SIGMAS, num_timesteps, toy.MICRO_BATCH)
 
 
 def _origin(batch, x0):
@@ -58,7 +58,7 @@ def test_all_levels_are_used_equally_often_in_the_long_run():
     many = toy.new_batch()
     many = many.replace(x0=jnp.zeros((1200, 1)), prompt=jnp.zeros(1200, jnp.int32), advantages=jnp.zeros((3, 1200)),
                         valid=jnp.ones((3, 1200), bool))
-    plan = schedule(many, jax.random.key(0), toy.SIGMAS, 3, 40)
+    plan = schedule(many, jax.random.key(0), 0, toy.SIGMAS, 3, 40)
     counts = [int(jnp.sum(plan.sigma == np.float32(s))) for s in toy.SIGMAS]
     assert sum(counts) == 3600 and all(840 < c < 960 for c in counts)
     firsts = [int(jnp.sum(plan.sigma[0] == np.float32(s))) for s in toy.SIGMAS]

@@ -122,8 +122,7 @@ class Twin:
 @functools.partial(jax.jit, static_argnums=4)
 def _draws(key, step, old, batch, recipe):
     """Every micro-step's inputs, stacked: leaves [M, n, ...]."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
-    plan = schedule(batch, key, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
+    plan = schedule(batch, jax.random.wrap_key_data(key), step, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
 
     def one(m):
         flow, advantages, valid = micro_step(toy.velocity, toy.base_params(), old, batch, plan, m, False)

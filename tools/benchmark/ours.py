@@ -70,7 +70,7 @@ def compile_program(problem: Problem, body: Body, num_rewards: int, params: Para
 
 def make_plan(size: Size, batch: RolloutBatch) -> Schedule:
     """The draws of an optimiser step over `batch`."""
-    return schedule(batch, jax.random.key(7), SIGMAS, len(SIGMAS), size.num)
+    return schedule(batch, jax.random.key(7), 0, SIGMAS, len(SIGMAS), size.num)
 
 
 def inputs(problem: Problem, params: Params, old: Adapter, batch: RolloutBatch, plan: Schedule, reference: bool
