@@ -10,26 +10,29 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
-    ("vocabulary", ("errors", "types", "version", "platform", "tree", "streams", "")),
-    ("mechanisms", ("flow", "models", "parallel", "sharding", "prompts", "hosts", "storage", "pictures", "config",
-                    "console", "chips")),
-    ("methods", ("adapters", "rewards", "advantages", "harmonize", "nft", "sampling", "convert")),
+    ("vocabulary", ("errors", "types", "version", "platform", "tree", "streams", "console", "")),
+    ("settings", ("config",)),
+    ("ground", ("distributed", "storage", "weights")),
+    ("networks", ("networks",)),
+    ("mechanisms", ("flow", "prompts")),
+    ("families", ("families",)),
+    ("methods", ("objectives", "harmonize", "trainable", "rewards", "convert")),
     ("procedures", ("training", "evaluation", "report")),
-    ("composition", ("compose", "work", "plan", "run", "draw", "compare", "export", "model_card", "verify")),
-    ("doors", ("cli", "__main__")),
+    ("programs", ("programs", "plan")),
+    ("command line", ("cli", "__main__")),
 )
 ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}
 LIBRARIES = {
     "jaxopt": {"harmonize.qp"},
     "orbax": {"storage"},
-    "optax": {"training", "compose"},
-    "ml_collections": {"config", "compose", "work", "plan", "run", "draw", "export", "cli"},
-    "rapidocr": {"rewards.ocr_engines"},
-    "paddleocr": {"rewards.ocr_engines"},
+    "optax": {"training", "programs.build"},
+    "ml_collections": {"config", "programs", "plan", "cli"},
+    "rapidocr": {"rewards.workers.ocr_engines"},
+    "paddleocr": {"rewards.workers.ocr_engines"},
     "tensorboardX": {"training.records"},
-    "torch": {"verify", "models.pickled", "rewards.mask2former"},
-    "diffusers": {"verify"},
-    "peft": {"verify"},
+    "torch": {"programs.verify", "weights.torch_pickle", "rewards.models.mask2former"},
+    "diffusers": {"programs.verify"},
+    "peft": {"programs.verify"},
     "matplotlib": set(),
 }
 
@@ -127,6 +130,6 @@ def test_heavy_libraries_are_imported_inside_functions():
 
 def test_a_wrong_import_is_found(monkeypatch, tmp_path):
     bad = tmp_path / "bad.py"
-    bad.write_text("def f():\n    from marble_jax import compose\n")
+    bad.write_text("def f():\n    from marble_jax.programs import build\n")
     monkeypatch.setitem(MODULES, "flow.bad", bad)
-    assert violations() == ["flow.bad (mechanisms) imports compose (composition)"]
+    assert violations() == ["flow.bad (mechanisms) imports programs.build (programs)"]

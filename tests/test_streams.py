@@ -12,13 +12,13 @@ sys.path.append(str(Path(__file__).parent / "training"))
 import toy_policy as toy
 import toy_run
 
-from marble_jax import adapters
-from marble_jax.sampling import make_sampler, picture_noise
+from marble_jax.flow.policy_sampler import make_sampler, picture_noise
 from marble_jax.streams import Stream, stream_generator, stream_key
+from marble_jax.trainable import lora
 from marble_jax.training import guard
-from marble_jax.training.batch import Collector
-from marble_jax.training.steps import make_steps
-from marble_jax.training.turn import Sampling, Turn
+from marble_jax.training.iteration import Sampling, Turn
+from marble_jax.training.rollout import Collector
+from marble_jax.training.step_schedule import make_steps
 
 CONSUMERS = ("normal", "uniform", "permutation", "bernoulli", "choice", "randint", "bits", "categorical")
 
@@ -55,8 +55,8 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     run_key = jax.random.wrap_key_data(state.key)
     shapes = {"context_embedder": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)},
               "proj_out": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}
-    spec = adapters.LoraSpec(2, 2.0, ("context_embedder", "proj_out"))
-    adapters.init_adapter(stream_key(run_key, Stream.ADAPTER), shapes, spec)
+    spec = lora.LoraSpec(2, 2.0, ("context_embedder", "proj_out"))
+    lora.init_adapter(stream_key(run_key, Stream.ADAPTER), shapes, spec)
     picture_noise(run_key, range(5), toy.LATENT)
     built = toy_run.programs()[0]
     collector = Collector(make_sampler(toy.velocity, 2, "euler", 1.0), toy_run.encode, jax.nn.sigmoid, built.scorer,

@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from marble_jax import compose, platform, tree
-from marble_jax.draw import run_config
+from marble_jax import platform, tree
+from marble_jax.programs import build
+from marble_jax.programs.sample import run_config
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
-from marble_jax.training.microsteps import RolloutBatch
+from marble_jax.training.iteration import advantages_of
+from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.state import TrainState
-from marble_jax.training.turn import advantages_of
-from marble_jax.training.update import exact_step
+from marble_jax.training.train_step import exact_step
 from marble_jax.types import Adapter
 
 Update = Callable[[TrainState, int, RolloutBatch], Adapter]
@@ -42,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     platform.keep_compilations()
     workdir = Workdir(args.workdir)
-    run = compose.build(run_config(workdir))
+    run = build.build(run_config(workdir))
     checkpoints = Checkpoints(workdir.checkpoints, run.config.checkpoints.keep)
     step, state = checkpoints.restore(run.state)
     checkpoints.close()
@@ -74,7 +75,7 @@ def show(title: str, taken: dict[int, list[Adapter]]) -> None:
         print(f"    {name:26} {np.median(values):.4f} ({min(values):.4f} to {max(values):.4f})")
 
 
-def rollouts(run: compose.Run, state: TrainState, step: int) -> RolloutBatch:
+def rollouts(run: build.Run, state: TrainState, step: int) -> RolloutBatch:
     """The batch that the loop would train on next."""
     turn = run.turn
     samples = turn.sampling.draw(state.seed, step)
@@ -83,7 +84,7 @@ def rollouts(run: compose.Run, state: TrainState, step: int) -> RolloutBatch:
     return turn.batch(rollout, rows, valid)
 
 
-def compiled(run: compose.Run, every: int) -> Update:
+def compiled(run: build.Run, every: int) -> Update:
     """(state, number of the draw, batch) -> the update of an exact step, which plain gradient descent shows."""
     descent = optax.sgd(1.0)
     step = jax.jit(exact_step(dataclasses.replace(run.recipe, anchor_every=every), run.velocity, descent))

@@ -50,22 +50,24 @@ def architecture(config: Any) -> Any:
     """A transformer of two blocks with eight heads, and an autoencoder, as shapes."""
     import jax
 
-    from marble_jax import adapters, compose
-    from marble_jax.models import mmdit, vae
-    from marble_jax.models.mmdit_config import MMDiTConfig
-    from marble_jax.plan.architecture import Architecture
+    from marble_jax.families.sd3 import transformer
+    from marble_jax.families.sd3.config import MMDiTConfig
+    from marble_jax.networks import autoencoder_kl
+    from marble_jax.plan.model_shapes import Architecture
+    from marble_jax.programs import build
+    from marble_jax.trainable import lora
 
     sizes = MMDiTConfig(
         sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=WIDTH, num_attention_heads=8,
         joint_attention_dim=24, caption_projection_dim=8 * WIDTH, pooled_projection_dim=16, out_channels=4,
         pos_embed_max_size=8, dual_attention_layers=(), qk_norm=None)
-    spec = compose.lora_spec(config)
-    model = mmdit.MMDiT(sizes, lora_scale=spec.scale)
-    params = mmdit.abstract_params(model)
-    decoder = vae.AutoencoderKL(vae.VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1,
+    spec = build.lora_spec(config)
+    model = transformer.MMDiT(sizes, lora_scale=spec.scale)
+    params = transformer.abstract_params(model)
+    decoder = autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1,
                                               norm_num_groups=4))
-    adapter = jax.eval_shape(lambda: adapters.init_adapter(jax.random.key(0), params, spec))
-    return Architecture(model, params, decoder, vae.abstract_params(decoder), 0, adapter, 3.0, (8, 8, 4), 6)
+    adapter = jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), params, spec))
+    return Architecture(model, params, decoder, autoencoder_kl.abstract_params(decoder), 0, adapter, 3.0, (8, 8, 4), 6)
 
 
 def values(shapes: Any) -> Any:
@@ -107,13 +109,14 @@ def measure(sizes: tuple[int, int, int], wanted: tuple[str, ...], run: bool, tim
 
     import jax
 
-    from marble_jax import compose, parallel
-    from marble_jax.plan import ahead
-    from marble_jax.plan.executed import by_reason, executed
+    from marble_jax.distributed import device_mesh
+    from marble_jax.plan import aot
+    from marble_jax.plan.hlo_costs import by_reason, executed
+    from marble_jax.programs import build
 
-    mesh = parallel.make_mesh(*sizes, devices=jax.devices()[:math.prod(sizes)])
+    mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[:math.prod(sizes)])
     config = settings()
-    jobs = ahead.jobs(config, architecture(config), compose.derive_sizes(config, parallel.batch_shards(mesh)), mesh)
+    jobs = aot.jobs(config, architecture(config), build.derive_sizes(config, device_mesh.batch_shards(mesh)), mesh)
     found = {}
     for name, (function, shapes) in jobs.items():
         if not name.endswith(wanted):

@@ -176,9 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = agreement(read(options.first), read(options.second))
             Console().table([cells(row) for row in rows], HEADER)
             return 0
-        from marble_jax.rewards.colours import ClipColours
-        from marble_jax.rewards.encoder import ClipEncoder
-        from marble_jax.rewards.mask2former import Mask2FormerDetector
+        from marble_jax.rewards.models.clip_colours import ClipColours
+        from marble_jax.rewards.models.encoder import ClipEncoder
+        from marble_jax.rewards.models.mask2former import Mask2FormerDetector
 
         classify = ClipColours(ClipEncoder.load(options.clip))
         count = judge_pictures(options.pictures, Mask2FormerDetector.load(options.model), classify, options.out)

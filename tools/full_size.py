@@ -82,7 +82,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> dict:
 
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> dict:
-    from marble_jax.models.tensors import SafetensorsDir
+    from marble_jax.weights.safetensors_files import SafetensorsDir
 
     a, b = SafetensorsDir(one), SafetensorsDir(other)
     assert set(a.keys()) == set(b.keys())
@@ -102,8 +102,8 @@ def ours(directory: pathlib.Path, out: pathlib.Path) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from marble_jax.models.mmdit import velocity
-    from marble_jax.models.mmdit_weights import load_mmdit
+    from marble_jax.families.sd3.layer_names import load_mmdit
+    from marble_jax.families.sd3.transformer import velocity
     from marble_jax.types import Conditioning
 
     start = time.perf_counter()

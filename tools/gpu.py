@@ -38,7 +38,7 @@ ROWS = {
     "core": "weighted_sum,weighted_sum.no_kl,exact_k5.*,solve_k5",
     "upstream": "torch.upstream.*", "tuned": "torch.tuned.*", "compiled": "torch.compiled.*",
     "more": "combined_k5,exact_k20.*,separate_k5"}
-TESTS = {"tests": ("tests/harmonize/test_gpu_gradients.py", "tests/models/test_gpu_attention.py"),
+TESTS = {"tests": ("tests/harmonize/test_gpu_gradients.py", "tests/networks/test_gpu_attention.py"),
          "presets": ("tests/plan/test_gpu_memory.py",)}
 PARTS = ("tests", *ROWS, "presets")
 OURS = ("core", "more")

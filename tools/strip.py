@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from marble_jax.pictures import grid, save_png
+from marble_jax.storage.images import grid, save_png
 
 
 def main() -> None:

@@ -54,8 +54,8 @@ def run(argv: Sequence[str]) -> int:
     for name in ("model", "out"):
         if not values[name]:
             raise InputError(f"--{name}: expected a value; received none")
-    from marble_jax.compose import EMBEDDED, place_of
     from marble_jax.convert.model import convert
+    from marble_jax.programs.build import EMBEDDED, place_of
 
     model = str(place_of(EMBEDDED, "pipeline")) if values["model"] == EMBEDDED else values["model"]
     convert(model, values["out"], layout=values["to"], dtype=values["dtype"], components=_list(values["components"]),

@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
         ("num_prompts", 0), ("images", 1), ("num_workers", 1), ("num_pictures", 0))}
     rewards = tuple(name.strip() for name in values["rewards"].split(",") if name.strip())
     settings = settings_of(values)
-    from marble_jax.compare import Request, evaluate, parse_models
+    from marble_jax.programs.evaluate import Request, evaluate, parse_models
 
     evaluate(Request(parse_models(values["models"]), values["prompts"], rewards_path=values["rewards_path"],
                      rewards=rewards, settings=settings, draw=draw, score=score,

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
                              "alone")
     if values["step"] and not values["step"].isdigit():
         raise InputError(f"--step: expected the number of a step; received {values['step']!r}")
-    from marble_jax.export import export_run
+    from marble_jax.programs.export import export_run
 
     export_run(values["workdir"], values["out"], values["which"], int(values["step"]) if values["step"] else None,
                merge=merge, dtype=values["dtype"] or None, verified=boolean("verify", values["verify"]),

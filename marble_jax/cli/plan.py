@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     for name in chosen:
         one_of("--programs", name, PROGRAMS)
     from marble_jax.console import Console
-    from marble_jax.plan.planning import Request, plan
+    from marble_jax.plan.planner import Request, plan
 
     plan(config, Request(number(values, "devices", int, 0), values["topology"], values["chip"], utilisation,
                          values["json"], tuple(PROGRAMS[name] for name in chosen)), Console())

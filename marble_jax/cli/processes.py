@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from marble_jax.cli.options import number
 
 if TYPE_CHECKING:
-    from marble_jax.hosts.cluster import Cluster
+    from marble_jax.distributed.cluster import Cluster
 
 OPTIONS = {"distributed": "auto", "coordinator": "", "num_processes": "", "process_id": "", "init_timeout": "300",
            "heartbeat_timeout": "100"}
@@ -30,7 +30,7 @@ def cluster_of(values: Mapping[str, str]) -> tuple[Cluster | None, float, float]
     Raises:
       InputError: see `find_cluster`.
     """
-    from marble_jax.hosts.cluster import find_cluster
+    from marble_jax.distributed.cluster import find_cluster
 
     init, heartbeat = (number(values, name, float, 1) for name in ("init_timeout", "heartbeat_timeout"))
     return find_cluster(values["distributed"], values["coordinator"], values["num_processes"], values["process_id"],

@@ -28,7 +28,7 @@ check: loads each reward, scores pictures whose scores (or whose order) are know
   --timeout=120      seconds a call may take
   --write            record the scores as the expected ones, in golden.json beside rewards.json
 
-serve: answers POST /score and GET /health; the format is described in marble_jax/rewards/protocol.py
+serve: answers POST /score and GET /health; the format is described in marble_jax/rewards/http/protocol.py
   --host=127.0.0.1 --port=8810   any other than a loopback address needs a token
   --token_file=FILE  (or --token=TEXT, which other users of this machine can see) clients have to know it
   --workers=2        requests scored at the same time
@@ -49,9 +49,9 @@ def run(argv: Sequence[str]) -> int:
 
 def _load(values: dict[str, str], config: Any, one_by_one: bool = False) -> tuple[list[Any], Path | None, dict]:
     """The rewards that were asked for, their directory, and why each of the others does not load."""
-    from marble_jax.compose import place_of
-    from marble_jax.rewards.catalogue import entries_of, load_rewards
+    from marble_jax.programs.build import place_of
     from marble_jax.rewards.function import is_function
+    from marble_jax.rewards.registry import entries_of, load_rewards
 
     names = [name for name in values["rewards"].split(",") if name]
     if config is not None:
@@ -83,30 +83,31 @@ def _check(values: dict[str, str], config: Any) -> int:
     write = boolean("write", values["write"])
     from marble_jax import platform
     from marble_jax.console import Console
-    from marble_jax.rewards import check, golden
+    from marble_jax.rewards import checks
+    from marble_jax.rewards.toy_world import golden_images
 
     platform.keep_compilations()
     console = Console()
     rewards, directory, problems = _load(values, config, one_by_one=True)
     embedded = (values["path"] if config is None else config.rewards.path) == "embedded"
     size = size or (config.model.resolution if config is not None else 64 if embedded else 512)
-    expected = {} if write else golden.read_expected(directory, size)
-    findings = check.look(rewards, size, expected, timeout)
+    expected = {} if write else golden_images.read_expected(directory, size)
+    findings = checks.look(rewards, size, expected, timeout)
     rows = []
     for reward, finding in zip(rewards, findings):
-        rate = check.throughput(reward, size, batch, timeout)
-        weights = check.weight_bytes(reward) / 1e6
+        rate = checks.throughput(reward, size, batch, timeout)
+        weights = checks.weight_bytes(reward) / 1e6
         rows.append((finding.name, finding.status, f"{finding.mean(True):.4g}", f"{finding.mean(False):.4g}",
                      f"{rate:.3g}", f"{weights:.3g}" if weights else "-", finding.kind, finding.note))
     rows += [(name, "not loaded", "-", "-", "-", "-", "-", problem) for name, problem in problems.items()]
-    console.say(f"{len(rewards) + len(problems)} rewards on {2 * golden.COUNT} golden pictures of {size} px "
-                f"(own prompts, then each other's), speed in batches of {batch}; {check.memory()}")
+    console.say(f"{len(rewards) + len(problems)} rewards on {2 * golden_images.COUNT} golden pictures of {size} px "
+                f"(own prompts, then each other's), speed in batches of {batch}; {checks.memory()}")
     console.table(rows, ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", ""))
     bad = [f"{f.name} ({f.status})" for f in findings if not f.passed] + [f"{n} (not loaded)" for n in problems]
     if write and directory is not None:
         if any(f.status == "failed" for f in findings):
             raise InputError(f"--write: expected scores of every reward; received {', '.join(bad)}")
-        file = golden.write_expected(directory, size, check.recorded(findings))
+        file = golden_images.write_expected(directory, size, checks.recorded(findings))
         console.say(f"expected scores: {file}")
     if bad:
         raise InputError(f"check: expected every reward to pass; received {', '.join(bad)}")
@@ -120,9 +121,9 @@ def _serve(values: dict[str, str], config: Any) -> int:
     timeout = number(values, "timeout", float, 0.1)
     from marble_jax import platform
     from marble_jax.console import Console
-    from marble_jax.rewards.calls import secret
-    from marble_jax.rewards.protocol import Limits
-    from marble_jax.rewards.server import RewardServer, Service
+    from marble_jax.rewards.http.calls import secret
+    from marble_jax.rewards.http.protocol import Limits
+    from marble_jax.rewards.http.server import RewardServer, Service
 
     if values["token"] and values["token_file"]:
         raise InputError("serve: expected --token or --token_file; received both")

@@ -48,7 +48,7 @@ def settings_of(values: Mapping[str, str]):
     Raises:
       InputError: a value that is not of its kind.
     """
-    from marble_jax.draw import Settings
+    from marble_jax.programs.sample import Settings
 
     size = None
     if values["size"]:
@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
         prompts = [p.strip() for p in values["prompts"].split("|") if p.strip()]
     images, with_grid = number(values, "images", int, 1), boolean("grid", values["grid"])
     settings = settings_of(values)
-    from marble_jax.draw import Source, draw_pictures
+    from marble_jax.programs.sample import Source, draw_pictures
 
     draw_pictures([p for p in prompts for _ in range(images)], values["out"],
                   Source(values["model"], values["workdir"], values["policy"], values["lora"]), settings, with_grid)

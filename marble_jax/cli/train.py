@@ -21,23 +21,23 @@ def help_text() -> str:
 def run(argv: Sequence[str]) -> int:
     values, config_args = split(argv, {"workdir": None, **OPTIONS})
     cluster, init_timeout, heartbeat_timeout = cluster_of(values)
-    from marble_jax import hosts
+    from marble_jax import distributed
 
-    with hosts.joined(cluster, "train", init_timeout, heartbeat_timeout):
-        from marble_jax.run import PACKAGES, train_run
+    with distributed.joined(cluster, "train", init_timeout, heartbeat_timeout):
+        from marble_jax.programs.train import PACKAGES, train_run
         from marble_jax.training.loop import Interrupted
 
-        config = hosts.together("configuration", lambda: load_config(config_args))
+        config = distributed.together("configuration", lambda: load_config(config_args))
         if cluster is not None:
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-            hosts.same("", {f"config.{name}": value for name, value in flatten(config).items()} | versions | {
+            distributed.same("", {f"config.{name}": value for name, value in flatten(config).items()} | versions | {
                 "--workdir": values["workdir"], "marble_jax": VERSION,
                 "python": ".".join(platform.python_version_tuple()[:2])})
-            hosts.start_jax(cluster, init_timeout, heartbeat_timeout)
+            distributed.start_jax(cluster, init_timeout, heartbeat_timeout)
         try:
             train_run(config, values["workdir"], " ".join(["marble-jax", "train", *argv]))
         except Interrupted as stop:
-            if hosts.is_first():
+            if distributed.is_first():
                 print(f"marble-jax train: {stop}", file=sys.stderr)
             return 143
     return 0

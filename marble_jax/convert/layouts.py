@@ -5,9 +5,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from marble_jax.models import clip, mmdit, mmdit_weights, t5, vae
-from marble_jax.models.mmdit_config import MMDiTConfig
-from marble_jax.models.weights import Entry, path_entries
+from marble_jax.families.sd3 import layer_names, transformer
+from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.networks import autoencoder_kl, clip, t5
+from marble_jax.weights.key_map import Entry, path_entries
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Directories that hold weights."""
@@ -54,10 +55,10 @@ def layout(component: str, config: Mapping[str, Any], keys: Collection[str] = ()
       InputError: a config this package does not support.
     """
     if component == "transformer":
-        shapes = mmdit.abstract_params(mmdit.MMDiT(MMDiTConfig.from_dict(config)))
-        return Layout(tuple(mmdit_weights.entries(shapes)), shapes)
+        shapes = transformer.abstract_params(transformer.MMDiT(MMDiTConfig.from_dict(config)))
+        return Layout(tuple(layer_names.entries(shapes)), shapes)
     if component == "vae":
-        shapes = vae.abstract_params(vae.AutoencoderKL(vae.VAEConfig.from_dict(config)))
+        shapes = autoencoder_kl.abstract_params(autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig.from_dict(config)))
         return Layout(tuple(path_entries(shapes)), shapes)
     if component == "text_encoder_3":
         shapes = t5.abstract_params(t5.T5Encoder(t5.T5Config.from_dict(config)))

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from marble_jax import adapters
 from marble_jax.convert.lora_names import (
     DIFFUSERS_PREFIX,
     PEFT_PREFIX,
@@ -30,11 +29,12 @@ from marble_jax.convert.lora_names import (
     split_key,
 )
 from marble_jax.errors import InputError
-from marble_jax.models.hub import HUB_NAME, download
-from marble_jax.models.mmdit_weights import dense_modules
-from marble_jax.models.tensors import SafetensorsFile
+from marble_jax.families.sd3.layer_names import dense_modules
 from marble_jax.storage.files import read_json
+from marble_jax.trainable import lora as adapters
 from marble_jax.types import Adapter
+from marble_jax.weights.hub import HUB_NAME, download
+from marble_jax.weights.safetensors_files import SafetensorsFile
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

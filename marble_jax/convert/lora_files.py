@@ -14,7 +14,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from marble_jax.adapters import LoraSpec
 from marble_jax.console import Console
 from marble_jax.convert.layouts import STEMS
 from marble_jax.convert.lora import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
@@ -22,8 +21,9 @@ from marble_jax.convert.lora_names import DIFFUSERS_PREFIX, PEFT_PREFIX
 from marble_jax.convert.sources import open_model
 from marble_jax.convert.writing import KEEP, Cast, write_safetensors
 from marble_jax.errors import InputError
-from marble_jax.models.tensors import Tensors
 from marble_jax.storage.manifest import write_json
+from marble_jax.trainable.lora import LoraSpec
+from marble_jax.weights.safetensors_files import Tensors
 
 Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """(a [in, r], b [r, out]) by layer name, as `adapters.unstack` gives them."""

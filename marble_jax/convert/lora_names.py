@@ -15,7 +15,7 @@ from typing import Any
 
 from marble_jax.convert.original import original_name
 from marble_jax.errors import InputError, nearest
-from marble_jax.models.mmdit_weights import dense_modules
+from marble_jax.families.sd3.layer_names import dense_modules
 
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 _PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, "model.diffusion_model.", "diffusion_model.", "lora_transformer_",

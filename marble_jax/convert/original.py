@@ -21,8 +21,8 @@ from flax import traverse_util
 
 from marble_jax.convert.layouts import CLASSES, layout
 from marble_jax.errors import InputError, nearest
-from marble_jax.models.tensors import SafetensorsFile
-from marble_jax.models.weights import published_shape
+from marble_jax.weights.key_map import published_shape
+from marble_jax.weights.safetensors_files import SafetensorsFile
 
 TRANSFORMER, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer.",

@@ -14,13 +14,13 @@ import numpy as np
 from marble_jax.convert.layouts import CARRIED, CLASSES, COMPONENTS, Layout, layout
 from marble_jax.convert.original import SCHEDULER, OriginalComponent, open_original
 from marble_jax.errors import InputError, one_of
-from marble_jax.models.hub import HUB_NAME, download
-from marble_jax.models.pipeline import find_model
-from marble_jax.models.stored import PARAMS, StoredDir, open_component
-from marble_jax.models.tensors import SafetensorsDir
-from marble_jax.models.weights import matched, published, published_shape
+from marble_jax.families.sd3.pipeline import find_model
 from marble_jax.storage.files import read_json
 from marble_jax.storage.manifest import MANIFEST, check_sizes
+from marble_jax.weights.component import PARAMS, StoredDir, open_component
+from marble_jax.weights.hub import HUB_NAME, download
+from marble_jax.weights.key_map import matched, published, published_shape
+from marble_jax.weights.safetensors_files import SafetensorsDir
 
 _INDEX = "model_index.json"
 

@@ -20,11 +20,11 @@ from flax import traverse_util
 
 from marble_jax.convert.layouts import Layout
 from marble_jax.errors import InputError
-from marble_jax.models.stored import PARAMS
-from marble_jax.models.tensors import DTYPES, Tensors
-from marble_jax.models.weights import copy, fill
 from marble_jax.storage.leaves import Leaf, save_leaves
 from marble_jax.storage.manifest import seal, write_json
+from marble_jax.weights.component import PARAMS
+from marble_jax.weights.key_map import copy, fill
+from marble_jax.weights.safetensors_files import DTYPES, Tensors
 
 KEEP = "keep"
 CHOICES = {KEEP: None, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

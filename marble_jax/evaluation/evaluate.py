@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marble_jax import hosts
+from marble_jax import distributed
+from marble_jax.flow.policy_sampler import Sampler, batches, picture_noise
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.scorer import Scorer, concatenate
-from marble_jax.sampling import Sampler, batches, picture_noise
 from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 
@@ -78,12 +78,12 @@ class Evaluator:
         for index in batches(len(groups), self.batch_size):
             chosen = [self.prompts[groups[i]] for i in index]
             noise = picture_noise(key, index, self.latent_shape)
-            cond = hosts.together("prompts", lambda chosen=chosen: self.encode([p.text for p in chosen]))
+            cond = distributed.together("prompts", lambda chosen=chosen: self.encode([p.text for p in chosen]))
             images = self.decode(self.sampler(params, adapter, *self.place((cond, noise))))
             pending.append(self.scorer.submit(images, chosen))
             for row, i in enumerate(index):
                 if int(i) in kept and int(i) not in pictures:
-                    pictures[int(i)] = hosts.whole(jnp.round(images[row] * 255)).astype(np.uint8)
+                    pictures[int(i)] = distributed.whole(jnp.round(images[row] * 255)).astype(np.uint8)
             progress(len(set(index.tolist())))
         scores = concatenate([p.result() for p in pending], len(groups))
         return scores, np.stack([pictures[i] for i in self.kept]) if kept else np.zeros((0, 1, 1, 3), np.uint8)

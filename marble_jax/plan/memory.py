@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from marble_jax import adapters, compose, parallel, sharding
-from marble_jax.plan.architecture import Architecture
+from marble_jax.distributed import device_mesh, sharding
+from marble_jax.plan.model_shapes import Architecture
+from marble_jax.programs import build
+from marble_jax.trainable import lora
 
 POLICIES = 4  # current, rollout, averaged and best adapter
 MOMENTS = 2  # of AdamW
@@ -49,7 +51,7 @@ def weight_bytes(made: Architecture, mesh: Mesh | AbstractMesh) -> float:
     return sharding.layout(mesh, "transformer", made.params, made.model.config.attention_head_dim).device
 
 
-def programs(config: ml_collections.ConfigDict, made: Architecture, sizes: compose.Sizes, mesh: Mesh | AbstractMesh,
+def programs(config: ml_collections.ConfigDict, made: Architecture, sizes: build.Sizes, mesh: Mesh | AbstractMesh,
              pad: int = LANES) -> dict[str, list[Source]]:
     """Sources of every program, under the names of `ahead.jobs`.
 
@@ -87,14 +89,14 @@ def beside(config: ml_collections.ConfigDict, made: Architecture, mesh: Mesh | A
       name: a key of `programs`.
       on_host: devices of one host, which share its text encoders.
     """
-    adapter = 4 * adapters.num_parameters(made.adapter)
+    adapter = 4 * lora.num_parameters(made.adapter)
     merged, cached = config.rollout.merge_adapter, bool(config.prompts.embedding_cache)
     found = {
         "the rest of the state": (POLICIES + MOMENTS) * adapter - (not merged) * adapter,
         "transformer" + (", and the merged copy" if merged else ""): (1 + merged) * weight_bytes(made, mesh),
         "VAE": sum(4 * s.size for s in jax.tree.leaves(made.vae_params)),
         "text encoders": 0 if cached else (
-            jnp.dtype(compose.DTYPES[config.model.dtype]).itemsize * made.encoder_parameters / on_host)}
+            jnp.dtype(build.DTYPES[config.model.dtype]).itemsize * made.encoder_parameters / on_host)}
     rest, weights, autoencoder, encoders = found
     if name == "rollout":
         found[weights] -= weight_bytes(made, mesh)
@@ -115,12 +117,12 @@ def _lies(made: Architecture, mesh: Mesh | AbstractMesh) -> str:
 class _Parts:
     """Sizes that several programs share, in bytes on a device."""
 
-    def __init__(self, config: ml_collections.ConfigDict, made: Architecture, sizes: compose.Sizes,
+    def __init__(self, config: ml_collections.ConfigDict, made: Architecture, sizes: build.Sizes,
                  mesh: Mesh | AbstractMesh, pad: int):
         self.config, self.made, self.sizes, self.mesh = config, made, sizes, mesh
         self.arch, self.pad = made.model.config, pad
-        self.size = jnp.dtype(compose.DTYPES[config.model.dtype]).itemsize
-        self.adapter = 4 * adapters.num_parameters(made.adapter)
+        self.size = jnp.dtype(build.DTYPES[config.model.dtype]).itemsize
+        self.adapter = 4 * lora.num_parameters(made.adapter)
         self.latent = math.prod(made.latent)
         self.cond = self.size * (made.text_tokens * self.arch.joint_attention_dim + self.arch.pooled_projection_dim)
         self.rows = len(config.rewards.train) + (config.advantages.scalarise != "none")
@@ -128,7 +130,7 @@ class _Parts:
 
     def share(self, count: int) -> int:
         """Samples of `count` on one device."""
-        return NamedSharding(self.mesh, parallel.BATCH).shard_shape((count,))[0]
+        return NamedSharding(self.mesh, device_mesh.BATCH).shard_shape((count,))[0]
 
     def scores(self, tokens: int, size: int) -> float:
         """Attention's scores of one sample over `tokens`, numbers of `size` bytes; a fused kernel has none."""
@@ -182,7 +184,7 @@ class _Parts:
                 Source(BLOCK, self.backward(count), f"{count} samples, backward")]
 
     def solving(self) -> list[Source]:
-        chunk = self.share(compose.chunk_size(self.config, parallel.batch_shards(self.mesh)))
+        chunk = self.share(build.chunk_size(self.config, device_mesh.batch_shards(self.mesh)))
         cotangents = 2 + (self.config.nft.kl_weight > 0)
         kept, what = self.saved(chunk)
         block = max(self.backward(chunk, cotangents), self.forward(self.share(self.config.training.micro_batch_size)))
@@ -194,7 +196,7 @@ class _Parts:
     def decoder(self) -> tuple[float, str]:
         """Weights and activations of the decoder."""
         at_once = self.config.rollout.batch_size
-        count = compose.decode_size(at_once, self.mesh) // parallel.picture_shards(self.mesh, at_once)
+        count = build.decode_size(at_once, self.mesh) // device_mesh.picture_shards(self.mesh, at_once)
         widths = self.made.vae.config.block_out_channels
         largest = self.config.model.resolution**2 * (widths[1] if len(widths) > 1 else widths[0]) * 4
         used = [leaves for part, leaves in self.made.vae_params.items() if part in ("decoder", "post_quant_conv")]

@@ -14,10 +14,10 @@ from typing import Any
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.rewards.base import Reward
-from marble_jax.rewards.calls import Patience, Replicas, secret
 from marble_jax.rewards.function import FunctionReward, applies_rule, load_function
-from marble_jax.rewards.judge import PATH, PRESETS, JudgeReward
-from marble_jax.rewards.remote import PROTOCOLS, RemoteReward
+from marble_jax.rewards.http.calls import Patience, Replicas, secret
+from marble_jax.rewards.http.judge import PATH, PRESETS, JudgeReward
+from marble_jax.rewards.http.remote import PROTOCOLS, RemoteReward
 
 _CALLS: dict[str, Any] = {
     "urls": [], "token_env": "", "token_file": "", "timeout": 60.0, "connect_timeout": 5.0, "retries": 3, "pause": 0.5,

@@ -28,8 +28,8 @@ import numpy as np
 
 from marble_jax.errors import InputError, nearest, one_of
 from marble_jax.rewards.base import Metadata, Reward, RewardError
-from marble_jax.rewards.host import line
 from marble_jax.rewards.ocr import quoted_text
+from marble_jax.rewards.workers.host_scorer import line
 from marble_jax.types import Params
 
 log = logging.getLogger(__name__)

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from marble_jax import hosts, parallel
+from marble_jax import distributed
+from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import Reward
-from marble_jax.rewards.colours import ClipColours
+from marble_jax.rewards.models.clip_colours import ClipColours
 
 
 def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
@@ -26,7 +27,7 @@ def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
     def spread(node: Any) -> Any:
         if id(node) not in placed:
             placed[id(node)] = ({name: spread(part) for name, part in node.items()} if isinstance(node, Mapping) else
-                                parallel.place_everywhere(mesh, node))
+                                device_mesh.place_everywhere(mesh, node))
         return placed[id(node)]
 
     for reward in rewards if mesh.size > 1 else ():
@@ -55,10 +56,10 @@ def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size:
     if size % group:
         raise InputError(f"rollout.batch_size: expected a multiple of the {group} pictures a prompt, as {reward.name} "
                          f"compares them; received {size}")
-    owners = hosts.row_owners(parallel.picture_sharding(mesh, size), (size,)).reshape(-1, group)
+    owners = distributed.row_owners(device_mesh.picture_sharding(mesh, size), (size,)).reshape(-1, group)
     if np.any(owners != owners[:, :1]):
         pictures, unit = num_prompts * group, jax.process_count() * group
-        shards = parallel.batch_shards(mesh)
+        shards = device_mesh.batch_shards(mesh)
         fits = [n for n in range(unit, pictures + 1, unit) if pictures % n == 0 and n % shards == 0]
         best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
         raise InputError(f"rollout.batch_size: expected the {group} pictures of a prompt on one host of "

@@ -12,12 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from marble_jax import hosts
+from marble_jax import distributed
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Reward, RewardError
-from marble_jax.rewards.host import HostScorer, Pending, asked, attempts_of, expect_all, line
+from marble_jax.rewards.workers.host_scorer import (
+    HostScorer,
+    Pending,
+    asked,
+    attempts_of,
+    expect_all,
+    line,
+)
 from marble_jax.types import Scores
 
 log = logging.getLogger(__name__)
@@ -119,11 +126,11 @@ class Scorer:
             device[reward.name] = (values, valid, base.applicable(reward, texts, metadata))
         if self._host is None:
             return PendingScores(self, device, None)
-        if hosts.alone():
+        if distributed.alone():
             return PendingScores(self, device, self._host.submit(np.asarray(images), texts, metadata))
-        owners = hosts.row_owners(images.sharding, images.shape)
+        owners = distributed.row_owners(images.sharding, images.shape)
         own = np.flatnonzero(owners == jax.process_index())
-        pending = self._host.submit(hosts.own_rows(images, owners), [texts[i] for i in own],
+        pending = self._host.submit(distributed.own_rows(images, owners), [texts[i] for i in own],
                                     [metadata[i] for i in own])
         return PendingScores(self, device, pending, owners)
 
@@ -150,7 +157,7 @@ class Scorer:
     def _settled(self, name: str, values: Any, valid: Any, applies: np.ndarray) -> base.Result:
         """Waits for a device reward; what went wrong since `_start` shows here."""
         try:
-            result = base.settle(*hosts.whole((values, valid)), applies)
+            result = base.settle(*distributed.whole((values, valid)), applies)
         except Exception as error:  # see `_start`
             self._failed(name, error)
             return base.all_failed(applies)
@@ -160,7 +167,7 @@ class Scorer:
 
     def _failed(self, name: str, error: Exception) -> None:
         if self._on_error == "fail":
-            if hosts.alone():
+            if distributed.alone():
                 raise RewardError(f"reward {name}: {line(error)}") from error
             self._stopping = self._stopping or f"reward {name}: {line(error)}"
         self._errors[name] = line(error)
@@ -168,7 +175,7 @@ class Scorer:
 
     def _collect(self, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
                  owners: np.ndarray | None) -> Scores:
-        if hosts.alone():
+        if distributed.alone():
             found = {name: self._settled(name, *parts) for name, parts in device.items()}
             if host is not None:
                 found |= host.result(self._timeout)
@@ -195,10 +202,10 @@ class Scorer:
             self._stopping = self._stopping or str(error)
         errors = self._errors | (self._host.errors if self._host else {})
         broken = [name for name, (values, _, _) in device.items() if not isinstance(values, jax.Array)]
-        said = hosts.exchange("scores", {
+        said = distributed.exchange("scores", {
             "stop": self._stopping, "broken": broken, "errors": errors,
             "scores": {name: [column.tolist() for column in result] for name, result in parts.items()}})
-        self._stopping = hosts.first_of([one["stop"] for one in said])
+        self._stopping = distributed.first_of([one["stop"] for one in said])
         if self._stopping:
             raise RewardError(self._stopping)
         broken = {name for one in said for name in one["broken"]}
@@ -210,7 +217,7 @@ class Scorer:
                 for column, own in zip(columns, one["scores"][name]):
                     column[owners == index] = own
             found[name] = columns
-        stop = hosts.any_of("scores", self._stopping)  # what went wrong on the device shows when it is read
+        stop = distributed.any_of("scores", self._stopping)  # what went wrong on the device shows when it is read
         if stop:
             raise RewardError(stop)
         return found, {name: reason for one in reversed(said) for name, reason in one["errors"].items()}

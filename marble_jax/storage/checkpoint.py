@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from marble_jax import hosts
+from marble_jax import distributed
 from marble_jax.errors import InputError
 from marble_jax.storage.files import is_remote, read_json, write_whole
 from marble_jax.storage.leaves import first_line, quiet
@@ -71,7 +71,7 @@ class Checkpoints:
         Raises:
           InputError: there are checkpoints and none is intact.
         """
-        return hosts.from_first("checkpoints", self._choose)  # one reads the files for all
+        return distributed.from_first("checkpoints", self._choose)  # one reads the files for all
 
     def _choose(self) -> int | None:
         steps = self.steps()
@@ -121,7 +121,7 @@ class Checkpoints:
         """
         if step is None:
             step = self.latest()
-        hosts.from_first("checkpoint", lambda: self._check(step))
+        distributed.from_first("checkpoint", lambda: self._check(step))
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             with quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -178,7 +178,7 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> None:
         aside = self._path / f"damaged_{step}"
-        if hosts.is_first():
+        if distributed.is_first():
             if aside.exists():
                 aside.rmtree()
             (self._path / str(step)).rename(aside)
@@ -202,7 +202,7 @@ class Checkpoints:
         """Waits for the save under way."""
         def finish() -> None:
             self._manager.wait_until_finished()
-            if self._saving in self._manager.all_steps() and hosts.is_first():
+            if self._saving in self._manager.all_steps() and distributed.is_first():
                 self._seal_notes()
 
         self._attempt(finish)
@@ -212,7 +212,7 @@ class Checkpoints:
         try:
             call()
         except Exception as error:  # whatever the file system raises
-            if not hosts.alone():
+            if not distributed.alone():
                 raise  # the other processes wait for this one
             self._failure = first_line(error)
             self._say(f"checkpoint of step {self._saving} could not be written: {self._failure}")

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from marble_jax import hosts
+from marble_jax import distributed
 from marble_jax.console import Clock, Console
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import RewardError
-from marble_jax.training.batch import Rollout
 from marble_jax.training.guard import NotFinite
+from marble_jax.training.iteration import Turn
 from marble_jax.training.profile import Profiler, phase
+from marble_jax.training.rollout import Rollout
 from marble_jax.training.state import TrainState
-from marble_jax.training.turn import Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def train(state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, conso
     def stopping() -> str:
         """Whether to stop, as all processes agree: the signal, with the process that received it if there are several.
         """
-        return hosts.any_of("stop", ", ".join(signal.Signals(number).name for number in stops))
+        return distributed.any_of("stop", ", ".join(signal.Signals(number).name for number in stops))
 
     def give_way() -> None:
         if stopping():
@@ -201,7 +201,7 @@ def train(state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, conso
         if where and saved != int(state.step):
             hooks.save(state)
     if where:
-        raise Interrupted(int(state.step), "" if hosts.alone() else where)
+        raise Interrupted(int(state.step), "" if distributed.alone() else where)
     return state
 
 

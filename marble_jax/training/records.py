@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from marble_jax import hosts
-from marble_jax.advantages import Advantages
+from marble_jax import distributed
 from marble_jax.errors import InputError
+from marble_jax.objectives.advantages import Advantages
 from marble_jax.types import Scores
 
 
@@ -16,7 +16,7 @@ def flat_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     """Scalars under their key, [K] under `key/reward`, [K, K] (upper triangle) under `key/reward|other`."""
     record: dict[str, float] = {}
     for key, value in metrics.items():
-        value = hosts.whole(value).astype(np.float64)
+        value = distributed.whole(value).astype(np.float64)
         if value.ndim == 0:
             record[key] = float(value)
         elif value.ndim == 1:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from marble_jax.harmonize import smoothing
+from marble_jax.harmonize import alpha_state
 from marble_jax.types import Adapter
 
 
@@ -39,7 +39,7 @@ class TrainState:
     old: Adapter
     ema: Adapter
     opt_state: optax.OptState
-    alpha: smoothing.AlphaState
+    alpha: alpha_state.AlphaState
     balancer: Any
     best_score: jax.Array
     best_step: jax.Array
@@ -60,6 +60,6 @@ def initial_state(adapter: Adapter, optimizer: optax.GradientTransformation, num
     state = TrainState(
         step=jnp.zeros((), jnp.int32), key=jax.random.key_data(jax.random.key(seed)), current=adapter,
         old=adapter, ema=adapter, opt_state=optimizer.init(adapter),
-        alpha=smoothing.init(num_rewards), balancer=balancer_state,
+        alpha=alpha_state.init(num_rewards), balancer=balancer_state,
         best_score=jnp.asarray(-jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32), best=adapter)
     return jax.tree.map(jnp.copy, state)

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marble_jax import adapters, compare
 from marble_jax.cli.main import main
 from marble_jax.convert.lora_files import lora_files
-from marble_jax.draw import Source
 from marble_jax.errors import InputError
-from marble_jax.models.mmdit_weights import load_mmdit
-from marble_jax.pictures import Album, read_picture
-from marble_jax.rewards.catalogue import FILE, entries_of
+from marble_jax.families.sd3.layer_names import load_mmdit
+from marble_jax.programs import evaluate
+from marble_jax.programs.sample import Source
+from marble_jax.rewards.registry import FILE, entries_of
+from marble_jax.storage.images import Album, read_picture
+from marble_jax.trainable import lora as adapters
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -290,7 +291,7 @@ def test_models_by_name(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    found = compare.parse_models(f"embedded, tuned={run}:best,{run},two=embedded+a.safetensors+dir:0.5,"
+    found = evaluate.parse_models(f"embedded, tuned={run}:best,{run},two=embedded+a.safetensors+dir:0.5,"
                                    "stabilityai/stable-diffusion-3.5-medium")
     assert found == {
         "embedded": Source("embedded"), "tuned": Source("", str(run), "best"), "run": Source("", str(run), "ema"),
@@ -306,22 +307,22 @@ def test_models_by_name(tmp_path):
     ("a=embedded:ema", "--models: expected a training run before ':ema'; received 'embedded'")])
 def test_bad_models(text, message):
     with pytest.raises(InputError, match=message):
-        compare.parse_models(text)
+        evaluate.parse_models(text)
 
 
 def test_prompts_in_the_formats_users_have():
     if not DATA.is_dir():
         pytest.skip("shared/data is not there")
     files = [DATA / "geneval" / "test_metadata.jsonl", DATA / "ocr" / "test.txt", DATA / "drawbench" / "test.txt"]
-    found = compare.read_prompts(",".join(map(str, files)))
+    found = evaluate.read_prompts(",".join(map(str, files)))
     counts = {source: sum(p.source == source for p in found) for source in ("drawbench", "geneval", "ocr")}
     assert counts == {"drawbench": 1000, "geneval": 2212, "ocr": 1018}
-    assert compare.read_prompts(str(DATA)) == found
-    few = compare.read_prompts(str(DATA), num_prompts=90, images=2)
+    assert evaluate.read_prompts(str(DATA)) == found
+    few = evaluate.read_prompts(str(DATA), num_prompts=90, images=2)
     assert len(few) == 180 and few[0] == few[1] and {p.source for p in few} == set(counts)
     assert len({p.metadata["tag"] for p in few if p.metadata}) == 6
 
 
 def test_no_prompts():
     with pytest.raises(InputError, match="--prompts: expected a file, a directory, .*; received none"):
-        compare.read_prompts(" , ")
+        evaluate.read_prompts(" , ")

@@ -1,4 +1,4 @@
-"""`marble-jax export`: its options, and bad input in one line; what it writes is in tests/test_export.py."""
+"""`marble-jax export`: its options, and bad input in one line; what it writes is in tests/programs/test_export.py."""
 import pytest
 
 from marble_jax.cli.main import main

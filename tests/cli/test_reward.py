@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from marble_jax.cli.main import main
-from marble_jax.rewards import protocol
+from marble_jax.rewards.http import protocol
 
 MODULE = """
 import time

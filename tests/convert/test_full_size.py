@@ -16,10 +16,10 @@ from flax import traverse_util
 
 from marble_jax.cli.main import main
 from marble_jax.convert import writing
-from marble_jax.models.mmdit import MMDiT, abstract_params
-from marble_jax.models.mmdit_config import SD35_MEDIUM
-from marble_jax.models.mmdit_weights import entries
-from marble_jax.models.weights import published_shape
+from marble_jax.families.sd3.config import SD35_MEDIUM
+from marble_jax.families.sd3.layer_names import entries
+from marble_jax.families.sd3.transformer import MMDiT, abstract_params
+from marble_jax.weights.key_map import published_shape
 
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "full_size.py"
 MEASURED = "import sys; from marble_jax.cli.main import main; from marble_jax.convert.model import peak_memory; " \

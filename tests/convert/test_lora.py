@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from marble_jax import adapters
 from marble_jax.convert import lora
 from marble_jax.convert.lora import add_loras, as_lora, combine, named_loras, read_lora, start_from
 from marble_jax.convert.lora_files import lora_files
 from marble_jax.errors import InputError
-from marble_jax.models.mmdit import MMDiT, abstract_params
-from marble_jax.models.mmdit_config import MMDiTConfig
+from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.families.sd3.transformer import MMDiT, abstract_params
+from marble_jax.trainable import lora as adapters
 
 FIELDS = {
     "num_layers": 4, "attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 6,

@@ -24,9 +24,9 @@ from marble_jax.convert import model as converting
 from marble_jax.convert import writing
 from marble_jax.convert.model import convert
 from marble_jax.errors import InputError
-from marble_jax.models.pipeline import load_pipeline
-from marble_jax.models.stored import StoredDir, load_component
-from marble_jax.models.tensors import SafetensorsDir
+from marble_jax.families.sd3.pipeline import load_pipeline
+from marble_jax.weights.component import StoredDir, load_component
+from marble_jax.weights.safetensors_files import SafetensorsDir
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded" / "pipeline"))
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")

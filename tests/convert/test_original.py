@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from marble_jax.convert.model import convert
 from marble_jax.convert.original import open_original
 from marble_jax.errors import InputError
-from marble_jax.models.mmdit_weights import load_mmdit
-from marble_jax.models.pipeline import load_pipeline
-from marble_jax.models.tensors import SafetensorsDir
+from marble_jax.families.sd3.layer_names import load_mmdit
+from marble_jax.families.sd3.pipeline import load_pipeline
+from marble_jax.weights.safetensors_files import SafetensorsDir
 
 LAYERS, WIDTH, HEAD, TEXT, POOLED, SIDE = 3, 128, 64, 160, 96, 6
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from marble_jax.families.sd3.pipeline import load_pipeline
+from marble_jax.families.sd3.transformer import velocity
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.sampler import guided, sample
-from marble_jax.flow.schedule import sigma_grid
 from marble_jax.flow.solvers import solver_table
-from marble_jax.models.mmdit import velocity
-from marble_jax.models.pipeline import load_pipeline
 from marble_jax.prompts.files import TAGS, read_directory, read_geneval
-from marble_jax.rewards.catalogue import load_rewards
+from marble_jax.rewards.registry import load_rewards
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
 PROMPTS = ["two red circles on white", 'a sign saying "LM" in green on white', "a photo of a star below a cross"]

@@ -9,10 +9,10 @@ import pytest
 
 import marble_jax  # noqa: F401
 from marble_jax.evaluation.evaluate import Evaluator
+from marble_jax.flow.policy_sampler import make_sampler, picture_noise
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.sampling import make_sampler, picture_noise
 from marble_jax.types import Conditioning
 
 TEXTS = ("a cat", 'a sign "go"', "two dogs", "a bird", 'the word "no"', "fog", "a cat")

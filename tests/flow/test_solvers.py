@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.flow import sampler, schedule, solvers
+from marble_jax.flow import levels, sampler, solvers
 
 WEIGHTS = [0, 0, .3063, .3722, .4077, .4306, .4469, .4593, .4694, .4780, .4857, .4928, .4998, .5068, .5142, .5224,
            .5319, .5434, .5582, .5788, .6102, .6660, .7987, 1.9493, 0]
@@ -56,14 +56,14 @@ def _dpm2(x, sigmas):
 
 
 def test_published_correction_weights():
-    np.testing.assert_allclose(solvers.correction_weights(schedule.sigma_grid(25)), WEIGHTS, atol=5.1e-5)
+    np.testing.assert_allclose(solvers.correction_weights(levels.sigma_grid(25)), WEIGHTS, atol=5.1e-5)
 
 
 @pytest.mark.parametrize(("name", "reference"), [
     ("euler", _euler), ("ddim", _ddim), ("dpm1", _ddim), ("dpm2", _dpm2)])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 25])
 def test_loop_matches_float64_integrator(name, reference, num_steps):
-    sigmas = schedule.sigma_grid(num_steps)
+    sigmas = levels.sigma_grid(num_steps)
     table = solvers.solver_table(name, sigmas)
     got = sampler.sample(lambda x, s: _velocity(x, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas, table)
     with warnings.catch_warnings():
@@ -107,14 +107,14 @@ def test_euler_equals_diffusers():
     x = torch.tensor(_noise(), dtype=torch.float32)
     for t in scheduler.timesteps:
         x = scheduler.step(torch.tensor(_velocity(x.numpy(), float(t) / 1000)), t, x).prev_sample
-    sigmas = schedule.sigma_grid(12)
+    sigmas = levels.sigma_grid(12)
     got = sampler.sample(lambda z, s: _velocity(z, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas,
                          solvers.solver_table("euler", sigmas))
     np.testing.assert_allclose(got, x.numpy(), atol=1e-5)
 
 
 def test_the_network_can_be_shown_other_levels_than_the_solver_uses():
-    sigmas = schedule.sigma_grid(3)
+    sigmas = levels.sigma_grid(3)
     seen = sampler.sample(lambda x, s: jnp.full_like(x, s), jnp.zeros((1, 1)), sigmas,
                           solvers.first_order(sigmas), network_sigmas=np.array([0.5, 0.25, 0.125]))
     steps = np.diff(sigmas.astype(np.float64))
@@ -122,7 +122,7 @@ def test_the_network_can_be_shown_other_levels_than_the_solver_uses():
 
 
 def test_state_stays_float32_for_a_half_precision_network():
-    sigmas = schedule.sigma_grid(4)
+    sigmas = levels.sigma_grid(4)
     out = sampler.sample(lambda x, s: (x * s).astype(jnp.bfloat16), jnp.ones((2, 2), jnp.bfloat16), sigmas,
                          solvers.dpm2(sigmas))
     assert out.dtype == jnp.float32
@@ -142,7 +142,7 @@ def test_guidance_mixes_and_switches_off_at_one():
 
 
 def test_sampling_compiles_to_one_network_call():
-    sigmas = schedule.sigma_grid(25)
+    sigmas = levels.sigma_grid(25)
     traces = []
 
     def velocity(x, sigma):
@@ -154,12 +154,12 @@ def test_sampling_compiles_to_one_network_call():
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: solvers.solver_table("dpm3", schedule.sigma_grid(3)), "solver: expected one of euler.*received 'dpm3'"),
+    (lambda: solvers.solver_table("dpm3", levels.sigma_grid(3)), "solver: expected one of euler.*received 'dpm3'"),
     (lambda: solvers.first_order(np.array([0.5, 0.7, 0.0])), "noise levels: expected .* strictly decreasing"),
     (lambda: solvers.first_order(np.array([1.0])), "noise levels: expected"),
     (lambda: solvers.first_order(np.array([1.5, 0.0])), "noise levels: expected"),
-    (lambda: sampler.sample(lambda x, s: x, jnp.ones((1, 1)), schedule.sigma_grid(4),
-                            solvers.first_order(schedule.sigma_grid(3))),
+    (lambda: sampler.sample(lambda x, s: x, jnp.ones((1, 1)), levels.sigma_grid(4),
+                            solvers.first_order(levels.sigma_grid(3))),
      "expected 4 for a solver table of 3 steps; received 5")])
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):

@@ -12,7 +12,7 @@ import numpy as np
 
 import marble_jax  # noqa: F401  first, so that its compiler setting is in place
 from marble_jax import tree
-from marble_jax.harmonize import gradients
+from marble_jax.harmonize import reward_gradients
 
 NUM_REWARDS, NUM_SAMPLES, TOKENS, WIDTH, RANK, HEADS, BLOCKS = 3, 16, 128, 256, 16, 4, 2
 
@@ -80,7 +80,7 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
     keys = jax.random.split(jax.random.key(0), 8)
     base, adapter, velocity = _toy(keys[0])
     shape = (NUM_SAMPLES, TOKENS, WIDTH)
-    batch = gradients.FlowBatch(
+    batch = reward_gradients.FlowBatch(
         x0=jax.random.normal(keys[1], shape), xt=jax.random.normal(keys[2], shape),
         t=jax.random.uniform(keys[3], (NUM_SAMPLES,), minval=0.1),
         cond=jax.random.normal(keys[4], (NUM_SAMPLES, WIDTH)),
@@ -90,12 +90,12 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
 
     @jax.jit
     def fast(base, batch, r, valid):
-        return gradients.accumulate(partial(velocity, base), adapter, batch, r, valid, nft_beta=0.1)
+        return reward_gradients.accumulate(partial(velocity, base), adapter, batch, r, valid, nft_beta=0.1)
 
     @jax.jit
     def slow(base, batch, r, valid):
-        p, q = gradients.branch_weights(jnp.ones(1), r, valid, jnp.ones(1))
-        return gradients.combined_gradient(partial(velocity, base), adapter, batch, p, q, nft_beta=0.1)[0]
+        p, q = reward_gradients.branch_weights(jnp.ones(1), r, valid, jnp.ones(1))
+        return reward_gradients.combined_gradient(partial(velocity, base), adapter, batch, p, q, nft_beta=0.1)[0]
 
     # One compilation, n * K calls: the reference sees a single sample and a single reward at a time.
     total = [tree.zeros_like(adapter) for _ in range(NUM_REWARDS)]

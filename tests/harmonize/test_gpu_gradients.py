@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from marble_jax import compose, parallel, tree
-from marble_jax.plan import ahead
-from marble_jax.plan.architecture import architecture
+from marble_jax import tree
+from marble_jax.distributed import device_mesh
+from marble_jax.plan import aot
+from marble_jax.plan.model_shapes import architecture
+from marble_jax.programs import build
 from tools.benchmark import ours
 from tools.benchmark.sizes import SIZES, make_problem
 
@@ -83,8 +85,8 @@ def test_a_whole_exact_step_compiles():
     config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "embedded.py"))["get_config"]()
     config.model.update(dtype="bfloat16", attention="cudnn")
     config.harmonize.mode = "exact"
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    jobs = ahead.jobs(config, architecture(config), compose.derive_sizes(config, 1), mesh)
+    mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
+    jobs = aot.jobs(config, architecture(config), build.derive_sizes(config, 1), mesh)
     step, arguments = jobs["train, solving"]
     text = step.trace(*arguments).lower().compile().as_text()
     assert "fmhaSoftmaxBackward" in text

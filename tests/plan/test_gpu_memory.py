@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from marble_jax import chips, compose, parallel
-from marble_jax.plan import ahead, memory
-from marble_jax.plan.architecture import architecture
+from marble_jax.distributed import accelerators, device_mesh
+from marble_jax.plan import aot, memory
+from marble_jax.plan.model_shapes import architecture
+from marble_jax.programs import build
 
 pytestmark = pytest.mark.gpu
 CONFIG = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sd3.py"))["get_config"]
@@ -19,14 +20,14 @@ def test_the_preset_for_this_card_fits_as_planned(capsys):
     """The compiler's figure is what the plan says within a third; no weights are needed."""
     if jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU; JAX's backend is {jax.default_backend()}")
-    chip = chips.of_kind(jax.devices()[0].device_kind)
+    chip = accelerators.of_kind(jax.devices()[0].device_kind)
     if chip is None or chip.memory < 79e9:
         pytest.skip(f"needs a GPU of 80 GB in the table of chips; this one is {jax.devices()[0].device_kind}")
     config = CONFIG("gpu_140gb" if chip.memory > 130e9 else "gpu_80gb")
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    made, sizes = architecture(config), compose.derive_sizes(config, 1)
+    mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
+    made, sizes = architecture(config), build.derive_sizes(config, 1)
     planned = memory.total(memory.programs(config, made, sizes, mesh, 1)["train, solving"])
-    program = ahead.compile_program("train, solving", *ahead.jobs(config, made, sizes, mesh)["train, solving"])
+    program = aot.compile_program("train, solving", *aot.jobs(config, made, sizes, mesh)["train, solving"])
     beside = memory.total(memory.beside(config, made, mesh, "train, solving"))
     with capsys.disabled():
         print(f"\n{config.name}: compiled {program.needed / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB, beside it "

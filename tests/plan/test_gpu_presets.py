@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from marble_jax import chips, compose, parallel
 from marble_jax.config import flatten
+from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.errors import InputError
 from marble_jax.plan import memory
-from marble_jax.plan.architecture import architecture
+from marble_jax.plan.model_shapes import architecture
+from marble_jax.programs import build
 
 CONFIG = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sd3.py"))["get_config"]
 REWARDS = 12e9
@@ -29,12 +30,12 @@ def medium():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fits_with_the_reward_models(preset, medium):
     (name, count), config = PRESETS[preset], CONFIG(preset)
-    compose.check(config, "gpu")
-    mesh = parallel.abstract_mesh(count)
-    programs = memory.programs(config, medium, compose.derive_sizes(config, count), mesh, 1)
+    build.check(config, "gpu")
+    mesh = device_mesh.abstract_mesh(count)
+    programs = memory.programs(config, medium, build.derive_sizes(config, count), mesh, 1)
     most = max(memory.total(sources) + memory.total(memory.beside(config, medium, mesh, program))
                for program, sources in programs.items())
-    usable = chips.named(name).usable
+    usable = accelerators.named(name).usable
     assert most + REWARDS < usable and most > 0.5 * usable  # no card is left half empty
 
 
@@ -56,10 +57,10 @@ def test_another_number_of_devices_names_the_nearest_sizes(preset, devices, line
     if preset == "gpu_80gb":
         config.rollout.batch_size = 96
     with pytest.raises(InputError, match=line):
-        compose.derive_sizes(config, devices)
+        build.derive_sizes(config, devices)
 
 
 def test_a_gpu_preset_says_so_on_a_cpu():
     with pytest.raises(InputError, match="model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received "
                                          "'cudnn' on cpu in bfloat16 .'auto' takes what fits"):
-        compose.check(CONFIG("gpu_80gb"), "cpu")
+        build.check(CONFIG("gpu_80gb"), "cpu")

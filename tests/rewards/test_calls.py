@@ -9,7 +9,15 @@ from endpoint import Endpoint
 
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import RewardError
-from marble_jax.rewards.calls import CallError, Patience, Replicas, is_loopback, post, reason, secret
+from marble_jax.rewards.http.calls import (
+    CallError,
+    Patience,
+    Replicas,
+    is_loopback,
+    post,
+    reason,
+    secret,
+)
 
 
 def script(*answers):

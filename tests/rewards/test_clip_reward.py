@@ -8,10 +8,10 @@ from safetensors.numpy import save_file
 
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
-from marble_jax.rewards.aesthetic import LAYERS, AestheticReward, load_head
-from marble_jax.rewards.clip import FORMULAS, CLIPReward
-from marble_jax.rewards.encoder import TEXT_BATCH, ClipEncoder
-from marble_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from marble_jax.rewards.models.aesthetic import LAYERS, AestheticReward, load_head
+from marble_jax.rewards.models.clip_reward import FORMULAS, CLIPReward
+from marble_jax.rewards.models.encoder import TEXT_BATCH, ClipEncoder
+from marble_jax.rewards.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 
 PROMPTS = ["a cat", "a bad cab", "a cat"]
 SIZE, WIDTH = 16, 12

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
 from marble_jax.rewards.geneval import GenEvalReward
-from marble_jax.rewards.mask2former import COCO, MEAN, STD, Mask2FormerDetector
+from marble_jax.rewards.models.mask2former import COCO, MEAN, STD, Mask2FormerDetector
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,8 +9,14 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
-from marble_jax.rewards.ocr import OCRReward, RapidReader, edit_distance, quoted_text, spelling_score
-from marble_jax.rewards.ocr_engines import PaddleEngine
+from marble_jax.rewards.ocr import (
+    OCRReward,
+    RapidReader,
+    edit_distance,
+    quoted_text,
+    spelling_score,
+)
+from marble_jax.rewards.workers.ocr_engines import PaddleEngine
 
 
 class Lines:

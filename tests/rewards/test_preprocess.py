@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from marble_jax.errors import InputError
-from marble_jax.rewards import preprocess
-from marble_jax.rewards.preprocess import Preprocess, resize, resize_matrix
+from marble_jax.rewards.models import preprocess
+from marble_jax.rewards.models.preprocess import Preprocess, resize, resize_matrix
 
 PIL_METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIZES = [((37, 50), (16, 21)), ((20, 20), (32, 32)), ((33, 48), (30, 12))]

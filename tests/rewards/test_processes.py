@@ -9,7 +9,7 @@ from engines import Obedient, Reads
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
 from marble_jax.rewards.ocr import EngineReader, OCRReward
-from marble_jax.rewards.processes import ProcessPool
+from marble_jax.rewards.workers.processes import ProcessPool
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from marble_jax.errors import InputError
-from marble_jax.rewards.protocol import (
+from marble_jax.rewards.http.protocol import (
     Limits,
     ProtocolError,
     Request,

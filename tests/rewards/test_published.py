@@ -7,10 +7,10 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
-from marble_jax.rewards.aesthetic import AestheticReward
-from marble_jax.rewards.clip import FORMULAS, CLIPReward
-from marble_jax.rewards.encoder import HPS_FILES, ClipEncoder, openclip_text
-from marble_jax.rewards.imagereward import STD, ImageReward
+from marble_jax.rewards.models.aesthetic import AestheticReward
+from marble_jax.rewards.models.clip_reward import FORMULAS, CLIPReward
+from marble_jax.rewards.models.encoder import HPS_FILES, ClipEncoder, openclip_text
+from marble_jax.rewards.models.imagereward import STD, ImageReward
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -190,7 +190,7 @@ def test_tokenizer_equals_openclips(open_clip, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(words))
     merges = gzip.open(open_clip.tokenizer.default_bpe()).read().decode().split("\n")[1:49152 - 256 - 2 + 1]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    from marble_jax.rewards.encoder import load_tokenize
+    from marble_jax.rewards.models.encoder import load_tokenize
 
     ours = load_tokenize(tmp_path, 77, clean=openclip_text)
     prompts = ["A photo of 3 cats, isn't it?", "caf\u00e9 \u201cquoted\u201d", "x " * 100, "&lt;b&gt; Tab\there", "",

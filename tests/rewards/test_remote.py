@@ -15,9 +15,9 @@ from PIL import Image
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Reward, RewardError
-from marble_jax.rewards.catalogue import load_rewards
-from marble_jax.rewards.pickles import load_plain
-from marble_jax.rewards.server import RewardServer, Service
+from marble_jax.rewards.http.pickles import load_plain
+from marble_jax.rewards.http.server import RewardServer, Service
+from marble_jax.rewards.registry import load_rewards
 
 PIXELS = np.arange(5, dtype=np.uint8)[:, None, None, None] * 50 + np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3)
 IMAGES, PROMPTS = PIXELS.astype(np.float32) / 255, ["a", "skip", "bad", "d", "e"]

@@ -12,32 +12,34 @@ def scores() -> dict[str, dict[str, object]]:
     import jax
     import numpy as np
 
-    from marble_jax import compose, hosts, parallel
-    from marble_jax.models.pipeline import load_pipeline
-    from marble_jax.rewards.catalogue import load_rewards
+    from marble_jax import distributed
+    from marble_jax.distributed import device_mesh
+    from marble_jax.families.sd3.pipeline import load_pipeline
+    from marble_jax.programs import build
+    from marble_jax.rewards.registry import load_rewards
     from marble_jax.rewards.scorer import Scorer
 
     names = ("alignment", "preference", "aesthetic", "judge", "ocr", "geneval")
-    pipeline = load_pipeline(compose.place_of("embedded", "pipeline"), text_encoders=False)
-    prompts = [p for part in compose.read_prompts("embedded", "test").values() for p in part[:8]][:16]
+    pipeline = load_pipeline(build.place_of("embedded", "pipeline"), text_encoders=False)
+    prompts = [p for part in build.read_prompts("embedded", "test").values() for p in part[:8]][:16]
     latents = jax.random.normal(jax.random.key(0), (16, *pipeline.latent_shape(64, 64)))
 
     def scored(mesh):
-        sharding = parallel.picture_sharding(mesh, 16)
-        pictures = pipeline.decode(latents, compose.decode_size(16, mesh), lambda part: hosts.put(part, sharding))
-        pictures = hosts.put(pictures, sharding)
-        rewards = load_rewards(compose.place_of("embedded", "rewards"), names)
-        compose.place_rewards(mesh, rewards)
+        sharding = device_mesh.picture_sharding(mesh, 16)
+        pictures = pipeline.decode(latents, build.decode_size(16, mesh), lambda part: distributed.put(part, sharding))
+        pictures = distributed.put(pictures, sharding)
+        rewards = load_rewards(build.place_of("embedded", "rewards"), names)
+        build.place_rewards(mesh, rewards)
         scorer = Scorer(rewards)
         try:
             return pictures, scorer.submit(pictures, prompts).result()
         finally:
             scorer.close()
 
-    expected_pictures, expected = scored(parallel.make_mesh(devices=jax.devices()[:1]))
+    expected_pictures, expected = scored(device_mesh.make_mesh(devices=jax.devices()[:1]))
     found = {}
     for name, count in MESHES.items():
-        pictures, got = scored(parallel.make_mesh(*map(int, name.split("x")), jax.devices()[:count]))
+        pictures, got = scored(device_mesh.make_mesh(*map(int, name.split("x")), jax.devices()[:count]))
         gaps = np.abs(got.values - expected.values).max(axis=1, where=expected.valid, initial=0)
         found[name] = {
             "pictures": float(np.abs(np.asarray(pictures) - np.asarray(expected_pictures)).max()),

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.rewards import protocol, server
 from marble_jax.rewards.base import Reward
-from marble_jax.rewards.protocol import CONTENT_TYPE, Limits, Request
-from marble_jax.rewards.server import RewardServer, Service
+from marble_jax.rewards.http import protocol, server
+from marble_jax.rewards.http.protocol import CONTENT_TYPE, Limits, Request
+from marble_jax.rewards.http.server import RewardServer, Service
 
 IMAGES = (np.arange(3, dtype=np.uint8)[:, None, None, None] * 100 + np.zeros((1, 4, 4, 3), np.uint8)).astype(np.uint8)
 TOKEN = "s3cret"

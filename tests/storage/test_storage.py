@@ -15,12 +15,12 @@ from etils.epath import backend
 from marble_jax.cli.main import main
 from marble_jax.errors import InputError
 from marble_jax.evaluation.score_file import ScoreFile
-from marble_jax.export import new_folder
-from marble_jax.pictures import Album, read_picture, save_png
+from marble_jax.programs.export import new_folder
 from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_report
 from marble_jax.storage.checkpoint import Checkpoints, _problem_in
 from marble_jax.storage.files import append, is_remote, location, write_whole
+from marble_jax.storage.images import Album, read_picture, save_png
 from marble_jax.storage.manifest import files_below
 from marble_jax.storage.workdir import Workdir
 from marble_jax.types import Scores

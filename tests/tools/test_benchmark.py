@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marble_jax import adapters, tree
+from marble_jax import tree
+from marble_jax.trainable import lora
 from tools.benchmark import __main__ as program
 from tools.benchmark import cases, formulations, measure, ours, record
 from tools.benchmark.sizes import SIZES, make_problem
@@ -122,7 +123,7 @@ def test_weighted_sum_without_the_divergence(problem, draws, exact, weighted):
 def test_weighted_sum_with_other_forward_passes(problem, weighted):
     """The passes without gradient in one call, and the rollout policy merged."""
     assert relative(run_body(problem, formulations.weighted_sum_batched(problem)), weighted) <= 1e-5
-    merged = adapters.merge(problem.params, problem.old, problem.size.spec.scale)
+    merged = lora.merge(problem.params, problem.old, problem.size.spec.scale)
     got = run_body(problem, formulations.weighted_sum_merged(problem), (problem.params, merged))
     assert relative(got, weighted) <= 1e-4
 
@@ -182,13 +183,13 @@ def peer(request, problem, draws):
 def test_torch_weighted_sum(problem, weighted, peer):
     made = peer(1)
     made.weighted_sum()
-    assert relative(adapters.stack(made.gradient(), problem.params), weighted) <= 1e-4
+    assert relative(lora.stack(made.gradient(), problem.params), weighted) <= 1e-4
 
 
 def test_torch_harmonised(problem, exact, peer):
     mean, made = ours.gradients.mean_gradients(exact), peer(5)
     made.harmonised()
-    *rewards, divergence = (adapters.stack(g, problem.params) for g in made.reward_gradients())
+    *rewards, divergence = (lora.stack(g, problem.params) for g in made.reward_gradients())
     for k, got in enumerate(rewards):
         assert relative(got, tree.take(mean.gradients, k)) <= 1e-4, k
     assert relative(divergence, mean.kl_gradient) <= 1e-4

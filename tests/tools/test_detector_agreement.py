@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from marble_jax.errors import InputError
-from marble_jax.rewards.detect import ShapeDetector
 from marble_jax.rewards.geneval import own_colours
+from marble_jax.rewards.toy_world.shape_detector import ShapeDetector
 from tools import detector_agreement as tool
 
 

@@ -12,19 +12,19 @@ def steps() -> dict[str, object]:
     import numpy as np
     import toy_policy as toy
 
-    from marble_jax import parallel
-    from marble_jax.training.steps import make_steps
+    from marble_jax.distributed import device_mesh
+    from marble_jax.training.step_schedule import make_steps
 
     assert jax.device_count() == 4
-    mesh = parallel.make_mesh(2, 2)
+    mesh = device_mesh.make_mesh(2, 2)
     found = {}
     sizes = {"micro_batch": 12, "chunk": 4}
-    split = make_steps(toy.recipe(**sizes, shards=parallel.Shards(mesh)), toy.velocity, toy.optimizer(),
+    split = make_steps(toy.recipe(**sizes, shards=device_mesh.Shards(mesh)), toy.velocity, toy.optimizer(),
                        "amortised", 2)
     alone = make_steps(toy.recipe(**sizes), toy.velocity, toy.optimizer(), "amortised", 2)
 
     def everywhere(tree):
-        return parallel.place_everywhere(mesh, tree)
+        return device_mesh.place_everywhere(mesh, tree)
 
     batch = toy.new_batch()
     arguments = (everywhere(toy.base_params()), everywhere(batch))

@@ -11,15 +11,15 @@ import toy_policy as toy
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
+from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward, RewardError
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.sampling import make_sampler
-from marble_jax.training import turn
-from marble_jax.training.batch import Collector
+from marble_jax.training import iteration
+from marble_jax.training.iteration import Sampling, Turn, advantages_of
 from marble_jax.training.loop import Hooks, Schedule, train
-from marble_jax.training.steps import make_steps
-from marble_jax.training.turn import Sampling, Turn, advantages_of
+from marble_jax.training.rollout import Collector
+from marble_jax.training.step_schedule import make_steps
 from marble_jax.types import Conditioning
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}
@@ -79,7 +79,7 @@ class Run:
             self.seen.append((scores, groups, out))
             return out
 
-        monkeypatch.setattr(turn, "advantages_of", spy)
+        monkeypatch.setattr(iteration, "advantages_of", spy)
 
     def __call__(self, state, num_steps=NUM_STEPS):
         sampler, steps = _programs()

@@ -12,9 +12,9 @@ import marble_jax  # noqa: F401
 from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.training.guard import Guard, NotFinite, all_finite, fresh_stream
+from marble_jax.training.iteration import Sampling, Turn
 from marble_jax.training.loop import Hooks, Schedule, train
-from marble_jax.training.steps import Steps
-from marble_jax.training.turn import Sampling, Turn
+from marble_jax.training.step_schedule import Steps
 
 NUM_STEPS = 6
 

@@ -15,18 +15,18 @@ import toy_policy as toy
 from toy_run import Brightness, encode
 
 import marble_jax  # noqa: F401
-from marble_jax import adapters
 from marble_jax.console import Console
+from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.sampling import make_sampler
-from marble_jax.training.batch import Collector
+from marble_jax.trainable import lora
+from marble_jax.training.iteration import Sampling, Turn
 from marble_jax.training.loop import Hooks, Interrupted, Schedule, stop_requests, train
-from marble_jax.training.presence import Dropout, Presence, Stage
 from marble_jax.training.profile import Profiler
-from marble_jax.training.steps import make_steps
-from marble_jax.training.turn import Sampling, Turn
+from marble_jax.training.reward_schedule import Dropout, Presence, Stage
+from marble_jax.training.rollout import Collector
+from marble_jax.training.step_schedule import make_steps
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)],
            "ocr": [Prompt(f'the word "{w}"', "ocr") for w in ("go", "stop", "left")]}
@@ -258,7 +258,7 @@ def test_merging_the_adapter_changes_rollouts_by_rounding_only():
     """One step: weights agree, although AdamW makes a step of unit size out of small differences."""
     plain, merged = Diary(), Diary()
     _train(_start(), plain, num_steps=1)
-    _train(_start(), merged, num_steps=1, merge=partial(adapters.merge, scale=toy.SCALE))
+    _train(_start(), merged, num_steps=1, merge=partial(lora.merge, scale=toy.SCALE))
     for name in ("rollout/x0_norm", "rollout/score_mean/redness", "rollout/diversity"):
         assert merged.records[0][name] == pytest.approx(plain.records[0][name], rel=1e-4)
     toy.assert_close(merged.saved[1].current, plain.saved[1].current, rtol=1e-2, atol=1e-4)

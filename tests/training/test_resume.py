@@ -10,7 +10,7 @@ import toy_policy as toy
 import marble_jax  # noqa: F401
 from marble_jax.errors import InputError
 from marble_jax.storage.checkpoint import Checkpoints
-from marble_jax.training.steps import make_steps
+from marble_jax.training.step_schedule import make_steps
 
 
 @functools.cache

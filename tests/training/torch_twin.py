@@ -8,7 +8,7 @@ import pytest
 import toy_policy as toy
 from scipy.optimize import minimize
 
-from marble_jax.training.microsteps import micro_step, num_micro_steps, schedule
+from marble_jax.training.micro_batches import micro_step, num_micro_steps, schedule
 
 torch = pytest.importorskip("torch")
 

@@ -9,10 +9,10 @@ import optax
 
 import marble_jax  # noqa: F401
 from marble_jax.harmonize.balancers import Marble
-from marble_jax.nft.policies import rollout_decay
-from marble_jax.training.microsteps import RolloutBatch
+from marble_jax.trainable.averaging import rollout_decay
+from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.state import initial_state
-from marble_jax.training.update import Recipe
+from marble_jax.training.train_step import Recipe
 from marble_jax.types import Conditioning
 
 LATENT, HIDDEN, RANK, SCALE = (2, 2, 3), 6, 2, 2.0

@@ -11,21 +11,21 @@ import numpy as np
 import toy_policy as toy
 import toy_run
 
-from marble_jax import hosts, parallel
+from marble_jax import distributed
 from marble_jax.console import Console
+from marble_jax.distributed import device_mesh, probe
+from marble_jax.distributed.cluster import find_cluster
 from marble_jax.errors import InputError
+from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.harmonize.baselines import make_balancer
-from marble_jax.hosts import probe
-from marble_jax.hosts.cluster import find_cluster
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.sampling import make_sampler
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
-from marble_jax.training.batch import Collector
+from marble_jax.training.iteration import Sampling, Turn
 from marble_jax.training.loop import Hooks, Interrupted, Schedule, train
-from marble_jax.training.steps import make_steps
-from marble_jax.training.turn import Sampling, Turn
+from marble_jax.training.rollout import Collector
+from marble_jax.training.step_schedule import make_steps
 
 SEEN = []
 """Pictures of every call of the host reward."""
@@ -38,39 +38,39 @@ class Contrast(Reward):
 
     def score(self, params, images, prompts, metadata):
         SEEN.append(len(images))
-        if self.broken and len(SEEN) > 2 and hosts.index() == 1:
+        if self.broken and len(SEEN) > 2 and distributed.index() == 1:
             raise ValueError("the reader is out of order")
         return np.asarray(images).std(axis=(1, 2, 3)), np.ones(len(prompts), bool)
 
 
 def run(place, num_steps, broken):
     """Trains to the end from wherever the workdir stands; returns the final state."""
-    workdir, config, mesh = Workdir(place), {"name": "small"}, parallel.make_mesh()
-    everywhere = partial(parallel.place_everywhere, mesh)
+    workdir, config, mesh = Workdir(place), {"name": "small"}, device_mesh.make_mesh()
+    everywhere = partial(device_mesh.place_everywhere, mesh)
     probe.shared(workdir.path)
-    hosts.from_first("claim", lambda: workdir.claim(config))
+    distributed.from_first("claim", lambda: workdir.claim(config))
     contrast = Contrast(name="two", kind="host")
     contrast.broken = broken
     scorer = Scorer([toy_run.Brightness(name="one", kind="device"), contrast], on_error="fail" if broken else "mask")
     collector = Collector(make_sampler(toy.velocity, 2, "euler", 1.0), toy_run.encode, jax.nn.sigmoid, scorer,
-                          toy.LATENT, 12, partial(parallel.place_batch, mesh), everywhere)
+                          toy.LATENT, 12, partial(device_mesh.place_batch, mesh), everywhere)
     recipe = toy.recipe(num_rewards=2, balancer=make_balancer("equal"), micro_batch=12, chunk=12,
-                        shards=parallel.Shards(mesh) if mesh.size > 1 else parallel.ALONE)
+                        shards=device_mesh.Shards(mesh) if mesh.size > 1 else device_mesh.ALONE)
     steps = make_steps(recipe, toy.velocity, toy.optimizer(), "exact", 1)
     checkpoints = Checkpoints(workdir.checkpoints, keep=2, say=Console().say)
     state, latest = everywhere(jax.device_get(toy.new_state(num_rewards=2))), checkpoints.latest()
     if latest is not None:
         _, state = checkpoints.restore(state, latest)
     done = int(state.step)
-    hosts.from_first("cut", lambda: workdir.cut(done))
-    hooks = Hooks(lambda step, record: hosts.from_first("record", lambda: workdir.append(workdir.metrics, record)),
+    distributed.from_first("cut", lambda: workdir.cut(done))
+    hooks = Hooks(lambda step, record: distributed.from_first("record", lambda: workdir.append(workdir.metrics, record)),
                   lambda state, *_: state, lambda state: checkpoints.save(int(state.step), state))
     sampling = Sampling(toy_run.PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
     try:
         turn = Turn(everywhere(jax.device_get(toy.base_params())), collector, sampling, steps, everywhere)
         return train(state, turn, Schedule(num_steps, 0, 1), hooks, Console())
     except BaseException as error:
-        hosts.end_unless((Interrupted,), error)
+        distributed.end_unless((Interrupted,), error)
         raise
     finally:
         checkpoints.close()
@@ -79,18 +79,18 @@ def run(place, num_steps, broken):
 
 def main(place, coordinator, count, index, num_steps="6", broken=""):
     cluster = find_cluster(coordinator=coordinator, num_processes=count, process_id=index)
-    with hosts.joined(cluster, "toy", 60, 30):
-        hosts.start_jax(cluster, 60, 30)
+    with distributed.joined(cluster, "toy", 60, 30):
+        distributed.start_jax(cluster, 60, 30)
         assert jax.process_count() == int(count)
         try:
             state = run(place, int(num_steps), bool(broken))
         except Interrupted as stop:
-            if hosts.is_first():
+            if distributed.is_first():
                 print(stop, flush=True)
             return 143
-        leaves = hosts.whole(jax.tree.leaves(state))
+        leaves = distributed.whole(jax.tree.leaves(state))
         assert set(SEEN) <= {12 // int(count)}, SEEN
-        if hosts.is_first():
+        if distributed.is_first():
             np.savez(f"{place}/final.npz", *leaves)
             print("done", flush=True)
     return 0

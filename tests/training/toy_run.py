@@ -14,17 +14,17 @@ import toy_policy as toy
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
+from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.sampling import make_sampler
 from marble_jax.storage import checkpoint
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
-from marble_jax.training.batch import Collector
+from marble_jax.training.iteration import Sampling, Turn
 from marble_jax.training.loop import Hooks, Schedule, train
-from marble_jax.training.steps import make_steps
-from marble_jax.training.turn import Sampling, Turn
+from marble_jax.training.rollout import Collector
+from marble_jax.training.step_schedule import make_steps
 from marble_jax.types import Conditioning
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}

@@ -6,7 +6,7 @@
 
 Sizes: `embedded` is the shipped pipeline as configs/embedded.py trains it; `mid` fills two cores; `sd35m` is
 SD3.5-medium at 512 px with random weights in bfloat16, for a GPU (`--force` for another device). A micro-step is what
-one turn of the loop in `marble_jax.training.update` does: noise, v_old and v_ref, the current velocity with its
+one turn of the loop in `marble_jax.training.train_step` does: noise, v_old and v_ref, the current velocity with its
 pull-backs, and the sums.
 
 Times are rows, in milliseconds:
@@ -25,7 +25,7 @@ Times are rows, in milliseconds:
   torch.upstream.*       diffusers and PEFT as upstream's trainer runs them; harmonised is K = 5
   torch.tuned.*          with the rollout policy merged, inference mode, float32 losses; torch.compiled.* compiled too
 
-TFLOP/s and MFU count what the mathematics asks for (`marble_jax.models.flops`), not what is computed again. Memory is
+TFLOP/s and MFU count what the mathematics asks for (`marble_jax.families.sd3.flops`), not what is computed again. Memory is
 what the compiler reserves for temporaries (ours) or PyTorch's peak allocation (on a GPU).
 """
 from __future__ import annotations
@@ -84,7 +84,8 @@ def run(options: argparse.Namespace) -> dict:
     import jax
 
     import marble_jax  # noqa: F401  (sets a compiler flag before the first backend opens)
-    from marble_jax import chips, platform
+    from marble_jax import platform
+    from marble_jax.distributed import accelerators
     from marble_jax.errors import InputError
     from tools.benchmark import cases, measure, record
     from tools.benchmark.sizes import SIZES, make_problem
@@ -119,7 +120,7 @@ def run(options: argparse.Namespace) -> dict:
     times = measure.interleave([found.ours, found.peer], options.repeats, options.seconds)
     others = record.share_of_others(before, record.busy_seconds(), time.perf_counter() - start, os.cpu_count())
     derived = cases.derive(size, times)
-    chip = chips.of_kind(jax.devices()[0].device_kind)
+    chip = accelerators.of_kind(jax.devices()[0].device_kind)
     times = dict(sorted({**times, **derived}.items(), key=lambda item: (item[0].startswith(("f.", "torch.")), item[0])))
     return {
         "command": " ".join(["python -m tools.benchmark", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from marble_jax import adapters
-from marble_jax.models.flops import transformer
+from marble_jax.families.sd3.flops import transformer
+from marble_jax.trainable import lora
 from tools.benchmark import formulations, measure, ours
 from tools.benchmark.sizes import Problem, Size
 
@@ -99,7 +99,7 @@ def _add_forwards(problem: Problem, add: Callable) -> None:
     add("f.forwards.three_calls", formulations.three_forwards(problem, batched=False))
     add("f.forwards.one_call", formulations.three_forwards(problem, batched=True))
     add("f.weighted_sum.old_and_ref_in_one_call", formulations.weighted_sum_batched(problem))
-    merged = jax.jit(adapters.merge, static_argnums=2)(problem.params, problem.old, problem.size.spec.scale)
+    merged = jax.jit(lora.merge, static_argnums=2)(problem.params, problem.old, problem.size.spec.scale)
     add("f.weighted_sum.old_merged", formulations.weighted_sum_merged(problem), params=(problem.params, merged))
 
 

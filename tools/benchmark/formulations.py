@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from marble_jax.harmonize import gradients
-from marble_jax.models import mmdit
-from marble_jax.models.lora import COLLECTION, LoraDense
-from marble_jax.nft import objective
+from marble_jax.families.sd3 import transformer
+from marble_jax.harmonize import reward_gradients
+from marble_jax.networks.lora_dense import COLLECTION, LoraDense
+from marble_jax.objectives import nft
 from marble_jax.types import Adapter
 from tools.benchmark.ours import Body, Core, by_reward, inputs, weighted_sum
 from tools.benchmark.sizes import Problem
 
 
-def seeds_of(problem: Problem, v: jax.Array, flow: gradients.FlowBatch, anchors: bool) -> jax.Array:
+def seeds_of(problem: Problem, v: jax.Array, flow: reward_gradients.FlowBatch, anchors: bool) -> jax.Array:
     """[J, n, ...] cotangents of v: signal, and with anchors the loss at r = 1/2 and the divergence."""
-    parts = objective.directions(v, flow.v_old, flow.x0, flow.xt, flow.t, problem.size.nft_beta)
-    signal, anchor = objective.signal_and_anchor(parts)
+    parts = nft.directions(v, flow.v_old, flow.x0, flow.xt, flow.t, problem.size.nft_beta)
+    signal, anchor = nft.signal_and_anchor(parts)
     elements = v[0].size
     factor = (2 * flow.t * problem.size.clip / elements).reshape((-1,) + (1,) * (v.ndim - 1))
     return jnp.stack([factor * signal, factor * anchor, 2 / elements * (v - flow.v_ref)] if anchors
@@ -55,10 +55,10 @@ def vmapped(problem: Problem, anchors: bool) -> Core:
 
     def core(params, current, flow, r, valid):
 
-        def one(sample: gradients.FlowBatch) -> Adapter:
+        def one(sample: reward_gradients.FlowBatch) -> Adapter:
             alone = jax.tree.map(lambda x: x[None], sample)
             v, pull_back = jax.vjp(
-                lambda a: mmdit.velocity(problem.model, params, a, alone.xt, alone.t, alone.cond), current)
+                lambda a: transformer.velocity(problem.model, params, a, alone.xt, alone.t, alone.cond), current)
             return jax.vmap(pull_back)(seeds_of(problem, v, alone, anchors))[0]
 
         return assemble(jax.vmap(one)(flow), r, valid, anchors)
@@ -75,7 +75,7 @@ def copied_adapters(problem: Problem, anchors: bool) -> Core:
 
         def one(adapter: Adapter, xt: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
             alone = jax.tree.map(lambda x: x[None], (xt, t, cond))
-            return mmdit.velocity(problem.model, params, adapter, *alone)[0]
+            return transformer.velocity(problem.model, params, adapter, *alone)[0]
 
         v, pull_back = jax.vjp(lambda a: jax.vmap(one)(a, flow.xt, flow.t, flow.cond), copies)
         pulled = jax.vmap(pull_back, out_axes=1)(seeds_of(problem, v, flow, anchors))[0]
@@ -154,7 +154,7 @@ def weighted_sums(problem: Problem, anchors: bool) -> Core:
                                   is_leaf=is_layer)
             with nn.intercept_methods(_with_sums(mix)):
                 v = problem.model.apply({"params": params, COLLECTION: joined}, flow.xt,
-                                        flow.t * mmdit.NUM_TRAIN_TIMESTEPS, flow.cond.embeds, flow.cond.pooled)
+                                        flow.t * transformer.NUM_TRAIN_TIMESTEPS, flow.cond.embeds, flow.cond.pooled)
             return v.astype(jnp.float32)
 
         def pull(mix: jax.Array, chosen: jax.Array) -> Adapter:
@@ -179,7 +179,7 @@ def three_forwards(problem: Problem, batched: bool) -> Body:
 
     def body(params, current, old, batch, plan):
         flow, _, _ = inputs(problem, params, old, batch, plan, not batched)
-        at = lambda adapter: mmdit.velocity(problem.model, params, adapter, flow.xt, flow.t, flow.cond)
+        at = lambda adapter: transformer.velocity(problem.model, params, adapter, flow.xt, flow.t, flow.cond)
         if not batched:
             return jnp.stack([at(current), flow.v_old, flow.v_ref])
         return jax.vmap(at)(stacked_policies(problem, current, old))
@@ -194,7 +194,7 @@ def weighted_sum_batched(problem: Problem) -> Body:
         flow, r, valid = inputs(problem, params, old, batch, plan, False)
         both = jax.tree.map(lambda x: x[1:], stacked_policies(problem, current, old))
         v_old, v_ref = jax.lax.stop_gradient(jax.vmap(
-            lambda a: mmdit.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond))(both))
+            lambda a: transformer.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond))(both))
         return weighted_sum(problem)(params, current, flow.replace(v_old=v_old, v_ref=v_ref), r, valid)
 
     return body
@@ -207,7 +207,7 @@ def weighted_sum_merged(problem: Problem) -> Body:
     def body(params, current, old, batch, plan):
         base, merged = params
         flow, r, valid = inputs(problem, merged, None, batch, plan, False)
-        v_ref = jax.lax.stop_gradient(mmdit.velocity(problem.model, base, None, flow.xt, flow.t, flow.cond))
+        v_ref = jax.lax.stop_gradient(transformer.velocity(problem.model, base, None, flow.xt, flow.t, flow.cond))
         return weighted_sum(problem)(base, current, flow.replace(v_ref=v_ref), r, valid)
 
     return body

@@ -1,4 +1,4 @@
-"""Our micro-steps, as `training.update` runs them: the three velocities inside, sums carried from one to the next."""
+"""Our micro-steps, as `training.train_step` runs them: the three velocities inside, sums carried from one to the next."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from marble_jax import tree
-from marble_jax.harmonize import gradients
+from marble_jax.families.sd3 import transformer
+from marble_jax.harmonize import reward_gradients
 from marble_jax.harmonize.balancers import Marble
-from marble_jax.models import mmdit
-from marble_jax.nft import objective
-from marble_jax.training.microsteps import RolloutBatch, Schedule, micro_step, schedule
+from marble_jax.objectives import nft
+from marble_jax.training.micro_batches import RolloutBatch, Schedule, micro_step, schedule
 from marble_jax.types import Adapter, Params
 from tools.benchmark.sizes import SIGMAS, Problem, Size
 
 Sums = Any
 Body = Callable[[Params, Adapter, Adapter, RolloutBatch, Schedule], Sums]
 """(params, current, old, batch, plan) -> what a micro-step adds."""
-Core = Callable[[Params, Adapter, gradients.FlowBatch, jax.Array, jax.Array], Sums]
+Core = Callable[[Params, Adapter, reward_gradients.FlowBatch, jax.Array, jax.Array], Sums]
 """(params, current, flow, r [K, n], valid [K, n]) -> the same, from the rollout and reference velocities on."""
 
 
@@ -74,11 +74,11 @@ def make_plan(size: Size, batch: RolloutBatch) -> Schedule:
 
 
 def inputs(problem: Problem, params: Params, old: Adapter, batch: RolloutBatch, plan: Schedule, reference: bool
-           ) -> tuple[gradients.FlowBatch, jax.Array, jax.Array]:
+           ) -> tuple[reward_gradients.FlowBatch, jax.Array, jax.Array]:
     """Micro-step 1: noised latents with v_old (and v_ref), r [K, n], valid [K, n]."""
     flow, advantages, valid = micro_step(
-        partial(mmdit.velocity, problem.model), params, old, batch, plan, jnp.int32(1), reference)
-    return flow, objective.optimality(advantages, problem.size.clip), valid
+        partial(transformer.velocity, problem.model), params, old, batch, plan, jnp.int32(1), reference)
+    return flow, nft.optimality(advantages, problem.size.clip), valid
 
 
 def with_inputs(problem: Problem, core: Core, reference: bool) -> Body:
@@ -95,8 +95,8 @@ def weighted_sum(problem: Problem) -> Core:
     size = problem.size
 
     def core(params, current, flow, r, valid):
-        return gradients.combined_gradient(
-            partial(mmdit.velocity, problem.model, params), current, flow, r[0] / size.num, (1 - r[0]) / size.num,
+        return reward_gradients.combined_gradient(
+            partial(transformer.velocity, problem.model, params), current, flow, r[0] / size.num, (1 - r[0]) / size.num,
             nft_beta=size.nft_beta, clip=size.clip, kl_weight=size.kl_weight * (flow.v_ref is not None))[0]
 
     return core
@@ -107,9 +107,9 @@ def combined(problem: Problem) -> Core:
     size = problem.size
 
     def core(params, current, flow, r, valid):
-        positive, negative = gradients.branch_weights(jnp.full(len(r), 1 / len(r)), r, valid, jnp.sum(valid, axis=1))
-        return gradients.combined_gradient(
-            partial(mmdit.velocity, problem.model, params), current, flow, positive, negative,
+        positive, negative = reward_gradients.branch_weights(jnp.full(len(r), 1 / len(r)), r, valid, jnp.sum(valid, axis=1))
+        return reward_gradients.combined_gradient(
+            partial(transformer.velocity, problem.model, params), current, flow, positive, negative,
             nft_beta=size.nft_beta, clip=size.clip, kl_weight=size.kl_weight, num_samples=size.num)[0]
 
     return core
@@ -120,20 +120,20 @@ def exact(problem: Problem, anchors: bool, chunk: int | None = None) -> Core:
     size = problem.size
 
     def core(params, current, flow, r, valid):
-        return gradients.accumulate(
-            partial(mmdit.velocity, problem.model, params), current, flow, r, valid, nft_beta=size.nft_beta,
+        return reward_gradients.accumulate(
+            partial(transformer.velocity, problem.model, params), current, flow, r, valid, nft_beta=size.nft_beta,
             clip=size.clip, chunk_size=chunk or size.chunk, anchors=anchors)
 
     return core
 
 
-def reward_losses(problem: Problem, v: jax.Array, flow: gradients.FlowBatch, r: jax.Array, valid: jax.Array
+def reward_losses(problem: Problem, v: jax.Array, flow: reward_gradients.FlowBatch, r: jax.Array, valid: jax.Array
                   ) -> jax.Array:
     """[K + 1] losses of the rewards, summed over valid samples, and the divergence."""
     size = problem.size
-    positive, negative = objective.branches(v, flow.v_old, flow.x0, flow.xt, flow.t, size.nft_beta)
+    positive, negative = nft.branches(v, flow.v_old, flow.x0, flow.xt, flow.t, size.nft_beta)
     each = size.clip / size.nft_beta * (r * positive + (1 - r) * negative)
-    return jnp.append(jnp.sum(jnp.where(valid, each, 0), axis=1), jnp.sum(objective.sample_kl(v, flow.v_ref)))
+    return jnp.append(jnp.sum(jnp.where(valid, each, 0), axis=1), jnp.sum(nft.sample_kl(v, flow.v_ref)))
 
 
 def separate(problem: Problem, together: bool = False) -> Core:
@@ -141,7 +141,7 @@ def separate(problem: Problem, together: bool = False) -> Core:
 
     def core(params, current, flow, r, valid):
         v, pull_back = jax.vjp(
-            lambda a: mmdit.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond), current)
+            lambda a: transformer.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond), current)
         seeds = jax.jacrev(lambda u: reward_losses(problem, u, flow, r, valid))(v)
         pulled = (jax.vmap(pull_back) if together else partial(jax.lax.map, pull_back))(seeds)[0]
         return by_reward(pulled)
@@ -159,18 +159,18 @@ class Solve:
     """What an exact optimiser step does once: means, Gram matrix, alpha, the common update."""
 
     compiled: Callable
-    sums: gradients.RewardSums
+    sums: reward_gradients.RewardSums
 
     def __call__(self) -> Adapter:
         return jax.block_until_ready(self.compiled(self.sums))
 
 
-def compile_solve(problem: Problem, sums: gradients.RewardSums, options: dict[str, Any] | None = None) -> Solve:
+def compile_solve(problem: Problem, sums: reward_gradients.RewardSums, options: dict[str, Any] | None = None) -> Solve:
     """Compiles the solve on the sums of an exact micro-step (copied: a program donates its own)."""
     balancer, sums = Marble(), jax.tree.map(jnp.copy, sums)
 
-    def solve(total: gradients.RewardSums) -> Adapter:
-        mean = gradients.mean_gradients(total)
+    def solve(total: reward_gradients.RewardSums) -> Adapter:
+        mean = reward_gradients.mean_gradients(total)
         solution = balancer(tree.gram(mean.gradients), total.counts > 0, balancer.init(len(total.counts)))
         update = tree.weighted_sum(solution.weights, mean.gradients)
         return tree.add(update, tree.scale(mean.kl_gradient, problem.size.kl_weight))

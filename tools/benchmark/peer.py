@@ -21,9 +21,9 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 
-from marble_jax import adapters
-from marble_jax.models.mmdit_weights import entries
-from marble_jax.models.weights import save_params
+from marble_jax.families.sd3.layer_names import entries
+from marble_jax.trainable import lora
+from marble_jax.weights.key_map import save_params
 from tools.benchmark.sizes import Problem, Size
 
 
@@ -43,7 +43,7 @@ def make_transformer(problem: Problem, device: str) -> SD3Transformer2DModel:
 
 
 def adapter_config(size: Size) -> LoraConfig:
-    return LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=list(adapters.ATTENTION_TARGETS),
+    return LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=list(lora.ATTENTION_TARGETS),
                       init_lora_weights="gaussian")
 
 
@@ -51,7 +51,7 @@ def fill_adapter(model: torch.nn.Module, name: str, adapter: Any) -> None:
     """Copies one of our adapters into PEFT's layers."""
     layers = {key.removeprefix("base_model.model."): module for key, module in model.named_modules()
               if hasattr(module, "lora_A")}
-    pairs = adapters.unstack(adapter)
+    pairs = lora.unstack(adapter)
     assert set(layers) == set(pairs)
     with torch.no_grad():
         for key, (a, b) in pairs.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from marble_jax import adapters
+from marble_jax.trainable import lora
 from marble_jax.version import VERSION
 from tools.benchmark import measure
 from tools.benchmark.sizes import ROOT, Problem
@@ -63,8 +63,8 @@ def share_of_others(before: tuple[float, float], after: tuple[float, float], sec
 
 def shapes(problem: Problem) -> dict[str, Any]:
     """The size, with the numbers of values in the network and in the adapter."""
-    return {**dataclasses.asdict(problem.size), "parameters": adapters.num_parameters(problem.params),
-            "adapter_parameters": adapters.num_parameters(problem.current)}
+    return {**dataclasses.asdict(problem.size), "parameters": lora.num_parameters(problem.params),
+            "adapter_parameters": lora.num_parameters(problem.current)}
 
 
 def graphics() -> list[str]:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marble_jax import adapters
-from marble_jax.adapters import LoraSpec
 from marble_jax.config import default_config
-from marble_jax.models.mmdit import MMDiT, abstract_params
-from marble_jax.models.mmdit_config import SD35_MEDIUM, MMDiTConfig
-from marble_jax.training.microsteps import RolloutBatch
+from marble_jax.families.sd3.config import SD35_MEDIUM, MMDiTConfig
+from marble_jax.families.sd3.transformer import MMDiT, abstract_params
+from marble_jax.trainable import lora
+from marble_jax.trainable.lora import LoraSpec
+from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.types import Adapter, Conditioning, Params
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ class Size:
 
     @property
     def anchored_share(self) -> float:
-        """Share of an optimiser step's micro-steps that have anchors, as `training.update` chooses them."""
+        """Share of an optimiser step's micro-steps that have anchors, as `training.train_step` chooses them."""
         return len(range(0, self.micro_steps, self.anchor_every)) / self.micro_steps
 
 
@@ -179,7 +179,7 @@ def make_problem(size: Size) -> Problem:
         return jnp.asarray(values.astype(dtype))
 
     params = jax.tree_util.tree_map_with_path(fill, shapes)
-    adapter = jax.eval_shape(lambda key: adapters.init_adapter(key, shapes, size.spec), jax.random.key(0))
+    adapter = jax.eval_shape(lambda key: lora.init_adapter(key, shapes, size.spec), jax.random.key(0))
 
     def low_rank(seed: int) -> Adapter:
         draw = np.random.default_rng(seed)

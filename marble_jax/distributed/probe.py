@@ -1,0 +1,75 @@
+"""Whether all hosts of a run see one and the same directory, and can write to it.
+
+Checkpoints are written by all hosts into one place. Where a host has a directory of its own under the same name
+nothing fails until a checkpoint is to be read again.
+"""
+from __future__ import annotations
+
+import secrets
+import time
+
+from etils import epath
+
+from marble_jax import distributed
+from marble_jax.errors import InputError
+
+PATIENCE = 10.0
+"""Seconds; what one host writes to a network's file system is not at once seen by the others."""
+
+
+def shared(path: epath.PathLike, patience: float = PATIENCE) -> None:
+    """Every host leaves a file for every other to find; afterwards everything is as it was.
+
+    Args:
+      path: the directory; made for the time being where it is not there.
+      patience: seconds to wait for another host's file.
+
+    Raises:
+      InputError: on every host, naming the first one that does not see what another wrote, or cannot write.
+    """
+    if distributed.alone():
+        return
+    path = epath.Path(path)
+    made = [place for place in (path, *path.parents) if not place.exists()] if distributed.is_first() else []
+    token = distributed.from_first("probe", lambda: f".probe-{secrets.token_hex(8)}")
+    try:
+        distributed.from_first("probe written", lambda: _write(path, f"{token}.0"))
+        distributed.together("probe found", lambda: _find(path, f"{token}.0", "process 0", patience))
+        distributed.together("probe answered", lambda: _write(path, f"{token}.{distributed.index()}"))
+        distributed.together("probe answers found", lambda: [
+            _find(path, f"{token}.{i}", f"process {i}", patience) for i in range(distributed.count())])
+    finally:
+        distributed.from_first("probe removed", lambda: _remove(path, token, made))
+
+
+def _write(path: epath.Path, name: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(name)
+    except OSError as error:
+        raise InputError(f"workdir: expected a writable place; received {path} ({error.strerror or error})") from None
+
+
+def _find(path: epath.Path, name: str, writer: str, patience: float) -> None:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            if (path / name).read_text() == name:
+                return
+        except OSError:
+            pass
+        if time.monotonic() > end:
+            raise InputError(f"workdir: expected a directory that all hosts share; received {path}, where what "
+                             f"{writer} writes does not show")
+        time.sleep(0.2)
+
+
+def _remove(path: epath.Path, token: str, made: list[epath.Path]) -> None:
+    for file in list(path.iterdir()) if path.is_dir() else ():
+        if file.name.startswith(token):
+            file.unlink(missing_ok=True)
+    for place in made:
+        try:
+            place.rmdir()
+        except OSError:  # not there, or no longer empty
+            break

@@ -1,0 +1,165 @@
+"""Softmax attention, norms and modulation shared by the transformer's blocks.
+
+Implementations of attention are interchangeable functions (q, k, v) -> out, chosen by name or passed as a callable:
+
+* "xla": `jax.nn.dot_product_attention` compiled by XLA; any platform and dtype, softmax in float32, memory quadratic in
+  the number of tokens.
+* "einsum": the two products and the softmax written out; the plain reference.
+* "cudnn": the fused flash kernel on NVIDIA GPUs, float16 or bfloat16 only; memory linear in the number of tokens.
+* "splash": the fused flash kernel on TPUs; memory linear in the number of tokens.
+* "auto": "cudnn" on a GPU in a half precision, "splash" on a TPU, "xla" elsewhere.
+* a callable: a kernel of one's own. It must be differentiable and work under `jax.vmap`.
+
+Over several devices the fused kernels have to be told how the batch lies: `over` gives the function that does.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from marble_jax.errors import one_of
+from marble_jax.networks.fused_attention import Flash, cudnn
+from marble_jax.networks.lora_dense import LoraDense
+
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+EPS = 1e-6  # of every norm of the transformer
+
+
+def _einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def _auto(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return attend(q, k, v, choose("auto", q.dtype, jax.default_backend()))
+
+
+IMPLEMENTATIONS: dict[str, AttentionFn] = {
+    "xla": _xla, "einsum": _einsum, "cudnn": Flash("cudnn"), "splash": Flash("splash"), "auto": _auto}
+FUSED = {"cudnn": "gpu", "splash": "tpu"}  # kernels, and the platform that each runs on
+
+
+def choose(name: str, dtype: Any, platform: str) -> str:
+    """What `name` comes to on a platform: itself, unless it is "auto".
+
+    Args:
+      name: a key of `IMPLEMENTATIONS`.
+      dtype: of queries, keys and values.
+      platform: "cpu", "gpu" or "tpu".
+    """
+    if name != "auto":
+        return name
+    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn" if jax.default_backend() != "gpu" or has_cudnn(dtype) else "xla"
+    return "splash" if platform == "tpu" else "xla"
+
+
+def has_cudnn(dtype: Any) -> bool:
+    """Whether this machine's cuDNN and GPU can do the fused kernel, which JAX asks them while it traces."""
+    struct = jax.ShapeDtypeStruct((1, 128, 1, 64), dtype)
+    try:
+        jax.eval_shape(cudnn, struct, struct, struct)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def over(name: str, dtype: Any, mesh: Mesh) -> str | Flash:
+    """The implementation for a batch that is split over a mesh.
+
+    A fused kernel of another platform gives way to what fits, so that a run of a TPU pod opens on a laptop; training
+    refuses it before (`compose.check`).
+
+    Args:
+      name: a key of `IMPLEMENTATIONS`.
+      dtype: of queries, keys and values.
+      mesh: the devices.
+    """
+    platform = mesh.devices.flat[0].platform
+    chosen = choose(name if FUSED.get(name, platform) == platform else "auto", dtype, platform)
+    return Flash(chosen, mesh) if chosen in FUSED else chosen
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | AttentionFn = "xla") -> jax.Array:
+    """Full softmax attention without mask, scaled by 1/sqrt(head width).
+
+    Args:
+      q: [N, Tq, H, d].
+      k: [N, Tk, H, d].
+      v: [N, Tk, H, d].
+      implementation: a key of `IMPLEMENTATIONS`, or a function of (q, k, v).
+
+    Returns:
+      [N, Tq, H, d] in the dtype of `q`.
+
+    Raises:
+      InputError: unknown implementation, or one that does not support the dtype.
+    """
+    if not callable(implementation):
+        one_of("attention", implementation, IMPLEMENTATIONS)
+        implementation = IMPLEMENTATIONS[implementation]
+    return implementation(q, k, v)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned scale, in float32; the result has the input's dtype.
+
+    Source: diffusers 0.42 `models/normalization.py` RMSNorm, eps 1e-6 as SD3.5 uses it on queries and keys.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., d] -> [..., d]."""
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
+        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Layer norm over the last axis without scale or bias, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + EPS)
+
+
+def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """`normed * (1 + scale) + shift` in float32, cast to `dtype`.
+
+    Args:
+      normed: float32 [N, T, D].
+      shift: [N, D].
+      scale: [N, D].
+      dtype: dtype of the result.
+    """
+    scale, shift = scale.astype(jnp.float32)[:, None], shift.astype(jnp.float32)[:, None]
+    return (normed * (1 + scale) + shift).astype(dtype)
+
+
+class AdaLayerNorm(nn.Module):
+    """`parts` modulation vectors from the conditioning vector: split(Dense(silu(temb))).
+
+    Attributes:
+      parts: number of vectors; their meaning belongs to the caller.
+      dtype: dtype of the product.
+      lora_scale: alpha / rank.
+    """
+
+    parts: int
+    dtype: Any = jnp.float32
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, temb: jax.Array) -> list[jax.Array]:
+        """[N, D] -> `parts` arrays [N, D]."""
+        linear = LoraDense(self.parts * temb.shape[-1], dtype=self.dtype, lora_scale=self.lora_scale, name="linear")
+        return jnp.split(linear(nn.silu(temb)), self.parts, axis=-1)

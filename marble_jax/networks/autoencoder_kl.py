@@ -1,0 +1,264 @@
+"""The image autoencoder of latent diffusion (diffusers' `AutoencoderKL`), channel-last.
+
+Pictures are [N, H, W, 3] in [0, 1], latents [N, H/f, W/f, C] in the scale the transformer works in:
+`(z - shift_factor) * scaling_factor` of the posterior's z. `f = 2 ** (len(block_out_channels) - 1)`.
+
+Modules carry the names their tensors have in a diffusers file, dots included, so the mapping from parameters to file
+keys is the identity on paths.
+
+Source: Rombach et al. 2022 (arXiv 2112.10752) for the architecture; shift_factor from Esser et al. 2024
+(arXiv 2403.03206).
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from marble_jax.errors import InputError
+from marble_jax.types import Params
+from marble_jax.weights.component import load_component, open_component
+from marble_jax.weights.key_map import path_entries
+
+_EPS = 1e-6  # of every group norm, in every published AutoencoderKL
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Shape of an `AutoencoderKL`; the names are those of its config.json.
+
+    Attributes:
+      block_out_channels: width at each resolution, finest first.
+      layers_per_block: residual blocks per resolution in the encoder; the decoder has one more.
+      scaling_factor: multiplies latents on their way to the transformer.
+      shift_factor: is subtracted from them before that.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
+        """The config of a parsed config.json; keys that do not change the network's function are passed over.
+
+        Raises:
+          InputError: the config asks for a block type or an activation this module does not have.
+        """
+        for key, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            other = sorted({str(kind) for kind in values.get(key, ()) if kind != only})
+            if other:
+                raise InputError(f"VAE config {key}: expected only {only}; received {', '.join(other)}")
+        if values.get("act_fn", "silu") not in ("silu", "swish"):
+            raise InputError(f"VAE config act_fn: expected silu; received {values['act_fn']!r}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        chosen = {k: v for k, v in values.items() if k in known and v is not None}
+        if "block_out_channels" in chosen:
+            chosen["block_out_channels"] = tuple(chosen["block_out_channels"])
+        return cls(**chosen)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, plus the input (through a 1x1 convolution where the width changes)."""
+
+    features: int
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = _conv3(self.features, self.dtype, "conv1")(nn.silu(_norm(self.groups, self.dtype, "norm1")(x)))
+        y = _conv3(self.features, self.dtype, "conv2")(nn.silu(_norm(self.groups, self.dtype, "norm2")(y)))
+        if x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+        return x + y
+
+
+class SpatialAttention(nn.Module):
+    """One head over all cells of the picture, width = channels, plus the input."""
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, h, w, c = x.shape
+        y = _norm(self.groups, self.dtype, "group_norm")(x).reshape(n, h * w, 1, c)
+        q, k, v = (nn.Dense(c, dtype=self.dtype, name=f"to_{which}")(y) for which in "qkv")
+        y = nn.Dense(c, dtype=self.dtype, name="to_out.0")(jax.nn.dot_product_attention(q, k, v))
+        return x + y.reshape(n, h, w, c)
+
+
+class Encoder(nn.Module):
+    """[N, H, W, in_channels] in [-1, 1] to posterior moments [N, H/f, W/f, 2 * latent_channels]."""
+
+    config: VAEConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        block = functools.partial(ResnetBlock, groups=config.norm_num_groups, dtype=self.dtype)
+        widths = config.block_out_channels
+        x = _conv3(widths[0], self.dtype, "conv_in")(x)
+        for i, width in enumerate(widths):
+            for j in range(config.layers_per_block):
+                x = block(width, name=f"down_blocks.{i}.resnets.{j}")(x)
+            if i < len(widths) - 1:
+                # Stride 2 without left padding: the window of an output cell starts at its own pixels.
+                x = nn.Conv(width, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype,
+                            name=f"down_blocks.{i}.downsamplers.0.conv")(x)
+        x = _middle(config, self.dtype, x)
+        x = nn.silu(_norm(config.norm_num_groups, self.dtype, "conv_norm_out")(x))
+        return _conv3(2 * config.latent_channels, self.dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """z [N, h, w, latent_channels] to pictures [N, f h, f w, out_channels], nominally in [-1, 1]."""
+
+    config: VAEConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        config = self.config
+        block = functools.partial(ResnetBlock, groups=config.norm_num_groups, dtype=self.dtype)
+        widths = config.block_out_channels[::-1]
+        x = _conv3(widths[0], self.dtype, "conv_in")(z)
+        x = _middle(config, self.dtype, x)
+        for i, width in enumerate(widths):
+            for j in range(config.layers_per_block + 1):
+                x = block(width, name=f"up_blocks.{i}.resnets.{j}")(x)
+            if i < len(widths) - 1:
+                x = _conv3(width, self.dtype, f"up_blocks.{i}.upsamplers.0.conv")(nearest_double(x))
+        x = nn.silu(_norm(config.norm_num_groups, self.dtype, "conv_norm_out")(x))
+        return _conv3(config.out_channels, self.dtype, "conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder, without the latent scale (that is `encode` and `decode` below).
+
+    Attributes:
+      config: the network's shape.
+      dtype: of the computation; group-norm statistics are always float32.
+    """
+
+    config: VAEConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.encoder = Encoder(config, self.dtype)
+        self.decoder = Decoder(config, self.dtype)
+        if config.use_quant_conv:
+            self.quant_conv = nn.Conv(2 * config.latent_channels, (1, 1), dtype=self.dtype)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv(config.latent_channels, (1, 1), dtype=self.dtype)
+
+    def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log-variance (in [-30, 20]) of the posterior, each [N, h, w, C], of x [N, H, W, 3] in [-1, 1]."""
+        moments = self.encoder(x)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def reconstruct(self, z: jax.Array) -> jax.Array:
+        """Pictures [N, H, W, 3], nominally in [-1, 1], of unscaled z [N, h, w, C]."""
+        if self.config.use_post_quant_conv:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Reconstruction through the posterior mean; touches every parameter, which is what `init` needs."""
+        return self.reconstruct(self.moments(x)[0])
+
+
+def load_vae(
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+) -> tuple[AutoencoderKL, Params]:
+    """The autoencoder and its parameters of a component directory (`place` as in `load_component`).
+
+    Raises:
+      InputError: missing or malformed directory, config or weights.
+    """
+    source = open_component(directory)
+    model = AutoencoderKL(VAEConfig.from_dict(source.config), dtype)
+    shapes = abstract_params(model)
+    return model, load_component(source, path_entries(shapes), shapes, dtype, place=place)
+
+
+def abstract_params(model: AutoencoderKL) -> dict[str, Any]:
+    """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
+    config = model.config
+    image = jax.ShapeDtypeStruct((1, config.downsampling, config.downsampling, config.in_channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+
+
+def encode(model: AutoencoderKL, params: Params, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Latents of pictures, in the transformer's scale.
+
+    Args:
+      model: the autoencoder.
+      params: its parameters.
+      images: [N, H, W, 3] in [0, 1]; H and W multiples of `model.config.downsampling`.
+      key: draws from the posterior when given; the posterior mean otherwise.
+
+    Returns:
+      [N, H/f, W/f, C] float32.
+    """
+    x = 2.0 * jnp.asarray(images, jnp.float32) - 1.0
+    mean, logvar = model.apply({"params": params}, x, method="moments")
+    z = mean.astype(jnp.float32)
+    if key is not None:
+        z = z + jnp.exp(0.5 * logvar.astype(jnp.float32)) * jax.random.normal(key, z.shape, jnp.float32)
+    return (z - model.config.shift_factor) * model.config.scaling_factor
+
+
+def decode(model: AutoencoderKL, params: Params, latents: jax.Array) -> jax.Array:
+    """Pictures [N, f h, f w, 3], float32 in [0, 1], of latents [N, h, w, C] in the transformer's scale."""
+    z = jnp.asarray(latents, jnp.float32) / model.config.scaling_factor + model.config.shift_factor
+    y = model.apply({"params": params}, z, method="reconstruct").astype(jnp.float32)
+    return jnp.clip(0.5 * y + 0.5, 0.0, 1.0)
+
+
+def nearest_double(x: jax.Array) -> jax.Array:
+    """[N, h, w, C] to [N, 2h, 2w, C], every cell repeated twice along both sides."""
+    n, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+
+
+def _conv3(features: int, dtype: Any, name: str) -> nn.Conv:
+    return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
+
+
+def _norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
+    # E[x^2] - E[x]^2 cancels catastrophically on the flat backgrounds pictures are full of.
+    return nn.GroupNorm(groups, epsilon=_EPS, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def _middle(config: VAEConfig, dtype: Any, x: jax.Array) -> jax.Array:
+    width = config.block_out_channels[-1]
+    x = ResnetBlock(width, config.norm_num_groups, dtype, name="mid_block.resnets.0")(x)
+    if config.mid_block_add_attention:
+        x = SpatialAttention(config.norm_num_groups, dtype, name="mid_block.attentions.0")(x)
+    return ResnetBlock(width, config.norm_num_groups, dtype, name="mid_block.resnets.1")(x)

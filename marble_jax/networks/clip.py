@@ -1,0 +1,342 @@
+"""CLIP: the text tower that conditions SD3, the vision tower, and the pair that compares pictures with prompts.
+
+Both towers are the same pre-norm transformer; they differ in how the sequence starts, in the causal mask and in which
+position is pooled. Modules carry the names their tensors have in Hugging Face files, dots (and the misspelt
+`pre_layrnorm`) included.
+
+Source: Radford et al. 2021 (arXiv 2103.00020).
+"""
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from marble_jax.errors import InputError, one_of
+from marble_jax.types import Params
+from marble_jax.weights.component import StoredDir, load_component, open_component
+from marble_jax.weights.key_map import path_entries
+from marble_jax.weights.safetensors_files import SafetensorsDir
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+BUFFERS = ("*.position_ids",)
+"""Integer buffers 0, 1, 2, ... that older files hold; nothing to load."""
+_IDS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+LEGACY_EOS = 2
+"""`eos_token_id` of configs written before the field was right: pool where the id is largest instead."""
+
+_Config = TypeVar("_Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """Shape of a text tower; names and defaults are those of its config.json, which may leave defaults out."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
+        """The config of a parsed config.json; keys that do not change the network's function are passed over."""
+        return _known(cls, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Shape of a vision tower; names and defaults are those of its config.json."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
+        """The config of a parsed config.json; keys that do not change the network's function are passed over."""
+        return _known(cls, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers and the width of the space they meet in."""
+
+    text: CLIPTextConfig
+    vision: CLIPVisionConfig
+    projection_dim: int = 512
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
+        """The config of a parsed `CLIPModel` config.json; the towers' own `projection_dim` does not count there."""
+        return cls(
+            CLIPTextConfig.from_dict(values.get("text_config") or {}),
+            CLIPVisionConfig.from_dict(values.get("vision_config") or {}),
+            values.get("projection_dim", 512))
+
+
+@flax.struct.dataclass
+class TextOutput:
+    """What the text tower gives.
+
+    Attributes:
+      penultimate: [N, T, hidden_size] output of the last layer but one, before the final norm; SD3's token embeddings.
+      last: [N, T, hidden_size] output of the last layer after the final norm.
+      pooled: [N, projection_dim] projection of `last` at the end-of-text token.
+    """
+
+    penultimate: jax.Array
+    last: jax.Array
+    pooled: jax.Array
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and MLP, each on the layer-normed input and added to it."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        n, t, d = x.shape
+        heads = config.num_attention_heads
+        y = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(x)
+        q, k, v = (nn.Dense(d, dtype=self.dtype, name=f"self_attn.{which}_proj")(y).reshape(n, t, heads, d // heads)
+                   for which in "qkv")
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(n, t, d)
+        x = x + nn.Dense(d, dtype=self.dtype, name="self_attn.out_proj")(y)
+        y = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="layer_norm2")(x)
+        y = ACTIVATIONS[config.hidden_act](nn.Dense(config.intermediate_size, dtype=self.dtype, name="mlp.fc1")(y))
+        return x + nn.Dense(d, dtype=self.dtype, name="mlp.fc2")(y)
+
+
+class TextTower(nn.Module):
+    """Token ids to hidden states and the pooled (unprojected) state; the part of the file under `text_model`."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config = self.config
+        embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embeddings.token_embedding")
+        positions = nn.Embed(config.max_position_embeddings, config.hidden_size, dtype=self.dtype,
+                             name="embeddings.position_embedding")
+        x = embed(ids) + positions(jnp.arange(ids.shape[1]))
+        penultimate = x
+        for i in range(config.num_hidden_layers):
+            penultimate = x
+            x = TransformerLayer(config, True, self.dtype, name=f"encoder.layers.{i}")(x)
+        last = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
+        return penultimate, last, last[jnp.arange(ids.shape[0]), end_of_text(ids, config.eos_token_id)]
+
+
+class VisionTower(nn.Module):
+    """Pixels to the normed class-token state [N, hidden_size]; the part of the file under `vision_model`."""
+
+    config: CLIPVisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        config = self.config
+        side = config.image_size // config.patch_size
+        n, d = pixels.shape[0], config.hidden_size
+        if pixels.shape[1:] != (config.image_size, config.image_size, config.num_channels):
+            raise InputError(
+                f"CLIP pixels: expected [N, {config.image_size}, {config.image_size}, {config.num_channels}]; "
+                f"received {list(pixels.shape)}")
+        patches = nn.Conv(d, (config.patch_size,) * 2, strides=config.patch_size, padding="VALID", use_bias=False,
+                          dtype=self.dtype, name="embeddings.patch_embedding")(pixels).reshape(n, side * side, d)
+        first = self.param("embeddings.class_embedding", nn.initializers.normal(0.02), (d,)).astype(patches.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (n, 1, d)), patches], axis=1)
+        x = x + nn.Embed(side * side + 1, d, dtype=self.dtype, name="embeddings.position_embedding")(
+            jnp.arange(side * side + 1))
+        x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(x)
+        for i in range(config.num_hidden_layers):
+            x = TransformerLayer(config, False, self.dtype, name=f"encoder.layers.{i}")(x)
+        return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(x[:, 0])
+
+
+class CLIPTextEncoder(nn.Module):
+    """`CLIPTextModelWithProjection`: ids int32 [N, T] to `TextOutput`."""
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> TextOutput:
+        penultimate, last, pooled = TextTower(self.config, self.dtype, name="text_model")(ids)
+        project = _projection(self.config.projection_dim, self.dtype, "text_projection")
+        return TextOutput(penultimate, last, project(pooled))
+
+
+class CLIPVisionEncoder(nn.Module):
+    """`CLIPVisionModelWithProjection`: normalised pixels [N, H, W, 3] to [N, projection_dim].
+
+    Attributes:
+      config: the tower's shape.
+      projected: False for files without `visual_projection`; the result is then [N, hidden_size].
+      dtype: of the computation.
+    """
+
+    config: CLIPVisionConfig
+    projected: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        pooled = VisionTower(self.config, self.dtype, name="vision_model")(pixels)
+        if not self.projected:
+            return pooled
+        return _projection(self.config.projection_dim, self.dtype, "visual_projection")(pooled)
+
+
+class CLIPModel(nn.Module):
+    """Both towers and the learned logit scale; the layout of Hugging Face's class of the same name."""
+
+    config: CLIPConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.text_model = TextTower(config.text, self.dtype)
+        self.vision_model = VisionTower(config.vision, self.dtype)
+        self.text_projection = _projection(config.projection_dim, self.dtype, None)
+        self.visual_projection = _projection(config.projection_dim, self.dtype, None)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
+
+    def text_features(self, ids: jax.Array) -> jax.Array:
+        """Unit vectors [N, projection_dim], float32, of ids int32 [N, T]."""
+        return unit(self.text_projection(self.text_model(ids)[2]))
+
+    def image_features(self, pixels: jax.Array) -> jax.Array:
+        """Unit vectors [N, projection_dim], float32, of normalised pixels [N, H, W, 3]."""
+        return unit(self.visual_projection(self.vision_model(pixels)))
+
+    def scale(self) -> jax.Array:
+        """Factor from cosine to logit: exp(logit_scale)."""
+        return jnp.exp(self.logit_scale.astype(jnp.float32))
+
+    def __call__(self, ids: jax.Array, pixels: jax.Array) -> jax.Array:
+        """Logits [num_pictures, num_texts]; touches every parameter, which is what `init` needs."""
+        return self.scale() * self.image_features(pixels) @ self.text_features(ids).T
+
+
+def load_text_encoder(
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+) -> tuple[CLIPTextEncoder, Params]:
+    """Model and parameters of a `CLIPTextModelWithProjection` directory (`place` as in `load_component`).
+
+    Raises:
+      InputError: missing or malformed directory, config or weights.
+    """
+    source = open_component(directory)
+    model = CLIPTextEncoder(CLIPTextConfig.from_dict(source.config), dtype)
+    return model, _load(source, model, dtype, place, _IDS)
+
+
+def abstract_text_params(model: CLIPTextEncoder) -> dict[str, Any]:
+    """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
+    return jax.eval_shape(model.init, jax.random.key(0), _IDS)["params"]
+
+
+def load_vision_encoder(
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+) -> tuple[CLIPVisionEncoder, Params]:
+    """Model and parameters of a `CLIPVisionModelWithProjection` directory, or of one without `visual_projection`.
+
+    Raises:
+      InputError: missing or malformed directory, config or weights.
+    """
+    source = SafetensorsDir(directory)
+    config = CLIPVisionConfig.from_dict(source.config)
+    model = CLIPVisionEncoder(config, "visual_projection.weight" in source.keys(), dtype)
+    return model, _load(source, model, dtype, place, _pixels(config))
+
+
+def load_clip(
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+) -> tuple[CLIPModel, Params]:
+    """Model and parameters of a `CLIPModel` directory (`place` as in `load_component`).
+
+    Raises:
+      InputError: missing or malformed directory, config or weights.
+    """
+    source = SafetensorsDir(directory)
+    config = CLIPConfig.from_dict(source.config)
+    model = CLIPModel(config, dtype)
+    return model, _load(source, model, dtype, place, _IDS, _pixels(config.vision))
+
+
+def end_of_text(ids: jax.Array, eos_token_id: int) -> jax.Array:
+    """Position [N] of the token that is pooled, in ids [N, T]: the first end-of-text token.
+
+    With the legacy id 2 of old configs, which is not the tokenizer's, the largest id marks it (end-of-text is the last
+    word of CLIP's vocabulary). A row without the token pools position 0, as transformers does.
+    """
+    return jnp.argmax(ids if eos_token_id == LEGACY_EOS else ids == eos_token_id, axis=-1)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x divided by its Euclidean norm along the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _projection(features: int, dtype: Any, name: str | None) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=dtype, name=name)
+
+
+def _known(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+    names = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in values.items() if k in names and v is not None})
+
+
+def _check(config: CLIPTextConfig | CLIPVisionConfig) -> None:
+    one_of("CLIP config hidden_act", config.hidden_act, ACTIVATIONS)
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"CLIP config num_attention_heads: expected a divisor of hidden_size {config.hidden_size}; "
+            f"received {config.num_attention_heads}")
+
+
+def _pixels(config: CLIPVisionConfig) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.num_channels), jnp.float32)
+
+
+def _load(
+    source: SafetensorsDir | StoredDir, model: nn.Module, dtype: Any, place: Callable[..., Any] | None,
+    *inputs: jax.ShapeDtypeStruct,
+) -> Params:
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return load_component(source, path_entries(shapes), shapes, dtype, BUFFERS, place)

@@ -1,0 +1,96 @@
+"""A dense layer that adds a low-rank adapter when it is given one.
+
+The adapter is an argument, not a mode of the model: it lives in the variable collection "lora", which mirrors the
+module paths of "params". Without an entry for a layer, the layer is the plain base layer, so that the current, rollout
+and reference policies are three calls of one function with three adapters (the last one None).
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from marble_jax.errors import InputError, nearest
+
+COLLECTION = "lora"
+
+
+@jax.custom_vjp
+def widen(h: jax.Array, b: jax.Array) -> jax.Array:
+    """`h @ b`, [..., r] and [r, out] -> [..., out], which transposes the narrow side for the gradient of `b`.
+
+    JAX's own rule makes [out, r] and turns it: a product that wants the wide cotangent column by column, for which XLA
+    on CPUs copies it, together with all that is fused into it.
+    """
+    return h @ b
+
+
+def _widen_forward(h: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return h @ b, (h, b)
+
+
+def _widen_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h, b = kept
+    return g @ b.T, jnp.einsum("...r,...o->ro", h, g)
+
+
+widen.defvjp(_widen_forward, _widen_backward)
+
+
+class LoraDense(nn.Module):
+    """`y = x @ kernel + bias + lora_scale * (x @ a) @ b`, the last term only where the "lora" collection has them.
+
+    The layer never creates adapter leaves; `marble_jax.trainable.lora` does, from target patterns. Leaves are stored in
+    float32 and multiplied in `dtype`, like the base weights.
+
+    Attributes:
+      features: output width.
+      use_bias: whether the base layer has a bias.
+      dtype: dtype of the matrix products and of the result; None promotes input and weights.
+      lora_scale: alpha / rank.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., features]."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = x @ kernel
+        if self.has_variable(COLLECTION, "a"):
+            a, b = (self.get_variable(COLLECTION, name).astype(x.dtype) for name in ("a", "b"))
+            # Scaled at the narrow waist: rank values a token instead of `features`.
+            y = y + widen(self.lora_scale * (x @ a), b)
+        return y if bias is None else y + bias
+
+
+def check_adapter(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> None:
+    """Raises InputError unless every adapter leaf belongs to a dense layer of `params` and fits its kernel.
+
+    A leaf under a path that no layer reads would otherwise be ignored in silence.
+    """
+    kernels = {p[:-1]: v.shape for p, v in traverse_util.flatten_dict(dict(params)).items() if p[-1] == "kernel"}
+    leaves = traverse_util.flatten_dict(dict(adapter))
+    for path in leaves:
+        module, name = path[:-1], "/".join(path)
+        if module not in kernels:
+            close = nearest("/".join(module), ("/".join(k) for k in kernels))
+            raise InputError(f"adapter leaf {name}: expected the path of a dense layer; received an unknown one{close}")
+        if path[-1] not in ("a", "b") or (*module, "b" if path[-1] == "a" else "a") not in leaves:
+            raise InputError(f"adapter leaf {name}: expected the pair 'a' and 'b'; received {path[-1]!r} alone")
+        a, b, kernel = leaves[(*module, "a")].shape, leaves[(*module, "b")].shape, kernels[module]
+        # The rank is free, everything else is the kernel's; a leading axis stacks layers.
+        if (*a[:-1], b[-1]) != tuple(kernel) or b[:-2] != a[:-2] or a[-1] != b[-2]:
+            raise InputError(
+                f"adapter of {'/'.join(module)}: expected a [.., in, r], b [.., r, out] for kernel {tuple(kernel)}; "
+                f"received {a}, {b}"
+            )

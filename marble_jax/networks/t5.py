@@ -1,0 +1,181 @@
+"""The T5 v1.1 encoder, SD3's third text encoder.
+
+Nothing masks the padding: SD3 lets pad tokens attend and be attended to. Scores are not divided by the square root of
+the head width; one table of relative-position biases, owned by block 0, is added in every block.
+
+Modules carry the names their tensors have in Hugging Face files, dots included.
+
+Source: Raffel et al. 2020 (arXiv 1910.10683), Shazeer 2020 (arXiv 2002.05202) for the gated MLP.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.errors import one_of
+from marble_jax.types import Params
+from marble_jax.weights.component import load_component, open_component
+from marble_jax.weights.key_map import Entry, path_entries
+
+_TIED = ("shared.weight", "encoder.embed_tokens.weight")
+"""Two names of one tensor: a file may hold either or both."""
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Shape of the encoder; names and defaults are those of its config.json.
+
+    Attributes:
+      feed_forward_proj: an activation, with `gated-` before it for v1.1 models; `gated-gelu` means the tanh form.
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+
+    def __post_init__(self) -> None:
+        one_of("T5 config feed_forward_proj", self.activation, ACTIVATIONS)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies the activated branch with a linear one."""
+        return self.feed_forward_proj.startswith("gated-")
+
+    @property
+    def activation(self) -> str:
+        """Key into `ACTIVATIONS`."""
+        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else self.feed_forward_proj.removeprefix("gated-")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
+        """The config of a parsed config.json; keys that do not change the network's function are passed over."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in names and v is not None})
+
+
+class T5Block(nn.Module):
+    """Self-attention and MLP, each on the RMS-normed input and added to it."""
+
+    config: T5Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        config = self.config
+        n, t, d = x.shape
+        shape = (n, t, config.num_heads, config.d_kv)
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+
+        attention = "layer.0.SelfAttention"
+        y = nn.RMSNorm(config.layer_norm_epsilon, dtype=self.dtype, name="layer.0.layer_norm")(x)
+        q, k, v = (dense(config.num_heads * config.d_kv, f"{attention}.{which}")(y).reshape(shape) for which in "qkv")
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias.astype(q.dtype), scale=1.0).reshape(n, t, -1)
+        x = x + dense(d, f"{attention}.o")(y)
+
+        mlp = "layer.1.DenseReluDense"
+        activation = ACTIVATIONS[config.activation]
+        y = nn.RMSNorm(config.layer_norm_epsilon, dtype=self.dtype, name="layer.1.layer_norm")(x)
+        if config.gated:
+            y = activation(dense(config.d_ff, f"{mlp}.wi_0")(y)) * dense(config.d_ff, f"{mlp}.wi_1")(y)
+        else:
+            y = activation(dense(config.d_ff, f"{mlp}.wi")(y))
+        return x + dense(d, f"{mlp}.wo")(y)
+
+
+class T5Encoder(nn.Module):
+    """`T5EncoderModel`: ids int32 [N, T] to hidden states [N, T, d_model] after the final norm.
+
+    Attributes:
+      config: the network's shape.
+      dtype: of the computation. The residual stream of the published XXL weights overflows float16; use bfloat16.
+    """
+
+    config: T5Config
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        config = self.config
+        x = nn.Embed(config.vocab_size, config.d_model, dtype=self.dtype, name="shared")(ids)
+        table = nn.Embed(config.relative_attention_num_buckets, config.num_heads, dtype=self.dtype,
+                         name="encoder.block.0.layer.0.SelfAttention.relative_attention_bias")
+        buckets = relative_buckets(
+            ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance)
+        bias = jnp.moveaxis(table(jnp.asarray(buckets)), -1, 0)[None]
+        for i in range(config.num_layers):
+            x = T5Block(config, self.dtype, name=f"encoder.block.{i}")(x, bias)
+        return nn.RMSNorm(config.layer_norm_epsilon, dtype=self.dtype, name="encoder.final_layer_norm")(x)
+
+
+def load_t5(
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+) -> tuple[T5Encoder, Params]:
+    """Model and parameters of a `T5EncoderModel` directory (`place` as in `load_component`).
+
+    A full T5 checkpoint loads too: the decoder and the language-model head are left aside.
+
+    Raises:
+      InputError: missing or malformed directory, config or weights.
+    """
+    source = open_component(directory)
+    model = T5Encoder(T5Config.from_dict(source.config), dtype)
+    shapes = abstract_params(model)
+    entries, ignore = file_entries(shapes, source.keys())
+    return model, load_component(source, entries, shapes, dtype, ignore, place)
+
+
+def abstract_params(model: T5Encoder) -> dict[str, Any]:
+    """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+
+
+def file_entries(shapes: Mapping[str, Any], keys: Collection[str]) -> tuple[list[Entry], list[str]]:
+    """Key map for a file with these keys, and patterns of its tensors that the encoder has no use for."""
+    entries = path_entries(shapes)
+    if _TIED[0] not in keys and _TIED[1] in keys:
+        entries = [dataclasses.replace(e, key=_TIED[1]) if e.key == _TIED[0] else e for e in entries]
+    used = {e.key for e in entries}
+    return entries, [*(k for k in _TIED if k not in used), "decoder.*", "lm_head.weight"]
+
+
+def relative_buckets(length: int, num_buckets: int = 32, max_distance: int = 128) -> np.ndarray:
+    """Bucket of every (query, key) pair: int32 [length, length].
+
+    Half of the buckets are for keys before the query (and the query itself), half for keys after it. In each half, half
+    of the buckets hold one distance each, the rest grow geometrically up to `max_distance` and the last takes all that
+    is farther.
+    """
+    position = np.arange(length)
+    offset = position[None, :] - position[:, None]
+    distance = np.abs(offset)
+    half = num_buckets // 2
+    exact = half // 2
+    # float32, in this order of operations: a quotient that lands on an integer must land on the published side of it.
+    growth = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    growth = growth / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + growth.astype(np.int32), half - 1)
+    return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)

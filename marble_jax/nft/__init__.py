@@ -1,1 +1,0 @@
-"""DiffusionNFT: the forward-process objective and the policies it needs."""

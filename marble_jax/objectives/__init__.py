@@ -1,0 +1,1 @@
+"""Objectives: what a sample is trained towards, and how scores become advantages."""

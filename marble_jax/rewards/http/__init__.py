@@ -1,0 +1,1 @@
+"""Rewards over HTTP: clients of servers and judges, and the reward server."""

@@ -1,0 +1,1 @@
+"""Reward networks on the accelerator, with their published weights."""

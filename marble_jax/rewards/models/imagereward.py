@@ -1,0 +1,92 @@
+"""ImageReward: how much people would like a picture for its prompt, by a BLIP that reads both together.
+
+Text and picture meet inside the network, so nothing is kept per prompt; a batch of N pairs costs N passes (upstream's
+wrapper costs N squared and keeps the diagonal).
+
+Source: Xu et al. 2023 (arXiv 2304.05977), `ImageReward/ImageReward.py` of THUDM/ImageReward.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from marble_jax.errors import InputError
+from marble_jax.networks.blip import BlipEncoder, BlipTextConfig, load_blip
+from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.rewards.models.aesthetic import affine, fold_head
+from marble_jax.rewards.models.encoder import Tokenize, exact, has_tokenizer, load_tokenize
+from marble_jax.rewards.models.preprocess import Preprocess, prepare
+from marble_jax.storage.files import read_json
+from marble_jax.types import Params
+from marble_jax.weights.torch_pickle import open_weights
+
+FILES = ("ImageReward.safetensors", "ImageReward.pt")
+CONFIG = "med_config.json"
+MAX_TOKENS = 35
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the head's output over the authors' data; the score is standardised with them."""
+SPECIAL = ("[DEC]", "[ENC]")
+"""Words BLIP adds to BERT's vocabulary."""
+
+
+class ImageReward(Reward):
+    """The published score, about -2.3 to 2. A device reward."""
+
+    def __init__(self, name: str, model: BlipEncoder, params: Params, head: Params, tokenize: Tokenize):
+        """Builds the reward.
+
+        Args:
+          name: key of the reward.
+          model: BLIP's image-grounded text encoder.
+          params: its weights.
+          head: from `aesthetic.fold_head`.
+          tokenize: prompts to int32 [N, T].
+        """
+        if head["weight"].shape != (model.text.hidden_size,):
+            raise InputError(f"reward {name}: expected a head for text states of width {model.text.hidden_size}; "
+                             f"received one for width {head['weight'].shape[0]}")
+        super().__init__(name=name, kind="device", params={"blip": params, "head": head})
+        self.model, self.tokenize = model, tokenize
+        self.preprocess = Preprocess(model.vision.image_size, crop="round")
+        self._score = jax.jit(self._standardised)
+
+    @classmethod
+    def load(
+        cls, name: str, directory: Path | str, tokenizer: Path | str | None = None, dtype: Any = jnp.float32
+    ) -> ImageReward:
+        """The reward over a published directory.
+
+        Args:
+          name: key of the reward.
+          directory: holds ImageReward.pt (or .safetensors) and med_config.json.
+          tokenizer: directory of BERT's tokenizer, where `directory` has none.
+          dtype: of weights and computation.
+
+        Raises:
+          InputError: missing or malformed directory, config, weights or tokenizer.
+        """
+        directory = Path(directory)
+        path = next((directory / file for file in FILES if (directory / file).is_file()), None)
+        if path is None:
+            raise InputError(f"{directory}: expected {' or '.join(FILES)}; received no such file")
+        source = open_weights(path)
+        model, params = load_blip(
+            source, BlipTextConfig.from_dict(read_json(directory / CONFIG)), jnp.dtype(dtype))
+        beside = directory if tokenizer is None or has_tokenizer(directory) else Path(tokenizer)
+        tokenize = load_tokenize(beside, MAX_TOKENS, "BertTokenizer", special=SPECIAL)
+        return cls(name, model, params, fold_head(source, "mlp."), tokenize)
+
+    def _standardised(self, params: Params, pixels: jax.Array, ids: jax.Array) -> jax.Array:
+        with exact(self.model.dtype):
+            features = self.model.apply({"params": params["blip"]}, pixels, ids)
+        return (affine(params["head"], features) - MEAN) / STD
+
+    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
+        """See `Reward.score`."""
+        ids = jnp.asarray(self.tokenize(prompts), jnp.int32)
+        values = self._score(params, prepare(images, self.preprocess), ids)
+        return values, jnp.ones(values.shape, bool)

@@ -1,0 +1,135 @@
+"""Pictures whose scores are known, or at least their order: drawn here, the same on every machine, at any size.
+
+Three pairs: plain shapes, shapes with GenEval's metadata, signs of two letters made of bars. Each picture is scored
+with its own prompt and with its partner's, so that a reward that looks at the prompt has to tell the two apart.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marble_jax.errors import InputError
+from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.toy_world.shape_detector import INKS
+from marble_jax.storage.files import write_whole
+
+FILE = "golden.json"
+OVERSAMPLE = 4
+GROUNDS = {"white": (250, 250, 250), "pink": (250, 190, 205), "cyan": (175, 235, 240), "gray": (185, 185, 185)}
+"""RGB in [0, 255]."""
+Box = tuple[float, float, float, float]
+LETTERS: dict[str, tuple[Box, ...]] = {
+    "H": ((0, 0, 0.3, 1), (0.7, 0, 1, 1), (0, 0.4, 1, 0.6)),
+    "E": ((0, 0, 0.3, 1), (0, 0, 1, 0.2), (0, 0.4, 0.9, 0.6), (0, 0.8, 1, 1)),
+    "T": ((0.35, 0, 0.65, 1), (0, 0, 1, 0.2)),
+    "L": ((0, 0, 0.3, 1), (0, 0.8, 1, 1)),
+}
+"""Bars (left, top, right, bottom) in the letter's box."""
+WIDTH, HEIGHT = 0.26, 0.4
+"""Of the box, in sides of the picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """A circle or square about (x, y) of a radius, or a letter from (x, y); in sides of the picture."""
+
+    shape: str
+    ink: str
+    x: float
+    y: float
+    radius: float = 0.17
+
+
+def _sign(text: str, ink: str) -> tuple[Thing, ...]:
+    return tuple(Thing(letter, ink, 0.2 + 0.34 * i, 0.3) for i, letter in enumerate(text))
+
+
+def _clauses(*wanted: tuple[str, int, str]) -> list[dict[str, Any]]:
+    return [{"class": name, "count": count} | ({"color": colour} if colour else {}) for name, count, colour in wanted]
+
+
+SCENES: tuple[tuple[str, tuple[Thing, ...], Prompt], ...] = (
+    ("white", (Thing("circle", "red", 0.5, 0.5, 0.25),), Prompt("a red circle on white", "golden")),
+    ("gray", (Thing("square", "blue", 0.5, 0.5, 0.25),), Prompt("a blue square on gray", "golden")),
+    ("white", (Thing("circle", "green", 0.28, 0.3), Thing("circle", "green", 0.7, 0.68)), Prompt(
+        "a photo of two circles", "golden", {"tag": "counting", "include": _clauses(("circle", 2, "")),
+                                             "exclude": _clauses(("circle", 3, ""))})),
+    ("pink", (Thing("square", "yellow", 0.28, 0.6), Thing("circle", "purple", 0.72, 0.4)), Prompt(
+        "a photo of a yellow square and a purple circle", "golden",
+        {"tag": "color_attr", "include": _clauses(("square", 1, "yellow"), ("circle", 1, "purple"))})),
+    ("white", _sign("HE", "black"), Prompt('a sign saying "HE" in black on white', "golden")),
+    ("cyan", _sign("TL", "red"), Prompt('a sign saying "TL" in red on cyan', "golden")))
+"""Ground, things, prompt; neighbours 2 k and 2 k + 1 are partners."""
+COUNT = len(SCENES)
+"""Pictures; there are twice as many samples."""
+
+
+def draw(ground: str, things: Sequence[Thing], side: int) -> np.ndarray:
+    """A picture uint8 [side, side, 3]."""
+    nodes = (np.arange(side * OVERSAMPLE) + 0.5) / (side * OVERSAMPLE)
+    x, y = nodes[None, :], nodes[:, None]
+    picture = np.broadcast_to(np.array(GROUNDS[ground], np.float64), (side, side, 3))
+    for thing in things:
+        across, down = x - thing.x, y - thing.y
+        if thing.shape == "circle":
+            inside = across**2 + down**2 < thing.radius**2
+        elif thing.shape == "square":
+            inside = np.maximum(np.abs(across), np.abs(down)) < 0.86 * thing.radius
+        else:
+            inside = np.zeros((nodes.size, nodes.size), bool)
+            for left, top, right, bottom in LETTERS[thing.shape]:
+                inside |= ((across > left * WIDTH) & (across < right * WIDTH) &
+                           (down > top * HEIGHT) & (down < bottom * HEIGHT))
+        share = inside.reshape(side, OVERSAMPLE, side, OVERSAMPLE).mean((1, 3))[..., None]
+        picture = picture * (1 - share) + np.array(INKS[thing.ink]) * share
+    return np.round(picture).astype(np.uint8)
+
+
+def samples(side: int) -> tuple[np.ndarray, list[Prompt]]:
+    """What is scored.
+
+    Returns:
+      pictures float32 [2 COUNT, side, side, 3] in [0, 1], every picture twice in a row, and their prompts: its own,
+      then its partner's.
+    """
+    pictures = [draw(ground, things, side) for ground, things, _ in SCENES]
+    prompts = [prompt for _, _, prompt in SCENES]
+    return (np.repeat(np.stack(pictures), 2, axis=0).astype(np.float32) / 255,
+            [prompts[i ^ partner] for i in range(COUNT) for partner in (0, 1)])
+
+
+def read_expected(directory: Path | None, side: int) -> dict[str, list[float | None]]:
+    """Recorded scores by reward, for pictures of this size; empty where there are none.
+
+    Raises:
+      InputError: a file that is damaged.
+    """
+    file = None if directory is None else directory / FILE
+    if file is None or not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        size, scores = record["size"], record["scores"]
+        whole = all(isinstance(row, list) and len(row) == 2 * COUNT and
+                    all(v is None or isinstance(v, (int, float)) for v in row) for row in scores.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{file}: expected scores of the golden pictures; received something else (write it anew with "
+                         "marble-jax reward check --write)")
+    return scores if size == side else {}
+
+
+def write_expected(directory: Path, side: int, scores: Mapping[str, Sequence[float | None]]) -> Path:
+    """Records scores, whole or not at all; other rewards that are on record at this size stay."""
+    kept = read_expected(directory, side) if (directory / FILE).exists() else {}
+    rows = {name: [None if v is None else float(f"{v:.6g}") for v in row] for name, row in {**kept, **scores}.items()}
+    lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
+    file = directory / FILE
+    write_whole(file, f'{{"size": {side}, "scores": {{\n  {lines}\n}}}}\n')
+    return file

@@ -1,0 +1,1 @@
+"""Rewards on the host: worker threads, worker processes, text recognisers."""

@@ -1,0 +1,1 @@
+"""What is trained: LoRA adapters of a frozen network, and averages of them."""

@@ -1,0 +1,66 @@
+"""Which compiled step an optimiser step runs: one that solves for alpha, or one in between."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import optax
+
+from marble_jax.errors import InputError
+from marble_jax.flow.policy_sampler import PolicyVelocity
+from marble_jax.training.micro_batches import RolloutBatch
+from marble_jax.training.state import TrainState
+from marble_jax.training.train_step import Metrics, Recipe, Step, amortised_step, exact_step
+from marble_jax.training.upstream_step import faithful_step
+from marble_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The compiled steps of a mode, and when each is due.
+
+    Attributes:
+      first: of the very first optimiser step.
+      refresh: solves for alpha again.
+      between: reuses alpha.
+      every: optimiser steps from one refresh to the next.
+    """
+
+    first: Step
+    refresh: Step
+    between: Step
+    every: int
+
+    def due(self, solved: bool, age: int) -> Step:
+        """The step to run when there was a solve (or not) and the last one is `age` steps old."""
+        if not solved:
+            return self.first
+        return self.refresh if age >= self.every else self.between
+
+
+def make_steps(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation, mode: str,
+               refresh_every: int) -> Steps:
+    """Steps of "exact", "amortised" or "faithful"; the training state is donated to each.
+
+    Raises:
+      InputError: refresh_every below 1.
+    """
+    if refresh_every < 1:
+        raise InputError(f"harmonize.refresh_every: expected at least 1; received {refresh_every}")
+
+    def compiled(step: Step) -> Callable:
+        def train(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+            with jax.named_scope("train"):
+                return step(state, params, batch)
+
+        return jax.jit(train, donate_argnums=0)
+
+    if mode == "faithful":
+        first, refresh, between = (compiled(faithful_step(recipe, velocity, optimizer, solved))
+                                   for solved in ("all", "first", "none"))
+        return Steps(first, refresh, between, refresh_every)
+    exact = compiled(exact_step(recipe, velocity, optimizer))
+    if mode == "exact":
+        return Steps(exact, exact, exact, 1)
+    return Steps(exact, exact, compiled(amortised_step(recipe, velocity, optimizer)), refresh_every)

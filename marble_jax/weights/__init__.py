@@ -1,0 +1,1 @@
+"""Files of published weights: reading them, mapping their keys to parameters, hashing what they hold."""

@@ -1,0 +1,186 @@
+"""Text embeddings kept in memory and on disk: the encoders' own values, keyed by content, and no encoder when full."""
+from __future__ import annotations
+
+import importlib.resources
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marble_jax.errors import InputError
+from marble_jax.families import embedding_cache as module
+from marble_jax.families.embedding_cache import Embeddings
+from marble_jax.families.sd3.text import identity
+from marble_jax.types import Conditioning
+from marble_jax.weights import content_hash
+
+EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded" / "pipeline"))
+TEXTS = ["a cat", "two dogs", "", "a cat", "fog"]
+
+
+class Encoders:
+    """Encoders whose values spell the text; counts the texts they were asked for."""
+
+    prompt_batch = 2
+
+    def __init__(self, dtype=jnp.float32):
+        self.dtype, self.seen = dtype, []
+
+    def encode(self, texts, length):
+        self.seen += texts
+        rows = np.array([[ord(c) for c in t[:3].ljust(3)] for t in texts], np.float32) / 7
+        embeds = np.repeat(rows[:, None], length, axis=1)
+        return Conditioning(jnp.asarray(embeds, self.dtype), jnp.asarray(rows[:, :2], self.dtype))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The small files of a model: enough to tell one from another."""
+    root = tmp_path / "model"
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"):
+        (root / name).mkdir(parents=True)
+        (root / name / "file").write_text(name)
+    shutil.copy(EMBEDDED / "model_index.json", root)
+    return root
+
+
+def made(root, encoders, cache="", length=4, dtype=jnp.float32, **options):
+    return Embeddings(root, length, dtype, cache=cache, load=lambda: encoders, **options)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_are_those_of_the_encoders_bit_for_bit(model, tmp_path, dtype):
+    encoders = Encoders(dtype)
+    want = encoders.encode(TEXTS, 4)
+    for cache in ("", tmp_path / "cache"):
+        for _ in range(2):  # the second time from disk
+            got = made(model, encoders, cache, dtype=dtype)(TEXTS)
+            assert got.embeds.dtype == got.pooled.dtype == dtype
+            assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), got, want))
+
+
+def test_every_text_is_encoded_once(model):
+    encoders = Encoders()
+    cond = made(model, encoders)
+    for texts in (TEXTS, TEXTS[::-1], ["fog", "a bird"]):
+        cond(texts)
+    assert sorted(encoders.seen) == ["", "a bird", "a cat", "fog", "two dogs"]
+
+
+def test_after_fill_no_encoder_is_needed(model, tmp_path):
+    encoders, done = Encoders(), []
+    cond = made(model, encoders, tmp_path / "cache")
+    assert len(cond.missing(TEXTS)) == 4 and cond.fill(TEXTS, done.append) == 4
+    assert sum(done) == 4 and not cond.loaded and cond.missing(TEXTS) == []
+
+    def forbidden():
+        pytest.fail("the encoders were loaded")
+
+    later = Embeddings(model, 4, jnp.float32, cache=tmp_path / "cache", load=forbidden)
+    assert later.fill(TEXTS) == 0
+    np.testing.assert_array_equal(later(TEXTS).embeds, encoders.encode(TEXTS, 4).embeds)
+
+
+def test_a_killed_fill_goes_on(model, tmp_path):
+    class Killed(Exception):
+        pass
+
+    encoders, cache = Encoders(), tmp_path / "cache"
+
+    def stop(count):
+        raise Killed
+
+    with pytest.raises(Killed):
+        made(model, encoders, cache).fill(TEXTS, stop)
+    (next(cache.glob("*/*.npz")).parent / ".half.npz.1.partial").write_bytes(b"PK")
+    again = made(model, encoders, cache)
+    assert len(again.missing(TEXTS)) == 2 and again.fill(TEXTS) == 2 and sorted(encoders.seen) == sorted(set(TEXTS))
+
+
+def test_another_model_length_dtype_or_t5_is_another_entry(model, tmp_path):
+    cache = tmp_path / "cache"
+    made(model, Encoders(), cache).fill(["a cat"])
+    other = shutil.copytree(model, tmp_path / "other")
+    assert made(other, Encoders(), cache).missing(["a cat"]) == []  # the same contents elsewhere
+    for options in ({"length": 5}, {"dtype": jnp.bfloat16}, {"t5": False}):
+        assert made(model, Encoders(), cache, **options).missing(["a cat"]) == ["a cat"]
+    (other / "tokenizer_2" / "file").write_text("another")
+    assert made(other, Encoders(), cache).missing(["a cat"]) == ["a cat"]
+    (model / "vae").mkdir()
+    (model / "vae" / "file").write_text("no matter")
+    assert made(model, Encoders(), cache).missing(["a cat"]) == []
+
+
+def test_hashes_are_kept_and_noticed_when_stale(model, monkeypatch):
+    first, hashes = identity(model)
+    monkeypatch.setattr(content_hash.hashlib, "file_digest", lambda *a: pytest.fail("a known file was read"))
+    assert identity(model, known=hashes) == (first, hashes)
+    monkeypatch.undo()
+    (model / "text_encoder_3" / "file").write_text("longer than before")
+    assert identity(model, known=hashes)[0] != first and identity(model, False, hashes)[0] != first
+
+
+def test_memory_is_bounded_and_what_left_comes_back(model, tmp_path):
+    encoders = Encoders()
+    one = (4 * 3 + 2) * 4
+    cond = made(model, encoders, memory=2 * one)
+    texts = [f"{i:03d}" for i in range(6)]
+    np.testing.assert_array_equal(cond(texts).embeds, Encoders().encode(texts, 4).embeds)
+    assert len(cond._at_hand) == 2
+    cond(["000"])
+    assert encoders.seen.count("000") == 2
+    stored = made(model, encoders, tmp_path / "cache", memory=one)
+    stored.fill(texts)
+    count = len(encoders.seen)
+    stored(texts)
+    assert len(encoders.seen) == count and len(stored._at_hand) == 1
+
+
+def test_the_real_encoders(tmp_path):
+    """Values of the shipped pipeline through the cache equal those computed at once."""
+    from marble_jax.families.sd3.text import load_text_encoders
+
+    cond = Embeddings(EMBEDDED, 6, jnp.float32, cache=tmp_path)
+    got, want = cond(["a red star"]), load_text_encoders(EMBEDDED).encode(["a red star"], 6)
+    assert cond.loaded and cond.fill([]) == 0 and not cond.loaded
+    np.testing.assert_array_equal(got.embeds, want.embeds)
+    np.testing.assert_array_equal(got.pooled, want.pooled)
+
+
+def test_bad_places_and_files(model, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(InputError, match=f"embedding cache: expected a writable folder; received {file}"):
+        made(model, Encoders(), file)
+    cache = tmp_path / "cache"
+    cond = made(model, Encoders(), cache)
+    with pytest.raises(InputError, match=r"prompts: expected a list of one or more texts; received \[\]"):
+        cond([])
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(InputError, match="embedding cache: expected 0.0 GB of free space in .*; received 0.0 GB"):
+        cond.fill(TEXTS)
+    monkeypatch.undo()
+    cond.fill(TEXTS)
+    stored = next(cache.glob("*/*.npz"))
+    for damaged in cache.glob("*/*.npz"):
+        damaged.write_bytes(stored.read_bytes()[:50])
+    with pytest.raises(InputError, match="embedding cache: expected a readable .*npz; received .* .delete the file"):
+        made(model, Encoders(), cache)(["a cat"])
+    (cache / "hashes.json").write_text("{")
+    assert made(model, Encoders(), cache).missing(["a cat"]) == []
+    assert json.loads((cache / "hashes.json").read_text())
+
+
+def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch):
+    cond = made(model, Encoders(), tmp_path / "cache")
+
+    def full(file, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write", full)
+    with pytest.raises(InputError, match="embedding cache: expected space to write in .*; received No space left"):
+        cond.fill(TEXTS)

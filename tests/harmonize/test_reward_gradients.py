@@ -1,0 +1,185 @@
+"""All rewards' gradients from two pull-backs against one backward pass per reward."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import marble_jax  # noqa: F401
+from marble_jax import tree
+from marble_jax.errors import InputError
+from marble_jax.harmonize import reward_gradients
+from marble_jax.objectives import nft
+
+BETA, NUM, TOKENS, WIDTH = 0.1, 6, 4, 8
+
+
+def _velocity(adapter, xt, t, cond):
+    """One attention layer and a gated product, low-rank weights, samples independent."""
+    x = xt + cond["c"][:, None] * t[:, None, None]
+    q, k = x @ adapter["q"]["a"] @ adapter["q"]["b"], x @ adapter["k"]["a"] @ adapter["k"]["b"]
+    weights = jax.nn.softmax(jnp.einsum("nqd,nkd->nqk", q, k) / 2.0)
+    return jnp.tanh(weights @ x) * (1 + x @ adapter["q"]["a"] @ adapter["k"]["b"])
+
+
+@functools.cache
+def _problem(num_rewards, seed=0):
+    """Adapter, batch with v != v_old, optimality with clipped entries, masks with one empty and one sparse row."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    adapter = {n: {"a": normal(WIDTH, 2) / 2, "b": normal(2, WIDTH)} for n in "qk"}
+    old = jax.tree.map(lambda x: x + 0.2 * normal(*x.shape), adapter)
+    x0, cond = normal(NUM, TOKENS, WIDTH), {"c": normal(NUM, WIDTH)}
+    t = jnp.asarray(rng.uniform(0.1, 1, NUM), jnp.float32)
+    xt = x0 * (1 - t[:, None, None]) + normal(NUM, TOKENS, WIDTH) * t[:, None, None]
+    batch = reward_gradients.FlowBatch(x0, xt, t, cond, _velocity(old, xt, t, cond), 0.5 * normal(NUM, TOKENS, WIDTH))
+    r = nft.optimality(jnp.asarray(rng.normal(size=(num_rewards, NUM)) * 5, jnp.float32))
+    assert num_rewards < 3 or bool(jnp.any(r == 0) & jnp.any(r == 1))
+    valid = rng.random((num_rewards, NUM)) < 0.7
+    valid[:, 0] = True
+    if num_rewards > 2:
+        valid[1], valid[2] = False, np.arange(NUM) == 3
+    return adapter, batch, r, jnp.asarray(valid)
+
+
+def _loss(adapter, batch, r, valid):
+    v = _velocity(adapter, batch.xt, batch.t, batch.cond)
+    positive, negative = nft.branches(v, batch.v_old, batch.x0, batch.xt, batch.t, BETA)
+    return nft.policy_loss(positive, negative, r, BETA, valid=valid)
+
+
+_reference = jax.jit(jax.value_and_grad(_loss))
+
+
+@functools.partial(jax.jit, static_argnames="chunk_size")
+def _fast(adapter, batch, r, valid, chunk_size=None):
+    return reward_gradients.accumulate(_velocity, adapter, batch, r, valid, nft_beta=BETA, chunk_size=chunk_size)
+
+
+def _relative(got, want):
+    return float(tree.norm(jax.tree.map(jnp.subtract, got, want)) / tree.norm(want))
+
+
+@pytest.mark.parametrize("num_rewards", [1, 5, 20])
+def test_every_gradient_equals_its_own_backward_pass(num_rewards):
+    adapter, batch, r, valid = _problem(num_rewards)
+    got = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
+    for k in range(num_rewards):
+        loss, want = _reference(adapter, batch, r[k], valid[k])
+        mine = tree.take(got.gradients, k)
+        if not bool(valid[k].any()):
+            assert float(tree.norm(mine)) == 0.0 and float(got.losses[k]) == 0.0
+            continue
+        assert _relative(mine, want) <= 1e-5, k
+        np.testing.assert_allclose(got.losses[k], loss, rtol=1e-5)
+
+
+def test_divergence_and_its_gradient_come_along():
+    adapter, batch, r, valid = _problem(1)
+    got = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
+    kl, want = jax.value_and_grad(
+        lambda a: nft.kl(_velocity(a, batch.xt, batch.t, batch.cond), batch.v_ref))(adapter)
+    assert _relative(got.kl_gradient, want) <= 1e-5
+    np.testing.assert_allclose(got.kl, kl, rtol=1e-5)
+    without = _fast(adapter, batch.replace(v_ref=None), r, valid)
+    assert float(tree.norm(without.kl_gradient)) == 0.0 and float(without.kl) == 0.0
+    assert _relative(without.gradients, _fast(adapter, batch, r, valid).gradients) <= 1e-6
+
+
+@pytest.mark.parametrize("num_rewards", [1, 5])
+def test_anchors_are_the_loss_at_no_advantage(num_rewards):
+    """What `anchors=False` leaves out is each reward's own backward pass at r = 1/2, times `anchor_scale`."""
+    adapter, batch, r, valid = _problem(num_rewards)
+
+    @functools.partial(jax.jit, static_argnames=("anchors", "anchor_scale"))
+    def means(anchors, anchor_scale):
+        sums = reward_gradients.accumulate(_velocity, adapter, batch, r, valid, nft_beta=BETA, anchors=anchors,
+                                    anchor_scale=anchor_scale)
+        return reward_gradients.mean_gradients(sums)
+
+    signal, tripled = means(False, 1.0), means(True, 3.0)
+    assert float(tree.norm(signal.kl_gradient)) == 0.0 and float(signal.kl) == 0.0
+    for k in range(num_rewards):
+        if bool(valid[k].any()):
+            whole, anchor = (_reference(adapter, batch, x, valid[k])[1] for x in (r[k], jnp.full_like(r[k], 0.5)))
+            assert float(tree.norm(anchor)) > 0.01 * float(tree.norm(whole))
+            assert _relative(tree.take(signal.gradients, k), jax.tree.map(jnp.subtract, whole, anchor)) <= 1e-5
+            thrice = jax.tree.map(lambda w, a: w + 2 * a, whole, anchor)
+            assert _relative(tree.take(tripled.gradients, k), thrice) <= 1e-5
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_chunks_do_not_change_the_sums(chunk_size):
+    adapter, batch, r, valid = _problem(5)
+    whole, parts = _fast(adapter, batch, r, valid), _fast(adapter, batch, r, valid, chunk_size=chunk_size)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_one_chunk_is_no_loop():
+    adapter, batch, r, valid = _problem(5)
+    loops = ["scan[" in str(jax.make_jaxpr(lambda a, n=n: reward_gradients.accumulate(
+        _velocity, a, batch, r, valid, nft_beta=BETA, chunk_size=n))(adapter)) for n in (NUM, NUM // 2)]
+    assert loops == [False, True]
+
+
+def test_sums_of_micro_steps_add_up_to_the_whole_batch():
+    adapter, batch, r, valid = _problem(5)
+    first, second = (jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 2), slice(2, None)))
+    added = tree.add(_fast(adapter, first, r[:, :2], valid[:, :2]), _fast(adapter, second, r[:, 2:], valid[:, 2:]))
+    whole = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
+    assert _relative(reward_gradients.mean_gradients(added).gradients, whole.gradients) <= 1e-5
+    assert float(added.num_samples) == NUM
+    np.testing.assert_array_equal(added.counts, valid.sum(1))
+
+
+def test_one_backward_pass_reproduces_any_weighted_sum():
+    """Masks, clipping and different numbers of valid samples included; weights need not sum to 1."""
+    adapter, batch, r, valid = _problem(5)
+    weights = jnp.array([0.3, 1.0, 2.0, -0.4, 0.7])
+    mean = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
+    p, q = reward_gradients.branch_weights(weights, r, valid)
+    got, parts = reward_gradients.combined_gradient(_velocity, adapter, batch, p, q, nft_beta=BETA, kl_weight=0.5)
+    want = tree.add(tree.weighted_sum(weights, mean.gradients), tree.scale(mean.kl_gradient, 0.5))
+    assert _relative(got, want) <= 1e-5
+    np.testing.assert_allclose(parts["policy_loss"], weights @ mean.losses, rtol=1e-5)
+    np.testing.assert_allclose(parts["kl"], mean.kl, rtol=1e-5)
+
+
+def test_parts_of_a_combined_gradient_add_up():
+    adapter, batch, r, valid = _problem(5)
+    weights, counts = jnp.full(5, 0.2), valid.sum(1)
+
+    def gradient(s):
+        part = jax.tree.map(lambda x: x[s], batch)
+        p, q = reward_gradients.branch_weights(weights, r[:, s], valid[:, s], counts)
+        return reward_gradients.combined_gradient(_velocity, adapter, part, p, q, nft_beta=BETA, kl_weight=0.1,
+                                           num_samples=NUM)[0]
+
+    assert _relative(tree.add(gradient(slice(0, 2)), gradient(slice(2, None))), gradient(slice(None))) <= 1e-5
+
+
+def test_a_combined_advantage_is_the_uniform_case():
+    adapter, batch, r, _ = _problem(1)
+    got, _ = reward_gradients.combined_gradient(_velocity, adapter, batch, r[0] / NUM, (1 - r[0]) / NUM, nft_beta=BETA)
+    assert _relative(got, _reference(adapter, batch, r[0], jnp.ones(NUM, bool))[1]) <= 1e-5
+
+
+def test_gradients_are_float32_for_a_half_precision_velocity():
+    adapter, batch, r, valid = _problem(1)
+    def rounded(*args):
+        return _velocity(*args).astype(jnp.bfloat16)
+
+    sums = reward_gradients.accumulate(rounded, adapter, batch, r, valid, nft_beta=BETA)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(sums))
+    assert _relative(sums.gradients, _fast(adapter, batch, r, valid).gradients) < 0.05
+
+
+def test_chunk_size_must_divide():
+    adapter, batch, r, valid = _problem(1)
+    with pytest.raises(InputError, match="expected a divisor of the 6 samples.*received 4 .nearest valid choice 3"):
+        reward_gradients.accumulate(_velocity, adapter, batch, r, valid, nft_beta=BETA, chunk_size=4)

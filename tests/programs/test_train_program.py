@@ -1,0 +1,114 @@
+"""Evaluations of a run: which policy is the best one, and records that survive a kill."""
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from marble_jax.console import Console
+from marble_jax.programs.train import Evaluations
+from marble_jax.storage.workdir import Workdir
+from marble_jax.training.state import initial_state
+from marble_jax.types import Scores
+
+NAMES = ("large", "small", "heldout")
+# Standard deviations 100, 0.1 and 1.
+BASE = np.array([[-100, 100, -100, 100], [-0.1, 0.1, -0.1, 0.1], [-1, 1, -1, 1]], np.float32)
+
+
+class Nothing:
+    def write(self, step, record):
+        pass
+
+
+def scores_of(values):
+    return Scores(NAMES, values, np.ones(values.shape, bool), np.zeros(values.shape, bool))
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(gains): evaluations in which step i has the gains gains[i] over the base model, and how often it was asked.
+    """
+    def call(gains, best="train", heldout=("heldout",)):
+        asked = []
+
+        def evaluate(params, adapter, progress):
+            step = None if adapter is None else int(adapter["step"])
+            asked.append(step)
+            progress(1)
+            gain = np.zeros(3) if step is None else np.asarray(gains[step])
+            return scores_of((BASE + gain[:, None]).astype(np.float32)), np.zeros((1, 2, 2, 3))
+
+        evaluate.groups, evaluate.kept = np.arange(4), [0]
+        evaluate.prompts = [SimpleNamespace(text=f"a thing {i}") for i in range(4)]
+        config = ml_collections.ConfigDict({"rewards": {"train": ("large", "small"), "heldout": heldout},
+                                            "evaluation": {"best": best}, "rollout": {"merge_adapter": False}})
+        run = SimpleNamespace(config=config, evaluator=evaluate, spec=SimpleNamespace(scale=1.0),
+                              pipeline=SimpleNamespace(params={}))
+        return Evaluations(run, Workdir(str(tmp_path)), Console(), Nothing()), asked
+
+    return call
+
+
+class Optimizer:
+    def init(self, adapter):
+        return ()
+
+
+def after(step, state=None):
+    state = state or initial_state({"step": jnp.zeros((), jnp.int32)}, Optimizer(), 2, (), 0)
+    return state.replace(step=jnp.asarray(step, jnp.int32), ema={"step": jnp.asarray(step, jnp.int32)})
+
+
+@pytest.mark.parametrize(("best", "heldout", "step", "gain"), [
+    ("train", ("heldout",), 1, (-5 / 100 + 0.2 / 0.1) / 2), ("heldout", ("heldout",), 3, 0.9),
+    ("all", ("heldout",), 1, (-5 / 100 + 0.2 / 0.1) / 3), ("heldout", (), 1, (-5 / 100 + 0.2 / 0.1) / 2)])
+def test_the_best_policy_has_the_largest_standardised_gain(make, best, heldout, step, gain):
+    """Step 2 has the largest mean of raw scores (by 10 of the reward on the scale of 100), step 3 the largest of the
+    reward that is not trained on; step 1 gains two standard deviations where they are small."""
+    evaluations, _ = make({1: (-5.0, 0.2, 0.0), 2: (20.0, 0.0, 0.0), 3: (0.0, 0.0, 0.9)}, best, heldout)
+    state = evaluations(after(0))
+    assert float(state.best_score) == -np.inf
+    for number in (1, 2, 3):
+        state = evaluations(after(number, state))
+    assert int(state.best_step) == step and int(state.best["step"]) == step
+    assert float(state.best_score) == pytest.approx(gain, rel=1e-5)
+
+
+def test_the_base_model_is_evaluated_once_and_what_a_kill_left_is_completed(make, tmp_path):
+    gains = {1: (1.0, 0.1, 0.0), 2: (2.0, 0.2, 0.0)}
+    evaluations, asked = make(gains)
+    evaluations(after(1, evaluations(after(0))))
+    assert asked == [None, 1]
+    evaluations, asked = make(gains)  # another process
+    evaluations(after(1))
+    assert asked == []
+    evaluations(after(2))
+    assert asked == [2]
+    for damage in (b"", b'{"names": ["lar', None):
+        file = tmp_path / "base_scores.json"
+        file.unlink() if damage is None else file.write_bytes(damage)
+        evaluations, asked = make(gains)
+        evaluations(after(2))
+        assert asked == [None]  # anew, but not on record twice
+    records = Workdir(str(tmp_path)).read(tmp_path / "evaluation.jsonl")
+    assert [(r["step"], r["policy"]) for r in records] == [(0, "base"), (1, "ema"), (2, "ema")]
+
+
+def test_an_evaluation_that_gives_way_is_not_on_record(make, tmp_path):
+    evaluations, asked = make({1: (1.0, 0.1, 0.0)})
+    state = after(1, evaluations(after(0)))
+
+    class Stop(Exception):
+        pass
+
+    def give_way():
+        raise Stop
+
+    with pytest.raises(Stop):
+        evaluations(state, give_way)
+    assert [r["step"] for r in Workdir(str(tmp_path)).read(tmp_path / "evaluation.jsonl")] == [0]
+    assert int(evaluations(state).best_step) == 1 and asked == [None, 1, 1]

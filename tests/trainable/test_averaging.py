@@ -1,0 +1,45 @@
+"""Decay schedules against hand-computed values."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marble_jax.errors import InputError
+from marble_jax.trainable import averaging
+
+
+@pytest.mark.parametrize(("name", "settings", "expected"), [
+    ("copy", {}, {0: 0, 10: 0, 10000: 0}),
+    ("linear_capped", {}, {0: 0, 1: 0.001, 500: 0.5, 950: 0.95, 5000: 0.95}),
+    ("linear_capped", {"cap": 0.5}, {499: 0.499, 501: 0.5}),
+    ("linear_capped", {"rate": 0.01, "offset": 10}, {5: 0, 10: 0, 20: 0.1}),
+    ("delayed_linear", {}, {0: 0, 74: 0, 75: 0, 76: 0.0075, 175: 0.75, 1000: 0.999})])
+def test_rollout_decay(name, settings, expected):
+    decay = averaging.rollout_decay(name, **settings)
+    traced = jax.jit(decay)
+    for step, value in expected.items():
+        assert float(decay(step)) == pytest.approx(value, abs=1e-6)
+        assert float(traced(jnp.asarray(step))) == pytest.approx(value, abs=1e-6)
+
+
+def test_ema_decay_warms_up():
+    assert float(averaging.ema_decay(1, 0.9)) == pytest.approx(2 / 11)
+    assert float(averaging.ema_decay(79, 0.9)) == pytest.approx(80 / 89)
+    assert float(averaging.ema_decay(80, 0.9)) == pytest.approx(0.9)
+    assert float(averaging.ema_decay(5, 0.9, warmup_rate=0.1)) == pytest.approx(0.5)
+    assert float(averaging.ema_decay(50, 0.9, warmup_rate=0.1)) == pytest.approx(0.9)
+
+
+def test_soft_update_keeps_dtype():
+    slow, current = {"a": jnp.array([1.0, 1.0], jnp.bfloat16)}, {"a": jnp.array([3.0, 5.0])}
+    got = averaging.soft_update(slow, current, 0.75)
+    np.testing.assert_allclose(got["a"].astype(jnp.float32), [1.5, 2.0])
+    assert got["a"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), [
+    ("linear", {}, "rollout decay: expected one of copy, linear_capped, delayed_linear; received 'linear'"),
+    ("linear_capped", {"cap": 1.5}, r"rollout decay cap: expected a number in \[0, 1\]; received 1.5")])
+def test_bad_input(name, settings, message):
+    with pytest.raises(InputError, match=message):
+        averaging.rollout_decay(name, **settings)
