@@ -5,6 +5,7 @@
 A preset is a row of the table below: what it changes. '' is MARBLE; `only_*` train on one reward and evaluate the
 others, on pictures of its own prompts where it does not apply to all; `smoke` takes a few seconds, for tests.
 """
+
 from marble_jax.config import default_config
 from marble_jax.errors import one_of
 
@@ -20,24 +21,59 @@ PRESETS = {
     "exact": WEIGHTED | {"harmonize.mode": "exact"},
     "amortised": WEIGHTED | {"harmonize.mode": "amortised"},
     "faithful": WEIGHTED | {"harmonize.mode": "faithful", "rollout.integer_timesteps": True},
-    "weighted_sum": {"advantages.scalarise": "weighted_sum", "harmonize.reward_weights": SUM_WEIGHTS},
-    "upweighted": {"advantages.scalarise": "weighted_sum", "harmonize.reward_weights": (25.0, 8.6, 1.9, 6.0, 5.4)},
+    "weighted_sum": {
+        "advantages.scalarise": "weighted_sum",
+        "harmonize.reward_weights": SUM_WEIGHTS,
+    },
+    "upweighted": {
+        "advantages.scalarise": "weighted_sum",
+        "harmonize.reward_weights": (25.0, 8.6, 1.9, 6.0, 5.4),
+    },
     "gdpo": {"advantages.scalarise": "gdpo"},
-    "sequential": {"advantages.scalarise": "weighted_sum", "harmonize.reward_weights": SUM_WEIGHTS,
-                   "advantages.stages": ("alignment+preference+aesthetic@general", "ocr@ocr", "geneval@geneval")},
+    "sequential": {
+        "advantages.scalarise": "weighted_sum",
+        "harmonize.reward_weights": SUM_WEIGHTS,
+        "advantages.stages": (
+            "alignment+preference+aesthetic@general",
+            "ocr@ocr",
+            "geneval@geneval",
+        ),
+    },
     "equal": {"harmonize.balancer": "equal", "harmonize.normalize": False},
-    "dropout": WEIGHTED | {"advantages.dropout": 0.5,
-                           "advantages.dropout_targets": ("alignment", "preference", "aesthetic")},
+    "dropout": WEIGHTED
+    | {
+        "advantages.dropout": 0.5,
+        "advantages.dropout_targets": ("alignment", "preference", "aesthetic"),
+    },
     "only_alignment": {"rewards.train": ("alignment",)},
     "only_preference": {"rewards.train": ("preference",)},
     "only_aesthetic": {"rewards.train": ("aesthetic",)},
-    "only_ocr": {"rewards.train": ("ocr",), "prompts.sources": ("ocr",), "evaluation.sources": SOURCES},
-    "only_geneval": {"rewards.train": ("geneval",), "prompts.sources": ("geneval",), "evaluation.sources": SOURCES},
-    "smoke": {"rollout.prompts_per_step": 3, "rollout.images_per_prompt": 4, "rollout.batch_size": 12,
-              "rollout.num_steps": 4, "training.num_steps": 3, "training.micro_batch_size": 12,
-              "training.timestep_fraction": 0.5, "harmonize.refresh_every": 2, "harmonize.chunk_size": 12,
-              "evaluation.num_prompts": 6, "evaluation.every_steps": 0, "evaluation.num_steps": 4,
-              "evaluation.num_pictures": 3, "checkpoints.every_steps": 1},
+    "only_ocr": {
+        "rewards.train": ("ocr",),
+        "prompts.sources": ("ocr",),
+        "evaluation.sources": SOURCES,
+    },
+    "only_geneval": {
+        "rewards.train": ("geneval",),
+        "prompts.sources": ("geneval",),
+        "evaluation.sources": SOURCES,
+    },
+    "smoke": {
+        "rollout.prompts_per_step": 3,
+        "rollout.images_per_prompt": 4,
+        "rollout.batch_size": 12,
+        "rollout.num_steps": 4,
+        "training.num_steps": 3,
+        "training.micro_batch_size": 12,
+        "training.timestep_fraction": 0.5,
+        "harmonize.refresh_every": 2,
+        "harmonize.chunk_size": 12,
+        "evaluation.num_prompts": 6,
+        "evaluation.every_steps": 0,
+        "evaluation.num_steps": 4,
+        "evaluation.num_pictures": 3,
+        "checkpoints.every_steps": 1,
+    },
 }
 
 
@@ -45,16 +81,27 @@ def get_config(preset: str = ""):
     one_of("preset of configs/embedded.py", preset, PRESETS)
     config = default_config()
     config.name = "embedded" + (f"-{preset}" if preset else "")
-    config.model.update(path="embedded", dtype="float32", resolution=64, max_sequence_length=12, unroll=2)
+    config.model.update(
+        path="embedded", dtype="float32", resolution=64, max_sequence_length=12, unroll=2
+    )
     config.prompts.path = "embedded"
     config.rewards.update(path="embedded", train=REWARDS)
     config.lora.update(rank=16, alpha=32.0)
-    config.rollout.update(prompts_per_step=18, images_per_prompt=8, batch_size=72, num_steps=6, merge_adapter=True)
-    config.training.update(num_steps=60, micro_batch_size=72, timestep_fraction=0.5, learning_rate=1e-3)
+    config.rollout.update(
+        prompts_per_step=18, images_per_prompt=8, batch_size=72, num_steps=6, merge_adapter=True
+    )
+    config.training.update(
+        num_steps=60, micro_batch_size=72, timestep_fraction=0.5, learning_rate=1e-3
+    )
     config.harmonize.update(refresh_every=5, chunk_size=36, anchor_every=4)
     config.policies.update(schedule="linear_capped", rate=0.001, cap=0.5)
-    config.evaluation.update(num_prompts=420, images_per_prompt=2, every_steps=30, num_steps=6, solver="dpm2")
+    config.evaluation.update(
+        num_prompts=420, images_per_prompt=2, every_steps=30, num_steps=6, solver="dpm2"
+    )
     config.checkpoints.update(every_steps=10, keep=2)
     config.update_from_flattened_dict(PRESETS[preset])
-    config.rewards.heldout = (*(name for name in REWARDS if name not in config.rewards.train), "judge")
+    config.rewards.heldout = (
+        *(name for name in REWARDS if name not in config.rewards.train),
+        "judge",
+    )
     return config

@@ -17,13 +17,25 @@ computed: 48 prompts x 24 pictures, fused attention, nothing recomputed in the b
 `marble-jax plan --config=configs/sd3.py:gpu_80gb --devices=1 --chip=h100` says, with `--chip=h200` for the second and
 `--devices=8` for the third: 37, 73 and 40 GB a GPU, and the reward models take some 12 GB more.
 """
+
 from marble_jax.config import default_config
 from marble_jax.errors import one_of
 
-PRESETS = ("sd3_multi_reward_pareto_5r_alpha_ema", "sd3_ablation_equal_alpha", "faithful", "exact", "weighted_sum",
-           "gpu_80gb", "gpu_140gb", "gpu_8x80gb")
+PRESETS = (
+    "sd3_multi_reward_pareto_5r_alpha_ema",
+    "sd3_ablation_equal_alpha",
+    "faithful",
+    "exact",
+    "weighted_sum",
+    "gpu_80gb",
+    "gpu_140gb",
+    "gpu_8x80gb",
+)
 GPUS = {  # (rollout.batch_size, training.micro_batch_size, harmonize.chunk_size a device)
-    "gpu_80gb": (144, 72, 8), "gpu_140gb": (288, 72, 18), "gpu_8x80gb": (576, 144, 9)}
+    "gpu_80gb": (144, 72, 8),
+    "gpu_140gb": (288, 72, 18),
+    "gpu_8x80gb": (576, 144, 9),
+}
 
 
 def get_config(preset: str = PRESETS[0]):
@@ -31,7 +43,9 @@ def get_config(preset: str = PRESETS[0]):
     config = default_config()
     config.name = preset
     config.model.path = "stabilityai/stable-diffusion-3.5-medium"
-    config.model.remat = "full"  # without it the 9 samples a device of the paper take about 100 GB of activations
+    config.model.remat = (
+        "full"  # without it the 9 samples a device of the paper take about 100 GB of activations
+    )
     config.prompts.path = "generated"
     config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
     config.rewards.path = "hub"
@@ -39,7 +53,9 @@ def get_config(preset: str = PRESETS[0]):
     if preset in GPUS:
         config.harmonize.mode = "exact"
         config.model.update(attention="cudnn", remat="none")
-        config.rollout.batch_size, config.training.micro_batch_size, config.harmonize.chunk_size = GPUS[preset]
+        config.rollout.batch_size, config.training.micro_batch_size, config.harmonize.chunk_size = (
+            GPUS[preset]
+        )
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)
     elif preset == "faithful":

@@ -1,4 +1,5 @@
 """Multi-reward reinforcement learning of diffusion models in JAX."""
+
 from marble_jax import platform as _platform
 
 _platform.prepare()

@@ -1,4 +1,5 @@
 """`python -m marble_jax`."""
+
 import sys
 
 from marble_jax.cli.main import main

@@ -1,4 +1,5 @@
 """What a run says on the terminal: progress bars where there is one, plain lines where there is none."""
+
 from __future__ import annotations
 
 import sys
@@ -24,16 +25,25 @@ class Console:
 
     def bar(self, total: int, what: str, unit: str) -> tqdm:
         """A bar with rate and remaining time, to be used as a context; silent without a terminal. Unit B: bytes."""
-        return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", leave=False, disable=not self.bars,
-                    dynamic_ncols=True)
+        return tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            unit_scale=unit == "B",
+            leave=False,
+            disable=not self.bars,
+            dynamic_ncols=True,
+        )
 
     def table(self, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Aligned columns, the first to the left and the others to the right (or all left without a header)."""
         lines = [tuple(header), *rows] if header else list(rows)
         widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
         for number, line in enumerate(lines):
-            cells = [str(c).ljust(w) if i == 0 or not header else str(c).rjust(w)
-                     for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+            cells = [
+                str(c).ljust(w) if i == 0 or not header else str(c).rjust(w)
+                for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            ]
             self.say("  " + "  ".join(cells).rstrip())
             if header and number == 0:
                 self.say("  " + "-" * (sum(widths) + 2 * (len(widths) - 1)))
@@ -71,7 +81,9 @@ def quantity(count: float) -> str:
     return f"{count:g}"
 
 
-def shown(value: float, low: float | None = None, high: float | None = None, sign: bool = False) -> str:
+def shown(
+    value: float, low: float | None = None, high: float | None = None, sign: bool = False
+) -> str:
     """A mean, with its interval when given."""
     text = f"{value:+.4f}" if sign else f"{value:.4f}"
     return text if low is None else f"{text} [{low:+.4f}, {high:+.4f}]"

@@ -1,4 +1,5 @@
 """The one exception for bad input, and the nearest valid choice to name in it."""
+
 from __future__ import annotations
 
 import difflib
@@ -23,4 +24,6 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         expected = ", ".join(str(c) or "'' (the default)" for c in choices)
-        raise InputError(f"{what}: expected one of {expected}; received {value!r}{nearest(value, choices)}")
+        raise InputError(
+            f"{what}: expected one of {expected}; received {value!r}{nearest(value, choices)}"
+        )

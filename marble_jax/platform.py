@@ -5,6 +5,7 @@ cotangents for every index but the first, silently, once the network is large en
 attention, MLP and LoRA already are). Per-sample gradients are built on exactly that composition, so the fusion is
 switched off for the affected releases. `tests/harmonize/test_compiler_trap.py` fails when the setting is lost.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -15,8 +16,14 @@ from collections.abc import MutableMapping
 FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 AFFECTED = ("0.10.",)
 # The accelerator type only silences a warning: slices of other chips compile under it.
-_LIBTPU_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",
-                 "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+_LIBTPU_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 
 
 def needs_fusion_off(jaxlib_version: str) -> bool:
@@ -43,7 +50,9 @@ def prepare(environ: MutableMapping[str, str] | None = None) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     flags = environ.get("XLA_FLAGS", "")
-    on_tpu = importlib.util.find_spec("libtpu") is not None and environ.get("JAX_PLATFORMS", "") != "cpu"
+    on_tpu = (
+        importlib.util.find_spec("libtpu") is not None and environ.get("JAX_PLATFORMS", "") != "cpu"
+    )
     if not needs_fusion_off(version) or FUSION_FLAG in flags or on_tpu:
         return False
     environ["XLA_FLAGS"] = f"{flags} {FUSION_FLAG}".strip()
@@ -77,4 +86,6 @@ def keep_compilations(directory: str = "") -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", directory or os.path.expanduser("~/.cache/marble_jax/xla"))
+        jax.config.update(
+            "jax_compilation_cache_dir", directory or os.path.expanduser("~/.cache/marble_jax/xla")
+        )

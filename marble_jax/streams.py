@@ -4,6 +4,7 @@ A key is derived from the run's key by the stream's name first and by the positi
 can meet: under JAX's threefry `fold_in(key, i)` and `split(key, n)[i]` are the same key, and numbers given out by hand
 do collide. Names are hashed by CRC-32, which is the same on every machine and in every version of Python.
 """
+
 from __future__ import annotations
 
 import enum
@@ -33,7 +34,9 @@ class Stream(enum.Enum):
         return zlib.crc32(self.value.encode())
 
 
-def stream_key(key: jax.Array, stream: Stream, position: jax.Array | int | None = None) -> jax.Array:
+def stream_key(
+    key: jax.Array, stream: Stream, position: jax.Array | int | None = None
+) -> jax.Array:
     """PRNG key of a stream.
 
     Args:

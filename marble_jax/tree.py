@@ -3,6 +3,7 @@
 A *stacked* tree holds K trees of one structure with the index as the first axis of every leaf; per-reward gradients
 are kept that way. Every sum is taken leaf by leaf, so a sharded tree needs no gathering.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,7 +22,9 @@ def _wide(x: jax.Array) -> jax.Array:
 def zeros_like(tree: Tree, stack: int | None = None) -> Tree:
     """Float32 (or wider) zeros shaped like `tree`; with `stack=K` every leaf gains a leading axis of length K."""
     lead = () if stack is None else (stack,)
-    return jax.tree.map(lambda x: jnp.zeros(lead + x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return jax.tree.map(
+        lambda x: jnp.zeros(lead + x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree
+    )
 
 
 def add(x: Tree, y: Tree) -> Tree:
@@ -69,6 +72,7 @@ def gram(stacked: Tree) -> jax.Array:
     Returns:
       [K, K], symmetric, at least float32. A non-finite entry in tree k makes row and column k non-finite.
     """
+
     def one(leaf: jax.Array) -> jax.Array:
         flat = _wide(leaf).reshape(leaf.shape[0], -1)
         return jnp.einsum("kp,lp->kl", flat, flat, precision=_HIGHEST)
@@ -86,16 +90,21 @@ def weighted_sum(weights: jax.Array, stacked: Tree) -> Tree:
       weights: [K].
       stacked: leaves [K, ...].
     """
+
     def one(leaf: jax.Array) -> jax.Array:
         keep = (weights != 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
-        return jnp.einsum("k,k...->...", weights.astype(leaf.dtype), jnp.where(keep, leaf, 0), precision=_HIGHEST)
+        return jnp.einsum(
+            "k,k...->...", weights.astype(leaf.dtype), jnp.where(keep, leaf, 0), precision=_HIGHEST
+        )
 
     return jax.tree.map(one, stacked)
 
 
 def all_finite(tree: Tree) -> jax.Array:
     """Scalar bool: every number of every leaf is finite."""
-    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree), jnp.array(True))
+    return jax.tree.reduce(
+        jnp.logical_and, jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree), jnp.array(True)
+    )
 
 
 def num_elements(tree: Tree) -> int:

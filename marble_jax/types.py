@@ -1,4 +1,5 @@
 """The few structures that cross rooms."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """The house's drawing: who may import whom, and where the heavy libraries are let in."""
+
 from __future__ import annotations
 
 import ast
@@ -39,7 +40,11 @@ LIBRARIES = {
 
 def module_name(path: Path) -> str:
     """Dotted name below marble_jax; the package itself is the empty string."""
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    return (
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        .removesuffix("__init__")
+        .rstrip(".")
+    )
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -70,8 +75,12 @@ def room(name: str) -> str:
 
 
 def violations() -> list[str]:
-    return [f"{name} ({ROWS[ROW[room(name)]][0]}) imports {other} ({ROWS[ROW[room(other)]][0]})"
-            for name in MODULES for other in sorted(inside(name)) if ROW[room(other)] > ROW[room(name)]]
+    return [
+        f"{name} ({ROWS[ROW[room(name)]][0]}) imports {other} ({ROWS[ROW[room(other)]][0]})"
+        for name in MODULES
+        for other in sorted(inside(name))
+        if ROW[room(other)] > ROW[room(name)]
+    ]
 
 
 def test_every_module_has_its_place():
@@ -93,7 +102,8 @@ def test_rooms_of_a_row_do_not_import_each_other_in_a_circle():
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("training", "evaluation"), ("training", "report"), ("evaluation", "report")])
+    ("one", "other"), [("training", "evaluation"), ("training", "report"), ("evaluation", "report")]
+)
 def test_procedures_do_not_know_each_other(one, other):
     crossing = [n for n in MODULES for o in inside(n) if {room(n), room(o)} == {one, other}]
     assert not crossing
@@ -103,16 +113,23 @@ def test_procedures_do_not_know_each_other(one, other):
 def test_libraries_are_imported_where_they_belong(library):
     allowed = LIBRARIES[library]
     users = {name for name in MODULES if any(i.split(".")[0] == library for i in imports(name))}
-    strays = {name for name in users if not any(name == a or name.startswith(a + ".") for a in allowed)}
+    strays = {
+        name for name in users if not any(name == a or name.startswith(a + ".") for a in allowed)
+    }
     assert not strays
 
 
 def test_the_report_needs_no_jax():
-    reached, waiting = set(), {"cli.main", "cli.report", *(n for n in MODULES if room(n) == "report")}
+    reached, waiting = (
+        set(),
+        {"cli.main", "cli.report", *(n for n in MODULES if room(n) == "report")},
+    )
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        assert not any(i.split(".")[0] in ("jax", "flax", "optax", "orbax") for i in imports(name)), name
+        assert not any(
+            i.split(".")[0] in ("jax", "flax", "optax", "orbax") for i in imports(name)
+        ), name
         waiting |= inside(name) - reached - {""}
     code = "import sys, marble_jax.cli.main, marble_jax.cli.report, marble_jax.report; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
@@ -121,10 +138,20 @@ def test_the_report_needs_no_jax():
 def test_heavy_libraries_are_imported_inside_functions():
     for name, path in MODULES.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module] if isinstance(node, ast.ImportFrom) else [])
-            heavy = {n.split(".")[0] for n in names} & {"rapidocr", "onnxruntime", "transformers", "scipy", "jaxopt",
-                                                       "tensorboardX", "wandb"}
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else ([node.module] if isinstance(node, ast.ImportFrom) else [])
+            )
+            heavy = {n.split(".")[0] for n in names} & {
+                "rapidocr",
+                "onnxruntime",
+                "transformers",
+                "scipy",
+                "jaxopt",
+                "tensorboardX",
+                "wandb",
+            }
             assert not heavy, f"{name} imports {heavy} at the top"
 
 

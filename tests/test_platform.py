@@ -1,4 +1,5 @@
 """When the compiler setting is made, and that it is made for this very process."""
+
 import os
 
 import marble_jax
@@ -36,13 +37,23 @@ def test_other_releases_machines_without_jaxlib_and_tpus_are_left_alone(monkeypa
 
 def test_importing_the_package_has_made_the_setting():
     version = platform.importlib.metadata.version("jaxlib")
-    libtpu = platform.importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu"
+    libtpu = (
+        platform.importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu"
+    )
     assert marble_jax.__version__
-    assert (platform.FUSION_FLAG in os.environ.get("XLA_FLAGS", "")) or not platform.needs_fusion_off(version) or libtpu
+    assert (
+        (platform.FUSION_FLAG in os.environ.get("XLA_FLAGS", ""))
+        or not platform.needs_fusion_off(version)
+        or libtpu
+    )
 
 
 def test_libtpu_as_a_compiler_alone():
-    environ = {"XLA_FLAGS": f"--xla_a=1 {platform.FUSION_FLAG}", "TPU_WORKER_HOSTNAMES": "here", "JAX_PLATFORMS": "tpu"}
+    environ = {
+        "XLA_FLAGS": f"--xla_a=1 {platform.FUSION_FLAG}",
+        "TPU_WORKER_HOSTNAMES": "here",
+        "JAX_PLATFORMS": "tpu",
+    }
     platform.compile_elsewhere(environ)
     assert environ["XLA_FLAGS"] == "--xla_a=1" and environ["JAX_PLATFORMS"] == "cpu"
     assert environ["TPU_SKIP_MDS_QUERY"] == "1" and environ["TPU_WORKER_HOSTNAMES"] == "here"

@@ -1,4 +1,5 @@
 """No two uses of randomness meet: all keys that a run consumes, of set-up and of several steps, are different."""
+
 import itertools
 import sys
 from pathlib import Path
@@ -20,7 +21,16 @@ from marble_jax.training.iteration import Sampling, Turn
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
 
-CONSUMERS = ("normal", "uniform", "permutation", "bernoulli", "choice", "randint", "bits", "categorical")
+CONSUMERS = (
+    "normal",
+    "uniform",
+    "permutation",
+    "bernoulli",
+    "choice",
+    "randint",
+    "bits",
+    "categorical",
+)
 
 
 class Consumed:
@@ -33,7 +43,10 @@ class Consumed:
 
     def _watched(self, draw):
         def watched(key, *args, **kwargs):
-            jax.debug.callback(lambda data: self.keys.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
+            jax.debug.callback(
+                lambda data: self.keys.append(tuple(np.asarray(data).tolist())),
+                jax.random.key_data(key),
+            )
             return draw(key, *args, **kwargs)
 
         return watched
@@ -53,16 +66,29 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     consumed = Consumed(monkeypatch)
     state = toy_run.new_state()
     run_key = jax.random.wrap_key_data(state.key)
-    shapes = {"context_embedder": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)},
-              "proj_out": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}
+    shapes = {
+        "context_embedder": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)},
+        "proj_out": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)},
+    }
     spec = lora.LoraSpec(2, 2.0, ("context_embedder", "proj_out"))
     lora.init_adapter(stream_key(run_key, Stream.ADAPTER), shapes, spec)
     picture_noise(run_key, range(5), toy.LATENT)
     built = toy_run.programs()[0]
-    collector = Collector(make_sampler(toy.velocity, 2, "euler", 1.0), toy_run.encode, jax.nn.sigmoid, built.scorer,
-                          toy.LATENT, 6, lambda tree: tree)
-    steps = make_steps(toy.recipe(num_rewards=2, anchor_every=2), toy.velocity, toy.optimizer(), "exact", 1)
-    sampling = Sampling(toy_run.PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
+    collector = Collector(
+        make_sampler(toy.velocity, 2, "euler", 1.0),
+        toy_run.encode,
+        jax.nn.sigmoid,
+        built.scorer,
+        toy.LATENT,
+        6,
+        lambda tree: tree,
+    )
+    steps = make_steps(
+        toy.recipe(num_rewards=2, anchor_every=2), toy.velocity, toy.optimizer(), "exact", 1
+    )
+    sampling = Sampling(
+        toy_run.PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ()
+    )
     turn = Turn(toy.base_params(), collector, sampling, steps, lambda tree: tree)
     for _ in range(3):
         samples = sampling.draw(state.seed, int(state.step))
@@ -72,7 +98,9 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     turn.update(state, samples, turn.roll_out(state, samples, lambda count: None))
     found = consumed.with_children()
     micro_steps = toy.PICTURES // toy.MICRO_BATCH * toy.TIMESTEPS
-    a_step = toy.PICTURES // 6 + 2 + micro_steps  # noise of two rollout batches, two orders, noise of micro-steps
+    a_step = (
+        toy.PICTURES // 6 + 2 + micro_steps
+    )  # noise of two rollout batches, two orders, noise of micro-steps
     assert len(consumed.keys) == 2 + 5 + 4 * a_step
     assert len(set(found)) == len(found)
 
@@ -94,10 +122,19 @@ def test_host_generators_are_pairwise_different():
     def first(generator):
         return tuple(generator.integers(2**63, size=4).tolist())
 
-    uses = [(Stream.PROMPTS, (step, source)) for step, source in itertools.product(range(4), range(3))]
+    uses = [
+        (Stream.PROMPTS, (step, source)) for step, source in itertools.product(range(4), range(3))
+    ]
     uses += [(Stream.PROMPT_ORDER, (step,)) for step in range(4)]
-    uses += [(Stream.REWARD_DROPOUT, (step, name)) for step, name in itertools.product(range(4), (0, 1, 3735928559))]
-    found = [first(stream_generator(seed, stream, *position)) for seed in (0, 1, 2**40) for stream, position in uses]
+    uses += [
+        (Stream.REWARD_DROPOUT, (step, name))
+        for step, name in itertools.product(range(4), (0, 1, 3735928559))
+    ]
+    found = [
+        first(stream_generator(seed, stream, *position))
+        for seed in (0, 1, 2**40)
+        for stream, position in uses
+    ]
     assert len(set(found)) == len(found)
 
 

@@ -1,4 +1,5 @@
 """Pytree algebra against NumPy."""
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -7,11 +8,16 @@ from marble_jax import tree
 
 def _stacked(num=3):
     rng = np.random.default_rng(0)
-    return {"x": rng.normal(size=(num, 2, 3)).astype(np.float32), "y": [rng.normal(size=(num, 5)).astype(np.float32)]}
+    return {
+        "x": rng.normal(size=(num, 2, 3)).astype(np.float32),
+        "y": [rng.normal(size=(num, 5)).astype(np.float32)],
+    }
 
 
 def _flat(stacked):
-    return np.concatenate([stacked["x"].reshape(len(stacked["x"]), -1), stacked["y"][0]], axis=1).astype(np.float64)
+    return np.concatenate(
+        [stacked["x"].reshape(len(stacked["x"]), -1), stacked["y"][0]], axis=1
+    ).astype(np.float64)
 
 
 def test_gram_norm_and_inner_product_match_flat_vectors():
@@ -30,7 +36,9 @@ def test_weighted_sum_matches_and_a_zero_weight_shuts_out_non_finite_trees():
     stacked["y"][0][1] = np.nan
     got = tree.weighted_sum(weights, stacked)
     np.testing.assert_allclose(got["x"], 2 * stacked["x"][0] - 0.5 * stacked["x"][2], rtol=1e-5)
-    np.testing.assert_allclose(got["y"][0], 2 * stacked["y"][0][0] - 0.5 * stacked["y"][0][2], rtol=1e-5)
+    np.testing.assert_allclose(
+        got["y"][0], 2 * stacked["y"][0][0] - 0.5 * stacked["y"][0][2], rtol=1e-5
+    )
     assert not bool(tree.all_finite(stacked)) and bool(tree.all_finite(got))
 
 

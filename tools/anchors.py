@@ -10,6 +10,7 @@ with larger values, same noise and timesteps, and prints the distances |g_n - g_
 between two such updates with anchors everywhere that differ in nothing but their noise and timesteps: what one accepts
 anyway.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,9 +37,13 @@ Update = Callable[[TrainState, int, RolloutBatch], Adapter]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir", required=True, help="a run, trained in part or whole")
-    parser.add_argument("--every", type=int, nargs="+", default=[2, 4, 8], help="values of anchor_every")
+    parser.add_argument(
+        "--every", type=int, nargs="+", default=[2, 4, 8], help="values of anchor_every"
+    )
     parser.add_argument("--draws", type=int, default=3, help="draws of noise and timesteps")
     args = parser.parse_args()
     platform.keep_compilations()
@@ -52,11 +57,21 @@ def main() -> None:
     run.evaluator.scorer.close()
 
     updates = {every: compiled(run, every) for every in (1, *args.every)}
-    print(f"{args.workdir} after step {step}: {run.sizes.pictures} pictures, {run.sizes.micro_steps} micro-steps; "
-          f"median |difference| / |update| over {args.draws} draws (least to greatest)")
-    show("rollout policy as in the run", {n: draws(update, state, batch, args.draws) for n, update in updates.items()})
-    state = state.replace(old=tree.scale(state.old, 0.0))  # placed like the old one: nothing is compiled anew
-    show("the base model as rollout policy", {n: draws(u, state, batch, args.draws) for n, u in updates.items()})
+    print(
+        f"{args.workdir} after step {step}: {run.sizes.pictures} pictures, {run.sizes.micro_steps} micro-steps; "
+        f"median |difference| / |update| over {args.draws} draws (least to greatest)"
+    )
+    show(
+        "rollout policy as in the run",
+        {n: draws(update, state, batch, args.draws) for n, update in updates.items()},
+    )
+    state = state.replace(
+        old=tree.scale(state.old, 0.0)
+    )  # placed like the old one: nothing is compiled anew
+    show(
+        "the base model as rollout policy",
+        {n: draws(u, state, batch, args.draws) for n, u in updates.items()},
+    )
 
 
 def draws(update: Update, state: TrainState, batch: RolloutBatch, count: int) -> list[Adapter]:
@@ -67,8 +82,10 @@ def draws(update: Update, state: TrainState, batch: RolloutBatch, count: int) ->
 def show(title: str, taken: dict[int, list[Adapter]]) -> None:
     """Prints a row for every spacing but 1, and one for chance."""
     whole = taken.pop(1)
-    gaps = {f"anchors at every {n}": [distance(g, w) for g, w in zip(found, whole, strict=True)]
-            for n, found in taken.items()}
+    gaps = {
+        f"anchors at every {n}": [distance(g, w) for g, w in zip(found, whole, strict=True)]
+        for n, found in taken.items()
+    }
     gaps["other noise and timesteps"] = [distance(g, whole[i - 1]) for i, g in enumerate(whole)]
     print(f"  {title}")
     for name, values in gaps.items():
@@ -87,7 +104,9 @@ def rollouts(run: build.Run, state: TrainState, step: int) -> RolloutBatch:
 def compiled(run: build.Run, every: int) -> Update:
     """(state, number of the draw, batch) -> the update of an exact step, which plain gradient descent shows."""
     descent = optax.sgd(1.0)
-    step = jax.jit(exact_step(dataclasses.replace(run.recipe, anchor_every=every), run.velocity, descent))
+    step = jax.jit(
+        exact_step(dataclasses.replace(run.recipe, anchor_every=every), run.velocity, descent)
+    )
     empty = descent.init(run.state.current)
 
     def update(state: TrainState, number: int, batch: RolloutBatch) -> Adapter:

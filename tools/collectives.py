@@ -12,6 +12,7 @@ nothing explains ends the program with 1.
   --time      also times it, all devices on this machine's cores: overhead shows, speed does not
   --json      one line of JSON instead of tables
 """
+
 from __future__ import annotations
 
 import json
@@ -28,7 +29,10 @@ WIDTH = 4  # of a head
 def prepare(devices: int, fast: bool) -> None:
     """Makes this process one with fake devices; before JAX is imported. Code that is not timed is not optimised."""
     flags = f"--xla_force_host_platform_device_count={devices}" + ("" if fast else f" {CHEAP}")
-    os.environ |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(), "JAX_PLATFORMS": "cpu"}
+    os.environ |= {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+        "JAX_PLATFORMS": "cpu",
+    }
 
 
 def settings() -> Any:
@@ -37,10 +41,20 @@ def settings() -> Any:
 
     config = default_config()
     for name, value in {
-            "model.path": "embedded", "model.resolution": 32, "model.dtype": "float32", "rollout.prompts_per_step": 4,
-            "rollout.images_per_prompt": 4, "rollout.batch_size": 16, "rollout.num_steps": 3, "lora.rank": 2,
-            "training.micro_batch_size": 8, "harmonize.mode": "amortised", "harmonize.anchor_every": 1,
-            "harmonize.chunk_size": 1, "rewards.train": ("a", "b")}.items():
+        "model.path": "embedded",
+        "model.resolution": 32,
+        "model.dtype": "float32",
+        "rollout.prompts_per_step": 4,
+        "rollout.images_per_prompt": 4,
+        "rollout.batch_size": 16,
+        "rollout.num_steps": 3,
+        "lora.rank": 2,
+        "training.micro_batch_size": 8,
+        "harmonize.mode": "amortised",
+        "harmonize.anchor_every": 1,
+        "harmonize.chunk_size": 1,
+        "rewards.train": ("a", "b"),
+    }.items():
         room, leaf = name.split(".")
         config[room][leaf] = value
     return config
@@ -58,16 +72,40 @@ def architecture(config: Any) -> Any:
     from marble_jax.trainable import lora
 
     sizes = MMDiTConfig(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=WIDTH, num_attention_heads=8,
-        joint_attention_dim=24, caption_projection_dim=8 * WIDTH, pooled_projection_dim=16, out_channels=4,
-        pos_embed_max_size=8, dual_attention_layers=(), qk_norm=None)
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=WIDTH,
+        num_attention_heads=8,
+        joint_attention_dim=24,
+        caption_projection_dim=8 * WIDTH,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=8,
+        dual_attention_layers=(),
+        qk_norm=None,
+    )
     spec = build.lora_spec(config)
     model = transformer.MMDiT(sizes, lora_scale=spec.scale)
     params = transformer.abstract_params(model)
-    decoder = autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1,
-                                              norm_num_groups=4))
+    decoder = autoencoder_kl.AutoencoderKL(
+        autoencoder_kl.VAEConfig(
+            latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4
+        )
+    )
     adapter = jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), params, spec))
-    return Architecture(model, params, decoder, autoencoder_kl.abstract_params(decoder), 0, adapter, 3.0, (8, 8, 4), 6)
+    return Architecture(
+        model,
+        params,
+        decoder,
+        autoencoder_kl.abstract_params(decoder),
+        0,
+        adapter,
+        3.0,
+        (8, 8, 4),
+        6,
+    )
 
 
 def values(shapes: Any) -> Any:
@@ -99,11 +137,18 @@ def telling(name: str, results: Any) -> list[Any]:
     state_or_array = results
     if name.startswith("train"):
         state, metrics = results
-        state_or_array = (state.opt_state, metrics["training/grad_norm"], metrics["nft/loss"], state.alpha)
+        state_or_array = (
+            state.opt_state,
+            metrics["training/grad_norm"],
+            metrics["nft/loss"],
+            state.alpha,
+        )
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state_or_array)]
 
 
-def measure(sizes: tuple[int, int, int], wanted: tuple[str, ...], run: bool, timed: bool) -> dict[str, dict[str, Any]]:
+def measure(
+    sizes: tuple[int, int, int], wanted: tuple[str, ...], run: bool, timed: bool
+) -> dict[str, dict[str, Any]]:
     """Figures of every program on a mesh."""
     import math
 
@@ -114,19 +159,32 @@ def measure(sizes: tuple[int, int, int], wanted: tuple[str, ...], run: bool, tim
     from marble_jax.plan.hlo_costs import by_reason, executed
     from marble_jax.programs import build
 
-    mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[:math.prod(sizes)])
+    mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     config = settings()
-    jobs = aot.jobs(config, architecture(config), build.derive_sizes(config, device_mesh.batch_shards(mesh)), mesh)
+    jobs = aot.jobs(
+        config,
+        architecture(config),
+        build.derive_sizes(config, device_mesh.batch_shards(mesh)),
+        mesh,
+    )
     found = {}
     for name, (function, shapes) in jobs.items():
         if not name.endswith(wanted):
             continue
         compiled = function.lower(*shapes).compile()
         what = executed(compiled.as_text())
-        row = {"flops": what.flops, "exchanges": by_reason(what.exchanges), "looped_bytes": max(
-            (e.bytes for e in what.exchanges if e.looped and e.kind == "all-reduce"), default=0),
-            "unexplained": [f"{e.kind} of {e.bytes} bytes, {e.times} times, from {e.origin or 'the compiler'}"
-                            for e in what.exchanges if not e.reason]}
+        row = {
+            "flops": what.flops,
+            "exchanges": by_reason(what.exchanges),
+            "looped_bytes": max(
+                (e.bytes for e in what.exchanges if e.looped and e.kind == "all-reduce"), default=0
+            ),
+            "unexplained": [
+                f"{e.kind} of {e.bytes} bytes, {e.times} times, from {e.origin or 'the compiler'}"
+                for e in what.exchanges
+                if not e.reason
+            ],
+        }
         if run or timed:
             row["results"] = telling(name, compiled(*values(shapes)))
         if timed:
@@ -143,8 +201,10 @@ def measure(sizes: tuple[int, int, int], wanted: tuple[str, ...], run: bool, tim
 
 def main(arguments: list[str]) -> int:
     given = dict(a.removeprefix("--").partition("=")[::2] for a in arguments)
-    meshes = [tuple(int(n) for n in each.split("x"))
-              for each in given.pop("mesh", "1x1x1,8x1x1,4x2x1,2x2x2").split(",")]
+    meshes = [
+        tuple(int(n) for n in each.split("x"))
+        for each in given.pop("mesh", "1x1x1,8x1x1,4x2x1,2x2x2").split(",")
+    ]
     wanted = tuple(given.pop("programs", "rollout,decode,solving,between").split(","))
     flags = {name for name in ("run", "time", "json") if given.pop(name, None) is not None}
     if given or any(len(sizes) != 3 for sizes in meshes):
@@ -160,25 +220,46 @@ def main(arguments: list[str]) -> int:
         for name, row in measure(sizes, wanted, "run" in flags, "time" in flags).items():
             start = first.setdefault(name, (np.prod(meshes[0]), row))
             row["share"] = row["flops"] * np.prod(sizes) / (start[1]["flops"] * start[0])
-            results = row.pop("results") if sizes != meshes[0] and "results" in row else row.get("results")
+            results = (
+                row.pop("results")
+                if sizes != meshes[0] and "results" in row
+                else row.get("results")
+            )
             if results is not None:
-                row["gap"] = max(float(np.max(np.abs(x - y), initial=0) / (np.max(np.abs(y), initial=0) + 1e-12))
-                                 for x, y in zip(results, start[1]["results"], strict=True))
+                row["gap"] = max(
+                    float(np.max(np.abs(x - y), initial=0) / (np.max(np.abs(y), initial=0) + 1e-12))
+                    for x, y in zip(results, start[1]["results"], strict=True)
+                )
             record[f"{name} {shown}"] = row
             if "json" in flags:
                 continue
-            console.say(f"{name} on {shown}: {row['flops'] / 1e6:.2f} MFLOP a device, {row['share']:.3f} of an even "
-                        "share" + (f", {row['gap']:.1e} from the first mesh" if "gap" in row else "") +
-                        (f", {row['seconds']:.3f} s, {row['seconds'] / start[1]['seconds']:.2f} x the first mesh"
-                         if "seconds" in row else ""))
+            console.say(
+                f"{name} on {shown}: {row['flops'] / 1e6:.2f} MFLOP a device, {row['share']:.3f} of an even "
+                "share"
+                + (f", {row['gap']:.1e} from the first mesh" if "gap" in row else "")
+                + (
+                    f", {row['seconds']:.3f} s, {row['seconds'] / start[1]['seconds']:.2f} x the first mesh"
+                    if "seconds" in row
+                    else ""
+                )
+            )
             for kind, why, count, times, size in row["exchanges"]:
-                console.say(f"  {kind}: {count} in the text, {times} a run, {size / 1e3:.1f} kB: "
-                            f"{why or 'UNEXPLAINED'}")
+                console.say(
+                    f"  {kind}: {count} in the text, {times} a run, {size / 1e3:.1f} kB: "
+                    f"{why or 'UNEXPLAINED'}"
+                )
             for line in row["unexplained"]:
                 console.say(f"  unexplained: {line}")
     if "json" in flags:
-        print(json.dumps({name: {k: v for k, v in row.items() if k != "results"} for name, row in record.items()},
-                         default=float))
+        print(
+            json.dumps(
+                {
+                    name: {k: v for k, v in row.items() if k != "results"}
+                    for name, row in record.items()
+                },
+                default=float,
+            )
+        )
     return 1 if any(row["unexplained"] for row in record.values()) else 0
 
 

@@ -12,6 +12,7 @@ parts of their names, and must be the same in both files.
 (prompts resampled), Cohen's kappa, both accuracies, and how many only one of the two calls correct. Where both files
 have detections it adds the share of objects that the other file has too (same class, IoU of the boxes at least 0.5).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -47,16 +48,22 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise InputError(f"{path}: expected a results file; received {type(error).__name__}") from None
+        raise InputError(
+            f"{path}: expected a results file; received {type(error).__name__}"
+        ) from None
     for number, line in enumerate(lines, 1):
         try:
             result = json.loads(line)
             name, _, _ = name_of(result["filename"]), result["tag"], bool(result["correct"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: expected an object with filename, tag and correct; "
-                             f"received {type(error).__name__}") from None
+            raise InputError(
+                f"{path}, line {number}: expected an object with filename, tag and correct; "
+                f"received {type(error).__name__}"
+            ) from None
         if name in found:
-            raise InputError(f"{path}, line {number}: expected every picture once; received {name} again")
+            raise InputError(
+                f"{path}, line {number}: expected every picture once; received {name} again"
+            )
         found[name] = result
     return found
 
@@ -95,8 +102,10 @@ def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[s
       InputError: the two do not hold the same pictures.
     """
     if missing := sorted(set(ours) ^ set(theirs)):
-        raise InputError(f"results: expected the same pictures in both files; received {missing[0]} in one only "
-                         f"({len(missing)} in all)")
+        raise InputError(
+            f"results: expected the same pictures in both files; received {missing[0]} in one only "
+            f"({len(missing)} in all)"
+        )
     if not ours:
         raise InputError("results: expected at least one picture; received none")
     rows = []
@@ -105,35 +114,75 @@ def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[s
         a, b = (np.array([bool(side[n]["correct"]) for n in names]) for side in (ours, theirs))
         prompts = np.unique([n.split("/")[0] for n in names], return_inverse=True)[1]
         mean, low, high = bootstrap((a == b).astype(float), groups=prompts)
-        row = {"tag": tag, "pictures": len(names), "same": mean, "low": low, "high": high, "kappa": kappa(a, b),
-               "first": a.mean(), "second": b.mean(), "first_only": int((a & ~b).sum()),
-               "second_only": int((b & ~a).sum()), "objects": None}
+        row = {
+            "tag": tag,
+            "pictures": len(names),
+            "same": mean,
+            "low": low,
+            "high": high,
+            "kappa": kappa(a, b),
+            "first": a.mean(),
+            "second": b.mean(),
+            "first_only": int((a & ~b).sum()),
+            "second_only": int((b & ~a).sum()),
+            "objects": None,
+        }
         if all("detections" in side[n] for side in (ours, theirs) for n in names):
-            pairs = [matched(x[n]["detections"], y[n]["detections"])
-                     for n in names for x, y in ((ours, theirs), (theirs, ours))]
+            pairs = [
+                matched(x[n]["detections"], y[n]["detections"])
+                for n in names
+                for x, y in ((ours, theirs), (theirs, ours))
+            ]
             hits, total = (sum(column) for column in zip(*pairs))
             row["objects"] = hits / total if total else None
         rows.append(row)
     return rows
 
 
-HEADER = ("tag", "pictures", "same verdict", "kappa", "accuracy", "only first", "only second", "same objects")
+HEADER = (
+    "tag",
+    "pictures",
+    "same verdict",
+    "kappa",
+    "accuracy",
+    "only first",
+    "only second",
+    "same objects",
+)
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row as text, under HEADER."""
-    return (row["tag"], str(row["pictures"]), f"{row['same']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
-            f"{row['kappa']:.3f}", f"{row['first']:.3f} / {row['second']:.3f}", str(row["first_only"]),
-            str(row["second_only"]), "-" if row["objects"] is None else f"{row['objects']:.3f}")
+    return (
+        row["tag"],
+        str(row["pictures"]),
+        f"{row['same']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+        f"{row['kappa']:.3f}",
+        f"{row['first']:.3f} / {row['second']:.3f}",
+        str(row["first_only"]),
+        str(row["second_only"]),
+        "-" if row["objects"] is None else f"{row['objects']:.3f}",
+    )
 
 
-def line_of(path: Path, image: np.ndarray, metadata: Mapping[str, Any], detections: Sequence[Detection],
-            classify: Any) -> dict[str, Any]:
+def line_of(
+    path: Path,
+    image: np.ndarray,
+    metadata: Mapping[str, Any],
+    detections: Sequence[Detection],
+    classify: Any,
+) -> dict[str, Any]:
     """What `judge` writes about one picture."""
     verdict = judge(image, detections, metadata, classify)
-    return {"filename": str(path), "tag": metadata["tag"], "prompt": metadata["prompt"], "correct": verdict.correct,
-            "strict": verdict.strict, "partial": verdict.partial,
-            "detections": [{"label": d.label, "score": d.score, "box": d.box} for d in detections]}
+    return {
+        "filename": str(path),
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        "correct": verdict.correct,
+        "strict": verdict.strict,
+        "partial": verdict.partial,
+        "detections": [{"label": d.label, "score": d.score, "box": d.box} for d in detections],
+    }
 
 
 def judge_pictures(pictures: Path, detector: Any, classify: Any, out: Path) -> int:
@@ -147,22 +196,30 @@ def judge_pictures(pictures: Path, detector: Any, classify: Any, out: Path) -> i
     temporary, count = out.with_name(out.name + ".part"), 0
     with temporary.open("w", encoding="utf-8") as handle:
         for folder in sorted(p.parent for p in pictures.glob("*/metadata.jsonl")):
-            metadata = json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0])
+            metadata = json.loads(
+                (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0]
+            )
             for path in sorted((folder / "samples").glob("*.png")):
                 image = np.asarray(Image.open(path).convert("RGB"))
                 (detections,) = detector.detect(image[None])
-                handle.write(json.dumps(line_of(path, image, metadata, detections, classify)) + "\n")
+                handle.write(
+                    json.dumps(line_of(path, image, metadata, detections, classify)) + "\n"
+                )
                 count += 1
     if not count:
         temporary.unlink()
-        raise InputError(f"--pictures: expected folders with metadata.jsonl and samples/*.png; received none in "
-                         f"{pictures}")
+        raise InputError(
+            f"--pictures: expected folders with metadata.jsonl and samples/*.png; received none in "
+            f"{pictures}"
+        )
     os.replace(temporary, out)
     return count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("judge", help="write our verdicts about pictures")
     for flag in ("pictures", "model", "clip", "out"):
@@ -181,7 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from marble_jax.rewards.models.mask2former import Mask2FormerDetector
 
         classify = ClipColours(ClipEncoder.load(options.clip))
-        count = judge_pictures(options.pictures, Mask2FormerDetector.load(options.model), classify, options.out)
+        count = judge_pictures(
+            options.pictures, Mask2FormerDetector.load(options.model), classify, options.out
+        )
         print(f"{options.out}: {count} pictures")
         return 0
     except InputError as error:

@@ -10,6 +10,7 @@
 
 Prints one JSON object. Nothing is downloaded.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,13 +41,26 @@ def make(root: pathlib.Path) -> dict:
 
     with torch.device("meta"):
         model = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=24,
+            attention_head_dim=64,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            caption_projection_dim=1536,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        )
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     # Two billion normal numbers take minutes; four million, taken over and over, do as well. Their count is prime, so
     # that no two rows of a matrix are the same.
-    pool = (0.02 * torch.randn(4_194_301, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    pool = (0.02 * torch.randn(4_194_301, generator=torch.Generator().manual_seed(0))).to(
+        torch.bfloat16
+    )
     at = 0
     for name, tensor in model.state_dict().items():
         flat, done = tensor.view(-1), 0
@@ -89,7 +103,8 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict:
     different = 0
     for key in a.keys():
         different += a.dtype(key) != b.dtype(key) or not np.array_equal(
-            a.read(key).view(np.uint8), b.read(key).view(np.uint8))
+            a.read(key).view(np.uint8), b.read(key).view(np.uint8)
+        )
         a.release(key)
         b.release(key)
     return {"tensors": len(a.keys()), "different": int(different)}
@@ -97,8 +112,10 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict:
 
 def ours(directory: pathlib.Path, out: pathlib.Path) -> dict:
     # XLA's CPU backend otherwise converts the weights of all layers to float32 before the loop over them: 9 GB more.
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes="
-                               "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion").strip()
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes="
+        "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
+    ).strip()
     import jax
     import jax.numpy as jnp
 
@@ -143,13 +160,25 @@ def theirs(directory: pathlib.Path, out: pathlib.Path) -> dict:
     latents, embeds, pooled, sigma = arrays()
     start = time.perf_counter()
     with torch.no_grad():
-        velocity = model(torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()), torch.from_numpy(embeds),
-                         torch.from_numpy(pooled), torch.tensor([sigma * 1000]), return_dict=False)[0]
+        velocity = model(
+            torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
+            torch.from_numpy(embeds),
+            torch.from_numpy(pooled),
+            torch.tensor([sigma * 1000]),
+            return_dict=False,
+        )[0]
     np.save(out, velocity.float().numpy().transpose(0, 2, 3, 1))
     return {"load_seconds": loaded, "forward_seconds": time.perf_counter() - start}
 
 
-STEPS = {"make": make, "convert": convert, "copy": copy, "compare": compare, "ours": ours, "theirs": theirs}
+STEPS = {
+    "make": make,
+    "convert": convert,
+    "copy": copy,
+    "compare": compare,
+    "ours": ours,
+    "theirs": theirs,
+}
 
 
 def alone(step: str, *paths: pathlib.Path) -> dict:
@@ -168,26 +197,36 @@ def prove(root: pathlib.Path) -> dict:
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "model" / "transformer" / "config.json").is_file():
         alone("make", root)
-    file, = (root / "model" / "transformer").glob("*.safetensors")
+    (file,) = (root / "model" / "transformer").glob("*.safetensors")
     size = file.stat().st_size
     for name in ("stored", "back"):
         shutil.rmtree(root / name, ignore_errors=True)
-    record = {"bytes": size, "copy": alone("copy", file, root / "copied"),
-              "to_orbax": alone("convert", root / "model", root / "stored"),
-              "to_diffusers": alone("convert", root / "stored", root / "back"),
-              "round_trip": alone("compare", root / "model" / "transformer", root / "back" / "transformer")}
+    record = {
+        "bytes": size,
+        "copy": alone("copy", file, root / "copied"),
+        "to_orbax": alone("convert", root / "model", root / "stored"),
+        "to_diffusers": alone("convert", root / "stored", root / "back"),
+        "round_trip": alone(
+            "compare", root / "model" / "transformer", root / "back" / "transformer"
+        ),
+    }
     for step in ("copy", "to_orbax", "to_diffusers"):
         record[step]["mb_per_second"] = size / 1e6 / record[step]["seconds"]
     record["ours"] = alone("ours", root / "stored" / "transformer", root / "ours.npy")
     record["theirs"] = alone("theirs", root / "model" / "transformer", root / "theirs.npy")
     got, want = (np.load(root / f"{name}.npy").astype(np.float64) for name in ("ours", "theirs"))
-    record["error"] = {"relative": float(np.linalg.norm(got - want) / np.linalg.norm(want)),
-                       "largest": float(np.abs(got - want).max()), "largest_velocity": float(np.abs(want).max())}
+    record["error"] = {
+        "relative": float(np.linalg.norm(got - want) / np.linalg.norm(want)),
+        "largest": float(np.abs(got - want).max()),
+        "largest_velocity": float(np.abs(want).max()),
+    }
     return record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dir", type=pathlib.Path)
     parser.add_argument("--step", choices=STEPS)
     parser.add_argument("paths", nargs="*", type=pathlib.Path)
@@ -195,8 +234,16 @@ def main() -> None:
     if options.step:
         result = STEPS[options.step](*options.paths)
         used = resource.getrusage(resource.RUSAGE_SELF)
-        print(json.dumps({**result, "peak_gb": used.ru_maxrss * 1024 / 1e9, "user_seconds": used.ru_utime,
-                          "system_seconds": used.ru_stime}))
+        print(
+            json.dumps(
+                {
+                    **result,
+                    "peak_gb": used.ru_maxrss * 1024 / 1e9,
+                    "user_seconds": used.ru_utime,
+                    "system_seconds": used.ru_stime,
+                }
+            )
+        )
     elif options.dir:
         print(json.dumps(prove(options.dir), indent=1))
     else:

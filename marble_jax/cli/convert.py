@@ -1,4 +1,5 @@
 """`marble-jax convert --model=DIR|HUB_ID|FILE --out=DIR`: published checkpoints to our layout and back."""
+
 from __future__ import annotations
 
 import os
@@ -9,8 +10,18 @@ from pathlib import Path
 from marble_jax.cli.options import split
 from marble_jax.errors import InputError
 
-OPTIONS = {"model": "", "out": "", "to": "", "dtype": "keep", "components": "", "companion": "", "revision": "",
-           "shard": "10GB", "ignore": "", "check": ""}
+OPTIONS = {
+    "model": "",
+    "out": "",
+    "to": "",
+    "dtype": "keep",
+    "components": "",
+    "companion": "",
+    "revision": "",
+    "shard": "10GB",
+    "ignore": "",
+    "check": "",
+}
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -39,7 +50,9 @@ def run(argv: Sequence[str]) -> int:
     values, rest = split(argv, OPTIONS)
     if rest:
         raise InputError(f"convert: expected no --config; received {rest[0]}")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # files to files: no accelerator is to be claimed for it
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # files to files: no accelerator is to be claimed for it
     from marble_jax.console import Console
 
     console = Console()
@@ -58,9 +71,18 @@ def run(argv: Sequence[str]) -> int:
     from marble_jax.programs.build import EMBEDDED, place_of
 
     model = str(place_of(EMBEDDED, "pipeline")) if values["model"] == EMBEDDED else values["model"]
-    convert(model, values["out"], layout=values["to"], dtype=values["dtype"], components=_list(values["components"]),
-            companion=values["companion"], revision=values["revision"] or None, shard_bytes=_bytes(values["shard"]),
-            ignore=_list(values["ignore"]), console=console)
+    convert(
+        model,
+        values["out"],
+        layout=values["to"],
+        dtype=values["dtype"],
+        components=_list(values["components"]),
+        companion=values["companion"],
+        revision=values["revision"] or None,
+        shard_bytes=_bytes(values["shard"]),
+        ignore=_list(values["ignore"]),
+        console=console,
+    )
     return 0
 
 

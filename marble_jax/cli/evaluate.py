@@ -1,4 +1,5 @@
 """`marble-jax evaluate --models=base=embedded,marble=RUN --prompts=FILE --out=DIR`: models side by side."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,9 +8,21 @@ from marble_jax.cli.options import boolean, number, split
 from marble_jax.cli.sample import HOW, HOW_HELP, settings_of
 from marble_jax.errors import InputError
 
-OPTIONS = {"models": None, "prompts": "embedded", "num_prompts": "0", "images": "1", "rewards_path": "embedded",
-           "rewards": "", "out": None, "seed": "1234", **HOW, "num_workers": "2", "num_pictures": "24",
-           "skip_generation": "false", "no_score": "false"}
+OPTIONS = {
+    "models": None,
+    "prompts": "embedded",
+    "num_prompts": "0",
+    "images": "1",
+    "rewards_path": "embedded",
+    "rewards": "",
+    "out": None,
+    "seed": "1234",
+    **HOW,
+    "num_workers": "2",
+    "num_pictures": "24",
+    "skip_generation": "false",
+    "no_score": "false",
+}
 
 
 def help_text() -> str:
@@ -41,13 +54,31 @@ def run(argv: Sequence[str]) -> int:
     if rest:
         raise InputError(f"evaluate: expected no --config; received {rest[0]}")
     draw, score = (not boolean(name, values[name]) for name in ("skip_generation", "no_score"))
-    counts = {name: number(values, name, int, least) for name, least in (
-        ("num_prompts", 0), ("images", 1), ("num_workers", 1), ("num_pictures", 0))}
+    counts = {
+        name: number(values, name, int, least)
+        for name, least in (
+            ("num_prompts", 0),
+            ("images", 1),
+            ("num_workers", 1),
+            ("num_pictures", 0),
+        )
+    }
     rewards = tuple(name.strip() for name in values["rewards"].split(",") if name.strip())
     settings = settings_of(values)
     from marble_jax.programs.evaluate import Request, evaluate, parse_models
 
-    evaluate(Request(parse_models(values["models"]), values["prompts"], rewards_path=values["rewards_path"],
-                     rewards=rewards, settings=settings, draw=draw, score=score,
-                     command=" ".join(["marble-jax", "evaluate", *argv]), **counts), values["out"])
+    evaluate(
+        Request(
+            parse_models(values["models"]),
+            values["prompts"],
+            rewards_path=values["rewards_path"],
+            rewards=rewards,
+            settings=settings,
+            draw=draw,
+            score=score,
+            command=" ".join(["marble-jax", "evaluate", *argv]),
+            **counts,
+        ),
+        values["out"],
+    )
     return 0

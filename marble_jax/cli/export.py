@@ -1,4 +1,5 @@
 """`marble-jax export --workdir=RUN --out=DIR`: a run's adapter as a folder that diffusers, PEFT and others open."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -6,8 +7,17 @@ from collections.abc import Sequence
 from marble_jax.cli.options import boolean, split
 from marble_jax.errors import InputError, one_of
 
-OPTIONS = {"workdir": None, "out": None, "which": "ema", "step": "", "merge": "false", "dtype": "", "verify": "false",
-           "prompt": "", "overwrite": "false"}
+OPTIONS = {
+    "workdir": None,
+    "out": None,
+    "which": "ema",
+    "step": "",
+    "merge": "false",
+    "dtype": "",
+    "verify": "false",
+    "prompt": "",
+    "overwrite": "false",
+}
 WHICH = ("ema", "current", "rollout", "best")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,13 +47,23 @@ def run(argv: Sequence[str]) -> int:
     if values["dtype"]:
         one_of("--dtype", values["dtype"], DTYPES)
         if not merge:
-            raise InputError(f"--dtype: expected with --merge, whose weights it is of; received {values['dtype']!r} "
-                             "alone")
+            raise InputError(
+                f"--dtype: expected with --merge, whose weights it is of; received {values['dtype']!r} "
+                "alone"
+            )
     if values["step"] and not values["step"].isdigit():
         raise InputError(f"--step: expected the number of a step; received {values['step']!r}")
     from marble_jax.programs.export import export_run
 
-    export_run(values["workdir"], values["out"], values["which"], int(values["step"]) if values["step"] else None,
-               merge=merge, dtype=values["dtype"] or None, verified=boolean("verify", values["verify"]),
-               overwrite=boolean("overwrite", values["overwrite"]), prompt=values["prompt"])
+    export_run(
+        values["workdir"],
+        values["out"],
+        values["which"],
+        int(values["step"]) if values["step"] else None,
+        merge=merge,
+        dtype=values["dtype"] or None,
+        verified=boolean("verify", values["verify"]),
+        overwrite=boolean("overwrite", values["overwrite"]),
+        prompt=values["prompt"],
+    )
     return 0

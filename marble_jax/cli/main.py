@@ -1,4 +1,5 @@
 """`marble-jax VERB ...`: finds the verb, prints bad input as one line and exits with 2."""
+
 from __future__ import annotations
 
 import importlib
@@ -8,14 +9,17 @@ from collections.abc import Sequence
 
 from marble_jax.errors import InputError, nearest
 
-VERBS = {"train": "train adapters on several rewards", "sample": "draw pictures from a model or a training run",
-         "export": "write a run's LoRA for diffusers, PEFT and ComfyUI, and prove it",
-         "report": "write a run's report.html from its records",
-         "reward": "check rewards on golden pictures, or serve them to other machines",
-         "evaluate": "compare models: pictures, scores and a page",
-         "prompts": "write the ready-made prompt sets, or look through prompt files",
-         "plan": "sizes, memory, work and a compile for a TPU slice, without running",
-         "convert": "checkpoints of diffusers and Stability to our layout and back"}
+VERBS = {
+    "train": "train adapters on several rewards",
+    "sample": "draw pictures from a model or a training run",
+    "export": "write a run's LoRA for diffusers, PEFT and ComfyUI, and prove it",
+    "report": "write a run's report.html from its records",
+    "reward": "check rewards on golden pictures, or serve them to other machines",
+    "evaluate": "compare models: pictures, scores and a page",
+    "prompts": "write the ready-made prompt sets, or look through prompt files",
+    "plan": "sizes, memory, work and a compile for a TPU slice, without running",
+    "convert": "checkpoints of diffusers and Stability to our layout and back",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {verb:8} {meaning}")
         return 0
     verb, *rest = argv
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers are all that is used of it
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # tokenizers are all that is used of it
     try:
         if verb not in VERBS:
-            raise InputError(f"verb: expected one of {', '.join(VERBS)}; received {verb!r}{nearest(verb, VERBS)}")
+            raise InputError(
+                f"verb: expected one of {', '.join(VERBS)}; received {verb!r}{nearest(verb, VERBS)}"
+            )
         module = importlib.import_module(f"marble_jax.cli.{verb}")
         if any(a in ("-h", "--help", "-help") for a in rest):
             print(module.help_text())

@@ -2,6 +2,7 @@
 
 ml_collections does the parsing; what it finds wrong is put in one line that names the nearest valid key.
 """
+
 from __future__ import annotations
 
 import ast
@@ -48,8 +49,10 @@ def split(argv: Sequence[str], known: Mapping[str, str | None]) -> tuple[dict[st
             config_args.append(f"--{name}={value}")
             continue
         if name not in known:
-            raise InputError(f"option: expected one of --config, {', '.join('--' + k for k in known)}; received "
-                             f"--{name}{nearest(name, [*known, 'config'])}")
+            raise InputError(
+                f"option: expected one of --config, {', '.join('--' + k for k in known)}; received "
+                f"--{name}{nearest(name, [*known, 'config'])}"
+            )
         if name in values:
             raise InputError(f"--{name}: expected once; received twice")
         values[name] = value
@@ -69,8 +72,10 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """
     files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
     if len(files) != 1:
-        raise InputError(f"--config: expected one configuration file (such as configs/embedded.py); received "
-                         f"{len(files)}")
+        raise InputError(
+            f"--config: expected one configuration file (such as configs/embedded.py); received "
+            f"{len(files)}"
+        )
     config = _read(*files[0].partition(":")[::2])
     overrides = {}  # the last one of a key wins; left to absl, tuples given twice would be joined
     for argument in arguments:
@@ -82,7 +87,9 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     flags_given = [f"{name}={value}" for name, value in overrides.items()]
     values = flags.FlagValues()
     argv = ["marble-jax", *flags_given]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, lock_config=True, sys_argv=argv
+    )
     try:
         values(argv)
     except Exception as error:  # absl wraps whatever a value raises, differently for every type
@@ -96,7 +103,9 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
     file = Path(path)
     if not file.is_file():
         beside = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise InputError(f"--config: expected a configuration file; received {path!r}{nearest(path, beside)}")
+        raise InputError(
+            f"--config: expected a configuration file; received {path!r}{nearest(path, beside)}"
+        )
     try:
         namespace = runpy.run_path(str(file))
         config = namespace["get_config"](*([preset] if preset else []))
@@ -104,10 +113,14 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
         raise
     except Exception as error:  # whatever the user's file raises; the cause stays attached
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: expected a file with get_config(preset) that runs; received {type(error).__name__}: "
-                         f"{reason}") from error
+        raise InputError(
+            f"{path}: expected a file with get_config(preset) that runs; received {type(error).__name__}: "
+            f"{reason}"
+        ) from error
     if not isinstance(config, ml_collections.ConfigDict):
-        raise InputError(f"{path}: expected get_config to return a ConfigDict; received {type(config).__name__}")
+        raise InputError(
+            f"{path}: expected get_config to return a ConfigDict; received {type(config).__name__}"
+        )
     for key in flatten(config):
         known(key)
     return config
@@ -128,7 +141,9 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
         name, _, value = argument.partition("=")
         if name.removeprefix("--") in text or repr(value) in text:
             key = KEYS[name.removeprefix("--config.")]
-            return f"{name}: expected {type(key.default).__name__} ({key.meaning}); received {value!r}"
+            return (
+                f"{name}: expected {type(key.default).__name__} ({key.meaning}); received {value!r}"
+            )
     return f"--config: expected values of the keys' types; received {type(error).__name__}: {text[:200]}"
 
 
@@ -149,6 +164,8 @@ def number(values: Mapping[str, str], name: str, kind: type, least: float) -> fl
     except ValueError:
         value = None
     if value is None or not least <= value < float("inf"):
-        raise InputError(f"--{name}: expected {'a whole number' if kind is int else 'a number'} of at least {least}; "
-                         f"received {values[name]!r}")
+        raise InputError(
+            f"--{name}: expected {'a whole number' if kind is int else 'a number'} of at least {least}; "
+            f"received {values[name]!r}"
+        )
     return value

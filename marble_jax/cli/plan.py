@@ -1,4 +1,5 @@
 """`marble-jax plan --config=FILE[:preset] [--devices=N | --topology=v5e:4x4]`: what a run comes to, without running."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,8 +8,20 @@ from marble_jax import platform
 from marble_jax.cli.options import load_config, number, split
 from marble_jax.errors import InputError, one_of
 
-OPTIONS = {"devices": "0", "topology": "", "chip": "", "utilisation": "0.4", "json": "", "programs": ""}
-PROGRAMS = {"rollout": "rollout", "decode": "decode", "solving": "train, solving", "between": "train, between"}
+OPTIONS = {
+    "devices": "0",
+    "topology": "",
+    "chip": "",
+    "utilisation": "0.4",
+    "json": "",
+    "programs": "",
+}
+PROGRAMS = {
+    "rollout": "rollout",
+    "decode": "decode",
+    "solving": "train, solving",
+    "between": "train, between",
+}
 
 
 def help_text() -> str:
@@ -33,13 +46,25 @@ def run(argv: Sequence[str]) -> int:
     config = load_config(config_args)
     utilisation = number(values, "utilisation", float, 0)
     if not 0 < utilisation <= 1:
-        raise InputError(f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}")
+        raise InputError(
+            f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}"
+        )
     chosen = [name.strip() for name in values["programs"].split(",") if name.strip()]
     for name in chosen:
         one_of("--programs", name, PROGRAMS)
     from marble_jax.console import Console
     from marble_jax.plan.planner import Request, plan
 
-    plan(config, Request(number(values, "devices", int, 0), values["topology"], values["chip"], utilisation,
-                         values["json"], tuple(PROGRAMS[name] for name in chosen)), Console())
+    plan(
+        config,
+        Request(
+            number(values, "devices", int, 0),
+            values["topology"],
+            values["chip"],
+            utilisation,
+            values["json"],
+            tuple(PROGRAMS[name] for name in chosen),
+        ),
+        Console(),
+    )
     return 0

@@ -1,4 +1,5 @@
 """Options of verbs that may run as several processes."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -9,8 +10,14 @@ from marble_jax.cli.options import number
 if TYPE_CHECKING:
     from marble_jax.distributed.cluster import Cluster
 
-OPTIONS = {"distributed": "auto", "coordinator": "", "num_processes": "", "process_id": "", "init_timeout": "300",
-           "heartbeat_timeout": "100"}
+OPTIONS = {
+    "distributed": "auto",
+    "coordinator": "",
+    "num_processes": "",
+    "process_id": "",
+    "init_timeout": "300",
+    "heartbeat_timeout": "100",
+}
 HELP = """  --distributed=auto       several processes as one run: auto takes what a TPU pod, SLURM, Open MPI,
                            Kubernetes, torchrun (MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK) or JAX's variables say
                            (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID); on insists that one of them
@@ -32,6 +39,17 @@ def cluster_of(values: Mapping[str, str]) -> tuple[Cluster | None, float, float]
     """
     from marble_jax.distributed.cluster import find_cluster
 
-    init, heartbeat = (number(values, name, float, 1) for name in ("init_timeout", "heartbeat_timeout"))
-    return find_cluster(values["distributed"], values["coordinator"], values["num_processes"], values["process_id"],
-                        init), init, heartbeat
+    init, heartbeat = (
+        number(values, name, float, 1) for name in ("init_timeout", "heartbeat_timeout")
+    )
+    return (
+        find_cluster(
+            values["distributed"],
+            values["coordinator"],
+            values["num_processes"],
+            values["process_id"],
+            init,
+        ),
+        init,
+        heartbeat,
+    )

@@ -1,4 +1,5 @@
 """`marble-jax prompts --out=DIR` writes the ready-made prompt sets; `--check=PLACE` says what prompt files hold."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -35,7 +36,9 @@ def run(argv: Sequence[str]) -> int:
         seed, scale = number(values, "seed", int, 0), number(values, "scale", float, 0)
         found = {name: generate(name, seed=seed, scale=scale) for name in SPLITS}
         files = write(values["out"], found)
-        for file, prompts in zip(files, (p for by_source in found.values() for p in by_source.values())):
+        for file, prompts in zip(
+            files, (p for by_source in found.values() for p in by_source.values())
+        ):
             print(f"{file}: {_described(prompts)}")
         return 0
     from pathlib import Path
@@ -44,7 +47,11 @@ def run(argv: Sequence[str]) -> int:
         print(f"{values['check']}: {_described(read_file(values['check']))}")
         return 0
     place = Path(values["check"])
-    present = [name for name in SPLITS if [*place.glob(f"*/{name}.txt"), *place.glob(f"*/{name}_metadata.jsonl")]]
+    present = [
+        name
+        for name in SPLITS
+        if [*place.glob(f"*/{name}.txt"), *place.glob(f"*/{name}_metadata.jsonl")]
+    ]
     for name in present or SPLITS:
         for source, prompts in read_directory(place, name).items():
             print(f"{source} {name}: {_described(prompts)}")

@@ -1,4 +1,5 @@
 """`marble-jax report --workdir=DIR`: (re)writes the report; needs no accelerator and no jax."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ def run(argv: Sequence[str]) -> int:
     values, rest = split(argv, {"workdir": None, "compare": ""})
     if rest:
         raise InputError(f"report: expected --workdir and --compare alone; received {rest[0]}")
-    read_records(values["workdir"])  # a directory that is no run is refused before anything is written to it
+    read_records(
+        values["workdir"]
+    )  # a directory that is no run is refused before anything is written to it
     workdir = Workdir(values["workdir"])
     for other in filter(None, values["compare"].split(",")):
         path = Workdir(other).path

@@ -1,4 +1,5 @@
 """`marble-jax reward check` scores golden pictures with every reward; `marble-jax reward serve` puts rewards online."""
+
 from __future__ import annotations
 
 import signal
@@ -11,8 +12,19 @@ from marble_jax.cli.options import boolean, load_config, number, split
 from marble_jax.errors import InputError, one_of
 
 CHECK = {"path": "", "rewards": "", "size": "", "batch": "16", "timeout": "120", "write": "false"}
-SERVE = {"path": "", "rewards": "", "host": "127.0.0.1", "port": "8810", "token": "", "token_file": "", "workers": "2",
-         "timeout": "300", "max_mb": "64", "max_pictures": "256", "max_side": "2048"}
+SERVE = {
+    "path": "",
+    "rewards": "",
+    "host": "127.0.0.1",
+    "port": "8810",
+    "token": "",
+    "token_file": "",
+    "workers": "2",
+    "timeout": "300",
+    "max_mb": "64",
+    "max_pictures": "256",
+    "max_side": "2048",
+}
 
 
 def help_text() -> str:
@@ -42,12 +54,16 @@ def run(argv: Sequence[str]) -> int:
     values, config_args = split(rest, CHECK if action == "check" else SERVE)
     config = load_config(config_args) if config_args else None
     if (config is None) == (not values["path"]):
-        raise InputError("reward: expected either --config or --path; received "
-                         f"{'neither' if config is None else 'both'}")
+        raise InputError(
+            "reward: expected either --config or --path; received "
+            f"{'neither' if config is None else 'both'}"
+        )
     return (_check if action == "check" else _serve)(values, config)
 
 
-def _load(values: dict[str, str], config: Any, one_by_one: bool = False) -> tuple[list[Any], Path | None, dict]:
+def _load(
+    values: dict[str, str], config: Any, one_by_one: bool = False
+) -> tuple[list[Any], Path | None, dict]:
     """The rewards that were asked for, their directory, and why each of the others does not load."""
     from marble_jax.programs.build import place_of
     from marble_jax.rewards.function import is_function
@@ -97,13 +113,29 @@ def _check(values: dict[str, str], config: Any) -> int:
     for reward, finding in zip(rewards, findings):
         rate = checks.throughput(reward, size, batch, timeout)
         weights = checks.weight_bytes(reward) / 1e6
-        rows.append((finding.name, finding.status, f"{finding.mean(True):.4g}", f"{finding.mean(False):.4g}",
-                     f"{rate:.3g}", f"{weights:.3g}" if weights else "-", finding.kind, finding.note))
-    rows += [(name, "not loaded", "-", "-", "-", "-", "-", problem) for name, problem in problems.items()]
-    console.say(f"{len(rewards) + len(problems)} rewards on {2 * golden_images.COUNT} golden pictures of {size} px "
-                f"(own prompts, then each other's), speed in batches of {batch}; {checks.memory()}")
+        rows.append(
+            (
+                finding.name,
+                finding.status,
+                f"{finding.mean(True):.4g}",
+                f"{finding.mean(False):.4g}",
+                f"{rate:.3g}",
+                f"{weights:.3g}" if weights else "-",
+                finding.kind,
+                finding.note,
+            )
+        )
+    rows += [
+        (name, "not loaded", "-", "-", "-", "-", "-", problem) for name, problem in problems.items()
+    ]
+    console.say(
+        f"{len(rewards) + len(problems)} rewards on {2 * golden_images.COUNT} golden pictures of {size} px "
+        f"(own prompts, then each other's), speed in batches of {batch}; {checks.memory()}"
+    )
     console.table(rows, ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", ""))
-    bad = [f"{f.name} ({f.status})" for f in findings if not f.passed] + [f"{n} (not loaded)" for n in problems]
+    bad = [f"{f.name} ({f.status})" for f in findings if not f.passed] + [
+        f"{n} (not loaded)" for n in problems
+    ]
     if write and directory is not None:
         if any(f.status == "failed" for f in findings):
             raise InputError(f"--write: expected scores of every reward; received {', '.join(bad)}")
@@ -116,8 +148,11 @@ def _check(values: dict[str, str], config: Any) -> int:
 
 def _serve(values: dict[str, str], config: Any) -> int:
     port, workers = number(values, "port", int, 0), number(values, "workers", int, 1)
-    limits = {"body": number(values, "max_mb", int, 1) * 10**6, "pictures": number(values, "max_pictures", int, 1),
-              "side": number(values, "max_side", int, 1)}
+    limits = {
+        "body": number(values, "max_mb", int, 1) * 10**6,
+        "pictures": number(values, "max_pictures", int, 1),
+        "side": number(values, "max_side", int, 1),
+    }
     timeout = number(values, "timeout", float, 0.1)
     from marble_jax import platform
     from marble_jax.console import Console
@@ -135,8 +170,10 @@ def _serve(values: dict[str, str], config: Any) -> int:
     before = {n: signal.signal(n, lambda *_: stop.set()) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         with RewardServer(rewards, values["host"], port, service) as server:
-            Console().say(f"serving {', '.join(r.name for r in rewards)} at {server.url} "
-                          f"({'with' if token else 'without'} a token); Ctrl-C stops")
+            Console().say(
+                f"serving {', '.join(r.name for r in rewards)} at {server.url} "
+                f"({'with' if token else 'without'} a token); Ctrl-C stops"
+            )
             stop.wait()
     finally:
         for which, handler in before.items():

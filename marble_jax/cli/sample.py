@@ -1,4 +1,5 @@
 """`marble-jax sample --model=DIR|HUB_ID|embedded --prompts=... --out=DIR` or, from a training run, `--workdir=RUN`."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -6,12 +7,32 @@ from collections.abc import Mapping, Sequence
 from marble_jax.cli.options import boolean, number, split
 from marble_jax.errors import InputError, one_of
 
-HOW = {"steps": "40", "solver": "euler", "guidance": "1.0", "negative": "", "size": "", "tokens": "", "t5": "true",
-       "batch": "8", "embedding_cache": ""}
+HOW = {
+    "steps": "40",
+    "solver": "euler",
+    "guidance": "1.0",
+    "negative": "",
+    "size": "",
+    "tokens": "",
+    "t5": "true",
+    "batch": "8",
+    "embedding_cache": "",
+}
 """Options about how pictures are drawn, shared with `evaluate`."""
 
-OPTIONS = {"model": "", "workdir": "", "policy": "ema", "lora": "", "prompts": "", "file": "", "images": "1",
-           "out": None, "seed": "0", **HOW, "grid": "true"}
+OPTIONS = {
+    "model": "",
+    "workdir": "",
+    "policy": "ema",
+    "lora": "",
+    "prompts": "",
+    "file": "",
+    "images": "1",
+    "out": None,
+    "seed": "0",
+    **HOW,
+    "grid": "true",
+}
 POLICIES = ("base", "current", "old", "ema", "best")
 
 HOW_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
@@ -54,13 +75,22 @@ def settings_of(values: Mapping[str, str]):
     if values["size"]:
         parts = values["size"].lower().split("x")
         if len(parts) != 2 or not all(p.isdigit() for p in parts):
-            raise InputError(f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received {values['size']!r}")
+            raise InputError(
+                f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received {values['size']!r}"
+            )
         size = (int(parts[0]), int(parts[1]))
     return Settings(
-        seed=number(values, "seed", int, 0), num_steps=number(values, "steps", int, 1), solver=values["solver"],
-        guidance=number(values, "guidance", float, 0), negative=values["negative"], size=size,
-        tokens=number(values, "tokens", int, 1) if values["tokens"] else None, t5=boolean("t5", values["t5"]),
-        batch=number(values, "batch", int, 1), embedding_cache=values["embedding_cache"])
+        seed=number(values, "seed", int, 0),
+        num_steps=number(values, "steps", int, 1),
+        solver=values["solver"],
+        guidance=number(values, "guidance", float, 0),
+        negative=values["negative"],
+        size=size,
+        tokens=number(values, "tokens", int, 1) if values["tokens"] else None,
+        t5=boolean("t5", values["t5"]),
+        batch=number(values, "batch", int, 1),
+        embedding_cache=values["embedding_cache"],
+    )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -68,11 +98,15 @@ def run(argv: Sequence[str]) -> int:
     if rest:
         raise InputError(f"sample: expected no --config (a run brings its own); received {rest[0]}")
     if bool(values["model"]) == bool(values["workdir"]):
-        raise InputError("sample: expected either --model or --workdir; received "
-                         f"{'both' if values['model'] else 'neither'}")
+        raise InputError(
+            "sample: expected either --model or --workdir; received "
+            f"{'both' if values['model'] else 'neither'}"
+        )
     if bool(values["prompts"]) == bool(values["file"]):
-        raise InputError("sample: expected either --prompts or --file; received "
-                         f"{'both' if values['file'] else 'neither'}")
+        raise InputError(
+            "sample: expected either --prompts or --file; received "
+            f"{'both' if values['file'] else 'neither'}"
+        )
     one_of("--policy", values["policy"], POLICIES)
     from marble_jax.prompts.files import read_file
 
@@ -84,6 +118,11 @@ def run(argv: Sequence[str]) -> int:
     settings = settings_of(values)
     from marble_jax.programs.sample import Source, draw_pictures
 
-    draw_pictures([p for p in prompts for _ in range(images)], values["out"],
-                  Source(values["model"], values["workdir"], values["policy"], values["lora"]), settings, with_grid)
+    draw_pictures(
+        [p for p in prompts for _ in range(images)],
+        values["out"],
+        Source(values["model"], values["workdir"], values["policy"], values["lora"]),
+        settings,
+        with_grid,
+    )
     return 0

@@ -1,4 +1,5 @@
 """`marble-jax train --config=FILE[:preset] --workdir=DIR [--config.key=value ...]`."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -13,9 +14,13 @@ from marble_jax.version import VERSION
 
 
 def help_text() -> str:
-    return ("usage: marble-jax train --config=FILE[:preset] --workdir=DIR [--config.key=value ...]\n\n"
-            "  The same command again resumes.\n\n" + HELP +
-            "\n\n  Keys, with the defaults of the paper's recipe:\n\n" + describe())
+    return (
+        "usage: marble-jax train --config=FILE[:preset] --workdir=DIR [--config.key=value ...]\n\n"
+        "  The same command again resumes.\n\n"
+        + HELP
+        + "\n\n  Keys, with the defaults of the paper's recipe:\n\n"
+        + describe()
+    )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,9 +35,16 @@ def run(argv: Sequence[str]) -> int:
         config = distributed.together("configuration", lambda: load_config(config_args))
         if cluster is not None:
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-            distributed.same("", {f"config.{name}": value for name, value in flatten(config).items()} | versions | {
-                "--workdir": values["workdir"], "marble_jax": VERSION,
-                "python": ".".join(platform.python_version_tuple()[:2])})
+            distributed.same(
+                "",
+                {f"config.{name}": value for name, value in flatten(config).items()}
+                | versions
+                | {
+                    "--workdir": values["workdir"],
+                    "marble_jax": VERSION,
+                    "python": ".".join(platform.python_version_tuple()[:2]),
+                },
+            )
             distributed.start_jax(cluster, init_timeout, heartbeat_timeout)
         try:
             train_run(config, values["workdir"], " ".join(["marble-jax", "train", *argv]))

@@ -1,4 +1,5 @@
 """What each component of an SD3 model is made of: its key map, its parameter tree, its names in diffusers."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,15 +15,20 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_enco
 """Directories that hold weights."""
 CARRIED = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 """Directories without weights; their files are copied."""
-STEMS = {name: "diffusion_pytorch_model" if name in ("transformer", "vae") else "model" for name in COMPONENTS}
+STEMS = {
+    name: "diffusion_pytorch_model" if name in ("transformer", "vae") else "model"
+    for name in COMPONENTS
+}
 """How diffusers and transformers name the safetensors of a component."""
 CLASSES = {
-    "transformer": ("diffusers", "SD3Transformer2DModel"), "vae": ("diffusers", "AutoencoderKL"),
+    "transformer": ("diffusers", "SD3Transformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     "text_encoder_3": ("transformers", "T5EncoderModel"),
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-    "tokenizer": ("transformers", "CLIPTokenizer"), "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
 }
 """Library and class of each part, as model_index.json names them."""
@@ -58,7 +64,9 @@ def layout(component: str, config: Mapping[str, Any], keys: Collection[str] = ()
         shapes = transformer.abstract_params(transformer.MMDiT(MMDiTConfig.from_dict(config)))
         return Layout(tuple(layer_names.entries(shapes)), shapes)
     if component == "vae":
-        shapes = autoencoder_kl.abstract_params(autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig.from_dict(config)))
+        shapes = autoencoder_kl.abstract_params(
+            autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig.from_dict(config))
+        )
         return Layout(tuple(path_entries(shapes)), shapes)
     if component == "text_encoder_3":
         shapes = t5.abstract_params(t5.T5Encoder(t5.T5Config.from_dict(config)))

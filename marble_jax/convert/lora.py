@@ -6,6 +6,7 @@ file that says nothing, as diffusers and ComfyUI read it.
 
 Source: PEFT 0.21 (`LoraConfig`, `get_pattern_key`), diffusers 0.42 (`SD3LoraLoaderMixin`), ComfyUI for `.alpha`.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -100,18 +101,24 @@ def read_lora(path: str, shapes: Mapping[str, Any]) -> Lora:
     if config is None and HEADER_CONFIG in source.metadata:
         config = _header_config(file, source.metadata[HEADER_CONFIG])
     if config is None and any(key.startswith(PEFT_PREFIX) for key in keys):
-        raise InputError(f"{file}: expected {PEFT_CONFIG} beside a PEFT file, as alpha, and so the strength, is "
-                         "written there; received none")
+        raise InputError(
+            f"{file}: expected {PEFT_CONFIG} beside a PEFT file, as alpha, and so the strength, is "
+            "written there; received none"
+        )
     strength = None if config is None else _strength(*config)
     return Lora(str(path), _layers(source, layer_pieces(shapes), _widths(shapes), strength))
 
 
 def as_lora(path: str, adapter: Adapter, scale: float) -> Lora:
     """An adapter of ours, to be combined with others."""
-    return Lora(path, {name: Layer(a, b, scale) for name, (a, b) in adapters.unstack(adapter).items()})
+    return Lora(
+        path, {name: Layer(a, b, scale) for name, (a, b) in adapters.unstack(adapter).items()}
+    )
 
 
-def combine(loras: Sequence[tuple[Lora, float]], shapes: Mapping[str, Any], scale: float = 1.0) -> Adapter:
+def combine(
+    loras: Sequence[tuple[Lora, float]], shapes: Mapping[str, Any], scale: float = 1.0
+) -> Adapter:
     """One adapter that does what all of them do together: sum of weight * scale * a @ b, whatever their ranks.
 
     The pairs of a layer stand side by side along the rank, which is exact. Layers of a stacked run share a rank; the
@@ -125,9 +132,13 @@ def combine(loras: Sequence[tuple[Lora, float]], shapes: Mapping[str, Any], scal
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for lora, weight in loras:
         for name, layer in lora.layers.items():
-            parts.setdefault(name, []).append((layer.a, layer.b * np.float32(layer.scale * weight / scale)))
-    pairs = {name: (np.concatenate([a for a, _ in group], axis=1), np.concatenate([b for _, b in group]))
-             for name, group in parts.items()}
+            parts.setdefault(name, []).append(
+                (layer.a, layer.b * np.float32(layer.scale * weight / scale))
+            )
+    pairs = {
+        name: (np.concatenate([a for a, _ in group], axis=1), np.concatenate([b for _, b in group]))
+        for name, group in parts.items()
+    }
     paths = {module.name: module.path for module in dense_modules(shapes)}
     ranks: dict[tuple[str, ...], int] = {}
     for name, (a, _) in pairs.items():
@@ -150,15 +161,21 @@ def named_loras(text: str) -> list[tuple[str, float]]:
         path, _, tail = item.strip().rpartition(":")
         weight = _number(tail) if path else 1.0
         if weight is None and not pathlib.Path(item.strip()).exists():
-            raise InputError(f"--lora: expected PATH or PATH:weight; received the weight {tail!r} in {item.strip()!r}")
+            raise InputError(
+                f"--lora: expected PATH or PATH:weight; received the weight {tail!r} in {item.strip()!r}"
+            )
         name = path if path and weight is not None else item.strip()
         if not name:
-            raise InputError(f"--lora: expected PATH[:weight], separated by commas; received {text!r}")
+            raise InputError(
+                f"--lora: expected PATH[:weight], separated by commas; received {text!r}"
+            )
         found.append((name, 1.0 if weight is None else weight))
     return found
 
 
-def add_loras(text: str, shapes: Mapping[str, Any], scale: float, adapter: Adapter | None = None) -> Adapter | None:
+def add_loras(
+    text: str, shapes: Mapping[str, Any], scale: float, adapter: Adapter | None = None
+) -> Adapter | None:
     """The adapter of an inference with `--lora=text`, on top of `adapter` if there is one.
 
     Args:
@@ -170,10 +187,16 @@ def add_loras(text: str, shapes: Mapping[str, Any], scale: float, adapter: Adapt
     if not text:
         return adapter
     own = [] if adapter is None else [(as_lora("adapter", adapter, scale), 1.0)]
-    return combine([*own, *((read_lora(path, shapes), weight) for path, weight in named_loras(text))], shapes, scale)
+    return combine(
+        [*own, *((read_lora(path, shapes), weight) for path, weight in named_loras(text))],
+        shapes,
+        scale,
+    )
 
 
-def start_from(lora: Lora, adapter: Adapter, shapes: Mapping[str, Any], spec: adapters.LoraSpec) -> Adapter:
+def start_from(
+    lora: Lora, adapter: Adapter, shapes: Mapping[str, Any], spec: adapters.LoraSpec
+) -> Adapter:
     """The adapter that training starts from: `adapter` with the layers that the LoRA has replaced by it.
 
     Rank and alpha are the run's. Another rank, another alpha on record or a layer that is not adapted would silently
@@ -193,14 +216,20 @@ def start_from(lora: Lora, adapter: Adapter, shapes: Mapping[str, Any], spec: ad
     pairs = adapters.unstack(adapter)
     for name, layer in lora.layers.items():
         if name not in chosen:
-            raise InputError(f"lora.init: {lora.path}: expected only layers of lora.targets; received {name!r}; add "
-                             "its suffix to lora.targets")
+            raise InputError(
+                f"lora.init: {lora.path}: expected only layers of lora.targets; received {name!r}; add "
+                "its suffix to lora.targets"
+            )
         if layer.rank != spec.rank:
-            raise InputError(f"lora.init: {lora.path}: expected lora.rank = {spec.rank}; received rank {layer.rank} "
-                             f"({name}); set lora.rank={layer.rank}")
+            raise InputError(
+                f"lora.init: {lora.path}: expected lora.rank = {spec.rank}; received rank {layer.rank} "
+                f"({name}); set lora.rank={layer.rank}"
+            )
         if layer.alpha is not None and layer.alpha != spec.alpha:
-            raise InputError(f"lora.init: {lora.path}: expected lora.alpha = {spec.alpha:g}; received alpha "
-                             f"{layer.alpha:g} ({name}); set lora.alpha={layer.alpha:g}")
+            raise InputError(
+                f"lora.init: {lora.path}: expected lora.alpha = {spec.alpha:g}; received alpha "
+                f"{layer.alpha:g} ({name}); set lora.alpha={layer.alpha:g}"
+            )
         pairs[name] = layer.a, layer.b * np.float32(layer.scale / spec.scale)
     return adapters.stack(pairs, shapes)
 
@@ -209,14 +238,24 @@ def _find(path: pathlib.Path) -> tuple[pathlib.Path, tuple[pathlib.Path, Mapping
     """The weights file, and PEFT's configuration with its place where there is one."""
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise InputError(f"{path}: expected a .safetensors file (others can run code); received {path.name!r}")
+            raise InputError(
+                f"{path}: expected a .safetensors file (others can run code); received {path.name!r}"
+            )
         beside = path.parent / PEFT_CONFIG
-        return path, (beside, read_json(beside)) if path.name == PEFT_FILE and beside.is_file() else None
+        return path, (
+            beside,
+            read_json(beside),
+        ) if path.name == PEFT_FILE and beside.is_file() else None
     if not path.exists() and HUB_NAME.fullmatch(str(path)):
         # Not every .safetensors: a repository of a whole model would come down to the last gigabyte.
-        path = download(str(path), [PEFT_CONFIG, PEFT_FILE, DIFFUSERS_FILE, "lora/adapter_*", "*lora*.safetensors"])
+        path = download(
+            str(path),
+            [PEFT_CONFIG, PEFT_FILE, DIFFUSERS_FILE, "lora/adapter_*", "*lora*.safetensors"],
+        )
     if not path.is_dir():
-        raise InputError(f"LoRA: expected a directory, a .safetensors file or a hub id; received {str(path)!r}")
+        raise InputError(
+            f"LoRA: expected a directory, a .safetensors file or a hub id; received {str(path)!r}"
+        )
     for folder in (path, path / "lora"):
         if (folder / PEFT_CONFIG).is_file():
             return folder / PEFT_FILE, (folder / PEFT_CONFIG, read_json(folder / PEFT_CONFIG))
@@ -225,31 +264,48 @@ def _find(path: pathlib.Path) -> tuple[pathlib.Path, tuple[pathlib.Path, Mapping
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         received = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "an empty directory"
-        raise InputError(f"{path}: expected {PEFT_CONFIG} with {PEFT_FILE}, {DIFFUSERS_FILE} or one other .safetensors "
-                         f"file; received {received}")
+        raise InputError(
+            f"{path}: expected {PEFT_CONFIG} with {PEFT_FILE}, {DIFFUSERS_FILE} or one other .safetensors "
+            f"file; received {received}"
+        )
     return _find(files[0])
 
 
 def _header_config(file: pathlib.Path, text: str) -> tuple[pathlib.Path, Mapping[str, Any]]:
     try:
         fields = json.loads(text)
-        return file, {k.removeprefix(DIFFUSERS_PREFIX): v for k, v in fields.items() if k.startswith(DIFFUSERS_PREFIX)}
+        return file, {
+            k.removeprefix(DIFFUSERS_PREFIX): v
+            for k, v in fields.items()
+            if k.startswith(DIFFUSERS_PREFIX)
+        }
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{file}: {HEADER_CONFIG}: expected a JSON object in the file's header; received "
-                         f"{type(error).__name__}") from error
+        raise InputError(
+            f"{file}: {HEADER_CONFIG}: expected a JSON object in the file's header; received "
+            f"{type(error).__name__}"
+        ) from error
 
 
 def _strength(path: pathlib.Path, config: Mapping[str, Any]) -> Strength:
     """Strength by a PEFT `LoraConfig`'s fields; raises InputError for what is more than a plain LoRA."""
-    for field, plain in (("peft_type", ("LORA", None)), ("bias", ("none", None)), ("use_dora", (False, None)),
-                         ("fan_in_fan_out", (False, None)), ("lora_bias", (False, None)),
-                         ("modules_to_save", (None, []))):
+    for field, plain in (
+        ("peft_type", ("LORA", None)),
+        ("bias", ("none", None)),
+        ("use_dora", (False, None)),
+        ("fan_in_fan_out", (False, None)),
+        ("lora_bias", (False, None)),
+        ("modules_to_save", (None, [])),
+    ):
         if config.get(field) not in plain:
-            raise InputError(f"{path}: {field}: expected {plain[0]!r}, a plain LoRA; received {config[field]!r}")
+            raise InputError(
+                f"{path}: {field}: expected {plain[0]!r}, a plain LoRA; received {config[field]!r}"
+            )
     start = str(config.get("init_lora_weights", ""))
     if start.startswith(("pissa", "olora", "loftq", "corda")):
-        raise InputError(f"{path}: init_lora_weights: expected a LoRA that leaves the base weights as they are; "
-                         f"received {start!r}")
+        raise InputError(
+            f"{path}: init_lora_weights: expected a LoRA that leaves the base weights as they are; "
+            f"received {start!r}"
+        )
     for field in ("r", "lora_alpha"):
         if _number(config.get(field)) is None:
             raise InputError(f"{path}: {field}: expected a number; received {config.get(field)!r}")
@@ -257,20 +313,26 @@ def _strength(path: pathlib.Path, config: Mapping[str, Any]) -> Strength:
     def strength(name: str, rank: int) -> tuple[float, float]:
         stated = _pattern(path, config, "rank_pattern", name, config["r"])
         if stated != rank:
-            raise InputError(f"{path}: rank of {name}: expected {stated:g}, as written there; received tensors of rank "
-                             f"{rank}")
+            raise InputError(
+                f"{path}: rank of {name}: expected {stated:g}, as written there; received tensors of rank "
+                f"{rank}"
+            )
         alpha = _pattern(path, config, "alpha_pattern", name, config["lora_alpha"])
         return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return strength
 
 
-def _pattern(path: pathlib.Path, config: Mapping[str, Any], field: str, name: str, default: float) -> float:
+def _pattern(
+    path: pathlib.Path, config: Mapping[str, Any], field: str, name: str, default: float
+) -> float:
     for pattern, value in (config.get(field) or {}).items():
         try:
             matches = re.match(rf"(.*\.)?({pattern})$", name)
         except re.error as error:
-            raise InputError(f"{path}: {field}: expected names or patterns; received {pattern!r}") from error
+            raise InputError(
+                f"{path}: {field}: expected names or patterns; received {pattern!r}"
+            ) from error
         if matches:
             default = value
             break
@@ -280,31 +342,43 @@ def _pattern(path: pathlib.Path, config: Mapping[str, Any], field: str, name: st
     return number
 
 
-def _layers(source: SafetensorsFile, known: Mapping[str, tuple[Piece, ...]], widths: Mapping[str, tuple[int, int]],
-            strength: Strength | None) -> dict[str, Layer]:
+def _layers(
+    source: SafetensorsFile,
+    known: Mapping[str, tuple[Piece, ...]],
+    widths: Mapping[str, tuple[int, int]],
+    strength: Strength | None,
+) -> dict[str, Layer]:
     found: dict[str, dict[str, str]] = {}
     for key in source.keys():
         stem, part = split_key(source.path, key)
         if part in found.setdefault(stem, {}):
-            raise InputError(f"{source.path}: expected each matrix of {stem} once; received {found[stem][part]!r} and "
-                             f"{key!r}")
+            raise InputError(
+                f"{source.path}: expected each matrix of {stem} once; received {found[stem][part]!r} and "
+                f"{key!r}"
+            )
         found[stem][part] = key
     layers: dict[str, Layer] = {}
     for stem, keys in found.items():
         pieces = find_layer(source.path, stem, known)
         if not {"a", "b"} <= set(keys):
             lost = "A (down)" if "a" not in keys else "B (up)"
-            raise InputError(f"{source.path}: {stem}: expected a pair of matrices; received one without {lost}")
+            raise InputError(
+                f"{source.path}: {stem}: expected a pair of matrices; received one without {lost}"
+            )
         a, b = (_matrix(source, keys[part]) for part in ("a", "b"))
         inner, outer = widths[pieces[0].name]
         expected = (a.shape[0], inner), (outer * pieces[0].parts, a.shape[0])
         if (a.shape, b.shape) != expected or not a.size:
-            raise InputError(f"{source.path}: {stem}: expected A {expected[0]} and B {expected[1]} for this "
-                             f"transformer; received {a.shape} and {b.shape}")
+            raise InputError(
+                f"{source.path}: {stem}: expected A {expected[0]} and B {expected[1]} for this "
+                f"transformer; received {a.shape} and {b.shape}"
+            )
         for piece in pieces:
             if piece.name in layers:
-                raise InputError(f"{source.path}: expected each layer once; received {piece.name} twice, the second "
-                                 f"time as {stem!r}")
+                raise InputError(
+                    f"{source.path}: expected each layer once; received {piece.name} twice, the second "
+                    f"time as {stem!r}"
+                )
             if "alpha" in keys:
                 alpha = _scalar(source, keys["alpha"])
                 scale = alpha / a.shape[0]
@@ -318,18 +392,24 @@ def _matrix(source: SafetensorsFile, key: str) -> np.ndarray:
     """A tensor as float32 [rows, columns], in the file's layout."""
     raw = source.read(key)
     if raw.dtype.kind not in "fV" or raw.ndim != 2:
-        raise InputError(f"{source.path}: tensor {key!r}: expected a matrix of floating-point numbers; received shape "
-                         f"{raw.shape} {raw.dtype}")
+        raise InputError(
+            f"{source.path}: tensor {key!r}: expected a matrix of floating-point numbers; received shape "
+            f"{raw.shape} {raw.dtype}"
+        )
     value = np.asarray(raw, np.float32)
     if not np.isfinite(value).all():
-        raise InputError(f"{source.path}: tensor {key!r}: expected finite numbers; received NaN or infinity")
+        raise InputError(
+            f"{source.path}: tensor {key!r}: expected finite numbers; received NaN or infinity"
+        )
     return value
 
 
 def _scalar(source: SafetensorsFile, key: str) -> float:
     value = np.asarray(source.read(key), np.float64)
     if value.size != 1 or not np.isfinite(value).all():
-        raise InputError(f"{source.path}: tensor {key!r}: expected one finite number; received {value.tolist()}")
+        raise InputError(
+            f"{source.path}: tensor {key!r}: expected one finite number; received {value.tolist()}"
+        )
     return float(value.reshape(()))
 
 
@@ -340,7 +420,11 @@ def _rows(b: np.ndarray, piece: Piece) -> np.ndarray:
 
 def _widths(shapes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """(in, out) by layer name."""
-    kernels = {p[:-1]: leaf.shape for p, leaf in traverse_util.flatten_dict(dict(shapes)).items() if p[-1] == "kernel"}
+    kernels = {
+        p[:-1]: leaf.shape
+        for p, leaf in traverse_util.flatten_dict(dict(shapes)).items()
+        if p[-1] == "kernel"
+    }
     return {module.name: tuple(kernels[module.path][-2:]) for module in dense_modules(shapes)}
 
 

@@ -6,6 +6,7 @@ twice in the versions that read it.
 
 Source: PEFT 0.10 and 0.21 `PeftModel.save_pretrained`, diffusers 0.33 and 0.42 `StableDiffusion3Pipeline`.
 """
+
 from __future__ import annotations
 
 import json
@@ -40,22 +41,42 @@ def lora_files(pairs: Pairs, spec: LoraSpec, base: str | None = None) -> dict[st
     return {
         DIFFUSERS_FILE: _safetensors(pairs, DIFFUSERS_PREFIX, spec.scale),
         PEFT_FILE: _safetensors(pairs, PEFT_PREFIX, 1.0),
-        PEFT_CONFIG: (json.dumps(peft_config(spec, base), indent=2, sort_keys=True) + "\n").encode(),
+        PEFT_CONFIG: (
+            json.dumps(peft_config(spec, base), indent=2, sort_keys=True) + "\n"
+        ).encode(),
     }
 
 
 def peft_config(spec: LoraSpec, base: str | None = None) -> dict[str, object]:
     """`adapter_config.json` with the fields of PEFT 0.10 and no others, as it refuses fields it does not know."""
     return {
-        "auto_mapping": {"base_model_class": "SD3Transformer2DModel",
-                         "parent_library": "diffusers.models.transformers.transformer_sd3"},
-        "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": "gaussian", "layer_replication": None, "layers_pattern": None,
-        "layers_to_transform": None, "loftq_config": {},
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha, "lora_dropout": 0.0,
-        "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA",
-        "r": spec.rank, "rank_pattern": {}, "alpha_pattern": {}, "revision": None,
-        "target_modules": list(spec.targets), "task_type": None, "use_dora": False, "use_rslora": False,
+        "auto_mapping": {
+            "base_model_class": "SD3Transformer2DModel",
+            "parent_library": "diffusers.models.transformers.transformer_sd3",
+        },
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": "gaussian",
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_dropout": 0.0,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "revision": None,
+        "target_modules": list(spec.targets),
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
     }
 
 
@@ -77,7 +98,11 @@ class Merged:
 
     def dtype(self, key: str) -> np.dtype:
         """Dtype that `read` gives."""
-        return self._source.dtype(key) if self._keep or key not in self._pairs else np.dtype(np.float32)
+        return (
+            self._source.dtype(key)
+            if self._keep or key not in self._pairs
+            else np.dtype(np.float32)
+        )
 
     def read(self, key: str) -> np.ndarray:
         """The tensor. Raises InputError where a sum does not fit its dtype."""
@@ -88,13 +113,22 @@ class Merged:
         with np.errstate(over="ignore"):
             merged = (tensor.astype(np.float32) + self._scale * (a @ b).T).astype(self.dtype(key))
         if not np.isfinite(merged.astype(np.float32)).all():
-            raise InputError(f"{self.file(key)}: tensor {key!r}: expected a finite sum with its adapter in "
-                             f"{merged.dtype}; received one that is not")
+            raise InputError(
+                f"{self.file(key)}: tensor {key!r}: expected a finite sum with its adapter in "
+                f"{merged.dtype}; received one that is not"
+            )
         return merged
 
 
-def merge_transformer(root: pathlib.Path, out: pathlib.Path, pairs: Pairs, scale: float, console: Console,
-                      dtype: str = KEEP, shard_bytes: int = 10_000_000_000) -> None:
+def merge_transformer(
+    root: pathlib.Path,
+    out: pathlib.Path,
+    pairs: Pairs,
+    scale: float,
+    console: Console,
+    dtype: str = KEEP,
+    shard_bytes: int = 10_000_000_000,
+) -> None:
     """Writes a diffusers `transformer` directory with an adapter folded in; memory holds one tensor.
 
     Args:
@@ -110,11 +144,20 @@ def merge_transformer(root: pathlib.Path, out: pathlib.Path, pairs: Pairs, scale
       InputError: a base that does not fit its config; sums that do not fit the dtype.
     """
     model = open_model(str(root), components=("transformer",))
-    source, wanted = model.components["transformer"], {entry.key for entry in model.layouts["transformer"].entries}
-    tensors, keys = Cast(Merged(source, pairs, scale, dtype == KEEP), dtype), [k for k in source.keys() if k in wanted]
+    source, wanted = (
+        model.components["transformer"],
+        {entry.key for entry in model.layouts["transformer"].entries},
+    )
+    tensors, keys = (
+        Cast(Merged(source, pairs, scale, dtype == KEEP), dtype),
+        [k for k in source.keys() if k in wanted],
+    )
     with console.bar(sum(map(tensors.nbytes, keys)), "merge", "B") as bar:
         write_safetensors(out, STEMS["transformer"], tensors, keys, shard_bytes, bar.update)
-    write_json(out / "config.json", {k: v for k, v in source.config.items() if k not in ("dtype", "torch_dtype")})
+    write_json(
+        out / "config.json",
+        {k: v for k, v in source.config.items() if k not in ("dtype", "torch_dtype")},
+    )
 
 
 def _safetensors(pairs: Pairs, prefix: str, scale: float) -> bytes:
@@ -123,5 +166,7 @@ def _safetensors(pairs: Pairs, prefix: str, scale: float) -> bytes:
     tensors = {}
     for name, (a, b) in pairs.items():
         tensors[f"{prefix}{name}.lora_A.weight"] = np.ascontiguousarray(a.T, np.float32)
-        tensors[f"{prefix}{name}.lora_B.weight"] = np.ascontiguousarray(b.T * np.float32(scale), np.float32)
+        tensors[f"{prefix}{name}.lora_B.weight"] = np.ascontiguousarray(
+            b.T * np.float32(scale), np.float32
+        )
     return save(tensors, metadata={"format": "pt"})

@@ -3,6 +3,7 @@
 A kill leaves the target as it was. The next run with the same arguments keeps the components that were complete and
 starts with the first that was not; with other arguments, or other files, it starts afresh.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -32,8 +33,15 @@ _SLACK = 32_000_000  # bytes for small files
 
 
 def convert(
-    name: str, out: str, layout: str = "", dtype: str = KEEP, components: Sequence[str] = (), companion: str = "",
-    revision: str | None = None, shard_bytes: int = 10_000_000_000, ignore: Sequence[str] = (),
+    name: str,
+    out: str,
+    layout: str = "",
+    dtype: str = KEEP,
+    components: Sequence[str] = (),
+    companion: str = "",
+    revision: str | None = None,
+    shard_bytes: int = 10_000_000_000,
+    ignore: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Converts a model.
@@ -63,7 +71,10 @@ def convert(
     model = open_model(name, revision, companion, components, ignore)
     layout = layout or ("diffusers" if model.kind == "orbax" else "orbax")
     sources = {part: Cast(source, dtype) for part, source in model.components.items()}
-    sizes = {part: sum(source.nbytes(e.key) for e in model.layouts[part].entries) for part, source in sources.items()}
+    sizes = {
+        part: sum(source.nbytes(e.key) for e in model.layouts[part].entries)
+        for part, source in sources.items()
+    }
     partial = target.parent / f".{target.name}.partial"
     job = {
         "version": VERSION, "layout": layout, "dtype": dtype, "shard_bytes": shard_bytes, "ignore": list(ignore),
@@ -76,33 +87,43 @@ def convert(
         left = sum(size for part, size in sizes.items() if part not in done)
         free = shutil.disk_usage(partial).free
         if left + _SLACK > free:
-            raise InputError(f"{target}: expected {(left + _SLACK) / 1e9:.2f} GB of free disk; received "
-                             f"{free / 1e9:.2f} GB")
+            raise InputError(
+                f"{target}: expected {(left + _SLACK) / 1e9:.2f} GB of free disk; received "
+                f"{free / 1e9:.2f} GB"
+            )
         with console.bar(left, "convert", "B") as bar:
             for part, source in sources.items():
                 if part in done:
                     continue
                 bar.set_description(part)
                 began = time.perf_counter()
-                done[part] = _write(partial, part, model, source, layout, dtype, shard_bytes, bar.update)
+                done[part] = _write(
+                    partial, part, model, source, layout, dtype, shard_bytes, bar.update
+                )
                 write_json(partial / _JOB, {"job": job, "done": done})
                 seconds = time.perf_counter() - began
-                console.say(f"  {part:15} {len(model.layouts[part].entries):5} tensors  {sizes[part] / 1e9:7.3f} GB  "
-                            f"{duration(seconds):>6}  {sizes[part] / 1e6 / seconds:6.0f} MB/s")
+                console.say(
+                    f"  {part:15} {len(model.layouts[part].entries):5} tensors  {sizes[part] / 1e9:7.3f} GB  "
+                    f"{duration(seconds):>6}  {sizes[part] / 1e6 / seconds:6.0f} MB/s"
+                )
         manifest = _finish(partial, model, layout, dtype, done, sizes)
         (partial / _JOB).unlink()
         if target.exists():
             target.rmdir()  # empty, as was seen above
         partial.rename(target)
     total, seconds = sum(sizes.values()), time.perf_counter() - start
-    console.say(f"converted {model.kind} to {layout}: {total / 1e9:.3f} GB in {duration(seconds)}, peak memory "
-                f"{peak_memory() / 1e9:.2f} GB: {target}")
+    console.say(
+        f"converted {model.kind} to {layout}: {total / 1e9:.3f} GB in {duration(seconds)}, peak memory "
+        f"{peak_memory() / 1e9:.2f} GB: {target}"
+    )
     for what in model.skipped:
         console.say(f"  not part of an SD3 model, left out: {what}")
     index = model.written.get("model_index.json", {})
     missing = [part for part in (*COMPONENTS, *CARRIED) if index.get(part, 0) == [None, None]]
     if missing:
-        console.say(f"  not in the source: {', '.join(missing)} (--companion=DIR takes them from another model)")
+        console.say(
+            f"  not in the source: {', '.join(missing)} (--companion=DIR takes them from another model)"
+        )
     return manifest
 
 
@@ -113,7 +134,13 @@ def peak_memory() -> int:
 
 
 def _write(
-    partial: pathlib.Path, part: str, model: Model, source: Cast, layout: str, dtype: str, shard_bytes: int,
+    partial: pathlib.Path,
+    part: str,
+    model: Model,
+    source: Cast,
+    layout: str,
+    dtype: str,
+    shard_bytes: int,
     progress: Any,
 ) -> dict[str, Any]:
     """One component with its config; returns size and hash by file."""
@@ -138,7 +165,11 @@ def _write(
 
 
 def _finish(
-    partial: pathlib.Path, model: Model, layout: str, dtype: str, done: dict[str, dict[str, Any]],
+    partial: pathlib.Path,
+    model: Model,
+    layout: str,
+    dtype: str,
+    done: dict[str, dict[str, Any]],
     sizes: dict[str, int],
 ) -> dict[str, Any]:
     """Copies and writes the small files, then the manifest."""
@@ -173,15 +204,23 @@ def _free_target(out: str) -> pathlib.Path:
     return target
 
 
-def _resumed(partial: pathlib.Path, job: dict[str, Any], console: Console) -> dict[str, dict[str, Any]]:
+def _resumed(
+    partial: pathlib.Path, job: dict[str, Any], console: Console
+) -> dict[str, dict[str, Any]]:
     """Components that an earlier, killed run of the same job completed; clears what else it left."""
     try:
         record = json.loads((partial / _JOB).read_text(encoding="utf-8"))
         done = record["done"] if record["job"] == job else {}
     except (OSError, ValueError, KeyError, TypeError):
         done = {}
-    complete = {part: files for part, files in done.items() if all(
-        (partial / f).is_file() and (partial / f).stat().st_size == r["bytes"] for f, r in files.items())}
+    complete = {
+        part: files
+        for part, files in done.items()
+        if all(
+            (partial / f).is_file() and (partial / f).stat().st_size == r["bytes"]
+            for f, r in files.items()
+        )
+    }
     for path in partial.iterdir():
         if path.name not in complete and path.name != _JOB:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -200,13 +239,17 @@ def _claimed(partial: pathlib.Path) -> Iterator[None]:
         partial.mkdir(parents=True, exist_ok=True)
         handle = os.open(partial, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"--out: expected a place to write; received {partial.parent} ({error.strerror})") from error
+        raise InputError(
+            f"--out: expected a place to write; received {partial.parent} ({error.strerror})"
+        ) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"--out: expected no other conversion to it at the same time; received {partial}, in use "
-                             "by one") from error
+            raise InputError(
+                f"--out: expected no other conversion to it at the same time; received {partial}, in use "
+                "by one"
+            ) from error
         try:
             yield
         finally:
@@ -223,11 +266,17 @@ def _named(target: pathlib.Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # TensorStore puts the system's errors in a ValueError
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # TensorStore puts the system's errors in a ValueError
         text = " ".join(str(error).split())
         full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text
         if not full and not isinstance(error, OSError):
             raise
-        raise InputError(f"{target}: expected {'room' if full else 'to write'} on the disk; received "
-                         f"{os.strerror(errno.ENOSPC) if full else text[:200]} (nothing was changed; the same command "
-                         "goes on from the last complete component)") from error
+        raise InputError(
+            f"{target}: expected {'room' if full else 'to write'} on the disk; received "
+            f"{os.strerror(errno.ENOSPC) if full else text[:200]} (nothing was changed; the same command "
+            "goes on from the last complete component)"
+        ) from error

@@ -6,6 +6,7 @@ the whole. The configs are read off the shapes.
 
 Source: diffusers 0.42 `loaders/single_file_utils.py` for the names, the swapped halves and the identity projection.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,11 +26,22 @@ from marble_jax.weights.key_map import published_shape
 from marble_jax.weights.safetensors_files import SafetensorsFile
 
 TRANSFORMER, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = {"text_encoder": "text_encoders.clip_l.transformer.", "text_encoder_2": "text_encoders.clip_g.transformer.",
-        "text_encoder_3": "text_encoders.t5xxl.transformer."}
-UNUSED = ("*.position_ids", "text_encoders.*.logit_scale", TEXT["text_encoder_3"] + "encoder.embed_tokens.weight")
+TEXT = {
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
+}
+UNUSED = (
+    "*.position_ids",
+    "text_encoders.*.logit_scale",
+    TEXT["text_encoder_3"] + "encoder.embed_tokens.weight",
+)
 """What such files may hold that no network reads: index buffers, CLIP's loss scale, the second name of T5's table."""
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
 """Sigma grid of every published SD3 and SD3.5 model. Source: their scheduler_config.json (reference/sd3.md, 4)."""
 _HEAD = 64  # width of a head, in every published MMDiT and CLIP
 
@@ -60,10 +72,12 @@ _VAE_RULES = (
     (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0", r"encoder.down.\1.downsample"),
     (r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)", r"decoder.up.\1.block.\2"),
     (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0", r"decoder.up.\1.upsample"),
-    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"), (r"mid_block\.attentions\.0\.to_([qkv])",
-                                                                  r"mid.attn_1.\1"),
-    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"), ("conv_norm_out", "norm_out"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    ("conv_norm_out", "norm_out"),
     ("conv_shortcut", "nin_shortcut"),
 )
 
@@ -93,7 +107,9 @@ class OriginalComponent:
       config: what its config.json would hold.
     """
 
-    def __init__(self, source: SafetensorsFile, config: dict[str, Any], pieces: Mapping[str, Piece]):
+    def __init__(
+        self, source: SafetensorsFile, config: dict[str, Any], pieces: Mapping[str, Piece]
+    ):
         self.path, self.config = source.path, config
         self._source, self._pieces = source, dict(pieces)
 
@@ -138,7 +154,9 @@ class OriginalComponent:
         return tensor.reshape(piece.shape)
 
 
-def open_original(path: pathlib.Path | str, ignore: Sequence[str] = ()) -> dict[str, OriginalComponent]:
+def open_original(
+    path: pathlib.Path | str, ignore: Sequence[str] = ()
+) -> dict[str, OriginalComponent]:
     """The components of an original single-file checkpoint.
 
     Args:
@@ -149,7 +167,9 @@ def open_original(path: pathlib.Path | str, ignore: Sequence[str] = ()) -> dict[
       InputError: not such a file; tensors that are missing, left over or of the wrong shape.
     """
     file = SafetensorsFile(path)
-    keys = [k for k in file.keys() if not any(fnmatch.fnmatchcase(k, pattern) for pattern in ignore)]
+    keys = [
+        k for k in file.keys() if not any(fnmatch.fnmatchcase(k, pattern) for pattern in ignore)
+    ]
     bare = any(k.startswith("joint_blocks.") for k in keys)
     prefixes = {"transformer": "" if bare else TRANSFORMER, "vae": VAE, **TEXT}
     components = {}
@@ -158,28 +178,41 @@ def open_original(path: pathlib.Path | str, ignore: Sequence[str] = ()) -> dict[
         if component != "transformer" and not names:
             continue
         shape = _Shapes(file, prefix, names)
-        config = {"transformer": _transformer_config, "vae": _vae_config, "text_encoder_3": _t5_config}.get(
-            component, _clip_config)(shape)
+        config = {
+            "transformer": _transformer_config,
+            "vae": _vae_config,
+            "text_encoder_3": _t5_config,
+        }.get(component, _clip_config)(shape)
         if component == "text_encoder_2":
             config["hidden_act"] = "gelu"
         components[component] = _component(file, component, prefix, config, names)
     used = set().union(*(c.used() for c in components.values()))
-    extra = [k for k in keys if k not in used and not any(fnmatch.fnmatchcase(k, p) for p in UNUSED)]
+    extra = [
+        k for k in keys if k not in used and not any(fnmatch.fnmatchcase(k, p) for p in UNUSED)
+    ]
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise InputError(f"{file.path}: expected only tensors of an SD3 checkpoint; received {extra[0]!r}{more}"
-                         f"{nearest(extra[0], used)} (--ignore=PATTERN passes over it)")
+        raise InputError(
+            f"{file.path}: expected only tensors of an SD3 checkpoint; received {extra[0]!r}{more}"
+            f"{nearest(extra[0], used)} (--ignore=PATTERN passes over it)"
+        )
     return components
 
 
-def original_name(component: str, key: str, config: Mapping[str, Any]) -> tuple[str, int | None, bool]:
+def original_name(
+    component: str, key: str, config: Mapping[str, Any]
+) -> tuple[str, int | None, bool]:
     """Name of a published tensor in an original file, without prefix; which third of its rows; whether halves swap."""
     if component == "vae":
         top = len(config["block_out_channels"]) - 1
         for pattern, name in _VAE_RULES:
             key = re.sub(pattern, name, key)
         # The original numbers the decoder's resolutions from the finest, diffusers from the coarsest.
-        return re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{top - int(m[1])}", key), None, False
+        return (
+            re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{top - int(m[1])}", key),
+            None,
+            False,
+        )
     if component != "transformer":
         return key, None, False
     if key in _GLOBAL:
@@ -205,13 +238,17 @@ class _Shapes:
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         if name not in self.names:
-            raise InputError(f"{self.file.path}: expected tensor {self.prefix + name!r} of an SD3 checkpoint; received "
-                             f"a file without it{nearest(self.prefix + name, self.file.keys())}")
+            raise InputError(
+                f"{self.file.path}: expected tensor {self.prefix + name!r} of an SD3 checkpoint; received "
+                f"a file without it{nearest(self.prefix + name, self.file.keys())}"
+            )
         return self.file.shape(self.prefix + name)
 
     def count(self, pattern: str) -> int:
         """One more than the largest number that the group of `pattern` matches."""
-        return 1 + max((int(m[1]) for m in (re.match(pattern, n) for n in self.names) if m), default=-1)
+        return 1 + max(
+            (int(m[1]) for m in (re.match(pattern, n) for n in self.names) if m), default=-1
+        )
 
 
 def _component(
@@ -223,17 +260,25 @@ def _component(
     for entry in plan.entries:
         shape = published_shape(entry, leaves[entry.path].shape)
         name, third, swapped = original_name(component, entry.key, config)
-        if component == "text_encoder" and entry.key == "text_projection.weight" and name not in present:
+        if (
+            component == "text_encoder"
+            and entry.key == "text_projection.weight"
+            and name not in present
+        ):
             pieces[entry.key] = Piece(None, shape)
             continue
         if name not in present:
-            raise InputError(f"{file.path}: expected tensor {prefix + name!r}; received a file without it"
-                             f"{nearest(prefix + name, file.keys())}")
+            raise InputError(
+                f"{file.path}: expected tensor {prefix + name!r}; received a file without it"
+                f"{nearest(prefix + name, file.keys())}"
+            )
         received = file.shape(prefix + name)
         expected = (3 * shape[0], *shape[1:]) if third is not None else shape
         squeezed = received[:2] if received[2:] == (1, 1) and len(expected) == 2 else received
         if squeezed != expected:
-            raise InputError(f"{file.path}: tensor {prefix + name!r}: expected shape {expected}; received {received}")
+            raise InputError(
+                f"{file.path}: tensor {prefix + name!r}: expected shape {expected}; received {received}"
+            )
         pieces[entry.key] = Piece(prefix + name, shape, third, swapped)
     return OriginalComponent(file, config, pieces)
 
@@ -241,8 +286,13 @@ def _component(
 def _transformer_config(shape: _Shapes) -> dict[str, Any]:
     patch = shape["x_embedder.proj.weight"]
     width, text = shape["context_embedder.weight"]
-    duals = sorted({int(m[1]) for m in (re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", n) for n in shape.names)
-                    if m})
+    duals = sorted(
+        {
+            int(m[1])
+            for m in (re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", n) for n in shape.names)
+            if m
+        }
+    )
     qk_norm = "joint_blocks.0.x_block.attn.ln_q.weight" in shape.names
     head = shape["joint_blocks.0.x_block.attn.ln_q.weight"][0] if qk_norm else _HEAD
     return {

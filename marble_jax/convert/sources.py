@@ -2,6 +2,7 @@
 
 Each becomes a `Model`: components that give their tensors under the published names, and the files that go along.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -37,7 +38,9 @@ class StoredTensors:
         for entry in plan.entries:
             by_path.setdefault(entry.path, []).append(entry)
         self._groups = source.groups()
-        self._group_of = {path: number for number, group in enumerate(self._groups) for path in group}
+        self._group_of = {
+            path: number for number, group in enumerate(self._groups) for path in group
+        }
         self._entries = {entry.key: entry for path in self._group_of for entry in by_path[path]}
         self._arrays: dict[tuple[str, ...], np.ndarray] = {}
 
@@ -103,11 +106,16 @@ class Model:
         for component in self.components.values():
             for key in component.keys():
                 files.add(component.file(key))
-        return sorted(f for top in files for f in ([top] if top.is_file() else top.rglob("*")) if f.is_file())
+        return sorted(
+            f for top in files for f in ([top] if top.is_file() else top.rglob("*")) if f.is_file()
+        )
 
 
 def open_model(
-    name: str, revision: str | None = None, companion: str = "", components: Sequence[str] = (),
+    name: str,
+    revision: str | None = None,
+    companion: str = "",
+    components: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> Model:
     """Opens whatever `name` names, and checks every tensor's name and shape.
@@ -125,14 +133,19 @@ def open_model(
     """
     for component in components:
         one_of("--components", component, COMPONENTS)
-    model = _original(name, revision, ignore) if name.endswith(".safetensors") else _directory(
-        name, revision, components)
+    model = (
+        _original(name, revision, ignore)
+        if name.endswith(".safetensors")
+        else _directory(name, revision, components)
+    )
     if companion:
         _complete(model, _directory(companion, None, components))
     wanted = list(components or COMPONENTS)
     for component in components:
         if component not in model.components:
-            raise InputError(f"--components: expected components that {model.path} has; received {component!r}")
+            raise InputError(
+                f"--components: expected components that {model.path} has; received {component!r}"
+            )
     model.components = {c: model.components[c] for c in wanted if c in model.components}
     for component, source in model.components.items():
         plan = layout(component, source.config, source.keys())
@@ -140,8 +153,16 @@ def open_model(
         model.layouts[component] = plan
     parts = {*model.components, *(name.split("/")[0] for name in (*model.carried, *model.written))}
     index = model.written.get(_INDEX, {})
-    model.written |= {_INDEX: {part: value if part in parts or not isinstance(value, list) else [None, None]
-                               for part, value in index.items()}} if index else {}
+    model.written |= (
+        {
+            _INDEX: {
+                part: value if part in parts or not isinstance(value, list) else [None, None]
+                for part, value in index.items()
+            }
+        }
+        if index
+        else {}
+    )
     return model
 
 
@@ -149,18 +170,27 @@ def _directory(name: str, revision: str | None, wanted: Sequence[str]) -> Model:
     root = find_model(name, revision, not wanted or "text_encoder_3" in wanted)
     index = read_json(root / _INDEX) if (root / _INDEX).is_file() else None
     if index is not None and index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise InputError(f"{root / _INDEX}: expected a StableDiffusion3Pipeline; received {index.get('_class_name')}")
+        raise InputError(
+            f"{root / _INDEX}: expected a StableDiffusion3Pipeline; received {index.get('_class_name')}"
+        )
     # A directory without index may hold some of the components: a transformer that was trained, say.
-    present = {part for part in (*COMPONENTS, *CARRIED) if (root / part).is_dir()} if index is None else {
-        part for part in (*COMPONENTS, *CARRIED) if (index.get(part) or [None])[-1] is not None}
+    present = (
+        {part for part in (*COMPONENTS, *CARRIED) if (root / part).is_dir()}
+        if index is None
+        else {
+            part for part in (*COMPONENTS, *CARRIED) if (index.get(part) or [None])[-1] is not None
+        }
+    )
     found: dict[str, Component] = {}
     for component in COMPONENTS:
         if component in present and (not wanted or component in wanted):
             source = open_component(root / component)
             found[component] = StoredTensors(source) if isinstance(source, StoredDir) else source
     if not present & set(COMPONENTS):
-        raise InputError(f"{root}: expected a model directory with {_INDEX} or one of {', '.join(COMPONENTS)}; "
-                         f"received {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'an empty directory'}")
+        raise InputError(
+            f"{root}: expected a model directory with {_INDEX} or one of {', '.join(COMPONENTS)}; "
+            f"received {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'an empty directory'}"
+        )
     kinds = {"orbax" if isinstance(c, StoredTensors) else "diffusers" for c in found.values()}
     if len(kinds) > 1:
         raise InputError(f"{root}: expected components of one layout; received both")
@@ -169,13 +199,19 @@ def _directory(name: str, revision: str | None, wanted: Sequence[str]) -> Model:
     model = Model(name, kinds.pop() if kinds else "diffusers", root, found)
     for part in sorted(present & set(CARRIED)):
         if not (root / part).is_dir():
-            raise InputError(f"{root / part}: expected the directory that {_INDEX} names; received none")
-        model.carried |= {f"{part}/{f.name}": f for f in sorted((root / part).iterdir()) if f.is_file()}
+            raise InputError(
+                f"{root / part}: expected the directory that {_INDEX} names; received none"
+            )
+        model.carried |= {
+            f"{part}/{f.name}": f for f in sorted((root / part).iterdir()) if f.is_file()
+        }
     model.carried |= {f.name: f for f in root.glob("LICENSE*") if f.is_file()}
     if index is not None:
         model.written[_INDEX] = index
     known = {*COMPONENTS, *CARRIED, _INDEX, MANIFEST, *model.carried}
-    model.skipped = sorted(p.name for p in root.iterdir() if p.name not in known and not p.name.startswith("."))
+    model.skipped = sorted(
+        p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(".")
+    )
     return model
 
 
@@ -184,13 +220,19 @@ def _original(name: str, revision: str | None, ignore: Sequence[str]) -> Model:
     if not path.is_file():
         repository, _, file = name.rpartition("/")
         if not HUB_NAME.fullmatch(repository):
-            raise InputError(f"model: expected a file or a Hub name owner/model/file.safetensors; received {name!r}")
+            raise InputError(
+                f"model: expected a file or a Hub name owner/model/file.safetensors; received {name!r}"
+            )
         path = download(repository, [file], revision=revision) / file
     model = Model(name, "original", path, dict(open_original(path, ignore)))
     model.written["scheduler/scheduler_config.json"] = SCHEDULER
     parts = {part: [None, None] for part in (*COMPONENTS, *CARRIED)}
     parts |= {part: list(CLASSES[part]) for part in (*model.components, "scheduler")}
-    model.written[_INDEX] = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.30.0", **parts}
+    model.written[_INDEX] = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": "0.30.0",
+        **parts,
+    }
     return model
 
 

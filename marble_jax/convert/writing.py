@@ -3,6 +3,7 @@
 Memory holds one tensor (one leaf) at a time. A leaf stacks the layers of a run, so the largest, one matrix of every
 layer, is a small part of the model.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -47,7 +48,11 @@ class Cast:
     def dtype(self, key: str) -> np.dtype:
         """Dtype after the cast."""
         kind = self._source.dtype(key)
-        return np.dtype(self._dtype) if self._dtype is not None and jnp.issubdtype(kind, jnp.floating) else kind
+        return (
+            np.dtype(self._dtype)
+            if self._dtype is not None and jnp.issubdtype(kind, jnp.floating)
+            else kind
+        )
 
     def nbytes(self, key: str) -> int:
         """Size after the cast."""
@@ -60,14 +65,25 @@ class Cast:
             return tensor
         with np.errstate(over="ignore"):
             cast = tensor.astype(kind)
-        if kind == np.float16 and np.isinf(cast).any() and not np.isinf(tensor.astype(np.float32)).any():
-            raise InputError(f"{self.file(key)}: tensor {key!r}: expected numbers up to 65504 for float16; received "
-                             f"{float(np.abs(tensor.astype(np.float32)).max()):.6g} (--dtype=bfloat16 holds them)")
+        if (
+            kind == np.float16
+            and np.isinf(cast).any()
+            and not np.isinf(tensor.astype(np.float32)).any()
+        ):
+            raise InputError(
+                f"{self.file(key)}: tensor {key!r}: expected numbers up to 65504 for float16; received "
+                f"{float(np.abs(tensor.astype(np.float32)).max()):.6g} (--dtype=bfloat16 holds them)"
+            )
         return cast
 
 
 def write_safetensors(
-    directory: pathlib.Path, stem: str, source: Cast, keys: Iterable[str], shard_bytes: int, progress: Progress
+    directory: pathlib.Path,
+    stem: str,
+    source: Cast,
+    keys: Iterable[str],
+    shard_bytes: int,
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Writes tensors as one safetensors file, or as shards with their index.
 
@@ -93,25 +109,41 @@ def write_safetensors(
             size = 0
         shards[-1].append(key)
         size += source.nbytes(key)
-    names = [f"{stem}.safetensors"] if len(shards) == 1 else [
-        f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = {name: _write_shard(directory / name, source, shard, progress)
-             for name, shard in zip(names, shards, strict=True)}
+    names = (
+        [f"{stem}.safetensors"]
+        if len(shards) == 1
+        else [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    files = {
+        name: _write_shard(directory / name, source, shard, progress)
+        for name, shard in zip(names, shards, strict=True)
+    }
     if len(shards) > 1:
         index = directory / f"{stem}.safetensors.index.json"
-        write_json(index, {
-            "metadata": {"total_size": sum(map(source.nbytes, ordered))},
-            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard}})
+        write_json(
+            index,
+            {
+                "metadata": {"total_size": sum(map(source.nbytes, ordered))},
+                "weight_map": {
+                    key: name for name, shard in zip(names, shards, strict=True) for key in shard
+                },
+            },
+        )
         files[index.name] = seal(index)
     return files
 
 
-def _write_shard(path: pathlib.Path, source: Cast, keys: list[str], progress: Progress) -> dict[str, Any]:
+def _write_shard(
+    path: pathlib.Path, source: Cast, keys: list[str], progress: Progress
+) -> dict[str, Any]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key in keys:
-        header[key] = {"dtype": _NAMES[source.dtype(key)], "shape": list(source.shape(key)),
-                       "data_offsets": [end, end + source.nbytes(key)]}
+        header[key] = {
+            "dtype": _NAMES[source.dtype(key)],
+            "shape": list(source.shape(key)),
+            "data_offsets": [end, end + source.nbytes(key)],
+        }
         end += source.nbytes(key)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -142,7 +174,9 @@ def _write_shard(path: pathlib.Path, source: Cast, keys: list[str], progress: Pr
         return {"bytes": handle.tell(), "sha256": digest.hexdigest()}
 
 
-def write_params(directory: pathlib.Path, source: Cast, plan: Layout, progress: Progress) -> dict[str, dict[str, Any]]:
+def write_params(
+    directory: pathlib.Path, source: Cast, plan: Layout, progress: Progress
+) -> dict[str, dict[str, Any]]:
     """Writes a component's parameters as one Orbax checkpoint, `params`.
 
     Args:
@@ -164,8 +198,10 @@ def write_params(directory: pathlib.Path, source: Cast, plan: Layout, progress: 
     for path, struct in traverse_util.flatten_dict(dict(plan.shapes)).items():
         kinds = sorted({str(source.dtype(entry.key)) for entry in groups[path]})
         if len(kinds) > 1:
-            raise InputError(f"{source.path}: expected one dtype for tensor {groups[path][0].key!r} of all layers; "
-                             f"received {' and '.join(kinds)} (choose one with --dtype)")
+            raise InputError(
+                f"{source.path}: expected one dtype for tensor {groups[path][0].key!r} of all layers; "
+                f"received {' and '.join(kinds)} (choose one with --dtype)"
+            )
 
         def read(group: Any = groups[path], shape: Any = struct.shape) -> np.ndarray:
             leaf = fill(source, group, shape, source.dtype(group[0].key))

@@ -2,6 +2,7 @@
 
 `from marble_jax import hosts` is the way in; with one process all of it is plain calls.
 """
+
 from marble_jax.distributed.global_arrays import own_rows, put, row_owners, whole
 from marble_jax.distributed.processes import (
     Agreed,

@@ -5,6 +5,7 @@ NVIDIA's data sheets of the A100 80GB SXM, H100 SXM and H200 SXM (dense bf16 ten
 `usable` of a TPU is what the XLA:TPU compiler of libtpu 0.0.51 has to give to a program ("exceeds available HBM
 (15.75G)"); of a GPU, three quarters of the memory, which is what JAX allocates unless told otherwise.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,21 +40,37 @@ class Chip:
     host: int
 
 
-CHIPS = {chip.name: chip for chip in (
-    Chip("v4", ("TPU v4",), "tpu", 275e12, 32 * GIB, 30.5 * GIB, 1.228e12, 4),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197e12, 16 * GIB, 15.75 * GIB, 0.819e12, 4),
-    Chip("v5p", ("TPU v5p", "TPU v5"), "tpu", 459e12, 96 * GIB, 95.73 * GIB, 2.765e12, 4),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32 * GIB, 31.24 * GIB, 1.640e12, 4),
-    Chip("a100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"), "gpu", 312e12, 80 * GIB, 60 * GIB, 2.039e12, 8),
-    Chip("h100", ("NVIDIA H100",), "gpu", 989e12, 80 * GIB, 60 * GIB, 3.35e12, 8),
-    Chip("h200", ("NVIDIA H200",), "gpu", 989e12, 141e9, 0.75 * 141e9, 4.8e12, 8),
-)}
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", ("TPU v4",), "tpu", 275e12, 32 * GIB, 30.5 * GIB, 1.228e12, 4),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197e12, 16 * GIB, 15.75 * GIB, 0.819e12, 4),
+        Chip("v5p", ("TPU v5p", "TPU v5"), "tpu", 459e12, 96 * GIB, 95.73 * GIB, 2.765e12, 4),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32 * GIB, 31.24 * GIB, 1.640e12, 4),
+        Chip(
+            "a100",
+            ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"),
+            "gpu",
+            312e12,
+            80 * GIB,
+            60 * GIB,
+            2.039e12,
+            8,
+        ),
+        Chip("h100", ("NVIDIA H100",), "gpu", 989e12, 80 * GIB, 60 * GIB, 3.35e12, 8),
+        Chip("h200", ("NVIDIA H200",), "gpu", 989e12, 141e9, 0.75 * 141e9, 4.8e12, 8),
+    )
+}
 
 
 def of_kind(device_kind: str) -> Chip | None:
     """The chip that reports itself as `device_kind`; None for one whose peak is not in the table."""
-    found = [(len(kind), chip) for chip in CHIPS.values() for kind in chip.kinds
-             if device_kind.lower().startswith(kind.lower())]
+    found = [
+        (len(kind), chip)
+        for chip in CHIPS.values()
+        for kind in chip.kinds
+        if device_kind.lower().startswith(kind.lower())
+    ]
     return max(found, key=lambda entry: entry[0])[1] if found else None
 
 
@@ -64,5 +81,7 @@ def named(name: str) -> Chip:
       InputError: none of that name.
     """
     if name.lower() not in CHIPS:
-        raise InputError(f"chip: expected one of {', '.join(CHIPS)}; received {name!r}{nearest(name, CHIPS)}")
+        raise InputError(
+            f"chip: expected one of {', '.join(CHIPS)}; received {name!r}{nearest(name, CHIPS)}"
+        )
     return CHIPS[name.lower()]

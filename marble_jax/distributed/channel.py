@@ -9,6 +9,7 @@ The processes meet at the coordinator's address before JAX opens its service the
 it. Whoever leaves without a farewell is lost, and everyone else ends with one line: at once where the main thread asks,
 after `GRACE` seconds where it hangs in a collective.
 """
+
 from __future__ import annotations
 
 import os
@@ -63,8 +64,13 @@ class Channel:
       lost: the line that says who is lost; empty while nobody is.
     """
 
-    def __init__(self, index: int, names: Sequence[str], connections: Sequence[tuple[int, socket.socket]],
-                 keepalive: float):
+    def __init__(
+        self,
+        index: int,
+        names: Sequence[str],
+        connections: Sequence[tuple[int, socket.socket]],
+        keepalive: float,
+    ):
         self.index, self.count, self.names, self.lost = index, len(names), tuple(names), ""
         self._closed, self._lock, self._noticed = False, threading.Lock(), threading.Event()
         self._peers = []
@@ -72,8 +78,10 @@ class Channel:
             connection.settimeout(None)
             keep_alive(connection, keepalive)
             self._peers.append(Peer(other, names[other], connection))
-        self._readers = [threading.Thread(target=peer.read, args=(self._give_up,), name=f"{peer}", daemon=True)
-                         for peer in self._peers]
+        self._readers = [
+            threading.Thread(target=peer.read, args=(self._give_up,), name=f"{peer}", daemon=True)
+            for peer in self._peers
+        ]
         for reader in self._readers:
             reader.start()
 
@@ -98,10 +106,14 @@ class Channel:
         else:
             found = [mine] + [self._next(peer) for peer in self._peers]
             refusals = [one["refusal"] for one in found]
-            strays = [] if any(refusals) else [i for i, one in enumerate(found) if one["label"] != label]
+            strays = (
+                [] if any(refusals) else [i for i, one in enumerate(found) if one["label"] != label]
+            )
             if strays:
-                self.fail(f"expected every process at {label!r}; received process {strays[0]} at "
-                          f"{found[strays[0]]['label']!r}")
+                self.fail(
+                    f"expected every process at {label!r}; received process {strays[0]} at "
+                    f"{found[strays[0]]['label']!r}"
+                )
             answer = {"refusals": refusals, "values": [one["value"] for one in found]}
             for peer in self._peers:
                 peer.send(VALUE, answer)
@@ -182,7 +194,9 @@ class Channel:
             os._exit(LOST_STATUS)
 
 
-def meet(address: str, count: int, index: int, timeout: float, keepalive: float = 60.0, name: str = "") -> Channel:
+def meet(
+    address: str, count: int, index: int, timeout: float, keepalive: float = 60.0, name: str = ""
+) -> Channel:
     """Waits until all processes are there.
 
     Args:
@@ -213,17 +227,23 @@ def split_address(address: str) -> tuple[str, int]:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InputError(f"--coordinator: expected HOST:PORT of process 0, such as 10.0.0.2:8476; received {address!r}")
+        raise InputError(
+            f"--coordinator: expected HOST:PORT of process 0, such as 10.0.0.2:8476; received {address!r}"
+        )
     return host.strip("[]"), int(port)
 
 
-def _gather(port: int, count: int, timeout: float, deadline: float, keepalive: float, name: str) -> Channel:
+def _gather(
+    port: int, count: int, timeout: float, deadline: float, keepalive: float, name: str
+) -> Channel:
     """Process 0: takes the others in, and tells all of them how it went."""
     try:
         listener = listen(port)
     except OSError as error:
-        raise InputError(f"--coordinator: expected port {port} to be free on process 0 ({name}); received "
-                         f"{error.strerror or error}; choose another one") from None
+        raise InputError(
+            f"--coordinator: expected port {port} to be free on process 0 ({name}); received "
+            f"{error.strerror or error}; choose another one"
+        ) from None
     arrived: dict[int, tuple[str, socket.socket]] = {}
     problem = ""
     with listener:
@@ -233,10 +253,12 @@ def _gather(port: int, count: int, timeout: float, deadline: float, keepalive: f
                 connection, _ = listener.accept()
             except TimeoutError:
                 missing = [str(i) for i in range(1, count) if i not in arrived]
-                problem = (f"distributed: expected {count} processes at port {port} of process 0 ({name}) within "
-                           f"{timeout:g} s; received none from process {', '.join(missing[:8])}"
-                           f"{' and more' if len(missing) > 8 else ''}: are they running, with this address and "
-                           f"--num_processes={count}?")
+                problem = (
+                    f"distributed: expected {count} processes at port {port} of process 0 ({name}) within "
+                    f"{timeout:g} s; received none from process {', '.join(missing[:8])}"
+                    f"{' and more' if len(missing) > 8 else ''}: are they running, with this address and "
+                    f"--num_processes={count}?"
+                )
                 break
             hello = _hello(connection)
             if hello is None:  # somebody else's
@@ -244,11 +266,16 @@ def _gather(port: int, count: int, timeout: float, deadline: float, keepalive: f
                 continue
             other = hello["process"]
             if hello["of"] != count:
-                problem = (f"--num_processes: expected the same on every host; received {count} on process 0 ({name}) "
-                           f"and {hello['of']} on process {other} ({hello['name']})")
+                problem = (
+                    f"--num_processes: expected the same on every host; received {count} on process 0 ({name}) "
+                    f"and {hello['of']} on process {other} ({hello['name']})"
+                )
             elif other in arrived or not 0 < other < count:
-                problem = (f"--process_id: expected 0 to {count - 1}, each once; received {other} from "
-                           f"{hello['name']}" + (f" and from {arrived[other][0]}" if other in arrived else ""))
+                problem = (
+                    f"--process_id: expected 0 to {count - 1}, each once; received {other} from "
+                    f"{hello['name']}"
+                    + (f" and from {arrived[other][0]}" if other in arrived else "")
+                )
             if problem:
                 _answer([connection], LOST, problem)
             else:
@@ -262,8 +289,16 @@ def _gather(port: int, count: int, timeout: float, deadline: float, keepalive: f
     return Channel(0, names, [(i, arrived[i][1]) for i in arrived], keepalive)
 
 
-def _join(host: str, port: int, count: int, index: int, timeout: float, deadline: float, keepalive: float, name: str
-          ) -> Channel:
+def _join(
+    host: str,
+    port: int,
+    count: int,
+    index: int,
+    timeout: float,
+    deadline: float,
+    keepalive: float,
+    name: str,
+) -> Channel:
     """Another process: knocks until process 0 opens, then waits until it says that all are there."""
     reason = ""
     while (left := deadline - time.monotonic()) > 0:
@@ -287,8 +322,10 @@ def _join(host: str, port: int, count: int, index: int, timeout: float, deadline
             raise InputError(answer[1])
         reason = reason or "another program, or a process 0 that stopped, at that port"
         time.sleep(_RETRY)
-    raise InputError(f"--coordinator: expected process 0 at {host}:{port} within {timeout:g} s; received none "
-                     f"({reason}): is process 0 running there, and is the port open between the hosts?")
+    raise InputError(
+        f"--coordinator: expected process 0 at {host}:{port} within {timeout:g} s; received none "
+        f"({reason}): is process 0 running there, and is the port open between the hosts?"
+    )
 
 
 def _hello(connection: socket.socket) -> dict[str, Any] | None:
@@ -301,8 +338,14 @@ def _hello(connection: socket.socket) -> dict[str, Any] | None:
     hello = message[1] if message else None
     if not isinstance(hello, dict) or hello.get("magic") != _MAGIC:
         return None
-    return hello if all(isinstance(hello.get(k), kind) for k, kind in (
-        ("process", int), ("of", int), ("name", str))) else None
+    return (
+        hello
+        if all(
+            isinstance(hello.get(k), kind)
+            for k, kind in (("process", int), ("of", int), ("name", str))
+        )
+        else None
+    )
 
 
 def _answer(connections: Sequence[socket.socket], kind: bytes, value: Any) -> None:

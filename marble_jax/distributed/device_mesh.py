@@ -4,6 +4,7 @@ Axes: `data` splits the batch, `fsdp` splits the batch and the weights, `tensor`
 (heads and hidden units), so that devices along it work on the same samples. Which axis of which weight is split over
 which of them is in `marble_jax.distributed.sharding`.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,7 +26,9 @@ BATCH = PartitionSpec(BATCH_AXES)
 EVERYWHERE = PartitionSpec()
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh over all devices.
 
     Args:
@@ -59,10 +62,18 @@ def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tu
         given = tuple(count // fixed if size == -1 else size for size in given)
     if min(given) < 1 or math.prod(given) != count:
         wanted = [size if size != -1 else None for size in (data, fsdp, tensor)]
-        best = min(_factors(count), key=lambda sizes: sum(
-            abs(math.log(max(want, 1) / size)) for want, size in zip(wanted, sizes, strict=True) if want is not None))
-        raise InputError(f"mesh: expected data x fsdp x tensor = {count} device(s), at most one of them -1; received "
-                         f"{data} x {fsdp} x {tensor} (nearest valid {' x '.join(map(str, best))})")
+        best = min(
+            _factors(count),
+            key=lambda sizes: sum(
+                abs(math.log(max(want, 1) / size))
+                for want, size in zip(wanted, sizes, strict=True)
+                if want is not None
+            ),
+        )
+        raise InputError(
+            f"mesh: expected data x fsdp x tensor = {count} device(s), at most one of them -1; received "
+            f"{data} x {fsdp} x {tensor} (nearest valid {' x '.join(map(str, best))})"
+        )
     return given
 
 
@@ -85,7 +96,9 @@ def picture_shards(mesh: Mesh | AbstractMesh, count: int) -> int:
 
 def picture_sharding(mesh: Mesh, count: int) -> NamedSharding:
     """Where pictures lie while they are decoded and scored; see `picture_shards`."""
-    return NamedSharding(mesh, PartitionSpec(AXES) if picture_shards(mesh, count) == mesh.size else BATCH)
+    return NamedSharding(
+        mesh, PartitionSpec(AXES) if picture_shards(mesh, count) == mesh.size else BATCH
+    )
 
 
 def place_batch(mesh: Mesh, tree: Any) -> Any:
@@ -129,7 +142,11 @@ class Shards:
 
     def split(self, tree: Any) -> Any:
         """Splits the leading axis of every leaf over the devices."""
-        return tree if self.count == 1 else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, BATCH))
+        return (
+            tree
+            if self.count == 1
+            else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, BATCH))
+        )
 
     def on_each(self, function: Callable[..., Any], *trees: Any) -> Any:
         """`function` of every device's own samples, apart from each other.
@@ -143,7 +160,9 @@ class Shards:
         """
         if self.count == 1:
             return function(*trees)
-        dealt = jax.tree.map(lambda x: x.reshape(self.count, x.shape[0] // self.count, *x.shape[1:]), trees)
+        dealt = jax.tree.map(
+            lambda x: x.reshape(self.count, x.shape[0] // self.count, *x.shape[1:]), trees
+        )
         found = jax.vmap(function, spmd_axis_name=BATCH_AXES)(*self.split(dealt))
         return jax.tree.map(self._own, found)
 
@@ -153,7 +172,9 @@ class Shards:
 
     def _own(self, x: jax.Array) -> jax.Array:
         free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, *free)))
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, *free))
+        )
 
 
 ALONE = Shards()

@@ -1,4 +1,5 @@
 """Arrays that span the devices of several processes: how they get there, come back, and who holds which rows."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -18,10 +19,15 @@ def put(tree: Any, sharding: Any) -> Any:
       sharding: of every leaf, or a tree of them.
     """
     one_for_all = isinstance(sharding, jax.sharding.Sharding)
-    if all(s.is_fully_addressable for s in ([sharding] if one_for_all else jax.tree.leaves(sharding))):
+    if all(
+        s.is_fully_addressable for s in ([sharding] if one_for_all else jax.tree.leaves(sharding))
+    ):
         return jax.device_put(tree, sharding)
-    return jax.tree.map(lambda leaf, *own: _put(leaf, own[0] if own else sharding), tree,
-                        *([] if one_for_all else [sharding]))
+    return jax.tree.map(
+        lambda leaf, *own: _put(leaf, own[0] if own else sharding),
+        tree,
+        *([] if one_for_all else [sharding]),
+    )
 
 
 def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -34,6 +40,7 @@ def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def whole(tree: Any) -> Any:
     """Arrays of all processes as host arrays; all of them have to ask for it."""
+
     def one(leaf: Any) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return np.asarray(leaf)

@@ -3,6 +3,7 @@
 Checkpoints are written by all hosts into one place. Where a host has a directory of its own under the same name
 nothing fails until a checkpoint is to be read again.
 """
+
 from __future__ import annotations
 
 import secrets
@@ -30,14 +31,27 @@ def shared(path: epath.PathLike, patience: float = PATIENCE) -> None:
     if distributed.alone():
         return
     path = epath.Path(path)
-    made = [place for place in (path, *path.parents) if not place.exists()] if distributed.is_first() else []
+    made = (
+        [place for place in (path, *path.parents) if not place.exists()]
+        if distributed.is_first()
+        else []
+    )
     token = distributed.from_first("probe", lambda: f".probe-{secrets.token_hex(8)}")
     try:
         distributed.from_first("probe written", lambda: _write(path, f"{token}.0"))
-        distributed.together("probe found", lambda: _find(path, f"{token}.0", "process 0", patience))
-        distributed.together("probe answered", lambda: _write(path, f"{token}.{distributed.index()}"))
-        distributed.together("probe answers found", lambda: [
-            _find(path, f"{token}.{i}", f"process {i}", patience) for i in range(distributed.count())])
+        distributed.together(
+            "probe found", lambda: _find(path, f"{token}.0", "process 0", patience)
+        )
+        distributed.together(
+            "probe answered", lambda: _write(path, f"{token}.{distributed.index()}")
+        )
+        distributed.together(
+            "probe answers found",
+            lambda: [
+                _find(path, f"{token}.{i}", f"process {i}", patience)
+                for i in range(distributed.count())
+            ],
+        )
     finally:
         distributed.from_first("probe removed", lambda: _remove(path, token, made))
 
@@ -47,7 +61,9 @@ def _write(path: epath.Path, name: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(name)
     except OSError as error:
-        raise InputError(f"workdir: expected a writable place; received {path} ({error.strerror or error})") from None
+        raise InputError(
+            f"workdir: expected a writable place; received {path} ({error.strerror or error})"
+        ) from None
 
 
 def _find(path: epath.Path, name: str, writer: str, patience: float) -> None:
@@ -59,8 +75,10 @@ def _find(path: epath.Path, name: str, writer: str, patience: float) -> None:
         except OSError:
             pass
         if time.monotonic() > end:
-            raise InputError(f"workdir: expected a directory that all hosts share; received {path}, where what "
-                             f"{writer} writes does not show")
+            raise InputError(
+                f"workdir: expected a directory that all hosts share; received {path}, where what "
+                f"{writer} writes does not show"
+            )
         time.sleep(0.2)
 
 

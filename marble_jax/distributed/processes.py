@@ -4,6 +4,7 @@ Every process runs the same program over arrays that span all of them. What only
 fail on one alone (files, signals, rewards on the host) goes through `from_first`, `together` and `any_of`, so that all
 go on or all stop. With one process each of these is a plain call.
 """
+
 from __future__ import annotations
 
 import os
@@ -24,8 +25,12 @@ _channel: Channel | None = None
 
 
 @contextmanager
-def joined(cluster: Cluster | None, verb: str, init_timeout: float = 300.0, heartbeat_timeout: float = 100.0
-           ) -> Iterator[None]:
+def joined(
+    cluster: Cluster | None,
+    verb: str,
+    init_timeout: float = 300.0,
+    heartbeat_timeout: float = 100.0,
+) -> Iterator[None]:
     """Runs the body as one process of `cluster`; `start_jax` in it, before anything touches a device.
 
     Of several processes, one that fails tells the others why and ends here with its line on standard error: nothing is
@@ -44,7 +49,13 @@ def joined(cluster: Cluster | None, verb: str, init_timeout: float = 300.0, hear
     if cluster is None:
         yield
         return
-    _channel = meet(cluster.coordinator, cluster.num_processes, cluster.process_id, init_timeout, heartbeat_timeout)
+    _channel = meet(
+        cluster.coordinator,
+        cluster.num_processes,
+        cluster.process_id,
+        init_timeout,
+        heartbeat_timeout,
+    )
     try:
         yield
     except BaseException as error:
@@ -79,7 +90,9 @@ def end_unless(agreed: tuple[type[BaseException], ...], error: BaseException) ->
 def _end(channel: Channel, verb: str, error: BaseException) -> None:
     """Says what happened and ends this process, whatever other threads wait for."""
     said = str(error) or type(error).__name__
-    status = {HostLost: LOST_STATUS, KeyboardInterrupt: 130}.get(type(error), 2 if isinstance(error, InputError) else 1)
+    status = {HostLost: LOST_STATUS, KeyboardInterrupt: 130}.get(
+        type(error), 2 if isinstance(error, InputError) else 1
+    )
     if status == 1 and channel.loss():  # a collective that broke because another process is gone
         said, status = channel.lost, LOST_STATUS
     if status == 1:
@@ -89,13 +102,18 @@ def _end(channel: Channel, verb: str, error: BaseException) -> None:
         sys.stdout.flush()
         sys.stderr.write(f"marble-jax{' ' * bool(verb)}{verb}: process {channel.index}: {said}\n")
         sys.stderr.flush()
-        channel.leave(said if status in (2, LOST_STATUS) else f"process {channel.index} "
-                      f"({channel.names[channel.index]}): {said}")
+        channel.leave(
+            said
+            if status in (2, LOST_STATUS)
+            else f"process {channel.index} ({channel.names[channel.index]}): {said}"
+        )
     finally:
         os._exit(status)
 
 
-def start_jax(cluster: Cluster | None, init_timeout: float = 300.0, heartbeat_timeout: float = 100.0) -> None:
+def start_jax(
+    cluster: Cluster | None, init_timeout: float = 300.0, heartbeat_timeout: float = 100.0
+) -> None:
     """Starts JAX's distributed runtime; all processes have met, so nobody is waited for in vain.
 
     Raises:
@@ -103,15 +121,23 @@ def start_jax(cluster: Cluster | None, init_timeout: float = 300.0, heartbeat_ti
     """
     if cluster is None:
         return
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled, and agreed on, by the loop
+    jax.config.update(
+        "jax_enable_preemption_service", False
+    )  # SIGTERM is handled, and agreed on, by the loop
     try:
         jax.distributed.initialize(
-            cluster.coordinator, cluster.num_processes, cluster.process_id,
+            cluster.coordinator,
+            cluster.num_processes,
+            cluster.process_id,
             None if cluster.local_devices is None else list(cluster.local_devices),
-            initialization_timeout=int(init_timeout), heartbeat_timeout_seconds=int(heartbeat_timeout))
+            initialization_timeout=int(init_timeout),
+            heartbeat_timeout_seconds=int(heartbeat_timeout),
+        )
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"distributed: expected JAX's runtime to start at {cluster.coordinator}; received "
-                         f"{str(error).strip().splitlines()[0]}") from error
+        raise InputError(
+            f"distributed: expected JAX's runtime to start at {cluster.coordinator}; received "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def alone() -> bool:
@@ -154,7 +180,9 @@ def exchange(label: str, value: Any, refusal: str = "") -> list[Any]:
     try:
         return _channel.exchange(label, value, refusal)
     except Refused as error:
-        raise Agreed(error.lines[0] if len(set(error.lines)) == 1 else first_of(error.lines)) from None
+        raise Agreed(
+            error.lines[0] if len(set(error.lines)) == 1 else first_of(error.lines)
+        ) from None
 
 
 def together(label: str, call: Callable[[], Value]) -> Value:
@@ -201,7 +229,9 @@ def any_of(label: str, reason: str) -> str:
 
 def first_of(reasons: list[str]) -> str:
     """The first of all processes' reasons that is not empty, with the process's name."""
-    return next((f"process {i} ({_named(i)}): {reason}" for i, reason in enumerate(reasons) if reason), "")
+    return next(
+        (f"process {i} ({_named(i)}): {reason}" for i, reason in enumerate(reasons) if reason), ""
+    )
 
 
 def same(what: str, settings: Mapping[str, Any]) -> None:
@@ -219,9 +249,13 @@ def same(what: str, settings: Mapping[str, Any]) -> None:
     for index, other in enumerate(others, 1):
         for name in sorted(set(first) | set(other)):
             if first.get(name) != other.get(name):
-                received = [f"{values.get(name, 'none')} on process {i} ({_named(i)})"
-                            for i, values in ((0, first), (index, other))]
-                raise InputError(f"{what}{name}: expected the same on every host; received {' and '.join(received)}")
+                received = [
+                    f"{values.get(name, 'none')} on process {i} ({_named(i)})"
+                    for i, values in ((0, first), (index, other))
+                ]
+                raise InputError(
+                    f"{what}{name}: expected the same on every host; received {' and '.join(received)}"
+                )
 
 
 def _named(index: int) -> str:

@@ -8,6 +8,7 @@ and gathered layer by layer where it is used. A parameter that no rule names is 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053) for `tensor`; Rajbhandari et al. 2020 (arXiv 1910.02054, stage 3) for
 `fsdp`.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -49,13 +50,23 @@ TABLE: tuple[tuple[str, str | None], ...] = (
 """Logical axis -> axis of the mesh, for weights that are large."""
 WHOLE = tuple((name, None) for name, _ in TABLE)
 """The same where every device holds everything."""
-TABLES = {"transformer": TABLE, "text_encoder": TABLE, "text_encoder_2": TABLE, "text_encoder_3": TABLE,
-          "vae": WHOLE, "reward": WHOLE, "adapter": WHOLE}
+TABLES = {
+    "transformer": TABLE,
+    "text_encoder": TABLE,
+    "text_encoder_2": TABLE,
+    "text_encoder_3": TABLE,
+    "vae": WHOLE,
+    "reward": WHOLE,
+    "adapter": WHOLE,
+}
 """By network. Autoencoder and reward networks are small beside their activations; gathering them would cost more than
 it saves. Adapters, and with them the optimiser's moments, are small, and every device updates them alike."""
 
 _ATTENTION, _DENSE = r"blocks?_\d+/attn2?/", r"(kernel|bias)"
-_CLIP, _BLIP = r"(text|vision)_model/encoder\.layers\.\d+/", r"blip\.text_encoder/encoder\.layer\.\d+/"
+_CLIP, _BLIP = (
+    r"(text|vision)_model/encoder\.layers\.\d+/",
+    r"blip\.text_encoder/encoder\.layer\.\d+/",
+)
 _VISION, _T5 = r"blip\.visual_encoder/", r"encoder\.block\.\d+/layer\."
 
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -81,8 +92,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"proj_out/kernel", ("embed", "features")),
     (r"(context_embedder|pos_embed/proj|proj_out)/bias", ("vector",)),
     # Autoencoder
-    (r"((en|de)coder|quant_conv|post_quant_conv)/(.+/)?(?!to_)\w[^/]*/kernel|(post_)?quant_conv/kernel",
-     ("height", "width", "inputs", "outputs")),
+    (
+        r"((en|de)coder|quant_conv|post_quant_conv)/(.+/)?(?!to_)\w[^/]*/kernel|(post_)?quant_conv/kernel",
+        ("height", "width", "inputs", "outputs"),
+    ),
     (r"(en|de)coder/mid_block\.attentions\.0/to_(q|k|v|out\.0)/kernel", ("inputs", "outputs")),
     (r"(en|de)coder/.+/(bias|scale)|(post_)?quant_conv/bias", ("vector",)),
     # CLIP, and OpenCLIP under the same names
@@ -97,7 +110,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(text|vision)_model/embeddings\.position_embedding/embedding", ("positions", "embed")),
     (r"vision_model/embeddings\.class_embedding", ("vector",)),
     (r"vision_model/embeddings\.patch_embedding/kernel", ("height", "width", "inputs", "vector")),
-    (r"(text_model/final_layer_norm|vision_model/(pre_layrnorm|post_layernorm))/(bias|scale)", ("vector",)),
+    (
+        r"(text_model/final_layer_norm|vision_model/(pre_layrnorm|post_layernorm))/(bias|scale)",
+        ("vector",),
+    ),
     (r"(text|visual)_projection/kernel", ("embed", "features")),
     (r"logit_scale", ()),
     # T5
@@ -105,7 +121,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_T5 + r"0\.SelfAttention\.o/kernel", ("heads", "embed")),
     (_T5 + r"1\.DenseReluDense\.wi(_\d)?/kernel", ("embed", "mlp")),
     (_T5 + r"1\.DenseReluDense\.wo/kernel", ("mlp", "embed")),
-    (r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias/embedding", ("positions", "features")),
+    (
+        r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias/embedding",
+        ("positions", "features"),
+    ),
     (_T5 + r"\d\.layer_norm/scale|encoder\.final_layer_norm/scale", ("vector",)),
     (r"shared/embedding", ("vocab", "embed")),
     # BLIP
@@ -125,7 +144,11 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_VISION + r"blocks\.\d+/mlp\.fc1/kernel", ("embed", "mlp")),
     (_VISION + r"blocks\.\d+/mlp\.fc1/bias", ("mlp",)),
     (_VISION + r"blocks\.\d+/mlp\.fc2/kernel", ("mlp", "embed")),
-    (_VISION + r"(blocks\.\d+/((attn\.proj|mlp\.fc2)/bias|norm\d/(bias|scale))|norm/(bias|scale))", ("vector",)),
+    (
+        _VISION
+        + r"(blocks\.\d+/((attn\.proj|mlp\.fc2)/bias|norm\d/(bias|scale))|norm/(bias|scale))",
+        ("vector",),
+    ),
     (_VISION + r"patch_embed\.proj/kernel", ("height", "width", "inputs", "vector")),
     (_VISION + r"patch_embed\.proj/bias", ("vector",)),
     (_VISION + r"(cls_token|pos_embed)", ("stack", "positions", "embed")),
@@ -151,7 +174,9 @@ def rule_of(path: Path) -> int:
     for number, (pattern, _) in enumerate(RULES):
         if re.fullmatch(pattern, name):
             return number
-    raise InputError(f"parameter {'/'.join(path)}: expected a rule of marble_jax.distributed.sharding for it; received none")
+    raise InputError(
+        f"parameter {'/'.join(path)}: expected a rule of marble_jax.distributed.sharding for it; received none"
+    )
 
 
 def logical_axes(path: Path, rank: int) -> tuple[str, ...]:
@@ -168,13 +193,20 @@ def logical_axes(path: Path, rank: int) -> tuple[str, ...]:
     if path[0].startswith("blocks_"):
         names = ("layers", *names)
     if len(names) != rank:
-        raise InputError(f"parameter {'/'.join(path)}: expected {len(names)} axes ({', '.join(names) or 'none'}); "
-                         f"received {rank}")
+        raise InputError(
+            f"parameter {'/'.join(path)}: expected {len(names)} axes ({', '.join(names) or 'none'}); "
+            f"received {rank}"
+        )
     return names
 
 
-def spec_of(mesh: Mesh | AbstractMesh, network: str, path: Path, shape: tuple[int, ...],
-            head_width: int = HEAD_WIDTH) -> PartitionSpec:
+def spec_of(
+    mesh: Mesh | AbstractMesh,
+    network: str,
+    path: Path,
+    shape: tuple[int, ...],
+    head_width: int = HEAD_WIDTH,
+) -> PartitionSpec:
     """Axes of the mesh that a parameter is split over; an axis that does not divide is not split.
 
     Args:
@@ -189,14 +221,27 @@ def spec_of(mesh: Mesh | AbstractMesh, network: str, path: Path, shape: tuple[in
     """
     names = logical_axes(path, len(shape))
     wanted = nn.logical_to_mesh_axes(names, TABLES[network])
-    units = [length // head_width if name == "heads" and length % head_width == 0 else length
-             for name, length in zip(names, shape, strict=True)]
-    return PartitionSpec(*(axis if axis is not None and mesh.shape[axis] > 1 and unit % mesh.shape[axis] == 0 else None
-                           for axis, unit in zip(wanted, units, strict=True)))
+    units = [
+        length // head_width if name == "heads" and length % head_width == 0 else length
+        for name, length in zip(names, shape, strict=True)
+    ]
+    return PartitionSpec(
+        *(
+            axis
+            if axis is not None and mesh.shape[axis] > 1 and unit % mesh.shape[axis] == 0
+            else None
+            for axis, unit in zip(wanted, units, strict=True)
+        )
+    )
 
 
-def sharding_of(mesh: Mesh | AbstractMesh, network: str, path: Path, shape: tuple[int, ...],
-                head_width: int = HEAD_WIDTH) -> NamedSharding:
+def sharding_of(
+    mesh: Mesh | AbstractMesh,
+    network: str,
+    path: Path,
+    shape: tuple[int, ...],
+    head_width: int = HEAD_WIDTH,
+) -> NamedSharding:
     """`spec_of` as a sharding; arguments and errors as there."""
     return NamedSharding(mesh, spec_of(mesh, network, path, shape, head_width))
 
@@ -208,16 +253,26 @@ def over_host(network: str) -> Callable[[Path, Any], jax.Array] | None:
     have little room for anything else.
     """
     mesh = device_mesh.host_mesh()
-    return None if mesh.size == 1 else lambda path, leaf: device_mesh.read_into(
-        sharding_of(mesh, network, path, leaf.shape), leaf)
+    return (
+        None
+        if mesh.size == 1
+        else lambda path, leaf: device_mesh.read_into(
+            sharding_of(mesh, network, path, leaf.shape), leaf
+        )
+    )
 
 
-def shardings(mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH
-              ) -> dict[str, Any]:
+def shardings(
+    mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH
+) -> dict[str, Any]:
     """Shardings of all parameters of a network, as a tree; arguments and errors as `spec_of`."""
     flat = traverse_util.flatten_dict(dict(shapes))
     return traverse_util.unflatten_dict(
-        {path: sharding_of(mesh, network, path, tuple(leaf.shape), head_width) for path, leaf in flat.items()})
+        {
+            path: sharding_of(mesh, network, path, tuple(leaf.shape), head_width)
+            for path, leaf in flat.items()
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +290,9 @@ class Layout:
     unsplit: int
 
 
-def layout(mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH) -> Layout:
+def layout(
+    mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH
+) -> Layout:
     """How many bytes lie where; arguments and errors as `spec_of`."""
     total = device = unsplit = 0
     for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
@@ -244,17 +301,27 @@ def layout(mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], h
         wanted = nn.logical_to_mesh_axes(logical_axes(path, len(leaf.shape)), TABLES[network])
         parts = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
         total, device = total + size, device + size // parts
-        unsplit += size if parts == 1 and any(axis and mesh.shape[axis] > 1 for axis in wanted) else 0
+        unsplit += (
+            size if parts == 1 and any(axis and mesh.shape[axis] > 1 for axis in wanted) else 0
+        )
     return Layout(total, device, unsplit)
 
 
-def described(mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH) -> str:
+def described(
+    mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH
+) -> str:
     """`layout` in words."""
     found = layout(mesh, network, shapes, head_width)
-    over = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
+    over = " x ".join(
+        f"{axis} {mesh.shape[axis]}" for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1
+    )
     if not over:
         return "replicated"
-    unsplit = f", {found.unsplit / 1e6:.0f} MB of it on every device as no axis divides" if found.unsplit else ""
+    unsplit = (
+        f", {found.unsplit / 1e6:.0f} MB of it on every device as no axis divides"
+        if found.unsplit
+        else ""
+    )
     return f"sharded over {over}: {found.device / 1e9:.2f} of {found.total / 1e9:.2f} GB a device{unsplit}"
 
 

@@ -1,4 +1,5 @@
 """Messages between two processes of a run: a kind, a length and JSON over TCP."""
+
 from __future__ import annotations
 
 import json
@@ -99,7 +100,9 @@ class Peer:
 def listen(port: int) -> socket.socket:
     """On every address of this host, as JAX's service does; the port may have been used a moment ago."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    return socket.create_server(("", port), family=family, backlog=256, dualstack_ipv6=family == socket.AF_INET6)
+    return socket.create_server(
+        ("", port), family=family, backlog=256, dualstack_ipv6=family == socket.AF_INET6
+    )
 
 
 def keep_alive(connection: socket.socket, seconds: float) -> None:

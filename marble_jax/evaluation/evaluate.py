@@ -3,6 +3,7 @@
 Picture i starts from noise drawn with (seed, i) whatever the batch size, so two policies differ by their weights alone
 and gains are paired. Several pictures of a prompt are not independent: `groups` says which belong together.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -59,10 +60,16 @@ class Evaluator:
     def kept(self) -> list[int]:
         """Indices of the prompts whose pictures are kept."""
         count = min(self.num_pictures, len(self.prompts))
-        return sorted({int(i) for i in np.linspace(0, len(self.prompts) - 1, count)}) if count else []
+        return (
+            sorted({int(i) for i in np.linspace(0, len(self.prompts) - 1, count)}) if count else []
+        )
 
-    def __call__(self, params: Params, adapter: Adapter | None,
-                 progress: Callable[[int], None] = lambda count: None) -> tuple[Scores, np.ndarray]:
+    def __call__(
+        self,
+        params: Params,
+        adapter: Adapter | None,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> tuple[Scores, np.ndarray]:
         """Draws and scores `images_per_prompt` pictures of every prompt.
 
         Args:
@@ -78,12 +85,18 @@ class Evaluator:
         for index in batches(len(groups), self.batch_size):
             chosen = [self.prompts[groups[i]] for i in index]
             noise = picture_noise(key, index, self.latent_shape)
-            cond = distributed.together("prompts", lambda chosen=chosen: self.encode([p.text for p in chosen]))
+            cond = distributed.together(
+                "prompts", lambda chosen=chosen: self.encode([p.text for p in chosen])
+            )
             images = self.decode(self.sampler(params, adapter, *self.place((cond, noise))))
             pending.append(self.scorer.submit(images, chosen))
             for row, i in enumerate(index):
                 if int(i) in kept and int(i) not in pictures:
-                    pictures[int(i)] = distributed.whole(jnp.round(images[row] * 255)).astype(np.uint8)
+                    pictures[int(i)] = distributed.whole(jnp.round(images[row] * 255)).astype(
+                        np.uint8
+                    )
             progress(len(set(index.tolist())))
         scores = concatenate([p.result() for p in pending], len(groups))
-        return scores, np.stack([pictures[i] for i in self.kept]) if kept else np.zeros((0, 1, 1, 3), np.uint8)
+        return scores, np.stack([pictures[i] for i in self.kept]) if kept else np.zeros(
+            (0, 1, 1, 3), np.uint8
+        )

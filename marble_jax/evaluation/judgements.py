@@ -1,4 +1,5 @@
 """GenEval's own accuracy beside the score that is trained on, from one look of the detector."""
+
 from __future__ import annotations
 
 import hashlib
@@ -22,8 +23,9 @@ class _Verdicts:
         self._lock = threading.Lock()
         self._found: dict[bytes, list[Verdict | None]] = {}
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
-                 ) -> list[Verdict | None]:
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> list[Verdict | None]:
         images = np.ascontiguousarray(images)
         key = hashlib.sha256(images.view(np.uint8).data).digest() + repr(list(prompts)).encode()
         with self._lock:  # the second asker waits for the first and finds its answer
@@ -48,7 +50,9 @@ class Judgement(Reward):
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
         """See `Reward.score`."""
         found = self._verdicts(images, prompts, metadata)
-        values = np.array([0.0 if v is None else float(getattr(v, self._field)) for v in found], np.float32)
+        values = np.array(
+            [0.0 if v is None else float(getattr(v, self._field)) for v in found], np.float32
+        )
         return values, np.array([v is not None for v in found], bool)
 
 
@@ -66,8 +70,10 @@ def with_accuracy(rewards: Sequence[Reward]) -> list[Reward]:
     for reward in rewards:
         if isinstance(reward, GenEvalReward):
             verdicts = _Verdicts(reward)
-            found += [Judgement(reward.name, reward, verdicts, "partial"),
-                      Judgement(accuracy_name(reward.name), reward, verdicts, "correct")]
+            found += [
+                Judgement(reward.name, reward, verdicts, "partial"),
+                Judgement(accuracy_name(reward.name), reward, verdicts, "correct"),
+            ]
         else:
             found.append(reward)
     return found

@@ -1,4 +1,5 @@
 """Scores of numbered pictures as a file of one JSON object a line, written while scoring goes on."""
+
 from __future__ import annotations
 
 import json
@@ -42,8 +43,10 @@ class ScoreFile:
                 if number == len(lines):
                     self._torn = "".join(f"{whole}\n" for whole in lines[:-1])
                     break
-                raise InputError(f"{self.path}:{number}: expected an object with index and scores; received "
-                                 f"{line[:60]!r} ({type(error).__name__})") from error
+                raise InputError(
+                    f"{self.path}:{number}: expected an object with index and scores; received "
+                    f"{line[:60]!r} ({type(error).__name__})"
+                ) from error
 
     def _add(self, index: int, scores: Mapping[str, float | None], failed: Iterable[str]) -> None:
         failed = set(failed)
@@ -52,21 +55,31 @@ class ScoreFile:
 
     def missing(self, names: Sequence[str], count: int) -> tuple[list[str], list[int]]:
         """The rewards that lack a score of one of the first `count` pictures, and those pictures."""
-        lacking = {i: [n for n in names if n not in self._scores.get(i, {}) or n in self._failed.get(i, ())]
-                   for i in range(count)}
+        lacking = {
+            i: [
+                n for n in names if n not in self._scores.get(i, {}) or n in self._failed.get(i, ())
+            ]
+            for i in range(count)
+        }
         wanted = {n for lack in lacking.values() for n in lack}
         return [n for n in names if n in wanted], [i for i, lack in lacking.items() if lack]
 
     def known(self, count: int) -> set[str]:
         """The rewards that have looked at each of the first `count` pictures, with or without success."""
-        return set.intersection(*(set(self._scores.get(i, ())) for i in range(count))) if count else set()
+        return (
+            set.intersection(*(set(self._scores.get(i, ())) for i in range(count)))
+            if count
+            else set()
+        )
 
     def append(self, index: Sequence[int], prompts: Sequence[Prompt], scores: Scores) -> None:
         """Adds scores of n pictures (the first n columns) with their prompts."""
         lines = []
         for column, (i, prompt) in enumerate(zip(index, prompts)):
-            values = {name: float(f"{scores.values[k, column]:.8g}") if scores.valid[k, column] else None
-                      for k, name in enumerate(scores.names)}
+            values = {
+                name: float(f"{scores.values[k, column]:.8g}") if scores.valid[k, column] else None
+                for k, name in enumerate(scores.names)
+            }
             failed = [name for k, name in enumerate(scores.names) if scores.failed[k, column]]
             self._add(i, values, failed)
             lines.append(_line(i, prompt, values, failed))
@@ -78,12 +91,21 @@ class ScoreFile:
 
     def finish(self, prompts: Sequence[Prompt]) -> None:
         """Rewrites the file with one line a picture, in order."""
-        write_whole(self.path, "".join(_line(i, prompts[i], self._scores[i], sorted(self._failed[i]))
-                                       for i in sorted(self._scores) if i < len(prompts)))
+        write_whole(
+            self.path,
+            "".join(
+                _line(i, prompts[i], self._scores[i], sorted(self._failed[i]))
+                for i in sorted(self._scores)
+                if i < len(prompts)
+            ),
+        )
 
     def scores(self, names: Sequence[str], count: int) -> Scores:
         """Scores of the first `count` pictures; one that is not on file counts as failed."""
-        values, failed = np.full((len(names), count), np.nan, np.float32), np.zeros((len(names), count), bool)
+        values, failed = (
+            np.full((len(names), count), np.nan, np.float32),
+            np.zeros((len(names), count), bool),
+        )
         for i in range(count):
             found = self._scores.get(i)
             for k, name in enumerate(names):
@@ -94,7 +116,9 @@ class ScoreFile:
         return Scores(tuple(names), np.where(valid, values, np.float32(0)), valid, failed)
 
 
-def _line(index: int, prompt: Prompt, scores: Mapping[str, float | None], failed: Sequence[str]) -> str:
+def _line(
+    index: int, prompt: Prompt, scores: Mapping[str, float | None], failed: Sequence[str]
+) -> str:
     record: dict[str, Any] = {"index": index, "prompt": prompt.text, "source": prompt.source}
     if "tag" in prompt.metadata:
         record["tag"] = prompt.metadata["tag"]

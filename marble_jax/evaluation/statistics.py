@@ -1,4 +1,5 @@
 """Means with bootstrap intervals, and paired gains over a reference."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -9,7 +10,9 @@ RESAMPLES = 2000
 LEVEL = 0.95
 
 
-def bootstrap(values: np.ndarray, seed: int = 0, groups: np.ndarray | None = None) -> tuple[float, float, float]:
+def bootstrap(
+    values: np.ndarray, seed: int = 0, groups: np.ndarray | None = None
+) -> tuple[float, float, float]:
     """Mean and percentile interval (95 %, 2000 resamples) of the mean.
 
     Args:
@@ -28,8 +31,9 @@ def bootstrap(values: np.ndarray, seed: int = 0, groups: np.ndarray | None = Non
     return _percentiles(float(values.mean()), _resampled(values, seed, groups))
 
 
-def stratified(values: np.ndarray, strata: np.ndarray, groups: np.ndarray | None = None, seed: int = 0
-               ) -> tuple[float, float, float]:
+def stratified(
+    values: np.ndarray, strata: np.ndarray, groups: np.ndarray | None = None, seed: int = 0
+) -> tuple[float, float, float]:
     """Mean over strata of the stratum means, with the interval of resampling inside each.
 
     Args:
@@ -42,7 +46,10 @@ def stratified(values: np.ndarray, strata: np.ndarray, groups: np.ndarray | None
     if not values.size:
         return (float("nan"),) * 3
     parts = [strata == s for s in np.unique(strata)]
-    means = [_resampled(values[p], seed + i, None if groups is None else groups[p]) for i, p in enumerate(parts)]
+    means = [
+        _resampled(values[p], seed + i, None if groups is None else groups[p])
+        for i, p in enumerate(parts)
+    ]
     return _percentiles(float(np.mean([values[p].mean() for p in parts])), np.mean(means, axis=0))
 
 
@@ -78,11 +85,18 @@ def summary(scores: Scores, groups: np.ndarray | None = None) -> dict[str, dict[
     return found
 
 
-def gains(scores: Scores, reference: Scores, groups: np.ndarray | None = None) -> dict[str, dict[str, float]]:
+def gains(
+    scores: Scores, reference: Scores, groups: np.ndarray | None = None
+) -> dict[str, dict[str, float]]:
     """Per reward: mean paired difference to `reference` with interval, over samples valid in both."""
     both = scores.valid & reference.valid
-    return {name: _interval((scores.values[k] - reference.values[k])[both[k]],
-                            None if groups is None else groups[both[k]]) for k, name in enumerate(scores.names)}
+    return {
+        name: _interval(
+            (scores.values[k] - reference.values[k])[both[k]],
+            None if groups is None else groups[both[k]],
+        )
+        for k, name in enumerate(scores.names)
+    }
 
 
 def composite(rows: np.ndarray) -> np.ndarray:
@@ -98,11 +112,17 @@ def composite(rows: np.ndarray) -> np.ndarray:
     Source: MARBLE (arXiv 2605.06507), composite of Table 1; ddof is ours to choose, as it scales all models alike.
     """
     rows = np.asarray(rows, np.float64)
-    usable = np.isfinite(rows).all(axis=0) & (np.ptp(rows, axis=0) > 0) if len(rows) > 1 else np.zeros(0, bool)
+    usable = (
+        np.isfinite(rows).all(axis=0) & (np.ptp(rows, axis=0) > 0)
+        if len(rows) > 1
+        else np.zeros(0, bool)
+    )
     if not usable.any():
         return np.full(len(rows), np.nan)
     columns = rows[:, usable]
-    return ((columns - columns.mean(axis=0)) / columns.std(axis=0)).mean(axis=1).round(9) + 0.0  # no negative zero
+    return ((columns - columns.mean(axis=0)) / columns.std(axis=0)).mean(axis=1).round(
+        9
+    ) + 0.0  # no negative zero
 
 
 def standardised_gain(scores: Scores, reference: Scores, names: tuple[str, ...]) -> float:

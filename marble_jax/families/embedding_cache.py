@@ -4,6 +4,7 @@ On disk every text is a file, named by a hash of all that its values depend on: 
 tokenizers' files, the text, the number of T5 tokens and the dtype. So a folder can be shared by runs and models, and
 nothing in it ever goes stale. After `fill`, a run needs no text encoder in memory.
 """
+
 from __future__ import annotations
 
 import collections
@@ -46,13 +47,26 @@ class Embeddings:
       memory: bytes of host memory for values at hand.
     """
 
-    def __init__(self, root: pathlib.Path, length: int, dtype: Any, *, t5: bool = True, cache: epath.PathLike = "",
-                 load: Callable[[], TextEncoders] | None = None, memory: int = MEMORY_BYTES):
+    def __init__(
+        self,
+        root: pathlib.Path,
+        length: int,
+        dtype: Any,
+        *,
+        t5: bool = True,
+        cache: epath.PathLike = "",
+        load: Callable[[], TextEncoders] | None = None,
+        memory: int = MEMORY_BYTES,
+    ):
         self._root, self._length, self._dtype, self._t5 = root, length, jnp.dtype(dtype), t5
-        self._load = load or functools.partial(text.load_text_encoders, root, dtype, t5, place=sharding.over_host)
+        self._load = load or functools.partial(
+            text.load_text_encoders, root, dtype, t5, place=sharding.over_host
+        )
         self._encoders: TextEncoders | None = None
         self._memory = memory
-        self._at_hand: collections.OrderedDict[str, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
+        self._at_hand: collections.OrderedDict[str, tuple[np.ndarray, np.ndarray]] = (
+            collections.OrderedDict()
+        )
         self._bytes = 0
         self._cache = epath.Path(os.path.expanduser(os.fspath(cache))) if os.fspath(cache) else None
         self._stored: set[str] = set()
@@ -73,19 +87,31 @@ class Embeddings:
             if any(known.get(path) != entry for path, entry in files.items()):
                 _write(hashes, json.dumps(known | files).encode())
         except OSError as error:
-            raise InputError(f"embedding cache: expected a writable folder; received {cache} "
-                             f"({error.strerror or error})") from None
+            raise InputError(
+                f"embedding cache: expected a writable folder; received {cache} "
+                f"({error.strerror or error})"
+            ) from None
         described = [found, self._length, self._dtype.name]
         self._key = json.dumps(described).encode()
         self._folder = cache / hashlib.sha256(self._key).hexdigest()[:24]
         if self._folder.exists():
-            self._stored = {p.name.removesuffix(".npz") for p in self._folder.iterdir() if p.name.endswith(".npz")}
+            self._stored = {
+                p.name.removesuffix(".npz")
+                for p in self._folder.iterdir()
+                if p.name.endswith(".npz")
+            }
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """The different texts that have to be encoded before `texts` are at hand or on disk."""
-        return [t for t in dict.fromkeys(texts) if t not in self._at_hand and self._name(t) not in self._stored]
+        return [
+            t
+            for t in dict.fromkeys(texts)
+            if t not in self._at_hand and self._name(t) not in self._stored
+        ]
 
-    def fill(self, texts: Sequence[str], progress: Callable[[int], None] = lambda count: None) -> int:
+    def fill(
+        self, texts: Sequence[str], progress: Callable[[int], None] = lambda count: None
+    ) -> int:
         """Encodes what is missing; with a folder on disk, the encoders are dropped from memory then.
 
         Args:
@@ -101,10 +127,12 @@ class Embeddings:
         wanted = self.missing(texts)
         done = 0
         while done < len(wanted):
-            part = wanted[done:done + self.load().prompt_batch]
+            part = wanted[done : done + self.load().prompt_batch]
             found = self._encode(part)
             if self._cache is not None and not done:
-                self._check_space(sum(leaf.nbytes for leaf in found[part[0]]) * (len(wanted) - len(part)))
+                self._check_space(
+                    sum(leaf.nbytes for leaf in found[part[0]]) * (len(wanted) - len(part))
+                )
             done += len(part)
             progress(len(part))
         if self._cache is not None:
@@ -141,18 +169,22 @@ class Embeddings:
             if t not in new:
                 found[t] = self._at_hand[t] if t in self._at_hand else self._read(t)
         while new:
-            batch = [t for t in rows if t in new][:self.load().prompt_batch]
+            batch = [t for t in rows if t in new][: self.load().prompt_batch]
             found |= self._encode(batch)
             new -= set(batch)
         for t in rows:
             self._keep(t, found[t])
         index = np.asarray([rows[t] for t in texts])
-        embeds, pooled = (jnp.asarray(np.stack([found[t][part] for t in rows]))[index] for part in (0, 1))
+        embeds, pooled = (
+            jnp.asarray(np.stack([found[t][part] for t in rows]))[index] for part in (0, 1)
+        )
         return Conditioning(embeds, pooled)
 
     def _encode(self, texts: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         cond = jax.device_get(self._encoders.encode(texts, self._length))
-        found = {t: (np.array(cond.embeds[i]), np.array(cond.pooled[i])) for i, t in enumerate(texts)}
+        found = {
+            t: (np.array(cond.embeds[i]), np.array(cond.pooled[i])) for i, t in enumerate(texts)
+        }
         for t, value in found.items():
             if self._cache is not None:
                 self._store(t, value)
@@ -177,13 +209,17 @@ class Embeddings:
 
         buffer = io.BytesIO()
         # As bytes: NumPy's format does not know bfloat16.
-        np.savez(buffer, **{name: leaf.view(np.uint8) for name, leaf in zip(("embeds", "pooled"), value)})
+        np.savez(
+            buffer, **{name: leaf.view(np.uint8) for name, leaf in zip(("embeds", "pooled"), value)}
+        )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             _write(self._folder / f"{self._name(t)}.npz", buffer.getvalue())
         except OSError as error:
-            raise InputError(f"embedding cache: expected space to write in {self._folder}; received "
-                             f"{error.strerror or error}") from None
+            raise InputError(
+                f"embedding cache: expected space to write in {self._folder}; received "
+                f"{error.strerror or error}"
+            ) from None
         self._stored.add(self._name(t))
 
     def _read(self, t: str) -> tuple[np.ndarray, np.ndarray]:
@@ -192,8 +228,10 @@ class Embeddings:
             with file.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
                 return tuple(data[name].view(self._dtype) for name in ("embeds", "pooled"))
         except Exception as error:  # zip, format and file errors come in many kinds
-            raise InputError(f"embedding cache: expected a readable {file}; received {type(error).__name__} (delete "
-                             "the file and start again)") from error
+            raise InputError(
+                f"embedding cache: expected a readable {file}; received {type(error).__name__} (delete "
+                "the file and start again)"
+            ) from error
 
     def _check_space(self, needed: int) -> None:
         place = os.fspath(self._cache)
@@ -201,8 +239,10 @@ class Embeddings:
             return
         free = shutil.disk_usage(place).free
         if needed > free:
-            raise InputError(f"embedding cache: expected {needed / 1e9:.1f} GB of free space in {place}; received "
-                             f"{free / 1e9:.1f} GB")
+            raise InputError(
+                f"embedding cache: expected {needed / 1e9:.1f} GB of free space in {place}; received "
+                f"{free / 1e9:.1f} GB"
+            )
 
 
 def _write(file: epath.Path, content: bytes) -> None:

@@ -1,4 +1,5 @@
 """The grid of noise levels of SD3's flow-matching Euler scheduler."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -14,7 +15,9 @@ def shifted(u: np.ndarray | float, shift: float) -> np.ndarray | float:
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
-def sigma_grid(num_steps: int, shift: float = SD3_SHIFT, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> np.ndarray:
+def sigma_grid(
+    num_steps: int, shift: float = SD3_SHIFT, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
+) -> np.ndarray:
     """Noise levels of a sampling run, from 1 down to the smallest one, with a trailing 0.
 
     The smallest level is shifted twice, as in the reference scheduler: once when the training range is set up and

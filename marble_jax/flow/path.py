@@ -3,6 +3,7 @@
 `xt = (1 - sigma) x0 + sigma noise`, velocity `v = noise - x0`, hence `x0 = xt - sigma v`. Noise levels are sigma in
 [0, 1] with 1 pure noise; arrays are [n, ...] and sigma is a scalar or [n].
 """
+
 from __future__ import annotations
 
 import jax
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 def expand(sigma: jax.Array, like: jax.Array) -> jax.Array:
     """A scalar or [n] noise level with trailing axes of length 1, ready to broadcast against `like` [n, ...]."""
     sigma = jnp.asarray(sigma)
-    return sigma if sigma.ndim == 0 else sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
+    return (
+        sigma if sigma.ndim == 0 else sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
+    )
 
 
 def interpolate(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:

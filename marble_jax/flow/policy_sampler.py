@@ -1,4 +1,5 @@
 """Sampling pictures from a policy: noise to latents to pixels, one compiled program per batch shape."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,13 @@ Sampler = Callable[[Params, Adapter | None, Conditioning, jax.Array], jax.Array]
 """sampler(params, adapter or None, cond of n samples, noise [n, h, w, C]) -> clean latents float32 [n, h, w, C]."""
 
 
-def make_sampler(velocity: PolicyVelocity, num_steps: int, solver: str, shift: float,
-                 integer_timesteps: bool = False) -> Sampler:
+def make_sampler(
+    velocity: PolicyVelocity,
+    num_steps: int,
+    solver: str,
+    shift: float,
+    integer_timesteps: bool = False,
+) -> Sampler:
     """A compiled sampler.
 
     Args:
@@ -36,7 +42,9 @@ def make_sampler(velocity: PolicyVelocity, num_steps: int, solver: str, shift: f
     seen = truncated(sigmas[:-1]) if integer_timesteps else None
 
     @jax.jit
-    def run(params: Params, adapter: Adapter | None, cond: Conditioning, noise: jax.Array) -> jax.Array:
+    def run(
+        params: Params, adapter: Adapter | None, cond: Conditioning, noise: jax.Array
+    ) -> jax.Array:
         def at(x: jax.Array, sigma: jax.Array) -> jax.Array:
             return velocity(params, adapter, x, jnp.broadcast_to(sigma, x.shape[:1]), cond)
 
@@ -48,10 +56,14 @@ def make_sampler(velocity: PolicyVelocity, num_steps: int, solver: str, shift: f
 
 def batches(count: int, size: int) -> list[np.ndarray]:
     """Indices [size] of every batch; the last one is filled up by repeating, so that nothing is compiled twice."""
-    return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+    return [
+        np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)
+    ]
 
 
-def picture_noise(key: jax.Array, index: Sequence[int] | np.ndarray, shape: tuple[int, int, int]) -> jax.Array:
+def picture_noise(
+    key: jax.Array, index: Sequence[int] | np.ndarray, shape: tuple[int, int, int]
+) -> jax.Array:
     """Noise [n, h, w, C] that belongs to the pictures' numbers, whatever batch they are drawn in.
 
     Args:

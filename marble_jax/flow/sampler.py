@@ -1,4 +1,5 @@
 """The sampling loop: one `lax.scan` over a table of solver coefficients, one network call per step."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,8 +17,13 @@ VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
 """velocity_fn(x [n, ...] float32, sigma scalar) -> [n, ...] in any float dtype."""
 
 
-def sample(velocity_fn: VelocityFn, noise: jax.Array, sigmas: np.ndarray, table: SolverTable,
-           network_sigmas: np.ndarray | None = None) -> jax.Array:
+def sample(
+    velocity_fn: VelocityFn,
+    noise: jax.Array,
+    sigmas: np.ndarray,
+    table: SolverTable,
+    network_sigmas: np.ndarray | None = None,
+) -> jax.Array:
     """Integrates noise down to the last noise level.
 
     The state is float32 throughout, whatever the dtype of the noise or of the velocity.
@@ -36,13 +42,17 @@ def sample(velocity_fn: VelocityFn, noise: jax.Array, sigmas: np.ndarray, table:
       InputError: the table and the levels differ in length.
     """
     if len(sigmas) != table.num_steps + 1:
-        raise InputError(f"noise levels: expected {table.num_steps + 1} for a solver table of {table.num_steps} steps; "
-                         f"received {len(sigmas)}")
+        raise InputError(
+            f"noise levels: expected {table.num_steps + 1} for a solver table of {table.num_steps} steps; "
+            f"received {len(sigmas)}"
+        )
     levels = np.asarray(sigmas[:-1], np.float32)
     seen = levels if network_sigmas is None else np.asarray(network_sigmas, np.float32)
     columns = [np.asarray(c, np.float32) for c in (table.state, table.current, table.previous)]
 
-    def step(carry: tuple[jax.Array, ...], row: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+    def step(
+        carry: tuple[jax.Array, ...], row: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, ...], None]:
         x, before = carry
         sigma, sigma_seen, a, b, c = row
         estimate = clean_estimate(x, velocity_fn(x, sigma_seen).astype(jnp.float32), sigma)
@@ -53,8 +63,12 @@ def sample(velocity_fn: VelocityFn, noise: jax.Array, sigmas: np.ndarray, table:
     return x
 
 
-def guided(velocity: Callable[[jax.Array, jax.Array, Any], jax.Array], cond: Any, negative: Any,
-           guidance_scale: float) -> VelocityFn:
+def guided(
+    velocity: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    cond: Any,
+    negative: Any,
+    guidance_scale: float,
+) -> VelocityFn:
     """Classifier-free guidance as a velocity function: `v_neg + guidance_scale (v_cond - v_neg)`.
 
     Up to a scale of 1 guidance is off and the network runs once per step on `cond` alone; above it one call on the
@@ -73,7 +87,9 @@ def guided(velocity: Callable[[jax.Array, jax.Array, Any], jax.Array], cond: Any
     both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, cond)
 
     def velocity_fn(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        away, towards = jnp.split(velocity(jnp.concatenate([x, x]), sigma, both).astype(jnp.float32), 2)
+        away, towards = jnp.split(
+            velocity(jnp.concatenate([x, x]), sigma, both).astype(jnp.float32), 2
+        )
         return away + guidance_scale * (towards - away)
 
     return velocity_fn

@@ -7,6 +7,7 @@ With `m_i = x_i - sigma_i v_i`, the clean estimate of step i, every deterministi
 The tables are made on the host in float64, so the loop needs no branch on the step and no infinite logarithms: the
 half-log-SNR at sigma = 1 is minus infinity, and its steps simply get the first-order coefficients.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -34,8 +35,10 @@ def _checked(sigmas: np.ndarray) -> np.ndarray:
     sigmas = np.asarray(sigmas, np.float64)
     decreasing = sigmas.ndim == 1 and sigmas.size >= 2 and bool(np.all(np.diff(sigmas) < 0))
     if not decreasing or sigmas[0] > 1 or sigmas[-1] < 0:
-        raise InputError("noise levels: expected [N + 1] strictly decreasing values within [0, 1]; "
-                         f"received {np.array2string(sigmas, precision=4, threshold=6)}")
+        raise InputError(
+            "noise levels: expected [N + 1] strictly decreasing values within [0, 1]; "
+            f"received {np.array2string(sigmas, precision=4, threshold=6)}"
+        )
     return sigmas
 
 
@@ -70,7 +73,7 @@ def correction_weights(sigmas: np.ndarray) -> np.ndarray:
     weights = np.zeros(num_steps)
     first = 2 if sigmas[0] == 1.0 else 1
     for i in range(first, num_steps - 1):
-        before, here, after = (np.log1p(-s) - np.log(s) for s in sigmas[i - 1:i + 2])
+        before, here, after = (np.log1p(-s) - np.log(s) for s in sigmas[i - 1 : i + 2])
         weights[i] = (after - here) / (2.0 * (here - before))
     return weights
 

@@ -1,4 +1,5 @@
 """Amortisation: solve for alpha every few optimiser steps, smooth it, reuse it in between."""
+
 from __future__ import annotations
 
 import flax.struct
@@ -27,7 +28,9 @@ class AlphaState:
 def init(num_rewards: int) -> AlphaState:
     """State before the first solve."""
     zeros = jnp.zeros(num_rewards, jnp.float32)
-    return AlphaState(alpha=zeros, scale=zeros, solved=jnp.zeros((), bool), age=jnp.zeros((), jnp.int32))
+    return AlphaState(
+        alpha=zeros, scale=zeros, solved=jnp.zeros((), bool), age=jnp.zeros((), jnp.int32)
+    )
 
 
 def due(state: AlphaState, every: int) -> jax.Array:
@@ -35,8 +38,13 @@ def due(state: AlphaState, every: int) -> jax.Array:
     return jnp.logical_or(~state.solved, state.age >= every)
 
 
-def refresh(state: AlphaState, alpha: jax.Array, scale: jax.Array, rho: float,
-            valid: jax.Array | None = None) -> AlphaState:
+def refresh(
+    state: AlphaState,
+    alpha: jax.Array,
+    scale: jax.Array,
+    rho: float,
+    valid: jax.Array | None = None,
+) -> AlphaState:
     """Takes in a fresh solve: `alpha <- rho alpha + (1 - rho) alpha_new`; the first solve is taken as it is.
 
     With `valid`, a reward that could not take part keeps its old alpha and scale, and the fresh alpha shares what
@@ -56,13 +64,18 @@ def refresh(state: AlphaState, alpha: jax.Array, scale: jax.Array, rho: float,
     newcomer = jnp.zeros((), bool) if valid is None else jnp.any(valid & ~known)
     nothing = jnp.zeros((), bool) if valid is None else ~jnp.any(alpha > 0)
     solved, absent = jnp.where(took_part, alpha, 0.0), jnp.where(took_part, 0.0, state.alpha)
-    equal = jnp.sum(~took_part & known) / jnp.maximum(jnp.sum(took_part | known), 1)  # share of the absent, one each
-    fresh = jnp.where(newcomer, _beside(solved, absent, equal), _beside(solved, absent, jnp.sum(absent)))
+    equal = jnp.sum(~took_part & known) / jnp.maximum(
+        jnp.sum(took_part | known), 1
+    )  # share of the absent, one each
+    fresh = jnp.where(
+        newcomer, _beside(solved, absent, equal), _beside(solved, absent, jnp.sum(absent))
+    )
     mixed = jnp.where(state.solved & ~newcomer, rho * state.alpha + (1.0 - rho) * fresh, fresh)
     return AlphaState(
         alpha=jnp.where(nothing, state.alpha, mixed).astype(jnp.float32),
         scale=jnp.where(nothing | ~took_part, state.scale, scale).astype(jnp.float32),
-        solved=state.solved | ~nothing, age=jnp.where(nothing, state.age, 0).astype(jnp.int32),
+        solved=state.solved | ~nothing,
+        age=jnp.where(nothing, state.age, 0).astype(jnp.int32),
     )
 
 

@@ -10,6 +10,7 @@ is that gradient, with none it is zero.
 
 Here are MARBLE's rule and the fixed combinations it is compared with; `baselines` has methods from the literature.
 """
+
 from __future__ import annotations
 
 import abc
@@ -78,7 +79,9 @@ def inverse(norms: jax.Array) -> jax.Array:
 def closed_form_status(used: jax.Array) -> jax.Array:
     """Status of a rule that cannot fail: only the number of usable rewards tells cases apart."""
     count = jnp.sum(used)
-    return jnp.where(count == 0, qp.NONE_VALID, jnp.where(count == 1, qp.ONE_VALID, qp.SOLVED)).astype(jnp.int32)
+    return jnp.where(
+        count == 0, qp.NONE_VALID, jnp.where(count == 1, qp.ONE_VALID, qp.SOLVED)
+    ).astype(jnp.int32)
 
 
 class Balancer(abc.ABC):
@@ -101,7 +104,9 @@ class Balancer(abc.ABC):
 
 def _row(name: str, values: tuple[float, ...], count: int) -> jax.Array:
     if len(values) != count:
-        raise InputError(f"{name}: expected one number for each of {count} rewards; received {len(values)}")
+        raise InputError(
+            f"{name}: expected one number for each of {count} rewards; received {len(values)}"
+        )
     return jnp.asarray(values, jnp.float32)
 
 
@@ -127,26 +132,42 @@ class Marble(Balancer):
 
     def __post_init__(self) -> None:
         if any(not w > 0 for w in self.reward_weights):
-            raise InputError(f"reward weights: expected numbers above 0; received {self.reward_weights}")
+            raise InputError(
+                f"reward weights: expected numbers above 0; received {self.reward_weights}"
+            )
         if self.alpha_floor < 0:
-            raise InputError(f"alpha floor: expected a number in [0, 1 / K]; received {self.alpha_floor}")
+            raise InputError(
+                f"alpha floor: expected a number in [0, 1 / K]; received {self.alpha_floor}"
+            )
 
     def _membership(self, num_rewards: int) -> jax.Array:
         if not self.groups:
             return jnp.eye(num_rewards, dtype=jnp.float32)
-        if len(self.groups) != num_rewards or sorted(set(self.groups)) != list(range(max(self.groups) + 1)):
-            raise InputError(f"reward groups: expected one index for each of {num_rewards} rewards, counting from 0 "
-                             f"without gaps; received {self.groups}")
-        return jnp.asarray([[float(own == g) for own in self.groups] for g in range(max(self.groups) + 1)], jnp.float32)
+        if len(self.groups) != num_rewards or sorted(set(self.groups)) != list(
+            range(max(self.groups) + 1)
+        ):
+            raise InputError(
+                f"reward groups: expected one index for each of {num_rewards} rewards, counting from 0 "
+                f"without gaps; received {self.groups}"
+            )
+        return jnp.asarray(
+            [[float(own == g) for own in self.groups] for g in range(max(self.groups) + 1)],
+            jnp.float32,
+        )
 
     def __call__(self, gram: jax.Array, valid: jax.Array, state: Any = ()) -> Solution:
         num_rewards = gram.shape[0]
         gram, norms, used = usable(gram, valid)
         members = self._membership(num_rewards) * used
         share = members / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), 1.0)
-        own_weights = jnp.ones(num_rewards) if not self.reward_weights else _row(
-            "reward weights", self.reward_weights, num_rewards)
-        grouped = jnp.einsum("gk,kl,hl->gh", share, gram, share, precision=jax.lax.Precision.HIGHEST)
+        own_weights = (
+            jnp.ones(num_rewards)
+            if not self.reward_weights
+            else _row("reward weights", self.reward_weights, num_rewards)
+        )
+        grouped = jnp.einsum(
+            "gk,kl,hl->gh", share, gram, share, precision=jax.lax.Precision.HIGHEST
+        )
         grouped, group_norms, group_used = usable(grouped, jnp.any(members > 0, axis=1))
         group_weights = share @ own_weights
         # A single usable gradient is taken as it is.
@@ -159,9 +180,17 @@ class Marble(Balancer):
         took_part = used & (jnp.where(group_used, 1.0, 0.0) @ members > 0)
         alpha = jnp.where(took_part, solved.alpha @ share, 0.0)
         scale = jnp.where(took_part, scale @ (members > 0), 0.0)
-        return Solution(weights=alpha * scale, alpha=alpha, scale=scale, used=took_part,
-                        norms=jnp.where(took_part, norms, 0.0), min_norm=jnp.sqrt(jnp.maximum(solved.value, 0.0)),
-                        kkt_residual=solved.kkt_residual, status=solved.status, state=state)
+        return Solution(
+            weights=alpha * scale,
+            alpha=alpha,
+            scale=scale,
+            used=took_part,
+            norms=jnp.where(took_part, norms, 0.0),
+            min_norm=jnp.sqrt(jnp.maximum(solved.value, 0.0)),
+            kkt_residual=solved.kkt_residual,
+            status=solved.status,
+            state=state,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,20 +207,36 @@ class Fixed(Balancer):
 
     def __post_init__(self) -> None:
         if self.alpha and (any(a < 0 for a in self.alpha) or abs(sum(self.alpha) - 1.0) > 1e-6):
-            raise InputError(f"fixed alpha: expected numbers of at least 0 that sum to 1; received {self.alpha}")
+            raise InputError(
+                f"fixed alpha: expected numbers of at least 0 that sum to 1; received {self.alpha}"
+            )
 
     def __call__(self, gram: jax.Array, valid: jax.Array, state: Any = ()) -> Solution:
         _, norms, used = usable(gram, valid)
-        own = _row("fixed alpha", self.alpha, gram.shape[0]) if self.alpha else jnp.ones(gram.shape[0])
+        own = (
+            _row("fixed alpha", self.alpha, gram.shape[0])
+            if self.alpha
+            else jnp.ones(gram.shape[0])
+        )
         own = jnp.where(used, own, 0.0)
         total = jnp.sum(own)
         # One usable reward is that gradient even if its own share is 0.
         even = jnp.where(jnp.sum(used) == 1, used.astype(jnp.float32), 0.0)
         alpha = jnp.where(total > 0, own / jnp.where(total > 0, total, 1.0), even)
-        scale = jnp.where(used, mean_over(norms, used) * inverse(norms) if self.normalize else 1.0, 0.0)
-        return Solution(weights=alpha * scale, alpha=alpha, scale=scale, used=used, norms=norms,
-                        min_norm=jnp.zeros(()), kkt_residual=jnp.zeros(()), status=closed_form_status(used),
-                        state=state)
+        scale = jnp.where(
+            used, mean_over(norms, used) * inverse(norms) if self.normalize else 1.0, 0.0
+        )
+        return Solution(
+            weights=alpha * scale,
+            alpha=alpha,
+            scale=scale,
+            used=used,
+            norms=norms,
+            min_norm=jnp.zeros(()),
+            kkt_residual=jnp.zeros(()),
+            status=closed_form_status(used),
+            state=state,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,14 +251,28 @@ class WeightedSum(Balancer):
 
     def __post_init__(self) -> None:
         if any(w < 0 for w in self.reward_weights):
-            raise InputError(f"reward weights: expected numbers of at least 0; received {self.reward_weights}")
+            raise InputError(
+                f"reward weights: expected numbers of at least 0; received {self.reward_weights}"
+            )
 
     def __call__(self, gram: jax.Array, valid: jax.Array, state: Any = ()) -> Solution:
         _, norms, used = usable(gram, valid)
         count = gram.shape[0]
-        own = _row("reward weights", self.reward_weights, count) if self.reward_weights else jnp.ones(count)
+        own = (
+            _row("reward weights", self.reward_weights, count)
+            if self.reward_weights
+            else jnp.ones(count)
+        )
         weights = jnp.where(used, own, 0.0)
         total = jnp.sum(weights)
-        return Solution(weights=weights, alpha=weights / jnp.where(total > 0, total, 1.0),
-                        scale=jnp.where(used, total, 0.0), used=used, norms=norms, min_norm=jnp.zeros(()),
-                        kkt_residual=jnp.zeros(()), status=closed_form_status(used), state=state)
+        return Solution(
+            weights=weights,
+            alpha=weights / jnp.where(total > 0, total, 1.0),
+            scale=jnp.where(used, total, 0.0),
+            used=used,
+            norms=norms,
+            min_norm=jnp.zeros(()),
+            kkt_residual=jnp.zeros(()),
+            status=closed_form_status(used),
+            state=state,
+        )

@@ -4,6 +4,7 @@ All act on the raw gradients, as in their papers, and all are written on the Gra
 gradients at the mean gradient norm instead, which answers whether MARBLE's gain is the normalisation or the rule.
 Inside a rule the vectors are scaled to a mean squared norm of order 1, so no constant depends on the loss scale.
 """
+
 from __future__ import annotations
 
 import abc
@@ -53,15 +54,25 @@ class Rule(Balancer):
         length = mean_over(norms, used)
         factor = inverse(norms) if self.normalize else jnp.where(used, inverse(length), 0.0)
         weights = jnp.where(used, self.combine(gram * factor[:, None] * factor[None], used), 0.0)
-        weights = jnp.where(jnp.all(jnp.isfinite(weights)), weights, used / jnp.maximum(jnp.sum(used), 1))
+        weights = jnp.where(
+            jnp.all(jnp.isfinite(weights)), weights, used / jnp.maximum(jnp.sum(used), 1)
+        )
         weights = jnp.where(jnp.sum(used) == 1, used.astype(jnp.float32), weights)
         raw = weights * factor * length
         total = jnp.sum(raw)
         safe = jnp.abs(total) > 1e-30
         alpha = jnp.where(safe, raw / jnp.where(safe, total, 1.0), 0.0)
-        return Solution(weights=raw, alpha=alpha, scale=jnp.where(used, total, 0.0), used=used, norms=norms,
-                        min_norm=jnp.zeros(()), kkt_residual=jnp.zeros(()), status=closed_form_status(used),
-                        state=state)
+        return Solution(
+            weights=raw,
+            alpha=alpha,
+            scale=jnp.where(used, total, 0.0),
+            used=used,
+            norms=norms,
+            min_norm=jnp.zeros(()),
+            kkt_residual=jnp.zeros(()),
+            status=closed_form_status(used),
+            state=state,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +98,9 @@ class UPGrad(Rule):
             # Row i of `weights` solves: minimise w^T G w subject to w >= e_i. One coordinate of all rows at once.
             j = index % size
             rest = _product(weights, matrix[:, j]) - weights[:, j] * matrix[j, j]
-            return weights.at[:, j].set(jnp.maximum(lower[:, j], jnp.where(used[j], -rest / matrix[j, j], 0.0)))
+            return weights.at[:, j].set(
+                jnp.maximum(lower[:, j], jnp.where(used[j], -rest / matrix[j, j], 0.0))
+            )
 
         weights = jax.lax.fori_loop(0, self.num_sweeps * size, update, lower)
         return jnp.sum(weights, axis=0) / jnp.maximum(jnp.sum(used), 1)
@@ -110,12 +123,16 @@ class PCGrad(Rule):
                 j = (first + offset) % size
                 inner = _product(weights, gram[:, j])
                 conflicting = used[j] & (inner < 0)
-                return weights.at[j].add(jnp.where(conflicting, -inner / jnp.where(used[j], square[j], 1.0), 0.0))
+                return weights.at[j].add(
+                    jnp.where(conflicting, -inner / jnp.where(used[j], square[j], 1.0), 0.0)
+                )
 
             return jax.lax.fori_loop(1, size, visit, jax.nn.one_hot(first, size))
 
         weights = jax.vmap(project)(jnp.arange(size))
-        return jnp.sum(jnp.where(used[:, None], weights, 0.0), axis=0) / jnp.maximum(jnp.sum(used), 1)
+        return jnp.sum(jnp.where(used[:, None], weights, 0.0), axis=0) / jnp.maximum(
+            jnp.sum(used), 1
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +176,9 @@ class IMTLG(Rule):
         weights = _product(jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True), norms)
         total = jnp.sum(weights)
         even = used / jnp.maximum(jnp.sum(used), 1)
-        return jnp.where(jnp.abs(total) > 1e-6, weights / jnp.where(jnp.abs(total) > 1e-6, total, 1.0), even)
+        return jnp.where(
+            jnp.abs(total) > 1e-6, weights / jnp.where(jnp.abs(total) > 1e-6, total, 1.0), even
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,12 +204,16 @@ class NashMTL(Rule):
         # Rescaling a gradient rescales its weight inversely, so unit gradients lose nothing and condition best.
         shorten = inverse(jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0)))
         unit = gram * shorten[:, None] * shorten[None]
-        matrix = jnp.where(used[:, None] & used[None], unit + self.regularisation * jnp.eye(size), jnp.eye(size))
+        matrix = jnp.where(
+            used[:, None] & used[None], unit + self.regularisation * jnp.eye(size), jnp.eye(size)
+        )
 
         def newton(_: jax.Array, alpha: jax.Array) -> jax.Array:
             slope = _product(matrix, alpha) - 1.0 / alpha
             # In units of alpha the Hessian is D G D + I: no worse than the problem, however far alpha has spread.
-            step = alpha * jnp.linalg.solve(matrix * alpha[:, None] * alpha[None] + jnp.eye(size), alpha * slope)
+            step = alpha * jnp.linalg.solve(
+                matrix * alpha[:, None] * alpha[None] + jnp.eye(size), alpha * slope
+            )
             decrement = jnp.sqrt(jnp.maximum(jnp.dot(slope, step), 0.0))
             return alpha - step / (1.0 + jnp.where(decrement > 0.25, decrement, 0.0))
 
@@ -201,8 +224,15 @@ class NashMTL(Rule):
 
 
 BALANCERS: dict[str, type[Balancer]] = {
-    "marble": Marble, "equal": Fixed, "fixed": Fixed, "weighted_sum": WeightedSum, "upgrad": UPGrad, "pcgrad": PCGrad,
-    "cagrad": CAGrad, "imtl": IMTLG, "nash": NashMTL,
+    "marble": Marble,
+    "equal": Fixed,
+    "fixed": Fixed,
+    "weighted_sum": WeightedSum,
+    "upgrad": UPGrad,
+    "pcgrad": PCGrad,
+    "cagrad": CAGrad,
+    "imtl": IMTLG,
+    "nash": NashMTL,
 }
 
 
@@ -218,10 +248,16 @@ def make_balancer(name: str, **settings: Any) -> Balancer:
     """
     one_of("balancer", name, BALANCERS)
     kind = BALANCERS[name]
-    known = [field.name for field in dataclasses.fields(kind) if not (name == "equal" and field.name == "alpha")]
+    known = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if not (name == "equal" and field.name == "alpha")
+    ]
     for setting in settings:
         one_of(f"setting of the balancer {name!r}", setting, known)
     if name == "fixed" and not settings.get("alpha"):
-        raise InputError("fixed alpha: expected one share a reward that sum to 1; received none "
-                         "(balancer 'equal' has equal shares)")
+        raise InputError(
+            "fixed alpha: expected one share a reward that sum to 1; received none "
+            "(balancer 'equal' has equal shares)"
+        )
     return kind(**settings)

@@ -1,4 +1,5 @@
 """What an update does to each reward, from the Gram matrix and the weights alone."""
+
 from __future__ import annotations
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def from_gram(gram: jax.Array, weights: jax.Array, valid: jax.Array,
-              alpha: jax.Array | None = None) -> dict[str, jax.Array]:
+def from_gram(
+    gram: jax.Array, weights: jax.Array, valid: jax.Array, alpha: jax.Array | None = None
+) -> dict[str, jax.Array]:
     """Cosines, conflict and imbalance of one update.
 
     A reward conflicts when the update points against its gradient, i.e. a small step lowers its objective.
@@ -47,14 +49,19 @@ def from_gram(gram: jax.Array, weights: jax.Array, valid: jax.Array,
     smallest = jnp.min(jnp.where(shown, norms, jnp.inf))
     look = {
         "harmonize/cos_update": cos_update,
-        "harmonize/cos_pair": jnp.where(shown[:, None] & shown[None], jnp.clip(cosines, -1.0, 1.0), 0.0),
+        "harmonize/cos_pair": jnp.where(
+            shown[:, None] & shown[None], jnp.clip(cosines, -1.0, 1.0), 0.0
+        ),
         "harmonize/conflict": jnp.any(shown & (cos_update < 0)).astype(jnp.float32),
         "harmonize/worst_cos": jnp.where(some, jnp.min(jnp.where(shown, cos_update, jnp.inf)), 0.0),
-        "harmonize/imbalance": jnp.where(some, jnp.max(jnp.where(shown, norms, 0.0)) / smallest, 1.0),
+        "harmonize/imbalance": jnp.where(
+            some, jnp.max(jnp.where(shown, norms, 0.0)) / smallest, 1.0
+        ),
         "harmonize/update_norm": length * largest,
     }
     if alpha is not None:
         positive = alpha > 0
         look["harmonize/alpha_entropy"] = -jnp.sum(
-            jnp.where(positive, alpha * jnp.log(jnp.where(positive, alpha, 1.0)), 0.0))
+            jnp.where(positive, alpha * jnp.log(jnp.where(positive, alpha, 1.0)), 0.0)
+        )
     return look

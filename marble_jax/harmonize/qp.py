@@ -11,6 +11,7 @@ millisecond on a CPU core.
 This is the only module that imports jaxopt. The import warns that the package is archived; the warning is silenced
 here. Everything runs in float32 at highest matrix precision, whatever the x64 setting.
 """
+
 from __future__ import annotations
 
 import functools
@@ -63,7 +64,9 @@ def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     return jnp.dot(matrix, vector, precision=_HIGHEST)
 
 
-def kkt_residual(gram: jax.Array, alpha: jax.Array, valid: jax.Array, floor: jax.Array | float = 0.0) -> jax.Array:
+def kkt_residual(
+    gram: jax.Array, alpha: jax.Array, valid: jax.Array, floor: jax.Array | float = 0.0
+) -> jax.Array:
     """Violation of the optimality conditions of the min-norm problem, 0 at a solution.
 
     At a solution `(G alpha)_k` equals one multiplier where `alpha_k > floor` and is no smaller where it sits on the
@@ -79,7 +82,9 @@ def kkt_residual(gram: jax.Array, alpha: jax.Array, valid: jax.Array, floor: jax
     Returns:
       Scalar.
     """
-    slope = _product(jnp.where(valid[:, None] & valid[None], gram, 0.0), jnp.where(valid, alpha, 0.0))
+    slope = _product(
+        jnp.where(valid[:, None] & valid[None], gram, 0.0), jnp.where(valid, alpha, 0.0)
+    )
     free = jnp.where(valid, alpha - floor, 0.0)
     multiplier = jnp.sum(free * slope) / jnp.maximum(jnp.sum(free), 1e-30)
     pinned = jnp.sum(free) <= 1e-6
@@ -113,9 +118,15 @@ def _warm_start(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
 
     bound = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
     solver = jaxopt.ProjectedGradient(
-        fun=objective, projection=lambda b, _: _project(b, valid), acceleration=True,
-        stepsize=lambda _: 1.0 / jnp.maximum(bound, 1e-30), maxiter=_WARM_STEPS, tol=1e-7,
-        implicit_diff=False, jit=True)
+        fun=objective,
+        projection=lambda b, _: _project(b, valid),
+        acceleration=True,
+        stepsize=lambda _: 1.0 / jnp.maximum(bound, 1e-30),
+        maxiter=_WARM_STEPS,
+        tol=1e-7,
+        implicit_diff=False,
+        jit=True,
+    )
     even = valid / jnp.maximum(jnp.sum(valid), 1)
     return jnp.where(valid, solver.run(even.astype(jnp.float32), None).params, 0.0)
 
@@ -150,6 +161,7 @@ def _equality_solution(matrix: jax.Array, linear: jax.Array, support: jax.Array)
 def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.Array:
     """Minimises 1/2 b^T matrix b + linear^T b over the simplex on `valid` coordinates."""
     size = matrix.shape[0]
+
     def violation(b: jax.Array) -> jax.Array:
         slope = _product(matrix, b) + linear
         gap = jnp.where(valid, slope - jnp.dot(b, slope), 0.0)
@@ -177,11 +189,24 @@ def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
         enters = jnp.zeros_like(support).at[jnp.argmin(gap)].set(~blocked & ~optimal)
         amount = violation(moved)
         better = amount < best_violation
-        return (count + 1, moved, (support & ~leaves) | enters, jnp.where(better, moved, best),
-                jnp.where(better, amount, best_violation), ~blocked & optimal)
+        return (
+            count + 1,
+            moved,
+            (support & ~leaves) | enters,
+            jnp.where(better, moved, best),
+            jnp.where(better, amount, best_violation),
+            ~blocked & optimal,
+        )
 
     warm = _warm_start(matrix, linear, valid)
-    start = (jnp.zeros((), jnp.int32), warm, valid & (warm > 1e-4), warm, violation(warm), jnp.zeros((), bool))
+    start = (
+        jnp.zeros((), jnp.int32),
+        warm,
+        valid & (warm > 1e-4),
+        warm,
+        violation(warm),
+        jnp.zeros((), bool),
+    )
     return jax.lax.while_loop(unfinished, move, start)[3]
 
 
@@ -225,18 +250,29 @@ def min_norm(gram: jax.Array, valid: jax.Array, floor: jax.Array | float = 0.0) 
     status = jnp.where(finite & (residual <= KKT_TOLERANCE), SOLVED, INACCURATE)
     status = jnp.where(count == 1, ONE_VALID, jnp.where(count == 0, NONE_VALID, status))
     clean = jnp.where(both, gram, 0.0)
-    return MinNorm(alpha=alpha, kkt_residual=residual, value=jnp.dot(alpha, _product(clean, alpha)),
-                   status=status.astype(jnp.int32))
+    return MinNorm(
+        alpha=alpha,
+        kkt_residual=residual,
+        value=jnp.dot(alpha, _product(clean, alpha)),
+        status=status.astype(jnp.int32),
+    )
 
 
-def minimise_on_simplex(objective: Callable[[jax.Array], jax.Array], valid: jax.Array,
-                        num_steps: int = 300) -> jax.Array:
+def minimise_on_simplex(
+    objective: Callable[[jax.Array], jax.Array], valid: jax.Array, num_steps: int = 300
+) -> jax.Array:
     """Minimiser [K] of a smooth convex function over the simplex on the valid coordinates, by projected gradient.
 
     For balancers whose objective is not quadratic; accurate to a few digits, unlike `min_norm`.
     """
     jaxopt = _jaxopt()
-    solver = jaxopt.ProjectedGradient(fun=objective, projection=lambda w, _: _project(w, valid), maxiter=num_steps,
-                                      tol=1e-7, implicit_diff=False, jit=True)
+    solver = jaxopt.ProjectedGradient(
+        fun=objective,
+        projection=lambda w, _: _project(w, valid),
+        maxiter=num_steps,
+        tol=1e-7,
+        implicit_diff=False,
+        jit=True,
+    )
     even = valid / jnp.maximum(jnp.sum(valid), 1)
     return jnp.where(valid, solver.run(even.astype(jnp.float32), None).params, 0.0)

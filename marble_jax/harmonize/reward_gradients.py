@@ -18,6 +18,7 @@ and hosts and dividing once by the number of valid samples (`mean_gradients`) gi
 The per-sample pull-back is a `vmap` of a `vjp` under `jit`; see `marble_jax.platform` for the compiler setting that
 this needs.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -93,8 +94,12 @@ class RewardGradients:
 def zero_sums(adapter: Adapter, num_rewards: int) -> RewardSums:
     """The neutral element of `tree.add` on RewardSums."""
     return RewardSums(
-        gradients=tree.zeros_like(adapter, num_rewards), counts=jnp.zeros(num_rewards), losses=jnp.zeros(num_rewards),
-        kl_gradient=tree.zeros_like(adapter), kl=jnp.zeros(()), num_samples=jnp.zeros(()),
+        gradients=tree.zeros_like(adapter, num_rewards),
+        counts=jnp.zeros(num_rewards),
+        losses=jnp.zeros(num_rewards),
+        kl_gradient=tree.zeros_like(adapter),
+        kl=jnp.zeros(()),
+        num_samples=jnp.zeros(()),
     )
 
 
@@ -104,6 +109,7 @@ def _chunks(batch: Any, chunk_size: int) -> Any:
     Every n / chunk_size-th sample makes a chunk, so that where samples are split over devices in blocks, each device
     has its share of every chunk.
     """
+
     def deal(x: jax.Array) -> jax.Array:
         return x.reshape((chunk_size, x.shape[0] // chunk_size) + x.shape[1:]).swapaxes(0, 1)
 
@@ -115,13 +121,20 @@ def _resolve_chunk(num: int, chunk_size: int | None) -> int:
     if chunk_size < 1 or num % chunk_size:
         divisors = [c for c in range(1, num + 1) if num % c == 0]
         best = min(divisors, key=lambda c: abs(c - chunk_size))
-        raise InputError(f"gradient chunk size: expected a divisor of the {num} samples of a micro-batch; "
-                         f"received {chunk_size} (nearest valid choice {best})")
+        raise InputError(
+            f"gradient chunk size: expected a divisor of the {num} samples of a micro-batch; "
+            f"received {chunk_size} (nearest valid choice {best})"
+        )
     return chunk_size
 
 
 def _sample_pull_backs(
-    velocity: Velocity, adapter: Adapter, sample: FlowBatch, nft_beta: float, clip: float, anchors: bool
+    velocity: Velocity,
+    adapter: Adapter,
+    sample: FlowBatch,
+    nft_beta: float,
+    clip: float,
+    anchors: bool,
 ) -> tuple[Adapter, tuple[jax.Array, jax.Array, jax.Array]]:
     """One sample's pulled-back signal, anchor and divergence, stacked in this order; its P, N and divergence."""
     one = jax.tree.map(lambda x: x[None], sample)
@@ -140,9 +153,19 @@ def _sample_pull_backs(
     return pulled, (positive[0], negative[0], divergence[0])
 
 
-def accumulate(velocity: Velocity, adapter: Adapter, batch: FlowBatch, r: jax.Array, valid: jax.Array, *,
-               nft_beta: float, clip: float = nft.ADVANTAGE_CLIP, chunk_size: int | None = None,
-               anchors: bool = True, anchor_scale: float = 1.0) -> RewardSums:
+def accumulate(
+    velocity: Velocity,
+    adapter: Adapter,
+    batch: FlowBatch,
+    r: jax.Array,
+    valid: jax.Array,
+    *,
+    nft_beta: float,
+    clip: float = nft.ADVANTAGE_CLIP,
+    chunk_size: int | None = None,
+    anchors: bool = True,
+    anchor_scale: float = 1.0,
+) -> RewardSums:
     """Sums over a micro-batch of the policy gradients of K rewards, and of the divergence.
 
     Inside, `velocity` is called on one sample at a time under `vmap`. Memory: `chunk_size` x 3 (2 without `v_ref`, 1
@@ -169,29 +192,43 @@ def accumulate(velocity: Velocity, adapter: Adapter, batch: FlowBatch, r: jax.Ar
     """
     chunk_size = _resolve_chunk(batch.xt.shape[0], chunk_size)
 
-    def step(sums: RewardSums, part: tuple[FlowBatch, jax.Array, jax.Array]) -> tuple[RewardSums, None]:
+    def step(
+        sums: RewardSums, part: tuple[FlowBatch, jax.Array, jax.Array]
+    ) -> tuple[RewardSums, None]:
         samples, r_part, valid_part = part
         pulled, (positive, negative, divergence) = jax.vmap(
-            lambda sample: _sample_pull_backs(velocity, adapter, sample, nft_beta, clip, anchors))(samples)
+            lambda sample: _sample_pull_backs(velocity, adapter, sample, nft_beta, clip, anchors)
+        )(samples)
         r_part, valid_part = r_part.T, valid_part.T
         mask = valid_part.astype(r_part.dtype)
-        mix = jnp.stack([jnp.where(valid_part, r_part - 0.5, 0.0), anchor_scale * mask][:1 + anchors], axis=-1)
+        mix = jnp.stack(
+            [jnp.where(valid_part, r_part - 0.5, 0.0), anchor_scale * mask][: 1 + anchors], axis=-1
+        )
 
         def rewards(leaf: jax.Array) -> jax.Array:
-            return jnp.einsum("kcj,cj...->k...", mix, leaf[:, :mix.shape[-1]].astype(mix.dtype), precision=_HIGHEST)
+            return jnp.einsum(
+                "kcj,cj...->k...",
+                mix,
+                leaf[:, : mix.shape[-1]].astype(mix.dtype),
+                precision=_HIGHEST,
+            )
 
         each = clip / nft_beta * (r_part * positive + (1.0 - r_part) * negative)
         new = RewardSums(
-            gradients=jax.tree.map(rewards, pulled), counts=jnp.sum(mask, axis=1),
+            gradients=jax.tree.map(rewards, pulled),
+            counts=jnp.sum(mask, axis=1),
             losses=jnp.sum(jnp.where(valid_part, each, 0.0), axis=1),
             kl_gradient=jax.tree.map(lambda x: jnp.sum(x[:, 2:], axis=(0, 1)), pulled),
-            kl=jnp.sum(divergence), num_samples=jnp.asarray(float(chunk_size * anchors), jnp.float32),
+            kl=jnp.sum(divergence),
+            num_samples=jnp.asarray(float(chunk_size * anchors), jnp.float32),
         )
         return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
 
     whole = batch, r.astype(jnp.promote_types(r.dtype, jnp.float32)).T, valid.T
     zeros = zero_sums(adapter, r.shape[0])
-    if chunk_size == batch.xt.shape[0]:  # a loop of one turn stays a loop, with all that a loop copies
+    if (
+        chunk_size == batch.xt.shape[0]
+    ):  # a loop of one turn stays a loop, with all that a loop copies
         return step(zeros, whole)[0]
     return jax.lax.scan(step, zeros, _chunks(whole, chunk_size))[0]
 
@@ -201,13 +238,18 @@ def mean_gradients(sums: RewardSums) -> RewardGradients:
     inverse = 1.0 / jnp.maximum(sums.counts, 1.0)
     share = 1.0 / jnp.maximum(sums.num_samples, 1.0)
     return RewardGradients(
-        gradients=jax.tree.map(lambda x: x * inverse.reshape((-1,) + (1,) * (x.ndim - 1)), sums.gradients),
-        losses=sums.losses * inverse, kl_gradient=tree.scale(sums.kl_gradient, share), kl=sums.kl * share,
+        gradients=jax.tree.map(
+            lambda x: x * inverse.reshape((-1,) + (1,) * (x.ndim - 1)), sums.gradients
+        ),
+        losses=sums.losses * inverse,
+        kl_gradient=tree.scale(sums.kl_gradient, share),
+        kl=sums.kl * share,
     )
 
 
-def branch_weights(weights: jax.Array, r: jax.Array, valid: jax.Array,
-                   counts: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def branch_weights(
+    weights: jax.Array, r: jax.Array, valid: jax.Array, counts: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Per-sample weights of P and N whose loss is exactly `sum_k weights[k] loss_k`.
 
     The losses are affine in r with P and N in common, so any weighted sum of them, masks, clipping and different
@@ -228,9 +270,18 @@ def branch_weights(weights: jax.Array, r: jax.Array, valid: jax.Array,
     return jnp.sum(share * r, axis=0), jnp.sum(share * (1.0 - r), axis=0)
 
 
-def combined_gradient(velocity: Velocity, adapter: Adapter, batch: FlowBatch, positive_weight: jax.Array,
-                      negative_weight: jax.Array, *, nft_beta: float, clip: float = nft.ADVANTAGE_CLIP,
-                      kl_weight: float = 0.0, num_samples: int | None = None) -> tuple[Adapter, dict[str, jax.Array]]:
+def combined_gradient(
+    velocity: Velocity,
+    adapter: Adapter,
+    batch: FlowBatch,
+    positive_weight: jax.Array,
+    negative_weight: jax.Array,
+    *,
+    nft_beta: float,
+    clip: float = nft.ADVANTAGE_CLIP,
+    kl_weight: float = 0.0,
+    num_samples: int | None = None,
+) -> tuple[Adapter, dict[str, jax.Array]]:
     """One ordinary backward pass of `clip / nft_beta * sum_n (p_n P_n + q_n N_n) + kl_weight * KL`.
 
     Used in amortised steps, with the weights of `branch_weights` (exact) or, for a single combined advantage with
@@ -257,7 +308,9 @@ def combined_gradient(velocity: Velocity, adapter: Adapter, batch: FlowBatch, po
         v = velocity(current, batch.xt, batch.t, batch.cond)
         positive, negative = nft.branches(v, batch.v_old, batch.x0, batch.xt, batch.t, nft_beta)
         policy = clip / nft_beta * jnp.sum(positive_weight * positive + negative_weight * negative)
-        divergence = jnp.zeros(()) if batch.v_ref is None else jnp.sum(nft.sample_kl(v, batch.v_ref)) / total
+        divergence = (
+            jnp.zeros(()) if batch.v_ref is None else jnp.sum(nft.sample_kl(v, batch.v_ref)) / total
+        )
         return policy + kl_weight * divergence, {"policy_loss": policy, "kl": divergence}
 
     return jax.grad(loss, has_aux=True)(adapter)

@@ -12,6 +12,7 @@ Implementations of attention are interchangeable functions (q, k, v) -> out, cho
 
 Over several devices the fused kernels have to be told how the batch lies: `over` gives the function that does.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -31,7 +32,10 @@ EPS = 1e-6  # of every norm of the transformer
 
 
 def _einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = (
+        jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
@@ -44,7 +48,12 @@ def _auto(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 IMPLEMENTATIONS: dict[str, AttentionFn] = {
-    "xla": _xla, "einsum": _einsum, "cudnn": Flash("cudnn"), "splash": Flash("splash"), "auto": _auto}
+    "xla": _xla,
+    "einsum": _einsum,
+    "cudnn": Flash("cudnn"),
+    "splash": Flash("splash"),
+    "auto": _auto,
+}
 FUSED = {"cudnn": "gpu", "splash": "tpu"}  # kernels, and the platform that each runs on
 
 
@@ -89,7 +98,9 @@ def over(name: str, dtype: Any, mesh: Mesh) -> str | Flash:
     return Flash(chosen, mesh) if chosen in FUSED else chosen
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | AttentionFn = "xla") -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | AttentionFn = "xla"
+) -> jax.Array:
     """Full softmax attention without mask, scaled by 1/sqrt(head width).
 
     Args:
@@ -161,5 +172,7 @@ class AdaLayerNorm(nn.Module):
     @nn.compact
     def __call__(self, temb: jax.Array) -> list[jax.Array]:
         """[N, D] -> `parts` arrays [N, D]."""
-        linear = LoraDense(self.parts * temb.shape[-1], dtype=self.dtype, lora_scale=self.lora_scale, name="linear")
+        linear = LoraDense(
+            self.parts * temb.shape[-1], dtype=self.dtype, lora_scale=self.lora_scale, name="linear"
+        )
         return jnp.split(linear(nn.silu(temb)), self.parts, axis=-1)

@@ -9,6 +9,7 @@ keys is the identity on paths.
 Source: Rombach et al. 2022 (arXiv 2112.10752) for the architecture; shift_factor from Esser et al. 2024
 (arXiv 2403.03206).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -64,10 +65,15 @@ class VAEConfig:
         Raises:
           InputError: the config asks for a block type or an activation this module does not have.
         """
-        for key, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for key, only in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
             other = sorted({str(kind) for kind in values.get(key, ()) if kind != only})
             if other:
-                raise InputError(f"VAE config {key}: expected only {only}; received {', '.join(other)}")
+                raise InputError(
+                    f"VAE config {key}: expected only {only}; received {', '.join(other)}"
+                )
         if values.get("act_fn", "silu") not in ("silu", "swish"):
             raise InputError(f"VAE config act_fn: expected silu; received {values['act_fn']!r}")
         known = {f.name for f in dataclasses.fields(cls)}
@@ -86,8 +92,12 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _conv3(self.features, self.dtype, "conv1")(nn.silu(_norm(self.groups, self.dtype, "norm1")(x)))
-        y = _conv3(self.features, self.dtype, "conv2")(nn.silu(_norm(self.groups, self.dtype, "norm2")(y)))
+        y = _conv3(self.features, self.dtype, "conv1")(
+            nn.silu(_norm(self.groups, self.dtype, "norm1")(x))
+        )
+        y = _conv3(self.features, self.dtype, "conv2")(
+            nn.silu(_norm(self.groups, self.dtype, "norm2")(y))
+        )
         if x.shape[-1] != self.features:
             x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
         return x + y
@@ -125,8 +135,14 @@ class Encoder(nn.Module):
                 x = block(width, name=f"down_blocks.{i}.resnets.{j}")(x)
             if i < len(widths) - 1:
                 # Stride 2 without left padding: the window of an output cell starts at its own pixels.
-                x = nn.Conv(width, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype,
-                            name=f"down_blocks.{i}.downsamplers.0.conv")(x)
+                x = nn.Conv(
+                    width,
+                    (3, 3),
+                    strides=2,
+                    padding=((0, 1), (0, 1)),
+                    dtype=self.dtype,
+                    name=f"down_blocks.{i}.downsamplers.0.conv",
+                )(x)
         x = _middle(config, self.dtype, x)
         x = nn.silu(_norm(config.norm_num_groups, self.dtype, "conv_norm_out")(x))
         return _conv3(2 * config.latent_channels, self.dtype, "conv_out")(x)
@@ -210,11 +226,15 @@ def load_vae(
 def abstract_params(model: AutoencoderKL) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
     config = model.config
-    image = jax.ShapeDtypeStruct((1, config.downsampling, config.downsampling, config.in_channels), jnp.float32)
+    image = jax.ShapeDtypeStruct(
+        (1, config.downsampling, config.downsampling, config.in_channels), jnp.float32
+    )
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
-def encode(model: AutoencoderKL, params: Params, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+def encode(
+    model: AutoencoderKL, params: Params, images: jax.Array, key: jax.Array | None = None
+) -> jax.Array:
     """Latents of pictures, in the transformer's scale.
 
     Args:
@@ -230,7 +250,9 @@ def encode(model: AutoencoderKL, params: Params, images: jax.Array, key: jax.Arr
     mean, logvar = model.apply({"params": params}, x, method="moments")
     z = mean.astype(jnp.float32)
     if key is not None:
-        z = z + jnp.exp(0.5 * logvar.astype(jnp.float32)) * jax.random.normal(key, z.shape, jnp.float32)
+        z = z + jnp.exp(0.5 * logvar.astype(jnp.float32)) * jax.random.normal(
+            key, z.shape, jnp.float32
+        )
     return (z - model.config.shift_factor) * model.config.scaling_factor
 
 
@@ -244,7 +266,9 @@ def decode(model: AutoencoderKL, params: Params, latents: jax.Array) -> jax.Arra
 def nearest_double(x: jax.Array) -> jax.Array:
     """[N, h, w, C] to [N, 2h, 2w, C], every cell repeated twice along both sides."""
     n, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c)).reshape(
+        n, 2 * h, 2 * w, c
+    )
 
 
 def _conv3(features: int, dtype: Any, name: str) -> nn.Conv:

@@ -6,6 +6,7 @@ position is pooled. Modules carry the names their tensors have in Hugging Face f
 
 Source: Radford et al. 2021 (arXiv 2103.00020).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -99,7 +100,8 @@ class CLIPConfig:
         return cls(
             CLIPTextConfig.from_dict(values.get("text_config") or {}),
             CLIPVisionConfig.from_dict(values.get("vision_config") or {}),
-            values.get("projection_dim", 512))
+            values.get("projection_dim", 512),
+        )
 
 
 @flax.struct.dataclass
@@ -130,12 +132,18 @@ class TransformerLayer(nn.Module):
         n, t, d = x.shape
         heads = config.num_attention_heads
         y = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(x)
-        q, k, v = (nn.Dense(d, dtype=self.dtype, name=f"self_attn.{which}_proj")(y).reshape(n, t, heads, d // heads)
-                   for which in "qkv")
+        q, k, v = (
+            nn.Dense(d, dtype=self.dtype, name=f"self_attn.{which}_proj")(y).reshape(
+                n, t, heads, d // heads
+            )
+            for which in "qkv"
+        )
         y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(n, t, d)
         x = x + nn.Dense(d, dtype=self.dtype, name="self_attn.out_proj")(y)
         y = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="layer_norm2")(x)
-        y = ACTIVATIONS[config.hidden_act](nn.Dense(config.intermediate_size, dtype=self.dtype, name="mlp.fc1")(y))
+        y = ACTIVATIONS[config.hidden_act](
+            nn.Dense(config.intermediate_size, dtype=self.dtype, name="mlp.fc1")(y)
+        )
         return x + nn.Dense(d, dtype=self.dtype, name="mlp.fc2")(y)
 
 
@@ -148,16 +156,29 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         config = self.config
-        embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="embeddings.token_embedding")
-        positions = nn.Embed(config.max_position_embeddings, config.hidden_size, dtype=self.dtype,
-                             name="embeddings.position_embedding")
+        embed = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=self.dtype,
+            name="embeddings.token_embedding",
+        )
+        positions = nn.Embed(
+            config.max_position_embeddings,
+            config.hidden_size,
+            dtype=self.dtype,
+            name="embeddings.position_embedding",
+        )
         x = embed(ids) + positions(jnp.arange(ids.shape[1]))
         penultimate = x
         for i in range(config.num_hidden_layers):
             penultimate = x
             x = TransformerLayer(config, True, self.dtype, name=f"encoder.layers.{i}")(x)
         last = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
-        return penultimate, last, last[jnp.arange(ids.shape[0]), end_of_text(ids, config.eos_token_id)]
+        return (
+            penultimate,
+            last,
+            last[jnp.arange(ids.shape[0]), end_of_text(ids, config.eos_token_id)],
+        )
 
 
 class VisionTower(nn.Module):
@@ -174,13 +195,24 @@ class VisionTower(nn.Module):
         if pixels.shape[1:] != (config.image_size, config.image_size, config.num_channels):
             raise InputError(
                 f"CLIP pixels: expected [N, {config.image_size}, {config.image_size}, {config.num_channels}]; "
-                f"received {list(pixels.shape)}")
-        patches = nn.Conv(d, (config.patch_size,) * 2, strides=config.patch_size, padding="VALID", use_bias=False,
-                          dtype=self.dtype, name="embeddings.patch_embedding")(pixels).reshape(n, side * side, d)
-        first = self.param("embeddings.class_embedding", nn.initializers.normal(0.02), (d,)).astype(patches.dtype)
+                f"received {list(pixels.shape)}"
+            )
+        patches = nn.Conv(
+            d,
+            (config.patch_size,) * 2,
+            strides=config.patch_size,
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            name="embeddings.patch_embedding",
+        )(pixels).reshape(n, side * side, d)
+        first = self.param("embeddings.class_embedding", nn.initializers.normal(0.02), (d,)).astype(
+            patches.dtype
+        )
         x = jnp.concatenate([jnp.broadcast_to(first, (n, 1, d)), patches], axis=1)
-        x = x + nn.Embed(side * side + 1, d, dtype=self.dtype, name="embeddings.position_embedding")(
-            jnp.arange(side * side + 1))
+        x = x + nn.Embed(
+            side * side + 1, d, dtype=self.dtype, name="embeddings.position_embedding"
+        )(jnp.arange(side * side + 1))
         x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(x)
         for i in range(config.num_hidden_layers):
             x = TransformerLayer(config, False, self.dtype, name=f"encoder.layers.{i}")(x)
@@ -327,15 +359,21 @@ def _check(config: CLIPTextConfig | CLIPVisionConfig) -> None:
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"CLIP config num_attention_heads: expected a divisor of hidden_size {config.hidden_size}; "
-            f"received {config.num_attention_heads}")
+            f"received {config.num_attention_heads}"
+        )
 
 
 def _pixels(config: CLIPVisionConfig) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.num_channels), jnp.float32)
+    return jax.ShapeDtypeStruct(
+        (1, config.image_size, config.image_size, config.num_channels), jnp.float32
+    )
 
 
 def _load(
-    source: SafetensorsDir | StoredDir, model: nn.Module, dtype: Any, place: Callable[..., Any] | None,
+    source: SafetensorsDir | StoredDir,
+    model: nn.Module,
+    dtype: Any,
+    place: Callable[..., Any] | None,
     *inputs: jax.ShapeDtypeStruct,
 ) -> Params:
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

@@ -13,6 +13,7 @@ be partitioned by the compiler. So both are run the same way here:
 
 Nothing here is approximate: products are in the dtype of the input, sums and softmax in float32.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -78,20 +79,32 @@ class Flash:
     def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         """How [N, T, H, d] is split; an axis that does not divide is whole on every device."""
         along = tuple(name for name in self.batch if name in self.mesh.shape)
-        batch = along if shape[0] % int(np.prod([self.mesh.shape[name] for name in along])) == 0 else None
-        heads = self.heads if shape[2] % self.mesh.shape.get(self.heads, shape[2] + 1) == 0 else None
+        batch = (
+            along
+            if shape[0] % int(np.prod([self.mesh.shape[name] for name in along])) == 0
+            else None
+        )
+        heads = (
+            self.heads if shape[2] % self.mesh.shape.get(self.heads, shape[2] + 1) == 0 else None
+        )
         return PartitionSpec(batch, None, heads, None)
 
 
 def _check_cudnn(q: jax.Array) -> None:
     if q.dtype not in (jnp.float16, jnp.bfloat16):
-        raise InputError(f"attention 'cudnn': expected float16 or bfloat16; received {q.dtype} (use 'xla' in float32)")
+        raise InputError(
+            f"attention 'cudnn': expected float16 or bfloat16; received {q.dtype} (use 'xla' in float32)"
+        )
     if q.shape[-1] % 8 or q.shape[-1] > 128:
-        raise InputError(f"attention 'cudnn': expected a head width of 8, 16, ... or 128; received {q.shape[-1]} (use "
-                         "'xla')")
+        raise InputError(
+            f"attention 'cudnn': expected a head width of 8, 16, ... or 128; received {q.shape[-1]} (use "
+            "'xla')"
+        )
 
 
-def folded(kernel: Kernel, place: Callable[[Callable, jax.Array], Callable] = lambda kernel, q: kernel) -> Kernel:
+def folded(
+    kernel: Kernel, place: Callable[[Callable, jax.Array], Callable] = lambda kernel, q: kernel
+) -> Kernel:
     """`kernel` with a batching rule of our own: a mapped axis joins the batch, in front of it.
 
     Args:
@@ -104,7 +117,10 @@ def folded(kernel: Kernel, place: Callable[[Callable, jax.Array], Callable] = la
 
         @mapped.def_vmap
         def rule(size: int, batched: Any, *arrays: jax.Array) -> tuple[Any, Any]:
-            whole = [x if has else jnp.broadcast_to(x, (size, *x.shape)) for x, has in zip(arrays, batched)]
+            whole = [
+                x if has else jnp.broadcast_to(x, (size, *x.shape))
+                for x, has in zip(arrays, batched)
+            ]
             out = mapped(*(x.reshape(size * x.shape[1], *x.shape[2:]) for x in whole))
             apart = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), out)
             return apart, jax.tree.map(lambda _: True, out)
@@ -116,14 +132,20 @@ def folded(kernel: Kernel, place: Callable[[Callable, jax.Array], Callable] = la
         return place(kernel, q)(q, k, v)
 
     @with_rule
-    def backward(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
-        return place(lambda q, k, v, cotangent: jax.vjp(kernel, q, k, v)[1](cotangent), q)(q, k, v, cotangent)
+    def backward(
+        q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        return place(lambda q, k, v, cotangent: jax.vjp(kernel, q, k, v)[1](cotangent), q)(
+            q, k, v, cotangent
+        )
 
     @jax.custom_vjp
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return forward(q, k, v)
 
-    attention.defvjp(lambda q, k, v: (forward(q, k, v), (q, k, v)), lambda kept, g: backward(*kept, g))
+    attention.defvjp(
+        lambda q, k, v: (forward(q, k, v), (q, k, v)), lambda kept, g: backward(*kept, g)
+    )
     return attention
 
 
@@ -172,11 +194,19 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
     if padded_k > num_k:
         mask = library.NumpyMask(np.broadcast_to(np.arange(padded_k) < num_k, (padded_q, padded_k)))
     sizes = library.BlockSizes(
-        block_q=block_q, block_kv=block_k, block_kv_compute=block_k, block_q_dkv=block_q, block_kv_dkv=block_k,
-        block_kv_dkv_compute=block_k, block_q_dq=block_q, block_kv_dq=block_k)
+        block_q=block_q,
+        block_kv=block_k,
+        block_kv_compute=block_k,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_k,
+        block_kv_dkv_compute=block_k,
+        block_q_dq=block_q,
+        block_kv_dq=block_k,
+    )
     # One mask serves all heads. Made anew at every trace: what the kernel holds are constants of that trace.
     kernel = library.make_splash_mha_single_device(
-        library.MultiHeadMask([mask]), block_sizes=sizes, interpret=interpret)
+        library.MultiHeadMask([mask]), block_sizes=sizes, interpret=interpret
+    )
     scaled = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
     out = jax.vmap(kernel)(ready(scaled, padded_q), ready(k, padded_k), ready(v, padded_k))
     return out[:, :, :num_q].swapaxes(1, 2)

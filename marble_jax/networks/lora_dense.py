@@ -4,6 +4,7 @@ The adapter is an argument, not a mode of the model: it lives in the variable co
 module paths of "params". Without an entry for a layer, the layer is the plain base layer, so that the current, rollout
 and reference policies are three calls of one function with three adapters (the last one None).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -63,7 +64,11 @@ class LoraDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
+        bias = (
+            self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            if self.use_bias
+            else None
+        )
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = x @ kernel
         if self.has_variable(COLLECTION, "a"):
@@ -78,15 +83,23 @@ def check_adapter(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> None
 
     A leaf under a path that no layer reads would otherwise be ignored in silence.
     """
-    kernels = {p[:-1]: v.shape for p, v in traverse_util.flatten_dict(dict(params)).items() if p[-1] == "kernel"}
+    kernels = {
+        p[:-1]: v.shape
+        for p, v in traverse_util.flatten_dict(dict(params)).items()
+        if p[-1] == "kernel"
+    }
     leaves = traverse_util.flatten_dict(dict(adapter))
     for path in leaves:
         module, name = path[:-1], "/".join(path)
         if module not in kernels:
             close = nearest("/".join(module), ("/".join(k) for k in kernels))
-            raise InputError(f"adapter leaf {name}: expected the path of a dense layer; received an unknown one{close}")
+            raise InputError(
+                f"adapter leaf {name}: expected the path of a dense layer; received an unknown one{close}"
+            )
         if path[-1] not in ("a", "b") or (*module, "b" if path[-1] == "a" else "a") not in leaves:
-            raise InputError(f"adapter leaf {name}: expected the pair 'a' and 'b'; received {path[-1]!r} alone")
+            raise InputError(
+                f"adapter leaf {name}: expected the pair 'a' and 'b'; received {path[-1]!r} alone"
+            )
         a, b, kernel = leaves[(*module, "a")].shape, leaves[(*module, "b")].shape, kernels[module]
         # The rank is free, everything else is the kernel's; a leading axis stacks layers.
         if (*a[:-1], b[-1]) != tuple(kernel) or b[:-2] != a[:-2] or a[-1] != b[-2]:

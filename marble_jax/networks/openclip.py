@@ -5,6 +5,7 @@ differ. The shape is read from `open_clip_config.json`, or, for a file that come
 
 Source: `open_clip/transformer.py` and `open_clip/model_configs/` of mlfoundations/open_clip.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -29,8 +30,12 @@ from marble_jax.weights.key_map import Entry, load_params, path_entries
 from marble_jax.weights.safetensors_files import Tensors
 from marble_jax.weights.torch_pickle import open_weights
 
-FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
-         "open_clip_pytorch_model.pt")
+FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pt",
+)
 CONFIG = "open_clip_config.json"
 HEAD_WIDTH, HEAD_WIDTHS = 64, {1280: 80, 1408: 88, 1664: 104}
 """Width of a vision head: 64, but for the towers of ViT-H, ViT-g and ViT-bigG."""
@@ -66,8 +71,14 @@ class Unpacked:
         self._source, self.path = source, source.path
         self._names: dict[str, tuple[str, int | None]] = {}
         for key in source.keys():
-            packed = key.endswith((".in_proj_weight", ".in_proj_bias")) and source.shape(key)[0] % 3 == 0
-            self._names |= {f"{key}[{p}]": (key, i) for i, p in enumerate(_PARTS)} if packed else {key: (key, None)}
+            packed = (
+                key.endswith((".in_proj_weight", ".in_proj_bias")) and source.shape(key)[0] % 3 == 0
+            )
+            self._names |= (
+                {f"{key}[{p}]": (key, i) for i, p in enumerate(_PARTS)}
+                if packed
+                else {key: (key, None)}
+            )
 
     def keys(self) -> list[str]:
         """Names after the cut."""
@@ -117,22 +128,40 @@ def config_of(settings: Mapping[str, Any]) -> CLIPConfig:
     """
     try:
         vision, text = settings["vision_cfg"], settings["text_cfg"]
-        if not isinstance(vision["layers"], int) or "hf_model_name" in text or "timm_model_name" in vision:
-            raise InputError(f"{CONFIG}: expected a plain pair of transformers; received another kind of tower")
+        if (
+            not isinstance(vision["layers"], int)
+            or "hf_model_name" in text
+            or "timm_model_name" in vision
+        ):
+            raise InputError(
+                f"{CONFIG}: expected a plain pair of transformers; received another kind of tower"
+            )
         act = "quick_gelu" if settings.get("quick_gelu") else "gelu"
         ratio = vision.get("mlp_ratio", 4.0), text.get("mlp_ratio", 4.0)
         return CLIPConfig(
             CLIPTextConfig(
-                vocab_size=text["vocab_size"], hidden_size=text["width"],
-                intermediate_size=int(text["width"] * ratio[1]), projection_dim=settings["embed_dim"],
-                num_hidden_layers=text["layers"], num_attention_heads=text["heads"],
-                max_position_embeddings=text["context_length"], hidden_act=act, eos_token_id=LEGACY_EOS),
+                vocab_size=text["vocab_size"],
+                hidden_size=text["width"],
+                intermediate_size=int(text["width"] * ratio[1]),
+                projection_dim=settings["embed_dim"],
+                num_hidden_layers=text["layers"],
+                num_attention_heads=text["heads"],
+                max_position_embeddings=text["context_length"],
+                hidden_act=act,
+                eos_token_id=LEGACY_EOS,
+            ),
             CLIPVisionConfig(
-                hidden_size=vision["width"], intermediate_size=int(vision["width"] * ratio[0]),
-                projection_dim=settings["embed_dim"], num_hidden_layers=vision["layers"],
+                hidden_size=vision["width"],
+                intermediate_size=int(vision["width"] * ratio[0]),
+                projection_dim=settings["embed_dim"],
+                num_hidden_layers=vision["layers"],
                 num_attention_heads=vision["width"] // vision.get("head_width", HEAD_WIDTH),
-                image_size=vision["image_size"], patch_size=vision["patch_size"], hidden_act=act),
-            settings["embed_dim"])
+                image_size=vision["image_size"],
+                patch_size=vision["patch_size"],
+                hidden_act=act,
+            ),
+            settings["embed_dim"],
+        )
     except KeyError as error:
         raise InputError(f"{CONFIG} model_cfg: expected {error}; received none") from None
 
@@ -146,27 +175,46 @@ def config_from_shapes(source: Tensors) -> CLIPConfig:
     Raises:
       InputError: a tensor that the shape is read from is missing.
     """
+
     def layers(prefix: str) -> int:
-        numbers = [re.match(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.", k) for k in source.keys()]
+        numbers = [
+            re.match(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.", k)
+            for k in source.keys()
+        ]
         return 1 + max((int(m.group(1)) for m in numbers if m), default=-1)
 
     def shape(key: str, rank: int) -> tuple[int, ...]:
         if key not in source.keys() or len(source.shape(key)) != rank:
-            raise InputError(f"{source.path}: expected OpenCLIP's tensor {key!r} of rank {rank}; received a file "
-                             "without it")
+            raise InputError(
+                f"{source.path}: expected OpenCLIP's tensor {key!r} of rank {rank}; received a file "
+                "without it"
+            )
         return source.shape(key)
 
     width, _, patch, _ = shape("visual.conv1.weight", 4)
     side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
     vocabulary, text_width = shape("token_embedding.weight", 2)
-    return config_of({
-        "embed_dim": shape("visual.proj", 2)[1],
-        "vision_cfg": {"image_size": side * patch, "layers": layers("visual."), "width": width, "patch_size": patch,
-                       "head_width": HEAD_WIDTHS.get(width, HEAD_WIDTH),
-                       "mlp_ratio": shape("visual.transformer.resblocks.0.mlp.c_fc.bias", 1)[0] / width},
-        "text_cfg": {"context_length": shape("positional_embedding", 2)[0], "vocab_size": vocabulary,
-                     "width": text_width, "heads": max(1, text_width // HEAD_WIDTH), "layers": layers(""),
-                     "mlp_ratio": shape("transformer.resblocks.0.mlp.c_fc.bias", 1)[0] / text_width}})
+    return config_of(
+        {
+            "embed_dim": shape("visual.proj", 2)[1],
+            "vision_cfg": {
+                "image_size": side * patch,
+                "layers": layers("visual."),
+                "width": width,
+                "patch_size": patch,
+                "head_width": HEAD_WIDTHS.get(width, HEAD_WIDTH),
+                "mlp_ratio": shape("visual.transformer.resblocks.0.mlp.c_fc.bias", 1)[0] / width,
+            },
+            "text_cfg": {
+                "context_length": shape("positional_embedding", 2)[0],
+                "vocab_size": vocabulary,
+                "width": text_width,
+                "heads": max(1, text_width // HEAD_WIDTH),
+                "layers": layers(""),
+                "mlp_ratio": shape("transformer.resblocks.0.mlp.c_fc.bias", 1)[0] / text_width,
+            },
+        }
+    )
 
 
 def find_weights(directory: pathlib.Path, names: Sequence[str] = FILES) -> pathlib.Path | None:
@@ -175,7 +223,9 @@ def find_weights(directory: pathlib.Path, names: Sequence[str] = FILES) -> pathl
 
 
 def load_openclip(
-    path: pathlib.Path | str, settings: Mapping[str, Any] | None = None, dtype: Any = jnp.float32,
+    path: pathlib.Path | str,
+    settings: Mapping[str, Any] | None = None,
+    dtype: Any = jnp.float32,
     place: Callable[..., Any] | None = None,
 ) -> tuple[CLIPModel, Params]:
     """Model and parameters of an OpenCLIP file.
@@ -199,5 +249,9 @@ def load_openclip(
 def abstract_params(model: CLIPModel) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
     vision = model.config.vision
-    pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32), pixels)["params"]
+    pixels = jax.ShapeDtypeStruct(
+        (1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32
+    )
+    return jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32), pixels
+    )["params"]

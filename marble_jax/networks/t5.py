@@ -7,6 +7,7 @@ Modules carry the names their tensors have in Hugging Face files, dots included.
 
 Source: Raffel et al. 2020 (arXiv 1910.10683), Shazeer 2020 (arXiv 2002.05202) for the gated MLP.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -66,7 +67,11 @@ class T5Config:
     @property
     def activation(self) -> str:
         """Key into `ACTIVATIONS`."""
-        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else self.feed_forward_proj.removeprefix("gated-")
+        return (
+            "gelu_new"
+            if self.feed_forward_proj == "gated-gelu"
+            else self.feed_forward_proj.removeprefix("gated-")
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
@@ -92,15 +97,22 @@ class T5Block(nn.Module):
 
         attention = "layer.0.SelfAttention"
         y = nn.RMSNorm(config.layer_norm_epsilon, dtype=self.dtype, name="layer.0.layer_norm")(x)
-        q, k, v = (dense(config.num_heads * config.d_kv, f"{attention}.{which}")(y).reshape(shape) for which in "qkv")
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias.astype(q.dtype), scale=1.0).reshape(n, t, -1)
+        q, k, v = (
+            dense(config.num_heads * config.d_kv, f"{attention}.{which}")(y).reshape(shape)
+            for which in "qkv"
+        )
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias.astype(q.dtype), scale=1.0).reshape(
+            n, t, -1
+        )
         x = x + dense(d, f"{attention}.o")(y)
 
         mlp = "layer.1.DenseReluDense"
         activation = ACTIVATIONS[config.activation]
         y = nn.RMSNorm(config.layer_norm_epsilon, dtype=self.dtype, name="layer.1.layer_norm")(x)
         if config.gated:
-            y = activation(dense(config.d_ff, f"{mlp}.wi_0")(y)) * dense(config.d_ff, f"{mlp}.wi_1")(y)
+            y = activation(dense(config.d_ff, f"{mlp}.wi_0")(y)) * dense(
+                config.d_ff, f"{mlp}.wi_1"
+            )(y)
         else:
             y = activation(dense(config.d_ff, f"{mlp}.wi")(y))
         return x + dense(d, f"{mlp}.wo")(y)
@@ -121,14 +133,23 @@ class T5Encoder(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         config = self.config
         x = nn.Embed(config.vocab_size, config.d_model, dtype=self.dtype, name="shared")(ids)
-        table = nn.Embed(config.relative_attention_num_buckets, config.num_heads, dtype=self.dtype,
-                         name="encoder.block.0.layer.0.SelfAttention.relative_attention_bias")
+        table = nn.Embed(
+            config.relative_attention_num_buckets,
+            config.num_heads,
+            dtype=self.dtype,
+            name="encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+        )
         buckets = relative_buckets(
-            ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance)
+            ids.shape[1],
+            config.relative_attention_num_buckets,
+            config.relative_attention_max_distance,
+        )
         bias = jnp.moveaxis(table(jnp.asarray(buckets)), -1, 0)[None]
         for i in range(config.num_layers):
             x = T5Block(config, self.dtype, name=f"encoder.block.{i}")(x, bias)
-        return nn.RMSNorm(config.layer_norm_epsilon, dtype=self.dtype, name="encoder.final_layer_norm")(x)
+        return nn.RMSNorm(
+            config.layer_norm_epsilon, dtype=self.dtype, name="encoder.final_layer_norm"
+        )(x)
 
 
 def load_t5(
@@ -150,14 +171,18 @@ def load_t5(
 
 def abstract_params(model: T5Encoder) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
-    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))[
+        "params"
+    ]
 
 
 def file_entries(shapes: Mapping[str, Any], keys: Collection[str]) -> tuple[list[Entry], list[str]]:
     """Key map for a file with these keys, and patterns of its tensors that the encoder has no use for."""
     entries = path_entries(shapes)
     if _TIED[0] not in keys and _TIED[1] in keys:
-        entries = [dataclasses.replace(e, key=_TIED[1]) if e.key == _TIED[0] else e for e in entries]
+        entries = [
+            dataclasses.replace(e, key=_TIED[1]) if e.key == _TIED[0] else e for e in entries
+        ]
     used = {e.key for e in entries}
     return entries, [*(k for k in _TIED if k not in used), "decoder.*", "lm_head.weight"]
 
@@ -178,4 +203,6 @@ def relative_buckets(length: int, num_buckets: int = 32, max_distance: int = 128
     growth = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     growth = growth / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + growth.astype(np.int32), half - 1)
-    return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
+    return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(
+        np.int32
+    )

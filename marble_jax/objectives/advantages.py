@@ -3,6 +3,7 @@
 Host-side NumPy in float64. A group is the set of pictures of one prompt. Missing scores are a mask; they take part in
 no mean and no standard deviation, and their advantages are missing too.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -31,19 +32,31 @@ class Advantages:
     tied: np.ndarray
 
 
-def _checked(values: np.ndarray, valid: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _checked(
+    values: np.ndarray, valid: np.ndarray, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     values = np.atleast_2d(np.asarray(values, np.float64))
     valid, groups = np.atleast_2d(np.asarray(valid, bool)), np.asarray(groups)
     if values.shape != valid.shape or groups.shape != values.shape[1:]:
-        raise InputError("scores: expected values [K, N], valid [K, N] and groups [N]; received "
-                         f"{values.shape}, {valid.shape} and {groups.shape}")
+        raise InputError(
+            "scores: expected values [K, N], valid [K, N] and groups [N]; received "
+            f"{values.shape}, {valid.shape} and {groups.shape}"
+        )
     if not np.all(np.isfinite(values[valid])):
-        raise InputError("scores: expected finite numbers where valid (mask missing scores out); received "
-                         f"{int(np.sum(~np.isfinite(values[valid])))} others")
-    return np.where(valid, values, 0.0), valid, np.unique(groups, return_inverse=True)[1].reshape(-1)
+        raise InputError(
+            "scores: expected finite numbers where valid (mask missing scores out); received "
+            f"{int(np.sum(~np.isfinite(values[valid])))} others"
+        )
+    return (
+        np.where(valid, values, 0.0),
+        valid,
+        np.unique(groups, return_inverse=True)[1].reshape(-1),
+    )
 
 
-def _grouped(values: np.ndarray, valid: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _grouped(
+    values: np.ndarray, valid: np.ndarray, index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Count, mean and population standard deviation of the valid scores of every group, each [K, groups]."""
     num_groups = int(index.max()) + 1 if index.size else 0
     member = np.zeros((index.size, num_groups))
@@ -51,10 +64,12 @@ def _grouped(values: np.ndarray, valid: np.ndarray, index: np.ndarray) -> tuple[
     count = valid @ member
     mean = (values * valid) @ member / np.maximum(count, 1)
     centred = np.where(valid, values - mean[:, index], 0.0)
-    return count, mean, np.sqrt(centred ** 2 @ member / np.maximum(count, 1))
+    return count, mean, np.sqrt(centred**2 @ member / np.maximum(count, 1))
 
 
-def _constant(values: np.ndarray, valid: np.ndarray, index: np.ndarray, num_groups: int) -> np.ndarray:
+def _constant(
+    values: np.ndarray, valid: np.ndarray, index: np.ndarray, num_groups: int
+) -> np.ndarray:
     """Bool [K, groups]: the valid scores of the group are all the same number (or there is none)."""
     spread = np.zeros((len(values), num_groups), bool)
     for k in range(len(values)):
@@ -65,8 +80,13 @@ def _constant(values: np.ndarray, valid: np.ndarray, index: np.ndarray, num_grou
     return ~spread
 
 
-def per_reward(values: np.ndarray, valid: np.ndarray, groups: np.ndarray, scale: str = "global",
-               epsilon: float = STD_EPSILON) -> Advantages:
+def per_reward(
+    values: np.ndarray,
+    valid: np.ndarray,
+    groups: np.ndarray,
+    scale: str = "global",
+    epsilon: float = STD_EPSILON,
+) -> Advantages:
     """`(score - group mean) / (standard deviation + epsilon)` for every reward separately.
 
     A group with a single valid score has advantage 0 there and stays valid, as upstream has it; a group with none is
@@ -93,7 +113,9 @@ def per_reward(values: np.ndarray, valid: np.ndarray, groups: np.ndarray, scale:
     else:
         total = np.maximum(valid.sum(axis=1, keepdims=True), 1)
         overall = (values * valid).sum(axis=1, keepdims=True) / total
-        std = np.sqrt((np.where(valid, values - overall, 0.0) ** 2).sum(axis=1, keepdims=True) / total)
+        std = np.sqrt(
+            (np.where(valid, values - overall, 0.0) ** 2).sum(axis=1, keepdims=True) / total
+        )
     advantages = np.where(valid, (values - mean[:, index]) / (std + epsilon), 0.0)
     constant = _constant(values, valid, index, count.shape[1])
     # The mean of equal floats can differ from them by rounding.
@@ -103,8 +125,9 @@ def per_reward(values: np.ndarray, valid: np.ndarray, groups: np.ndarray, scale:
     return Advantages(advantages.astype(np.float32), valid, tied)
 
 
-def weighted_sum(values: np.ndarray, valid: np.ndarray,
-                 weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def weighted_sum(
+    values: np.ndarray, valid: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """One number per sample: the weighted mean over the rewards that are valid for it.
 
     Acts on raw scores (the scalarisation that harmonisation is compared with; follow it by `per_reward`) or on
@@ -124,16 +147,25 @@ def weighted_sum(values: np.ndarray, valid: np.ndarray,
     values, valid = np.asarray(values, np.float64), np.asarray(valid, bool)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
     if weights.shape != (len(values),) or np.any(weights < 0) or not np.any(weights > 0):
-        raise InputError(f"reward weights: expected {len(values)} numbers of at least 0, not all 0; "
-                         f"received {weights.tolist()}")
+        raise InputError(
+            f"reward weights: expected {len(values)} numbers of at least 0, not all 0; "
+            f"received {weights.tolist()}"
+        )
     share = valid * weights[:, None]
     total = share.sum(axis=0)
-    combined = np.where(valid, values * weights[:, None], 0.0).sum(axis=0) / np.where(total > 0, total, 1.0)
+    combined = np.where(valid, values * weights[:, None], 0.0).sum(axis=0) / np.where(
+        total > 0, total, 1.0
+    )
     return combined[None], (total > 0)[None]
 
 
-def gdpo(values: np.ndarray, valid: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None,
-         epsilon: float = STD_EPSILON) -> Advantages:
+def gdpo(
+    values: np.ndarray,
+    valid: np.ndarray,
+    groups: np.ndarray,
+    weights: np.ndarray | None = None,
+    epsilon: float = STD_EPSILON,
+) -> Advantages:
     """Decoupled normalisation: every reward normalised within its groups, averaged, then normalised over the batch.
 
     Args:

@@ -10,6 +10,7 @@ Source: DiffusionNFT (arXiv 2509.16117) for the loss and MARBLE (arXiv 2605.0650
 Shapes: latents [n, ...] channel-last, t [n] in (0, 1], advantages and r [..., n]. Velocities point from data to
 noise. Every reduction runs in float32 or wider, the weights `w` in float64 where x64 is enabled.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -54,11 +55,14 @@ def _sample_mean(x: jax.Array) -> jax.Array:
 def _normaliser(error: jax.Array) -> jax.Array:
     """Detached mean absolute error per sample [n], floored, summed in the widest float at hand."""
     widest = jax.dtypes.canonicalize_dtype(jnp.float64)
-    return jnp.maximum(_sample_mean(jnp.abs(jax.lax.stop_gradient(error).astype(widest))), WEIGHT_FLOOR)
+    return jnp.maximum(
+        _sample_mean(jnp.abs(jax.lax.stop_gradient(error).astype(widest))), WEIGHT_FLOOR
+    )
 
 
-def directions(v: jax.Array, v_old: jax.Array, x0: jax.Array, xt: jax.Array, t: jax.Array,
-               nft_beta: float) -> Directions:
+def directions(
+    v: jax.Array, v_old: jax.Array, x0: jax.Array, xt: jax.Array, t: jax.Array, nft_beta: float
+) -> Directions:
     """Splits the branch errors as `x_pos - x0 = e - d` and `x_neg - x0 = e + d`.
 
     Only `d` depends on the current policy; gradients flow through it alone.
@@ -70,8 +74,9 @@ def directions(v: jax.Array, v_old: jax.Array, x0: jax.Array, xt: jax.Array, t: 
     return Directions(e, d, _normaliser(e - d), _normaliser(e + d))
 
 
-def branches(v: jax.Array, v_old: jax.Array, x0: jax.Array, xt: jax.Array, t: jax.Array,
-             nft_beta: float) -> tuple[jax.Array, jax.Array]:
+def branches(
+    v: jax.Array, v_old: jax.Array, x0: jax.Array, xt: jax.Array, t: jax.Array, nft_beta: float
+) -> tuple[jax.Array, jax.Array]:
     """Errors of the positive and the negative implicit policy, each divided by its detached mean absolute error.
 
     Args:
@@ -122,8 +127,14 @@ def optimality(advantage: jax.Array, clip: float = ADVANTAGE_CLIP, mode: str = "
     return jnp.clip(advantage / (2.0 * clip) + 0.5, 0.0, 1.0)
 
 
-def policy_loss(positive: jax.Array, negative: jax.Array, r: jax.Array, nft_beta: float,
-                clip: float = ADVANTAGE_CLIP, valid: jax.Array | None = None) -> jax.Array:
+def policy_loss(
+    positive: jax.Array,
+    negative: jax.Array,
+    r: jax.Array,
+    nft_beta: float,
+    clip: float = ADVANTAGE_CLIP,
+    valid: jax.Array | None = None,
+) -> jax.Array:
     """`clip * mean_n[(r P + (1 - r) N) / nft_beta]` over the valid samples.
 
     Args:
@@ -165,6 +176,8 @@ def signal_and_anchor(parts: Directions) -> tuple[jax.Array, jax.Array]:
     Returns:
       signal and anchor, each [n, ...].
     """
-    positive, negative = (expand(1.0 / w.astype(parts.e.dtype), parts.e) for w in (parts.w_pos, parts.w_neg))
+    positive, negative = (
+        expand(1.0 / w.astype(parts.e.dtype), parts.e) for w in (parts.w_pos, parts.w_neg)
+    )
     total, difference = negative + positive, negative - positive
     return -total * parts.e - difference * parts.d, 0.5 * (difference * parts.e + total * parts.d)

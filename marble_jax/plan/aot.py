@@ -7,6 +7,7 @@ The programs and the shardings are those that training uses (`compose.make_recip
 XLA's cost analysis counts the body of a loop once: its FLOPs and bytes are of one block, one sampling step and one
 micro-step where the program loops over many.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -76,11 +77,15 @@ def check_topology(name: str) -> tuple[Chip, int]:
     kind = match[1] if match else name.partition(":")[0]
     if not match or kind not in SLICES:
         close = nearest(kind, SLICES) if kind not in SLICES else ""
-        raise InputError(f"--topology: expected a slice of {', '.join(SLICES)} with its shape in chips, such as "
-                         f"v5e:4x4 or v5p:2x2x4; received {name!r}{close}")
+        raise InputError(
+            f"--topology: expected a slice of {', '.join(SLICES)} with its shape in chips, such as "
+            f"v5e:4x4 or v5p:2x2x4; received {name!r}{close}"
+        )
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("--topology: expected the package libtpu, which holds the compiler of TPUs; received none "
-                         "(pip install libtpu, or marble-jax[tpu])")
+        raise InputError(
+            "--topology: expected the package libtpu, which holds the compiler of TPUs; received none "
+            "(pip install libtpu, or marble-jax[tpu])"
+        )
     count = 1
     for side in match[2].split("x"):
         count *= int(side)
@@ -99,27 +104,38 @@ def slice_devices(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except Exception as error:  # jaxlib's exception for everything
         reason = " ".join(str(error).split())[:160]
-        raise InputError(f"--topology: expected a shape made of whole hosts, such as v5e:4x4 or v5p:2x2x4; received "
-                         f"{name!r} ({reason})") from None
+        raise InputError(
+            f"--topology: expected a shape made of whole hosts, such as v5e:4x4 or v5p:2x2x4; received "
+            f"{name!r} ({reason})"
+        ) from None
 
 
-def jobs(config: ml_collections.ConfigDict, made: Architecture, sizes: build.Sizes, mesh: Mesh
-         ) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+def jobs(
+    config: ml_collections.ConfigDict, made: Architecture, sizes: build.Sizes, mesh: Mesh
+) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     """The compiled functions of a run by name, each with the shapes of its arguments where they lie."""
     everywhere, batch = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, device_mesh.BATCH)
 
-    def struct(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding = everywhere) -> jax.ShapeDtypeStruct:
+    def struct(
+        shape: tuple[int, ...], dtype: Any, sharding: NamedSharding = everywhere
+    ) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def cond(count: int, sharding: NamedSharding) -> Conditioning:
         widths, dtype = made.model.config, build.DTYPES[config.model.dtype]
-        return Conditioning(struct((count, made.text_tokens, widths.joint_attention_dim), dtype, sharding),
-                            struct((count, widths.pooled_projection_dim), dtype, sharding))
+        return Conditioning(
+            struct((count, made.text_tokens, widths.joint_attention_dim), dtype, sharding),
+            struct((count, widths.pooled_projection_dim), dtype, sharding),
+        )
 
-    model = made.model.clone(attention=build.attention_of(config, mesh),
-                             gather=sharding.gather(mesh, made.model.config.attention_head_dim))
+    model = made.model.clone(
+        attention=build.attention_of(config, mesh),
+        gather=sharding.gather(mesh, made.model.config.attention_head_dim),
+    )
 
-    def velocity(params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
+    def velocity(
+        params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any
+    ) -> jax.Array:
         return transformer.velocity(model, params, adapter, xt, sigma, cond)
 
     lie = sharding.shardings(mesh, "transformer", made.params, made.model.config.attention_head_dim)
@@ -127,25 +143,60 @@ def jobs(config: ml_collections.ConfigDict, made: Architecture, sizes: build.Siz
     optimizer, balancer = build.make_optimizer(config), build.balancer_of(config)
     recipe = build.make_recipe(config, sizes, mesh, balancer, made.shift)
     names = len(config.rewards.train)
-    state = jax.tree.map(lambda s: struct(s.shape, s.dtype), jax.eval_shape(
-        lambda: initial_state(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), made.adapter), optimizer, names,
-                              balancer.init(names), 0)))
+    state = jax.tree.map(
+        lambda s: struct(s.shape, s.dtype),
+        jax.eval_shape(
+            lambda: initial_state(
+                jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), made.adapter),
+                optimizer,
+                names,
+                balancer.init(names),
+                0,
+            )
+        ),
+    )
     rows, drawn = names + recipe.scalarised, sizes.pictures
     rollouts = RolloutBatch(
-        struct((drawn, *made.latent), jnp.float32), struct((drawn,), jnp.int32),
-        cond(config.rollout.prompts_per_step, everywhere), struct((rows, drawn), jnp.float32),
-        struct((rows, drawn), jnp.bool_))
-    sampler = make_sampler(velocity, config.rollout.num_steps, config.rollout.solver, made.shift,
-                           config.rollout.integer_timesteps)
-    steps = make_steps(recipe, velocity, optimizer, config.harmonize.mode, config.harmonize.refresh_every)
+        struct((drawn, *made.latent), jnp.float32),
+        struct((drawn,), jnp.int32),
+        cond(config.rollout.prompts_per_step, everywhere),
+        struct((rows, drawn), jnp.float32),
+        struct((rows, drawn), jnp.bool_),
+    )
+    sampler = make_sampler(
+        velocity,
+        config.rollout.num_steps,
+        config.rollout.solver,
+        made.shift,
+        config.rollout.integer_timesteps,
+    )
+    steps = make_steps(
+        recipe, velocity, optimizer, config.harmonize.mode, config.harmonize.refresh_every
+    )
     at_once, decoded = config.rollout.batch_size, build.decode_size(config.rollout.batch_size, mesh)
     found = {
-        "rollout": (sampler, (params, None if config.rollout.merge_adapter else state.old, cond(at_once, batch),
-                              struct((at_once, *made.latent), jnp.float32, batch))),
-        "decode": (jax.jit(partial(autoencoder_kl.decode, made.vae)),
-                   (jax.tree.map(lambda s: struct(s.shape, s.dtype), made.vae_params),
-                    struct((decoded, *made.latent), jnp.float32, device_mesh.picture_sharding(mesh, at_once)))),
-        "train, solving": (steps.refresh, (state, params, rollouts))}
+        "rollout": (
+            sampler,
+            (
+                params,
+                None if config.rollout.merge_adapter else state.old,
+                cond(at_once, batch),
+                struct((at_once, *made.latent), jnp.float32, batch),
+            ),
+        ),
+        "decode": (
+            jax.jit(partial(autoencoder_kl.decode, made.vae)),
+            (
+                jax.tree.map(lambda s: struct(s.shape, s.dtype), made.vae_params),
+                struct(
+                    (decoded, *made.latent),
+                    jnp.float32,
+                    device_mesh.picture_sharding(mesh, at_once),
+                ),
+            ),
+        ),
+        "train, solving": (steps.refresh, (state, params, rollouts)),
+    }
     if steps.between is not steps.refresh:
         found["train, between"] = (steps.between, (state, params, rollouts))
     return found
@@ -169,17 +220,33 @@ def compile_program(name: str, function: Callable, arguments: tuple[Any, ...]) -
             raise
         return Program(name, needed, None, None, None, None, (), time.perf_counter() - start)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes +
-              memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
-    return Program(name, float(needed), float(memory.argument_size_in_bytes), float(memory.temp_size_in_bytes),
-                   cost.get("flops"), cost.get("bytes accessed"), collectives(compiled.as_text()),
-                   time.perf_counter() - start)
+    needed = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Program(
+        name,
+        float(needed),
+        float(memory.argument_size_in_bytes),
+        float(memory.temp_size_in_bytes),
+        cost.get("flops"),
+        cost.get("bytes accessed"),
+        collectives(compiled.as_text()),
+        time.perf_counter() - start,
+    )
 
 
 def out_of_memory(message: str) -> float | None:
     """Bytes that a program would have needed, of the compiler's complaint; None for another complaint."""
     match = _OUT_OF_MEMORY.search(message)
-    return float(match[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[match[2]] if match else None
+    return (
+        float(match[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[match[2]]
+        if match
+        else None
+    )
 
 
 def as_record(programs: Mapping[str, Program]) -> dict[str, Any]:

@@ -1,11 +1,19 @@
 """Collectives of an optimised HLO text, by kind: how many, how large, and whether a loop repeats them."""
+
 from __future__ import annotations
 
 import dataclasses
 import re
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
-         "ragged-all-to-all")
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 _LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
 IN_LOOP = "while/body"  # in the origin of what stands in the body of a loop
@@ -42,8 +50,10 @@ def collectives(text: str) -> tuple[Collective, ...]:
         size = result_bytes(match[2], match[1], bool(match[3]))
         origin = origin_of(line)
         found.setdefault((match[2], IN_LOOP in origin), []).append((size, origin))
-    rows = [Collective(kind, looped, len(each), sum(size for size, _ in each), max(each)[1])
-            for (kind, looped), each in found.items()]
+    rows = [
+        Collective(kind, looped, len(each), sum(size for size, _ in each), max(each)[1])
+        for (kind, looped), each in found.items()
+    ]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 
@@ -63,7 +73,9 @@ def result_bytes(kind: str, result: str, started: bool) -> int:
     """
     shapes = [_size(*shape) for shape in _SHAPE.findall(result) if shape[1] or not started]
     if started and kind != "all-reduce":
-        shapes = shapes[len(shapes) // 2:]  # an asynchronous start gives its operands, then its results
+        shapes = shapes[
+            len(shapes) // 2 :
+        ]  # an asynchronous start gives its operands, then its results
     return sum(shapes)
 
 

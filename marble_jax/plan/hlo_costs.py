@@ -3,6 +3,7 @@
 Bodies of loops count as often as they run, which XLA's own cost analysis does not do; the compiler notes how often
 that is. A loop of unknown length counts once.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,8 +15,10 @@ from marble_jax.plan.hlo import IN_LOOP, KINDS, origin_of, result_bytes
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)$")
-_CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations|true_computation|false_computation)="
-                     r"(\{[^}]*\}|%?[\w.-]+)")
+_CALLED = re.compile(
+    r"(body|condition|to_apply|calls|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%?[\w.-]+)"
+)
 _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:"?(\d+)"?\}')
 _SIDES = re.compile(r"\w+\[([\d,]*)\]")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -24,16 +27,31 @@ _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 ALWAYS = "always"
 EXPLANATIONS: tuple[tuple[str, str, str, str], ...] = (
     # kind, where ("loop", "once" or always), origin by JAX's names, why it is there
-    ("all-gather", ALWAYS, r"/(squeeze|dynamic_slice|sharding_constraint|gathered)",
-     "base weights of one layer, split over fsdp, put together where they are used"),
+    (
+        "all-gather",
+        ALWAYS,
+        r"/(squeeze|dynamic_slice|sharding_constraint|gathered)",
+        "base weights of one layer, split over fsdp, put together where they are used",
+    ),
     ("all-gather", ALWAYS, r"/pos_embed/", "centre of the positional table, split over fsdp"),
-    ("all-reduce", "loop",
-     r"/(attn2?|ff|ff_context|norm1|norm1_context|norm_out|time_text_embed|blocks?_\d+|\w+_embedder)/.*dot_general",
-     "activations of the device's own samples: partial products of a layer that is split over tensor"),
-    ("all-reduce", "once", r"/train/(reduce_sum|.*dot_general)$",
-     "adapter gradients summed over devices, once an optimiser step, and norms and products of them"),
-    ("all-gather", "once", r"/train/(?!gather)[^/]+$",
-     "adapter gradients that a layer's split over tensor left in parts, put together once an optimiser step"),
+    (
+        "all-reduce",
+        "loop",
+        r"/(attn2?|ff|ff_context|norm1|norm1_context|norm_out|time_text_embed|blocks?_\d+|\w+_embedder)/.*dot_general",
+        "activations of the device's own samples: partial products of a layer that is split over tensor",
+    ),
+    (
+        "all-reduce",
+        "once",
+        r"/train/(reduce_sum|.*dot_general)$",
+        "adapter gradients summed over devices, once an optimiser step, and norms and products of them",
+    ),
+    (
+        "all-gather",
+        "once",
+        r"/train/(?!gather)[^/]+$",
+        "adapter gradients that a layer's split over tensor left in parts, put together once an optimiser step",
+    ),
 )
 """Every exchange that a train step, rollout or decoder is known to need, and why."""
 
@@ -41,8 +59,14 @@ EXPLANATIONS: tuple[tuple[str, str, str, str], ...] = (
 def reason_of(kind: str, origin: str) -> str:
     """Why a collective of a kind and origin is there; empty where nothing explains it."""
     where = "loop" if IN_LOOP in origin else "once"
-    return next((why for known, when, pattern, why in EXPLANATIONS
-                 if known == kind and when in (where, ALWAYS) and re.search(pattern, origin)), "")
+    return next(
+        (
+            why
+            for known, when, pattern, why in EXPLANATIONS
+            if known == kind and when in (where, ALWAYS) and re.search(pattern, origin)
+        ),
+        "",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +149,9 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]]
     return found, entry
 
 
-def _runs(computations: dict[str, list[tuple[str, str, str, str]]], entry: str) -> Iterator[tuple[str, int]]:
+def _runs(
+    computations: dict[str, list[tuple[str, str, str, str]]], entry: str
+) -> Iterator[tuple[str, int]]:
     """Every computation with how often it runs, once for each place that it is called from."""
     waiting = [(entry, 1)] if entry else []
     while waiting:
@@ -137,8 +163,11 @@ def _runs(computations: dict[str, list[tuple[str, str, str, str]]], entry: str) 
                 if how == "to_apply" and operation != "call":
                     continue  # the sum of a reduction, number by number
                 often = times * (int(trips[1]) if trips and how == "body" else 1)
-                waiting += [(each.strip().lstrip("%"), often) for each in called.strip("{}").split(",")
-                            if each.strip().lstrip("%") in computations]
+                waiting += [
+                    (each.strip().lstrip("%"), often)
+                    for each in called.strip("{}").split(",")
+                    if each.strip().lstrip("%") in computations
+                ]
 
 
 def _sides(shape: str) -> list[int]:
@@ -150,7 +179,9 @@ def _flops(operation: str, result: str, rest: str, shapes: dict[str, str]) -> fl
     operands = re.findall(r"%([\w.-]+)", rest.split("), ", 1)[0])
     if operation == "dot":
         left = _sides(shapes[operands[0]])
-        inner = math.prod(left[int(axis)] for axis in filter(None, _CONTRACTED.search(rest)[1].split(",")))
+        inner = math.prod(
+            left[int(axis)] for axis in filter(None, _CONTRACTED.search(rest)[1].split(","))
+        )
     else:
         kernel, labels = _sides(shapes[operands[1]]), _LABELS.search(rest)[1]
         inner = math.prod(kernel) // kernel[labels.index("o")]

@@ -5,6 +5,7 @@ what XLA keeps: the inputs of the blocks that rematerialisation starts from, the
 in arrays of one token stream), attention's scores, the sums of gradients. The counts below were read off the buffer
 assignment of XLA:TPU (libtpu 0.0.51, jax 0.10.2) for SD3.5-medium; `--topology` compiles and compares.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -41,18 +42,35 @@ class Source:
     note: str
 
 
-BASE, ADAPTERS, OPTIMISER, ROLLOUTS = "base weights", "adapters x policies", "optimiser", "rollouts of the step"
+BASE, ADAPTERS, OPTIMISER, ROLLOUTS = (
+    "base weights",
+    "adapters x policies",
+    "optimiser",
+    "rollouts of the step",
+)
 SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
-    "accumulators", "per-sample gradients", "saved activations", "block working set", "autoencoder")
+    "accumulators",
+    "per-sample gradients",
+    "saved activations",
+    "block working set",
+    "autoencoder",
+)
 
 
 def weight_bytes(made: Architecture, mesh: Mesh | AbstractMesh) -> float:
     """Bytes of the base weights on a device."""
-    return sharding.layout(mesh, "transformer", made.params, made.model.config.attention_head_dim).device
+    return sharding.layout(
+        mesh, "transformer", made.params, made.model.config.attention_head_dim
+    ).device
 
 
-def programs(config: ml_collections.ConfigDict, made: Architecture, sizes: build.Sizes, mesh: Mesh | AbstractMesh,
-             pad: int = LANES) -> dict[str, list[Source]]:
+def programs(
+    config: ml_collections.ConfigDict,
+    made: Architecture,
+    sizes: build.Sizes,
+    mesh: Mesh | AbstractMesh,
+    pad: int = LANES,
+) -> dict[str, list[Source]]:
     """Sources of every program, under the names of `ahead.jobs`.
 
     Args:
@@ -64,22 +82,42 @@ def programs(config: ml_collections.ConfigDict, made: Architecture, sizes: build
     """
     parts = _Parts(config, made, sizes, mesh, pad)
     base = Source(BASE, weight_bytes(made, mesh), _lies(made, mesh))
-    state = [Source(ADAPTERS, POLICIES * parts.adapter, f"{POLICIES} x {parts.adapter / 1e6:.0f} MB float32"),
-             Source(OPTIMISER, MOMENTS * parts.adapter, "AdamW's moments, float32")]
+    state = [
+        Source(
+            ADAPTERS, POLICIES * parts.adapter, f"{POLICIES} x {parts.adapter / 1e6:.0f} MB float32"
+        ),
+        Source(OPTIMISER, MOMENTS * parts.adapter, "AdamW's moments, float32"),
+    ]
     found = {
-        "rollout": [base, Source(ADAPTERS, 0 if config.rollout.merge_adapter else parts.adapter, "the rollout policy"),
-                    Source(ROLLOUTS, parts.share(config.rollout.batch_size) * (parts.cond + 4 * parts.latent),
-                           "conditioning and latents of a batch"),
-                    Source(BLOCK, parts.forward(parts.share(config.rollout.batch_size)), "one block, forward")],
+        "rollout": [
+            base,
+            Source(
+                ADAPTERS, 0 if config.rollout.merge_adapter else parts.adapter, "the rollout policy"
+            ),
+            Source(
+                ROLLOUTS,
+                parts.share(config.rollout.batch_size) * (parts.cond + 4 * parts.latent),
+                "conditioning and latents of a batch",
+            ),
+            Source(
+                BLOCK, parts.forward(parts.share(config.rollout.batch_size)), "one block, forward"
+            ),
+        ],
         "decode": [Source(DECODER, *parts.decoder())],
-        "train, solving": [base, *state, parts.rollouts(), *parts.solving()]}
+        "train, solving": [base, *state, parts.rollouts(), *parts.solving()],
+    }
     if config.harmonize.mode != "exact":
         found["train, between"] = [base, *state, parts.rollouts(), *parts.between()]
     return found
 
 
-def beside(config: ml_collections.ConfigDict, made: Architecture, mesh: Mesh | AbstractMesh, name: str,
-           on_host: int = 1) -> list[Source]:
+def beside(
+    config: ml_collections.ConfigDict,
+    made: Architecture,
+    mesh: Mesh | AbstractMesh,
+    name: str,
+    on_host: int = 1,
+) -> list[Source]:
     """What lies on a device while program `name` runs and is no argument of it, reward models apart.
 
     Args:
@@ -93,10 +131,15 @@ def beside(config: ml_collections.ConfigDict, made: Architecture, mesh: Mesh | A
     merged, cached = config.rollout.merge_adapter, bool(config.prompts.embedding_cache)
     found = {
         "the rest of the state": (POLICIES + MOMENTS) * adapter - (not merged) * adapter,
-        "transformer" + (", and the merged copy" if merged else ""): (1 + merged) * weight_bytes(made, mesh),
+        "transformer" + (", and the merged copy" if merged else ""): (1 + merged)
+        * weight_bytes(made, mesh),
         "VAE": sum(4 * s.size for s in jax.tree.leaves(made.vae_params)),
-        "text encoders": 0 if cached else (
-            jnp.dtype(build.DTYPES[config.model.dtype]).itemsize * made.encoder_parameters / on_host)}
+        "text encoders": 0
+        if cached
+        else (
+            jnp.dtype(build.DTYPES[config.model.dtype]).itemsize * made.encoder_parameters / on_host
+        ),
+    }
     rest, weights, autoencoder, encoders = found
     if name == "rollout":
         found[weights] -= weight_bytes(made, mesh)
@@ -117,16 +160,26 @@ def _lies(made: Architecture, mesh: Mesh | AbstractMesh) -> str:
 class _Parts:
     """Sizes that several programs share, in bytes on a device."""
 
-    def __init__(self, config: ml_collections.ConfigDict, made: Architecture, sizes: build.Sizes,
-                 mesh: Mesh | AbstractMesh, pad: int):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        made: Architecture,
+        sizes: build.Sizes,
+        mesh: Mesh | AbstractMesh,
+        pad: int,
+    ):
         self.config, self.made, self.sizes, self.mesh = config, made, sizes, mesh
         self.arch, self.pad = made.model.config, pad
         self.size = jnp.dtype(build.DTYPES[config.model.dtype]).itemsize
         self.adapter = 4 * lora.num_parameters(made.adapter)
         self.latent = math.prod(made.latent)
-        self.cond = self.size * (made.text_tokens * self.arch.joint_attention_dim + self.arch.pooled_projection_dim)
+        self.cond = self.size * (
+            made.text_tokens * self.arch.joint_attention_dim + self.arch.pooled_projection_dim
+        )
         self.rows = len(config.rewards.train) + (config.advantages.scalarise != "none")
-        self.stream = (made.tokens + made.text_tokens) * self.arch.width * self.size  # one array of one sample
+        self.stream = (
+            (made.tokens + made.text_tokens) * self.arch.width * self.size
+        )  # one array of one sample
 
     def share(self, count: int) -> int:
         """Samples of `count` on one device."""
@@ -156,7 +209,9 @@ class _Parts:
     def backward(self, count: int, cotangents: int = 1) -> float:
         """A block's backward pass of `count` samples with `cotangents` for each."""
         once = self.scores(self.joint, self.size) + self.second
-        return count * (once + cotangents * (self.scores(self.joint, 4) + BLOCK_ARRAYS * self.stream))
+        return count * (
+            once + cotangents * (self.scores(self.joint, 4) + BLOCK_ARRAYS * self.stream)
+        )
 
     def saved(self, count: int) -> tuple[float, str]:
         """What all blocks keep for the backward pass of `count` samples."""
@@ -166,42 +221,75 @@ class _Parts:
         if self.config.model.remat == "full":
             return count * inputs, f"inputs of {layers} blocks"
         if self.config.model.remat == "dots":
-            return count * (inputs + 9 * layers * self.stream + 4 * dual * image), "products with weights"
-        scores = layers * (self.scores(self.joint, 4) + self.scores(self.joint, self.size)) + dual * (
-            self.scores(self.made.tokens, 4) + self.scores(self.made.tokens, self.size))
+            return count * (
+                inputs + 9 * layers * self.stream + 4 * dual * image
+            ), "products with weights"
+        scores = layers * (
+            self.scores(self.joint, 4) + self.scores(self.joint, self.size)
+        ) + dual * (self.scores(self.made.tokens, 4) + self.scores(self.made.tokens, self.size))
         return count * (scores + KEPT_ARRAYS * inputs), "everything (model.remat=none)"
 
     def rollouts(self) -> Source:
         """What the rollouts hand to training, and the copies of it that training makes."""
         pictures = (self.sizes.pictures + self.share(self.sizes.pictures)) * 4 * self.latent
-        return Source(ROLLOUTS, pictures + 2 * self.config.rollout.prompts_per_step * self.cond,
-                      "all latents and conditioning of the prompts, and the device's own in training order")
+        return Source(
+            ROLLOUTS,
+            pictures + 2 * self.config.rollout.prompts_per_step * self.cond,
+            "all latents and conditioning of the prompts, and the device's own in training order",
+        )
 
     def between(self) -> list[Source]:
         count = self.share(self.config.training.micro_batch_size)
         kept, what = self.saved(count)
-        return [Source(SUMS, 2 * self.adapter, "one gradient and its sum"), Source(SAVED, kept, what),
-                Source(BLOCK, self.backward(count), f"{count} samples, backward")]
+        return [
+            Source(SUMS, 2 * self.adapter, "one gradient and its sum"),
+            Source(SAVED, kept, what),
+            Source(BLOCK, self.backward(count), f"{count} samples, backward"),
+        ]
 
     def solving(self) -> list[Source]:
         chunk = self.share(build.chunk_size(self.config, device_mesh.batch_shards(self.mesh)))
         cotangents = 2 + (self.config.nft.kl_weight > 0)
         kept, what = self.saved(chunk)
-        block = max(self.backward(chunk, cotangents), self.forward(self.share(self.config.training.micro_batch_size)))
-        return [Source(SUMS, SUMS_HELD * (self.rows + 1) * self.adapter,
-                       f"{self.rows} rewards and the divergence, {SUMS_HELD} times"),
-                Source(SAMPLES, chunk * cotangents * self.adapter, f"{chunk} samples x {cotangents} directions"),
-                Source(SAVED, kept, what), Source(BLOCK, block, f"{chunk} samples x {cotangents} cotangents")]
+        block = max(
+            self.backward(chunk, cotangents),
+            self.forward(self.share(self.config.training.micro_batch_size)),
+        )
+        return [
+            Source(
+                SUMS,
+                SUMS_HELD * (self.rows + 1) * self.adapter,
+                f"{self.rows} rewards and the divergence, {SUMS_HELD} times",
+            ),
+            Source(
+                SAMPLES,
+                chunk * cotangents * self.adapter,
+                f"{chunk} samples x {cotangents} directions",
+            ),
+            Source(SAVED, kept, what),
+            Source(BLOCK, block, f"{chunk} samples x {cotangents} cotangents"),
+        ]
 
     def decoder(self) -> tuple[float, str]:
         """Weights and activations of the decoder."""
         at_once = self.config.rollout.batch_size
-        count = build.decode_size(at_once, self.mesh) // device_mesh.picture_shards(self.mesh, at_once)
+        count = build.decode_size(at_once, self.mesh) // device_mesh.picture_shards(
+            self.mesh, at_once
+        )
         widths = self.made.vae.config.block_out_channels
-        largest = self.config.model.resolution**2 * (widths[1] if len(widths) > 1 else widths[0]) * 4
-        used = [leaves for part, leaves in self.made.vae_params.items() if part in ("decoder", "post_quant_conv")]
+        largest = (
+            self.config.model.resolution**2 * (widths[1] if len(widths) > 1 else widths[0]) * 4
+        )
+        used = [
+            leaves
+            for part, leaves in self.made.vae_params.items()
+            if part in ("decoder", "post_quant_conv")
+        ]
         weights = sum(4 * s.size for s in jax.tree.leaves(used))
-        return weights + DECODER_ARRAYS * count * largest, f"weights and activations of {count} pictures, float32"
+        return (
+            weights + DECODER_ARRAYS * count * largest,
+            f"weights and activations of {count} pictures, float32",
+        )
 
 
 def total(sources: list[Source]) -> float:
@@ -211,4 +299,7 @@ def total(sources: list[Source]) -> float:
 
 def as_record(found: dict[str, list[Source]]) -> dict[str, Any]:
     """Plain values, for JSON."""
-    return {name: {s.name: {"bytes": s.bytes, "note": s.note} for s in sources} for name, sources in found.items()}
+    return {
+        name: {s.name: {"bytes": s.bytes, "note": s.note} for s in sources}
+        for name, sources in found.items()
+    }

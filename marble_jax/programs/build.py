@@ -1,4 +1,5 @@
 """Builds a run from its configuration: the only module that knows both the ConfigDict and the rooms below."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -90,15 +91,31 @@ class Run:
         """Which prompts a step draws and how their scores become advantages."""
         rollout, advantages = self.config.rollout, self.config.advantages
         return Sampling(
-            self.train_prompts, rollout.prompts_per_step, rollout.images_per_prompt, advantages.scale,
-            advantages.scalarise, tuple(self.config.harmonize.reward_weights), presence_of(self.config))
+            self.train_prompts,
+            rollout.prompts_per_step,
+            rollout.images_per_prompt,
+            advantages.scale,
+            advantages.scalarise,
+            tuple(self.config.harmonize.reward_weights),
+            presence_of(self.config),
+        )
 
     @property
     def turn(self) -> Turn:
         """What every optimiser step does."""
-        merge = jax.jit(partial(lora.merge, scale=self.spec.scale)) if self.config.rollout.merge_adapter else None
-        return Turn(self.pipeline.params, self.collector, self.sampling, self.steps,
-                    partial(device_mesh.place_everywhere, self.mesh), merge)
+        merge = (
+            jax.jit(partial(lora.merge, scale=self.spec.scale))
+            if self.config.rollout.merge_adapter
+            else None
+        )
+        return Turn(
+            self.pipeline.params,
+            self.collector,
+            self.sampling,
+            self.steps,
+            partial(device_mesh.place_everywhere, self.mesh),
+            merge,
+        )
 
 
 def place_of(path: str, kind: str) -> Path:
@@ -137,10 +154,14 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
         raise InputError("prompts.sources: expected at least one source; received none")
     for name in heldout:
         if name in names:
-            raise InputError(f"rewards.heldout: expected rewards that are not trained on; received {name!r}")
+            raise InputError(
+                f"rewards.heldout: expected rewards that are not trained on; received {name!r}"
+            )
     if config.harmonize.alpha_floor > 1 / len(names):
-        raise InputError(f"harmonize.alpha_floor: expected at most 1/{len(names)}; received "
-                         f"{config.harmonize.alpha_floor}")
+        raise InputError(
+            f"harmonize.alpha_floor: expected at most 1/{len(names)}; received "
+            f"{config.harmonize.alpha_floor}"
+        )
     presence_of(config)
     parse_steps(config.logging.profile_steps)
     backend = backend or jax.default_backend()
@@ -148,13 +169,23 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
     if attention.FUSED.get(chosen, backend) != backend or chosen == "cudnn" and dtype != "bfloat16":
         needs = "a GPU and bfloat16" if chosen == "cudnn" else "a TPU"
         fitting = attention.choose("auto", DTYPES[dtype], backend)
-        raise InputError(f"model.attention: expected {fitting!r}, as {chosen} needs {needs}; received {chosen!r} on "
-                         f"{backend} in {dtype} ('auto' takes what fits)")
-    if chosen == "cudnn" and jax.default_backend() == backend and not attention.has_cudnn(DTYPES[dtype]):
-        raise InputError("model.attention: expected a GPU of compute capability 8.0 and a cuDNN that JAX finds for "
-                         "'cudnn'; received neither or one (pip install nvidia-cudnn-cu12 or -cu13, or 'xla')")
+        raise InputError(
+            f"model.attention: expected {fitting!r}, as {chosen} needs {needs}; received {chosen!r} on "
+            f"{backend} in {dtype} ('auto' takes what fits)"
+        )
+    if (
+        chosen == "cudnn"
+        and jax.default_backend() == backend
+        and not attention.has_cudnn(DTYPES[dtype])
+    ):
+        raise InputError(
+            "model.attention: expected a GPU of compute capability 8.0 and a cuDNN that JAX finds for "
+            "'cudnn'; received neither or one (pip install nvidia-cudnn-cu12 or -cu13, or 'xla')"
+        )
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("logging.wandb: expected the package wandb; received none (pip install wandb)")
+        raise InputError(
+            "logging.wandb: expected the package wandb; received none (pip install wandb)"
+        )
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -174,17 +205,27 @@ def derive_sizes(config: ml_collections.ConfigDict, num_shards: int) -> Sizes:
     """
     rollout, training = config.rollout, config.training
     pictures = rollout.prompts_per_step * rollout.images_per_prompt
-    for name, size in (("rollout.batch_size", rollout.batch_size),
-                       ("training.micro_batch_size", training.micro_batch_size)):
+    for name, size in (
+        ("rollout.batch_size", rollout.batch_size),
+        ("training.micro_batch_size", training.micro_batch_size),
+    ):
         if pictures % size or size % num_shards:
             fits = [n for n in range(num_shards, pictures + 1, num_shards) if pictures % n == 0]
             best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
-            raise InputError(f"{name}: expected a divisor of the {pictures} pictures a step "
-                             f"({rollout.prompts_per_step} prompts x {rollout.images_per_prompt}) that {num_shards} "
-                             f"device(s) share evenly; received {size}{best}")
+            raise InputError(
+                f"{name}: expected a divisor of the {pictures} pictures a step "
+                f"({rollout.prompts_per_step} prompts x {rollout.images_per_prompt}) that {num_shards} "
+                f"device(s) share evenly; received {size}{best}"
+            )
     timesteps = max(1, int(training.timestep_fraction * rollout.num_steps))
     samples = pictures * timesteps
-    return Sizes(pictures, pictures // rollout.batch_size, timesteps, samples, samples // training.micro_batch_size)
+    return Sizes(
+        pictures,
+        pictures // rollout.batch_size,
+        timesteps,
+        samples,
+        samples // training.micro_batch_size,
+    )
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -192,11 +233,19 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     training = config.training
     rate: Any = training.learning_rate
     if training.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(training.learning_rate, training.num_steps, training.min_ratio)
+        rate = optax.cosine_decay_schedule(
+            training.learning_rate, training.num_steps, training.min_ratio
+        )
     return optax.chain(
         optax.clip_by_global_norm(training.clip_norm),
-        optax.adamw(rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon,
-                    weight_decay=training.weight_decay))
+        optax.adamw(
+            rate,
+            b1=training.beta1,
+            b2=training.beta2,
+            eps=training.epsilon,
+            weight_decay=training.weight_decay,
+        ),
+    )
 
 
 def decode_size(count: int, mesh: Mesh) -> int:
@@ -208,22 +257,39 @@ def decode_size(count: int, mesh: Mesh) -> int:
 def chunk_size(config: ml_collections.ConfigDict, num_shards: int) -> int:
     """Samples pulled back together, over all devices: as many as `harmonize.chunk_size` allows and divide evenly."""
     share = config.training.micro_batch_size // num_shards
-    return num_shards * max(c for c in range(1, share + 1) if share % c == 0 and c <= config.harmonize.chunk_size)
+    return num_shards * max(
+        c for c in range(1, share + 1) if share % c == 0 and c <= config.harmonize.chunk_size
+    )
 
 
-def make_recipe(config: ml_collections.ConfigDict, sizes: Sizes, mesh: Mesh, balancer: Any, shift: float) -> Recipe:
+def make_recipe(
+    config: ml_collections.ConfigDict, sizes: Sizes, mesh: Mesh, balancer: Any, shift: float
+) -> Recipe:
     """What an optimiser step does, for a model whose noise levels are shifted by `shift`."""
     sigmas = sigma_grid(config.rollout.num_steps, shift)
     return Recipe(
-        sigmas=tuple(float(s) for s in sigmas[:-1]), num_timesteps=sizes.timesteps,
-        micro_batch=config.training.micro_batch_size, chunk=chunk_size(config, device_mesh.batch_shards(mesh)),
-        anchor_every=config.harmonize.anchor_every, num_rewards=len(config.rewards.train),
-        scalarised=config.advantages.scalarise != "none", nft_beta=config.nft.beta, kl_weight=config.nft.kl_weight,
-        clip=config.advantages.clip, balancer=balancer, rho=config.harmonize.rho,
+        sigmas=tuple(float(s) for s in sigmas[:-1]),
+        num_timesteps=sizes.timesteps,
+        micro_batch=config.training.micro_batch_size,
+        chunk=chunk_size(config, device_mesh.batch_shards(mesh)),
+        anchor_every=config.harmonize.anchor_every,
+        num_rewards=len(config.rewards.train),
+        scalarised=config.advantages.scalarise != "none",
+        nft_beta=config.nft.beta,
+        kl_weight=config.nft.kl_weight,
+        clip=config.advantages.clip,
+        balancer=balancer,
+        rho=config.harmonize.rho,
         smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,
-        old_schedule=rollout_decay(config.policies.schedule, rate=config.policies.rate, cap=config.policies.cap,
-                                   delay=config.policies.delay),
-        ema_decay=config.policies.ema_decay, shards=device_mesh.Shards(mesh))
+        old_schedule=rollout_decay(
+            config.policies.schedule,
+            rate=config.policies.rate,
+            cap=config.policies.cap,
+            delay=config.policies.delay,
+        ),
+        ema_decay=config.policies.ema_decay,
+        shards=device_mesh.Shards(mesh),
+    )
 
 
 def balancer_of(config: ml_collections.ConfigDict) -> Any:
@@ -231,20 +297,31 @@ def balancer_of(config: ml_collections.ConfigDict) -> Any:
     harmonize = config.harmonize
     settings: dict[str, Any] = {}
     if harmonize.balancer == "marble":
-        settings = {"normalize": harmonize.normalize, "reward_weights": tuple(harmonize.reward_weights),
-                    "alpha_floor": harmonize.alpha_floor, "groups": group_indices(config)}
+        settings = {
+            "normalize": harmonize.normalize,
+            "reward_weights": tuple(harmonize.reward_weights),
+            "alpha_floor": harmonize.alpha_floor,
+            "groups": group_indices(config),
+        }
     elif harmonize.balancer == "fixed":
         settings = {"alpha": tuple(harmonize.fixed_alpha), "normalize": harmonize.normalize}
     elif harmonize.balancer == "equal":
         settings = {"normalize": harmonize.normalize}
     if harmonize.groups and harmonize.balancer != "marble":
-        raise InputError(f"harmonize.groups: expected none with another balancer than marble; received "
-                         f"{', '.join(harmonize.groups)} with {harmonize.balancer!r}")
-    for key, values, what in (("reward_weights", harmonize.reward_weights, "number"),
-                              ("fixed_alpha", harmonize.fixed_alpha, "number"), ("groups", harmonize.groups, "name")):
+        raise InputError(
+            f"harmonize.groups: expected none with another balancer than marble; received "
+            f"{', '.join(harmonize.groups)} with {harmonize.balancer!r}"
+        )
+    for key, values, what in (
+        ("reward_weights", harmonize.reward_weights, "number"),
+        ("fixed_alpha", harmonize.fixed_alpha, "number"),
+        ("groups", harmonize.groups, "name"),
+    ):
         if values and len(values) != len(config.rewards.train):
-            raise InputError(f"harmonize.{key}: expected one {what} for each of {len(config.rewards.train)} rewards "
-                             f"(--config.harmonize.{key}= for none); received {len(values)}")
+            raise InputError(
+                f"harmonize.{key}: expected one {what} for each of {len(config.rewards.train)} rewards "
+                f"(--config.harmonize.{key}= for none); received {len(values)}"
+            )
     return make_balancer(harmonize.balancer, **settings)
 
 
@@ -257,25 +334,49 @@ def group_indices(config: ml_collections.ConfigDict) -> tuple[int, ...]:
 def presence_of(config: ml_collections.ConfigDict) -> Presence:
     """Which rewards teach when: the stages and the reward dropout of a configuration."""
     advantages, names = config.advantages, tuple(config.rewards.train)
-    stages = parse_stages(advantages.stages, names, tuple(config.prompts.sources), config.training.num_steps)
-    return Presence(stages, make_dropout(advantages.dropout_targets, advantages.dropout, advantages.dropout_warmup,
-                                         names))
+    stages = parse_stages(
+        advantages.stages, names, tuple(config.prompts.sources), config.training.num_steps
+    )
+    return Presence(
+        stages,
+        make_dropout(
+            advantages.dropout_targets, advantages.dropout, advantages.dropout_warmup, names
+        ),
+    )
 
 
-def load_model(config: ml_collections.ConfigDict, spec: lora.LoraSpec, mesh: Mesh | None = None,
-               text_encoders: bool = True) -> Pipeline:
+def load_model(
+    config: ml_collections.ConfigDict,
+    spec: lora.LoraSpec,
+    mesh: Mesh | None = None,
+    text_encoders: bool = True,
+) -> Pipeline:
     """The pipeline of `model.path`, its transformer laid out over the mesh, with its text encoders or without."""
     root = find_model(place_of(config.model.path, "pipeline"), text_encoder_3=config.model.t5)
     place = gather = None
     if mesh is not None:
-        width = MMDiTConfig.from_dict(read_json(root / "transformer" / "config.json")).attention_head_dim
+        width = MMDiTConfig.from_dict(
+            read_json(root / "transformer" / "config.json")
+        ).attention_head_dim
         gather = sharding.gather(mesh, width)
 
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
-            return device_mesh.read_into(sharding.sharding_of(mesh, component, path, leaf.shape, width), leaf)
-    return load_pipeline(root, dtype=DTYPES[config.model.dtype], place=place, text_encoder_3=config.model.t5,
-                         text_encoders=text_encoders, remat=config.model.remat, unroll=config.model.unroll,
-                         attention=attention_of(config, mesh), lora_scale=spec.scale, gather=gather)
+            return device_mesh.read_into(
+                sharding.sharding_of(mesh, component, path, leaf.shape, width), leaf
+            )
+
+    return load_pipeline(
+        root,
+        dtype=DTYPES[config.model.dtype],
+        place=place,
+        text_encoder_3=config.model.t5,
+        text_encoders=text_encoders,
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+        attention=attention_of(config, mesh),
+        lora_scale=spec.scale,
+        gather=gather,
+    )
 
 
 def attention_of(config: ml_collections.ConfigDict, mesh: Mesh | None) -> str | attention.Flash:
@@ -285,29 +386,44 @@ def attention_of(config: ml_collections.ConfigDict, mesh: Mesh | None) -> str | 
     return attention.over(config.model.attention, DTYPES[config.model.dtype], mesh)
 
 
-def text_embeddings(config: ml_collections.ConfigDict, root: Path, texts: Sequence[str]) -> Embeddings:
+def text_embeddings(
+    config: ml_collections.ConfigDict, root: Path, texts: Sequence[str]
+) -> Embeddings:
     """Conditioning of a run's texts. With a cache on disk all of them are there on return, and no encoder in memory.
 
     The first process fills the cache, and then every other one what it does not find there.
     """
+
     def ready() -> Embeddings:
-        found = Embeddings(root, config.model.max_sequence_length, DTYPES[config.model.dtype], t5=config.model.t5,
-                           cache=config.prompts.embedding_cache)
+        found = Embeddings(
+            root,
+            config.model.max_sequence_length,
+            DTYPES[config.model.dtype],
+            t5=config.model.t5,
+            cache=config.prompts.embedding_cache,
+        )
         if not config.prompts.embedding_cache:
             found.load()
             return found
         missing, console = len(found.missing(texts)), Console()
         if missing:
-            console.say(f"text embeddings: {missing} of {len(set(texts))} prompts to encode into "
-                        f"{config.prompts.embedding_cache}, before the transformer is loaded")
+            console.say(
+                f"text embeddings: {missing} of {len(set(texts))} prompts to encode into "
+                f"{config.prompts.embedding_cache}, before the transformer is loaded"
+            )
         with console.bar(missing, "text embeddings", "prompt") as bar:
             found.fill(texts, bar.update)
         return found
 
-    return distributed.together("text embeddings", ready if distributed.is_first() else lambda: None) or ready()
+    return (
+        distributed.together("text embeddings", ready if distributed.is_first() else lambda: None)
+        or ready()
+    )
 
 
-def read_prompts(place: str, split: str, sources: tuple[str, ...] | None = None) -> dict[str, list[Prompt]]:
+def read_prompts(
+    place: str, split: str, sources: tuple[str, ...] | None = None
+) -> dict[str, list[Prompt]]:
     """The prompts of a split, by source: from a directory, or the sets that need none."""
     if place == generated.NAME:
         return generated.generate(split, sources)
@@ -342,25 +458,45 @@ def build(config: ml_collections.ConfigDict) -> Run:
     test_prompts = held_out_prompts(config)
     root = find_model(place_of(config.model.path, "pipeline"), text_encoder_3=config.model.t5)
     rollout = config.rollout
-    rewards = load_rewards(reward_place(config), (*names, *config.rewards.heldout), config.rewards.num_workers,
-                           faithful=config.harmonize.mode == "faithful")
-    for reward in rewards[:len(names)]:
-        check_groups(reward, mesh, rollout.prompts_per_step, rollout.images_per_prompt, rollout.batch_size)
+    rewards = load_rewards(
+        reward_place(config),
+        (*names, *config.rewards.heldout),
+        config.rewards.num_workers,
+        faithful=config.harmonize.mode == "faithful",
+    )
+    for reward in rewards[: len(names)]:
+        check_groups(
+            reward, mesh, rollout.prompts_per_step, rollout.images_per_prompt, rollout.batch_size
+        )
     place_rewards(mesh, rewards)
-    encode = text_embeddings(config, root, [p.text for p in (*itertools.chain(*train_prompts.values()), *test_prompts)])
+    encode = text_embeddings(
+        config, root, [p.text for p in (*itertools.chain(*train_prompts.values()), *test_prompts)]
+    )
     pipeline = load_model(config, spec, mesh, text_encoders=False)
     latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)
-    cell, largest = config.model.resolution // latent_shape[0], pipeline.model.side * pipeline.model.config.patch_size
+    cell, largest = (
+        config.model.resolution // latent_shape[0],
+        pipeline.model.side * pipeline.model.config.patch_size,
+    )
     if latent_shape[0] > largest:
-        raise InputError(f"model.resolution: expected at most the model's {largest * cell} pixels; received "
-                         f"{config.model.resolution}")
+        raise InputError(
+            f"model.resolution: expected at most the model's {largest * cell} pixels; received "
+            f"{config.model.resolution}"
+        )
 
-    def velocity(params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
+    def velocity(
+        params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any
+    ) -> jax.Array:
         return transformer.velocity(pipeline.model, params, adapter, xt, sigma, cond)
 
     def scorer(chosen: list[Any]) -> Scorer:
-        return Scorer(chosen, config.rewards.num_workers, config.rewards.on_error, config.rewards.max_missing_share,
-                      config.rewards.timeout)
+        return Scorer(
+            chosen,
+            config.rewards.num_workers,
+            config.rewards.on_error,
+            config.rewards.max_missing_share,
+            config.rewards.timeout,
+        )
 
     shift = pipeline.scheduler.shift
 
@@ -369,20 +505,55 @@ def build(config: ml_collections.ConfigDict) -> Run:
         return place(pipeline.decode(latents, decode_size(len(latents), mesh), place))
 
     collector = Collector(
-        make_sampler(velocity, rollout.num_steps, rollout.solver, shift, rollout.integer_timesteps), encode, decode,
-        scorer(rewards[:len(names)]), latent_shape, rollout.batch_size, partial(device_mesh.place_batch, mesh),
-        partial(device_mesh.place_everywhere, mesh))
+        make_sampler(velocity, rollout.num_steps, rollout.solver, shift, rollout.integer_timesteps),
+        encode,
+        decode,
+        scorer(rewards[: len(names)]),
+        latent_shape,
+        rollout.batch_size,
+        partial(device_mesh.place_batch, mesh),
+        partial(device_mesh.place_everywhere, mesh),
+    )
     evaluator = Evaluator(
-        test_prompts, make_sampler(velocity, config.evaluation.num_steps, config.evaluation.solver, shift), encode,
-        decode, scorer(rewards), latent_shape, rollout.batch_size, config.evaluation.seed,
-        config.evaluation.num_pictures, config.evaluation.images_per_prompt, partial(device_mesh.place_batch, mesh))
+        test_prompts,
+        make_sampler(velocity, config.evaluation.num_steps, config.evaluation.solver, shift),
+        encode,
+        decode,
+        scorer(rewards),
+        latent_shape,
+        rollout.batch_size,
+        config.evaluation.seed,
+        config.evaluation.num_pictures,
+        config.evaluation.images_per_prompt,
+        partial(device_mesh.place_batch, mesh),
+    )
     optimizer = make_optimizer(config)
     recipe = make_recipe(config, sizes, mesh, balancer, shift)
-    adapter = lora.init_adapter(stream_key(jax.random.key(config.seed), Stream.ADAPTER), pipeline.params, spec)
+    adapter = lora.init_adapter(
+        stream_key(jax.random.key(config.seed), Stream.ADAPTER), pipeline.params, spec
+    )
     if config.lora.init:
-        adapter = start_from(read_lora(config.lora.init, pipeline.params), adapter, pipeline.params, spec)
+        adapter = start_from(
+            read_lora(config.lora.init, pipeline.params), adapter, pipeline.params, spec
+        )
     state = device_mesh.place_everywhere(
-        mesh, initial_state(adapter, optimizer, len(names), balancer.init(len(names)), config.seed))
-    steps = make_steps(recipe, velocity, optimizer, config.harmonize.mode, config.harmonize.refresh_every)
-    return Run(config, mesh, sizes, pipeline, spec, train_prompts, collector, evaluator, optimizer, recipe, steps,
-               velocity, state)
+        mesh, initial_state(adapter, optimizer, len(names), balancer.init(len(names)), config.seed)
+    )
+    steps = make_steps(
+        recipe, velocity, optimizer, config.harmonize.mode, config.harmonize.refresh_every
+    )
+    return Run(
+        config,
+        mesh,
+        sizes,
+        pipeline,
+        spec,
+        train_prompts,
+        collector,
+        evaluator,
+        optimizer,
+        recipe,
+        steps,
+        velocity,
+        state,
+    )

@@ -10,6 +10,7 @@
 Generation and scoring may run apart, on different machines; each goes on where a kill stopped it. Scores are those of
 the 8-bit pictures on disk, so it does not matter when they are taken.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -95,10 +96,16 @@ def parse_models(text: str) -> dict[str, Source]:
         where, _, policy = place.rpartition(":")
         if not where or policy not in POLICIES:
             where, policy = place, ""
-        name = name.strip() if given else re.sub(r"[^\w.-]+", "-", where.rstrip("/").rpartition("/")[2]).lstrip("-._")
+        name = (
+            name.strip()
+            if given
+            else re.sub(r"[^\w.-]+", "-", where.rstrip("/").rpartition("/")[2]).lstrip("-._")
+        )
         if not _NAME.fullmatch(name):
-            raise InputError("--models: expected NAME=PLACE with a name of letters, digits, '.', '-' and '_'; "
-                             f"received {item!r}")
+            raise InputError(
+                "--models: expected NAME=PLACE with a name of letters, digits, '.', '-' and '_'; "
+                f"received {item!r}"
+            )
         if name in found:
             raise InputError(f"--models: expected every name once; received {name!r} twice")
         if not where or not all(loras):
@@ -106,9 +113,15 @@ def parse_models(text: str) -> dict[str, Source]:
         there = location("--models", where)
         run = (there / "config.json").exists() and not (there / "model_index.json").exists()
         if policy and not run:
-            raise InputError(f"--models: expected a training run before ':{policy}'; received {where!r}")
-        found[name] = Source(model="" if run else where, workdir=where if run else "", policy=policy or "ema",
-                             loras=",".join(loras))
+            raise InputError(
+                f"--models: expected a training run before ':{policy}'; received {where!r}"
+            )
+        found[name] = Source(
+            model="" if run else where,
+            workdir=where if run else "",
+            policy=policy or "ema",
+            loras=",".join(loras),
+        )
     if not found:
         raise InputError("--models: expected at least one NAME=PLACE; received none")
     return found
@@ -135,12 +148,16 @@ def read_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list[Promp
             for source, prompts in build.read_prompts(place, "test").items():
                 by_source.setdefault(source, []).extend(prompts)
     if not by_source:
-        raise InputError("--prompts: expected a file, a directory, 'embedded' or 'generated'; received none")
+        raise InputError(
+            "--prompts: expected a file, a directory, 'embedded' or 'generated'; received none"
+        )
     if num_prompts:
         counts = shares(sorted(by_source), num_prompts)
         # Not the first ones: files come sorted by kind.
-        by_source = {name: [by_source[name][i] for i in _spread(len(by_source[name]), count)]
-                     for name, count in counts.items()}
+        by_source = {
+            name: [by_source[name][i] for i in _spread(len(by_source[name]), count)]
+            for name, count in counts.items()
+        }
     return [p for name in sorted(by_source) for p in by_source[name] for _ in range(images)]
 
 
@@ -160,8 +177,11 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     prompts = read_prompts(request.prompts, request.num_prompts, request.images)
     entries = _rewards(request) if request.score else {}
     models = Models()
-    painters = {name: Painter(source, request.settings, models)
-                for name, source in request.models.items()} if request.draw else {}
+    painters = (
+        {name: Painter(source, request.settings, models) for name, source in request.models.items()}
+        if request.draw
+        else {}
+    )
     record = _record(request, place, prompts, entries)
     for name in () if request.draw else request.models:
         _all_there(Album(place.path / name), name, prompts)
@@ -172,14 +192,23 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
         if not (place.path / "prompts.jsonl").exists():
             place.write_text("prompts.jsonl", "".join(_line(p) for p in prompts))
     for name, painter in painters.items():
-        fill_album(Album(place.path / name), painter, [p.text for p in prompts], request.settings.batch, console, name)
+        fill_album(
+            Album(place.path / name),
+            painter,
+            [p.text for p in prompts],
+            request.settings.batch,
+            console,
+            name,
+        )
         record["models"][name] |= {"origin": painter.origin, "trained": _trained(painter)}
         painter.close()
         with writable(place.path):
             place.write_json("evaluation.json", record)
     del painters, models  # the memory is the rewards' now
     if request.score:
-        record["columns"] = list(dict.fromkeys([*record.get("columns", ()), *_score(request, place, prompts, console)]))
+        record["columns"] = list(
+            dict.fromkeys([*record.get("columns", ()), *_score(request, place, prompts, console)])
+        )
         with writable(place.path):
             place.write_json("evaluation.json", record)
     found = _summarise(list(request.models), record.get("columns", ()), place, prompts)
@@ -199,7 +228,9 @@ def _rewards(request: Request) -> dict[str, Any]:
     return {name: entries.get(name, {}) | {"path": str(path)} for name in names}
 
 
-def _record(request: Request, place: Workdir, prompts: Sequence[Prompt], entries: Mapping[str, Any]) -> dict[str, Any]:
+def _record(
+    request: Request, place: Workdir, prompts: Sequence[Prompt], entries: Mapping[str, Any]
+) -> dict[str, Any]:
     """`evaluation.json`, with what earlier calls put there; refuses another evaluation's place."""
     file, listed = place.path / "evaluation.json", place.path / "prompts.jsonl"
     there: dict[str, Any] = {}
@@ -209,34 +240,55 @@ def _record(request: Request, place: Workdir, prompts: Sequence[Prompt], entries
         except ValueError:
             there = {}
         if not isinstance(there.get("models"), dict):
-            raise InputError(f"{file}: expected the record of an evaluation; received something else")
+            raise InputError(
+                f"{file}: expected the record of an evaluation; received something else"
+            )
         lines = listed.read_text().splitlines() if listed.exists() else []
         for i, (own, given) in enumerate(zip(lines, map(_line, prompts))):
             if own != given.rstrip("\n"):
-                raise InputError(f"--out: {place.path} holds an evaluation of other prompts: line {i + 1} of "
-                                 f"prompts.jsonl: expected {own[:80]}; received {given.strip()[:80]}")
+                raise InputError(
+                    f"--out: {place.path} holds an evaluation of other prompts: line {i + 1} of "
+                    f"prompts.jsonl: expected {own[:80]}; received {given.strip()[:80]}"
+                )
         if lines and len(lines) != len(prompts):
-            raise InputError(f"--out: {place.path} holds an evaluation of other prompts: expected {len(lines)} "
-                             f"pictures; received {len(prompts)}")
+            raise InputError(
+                f"--out: {place.path} holds an evaluation of other prompts: expected {len(lines)} "
+                f"pictures; received {len(prompts)}"
+            )
     elif place.path.exists() and (not place.path.is_dir() or any(place.path.iterdir())):
-        raise InputError(f"--out: expected a new folder or one made by evaluate; received {place.path}")
+        raise InputError(
+            f"--out: expected a new folder or one made by evaluate; received {place.path}"
+        )
     rewards = there.get("rewards", {})
     for name, entry in entries.items():
         if name in rewards and rewards[name] != plain(entry):
-            raise InputError(f"--rewards_path: expected the {name!r} that {place.path} was scored with "
-                             f"({rewards[name]}); received {plain(entry)}")
+            raise InputError(
+                f"--rewards_path: expected the {name!r} that {place.path} was scored with "
+                f"({rewards[name]}); received {plain(entry)}"
+            )
     models = there.get("models", {})
     for name, source in request.models.items():
         own = models.get(name, {}).get("source")
         given = dataclasses.asdict(source)
         if own is not None and own != given:
-            raise InputError(f"--models: expected the {name!r} of {place.path} ({own}); received {given}")
-    ordered = {name: models.get(name, {}) | {"source": dataclasses.asdict(source)}
-               for name, source in request.models.items()}
+            raise InputError(
+                f"--models: expected the {name!r} of {place.path} ({own}); received {given}"
+            )
+    ordered = {
+        name: models.get(name, {}) | {"source": dataclasses.asdict(source)}
+        for name, source in request.models.items()
+    }
     return there | {
-        "models": ordered, "rewards": {**rewards, **entries}, "prompts": request.prompts, "images": request.images,
-        "num_pictures": len(prompts), "command": request.command,
-        "settings": there.get("settings", {}) if not request.draw else plain(dataclasses.asdict(request.settings))}
+        "models": ordered,
+        "rewards": {**rewards, **entries},
+        "prompts": request.prompts,
+        "images": request.images,
+        "num_pictures": len(prompts),
+        "command": request.command,
+        "settings": there.get("settings", {})
+        if not request.draw
+        else plain(dataclasses.asdict(request.settings)),
+    }
 
 
 def _trained(painter: Painter) -> list[str]:
@@ -246,21 +298,29 @@ def _trained(painter: Painter) -> list[str]:
 def _all_there(album: Album, name: str, prompts: Sequence[Prompt]) -> None:
     missing = album.missing(len(prompts))
     if missing:
-        raise InputError(f"--skip_generation: expected {len(prompts)} pictures of {name!r} in {album.path}; received "
-                         f"{len(prompts) - len(missing)}, without {album.file(missing[0]).name}")
+        raise InputError(
+            f"--skip_generation: expected {len(prompts)} pictures of {name!r} in {album.path}; received "
+            f"{len(prompts) - len(missing)}, without {album.file(missing[0]).name}"
+        )
     album.check((album.record() or {}).get("settings", {}), [p.text for p in prompts])
 
 
-def _score(request: Request, place: Workdir, prompts: Sequence[Prompt], console: Console) -> list[str]:
+def _score(
+    request: Request, place: Workdir, prompts: Sequence[Prompt], console: Console
+) -> list[str]:
     """Scores what lacks a score; returns the names of all columns."""
     wanted = request.rewards or tuple(entries_of(build.place_of(request.rewards_path, "rewards")))
-    rewards = with_accuracy(load_rewards(build.place_of(request.rewards_path, "rewards"), wanted,
-                                         request.num_workers))
+    rewards = with_accuracy(
+        load_rewards(build.place_of(request.rewards_path, "rewards"), wanted, request.num_workers)
+    )
     names = [r.name for r in rewards]
     for model in request.models:
         album, file = Album(place.path / model), ScoreFile(place.path / model / "scores.jsonl")
         lacking, todo = file.missing(names, len(prompts))
-        console.say(f"{model}: {len(todo)} pictures to score" + (f" by {', '.join(lacking)}" if todo else ""))
+        console.say(
+            f"{model}: {len(todo)} pictures to score"
+            + (f" by {', '.join(lacking)}" if todo else "")
+        )
         if not todo:
             continue
         scorer = Scorer([r for r in rewards if r.name in lacking], request.num_workers, "retry")
@@ -278,8 +338,12 @@ def _score(request: Request, place: Workdir, prompts: Sequence[Prompt], console:
                 for rows in batches(len(todo), size):
                     index = [todo[r] for r in rows]
                     images = np.stack([album.read(i) for i in index]).astype(np.float32) / 255
-                    under_way.append((list(dict.fromkeys(index)),
-                                      scorer.submit(jnp.asarray(images), [prompts[i] for i in index])))
+                    under_way.append(
+                        (
+                            list(dict.fromkeys(index)),
+                            scorer.submit(jnp.asarray(images), [prompts[i] for i in index]),
+                        )
+                    )
                     if len(under_way) > 2:
                         bar.update(collect())
                 while under_way:
@@ -291,8 +355,9 @@ def _score(request: Request, place: Workdir, prompts: Sequence[Prompt], console:
     return names
 
 
-def _summarise(models: Sequence[str], names: Sequence[str], place: Workdir, prompts: Sequence[Prompt]
-               ) -> dict[str, Any] | None:
+def _summarise(
+    models: Sequence[str], names: Sequence[str], place: Workdir, prompts: Sequence[Prompt]
+) -> dict[str, Any] | None:
     """Writes `summary.json` of the rewards that have looked at every picture of every model (failures are counted)."""
     files = {model: ScoreFile(place.path / model / "scores.jsonl") for model in models}
     known = set.intersection(*(file.known(len(prompts)) for file in files.values()))
@@ -313,16 +378,28 @@ def _announce(found: Mapping[str, Any], console: Console) -> None:
         cells = []
         for model in models:
             entry = found["scores"][model][name]
-            cells.append("-" if not entry["count"] else f"{shown(entry['mean'])} ({entry['low']:.4f} to "
-                                                        f"{entry['high']:.4f})")
+            cells.append(
+                "-"
+                if not entry["count"]
+                else f"{shown(entry['mean'])} ({entry['low']:.4f} to {entry['high']:.4f})"
+            )
         rows.append((name, *cells))
     for name, by_model in found["geneval"].items():
-        rows.append((f"{name}, mean of tags", *(shown(by_model[m]["overall"]["mean"]) for m in models)))
+        rows.append(
+            (f"{name}, mean of tags", *(shown(by_model[m]["overall"]["mean"]) for m in models))
+        )
     if len(models) > 1:
-        rows.append(("composite (mean z-score)", *(f"{found['composite'][m]:+.3f}" for m in models)))
+        rows.append(
+            ("composite (mean z-score)", *(f"{found['composite'][m]:+.3f}" for m in models))
+        )
     console.say("\nmeans with 95 % bootstrap intervals over prompts:")
     console.table(rows, ("reward", *models))
 
 
 def _line(prompt: Prompt) -> str:
-    return json.dumps({"prompt": prompt.text, "source": prompt.source, "metadata": dict(prompt.metadata)}) + "\n"
+    return (
+        json.dumps(
+            {"prompt": prompt.text, "source": prompt.source, "metadata": dict(prompt.metadata)}
+        )
+        + "\n"
+    )

@@ -8,6 +8,7 @@
 
 A folder is filled beside its place and takes it when it is complete (and, if asked for, verified).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -71,10 +72,14 @@ def new_folder(target: epath.Path, overwrite: bool = False) -> Iterator[epath.Pa
     if target.exists():
         empty = target.is_dir() and not any(target.iterdir())
         if not empty and not overwrite:
-            raise InputError(f"{target}: expected a new folder; received one that exists (--overwrite replaces it)")
+            raise InputError(
+                f"{target}: expected a new folder; received one that exists (--overwrite replaces it)"
+            )
         if not empty and not (target / RECORD).exists():
-            raise InputError(f"{target}: expected an earlier export to overwrite (with {RECORD}); received something "
-                             "else, which is left alone")
+            raise InputError(
+                f"{target}: expected an earlier export to overwrite (with {RECORD}); received something "
+                "else, which is left alone"
+            )
     try:
         for place in (partial, old):
             if place.exists():
@@ -88,25 +93,39 @@ def new_folder(target: epath.Path, overwrite: bool = False) -> Iterator[epath.Pa
             old.rmtree()
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{target}: expected a writable place with room; received {reason}") from error
+        raise InputError(
+            f"{target}: expected a writable place with room; received {reason}"
+        ) from error
     finally:
         if partial.exists():
             partial.rmtree()
 
 
-def facts_of(config: ml_collections.ConfigDict, workdir: Workdir, pairs: Pairs, which: str, step: int) -> Facts:
+def facts_of(
+    config: ml_collections.ConfigDict, workdir: Workdir, pairs: Pairs, which: str, step: int
+) -> Facts:
     """What is said about an export in its card and its record."""
     path = str(config.model.path)
     on_hub = HUB_NAME.fullmatch(path) is not None and not epath.Path(path).is_dir()
     return Facts(
-        name=config.name, base=path if on_hub else epath.Path(path).name, on_hub=on_hub,
-        embedded=path == build.EMBEDDED, which=which, step=step, spec=build.lora_spec(config),
-        num_layers=len(pairs), num_values=sum(a.size + b.size for a, b in pairs.values()),
-        resolution=config.model.resolution, tokens=config.model.max_sequence_length,
-        records=read_records(workdir.path))
+        name=config.name,
+        base=path if on_hub else epath.Path(path).name,
+        on_hub=on_hub,
+        embedded=path == build.EMBEDDED,
+        which=which,
+        step=step,
+        spec=build.lora_spec(config),
+        num_layers=len(pairs),
+        num_values=sum(a.size + b.size for a, b in pairs.values()),
+        resolution=config.model.resolution,
+        tokens=config.model.max_sequence_length,
+        records=read_records(workdir.path),
+    )
 
 
-def exported_pairs(adapter: Adapter, shapes: Any, spec: lora.LoraSpec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def exported_pairs(
+    adapter: Adapter, shapes: Any, spec: lora.LoraSpec
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The adapted layers' leaves by name, without the inert ones that only fill up a stacked run."""
     pairs = lora.unstack(adapter)
     return {m.name: pairs[m.name] for m in lora.target_modules(shapes, spec.targets)}
@@ -114,7 +133,9 @@ def exported_pairs(adapter: Adapter, shapes: Any, spec: lora.LoraSpec) -> dict[s
 
 def write_lora(folder: epath.Path, pairs: Pairs, facts: Facts) -> None:
     """The files of the adapter, in an existing folder."""
-    for name, content in lora_files(pairs, facts.spec, facts.base if facts.on_hub else None).items():
+    for name, content in lora_files(
+        pairs, facts.spec, facts.base if facts.on_hub else None
+    ).items():
         (folder / name).write_bytes(content)
     (folder / "lora").mkdir()
     for name in (PEFT_CONFIG, PEFT_FILE):
@@ -131,13 +152,31 @@ def write_card(folder: epath.Path, facts: Facts, checks: Mapping[str, Any] | Non
         (folder / name).parent.mkdir(exist_ok=True)
         file.copy(folder / name)
     (folder / "README.md").write_text(text)
-    record = {"marble_jax": VERSION, "run": facts.name, "base": facts.base, "policy": facts.which, "step": facts.step,
-              "lora": dataclasses.asdict(facts.spec), "num_layers": facts.num_layers, "verified": checks}
+    record = {
+        "marble_jax": VERSION,
+        "run": facts.name,
+        "base": facts.base,
+        "policy": facts.which,
+        "step": facts.step,
+        "lora": dataclasses.asdict(facts.spec),
+        "num_layers": facts.num_layers,
+        "verified": checks,
+    }
     (folder / RECORD).write_text(json.dumps(plain(record), indent=1) + "\n")
 
 
-def export_run(path: str, out: str, which: str = "ema", step: int | None = None, *, merge: bool = False,
-               dtype: str | None = None, verified: bool = False, overwrite: bool = False, prompt: str = "") -> None:
+def export_run(
+    path: str,
+    out: str,
+    which: str = "ema",
+    step: int | None = None,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    verified: bool = False,
+    overwrite: bool = False,
+    prompt: str = "",
+) -> None:
     """Exports a policy of a training run.
 
     Args:
@@ -170,11 +209,15 @@ def export_run(path: str, out: str, which: str = "ema", step: int | None = None,
         adapter, done = run_adapter(config, workdir, shapes, POLICIES[which], step)
         pairs = exported_pairs(adapter, shapes, spec)
         facts = facts_of(config, workdir, pairs, which, done)
-        console.say(f"export: {workdir.path}, {which} after step {done}: rank {spec.rank}, alpha {spec.alpha:g}, "
-                    f"{len(pairs)} layers, {quantity(facts.num_values)} values")
+        console.say(
+            f"export: {workdir.path}, {which} after step {done}: rank {spec.rank}, alpha {spec.alpha:g}, "
+            f"{len(pairs)} layers, {quantity(facts.num_values)} values"
+        )
         write_lora(folder, pairs, facts)
         if merge:
-            merge_transformer(root, Path(folder / "transformer"), pairs, spec.scale, console, dtype or KEEP)
+            merge_transformer(
+                root, Path(folder / "transformer"), pairs, spec.scale, console, dtype or KEEP
+            )
         checks = None
         if verified:
             shown = [strip.prompt for strip in facts.records.strips]
@@ -182,11 +225,27 @@ def export_run(path: str, out: str, which: str = "ema", step: int | None = None,
             drawing = Drawing(root, text, facts.resolution, facts.tokens, spec.scale)
             checks = verify(folder, drawing, adapter, console)
         write_card(folder, facts, checks)
-    console.table([
-        ("diffusers", f'pipe.load_lora_weights("{out}", weight_name="pytorch_lora_weights.safetensors")'),
-        ("PEFT", f'PeftModel.from_pretrained(pipe.transformer, "{out}")'),
-        *([("merged", f'SD3Transformer2DModel.from_pretrained("{out}", subfolder="transformer")')] if merge else []),
-        ("ComfyUI", f"{out}/pytorch_lora_weights.safetensors, strength 1"), ("model card", f"{out}/README.md")])
+    console.table(
+        [
+            (
+                "diffusers",
+                f'pipe.load_lora_weights("{out}", weight_name="pytorch_lora_weights.safetensors")',
+            ),
+            ("PEFT", f'PeftModel.from_pretrained(pipe.transformer, "{out}")'),
+            *(
+                [
+                    (
+                        "merged",
+                        f'SD3Transformer2DModel.from_pretrained("{out}", subfolder="transformer")',
+                    )
+                ]
+                if merge
+                else []
+            ),
+            ("ComfyUI", f"{out}/pytorch_lora_weights.safetensors, strength 1"),
+            ("model card", f"{out}/README.md"),
+        ]
+    )
 
 
 class PeriodicExports:
@@ -199,7 +258,9 @@ class PeriodicExports:
       console: the terminal.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: Workdir, shapes: Any, console: Console):
+    def __init__(
+        self, config: ml_collections.ConfigDict, workdir: Workdir, shapes: Any, console: Console
+    ):
         self._config, self._workdir, self._shapes, self._console = config, workdir, shapes, console
         self.folder = workdir.path / "exports"
 
@@ -211,7 +272,9 @@ class PeriodicExports:
             try:
                 self._console.say(f"export: {self.write(state)}")
             except InputError as error:
-                self._console.say(f"export after step {int(state.step)} failed, training goes on: {error}")
+                self._console.say(
+                    f"export after step {int(state.step)} failed, training goes on: {error}"
+                )
 
     def write(self, state: TrainState) -> epath.Path:
         """Writes the export of a state, and drops those beyond `export.keep`.
@@ -221,20 +284,25 @@ class PeriodicExports:
         """
         config, step, which = self._config, int(state.step), self._config.export.policy
         if which == "best" and not np.isfinite(state.best_score):
-            raise InputError("export.policy: expected one that the run has; received 'best' before any evaluation")
+            raise InputError(
+                "export.policy: expected one that the run has; received 'best' before any evaluation"
+            )
         spec = build.lora_spec(config)
         pairs = exported_pairs(getattr(state, POLICIES[which]), self._shapes, spec)
-        facts = facts_of(config, self._workdir, pairs, which, int(state.best_step) if which == "best" else step)
+        facts = facts_of(
+            config, self._workdir, pairs, which, int(state.best_step) if which == "best" else step
+        )
         target = self.folder / f"step_{step:06d}"
         with new_folder(target, overwrite=True) as folder:
             write_lora(folder, pairs, facts)
             write_card(folder, facts)
-        for old in self.steps()[:-config.export.keep]:
+        for old in self.steps()[: -config.export.keep]:
             (self.folder / f"step_{old:06d}").rmtree()
         return target
 
     def steps(self) -> list[int]:
         """Steps of the exports that are there."""
-        found = (_STEP.fullmatch(p.name) for p in self.folder.iterdir()) if self.folder.exists() else ()
+        found = (
+            (_STEP.fullmatch(p.name) for p in self.folder.iterdir()) if self.folder.exists() else ()
+        )
         return sorted(int(match[1]) for match in found if match)
-

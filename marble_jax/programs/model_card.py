@@ -1,4 +1,5 @@
 """The README.md of an exported adapter: what the hub shows and indexes, from the records of the run."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,8 +15,10 @@ from marble_jax.trainable.lora import LoraSpec
 
 NUM_PICTURES = 4
 _POLICIES = {
-    "ema": "averaged policy, the one that is evaluated", "current": "policy that the optimiser updates",
-    "rollout": "policy that drew the training pictures", "best": "averaged policy with the best evaluation",
+    "ema": "averaged policy, the one that is evaluated",
+    "current": "policy that the optimiser updates",
+    "rollout": "policy that drew the training pictures",
+    "best": "averaged policy with the best evaluation",
 }
 
 
@@ -52,7 +55,9 @@ class Facts:
     records: Records
 
 
-def model_card(facts: Facts, checks: Mapping[str, Any] | None, merged: bool) -> tuple[str, dict[str, epath.Path]]:
+def model_card(
+    facts: Facts, checks: Mapping[str, Any] | None, merged: bool
+) -> tuple[str, dict[str, epath.Path]]:
     """The text, and the pictures it shows: {name in the folder: file}.
 
     Args:
@@ -62,8 +67,15 @@ def model_card(facts: Facts, checks: Mapping[str, Any] | None, merged: bool) -> 
     """
     evaluation = evaluation_of(facts)
     shown, pictures = _pictures(facts, evaluation)
-    parts = [_header(facts, shown), _introduction(facts), _results(facts, evaluation), _strip(shown),
-             _usage(facts, merged), _verified(checks), _licence(facts)]
+    parts = [
+        _header(facts, shown),
+        _introduction(facts),
+        _results(facts, evaluation),
+        _strip(shown),
+        _usage(facts, merged),
+        _verified(checks),
+        _licence(facts),
+    ]
     return "\n".join(part for part in parts if part), pictures
 
 
@@ -81,10 +93,26 @@ def _header(facts: Facts, shown: list[tuple[str, str, str]]) -> str:
     if facts.embedded:
         lines.append("license: apache-2.0")
     elif facts.on_hub and facts.base.startswith("stabilityai/"):
-        lines += ["license: other", "license_name: stabilityai-ai-community",
-                  f"license_link: https://huggingface.co/{facts.base}/blob/main/LICENSE.md"]
-    lines += ["tags:", *(f"- {tag}" for tag in ("lora", "diffusers", "peft", "stable-diffusion-3", "text-to-image",
-                                                "reinforcement-learning", "marble"))]
+        lines += [
+            "license: other",
+            "license_name: stabilityai-ai-community",
+            f"license_link: https://huggingface.co/{facts.base}/blob/main/LICENSE.md",
+        ]
+    lines += [
+        "tags:",
+        *(
+            f"- {tag}"
+            for tag in (
+                "lora",
+                "diffusers",
+                "peft",
+                "stable-diffusion-3",
+                "text-to-image",
+                "reinforcement-learning",
+                "marble",
+            )
+        ),
+    ]
     if shown:
         lines.append("widget:")
         for prompt, _, after in shown:
@@ -94,21 +122,31 @@ def _header(facts: Facts, shown: list[tuple[str, str, str]]) -> str:
 
 def _introduction(facts: Facts) -> str:
     run = facts.records.run
-    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.on_hub else (
-        "the pipeline that ships with marble_jax" if facts.embedded else f"`{facts.base}`")
-    lines = [f"# {facts.name}", "",
-             f"LoRA adapter for {base}: rank {facts.spec.rank}, alpha {facts.spec.alpha:g}, {facts.num_layers} layers, "
-             f"{facts.num_values:,} values. Trained with reinforcement learning on several rewards at once (MARBLE, "
-             "arXiv 2605.06507, by marble_jax), without classifier-free guidance.", "",
-             f"- policy: {facts.which}, the {_POLICIES[facts.which]}; after step {facts.step}"]
+    base = (
+        f"[{facts.base}](https://huggingface.co/{facts.base})"
+        if facts.on_hub
+        else ("the pipeline that ships with marble_jax" if facts.embedded else f"`{facts.base}`")
+    )
+    lines = [
+        f"# {facts.name}",
+        "",
+        f"LoRA adapter for {base}: rank {facts.spec.rank}, alpha {facts.spec.alpha:g}, {facts.num_layers} layers, "
+        f"{facts.num_values:,} values. Trained with reinforcement learning on several rewards at once (MARBLE, "
+        "arXiv 2605.06507, by marble_jax), without classifier-free guidance.",
+        "",
+        f"- policy: {facts.which}, the {_POLICIES[facts.which]}; after step {facts.step}",
+    ]
     if run.get("method"):
         lines.append(f"- method: {run['method']}")
     if facts.records.rewards:
         lines.append(f"- rewards: {', '.join(facts.records.rewards)}")
     if facts.records.heldout:
         lines.append(f"- measured, never trained on: {', '.join(facts.records.heldout)}")
-    lines += [f"- resolution: {facts.resolution} px; T5 tokens a prompt: {facts.tokens}",
-              f"- adapted layers: {', '.join(f'`{t}`' for t in facts.spec.targets)}", ""]
+    lines += [
+        f"- resolution: {facts.resolution} px; T5 tokens a prompt: {facts.tokens}",
+        f"- adapted layers: {', '.join(f'`{t}`' for t in facts.spec.targets)}",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -117,26 +155,48 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
     if evaluation is None or records.base is None:
         return "## Results\n\nNot evaluated.\n"
     config = records.run.get("config") or {}
-    how = ", ".join(text + str(config[key]) for key, text in (
-        ("evaluation.solver", ""), ("evaluation.num_steps", "steps: "), ("evaluation.seed", "seed: ")) if key in config)
-    of = "" if facts.which in ("ema", "best") and step_of(evaluation) == facts.step else (
-        f" These are the scores of the averaged policy after step {step_of(evaluation)}.")
-    lines = ["## Results", "",
-             f"{evaluation.get('num_prompts', '?')} held-out prompts, the same noise before and after ({how}); gain "
-             f"with 95 % bootstrap interval over the prompts.{of}", "",
-             "| reward | base model | with the adapter | gain | prompts |", "|---|---|---|---|---|"]
+    how = ", ".join(
+        text + str(config[key])
+        for key, text in (
+            ("evaluation.solver", ""),
+            ("evaluation.num_steps", "steps: "),
+            ("evaluation.seed", "seed: "),
+        )
+        if key in config
+    )
+    of = (
+        ""
+        if facts.which in ("ema", "best") and step_of(evaluation) == facts.step
+        else (f" These are the scores of the averaged policy after step {step_of(evaluation)}.")
+    )
+    lines = [
+        "## Results",
+        "",
+        f"{evaluation.get('num_prompts', '?')} held-out prompts, the same noise before and after ({how}); gain "
+        f"with 95 % bootstrap interval over the prompts.{of}",
+        "",
+        "| reward | base model | with the adapter | gain | prompts |",
+        "|---|---|---|---|---|",
+    ]
     for name in records.names:
         before, after = records.score(records.base, name), records.score(evaluation, name)
         gain = records.score(evaluation, name, "gain")
         label = name + (" (never trained on)" if name in records.heldout else "")
-        change = "-" if math.isnan(gain["mean"]) else f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        change = (
+            "-"
+            if math.isnan(gain["mean"])
+            else f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        )
         count = "-" if math.isnan(after["count"]) else f"{after['count']:.0f}"
-        lines.append(f"| {label} | {_figure(before['mean'])} | {_figure(after['mean'])} | {change} | {count} |")
+        lines.append(
+            f"| {label} | {_figure(before['mean'])} | {_figure(after['mean'])} | {change} | {count} |"
+        )
     return "\n".join([*lines, ""])
 
 
-def _pictures(facts: Facts, evaluation: dict[str, Any] | None
-              ) -> tuple[list[tuple[str, str, str]], dict[str, epath.Path]]:
+def _pictures(
+    facts: Facts, evaluation: dict[str, Any] | None
+) -> tuple[list[tuple[str, str, str]], dict[str, epath.Path]]:
     """(prompt, name before, name after) of the pictures shown, and the files by name."""
     shown, files = [], {}
     for number, strip in enumerate(facts.records.strips if evaluation else ()):
@@ -162,11 +222,16 @@ def _usage(facts: Facts, merged: bool) -> str:
     base = facts.base
     opening = ""
     if facts.embedded:
-        opening, place = "from importlib.resources import files\n", 'str(files("marble_jax") / "embedded/pipeline")'
+        opening, place = (
+            "from importlib.resources import files\n",
+            'str(files("marble_jax") / "embedded/pipeline")',
+        )
     else:
         place = f'"{base}"'
-    call = (f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={facts.resolution}, '
-            f"width={facts.resolution}, max_sequence_length={facts.tokens}).images[0]")
+    call = (
+        f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={facts.resolution}, '
+        f"width={facts.resolution}, max_sequence_length={facts.tokens}).images[0]"
+    )
     text = f"""## Use
 
 `DIR` is this folder, or its name on the hub.
@@ -199,24 +264,35 @@ pipe.transformer = SD3Transformer2DModel.from_pretrained("DIR", subfolder="trans
 ```
 """
     fits = (facts.spec.rank, facts.spec.alpha) == (32, 64.0)
-    return text + f"""
+    return (
+        text
+        + f"""
 ComfyUI and other readers of single files: take `pytorch_lora_weights.safetensors`, strength 1. alpha / rank =
 {facts.spec.scale:g} is part of its matrices, as these readers (and diffusers) run a file without alpha at alpha = rank.
 `adapter_model.safetensors` is PEFT's: its strength is in `adapter_config.json`, and without that file it acts at
 1/{facts.spec.scale:g} of its strength. `lora/` holds PEFT's files once more, for `evaluation.py --checkpoint_path` of
 MARBLE, which assumes rank 32 and alpha 64{"" if fits else " (not this adapter's: use its `--lora_hf_path`)"}.
 """
+    )
 
 
 def _verified(checks: Mapping[str, Any] | None) -> str:
     if not checks:
         return ""
-    lines = ["## Verified", "",
-             f"One prompt drawn in {checks['num_steps']} steps in float32 and compared with the trainer's own picture, "
-             f"which the adapter changes by up to {checks['effect']:.3f} a pixel (of 1). Strength is the share of that "
-             "change that the reader makes: 1 is right.", "",
-             "| read by | largest difference a pixel | strength |", "|---|---|---|"]
-    lines += [f"| {name} | {c['difference']:.2g} | {c['strength']:.3f} |" for name, c in checks["readers"].items()]
+    lines = [
+        "## Verified",
+        "",
+        f"One prompt drawn in {checks['num_steps']} steps in float32 and compared with the trainer's own picture, "
+        f"which the adapter changes by up to {checks['effect']:.3f} a pixel (of 1). Strength is the share of that "
+        "change that the reader makes: 1 is right.",
+        "",
+        "| read by | largest difference a pixel | strength |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {c['difference']:.2g} | {c['strength']:.3f} |"
+        for name, c in checks["readers"].items()
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -224,11 +300,15 @@ def _licence(facts: Facts) -> str:
     if facts.embedded:
         return "## Licence\n\nApache-2.0, as the pipeline it was trained on.\n"
     if facts.on_hub and facts.base.startswith("stabilityai/"):
-        return ("## Licence\n\nDerived from a Stability AI model: the Stability AI Community License of "
-                f"[{facts.base}](https://huggingface.co/{facts.base}) applies to this adapter and to what is made with "
-                "it.\n")
-    return ("## Licence\n\nAn adapter is derived from its base model; the licence of the base model applies. Add it as "
-            "`license:` at the top before publishing.\n")
+        return (
+            "## Licence\n\nDerived from a Stability AI model: the Stability AI Community License of "
+            f"[{facts.base}](https://huggingface.co/{facts.base}) applies to this adapter and to what is made with "
+            "it.\n"
+        )
+    return (
+        "## Licence\n\nAn adapter is derived from its base model; the licence of the base model applies. Add it as "
+        "`license:` at the top before publishing.\n"
+    )
 
 
 def _figure(value: float) -> str:

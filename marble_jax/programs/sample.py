@@ -1,4 +1,5 @@
 """Pictures of prompts from a model, or from a policy of a training run, as files."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -50,7 +51,9 @@ def run_config(workdir: Workdir) -> ml_collections.ConfigDict:
       InputError: there is no run, or its record is damaged.
     """
     if not (workdir.path / "config.json").exists():
-        raise InputError(f"--workdir: expected a training run (with config.json); received {workdir.path}")
+        raise InputError(
+            f"--workdir: expected a training run (with config.json); received {workdir.path}"
+        )
     config = default_config()
     for name, value in workdir.config().items():
         if name in KEYS:
@@ -63,7 +66,11 @@ def run_config(workdir: Workdir) -> ml_collections.ConfigDict:
 
 
 def run_adapter(
-    config: ml_collections.ConfigDict, workdir: Workdir, shapes: Any, policy: str, step: int | None = None
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    shapes: Any,
+    policy: str,
+    step: int | None = None,
 ) -> tuple[Adapter, int]:
     """A policy's adapter from a checkpoint, and the step it is of.
 
@@ -79,17 +86,23 @@ def run_adapter(
     """
     spec, count = build.lora_spec(config), len(config.rewards.train)
     adapter = lora.init_adapter(jax.random.key(0), shapes, spec)
-    blank = initial_state(adapter, build.make_optimizer(config), count, build.balancer_of(config).init(count), 0)
+    blank = initial_state(
+        adapter, build.make_optimizer(config), count, build.balancer_of(config).init(count), 0
+    )
     if not workdir.checkpoints.exists():
-        raise InputError(f"--workdir: expected a run with a checkpoint; received {workdir.path}, which has none yet")
+        raise InputError(
+            f"--workdir: expected a run with a checkpoint; received {workdir.path}, which has none yet"
+        )
     checkpoints = Checkpoints(workdir.checkpoints, say=Console().say)
     try:
         step, state = checkpoints.restore(blank, step)
     finally:
         checkpoints.close()
     if policy == "best" and not np.isfinite(state.best_score):
-        raise InputError(f"policy: expected one that the run has; received 'best' of {workdir.path}, where no "
-                         "evaluation since the start is on record")
+        raise InputError(
+            f"policy: expected one that the run has; received 'best' of {workdir.path}, where no "
+            "evaluation since the start is on record"
+        )
     return getattr(state, policy), int(state.best_step) if policy == "best" else step
 
 
@@ -154,13 +167,18 @@ class Models:
             self._pipeline = None  # before the next one is read
             everywhere = NamedSharding(mesh, device_mesh.EVERYWHERE)
             self._pipeline = load_pipeline(
-                root, dtype=build.DTYPES[dtype], text_encoders=False,
+                root,
+                dtype=build.DTYPES[dtype],
+                text_encoders=False,
                 attention=over(attention, build.DTYPES[dtype], mesh),
-                place=lambda component, path, leaf: device_mesh.read_into(everywhere, leaf))
+                place=lambda component, path, leaf: device_mesh.read_into(everywhere, leaf),
+            )
             self._key = key
         return self._pipeline
 
-    def texts(self, root: pathlib.Path, tokens: int, dtype: str, t5: bool, cache: str) -> Embeddings:
+    def texts(
+        self, root: pathlib.Path, tokens: int, dtype: str, t5: bool, cache: str
+    ) -> Embeddings:
         """Conditioning by the text encoders in `root`."""
         key = (root, tokens, dtype, t5, cache)
         for other, held in self._texts.items():
@@ -195,7 +213,11 @@ class Painter:
         if source.workdir:
             self._place = Workdir(source.workdir)
             self.config = config = run_config(self._place)
-            where, self._dtype, self._attention = config.model.path, config.model.dtype, config.model.attention
+            where, self._dtype, self._attention = (
+                config.model.path,
+                config.model.dtype,
+                config.model.attention,
+            )
             tokens, t5 = tokens or config.model.max_sequence_length, t5 and config.model.t5
             self.origin = f"{source.workdir} {source.policy}"
         self.root = find_model(build.place_of(where, "pipeline"), text_encoder_3=t5)
@@ -207,7 +229,9 @@ class Painter:
 
     def prepare(self, texts: Sequence[str], console: Console) -> None:
         """Before `open`: with an embedding cache, encodes all texts and lets go of the text encoders."""
-        self._cond = self._models.texts(self.root, self._tokens, self._dtype, self._t5, self._settings.embedding_cache)
+        self._cond = self._models.texts(
+            self.root, self._tokens, self._dtype, self._t5, self._settings.embedding_cache
+        )
         if not self._settings.embedding_cache or not texts:
             return
         texts = [*texts, *([self._settings.negative] if self._settings.guidance > 1 else [])]
@@ -226,27 +250,43 @@ class Painter:
         pipeline = self._models.pipeline(self.root, self._dtype, self._attention, self._mesh)
         network, adapter = pipeline.model, None
         if self._place is not None and self._source.policy != "base":
-            adapter, step = run_adapter(self.config, self._place, pipeline.params, self._source.policy)
+            adapter, step = run_adapter(
+                self.config, self._place, pipeline.params, self._source.policy
+            )
             network = network.clone(lora_scale=build.lora_spec(self.config).scale)
             self.origin = f"{self._source.workdir} {self._source.policy} after step {step}"
         adapter = add_loras(self._source.loras, pipeline.params, network.lora_scale, adapter)
         self.origin += f" with {self._source.loras}" if self._source.loras else ""
-        self._adapter = None if adapter is None else device_mesh.place_everywhere(self._mesh, adapter)
+        self._adapter = (
+            None if adapter is None else device_mesh.place_everywhere(self._mesh, adapter)
+        )
         side = pipeline.model.config.sample_size * pipeline.vae.config.downsampling
         own = side if self.config is None else self.config.model.resolution
         self._shape = pipeline.latent_shape(*(self._settings.size or (own, own)))
-        cell, largest = pipeline.vae.config.downsampling, pipeline.model.side * pipeline.model.config.patch_size
+        cell, largest = (
+            pipeline.vae.config.downsampling,
+            pipeline.model.side * pipeline.model.config.patch_size,
+        )
         if max(self._shape[:2]) > largest:
-            raise InputError(f"--size: expected at most the model's {largest * cell} pixels; received "
-                             f"{self._shape[0] * cell} x {self._shape[1] * cell}")
+            raise InputError(
+                f"--size: expected at most the model's {largest * cell} pixels; received "
+                f"{self._shape[0] * cell} x {self._shape[1] * cell}"
+            )
         self.size = self._shape[0] * cell, self._shape[1] * cell
         settings = self._settings
-        sigmas = sigma_grid(settings.num_steps, pipeline.scheduler.shift, pipeline.scheduler.num_train_timesteps)
+        sigmas = sigma_grid(
+            settings.num_steps, pipeline.scheduler.shift, pipeline.scheduler.num_train_timesteps
+        )
         table = solver_table(settings.solver, sigmas)
 
         @jax.jit
-        def latents(params: Any, adapter: Adapter | None, cond: Conditioning, away: Conditioning | None,
-                    noise: jax.Array) -> jax.Array:
+        def latents(
+            params: Any,
+            adapter: Adapter | None,
+            cond: Conditioning,
+            away: Conditioning | None,
+            noise: jax.Array,
+        ) -> jax.Array:
             def velocity(x: jax.Array, sigma: jax.Array, c: Conditioning) -> jax.Array:
                 return transformer.velocity(network, params, adapter, x, sigma, c)
 
@@ -260,7 +300,9 @@ class Painter:
         """Lets go of the weights, for good."""
         self._pipeline = self._latents = self._adapter = self._cond = self._models = None
 
-    def record(self, known: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def record(
+        self, known: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that decides what a picture looks like, and file hashes that make the next call quick.
 
         The weights count by their contents, not by their place.
@@ -273,9 +315,16 @@ class Painter:
     def plan(self) -> dict[str, Any]:
         """The part of `record` that is known before any weights are read."""
         settings = self._settings
-        return {"seed": settings.seed, "steps": settings.num_steps, "solver": settings.solver,
-                "guidance": max(settings.guidance, 1.0), "negative": settings.negative if settings.guidance > 1 else "",
-                "tokens": self._tokens, "t5": self._t5, "dtype": self._dtype}
+        return {
+            "seed": settings.seed,
+            "steps": settings.num_steps,
+            "solver": settings.solver,
+            "guidance": max(settings.guidance, 1.0),
+            "negative": settings.negative if settings.guidance > 1 else "",
+            "tokens": self._tokens,
+            "t5": self._t5,
+            "dtype": self._dtype,
+        }
 
     def _digest(self) -> str:
         """Hash of the adapter's values; empty without one."""
@@ -294,23 +343,42 @@ class Painter:
         found = []
         for part in np.split(rows, len(rows) // self._batch):
             cond = self._cond([texts[i] for i in part])
-            away = self._cond([self._settings.negative] * len(part)) if self._settings.guidance > 1 else None
-            noise = picture_noise(jax.random.key(self._settings.seed), [index[i] for i in part], self._shape)
+            away = (
+                self._cond([self._settings.negative] * len(part))
+                if self._settings.guidance > 1
+                else None
+            )
+            noise = picture_noise(
+                jax.random.key(self._settings.seed), [index[i] for i in part], self._shape
+            )
             cond, away, noise = device_mesh.place_batch(self._mesh, (cond, away, noise))
             drawn = self._latents(self._pipeline.params, self._adapter, cond, away, noise)
-            found.append(np.asarray(self._pipeline.decode(drawn, min(len(part), max(self._mesh.size, DECODE_BATCH)))))
+            found.append(
+                np.asarray(
+                    self._pipeline.decode(drawn, min(len(part), max(self._mesh.size, DECODE_BATCH)))
+                )
+            )
         return np.concatenate(found)[:n]
 
     def texts(self, index: int, prompt: str) -> dict[str, str]:
         """What is written into picture `index`."""
         settings = self._settings
-        written = {"prompt": prompt, "seed": f"{settings.seed}:{index}", "model": self.origin,
-                   "steps": str(settings.num_steps), "solver": settings.solver, "guidance": f"{settings.guidance:g}",
-                   "size": "x".join(map(str, self.size)), "software": f"marble_jax {VERSION}"}
+        written = {
+            "prompt": prompt,
+            "seed": f"{settings.seed}:{index}",
+            "model": self.origin,
+            "steps": str(settings.num_steps),
+            "solver": settings.solver,
+            "guidance": f"{settings.guidance:g}",
+            "size": "x".join(map(str, self.size)),
+            "software": f"marble_jax {VERSION}",
+        }
         return written | ({"negative prompt": settings.negative} if settings.guidance > 1 else {})
 
 
-def fill_album(album: Album, painter: Painter, prompts: Sequence[str], batch: int, console: Console, what: str) -> int:
+def fill_album(
+    album: Album, painter: Painter, prompts: Sequence[str], batch: int, console: Console, what: str
+) -> int:
     """Draws the pictures that an album lacks; a kill loses at most one batch.
 
     Returns:
@@ -331,11 +399,13 @@ def fill_album(album: Album, painter: Painter, prompts: Sequence[str], batch: in
         with writable(album.path):
             Workdir(album.path).write_json(hashes.name, files)
     height, width = painter.size
-    console.say(f"{what}: {len(prompts)} pictures of {height} x {width} px, {len(prompts) - len(todo)} already in "
-                f"{album.path}; {painter.origin}")
+    console.say(
+        f"{what}: {len(prompts)} pictures of {height} x {width} px, {len(prompts) - len(todo)} already in "
+        f"{album.path}; {painter.origin}"
+    )
     with console.bar(len(todo), what, "img") as bar:
         for start in range(0, len(todo), batch):
-            chosen = todo[start:start + batch]
+            chosen = todo[start : start + batch]
             for i, picture in zip(chosen, painter.draw([prompts[i] for i in chosen], chosen)):
                 album.save(i, picture, painter.texts(i, prompts[i]))
             bar.update(len(chosen))
@@ -350,7 +420,9 @@ def _read_hashes(file: epath.Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def draw_pictures(prompts: Sequence[str], out: str, source: Source, settings: Settings, with_grid: bool) -> None:
+def draw_pictures(
+    prompts: Sequence[str], out: str, source: Source, settings: Settings, with_grid: bool
+) -> None:
     """Writes `out/00000.png` and so on; a picture that is there is not drawn again.
 
     Args:

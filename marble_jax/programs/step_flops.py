@@ -2,6 +2,7 @@
 
 Used before a run by `marble-jax plan` and during it for the TFLOP/s of the step line. Rewards are left out.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -48,7 +49,9 @@ class StepWork:
         return self.solve if solved else self.between
 
 
-def step_work(config: ml_collections.ConfigDict, sizes: Sizes, sample: Work, decode: float) -> StepWork:
+def step_work(
+    config: ml_collections.ConfigDict, sizes: Sizes, sample: Work, decode: float
+) -> StepWork:
     """The work of a step of `config`.
 
     Args:
@@ -72,12 +75,18 @@ def step_work(config: ml_collections.ConfigDict, sizes: Sizes, sample: Work, dec
     again = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}[config.model.remat]
     forward = sample.base if config.rollout.merge_adapter else sample.forward
     return StepWork(
-        rollout=sizes.pictures * config.rollout.num_steps * forward, decode=sizes.pictures * decode, solve=solve,
-        between=solve if share == 1 else between, recomputed=sizes.samples * again, solve_share=share)
+        rollout=sizes.pictures * config.rollout.num_steps * forward,
+        decode=sizes.pictures * decode,
+        solve=solve,
+        between=solve if share == 1 else between,
+        recomputed=sizes.samples * again,
+        solve_share=share,
+    )
 
 
-def speed(work: StepWork, record: Mapping[str, Any], pictures: int, num_devices: int, chip: Chip | None
-          ) -> dict[str, float]:
+def speed(
+    work: StepWork, record: Mapping[str, Any], pictures: int, num_devices: int, chip: Chip | None
+) -> dict[str, float]:
     """Pictures a second, TFLOP/s a device and, where the chip's peak is known, the share of it (MFU), of one step.
 
     MFU counts what the recipe asks for and not what rematerialisation adds, as Chowdhery et al. 2022
@@ -102,10 +111,19 @@ def speed(work: StepWork, record: Mapping[str, Any], pictures: int, num_devices:
     return found
 
 
-def work_of(config: ml_collections.ConfigDict, sizes: Sizes, pipeline: Pipeline, adapter: Adapter) -> StepWork:
+def work_of(
+    config: ml_collections.ConfigDict, sizes: Sizes, pipeline: Pipeline, adapter: Adapter
+) -> StepWork:
     """The work of a step of a run whose model is loaded."""
     height, width, _ = pipeline.latent_shape(config.model.resolution, config.model.resolution)
     architecture = pipeline.model.config
-    sample = transformer(architecture, pipeline.params, adapter, height * width // architecture.patch_size**2,
-                         clip_length(pipeline.directory) + config.model.max_sequence_length)
-    return step_work(config, sizes, sample, decoder(pipeline.vae.config, pipeline.vae_params, height, width))
+    sample = transformer(
+        architecture,
+        pipeline.params,
+        adapter,
+        height * width // architecture.patch_size**2,
+        clip_length(pipeline.directory) + config.model.max_sequence_length,
+    )
+    return step_work(
+        config, sizes, sample, decoder(pipeline.vae.config, pipeline.vae_params, height, width)
+    )

@@ -1,4 +1,5 @@
 """A training run from end to end: workdir, start-up table, loop, evaluations, checkpoints, report."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -35,7 +36,16 @@ from marble_jax.training.records import Events
 from marble_jax.training.state import TrainState
 from marble_jax.types import Scores
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "ml_collections", "transformers")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "jaxopt",
+    "ml_collections",
+    "transformers",
+)
 
 
 class Evaluations:
@@ -46,7 +56,9 @@ class Evaluations:
         self._deciding = deciding_rewards(run.config)
         self._base: Scores | None = None
 
-    def __call__(self, state: TrainState, give_way: Callable[[], None] = lambda: None) -> TrainState:
+    def __call__(
+        self, state: TrainState, give_way: Callable[[], None] = lambda: None
+    ) -> TrainState:
         """Evaluates the averaged policy (the base model at step 0, which it equals).
 
         Args:
@@ -55,7 +67,9 @@ class Evaluations:
         """
         step = int(state.step)
         records = self._workdir.evaluations
-        done = distributed.from_first("evaluations", lambda: [r["step"] for r in self._workdir.read(records)])
+        done = distributed.from_first(
+            "evaluations", lambda: [r["step"] for r in self._workdir.read(records)]
+        )
         base = self._reference(0 in done, give_way)
         if step in done:
             return state
@@ -63,43 +77,62 @@ class Evaluations:
             return state
         scores, pictures, seconds = self._scores(state, f"step {step} evaluation", give_way)
         gain = gains(scores, base, self._run.evaluator.groups)
-        distributed.from_first("evaluation", lambda: self._write(step, "ema", scores, pictures, gain, seconds))
+        distributed.from_first(
+            "evaluation", lambda: self._write(step, "ema", scores, pictures, gain, seconds)
+        )
         better = standardised_gain(scores, base, self._deciding)
         ups = " ".join(f"{n} {gain[n]['mean']:+.3f}" for n in scores.names)
-        self._console.say(f"evaluation after step {step} ({len(self._run.evaluator.prompts)} held-out prompts, "
-                          f"{duration(seconds)}): gain {ups}")
+        self._console.say(
+            f"evaluation after step {step} ({len(self._run.evaluator.prompts)} held-out prompts, "
+            f"{duration(seconds)}): gain {ups}"
+        )
         if better > float(state.best_score):
             # Placed like what they replace: an array that lies elsewhere would have the steps compiled anew.
             state = state.replace(
                 best_score=distributed.put(np.float32(better), state.best_score.sharding),
                 best_step=distributed.put(np.int32(step), state.best_step.sharding),
-                best=jax.tree.map(jnp.copy, state.ema))
+                best=jax.tree.map(jnp.copy, state.ema),
+            )
         return state
 
     def _reference(self, on_record: bool, give_way: Callable[[], None]) -> Scores:
         """The base model's scores, evaluated once a run and read back on resume; a kill may come between the record
         of the evaluation and the scores themselves."""
         if self._base is None:
-            there = distributed.from_first("base scores", lambda: _read_scores(self._workdir.path / "base_scores.json"))
+            there = distributed.from_first(
+                "base scores", lambda: _read_scores(self._workdir.path / "base_scores.json")
+            )
             if there is not None:
                 self._base = _scores_of(there)
             else:
-                scores, pictures, seconds = self._scores(None, "evaluation of the base model", give_way)
+                scores, pictures, seconds = self._scores(
+                    None, "evaluation of the base model", give_way
+                )
 
                 def write() -> None:
                     if not on_record:
                         self._write(0, "base", scores, pictures, None, seconds)
-                    self._workdir.write_json("base_scores.json", {
-                        "names": scores.names, "values": scores.values, "valid": scores.valid, "failed": scores.failed})
+                    self._workdir.write_json(
+                        "base_scores.json",
+                        {
+                            "names": scores.names,
+                            "values": scores.values,
+                            "valid": scores.valid,
+                            "failed": scores.failed,
+                        },
+                    )
 
                 distributed.from_first("evaluation", write)
                 self._base = scores
-                self._console.say(f"evaluation of the base model: {len(self._run.evaluator.prompts)} held-out prompts, "
-                                  f"{duration(seconds)}")
+                self._console.say(
+                    f"evaluation of the base model: {len(self._run.evaluator.prompts)} held-out prompts, "
+                    f"{duration(seconds)}"
+                )
         return self._base
 
-    def _scores(self, state: TrainState | None, what: str, give_way: Callable[[], None]
-                ) -> tuple[Scores, np.ndarray, float]:
+    def _scores(
+        self, state: TrainState | None, what: str, give_way: Callable[[], None]
+    ) -> tuple[Scores, np.ndarray, float]:
         def progress(count: int) -> None:
             bar.update(count)
             give_way()
@@ -112,23 +145,41 @@ class Evaluations:
             scores, pictures = run.evaluator(params, adapter, progress)
         return scores, pictures, time.perf_counter() - start
 
-    def _write(self, step: int, policy: str, scores: Scores, pictures: np.ndarray, gain: dict | None,
-               seconds: float) -> None:
+    def _write(
+        self,
+        step: int,
+        policy: str,
+        scores: Scores,
+        pictures: np.ndarray,
+        gain: dict | None,
+        seconds: float,
+    ) -> None:
         evaluator = self._run.evaluator
         folder = self._workdir.samples / f"step_{step:06d}"
         for i, picture in enumerate(pictures):
             prompt = evaluator.prompts[evaluator.kept[i]].text
             save_png(folder / f"{i:02d}.png", picture, {"prompt": prompt, "step": str(step)})
-        self._workdir.write_json("samples/prompts.json", [
-            {"prompt": evaluator.prompts[i].text, "seed": i} for i in evaluator.kept])
-        record: dict[str, Any] = {"step": step, "policy": policy, "num_prompts": len(evaluator.prompts),
-                                  "scores": summary(scores, evaluator.groups), "seconds": seconds}
+        self._workdir.write_json(
+            "samples/prompts.json",
+            [{"prompt": evaluator.prompts[i].text, "seed": i} for i in evaluator.kept],
+        )
+        record: dict[str, Any] = {
+            "step": step,
+            "policy": policy,
+            "num_prompts": len(evaluator.prompts),
+            "scores": summary(scores, evaluator.groups),
+            "seconds": seconds,
+        }
         if gain is not None:
             record["gain"] = gain
         if scores.failed.any():
-            record["failed"] = {n: int(f.sum()) for n, f in zip(scores.names, scores.failed) if f.any()}
+            record["failed"] = {
+                n: int(f.sum()) for n, f in zip(scores.names, scores.failed) if f.any()
+            }
         self._workdir.append(self._workdir.evaluations, record)
-        self._events.write(step, {f"evaluation/score/{n}": v["mean"] for n, v in record["scores"].items()})
+        self._events.write(
+            step, {f"evaluation/score/{n}": v["mean"] for n, v in record["scores"].items()}
+        )
 
 
 def _read_scores(file: epath.Path) -> dict[str, Any] | None:
@@ -137,12 +188,20 @@ def _read_scores(file: epath.Path) -> dict[str, Any] | None:
         found = json.loads(file.read_bytes()) if file.exists() else None
     except ValueError:
         found = None
-    return found if isinstance(found, dict) and {"names", "values", "valid", "failed"} <= set(found) else None
+    return (
+        found
+        if isinstance(found, dict) and {"names", "values", "valid", "failed"} <= set(found)
+        else None
+    )
 
 
 def _scores_of(record: Mapping[str, Any]) -> Scores:
-    return Scores(tuple(record["names"]), np.asarray(record["values"], np.float32), np.asarray(record["valid"], bool),
-                  np.asarray(record["failed"], bool))
+    return Scores(
+        tuple(record["names"]),
+        np.asarray(record["values"], np.float32),
+        np.asarray(record["valid"], bool),
+        np.asarray(record["failed"], bool),
+    )
 
 
 def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str) -> None:
@@ -164,23 +223,36 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     distributed.together("reward check", lambda: _check_rewards(run, console))
     if not existed:
         distributed.from_first("claim", lambda: workdir.claim(flatten(config)))
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoints.keep, config.checkpoints.keep_every, console.say)
+    checkpoints = Checkpoints(
+        workdir.checkpoints, config.checkpoints.keep, config.checkpoints.keep_every, console.say
+    )
     state, resumed = run.state, checkpoints.latest()
     if resumed is not None:
         _, state = checkpoints.restore(run.state, resumed)
     done = int(state.step)
     if done > config.training.num_steps:
-        raise InputError(f"training.num_steps: expected at least the {done} steps this workdir has done; received "
-                         f"{config.training.num_steps}")
+        raise InputError(
+            f"training.num_steps: expected at least the {done} steps this workdir has done; received "
+            f"{config.training.num_steps}"
+        )
     if existed:
         distributed.from_first("claim", lambda: workdir.claim(flatten(config)))
         distributed.from_first("cut", lambda: workdir.cut(done))
     _announce(run, workdir, console, done if existed else None)
     if done == config.training.num_steps:
-        console.say(f"all {done} steps are done: nothing to train; a larger training.num_steps goes on from here")
-    distributed.from_first("run.json", lambda: workdir.write_json("run.json", _run_record(run, command)))
-    events = Events(str(workdir.events), config.logging.tensorboard and distributed.is_first(),
-                    config.logging.wandb if distributed.is_first() else "", config.name, flatten(config))
+        console.say(
+            f"all {done} steps are done: nothing to train; a larger training.num_steps goes on from here"
+        )
+    distributed.from_first(
+        "run.json", lambda: workdir.write_json("run.json", _run_record(run, command))
+    )
+    events = Events(
+        str(workdir.events),
+        config.logging.tensorboard and distributed.is_first(),
+        config.logging.wandb if distributed.is_first() else "",
+        config.name,
+        flatten(config),
+    )
     evaluations = Evaluations(run, workdir, console, events)
 
     def record(step: int, values: dict[str, Any]) -> None:
@@ -190,32 +262,50 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
 
         distributed.from_first("record", write)
 
-    schedule = Schedule(config.training.num_steps, config.evaluation.every_steps, config.checkpoints.every_steps,
-                        config.export.every_steps)
+    schedule = Schedule(
+        config.training.num_steps,
+        config.evaluation.every_steps,
+        config.checkpoints.every_steps,
+        config.export.every_steps,
+    )
     exports = PeriodicExports(config, workdir, run.pipeline.params, console)
     work = work_of(config, run.sizes, run.pipeline, run.state.current)
     chip = accelerators.of_kind(jax.devices()[0].device_kind)
-    profiler = Profiler(parse_steps(config.logging.profile_steps) if distributed.is_first() else range(0),
-                        workdir.path / "profile")
+    profiler = Profiler(
+        parse_steps(config.logging.profile_steps) if distributed.is_first() else range(0),
+        workdir.path / "profile",
+    )
     training = config.training
     # The steps overwrite the state itself.
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), run.state)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), run.state
+    )
 
     def rollback(why: str, number: int) -> TrainState:
         step, found = checkpoints.restore(like)
         distributed.from_first("cut", lambda: workdir.cut(step))
-        console.say(f"{why}: back to step {step} with other random numbers (rollback {number} of "
-                    f"{training.max_rollbacks})")
+        console.say(
+            f"{why}: back to step {step} with other random numbers (rollback {number} of "
+            f"{training.max_rollbacks})"
+        )
         return fresh_stream(found, number)
 
     if training.non_finite == "rollback" and resumed is None:
         checkpoints.save(0, state)
-    hooks = Hooks(record, evaluations, lambda s: checkpoints.save(int(s.step), s), exports,
-                  lambda r: speed(work, r, run.sizes.pictures, jax.device_count(), chip), profiler,
-                  Guard(training.non_finite, training.non_finite_patience, training.max_rollbacks, rollback))
+    hooks = Hooks(
+        record,
+        evaluations,
+        lambda s: checkpoints.save(int(s.step), s),
+        exports,
+        lambda r: speed(work, r, run.sizes.pictures, jax.device_count(), chip),
+        profiler,
+        Guard(training.non_finite, training.non_finite_patience, training.max_rollbacks, rollback),
+    )
     try:
         if done and schedule.evaluates(done):
-            state = evaluations(state)  # a reward may have stopped the run during this very evaluation
+            state = evaluations(
+                state
+            )  # a reward may have stopped the run during this very evaluation
         state = train(state, run.turn, schedule, hooks, console)
     except BaseException as error:
         distributed.end_unless((Interrupted,), error)
@@ -248,8 +338,13 @@ def _check_rewards(run: build.Run, console: Console) -> None:
         return
     # What is on record was scored by our rules, not by upstream's.
     directory = None if config.harmonize.mode == "faithful" else build.reward_place(config)
-    for remark in before_training(rewards, config.model.resolution, directory, config.rollout.batch_size,
-                                  config.rewards.timeout):
+    for remark in before_training(
+        rewards,
+        config.model.resolution,
+        directory,
+        config.rollout.batch_size,
+        config.rewards.timeout,
+    ):
         console.say(remark)
 
 
@@ -257,11 +352,22 @@ def _run_record(run: build.Run, command: str) -> dict[str, Any]:
     config = run.config
     devices = jax.devices()
     return {
-        "name": config.name, "method": method_name(config), "rewards": list(config.rewards.train),
-        "heldout_rewards": list(config.rewards.heldout), "num_steps": config.training.num_steps,
-        "config": flatten(config), "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-        "hardware": {"device": devices[0].device_kind, "devices": len(devices), "processes": jax.process_count()},
-        "command": command, "differences_from_faithful": differences_from_faithful(config), "started": time.time()}
+        "name": config.name,
+        "method": method_name(config),
+        "rewards": list(config.rewards.train),
+        "heldout_rewards": list(config.rewards.heldout),
+        "num_steps": config.training.num_steps,
+        "config": flatten(config),
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "hardware": {
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+            "processes": jax.process_count(),
+        },
+        "command": command,
+        "differences_from_faithful": differences_from_faithful(config),
+        "started": time.time(),
+    }
 
 
 def method_name(config: ml_collections.ConfigDict) -> str:
@@ -271,30 +377,41 @@ def method_name(config: ml_collections.ConfigDict) -> str:
     else:
         name = "MARBLE" if config.harmonize.balancer == "marble" else config.harmonize.balancer
         name = f"{name}, {config.harmonize.mode}"
-    parts = [name, f"{len(config.advantages.stages)} stages" if config.advantages.stages else "",
-             "reward dropout" if config.advantages.dropout else ""]
+    parts = [
+        name,
+        f"{len(config.advantages.stages)} stages" if config.advantages.stages else "",
+        "reward dropout" if config.advantages.dropout else "",
+    ]
     return ", ".join(part for part in parts if part)
 
 
 def deciding_rewards(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """Names of the rewards that choose the best policy (`evaluation.best`)."""
     trained, heldout = tuple(config.rewards.train), tuple(config.rewards.heldout)
-    return {"train": trained, "heldout": heldout or trained, "all": trained + heldout}[config.evaluation.best]
+    return {"train": trained, "heldout": heldout or trained, "all": trained + heldout}[
+        config.evaluation.best
+    ]
 
 
 def differences_from_faithful(config: ml_collections.ConfigDict) -> list[str]:
     """What this configuration does differently from upstream's code, a sentence each."""
     found = []
     if config.harmonize.mode != "faithful":
-        found += ["alpha is solved on the whole batch of an optimiser step, not on one micro-step",
-                  "steps between solves weigh gradients, not advantages: a missing reward stays missing, and the "
-                  "factor mean|g|/|g_k| is kept"]
+        found += [
+            "alpha is solved on the whole batch of an optimiser step, not on one micro-step",
+            "steps between solves weigh gradients, not advantages: a missing reward stays missing, and the "
+            "factor mean|g|/|g_k| is kept",
+        ]
     if not config.rollout.integer_timesteps:
-        found.append("rollouts see exact timesteps, as training does; upstream truncates them to integers")
-    found += ["resume restores every policy, the optimiser, alpha and the random state",
-              f"the best policy is chosen by standardised gain ({joined(deciding_rewards(config))}), not by the mean "
-              "of raw scores",
-              "a failed reward is missing, never 0"]
+        found.append(
+            "rollouts see exact timesteps, as training does; upstream truncates them to integers"
+        )
+    found += [
+        "resume restores every policy, the optimiser, alpha and the random state",
+        f"the best policy is chosen by standardised gain ({joined(deciding_rewards(config))}), not by the mean "
+        "of raw scores",
+        "a failed reward is missing, never 0",
+    ]
     return found
 
 
@@ -304,33 +421,66 @@ def _announce(run: build.Run, workdir: Workdir, console: Console, resumed: int |
     base = lora.num_parameters(run.pipeline.params)
     trained = lora.num_parameters(run.state.current)
     held = trained * 4 * (2 + (config.nft.kl_weight > 0)) * run.recipe.chunk / 1e6
-    console.say(f"marble_jax: {config.name}, {method_name(config)}" +
-                (f", resumed after step {resumed}" if resumed is not None else ""))
+    console.say(
+        f"marble_jax: {config.name}, {method_name(config)}"
+        + (f", resumed after step {resumed}" if resumed is not None else "")
+    )
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     start = f", from {config.lora.init}" if config.lora.init else ""
     rows = [
         ("devices", f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}"),
-        ("model", f"{config.model.path}: transformer {quantity(base)} {config.model.dtype}, adapter "
-                  f"{quantity(trained)} (rank {config.lora.rank}{start}), {config.model.resolution} px"),
-        ("base weights", sharding.described(run.mesh, "transformer", run.pipeline.params,
-                                            run.pipeline.model.config.attention_head_dim)),
-        ("rewards", f"{joined(config.rewards.train)}; never trained on: {joined(config.rewards.heldout)}"),
-        ("step", f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.pictures} "
-                 f"pictures in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} "
-                 f"timesteps: {sizes.samples} samples in {sizes.micro_steps} micro-steps"),
-        ("memory", f"per-sample adapter gradients up to {held:.0f} MB at a time, {len(config.rewards.train)} "
-                   f"accumulators of {trained * 4 / 1e6:.1f} MB"),
-        ("evaluation", f"{len(run.evaluator.prompts)} held-out prompts x {run.evaluator.images_per_prompt}, "
-                       f"{config.evaluation.num_steps} steps of "
-                       f"{config.evaluation.solver}" +
-                       (f", every {config.evaluation.every_steps} steps" if config.evaluation.every_steps else "")),
-        ("workdir", f"{workdir.path}: config.json metrics.jsonl evaluation.jsonl tensorboard/ samples/ checkpoints/ "
-                    "report.html"),
+        (
+            "model",
+            f"{config.model.path}: transformer {quantity(base)} {config.model.dtype}, adapter "
+            f"{quantity(trained)} (rank {config.lora.rank}{start}), {config.model.resolution} px",
+        ),
+        (
+            "base weights",
+            sharding.described(
+                run.mesh,
+                "transformer",
+                run.pipeline.params,
+                run.pipeline.model.config.attention_head_dim,
+            ),
+        ),
+        (
+            "rewards",
+            f"{joined(config.rewards.train)}; never trained on: {joined(config.rewards.heldout)}",
+        ),
+        (
+            "step",
+            f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.pictures} "
+            f"pictures in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} "
+            f"timesteps: {sizes.samples} samples in {sizes.micro_steps} micro-steps",
+        ),
+        (
+            "memory",
+            f"per-sample adapter gradients up to {held:.0f} MB at a time, {len(config.rewards.train)} "
+            f"accumulators of {trained * 4 / 1e6:.1f} MB",
+        ),
+        (
+            "evaluation",
+            f"{len(run.evaluator.prompts)} held-out prompts x {run.evaluator.images_per_prompt}, "
+            f"{config.evaluation.num_steps} steps of "
+            f"{config.evaluation.solver}"
+            + (
+                f", every {config.evaluation.every_steps} steps"
+                if config.evaluation.every_steps
+                else ""
+            ),
+        ),
+        (
+            "workdir",
+            f"{workdir.path}: config.json metrics.jsonl evaluation.jsonl tensorboard/ samples/ checkpoints/ "
+            "report.html",
+        ),
     ]
     console.table(rows)
 
 
-def _conclude(run: build.Run, workdir: Workdir, console: Console, state: TrainState, seconds: float) -> None:
+def _conclude(
+    run: build.Run, workdir: Workdir, console: Console, state: TrainState, seconds: float
+) -> None:
     records = workdir.read(workdir.evaluations)
     if len(records) < 2:
         return
@@ -343,8 +493,21 @@ def _conclude(run: build.Run, workdir: Workdir, console: Console, state: TrainSt
             continue
         verdict = "up" if gain["low"] > 0 else "down" if gain["high"] < 0 else "not clear"
         note = " (never trained)" if name in run.config.rewards.heldout else ""
-        rows.append((name + note, shown(base["scores"][name]["mean"]), shown(last["scores"][name]["mean"]),
-                     shown(gain["mean"], gain["low"], gain["high"], sign=True), last["scores"][name]["count"], verdict))
-    console.say(f"\nbefore and after {int(state.step)} steps, {last['num_prompts']} held-out prompts, gain with 95 % "
-                f"bootstrap interval ({duration(seconds)} in all):")
-    console.table([tuple(map(str, row)) for row in rows], ("reward", "before", "after", "gain", "pictures", ""))
+        rows.append(
+            (
+                name + note,
+                shown(base["scores"][name]["mean"]),
+                shown(last["scores"][name]["mean"]),
+                shown(gain["mean"], gain["low"], gain["high"], sign=True),
+                last["scores"][name]["count"],
+                verdict,
+            )
+        )
+    console.say(
+        f"\nbefore and after {int(state.step)} steps, {last['num_prompts']} held-out prompts, gain with 95 % "
+        f"bootstrap interval ({duration(seconds)} in all):"
+    )
+    console.table(
+        [tuple(map(str, row)) for row in rows],
+        ("reward", "before", "after", "gain", "pictures", ""),
+    )

@@ -6,6 +6,7 @@ strength, 0 for one that loads and does nothing. Pictures alone would pass a wea
 
 torch, diffusers and peft are imported here and nowhere else.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -61,11 +62,15 @@ def check_packages() -> None:
     """Raises InputError unless the libraries to verify with are installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"--verify: expected the packages {', '.join(PACKAGES)}; received no {', '.join(missing)} "
-                         '(pip install "marble-jax[torch]")')
+        raise InputError(
+            f"--verify: expected the packages {', '.join(PACKAGES)}; received no {', '.join(missing)} "
+            '(pip install "marble-jax[torch]")'
+        )
 
 
-def verify(folder: epath.Path, drawing: Drawing, adapter: Adapter, console: Console) -> dict[str, Any]:
+def verify(
+    folder: epath.Path, drawing: Drawing, adapter: Adapter, console: Console
+) -> dict[str, Any]:
     """Opens an export with every library it is for, and compares.
 
     Args:
@@ -84,37 +89,62 @@ def verify(folder: epath.Path, drawing: Drawing, adapter: Adapter, console: Cons
     ours = _our_pictures(drawing, adapter)
     change = ours["with"] - ours["base"]
     effect = float(np.abs(change).max())
-    console.say(f'verify: "{drawing.prompt}", seed {SEED}, {NUM_STEPS} steps, {drawing.resolution} px, float32; the '
-                f"adapter changes a pixel by up to {effect:.4f}")
+    console.say(
+        f'verify: "{drawing.prompt}", seed {SEED}, {NUM_STEPS} steps, {drawing.resolution} px, float32; the '
+        f"adapter changes a pixel by up to {effect:.4f}"
+    )
     if effect < LEAST_EFFECT:
-        raise InputError(f"--verify: expected an adapter that changes a pixel by {LEAST_EFFECT} or more; received one "
-                         f"without effect (largest change {effect:.1g})")
+        raise InputError(
+            f"--verify: expected an adapter that changes a pixel by {LEAST_EFFECT} or more; received one "
+            f"without effect (largest change {effect:.1g})"
+        )
     readers, failures = {}, []
     for name, rounded, base, picture in _their_pictures(folder, drawing, ours):
         difference = float(np.abs(picture - ours["with"]).max())
         strength = float(np.vdot(picture - base, change) / np.vdot(change, change))
         readers[name] = {"difference": difference, "strength": strength}
         console.say(f"  {name:10} largest difference {difference:.5f}  strength {strength:.3f}")
-        limit, spread = (ROUNDED_TOLERANCE, ROUNDED_STRENGTH_TOLERANCE) if rounded else (TOLERANCE, STRENGTH_TOLERANCE)
+        limit, spread = (
+            (ROUNDED_TOLERANCE, ROUNDED_STRENGTH_TOLERANCE)
+            if rounded
+            else (TOLERANCE, STRENGTH_TOLERANCE)
+        )
         if not (difference <= limit and abs(strength - 1) <= spread):
-            failures.append(f"{name} drew another one (largest difference {difference:.4f}, strength {strength:.2f})"
-                            if abs(strength) > spread else f"{name} drew as if there were no LoRA")
+            failures.append(
+                f"{name} drew another one (largest difference {difference:.4f}, strength {strength:.2f})"
+                if abs(strength) > spread
+                else f"{name} drew as if there were no LoRA"
+            )
     if failures:
-        raise InputError(f"--verify: expected the trainer's picture within {TOLERANCE} a pixel at strength 1; "
-                         f"received: {'; '.join(failures)}; nothing was written")
-    return {"prompt": drawing.prompt, "seed": SEED, "num_steps": NUM_STEPS, "effect": effect, "readers": readers}
+        raise InputError(
+            f"--verify: expected the trainer's picture within {TOLERANCE} a pixel at strength 1; "
+            f"received: {'; '.join(failures)}; nothing was written"
+        )
+    return {
+        "prompt": drawing.prompt,
+        "seed": SEED,
+        "num_steps": NUM_STEPS,
+        "effect": effect,
+        "readers": readers,
+    }
 
 
 def _our_pictures(drawing: Drawing, adapter: Adapter) -> dict[str, np.ndarray]:
     """Our pictures float32 [1, H, W, 3] in [0, 1], and what they start from."""
-    pipeline = load_pipeline(drawing.model, dtype=jnp.float32, text_encoder_3=False, lora_scale=drawing.lora_scale)
+    pipeline = load_pipeline(
+        drawing.model, dtype=jnp.float32, text_encoder_3=False, lora_scale=drawing.lora_scale
+    )
 
-    def velocity(params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
+    def velocity(
+        params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any
+    ) -> jax.Array:
         return transformer.velocity(pipeline.model, params, adapter, xt, sigma, cond)
 
     sampler = make_sampler(velocity, NUM_STEPS, "euler", pipeline.scheduler.shift)
     cond = pipeline.encode_prompts([drawing.prompt], drawing.tokens)
-    noise = picture_noise(jax.random.key(SEED), [0], pipeline.latent_shape(drawing.resolution, drawing.resolution))
+    noise = picture_noise(
+        jax.random.key(SEED), [0], pipeline.latent_shape(drawing.resolution, drawing.resolution)
+    )
     found = {"noise": noise, "embeds": cond.embeds, "pooled": cond.pooled}
     # The CPU's default is exact; elsewhere it may be a 16-bit product.
     with jax.default_matmul_precision("highest"):
@@ -123,8 +153,9 @@ def _our_pictures(drawing: Drawing, adapter: Adapter) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
-def _their_pictures(folder: epath.Path, drawing: Drawing, ours: dict[str, np.ndarray]
-                    ) -> Iterator[tuple[str, bool, np.ndarray, np.ndarray]]:
+def _their_pictures(
+    folder: epath.Path, drawing: Drawing, ours: dict[str, np.ndarray]
+) -> Iterator[tuple[str, bool, np.ndarray, np.ndarray]]:
     """Yields (reader, whether its weights are rounded, its picture without adapter, its picture with it)."""
     import transformers
 
@@ -135,35 +166,57 @@ def _their_pictures(folder: epath.Path, drawing: Drawing, ours: dict[str, np.nda
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    parts = (
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+    )
     try:
         pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
-            str(drawing.model), local_files_only=True, **dict.fromkeys(parts))
+            str(drawing.model), local_files_only=True, **dict.fromkeys(parts)
+        )
     except Exception as error:  # as below
-        raise InputError(f"--verify: expected a base model that diffusers opens; received {_reason(error)}") from error
+        raise InputError(
+            f"--verify: expected a base model that diffusers opens; received {_reason(error)}"
+        ) from error
     pipe.to(torch.float32).set_progress_bar_config(disable=True)
     noise, embeds, pooled = (torch.tensor(ours[name]) for name in ("noise", "embeds", "pooled"))
 
     def draw() -> np.ndarray:
         return pipe(
-            prompt_embeds=embeds, pooled_prompt_embeds=pooled, latents=noise.permute(0, 3, 1, 2),
-            num_inference_steps=NUM_STEPS, guidance_scale=1.0, height=drawing.resolution, width=drawing.resolution,
-            output_type="np").images
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            latents=noise.permute(0, 3, 1, 2),
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=1.0,
+            height=drawing.resolution,
+            width=drawing.resolution,
+            output_type="np",
+        ).images
 
     base = draw()
     reading: dict[str, Callable[[], Any]] = {
         "diffusers": lambda: pipe.load_lora_weights(str(folder)),
-        "PEFT": lambda: peft.PeftModel.from_pretrained(pipe.transformer, str(folder), torch_device="cpu"),
+        "PEFT": lambda: peft.PeftModel.from_pretrained(
+            pipe.transformer, str(folder), torch_device="cpu"
+        ),
     }
     for name, read in reading.items():
         try:
             opened = read()
         except Exception as error:  # whatever a library makes of the folder is the finding; the cause stays attached
-            raise InputError(f"--verify: expected {name} to open the export; received {_reason(error)}") from error
+            raise InputError(
+                f"--verify: expected {name} to open the export; received {_reason(error)}"
+            ) from error
         yield name, False, base, draw()
         pipe.unload_lora_weights() if opened is None else opened.unload()
     if (folder / "transformer").exists():
-        merged = diffusers.SD3Transformer2DModel.from_pretrained(str(folder), subfolder="transformer")
+        merged = diffusers.SD3Transformer2DModel.from_pretrained(
+            str(folder), subfolder="transformer"
+        )
         pipe.register_modules(transformer=merged.to(torch.float32))
         stored = SafetensorsDir(Path(folder / "transformer"))
         yield "merged", any(stored.dtype(key) != np.float32 for key in stored.keys()), base, draw()

@@ -6,6 +6,7 @@ metadata are those of the benchmark, down to its plurals ("two benchs").
 Source: Ghosh et al. 2023 (arXiv 2310.11513), djghosh13/geneval `prompts/create_prompts.py` for the rules; the classes
 are COCO's 80 with three of them renamed as there.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,13 +17,15 @@ from typing import Any
 from marble_jax.errors import InputError, one_of
 from marble_jax.prompts.files import RELATIONS, TAGS, Prompt
 
-CLASSES = tuple("""
+CLASSES = tuple(
+    """
 person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|bench|
 bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|skis|snowboard|
 sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|cup|fork|knife|spoon|
 bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|couch|potted plant|bed|dining table|
 toilet|tv|laptop|computer mouse|tv remote|computer keyboard|cell phone|microwave|oven|toaster|sink|refrigerator|book|
-clock|vase|scissors|teddy bear|hair drier|toothbrush""".replace("\n", "").split("|"))
+clock|vase|scissors|teddy bear|hair drier|toothbrush""".replace("\n", "").split("|")
+)
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 _COLOURED = CLASSES[1:]  # every class but the person
@@ -51,16 +54,23 @@ def metadata(tag: str, number: int) -> dict[str, Any]:
     """
     one_of("GenEval tag", tag, TAGS)
     if not 0 <= number < num_prompts(tag):
-        raise InputError(f"{tag} prompt: expected a number in [0, {num_prompts(tag)}); received {number}")
+        raise InputError(
+            f"{tag} prompt: expected a number in [0, {num_prompts(tag)}); received {number}"
+        )
     choices = []
     for size in reversed(_SIZES[tag]):
         number, choice = divmod(number, size)
         choices.insert(0, choice)
     found: dict[str, Any] = {"tag": tag}
     if tag in ("single_object", "two_object", "counting", "position"):
-        names = [CLASSES[i] for i in (_distinct(*choices[:2]) if tag in ("two_object", "position") else choices[:1])]
+        names = [
+            CLASSES[i]
+            for i in (_distinct(*choices[:2]) if tag in ("two_object", "position") else choices[:1])
+        ]
     else:
-        names = [_COLOURED[i] for i in (_distinct(*choices[:2]) if tag == "color_attr" else choices[:1])]
+        names = [
+            _COLOURED[i] for i in (_distinct(*choices[:2]) if tag == "color_attr" else choices[:1])
+        ]
     include = [{"class": name, "count": 1} for name in names]
     if tag == "counting":
         count = list(COUNTS)[choices[1]]
@@ -85,14 +95,20 @@ def text_of(data: Mapping[str, Any]) -> str:
     if data["tag"] == "counting":
         name = first["class"]
         return f"a photo of {COUNTS[first['count']]} {name}{'es' if name.endswith('s') else 's'}"
-    things = [_with_article(f"{clause['color']} {clause['class']}" if "color" in clause else clause["class"])
-              for clause in include]
+    things = [
+        _with_article(
+            f"{clause['color']} {clause['class']}" if "color" in clause else clause["class"]
+        )
+        for clause in include
+    ]
     if data["tag"] == "position":
         return f"a photo of {things[1]} {include[1]['position'][0]} {things[0]}"
     return f"a photo of {' and '.join(things)}"
 
 
-def split(source: str, num_train: int, num_test: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split(
+    source: str, num_train: int, num_test: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
     """Training and test prompts, the six kinds in equal shares, no prompt in both.
 
     A kind with fewer prompts than its share (there are 80 single objects) gives the test at most a fifth of them, and
@@ -108,7 +124,9 @@ def split(source: str, num_train: int, num_test: int, seed: int) -> tuple[list[P
     train: list[Prompt] = []
     test: list[Prompt] = []
     for place, tag in enumerate(TAGS):
-        shares = [count // len(TAGS) + (place < count % len(TAGS)) for count in (num_train, num_test)]
+        shares = [
+            count // len(TAGS) + (place < count % len(TAGS)) for count in (num_train, num_test)
+        ]
         total = num_prompts(tag)
         held_out = min(shares[1], total // 5)
         numbers = rng.sample(range(total), min(total, held_out + shares[0]))

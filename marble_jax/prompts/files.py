@@ -3,6 +3,7 @@
 A prompt directory holds a folder per source with a file per split: `general/train.txt`, `ocr/test.txt`,
 `geneval/test_metadata.jsonl`. The sources' names are free; their order is alphabetical.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,7 +53,9 @@ def read_geneval(path: Path | str, source: str) -> list[Prompt]:
         try:
             data = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{path}:{number}: expected a JSON object; received {_short(line)} ({error})") from error
+            raise InputError(
+                f"{path}:{number}: expected a JSON object; received {_short(line)} ({error})"
+            ) from error
         problem = _geneval_problem(data)
         if problem:
             raise InputError(f"{path}:{number}: {problem}")
@@ -76,7 +79,9 @@ def read_file(path: Path | str, source: str = "") -> list[Prompt]:
     return read_geneval(path, source) if path.suffix == ".jsonl" else read_text(path, source)
 
 
-def read_directory(directory: Path | str, split: str, names: Sequence[str] | None = None) -> dict[str, list[Prompt]]:
+def read_directory(
+    directory: Path | str, split: str, names: Sequence[str] | None = None
+) -> dict[str, list[Prompt]]:
     """The prompts of one split, by source in alphabetical order.
 
     Args:
@@ -91,7 +96,9 @@ def read_directory(directory: Path | str, split: str, names: Sequence[str] | Non
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"prompt directory {directory}: expected a folder per source; received no such directory")
+        raise InputError(
+            f"prompt directory {directory}: expected a folder per source; received no such directory"
+        )
     sources = {}
     for folder in sorted(p for p in directory.iterdir() if p.is_dir()):
         text, geneval = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
@@ -106,13 +113,17 @@ def read_directory(directory: Path | str, split: str, names: Sequence[str] | Non
     absent = [name for name in names or () if name not in sources]
     if absent:
         present = sorted(p.name for p in directory.iterdir() if p.is_dir())
-        raise InputError(f"prompt directory {directory}: expected {absent[0]}/{split}.txt or "
-                         f"{absent[0]}/{split}_metadata.jsonl; received neither{nearest(absent[0], present)}")
+        raise InputError(
+            f"prompt directory {directory}: expected {absent[0]}/{split}.txt or "
+            f"{absent[0]}/{split}_metadata.jsonl; received neither{nearest(absent[0], present)}"
+        )
     if not sources:
         files = [f.name for f in directory.glob("*/*") if f.is_file()]
         splits = {name.removesuffix(".txt").removesuffix("_metadata.jsonl") for name in files}
-        raise InputError(f"prompt directory {directory}: expected SOURCE/{split}.txt or SOURCE/{split}_metadata.jsonl; "
-                         f"received neither{nearest(split, sorted(splits))}")
+        raise InputError(
+            f"prompt directory {directory}: expected SOURCE/{split}.txt or SOURCE/{split}_metadata.jsonl; "
+            f"received neither{nearest(split, sorted(splits))}"
+        )
     return sources
 
 
@@ -123,8 +134,10 @@ def _lines(path: Path | str) -> Iterator[tuple[int, str]]:
     except OSError as error:
         raise InputError(f"{path}: expected a prompt file; received {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text; received byte {error.object[error.start]:#04x} "
-                         f"at offset {error.start}") from error
+        raise InputError(
+            f"{path}: expected UTF-8 text; received byte {error.object[error.start]:#04x} "
+            f"at offset {error.start}"
+        ) from error
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             yield number, line.strip()
@@ -157,7 +170,9 @@ def _geneval_problem(data: Any) -> str:
     if not isinstance(data["prompt"], str) or not data["prompt"].strip():
         return f"prompt: expected a text; received {_short(data['prompt'])}"
     if not isinstance(data["include"], list) or not data["include"]:
-        return f"include: expected a list of at least one clause; received {_short(data['include'])}"
+        return (
+            f"include: expected a list of at least one clause; received {_short(data['include'])}"
+        )
     if not isinstance(data.get("exclude", []), list):
         return f"exclude: expected a list of clauses; received {_short(data['exclude'])}"
     for part in ("include", "exclude"):
@@ -182,6 +197,8 @@ def _clause_problem(clause: Any, index: int) -> str:
         if not isinstance(place, list) or len(place) != 2 or place[1] not in range(index):
             return f"position: expected [relation, index of an earlier clause]; received {_short(place)}"
         if place[0] not in RELATIONS:
-            return (f"position: expected one of {', '.join(RELATIONS)}; received {_short(place[0])}"
-                    f"{nearest(place[0], RELATIONS)}")
+            return (
+                f"position: expected one of {', '.join(RELATIONS)}; received {_short(place[0])}"
+                f"{nearest(place[0], RELATIONS)}"
+            )
     return ""

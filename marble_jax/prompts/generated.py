@@ -3,6 +3,7 @@
 Three sources under the names that configurations use: `general`, `ocr` and `geneval`, each with a training and a test
 split that share no prompt.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,15 +17,19 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.storage.files import write_whole
 
 NAME = "generated"
-SOURCES = {"general": (scenes.split, 6000, 600), "geneval": (composition.split, 6000, 600),
-           "ocr": (lettering.split, 6000, 600)}
+SOURCES = {
+    "general": (scenes.split, 6000, 600),
+    "geneval": (composition.split, 6000, 600),
+    "ocr": (lettering.split, 6000, 600),
+}
 """Source: generator, training prompts, test prompts."""
 
 SPLITS = ("train", "test")
 
 
-def generate(split: str, names: Sequence[str] | None = None, seed: int = 0, scale: float = 1.0
-             ) -> dict[str, list[Prompt]]:
+def generate(
+    split: str, names: Sequence[str] | None = None, seed: int = 0, scale: float = 1.0
+) -> dict[str, list[Prompt]]:
     """The prompts of one split, by source in alphabetical order, as `files.read_directory` returns them.
 
     Args:
@@ -46,11 +51,15 @@ def generate(split: str, names: Sequence[str] | None = None, seed: int = 0, scal
     found = {}
     for name in sorted(SOURCES if names is None else set(names)):
         make, *counts = SOURCES[name]
-        found[name] = make(name, *(max(6, round(scale * count)) for count in counts), seed)[SPLITS.index(split)]
+        found[name] = make(name, *(max(6, round(scale * count)) for count in counts), seed)[
+            SPLITS.index(split)
+        ]
     return found
 
 
-def write(directory: epath.PathLike, prompts: Mapping[str, Mapping[str, Sequence[Prompt]]]) -> list[epath.Path]:
+def write(
+    directory: epath.PathLike, prompts: Mapping[str, Mapping[str, Sequence[Prompt]]]
+) -> list[epath.Path]:
     """Writes `SOURCE/SPLIT.txt`, or `SOURCE/SPLIT_metadata.jsonl` where prompts have metadata.
 
     Args:
@@ -73,7 +82,9 @@ def write(directory: epath.PathLike, prompts: Mapping[str, Mapping[str, Sequence
             files[root / source / name] = "\n".join(lines) + "\n"
     for file in files:
         if file.exists():
-            raise InputError(f"--out: expected a place without prompt files; received {file}, which exists")
+            raise InputError(
+                f"--out: expected a place without prompt files; received {file}, which exists"
+            )
     for file, text in files.items():
         write_whole(file, text)
     return list(files)

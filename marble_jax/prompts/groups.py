@@ -4,6 +4,7 @@ A step takes a share of its prompts from every source and asks for several pictu
 are a group, within which they are compared. All of it is a pure function of (seed, step): nothing to save, nothing that
 depends on how many devices there are. Two draws of equal texts are two groups.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -31,7 +32,9 @@ class Draw:
     sources: tuple[str, ...]
 
 
-def shares(sources: Sequence[str], num_prompts: int, weights: Mapping[str, float] | None = None) -> dict[str, int]:
+def shares(
+    sources: Sequence[str], num_prompts: int, weights: Mapping[str, float] | None = None
+) -> dict[str, int]:
     """How many of a step's prompts each source gives: in proportion to its weight, the largest fractions rounded up.
 
     Args:
@@ -53,20 +56,26 @@ def shares(sources: Sequence[str], num_prompts: int, weights: Mapping[str, float
         if name not in weights:
             raise InputError(f"source weights: expected a weight for {name!r}; received none")
         if not 0 <= weights[name] < float("inf"):
-            raise InputError(f"source weights: expected a number >= 0 for {name!r}; received {weights[name]}")
+            raise InputError(
+                f"source weights: expected a number >= 0 for {name!r}; received {weights[name]}"
+            )
     total = sum(weights[name] for name in sources)
     if total == 0:
         raise InputError("source weights: expected one above 0; received only zeros")
     exact = [num_prompts * weights[name] / total for name in sources]
     counts = [int(x) for x in exact]
     by_fraction = sorted(range(len(sources)), key=lambda i: (-round(exact[i] - counts[i], 9), i))
-    for i in by_fraction[:num_prompts - sum(counts)]:
+    for i in by_fraction[: num_prompts - sum(counts)]:
         counts[i] += 1
     return dict(zip(sources, counts))
 
 
 def draw(
-    prompts: Mapping[str, Sequence[Prompt]], seed: int, step: int, num_prompts: int, images_per_prompt: int,
+    prompts: Mapping[str, Sequence[Prompt]],
+    seed: int,
+    step: int,
+    num_prompts: int,
+    images_per_prompt: int,
     weights: Mapping[str, float] | None = None,
 ) -> Draw:
     """The samples of a step.
@@ -90,14 +99,22 @@ def draw(
     names = sorted(prompts)
     counts = shares(names, num_prompts, weights)
     # A generator per source: a source's draw does not depend on the sizes of the others.
-    drawn = [p for i, name in enumerate(names) for p in _take(prompts[name], name, counts[name], stream_generator(seed, Stream.PROMPTS, step, i))]
+    drawn = [
+        p
+        for i, name in enumerate(names)
+        for p in _take(
+            prompts[name], name, counts[name], stream_generator(seed, Stream.PROMPTS, step, i)
+        )
+    ]
     order = stream_generator(seed, Stream.PROMPT_ORDER, step).permutation(num_prompts)
     picked = [drawn[i] for i in order for _ in range(images_per_prompt)]
     groups = np.repeat(np.arange(num_prompts, dtype=np.int32), images_per_prompt)
     return Draw(tuple(picked), groups, tuple(p.source for p in picked))
 
 
-def _take(prompts: Sequence[Prompt], name: str, count: int, generator: np.random.Generator) -> list[Prompt]:
+def _take(
+    prompts: Sequence[Prompt], name: str, count: int, generator: np.random.Generator
+) -> list[Prompt]:
     if count and not prompts:
         raise InputError(f"source {name!r}: expected at least one prompt; received none")
     if not count:

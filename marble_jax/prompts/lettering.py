@@ -3,6 +3,7 @@
 A prompt is a scene, a surface that carries letters, the text in straight double quotes, and how the picture looks. The
 texts themselves are held out too: no text of the test set is ever trained on.
 """
+
 from __future__ import annotations
 
 import random
@@ -15,7 +16,8 @@ Cosmic|Secret|Bright|Rapid|Gentle|Final""".replace("\n", "").split("|")
 _SECOND = """Bakery|Market|Harbor|Station|Library|Museum|Theater|Kitchen|Coffee|Records|Books|Bikes|Flowers|Express|
 Club|Festival|Concert|Journey|Dreams|Stories|Secrets|Hotel|Diner|Gallery|Workshop|Academy|Lounge|Studio|Bridge|Island|
 Express Line|Tea House|Book Fair|Night Run|Art Show|Film Week|Food Hall|Radio Hour|Boat Trip|Dance Hall""".replace(
-    "\n", "").split("|")
+    "\n", ""
+).split("|")
 _PHRASES = """Please Knock|Wet Paint|Keep Left|No Entry|Mind the Gap|Watch Your Step|Do Not Disturb|Back in Five|
 Sold Out|Now Hiring|Caution Hot|Handle with Care|This Way Up|Free Refills|Cash Only|Push to Open|Pull to Close|
 Staff Only|Ring the Bell|Beware of Dog|Thank You|Happy Birthday|Good Morning|Welcome Home|Congratulations|Stay Curious|
@@ -40,13 +42,35 @@ a wool blanket embroidered with|a billboard above a busy square with|a park benc
 an astronaut's patch embroidered with|a snow-covered mailbox painted with|an old typewriter with a sheet that reads|
 a greeting card with golden letters saying|a stadium scoreboard that shows|a wedding invitation printed with|
 a market stall with a hand-painted sign for|a museum ticket that reads|a candy box with the words|
-an arcade machine whose screen says|a lighthouse with a banner reading""".replace("\n", "").split("|")
-_STYLES = ("A photograph of", "A close-up photograph of", "A detailed illustration of", "A watercolor painting of",
-           "A cinematic shot of", "A 3D rendering of", "An oil painting of", "A studio photograph of",
-           "A pencil drawing of", "A wide-angle photo of")
-_ENDS = ("in soft morning light", "at dusk", "under a clear blue sky", "with a blurred background", "in warm colors",
-         "on a foggy day", "with strong shadows", "in clear, bold letters", "at night, lit by street lamps",
-         "surrounded by autumn leaves", "with people walking by", "in a minimalist style")
+an arcade machine whose screen says|a lighthouse with a banner reading""".replace("\n", "").split(
+    "|"
+)
+_STYLES = (
+    "A photograph of",
+    "A close-up photograph of",
+    "A detailed illustration of",
+    "A watercolor painting of",
+    "A cinematic shot of",
+    "A 3D rendering of",
+    "An oil painting of",
+    "A studio photograph of",
+    "A pencil drawing of",
+    "A wide-angle photo of",
+)
+_ENDS = (
+    "in soft morning light",
+    "at dusk",
+    "under a clear blue sky",
+    "with a blurred background",
+    "in warm colors",
+    "on a foggy day",
+    "with strong shadows",
+    "in clear, bold letters",
+    "at night, lit by street lamps",
+    "surrounded by autumn leaves",
+    "with people walking by",
+    "in a minimalist style",
+)
 
 
 def texts() -> list[str]:
@@ -54,7 +78,9 @@ def texts() -> list[str]:
     return [*_PHRASES, *(f"{first} {second}" for first in _FIRST for second in _SECOND)]
 
 
-def split(source: str, num_train: int, num_test: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split(
+    source: str, num_train: int, num_test: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
     """Training and test prompts, all different, with no text to render in both.
 
     Args:
@@ -67,12 +93,16 @@ def split(source: str, num_train: int, num_test: int, seed: int) -> tuple[list[P
     words = texts()
     rng.shuffle(words)
     border = round(len(words) * min(0.4, max(0.1, num_test / max(1, num_train + num_test))))
-    return tuple(_draw(rng, part, count, source)
-                 for part, count in ((words[border:], num_train), (words[:border], num_test)))
+    return tuple(
+        _draw(rng, part, count, source)
+        for part, count in ((words[border:], num_train), (words[:border], num_test))
+    )
 
 
 def _draw(rng: random.Random, words: list[str], count: int, source: str) -> list[Prompt]:
     found: dict[str, None] = {}
     while len(found) < count:
-        found[f"{rng.choice(_STYLES)} {rng.choice(_SURFACES)} \"{rng.choice(words)}\", {rng.choice(_ENDS)}"] = None
+        found[
+            f'{rng.choice(_STYLES)} {rng.choice(_SURFACES)} "{rng.choice(words)}", {rng.choice(_ENDS)}'
+        ] = None
     return [Prompt(text, source) for text in found]

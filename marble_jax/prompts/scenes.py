@@ -1,4 +1,5 @@
 """General prompts: somebody or something in a place, in a style; no quotes, so that no reward for text applies."""
+
 from __future__ import annotations
 
 import random
@@ -15,7 +16,8 @@ a greenhouse full of ferns|a futuristic tram|a medieval castle|a jellyfish|a cup
 a portrait of a woman with freckles|a portrait of a man in a blue turban|two children flying a kite|a market seller|
 a crystal cave|a bonsai tree|a tram conductor|a barn owl chick|a clockwork beetle|a flamingo|a pair of hiking boots|
 a lone cyclist|a ceramic teapot|a herd of wild horses|a lavender farm|a blacksmith at work""".replace(
-    "\n", "").split("|")
+    "\n", ""
+).split("|")
 _PLACES = """in a quiet forest|on a rainy city street|by a mountain lake|in a sunlit kitchen|on a windy beach|
 in a crowded night market|at the edge of a cliff|in an abandoned factory|under a starry sky|in a snowy village|
 in a desert at noon|inside a grand library|on a rooftop garden|beside a waterfall|in a field of wheat|
@@ -34,7 +36,9 @@ centered composition|strong contrast|gentle haze|reflections in puddles|falling 
 long shadows|warm lantern light""".replace("\n", "").split("|")
 
 
-def split(source: str, num_train: int, num_test: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split(
+    source: str, num_train: int, num_test: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
     """Training and test prompts, all different.
 
     Args:
@@ -47,8 +51,12 @@ def split(source: str, num_train: int, num_test: int, seed: int) -> tuple[list[P
     found: dict[str, None] = {}
     while len(found) < num_train + num_test:
         # The scene alone, with a style, or with a style and a detail: short and long prompts side by side.
-        parts = [f"{rng.choice(_SUBJECTS)} {rng.choice(_PLACES)}", rng.choice(_STYLES), rng.choice(_DETAILS)]
-        found[", ".join(parts[:rng.choice((1, 2, 2, 3, 3, 3))])] = None
+        parts = [
+            f"{rng.choice(_SUBJECTS)} {rng.choice(_PLACES)}",
+            rng.choice(_STYLES),
+            rng.choice(_DETAILS),
+        ]
+        found[", ".join(parts[: rng.choice((1, 2, 2, 3, 3, 3))])] = None
     prompts = [Prompt(text, source) for text in found]
     rng.shuffle(prompts)
     return prompts[num_test:], prompts[:num_test]

@@ -29,7 +29,11 @@ def text(value: Any) -> str:
 
 def decimals_for(width: float) -> int:
     """How many decimals show an interval of this width to two digits; 3 when the width is unknown."""
-    return min(6, max(0, 1 - math.floor(math.log10(width)))) if math.isfinite(width) and width > 0 else 3
+    return (
+        min(6, max(0, 1 - math.floor(math.log10(width))))
+        if math.isfinite(width) and width > 0
+        else 3
+    )
 
 
 def data(value: float, decimals: int = 3, *, signed: bool = False, unit: str = "") -> str:
@@ -42,7 +46,9 @@ def data(value: float, decimals: int = 3, *, signed: bool = False, unit: str = "
 
 def short(value: float) -> str:
     """A number to three significant digits."""
-    return "\N{EN DASH}" if not math.isfinite(value) else f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+    return (
+        "\N{EN DASH}" if not math.isfinite(value) else f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+    )
 
 
 def percent(value: float) -> str:
@@ -75,9 +81,7 @@ def reward_label(records: Records, name: str, *, tag: bool = True, solid: bool =
     """A reward's swatch and name, with a tag where it was never trained."""
     slot = records.names.index(name) if name in records.names else None
     note = ' <span class="tag">never trained</span>' if tag and name in records.heldout else ""
-    return (
-        f'<span class="reward">{charts.swatch(slot, solid=solid)}<span class="name">{escape(name)}</span>{note}</span>'
-    )
+    return f'<span class="reward">{charts.swatch(slot, solid=solid)}<span class="name">{escape(name)}</span>{note}</span>'
 
 
 def absent(message: str) -> str:
@@ -93,11 +97,16 @@ def section(anchor: str, title: str, *body: str, lead: str = "") -> str:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", kind: str = "") -> str:
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", kind: str = ""
+) -> str:
     """A table of markup cells whose first column heads its row; it scrolls sideways by itself on a narrow screen."""
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     lines = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
+        f'<tr><th scope="row">{row[0]}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
     )
     title = f"<caption>{caption}</caption>" if caption else ""
     return (
@@ -110,7 +119,9 @@ def fold(summary: str, *body: str) -> str:
     return f"<details><summary>{summary}</summary>{''.join(body)}</details>"
 
 
-def figure(title: str, caption: str, draw: Callable[[int], str], *extra: str, missing: str = "") -> str:
+def figure(
+    title: str, caption: str, draw: Callable[[int], str], *extra: str, missing: str = ""
+) -> str:
     """A chart drawn wide and narrow, of which the screen shows one, with its title above and how to read it below."""
     wide = draw(WIDE)
     if not wide:
@@ -125,7 +136,9 @@ def panels(items: Iterable[tuple[str, str]]) -> str:
     """Small charts side by side; items are (title markup, svg)."""
     return (
         '<div class="panels">'
-        + "".join(f'<figure class="panel"><h3>{title}</h3>{svg}</figure>' for title, svg in items if svg)
+        + "".join(
+            f'<figure class="panel"><h3>{title}</h3>{svg}</figure>' for title, svg in items if svg
+        )
         + "</div>"
     )
 
@@ -144,10 +157,21 @@ def smooth_lines(
     series = records.series(key)
     width = charts.smoothing_width(len(series)) if smooth else 1
     if width == 1:
-        return [charts.Line(label, series.step, series.value, slot, dashed=dashed, named=named)] if len(series) else []
+        return (
+            [charts.Line(label, series.step, series.value, slot, dashed=dashed, named=named)]
+            if len(series)
+            else []
+        )
     return [
         charts.Line(label, series.step, series.value, slot, kind="faint", named=False),
-        charts.Line(label, series.step, charts.running_mean(series.value, width), slot, dashed=dashed, named=named),
+        charts.Line(
+            label,
+            series.step,
+            charts.running_mean(series.value, width),
+            slot,
+            dashed=dashed,
+            named=named,
+        ),
     ]
 
 
@@ -171,7 +195,10 @@ def step_range(records: Records) -> tuple[float, float]:
 
 def per_reward(records: Records, prefix: str) -> list[tuple[int, str, Series]]:
     """(slot, name, series) of each trained reward that has `prefix/name` on record."""
-    found = [(slot, name, records.series(f"{prefix}/{name}")) for slot, name in enumerate(records.rewards)]
+    found = [
+        (slot, name, records.series(f"{prefix}/{name}"))
+        for slot, name in enumerate(records.rewards)
+    ]
     return [entry for entry in found if len(entry[2])]
 
 
@@ -188,7 +215,13 @@ def reward_chart(
     def draw(width: int) -> str:
         tall = height if width > 500 else height - 30
         return charts.line_chart(
-            lines, width=width, height=tall, label=label, y_label=y_label, x_range=step_range(records), **options
+            lines,
+            width=width,
+            height=tall,
+            label=label,
+            y_label=y_label,
+            x_range=step_range(records),
+            **options,
         )
 
     return draw

@@ -56,7 +56,9 @@ class Axis:
 
     def __call__(self, value: float) -> float:
         lo, hi, value = (
-            (math.log10(v) for v in (self.lo, self.hi, max(value, 1e-300))) if self.log else (self.lo, self.hi, value)
+            (math.log10(v) for v in (self.lo, self.hi, max(value, 1e-300)))
+            if self.log
+            else (self.lo, self.hi, value)
         )
         share = min(max((value - lo) / (hi - lo), -0.02), 1.02)
         return self.start + share * (self.end - self.start)
@@ -186,22 +188,32 @@ def _spread(wanted: list[float], gap: float, lo: float, hi: float) -> list[float
                 placed[i + 1] += lack / 2
         if placed:
             shift = max(0.0, lo - placed[0]) - max(0.0, placed[-1] - hi)
-            placed = [min(max(p + (shift if len(placed) * gap > hi - lo else 0), lo), hi) for p in placed]
+            placed = [
+                min(max(p + (shift if len(placed) * gap > hi - lo else 0), lo), hi) for p in placed
+            ]
     result = [0.0] * len(wanted)
     for position, index in zip(placed, order):
         result[index] = position
     return result
 
 
-def _extent(lines: Sequence[Line], log: bool, include: Sequence[float]) -> tuple[float, float] | None:
-    values = [np.asarray(v, float) for line in lines for v in (line.low, line.high) if v is not None]
+def _extent(
+    lines: Sequence[Line], log: bool, include: Sequence[float]
+) -> tuple[float, float] | None:
+    values = [
+        np.asarray(v, float) for line in lines for v in (line.low, line.high) if v is not None
+    ]
     values += [
         thin(np.asarray(line.x, float), np.asarray(line.y, float))[1]
         if line.kind in ("line", "back", "faint")
         else line.y
         for line in lines
     ]
-    flat = np.concatenate(values + [np.asarray(include, float)]) if values else np.asarray(include, float)
+    flat = (
+        np.concatenate(values + [np.asarray(include, float)])
+        if values
+        else np.asarray(include, float)
+    )
     flat = flat[np.isfinite(flat) & ((flat > 0) | (not log))]
     if not any(np.isfinite(line.y).any() for line in lines) or not flat.size:
         return None
@@ -245,21 +257,28 @@ def line_chart(
       The `<svg>` text, or "" when there is nothing to draw.
     """
     if log:
-        lines = [dataclasses.replace(line, y=np.where(np.asarray(line.y) > 0, line.y, np.nan)) for line in lines]
+        lines = [
+            dataclasses.replace(line, y=np.where(np.asarray(line.y) > 0, line.y, np.nan))
+            for line in lines
+        ]
     extent = _extent(lines, log, [*include, *(y for y, _ in references)])
     if extent is None:
         return ""
     named = [line for line in lines if line.named and np.isfinite(line.y).any()]
     limit = 18 if width > 500 else 11
     names = [
-        line.label if len(line.label) <= limit else line.label[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+        line.label
+        if len(line.label) <= limit
+        else line.label[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
         for line in named
     ]
     steps = np.concatenate([np.asarray(line.x, float) for line in lines])
     x_lo, x_hi = x_range or (float(steps.min()), float(steps.max()))
     x_hi = x_hi if x_hi > x_lo else x_lo + 1
     y_ticks = log_ticks(*extent) if log else ticks(*extent, max(3, height // 48))
-    y_step = min(np.diff(y_ticks)) if len(y_ticks) > 1 else (abs(y_ticks[0]) if y_ticks else 0) or 1.0
+    y_step = (
+        min(np.diff(y_ticks)) if len(y_ticks) > 1 else (abs(y_ticks[0]) if y_ticks else 0) or 1.0
+    )
     y_texts = [tick_text(t, 10.0 ** math.floor(math.log10(t)) if log else y_step) for t in y_ticks]
     left = 12 + 6.6 * max([len(t) for t in y_texts] + [2])
     right = 12 + (7.0 * max(map(len, names)) if names else 6)
@@ -324,8 +343,13 @@ def _draw(line: Line, across: Axis, up: Axis) -> str:
     out = []
     if line.low is not None and line.high is not None:
         keep = np.isfinite(line.low) & np.isfinite(line.high)
-        edge = [f"{across(a):.1f} {up(b):.1f}" for a, b in zip(x[keep], np.asarray(line.high)[keep])]
-        edge += [f"{across(a):.1f} {up(b):.1f}" for a, b in zip(x[keep][::-1], np.asarray(line.low)[keep][::-1])]
+        edge = [
+            f"{across(a):.1f} {up(b):.1f}" for a, b in zip(x[keep], np.asarray(line.high)[keep])
+        ]
+        edge += [
+            f"{across(a):.1f} {up(b):.1f}"
+            for a, b in zip(x[keep][::-1], np.asarray(line.low)[keep][::-1])
+        ]
         if keep.sum() > 1:
             out.append(f'<path class="ribbon" d="M{"L".join(edge)}Z"/>')
         out += [

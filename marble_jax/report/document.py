@@ -16,7 +16,9 @@ _HERE = pathlib.Path(__file__).parent
 MAX_PIXELS = 320
 
 
-def document(title: str, header: str, sections: Iterable[tuple[str, str]], body: str, footer: str) -> str:
+def document(
+    title: str, header: str, sections: Iterable[tuple[str, str]], body: str, footer: str
+) -> str:
     """The whole page as HTML text.
 
     Args:
@@ -80,9 +82,7 @@ def inline(path: epath.Path, words: str, flaws: list[str]) -> str:
                 raw, kind, (width, height) = buffer.getvalue(), "jpeg", image.size
             elif image.format != "PNG":
                 raise ValueError("not a PNG")
-    except (
-        Exception
-    ) as error:  # Pillow raises many kinds for a damaged or half-written file; the page must still be made.
+    except Exception as error:  # Pillow raises many kinds for a damaged or half-written file; the page must still be made.
         flaws.append(f"{path.parent.name}/{path.name} could not be read ({type(error).__name__}).")
         return '<span class="hole">unreadable</span>'
     return (

@@ -71,7 +71,12 @@ def outcomes(records: Records) -> tuple[Outcome, ...]:
         )
         found.append(
             Outcome(
-                name, name in records.heldout, kind, records.score(records.base, name), records.score(last, name), gain
+                name,
+                name in records.heldout,
+                kind,
+                records.score(records.base, name),
+                records.score(last, name),
+                gain,
             )
         )
     return tuple(found)
@@ -90,8 +95,13 @@ def headline(records: Records, found: tuple[Outcome, ...]) -> str:
     if not records.trained:
         return "Trained weights have not been evaluated yet, so there is no verdict."
     if all(o.kind == "unknown" for o in found):
-        return "The last evaluation has no gain over the base model on record, so there is no verdict."
-    names = {kind: [o.reward for o in trained if o.kind == kind] for kind in ("up", "unclear", "down", "unknown")}
+        return (
+            "The last evaluation has no gain over the base model on record, so there is no verdict."
+        )
+    names = {
+        kind: [o.reward for o in trained if o.kind == kind]
+        for kind in ("up", "unclear", "down", "unknown")
+    }
     if trained and len(names["up"]) == len(trained):
         first = {1: "The trained reward is up", 2: "Both trained rewards are up"}.get(
             len(trained), f"All {len(trained)} trained rewards are up"
@@ -102,7 +112,9 @@ def headline(records: Records, found: tuple[Outcome, ...]) -> str:
         first = f"{len(names['up'])} of {len(trained)} trained rewards {'is' if len(names['up']) == 1 else 'are'} up"
     rest = []
     if names["unclear"]:
-        rest.append(f"{listing(names['unclear'])} {'shows' if len(names['unclear']) == 1 else 'show'} no clear change")
+        rest.append(
+            f"{listing(names['unclear'])} {'shows' if len(names['unclear']) == 1 else 'show'} no clear change"
+        )
     if names["down"]:
         rest.append(f"{listing(names['down'])} {'is' if len(names['down']) == 1 else 'are'} down")
     if names["unknown"]:
@@ -144,7 +156,11 @@ def _drifts(records: Records) -> list[Alarm]:
             f"({pair[1] / pair[0] - 1:+.0%}). Collapse onto one look per prompt reads like this; see the pictures."
         )
         found.append(
-            Alarm("alarm" if alarm else "watch", "Diversity has halved" if alarm else "Diversity is falling", text)
+            Alarm(
+                "alarm" if alarm else "watch",
+                "Diversity has halved" if alarm else "Diversity is falling",
+                text,
+            )
         )
     pair = windows(records.series("rollout/brightness"))
     if pair and abs(pair[1] - pair[0]) > BRIGHTNESS_WATCH:
@@ -153,7 +169,13 @@ def _drifts(records: Records) -> list[Alarm]:
             f"Mean brightness (0 black, 1 white) went from {pair[0]:.3f} to {pair[1]:.3f}. A reward may be paid "
             "for light rather than for content."
         )
-        found.append(Alarm(level, "Pictures are getting " + ("brighter" if pair[1] > pair[0] else "darker"), text))
+        found.append(
+            Alarm(
+                level,
+                "Pictures are getting " + ("brighter" if pair[1] > pair[0] else "darker"),
+                text,
+            )
+        )
     pair = windows(records.series("rollout/x0_norm"))
     if pair and pair[0] > 0 and abs(pair[1] / pair[0] - 1) > X0_NORM_WATCH:
         level = "alarm" if abs(pair[1] / pair[0] - 1) > X0_NORM_ALARM else "watch"
@@ -168,9 +190,14 @@ def _drifts(records: Records) -> list[Alarm]:
 def _reward_faults(records: Records) -> list[Alarm]:
     found = []
     for name in records.rewards:
-        std, mean = records.series(f"rollout/score_std/{name}"), records.series(f"rollout/score_mean/{name}")
+        std, mean = (
+            records.series(f"rollout/score_std/{name}"),
+            records.series(f"rollout/score_mean/{name}"),
+        )
         recent = last_window(std)
-        if recent.size and recent.max() <= 1e-6 * max(1.0, abs(mean.last()) if len(mean.finite) else 1.0):
+        if recent.size and recent.max() <= 1e-6 * max(
+            1.0, abs(mean.last()) if len(mean.finite) else 1.0
+        ):
             text = (
                 f"Every picture of the last {recent.size} step(s) scored {mean.last():.4g}. A reward that is "
                 "installed wrongly looks like this, and so does one that is solved."
@@ -232,7 +259,9 @@ def _failed_evaluations(records: Records) -> list[Alarm]:
         failed = evaluation.get("failed")
         for name, count in failed.items() if isinstance(failed, dict) else ():
             if number(count) > 0:
-                found.setdefault(name, []).append(f"{number(count):g} in step {step_of(evaluation)}")
+                found.setdefault(name, []).append(
+                    f"{number(count):g} in step {step_of(evaluation)}"
+                )
     return [
         Alarm(
             "watch",
@@ -290,9 +319,16 @@ def _numeric_faults(records: Records) -> list[Alarm]:
 
 def alarms(records: Records) -> tuple[Alarm, ...]:
     """Everything that asks for a look, alarms before watches."""
-    found = _outcome_faults(records) + _drifts(records) + _reward_faults(records) + _failed_evaluations(records)
+    found = (
+        _outcome_faults(records)
+        + _drifts(records)
+        + _reward_faults(records)
+        + _failed_evaluations(records)
+    )
     found += _numeric_faults(records) + _waits(records)
-    found = [dataclasses.replace(alarm, text=_MINUS.sub("\N{MINUS SIGN}", alarm.text)) for alarm in found]
+    found = [
+        dataclasses.replace(alarm, text=_MINUS.sub("\N{MINUS SIGN}", alarm.text)) for alarm in found
+    ]
     return tuple(sorted(found, key=lambda alarm: alarm.level != "alarm"))
 
 
@@ -326,7 +362,10 @@ def timings(records: Records) -> dict[str, float]:
 
     `other` is what the step's total leaves, never below zero. Medians, so that the compiling first step does not count.
     """
-    phases = {name: records.series(f"time/{name}_s").median() for name in ("rollout", "rewards_wait", "train", "step")}
+    phases = {
+        name: records.series(f"time/{name}_s").median()
+        for name in ("rollout", "rewards_wait", "train", "step")
+    }
     known = sum(v for k, v in phases.items() if k != "step" and math.isfinite(v))
     if not math.isfinite(phases["step"]) and known:
         phases["step"] = known

@@ -16,14 +16,19 @@ def weights(records: Records) -> str:
     title = "Weights of the rewards (alpha)"
     entries = blocks.per_reward(records, "harmonize/alpha")
     if not entries:
-        return blocks.section("alpha", title, blocks.absent("No alpha on record yet, or the method does not use one."))
+        return blocks.section(
+            "alpha", title, blocks.absent("No alpha on record yet, or the method does not use one.")
+        )
     refreshed = records.series("harmonize/refreshed")
     refreshes = refreshed.step[refreshed.value == 1] if len(refreshed) else np.array([], np.int64)
     sparse = 0 < len(refreshes) <= 60
     span = blocks.step_range(records)
     lines = [charts.Line(name, s.step, s.value, slot) for slot, name, s in entries]
     if sparse:
-        solved = [(slot, name, records.series(f"harmonize/alpha_solved/{name}")) for slot, name, _ in entries]
+        solved = [
+            (slot, name, records.series(f"harmonize/alpha_solved/{name}"))
+            for slot, name, _ in entries
+        ]
         lines += [
             charts.Line(f"{name} as solved", s.step, s.value, slot, kind="dots", named=False)
             for slot, name, s in solved
@@ -54,20 +59,25 @@ def weights(records: Records) -> str:
         caption += f" It was refreshed in {len(refreshes)} of {len(refreshed)} steps."
     entropy = records.series("harmonize/alpha_entropy")
     if entropy.finite.size and len(entries) > 1:
-        caption += (
-            f" Evenness (entropy over its maximum) last: {blocks.percent(entropy.last() / math.log(len(entries)))}."
-        )
+        caption += f" Evenness (entropy over its maximum) last: {blocks.percent(entropy.last() / math.log(len(entries)))}."
     rows = [
         (
             blocks.reward_label(records, name),
             *(
                 blocks.data(v, 3)
-                for v in (s.value[0], s.last(), s.mean(), s.finite.min() if s.finite.size else math.nan)
+                for v in (
+                    s.value[0],
+                    s.last(),
+                    s.mean(),
+                    s.finite.min() if s.finite.size else math.nan,
+                )
             ),
         )
         for _, name, s in entries
     ]
-    grid = blocks.fold("Alpha as a table", blocks.table(("Reward", "First", "Last", "Mean", "Lowest"), rows))
+    grid = blocks.fold(
+        "Alpha as a table", blocks.table(("Reward", "First", "Last", "Mean", "Lowest"), rows)
+    )
     return blocks.section("alpha", title, blocks.figure("Alpha over time", caption, draw, grid))
 
 
@@ -86,7 +96,10 @@ def _heat(records: Records) -> str:
             if a == b:
                 cells.append('<span class="cell self" aria-label="itself"></span>')
             elif math.isfinite(value):
-                side, share = ("along" if value >= 0 else "against"), round(min(abs(value) / 0.6, 1.0) * 100)
+                side, share = (
+                    ("along" if value >= 0 else "against"),
+                    round(min(abs(value) / 0.6, 1.0) * 100),
+                )
                 cells.append(
                     f'<span class="cell {side}" style="--share:{share}%">{blocks.data(value, 2, signed=True)}</span>'
                 )
@@ -111,7 +124,9 @@ def conflict(records: Records) -> str:
         return blocks.section(
             "conflict",
             title,
-            blocks.absent("No per-reward gradients on record yet; cosines appear on the steps that take them."),
+            blocks.absent(
+                "No per-reward gradients on record yet; cosines appear on the steps that take them."
+            ),
         )
     flags, worst = records.series("harmonize/conflict"), records.series("harmonize/worst_cos")
     lead = ""
@@ -140,7 +155,9 @@ def conflict(records: Records) -> str:
             blocks.reward_label(records, name),
             blocks.data(s.mean(), 3, signed=True),
             blocks.data(float(s.finite.min()) if s.finite.size else math.nan, 3, signed=True),
-            blocks.percent(float((s.finite < 0).mean())) if s.finite.size else blocks.data(math.nan),
+            blocks.percent(float((s.finite < 0).mean()))
+            if s.finite.size
+            else blocks.data(math.nan),
             blocks.data(s.finite.size, 0),
         )
         for _, name, s in entries
@@ -148,7 +165,10 @@ def conflict(records: Records) -> str:
     grid = blocks.table(("Reward", "Mean cosine", "Lowest", "Below zero", "Steps checked"), rows)
     solver = []
     for key, label in (
-        ("harmonize/min_norm", "Norm of the shortest convex combination of unit gradients (0: rewards fully opposed)"),
+        (
+            "harmonize/min_norm",
+            "Norm of the shortest convex combination of unit gradients (0: rewards fully opposed)",
+        ),
         ("harmonize/kkt_residual", "Optimality residual of the solve (should be near 0)"),
     ):
         series = records.series(key)
@@ -162,7 +182,10 @@ def conflict(records: Records) -> str:
                 )
             )
     check = (
-        blocks.fold("The solver's own figures", blocks.table(("Figure", "Median", "Lowest", "Highest"), solver))
+        blocks.fold(
+            "The solver's own figures",
+            blocks.table(("Figure", "Median", "Lowest", "Highest"), solver),
+        )
         if solver
         else ""
     )
@@ -181,7 +204,9 @@ def norms(records: Records) -> str:
     title = "Gradient norms"
     entries = blocks.per_reward(records, "harmonize/grad_norm")
     if not entries:
-        return blocks.section("norms", title, blocks.absent("No per-reward gradient norms on record yet."))
+        return blocks.section(
+            "norms", title, blocks.absent("No per-reward gradient norms on record yet.")
+        )
     medians = {name: s.median() for _, name, s in entries if s.median() > 0}
     lead = ""
     if len(medians) > 1:
@@ -207,9 +232,13 @@ def norms(records: Records) -> str:
         )
         for _, name, s in entries
     ]
-    grid = blocks.fold("Norms as a table", blocks.table(("Reward", "Median", "Lowest", "Highest"), rows))
+    grid = blocks.fold(
+        "Norms as a table", blocks.table(("Reward", "Median", "Lowest", "Highest"), rows)
+    )
     caption = (
         "Logarithmic axis: equal distances are equal "
         f"ratios.{blocks.smoothing_note(records, f'harmonize/grad_norm/{entries[0][1]}')}"
     )
-    return blocks.section("norms", title, blocks.figure("Per-reward gradient norms", caption, draw, grid), lead=lead)
+    return blocks.section(
+        "norms", title, blocks.figure("Per-reward gradient norms", caption, draw, grid), lead=lead
+    )

@@ -19,7 +19,9 @@ _PHASES = (
 def _metric_panels(records: Records, wanted: tuple[tuple[str, str, str, bool], ...]) -> str:
     items = []
     for key, title, unit, log in wanted:
-        lines = blocks.smooth_lines(records, key, title, None, named=False, smooth=key != "training/learning_rate")
+        lines = blocks.smooth_lines(
+            records, key, title, None, named=False, smooth=key != "training/learning_rate"
+        )
         svg = charts.line_chart(
             lines,
             width=blocks.PANEL,
@@ -40,7 +42,9 @@ def health(records: Records) -> str:
         return blocks.section(
             "health",
             title,
-            blocks.absent("No metrics yet. <code>metrics.jsonl</code> gets one line per optimiser step."),
+            blocks.absent(
+                "No metrics yet. <code>metrics.jsonl</code> gets one line per optimiser step."
+            ),
         )
     raised = findings.alarms(records)
     if raised:
@@ -94,7 +98,8 @@ def health(records: Records) -> str:
     rows = []
     for name in records.rewards:
         missing, failed, std, lost = (
-            records.series(f"rollout/{key}/{name}") for key in ("missing_share", "failed", "score_std", "failed_count")
+            records.series(f"rollout/{key}/{name}")
+            for key in ("missing_share", "failed", "score_std", "failed_count")
         )
         if not (len(missing) or len(failed) or len(std)):
             continue
@@ -104,15 +109,27 @@ def health(records: Records) -> str:
                 blocks.reward_label(records, name),
                 blocks.percent(missing.mean()),
                 blocks.percent(missing.last()),
-                "none" if total == 0 else blocks.percent(total) if total <= 1 else blocks.short(total),
-                blocks.data(float(lost.finite.sum()), 0) if lost.finite.size else blocks.short(math.nan),
+                "none"
+                if total == 0
+                else blocks.percent(total)
+                if total <= 1
+                else blocks.short(total),
+                blocks.data(float(lost.finite.sum()), 0)
+                if lost.finite.size
+                else blocks.short(math.nan),
                 blocks.short(std.median()),
             )
         )
     shares = (
         blocks.table(
-            ("Reward", "Missing, mean", "Missing, last step", "Failed, worst step", "Failed, in all",
-             "Spread of scores (median)"),
+            (
+                "Reward",
+                "Missing, mean",
+                "Missing, last step",
+                "Failed, worst step",
+                "Failed, in all",
+                "Spread of scores (median)",
+            ),
             rows,
             caption="Missing: the reward does not apply to the picture's prompt, or its call failed",
         )
@@ -145,10 +162,20 @@ def time_spent(records: Records) -> str:
     ]
     rows.append(("<b>One step</b>", blocks.data(total, 2, unit="&nbsp;s"), ""))
     elapsed = findings.seconds_elapsed(records)
-    sentences = [f"From first to last record: {blocks.duration(elapsed)}."] if math.isfinite(elapsed) else []
+    sentences = (
+        [f"From first to last record: {blocks.duration(elapsed)}."]
+        if math.isfinite(elapsed)
+        else []
+    )
     if math.isfinite(phases["rewards_wait"]):
-        sentences.append(f"{blocks.percent(phases['rewards_wait'] / whole)} of a step is spent waiting for rewards.")
-    if records.num_steps and records.last_step is not None and records.last_step + 1 < records.num_steps:
+        sentences.append(
+            f"{blocks.percent(phases['rewards_wait'] / whole)} of a step is spent waiting for rewards."
+        )
+    if (
+        records.num_steps
+        and records.last_step is not None
+        and records.last_step + 1 < records.num_steps
+    ):
         left = records.num_steps - records.last_step - 1
         sentences.append(
             f"{left:,} steps are left, about {blocks.duration(left * total)} at this pace (evaluations not counted)."
@@ -159,4 +186,6 @@ def time_spent(records: Records) -> str:
     )
     grid = blocks.table(("Phase", "Seconds (median step)", "Share"), rows)
     chart = _metric_panels(records, (("time/step_s", "Seconds per step", "seconds", False),))
-    return blocks.section("time", title, bar, f'<div class="beside">{grid}{chart}</div>', lead=" ".join(sentences))
+    return blocks.section(
+        "time", title, bar, f'<div class="beside">{grid}{chart}</div>', lead=" ".join(sentences)
+    )

@@ -30,13 +30,18 @@ def _tiles(records: Records) -> str:
     worst = records.series("harmonize/worst_cos")
     if worst.finite.size:
         tiles.append(
-            (f"{worst.mean():+.2f}".replace("-", "\N{MINUS SIGN}"), "mean worst cosine of the update with a reward")
+            (
+                f"{worst.mean():+.2f}".replace("-", "\N{MINUS SIGN}"),
+                "mean worst cosine of the update with a reward",
+            )
         )
     pair = findings.windows(records.series("rollout/diversity"))
     if pair and pair[0] > 0:
         tiles.append(
             (
-                f"{pair[1] / pair[0] - 1:+.0%}".replace("-", "\N{MINUS SIGN}").replace("%", "\N{NO-BREAK SPACE}%"),
+                f"{pair[1] / pair[0] - 1:+.0%}".replace("-", "\N{MINUS SIGN}").replace(
+                    "%", "\N{NO-BREAK SPACE}%"
+                ),
                 "diversity of a prompt's pictures since the start",
             )
         )
@@ -80,7 +85,9 @@ def verdict(records: Records) -> str:
     raised = [a for a in findings.alarms(records) if a.level == "alarm"]
     if raised:
         titles = ". ".join(escape(a.title) for a in raised)
-        body.append(f'<p class="caution"><b>Before believing it:</b> {titles}. <a href="#health">Details</a></p>')
+        body.append(
+            f'<p class="caution"><b>Before believing it:</b> {titles}. <a href="#health">Details</a></p>'
+        )
     body.append(_tiles(records))
     if records.trained:
         last = records.trained[-1]
@@ -111,7 +118,9 @@ def before_after(records: Records) -> str:
     rows = []
     for slot, outcome in enumerate(findings.outcomes(records)):
         widths = [v["high"] - v["low"] for v in (outcome.base, outcome.trained, outcome.gain)]
-        decimals = blocks.decimals_for(min((w for w in widths if math.isfinite(w) and w > 0), default=math.nan))
+        decimals = blocks.decimals_for(
+            min((w for w in widths if math.isfinite(w) and w > 0), default=math.nan)
+        )
 
         def cell(value: dict[str, float], signed: bool = False, decimals: int = decimals) -> str:
             shown = blocks.data(value["mean"], decimals, signed=signed)
@@ -121,8 +130,14 @@ def before_after(records: Records) -> str:
             return f'{shown}<span class="range">{low} to {high}</span>'
 
         sign, word = _WORDS[outcome.kind]
-        count = outcome.trained["count"] if math.isfinite(outcome.trained["count"]) else outcome.base["count"]
-        bar = charts.interval_bar(outcome.gain["mean"], outcome.gain["low"], outcome.gain["high"], slot, width=132)
+        count = (
+            outcome.trained["count"]
+            if math.isfinite(outcome.trained["count"])
+            else outcome.base["count"]
+        )
+        bar = charts.interval_bar(
+            outcome.gain["mean"], outcome.gain["low"], outcome.gain["high"], slot, width=132
+        )
         rows.append(
             (
                 blocks.reward_label(records, outcome.reward),
@@ -134,9 +149,21 @@ def before_after(records: Records) -> str:
                 blocks.data(count, 0),
             )
         )
-    last = f"step&nbsp;{step_of(records.trained[-1]):,}" if records.trained else "not&nbsp;evaluated&nbsp;yet"
+    last = (
+        f"step&nbsp;{step_of(records.trained[-1]):,}"
+        if records.trained
+        else "not&nbsp;evaluated&nbsp;yet"
+    )
     grid = blocks.table(
-        ("Reward", "Base", f"Trained<br>({last})", "Gain", "Gain against zero", "Verdict", "Pictures"),
+        (
+            "Reward",
+            "Base",
+            f"Trained<br>({last})",
+            "Gain",
+            "Gain against zero",
+            "Verdict",
+            "Pictures",
+        ),
         rows,
         kind="outcome",
         caption="Mean score with its 95&nbsp;% interval below it, in each reward's own units; higher is better",
@@ -179,7 +206,9 @@ def pictures(records: Records, flaws: list[str]) -> str:
         return blocks.section(
             "pictures",
             title,
-            blocks.absent("No sample pictures yet. They appear under <code>samples/</code> with the first evaluation."),
+            blocks.absent(
+                "No sample pictures yet. They appear under <code>samples/</code> with the first evaluation."
+            ),
         )
     shown = strips[:MAX_PROMPTS]
     cards, timelines = [], []
@@ -187,7 +216,8 @@ def pictures(records: Records, flaws: list[str]) -> str:
         steps = [step for step, _ in strip.pictures]
         ends = [0] if len(steps) == 1 else [0, len(steps) - 1]
         images = "".join(
-            f'<div>{_embed(strip, i, flaws)}<span class="when">{_step_name(steps[i])}</span></div>' for i in ends
+            f'<div>{_embed(strip, i, flaws)}<span class="when">{_step_name(steps[i])}</span></div>'
+            for i in ends
         )
         seed = f' <span class="seed">seed {strip.seed}</span>' if strip.seed is not None else ""
         cards.append(
@@ -228,7 +258,11 @@ def curves(records: Records) -> str:
         rollout = records.series(f"rollout/score_mean/{name}")
         if rollout.finite.size:
             width = charts.smoothing_width(len(rollout))
-            lines.append(charts.Line("rollouts", rollout.step, rollout.value, slot, kind="faint", named=False))
+            lines.append(
+                charts.Line(
+                    "rollouts", rollout.step, rollout.value, slot, kind="faint", named=False
+                )
+            )
             lines.append(
                 charts.Line(
                     "rollouts",
@@ -245,7 +279,9 @@ def curves(records: Records) -> str:
             (step_of(e), records.score(e, name)) for e in records.trained
         ]
         if entries:
-            values = {f: np.array([score[f] for _, score in entries]) for f in ("mean", "low", "high")}
+            values = {
+                f: np.array([score[f] for _, score in entries]) for f in ("mean", "low", "high")
+            }
             lines.append(
                 charts.Line(
                     "evaluation",
@@ -281,7 +317,10 @@ def curves(records: Records) -> str:
         for e in records.evaluations
     ]
     grid = (
-        blocks.fold("All evaluations as a table", blocks.table(("Weights", *map(escape, records.names), "Took"), rows))
+        blocks.fold(
+            "All evaluations as a table",
+            blocks.table(("Weights", *map(escape, records.names), "Took"), rows),
+        )
         if rows
         else ""
     )
@@ -302,7 +341,9 @@ def comparison(records: Records) -> str:
     here["name"] = f"{here['name']} (this run)"
     summaries = [here, *records.compare]
     gains = [s.get("gain") if isinstance(s.get("gain"), dict) else {} for s in summaries]
-    names = list(records.names) + [n for n in dict.fromkeys(n for g in gains for n in g) if n not in records.names]
+    names = list(records.names) + [
+        n for n in dict.fromkeys(n for g in gains for n in g) if n not in records.names
+    ]
     rows = []
     for summary in summaries:
         conflict, worst = number(summary.get("conflict_rate")), number(summary.get("worst_cos"))
@@ -317,7 +358,9 @@ def comparison(records: Records) -> str:
     grid = blocks.table(("Run", "Method", "Steps against a reward", "Mean worst cosine"), rows)
     items = []
     for name in names:
-        entries = [{f: number((g.get(name) or {}).get(f)) for f in ("mean", "low", "high")} for g in gains]
+        entries = [
+            {f: number((g.get(name) or {}).get(f)) for f in ("mean", "low", "high")} for g in gains
+        ]
         ends = [abs(e[f]) for e in entries for f in ("low", "high") if math.isfinite(e[f])]
         if not ends:
             continue
@@ -328,7 +371,9 @@ def comparison(records: Records) -> str:
         lines = [
             (
                 "<b>this run</b>" if s is here else blocks.text(s.get("name", "unnamed")),
-                charts.interval_bar(e["mean"], e["low"], e["high"], slot, width=120, reach=max(ends)),
+                charts.interval_bar(
+                    e["mean"], e["low"], e["high"], slot, width=120, reach=max(ends)
+                ),
                 blocks.data(e["mean"], decimals, signed=True),
             )
             for s, e in zip(summaries, entries)

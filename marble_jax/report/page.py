@@ -54,7 +54,10 @@ def _status(records: Records) -> tuple[str, str]:
 
 def _header(records: Records) -> str:
     state, reached = _status(records)
-    facts = [("Method", records.run.get("method")), ("Started", _started(records.run.get("started")))]
+    facts = [
+        ("Method", records.run.get("method")),
+        ("Started", _started(records.run.get("started"))),
+    ]
     times = [number(row.get("time")) for row in records.rows[-1:]]
     if times and math.isfinite(times[0]):
         facts.append(("Last record", _moment(times[0])))
@@ -64,7 +67,12 @@ def _header(records: Records) -> str:
     hardware = records.run.get("hardware")
     if hardware:
         facts.append(
-            ("Hardware", ", ".join(f"{k} {v}" for k, v in hardware.items()) if isinstance(hardware, dict) else hardware)
+            (
+                "Hardware",
+                ", ".join(f"{k} {v}" for k, v in hardware.items())
+                if isinstance(hardware, dict)
+                else hardware,
+            )
         )
     listed = "".join(
         f"<div><dt>{label}</dt><dd>{blocks.text(value)}</dd></div>"
@@ -110,7 +118,11 @@ def render(records: Records) -> str:
         f"with {len(records.rows):,} step records and {len(records.evaluations):,} evaluations."
     )
     return document.document(
-        f"{records.name}: training report", _header(records), _SECTIONS, body + document.notes(flaws), footer
+        f"{records.name}: training report",
+        _header(records),
+        _SECTIONS,
+        body + document.notes(flaws),
+        footer,
     )
 
 

@@ -51,7 +51,10 @@ def setup(records: Records) -> str:
     config = _pairs(run.get("config"))
     if config:
         body.append(
-            blocks.fold(f"Configuration ({len(config)} values)", blocks.table(("Key", "Value"), config, kind="config"))
+            blocks.fold(
+                f"Configuration ({len(config)} values)",
+                blocks.table(("Key", "Value"), config, kind="config"),
+            )
         )
     for key, label in (("versions", "Versions"), ("hardware", "Hardware")):
         pairs = _pairs(run.get(key))

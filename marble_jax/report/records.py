@@ -123,10 +123,13 @@ class Records:
         """The metric `key` over the steps whose record holds it."""
         rows = [row for row in self.rows if key in row]
         return Series(
-            np.array([step_of(r) for r in rows], np.int64), np.array([number(r[key]) for r in rows], np.float64)
+            np.array([step_of(r) for r in rows], np.int64),
+            np.array([number(r[key]) for r in rows], np.float64),
         )
 
-    def score(self, evaluation: dict[str, Any] | None, reward: str, table: str = "scores") -> dict[str, float]:
+    def score(
+        self, evaluation: dict[str, Any] | None, reward: str, table: str = "scores"
+    ) -> dict[str, float]:
         """`mean`, `low`, `high` and `count` of one reward in one evaluation; NaN for what is not there."""
         entries = (evaluation or {}).get(table)
         entry = entries.get(reward) if isinstance(entries, dict) else None
@@ -151,7 +154,9 @@ def _json_object(path: epath.Path, flaws: list[str]) -> Any:
     try:
         return json.loads(path.read_bytes().decode("utf-8", "replace"))
     except (ValueError, OSError) as error:
-        flaws.append(f"{path.name} could not be read ({type(error).__name__}); the page goes on without it.")
+        flaws.append(
+            f"{path.name} could not be read ({type(error).__name__}); the page goes on without it."
+        )
         return None
 
 
@@ -174,7 +179,9 @@ def _json_lines(path: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
             damaged.append(index)
     if damaged and damaged[-1] == len(lines) - 1:
         damaged.pop()
-        flaws.append(f"The last line of {path.name} is incomplete, as while a run is writing; it was left out.")
+        flaws.append(
+            f"The last line of {path.name} is incomplete, as while a run is writing; it was left out."
+        )
     if damaged:
         shown = ", ".join(str(i + 1) for i in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         flaws.append(f"{path.name}: {len(damaged)} unreadable line(s) left out (line {shown}).")
@@ -196,13 +203,19 @@ def _strips(directory: epath.Path, flaws: list[str]) -> tuple[Strip, ...]:
         entry = entry if isinstance(entry, dict) else {"prompt": entry}
         seed = entry.get("seed")
         pictures = tuple(
-            (step, child / f"{index:02d}.png") for step, child, names in steps if f"{index:02d}.png" in names
+            (step, child / f"{index:02d}.png")
+            for step, child, names in steps
+            if f"{index:02d}.png" in names
         )
-        strips.append(Strip(str(entry.get("prompt", "")), seed if isinstance(seed, int) else None, pictures))
+        strips.append(
+            Strip(str(entry.get("prompt", "")), seed if isinstance(seed, int) else None, pictures)
+        )
     return tuple(strips)
 
 
-def _reward_names(run: dict, rows: list[dict], evaluations: list[dict]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _reward_names(
+    run: dict, rows: list[dict], evaluations: list[dict]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names from `run.json`; where it is silent, from the metric keys and the evaluations."""
     rewards = [str(name) for name in run.get("rewards") or ()]
     heldout = [str(name) for name in run.get("heldout_rewards") or ()]
@@ -216,7 +229,9 @@ def _reward_names(run: dict, rows: list[dict], evaluations: list[dict]) -> tuple
         for name in evaluation.get("scores") or ():
             if name not in rewards and name not in heldout:
                 heldout.append(name)
-    return tuple(dict.fromkeys(rewards)), tuple(name for name in dict.fromkeys(heldout) if name not in rewards)
+    return tuple(dict.fromkeys(rewards)), tuple(
+        name for name in dict.fromkeys(heldout) if name not in rewards
+    )
 
 
 def read_records(workdir: epath.PathLike) -> Records:
@@ -230,14 +245,21 @@ def read_records(workdir: epath.PathLike) -> Records:
     """
     workdir = location("report workdir", workdir)
     if not workdir.is_dir():
-        raise InputError(f"report workdir: expected the directory of a training run; received {str(workdir)!r}")
+        raise InputError(
+            f"report workdir: expected the directory of a training run; received {str(workdir)!r}"
+        )
     flaws: list[str] = []
     run = _json_object(workdir / "run.json", flaws)
     run = run if isinstance(run, dict) else {}
-    if not run.get("config") and isinstance(config := _json_object(workdir / "config.json", flaws), dict):
+    if not run.get("config") and isinstance(
+        config := _json_object(workdir / "config.json", flaws), dict
+    ):
         run["config"] = config
     rows = {step_of(row): row for row in _json_lines(workdir / "metrics.jsonl", flaws)}
-    evaluations = {(step_of(e), str(e.get("policy"))): e for e in _json_lines(workdir / "evaluation.jsonl", flaws)}
+    evaluations = {
+        (step_of(e), str(e.get("policy"))): e
+        for e in _json_lines(workdir / "evaluation.jsonl", flaws)
+    }
     ordered = [rows[step] for step in sorted(rows)]
     ordered_evaluations = [evaluations[key] for key in sorted(evaluations)]
     compare_directory = workdir / "compare"

@@ -84,10 +84,16 @@ def read_comparison(path: epath.PathLike) -> Comparison:
             return {}
 
     record = read("evaluation.json")
-    if not isinstance(record, dict) or not isinstance(record.get("models"), dict) or not record["models"]:
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("models"), dict)
+        or not record["models"]
+    ):
         raise InputError(f"evaluation: expected a folder with evaluation.json; received {root}")
     listed = root / "prompts.jsonl"
-    prompts = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+    prompts = (
+        [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+    )
     return Comparison(root, record, read("summary.json"), prompts, flaws)
 
 
@@ -116,19 +122,25 @@ def _cell(value: Mapping[str, Any], decimals: int, signed: bool = False) -> str:
 def _decimals(values: Sequence[Mapping[str, Any]]) -> int:
     """Digits that show the narrowest interval."""
     widths = [number(v.get("high")) - number(v.get("low")) for v in values]
-    return blocks.decimals_for(min((w for w in widths if math.isfinite(w) and w > 0), default=math.nan))
+    return blocks.decimals_for(
+        min((w for w in widths if math.isfinite(w) and w > 0), default=math.nan)
+    )
 
 
 def _verdict(gain: Mapping[str, Any]) -> str:
     low, high = number(gain.get("low")), number(gain.get("high"))
-    return "up" if low > 0 else "down" if high < 0 else "unclear" if math.isfinite(low) else "unknown"
+    return (
+        "up" if low > 0 else "down" if high < 0 else "unclear" if math.isfinite(low) else "unknown"
+    )
 
 
 def scores(comparison: Comparison) -> str:
     """Means with intervals, rewards down and models across, and the composite."""
     title, models, found = "Scores", comparison.models, comparison.summary
     if not comparison.columns:
-        return blocks.section("scores", title, blocks.absent("Not scored yet: the pictures below are all there is."))
+        return blocks.section(
+            "scores", title, blocks.absent("Not scored yet: the pictures below are all there is.")
+        )
     sentences = []
     for model in models[1:]:
         gain = found["gains"].get(model, {})
@@ -137,8 +149,10 @@ def scores(comparison: Comparison) -> str:
             names = [escape(n) for n in comparison.columns if _verdict(gain.get(n, {})) == kind]
             if names:
                 parts.append(f"{word} {', '.join(names)}")
-        sentences.append(f'<p class="headline small-headline">{escape(model)} against {escape(models[0])}: '
-                         f"{'; '.join(parts) or 'nothing to compare'}.</p>")
+        sentences.append(
+            f'<p class="headline small-headline">{escape(model)} against {escape(models[0])}: '
+            f"{'; '.join(parts) or 'nothing to compare'}.</p>"
+        )
     rows = []
     for name in comparison.columns:
         values = [found["scores"][m][name] for m in models]
@@ -147,22 +161,40 @@ def scores(comparison: Comparison) -> str:
         failed = sum(int(v.get("failed") or 0) for v in values)
         note = f'<span class="range">{failed} failed</span>' if failed else ""
         shown = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-        rows.append((_reward(comparison, name), *(_cell(v, decimals) for v in values), shown + note))
+        rows.append(
+            (_reward(comparison, name), *(_cell(v, decimals) for v in values), shown + note)
+        )
     for name, by_model in found.get("geneval", {}).items():
         values = [by_model[m]["overall"] for m in models]
-        rows.append((f"{escape(name)}, mean of the kinds", *(_cell(v, _decimals(values)) for v in values),
-                     f"{int(values[0].get('count') or 0):,}"))
+        rows.append(
+            (
+                f"{escape(name)}, mean of the kinds",
+                *(_cell(v, _decimals(values)) for v in values),
+                f"{int(values[0].get('count') or 0):,}",
+            )
+        )
     note = ""
     if len(models) > 1:
         composite = [number(found["composite"].get(m)) for m in models]
-        rows.append(("<b>composite</b>", *(f"<b>{blocks.data(value, 2, signed=True)}</b>" for value in composite), ""))
+        rows.append(
+            (
+                "<b>composite</b>",
+                *(f"<b>{blocks.data(value, 2, signed=True)}</b>" for value in composite),
+                "",
+            )
+        )
         counted = ", ".join(escape(name) for name in found.get("composite_of", ()))
-        note = ("<p class=\"small\">Composite, as in the paper: the mean of a model's z-scores within the columns "
-                f"{counted} (GenEval by its accuracy). It ranks these models among themselves; another set of models "
-                "gives other numbers.</p>")
+        note = (
+            '<p class="small">Composite, as in the paper: the mean of a model\'s z-scores within the columns '
+            f"{counted} (GenEval by its accuracy). It ranks these models among themselves; another set of models "
+            "gives other numbers.</p>"
+        )
     grid = blocks.table(
-        ("Reward", *(_model(comparison, m) for m in models), "Pictures"), rows, kind="models",
-        caption="Mean with its 95&nbsp;% bootstrap interval over prompts, in each reward's own units; higher is better")
+        ("Reward", *(_model(comparison, m) for m in models), "Pictures"),
+        rows,
+        kind="models",
+        caption="Mean with its 95&nbsp;% bootstrap interval over prompts, in each reward's own units; higher is better",
+    )
     return blocks.section("scores", title, *sentences, grid, note)
 
 
@@ -174,22 +206,44 @@ def gains(comparison: Comparison) -> str:
     items = []
     for name in comparison.columns:
         entries = [comparison.summary["gains"][m][name] for m in models[1:]]
-        ends = [abs(number(e.get(f))) for e in entries for f in ("low", "high") if math.isfinite(number(e.get(f)))]
+        ends = [
+            abs(number(e.get(f)))
+            for e in entries
+            for f in ("low", "high")
+            if math.isfinite(number(e.get(f)))
+        ]
         if not ends:
             continue
         decimals = _decimals(entries)
         lines = [
-            (_model(comparison, m),
-             charts.interval_bar(*(number(e.get(f)) for f in ("mean", "low", "high")), models.index(m), width=120,
-                                 reach=max(ends) or 1.0),
-             _cell(e, decimals, True))
-            for m, e in zip(models[1:], entries)]
-        items.append((_reward(comparison, name), blocks.table(("Model", "Gain against zero", "Gain"), lines,
-                                                              kind="forest")))
-    lead = (f"Mean difference to <b>{escape(models[0])}</b> on the same prompt and seed, with its 95&nbsp;% interval. "
-            "Upright line: zero. Within one reward all models share a scale.")
-    return blocks.section("gains", f"Gains over {escape(models[0])}",
-                          f'<div class="gain-panels">{blocks.panels(items)}</div>', lead=lead)
+            (
+                _model(comparison, m),
+                charts.interval_bar(
+                    *(number(e.get(f)) for f in ("mean", "low", "high")),
+                    models.index(m),
+                    width=120,
+                    reach=max(ends) or 1.0,
+                ),
+                _cell(e, decimals, True),
+            )
+            for m, e in zip(models[1:], entries)
+        ]
+        items.append(
+            (
+                _reward(comparison, name),
+                blocks.table(("Model", "Gain against zero", "Gain"), lines, kind="forest"),
+            )
+        )
+    lead = (
+        f"Mean difference to <b>{escape(models[0])}</b> on the same prompt and seed, with its 95&nbsp;% interval. "
+        "Upright line: zero. Within one reward all models share a scale."
+    )
+    return blocks.section(
+        "gains",
+        f"Gains over {escape(models[0])}",
+        f'<div class="gain-panels">{blocks.panels(items)}</div>',
+        lead=lead,
+    )
 
 
 def geneval(comparison: Comparison) -> str:
@@ -197,13 +251,23 @@ def geneval(comparison: Comparison) -> str:
     parts = []
     for name, by_model in comparison.summary.get("geneval", {}).items():
         tags = [t for t in _TAG_WORDS if any(t in by_model[m] for m in comparison.models)]
-        rows = [(f"<b>{_TAG_WORDS[t]}</b>" if t == "overall" else _TAG_WORDS[t],
-                 *(_cell(by_model[m].get(t, {}), 2) for m in comparison.models),
-                 f"{int(by_model[comparison.models[0]].get(t, {}).get('count') or 0):,}") for t in tags]
+        rows = [
+            (
+                f"<b>{_TAG_WORDS[t]}</b>" if t == "overall" else _TAG_WORDS[t],
+                *(_cell(by_model[m].get(t, {}), 2) for m in comparison.models),
+                f"{int(by_model[comparison.models[0]].get(t, {}).get('count') or 0):,}",
+            )
+            for t in tags
+        ]
         if len(tags) > 1:
-            parts.append(blocks.table(
-                ("Kind", *(_model(comparison, m) for m in comparison.models), "Pictures"), rows, kind="models",
-                caption=f"{escape(name)}: share of pictures that are right in all respects"))
+            parts.append(
+                blocks.table(
+                    ("Kind", *(_model(comparison, m) for m in comparison.models), "Pictures"),
+                    rows,
+                    kind="models",
+                    caption=f"{escape(name)}: share of pictures that are right in all respects",
+                )
+            )
     return blocks.section("geneval", "GenEval by kind", *parts) if parts else ""
 
 
@@ -218,10 +282,23 @@ def sources(comparison: Comparison) -> str:
         for name in comparison.columns:
             values = [by_model[m][name] for m in comparison.models]
             if any(v.get("count") for v in values):
-                rows.append((_reward(comparison, name), *(_cell(v, _decimals(values)) for v in values),
-                             f"{int(values[0].get('count') or 0):,}"))
-        tables.append(blocks.fold(f"Prompts of {escape(source)}", blocks.table(
-            ("Reward", *(_model(comparison, m) for m in comparison.models), "Pictures"), rows, kind="models")))
+                rows.append(
+                    (
+                        _reward(comparison, name),
+                        *(_cell(v, _decimals(values)) for v in values),
+                        f"{int(values[0].get('count') or 0):,}",
+                    )
+                )
+        tables.append(
+            blocks.fold(
+                f"Prompts of {escape(source)}",
+                blocks.table(
+                    ("Reward", *(_model(comparison, m) for m in comparison.models), "Pictures"),
+                    rows,
+                    kind="models",
+                ),
+            )
+        )
     return blocks.section("sources", "By prompt set", *tables)
 
 
@@ -231,17 +308,31 @@ def paper(comparison: Comparison) -> str:
     if not found:
         return ""
     columns = np.array(list(found["rows"].values()), float)
-    decimals = [2 if abs(column).max() > 1 or name in ("GenEval", "OCR") else 3
-                for name, column in zip(found["metrics"], columns.T)]
-    rows = [(escape(name), *(blocks.data(value, d) for value, d in zip(values, decimals)),
-             blocks.data(number(z), 2, signed=True))
-            for (name, values), z in zip(found["rows"].items(), found["composite"])]
+    decimals = [
+        2 if abs(column).max() > 1 or name in ("GenEval", "OCR") else 3
+        for name, column in zip(found["metrics"], columns.T)
+    ]
+    rows = [
+        (
+            escape(name),
+            *(blocks.data(value, d) for value, d in zip(values, decimals)),
+            blocks.data(number(z), 2, signed=True),
+        )
+        for (name, values), z in zip(found["rows"].items(), found["composite"])
+    ]
     lead = (
         "<b>Not measured here.</b> Reference rows from MARBLE (arXiv 2605.06507, Table 1): SD3.5-medium at 512 px with "
         "the paper's prompts and reward models. Its composite is taken over its own four rows. A row of this page may "
-        "be put beside it only if model, prompts, reward models and their units are the same.")
-    return blocks.section("paper", "The paper's table", blocks.table(
-        ("Paper", *map(escape, found["metrics"]), "composite"), rows, kind="models paper"), lead=lead)
+        "be put beside it only if model, prompts, reward models and their units are the same."
+    )
+    return blocks.section(
+        "paper",
+        "The paper's table",
+        blocks.table(
+            ("Paper", *map(escape, found["metrics"]), "composite"), rows, kind="models paper"
+        ),
+        lead=lead,
+    )
 
 
 def chosen(comparison: Comparison, count: int) -> list[int]:
@@ -252,7 +343,10 @@ def chosen(comparison: Comparison, count: int) -> list[int]:
     index = list(first.values())
     if not index or count < 1:
         return []
-    return [index[i] for i in sorted({int(i) for i in np.linspace(0, len(index) - 1, min(count, len(index)))})]
+    return [
+        index[i]
+        for i in sorted({int(i) for i in np.linspace(0, len(index) - 1, min(count, len(index)))})
+    ]
 
 
 def pictures(comparison: Comparison, count: int) -> str:
@@ -264,58 +358,116 @@ def pictures(comparison: Comparison, count: int) -> str:
         images = []
         for model in comparison.models:
             file = comparison.path / model / f"{i:05d}.png"
-            shown = (document.inline(file, f"{model}: {text}", comparison.flaws) if file.exists()
-                     else '<span class="hole">not drawn</span>')
+            shown = (
+                document.inline(file, f"{model}: {text}", comparison.flaws)
+                if file.exists()
+                else '<span class="hole">not drawn</span>'
+            )
             images.append(f'<div>{shown}<span class="when">{escape(model)}</span></div>')
         mark = "" if seed is None else f' <span class="seed">seed {escape(str(seed))}:{i}</span>'
-        cards.append(f'<figure class="card"><div class="pair contest" style="--models:{len(images)}">{"".join(images)}'
-                     f"</div><figcaption>{escape(text)}{mark}</figcaption></figure>")
+        cards.append(
+            f'<figure class="card"><div class="pair contest" style="--models:{len(images)}">{"".join(images)}'
+            f"</div><figcaption>{escape(text)}{mark}</figcaption></figure>"
+        )
     if not cards:
         return ""
     lead = "From left to right the models, from the same noise. The prompts are evenly spread over the list, unpicked."
     wide = " wide-cards" if len(comparison.models) > 2 else ""
-    return blocks.section("pictures", "Same prompt, same seed", f'<div class="cards{wide}">{"".join(cards)}</div>',
-                          lead=lead)
+    return blocks.section(
+        "pictures",
+        "Same prompt, same seed",
+        f'<div class="cards{wide}">{"".join(cards)}</div>',
+        lead=lead,
+    )
 
 
 def setup(comparison: Comparison) -> str:
     """What was compared, how pictures were drawn, and the command."""
     record = comparison.record
-    rows = [(_model(comparison, name), escape(str(entry.get("origin") or entry.get("source", {}).get("model") or "")),
-             blocks.text(entry.get("trained") or "\N{EN DASH}")) for name, entry in record["models"].items()]
+    rows = [
+        (
+            _model(comparison, name),
+            escape(str(entry.get("origin") or entry.get("source", {}).get("model") or "")),
+            blocks.text(entry.get("trained") or "\N{EN DASH}"),
+        )
+        for name, entry in record["models"].items()
+    ]
     settings = {k: v for k, v in (record.get("settings") or {}).items() if v not in ("", None)}
     drawn = [(escape(str(k)).replace("_", " "), blocks.text(v)) for k, v in settings.items()]
-    rewards = [(escape(name), blocks.text(entry.get("kind", "function")), blocks.text(entry.get("path", "")))
-               for name, entry in (record.get("rewards") or {}).items()]
+    rewards = [
+        (
+            escape(name),
+            blocks.text(entry.get("kind", "function")),
+            blocks.text(entry.get("path", "")),
+        )
+        for name, entry in (record.get("rewards") or {}).items()
+    ]
     return blocks.section(
-        "setup", "Set-up",
+        "setup",
+        "Set-up",
         blocks.table(("Model", "What it is", "Trained on"), rows, kind="config"),
-        *(blocks.fold(title, blocks.table(head, lines, kind="config")) for title, head, lines in (
-            ("How pictures were drawn", ("Setting", "Value"), drawn), ("Rewards", ("Reward", "Kind", "From"), rewards))
-          if lines),
-        f"<h3>Command</h3><pre>{escape(str(record.get('command', '')))}</pre>" if record.get("command") else "")
+        *(
+            blocks.fold(title, blocks.table(head, lines, kind="config"))
+            for title, head, lines in (
+                ("How pictures were drawn", ("Setting", "Value"), drawn),
+                ("Rewards", ("Reward", "Kind", "From"), rewards),
+            )
+            if lines
+        ),
+        f"<h3>Command</h3><pre>{escape(str(record.get('command', '')))}</pre>"
+        if record.get("command")
+        else "",
+    )
 
 
 def render(comparison: Comparison, num_pictures: int = 24) -> str:
     """The whole page as HTML text."""
     models, record = comparison.models, comparison.record
-    facts = [("Models", ", ".join(models)), ("Pictures a model", f"{record.get('num_pictures', 0):,}"),
-             ("Prompts", str(record.get("prompts", "")))]
+    facts = [
+        ("Models", ", ".join(models)),
+        ("Pictures a model", f"{record.get('num_pictures', 0):,}"),
+        ("Prompts", str(record.get("prompts", ""))),
+    ]
     settings = record.get("settings") or {}
     if settings:
-        facts.append(("Sampler", f"{settings.get('num_steps')} steps of {settings.get('solver')}, guidance "
-                                 f"{number(settings.get('guidance')):g}, seed {settings.get('seed')}"))
-    listed = "".join(f"<div><dt>{label}</dt><dd>{escape(value)}</dd></div>" for label, value in facts if value)
+        facts.append(
+            (
+                "Sampler",
+                f"{settings.get('num_steps')} steps of {settings.get('solver')}, guidance "
+                f"{number(settings.get('guidance')):g}, seed {settings.get('seed')}",
+            )
+        )
+    listed = "".join(
+        f"<div><dt>{label}</dt><dd>{escape(value)}</dd></div>" for label, value in facts if value
+    )
     legend = "".join(f"<li>{_model(comparison, m)}</li>" for m in models)
     title = " \N{MIDDLE DOT} ".join(map(escape, models))
-    header = (f'<header><p class="kicker">Evaluation</p><h1>{title}</h1>'
-              f'<dl>{listed}</dl><ul class="legend" aria-label="Models">{legend}</ul></header>')
-    body = "".join([scores(comparison), gains(comparison), geneval(comparison), sources(comparison), paper(comparison),
-                    pictures(comparison, num_pictures), setup(comparison)])
-    footer = (f"Made from <code>{escape(str(comparison.path))}</code>: scores.jsonl of every model, summary.json and "
-              "the pictures beside them.")
-    return document.document(f"{', '.join(models)}: evaluation", header, _SECTIONS,
-                             body + document.notes(comparison.flaws), footer)
+    header = (
+        f'<header><p class="kicker">Evaluation</p><h1>{title}</h1>'
+        f'<dl>{listed}</dl><ul class="legend" aria-label="Models">{legend}</ul></header>'
+    )
+    body = "".join(
+        [
+            scores(comparison),
+            gains(comparison),
+            geneval(comparison),
+            sources(comparison),
+            paper(comparison),
+            pictures(comparison, num_pictures),
+            setup(comparison),
+        ]
+    )
+    footer = (
+        f"Made from <code>{escape(str(comparison.path))}</code>: scores.jsonl of every model, summary.json and "
+        "the pictures beside them."
+    )
+    return document.document(
+        f"{', '.join(models)}: evaluation",
+        header,
+        _SECTIONS,
+        body + document.notes(comparison.flaws),
+        footer,
+    )
 
 
 def write_comparison(path: epath.PathLike, num_pictures: int = 24) -> epath.Path:

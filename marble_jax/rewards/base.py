@@ -4,6 +4,7 @@ Two kinds share one signature. A *device* reward takes and returns jax arrays an
 *host* reward works on NumPy arrays and runs beside the device (`host.HostScorer`). A score can be absent for two
 reasons, which stay apart: the reward does not apply to the prompt, or it should have applied and failed.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -94,14 +95,20 @@ def all_failed(applies: np.ndarray) -> Result:
 
 
 def score(
-    reward: Reward, images, prompts: Sequence[str], metadata: Sequence[Metadata], params: Params = None
+    reward: Reward,
+    images,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
+    params: Params = None,
 ) -> Result:
     """Scores a batch with one reward, here and now; `params` replaces the reward's own when given."""
     applies = applicable(reward, prompts, metadata)
     if not applies.any():
         return all_failed(applies)
     images = np.asarray(images, np.float32) if reward.kind == "host" else images
-    values, valid, *narrower = reward.score(reward.params if params is None else params, images, prompts, metadata)
+    values, valid, *narrower = reward.score(
+        reward.params if params is None else params, images, prompts, metadata
+    )
     for narrow in narrower:
         applies = applies & np.asarray(narrow, bool)
     return settle(values, valid, applies)
@@ -116,4 +123,8 @@ def stack(results: Mapping[str, Result]) -> Scores:
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Pictures in [0, 1] as 8-bit, rounded to nearest and clipped; 8-bit pictures pass through."""
     images = np.asarray(images)
-    return images if images.dtype == np.uint8 else np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
+    return (
+        images
+        if images.dtype == np.uint8
+        else np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
+    )

@@ -5,6 +5,7 @@ nothing to do with it. What is known of a reward is held against its scores: num
 `rewards.json`), or at least that it answers, that different pictures get different scores, and that a picture's own
 prompt beats another's.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -31,7 +32,11 @@ TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
 ATTEMPTS = 3
 MIN_SECONDS = 1.0
 """For which the throughput is measured."""
-BROKEN = {"failed": "fails", "differs": "scores otherwise", "constant": "gives every picture the same score"}
+BROKEN = {
+    "failed": "fails",
+    "differs": "scores otherwise",
+    "constant": "gives every picture the same score",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,11 @@ class Finding:
     @property
     def broken(self) -> bool:
         """Whether the reward must not be trained on. A host reward may be constant on pictures as plain as these."""
-        return self.status in ("failed", "differs") or self.status == "constant" and self.kind == "device"
+        return (
+            self.status in ("failed", "differs")
+            or self.status == "constant"
+            and self.kind == "device"
+        )
 
     @property
     def passed(self) -> bool:
@@ -65,12 +74,20 @@ class Finding:
 
     def mean(self, own: bool) -> float:
         """Mean score with the pictures' own prompts, or with their partners'; NaN without any."""
-        values, valid = self.result.values[0 if own else 1::2], self.result.valid[0 if own else 1::2]
+        values, valid = (
+            self.result.values[0 if own else 1 :: 2],
+            self.result.valid[0 if own else 1 :: 2],
+        )
         return float(values[valid].mean()) if valid.any() else float("nan")
 
 
-def look(rewards: Sequence[Reward], side: int, expected: Mapping[str, Sequence[float | None]],
-         timeout: float = 120.0, batch_size: int = 0) -> list[Finding]:
+def look(
+    rewards: Sequence[Reward],
+    side: int,
+    expected: Mapping[str, Sequence[float | None]],
+    timeout: float = 120.0,
+    batch_size: int = 0,
+) -> list[Finding]:
     """Scores the golden samples with every reward, host rewards beside those on the device.
 
     Args:
@@ -87,46 +104,84 @@ def look(rewards: Sequence[Reward], side: int, expected: Mapping[str, Sequence[f
     images, prompts = golden_images.samples(side)
     texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
     applies = {reward.name: base.applicable(reward, texts, metadata) for reward in rewards}
-    host = HostScorer([r for r in rewards if r.kind == "host"], max(1, len(rewards)), "retry", ATTEMPTS - 1)
+    host = HostScorer(
+        [r for r in rewards if r.kind == "host"], max(1, len(rewards)), "retry", ATTEMPTS - 1
+    )
     reasons: dict[str, str] = {}
     try:
         pending = host.submit(images, texts, metadata)
-        results = {r.name: _on_device(r, images, prompts, batch_size, reasons) for r in rewards if r.kind == "device"}
+        results = {
+            r.name: _on_device(r, images, prompts, batch_size, reasons)
+            for r in rewards
+            if r.kind == "device"
+        }
         results |= pending.result(timeout)
         reasons |= host.errors
     finally:
         host.close()
-    return [_finding(reward, results[reward.name], applies[reward.name], expected.get(reward.name),
-                     reasons.get(reward.name, "no number")) for reward in rewards]
+    return [
+        _finding(
+            reward,
+            results[reward.name],
+            applies[reward.name],
+            expected.get(reward.name),
+            reasons.get(reward.name, "no number"),
+        )
+        for reward in rewards
+    ]
 
 
-def _on_device(reward: Reward, images: np.ndarray, prompts: Sequence[Prompt], batch_size: int,
-               reasons: dict[str, str]) -> Result:
+def _on_device(
+    reward: Reward,
+    images: np.ndarray,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    reasons: dict[str, str],
+) -> Result:
     """The scores of the samples; those that a small batch leaves out count as not asked for."""
     count = len(prompts)
     index = np.arange(batch_size or count) % count
     scored = min(len(index), count)
     try:
-        result = base.score(reward, jnp.asarray(images[index]), [prompts[i].text for i in index],
-                            [prompts[i].metadata for i in index])
+        result = base.score(
+            reward,
+            jnp.asarray(images[index]),
+            [prompts[i].text for i in index],
+            [prompts[i].metadata for i in index],
+        )
     except Exception as error:  # a reward is foreign code
         reasons[reward.name] = line(error)
         asked = base.applicable(reward, [p.text for p in prompts], [p.metadata for p in prompts])
         return base.all_failed(asked & (np.arange(count) < scored))
-    return Result(*(np.concatenate([column[:scored], np.zeros(count - scored, column.dtype)]) for column in result))
+    return Result(
+        *(
+            np.concatenate([column[:scored], np.zeros(count - scored, column.dtype)])
+            for column in result
+        )
+    )
 
 
-def _finding(reward: Reward, result: Result, applies: np.ndarray, expected: Sequence[float | None] | None,
-             reason: str) -> Finding:
+def _finding(
+    reward: Reward,
+    result: Result,
+    applies: np.ndarray,
+    expected: Sequence[float | None] | None,
+    reason: str,
+) -> Finding:
     status, note = _verdict(result, expected, reason)
     return Finding(reward.name, reward.kind, status, note, result)
 
 
-def _verdict(result: Result, expected: Sequence[float | None] | None, reason: str) -> tuple[str, str]:
+def _verdict(
+    result: Result, expected: Sequence[float | None] | None, reason: str
+) -> tuple[str, str]:
     values, valid = result.values.astype(np.float64), result.valid
     asked = int((valid | result.failed).sum())
     if result.failed.any():
-        return "failed", f"{int(result.failed.sum())} of {asked} golden pictures without a score: {reason}"
+        return (
+            "failed",
+            f"{int(result.failed.sum())} of {asked} golden pictures without a score: {reason}",
+        )
     if expected is not None:
         return _compared(values, valid, expected)
     if not asked:
@@ -138,10 +193,14 @@ def _verdict(result: Result, expected: Sequence[float | None] | None, reason: st
     lead = (values[::2] - other)[own]
     if len(lead) > 2 and np.any(lead != 0) and lead.mean() <= 0:
         return "disordered", f"own prompts score {lead.mean():+.3g} against other pictures' prompts"
-    return "ok", "" if not len(lead) or not np.any(lead != 0) else f"own prompts lead by {lead.mean():.3g}"
+    return "ok", "" if not len(lead) or not np.any(
+        lead != 0
+    ) else f"own prompts lead by {lead.mean():.3g}"
 
 
-def _compared(values: np.ndarray, valid: np.ndarray, expected: Sequence[float | None]) -> tuple[str, str]:
+def _compared(
+    values: np.ndarray, valid: np.ndarray, expected: Sequence[float | None]
+) -> tuple[str, str]:
     known = np.array([v is not None for v in expected])
     wanted = np.array([0.0 if v is None else v for v in expected], np.float64)
     both = known & valid
@@ -151,8 +210,10 @@ def _compared(values: np.ndarray, valid: np.ndarray, expected: Sequence[float | 
     difference = np.abs(np.where(both, values - wanted, 0.0))
     worst, allowed = int(np.argmax(difference)), max(TOLERANCE * spread, LEAST_TOLERANCE)
     if difference[worst] > allowed:
-        return "differs", (f"golden picture {worst}: expected {wanted[worst]:.4g} within {allowed:.2g}; received "
-                           f"{values[worst]:.4g}; if the weights are new, reward check --write records them")
+        return "differs", (
+            f"golden picture {worst}: expected {wanted[worst]:.4g} within {allowed:.2g}; received "
+            f"{values[worst]:.4g}; if the weights are new, reward check --write records them"
+        )
     return "ok", f"as on record, within {difference[worst]:.1g}"
 
 
@@ -162,7 +223,9 @@ def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.
     Counts pictures that the reward applies to; what is compiled or loaded on first use is not counted.
     """
     images, prompts = golden_images.samples(side)
-    asked = np.flatnonzero(base.applicable(reward, [p.text for p in prompts], [p.metadata for p in prompts]))
+    asked = np.flatnonzero(
+        base.applicable(reward, [p.text for p in prompts], [p.metadata for p in prompts])
+    )
     if not asked.size:
         return float("nan")
     index = asked[np.arange(batch_size) % asked.size]
@@ -196,18 +259,26 @@ def weight_bytes(reward: Reward) -> int:
 
 def recorded(findings: Sequence[Finding]) -> dict[str, list[float | None]]:
     """The scores as `golden.write_expected` takes them."""
-    return {f.name: [float(v) if good else None for v, good in zip(f.result.values, f.result.valid)] for f in findings}
+    return {
+        f.name: [float(v) if good else None for v, good in zip(f.result.values, f.result.valid)]
+        for f in findings
+    }
 
 
 def memory() -> str:
     """Largest memory of this process so far, and of the device where it tells."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return f"peak memory {peak / 1e9:.2g} GB" + (f", {device / 1e9:.2g} GB on the device" if device else "")
+    return f"peak memory {peak / 1e9:.2g} GB" + (
+        f", {device / 1e9:.2g} GB on the device" if device else ""
+    )
 
 
-def before_training(rewards: Sequence[Reward], side: int, directory: Path | None, batch_size: int,
-                    timeout: float) -> list[str]:
+def before_training(
+    rewards: Sequence[Reward], side: int, directory: Path | None, batch_size: int, timeout: float
+) -> list[str]:
     """The check at the start of a run.
 
     Args:
@@ -221,11 +292,19 @@ def before_training(rewards: Sequence[Reward], side: int, directory: Path | None
     Raises:
       InputError: a reward is broken.
     """
-    findings = look(rewards, side, golden_images.read_expected(directory, side), timeout, batch_size)
+    findings = look(
+        rewards, side, golden_images.read_expected(directory, side), timeout, batch_size
+    )
     for finding in findings:
         if finding.broken:
-            raise InputError(f"reward {finding.name}: expected sound scores of the golden pictures; received a reward "
-                             f"that {BROKEN[finding.status]} ({finding.note}); see marble-jax reward check, or "
-                             "rewards.check=false")
-    return [f"reward {f.name}: {f.status} on the golden pictures ({f.note}); right for some rewards, else a sign of a "
-            "faulty installation" for f in findings if not f.passed]
+            raise InputError(
+                f"reward {finding.name}: expected sound scores of the golden pictures; received a reward "
+                f"that {BROKEN[finding.status]} ({finding.note}); see marble-jax reward check, or "
+                "rewards.check=false"
+            )
+    return [
+        f"reward {f.name}: {f.status} on the golden pictures ({f.note}); right for some rewards, else a sign of a "
+        "faulty installation"
+        for f in findings
+        if not f.passed
+    ]

@@ -1,10 +1,11 @@
 """Entries of `rewards.json` whose numbers come from outside the project: servers, judges, a user's own function.
 
-    "geneval":  {"kind": "remote", "urls": ["http://10.0.0.7:8810"], "token_env": "REWARD_TOKEN", "batch_size": 32}
-    "judge":    {"kind": "openai", "urls": ["http://127.0.0.1:17140/v1"], "model": "UnifiedReward-7b-v1.5",
-                 "preset": "unifiedreward"}
-    "sharp":    {"kind": "function", "function": "my_rewards:sharpness", "applies": "all"}
+"geneval":  {"kind": "remote", "urls": ["http://10.0.0.7:8810"], "token_env": "REWARD_TOKEN", "batch_size": 32}
+"judge":    {"kind": "openai", "urls": ["http://127.0.0.1:17140/v1"], "model": "UnifiedReward-7b-v1.5",
+             "preset": "unifiedreward"}
+"sharp":    {"kind": "function", "function": "my_rewards:sharpness", "applies": "all"}
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,17 +21,53 @@ from marble_jax.rewards.http.judge import PATH, PRESETS, JudgeReward
 from marble_jax.rewards.http.remote import PROTOCOLS, RemoteReward
 
 _CALLS: dict[str, Any] = {
-    "urls": [], "token_env": "", "token_file": "", "timeout": 60.0, "connect_timeout": 5.0, "retries": 3, "pause": 0.5,
-    "max_in_flight": 4, "applies": "all"}
+    "urls": [],
+    "token_env": "",
+    "token_file": "",
+    "timeout": 60.0,
+    "connect_timeout": 5.0,
+    "retries": 3,
+    "pause": 0.5,
+    "max_in_flight": 4,
+    "applies": "all",
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "remote": _CALLS | {"reward": "", "batch_size": 16, "format": "png", "protocol": "marble", "field": "scores",
-                        "allow_pickle": False},
-    "openai": _CALLS | {"model": "", "preset": "", "prompt": "", "prompt_file": "", "pattern": "", "field": "",
-                        "low": 0.0, "high": 0.0, "side": 0, "max_tokens": 0, "temperature": 0.0, "max_in_flight": 8},
+    "remote": _CALLS
+    | {
+        "reward": "",
+        "batch_size": 16,
+        "format": "png",
+        "protocol": "marble",
+        "field": "scores",
+        "allow_pickle": False,
+    },
+    "openai": _CALLS
+    | {
+        "model": "",
+        "preset": "",
+        "prompt": "",
+        "prompt_file": "",
+        "pattern": "",
+        "field": "",
+        "low": 0.0,
+        "high": 0.0,
+        "side": 0,
+        "max_tokens": 0,
+        "temperature": 0.0,
+        "max_in_flight": 8,
+    },
     "function": {"function": "", "applies": ""},
 }
 """Options of each kind with their defaults; an empty or zero option of a judge leaves its preset's value."""
-LEAST = {"batch_size": 1, "max_in_flight": 1, "retries": 0, "pause": 0, "side": 0, "max_tokens": 0, "temperature": 0}
+LEAST = {
+    "batch_size": 1,
+    "max_in_flight": 1,
+    "retries": 0,
+    "pause": 0,
+    "side": 0,
+    "max_tokens": 0,
+    "temperature": 0,
+}
 OPTIONS = {kind: set(defaults) for kind, defaults in DEFAULTS.items()}
 
 
@@ -51,19 +88,36 @@ def build(name: str, kind: str, entry: Mapping[str, Any], directory: Path | None
     if kind == "function":
         return FunctionReward(name, load_function(options["function"], directory), rule)
     token = secret(name, options["token_env"], options["token_file"])
-    patience = Patience(options["connect_timeout"], options["timeout"], options["retries"], options["pause"],
-                        options["max_in_flight"])
+    patience = Patience(
+        options["connect_timeout"],
+        options["timeout"],
+        options["retries"],
+        options["pause"],
+        options["max_in_flight"],
+    )
     if kind == "openai":
         replicas = Replicas(name, options["urls"], PATH, token, patience)
-        return JudgeReward(name, replicas, options["model"], _question(name, options, entry, directory), rule)
+        return JudgeReward(
+            name, replicas, options["model"], _question(name, options, entry, directory), rule
+        )
     one_of(f"reward {name}: protocol", options["protocol"], PROTOCOLS)
     old = options["field"] if options["protocol"] == "flow_grpo" else ""
     replicas = Replicas(name, options["urls"], "" if old else "/score", token, patience)
-    return RemoteReward(name, replicas, options["reward"], options["batch_size"], options["format"], rule, old,
-                        options["allow_pickle"])
+    return RemoteReward(
+        name,
+        replicas,
+        options["reward"],
+        options["batch_size"],
+        options["format"],
+        rule,
+        old,
+        options["allow_pickle"],
+    )
 
 
-def _question(name: str, options: dict[str, Any], entry: Mapping[str, Any], directory: Path | None) -> Any:
+def _question(
+    name: str, options: dict[str, Any], entry: Mapping[str, Any], directory: Path | None
+) -> Any:
     one_of(f"reward {name}: preset", options["preset"], PRESETS)
     if options["prompt_file"]:
         if options["prompt"]:
@@ -72,10 +126,16 @@ def _question(name: str, options: dict[str, Any], entry: Mapping[str, Any], dire
         try:
             options["prompt"] = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise InputError(f"reward {name}: expected a text in {file}; received {type(error).__name__}") from None
+            raise InputError(
+                f"reward {name}: expected a text in {file}; received {type(error).__name__}"
+            ) from None
     base = PRESETS[options["preset"]]
-    given = {field.name: options[field.name] for field in dataclasses.fields(base) if field.name in entry}
-    return dataclasses.replace(base, **given | ({"prompt": options["prompt"]} if options["prompt"] else {}))
+    given = {
+        field.name: options[field.name] for field in dataclasses.fields(base) if field.name in entry
+    }
+    return dataclasses.replace(
+        base, **given | ({"prompt": options["prompt"]} if options["prompt"] else {})
+    )
 
 
 def _checked(name: str, defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,10 +146,19 @@ def _checked(name: str, defaults: Mapping[str, Any], entry: Mapping[str, Any]) -
         default = defaults[key]
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            raise InputError(f"reward {name}: {key}: expected {type(default).__name__}; received {value!r}")
+            raise InputError(
+                f"reward {name}: {key}: expected {type(default).__name__}; received {value!r}"
+            )
         least = LEAST.get(key)
-        if least is not None and value < least or key in ("timeout", "connect_timeout") and not value > 0:
-            raise InputError(f"reward {name}: {key}: expected {'more than 0' if least is None else f'>= {least}'}; "
-                             f"received {value!r}")
+        if (
+            least is not None
+            and value < least
+            or key in ("timeout", "connect_timeout")
+            and not value > 0
+        ):
+            raise InputError(
+                f"reward {name}: {key}: expected {'more than 0' if least is None else f'>= {least}'}; "
+                f"received {value!r}"
+            )
         options[key] = value
     return options

@@ -12,6 +12,7 @@ failed. An attribute `applies`, a function (prompt, metadata) -> bool, leaves ou
 is looked for beside `rewards.json`, in the working directory and among what is installed. Several threads may call the
 function at the same time.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -34,7 +35,11 @@ from marble_jax.types import Params
 
 log = logging.getLogger(__name__)
 
-FORMS = {("image", "prompt"): "pointwise", ("images", "prompts"): "batch", ("images", "prompt"): "group"}
+FORMS = {
+    ("image", "prompt"): "pointwise",
+    ("images", "prompts"): "batch",
+    ("images", "prompt"): "group",
+}
 """How a function is called, by the names of its first two parameters."""
 APPLIES: dict[str, Callable[[str, Metadata], bool]] = {
     "all": lambda prompt, metadata: True,
@@ -71,20 +76,34 @@ def load_function(name: str, directory: Path | str | None = None) -> Callable[..
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InputError(f"reward {name}: expected a module that imports; it lacks {error.name}") from error
-        raise InputError(f"reward {name}: expected a module {module_name} in {Path.cwd()}, beside rewards.json or "
-                         "installed; received none") from None
+            raise InputError(
+                f"reward {name}: expected a module that imports; it lacks {error.name}"
+            ) from error
+        raise InputError(
+            f"reward {name}: expected a module {module_name} in {Path.cwd()}, beside rewards.json or "
+            "installed; received none"
+        ) from None
     except Exception as error:  # whatever the user's module raises; the cause stays attached
-        raise InputError(f"reward {name}: expected a module that imports; received {line(error)}") from error
+        raise InputError(
+            f"reward {name}: expected a module that imports; received {line(error)}"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        choices = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-        raise InputError(f"reward {name}: expected a function {function_name} in {module.__file__}; received "
-                         f"{'none' if function is None else type(function).__name__}{nearest(function_name, choices)}")
+        choices = [
+            n
+            for n, value in vars(module).items()
+            if inspect.isfunction(value) and not n.startswith("_")
+        ]
+        raise InputError(
+            f"reward {name}: expected a function {function_name} in {module.__file__}; received "
+            f"{'none' if function is None else type(function).__name__}{nearest(function_name, choices)}"
+        )
     return function
 
 
-def applies_rule(name: str, rule: str, directory: Path | str | None = None) -> Callable[[str, Metadata], bool]:
+def applies_rule(
+    name: str, rule: str, directory: Path | str | None = None
+) -> Callable[[str, Metadata], bool]:
     """The function behind `applies` of a reward: one of APPLIES, or a user's own as module:function."""
     if is_function(rule):
         return load_function(rule, directory)
@@ -104,20 +123,35 @@ def form_of(name: str, function: Callable[..., Any]) -> str:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         parameters = []
-    needed = [p for p in parameters[3:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [
+        p
+        for p in parameters[3:]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     form = FORMS.get(tuple(p.name for p in parameters[:2]))
-    if form is None or len(parameters) < 3 or needed or any(p.kind is p.KEYWORD_ONLY for p in parameters[:3]):
+    if (
+        form is None
+        or len(parameters) < 3
+        or needed
+        or any(p.kind is p.KEYWORD_ONLY for p in parameters[:3])
+    ):
         received = ", ".join(str(p) for p in parameters) or "none that can be read"
-        raise InputError(f"reward {name}: expected parameters (image, prompt, metadata), (images, prompts, metadata) "
-                         f"or, for all pictures of a prompt, (images, prompt, metadata); received ({received})")
+        raise InputError(
+            f"reward {name}: expected parameters (image, prompt, metadata), (images, prompts, metadata) "
+            f"or, for all pictures of a prompt, (images, prompt, metadata); received ({received})"
+        )
     return form
 
 
 class FunctionReward(Reward):
     """A Python function as a reward. A host reward."""
 
-    def __init__(self, name: str, function: Callable[..., Any],
-                 applies: Callable[[str, Metadata], bool] | None = None):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        applies: Callable[[str, Metadata], bool] | None = None,
+    ):
         """Builds the reward.
 
         Args:
@@ -155,7 +189,10 @@ class FunctionReward(Reward):
         if self.form == "pointwise":
             parts = [[i] for i in range(len(prompts))]
         else:
-            parts = [[i for i, p in enumerate(prompts) if p == prompt] for prompt in dict.fromkeys(prompts)]
+            parts = [
+                [i for i, p in enumerate(prompts) if p == prompt]
+                for prompt in dict.fromkeys(prompts)
+            ]
         errors = []
         for part in parts:
             first = part[0]
@@ -164,7 +201,9 @@ class FunctionReward(Reward):
                     answers = [self.function(images[first], prompts[first], metadata[first])]
                 else:
                     answers = self._listed(
-                        self.function(images[part], prompts[first], [metadata[i] for i in part]), len(part))
+                        self.function(images[part], prompts[first], [metadata[i] for i in part]),
+                        len(part),
+                    )
             except Exception as error:  # foreign code
                 errors.append(error)
                 continue
@@ -173,11 +212,19 @@ class FunctionReward(Reward):
         if len(errors) == len(parts):
             raise errors[-1]
         if errors:
-            log.warning("reward %s failed in %d of %d calls: %s", self.name, len(errors), len(parts), line(errors[-1]))
+            log.warning(
+                "reward %s failed in %d of %d calls: %s",
+                self.name,
+                len(errors),
+                len(parts),
+                line(errors[-1]),
+            )
 
     def _listed(self, answer: Any, count: int) -> list[Any]:
         if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__len__"):
-            raise RewardError(f"expected a list of {count} scores; received {type(answer).__name__}")
+            raise RewardError(
+                f"expected a list of {count} scores; received {type(answer).__name__}"
+            )
         answer = list(answer)
         if len(answer) != count:
             raise RewardError(f"expected {count} scores; received {len(answer)}")
@@ -185,8 +232,11 @@ class FunctionReward(Reward):
 
     def _number(self, value: Any) -> float:
         """A score as a float: Python's, NumPy's, or an array or tensor of one element; NaN for anything else."""
-        if isinstance(value, (str, bytes)) or isinstance(value, numbers.Complex) and not isinstance(
-                value, numbers.Real):
+        if (
+            isinstance(value, (str, bytes))
+            or isinstance(value, numbers.Complex)
+            and not isinstance(value, numbers.Real)
+        ):
             return np.nan
         try:
             return float(value.item() if hasattr(value, "item") else value)

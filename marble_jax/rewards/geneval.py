@@ -7,6 +7,7 @@ to train on, which gives credit for every part that is right.
 
 Source: Ghosh et al. 2023 (arXiv 2310.11513), djghosh13/geneval; partial and strict scores from NVlabs/DiffusionNFT.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -116,7 +117,9 @@ class _Clause:
 
 
 def _clauses(
-    found: Mapping[str, list[Detection]], include: Sequence[Mapping[str, Any]], exact: bool,
+    found: Mapping[str, list[Detection]],
+    include: Sequence[Mapping[str, Any]],
+    exact: bool,
     colours: Callable[[str, int], list[str | None]],
 ) -> list[_Clause]:
     """Checks the clauses in order; `exact` asks for exact counts and looks at all objects, not the first `count`.
@@ -136,7 +139,11 @@ def _clauses(
         if "position" in clause:
             relation, target = clause["position"]
             others = matched_groups[target]
-            placed = matched and others is not None and all(relation in relations(a, b) for a in group for b in others)
+            placed = (
+                matched
+                and others is not None
+                and all(relation in relations(a, b) for a in group for b in others)
+            )
             matched = matched and placed
         matched_groups.append(group if matched else None)
         clauses.append(_Clause(len(everything), coloured, placed, matched))
@@ -179,7 +186,10 @@ def _partial_upstream(clauses: Sequence[_Clause], include: Sequence[Mapping[str,
 
 
 def judge(
-    image: np.ndarray, detections: Sequence[Detection], metadata: Metadata, classify: ClassifyColours = own_colours,
+    image: np.ndarray,
+    detections: Sequence[Detection],
+    metadata: Metadata,
+    classify: ClassifyColours = own_colours,
     faithful: bool = False,
 ) -> Verdict:
     """Applies GenEval's rules to one picture.
@@ -208,7 +218,11 @@ class GenEvalReward(Reward):
     """GenEval's partial score of pictures whose prompt came with its metadata. A host reward."""
 
     def __init__(
-        self, name: str, detector: Detector, classify: ClassifyColours = own_colours, faithful: bool = False
+        self,
+        name: str,
+        detector: Detector,
+        classify: ClassifyColours = own_colours,
+        faithful: bool = False,
     ):
         """Builds the reward.
 
@@ -225,14 +239,20 @@ class GenEvalReward(Reward):
         """True where the metadata says what to include."""
         return isinstance(metadata, Mapping) and "include" in metadata
 
-    def verdicts(self, images, prompts: Sequence[str], metadata: Sequence[Metadata]) -> list[Verdict | None]:
+    def verdicts(
+        self, images, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> list[Verdict | None]:
         """All three judgements of each picture; None where GenEval does not apply or detection failed."""
-        asked = [i for i, (p, m) in enumerate(zip(prompts, metadata, strict=True)) if self.applies(p, m)]
+        asked = [
+            i for i, (p, m) in enumerate(zip(prompts, metadata, strict=True)) if self.applies(p, m)
+        ]
         out: list[Verdict | None] = [None] * len(prompts)
         if not asked:
             return out
         pictures = to_uint8(np.asarray(images)[asked])
-        for i, image, detections in zip(asked, pictures, self.detector.detect(pictures), strict=True):
+        for i, image, detections in zip(
+            asked, pictures, self.detector.detect(pictures), strict=True
+        ):
             if detections is not None:
                 out[i] = judge(image, detections, metadata[i], self.classify, self.faithful)
         return out

@@ -3,6 +3,7 @@
 They apply to every prompt and are easy to maximise, which is what they are for: a run that does not raise them has a
 fault elsewhere, and one that raises them too far shows what over-optimisation looks like.
 """
+
 from __future__ import annotations
 
 import io
@@ -44,11 +45,15 @@ class JpegReward(Reward):
         """Builds the reward: `compressible` says which of the two; `workers` pictures are encoded at the same time."""
         super().__init__(name=name, kind="host")
         self.factor = -1 / COMPRESSIBILITY_SCALE if compressible else 1.0
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="jpeg")  # the encoder releases the lock
+        self._pool = ThreadPoolExecutor(
+            workers, thread_name_prefix="jpeg"
+        )  # the encoder releases the lock
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
         """See `Reward.score`."""
-        sizes = np.fromiter(self._pool.map(jpeg_kilobytes, to_uint8(images)), np.float32, len(images))
+        sizes = np.fromiter(
+            self._pool.map(jpeg_kilobytes, to_uint8(images)), np.float32, len(images)
+        )
         return sizes * np.float32(self.factor), np.ones(len(images), bool)
 
 

@@ -7,6 +7,7 @@ Source: `flow_grpo/ocr.py` of aim-uofa/MARBLE. Three deviations: a target of not
 division by zero); a reader that fails makes the sample missing (there a score of 0, kept under `faithful`); the
 reader gets its channels in the order it was trained on (there red and blue are swapped).
 """
+
 from __future__ import annotations
 
 import functools
@@ -74,8 +75,13 @@ class EngineReader:
     use every core and are replaced when they die or take too long.
     """
 
-    def __init__(self, make: Callable[[], Callable[[np.ndarray], str]], workers: int = 2, processes: bool = False,
-                 timeout: float = 60.0):
+    def __init__(
+        self,
+        make: Callable[[], Callable[[np.ndarray], str]],
+        workers: int = 2,
+        processes: bool = False,
+        timeout: float = 60.0,
+    ):
         """Loads the engines.
 
         Args:
@@ -97,7 +103,11 @@ class EngineReader:
 
     def read(self, images: np.ndarray) -> list[str | None]:
         """See `Reader.read`."""
-        return self._processes.map(images) if self._processes else list(self._pool.map(self._read_one, images))
+        return (
+            self._processes.map(images)
+            if self._processes
+            else list(self._pool.map(self._read_one, images))
+        )
 
     def close(self) -> None:
         """Ends the threads, which finish their pictures, or the processes, which do not."""
@@ -116,8 +126,14 @@ class EngineReader:
 class RapidReader(EngineReader):
     """Reads with RapidOCR."""
 
-    def __init__(self, detect: bool = True, scale: int = 1, workers: int = 2, processes: bool = False,
-                 timeout: float = 60.0):
+    def __init__(
+        self,
+        detect: bool = True,
+        scale: int = 1,
+        workers: int = 2,
+        processes: bool = False,
+        timeout: float = 60.0,
+    ):
         """Loads the engines.
 
         Args:
@@ -134,8 +150,14 @@ class RapidReader(EngineReader):
 class PaddleReader(EngineReader):
     """Reads with PaddleOCR, in processes: its predictors are not thread-safe and hold the interpreter lock."""
 
-    def __init__(self, scale: int = 1, workers: int = 2, timeout: float = 60.0, lang: str = "en",
-                 version: str = "PP-OCRv4"):
+    def __init__(
+        self,
+        scale: int = 1,
+        workers: int = 2,
+        timeout: float = 60.0,
+        lang: str = "en",
+        version: str = "PP-OCRv4",
+    ):
         """Loads the engines.
 
         Args:
@@ -145,7 +167,9 @@ class PaddleReader(EngineReader):
           lang: language of the recogniser.
           version: generation of the models, "PP-OCRv3" to "PP-OCRv5".
         """
-        super().__init__(functools.partial(PaddleEngine, scale, lang, version), workers, True, timeout)
+        super().__init__(
+            functools.partial(PaddleEngine, scale, lang, version), workers, True, timeout
+        )
 
 
 class OCRReward(Reward):
@@ -173,7 +197,9 @@ class OCRReward(Reward):
         values, valid = np.zeros(len(targets), np.float32), np.zeros(len(targets), bool)
         if not asked:
             return values, valid
-        for i, text in zip(asked, self.reader.read(to_uint8(np.asarray(images)[asked])), strict=True):
+        for i, text in zip(
+            asked, self.reader.read(to_uint8(np.asarray(images)[asked])), strict=True
+        ):
             if text is not None:
                 values[i] = spelling_score(text, targets[i])
             valid[i] = text is not None or self.faithful

@@ -1,4 +1,5 @@
 """Where rewards work: their weights on the devices of a mesh, and pictures that have to be together on one host."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,21 @@ def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
     A pair of towers that names colours too is kept by its host as well: worker threads must not launch programs that
     span processes.
     """
-    kept = {id(part.encoder) for reward in rewards for part in vars(reward).values() if isinstance(part, ClipColours)}
+    kept = {
+        id(part.encoder)
+        for reward in rewards
+        for part in vars(reward).values()
+        if isinstance(part, ClipColours)
+    }
     placed: dict[int, Any] = {}
 
     def spread(node: Any) -> Any:
         if id(node) not in placed:
-            placed[id(node)] = ({name: spread(part) for name, part in node.items()} if isinstance(node, Mapping) else
-                                device_mesh.place_everywhere(mesh, node))
+            placed[id(node)] = (
+                {name: spread(part) for name, part in node.items()}
+                if isinstance(node, Mapping)
+                else device_mesh.place_everywhere(mesh, node)
+            )
         return placed[id(node)]
 
     for reward in rewards if mesh.size > 1 else ():
@@ -54,13 +63,19 @@ def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size:
     if not reward.whole_groups:
         return
     if size % group:
-        raise InputError(f"rollout.batch_size: expected a multiple of the {group} pictures a prompt, as {reward.name} "
-                         f"compares them; received {size}")
-    owners = distributed.row_owners(device_mesh.picture_sharding(mesh, size), (size,)).reshape(-1, group)
+        raise InputError(
+            f"rollout.batch_size: expected a multiple of the {group} pictures a prompt, as {reward.name} "
+            f"compares them; received {size}"
+        )
+    owners = distributed.row_owners(device_mesh.picture_sharding(mesh, size), (size,)).reshape(
+        -1, group
+    )
     if np.any(owners != owners[:, :1]):
         pictures, unit = num_prompts * group, jax.process_count() * group
         shards = device_mesh.batch_shards(mesh)
         fits = [n for n in range(unit, pictures + 1, unit) if pictures % n == 0 and n % shards == 0]
         best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
-        raise InputError(f"rollout.batch_size: expected the {group} pictures of a prompt on one host of "
-                         f"{jax.process_count()}, as {reward.name} compares them; received {size}{best}")
+        raise InputError(
+            f"rollout.batch_size: expected the {group} pictures of a prompt on one host of "
+            f"{jax.process_count()}, as {reward.name} compares them; received {size}{best}"
+        )

@@ -9,6 +9,7 @@
 published models (`published.ENTRIES`) need no entry and no file; for the kinds `remote`, `openai` and `function` see
 `external`; a name `module:function` needs no entry either.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,12 +34,18 @@ from marble_jax.rewards.ocr import OCRReward, PaddleReader, RapidReader
 from marble_jax.rewards.toy_world.shape_detector import ShapeDetector
 
 FILE = "rewards.json"
-OPTIONS = {"clip": {"formula", "model", "tokenizer", "dtype"}, "aesthetic": {"model", "tokenizer", "head", "dtype"},
-           "imagereward": {"model", "tokenizer", "dtype"},
-           "ocr": {"engine", "detect", "scale", "processes", "timeout"},
-           "geneval": {"detector", "model", "clip", "tokenizer", "dtype", "device", "batch_size"},
-           "jpeg_compressibility": set(), "jpeg_incompressibility": set(), "brightness": set(), "colourfulness": set(),
-           **external.OPTIONS}
+OPTIONS = {
+    "clip": {"formula", "model", "tokenizer", "dtype"},
+    "aesthetic": {"model", "tokenizer", "head", "dtype"},
+    "imagereward": {"model", "tokenizer", "dtype"},
+    "ocr": {"engine", "detect", "scale", "processes", "timeout"},
+    "geneval": {"detector", "model", "clip", "tokenizer", "dtype", "device", "batch_size"},
+    "jpeg_compressibility": set(),
+    "jpeg_incompressibility": set(),
+    "brightness": set(),
+    "colourfulness": set(),
+    **external.OPTIONS,
+}
 DTYPES = ("float32", "bfloat16", "float16")
 FORMULAS = {"brightness": brightness, "colourfulness": colourfulness}
 
@@ -53,20 +60,33 @@ def entries_of(directory: Path | str) -> dict[str, dict[str, Any]]:
     if str(directory) == published.HUB and not directory.is_dir():
         return dict(published.ENTRIES)
     if not directory.is_dir():
-        raise InputError(f"rewards.path: expected a directory with {FILE}; received {str(directory)!r}")
+        raise InputError(
+            f"rewards.path: expected a directory with {FILE}; received {str(directory)!r}"
+        )
     try:
         entries = json.loads((directory / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return dict(published.ENTRIES)
     except ValueError as error:
-        raise InputError(f"{directory / FILE}: expected JSON; received an error at {error}") from None
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise InputError(f"{directory / FILE}: expected an object of objects, by reward; received something else")
+        raise InputError(
+            f"{directory / FILE}: expected JSON; received an error at {error}"
+        ) from None
+    if not isinstance(entries, dict) or not all(
+        isinstance(entry, dict) for entry in entries.values()
+    ):
+        raise InputError(
+            f"{directory / FILE}: expected an object of objects, by reward; received something else"
+        )
     return entries
 
 
-def load_rewards(directory: Path | str | None, names: Sequence[str], num_workers: int = 2, dtype: Any = "float32",
-                 faithful: bool = False) -> list[Reward]:
+def load_rewards(
+    directory: Path | str | None,
+    names: Sequence[str],
+    num_workers: int = 2,
+    dtype: Any = "float32",
+    faithful: bool = False,
+) -> list[Reward]:
     """The rewards `names` of a directory.
 
     Args:
@@ -81,14 +101,21 @@ def load_rewards(directory: Path | str | None, names: Sequence[str], num_workers
       InputError: missing directory, file or folder; an unknown reward, kind or option; a reward named twice.
     """
     own = entries_of(directory or "") if not all(is_function(name) for name in names) else {}
-    entries = {**own, **{name: entry for name, entry in published.ENTRIES.items() if name not in own}}
+    entries = {
+        **own,
+        **{name: entry for name, entry in published.ENTRIES.items() if name not in own},
+    }
     builder = Builder(directory, entries, num_workers, dtype, faithful)
     for name in names:
         if name not in entries and not is_function(name):
-            raise InputError(f"reward: expected one of {', '.join(entries)} of {builder.where}; received "
-                             f"{name!r}{nearest(name, entries)}")
+            raise InputError(
+                f"reward: expected one of {', '.join(entries)} of {builder.where}; received "
+                f"{name!r}{nearest(name, entries)}"
+            )
         if list(names).count(name) > 1:
-            raise InputError(f"reward: expected every name once; received {name!r} {list(names).count(name)} times")
+            raise InputError(
+                f"reward: expected every name once; received {name!r} {list(names).count(name)} times"
+            )
     return [builder.build(name) for name in names]
 
 
@@ -99,12 +126,23 @@ class Builder:
       where: what error messages call the entries' source.
     """
 
-    def __init__(self, directory: Path | str | None, entries: dict[str, dict[str, Any]], num_workers: int, dtype: Any,
-                 faithful: bool):
+    def __init__(
+        self,
+        directory: Path | str | None,
+        entries: dict[str, dict[str, Any]],
+        num_workers: int,
+        dtype: Any,
+        faithful: bool,
+    ):
         """Arguments as `load_rewards`."""
         self.directory = Path(directory) if directory and Path(directory).is_dir() else None
         self.where = self.directory / FILE if self.directory else "the published rewards"
-        self.entries, self.num_workers, self.dtype, self.faithful = entries, num_workers, str(dtype), faithful
+        self.entries, self.num_workers, self.dtype, self.faithful = (
+            entries,
+            num_workers,
+            str(dtype),
+            faithful,
+        )
         self._towers: dict[tuple[Path, str, bool], ClipEncoder] = {}
 
     def build(self, name: str) -> Reward:
@@ -126,13 +164,17 @@ class Builder:
 
     def _own(self, name: str, kind: str, entry: dict[str, Any]) -> Reward:
         if kind == "clip":
-            return CLIPReward(name, self._tower(name, entry, "model"), entry.get("formula", "clipscore"))
+            return CLIPReward(
+                name, self._tower(name, entry, "model"), entry.get("formula", "clipscore")
+            )
         if kind == "aesthetic":
             head = load_head(published.find_file(name, self.directory, entry["head"]))
             return AestheticReward(name, self._tower(name, entry, "model"), head)
         if kind == "imagereward":
             folder = published.find_folder(name, self.directory, entry["model"], "imagereward")
-            return ImageReward.load(name, folder, self._tokenizer(name, entry, folder), entry["dtype"])
+            return ImageReward.load(
+                name, folder, self._tokenizer(name, entry, folder), entry["dtype"]
+            )
         if kind == "ocr":
             return OCRReward(name, self._reader(name, entry), self.faithful)
         if kind == "geneval":
@@ -143,11 +185,17 @@ class Builder:
 
     def _tower(self, name: str, entry: dict[str, Any], model: str) -> ClipEncoder:
         is_hps = entry.get("formula") == "hpsv2"
-        folder = published.find_folder(name, self.directory, entry[model], "hpsv2" if is_hps else "clip")
+        folder = published.find_folder(
+            name, self.directory, entry[model], "hpsv2" if is_hps else "clip"
+        )
         key = folder, entry["dtype"], is_hps
         if key not in self._towers:
-            self._towers[key] = ClipEncoder.load(folder, entry["dtype"], self._tokenizer(name, entry, folder),
-                                                 HPS_FILES if is_hps else ())
+            self._towers[key] = ClipEncoder.load(
+                folder,
+                entry["dtype"],
+                self._tokenizer(name, entry, folder),
+                HPS_FILES if is_hps else (),
+            )
         return self._towers[key]
 
     def _tokenizer(self, name: str, entry: dict[str, Any], folder: Path) -> Path | None:
@@ -157,11 +205,21 @@ class Builder:
         return published.find_folder(name, self.directory, entry["tokenizer"], "tokenizer")
 
     def _reader(self, name: str, entry: dict[str, Any]) -> RapidReader | PaddleReader:
-        engine, scale, timeout = entry.get("engine", "rapidocr"), entry.get("scale", 1), entry.get("timeout", 60.0)
+        engine, scale, timeout = (
+            entry.get("engine", "rapidocr"),
+            entry.get("scale", 1),
+            entry.get("timeout", 60.0),
+        )
         one_of(f"{self.where}: engine of {name}", engine, ("rapidocr", "paddleocr"))
         if engine == "paddleocr":
             return PaddleReader(scale, self.num_workers, timeout)
-        return RapidReader(entry.get("detect", True), scale, self.num_workers, entry.get("processes", False), timeout)
+        return RapidReader(
+            entry.get("detect", True),
+            scale,
+            self.num_workers,
+            entry.get("processes", False),
+            timeout,
+        )
 
     def _geneval(self, name: str, entry: dict[str, Any]) -> GenEvalReward:
         kind = entry.get("detector", "shapes")
@@ -170,5 +228,7 @@ class Builder:
             return GenEvalReward(name, ShapeDetector(), own_colours, self.faithful)
         folder = published.find_folder(name, self.directory, entry["model"], "mask2former")
         colours = ClipColours(self._tower(name, entry, "clip"))
-        detector = Mask2FormerDetector.load(folder, entry.get("device"), batch_size=entry.get("batch_size", 8))
+        detector = Mask2FormerDetector.load(
+            folder, entry.get("device"), batch_size=entry.get("batch_size", 8)
+        )
         return GenEvalReward(name, detector, colours, self.faithful)

@@ -3,6 +3,7 @@
 With several processes a batch spans all of them. Device rewards score it where it lies; host rewards score on every
 host the pictures that this host holds, and the scores are then the same everywhere, failures included.
 """
+
 from __future__ import annotations
 
 import logging
@@ -44,7 +45,9 @@ class MissingCap:
     def __init__(self, max_missing_share: float):
         """Sets the allowed share, in [0, 1]; 1 allows everything."""
         if not 0 <= max_missing_share <= 1:
-            raise InputError(f"max_missing_share: expected a share in [0, 1]; received {max_missing_share}")
+            raise InputError(
+                f"max_missing_share: expected a share in [0, 1]; received {max_missing_share}"
+            )
         self._share = max_missing_share
         self._level: dict[str, float] = {}
         self._recent: dict[str, list[tuple[int, int]]] = {}
@@ -66,16 +69,23 @@ class MissingCap:
             recent.clear()
         elif level > PATIENCE * self._share:
             failed, total = (sum(column) for column in zip(*recent))
-            raise RewardError(f"reward {name}: expected at most {self._share:.0%} of its scores to fail; received "
-                              f"{failed} of {total} in the last {len(recent)} batch(es)" +
-                              (f" ({reason})" if reason else ""))
+            raise RewardError(
+                f"reward {name}: expected at most {self._share:.0%} of its scores to fail; received "
+                f"{failed} of {total} in the last {len(recent)} batch(es)"
+                + (f" ({reason})" if reason else "")
+            )
 
 
 class PendingScores:
     """Scores of one batch under way; `owners` says which process scores which picture on its host."""
 
-    def __init__(self, scorer: Scorer, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
-                 owners: np.ndarray | None = None):
+    def __init__(
+        self,
+        scorer: Scorer,
+        device: dict[str, tuple[Any, Any, np.ndarray]],
+        host: Pending | None,
+        owners: np.ndarray | None = None,
+    ):
         self._scorer, self._device, self._host, self._owners = scorer, device, host, owners
 
     def result(self) -> Scores:
@@ -99,8 +109,14 @@ class Scorer:
       timeout: seconds a call of a host reward may take.
     """
 
-    def __init__(self, rewards: Sequence[Reward], num_workers: int = 2, on_error: str = "mask",
-                 max_missing_share: float = 0.5, timeout: float = 120.0):
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        num_workers: int = 2,
+        on_error: str = "mask",
+        max_missing_share: float = 0.5,
+        timeout: float = 120.0,
+    ):
         if not rewards:
             raise InputError("rewards: expected at least one; received none")
         self.rewards, self.names = tuple(rewards), tuple(reward.name for reward in rewards)
@@ -127,11 +143,16 @@ class Scorer:
         if self._host is None:
             return PendingScores(self, device, None)
         if distributed.alone():
-            return PendingScores(self, device, self._host.submit(np.asarray(images), texts, metadata))
+            return PendingScores(
+                self, device, self._host.submit(np.asarray(images), texts, metadata)
+            )
         owners = distributed.row_owners(images.sharding, images.shape)
         own = np.flatnonzero(owners == jax.process_index())
-        pending = self._host.submit(distributed.own_rows(images, owners), [texts[i] for i in own],
-                                    [metadata[i] for i in own])
+        pending = self._host.submit(
+            distributed.own_rows(images, owners),
+            [texts[i] for i in own],
+            [metadata[i] for i in own],
+        )
         return PendingScores(self, device, pending, owners)
 
     @property
@@ -144,13 +165,16 @@ class Scorer:
         if self._host:
             self._host.close()
 
-    def _start(self, reward: Reward, images: jax.Array, texts: list[str], metadata: list[base.Metadata]
-               ) -> tuple[Any, Any]:
+    def _start(
+        self, reward: Reward, images: jax.Array, texts: list[str], metadata: list[base.Metadata]
+    ) -> tuple[Any, Any]:
         """Sets a device reward to work; nothing valid when it raises."""
         for _ in range(attempts_of(self._on_error)):
             try:
                 return reward.score(reward.params, images, texts, metadata)
-            except Exception as error:  # a reward is foreign code: whatever it raises, the samples are missing
+            except (
+                Exception
+            ) as error:  # a reward is foreign code: whatever it raises, the samples are missing
                 self._failed(reward.name, error)
         return np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
 
@@ -173,8 +197,12 @@ class Scorer:
         self._errors[name] = line(error)
         log.warning("reward %s failed: %s", name, line(error))
 
-    def _collect(self, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
-                 owners: np.ndarray | None) -> Scores:
+    def _collect(
+        self,
+        device: dict[str, tuple[Any, Any, np.ndarray]],
+        host: Pending | None,
+        owners: np.ndarray | None,
+    ) -> Scores:
         if distributed.alone():
             found = {name: self._settled(name, *parts) for name, parts in device.items()}
             if host is not None:
@@ -186,8 +214,12 @@ class Scorer:
             self._cap.add(name, result, errors.get(name, "") if result.failed.any() else "")
         return base.stack({name: found[name] for name in self.names})
 
-    def _from_all(self, device: dict[str, tuple[Any, Any, np.ndarray]], host: Pending | None,
-                  owners: np.ndarray | None) -> tuple[dict[str, base.Result], dict[str, str]]:
+    def _from_all(
+        self,
+        device: dict[str, tuple[Any, Any, np.ndarray]],
+        host: Pending | None,
+        owners: np.ndarray | None,
+    ) -> tuple[dict[str, base.Result], dict[str, str]]:
         """Every process's part of the scores, put together, and why scores failed.
 
         What a device reward gives is read only if no process failed to start it: reading takes all of them.
@@ -201,30 +233,52 @@ class Scorer:
         except RewardError as error:
             self._stopping = self._stopping or str(error)
         errors = self._errors | (self._host.errors if self._host else {})
-        broken = [name for name, (values, _, _) in device.items() if not isinstance(values, jax.Array)]
-        said = distributed.exchange("scores", {
-            "stop": self._stopping, "broken": broken, "errors": errors,
-            "scores": {name: [column.tolist() for column in result] for name, result in parts.items()}})
+        broken = [
+            name for name, (values, _, _) in device.items() if not isinstance(values, jax.Array)
+        ]
+        said = distributed.exchange(
+            "scores",
+            {
+                "stop": self._stopping,
+                "broken": broken,
+                "errors": errors,
+                "scores": {
+                    name: [column.tolist() for column in result] for name, result in parts.items()
+                },
+            },
+        )
         self._stopping = distributed.first_of([one["stop"] for one in said])
         if self._stopping:
             raise RewardError(self._stopping)
         broken = {name for one in said for name in one["broken"]}
-        found = {name: base.all_failed(applies) if name in broken else self._settled(name, values, valid, applies)
-                 for name, (values, valid, applies) in device.items()}
+        found = {
+            name: base.all_failed(applies)
+            if name in broken
+            else self._settled(name, values, valid, applies)
+            for name, (values, valid, applies) in device.items()
+        }
         for name in parts:
-            columns = base.Result(*(np.zeros(len(owners), kind) for kind in (np.float32, bool, bool)))
+            columns = base.Result(
+                *(np.zeros(len(owners), kind) for kind in (np.float32, bool, bool))
+            )
             for index, one in enumerate(said):
                 for column, own in zip(columns, one["scores"][name]):
                     column[owners == index] = own
             found[name] = columns
-        stop = distributed.any_of("scores", self._stopping)  # what went wrong on the device shows when it is read
+        stop = distributed.any_of(
+            "scores", self._stopping
+        )  # what went wrong on the device shows when it is read
         if stop:
             raise RewardError(stop)
-        return found, {name: reason for one in reversed(said) for name, reason in one["errors"].items()}
+        return found, {
+            name: reason for one in reversed(said) for name, reason in one["errors"].items()
+        }
 
 
 def concatenate(parts: Sequence[Scores], count: int) -> Scores:
     """Scores of several batches as one, cut to `count` samples (the last batch may have been filled up)."""
-    values, valid, failed = (np.concatenate([getattr(p, f) for p in parts], axis=1)[:, :count]
-                             for f in ("values", "valid", "failed"))
+    values, valid, failed = (
+        np.concatenate([getattr(p, f) for p in parts], axis=1)[:, :count]
+        for f in ("values", "valid", "failed")
+    )
     return Scores(parts[0].names, values, valid, failed)

@@ -11,6 +11,7 @@ are all as they were written; one that is not is named, skipped and put aside wh
 
 Restoring goes onto the caller's own arrays: their shapes, dtypes and shardings, not those of the machines that saved.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -47,8 +48,13 @@ class Checkpoints:
       say: called with one line about a checkpoint that is skipped or could not be written.
     """
 
-    def __init__(self, path: epath.PathLike, keep: int = 3, keep_every: int = 0,
-                 say: Callable[[str], object] = print):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        keep: int = 3,
+        keep_every: int = 0,
+        say: Callable[[str], object] = print,
+    ):
         if keep < 1:
             raise InputError(f"checkpoints.keep: expected at least 1; received {keep}")
         self._path = epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
@@ -79,13 +85,17 @@ class Checkpoints:
             if not self._problem(step):
                 for skipped in (s for s in steps if s > step and s not in self._said):
                     self._said.add(skipped)
-                    self._say(f"checkpoint of step {skipped} is damaged, going on from step {step}: "
-                              f"{self._problems[skipped]}")
+                    self._say(
+                        f"checkpoint of step {skipped} is damaged, going on from step {step}: "
+                        f"{self._problems[skipped]}"
+                    )
                 return step
         if steps:
-            raise InputError(f"{self._path}: expected an intact checkpoint; received {len(steps)} damaged (of step "
-                             f"{steps[-1]}: {self._problems[steps[-1]]}); nothing was changed: bring the folder back "
-                             "from a copy, or choose another --workdir")
+            raise InputError(
+                f"{self._path}: expected an intact checkpoint; received {len(steps)} damaged (of step "
+                f"{steps[-1]}: {self._problems[steps[-1]]}); nothing was changed: bring the folder back "
+                "from a copy, or choose another --workdir"
+            )
         return None
 
     def _problem(self, step: int) -> str:
@@ -106,8 +116,11 @@ class Checkpoints:
         self._saving, self._failure = step, ""
         self._problems.pop(step, None)
         # Forced, as Orbax otherwise refuses a step below the newest one, silently.
-        self._attempt(lambda: manager.save(step, args=ocp.args.StandardSave(state), force=True,
-                                           custom_metadata={SEALED: True}))
+        self._attempt(
+            lambda: manager.save(
+                step, args=ocp.args.StandardSave(state), force=True, custom_metadata={SEALED: True}
+            )
+        )
 
     def restore(self, state: Any, step: int | None = None) -> tuple[int, Any]:
         """The state saved at `step` (the newest intact one if None), placed like `state`.
@@ -125,19 +138,27 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             with quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                return step, checkpointer.restore(self._path / str(step) / ITEM, args=ocp.args.StandardRestore(target))
+                return step, checkpointer.restore(
+                    self._path / str(step) / ITEM, args=ocp.args.StandardRestore(target)
+                )
         except (ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()
-            raise InputError(f"checkpoint {self._path}/{step}: expected the state of this configuration; received "
-                             f"another one ({reason[0] if reason else type(error).__name__})") from error
+            raise InputError(
+                f"checkpoint {self._path}/{step}: expected the state of this configuration; received "
+                f"another one ({reason[0] if reason else type(error).__name__})"
+            ) from error
 
     def _check(self, step: int | None) -> None:
         steps = self.steps()
         if step not in steps:
-            raise InputError(f"checkpoint: expected one of {steps or 'none saved yet'} in {self._path}; "
-                             f"received {step}")
+            raise InputError(
+                f"checkpoint: expected one of {steps or 'none saved yet'} in {self._path}; "
+                f"received {step}"
+            )
         if problem := self._problem(step):
-            raise InputError(f"checkpoint of step {step}: expected an intact one; received {problem}")
+            raise InputError(
+                f"checkpoint of step {step}: expected an intact one; received {problem}"
+            )
 
     def wait(self) -> None:
         """Blocks until everything saved so far is complete."""
@@ -156,24 +177,38 @@ class Checkpoints:
             self._manager = None
             self._silence.close()
         if self._failure:
-            raise InputError(f"{self._path}: expected a place with room for the checkpoint of step {self._saving}; "
-                             f"received {self._failure}")
+            raise InputError(
+                f"{self._path}: expected a place with room for the checkpoint of step {self._saving}; "
+                f"received {self._failure}"
+            )
 
     def _open(self) -> ocp.CheckpointManager:
         """Orbax's manager, made when the first checkpoint is saved: until then nothing in the folder is touched."""
         if self._manager is None:
             self._silence.enter_context(quiet())
             for step in [s for s, problem in self._problems.items() if problem]:
-                self._put_aside(step)  # or its step could not be saved again, and it would count as the newest
+                self._put_aside(
+                    step
+                )  # or its step could not be saved again, and it would count as the newest
             kept: list[Any] = [ocp.checkpoint_managers.LatestN(self._keep)]
             if self._keep_every:
                 kept.append(ocp.checkpoint_managers.EveryNSteps(self._keep_every))
             options: dict[str, Any] = {}
-            if is_remote(self._path):  # renaming a folder in a bucket copies it; Orbax knows that of gs:// only
-                options["atomicity_options"] = ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE)
-            self._manager = ocp.CheckpointManager(self._path, options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal), **options))
+            if is_remote(
+                self._path
+            ):  # renaming a folder in a bucket copies it; Orbax knows that of gs:// only
+                options["atomicity_options"] = ocp.options.AtomicityOptions(
+                    ocp.options.AtomicityMode.COMMIT_FILE
+                )
+            self._manager = ocp.CheckpointManager(
+                self._path,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
+                    cleanup_tmp_directories=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                    **options,
+                ),
+            )
         return self._manager
 
     def _put_aside(self, step: int) -> None:
@@ -196,10 +231,17 @@ class Checkpoints:
         place = self._path / str(self._saving)
         files = recorded(place)
         if NOTES[0] not in files:
-            _write_manifest(place, {**files, **{name: seal(place / name) for name in NOTES if (place / name).exists()}})
+            _write_manifest(
+                place,
+                {
+                    **files,
+                    **{name: seal(place / name) for name in NOTES if (place / name).exists()},
+                },
+            )
 
     def _settle(self) -> None:
         """Waits for the save under way."""
+
         def finish() -> None:
             self._manager.wait_until_finished()
             if self._saving in self._manager.all_steps() and distributed.is_first():
@@ -216,7 +258,9 @@ class Checkpoints:
                 raise  # the other processes wait for this one
             self._failure = first_line(error)
             self._say(f"checkpoint of step {self._saving} could not be written: {self._failure}")
-            (self._path / f"{self._saving}{_TEMPORARY}").rmtree(missing_ok=True)  # room for the next
+            (self._path / f"{self._saving}{_TEMPORARY}").rmtree(
+                missing_ok=True
+            )  # room for the next
             self._manager.reload()
 
 
@@ -249,12 +293,22 @@ def _read_everything(place: epath.Path) -> None:
 
     That finds missing and most shortened files, not bytes that changed: arrays have no checksums.
     """
-    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()},
-                                               barrier_sync_key_prefix="trial")
-    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-                                   multiprocessing_options=alone) as checkpointer:
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="trial",
+    )
+    with (
+        quiet(),
+        ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+            multiprocessing_options=alone,
+        ) as checkpointer,
+    ):
         found = checkpointer.metadata(place).item_metadata
         if found is None:
-            raise InputError(f"{place}: expected the metadata of a checkpoint; received none that can be read")
+            raise InputError(
+                f"{place}: expected the metadata of a checkpoint; received none that can be read"
+            )
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
         checkpointer.restore(place, args=ocp.args.PyTreeRestore(restore_args=how))

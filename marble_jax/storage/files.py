@@ -1,4 +1,5 @@
 """Places on this machine or in a bucket (`gs://`, `s3://`): found out before anything is done, written to whole."""
+
 from __future__ import annotations
 
 import json
@@ -37,12 +38,18 @@ def location(what: str, path: epath.PathLike) -> epath.Path:
         place = epath.Path(text)
         place.exists()
     except ImportError:
-        raise InputError(f"{what}: expected a package that opens {scheme}://; received none for {text} (pip install "
-                         f"{BACKENDS[scheme]})") from None
-    except Exception as error:  # each package has its own for no such bucket, no permission and no network
+        raise InputError(
+            f"{what}: expected a package that opens {scheme}://; received none for {text} (pip install "
+            f"{BACKENDS[scheme]})"
+        ) from None
+    except (
+        Exception
+    ) as error:  # each package has its own for no such bucket, no permission and no network
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{what}: expected a bucket that can be reached; received {text} ({type(error).__name__}: "
-                         f"{reason})") from error
+        raise InputError(
+            f"{what}: expected a bucket that can be reached; received {text} ({type(error).__name__}: "
+            f"{reason})"
+        ) from error
     return place
 
 
@@ -78,7 +85,9 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: expected a readable JSON file; received {type(error).__name__}") from error
+        raise InputError(
+            f"{path}: expected a readable JSON file; received {type(error).__name__}"
+        ) from error
     except ValueError as error:
         raise InputError(f"{path}: expected valid JSON; received an error at {error}") from error
     if not isinstance(content, dict):

@@ -1,4 +1,5 @@
 """Pictures as files: PNG with its prompt inside, grids, and folders of numbered pictures of one making."""
+
 from __future__ import annotations
 
 import io
@@ -38,12 +39,19 @@ class Album:
             content = json.loads(self._record.read_text()) if self._record.exists() else None
         except ValueError:
             content = ()
-        if content is not None and not (isinstance(content, dict) and isinstance(content.get("settings"), dict)
-                                        and isinstance(content.get("prompts"), list)):
-            raise InputError(f"{self._record}: expected settings and prompts in JSON; received something else")
+        if content is not None and not (
+            isinstance(content, dict)
+            and isinstance(content.get("settings"), dict)
+            and isinstance(content.get("prompts"), list)
+        ):
+            raise InputError(
+                f"{self._record}: expected settings and prompts in JSON; received something else"
+            )
         return content
 
-    def check(self, settings: Mapping[str, Any], prompts: Sequence[str], partial: bool = False) -> None:
+    def check(
+        self, settings: Mapping[str, Any], prompts: Sequence[str], partial: bool = False
+    ) -> None:
         """Makes sure that pictures of these settings may be added; writes nothing.
 
         Args:
@@ -62,24 +70,30 @@ class Album:
         there, settings = self.record(), plain(dict(settings))
         if there is None:
             if self.path.exists() and any(p.name.endswith(".png") for p in self.path.iterdir()):
-                raise InputError(f"--out: expected a new folder or one made by this command; received {self.path} with "
-                                 "pictures of unknown making")
+                raise InputError(
+                    f"--out: expected a new folder or one made by this command; received {self.path} with "
+                    "pictures of unknown making"
+                )
             return
         for key in sorted(set(settings) if partial else set(settings) | set(there["settings"])):
             own, given = there["settings"].get(key), settings.get(key)
             if own != given:
-                raise InputError(f"{self.path} holds pictures of other settings: {key}: expected {own!r} (its own); "
-                                 f"received {given!r}; choose another folder")
+                raise InputError(
+                    f"{self.path} holds pictures of other settings: {key}: expected {own!r} (its own); "
+                    f"received {given!r}; choose another folder"
+                )
         for i, (own, given) in enumerate(zip(there["prompts"], prompts)):
             if own != given:
-                raise InputError(f"{self.path} holds pictures of other prompts: picture {i}: expected {_short(own)} "
-                                 f"(its own); received {_short(given)}; choose another folder")
+                raise InputError(
+                    f"{self.path} holds pictures of other prompts: picture {i}: expected {_short(own)} "
+                    f"(its own); received {_short(given)}; choose another folder"
+                )
 
     def claim(self, settings: Mapping[str, Any], prompts: Sequence[str]) -> None:
         """Records settings and prompts, after `check`."""
         self.check(settings, prompts)
         there = (self.record() or {}).get("prompts", [])
-        content = {"settings": dict(settings), "prompts": [*prompts, *there[len(prompts):]]}
+        content = {"settings": dict(settings), "prompts": [*prompts, *there[len(prompts) :]]}
         if plain(content) != self.record():
             with writable(self.path):
                 Workdir(self.path).write_json(self._record.name, content)
@@ -135,8 +149,10 @@ class writable:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, OSError):
-            raise InputError(f"--out: expected a place to write to; received {self._path} "
-                             f"({error.strerror or error})") from error
+            raise InputError(
+                f"--out: expected a place to write to; received {self._path} "
+                f"({error.strerror or error})"
+            ) from error
 
 
 def read_picture(path: epath.PathLike) -> np.ndarray:
@@ -151,14 +167,18 @@ def read_picture(path: epath.PathLike) -> np.ndarray:
         with epath.Path(path).open("rb") as handle, Image.open(handle) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: expected a whole picture; received {type(error).__name__}") from error
+        raise InputError(
+            f"{path}: expected a whole picture; received {type(error).__name__}"
+        ) from error
 
 
 def _short(text: str) -> str:
     return repr(text) if len(text) <= 60 else repr(text[:57] + "...")
 
 
-def save_png(path: epath.PathLike, picture: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
+def save_png(
+    path: epath.PathLike, picture: np.ndarray, texts: Mapping[str, str] | None = None
+) -> None:
     """Writes one picture, whole or not at all.
 
     Args:
@@ -179,7 +199,11 @@ def save_png(path: epath.PathLike, picture: np.ndarray, texts: Mapping[str, str]
 def as_uint8(picture: np.ndarray) -> np.ndarray:
     """[0, 1] to 8 bit, rounded; 8-bit pictures pass."""
     picture = np.asarray(picture)
-    return picture if picture.dtype == np.uint8 else np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    return (
+        picture
+        if picture.dtype == np.uint8
+        else np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    )
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -188,5 +212,7 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     columns = max(1, min(columns, len(pictures)))
     blank = np.full_like(pictures[0], 255)
     pictures += [blank] * (-len(pictures) % columns)
-    rows = [np.concatenate(pictures[i:i + columns], axis=1) for i in range(0, len(pictures), columns)]
+    rows = [
+        np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)
+    ]
     return np.concatenate(rows)

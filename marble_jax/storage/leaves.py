@@ -2,6 +2,7 @@
 
 Memory holds one leaf (or some small ones) whatever the model's size.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -83,7 +84,8 @@ def save_leaves(path: epath.PathLike, leaves: Mapping[Path, Leaf]) -> None:
     Not compressed: weights hardly shrink, and the disk shall be what limits the speed.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
+        (Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     with quiet(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(epath.Path(path).absolute(), args=ocp.args.PyTreeSave(_nested(leaves)))
@@ -98,11 +100,17 @@ def leaf_shapes(path: epath.PathLike) -> dict[Path, jax.ShapeDtypeStruct]:
     try:
         with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(epath.Path(path).absolute()).item_metadata.tree
-        flat = {tuple(str(k.key) for k in keys): meta for keys, meta in jax.tree_util.tree_leaves_with_path(
-            tree, is_leaf=lambda node: not isinstance(node, dict))}
+        flat = {
+            tuple(str(k.key) for k in keys): meta
+            for keys, meta in jax.tree_util.tree_leaves_with_path(
+                tree, is_leaf=lambda node: not isinstance(node, dict)
+            )
+        }
         return {key: jax.ShapeDtypeStruct(meta.shape, meta.dtype) for key, meta in flat.items()}
     except Exception as error:  # Orbax raises many kinds for damage; the cause stays attached
-        raise InputError(f"{path}: expected an Orbax checkpoint; received {first_line(error)}") from error
+        raise InputError(
+            f"{path}: expected an Orbax checkpoint; received {first_line(error)}"
+        ) from error
 
 
 def read_leaves(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, np.ndarray]:
@@ -118,17 +126,22 @@ def read_leaves(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, np.nd
         with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.restore(
                 epath.Path(path).absolute(),
-                args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
+                args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True),
+            )
     except Exception as error:  # see leaf_shapes
-        raise InputError(f"{path}: expected leaf {'/'.join(paths[0])!r}{' and more' if len(paths) > 1 else ''} intact; "
-                         f"received {first_line(error)}") from error
+        raise InputError(
+            f"{path}: expected leaf {'/'.join(paths[0])!r}{' and more' if len(paths) > 1 else ''} intact; "
+            f"received {first_line(error)}"
+        ) from error
     found = {}
     for keys in paths:
         leaf = tree
         for key in keys:
             leaf = leaf.get(key) if isinstance(leaf, dict) else None
         if not isinstance(leaf, np.ndarray):  # Orbax passes over what is not there
-            raise InputError(f"{path}: expected leaf {'/'.join(keys)!r}; received a checkpoint without it")
+            raise InputError(
+                f"{path}: expected leaf {'/'.join(keys)!r}; received a checkpoint without it"
+            )
         found[keys] = leaf
     return found
 

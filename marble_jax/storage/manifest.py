@@ -2,6 +2,7 @@
 
 Folders are those of converted models and of checkpoints; the latter may be in a bucket.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -59,9 +60,12 @@ def recorded(root: Folder) -> Mapping[str, Mapping[str, Any]]:
       InputError: no manifest, or one that is not ours.
     """
     files = read_json(root / MANIFEST).get("files")
-    if not isinstance(files, dict) or not all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f)
-                                              for f in files.values()):
-        raise InputError(f"{root / MANIFEST}: expected 'files' with bytes and sha256 of each; received something else")
+    if not isinstance(files, dict) or not all(
+        isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values()
+    ):
+        raise InputError(
+            f"{root / MANIFEST}: expected 'files' with bytes and sha256 of each; received something else"
+        )
     return files
 
 
@@ -72,7 +76,9 @@ def check_sizes(root: Folder) -> None:
         size = path.stat().length if path.exists() and not path.is_dir() else None
         if size != record["bytes"]:
             received = "no such file" if size is None else f"{size} bytes"
-            raise InputError(f"{path}: expected {record['bytes']} bytes (its manifest); received {received}")
+            raise InputError(
+                f"{path}: expected {record['bytes']} bytes (its manifest); received {received}"
+            )
 
 
 def check_hashes(root: Folder, progress: Callable[[int], object] = lambda _: None) -> int:
@@ -86,6 +92,8 @@ def check_hashes(root: Folder, progress: Callable[[int], object] = lambda _: Non
     for name, record in files.items():
         received = seal(root / name, progress)["sha256"]
         if received != record["sha256"]:
-            raise InputError(f"{root / name}: expected SHA-256 {record['sha256'][:16]}... (its manifest); received "
-                             f"{received[:16]}...")
+            raise InputError(
+                f"{root / name}: expected SHA-256 {record['sha256'][:16]}... (its manifest); received "
+                f"{received[:16]}..."
+            )
     return sum(record["bytes"] for record in files.values())

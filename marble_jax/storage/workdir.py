@@ -3,6 +3,7 @@
 It may be in a bucket. Files are written whole, so a reader never sees half of one; records are appended a line at a
 time and cut back to the restored step on resume.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,10 +17,24 @@ from marble_jax.config import KEYS
 from marble_jax.errors import InputError
 from marble_jax.storage.files import append, location, write_whole
 
-FREE_KEYS = ("name", "prompts.embedding_cache", "training.num_steps", "evaluation.every_steps", "checkpoints.",
-             "training.non_finite", "training.max_rollbacks", "export.", "logging.", "mesh.",
-             "rewards.num_workers", "rewards.timeout", "rewards.on_error", "rewards.max_missing_share", "rewards.check",
-             "harmonize.chunk_size")
+FREE_KEYS = (
+    "name",
+    "prompts.embedding_cache",
+    "training.num_steps",
+    "evaluation.every_steps",
+    "checkpoints.",
+    "training.non_finite",
+    "training.max_rollbacks",
+    "export.",
+    "logging.",
+    "mesh.",
+    "rewards.num_workers",
+    "rewards.timeout",
+    "rewards.on_error",
+    "rewards.max_missing_share",
+    "rewards.check",
+    "harmonize.chunk_size",
+)
 """Keys that may change between a run and its resumption: they change neither what a step computes nor which pictures
 an evaluation compares with those of the base model."""
 
@@ -31,9 +46,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     arrays = (np.ndarray, np.generic)
-    if isinstance(value, arrays) or hasattr(value, "__jax_array__") or hasattr(value, "addressable_shards"):
+    if (
+        isinstance(value, arrays)
+        or hasattr(value, "__jax_array__")
+        or hasattr(value, "addressable_shards")
+    ):
         value = np.asarray(value).tolist()
-        return plain(value) if isinstance(value, list) else plain(float(value) if isinstance(value, float) else value)
+        return (
+            plain(value)
+            if isinstance(value, list)
+            else plain(float(value) if isinstance(value, float) else value)
+        )
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -76,17 +99,23 @@ class Workdir:
                 break
         if not record.exists():
             # A kill can leave the half-written record behind.
-            if self.path.exists() and any(not p.name.endswith(".partial") for p in self.path.iterdir()):
-                raise InputError(f"workdir: expected an empty or new directory, or one made by train; received "
-                                 f"{self.path} with other files in it")
+            if self.path.exists() and any(
+                not p.name.endswith(".partial") for p in self.path.iterdir()
+            ):
+                raise InputError(
+                    f"workdir: expected an empty or new directory, or one made by train; received "
+                    f"{self.path} with other files in it"
+                )
             return False
         there = self.config()
         # A key that is younger than the run has its default there.
         there = {key: plain(KEYS[key].default) for key in config if key in KEYS} | there
         for key in sorted(set(config) | set(there)):
             if config.get(key) != there.get(key) and not _is_free(key, config):
-                raise InputError(f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own)"
-                                 f"; received {config.get(key)!r}; choose another --workdir")
+                raise InputError(
+                    f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own)"
+                    f"; received {config.get(key)!r}; choose another --workdir"
+                )
         return True
 
     def config(self) -> dict[str, Any]:
@@ -103,7 +132,9 @@ class Workdir:
                 continue
             if isinstance(found, dict):
                 return found
-        raise InputError(f"workdir: expected a JSON object in {self.path / 'config.json'}; received something else")
+        raise InputError(
+            f"workdir: expected a JSON object in {self.path / 'config.json'}; received something else"
+        )
 
     def claim(self, config: dict[str, Any]) -> bool:
         """Makes the directory for a run, or records the free keys of the run that is there.
@@ -120,7 +151,9 @@ class Workdir:
             self.write_json("config.json", config)
         except OSError as error:
             reason = error.strerror or error
-            raise InputError(f"workdir: expected a writable place; received {self.path} ({reason})") from None
+            raise InputError(
+                f"workdir: expected a writable place; received {self.path} ({reason})"
+            ) from None
         return existed
 
     def write_text(self, name: str, text: str) -> None:

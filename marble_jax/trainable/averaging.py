@@ -2,6 +2,7 @@
 
 A decay of 1 keeps the slow copy, 0 replaces it: `slow <- decay slow + (1 - decay) current`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,12 +17,22 @@ from marble_jax.types import Adapter
 Decay = Callable[[jax.Array | int], jax.Array]
 """decay(step) -> float32 scalar in [0, 1]; `step` counts optimiser steps and may be traced."""
 
-_DEFAULTS = {"copy": (0.0, 0.0, 0), "linear_capped": (0.001, 0.95, 0), "delayed_linear": (0.0075, 0.999, 75)}
+_DEFAULTS = {
+    "copy": (0.0, 0.0, 0),
+    "linear_capped": (0.001, 0.95, 0),
+    "delayed_linear": (0.0075, 0.999, 75),
+}
 ROLLOUT_DECAYS = tuple(_DEFAULTS)
 
 
-def rollout_decay(name: str, *, rate: float | None = None, cap: float | None = None, delay: int | None = None,
-                  offset: int = 0) -> Decay:
+def rollout_decay(
+    name: str,
+    *,
+    rate: float | None = None,
+    cap: float | None = None,
+    delay: int | None = None,
+    offset: int = 0,
+) -> Decay:
     """The decay of the rollout policy as a function of the optimiser step.
 
     "copy" always replaces it. "linear_capped" is `min(0.001 s, 0.95)`. "delayed_linear" is 0 for the first 75 steps

@@ -6,6 +6,7 @@ in PEFT.
 
 Source: Hu et al. 2021 (arXiv 2106.09685); PEFT's "gaussian" initialisation, a ~ N(0, 1/r^2) and b = 0.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -47,7 +48,9 @@ class LoraSpec:
 
     def __post_init__(self):
         if isinstance(self.targets, str) or not self.targets:
-            raise InputError(f"adapter targets: expected a list of module name suffixes; received {self.targets!r}")
+            raise InputError(
+                f"adapter targets: expected a list of module name suffixes; received {self.targets!r}"
+            )
         if self.rank < 1:
             raise InputError(f"adapter rank: expected at least 1; received {self.rank}")
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -58,7 +61,9 @@ class LoraSpec:
         return self.alpha / self.rank
 
 
-def target_modules(shapes: Mapping[str, Any], targets: tuple[str, ...] = ATTENTION_TARGETS) -> list[Module]:
+def target_modules(
+    shapes: Mapping[str, Any], targets: tuple[str, ...] = ATTENTION_TARGETS
+) -> list[Module]:
     """Layers whose published name ends with a target.
 
     Args:
@@ -73,8 +78,12 @@ def target_modules(shapes: Mapping[str, Any], targets: tuple[str, ...] = ATTENTI
         if not any(_matches(module.name, target) for module in modules):
             names = {re.sub(r"^transformer_blocks\.\d+\.", "", module.name) for module in modules}
             close = nearest(target, sorted(names))
-            raise InputError(f"adapter target: expected the end of a dense layer's name; received {target!r}{close}")
-    return [module for module in modules if any(_matches(module.name, target) for target in targets)]
+            raise InputError(
+                f"adapter target: expected the end of a dense layer's name; received {target!r}{close}"
+            )
+    return [
+        module for module in modules if any(_matches(module.name, target) for target in targets)
+    ]
 
 
 def init_adapter(key: jax.Array, shapes: Mapping[str, Any], spec: LoraSpec) -> Adapter:
@@ -98,8 +107,15 @@ def init_adapter(key: jax.Array, shapes: Mapping[str, Any], spec: LoraSpec) -> A
     for path in dict.fromkeys(module.path for module in target_modules(shapes, spec.targets)):
         *stack, inner, outer = kernels[path]
         modules = modules_at(path, kernels[path])
-        keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(module.name.encode())) for module in modules])
-        a = jax.vmap(lambda k, inner=inner: jax.random.normal(k, (inner, spec.rank), jnp.float32))(keys) / spec.rank
+        keys = jnp.stack(
+            [jax.random.fold_in(key, zlib.crc32(module.name.encode())) for module in modules]
+        )
+        a = (
+            jax.vmap(lambda k, inner=inner: jax.random.normal(k, (inner, spec.rank), jnp.float32))(
+                keys
+            )
+            / spec.rank
+        )
         active = jnp.asarray([module.name in chosen for module in modules])
         a = jnp.where(active[:, None, None], a, 0.0)
         leaves[(*path, "a")] = a if stack else a[0]
@@ -119,12 +135,17 @@ def merge(params: Params, adapter: Adapter, scale: float) -> Params:
       InputError: adapter leaves that do not belong to `params`.
     """
     check_adapter(params, adapter)
-    leaves, lora = traverse_util.flatten_dict(dict(params)), traverse_util.flatten_dict(dict(adapter))
+    leaves, lora = (
+        traverse_util.flatten_dict(dict(params)),
+        traverse_util.flatten_dict(dict(adapter)),
+    )
     for path in {path[:-1] for path in lora}:
         kernel = leaves[(*path, "kernel")]
         a, b = (jnp.asarray(lora[(*path, name)], jnp.float32) for name in ("a", "b"))
         delta = jnp.matmul(a, b, precision="highest")
-        leaves[(*path, "kernel")] = (jnp.asarray(kernel, jnp.float32) + scale * delta).astype(kernel.dtype)
+        leaves[(*path, "kernel")] = (jnp.asarray(kernel, jnp.float32) + scale * delta).astype(
+            kernel.dtype
+        )
     return traverse_util.unflatten_dict(leaves)
 
 
@@ -140,7 +161,9 @@ def unstack(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for path in dict.fromkeys(path[:-1] for path in leaves):
         a, b = (np.asarray(leaves[(*path, name)]) for name in ("a", "b"))
         for module in modules_at(path, a.shape):
-            result[module.name] = (a, b) if module.index is None else (a[module.index], b[module.index])
+            result[module.name] = (
+                (a, b) if module.index is None else (a[module.index], b[module.index])
+            )
     return result
 
 
@@ -161,17 +184,24 @@ def stack(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], shapes: Mapping[st
     for name, (a, b) in pairs.items():
         if name not in modules:
             close = nearest(name, modules)
-            raise InputError(f"adapter layer: expected a dense layer of the transformer; received {name!r}{close}")
+            raise InputError(
+                f"adapter layer: expected a dense layer of the transformer; received {name!r}{close}"
+            )
         module = modules[name]
         *run, inner, outer = kernels[module.path]
         slots = {}
         for leaf, value in (("a", a), ("b", b)):
-            zeros = np.zeros((*run, inner, a.shape[-1]) if leaf == "a" else (*run, a.shape[-1], outer), np.float32)
+            zeros = np.zeros(
+                (*run, inner, a.shape[-1]) if leaf == "a" else (*run, a.shape[-1], outer),
+                np.float32,
+            )
             slots[leaf] = leaves.setdefault((*module.path, leaf), zeros)
             slot = slots[leaf] if module.index is None else slots[leaf][module.index]
             if slot.shape != np.shape(value):
                 received = np.shape(value)
-                raise InputError(f"adapter layer {name}, {leaf}: expected shape {slot.shape}; received {received}")
+                raise InputError(
+                    f"adapter layer {name}, {leaf}: expected shape {slot.shape}; received {received}"
+                )
             slot[...] = value
     return traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
 

@@ -1,4 +1,5 @@
 """One optimiser step, from prompts to the updated state: rollout, scores, advantages, update."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -45,11 +46,14 @@ class Sampling:
 
     def draw(self, seed: int, step: int) -> Draw:
         """The samples of a step."""
-        return draw(self.prompts_of(step), seed, step, self.prompts_per_step, self.images_per_prompt)
+        return draw(
+            self.prompts_of(step), seed, step, self.prompts_per_step, self.images_per_prompt
+        )
 
 
-def advantages_of(scores: Scores, groups: np.ndarray, sampling: Sampling, mask: np.ndarray | None = None
-                  ) -> tuple[Advantages, np.ndarray, np.ndarray]:
+def advantages_of(
+    scores: Scores, groups: np.ndarray, sampling: Sampling, mask: np.ndarray | None = None
+) -> tuple[Advantages, np.ndarray, np.ndarray]:
     """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarised.
 
     Args:
@@ -69,8 +73,11 @@ def advantages_of(scores: Scores, groups: np.ndarray, sampling: Sampling, mask: 
         one = gdpo(scores.values, mask, groups, weights)
     else:
         one = per_reward(*weighted_sum(scores.values, mask, weights), groups, sampling.scale)
-    return (each, np.concatenate([each.values, np.atleast_2d(one.values)]),
-            np.concatenate([each.valid, np.atleast_2d(one.valid)]))
+    return (
+        each,
+        np.concatenate([each.values, np.atleast_2d(one.values)]),
+        np.concatenate([each.valid, np.atleast_2d(one.valid)]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +103,20 @@ class Turn:
 
     def policy(self, state: TrainState) -> tuple[Params, Adapter | None]:
         """Weights of the rollout policy, and its adapter where that is not folded into them."""
-        return (self.params, state.old) if self.merge is None else (self.merge(self.params, state.old), None)
+        return (
+            (self.params, state.old)
+            if self.merge is None
+            else (self.merge(self.params, state.old), None)
+        )
 
     def batch(self, rollout: Rollout, rows: np.ndarray, valid: np.ndarray) -> RolloutBatch:
         """What an update trains on, on every device; rows and mask [R, N] are those of `advantages_of`."""
         rest = jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows), jnp.asarray(valid)
         return RolloutBatch(rollout.x0, *self.place(rest))
 
-    def roll_out(self, state: TrainState, samples: Draw, progress: Callable[[int], None]) -> Rollout:
+    def roll_out(
+        self, state: TrainState, samples: Draw, progress: Callable[[int], None]
+    ) -> Rollout:
         """Pictures of the rollout policy and their scores.
 
         Args:
@@ -118,7 +131,9 @@ class Turn:
         key = stream_key(key, Stream.ROLLOUT_NOISE, int(state.step))
         return self.collector(*self.policy(state), samples, key, progress)
 
-    def update(self, state: TrainState, samples: Draw, rollout: Rollout) -> tuple[TrainState, dict[str, Any]]:
+    def update(
+        self, state: TrainState, samples: Draw, rollout: Rollout
+    ) -> tuple[TrainState, dict[str, Any]]:
         """The state after the step, in place of `state`, and the step's flat record."""
         seed, step, presence = state.seed, int(state.step), self.sampling.presence
         names, scored = rollout.scores.names, rollout.scores.valid
@@ -128,13 +143,20 @@ class Turn:
         distributed.same(f"advantages of step {step + 1}, ", {"checksum": checksum})
         batch = self.batch(rollout, rows, valid)
         start = time.perf_counter()
-        program = self.steps.due(bool(state.alpha.solved),
-                                 self.steps.every if presence.begins(step) else int(state.alpha.age))
+        program = self.steps.due(
+            bool(state.alpha.solved),
+            self.steps.every if presence.begins(step) else int(state.alpha.age),
+        )
         with phase("train"):
             state, metrics = program(state, self.params, batch)
             trained_on = flat_metrics(metrics, names)
         seconds = rollout.seconds | {"train": time.perf_counter() - start}
         return state, {
-            "step": step, "time": time.time(), **score_metrics(rollout.scores, each),
-            **presence.metrics(names, scored, mask), **{f"rollout/{k}": v for k, v in rollout.health.items()},
-            **trained_on, **{f"time/{k}_s": v for k, v in seconds.items()}}
+            "step": step,
+            "time": time.time(),
+            **score_metrics(rollout.scores, each),
+            **presence.metrics(names, scored, mask),
+            **{f"rollout/{k}": v for k, v in rollout.health.items()},
+            **trained_on,
+            **{f"time/{k}_s": v for k, v in seconds.items()},
+        }

@@ -1,4 +1,5 @@
 """The loop over optimiser steps: records, evaluations, checkpoints and stops around them."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -37,7 +38,9 @@ class Schedule:
 
     def evaluates(self, step: int) -> bool:
         """Whether the state after `step` steps is evaluated."""
-        return step in (0, self.num_steps) or bool(self.evaluate_every and step % self.evaluate_every == 0)
+        return step in (0, self.num_steps) or bool(
+            self.evaluate_every and step % self.evaluate_every == 0
+        )
 
     def saves(self, step: int) -> bool:
         """Whether the state after `step` steps is saved."""
@@ -77,7 +80,9 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGTERM or Ctrl-C, on any process) and its state is saved."""
 
     def __init__(self, step: int, where: str = ""):
-        super().__init__(f"stopped after step {step}{where and f' ({where})'}; the same command goes on from here")
+        super().__init__(
+            f"stopped after step {step}{where and f' ({where})'}; the same command goes on from here"
+        )
         self.step = step
 
 
@@ -105,10 +110,10 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 @contextmanager
-def saved_on_failure(latest: Callable[[], tuple[TrainState, int]], save: Callable[[TrainState], None]
-                     ) -> Iterator[None]:
-    """Saves the latest state when rewards or numbers stop the run; `latest` gives it and the step that was saved last.
-    """
+def saved_on_failure(
+    latest: Callable[[], tuple[TrainState, int]], save: Callable[[TrainState], None]
+) -> Iterator[None]:
+    """Saves the latest state when rewards or numbers stop the run; `latest` gives it and the step that was saved last."""
     try:
         yield
     except (RewardError, NotFinite) as error:
@@ -118,10 +123,14 @@ def saved_on_failure(latest: Callable[[], tuple[TrainState, int]], save: Callabl
             raise
         if step != saved:
             save(state)
-        raise type(error)(f"{error}; saved after step {step}, the same command goes on from there") from error
+        raise type(error)(
+            f"{error}; saved after step {step}, the same command goes on from there"
+        ) from error
 
 
-def train(state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, console: Console) -> TrainState:
+def train(
+    state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, console: Console
+) -> TrainState:
     """Runs until `schedule.num_steps` optimiser steps are done.
 
     Args:
@@ -138,10 +147,12 @@ def train(state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, conso
       NotFinite: too many gradients were not finite; the state was saved.
       InputError: the state is not finite; it was not saved.
     """
+
     def stopping() -> str:
-        """Whether to stop, as all processes agree: the signal, with the process that received it if there are several.
-        """
-        return distributed.any_of("stop", ", ".join(signal.Signals(number).name for number in stops))
+        """Whether to stop, as all processes agree: the signal, with the process that received it if there are several."""
+        return distributed.any_of(
+            "stop", ", ".join(signal.Signals(number).name for number in stops)
+        )
 
     def give_way() -> None:
         if stopping():
@@ -156,6 +167,7 @@ def train(state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, conso
 
     def rolled_out(state: TrainState, samples: Draw) -> Rollout | None:
         """None when the run is to stop."""
+
         def progress(count: int) -> None:
             bar.update(count)
             give_way()
@@ -184,7 +196,9 @@ def train(state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, conso
                 record["time/step_s"] = time.perf_counter() - start
                 record |= hooks.speed(record)
                 hooks.record(step, record)
-                console.say(step_line(record, rollout.scores.names, schedule.num_steps, clock.left(done)))
+                console.say(
+                    step_line(record, rollout.scores.names, schedule.num_steps, clock.left(done))
+                )
             state = hooks.guard(state, record)
             if int(state.step) != done:
                 saved = int(state.step)
@@ -208,15 +222,23 @@ def train(state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, conso
 def step_line(record: Mapping[str, Any], names: tuple[str, ...], total: int, left: str) -> str:
     """One line a step: scores of the rollouts, gradient norm, worst cosine, seconds, time left."""
     scores = " ".join(f"{n} {record[f'rollout/score_mean/{n}']:.3f}" for n in names)
-    cosine = f" worst cos {record['harmonize/worst_cos']:+.2f}" if "harmonize/worst_cos" in record else ""
+    cosine = (
+        f" worst cos {record['harmonize/worst_cos']:+.2f}"
+        if "harmonize/worst_cos" in record
+        else ""
+    )
     lost = {n: record[f"rollout/failed_count/{n}"] for n in names}
     failed = "".join(f"  {n} failed {count}" for n, count in lost.items() if count)
     failed += "  update skipped, not finite" if record["training/skipped"] else ""
-    speed = f"{record['speed/pictures_per_s']:.3g} img/s " if "speed/pictures_per_s" in record else ""
+    speed = (
+        f"{record['speed/pictures_per_s']:.3g} img/s " if "speed/pictures_per_s" in record else ""
+    )
     if "speed/train_tflops_per_device" in record:
         speed += f"train {record['speed/train_tflops_per_device']:.3g} TFLOP/s a device "
     if "speed/train_mfu" in record:
         speed += f"(MFU {record['speed/train_mfu']:.0%}) "
-    return (f"step {record['step'] + 1}/{total}  {scores}{failed}  |g| {record['training/grad_norm']:.3f}{cosine}  "
-            f"{record['time/step_s']:.1f}s (rollout {record['time/rollout_s']:.1f} train {record['time/train_s']:.1f}) "
-            f"{speed}{left} left")
+    return (
+        f"step {record['step'] + 1}/{total}  {scores}{failed}  |g| {record['training/grad_norm']:.3f}{cosine}  "
+        f"{record['time/step_s']:.1f}s (rollout {record['time/rollout_s']:.1f} train {record['time/train_s']:.1f}) "
+        f"{speed}{left} left"
+    )

@@ -3,6 +3,7 @@
 Every picture is trained on `num_timesteps` of its solver's timesteps, shuffled apart for each picture, with one noise
 draw for each. Micro-step m = j * B + b takes the b-th slice of the pictures at their j-th timestep.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -52,8 +53,15 @@ class Schedule:
     key: jax.Array
 
 
-def schedule(batch: RolloutBatch, key: jax.Array, step: jax.Array | int, sigmas: jax.Array, num_timesteps: int,
-             micro_batch: int, shards: Shards = ALONE) -> Schedule:
+def schedule(
+    batch: RolloutBatch,
+    key: jax.Array,
+    step: jax.Array | int,
+    sigmas: jax.Array,
+    num_timesteps: int,
+    micro_batch: int,
+    shards: Shards = ALONE,
+) -> Schedule:
     """Shuffles pictures and, for each, timesteps.
 
     Args:
@@ -69,7 +77,8 @@ def schedule(batch: RolloutBatch, key: jax.Array, step: jax.Array | int, sigmas:
     num = batch.x0.shape[0]
     order_key, time_key, noise_key = (
         stream_key(key, stream, step)
-        for stream in (Stream.PICTURE_ORDER, Stream.TIMESTEP_ORDER, Stream.TRAINING_NOISE))
+        for stream in (Stream.PICTURE_ORDER, Stream.TIMESTEP_ORDER, Stream.TRAINING_NOISE)
+    )
     order = jax.random.permutation(order_key, num)
     grid = jnp.broadcast_to(jnp.asarray(sigmas, jnp.float32), (num, len(sigmas)))
     times = jax.random.permutation(time_key, grid, axis=1, independent=True)[:, :num_timesteps]
@@ -78,14 +87,25 @@ def schedule(batch: RolloutBatch, key: jax.Array, step: jax.Array | int, sigmas:
         return x[order].reshape(num // micro_batch, micro_batch, *x.shape[1:])
 
     return Schedule(
-        x0=jax.vmap(shards.split)(cut(batch.x0)), prompt=cut(batch.prompt),
-        advantages=cut(batch.advantages.T), valid=cut(batch.valid.T),
-        sigma=times.T.reshape(num_timesteps, num // micro_batch, micro_batch), key=noise_key)
+        x0=jax.vmap(shards.split)(cut(batch.x0)),
+        prompt=cut(batch.prompt),
+        advantages=cut(batch.advantages.T),
+        valid=cut(batch.valid.T),
+        sigma=times.T.reshape(num_timesteps, num // micro_batch, micro_batch),
+        key=noise_key,
+    )
 
 
-def micro_step(velocity: PolicyVelocity, params: Params, old: Adapter, batch: RolloutBatch, plan: Schedule,
-               index: jax.Array, with_reference: bool, shards: Shards = ALONE
-               ) -> tuple[FlowBatch, jax.Array, jax.Array]:
+def micro_step(
+    velocity: PolicyVelocity,
+    params: Params,
+    old: Adapter,
+    batch: RolloutBatch,
+    plan: Schedule,
+    index: jax.Array,
+    with_reference: bool,
+    shards: Shards = ALONE,
+) -> tuple[FlowBatch, jax.Array, jax.Array]:
     """Noised latents of micro-step `index` with the rollout policy's and the base model's velocity there.
 
     Args:
@@ -126,7 +146,9 @@ def sum_over(body: Callable[[jax.Array], Any], indices: Sequence[int]) -> Any:
     traced, shapes = jax.make_jaxpr(body, return_shape=True)(jnp.zeros((), jnp.int32))
     body_leaves = jaxpr_as_fun(traced)
     leaves, structure = jax.tree.flatten(shapes)
-    total, _ = jax.lax.scan(lambda acc, m: ([x + y for x, y in zip(acc, body_leaves(m), strict=True)], None),
-                            [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves],
-                            jnp.asarray(list(indices), jnp.int32))
+    total, _ = jax.lax.scan(
+        lambda acc, m: ([x + y for x, y in zip(acc, body_leaves(m), strict=True)], None),
+        [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves],
+        jnp.asarray(list(indices), jnp.int32),
+    )
     return jax.tree.unflatten(structure, total)

@@ -3,6 +3,7 @@
 A trace holds one `step` an optimiser step, with the phases `rollout`, `rewards` (waiting for them) and `train` on the
 host's lines, and the same names as scopes of the compiled programs on the devices' lines.
 """
+
 from __future__ import annotations
 
 import os
@@ -30,7 +31,9 @@ def parse_steps(text: str) -> range:
     match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
-        raise InputError(f"logging.profile_steps: expected steps such as 3-5 or 4, counted from 1; received {text!r}")
+        raise InputError(
+            f"logging.profile_steps: expected steps such as 3-5 or 4, counted from 1; received {text!r}"
+        )
     return range(first, last + 1)
 
 
@@ -77,4 +80,7 @@ class Profiler:
             jax.profiler.stop_trace()
             if self._local != self._directory:
                 for name in files_below(epath.Path(self._local)):
-                    write_whole(epath.Path(self._directory) / name, (epath.Path(self._local) / name).read_bytes())
+                    write_whole(
+                        epath.Path(self._directory) / name,
+                        (epath.Path(self._local) / name).read_bytes(),
+                    )

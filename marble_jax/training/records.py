@@ -1,4 +1,5 @@
 """From a step's arrays to one flat record: keys `room/name` or `room/name/reward`."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,12 @@ def flat_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         elif value.ndim == 1:
             record |= {f"{key}/{name}": float(v) for name, v in zip(names, value, strict=True)}
         else:
-            record |= {f"{key}/{a}|{b}": float(value[i, j])
-                       for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
+            record |= {
+                f"{key}/{a}|{b}": float(value[i, j])
+                for i, a in enumerate(names)
+                for j, b in enumerate(names)
+                if i < j
+            }
     return record
 
 
@@ -40,8 +45,11 @@ def score_metrics(scores: Scores, advantages: Advantages) -> dict[str, float]:
             f"rollout/failed/{name}": failed / max(valid.size + failed, 1),
             f"rollout/failed_count/{name}": failed,
             f"rollout/zero_std_share/{name}": float(advantages.tied[k]),
-            f"advantages/abs_mean/{name}": float(np.abs(advantages.values[k][advantages.valid[k]]).mean())
-            if advantages.valid[k].any() else float("nan"),
+            f"advantages/abs_mean/{name}": float(
+                np.abs(advantages.values[k][advantages.valid[k]]).mean()
+            )
+            if advantages.valid[k].any()
+            else float("nan"),
         }
     return record
 
@@ -49,7 +57,14 @@ def score_metrics(scores: Scores, advantages: Advantages) -> dict[str, float]:
 class Events:
     """The same records as TensorBoard events and, if asked for, in wandb."""
 
-    def __init__(self, directory: str, tensorboard: bool, wandb_project: str, name: str, config: dict[str, Any]):
+    def __init__(
+        self,
+        directory: str,
+        tensorboard: bool,
+        wandb_project: str,
+        name: str,
+        config: dict[str, Any],
+    ):
         self._writer = self._wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -57,19 +72,24 @@ class Events:
             try:
                 self._writer = SummaryWriter(directory)
             except ImportError as error:  # for a bucket, which it writes to in its own way
-                raise InputError(f"logging.tensorboard: expected the package that tensorboardX needs for {directory}; "
-                                 f"received none ({error} --config.logging.tensorboard=false goes without)") from error
+                raise InputError(
+                    f"logging.tensorboard: expected the package that tensorboardX needs for {directory}; "
+                    f"received none ({error} --config.logging.tensorboard=false goes without)"
+                ) from error
         if wandb_project:
             try:
                 import wandb
             except ImportError as error:
                 raise InputError(
-                    "logging.wandb: expected the package wandb; received none (pip install wandb)") from error
+                    "logging.wandb: expected the package wandb; received none (pip install wandb)"
+                ) from error
             self._wandb = wandb.init(project=wandb_project, name=name, config=config)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Adds the record's numbers at `step`."""
-        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and np.isfinite(v)}
+        numbers = {
+            k: v for k, v in record.items() if isinstance(v, (int, float)) and np.isfinite(v)
+        }
         if self._writer:
             for key, value in numbers.items():
                 self._writer.add_scalar(key.replace("|", "."), value, step)

@@ -4,6 +4,7 @@ Both only take validity away. A reward outside its stage, or a sample it is to i
 reward did not apply there; scores are measured and logged all the same. Everything is a function of (seed, step), so
 a resumed run goes on with the same draws.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -62,7 +63,9 @@ class Dropout:
 
     @staticmethod
     def _draw(seed: int, step: int, name: str) -> float:
-        return stream_generator(seed, Stream.REWARD_DROPOUT, step, zlib.crc32(name.encode())).random()
+        return stream_generator(
+            seed, Stream.REWARD_DROPOUT, step, zlib.crc32(name.encode())
+        ).random()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +114,22 @@ class Presence:
             kept &= ~(np.array([name in dropped for name in names])[:, None] & others)
         return kept
 
-    def metrics(self, names: Sequence[str], valid: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    def metrics(
+        self, names: Sequence[str], valid: np.ndarray, mask: np.ndarray
+    ) -> dict[str, float]:
         """Share of each reward's scores that the step ignores; empty without stages and dropout."""
         if not self.stages and self.dropout is None:
             return {}
         ignored = (valid & ~mask).sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
-        return {f"advantages/ignored_share/{name}": float(share) for name, share in zip(names, ignored, strict=True)}
+        return {
+            f"advantages/ignored_share/{name}": float(share)
+            for name, share in zip(names, ignored, strict=True)
+        }
 
 
-def parse_stages(texts: Sequence[str], rewards: Sequence[str], sources: Sequence[str], num_steps: int
-                 ) -> tuple[Stage, ...]:
+def parse_stages(
+    texts: Sequence[str], rewards: Sequence[str], sources: Sequence[str], num_steps: int
+) -> tuple[Stage, ...]:
     """Stages from `reward+reward[@source+source][:steps]`, one text a stage, in their order.
 
     Either every stage has its steps, and the last one goes on until the run ends, or none has, and they share the
@@ -134,35 +143,50 @@ def parse_stages(texts: Sequence[str], rewards: Sequence[str], sources: Sequence
     found = [_parse(text, rewards, sources) for text in texts]
     lengths = [length for _, _, length in found]
     if None in lengths and any(length is not None for length in lengths):
-        raise InputError(f"advantages.stages: expected steps for every stage or for none; received {tuple(texts)}")
+        raise InputError(
+            f"advantages.stages: expected steps for every stage or for none; received {tuple(texts)}"
+        )
     for i, (own, from_sources, _) in enumerate(found):
         first = i * num_steps // len(found) if None in lengths else sum(lengths[:i])
         if first >= num_steps or stages and stages[-1].first == first:
-            raise InputError(f"advantages.stages: expected every stage to begin within training.num_steps = "
-                             f"{num_steps}; received {texts[i]!r} after {first} steps")
+            raise InputError(
+                f"advantages.stages: expected every stage to begin within training.num_steps = "
+                f"{num_steps}; received {texts[i]!r} after {first} steps"
+            )
         stages.append(Stage(own, from_sources, first))
     for name in rewards if stages else ():
         if not any(name in stage.rewards for stage in stages):
-            raise InputError(f"advantages.stages: expected every reward of rewards.train in a stage; received none "
-                             f"with {name!r}")
+            raise InputError(
+                f"advantages.stages: expected every reward of rewards.train in a stage; received none "
+                f"with {name!r}"
+            )
     return tuple(stages)
 
 
-def _parse(text: str, rewards: Sequence[str], sources: Sequence[str]
-           ) -> tuple[tuple[str, ...], tuple[str, ...], int | None]:
+def _parse(
+    text: str, rewards: Sequence[str], sources: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...], int | None]:
     match = _STAGE.fullmatch(text)
     if not match or match[3] is not None and int(match[3]) < 1:
-        raise InputError(f"advantages.stages: expected {_FORM} with at least 1 step; received {text!r}")
-    own, from_sources = (tuple(p.strip() for p in part.split("+")) if part else () for part in (match[1], match[2]))
+        raise InputError(
+            f"advantages.stages: expected {_FORM} with at least 1 step; received {text!r}"
+        )
+    own, from_sources = (
+        tuple(p.strip() for p in part.split("+")) if part else () for part in (match[1], match[2])
+    )
     for what, parts, choices in (("reward", own, rewards), ("source", from_sources, sources)):
         for name in parts:
             one_of(f"advantages.stages: {what}", name, choices)
         if len(set(parts)) < len(parts):
-            raise InputError(f"advantages.stages: expected every {what} once a stage; received {text!r}")
+            raise InputError(
+                f"advantages.stages: expected every {what} once a stage; received {text!r}"
+            )
     return own, from_sources, None if match[3] is None else int(match[3])
 
 
-def make_dropout(targets: Sequence[str], probability: float, warmup: int, rewards: Sequence[str]) -> Dropout | None:
+def make_dropout(
+    targets: Sequence[str], probability: float, warmup: int, rewards: Sequence[str]
+) -> Dropout | None:
     """Reward dropout, or None at probability 0.
 
     Raises:
@@ -173,6 +197,8 @@ def make_dropout(targets: Sequence[str], probability: float, warmup: int, reward
     if probability == 0:
         return None
     if not targets or set(targets) >= set(rewards):
-        raise InputError("advantages.dropout_targets: expected some of the rewards trained on, but not all; received "
-                         f"{', '.join(targets) or 'none'}")
+        raise InputError(
+            "advantages.dropout_targets: expected some of the rewards trained on, but not all; received "
+            f"{', '.join(targets) or 'none'}"
+        )
     return Dropout(tuple(targets), probability, warmup)

@@ -1,4 +1,5 @@
 """Rollouts of one optimiser step: sample a batch, hand it to the rewards, go on with the next, then collect."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -64,8 +65,14 @@ class Collector:
     place: Callable[[object], object]
     spread: Callable[[jax.Array], jax.Array] = lambda latents: latents
 
-    def __call__(self, params: Params, adapter: Adapter | None, draw: Draw, key: jax.Array,
-                 progress: Callable[[int], None] = lambda count: None) -> Rollout:
+    def __call__(
+        self,
+        params: Params,
+        adapter: Adapter | None,
+        draw: Draw,
+        key: jax.Array,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> Rollout:
         """Pictures of every sample in `draw`, from noise drawn with `key`."""
         start, waited = time.perf_counter(), self.scorer.waited_seconds
         count = len(draw.prompts)
@@ -74,7 +81,9 @@ class Collector:
         cond = distributed.together("prompts", lambda: self.encode(texts))
         latents, pending, sums = [], [], []
         for number, index in enumerate(batches(count, self.batch_size)):
-            noise = jax.random.normal(jax.random.fold_in(key, number), (self.batch_size, *self.latent_shape))
+            noise = jax.random.normal(
+                jax.random.fold_in(key, number), (self.batch_size, *self.latent_shape)
+            )
             group = draw.groups[index]
             part = jax.tree.map(lambda leaf, group=group: leaf[group], cond)
             x0 = self.sampler(params, adapter, self.place(part), self.place(noise))
@@ -82,7 +91,11 @@ class Collector:
             pending.append(self.scorer.submit(images, [draw.prompts[i] for i in index]))
             latents.append(self.spread(x0))
             # Labels within the batch: a global one can be beyond the number of segments.
-            sums.append(_picture_health(x0, images, np.unique(group, return_inverse=True)[1].astype(np.int32)))
+            sums.append(
+                _picture_health(
+                    x0, images, np.unique(group, return_inverse=True)[1].astype(np.int32)
+                )
+            )
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
         with phase("rewards"):
@@ -99,6 +112,15 @@ def _picture_health(x0: jax.Array, images: jax.Array, group: jax.Array) -> dict[
     flat = images.reshape(size, -1)
     count = jax.ops.segment_sum(jnp.ones(size), group, size)
     mean = jax.ops.segment_sum(flat, group, size) / jnp.maximum(count, 1)[:, None]
-    variance = jax.ops.segment_sum(jnp.square(flat - mean[group]), group, size) / jnp.maximum(count, 1)[:, None]
-    diversity = jnp.sum(jnp.mean(jnp.sqrt(variance), axis=1) * (count > 1)) / jnp.maximum(jnp.sum(count > 1), 1)
-    return {"x0_norm": jnp.sqrt(jnp.mean(jnp.square(x0))), "brightness": jnp.mean(images), "diversity": diversity}
+    variance = (
+        jax.ops.segment_sum(jnp.square(flat - mean[group]), group, size)
+        / jnp.maximum(count, 1)[:, None]
+    )
+    diversity = jnp.sum(jnp.mean(jnp.sqrt(variance), axis=1) * (count > 1)) / jnp.maximum(
+        jnp.sum(count > 1), 1
+    )
+    return {
+        "x0_norm": jnp.sqrt(jnp.mean(jnp.square(x0))),
+        "brightness": jnp.mean(images),
+        "diversity": diversity,
+    }

@@ -1,4 +1,5 @@
 """Everything a run needs to go on: one pytree that is checkpointed whole."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -51,15 +52,28 @@ class TrainState:
         return int.from_bytes(np.asarray(self.key).astype(">u4").tobytes(), "big")
 
 
-def initial_state(adapter: Adapter, optimizer: optax.GradientTransformation, num_rewards: int, balancer_state: Any,
-                  seed: int) -> TrainState:
+def initial_state(
+    adapter: Adapter,
+    optimizer: optax.GradientTransformation,
+    num_rewards: int,
+    balancer_state: Any,
+    seed: int,
+) -> TrainState:
     """The state before the first step: all three policies are the same new adapter.
 
     Every leaf has a buffer of its own, because steps are given the whole state to overwrite.
     """
     state = TrainState(
-        step=jnp.zeros((), jnp.int32), key=jax.random.key_data(jax.random.key(seed)), current=adapter,
-        old=adapter, ema=adapter, opt_state=optimizer.init(adapter),
-        alpha=alpha_state.init(num_rewards), balancer=balancer_state,
-        best_score=jnp.asarray(-jnp.inf, jnp.float32), best_step=jnp.zeros((), jnp.int32), best=adapter)
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(jax.random.key(seed)),
+        current=adapter,
+        old=adapter,
+        ema=adapter,
+        opt_state=optimizer.init(adapter),
+        alpha=alpha_state.init(num_rewards),
+        balancer=balancer_state,
+        best_score=jnp.asarray(-jnp.inf, jnp.float32),
+        best_step=jnp.zeros((), jnp.int32),
+        best=adapter,
+    )
     return jax.tree.map(jnp.copy, state)

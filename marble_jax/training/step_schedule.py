@@ -1,4 +1,5 @@
 """Which compiled step an optimiser step runs: one that solves for alpha, or one in between."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,8 +40,13 @@ class Steps:
         return self.refresh if age >= self.every else self.between
 
 
-def make_steps(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation, mode: str,
-               refresh_every: int) -> Steps:
+def make_steps(
+    recipe: Recipe,
+    velocity: PolicyVelocity,
+    optimizer: optax.GradientTransformation,
+    mode: str,
+    refresh_every: int,
+) -> Steps:
     """Steps of "exact", "amortised" or "faithful"; the training state is donated to each.
 
     Raises:
@@ -50,15 +56,19 @@ def make_steps(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gradie
         raise InputError(f"harmonize.refresh_every: expected at least 1; received {refresh_every}")
 
     def compiled(step: Step) -> Callable:
-        def train(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+        def train(
+            state: TrainState, params: Params, batch: RolloutBatch
+        ) -> tuple[TrainState, Metrics]:
             with jax.named_scope("train"):
                 return step(state, params, batch)
 
         return jax.jit(train, donate_argnums=0)
 
     if mode == "faithful":
-        first, refresh, between = (compiled(faithful_step(recipe, velocity, optimizer, solved))
-                                   for solved in ("all", "first", "none"))
+        first, refresh, between = (
+            compiled(faithful_step(recipe, velocity, optimizer, solved))
+            for solved in ("all", "first", "none")
+        )
         return Steps(first, refresh, between, refresh_every)
     exact = compiled(exact_step(recipe, velocity, optimizer))
     if mode == "exact":

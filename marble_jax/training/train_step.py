@@ -8,6 +8,7 @@ variant. Each is one compiled program for all steps.
 The rows of the objective are the K rewards and, when advantages are scalarised, one more: the single advantage that is
 trained on. Its per-reward companions then cost nothing and show what it does to each reward.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -80,8 +81,14 @@ Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Params, RolloutBatch], tuple[TrainState, Metrics]]
 
 
-def finish(recipe: Recipe, optimizer: optax.GradientTransformation, state: TrainState, gradient: Any,
-           alpha: alpha_state.AlphaState, balancer: Any = None) -> tuple[TrainState, Metrics]:
+def finish(
+    recipe: Recipe,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradient: Any,
+    alpha: alpha_state.AlphaState,
+    balancer: Any = None,
+) -> tuple[TrainState, Metrics]:
     """Clips, steps the optimiser and moves the averaged and the rollout policy.
 
     A non-finite gradient leaves everything as it was and is reported; the step counts all the same.
@@ -106,44 +113,85 @@ def finish(recipe: Recipe, optimizer: optax.GradientTransformation, state: Train
     ema_decay = averaging.ema_decay(step, recipe.ema_decay)
     old_decay = recipe.old_schedule(step)
     new = state.replace(
-        step=step, current=current, opt_state=keep(opt_state, state.opt_state),
+        step=step,
+        current=current,
+        opt_state=keep(opt_state, state.opt_state),
         alpha=alpha_state.advance(keep(alpha, state.alpha)),
         balancer=state.balancer if balancer is None else keep(balancer, state.balancer),
         ema=keep(averaging.soft_update(state.ema, current, ema_decay), state.ema),
-        old=keep(averaging.soft_update(state.old, current, old_decay), state.old))
-    return new, {"training/grad_norm": norm, "training/skipped": 1.0 - finite, "policies/ema_decay": ema_decay,
-                 "policies/old_decay": old_decay}
+        old=keep(averaging.soft_update(state.old, current, old_decay), state.old),
+    )
+    return new, {
+        "training/grad_norm": norm,
+        "training/skipped": 1.0 - finite,
+        "policies/ema_decay": ema_decay,
+        "policies/old_decay": old_decay,
+    }
 
 
-def exact_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation) -> Step:
+def exact_step(
+    recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation
+) -> Step:
     """The step that takes every reward's gradient over the whole batch and solves for alpha."""
     rewards = recipe.num_rewards
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.wrap_key_data(state.key)
-        plan = schedule(batch, key, state.step, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch,
-                        recipe.shards)
+        plan = schedule(
+            batch,
+            key,
+            state.step,
+            recipe.sigmas,
+            recipe.num_timesteps,
+            recipe.micro_batch,
+            recipe.shards,
+        )
 
         units = num_micro_steps(plan)
         anchored = range(0, units, recipe.anchor_every)
 
         def body(anchors: bool, index: jax.Array) -> reward_gradients.RewardSums:
             flow, advantages, valid = micro_step(
-                velocity, params, state.old, batch, plan, index, anchors and recipe.kl_weight > 0, recipe.shards)
-            return recipe.shards.on_each(lambda flow, advantages, valid: reward_gradients.accumulate(
-                partial(velocity, params), state.current, flow, optimality(advantages.T, recipe.clip), valid.T,
-                nft_beta=recipe.nft_beta, clip=recipe.clip, chunk_size=recipe.chunk // recipe.shards.count,
-                anchors=anchors, anchor_scale=units / len(anchored)), flow, advantages.T, valid.T)
+                velocity,
+                params,
+                state.old,
+                batch,
+                plan,
+                index,
+                anchors and recipe.kl_weight > 0,
+                recipe.shards,
+            )
+            return recipe.shards.on_each(
+                lambda flow, advantages, valid: reward_gradients.accumulate(
+                    partial(velocity, params),
+                    state.current,
+                    flow,
+                    optimality(advantages.T, recipe.clip),
+                    valid.T,
+                    nft_beta=recipe.nft_beta,
+                    clip=recipe.clip,
+                    chunk_size=recipe.chunk // recipe.shards.count,
+                    anchors=anchors,
+                    anchor_scale=units / len(anchored),
+                ),
+                flow,
+                advantages.T,
+                valid.T,
+            )
 
         sums = sum_over(partial(body, True), anchored)
         if len(anchored) < units:
-            sums = tree.add(sums, sum_over(partial(body, False), sorted(set(range(units)) - set(anchored))))
+            sums = tree.add(
+                sums, sum_over(partial(body, False), sorted(set(range(units)) - set(anchored)))
+            )
         sums = recipe.shards.total(sums)
         mean = reward_gradients.mean_gradients(sums)
         gram = tree.gram(mean.gradients)
         own = gram[:rewards, :rewards]
         solution = recipe.balancer(own, sums.counts[:rewards] > 0, state.balancer)
-        alpha = alpha_state.refresh(state.alpha, solution.alpha, solution.scale, recipe.rho, solution.used)
+        alpha = alpha_state.refresh(
+            state.alpha, solution.alpha, solution.scale, recipe.rho, solution.used
+        )
         weights = solution.weights
         if recipe.smooth:
             weights = alpha_state.present_alpha(alpha, solution.used) * solution.scale
@@ -154,26 +202,44 @@ def exact_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gradie
         state, metrics = finish(recipe, optimizer, state, total, alpha, solution.state)
         padded = jnp.pad(alpha.alpha, (0, len(gram) - rewards))
         look = diagnostics.from_gram(gram, weights, jnp.arange(len(gram)) < rewards, padded)
-        look |= {"harmonize/cos_update": look["harmonize/cos_update"][:rewards],
-                 "harmonize/cos_pair": look["harmonize/cos_pair"][:rewards, :rewards]}
-        metrics |= {"nft/loss": jnp.sum(jnp.where(weights != 0, weights * mean.losses, 0.0)), "nft/kl": mean.kl,
-                    "nft/loss_per_reward": mean.losses[:rewards], "harmonize/alpha": alpha.alpha,
-                    "harmonize/alpha_solved": solution.alpha, "harmonize/grad_norm": solution.norms,
-                    "harmonize/refreshed": jnp.ones(()), "harmonize/alpha_age": alpha.age,
-                    "harmonize/min_norm": solution.min_norm, "harmonize/kkt_residual": solution.kkt_residual} | look
+        look |= {
+            "harmonize/cos_update": look["harmonize/cos_update"][:rewards],
+            "harmonize/cos_pair": look["harmonize/cos_pair"][:rewards, :rewards],
+        }
+        metrics |= {
+            "nft/loss": jnp.sum(jnp.where(weights != 0, weights * mean.losses, 0.0)),
+            "nft/kl": mean.kl,
+            "nft/loss_per_reward": mean.losses[:rewards],
+            "harmonize/alpha": alpha.alpha,
+            "harmonize/alpha_solved": solution.alpha,
+            "harmonize/grad_norm": solution.norms,
+            "harmonize/refreshed": jnp.ones(()),
+            "harmonize/alpha_age": alpha.age,
+            "harmonize/min_norm": solution.min_norm,
+            "harmonize/kkt_residual": solution.kkt_residual,
+        } | look
         return state, metrics
 
     return step
 
 
-def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation) -> Step:
+def amortised_step(
+    recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation
+) -> Step:
     """The step in between solves: one backward pass with the cached coefficients."""
     rewards = recipe.num_rewards
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.wrap_key_data(state.key)
-        plan = schedule(batch, key, state.step, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch,
-                        recipe.shards)
+        plan = schedule(
+            batch,
+            key,
+            state.step,
+            recipe.sigmas,
+            recipe.num_timesteps,
+            recipe.micro_batch,
+            recipe.shards,
+        )
         counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
         total = batch.x0.shape[0] * recipe.num_timesteps
         weights = alpha_state.present_weights(state.alpha, counts[:rewards] > 0)
@@ -182,16 +248,36 @@ def amortised_step(recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.Gr
 
         def body(index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
             flow, advantages, valid = micro_step(
-                velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0, recipe.shards)
-            positive, negative = reward_gradients.branch_weights(weights, optimality(advantages, recipe.clip), valid, counts)
-            return recipe.shards.on_each(lambda flow, p, q: reward_gradients.combined_gradient(
-                partial(velocity, params), state.current, flow, p, q, nft_beta=recipe.nft_beta, clip=recipe.clip,
-                kl_weight=recipe.kl_weight, num_samples=total), flow, positive, negative)
+                velocity, params, state.old, batch, plan, index, recipe.kl_weight > 0, recipe.shards
+            )
+            positive, negative = reward_gradients.branch_weights(
+                weights, optimality(advantages, recipe.clip), valid, counts
+            )
+            return recipe.shards.on_each(
+                lambda flow, p, q: reward_gradients.combined_gradient(
+                    partial(velocity, params),
+                    state.current,
+                    flow,
+                    p,
+                    q,
+                    nft_beta=recipe.nft_beta,
+                    clip=recipe.clip,
+                    kl_weight=recipe.kl_weight,
+                    num_samples=total,
+                ),
+                flow,
+                positive,
+                negative,
+            )
 
         gradient, parts = recipe.shards.total(sum_over(body, range(num_micro_steps(plan))))
         state, metrics = finish(recipe, optimizer, state, gradient, state.alpha)
-        return state, metrics | {"nft/loss": parts["policy_loss"], "nft/kl": parts["kl"],
-                                 "harmonize/alpha": state.alpha.alpha, "harmonize/refreshed": jnp.zeros(()),
-                                 "harmonize/alpha_age": state.alpha.age}
+        return state, metrics | {
+            "nft/loss": parts["policy_loss"],
+            "nft/kl": parts["kl"],
+            "harmonize/alpha": state.alpha.alpha,
+            "harmonize/refreshed": jnp.zeros(()),
+            "harmonize/alpha_age": state.alpha.age,
+        }
 
     return step

@@ -4,6 +4,7 @@
 Orbax checkpoint `params` of the parameter tree. Everything else of the model directory is the same, so whatever opens
 one layout opens the other.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -60,21 +61,32 @@ class StoredDir:
 
     def check(self, shapes: Mapping[str, Any]) -> None:
         """Raises InputError unless the leaves are those of `shapes`, a tree of shapes."""
-        expected = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(dict(shapes)).items()}
+        expected = {
+            path: tuple(leaf.shape)
+            for path, leaf in traverse_util.flatten_dict(dict(shapes)).items()
+        }
         where = self.path / PARAMS
         for path in sorted(set(expected) - set(self.leaves)):
             name = "/".join(path)
-            raise InputError(f"{where}: expected leaf {name!r}; received a checkpoint without it"
-                             f"{nearest(name, self.keys())}")
+            raise InputError(
+                f"{where}: expected leaf {name!r}; received a checkpoint without it"
+                f"{nearest(name, self.keys())}"
+            )
         for path in sorted(set(self.leaves) - set(expected)):
-            raise InputError(f"{where}: expected only the leaves of this config; received {'/'.join(path)!r}")
+            raise InputError(
+                f"{where}: expected only the leaves of this config; received {'/'.join(path)!r}"
+            )
         for path, shape in expected.items():
             if tuple(self.leaves[path].shape) != shape:
-                raise InputError(f"{where}: leaf {'/'.join(path)!r}: expected shape {shape}; "
-                                 f"received {tuple(self.leaves[path].shape)}")
+                raise InputError(
+                    f"{where}: leaf {'/'.join(path)!r}: expected shape {shape}; "
+                    f"received {tuple(self.leaves[path].shape)}"
+                )
 
 
-def open_component(directory: pathlib.Path | str, variant: str | None = None) -> SafetensorsDir | StoredDir:
+def open_component(
+    directory: pathlib.Path | str, variant: str | None = None
+) -> SafetensorsDir | StoredDir:
     """Opens a component directory of either layout.
 
     Args:
@@ -84,7 +96,11 @@ def open_component(directory: pathlib.Path | str, variant: str | None = None) ->
     Raises:
       InputError: missing or malformed directory.
     """
-    return StoredDir(directory) if (pathlib.Path(directory) / PARAMS).is_dir() else SafetensorsDir(directory, variant)
+    return (
+        StoredDir(directory)
+        if (pathlib.Path(directory) / PARAMS).is_dir()
+        else SafetensorsDir(directory, variant)
+    )
 
 
 def load_component(

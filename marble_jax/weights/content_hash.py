@@ -1,4 +1,5 @@
 """What files hold, as one hash: tells whether something computed from a model still belongs to it."""
+
 from __future__ import annotations
 
 import hashlib
@@ -8,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def content_hash(root: pathlib.Path, folders: Iterable[str], known: Mapping[str, Any] | None = None
-                 ) -> tuple[str, dict[str, Any]]:
+def content_hash(
+    root: pathlib.Path, folders: Iterable[str], known: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
     """Hash of names and contents of every file in some folders of a directory.
 
     Args:

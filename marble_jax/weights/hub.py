@@ -1,4 +1,5 @@
 """Downloads from the Hugging Face Hub, with every refusal as one line that says what to do."""
+
 from __future__ import annotations
 
 import pathlib
@@ -29,16 +30,23 @@ def download(
 
     try:
         local = snapshot_download(
-            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(skipped))
+            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(skipped)
+        )
     except errors.GatedRepoError as error:
         raise InputError(
             f"model {name!r}: expected access to a gated Hub model; received a refusal (accept its licence on "
-            "huggingface.co and log in with `hf auth login`)") from error
+            "huggingface.co and log in with `hf auth login`)"
+        ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise InputError(f"model {name!r}: expected a directory or a Hub model{at}; received neither") from error
-    except Exception as error:  # the transport's own errors change between releases; the cause stays attached
+        raise InputError(
+            f"model {name!r}: expected a directory or a Hub model{at}; received neither"
+        ) from error
+    except (
+        Exception
+    ) as error:  # the transport's own errors change between releases; the cause stays attached
         raise InputError(
             f"model {name!r}: expected a directory, a cached Hub model or a reachable Hub; received no such "
-            f"directory and {type(error).__name__}") from error
+            f"directory and {type(error).__name__}"
+        ) from error
     return pathlib.Path(local)

@@ -4,6 +4,7 @@ A network is described by a list of `Entry`, one per tensor of the file: which l
 which slice of a layer-stacked leaf it is. `load_params` and `save_params` read the same list in opposite directions, so
 that a round trip is bit-exact. Nothing is skipped in silence: a tensor is loaded, or named in `ignore`, or an error.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -42,7 +43,9 @@ class Entry:
     index: int | None = None
 
 
-def linear(key: str, path: Sequence[str], index: int | None = None, bias: bool = True) -> list[Entry]:
+def linear(
+    key: str, path: Sequence[str], index: int | None = None, bias: bool = True
+) -> list[Entry]:
     """Entries of a torch Linear `key` filling a Dense at `path`."""
     entries = [Entry(f"{key}.weight", (*path, "kernel"), "linear", index)]
     return [*entries, Entry(f"{key}.bias", (*path, "bias"), "none", index)] if bias else entries
@@ -102,7 +105,11 @@ def load_params(
     leaves = traverse_util.flatten_dict(dict(shapes))
     filled = {}
     for path, group in matched(source, entries, shapes, ignore).items():
-        kind = leaves[path].dtype if dtype is None or not jnp.issubdtype(leaves[path].dtype, jnp.floating) else dtype
+        kind = (
+            leaves[path].dtype
+            if dtype is None or not jnp.issubdtype(leaves[path].dtype, jnp.floating)
+            else dtype
+        )
         leaf = Leaf(source, group, leaves[path].shape, kind)
         filled[path] = jnp.asarray(leaf[...]) if place is None else place(path, leaf)
     return traverse_util.unflatten_dict(filled)
@@ -128,18 +135,26 @@ def matched(
     present = set(source.keys())
     missing = sorted(known - present)
     if missing:
-        raise InputError(f"{source.path}: expected tensor {missing[0]!r}{_more(missing)}; received a file without it"
-                         f"{nearest(missing[0], present - known)}")
-    extra = sorted(k for k in present - known if not any(fnmatch.fnmatchcase(k, pattern) for pattern in ignore))
+        raise InputError(
+            f"{source.path}: expected tensor {missing[0]!r}{_more(missing)}; received a file without it"
+            f"{nearest(missing[0], present - known)}"
+        )
+    extra = sorted(
+        k for k in present - known if not any(fnmatch.fnmatchcase(k, pattern) for pattern in ignore)
+    )
     if extra:
-        raise InputError(f"{source.file(extra[0])}: expected only the tensors of this config; received {extra[0]!r}"
-                         f"{_more(extra)}")
+        raise InputError(
+            f"{source.file(extra[0])}: expected only the tensors of this config; received {extra[0]!r}"
+            f"{_more(extra)}"
+        )
     for path, group in groups.items():
         for entry in group:
             expected = published_shape(entry, leaves[path].shape)
             if source.shape(entry.key) != expected:
-                raise InputError(f"{source.file(entry.key)}: tensor {entry.key!r}: expected shape {expected}; "
-                                 f"received {source.shape(entry.key)}")
+                raise InputError(
+                    f"{source.file(entry.key)}: tensor {entry.key!r}: expected shape {expected}; "
+                    f"received {source.shape(entry.key)}"
+                )
     return groups
 
 
@@ -223,19 +238,31 @@ def save_params(params: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str
     return tensors
 
 
-def _group(entries: Iterable[Entry], leaves: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], list[Entry]]:
+def _group(
+    entries: Iterable[Entry], leaves: Mapping[tuple[str, ...], Any]
+) -> dict[tuple[str, ...], list[Entry]]:
     """Entries by leaf; raises unless they fill every leaf, and every slice of it, exactly once."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         one_of(f"transform of {entry.key!r}", entry.transform, _AXES)
         groups.setdefault(entry.path, []).append(entry)
     for path in sorted(set(groups) ^ set(leaves)):
-        what = "leaf without a tensor" if path in leaves else f"tensor {groups[path][0].key!r} without a leaf"
-        raise InputError(f"parameter {'/'.join(path)}: expected key map entries and leaves to agree; received a {what}")
+        what = (
+            "leaf without a tensor"
+            if path in leaves
+            else f"tensor {groups[path][0].key!r} without a leaf"
+        )
+        raise InputError(
+            f"parameter {'/'.join(path)}: expected key map entries and leaves to agree; received a {what}"
+        )
     for path, group in groups.items():
         slots = [e.index for e in group]
-        if slots != [None] and sorted(-1 if s is None else s for s in slots) != list(range(leaves[path].shape[0])):
-            raise InputError(f"parameter {'/'.join(path)}: expected each of its slices once; received {slots}")
+        if slots != [None] and sorted(-1 if s is None else s for s in slots) != list(
+            range(leaves[path].shape[0])
+        ):
+            raise InputError(
+                f"parameter {'/'.join(path)}: expected each of its slices once; received {slots}"
+            )
     return groups
 
 

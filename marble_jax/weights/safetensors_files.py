@@ -5,6 +5,7 @@ be filled slice by slice (the host holds one leaf at a time, whatever the model 
 
 Source: safetensors format description (8-byte little-endian header length, JSON header, data).
 """
+
 from __future__ import annotations
 
 import json
@@ -58,7 +59,10 @@ class SafetensorsFile:
             try:
                 header = json.loads(handle.read(length))
                 self.metadata: dict[str, str] = header.pop("__metadata__", {})
-                self._tensors = {k: (v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in header.items()}
+                self._tensors = {
+                    k: (v["dtype"], tuple(v["shape"]), *v["data_offsets"])
+                    for k, v in header.items()
+                }
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise self._corrupt(f"a JSON header; received {type(error).__name__}") from error
         self._start = 8 + length
@@ -66,9 +70,13 @@ class SafetensorsFile:
         for key, (dtype, shape, first, last) in self._tensors.items():
             if dtype not in DTYPES:
                 expected = ", ".join(DTYPES)
-                raise InputError(f"{self.path}: tensor {key!r}: expected a dtype of {expected}; received {dtype}")
+                raise InputError(
+                    f"{self.path}: tensor {key!r}: expected a dtype of {expected}; received {dtype}"
+                )
             if first < 0 or last - first != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-                raise self._corrupt(f"tensor {key!r} of shape {shape} {dtype}; received {last - first} bytes")
+                raise self._corrupt(
+                    f"tensor {key!r} of shape {shape} {dtype}; received {last - first} bytes"
+                )
             end = max(end, last)
         if self._start + end != size:
             raise self._corrupt(f"{self._start + end} bytes; received {size}")
@@ -100,7 +108,9 @@ class SafetensorsFile:
     def read(self, key: str) -> np.ndarray:
         """Read-only view of a tensor in the file's dtype and layout; pages are read when touched."""
         dtype, shape, first, last = self._tensors[key]
-        return self._bytes[self._start + first : self._start + last].view(DTYPES[dtype]).reshape(shape)
+        return (
+            self._bytes[self._start + first : self._start + last].view(DTYPES[dtype]).reshape(shape)
+        )
 
     def release(self, key: str) -> None:
         """Lets go of the pages a tensor was read into; without it, a whole model would stay in resident memory."""
@@ -135,18 +145,24 @@ class SafetensorsDir:
         """
         self.path = pathlib.Path(path)
         if not self.path.is_dir():
-            raise InputError(f"{self.path}: expected a model component directory; received no such directory")
+            raise InputError(
+                f"{self.path}: expected a model component directory; received no such directory"
+            )
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         self._files: dict[str, SafetensorsFile] = {}
         for name, keys in self._shards(variant):
             file = SafetensorsFile(self.path / name)
             lost = sorted(set(keys) - set(file.keys())) if keys is not None else []
             if lost:
-                raise InputError(f"{file.path}: expected tensor {lost[0]!r} of its index; received a file without it")
+                raise InputError(
+                    f"{file.path}: expected tensor {lost[0]!r} of its index; received a file without it"
+                )
             for key in file.keys():
                 if key in self._files:
                     other = self.file(key).name
-                    raise InputError(f"{file.path}: expected each tensor once; received {key!r}, also in {other}")
+                    raise InputError(
+                        f"{file.path}: expected each tensor once; received {key!r}, also in {other}"
+                    )
                 self._files[key] = file
 
     def _shards(self, variant: str | None) -> list[tuple[str, list[str] | None]]:
@@ -164,7 +180,9 @@ class SafetensorsDir:
                     for key, name in weight_map.items():
                         shards.setdefault(name, []).append(key)
                     return sorted(shards.items())
-        wanted = " or ".join(f"{stem}{f'.{variant}' if variant else ''}.safetensors" for stem in _STEMS)
+        wanted = " or ".join(
+            f"{stem}{f'.{variant}' if variant else ''}.safetensors" for stem in _STEMS
+        )
         found = ", ".join(sorted(p.name for p in self.path.iterdir())) or "an empty directory"
         raise InputError(f"{self.path}: expected {wanted} (or its sharded index); received {found}")
 

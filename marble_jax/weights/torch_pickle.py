@@ -3,6 +3,7 @@
 Such a file is a pickle, and a pickle can run code. torch's `weights_only` mode rebuilds tensors and plain containers
 and refuses the rest; files are opened in no other mode. This is the package's one door to torch for weights.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -19,9 +20,18 @@ from marble_jax.weights.safetensors_files import SafetensorsFile, Tensors
 SUFFIXES = (".bin", ".pt", ".pth")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Under what a training checkpoint keeps its weights, beside epoch and optimiser state."""
-_DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
-           "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8, "uint8": np.uint8,
-           "bool": np.bool_}
+_DTYPES = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "bool": np.bool_,
+}
 
 
 class PickledFile:
@@ -39,16 +49,24 @@ class PickledFile:
         try:
             import torch  # optional
         except ImportError as error:
-            raise InputError(f"{self.path}: expected the package torch to read a pickled file; received none "
-                             "(pip install torch, or convert the file to safetensors)") from error
+            raise InputError(
+                f"{self.path}: expected the package torch to read a pickled file; received none "
+                "(pip install torch, or convert the file to safetensors)"
+            ) from error
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+            content = torch.load(
+                self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
+            )
         except Exception as error:  # whatever a damaged or malicious file makes torch raise; the cause stays attached
-            raise InputError(f"{self.path}: expected a file of tensors that opens with weights_only; received "
-                             f"{type(error).__name__}") from error
+            raise InputError(
+                f"{self.path}: expected a file of tensors that opens with weights_only; received "
+                f"{type(error).__name__}"
+            ) from error
         self._tensors = _tensors(content, torch.Tensor)
         if not self._tensors:
-            raise InputError(f"{self.path}: expected named tensors; received a {type(content).__name__} without any")
+            raise InputError(
+                f"{self.path}: expected named tensors; received a {type(content).__name__} without any"
+            )
 
     def keys(self) -> list[str]:
         """Tensor names, in file order."""
@@ -88,8 +106,11 @@ def _tensors(content: Any, kind: type) -> dict[str, Any]:
             return _tensors(content[wrapper], kind)
     found = {str(key): value for key, value in content.items() if isinstance(value, kind)}
     # Weights saved from a data-parallel wrapper carry its attribute in front of every name.
-    return {k.removeprefix("module."): v for k, v in found.items()} if all(
-        k.startswith("module.") for k in found) else found
+    return (
+        {k.removeprefix("module."): v for k, v in found.items()}
+        if all(k.startswith("module.") for k in found)
+        else found
+    )
 
 
 def open_weights(path: pathlib.Path | str) -> Tensors:

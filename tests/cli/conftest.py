@@ -1,4 +1,5 @@
 """Runs the command line in this process and looks at what it says and leaves behind."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,8 +12,11 @@ from marble_jax.cli.main import main
 @pytest.fixture
 def contents():
     """contents(path): every file below `path`, by name."""
+
     def call(path: Path) -> dict[str, bytes]:
-        return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+        return {
+            str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+        }
 
     return call
 
@@ -20,6 +24,7 @@ def contents():
 @pytest.fixture
 def refused(capsys):
     """Calls the command line with bad input and returns the one line it prints."""
+
     def call(*argv: str) -> str:
         capsys.readouterr()
         status = main(list(argv))

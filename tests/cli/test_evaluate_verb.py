@@ -1,4 +1,5 @@
 """`marble-jax sample` and `evaluate` on the shipped pipeline: resumable jobs, refusals, scores and the page."""
+
 from __future__ import annotations
 
 import importlib.resources
@@ -35,7 +36,9 @@ def lora(tmp_path_factory):
     _, params = load_mmdit(EMBEDDED / "pipeline" / "transformer")
     spec = adapters.LoraSpec(4, 8.0)
     adapter = adapters.init_adapter(jax.random.key(0), params, spec)
-    adapter = jax.tree.map(lambda leaf: 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter)
+    adapter = jax.tree.map(
+        lambda leaf: 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter
+    )
     for name, content in lora_files(adapters.unstack(adapter), spec).items():
         (folder / name).write_bytes(content)
     return folder
@@ -46,9 +49,11 @@ def prompts(tmp_path_factory):
     """Seven prompts in the three formats: GenEval metadata, quoted text, plain; one of them twice."""
     root = tmp_path_factory.mktemp("prompts")
     lines = GENEVAL.read_text().splitlines()
-    for source, name, content in (("geneval", "test_metadata.jsonl", [lines[0], lines[0], lines[80]]),
-                                  ("ocr", "test.txt", ['a sign saying "KA" in red on white', 'the word "ZO"']),
-                                  ("general", "test.txt", ["a blue star on gray", "two red circles on white"])):
+    for source, name, content in (
+        ("geneval", "test_metadata.jsonl", [lines[0], lines[0], lines[80]]),
+        ("ocr", "test.txt", ['a sign saying "KA" in red on white', 'the word "ZO"']),
+        ("general", "test.txt", ["a blue star on gray", "two red circles on white"]),
+    ):
         (root / source).mkdir()
         (root / source / name).write_text("\n".join(content) + "\n")
     return root
@@ -58,20 +63,37 @@ def prompts(tmp_path_factory):
 def sampled(tmp_path_factory, lora):
     """Pictures with guidance and a negative prompt at 48 x 80, and the command that drew them."""
     out = tmp_path_factory.mktemp("sampled") / "pictures"
-    command = ["sample", "--model=embedded", f"--lora={lora}:0.5", "--prompts=a red star|two blue circles|fog",
-               "--images=2", "--guidance=3", "--negative=a cross", "--size=48x80", "--solver=dpm2", f"--out={out}",
-               *FAST]
+    command = [
+        "sample",
+        "--model=embedded",
+        f"--lora={lora}:0.5",
+        "--prompts=a red star|two blue circles|fog",
+        "--images=2",
+        "--guidance=3",
+        "--negative=a cross",
+        "--size=48x80",
+        "--solver=dpm2",
+        f"--out={out}",
+        *FAST,
+    ]
     assert main(command) == 0
     return out, command
 
 
 def test_sample_writes_pictures_with_their_making_and_a_grid(sampled):
     out, _ = sampled
-    assert sorted(p.name for p in out.glob("*.png")) == [*(f"{i:05d}.png" for i in range(6)), "grid.png"]
+    assert sorted(p.name for p in out.glob("*.png")) == [
+        *(f"{i:05d}.png" for i in range(6)),
+        "grid.png",
+    ]
     with Image.open(out / "00003.png") as image:
         assert image.size == (80, 48) and image.text["prompt"] == "two blue circles"
         assert image.text["seed"] == "0:3" and image.text["negative prompt"] == "a cross"
-        assert image.text["guidance"] == "3" and image.text["solver"] == "dpm2" and ":0.5" in image.text["model"]
+        assert (
+            image.text["guidance"] == "3"
+            and image.text["solver"] == "dpm2"
+            and ":0.5" in image.text["model"]
+        )
     assert read_picture(out / "grid.png").shape == (48, 6 * 80, 3)
     assert not np.array_equal(read_picture(out / "00000.png"), read_picture(out / "00001.png"))
 
@@ -96,23 +118,45 @@ def test_a_killed_job_goes_on_with_the_same_pictures(sampled, tmp_path, capsys, 
     assert sorted(first) == ["00000.png", "00001.png"]
     assert main(command) == 0
     assert "6 pictures of 48 x 80 px, 2 already in" in capsys.readouterr().out
-    assert all((p.read_bytes(), p.stat().st_mtime_ns) == first[p.name] for p in out.glob("0000[01].png"))
+    assert all(
+        (p.read_bytes(), p.stat().st_mtime_ns) == first[p.name] for p in out.glob("0000[01].png")
+    )
     for i in range(6):
-        np.testing.assert_array_equal(read_picture(out / f"{i:05d}.png"), read_picture(done / f"{i:05d}.png"))
+        np.testing.assert_array_equal(
+            read_picture(out / f"{i:05d}.png"), read_picture(done / f"{i:05d}.png")
+        )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("--steps=3", "other settings: steps: expected 2 .its own.; received 3; choose another folder"),
-    ("--negative=blue", "other settings: negative: expected 'a cross' .its own.; received 'blue'"),
-    ("--t5=false", "other settings: t5: expected True .its own.; received False"),
-    ("--lora=", "other settings: adapter: expected '[0-9a-f]{16}' .its own.; received ''"),
-    ("--prompts=a red star|fog", "other prompts: picture 2: expected 'two blue circles' .its own.; received 'fog'")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "--steps=3",
+            "other settings: steps: expected 2 .its own.; received 3; choose another folder",
+        ),
+        (
+            "--negative=blue",
+            "other settings: negative: expected 'a cross' .its own.; received 'blue'",
+        ),
+        ("--t5=false", "other settings: t5: expected True .its own.; received False"),
+        ("--lora=", "other settings: adapter: expected '[0-9a-f]{16}' .its own.; received ''"),
+        (
+            "--prompts=a red star|fog",
+            "other prompts: picture 2: expected 'two blue circles' .its own.; received 'fog'",
+        ),
+    ],
+)
 def test_other_settings_in_the_same_folder_are_refused(refused, contents, sampled, change, message):
     out, command = sampled
     before = contents(out)
     key = change.split("=")[0] + "="
-    assert re.search(message, refused(*[change if a.startswith(key) else a for a in command],
-                                      *([change] if not any(a.startswith(key) for a in command) else [])))
+    assert re.search(
+        message,
+        refused(
+            *[change if a.startswith(key) else a for a in command],
+            *([change] if not any(a.startswith(key) for a in command) else []),
+        ),
+    )
     assert contents(out) == before
 
 
@@ -122,27 +166,59 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
     lines = GENEVAL.read_text().splitlines()[:20]
     broken.write_text("\n".join([*lines[:16], lines[16].replace("{", "", 1), *lines[17:]]))
     for arguments, message in (
-            ([f"--file={broken}"], f"{broken}:17: expected a JSON object; received"),
-            (["--prompts=a", "--solver=heun"], "--solver: expected one of euler, ddim, dpm1, dpm2; received 'heun'"),
-            (["--prompts=a", "--size=50x64"], "picture size: expected positive multiples of 16 .*; received 50 x 64"),
-            (["--prompts=a", "--size=big"], "--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received 'big'"),
-            (["--prompts=a", "--size=4096x64"], "--size: expected at most the model's .* pixels; received 4096 x 64"),
-            (["--prompts=a", "--guidance=-1"], "--guidance: expected a number of at least 0; received '-1'"),
-            (["--prompts=a", "--images=0"], "--images: expected a whole number of at least 1; received '0'"),
-            (["--prompts=a", "--t5=maybe"], "--t5: expected one of true, false; received 'maybe'"),
-            (["--prompts=a", "--lora=/nowhere"], "nowhere"),
-            (["--prompts= | "], "prompts: expected at least one; received none")):
+        ([f"--file={broken}"], f"{broken}:17: expected a JSON object; received"),
+        (
+            ["--prompts=a", "--solver=heun"],
+            "--solver: expected one of euler, ddim, dpm1, dpm2; received 'heun'",
+        ),
+        (
+            ["--prompts=a", "--size=50x64"],
+            "picture size: expected positive multiples of 16 .*; received 50 x 64",
+        ),
+        (
+            ["--prompts=a", "--size=big"],
+            "--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received 'big'",
+        ),
+        (
+            ["--prompts=a", "--size=4096x64"],
+            "--size: expected at most the model's .* pixels; received 4096 x 64",
+        ),
+        (
+            ["--prompts=a", "--guidance=-1"],
+            "--guidance: expected a number of at least 0; received '-1'",
+        ),
+        (
+            ["--prompts=a", "--images=0"],
+            "--images: expected a whole number of at least 1; received '0'",
+        ),
+        (["--prompts=a", "--t5=maybe"], "--t5: expected one of true, false; received 'maybe'"),
+        (["--prompts=a", "--lora=/nowhere"], "nowhere"),
+        (["--prompts= | "], "prompts: expected at least one; received none"),
+    ):
         assert re.search(message, refused("sample", "--model=embedded", out, *arguments)), arguments
     assert "expected either --model or --workdir; received both" in refused(
-        "sample", "--model=embedded", "--workdir=x", "--prompts=a", out)
+        "sample", "--model=embedded", "--workdir=x", "--prompts=a", out
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_embeddings_from_disk_draw_the_same_pictures(sampled, tmp_path):
     done, command = sampled
     out, cache = tmp_path / "out", tmp_path / "cache"
-    assert main([*(f"--out={out}" if a.startswith("--out") else a for a in command if "--images" not in a),
-                 "--images=1", f"--embedding_cache={cache}"]) == 0
+    assert (
+        main(
+            [
+                *(
+                    f"--out={out}" if a.startswith("--out") else a
+                    for a in command
+                    if "--images" not in a
+                ),
+                "--images=1",
+                f"--embedding_cache={cache}",
+            ]
+        )
+        == 0
+    )
     assert len(list(cache.glob("*/*.npz"))) == 4  # three prompts and the negative one
     np.testing.assert_array_equal(read_picture(out / "00000.png"), read_picture(done / "00000.png"))
 
@@ -151,8 +227,14 @@ def test_embeddings_from_disk_draw_the_same_pictures(sampled, tmp_path):
 def evaluated(tmp_path_factory, lora, prompts):
     """Two models evaluated with the reward that needs no weights, and the command."""
     out = tmp_path_factory.mktemp("evaluated") / "out"
-    command = ["evaluate", f"--models=base=embedded,tuned=embedded+{lora}", f"--prompts={prompts}",
-               "--rewards=geneval", f"--out={out}", *FAST]
+    command = [
+        "evaluate",
+        f"--models=base=embedded,tuned=embedded+{lora}",
+        f"--prompts={prompts}",
+        "--rewards=geneval",
+        f"--out={out}",
+        *FAST,
+    ]
     assert main(command) == 0
     return out, command
 
@@ -180,7 +262,9 @@ def test_evaluate_leaves_scores_summary_and_page(evaluated):
     assert "overall" in tags and tags["overall"]["count"] == 3
     assert set(summary["gains"]) == {"tuned"} and set(summary["composite"]) == {"base", "tuned"}
     page = (out / "index.html").read_text()
-    assert "tuned against base" in page and page.count("data:image/png") == 2 * 6  # a prompt given twice is shown once
+    assert (
+        "tuned against base" in page and page.count("data:image/png") == 2 * 6
+    )  # a prompt given twice is shown once
     assert "Not measured here." in page
 
 
@@ -209,7 +293,10 @@ def test_scoring_apart_from_drawing_gives_the_same_scores(evaluated, tmp_path, c
         file.unlink()
     again = [f"--out={place}" if a.startswith("--out") else a for a in command]
     assert main([*again, "--no_score"]) == 0
-    assert "Not scored yet" in (place / "index.html").read_text() and not (place / "summary.json").exists()
+    assert (
+        "Not scored yet" in (place / "index.html").read_text()
+        and not (place / "summary.json").exists()
+    )
     assert main([*again, "--skip_generation"]) == 0
     assert "pictures of" not in capsys.readouterr().out.split("pictures to score")[-1]
     for name in ("summary.json", "base/scores.jsonl", "tuned/scores.jsonl"):
@@ -220,7 +307,9 @@ def test_a_kill_while_scoring_and_a_reward_added_later(evaluated, tmp_path, monk
     pytest.importorskip("rapidocr")
     out, command = evaluated
     place = shutil.copytree(out, tmp_path / "out")
-    again = [f"--out={place}" if a.startswith("--out") else a for a in command] + ["--skip_generation"]
+    again = [f"--out={place}" if a.startswith("--out") else a for a in command] + [
+        "--skip_generation"
+    ]
     file = place / "base" / "scores.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]) + '{"index": 3, "pro')
     assert main(again) == 0
@@ -231,7 +320,10 @@ def test_a_kill_while_scoring_and_a_reward_added_later(evaluated, tmp_path, monk
     assert [line["scores"]["geneval"] for line in lines] == before
     assert all((line["scores"]["ocr"] is None) == (line["source"] != "ocr") for line in lines)
     assert list(json.loads((place / "summary.json").read_text())["scores"]["tuned"]) == [
-        "geneval", "geneval_accuracy", "ocr"]
+        "geneval",
+        "geneval_accuracy",
+        "ocr",
+    ]
 
 
 def test_missing_pictures_are_named(evaluated, refused, contents, tmp_path):
@@ -240,8 +332,10 @@ def test_missing_pictures_are_named(evaluated, refused, contents, tmp_path):
     (place / "tuned" / "00004.png").unlink()
     before = contents(place)
     again = [f"--out={place}" if a.startswith("--out") else a for a in command]
-    assert re.search("--skip_generation: expected 7 pictures of 'tuned' in .*; received 6, without 00004.png",
-                     refused(*again, "--skip_generation"))
+    assert re.search(
+        "--skip_generation: expected 7 pictures of 'tuned' in .*; received 6, without 00004.png",
+        refused(*again, "--skip_generation"),
+    )
     assert contents(place) == before
     fresh = [f"--out={tmp_path / 'new'}" if a.startswith("--out") else a for a in command]
     assert "expected 7 pictures of 'base'" in refused(*fresh, "--skip_generation")
@@ -253,17 +347,23 @@ def test_another_evaluation_in_the_same_place_is_refused(evaluated, refused, con
     before = contents(out)
     assert "holds an evaluation of other prompts" in refused(*command, "--num_prompts=3")
     assert "holds an evaluation of other prompts: line 2" in refused(*command, "--images=2")
-    assert "expected the 'base' of" in refused(*(a.replace("base=embedded", f"base={EMBEDDED / 'pipeline'}")
-                                                 for a in command))
+    assert "expected the 'base' of" in refused(
+        *(a.replace("base=embedded", f"base={EMBEDDED / 'pipeline'}") for a in command)
+    )
     rewards = tmp_path / "rewards"
     rewards.mkdir()
-    (rewards / FILE).write_text(json.dumps({"geneval": entries_of(EMBEDDED / "rewards")["geneval"]}))
-    assert "--rewards_path: expected the 'geneval' that" in refused(*command, f"--rewards_path={rewards}")
+    (rewards / FILE).write_text(
+        json.dumps({"geneval": entries_of(EMBEDDED / "rewards")["geneval"]})
+    )
+    assert "--rewards_path: expected the 'geneval' that" in refused(
+        *command, f"--rewards_path={rewards}"
+    )
     assert contents(out) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     assert "--out: expected a new folder or one made by evaluate" in refused(
-        *(f"--out={tmp_path / 'mine'}" if a.startswith("--out") else a for a in command))
+        *(f"--out={tmp_path / 'mine'}" if a.startswith("--out") else a for a in command)
+    )
 
 
 def test_evaluate_refuses_before_it_writes(refused, prompts, tmp_path):
@@ -272,17 +372,31 @@ def test_evaluate_refuses_before_it_writes(refused, prompts, tmp_path):
     lines = GENEVAL.read_text().splitlines()[:20]
     broken.write_text("\n".join([*lines[:16], lines[16] + "}", *lines[17:]]))
     for arguments, message in (
-            ([f"--prompts={broken}"], f"{broken}:17: expected a JSON object; received"),
-            (["--rewards=genevl"], "reward: expected one of .*; received 'genevl'; did you mean 'geneval'"),
-            (["--rewards_path=/nowhere"], "rewards.path: expected a directory with rewards.json; received '/nowhere'"),
-            (["--prompts=/nowhere"], "prompt directory /nowhere: expected a folder per source"),
-            (["--models=a=/nowhere"], "model: expected a directory or a Hub name owner/model; received '/nowhere'"),
-            (["--models="], "--models: expected at least one NAME=PLACE; received none"),
-            (["--images=x"], "--images: expected a whole number of at least 1; received 'x'")):
-        models = [] if any(a.startswith("--models") for a in arguments) else ["--models=base=embedded"]
+        ([f"--prompts={broken}"], f"{broken}:17: expected a JSON object; received"),
+        (
+            ["--rewards=genevl"],
+            "reward: expected one of .*; received 'genevl'; did you mean 'geneval'",
+        ),
+        (
+            ["--rewards_path=/nowhere"],
+            "rewards.path: expected a directory with rewards.json; received '/nowhere'",
+        ),
+        (["--prompts=/nowhere"], "prompt directory /nowhere: expected a folder per source"),
+        (
+            ["--models=a=/nowhere"],
+            "model: expected a directory or a Hub name owner/model; received '/nowhere'",
+        ),
+        (["--models="], "--models: expected at least one NAME=PLACE; received none"),
+        (["--images=x"], "--images: expected a whole number of at least 1; received 'x'"),
+    ):
+        models = (
+            [] if any(a.startswith("--models") for a in arguments) else ["--models=base=embedded"]
+        )
         if not any(a.startswith("--prompts") for a in arguments):
             arguments = [*arguments, f"--prompts={prompts}"]
-        assert re.search(message, refused("evaluate", f"--out={out}", *models, *arguments)), arguments
+        assert re.search(message, refused("evaluate", f"--out={out}", *models, *arguments)), (
+            arguments
+        )
     assert "--models: expected a value; received none" in refused("evaluate", f"--out={out}")
     assert not out.exists()
 
@@ -291,20 +405,35 @@ def test_models_by_name(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    found = evaluate.parse_models(f"embedded, tuned={run}:best,{run},two=embedded+a.safetensors+dir:0.5,"
-                                   "stabilityai/stable-diffusion-3.5-medium")
+    found = evaluate.parse_models(
+        f"embedded, tuned={run}:best,{run},two=embedded+a.safetensors+dir:0.5,"
+        "stabilityai/stable-diffusion-3.5-medium"
+    )
     assert found == {
-        "embedded": Source("embedded"), "tuned": Source("", str(run), "best"), "run": Source("", str(run), "ema"),
+        "embedded": Source("embedded"),
+        "tuned": Source("", str(run), "best"),
+        "run": Source("", str(run), "ema"),
         "two": Source("embedded", loras="a.safetensors,dir:0.5"),
-        "stable-diffusion-3.5-medium": Source("stabilityai/stable-diffusion-3.5-medium")}
+        "stable-diffusion-3.5-medium": Source("stabilityai/stable-diffusion-3.5-medium"),
+    }
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("a=embedded,a=embedded", "--models: expected every name once; received 'a' twice"),
-    ("a/b=embedded", "--models: expected NAME=PLACE with a name of letters, .*; received 'a/b=embedded'"),
-    ("a=", r"--models: expected NAME=PLACE\[:POLICY\]\[\+LORA\]; received 'a='"),
-    ("a=embedded+", r"--models: expected NAME=PLACE\[:POLICY\]\[\+LORA\]; received 'a=embedded\+'"),
-    ("a=embedded:ema", "--models: expected a training run before ':ema'; received 'embedded'")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a=embedded,a=embedded", "--models: expected every name once; received 'a' twice"),
+        (
+            "a/b=embedded",
+            "--models: expected NAME=PLACE with a name of letters, .*; received 'a/b=embedded'",
+        ),
+        ("a=", r"--models: expected NAME=PLACE\[:POLICY\]\[\+LORA\]; received 'a='"),
+        (
+            "a=embedded+",
+            r"--models: expected NAME=PLACE\[:POLICY\]\[\+LORA\]; received 'a=embedded\+'",
+        ),
+        ("a=embedded:ema", "--models: expected a training run before ':ema'; received 'embedded'"),
+    ],
+)
 def test_bad_models(text, message):
     with pytest.raises(InputError, match=message):
         evaluate.parse_models(text)
@@ -313,9 +442,15 @@ def test_bad_models(text, message):
 def test_prompts_in_the_formats_users_have():
     if not DATA.is_dir():
         pytest.skip("shared/data is not there")
-    files = [DATA / "geneval" / "test_metadata.jsonl", DATA / "ocr" / "test.txt", DATA / "drawbench" / "test.txt"]
+    files = [
+        DATA / "geneval" / "test_metadata.jsonl",
+        DATA / "ocr" / "test.txt",
+        DATA / "drawbench" / "test.txt",
+    ]
     found = evaluate.read_prompts(",".join(map(str, files)))
-    counts = {source: sum(p.source == source for p in found) for source in ("drawbench", "geneval", "ocr")}
+    counts = {
+        source: sum(p.source == source for p in found) for source in ("drawbench", "geneval", "ocr")
+    }
     assert counts == {"drawbench": 1000, "geneval": 2212, "ocr": 1018}
     assert evaluate.read_prompts(str(DATA)) == found
     few = evaluate.read_prompts(str(DATA), num_prompts=90, images=2)
@@ -324,5 +459,7 @@ def test_prompts_in_the_formats_users_have():
 
 
 def test_no_prompts():
-    with pytest.raises(InputError, match="--prompts: expected a file, a directory, .*; received none"):
+    with pytest.raises(
+        InputError, match="--prompts: expected a file, a directory, .*; received none"
+    ):
         evaluate.read_prompts(" , ")

@@ -1,4 +1,5 @@
 """`marble-jax report`: writes the page from records alone, and says in one line what it cannot read."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -17,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def run(tmp_path):
     """A made-up training workdir."""
-    spec = importlib.util.spec_from_file_location("made_up", ROOT / "tests" / "report" / "make_workdir.py")
+    spec = importlib.util.spec_from_file_location(
+        "made_up", ROOT / "tests" / "report" / "make_workdir.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.make_workdir(tmp_path / "run", done=12, pictures=False)
@@ -41,9 +44,15 @@ def test_other_runs_are_compared(run, tmp_path, capsys):
 def test_bad_input(refused, run, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert "--workdir: expected a value; received none" in refused("report")
-    assert f"the directory of a training run; received '{nowhere}'" in refused("report", f"--workdir={nowhere}")
-    assert "expected the directory of a training run" in refused("report", f"--workdir={nowhere}", f"--compare={run}")
-    assert "--compare: expected the workdir of a run" in refused("report", f"--workdir={run}", f"--compare={nowhere}")
+    assert f"the directory of a training run; received '{nowhere}'" in refused(
+        "report", f"--workdir={nowhere}"
+    )
+    assert "expected the directory of a training run" in refused(
+        "report", f"--workdir={nowhere}", f"--compare={run}"
+    )
+    assert "--compare: expected the workdir of a run" in refused(
+        "report", f"--workdir={run}", f"--compare={nowhere}"
+    )
     assert "received --config=x" in refused("report", f"--workdir={run}", "--config=x")
     assert "did you mean 'workdir'?" in refused("report", "--wokdir=x")
     assert not nowhere.exists() and not (run / "compare" / "nowhere.json").exists()
@@ -55,8 +64,18 @@ def test_help(capsys):
 
 
 def test_python_m_marble_jax(run):
-    done = subprocess.run([sys.executable, "-m", "marble_jax", "report", f"--workdir={run}"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "marble_jax", "report", f"--workdir={run}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and done.stderr == "" and "report.html" in done.stdout
-    done = subprocess.run([sys.executable, "-m", "marble_jax", "rapport"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'report'?" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "marble_jax", "rapport"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "did you mean 'report'?" in done.stderr
+    )

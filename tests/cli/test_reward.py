@@ -1,4 +1,5 @@
 """`marble-jax reward check` and `serve`: what they print, when they fail, and that a server comes and goes."""
+
 from __future__ import annotations
 
 import json
@@ -46,26 +47,40 @@ def faulty(images, prompts, metadata):
         time.sleep(30)
     return {8: [float("nan")] * len(scores), 11: scores[1:], 14: "garbage"}.get(kind, scores)
 """
-SMOKE = (f"--config={Path(__file__).parents[2] / 'configs' / 'embedded.py'}:smoke", "--config.rewards.heldout=",
-         "--config.harmonize.reward_weights=", "--config.harmonize.mode=exact")
+SMOKE = (
+    f"--config={Path(__file__).parents[2] / 'configs' / 'embedded.py'}:smoke",
+    "--config.rewards.heldout=",
+    "--config.harmonize.reward_weights=",
+    "--config.harmonize.mode=exact",
+)
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working directory with a module of functions and a rewards directory."""
     (tmp_path / "marble_test_cli.py").write_text(MODULE)
-    (tmp_path / "rewards.json").write_text(json.dumps({
-        "red": {"kind": "function", "function": "marble_test_cli:red"},
-        "same": {"kind": "function", "function": "marble_test_cli:same"},
-        "lost": {"kind": "function", "function": "marble_test_cli:lost"}}))
+    (tmp_path / "rewards.json").write_text(
+        json.dumps(
+            {
+                "red": {"kind": "function", "function": "marble_test_cli:red"},
+                "same": {"kind": "function", "function": "marble_test_cli:same"},
+                "lost": {"kind": "function", "function": "marble_test_cli:lost"},
+            }
+        )
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_check_prints_a_table_and_records(here, capsys):
-    assert main(["reward", "check", f"--path={here}", "--rewards=red", "--size=32", "--batch=4"]) == 0
+    assert (
+        main(["reward", "check", f"--path={here}", "--rewards=red", "--size=32", "--batch=4"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 rewards on 12 golden pictures of 32 px") and "peak memory" in lines[0]
+    assert (
+        lines[0].startswith("1 rewards on 12 golden pictures of 32 px")
+        and "peak memory" in lines[0]
+    )
     assert lines[1].split()[:6] == ["reward", "status", "own", "other", "img/s", "weights"]
     assert lines[3].split()[:2] == ["red", "ok"] and "own prompts lead by 0.0" in lines[3]
     command = ["reward", "check", f"--path={here}", "--rewards=red", "--size=32"]
@@ -75,12 +90,16 @@ def test_check_prints_a_table_and_records(here, capsys):
 
 def test_check_fails_for_what_is_broken(here, capsys):
     functions = ["marble_test_cli:broken", "marble_test_cli:same", "marble_test_cli:red"]
-    assert main(["reward", "check", f"--path={here}", f"--rewards={','.join(functions)}", "--size=16"]) == 2
+    assert (
+        main(["reward", "check", f"--path={here}", f"--rewards={','.join(functions)}", "--size=16"])
+        == 2
+    )
     captured = capsys.readouterr()
     assert "12 of 12 golden pictures without a score: FileNotFoundError: model.bin" in captured.out
     assert captured.err.splitlines()[-1] == (
         "marble-jax reward: check: expected every reward to pass; received marble_test_cli:broken (failed), "
-        "marble_test_cli:same (constant)")
+        "marble_test_cli:same (constant)"
+    )
 
 
 def test_check_goes_on_past_a_reward_that_does_not_load(here, capsys):
@@ -95,31 +114,58 @@ def test_functions_need_no_directory(here):
     config = here / "mine.py"
     config.write_text(
         "from marble_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
-        "    config.rewards.train = ('marble_test_cli:red',)\n    config.model.resolution = 32\n    return config\n")
+        "    config.rewards.train = ('marble_test_cli:red',)\n    config.model.resolution = 32\n    return config\n"
+    )
     assert main(["reward", "check", f"--config={config}"]) == 0
 
 
 def test_bad_command_lines(refused, here):
-    assert "reward: expected one of check, serve; received 'chek'; did you mean 'check'?" in refused("reward", "chek")
+    assert (
+        "reward: expected one of check, serve; received 'chek'; did you mean 'check'?"
+        in refused("reward", "chek")
+    )
     assert "expected one of check, serve; received ''" in refused("reward")
     assert "expected either --config or --path; received neither" in refused("reward", "check")
-    assert "rewards.path: expected a directory with rewards.json" in refused("reward", "check", "--path=/nowhere")
-    assert "--batch: expected a whole number of at least 1" in refused("reward", "check", "--path=x", "--batch=0")
-    assert "received 'rd'; did you mean 'red'?" in refused("reward", "check", f"--path={here}", "--rewards=rd")
+    assert "rewards.path: expected a directory with rewards.json" in refused(
+        "reward", "check", "--path=/nowhere"
+    )
+    assert "--batch: expected a whole number of at least 1" in refused(
+        "reward", "check", "--path=x", "--batch=0"
+    )
+    assert "received 'rd'; did you mean 'red'?" in refused(
+        "reward", "check", f"--path={here}", "--rewards=rd"
+    )
     serve = ("reward", "serve", f"--path={here}", "--rewards=red")
-    assert "--port: expected a whole number of at least 0; received 'x'" in refused(*serve, "--port=x")
+    assert "--port: expected a whole number of at least 0; received 'x'" in refused(
+        *serve, "--port=x"
+    )
     assert "--host: expected a loopback address" in refused(*serve, "--host=0.0.0.0", "--port=0")
-    assert "expected --token or --token_file; received both" in refused(*serve, "--token=a", "--token_file=b")
-    assert "expected a token in nowhere; received FileNotFoundError" in refused(*serve, "--token_file=nowhere")
+    assert "expected --token or --token_file; received both" in refused(
+        *serve, "--token=a", "--token_file=b"
+    )
+    assert "expected a token in nowhere; received FileNotFoundError" in refused(
+        *serve, "--token_file=nowhere"
+    )
     assert "expected a function lost in" in refused("reward", "serve", f"--path={here}")
 
 
 def test_serve_until_a_signal(here):
     """In a process of its own: it says where it is, answers, and ends with status 0."""
     (here / "token").write_text("t0k\n")
-    command = [sys.executable, "-m", "marble_jax", "reward", "serve", f"--path={here}", "--rewards=red", "--port=0",
-               "--token_file=token"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "marble_jax",
+        "reward",
+        "serve",
+        f"--path={here}",
+        "--rewards=red",
+        "--port=0",
+        "--token_file=token",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             line = process.stdout.readline()
             assert line.startswith("serving red at http://127.0.0.1:") and "(with a token)" in line
@@ -136,23 +182,41 @@ def test_serve_until_a_signal(here):
 
 
 def test_training_does_not_start_with_a_broken_reward(refused, here):
-    message = refused("train", *SMOKE, "--config.rewards.train=marble_test_cli:broken,geneval", "--workdir=run")
-    assert "reward marble_test_cli:broken: expected sound scores of the golden pictures; received a reward that fails" \
+    message = refused(
+        "train", *SMOKE, "--config.rewards.train=marble_test_cli:broken,geneval", "--workdir=run"
+    )
+    assert (
+        "reward marble_test_cli:broken: expected sound scores of the golden pictures; received a reward that fails"
         " (12 of 12 golden pictures without a score: FileNotFoundError: model.bin)" in message
+    )
     assert not (here / "run").exists()
 
 
 def test_a_reward_that_compares_pictures_needs_whole_groups(refused, here):
-    message = refused("train", *SMOKE, "--config.rewards.train=marble_test_cli:rank", "--config.rollout.batch_size=6",
-                      "--workdir=run")
-    assert "rollout.batch_size: expected a multiple of the 4 pictures a prompt, as marble_test_cli:rank" in message
+    message = refused(
+        "train",
+        *SMOKE,
+        "--config.rewards.train=marble_test_cli:rank",
+        "--config.rollout.batch_size=6",
+        "--workdir=run",
+    )
+    assert (
+        "rollout.batch_size: expected a multiple of the 4 pictures a prompt, as marble_test_cli:rank"
+        in message
+    )
 
 
 @pytest.mark.slow
 def test_training_with_a_reward_that_fails_now_and_then(here, capsys):
     """Raises, hangs, NaN, too few and garbage: the run goes on under mask, stops under fail, and goes on again."""
-    command = ["train", *SMOKE, "--config.rewards.train=marble_test_cli:faulty,geneval", "--workdir=run",
-               "--config.rollout.batch_size=4", "--config.rewards.timeout=2"]
+    command = [
+        "train",
+        *SMOKE,
+        "--config.rewards.train=marble_test_cli:faulty,geneval",
+        "--workdir=run",
+        "--config.rollout.batch_size=4",
+        "--config.rewards.timeout=2",
+    ]
     assert main([*command, "--config.training.num_steps=6"]) == 0
     rows = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
     failed = [row["rollout/failed_count/marble_test_cli:faulty"] for row in rows]
@@ -161,7 +225,11 @@ def test_training_with_a_reward_that_fails_now_and_then(here, capsys):
     assert "marble_test_cli:faulty failed at times" in (here / "run" / "report.html").read_text()
     capsys.readouterr()
     assert main([*command, "--config.training.num_steps=20", "--config.rewards.on_error=fail"]) == 2
-    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("marble-jax train:")]
+    (line,) = [
+        text
+        for text in capsys.readouterr().err.splitlines()
+        if text.startswith("marble-jax train:")
+    ]
     assert "reward marble_test_cli:faulty: " in line
     done = len((here / "run" / "metrics.jsonl").read_text().splitlines())
     assert line.endswith(f"; saved after step {done}, the same command goes on from there")

@@ -1,4 +1,5 @@
 """`marble-jax train`: bad input ends in one line and an untouched workdir; a run can be made, repeated and extended."""
+
 from __future__ import annotations
 
 import importlib.resources
@@ -18,7 +19,11 @@ ROOT = Path(__file__).parents[2]
 SMOKE = f"--config={ROOT / 'configs' / 'embedded.py'}:smoke"
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
 # No reward models are read.
-HOST_ONLY = ("--config.rewards.train=geneval", "--config.rewards.heldout=", "--config.harmonize.reward_weights=")
+HOST_ONLY = (
+    "--config.rewards.train=geneval",
+    "--config.rewards.heldout=",
+    "--config.harmonize.reward_weights=",
+)
 
 
 @pytest.fixture
@@ -31,39 +36,109 @@ def workdir(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--wrkdir=1"], r"option: expected one of --config, --workdir, .*; received --wrkdir; did you mean 'workdir'\?"),
-     (["--config.training.num_stps=3"], "num_stps: expected a configuration key; .*'training.num_steps'"),
-     (["--config.training.num_steps=abc"], r"num_steps: expected int \(optimiser steps\); received 'abc'"),
-     (["--config.nft.beta=-1"], r"config.nft.beta: expected a number in \(0, 1\] .*; received -1.0"),
-     (["--config.harmonize.balancer=marbel"], "balancer: expected one of marble, .*; did you mean 'marble'"),
-     (["--config.harmonize.fixed_alpha=0.5,0.5"], "fixed_alpha: expected one number for each of 5 .*received 2"),
-     (["--config.rollout.batch_size=5"], "batch_size: expected a divisor of the 12 .*received 5; nearest valid 4"),
-     (["--config.training.micro_batch_size=13"], "training.micro_batch_size: .*received 13; nearest valid 12"),
-     (["--config.rollout.images_per_prompt=1"], "rollout.images_per_prompt: expected a number >= 2 .*; received 1"),
-     (["--config.mesh.data=3"], "mesh: .* data x fsdp x tensor = 1 .*received 3 x 1 x 1 .nearest valid 1 x 1 x 1"),
-     (["--config.mesh.fsdp=0"], "mesh: expected data x fsdp x tensor = 1 .*received -1 x 0 x 1"),
-     (["--config.rewards.train=ocr,geneva"], "reward: .*received 'geneva'; did you mean 'geneval'"),
-     (["--config.rewards.train=ocr,ocr"], "reward: expected every name once; received 'ocr' 2 times"),
-     (["--config.rewards.train=ocr", "--config.harmonize.reward_weights=1,2,1,1,1"],
-      "reward_weights: expected one number for each of 1 rewards .*; received 5"),
-     (["--config.rewards.heldout=ocr"], "rewards.heldout: expected rewards that are not trained on; received 'ocr'"),
-     (["--config.rewards.path=/nowhere"], "rewards.path: expected a directory with rewards.json; received '/nowhere'"),
-     (["--config.model.path=/nowhere"], "model: expected a directory or a Hub name owner/model; received '/nowhere'"),
-     (["--config.prompts.path=/nowhere"], "prompt directory /nowhere: expected a folder per source; received no such"),
-     (["--config.prompts.sources=ocr,genral"], "expected genral/train.txt or .*; did you mean 'general'"),
-     (["--config.checkpoints.keep=0"], "config.checkpoints.keep: expected a number >= 1 .*; received 0"),
-     ([*HOST_ONLY, "--config.lora.targets=attn.to_qq"], "adapter target: expected the end of .*received 'attn.to_qq'"),
-     ([*HOST_ONLY, "--config.model.resolution=60"], "picture size: expected positive multiples of 16 .*received 60")])
+    [
+        (
+            ["--wrkdir=1"],
+            r"option: expected one of --config, --workdir, .*; received --wrkdir; did you mean 'workdir'\?",
+        ),
+        (
+            ["--config.training.num_stps=3"],
+            "num_stps: expected a configuration key; .*'training.num_steps'",
+        ),
+        (
+            ["--config.training.num_steps=abc"],
+            r"num_steps: expected int \(optimiser steps\); received 'abc'",
+        ),
+        (
+            ["--config.nft.beta=-1"],
+            r"config.nft.beta: expected a number in \(0, 1\] .*; received -1.0",
+        ),
+        (
+            ["--config.harmonize.balancer=marbel"],
+            "balancer: expected one of marble, .*; did you mean 'marble'",
+        ),
+        (
+            ["--config.harmonize.fixed_alpha=0.5,0.5"],
+            "fixed_alpha: expected one number for each of 5 .*received 2",
+        ),
+        (
+            ["--config.rollout.batch_size=5"],
+            "batch_size: expected a divisor of the 12 .*received 5; nearest valid 4",
+        ),
+        (
+            ["--config.training.micro_batch_size=13"],
+            "training.micro_batch_size: .*received 13; nearest valid 12",
+        ),
+        (
+            ["--config.rollout.images_per_prompt=1"],
+            "rollout.images_per_prompt: expected a number >= 2 .*; received 1",
+        ),
+        (
+            ["--config.mesh.data=3"],
+            "mesh: .* data x fsdp x tensor = 1 .*received 3 x 1 x 1 .nearest valid 1 x 1 x 1",
+        ),
+        (["--config.mesh.fsdp=0"], "mesh: expected data x fsdp x tensor = 1 .*received -1 x 0 x 1"),
+        (
+            ["--config.rewards.train=ocr,geneva"],
+            "reward: .*received 'geneva'; did you mean 'geneval'",
+        ),
+        (
+            ["--config.rewards.train=ocr,ocr"],
+            "reward: expected every name once; received 'ocr' 2 times",
+        ),
+        (
+            ["--config.rewards.train=ocr", "--config.harmonize.reward_weights=1,2,1,1,1"],
+            "reward_weights: expected one number for each of 1 rewards .*; received 5",
+        ),
+        (
+            ["--config.rewards.heldout=ocr"],
+            "rewards.heldout: expected rewards that are not trained on; received 'ocr'",
+        ),
+        (
+            ["--config.rewards.path=/nowhere"],
+            "rewards.path: expected a directory with rewards.json; received '/nowhere'",
+        ),
+        (
+            ["--config.model.path=/nowhere"],
+            "model: expected a directory or a Hub name owner/model; received '/nowhere'",
+        ),
+        (
+            ["--config.prompts.path=/nowhere"],
+            "prompt directory /nowhere: expected a folder per source; received no such",
+        ),
+        (
+            ["--config.prompts.sources=ocr,genral"],
+            "expected genral/train.txt or .*; did you mean 'general'",
+        ),
+        (
+            ["--config.checkpoints.keep=0"],
+            "config.checkpoints.keep: expected a number >= 1 .*; received 0",
+        ),
+        (
+            [*HOST_ONLY, "--config.lora.targets=attn.to_qq"],
+            "adapter target: expected the end of .*received 'attn.to_qq'",
+        ),
+        (
+            [*HOST_ONLY, "--config.model.resolution=60"],
+            "picture size: expected positive multiples of 16 .*received 60",
+        ),
+    ],
+)
 def test_bad_input(refused, workdir, arguments, message):
     assert re.search(message, refused("train", SMOKE, f"--workdir={workdir}", *arguments))
 
 
 def test_bad_command_lines(refused, workdir):
-    assert re.search("verb: expected one of train, .*; received 'trian'; did you mean 'train'", refused("trian"))
+    assert re.search(
+        "verb: expected one of train, .*; received 'trian'; did you mean 'train'", refused("trian")
+    )
     assert "--workdir: expected a value; received none" in refused("train", SMOKE)
     assert "--config: expected one configuration file" in refused("train", f"--workdir={workdir}")
     missing = SMOKE.replace("embedded.py:smoke", "embeded.py")
-    assert re.search("expected a configuration file; received .*did you mean", refused("train", missing, "--workdir=x"))
+    assert re.search(
+        "expected a configuration file; received .*did you mean",
+        refused("train", missing, "--workdir=x"),
+    )
     unknown = SMOKE.replace("smoke", "smok")
     assert "did you mean 'smoke'?" in refused("train", unknown, f"--workdir={workdir}")
 
@@ -76,14 +151,21 @@ def model(tmp_path):
 
 def test_damaged_models(refused, workdir, model):
     def message() -> str:
-        return refused("train", SMOKE, f"--workdir={workdir}", f"--config.model.path={model}", *HOST_ONLY)
+        return refused(
+            "train", SMOKE, f"--workdir={workdir}", f"--config.model.path={model}", *HOST_ONLY
+        )
 
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1000])
-    assert f"{file}: truncated or corrupt safetensors file: expected {len(whole)} bytes" in message()
+    assert (
+        f"{file}: truncated or corrupt safetensors file: expected {len(whole)} bytes" in message()
+    )
     file.write_bytes(whole[:5])
-    assert f"{file}: truncated or corrupt safetensors file: expected a complete header; received 5 bytes" in message()
+    assert (
+        f"{file}: truncated or corrupt safetensors file: expected a complete header; received 5 bytes"
+        in message()
+    )
 
     from safetensors import numpy as safetensors
 
@@ -97,14 +179,18 @@ def test_damaged_models(refused, workdir, model):
     file.unlink()
     assert f"{model / 'transformer'}: expected diffusion_pytorch_model.safetensors" in message()
     (model / "model_index.json").unlink()
-    assert "model_index.json: expected a readable JSON file; received FileNotFoundError" in message()
+    assert (
+        "model_index.json: expected a readable JSON file; received FileNotFoundError" in message()
+    )
 
 
 def test_bad_prompt_files(refused, workdir, tmp_path):
     prompts = shutil.copytree(EMBEDDED / "prompts", tmp_path / "prompts")
 
     def message() -> str:
-        return refused("train", SMOKE, f"--workdir={workdir}", f"--config.prompts.path={prompts}", *HOST_ONLY)
+        return refused(
+            "train", SMOKE, f"--workdir={workdir}", f"--config.prompts.path={prompts}", *HOST_ONLY
+        )
 
     rows = (prompts / "geneval" / "train_metadata.jsonl").read_text().splitlines()
     rows[4] = rows[4][:-2]
@@ -112,9 +198,14 @@ def test_bad_prompt_files(refused, workdir, tmp_path):
     assert re.search(r"train_metadata.jsonl:5: expected a JSON object; received ", message())
     rows[4] = '{"tag": "colour", "include": [{"class": "star", "count": 1}], "prompt": "a star"}'
     (prompts / "geneval" / "train_metadata.jsonl").write_text("\n".join(rows))
-    assert re.search(r"train_metadata.jsonl:5: tag: expected one of .*received 'colour'; did you mean", message())
+    assert re.search(
+        r"train_metadata.jsonl:5: tag: expected one of .*received 'colour'; did you mean", message()
+    )
     (prompts / "general" / "train.txt").write_text("\n \n")
-    assert f"{prompts / 'general' / 'train.txt'}: expected at least one prompt; received an empty file" in message()
+    assert (
+        f"{prompts / 'general' / 'train.txt'}: expected at least one prompt; received an empty file"
+        in message()
+    )
 
 
 def test_places_that_are_no_workdir(refused, contents, tmp_path):
@@ -124,7 +215,9 @@ def test_places_that_are_no_workdir(refused, contents, tmp_path):
     foreign.mkdir()
     (foreign / "chapter.tex").write_text("mine")
     before = contents(tmp_path)
-    assert f"workdir: expected a directory; received the file {file}" in refused("train", SMOKE, f"--workdir={file}")
+    assert f"workdir: expected a directory; received the file {file}" in refused(
+        "train", SMOKE, f"--workdir={file}"
+    )
     assert "received the file" in refused("train", SMOKE, f"--workdir={file}/below")
     assert "expected an empty or new directory" in refused("train", SMOKE, f"--workdir={foreign}")
     assert contents(tmp_path) == before
@@ -139,7 +232,9 @@ def test_help_names_every_key(capsys):
 
 def all_rewards_are_there() -> bool:
     entries = json.loads((EMBEDDED / "rewards" / "rewards.json").read_text())
-    return all((EMBEDDED / "rewards" / e["model"]).is_dir() for e in entries.values() if "model" in e)
+    return all(
+        (EMBEDDED / "rewards" / e["model"]).is_dir() for e in entries.values() if "model" in e
+    )
 
 
 @pytest.fixture(scope="module", params=["brief", pytest.param("smoke", marks=pytest.mark.slow)])
@@ -153,7 +248,11 @@ def finished(request, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / request.param
     command = ["train", SMOKE, f"--workdir={workdir}"]
     if request.param == "brief":
-        command += [*HOST_ONLY, "--config.rewards.train=geneval,ocr", "--config.harmonize.refresh_every=1"]
+        command += [
+            *HOST_ONLY,
+            "--config.rewards.train=geneval,ocr",
+            "--config.harmonize.refresh_every=1",
+        ]
     elif not all_rewards_are_there():
         pytest.skip("the weights of a reward are not there")
     assert main(command) == 0
@@ -168,7 +267,9 @@ def test_a_run_leaves_its_records(finished):
     workdir, _ = finished
     run, config = (json.loads((workdir / name).read_text()) for name in ("run.json", "config.json"))
     assert set(config) == set(KEYS) and run["config"] == config and run["num_steps"] == 3
-    assert run["name"] == "embedded-smoke" and run["command"].startswith("marble-jax train --config=")
+    assert run["name"] == "embedded-smoke" and run["command"].startswith(
+        "marble-jax train --config="
+    )
     evaluations = lines(workdir / "evaluation.jsonl")
     assert [(e["step"], e["policy"]) for e in evaluations] == [(0, "base"), (3, "ema")]
     names = set(run["rewards"] + run["heldout_rewards"])
@@ -181,10 +282,17 @@ def test_a_run_leaves_its_records(finished):
         for i, entry in enumerate(prompts):
             picture = Image.open(workdir / "samples" / step / f"{i:02d}.png")
             assert picture.size == (64, 64) and picture.text["prompt"] == entry["prompt"]
-    assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["2", "3"]
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == [
+        "2",
+        "3",
+    ]
     assert any((workdir / "tensorboard").iterdir())
     report = (workdir / "report.html").read_text()
-    assert "embedded-smoke" in report and "3 of 3 steps" in report and "data:image/png;base64" in report
+    assert (
+        "embedded-smoke" in report
+        and "3 of 3 steps" in report
+        and "data:image/png;base64" in report
+    )
 
 
 def test_metrics_are_named_room_name_reward(finished):
@@ -192,14 +300,22 @@ def test_metrics_are_named_room_name_reward(finished):
     rewards = json.loads((workdir / "run.json").read_text())["rewards"]
     records = lines(workdir / "metrics.jsonl")
     assert [r["step"] for r in records] == [0, 1, 2]
-    pairs = [f"{a}|{b}" for i, a in enumerate(rewards) for b in rewards[i + 1:]]
+    pairs = [f"{a}|{b}" for i, a in enumerate(rewards) for b in rewards[i + 1 :]]
     for record in records:
         for key, value in record.items():
             if key in ("step", "time"):
                 continue
             room, name, *reward = key.split("/")
-            assert room in ("rollout", "advantages", "harmonize", "nft", "policies", "training", "time",
-                            "speed"), key
+            assert room in (
+                "rollout",
+                "advantages",
+                "harmonize",
+                "nft",
+                "policies",
+                "training",
+                "time",
+                "speed",
+            ), key
             assert re.fullmatch(r"[a-z][a-z0-9_]*", name), key
             assert len(reward) <= 1 and set(reward) <= {*rewards, *pairs}, key
             assert value is None or np.isfinite(value), key
@@ -211,7 +327,14 @@ def test_metrics_are_named_room_name_reward(finished):
 
 def test_the_same_command_again_changes_nothing_and_says_so(finished, contents, capsys):
     workdir, command = finished
-    kept = ("metrics.jsonl", "evaluation.jsonl", "config.json", "base_scores.json", "samples", "checkpoints")
+    kept = (
+        "metrics.jsonl",
+        "evaluation.jsonl",
+        "config.json",
+        "base_scores.json",
+        "samples",
+        "checkpoints",
+    )
     before = {k: v for k, v in contents(workdir).items() if k.split("/")[0] in kept}
     assert main(command) == 0
     out = capsys.readouterr().out
@@ -222,10 +345,16 @@ def test_the_same_command_again_changes_nothing_and_says_so(finished, contents, 
 def test_another_runs_workdir_is_refused_untouched(finished, refused, contents):
     workdir, command = finished
     before = contents(workdir)
-    assert "holds another run: seed: expected 42 (its own); received 1" in refused(*command, "--config.seed=1")
-    assert "evaluation.num_prompts: expected 6" in refused(*command, "--config.evaluation.num_prompts=3")
-    assert "training.num_steps: expected at least the 3 steps this workdir has done; received 2" in refused(
-        *command, "--config.training.num_steps=2")
+    assert "holds another run: seed: expected 42 (its own); received 1" in refused(
+        *command, "--config.seed=1"
+    )
+    assert "evaluation.num_prompts: expected 6" in refused(
+        *command, "--config.evaluation.num_prompts=3"
+    )
+    assert (
+        "training.num_steps: expected at least the 3 steps this workdir has done; received 2"
+        in refused(*command, "--config.training.num_steps=2")
+    )
     assert contents(workdir) == before
 
 
@@ -241,6 +370,11 @@ def test_more_steps_resume_where_the_run_stopped(finished, capsys, tmp_path):
     after = lines(workdir / "metrics.jsonl")
     assert after[:3] == before and [r["step"] for r in after] == [0, 1, 2, 3]
     assert [e["step"] for e in lines(workdir / "evaluation.jsonl")] == [0, 3, 4]
-    assert (workdir / "checkpoints" / "4").is_dir() and (workdir / "samples" / "step_000004").is_dir()
+    assert (workdir / "checkpoints" / "4").is_dir() and (
+        workdir / "samples" / "step_000004"
+    ).is_dir()
     config = json.loads((workdir / "config.json").read_text())
-    assert config["training.num_steps"] == 4 and "4 of 4 steps" in (workdir / "report.html").read_text()
+    assert (
+        config["training.num_steps"] == 4
+        and "4 of 4 steps" in (workdir / "report.html").read_text()
+    )

@@ -1,4 +1,5 @@
 """SD3.5-medium's own size, with random weights: bounded memory, the disk's speed, diffusers' velocity. Opt in."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -22,8 +23,10 @@ from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.weights.key_map import published_shape
 
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "full_size.py"
-MEASURED = "import sys; from marble_jax.cli.main import main; from marble_jax.convert.model import peak_memory; " \
-           "assert main(sys.argv[1:]) == 0; print(peak_memory())"
+MEASURED = (
+    "import sys; from marble_jax.cli.main import main; from marble_jax.convert.model import peak_memory; "
+    "assert main(sys.argv[1:]) == 0; print(peak_memory())"
+)
 
 
 @pytest.mark.slow
@@ -36,7 +39,11 @@ def test_a_full_size_transformer(tmp_path):
     spec.loader.exec_module(tool)
     record = tool.prove(tmp_path)
     size = record["bytes"] / 1e9
-    assert size > 4.9 and record["round_trip"] == {**record["round_trip"], "tensors": 909, "different": 0}
+    assert size > 4.9 and record["round_trip"] == {
+        **record["round_trip"],
+        "tensors": 909,
+        "different": 0,
+    }
     for step in ("to_orbax", "to_diffusers"):
         assert record[step]["peak_gb"] < 1.5 * size
     assert record["ours"]["peak_gb"] < 10
@@ -46,8 +53,12 @@ def test_a_full_size_transformer(tmp_path):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Twelve shards of 0.2 GB; both ways stay below one and a half of them, one stacked leaf and the libraries."""
-    config = dataclasses.replace(SD35_MEDIUM, num_layers=12, dual_attention_layers=tuple(range(0, 12, 2)),
-                                 pos_embed_max_size=32)
+    config = dataclasses.replace(
+        SD35_MEDIUM,
+        num_layers=12,
+        dual_attention_layers=tuple(range(0, 12, 2)),
+        pos_embed_max_size=32,
+    )
 
     class Random:
         """Bits that no layout can shrink; nothing of it stays in memory."""
@@ -65,7 +76,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
             return np.dtype(np.float16)
 
         def read(self, key):
-            return np.random.default_rng(0).integers(0, 15000, self.shapes[key], np.uint16).view(np.float16)
+            return (
+                np.random.default_rng(0)
+                .integers(0, 15000, self.shapes[key], np.uint16)
+                .view(np.float16)
+            )
 
         def file(self, key):
             return tmp_path
@@ -76,18 +91,50 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     shapes = abstract_params(MMDiT(config))
     leaves = traverse_util.flatten_dict(shapes)
     Random.shapes = {e.key: published_shape(e, leaves[e.path].shape) for e in entries(shapes)}
-    writing.write_safetensors(tmp_path / "model/transformer", "diffusion_pytorch_model", writing.Cast(Random(), "keep"),
-                              Random.shapes, 200_000_000, lambda _: None)
+    writing.write_safetensors(
+        tmp_path / "model/transformer",
+        "diffusion_pytorch_model",
+        writing.Cast(Random(), "keep"),
+        Random.shapes,
+        200_000_000,
+        lambda _: None,
+    )
     (tmp_path / "model/transformer/config.json").write_text(json.dumps(dataclasses.asdict(config)))
     sizes = [f.stat().st_size for f in (tmp_path / "model/transformer").glob("*.safetensors")]
     largest_leaf = max(leaf.size * 2 for leaf in leaves.values())
     assert len(sizes) > 8 and sum(sizes) > 5 * max(sizes)
-    libraries = int(subprocess.run(
-        [sys.executable, "-c", MEASURED, "convert", "--model=embedded", f"--out={tmp_path / 'small'}"],
-        capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    libraries = int(
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                MEASURED,
+                "convert",
+                "--model=embedded",
+                f"--out={tmp_path / 'small'}",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()[-1]
+    )
     for source, target in (("model", "stored"), ("stored", "back")):
-        peak = int(subprocess.run(
-            [sys.executable, "-c", MEASURED, "convert", f"--model={tmp_path / source}", f"--out={tmp_path / target}",
-             "--shard=200MB"], capture_output=True, text=True, check=True, env={**os.environ}).stdout.splitlines()[-1])
+        peak = int(
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    MEASURED,
+                    "convert",
+                    f"--model={tmp_path / source}",
+                    f"--out={tmp_path / target}",
+                    "--shard=200MB",
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**os.environ},
+            ).stdout.splitlines()[-1]
+        )
         assert peak - libraries < 1.5 * max(sizes) + largest_leaf, (source, peak, libraries)
     assert main(["convert", f"--check={tmp_path / 'back'}"]) == 0

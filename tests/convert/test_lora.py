@@ -1,4 +1,5 @@
 """LoRA files of every style mean what their own libraries take them for; anything else ends in one line."""
+
 import json
 import math
 import re
@@ -26,14 +27,21 @@ SHAPES = abstract_params(MMDiT(MMDiTConfig(**FIELDS)))
 RANK, ALPHA = 3, 6.0
 SPEC = adapters.LoraSpec(RANK, ALPHA)
 Q = "transformer_blocks.0.attn.to_q"
-NAMES = sorted((module.name for module in adapters.target_modules(SHAPES)), key=lambda name: (name != Q, name))
+NAMES = sorted(
+    (module.name for module in adapters.target_modules(SHAPES)), key=lambda name: (name != Q, name)
+)
 
 
 def random_pairs(names=NAMES, rank=RANK, seed=0):
     """(A [r, in], B [out, r]) of torch's layout, by layer."""
     rng, widths = np.random.default_rng(seed), lora._widths(SHAPES)
-    return {n: (rng.standard_normal((rank, widths[n][0])).astype(np.float32),
-                rng.standard_normal((widths[n][1], rank)).astype(np.float32)) for n in names}
+    return {
+        n: (
+            rng.standard_normal((rank, widths[n][0])).astype(np.float32),
+            rng.standard_normal((widths[n][1], rank)).astype(np.float32),
+        )
+        for n in names
+    }
 
 
 PAIRS = random_pairs()
@@ -70,19 +78,47 @@ def under(name):
 
 
 STYLES = {
-    "diffusers": (lambda: named(PAIRS, ".lora_A.weight", ".lora_B.weight", "transformer.{}".format), 1.0),
-    "diffusers, old": (lambda: named(PAIRS, ".lora.down.weight", ".lora.up.weight", "transformer.{}".format), 1.0),
+    "diffusers": (
+        lambda: named(PAIRS, ".lora_A.weight", ".lora_B.weight", "transformer.{}".format),
+        1.0,
+    ),
+    "diffusers, old": (
+        lambda: named(PAIRS, ".lora.down.weight", ".lora.up.weight", "transformer.{}".format),
+        1.0,
+    ),
     "diffusers, oldest": (lambda: named(PAIRS, "_lora.down.weight", "_lora.up.weight"), 1.0),
-    "linear layer": (lambda: named(PAIRS, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"), 1.0),
+    "linear layer": (
+        lambda: named(PAIRS, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+        1.0,
+    ),
     "adapter name": (lambda: named(PAIRS, ".lora_A.default.weight", ".lora_B.default.weight"), 1.0),
     "no weight": (lambda: named(PAIRS, ".lora_A", ".lora_B", "diffusion_model.{}".format), 1.0),
-    "kohya": (lambda: named(PAIRS, ".lora_down.weight", ".lora_up.weight", lambda n: "lora_unet_" + under(n), 1.5),
-              1.5 / RANK),
-    "kohya, no alpha": (lambda: named(PAIRS, ".lora_down.weight", ".lora_up.weight", lambda n: "lora_unet_" + under(n)),
-                        1.0),
-    "OneTrainer": (lambda: named(PAIRS, ".lora_down.weight", ".lora_up.weight",
-                                 lambda n: "lora_transformer_" + under(n), 6.0), 2.0),
-    "ComfyUI": (lambda: named(PAIRS, ".lora_A.weight", ".lora_B.weight", "transformer.{}".format, 6.0), 2.0),
+    "kohya": (
+        lambda: named(
+            PAIRS, ".lora_down.weight", ".lora_up.weight", lambda n: "lora_unet_" + under(n), 1.5
+        ),
+        1.5 / RANK,
+    ),
+    "kohya, no alpha": (
+        lambda: named(
+            PAIRS, ".lora_down.weight", ".lora_up.weight", lambda n: "lora_unet_" + under(n)
+        ),
+        1.0,
+    ),
+    "OneTrainer": (
+        lambda: named(
+            PAIRS,
+            ".lora_down.weight",
+            ".lora_up.weight",
+            lambda n: "lora_transformer_" + under(n),
+            6.0,
+        ),
+        2.0,
+    ),
+    "ComfyUI": (
+        lambda: named(PAIRS, ".lora_A.weight", ".lora_B.weight", "transformer.{}".format, 6.0),
+        2.0,
+    ),
 }
 
 
@@ -97,14 +133,20 @@ def test_key_styles(tmp_path, style):
 ORIGINAL = {
     "joint_blocks.0.x_block.attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
     "joint_blocks.1.x_block.attn2.qkv": [f"transformer_blocks.1.attn2.to_{x}" for x in "qkv"],
-    "joint_blocks.3.context_block.attn.qkv": [f"transformer_blocks.3.attn.add_{x}_proj" for x in "qkv"],
+    "joint_blocks.3.context_block.attn.qkv": [
+        f"transformer_blocks.3.attn.add_{x}_proj" for x in "qkv"
+    ],
     "joint_blocks.2.x_block.attn.proj": ["transformer_blocks.2.attn.to_out.0"],
     "joint_blocks.2.context_block.attn.proj": ["transformer_blocks.2.attn.to_add_out"],
     "joint_blocks.2.context_block.mlp.fc1": ["transformer_blocks.2.ff_context.net.0.proj"],
     "joint_blocks.1.x_block.mlp.fc2": ["transformer_blocks.1.ff.net.2"],
     "joint_blocks.0.x_block.adaLN_modulation.1": ["transformer_blocks.0.norm1.linear"],
-    "joint_blocks.2.context_block.adaLN_modulation.1": ["transformer_blocks.2.norm1_context.linear"],
-    "joint_blocks.3.context_block.adaLN_modulation.1": ["transformer_blocks.3.norm1_context.linear"],
+    "joint_blocks.2.context_block.adaLN_modulation.1": [
+        "transformer_blocks.2.norm1_context.linear"
+    ],
+    "joint_blocks.3.context_block.adaLN_modulation.1": [
+        "transformer_blocks.3.norm1_context.linear"
+    ],
     "final_layer.adaLN_modulation.1": ["norm_out.linear"],
     "y_embedder.mlp.2": ["time_text_embed.text_embedder.linear_2"],
     "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
@@ -112,9 +154,13 @@ ORIGINAL = {
 SWAPPED = ("transformer_blocks.3.norm1_context.linear", "norm_out.linear")
 
 
-@pytest.mark.parametrize("prefix, dotted, a, b", [
-    ("lora_unet_", False, ".lora_down.weight", ".lora_up.weight"),
-    ("diffusion_model.", True, ".lora_A.weight", ".lora_B.weight")])
+@pytest.mark.parametrize(
+    "prefix, dotted, a, b",
+    [
+        ("lora_unet_", False, ".lora_down.weight", ".lora_up.weight"),
+        ("diffusion_model.", True, ".lora_A.weight", ".lora_B.weight"),
+    ],
+)
 def test_layers_of_the_original_repository(tmp_path, prefix, dotted, a, b):
     rng, widths = np.random.default_rng(1), lora._widths(SHAPES)
     tensors, wanted = {}, {}
@@ -127,15 +173,22 @@ def test_layers_of_the_original_repository(tmp_path, prefix, dotted, a, b):
         whole = 2.0 * (tensors[stem + b].astype(np.float64) @ tensors[stem + a])
         for i, name in enumerate(ours):
             rows = whole[i * outer : (i + 1) * outer]
-            half = outer // 2  # diffusers' order is scale, shift where the original one is shift, scale
-            wanted[name] = (np.concatenate([rows[half:], rows[:half]]) if name in SWAPPED else rows).T
+            half = (
+                outer // 2
+            )  # diffusers' order is scale, shift where the original one is shift, scale
+            wanted[name] = (
+                np.concatenate([rows[half:], rows[:half]]) if name in SWAPPED else rows
+            ).T
     save_file(tensors, tmp_path / "x.safetensors")
     read = read_lora(str(tmp_path / "x.safetensors"), SHAPES)
     assert_same(deltas(combine([(read, 1.0)], SHAPES)), wanted)
 
 
 def test_sixteen_bit_files(tmp_path):
-    pairs = {n: (a.astype(ml_dtypes.bfloat16), b.astype(ml_dtypes.bfloat16)) for n, (a, b) in PAIRS.items()}
+    pairs = {
+        n: (a.astype(ml_dtypes.bfloat16), b.astype(ml_dtypes.bfloat16))
+        for n, (a, b) in PAIRS.items()
+    }
     save_file(named(pairs, ".lora_A.weight", ".lora_B.weight"), tmp_path / "x.safetensors")
     adapter = combine([(read_lora(str(tmp_path), SHAPES), 1.0)], SHAPES)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {np.dtype("float32")}
@@ -159,7 +212,9 @@ def peft_model(transformer, **options):
     import peft
     import torch
 
-    config = peft.LoraConfig(**{"r": RANK, "lora_alpha": 6, "target_modules": list(SPEC.targets)} | options)
+    config = peft.LoraConfig(
+        **{"r": RANK, "lora_alpha": 6, "target_modules": list(SPEC.targets)} | options
+    )
     model = peft.get_peft_model(copy.deepcopy(transformer), config)
     wanted = {}
     for name, layer in model.base_model.model.named_modules():
@@ -169,13 +224,23 @@ def peft_model(transformer, **options):
     return model, wanted
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"use_rslora": True},
-    {"rank_pattern": {"attn.to_q": 5, "transformer_blocks.1.attn.to_k": 2}, "alpha_pattern": {"to_v": 9}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {
+            "rank_pattern": {"attn.to_q": 5, "transformer_blocks.1.attn.to_k": 2},
+            "alpha_pattern": {"to_v": 9},
+        },
+    ],
+)
 def test_peft_directories_mean_what_peft_takes_them_for(tmp_path, transformer, options):
     model, wanted = peft_model(transformer, **options)
     model.save_pretrained(tmp_path / "saved")
-    assert_same(deltas(combine([(read_lora(str(tmp_path / "saved"), SHAPES), 1.0)], SHAPES)), wanted)
+    assert_same(
+        deltas(combine([(read_lora(str(tmp_path / "saved"), SHAPES), 1.0)], SHAPES)), wanted
+    )
     read = read_lora(str(tmp_path / "saved" / "adapter_model.safetensors"), SHAPES)
     assert_same(deltas(combine([(read, 1.0)], SHAPES)), wanted)
 
@@ -185,12 +250,20 @@ def test_files_that_diffusers_saves(tmp_path, transformer, header):
     import diffusers
     import peft
 
-    model, wanted = peft_model(transformer, alpha_pattern={"to_v": 9} if header else {}, lora_alpha=6 if header else 3)
+    model, wanted = peft_model(
+        transformer, alpha_pattern={"to_v": 9} if header else {}, lora_alpha=6 if header else 3
+    )
     layers = peft.get_peft_model_state_dict(model)
     layers = {k.removeprefix("base_model.model."): v for k, v in layers.items()}
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config["default"].to_dict().items()}
+    config = {
+        k: sorted(v) if isinstance(v, set) else v
+        for k, v in model.peft_config["default"].to_dict().items()
+    }
     diffusers.StableDiffusion3Pipeline.save_lora_weights(
-        tmp_path, transformer_lora_layers=layers, **({"transformer_lora_adapter_metadata": config} if header else {}))
+        tmp_path,
+        transformer_lora_layers=layers,
+        **({"transformer_lora_adapter_metadata": config} if header else {}),
+    )
     read = read_lora(str(tmp_path), SHAPES)
     assert_same(deltas(combine([(read, 1.0)], SHAPES)), wanted)
     assert {layer.alpha for layer in read.layers.values()} == ({6.0, 9.0} if header else {None})
@@ -201,23 +274,37 @@ def test_our_own_files_come_back(tmp_path):
     for name, content in lora_files(pairs, SPEC).items():
         (tmp_path / name).write_bytes(content)
         if name.startswith("pytorch"):  # read alone, before PEFT's files are beside it
-            assert_same(deltas(combine([(read_lora(str(tmp_path), SHAPES), 1.0)], SHAPES)), expected(scale=2.0))
-    assert_same(deltas(combine([(read_lora(str(tmp_path), SHAPES), 1.0)], SHAPES)), expected(scale=2.0))
+            assert_same(
+                deltas(combine([(read_lora(str(tmp_path), SHAPES), 1.0)], SHAPES)),
+                expected(scale=2.0),
+            )
+    assert_same(
+        deltas(combine([(read_lora(str(tmp_path), SHAPES), 1.0)], SHAPES)), expected(scale=2.0)
+    )
     upstream = tmp_path / "checkpoint"
     (upstream / "lora").mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (upstream / "lora" / name).write_bytes((tmp_path / name).read_bytes())
     read = read_lora(str(upstream), SHAPES)
-    assert {(layer.rank, layer.alpha, layer.scale) for layer in read.layers.values()} == {(RANK, ALPHA, 2.0)}
+    assert {(layer.rank, layer.alpha, layer.scale) for layer in read.layers.values()} == {
+        (RANK, ALPHA, 2.0)
+    }
 
 
 def test_several_of_different_ranks_and_layers(tmp_path):
     """A sum of deltas, whatever the ranks within a stacked run, for a model with a scale of its own."""
     one = random_pairs(NAMES[:9], 2, 1)
     other = random_pairs(["transformer_blocks.1.attn2.to_q", *NAMES[4:]], 5, 2)
-    save_file(named(one, ".lora_A.weight", ".lora_B.weight", "transformer.{}".format), tmp_path / "one.safetensors")
-    save_file(named(other, ".lora_down.weight", ".lora_up.weight", lambda n: "lora_unet_" + under(n), 2.5),
-              tmp_path / "other.safetensors")
+    save_file(
+        named(one, ".lora_A.weight", ".lora_B.weight", "transformer.{}".format),
+        tmp_path / "one.safetensors",
+    )
+    save_file(
+        named(
+            other, ".lora_down.weight", ".lora_up.weight", lambda n: "lora_unet_" + under(n), 2.5
+        ),
+        tmp_path / "other.safetensors",
+    )
     wanted = {n: d.copy() for n, d in expected(one, 0.5).items()}
     for name, delta in expected(other, -1.5 * 2.5 / 5).items():
         wanted[name] = wanted.get(name, 0) + delta
@@ -231,19 +318,31 @@ def test_several_of_different_ranks_and_layers(tmp_path):
 
 
 def test_names_and_weights(tmp_path):
-    assert named_loras("a/b,c.safetensors:0.5,d:-1e-1") == [("a/b", 1.0), ("c.safetensors", 0.5), ("d", -0.1)]
+    assert named_loras("a/b,c.safetensors:0.5,d:-1e-1") == [
+        ("a/b", 1.0),
+        ("c.safetensors", 0.5),
+        ("d", -0.1),
+    ]
     (tmp_path / "run:final").mkdir()
     assert named_loras(f"{tmp_path}/run:final") == [(f"{tmp_path}/run:final", 1.0)]
-    with pytest.raises(InputError, match="--lora: expected PATH or PATH:weight; received the weight 'half' in 'a:h"):
+    with pytest.raises(
+        InputError, match="--lora: expected PATH or PATH:weight; received the weight 'half' in 'a:h"
+    ):
         named_loras("a:half")
-    with pytest.raises(InputError, match=r"--lora: expected PATH\[:weight\], separated by commas; received 'a,,b'"):
+    with pytest.raises(
+        InputError, match=r"--lora: expected PATH\[:weight\], separated by commas; received 'a,,b'"
+    ):
         named_loras("a,,b")
 
 
 def start(pairs, alpha, spec=SPEC, scale=None):
     """Training's first adapter from a LoRA of these pairs."""
-    layers = {n: lora.Layer(a.T, b.T, (alpha or a.shape[0]) / a.shape[0] if scale is None else scale, alpha)
-              for n, (a, b) in pairs.items()}
+    layers = {
+        n: lora.Layer(
+            a.T, b.T, (alpha or a.shape[0]) / a.shape[0] if scale is None else scale, alpha
+        )
+        for n, (a, b) in pairs.items()
+    }
     new = adapters.init_adapter(jax.random.key(0), SHAPES, spec)
     return start_from(lora.Lora("x", layers), new, SHAPES, spec), new
 
@@ -251,7 +350,9 @@ def start(pairs, alpha, spec=SPEC, scale=None):
 def test_training_starts_at_the_files_strength():
     adapter, _ = start(PAIRS, ALPHA)
     assert_same(deltas(adapter, SPEC.scale), expected(scale=2.0))
-    adapter, _ = start(PAIRS, None)  # a diffusers file without alpha: strength 1 whatever lora.alpha is
+    adapter, _ = start(
+        PAIRS, None
+    )  # a diffusers file without alpha: strength 1 whatever lora.alpha is
     assert_same(deltas(adapter, SPEC.scale), expected(scale=1.0))
     adapter, _ = start(PAIRS, ALPHA, scale=ALPHA / math.sqrt(RANK))  # rsLoRA
     assert_same(deltas(adapter, SPEC.scale), expected(scale=ALPHA / math.sqrt(RANK)))
@@ -268,11 +369,19 @@ def test_layers_without_a_start_are_new():
 
 
 def test_starts_that_do_not_fit():
-    with pytest.raises(InputError, match=r"lora.init: x: expected lora.rank = 3; received rank 5 .*; set lora.rank=5"):
+    with pytest.raises(
+        InputError,
+        match=r"lora.init: x: expected lora.rank = 3; received rank 5 .*; set lora.rank=5",
+    ):
         start(random_pairs(rank=5), None)
-    with pytest.raises(InputError, match=r"expected lora.alpha = 6; received alpha 3 .*; set lora.alpha=3"):
+    with pytest.raises(
+        InputError, match=r"expected lora.alpha = 6; received alpha 3 .*; set lora.alpha=3"
+    ):
         start(PAIRS, 3.0)
-    with pytest.raises(InputError, match=r"expected only layers of lora.targets; received 'transformer_blocks.0.attn2"):
+    with pytest.raises(
+        InputError,
+        match=r"expected only layers of lora.targets; received 'transformer_blocks.0.attn2",
+    ):
         start(random_pairs(["transformer_blocks.0.attn2.to_q"]), ALPHA)
 
 
@@ -288,82 +397,183 @@ FIRST = f"transformer.{Q}"
 SMALL = np.zeros((2, 2), np.float32)
 
 
-@pytest.mark.parametrize("key, model", [
-    ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "Flux"),
-    ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "Flux"),
-    ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight", "SDXL or SD 1.5"),
-    ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight", "SDXL or SD 1.5"),
-    ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "PixArt, Wan or another transformer")])
+@pytest.mark.parametrize(
+    "key, model",
+    [
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "Flux"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "Flux"),
+        (
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
+            "SDXL or SD 1.5",
+        ),
+        (
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+            "SDXL or SD 1.5",
+        ),
+        (
+            "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
+            "PixArt, Wan or another transformer",
+        ),
+    ],
+)
 def test_loras_for_other_models(tmp_path, key, model):
-    refused(tmp_path, {key: SMALL}, f"expected a LoRA for SD3; received one for {model} .*{re.escape(key)}")
+    refused(
+        tmp_path,
+        {key: SMALL},
+        f"expected a LoRA for SD3; received one for {model} .*{re.escape(key)}",
+    )
 
 
-@pytest.mark.parametrize("key", ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
-                                 "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+    ],
+)
 def test_text_encoders(tmp_path, key):
-    refused(tmp_path, GOOD | {key: SMALL}, "expected a LoRA of the transformer alone, .*; received '(text|lora_te1)")
+    refused(
+        tmp_path,
+        GOOD | {key: SMALL},
+        "expected a LoRA of the transformer alone, .*; received '(text|lora_te1)",
+    )
 
 
-@pytest.mark.parametrize("change, match", [
-    ({FIRST.replace("to_q", "to_x") + ".lora_A.weight": SMALL},
-     r"expected layers of this SD3 transformer; received 'transformer.transformer_blocks.0.attn.to_x'; did you mean"),
-    ({"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": SMALL}, "received 'transformer.transformer_blocks.7"),
-    ({"epoch": SMALL}, r"expected tensors named LAYER.lora_A.weight, .*; received 'epoch'"),
-    ({f"{FIRST}.dora_scale": SMALL}, r"expected a plain LoRA; received DoRA \(tensor '.*dora_scale'"),
-    ({f"{FIRST}.lora_magnitude_vector": SMALL}, "received DoRA"),
-    ({f"{FIRST}.hada_w1_a": SMALL}, "received LoHa"), ({f"{FIRST}.lokr_w1": SMALL}, "received LoKr"),
-    ({f"{FIRST}.lora_B.bias": SMALL[0]}, "received a LoRA with bias"),
-    ({f"{FIRST}.lora_A.weight": SMALL}, r"to_q: expected A \(2, 8\) and B \(8, 2\) .*; received \(2, 2\) and \(8, 3\)"),
-    ({f"{FIRST}.lora_B.weight": np.zeros((8, 4), np.float32)}, r"expected A \(3, 8\) and B \(8, 3\) .* and \(8, 4\)"),
-    ({f"{FIRST}.lora_A.weight": np.zeros((0, 8), np.float32), f"{FIRST}.lora_B.weight": np.zeros((8, 0), np.float32)},
-     r"received \(0, 8\) and \(8, 0\)"),
-    ({f"{FIRST}.lora_A.weight": np.zeros((3, 8), np.int8)}, r"expected a matrix of floating-point .* int8"),
-    ({f"{FIRST}.lora_A.weight": np.full((3, 8), np.nan, np.float32)}, "expected finite numbers; received NaN"),
-    ({f"{FIRST}.lora_A.weight": np.zeros((3, 8, 1, 1), np.float32)}, r"received shape \(3, 8, 1, 1\)"),
-    ({f"{FIRST}.alpha": np.ones(2, np.float32)}, r"alpha': expected one finite number; received \[1.0, 1.0\]"),
-    ({f"{FIRST}.lora.down.weight": PAIRS[Q][0]}, "expected each matrix of .* once; received"),
-    ({f"{Q}.lora_A.weight": PAIRS[Q][0], f"{Q}.lora_B.weight": PAIRS[Q][1]},
-     f"expected each layer once; received {Q} twice")])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            {FIRST.replace("to_q", "to_x") + ".lora_A.weight": SMALL},
+            r"expected layers of this SD3 transformer; received 'transformer.transformer_blocks.0.attn.to_x'; did you mean",
+        ),
+        (
+            {"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": SMALL},
+            "received 'transformer.transformer_blocks.7",
+        ),
+        ({"epoch": SMALL}, r"expected tensors named LAYER.lora_A.weight, .*; received 'epoch'"),
+        (
+            {f"{FIRST}.dora_scale": SMALL},
+            r"expected a plain LoRA; received DoRA \(tensor '.*dora_scale'",
+        ),
+        ({f"{FIRST}.lora_magnitude_vector": SMALL}, "received DoRA"),
+        ({f"{FIRST}.hada_w1_a": SMALL}, "received LoHa"),
+        ({f"{FIRST}.lokr_w1": SMALL}, "received LoKr"),
+        ({f"{FIRST}.lora_B.bias": SMALL[0]}, "received a LoRA with bias"),
+        (
+            {f"{FIRST}.lora_A.weight": SMALL},
+            r"to_q: expected A \(2, 8\) and B \(8, 2\) .*; received \(2, 2\) and \(8, 3\)",
+        ),
+        (
+            {f"{FIRST}.lora_B.weight": np.zeros((8, 4), np.float32)},
+            r"expected A \(3, 8\) and B \(8, 3\) .* and \(8, 4\)",
+        ),
+        (
+            {
+                f"{FIRST}.lora_A.weight": np.zeros((0, 8), np.float32),
+                f"{FIRST}.lora_B.weight": np.zeros((8, 0), np.float32),
+            },
+            r"received \(0, 8\) and \(8, 0\)",
+        ),
+        (
+            {f"{FIRST}.lora_A.weight": np.zeros((3, 8), np.int8)},
+            r"expected a matrix of floating-point .* int8",
+        ),
+        (
+            {f"{FIRST}.lora_A.weight": np.full((3, 8), np.nan, np.float32)},
+            "expected finite numbers; received NaN",
+        ),
+        (
+            {f"{FIRST}.lora_A.weight": np.zeros((3, 8, 1, 1), np.float32)},
+            r"received shape \(3, 8, 1, 1\)",
+        ),
+        (
+            {f"{FIRST}.alpha": np.ones(2, np.float32)},
+            r"alpha': expected one finite number; received \[1.0, 1.0\]",
+        ),
+        ({f"{FIRST}.lora.down.weight": PAIRS[Q][0]}, "expected each matrix of .* once; received"),
+        (
+            {f"{Q}.lora_A.weight": PAIRS[Q][0], f"{Q}.lora_B.weight": PAIRS[Q][1]},
+            f"expected each layer once; received {Q} twice",
+        ),
+    ],
+)
 def test_bad_tensors(tmp_path, change, match):
     refused(tmp_path, GOOD | change, match)
 
 
-@pytest.mark.parametrize("lost, match", [("A", r"received one without A \(down\)"), ("B", r"without B \(up\)")])
+@pytest.mark.parametrize(
+    "lost, match", [("A", r"received one without A \(down\)"), ("B", r"without B \(up\)")]
+)
 def test_half_a_pair(tmp_path, lost, match):
     refused(tmp_path, {k: v for k, v in GOOD.items() if k != f"{FIRST}.lora_{lost}.weight"}, match)
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(InputError, match=r"LoRA: expected a directory, a .safetensors file or a hub id; received '/no"):
+    with pytest.raises(
+        InputError,
+        match=r"LoRA: expected a directory, a .safetensors file or a hub id; received '/no",
+    ):
         read_lora("/nowhere", SHAPES)
-    with pytest.raises(InputError, match="expected adapter_config.json with .* file; received an empty directory"):
+    with pytest.raises(
+        InputError, match="expected adapter_config.json with .* file; received an empty directory"
+    ):
         read_lora(str(tmp_path), SHAPES)
     (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"x.bin: expected a .safetensors file \(others can run code\)"):
+    with pytest.raises(
+        InputError, match=r"x.bin: expected a .safetensors file \(others can run code\)"
+    ):
         read_lora(str(tmp_path / "x.bin"), SHAPES)
     refused(tmp_path, {}, "expected LoRA tensors; received an empty file")
     save_file(GOOD, tmp_path / "x.safetensors")
     whole = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(InputError, match=rf"truncated or corrupt safetensors file: expected {len(whole)} bytes"):
+    with pytest.raises(
+        InputError, match=rf"truncated or corrupt safetensors file: expected {len(whole)} bytes"
+    ):
         read_lora(str(tmp_path), SHAPES)
-    refused(tmp_path, named(PAIRS, ".lora_A.weight", ".lora_B.weight", "base_model.model.{}".format),
-            "expected adapter_config.json beside a PEFT file, as alpha, .*; received none")
-    refused(tmp_path, GOOD, "lora_adapter_metadata: expected a JSON object in the file's header; received JSONDecode",
-            metadata={"lora_adapter_metadata": "{"})
-    refused(tmp_path, GOOD, "lora_alpha: expected a number; received None",
-            metadata={"lora_adapter_metadata": json.dumps({"transformer.r": 3})})
+    refused(
+        tmp_path,
+        named(PAIRS, ".lora_A.weight", ".lora_B.weight", "base_model.model.{}".format),
+        "expected adapter_config.json beside a PEFT file, as alpha, .*; received none",
+    )
+    refused(
+        tmp_path,
+        GOOD,
+        "lora_adapter_metadata: expected a JSON object in the file's header; received JSONDecode",
+        metadata={"lora_adapter_metadata": "{"},
+    )
+    refused(
+        tmp_path,
+        GOOD,
+        "lora_alpha: expected a number; received None",
+        metadata={"lora_adapter_metadata": json.dumps({"transformer.r": 3})},
+    )
 
 
-@pytest.mark.parametrize("change, match", [
-    ({"peft_type": "LOHA"}, "peft_type: expected 'LORA', a plain LoRA; received 'LOHA'"),
-    ({"use_dora": True}, "use_dora: expected False"), ({"bias": "all"}, "bias: expected 'none'"),
-    ({"modules_to_save": ["proj_out"]}, "modules_to_save: expected None"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: expected .*; received 'pissa_niter_4'"),
-    ({"r": "many"}, "r: expected a number; received 'many'"),
-    ({"r": 8}, r"rank of transformer_blocks.0.attn.\w+: expected 8, as written there; received tensors of rank 3"),
-    ({"alpha_pattern": {"to_q": None}}, "alpha_pattern: expected numbers; received None"),
-    ({"alpha_pattern": {"to_(q": 2}}, r"alpha_pattern: expected names or patterns; received 'to_\(q'")])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"peft_type": "LOHA"}, "peft_type: expected 'LORA', a plain LoRA; received 'LOHA'"),
+        ({"use_dora": True}, "use_dora: expected False"),
+        ({"bias": "all"}, "bias: expected 'none'"),
+        ({"modules_to_save": ["proj_out"]}, "modules_to_save: expected None"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights: expected .*; received 'pissa_niter_4'",
+        ),
+        ({"r": "many"}, "r: expected a number; received 'many'"),
+        (
+            {"r": 8},
+            r"rank of transformer_blocks.0.attn.\w+: expected 8, as written there; received tensors of rank 3",
+        ),
+        ({"alpha_pattern": {"to_q": None}}, "alpha_pattern: expected numbers; received None"),
+        (
+            {"alpha_pattern": {"to_(q": 2}},
+            r"alpha_pattern: expected names or patterns; received 'to_\(q'",
+        ),
+    ],
+)
 def test_bad_peft_configurations(tmp_path, change, match):
     for name, content in lora_files({n: (a.T, b.T) for n, (a, b) in PAIRS.items()}, SPEC).items():
         (tmp_path / name).write_bytes(content)
@@ -372,10 +582,14 @@ def test_bad_peft_configurations(tmp_path, change, match):
     with pytest.raises(InputError, match=f"adapter_config.json: {match}"):
         read_lora(str(tmp_path), SHAPES)
     (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(InputError, match="adapter_config.json: expected a JSON object; received a list"):
+    with pytest.raises(
+        InputError, match="adapter_config.json: expected a JSON object; received a list"
+    ):
         read_lora(str(tmp_path), SHAPES)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(InputError, match="adapter_config.json: expected valid JSON; received an error at"):
+    with pytest.raises(
+        InputError, match="adapter_config.json: expected valid JSON; received an error at"
+    ):
         read_lora(str(tmp_path), SHAPES)
 
 

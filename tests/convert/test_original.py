@@ -1,4 +1,5 @@
 """Single-file checkpoints: made here from published names and shapes, read by diffusers' own converter and by ours."""
+
 from __future__ import annotations
 
 import json
@@ -34,7 +35,10 @@ def transformer_shapes(duals=(0,), qk_norm=True):
     }  # fmt: skip
     for i in range(LAYERS):
         last = i == LAYERS - 1
-        for stream, parts in (("x_block", 9 if i in duals else 6), ("context_block", 2 if last else 6)):
+        for stream, parts in (
+            ("x_block", 9 if i in duals else 6),
+            ("context_block", 2 if last else 6),
+        ):
             name = f"joint_blocks.{i}.{stream}"
             shapes |= linear(f"{name}.adaLN_modulation.1", parts * WIDTH, WIDTH)
             for attention in ["attn", *(["attn2"] if stream == "x_block" and i in duals else [])]:
@@ -44,7 +48,9 @@ def transformer_shapes(duals=(0,), qk_norm=True):
                 if stream == "x_block" or not last:
                     shapes |= linear(f"{name}.{attention}.proj", WIDTH, WIDTH)
             if stream == "x_block" or not last:
-                shapes |= linear(f"{name}.mlp.fc1", 4 * WIDTH, WIDTH) | linear(f"{name}.mlp.fc2", WIDTH, 4 * WIDTH)
+                shapes |= linear(f"{name}.mlp.fc1", 4 * WIDTH, WIDTH) | linear(
+                    f"{name}.mlp.fc2", WIDTH, 4 * WIDTH
+                )
     return shapes
 
 
@@ -89,9 +95,12 @@ def vae_shapes(widths=(32, 64), latents=16):
 
 
 def clip_shapes(width, projected, vocabulary=40, length=8, layers=2):
-    shapes = {"embeddings.token_embedding.weight": (vocabulary, width),
-              "embeddings.position_embedding.weight": (length, width),
-              "final_layer_norm.weight": (width,), "final_layer_norm.bias": (width,)}
+    shapes = {
+        "embeddings.token_embedding.weight": (vocabulary, width),
+        "embeddings.position_embedding.weight": (length, width),
+        "final_layer_norm.weight": (width,),
+        "final_layer_norm.bias": (width,),
+    }
     for i in range(layers):
         name = f"encoder.layers.{i}"
         for part in ("layer_norm1", "layer_norm2"):
@@ -99,27 +108,38 @@ def clip_shapes(width, projected, vocabulary=40, length=8, layers=2):
         for part in "qkv":
             shapes |= linear(f"{name}.self_attn.{part}_proj", width, width)
         shapes |= linear(f"{name}.self_attn.out_proj", width, width)
-        shapes |= linear(f"{name}.mlp.fc1", 2 * width, width) | linear(f"{name}.mlp.fc2", width, 2 * width)
+        shapes |= linear(f"{name}.mlp.fc1", 2 * width, width) | linear(
+            f"{name}.mlp.fc2", width, 2 * width
+        )
     shapes = {f"text_model.{name}": shape for name, shape in shapes.items()}
     return {**shapes, "text_projection.weight": (width, width)} if projected else shapes
 
 
 def t5_shapes(width=TEXT, heads=2, inner=32, vocabulary=30, layers=2):
-    shapes = {"shared.weight": (vocabulary, width), "encoder.final_layer_norm.weight": (width,),
-              "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, heads)}
+    shapes = {
+        "shared.weight": (vocabulary, width),
+        "encoder.final_layer_norm.weight": (width,),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, heads),
+    }
     for i in range(layers):
         name = f"encoder.block.{i}.layer"
         shapes |= {f"{name}.0.SelfAttention.{q}.weight": (inner, width) for q in "qkv"}
-        shapes |= {f"{name}.0.SelfAttention.o.weight": (width, inner), f"{name}.0.layer_norm.weight": (width,),
-                   f"{name}.1.DenseReluDense.wi_0.weight": (48, width), f"{name}.1.layer_norm.weight": (width,),
-                   f"{name}.1.DenseReluDense.wi_1.weight": (48, width),
-                   f"{name}.1.DenseReluDense.wo.weight": (width, 48)}
+        shapes |= {
+            f"{name}.0.SelfAttention.o.weight": (width, inner),
+            f"{name}.0.layer_norm.weight": (width,),
+            f"{name}.1.DenseReluDense.wi_0.weight": (48, width),
+            f"{name}.1.layer_norm.weight": (width,),
+            f"{name}.1.DenseReluDense.wi_1.weight": (48, width),
+            f"{name}.1.DenseReluDense.wo.weight": (width, 48),
+        }
     return shapes
 
 
 def draw(shapes, prefix="", dtype=np.float16):
     rng = np.random.default_rng(len(shapes))
-    return {prefix + name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    return {
+        prefix + name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()
+    }
 
 
 CHECKPOINT = {
@@ -166,7 +186,9 @@ def theirs(component, config):
     return {k: v for k, v in found.items() if not k.endswith("position_ids")}
 
 
-@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"])
+@pytest.mark.parametrize(
+    "component", ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
+)
 def test_every_tensor_is_the_one_diffusers_makes(converted, component):
     ours = SafetensorsDir(converted[0] / component)
     wanted = theirs(component, ours.config)
@@ -178,17 +200,28 @@ def test_every_tensor_is_the_one_diffusers_makes(converted, component):
 def test_the_networks_of_diffusers_and_transformers_take_the_configs(converted):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
-    for component, kind in (("transformer", diffusers.SD3Transformer2DModel), ("vae", diffusers.AutoencoderKL),
-                            ("text_encoder", transformers.CLIPTextModelWithProjection),
-                            ("text_encoder_2", transformers.CLIPTextModelWithProjection),
-                            ("text_encoder_3", transformers.T5EncoderModel)):
+    for component, kind in (
+        ("transformer", diffusers.SD3Transformer2DModel),
+        ("vae", diffusers.AutoencoderKL),
+        ("text_encoder", transformers.CLIPTextModelWithProjection),
+        ("text_encoder_2", transformers.CLIPTextModelWithProjection),
+        ("text_encoder_3", transformers.T5EncoderModel),
+    ):
         model, loaded = kind.from_pretrained(converted[0] / component, output_loading_info=True)
-        assert not any(loaded[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not any(
+            loaded[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
         ours = SafetensorsDir(converted[0] / component)
         for key in ours.keys():
-            assert torch.equal(model.state_dict()[key].half(), torch.from_numpy(ours.read(key).copy())), key
+            assert torch.equal(
+                model.state_dict()[key].half(), torch.from_numpy(ours.read(key).copy())
+            ), key
     config = SafetensorsDir(converted[0] / "transformer").config
-    assert config["dual_attention_layers"] == [0] and config["num_layers"] == 3 and config["pos_embed_max_size"] == 6
+    assert (
+        config["dual_attention_layers"] == [0]
+        and config["num_layers"] == 3
+        and config["pos_embed_max_size"] == 6
+    )
 
 
 def test_both_results_load_as_the_same_network(converted):
@@ -204,11 +237,19 @@ def test_a_companion_brings_the_tokenizers(converted, file, tmp_path):
         (companion / name).mkdir(parents=True)
         (companion / name / "tokenizer.json").write_text("{}")
     (companion / "text_encoder").symlink_to(converted[0] / "text_encoder")
-    convert(str(file), str(tmp_path / "out"), "diffusers", components=["text_encoder"], companion=str(companion))
+    convert(
+        str(file),
+        str(tmp_path / "out"),
+        "diffusers",
+        components=["text_encoder"],
+        companion=str(companion),
+    )
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index["tokenizer_3"] == ["transformers", "T5TokenizerFast"] and index["scheduler"][1]
     assert (tmp_path / "out/tokenizer_3/tokenizer.json").is_file()
-    assert json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())["shift"] == 3.0
+    assert (
+        json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())["shift"] == 3.0
+    )
     with pytest.raises(InputError, match="tokenizer|expected a component"):
         load_pipeline(converted[0])  # without tokenizers it is no pipeline, and says so
 
@@ -230,14 +271,27 @@ QKV = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"model.diffusion_model.joint_blocks.0.x_block.other": np.zeros(2)},
-      "sd3.safetensors: expected only tensors of an SD3 checkpoint; received 'model.diffusion_model.joint_blocks.0.x_b"
-      r"lock.other'; did you mean .* \(--ignore=PATTERN passes over it\)"),
-     ({"model_ema.decay": np.zeros(1), "x": np.zeros(1)}, r"received '.*' \(and 1 more\)"),
-     ({QKV: None}, f"expected tensor '{re.escape(QKV)}'; received a file without it; did you mean"),
-     ({QKV: np.zeros((3, 4), np.float16)}, r"qkv.weight': expected shape \(384, 128\); received \(3, 4\)"),
-     ({"model.diffusion_model.pos_embed": None},
-      "expected tensor 'model.diffusion_model.pos_embed' of an SD3 checkpoint; received a file without it")])
+    [
+        (
+            {"model.diffusion_model.joint_blocks.0.x_block.other": np.zeros(2)},
+            "sd3.safetensors: expected only tensors of an SD3 checkpoint; received 'model.diffusion_model.joint_blocks.0.x_b"
+            r"lock.other'; did you mean .* \(--ignore=PATTERN passes over it\)",
+        ),
+        ({"model_ema.decay": np.zeros(1), "x": np.zeros(1)}, r"received '.*' \(and 1 more\)"),
+        (
+            {QKV: None},
+            f"expected tensor '{re.escape(QKV)}'; received a file without it; did you mean",
+        ),
+        (
+            {QKV: np.zeros((3, 4), np.float16)},
+            r"qkv.weight': expected shape \(384, 128\); received \(3, 4\)",
+        ),
+        (
+            {"model.diffusion_model.pos_embed": None},
+            "expected tensor 'model.diffusion_model.pos_embed' of an SD3 checkpoint; received a file without it",
+        ),
+    ],
+)
 def test_bad_files(tmp_path, changes, message):
     path = tmp_path / "sd3.safetensors"
     save_file({k: v for k, v in {**CHECKPOINT, **changes}.items() if v is not None}, path)
@@ -249,5 +303,7 @@ def test_bad_files(tmp_path, changes, message):
 def test_ignored_tensors(tmp_path):
     path = tmp_path / "sd3.safetensors"
     save_file({**CHECKPOINT, "model_ema.decay": np.zeros(1)}, path)
-    convert(str(path), str(tmp_path / "out"), "diffusers", components=["vae"], ignore=["model_ema.*"])
+    convert(
+        str(path), str(tmp_path / "out"), "diffusers", components=["vae"], ignore=["model_ema.*"]
+    )
     assert load_file(tmp_path / "out/vae/diffusion_pytorch_model.safetensors")

@@ -1,4 +1,5 @@
 """Processes that find each other and agree, here as threads with a connection each: everything but the death of one."""
+
 from __future__ import annotations
 
 import socket
@@ -25,6 +26,7 @@ def free_port() -> int:
 
 def of_each(indices, call):
     """call(index) in a thread for each; values, or the errors they raised."""
+
     def one(index):
         try:
             return call(index)
@@ -56,14 +58,18 @@ def test_values_reach_everybody_in_order(met):
     values = [{"score": 0.1 + 0.2, "text": "ä\n"}, None, [1, "x" * 300_000]]
     assert of_each(range(3), lambda i: met[i].exchange("first", values[i])) == [values] * 3
     for turn in range(20):
-        assert of_each(range(3), lambda i, turn=turn: met[i].exchange("again", [turn, i])) == [
-            [[turn, j] for j in range(3)]] * 3
+        assert (
+            of_each(range(3), lambda i, turn=turn: met[i].exchange("again", [turn, i]))
+            == [[[turn, j] for j in range(3)]] * 3
+        )
 
 
 def test_a_process_elsewhere_is_noticed(met):
     found = of_each(range(3), lambda i: met[i].exchange("a" if i < 2 else "b", i))
     assert all(isinstance(e, HostLost) for e in found)
-    assert {str(e) for e in found} == {"process 0 (host0): expected every process at 'a'; received process 2 at 'b'"}
+    assert {str(e) for e in found} == {
+        "process 0 (host0): expected every process at 'a'; received process 2 at 'b'"
+    }
 
 
 def test_a_loss_that_shows_a_moment_later_is_waited_for(met, monkeypatch):
@@ -93,7 +99,11 @@ def test_why_a_process_left_reaches_the_others(met, leaving):
     staying = [i for i in range(3) if i != leaving]
 
     def one(i):
-        return met[i].exchange("next", 0) if i != leaving else met[i].leave("process 2 (host2): no space left")
+        return (
+            met[i].exchange("next", 0)
+            if i != leaving
+            else met[i].leave("process 2 (host2): no space left")
+        )
 
     threads = [threading.Thread(target=one, args=(leaving,))]
     threads[0].start()
@@ -124,15 +134,22 @@ def test_a_farewell_is_no_loss(met):
 
 def test_nobody_at_the_coordinator():
     address = f"127.0.0.1:{free_port()}"
-    with pytest.raises(InputError, match=r"--coordinator: expected process 0 at 127.0.0.1:\d+ within 0.6 s; received "
-                                         r"none \(Connection refused\): is process 0 running there"):
+    with pytest.raises(
+        InputError,
+        match=r"--coordinator: expected process 0 at 127.0.0.1:\d+ within 0.6 s; received "
+        r"none \(Connection refused\): is process 0 running there",
+    ):
         meet(address, 2, 1, 0.6)
-    with pytest.raises(InputError, match="expected process 0 at no.such.host.invalid:80 within 0.6 s; received none"):
+    with pytest.raises(
+        InputError,
+        match="expected process 0 at no.such.host.invalid:80 within 0.6 s; received none",
+    ):
         meet("no.such.host.invalid:80", 2, 1, 0.6)
 
 
 def test_a_stranger_at_the_coordinators_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
+
         def answer():
             connection, _ = server.accept()
             connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -147,7 +164,9 @@ def test_who_is_missing_is_said_to_all():
     address = f"127.0.0.1:{free_port()}"
     found = of_each([0, 2], lambda i: meet(address, 4, i, 1, name=f"host{i}"))
     assert isinstance(found[0], InputError) and str(found[0]) == str(found[1])
-    assert "expected 4 processes at port" in str(found[0]) and "received none from process 1, 3:" in str(found[0])
+    assert "expected 4 processes at port" in str(
+        found[0]
+    ) and "received none from process 1, 3:" in str(found[0])
 
 
 def test_strangers_do_not_take_a_place():
@@ -158,7 +177,9 @@ def test_strangers_do_not_take_a_place():
             return meet(address, 2, i, 20)
         while True:
             try:
-                with socket.create_connection(("127.0.0.1", int(address.split(":")[1])), 5) as connection:
+                with socket.create_connection(
+                    ("127.0.0.1", int(address.split(":")[1])), 5
+                ) as connection:
                     return connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
             except OSError:
                 time.sleep(0.02)
@@ -171,14 +192,27 @@ def test_strangers_do_not_take_a_place():
         of_each([0, 1], lambda i: (first.result(), other)[i].close())
 
 
-@pytest.mark.parametrize(("counts", "indices", "message"), [
-    ((3, 2), (0, 1), "--num_processes: expected the same on every host; received 3 on process 0 .a. and 2 on process 1"
-     ),
-    ((3, 3, 3), (0, 1, 1), "--process_id: expected 0 to 2, each once; received 1 from [bc] and from [bc]"),
-    ((2, 2), (0, 5), "--process_id: expected 0 to 1, each once; received 5 from b")])
+@pytest.mark.parametrize(
+    ("counts", "indices", "message"),
+    [
+        (
+            (3, 2),
+            (0, 1),
+            "--num_processes: expected the same on every host; received 3 on process 0 .a. and 2 on process 1",
+        ),
+        (
+            (3, 3, 3),
+            (0, 1, 1),
+            "--process_id: expected 0 to 2, each once; received 1 from [bc] and from [bc]",
+        ),
+        ((2, 2), (0, 5), "--process_id: expected 0 to 1, each once; received 5 from b"),
+    ],
+)
 def test_processes_that_do_not_fit_together(counts, indices, message):
     address = f"127.0.0.1:{free_port()}"
-    found = of_each(range(len(counts)), lambda k: meet(address, counts[k], indices[k], 20, name="abc"[k]))
+    found = of_each(
+        range(len(counts)), lambda k: meet(address, counts[k], indices[k], 20, name="abc"[k])
+    )
     assert all(isinstance(e, InputError) for e in found), found
     assert len({str(e) for e in found}) == 1
     with pytest.raises(InputError, match=message):
@@ -186,8 +220,13 @@ def test_processes_that_do_not_fit_together(counts, indices, message):
 
 
 def test_a_port_that_is_taken():
-    with socket.create_server(("", 0)) as server, pytest.raises(
-            InputError, match=r"--coordinator: expected port \d+ to be free on process 0 .*; received Address already"):
+    with (
+        socket.create_server(("", 0)) as server,
+        pytest.raises(
+            InputError,
+            match=r"--coordinator: expected port \d+ to be free on process 0 .*; received Address already",
+        ),
+    ):
         meet(f"localhost:{server.getsockname()[1]}", 2, 0, 1)
 
 
@@ -212,8 +251,16 @@ time.sleep(100)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_even_where_they_hang(victim):
     address = f"127.0.0.1:{free_port()}"
-    processes = [subprocess.Popen([sys.executable, "-c", STUCK, address, str(i)], cwd=ROOT, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(3)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", STUCK, address, str(i)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(3)
+    ]
     try:
         assert [p.stdout.readline() for p in processes] == ["there\n"] * 3
         processes[victim].kill()

@@ -1,4 +1,5 @@
 """Every weight of every network has a rule, on every mesh a shape that divides, and is read in parts."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -33,28 +34,61 @@ def shallow(config):
 @functools.cache
 def shapes() -> dict[str, tuple[str, dict]]:
     """(kind of network, abstract parameters) by name, in published sizes, and the embedded transformer."""
-    own = MMDiTConfig.from_dict(read_json(build.place_of("embedded", "pipeline") / "transformer" / "config.json"))
-    found = {name: ("transformer", transformer.abstract_params(transformer.MMDiT(config))) for name, config in {
-        "sd3-medium": SD3_MEDIUM, "sd3.5-medium": SD35_MEDIUM, "sd3.5-large": SD35_LARGE, "embedded": own}.items()}
-    quant = autoencoder_kl.VAEConfig(use_quant_conv=True, use_post_quant_conv=True, block_out_channels=(32, 64))
-    found |= {name: ("vae", autoencoder_kl.abstract_params(autoencoder_kl.AutoencoderKL(config)))
-              for name, config in {"vae": VAE, "vae-quant": quant}.items()}
-    found |= {name: ("text_encoder", clip.abstract_text_params(clip.CLIPTextEncoder(config)))
-              for name, config in {"clip-l": shallow(CLIP_L), "clip-g": shallow(CLIP_G)}.items()}
-    found["t5"] = "text_encoder_3", t5.abstract_params(t5.T5Encoder(dataclasses.replace(T5_XXL, num_layers=2)))
-    pair = openclip.abstract_params(clip.CLIPModel(clip.CLIPConfig(
-        shallow(clip.CLIPTextConfig()), shallow(clip.CLIPVisionConfig()))))
-    head = {"weight": jax.ShapeDtypeStruct((768,), jnp.float32), "bias": jax.ShapeDtypeStruct((), jnp.float32)}
+    own = MMDiTConfig.from_dict(
+        read_json(build.place_of("embedded", "pipeline") / "transformer" / "config.json")
+    )
+    found = {
+        name: ("transformer", transformer.abstract_params(transformer.MMDiT(config)))
+        for name, config in {
+            "sd3-medium": SD3_MEDIUM,
+            "sd3.5-medium": SD35_MEDIUM,
+            "sd3.5-large": SD35_LARGE,
+            "embedded": own,
+        }.items()
+    }
+    quant = autoencoder_kl.VAEConfig(
+        use_quant_conv=True, use_post_quant_conv=True, block_out_channels=(32, 64)
+    )
+    found |= {
+        name: ("vae", autoencoder_kl.abstract_params(autoencoder_kl.AutoencoderKL(config)))
+        for name, config in {"vae": VAE, "vae-quant": quant}.items()
+    }
+    found |= {
+        name: ("text_encoder", clip.abstract_text_params(clip.CLIPTextEncoder(config)))
+        for name, config in {"clip-l": shallow(CLIP_L), "clip-g": shallow(CLIP_G)}.items()
+    }
+    found["t5"] = (
+        "text_encoder_3",
+        t5.abstract_params(t5.T5Encoder(dataclasses.replace(T5_XXL, num_layers=2))),
+    )
+    pair = openclip.abstract_params(
+        clip.CLIPModel(
+            clip.CLIPConfig(shallow(clip.CLIPTextConfig()), shallow(clip.CLIPVisionConfig()))
+        )
+    )
+    head = {
+        "weight": jax.ShapeDtypeStruct((768,), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((), jnp.float32),
+    }
     sight = shallow(blip.BlipVisionConfig())
     pixels = jax.ShapeDtypeStruct((1, sight.image_size, sight.image_size, 3), jnp.float32)
-    encoder = jax.eval_shape(blip.BlipEncoder(shallow(blip.BlipTextConfig()), sight).init, jax.random.key(0), pixels,
-                             jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
-    return found | {"pickscore": ("reward", pair), "aesthetic": ("reward", {"clip": pair, "head": head}),
-                    "imagereward": ("reward", {"blip": encoder, "head": head})}
+    encoder = jax.eval_shape(
+        blip.BlipEncoder(shallow(blip.BlipTextConfig()), sight).init,
+        jax.random.key(0),
+        pixels,
+        jax.ShapeDtypeStruct((1, 2), jnp.int32),
+    )["params"]
+    return found | {
+        "pickscore": ("reward", pair),
+        "aesthetic": ("reward", {"clip": pair, "head": head}),
+        "imagereward": ("reward", {"blip": encoder, "head": head}),
+    }
 
 
 def leaves(tree):
-    return {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(dict(tree)).items()}
+    return {
+        path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(dict(tree)).items()
+    }
 
 
 def test_every_weight_has_a_rule_and_every_rule_a_weight():
@@ -78,10 +112,14 @@ def test_shards_divide_and_heads_stay_whole(sizes):
             part = lie[path].shard_shape(shape)  # raises where an axis does not divide
             axes = sharding.logical_axes(path, len(shape))
             if "heads" in axes and network == "transformer":
-                assert part[axes.index("heads")] % (1 if len(shape) == 0 else width) == 0, (name, path)
+                assert part[axes.index("heads")] % (1 if len(shape) == 0 else width) == 0, (
+                    name,
+                    path,
+                )
         found = sharding.layout(mesh, network, tree, width)
         assert found.device == sum(
-            int(np.prod(lie[path].shard_shape(shape))) * 4 for path, shape in leaves(tree).items())
+            int(np.prod(lie[path].shard_shape(shape))) * 4 for path, shape in leaves(tree).items()
+        )
 
 
 def leaves_of(tree):
@@ -104,13 +142,24 @@ def test_what_lies_where():
     assert share("sd3.5-medium", 1, 1, 8) == (pytest.approx(1 / 8 + 7 / 8 * table, rel=0.02), 0.0)
     device, unsplit = share("sd3.5-large", 1, 1, 8)
     assert 0.2 < unsplit < device < 0.4
-    assert sharding.layout(device_mesh.abstract_mesh(8, 1, 8), "vae", trees["vae"]).device == 4 * 83_819_683
+    assert (
+        sharding.layout(device_mesh.abstract_mesh(8, 1, 8), "vae", trees["vae"]).device
+        == 4 * 83_819_683
+    )
 
 
 def test_axes_of_a_scanned_run_and_of_adapters():
-    assert sharding.logical_axes(("blocks_0", "attn", "to_q", "kernel"), 3) == ("layers", "embed", "heads")
+    assert sharding.logical_axes(("blocks_0", "attn", "to_q", "kernel"), 3) == (
+        "layers",
+        "embed",
+        "heads",
+    )
     assert sharding.logical_axes(("block_23", "ff", "net_2", "kernel"), 2) == ("mlp", "embed")
-    assert sharding.logical_axes(("blocks_0", "attn", "to_q", "b"), 3) == ("layers", "rank", "heads")
+    assert sharding.logical_axes(("blocks_0", "attn", "to_q", "b"), 3) == (
+        "layers",
+        "rank",
+        "heads",
+    )
     mesh = device_mesh.abstract_mesh(8, 1, 4, 2)
     params = shapes()["sd3.5-medium"][1]
     adapter = jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), params, lora.LoraSpec()))
@@ -119,9 +168,13 @@ def test_axes_of_a_scanned_run_and_of_adapters():
 
 
 def test_a_weight_that_no_rule_names_is_an_error():
-    with pytest.raises(InputError, match="parameter blocks_0/attn/to_x/kernel: expected a rule of .*received none"):
+    with pytest.raises(
+        InputError, match="parameter blocks_0/attn/to_x/kernel: expected a rule of .*received none"
+    ):
         sharding.logical_axes(("blocks_0", "attn", "to_x", "kernel"), 3)
-    with pytest.raises(InputError, match=r"to_q/kernel: expected 3 axes \(layers, embed, heads\); received 2"):
+    with pytest.raises(
+        InputError, match=r"to_q/kernel: expected 3 axes \(layers, embed, heads\); received 2"
+    ):
         sharding.logical_axes(("blocks_0", "attn", "to_q", "kernel"), 2)
 
 
@@ -141,7 +194,9 @@ def in_eight_devices() -> dict[str, float]:
     _, plain = load_mmdit(directory)
     total, counted[0] = counted[0], 0
     lie = lambda path, leaf: sharding.sharding_of(mesh, "transformer", path, leaf.shape, 32)
-    _, placed = load_mmdit(directory, place=lambda path, leaf: device_mesh.read_into(lie(path, leaf), leaf))
+    _, placed = load_mmdit(
+        directory, place=lambda path, leaf: device_mesh.read_into(lie(path, leaf), leaf)
+    )
     every, counted[0] = counted[0], 0
     one, largest = jax.devices()[3], [0]
 
@@ -154,28 +209,51 @@ def in_eight_devices() -> dict[str, float]:
 
     _, mine = load_mmdit(directory, place=own)
     equal = jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), plain, placed))
-    same = jax.tree.all(jax.tree.map(
-        lambda x, y: np.array_equal(next(s.data for s in x.addressable_shards if s.device == one), y), placed, mine))
-    return {"total": total, "every": every, "one": counted[0], "largest": largest[0], "equal": equal, "same": same,
-            "expected": sharding.layout(mesh, "transformer", plain, 32).device} | texts_in_eight_devices()
+    same = jax.tree.all(
+        jax.tree.map(
+            lambda x, y: np.array_equal(
+                next(s.data for s in x.addressable_shards if s.device == one), y
+            ),
+            placed,
+            mine,
+        )
+    )
+    return {
+        "total": total,
+        "every": every,
+        "one": counted[0],
+        "largest": largest[0],
+        "equal": equal,
+        "same": same,
+        "expected": sharding.layout(mesh, "transformer", plain, 32).device,
+    } | texts_in_eight_devices()
 
 
 def texts_in_eight_devices() -> dict[str, float]:
     """The text encoders split over a host's devices: how far conditioning is from theirs, and bytes on a device."""
     root = build.place_of("embedded", "pipeline")
-    prompts = ["a red star", "the word \"go\" on a green field", ""]
-    whole, split = (text.load_text_encoders(root, **options) for options in ({}, {"place": sharding.over_host}))
-    gaps = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()),
-                        whole.encode(prompts, 12), split.encode(prompts, 12))
+    prompts = ["a red star", 'the word "go" on a green field', ""]
+    whole, split = (
+        text.load_text_encoders(root, **options) for options in ({}, {"place": sharding.over_host})
+    )
+    gaps = jax.tree.map(
+        lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()),
+        whole.encode(prompts, 12),
+        split.encode(prompts, 12),
+    )
     on_one = sum(leaf.addressable_shards[5].data.nbytes for leaf in jax.tree.leaves(split.params))
-    return {"text_gap": max(jax.tree.leaves(gaps)),
-            "text_share": on_one / sum(leaf.nbytes for leaf in jax.tree.leaves(whole.params))}
+    return {
+        "text_gap": max(jax.tree.leaves(gaps)),
+        "text_share": on_one / sum(leaf.nbytes for leaf in jax.tree.leaves(whole.params)),
+    }
 
 
 def test_a_process_reads_only_what_its_devices_need():
     found = fake_devices.call(in_eight_devices)
     assert found["equal"] and found["same"]
-    assert found["every"] == found["total"]  # eight devices of one process: every number once, shared parts too
+    assert (
+        found["every"] == found["total"]
+    )  # eight devices of one process: every number once, shared parts too
     assert found["one"] == found["expected"] < 0.16 * found["total"]
     assert found["text_gap"] < 1e-5 and found["text_share"] < 0.16
     assert found["largest"] < 0.03 * found["total"]

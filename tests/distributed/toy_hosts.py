@@ -2,6 +2,7 @@
 
 Prints one JSON object. OWN is a directory of this process alone, SHARED one of all.
 """
+
 import json
 import os
 import sys
@@ -29,19 +30,36 @@ def arrays(index, count):
     mesh = device_mesh.make_mesh()
     rows = 2 * mesh.size
     host = np.arange(float(rows * 3), dtype=np.float32).reshape(rows, 3)
-    split, copied = device_mesh.place_batch(mesh, host), device_mesh.place_everywhere(mesh, {"a": host[0], "b": 2})
+    split, copied = (
+        device_mesh.place_batch(mesh, host),
+        device_mesh.place_everywhere(mesh, {"a": host[0], "b": 2}),
+    )
     owners = distributed.row_owners(split.sharding, split.shape)
     everywhere = distributed.row_owners(copied["a"].sharding, (3,))
     again = device_mesh.place_batch(mesh, device_mesh.place_everywhere(mesh, split))
-    per_leaf = distributed.put({"x": host, "y": host}, {"x": split.sharding, "y": NamedSharding(mesh, PartitionSpec())})
-    doubled = jax.jit(lambda x, y: 2 * x + y)(split, host)  # a host's array is the same on all of them
+    per_leaf = distributed.put(
+        {"x": host, "y": host}, {"x": split.sharding, "y": NamedSharding(mesh, PartitionSpec())}
+    )
+    doubled = jax.jit(lambda x, y: 2 * x + y)(
+        split, host
+    )  # a host's array is the same on all of them
     return {
-        "devices": [jax.device_count(), jax.local_device_count()], "local": len(split.addressable_shards),
-        "whole": [np.array_equal(distributed.whole(x), host) for x in (split, again, per_leaf["x"], per_leaf["y"])],
-        "computed": np.array_equal(distributed.whole(doubled), 3 * host), "copied": int(copied["b"]),
-        "dtype": str(copied["b"].dtype), "owners": owners.tolist(), "everywhere": everywhere.tolist(),
+        "devices": [jax.device_count(), jax.local_device_count()],
+        "local": len(split.addressable_shards),
+        "whole": [
+            np.array_equal(distributed.whole(x), host)
+            for x in (split, again, per_leaf["x"], per_leaf["y"])
+        ],
+        "computed": np.array_equal(distributed.whole(doubled), 3 * host),
+        "copied": int(copied["b"]),
+        "dtype": str(copied["b"].dtype),
+        "owners": owners.tolist(),
+        "everywhere": everywhere.tolist(),
         "own": np.array_equal(distributed.own_rows(split, owners), host[owners == index]),
-        "own_of_copied": distributed.own_rows(copied["a"], everywhere).tolist() if index == 0 else None}
+        "own_of_copied": distributed.own_rows(copied["a"], everywhere).tolist()
+        if index == 0
+        else None,
+    }
 
 
 def agreement(index, count):
@@ -63,21 +81,31 @@ def agreement(index, count):
         "all": refused(lambda: distributed.together("c", fails_on(everybody, "broken"))),
         "first": distributed.from_first("d", lambda: {"index": index}),
         "disk": refused(lambda: distributed.from_first("e", full)),
-        "any": distributed.any_of("f", "SIGTERM" if index == count - 1 else ""), "none": distributed.any_of("g", ""),
+        "any": distributed.any_of("f", "SIGTERM" if index == count - 1 else ""),
+        "none": distributed.any_of("g", ""),
         "same": refused(lambda: distributed.same("config.", {"seed": 42, "nft.beta": 0.1})),
-        "differs": refused(lambda: distributed.same("config.", {"seed": 42, "name": "a"} if index != 1 else {
-            "seed": 43, "name": "a"})),
-        "lacks": refused(lambda: distributed.same("", {"flax": "1"} if index == 0 else {}))}
+        "differs": refused(
+            lambda: distributed.same(
+                "config.", {"seed": 42, "name": "a"} if index != 1 else {"seed": 43, "name": "a"}
+            )
+        ),
+        "lacks": refused(lambda: distributed.same("", {"flax": "1"} if index == 0 else {})),
+    }
 
 
 def places(index, own, shared):
     new = os.path.join(shared, "new", "run")
     file = os.path.join(own if index else shared, "file")
     open(file, "w").close()
-    found = {"own": refused(lambda: probe.shared(own, patience=0.5)), "shared": refused(lambda: probe.shared(new)),
-             "file": refused(lambda: probe.shared(file, patience=0.5))}
+    found = {
+        "own": refused(lambda: probe.shared(own, patience=0.5)),
+        "shared": refused(lambda: probe.shared(new)),
+        "file": refused(lambda: probe.shared(file, patience=0.5)),
+    }
     distributed.together("files", lambda: None)
-    return found | {"left": sorted(os.listdir(own) + (["new"] if os.path.exists(os.path.dirname(new)) else []))}
+    return found | {
+        "left": sorted(os.listdir(own) + (["new"] if os.path.exists(os.path.dirname(new)) else []))
+    }
 
 
 def main(coordinator, count, index, own, shared):

@@ -1,4 +1,5 @@
 """What is shipped inside the package: a pipeline that diffusers opens too, prompts without leaks, rewards that work."""
+
 from __future__ import annotations
 
 import importlib.resources
@@ -22,7 +23,11 @@ from marble_jax.prompts.files import TAGS, read_directory, read_geneval
 from marble_jax.rewards.registry import load_rewards
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
-PROMPTS = ["two red circles on white", 'a sign saying "LM" in green on white', "a photo of a star below a cross"]
+PROMPTS = [
+    "two red circles on white",
+    'a sign saying "LM" in green on white',
+    "a photo of a star below a cross",
+]
 LENGTH, STEPS = 12, 6
 
 
@@ -51,7 +56,8 @@ def test_prompt_embeddings_match_diffusers(theirs, ours):
     torch = pytest.importorskip("torch")
     with torch.no_grad():
         embeds, _, pooled, _ = theirs.encode_prompt(
-            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
+            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=LENGTH
+        )
     got = ours.encode_prompts(PROMPTS, LENGTH)
     np.testing.assert_allclose(got.embeds, embeds.numpy(), atol=2e-4, rtol=1e-4)
     np.testing.assert_allclose(got.pooled, pooled.numpy(), atol=2e-4, rtol=1e-4)
@@ -60,19 +66,38 @@ def test_prompt_embeddings_match_diffusers(theirs, ours):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_diffusers_draws_the_same_pictures(theirs, ours, guidance_scale):
     torch = pytest.importorskip("torch")
-    noise = np.random.default_rng(5).normal(size=(len(PROMPTS), *ours.latent_shape(64, 64))).astype(np.float32)
+    noise = (
+        np.random.default_rng(5)
+        .normal(size=(len(PROMPTS), *ours.latent_shape(64, 64)))
+        .astype(np.float32)
+    )
     want = theirs(
-        PROMPTS, negative_prompt="", latents=torch.from_numpy(noise).permute(0, 3, 1, 2), height=64, width=64,
-        num_inference_steps=STEPS, guidance_scale=guidance_scale, max_sequence_length=LENGTH, output_type="np").images
+        PROMPTS,
+        negative_prompt="",
+        latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
+        height=64,
+        width=64,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        max_sequence_length=LENGTH,
+        output_type="np",
+    ).images
     sigmas = sigma_grid(STEPS, ours.scheduler.shift, ours.scheduler.num_train_timesteps)
-    cond, negative = (ours.encode_prompts(texts, LENGTH) for texts in (PROMPTS, [""] * len(PROMPTS)))
+    cond, negative = (
+        ours.encode_prompts(texts, LENGTH) for texts in (PROMPTS, [""] * len(PROMPTS))
+    )
 
     @jax.jit
     def latents(params, cond, negative, noise):
         def network(x, sigma, c):
             return velocity(ours.model, params, None, x, sigma, c)
 
-        return sample(guided(network, cond, negative, guidance_scale), noise, sigmas, solver_table("euler", sigmas))
+        return sample(
+            guided(network, cond, negative, guidance_scale),
+            noise,
+            sigmas,
+            solver_table("euler", sigmas),
+        )
 
     got = ours.decode(latents(ours.params, cond, negative, jnp.asarray(noise)), len(PROMPTS))
     assert want.shape == got.shape == (len(PROMPTS), 64, 64, 3) and want.std() > 0.02
@@ -83,7 +108,10 @@ def test_it_exercises_what_sd35_has():
     """Dual attention layers and normalised queries and keys tell SD3.5-medium from SD3."""
     config = json.loads((EMBEDDED / "pipeline" / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "SD3Transformer2DModel" and config["qk_norm"] == "rms_norm"
-    assert config["dual_attention_layers"] and max(config["dual_attention_layers"]) < config["num_layers"] - 1
+    assert (
+        config["dual_attention_layers"]
+        and max(config["dual_attention_layers"]) < config["num_layers"] - 1
+    )
     index = json.loads((EMBEDDED / "pipeline" / "model_index.json").read_text())
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         assert index[name][0] == "transformers"
@@ -124,7 +152,9 @@ def test_geneval_metadata(split):
 
 
 REWARDS = json.loads((EMBEDDED / "rewards" / "rewards.json").read_text())
-BLURRED = ("aesthetic",)  # judged against a blurred picture; the others against the picture of another prompt
+BLURRED = (
+    "aesthetic",
+)  # judged against a blurred picture; the others against the picture of another prompt
 
 
 def scenes(world, kind: str, count: int = 12) -> tuple[list[str], list[dict], np.ndarray]:
@@ -148,10 +178,16 @@ def test_rewards_prefer_what_was_asked_for(world, name):
     (reward,) = load_rewards(EMBEDDED / "rewards", (name,))
     kind = {"ocr": "quoted", "geneval": "composition"}.get(entry["kind"], "general")
     prompts, metadata, clean = scenes(world, kind)
-    worse = ndimage.gaussian_filter(clean, (0, 3, 3, 0)) if name in BLURRED else np.roll(clean, 1, axis=0)
+    worse = (
+        ndimage.gaussian_filter(clean, (0, 3, 3, 0))
+        if name in BLURRED
+        else np.roll(clean, 1, axis=0)
+    )
     place = jnp.asarray if reward.kind == "device" else np.asarray
     assert all(reward.applies(p, m) for p, m in zip(prompts, metadata, strict=True))
-    (good, valid), (bad, also) = (reward.score(reward.params, place(x), prompts, metadata) for x in (clean, worse))
+    (good, valid), (bad, also) = (
+        reward.score(reward.params, place(x), prompts, metadata) for x in (clean, worse)
+    )
     good, bad = np.asarray(good), np.asarray(bad)
     assert np.all(valid) and np.all(also) and np.isfinite(good).all() and np.isfinite(bad).all()
     assert good.mean() > bad.mean()

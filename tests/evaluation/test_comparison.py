@@ -1,4 +1,5 @@
 """Comparisons of models by hand and against NumPy and SciPy: composite, tags, clusters of pictures of one prompt."""
+
 from __future__ import annotations
 
 import math
@@ -26,14 +27,20 @@ def test_composite_by_hand():
     rows = [[0, 5, 7, 1], [2, 1, 7, math.nan]]
     assert composite(np.array(rows)).tolist() == [0, 0]
     assert composite(np.array(rows)[:, :1]).tolist() == [-1, 1]
-    assert np.isnan(composite(np.array(rows)[:1])).all() and np.isnan(composite(np.array(rows)[:, 2:])).all()
+    assert (
+        np.isnan(composite(np.array(rows)[:1])).all()
+        and np.isnan(composite(np.array(rows)[:, 2:])).all()
+    )
 
 
 def test_the_papers_rows_rank_as_the_paper_says():
     values = np.array(list(PAPER_ROWS.values()))
     assert values.shape == (4, len(PAPER_METRICS)) == (4, 8)
     ranked = dict(zip(PAPER_ROWS, composite(values)))
-    assert max(ranked, key=ranked.get) == "+ MARBLE" and min(ranked, key=ranked.get) == "SD3.5-M base, no guidance"
+    assert (
+        max(ranked, key=ranked.get) == "+ MARBLE"
+        and min(ranked, key=ranked.get) == "SD3.5-M base, no guidance"
+    )
 
 
 def test_pictures_of_one_prompt_are_resampled_together():
@@ -44,7 +51,9 @@ def test_pictures_of_one_prompt_are_resampled_together():
     mean, low, high = bootstrap(values, groups=groups)
     half = 1.96 * by_prompt.std() / math.sqrt(40)
     assert mean == pytest.approx(by_prompt.mean())
-    assert low == pytest.approx(mean - half, abs=0.15 * half) and high == pytest.approx(mean + half, abs=0.15 * half)
+    assert low == pytest.approx(mean - half, abs=0.15 * half) and high == pytest.approx(
+        mean + half, abs=0.15 * half
+    )
     _, narrow, wide = bootstrap(values)
     assert wide - narrow == pytest.approx((high - low) / 2, rel=0.15)
     shuffled = rng.permutation(160)
@@ -73,9 +82,12 @@ def scores(values, names=("clip", "geneval", "geneval_accuracy")):
     return Scores(names, np.nan_to_num(values), valid, np.zeros_like(valid))
 
 
-PROMPTS = [Prompt("a cat", "general"), Prompt("a photo of two cats", "geneval", {"tag": "counting"}),
-           Prompt("a photo of two cats", "geneval", {"tag": "counting"}),
-           Prompt("a photo of a red cat", "geneval", {"tag": "colors"})]
+PROMPTS = [
+    Prompt("a cat", "general"),
+    Prompt("a photo of two cats", "geneval", {"tag": "counting"}),
+    Prompt("a photo of two cats", "geneval", {"tag": "counting"}),
+    Prompt("a photo of a red cat", "geneval", {"tag": "colors"}),
+]
 NAN = math.nan
 
 
@@ -83,13 +95,23 @@ def test_compare_by_hand():
     base = scores([[1, 2, 3, 4], [NAN, 0.5, 0.5, 1], [NAN, 0, 0, 1]])
     tuned = scores([[2, 3, 4, 5], [NAN, 1, 0.5, 1], [NAN, 1, 0, 1]])
     found = compare({"base": base, "tuned": tuned}, PROMPTS)
-    assert found["scores"]["base"]["clip"]["mean"] == 2.5 and found["scores"]["base"]["clip"]["failed"] == 0
+    assert (
+        found["scores"]["base"]["clip"]["mean"] == 2.5
+        and found["scores"]["base"]["clip"]["failed"] == 0
+    )
     assert found["scores"]["tuned"]["geneval"]["count"] == 3
     assert list(found["gains"]) == ["tuned"]
     assert found["gains"]["tuned"]["clip"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     tags = found["geneval"]["geneval_accuracy"]["tuned"]
-    assert list(tags) == ["counting", "colors", "overall"] and [t for t in TAGS if t in tags] == ["counting", "colors"]
-    assert (tags["counting"]["mean"], tags["counting"]["count"], tags["colors"]["mean"]) == (0.5, 2, 1.0)
+    assert list(tags) == ["counting", "colors", "overall"] and [t for t in TAGS if t in tags] == [
+        "counting",
+        "colors",
+    ]
+    assert (tags["counting"]["mean"], tags["counting"]["count"], tags["colors"]["mean"]) == (
+        0.5,
+        2,
+        1.0,
+    )
     assert tags["overall"]["mean"] == 0.75 and tags["overall"]["count"] == 3
     assert set(found["sources"]) == {"general", "geneval"}
     assert found["sources"]["general"]["tuned"]["clip"]["mean"] == 2.0
@@ -106,20 +128,32 @@ class Cats:
 
     def detect(self, images):
         self.calls += 1
-        return [[Detection("cat", 0.99, (10 * i, 0, 10 * i + 5, 5)) for i in range(image[0, 0, 0])] for image in images]
+        return [
+            [Detection("cat", 0.99, (10 * i, 0, 10 * i + 5, 5)) for i in range(image[0, 0, 0])]
+            for image in images
+        ]
 
 
 def test_accuracy_comes_from_the_same_look_as_the_score():
     detector, other = Cats(), Reward(name="other", kind="host")
     rewards = with_accuracy([other, GenEvalReward("geneval", detector)])
-    assert [r.name for r in rewards] == ["other", "geneval", "geneval_accuracy"] and rewards[0] is other
+    assert [r.name for r in rewards] == ["other", "geneval", "geneval_accuracy"] and rewards[
+        0
+    ] is other
     images = np.zeros((3, 4, 4, 3), np.float32)
     images[:, 0, 0, 0] = np.array([2, 3, 1]) / 255
-    two = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": [{"class": "cat", "count": 3}],
-           "prompt": "two cats"}
+    two = {
+        "tag": "counting",
+        "include": [{"class": "cat", "count": 2}],
+        "exclude": [{"class": "cat", "count": 3}],
+        "prompt": "two cats",
+    }
     asked = images, ["two cats", "two cats", "a dog"], [two, two, {}]
     partial, correct = (score(reward, *asked) for reward in rewards[1:])
     assert partial.values.tolist() == [1, 0.5, 0] and correct.values.tolist() == [1, 0, 0]
-    assert partial.valid.tolist() == correct.valid.tolist() == [True, True, False] and detector.calls == 1
+    assert (
+        partial.valid.tolist() == correct.valid.tolist() == [True, True, False]
+        and detector.calls == 1
+    )
     score(rewards[2], images[:1], asked[1][:1], asked[2][:1])
     assert detector.calls == 2

@@ -1,4 +1,5 @@
 """Evaluations: the same noise for the same prompt whatever the batch size, nothing dropped, kept pictures."""
+
 import dataclasses
 import functools
 
@@ -21,7 +22,9 @@ PROMPTS = [Prompt(text, "general") for text in TEXTS]
 
 def _velocity(params, adapter, xt, sigma, cond):
     shift = 0.0 if adapter is None else adapter
-    return jnp.tanh(params * xt + sigma[:, None, None, None]) + cond.pooled[:, :, None, None] + shift
+    return (
+        jnp.tanh(params * xt + sigma[:, None, None, None]) + cond.pooled[:, :, None, None] + shift
+    )
 
 
 class Brightness(Reward):
@@ -36,7 +39,9 @@ class Length(Reward):
         return '"' in prompt
 
     def score(self, params, images, prompts, metadata):
-        return np.array([len(p) for p in prompts], np.float32), np.array(['"' in p for p in prompts])
+        return np.array([len(p) for p in prompts], np.float32), np.array(
+            ['"' in p for p in prompts]
+        )
 
 
 def _encode(texts):
@@ -51,14 +56,25 @@ def _sampler():
 
 @pytest.fixture(scope="module")
 def scorer():
-    made = Scorer([Brightness(name="brightness", kind="device"), Length(name="length", kind="host")])
+    made = Scorer(
+        [Brightness(name="brightness", kind="device"), Length(name="length", kind="host")]
+    )
     yield made
     made.close()
 
 
 def _evaluator(scorer, batch_size, seed=0, num_pictures=3, prompts=PROMPTS):
-    return Evaluator(prompts=prompts, sampler=_sampler(), encode=_encode, decode=jax.nn.sigmoid, scorer=scorer,
-                     latent_shape=(2, 2, 3), batch_size=batch_size, seed=seed, num_pictures=num_pictures)
+    return Evaluator(
+        prompts=prompts,
+        sampler=_sampler(),
+        encode=_encode,
+        decode=jax.nn.sigmoid,
+        scorer=scorer,
+        latent_shape=(2, 2, 3),
+        batch_size=batch_size,
+        seed=seed,
+        num_pictures=num_pictures,
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16])
@@ -70,11 +86,15 @@ def test_results_do_not_depend_on_the_batch_size_and_no_prompt_is_dropped(scorer
     images = []
     for i, prompt in enumerate(PROMPTS):
         noise = picture_noise(jax.random.key(0), [i], (2, 2, 3))
-        images.append(np.asarray(jax.nn.sigmoid(_sampler()(0.5, None, _encode([prompt.text]), noise)))[0])
+        images.append(
+            np.asarray(jax.nn.sigmoid(_sampler()(0.5, None, _encode([prompt.text]), noise)))[0]
+        )
     np.testing.assert_allclose(scores.values[0], [image.mean() for image in images], rtol=1e-5)
     quoted = np.array(['"' in p.text for p in PROMPTS])
     np.testing.assert_array_equal(scores.valid, [np.ones(7, bool), quoted])
-    np.testing.assert_array_equal(scores.values[1][quoted], [len(p.text) for p in PROMPTS if '"' in p.text])
+    np.testing.assert_array_equal(
+        scores.values[1][quoted], [len(p.text) for p in PROMPTS if '"' in p.text]
+    )
     assert not scores.failed.any()
     assert pictures.dtype == np.uint8 and pictures.shape == (3, 2, 2, 3)
     expected = np.stack([images[i] for i in (0, 3, 6)]) * 255
@@ -89,7 +109,11 @@ def test_equal_prompts_start_from_different_noise(scorer):
 
 def test_the_same_noise_every_time_and_another_one_for_another_seed(scorer):
     evaluator = _evaluator(scorer, 4)
-    once, again, other = evaluator(0.5, None)[0], evaluator(0.5, None)[0], _evaluator(scorer, 4, seed=1)(0.5, None)[0]
+    once, again, other = (
+        evaluator(0.5, None)[0],
+        evaluator(0.5, None)[0],
+        _evaluator(scorer, 4, seed=1)(0.5, None)[0],
+    )
     np.testing.assert_array_equal(once.values, again.values)
     assert np.all(once.values[0] != other.values[0])
 
@@ -111,14 +135,19 @@ def test_several_pictures_of_a_prompt_are_a_group(scorer):
 def test_policies_differ_by_their_weights_alone(scorer):
     """A velocity that is lower by 0.3 everywhere ends 0.3 higher everywhere, up to what tanh makes of it: all gain."""
     evaluator = _evaluator(scorer, 4)
-    base, raised = evaluator(jnp.float32(0.0), None)[0], evaluator(jnp.float32(0.0), jnp.float32(-0.3))[0]
+    base, raised = (
+        evaluator(jnp.float32(0.0), None)[0],
+        evaluator(jnp.float32(0.0), jnp.float32(-0.3))[0],
+    )
     assert np.all(raised.values[0] > base.values[0])
     spread = (raised.values[0] - base.values[0]).std()
     assert spread < 0.5 * base.values[0].std()
 
 
-@pytest.mark.parametrize("num_pictures, kept", [
-    (0, []), (1, [0]), (2, [0, 6]), (3, [0, 3, 6]), (7, list(range(7))), (50, list(range(7)))])
+@pytest.mark.parametrize(
+    "num_pictures, kept",
+    [(0, []), (1, [0]), (2, [0, 6]), (3, [0, 3, 6]), (7, list(range(7))), (50, list(range(7)))],
+)
 def test_kept_pictures_are_spread_over_the_prompts(scorer, num_pictures, kept):
     evaluator = _evaluator(scorer, 4, num_pictures=num_pictures)
     assert evaluator.kept == kept

@@ -1,4 +1,5 @@
 """scores.jsonl: what a kill leaves, rewards added later, failures asked for again."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,11 @@ from marble_jax.evaluation.score_file import ScoreFile
 from marble_jax.prompts.files import Prompt
 from marble_jax.types import Scores
 
-PROMPTS = [Prompt("a cat", "general"), Prompt('"go"', "ocr"), Prompt("two dogs", "geneval", {"tag": "counting"})]
+PROMPTS = [
+    Prompt("a cat", "general"),
+    Prompt('"go"', "ocr"),
+    Prompt("two dogs", "geneval", {"tag": "counting"}),
+]
 
 
 def scores(names, values, failed=()):
@@ -31,8 +36,21 @@ def test_lines_hold_what_a_reader_needs(tmp_path):
     lines = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert lines == [
         {"index": 0, "prompt": "a cat", "source": "general", "scores": {"a": 0.1, "b": None}},
-        {"index": 1, "prompt": '"go"', "source": "ocr", "scores": {"a": 3.0, "b": None}, "failed": ["b"]},
-        {"index": 2, "prompt": "two dogs", "source": "geneval", "tag": "counting", "scores": {"a": 2.0, "b": 0.5}}]
+        {
+            "index": 1,
+            "prompt": '"go"',
+            "source": "ocr",
+            "scores": {"a": 3.0, "b": None},
+            "failed": ["b"],
+        },
+        {
+            "index": 2,
+            "prompt": "two dogs",
+            "source": "geneval",
+            "tag": "counting",
+            "scores": {"a": 2.0, "b": 0.5},
+        },
+    ]
 
 
 def test_scores_come_back(tmp_path):
@@ -50,7 +68,9 @@ def test_only_what_is_missing_is_asked_for(tmp_path):
     file.append([0, 1], PROMPTS[:2], scores("a", [[1, 2]]))
     assert file.missing(("a",), 3) == (["a"], [2])
     assert file.missing(("a", "b"), 2) == (["b"], [0, 1])
-    file.append([0, 1], PROMPTS[:2], scores("b", [[None, None]], [(0, 1)]))  # added later; failed once
+    file.append(
+        [0, 1], PROMPTS[:2], scores("b", [[None, None]], [(0, 1)])
+    )  # added later; failed once
     again = ScoreFile(tmp_path / "s")
     assert again.missing(("a", "b"), 2) == (["b"], [1])
     again.append([1], PROMPTS[1:2], scores("b", [[7]]))
@@ -77,8 +97,12 @@ def test_a_picture_without_scores_counts_as_failed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", '{"index": 0}', '{"index": "x", "scores": {}}', '{"index": 0, "scores": 3}'])
+    "line",
+    ["{", "[1]", '{"index": 0}', '{"index": "x", "scores": {}}', '{"index": 0, "scores": 3}'],
+)
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "s").write_text(f'{line}\n{{"index": 1, "scores": {{}}}}\n')
-    with pytest.raises(InputError, match="s:1: expected an object with index and scores; received "):
+    with pytest.raises(
+        InputError, match="s:1: expected an object with index and scores; received "
+    ):
         ScoreFile(tmp_path / "s")

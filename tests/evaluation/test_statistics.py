@@ -1,4 +1,5 @@
 """Bootstrap intervals against distributions that are known, gains and masks by hand."""
+
 import math
 
 import numpy as np
@@ -39,13 +40,18 @@ def test_many_normal_numbers_give_the_textbook_interval():
     mean, low, high = bootstrap(values)
     half = 1.96 * values.std() / math.sqrt(2000)
     assert mean == pytest.approx(values.mean())
-    assert low == pytest.approx(mean - half, abs=0.1 * half) and high == pytest.approx(mean + half, abs=0.1 * half)
+    assert low == pytest.approx(mean - half, abs=0.1 * half) and high == pytest.approx(
+        mean + half, abs=0.1 * half
+    )
 
 
 def test_coverage_of_the_true_mean():
     """300 samples of 40 normal numbers: the interval holds the true mean in about 94 % (standard error 1.4 %)."""
     rng = np.random.default_rng(11)
-    inside = [low <= 1.0 <= high for _, low, high in (bootstrap(rng.normal(1.0, 2.0, 40), seed=s) for s in range(300))]
+    inside = [
+        low <= 1.0 <= high
+        for _, low, high in (bootstrap(rng.normal(1.0, 2.0, 40), seed=s) for s in range(300))
+    ]
     assert 0.90 <= np.mean(inside) <= 0.98
 
 
@@ -63,12 +69,24 @@ def test_few_numbers():
 
 
 def test_summary_counts_and_averages_valid_samples_only():
-    scores = _scores([[1, 2, 3, 90], [np.nan, 5, 7, np.nan], [0, 0, 0, 0]],
-                     [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], ("a", "b", "c"))
+    scores = _scores(
+        [[1, 2, 3, 90], [np.nan, 5, 7, np.nan], [0, 0, 0, 0]],
+        [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]],
+        ("a", "b", "c"),
+    )
     found = summary(scores)
     assert (found["a"]["mean"], found["a"]["count"]) == (2.0, 3) and found["a"]["high"] <= 3
-    assert (found["b"]["mean"], found["b"]["low"], found["b"]["high"], found["b"]["count"]) == (6.0, 5.0, 7.0, 2)
-    assert found["c"]["count"] == 0 and math.isnan(found["c"]["mean"]) and math.isnan(found["c"]["low"])
+    assert (found["b"]["mean"], found["b"]["low"], found["b"]["high"], found["b"]["count"]) == (
+        6.0,
+        5.0,
+        7.0,
+        2,
+    )
+    assert (
+        found["c"]["count"] == 0
+        and math.isnan(found["c"]["mean"])
+        and math.isnan(found["c"]["low"])
+    )
 
 
 def test_gains_are_paired():
@@ -76,7 +94,9 @@ def test_gains_are_paired():
     rng = np.random.default_rng(2)
     reference = 100 * rng.normal(size=60)
     difference = 0.5 + 0.1 * rng.normal(size=60)
-    found = gains(_scores([reference + difference], names=("a",)), _scores([reference], names=("a",)))["a"]
+    found = gains(
+        _scores([reference + difference], names=("a",)), _scores([reference], names=("a",))
+    )["a"]
     assert found["mean"] == pytest.approx(difference.mean(), abs=1e-4)
     half = 1.96 * difference.std() / math.sqrt(60)
     assert found["low"] == pytest.approx(difference.mean() - half, abs=0.2 * half)
@@ -94,8 +114,12 @@ def test_gains_leave_out_what_is_missing_on_either_side():
 def test_standardised_gain_by_hand():
     """a: reference 1 3 5 7 has deviation sqrt 5, gain 2; b: reference 0 10, deviation 5, gain -1; c is not trained."""
     names = ("a", "b", "c")
-    reference = _scores([[1, 3, 5, 7], [0, 10, 99, 99], [1, 2, 3, 4]], [[1] * 4, [1, 1, 0, 0], [1] * 4], names)
-    scores = _scores([[3, 5, 7, 9], [-1, 9, 0, 0], [500] * 4], [[1] * 4, [1, 1, 1, 0], [1] * 4], names)
+    reference = _scores(
+        [[1, 3, 5, 7], [0, 10, 99, 99], [1, 2, 3, 4]], [[1] * 4, [1, 1, 0, 0], [1] * 4], names
+    )
+    scores = _scores(
+        [[3, 5, 7, 9], [-1, 9, 0, 0], [500] * 4], [[1] * 4, [1, 1, 1, 0], [1] * 4], names
+    )
     a, b = 2 / math.sqrt(5), -1 / 5
     assert standardised_gain(scores, reference, ("a", "b")) == pytest.approx((a + b) / 2, rel=1e-6)
     assert standardised_gain(scores, reference, ("b",)) == pytest.approx(b, rel=1e-6)
@@ -107,13 +131,18 @@ def test_standardised_gain_does_not_depend_on_the_scale_of_a_reward():
     rng = np.random.default_rng(4)
     before, after = rng.normal(size=(2, 30)), rng.normal(size=(2, 30)) + 0.3
     factor = np.array([[1000.0], [0.01]])
-    assert standardised_gain(_scores(after * factor), _scores(before * factor), ("a", "b")) == pytest.approx(
-        standardised_gain(_scores(after), _scores(before), ("a", "b")), rel=1e-4)
+    assert standardised_gain(
+        _scores(after * factor), _scores(before * factor), ("a", "b")
+    ) == pytest.approx(standardised_gain(_scores(after), _scores(before), ("a", "b")), rel=1e-4)
 
 
 def test_rewards_without_a_valid_sample_or_without_spread_are_left_out():
-    reference = _scores([[2, 2, 2], [1, 2, 3], [1, 2, 3]], [[1, 1, 1], [0, 0, 0], [1, 1, 1]], ("flat", "none", "a"))
+    reference = _scores(
+        [[2, 2, 2], [1, 2, 3], [1, 2, 3]], [[1, 1, 1], [0, 0, 0], [1, 1, 1]], ("flat", "none", "a")
+    )
     scores = _scores([[9, 9, 9], [2, 3, 4], [2, 3, 4]], names=("flat", "none", "a"))
     expected = 1 / np.std([1, 2, 3])
-    assert standardised_gain(scores, reference, ("flat", "none", "a")) == pytest.approx(expected, rel=1e-6)
+    assert standardised_gain(scores, reference, ("flat", "none", "a")) == pytest.approx(
+        expected, rel=1e-6
+    )
     assert standardised_gain(scores, reference, ("flat", "none")) == 0

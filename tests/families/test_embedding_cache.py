@@ -1,4 +1,5 @@
 """Text embeddings kept in memory and on disk: the encoders' own values, keyed by content, and no encoder when full."""
+
 from __future__ import annotations
 
 import importlib.resources
@@ -41,7 +42,14 @@ class Encoders:
 def model(tmp_path):
     """The small files of a model: enough to tell one from another."""
     root = tmp_path / "model"
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"):
+    for name in (
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+    ):
         (root / name).mkdir(parents=True)
         (root / name / "file").write_text(name)
     shutil.copy(EMBEDDED / "model_index.json", root)
@@ -98,7 +106,11 @@ def test_a_killed_fill_goes_on(model, tmp_path):
         made(model, encoders, cache).fill(TEXTS, stop)
     (next(cache.glob("*/*.npz")).parent / ".half.npz.1.partial").write_bytes(b"PK")
     again = made(model, encoders, cache)
-    assert len(again.missing(TEXTS)) == 2 and again.fill(TEXTS) == 2 and sorted(encoders.seen) == sorted(set(TEXTS))
+    assert (
+        len(again.missing(TEXTS)) == 2
+        and again.fill(TEXTS) == 2
+        and sorted(encoders.seen) == sorted(set(TEXTS))
+    )
 
 
 def test_another_model_length_dtype_or_t5_is_another_entry(model, tmp_path):
@@ -117,7 +129,9 @@ def test_another_model_length_dtype_or_t5_is_another_entry(model, tmp_path):
 
 def test_hashes_are_kept_and_noticed_when_stale(model, monkeypatch):
     first, hashes = identity(model)
-    monkeypatch.setattr(content_hash.hashlib, "file_digest", lambda *a: pytest.fail("a known file was read"))
+    monkeypatch.setattr(
+        content_hash.hashlib, "file_digest", lambda *a: pytest.fail("a known file was read")
+    )
     assert identity(model, known=hashes) == (first, hashes)
     monkeypatch.undo()
     (model / "text_encoder_3" / "file").write_text("longer than before")
@@ -154,21 +168,31 @@ def test_the_real_encoders(tmp_path):
 def test_bad_places_and_files(model, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(InputError, match=f"embedding cache: expected a writable folder; received {file}"):
+    with pytest.raises(
+        InputError, match=f"embedding cache: expected a writable folder; received {file}"
+    ):
         made(model, Encoders(), file)
     cache = tmp_path / "cache"
     cond = made(model, Encoders(), cache)
-    with pytest.raises(InputError, match=r"prompts: expected a list of one or more texts; received \[\]"):
+    with pytest.raises(
+        InputError, match=r"prompts: expected a list of one or more texts; received \[\]"
+    ):
         cond([])
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
-    with pytest.raises(InputError, match="embedding cache: expected 0.0 GB of free space in .*; received 0.0 GB"):
+    monkeypatch.setattr(
+        module.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10)
+    )
+    with pytest.raises(
+        InputError, match="embedding cache: expected 0.0 GB of free space in .*; received 0.0 GB"
+    ):
         cond.fill(TEXTS)
     monkeypatch.undo()
     cond.fill(TEXTS)
     stored = next(cache.glob("*/*.npz"))
     for damaged in cache.glob("*/*.npz"):
         damaged.write_bytes(stored.read_bytes()[:50])
-    with pytest.raises(InputError, match="embedding cache: expected a readable .*npz; received .* .delete the file"):
+    with pytest.raises(
+        InputError, match="embedding cache: expected a readable .*npz; received .* .delete the file"
+    ):
         made(model, Encoders(), cache)(["a cat"])
     (cache / "hashes.json").write_text("{")
     assert made(model, Encoders(), cache).missing(["a cat"]) == []
@@ -182,5 +206,7 @@ def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "_write", full)
-    with pytest.raises(InputError, match="embedding cache: expected space to write in .*; received No space left"):
+    with pytest.raises(
+        InputError, match="embedding cache: expected space to write in .*; received No space left"
+    ):
         cond.fill(TEXTS)

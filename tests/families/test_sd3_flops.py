@@ -1,4 +1,5 @@
 """The analytic counts against XLA's cost analysis, where no loop hides work, and against hand-derived figures."""
+
 from __future__ import annotations
 
 import jax
@@ -14,9 +15,17 @@ from marble_jax.types import Conditioning
 
 # Every run has one block, so that XLA's analysis, which counts the body of a loop once, sees all of it.
 UNSCANNED = MMDiTConfig(
-    sample_size=32, num_layers=3, attention_head_dim=64, num_attention_heads=6, joint_attention_dim=512,
-    caption_projection_dim=384, pooled_projection_dim=256, pos_embed_max_size=16, dual_attention_layers=(0,),
-    qk_norm="rms_norm")
+    sample_size=32,
+    num_layers=3,
+    attention_head_dim=64,
+    num_attention_heads=6,
+    joint_attention_dim=512,
+    caption_projection_dim=384,
+    pooled_projection_dim=256,
+    pos_embed_max_size=16,
+    dual_attention_layers=(0,),
+    qk_norm="rms_norm",
+)
 NUM, SIDE, TEXT = 2, 24, 40
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -32,15 +41,19 @@ def unscanned():
     model = MMDiT(UNSCANNED, attention="einsum")
     params, adapter = shapes(UNSCANNED, LoraSpec(16, 16.0))
     struct = jax.ShapeDtypeStruct
-    cond = Conditioning(struct((NUM, TEXT, UNSCANNED.joint_attention_dim), jnp.float32),
-                        struct((NUM, UNSCANNED.pooled_projection_dim), jnp.float32))
+    cond = Conditioning(
+        struct((NUM, TEXT, UNSCANNED.joint_attention_dim), jnp.float32),
+        struct((NUM, UNSCANNED.pooled_projection_dim), jnp.float32),
+    )
     xt, sigma = struct((NUM, SIDE, SIDE, 16), jnp.float32), struct((NUM,), jnp.float32)
 
     def forward(adapter, params, xt, sigma, cond):
         return velocity(model, params, adapter, xt, sigma, cond)
 
     def measured(f):
-        compiled = jax.jit(f).lower(adapter, params, xt, sigma, cond).compile(compiler_options=QUICK)
+        compiled = (
+            jax.jit(f).lower(adapter, params, xt, sigma, cond).compile(compiler_options=QUICK)
+        )
         return compiled.cost_analysis()["flops"] / NUM
 
     return flops.transformer(UNSCANNED, params, adapter, (SIDE // 2) ** 2, TEXT), forward, measured
@@ -53,19 +66,34 @@ def test_forward_pass_against_xla(unscanned):
 
 def test_gradient_of_the_adapter_against_xla(unscanned):
     work, forward, measured = unscanned
-    found = measured(lambda adapter, *rest: jax.grad(lambda a: jnp.sum(forward(a, *rest) ** 2))(adapter))
+    found = measured(
+        lambda adapter, *rest: jax.grad(lambda a: jnp.sum(forward(a, *rest) ** 2))(adapter)
+    )
     assert found == pytest.approx(work.forward + work.backward, rel=0.03)
 
 
 def test_decoder_against_xla():
-    model = autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig(
-        latent_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, norm_num_groups=8,
-        use_quant_conv=False, use_post_quant_conv=True))
+    model = autoencoder_kl.AutoencoderKL(
+        autoencoder_kl.VAEConfig(
+            latent_channels=8,
+            block_out_channels=(64, 128, 128),
+            layers_per_block=1,
+            norm_num_groups=8,
+            use_quant_conv=False,
+            use_post_quant_conv=True,
+        )
+    )
     params = autoencoder_kl.abstract_params(model)
     latents = jax.ShapeDtypeStruct((1, 16, 12, 8), jnp.float32)
-    compiled = jax.jit(lambda p, z: autoencoder_kl.decode(model, p, z)).lower(params, latents).compile(compiler_options=QUICK)
+    compiled = (
+        jax.jit(lambda p, z: autoencoder_kl.decode(model, p, z))
+        .lower(params, latents)
+        .compile(compiler_options=QUICK)
+    )
     # XLA does not count products with the zeros around a picture: about 1/12 of a 3 x 3 window at a side of 16.
-    assert compiled.cost_analysis()["flops"] == pytest.approx(flops.decoder(model.config, params, 16, 12), rel=0.1)
+    assert compiled.cost_analysis()["flops"] == pytest.approx(
+        flops.decoder(model.config, params, 16, 12), rel=0.1
+    )
 
 
 def test_sd35_medium_by_hand():
@@ -73,11 +101,15 @@ def test_sd35_medium_by_hand():
     params, adapter = shapes(SD35_MEDIUM, LoraSpec())
     work = flops.transformer(SD35_MEDIUM, params, adapter, 1024, 205)
     d, image, text = 1536, 1024, 205
-    dense = 24 * 12 * image * d**2 + 13 * 4 * image * d**2 + 23 * 12 * text * d**2 + 2 * text * d**2  # last: k and v
+    dense = (
+        24 * 12 * image * d**2 + 13 * 4 * image * d**2 + 23 * 12 * text * d**2 + 2 * text * d**2
+    )  # last: k and v
     attention = 23 * 2 * 1229**2 * d + 2 * image * 1229 * d + 13 * 2 * image**2 * d
     vector = d**2 * (24 * 6 + 13 * 3 + 23 * 6 + 2 + 2)
     ends = image * d * (64 + 64) + text * 4096 * d + d * (256 + d + 2048 + d)
     assert work.base == pytest.approx(2 * (dense + attention + vector + ends), rel=1e-9)
     low_rank = 2 * 2 * 32 * d * (24 * 4 * image + 23 * 4 * text + 2 * text)
     assert work.forward - work.base == pytest.approx(low_rank, rel=1e-9)
-    assert 0.95 < work.backward / work.base < 1.15  # a frozen base pays for one product backward, attention for two
+    assert (
+        0.95 < work.backward / work.base < 1.15
+    )  # a frozen base pays for one product backward, attention for two

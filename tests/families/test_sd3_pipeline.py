@@ -1,4 +1,5 @@
 """The whole pipeline against diffusers' on random weights: prompt embeddings, pixels, and what is missing."""
+
 from __future__ import annotations
 
 import json
@@ -19,7 +20,13 @@ from marble_jax.flow.solvers import solver_table
 from marble_jax.networks.clip import TextOutput
 from marble_jax.types import Conditioning
 
-PROMPTS = ["a red cat!", "", "a very long prompt that goes on and on and is cut", "a red cat!", 'sign saying "AB"']
+PROMPTS = [
+    "a red cat!",
+    "",
+    "a very long prompt that goes on and on and is cut",
+    "a red cat!",
+    'sign saying "AB"',
+]
 CLIP_LENGTH = 16
 
 
@@ -30,28 +37,54 @@ def relative_error(got, want) -> float:
 
 def clip_tokenizer(directory, pad: str):
     """Byte-level BPE with a few merges; "!" has id 0, so that it can be the pad token as in the second encoder."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    transformers, tokenizers = (
+        pytest.importorskip("transformers"),
+        pytest.importorskip("tokenizers"),
+    )
     directory.mkdir()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     merges = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>"), ("o", "n</w>")]
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     (directory / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
-    return transformers.CLIPTokenizer.from_pretrained(str(directory), pad_token=pad, model_max_length=CLIP_LENGTH)
+    (directory / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n"
+    )
+    return transformers.CLIPTokenizer.from_pretrained(
+        str(directory), pad_token=pad, model_max_length=CLIP_LENGTH
+    )
 
 
 def t5_tokenizer():
     """Unigram over words and characters, pad 0, end of sequence 1, unknown 2."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁red", -2.0), ("▁cat", -2.0), ("▁a", -2.0)]
+    transformers, tokenizers = (
+        pytest.importorskip("transformers"),
+        pytest.importorskip("tokenizers"),
+    )
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -20.0),
+        ("▁red", -2.0),
+        ("▁cat", -2.0),
+        ("▁a", -2.0),
+    ]
     pieces += [("▁", -6.0)]
     pieces += [(c, -8.0) for c in 'abcdefghijklmnopqrstuvwxyzAB!"']
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False)
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=32)
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=32,
+    )
 
 
 def build(directory):
@@ -63,31 +96,77 @@ def build(directory):
     second = clip_tokenizer(directory.parent / "clip_2", "!")
 
     def clip(tokenizer, width: int, projection: int, activation: str):
-        return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=projection,
-            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=CLIP_LENGTH, hidden_act=activation,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id))
+        return transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                projection_dim=projection,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=CLIP_LENGTH,
+                hidden_act=activation,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
 
     third = t5_tokenizer()
     pipeline = diffusers.StableDiffusion3Pipeline(
         transformer=diffusers.SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=20,
-            pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm"),
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=20,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=diffusers.AutoencoderKL(
-            block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(first, 12, 8, "quick_gelu"), tokenizer=first,
-        text_encoder_2=clip(second, 16, 12, "gelu"), tokenizer_2=second,
-        text_encoder_3=transformers.T5EncoderModel(transformers.T5Config(
-            vocab_size=len(third), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu")), tokenizer_3=third)
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            scaling_factor=1.5,
+            shift_factor=0.06,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=clip(first, 12, 8, "quick_gelu"),
+        tokenizer=first,
+        text_encoder_2=clip(second, 16, 12, "gelu"),
+        tokenizer_2=second,
+        text_encoder_3=transformers.T5EncoderModel(
+            transformers.T5Config(
+                vocab_size=len(third),
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+            )
+        ),
+        tokenizer_3=third,
+    )
     with torch.no_grad():
-        networks = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2,
-                    pipeline.text_encoder_3)
+        networks = (
+            pipeline.transformer,
+            pipeline.vae,
+            pipeline.text_encoder,
+            pipeline.text_encoder_2,
+            pipeline.text_encoder_3,
+        )
         for parameter in (p for network in networks for p in network.eval().parameters()):
             parameter.add_(0.05 * torch.randn_like(parameter))
     pipeline.save_pretrained(directory)
@@ -116,7 +195,8 @@ def their_embeddings(theirs, length: int):
     torch = pytest.importorskip("torch")
     with torch.no_grad():
         embeds, _, pooled, _ = theirs.encode_prompt(
-            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
+            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        )
     return embeds.numpy(), pooled.numpy()
 
 
@@ -131,10 +211,15 @@ def test_prompt_embeddings_match_diffusers(saved, ours):
 def test_prompt_embeddings_without_t5_match_diffusers(saved):
     diffusers = pytest.importorskip("diffusers")
     ours = load_pipeline(saved[1], text_encoder_3=False)
-    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(saved[1], text_encoder_3=None, tokenizer_3=None)
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        saved[1], text_encoder_3=None, tokenizer_3=None
+    )
     embeds, pooled = their_embeddings(theirs, 7)
     got = ours.encode_prompts(PROMPTS, 7)
-    assert got.embeds.shape == (5, CLIP_LENGTH + 7, 32) and not np.asarray(got.embeds[:, CLIP_LENGTH:]).any()
+    assert (
+        got.embeds.shape == (5, CLIP_LENGTH + 7, 32)
+        and not np.asarray(got.embeds[:, CLIP_LENGTH:]).any()
+    )
     assert relative_error(got.embeds, embeds) < 1e-5
     assert relative_error(got.pooled, pooled) < 1e-5
 
@@ -161,24 +246,35 @@ def test_equal_prompts_are_encoded_once_and_nothing_retraces(ours):
     assert np.abs(got.embeds[0] - got.embeds[1]).max() > 0
 
 
-@pytest.mark.parametrize(("guidance_scale", "negative", "t5"), [
-    (1.0, "", True), (4.0, "", True), (4.0, "blurred, low quality", True), (3.0, "a cat", False)])
+@pytest.mark.parametrize(
+    ("guidance_scale", "negative", "t5"),
+    [(1.0, "", True), (4.0, "", True), (4.0, "blurred, low quality", True), (3.0, "a cat", False)],
+)
 def test_pixels_match_diffusers(saved, ours, guidance_scale, negative, t5):
     """16 x 24 pixels, from the same latents."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     theirs = saved[0]
     if not t5:
         ours = load_pipeline(saved[1], text_encoder_3=False)
-        theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(saved[1], text_encoder_3=None, tokenizer_3=None)
+        theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(
+            saved[1], text_encoder_3=None, tokenizer_3=None
+        )
         theirs.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).normal(size=(2, *ours.latent_shape(16, 24))).astype(np.float32)
     prompts = PROMPTS[:1] + PROMPTS[2:3]
 
     def drawn(negative_prompt):
         return theirs(
-            prompts, negative_prompt=negative_prompt, latents=torch.from_numpy(noise).permute(0, 3, 1, 2), height=16,
-            width=24, num_inference_steps=4, guidance_scale=guidance_scale, max_sequence_length=9,
-            output_type="np").images
+            prompts,
+            negative_prompt=negative_prompt,
+            latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
+            height=16,
+            width=24,
+            num_inference_steps=4,
+            guidance_scale=guidance_scale,
+            max_sequence_length=9,
+            output_type="np",
+        ).images
 
     want = drawn(negative)
     sigmas = sigma_grid(4, ours.scheduler.shift, ours.scheduler.num_train_timesteps)
@@ -187,8 +283,12 @@ def test_pixels_match_diffusers(saved, ours, guidance_scale, negative, t5):
         return velocity(ours.model, ours.params, None, x, sigma, cond)
 
     cond, away = (ours.encode_prompts(texts, 9) for texts in (prompts, [negative] * 2))
-    latents = sample(guided(network, cond, away, guidance_scale), jnp.asarray(noise), sigmas,
-                     solver_table("euler", sigmas))
+    latents = sample(
+        guided(network, cond, away, guidance_scale),
+        jnp.asarray(noise),
+        sigmas,
+        solver_table("euler", sigmas),
+    )
     assert want.std() > 0.02
     np.testing.assert_allclose(ours.decode(latents, 2), want, atol=2e-5)
     if negative:
@@ -229,14 +329,20 @@ def test_dtype_and_placement(saved):
 
 def test_latent_shape(ours):
     assert ours.latent_shape(16, 24) == (8, 12, 4)
-    with pytest.raises(InputError, match="picture size: expected positive multiples of 4 pixels; received 16 x 18"):
+    with pytest.raises(
+        InputError, match="picture size: expected positive multiples of 4 pixels; received 16 x 18"
+    ):
         ours.latent_shape(16, 18)
 
 
 def test_bad_requests(ours):
-    with pytest.raises(InputError, match=r"prompts: expected a list of one or more texts; received \[\]"):
+    with pytest.raises(
+        InputError, match=r"prompts: expected a list of one or more texts; received \[\]"
+    ):
         ours.encode_prompts([], 4)
-    with pytest.raises(InputError, match="prompts: expected a list of one or more texts; received 'a cat'"):
+    with pytest.raises(
+        InputError, match="prompts: expected a list of one or more texts; received 'a cat'"
+    ):
         ours.encode_prompts("a cat", 4)
     with pytest.raises(InputError, match="max_sequence_length: expected 1 or more; received 0"):
         ours.encode_prompts(["a"], 0)
@@ -245,16 +351,24 @@ def test_bad_requests(ours):
 
 
 def test_missing_pieces(broken, tmp_path):
-    with pytest.raises(InputError, match="model: expected a directory or a Hub name owner/model; received '.*nowhere'"):
+    with pytest.raises(
+        InputError,
+        match="model: expected a directory or a Hub name owner/model; received '.*nowhere'",
+    ):
         load_pipeline(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="model_index.json: expected a readable JSON file; received FileNotFoundError"):
+    with pytest.raises(
+        InputError,
+        match="model_index.json: expected a readable JSON file; received FileNotFoundError",
+    ):
         load_pipeline(tmp_path / "empty")
     shutil.rmtree(broken / "text_encoder_2")
     with pytest.raises(InputError, match="text_encoder_2: expected a model component directory"):
         load_pipeline(broken)
     shutil.rmtree(broken / "tokenizer")
-    with pytest.raises(InputError, match="tokenizer: expected a tokenizer directory; received no such directory"):
+    with pytest.raises(
+        InputError, match="tokenizer: expected a tokenizer directory; received no such directory"
+    ):
         load_pipeline(broken)
     (broken / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(InputError, match="scheduler_config.json: expected a readable JSON file"):
@@ -263,11 +377,26 @@ def test_missing_pieces(broken, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
-    [("model_index.json", {"vae": None}, "expected a component 'vae'; received none"),
-     ("model_index.json", {"vae": [None, None]}, "expected a component 'vae'; received none"),
-     ("model_index.json", {"_class_name": "FluxPipeline"}, "a StableDiffusion3Pipeline; received FluxPipeline"),
-     ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting: expected false"),
-     ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "at most the text encoders' 16 .*received 77")])
+    [
+        ("model_index.json", {"vae": None}, "expected a component 'vae'; received none"),
+        ("model_index.json", {"vae": [None, None]}, "expected a component 'vae'; received none"),
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline"},
+            "a StableDiffusion3Pipeline; received FluxPipeline",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"use_dynamic_shifting": True},
+            "use_dynamic_shifting: expected false",
+        ),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"model_max_length": 77},
+            "at most the text encoders' 16 .*received 77",
+        ),
+    ],
+)
 def test_unusable_configs(broken, file, changes, message):
     content = json.loads((broken / file).read_text())
     (broken / file).write_text(json.dumps({**content, **changes}))
@@ -280,10 +409,14 @@ def test_malformed_files(broken):
     with pytest.raises(InputError, match="tokenizer_3: expected the files of a .*; received"):
         load_tokenizer(broken / "tokenizer_3", "PreTrainedTokenizerFast")
     (broken / "model_index.json").write_text("[1]")
-    with pytest.raises(InputError, match="model_index.json: expected a JSON object; received a list"):
+    with pytest.raises(
+        InputError, match="model_index.json: expected a JSON object; received a list"
+    ):
         load_pipeline(broken)
     (broken / "model_index.json").write_text("{")
-    with pytest.raises(InputError, match="model_index.json: expected valid JSON; received an error at"):
+    with pytest.raises(
+        InputError, match="model_index.json: expected valid JSON; received an error at"
+    ):
         load_pipeline(broken)
 
 
@@ -293,21 +426,39 @@ def test_networks_that_do_not_fit_each_other(ours):
     def text(width=32, pooled=20, encoders=encoders):
         return TextEncoders(ours.directory, encoders, ours.text.tokenizers, width, pooled)
 
-    with pytest.raises(InputError, match="pooled CLIP width: expected the transformer's 24; received 20"):
+    with pytest.raises(
+        InputError, match="pooled CLIP width: expected the transformer's 24; received 20"
+    ):
         text(pooled=24)
-    with pytest.raises(InputError, match="text_encoder_3 width: expected the transformer's 40; received 32"):
+    with pytest.raises(
+        InputError, match="text_encoder_3 width: expected the transformer's 40; received 32"
+    ):
         text(width=40)
     with pytest.raises(InputError, match="joint CLIP width: expected at most 24; received 28"):
         text(width=24, encoders=[*encoders[:2], None])
-    wider = ours.model.clone(config=type(ours.model.config)(**{**vars(ours.model.config), "in_channels": 8}))
-    with pytest.raises(InputError, match="VAE latent channels: expected the transformer's 8; received 4"):
-        type(ours)(ours.directory, (wider, ours.params), (ours.vae, ours.vae_params), ours.text, ours.scheduler)
+    wider = ours.model.clone(
+        config=type(ours.model.config)(**{**vars(ours.model.config), "in_channels": 8})
+    )
+    with pytest.raises(
+        InputError, match="VAE latent channels: expected the transformer's 8; received 4"
+    ):
+        type(ours)(
+            ours.directory,
+            (wider, ours.params),
+            (ours.vae, ours.vae_params),
+            ours.text,
+            ours.scheduler,
+        )
 
 
 def test_without_text_encoders(saved, ours):
     bare = load_pipeline(saved[1], text_encoders=False)
-    assert bare.text is None and jax.tree.all(jax.tree.map(np.array_equal, bare.params, ours.params))
-    with pytest.raises(InputError, match="expected text encoders; received a pipeline loaded without"):
+    assert bare.text is None and jax.tree.all(
+        jax.tree.map(np.array_equal, bare.params, ours.params)
+    )
+    with pytest.raises(
+        InputError, match="expected text encoders; received a pipeline loaded without"
+    ):
         bare.encode_prompts(["a"], 4)
 
 
@@ -322,15 +473,24 @@ def test_hub_download(saved, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert find_model("owner/model-3.5", "main", text_encoder_3=False) == saved[1]
     assert asked["name"] == "owner/model-3.5" and asked["revision"] == "main"
-    assert "transformer/*" in asked["allow_patterns"] and "text_encoder_3/*" in asked["ignore_patterns"]
+    assert (
+        "transformer/*" in asked["allow_patterns"]
+        and "text_encoder_3/*" in asked["ignore_patterns"]
+    )
     assert find_model("owner/model") == saved[1] and asked["ignore_patterns"] == ["*.fp16*"]
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("GatedRepoError", "expected access to a gated Hub model; received a refusal"),
-     ("RepositoryNotFoundError", "expected a directory or a Hub model; received neither"),
-     ("LocalEntryNotFoundError", "reachable Hub; received no such directory and LocalEntryNotFoundError")])
+    [
+        ("GatedRepoError", "expected access to a gated Hub model; received a refusal"),
+        ("RepositoryNotFoundError", "expected a directory or a Hub model; received neither"),
+        (
+            "LocalEntryNotFoundError",
+            "reachable Hub; received no such directory and LocalEntryNotFoundError",
+        ),
+    ],
+)
 def test_hub_refusals(kind, message, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     kind = getattr(hub.errors, kind)

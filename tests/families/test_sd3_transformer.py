@@ -1,4 +1,5 @@
 """The transformer against diffusers and PEFT on tiny random weights, from the embeddings up to the whole model."""
+
 import dataclasses
 import math
 import re
@@ -75,8 +76,14 @@ def inputs(config, num=2, height=8, width=12, tokens=5):
     """Latents, sigma and conditioning; non-square, as are all pictures here."""
     rng = np.random.default_rng(3)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    cond = Conditioning(draw(num, tokens, config.joint_attention_dim), draw(num, config.pooled_projection_dim))
-    return draw(num, height, width, config.in_channels), np.asarray([0.913349, 0.0089286][:num], np.float32), cond
+    cond = Conditioning(
+        draw(num, tokens, config.joint_attention_dim), draw(num, config.pooled_projection_dim)
+    )
+    return (
+        draw(num, height, width, config.in_channels),
+        np.asarray([0.913349, 0.0089286][:num], np.float32),
+        cond,
+    )
 
 
 def torch_velocity(model, xt, sigma, cond):
@@ -103,7 +110,9 @@ def random_adapter(params, spec=SPEC, seed=0):
     """Adapter with both leaves random: a fresh one would be the identity."""
     adapter = jax.eval_shape(lambda key: init_adapter(key, params, spec), jax.random.key(0))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), adapter)
+    return jax.tree.map(
+        lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), adapter
+    )
 
 
 @pytest.mark.parametrize("size", [(8, 12), (24, 6)])
@@ -126,22 +135,33 @@ def test_time_text_embedding(pair):
     torch = pytest.importorskip("torch")
     theirs, _, params, _ = pair
     _, sigma, cond = inputs(TINY)
-    out = TimeTextEmbed(TINY.width).apply({"params": params["time_text_embed"]}, sigma * 1000, cond.pooled)
+    out = TimeTextEmbed(TINY.width).apply(
+        {"params": params["time_text_embed"]}, sigma * 1000, cond.pooled
+    )
     with torch.no_grad():
-        assert_close(out, theirs.time_text_embed(torch.from_numpy(sigma * 1000), torch.from_numpy(cond.pooled)))
+        assert_close(
+            out,
+            theirs.time_text_embed(torch.from_numpy(sigma * 1000), torch.from_numpy(cond.pooled)),
+        )
 
 
-@pytest.mark.parametrize("index, run, offset", [(1, "blocks_0", 1), (3, "blocks_2", 1), (4, "block_4", None)])
+@pytest.mark.parametrize(
+    "index, run, offset", [(1, "blocks_0", 1), (3, "blocks_2", 1), (4, "block_4", None)]
+)
 def test_block(pair, index, run, offset):
     torch = pytest.importorskip("torch")
     theirs, _, params, _ = pair
     rng = np.random.default_rng(5)
-    x, c, temb = (rng.standard_normal(s).astype(np.float32) for s in ((2, 6, 16), (2, 5, 16), (2, 16)))
+    x, c, temb = (
+        rng.standard_normal(s).astype(np.float32) for s in ((2, 6, 16), (2, 5, 16), (2, 16))
+    )
     own = params[run] if offset is None else jax.tree.map(lambda leaf: leaf[offset], params[run])
     block = jax.jit(Block(TINY, dual=index < 2, last=index == 4).apply, compiler_options=QUICK)
     (x_out, c_out), _ = block({"params": own}, (x, c), temb)
     with torch.no_grad():
-        c_ref, x_ref = theirs.transformer_blocks[index](*(torch.from_numpy(a) for a in (x, c, temb)))
+        c_ref, x_ref = theirs.transformer_blocks[index](
+            *(torch.from_numpy(a) for a in (x, c, temb))
+        )
     assert_close(x_out, x_ref)
     assert c_ref is None if index == 4 else assert_close(c_out, c_ref) is None
 
@@ -182,7 +202,11 @@ def test_weights_round_trip_bit_for_bit(pair):
 
 @pytest.mark.parametrize(
     "config, tensors, parameters",
-    [(SD35_MEDIUM, 909, 2_243_171_520), (SD3_MEDIUM, 683, 2_028_328_000), (SD35_LARGE, 1227, 8_056_627_520)],
+    [
+        (SD35_MEDIUM, 909, 2_243_171_520),
+        (SD3_MEDIUM, 683, 2_028_328_000),
+        (SD35_LARGE, 1227, 8_056_627_520),
+    ],
 )
 def test_published_sizes(config, tensors, parameters):
     shapes = abstract_params(MMDiT(config))
@@ -195,7 +219,10 @@ def test_lora_matches_peft(pair, tmp_path):
     theirs = type(pair[0]).from_pretrained(pair[3])
     theirs.add_adapter(
         peft.LoraConfig(
-            r=SPEC.rank, lora_alpha=SPEC.alpha, target_modules=list(SPEC.targets), init_lora_weights="gaussian"
+            r=SPEC.rank,
+            lora_alpha=SPEC.alpha,
+            target_modules=list(SPEC.targets),
+            init_lora_weights="gaussian",
         )
     )
     generator, pairs = torch.Generator().manual_seed(1), {}
@@ -208,7 +235,9 @@ def test_lora_matches_peft(pair, tmp_path):
     _, model, params, _ = pair
     out = run_velocity(model, params, stack(pairs, params), *inputs(TINY))
     assert_close(out, torch_velocity(theirs, *inputs(TINY)))
-    assert np.linalg.norm(out - run_velocity(model, params, None, *inputs(TINY))) > 0.1 * np.linalg.norm(out)
+    assert np.linalg.norm(
+        out - run_velocity(model, params, None, *inputs(TINY))
+    ) > 0.1 * np.linalg.norm(out)
 
 
 OTHER_TARGETS = (
@@ -223,7 +252,9 @@ def test_merged_equals_unmerged(pair, targets):
     _, model, params, _ = pair
     adapter = random_adapter(params, LoraSpec(3, 6.0, targets))
     want = run_velocity(model, params, adapter, *inputs(TINY))
-    assert_close(run_velocity(model, merge(params, adapter, model.lora_scale), None, *inputs(TINY)), want)
+    assert_close(
+        run_velocity(model, merge(params, adapter, model.lora_scale), None, *inputs(TINY)), want
+    )
 
 
 def test_new_adapter_is_the_identity(pair):
@@ -235,14 +266,19 @@ def test_new_adapter_is_the_identity(pair):
 
 def gradient(model, params, adapter, xt, sigma, cond):
     """Of a scalar of the velocity, over the adapter."""
-    return jax.grad(lambda a: jnp.sum(jnp.sin(velocity(model, params, a, xt, sigma, cond))))(adapter)
+    return jax.grad(lambda a: jnp.sum(jnp.sin(velocity(model, params, a, xt, sigma, cond))))(
+        adapter
+    )
 
 
 run_gradient = jax.jit(gradient, static_argnums=0, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("changes", [
-    {"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"unroll": 50, "remat": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"unroll": 50, "remat": "full"}],
+    ids=str,
+)
 def test_how_a_run_of_blocks_is_compiled_keeps_the_gradient(pair, changes):
     _, model, params, _ = pair
     adapter = random_adapter(params)
@@ -254,7 +290,11 @@ def test_how_a_run_of_blocks_is_compiled_keeps_the_gradient(pair, changes):
 @pytest.mark.parametrize("unroll, shown", [(1, {1}), (2, {2}), (50, {2})])
 def test_blocks_in_one_turn_are_at_most_those_of_a_run(pair, unroll, shown):
     _, model, params, _ = pair
-    jaxpr = str(jax.make_jaxpr(lambda *args: velocity(model.clone(unroll=unroll), params, None, *args))(*inputs(TINY)))
+    jaxpr = str(
+        jax.make_jaxpr(lambda *args: velocity(model.clone(unroll=unroll), params, None, *args))(
+            *inputs(TINY)
+        )
+    )
     assert {int(n) for n in re.findall(r"\bunroll=(\d+)", jaxpr)} == shown
 
 
@@ -272,11 +312,21 @@ def test_gradient_matches_finite_differences(pair):
     _, model, params, _ = pair
     adapter, direction = random_adapter(params), random_adapter(params, seed=1)
     objective = lambda s: jnp.sum(
-        jnp.sin(run_velocity(model, params, jax.tree.map(lambda a, d: a + s * d, adapter, direction), *inputs(TINY)))
+        jnp.sin(
+            run_velocity(
+                model,
+                params,
+                jax.tree.map(lambda a, d: a + s * d, adapter, direction),
+                *inputs(TINY),
+            )
+        )
     )
     slope = (objective(1e-2) - objective(-1e-2)) / 2e-2
     grads = run_gradient(model, params, adapter, *inputs(TINY))
-    inner = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
+    inner = sum(
+        jnp.vdot(g, d)
+        for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True)
+    )
     np.testing.assert_allclose(inner, slope, rtol=1e-2)
 
 
@@ -285,12 +335,18 @@ def test_vmap_over_one_adapter_per_sample(pair):
     xt, sigma, cond = inputs(TINY)
     adapters = [random_adapter(params), random_adapter(params, seed=1)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
-    single = lambda a, x, s, c: gradient(model, params, a, x[None], s, jax.tree.map(lambda y: y[None], c))
+    single = lambda a, x, s, c: gradient(
+        model, params, a, x[None], s, jax.tree.map(lambda y: y[None], c)
+    )
     together = jax.jit(jax.vmap(single), compiler_options=QUICK)(stacked, xt, sigma, cond)
     for i, adapter in enumerate(adapters):
         own = jax.tree.map(lambda y, i=i: y[i : i + 1], (xt, sigma, cond))
         alone = run_gradient(model, params, adapter, *own)
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), together, alone)
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5),
+            together,
+            alone,
+        )
 
 
 def test_depth_does_not_change_the_program():
@@ -298,7 +354,11 @@ def test_depth_does_not_change_the_program():
         config = dataclasses.replace(TINY, num_layers=layers)
         model = MMDiT(config)
         shapes = abstract_params(model)
-        return len(str(jax.make_jaxpr(lambda p: velocity(model, p, None, *inputs(config)))(shapes)).splitlines())
+        return len(
+            str(
+                jax.make_jaxpr(lambda p: velocity(model, p, None, *inputs(config)))(shapes)
+            ).splitlines()
+        )
 
     assert equations(30) == equations(5)
 
@@ -315,7 +375,11 @@ def test_attention_implementations_agree_with_numpy(name):
 
 
 def test_config_ignores_private_keys():
-    config = {**dataclasses.asdict(TINY), "_class_name": "SD3Transformer2DModel", "dual_attention_layers": [0, 1]}
+    config = {
+        **dataclasses.asdict(TINY),
+        "_class_name": "SD3Transformer2DModel",
+        "dual_attention_layers": [0, 1],
+    }
     assert MMDiTConfig.from_dict(config) == TINY
 
 
@@ -324,7 +388,10 @@ def test_config_ignores_private_keys():
     [
         ({"num_layer": 3}, r"received 'num_layer'; did you mean 'num_layers'\?"),
         ({"qk_norm": "layer_norm"}, "expected qk_norm 'rms_norm' or null; received 'layer_norm'"),
-        ({"caption_projection_dim": 8}, r"num_attention_heads \* attention_head_dim = 16; received 8"),
+        (
+            {"caption_projection_dim": 8},
+            r"num_attention_heads \* attention_head_dim = 16; received 8",
+        ),
         ({"dual_attention_layers": [5]}, r"expected dual_attention_layers in 0..4; received \[5\]"),
     ],
 )
@@ -336,9 +403,21 @@ def test_config_errors(change, message):
 @pytest.mark.parametrize(
     "options, shape, message",
     [
-        ({"remat": "ful"}, (1, 4, 4, 3), "remat: expected one of none, full, dots; received 'ful'; did you"),
-        ({"attention": "flash"}, (1, 4, 4, 3), "attention: expected one of xla, einsum, cudnn, splash, auto"),
-        ({"attention": "cudnn"}, (1, 4, 4, 3), "attention 'cudnn': expected float16 or bfloat16; received float32"),
+        (
+            {"remat": "ful"},
+            (1, 4, 4, 3),
+            "remat: expected one of none, full, dots; received 'ful'; did you",
+        ),
+        (
+            {"attention": "flash"},
+            (1, 4, 4, 3),
+            "attention: expected one of xla, einsum, cudnn, splash, auto",
+        ),
+        (
+            {"attention": "cudnn"},
+            (1, 4, 4, 3),
+            "attention 'cudnn': expected float16 or bfloat16; received float32",
+        ),
         ({"table_side": 5}, (1, 4, 4, 3), "table_side: expected an even side up to 12; received 5"),
         ({}, (1, 5, 4, 3), "latents: expected sides divisible by 2 and up to 24; received 5 x 4"),
         ({}, (1, 4, 26, 3), "latents: expected sides divisible by 2 and up to 24; received 4 x 26"),

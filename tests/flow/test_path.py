@@ -1,4 +1,5 @@
 """The straight path: endpoints, and velocity and clean estimate as inverses."""
+
 import jax.numpy as jnp
 import numpy as np
 

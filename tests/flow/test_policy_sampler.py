@@ -1,4 +1,5 @@
 """Samplers against a loop in NumPy, and the cutting of work into batches."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ COND = Conditioning(embeds=jnp.zeros((3, 1, 1)), pooled=jnp.asarray(POOLED))
 def _velocity(params, adapter, xt, sigma, cond):
     assert sigma.shape == xt.shape[:1]
     shift = 0.0 if adapter is None else adapter
-    return jnp.tanh(params * xt + sigma[:, None, None, None] + cond.pooled[:, :, None, None]) + shift
+    return (
+        jnp.tanh(params * xt + sigma[:, None, None, None] + cond.pooled[:, :, None, None]) + shift
+    )
 
 
 def _numpy_velocity(weight, shift, x, sigma):
@@ -34,6 +37,7 @@ def _euler(sigmas, seen, weight=0.7, shift=0.0):
 
 def _dpm2(sigmas, seen, weight=0.7, shift=0.0):
     """DPM-Solver++ (2M) in its own words: half log-SNR steps, data prediction, first order at both ends."""
+
     def lam(s):
         return np.log((1 - s) / s)
 
@@ -56,14 +60,18 @@ def test_sampler_equals_a_numpy_loop(solver, twin):
     found = run(0.7, None, COND, jnp.asarray(NOISE))
     assert found.dtype == jnp.float32 and found.shape == NOISE.shape
     np.testing.assert_allclose(found, twin(sigmas, sigmas), atol=1e-5)
-    np.testing.assert_allclose(run(0.7, 0.4, COND, jnp.asarray(NOISE)), twin(sigmas, sigmas, shift=0.4), atol=1e-5)
+    np.testing.assert_allclose(
+        run(0.7, 0.4, COND, jnp.asarray(NOISE)), twin(sigmas, sigmas, shift=0.4), atol=1e-5
+    )
 
 
 def test_integer_timesteps_change_what_the_network_sees_and_nothing_else():
     sigmas = sigma_grid(6, 3.0).astype(np.float64)
     seen = np.floor(sigmas.astype(np.float32) * np.float32(1000)).astype(np.float64) / 1000
     assert np.any(seen[:-1] != sigmas[:-1])
-    found = make_sampler(_velocity, 6, "euler", 3.0, integer_timesteps=True)(0.7, None, COND, jnp.asarray(NOISE))
+    found = make_sampler(_velocity, 6, "euler", 3.0, integer_timesteps=True)(
+        0.7, None, COND, jnp.asarray(NOISE)
+    )
     np.testing.assert_allclose(found, _euler(sigmas, seen), atol=1e-5)
     assert np.abs(_euler(sigmas, seen) - _euler(sigmas, sigmas)).max() > 1e-4
 
@@ -88,8 +96,15 @@ def test_an_unknown_solver_is_refused():
         make_sampler(_velocity, 2, "heun", 1.0)
 
 
-@pytest.mark.parametrize("count, size, expected", [
-    (6, 3, [[0, 1, 2], [3, 4, 5]]), (5, 3, [[0, 1, 2], [3, 4, 4]]), (1, 4, [[0, 0, 0, 0]]),
-    (4, 1, [[0], [1], [2], [3]]), (0, 3, [])])
+@pytest.mark.parametrize(
+    "count, size, expected",
+    [
+        (6, 3, [[0, 1, 2], [3, 4, 5]]),
+        (5, 3, [[0, 1, 2], [3, 4, 4]]),
+        (1, 4, [[0, 0, 0, 0]]),
+        (4, 1, [[0], [1], [2], [3]]),
+        (0, 3, []),
+    ],
+)
 def test_batches_cover_every_index_and_are_all_of_one_size(count, size, expected):
     assert [b.tolist() for b in batches(count, size)] == expected

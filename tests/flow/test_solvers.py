@@ -1,4 +1,5 @@
 """Solver tables and the loop against independent NumPy float64 integrators, diffusers, and published weights."""
+
 import warnings
 
 import jax
@@ -9,8 +10,33 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.flow import levels, sampler, solvers
 
-WEIGHTS = [0, 0, .3063, .3722, .4077, .4306, .4469, .4593, .4694, .4780, .4857, .4928, .4998, .5068, .5142, .5224,
-           .5319, .5434, .5582, .5788, .6102, .6660, .7987, 1.9493, 0]
+WEIGHTS = [
+    0,
+    0,
+    0.3063,
+    0.3722,
+    0.4077,
+    0.4306,
+    0.4469,
+    0.4593,
+    0.4694,
+    0.4780,
+    0.4857,
+    0.4928,
+    0.4998,
+    0.5068,
+    0.5142,
+    0.5224,
+    0.5319,
+    0.5434,
+    0.5582,
+    0.5788,
+    0.6102,
+    0.6660,
+    0.7987,
+    1.9493,
+    0,
+]
 
 
 def _velocity(x, sigma, module=np):
@@ -47,7 +73,10 @@ def _dpm2(x, sigmas):
         if i in (0, num_steps - 1):
             x_next = (1 - tau) * data + tau * (x - (1 - sigma) * data) / sigma
         else:
-            h, h_before = half_log_snr[i + 1] - half_log_snr[i], half_log_snr[i] - half_log_snr[i - 1]
+            h, h_before = (
+                half_log_snr[i + 1] - half_log_snr[i],
+                half_log_snr[i] - half_log_snr[i - 1],
+            )
             slope = (data - before) / (h_before / h)
             grow = (1 - tau) * -np.expm1(-h)
             x_next = tau / sigma * x + grow * data + 0.5 * grow * slope
@@ -56,16 +85,21 @@ def _dpm2(x, sigmas):
 
 
 def test_published_correction_weights():
-    np.testing.assert_allclose(solvers.correction_weights(levels.sigma_grid(25)), WEIGHTS, atol=5.1e-5)
+    np.testing.assert_allclose(
+        solvers.correction_weights(levels.sigma_grid(25)), WEIGHTS, atol=5.1e-5
+    )
 
 
-@pytest.mark.parametrize(("name", "reference"), [
-    ("euler", _euler), ("ddim", _ddim), ("dpm1", _ddim), ("dpm2", _dpm2)])
+@pytest.mark.parametrize(
+    ("name", "reference"), [("euler", _euler), ("ddim", _ddim), ("dpm1", _ddim), ("dpm2", _dpm2)]
+)
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 25])
 def test_loop_matches_float64_integrator(name, reference, num_steps):
     sigmas = levels.sigma_grid(num_steps)
     table = solvers.solver_table(name, sigmas)
-    got = sampler.sample(lambda x, s: _velocity(x, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas, table)
+    got = sampler.sample(
+        lambda x, s: _velocity(x, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas, table
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         want = reference(_noise(), sigmas.astype(np.float64))
@@ -82,8 +116,11 @@ def test_a_run_that_starts_below_one_is_second_order_from_step_one():
 def test_one_hand_computed_step():
     table = solvers.dpm2(np.array([1.0, 0.8, 0.5, 0.2, 0.0]))
     weight = np.log(4) / (2 * np.log(4))
-    np.testing.assert_allclose([table.state[2], table.current[2], table.previous[2]],
-                               [0.4, 0.6 * (1 + weight), -0.6 * weight], rtol=1e-12)
+    np.testing.assert_allclose(
+        [table.state[2], table.current[2], table.previous[2]],
+        [0.4, 0.6 * (1 + weight), -0.6 * weight],
+        rtol=1e-12,
+    )
     np.testing.assert_allclose([table.state[3], table.current[3], table.previous[3]], [0, 1, 0])
 
 
@@ -108,23 +145,36 @@ def test_euler_equals_diffusers():
     for t in scheduler.timesteps:
         x = scheduler.step(torch.tensor(_velocity(x.numpy(), float(t) / 1000)), t, x).prev_sample
     sigmas = levels.sigma_grid(12)
-    got = sampler.sample(lambda z, s: _velocity(z, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas,
-                         solvers.solver_table("euler", sigmas))
+    got = sampler.sample(
+        lambda z, s: _velocity(z, s, jnp),
+        jnp.asarray(_noise(), jnp.float32),
+        sigmas,
+        solvers.solver_table("euler", sigmas),
+    )
     np.testing.assert_allclose(got, x.numpy(), atol=1e-5)
 
 
 def test_the_network_can_be_shown_other_levels_than_the_solver_uses():
     sigmas = levels.sigma_grid(3)
-    seen = sampler.sample(lambda x, s: jnp.full_like(x, s), jnp.zeros((1, 1)), sigmas,
-                          solvers.first_order(sigmas), network_sigmas=np.array([0.5, 0.25, 0.125]))
+    seen = sampler.sample(
+        lambda x, s: jnp.full_like(x, s),
+        jnp.zeros((1, 1)),
+        sigmas,
+        solvers.first_order(sigmas),
+        network_sigmas=np.array([0.5, 0.25, 0.125]),
+    )
     steps = np.diff(sigmas.astype(np.float64))
     np.testing.assert_allclose(seen[0, 0], steps @ [0.5, 0.25, 0.125], rtol=1e-5)
 
 
 def test_state_stays_float32_for_a_half_precision_network():
     sigmas = levels.sigma_grid(4)
-    out = sampler.sample(lambda x, s: (x * s).astype(jnp.bfloat16), jnp.ones((2, 2), jnp.bfloat16), sigmas,
-                         solvers.dpm2(sigmas))
+    out = sampler.sample(
+        lambda x, s: (x * s).astype(jnp.bfloat16),
+        jnp.ones((2, 2), jnp.bfloat16),
+        sigmas,
+        solvers.dpm2(sigmas),
+    )
     assert out.dtype == jnp.float32
 
 
@@ -136,7 +186,9 @@ def test_guidance_mixes_and_switches_off_at_one():
         return x + cond["c"]
 
     x, cond, negative = jnp.ones((2, 3)), {"c": jnp.full((2, 1), 5.0)}, {"c": jnp.full((2, 1), 2.0)}
-    np.testing.assert_allclose(sampler.guided(velocity, cond, negative, 4.0)(x, 0.5), 1 + 2 + 4 * (5 - 2))
+    np.testing.assert_allclose(
+        sampler.guided(velocity, cond, negative, 4.0)(x, 0.5), 1 + 2 + 4 * (5 - 2)
+    )
     np.testing.assert_allclose(sampler.guided(velocity, cond, None, 1.0)(x, 0.5), 6.0)
     assert calls == [4, 2]
 
@@ -153,14 +205,30 @@ def test_sampling_compiles_to_one_network_call():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: solvers.solver_table("dpm3", levels.sigma_grid(3)), "solver: expected one of euler.*received 'dpm3'"),
-    (lambda: solvers.first_order(np.array([0.5, 0.7, 0.0])), "noise levels: expected .* strictly decreasing"),
-    (lambda: solvers.first_order(np.array([1.0])), "noise levels: expected"),
-    (lambda: solvers.first_order(np.array([1.5, 0.0])), "noise levels: expected"),
-    (lambda: sampler.sample(lambda x, s: x, jnp.ones((1, 1)), levels.sigma_grid(4),
-                            solvers.first_order(levels.sigma_grid(3))),
-     "expected 4 for a solver table of 3 steps; received 5")])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: solvers.solver_table("dpm3", levels.sigma_grid(3)),
+            "solver: expected one of euler.*received 'dpm3'",
+        ),
+        (
+            lambda: solvers.first_order(np.array([0.5, 0.7, 0.0])),
+            "noise levels: expected .* strictly decreasing",
+        ),
+        (lambda: solvers.first_order(np.array([1.0])), "noise levels: expected"),
+        (lambda: solvers.first_order(np.array([1.5, 0.0])), "noise levels: expected"),
+        (
+            lambda: sampler.sample(
+                lambda x, s: x,
+                jnp.ones((1, 1)),
+                levels.sigma_grid(4),
+                solvers.first_order(levels.sigma_grid(3)),
+            ),
+            "expected 4 for a solver table of 3 steps; received 5",
+        ),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()

@@ -1,4 +1,5 @@
 """MARBLE's combination and the fixed ones on explicit gradients."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,14 @@ from marble_jax.errors import InputError
 from marble_jax.harmonize import qp
 from marble_jax.harmonize.balancers import Fixed, Marble, WeightedSum
 
-ALL = [Marble(), Marble(normalize=False), Fixed(), Fixed(normalize=True), WeightedSum(), Marble(groups=(0, 0, 1, 1))]
+ALL = [
+    Marble(),
+    Marble(normalize=False),
+    Fixed(),
+    Fixed(normalize=True),
+    WeightedSum(),
+    Marble(groups=(0, 0, 1, 1)),
+]
 
 
 def _gradients(seed=0, count=4):
@@ -29,10 +37,14 @@ def test_marble_is_the_shortest_mix_of_unit_gradients_at_the_mean_norm(seed):
     got = _solve(Marble(), g)
     norms = np.linalg.norm(g, axis=1)
     alpha = np.asarray(got.alpha, np.float64)
-    np.testing.assert_allclose(got.weights @ g, norms.mean() * alpha @ (g / norms[:, None]), rtol=1e-4)
+    np.testing.assert_allclose(
+        got.weights @ g, norms.mean() * alpha @ (g / norms[:, None]), rtol=1e-4
+    )
     np.testing.assert_allclose(got.weights, got.alpha * got.scale, rtol=1e-6)
     assert float(got.kkt_residual) <= 1e-6 and alpha.sum() == pytest.approx(1, abs=1e-6)
-    assert float(got.min_norm) == pytest.approx(np.linalg.norm(alpha @ (g / norms[:, None])), abs=1e-4)
+    assert float(got.min_norm) == pytest.approx(
+        np.linalg.norm(alpha @ (g / norms[:, None])), abs=1e-4
+    )
     np.testing.assert_allclose(got.norms, norms, rtol=1e-5)
 
 
@@ -74,7 +86,9 @@ def test_groups_enter_as_the_mean_of_their_usable_members():
     got = _solve(Marble(groups=(0, 0, 1, 1)), g)
     means = np.array([[1.0, 1.0], [-1.0, 3.0]])
     two = _solve(Marble(), means)
-    np.testing.assert_allclose(got.alpha, [two.alpha[0] / 2, two.alpha[0] / 2, two.alpha[1], 0], atol=1e-6)
+    np.testing.assert_allclose(
+        got.alpha, [two.alpha[0] / 2, two.alpha[0] / 2, two.alpha[1], 0], atol=1e-6
+    )
     np.testing.assert_allclose(got.weights[:3] @ g[:3], two.weights @ means, rtol=1e-4)
     np.testing.assert_array_equal(got.used, [True, True, True, False])
 
@@ -100,8 +114,12 @@ def test_nothing_usable_means_no_update(balancer):
 @pytest.mark.parametrize("balancer", ALL, ids=str)
 def test_jit_keeps_the_answer_and_the_dtype(balancer):
     g = _gradients(2)
-    eager, compiled = _solve(balancer, g), jax.jit(lambda m, v: balancer(m, v, ()))(
-        jnp.asarray(g @ g.T, jnp.float32), jnp.ones(4, bool))
+    eager, compiled = (
+        _solve(balancer, g),
+        jax.jit(lambda m, v: balancer(m, v, ()))(
+            jnp.asarray(g @ g.T, jnp.float32), jnp.ones(4, bool)
+        ),
+    )
     np.testing.assert_allclose(eager.weights, compiled.weights, rtol=1e-4, atol=1e-6)
     assert compiled.weights.dtype == jnp.float32
 
@@ -109,8 +127,12 @@ def test_jit_keeps_the_answer_and_the_dtype(balancer):
 def test_fixed_shares_are_renormalised_over_the_usable():
     g = np.diag([1.0, 2.0, 3.0])
     np.testing.assert_allclose(_solve(Fixed(), g, [True, True, False]).weights, [0.5, 0.5, 0])
-    np.testing.assert_allclose(_solve(Fixed((0.5, 0.3, 0.2)), g, [False, True, True]).weights, [0, 0.6, 0.4], rtol=1e-6)
-    np.testing.assert_allclose(_solve(Fixed(normalize=True), g).weights, [2 / 3, 1 / 3, 2 / 9], rtol=1e-6)
+    np.testing.assert_allclose(
+        _solve(Fixed((0.5, 0.3, 0.2)), g, [False, True, True]).weights, [0, 0.6, 0.4], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        _solve(Fixed(normalize=True), g).weights, [2 / 3, 1 / 3, 2 / 9], rtol=1e-6
+    )
     np.testing.assert_allclose(_solve(Fixed((1.0, 0.0, 0.0)), g, [False, True, True]).weights, 0)
 
 
@@ -120,14 +142,26 @@ def test_weighted_sum_keeps_its_weights():
     np.testing.assert_allclose(got.alpha, [1 / 3, 2 / 3, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: Marble(reward_weights=(1.0, 0.0)), "reward weights: expected numbers above 0"),
-    (lambda: Marble(alpha_floor=-0.1), r"alpha floor: expected a number in \[0, 1 / K\]; received -0.1"),
-    (lambda: _solve(Marble(reward_weights=(1.0,)), np.eye(2)),
-     "reward weights: expected one number for each of 2 rewards; received 1"),
-    (lambda: _solve(Marble(groups=(0, 2)), np.eye(2)), "reward groups: expected one index for each of 2 rewards"),
-    (lambda: Fixed((0.5, 0.4)), "fixed alpha: expected numbers of at least 0 that sum to 1"),
-    (lambda: WeightedSum((-1.0, 2.0)), "reward weights: expected numbers of at least 0")])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Marble(reward_weights=(1.0, 0.0)), "reward weights: expected numbers above 0"),
+        (
+            lambda: Marble(alpha_floor=-0.1),
+            r"alpha floor: expected a number in \[0, 1 / K\]; received -0.1",
+        ),
+        (
+            lambda: _solve(Marble(reward_weights=(1.0,)), np.eye(2)),
+            "reward weights: expected one number for each of 2 rewards; received 1",
+        ),
+        (
+            lambda: _solve(Marble(groups=(0, 2)), np.eye(2)),
+            "reward groups: expected one index for each of 2 rewards",
+        ),
+        (lambda: Fixed((0.5, 0.4)), "fixed alpha: expected numbers of at least 0 that sum to 1"),
+        (lambda: WeightedSum((-1.0, 2.0)), "reward weights: expected numbers of at least 0"),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()

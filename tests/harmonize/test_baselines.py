@@ -1,4 +1,5 @@
 """Balancers from the literature: their defining properties, explicit twins on vectors, and SciPy where one solves."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,9 +65,17 @@ def test_cagrad_reaches_the_optimum_of_its_dual(seed):
     def dual(w):
         return w @ g @ mean + radius * np.linalg.norm(w @ g)
 
-    best = min(scipy.optimize.minimize(
-        dual, start, method="SLSQP", bounds=[(0, 1)] * 3, options={"ftol": 1e-12},
-        constraints={"type": "eq", "fun": lambda a: a.sum() - 1}).fun for start in (np.full(3, 1 / 3), [0.8, 0.1, 0.1]))
+    best = min(
+        scipy.optimize.minimize(
+            dual,
+            start,
+            method="SLSQP",
+            bounds=[(0, 1)] * 3,
+            options={"ftol": 1e-12},
+            constraints={"type": "eq", "fun": lambda a: a.sum() - 1},
+        ).fun
+        for start in (np.full(3, 1 / 3), [0.8, 0.1, 0.1])
+    )
     assert (g @ got).min() == pytest.approx(best, rel=2e-3, abs=2e-3)
 
 
@@ -106,7 +115,9 @@ def test_unusable_rewards_leave_and_one_left_is_taken_as_it_is(balancer):
     g = np.vstack([_gradients(0), np.zeros((1, 8)), np.full((1, 8), np.nan)])
     got = _solve(balancer, g)
     np.testing.assert_array_equal(got.used, [True, True, True, False, False])
-    np.testing.assert_allclose(got.weights[:3], _solve(balancer, g[:3]).weights, rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        got.weights[:3], _solve(balancer, g[:3]).weights, rtol=2e-3, atol=1e-4
+    )
     np.testing.assert_array_equal(got.weights[3:], 0)
     one = _solve(balancer, g, [False, True, False, True, True])
     np.testing.assert_allclose(one.weights, [0, 1, 0, 0, 0], rtol=1e-5)
@@ -132,7 +143,9 @@ def test_degenerate_gradients_give_finite_weights_that_equal_alpha_times_scale(b
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_the_loss_scale_does_not_change_the_rule(balancer, factor):
     g = _gradients(2)
-    np.testing.assert_allclose(_solve(balancer, g * factor).weights, _solve(balancer, g).weights, rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        _solve(balancer, g * factor).weights, _solve(balancer, g).weights, rtol=2e-3, atol=1e-4
+    )
 
 
 def test_by_name():
@@ -144,13 +157,19 @@ def test_by_name():
     assert [type(make_balancer(name)).__name__ for name in names] == kinds
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: make_balancer("mgda"), "balancer: expected one of marble.*received 'mgda'"),
-    (lambda: make_balancer("marble", floor=0.1),
-     "setting of the balancer 'marble': expected one of .*received 'floor'"),
-    (lambda: make_balancer("equal", alpha=(1.0,)), "setting of the balancer 'equal'"),
-    (lambda: make_balancer("fixed"), "fixed alpha: expected one share a reward"),
-    (lambda: CAGrad(c=1.0), r"CAGrad radius c: expected a number in \[0, 1\); received 1.0")])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make_balancer("mgda"), "balancer: expected one of marble.*received 'mgda'"),
+        (
+            lambda: make_balancer("marble", floor=0.1),
+            "setting of the balancer 'marble': expected one of .*received 'floor'",
+        ),
+        (lambda: make_balancer("equal", alpha=(1.0,)), "setting of the balancer 'equal'"),
+        (lambda: make_balancer("fixed"), "fixed alpha: expected one share a reward"),
+        (lambda: CAGrad(c=1.0), r"CAGrad radius c: expected a number in \[0, 1\); received 1.0"),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()

@@ -4,6 +4,7 @@ Measured: `vmap` over the 3 cotangents of a batched `vjp` is off by 8 % for ever
 setting (4e-7 with it). The per-sample form that `gradients.accumulate` uses was right either way at this size; it is
 held to the same standard because nothing but the size of a matrix product separates the two.
 """
+
 from functools import partial
 
 import jax
@@ -19,15 +20,28 @@ NUM_REWARDS, NUM_SAMPLES, TOKENS, WIDTH, RANK, HEADS, BLOCKS = 3, 16, 128, 256, 
 
 def _toy(key):
     """Frozen weights, LoRA adapter and velocity of a small transformer on [n, tokens, width]."""
-    names = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "o": (WIDTH, WIDTH),
-             "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
+    names = {
+        "q": (WIDTH, WIDTH),
+        "k": (WIDTH, WIDTH),
+        "v": (WIDTH, WIDTH),
+        "o": (WIDTH, WIDTH),
+        "up": (WIDTH, 4 * WIDTH),
+        "down": (4 * WIDTH, WIDTH),
+    }
     base, adapter = [], []
     for _ in range(BLOCKS):
         key, *keys = jax.random.split(key, 1 + 3 * len(names))
         it = iter(keys)
         base.append({n: jax.random.normal(next(it), s) / s[0] ** 0.5 for n, s in names.items()})
-        adapter.append({n: {"a": jax.random.normal(next(it), (s[0], RANK)) / s[0] ** 0.5,
-                            "b": 0.3 * jax.random.normal(next(it), (RANK, s[1]))} for n, s in names.items()})
+        adapter.append(
+            {
+                n: {
+                    "a": jax.random.normal(next(it), (s[0], RANK)) / s[0] ** 0.5,
+                    "b": 0.3 * jax.random.normal(next(it), (RANK, s[1])),
+                }
+                for n, s in names.items()
+            }
+        )
 
     def dense(x, w, lora):
         return x @ w + (x @ lora["a"]) @ lora["b"]
@@ -41,8 +55,12 @@ def _toy(key):
             h = normalise(x)
             q, k, v = (dense(h, w[n], lora[n]).reshape(*h.shape[:2], HEADS, -1) for n in "qkv")
             weights = jax.nn.softmax(jnp.einsum("nqhd,nkhd->nhqk", q, k) / q.shape[-1] ** 0.5)
-            x = x + dense(jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(h.shape), w["o"], lora["o"])
-            x = x + dense(jax.nn.gelu(dense(normalise(x), w["up"], lora["up"])), w["down"], lora["down"])
+            x = x + dense(
+                jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(h.shape), w["o"], lora["o"]
+            )
+            x = x + dense(
+                jax.nn.gelu(dense(normalise(x), w["up"], lora["up"])), w["down"], lora["down"]
+            )
         return x
 
     return base, adapter, velocity
@@ -81,28 +99,36 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
     base, adapter, velocity = _toy(keys[0])
     shape = (NUM_SAMPLES, TOKENS, WIDTH)
     batch = reward_gradients.FlowBatch(
-        x0=jax.random.normal(keys[1], shape), xt=jax.random.normal(keys[2], shape),
+        x0=jax.random.normal(keys[1], shape),
+        xt=jax.random.normal(keys[2], shape),
         t=jax.random.uniform(keys[3], (NUM_SAMPLES,), minval=0.1),
         cond=jax.random.normal(keys[4], (NUM_SAMPLES, WIDTH)),
-        v_old=jax.random.normal(keys[5], shape))
+        v_old=jax.random.normal(keys[5], shape),
+    )
     r = jax.random.uniform(keys[6], (NUM_REWARDS, NUM_SAMPLES))
     valid = jnp.ones_like(r, bool)
 
     @jax.jit
     def fast(base, batch, r, valid):
-        return reward_gradients.accumulate(partial(velocity, base), adapter, batch, r, valid, nft_beta=0.1)
+        return reward_gradients.accumulate(
+            partial(velocity, base), adapter, batch, r, valid, nft_beta=0.1
+        )
 
     @jax.jit
     def slow(base, batch, r, valid):
         p, q = reward_gradients.branch_weights(jnp.ones(1), r, valid, jnp.ones(1))
-        return reward_gradients.combined_gradient(partial(velocity, base), adapter, batch, p, q, nft_beta=0.1)[0]
+        return reward_gradients.combined_gradient(
+            partial(velocity, base), adapter, batch, p, q, nft_beta=0.1
+        )[0]
 
     # One compilation, n * K calls: the reference sees a single sample and a single reward at a time.
     total = [tree.zeros_like(adapter) for _ in range(NUM_REWARDS)]
     for n in range(NUM_SAMPLES):
-        one = jax.tree.map(lambda x, n=n: x[n:n + 1], batch)
+        one = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
         for k in range(NUM_REWARDS):
-            total[k] = tree.add(total[k], slow(base, one, r[k:k + 1, n:n + 1], valid[k:k + 1, n:n + 1]))
+            total[k] = tree.add(
+                total[k], slow(base, one, r[k : k + 1, n : n + 1], valid[k : k + 1, n : n + 1])
+            )
     got = fast(base, batch, r, valid).gradients
     for k in range(NUM_REWARDS):
         assert _relative(tree.take(got, k), total[k]) <= 1e-5, k

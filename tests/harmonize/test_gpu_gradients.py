@@ -1,5 +1,6 @@
 """Exact gradients in bfloat16 with fused attention on a GPU: run with `pytest -m gpu` and JAX_PLATFORMS=cuda, or by
 `python -m tools.gpu`."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -36,15 +37,23 @@ def gradients(problem, core):
     """Gradients of the rewards at one micro-step, as sums over valid samples."""
     batch = problem.batch(REWARDS)
     body = ours.with_inputs(problem, core, True)
-    found = jax.jit(body)(problem.params, problem.current, problem.old, batch, ours.make_plan(problem.size, batch))
-    return found["gradients"] if isinstance(found, dict) else ours.gradients.mean_gradients(found).gradients
+    found = jax.jit(body)(
+        problem.params, problem.current, problem.old, batch, ours.make_plan(problem.size, batch)
+    )
+    return (
+        found["gradients"]
+        if isinstance(found, dict)
+        else ours.gradients.mean_gradients(found).gradients
+    )
 
 
 def compare(got, want):
     """Cosine and relative distance for each reward, of gradients in float32."""
     found = []
     for k in range(REWARDS):
-        one, other = (jax.tree.map(lambda x: x.astype(jnp.float32), tree.take(g, k)) for g in (got, want))
+        one, other = (
+            jax.tree.map(lambda x: x.astype(jnp.float32), tree.take(g, k)) for g in (got, want)
+        )
         scale = float(tree.norm(one) * tree.norm(other))
         gap = float(tree.norm(jax.tree.map(jnp.subtract, one, other)) / tree.norm(other))
         found.append((float(tree.vdot(one, other)) / scale, gap))
@@ -75,14 +84,17 @@ def test_memory_is_bound_by_the_chunk():
     taken = {}
     for chunk in (2, 16):
         problem = middle(dtype="bfloat16", attention="cudnn", chunk=chunk)
-        taken[chunk] = ours.compile_program(problem, ours.with_inputs(problem, ours.exact(problem, True), True),
-                                            REWARDS).bytes
+        taken[chunk] = ours.compile_program(
+            problem, ours.with_inputs(problem, ours.exact(problem, True), True), REWARDS
+        ).bytes
     assert taken[2] < 0.5 * taken[16]
 
 
 def test_a_whole_exact_step_compiles():
     """The program that training runs, from shapes alone, for this machine's devices."""
-    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "embedded.py"))["get_config"]()
+    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "embedded.py"))[
+        "get_config"
+    ]()
     config.model.update(dtype="bfloat16", attention="cudnn")
     config.harmonize.mode = "exact"
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])

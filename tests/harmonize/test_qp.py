@@ -1,4 +1,5 @@
 """The min-norm solve: optimality conditions over a zoo of Gram matrices, SciPy's opinion, hand-solved cases."""
+
 import subprocess
 import sys
 
@@ -35,8 +36,20 @@ def _vectors(kind, count, rng):
     return g
 
 
-KINDS = ("wide", "low_rank", "line", "duplicated", "opposed", "zero_row", "all_zero", "almost_parallel", "agreeing",
-         "mixed_scales", "tiny", "huge")
+KINDS = (
+    "wide",
+    "low_rank",
+    "line",
+    "duplicated",
+    "opposed",
+    "zero_row",
+    "all_zero",
+    "almost_parallel",
+    "agreeing",
+    "mixed_scales",
+    "tiny",
+    "huge",
+)
 
 
 def _conditions(gram, alpha, floor=0.0):
@@ -75,19 +88,32 @@ def test_value_is_no_larger_than_that_of_scipy(floor):
         g /= np.linalg.norm(g, axis=1, keepdims=True)
         gram = g @ g.T
         other = scipy.optimize.minimize(
-            lambda a, gram: a @ gram @ a, np.full(5, 0.2), (gram,), jac=lambda a, gram: 2 * gram @ a, method="SLSQP",
-            bounds=[(floor, 1)] * 5, constraints={"type": "eq", "fun": lambda a: a.sum() - 1},
-            options={"ftol": 1e-14, "maxiter": 500})
+            lambda a, gram: a @ gram @ a,
+            np.full(5, 0.2),
+            (gram,),
+            jac=lambda a, gram: 2 * gram @ a,
+            method="SLSQP",
+            bounds=[(floor, 1)] * 5,
+            constraints={"type": "eq", "fun": lambda a: a.sum() - 1},
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
         got = qp.min_norm(gram, jnp.ones(5, bool), floor)
         assert float(got.value) <= other.fun + 1e-6
         assert float(got.alpha.min()) >= floor - 1e-6
         assert _conditions(gram, np.asarray(got.alpha, np.float64), floor) <= 1e-6
 
 
-@pytest.mark.parametrize(("gram", "alpha", "value"), [
-    ([[1, 0], [0, 1]], [0.5, 0.5], 0.5), ([[1, 0], [0, 4]], [0.8, 0.2], 0.8), ([[1, 2], [2, 9]], [1, 0], 1),
-    ([[1, -1], [-1, 1]], [0.5, 0.5], 0), ([[4, -2], [-2, 1]], [1 / 3, 2 / 3], 0),
-    ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [1 / 3] * 3, 1 / 3)])
+@pytest.mark.parametrize(
+    ("gram", "alpha", "value"),
+    [
+        ([[1, 0], [0, 1]], [0.5, 0.5], 0.5),
+        ([[1, 0], [0, 4]], [0.8, 0.2], 0.8),
+        ([[1, 2], [2, 9]], [1, 0], 1),
+        ([[1, -1], [-1, 1]], [0.5, 0.5], 0),
+        ([[4, -2], [-2, 1]], [1 / 3, 2 / 3], 0),
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [1 / 3] * 3, 1 / 3),
+    ],
+)
 def test_hand_solved(gram, alpha, value):
     got = qp.min_norm(jnp.array(gram, jnp.float32), jnp.ones(len(gram), bool))
     np.testing.assert_allclose(got.alpha, alpha, atol=1e-6)
@@ -138,13 +164,17 @@ def test_dtype_stays_float32_under_x64():
 
 def test_minimiser_on_the_simplex():
     target = jnp.array([0.7, 0.5, -0.4, 9.0])
-    got = qp.minimise_on_simplex(lambda w: jnp.sum((w - target)[:3] ** 2), jnp.array([True, True, True, False]))
+    got = qp.minimise_on_simplex(
+        lambda w: jnp.sum((w - target)[:3] ** 2), jnp.array([True, True, True, False])
+    )
     np.testing.assert_allclose(got, [0.6, 0.4, 0, 0], atol=1e-4)
 
 
 def test_importing_and_solving_warns_about_nothing_and_leaves_x64_alone():
-    code = ("import warnings; warnings.simplefilter('error'); import sys, jax, jax.numpy as jnp;"
-            "from marble_jax.harmonize import qp; assert 'jaxopt' not in sys.modules;"
-            "qp.min_norm(jnp.eye(2), jnp.ones(2, bool)); assert 'jaxopt' in sys.modules;"
-            "assert not jax.config.jax_enable_x64")
+    code = (
+        "import warnings; warnings.simplefilter('error'); import sys, jax, jax.numpy as jnp;"
+        "from marble_jax.harmonize import qp; assert 'jaxopt' not in sys.modules;"
+        "qp.min_norm(jnp.eye(2), jnp.ones(2, bool)); assert 'jaxopt' in sys.modules;"
+        "assert not jax.config.jax_enable_x64"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

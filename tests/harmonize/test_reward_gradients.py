@@ -1,4 +1,5 @@
 """All rewards' gradients from two pull-backs against one backward pass per reward."""
+
 import functools
 
 import jax
@@ -36,7 +37,9 @@ def _problem(num_rewards, seed=0):
     x0, cond = normal(NUM, TOKENS, WIDTH), {"c": normal(NUM, WIDTH)}
     t = jnp.asarray(rng.uniform(0.1, 1, NUM), jnp.float32)
     xt = x0 * (1 - t[:, None, None]) + normal(NUM, TOKENS, WIDTH) * t[:, None, None]
-    batch = reward_gradients.FlowBatch(x0, xt, t, cond, _velocity(old, xt, t, cond), 0.5 * normal(NUM, TOKENS, WIDTH))
+    batch = reward_gradients.FlowBatch(
+        x0, xt, t, cond, _velocity(old, xt, t, cond), 0.5 * normal(NUM, TOKENS, WIDTH)
+    )
     r = nft.optimality(jnp.asarray(rng.normal(size=(num_rewards, NUM)) * 5, jnp.float32))
     assert num_rewards < 3 or bool(jnp.any(r == 0) & jnp.any(r == 1))
     valid = rng.random((num_rewards, NUM)) < 0.7
@@ -57,7 +60,9 @@ _reference = jax.jit(jax.value_and_grad(_loss))
 
 @functools.partial(jax.jit, static_argnames="chunk_size")
 def _fast(adapter, batch, r, valid, chunk_size=None):
-    return reward_gradients.accumulate(_velocity, adapter, batch, r, valid, nft_beta=BETA, chunk_size=chunk_size)
+    return reward_gradients.accumulate(
+        _velocity, adapter, batch, r, valid, nft_beta=BETA, chunk_size=chunk_size
+    )
 
 
 def _relative(got, want):
@@ -82,7 +87,8 @@ def test_divergence_and_its_gradient_come_along():
     adapter, batch, r, valid = _problem(1)
     got = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
     kl, want = jax.value_and_grad(
-        lambda a: nft.kl(_velocity(a, batch.xt, batch.t, batch.cond), batch.v_ref))(adapter)
+        lambda a: nft.kl(_velocity(a, batch.xt, batch.t, batch.cond), batch.v_ref)
+    )(adapter)
     assert _relative(got.kl_gradient, want) <= 1e-5
     np.testing.assert_allclose(got.kl, kl, rtol=1e-5)
     without = _fast(adapter, batch.replace(v_ref=None), r, valid)
@@ -97,17 +103,30 @@ def test_anchors_are_the_loss_at_no_advantage(num_rewards):
 
     @functools.partial(jax.jit, static_argnames=("anchors", "anchor_scale"))
     def means(anchors, anchor_scale):
-        sums = reward_gradients.accumulate(_velocity, adapter, batch, r, valid, nft_beta=BETA, anchors=anchors,
-                                    anchor_scale=anchor_scale)
+        sums = reward_gradients.accumulate(
+            _velocity,
+            adapter,
+            batch,
+            r,
+            valid,
+            nft_beta=BETA,
+            anchors=anchors,
+            anchor_scale=anchor_scale,
+        )
         return reward_gradients.mean_gradients(sums)
 
     signal, tripled = means(False, 1.0), means(True, 3.0)
     assert float(tree.norm(signal.kl_gradient)) == 0.0 and float(signal.kl) == 0.0
     for k in range(num_rewards):
         if bool(valid[k].any()):
-            whole, anchor = (_reference(adapter, batch, x, valid[k])[1] for x in (r[k], jnp.full_like(r[k], 0.5)))
+            whole, anchor = (
+                _reference(adapter, batch, x, valid[k])[1] for x in (r[k], jnp.full_like(r[k], 0.5))
+            )
             assert float(tree.norm(anchor)) > 0.01 * float(tree.norm(whole))
-            assert _relative(tree.take(signal.gradients, k), jax.tree.map(jnp.subtract, whole, anchor)) <= 1e-5
+            assert (
+                _relative(tree.take(signal.gradients, k), jax.tree.map(jnp.subtract, whole, anchor))
+                <= 1e-5
+            )
             thrice = jax.tree.map(lambda w, a: w + 2 * a, whole, anchor)
             assert _relative(tree.take(tripled.gradients, k), thrice) <= 1e-5
 
@@ -115,22 +134,39 @@ def test_anchors_are_the_loss_at_no_advantage(num_rewards):
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_chunks_do_not_change_the_sums(chunk_size):
     adapter, batch, r, valid = _problem(5)
-    whole, parts = _fast(adapter, batch, r, valid), _fast(adapter, batch, r, valid, chunk_size=chunk_size)
+    whole, parts = (
+        _fast(adapter, batch, r, valid),
+        _fast(adapter, batch, r, valid, chunk_size=chunk_size),
+    )
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_one_chunk_is_no_loop():
     adapter, batch, r, valid = _problem(5)
-    loops = ["scan[" in str(jax.make_jaxpr(lambda a, n=n: reward_gradients.accumulate(
-        _velocity, a, batch, r, valid, nft_beta=BETA, chunk_size=n))(adapter)) for n in (NUM, NUM // 2)]
+    loops = [
+        "scan["
+        in str(
+            jax.make_jaxpr(
+                lambda a, n=n: reward_gradients.accumulate(
+                    _velocity, a, batch, r, valid, nft_beta=BETA, chunk_size=n
+                )
+            )(adapter)
+        )
+        for n in (NUM, NUM // 2)
+    ]
     assert loops == [False, True]
 
 
 def test_sums_of_micro_steps_add_up_to_the_whole_batch():
     adapter, batch, r, valid = _problem(5)
-    first, second = (jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 2), slice(2, None)))
-    added = tree.add(_fast(adapter, first, r[:, :2], valid[:, :2]), _fast(adapter, second, r[:, 2:], valid[:, 2:]))
+    first, second = (
+        jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 2), slice(2, None))
+    )
+    added = tree.add(
+        _fast(adapter, first, r[:, :2], valid[:, :2]),
+        _fast(adapter, second, r[:, 2:], valid[:, 2:]),
+    )
     whole = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
     assert _relative(reward_gradients.mean_gradients(added).gradients, whole.gradients) <= 1e-5
     assert float(added.num_samples) == NUM
@@ -143,7 +179,9 @@ def test_one_backward_pass_reproduces_any_weighted_sum():
     weights = jnp.array([0.3, 1.0, 2.0, -0.4, 0.7])
     mean = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
     p, q = reward_gradients.branch_weights(weights, r, valid)
-    got, parts = reward_gradients.combined_gradient(_velocity, adapter, batch, p, q, nft_beta=BETA, kl_weight=0.5)
+    got, parts = reward_gradients.combined_gradient(
+        _velocity, adapter, batch, p, q, nft_beta=BETA, kl_weight=0.5
+    )
     want = tree.add(tree.weighted_sum(weights, mean.gradients), tree.scale(mean.kl_gradient, 0.5))
     assert _relative(got, want) <= 1e-5
     np.testing.assert_allclose(parts["policy_loss"], weights @ mean.losses, rtol=1e-5)
@@ -157,20 +195,27 @@ def test_parts_of_a_combined_gradient_add_up():
     def gradient(s):
         part = jax.tree.map(lambda x: x[s], batch)
         p, q = reward_gradients.branch_weights(weights, r[:, s], valid[:, s], counts)
-        return reward_gradients.combined_gradient(_velocity, adapter, part, p, q, nft_beta=BETA, kl_weight=0.1,
-                                           num_samples=NUM)[0]
+        return reward_gradients.combined_gradient(
+            _velocity, adapter, part, p, q, nft_beta=BETA, kl_weight=0.1, num_samples=NUM
+        )[0]
 
-    assert _relative(tree.add(gradient(slice(0, 2)), gradient(slice(2, None))), gradient(slice(None))) <= 1e-5
+    assert (
+        _relative(tree.add(gradient(slice(0, 2)), gradient(slice(2, None))), gradient(slice(None)))
+        <= 1e-5
+    )
 
 
 def test_a_combined_advantage_is_the_uniform_case():
     adapter, batch, r, _ = _problem(1)
-    got, _ = reward_gradients.combined_gradient(_velocity, adapter, batch, r[0] / NUM, (1 - r[0]) / NUM, nft_beta=BETA)
+    got, _ = reward_gradients.combined_gradient(
+        _velocity, adapter, batch, r[0] / NUM, (1 - r[0]) / NUM, nft_beta=BETA
+    )
     assert _relative(got, _reference(adapter, batch, r[0], jnp.ones(NUM, bool))[1]) <= 1e-5
 
 
 def test_gradients_are_float32_for_a_half_precision_velocity():
     adapter, batch, r, valid = _problem(1)
+
     def rounded(*args):
         return _velocity(*args).astype(jnp.bfloat16)
 
@@ -181,5 +226,9 @@ def test_gradients_are_float32_for_a_half_precision_velocity():
 
 def test_chunk_size_must_divide():
     adapter, batch, r, valid = _problem(1)
-    with pytest.raises(InputError, match="expected a divisor of the 6 samples.*received 4 .nearest valid choice 3"):
-        reward_gradients.accumulate(_velocity, adapter, batch, r, valid, nft_beta=BETA, chunk_size=4)
+    with pytest.raises(
+        InputError, match="expected a divisor of the 6 samples.*received 4 .nearest valid choice 3"
+    ):
+        reward_gradients.accumulate(
+            _velocity, adapter, batch, r, valid, nft_beta=BETA, chunk_size=4
+        )

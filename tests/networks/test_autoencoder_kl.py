@@ -1,4 +1,5 @@
 """The autoencoder against diffusers' on random weights."""
+
 from __future__ import annotations
 
 import functools
@@ -12,12 +13,28 @@ from marble_jax.errors import InputError
 from marble_jax.networks import autoencoder_kl
 
 SD3 = dict(
-    latent_channels=16, block_out_channels=(8, 16, 24), layers_per_block=2, norm_num_groups=8,
-    scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
-SD1 = dict(latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.18215)
+    latent_channels=16,
+    block_out_channels=(8, 16, 24),
+    layers_per_block=2,
+    norm_num_groups=8,
+    scaling_factor=1.5305,
+    shift_factor=0.0609,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+SD1 = dict(
+    latent_channels=4,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    scaling_factor=0.18215,
+)
 
 
-encode, decode = (jax.jit(function, static_argnums=0) for function in (autoencoder_kl.encode, autoencoder_kl.decode))
+encode, decode = (
+    jax.jit(function, static_argnums=0)
+    for function in (autoencoder_kl.encode, autoencoder_kl.decode)
+)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -37,7 +54,10 @@ def reference(config: dict, directory):
     torch.manual_seed(0)
     depth = len(config["block_out_channels"])
     model = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth, **config).eval()
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        **config,
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -75,7 +95,9 @@ def test_decode_matches_diffusers(pair):
     theirs, model, params = pair
     shape = (2, 4, 3, model.config.latent_channels)
     latents = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    z = torch.from_numpy(latents).permute(0, 3, 1, 2) / theirs.config.scaling_factor + (theirs.config.shift_factor or 0)
+    z = torch.from_numpy(latents).permute(0, 3, 1, 2) / theirs.config.scaling_factor + (
+        theirs.config.shift_factor or 0
+    )
     with torch.no_grad():
         want = theirs.decode(z).sample.permute(0, 2, 3, 1).numpy()
     got = apply(model, "reconstruct", params, z.permute(0, 2, 3, 1).numpy())
@@ -104,7 +126,11 @@ def test_nearest_double_by_hand():
 
 def test_bfloat16_stays_near_float32(pair):
     _, model, params = pair
-    latents = np.random.default_rng(2).normal(size=(2, 4, 3, model.config.latent_channels)).astype(np.float32)
+    latents = (
+        np.random.default_rng(2)
+        .normal(size=(2, 4, 3, model.config.latent_channels))
+        .astype(np.float32)
+    )
     half = autoencoder_kl.AutoencoderKL(model.config, jnp.bfloat16)
     got = decode(half, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), latents)
     assert got.dtype == jnp.float32
@@ -112,15 +138,26 @@ def test_bfloat16_stays_near_float32(pair):
 
 
 def test_config_defaults_and_downsampling():
-    config = autoencoder_kl.VAEConfig.from_dict({"shift_factor": None, "block_out_channels": [8, 8, 8], "sample_size": 64})
+    config = autoencoder_kl.VAEConfig.from_dict(
+        {"shift_factor": None, "block_out_channels": [8, 8, 8], "sample_size": 64}
+    )
     assert config.shift_factor == 0.0 and config.downsampling == 4 and config.use_quant_conv
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block_types.*AttnDownEncoder"),
-     ({"up_block_types": ["UpBlock2D"]}, "up_block_types: expected only UpDecoderBlock2D; received UpBlock2D"),
-     ({"act_fn": "relu"}, "act_fn: expected silu; received 'relu'")])
+    [
+        (
+            {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
+            "down_block_types.*AttnDownEncoder",
+        ),
+        (
+            {"up_block_types": ["UpBlock2D"]},
+            "up_block_types: expected only UpDecoderBlock2D; received UpBlock2D",
+        ),
+        ({"act_fn": "relu"}, "act_fn: expected silu; received 'relu'"),
+    ],
+)
 def test_config_rejects_other_architectures(values, message):
     with pytest.raises(InputError, match=message):
         autoencoder_kl.VAEConfig.from_dict(values)

@@ -1,4 +1,5 @@
 """CLIP's towers against transformers' on random weights."""
+
 from __future__ import annotations
 
 import functools
@@ -12,12 +13,35 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.networks import clip
 
-TEXT = dict(vocab_size=60, hidden_size=32, intermediate_size=48, projection_dim=24, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=11, bos_token_id=58, eos_token_id=59, pad_token_id=59)
-VISION = dict(hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=2, num_attention_heads=2,
-              image_size=24, patch_size=8)
+TEXT = dict(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=48,
+    projection_dim=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=11,
+    bos_token_id=58,
+    eos_token_id=59,
+    pad_token_id=59,
+)
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    projection_dim=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=24,
+    patch_size=8,
+)
 # Rows: end of text then padding with the same id; padding with id 0; no padding at all.
-IDS = np.asarray([[58, 4, 9, 59, 59, 59, 59, 59, 59], [58, 7, 3, 1, 5, 59, 0, 0, 0], [58, 8, 7, 6, 5, 4, 3, 2, 59]])
+IDS = np.asarray(
+    [
+        [58, 4, 9, 59, 59, 59, 59, 59, 59],
+        [58, 7, 3, 1, 5, 59, 0, 0, 0],
+        [58, 8, 7, 6, 5, 4, 3, 2, 59],
+    ]
+)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -56,7 +80,9 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu"}, {"eos_token_id": 2}], ids=["quick", "gelu", "legacy"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"hidden_act": "gelu"}, {"eos_token_id": 2}], ids=["quick", "gelu", "legacy"]
+)
 def test_text_encoder_matches_transformers(changes, tmp_path):
     torch = pytest.importorskip("torch")
     theirs = saved("CLIPTextModelWithProjection", text_config(**changes), tmp_path)
@@ -83,13 +109,18 @@ def test_clip_model_matches_transformers(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPConfig(
-        text_config=text_config().to_dict(), vision_config=vision_config().to_dict(), projection_dim=20)
+        text_config=text_config().to_dict(),
+        vision_config=vision_config().to_dict(),
+        projection_dim=20,
+    )
     theirs = saved("CLIPModel", config, tmp_path)
     model, params = clip.load_clip(tmp_path)
     with torch.no_grad():
         want = theirs(torch.from_numpy(IDS), torch.from_numpy(pixels()).permute(0, 3, 1, 2))
     assert relative_error(apply(model, "text_features", params, IDS), want.text_embeds) < 1e-5
-    assert relative_error(apply(model, "image_features", params, pixels()), want.image_embeds) < 1e-5
+    assert (
+        relative_error(apply(model, "image_features", params, pixels()), want.image_embeds) < 1e-5
+    )
     assert relative_error(apply(model, None, params, IDS, pixels()), want.logits_per_image) < 1e-5
     scale = apply(model, "scale", params)
     np.testing.assert_allclose(scale, np.exp(theirs.logit_scale.item()), rtol=1e-6)
@@ -112,7 +143,11 @@ def test_unprojected_vision_tower_and_old_buffers(tmp_path):
 
 def test_end_of_text_by_hand():
     ids = jnp.asarray([[9, 3, 7, 7], [9, 8, 3, 5], [9, 1, 1, 1]])
-    assert clip.end_of_text(ids, 7).tolist() == [2, 0, 0]  # first match; position 0 where there is none
+    assert clip.end_of_text(ids, 7).tolist() == [
+        2,
+        0,
+        0,
+    ]  # first match; position 0 where there is none
     assert clip.end_of_text(ids, 2).tolist() == [0, 0, 0]  # legacy: the largest id
     assert clip.end_of_text(jnp.asarray([[4, 1, 6, 6]]), 2).tolist() == [2]
 
@@ -125,10 +160,17 @@ def test_config_reads_the_defaults_transformers_leaves_out(tmp_path):
 
 
 def test_bad_input():
-    with pytest.raises(InputError, match="hidden_act: expected one of quick_gelu, gelu; received 'gleu'; did you mean"):
+    with pytest.raises(
+        InputError,
+        match="hidden_act: expected one of quick_gelu, gelu; received 'gleu'; did you mean",
+    ):
         clip.CLIPTextConfig.from_dict({"hidden_act": "gleu"})
-    with pytest.raises(InputError, match="num_attention_heads: expected a divisor of hidden_size 768; received 7"):
+    with pytest.raises(
+        InputError, match="num_attention_heads: expected a divisor of hidden_size 768; received 7"
+    ):
         clip.CLIPVisionConfig(num_attention_heads=7)
     model = clip.CLIPVisionEncoder(clip.CLIPVisionConfig.from_dict(VISION))
-    with pytest.raises(InputError, match=r"CLIP pixels: expected \[N, 24, 24, 3\]; received \[1, 16, 24, 3\]"):
+    with pytest.raises(
+        InputError, match=r"CLIP pixels: expected \[N, 24, 24, 3\]; received \[1, 16, 24, 3\]"
+    ):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 24, 3)))

@@ -1,4 +1,5 @@
 """Fused attention kernels against the plain one: under nested `vmap`, in a scanned model, over several devices."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -40,9 +41,18 @@ class StandIn(Flash):
 
 
 SMALL = MMDiTConfig(
-    sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-    joint_attention_dim=10, caption_projection_dim=16, pooled_projection_dim=6, pos_embed_max_size=8,
-    qk_norm="rms_norm")
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    num_layers=3,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=10,
+    caption_projection_dim=16,
+    pooled_projection_dim=6,
+    pos_embed_max_size=8,
+    qk_norm="rms_norm",
+)
 
 
 def draw(*shape, seed=0):
@@ -51,6 +61,7 @@ def draw(*shape, seed=0):
 
 def pulled_back(attention, q, k, v, cotangents):
     """Per sample, as exact gradients do it: the output, and gradients for each of its cotangents [N, J, Tq, H, d]."""
+
     def one(q, k, v, cotangents):
         out, pull = jax.vjp(lambda *args: attention(*(x[None] for x in args))[0], q, k, v)
         return out, jax.vmap(pull)(cotangents)
@@ -59,8 +70,11 @@ def pulled_back(attention, q, k, v, cotangents):
 
 
 def problem(num, tokens, keys, heads, width, directions=3):
-    return (draw(num, tokens, heads, width, seed=1), *(draw(num, keys, heads, width, seed=s) for s in (2, 3)),
-            draw(num, directions, tokens, heads, width, seed=4))
+    return (
+        draw(num, tokens, heads, width, seed=1),
+        *(draw(num, keys, heads, width, seed=s) for s in (2, 3)),
+        draw(num, directions, tokens, heads, width, seed=4),
+    )
 
 
 def assert_same(got, want, tolerance):
@@ -69,25 +83,41 @@ def assert_same(got, want, tolerance):
         assert float(jnp.linalg.norm(one - other)) <= tolerance * float(jnp.linalg.norm(other))
 
 
-@pytest.mark.parametrize("shape", [(2, 37, 700, 1, 16),
-                                   pytest.param((1, 1024 + 205, 1024 + 205, 2, 64), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 37, 700, 1, 16), pytest.param((1, 1024 + 205, 1024 + 205, 2, 64), marks=pytest.mark.slow)],
+)
 def test_splash_agrees_with_the_reference(shape):
     """Padded queries and keys, several blocks, and the tokens of a 512 px picture with 205 of text."""
     arrays = problem(*shape)
-    assert_same(pulled_back(EMULATED, *arrays), pulled_back(partial(attend, implementation="einsum"), *arrays), 2e-6)
+    assert_same(
+        pulled_back(EMULATED, *arrays),
+        pulled_back(partial(attend, implementation="einsum"), *arrays),
+        2e-6,
+    )
 
 
 @pytest.mark.slow
 def test_splash_in_bfloat16_is_as_close_as_its_dtype():
     arrays = problem(1, 256, 256, 1, 64, directions=1)
     half = [x.astype(jnp.bfloat16) for x in arrays]
-    want = pulled_back(partial(attend, implementation="einsum"), *(x.astype(jnp.float32) for x in half))
+    want = pulled_back(
+        partial(attend, implementation="einsum"), *(x.astype(jnp.float32) for x in half)
+    )
     got = jax.tree.map(lambda x: x.astype(jnp.float32), pulled_back(EMULATED, *half))
     assert_same(got, want, 2e-2)
 
 
 def test_blocks():
-    assert [block_size(t) for t in (1, 205, 256, 1024, 1229, 1357, 4429)] == [256, 256, 256, 512, 640, 512, 640]
+    assert [block_size(t) for t in (1, 205, 256, 1024, 1229, 1357, 4429)] == [
+        256,
+        256,
+        256,
+        512,
+        640,
+        512,
+        640,
+    ]
 
 
 def test_a_mapped_axis_joins_the_batch():
@@ -101,10 +131,14 @@ def test_a_mapped_axis_joins_the_batch():
     arrays = problem(2, 5, 6, 3, 4)
     got = pulled_back(folded(kernel), *arrays)
     assert_same(got, pulled_back(partial(attend, implementation="einsum"), *arrays), 2e-6)
-    assert {(2, 5, 3, 4), (6, 5, 3, 4)} <= {shapes[0] for shapes in seen}  # samples, and samples x directions
+    assert {(2, 5, 3, 4), (6, 5, 3, 4)} <= {
+        shapes[0] for shapes in seen
+    }  # samples, and samples x directions
     assert all(k == v == (q[0], 6, 3, 4) for q, k, v in seen)
     q, k, v, _ = arrays
-    shared = jax.vmap(folded(kernel), in_axes=(1, None, None), out_axes=1)(jnp.stack([q, 2 * q], axis=1), k, v)
+    shared = jax.vmap(folded(kernel), in_axes=(1, None, None), out_axes=1)(
+        jnp.stack([q, 2 * q], axis=1), k, v
+    )
     np.testing.assert_allclose(shared[:, 1], attend(2 * q, k, v, "einsum"), atol=1e-6)
 
 
@@ -113,12 +147,21 @@ def exact(attention, remat="full", mesh=None):
     model = MMDiT(SMALL, remat=remat, attention=attention, lora_scale=2.0)
     shapes = abstract_params(model)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, s: 0.3 * draw(*s.shape, seed=len(jax.tree_util.keystr(path))), shapes)
-    adapter = jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), shapes, lora.LoraSpec(2, 4.0)))
+        lambda path, s: 0.3 * draw(*s.shape, seed=len(jax.tree_util.keystr(path))), shapes
+    )
+    adapter = jax.eval_shape(
+        lambda: lora.init_adapter(jax.random.key(0), shapes, lora.LoraSpec(2, 4.0))
+    )
     adapter = jax.tree.map(lambda s: 0.2 * draw(*s.shape, seed=9), adapter)
     latents = [draw(4, 8, 8, 4, seed=s) for s in range(4)]
-    batch = reward_gradients.FlowBatch(latents[0], latents[1], jnp.linspace(0.2, 0.9, 4),
-                                Conditioning(draw(4, 5, 10), draw(4, 6)), latents[2], latents[3])
+    batch = reward_gradients.FlowBatch(
+        latents[0],
+        latents[1],
+        jnp.linspace(0.2, 0.9, 4),
+        Conditioning(draw(4, 5, 10), draw(4, 6)),
+        latents[2],
+        latents[3],
+    )
     r, valid = jax.nn.sigmoid(draw(3, 4)), jnp.arange(12).reshape(3, 4) % 5 > 0
     if mesh is not None:
         from marble_jax.distributed import device_mesh
@@ -127,8 +170,15 @@ def exact(attention, remat="full", mesh=None):
         batch = device_mesh.place_batch(mesh, batch)
 
     def step(params, adapter, batch, r, valid):
-        return reward_gradients.accumulate(lambda a, *rest: velocity(model, params, a, *rest), adapter, batch, r, valid,
-                                    nft_beta=0.1, chunk_size=4 if mesh is not None else 2)
+        return reward_gradients.accumulate(
+            lambda a, *rest: velocity(model, params, a, *rest),
+            adapter,
+            batch,
+            r,
+            valid,
+            nft_beta=0.1,
+            chunk_size=4 if mesh is not None else 2,
+        )
 
     lowered = jax.jit(step).lower(params, adapter, batch, r, valid)
     compiled = lowered.compile({"xla_backend_optimization_level": 0})  # for one run
@@ -140,9 +190,14 @@ def plain():
     return exact("einsum")[0]
 
 
-@pytest.mark.parametrize(("attention", "remat"), [
-    (StandIn("splash"), "full"), pytest.param(StandIn("splash"), "none", marks=pytest.mark.slow),
-    pytest.param(EMULATED, "full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("attention", "remat"),
+    [
+        (StandIn("splash"), "full"),
+        pytest.param(StandIn("splash"), "none", marks=pytest.mark.slow),
+        pytest.param(EMULATED, "full", marks=pytest.mark.slow),
+    ],
+)
 def test_exact_gradients_of_a_scanned_model(plain, attention, remat):
     got, _ = exact(attention, remat)
     for k in range(3):
@@ -159,7 +214,9 @@ def over_devices(file: str) -> dict[str, object]:
     got, text = exact(StandIn("splash", mesh), mesh=mesh)
     want = list(np.load(file).values())
     gap = [np.asarray(x) - y for x, y in zip(jax.tree.leaves(got.gradients), want, strict=True)]
-    size = lambda values: float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in values)))
+    size = lambda values: float(
+        np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in values))
+    )
     scores = {(int(n), int(h)) for n, h in re.findall(r"f32\[(\d+),(\d),21,21\]", text)}
     return {"gap": size(gap) / size(want), "scores": sorted(scores)}
 
@@ -169,26 +226,42 @@ def test_devices_run_the_kernel_on_their_own_samples_and_heads(plain, tmp_path):
     np.savez(file, *(np.asarray(x) for x in jax.tree.leaves(plain.gradients)))
     found = fake_devices.call(over_devices, file)
     assert found["gap"] < 1e-5
-    assert [3, 1] in found["scores"] and all(n <= 3 and h == 1 for n, h in found["scores"])  # one sample, 3 directions
+    assert [3, 1] in found["scores"] and all(
+        n <= 3 and h == 1 for n, h in found["scores"]
+    )  # one sample, 3 directions
 
 
 def test_what_does_not_divide_stays_whole():
     mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
     placed = Flash("splash", mesh)
-    assert placed.spec((8, 5, 4, 8)) == jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    assert placed.spec((8, 5, 4, 8)) == jax.sharding.PartitionSpec(
+        ("data", "fsdp"), None, "tensor", None
+    )
     assert placed.spec((1, 5, 3, 8)) == jax.sharding.PartitionSpec(None, None, None, None)
     without = Flash("splash", jax.sharding.AbstractMesh((4, 1), ("data", "fsdp")))
-    assert without.spec((8, 5, 4, 8)) == jax.sharding.PartitionSpec(("data", "fsdp"), None, None, None)
+    assert without.spec((8, 5, 4, 8)) == jax.sharding.PartitionSpec(
+        ("data", "fsdp"), None, None, None
+    )
 
 
 def test_auto_takes_what_fits():
-    assert choose("auto", jnp.bfloat16, "gpu") == "cudnn" and choose("auto", jnp.float32, "gpu") == "xla"
-    assert choose("auto", jnp.bfloat16, "tpu") == "splash" and choose("auto", jnp.bfloat16, "cpu") == "xla"
+    assert (
+        choose("auto", jnp.bfloat16, "gpu") == "cudnn"
+        and choose("auto", jnp.float32, "gpu") == "xla"
+    )
+    assert (
+        choose("auto", jnp.bfloat16, "tpu") == "splash"
+        and choose("auto", jnp.bfloat16, "cpu") == "xla"
+    )
     assert choose("einsum", jnp.bfloat16, "tpu") == "einsum"
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
     # A run of a TPU pod or of a GPU, opened here.
     assert [over(name, jnp.bfloat16, mesh) for name in ("splash", "cudnn", "auto", "einsum")] == [
-        "xla", "xla", "xla", "einsum"]
+        "xla",
+        "xla",
+        "xla",
+        "einsum",
+    ]
     q = draw(1, 3, 1, 8)
     np.testing.assert_array_equal(attend(q, q, q, "auto"), attend(q, q, q, "xla"))
 
@@ -211,9 +284,21 @@ def test_cudnn_gets_an_even_number_of_tokens(monkeypatch):
     assert lengths[-1] == 6
 
 
-@pytest.mark.parametrize(("dtype", "width", "message"), [
-    (jnp.float32, 64, "attention 'cudnn': expected float16 or bfloat16; received float32 .use 'xla'"),
-    (jnp.bfloat16, 12, "attention 'cudnn': expected a head width of 8, 16, ... or 128; received 12")])
+@pytest.mark.parametrize(
+    ("dtype", "width", "message"),
+    [
+        (
+            jnp.float32,
+            64,
+            "attention 'cudnn': expected float16 or bfloat16; received float32 .use 'xla'",
+        ),
+        (
+            jnp.bfloat16,
+            12,
+            "attention 'cudnn': expected a head width of 8, 16, ... or 128; received 12",
+        ),
+    ],
+)
 def test_what_cudnn_cannot_do(dtype, width, message):
     q = jnp.zeros((1, 4, 1, width), dtype)
     with pytest.raises(InputError, match=message):
@@ -251,9 +336,16 @@ def test_splash_compiles_for_a_tpu_slice():
     """The kernel's forward and backward passes under nested vmap over 2 x 2 devices, by the TPU's own compiler."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed, which holds the TPU's compiler")
-    environ = {name: value for name, value in os.environ.items() if name != "JAX_DEFAULT_MATMUL_PRECISION"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=HERE.parents[1],
-                          env=environ)  # the kernel's products of bfloat16 have no higher precision
+    environ = {
+        name: value for name, value in os.environ.items() if name != "JAX_DEFAULT_MATMUL_PRECISION"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parents[1],
+        env=environ,
+    )  # the kernel's products of bfloat16 have no higher precision
     assert done.returncode == 0, done.stderr[-3000:]
     for calls, gathers in json.loads(done.stdout.splitlines()[-1]):
         assert calls >= 4 and gathers == 0

@@ -1,4 +1,5 @@
 """cuDNN's attention on a GPU: run with `pytest -m gpu` and JAX_PLATFORMS=cuda, or by `python -m tools.gpu`."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -25,11 +26,15 @@ def test_the_kernel_is_there():
     assert has_cudnn(jnp.bfloat16) and choose("auto", jnp.bfloat16, "gpu") == "cudnn"
 
 
-@pytest.mark.parametrize("shape", [(2, 1024, 1024, 4, 64), (2, 1024 + 205, 1024 + 205, 4, 64), (3, 77, 129, 2, 32)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1024, 1024, 4, 64), (2, 1024 + 205, 1024 + 205, 4, 64), (3, 77, 129, 2, 32)]
+)
 def test_cudnn_agrees_with_the_reference(shape):
     """Forward and pulled back in three directions at every sample, odd numbers of tokens included."""
     half = [x.astype(jnp.bfloat16) for x in problem(*shape)]
-    want = pulled_back(partial(attend, implementation="einsum"), *(x.astype(jnp.float32) for x in half))
+    want = pulled_back(
+        partial(attend, implementation="einsum"), *(x.astype(jnp.float32) for x in half)
+    )
     got = jax.tree.map(lambda x: x.astype(jnp.float32), pulled_back(Flash("cudnn"), *half))
     assert_same(got, want, ERROR)
 
@@ -38,8 +43,11 @@ def test_mapped_directions_are_those_of_a_loop():
     q, k, v, cotangents = (x.astype(jnp.bfloat16) for x in problem(2, 205, 205, 4, 64))
     _, mapped = pulled_back(Flash("cudnn"), q, k, v, cotangents)
     for sample in range(2):
-        _, pull = jax.vjp(Flash("cudnn"), *(x[sample:sample + 1] for x in (q, k, v)))
+        _, pull = jax.vjp(Flash("cudnn"), *(x[sample : sample + 1] for x in (q, k, v)))
         for direction in range(3):
             alone = pull(cotangents[sample, direction][None])
-            assert_same([x[sample, direction].astype(jnp.float32) for x in mapped],
-                        [x[0].astype(jnp.float32) for x in alone], 1e-3)
+            assert_same(
+                [x[sample, direction].astype(jnp.float32) for x in mapped],
+                [x[0].astype(jnp.float32) for x in alone],
+                1e-3,
+            )

@@ -1,4 +1,5 @@
 """The low-rank product's own pull-back against NumPy in float64."""
+
 import re
 
 import jax
@@ -31,13 +32,19 @@ def test_gradients_of_every_sample():
     """As the exact mode takes them: one pair of matrices for all samples, a gradient for each."""
     h, b, g = draws(8, 112, 16), draws(16, 384), draws(8, 112, 384)
     found = jax.jit(jax.vmap(lambda x, y: jax.vjp(widen, x, b)[1](y)[1]))(h, g)
-    np.testing.assert_allclose(found, np.einsum("ntr,nto->nro", h.astype(np.float64), g), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found, np.einsum("ntr,nto->nro", h.astype(np.float64), g), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("product, turned", [(widen, False), (jnp.matmul, True)])
 def test_the_gradient_of_b_is_made_the_right_way_round(product, turned):
     """The product alone makes it [out, r] and turns it."""
-    text = str(jax.make_jaxpr(lambda h, b, g: jax.vjp(product, h, b)[1](g)[1])(draws(7, 4), draws(4, 6), draws(7, 6)))
+    text = str(
+        jax.make_jaxpr(lambda h, b, g: jax.vjp(product, h, b)[1](g)[1])(
+            draws(7, 4), draws(4, 6), draws(7, 6)
+        )
+    )
     assert bool(re.search(r":f32\[4,6\] = transpose", text)) == turned
 
 

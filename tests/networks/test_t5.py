@@ -1,4 +1,5 @@
 """The T5 encoder against transformers' on random weights."""
+
 from __future__ import annotations
 
 import jax
@@ -32,7 +33,7 @@ def saved(directory, **changes):
 def ids(length: int = 150) -> np.ndarray:
     """Longer than the largest relative distance, padded with zeros."""
     values = np.random.default_rng(0).integers(2, 50, size=(2, length))
-    values[:, length // 2:] = 0
+    values[:, length // 2 :] = 0
     return values
 
 
@@ -46,7 +47,9 @@ def test_encoder_matches_transformers(feed_forward_proj, tmp_path):
     assert relative_error(jax.jit(model.apply)({"params": params}, ids()), want) < 1e-5
 
 
-@pytest.mark.parametrize("names", [t5._TIED[:1], t5._TIED[1:], t5._TIED], ids=["shared", "embed_tokens", "both"])
+@pytest.mark.parametrize(
+    "names", [t5._TIED[:1], t5._TIED[1:], t5._TIED], ids=["shared", "embed_tokens", "both"]
+)
 def test_either_name_of_the_embedding_loads(names, tmp_path):
     numpy_io = pytest.importorskip("safetensors.numpy")
     theirs = saved(tmp_path, feed_forward_proj="gated-gelu")
@@ -64,7 +67,8 @@ def test_relative_buckets_match_transformers(num_buckets, max_distance):
     attention = pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention
     position = torch.arange(300)
     want = attention._relative_position_bucket(
-        position[None] - position[:, None], num_buckets=num_buckets, max_distance=max_distance)
+        position[None] - position[:, None], num_buckets=num_buckets, max_distance=max_distance
+    )
     np.testing.assert_array_equal(t5.relative_buckets(300, num_buckets, max_distance), want)
 
 
@@ -72,9 +76,13 @@ def test_relative_buckets_by_hand():
     buckets = t5.relative_buckets(200)
     assert buckets[0, :3].tolist() == [0, 17, 18]  # the query itself, then keys after it
     assert buckets[:3, 0].tolist() == [0, 1, 2]  # keys before it
-    assert buckets[8, 0] == 8 and buckets[128, 0] == 15 and buckets[0, 199] == 31  # first shared, last of each half
+    assert (
+        buckets[8, 0] == 8 and buckets[128, 0] == 15 and buckets[0, 199] == 31
+    )  # first shared, last of each half
 
 
 def test_bad_input():
-    with pytest.raises(InputError, match="feed_forward_proj: expected one of gelu_new, gelu, relu, silu; received"):
+    with pytest.raises(
+        InputError, match="feed_forward_proj: expected one of gelu_new, gelu, relu, silu; received"
+    ):
         t5.T5Config(feed_forward_proj="gated-tanh")

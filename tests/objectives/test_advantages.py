@@ -1,4 +1,5 @@
 """Advantages against a NaN-based NumPy twin and hand-computed numbers."""
+
 import numpy as np
 import pytest
 
@@ -44,17 +45,23 @@ def test_per_reward_matches_the_twin(scale):
 def test_hand_computed():
     """Two groups (1, 3) and (10, 10); around 6 the four deviate by 5, 3, 4 and 4, so the std is sqrt(16.5)."""
     got = advantages.per_reward([[1, 3, 10, 10]], np.ones((1, 4), bool), ["a", "a", "b", "b"])
-    np.testing.assert_allclose(got.values, [[-1 / (16.5**0.5 + 1e-4), 1 / (16.5**0.5 + 1e-4), 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        got.values, [[-1 / (16.5**0.5 + 1e-4), 1 / (16.5**0.5 + 1e-4), 0, 0]], rtol=1e-6
+    )
     np.testing.assert_array_equal(got.tied, [0.5])
-    grouped = advantages.per_reward([[1, 3, 10, 10]], np.ones((1, 4), bool), ["a", "a", "b", "b"], "group")
+    grouped = advantages.per_reward(
+        [[1, 3, 10, 10]], np.ones((1, 4), bool), ["a", "a", "b", "b"], "group"
+    )
     np.testing.assert_allclose(grouped.values, [[-1 / 1.0001, 1 / 1.0001, 0, 0]], rtol=1e-6)
 
 
 def test_what_is_missing_does_not_touch_the_rest():
     values, valid, groups = _scores()
     other = np.where(valid, values, np.nan)
-    np.testing.assert_array_equal(advantages.per_reward(values, valid, groups).values,
-                                  advantages.per_reward(other, valid, groups).values)
+    np.testing.assert_array_equal(
+        advantages.per_reward(values, valid, groups).values,
+        advantages.per_reward(other, valid, groups).values,
+    )
 
 
 def test_a_single_valid_score_is_neutral_and_an_empty_group_missing():
@@ -66,23 +73,31 @@ def test_a_single_valid_score_is_neutral_and_an_empty_group_missing():
 
 
 def test_equal_scores_give_exact_zeros():
-    got = advantages.per_reward(np.full((2, 9), 0.1), np.ones((2, 9), bool), np.repeat([0, 1, 2], 3), "group")
+    got = advantages.per_reward(
+        np.full((2, 9), 0.1), np.ones((2, 9), bool), np.repeat([0, 1, 2], 3), "group"
+    )
     np.testing.assert_array_equal(got.values, 0)
     np.testing.assert_array_equal(got.tied, [1, 1])
 
 
 def test_an_empty_batch_and_an_absent_reward():
-    assert advantages.per_reward(np.zeros((2, 0)), np.zeros((2, 0), bool), np.zeros(0, int)).values.shape == (2, 0)
+    assert advantages.per_reward(
+        np.zeros((2, 0)), np.zeros((2, 0), bool), np.zeros(0, int)
+    ).values.shape == (2, 0)
     got = advantages.per_reward(np.full((1, 4), np.nan), np.zeros((1, 4), bool), np.zeros(4, int))
     assert not got.valid.any() and got.tied[0] == 0 and (got.values == 0).all()
 
 
 def test_weighted_sum_is_a_mean_over_what_is_there():
     valid = np.array([[True, True, False], [True, False, False]])
-    values, present = advantages.weighted_sum([[2.0, 4.0, 9.0], [5.0, np.nan, 9.0]], valid, [1.0, 2.0])
+    values, present = advantages.weighted_sum(
+        [[2.0, 4.0, 9.0], [5.0, np.nan, 9.0]], valid, [1.0, 2.0]
+    )
     np.testing.assert_allclose(values, [[4.0, 4.0, 0.0]])
     np.testing.assert_array_equal(present, [[True, True, False]])
-    np.testing.assert_allclose(advantages.weighted_sum([[2.0], [5.0]], np.ones((2, 1), bool))[0], [[3.5]])
+    np.testing.assert_allclose(
+        advantages.weighted_sum([[2.0], [5.0]], np.ones((2, 1), bool))[0], [[3.5]]
+    )
 
 
 def test_gdpo_keeps_apart_what_a_sum_of_scores_confuses():
@@ -91,8 +106,14 @@ def test_gdpo_keeps_apart_what_a_sum_of_scores_confuses():
     values, groups = rng.normal(size=(2, 24)) * [[1.0], [1000.0]], np.repeat(np.arange(4), 6)
     got = advantages.gdpo(values, np.ones((2, 24), bool), groups)
     each = values.reshape(2, 4, 6)
-    each = ((each - each.mean(-1, keepdims=True)) / (each.std(-1, keepdims=True) + 1e-4)).reshape(2, 24).mean(0)
-    np.testing.assert_allclose(got.values[0], (each - each.mean()) / (each.std() + 1e-4), rtol=1e-4, atol=1e-6)
+    each = (
+        ((each - each.mean(-1, keepdims=True)) / (each.std(-1, keepdims=True) + 1e-4))
+        .reshape(2, 24)
+        .mean(0)
+    )
+    np.testing.assert_allclose(
+        got.values[0], (each - each.mean()) / (each.std() + 1e-4), rtol=1e-4, atol=1e-6
+    )
     assert abs(got.values.mean()) < 1e-6 and got.values.std() == pytest.approx(1.0, abs=1e-3)
 
 
@@ -103,16 +124,39 @@ def test_gdpo_ignores_missing_scores():
     assert np.isfinite(got.values).all()
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: advantages.per_reward(np.zeros((2, 3)), np.ones((2, 4), bool), np.zeros(3)), "scores: expected values"),
-    (lambda: advantages.per_reward(np.full((1, 2), np.nan), np.ones((1, 2), bool), np.zeros(2)),
-     "expected finite numbers where valid .* received 2 others"),
-    (lambda: advantages.per_reward(np.zeros((1, 2)), np.ones((1, 2), bool), np.zeros(2), "batch"),
-     "advantage scale: expected one of global, group; received 'batch'"),
-    (lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [1.0]),
-     "reward weights: expected 2 numbers"),
-    (lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [0.0, 0.0]), "not all 0"),
-    (lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [-1.0, 2.0]), "at least 0")])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: advantages.per_reward(np.zeros((2, 3)), np.ones((2, 4), bool), np.zeros(3)),
+            "scores: expected values",
+        ),
+        (
+            lambda: advantages.per_reward(
+                np.full((1, 2), np.nan), np.ones((1, 2), bool), np.zeros(2)
+            ),
+            "expected finite numbers where valid .* received 2 others",
+        ),
+        (
+            lambda: advantages.per_reward(
+                np.zeros((1, 2)), np.ones((1, 2), bool), np.zeros(2), "batch"
+            ),
+            "advantage scale: expected one of global, group; received 'batch'",
+        ),
+        (
+            lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [1.0]),
+            "reward weights: expected 2 numbers",
+        ),
+        (
+            lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [0.0, 0.0]),
+            "not all 0",
+        ),
+        (
+            lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [-1.0, 2.0]),
+            "at least 0",
+        ),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()

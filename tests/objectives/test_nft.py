@@ -1,4 +1,5 @@
 """The objective against a PyTorch twin written from the formulas in float64, and its affinity in r."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,11 @@ def _sample(seed=0, shape=(6, 3, 3, 4)):
     t = rng.uniform(0.05, 1.0, shape[0])
     xt = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
     advantages = rng.normal(size=(3, shape[0])) * 4
-    return {"v": v, "v_old": v + 0.3 * drift, "x0": x0, "xt": xt, "t": t}, advantages, rng.random((3, shape[0])) < 0.7
+    return (
+        {"v": v, "v_old": v + 0.3 * drift, "x0": x0, "xt": xt, "t": t},
+        advantages,
+        rng.random((3, shape[0])) < 0.7,
+    )
 
 
 def _torch_losses(batch, advantages, valid):
@@ -40,7 +45,12 @@ def _torch_losses(batch, advantages, valid):
         each = (r * positive + (1 - r) * negative) / BETA
         losses.append(CLIP * (each * mask).sum() / max(1, int(mask.sum())))
         grads.append(torch.autograd.grad(losses[-1], x["v"], retain_graph=True)[0].numpy())
-    return (positive.detach().numpy(), negative.detach().numpy(), np.array([x.item() for x in losses]), np.stack(grads))
+    return (
+        positive.detach().numpy(),
+        negative.detach().numpy(),
+        np.array([x.item() for x in losses]),
+        np.stack(grads),
+    )
 
 
 def _policy_losses(v, batch, advantages, valid):
@@ -48,7 +58,9 @@ def _policy_losses(v, batch, advantages, valid):
     return nft.policy_loss(positive, negative, nft.optimality(advantages, CLIP), BETA, CLIP, valid)
 
 
-@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-12), (False, 2e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("wide", "tolerance"), [(True, 1e-12), (False, 2e-5)], ids=["float64", "float32"]
+)
 def test_branches_losses_and_gradients_match_torch(wide, tolerance):
     batch, advantages, valid = _sample()
     positive, negative, losses, grads = _torch_losses(batch, advantages, valid)
@@ -57,18 +69,24 @@ def test_branches_losses_and_gradients_match_torch(wide, tolerance):
         got = nft.branches(x["v"], x["v_old"], x["x0"], x["xt"], x["t"], BETA)
         np.testing.assert_allclose(got[0], positive, rtol=tolerance)
         np.testing.assert_allclose(got[1], negative, rtol=tolerance)
-        got_losses, pull_back = jax.vjp(lambda v: _policy_losses(v, x, jnp.asarray(advantages), valid), x["v"])
+        got_losses, pull_back = jax.vjp(
+            lambda v: _policy_losses(v, x, jnp.asarray(advantages), valid), x["v"]
+        )
         np.testing.assert_allclose(got_losses, losses, rtol=tolerance)
         for k in range(3):
             seed = jnp.zeros_like(got_losses).at[k].set(1.0)
-            np.testing.assert_allclose(pull_back(seed)[0], grads[k], rtol=10 * tolerance, atol=tolerance)
+            np.testing.assert_allclose(
+                pull_back(seed)[0], grads[k], rtol=10 * tolerance, atol=tolerance
+            )
 
 
 def test_closed_form_cotangent_equals_the_derivative():
     batch, advantages, valid = _sample(1)
     grads = _torch_losses(batch, advantages, valid)[3]
     with jax.enable_x64(True):
-        parts = nft.directions(*(jnp.asarray(batch[k]) for k in ("v", "v_old", "x0", "xt", "t")), BETA)
+        parts = nft.directions(
+            *(jnp.asarray(batch[k]) for k in ("v", "v_old", "x0", "xt", "t")), BETA
+        )
         r = nft.optimality(jnp.asarray(advantages), CLIP)
         signal, anchor = nft.signal_and_anchor(parts)
         factor = 2 * batch["t"] * CLIP / parts.e[0].size
@@ -118,13 +136,22 @@ def test_a_neutral_advantage_has_no_gradient_at_the_rollout_policy():
 
 
 def test_no_valid_sample_means_no_loss():
-    assert float(nft.policy_loss(jnp.ones(3), jnp.ones(3), jnp.ones(3), 0.1, valid=jnp.zeros(3, bool))) == 0.0
+    assert (
+        float(nft.policy_loss(jnp.ones(3), jnp.ones(3), jnp.ones(3), 0.1, valid=jnp.zeros(3, bool)))
+        == 0.0
+    )
 
 
-@pytest.mark.parametrize(("mode", "expected"), [
-    ("all", [0, 0, 0.4, 0.5, 0.6, 1, 1]), ("positive_only", [0.5, 0.5, 0.5, 0.5, 0.6, 1, 1]),
-    ("negative_only", [0, 0, 0.4, 0.5, 0.5, 0.5, 0.5]), ("one_only", [0.5, 0.5, 0.5, 0.5, 0.6, 0.6, 0.6]),
-    ("binary", [0.4, 0.4, 0.4, 0.5, 0.6, 0.6, 0.6])])
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("all", [0, 0, 0.4, 0.5, 0.6, 1, 1]),
+        ("positive_only", [0.5, 0.5, 0.5, 0.5, 0.6, 1, 1]),
+        ("negative_only", [0, 0, 0.4, 0.5, 0.5, 0.5, 0.5]),
+        ("one_only", [0.5, 0.5, 0.5, 0.5, 0.6, 0.6, 0.6]),
+        ("binary", [0.4, 0.4, 0.4, 0.5, 0.6, 0.6, 0.6]),
+    ],
+)
 def test_optimality(mode, expected):
     advantages = jnp.array([-9.0, -5.0, -1.0, 0.0, 1.0, 5.0, 9.0])
     np.testing.assert_allclose(nft.optimality(advantages, mode=mode), expected, rtol=1e-6)
@@ -138,5 +165,7 @@ def test_divergence():
 
 
 def test_unknown_mode():
-    with pytest.raises(InputError, match="advantage mode: expected one of all.*received 'positive'.*positive_only"):
+    with pytest.raises(
+        InputError, match="advantage mode: expected one of all.*received 'positive'.*positive_only"
+    ):
         nft.optimality(jnp.zeros(1), mode="positive")

@@ -1,4 +1,5 @@
 """The preset for this machine's GPU at full size, compiled from shapes: run by `python -m tools.gpu`."""
+
 from __future__ import annotations
 
 import runpy
@@ -22,15 +23,21 @@ def test_the_preset_for_this_card_fits_as_planned(capsys):
         pytest.skip(f"needs a GPU; JAX's backend is {jax.default_backend()}")
     chip = accelerators.of_kind(jax.devices()[0].device_kind)
     if chip is None or chip.memory < 79e9:
-        pytest.skip(f"needs a GPU of 80 GB in the table of chips; this one is {jax.devices()[0].device_kind}")
+        pytest.skip(
+            f"needs a GPU of 80 GB in the table of chips; this one is {jax.devices()[0].device_kind}"
+        )
     config = CONFIG("gpu_140gb" if chip.memory > 130e9 else "gpu_80gb")
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
     made, sizes = architecture(config), build.derive_sizes(config, 1)
     planned = memory.total(memory.programs(config, made, sizes, mesh, 1)["train, solving"])
-    program = aot.compile_program("train, solving", *aot.jobs(config, made, sizes, mesh)["train, solving"])
+    program = aot.compile_program(
+        "train, solving", *aot.jobs(config, made, sizes, mesh)["train, solving"]
+    )
     beside = memory.total(memory.beside(config, made, mesh, "train, solving"))
     with capsys.disabled():
-        print(f"\n{config.name}: compiled {program.needed / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB, beside it "
-              f"{beside / 1e9:.2f} GB, usable {chip.usable / 1e9:.2f} GB; compiled in {program.seconds:.0f} s")
+        print(
+            f"\n{config.name}: compiled {program.needed / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB, beside it "
+            f"{beside / 1e9:.2f} GB, usable {chip.usable / 1e9:.2f} GB; compiled in {program.seconds:.0f} s"
+        )
     assert program.needed + beside < chip.usable
     assert abs(planned / program.needed - 1) < 1 / 3

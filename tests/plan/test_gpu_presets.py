@@ -1,4 +1,5 @@
 """The presets for one and eight GPUs: they fit by the plan, and compute what the paper's recipe does."""
+
 from __future__ import annotations
 
 import runpy
@@ -18,8 +19,14 @@ REWARDS = 12e9
 """Bytes of the paper's reward models in float32 (two CLIP-H of 986 M parameters, one CLIP-L of 428 M, a detector on
 the host) with the activations of a batch."""
 PRESETS = {"gpu_80gb": ("h100", 1), "gpu_140gb": ("h200", 1), "gpu_8x80gb": ("a100", 8)}
-HOW_MUCH_AT_ONCE = {"name", "model.attention", "model.remat", "rollout.batch_size", "training.micro_batch_size",
-                    "harmonize.chunk_size"}
+HOW_MUCH_AT_ONCE = {
+    "name",
+    "model.attention",
+    "model.remat",
+    "rollout.batch_size",
+    "training.micro_batch_size",
+    "harmonize.chunk_size",
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +40,10 @@ def test_a_preset_fits_with_the_reward_models(preset, medium):
     build.check(config, "gpu")
     mesh = device_mesh.abstract_mesh(count)
     programs = memory.programs(config, medium, build.derive_sizes(config, count), mesh, 1)
-    most = max(memory.total(sources) + memory.total(memory.beside(config, medium, mesh, program))
-               for program, sources in programs.items())
+    most = max(
+        memory.total(sources) + memory.total(memory.beside(config, medium, mesh, program))
+        for program, sources in programs.items()
+    )
     usable = accelerators.named(name).usable
     assert most + REWARDS < usable and most > 0.5 * usable  # no card is left half empty
 
@@ -48,10 +57,22 @@ def test_a_preset_changes_nothing_but_how_much_is_done_at_once(preset):
     assert pictures == 48 * 24 and found["lora.rank"] == 32 and found["model.resolution"] == 512
 
 
-@pytest.mark.parametrize(("preset", "devices", "line"), [
-    ("gpu_8x80gb", 7, "rollout.batch_size: expected a divisor of the 1152 pictures a step .*received 576"),
-    ("gpu_80gb", 32, "training.micro_batch_size: expected .*received 72; nearest valid (64|96)"),
-    ("gpu_140gb", 64, "rollout.batch_size: expected .*received 288; nearest valid (192|384)")])
+@pytest.mark.parametrize(
+    ("preset", "devices", "line"),
+    [
+        (
+            "gpu_8x80gb",
+            7,
+            "rollout.batch_size: expected a divisor of the 1152 pictures a step .*received 576",
+        ),
+        (
+            "gpu_80gb",
+            32,
+            "training.micro_batch_size: expected .*received 72; nearest valid (64|96)",
+        ),
+        ("gpu_140gb", 64, "rollout.batch_size: expected .*received 288; nearest valid (192|384)"),
+    ],
+)
 def test_another_number_of_devices_names_the_nearest_sizes(preset, devices, line):
     config = CONFIG(preset)
     if preset == "gpu_80gb":
@@ -61,6 +82,9 @@ def test_another_number_of_devices_names_the_nearest_sizes(preset, devices, line
 
 
 def test_a_gpu_preset_says_so_on_a_cpu():
-    with pytest.raises(InputError, match="model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received "
-                                         "'cudnn' on cpu in bfloat16 .'auto' takes what fits"):
+    with pytest.raises(
+        InputError,
+        match="model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received "
+        "'cudnn' on cpu in bfloat16 .'auto' takes what fits",
+    ):
         build.check(CONFIG("gpu_80gb"), "cpu")

@@ -1,4 +1,5 @@
 """Products and exchanges of a program, loops multiplied out; a sharded step has no others than it needs."""
+
 from __future__ import annotations
 
 import json
@@ -54,7 +55,10 @@ def test_bodies_of_loops_count_as_often_as_they_run():
     found = executed(TEXT)
     assert found.flops == 15 * 2 * (4 * 2) * 8 + 2 * (6 * 6 * 7) * (3 * 3 * 2)
     assert [(e.kind, e.times, e.bytes, e.looped) for e in found.exchanges] == [
-        ("all-gather", 15, 4 * 16 * 4, True), ("all-reduce", 3, 24, True), ("all-reduce", 1, 8, False)]
+        ("all-gather", 15, 4 * 16 * 4, True),
+        ("all-reduce", 3, 24, True),
+        ("all-reduce", 1, 8, False),
+    ]
     assert [bool(e.reason) for e in found.exchanges] == [True, False, True]
     assert [row[2:] for row in by_reason(found.exchanges)] == [(1, 15, 3840), (1, 3, 72), (1, 1, 8)]
     assert executed("nothing").exchanges == ()
@@ -69,18 +73,29 @@ def test_a_program_of_xla():
 
 
 def test_what_should_not_be_there_is_not_explained():
-    assert reason_of("all-reduce", "jit(train)/train/while/body/closed_call/add") == ""  # gradients in the loop
+    assert (
+        reason_of("all-reduce", "jit(train)/train/while/body/closed_call/add") == ""
+    )  # gradients in the loop
     for kind in ("all-reduce", "all-gather"):
         assert reason_of(kind, "jit(train)/train/gather") == ""  # all rollouts
-    assert reason_of("all-to-all", "jit(train)/train/while/body/blocks_0/attn/to_q/dot_general") == ""
-    assert Exchange("all-reduce", 1, 4, "jit(train)/train/while/body/MMDiT/block_2/ff/net_2/dot_general").reason
+    assert (
+        reason_of("all-to-all", "jit(train)/train/while/body/blocks_0/attn/to_q/dot_general") == ""
+    )
+    assert Exchange(
+        "all-reduce", 1, 4, "jit(train)/train/while/body/MMDiT/block_2/ff/net_2/dot_general"
+    ).reason
     assert all(why for *_, why in EXPLANATIONS)
 
 
 def collectives(*arguments):
     """The record of `tools.collectives`, and whether every exchange was explained."""
-    done = subprocess.run([sys.executable, "-m", "tools.collectives", "--json", "--run", *arguments], cwd=ROOT,
-                          capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.collectives", "--json", "--run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     assert done.stdout, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1]), done.returncode == 0
 
@@ -89,7 +104,9 @@ def check(found):
     for name, row in found.items():
         assert not row["unexplained"], (name, row["unexplained"])
         program, _, mesh = name.rpartition(" ")
-        assert row["share"] < (1.3 if mesh == "1x1x8" and program != "decode" else 1.05), name  # low rank is not split
+        assert row["share"] < (1.3 if mesh == "1x1x8" and program != "decode" else 1.05), (
+            name
+        )  # low rank is not split
         assert row["gap"] < 1e-3, name  # and the same numbers
 
 
@@ -108,4 +125,6 @@ def test_every_program_on_every_mesh():
     assert explained and len(found) == 7 * 4
     check(found)
     solo = found["train, solving 8x1x1"]["exchanges"]
-    assert [(kind, times) for kind, _, _, times, _ in solo] == [("all-reduce", 1)]  # once an optimiser step
+    assert [(kind, times) for kind, _, _, times, _ in solo] == [
+        ("all-reduce", 1)
+    ]  # once an optimiser step

@@ -1,4 +1,5 @@
 """What a plan is made of: shapes without weights, memory by source, the compiler's word."""
+
 from __future__ import annotations
 
 import math
@@ -28,9 +29,16 @@ def config(path="stabilityai/stable-diffusion-3.5-medium", **changes):
     return made
 
 
-SMALL = {"model__resolution": 64, "model__max_sequence_length": 12, "rollout__prompts_per_step": 2,
-         "rollout__images_per_prompt": 4, "rollout__batch_size": 8, "training__micro_batch_size": 8,
-         "rollout__num_steps": 3, "harmonize__mode": "amortised"}
+SMALL = {
+    "model__resolution": 64,
+    "model__max_sequence_length": 12,
+    "rollout__prompts_per_step": 2,
+    "rollout__images_per_prompt": 4,
+    "rollout__batch_size": 8,
+    "training__micro_batch_size": 8,
+    "rollout__num_steps": 3,
+    "harmonize__mode": "amortised",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +49,16 @@ def medium():
 def test_a_published_model_needs_no_files(medium):
     assert num_parameters(medium.params) == 2_243_171_520 + 226_492_416  # with the positional table
     assert num_parameters(medium.adapter) == 18_776_064
-    assert (medium.latent, medium.tokens, medium.text_tokens, medium.shift) == ((64, 64, 16), 1024, 205, 3.0)
+    assert (medium.latent, medium.tokens, medium.text_tokens, medium.shift) == (
+        (64, 64, 16),
+        1024,
+        205,
+        3.0,
+    )
     assert medium.encoder_parameters == pytest.approx(123.65e6 + 694.66e6 + 4762.3e6, rel=1e-3)
-    assert sum(s.size for s in jax.tree.leaves(medium.vae_params)) == pytest.approx(83.8e6, rel=1e-3)
+    assert sum(s.size for s in jax.tree.leaves(medium.vae_params)) == pytest.approx(
+        83.8e6, rel=1e-3
+    )
 
 
 def test_a_directory_is_what_its_files_hold():
@@ -61,16 +76,27 @@ def test_a_directory_is_what_its_files_hold():
     assert num_parameters(made.params) == stored("transformer")
     assert num_parameters(made.vae_params) == stored("vae")
     assert made.encoder_parameters == stored("text_encoder", "text_encoder_2", "text_encoder_3")
-    assert (made.latent, made.tokens, made.text_tokens, made.shift) == ((8, 8, 16), 16, 14 + 12, 1.5)
+    assert (made.latent, made.tokens, made.text_tokens, made.shift) == (
+        (8, 8, 16),
+        16,
+        14 + 12,
+        1.5,
+    )
     without = architecture(config("embedded", **SMALL, model__t5=False))
     assert without.encoder_parameters == stored("text_encoder", "text_encoder_2")
 
 
 def test_models_and_resolutions_that_do_not_fit():
-    with pytest.raises(InputError, match="model.path: expected a local directory.*stable-diffusion-3.5-large.*"
-                                         "did you mean 'stable-diffusion-3.5-medium'"):
+    with pytest.raises(
+        InputError,
+        match="model.path: expected a local directory.*stable-diffusion-3.5-large.*"
+        "did you mean 'stable-diffusion-3.5-medium'",
+    ):
         architecture(config("me/stable-difusion-3.5-medium"))
-    with pytest.raises(InputError, match="model.resolution: expected a multiple of 16 .*received 500 .nearest.* 496"):
+    with pytest.raises(
+        InputError,
+        match="model.resolution: expected a multiple of 16 .*received 500 .nearest.* 496",
+    ):
         architecture(config(model__resolution=500))
 
 
@@ -81,8 +107,13 @@ def test_what_is_passed_to_a_program_is_exact(medium):
         mesh = device_mesh.abstract_mesh(16, -1, fsdp)
         found = memory.programs(chosen, medium, build.derive_sizes(chosen, 16), mesh)
         by_name = {s.name: s.bytes for s in found["train, between"]}
-        assert by_name[memory.BASE] == pytest.approx(expected, rel=whole)  # biases and norms stay whole
-        assert by_name[memory.ADAPTERS] == 4 * 4 * 18_776_064 and by_name[memory.OPTIMISER] == 2 * 4 * 18_776_064
+        assert by_name[memory.BASE] == pytest.approx(
+            expected, rel=whole
+        )  # biases and norms stay whole
+        assert (
+            by_name[memory.ADAPTERS] == 4 * 4 * 18_776_064
+            and by_name[memory.OPTIMISER] == 2 * 4 * 18_776_064
+        )
         solving = {s.name: s.bytes for s in found["train, solving"]}
         assert solving[memory.SAMPLES] == 3 * 3 * 4 * 18_776_064  # chunks of 3, three directions
         assert by_name[memory.SAVED] == 24 * 9 * 1229 * 1536 * 2
@@ -92,22 +123,36 @@ def test_memory_follows_the_settings(medium):
     def total(name="train, between", devices=16, **changes):
         chosen = config(**{"harmonize__mode": "amortised", "model__remat": "full", **changes})
         mesh = device_mesh.abstract_mesh(devices, -1, 1)
-        return memory.total(memory.programs(chosen, medium, build.derive_sizes(chosen, devices), mesh)[name])
+        return memory.total(
+            memory.programs(chosen, medium, build.derive_sizes(chosen, devices), mesh)[name]
+        )
 
     assert total(model__remat="none") > total(model__remat="dots") > total()
     assert total(training__micro_batch_size=16) < total()
     assert total("rollout", rollout__batch_size=16) < total("rollout")
     assert "train, between" not in memory.programs(
-        config(harmonize__mode="exact"), medium, build.derive_sizes(config(), 16), device_mesh.abstract_mesh(16))
+        config(harmonize__mode="exact"),
+        medium,
+        build.derive_sizes(config(), 16),
+        device_mesh.abstract_mesh(16),
+    )
     cached = config(prompts__embedding_cache="somewhere")
     mesh = device_mesh.abstract_mesh(16)
-    names = {name: {s.name for s in memory.beside(cached, medium, mesh, name)} for name in ("rollout", "decode",
-                                                                                           "train, solving")}
-    assert names == {"rollout": {"the rest of the state", "VAE"}, "train, solving": {"VAE"},
-                     "decode": {"the rest of the state", "transformer"}}
+    names = {
+        name: {s.name for s in memory.beside(cached, medium, mesh, name)}
+        for name in ("rollout", "decode", "train, solving")
+    }
+    assert names == {
+        "rollout": {"the rest of the state", "VAE"},
+        "train, solving": {"VAE"},
+        "decode": {"the rest of the state", "transformer"},
+    }
     for devices in (1, 4):
-        (encoders,) = (s for s in memory.beside(config(), medium, mesh, "train, solving", devices)
-                       if "encoders" in s.name)
+        (encoders,) = (
+            s
+            for s in memory.beside(config(), medium, mesh, "train, solving", devices)
+            if "encoders" in s.name
+        )
         assert encoders.bytes == 2 * medium.encoder_parameters / devices
 
 
@@ -123,27 +168,40 @@ def test_programs_accept_the_planned_arguments():
     assert jax.tree.structure(state) == jax.tree.structure(arguments[0]) and "nft/loss" in metrics
     assert jobs["train, solving"][1] == arguments and jobs["train, solving"][0] is not step
     merged = config("embedded", **SMALL, rollout__merge_adapter=True)
-    assert aot.jobs(merged, architecture(merged), build.derive_sizes(merged, 1), mesh)["rollout"][1][1] is None
+    assert (
+        aot.jobs(merged, architecture(merged), build.derive_sizes(merged, 1), mesh)["rollout"][1][1]
+        is None
+    )
 
 
 def test_what_the_compiler_says_of_a_program():
-    struct = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    struct = jax.ShapeDtypeStruct(
+        (256, 256), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
     found = aot.compile_program("product", jax.jit(lambda x, y: x @ y), (struct, struct))
     assert found.arguments == 2 * 4 * 256**2 and found.needed >= 3 * 4 * 256**2
     assert found.flops == pytest.approx(2 * 256**3) and found.collectives == ()
 
 
 def test_out_of_memory():
-    message = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
-               "HLO temporaries (240.50G) exceeds available HBM (15.75G). HLO module: jit_step.")
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+        "HLO temporaries (240.50G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
     assert aot.out_of_memory(message) == 240.5 * GIB
     assert aot.out_of_memory(message.replace("240.50G", "512.00M")) == GIB / 2
     assert aot.out_of_memory("INTERNAL: something else") is None
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("v5e", "such as v5e:4x4"), ("v5e:4", "such as v5e:4x4"), ("v9:2x2", "expected a slice of v5e, v5p, v6e"),
-    ("v6:4x4", "did you mean 'v6e'")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "such as v5e:4x4"),
+        ("v5e:4", "such as v5e:4x4"),
+        ("v9:2x2", "expected a slice of v5e, v5p, v6e"),
+        ("v6:4x4", "did you mean 'v6e'"),
+    ],
+)
 def test_slices_that_are_none(name, message, monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda package: object())
     with pytest.raises(InputError, match=message):
@@ -152,9 +210,14 @@ def test_slices_that_are_none(name, message, monkeypatch):
 
 def test_a_slice_and_no_compiler(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda package: object())
-    assert aot.check_topology("v5p:2x2x4")[1] == 16 and aot.check_topology("v5e:4x4")[0].name == "v5e"
+    assert (
+        aot.check_topology("v5p:2x2x4")[1] == 16 and aot.check_topology("v5e:4x4")[0].name == "v5e"
+    )
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(InputError, match="--topology: expected the package libtpu.*received none .pip install libtpu"):
+    with pytest.raises(
+        InputError,
+        match="--topology: expected the package libtpu.*received none .pip install libtpu",
+    ):
         aot.check_topology("v5e:4x4")
 
 
@@ -169,5 +232,6 @@ def test_collectives_of_a_text():
     assert collectives(text) == (
         Collective("all-gather", True, 1, 16 * 8 * 2, "jit(f)/while/body/w"),
         Collective("all-reduce", True, 2, 64 + 8 + 24, "jit(f)/while/body/add"),
-        Collective("all-reduce", False, 1, 40, "jit(f)/sum"))
+        Collective("all-reduce", False, 1, 40, "jit(f)/sum"),
+    )
     assert collectives("%x = f32[2] add(%y, %z)") == ()

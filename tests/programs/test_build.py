@@ -1,4 +1,5 @@
 """From configuration to run: what is checked before anything is read, and what the sizes come to."""
+
 from __future__ import annotations
 
 import jax
@@ -38,11 +39,24 @@ def test_a_small_fraction_still_trains_one_timestep():
 
 @pytest.mark.parametrize(
     ("name", "size", "devices", "message"),
-    [("rollout__batch_size", 100, 8, "rollout.batch_size: .*1152 pictures a step .48 prompts x 24. that 8 device.*"
-                                     "received 100; nearest valid 96"),
-     ("training__micro_batch_size", 145, 1, "training.micro_batch_size: .*received 145; nearest valid 144"),
-     ("training__micro_batch_size", 36, 8, "received 36; nearest valid 32"),
-     ("rollout__batch_size", 144, 5, "5 device.* share evenly; received 144$")])
+    [
+        (
+            "rollout__batch_size",
+            100,
+            8,
+            "rollout.batch_size: .*1152 pictures a step .48 prompts x 24. that 8 device.*"
+            "received 100; nearest valid 96",
+        ),
+        (
+            "training__micro_batch_size",
+            145,
+            1,
+            "training.micro_batch_size: .*received 145; nearest valid 144",
+        ),
+        ("training__micro_batch_size", 36, 8, "received 36; nearest valid 32"),
+        ("rollout__batch_size", 144, 5, "5 device.* share evenly; received 144$"),
+    ],
+)
 def test_sizes_that_do_not_divide(name, size, devices, message):
     with pytest.raises(InputError, match=message):
         build.derive_sizes(config(**{name: size}), devices)
@@ -50,17 +64,44 @@ def test_sizes_that_do_not_divide(name, size, devices, message):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"rewards__train": ()}, "rewards.train: expected at least one reward; received none"),
-     ({"prompts__sources": ()}, "prompts.sources: expected at least one source; received none"),
-     ({"rewards__heldout": ("imagereward", "ocr")}, "rewards.heldout: .*not trained on; received 'ocr'"),
-     ({"harmonize__alpha_floor": 0.25}, "harmonize.alpha_floor: expected at most 1/5; received 0.25"),
-     ({"model__attention": "cudnn"}, "model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; .*on cpu"),
-     ({"model__attention": "splash"}, "model.attention: expected 'xla', as splash needs a TPU; .*on cpu"),
-     ({"advantages__stages": ("ocr:20", "clip:20")}, "advantages.stages: reward: .*received 'clip'"),
-     ({"advantages__dropout": 0.5}, "advantages.dropout_targets: expected some of the rewards .*; received none"),
-     ({"logging__wandb": "project"}, "logging.wandb: expected the package wandb; received none"),
-     ({"policies__schedule": "linear"}, "policies.schedule: expected one of copy, linear_capped, delayed_linear"),
-     ({"rollout__solver": "heun"}, "rollout.solver: expected one of euler, dpm1, dpm2, ddim; received 'heun'")])
+    [
+        ({"rewards__train": ()}, "rewards.train: expected at least one reward; received none"),
+        ({"prompts__sources": ()}, "prompts.sources: expected at least one source; received none"),
+        (
+            {"rewards__heldout": ("imagereward", "ocr")},
+            "rewards.heldout: .*not trained on; received 'ocr'",
+        ),
+        (
+            {"harmonize__alpha_floor": 0.25},
+            "harmonize.alpha_floor: expected at most 1/5; received 0.25",
+        ),
+        (
+            {"model__attention": "cudnn"},
+            "model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; .*on cpu",
+        ),
+        (
+            {"model__attention": "splash"},
+            "model.attention: expected 'xla', as splash needs a TPU; .*on cpu",
+        ),
+        (
+            {"advantages__stages": ("ocr:20", "clip:20")},
+            "advantages.stages: reward: .*received 'clip'",
+        ),
+        (
+            {"advantages__dropout": 0.5},
+            "advantages.dropout_targets: expected some of the rewards .*; received none",
+        ),
+        ({"logging__wandb": "project"}, "logging.wandb: expected the package wandb; received none"),
+        (
+            {"policies__schedule": "linear"},
+            "policies.schedule: expected one of copy, linear_capped, delayed_linear",
+        ),
+        (
+            {"rollout__solver": "heun"},
+            "rollout.solver: expected one of euler, dpm1, dpm2, ddim; received 'heun'",
+        ),
+    ],
+)
 def test_check(changes, message, monkeypatch):
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=message):
@@ -70,10 +111,14 @@ def test_check(changes, message, monkeypatch):
 def test_build_checks_before_it_reads(monkeypatch):
     for reader in ("read_directory", "find_model", "load_rewards", "load_pipeline"):
         monkeypatch.setattr(build, reader, lambda *a, **k: pytest.fail("something was read"))
-    for changes, message in (({"nft__beta": 0.0}, "config.nft.beta"), ({"mesh__data": 3}, "mesh: expected data x fsdp"),
-                             ({"harmonize__fixed_alpha": (1.0,)}, "fixed_alpha: expected one number for each of 5"),
-                             ({"lora__rank": 0}, "config.lora.rank"), ({"rollout__batch_size": 7}, "nearest valid 6"),
-                             ({}, "prompts.path: expected a directory or 'embedded'; received nothing")):
+    for changes, message in (
+        ({"nft__beta": 0.0}, "config.nft.beta"),
+        ({"mesh__data": 3}, "mesh: expected data x fsdp"),
+        ({"harmonize__fixed_alpha": (1.0,)}, "fixed_alpha: expected one number for each of 5"),
+        ({"lora__rank": 0}, "config.lora.rank"),
+        ({"rollout__batch_size": 7}, "nearest valid 6"),
+        ({}, "prompts.path: expected a directory or 'embedded'; received nothing"),
+    ):
         with pytest.raises(InputError, match=message):
             build.build(config(**changes))
 
@@ -81,25 +126,39 @@ def test_build_checks_before_it_reads(monkeypatch):
 def test_names_are_looked_up_before_weights_are_read(monkeypatch):
     monkeypatch.setattr(build, "load_pipeline", lambda *a, **k: pytest.fail("the model was read"))
     base = {"prompts__path": "embedded", "rewards__path": "embedded"}
-    with pytest.raises(InputError, match="model: expected a directory or a Hub name .*; received '/nowhere/at/all'"):
+    with pytest.raises(
+        InputError, match="model: expected a directory or a Hub name .*; received '/nowhere/at/all'"
+    ):
         build.build(config(**base, model__path="/nowhere/at/all"))
-    with pytest.raises(InputError, match="reward: expected one of .*received 'pikscore'; did you mean 'pickscore'"):
+    with pytest.raises(
+        InputError, match="reward: expected one of .*received 'pikscore'; did you mean 'pickscore'"
+    ):
         build.build(config(**base, model__path="embedded", rewards__train=("ocr", "pikscore")))
-    with pytest.raises(InputError, match="model.path: expected a directory or 'embedded'; received nothing"):
+    with pytest.raises(
+        InputError, match="model.path: expected a directory or 'embedded'; received nothing"
+    ):
         build.build(config(**base))
 
 
 def test_place_of(tmp_path):
     assert (build.place_of("embedded", "pipeline") / "model_index.json").is_file()
     assert build.place_of(str(tmp_path), "rewards") == tmp_path
-    with pytest.raises(InputError, match="rewards.path: expected a directory or 'embedded'; received nothing"):
+    with pytest.raises(
+        InputError, match="rewards.path: expected a directory or 'embedded'; received nothing"
+    ):
         build.place_of("", "rewards")
 
 
 def test_balancers_get_their_settings():
     weights = (1.0, 2.0, 1.0, 1.0, 1.0)
-    marble = build.balancer_of(config(harmonize__reward_weights=weights, harmonize__alpha_floor=0.1))
-    assert isinstance(marble, Marble) and marble.reward_weights == weights and marble.alpha_floor == 0.1
+    marble = build.balancer_of(
+        config(harmonize__reward_weights=weights, harmonize__alpha_floor=0.1)
+    )
+    assert (
+        isinstance(marble, Marble)
+        and marble.reward_weights == weights
+        and marble.alpha_floor == 0.1
+    )
     alpha = (0.2,) * 5
     fixed = build.balancer_of(config(harmonize__balancer="fixed", harmonize__fixed_alpha=alpha))
     assert isinstance(fixed, Fixed) and fixed.alpha == alpha
@@ -107,7 +166,9 @@ def test_balancers_get_their_settings():
         assert build.balancer_of(config(harmonize__balancer=name))
     with pytest.raises(InputError, match="fixed alpha: expected one share a reward"):
         build.balancer_of(config(harmonize__balancer="fixed"))
-    with pytest.raises(InputError, match="reward_weights: expected one number for each of 5 rewards .*; received 2"):
+    with pytest.raises(
+        InputError, match="reward_weights: expected one number for each of 5 rewards .*; received 2"
+    ):
         build.balancer_of(config(harmonize__reward_weights=(1.0, 1.0)))
 
 
@@ -115,19 +176,35 @@ def test_groups_are_numbered_by_first_appearance():
     groups = ("taste", "taste", "match", "own", "match")
     assert build.balancer_of(config(harmonize__groups=groups)).groups == (0, 0, 1, 2, 1)
     assert build.balancer_of(config()).groups == ()
-    with pytest.raises(InputError, match="harmonize.groups: expected one name for each of 5 rewards .*; received 2"):
+    with pytest.raises(
+        InputError, match="harmonize.groups: expected one name for each of 5 rewards .*; received 2"
+    ):
         build.balancer_of(config(harmonize__groups=("a", "b")))
-    with pytest.raises(InputError, match="groups: expected none with another balancer than marble; .*with 'equal'"):
+    with pytest.raises(
+        InputError, match="groups: expected none with another balancer than marble; .*with 'equal'"
+    ):
         build.balancer_of(config(harmonize__groups=groups, harmonize__balancer="equal"))
 
 
 def test_stages_and_dropout_of_a_configuration():
-    made = config(training__num_steps=30, advantages__stages=("pickscore+hpsv2+clipscore@general", "ocr", "geneval"),
-                  advantages__dropout=0.5, advantages__dropout_targets=("pickscore",), advantages__dropout_warmup=7)
+    made = config(
+        training__num_steps=30,
+        advantages__stages=("pickscore+hpsv2+clipscore@general", "ocr", "geneval"),
+        advantages__dropout=0.5,
+        advantages__dropout_targets=("pickscore",),
+        advantages__dropout_warmup=7,
+    )
     presence = build.presence_of(made)
     assert [(s.rewards[0], s.sources, s.first) for s in presence.stages] == [
-        ("pickscore", ("general",), 0), ("ocr", (), 10), ("geneval", (), 20)]
-    assert (presence.dropout.targets, presence.dropout.probability, presence.dropout.warmup) == (("pickscore",), 0.5, 7)
+        ("pickscore", ("general",), 0),
+        ("ocr", (), 10),
+        ("geneval", (), 20),
+    ]
+    assert (presence.dropout.targets, presence.dropout.probability, presence.dropout.warmup) == (
+        ("pickscore",),
+        0.5,
+        7,
+    )
 
 
 def test_held_out_prompts_may_come_from_other_sources():
@@ -147,8 +224,14 @@ def test_held_out_prompts_come_in_equal_shares():
 
 def first_moves(**changes) -> list[float]:
     """Sizes of AdamW's moves over three steps of a constant gradient: the learning rate, without weight decay."""
-    optimizer = build.make_optimizer(config(training__num_steps=2, training__learning_rate=0.5,
-                                              training__weight_decay=0.0, **changes))
+    optimizer = build.make_optimizer(
+        config(
+            training__num_steps=2,
+            training__learning_rate=0.5,
+            training__weight_decay=0.0,
+            **changes,
+        )
+    )
     params, moves = jnp.zeros(2), []
     state = optimizer.init(params)
     for _ in range(3):
@@ -159,8 +242,11 @@ def first_moves(**changes) -> list[float]:
 
 def test_the_optimizer_follows_its_schedule():
     np.testing.assert_allclose(first_moves(), [0.5, 0.5, 0.5], rtol=1e-4)
-    np.testing.assert_allclose(first_moves(training__schedule="cosine", training__min_ratio=0.1), [0.5, 0.275, 0.05],
-                               rtol=1e-4)
+    np.testing.assert_allclose(
+        first_moves(training__schedule="cosine", training__min_ratio=0.1),
+        [0.5, 0.275, 0.05],
+        rtol=1e-4,
+    )
 
 
 def test_the_gradient_is_clipped_before_adam():
@@ -173,33 +259,60 @@ def test_the_gradient_is_clipped_before_adam():
 def test_a_run_of_the_embedded_pipeline():
     """One real build, on the one reward without weights."""
     made = config(
-        model__path="embedded", model__dtype="float32", model__resolution=64, model__max_sequence_length=12,
-        prompts__path="embedded", rewards__path="embedded", rewards__train=("geneval",), rewards__heldout=("ocr",),
-        rollout__prompts_per_step=3, rollout__images_per_prompt=4, rollout__batch_size=12, rollout__num_steps=4,
-        training__micro_batch_size=6, training__timestep_fraction=0.5, harmonize__chunk_size=100,
-        policies__schedule="delayed_linear", policies__delay=3, policies__rate=0.25)
+        model__path="embedded",
+        model__dtype="float32",
+        model__resolution=64,
+        model__max_sequence_length=12,
+        prompts__path="embedded",
+        rewards__path="embedded",
+        rewards__train=("geneval",),
+        rewards__heldout=("ocr",),
+        rollout__prompts_per_step=3,
+        rollout__images_per_prompt=4,
+        rollout__batch_size=12,
+        rollout__num_steps=4,
+        training__micro_batch_size=6,
+        training__timestep_fraction=0.5,
+        harmonize__chunk_size=100,
+        policies__schedule="delayed_linear",
+        policies__delay=3,
+        policies__rate=0.25,
+    )
     run = build.build(made)
     assert isinstance(run.config, ml_collections.ConfigDict)
     assert run.sizes == build.Sizes(12, 1, 2, 24, 4)
     assert run.collector.latent_shape == run.evaluator.latent_shape == (8, 8, 16)
-    assert run.collector.scorer.names == ("geneval",) and run.evaluator.scorer.names == ("geneval", "ocr")
+    assert run.collector.scorer.names == ("geneval",) and run.evaluator.scorer.names == (
+        "geneval",
+        "ocr",
+    )
     assert (run.recipe.num_rewards, run.recipe.micro_batch, run.recipe.chunk) == (1, 6, 6)
-    assert len(run.recipe.sigmas) == 4 and run.recipe.sigmas[0] == 1.0 and run.recipe.num_timesteps == 2
+    assert (
+        len(run.recipe.sigmas) == 4
+        and run.recipe.sigmas[0] == 1.0
+        and run.recipe.num_timesteps == 2
+    )
     assert [float(run.recipe.old_schedule(s)) for s in (3, 4, 5)] == [0.0, 0.25, 0.5]
     assert int(run.state.step) == 0 and set(run.train_prompts) == {"general", "geneval", "ocr"}
     cond = run.collector.encode(["a red circle", "a star", "a red circle"])
     np.testing.assert_array_equal(cond.embeds[0], cond.embeds[2])
     run.collector.scorer.close()
     run.evaluator.scorer.close()
-    with pytest.raises(InputError, match="model.resolution: expected at most the model's 256 pixels; received 512"):
+    with pytest.raises(
+        InputError, match="model.resolution: expected at most the model's 256 pixels; received 512"
+    ):
         made.model.resolution = 512
         build.build(made)
 
 
 def test_text_embeddings_leave_no_encoder_in_memory(tmp_path, capsys):
     """With a cache every text of a run is on disk before the transformer is loaded; the next run loads no encoder."""
-    made = config(model__path="embedded", model__dtype="float32", model__max_sequence_length=6,
-                  prompts__embedding_cache=str(tmp_path))
+    made = config(
+        model__path="embedded",
+        model__dtype="float32",
+        model__max_sequence_length=6,
+        prompts__embedding_cache=str(tmp_path),
+    )
     root, texts = build.place_of("embedded", "pipeline"), ["a red star", "fog", "a red star"]
     encode = build.text_embeddings(made, root, texts)
     assert "text embeddings: 2 of 2 prompts to encode" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """A run's export: every library that is to open the folder draws our pictures, and a failure leaves no trace."""
+
 import importlib.resources
 import json
 import runpy
@@ -30,12 +31,22 @@ from marble_jax.training.state import initial_state
 
 ROOT = Path(__file__).parents[2]
 BASE = Path(str(importlib.resources.files("marble_jax") / "embedded" / "pipeline"))
-SHAPES = transformer.abstract_params(transformer.MMDiT(MMDiTConfig.from_dict(
-    json.loads((BASE / "transformer" / "config.json").read_text()))))
+SHAPES = transformer.abstract_params(
+    transformer.MMDiT(
+        MMDiTConfig.from_dict(json.loads((BASE / "transformer" / "config.json").read_text()))
+    )
+)
 SPEC = lora.LoraSpec(4, 12.0)
 PROMPT, TOKENS, STEPS = 'a sign saying "LM" in green on white', 12, verify.NUM_STEPS
-FILES = {"README.md", "export.json", "adapter_config.json", "adapter_model.safetensors",
-         "pytorch_lora_weights.safetensors", "lora/adapter_config.json", "lora/adapter_model.safetensors"}
+FILES = {
+    "README.md",
+    "export.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "lora/adapter_config.json",
+    "lora/adapter_model.safetensors",
+}
 
 
 def random_adapter(seed):
@@ -43,8 +54,16 @@ def random_adapter(seed):
     rng = np.random.default_rng(seed)
     names = [module.name for module in lora.target_modules(SHAPES)]
     blank = lora.unstack(lora.init_adapter(jax.random.key(0), SHAPES, SPEC))
-    return lora.stack({n: (rng.normal(0, 0.25, blank[n][0].shape).astype(np.float32),
-                               rng.normal(0, 0.03, blank[n][1].shape).astype(np.float32)) for n in names}, SHAPES)
+    return lora.stack(
+        {
+            n: (
+                rng.normal(0, 0.25, blank[n][0].shape).astype(np.float32),
+                rng.normal(0, 0.03, blank[n][1].shape).astype(np.float32),
+            )
+            for n in names
+        },
+        SHAPES,
+    )
 
 
 POLICIES = {"current": 1, "old": 2, "ema": 3, "best": 4}
@@ -59,10 +78,15 @@ def smoke_config():
 
 
 def state_of(config, step, best_score=0.5):
-    state = initial_state(random_adapter(0), build.make_optimizer(config), 1, build.balancer_of(config).init(1), 0)
+    state = initial_state(
+        random_adapter(0), build.make_optimizer(config), 1, build.balancer_of(config).init(1), 0
+    )
     return state.replace(
-        step=jnp.int32(step), best_step=jnp.int32(step - 1), best_score=jnp.float32(best_score),
-        **{name: random_adapter(seed) for name, seed in POLICIES.items()})
+        step=jnp.int32(step),
+        best_step=jnp.int32(step - 1),
+        best_score=jnp.float32(best_score),
+        **{name: random_adapter(seed) for name, seed in POLICIES.items()},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +95,31 @@ def run(tmp_path_factory):
     path, config = tmp_path_factory.mktemp("runs") / "run", smoke_config()
     workdir = Workdir(str(path))
     workdir.claim(flatten(config))
-    workdir.write_json("run.json", {"name": "a run", "method": "MARBLE", "rewards": ["geneval"], "heldout_rewards": [],
-                                    "config": flatten(config)})
+    workdir.write_json(
+        "run.json",
+        {
+            "name": "a run",
+            "method": "MARBLE",
+            "rewards": ["geneval"],
+            "heldout_rewards": [],
+            "config": flatten(config),
+        },
+    )
     for step, policy, mean in ((0, "base", 0.25), (6, "ema", 0.75)):
         interval = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
-        workdir.append(workdir.evaluations, {
-            "step": step, "policy": policy, "num_prompts": 9, "scores": {"geneval": interval | {"count": 8}},
-            **({"gain": {"geneval": interval | {"mean": 0.5}}} if step else {})})
-        save_png(workdir.samples / f"step_{step:06d}" / "00.png", np.full((8, 8, 3), step * 20, np.uint8))
+        workdir.append(
+            workdir.evaluations,
+            {
+                "step": step,
+                "policy": policy,
+                "num_prompts": 9,
+                "scores": {"geneval": interval | {"count": 8}},
+                **({"gain": {"geneval": interval | {"mean": 0.5}}} if step else {}),
+            },
+        )
+        save_png(
+            workdir.samples / f"step_{step:06d}" / "00.png", np.full((8, 8, 3), step * 20, np.uint8)
+        )
     workdir.write_json("samples/prompts.json", [{"prompt": "two | red\ncircles", "seed": 0}])
     checkpoints = Checkpoints(workdir.checkpoints)
     for step in (5, 7):
@@ -101,15 +142,19 @@ def ours():
 
     T5 is left out: its part of the conditioning knows no adapter."""
     pipeline = load_pipeline(BASE, text_encoder_3=False, lora_scale=SPEC.scale)
-    noise = np.random.default_rng(5).normal(size=(1, *pipeline.latent_shape(64, 64))).astype(np.float32)
+    noise = (
+        np.random.default_rng(5).normal(size=(1, *pipeline.latent_shape(64, 64))).astype(np.float32)
+    )
 
     def velocity(params, adapter, xt, sigma, cond):
         return transformer.velocity(pipeline.model, params, adapter, xt, sigma, cond)
 
     sampler = make_sampler(velocity, STEPS, "euler", pipeline.scheduler.shift)
     cond = pipeline.encode_prompts([PROMPT], TOKENS)
-    pictures = [np.asarray(pipeline.decode(sampler(pipeline.params, adapter, cond, jnp.asarray(noise)), 1))
-                for adapter in (None, random_adapter(POLICIES["ema"]))]
+    pictures = [
+        np.asarray(pipeline.decode(sampler(pipeline.params, adapter, cond, jnp.asarray(noise)), 1))
+        for adapter in (None, random_adapter(POLICIES["ema"]))
+    ]
     assert np.abs(pictures[1] - pictures[0]).max() > 0.1
     return noise, *pictures
 
@@ -120,7 +165,9 @@ def theirs(ours):
     transformer."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(BASE, text_encoder_3=None, tokenizer_3=None)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        BASE, text_encoder_3=None, tokenizer_3=None
+    )
     pipe.set_progress_bar_config(disable=True)
     fresh = diffusers.SD3Transformer2DModel.from_pretrained
 
@@ -128,8 +175,15 @@ def theirs(ours):
         pipe.register_modules(transformer=fresh(BASE / "transformer"))
         change(pipe)
         return pipe(
-            PROMPT, latents=torch.from_numpy(ours[0]).permute(0, 3, 1, 2), height=64, width=64,
-            num_inference_steps=STEPS, guidance_scale=1.0, max_sequence_length=TOKENS, output_type="np").images
+            PROMPT,
+            latents=torch.from_numpy(ours[0]).permute(0, 3, 1, 2),
+            height=64,
+            width=64,
+            num_inference_steps=STEPS,
+            guidance_scale=1.0,
+            max_sequence_length=TOKENS,
+            output_type="np",
+        ).images
 
     return draw
 
@@ -138,8 +192,12 @@ def upstream(pipe, folder):
     """What MARBLE's evaluation.py does with a checkpoint's lora folder: its own config, then load_adapter over it."""
     import peft
 
-    config = peft.LoraConfig(r=SPEC.rank, lora_alpha=SPEC.alpha, init_lora_weights="gaussian",
-                             target_modules=list(lora.ATTENTION_TARGETS))
+    config = peft.LoraConfig(
+        r=SPEC.rank,
+        lora_alpha=SPEC.alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(lora.ATTENTION_TARGETS),
+    )
     pipe.transformer = peft.get_peft_model(pipe.transformer, config)
     pipe.transformer.load_adapter(str(folder / "lora"), adapter_name="default", is_trainable=False)
     pipe.transformer.eval()
@@ -148,20 +206,27 @@ def upstream(pipe, folder):
 def peft_reads(pipe, folder):
     import peft
 
-    pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, str(folder)).merge_and_unload()
+    pipe.transformer = peft.PeftModel.from_pretrained(
+        pipe.transformer, str(folder)
+    ).merge_and_unload()
 
 
 def merged_reads(pipe, folder):
     import diffusers
 
-    pipe.register_modules(transformer=diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer"))
+    pipe.register_modules(
+        transformer=diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    )
 
 
 READERS = {
     "diffusers": lambda pipe, folder: pipe.load_lora_weights(str(folder)),
     "diffusers, by name": lambda pipe, folder: pipe.load_lora_weights(
-        str(folder), weight_name="pytorch_lora_weights.safetensors"),
-    "PEFT": peft_reads, "upstream's evaluation": upstream, "merged": merged_reads,
+        str(folder), weight_name="pytorch_lora_weights.safetensors"
+    ),
+    "PEFT": peft_reads,
+    "upstream's evaluation": upstream,
+    "merged": merged_reads,
 }
 
 
@@ -171,20 +236,27 @@ def test_every_reader_draws_our_pictures(exported, ours, theirs, reader):
     pictures = theirs(lambda pipe: READERS[reader](pipe, exported))
     np.testing.assert_allclose(pictures, wanted, atol=1e-2)
     assert np.abs(pictures - base).max() > 0.1
-    assert np.vdot(pictures - base, wanted - base) / np.vdot(wanted - base, wanted - base) == pytest.approx(1, abs=0.02)
+    assert np.vdot(pictures - base, wanted - base) / np.vdot(
+        wanted - base, wanted - base
+    ) == pytest.approx(1, abs=0.02)
 
 
 def test_single_file_readers_get_the_right_strength(exported):
     """ComfyUI's and kohya's rule: up @ down, times alpha / rank where there is an alpha, under diffusers' names."""
     tensors = load_file(exported / "pytorch_lora_weights.safetensors")
-    wanted = {n: SPEC.scale * (a @ b) for n, (a, b) in lora.unstack(random_adapter(POLICIES["ema"])).items()}
+    wanted = {
+        n: SPEC.scale * (a @ b)
+        for n, (a, b) in lora.unstack(random_adapter(POLICIES["ema"])).items()
+    }
     found = {}
     for key, down in tensors.items():
         if key.endswith(".lora_A.weight"):
             name = key.removesuffix(".lora_A.weight")
             alpha = tensors.get(f"{name}.alpha")
             scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
-            found[name.removeprefix("transformer.")] = scale * (tensors[f"{name}.lora_B.weight"] @ down).T
+            found[name.removeprefix("transformer.")] = (
+                scale * (tensors[f"{name}.lora_B.weight"] @ down).T
+            )
     assert set(found) == set(wanted) and len(tensors) == 2 * len(wanted)
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-6)
@@ -194,14 +266,22 @@ def test_merged_weights_are_the_bases_but_for_the_adapted_layers(run, exported, 
     base = load_file(BASE / "transformer" / "diffusion_pytorch_model.safetensors")
     export_run(str(run), str(tmp_path / "out"), merge=True)
     merged = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
-    deltas = {f"{n}.weight": SPEC.scale * (a @ b).T
-              for n, (a, b) in lora.unstack(random_adapter(POLICIES["ema"])).items()}
+    deltas = {
+        f"{n}.weight": SPEC.scale * (a @ b).T
+        for n, (a, b) in lora.unstack(random_adapter(POLICIES["ema"])).items()
+    }
     assert set(merged) == set(base) and set(deltas) < set(base)
     for name, tensor in merged.items():
-        wanted = base[name] if name not in deltas else (base[name].astype(np.float32) + deltas[name])
+        wanted = (
+            base[name] if name not in deltas else (base[name].astype(np.float32) + deltas[name])
+        )
         assert tensor.dtype == base[name].dtype
-        np.testing.assert_allclose(tensor.astype(np.float32), wanted.astype(tensor.dtype).astype(np.float32), rtol=1e-3,
-                                   err_msg=name)
+        np.testing.assert_allclose(
+            tensor.astype(np.float32),
+            wanted.astype(tensor.dtype).astype(np.float32),
+            rtol=1e-3,
+            err_msg=name,
+        )
     wide = load_file(exported / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in wide.values()} == {np.dtype(np.float32)}
     export_run(str(run), str(tmp_path / "half"), merge=True, dtype="bfloat16")
@@ -248,25 +328,42 @@ def test_the_folder_and_its_card(exported):
     from huggingface_hub import ModelCard
 
     files = {str(p.relative_to(exported)) for p in exported.rglob("*") if p.is_file()}
-    assert files == FILES | {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
-                             "images/00_before.png", "images/00_after.png"}
+    assert files == FILES | {
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "images/00_before.png",
+        "images/00_after.png",
+    }
     config = json.loads((exported / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 12, "LORA")
     assert sorted(config["target_modules"]) == sorted(lora.ATTENTION_TARGETS)
     card = ModelCard.load(exported / "README.md")
     assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
     assert "base_model" not in card.data.to_dict() and {"lora", "diffusers"} <= set(card.data.tags)
-    assert card.data.to_dict()["widget"] == [{"text": "two | red\ncircles", "output": {"url": "images/00_after.png"}}]
+    assert card.data.to_dict()["widget"] == [
+        {"text": "two | red\ncircles", "output": {"url": "images/00_after.png"}}
+    ]
     assert "| geneval | 0.2500 | 0.7500 | +0.5000 [+0.6500, +0.8500] | 8 |" in card.text
     assert "scores of the averaged policy after step 6" in card.text
-    assert r"| two \| red circles | ![before](images/00_before.png) | ![after](images/00_after.png) |" in card.text
-    assert "rank 4, alpha 12, 39 layers" in card.text and "subfolder=\"transformer\"" in card.text
+    assert (
+        r"| two \| red circles | ![before](images/00_before.png) | ![after](images/00_after.png) |"
+        in card.text
+    )
+    assert "rank 4, alpha 12, 39 layers" in card.text and 'subfolder="transformer"' in card.text
     assert (exported / "images" / "00_after.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("path, base, said", [
-    ("stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-medium", "Stability AI Community"),
-    ("/models/mine", None, "the licence of the base model applies")])
+@pytest.mark.parametrize(
+    "path, base, said",
+    [
+        (
+            "stabilityai/stable-diffusion-3.5-medium",
+            "stabilityai/stable-diffusion-3.5-medium",
+            "Stability AI Community",
+        ),
+        ("/models/mine", None, "the licence of the base model applies"),
+    ],
+)
 def test_cards_for_other_base_models(run, path, base, said):
     from huggingface_hub import ModelCard
 
@@ -279,7 +376,11 @@ def test_cards_for_other_base_models(run, path, base, said):
     card = ModelCard(text)
     assert card.data.to_dict().get("base_model") == base and said in text
     assert f'from_pretrained("{base or "mine"}"' in text and "/models" not in text
-    assert (card.data.license_name == "stabilityai-ai-community") if base else card.data.license is None
+    assert (
+        (card.data.license_name == "stabilityai-ai-community")
+        if base
+        else card.data.license is None
+    )
 
 
 def test_a_run_without_records_has_a_card(tmp_path):
@@ -346,12 +447,21 @@ def broken(folder):
     (folder / "adapter_model.safetensors").write_bytes(b"1234")
 
 
-@pytest.mark.parametrize("damage, message", [
-    (halved, r"diffusers drew another one \(largest difference 0.\d+, strength 0\.[3-6]\d\); nothing was written"),
-    (peft_names, "received: diffusers drew as if there were no LoRA; nothing was written"),
-    (other_alpha, r"received: PEFT drew another one"),
-    (broken, "expected PEFT to open the export; received SafetensorError")])
-def test_verification_finds_what_users_suffer_from(run, drawn, tmp_path, monkeypatch, damage, message):
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            halved,
+            r"diffusers drew another one \(largest difference 0.\d+, strength 0\.[3-6]\d\); nothing was written",
+        ),
+        (peft_names, "received: diffusers drew as if there were no LoRA; nothing was written"),
+        (other_alpha, r"received: PEFT drew another one"),
+        (broken, "expected PEFT to open the export; received SafetensorError"),
+    ],
+)
+def test_verification_finds_what_users_suffer_from(
+    run, drawn, tmp_path, monkeypatch, damage, message
+):
     needs_verification()
     write = export.write_lora
 
@@ -369,42 +479,62 @@ def test_verification_finds_what_users_suffer_from(run, drawn, tmp_path, monkeyp
 def test_an_adapter_without_effect_is_not_verified(tmp_path, monkeypatch):
     needs_verification()
     picture = np.full((1, 64, 64, 3), 0.5, np.float32)
-    monkeypatch.setattr(verify, "_our_pictures", lambda drawing, adapter: {"base": picture, "with": picture + 1e-4})
+    monkeypatch.setattr(
+        verify, "_our_pictures", lambda drawing, adapter: {"base": picture, "with": picture + 1e-4}
+    )
     drawing = verify.Drawing(BASE, PROMPT, 64, TOKENS, SPEC.scale)
     blank = lora.init_adapter(jax.random.key(0), SHAPES, SPEC)
-    with pytest.raises(InputError, match="expected an adapter that changes a pixel by 0.001 or more; .*without effect"):
+    with pytest.raises(
+        InputError,
+        match="expected an adapter that changes a pixel by 0.001 or more; .*without effect",
+    ):
         verify.verify(epath.Path(tmp_path), drawing, blank, Console())
 
 
 def test_a_base_that_diffusers_cannot_open(exported, tmp_path):
     needs_verification()
     drawing = verify.Drawing(tmp_path, PROMPT, 64, TOKENS, SPEC.scale)
-    with pytest.raises(InputError, match="--verify: expected a base model that diffusers opens; received "):
+    with pytest.raises(
+        InputError, match="--verify: expected a base model that diffusers opens; received "
+    ):
         next(verify._their_pictures(epath.Path(exported), drawing, {}))
 
 
 def test_verification_needs_its_libraries(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
-    with pytest.raises(InputError, match=r"expected the packages torch, diffusers, peft; received no peft \(pip insta"):
+    monkeypatch.setattr(
+        verify.importlib.util, "find_spec", lambda name: None if name == "peft" else name
+    )
+    with pytest.raises(
+        InputError,
+        match=r"expected the packages torch, diffusers, peft; received no peft \(pip insta",
+    ):
         export_run(str(run), str(tmp_path / "out"), verified=True)
 
 
 def test_places_that_are_taken(run, exported, tmp_path):
     before = {p: p.read_bytes() for p in exported.rglob("*") if p.is_file()}
-    with pytest.raises(InputError, match=r"exported: expected a new folder; received one that exists \(--overwrite"):
+    with pytest.raises(
+        InputError, match=r"exported: expected a new folder; received one that exists \(--overwrite"
+    ):
         export_run(str(run), str(exported))
     with pytest.raises(InputError, match="checkpoint: expected one of"):
         export_run(str(run), str(exported), step=3, overwrite=True)
     assert before == {p: p.read_bytes() for p in exported.rglob("*") if p.is_file()}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("all my work")
-    with pytest.raises(InputError, match=r"expected an earlier export to overwrite \(with export.json\); received"):
+    with pytest.raises(
+        InputError, match=r"expected an earlier export to overwrite \(with export.json\); received"
+    ):
         export_run(str(run), str(tmp_path / "mine"), overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "all my work"
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="file/out: expected a writable place with room; received Not a directory"):
+    with pytest.raises(
+        InputError, match="file/out: expected a writable place with room; received Not a directory"
+    ):
         export_run(str(run), str(tmp_path / "file" / "out"))
-    with pytest.raises(InputError, match=r"--merge: expected an --out on this machine; received 'gs://x/y'"):
+    with pytest.raises(
+        InputError, match=r"--merge: expected an --out on this machine; received 'gs://x/y'"
+    ):
         export_run(str(run), "gs://x/y", merge=True)
 
 
@@ -413,8 +543,9 @@ def test_overwriting_replaces_the_whole_folder(run, tmp_path):
     export_run(str(run), str(tmp_path / "out"))
     (tmp_path / "out" / "stale").write_text("x")
     export_run(str(run), str(tmp_path / "out"), "current", overwrite=True)
-    assert {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()} == (
-        FILES | {"images/00_before.png", "images/00_after.png"})
+    assert {
+        str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
+    } == (FILES | {"images/00_before.png", "images/00_after.png"})
     assert json.loads((tmp_path / "out" / "export.json").read_text())["policy"] == "current"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -424,7 +555,10 @@ def test_a_kill_between_the_two_renames_is_undone(tmp_path):
     (tmp_path / ".out.old").mkdir()
     (tmp_path / ".out.old" / "export.json").write_text("old")
     (tmp_path / ".out.partial").mkdir()
-    with pytest.raises(InputError, match="expected a new folder"), new_folder(epath.Path(tmp_path / "out")):
+    with (
+        pytest.raises(InputError, match="expected a new folder"),
+        new_folder(epath.Path(tmp_path / "out")),
+    ):
         pass
     assert (tmp_path / "out" / "export.json").read_text() == "old"
     with new_folder(epath.Path(tmp_path / "out"), overwrite=True) as folder:
@@ -450,8 +584,10 @@ def test_periodic_exports(run, tmp_path, capsys):
     assert "export: " in capsys.readouterr().out
     config.export.policy = "best"
     exports(state_of(config, 10, best_score=-np.inf))
-    assert "export after step 10 failed, training goes on: export.policy: expected one that the run has" in (
-        capsys.readouterr().out)
+    assert (
+        "export after step 10 failed, training goes on: export.policy: expected one that the run has"
+        in (capsys.readouterr().out)
+    )
     exports(state_of(config, 12))
     assert json.loads((exports.folder / "step_000012" / "export.json").read_text())["step"] == 11
 
@@ -469,5 +605,7 @@ def test_training_goes_on_from_an_export(run, exported):
             np.testing.assert_allclose(a, wanted[name][0])
             np.testing.assert_allclose(b, wanted[name][1], rtol=1e-6)
     config.lora.rank = 8
-    with pytest.raises(InputError, match=r"lora.init: .*expected lora.rank = 8; received rank 4 .*set lora.rank=4"):
+    with pytest.raises(
+        InputError, match=r"lora.init: .*expected lora.rank = 8; received rank 4 .*set lora.rank=4"
+    ):
         build.build(config)

@@ -1,4 +1,5 @@
 """FLOPs of a step, and the speeds that follow from its seconds."""
+
 import dataclasses
 
 import pytest
@@ -28,7 +29,9 @@ def test_the_papers_step_by_hand():
     assert work.between == 27648 * (11 + 11 + 10 + 13)
     # A solve has the base and two more directions in every eighth of 192 micro-steps of 144.
     assert work.solve == 27648 * (11 + 11 + 13) + 24 * 144 * (10 + 2 * 13)
-    assert work.solve_share == 0.1 and work.train == pytest.approx(0.1 * work.solve + 0.9 * work.between)
+    assert work.solve_share == 0.1 and work.train == pytest.approx(
+        0.1 * work.solve + 0.9 * work.between
+    )
     assert work.trained(True) == work.solve and work.trained(False) == work.between
 
 
@@ -40,25 +43,47 @@ def test_modes_and_options():
     alone = made(harmonize__mode="exact", nft__kl_weight=0.0, harmonize__anchor_every=1)
     assert alone.solve == 27648 * (11 + 11 + 2 * 13)
     faithful = made(harmonize__mode="faithful")
-    assert faithful.solve - faithful.between == 144 * 2 * 13  # one micro-step has two directions more
+    assert (
+        faithful.solve - faithful.between == 144 * 2 * 13
+    )  # one micro-step has two directions more
 
 
 def test_speed_of_a_step():
-    work = dataclasses.replace(made(harmonize__mode="amortised"), rollout=6e15, decode=1e15, between=8e15, solve=9e15)
+    work = dataclasses.replace(
+        made(harmonize__mode="amortised"), rollout=6e15, decode=1e15, between=8e15, solve=9e15
+    )
     record = {"time/step_s": 20.0, "time/train_s": 10.0, "harmonize/refreshed": 0.0}
     found = speed(work, record, 40, 4, CHIPS["v5e"])
-    assert found == pytest.approx({
-        "speed/pictures_per_s": 2.0, "speed/tflops_per_device": 187.5, "speed/mfu": 187.5 / 197,
-        "speed/train_tflops_per_device": 200.0, "speed/train_mfu": 200 / 197})
+    assert found == pytest.approx(
+        {
+            "speed/pictures_per_s": 2.0,
+            "speed/tflops_per_device": 187.5,
+            "speed/mfu": 187.5 / 197,
+            "speed/train_tflops_per_device": 200.0,
+            "speed/train_mfu": 200 / 197,
+        }
+    )
     solved = speed(work, record | {"harmonize/refreshed": 1.0}, 40, 4, None)
-    assert solved["speed/train_tflops_per_device"] == 225 and not any("mfu" in key for key in solved)
+    assert solved["speed/train_tflops_per_device"] == 225 and not any(
+        "mfu" in key for key in solved
+    )
 
 
 def test_chips_by_the_names_jax_gives_them():
-    kinds = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v4": "v4",
-             "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100"}
+    kinds = {
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+        "TPU v4": "v4",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-80GB": "a100",
+    }
     assert {kind: of_kind(kind).name for kind in kinds} == kinds
     assert of_kind("cpu") is None and of_kind("NVIDIA A100-SXM4-40GB") is None
     assert named("H200") is CHIPS["h200"]
-    with pytest.raises(InputError, match="chip: expected one of v4, v5e.*received 'v5'; did you mean"):
+    with pytest.raises(
+        InputError, match="chip: expected one of v4, v5e.*received 'v5'; did you mean"
+    ):
         named("v5")

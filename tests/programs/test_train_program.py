@@ -1,4 +1,5 @@
 """Evaluations of a run: which policy is the best one, and records that survive a kill."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -30,8 +31,8 @@ def scores_of(values):
 
 @pytest.fixture
 def make(tmp_path):
-    """make(gains): evaluations in which step i has the gains gains[i] over the base model, and how often it was asked.
-    """
+    """make(gains): evaluations in which step i has the gains gains[i] over the base model, and how often it was asked."""
+
     def call(gains, best="train", heldout=("heldout",)):
         asked = []
 
@@ -44,10 +45,19 @@ def make(tmp_path):
 
         evaluate.groups, evaluate.kept = np.arange(4), [0]
         evaluate.prompts = [SimpleNamespace(text=f"a thing {i}") for i in range(4)]
-        config = ml_collections.ConfigDict({"rewards": {"train": ("large", "small"), "heldout": heldout},
-                                            "evaluation": {"best": best}, "rollout": {"merge_adapter": False}})
-        run = SimpleNamespace(config=config, evaluator=evaluate, spec=SimpleNamespace(scale=1.0),
-                              pipeline=SimpleNamespace(params={}))
+        config = ml_collections.ConfigDict(
+            {
+                "rewards": {"train": ("large", "small"), "heldout": heldout},
+                "evaluation": {"best": best},
+                "rollout": {"merge_adapter": False},
+            }
+        )
+        run = SimpleNamespace(
+            config=config,
+            evaluator=evaluate,
+            spec=SimpleNamespace(scale=1.0),
+            pipeline=SimpleNamespace(params={}),
+        )
         return Evaluations(run, Workdir(str(tmp_path)), Console(), Nothing()), asked
 
     return call
@@ -60,16 +70,26 @@ class Optimizer:
 
 def after(step, state=None):
     state = state or initial_state({"step": jnp.zeros((), jnp.int32)}, Optimizer(), 2, (), 0)
-    return state.replace(step=jnp.asarray(step, jnp.int32), ema={"step": jnp.asarray(step, jnp.int32)})
+    return state.replace(
+        step=jnp.asarray(step, jnp.int32), ema={"step": jnp.asarray(step, jnp.int32)}
+    )
 
 
-@pytest.mark.parametrize(("best", "heldout", "step", "gain"), [
-    ("train", ("heldout",), 1, (-5 / 100 + 0.2 / 0.1) / 2), ("heldout", ("heldout",), 3, 0.9),
-    ("all", ("heldout",), 1, (-5 / 100 + 0.2 / 0.1) / 3), ("heldout", (), 1, (-5 / 100 + 0.2 / 0.1) / 2)])
+@pytest.mark.parametrize(
+    ("best", "heldout", "step", "gain"),
+    [
+        ("train", ("heldout",), 1, (-5 / 100 + 0.2 / 0.1) / 2),
+        ("heldout", ("heldout",), 3, 0.9),
+        ("all", ("heldout",), 1, (-5 / 100 + 0.2 / 0.1) / 3),
+        ("heldout", (), 1, (-5 / 100 + 0.2 / 0.1) / 2),
+    ],
+)
 def test_the_best_policy_has_the_largest_standardised_gain(make, best, heldout, step, gain):
     """Step 2 has the largest mean of raw scores (by 10 of the reward on the scale of 100), step 3 the largest of the
     reward that is not trained on; step 1 gains two standard deviations where they are small."""
-    evaluations, _ = make({1: (-5.0, 0.2, 0.0), 2: (20.0, 0.0, 0.0), 3: (0.0, 0.0, 0.9)}, best, heldout)
+    evaluations, _ = make(
+        {1: (-5.0, 0.2, 0.0), 2: (20.0, 0.0, 0.0), 3: (0.0, 0.0, 0.9)}, best, heldout
+    )
     state = evaluations(after(0))
     assert float(state.best_score) == -np.inf
     for number in (1, 2, 3):

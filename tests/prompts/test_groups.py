@@ -1,4 +1,5 @@
 """Draws: shares, wrap-around, purity."""
+
 import collections
 
 import numpy as np
@@ -45,7 +46,11 @@ def test_pure_in_seed_and_step():
 def test_wraps_and_keeps_draws_apart():
     d = draw(pool(ocr=3), seed=0, step=0, num_prompts=7, images_per_prompt=2)
     counts = collections.Counter(p.text for p in d.prompts)
-    assert sorted(counts.values()) == [4, 4, 6]  # 7 draws of 3 prompts: 2, 2 and 3 times, two pictures each
+    assert sorted(counts.values()) == [
+        4,
+        4,
+        6,
+    ]  # 7 draws of 3 prompts: 2, 2 and 3 times, two pictures each
     assert len(set(d.groups)) == 7
 
 
@@ -55,11 +60,15 @@ def test_no_repeats_within_a_step_while_a_source_lasts_and_all_get_drawn():
         texts = [p.text for p in draw(POOL, 0, step, 6, 1).prompts]
         assert len(set(texts)) == 6
         seen.update(texts)
-    assert len(seen) > 50  # of 73; two independent draws from each source over 40 steps give 60 on average
+    assert (
+        len(seen) > 50
+    )  # of 73; two independent draws from each source over 40 steps give 60 on average
 
 
 def test_weights_and_unweighted_sources():
-    d = draw(POOL | {"empty": []}, 0, 0, 4, 1, weights={"general": 3, "ocr": 1, "geneval": 0, "empty": 0})
+    d = draw(
+        POOL | {"empty": []}, 0, 0, 4, 1, weights={"general": 3, "ocr": 1, "geneval": 0, "empty": 0}
+    )
     assert collections.Counter(d.sources) == {"general": 3, "ocr": 1}
 
 

@@ -53,9 +53,16 @@ def evaluation(step: int, num_steps: int, policy: str, rng: np.random.Generator)
     scores, gain = {}, {}
     for name in REWARDS + HELDOUT:
         width = NOISE[name]
-        change = float(RISE[name] * progress + 0.2 * width * rng.normal()) if policy == "ema" else 0.0
+        change = (
+            float(RISE[name] * progress + 0.2 * width * rng.normal()) if policy == "ema" else 0.0
+        )
         mean = START[name] + change
-        scores[name] = {"mean": mean, "low": mean - width, "high": mean + width, "count": 96 if name != "ocr" else 64}
+        scores[name] = {
+            "mean": mean,
+            "low": mean - width,
+            "high": mean + width,
+            "count": 96 if name != "ocr" else 64,
+        }
         gain[name] = {"mean": change, "low": change - 0.8 * width, "high": change + 0.8 * width}
     record = {"step": step, "policy": policy, "num_prompts": 96, "scores": scores, "seconds": 31.5}
     return record | ({"gain": gain} if policy == "ema" else {})
@@ -65,26 +72,44 @@ def metrics(step: int, num_steps: int, rng: np.random.Generator, refresh_every: 
     progress = 1 - np.exp(-3 * step / num_steps)
     row = {"step": step, "time": 1.7e9 + 41.0 * step}
     k = len(REWARDS)
-    alpha = np.exp(0.5 * np.sin(step / 18 + np.arange(k)) + 0.8 * progress * np.array([1, 1.3, -0.5, -0.2, -1]))
+    alpha = np.exp(
+        0.5 * np.sin(step / 18 + np.arange(k)) + 0.8 * progress * np.array([1, 1.3, -0.5, -0.2, -1])
+    )
     alpha /= alpha.sum()
     refreshed = step % refresh_every == 0
     for i, name in enumerate(REWARDS):
-        row[f"rollout/score_mean/{name}"] = float(START[name] + RISE[name] * progress + NOISE[name] * rng.normal())
+        row[f"rollout/score_mean/{name}"] = float(
+            START[name] + RISE[name] * progress + NOISE[name] * rng.normal()
+        )
         row[f"rollout/score_std/{name}"] = float(3 * NOISE[name])
         row[f"rollout/missing_share/{name}"] = {"ocr": 0.66, "geneval": 0.34}.get(name, 0.0)
         row[f"rollout/failed/{name}"] = 0.02 if name == "aesthetic" and step % 17 == 0 else 0.0
         row[f"rollout/failed_count/{name}"] = 23 if row[f"rollout/failed/{name}"] else 0
         row[f"rollout/zero_std_share/{name}"] = float(
-            np.clip({"ocr": 0.5, "geneval": 0.3}.get(name, 0) * (1 - 0.5 * progress) + 0.03 * rng.normal(), 0, 1)
+            np.clip(
+                {"ocr": 0.5, "geneval": 0.3}.get(name, 0) * (1 - 0.5 * progress)
+                + 0.03 * rng.normal(),
+                0,
+                1,
+            )
         )
         row[f"harmonize/alpha/{name}"] = float(alpha[i])
         if refreshed:
-            row[f"harmonize/alpha_solved/{name}"] = float(np.clip(alpha[i] + 0.06 * rng.normal(), 0, 1))
-            row[f"harmonize/grad_norm/{name}"] = float(0.01 * 3.0 ** (i - 2) * np.exp(0.3 * rng.normal()))
-            row[f"harmonize/cos_update/{name}"] = float(0.42 - 0.05 * i + 0.1 * rng.normal() - (0.2 if i == 4 else 0))
+            row[f"harmonize/alpha_solved/{name}"] = float(
+                np.clip(alpha[i] + 0.06 * rng.normal(), 0, 1)
+            )
+            row[f"harmonize/grad_norm/{name}"] = float(
+                0.01 * 3.0 ** (i - 2) * np.exp(0.3 * rng.normal())
+            )
+            row[f"harmonize/cos_update/{name}"] = float(
+                0.42 - 0.05 * i + 0.1 * rng.normal() - (0.2 if i == 4 else 0)
+            )
             for j in range(i):
                 row[f"harmonize/cos_pair/{REWARDS[j]}|{name}"] = float(
-                    0.3 - 0.12 * abs(i - j) + 0.05 * rng.normal() - (0.25 if (j, i) == (1, 4) else 0)
+                    0.3
+                    - 0.12 * abs(i - j)
+                    + 0.05 * rng.normal()
+                    - (0.25 if (j, i) == (1, 4) else 0)
                 )
     if refreshed:
         worst = min(row[f"harmonize/cos_update/{name}"] for name in REWARDS)
@@ -178,24 +203,43 @@ def make_workdir(
         "".join(json.dumps(metrics(s, num_steps, rng, refresh_every)) + "\n" for s in range(done))
     )
     evaluations = [evaluation(0, num_steps, "base", rng)]
-    evaluations += [evaluation(s, num_steps, "ema", rng) for s in range(evaluate_every, done + 1, evaluate_every)]
+    evaluations += [
+        evaluation(s, num_steps, "ema", rng)
+        for s in range(evaluate_every, done + 1, evaluate_every)
+    ]
     (root / "evaluation.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evaluations))
     if pictures:
         for e in evaluations:
             for index in range(len(PROMPTS)):
                 picture(
-                    root / "samples" / f"step_{e['step']:06d}" / f"{index:02d}.png", index, e["step"] / num_steps, size
+                    root / "samples" / f"step_{e['step']:06d}" / f"{index:02d}.png",
+                    index,
+                    e["step"] / num_steps,
+                    size,
                 )
         prompts = [{"prompt": p, "seed": 100 + i} for i, p in enumerate(PROMPTS)]
         (root / "samples" / "prompts.json").write_text(json.dumps(prompts))
     if compare:
         (root / "compare").mkdir(exist_ok=True)
-        for name, factor, conflict, worst in (("weighted_sum", 0.6, 0.8, -0.13), ("equal alpha", 0.8, 0.31, 0.02)):
+        for name, factor, conflict, worst in (
+            ("weighted_sum", 0.6, 0.8, -0.13),
+            ("equal alpha", 0.8, 0.31, 0.02),
+        ):
             gain = {
-                r: {"mean": RISE[r] * factor, "low": RISE[r] * factor - NOISE[r], "high": RISE[r] * factor + NOISE[r]}
+                r: {
+                    "mean": RISE[r] * factor,
+                    "low": RISE[r] * factor - NOISE[r],
+                    "high": RISE[r] * factor + NOISE[r],
+                }
                 for r in REWARDS + HELDOUT
             }
-            summary = {"name": name, "method": name, "conflict_rate": conflict, "worst_cos": worst, "gain": gain}
+            summary = {
+                "name": name,
+                "method": name,
+                "conflict_rate": conflict,
+                "worst_cos": worst,
+                "gain": gain,
+            }
             (root / "compare" / f"{name.replace(' ', '_')}.json").write_text(json.dumps(summary))
     return root
 

@@ -64,11 +64,22 @@ def test_a_gap_lifts_the_pen_and_values_land_where_the_axis_says():
 def test_nothing_to_draw():
     assert charts.line_chart([], width=350, height=200, label="t") == ""
     assert (
-        charts.line_chart([charts.Line("a", np.arange(3), np.full(3, np.nan), 0)], width=350, height=200, label="t")
+        charts.line_chart(
+            [charts.Line("a", np.arange(3), np.full(3, np.nan), 0)],
+            width=350,
+            height=200,
+            label="t",
+        )
         == ""
     )
     assert (
-        charts.line_chart([charts.Line("a", np.arange(3), np.zeros(3), 0)], width=350, height=200, label="t", log=True)
+        charts.line_chart(
+            [charts.Line("a", np.arange(3), np.zeros(3), 0)],
+            width=350,
+            height=200,
+            label="t",
+            log=True,
+        )
         == ""
     )
     assert charts.interval_bar(math.nan, 0, 1, 0) == ""
@@ -77,7 +88,10 @@ def test_nothing_to_draw():
 @pytest.mark.parametrize("values", [[0.0], [5.0, 5.0, 5.0], [-1.0, -1.0], [1e-9, 2e-9], [1e9, 2e9]])
 def test_awkward_ranges_draw_finite_coordinates(values):
     svg = charts.line_chart(
-        [charts.Line("a", np.arange(len(values)), np.array(values), 0)], width=350, height=200, label="t"
+        [charts.Line("a", np.arange(len(values)), np.array(values), 0)],
+        width=350,
+        height=200,
+        label="t",
     )
     assert svg and "nan" not in svg and "inf" not in svg
 
@@ -91,7 +105,9 @@ def test_labels_at_line_ends_do_not_overlap():
         label="t",
         include=(0.0, 1.0),
     )
-    heights = sorted(float(y) for y in re.findall(r'<text class="end r\d" x="[\d.]+" y="([\d.]+)"', svg))
+    heights = sorted(
+        float(y) for y in re.findall(r'<text class="end r\d" x="[\d.]+" y="([\d.]+)"', svg)
+    )
     assert len(heights) == 6 and min(np.diff(heights)) > 12
 
 
@@ -105,6 +121,9 @@ def test_slots_differ_in_more_than_colour():
 def test_a_logarithmic_chart_leaves_out_a_line_without_a_positive_value(steps):
     """A reward that no step so far has trained on has gradients of norm 0."""
     x = np.arange(steps)
-    lines = [charts.Line("there", x, np.full(steps, 0.5), 0), charts.Line("absent", x, np.zeros(steps), 1)]
+    lines = [
+        charts.Line("there", x, np.full(steps, 0.5), 0),
+        charts.Line("absent", x, np.zeros(steps), 1),
+    ]
     svg = charts.line_chart(lines, width=350, height=200, label="norms", log=True)
     assert ">there</text>" in svg and ">absent</text>" not in svg

@@ -12,7 +12,14 @@ from marble_jax.report import findings, read_records, summarise
 def write(root, rows=(), evaluations=(), **run):
     (root / "run.json").write_text(
         json.dumps(
-            {"name": "n", "method": "marble", "rewards": ["a", "b"], "heldout_rewards": ["h"], "num_steps": 20} | run
+            {
+                "name": "n",
+                "method": "marble",
+                "rewards": ["a", "b"],
+                "heldout_rewards": ["h"],
+                "num_steps": 20,
+            }
+            | run
         )
     )
     (root / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -22,7 +29,12 @@ def write(root, rows=(), evaluations=(), **run):
 
 def evaluation(step, **gains):
     scores = {
-        n: {"mean": 1 + (g[0] or 0), "low": 0.9 + (g[0] or 0), "high": 1.1 + (g[0] or 0), "count": 8}
+        n: {
+            "mean": 1 + (g[0] or 0),
+            "low": 0.9 + (g[0] or 0),
+            "high": 1.1 + (g[0] or 0),
+            "count": 8,
+        }
         for n, g in gains.items()
     }
     return {
@@ -37,7 +49,12 @@ def evaluation(step, **gains):
 @pytest.mark.parametrize(
     "a, b, h, sentence",
     [
-        ((0.2, 0.1, 0.3), (0.2, 0.1, 0.3), (0.1, 0.01, 0.2), "Both trained rewards are up. Never trained: h up."),
+        (
+            (0.2, 0.1, 0.3),
+            (0.2, 0.1, 0.3),
+            (0.1, 0.01, 0.2),
+            "Both trained rewards are up. Never trained: h up.",
+        ),
         (
             (0.2, 0.1, 0.3),
             (0.2, -0.1, 0.3),
@@ -67,7 +84,10 @@ def test_headline_of_an_unfinished_run_says_so_and_uses_the_last_evaluation(tmp_
     records = write(
         tmp_path,
         [],
-        [evaluation(5, a=(0.3, 0.2, 0.4), b=(0.3, 0.2, 0.4)), evaluation(10, a=(0.1, -0.1, 0.2), b=(0.3, 0.2, 0.4))],
+        [
+            evaluation(5, a=(0.3, 0.2, 0.4), b=(0.3, 0.2, 0.4)),
+            evaluation(10, a=(0.1, -0.1, 0.2), b=(0.3, 0.2, 0.4)),
+        ],
     )
     assert (
         findings.headline(records, findings.outcomes(records))
@@ -89,8 +109,16 @@ def steps(key, values):
     [
         (steps("rollout/diversity", [1.0] * 10 + [0.5] * 10), "alarm", "Diversity has halved"),
         (steps("rollout/diversity", [1.0] * 10 + [0.7] * 10), "watch", "Diversity is falling"),
-        (steps("rollout/brightness", [0.4] * 10 + [0.65] * 10), "alarm", "Pictures are getting brighter"),
-        (steps("rollout/brightness", [0.6] * 10 + [0.45] * 10), "watch", "Pictures are getting darker"),
+        (
+            steps("rollout/brightness", [0.4] * 10 + [0.65] * 10),
+            "alarm",
+            "Pictures are getting brighter",
+        ),
+        (
+            steps("rollout/brightness", [0.6] * 10 + [0.45] * 10),
+            "watch",
+            "Pictures are getting darker",
+        ),
         (steps("rollout/x0_norm", [1.0] * 10 + [1.3] * 10), "alarm", "Latent norm is drifting"),
         (steps("rollout/score_std/a", [0.1] * 10 + [0.0] * 10), "alarm", "a is constant"),
         (steps("rollout/missing_share/b", [1.0] * 6), "alarm", "b never applied"),
@@ -104,7 +132,11 @@ def steps(key, values):
         ),
         (steps("harmonize/alpha/a", [0.5] * 10 + [0.001] * 10), "watch", "a has almost no weight"),
         (steps("nft/loss", [1.0, None, 1.0]), "watch", "No number for the loss"),
-        (steps("training/grad_norm", [1.0] * 18 + [20.0] * 2), "alarm", "Gradient norm has risen tenfold"),
+        (
+            steps("training/grad_norm", [1.0] * 18 + [20.0] * 2),
+            "alarm",
+            "Gradient norm has risen tenfold",
+        ),
     ],
 )
 def test_alarms(tmp_path, rows, level, title):
@@ -113,7 +145,10 @@ def test_alarms(tmp_path, rows, level, title):
 
 
 def test_failures_in_evaluations_are_told(tmp_path):
-    done = [{"step": 0, "policy": "base", "failed": {"a": 3}}, {"step": 9, "policy": "ema", "failed": {"a": 1}}]
+    done = [
+        {"step": 0, "policy": "base", "failed": {"a": 3}},
+        {"step": 9, "policy": "ema", "failed": {"a": 1}},
+    ]
     (alarm,) = findings.alarms(write(tmp_path, evaluations=done))
     assert (alarm.level, alarm.title) == ("watch", "a failed in evaluations")
     assert "3 in step 0, 1 in step 9" in alarm.text
@@ -159,12 +194,17 @@ def test_summary_matches_the_records(tmp_path):
     flags = [row["harmonize/conflict"] for row in records.rows if "harmonize/conflict" in row]
     assert summary["conflict_rate"] == pytest.approx(sum(flags) / len(flags))
     assert summary["gain"]["ocr"] == records.trained[-1]["gain"]["ocr"]
-    assert set(REWARDS) < set(summary["gain"]) and json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert (
+        set(REWARDS) < set(summary["gain"])
+        and json.loads(json.dumps(summary, allow_nan=False)) == summary
+    )
 
 
 def test_summary_of_nothing_is_plain_json(tmp_path):
     summary = summarise(read_records(tmp_path))
-    assert summary["conflict_rate"] is None and summary["worst_cos"] is None and summary["gain"] == {}
+    assert (
+        summary["conflict_rate"] is None and summary["worst_cos"] is None and summary["gain"] == {}
+    )
 
 
 def test_timings_leave_the_rest_to_other(tmp_path):

@@ -34,7 +34,14 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.open, self.sections, self.text, self.rows, self.cell = [], [], [], {}, [], None
+        self.tags, self.open, self.sections, self.text, self.rows, self.cell = (
+            [],
+            [],
+            [],
+            {},
+            [],
+            None,
+        )
         self.feed(text)
         self.close()
         assert self.open == []
@@ -47,7 +54,9 @@ class Page(html.parser.HTMLParser):
         if tag == "tr":
             self.rows.append((self.sections[-1], [], []))
         if tag == "data":
-            self.rows[-1][2].append((float(attrs["value"]), "")) if self.rows and "tr" in self.open else None
+            self.rows[-1][2].append(
+                (float(attrs["value"]), "")
+            ) if self.rows and "tr" in self.open else None
         if tag not in VOID:
             self.open.append(tag)
 
@@ -94,7 +103,11 @@ def test_numbers_of_the_table_are_those_of_the_records(full):
         assert name in words and ("never trained" in words) == (name in HELDOUT)
         wanted = [
             entry[name][field]
-            for entry in (records.base["scores"], records.trained[-1]["scores"], records.trained[-1]["gain"])
+            for entry in (
+                records.base["scores"],
+                records.trained[-1]["scores"],
+                records.trained[-1]["gain"],
+            )
             for field in ("mean", "low", "high")
         ]
         assert [value for value, _ in numbers] == wanted + [records.base["scores"][name]["count"]]
@@ -110,8 +123,12 @@ def test_nothing_outside_the_file_is_asked_for(full):
         for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
             assert not attrs.get(name) or attrs[name].startswith(("data:", "#")), (tag, attrs)
     text = (root / "report.html").read_text()
-    assert not re.search(r"url\(|@import|https?:", re.search(r"<style>(.*?)</style>", text, re.S).group(1))
-    assert "//" not in re.sub(r"^\s*//.*$", "", re.search(r"<script>(.*?)</script>", text, re.S).group(1), flags=re.M)
+    assert not re.search(
+        r"url\(|@import|https?:", re.search(r"<style>(.*?)</style>", text, re.S).group(1)
+    )
+    assert "//" not in re.sub(
+        r"^\s*//.*$", "", re.search(r"<script>(.*?)</script>", text, re.S).group(1), flags=re.M
+    )
 
 
 def test_hostile_text_stays_text(full):
@@ -141,25 +158,42 @@ def test_pictures_are_inside_with_words(full):
     _, page = full
     images = [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(images) == len(PROMPTS) * (2 + 4)
-    assert all(i["src"].startswith("data:image/png;base64,") and i["alt"] and i["width"] == "64" for i in images)
+    assert all(
+        i["src"].startswith("data:image/png;base64,") and i["alt"] and i["width"] == "64"
+        for i in images
+    )
 
 
 def test_large_pictures_are_scaled_down(tmp_path):
     root = make_workdir(tmp_path / "run", done=20, compare=False, size=512)
     images = [attrs for tag, attrs in load(root).tags if tag == "img"]
-    assert images and all(i["src"].startswith("data:image/jpeg;base64,") and i["width"] == "320" for i in images)
+    assert images and all(
+        i["src"].startswith("data:image/jpeg;base64,") and i["width"] == "320" for i in images
+    )
 
 
 def test_charts_have_words_and_tables_have_heads(full):
     _, page = full
-    assert all(attrs.get("aria-label") or attrs.get("aria-hidden") for tag, attrs in page.tags if tag == "svg")
+    assert all(
+        attrs.get("aria-label") or attrs.get("aria-hidden")
+        for tag, attrs in page.tags
+        if tag == "svg"
+    )
     tags = [tag for tag, _ in page.tags]
     assert tags.count("table") == tags.count("thead") > 10
     assert dict(page.tags[0:1])["html"] == {"lang": "en"} and tags.count("h1") == 1
 
 
 @pytest.mark.parametrize(
-    "kept", [(), ("run.json",), ("metrics.jsonl",), ("evaluation.jsonl",), ("run.json", "metrics.jsonl"), ("samples",)]
+    "kept",
+    [
+        (),
+        ("run.json",),
+        ("metrics.jsonl",),
+        ("evaluation.jsonl",),
+        ("run.json", "metrics.jsonl"),
+        ("samples",),
+    ],
 )
 def test_any_record_may_be_missing(tmp_path, kept):
     root = make_workdir(tmp_path / "run", done=21, compare=False)
@@ -174,7 +208,9 @@ def test_any_record_may_be_missing(tmp_path, kept):
 def test_an_empty_workdir_says_what_is_not_there(tmp_path):
     page = load(tmp_path)
     assert "no records yet" in page.text["verdict"] and "just begun" in page.text["head"]
-    assert "No evaluation yet" in page.text["before-after"] and "No metrics yet" in page.text["health"]
+    assert (
+        "No evaluation yet" in page.text["before-after"] and "No metrics yet" in page.text["health"]
+    )
 
 
 def test_half_way(tmp_path):
@@ -194,13 +230,17 @@ def test_damaged_picture_and_cut_line_are_told(tmp_path):
     metrics = root / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-30])
     text = load(root).text["setup"]
-    assert "step_000020/01.png could not be read" in text and "last line of metrics.jsonl is incomplete" in text
+    assert (
+        "step_000020/01.png could not be read" in text
+        and "last line of metrics.jsonl is incomplete" in text
+    )
 
 
 def test_alarms_are_words(full):
     _, page = full
     assert (
-        "Diversity has halved" in page.text["health"] and "sharpness fell without being trained" in page.text["verdict"]
+        "Diversity has halved" in page.text["health"]
+        and "sharpness fell without being trained" in page.text["verdict"]
     )
 
 
@@ -219,7 +259,9 @@ def test_other_runs_stand_beside_this_one(full):
 
 def test_text_that_utf8_cannot_hold_does_not_stop_the_page(tmp_path):
     (tmp_path / "samples" / "step_000000").mkdir(parents=True)
-    (tmp_path / "samples" / "prompts.json").write_text('[{"prompt": "lone \\ud800 half", "seed": 1}]')
+    (tmp_path / "samples" / "prompts.json").write_text(
+        '[{"prompt": "lone \\ud800 half", "seed": 1}]'
+    )
     (tmp_path / "samples" / "step_000000" / "00.png").write_bytes(b"")
     page = Page(write_report(tmp_path).read_bytes().decode("utf-8"))
     assert "lone ? half" in page.text["pictures"] and "unreadable" in page.text["pictures"]
@@ -264,16 +306,27 @@ def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
 
 
 def test_missing_workdir():
-    with pytest.raises(InputError, match="report workdir: expected the directory of a training run"):
+    with pytest.raises(
+        InputError, match="report workdir: expected the directory of a training run"
+    ):
         write_report("/no/such/run")
 
 
 def test_a_long_run_stays_small(tmp_path):
     root = make_workdir(
-        tmp_path / "run", num_steps=900, evaluate_every=300, refresh_every=1, pictures=False, compare=False
+        tmp_path / "run",
+        num_steps=900,
+        evaluate_every=300,
+        refresh_every=1,
+        pictures=False,
+        compare=False,
     )
     page = load(root)
-    paths = [attrs["d"] for tag, attrs in page.tags if tag == "path" and "curve" in attrs.get("class", "")]
+    paths = [
+        attrs["d"]
+        for tag, attrs in page.tags
+        if tag == "path" and "curve" in attrs.get("class", "")
+    ]
     assert max(d.count("L") for d in paths) < 300 and "means of 4 records" in page.text["conflict"]
 
 
@@ -281,5 +334,8 @@ def test_neither_jax_nor_matplotlib_is_imported():
     heavy = ("jax", "jaxlib", "flax", "torch", "matplotlib")
     code = f"import sys, marble_jax.report; print([m for m in {heavy} if m in sys.modules])"
     assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
     )

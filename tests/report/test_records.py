@@ -15,7 +15,14 @@ def test_full_run(tmp_path):
     records = read_records(make_workdir(tmp_path / "run"))
     assert records.rewards == REWARDS and records.heldout == HELDOUT
     assert records.last_step == 119 and records.num_steps == 120
-    assert records.base["step"] == 0 and [e["step"] for e in records.trained] == [20, 40, 60, 80, 100, 120]
+    assert records.base["step"] == 0 and [e["step"] for e in records.trained] == [
+        20,
+        40,
+        60,
+        80,
+        100,
+        120,
+    ]
     assert [s.prompt for s in records.strips] == list(PROMPTS)
     assert [step for step, _ in records.strips[0].pictures] == [0, 20, 40, 60, 80, 100, 120]
     assert len(records.compare) == 2 and records.flaws == ()
@@ -23,7 +30,9 @@ def test_full_run(tmp_path):
 
 def test_keys_only_on_some_steps_and_null_differ(tmp_path):
     records = read_records(make_workdir(tmp_path / "run", pictures=False))
-    np.testing.assert_array_equal(records.series("harmonize/cos_update/ocr").step, np.arange(0, 120, 10))
+    np.testing.assert_array_equal(
+        records.series("harmonize/cos_update/ocr").step, np.arange(0, 120, 10)
+    )
     norm = records.series("training/grad_norm")
     assert len(norm) == 120 and math.isnan(norm.value[40]) and norm.finite.size == 119
 
@@ -52,7 +61,9 @@ def test_a_resumed_run_overwrites_its_repeated_steps(tmp_path):
         {"step": s, "nft/loss": 10.0 + s} for s in (2, 3, 4)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    np.testing.assert_array_equal(read_records(tmp_path).series("nft/loss").value, [0, 1, 12, 13, 14])
+    np.testing.assert_array_equal(
+        read_records(tmp_path).series("nft/loss").value, [0, 1, 12, 13, 14]
+    )
 
 
 def test_not_a_number_in_a_record_is_missing(tmp_path):
@@ -77,6 +88,7 @@ def test_damaged_run_json_is_said(tmp_path):
 
 def test_missing_directory():
     with pytest.raises(
-        InputError, match="report workdir: expected the directory of a training run; received '/no/such/run'"
+        InputError,
+        match="report workdir: expected the directory of a training run; received '/no/such/run'",
     ):
         read_records("/no/such/run")

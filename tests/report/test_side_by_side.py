@@ -1,4 +1,5 @@
 """The page that compares models: what is in it, what is escaped, and what a half-finished evaluation shows."""
+
 from __future__ import annotations
 
 import html.parser
@@ -24,24 +25,57 @@ MODELS = ("base", "lora-a", "lora-b")
 def folder(tmp_path):
     """An evaluation of three models on eight prompts, made by the code that makes real ones."""
     rng = np.random.default_rng(0)
-    prompts = [Prompt(f"two cats {i // 2}" if i < 6 else 'a <script> "sign"', "geneval" if i < 6 else "ocr",
-                      {"tag": "counting" if i % 2 else "colors"} if i < 6 else {}) for i in range(8)]
+    prompts = [
+        Prompt(
+            f"two cats {i // 2}" if i < 6 else 'a <script> "sign"',
+            "geneval" if i < 6 else "ocr",
+            {"tag": "counting" if i % 2 else "colors"} if i < 6 else {},
+        )
+        for i in range(8)
+    ]
     scores = {}
     for k, model in enumerate(MODELS):
-        values = np.stack([rng.normal(k, 0.1, 8), rng.random(8), np.arange(8) % 2 * (k > 0), rng.normal(size=8)])
-        valid = np.array([[i >= 6 for i in range(8)], [i < 6 for i in range(8)], [i < 6 for i in range(8)], [True] * 8])
+        values = np.stack(
+            [rng.normal(k, 0.1, 8), rng.random(8), np.arange(8) % 2 * (k > 0), rng.normal(size=8)]
+        )
+        valid = np.array(
+            [
+                [i >= 6 for i in range(8)],
+                [i < 6 for i in range(8)],
+                [i < 6 for i in range(8)],
+                [True] * 8,
+            ]
+        )
         scores[model] = Scores(NAMES, values.astype(np.float32), valid, np.zeros((4, 8), bool))
         for i in range(8):
             save_png(tmp_path / model / f"{i:05d}.png", np.full((6, 6, 3), 30 * i, np.uint8))
     place = Workdir(str(tmp_path))
     place.write_json("summary.json", compare(scores, prompts))
-    place.write_json("evaluation.json", {
-        "models": {m: {"source": {"model": "x"}, "origin": f"{m} & co", "trained": ["ocr"] if m != "base" else []}
-                   for m in MODELS}, "prompts": "mine.txt", "num_pictures": 8, "command": "marble-jax evaluate",
-        "settings": {"seed": 7, "num_steps": 4, "solver": "dpm2", "guidance": 1.0},
-        "rewards": {"ocr": {"kind": "ocr", "path": "embedded"}}})
-    place.write_text("prompts.jsonl", "".join(
-        json.dumps({"prompt": p.text, "source": p.source, "metadata": p.metadata}) + "\n" for p in prompts))
+    place.write_json(
+        "evaluation.json",
+        {
+            "models": {
+                m: {
+                    "source": {"model": "x"},
+                    "origin": f"{m} & co",
+                    "trained": ["ocr"] if m != "base" else [],
+                }
+                for m in MODELS
+            },
+            "prompts": "mine.txt",
+            "num_pictures": 8,
+            "command": "marble-jax evaluate",
+            "settings": {"seed": 7, "num_steps": 4, "solver": "dpm2", "guidance": 1.0},
+            "rewards": {"ocr": {"kind": "ocr", "path": "embedded"}},
+        },
+    )
+    place.write_text(
+        "prompts.jsonl",
+        "".join(
+            json.dumps({"prompt": p.text, "source": p.source, "metadata": p.metadata}) + "\n"
+            for p in prompts
+        ),
+    )
     return tmp_path
 
 
@@ -79,7 +113,9 @@ def test_the_page_has_everything(folder):
 
 
 def test_the_papers_rows_are_said_to_be_the_papers(folder):
-    section = re.search(r'<section id="paper".*?</section>', render(read_comparison(folder)), re.DOTALL).group()
+    section = re.search(
+        r'<section id="paper".*?</section>', render(read_comparison(folder)), re.DOTALL
+    ).group()
     assert "Not measured here." in section and "arXiv 2605.06507, Table 1" in section
     for text in ("+ MARBLE", "22.83", "0.355", "weighted sum", "UniReward"):
         assert text in section
@@ -89,8 +125,13 @@ def test_the_papers_rows_are_said_to_be_the_papers(folder):
 def test_pictures_stand_side_by_side(folder):
     comparison = read_comparison(folder)
     page = render(comparison, 3)
-    assert page.count("data:image/png;base64,") == 3 * len(MODELS) and page.count('style="--models:3"') == 3
-    assert chosen(comparison, 50) == [0, 2, 4, 6] and chosen(comparison, 0) == []  # a prompt's first picture
+    assert (
+        page.count("data:image/png;base64,") == 3 * len(MODELS)
+        and page.count('style="--models:3"') == 3
+    )
+    assert (
+        chosen(comparison, 50) == [0, 2, 4, 6] and chosen(comparison, 0) == []
+    )  # a prompt's first picture
     assert "seed 7:6" in page
     (folder / "lora-a" / "00000.png").unlink()
     (folder / "lora-b" / "00000.png").write_bytes(b"half")
@@ -119,7 +160,9 @@ def test_only_rewards_no_run_was_trained_on_are_marked(folder):
 def test_before_scoring_there_are_pictures_only(folder):
     (folder / "summary.json").unlink()
     page = render(read_comparison(folder), 2)
-    assert "Not scored yet" in page and page.count("data:image/png") == 6 and 'id="gains"' not in page
+    assert (
+        "Not scored yet" in page and page.count("data:image/png") == 6 and 'id="gains"' not in page
+    )
     (folder / "summary.json").write_text("{")
     assert "summary.json could not be read" in render(read_comparison(folder))
 
@@ -136,5 +179,7 @@ def test_one_model_alone(folder):
 
 
 def test_a_folder_without_an_evaluation(tmp_path):
-    with pytest.raises(InputError, match="evaluation: expected a folder with evaluation.json; received "):
+    with pytest.raises(
+        InputError, match="evaluation: expected a folder with evaluation.json; received "
+    ):
         write_comparison(str(tmp_path))

@@ -1,4 +1,5 @@
 """A real HTTP server of a test's own, that answers as the test says."""
+
 from __future__ import annotations
 
 import http.server

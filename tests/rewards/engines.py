@@ -1,4 +1,5 @@
 """Engines for the tests of processes; they import next to nothing, as every process imports this module."""
+
 import os
 import time
 

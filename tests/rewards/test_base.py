@@ -1,4 +1,5 @@
 """The mask rules every reward goes through."""
+
 import numpy as np
 import pytest
 
@@ -62,6 +63,8 @@ def test_misshapen_scores_raise():
 
 
 def test_to_uint8_rounds_and_clips():
-    np.testing.assert_array_equal(to_uint8(np.array([-0.1, 0.0, 0.498, 1.0, 1.2])), [0, 0, 127, 255, 255])
+    np.testing.assert_array_equal(
+        to_uint8(np.array([-0.1, 0.0, 0.498, 1.0, 1.2])), [0, 0, 127, 255, 255]
+    )
     eight = np.array([3], np.uint8)
     assert to_uint8(eight) is eight

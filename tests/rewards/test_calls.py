@@ -1,4 +1,5 @@
 """Calls over HTTP: retries, pauses, replicas, limits, tokens."""
+
 from __future__ import annotations
 
 import socket
@@ -36,7 +37,14 @@ def closed_port():
 
 def replicas(*urls, pauses=None, token="", **patience):
     pauses = [] if pauses is None else pauses
-    return Replicas("r", urls, "/score", token, Patience(**{"answer": 20.0, "connect": 5.0} | patience), pauses.append)
+    return Replicas(
+        "r",
+        urls,
+        "/score",
+        token,
+        Patience(**{"answer": 20.0, "connect": 5.0} | patience),
+        pauses.append,
+    )
 
 
 def test_a_call_carries_body_type_path_and_token():
@@ -49,8 +57,17 @@ def test_a_call_carries_body_type_path_and_token():
         assert "Authorization" not in server.headers[1][1]
 
 
-@pytest.mark.parametrize("first", [BUSY, (500, {}, b"x"), (429, {}, b""), (502, {}, b""), None,
-                                   (200, {"Content-Length": "100"}, b"short")])
+@pytest.mark.parametrize(
+    "first",
+    [
+        BUSY,
+        (500, {}, b"x"),
+        (429, {}, b""),
+        (502, {}, b""),
+        None,
+        (200, {"Content-Length": "100"}, b"short"),
+    ],
+)
 def test_what_may_pass_is_tried_again_after_growing_pauses(first):
     pauses = []
     with Endpoint(script(first, first, OK)) as server:
@@ -61,8 +78,12 @@ def test_what_may_pass_is_tried_again_after_growing_pauses(first):
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 302])
 def test_what_will_not_pass_is_not_tried_again(status):
-    with Endpoint(script((status, {"Location": "http://127.0.0.1:1/"}, b'{"error": "no\\n way"}'))) as server:
-        with pytest.raises(RewardError, match=rf"{server.url}/score: {status} no way \(attempt 1 of 4\)"):
+    with Endpoint(
+        script((status, {"Location": "http://127.0.0.1:1/"}, b'{"error": "no\\n way"}'))
+    ) as server:
+        with pytest.raises(
+            RewardError, match=rf"{server.url}/score: {status} no way \(attempt 1 of 4\)"
+        ):
             replicas(server.url).call(b"", "a/b")
         assert len(server.bodies) == 1
 
@@ -78,7 +99,11 @@ def test_giving_up():
 
 
 def test_a_server_may_ask_for_a_longer_pause_but_not_for_ever():
-    for asked, low, high in (("7", 7, 7), ("100000", 30, 30), ("Wed, 21 Oct 2026 07:28:00 GMT", 0, 1)):
+    for asked, low, high in (
+        ("7", 7, 7),
+        ("100000", 30, 30),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 0, 1),
+    ):
         pauses = []
         with Endpoint(script((429, {"Retry-After": asked}, b""), OK)) as server:
             replicas(server.url, pauses=pauses, pause=0.5).call(b"", "a/b")
@@ -115,7 +140,9 @@ def test_each_keeps_order_and_hands_errors_back():
     made = replicas("http://127.0.0.1:1")
     got = made.each(lambda x: 6 // x, [1, 0, 3])
     assert got[0] == 6 and isinstance(got[1], ZeroDivisionError) and got[2] == 2
-    assert made.each(str, []) == [] and isinstance(made.each(lambda x: 1 // x, [0])[0], ZeroDivisionError)
+    assert made.each(str, []) == [] and isinstance(
+        made.each(lambda x: 1 // x, [0])[0], ZeroDivisionError
+    )
     assert not [t for t in threading.enumerate() if t.name == "calls of r"]
 
 
@@ -136,31 +163,60 @@ def test_answers_that_do_not_end():
                 return
 
     for reply in (silent, dripping):
-        with Endpoint(reply) as server, pytest.raises(CallError, match="an answer within 0.3 s; received none"):
+        with (
+            Endpoint(reply) as server,
+            pytest.raises(CallError, match="an answer within 0.3 s; received none"),
+        ):
             post(server.url, b"", {}, Patience(answer=0.3))
     release.set()
     with Endpoint(script((200, {}, b"x" * 1000))) as server:
-        with pytest.raises(CallError, match="expected an answer of at most 999 bytes; received more") as caught:
+        with pytest.raises(
+            CallError, match="expected an answer of at most 999 bytes; received more"
+        ) as caught:
             post(server.url, b"", {}, Patience(answer_bytes=999))
         assert not caught.value.passing
 
 
-@pytest.mark.parametrize("body, text", [
-    (b'{"error": "no such model"}', "no such model"), (b'{"error": {"message": "too\\nlong", "code": 3}}', "too long"),
-    (b"<html>\n<p>", "<html>"), (b"", "Not Found"), (b"[1", "[1"), (b'{"error": {}}', '{"error": {}}')])
+@pytest.mark.parametrize(
+    "body, text",
+    [
+        (b'{"error": "no such model"}', "no such model"),
+        (b'{"error": {"message": "too\\nlong", "code": 3}}', "too long"),
+        (b"<html>\n<p>", "<html>"),
+        (b"", "Not Found"),
+        (b"[1", "[1"),
+        (b'{"error": {}}', '{"error": {}}'),
+    ],
+)
 def test_reasons(body, text):
     assert reason(body, "Not Found") == text
 
 
 def test_bad_addresses():
-    for urls in ((), ("ftp://a",), ("127.0.0.1:80",), ("http://",), ("http://a:b@c",), ("http://a?b=c",),
-                 ("http://a:99999",), (3,), "http://a"):
-        with pytest.raises(InputError, match="reward r: expected (an address such as|urls as a list)"):
+    for urls in (
+        (),
+        ("ftp://a",),
+        ("127.0.0.1:80",),
+        ("http://",),
+        ("http://a:b@c",),
+        ("http://a?b=c",),
+        ("http://a:99999",),
+        (3,),
+        "http://a",
+    ):
+        with pytest.raises(
+            InputError, match="reward r: expected (an address such as|urls as a list)"
+        ):
             Replicas("r", urls, "")
 
 
 def test_a_token_over_plain_http_is_remarked(caplog):
-    Replicas("r", ["http://127.0.0.1:1", "https://example.com", "http://[::1]:2", "http://localhost:3"], "", "t")
+    Replicas(
+        "r",
+        ["http://127.0.0.1:1", "https://example.com", "http://[::1]:2", "http://localhost:3"],
+        "",
+        "t",
+    )
     assert not caplog.text
     Replicas("r", ["http://example.com"], "", "t")
     assert "reward r: the token goes to http://example.com unencrypted" in caplog.text
@@ -175,14 +231,23 @@ def test_tokens(tmp_path, monkeypatch):
     file = tmp_path / "token"
     file.write_text("from-file\n")
     monkeypatch.setenv("MARBLE_TEST_TOKEN", " from-env ")
-    assert (secret("r", "", ""), secret("r", "MARBLE_TEST_TOKEN", ""), secret("r", "", str(file))) == (
-        "", "from-env", "from-file")
-    with pytest.raises(InputError, match="reward r: expected token_env or token_file; received both"):
+    assert (
+        secret("r", "", ""),
+        secret("r", "MARBLE_TEST_TOKEN", ""),
+        secret("r", "", str(file)),
+    ) == ("", "from-env", "from-file")
+    with pytest.raises(
+        InputError, match="reward r: expected token_env or token_file; received both"
+    ):
         secret("r", "A", "b")
     monkeypatch.delenv("MARBLE_TEST_TOKEN")
-    with pytest.raises(InputError, match="variable MARBLE_TEST_TOKEN to hold a token; received nothing"):
+    with pytest.raises(
+        InputError, match="variable MARBLE_TEST_TOKEN to hold a token; received nothing"
+    ):
         secret("r", "MARBLE_TEST_TOKEN", "")
-    with pytest.raises(InputError, match="expected a token in .*nowhere; received FileNotFoundError"):
+    with pytest.raises(
+        InputError, match="expected a token in .*nowhere; received FileNotFoundError"
+    ):
         secret("r", "", str(tmp_path / "nowhere"))
     file.write_text("two\nlines")
     with pytest.raises(InputError, match="expected a token in .*; received other text"):

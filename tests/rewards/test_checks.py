@@ -1,4 +1,5 @@
 """Golden pictures, and what the check says of rewards that work and of those that do not."""
+
 from __future__ import annotations
 
 import json
@@ -26,7 +27,9 @@ class Scripted(Reward):
     """Scores picture i as `answer(i, own)` says, where `own` is whether it comes with its own prompt."""
 
     def __init__(self, name, answer, kind="host", applies=lambda prompt: True):
-        super().__init__(name=name, kind=kind, params={"w": jnp.zeros((3, 5))} if kind == "device" else None)
+        super().__init__(
+            name=name, kind=kind, params={"w": jnp.zeros((3, 5))} if kind == "device" else None
+        )
         self._answer, self._applies, self.sizes = answer, applies, []
         pictures, prompts = golden_images.samples(SIDE)
         self._known = [(p, t.text, i) for i, (p, t) in enumerate(zip(pictures, prompts))]
@@ -37,8 +40,10 @@ class Scripted(Reward):
     def score(self, params, images, prompts, metadata):
         assert isinstance(images, jax.Array if self.kind == "device" else np.ndarray)
         self.sizes.append(len(images))
-        number = [next(i for p, t, i in self._known if t == text and np.array_equal(p, image))
-                  for image, text in zip(np.asarray(images), prompts)]
+        number = [
+            next(i for p, t, i in self._known if t == text and np.array_equal(p, image))
+            for image, text in zip(np.asarray(images), prompts)
+        ]
         values = np.array([self._answer(i // 2, i % 2 == 0) for i in number], np.float64)
         return values, np.ones(len(values), bool)
 
@@ -48,20 +53,31 @@ def good(i, own):
 
 
 def look(reward, expected=None, **settings):
-    (finding,) = checks.look([reward], SIDE, {} if expected is None else {reward.name: expected}, **settings)
+    (finding,) = checks.look(
+        [reward], SIDE, {} if expected is None else {reward.name: expected}, **settings
+    )
     return finding
 
 
 def test_pictures_are_the_same_at_every_size_up_to_its_grain():
     small, _ = golden_images.samples(32)
     large, prompts = golden_images.samples(64)
-    assert large.shape == (COUNT, 64, 64, 3) and large.dtype == np.float32 and 0 <= large.min() < large.max() <= 1
+    assert (
+        large.shape == (COUNT, 64, 64, 3)
+        and large.dtype == np.float32
+        and 0 <= large.min() < large.max() <= 1
+    )
     np.testing.assert_array_equal(large * 255, np.round(large * 255))
     difference = np.abs(large.reshape(COUNT, 32, 2, 32, 2, 3).mean((2, 4)) - small)
-    assert difference.max() < 0.2 and difference.mean() < 0.004  # edges, by the fineness of the grid
+    assert (
+        difference.max() < 0.2 and difference.mean() < 0.004
+    )  # edges, by the fineness of the grid
     np.testing.assert_array_equal(large[::2], large[1::2])
     texts = [p.text for p in prompts]
-    assert texts[0] == texts[3] == "a red circle on white" and texts[1] == texts[2] == "a blue square on gray"
+    assert (
+        texts[0] == texts[3] == "a red circle on white"
+        and texts[1] == texts[2] == "a blue square on gray"
+    )
     # By hand: the circle of radius 1/4 covers pi / 16 of the first picture; its centre is red, a corner is the ground.
     red = np.all(np.abs(large[0] - np.array([220, 40, 40]) / 255) < 0.01, axis=-1).mean()
     assert red == pytest.approx(np.pi / 16, abs=0.02)
@@ -79,7 +95,11 @@ def test_geneval_is_right_about_them():
 @pytest.mark.parametrize("kind", ["host", "device"])
 def test_a_reward_that_works(kind):
     finding = look(Scripted("r", good, kind))
-    assert (finding.status, finding.note) == ("ok", "own prompts lead by 1") and finding.passed and not finding.broken
+    assert (
+        (finding.status, finding.note) == ("ok", "own prompts lead by 1")
+        and finding.passed
+        and not finding.broken
+    )
     assert finding.mean(True) == 1.3125 and finding.mean(False) == 0.3125
     assert look(Scripted("r", lambda i, own: i, kind)).status == "ok"  # looks at no prompt
 
@@ -103,7 +123,10 @@ def test_a_reward_that_fails(kind):
     assert finding.status == "failed" and finding.broken
     assert finding.note.startswith(f"1 of {COUNT} golden pictures without a score: no number")
     finding = look(Scripted("r", lambda i, own: 1 / 0, kind))
-    assert finding.note == f"{COUNT} of {COUNT} golden pictures without a score: ZeroDivisionError: division by zero"
+    assert (
+        finding.note
+        == f"{COUNT} of {COUNT} golden pictures without a score: ZeroDivisionError: division by zero"
+    )
 
 
 def test_a_reward_that_fails_now_and_then_gets_more_chances():
@@ -137,13 +160,22 @@ def record(answer):
 
 def test_recorded_scores():
     assert look(Scripted("r", good), record(good)).note == "as on record, within 0"
-    assert look(Scripted("r", lambda i, own: good(i, own) + 0.08), record(good)).status == "ok"  # 5 % of 1.625
-    finding = look(Scripted("r", lambda i, own: good(i, own) + 0.1 * (i == 3 and own)), record(good))
+    assert (
+        look(Scripted("r", lambda i, own: good(i, own) + 0.08), record(good)).status == "ok"
+    )  # 5 % of 1.625
+    finding = look(
+        Scripted("r", lambda i, own: good(i, own) + 0.1 * (i == 3 and own)), record(good)
+    )
     assert finding.status == "differs" and finding.broken
-    assert finding.note.startswith("golden picture 6: expected 1.375 within 0.081; received 1.475; ")
+    assert finding.note.startswith(
+        "golden picture 6: expected 1.375 within 0.081; received 1.475; "
+    )
     some = [None if i >= 8 else v for i, v in enumerate(record(good))]
     finding = look(Scripted("r", good), some)
-    assert (finding.status, finding.note) == ("differs", "scores golden pictures other than those on record")
+    assert (finding.status, finding.note) == (
+        "differs",
+        "scores golden pictures other than those on record",
+    )
     assert look(Scripted("r", lambda i, own: 0.0), [0.0] * COUNT).status == "ok"
 
 
@@ -154,37 +186,71 @@ def test_batches_on_the_device_have_the_size_of_the_run():
         finding = look(reward, batch_size=size)
         assert reward.sizes == [size] and finding.result.valid.sum() == valid and finding.passed
         assert look(Scripted("r", good, "device"), record(good), batch_size=size).status == "ok"
-    assert look(Scripted("r", lambda i, own: 1 / 0, "device"), batch_size=5).note.startswith("5 of 5 golden")
+    assert look(Scripted("r", lambda i, own: 1 / 0, "device"), batch_size=5).note.startswith(
+        "5 of 5 golden"
+    )
 
 
 def test_before_training(tmp_path):
-    rewards = [Scripted("a", good), Scripted("b", lambda i, own: 3.0), Scripted("c", good, "device")]
+    rewards = [
+        Scripted("a", good),
+        Scripted("b", lambda i, own: 3.0),
+        Scripted("c", good, "device"),
+    ]
     remarks = checks.before_training(rewards, SIDE, tmp_path, 6, 10)
-    assert len(remarks) == 1 and remarks[0].startswith("reward b: constant on the golden pictures (3 for every")
+    assert len(remarks) == 1 and remarks[0].startswith(
+        "reward b: constant on the golden pictures (3 for every"
+    )
     golden_images.write_expected(tmp_path, SIDE, {"a": [9.0] * COUNT})
     assert checks.before_training(rewards, SIDE, None, 6, 10) == remarks
-    with pytest.raises(InputError, match="reward a: expected sound scores of the golden pictures; received a reward "
-                                         "that scores otherwise .golden picture .: expected 9 within 0.001"):
+    with pytest.raises(
+        InputError,
+        match="reward a: expected sound scores of the golden pictures; received a reward "
+        "that scores otherwise .golden picture .: expected 9 within 0.001",
+    ):
         checks.before_training(rewards, SIDE, tmp_path, 6, 10)
-    with pytest.raises(InputError, match="reward c: .* gives every picture the same score .1 for every golden picture"):
+    with pytest.raises(
+        InputError,
+        match="reward c: .* gives every picture the same score .1 for every golden picture",
+    ):
         checks.before_training([Scripted("c", lambda i, own: 1.0, "device")], SIDE, None, 6, 10)
-    with pytest.raises(InputError, match="reward c: .* that fails .12 of 12 golden pictures without a score: KeyError"):
+    with pytest.raises(
+        InputError,
+        match="reward c: .* that fails .12 of 12 golden pictures without a score: KeyError",
+    ):
         checks.before_training([Scripted("c", lambda i, own: {}[i])], SIDE, None, 6, 10)
 
 
 def test_records_on_disk(tmp_path):
-    assert golden_images.read_expected(tmp_path, SIDE) == golden_images.read_expected(None, SIDE) == {}
+    assert (
+        golden_images.read_expected(tmp_path, SIDE) == golden_images.read_expected(None, SIDE) == {}
+    )
     rows = checks.recorded([look(Scripted("a", good, applies=lambda prompt: "red" in prompt))])
     file = golden_images.write_expected(tmp_path, SIDE, rows)
-    assert file.name == "golden.json" and golden_images.read_expected(tmp_path, SIDE)["a"][:2] == [1.0, None]
+    assert file.name == "golden.json" and golden_images.read_expected(tmp_path, SIDE)["a"][:2] == [
+        1.0,
+        None,
+    ]
     golden_images.write_expected(tmp_path, SIDE, {"b": [0.123456789] * COUNT})
-    assert set(golden_images.read_expected(tmp_path, SIDE)) == {"a", "b"} and json.loads(file.read_text())["size"] == SIDE
+    assert (
+        set(golden_images.read_expected(tmp_path, SIDE)) == {"a", "b"}
+        and json.loads(file.read_text())["size"] == SIDE
+    )
     assert golden_images.read_expected(tmp_path, SIDE + 1) == {}
     golden_images.write_expected(tmp_path, SIDE + 1, {"b": [1.0] * COUNT})
     assert set(golden_images.read_expected(tmp_path, SIDE + 1)) == {"b"}
-    for damage in ("{", "[]", '{"size": 48, "scores": {"a": [1]}}', '{"size": 48, "scores": {"a": ["x"]}}', "{}"):
+    for damage in (
+        "{",
+        "[]",
+        '{"size": 48, "scores": {"a": [1]}}',
+        '{"size": 48, "scores": {"a": ["x"]}}',
+        "{}",
+    ):
         file.write_text(damage)
-        with pytest.raises(InputError, match="golden.json: expected scores of the golden pictures; received something"):
+        with pytest.raises(
+            InputError,
+            match="golden.json: expected scores of the golden pictures; received something",
+        ):
             golden_images.read_expected(tmp_path, SIDE)
 
 
@@ -194,7 +260,10 @@ def test_speed_and_weights():
     assert checks.throughput(reward, SIDE, 4) > 0 and set(reward.sizes) == {4}
     host = Scripted("r", good, applies=lambda prompt: "sign" in prompt)
     assert checks.throughput(host, SIDE, 3) > 0
-    for silent in (Scripted("r", lambda i, own: 1 / 0), Scripted("r", good, applies=lambda prompt: False)):
+    for silent in (
+        Scripted("r", lambda i, own: 1 / 0),
+        Scripted("r", good, applies=lambda prompt: False),
+    ):
         assert np.isnan(checks.throughput(silent, SIDE, 3))
     assert checks.memory().startswith("peak memory ")
 
@@ -206,6 +275,10 @@ def test_the_embedded_rewards_score_as_recorded():
     expected = golden_images.read_expected(directory, 64)
     assert set(expected) == {"alignment", "preference", "aesthetic", "ocr", "geneval", "judge"}
     findings = checks.look(load_rewards(directory, ["alignment", "ocr", "geneval"]), 64, expected)
-    assert [(f.name, f.status) for f in findings] == [("alignment", "ok"), ("ocr", "ok"), ("geneval", "ok")]
+    assert [(f.name, f.status) for f in findings] == [
+        ("alignment", "ok"),
+        ("ocr", "ok"),
+        ("geneval", "ok"),
+    ]
     wrong = {"alignment": expected["preference"]}
     assert checks.look(load_rewards(directory, ["alignment"]), 64, wrong)[0].status == "differs"

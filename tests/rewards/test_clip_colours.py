@@ -1,4 +1,5 @@
 """The colour classifier against PyTorch and Pillow on a tiny CLIP with random weights."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +25,10 @@ def scene():
     mask = np.zeros((60, 80), bool)
     mask[10:40, 15:52] = True
     mask[20:25, 20:30] = False
-    return image, [Detection(NAME, 0.9, (15.0, 10.0, 52.0, 40.0), mask), Detection(NAME, 0.8, (3.4, 30.0, 70.6, 59.0))]
+    return image, [
+        Detection(NAME, 0.9, (15.0, 10.0, 52.0, 40.0), mask),
+        Detection(NAME, 0.8, (3.4, 30.0, 70.6, 59.0)),
+    ]
 
 
 def test_cut_out_equals_pillows(scene):
@@ -34,7 +38,9 @@ def test_cut_out_equals_pillows(scene):
         whole = Image.fromarray(image)
         if detection.mask is not None:
             whole = Image.composite(whole, blank, Image.fromarray(detection.mask))
-        np.testing.assert_array_equal(cut_out(image, detection), np.asarray(whole.crop(detection.box)))
+        np.testing.assert_array_equal(
+            cut_out(image, detection), np.asarray(whole.crop(detection.box))
+        )
 
 
 def test_colours_equal_pytorchs(scene, tmp_path, monkeypatch):
@@ -58,12 +64,21 @@ def test_colours_equal_pytorchs(scene, tmp_path, monkeypatch):
     cosines = out.image_embeds @ heads.T
     assert got == [names[i] for i in cosines.argmax(-1)]
     features = encoder.pixel_features(torch.stack(pixels).permute(0, 2, 3, 1).numpy())
-    np.testing.assert_allclose(features @ ClipColours(encoder)._head(NAME).T, cosines, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        features @ ClipColours(encoder)._head(NAME).T, cosines, rtol=1e-4, atol=1e-6
+    )
     assert ClipColours(encoder)(image, []) == []
 
 
 def test_it_serves_the_judge(scene):
     image, detections = scene
-    metadata = {"tag": "colors", "prompt": "", "include": [{"class": NAME, "count": 1, "color": "red"}]}
+    metadata = {
+        "tag": "colors",
+        "prompt": "",
+        "include": [{"class": NAME, "count": 1, "color": "red"}],
+    }
     assert judge(image, detections[:1], metadata, lambda image, found: ["red"] * len(found)).strict
-    assert len(COLOURS) == 10 and TEMPLATES[1].format(colour="red", name="cat") == "a photo of a red-colored cat"
+    assert (
+        len(COLOURS) == 10
+        and TEMPLATES[1].format(colour="red", name="cat") == "a photo of a red-colored cat"
+    )

@@ -1,4 +1,5 @@
 """A user's function as a reward: how it is found, called and believed."""
+
 from __future__ import annotations
 
 import sys
@@ -40,8 +41,17 @@ def test_the_three_forms():
     np.testing.assert_allclose(run(group).values, [-0.25, 0, 0.25, 0])
 
 
-@pytest.mark.parametrize("convert", [list, tuple, np.asarray, lambda v: np.asarray(v, np.float16),
-                                     lambda v: [np.float32(x) for x in v], lambda v: [np.array([x]) for x in v]])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        tuple,
+        np.asarray,
+        lambda v: np.asarray(v, np.float16),
+        lambda v: [np.float32(x) for x in v],
+        lambda v: [np.array([x]) for x in v],
+    ],
+)
 def test_answers_of_many_types(convert):
     result = run(lambda images, prompts, metadata: convert([0.5, 1, 2, 3]))
     np.testing.assert_allclose(result.values, [0.5, 1, 2, 3])
@@ -66,9 +76,15 @@ def test_one_picture_that_raises_does_not_take_the_others_along(caplog):
         run(lambda image, prompt, metadata: metadata["nothing"])
 
 
-@pytest.mark.parametrize("answer, message", [
-    ([1, 2], "expected 4 scores; received 2"), (None, "expected a list of 4 scores; received NoneType"),
-    (0.5, "expected a list of 4 scores; received float"), ("abcd", "expected a list of 4 scores; received str")])
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ([1, 2], "expected 4 scores; received 2"),
+        (None, "expected a list of 4 scores; received NoneType"),
+        (0.5, "expected a list of 4 scores; received float"),
+        ("abcd", "expected a list of 4 scores; received str"),
+    ],
+)
 def test_answers_that_are_no_list_of_scores(answer, message):
     with pytest.raises(RewardError, match=message):
         run(lambda images, prompts, metadata: answer)
@@ -93,17 +109,33 @@ def test_applies_leaves_prompts_out():
     result = run(mine, applies=lambda prompt, metadata: prompt == "b")
     assert result.valid.sum() == 1 and not result.failed.any()
     assert applies_rule("r", "quoted")('say "x"', {}) and not applies_rule("r", "quoted")("say", {})
-    assert applies_rule("r", "geneval")("", {"include": []}) and not applies_rule("r", "geneval")("", {})
+    assert applies_rule("r", "geneval")("", {"include": []}) and not applies_rule("r", "geneval")(
+        "", {}
+    )
     with pytest.raises(RewardError, match="reward mine: applies raised KeyError: 'x'"):
         run(mine, applies=lambda prompt, metadata: metadata["x"])
-    with pytest.raises(InputError, match="applies .*expected one of all, quoted, geneval; received 'quotd'.*'quoted'"):
+    with pytest.raises(
+        InputError,
+        match="applies .*expected one of all, quoted, geneval; received 'quotd'.*'quoted'",
+    ):
         applies_rule("r", "quotd")
 
 
-@pytest.mark.parametrize("function", [
-    lambda picture, text, meta: 0, lambda image, prompt: 0, lambda: 0, lambda image, prompt, metadata, more: 0, print])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda picture, text, meta: 0,
+        lambda image, prompt: 0,
+        lambda: 0,
+        lambda image, prompt, metadata, more: 0,
+        print,
+    ],
+)
 def test_parameters_that_do_not_say_how_to_call(function):
-    with pytest.raises(InputError, match=r"reward mine: expected parameters \(image, prompt, metadata\), .*; received"):
+    with pytest.raises(
+        InputError,
+        match=r"reward mine: expected parameters \(image, prompt, metadata\), .*; received",
+    ):
         FunctionReward("mine", function)
 
 
@@ -111,7 +143,9 @@ def test_a_coroutine_is_refused():
     async def later(image, prompt, metadata):
         return 0
 
-    with pytest.raises(InputError, match="reward mine: expected a plain function; received a coroutine"):
+    with pytest.raises(
+        InputError, match="reward mine: expected a plain function; received a coroutine"
+    ):
         FunctionReward("mine", later)
 
 
@@ -123,23 +157,47 @@ def here(tmp_path, monkeypatch):
 
 
 def test_functions_are_found_by_name(here, monkeypatch):
-    (here / "marble_test_mine.py").write_text("def red(image, prompt, metadata):\n    return image[..., 0].mean()\n")
+    (here / "marble_test_mine.py").write_text(
+        "def red(image, prompt, metadata):\n    return image[..., 0].mean()\n"
+    )
     beside = here / "rewards"
     beside.mkdir()
-    (beside / "marble_test_beside.py").write_text("def one(image, prompt, metadata):\n    return 1\n")
+    (beside / "marble_test_beside.py").write_text(
+        "def one(image, prompt, metadata):\n    return 1\n"
+    )
     assert load_function("marble_test_mine:red")(IMAGES[2], "", {}) == 0.5
     assert load_function("marble_test_beside:one", beside)(None, "", {}) == 1
     assert load_function("json.decoder:JSONDecoder")
 
 
-@pytest.mark.parametrize("name, source, message", [
-    ("a b:c", None, "reward function: expected module:function; received 'a b:c'"),
-    ("marble_test_none:f", None, "reward marble_test_none:f: expected a module marble_test_none in .*; received none"),
-    ("marble_test_1:shrp", "def sharp(): pass\n", "expected a function shrp in .*received none; did you mean 'sharp'"),
-    ("marble_test_2:x", "x = 3\n", "expected a function x in .*marble_test_2.py; received int"),
-    ("marble_test_3:x", "1 / 0\n", "expected a module that imports; received ZeroDivisionError: division by zero"),
-    ("marble_test_4:x", "import nothing_of_the_kind\n", "expected a module that imports; it lacks nothing_of_the_kind"),
-    ("marble_test_5:x", "def x(:\n", "expected a module that imports; received SyntaxError")])
+@pytest.mark.parametrize(
+    "name, source, message",
+    [
+        ("a b:c", None, "reward function: expected module:function; received 'a b:c'"),
+        (
+            "marble_test_none:f",
+            None,
+            "reward marble_test_none:f: expected a module marble_test_none in .*; received none",
+        ),
+        (
+            "marble_test_1:shrp",
+            "def sharp(): pass\n",
+            "expected a function shrp in .*received none; did you mean 'sharp'",
+        ),
+        ("marble_test_2:x", "x = 3\n", "expected a function x in .*marble_test_2.py; received int"),
+        (
+            "marble_test_3:x",
+            "1 / 0\n",
+            "expected a module that imports; received ZeroDivisionError: division by zero",
+        ),
+        (
+            "marble_test_4:x",
+            "import nothing_of_the_kind\n",
+            "expected a module that imports; it lacks nothing_of_the_kind",
+        ),
+        ("marble_test_5:x", "def x(:\n", "expected a module that imports; received SyntaxError"),
+    ],
+)
 def test_names_that_lead_nowhere(here, name, source, message):
     if source is not None:
         (here / (name.partition(":")[0] + ".py")).write_text(source)

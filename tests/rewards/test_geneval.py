@@ -1,4 +1,5 @@
 """GenEval's rules by hand-worked cases."""
+
 import numpy as np
 import pytest
 
@@ -28,20 +29,30 @@ def both(metadata, *detections):
 
 
 def test_thresholds_and_cap():
-    found = keep([seen("cat", score=0.3), seen("cat", score=0.31), seen("dog", score=0.95)], "colors")
+    found = keep(
+        [seen("cat", score=0.3), seen("cat", score=0.31), seen("dog", score=0.95)], "colors"
+    )
     assert [d.score for d in found["cat"]] == [0.31]
-    assert keep([seen("cat", score=0.9), seen("cat", score=0.91)], "counting")["cat"][0].score == 0.91
+    assert (
+        keep([seen("cat", score=0.9), seen("cat", score=0.91)], "counting")["cat"][0].score == 0.91
+    )
     many = keep([seen("cat", score=0.5 + i / 100) for i in range(20)], "colors")["cat"]
     assert len(many) == 16 and many[0].score == 0.69 and many[-1].score == 0.54
 
 
-@pytest.mark.parametrize("dx,dy,expected", [
-    (-30, 0, {"left of"}), (30, 0, {"right of"}), (0, -30, {"above"}), (0, 30, {"below"}),
-    (-30, -30, {"left of", "above"}),
-    (2, 2, set()),  # within the slack of 0.1 * (10 + 10)
-    (-12, -7, {"left of"}),  # (10, 5) beyond the slack: dy = -0.447
-    (-12, -8, {"left of", "above"}),  # (10, 6): dy = -0.514
-])
+@pytest.mark.parametrize(
+    "dx,dy,expected",
+    [
+        (-30, 0, {"left of"}),
+        (30, 0, {"right of"}),
+        (0, -30, {"above"}),
+        (0, 30, {"below"}),
+        (-30, -30, {"left of", "above"}),
+        (2, 2, set()),  # within the slack of 0.1 * (10 + 10)
+        (-12, -7, {"left of"}),  # (10, 5) beyond the slack: dy = -0.447
+        (-12, -8, {"left of", "above"}),  # (10, 6): dy = -0.514
+    ],
+)
 def test_relations(dx, dy, expected):
     assert relations(seen("a", 50 + dx, 50 + dy), seen("b", 50, 50)) == expected
 
@@ -114,7 +125,9 @@ def test_colour_classifier_is_asked_once_per_group():
         calls.append(len(detections))
         return ["red"] * len(detections)
 
-    assert judge(IMAGE, [seen("cat")], wants("colors", RED_CAT), classify) == Verdict(1.0, True, True)
+    assert judge(IMAGE, [seen("cat")], wants("colors", RED_CAT), classify) == Verdict(
+        1.0, True, True
+    )
     assert calls == [1]
 
 
@@ -146,4 +159,7 @@ def test_reward_masks():
 
 def test_faithful_reward_uses_upstreams_score():
     reward = GenEvalReward("geneval", Fixed([seen("cat")] * 3), faithful=True)
-    assert base.score(reward, np.zeros((1, 8, 8, 3), np.float32), ["a"], [wants("colors", CAT)]).values == -1
+    assert (
+        base.score(reward, np.zeros((1, 8, 8, 3), np.float32), ["a"], [wants("colors", CAT)]).values
+        == -1
+    )

@@ -1,4 +1,5 @@
 """Concurrency, bookkeeping and what becomes of failures."""
+
 import itertools
 import threading
 
@@ -107,12 +108,16 @@ def test_retry_gives_up():
 
 def test_fail_stops_with_one_line():
     with HostScorer([Mean("bad", broken)], on_error="fail") as scorer:
-        with pytest.raises(RewardError, match="bad: failed on 3 samples: ConnectionError: server gone") as caught:
+        with pytest.raises(
+            RewardError, match="bad: failed on 3 samples: ConnectionError: server gone"
+        ) as caught:
             scorer.submit(IMAGES, PROMPTS, METADATA).result(10)
     assert "\n" not in str(caught.value)
     part = Mean("part", lambda images: np.arange(len(images)) > 0)
     with HostScorer([part], on_error="fail") as scorer:
-        with pytest.raises(RewardError, match="reward part: expected a score for every sample; 1 of 3 failed"):
+        with pytest.raises(
+            RewardError, match="reward part: expected a score for every sample; 1 of 3 failed"
+        ):
             scorer.submit(IMAGES, PROMPTS, METADATA).result(10)
 
 
@@ -152,16 +157,29 @@ def test_a_call_that_hangs_is_tried_again():
 def test_a_call_that_hangs_stops_the_run_under_fail():
     release = threading.Event()
     with HostScorer([Mean("slow", hanging(release, 0))], on_error="fail") as scorer:
-        with pytest.raises(RewardError, match="reward slow: expected scores within 0.1 s; received none"):
+        with pytest.raises(
+            RewardError, match="reward slow: expected scores within 0.1 s; received none"
+        ):
             scorer.submit(IMAGES, PROMPTS, METADATA).result(0.1)
         release.set()
 
 
-@pytest.mark.parametrize("answer", [
-    np.ones(3), (np.ones(5), np.ones(5, bool)), (["high"] * 3, np.ones(3, bool)), None, (np.ones(3), np.ones(2, bool)),
-    ([[1.0, 2.0, 3.0]], np.ones(3, bool)), ([None] * 3, np.ones(3, bool)), (np.full(3, 1e300), np.ones(3, bool))])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        np.ones(3),
+        (np.ones(5), np.ones(5, bool)),
+        (["high"] * 3, np.ones(3, bool)),
+        None,
+        (np.ones(3), np.ones(2, bool)),
+        ([[1.0, 2.0, 3.0]], np.ones(3, bool)),
+        ([None] * 3, np.ones(3, bool)),
+        (np.full(3, 1e300), np.ones(3, bool)),
+    ],
+)
 def test_garbage_is_a_failure(answer):
     """Wrong length, text, nothing, a mask that does not fit, a shape too many, no numbers, beyond float32."""
+
     class Garbage(Mean):
         def score(self, params, images, prompts, metadata):
             return answer
@@ -181,14 +199,20 @@ def test_a_reward_cannot_end_the_program():
 
 
 def test_rejects_bad_arguments():
-    with pytest.raises(InputError, match="on_error: expected one of mask, fail, retry; received 'ignore'"):
+    with pytest.raises(
+        InputError, match="on_error: expected one of mask, fail, retry; received 'ignore'"
+    ):
         HostScorer([], on_error="ignore")
-    with pytest.raises(InputError, match="reward m: expected a host reward; received a device reward"):
+    with pytest.raises(
+        InputError, match="reward m: expected a host reward; received a device reward"
+    ):
         HostScorer([Mean("m", kind="device")])
     with pytest.raises(InputError, match="reward m: expected distinct names; received it 2 times"):
         HostScorer([Mean("m"), Mean("m")])
     with pytest.raises(InputError, match="workers: expected at least 1; received 0"):
         HostScorer([], workers=0)
     with HostScorer([Mean()]) as scorer:
-        with pytest.raises(InputError, match="as many pictures, prompts and metadata; received 4, 1 and 4"):
+        with pytest.raises(
+            InputError, match="as many pictures, prompts and metadata; received 4, 1 and 4"
+        ):
             scorer.submit(IMAGES, ["a"], METADATA)

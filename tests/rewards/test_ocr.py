@@ -1,4 +1,5 @@
 """Quoting rule, spelling score and the RapidOCR reader."""
+
 import os
 import random
 import sys
@@ -31,35 +32,58 @@ class Lines:
         return self.texts
 
 
-@pytest.mark.parametrize("prompt,target", [
-    ('a sign "Hello World" here', "Hello World"), ('two "a" and "b"', "a"), ('only "one mark', "one mark"),
-    ('empty "" then "x"', None), ('spaces "   "', None), ('ends "', None), ("no marks 'x'", None), ("", None),
-    ('keeps " spaces "', " spaces "),
-])
+@pytest.mark.parametrize(
+    "prompt,target",
+    [
+        ('a sign "Hello World" here', "Hello World"),
+        ('two "a" and "b"', "a"),
+        ('only "one mark', "one mark"),
+        ('empty "" then "x"', None),
+        ('spaces "   "', None),
+        ('ends "', None),
+        ("no marks 'x'", None),
+        ("", None),
+        ('keeps " spaces "', " spaces "),
+    ],
+)
 def test_quoted_text(prompt, target):
     assert quoted_text(prompt) == target
 
 
-@pytest.mark.parametrize("a,b,distance", [
-    ("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("ab", "ba", 2), ("abc", "abc", 0)])
+@pytest.mark.parametrize(
+    "a,b,distance",
+    [
+        ("", "", 0),
+        ("abc", "", 3),
+        ("kitten", "sitting", 3),
+        ("flaw", "lawn", 2),
+        ("ab", "ba", 2),
+        ("abc", "abc", 0),
+    ],
+)
 def test_edit_distance(a, b, distance):
     assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
-@pytest.mark.parametrize("recognised,target,score", [
-    ("hello world", "Hello World", 1.0),
-    ("xxHELLOxx", "hello", 1.0),  # contained: anything around it is free
-    ("helo", "hello", 1 - 1 / 5),
-    ("", "hello", 0.0),
-    ("completely different", "abc", 0.0),  # the distance is capped at the target's length
-    ("h e l l o", "hel lo", 1.0),
-])
+@pytest.mark.parametrize(
+    "recognised,target,score",
+    [
+        ("hello world", "Hello World", 1.0),
+        ("xxHELLOxx", "hello", 1.0),  # contained: anything around it is free
+        ("helo", "hello", 1 - 1 / 5),
+        ("", "hello", 0.0),
+        ("completely different", "abc", 0.0),  # the distance is capped at the target's length
+        ("h e l l o", "hel lo", 1.0),
+    ],
+)
 def test_spelling_score(recognised, target, score):
     assert spelling_score(recognised, target) == pytest.approx(score)
 
 
 def test_reward_reads_only_quoted_and_masks_failures():
-    images = np.linspace(0, 1, 5, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 3), np.float32)
+    images = np.linspace(0, 1, 5, dtype=np.float32)[:, None, None, None] * np.ones(
+        (1, 2, 2, 3), np.float32
+    )
     prompts = ['"AB"', "plain", '"AB"', '" "', '"AB"']
     reader = Lines("ab", None, "ax")
     result = base.score(OCRReward("ocr", reader), images, prompts, [{}] * 5)
@@ -67,7 +91,9 @@ def test_reward_reads_only_quoted_and_masks_failures():
     np.testing.assert_allclose(result.values, [1, 0, 0, 0, 0.5])
     np.testing.assert_array_equal(result.valid, [True, False, False, False, True])
     np.testing.assert_array_equal(result.failed, [False, False, True, False, False])
-    faithful = base.score(OCRReward("ocr", Lines("ab", None, "ax"), faithful=True), images, prompts, [{}] * 5)
+    faithful = base.score(
+        OCRReward("ocr", Lines("ab", None, "ax"), faithful=True), images, prompts, [{}] * 5
+    )
     np.testing.assert_array_equal(faithful.valid, [True, False, True, False, True])
     assert faithful.values[2] == 0
     values, valid = OCRReward("ocr", Lines()).score(None, images[:1], ["plain"], [{}])
@@ -76,7 +102,9 @@ def test_reward_reads_only_quoted_and_masks_failures():
 
 def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    with pytest.raises(InputError, match="reward ocr: expected the packages rapidocr and onnxruntime"):
+    with pytest.raises(
+        InputError, match="reward ocr: expected the packages rapidocr and onnxruntime"
+    ):
         RapidReader()
 
 
@@ -85,8 +113,18 @@ def test_paddleocr_is_asked_as_its_interface_wants(monkeypatch):
     asked = []
 
     class PaddleOCR:
-        def __init__(self, *, lang, ocr_version, device, cpu_threads, text_rec_score_thresh,
-                     use_doc_orientation_classify, use_doc_unwarping, use_textline_orientation):
+        def __init__(
+            self,
+            *,
+            lang,
+            ocr_version,
+            device,
+            cpu_threads,
+            text_rec_score_thresh,
+            use_doc_orientation_classify,
+            use_doc_unwarping,
+            use_textline_orientation,
+        ):
             asked.append((lang, ocr_version, device, use_textline_orientation))
 
         def predict(self, input):
@@ -98,9 +136,16 @@ def test_paddleocr_is_asked_as_its_interface_wants(monkeypatch):
     picture[..., 0] = 200
     assert PaddleEngine(scale=2)(picture) == "ABcd"
     assert asked[0] == ("en", "PP-OCRv4", "cpu", False)
-    assert asked[1].shape == (8, 12, 3) and asked[1][0, 0].tolist() == [0, 0, 200]  # blue, green, red
+    assert asked[1].shape == (8, 12, 3) and asked[1][0, 0].tolist() == [
+        0,
+        0,
+        200,
+    ]  # blue, green, red
     monkeypatch.setitem(sys.modules, "paddleocr", None)
-    with pytest.raises(InputError, match=r"expected the packages paddleocr \(3.x\) and paddlepaddle; received neither"):
+    with pytest.raises(
+        InputError,
+        match=r"expected the packages paddleocr \(3.x\) and paddlepaddle; received neither",
+    ):
         PaddleEngine()
 
 
@@ -116,9 +161,16 @@ def test_rapidocr_reads_clean_signs(world, reader, capfd):
     rng = random.Random(11)
     words = [rng.choice(world.sign_words("train")) for _ in range(16)]
     images = np.stack([world.render(world.sign_scene(rng, w)) for w in words])
-    result = base.score(OCRReward("ocr", reader), images.astype(np.float32) / 255, [f'"{w}"' for w in words], [{}] * 16)
+    result = base.score(
+        OCRReward("ocr", reader),
+        images.astype(np.float32) / 255,
+        [f'"{w}"' for w in words],
+        [{}] * 16,
+    )
     assert result.valid.all() and (result.values == 1).mean() >= 15 / 16
-    wrong = base.score(OCRReward("ocr", reader), images[:4].astype(np.float32) / 255, ['"QQ"'] * 4, [{}] * 4)
+    wrong = base.score(
+        OCRReward("ocr", reader), images[:4].astype(np.float32) / 255, ['"QQ"'] * 4, [{}] * 4
+    )
     assert not wrong.values.any()
     assert capfd.readouterr() == ("", "")  # neither RapidOCR nor onnxruntime says anything
 
@@ -126,6 +178,7 @@ def test_rapidocr_reads_clean_signs(world, reader, capfd):
 def test_rapidocr_failure_is_none_and_blank_is_empty(reader):
     blank = np.full((64, 64, 3), 200, np.uint8)
     assert reader.read(blank[None]) == [""]
+
     class Broken:
         def __call__(self, image):
             raise RuntimeError("no")
@@ -153,7 +206,10 @@ def test_rapidocr_finds_lines_in_a_larger_picture(world, processes):
     assert spelling_score(text, "Spring 2024") == 1
 
 
-@pytest.mark.skipif("MARBLE_JAX_TEST_PROMPTS" not in os.environ, reason="MARBLE_JAX_TEST_PROMPTS names no prompt sets")
+@pytest.mark.skipif(
+    "MARBLE_JAX_TEST_PROMPTS" not in os.environ,
+    reason="MARBLE_JAX_TEST_PROMPTS names no prompt sets",
+)
 def test_real_prompts_all_have_a_target():
     from marble_jax.prompts.files import read_directory
 

@@ -1,4 +1,5 @@
 """Resize, crop and normalise against Pillow, torch and hand numbers."""
+
 import jax
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ def picture():
 @pytest.mark.parametrize("size_in,size_out", SIZES)
 def test_matches_torch_antialias(picture, method, size_in, size_out):
     torch = pytest.importorskip("torch")
-    x = picture[:, :size_in[0], :size_in[1]].astype(np.float32) / 255
+    x = picture[:, : size_in[0], : size_in[1]].astype(np.float32) / 255
     planes = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
-    want = torch.nn.functional.interpolate(planes, size=size_out, mode=method, antialias=True, align_corners=False)
+    want = torch.nn.functional.interpolate(
+        planes, size=size_out, mode=method, antialias=True, align_corners=False
+    )
     got = resize(x, *size_out, method)
     np.testing.assert_allclose(got, want.numpy().transpose(0, 2, 3, 1), atol=2e-6)
 
@@ -31,7 +34,7 @@ def test_matches_torch_antialias(picture, method, size_in, size_out):
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size_in,size_out", SIZES)
 def test_eight_bit_matches_pillow(picture, method, size_in, size_out):
-    x = picture[:, :size_in[0], :size_in[1]]
+    x = picture[:, : size_in[0], : size_in[1]]
     got = np.asarray(resize(x.astype(np.float32) / 255, *size_out, method, eight_bit=True))
     want = np.stack([Image.fromarray(p).resize(size_out[::-1], PIL_METHODS[method]) for p in x])
     np.testing.assert_allclose(got, want / 255, atol=1e-6)  # a level is 4e-3
@@ -51,14 +54,21 @@ def test_on_host_equals_on_device(picture):
     for x in (picture[0], picture[0, :9, :5]):
         pixels = preprocess.prepare(x[None].astype(np.float32) / 255, transform)
         np.testing.assert_allclose(transform.on_host(x), pixels[0], atol=1e-5)
-    with pytest.raises(InputError, match="preprocessing on the host: expected 8-bit and 'shortest'; received"):
+    with pytest.raises(
+        InputError, match="preprocessing on the host: expected 8-bit and 'shortest'; received"
+    ):
         Preprocess(size=16, eight_bit=False).on_host(picture[0])
 
 
 def test_odd_margins():
     floor, rounded = Preprocess(size=24), Preprocess(size=24, crop="round")
     assert [floor.frame(24, 24 + odd)[3] for odd in (1, 3, 5, 6)] == [0, 1, 2, 3]
-    assert [rounded.frame(24, 24 + odd)[3] for odd in (1, 3, 5, 6)] == [0, 2, 2, 3]  # torchvision: int(round(x / 2))
+    assert [rounded.frame(24, 24 + odd)[3] for odd in (1, 3, 5, 6)] == [
+        0,
+        2,
+        2,
+        3,
+    ]  # torchvision: int(round(x / 2))
     assert Preprocess(size=16, fit="longest").frame(24, 48) == (8, 16, 4, 0)
 
 
@@ -78,7 +88,10 @@ def test_halving_bilinear_by_hand():
 def test_shortest_edge_matches_torchvision_style_pipeline(picture):
     x = picture[:, :40, :50]
     got = preprocess.prepare(x.astype(np.float32) / 255, Preprocess(size=24))
-    small = [Image.fromarray(p).resize((30, 24), Image.Resampling.BICUBIC).crop((3, 0, 27, 24)) for p in x]
+    small = [
+        Image.fromarray(p).resize((30, 24), Image.Resampling.BICUBIC).crop((3, 0, 27, 24))
+        for p in x
+    ]
     want = (np.stack(small) / 255 - preprocess.CLIP_MEAN) / preprocess.CLIP_STD
     assert got.shape == (2, 24, 24, 3)
     np.testing.assert_allclose(got, want, atol=1e-6)
@@ -103,9 +116,12 @@ def test_jit_agrees_with_eager(picture):
 def test_from_config_reads_old_and_new_layouts():
     old = Preprocess.from_config({"size": 32, "crop_size": 32, "resample": 2}, 32)
     new = Preprocess.from_config(
-        {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2}, 32)
+        {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2}, 32
+    )
     assert old == new == Preprocess(size=32, resize_to=32, method="bilinear")
-    assert Preprocess.from_config({}, 16, eight_bit=False) == Preprocess(size=16, resize_to=16, eight_bit=False)
+    assert Preprocess.from_config({}, 16, eight_bit=False) == Preprocess(
+        size=16, resize_to=16, eight_bit=False
+    )
 
 
 def test_rejects_bad_input():

@@ -1,4 +1,5 @@
 """Processes that answer, raise, hang and die."""
+
 import functools
 import os
 
@@ -55,7 +56,9 @@ def test_a_hung_or_dead_reader_makes_samples_missing_not_zero():
     reader = EngineReader(Reads, workers=1, processes=True, timeout=3)
     images = np.zeros((5, 2, 2, 3), np.uint8)
     images[1:4, 0, 0, 0] = [1, 2, 3]
-    result = base.score(OCRReward("ocr", reader), images.astype(np.float32) / 255, ['"AB"'] * 5, [{}] * 5)
+    result = base.score(
+        OCRReward("ocr", reader), images.astype(np.float32) / 255, ['"AB"'] * 5, [{}] * 5
+    )
     reader.close()
     np.testing.assert_array_equal(result.valid, [True, False, False, False, True])
     np.testing.assert_array_equal(result.failed, [False, True, True, True, False])

@@ -1,4 +1,5 @@
 """The wire format: a round trip, and every way in which a message can be wrong."""
+
 from __future__ import annotations
 
 import io
@@ -30,14 +31,25 @@ REQUEST = Request("geneval", IMAGES, ["a cat", 'ein "ü"'], [{"tag": "x", "inclu
 def test_a_request_arrives_as_it_was_sent(picture_format):
     got = decode_request(encode_request(REQUEST, picture_format), Limits())
     np.testing.assert_array_equal(got.images, IMAGES)
-    assert (got.reward, got.prompts, got.metadata) == (REQUEST.reward, REQUEST.prompts, REQUEST.metadata)
+    assert (got.reward, got.prompts, got.metadata) == (
+        REQUEST.reward,
+        REQUEST.prompts,
+        REQUEST.metadata,
+    )
 
 
 def test_the_format_by_hand():
     """As the module describes it, without its encoder."""
     pixels = bytes(range(12))
-    header = json.dumps({"version": 1, "reward": "r", "prompts": ["p"], "metadata": [{}],
-                         "pictures": [{"format": "rgb8", "bytes": 12, "height": 1, "width": 4}]}).encode()
+    header = json.dumps(
+        {
+            "version": 1,
+            "reward": "r",
+            "prompts": ["p"],
+            "metadata": [{}],
+            "pictures": [{"format": "rgb8", "bytes": 12, "height": 1, "width": 4}],
+        }
+    ).encode()
     got = decode_request(len(header).to_bytes(4, "big") + header + pixels, Limits())
     np.testing.assert_array_equal(got.images, np.arange(12, dtype=np.uint8).reshape(1, 1, 4, 3))
 
@@ -53,19 +65,31 @@ def body(pictures=None, header=None, extra=b"", **changes):
     """A request of one picture, with parts of its header replaced."""
     pictures = [encode_png(IMAGES[0])] if pictures is None else pictures
     count = len(pictures)
-    made = {"version": 1, "reward": "r", "prompts": ["p"] * count, "metadata": [{}] * count,
-            "pictures": [{"format": "png", "bytes": len(p)} for p in pictures]} | changes
+    made = {
+        "version": 1,
+        "reward": "r",
+        "prompts": ["p"] * count,
+        "metadata": [{}] * count,
+        "pictures": [{"format": "png", "bytes": len(p)} for p in pictures],
+    } | changes
     text = json.dumps(made).encode() if header is None else header
     return struct.pack(">I", len(text)) + text + b"".join(pictures) + extra
 
 
 def png_claiming(width, height, mode=2, depth=8):
     """A PNG whose header claims a size that its few bytes would blow up to."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, mode, 0, 0, 0)) +
-            chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, mode, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 def rgb(**changes):
@@ -80,41 +104,100 @@ def bare(entries):
     return struct.pack(">I", len(text)) + text + whole[-60:]
 
 
-@pytest.mark.parametrize("data, status, message", [
-    (b"\0", 400, "body: expected 4 bytes with the header's length; received 1"),
-    (b"\0\0\1\0{}", 400, "body: expected a header of 256 bytes; received 2"),
-    (b"\xff\xff\xff\xff{}", 400, "body: expected a header of 4294967295 bytes; received 2"),
-    (body(header=b"nonsense"), 400, "header: expected a JSON object; received Expecting value"),
-    (body(header=b"\xff\xfe"), 400, "header: expected a JSON object; received .*utf-8"),
-    (body(header=b"[" * 100000), 400, "header: expected a JSON object; received one nested too deeply"),
-    (body(header=b"[]"), 400, "header: expected a JSON object; received list"),
-    (body(header=b'{"version": NaN}'), 400, "header: expected a JSON object; received NaN, which is no JSON"),
-    (body(header=b'{"version": ' + b"9" * 5000 + b"}"), 400, "header: expected a JSON object; received Exceeds"),
-    (body(version=2), 400, "header: expected version 1; received 2"),
-    (body(reward=None), 400, "header: expected a reward's name; received None"),
-    (body(prompts="p"), 400, "header: expected prompts as a list of texts; received 'p'"),
-    (body(prompts=[1]), 400, "header: expected prompts as a list of texts; received \\[1\\]"),
-    (body(metadata=[None]), 400, "header: expected metadata as a list of objects; received \\[None\\]"),
-    (body(prompts=["p", "q"]), 400, "as many prompts, metadata and pictures; received 2, 1 and 1"),
-    (body(pictures=[]), 400, "header: expected at least one picture; received none"),
-    (body(pictures=[b"x"] * 5), 413, "pictures: expected at most 4; received 5"),
-    (body(pictures=[b"not a png"]), 400, "picture 0: expected a PNG; received something else"),
-    (body(pictures=[encode_png(IMAGES[0])[:-30]]), 400, "picture 0: expected a whole PNG; received a damaged one"),
-    (body(pictures=[png_claiming(60000, 60000)]), 413, "picture 0: expected at most 32 pixels a side; received more"),
-    (body(pictures=[png_claiming(33, 8)]), 413, "picture 0: expected at most 32 pixels a side; received 8 x 33"),
-    (body(pictures=[png_claiming(32, 32)] * 3), 413, "expected at most 2048 pixels in all; received 3 of 32 x 32"),
-    (body(pictures=[png_claiming(8, 8, mode=6)]), 400, "picture 0: expected 8-bit grey or RGB; received mode RGBA"),
-    (body(pictures=[png_claiming(8, 8, mode=0, depth=16)]), 400, "expected 8-bit grey or RGB; received mode I;16"),
-    (body(pictures=[encode_png(IMAGES[0]), encode_png(IMAGES[0, :2])]), 400,
-     r"picture 1: expected the size of the first, \(4, 5\); received \(2, 5\)"),
-    (body(extra=b"more"), 400, "body: expected to end after the last picture; received 4 bytes more"),
-    (bare(rgb(bytes=61)), 400, "at most the 60 that are left; received 61"),
-    (bare(rgb(bytes=-1)), 400, "at most the 60 that are left; received -1"),
-    (bare(rgb(bytes=True)), 400, "at most the 60 that are left; received True"),
-    (bare(rgb(width=6)), 400, "picture 0: expected 72 bytes of rgb8; received 60"),
-    (bare(rgb(height=None)), 400, "expected height and width in pixels; received None and 5"),
-    (bare(rgb(height=10**9)), 413, "expected at most 32 pixels a side; received 1000000000 x 5"),
-    (bare(rgb(format="jpeg")), 400, "picture 0: expected format png or rgb8; received 'jpeg'")])
+@pytest.mark.parametrize(
+    "data, status, message",
+    [
+        (b"\0", 400, "body: expected 4 bytes with the header's length; received 1"),
+        (b"\0\0\1\0{}", 400, "body: expected a header of 256 bytes; received 2"),
+        (b"\xff\xff\xff\xff{}", 400, "body: expected a header of 4294967295 bytes; received 2"),
+        (body(header=b"nonsense"), 400, "header: expected a JSON object; received Expecting value"),
+        (body(header=b"\xff\xfe"), 400, "header: expected a JSON object; received .*utf-8"),
+        (
+            body(header=b"[" * 100000),
+            400,
+            "header: expected a JSON object; received one nested too deeply",
+        ),
+        (body(header=b"[]"), 400, "header: expected a JSON object; received list"),
+        (
+            body(header=b'{"version": NaN}'),
+            400,
+            "header: expected a JSON object; received NaN, which is no JSON",
+        ),
+        (
+            body(header=b'{"version": ' + b"9" * 5000 + b"}"),
+            400,
+            "header: expected a JSON object; received Exceeds",
+        ),
+        (body(version=2), 400, "header: expected version 1; received 2"),
+        (body(reward=None), 400, "header: expected a reward's name; received None"),
+        (body(prompts="p"), 400, "header: expected prompts as a list of texts; received 'p'"),
+        (body(prompts=[1]), 400, "header: expected prompts as a list of texts; received \\[1\\]"),
+        (
+            body(metadata=[None]),
+            400,
+            "header: expected metadata as a list of objects; received \\[None\\]",
+        ),
+        (
+            body(prompts=["p", "q"]),
+            400,
+            "as many prompts, metadata and pictures; received 2, 1 and 1",
+        ),
+        (body(pictures=[]), 400, "header: expected at least one picture; received none"),
+        (body(pictures=[b"x"] * 5), 413, "pictures: expected at most 4; received 5"),
+        (body(pictures=[b"not a png"]), 400, "picture 0: expected a PNG; received something else"),
+        (
+            body(pictures=[encode_png(IMAGES[0])[:-30]]),
+            400,
+            "picture 0: expected a whole PNG; received a damaged one",
+        ),
+        (
+            body(pictures=[png_claiming(60000, 60000)]),
+            413,
+            "picture 0: expected at most 32 pixels a side; received more",
+        ),
+        (
+            body(pictures=[png_claiming(33, 8)]),
+            413,
+            "picture 0: expected at most 32 pixels a side; received 8 x 33",
+        ),
+        (
+            body(pictures=[png_claiming(32, 32)] * 3),
+            413,
+            "expected at most 2048 pixels in all; received 3 of 32 x 32",
+        ),
+        (
+            body(pictures=[png_claiming(8, 8, mode=6)]),
+            400,
+            "picture 0: expected 8-bit grey or RGB; received mode RGBA",
+        ),
+        (
+            body(pictures=[png_claiming(8, 8, mode=0, depth=16)]),
+            400,
+            "expected 8-bit grey or RGB; received mode I;16",
+        ),
+        (
+            body(pictures=[encode_png(IMAGES[0]), encode_png(IMAGES[0, :2])]),
+            400,
+            r"picture 1: expected the size of the first, \(4, 5\); received \(2, 5\)",
+        ),
+        (
+            body(extra=b"more"),
+            400,
+            "body: expected to end after the last picture; received 4 bytes more",
+        ),
+        (bare(rgb(bytes=61)), 400, "at most the 60 that are left; received 61"),
+        (bare(rgb(bytes=-1)), 400, "at most the 60 that are left; received -1"),
+        (bare(rgb(bytes=True)), 400, "at most the 60 that are left; received True"),
+        (bare(rgb(width=6)), 400, "picture 0: expected 72 bytes of rgb8; received 60"),
+        (bare(rgb(height=None)), 400, "expected height and width in pixels; received None and 5"),
+        (
+            bare(rgb(height=10**9)),
+            413,
+            "expected at most 32 pixels a side; received 1000000000 x 5",
+        ),
+        (bare(rgb(format="jpeg")), 400, "picture 0: expected format png or rgb8; received 'jpeg'"),
+    ],
+)
 def test_requests_that_are_wrong(data, status, message):
     with pytest.raises(ProtocolError, match=message) as caught:
         decode_request(data, Limits(body=10**6, pictures=4, side=32, pixels=2048))
@@ -123,6 +206,7 @@ def test_requests_that_are_wrong(data, status, message):
 
 def test_a_bomb_is_not_decompressed(monkeypatch):
     """Nothing beyond the header of a picture that claims too much is read."""
+
     def load(self):
         raise AssertionError("pixels were read")
 
@@ -132,13 +216,20 @@ def test_a_bomb_is_not_decompressed(monkeypatch):
 
 
 def test_metadata_has_to_be_json():
-    with pytest.raises(InputError, match="reward r: expected metadata that JSON can hold; received Object of type set"):
+    with pytest.raises(
+        InputError,
+        match="reward r: expected metadata that JSON can hold; received Object of type set",
+    ):
         encode_request(Request("r", IMAGES[:1], ["p"], [{"a": {1}}]))
 
 
 def test_scores_arrive_as_they_were_sent():
     values, valid, applies = decode_scores(
-        encode_scores(np.float32([0.1, 5, 0, 7]), np.array([1, 1, 0, 0], bool), np.array([1, 1, 1, 0], bool)), 4)
+        encode_scores(
+            np.float32([0.1, 5, 0, 7]), np.array([1, 1, 0, 0], bool), np.array([1, 1, 1, 0], bool)
+        ),
+        4,
+    )
     np.testing.assert_array_equal(values.astype(np.float32)[:2], np.float32([0.1, 5]))
     assert np.isnan(values[2:]).all()
     np.testing.assert_array_equal(valid, [True, True, False, False])
@@ -147,14 +238,19 @@ def test_scores_arrive_as_they_were_sent():
     assert not decode_scores(b'{"scores": [1' + b"0" * 400 + b"]}", 1)[1].any()
 
 
-@pytest.mark.parametrize("data, message", [
-    (b"", "answer: expected a JSON object"), (b'{"scores": [1]}', "answer: expected 2 scores; received 1"),
-    (b'{"score": [1, 2]}', "answer: expected 2 scores; received None"),
-    (b'{"scores": [1, NaN]}', "received NaN, which is no JSON"),
-    (b'{"scores": [1, "2"]}', "expected numbers or null as scores; received '2'"),
-    (b'{"scores": [1, true]}', "expected numbers or null as scores; received True"),
-    (b'{"scores": [1, 2], "applies": [1, 0]}', "expected true or false in applies"),
-    (b'{"scores": [1, 2], "applies": [true]}', "answer: expected 2 applies; received 1")])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "answer: expected a JSON object"),
+        (b'{"scores": [1]}', "answer: expected 2 scores; received 1"),
+        (b'{"score": [1, 2]}', "answer: expected 2 scores; received None"),
+        (b'{"scores": [1, NaN]}', "received NaN, which is no JSON"),
+        (b'{"scores": [1, "2"]}', "expected numbers or null as scores; received '2'"),
+        (b'{"scores": [1, true]}', "expected numbers or null as scores; received True"),
+        (b'{"scores": [1, 2], "applies": [1, 0]}', "expected true or false in applies"),
+        (b'{"scores": [1, 2], "applies": [true]}', "answer: expected 2 applies; received 1"),
+    ],
+)
 def test_answers_that_are_wrong(data, message):
     with pytest.raises(ProtocolError, match=message):
         decode_scores(data, 2)

@@ -1,4 +1,5 @@
 """Names to rewards: published folders in a directory, on the Hub, and everything that can be wrong."""
+
 import json
 
 import numpy as np
@@ -27,7 +28,9 @@ def folder(tmp_path_factory):
         (root / "yuvalkirstain" / "PickScore_v1" / name).unlink()  # the tokenizer is laion's
     twins.write_clip(root / "clip-vit-large-patch14")  # the model's name alone will do
     twins.write_hpsv2(root / "xswu" / "HPSv2", laion)
-    twins.write_imagereward(root / "imagereward", root / "bert-base-uncased")  # so will the reward's
+    twins.write_imagereward(
+        root / "imagereward", root / "bert-base-uncased"
+    )  # so will the reward's
     twins.write_aesthetic_head(root / published.HEAD)
     return root
 
@@ -48,9 +51,22 @@ def test_published_folders_load_and_score_under_their_names(folder):
 
 
 def test_a_file_overrides_the_published_entry(folder, tmp_path):
-    (tmp_path / "rewards.json").write_text(json.dumps({
-        "clipscore": {"kind": "clip", "formula": "hpsv2", "model": str(folder / "clip-vit-large-patch14")},
-        "half": {"kind": "clip", "model": str(folder / "clip-vit-large-patch14"), "dtype": "bfloat16"}}))
+    (tmp_path / "rewards.json").write_text(
+        json.dumps(
+            {
+                "clipscore": {
+                    "kind": "clip",
+                    "formula": "hpsv2",
+                    "model": str(folder / "clip-vit-large-patch14"),
+                },
+                "half": {
+                    "kind": "clip",
+                    "model": str(folder / "clip-vit-large-patch14"),
+                    "dtype": "bfloat16",
+                },
+            }
+        )
+    )
     own, half, light = load_rewards(tmp_path, ["clipscore", "half", "brightness"])
     assert not own.formula.logit_scale and half.encoder.model.dtype == "bfloat16"
     assert score(light) == pytest.approx(float((PICTURE @ [0.299, 0.587, 0.114]).mean()), rel=1e-4)
@@ -58,8 +74,14 @@ def test_a_file_overrides_the_published_entry(folder, tmp_path):
 
 
 def test_formulas_need_no_directory():
-    plus, minus, colourful = load_rewards("hub", ["jpeg_incompressibility", "jpeg_compressibility", "colourfulness"])
-    assert score(plus) == pytest.approx(-500 * score(minus)) and score(plus) > 1 and score(colourful) > 0
+    plus, minus, colourful = load_rewards(
+        "hub", ["jpeg_incompressibility", "jpeg_compressibility", "colourfulness"]
+    )
+    assert (
+        score(plus) == pytest.approx(-500 * score(minus))
+        and score(plus) > 1
+        and score(colourful) > 0
+    )
     assert entries_of("hub") == published.ENTRIES
 
 
@@ -75,15 +97,21 @@ def test_the_hub_is_asked_for_what_is_not_there(folder, monkeypatch, tmp_path):
     (reward,) = load_rewards("hub", ["clipscore"])
     score(reward)
     assert {name for name, _ in asked} == {"openai/clip-vit-large-patch14"}
-    assert "config.json" in asked[0][1] and asked[1][1][0] == "model.safetensors" and len(asked) == 2
+    assert (
+        "config.json" in asked[0][1] and asked[1][1][0] == "model.safetensors" and len(asked) == 2
+    )
 
     def refuse(*args, **options):
         raise hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(InputError, match=(
+    with pytest.raises(
+        InputError,
+        match=(
             "reward imagereward: expected THUDM/ImageReward in .*THUDM/ImageReward nor .*ImageReward nor .*imagereward"
-            ", or from the Hub; model 'THUDM/ImageReward': expected .* a reachable Hub; received")):
+            ", or from the Hub; model 'THUDM/ImageReward': expected .* a reachable Hub; received"
+        ),
+    ):
         load_rewards(tmp_path, ["imagereward"])
 
 
@@ -95,22 +123,50 @@ def test_what_is_wrong_is_one_line(folder, tmp_path):
             load_rewards(tmp_path, names, **options)
         assert "\n" not in str(caught.value)
 
-    refused("reward: expected one of pickscore, .*; received 'pikscore'; did you mean 'pickscore'", ["pikscore"])
+    refused(
+        "reward: expected one of pickscore, .*; received 'pikscore'; did you mean 'pickscore'",
+        ["pikscore"],
+    )
     refused("reward: expected every name once; received 'ocr' 2 times", ["ocr", "ocr"])
-    refused("expected the folder nowhere; received none: it is not in .*/nowhere", ["x"],
-            {"x": {"kind": "clip", "model": "nowhere"}})
+    refused(
+        "expected the folder nowhere; received none: it is not in .*/nowhere",
+        ["x"],
+        {"x": {"kind": "clip", "model": "nowhere"}},
+    )
     refused("rewards.json: expected 'model' for x; received none", ["x"], {"x": {"kind": "clip"}})
-    refused("kind of x: expected one of clip, .*; received 'klip'; did you mean 'clip'", ["x"], {"x": {"kind": "klip"}})
-    refused("option of x: expected one of .*; received 'modell'", ["x"], {"x": {"kind": "clip", "modell": "y"}})
-    refused("dtype of x: expected one of float32, .*; received 'float8'", ["x"],
-            {"x": {"kind": "clip", "model": "y", "dtype": "float8"}})
-    refused("engine of x: expected one of rapidocr, paddleocr; received 'tesseract'", ["x"],
-            {"x": {"kind": "ocr", "engine": "tesseract"}})
-    refused("detector of x: expected one of shapes, mask2former; received 'yolo'", ["x"],
-            {"x": {"kind": "geneval", "detector": "yolo"}})
-    refused(r"reward aesthetic: expected the file sac.*linearMSE.pth in .*; received none \(get it from https://github",
-            ["aesthetic"], {})
+    refused(
+        "kind of x: expected one of clip, .*; received 'klip'; did you mean 'clip'",
+        ["x"],
+        {"x": {"kind": "klip"}},
+    )
+    refused(
+        "option of x: expected one of .*; received 'modell'",
+        ["x"],
+        {"x": {"kind": "clip", "modell": "y"}},
+    )
+    refused(
+        "dtype of x: expected one of float32, .*; received 'float8'",
+        ["x"],
+        {"x": {"kind": "clip", "model": "y", "dtype": "float8"}},
+    )
+    refused(
+        "engine of x: expected one of rapidocr, paddleocr; received 'tesseract'",
+        ["x"],
+        {"x": {"kind": "ocr", "engine": "tesseract"}},
+    )
+    refused(
+        "detector of x: expected one of shapes, mask2former; received 'yolo'",
+        ["x"],
+        {"x": {"kind": "geneval", "detector": "yolo"}},
+    )
+    refused(
+        r"reward aesthetic: expected the file sac.*linearMSE.pth in .*; received none \(get it from https://github",
+        ["aesthetic"],
+        {},
+    )
     (tmp_path / "rewards.json").write_text("[")
     refused("rewards.json: expected JSON; received an error at", ["ocr"])
-    with pytest.raises(InputError, match="rewards.path: expected a directory with rewards.json; received '.*none'"):
+    with pytest.raises(
+        InputError, match="rewards.path: expected a directory with rewards.json; received '.*none'"
+    ):
         load_rewards(tmp_path / "none", ["ocr"])

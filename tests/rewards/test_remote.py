@@ -1,4 +1,5 @@
 """Rewards over HTTP against this project's server, a judge's chat endpoint, and the older servers' pickles."""
+
 from __future__ import annotations
 
 import base64
@@ -19,7 +20,9 @@ from marble_jax.rewards.http.pickles import load_plain
 from marble_jax.rewards.http.server import RewardServer, Service
 from marble_jax.rewards.registry import load_rewards
 
-PIXELS = np.arange(5, dtype=np.uint8)[:, None, None, None] * 50 + np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3)
+PIXELS = np.arange(5, dtype=np.uint8)[:, None, None, None] * 50 + np.arange(
+    48, dtype=np.uint8
+).reshape(1, 4, 4, 3)
 IMAGES, PROMPTS = PIXELS.astype(np.float32) / 255, ["a", "skip", "bad", "d", "e"]
 METADATA = [{"n": i, "include": []} for i in range(5)]
 
@@ -47,17 +50,28 @@ class Mean(Reward):
         self.sizes.append(len(images))
         if set(prompts) & set(self.failing):
             raise OSError("gone")
-        return images.mean((1, 2, 3)) + [m["n"] for m in metadata], np.array([p != "bad" for p in prompts])
+        return images.mean((1, 2, 3)) + [m["n"] for m in metadata], np.array(
+            [p != "bad" for p in prompts]
+        )
 
 
 @pytest.mark.parametrize("picture_format", ["png", "rgb8"])
 def test_client_and_server_agree_with_the_reward_itself(tmp_path, monkeypatch, picture_format):
     monkeypatch.setenv("MARBLE_TEST_TOKEN", "t")
     mean = Mean("there")
-    with RewardServer([mean], service=Service(token="t", workers=4)) as one, RewardServer([mean], service=Service(
-            token="t", workers=4)) as two:
-        remote = load(tmp_path, kind="remote", urls=[one.url, two.url], reward="there", batch_size=2,
-                      token_env="MARBLE_TEST_TOKEN", format=picture_format)
+    with (
+        RewardServer([mean], service=Service(token="t", workers=4)) as one,
+        RewardServer([mean], service=Service(token="t", workers=4)) as two,
+    ):
+        remote = load(
+            tmp_path,
+            kind="remote",
+            urls=[one.url, two.url],
+            reward="there",
+            batch_size=2,
+            token_env="MARBLE_TEST_TOKEN",
+            format=picture_format,
+        )
         got, want = run(remote), run(mean)
     for a, b in zip(got, want):
         np.testing.assert_array_equal(a, b)
@@ -69,38 +83,75 @@ def test_a_batch_that_fails_is_missing_alone(tmp_path, caplog):
     mean = Mean()
     mean.failing = ("d",)
     with RewardServer([mean]) as server:
-        got = run(load(tmp_path, kind="remote", urls=[server.url], batch_size=2, retries=1, pause=0.01))
+        got = run(
+            load(tmp_path, kind="remote", urls=[server.url], batch_size=2, retries=1, pause=0.01)
+        )
         np.testing.assert_array_equal(got.failed, [False, False, True, True, False])
-        assert "reward mine failed in 1 of 3 calls: RewardError" in caplog.text and "OSError: gone" in caplog.text
+        assert (
+            "reward mine failed in 1 of 3 calls: RewardError" in caplog.text
+            and "OSError: gone" in caplog.text
+        )
         mean.failing = PROMPTS
         with pytest.raises(RewardError, match=r"500 reward mine: OSError: gone \(attempt 2 of 2\)"):
-            run(load(tmp_path, kind="remote", urls=[server.url], batch_size=2, retries=1, pause=0.01))
+            run(
+                load(
+                    tmp_path, kind="remote", urls=[server.url], batch_size=2, retries=1, pause=0.01
+                )
+            )
 
 
-@pytest.mark.parametrize("answer, message", [
-    (b'{"scores": [1, 2]}', "answer: expected 3 scores; received 2"), (b"<html>", "answer: expected a JSON object"),
-    (b'{"scores": [1, 2, "x"]}', "answer: expected numbers or null as scores; received 'x'")])
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (b'{"scores": [1, 2]}', "answer: expected 3 scores; received 2"),
+        (b"<html>", "answer: expected a JSON object"),
+        (b'{"scores": [1, 2, "x"]}', "answer: expected numbers or null as scores; received 'x'"),
+    ],
+)
 def test_nonsense_is_an_error(tmp_path, answer, message):
-    with Endpoint(lambda *_: (200, {}, answer)) as server, pytest.raises(RewardError, match=message):
+    with (
+        Endpoint(lambda *_: (200, {}, answer)) as server,
+        pytest.raises(RewardError, match=message),
+    ):
         run(load(tmp_path, kind="remote", urls=[server.url]), 3)
 
 
 def chat(text):
     """An OpenAI-compatible answer, as vLLM gives it."""
-    return json.dumps({
-        "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text, "tool_calls": []}, "logprobs": None,
-             "finish_reason": "stop"}], "usage": {"prompt_tokens": 5, "total_tokens": 9}}).encode()
+    return json.dumps(
+        {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "judge",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text, "tool_calls": []},
+                    "logprobs": None,
+                    "finish_reason": "stop",
+                }
+            ],
+            "usage": {"prompt_tokens": 5, "total_tokens": 9},
+        }
+    ).encode()
 
 
 def judge_by(answer):
     """A chat endpoint that answers `answer(prompt, picture)`; checks the request's form."""
+
     def reply(number, handler, body):
-        assert handler.path == "/v1/chat/completions" and handler.headers["Content-Type"] == "application/json"
+        assert (
+            handler.path == "/v1/chat/completions"
+            and handler.headers["Content-Type"] == "application/json"
+        )
         request = json.loads(body)
         (message,) = request["messages"]
         picture, text = message["content"]
-        assert message["role"] == "user" and (picture["type"], text["type"]) == ("image_url", "text")
+        assert message["role"] == "user" and (picture["type"], text["type"]) == (
+            "image_url",
+            "text",
+        )
         head, _, data = picture["image_url"]["url"].partition(",")
         assert head == "data:image/png;base64"
         image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
@@ -111,11 +162,20 @@ def judge_by(answer):
 
 def test_a_judge_is_asked_about_each_picture_and_its_number_read(tmp_path):
     def answer(request, text, image):
-        assert request["model"] == "judge-7b" and request["temperature"] == 0 and request["max_tokens"] == 512
+        assert (
+            request["model"] == "judge-7b"
+            and request["temperature"] == 0
+            and request["max_tokens"] == 512
+        )
         number = [i for i in range(5) if np.array_equal(image, PIXELS[i])][0]
         assert f"Text: {PROMPTS[number]}\n" in text
-        return ["It is a 3.\nScore: 7", "**Score:** 2.5", "no idea", "Score: 11",
-                "First score: 9. Final score: 10/10"][number]
+        return [
+            "It is a 3.\nScore: 7",
+            "**Score:** 2.5",
+            "no idea",
+            "Score: 11",
+            "First score: 9. Final score: 10/10",
+        ][number]
 
     with judge_by(answer) as server:
         got = run(load(tmp_path, kind="openai", urls=[server.url + "/v1"], model="judge-7b"))
@@ -125,6 +185,7 @@ def test_a_judge_is_asked_about_each_picture_and_its_number_read(tmp_path):
 
 def test_the_unifiedreward_preset(tmp_path):
     """Pictures of 512 x 512, the tag "Final Score:", a fifth of the number (reference facts of the original scorer)."""
+
     def answer(request, text, image):
         assert image.shape == (512, 512, 3) and "Caption: a" in text and "Final Score:" in text
         want = np.asarray(Image.fromarray(PIXELS[0]).resize((512, 512), Image.Resampling.BICUBIC))
@@ -132,7 +193,16 @@ def test_the_unifiedreward_preset(tmp_path):
         return "Score: 1 for the shape.\nFinal Score: 4.5"
 
     with judge_by(answer) as server:
-        got = run(load(tmp_path, kind="openai", urls=[server.url + "/v1"], model="m", preset="unifiedreward"), 1)
+        got = run(
+            load(
+                tmp_path,
+                kind="openai",
+                urls=[server.url + "/v1"],
+                model="m",
+                preset="unifiedreward",
+            ),
+            1,
+        )
     np.testing.assert_allclose(got.values, [0.9], rtol=1e-6)
 
 
@@ -141,23 +211,44 @@ def test_a_judge_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "key").write_text("sk-1")
 
     def answer(request, text, image):
-        assert text == 'Is it a? Answer {"reason": ..., "rating": 0 to 2}' and request["max_tokens"] == 20
+        assert (
+            text == 'Is it a? Answer {"reason": ..., "rating": 0 to 2}'
+            and request["max_tokens"] == 20
+        )
         return '```json\n{"reason": "it {is}", "x": 1}\n{"rating": 1, "reason": "yes"}\n```'
 
     with judge_by(answer) as server:
-        got = run(load(tmp_path, kind="openai", urls=[server.url + "/v1"], model="m", prompt_file="ask.txt",
-                       field="rating", low=0, high=2, max_tokens=20, token_file=str(tmp_path / "key"),
-                       applies="geneval"), 1)
+        got = run(
+            load(
+                tmp_path,
+                kind="openai",
+                urls=[server.url + "/v1"],
+                model="m",
+                prompt_file="ask.txt",
+                field="rating",
+                low=0,
+                high=2,
+                max_tokens=20,
+                token_file=str(tmp_path / "key"),
+                applies="geneval",
+            ),
+            1,
+        )
         assert server.headers[0][1]["Authorization"] == "Bearer sk-1"
     np.testing.assert_allclose(got.values, [0.5])
 
 
 def test_judges_that_say_nothing_of_use(tmp_path):
-    for data, message in ((chat("fine picture"), "answer: expected a number from 1 to 10; received 'fine picture'"),
-                          (b'{"choices": []}', r"answer: expected choices\[0\].message.content; received"),
-                          (chat(None), r"answer: expected choices\[0\].message.content; received"),
-                          (b"<", "received b'<'")):
-        with Endpoint(lambda *_, data=data: (200, {}, data)) as server, pytest.raises(RewardError, match=message):
+    for data, message in (
+        (chat("fine picture"), "answer: expected a number from 1 to 10; received 'fine picture'"),
+        (b'{"choices": []}', r"answer: expected choices\[0\].message.content; received"),
+        (chat(None), r"answer: expected choices\[0\].message.content; received"),
+        (b"<", "received b'<'"),
+    ):
+        with (
+            Endpoint(lambda *_, data=data: (200, {}, data)) as server,
+            pytest.raises(RewardError, match=message),
+        ):
             run(load(tmp_path, kind="openai", urls=[server.url], model="m"), 1)
     body = b'{"object": "error", "message": "x", "error": {"message": "The model `m` does not exist.", "code": 404}}'
     with Endpoint(lambda *_: (404, {}, body)) as server:
@@ -174,9 +265,13 @@ class Evil:
 
 def old_server(answer, protocol=2):
     """Answers as the older servers do: pickles in, pickles out."""
+
     def reply(number, handler, body):
         request = pickle.loads(body)
-        assert set(request) == {"images", "prompts", "meta_datas", "only_strict"} and request["only_strict"] is True
+        assert (
+            set(request) == {"images", "prompts", "meta_datas", "only_strict"}
+            and request["only_strict"] is True
+        )
         pictures = [np.asarray(Image.open(io.BytesIO(p))) for p in request["images"]]
         return 200, {}, pickle.dumps(answer(request, pictures), protocol)
 
@@ -186,13 +281,27 @@ def old_server(answer, protocol=2):
 OLD = {"kind": "remote", "protocol": "flow_grpo", "allow_pickle": True, "batch_size": 2}
 
 
-@pytest.mark.parametrize("convert", [list, np.array, lambda v: [np.float64(x) for x in v], tuple,
-                                     lambda v: np.array(v, np.float32)])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        np.array,
+        lambda v: [np.float64(x) for x in v],
+        tuple,
+        lambda v: np.array(v, np.float32),
+    ],
+)
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_older_servers(tmp_path, caplog, convert, protocol):
     def answer(request, pictures):
-        assert all(p.shape == (4, 4, 3) for p in pictures) and all(isinstance(m, dict) for m in request["meta_datas"])
-        return {"scores": convert([m["n"] + 0.5 for m in request["meta_datas"]]), "rewards": [None], "groups": {}}
+        assert all(p.shape == (4, 4, 3) for p in pictures) and all(
+            isinstance(m, dict) for m in request["meta_datas"]
+        )
+        return {
+            "scores": convert([m["n"] + 0.5 for m in request["meta_datas"]]),
+            "rewards": [None],
+            "groups": {},
+        }
 
     with old_server(answer, protocol) as server:
         got = run(load(tmp_path, urls=[server.url], **OLD))
@@ -205,63 +314,141 @@ def test_older_servers_outputs_field(tmp_path):
         assert run(load(tmp_path, urls=[server.url], field="outputs", **OLD)).valid.all()
 
 
-@pytest.mark.parametrize("value, message", [
-    (Evil(), "pickle: expected containers, numbers and arrays; received (posix|nt).system"),
-    ({"scores": [1.0]}, "answer: expected 2 numbers in 'scores'; received \\(1,\\)"),
-    ({"scores": ["1", "2"]}, "answer: expected 2 numbers in 'scores'; received none"),
-    ({"score": [1, 2]}, "answer: expected 2 numbers in 'scores'; received none"),
-    ([1, 2], "answer: expected 2 numbers in 'scores'; received none"),
-    ({"scores": np.array(["a", "b"])}, "received none"), ({"scores": np.array([1, 2], object)}, "received none")])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (Evil(), "pickle: expected containers, numbers and arrays; received (posix|nt).system"),
+        ({"scores": [1.0]}, "answer: expected 2 numbers in 'scores'; received \\(1,\\)"),
+        ({"scores": ["1", "2"]}, "answer: expected 2 numbers in 'scores'; received none"),
+        ({"score": [1, 2]}, "answer: expected 2 numbers in 'scores'; received none"),
+        ([1, 2], "answer: expected 2 numbers in 'scores'; received none"),
+        ({"scores": np.array(["a", "b"])}, "received none"),
+        ({"scores": np.array([1, 2], object)}, "received none"),
+    ],
+)
 def test_older_servers_that_are_not_to_be_trusted(tmp_path, value, message):
-    with old_server(lambda request, pictures: value) as server, pytest.raises(RewardError, match=message):
+    with (
+        old_server(lambda request, pictures: value) as server,
+        pytest.raises(RewardError, match=message),
+    ):
         run(load(tmp_path, urls=[server.url], **OLD), 2)
     assert not os.path.exists("/tmp/marble_test_evil")
 
 
 def test_plain_pickles():
-    value = {"a": [1, 2.5, None, True, "x", b"y", (1, {2})], "b": np.arange(3), "c": np.float32(2), "d": {1: {}}}
+    value = {
+        "a": [1, 2.5, None, True, "x", b"y", (1, {2})],
+        "b": np.arange(3),
+        "c": np.float32(2),
+        "d": {1: {}},
+    }
     for protocol in (4, 5):
         got = load_plain(pickle.dumps(value, protocol))
         np.testing.assert_array_equal(got.pop("b"), value["b"])
         assert got == {k: v for k, v in value.items() if k != "b"}
     for protocol in range(6):
-        np.testing.assert_array_equal(load_plain(pickle.dumps([b"\xff", np.arange(3)], protocol))[1], [0, 1, 2])
+        np.testing.assert_array_equal(
+            load_plain(pickle.dumps([b"\xff", np.arange(3)], protocol))[1], [0, 1, 2]
+        )
     with pytest.raises(RewardError, match="received a codec"):
         load_plain(b"c_codecs\nencode\n(Vx\nVrot13\ntR.")
     for data in (b"", b"\x80\x04", b"not a pickle", pickle.dumps([1])[:-2], b"\x80\x04Pid\n."):
         with pytest.raises(RewardError, match="pickle: expected"):
             load_plain(data)
     for bad in (Evil(), np.load, io.BytesIO, getattr, RewardError):
-        with pytest.raises(RewardError, match="pickle: expected containers, numbers and arrays; received"):
+        with pytest.raises(
+            RewardError, match="pickle: expected containers, numbers and arrays; received"
+        ):
             load_plain(pickle.dumps(bad))
 
 
 URL = {"urls": ["http://127.0.0.1:1"]}
 
 
-@pytest.mark.parametrize("entry, message", [
-    ({"kind": "remot"}, "kind of mine: expected one of .*; did you mean 'remote'"),
-    ({"kind": "remote"}, "reward mine: expected urls as a list of addresses; received \\[\\]"),
-    ({"kind": "remote", "urls": "http://a"}, "reward mine: urls: expected list; received 'http://a'"),
-    ({"kind": "remote", **URL, "token": "x"}, "option of mine: expected one of .*received 'token'.*'token_"),
-    ({"kind": "remote", **URL, "batch_size": 0}, "reward mine: batch_size: expected >= 1; received 0"),
-    ({"kind": "remote", **URL, "batch_size": 2.5}, "reward mine: batch_size: expected int; received 2.5"),
-    ({"kind": "remote", **URL, "retries": True}, "reward mine: retries: expected int; received True"),
-    ({"kind": "remote", **URL, "timeout": 0}, "reward mine: timeout: expected more than 0; received 0"),
-    ({"kind": "remote", **URL, "format": "jpeg"}, "reward mine: format: expected one of png, rgb8; received 'jpeg'"),
-    ({"kind": "remote", **URL, "applies": "quote"}, "expected one of all, quoted, geneval; received 'quote'"),
-    ({"kind": "remote", **URL, "protocol": "pickle"}, "protocol: expected one of marble, flow_grpo"),
-    ({"kind": "remote", **URL, "protocol": "flow_grpo"}, "reward mine: expected allow_pickle: true for the protocol"),
-    ({"kind": "openai", **URL}, "reward mine: expected model, its name at the endpoint; received none"),
-    ({"kind": "openai", **URL, "model": "m", "preset": "x"}, "reward mine: preset: expected one of .*unifiedreward"),
-    ({"kind": "openai", **URL, "model": "m", "prompt": "rate it"}, r"expected \{prompt\} in the judge's text"),
-    ({"kind": "openai", **URL, "model": "m", "pattern": "("}, "expected a regular expression as pattern; received"),
-    ({"kind": "openai", **URL, "model": "m", "pattern": "x"}, "expected a group around the number in pattern"),
-    ({"kind": "openai", **URL, "model": "m", "low": 5, "high": 5}, "expected a range with low < high and high > 0"),
-    ({"kind": "openai", **URL, "model": "m", "prompt": "{prompt}", "prompt_file": "x"}, "prompt or prompt_file"),
-    ({"kind": "openai", **URL, "model": "m", "prompt_file": "nowhere"}, "expected a text in .*nowhere; received"),
-    ({"kind": "function", "function": "marble_test_nowhere:f"}, "expected a module marble_test_nowhere in"),
-    ({"kind": "function"}, "reward function: expected module:function; received ''")])
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"kind": "remot"}, "kind of mine: expected one of .*; did you mean 'remote'"),
+        ({"kind": "remote"}, "reward mine: expected urls as a list of addresses; received \\[\\]"),
+        (
+            {"kind": "remote", "urls": "http://a"},
+            "reward mine: urls: expected list; received 'http://a'",
+        ),
+        (
+            {"kind": "remote", **URL, "token": "x"},
+            "option of mine: expected one of .*received 'token'.*'token_",
+        ),
+        (
+            {"kind": "remote", **URL, "batch_size": 0},
+            "reward mine: batch_size: expected >= 1; received 0",
+        ),
+        (
+            {"kind": "remote", **URL, "batch_size": 2.5},
+            "reward mine: batch_size: expected int; received 2.5",
+        ),
+        (
+            {"kind": "remote", **URL, "retries": True},
+            "reward mine: retries: expected int; received True",
+        ),
+        (
+            {"kind": "remote", **URL, "timeout": 0},
+            "reward mine: timeout: expected more than 0; received 0",
+        ),
+        (
+            {"kind": "remote", **URL, "format": "jpeg"},
+            "reward mine: format: expected one of png, rgb8; received 'jpeg'",
+        ),
+        (
+            {"kind": "remote", **URL, "applies": "quote"},
+            "expected one of all, quoted, geneval; received 'quote'",
+        ),
+        (
+            {"kind": "remote", **URL, "protocol": "pickle"},
+            "protocol: expected one of marble, flow_grpo",
+        ),
+        (
+            {"kind": "remote", **URL, "protocol": "flow_grpo"},
+            "reward mine: expected allow_pickle: true for the protocol",
+        ),
+        (
+            {"kind": "openai", **URL},
+            "reward mine: expected model, its name at the endpoint; received none",
+        ),
+        (
+            {"kind": "openai", **URL, "model": "m", "preset": "x"},
+            "reward mine: preset: expected one of .*unifiedreward",
+        ),
+        (
+            {"kind": "openai", **URL, "model": "m", "prompt": "rate it"},
+            r"expected \{prompt\} in the judge's text",
+        ),
+        (
+            {"kind": "openai", **URL, "model": "m", "pattern": "("},
+            "expected a regular expression as pattern; received",
+        ),
+        (
+            {"kind": "openai", **URL, "model": "m", "pattern": "x"},
+            "expected a group around the number in pattern",
+        ),
+        (
+            {"kind": "openai", **URL, "model": "m", "low": 5, "high": 5},
+            "expected a range with low < high and high > 0",
+        ),
+        (
+            {"kind": "openai", **URL, "model": "m", "prompt": "{prompt}", "prompt_file": "x"},
+            "prompt or prompt_file",
+        ),
+        (
+            {"kind": "openai", **URL, "model": "m", "prompt_file": "nowhere"},
+            "expected a text in .*nowhere; received",
+        ),
+        (
+            {"kind": "function", "function": "marble_test_nowhere:f"},
+            "expected a module marble_test_nowhere in",
+        ),
+        ({"kind": "function"}, "reward function: expected module:function; received ''"),
+    ],
+)
 def test_entries_that_are_wrong(tmp_path, entry, message):
     with pytest.raises(InputError, match=message) as caught:
         load(tmp_path, **entry)
@@ -271,12 +458,20 @@ def test_entries_that_are_wrong(tmp_path, entry, message):
 def test_functions_in_and_beside_the_catalogue(tmp_path):
     (tmp_path / "marble_test_catalogue.py").write_text(
         "def bright(image, prompt, metadata):\n    return image.mean()\n\n"
-        "def wanted(prompt, metadata):\n    return prompt == 'a'\n")
-    one = load(tmp_path, kind="function", function="marble_test_catalogue:bright",
-               applies="marble_test_catalogue:wanted")
+        "def wanted(prompt, metadata):\n    return prompt == 'a'\n"
+    )
+    one = load(
+        tmp_path,
+        kind="function",
+        function="marble_test_catalogue:bright",
+        applies="marble_test_catalogue:wanted",
+    )
     np.testing.assert_array_equal(run(one).valid, [True, False, False, False, False])
     two = load_rewards(tmp_path, ["mine", "marble_test_catalogue:bright"])[1]
     assert two.name == "marble_test_catalogue:bright" and run(two).valid.all()
     assert load_rewards(None, ["marble_test_catalogue:bright"])[0].name == two.name
-    with pytest.raises(InputError, match="expected every name once; received 'marble_test_catalogue:bright' 2 times"):
+    with pytest.raises(
+        InputError,
+        match="expected every name once; received 'marble_test_catalogue:bright' 2 times",
+    ):
         load_rewards(None, ["marble_test_catalogue:bright"] * 2)

@@ -1,4 +1,5 @@
 """Rewards over two, four and eight devices: each scores its own pictures, and the scores are those of one device."""
+
 from __future__ import annotations
 
 import fake_devices
@@ -26,7 +27,9 @@ def scores() -> dict[str, dict[str, object]]:
 
     def scored(mesh):
         sharding = device_mesh.picture_sharding(mesh, 16)
-        pictures = pipeline.decode(latents, build.decode_size(16, mesh), lambda part: distributed.put(part, sharding))
+        pictures = pipeline.decode(
+            latents, build.decode_size(16, mesh), lambda part: distributed.put(part, sharding)
+        )
         pictures = distributed.put(pictures, sharding)
         rewards = load_rewards(build.place_of("embedded", "rewards"), names)
         build.place_rewards(mesh, rewards)
@@ -39,13 +42,17 @@ def scores() -> dict[str, dict[str, object]]:
     expected_pictures, expected = scored(device_mesh.make_mesh(devices=jax.devices()[:1]))
     found = {}
     for name, count in MESHES.items():
-        pictures, got = scored(device_mesh.make_mesh(*map(int, name.split("x")), jax.devices()[:count]))
+        pictures, got = scored(
+            device_mesh.make_mesh(*map(int, name.split("x")), jax.devices()[:count])
+        )
         gaps = np.abs(got.values - expected.values).max(axis=1, where=expected.valid, initial=0)
         found[name] = {
             "pictures": float(np.abs(np.asarray(pictures) - np.asarray(expected_pictures)).max()),
-            "gaps": dict(zip(names, map(float, gaps))), "valid": bool((got.valid == expected.valid).all()),
+            "gaps": dict(zip(names, map(float, gaps))),
+            "valid": bool((got.valid == expected.valid).all()),
             "spread": float(np.ptp(expected.values[0])),
-            "rows": sorted(shard.data.shape[0] for shard in pictures.addressable_shards)}
+            "rows": sorted(shard.data.shape[0] for shard in pictures.addressable_shards),
+        }
     return found
 
 

@@ -1,4 +1,5 @@
 """All rewards of a run together: failures on the device, the cap, and host rewards beside the sampling."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,19 +42,33 @@ def scores(reward, **settings):
 GOOD, ODD = np.array([1.0, 2, 3, 4]), np.array([1.0, np.nan, np.inf, np.inf])
 
 
-@pytest.mark.parametrize("answer, failed", [
-    (ValueError("out of memory"), [1, 1, 0, 1]), (ODD, [0, 1, 0, 1]), (np.ones(5), [1, 1, 0, 1]),
-    ("text", [1, 1, 0, 1]), (GOOD, [0, 0, 0, 0])])
+@pytest.mark.parametrize(
+    "answer, failed",
+    [
+        (ValueError("out of memory"), [1, 1, 0, 1]),
+        (ODD, [0, 1, 0, 1]),
+        (np.ones(5), [1, 1, 0, 1]),
+        ("text", [1, 1, 0, 1]),
+        (GOOD, [0, 0, 0, 0]),
+    ],
+)
 def test_device_failures_are_missing(answer, failed):
     got = scores(Scripted("r", answer))
     np.testing.assert_array_equal(got.failed[0], np.array(failed, bool))
     np.testing.assert_array_equal(got.valid[0], np.array([1, 1, 0, 1], bool) & ~got.failed[0])
 
 
-@pytest.mark.parametrize("answer, message", [
-    (ValueError("out of memory"), "reward r: ValueError: out of memory"),
-    (ODD, "reward r: expected a score for every sample; 2 of 3 failed"),
-    (np.ones(5), r"reward r: RewardError: reward scores: expected shape \(4,\); received \(5,\)")])
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (ValueError("out of memory"), "reward r: ValueError: out of memory"),
+        (ODD, "reward r: expected a score for every sample; 2 of 3 failed"),
+        (
+            np.ones(5),
+            r"reward r: RewardError: reward scores: expected shape \(4,\); received \(5,\)",
+        ),
+    ],
+)
 def test_device_failures_stop_the_run_under_fail(answer, message):
     with pytest.raises(RewardError, match=message):
         scores(Scripted("r", answer), on_error="fail")
@@ -78,9 +93,19 @@ def batches_until_stop(cap, pattern, limit=400):
     return None
 
 
-@pytest.mark.parametrize("share, pattern, stops", [
-    (0.5, [1], 9), (0.2, [1], 3), (0.0, [0, 0, 1], 3), (1.0, [1], None), (0.5, [0], None),
-    (0.5, [1, 0, 0, 1, 0, 0, 1, 0, 0, 0], None), (0.5, [1, 1, 1, 0, 0, 0, 0, 0, 0, 0], None), (0.25, [1, 0, 0], 19)])
+@pytest.mark.parametrize(
+    "share, pattern, stops",
+    [
+        (0.5, [1], 9),
+        (0.2, [1], 3),
+        (0.0, [0, 0, 1], 3),
+        (1.0, [1], None),
+        (0.5, [0], None),
+        (0.5, [1, 0, 0, 1, 0, 0, 1, 0, 0, 0], None),
+        (0.5, [1, 1, 1, 0, 0, 0, 0, 0, 0, 0], None),
+        (0.25, [1, 0, 0], 19),
+    ],
+)
 def test_when_the_cap_stops_a_run(share, pattern, stops):
     """Failed 30 % of the time, evenly or in a row, is put up with at a half; a dead reward is not for long.
 
@@ -94,8 +119,11 @@ def test_the_cap_says_what_happened_and_counts_rewards_apart():
     cap = MissingCap(0.0)
     cap.add("good", result(0, 4))
     cap.add("other", settle(np.zeros(2), np.zeros(2, bool), np.zeros(2, bool)))  # does not apply
-    with pytest.raises(RewardError, match=r"reward bad: expected at most 0% of its scores to fail; received 1 of 4 "
-                                          r"in the last 1 batch\(es\) \(OSError: gone\)"):
+    with pytest.raises(
+        RewardError,
+        match=r"reward bad: expected at most 0% of its scores to fail; received 1 of 4 "
+        r"in the last 1 batch\(es\) \(OSError: gone\)",
+    ):
         cap.add("bad", result(1, 4), "OSError: gone")
 
 
@@ -110,5 +138,7 @@ def test_the_cap_stops_a_scorer_with_the_reason(kind):
 def test_rejects_bad_arguments():
     with pytest.raises(InputError, match="rewards: expected at least one; received none"):
         Scorer([])
-    with pytest.raises(InputError, match=r"max_missing_share: expected a share in \[0, 1\]; received 2"):
+    with pytest.raises(
+        InputError, match=r"max_missing_share: expected a share in \[0, 1\]; received 2"
+    ):
         Scorer([Scripted("r")], max_missing_share=2)

@@ -1,4 +1,5 @@
 """The reward server on real sockets: answers, refusals, limits, slow and many clients, and what is left afterwards."""
+
 from __future__ import annotations
 
 import http.client
@@ -17,7 +18,9 @@ from marble_jax.rewards.http import protocol, server
 from marble_jax.rewards.http.protocol import CONTENT_TYPE, Limits, Request
 from marble_jax.rewards.http.server import RewardServer, Service
 
-IMAGES = (np.arange(3, dtype=np.uint8)[:, None, None, None] * 100 + np.zeros((1, 4, 4, 3), np.uint8)).astype(np.uint8)
+IMAGES = (
+    np.arange(3, dtype=np.uint8)[:, None, None, None] * 100 + np.zeros((1, 4, 4, 3), np.uint8)
+).astype(np.uint8)
 TOKEN = "s3cret"
 
 
@@ -49,23 +52,45 @@ class Mean(Reward):
 def shared():
     """A server with a token and one reward of each kind."""
     rewards = [Mean(), Mean("device", "device")]
-    service = Service(token=TOKEN, read_seconds=5, limits=Limits(body=20000, pictures=8, side=64, pixels=10000))
+    service = Service(
+        token=TOKEN, read_seconds=5, limits=Limits(body=20000, pictures=8, side=64, pixels=10000)
+    )
     with RewardServer(rewards, service=service) as running:
         yield running, rewards
 
 
-def send(running, method="POST", path="/score", body=None, token=TOKEN, headers=None, prompts=("a", "skip", "bad"),
-         reward="mean", timeout=20):
+def send(
+    running,
+    method="POST",
+    path="/score",
+    body=None,
+    token=TOKEN,
+    headers=None,
+    prompts=("a", "skip", "bad"),
+    reward="mean",
+    timeout=20,
+):
     """One request; status and parsed answer."""
     if body is None and method == "POST":
-        body = protocol.encode_request(Request(reward, IMAGES[:len(prompts)], list(prompts), [{}] * len(prompts)))
+        body = protocol.encode_request(
+            Request(reward, IMAGES[: len(prompts)], list(prompts), [{}] * len(prompts))
+        )
     connection = http.client.HTTPConnection(*running.server_address[:2], timeout=timeout)
     try:
-        connection.request(method, path, body, {"Content-Type": CONTENT_TYPE} | (
-            {"Authorization": f"Bearer {token}"} if token else {}) | (headers or {}))
+        connection.request(
+            method,
+            path,
+            body,
+            {"Content-Type": CONTENT_TYPE}
+            | ({"Authorization": f"Bearer {token}"} if token else {})
+            | (headers or {}),
+        )
         answer = connection.getresponse()
         data = answer.read()
-        assert answer.getheader("Content-Type") == "application/json" and answer.getheader("Connection") == "close"
+        assert (
+            answer.getheader("Content-Type") == "application/json"
+            and answer.getheader("Connection") == "close"
+        )
         return answer.status, json.loads(data) if data else None
     finally:
         connection.close()
@@ -85,7 +110,11 @@ def raw(running, data, shut=False):
 
 def test_scores(shared):
     status, answer = send(shared[0])
-    assert status == 200 and answer["applies"] == [True, False, True] and answer["scores"][1:] == [None, None]
+    assert (
+        status == 200
+        and answer["applies"] == [True, False, True]
+        and answer["scores"][1:] == [None, None]
+    )
     assert answer["scores"][0] == 0.0
     assert send(shared[0], prompts=("a", "b", "c"))[1]["scores"][2] == pytest.approx(200 / 255)
 
@@ -95,7 +124,9 @@ def test_device_rewards_see_few_batch_sizes(shared):
     for prompts in (("a",), ("a", "b", "c")):
         status, answer = send(running, reward="device", prompts=prompts)
         assert status == 200 and len(answer["scores"]) == len(prompts)
-        np.testing.assert_allclose(answer["scores"], [0, 100 / 255, 200 / 255][:len(prompts)], rtol=1e-6)
+        np.testing.assert_allclose(
+            answer["scores"], [0, 100 / 255, 200 / 255][: len(prompts)], rtol=1e-6
+        )
     assert reward.sizes == [1, 4]
 
 
@@ -106,41 +137,84 @@ def test_health(shared):
     assert send(running, "GET", "/health", token="") == (200, {"status": "ok"})
 
 
-@pytest.mark.parametrize("request_, status, message", [
-    ({"token": "wrong"}, 401, "token: expected the server's; received another or none"),
-    ({"token": ""}, 401, "token: expected the server's"),
-    ({"headers": {"Authorization": b"Bearer \xff\xfe"}}, 401, "token: expected the server's"),
-    ({"headers": {"Authorization": TOKEN}}, 401, "token: expected the server's"),
-    ({"path": "/scores"}, 404, "path: expected /score; received '/scores'"),
-    ({"method": "GET", "path": "/score"}, 404, "path: expected /health; received '/score'"),
-    ({"method": "PUT"}, 405, "request: Unsupported method"),
-    ({"headers": {"Content-Type": "text/plain"}}, 415, "Content-Type: expected application/x-marble-score"),
-    ({"headers": {"Content-Length": "-5"}, "body": b""}, 400, "Content-Length: expected a number of bytes"),
-    ({"headers": {"Content-Length": "1e3"}, "body": b""}, 400, "Content-Length: expected a number of bytes"),
-    ({"headers": {"Transfer-Encoding": "chunked"}, "body": b"0\r\n\r\n"}, 411, "body: expected a Content-Length"),
-    ({"body": b"x" * 30000}, 413, "body: expected at most 20000 bytes; received 30000"),
-    ({"body": b"nonsense"}, 400, "body: expected a header of"),
-    ({"reward": "men"}, 404, "reward: expected one of device, mean; received 'men'; did you mean 'mean'?"),
-    ({"prompts": ("raise",)}, 500, "reward mean: ValueError: no model"),
-    ({"prompts": ("leave",)}, 500, "reward mean: SystemExit: 1")])
+@pytest.mark.parametrize(
+    "request_, status, message",
+    [
+        ({"token": "wrong"}, 401, "token: expected the server's; received another or none"),
+        ({"token": ""}, 401, "token: expected the server's"),
+        ({"headers": {"Authorization": b"Bearer \xff\xfe"}}, 401, "token: expected the server's"),
+        ({"headers": {"Authorization": TOKEN}}, 401, "token: expected the server's"),
+        ({"path": "/scores"}, 404, "path: expected /score; received '/scores'"),
+        ({"method": "GET", "path": "/score"}, 404, "path: expected /health; received '/score'"),
+        ({"method": "PUT"}, 405, "request: Unsupported method"),
+        (
+            {"headers": {"Content-Type": "text/plain"}},
+            415,
+            "Content-Type: expected application/x-marble-score",
+        ),
+        (
+            {"headers": {"Content-Length": "-5"}, "body": b""},
+            400,
+            "Content-Length: expected a number of bytes",
+        ),
+        (
+            {"headers": {"Content-Length": "1e3"}, "body": b""},
+            400,
+            "Content-Length: expected a number of bytes",
+        ),
+        (
+            {"headers": {"Transfer-Encoding": "chunked"}, "body": b"0\r\n\r\n"},
+            411,
+            "body: expected a Content-Length",
+        ),
+        ({"body": b"x" * 30000}, 413, "body: expected at most 20000 bytes; received 30000"),
+        ({"body": b"nonsense"}, 400, "body: expected a header of"),
+        (
+            {"reward": "men"},
+            404,
+            "reward: expected one of device, mean; received 'men'; did you mean 'mean'?",
+        ),
+        ({"prompts": ("raise",)}, 500, "reward mean: ValueError: no model"),
+        ({"prompts": ("leave",)}, 500, "reward mean: SystemExit: 1"),
+    ],
+)
 def test_refusals(shared, request_, status, message):
     got, answer = send(shared[0], **request_)
-    assert got == status and set(answer) == {"error"} and message in answer["error"] and "\n" not in answer["error"]
+    assert (
+        got == status
+        and set(answer) == {"error"}
+        and message in answer["error"]
+        and "\n" not in answer["error"]
+    )
 
 
-@pytest.mark.parametrize("data", [
-    b"nonsense\r\n\r\n", b"GET\r\n\r\n", b"POST /score HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
-    b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"POST /score HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+    ],
+)
 def test_what_is_no_request(shared, data):
     received = raw(shared[0], data)
-    assert b"\r\n\r\n" not in received or received.startswith(b"HTTP/1.1 4") or received.startswith(b"HTTP/1.1 5")
-    assert "error" in json.loads(received[received.index(b"{"):])
+    assert (
+        b"\r\n\r\n" not in received
+        or received.startswith(b"HTTP/1.1 4")
+        or received.startswith(b"HTTP/1.1 5")
+    )
+    assert "error" in json.loads(received[received.index(b"{") :])
     assert send(shared[0])[0] == 200
 
 
 def test_a_body_that_ends_early(shared):
-    head = (f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {CONTENT_TYPE}\r\n"
-            "Content-Length: 1000\r\n\r\n").encode()
+    head = (
+        f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+        "Content-Length: 1000\r\n\r\n"
+    ).encode()
     assert b"body: expected 1000 bytes; received 5" in raw(shared[0], head + b"short", shut=True)
 
 
@@ -153,8 +227,10 @@ def test_a_refused_client_can_read_why_while_it_still_sends(shared):
 
 
 def test_expect_continue_is_answered_before_the_body(shared):
-    head = (f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {CONTENT_TYPE}\r\n"
-            "Expect: 100-continue\r\nContent-Length: {}\r\n\r\n")
+    head = (
+        f"POST /score HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+        "Expect: 100-continue\r\nContent-Length: {}\r\n\r\n"
+    )
     assert raw(shared[0], head.format(30000).encode()).startswith(b"HTTP/1.1 413")
     data = protocol.encode_request(Request("mean", IMAGES[:1], ["a"], [{}]))
     with socket.create_connection(shared[0].server_address[:2], timeout=20) as connection:
@@ -167,9 +243,16 @@ def test_expect_continue_is_answered_before_the_body(shared):
     assert received.startswith(b"HTTP/1.1 200") and b'"scores": [0.0]' in received
 
 
-@pytest.mark.parametrize("start", [b"", b"POST /sco", b"POST /score HTTP/1.1\r\nContent-Len",
-                                   f"POST /score HTTP/1.1\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 500\r\n"
-                                   "\r\nab".encode()])
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"POST /sco",
+        b"POST /score HTTP/1.1\r\nContent-Len",
+        f"POST /score HTTP/1.1\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 500\r\n"
+        "\r\nab".encode(),
+    ],
+)
 def test_slow_clients_are_cut_off(start):
     """However steadily a client drips, the whole request has to be there in time."""
     with RewardServer([Mean()], service=Service(read_seconds=0.3)) as running:
@@ -219,7 +302,10 @@ def test_more_connections_than_threads():
         with socket.create_connection(running.server_address[:2], timeout=20) as held:
             held.sendall(b"GET /hea")
             received = raw(running, b"GET /health HTTP/1.1\r\n\r\n")
-            assert received.startswith(b"HTTP/1.1 503") and b"expected fewer connections at a time" in received
+            assert (
+                received.startswith(b"HTTP/1.1 503")
+                and b"expected fewer connections at a time" in received
+            )
             held.sendall(b"lth HTTP/1.1\r\n\r\n")
             assert held.recv(4096).startswith(b"HTTP/1.1 200")
 
@@ -228,7 +314,9 @@ def test_a_reward_that_hangs_costs_one_answer():
     reward = Mean()
     with RewardServer([reward], service=Service(workers=1, score_seconds=0.2)) as running:
         status, answer = send(running, prompts=("wait",), token="")
-        assert status == 504 and answer == {"error": "reward mean: expected scores within 0.2 s; received none"}
+        assert status == 504 and answer == {
+            "error": "reward mean: expected scores within 0.2 s; received none"
+        }
         assert send(running, token="")[0] == 200
         assert send(running, "GET", "/health", token="")[1]["status"] == "degraded"
         reward.gate.set()
@@ -267,12 +355,19 @@ def test_many_clients_at_once_leave_nothing_behind():
 
 def test_addresses():
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.com"):
-        with pytest.raises(InputError, match="--host: expected a loopback address .*, or a token with any other"):
+        with pytest.raises(
+            InputError, match="--host: expected a loopback address .*, or a token with any other"
+        ):
             RewardServer([Mean()], host=host)
     with RewardServer([Mean()], host="localhost") as running:
-        with pytest.raises(InputError, match=r"--host, --port: expected an address that is free; received 127.0.0.1"):
+        with pytest.raises(
+            InputError,
+            match=r"--host, --port: expected an address that is free; received 127.0.0.1",
+        ):
             RewardServer([Mean()], port=running.server_address[1])
-    with pytest.raises(InputError, match="expected an address that is free; received 127.0.0.1:70000"):
+    with pytest.raises(
+        InputError, match="expected an address that is free; received 127.0.0.1:70000"
+    ):
         RewardServer([Mean()], port=70000)
     with RewardServer([Mean()], host="0.0.0.0", service=Service(token=TOKEN)) as running:
         assert running.server_address[0] == "0.0.0.0" and running.url.startswith("http://0.0.0.0:")

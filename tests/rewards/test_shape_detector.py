@@ -1,4 +1,5 @@
 """The shape detector on clean, blurred and shapeless pictures."""
+
 import random
 
 import numpy as np
@@ -38,14 +39,21 @@ def test_boxes_and_masks(world):
     scene = world.Scene("white", (world.Thing("square", "red", 20, 40, 10),))
     (found,) = ShapeDetector().detect_one(world.render(scene))
     np.testing.assert_allclose(found.box, (20 - 8.6, 40 - 8.6, 20 + 8.6, 40 + 8.6), atol=1)
-    assert found.mask.shape == (64, 64) and found.mask.sum() == pytest.approx(17.2**2, rel=0.1)  # Pillow fills its rim
+    assert found.mask.shape == (64, 64) and found.mask.sum() == pytest.approx(
+        17.2**2, rel=0.1
+    )  # Pillow fills its rim
     assert found.mask[40, 20] and not found.mask[5, 5]
 
 
 def test_confidence_falls_with_blur(scenes):
     def scores(sigma):
-        pictures = [np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(sigma))) for _, _, i in scenes[:40]]
-        return np.array([d.score for found in ShapeDetector().detect(np.stack(pictures)) for d in found])
+        pictures = [
+            np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(sigma)))
+            for _, _, i in scenes[:40]
+        ]
+        return np.array(
+            [d.score for found in ShapeDetector().detect(np.stack(pictures)) for d in found]
+        )
 
     assert (scores(0.5) > 0.9).all()
     assert 0.3 < np.median(scores(2)) < 0.9
@@ -55,7 +63,10 @@ def test_confidence_falls_with_blur(scenes):
 def test_shapeless_and_multicoloured_blobs_score_low():
     image = Image.new("RGB", (64, 64), (250, 250, 250))
     draw = ImageDraw.Draw(image)
-    draw.polygon([(8, 10), (30, 14), (52, 6), (40, 30), (55, 52), (26, 40), (10, 58), (18, 30)], fill=(220, 40, 40))
+    draw.polygon(
+        [(8, 10), (30, 14), (52, 6), (40, 30), (55, 52), (26, 40), (10, 58), (18, 30)],
+        fill=(220, 40, 40),
+    )
     assert all(d.score < 0.3 for d in ShapeDetector().detect_one(np.asarray(image)))
     image = Image.new("RGB", (64, 64), (250, 250, 250))
     draw = ImageDraw.Draw(image)
@@ -80,9 +91,16 @@ def test_other_picture_sizes():
     assert (found.label, found.colour) == ("triangle", "yellow") and found.score > 0.9
 
 
-@pytest.mark.parametrize("shape,area,centre", [
-    ("square", 1.72**2, (0, 0)), ("triangle", 1.8, (0, 0.2)), ("cross", 4 * 0.34 * (2 - 0.34), (0, 0)),
-    ("circle", np.pi, (0, 0)), ("star", 5 * 1.12 * 0.48 * np.sin(np.pi / 5), (0, 0))])
+@pytest.mark.parametrize(
+    "shape,area,centre",
+    [
+        ("square", 1.72**2, (0, 0)),
+        ("triangle", 1.8, (0, 0.2)),
+        ("cross", 4 * 0.34 * (2 - 0.34), (0, 0)),
+        ("circle", np.pi, (0, 0)),
+        ("star", 5 * 1.12 * 0.48 * np.sin(np.pi / 5), (0, 0)),
+    ],
+)
 def test_templates_by_hand(shape, area, centre):
     found = template(shape)
     assert found.area == pytest.approx(area, rel=2e-3)
@@ -93,7 +111,11 @@ def test_templates_by_hand(shape, area, centre):
 
 def test_outlines_are_those_of_the_world(world):
     for shape in shape_detector.ShapeDetector.SHAPES[1:]:
-        ours, theirs = shape_detector.outline(shape), world._outline(world.Thing(shape, "red", 0, 0, 1))
+        ours, theirs = (
+            shape_detector.outline(shape),
+            world._outline(world.Thing(shape, "red", 0, 0, 1)),
+        )
         assert {(round(x, 6) + 0.0, round(y, 6) + 0.0) for x, y in ours} == {
-            (round(x, 6) + 0.0, round(y, 6) + 0.0) for x, y in theirs}
+            (round(x, 6) + 0.0, round(y, 6) + 0.0) for x, y in theirs
+        }
     assert set(world.INKS.items()) <= set(shape_detector.INKS.items())

@@ -1,4 +1,5 @@
 """Threads for calls that may not return: order, errors, giving up, closing."""
+
 import threading
 
 import pytest
@@ -65,7 +66,9 @@ def test_too_many_lost_threads(monkeypatch):
     calls = [pool.submit(release.wait, 30) for _ in range(2)]
     with pytest.raises(Expired):
         pool.result(calls[0], 0.05)
-    with pytest.raises(RewardError, match="expected calls to return; received 2 that hang at the same time"):
+    with pytest.raises(
+        RewardError, match="expected calls to return; received 2 that hang at the same time"
+    ):
         pool.result(calls[1], 0.05)
     release.set()
     pool.close()

@@ -1,4 +1,5 @@
 """Published layouts with tiny random weights, and PyTorch scorers of the same folders and picture files."""
+
 from __future__ import annotations
 
 import json
@@ -24,7 +25,9 @@ def picture_files(folder):
     rng, paths = np.random.default_rng(0), []
     for i, (height, width) in enumerate([(48, 75), (83, 50), (20, 20)]):
         coarse = rng.integers(0, 256, (5, 5, 3), np.uint8)
-        smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        smooth = np.asarray(
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16
+        )
         noisy = np.clip(smooth + rng.integers(-40, 40, smooth.shape), 0, 255).astype(np.uint8)
         paths.append(folder / f"{i}.png")
         Image.fromarray(noisy).save(paths[-1])
@@ -51,20 +54,42 @@ def write_clip_tokenizer(folder):
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(VOCAB)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
-    (folder / "preprocessor_config.json").write_text(json.dumps(
-        {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}, "resample": 3,
-         "image_mean": MEAN.flatten().tolist(), "image_std": STD.flatten().tolist()}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": {"shortest_edge": SIZE},
+                "crop_size": {"height": SIZE, "width": SIZE},
+                "resample": 3,
+                "image_mean": MEAN.flatten().tolist(),
+                "image_std": STD.flatten().tolist(),
+            }
+        )
+    )
     return folder
 
 
 def write_clip(folder, seed=0, pickled=False):
     """A Hugging Face CLIPModel directory: config, weights, tokenizer, preprocessor_config.json."""
     torch.manual_seed(seed)
-    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=WIDTH)
+    tower = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=WIDTH,
+    )
     config = transformers.CLIPConfig(
-        text_config=dict(tower, vocab_size=len(VOCAB), max_position_embeddings=LENGTH, bos_token_id=10,
-                         eos_token_id=11), vision_config=dict(tower, image_size=SIZE, patch_size=8),
-        projection_dim=WIDTH, logit_scale_init_value=4.0)
+        text_config=dict(
+            tower,
+            vocab_size=len(VOCAB),
+            max_position_embeddings=LENGTH,
+            bos_token_id=10,
+            eos_token_id=11,
+        ),
+        vision_config=dict(tower, image_size=SIZE, patch_size=8),
+        projection_dim=WIDTH,
+        logit_scale_init_value=4.0,
+    )
     model = spread(transformers.CLIPModel(config))
     write_clip_tokenizer(folder)
     model.save_pretrained(folder)
@@ -79,7 +104,9 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, hidden), "c_proj": nn.Linear(hidden, width)})
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(width, hidden), "c_proj": nn.Linear(hidden, width)}
+        )
 
     def forward(self, x, mask):
         y = self.ln_1(x)
@@ -110,7 +137,10 @@ class OpenClipVision(nn.Module):
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = (
+            torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+            + self.positional_embedding
+        )
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
@@ -165,38 +195,90 @@ def write_aesthetic_head(path):
     return head
 
 
-BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "bad", "cab", "dad", "at", "bat"]
+BERT_WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "cat",
+    "bad",
+    "cab",
+    "dad",
+    "at",
+    "bat",
+]
 
 
 def write_imagereward(folder, tokenizer_folder):
     """THUDM/ImageReward as published: ImageReward.pt and med_config.json; returns (vision, text, head) in PyTorch."""
     torch.manual_seed(4)
     width, hidden = 128, 48
-    vision = spread(transformers.BlipVisionModel(transformers.BlipVisionConfig(
-        hidden_size=width, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE,
-        patch_size=8, layer_norm_eps=1e-6, initializer_range=0.04)), 2.0)
-    settings = dict(vocab_size=len(BERT_WORDS) + 2, hidden_size=hidden, intermediate_size=64, num_hidden_layers=2,
-                    num_attention_heads=4, max_position_embeddings=40, hidden_act="gelu", layer_norm_eps=1e-12)
-    text_config = transformers.BlipTextConfig(**settings, encoder_hidden_size=width, is_decoder=True, pad_token_id=0,
-                                              bos_token_id=0, sep_token_id=3)
+    vision = spread(
+        transformers.BlipVisionModel(
+            transformers.BlipVisionConfig(
+                hidden_size=width,
+                intermediate_size=160,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=SIZE,
+                patch_size=8,
+                layer_norm_eps=1e-6,
+                initializer_range=0.04,
+            )
+        ),
+        2.0,
+    )
+    settings = dict(
+        vocab_size=len(BERT_WORDS) + 2,
+        hidden_size=hidden,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        hidden_act="gelu",
+        layer_norm_eps=1e-12,
+    )
+    text_config = transformers.BlipTextConfig(
+        **settings,
+        encoder_hidden_size=width,
+        is_decoder=True,
+        pad_token_id=0,
+        bos_token_id=0,
+        sep_token_id=3,
+    )
     text = spread(BlipTextModel(text_config, add_pooling_layer=False), 3.0)
     head = mlp(hidden)
     tensors = {f"mlp.{key}": value for key, value in head.state_dict().items()}
-    tensors |= {f"blip.text_encoder.{k}": v for k, v in text.state_dict().items() if "position_ids" not in k}
+    tensors |= {
+        f"blip.text_encoder.{k}": v for k, v in text.state_dict().items() if "position_ids" not in k
+    }
     tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
-    renamed = (("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"),
-               ("embeddings.patch_embedding", "patch_embed.proj"), ("encoder.layers", "blocks"),
-               ("self_attn.qkv", "attn.qkv"), ("self_attn.projection", "attn.proj"), ("layer_norm", "norm"),
-               ("post_layernorm", "norm"))
+    renamed = (
+        ("embeddings.class_embedding", "cls_token"),
+        ("embeddings.position_embedding", "pos_embed"),
+        ("embeddings.patch_embedding", "patch_embed.proj"),
+        ("encoder.layers", "blocks"),
+        ("self_attn.qkv", "attn.qkv"),
+        ("self_attn.projection", "attn.proj"),
+        ("layer_norm", "norm"),
+        ("post_layernorm", "norm"),
+    )
     for key, value in vision.state_dict().items():
         for theirs, published in renamed:
             key = key.replace(theirs, published)
         tensors[f"blip.visual_encoder.{key}"] = value
     for name, size in (("vision", width), ("text", hidden)):
-        tensors |= {f"blip.{name}_proj.weight": torch.zeros(16, size), f"blip.{name}_proj.bias": torch.zeros(16)}
+        tensors |= {
+            f"blip.{name}_proj.weight": torch.zeros(16, size),
+            f"blip.{name}_proj.bias": torch.zeros(16),
+        }
     folder.mkdir(parents=True)
     torch.save(tensors, folder / "ImageReward.pt")
-    (folder / "med_config.json").write_text(json.dumps(settings | {"encoder_width": 768, "model_type": "bert"}))
+    (folder / "med_config.json").write_text(
+        json.dumps(settings | {"encoder_width": 768, "model_type": "bert"})
+    )
     tokenizer_folder.mkdir(parents=True)
     (tokenizer_folder / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
     (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
@@ -226,13 +308,15 @@ def by_torch(path, method, fit):
         height, width = (round(edge * SIZE / max(edges)) for edge in edges)
     else:
         height, width = (int(SIZE * edge / min(edges)) for edge in edges)
-    x = nn.functional.interpolate(x[None], size=(height, width), mode=method, antialias=True, align_corners=False)[0]
+    x = nn.functional.interpolate(
+        x[None], size=(height, width), mode=method, antialias=True, align_corners=False
+    )[0]
     if fit == "longest":
         left, top = (SIZE - width) // 2, (SIZE - height) // 2
         x = nn.functional.pad(x, (left, SIZE - width - left, top, SIZE - height - top))
     else:
         top, left = int(round((height - SIZE) / 2)), int(round((width - SIZE) / 2))
-        x = x[:, top:top + SIZE, left:left + SIZE]
+        x = x[:, top : top + SIZE, left : left + SIZE]
     return (x - MEAN) / STD
 
 
@@ -241,7 +325,7 @@ def clip_ids(prompts):
     rows = []
     for prompt in prompts:
         words = [[*word[:-1], f"{word[-1]}</w>"] for word in prompt.split()]
-        row = [10, *(VOCAB.index(piece) for word in words for piece in word)][:LENGTH - 1]
+        row = [10, *(VOCAB.index(piece) for word in words for piece in word)][: LENGTH - 1]
         rows.append(row + [11] * (LENGTH - len(row)))
     return torch.tensor(rows)
 
@@ -263,7 +347,9 @@ def pickscore(model, paths, prompts):
 
 
 def clipscore(model, paths, prompts):
-    cosine, _ = clip_cosine(model, torch.stack([by_torch(p, "bilinear", "shortest") for p in paths]), prompts)
+    cosine, _ = clip_cosine(
+        model, torch.stack([by_torch(p, "bilinear", "shortest") for p in paths]), prompts
+    )
     return cosine * model.logit_scale.exp().item() / 100
 
 
@@ -277,13 +363,22 @@ def aesthetic(model, head, paths):
 def hpsv2(model, paths, prompts):
     image = model.encode_image(torch.stack([by_torch(p, "bicubic", "longest") for p in paths]))
     text = model.encode_text(clip_ids(prompts))
-    return (nn.functional.normalize(image, dim=-1) * nn.functional.normalize(text, dim=-1)).sum(-1).numpy()
+    return (
+        (nn.functional.normalize(image, dim=-1) * nn.functional.normalize(text, dim=-1))
+        .sum(-1)
+        .numpy()
+    )
 
 
 @torch.no_grad()
 def imagereward(vision, text, head, paths, prompts):
     states = vision(torch.stack([by_pillow(p, "round") for p in paths])).last_hidden_state
     ids = bert_ids(prompts)
-    out = text(input_ids=ids, attention_mask=(ids != 0).long(), encoder_hidden_states=states,
-               encoder_attention_mask=torch.ones(states.shape[:2]), is_decoder=False).last_hidden_state[:, 0]
+    out = text(
+        input_ids=ids,
+        attention_mask=(ids != 0).long(),
+        encoder_hidden_states=states,
+        encoder_attention_mask=torch.ones(states.shape[:2]),
+        is_decoder=False,
+    ).last_hidden_state[:, 0]
     return ((apply_mlp(head, out) - 0.16717362830052426) / 1.0333394966054072).numpy()

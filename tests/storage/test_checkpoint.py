@@ -1,4 +1,5 @@
 """A run's checkpoints: written behind the training's back, never loaded when damaged, and what is kept."""
+
 from __future__ import annotations
 
 import json
@@ -19,8 +20,11 @@ from marble_jax.storage.checkpoint import SEALED, Checkpoints
 
 def state_of(step):
     numbers = np.random.default_rng(step).standard_normal((40, 30)).astype(np.float32)
-    return {"adapter": {"a": jnp.asarray(numbers)}, "moments": (jnp.full(3, step, jnp.float32), jnp.asarray(step)),
-            "key": jnp.asarray([0, step], jnp.uint32)}
+    return {
+        "adapter": {"a": jnp.asarray(numbers)},
+        "moments": (jnp.full(3, step, jnp.float32), jnp.asarray(step)),
+        "key": jnp.asarray([0, step], jnp.uint32),
+    }
 
 
 def same(found, step):
@@ -57,7 +61,7 @@ def damages(whole):
     size = len(whole)
     yield from (("cut", at, whole[:at]) for at in sorted({0, 1, size // 2, size - 1}))
     for at in sorted({0, size // 3, size // 2, size - 1}):
-        yield "flipped", at, whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:]
+        yield "flipped", at, whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
     yield "longer", size, whole + b"\0"
     yield "gone", 0, None
 
@@ -65,7 +69,12 @@ def damages(whole):
 def test_nothing_that_is_cut_or_changed_anywhere_is_loaded(place):
     """Of every file: cut at several places, one bit flipped at several, a byte more, and missing."""
     like, seen = state_of(0), 0
-    assert {p.name for p in files(place, 3)} >= {"manifest.json", "_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}
+    assert {p.name for p in files(place, 3)} >= {
+        "manifest.json",
+        "_CHECKPOINT_METADATA",
+        "_METADATA",
+        "manifest.ocdbt",
+    }
     for file in files(place, 3):
         whole = file.read_bytes()
         for kind, at, damage in damages(whole):
@@ -74,7 +83,10 @@ def test_nothing_that_is_cut_or_changed_anywhere_is_loaded(place):
             step, found = Checkpoints(place, say=said.append).restore(like)
             assert step == 2 and same(found, 2), (file, kind, at)
             (line,) = said
-            assert line.startswith("checkpoint of step 3 is damaged, going on from step 2: ") and "\n" not in line
+            assert (
+                line.startswith("checkpoint of step 3 is damaged, going on from step 2: ")
+                and "\n" not in line
+            )
             assert str(place / "3") in line
             seen += 1
             file.write_bytes(whole)
@@ -90,9 +102,13 @@ def test_what_is_wrong_is_named(place):
     said = []
     checkpoints = Checkpoints(place, say=said.append)
     assert checkpoints.latest() == 2 and checkpoints.latest() == 2  # said once
-    assert said == [f"checkpoint of step 3 is damaged, going on from step 2: {file}: expected {size} bytes (its "
-                    f"manifest); received {size - 1} bytes"]
-    with pytest.raises(InputError, match=r"checkpoint of step 3: expected an intact one; received .* bytes$"):
+    assert said == [
+        f"checkpoint of step 3 is damaged, going on from step 2: {file}: expected {size} bytes (its "
+        f"manifest); received {size - 1} bytes"
+    ]
+    with pytest.raises(
+        InputError, match=r"checkpoint of step 3: expected an intact one; received .* bytes$"
+    ):
         checkpoints.restore(state_of(0), 3)
     assert checkpoints.restore(state_of(0), 1)[0] == 1
 
@@ -123,8 +139,11 @@ def test_all_damaged_is_one_line_and_nothing_is_touched(place):
     for step in (1, 2, 3):
         (place / str(step) / "default" / "manifest.ocdbt").unlink()
     before = contents(place)
-    with pytest.raises(InputError, match=r"expected an intact checkpoint; received 3 damaged \(of step 3: .*t.ocdbt:"
-                                         r" expected \d+ bytes \(its manifest\); received no such file\); nothing was"):
+    with pytest.raises(
+        InputError,
+        match=r"expected an intact checkpoint; received 3 damaged \(of step 3: .*t.ocdbt:"
+        r" expected \d+ bytes \(its manifest\); received no such file\); nothing was",
+    ):
         Checkpoints(place, say=pytest.fail).restore(state_of(0))
     assert contents(place) == before
 
@@ -133,7 +152,11 @@ def without_manifest(place, step):
     """As an older version would have left it."""
     (place / str(step) / "manifest.json").unlink()
     notes = place / str(step) / "_CHECKPOINT_METADATA"
-    notes.write_text(json.dumps({k: v for k, v in json.loads(notes.read_text()).items() if k != "custom_metadata"}))
+    notes.write_text(
+        json.dumps(
+            {k: v for k, v in json.loads(notes.read_text()).items() if k != "custom_metadata"}
+        )
+    )
     assert SEALED not in notes.read_text()
 
 
@@ -145,7 +168,10 @@ def test_one_that_never_had_a_manifest_is_tried(place):
         file.write_bytes(b"")
     said = []
     assert Checkpoints(place, say=said.append).latest() == 2
-    assert len(said) == 1 and "/3/default: expected the metadata of a checkpoint; received none" in said[0]
+    assert (
+        len(said) == 1
+        and "/3/default: expected the metadata of a checkpoint; received none" in said[0]
+    )
     (place / "3" / "default" / "_METADATA").unlink()
     shutil.rmtree(place / "2" / "default" / "d")
     without_manifest(place, 2)
@@ -194,7 +220,9 @@ def test_a_full_disk_is_said_and_the_next_one_is_written(tmp_path, monkeypatch, 
     monkeypatch.setattr(checkpoint, "seal", full)
     checkpoints.save(2, state_of(2))
     checkpoints.wait()
-    assert said == ["checkpoint of step 2 could not be written: OSError: [Errno 28] No space left on device"]
+    assert said == [
+        "checkpoint of step 2 could not be written: OSError: [Errno 28] No space left on device"
+    ]
     assert checkpoints.latest() == 1
     monkeypatch.setattr(checkpoint, "seal", seal)
     checkpoints.save(3, state_of(3))
@@ -204,10 +232,15 @@ def test_a_full_disk_is_said_and_the_next_one_is_written(tmp_path, monkeypatch, 
         patch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
         checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
         checkpoints.save(4, state_of(4))
-        assert said[1:] == ["checkpoint of step 4 could not be written: OSError: [Errno 28] No space left on device"]
+        assert said[1:] == [
+            "checkpoint of step 4 could not be written: OSError: [Errno 28] No space left on device"
+        ]
     monkeypatch.setattr(checkpoint, "seal", full)
     checkpoints.save(4, state_of(4))
-    with pytest.raises(InputError, match="expected a place with room for the checkpoint of step 4; received OSError"):
+    with pytest.raises(
+        InputError,
+        match="expected a place with room for the checkpoint of step 4; received OSError",
+    ):
         checkpoints.close()
     assert Checkpoints(tmp_path).latest() == 3
     assert "Traceback" not in capfd.readouterr().err
@@ -227,14 +260,26 @@ def on_eight_devices(path):
 
     assert jax.device_count() == 8
     mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "fsdp"))
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=split if leaf.shape[:1] == (40,) else everywhere), state_of(0))
+    everywhere, split = (
+        NamedSharding(mesh, PartitionSpec()),
+        NamedSharding(mesh, PartitionSpec(("data", "fsdp"))),
+    )
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=split if leaf.shape[:1] == (40,) else everywhere
+        ),
+        state_of(0),
+    )
     checkpoints = Checkpoints(path, keep=9)
     step, found = checkpoints.restore(like)
     assert step == 3 and same(found, 3)
-    assert found["adapter"]["a"].sharding.is_equivalent_to(split, 2) and found["key"].sharding.is_fully_replicated
-    checkpoints.save(10, jax.device_put(state_of(10), jax.tree.map(lambda leaf: leaf.sharding, like)))
+    assert (
+        found["adapter"]["a"].sharding.is_equivalent_to(split, 2)
+        and found["key"].sharding.is_fully_replicated
+    )
+    checkpoints.save(
+        10, jax.device_put(state_of(10), jax.tree.map(lambda leaf: leaf.sharding, like))
+    )
     checkpoints.close()
 
 

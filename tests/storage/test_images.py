@@ -1,4 +1,5 @@
 """Pictures as files and folders of them: whole files, one making, what a kill leaves."""
+
 from __future__ import annotations
 
 import json
@@ -30,7 +31,10 @@ def test_pictures_come_back_with_their_texts(album):
     np.testing.assert_array_equal(album.read(1), picture(1))
     with Image.open(album.file(1)) as image:
         assert image.text == {"prompt": 'a sign "A"', "seed": "0:1"}
-    assert album.missing(3) == [0, 2] and [p.name for p in album.path.iterdir() if "partial" in p.name] == []
+    assert (
+        album.missing(3) == [0, 2]
+        and [p.name for p in album.path.iterdir() if "partial" in p.name] == []
+    )
 
 
 def test_the_same_making_goes_on(album):
@@ -44,11 +48,31 @@ def test_the_same_making_goes_on(album):
     assert again.record()["prompts"] == [*PROMPTS, "more"]
 
 
-@pytest.mark.parametrize(("settings", "prompts", "message"), [
-    ({**SETTINGS, "steps": 5}, PROMPTS, "other settings: steps: expected 4 .its own.; received 5; choose another"),
-    ({**SETTINGS, "t5": False}, PROMPTS, "other settings: t5: expected None .its own.; received False"),
-    ({"seed": 0, "steps": 4}, PROMPTS, r"other settings: size: expected \[8, 12\] .its own.; received None"),
-    (SETTINGS, ["a cat", "b"], "other prompts: picture 1: expected 'a sign \"A\"' .its own.; received 'b'")])
+@pytest.mark.parametrize(
+    ("settings", "prompts", "message"),
+    [
+        (
+            {**SETTINGS, "steps": 5},
+            PROMPTS,
+            "other settings: steps: expected 4 .its own.; received 5; choose another",
+        ),
+        (
+            {**SETTINGS, "t5": False},
+            PROMPTS,
+            "other settings: t5: expected None .its own.; received False",
+        ),
+        (
+            {"seed": 0, "steps": 4},
+            PROMPTS,
+            r"other settings: size: expected \[8, 12\] .its own.; received None",
+        ),
+        (
+            SETTINGS,
+            ["a cat", "b"],
+            "other prompts: picture 1: expected 'a sign \"A\"' .its own.; received 'b'",
+        ),
+    ],
+)
 def test_another_making_is_refused(album, settings, prompts, message):
     before = {p.name: p.read_bytes() for p in album.path.iterdir()}
     with pytest.raises(InputError, match=message):
@@ -61,13 +85,19 @@ def test_another_making_is_refused(album, settings, prompts, message):
 
 def test_places_that_are_no_album(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "holiday.png")
-    with pytest.raises(InputError, match="--out: expected a new folder or one made by this command; received"):
+    with pytest.raises(
+        InputError, match="--out: expected a new folder or one made by this command; received"
+    ):
         Album(tmp_path).claim(SETTINGS, PROMPTS)
-    with pytest.raises(InputError, match="--out: expected a folder; received the file .*holiday.png"):
+    with pytest.raises(
+        InputError, match="--out: expected a folder; received the file .*holiday.png"
+    ):
         Album(tmp_path / "holiday.png" / "below").claim(SETTINGS, PROMPTS)
     for content in ("{", "[]", '{"settings": 3, "prompts": []}'):
         (tmp_path / "settings.json").write_text(content)
-        with pytest.raises(InputError, match="settings.json: expected settings and prompts in JSON; received"):
+        with pytest.raises(
+            InputError, match="settings.json: expected settings and prompts in JSON; received"
+        ):
             Album(tmp_path).claim(SETTINGS, PROMPTS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["holiday.png", "settings.json"]
 
@@ -79,12 +109,17 @@ def test_a_full_disk_is_one_line(album, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(images, "save_png", full)
-    with pytest.raises(InputError, match="--out: expected a place to write to; received .* .No space left on device."):
+    with pytest.raises(
+        InputError,
+        match="--out: expected a place to write to; received .* .No space left on device.",
+    ):
         album.save(0, picture(0), {})
 
 
 def test_damaged_and_missing_pictures(album):
-    with pytest.raises(InputError, match="00000.png: expected a whole picture; received FileNotFoundError"):
+    with pytest.raises(
+        InputError, match="00000.png: expected a whole picture; received FileNotFoundError"
+    ):
         album.read(0)
     album.save(0, np.random.default_rng(0).integers(255, size=(64, 64, 3), dtype=np.uint8), {})
     album.file(0).write_bytes(album.file(0).read_bytes()[:2000])

@@ -1,4 +1,5 @@
 """Checkpoints leaf by leaf: an ordinary Orbax checkpoint on disk, few leaves in memory, damage in one line."""
+
 from __future__ import annotations
 
 import weakref
@@ -29,7 +30,9 @@ def saved(tmp_path):
 
 def test_every_bit_comes_back(saved):
     shapes = leaf_shapes(saved)
-    assert {p: (s.shape, s.dtype) for p, s in shapes.items()} == {p: (a.shape, a.dtype) for p, a in ARRAYS.items()}
+    assert {p: (s.shape, s.dtype) for p, s in shapes.items()} == {
+        p: (a.shape, a.dtype) for p, a in ARRAYS.items()
+    }
     found = read_leaves(saved, ARRAYS)
     for path, array in ARRAYS.items():
         assert found[path].dtype == array.dtype and found[path].tobytes() == array.tobytes()
@@ -38,7 +41,9 @@ def test_every_bit_comes_back(saved):
 
 def test_plain_orbax_opens_it(saved):
     tree = ocp.StandardCheckpointer().restore(saved)
-    np.testing.assert_array_equal(tree["run"]["attn.to_q"]["kernel"], ARRAYS["run", "attn.to_q", "kernel"])
+    np.testing.assert_array_equal(
+        tree["run"]["attn.to_q"]["kernel"], ARRAYS["run", "attn.to_q", "kernel"]
+    )
 
 
 def test_groups_share_a_limit():
@@ -63,7 +68,9 @@ def test_one_group_of_leaves_is_in_memory_at_a_time(tmp_path):
         most = max(most, alive)
         return array
 
-    save_leaves(tmp_path / "params", {(f"leaf{i}",): Leaf((40_000_000,), np.uint8, read) for i in range(4)})
+    save_leaves(
+        tmp_path / "params", {(f"leaf{i}",): Leaf((40_000_000,), np.uint8, read) for i in range(4)}
+    )
     assert most == 40_000_000
 
 
@@ -79,11 +86,15 @@ def test_what_a_leaf_raises_comes_through_and_leaves_nothing(tmp_path):
 def test_damage(saved, tmp_path):
     with pytest.raises(InputError, match=r"nowhere: expected an Orbax checkpoint; received"):
         leaf_shapes(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"params: expected leaf 'run/other'; received a checkpoint without it"):
+    with pytest.raises(
+        InputError, match=r"params: expected leaf 'run/other'; received a checkpoint without it"
+    ):
         read_leaves(saved, [("run", "other")])
     for file in (saved / "d").iterdir():
         file.write_bytes(file.read_bytes()[:10])
     for file in (saved / "ocdbt.process_0" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(InputError, match=r"params: expected leaf 'table' intact|expected an Orbax checkpoint"):
+    with pytest.raises(
+        InputError, match=r"params: expected leaf 'table' intact|expected an Orbax checkpoint"
+    ):
         read_leaves(saved, [("table",)])

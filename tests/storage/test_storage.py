@@ -2,6 +2,7 @@
 
 The bucket is fsspec's file system in memory under the names of the real ones; nothing here talks to a cloud.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -54,25 +55,39 @@ def bucket(request, monkeypatch):
             return path.rstrip("/").count("/") == 2 or super().exists(path, **options)
 
     place = Bucket()
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: place if is_remote(path) else
-                        fsspec.filesystem("file"))
+    monkeypatch.setattr(
+        backend._FileSystemSpecBackend,
+        "fs",
+        lambda self, path: place if is_remote(path) else fsspec.filesystem("file"),
+    )
     return f"{request.param}://bucket"
 
 
 def test_a_workdir(bucket):
     config = {"name": "a", "seed": 1}
     workdir = Workdir(f"{bucket}/runs/first")
-    assert not workdir.check(config) and not workdir.claim(config) and Workdir(f"{bucket}/runs/first").claim(config)
+    assert (
+        not workdir.check(config)
+        and not workdir.claim(config)
+        and Workdir(f"{bucket}/runs/first").claim(config)
+    )
     with pytest.raises(InputError, match="holds another run: seed: expected 1"):
         workdir.check({**config, "seed": 2})
     for step in range(3):
         workdir.append(workdir.metrics, {"step": step, "training/loss": 1.0})
-        workdir.append(workdir.evaluations, {"step": step, "policy": "ema", "scores": {}, "num_prompts": 1})
+        workdir.append(
+            workdir.evaluations, {"step": step, "policy": "ema", "scores": {}, "num_prompts": 1}
+        )
     workdir.cut(2)
     assert [r["step"] for r in workdir.read(workdir.metrics)] == [0, 1]
     workdir.write_json("run.json", {"name": "a", "config": config})
-    save_png(workdir.samples / "step_000000" / "00.png", np.full((4, 4, 3), 7, np.uint8), {"prompt": "x"})
-    assert read_picture(workdir.samples / "step_000000" / "00.png").tolist() == np.full((4, 4, 3), 7).tolist()
+    save_png(
+        workdir.samples / "step_000000" / "00.png", np.full((4, 4, 3), 7, np.uint8), {"prompt": "x"}
+    )
+    assert (
+        read_picture(workdir.samples / "step_000000" / "00.png").tolist()
+        == np.full((4, 4, 3), 7).tolist()
+    )
     report = write_report(str(workdir.path))
     assert str(report) == f"{bucket}/runs/first/report.html" and "<html" in report.read_text()
     assert not [name for name in files_below(workdir.path) if "partial" in name]
@@ -84,7 +99,9 @@ def test_pictures_scores_and_exports(bucket):
     album.save(0, np.zeros((4, 4, 3)), {})
     album.save_grids(1)
     assert Album(f"{bucket}/out").missing(2) == [1] and (album.path / "grid.png").exists()
-    scores = Scores(("one",), np.ones((1, 1), np.float32), np.ones((1, 1), bool), np.zeros((1, 1), bool))
+    scores = Scores(
+        ("one",), np.ones((1, 1), np.float32), np.ones((1, 1), bool), np.zeros((1, 1), bool)
+    )
     for index in (0, 1):
         ScoreFile(f"{bucket}/out/scores.jsonl").append([index], [Prompt("x", "general")], scores)
     assert ScoreFile(f"{bucket}/out/scores.jsonl").known(2) == {"one"}
@@ -106,10 +123,14 @@ def test_a_checkpoint_is_checked_where_it_is(bucket, tmp_path):
     assert _problem_in(place) == ""
     file = place / next(name for name in files_below(place) if name.startswith("default/d/"))
     file.write_bytes(file.read_bytes()[:-1])
-    assert f"{file}: expected" in _problem_in(place) and "bytes (its manifest)" in _problem_in(place)
+    assert f"{file}: expected" in _problem_in(place) and "bytes (its manifest)" in _problem_in(
+        place
+    )
     (place / "manifest.json").unlink()
     (place / "commit_success.txt").unlink()
-    assert "expected a complete checkpoint; received one without commit_success.txt" in _problem_in(place)
+    assert "expected a complete checkpoint; received one without commit_success.txt" in _problem_in(
+        place
+    )
     assert Checkpoints(f"{bucket}/checkpoints").steps() == [1]
 
 
@@ -124,6 +145,7 @@ def test_local_places(tmp_path):
 @pytest.fixture
 def no_bucket(monkeypatch):
     """no_bucket(error): every bucket raises it."""
+
     def call(error):
         def fs(self, path):
             raise error
@@ -135,30 +157,45 @@ def no_bucket(monkeypatch):
 
 def test_no_backend_is_one_line(no_bucket):
     no_bucket(ImportError("Please install gcsfs to access Google Storage"))
-    with pytest.raises(InputError, match=r"workdir: expected a package that opens gs://; received none for gs://b/run "
-                                         r"\(pip install gcsfs\)$"):
+    with pytest.raises(
+        InputError,
+        match=r"workdir: expected a package that opens gs://; received none for gs://b/run "
+        r"\(pip install gcsfs\)$",
+    ):
         Workdir("gs://b/run")
-    with pytest.raises(InputError, match=r"--out: expected a package that opens s3://.*\(pip install s3fs\)$"):
+    with pytest.raises(
+        InputError, match=r"--out: expected a package that opens s3://.*\(pip install s3fs\)$"
+    ):
         Album("s3://b/out")
-    with pytest.raises(InputError, match="workdir: scheme of g3://b: expected one of gs, s3; received 'g3'; did you"):
+    with pytest.raises(
+        InputError,
+        match="workdir: scheme of g3://b: expected one of gs, s3; received 'g3'; did you",
+    ):
         Workdir("g3://b")
 
 
 def test_a_bucket_that_cannot_be_reached_is_one_line(no_bucket):
     no_bucket(RuntimeError("Anonymous caller does not\nhave storage.objects.list access"))
-    with pytest.raises(InputError, match=r"--out: expected a bucket that can be reached; received s3://b/out "
-                                         r"\(RuntimeError: Anonymous caller does not have storage"):
+    with pytest.raises(
+        InputError,
+        match=r"--out: expected a bucket that can be reached; received s3://b/out "
+        r"\(RuntimeError: Anonymous caller does not have storage",
+    ):
         location("--out", "s3://b/out")
 
 
-@pytest.mark.parametrize("argv", [
-    ["sample", "--model=embedded", "--prompts=a", "--out=gs://bucket/out"],
-    ["sample", "--workdir=gs://bucket/run", "--prompts=a", "--out=out"],
-    ["evaluate", "--models=base=embedded", "--prompts=embedded", "--out=s3://bucket/out"],
-    ["evaluate", "--models=a=gs://bucket/run", "--prompts=embedded", "--out=out"],
-    ["export", "--workdir=gs://bucket/run", "--out=out"],
-    ["report", "--workdir=s3://bucket/run"],
-    ["train", "--config=configs/embedded.py:smoke", "--workdir=gs://bucket/run"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sample", "--model=embedded", "--prompts=a", "--out=gs://bucket/out"],
+        ["sample", "--workdir=gs://bucket/run", "--prompts=a", "--out=out"],
+        ["evaluate", "--models=base=embedded", "--prompts=embedded", "--out=s3://bucket/out"],
+        ["evaluate", "--models=a=gs://bucket/run", "--prompts=embedded", "--out=out"],
+        ["export", "--workdir=gs://bucket/run", "--out=out"],
+        ["report", "--workdir=s3://bucket/run"],
+        ["train", "--config=configs/embedded.py:smoke", "--workdir=gs://bucket/run"],
+    ],
+)
 def test_the_command_line_says_so_with_exit_status_2(argv, capsys, monkeypatch, tmp_path):
     def missing(self, path):
         raise ImportError("Please install it")
@@ -179,7 +216,10 @@ def test_a_profile_is_taken_here_and_copied(bucket, monkeypatch):
 
     places = []
     monkeypatch.setattr("jax.profiler.start_trace", places.append)
-    monkeypatch.setattr("jax.profiler.stop_trace", lambda: write_whole(Path(places[0]) / "plugins" / "a.trace", b"x"))
+    monkeypatch.setattr(
+        "jax.profiler.stop_trace",
+        lambda: write_whole(Path(places[0]) / "plugins" / "a.trace", b"x"),
+    )
     profiler = Profiler(range(1, 2), epath.Path(bucket) / "run" / "profile")
     with profiler.step(1):
         assert not is_remote(places[0])

@@ -1,4 +1,5 @@
 """A run's directory: whole files, whose run it is, and records that survive a kill."""
+
 from __future__ import annotations
 
 import json
@@ -10,15 +11,41 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.storage.workdir import Workdir, plain
 
-CONFIG = {"name": "a", "seed": 1, "training.num_steps": 3, "rewards.train": ("x", "y"), "training.schedule": "constant",
-          "evaluation.every_steps": 10, "evaluation.num_prompts": 6, "mesh.data": -1}
+CONFIG = {
+    "name": "a",
+    "seed": 1,
+    "training.num_steps": 3,
+    "rewards.train": ("x", "y"),
+    "training.schedule": "constant",
+    "evaluation.every_steps": 10,
+    "evaluation.num_prompts": 6,
+    "mesh.data": -1,
+}
 
 
 def test_plain_is_json():
-    value = {"a": (1, 2.5), "b": np.float32(1.5), "c": np.array([[1.0, np.nan]]), "d": jnp.arange(2), "e": float("inf"),
-             "f": np.bool_(True), "g": np.int64(3), "h": None, "i": np.array([True])}
-    assert plain(value) == {"a": [1, 2.5], "b": 1.5, "c": [[1.0, None]], "d": [0, 1], "e": None, "f": True, "g": 3,
-                            "h": None, "i": [True]}
+    value = {
+        "a": (1, 2.5),
+        "b": np.float32(1.5),
+        "c": np.array([[1.0, np.nan]]),
+        "d": jnp.arange(2),
+        "e": float("inf"),
+        "f": np.bool_(True),
+        "g": np.int64(3),
+        "h": None,
+        "i": np.array([True]),
+    }
+    assert plain(value) == {
+        "a": [1, 2.5],
+        "b": 1.5,
+        "c": [[1.0, None]],
+        "d": [0, 1],
+        "e": None,
+        "f": True,
+        "g": 3,
+        "h": None,
+        "i": [True],
+    }
     json.dumps(plain(value), allow_nan=False)
 
 
@@ -51,21 +78,40 @@ def test_claim_then_resume(tmp_path):
     assert Workdir(tmp_path / "deep" / "run").claim({**CONFIG, "rewards.train": ["x", "y"]})
 
 
-@pytest.mark.parametrize("change", [{"name": "b"}, {"training.num_steps": 9}, {"evaluation.every_steps": 0},
-                                    {"mesh.data": 2}, {"rewards.timeout": 1.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "b"},
+        {"training.num_steps": 9},
+        {"evaluation.every_steps": 0},
+        {"mesh.data": 2},
+        {"rewards.timeout": 1.0},
+    ],
+)
 def test_free_keys_may_change(tmp_path, change):
     workdir = Workdir(tmp_path)
     workdir.claim(CONFIG)
     assert workdir.claim({**CONFIG, **change})
-    assert json.loads((tmp_path / "config.json").read_text())[next(iter(change))] == next(iter(change.values()))
+    assert json.loads((tmp_path / "config.json").read_text())[next(iter(change))] == next(
+        iter(change.values())
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"seed": 2}, "holds another run: seed: expected 1 .its own.; received 2; choose another --workdir"),
-     ({"rewards.train": ("x",)}, r"rewards.train: expected \['x', 'y'\] .its own.; received \['x'\]"),
-     ({"evaluation.num_prompts": 12}, "evaluation.num_prompts: expected 6"),
-     ({"nft.beta": 0.5}, "nft.beta: expected 0.1 .its own.; received 0.5")])
+    [
+        (
+            {"seed": 2},
+            "holds another run: seed: expected 1 .its own.; received 2; choose another --workdir",
+        ),
+        (
+            {"rewards.train": ("x",)},
+            r"rewards.train: expected \['x', 'y'\] .its own.; received \['x'\]",
+        ),
+        ({"evaluation.num_prompts": 12}, "evaluation.num_prompts: expected 6"),
+        ({"nft.beta": 0.5}, "nft.beta: expected 0.1 .its own.; received 0.5"),
+    ],
+)
 def test_another_run_is_refused_and_left_alone(tmp_path, change, message):
     workdir = Workdir(tmp_path)
     workdir.claim(CONFIG)
@@ -89,14 +135,18 @@ def test_the_number_of_steps_is_not_free_under_a_schedule_of_it(tmp_path):
         workdir.claim({**cosine, "training.num_steps": 5})
 
 
-@pytest.mark.parametrize(("stages", "free"), [((), True), (("x:2", "y:1"), True), (("x", "y"), False)])
+@pytest.mark.parametrize(
+    ("stages", "free"), [((), True), (("x:2", "y:1"), True), (("x", "y"), False)]
+)
 def test_the_number_of_steps_is_free_where_stages_have_their_own(tmp_path, stages, free):
     workdir, staged = Workdir(tmp_path), {**CONFIG, "advantages.stages": stages}
     workdir.claim(staged)
     if free:
         assert workdir.claim({**staged, "training.num_steps": 5})
     else:
-        with pytest.raises(InputError, match="training.num_steps: expected 3 .its own.; received 5"):
+        with pytest.raises(
+            InputError, match="training.num_steps: expected 3 .its own.; received 5"
+        ):
             workdir.claim({**staged, "training.num_steps": 5})
 
 
@@ -108,10 +158,15 @@ def test_places_that_are_no_workdir(tmp_path):
         Workdir(tmp_path / "file" / "below").claim(CONFIG)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="workdir: expected an empty or new directory, .* with other files in it"):
+    with pytest.raises(
+        InputError, match="workdir: expected an empty or new directory, .* with other files in it"
+    ):
         Workdir(tmp_path / "other").claim(CONFIG)
     (tmp_path / "other" / "config.json").write_text("[")
-    with pytest.raises(InputError, match="workdir: expected a JSON object in .*config.json; received something else"):
+    with pytest.raises(
+        InputError,
+        match="workdir: expected a JSON object in .*config.json; received something else",
+    ):
         Workdir(tmp_path / "other").claim(CONFIG)
 
 
@@ -122,7 +177,9 @@ def test_an_unwritable_place(tmp_path, monkeypatch):
         raise PermissionError(13, "denied")
 
     monkeypatch.setattr(type(workdir.path), "mkdir", deny)
-    with pytest.raises(InputError, match="workdir: expected a writable place; received .*run .denied."):
+    with pytest.raises(
+        InputError, match="workdir: expected a writable place; received .*run .denied."
+    ):
         workdir.claim(CONFIG)
 
 
@@ -130,10 +187,14 @@ def test_records_and_a_last_line_cut_short(tmp_path):
     workdir = Workdir(tmp_path)
     assert workdir.read(workdir.metrics) == []
     for step in range(3):
-        workdir.append(workdir.metrics, {"step": step, "training/loss": np.float32(step), "x": float("nan")})
+        workdir.append(
+            workdir.metrics, {"step": step, "training/loss": np.float32(step), "x": float("nan")}
+        )
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "training/lo')
-    assert workdir.read(workdir.metrics) == [{"step": s, "training/loss": float(s), "x": None} for s in range(3)]
+    assert workdir.read(workdir.metrics) == [
+        {"step": s, "training/loss": float(s), "x": None} for s in range(3)
+    ]
 
 
 def test_cut_drops_what_came_after_the_restored_step(tmp_path):
@@ -166,7 +227,10 @@ def test_a_damaged_configuration_is_read_from_the_runs_other_record(tmp_path, da
     assert json.loads((tmp_path / "config.json").read_text()) == plain(CONFIG)
     for name in ("config.json", "run.json"):
         (tmp_path / name).write_bytes(damage)
-    with pytest.raises(InputError, match="workdir: expected a JSON object in .*config.json; received something else"):
+    with pytest.raises(
+        InputError,
+        match="workdir: expected a JSON object in .*config.json; received something else",
+    ):
         workdir.claim(CONFIG)
 
 
@@ -175,7 +239,9 @@ def test_a_kill_before_the_first_record_is_there(tmp_path):
     assert not Workdir(tmp_path).claim(CONFIG) and Workdir(tmp_path).claim(CONFIG)
 
 
-@pytest.mark.parametrize("rest", [b"", b'{"step": 1, "tr', b'{"step"', b"\0\0", b'{"step": 1, "x": "\xc3', b"7", b"{}"])
+@pytest.mark.parametrize(
+    "rest", [b"", b'{"step": 1, "tr', b'{"step"', b"\0\0", b'{"step": 1, "x": "\xc3', b"7", b"{}"]
+)
 def test_records_cut_anywhere(tmp_path, rest):
     workdir = Workdir(tmp_path)
     workdir.append(workdir.metrics, {"step": 0})

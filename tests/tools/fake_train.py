@@ -3,6 +3,7 @@
 Reads the configurations of all runs from the file in PLAN, by folder, and what is to go wrong: {"runs": {workdir:
 config}, "fail": [names], "stop_after": {name: steps}, "gain": {name: {reward: gain}}}.
 """
+
 import json
 import os
 import sys
@@ -13,16 +14,31 @@ plan = json.loads(Path(os.environ["PLAN"]).read_text())
 workdir = Path(next(a for a in sys.argv if a.startswith("--workdir=")).split("=", 1)[1])
 config = plan["runs"][str(workdir)]
 with open(os.environ["PLAN"] + ".calls", "a") as calls:
-    calls.write(f"{workdir.name} {sorted(os.sched_getaffinity(0))} {os.environ['OMP_NUM_THREADS']}\n")
+    calls.write(
+        f"{workdir.name} {sorted(os.sched_getaffinity(0))} {os.environ['OMP_NUM_THREADS']}\n"
+    )
 if workdir.name in plan.get("fail", ()):
     print("about to fail")
     sys.exit("marble-jax train: model.path: expected a directory; received nothing")
 workdir.mkdir(exist_ok=True)
 (workdir / "config.json").write_text(json.dumps(config))
-rewards, heldout, steps = config["rewards.train"], config["rewards.heldout"], config["training.num_steps"]
-(workdir / "run.json").write_text(json.dumps(
-    {"rewards": rewards, "heldout_rewards": heldout, "command": "marble-jax train", "versions": {"jax": "1"},
-     "hardware": {"device": "cpu"}, "config": config}))
+rewards, heldout, steps = (
+    config["rewards.train"],
+    config["rewards.heldout"],
+    config["training.num_steps"],
+)
+(workdir / "run.json").write_text(
+    json.dumps(
+        {
+            "rewards": rewards,
+            "heldout_rewards": heldout,
+            "command": "marble-jax train",
+            "versions": {"jax": "1"},
+            "hardware": {"device": "cpu"},
+            "config": config,
+        }
+    )
+)
 metrics, evaluations = workdir / "metrics.jsonl", workdir / "evaluation.jsonl"
 done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
 gain = plan.get("gain", {}).get(workdir.name, {})
@@ -30,10 +46,18 @@ gain = plan.get("gain", {}).get(workdir.name, {})
 
 def evaluation(step, policy):
     record = {"step": step, "policy": policy, "num_prompts": 4}
-    record["scores"] = {n: {"mean": 1.0 + (step > 0) * gain.get(n, 0.5)} for n in (*rewards, *heldout)}
+    record["scores"] = {
+        n: {"mean": 1.0 + (step > 0) * gain.get(n, 0.5)} for n in (*rewards, *heldout)
+    }
     if step:
-        record["gain"] = {n: {"mean": gain.get(n, 0.5), "low": gain.get(n, 0.5) - 0.1, "high": gain.get(n, 0.5) + 0.1}
-                          for n in (*rewards, *heldout)}
+        record["gain"] = {
+            n: {
+                "mean": gain.get(n, 0.5),
+                "low": gain.get(n, 0.5) - 0.1,
+                "high": gain.get(n, 0.5) + 0.1,
+            }
+            for n in (*rewards, *heldout)
+        }
     with evaluations.open("a") as file:
         file.write(json.dumps(record) + "\n")
 

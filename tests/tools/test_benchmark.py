@@ -1,4 +1,5 @@
 """Every micro-step that tools/benchmark times computes the same gradients; its statistics on numbers done by hand."""
+
 import json
 import os
 
@@ -30,8 +31,13 @@ def draws(problem):
         plan = ours.make_plan(problem.size, batch)
         if not found:
             flow, _, _ = jax.jit(lambda *a: ours.inputs(problem, *a, True), compiler_options=QUICK)(
-                problem.params, problem.old, batch, plan)
-        found[k] = flow, ours.objective.optimality(plan.advantages[0].T, problem.size.clip), plan.valid[0].T
+                problem.params, problem.old, batch, plan
+            )
+        found[k] = (
+            flow,
+            ours.objective.optimality(plan.advantages[0].T, problem.size.clip),
+            plan.valid[0].T,
+        )
     return found
 
 
@@ -44,7 +50,8 @@ def run_body(problem, body, params=None):
     batch = problem.batch(1)
     params = problem.params if params is None else params
     return jax.jit(body, compiler_options=QUICK)(
-        params, problem.current, problem.old, batch, ours.make_plan(problem.size, batch))
+        params, problem.current, problem.old, batch, ours.make_plan(problem.size, batch)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,27 +101,40 @@ def test_formulations_without_anchors(problem, draws, make):
 
 def test_more_seeds_leave_the_forward_pass_of_the_own_pull_back_alone(problem, draws):
     """A `vmap` that batched it as well would have the formulation lose by a mistake of ours."""
+
     def activations(core, *args):
         text = jax.jit(core).lower(problem.params, problem.current, *args).as_text()
-        return {line.rpartition(":")[2].strip() for line in text.splitlines() if "stablehlo.tanh" in line}
+        return {
+            line.rpartition(":")[2].strip()
+            for line in text.splitlines()
+            if "stablehlo.tanh" in line
+        }
 
     # The feed-forward's tanh is kept for its derivative, so it is in forward passes alone.
-    forward = activations(lambda params, current, flow: ours.mmdit.velocity(
-        problem.model, params, current, flow.xt, flow.t, flow.cond), draws[5][0])
+    forward = activations(
+        lambda params, current, flow: ours.mmdit.velocity(
+            problem.model, params, current, flow.xt, flow.t, flow.cond
+        ),
+        draws[5][0],
+    )
     assert forward and activations(formulations.weighted_sums(problem, True), *draws[5]) == forward
 
 
 def test_combined_step_is_the_weighted_sum_of_the_gradients(problem, draws, exact):
     mean = ours.gradients.mean_gradients(exact)
-    want = tree.add(tree.weighted_sum(jnp.full(5, 0.2), mean.gradients),
-                    tree.scale(mean.kl_gradient, problem.size.kl_weight))
+    want = tree.add(
+        tree.weighted_sum(jnp.full(5, 0.2), mean.gradients),
+        tree.scale(mean.kl_gradient, problem.size.kl_weight),
+    )
     assert relative(run(problem, ours.combined(problem), *draws[5]), want) <= 1e-5
 
 
 def test_weighted_sum_without_the_divergence(problem, draws, exact, weighted):
     flow, r, valid = draws[1]
     alone = run(problem, ours.weighted_sum(problem), flow.replace(v_ref=None), r, valid)
-    divergence = tree.scale(ours.gradients.mean_gradients(exact).kl_gradient, problem.size.kl_weight)
+    divergence = tree.scale(
+        ours.gradients.mean_gradients(exact).kl_gradient, problem.size.kl_weight
+    )
     assert float(tree.norm(divergence)) > 0.01 * float(tree.norm(alone))
     assert relative(tree.add(alone, divergence), weighted) <= 1e-5
 
@@ -135,11 +155,16 @@ def test_forward_passes(problem, draws, batched):
     scale = float(jnp.abs(v_ref).mean())
     for got, want in ((v_old, flow.v_old), (v_ref, flow.v_ref)):
         assert float(jnp.abs(got - want).max()) <= 1e-5 * scale
-    assert float(jnp.abs(v - v_old).mean()) > 1e-3 * scale and float(jnp.abs(v_old - v_ref).mean()) > 1e-3 * scale
+    assert (
+        float(jnp.abs(v - v_old).mean()) > 1e-3 * scale
+        and float(jnp.abs(v_old - v_ref).mean()) > 1e-3 * scale
+    )
 
 
 def test_a_program_adds_up_and_its_sums_are_solved(problem, exact):
-    step = ours.compile_program(problem, ours.with_inputs(problem, ours.exact(problem, True), True), 5, None, QUICK)
+    step = ours.compile_program(
+        problem, ours.with_inputs(problem, ours.exact(problem, True), True), 5, None, QUICK
+    )
     once = jax.tree.map(np.array, step())
     assert relative(once.gradients, exact.gradients) <= 1e-5
     solve = ours.compile_solve(problem, step.sums, QUICK)
@@ -170,7 +195,11 @@ def peer(request, problem, draws):
         to = lambda x: torch.from_numpy(np.array(x))
         latents = lambda x: to(x).permute(0, 3, 1, 2).contiguous()
         made.x0, made.t, made.embeds, made.pooled = (
-            latents(flow.x0), to(flow.t), to(flow.cond.embeds), to(flow.cond.pooled))
+            latents(flow.x0),
+            to(flow.t),
+            to(flow.cond.embeds),
+            to(flow.cond.pooled),
+        )
         t = made.t[:, None, None, None]
         made.noise = (latents(flow.xt) - (1 - t) * made.x0) / t
         made.advantages, made.valid = to(plan.advantages[0].T), to(plan.valid[0].T)
@@ -199,9 +228,19 @@ def test_torch_harmonised(problem, exact, peer):
 
 
 def test_statistics_by_hand():
-    assert measure.quartiles([4.0, 1.0, 3.0, 2.0]) == {"median": 2.5, "q1": 1.75, "q3": 3.25, "num": 4}
+    assert measure.quartiles([4.0, 1.0, 3.0, 2.0]) == {
+        "median": 2.5,
+        "q1": 1.75,
+        "q3": 3.25,
+        "num": 4,
+    }
     # Paired: the slow second round cancels, which a ratio of medians (6 / 2.5) would not show.
-    assert measure.ratio([2.0, 20.0, 6.0], [1.0, 10.0, 2.5]) == {"median": 2.0, "q1": 2.0, "q3": 2.2, "num": 3}
+    assert measure.ratio([2.0, 20.0, 6.0], [1.0, 10.0, 2.5]) == {
+        "median": 2.0,
+        "q1": 2.0,
+        "q3": 2.2,
+        "num": 3,
+    }
     assert measure.mixture({"a": [4.0, 8.0], "b": [2.0, 0.0]}, {"a": 0.25, "b": 0.75}) == [2.5, 2.0]
 
 
@@ -212,29 +251,51 @@ def test_rounds_are_interleaved_and_end_in_time():
         def call():
             calls.append(name)
             now[0] += seconds
+
         return call
 
     sides = [{"a": work("a", 1.0), "b": work("b", 2.0)}, {"t": work("t", 4.0)}]
     times = measure.interleave(sides, 3, 100.0, clock=lambda: now[0], pause=0.0)
     assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "t": [4.0] * 3}
     assert "".join(calls) == "aabtt" + "bbatt" + "aabtt"  # the first call of a side is not timed
-    assert len(measure.interleave(sides, 50, 5.0, clock=lambda: now[0], pause=0.0)["a"]) == measure.FEWEST
+    assert (
+        len(measure.interleave(sides, 50, 5.0, clock=lambda: now[0], pause=0.0)["a"])
+        == measure.FEWEST
+    )
     assert set(measure.interleave([sides[0], {}], 1, 1.0, clock=lambda: now[0])) == {"a", "b"}
 
 
 def test_averages_of_micro_steps_by_hand():
     size = SIZES["tiny"]()  # anchors at 2 of 6 micro-steps; 1 of 4 by anchor_every alone
-    times = {name: [1.0] for name in ("exact_k1.anchors", "exact_k1.signal", "exact_k20.anchors", "exact_k20.signal",
-                                      "solve_k1", "solve_k20", "separate_k5")}
-    times |= {"weighted_sum": [8.0], "weighted_sum.no_kl": [4.0], "combined_k5": [10.0], "exact_k5.anchors": [12.0],
-              "exact_k5.signal": [6.0], "solve_k5": [3.0]}
+    times = {
+        name: [1.0]
+        for name in (
+            "exact_k1.anchors",
+            "exact_k1.signal",
+            "exact_k20.anchors",
+            "exact_k20.signal",
+            "solve_k1",
+            "solve_k20",
+            "separate_k5",
+        )
+    }
+    times |= {
+        "weighted_sum": [8.0],
+        "weighted_sum.no_kl": [4.0],
+        "combined_k5": [10.0],
+        "exact_k5.anchors": [12.0],
+        "exact_k5.signal": [6.0],
+        "solve_k5": [3.0],
+    }
     derived = {name: values[0] for name, values in cases.derive(size, times).items()}
     assert derived["weighted_sum.kl_every_4"] == 5.0
     assert derived["exact_k5"] == 7.5
     assert derived["exact_k5.step"] == pytest.approx(12 / 3 + 6 * 2 / 3 + 3 / 6)
     assert derived["amortised_k5"] == pytest.approx(0.9 * 10 + 0.1 * 7.5)
     assert derived["amortised_k5.step"] == pytest.approx(0.9 * 10 + 0.1 * 8.5)
-    found = cases.ratios(size, {**times, **cases.derive(size, times), "torch.tuned.weighted_sum": [20.0]})
+    found = cases.ratios(
+        size, {**times, **cases.derive(size, times), "torch.tuned.weighted_sum": [20.0]}
+    )
     assert found["exact_k5.anchors / weighted_sum"]["median"] == pytest.approx(8 / 12)
     assert found["exact_k5 / weighted_sum.kl_every_4"]["median"] == pytest.approx(5 / 7.5)
     assert found["weighted_sum / torch.tuned.weighted_sum"]["median"] == 2.5
@@ -242,34 +303,65 @@ def test_averages_of_micro_steps_by_hand():
 
 def test_rows_that_were_not_timed_are_left_out():
     wanted = cases.chooser("weighted_sum*,exact_k5.signal")
-    assert wanted("weighted_sum.no_kl") and wanted("exact_k5.signal") and not wanted("exact_k5.anchors")
+    assert (
+        wanted("weighted_sum.no_kl")
+        and wanted("exact_k5.signal")
+        and not wanted("exact_k5.anchors")
+    )
     assert cases.chooser("")("exact_k5.anchors")
     times = {"weighted_sum": [8.0], "weighted_sum.no_kl": [4.0], "exact_k5.signal": [6.0]}
     derived = cases.derive(SIZES["tiny"](), times)
     assert set(derived) == {"weighted_sum.kl_every_4"}
     assert set(cases.ratios(SIZES["tiny"](), {**times, **derived})) == {
-        "weighted_sum.no_kl / weighted_sum", "exact_k5.signal / weighted_sum",
-        "weighted_sum.kl_every_4 / weighted_sum", "exact_k5.signal / weighted_sum.kl_every_4"}
+        "weighted_sum.no_kl / weighted_sum",
+        "exact_k5.signal / weighted_sum",
+        "weighted_sum.kl_every_4 / weighted_sum",
+        "exact_k5.signal / weighted_sum.kl_every_4",
+    }
 
 
 def test_sizes_are_those_of_the_shipped_files():
     embedded, medium = SIZES["embedded"](), SIZES["sd35m"]()
-    assert (embedded.num, embedded.side, embedded.tokens, embedded.rank, embedded.micro_steps) == (72, 8, 26, 16, 6)
+    assert (embedded.num, embedded.side, embedded.tokens, embedded.rank, embedded.micro_steps) == (
+        72,
+        8,
+        26,
+        16,
+        6,
+    )
     assert embedded.config.width == 128 and embedded.num % embedded.chunk == 0
-    assert medium.gpu_only and (medium.config.width, medium.config.num_layers, medium.side) == (1536, 24, 64)
+    assert medium.gpu_only and (medium.config.width, medium.config.num_layers, medium.side) == (
+        1536,
+        24,
+        64,
+    )
 
 
 def test_record_is_printed_and_written(problem, tmp_path):
     times = {"weighted_sum": [0.002, 0.004, 0.003], "exact_k5": [0.001, 0.002, 0.003]}
-    found = {"hardware": record.hardware(2), "others": 0.012, "shapes": record.shapes(problem),
-             "versions": record.versions(), "times": record.times_record(times, {"exact_k5": 5_000_000}),
-             "ratios": {"exact_k5 / weighted_sum": measure.ratio(*times.values())}}
+    found = {
+        "hardware": record.hardware(2),
+        "others": 0.012,
+        "shapes": record.shapes(problem),
+        "versions": record.versions(),
+        "times": record.times_record(times, {"exact_k5": 5_000_000}),
+        "ratios": {"exact_k5 / weighted_sum": measure.ratio(*times.values())},
+    }
     text = record.table(found)
     assert "weighted_sum                                      3.00      2.50      3.50" in text
-    assert "exact_k5                                          2.00      1.50      2.50        5.0" in text
-    assert "2.000   1.500   2.000" in text and "kept 1 % of the cores busy\n" in text and text.endswith("3 rounds")
-    assert "kept 40 % of the cores busy, so nothing here is a measurement (wanted: at most 5 %)" in record.table(
-        {**found, "others": 0.4})
+    assert (
+        "exact_k5                                          2.00      1.50      2.50        5.0"
+        in text
+    )
+    assert (
+        "2.000   1.500   2.000" in text
+        and "kept 1 % of the cores busy\n" in text
+        and text.endswith("3 rounds")
+    )
+    assert (
+        "kept 40 % of the cores busy, so nothing here is a measurement (wanted: at most 5 %)"
+        in record.table({**found, "others": 0.4})
+    )
     record.write(found, tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["times"]["exact_k5"]["bytes"] == 5_000_000
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -283,21 +375,37 @@ def test_share_of_other_processes_by_hand():
     assert 0 < own and not machine < 0
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("--threads=0", "--threads: expected 1 to"), ("--repeats=0", "--repeats: expected at least 1; received 0"),
-    ("--unroll=0", "--unroll: expected at least 1; received 0"),
-    ("--json=/nowhere/x.json", "--json: expected a file in an existing directory"), ("--size=huge", "invalid choice")])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--threads=0", "--threads: expected 1 to"),
+        ("--repeats=0", "--repeats: expected at least 1; received 0"),
+        ("--unroll=0", "--unroll: expected at least 1; received 0"),
+        ("--json=/nowhere/x.json", "--json: expected a file in an existing directory"),
+        ("--size=huge", "invalid choice"),
+    ],
+)
 def test_bad_flags(argument, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main([argument])
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--size=sd35m"], "--size: expected a GPU for sd35m; received cpu (--force to run)"),
-    (["--size=embedded", "--chunk=7"], "--chunk: expected a divisor of the 72 samples; received 7"),
-    (["--size=tiny", "--only=exakt*", "--no-torch"], "--only: expected patterns of rows (--help names them); received "
-     "'exakt*', which matches none")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size=sd35m"], "--size: expected a GPU for sd35m; received cpu (--force to run)"),
+        (
+            ["--size=embedded", "--chunk=7"],
+            "--chunk: expected a divisor of the 72 samples; received 7",
+        ),
+        (
+            ["--size=tiny", "--only=exakt*", "--no-torch"],
+            "--only: expected patterns of rows (--help names them); received "
+            "'exakt*', which matches none",
+        ),
+    ],
+)
 def test_bad_input(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
     for name in ("OMP_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
@@ -314,6 +422,8 @@ def test_flops_of_rows_by_hand(problem):
     assert found["exact_k5.signal"] == found["weighted_sum.no_kl"] == size.num * signal
     assert found["exact_k5"] == pytest.approx(size.num * (signal + anchor / size.anchor_every))
     assert found["torch.upstream.harmonised"] == found["separate_k5"]
-    assert found["separate_k5"] == pytest.approx(size.num * (signal + sample.base + 5 * sample.backward))
+    assert found["separate_k5"] == pytest.approx(
+        size.num * (signal + sample.base + 5 * sample.backward)
+    )
     entry = record.times_record({"a": [0.5, 0.25, 0.25]}, {}, {"a": 1e12}, 16e12)["a"]
     assert (entry["tflops"], entry["mfu"]) == (4.0, 0.25)

@@ -1,4 +1,5 @@
 """The experiment runner: its methods, what it runs and skips, what it makes of the records."""
+
 from __future__ import annotations
 
 import json
@@ -30,7 +31,9 @@ def planned():
 
 
 def test_every_method_has_a_preset_and_every_run_one_configuration(planned):
-    assert len({m.name for m in METHODS}) == len(METHODS) and {m.suite for m in METHODS} == set(SUITES)
+    assert len({m.name for m in METHODS}) == len(METHODS) and {m.suite for m in METHODS} == set(
+        SUITES
+    )
     assert sorted(n for job in planned for n in job.methods) == sorted(m.name for m in METHODS)
     without = [{k: v for k, v in job.config.items() if k != "name"} for job in planned]
     assert all(a != b for i, a in enumerate(without) for b in without[:i])
@@ -43,18 +46,40 @@ def test_every_method_has_a_preset_and_every_run_one_configuration(planned):
 def test_the_methods_are_what_their_names_say(planned):
     config = {name: job.config for job in planned for name in job.methods}
     for name in ("exact", "amortised", "faithful"):
-        assert config[name]["harmonize.mode"] == name and config[name]["harmonize.balancer"] == "marble"
-    for name, scalarise in (("weighted_sum", "weighted_sum"), ("upweighted", "weighted_sum"), ("gdpo", "gdpo"),
-                            ("sequential", "weighted_sum"), ("exact", "none"), ("dropout", "none")):
+        assert (
+            config[name]["harmonize.mode"] == name
+            and config[name]["harmonize.balancer"] == "marble"
+        )
+    for name, scalarise in (
+        ("weighted_sum", "weighted_sum"),
+        ("upweighted", "weighted_sum"),
+        ("gdpo", "gdpo"),
+        ("sequential", "weighted_sum"),
+        ("exact", "none"),
+        ("dropout", "none"),
+    ):
         assert config[name]["advantages.scalarise"] == scalarise
-    up, level = (config[name]["harmonize.reward_weights"] for name in ("upweighted", "weighted_sum"))
+    up, level = (
+        config[name]["harmonize.reward_weights"] for name in ("upweighted", "weighted_sum")
+    )
     np.testing.assert_allclose(np.array(up) / (level or 1), [1, 1, 1, 2, 2])
     assert config["unit_weights"]["harmonize.reward_weights"] == []
-    assert config["dropout"]["advantages.dropout"] > 0 and len(config["sequential"]["advantages.stages"]) == 3
+    assert (
+        config["dropout"]["advantages.dropout"] > 0
+        and len(config["sequential"]["advantages.stages"]) == 3
+    )
     assert all(config[f"only_{name}"]["rewards.train"] == [name] for name in REWARDS)
-    assert [config[f"refresh_{n}"]["harmonize.refresh_every"] for n in (2, 5, 10, 20)] == [2, 5, 10, 20]
+    assert [config[f"refresh_{n}"]["harmonize.refresh_every"] for n in (2, 5, 10, 20)] == [
+        2,
+        5,
+        10,
+        20,
+    ]
     assert [config[f"rho_{r}"]["harmonize.rho"] for r in (0.1, 0.5, 0.9)] == [0.1, 0.5, 0.9]
-    assert not config["raw_exact"]["harmonize.normalize"] and config["raw_exact"]["harmonize.mode"] == "exact"
+    assert (
+        not config["raw_exact"]["harmonize.normalize"]
+        and config["raw_exact"]["harmonize.mode"] == "exact"
+    )
     micro = config["solve_micro"]
     assert (micro["harmonize.mode"], micro["harmonize.refresh_every"]) == ("faithful", 1)
     assert config["solve_batch"] == config["exact"]
@@ -65,9 +90,13 @@ def test_choosing():
     assert [m.name for m in choose("main", ())] == [m.name for m in METHODS if m.suite == "main"]
     assert choose("all", ()) == METHODS
     assert [m.name for m in choose("main", ("rho_0.1", "exact"))] == ["exact", "rho_0.1"]
-    with pytest.raises(InputError, match="--suite: expected one of main, .*; received 'mian'; did you mean 'main'"):
+    with pytest.raises(
+        InputError, match="--suite: expected one of main, .*; received 'mian'; did you mean 'main'"
+    ):
         choose("mian", ())
-    with pytest.raises(InputError, match="--methods: expected one of .*; received 'gpdo'; did you mean 'gdpo'"):
+    with pytest.raises(
+        InputError, match="--methods: expected one of .*; received 'gpdo'; did you mean 'gdpo'"
+    ):
         choose("main", ("gpdo",))
     with pytest.raises(InputError, match="--seeds: expected at least 1; received 0"):
         jobs(METHODS[:1], 0, Path("out"), FILE)
@@ -78,24 +107,44 @@ class Bench:
 
     def __init__(self, folder: Path, **plan):
         self.folder, self.plan = folder, folder / "plan.json"
-        rewards = {"rewards.train": ["a", "b"], "rewards.heldout": ["judge"], "training.num_steps": 4}
-        self.jobs = [Job(f"{n}-{seed}", (n,), seed, folder / "runs" / f"{n}-{seed}",
-                         {"name": n, "seed": seed, **rewards}, (f"--workdir={folder / 'runs' / f'{n}-{seed}'}",))
-                     for n, seed in (("x", 1), ("y", 1), ("x", 2))]
+        rewards = {
+            "rewards.train": ["a", "b"],
+            "rewards.heldout": ["judge"],
+            "training.num_steps": 4,
+        }
+        self.jobs = [
+            Job(
+                f"{n}-{seed}",
+                (n,),
+                seed,
+                folder / "runs" / f"{n}-{seed}",
+                {"name": n, "seed": seed, **rewards},
+                (f"--workdir={folder / 'runs' / f'{n}-{seed}'}",),
+            )
+            for n, seed in (("x", 1), ("y", 1), ("x", 2))
+        ]
         self.change(**plan)
         self.said: list[str] = []
 
     def change(self, **plan):
-        self.plan.write_text(json.dumps({"runs": {str(j.workdir): j.config for j in self.jobs}} | plan))
+        self.plan.write_text(
+            json.dumps({"runs": {str(j.workdir): j.config for j in self.jobs}} | plan)
+        )
 
     def run(self, num_jobs=1):
         self.said.clear()
-        return runner.run(self.jobs, num_jobs, self.folder / "logs", FAKE, self.said.append, 0.01, 1e9)
+        return runner.run(
+            self.jobs, num_jobs, self.folder / "logs", FAKE, self.said.append, 0.01, 1e9
+        )
 
     @property
     def calls(self):
         file = Path(f"{self.plan}.calls")
-        return [line.split(" ", 1)[0] for line in file.read_text().splitlines()] if file.exists() else []
+        return (
+            [line.split(" ", 1)[0] for line in file.read_text().splitlines()]
+            if file.exists()
+            else []
+        )
 
 
 @pytest.fixture
@@ -111,14 +160,18 @@ def test_finished_runs_are_skipped_and_broken_ones_go_on(bench):
     assert bench.calls == ["x-1", "y-1", "x-2"]
     assert bench.said[0] == "x-1: 4 steps" and bench.said[1].startswith("x-1: done in ")
     assert bench.said[3].startswith("y-1: ended with status 143 after ")
-    assert bench.said[5].endswith("marble-jax train: model.path: expected a directory; received nothing")
+    assert bench.said[5].endswith(
+        "marble-jax train: model.path: expected a directory; received nothing"
+    )
     assert [runner.steps_done(j) for j in bench.jobs] == [4, 2, 0]
     assert [runner.finished(j) for j in bench.jobs] == [True, False, False]
     bench.change()
     assert bench.run() == []
     assert bench.calls == ["x-1", "y-1", "x-2", "y-1", "x-2"]
     assert bench.said[:2] == ["1 of 3 runs are there already", "y-1: 4 steps, from step 2"]
-    assert [r["step"] for r in map(json.loads, (bench.jobs[1].workdir / "metrics.jsonl").open())] == [0, 1, 2, 3]
+    assert [
+        r["step"] for r in map(json.loads, (bench.jobs[1].workdir / "metrics.jsonl").open())
+    ] == [0, 1, 2, 3]
     assert bench.run() == [] and len(bench.calls) == 5
 
 
@@ -138,7 +191,9 @@ def test_a_folder_with_another_run_stops_everything(bench):
     other = bench.jobs[2]
     other.workdir.mkdir(parents=True)
     (other.workdir / "config.json").write_text(json.dumps({**other.config, "seed": 9}))
-    with pytest.raises(InputError, match="holds another run: seed: expected 9 .its own.; received 2"):
+    with pytest.raises(
+        InputError, match="holds another run: seed: expected 9 .its own.; received 2"
+    ):
         bench.run()
     assert bench.calls == []
 
@@ -149,7 +204,10 @@ def test_progress(bench):
     fresh = runner.Progress(bench.jobs, lambda: next(times))
     assert fresh.line() == "0 of 12 steps, 0 of 3 runs done, ? left"
     bench.run()
-    assert fresh.line([bench.jobs[2]]) == "10 of 12 steps, 2 of 3 runs done, 6s left; x-2 at step 2 of 4"
+    assert (
+        fresh.line([bench.jobs[2]])
+        == "10 of 12 steps, 2 of 3 runs done, 6s left; x-2 at step 2 of 4"
+    )
 
 
 def test_the_result_of_a_run(bench):
@@ -157,10 +215,24 @@ def test_the_result_of_a_run(bench):
     bench.change(gain={"x-1": {"a": -0.25}})
     bench.run()
     got = results.run_result(bench.jobs[0])
-    assert (got["seed"], got["methods"], got["num_steps"], got["trained"]) == (1, ["x"], 4, ["a", "b"])
-    assert got["before"] == {"a": 1.0, "b": 1.0, "judge": 1.0} and got["after"] == {"a": 0.75, "b": 1.5, "judge": 1.5}
+    assert (got["seed"], got["methods"], got["num_steps"], got["trained"]) == (
+        1,
+        ["x"],
+        4,
+        ["a", "b"],
+    )
+    assert got["before"] == {"a": 1.0, "b": 1.0, "judge": 1.0} and got["after"] == {
+        "a": 0.75,
+        "b": 1.5,
+        "judge": 1.5,
+    }
     assert got["gain"]["a"] == {"mean": -0.25, "low": -0.35, "high": -0.15}
-    assert (got["conflict_rate"], got["worst_cos"], got["least_cos"], got["steps_looked_at"]) == (0.5, 0, -0.5, 2)
+    assert (got["conflict_rate"], got["worst_cos"], got["least_cos"], got["steps_looked_at"]) == (
+        0.5,
+        0,
+        -0.5,
+        2,
+    )
     assert (got["seconds"], got["seconds_per_step"]) == (14.0, 3.5)
     hashes = [results.config_hash(j.config) for j in bench.jobs]
     assert len(set(hashes)) == 1 and got["config_hash"] == hashes[0]
@@ -171,7 +243,11 @@ def test_results_are_written_and_read_back(bench, tmp_path):
     bench.change(fail=["y-1"])
     bench.run()
     found = results.collect(bench.jobs, "the command")
-    assert found["missing"] == ["y-1"] and list(found["runs"]) == ["x-1", "x-2"] and found["seeds"] == [1, 2]
+    assert (
+        found["missing"] == ["y-1"]
+        and list(found["runs"]) == ["x-1", "x-2"]
+        and found["seeds"] == [1, 2]
+    )
     assert found["versions"] == {"jax": "1"} and "versions" not in found["runs"]["x-1"]
     results.write_json(tmp_path / "new" / "results.json", found)
     assert json.loads((tmp_path / "new" / "results.json").read_text()) == found
@@ -179,16 +255,32 @@ def test_results_are_written_and_read_back(bench, tmp_path):
 
 def made_results():
     """Three methods, two seeds, by hand: method c trains on one reward and has one seed."""
-    def run(method, seed, gains, lows, trained=("a", "b"), conflict=0.0, cosine=0.5):
-        gain = {n: {"mean": g, "low": low, "high": g + (g - low)} for n, g, low in zip("abj", gains, lows, strict=True)}
-        return {"seed": seed, "methods": [method], "num_steps": 10, "num_prompts": 20, "trained": list(trained),
-                "gain": gain, "conflict_rate": conflict, "worst_cos": cosine, "least_cos": cosine, "seconds": 60.0}
 
-    runs = {"p-1": run("p", 1, (1.0, 2.0, 0.1), (0.5, 1.0, 0.0)),
-            "p-2": run("p", 2, (3.0, 2.0, 0.3), (2.5, -1.0, 0.2), cosine=0.3),
-            "q-1": run("q", 1, (5.0, -2.0, 0.2), (4.0, -3.0, 0.1), conflict=0.5, cosine=-0.25),
-            "q-2": run("q", 2, (7.0, 4.0, 0.2), (6.0, 3.0, 0.1), conflict=1.0, cosine=-0.75),
-            "c-1": run("c", 1, (0.0, 9.0, 0.5), (-1.0, 8.0, 0.4), ("b",), None, None)}
+    def run(method, seed, gains, lows, trained=("a", "b"), conflict=0.0, cosine=0.5):
+        gain = {
+            n: {"mean": g, "low": low, "high": g + (g - low)}
+            for n, g, low in zip("abj", gains, lows, strict=True)
+        }
+        return {
+            "seed": seed,
+            "methods": [method],
+            "num_steps": 10,
+            "num_prompts": 20,
+            "trained": list(trained),
+            "gain": gain,
+            "conflict_rate": conflict,
+            "worst_cos": cosine,
+            "least_cos": cosine,
+            "seconds": 60.0,
+        }
+
+    runs = {
+        "p-1": run("p", 1, (1.0, 2.0, 0.1), (0.5, 1.0, 0.0)),
+        "p-2": run("p", 2, (3.0, 2.0, 0.3), (2.5, -1.0, 0.2), cosine=0.3),
+        "q-1": run("q", 1, (5.0, -2.0, 0.2), (4.0, -3.0, 0.1), conflict=0.5, cosine=-0.25),
+        "q-2": run("q", 2, (7.0, 4.0, 0.2), (6.0, 3.0, 0.1), conflict=1.0, cosine=-0.75),
+        "c-1": run("c", 1, (0.0, 9.0, 0.5), (-1.0, 8.0, 0.4), ("b",), None, None),
+    }
     methods = [{"name": n, "title": n.upper(), "suite": "main"} for n in "pqc"]
     return {"command": "make it", "seeds": [1, 2], "methods": methods, "missing": [], "runs": runs}
 
@@ -196,7 +288,9 @@ def made_results():
 def test_intervals_over_seeds():
     """Student's t at 0.975 is 12.706 with one degree of freedom and 4.303 with two."""
     assert table.t_interval(np.array([1.0, 3.0])) == pytest.approx((2.0, 12.7062), rel=1e-5)
-    assert table.t_interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((2.0, 4.302653 / 3**0.5), rel=1e-5)
+    assert table.t_interval(np.array([1.0, 2.0, 3.0])) == pytest.approx(
+        (2.0, 4.302653 / 3**0.5), rel=1e-5
+    )
     mean, half = table.t_interval(np.array([5.0]))
     assert mean == 5.0 and np.isnan(half)
     assert np.isnan(table.t_interval(np.array([]))).all()
@@ -227,7 +321,9 @@ def test_the_composite_by_hand():
     (p, p_half), (q, q_half) = table.composites(found)
     assert (p, q) == pytest.approx((0, 0), abs=1e-12)
     assert p_half == q_half == pytest.approx(0.0, abs=1e-9)  # -1/3 in both seeds for p
-    for values, half in zip(table.composites(table.rows(made_results())), [np.nan] * 3, strict=True):
+    for values, half in zip(
+        table.composites(table.rows(made_results())), [np.nan] * 3, strict=True
+    ):
         np.testing.assert_equal(values[1], half)  # one method lacks a seed
     three = table.composites(table.rows(made_results()))
     columns = np.array([[2, 6, 0], [2, 1, 9], [0.2, 0.2, 0.5]])
@@ -238,19 +334,36 @@ def test_the_composite_by_hand():
 def test_the_page():
     text = table.markdown(made_results())
     lines = text.splitlines()
-    assert "make it" in text and "10 optimiser steps, 20 held-out prompts" in text and "## Methods" in text
+    assert (
+        "make it" in text
+        and "10 optimiser steps, 20 held-out prompts" in text
+        and "## Methods" in text
+    )
     head = next(line for line in lines if line.startswith("| method"))
     assert "| j (never trained) |" in head and "all 2 up" in head
     p = next(line for line in lines if line.startswith("| P |"))
-    assert "| 2 | +2.0000 ± 12.7062 | +2.0000 ± 0.0000 |" in p and "| 0 % | +0.40 (+0.30) | 1.0 |" in p
+    assert (
+        "| 2 | +2.0000 ± 12.7062 | +2.0000 ± 0.0000 |" in p and "| 0 % | +0.40 (+0.30) | 1.0 |" in p
+    )
     q = next(line for line in lines if line.startswith("| Q |"))
     assert "| 75 % | -0.50 (-0.75) |" in q
     c = next(line for line in lines if line.startswith("| C |"))
-    assert c.startswith("| C | 1 | +0.0000 | +9.0000 | +0.5000 |") and c.endswith("| 0/1 | 0/1 | - | - | 1.0 |")
+    assert c.startswith("| C | 1 | +0.0000 | +9.0000 | +0.5000 |") and c.endswith(
+        "| 0/1 | 0/1 | - | - | 1.0 |"
+    )
     at = lines.index("| minus P | a | b | j |")
     assert lines[at + 2].startswith("| Q | +4.0000 ± 0.0000 | -1.0000 ± 38.1186 |")
     assert lines[at + 3] == "| C | -1.0000 | +7.0000 | +0.4000 |"
-    assert len({line.count("|") for line in lines if line.startswith(("| P |", "| Q |", "| C |", "| method"))}) > 1
+    assert (
+        len(
+            {
+                line.count("|")
+                for line in lines
+                if line.startswith(("| P |", "| Q |", "| C |", "| method"))
+            }
+        )
+        > 1
+    )
     empty = table.markdown({**made_results(), "runs": {}, "methods": []})
     assert "No run is finished yet." in empty
 
@@ -264,7 +377,10 @@ def test_a_pareto_front_by_hand():
 
 
 def test_pairs():
-    assert fronts.parse_pairs("a+b,a+j", "abj") == [("a", "b"), ("a", "j")] and fronts.parse_pairs("", "ab") == []
+    assert (
+        fronts.parse_pairs("a+b,a+j", "abj") == [("a", "b"), ("a", "j")]
+        and fronts.parse_pairs("", "ab") == []
+    )
     with pytest.raises(InputError, match="--pairs: expected reward.reward,...; received 'a'"):
         fronts.parse_pairs("a", "ab")
     with pytest.raises(InputError, match="--pairs: expected one of a, b; received 'c'"):
@@ -287,7 +403,14 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     monkeypatch.setenv("PLAN", str(plan))
-    argv = ["--methods=exact,gdpo", "--seeds=2", "--steps=3", f"--config={FILE}", f"--out={out}", "--jobs=2"]
+    argv = [
+        "--methods=exact,gdpo",
+        "--seeds=2",
+        "--steps=3",
+        f"--config={FILE}",
+        f"--out={out}",
+        "--jobs=2",
+    ]
     every = jobs(choose("main", ("exact", "gdpo")), 2, out, FILE, ["--config.training.num_steps=3"])
     plan.write_text(json.dumps({"runs": {str(j.workdir): j.config for j in every}}))
     assert [j.name for j in every] == ["exact-1", "gdpo-1", "exact-2", "gdpo-2"]
@@ -297,7 +420,9 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     found = json.loads((out / "results.json").read_text())
     assert sorted(found["runs"]) == sorted(j.name for j in every) and found["missing"] == []
     assert {m["name"] for m in found["methods"]} == {"exact", "gdpo", "solve_batch"}
-    assert "| MARBLE, exact | 2 |" in (out / "table.md").read_text() and (out / "fronts.svg").exists()
+    assert (
+        "| MARBLE, exact | 2 |" in (out / "table.md").read_text() and (out / "fronts.svg").exists()
+    )
     calls = Path(f"{plan}.calls").read_text()
     assert main(argv, FAKE) == 0 and Path(f"{plan}.calls").read_text() == calls
     assert "4 of 4 runs are there already" in capsys.readouterr().out
@@ -309,12 +434,17 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert main([*argv, "--list"], FAKE) == 0 and "GDPO" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--suit=main"], "option: expected one of .*received --suit; did you mean 'suite'"),
-    (["--jobs=3"], "--jobs: expected 1 or 2; received 3"), (["--seeds=x"], "--seeds: expected a whole number"),
-    (["--steps=0"], "--steps: expected a whole number of at least 1; received '0'"),
-    (["--pairs=ocr+jury"], "--pairs: expected one of .*; received 'jury'"),
-    (["--config.nft.bta=1"], "nft.bta: expected a configuration key")])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--suit=main"], "option: expected one of .*received --suit; did you mean 'suite'"),
+        (["--jobs=3"], "--jobs: expected 1 or 2; received 3"),
+        (["--seeds=x"], "--seeds: expected a whole number"),
+        (["--steps=0"], "--steps: expected a whole number of at least 1; received '0'"),
+        (["--pairs=ocr+jury"], "--pairs: expected one of .*; received 'jury'"),
+        (["--config.nft.bta=1"], "nft.bta: expected a configuration key"),
+    ],
+)
 def test_bad_options(argv, message, capsys):
     assert main([f"--config={FILE}", *argv], ("false",)) == 2
     captured = capsys.readouterr()

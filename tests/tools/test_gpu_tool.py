@@ -1,4 +1,5 @@
 """tools/gpu.py: parts in processes of their own, time limits, going on, what is said of what is missing."""
+
 from __future__ import annotations
 
 import json
@@ -8,25 +9,51 @@ import pytest
 
 from tools import gpu
 
-ENTRY = {"milliseconds": {"median": 10.0, "q1": 9.0, "q3": 11.0, "num": 3}, "tflops": 450.0, "mfu": 0.455, "bytes": 2e9}
+ENTRY = {
+    "milliseconds": {"median": 10.0, "q1": 9.0, "q3": 11.0, "num": 3},
+    "tflops": 450.0,
+    "mfu": 0.455,
+    "bytes": 2e9,
+}
 
 
 def result(**medians):
-    times = {name.replace("__", "."): {**ENTRY, "milliseconds": {"median": m, "q1": 0.9 * m, "q3": 1.1 * m, "num": 3}}
-             for name, m in medians.items()}
-    return {"times": times, "versions": {"jax": "0.11.2", "python": "3.12.3"},
-            "hardware": {"graphics": ["NVIDIA H200, 580.1, 143771 MiB"], "devices": ["NVIDIA H200"]},
-            "shapes": {"name": "sd35m", "num": 9, "side": 64, "tokens": 205, "parameters": 2.24e9, "dtype": "bfloat16"}}
+    times = {
+        name.replace("__", "."): {
+            **ENTRY,
+            "milliseconds": {"median": m, "q1": 0.9 * m, "q3": 1.1 * m, "num": 3},
+        }
+        for name, m in medians.items()
+    }
+    return {
+        "times": times,
+        "versions": {"jax": "0.11.2", "python": "3.12.3"},
+        "hardware": {"graphics": ["NVIDIA H200, 580.1, 143771 MiB"], "devices": ["NVIDIA H200"]},
+        "shapes": {
+            "name": "sd35m",
+            "num": 9,
+            "side": 64,
+            "tokens": 205,
+            "parameters": 2.24e9,
+            "dtype": "bfloat16",
+        },
+    }
 
 
 def script(monkeypatch, text):
     """Every part runs this Python text, which finds its record's path in `sys.argv[1]`."""
-    monkeypatch.setattr(gpu, "command", lambda part, options, seconds, record: [
-        sys.executable, "-c", text, str(record)])
+    monkeypatch.setattr(
+        gpu,
+        "command",
+        lambda part, options, seconds, record: [sys.executable, "-c", text, str(record)],
+    )
 
 
 def test_a_part_leaves_a_record_and_is_not_run_again(monkeypatch, tmp_path, capsys):
-    script(monkeypatch, f"import sys; open(sys.argv[1], 'w').write({json.dumps(json.dumps(result(weighted_sum=8.0)))})")
+    script(
+        monkeypatch,
+        f"import sys; open(sys.argv[1], 'w').write({json.dumps(json.dumps(result(weighted_sum=8.0)))})",
+    )
     out = tmp_path / "new"
     arguments = [f"--out={out}", "--parts=core", "--force"]
     assert gpu.main(arguments) == 0
@@ -36,15 +63,26 @@ def test_a_part_leaves_a_record_and_is_not_run_again(monkeypatch, tmp_path, caps
     assert gpu.main(arguments) == 0 and gpu.main([*arguments, "--show"]) == 0
     assert gpu.main([*arguments, "--again"]) == 1
     assert "core: failed: must not run" in capsys.readouterr().out
-    assert json.loads((out / "core.json").read_text())["state"] == "done"  # a failure leaves the older record alone
+    assert (
+        json.loads((out / "core.json").read_text())["state"] == "done"
+    )  # a failure leaves the older record alone
 
 
-def test_a_part_that_takes_too_long_is_ended_and_the_next_one_is_not_begun(monkeypatch, tmp_path, capsys):
+def test_a_part_that_takes_too_long_is_ended_and_the_next_one_is_not_begun(
+    monkeypatch, tmp_path, capsys
+):
     script(monkeypatch, "import time; time.sleep(60)")
     monkeypatch.setattr(gpu, "FEWEST_SECONDS", 0.4)
-    assert gpu.main([f"--out={tmp_path}", "--parts=core,more", "--seconds=0.5", "--total=0.6", "--force"]) == 0
+    assert (
+        gpu.main(
+            [f"--out={tmp_path}", "--parts=core,more", "--seconds=0.5", "--total=0.6", "--force"]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "core: stopped: not finished within 0 s" in said and "more: stopped: no time left" in said
+    assert (
+        "core: stopped: not finished within 0 s" in said and "more: stopped: no time left" in said
+    )
     assert not (tmp_path / "core.json").exists()
 
 
@@ -55,18 +93,28 @@ def test_a_part_without_its_packages_is_skipped_with_the_reason(monkeypatch, tmp
 
 
 def test_tests_are_counted(monkeypatch, tmp_path, capsys):
-    report = ('<testsuites><testsuite><testcase name="a" time="1.5"/><testcase name="b"><failure message="off"/>'
-              '</testcase><testcase name="c"><skipped message="no GPU"/></testcase></testsuite></testsuites>')
-    script(monkeypatch, f"import sys; open(sys.argv[1], 'w').write({report!r}); raise SystemExit(1)")
+    report = (
+        '<testsuites><testsuite><testcase name="a" time="1.5"/><testcase name="b"><failure message="off"/>'
+        '</testcase><testcase name="c"><skipped message="no GPU"/></testcase></testsuite></testsuites>'
+    )
+    script(
+        monkeypatch, f"import sys; open(sys.argv[1], 'w').write({report!r}); raise SystemExit(1)"
+    )
     assert gpu.main([f"--out={tmp_path}", "--parts=tests", "--force"]) == 1
     said = capsys.readouterr().out
-    assert "tests: 1 passed, 1 failed, 1 skipped" in said and "failed: b: off" in said and "skipped: c: no GPU" in said
+    assert (
+        "tests: 1 passed, 1 failed, 1 skipped" in said
+        and "failed: b: off" in said
+        and "skipped: c: no GPU" in said
+    )
 
 
 def test_ratios_between_parts_by_hand():
-    parts = {"core": {"state": "done", "result": result(exact_k5=10.0)},
-             "upstream": {"state": "done", "result": result(torch__upstream__harmonised=30.0)},
-             "tuned": {"state": "failed", "reason": "out of memory"}}
+    parts = {
+        "core": {"state": "done", "result": result(exact_k5=10.0)},
+        "upstream": {"state": "done", "result": result(torch__upstream__harmonised=30.0)},
+        "tuned": {"state": "failed", "reason": "out of memory"},
+    }
     record = gpu.combine(parts)
     found = record["ratios"]["exact_k5 / torch.upstream.harmonised"]
     assert found == pytest.approx({"median": 3.0, "low": 27 / 11, "high": 33 / 9})
@@ -78,16 +126,29 @@ def test_ratios_between_parts_by_hand():
 def test_commands_and_their_limits(tmp_path):
     options = gpu.parse([f"--out={tmp_path}", "--rounds=7"])
     core = gpu.command("core", options, 100.0, tmp_path / "record")
-    assert {"--no-torch", "--size=sd35m", "--seconds=40", "--repeats=7", "--torch-compile=off"} <= set(core)
+    assert {
+        "--no-torch",
+        "--size=sd35m",
+        "--seconds=40",
+        "--repeats=7",
+        "--torch-compile=off",
+    } <= set(core)
     assert "--torch-compile=on" in gpu.command("compiled", options, 100.0, tmp_path / "record")
     tests = gpu.command("tests", options, 100.0, tmp_path / "record")
-    assert tests[1:6] == ["-m", "pytest", "-q", "-m", "gpu"] and all((gpu.ROOT / f).is_file() for f in tests[8:])
+    assert tests[1:6] == ["-m", "pytest", "-q", "-m", "gpu"] and all(
+        (gpu.ROOT / f).is_file() for f in tests[8:]
+    )
     assert len(tests) > 8
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--parts=core,speed"], "--parts: expected some of tests, core,"), (["--rounds=0"], "--rounds: expected a number"),
-    (["--total=-1"], "--total: expected a number above 0; received -1.0")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts=core,speed"], "--parts: expected some of tests, core,"),
+        (["--rounds=0"], "--rounds: expected a number"),
+        (["--total=-1"], "--total: expected a number above 0; received -1.0"),
+    ],
+)
 def test_bad_flags(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main([f"--out={tmp_path}", *arguments])
@@ -98,7 +159,9 @@ def test_a_machine_without_a_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "has_gpu", lambda: False)
     out = tmp_path / "nothing"
     assert gpu.main([f"--out={out}"]) == 2 and not out.exists()
-    assert capsys.readouterr().err.startswith("tools.gpu: expected a machine with an NVIDIA GPU; received one")
+    assert capsys.readouterr().err.startswith(
+        "tools.gpu: expected a machine with an NVIDIA GPU; received one"
+    )
 
 
 @pytest.mark.slow
@@ -106,7 +169,12 @@ def test_the_whole_way_at_a_tiny_size(tmp_path):
     """What a GPU machine runs, in its own processes, with sizes for a CPU."""
     for name in ("torch", "diffusers", "peft"):
         pytest.importorskip(name)
-    assert gpu.main([f"--out={tmp_path}", "--size=tiny", "--force", "--parts=core,upstream", "--rounds=3"]) == 0
+    assert (
+        gpu.main(
+            [f"--out={tmp_path}", "--size=tiny", "--force", "--parts=core,upstream", "--rounds=3"]
+        )
+        == 0
+    )
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert {"exact_k5", "exact_k5.step", "torch.upstream.harmonised"} <= set(record["times"])
     assert record["ratios"]["exact_k5 / torch.upstream.harmonised"]["median"] > 0

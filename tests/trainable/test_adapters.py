@@ -1,4 +1,5 @@
 """Which layers are adapted, how they start, and the way to the names of other libraries."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,9 @@ def test_initial_values():
     adapter = init_adapter(jax.random.key(0), SHAPES, LoraSpec(rank=64))
     run = adapter["blocks_0"]["attn"]["to_q"]
     assert run["a"].shape == (2, 8, 64) and run["b"].shape == (2, 64, 8)
-    values = np.concatenate([np.ravel(leaf) for leaf in (run["a"], adapter["blocks_2"]["attn"]["to_k"]["a"])])
+    values = np.concatenate(
+        [np.ravel(leaf) for leaf in (run["a"], adapter["blocks_2"]["attn"]["to_k"]["a"])]
+    )
     assert abs(values.std() * 64 - 1) < 0.08 and abs(values.mean() * 64) < 0.08
     assert not np.any(run["b"])
     assert not np.array_equal(run["a"][0], run["a"][1])
@@ -68,7 +71,9 @@ def test_a_layer_draws_the_same_values_whatever_else_is_adapted():
 
 
 def test_untargeted_layers_of_a_run_are_zero():
-    adapter = init_adapter(jax.random.key(0), SHAPES, LoraSpec(3, 6.0, ("transformer_blocks.1.attn.to_q",)))
+    adapter = init_adapter(
+        jax.random.key(0), SHAPES, LoraSpec(3, 6.0, ("transformer_blocks.1.attn.to_q",))
+    )
     a = adapter["blocks_0"]["attn"]["to_q"]["a"]
     assert not np.any(a[0]) and np.all(np.any(a[1], axis=0))
 
@@ -85,12 +90,23 @@ def test_stack_inverts_unstack():
 
 
 def test_merge_by_hand():
-    params = {"dense": {"kernel": np.asarray([[1.0, 2.0]], np.float32), "bias": np.zeros(2, np.float32)}}
-    adapter = {"dense": {"a": np.asarray([[3.0]], np.float32), "b": np.asarray([[1.0, -1.0]], np.float32)}}
+    params = {
+        "dense": {"kernel": np.asarray([[1.0, 2.0]], np.float32), "bias": np.zeros(2, np.float32)}
+    }
+    adapter = {
+        "dense": {"a": np.asarray([[3.0]], np.float32), "b": np.asarray([[1.0, -1.0]], np.float32)}
+    }
     merged = merge(params, adapter, 2.0)
     np.testing.assert_array_equal(merged["dense"]["kernel"], [[7.0, -4.0]])
-    np.testing.assert_array_equal(merge(merged, adapter, -2.0)["dense"]["kernel"], params["dense"]["kernel"])
-    half = {"dense": {"kernel": params["dense"]["kernel"].astype(np.float16), "bias": params["dense"]["bias"]}}
+    np.testing.assert_array_equal(
+        merge(merged, adapter, -2.0)["dense"]["kernel"], params["dense"]["kernel"]
+    )
+    half = {
+        "dense": {
+            "kernel": params["dense"]["kernel"].astype(np.float16),
+            "bias": params["dense"]["bias"],
+        }
+    }
     assert merge(half, adapter, 2.0)["dense"]["kernel"].dtype == np.float16
 
 
@@ -102,32 +118,49 @@ def test_dense_with_and_without_adapter(dtype):
     plain = layer.apply(variables, x)
     assert plain.dtype == dtype
     np.testing.assert_array_equal(plain.astype(jnp.float32), [[2.5, 4.25]])
-    adapted = layer.apply({**variables, "lora": {"a": jnp.asarray([[3.0]]), "b": jnp.asarray([[1.0, -1.0]])}}, x)
+    adapted = layer.apply(
+        {**variables, "lora": {"a": jnp.asarray([[3.0]]), "b": jnp.asarray([[1.0, -1.0]])}}, x
+    )
     np.testing.assert_array_equal(adapted.astype(jnp.float32), [[14.5, -7.75]])
 
 
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: LoraSpec(targets="attn.to_q"), "targets: expected a list of module name suffixes; received 'attn"),
-        (lambda: LoraSpec(targets=()), r"adapter targets: expected a list of module name suffixes; received \(\)"),
+        (
+            lambda: LoraSpec(targets="attn.to_q"),
+            "targets: expected a list of module name suffixes; received 'attn",
+        ),
+        (
+            lambda: LoraSpec(targets=()),
+            r"adapter targets: expected a list of module name suffixes; received \(\)",
+        ),
         (lambda: LoraSpec(rank=0), "adapter rank: expected at least 1; received 0"),
         (
             lambda: target_modules(SHAPES, ("attn.to_k", "attn.to_qq")),
             r"received 'attn.to_qq'; did you mean 'attn.to_q'\?",
         ),
-        (lambda: target_modules(SHAPES, ("o_q",)), "adapter target: expected the end of a dense layer's name"),
+        (
+            lambda: target_modules(SHAPES, ("o_q",)),
+            "adapter target: expected the end of a dense layer's name",
+        ),
         (lambda: target_modules(SHAPES, ("pos_embed.proj",)), "received 'pos_embed.proj'"),
         (
-            lambda: stack({"transformer_blocks.9.attn.to_q": (np.zeros((8, 2)), np.zeros((2, 8)))}, SHAPES),
+            lambda: stack(
+                {"transformer_blocks.9.attn.to_q": (np.zeros((8, 2)), np.zeros((2, 8)))}, SHAPES
+            ),
             "expected a dense layer of the transformer; received 'transformer_blocks.9.attn.to_q'; did you mean",
         ),
         (
-            lambda: stack({"transformer_blocks.1.attn.to_q": (np.zeros((8, 2)), np.zeros((3, 8)))}, SHAPES),
+            lambda: stack(
+                {"transformer_blocks.1.attn.to_q": (np.zeros((8, 2)), np.zeros((3, 8)))}, SHAPES
+            ),
             r"attn.to_q, b: expected shape \(2, 8\); received \(3, 8\)",
         ),
         (
-            lambda: stack({"transformer_blocks.1.attn.to_q": (np.zeros((7, 2)), np.zeros((2, 8)))}, SHAPES),
+            lambda: stack(
+                {"transformer_blocks.1.attn.to_q": (np.zeros((7, 2)), np.zeros((2, 8)))}, SHAPES
+            ),
             r"attn.to_q, a: expected shape \(8, 2\); received \(7, 2\)",
         ),
     ],
@@ -140,11 +173,26 @@ def test_errors(build, message):
 @pytest.mark.parametrize(
     "adapter, message",
     [
-        ({"densee": {"a": np.zeros((1, 1)), "b": np.zeros((1, 2))}}, "leaf densee/a: .*did you mean 'dense'"),
-        ({"dense": {"a": np.zeros((1, 1))}}, "leaf dense/a: expected the pair 'a' and 'b'; received 'a' alone"),
-        ({"dense": {"a": np.zeros((1, 1)), "b": np.zeros((1, 2)), "c": 0}}, "dense/c: expected the pair .*'c'"),
-        ({"dense": {"a": np.zeros((2, 1)), "b": np.zeros((1, 2))}}, r"adapter of dense: .*\(1, 2\); received \(2, 1\)"),
-        ({"dense": {"a": np.zeros((1, 1)), "b": np.zeros((2, 2))}}, r"adapter of dense: .*received \(1, 1\), \(2, 2\)"),
+        (
+            {"densee": {"a": np.zeros((1, 1)), "b": np.zeros((1, 2))}},
+            "leaf densee/a: .*did you mean 'dense'",
+        ),
+        (
+            {"dense": {"a": np.zeros((1, 1))}},
+            "leaf dense/a: expected the pair 'a' and 'b'; received 'a' alone",
+        ),
+        (
+            {"dense": {"a": np.zeros((1, 1)), "b": np.zeros((1, 2)), "c": 0}},
+            "dense/c: expected the pair .*'c'",
+        ),
+        (
+            {"dense": {"a": np.zeros((2, 1)), "b": np.zeros((1, 2))}},
+            r"adapter of dense: .*\(1, 2\); received \(2, 1\)",
+        ),
+        (
+            {"dense": {"a": np.zeros((1, 1)), "b": np.zeros((2, 2))}},
+            r"adapter of dense: .*received \(1, 1\), \(2, 2\)",
+        ),
     ],
 )
 def test_adapter_that_does_not_belong(adapter, message):

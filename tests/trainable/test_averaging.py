@@ -1,4 +1,5 @@
 """Decay schedules against hand-computed values."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +9,16 @@ from marble_jax.errors import InputError
 from marble_jax.trainable import averaging
 
 
-@pytest.mark.parametrize(("name", "settings", "expected"), [
-    ("copy", {}, {0: 0, 10: 0, 10000: 0}),
-    ("linear_capped", {}, {0: 0, 1: 0.001, 500: 0.5, 950: 0.95, 5000: 0.95}),
-    ("linear_capped", {"cap": 0.5}, {499: 0.499, 501: 0.5}),
-    ("linear_capped", {"rate": 0.01, "offset": 10}, {5: 0, 10: 0, 20: 0.1}),
-    ("delayed_linear", {}, {0: 0, 74: 0, 75: 0, 76: 0.0075, 175: 0.75, 1000: 0.999})])
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("copy", {}, {0: 0, 10: 0, 10000: 0}),
+        ("linear_capped", {}, {0: 0, 1: 0.001, 500: 0.5, 950: 0.95, 5000: 0.95}),
+        ("linear_capped", {"cap": 0.5}, {499: 0.499, 501: 0.5}),
+        ("linear_capped", {"rate": 0.01, "offset": 10}, {5: 0, 10: 0, 20: 0.1}),
+        ("delayed_linear", {}, {0: 0, 74: 0, 75: 0, 76: 0.0075, 175: 0.75, 1000: 0.999}),
+    ],
+)
 def test_rollout_decay(name, settings, expected):
     decay = averaging.rollout_decay(name, **settings)
     traced = jax.jit(decay)
@@ -37,9 +42,21 @@ def test_soft_update_keeps_dtype():
     assert got["a"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(("name", "settings", "message"), [
-    ("linear", {}, "rollout decay: expected one of copy, linear_capped, delayed_linear; received 'linear'"),
-    ("linear_capped", {"cap": 1.5}, r"rollout decay cap: expected a number in \[0, 1\]; received 1.5")])
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "linear",
+            {},
+            "rollout decay: expected one of copy, linear_capped, delayed_linear; received 'linear'",
+        ),
+        (
+            "linear_capped",
+            {"cap": 1.5},
+            r"rollout decay cap: expected a number in \[0, 1\]; received 1.5",
+        ),
+    ],
+)
 def test_bad_input(name, settings, message):
     with pytest.raises(InputError, match=message):
         averaging.rollout_decay(name, **settings)

@@ -1,4 +1,5 @@
 """A step on four devices: the same mathematics, and each device works on its own samples only."""
+
 from __future__ import annotations
 
 import fake_devices
@@ -19,8 +20,13 @@ def steps() -> dict[str, object]:
     mesh = device_mesh.make_mesh(2, 2)
     found = {}
     sizes = {"micro_batch": 12, "chunk": 4}
-    split = make_steps(toy.recipe(**sizes, shards=device_mesh.Shards(mesh)), toy.velocity, toy.optimizer(),
-                       "amortised", 2)
+    split = make_steps(
+        toy.recipe(**sizes, shards=device_mesh.Shards(mesh)),
+        toy.velocity,
+        toy.optimizer(),
+        "amortised",
+        2,
+    )
     alone = make_steps(toy.recipe(**sizes), toy.velocity, toy.optimizer(), "amortised", 2)
 
     def everywhere(tree):
@@ -32,11 +38,22 @@ def steps() -> dict[str, object]:
         compiled = getattr(split, name).lower(everywhere(toy.new_state()), *arguments).compile()
         one, metrics = getattr(alone, name)(toy.new_state(), toy.base_params(), batch)
         four, found_metrics = compiled(everywhere(toy.new_state()), *arguments)
-        gaps = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)),
-                                                      initial=0)), one.current, four.current)
+        gaps = jax.tree.map(
+            lambda x, y: float(
+                np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)), initial=0)
+            ),
+            one.current,
+            four.current,
+        )
         rows = {int(r) for r in re.findall(r"= f32\[(\d+),6\]\S* dot\(", compiled.as_text())}
-        found[name] = {"gap": max(jax.tree.leaves(gaps)), "rows": sorted(rows),
-                       "norms": [float(metrics["training/grad_norm"]), float(found_metrics["training/grad_norm"])]}
+        found[name] = {
+            "gap": max(jax.tree.leaves(gaps)),
+            "rows": sorted(rows),
+            "norms": [
+                float(metrics["training/grad_norm"]),
+                float(found_metrics["training/grad_norm"]),
+            ],
+        }
     return found
 
 
@@ -45,4 +62,7 @@ def test_devices_share_the_samples_and_agree():
         assert found["gap"] < 1e-6, name
         one, four = found["norms"]
         assert abs(one - four) < 1e-5 * one, name
-        assert 12 not in found["rows"] and 3 in found["rows"], (name, found["rows"])  # 12 samples, 3 a device
+        assert 12 not in found["rows"] and 3 in found["rows"], (
+            name,
+            found["rows"],
+        )  # 12 samples, 3 a device

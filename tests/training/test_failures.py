@@ -1,4 +1,5 @@
 """Rewards that fail, hang or answer nonsense in 30 % of their calls, in the toy loop: no zero enters, resume works."""
+
 import functools
 import itertools
 import threading
@@ -40,7 +41,12 @@ class Faulty(Reward):
 
     def __init__(self, fault, release, kind="host", every=3):
         super().__init__(name="faulty", kind=kind)
-        self._fault, self._release, self._numbers, self._every = fault, release, itertools.count(), every
+        self._fault, self._release, self._numbers, self._every = (
+            fault,
+            release,
+            itertools.count(),
+            every,
+        )
 
     def score(self, params, images, prompts, metadata):
         good = np.asarray(images)[..., 0].mean(axis=(1, 2)) + OFFSET
@@ -50,14 +56,24 @@ class Faulty(Reward):
             raise ConnectionError("server gone")
         if self._fault == "hangs":
             self._release.wait(60)
-        answer = {"nan": np.full(len(good), np.nan), "short": good[1:], "garbage": ["?"] * len(good), "none": None,
-                  "hangs": good}[self._fault]
+        answer = {
+            "nan": np.full(len(good), np.nan),
+            "short": good[1:],
+            "garbage": ["?"] * len(good),
+            "none": None,
+            "hangs": good,
+        }[self._fault]
         return answer, np.ones(len(good), bool)
 
 
 def _encode(texts):
-    numbers = np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
-    return Conditioning(embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), pooled=jnp.asarray(numbers[:, :2]))
+    numbers = (
+        np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
+    )
+    return Conditioning(
+        embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)),
+        pooled=jnp.asarray(numbers[:, :2]),
+    )
 
 
 @functools.cache
@@ -72,7 +88,9 @@ class Run:
     def __init__(self, monkeypatch, fault, on_error="mask", kind="host", every=3, cap=0.5):
         self.release, self.records, self.saved, self.seen = threading.Event(), {}, {}, []
         reward = Faulty(fault, self.release, kind, every)
-        self.scorer = Scorer([Brightness(name="brightness", kind="device"), reward], 2, on_error, cap, timeout=0.3)
+        self.scorer = Scorer(
+            [Brightness(name="brightness", kind="device"), reward], 2, on_error, cap, timeout=0.3
+        )
 
         def spy(scores, groups, sampling, mask):
             out = advantages_of(scores, groups, sampling, mask)
@@ -83,13 +101,23 @@ class Run:
 
     def __call__(self, state, num_steps=NUM_STEPS):
         sampler, steps = _programs()
-        collector = Collector(sampler, _encode, jax.nn.sigmoid, self.scorer, toy.LATENT, BATCH, lambda t: t)
-        hooks = Hooks(self.records.__setitem__, lambda s, give_way: s,
-                      lambda s: self.saved.__setitem__(int(s.step), jax.tree.map(lambda x: np.array(x), s)))
+        collector = Collector(
+            sampler, _encode, jax.nn.sigmoid, self.scorer, toy.LATENT, BATCH, lambda t: t
+        )
+        hooks = Hooks(
+            self.records.__setitem__,
+            lambda s, give_way: s,
+            lambda s: self.saved.__setitem__(int(s.step), jax.tree.map(lambda x: np.array(x), s)),
+        )
         sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
         try:
-            return train(state, Turn(toy.base_params(), collector, sampling, steps, lambda tree: tree),
-                         Schedule(num_steps, 0, 50), hooks, Console())
+            return train(
+                state,
+                Turn(toy.base_params(), collector, sampling, steps, lambda tree: tree),
+                Schedule(num_steps, 0, 50),
+                hooks,
+                Console(),
+            )
         finally:
             self.release.set()
             self.scorer.close()
@@ -99,9 +127,20 @@ def _start():
     return toy.new_state(num_rewards=2)
 
 
-@pytest.mark.parametrize("fault, kind", [
-    ("raises", "host"), ("hangs", "host"), ("nan", "host"), ("short", "host"), ("garbage", "host"), ("none", "host"),
-    ("raises", "device"), ("nan", "device"), ("short", "device")])
+@pytest.mark.parametrize(
+    "fault, kind",
+    [
+        ("raises", "host"),
+        ("hangs", "host"),
+        ("nan", "host"),
+        ("short", "host"),
+        ("garbage", "host"),
+        ("none", "host"),
+        ("raises", "device"),
+        ("nan", "device"),
+        ("short", "device"),
+    ],
+)
 def test_training_goes_on_and_no_zero_enters(monkeypatch, capsys, fault, kind):
     run = Run(monkeypatch, fault, kind=kind)
     state = run(_start())
@@ -111,7 +150,11 @@ def test_training_goes_on_and_no_zero_enters(monkeypatch, capsys, fault, kind):
     assert sum(failed) > 0 and sum(failed) % BATCH == 0  # whole calls
     for scores, groups, (each, rows, valid) in run.seen:
         good = scores.valid[1]
-        assert np.all(scores.values[1][good] > OFFSET) and not np.any(valid[1] & ~good) and np.all(rows[1][~good] == 0)
+        assert (
+            np.all(scores.values[1][good] > OFFSET)
+            and not np.any(valid[1] & ~good)
+            and np.all(rows[1][~good] == 0)
+        )
         values = scores.values[1].astype(np.float64)
         for group in np.unique(groups):
             member = good & (groups == group)
@@ -120,9 +163,13 @@ def test_training_goes_on_and_no_zero_enters(monkeypatch, capsys, fault, kind):
                 np.testing.assert_allclose(each.values[1][member], want, atol=1e-3)
     for record, (scores, _, _) in zip(run.records.values(), run.seen):
         assert record["rollout/failed_count/brightness"] == record["rollout/failed/brightness"] == 0
-        assert record["rollout/failed/faulty"] == record["rollout/failed_count/faulty"] / toy.PICTURES
-        np.testing.assert_equal(record["rollout/score_mean/faulty"], float(scores.values[1][scores.valid[1]].mean())
-                                if scores.valid[1].any() else np.nan)
+        assert (
+            record["rollout/failed/faulty"] == record["rollout/failed_count/faulty"] / toy.PICTURES
+        )
+        np.testing.assert_equal(
+            record["rollout/score_mean/faulty"],
+            float(scores.values[1][scores.valid[1]].mean()) if scores.valid[1].any() else np.nan,
+        )
     lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("step ")]
     assert [("faulty failed" in text) for text in lines] == [count > 0 for count in failed]
 
@@ -138,15 +185,21 @@ def test_a_step_without_any_score_teaches_nothing_about_that_reward(monkeypatch)
 
     other = Run(monkeypatch, "raises")
     other.scorer.close()
-    other.scorer = Scorer([Brightness(name="brightness", kind="device"), Never(name="faulty", kind="device")])
+    other.scorer = Scorer(
+        [Brightness(name="brightness", kind="device"), Never(name="faulty", kind="device")]
+    )
     toy.assert_identical(state.current, other(_start(), 1).current)
     assert run.records[0]["rollout/failed_count/faulty"] == toy.PICTURES
 
 
-@pytest.mark.parametrize("fault, message", [
-    ("raises", r"reward faulty: failed on 6 samples: ConnectionError: server gone"),
-    ("hangs", "reward faulty: expected scores within 0.3 s; received none"),
-    ("nan", "reward faulty: expected a score for every sample; 6 of 6 failed")])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("raises", r"reward faulty: failed on 6 samples: ConnectionError: server gone"),
+        ("hangs", "reward faulty: expected scores within 0.3 s; received none"),
+        ("nan", "reward faulty: expected a score for every sample; 6 of 6 failed"),
+    ],
+)
 def test_fail_stops_with_one_line_and_resume_goes_on(monkeypatch, fault, message):
     """The third call is the first to fail: step 1 is done and saved, step 2 is repeated by the resumed run."""
     run = Run(monkeypatch, fault, on_error="fail")
@@ -175,9 +228,12 @@ def test_failing_in_the_first_step_saves_nothing(monkeypatch):
 def test_a_dead_reward_reaches_the_cap(monkeypatch):
     """Two calls a step, all failing: the ninth batch, in step 5, is one too many at a cap of one half."""
     run = Run(monkeypatch, "raises", every=1)
-    with pytest.raises(RewardError, match=r"reward faulty: expected at most 50% of its scores to fail; received 54 of "
-                                          r"54 in the last 9 batch\(es\) \(ConnectionError: server gone\); saved after "
-                                          "step 4"):
+    with pytest.raises(
+        RewardError,
+        match=r"reward faulty: expected at most 50% of its scores to fail; received 54 of "
+        r"54 in the last 9 batch\(es\) \(ConnectionError: server gone\); saved after "
+        "step 4",
+    ):
         run(_start(), 6)
     assert list(run.saved) == [4]
 
@@ -205,6 +261,9 @@ def test_host_rewards_are_scored_while_the_next_batch_is_sampled(monkeypatch):
 
     samples = draw(PROMPTS, 3, 0, toy.PROMPTS, toy.PICTURES // toy.PROMPTS)
     rollout = Collector(sampler, _encode, jax.nn.sigmoid, scorer, toy.LATENT, BATCH, lambda t: t)(
-        None, None, samples, jax.random.key(0))
+        None, None, samples, jax.random.key(0)
+    )
     scorer.close()
-    assert rollout.scores.valid.all() and next(numbers) == 2 and rollout.seconds["rewards_wait"] >= 0
+    assert (
+        rollout.scores.valid.all() and next(numbers) == 2 and rollout.seconds["rewards_wait"] >= 0
+    )

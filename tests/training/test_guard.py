@@ -1,4 +1,5 @@
 """Gradients and states that are not finite: nothing of them is kept, and the run skips, stops or goes back."""
+
 import dataclasses
 
 import jax
@@ -47,12 +48,24 @@ class Run:
         def rollback(why, number):
             self.said.append((why, number))
             found = fresh_stream(jax.tree.map(jnp.asarray, self.saved[max(self.saved)]), number)
-            return jax.tree.map(jnp.asarray, _copy(found))  # on no particular device, like a new state
+            return jax.tree.map(
+                jnp.asarray, _copy(found)
+            )  # on no particular device, like a new state
 
-        hooks = Hooks(lambda step, record: self.records.append(record), lambda state, give_way: state, self.save,
-                      guard=Guard(policy, patience, max_rollbacks, rollback))
+        hooks = Hooks(
+            lambda step, record: self.records.append(record),
+            lambda state, give_way: state,
+            self.save,
+            guard=Guard(policy, patience, max_rollbacks, rollback),
+        )
         sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
-        turn = Turn(toy.base_params(), collector, sampling, Steps(program, program, program, 1), lambda tree: tree)
+        turn = Turn(
+            toy.base_params(),
+            collector,
+            sampling,
+            Steps(program, program, program, 1),
+            lambda tree: tree,
+        )
         self._arguments = turn, Schedule(NUM_STEPS, 0, 2), hooks, Console()
 
     def save(self, state):
@@ -72,10 +85,14 @@ def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts():
     before, _ = step(_start(), toy.base_params(), _batch(3))
     kept = _copy(before)
     batch = _batch(4)
-    after, metrics = step(before, toy.base_params(), batch.replace(x0=batch.x0.at[0, 0].set(np.nan)))
+    after, metrics = step(
+        before, toy.base_params(), batch.replace(x0=batch.x0.at[0, 0].set(np.nan))
+    )
     assert metrics["training/skipped"] == 1 and bool(all_finite(after))
     assert int(after.step) == 2 and int(after.alpha.age) == int(kept.alpha.age) + 1
-    toy.assert_identical(after.replace(step=kept.step, alpha=after.alpha.replace(age=kept.alpha.age)), kept)
+    toy.assert_identical(
+        after.replace(step=kept.step, alpha=after.alpha.replace(age=kept.alpha.age)), kept
+    )
 
 
 def test_all_finite_looks_at_everything_that_training_goes_on_from():
@@ -83,18 +100,28 @@ def test_all_finite_looks_at_everything_that_training_goes_on_from():
     assert bool(all_finite(state)) and not np.isfinite(state.best_score)
     for name in ("current", "old", "ema", "best", "opt_state"):
         leaves, structure = jax.tree.flatten(getattr(state, name))
-        worst = max(range(len(leaves)), key=lambda i: (leaves[i].dtype == jnp.float32, leaves[i].size))
+        worst = max(
+            range(len(leaves)), key=lambda i: (leaves[i].dtype == jnp.float32, leaves[i].size)
+        )
         leaves[worst] = leaves[worst].at[(0,) * leaves[worst].ndim].set(np.inf)
         assert not bool(all_finite(state.replace(**{name: structure.unflatten(leaves)}))), name
-    assert not bool(all_finite(state.replace(alpha=state.alpha.replace(alpha=jnp.array([0.5, np.nan])))))
+    assert not bool(
+        all_finite(state.replace(alpha=state.alpha.replace(alpha=jnp.array([0.5, np.nan]))))
+    )
 
 
 def test_a_few_are_skipped_and_said(capsys):
     run = Run(lambda state: int(state.step) in (1, 3), "stop")
     state = run()
-    assert int(state.step) == NUM_STEPS and run.steps == list(range(NUM_STEPS)) and bool(all_finite(state))
+    assert (
+        int(state.step) == NUM_STEPS
+        and run.steps == list(range(NUM_STEPS))
+        and bool(all_finite(state))
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert ["update skipped, not finite" in line for line in lines] == [i in (1, 3) for i in range(NUM_STEPS)]
+    assert ["update skipped, not finite" in line for line in lines] == [
+        i in (1, 3) for i in range(NUM_STEPS)
+    ]
 
 
 def test_skip_goes_on_for_ever():
@@ -106,9 +133,12 @@ def test_skip_goes_on_for_ever():
 
 def test_stop_saves_the_good_state_and_says_so_in_one_line():
     run = Run(lambda state: int(state.step) >= 1, "stop", patience=2)
-    with pytest.raises(NotFinite, match=r"^training: expected finite numbers; received no finite gradient in 2 "
-                                        r"step\(s\) in a row after step 3; saved after step 3, the same command goes "
-                                        "on from there$"):
+    with pytest.raises(
+        NotFinite,
+        match=r"^training: expected finite numbers; received no finite gradient in 2 "
+        r"step\(s\) in a row after step 3; saved after step 3, the same command goes "
+        "on from there$",
+    ):
         run()
     assert sorted(run.saved) == [0, 2, 3] and run.steps == [0, 1, 2]
 
@@ -116,11 +146,18 @@ def test_stop_saves_the_good_state_and_says_so_in_one_line():
 @pytest.mark.parametrize("policy", ["skip", "stop"])
 def test_a_state_that_is_not_finite_is_never_saved(policy):
     def after(state):
-        return state.replace(ema=jax.tree.map(lambda x: x * np.nan, state.ema)) if int(state.step) == 4 else state
+        return (
+            state.replace(ema=jax.tree.map(lambda x: x * np.nan, state.ema))
+            if int(state.step) == 4
+            else state
+        )
 
     run = Run(lambda state: False, policy, after=after)
-    with pytest.raises(InputError, match="a state with numbers that are not after step 4; it was not saved, the same "
-                                         "command goes on from the newest checkpoint"):
+    with pytest.raises(
+        InputError,
+        match="a state with numbers that are not after step 4; it was not saved, the same "
+        "command goes on from the newest checkpoint",
+    ):
         run()
     assert sorted(run.saved) == [0, 2]
 
@@ -131,14 +168,25 @@ def test_rollback_goes_on_from_the_last_good_state_with_other_random_numbers():
     run = Run(lambda state: state.seed == seed and int(state.step) >= 3, "rollback")
     state = run()
     assert run.said == [("no finite gradient in 2 step(s) in a row after step 5", 1)]
-    assert run.steps == [0, 1, 2, 3, 4, 4, 5]  # saved after 2 and 4: step 3 was skipped, which is no harm
+    assert run.steps == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        4,
+        5,
+    ]  # saved after 2 and 4: step 3 was skipped, which is no harm
     assert int(state.step) == NUM_STEPS and state.seed == fresh_stream(_start(), 1).seed
     assert run.records[4]["rollout/brightness"] != run.records[5]["rollout/brightness"]
 
 
 def test_rollback_gives_up_after_some():
     run = Run(lambda state: int(state.step) >= 3, "rollback", max_rollbacks=2)
-    with pytest.raises(NotFinite, match=r"2 step\(s\) in a row after step 6 and 2 rollback\(s\); saved after step 6"):
+    with pytest.raises(
+        NotFinite,
+        match=r"2 step\(s\) in a row after step 6 and 2 rollback\(s\); saved after step 6",
+    ):
         run()
     assert [number for _, number in run.said] == [1, 2]
 
@@ -154,7 +202,15 @@ def test_a_state_that_is_not_finite_is_rolled_back_at_once():
 
     run = Run(lambda state: False, "rollback", after=after)
     assert int(run().step) == NUM_STEPS
-    assert run.said == [("a state with numbers that are not after step 3", 1)] and run.steps == [0, 1, 2, 2, 3, 4, 5]
+    assert run.said == [("a state with numbers that are not after step 3", 1)] and run.steps == [
+        0,
+        1,
+        2,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_the_streams_differ_and_the_first_is_the_seeds():

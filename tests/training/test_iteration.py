@@ -1,4 +1,5 @@
 """How the scores of a step become the rows of its objective."""
+
 import numpy as np
 import pytest
 
@@ -59,7 +60,9 @@ def test_gdpo_adds_a_row_from_advantages_normalised_in_their_groups():
             within[k, member] = (scores - scores.mean()) / (scores.std() + 1e-4)
     w = np.array([1.0, 2.0])[:, None]
     mixed = (within * VALID * w).sum(0) / (VALID * w).sum(0)
-    np.testing.assert_allclose(rows[2], (mixed - mixed.mean()) / (mixed.std() + 1e-4), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        rows[2], (mixed - mixed.mean()) / (mixed.std() + 1e-4), rtol=1e-4, atol=1e-5
+    )
     assert valid.shape == (3, 6) and valid[2].all()
 
 
@@ -87,4 +90,6 @@ def test_a_mask_leaves_the_rows_beside_a_scalarised_one_whole():
         _, rows, valid = advantages_of(SCORES, GROUPS, _sampling(scalarise), mask)
         np.testing.assert_array_equal(valid, [*VALID, VALID[1]])
         np.testing.assert_array_equal(rows[:2], advantages_of(SCORES, GROUPS, _sampling())[1])
-    np.testing.assert_allclose(advantages_of(SCORES, GROUPS, _sampling("weighted_sum"), mask)[1][2], rows[1], rtol=1e-6)
+    np.testing.assert_allclose(
+        advantages_of(SCORES, GROUPS, _sampling("weighted_sum"), mask)[1][2], rows[1], rtol=1e-6
+    )

@@ -1,4 +1,5 @@
 """Runs killed with -9 at any moment, and restarted, end with the parameters of one that was left alone, bit for bit."""
+
 import json
 import os
 import random
@@ -33,7 +34,9 @@ def records(place):
 
 def start(command, place):
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=env)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=env
+    )
 
 
 def wait_for(process, happened):
@@ -113,10 +116,20 @@ def test_the_command_line_killed_many_times(tmp_path):
     steps = 8
 
     def command(place):
-        return [sys.executable, "-m", "marble_jax", "train", f"--config={ROOT}/configs/embedded.py:smoke",
-                f"--workdir={place}", "--config.rewards.train=geneval", "--config.rewards.heldout=",
-                "--config.harmonize.reward_weights=", "--config.harmonize.mode=exact",
-                f"--config.training.num_steps={steps}", "--config.evaluation.every_steps=4"]
+        return [
+            sys.executable,
+            "-m",
+            "marble_jax",
+            "train",
+            f"--config={ROOT}/configs/embedded.py:smoke",
+            f"--workdir={place}",
+            "--config.rewards.train=geneval",
+            "--config.rewards.heldout=",
+            "--config.harmonize.reward_weights=",
+            "--config.harmonize.mode=exact",
+            f"--config.training.num_steps={steps}",
+            "--config.evaluation.every_steps=4",
+        ]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(command(whole), capture_output=True, text=True, cwd=ROOT)
@@ -130,9 +143,16 @@ def test_the_command_line_killed_many_times(tmp_path):
         np.testing.assert_array_equal(one, other)
 
     def kept(place):
-        return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in records(place)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith("speed/")} for row in records(place)
+        ]
 
     assert kept(killed) == kept(whole)
-    scores = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
-               for line in (place / "evaluation.jsonl").read_text().splitlines()] for place in (whole, killed)]
+    scores = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (place / "evaluation.jsonl").read_text().splitlines()
+        ]
+        for place in (whole, killed)
+    ]
     assert scores[0] == scores[1]

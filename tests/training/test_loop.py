@@ -1,4 +1,5 @@
 """The loop: what it calls when, how it stops and goes on."""
+
 import dataclasses
 import functools
 import gzip
@@ -28,8 +29,10 @@ from marble_jax.training.reward_schedule import Dropout, Presence, Stage
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
 
-PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)],
-           "ocr": [Prompt(f'the word "{w}"', "ocr") for w in ("go", "stop", "left")]}
+PROMPTS = {
+    "general": [Prompt(f"a thing {i}", "general") for i in range(5)],
+    "ocr": [Prompt(f'the word "{w}"', "ocr") for w in ("go", "stop", "left")],
+}
 
 
 class Redness(Reward):
@@ -44,9 +47,18 @@ class Redness(Reward):
 
 @functools.cache
 def _collector():
-    scorer = Scorer([Brightness(name="brightness", kind="device"), Redness(name="redness", kind="device")])
-    return Collector(sampler=make_sampler(toy.velocity, 2, "euler", 1.0), encode=encode, decode=jax.nn.sigmoid,
-                     scorer=scorer, latent_shape=toy.LATENT, batch_size=6, place=lambda tree: tree)
+    scorer = Scorer(
+        [Brightness(name="brightness", kind="device"), Redness(name="redness", kind="device")]
+    )
+    return Collector(
+        sampler=make_sampler(toy.velocity, 2, "euler", 1.0),
+        encode=encode,
+        decode=jax.nn.sigmoid,
+        scorer=scorer,
+        latent_shape=toy.LATENT,
+        batch_size=6,
+        place=lambda tree: tree,
+    )
 
 
 @functools.cache
@@ -55,14 +67,28 @@ def _steps():
 
 
 def _sampling(**presence):
-    return Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", (), Presence(**presence))
+    return Sampling(
+        PROMPTS,
+        toy.PROMPTS,
+        toy.PICTURES // toy.PROMPTS,
+        "global",
+        "none",
+        (),
+        Presence(**presence),
+    )
 
 
 class Diary:
     """Hooks that write down what was called; states are copied because the next step overwrites them."""
 
     def __init__(self, stop_at=None, number=signal.SIGTERM):
-        self.events, self.records, self.saved, self._stop_at, self._number = [], {}, {}, stop_at, number
+        self.events, self.records, self.saved, self._stop_at, self._number = (
+            [],
+            {},
+            {},
+            stop_at,
+            number,
+        )
 
     def record(self, step, record):
         self.events.append(("record", step))
@@ -106,8 +132,16 @@ def _whole():
 
 def test_what_is_called_when():
     state, diary = _whole()
-    assert diary.events == [("evaluate", 0), ("record", 0), ("record", 1), ("evaluate", 2), ("save", 2), ("record", 2),
-                            ("evaluate", 3), ("save", 3)]
+    assert diary.events == [
+        ("evaluate", 0),
+        ("record", 0),
+        ("record", 1),
+        ("evaluate", 2),
+        ("save", 2),
+        ("record", 2),
+        ("evaluate", 3),
+        ("save", 3),
+    ]
     assert int(state.step) == 3 and int(state.best_step) == 3
     toy.assert_identical(diary.saved[3], state)
     assert [diary.records[s]["harmonize/refreshed"] for s in range(3)] == [1, 0, 1]
@@ -117,18 +151,38 @@ def test_records_are_flat_and_complete(capsys):
     _train(_start(), diary := Diary(), num_steps=2)
     record = diary.records[0]
     assert all(isinstance(v, (int, float)) for v in record.values())
-    expected = {"step", "time", "time/rollout_s", "time/rewards_wait_s", "time/train_s", "time/step_s", "nft/loss",
-                "nft/kl", "training/grad_norm", "training/skipped", "rollout/diversity", "rollout/brightness",
-                "rollout/x0_norm", "harmonize/alpha/redness", "harmonize/cos_pair/brightness|redness",
-                "rollout/score_mean/brightness", "rollout/missing_share/redness", "advantages/abs_mean/redness",
-                "policies/old_decay"}
+    expected = {
+        "step",
+        "time",
+        "time/rollout_s",
+        "time/rewards_wait_s",
+        "time/train_s",
+        "time/step_s",
+        "nft/loss",
+        "nft/kl",
+        "training/grad_norm",
+        "training/skipped",
+        "rollout/diversity",
+        "rollout/brightness",
+        "rollout/x0_norm",
+        "harmonize/alpha/redness",
+        "harmonize/cos_pair/brightness|redness",
+        "rollout/score_mean/brightness",
+        "rollout/missing_share/redness",
+        "advantages/abs_mean/redness",
+        "policies/old_decay",
+    }
     assert expected <= set(record)
     assert "harmonize/cos_pair/redness|brightness" not in record
     # Redness applies to OCR prompts alone, 1 of the 3 (the sources share 3 prompts as 2 and 1).
     assert record["rollout/missing_share/redness"] == pytest.approx(2 / 3)
     assert record["rollout/missing_share/brightness"] == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 2 and lines[0].startswith("step 1/2  brightness 0.") and "worst cos" in lines[0]
+    assert (
+        len(lines) == 2
+        and lines[0].startswith("step 1/2  brightness 0.")
+        and "worst cos" in lines[0]
+    )
     assert "worst cos" not in lines[1]  # the step in between solves knows no cosines
 
 
@@ -136,9 +190,16 @@ def test_speed_in_record_and_step_line_and_phases_in_a_trace(tmp_path, capsys):
     class Fast(Diary):
         @property
         def hooks(self):
-            speed = {"speed/pictures_per_s": 2.5, "speed/train_tflops_per_device": 81.0, "speed/train_mfu": 0.41}
-            return dataclasses.replace(super().hooks, speed=lambda record: speed if record["time/step_s"] > 0 else {},
-                                       profiler=Profiler(range(2, 3), tmp_path / "profile"))
+            speed = {
+                "speed/pictures_per_s": 2.5,
+                "speed/train_tflops_per_device": 81.0,
+                "speed/train_mfu": 0.41,
+            }
+            return dataclasses.replace(
+                super().hooks,
+                speed=lambda record: speed if record["time/step_s"] > 0 else {},
+                profiler=Profiler(range(2, 3), tmp_path / "profile"),
+            )
 
     _train(_start(), diary := Fast(), num_steps=2)
     assert [diary.records[s]["speed/train_mfu"] for s in range(2)] == [0.41, 0.41]
@@ -155,7 +216,9 @@ def test_a_signal_stops_after_the_step_under_way_and_the_rest_can_follow(number)
     """Stopped in the first of three steps, off the checkpoint schedule; the continuation equals the whole run."""
     before = signal.getsignal(number)
     diary = Diary(stop_at=0, number=number)
-    with pytest.raises(Interrupted, match="stopped after step 1; the same command goes on from here") as stopped:
+    with pytest.raises(
+        Interrupted, match="stopped after step 1; the same command goes on from here"
+    ) as stopped:
         _train(_start(), diary)
     assert stopped.value.step == 1
     assert diary.events == [("evaluate", 0), ("record", 0), ("save", 1)]
@@ -163,7 +226,14 @@ def test_a_signal_stops_after_the_step_under_way_and_the_rest_can_follow(number)
 
     later = Diary()
     state = _train(jax.tree.map(jnp.asarray, diary.saved[1]), later)
-    assert later.events == [("record", 1), ("evaluate", 2), ("save", 2), ("record", 2), ("evaluate", 3), ("save", 3)]
+    assert later.events == [
+        ("record", 1),
+        ("evaluate", 2),
+        ("save", 2),
+        ("record", 2),
+        ("evaluate", 3),
+        ("save", 3),
+    ]
     toy.assert_identical(state, _whole()[0])
     for name, value in _whole()[1].records[2].items():
         assert name.startswith("time") or later.records[2][name] == value or np.isnan(value), name
@@ -178,8 +248,7 @@ def test_a_signal_in_a_step_that_is_saved_anyway_saves_once():
 
 
 def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
-    """It comes in the first of the two batches of step 2: the state after step 1 is saved; the rest equals the whole.
-    """
+    """It comes in the first of the two batches of step 2: the state after step 1 is saved; the rest equals the whole."""
     diary, decoded = Diary(), []
 
     def decode(latents):
@@ -188,15 +257,23 @@ def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
             os.kill(os.getpid(), signal.SIGTERM)
         return jax.nn.sigmoid(latents)
 
-    with pytest.raises(Interrupted, match="stopped after step 1; the same command goes on from here"):
-        train(_start(), _turn(collector=dataclasses.replace(_collector(), decode=decode)), Schedule(3, 2, 2),
-              diary.hooks, Console())
+    with pytest.raises(
+        Interrupted, match="stopped after step 1; the same command goes on from here"
+    ):
+        train(
+            _start(),
+            _turn(collector=dataclasses.replace(_collector(), decode=decode)),
+            Schedule(3, 2, 2),
+            diary.hooks,
+            Console(),
+        )
     assert diary.events == [("evaluate", 0), ("record", 0), ("save", 1)] and len(decoded) == 3
     toy.assert_identical(_train(jax.tree.map(jnp.asarray, diary.saved[1]), Diary()), _whole()[0])
 
 
 def test_a_signal_after_the_save_check_is_not_lost():
     """It comes when the loop looks whether another step is due: nothing was saved on schedule, so it is saved now."""
+
     class Late:
         checked = False
 
@@ -231,7 +308,13 @@ def test_a_signal_during_the_first_evaluation_stops_before_any_step():
         return diary.evaluate(state, give_way)
 
     with pytest.raises(Interrupted, match="after step 0"):
-        train(_start(), _turn(), Schedule(2, 0, 1), Hooks(diary.record, evaluate, diary.save), Console())
+        train(
+            _start(),
+            _turn(),
+            Schedule(2, 0, 1),
+            Hooks(diary.record, evaluate, diary.save),
+            Console(),
+        )
     assert diary.events == []  # given up, to be done when the run goes on
 
 
@@ -264,14 +347,18 @@ def test_merging_the_adapter_changes_rollouts_by_rounding_only():
     toy.assert_close(merged.saved[1].current, plain.saved[1].current, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("every, evaluated, num_steps", [
-    (0, [0, 7], 7), (3, [0, 3, 6, 7], 7), (7, [0, 7], 7), (2, [0, 2], 2)])
+@pytest.mark.parametrize(
+    "every, evaluated, num_steps",
+    [(0, [0, 7], 7), (3, [0, 3, 6, 7], 7), (7, [0, 7], 7), (2, [0, 2], 2)],
+)
 def test_when_states_are_evaluated(every, evaluated, num_steps):
     schedule = Schedule(num_steps, every, 1)
     assert [s for s in range(num_steps + 1) if schedule.evaluates(s)] == evaluated
 
 
-@pytest.mark.parametrize("every, saved", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (50, [5])])
+@pytest.mark.parametrize(
+    "every, saved", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (50, [5])]
+)
 def test_when_states_are_saved(every, saved):
     schedule = Schedule(5, 0, every)
     assert [s for s in range(1, 6) if schedule.saves(s)] == saved
@@ -285,10 +372,22 @@ def test_when_states_are_exported(every, exported):
 
 def test_states_are_exported_after_they_are_saved():
     diary = Diary()
-    hooks = Hooks(diary.record, diary.evaluate, diary.save, lambda s: diary.events.append(("export", int(s.step))))
+    hooks = Hooks(
+        diary.record,
+        diary.evaluate,
+        diary.save,
+        lambda s: diary.events.append(("export", int(s.step))),
+    )
     train(_start(), _turn(), Schedule(2, 0, 2, 1), hooks, Console())
-    assert diary.events == [("evaluate", 0), ("record", 0), ("export", 1), ("record", 1), ("evaluate", 2), ("save", 2),
-                            ("export", 2)]
+    assert diary.events == [
+        ("evaluate", 0),
+        ("record", 0),
+        ("export", 1),
+        ("record", 1),
+        ("evaluate", 2),
+        ("save", 2),
+        ("export", 2),
+    ]
 
 
 def test_a_stage_begins_with_a_solve_on_its_own_rewards_and_prompts():
@@ -299,10 +398,16 @@ def test_a_stage_begins_with_a_solve_on_its_own_rewards_and_prompts():
     assert [r["harmonize/refreshed"] for r in records] == [1, 0, 1, 1, 0, 1]
     assert [r["advantages/ignored_share/redness"] for r in records] == [1, 1, 1, 0, 0, 0]
     assert [r["advantages/ignored_share/brightness"] for r in records] == [0, 0, 0, 1, 1, 1]
-    assert [r["rollout/missing_share/redness"] for r in records] == [pytest.approx(2 / 3)] * 3 + [0] * 3
+    assert [r["rollout/missing_share/redness"] for r in records] == [pytest.approx(2 / 3)] * 3 + [
+        0
+    ] * 3
     assert all(r["training/grad_norm"] > 0 for r in records)
     assert [r["harmonize/cos_update/redness"] for r in records if r["harmonize/refreshed"]] == [
-        0, 0, pytest.approx(1, abs=1e-5), pytest.approx(1, abs=1e-5)]
+        0,
+        0,
+        pytest.approx(1, abs=1e-5),
+        pytest.approx(1, abs=1e-5),
+    ]
     np.testing.assert_allclose(state.alpha.alpha, [0.5, 0.5], rtol=1e-5)
 
 
@@ -312,4 +417,6 @@ def test_a_dropped_reward_is_trained_on_the_samples_of_no_other():
     record = diary.records[0]
     assert record["advantages/ignored_share/brightness"] == pytest.approx(1 / 3)
     assert record["advantages/ignored_share/redness"] == 0
-    assert record["harmonize/grad_norm/brightness"] > 0 and record["harmonize/grad_norm/redness"] > 0
+    assert (
+        record["harmonize/grad_norm/brightness"] > 0 and record["harmonize/grad_norm/redness"] > 0
+    )

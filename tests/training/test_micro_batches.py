@@ -1,4 +1,5 @@
 """Which picture meets which timestep, noise and prompt."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,9 @@ SLICES = toy.PICTURES // toy.MICRO_BATCH
 
 def _plan(num_timesteps=toy.TIMESTEPS, seed=0, batch=None):
     batch = toy.new_batch() if batch is None else batch
-    return batch, schedule(batch, jax.random.key(seed), 0, toy.SIGMAS, num_timesteps, toy.MICRO_BATCH)
+    return batch, schedule(
+        batch, jax.random.key(seed), 0, toy.SIGMAS, num_timesteps, toy.MICRO_BATCH
+    )
 
 
 def _origin(batch, x0):
@@ -56,8 +59,12 @@ def test_the_plan_is_a_function_of_the_key():
 def test_all_levels_are_used_equally_often_in_the_long_run():
     """With 3 of 4 levels and 1200 pictures each level is met about 900 times (standard deviation 15)."""
     many = toy.new_batch()
-    many = many.replace(x0=jnp.zeros((1200, 1)), prompt=jnp.zeros(1200, jnp.int32), advantages=jnp.zeros((3, 1200)),
-                        valid=jnp.ones((3, 1200), bool))
+    many = many.replace(
+        x0=jnp.zeros((1200, 1)),
+        prompt=jnp.zeros(1200, jnp.int32),
+        advantages=jnp.zeros((3, 1200)),
+        valid=jnp.ones((3, 1200), bool),
+    )
     plan = schedule(many, jax.random.key(0), 0, toy.SIGMAS, 3, 40)
     counts = [int(jnp.sum(plan.sigma == np.float32(s))) for s in toy.SIGMAS]
     assert sum(counts) == 3600 and all(840 < c < 960 for c in counts)
@@ -70,13 +77,20 @@ def test_micro_steps_take_slices_in_order_with_prompts_velocities_and_fresh_nois
     params, old = toy.base_params(), toy.new_adapter(7)
     noises = []
     for m in range(num_micro_steps(plan)):
-        flow, advantages, valid = micro_step(toy.velocity, params, old, batch, plan, jnp.asarray(m), True)
+        flow, advantages, valid = micro_step(
+            toy.velocity, params, old, batch, plan, jnp.asarray(m), True
+        )
         time, part = divmod(m, SLICES)
         picture = _origin(batch, flow.x0)
         np.testing.assert_array_equal(flow.x0, plan.x0[part])
         np.testing.assert_array_equal(flow.t, plan.sigma[time, part])
-        for leaf, whole in ((flow.cond.embeds, batch.cond.embeds), (flow.cond.pooled, batch.cond.pooled)):
-            np.testing.assert_array_equal(leaf, np.asarray(whole)[np.asarray(batch.prompt)[picture]])
+        for leaf, whole in (
+            (flow.cond.embeds, batch.cond.embeds),
+            (flow.cond.pooled, batch.cond.pooled),
+        ):
+            np.testing.assert_array_equal(
+                leaf, np.asarray(whole)[np.asarray(batch.prompt)[picture]]
+            )
         np.testing.assert_array_equal(advantages, np.asarray(batch.advantages)[:, picture])
         np.testing.assert_array_equal(valid, np.asarray(batch.valid)[:, picture])
         for found, adapter in ((flow.v_old, old), (flow.v_ref, None)):
@@ -84,12 +98,16 @@ def test_micro_steps_take_slices_in_order_with_prompts_velocities_and_fresh_nois
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
         t = np.asarray(flow.t, np.float64).reshape(-1, 1, 1, 1)
         noise = (np.asarray(flow.xt, np.float64) - (1 - t) * np.asarray(flow.x0, np.float64)) / t
-        np.testing.assert_allclose(flow.xt, interpolate(flow.x0, jnp.asarray(noise, jnp.float32), flow.t), atol=1e-5)
+        np.testing.assert_allclose(
+            flow.xt, interpolate(flow.x0, jnp.asarray(noise, jnp.float32), flow.t), atol=1e-5
+        )
         noises.append(noise)
     noises = np.stack(noises)
     assert abs(noises.mean()) < 0.1 and abs(noises.std() - 1) < 0.1
     drawn = np.round(noises.reshape(-1, 12), 3)
-    assert len({tuple(row) for row in drawn}) == num_micro_steps(plan) * toy.MICRO_BATCH  # one draw each, none twice
+    assert (
+        len({tuple(row) for row in drawn}) == num_micro_steps(plan) * toy.MICRO_BATCH
+    )  # one draw each, none twice
 
 
 def test_without_a_reference_the_base_model_is_not_evaluated():
@@ -100,7 +118,9 @@ def test_without_a_reference_the_base_model_is_not_evaluated():
         calls.append(adapter is None)
         return toy.velocity(params, adapter, *rest)
 
-    flow, _, _ = micro_step(counted, toy.base_params(), toy.new_adapter(7), batch, plan, jnp.asarray(0), False)
+    flow, _, _ = micro_step(
+        counted, toy.base_params(), toy.new_adapter(7), batch, plan, jnp.asarray(0), False
+    )
     assert flow.v_ref is None and calls == [False]
 
 

@@ -1,4 +1,5 @@
 """Which steps are traced, and what a trace holds."""
+
 import gzip
 import json
 
@@ -11,12 +12,18 @@ from marble_jax.training.profile import Profiler, parse_steps, phase
 
 
 def test_steps():
-    assert parse_steps("") == range(0) and parse_steps("3-5") == range(3, 6) and parse_steps(" 4 ") == range(4, 5)
+    assert (
+        parse_steps("") == range(0)
+        and parse_steps("3-5") == range(3, 6)
+        and parse_steps(" 4 ") == range(4, 5)
+    )
 
 
 @pytest.mark.parametrize("text", ["0-2", "5-3", "3-", "three", "1,2"])
 def test_steps_that_are_none(text):
-    with pytest.raises(InputError, match="logging.profile_steps: expected steps such as 3-5 or 4.*received"):
+    with pytest.raises(
+        InputError, match="logging.profile_steps: expected steps such as 3-5 or 4.*received"
+    ):
         parse_steps(text)
 
 

@@ -1,4 +1,5 @@
 """N steps, save, restore elsewhere, M steps: bit for bit what N + M steps give."""
+
 import functools
 
 import jax
@@ -47,7 +48,9 @@ def test_interrupted_equals_uninterrupted(mode, tmp_path):
     assert step == 3 and int(restored.step) == 3
     toy.assert_identical(restored, saved)
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
-    assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved)))
+    assert all(
+        a.dtype == b.dtype for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved))
+    )
     resumed = _run(restored, mode, 2, visited)
     # Amortised, every 2: solve, between, solve | between, solve. The age of alpha comes back with the rest.
     assert visited == (["between", "solve"] if mode == "amortised" else ["solve", "solve"])
@@ -58,16 +61,32 @@ def test_interrupted_equals_uninterrupted(mode, tmp_path):
 def test_the_state_that_is_restored_holds_everything(tmp_path):
     """Each part of the state differs from a fresh one before, and is back after."""
     state = _run(toy.new_state(), "amortised", 2)
-    state = state.replace(best_score=jnp.asarray(0.75, jnp.float32), best_step=jnp.asarray(2, jnp.int32),
-                          best=toy.new_adapter(77))
+    state = state.replace(
+        best_score=jnp.asarray(0.75, jnp.float32),
+        best_step=jnp.asarray(2, jnp.int32),
+        best=toy.new_adapter(77),
+    )
     fresh = toy.new_state(adapter_seed=40, seed=99)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, state)
     checkpoints.wait()
     _, restored = checkpoints.restore(fresh)
     checkpoints.close()
-    for name in ("step", "key", "current", "old", "ema", "opt_state", "alpha", "best_score", "best_step", "best"):
-        found, expected, other = (jax.tree.leaves(getattr(s, name)) for s in (restored, state, fresh))
+    for name in (
+        "step",
+        "key",
+        "current",
+        "old",
+        "ema",
+        "opt_state",
+        "alpha",
+        "best_score",
+        "best_step",
+        "best",
+    ):
+        found, expected, other = (
+            jax.tree.leaves(getattr(s, name)) for s in (restored, state, fresh)
+        )
         assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(found, other)), name
         toy.assert_identical(found, expected)
 
@@ -96,7 +115,9 @@ def test_resuming_compiles_nothing_again(tmp_path):
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(InputError, match="checkpoint: expected one of none saved yet in .*; received None"):
+    with pytest.raises(
+        InputError, match="checkpoint: expected one of none saved yet in .*; received None"
+    ):
         checkpoints.restore(toy.new_state())
     state = toy.new_state()
     checkpoints.save(1, state)
@@ -106,7 +127,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     toy.assert_identical(checkpoints.restore(state)[1].key, state.key)
     with pytest.raises(InputError, match=r"checkpoint: expected one of \[1\] in .*; received 4"):
         checkpoints.restore(state, 4)
-    with pytest.raises(InputError, match="expected the state of this configuration; received another one"):
+    with pytest.raises(
+        InputError, match="expected the state of this configuration; received another one"
+    ):
         checkpoints.restore(toy.new_state(num_rewards=4))
     checkpoints.close()
     with pytest.raises(InputError, match="checkpoints.keep: expected at least 1; received 0"):

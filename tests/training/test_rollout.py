@@ -1,4 +1,5 @@
 """Rollouts of a step: order of scores and latents, conditioning, health by hand."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,10 @@ class Length(Reward):
 
 @pytest.fixture
 def scorer():
-    made = Scorer([Length(name="length", kind="host"), Brightness(name="brightness", kind="device")], num_workers=2)
+    made = Scorer(
+        [Length(name="length", kind="host"), Brightness(name="brightness", kind="device")],
+        num_workers=2,
+    )
     yield made
     made.close()
 
@@ -56,8 +60,16 @@ def _collector(scorer, batch_size, sampler, encode=_encode, placed=None):
             placed.append(tree)
         return tree
 
-    return Collector(sampler=sampler, encode=encode, decode=lambda x: x, scorer=scorer, latent_shape=(1, 2, 3),
-                     batch_size=batch_size, place=place, spread=place)
+    return Collector(
+        sampler=sampler,
+        encode=encode,
+        decode=lambda x: x,
+        scorer=scorer,
+        latent_shape=(1, 2, 3),
+        batch_size=batch_size,
+        place=place,
+        spread=place,
+    )
 
 
 def _noisy(params, adapter, cond, noise):
@@ -72,7 +84,9 @@ TEXTS = ("a cat", 'a sign "go"', "two dogs and a bird", 'the word "stop" in red'
 def test_scores_and_latents_come_back_in_the_order_of_the_draw(scorer, batch_size):
     """4 leaves a rest: the last batch of the 10 pictures is filled up, and the filling is cut off again."""
     draw, done = _draw(TEXTS, 2), []
-    rollout = _collector(scorer, batch_size, _noisy)(None, None, draw, jax.random.key(0), done.append)
+    rollout = _collector(scorer, batch_size, _noisy)(
+        None, None, draw, jax.random.key(0), done.append
+    )
     assert rollout.x0.shape == (10, 1, 2, 3) and sum(done) == 10
     x0, lengths = np.asarray(rollout.x0), np.array([len(p.text) for p in draw.prompts])
     np.testing.assert_allclose(x0.mean(axis=(1, 2, 3)), lengths / 100, atol=0.02)
@@ -80,9 +94,13 @@ def test_scores_and_latents_come_back_in_the_order_of_the_draw(scorer, batch_siz
     np.testing.assert_allclose(rollout.scores.values[1], x0.mean(axis=(1, 2, 3)), rtol=1e-6)
     quoted = np.array(['"' in p.text for p in draw.prompts])
     np.testing.assert_array_equal(rollout.scores.valid, [quoted, np.ones(10, bool)])
-    np.testing.assert_allclose(rollout.scores.values[0][quoted], (lengths + x0[:, 0, 0, 0])[quoted], rtol=1e-6)
+    np.testing.assert_allclose(
+        rollout.scores.values[0][quoted], (lengths + x0[:, 0, 0, 0])[quoted], rtol=1e-6
+    )
     assert not rollout.scores.failed.any()
-    assert set(rollout.seconds) == {"rollout", "rewards_wait"} and all(s >= 0 for s in rollout.seconds.values())
+    assert set(rollout.seconds) == {"rollout", "rewards_wait"} and all(
+        s >= 0 for s in rollout.seconds.values()
+    )
 
 
 def test_every_draw_is_encoded_once_and_conditions_its_pictures(scorer):
@@ -92,7 +110,9 @@ def test_every_draw_is_encoded_once_and_conditions_its_pictures(scorer):
         calls.append(list(texts))
         return _encode(texts)
 
-    rollout = _collector(scorer, 5, _noisy, encode, placed)(None, None, _draw(TEXTS, 2), jax.random.key(0))
+    rollout = _collector(scorer, 5, _noisy, encode, placed)(
+        None, None, _draw(TEXTS, 2), jax.random.key(0)
+    )
     assert calls == [list(TEXTS)]  # equal texts of two draws are two groups
     np.testing.assert_array_equal(rollout.prompt, np.repeat(np.arange(5), 2))
     np.testing.assert_array_equal(rollout.cond.pooled, _encode(TEXTS).pooled)
@@ -104,7 +124,9 @@ def test_every_draw_is_encoded_once_and_conditions_its_pictures(scorer):
 
 def test_noise_is_a_function_of_the_key_and_differs_between_pictures(scorer):
     collect = _collector(scorer, 5, _noisy)
-    one, same, other = (np.asarray(collect(None, None, _draw(TEXTS, 2), jax.random.key(k)).x0) for k in (1, 1, 2))
+    one, same, other = (
+        np.asarray(collect(None, None, _draw(TEXTS, 2), jax.random.key(k)).x0) for k in (1, 1, 2)
+    )
     np.testing.assert_array_equal(one, same)
     assert np.all(one != other)
     noise = one - np.array([len(t) for t in TEXTS]).repeat(2)[:, None, None, None] / 100
@@ -119,17 +141,26 @@ def test_policy_and_weights_reach_the_sampler(scorer):
     assert np.all(np.asarray(rollout.x0) == 0.75)
 
 
-@pytest.mark.parametrize("batch_size, x0_norm, diversity", [
-    (8, 0.5315072906367325, 0.175), (4, (0.4795831523312719 + 0.5787918451395113) / 2, 0.175),
-    (2, (0.31622776601683794 + 0.6 + 0.7071067811865476 + 0.4123105625617661) / 4, 0.175)])
+@pytest.mark.parametrize(
+    "batch_size, x0_norm, diversity",
+    [
+        (8, 0.5315072906367325, 0.175),
+        (4, (0.4795831523312719 + 0.5787918451395113) / 2, 0.175),
+        (2, (0.31622776601683794 + 0.6 + 0.7071067811865476 + 0.4123105625617661) / 4, 0.175),
+    ],
+)
 def test_health_by_hand(scorer, batch_size, x0_norm, diversity):
     """Grey pictures of four prompts: .2 .4 | .6 .6 | 0 1 | .3 .5, so the spreads are .1 0 .5 .1 and the mean is .45."""
-    grey = iter(np.array([0.2, 0.4, 0.6, 0.6, 0.0, 1.0, 0.3, 0.5], np.float32).reshape(-1, batch_size))
+    grey = iter(
+        np.array([0.2, 0.4, 0.6, 0.6, 0.0, 1.0, 0.3, 0.5], np.float32).reshape(-1, batch_size)
+    )
 
     def sampler(params, adapter, cond, noise):
         return jnp.zeros_like(noise) + jnp.asarray(next(grey))[:, None, None, None]
 
-    health = _collector(scorer, batch_size, sampler)(None, None, _draw(TEXTS[:4], 2), jax.random.key(0)).health
+    health = _collector(scorer, batch_size, sampler)(
+        None, None, _draw(TEXTS[:4], 2), jax.random.key(0)
+    ).health
     assert health["brightness"] == pytest.approx(0.45, abs=1e-6)
     assert health["x0_norm"] == pytest.approx(x0_norm, abs=1e-6)
     assert health["diversity"] == pytest.approx(diversity, abs=1e-6)
@@ -142,5 +173,7 @@ def test_diversity_leaves_out_groups_of_which_a_batch_holds_one_picture(scorer):
     def sampler(params, adapter, cond, noise):
         return jnp.zeros_like(noise) + jnp.asarray(next(grey))[:, None, None, None]
 
-    health = _collector(scorer, 2, sampler)(None, None, _draw(TEXTS[:2], 3), jax.random.key(0)).health
+    health = _collector(scorer, 2, sampler)(
+        None, None, _draw(TEXTS[:2], 3), jax.random.key(0)
+    ).health
     assert health["diversity"] == pytest.approx((0.1 + 0.0 + 0.3) / 3, abs=1e-6)

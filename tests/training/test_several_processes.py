@@ -1,4 +1,5 @@
 """Training as several processes: the same parameters as alone, also after kills; and all stop where one has to."""
+
 from __future__ import annotations
 
 import os
@@ -24,12 +25,32 @@ def start(place, count, *more, steps=NUM_STEPS):
     """The processes of a run, their output as text."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "JAX_PLATFORMS": "cpu",
-                        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return [subprocess.Popen([sys.executable, HERE / "toy_processes.py", place, f"127.0.0.1:{port}", str(count), str(i),
-                              str(steps), *more], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE) for i in range(count)]
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{HERE}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                HERE / "toy_processes.py",
+                place,
+                f"127.0.0.1:{port}",
+                str(count),
+                str(i),
+                str(steps),
+                *more,
+            ],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(count)
+    ]
 
 
 def ends(processes, timeout=300):
@@ -99,10 +120,16 @@ def killed(place, victim, steps, delay=0.0):
     status, _, errors = found[1 - victim]
     if status == 0 and found[victim][0] == 0:
         return False
-    unmet = status == 2 and "within 60 s; received" in errors  # it was killed before the two had met
+    unmet = (
+        status == 2 and "within 60 s; received" in errors
+    )  # it was killed before the two had met
     # JAX may end a process whose coordinator is gone before our line is out.
-    assert unmet or victim == 0 and status == -6 or (
-        status == 75 and f"process {1 - victim}: process {victim} (" in errors), found
+    assert (
+        unmet
+        or victim == 0
+        and status == -6
+        or (status == 75 and f"process {1 - victim}: process {victim} (" in errors)
+    ), found
     return True
 
 
@@ -114,7 +141,10 @@ def test_two_processes_killed_and_stopped_end_where_one_does(alone, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     found = ends(processes)
     assert [status for status, _, _ in found] == [143, 143], found
-    assert re.search(r"stopped after step \d+ \(process 1 \(.*\): SIGTERM\); the same command goes on", found[0][1])
+    assert re.search(
+        r"stopped after step \d+ \(process 1 \(.*\): SIGTERM\); the same command goes on",
+        found[0][1],
+    )
     shutil.copytree(place, tmp_path / "laptop")
     close_to(finished(place, 2), alone)
     close_to(finished(tmp_path / "laptop", 1), alone)
@@ -139,7 +169,11 @@ def test_a_reward_that_fails_on_one_host_stops_all(tmp_path):
     assert [status for status, _, _ in found] == [2, 2], found
     for index, (_, _, errors) in enumerate(found):
         assert errors.count("\n") - errors.count("WARNING") <= 3 and "Traceback" not in errors
-        assert re.search(rf"^marble-jax toy: process {index}: process 1 \(.*\): reward two: failed on 6 samples: "
-                         r"ValueError: the reader is out of order; saved after step 2, the same command goes on from "
-                         r"there$", errors, re.MULTILINE), errors
+        assert re.search(
+            rf"^marble-jax toy: process {index}: process 1 \(.*\): reward two: failed on 6 samples: "
+            r"ValueError: the reader is out of order; saved after step 2, the same command goes on from "
+            r"there$",
+            errors,
+            re.MULTILINE,
+        ), errors
     assert (tmp_path / "run" / "checkpoints" / "2" / "manifest.json").exists()

@@ -1,4 +1,5 @@
 """A whole optimiser step against a PyTorch twin, and steps in between solves against full ones."""
+
 import functools
 
 import jax
@@ -27,12 +28,19 @@ def _twin(state, made):
 
 
 def _assert_same_policies(state, torch_twin, twin):
-    for found, expected in ((state.current, twin.current), (state.old, twin.old), (state.ema, twin.ema)):
+    for found, expected in (
+        (state.current, twin.current),
+        (state.old, twin.old),
+        (state.ema, twin.ema),
+    ):
         toy.assert_close(found, torch_twin.arrays(expected))
 
 
 def _moved(before, after):
-    return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)))
+    return max(
+        float(jnp.max(jnp.abs(a - b)))
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))
+    )
 
 
 def test_exact_steps_equal_the_torch_twin():
@@ -56,14 +64,18 @@ def test_exact_steps_equal_the_torch_twin():
 
         before = state
         state, metrics = _step("exact")(state, toy.base_params(), batch)
-        assert int(state.step) == number + 1 and int(state.alpha.age) == 1 and bool(state.alpha.solved)
+        assert (
+            int(state.step) == number + 1 and int(state.alpha.age) == 1 and bool(state.alpha.solved)
+        )
         np.testing.assert_allclose(state.alpha.alpha, twin.alpha, atol=2e-4)
         np.testing.assert_allclose(metrics["training/grad_norm"], norm, rtol=2e-4)
         lengths = [float(found[k].norm()) if k in found else 0.0 for k in range(toy.REWARDS)]
         np.testing.assert_allclose(metrics["harmonize/grad_norm"], lengths, rtol=1e-4)
         direction = sum(weights[k] * g for k, g in found.items())
-        cosines = [float(found[k] @ direction / found[k].norm() / direction.norm()) if k in found else 0.0
-                   for k in range(toy.REWARDS)]
+        cosines = [
+            float(found[k] @ direction / found[k].norm() / direction.norm()) if k in found else 0.0
+            for k in range(toy.REWARDS)
+        ]
         np.testing.assert_allclose(metrics["harmonize/cos_update"], cosines, atol=5e-4)
         assert float(metrics["training/skipped"]) == 0
         _assert_same_policies(state, torch_twin, twin)
@@ -78,7 +90,10 @@ def test_anchors_at_every_fourth_micro_step_are_three_times_as_strong():
 
     class Twin(torch_twin.Twin):
         def each(self, part, advantage):
-            (whole, divergence), (anchor, _) = super().each(part, advantage), super().each(part, 0 * advantage)
+            (whole, divergence), (anchor, _) = (
+                super().each(part, advantage),
+                super().each(part, 0 * advantage),
+            )
             return whole + (part["anchor"] - 1) * anchor, part["anchor"] * divergence
 
     twin = Twin(state, made)
@@ -91,7 +106,9 @@ def test_anchors_at_every_fourth_micro_step_are_three_times_as_strong():
     step = jax.jit(train_step.exact_step(made, toy.velocity, toy.optimizer()))
     after, metrics = step(state, toy.base_params(), batch)
     np.testing.assert_allclose(metrics["harmonize/alpha"], alpha, atol=2e-4)
-    np.testing.assert_allclose(metrics["harmonize/grad_norm"], [float(g.norm()) for g in found.values()], rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["harmonize/grad_norm"], [float(g.norm()) for g in found.values()], rtol=1e-4
+    )
     _assert_same_policies(after, torch_twin, twin)
 
 
@@ -115,14 +132,18 @@ def test_exact_step_reports_losses_and_divergence_of_the_twin():
 def test_without_smoothing_the_fresh_alpha_is_used_and_the_average_remembered():
     made, state, batch = toy.recipe(smooth=False), toy.new_state(), toy.new_batch()
     remembered = jnp.asarray([0.8, 0.1, 0.1])
-    state = state.replace(alpha=state.alpha.replace(alpha=remembered, scale=jnp.ones(3), solved=jnp.asarray(True)))
+    state = state.replace(
+        alpha=state.alpha.replace(alpha=remembered, scale=jnp.ones(3), solved=jnp.asarray(True))
+    )
     torch_twin, twin = _twin(state, made)
     found, fresh, scale, kl = twin.harmonised(torch_twin.joined(twin.draws(state, batch)))
     twin.finish(sum(fresh[k] * scale[k] * g for k, g in found.items()) + made.kl_weight * kl)
     after, metrics = _step("exact", smooth=False)(state, toy.base_params(), batch)
     _assert_same_policies(after, torch_twin, twin)
     np.testing.assert_allclose(metrics["harmonize/alpha_solved"], fresh, atol=2e-4)
-    np.testing.assert_allclose(after.alpha.alpha, 0.7 * np.asarray(remembered) + 0.3 * fresh, atol=2e-4)
+    np.testing.assert_allclose(
+        after.alpha.alpha, 0.7 * np.asarray(remembered) + 0.3 * fresh, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("absent", [(), (0,)])
@@ -147,8 +168,13 @@ def test_amortised_step_shares_alpha_out_among_the_rewards_present():
     """With reward 1 absent, weights (alpha_0, alpha_2) / (alpha_0 + alpha_2) on gradients of the twin."""
     made, state, batch = toy.recipe(), toy.new_state(), toy.new_batch(absent=(1,))
     alpha, scale = np.array([0.5, 0.2, 0.3]), np.array([1.2, 0.7, 0.9])
-    state = state.replace(alpha=state.alpha.replace(alpha=jnp.asarray(alpha, jnp.float32), solved=jnp.asarray(True),
-                                                    scale=jnp.asarray(scale, jnp.float32)))
+    state = state.replace(
+        alpha=state.alpha.replace(
+            alpha=jnp.asarray(alpha, jnp.float32),
+            solved=jnp.asarray(True),
+            scale=jnp.asarray(scale, jnp.float32),
+        )
+    )
     torch_twin, twin = _twin(state, made)
     found, _, _, kl = twin.harmonised(torch_twin.joined(twin.draws(state, batch)))
     twin.finish(0.625 * 1.2 * found[0] + 0.375 * 0.9 * found[2] + made.kl_weight * kl)
@@ -173,7 +199,9 @@ def test_scalarised_row_is_what_is_trained_on():
     _, metrics = _step("exact", scalarised=True)(state, toy.base_params(), batch)
     cosines = [float(found[k] @ policy / found[k].norm() / policy.norm()) for k in range(3)]
     np.testing.assert_allclose(metrics["harmonize/cos_update"], cosines, atol=1e-4)
-    assert metrics["harmonize/cos_pair"].shape == (3, 3) and metrics["harmonize/alpha"].shape == (3,)
+    assert metrics["harmonize/cos_pair"].shape == (3, 3) and metrics["harmonize/alpha"].shape == (
+        3,
+    )
 
 
 @pytest.mark.parametrize("kind", ["exact", "amortised"])
@@ -182,7 +210,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_reported(kind):
     state, _ = _step("exact")(state, toy.base_params(), batch)
     broken = batch.replace(x0=batch.x0.at[7, 0, 0, 0].set(jnp.nan))
     after, metrics = _step(kind)(state, toy.base_params(), broken)
-    assert float(metrics["training/skipped"]) == 1 and not np.isfinite(float(metrics["training/grad_norm"]))
+    assert float(metrics["training/skipped"]) == 1 and not np.isfinite(
+        float(metrics["training/grad_norm"])
+    )
     for name in ("current", "old", "ema", "opt_state"):
         toy.assert_identical(getattr(after, name), getattr(state, name))
     toy.assert_identical(after.alpha.alpha, state.alpha.alpha)
@@ -207,8 +237,11 @@ def test_steps_are_traced_once_and_overwrite_the_state_they_are_given():
     state, _ = steps.between(state, params, batch)
     first = len(traces)
     assert first > 0
-    state = state.replace(best_score=jnp.asarray(0.5, jnp.float32), best_step=jnp.asarray(2, jnp.int32),
-                          best=jax.tree.map(jnp.copy, state.ema))
+    state = state.replace(
+        best_score=jnp.asarray(0.5, jnp.float32),
+        best_step=jnp.asarray(2, jnp.int32),
+        best=jax.tree.map(jnp.copy, state.ema),
+    )
     for program in (steps.refresh, steps.between, steps.refresh):
         state, _ = program(state, params, toy.new_batch(seed=4))
     assert len(traces) == first and int(state.step) == 5
@@ -220,7 +253,12 @@ def test_which_step_is_due():
 
     steps = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "amortised", 3)
     assert steps.due(False, 0) is steps.first is steps.refresh
-    assert [steps.due(True, age) is steps.refresh for age in (1, 2, 3, 4)] == [False, False, True, True]
+    assert [steps.due(True, age) is steps.refresh for age in (1, 2, 3, 4)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     exact = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "exact", 3)
     assert all(exact.due(True, age) is exact.first for age in (1, 2, 3))
     faithful = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "faithful", 2)

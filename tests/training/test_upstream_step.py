@@ -1,4 +1,5 @@
 """Upstream's step against a PyTorch twin that spells out its peculiarities."""
+
 import functools
 
 import jax
@@ -23,14 +24,21 @@ def _step(solved):
 
 def _solved_state():
     state = toy.new_state()
-    return state.replace(alpha=state.alpha.replace(
-        alpha=jnp.asarray([0.5, 0.2, 0.3]), scale=jnp.asarray([2.0, 0.3, 1.1]), solved=jnp.asarray(True),
-        age=jnp.asarray(6, jnp.int32)))
+    return state.replace(
+        alpha=state.alpha.replace(
+            alpha=jnp.asarray([0.5, 0.2, 0.3]),
+            scale=jnp.asarray([2.0, 0.3, 1.1]),
+            solved=jnp.asarray(True),
+            age=jnp.asarray(6, jnp.int32),
+        )
+    )
 
 
 def _combined(twin, part, alpha):
     """Gradient of the loss with the advantages summed under alpha, a missing one as 0, over all samples of `part`."""
-    advantages = (part["advantages"] * part["valid"]) @ torch_twin.torch.tensor(np.asarray(alpha, np.float64))
+    advantages = (part["advantages"] * part["valid"]) @ torch_twin.torch.tensor(
+        np.asarray(alpha, np.float64)
+    )
     each, divergence = twin.each(part, advantages)
     return twin.gradient(each.mean() + twin.recipe.kl_weight * divergence.mean())
 
@@ -38,11 +46,17 @@ def _combined(twin, part, alpha):
 def _solved(twin, part):
     """Update of one micro-step that solves for alpha, with its fresh alpha; and that alpha."""
     found, fresh, scale, kl = twin.harmonised(part)
-    return sum(fresh[k] * scale[k] * g for k, g in found.items()) + twin.recipe.kl_weight * kl, fresh
+    return sum(
+        fresh[k] * scale[k] * g for k, g in found.items()
+    ) + twin.recipe.kl_weight * kl, fresh
 
 
 def _assert_same(after, twin):
-    for found, expected in ((after.current, twin.current), (after.old, twin.old), (after.ema, twin.ema)):
+    for found, expected in (
+        (after.current, twin.current),
+        (after.old, twin.old),
+        (after.ema, twin.ema),
+    ):
         toy.assert_close(found, torch_twin.arrays(expected))
 
 
@@ -52,13 +66,17 @@ def test_between_solves_alpha_acts_on_advantages_and_missing_counts_as_zero():
     part = torch_twin.joined(twin.draws(state, batch))
     gradient = _combined(twin, part, [0.5, 0.2, 0.3])
     exact = sum(a * g for a, g in zip((0.5, 0.2, 0.3), twin.harmonised(part)[0].values()))
-    assert float((gradient - exact).norm()) > 0.05 * float(gradient.norm())  # the peculiarity is visible here
+    assert float((gradient - exact).norm()) > 0.05 * float(
+        gradient.norm()
+    )  # the peculiarity is visible here
     norm = twin.finish(gradient)
     after, metrics = _step("none")(state, toy.base_params(), batch)
     _assert_same(after, twin)
     np.testing.assert_allclose(metrics["training/grad_norm"], norm, rtol=1e-4)
     assert int(after.alpha.age) == 7 and float(metrics["harmonize/refreshed"]) == 0
-    toy.assert_identical((after.alpha.alpha, after.alpha.scale), (state.alpha.alpha, state.alpha.scale))
+    toy.assert_identical(
+        (after.alpha.alpha, after.alpha.scale), (state.alpha.alpha, state.alpha.scale)
+    )
 
 
 def test_a_refresh_solves_on_the_first_micro_step_only():

@@ -1,5 +1,6 @@
 """One optimiser step once more, from the formulas: torch autograd in float64, one backward pass a reward, SciPy's SLSQP
 for alpha, torch's clipping and AdamW. Only the draws (noise, timesteps, order) are taken from the package."""
+
 import functools
 
 import jax
@@ -24,7 +25,11 @@ def arrays(tree):
 def velocity(params, adapter, xt, sigma, cond):
     def dense(name, x):
         out = x @ params[name]["kernel"]
-        return out if adapter is None else out + toy.SCALE * (x @ adapter[name]["a"]) @ adapter[name]["b"]
+        return (
+            out
+            if adapter is None
+            else out + toy.SCALE * (x @ adapter[name]["a"]) @ adapter[name]["b"]
+        )
 
     embeds, pooled = cond
     x = torch.cat([xt.flatten(1), sigma[:, None], pooled, embeds.mean(1)], 1)
@@ -34,9 +39,15 @@ def velocity(params, adapter, xt, sigma, cond):
 def slsqp(gram):
     """argmin over the simplex of a^T G a."""
     count = len(gram)
-    found = minimize(lambda a: a @ gram @ a, np.full(count, 1 / count), jac=lambda a: 2 * gram @ a, method="SLSQP",
-                     bounds=[(0, 1)] * count, constraints={"type": "eq", "fun": lambda a: a.sum() - 1},
-                     options={"ftol": 1e-15, "maxiter": 500})
+    found = minimize(
+        lambda a: a @ gram @ a,
+        np.full(count, 1 / count),
+        jac=lambda a: 2 * gram @ a,
+        method="SLSQP",
+        bounds=[(0, 1)] * count,
+        constraints={"type": "eq", "fun": lambda a: a.sum() - 1},
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
     assert found.success
     return found.x
 
@@ -47,17 +58,24 @@ class Twin:
     def __init__(self, state, recipe):
         self.recipe = recipe
         self.params = tensors(toy.base_params())
-        self.current, self.old, self.ema = tensors(state.current), tensors(state.old), tensors(state.ema)
+        self.current, self.old, self.ema = (
+            tensors(state.current),
+            tensors(state.old),
+            tensors(state.ema),
+        )
         self.leaves = [leaf.requires_grad_() for leaf in jax.tree.leaves(self.current)]
-        self.adamw = torch.optim.AdamW(self.leaves, lr=toy.RATE, betas=toy.BETAS, eps=toy.EPSILON,
-                                       weight_decay=toy.DECAY)
+        self.adamw = torch.optim.AdamW(
+            self.leaves, lr=toy.RATE, betas=toy.BETAS, eps=toy.EPSILON, weight_decay=toy.DECAY
+        )
         self.alpha, self.step_count = None, 0
 
     def draws(self, state, batch):
         """What the package draws for this step: a list of micro-steps, each a dict of float64 tensors."""
         drawn = _draws(state.key, state.step, state.old, batch, self.recipe)
-        return [{name: torch.tensor(np.asarray(x[m], np.float64)) for name, x in drawn.items()}
-                for m in range(len(drawn["t"]))]
+        return [
+            {name: torch.tensor(np.asarray(x[m], np.float64)) for name, x in drawn.items()}
+            for m in range(len(drawn["t"]))
+        ]
 
     def errors(self, part):
         """P, N and the divergence of every sample."""
@@ -70,7 +88,10 @@ class Twin:
         sides = []
         for mixed in (beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v):
             error = part["xt"] - t * mixed - part["x0"]
-            sides.append((error ** 2).flatten(1).mean(1) / error.detach().abs().flatten(1).mean(1).clamp(min=1e-5))
+            sides.append(
+                (error**2).flatten(1).mean(1)
+                / error.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+            )
         return *sides, ((v - v_ref) ** 2).flatten(1).mean(1)
 
     def each(self, part, advantage):
@@ -81,7 +102,9 @@ class Twin:
         return clip * (r * positive + (1 - r) * negative) / self.recipe.nft_beta, divergence
 
     def gradient(self, loss):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.leaves, retain_graph=True)])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, self.leaves, retain_graph=True)]
+        )
 
     def harmonised(self, part):
         """Gradients of the rewards valid in `part`, alpha of the solve [K], mean|g| / |g_k| [K], gradient of the KL."""
@@ -99,21 +122,27 @@ class Twin:
         return found, alpha, scale, self.gradient(divergence.mean())
 
     def smoothed(self, fresh):
-        self.alpha = fresh if self.alpha is None else self.recipe.rho * self.alpha + (1 - self.recipe.rho) * fresh
+        self.alpha = (
+            fresh
+            if self.alpha is None
+            else self.recipe.rho * self.alpha + (1 - self.recipe.rho) * fresh
+        )
         return self.alpha
 
     def finish(self, total):
         """Clip, AdamW, averaged and rollout policy; returns the norm before clipping."""
         offset = 0
         for leaf in self.leaves:
-            leaf.grad = total[offset:offset + leaf.numel()].reshape(leaf.shape).clone()
+            leaf.grad = total[offset : offset + leaf.numel()].reshape(leaf.shape).clone()
             offset += leaf.numel()
         norm = float(torch.nn.utils.clip_grad_norm_(self.leaves, toy.CLIP_NORM))
         self.adamw.step()
         self.step_count += 1
         count = self.step_count
-        for slow, decay in ((self.ema, min((1 + count) / (10 + count), self.recipe.ema_decay)),
-                            (self.old, min(0.3 * count, 0.95))):
+        for slow, decay in (
+            (self.ema, min((1 + count) / (10 + count), self.recipe.ema_decay)),
+            (self.old, min(0.3 * count, 0.95)),
+        ):
             for leaf, new in zip(jax.tree.leaves(slow), self.leaves):
                 leaf.copy_(decay * leaf + (1 - decay) * new.detach())
         return norm
@@ -122,12 +151,28 @@ class Twin:
 @functools.partial(jax.jit, static_argnums=4)
 def _draws(key, step, old, batch, recipe):
     """Every micro-step's inputs, stacked: leaves [M, n, ...]."""
-    plan = schedule(batch, jax.random.wrap_key_data(key), step, recipe.sigmas, recipe.num_timesteps, recipe.micro_batch)
+    plan = schedule(
+        batch,
+        jax.random.wrap_key_data(key),
+        step,
+        recipe.sigmas,
+        recipe.num_timesteps,
+        recipe.micro_batch,
+    )
 
     def one(m):
-        flow, advantages, valid = micro_step(toy.velocity, toy.base_params(), old, batch, plan, m, False)
-        return {"x0": flow.x0, "xt": flow.xt, "t": flow.t, "embeds": flow.cond.embeds, "pooled": flow.cond.pooled,
-                "advantages": advantages.T, "valid": valid.T}
+        flow, advantages, valid = micro_step(
+            toy.velocity, toy.base_params(), old, batch, plan, m, False
+        )
+        return {
+            "x0": flow.x0,
+            "xt": flow.xt,
+            "t": flow.t,
+            "embeds": flow.cond.embeds,
+            "pooled": flow.cond.pooled,
+            "advantages": advantages.T,
+            "valid": valid.T,
+        }
 
     return jax.lax.map(one, jax.numpy.arange(num_micro_steps(plan)))
 

@@ -1,5 +1,6 @@
 """A two-layer policy on latents [n, 2, 2, 3] with an adapter on each layer, and training problems small enough to
 redo by hand: masks, advantages beyond the clip, and a rollout policy that differs from the current one."""
+
 import functools
 
 import jax
@@ -24,11 +25,16 @@ OLD_DECAY = rollout_decay("linear_capped", rate=0.3)
 
 def velocity(params, adapter, xt, sigma, cond):
     """tanh layer and linear layer; `cond` enters through its pooled part and the mean of its tokens."""
+
     def dense(name, x):
         out = x @ params[name]["kernel"]
-        return out if adapter is None else out + SCALE * (x @ adapter[name]["a"]) @ adapter[name]["b"]
+        return (
+            out if adapter is None else out + SCALE * (x @ adapter[name]["a"]) @ adapter[name]["b"]
+        )
 
-    x = jnp.concatenate([xt.reshape(xt.shape[0], -1), sigma[:, None], cond.pooled, cond.embeds.mean(axis=1)], axis=1)
+    x = jnp.concatenate(
+        [xt.reshape(xt.shape[0], -1), sigma[:, None], cond.pooled, cond.embeds.mean(axis=1)], axis=1
+    )
     return dense("second", jnp.tanh(dense("first", x))).reshape(xt.shape)
 
 
@@ -39,28 +45,50 @@ def normal(rng, *shape, scale=1.0):
 @functools.cache
 def base_params():
     rng = np.random.default_rng(1)
-    return {"first": {"kernel": normal(rng, 12 + 1 + 2 + 3, HIDDEN, scale=0.3)},
-            "second": {"kernel": normal(rng, HIDDEN, 12, scale=0.4)}}
+    return {
+        "first": {"kernel": normal(rng, 12 + 1 + 2 + 3, HIDDEN, scale=0.3)},
+        "second": {"kernel": normal(rng, HIDDEN, 12, scale=0.4)},
+    }
 
 
 def new_adapter(seed, scale=0.3):
     rng = np.random.default_rng(seed)
     shapes = {name: leaf["kernel"].shape for name, leaf in base_params().items()}
-    return {name: {"a": normal(rng, inner, RANK, scale=scale), "b": normal(rng, RANK, outer, scale=scale)}
-            for name, (inner, outer) in shapes.items()}
+    return {
+        name: {
+            "a": normal(rng, inner, RANK, scale=scale),
+            "b": normal(rng, RANK, outer, scale=scale),
+        }
+        for name, (inner, outer) in shapes.items()
+    }
 
 
 def recipe(**changes):
     settings = dict(
-        sigmas=SIGMAS, num_timesteps=TIMESTEPS, micro_batch=MICRO_BATCH, chunk=2, anchor_every=1,
-        num_rewards=REWARDS, scalarised=False, nft_beta=0.1, kl_weight=0.05, clip=5.0, balancer=Marble(), rho=0.7,
-        smooth=True, old_schedule=OLD_DECAY, ema_decay=0.9)
+        sigmas=SIGMAS,
+        num_timesteps=TIMESTEPS,
+        micro_batch=MICRO_BATCH,
+        chunk=2,
+        anchor_every=1,
+        num_rewards=REWARDS,
+        scalarised=False,
+        nft_beta=0.1,
+        kl_weight=0.05,
+        clip=5.0,
+        balancer=Marble(),
+        rho=0.7,
+        smooth=True,
+        old_schedule=OLD_DECAY,
+        ema_decay=0.9,
+    )
     return Recipe(**settings | changes)
 
 
 def optimizer():
-    return optax.chain(optax.clip_by_global_norm(CLIP_NORM),
-                       optax.adamw(RATE, b1=BETAS[0], b2=BETAS[1], eps=EPSILON, weight_decay=DECAY))
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.adamw(RATE, b1=BETAS[0], b2=BETAS[1], eps=EPSILON, weight_decay=DECAY),
+    )
 
 
 def new_state(adapter_seed=2, seed=5, num_rewards=REWARDS):
@@ -79,15 +107,25 @@ def new_batch(seed=3, rows=REWARDS, absent=()):
     valid[list(absent)] = False
     advantages = np.where(valid, 6.0 * rng.normal(size=valid.shape), 0.0)
     cond = Conditioning(normal(rng, PROMPTS, 2, 3), normal(rng, PROMPTS, 2))
-    return RolloutBatch(normal(rng, PICTURES, *LATENT), jnp.asarray(prompt), cond, jnp.asarray(advantages, jnp.float32),
-                        jnp.asarray(valid))
+    return RolloutBatch(
+        normal(rng, PICTURES, *LATENT),
+        jnp.asarray(prompt),
+        cond,
+        jnp.asarray(advantages, jnp.float32),
+        jnp.asarray(valid),
+    )
 
 
 def assert_close(found, expected, rtol=2e-4, atol=2e-6):
     """Two trees of the same structure, leaf by leaf."""
-    jax.tree.map(lambda f, e: np.testing.assert_allclose(np.asarray(f), np.asarray(e), rtol=rtol, atol=atol),
-                 found, expected)
+    jax.tree.map(
+        lambda f, e: np.testing.assert_allclose(np.asarray(f), np.asarray(e), rtol=rtol, atol=atol),
+        found,
+        expected,
+    )
 
 
 def assert_identical(found, expected):
-    jax.tree.map(lambda f, e: np.testing.assert_array_equal(np.asarray(f), np.asarray(e)), found, expected)
+    jax.tree.map(
+        lambda f, e: np.testing.assert_array_equal(np.asarray(f), np.asarray(e)), found, expected
+    )

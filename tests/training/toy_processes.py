@@ -3,6 +3,7 @@
 The two-layer policy with a reward on the devices and one on the hosts, a real workdir and real checkpoints. Its final
 state goes to WORKDIR/final.npz.
 """
+
 import sys
 from functools import partial
 
@@ -51,11 +52,27 @@ def run(place, num_steps, broken):
     distributed.from_first("claim", lambda: workdir.claim(config))
     contrast = Contrast(name="two", kind="host")
     contrast.broken = broken
-    scorer = Scorer([toy_run.Brightness(name="one", kind="device"), contrast], on_error="fail" if broken else "mask")
-    collector = Collector(make_sampler(toy.velocity, 2, "euler", 1.0), toy_run.encode, jax.nn.sigmoid, scorer,
-                          toy.LATENT, 12, partial(device_mesh.place_batch, mesh), everywhere)
-    recipe = toy.recipe(num_rewards=2, balancer=make_balancer("equal"), micro_batch=12, chunk=12,
-                        shards=device_mesh.Shards(mesh) if mesh.size > 1 else device_mesh.ALONE)
+    scorer = Scorer(
+        [toy_run.Brightness(name="one", kind="device"), contrast],
+        on_error="fail" if broken else "mask",
+    )
+    collector = Collector(
+        make_sampler(toy.velocity, 2, "euler", 1.0),
+        toy_run.encode,
+        jax.nn.sigmoid,
+        scorer,
+        toy.LATENT,
+        12,
+        partial(device_mesh.place_batch, mesh),
+        everywhere,
+    )
+    recipe = toy.recipe(
+        num_rewards=2,
+        balancer=make_balancer("equal"),
+        micro_batch=12,
+        chunk=12,
+        shards=device_mesh.Shards(mesh) if mesh.size > 1 else device_mesh.ALONE,
+    )
     steps = make_steps(recipe, toy.velocity, toy.optimizer(), "exact", 1)
     checkpoints = Checkpoints(workdir.checkpoints, keep=2, say=Console().say)
     state, latest = everywhere(jax.device_get(toy.new_state(num_rewards=2))), checkpoints.latest()
@@ -63,11 +80,20 @@ def run(place, num_steps, broken):
         _, state = checkpoints.restore(state, latest)
     done = int(state.step)
     distributed.from_first("cut", lambda: workdir.cut(done))
-    hooks = Hooks(lambda step, record: distributed.from_first("record", lambda: workdir.append(workdir.metrics, record)),
-                  lambda state, *_: state, lambda state: checkpoints.save(int(state.step), state))
-    sampling = Sampling(toy_run.PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
+    hooks = Hooks(
+        lambda step, record: distributed.from_first(
+            "record", lambda: workdir.append(workdir.metrics, record)
+        ),
+        lambda state, *_: state,
+        lambda state: checkpoints.save(int(state.step), state),
+    )
+    sampling = Sampling(
+        toy_run.PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ()
+    )
     try:
-        turn = Turn(everywhere(jax.device_get(toy.base_params())), collector, sampling, steps, everywhere)
+        turn = Turn(
+            everywhere(jax.device_get(toy.base_params())), collector, sampling, steps, everywhere
+        )
         return train(state, turn, Schedule(num_steps, 0, 1), hooks, Console())
     except BaseException as error:
         distributed.end_unless((Interrupted,), error)

@@ -2,6 +2,7 @@
 
 With STALL it stops for good in the middle of writing the checkpoint of that step, and makes the file `stalled`.
 """
+
 import functools
 import sys
 import time
@@ -37,16 +38,30 @@ class Brightness(Reward):
 
 
 def encode(texts):
-    numbers = np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
-    return Conditioning(embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), pooled=jnp.asarray(numbers[:, :2]))
+    numbers = (
+        np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
+    )
+    return Conditioning(
+        embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)),
+        pooled=jnp.asarray(numbers[:, :2]),
+    )
 
 
 @functools.cache
 def programs():
     scorer = Scorer([Brightness(name="one", kind="device"), Brightness(name="two", kind="device")])
-    collector = Collector(make_sampler(toy.velocity, 2, "euler", 1.0), encode, jax.nn.sigmoid, scorer, toy.LATENT, 6,
-                          lambda tree: tree)
-    return collector, make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "exact", 1)
+    collector = Collector(
+        make_sampler(toy.velocity, 2, "euler", 1.0),
+        encode,
+        jax.nn.sigmoid,
+        scorer,
+        toy.LATENT,
+        6,
+        lambda tree: tree,
+    )
+    return collector, make_steps(
+        toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "exact", 1
+    )
 
 
 def new_state():
@@ -63,12 +78,21 @@ def run(place, say=print):
     if latest is not None:
         _, state = checkpoints.restore(state, latest)
     workdir.cut(int(state.step))
-    hooks = Hooks(lambda step, record: workdir.append(workdir.metrics, record), lambda state, give_way: state,
-                  lambda state: checkpoints.save(int(state.step), state))
+    hooks = Hooks(
+        lambda step, record: workdir.append(workdir.metrics, record),
+        lambda state, give_way: state,
+        lambda state: checkpoints.save(int(state.step), state),
+    )
     collector, steps = programs()
     sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
     try:
-        turn = Turn(toy.base_params(), collector, sampling, steps, lambda tree: jax.device_put(tree, jax.devices()[0]))
+        turn = Turn(
+            toy.base_params(),
+            collector,
+            sampling,
+            steps,
+            lambda tree: jax.device_put(tree, jax.devices()[0]),
+        )
         return train(state, turn, Schedule(NUM_STEPS, 0, 1), hooks, Console())
     finally:
         checkpoints.close()

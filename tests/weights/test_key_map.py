@@ -1,4 +1,5 @@
 """The safetensors reader and the key map: exact values, layouts, dtypes, and every way a file can be wrong."""
+
 import json
 import struct
 
@@ -85,7 +86,9 @@ def test_load_moves_axes_and_stacks_layers(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_round_trip_is_bit_exact(tmp_path, dtype):
     torch, save = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch").save_file
-    kind = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[np.dtype(dtype).name]
+    kind = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
+        np.dtype(dtype).name
+    ]
     cast = {k: torch.from_numpy(v).to(kind) for k, v in TENSORS.items()}
     (tmp_path / "config.json").write_text("{}")
     save(cast, tmp_path / "model.safetensors")
@@ -101,7 +104,9 @@ def test_round_trip_is_bit_exact(tmp_path, dtype):
 def test_dtype_converts_floating_leaves_only(tmp_path):
     tensors = {"w": np.ones((2,), np.float32), "ids": np.arange(3)}
     shapes = {"w": struct_of(2), "ids": jax.ShapeDtypeStruct((3,), jnp.int32)}
-    params = load_params(SafetensorsDir(write(tmp_path, tensors)), path_entries(shapes), shapes, jnp.bfloat16)
+    params = load_params(
+        SafetensorsDir(write(tmp_path, tensors)), path_entries(shapes), shapes, jnp.bfloat16
+    )
     assert (params["w"].dtype, params["ids"].dtype) == (jnp.bfloat16, jnp.int32)
 
 
@@ -161,12 +166,18 @@ def test_scalars_and_empty_tensors(tmp_path):
     "change, message",
     [
         (lambda t: t.pop("patch.bias"), "expected tensor 'patch.bias'; received a file without it"),
-        (lambda t: t.update({"patch_bias": t.pop("patch.bias")}), "without it; did you mean 'patch_bias'"),
+        (
+            lambda t: t.update({"patch_bias": t.pop("patch.bias")}),
+            "without it; did you mean 'patch_bias'",
+        ),
         (
             lambda t: [t.pop(k) for k in ("patch.bias", "layers.0.bias")],
             r"expected tensor 'layers.0.bias' \(and 1 more\); received",
         ),
-        (lambda t: t.update(extra=t["patch.bias"] + 1), "expected only the tensors of this config; received 'extra'"),
+        (
+            lambda t: t.update(extra=t["patch.bias"] + 1),
+            "expected only the tensors of this config; received 'extra'",
+        ),
         (
             lambda t: t.update({"layers.1.weight": t["layers.1.weight"].T.copy()}),
             r"model.safetensors: tensor 'layers.1.weight': expected shape \(3, 2\); received \(2, 3\)",
@@ -195,9 +206,18 @@ def test_ignored_tensors_may_be_left_over(tmp_path):
     [
         (ENTRIES[:-1], "parameter deep/norm/scale: .*received a leaf without a tensor"),
         ([*ENTRIES, Entry("x", ("x",))], "parameter x: .*received a tensor 'x' without a leaf"),
-        ([e for e in ENTRIES if e.key != "layers.1.bias"], r"run/bias: expected each of its slices once; .* \[0\]"),
-        ([*ENTRIES, Entry("y", ("patch", "bias"))], r"patch/bias: expected each of its slices once; .* \[None, None\]"),
-        ([*ENTRIES[:-1], Entry("out_norm.weight", ("deep", "norm", "scale"), "lin")], "transform of 'out_norm.weight'"),
+        (
+            [e for e in ENTRIES if e.key != "layers.1.bias"],
+            r"run/bias: expected each of its slices once; .* \[0\]",
+        ),
+        (
+            [*ENTRIES, Entry("y", ("patch", "bias"))],
+            r"patch/bias: expected each of its slices once; .* \[None, None\]",
+        ),
+        (
+            [*ENTRIES[:-1], Entry("out_norm.weight", ("deep", "norm", "scale"), "lin")],
+            "transform of 'out_norm.weight'",
+        ),
     ],
 )
 def test_key_maps_that_do_not_agree(tmp_path, entries, message):
@@ -216,7 +236,9 @@ def test_truncated_file(tmp_path):
     content = file.read_bytes()
     for length in (0, 5, 40, len(content) - 1):
         file.write_bytes(content[:length])
-        with pytest.raises(InputError, match=f"model.safetensors: truncated or corrupt .*received {length}"):
+        with pytest.raises(
+            InputError, match=f"model.safetensors: truncated or corrupt .*received {length}"
+        ):
             SafetensorsDir(tmp_path)
     file.write_bytes(content + b"x")
     with pytest.raises(InputError, match="truncated or corrupt"):
@@ -235,8 +257,16 @@ def test_truncated_file(tmp_path):
             b"1234",
             r"expected tensor 'w' of shape \(2,\) F32; received 4 bytes",
         ),
-        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, b"", "expected tensor 'w' of shape"),
-        ({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"1", "'w': expected a dtype of .*received F4"),
+        (
+            {"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+            b"",
+            "expected tensor 'w' of shape",
+        ),
+        (
+            {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}},
+            b"1",
+            "'w': expected a dtype of .*received F4",
+        ),
     ],
 )
 def test_corrupt_header(tmp_path, header, data, message):
@@ -245,11 +275,17 @@ def test_corrupt_header(tmp_path, header, data, message):
 
 
 def test_missing_pieces(tmp_path):
-    with pytest.raises(InputError, match="absent: expected a model component directory; received no such directory"):
+    with pytest.raises(
+        InputError, match="absent: expected a model component directory; received no such directory"
+    ):
         SafetensorsDir(tmp_path / "absent")
-    with pytest.raises(InputError, match="a.safetensors: expected a safetensors file; received no such file"):
+    with pytest.raises(
+        InputError, match="a.safetensors: expected a safetensors file; received no such file"
+    ):
         SafetensorsFile(tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="config.json: expected a readable JSON file; received FileNotFoundError"):
+    with pytest.raises(
+        InputError, match="config.json: expected a readable JSON file; received FileNotFoundError"
+    ):
         SafetensorsDir(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: expected valid JSON; received an error at"):
@@ -258,7 +294,9 @@ def test_missing_pieces(tmp_path):
     with pytest.raises(InputError, match="config.json: expected a JSON object; received a list"):
         SafetensorsDir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="or model.safetensors .or its sharded index.; received config.json"):
+    with pytest.raises(
+        InputError, match="or model.safetensors .or its sharded index.; received config.json"
+    ):
         SafetensorsDir(tmp_path)
 
 
@@ -267,17 +305,24 @@ def test_index_that_does_not_agree(tmp_path):
     content = json.loads(index.read_text())
     first, second = sorted(set(content["weight_map"].values()))
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], "ghost": first}}))
-    with pytest.raises(InputError, match=f"{first}: expected tensor 'ghost' of its index; received a file without it"):
+    with pytest.raises(
+        InputError,
+        match=f"{first}: expected tensor 'ghost' of its index; received a file without it",
+    ):
         SafetensorsDir(tmp_path)
     index.write_text("{}")
     with pytest.raises(InputError, match="expected an object 'weight_map'; received none"):
         SafetensorsDir(tmp_path)
     index.write_text(json.dumps(content))
     save_file(TENSORS, tmp_path / second)
-    with pytest.raises(InputError, match=f"{second}: expected each tensor once; received .*, also in {first}"):
+    with pytest.raises(
+        InputError, match=f"{second}: expected each tensor once; received .*, also in {first}"
+    ):
         SafetensorsDir(tmp_path)
     (tmp_path / second).unlink()
-    with pytest.raises(InputError, match=f"{second}: expected a safetensors file; received no such file"):
+    with pytest.raises(
+        InputError, match=f"{second}: expected a safetensors file; received no such file"
+    ):
         SafetensorsDir(tmp_path)
 
 

@@ -28,6 +28,7 @@ Times are rows, in milliseconds:
 TFLOP/s and MFU count what the mathematics asks for (`marble_jax.families.sd3.flops`), not what is computed again. Memory is
 what the compiler reserves for temporaries (ours) or PyTorch's peak allocation (on a GPU).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,24 +41,60 @@ from pathlib import Path
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--size", choices=("tiny", "embedded", "mid", "sd35m"), default="embedded")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds, each of which runs everything once")
-    parser.add_argument("--seconds", type=float, default=600.0, help="no round begins after this long")
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="rounds, each of which runs everything once"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="no round begins after this long"
+    )
     parser.add_argument("--json", type=Path, help="file for the record")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores, for both libraries")
-    parser.add_argument("--chunk", type=int, help="samples whose per-sample gradients are held at once")
-    parser.add_argument("--unroll", type=int, help="transformer blocks in one turn of our scan (that of the size)")
-    parser.add_argument("--formulations", action="store_true", help="time the formulations that were not chosen, too")
-    parser.add_argument("--only", default="", help="rows to time, shell patterns separated by commas, so that more "
-                        "rounds fit: 'weighted_sum*,combined_k5,exact_k5*,solve_k5,torch.*'")
-    parser.add_argument("--attention", choices=("auto", "xla", "cudnn", "einsum"), default="auto",
-                        help="of our side; auto is the fused kernel where the machine has it")
-    parser.add_argument("--no-torch", dest="torch", action="store_false", help="leave the PyTorch side out")
-    parser.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto",
-                        help="also time torch.compile (auto: on a GPU, or with a C++ compiler)")
-    parser.add_argument("--force", action="store_true", help="run a size for GPUs on another device")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="cores, for both libraries",
+    )
+    parser.add_argument(
+        "--chunk", type=int, help="samples whose per-sample gradients are held at once"
+    )
+    parser.add_argument(
+        "--unroll", type=int, help="transformer blocks in one turn of our scan (that of the size)"
+    )
+    parser.add_argument(
+        "--formulations",
+        action="store_true",
+        help="time the formulations that were not chosen, too",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="rows to time, shell patterns separated by commas, so that more "
+        "rounds fit: 'weighted_sum*,combined_k5,exact_k5*,solve_k5,torch.*'",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "xla", "cudnn", "einsum"),
+        default="auto",
+        help="of our side; auto is the fused kernel where the machine has it",
+    )
+    parser.add_argument(
+        "--no-torch", dest="torch", action="store_false", help="leave the PyTorch side out"
+    )
+    parser.add_argument(
+        "--torch-compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="also time torch.compile (auto: on a GPU, or with a C++ compiler)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="run a size for GPUs on another device"
+    )
     options = parser.parse_args(arguments)
     cores = len(os.sched_getaffinity(0))
     if not 1 <= options.threads <= cores:
@@ -72,7 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def prepare(options: argparse.Namespace) -> None:
     """What has to be set before JAX and PyTorch are imported."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:options.threads])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU's memory is for both
 
@@ -92,15 +129,27 @@ def run(options: argparse.Namespace) -> dict:
 
     platform.keep_compilations()
     size = dataclasses.replace(SIZES[options.size](), attention=options.attention)
-    chosen = {name: getattr(options, name) for name in ("chunk", "unroll") if getattr(options, name) is not None}
+    chosen = {
+        name: getattr(options, name)
+        for name in ("chunk", "unroll")
+        if getattr(options, name) is not None
+    }
     size = dataclasses.replace(size, **chosen)
     if size.num % size.chunk:
-        raise InputError(f"--chunk: expected a divisor of the {size.num} samples; received {size.chunk}")
+        raise InputError(
+            f"--chunk: expected a divisor of the {size.num} samples; received {size.chunk}"
+        )
     if size.gpu_only and jax.default_backend() != "gpu" and not options.force:
-        raise InputError(f"--size: expected a GPU for {size.name}; received {jax.default_backend()} (--force to run)")
-    if options.torch and (missing := [p for p in ("torch", "diffusers", "peft") if not importlib.util.find_spec(p)]):
-        raise InputError(f"PyTorch side: expected torch, diffusers and peft; received no {', '.join(missing)} "
-                         "(--no-torch to leave it out)")
+        raise InputError(
+            f"--size: expected a GPU for {size.name}; received {jax.default_backend()} (--force to run)"
+        )
+    if options.torch and (
+        missing := [p for p in ("torch", "diffusers", "peft") if not importlib.util.find_spec(p)]
+    ):
+        raise InputError(
+            f"PyTorch side: expected torch, diffusers and peft; received no {', '.join(missing)} "
+            "(--no-torch to leave it out)"
+        )
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -113,21 +162,37 @@ def run(options: argparse.Namespace) -> dict:
         compiled = options.torch_compile == "on" or options.torch_compile == "auto" and able
         cases.add_peer(found, problem, options.threads, compiled, wanted, say)
     if not found.ours and not found.peer:
-        raise InputError(f"--only: expected patterns of rows (--help names them); received {options.only!r}, which "
-                         "matches none")
+        raise InputError(
+            f"--only: expected patterns of rows (--help names them); received {options.only!r}, which "
+            "matches none"
+        )
     say(f"timing {len(found.ours) + len(found.peer)} programs")
     before, start = record.busy_seconds(), time.perf_counter()
     times = measure.interleave([found.ours, found.peer], options.repeats, options.seconds)
-    others = record.share_of_others(before, record.busy_seconds(), time.perf_counter() - start, os.cpu_count())
+    others = record.share_of_others(
+        before, record.busy_seconds(), time.perf_counter() - start, os.cpu_count()
+    )
     derived = cases.derive(size, times)
     chip = accelerators.of_kind(jax.devices()[0].device_kind)
-    times = dict(sorted({**times, **derived}.items(), key=lambda item: (item[0].startswith(("f.", "torch.")), item[0])))
+    times = dict(
+        sorted(
+            {**times, **derived}.items(),
+            key=lambda item: (item[0].startswith(("f.", "torch.")), item[0]),
+        )
+    )
     return {
-        "command": " ".join(["python -m tools.benchmark", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "versions": record.versions(), "hardware": record.hardware(options.threads), "others": others,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""), "shapes": record.shapes(problem),
-        "times": record.times_record(times, found.memory, cases.flops(problem), chip.flops if chip else None),
-        "ratios": cases.ratios(size, times)}
+        "command": " ".join(["python -m tools.benchmark", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": record.versions(),
+        "hardware": record.hardware(options.threads),
+        "others": others,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "shapes": record.shapes(problem),
+        "times": record.times_record(
+            times, found.memory, cases.flops(problem), chip.flops if chip else None
+        ),
+        "ratios": cases.ratios(size, times),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,5 @@
 """Which micro-steps are timed, what is made of their times, and which ratios are stated."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -36,14 +37,20 @@ class Cases:
 def chooser(only: str) -> Callable[[str], bool]:
     """Whether a name is wanted: it matches one of the comma-separated shell patterns in `only`, or `only` is empty."""
     patterns = [pattern for pattern in only.split(",") if pattern]
-    return lambda name: not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return lambda name: (
+        not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    )
 
 
-def our_cases(problem: Problem, formulation: bool, wanted: Callable[[str], bool], say: Callable[[str], None]) -> Cases:
+def our_cases(
+    problem: Problem, formulation: bool, wanted: Callable[[str], bool], say: Callable[[str], None]
+) -> Cases:
     """Compiles our side, as far as it is wanted, running everything once."""
     size, cases = problem.size, Cases({}, {}, {})
 
-    def add(name: str, body: ours.Body, num_rewards: int = 1, params: Any = None) -> ours.Program | None:
+    def add(
+        name: str, body: ours.Body, num_rewards: int = 1, params: Any = None
+    ) -> ours.Program | None:
         if not wanted(name):
             return None
         say(f"compiling {name}")
@@ -54,7 +61,9 @@ def our_cases(problem: Problem, formulation: bool, wanted: Callable[[str], bool]
             cases.memory[name] = program.bytes
         return program
 
-    def step(name: str, core: ours.Core, num_rewards: int = 1, reference: bool = True) -> ours.Program | None:
+    def step(
+        name: str, core: ours.Core, num_rewards: int = 1, reference: bool = True
+    ) -> ours.Program | None:
         return add(name, ours.with_inputs(problem, core, reference), num_rewards)
 
     step("weighted_sum", ours.weighted_sum(problem))
@@ -75,7 +84,11 @@ def our_cases(problem: Problem, formulation: bool, wanted: Callable[[str], bool]
         if size.unroll > 1:
             rolled = dataclasses.replace(problem, model=problem.model.clone(unroll=1))
             add("f.weighted_sum.rolled", ours.with_inputs(rolled, ours.weighted_sum(rolled), True))
-            add("f.exact_k5.rolled.signal", ours.with_inputs(rolled, ours.exact(rolled, anchors=False), False), 5)
+            add(
+                "f.exact_k5.rolled.signal",
+                ours.with_inputs(rolled, ours.exact(rolled, anchors=False), False),
+                5,
+            )
     return cases
 
 
@@ -87,11 +100,26 @@ def separate_counts(size: Size) -> tuple[int, ...]:
 def _add_formulations(problem: Problem, step: Callable) -> None:
     for suffix, anchors in (("anchors", True), ("signal", False)):
         if problem.size.chunk != problem.size.num:
-            step(f"f.exact_k5.one_chunk.{suffix}", ours.exact(problem, anchors, problem.size.num), 5, anchors)
+            step(
+                f"f.exact_k5.one_chunk.{suffix}",
+                ours.exact(problem, anchors, problem.size.num),
+                5,
+                anchors,
+            )
         step(f"f.vmapped_k5.{suffix}", formulations.vmapped(problem, anchors), 5, anchors)
-        step(f"f.copied_adapters_k5.{suffix}", formulations.copied_adapters(problem, anchors), 5, anchors)
+        step(
+            f"f.copied_adapters_k5.{suffix}",
+            formulations.copied_adapters(problem, anchors),
+            5,
+            anchors,
+        )
         for k in (5, 20):
-            step(f"f.weighted_sums_k{k}.{suffix}", formulations.weighted_sums(problem, anchors), k, anchors)
+            step(
+                f"f.weighted_sums_k{k}.{suffix}",
+                formulations.weighted_sums(problem, anchors),
+                k,
+                anchors,
+            )
     step("f.separate_batched_k5", ours.separate(problem, together=True), 5)
 
 
@@ -99,12 +127,24 @@ def _add_forwards(problem: Problem, add: Callable) -> None:
     add("f.forwards.three_calls", formulations.three_forwards(problem, batched=False))
     add("f.forwards.one_call", formulations.three_forwards(problem, batched=True))
     add("f.weighted_sum.old_and_ref_in_one_call", formulations.weighted_sum_batched(problem))
-    merged = jax.jit(lora.merge, static_argnums=2)(problem.params, problem.old, problem.size.spec.scale)
-    add("f.weighted_sum.old_merged", formulations.weighted_sum_merged(problem), params=(problem.params, merged))
+    merged = jax.jit(lora.merge, static_argnums=2)(
+        problem.params, problem.old, problem.size.spec.scale
+    )
+    add(
+        "f.weighted_sum.old_merged",
+        formulations.weighted_sum_merged(problem),
+        params=(problem.params, merged),
+    )
 
 
-def add_peer(cases: Cases, problem: Problem, threads: int, compiled: bool, wanted: Callable[[str], bool],
-             say: Callable[[str], None]) -> None:
+def add_peer(
+    cases: Cases,
+    problem: Problem,
+    threads: int,
+    compiled: bool,
+    wanted: Callable[[str], bool],
+    say: Callable[[str], None],
+) -> None:
     """Makes the PyTorch side, as far as it is wanted, running everything once."""
     import torch
 
@@ -141,21 +181,38 @@ def mixtures(size: Size) -> dict[str, dict[str, float]]:
     average micro-step of a whole optimiser step: its own number of anchors, and a share of the one solve.
     """
     every, share, steps = size.anchor_every, size.anchored_share, size.micro_steps
-    shares = {f"weighted_sum.kl_every_{every}": {"weighted_sum": 1 / every, "weighted_sum.no_kl": 1 - 1 / every}}
+    shares = {
+        f"weighted_sum.kl_every_{every}": {
+            "weighted_sum": 1 / every,
+            "weighted_sum.no_kl": 1 - 1 / every,
+        }
+    }
     for k in REWARDS:
-        shares[f"exact_k{k}"] = {f"exact_k{k}.anchors": 1 / every, f"exact_k{k}.signal": 1 - 1 / every}
-        shares[f"exact_k{k}.step"] = {f"exact_k{k}.anchors": share, f"exact_k{k}.signal": 1 - share,
-                                      f"solve_k{k}": 1 / steps}
+        shares[f"exact_k{k}"] = {
+            f"exact_k{k}.anchors": 1 / every,
+            f"exact_k{k}.signal": 1 - 1 / every,
+        }
+        shares[f"exact_k{k}.step"] = {
+            f"exact_k{k}.anchors": share,
+            f"exact_k{k}.signal": 1 - share,
+            f"solve_k{k}": 1 / steps,
+        }
     for name in ("exact_k5", "exact_k5.step"):
         between = 1 - 1 / REFRESH_EVERY
         shares[name.replace("exact", "amortised")] = {
-            "combined_k5": between, **{part: s / REFRESH_EVERY for part, s in shares[name].items()}}
+            "combined_k5": between,
+            **{part: s / REFRESH_EVERY for part, s in shares[name].items()},
+        }
     return shares
 
 
 def derive(size: Size, times: Mapping[str, list[float]]) -> dict[str, list[float]]:
     """Times of the average micro-steps of `mixtures` whose parts were timed; round by round."""
-    return {name: measure.mixture(times, parts) for name, parts in mixtures(size).items() if set(parts) <= set(times)}
+    return {
+        name: measure.mixture(times, parts)
+        for name, parts in mixtures(size).items()
+        if set(parts) <= set(times)
+    }
 
 
 def flops(problem: Problem) -> dict[str, float]:
@@ -165,33 +222,62 @@ def flops(problem: Problem) -> dict[str, float]:
     and one backward pass for each cotangent, with the base weights frozen.
     """
     size = problem.size
-    sample = transformer(size.config, problem.params, problem.current, (size.side // size.config.patch_size)**2,
-                         size.tokens)
+    sample = transformer(
+        size.config,
+        problem.params,
+        problem.current,
+        (size.side // size.config.patch_size) ** 2,
+        size.tokens,
+    )
     signal = 2 * sample.forward + sample.backward
     whole = signal + sample.base
     found = {"weighted_sum": whole, "weighted_sum.no_kl": signal, "combined_k5": whole}
     for k in REWARDS:
-        found |= {f"exact_k{k}.anchors": whole + 2 * sample.backward, f"exact_k{k}.signal": signal, f"solve_k{k}": 0.0,
-                  f"separate_k{k}": whole + k * sample.backward}
+        found |= {
+            f"exact_k{k}.anchors": whole + 2 * sample.backward,
+            f"exact_k{k}.signal": signal,
+            f"solve_k{k}": 0.0,
+            f"separate_k{k}": whole + k * sample.backward,
+        }
     for side in PEERS:
-        found |= {f"torch.{side}.weighted_sum": whole, f"torch.{side}.harmonised": whole + 5 * sample.backward}
+        found |= {
+            f"torch.{side}.weighted_sum": whole,
+            f"torch.{side}.harmonised": whole + 5 * sample.backward,
+        }
     found = {name: size.num * count for name, count in found.items()}
-    mixed = {name: sum(share * found[part] for part, share in parts.items()) for name, parts in mixtures(size).items()}
+    mixed = {
+        name: sum(share * found[part] for part, share in parts.items())
+        for name, parts in mixtures(size).items()
+    }
     return found | mixed
 
 
 def ratios(size: Size, times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     """Speeds relative to each other: "A / B" is time of B over time of A, so above 1 where A is faster."""
     fair = f"weighted_sum.kl_every_{size.anchor_every}"
-    names = [name for name in times if name != "weighted_sum" and not name.startswith(("solve", "torch", "f.forwards"))]
+    names = [
+        name
+        for name in times
+        if name != "weighted_sum" and not name.startswith(("solve", "torch", "f.forwards"))
+    ]
     pairs = [(name, "weighted_sum") for name in names]
     pairs += [(name, fair) for name in names if name.startswith(("exact", "amortised"))]
-    pairs += [("exact_k20", "exact_k5"), ("exact_k20.anchors", "exact_k5.anchors"), ("exact_k5", "separate_k5")]
-    pairs += [("f.forwards.one_call", "f.forwards.three_calls"), ("f.exact_k5.rolled.signal", "exact_k5.signal")]
+    pairs += [
+        ("exact_k20", "exact_k5"),
+        ("exact_k20.anchors", "exact_k5.anchors"),
+        ("exact_k5", "separate_k5"),
+    ]
+    pairs += [
+        ("f.forwards.one_call", "f.forwards.three_calls"),
+        ("f.exact_k5.rolled.signal", "exact_k5.signal"),
+    ]
     for name in times:
         if name.startswith("torch."):
             harmonised = ("exact_k5.anchors", "exact_k5", "separate_k5")
             own = ("weighted_sum",) if name.endswith("weighted_sum") else harmonised
             pairs += [(mine, name) for mine in own]
-    return {f"{fast} / {slow}": measure.ratio(times[slow], times[fast])
-            for fast, slow in pairs if fast in times and slow in times}
+    return {
+        f"{fast} / {slow}": measure.ratio(times[slow], times[fast])
+        for fast, slow in pairs
+        if fast in times and slow in times
+    }

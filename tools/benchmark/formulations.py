@@ -2,6 +2,7 @@
 
 Every core returns the gradients of the K rewards, summed over valid samples, and that of the divergence.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -21,14 +22,19 @@ from tools.benchmark.ours import Body, Core, by_reward, inputs, weighted_sum
 from tools.benchmark.sizes import Problem
 
 
-def seeds_of(problem: Problem, v: jax.Array, flow: reward_gradients.FlowBatch, anchors: bool) -> jax.Array:
+def seeds_of(
+    problem: Problem, v: jax.Array, flow: reward_gradients.FlowBatch, anchors: bool
+) -> jax.Array:
     """[J, n, ...] cotangents of v: signal, and with anchors the loss at r = 1/2 and the divergence."""
     parts = nft.directions(v, flow.v_old, flow.x0, flow.xt, flow.t, problem.size.nft_beta)
     signal, anchor = nft.signal_and_anchor(parts)
     elements = v[0].size
     factor = (2 * flow.t * problem.size.clip / elements).reshape((-1,) + (1,) * (v.ndim - 1))
-    return jnp.stack([factor * signal, factor * anchor, 2 / elements * (v - flow.v_ref)] if anchors
-                     else [factor * signal])
+    return jnp.stack(
+        [factor * signal, factor * anchor, 2 / elements * (v - flow.v_ref)]
+        if anchors
+        else [factor * signal]
+    )
 
 
 def mixes(r: jax.Array, valid: jax.Array, anchors: bool) -> jax.Array:
@@ -58,7 +64,11 @@ def vmapped(problem: Problem, anchors: bool) -> Core:
         def one(sample: reward_gradients.FlowBatch) -> Adapter:
             alone = jax.tree.map(lambda x: x[None], sample)
             v, pull_back = jax.vjp(
-                lambda a: transformer.velocity(problem.model, params, a, alone.xt, alone.t, alone.cond), current)
+                lambda a: transformer.velocity(
+                    problem.model, params, a, alone.xt, alone.t, alone.cond
+                ),
+                current,
+            )
             return jax.vmap(pull_back)(seeds_of(problem, v, alone, anchors))[0]
 
         return assemble(jax.vmap(one)(flow), r, valid, anchors)
@@ -67,8 +77,7 @@ def vmapped(problem: Problem, anchors: bool) -> Core:
 
 
 def copied_adapters(problem: Problem, anchors: bool) -> Core:
-    """A copy of the adapter for every sample, and one pull-back of the whole batch to all copies (a `vmap` over seeds).
-    """
+    """A copy of the adapter for every sample, and one pull-back of the whole batch to all copies (a `vmap` over seeds)."""
 
     def core(params, current, flow, r, valid):
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (problem.size.num, *x.shape)), current)
@@ -85,8 +94,14 @@ def copied_adapters(problem: Problem, anchors: bool) -> Core:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _low_rank(scale: float, x: jax.Array, a: jax.Array, b: jax.Array, sums: dict[str, jax.Array], mix: jax.Array
-              ) -> jax.Array:
+def _low_rank(
+    scale: float,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    sums: dict[str, jax.Array],
+    mix: jax.Array,
+) -> jax.Array:
     """scale (x a) b, whose cotangents of `sums` (a [R, in, r], b [R, r, out]; values unused) are the R sums over
     samples, weighted by `mix` [R, n], of the cotangents of a and b."""
     return (scale * (x @ a)) @ b
@@ -109,8 +124,10 @@ def _low_rank_backward(scale, kept, dy):
         return jnp.einsum(spec, y, z, preferred_element_type=jnp.float32)
 
     flat_x, flat_dy = (y.reshape(len(y), -1, y.shape[-1]) for y in (x, dy))
-    sums = {"a": product("nti,kntr->kir", flat_x, weighted(dwaist)),
-            "b": product("kntr,nto->kro", weighted(waist), flat_dy)}
+    sums = {
+        "a": product("nti,kntr->kir", flat_x, weighted(dwaist)),
+        "b": product("kntr,nto->kro", weighted(waist), flat_dy),
+    }
     return dwaist @ a.T, None, None, sums, None
 
 
@@ -126,8 +143,17 @@ def _with_sums(mix: jax.Array) -> Callable:
             return following(*args, **kwargs)
         kernel, bias = (module.get_variable("params", name) for name in ("kernel", "bias"))
         x, kernel, bias = nn.dtypes.promote_dtype(args[0], kernel, bias, dtype=module.dtype)
-        a, b, sum_a, sum_b = (module.get_variable(COLLECTION, name) for name in ("a", "b", "sum_a", "sum_b"))
-        low = _low_rank(module.lora_scale, x, a.astype(x.dtype), b.astype(x.dtype), {"a": sum_a, "b": sum_b}, mix)
+        a, b, sum_a, sum_b = (
+            module.get_variable(COLLECTION, name) for name in ("a", "b", "sum_a", "sum_b")
+        )
+        low = _low_rank(
+            module.lora_scale,
+            x,
+            a.astype(x.dtype),
+            b.astype(x.dtype),
+            {"a": sum_a, "b": sum_b},
+            mix,
+        )
         y = x @ kernel + low
         return y if bias is None else y + bias
 
@@ -145,16 +171,28 @@ def weighted_sums(problem: Problem, anchors: bool) -> Core:
 
         def zeros(layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
             # The axis of a scanned run stays first, in front of the rows.
-            return {name: jnp.zeros((*leaf.shape[:-2], rows, *leaf.shape[-2:])) for name, leaf in layer.items()}
+            return {
+                name: jnp.zeros((*leaf.shape[:-2], rows, *leaf.shape[-2:]))
+                for name, leaf in layer.items()
+            }
 
         sums = jax.tree.map(zeros, current, is_leaf=is_layer)
 
         def velocity(sums: Adapter, mix: jax.Array) -> jax.Array:
-            joined = jax.tree.map(lambda layer, s: {**layer, "sum_a": s["a"], "sum_b": s["b"]}, current, sums,
-                                  is_leaf=is_layer)
+            joined = jax.tree.map(
+                lambda layer, s: {**layer, "sum_a": s["a"], "sum_b": s["b"]},
+                current,
+                sums,
+                is_leaf=is_layer,
+            )
             with nn.intercept_methods(_with_sums(mix)):
-                v = problem.model.apply({"params": params, COLLECTION: joined}, flow.xt,
-                                        flow.t * transformer.NUM_TRAIN_TIMESTEPS, flow.cond.embeds, flow.cond.pooled)
+                v = problem.model.apply(
+                    {"params": params, COLLECTION: joined},
+                    flow.xt,
+                    flow.t * transformer.NUM_TRAIN_TIMESTEPS,
+                    flow.cond.embeds,
+                    flow.cond.pooled,
+                )
             return v.astype(jnp.float32)
 
         def pull(mix: jax.Array, chosen: jax.Array) -> Adapter:
@@ -179,7 +217,9 @@ def three_forwards(problem: Problem, batched: bool) -> Body:
 
     def body(params, current, old, batch, plan):
         flow, _, _ = inputs(problem, params, old, batch, plan, not batched)
-        at = lambda adapter: transformer.velocity(problem.model, params, adapter, flow.xt, flow.t, flow.cond)
+        at = lambda adapter: transformer.velocity(
+            problem.model, params, adapter, flow.xt, flow.t, flow.cond
+        )
         if not batched:
             return jnp.stack([at(current), flow.v_old, flow.v_ref])
         return jax.vmap(at)(stacked_policies(problem, current, old))
@@ -193,21 +233,27 @@ def weighted_sum_batched(problem: Problem) -> Body:
     def body(params, current, old, batch, plan):
         flow, r, valid = inputs(problem, params, old, batch, plan, False)
         both = jax.tree.map(lambda x: x[1:], stacked_policies(problem, current, old))
-        v_old, v_ref = jax.lax.stop_gradient(jax.vmap(
-            lambda a: transformer.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond))(both))
-        return weighted_sum(problem)(params, current, flow.replace(v_old=v_old, v_ref=v_ref), r, valid)
+        v_old, v_ref = jax.lax.stop_gradient(
+            jax.vmap(
+                lambda a: transformer.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond)
+            )(both)
+        )
+        return weighted_sum(problem)(
+            params, current, flow.replace(v_old=v_old, v_ref=v_ref), r, valid
+        )
 
     return body
 
 
 def weighted_sum_merged(problem: Problem) -> Body:
-    """The weighted sum with the rollout policy folded into a second copy of the weights: `params` is the pair of both.
-    """
+    """The weighted sum with the rollout policy folded into a second copy of the weights: `params` is the pair of both."""
 
     def body(params, current, old, batch, plan):
         base, merged = params
         flow, r, valid = inputs(problem, merged, None, batch, plan, False)
-        v_ref = jax.lax.stop_gradient(transformer.velocity(problem.model, base, None, flow.xt, flow.t, flow.cond))
+        v_ref = jax.lax.stop_gradient(
+            transformer.velocity(problem.model, base, None, flow.xt, flow.t, flow.cond)
+        )
         return weighted_sum(problem)(base, current, flow.replace(v_ref=v_ref), r, valid)
 
     return body

@@ -1,4 +1,5 @@
 """Interleaved timing, and statistics of paired rounds."""
+
 from __future__ import annotations
 
 import time
@@ -27,8 +28,13 @@ def mixture(times: Mapping[str, Sequence[float]], shares: Mapping[str, float]) -
     return list(sum(share * np.asarray(times[name], np.float64) for name, share in shares.items()))
 
 
-def interleave(sides: Sequence[Mapping[str, Callable[[], object]]], repeats: int, seconds: float,
-               clock: Callable[[], float] = time.perf_counter, pause: float = PAUSE) -> dict[str, list[float]]:
+def interleave(
+    sides: Sequence[Mapping[str, Callable[[], object]]],
+    repeats: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    pause: float = PAUSE,
+) -> dict[str, list[float]]:
     """Rounds in which every function of every side runs once, timed.
 
     A side's functions start at another one in each round. Sides follow each other with a pause in between, and each
@@ -52,7 +58,7 @@ def interleave(sides: Sequence[Mapping[str, Callable[[], object]]], repeats: int
             break
         for side in sides:
             names = list(side)
-            names = names[number % len(names):] + names[:number % len(names)]
+            names = names[number % len(names) :] + names[: number % len(names)]
             time.sleep(pause if len(sides) > 1 else 0)
             side[names[0]]()
             for name in names:

@@ -1,4 +1,5 @@
 """Our micro-steps, as `training.train_step` runs them: the three velocities inside, sums carried from one to the next."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -46,8 +47,13 @@ class Program:
         return jax.block_until_ready(self.sums)
 
 
-def compile_program(problem: Problem, body: Body, num_rewards: int, params: Params | None = None,
-                    options: dict[str, Any] | None = None) -> Program:
+def compile_program(
+    problem: Problem,
+    body: Body,
+    num_rewards: int,
+    params: Params | None = None,
+    options: dict[str, Any] | None = None,
+) -> Program:
     """Compiles `sums + body(...)` for K rewards, with the sums donated as in the loop over micro-steps.
 
     Args:
@@ -62,10 +68,14 @@ def compile_program(problem: Problem, body: Body, num_rewards: int, params: Para
     rest = (problem.params if params is None else params, problem.current, problem.old, batch, plan)
     body = jax.jit(body, inline=True)  # traced once, not again for its shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, *rest))
-    step = jax.jit(lambda sums, *args: tree.add(sums, body(*args)), donate_argnums=0, compiler_options=options)
+    step = jax.jit(
+        lambda sums, *args: tree.add(sums, body(*args)), donate_argnums=0, compiler_options=options
+    )
     compiled = step.lower(zeros, *rest).compile()
     memory = compiled.memory_analysis()
-    return Program(compiled, zeros, rest, None if memory is None else int(memory.temp_size_in_bytes))
+    return Program(
+        compiled, zeros, rest, None if memory is None else int(memory.temp_size_in_bytes)
+    )
 
 
 def make_plan(size: Size, batch: RolloutBatch) -> Schedule:
@@ -73,11 +83,24 @@ def make_plan(size: Size, batch: RolloutBatch) -> Schedule:
     return schedule(batch, jax.random.key(7), 0, SIGMAS, len(SIGMAS), size.num)
 
 
-def inputs(problem: Problem, params: Params, old: Adapter, batch: RolloutBatch, plan: Schedule, reference: bool
-           ) -> tuple[reward_gradients.FlowBatch, jax.Array, jax.Array]:
+def inputs(
+    problem: Problem,
+    params: Params,
+    old: Adapter,
+    batch: RolloutBatch,
+    plan: Schedule,
+    reference: bool,
+) -> tuple[reward_gradients.FlowBatch, jax.Array, jax.Array]:
     """Micro-step 1: noised latents with v_old (and v_ref), r [K, n], valid [K, n]."""
     flow, advantages, valid = micro_step(
-        partial(transformer.velocity, problem.model), params, old, batch, plan, jnp.int32(1), reference)
+        partial(transformer.velocity, problem.model),
+        params,
+        old,
+        batch,
+        plan,
+        jnp.int32(1),
+        reference,
+    )
     return flow, nft.optimality(advantages, problem.size.clip), valid
 
 
@@ -96,8 +119,15 @@ def weighted_sum(problem: Problem) -> Core:
 
     def core(params, current, flow, r, valid):
         return reward_gradients.combined_gradient(
-            partial(transformer.velocity, problem.model, params), current, flow, r[0] / size.num, (1 - r[0]) / size.num,
-            nft_beta=size.nft_beta, clip=size.clip, kl_weight=size.kl_weight * (flow.v_ref is not None))[0]
+            partial(transformer.velocity, problem.model, params),
+            current,
+            flow,
+            r[0] / size.num,
+            (1 - r[0]) / size.num,
+            nft_beta=size.nft_beta,
+            clip=size.clip,
+            kl_weight=size.kl_weight * (flow.v_ref is not None),
+        )[0]
 
     return core
 
@@ -107,10 +137,20 @@ def combined(problem: Problem) -> Core:
     size = problem.size
 
     def core(params, current, flow, r, valid):
-        positive, negative = reward_gradients.branch_weights(jnp.full(len(r), 1 / len(r)), r, valid, jnp.sum(valid, axis=1))
+        positive, negative = reward_gradients.branch_weights(
+            jnp.full(len(r), 1 / len(r)), r, valid, jnp.sum(valid, axis=1)
+        )
         return reward_gradients.combined_gradient(
-            partial(transformer.velocity, problem.model, params), current, flow, positive, negative,
-            nft_beta=size.nft_beta, clip=size.clip, kl_weight=size.kl_weight, num_samples=size.num)[0]
+            partial(transformer.velocity, problem.model, params),
+            current,
+            flow,
+            positive,
+            negative,
+            nft_beta=size.nft_beta,
+            clip=size.clip,
+            kl_weight=size.kl_weight,
+            num_samples=size.num,
+        )[0]
 
     return core
 
@@ -121,19 +161,30 @@ def exact(problem: Problem, anchors: bool, chunk: int | None = None) -> Core:
 
     def core(params, current, flow, r, valid):
         return reward_gradients.accumulate(
-            partial(transformer.velocity, problem.model, params), current, flow, r, valid, nft_beta=size.nft_beta,
-            clip=size.clip, chunk_size=chunk or size.chunk, anchors=anchors)
+            partial(transformer.velocity, problem.model, params),
+            current,
+            flow,
+            r,
+            valid,
+            nft_beta=size.nft_beta,
+            clip=size.clip,
+            chunk_size=chunk or size.chunk,
+            anchors=anchors,
+        )
 
     return core
 
 
-def reward_losses(problem: Problem, v: jax.Array, flow: reward_gradients.FlowBatch, r: jax.Array, valid: jax.Array
-                  ) -> jax.Array:
+def reward_losses(
+    problem: Problem, v: jax.Array, flow: reward_gradients.FlowBatch, r: jax.Array, valid: jax.Array
+) -> jax.Array:
     """[K + 1] losses of the rewards, summed over valid samples, and the divergence."""
     size = problem.size
     positive, negative = nft.branches(v, flow.v_old, flow.x0, flow.xt, flow.t, size.nft_beta)
     each = size.clip / size.nft_beta * (r * positive + (1 - r) * negative)
-    return jnp.append(jnp.sum(jnp.where(valid, each, 0), axis=1), jnp.sum(nft.sample_kl(v, flow.v_ref)))
+    return jnp.append(
+        jnp.sum(jnp.where(valid, each, 0), axis=1), jnp.sum(nft.sample_kl(v, flow.v_ref))
+    )
 
 
 def separate(problem: Problem, together: bool = False) -> Core:
@@ -141,7 +192,9 @@ def separate(problem: Problem, together: bool = False) -> Core:
 
     def core(params, current, flow, r, valid):
         v, pull_back = jax.vjp(
-            lambda a: transformer.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond), current)
+            lambda a: transformer.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond),
+            current,
+        )
         seeds = jax.jacrev(lambda u: reward_losses(problem, u, flow, r, valid))(v)
         pulled = (jax.vmap(pull_back) if together else partial(jax.lax.map, pull_back))(seeds)[0]
         return by_reward(pulled)
@@ -151,7 +204,10 @@ def separate(problem: Problem, together: bool = False) -> Core:
 
 def by_reward(pulled: Adapter) -> dict[str, Adapter]:
     """Splits leaves [K + 1, ...] into those of the rewards and that of the divergence."""
-    return {"gradients": jax.tree.map(lambda x: x[:-1], pulled), "kl_gradient": jax.tree.map(lambda x: x[-1], pulled)}
+    return {
+        "gradients": jax.tree.map(lambda x: x[:-1], pulled),
+        "kl_gradient": jax.tree.map(lambda x: x[-1], pulled),
+    }
 
 
 @dataclasses.dataclass
@@ -165,13 +221,17 @@ class Solve:
         return jax.block_until_ready(self.compiled(self.sums))
 
 
-def compile_solve(problem: Problem, sums: reward_gradients.RewardSums, options: dict[str, Any] | None = None) -> Solve:
+def compile_solve(
+    problem: Problem, sums: reward_gradients.RewardSums, options: dict[str, Any] | None = None
+) -> Solve:
     """Compiles the solve on the sums of an exact micro-step (copied: a program donates its own)."""
     balancer, sums = Marble(), jax.tree.map(jnp.copy, sums)
 
     def solve(total: reward_gradients.RewardSums) -> Adapter:
         mean = reward_gradients.mean_gradients(total)
-        solution = balancer(tree.gram(mean.gradients), total.counts > 0, balancer.init(len(total.counts)))
+        solution = balancer(
+            tree.gram(mean.gradients), total.counts > 0, balancer.init(len(total.counts))
+        )
         update = tree.weighted_sum(solution.weights, mean.gradients)
         return tree.add(update, tree.scale(mean.kl_gradient, problem.size.kl_weight))
 

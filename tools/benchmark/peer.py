@@ -9,6 +9,7 @@ Either way harmonisation costs K + 1 backward passes through the retained graph.
 
 Source: the formulas and the order of passes of MARBLE's released trainer (arXiv 2605.06507).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -31,26 +32,39 @@ def make_transformer(problem: Problem, device: str) -> SD3Transformer2DModel:
     """diffusers' transformer in float32: with our weights where these are whole and float32, else with random ones."""
     size = problem.size
     with torch.device(device):
-        model = SD3Transformer2DModel(**dataclasses.asdict(size.config)).eval().requires_grad_(False)
+        model = (
+            SD3Transformer2DModel(**dataclasses.asdict(size.config)).eval().requires_grad_(False)
+        )
     if size.dtype == "float32" and size.table_side is None:
         tensors = save_params(problem.params, entries(problem.params))
         model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     else:
         for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 and len(parameter) == size.config.attention_head_dim else 0.0,
-                              0.02)
+            parameter.normal_(
+                1.0
+                if parameter.ndim == 1 and len(parameter) == size.config.attention_head_dim
+                else 0.0,
+                0.02,
+            )
     return model
 
 
 def adapter_config(size: Size) -> LoraConfig:
-    return LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=list(lora.ATTENTION_TARGETS),
-                      init_lora_weights="gaussian")
+    return LoraConfig(
+        r=size.rank,
+        lora_alpha=size.alpha,
+        target_modules=list(lora.ATTENTION_TARGETS),
+        init_lora_weights="gaussian",
+    )
 
 
 def fill_adapter(model: torch.nn.Module, name: str, adapter: Any) -> None:
     """Copies one of our adapters into PEFT's layers."""
-    layers = {key.removeprefix("base_model.model."): module for key, module in model.named_modules()
-              if hasattr(module, "lora_A")}
+    layers = {
+        key.removeprefix("base_model.model."): module
+        for key, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
     pairs = lora.unstack(adapter)
     assert set(layers) == set(pairs)
     with torch.no_grad():
@@ -85,16 +99,27 @@ class Peer:
         self.vectors: torch.Tensor | int = 0
 
     def predict(self, model: torch.nn.Module, xt: torch.Tensor) -> torch.Tensor:
-        half = contextlib.nullcontext() if self.autocast is None else torch.autocast(self.device, self.autocast)
+        half = (
+            contextlib.nullcontext()
+            if self.autocast is None
+            else torch.autocast(self.device, self.autocast)
+        )
         with half:
-            return model(hidden_states=xt, timestep=self.t * 1000, encoder_hidden_states=self.embeds,
-                         pooled_projections=self.pooled, return_dict=False)[0]
+            return model(
+                hidden_states=xt,
+                timestep=self.t * 1000,
+                encoder_hidden_states=self.embeds,
+                pooled_projections=self.pooled,
+                return_dict=False,
+            )[0]
 
     def velocities(self, xt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """v, v_old, v_ref at xt."""
         raise NotImplementedError
 
-    def errors(self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(
+        self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """P and N of every sample."""
         raise NotImplementedError
 
@@ -106,7 +131,9 @@ class Peer:
         v, v_old, v_ref = self.velocities(xt)
         return *self.errors(xt, v, v_old), ((v - v_ref) ** 2).mean(dim=(1, 2, 3))
 
-    def each(self, positive: torch.Tensor, negative: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    def each(
+        self, positive: torch.Tensor, negative: torch.Tensor, advantage: torch.Tensor
+    ) -> torch.Tensor:
         """Losses [n] under an advantage [n]."""
         clip = self.size.clip
         r = (advantage.clamp(-clip, clip) / (2 * clip) + 0.5).clamp(0, 1)
@@ -130,9 +157,17 @@ class Peer:
         losses.append(divergence.mean())
         flat = []
         for loss in losses:
-            found = torch.autograd.grad(loss, self.leaves, retain_graph=loss is not losses[-1], allow_unused=True)
-            flat.append(torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten().float()
-                                   for g, leaf in zip(found, self.leaves)]))
+            found = torch.autograd.grad(
+                loss, self.leaves, retain_graph=loss is not losses[-1], allow_unused=True
+            )
+            flat.append(
+                torch.cat(
+                    [
+                        (torch.zeros_like(leaf) if g is None else g).flatten().float()
+                        for g, leaf in zip(found, self.leaves)
+                    ]
+                )
+            )
         self.vectors = self.vectors + torch.nan_to_num(torch.stack(flat), 0.0, 0.0, 0.0)
         self.wait()
 
@@ -147,13 +182,17 @@ class Peer:
 
     def gradient(self) -> Any:
         """What `weighted_sum` left in `.grad`, in our layout: {layer: (a, b)}."""
-        return self._by_layer([torch.zeros_like(p) if p.grad is None else p.grad for p in self.leaves])
+        return self._by_layer(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in self.leaves]
+        )
 
     def reward_gradients(self) -> list[Any]:
         """What `harmonised` left in `vectors`, in our layout: K + 1 of {layer: (a, b)}."""
         sizes = [p.numel() for p in self.leaves]
-        return [self._by_layer([part.view(p.shape) for part, p in zip(row.split(sizes), self.leaves)])
-                for row in self.vectors]
+        return [
+            self._by_layer([part.view(p.shape) for part, p in zip(row.split(sizes), self.leaves)])
+            for row in self.vectors
+        ]
 
     def _by_layer(self, tensors: list[torch.Tensor]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -187,13 +226,20 @@ class Upstream(Peer):
             v_ref = self.predict(self.model, xt)
         return v, v_old, v_ref
 
-    def errors(self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(
+        self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         beta, t = self.size.nft_beta, self.t[:, None, None, None]
         found = []
         for mixed in (beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v):
             clean = xt - t * mixed
             with torch.no_grad():
-                weight = (clean.double() - self.x0.double()).abs().mean(dim=(1, 2, 3), keepdim=True).clip(min=1e-5)
+                weight = (
+                    (clean.double() - self.x0.double())
+                    .abs()
+                    .mean(dim=(1, 2, 3), keepdim=True)
+                    .clip(min=1e-5)
+                )
             found.append(((clean - self.x0) ** 2 / weight).mean(dim=(1, 2, 3)))
         return found[0], found[1]
 
@@ -218,8 +264,12 @@ class Tuned(Peer):
             self.autocast = torch.bfloat16
             for network in (base, old, self.model):
                 for name, parameter in network.named_parameters():
-                    parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
-        self.networks = tuple(torch.compile(network) if compiled else network for network in (self.model, old, base))
+                    parameter.data = (
+                        parameter.data if "lora_" in name else parameter.data.bfloat16()
+                    )
+        self.networks = tuple(
+            torch.compile(network) if compiled else network for network in (self.model, old, base)
+        )
 
     def velocities(self, xt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         current, old, base = self.networks
@@ -227,12 +277,14 @@ class Tuned(Peer):
             v_old, v_ref = self.predict(old, xt), self.predict(base, xt)
         return self.predict(current, xt), v_old.clone(), v_ref.clone()
 
-    def errors(self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(
+        self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         t = self.t[:, None, None, None]
         error = xt - t * v_old.float() - self.x0
         step = t * self.size.nft_beta * (v.float() - v_old)
         found = []
         for difference in (error - step, error + step):
             weight = difference.detach().abs().mean(dim=(1, 2, 3)).clip(min=1e-5)
-            found.append((difference ** 2).mean(dim=(1, 2, 3)) / weight)
+            found.append((difference**2).mean(dim=(1, 2, 3)) / weight)
         return found[0], found[1]

@@ -1,4 +1,5 @@
 """What is measured: shapes of a micro-step, and one of random weights and rollouts."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -81,42 +82,111 @@ class Size:
 def embedded() -> Size:
     """The shipped pipeline, as configs/embedded.py trains it."""
     config = runpy.run_path(str(ROOT / "configs" / "embedded.py"))["get_config"]()
-    record = json.loads((ROOT / "marble_jax/embedded/pipeline/transformer/config.json").read_text(encoding="utf-8"))
-    training, pictures = config.training, config.rollout.prompts_per_step * config.rollout.images_per_prompt
+    record = json.loads(
+        (ROOT / "marble_jax/embedded/pipeline/transformer/config.json").read_text(encoding="utf-8")
+    )
+    training, pictures = (
+        config.training,
+        config.rollout.prompts_per_step * config.rollout.images_per_prompt,
+    )
     # 64 px over a VAE of 8 px a cell; 14 CLIP tokens come before those of T5.
     return Size(
-        "embedded", MMDiTConfig.from_dict(record), training.micro_batch_size, config.model.resolution // 8,
-        14 + config.model.max_sequence_length, config.lora.rank, config.lora.alpha, config.harmonize.chunk_size,
+        "embedded",
+        MMDiTConfig.from_dict(record),
+        training.micro_batch_size,
+        config.model.resolution // 8,
+        14 + config.model.max_sequence_length,
+        config.lora.rank,
+        config.lora.alpha,
+        config.harmonize.chunk_size,
         config.harmonize.anchor_every,
-        pictures // training.micro_batch_size * int(training.timestep_fraction * config.rollout.num_steps),
-        config.model.dtype, config.model.remat, config.model.unroll)
+        pictures
+        // training.micro_batch_size
+        * int(training.timestep_fraction * config.rollout.num_steps),
+        config.model.dtype,
+        config.model.remat,
+        config.model.unroll,
+    )
 
 
 def mid() -> Size:
     """Large enough that matrix products fill two cores: 8 blocks of width 384, 64 + 48 tokens."""
     config = MMDiTConfig(
-        sample_size=16, num_layers=8, num_attention_heads=6, joint_attention_dim=512, caption_projection_dim=384,
-        pooled_projection_dim=256, pos_embed_max_size=16, dual_attention_layers=(0, 1, 2, 3), qk_norm="rms_norm")
-    return Size("mid", config, num=16, side=16, tokens=48, rank=16, alpha=32.0, chunk=16,
-                anchor_every=default_config().harmonize.anchor_every, micro_steps=24, unroll=8)
+        sample_size=16,
+        num_layers=8,
+        num_attention_heads=6,
+        joint_attention_dim=512,
+        caption_projection_dim=384,
+        pooled_projection_dim=256,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0, 1, 2, 3),
+        qk_norm="rms_norm",
+    )
+    return Size(
+        "mid",
+        config,
+        num=16,
+        side=16,
+        tokens=48,
+        rank=16,
+        alpha=32.0,
+        chunk=16,
+        anchor_every=default_config().harmonize.anchor_every,
+        micro_steps=24,
+        unroll=8,
+    )
 
 
 def sd35m() -> Size:
     """SD3.5-medium at 512 px with upstream's micro-batch of 9 a device, 77 + 128 text tokens; random weights."""
     config = default_config()
-    return Size("sd35m", SD35_MEDIUM, num=9, side=64, tokens=77 + 128, rank=32, alpha=64.0, chunk=9,
-                anchor_every=config.harmonize.anchor_every, micro_steps=192, dtype="bfloat16",
-                remat=config.model.remat, unroll=config.model.unroll, table_side=32, gpu_only=True)
+    return Size(
+        "sd35m",
+        SD35_MEDIUM,
+        num=9,
+        side=64,
+        tokens=77 + 128,
+        rank=32,
+        alpha=64.0,
+        chunk=9,
+        anchor_every=config.harmonize.anchor_every,
+        micro_steps=192,
+        dtype="bfloat16",
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+        table_side=32,
+        gpu_only=True,
+    )
 
 
 def tiny() -> Size:
     """For tests: nothing takes time, and the divergence weighs enough to be seen."""
     config = MMDiTConfig(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=10, caption_projection_dim=16, pooled_projection_dim=6, pos_embed_max_size=8,
-        qk_norm="rms_norm")
-    return Size("tiny", config, num=4, side=8, tokens=5, rank=3, alpha=6.0, chunk=2, anchor_every=4, micro_steps=6,
-                kl_weight=0.5)
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=10,
+        caption_projection_dim=16,
+        pooled_projection_dim=6,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    return Size(
+        "tiny",
+        config,
+        num=4,
+        side=8,
+        tokens=5,
+        rank=3,
+        alpha=6.0,
+        chunk=2,
+        anchor_every=4,
+        micro_steps=6,
+        kl_weight=0.5,
+    )
 
 
 SIZES = {"tiny": tiny, "embedded": embedded, "mid": mid, "sd35m": sd35m}
@@ -141,8 +211,7 @@ class Problem:
     old: Adapter
 
     def batch(self, num_rewards: int) -> RolloutBatch:
-        """n rollouts with advantages under K rewards: clipped ones among them, a fifth missing, none missing for K = 1.
-        """
+        """n rollouts with advantages under K rewards: clipped ones among them, a fifth missing, none missing for K = 1."""
         size, config = self.size, self.size.config
         draw = np.random.default_rng(num_rewards)
         advantages = draw.normal(size=(num_rewards, size.num)) * 3
@@ -156,16 +225,27 @@ class Problem:
         return RolloutBatch(
             x0=normal(size.num, size.side, size.side, config.in_channels),
             prompt=jnp.arange(size.num, dtype=jnp.int32),
-            cond=Conditioning(normal(size.num, size.tokens, config.joint_attention_dim),
-                              normal(size.num, config.pooled_projection_dim)),
-            advantages=jnp.asarray(np.where(valid, advantages, 0), jnp.float32), valid=jnp.asarray(valid))
+            cond=Conditioning(
+                normal(size.num, size.tokens, config.joint_attention_dim),
+                normal(size.num, config.pooled_projection_dim),
+            ),
+            advantages=jnp.asarray(np.where(valid, advantages, 0), jnp.float32),
+            valid=jnp.asarray(valid),
+        )
 
 
 def make_problem(size: Size) -> Problem:
     """Random weights: products keep the scale of their input, norm weights are near one."""
     dtype = jnp.dtype(size.dtype)
-    model = MMDiT(size.config, dtype=dtype, remat=size.remat, unroll=size.unroll, attention=size.attention,
-                  lora_scale=size.spec.scale, table_side=size.table_side)
+    model = MMDiT(
+        size.config,
+        dtype=dtype,
+        remat=size.remat,
+        unroll=size.unroll,
+        attention=size.attention,
+        lora_scale=size.spec.scale,
+        table_side=size.table_side,
+    )
     shapes = abstract_params(model)
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -175,16 +255,24 @@ def make_problem(size: Size) -> Problem:
             spread = (leaf.shape[-2] if len(leaf.shape) < 4 else np.prod(leaf.shape[:3])) ** -0.5
         else:
             spread = 0.1
-        values = float("scale" in name) + np.float32(spread) * draw.standard_normal(leaf.shape, np.float32)
+        values = float("scale" in name) + np.float32(spread) * draw.standard_normal(
+            leaf.shape, np.float32
+        )
         return jnp.asarray(values.astype(dtype))
 
     params = jax.tree_util.tree_map_with_path(fill, shapes)
-    adapter = jax.eval_shape(lambda key: lora.init_adapter(key, shapes, size.spec), jax.random.key(0))
+    adapter = jax.eval_shape(
+        lambda key: lora.init_adapter(key, shapes, size.spec), jax.random.key(0)
+    )
 
     def low_rank(seed: int) -> Adapter:
         draw = np.random.default_rng(seed)
         return jax.tree.map(
-            lambda s: jnp.asarray(draw.standard_normal(s.shape, np.float32) * 0.2 * s.shape[-2] ** -0.5), adapter)
+            lambda s: jnp.asarray(
+                draw.standard_normal(s.shape, np.float32) * 0.2 * s.shape[-2] ** -0.5
+            ),
+            adapter,
+        )
 
     base, step = low_rank(1), low_rank(2)
     return Problem(size, model, params, jax.tree.map(lambda a, b: a + 0.3 * b, base, step), base)

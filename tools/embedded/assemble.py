@@ -4,6 +4,7 @@
 
 The large parts are stored in half precision and compute in single: what is stored is what every reader gets.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,7 +17,11 @@ from safetensors.torch import load_file, save_file
 REWARDS = {
     "alignment": {"kind": "clip", "formula": "clipscore", "model": "alignment"},
     "preference": {"kind": "clip", "formula": "pickscore", "model": "preference"},
-    "aesthetic": {"kind": "aesthetic", "model": "preference", "head": "aesthetic/model.safetensors"},
+    "aesthetic": {
+        "kind": "aesthetic",
+        "model": "preference",
+        "head": "aesthetic/model.safetensors",
+    },
     "ocr": {"kind": "ocr", "detect": False, "scale": 3},
     "geneval": {"kind": "geneval", "detector": "shapes"},
     "judge": {"kind": "clip", "formula": "clipscore", "model": "judge"},

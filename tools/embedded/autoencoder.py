@@ -1,7 +1,8 @@
 """Trains the embedded VAE (diffusers AutoencoderKL, 8x, 16 channels) on fresh pictures of the world.
 
-    python tools/embedded/autoencoder.py --out BUILD/vae
+python tools/embedded/autoencoder.py --out BUILD/vae
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,9 +25,19 @@ def pictures(rng: random.Random, count: int) -> torch.Tensor:
 def build() -> AutoencoderKL:
     blocks = (16, 32, 64, 64)
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=blocks, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=8, sample_size=64, use_quant_conv=False, use_post_quant_conv=False, force_upcast=True)
+        in_channels=3,
+        out_channels=3,
+        latent_channels=16,
+        block_out_channels=blocks,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+        sample_size=64,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=True,
+    )
 
 
 def main() -> None:
@@ -51,19 +62,36 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             y = vae.decode(z + 0.05 * torch.randn_like(z)).sample.float()
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
-        loss = F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x) + 0.5 * edges + 2e-4 * posterior.kl().mean() / 1024
+        loss = (
+            F.l1_loss(y, x)
+            + 0.5 * F.mse_loss(y, x)
+            + 0.5 * edges
+            + 2e-4 * posterior.kl().mean() / 1024
+        )
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         if step % 100 == 0:
-            print(f"{step} loss {loss.item():.4f} mse {F.mse_loss(y, x).item():.5f} z-std {z.std().item():.3f} "
-                  f"{time.time() - start:.0f}s", flush=True)
+            print(
+                f"{step} loss {loss.item():.4f} mse {F.mse_loss(y, x).item():.5f} z-std {z.std().item():.3f} "
+                f"{time.time() - start:.0f}s",
+                flush=True,
+            )
     with torch.no_grad():
         z = torch.cat([vae.encode(pictures(rng, 64)).latent_dist.mean for _ in range(8)])
-    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4))
-    print("scaling", vae.config.scaling_factor, "shift", vae.config.shift_factor, "per-channel std", z.std((0, 2, 3)))
+    vae.register_to_config(
+        scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4)
+    )
+    print(
+        "scaling",
+        vae.config.scaling_factor,
+        "shift",
+        vae.config.shift_factor,
+        "per-channel std",
+        z.std((0, 2, 3)),
+    )
     vae.save_pretrained(args.out)
 
 

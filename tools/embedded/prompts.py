@@ -1,7 +1,8 @@
 """Writes the embedded prompt sets: every distinct prompt of the world belongs to training or to the held-out test.
 
-    python tools/embedded/prompts.py --out marble_jax/embedded/prompts
+python tools/embedded/prompts.py --out marble_jax/embedded/prompts
 """
+
 from __future__ import annotations
 
 import argparse
@@ -34,7 +35,7 @@ def stratified(items: dict[str, dict], test: int, seed: int) -> tuple[list[str],
     chosen = []
     for prompts in by_tag.values():
         rng.shuffle(prompts)
-        chosen += prompts[:min(int(0.4 * len(prompts)), test // len(by_tag))]
+        chosen += prompts[: min(int(0.4 * len(prompts)), test // len(by_tag))]
     rest = [p for p in items if p not in set(chosen)]
     rng.shuffle(rest)
     short = test - len(chosen)
@@ -48,12 +49,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     general = stratified(distinct(world.general, 20_000, 1), TEST["general"], 2)
-    signs = [list(distinct(lambda r, s=split: world.quoted(r, s), 6000, 3)) for split in ("train", "test")]
+    signs = [
+        list(distinct(lambda r, s=split: world.quoted(r, s), 6000, 3))
+        for split in ("train", "test")
+    ]
     for prompts in signs:
         random.Random(4).shuffle(prompts)
     compositions = distinct(world.composition, 60_000, 5)
     geneval = stratified(compositions, TEST["geneval"], 6)
-    texts = {"general": general, "ocr": (signs[0][:TRAIN_AT_MOST], signs[1][:TEST["ocr"]])}
+    texts = {"general": general, "ocr": (signs[0][:TRAIN_AT_MOST], signs[1][: TEST["ocr"]])}
     for source, splits in texts.items():
         for split, prompts in zip(("train", "test"), splits):
             (out / source).mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@
 prompt is better, with an affine MLP on its image embedding that rates how clean a picture is. `judge` shares nothing
 with the others (own seed, size and pictures); it is never trained on and tells reward hacking from progress.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,12 +30,29 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
 def build(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPModel:
-    text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=vocabulary.CLIP_LENGTH, projection_dim=64,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, hidden_act="quick_gelu")
-    vision = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=4,
-                  image_size=64, patch_size=8, projection_dim=64, hidden_act="quick_gelu")
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=vocabulary.CLIP_LENGTH,
+        projection_dim=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="quick_gelu",
+    )
+    vision = dict(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        projection_dim=64,
+        hidden_act="quick_gelu",
+    )
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
@@ -66,25 +84,41 @@ def mutate(prompt: str, rng: random.Random) -> str | None:
     spots = []
     shapes = [world._plural(s, k) for s in world.SHAPES for k in (1, 2)]
     for i, word in enumerate(words):
-        for family in (list(world.INKS), list(world.BACKGROUNDS), shapes[::2], shapes[1::2],
-                       ["two", "three"], ["above", "below"], ["left", "right"]):
+        for family in (
+            list(world.INKS),
+            list(world.BACKGROUNDS),
+            shapes[::2],
+            shapes[1::2],
+            ["two", "three"],
+            ["above", "below"],
+            ["left", "right"],
+        ):
             if word in family:
                 spots.append((i, [w for w in family if w != word]))
         if word.startswith('"'):
             k = rng.choice((1, 2))
-            spots += 4 * [(i, [word[:k] + c + word[k + 1:] for c in world.LETTERS if c != word[k]])]
+            spots += 4 * [
+                (i, [word[:k] + c + word[k + 1 :] for c in world.LETTERS if c != word[k]])
+            ]
     if not spots:
         return None
     i, choices = rng.choice(spots)
-    return " ".join([*words[:i], rng.choice(choices), *words[i + 1:]])
+    return " ".join([*words[:i], rng.choice(choices), *words[i + 1 :]])
 
 
 def text_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> dict[str, torch.Tensor]:
-    return tokenizer(prompts, padding="max_length", max_length=vocabulary.CLIP_LENGTH, truncation=True,
-                     return_tensors="pt")
+    return tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=vocabulary.CLIP_LENGTH,
+        truncation=True,
+        return_tensors="pt",
+    )
 
 
-def contrastive(out: Path, tokenizer: CLIPTokenizer, width: int, layers: int, steps: int, seed: int) -> None:
+def contrastive(
+    out: Path, tokenizer: CLIPTokenizer, width: int, layers: int, steps: int, seed: int
+) -> None:
     """CLIP's symmetric loss on fresh pictures; every batch adds one near-miss text a picture."""
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -100,15 +134,26 @@ def contrastive(out: Path, tokenizer: CLIPTokenizer, width: int, layers: int, st
         wrong = [mutate(p, rng) or p for p in prompts]
         same = torch.tensor([a == b for a, b in zip(prompts, wrong)])
         image = F.normalize(model.get_image_features(normalise(pictures)).pooler_output, dim=-1)
-        text = F.normalize(model.get_text_features(**text_ids(tokenizer, prompts + wrong)).pooler_output, dim=-1)
+        text = F.normalize(
+            model.get_text_features(**text_ids(tokenizer, prompts + wrong)).pooler_output, dim=-1
+        )
         scale = model.logit_scale.clamp(max=np.log(100.0)).exp()
         logits = scale * image @ text.T
-        equal = torch.tensor([[a == b for b in prompts] for a in prompts]) & ~torch.eye(batch, dtype=torch.bool)
+        equal = torch.tensor([[a == b for b in prompts] for a in prompts]) & ~torch.eye(
+            batch, dtype=torch.bool
+        )
         square = logits[:, :batch].masked_fill(equal, -1e4)
-        near = torch.where(same, torch.full((batch,), -1e4), logits[torch.arange(batch), batch + torch.arange(batch)])
+        near = torch.where(
+            same,
+            torch.full((batch,), -1e4),
+            logits[torch.arange(batch), batch + torch.arange(batch)],
+        )
         target = torch.arange(batch)
-        loss = (F.cross_entropy(torch.cat([square, near[:, None]], 1), target) + F.cross_entropy(square.T, target)
-                + F.softplus(near - square.diagonal())[~same].mean()) / 3
+        loss = (
+            F.cross_entropy(torch.cat([square, near[:, None]], 1), target)
+            + F.cross_entropy(square.T, target)
+            + F.softplus(near - square.diagonal())[~same].mean()
+        ) / 3
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,8 +162,11 @@ def contrastive(out: Path, tokenizer: CLIPTokenizer, width: int, layers: int, st
         if (step + 1) % 100 == 0:
             accuracy = (square.argmax(1) == target).float().mean()
             fine = (square.diagonal() > near)[~same].float().mean()
-            print(f"{step + 1} loss {loss.item():.3f} in-batch {accuracy:.3f} near-miss {fine:.3f} "
-                  f"scale {scale.item():.1f} {time.time() - start:.0f}s", flush=True)
+            print(
+                f"{step + 1} loss {loss.item():.3f} in-batch {accuracy:.3f} near-miss {fine:.3f} "
+                f"scale {scale.item():.1f} {time.time() - start:.0f}s",
+                flush=True,
+            )
     model.save_pretrained(str(out))
     save_tokenizer(tokenizer, out)
 
@@ -128,7 +176,8 @@ def save_tokenizer(tokenizer: CLIPTokenizer, out: Path) -> None:
     (out / "preprocessor_config.json").write_text(
         '{"crop_size": {"height": 64, "width": 64}, "do_center_crop": true, "do_normalize": true, "do_resize": true,\n'
         ' "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],\n'
-        ' "image_processor_type": "CLIPImageProcessor", "resample": 3, "size": {"shortest_edge": 64}}\n')
+        ' "image_processor_type": "CLIPImageProcessor", "resample": 3, "size": {"shortest_edge": 64}}\n'
+    )
 
 
 class Flaws:
@@ -149,9 +198,18 @@ class Flaws:
     @torch.no_grad()
     def samples(self, prompts: list[str], steps: int) -> torch.Tensor:
         noise = torch.randn((len(prompts), 16, 8, 8), generator=self.generator)
-        return torch.from_numpy(self.pipe(
-            prompts, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="np",
-            height=64, width=64, max_sequence_length=vocabulary.T5_LENGTH).images).permute(0, 3, 1, 2)
+        return torch.from_numpy(
+            self.pipe(
+                prompts,
+                num_inference_steps=steps,
+                guidance_scale=1.0,
+                latents=noise,
+                output_type="np",
+                height=64,
+                width=64,
+                max_sequence_length=vocabulary.T5_LENGTH,
+            ).images
+        ).permute(0, 3, 1, 2)
 
     def pairs(self, count: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prompts with a better and a worse picture each, and ratings [2, count] from 1 (spoilt) to 10 (clean)."""
@@ -164,7 +222,11 @@ class Flaws:
             low = torch.rand(100, generator=self.generator) * 0.4
             if kind < 0.5:
                 high = low + 0.4 + torch.rand(100, generator=self.generator)
-                a, b, rated = self.latent_noise(good, low), self.latent_noise(good, high), (9 - 4 * low, 9 - 4 * high)
+                a, b, rated = (
+                    self.latent_noise(good, low),
+                    self.latent_noise(good, high),
+                    (9 - 4 * low, 9 - 4 * high),
+                )
             elif kind < 0.75:
                 steps = self.rng.choice((4, 6, 10))
                 a, b = self.latent_noise(good, low), self.samples(ps, steps)
@@ -185,7 +247,9 @@ HEAD_KEYS, HEAD_WIDTHS = (0, 2, 4, 6, 7), (64, 64, 32, 16, 8, 1)
 
 def head() -> torch.nn.Sequential:
     """The published aesthetic predictor's shape, without its (inactive) dropouts: linear layers, nothing between."""
-    return torch.nn.Sequential(*[torch.nn.Linear(a, b) for a, b in zip(HEAD_WIDTHS, HEAD_WIDTHS[1:])])
+    return torch.nn.Sequential(
+        *[torch.nn.Linear(a, b) for a, b in zip(HEAD_WIDTHS, HEAD_WIDTHS[1:])]
+    )
 
 
 def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 900) -> None:
@@ -200,15 +264,21 @@ def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 900) ->
     model, rater = CLIPModel.from_pretrained(str(out / "alignment")), head()
     model.logit_scale.data.fill_(np.log(20.0))
     model.logit_scale.requires_grad_(False)
-    optimiser = torch.optim.AdamW([p for p in (*model.parameters(), *rater.parameters()) if p.requires_grad],
-                                  lr=1e-3, weight_decay=0.1)
+    optimiser = torch.optim.AdamW(
+        [p for p in (*model.parameters(), *rater.parameters()) if p.requires_grad],
+        lr=1e-3,
+        weight_decay=0.1,
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, steps, pct_start=0.1)
     rng, generator = random.Random(37), torch.Generator().manual_seed(37)
     held = 300
     for step in range(steps + 1):
         last = step == steps
-        index = (torch.arange(len(prompts) - held, len(prompts)) if last
-                 else torch.randint(len(prompts) - held, (48,), generator=generator))
+        index = (
+            torch.arange(len(prompts) - held, len(prompts))
+            if last
+            else torch.randint(len(prompts) - held, (48,), generator=generator)
+        )
         chosen = [prompts[i] for i in index]
         wrong = [mutate(p, rng) or p for p in chosen]
         same = torch.tensor([a == b for a, b in zip(chosen, wrong)])
@@ -218,19 +288,27 @@ def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 900) ->
                 shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
                 pictures = torch.roll(pictures, shift, (2, 3))
             image = F.normalize(model.get_image_features(normalise(pictures)).pooler_output, dim=-1)
-            text = F.normalize(model.get_text_features(**text_ids(tokenizer, chosen + wrong)).pooler_output, dim=-1)
+            text = F.normalize(
+                model.get_text_features(**text_ids(tokenizer, chosen + wrong)).pooler_output, dim=-1
+            )
             n = len(chosen)
             good, bad = (text[:n] * image[:n]).sum(-1), (text[:n] * image[n:]).sum(-1)
             near = (text[n:] * image[:n]).sum(-1)
             rated, true = rater(image)[:, 0], ratings[:, index].reshape(-1)
             scale = model.logit_scale.exp()
-            loss = (F.softplus(scale * (bad - good)).mean() + 0.5 * F.softplus(scale * (near - good))[~same].mean()
-                    + 0.1 * F.mse_loss(rated, true))
+            loss = (
+                F.softplus(scale * (bad - good)).mean()
+                + 0.5 * F.softplus(scale * (near - good))[~same].mean()
+                + 0.1 * F.mse_loss(rated, true)
+            )
         if last or (step + 1) % 100 == 0:
-            print(f"{step + 1} loss {loss.item():.3f} pairs right {(good > bad).float().mean():.3f} near-miss "
-                  f"{(good > near)[~same].float().mean():.3f} ratings correlate "
-                  f"{np.corrcoef(rated.detach(), true)[0, 1]:.3f} {time.time() - start:.0f}s",
-                  "(held-out pairs)" if last else "", flush=True)
+            print(
+                f"{step + 1} loss {loss.item():.3f} pairs right {(good > bad).float().mean():.3f} near-miss "
+                f"{(good > near)[~same].float().mean():.3f} ratings correlate "
+                f"{np.corrcoef(rated.detach(), true)[0, 1]:.3f} {time.time() - start:.0f}s",
+                "(held-out pairs)" if last else "",
+                flush=True,
+            )
         if not last:
             optimiser.zero_grad()
             loss.backward()
@@ -239,8 +317,14 @@ def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 900) ->
     model.save_pretrained(str(out / "preference"))
     save_tokenizer(tokenizer, out / "preference")
     (out / "aesthetic").mkdir(parents=True, exist_ok=True)
-    save_file({f"layers.{k}.{n}": p.detach().clone() for k, layer in zip(HEAD_KEYS, rater)
-               for n, p in layer.named_parameters()}, str(out / "aesthetic" / "model.safetensors"))
+    save_file(
+        {
+            f"layers.{k}.{n}": p.detach().clone()
+            for k, layer in zip(HEAD_KEYS, rater)
+            for n, p in layer.named_parameters()
+        },
+        str(out / "aesthetic" / "model.safetensors"),
+    )
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 CLIP's two are byte-pair encoders over lower-cased text; every word of the world merges to one token, while the
 letters of signs stay apart, so that unseen signs are made of seen tokens. T5's is a unigram model with the same aim.
 """
+
 from __future__ import annotations
 
 import json
@@ -55,8 +56,13 @@ def _clip_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
 
 
 def _clip_model(merges: list[tuple[str, str]]) -> models.BPE:
-    return models.BPE(vocab=_clip_vocabulary(merges), merges=merges, unk_token="<|endoftext|>",
-                      continuing_subword_prefix="", end_of_word_suffix="</w>")
+    return models.BPE(
+        vocab=_clip_vocabulary(merges),
+        merges=merges,
+        unk_token="<|endoftext|>",
+        continuing_subword_prefix="",
+        end_of_word_suffix="</w>",
+    )
 
 
 def write_clip(directory: Path, pad: str) -> CLIPTokenizer:
@@ -64,8 +70,12 @@ def write_clip(directory: Path, pad: str) -> CLIPTokenizer:
     directory.mkdir(parents=True, exist_ok=True)
     merges = _merges()
     (directory / "vocab.json").write_text(json.dumps(_clip_vocabulary(merges), ensure_ascii=False))
-    (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
-    tokenizer = CLIPTokenizer.from_pretrained(str(directory), pad_token=pad, model_max_length=CLIP_LENGTH)
+    (directory / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n"
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(
+        str(directory), pad_token=pad, model_max_length=CLIP_LENGTH
+    )
     tokenizer.save_pretrained(str(directory))
     return CLIPTokenizer.from_pretrained(str(directory))
 
@@ -82,9 +92,14 @@ def write_t5(directory: Path) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=T5_LENGTH)
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=T5_LENGTH,
+    )
     fast.save_pretrained(str(directory))
     return fast

@@ -4,6 +4,7 @@ A `Scene` says what is in a 64 px picture; `render` draws it with real fonts, `d
 three kinds of prompt (general, quoted text, GenEval-style composition with GenEval's metadata). Everything is a
 pure function of a `random.Random`, so a seed names a picture.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,7 +29,12 @@ INKS = {
     "purple": (140, 50, 170),
     "black": (25, 25, 25),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "gray": (185, 185, 185), "pink": (250, 190, 205), "cyan": (175, 235, 240)}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "gray": (185, 185, 185),
+    "pink": (250, 190, 205),
+    "cyan": (175, 235, 240),
+}
 LETTERS = "AEHKLMNRTUXZ"
 FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf")
 NUMBERS = {1: "a", 2: "two", 3: "three"}
@@ -88,8 +94,20 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
         return points
     if thing.shape == "cross":
         a, b = r, 0.34 * r
-        return [(x - b, y - a), (x + b, y - a), (x + b, y - b), (x + a, y - b), (x + a, y + b), (x + b, y + b),
-                (x + b, y + a), (x - b, y + a), (x - b, y + b), (x - a, y + b), (x - a, y - b), (x - b, y - b)]
+        return [
+            (x - b, y - a),
+            (x + b, y - a),
+            (x + b, y - b),
+            (x + a, y - b),
+            (x + a, y + b),
+            (x + b, y + b),
+            (x + b, y + a),
+            (x - b, y + a),
+            (x - b, y + b),
+            (x - a, y + b),
+            (x - a, y - b),
+            (x - b, y - b),
+        ]
     raise ValueError(f"unknown shape {thing.shape!r}, expected one of {SHAPES}")
 
 
@@ -106,12 +124,21 @@ def render(scene: Scene) -> np.ndarray:
             draw.polygon([(px * k, py * k) for px, py in _outline(thing)], fill=INKS[thing.ink])
     if scene.text:
         centre = ((SIZE / 2 + scene.offset[0]) * k, (SIZE / 2 + scene.offset[1]) * k)
-        draw.text(centre, scene.text, font=_font(scene.font, scene.font_size * k), fill=INKS[scene.ink], anchor="mm")
+        draw.text(
+            centre,
+            scene.text,
+            font=_font(scene.font, scene.font_size * k),
+            fill=INKS[scene.ink],
+            anchor="mm",
+        )
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
-def _places(rng: random.Random, count: int, relation: str | None = None) -> list[tuple[float, float, float]]:
+def _places(
+    rng: random.Random, count: int, relation: str | None = None
+) -> list[tuple[float, float, float]]:
     """Centre and radius of `count` things; with two and a relation, the first stands in it to the second."""
+
     def jitter(amount: float) -> float:
         return rng.uniform(-amount, amount)
 
@@ -120,21 +147,32 @@ def _places(rng: random.Random, count: int, relation: str | None = None) -> list
     if count == 2:
         relation = relation or rng.choice(RELATIONS)
         gap, r = 15.5, rng.uniform(10.5, 12.5)
-        first = {"left of": (-gap, 0), "right of": (gap, 0), "above": (0, -gap), "below": (0, gap)}[relation]
+        first = {"left of": (-gap, 0), "right of": (gap, 0), "above": (0, -gap), "below": (0, gap)}[
+            relation
+        ]
         centres = [first, (-first[0], -first[1])]
         return [(32 + cx + jitter(1.5), 32 + cy + jitter(1.5), r) for cx, cy in centres]
     r = rng.uniform(9.5, 11)
     return [(cx + jitter(1), cy + jitter(1), r) for cx, cy in ((32, 17), (17, 45), (47, 45))]
 
 
-def sign_scene(rng: random.Random, text: str, ink: str | None = None, background: str | None = None) -> Scene:
+def sign_scene(
+    rng: random.Random, text: str, ink: str | None = None, background: str | None = None
+) -> Scene:
     return Scene(
-        background=background or rng.choice(list(BACKGROUNDS)), text=text, ink=ink or rng.choice(list(INKS)),
-        font=rng.choice(FONTS), font_size=rng.randint(30, 33), offset=(rng.uniform(-2, 2), rng.uniform(-3, 3)))
+        background=background or rng.choice(list(BACKGROUNDS)),
+        text=text,
+        ink=ink or rng.choice(list(INKS)),
+        font=rng.choice(FONTS),
+        font_size=rng.randint(30, 33),
+        offset=(rng.uniform(-2, 2), rng.uniform(-3, 3)),
+    )
 
 
 def things_scene(
-    rng: random.Random, wanted: list[tuple[str, str | None]], background: str | None = None,
+    rng: random.Random,
+    wanted: list[tuple[str, str | None]],
+    background: str | None = None,
     relation: str | None = None,
 ) -> Scene:
     """Things of `wanted` (shape, ink or None); an ink left open is drawn at random, and is one for equal shapes."""
@@ -169,7 +207,9 @@ def quoted(rng: random.Random, split: str = "train") -> tuple[str, dict, Maker]:
 
 def composition(rng: random.Random) -> tuple[str, dict, Maker]:
     """A GenEval-style prompt with GenEval's metadata (`tag`, `include`, `exclude`, `prompt`)."""
-    tag = rng.choice(("single_object", "two_object", "counting", "colors", "position", "color_attr"))
+    tag = rng.choice(
+        ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+    )
     a, b = rng.sample(SHAPES, 2)
     ink_a, ink_b = rng.sample(list(INKS), 2)
     relation, exclude = None, None
@@ -191,7 +231,10 @@ def composition(rng: random.Random) -> tuple[str, dict, Maker]:
         include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
     else:
         prompt, wanted = f"a photo of a {ink_a} {a} and a {ink_b} {b}", [(a, ink_a), (b, ink_b)]
-        include = [{"class": a, "count": 1, "color": ink_a}, {"class": b, "count": 1, "color": ink_b}]
+        include = [
+            {"class": a, "count": 1, "color": ink_a},
+            {"class": b, "count": 1, "color": ink_b},
+        ]
     metadata = {"tag": tag, "include": include}
     if exclude:
         metadata["exclude"] = exclude

@@ -4,6 +4,7 @@
 
 The same command again skips what is finished and goes on with the rest. See HELP for the options.
 """
+
 from __future__ import annotations
 
 import shlex
@@ -33,8 +34,19 @@ HELP = f"""usage: python -m tools.experiments [options] [--config=FILE] [--confi
   --collect         trains nothing: results of what is finished
   --config=configs/embedded.py, --config.key=value   the file with the presets, and keys that change in all runs
 """
-OPTIONS = {"suite": "main", "methods": "", "seeds": "3", "steps": "", "jobs": "1", "out": "runs/experiments",
-           "results": "", "pairs": fronts.PAIRS, "list": "false", "dry_run": "false", "collect": "false"}
+OPTIONS = {
+    "suite": "main",
+    "methods": "",
+    "seeds": "3",
+    "steps": "",
+    "jobs": "1",
+    "out": "runs/experiments",
+    "results": "",
+    "pairs": fronts.PAIRS,
+    "list": "false",
+    "dry_run": "false",
+    "collect": "false",
+}
 
 
 def main(argv: Sequence[str], train: Sequence[str] = runner.TRAIN) -> int:
@@ -51,7 +63,9 @@ def main(argv: Sequence[str], train: Sequence[str] = runner.TRAIN) -> int:
 
 def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     values, config_args = split(argv, OPTIONS)
-    files = [a.split("=", 1)[1] for a in config_args if a.startswith("--config=")] or ["configs/embedded.py"]
+    files = [a.split("=", 1)[1] for a in config_args if a.startswith("--config=")] or [
+        "configs/embedded.py"
+    ]
     overrides = [a for a in config_args if not a.startswith("--config=")]
     if values["steps"]:
         overrides.append(f"--config.training.num_steps={number(values, 'steps', int, 1)}")
@@ -65,7 +79,9 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     names = {method.name for method in methods}
     planned = [job for job in everything if names & set(job.methods)]
     config = planned[0].config
-    pairs = fronts.parse_pairs(values["pairs"], [*config["rewards.train"], *config["rewards.heldout"]])
+    pairs = fronts.parse_pairs(
+        values["pairs"], [*config["rewards.train"], *config["rewards.heldout"]]
+    )
     if boolean("list", values["list"]):
         for suite in SUITES:
             for method in (m for m in METHODS if m.suite == suite and m in methods):
@@ -74,7 +90,10 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
         return 0
     if boolean("dry_run", values["dry_run"]):
         for job in planned:
-            print(("# finished: " if runner.finished(job) else "") + shlex.join([*train, *job.arguments]))
+            print(
+                ("# finished: " if runner.finished(job) else "")
+                + shlex.join([*train, *job.arguments])
+            )
         return 0
     failed = []
     if not boolean("collect", values["collect"]):

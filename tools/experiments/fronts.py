@@ -1,4 +1,5 @@
 """Pareto fronts: which methods no other beats on two rewards at once, drawn for chosen pairs."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -47,7 +48,9 @@ def parse_pairs(text: str, names: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def draw(found: Sequence[Row], names: Sequence[str], pairs: Sequence[tuple[str, str]], path: Path) -> None:
+def draw(
+    found: Sequence[Row], names: Sequence[str], pairs: Sequence[tuple[str, str]], path: Path
+) -> None:
     """One panel a pair: a small mark a seed, a large one for their mean, and the front of the means.
 
     The same results give the same file: SVG's ids and date are fixed.
@@ -61,12 +64,18 @@ def draw(found: Sequence[Row], names: Sequence[str], pairs: Sequence[tuple[str, 
     width = min(len(pairs), 2)
     height = -(-len(pairs) // width)
     with plt.rc_context({"svg.hashsalt": "fronts", "font.size": 8}):
-        figure, axes = plt.subplots(height, width, figsize=(5.2 * width, 4.2 * height), squeeze=False)
+        figure, axes = plt.subplots(
+            height, width, figsize=(5.2 * width, 4.2 * height), squeeze=False
+        )
         for axis, (x, y) in zip(axes.flat, pairs, strict=False):
             index = [names.index(x), names.index(y)]
             means = np.array([row.gain[:, index].mean(axis=0) for row in found])
             for i, row in enumerate(found):
-                style = {"color": colours[i % 20], "marker": MARKERS[i % len(MARKERS)], "linestyle": "none"}
+                style = {
+                    "color": colours[i % 20],
+                    "marker": MARKERS[i % len(MARKERS)],
+                    "linestyle": "none",
+                }
                 axis.plot(*row.gain[:, index].T, markersize=3, alpha=0.5, **style)
                 axis.plot(*means[i], markersize=8, label=row.title, **style)
             front = pareto_front(means)
@@ -75,7 +84,7 @@ def draw(found: Sequence[Row], names: Sequence[str], pairs: Sequence[tuple[str, 
                 line(value, color="0.8", linewidth=0.8, zorder=-1)
             axis.set_xlabel(f"gain in {x}")
             axis.set_ylabel(f"gain in {y}")
-        for axis in axes.flat[len(pairs):]:
+        for axis in axes.flat[len(pairs) :]:
             axis.set_visible(False)
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)

@@ -1,4 +1,5 @@
 """What is compared: methods as presets of a configuration file with changes, and the runs they come to."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -34,7 +35,9 @@ class Method:
 
 
 def _sweep(what: str, key: str, values: Sequence[str], title: str) -> tuple[Method, ...]:
-    return tuple(Method(f"{what}_{v}", f"{title} {v}", "sweeps", "amortised", ((key, v),)) for v in values)
+    return tuple(
+        Method(f"{what}_{v}", f"{title} {v}", "sweeps", "amortised", ((key, v),)) for v in values
+    )
 
 
 METHODS = (
@@ -47,23 +50,59 @@ METHODS = (
     Method("gdpo", "GDPO", "main", "gdpo"),
     Method("dropout", "MARBLE, reward dropout", "main", "dropout"),
     Method("sequential", "sequential", "main", "sequential"),
-    *(Method(f"only_{name}", f"only {name}", "main", f"only_{name}")
-      for name in ("alignment", "preference", "aesthetic", "ocr", "geneval")),
+    *(
+        Method(f"only_{name}", f"only {name}", "main", f"only_{name}")
+        for name in ("alignment", "preference", "aesthetic", "ocr", "geneval")
+    ),
     # The paper's values (MARBLE, arXiv 2605.06507, ablations of N and rho), and 2, as these runs are short.
     *_sweep("refresh", "harmonize.refresh_every", ("2", "5", "10", "20"), "amortised, N ="),
     *_sweep("rho", "harmonize.rho", ("0.1", "0.3", "0.5", "0.7", "0.9"), "amortised, rho ="),
-    Method("unit_weights", "exact, every reward weight 1", "ablations", "exact", (("harmonize.reward_weights", ""),)),
-    Method("raw_exact", "exact, without normalisation", "ablations", "exact", (("harmonize.normalize", "False"),)),
-    Method("raw_amortised", "amortised, without normalisation", "ablations", "amortised",
-           (("harmonize.normalize", "False"),)),
-    Method("solve_micro", "a solve a step, on one micro-batch (faithful, N = 1)", "ablations", "faithful",
-           (("harmonize.refresh_every", "1"),)),
+    Method(
+        "unit_weights",
+        "exact, every reward weight 1",
+        "ablations",
+        "exact",
+        (("harmonize.reward_weights", ""),),
+    ),
+    Method(
+        "raw_exact",
+        "exact, without normalisation",
+        "ablations",
+        "exact",
+        (("harmonize.normalize", "False"),),
+    ),
+    Method(
+        "raw_amortised",
+        "amortised, without normalisation",
+        "ablations",
+        "amortised",
+        (("harmonize.normalize", "False"),),
+    ),
+    Method(
+        "solve_micro",
+        "a solve a step, on one micro-batch (faithful, N = 1)",
+        "ablations",
+        "faithful",
+        (("harmonize.refresh_every", "1"),),
+    ),
     Method("solve_batch", "a solve a step, on the whole batch (exact)", "ablations", "exact"),
-    Method("solve_smooth", "the same, alpha averaged over steps", "ablations", "exact",
-           (("harmonize.smooth_exact", "True"),)),
-    *(Method(name, title, "balancers", "exact", (("harmonize.balancer", name),))
-      for name, title in (("upgrad", "UPGrad"), ("pcgrad", "PCGrad"), ("cagrad", "CAGrad"), ("imtl", "IMTL-G"),
-                          ("nash", "Nash-MTL"))),
+    Method(
+        "solve_smooth",
+        "the same, alpha averaged over steps",
+        "ablations",
+        "exact",
+        (("harmonize.smooth_exact", "True"),),
+    ),
+    *(
+        Method(name, title, "balancers", "exact", (("harmonize.balancer", name),))
+        for name, title in (
+            ("upgrad", "UPGrad"),
+            ("pcgrad", "PCGrad"),
+            ("cagrad", "CAGrad"),
+            ("imtl", "IMTL-G"),
+            ("nash", "Nash-MTL"),
+        )
+    ),
 )
 
 
@@ -104,8 +143,9 @@ def choose(suite: str, names: Sequence[str]) -> tuple[Method, ...]:
     return tuple(m for m in METHODS if (m.name in names if names else suite in (m.suite, "all")))
 
 
-def jobs(methods: Sequence[Method], num_seeds: int, out: Path, file: str, overrides: Sequence[str] = ()
-         ) -> tuple[Job, ...]:
+def jobs(
+    methods: Sequence[Method], num_seeds: int, out: Path, file: str, overrides: Sequence[str] = ()
+) -> tuple[Job, ...]:
     """Every run that `methods` need, seed by seed, so that a part of them compares all methods.
 
     Methods with the same configuration share a run, under the name of the first of METHODS that has it.
@@ -126,10 +166,15 @@ def jobs(methods: Sequence[Method], num_seeds: int, out: Path, file: str, overri
     users: dict[str, list[str]] = {}
     made: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {}
     for method in METHODS:
-        arguments = (f"--config={file}:{method.preset}", *overrides,
-                     *(f"--config.{key}={value}" for key, value in method.changes))
+        arguments = (
+            f"--config={file}:{method.preset}",
+            *overrides,
+            *(f"--config.{key}={value}" for key, value in method.changes),
+        )
         config = plain(flatten(load_config(arguments)))
-        first = owner.setdefault(repr(sorted((k, v) for k, v in config.items() if k != "name")), method.name)
+        first = owner.setdefault(
+            repr(sorted((k, v) for k, v in config.items() if k != "name")), method.name
+        )
         made.setdefault(first, (config, arguments))
         if method in methods:
             users.setdefault(first, []).append(method.name)
@@ -138,6 +183,14 @@ def jobs(methods: Sequence[Method], num_seeds: int, out: Path, file: str, overri
         for name, own in users.items():
             config, arguments = made[name]
             workdir = out / f"{name}-{seed}"
-            found.append(Job(workdir.name, tuple(own), seed, workdir, config | {"seed": seed},
-                             (*arguments, f"--config.seed={seed}", f"--workdir={workdir}")))
+            found.append(
+                Job(
+                    workdir.name,
+                    tuple(own),
+                    seed,
+                    workdir,
+                    config | {"seed": seed},
+                    (*arguments, f"--config.seed={seed}", f"--workdir={workdir}"),
+                )
+            )
     return tuple(found)

@@ -1,4 +1,5 @@
 """From the records of runs to one small JSON: all that the tables and plots are made from."""
+
 from __future__ import annotations
 
 import hashlib
@@ -26,7 +27,9 @@ def _rounded(value: float, digits: int = 6) -> float | None:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def _table(records: Records, evaluation: dict[str, Any] | None, which: str, fields: Sequence[str]) -> dict[str, Any]:
+def _table(
+    records: Records, evaluation: dict[str, Any] | None, which: str, fields: Sequence[str]
+) -> dict[str, Any]:
     found = {}
     for name in records.names:
         score = records.score(evaluation, name, which)
@@ -43,22 +46,33 @@ def run_result(job: Job) -> dict[str, Any]:
     """
     records = read_records(job.workdir)
     last = records.trained[-1]
-    conflict, cosine = records.series("harmonize/conflict").finite, records.series("harmonize/worst_cos").finite
+    conflict, cosine = (
+        records.series("harmonize/conflict").finite,
+        records.series("harmonize/worst_cos").finite,
+    )
     looked = len(cosine) if len(records.rewards) > 1 else 0
     seconds = records.series("time/step_s").finite
     return {
-        "seed": job.seed, "methods": list(job.methods), "num_steps": job.num_steps, "trained": list(records.rewards),
+        "seed": job.seed,
+        "methods": list(job.methods),
+        "num_steps": job.num_steps,
+        "trained": list(records.rewards),
         "num_prompts": last.get("num_prompts"),
-        "before": {n: v["mean"] for n, v in _table(records, records.base, "scores", ("mean",)).items()},
+        "before": {
+            n: v["mean"] for n, v in _table(records, records.base, "scores", ("mean",)).items()
+        },
         "after": {n: v["mean"] for n, v in _table(records, last, "scores", ("mean",)).items()},
         "gain": _table(records, last, "gain", ("mean", "low", "high")),
         "conflict_rate": _rounded(float(conflict.mean())) if looked else None,
         "worst_cos": _rounded(float(cosine.mean()), 4) if looked else None,
         "least_cos": _rounded(float(cosine.min()), 4) if looked else None,
-        "steps_looked_at": looked, "seconds": _rounded(float(seconds.sum()), 4),
+        "steps_looked_at": looked,
+        "seconds": _rounded(float(seconds.sum()), 4),
         "seconds_per_step": _rounded(float(np.median(seconds)), 4) if seconds.size else None,
-        "config_hash": config_hash(job.config), "command": records.run.get("command"),
-        "versions": records.run.get("versions"), "hardware": records.run.get("hardware"),
+        "config_hash": config_hash(job.config),
+        "command": records.run.get("command"),
+        "versions": records.run.get("versions"),
+        "hardware": records.run.get("hardware"),
     }
 
 
@@ -77,13 +91,24 @@ def collect(jobs: Sequence[Job], command: str) -> dict[str, Any]:
             for run in runs.values():
                 del run[key]
     wanted = {name for job in jobs for name in job.methods}
-    return {"command": command, "seeds": sorted({job.seed for job in jobs}), **shared,
-            "methods": [{"name": m.name, "title": m.title, "suite": m.suite} for m in METHODS if m.name in wanted],
-            "missing": [job.name for job in jobs if job.name not in runs], "runs": runs}
+    return {
+        "command": command,
+        "seeds": sorted({job.seed for job in jobs}),
+        **shared,
+        "methods": [
+            {"name": m.name, "title": m.title, "suite": m.suite}
+            for m in METHODS
+            if m.name in wanted
+        ],
+        "missing": [job.name for job in jobs if job.name not in runs],
+        "runs": runs,
+    }
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """JSON with a line for each run's entry, small enough to commit and to compare."""
-    runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in value["runs"].items())
+    runs = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in value["runs"].items()
+    )
     head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in value.items() if k != "runs")
     write_whole(path, f'{{\n{head} "runs": {{\n{runs}\n }}\n}}\n')

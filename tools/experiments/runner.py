@@ -1,4 +1,5 @@
 """Runs jobs in processes of their own: finished ones are skipped, interrupted ones go on where they stopped."""
+
 from __future__ import annotations
 
 import json
@@ -29,8 +30,10 @@ def finished(job: Job) -> bool:
     Raises:
       InputError: its folder holds a run with another configuration.
     """
-    return Workdir(str(job.workdir)).check(job.config) and _last_step(
-        job.workdir / "evaluation.jsonl") >= job.num_steps
+    return (
+        Workdir(str(job.workdir)).check(job.config)
+        and _last_step(job.workdir / "evaluation.jsonl") >= job.num_steps
+    )
 
 
 def _last_step(file: Path) -> int:
@@ -46,7 +49,11 @@ def _last_step(file: Path) -> int:
 
 def cores(num_jobs: int) -> list[set[int]]:
     """This process's cores, dealt out to `num_jobs` processes; each has at least one."""
-    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    own = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     return [set(own[i::num_jobs]) or {own[i % len(own)]} for i in range(num_jobs)]
 
 
@@ -64,16 +71,25 @@ class Progress:
         complete = sum(finished(job) for job in self._jobs if job not in running)
         left = "?"
         if done > self._first:
-            left = duration((self._clock() - self._start) / (done - self._first) * (self._total - done))
-        under_way = ", ".join(f"{job.name} at step {steps_done(job)} of {job.num_steps}" for job in running)
-        return (f"{done} of {self._total} steps, {complete} of {len(self._jobs)} runs done, {left} left" +
-                (f"; {under_way}" if under_way else ""))
+            left = duration(
+                (self._clock() - self._start) / (done - self._first) * (self._total - done)
+            )
+        under_way = ", ".join(
+            f"{job.name} at step {steps_done(job)} of {job.num_steps}" for job in running
+        )
+        return (
+            f"{done} of {self._total} steps, {complete} of {len(self._jobs)} runs done, {left} left"
+            + (f"; {under_way}" if under_way else "")
+        )
 
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
     received: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        n: signal.signal(n, lambda number, _: received.append(number))
+        for n in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield received
     finally:
@@ -81,8 +97,15 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run(jobs: Sequence[Job], num_jobs: int, logs: Path, train: Sequence[str] = TRAIN,
-        say: Callable[[str], None] = print, poll_seconds: float = 1.0, report_seconds: float = 60.0) -> list[str]:
+def run(
+    jobs: Sequence[Job],
+    num_jobs: int,
+    logs: Path,
+    train: Sequence[str] = TRAIN,
+    say: Callable[[str], None] = print,
+    poll_seconds: float = 1.0,
+    report_seconds: float = 60.0,
+) -> list[str]:
     """Runs what is not finished, `num_jobs` at a time, each on its share of the cores.
 
     Ctrl-C and SIGTERM are passed on: every run under way saves its state, and the same command goes on from there.
@@ -144,12 +167,23 @@ def _start(job: Job, train: Sequence[str], logs: Path, own: set[int]) -> subproc
     job.workdir.parent.mkdir(parents=True, exist_ok=True)
     # XLA sizes its thread pool by the cores a process may run on; the others listen to these variables.
     count = str(len(own))
-    environment = os.environ | {"OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+    }
     pin = (lambda: os.sched_setaffinity(0, own)) if hasattr(os, "sched_setaffinity") else None
     with (logs / f"{job.name}.log").open("ab") as log:
         # A group of its own: Ctrl-C reaches it through us alone, once.
-        return subprocess.Popen([*train, *job.arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                env=environment, preexec_fn=pin, start_new_session=True)
+        return subprocess.Popen(
+            [*train, *job.arguments],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            preexec_fn=pin,
+            start_new_session=True,
+        )
 
 
 def _last_line(log: Path) -> str:

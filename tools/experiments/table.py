@@ -1,4 +1,5 @@
 """Tables of the results: a row a method, means over its seeds with the interval across them, in Markdown."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,8 +10,12 @@ import numpy as np
 
 from marble_jax.evaluation.statistics import composite
 
-HEADINGS = {"main": "Methods", "sweeps": "Sweeps of N and rho, amortised", "ablations": "Ablations",
-            "balancers": "Balancers from the literature, exact mode"}
+HEADINGS = {
+    "main": "Methods",
+    "sweeps": "Sweeps of N and rho, amortised",
+    "ablations": "Ablations",
+    "balancers": "Balancers from the literature, exact mode",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,10 @@ def rows(results: dict[str, Any], suite: str | None = None) -> list[Row]:
     for method in results["methods"]:
         if suite is not None and method["suite"] != suite:
             continue
-        runs = sorted((r for r in results["runs"].values() if method["name"] in r["methods"]), key=lambda r: r["seed"])
+        runs = sorted(
+            (r for r in results["runs"].values() if method["name"] in r["methods"]),
+            key=lambda r: r["seed"],
+        )
         if not runs:
             continue
 
@@ -88,10 +96,20 @@ def rows(results: dict[str, Any], suite: str | None = None) -> list[Row]:
             return np.array([_number(run[key]) for run in runs])
 
         low, high = (np.array([gain(run, field) for run in runs]) for field in ("low", "high"))
-        found.append(Row(
-            method["name"], method["title"], tuple(run["seed"] for run in runs), tuple(runs[0]["trained"]),
-            np.array([gain(run, "mean") for run in runs]), np.where(low > 0, 1, np.where(high < 0, -1, 0)),
-            each("conflict_rate"), each("worst_cos"), each("least_cos"), each("seconds")))
+        found.append(
+            Row(
+                method["name"],
+                method["title"],
+                tuple(run["seed"] for run in runs),
+                tuple(runs[0]["trained"]),
+                np.array([gain(run, "mean") for run in runs]),
+                np.where(low > 0, 1, np.where(high < 0, -1, 0)),
+                each("conflict_rate"),
+                each("worst_cos"),
+                each("least_cos"),
+                each("seconds"),
+            )
+        )
     return found
 
 
@@ -106,7 +124,12 @@ def composites(found: Sequence[Row]) -> list[tuple[float, float]]:
     middle = composite(np.array([row.gain.mean(axis=0) for row in found]))
     half = np.full(len(found), np.nan)
     if len({row.seeds for row in found}) == 1 and len(found[0].seeds) > 1:
-        single = np.array([composite(np.array([row.gain[s] for row in found])) for s in range(len(found[0].seeds))])
+        single = np.array(
+            [
+                composite(np.array([row.gain[s] for row in found]))
+                for s in range(len(found[0].seeds))
+            ]
+        )
         half = np.array([t_interval(values)[1] for values in single.T])
     return [(float(m), float(h)) for m, h in zip(middle, half, strict=True)]
 
@@ -136,17 +159,32 @@ def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Gains, composite, verdict and diagnostics, a row a method."""
     rewards = max((row.trained for row in found), key=len)
-    header = ["method", "seeds", *(f"{n} (never trained)" if n not in rewards else n for n in names), "composite",
-              f"all {len(rewards)} up", "clearly", "conflict rate", "worst cosine: mean (least)", "minutes"]
+    header = [
+        "method",
+        "seeds",
+        *(f"{n} (never trained)" if n not in rewards else n for n in names),
+        "composite",
+        f"all {len(rewards)} up",
+        "clearly",
+        "conflict rate",
+        "worst cosine: mean (least)",
+        "minutes",
+    ]
     body = []
     for row, (middle, half) in zip(found, composites(found), strict=True):
         conflict, cosine = row.conflict_rate.mean(), row.worst_cos.mean()
-        body.append([
-            row.title, str(len(row.seeds)), *(shown(*t_interval(row.gain[:, c])) for c in range(len(names))),
-            shown(middle, half, 2), *verdict(row, rewards, names),
-            f"{100 * conflict:.0f} %" if np.isfinite(conflict) else "-",
-            f"{cosine:+.2f} ({row.least_cos.min():+.2f})" if np.isfinite(cosine) else "-",
-            f"{row.seconds.mean() / 60:.1f}"])
+        body.append(
+            [
+                row.title,
+                str(len(row.seeds)),
+                *(shown(*t_interval(row.gain[:, c])) for c in range(len(names))),
+                shown(middle, half, 2),
+                *verdict(row, rewards, names),
+                f"{100 * conflict:.0f} %" if np.isfinite(conflict) else "-",
+                f"{cosine:+.2f} ({row.least_cos.min():+.2f})" if np.isfinite(cosine) else "-",
+                f"{row.seconds.mean() / 60:.1f}",
+            ]
+        )
     return _grid(header, body)
 
 
@@ -174,13 +212,16 @@ def markdown(results: dict[str, Any]) -> str:
         f"Every run has the same budget: {'/'.join(map(str, steps))} optimiser steps, "
         f"{'/'.join(map(str, prompts))} held-out prompts. Numbers are gains over the base model, on the same prompts "
         f"and noise: mean over seeds ± half the 95 % Student interval over seeds, which is wide for so few "
-        "(nothing after a mean: one seed).", "",
+        "(nothing after a mean: one seed).",
+        "",
         "`composite`: the paper's, mean over the columns of z-scores among the rows of its table; its ± is over seeds. "
         "`all up`: seeds in which every reward gained; `clearly`: seeds in which every gain's own bootstrap interval "
         "over prompts lies above 0. `conflict rate`: share of the steps looked at in which the update pointed against "
         "a reward's gradient. `worst cosine`: smallest cosine of the update with a reward's gradient, mean over steps "
         "(and the least of all). Only steps that solve for alpha are looked at, on what they solve on. `minutes`: "
-        "of optimiser steps, compilation included, with other runs beside them.", ""]
+        "of optimiser steps, compilation included, with other runs beside them.",
+        "",
+    ]
     if results["missing"]:
         text += [f"Not finished: {', '.join(results['missing'])}.", ""]
     for suite, heading in HEADINGS.items():
@@ -189,5 +230,10 @@ def markdown(results: dict[str, Any]) -> str:
             continue
         text += [f"## {heading}", "", *gains_table(found, names), ""]
         if len(found) > 1:
-            text += ["Difference to the first row, paired by seed:", "", *differences_table(found, names), ""]
+            text += [
+                "Difference to the first row, paired by seed:",
+                "",
+                *differences_table(found, names),
+                "",
+            ]
     return "\n".join(text)

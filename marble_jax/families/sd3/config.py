@@ -1,4 +1,5 @@
 """Architecture of an SD3 transformer, as its published `config.json` gives it, and the three published sizes."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -50,7 +51,9 @@ class MMDiTConfig:
                 f"{self.width}; received {self.caption_projection_dim}"
             )
         if self.qk_norm not in (None, "rms_norm"):
-            raise InputError(f"transformer config: expected qk_norm 'rms_norm' or null; received {self.qk_norm!r}")
+            raise InputError(
+                f"transformer config: expected qk_norm 'rms_norm' or null; received {self.qk_norm!r}"
+            )
         if not set(self.dual_attention_layers) <= set(range(self.num_layers)):
             raise InputError(
                 f"transformer config: expected dual_attention_layers in 0..{self.num_layers - 1}; "
@@ -67,7 +70,9 @@ class MMDiTConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         public = {key: value for key, value in config.items() if not key.startswith("_")}
         for key in public.keys() - names:
-            raise InputError(f"transformer config: expected SD3 fields; received {key!r}{nearest(key, names)}")
+            raise InputError(
+                f"transformer config: expected SD3 fields; received {key!r}{nearest(key, names)}"
+            )
         return cls(**public)
 
     @property
@@ -93,6 +98,12 @@ SD35_MEDIUM = MMDiTConfig(
     dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
 )  # fmt: skip
 SD35_LARGE = MMDiTConfig(
-    num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"
+    num_layers=38,
+    num_attention_heads=38,
+    caption_projection_dim=2432,
+    pos_embed_max_size=192,
+    qk_norm="rms_norm",
 )
-SD3_MEDIUM = MMDiTConfig(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
+SD3_MEDIUM = MMDiTConfig(
+    num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
+)

@@ -7,6 +7,7 @@ queries, whose results are dropped. `Work.recomputed` is what rematerialisation 
 XLA's own cost analysis counts the body of a loop once, however often it runs, so it is no measure of a scanned model;
 `tests/families/test_sd3_flops.py` compares the two where every run has one block.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -44,7 +45,9 @@ class Work:
     attention: float
 
 
-def transformer(config: MMDiTConfig, params: Params, adapter: Adapter, tokens: int, text_tokens: int) -> Work:
+def transformer(
+    config: MMDiTConfig, params: Params, adapter: Adapter, tokens: int, text_tokens: int
+) -> Work:
     """Work of a sample.
 
     The backward pass stops where nothing is trained below: at the inputs of the first block, and at everything made
@@ -84,9 +87,16 @@ def transformer(config: MMDiTConfig, params: Params, adapter: Adapter, tokens: i
         if not _dropped(config, path):
             product = 2.0 * seen[_stream(path)] * float(np.prod(leaf.shape))
             low_rank += product
-            low_rank_back += product * (1 + (_share_below(path, leaf.shape) if path[-1] == "a" else 1))
-    return Work(base + attention, base + attention + low_rank, backward + backward_attention + low_rank_back,
-                blocks + attention + low_rank, attention)
+            low_rank_back += product * (
+                1 + (_share_below(path, leaf.shape) if path[-1] == "a" else 1)
+            )
+    return Work(
+        base + attention,
+        base + attention + low_rank,
+        backward + backward_attention + low_rank_back,
+        blocks + attention + low_rank,
+        attention,
+    )
 
 
 def decoder(config: VAEConfig, params: Params, height: int, width: int) -> float:
@@ -111,7 +121,9 @@ def decoder(config: VAEConfig, params: Params, height: int, width: int) -> float
 
 
 def _kernels(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    return {p: leaf for p, leaf in traverse_util.flatten_dict(dict(params)).items() if p[-1] == "kernel"}
+    return {
+        p: leaf for p, leaf in traverse_util.flatten_dict(dict(params)).items() if p[-1] == "kernel"
+    }
 
 
 def _in_block(path: tuple[str, ...]) -> bool:
@@ -132,6 +144,8 @@ def _dropped(config: MMDiTConfig, path: tuple[str, ...]) -> bool:
 
 def _share_below(path: tuple[str, ...], shape: tuple[int, ...]) -> float:
     """Share of a product's layers whose input has something trained below it: not in the first block's attention."""
-    first = path[0] in ("blocks_0", "block_0") and ("attn2" in path or any(p in _INPUT_SIDE for p in path))
+    first = path[0] in ("blocks_0", "block_0") and (
+        "attn2" in path or any(p in _INPUT_SIDE for p in path)
+    )
     layers = shape[0] if path[0].startswith("blocks_") else 1
     return (layers - 1) / layers if first else 1.0

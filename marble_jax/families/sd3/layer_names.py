@@ -3,6 +3,7 @@
 The map is derived from the (abstract) parameters alone: the module path spells the diffusers name, with the stacked
 runs spread over `transformer_blocks.<i>`. Adapters use the same names for their targets and files.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -44,7 +45,10 @@ def modules_at(path: tuple[str, ...], shape: tuple[int, ...]) -> list[Module]:
     rest = [_DOTTED.get(part, part) for part in path]
     if room == "blocks":
         indices = range(shape[0])
-        return [Module(".".join((f"transformer_blocks.{int(number) + i}", *rest[1:])), path, i) for i in indices]
+        return [
+            Module(".".join((f"transformer_blocks.{int(number) + i}", *rest[1:])), path, i)
+            for i in indices
+        ]
     if room == "block":
         rest[0] = f"transformer_blocks.{number}"
     return [Module(".".join(rest), path, None)]
@@ -71,7 +75,9 @@ def dense_modules(shapes: Mapping[str, Any]) -> list[Module]:
     leaves = traverse_util.flatten_dict(dict(shapes)).items()
     kernels = {path[:-1]: leaf.shape for path, leaf in leaves if path[-1] == "kernel"}
     found = [module for path, shape in kernels.items() for module in modules_at(path, shape)]
-    return [module for module in found if len(kernels[module.path]) == 2 + (module.index is not None)]
+    return [
+        module for module in found if len(kernels[module.path]) == 2 + (module.index is not None)
+    ]
 
 
 def load_mmdit(

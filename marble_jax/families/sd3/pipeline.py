@@ -4,6 +4,7 @@ The object holds frozen networks and their parameters; everything it computes is
 and called on batches of one size, so that no number of prompts or pictures retraces. Velocity is not wrapped here:
 `marble_jax.families.sd3.transformer.velocity(pipeline.model, pipeline.params, adapter, xt, sigma, cond)` is the function.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,7 +27,15 @@ from marble_jax.storage.files import read_json
 from marble_jax.types import Conditioning, Params
 from marble_jax.weights.hub import HUB_NAME, download
 
-_REQUIRED = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_REQUIRED = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")
 
 Place = Callable[[str, tuple[str, ...], Any], Any]
@@ -81,7 +90,8 @@ class Pipeline:
         expected, received = self.model.config.in_channels, self.vae.config.latent_channels
         if expected != received:
             raise InputError(
-                f"{directory}: VAE latent channels: expected the transformer's {expected}; received {received}")
+                f"{directory}: VAE latent channels: expected the transformer's {expected}; received {received}"
+            )
         self._decode = jax.jit(functools.partial(vae_functions.decode, self.vae))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -93,7 +103,9 @@ class Pipeline:
         cell = self.vae.config.downsampling
         unit = cell * self.model.config.patch_size
         if height <= 0 or width <= 0 or height % unit or width % unit:
-            raise InputError(f"picture size: expected positive multiples of {unit} pixels; received {height} x {width}")
+            raise InputError(
+                f"picture size: expected positive multiples of {unit} pixels; received {height} x {width}"
+            )
         return height // cell, width // cell, self.vae.config.latent_channels
 
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> Conditioning:
@@ -103,11 +115,17 @@ class Pipeline:
           InputError: as there, or the pipeline was loaded without text encoders.
         """
         if self.text is None:
-            raise InputError(f"{self.directory}: expected text encoders; received a pipeline loaded without")
+            raise InputError(
+                f"{self.directory}: expected text encoders; received a pipeline loaded without"
+            )
         return self.text.encode(prompts, max_sequence_length)
 
-    def decode(self, latents: jax.Array, batch: int, place: Callable[[jax.Array], jax.Array] = lambda part: part
-               ) -> jax.Array:
+    def decode(
+        self,
+        latents: jax.Array,
+        batch: int,
+        place: Callable[[jax.Array], jax.Array] = lambda part: part,
+    ) -> jax.Array:
         """Pictures of latents.
 
         Args:
@@ -118,7 +136,10 @@ class Pipeline:
         Returns:
           float32 [N, H, W, 3] in [0, 1].
         """
-        parts = [self._decode(self.vae_params, place(part)) for part in full_batches(latents, len(latents), batch)]
+        parts = [
+            self._decode(self.vae_params, place(part))
+            for part in full_batches(latents, len(latents), batch)
+        ]
         return jnp.concatenate(parts)[: len(latents)]
 
 
@@ -153,27 +174,41 @@ def load_pipeline(
     index = read_json(root / "model_index.json")
     if index.get("_class_name", "StableDiffusion3Pipeline") != "StableDiffusion3Pipeline":
         raise InputError(
-            f"{root / 'model_index.json'}: expected a StableDiffusion3Pipeline; received {index['_class_name']}")
-    present = {name for name in (*_REQUIRED, *_OPTIONAL) if (index.get(name) or [None])[-1] is not None}
+            f"{root / 'model_index.json'}: expected a StableDiffusion3Pipeline; received {index['_class_name']}"
+        )
+    present = {
+        name for name in (*_REQUIRED, *_OPTIONAL) if (index.get(name) or [None])[-1] is not None
+    }
     for name in _REQUIRED:
         if name not in present:
-            raise InputError(f"{root / 'model_index.json'}: expected a component {name!r}; received none")
+            raise InputError(
+                f"{root / 'model_index.json'}: expected a component {name!r}; received none"
+            )
 
     def put(component: str) -> Callable[[tuple[str, ...], np.ndarray], Any] | None:
         return None if place is None else functools.partial(place, component)
 
     # The cheap parts first: what is missing shows before gigabytes are read.
     scheduler = _scheduler(root / "scheduler")
-    text = load_text_encoders(root, dtype, text_encoder_3, prompt_batch, put) if text_encoders else None
+    text = (
+        load_text_encoders(root, dtype, text_encoder_3, prompt_batch, put)
+        if text_encoders
+        else None
+    )
     return Pipeline(
         directory=root,
-        transformer=load_mmdit(root / "transformer", dtype, put("transformer"), dtype=dtype, **transformer_options),
+        transformer=load_mmdit(
+            root / "transformer", dtype, put("transformer"), dtype=dtype, **transformer_options
+        ),
         vae=load_vae(root / "vae", vae_dtype, put("vae")),
         text=text,
-        scheduler=scheduler)
+        scheduler=scheduler,
+    )
 
 
-def find_model(name: pathlib.Path | str, revision: str | None = None, text_encoder_3: bool = True) -> pathlib.Path:
+def find_model(
+    name: pathlib.Path | str, revision: str | None = None, text_encoder_3: bool = True
+) -> pathlib.Path:
     """The local directory of a model: `name` itself if it exists, else the Hub model of that name, downloaded.
 
     Raises:
@@ -183,7 +218,9 @@ def find_model(name: pathlib.Path | str, revision: str | None = None, text_encod
     if path.is_dir():
         return path
     if not HUB_NAME.fullmatch(str(name)):
-        raise InputError(f"model: expected a directory or a Hub name owner/model; received {str(name)!r}")
+        raise InputError(
+            f"model: expected a directory or a Hub name owner/model; received {str(name)!r}"
+        )
     skipped = ["*.fp16*", *([] if text_encoder_3 else ["text_encoder_3/*", "tokenizer_3/*"])]
     # Components only: the root of such a repository holds all weights a second time in single files.
     folders = [f"{component}/*" for component in (*_REQUIRED, *_OPTIONAL)]
@@ -194,6 +231,8 @@ def _scheduler(directory: pathlib.Path) -> SchedulerConfig:
     path = directory / "scheduler_config.json"
     config = read_json(path)
     if config.get("use_dynamic_shifting"):
-        raise InputError(f"{path}: use_dynamic_shifting: expected false (a static shift); received true")
+        raise InputError(
+            f"{path}: use_dynamic_shifting: expected false (a static shift); received true"
+        )
     names = {field.name for field in dataclasses.fields(SchedulerConfig)}
     return SchedulerConfig(**{key: value for key, value in config.items() if key in names})

@@ -5,6 +5,7 @@ and go by themselves; `embeddings.Embeddings` keeps what they computed.
 
 Source: diffusers 0.42 `StableDiffusion3Pipeline.encode_prompt` for how the three text encoders are put together.
 """
+
 from __future__ import annotations
 
 import functools
@@ -41,8 +42,15 @@ class TextEncoders:
       prompt_batch: unique prompts per call of the encoders.
     """
 
-    def __init__(self, directory: pathlib.Path, encoders: Sequence[tuple[CLIPTextEncoder | T5Encoder, Params] | None],
-                 tokenizers: Sequence[Any], width: int, pooled_width: int, prompt_batch: int = 8):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        encoders: Sequence[tuple[CLIPTextEncoder | T5Encoder, Params] | None],
+        tokenizers: Sequence[Any],
+        width: int,
+        pooled_width: int,
+        prompt_batch: int = 8,
+    ):
         """Puts loaded encoders together (`load_text_encoders` is the usual way).
 
         Raises:
@@ -56,7 +64,9 @@ class TextEncoders:
         self.prompt_batch = prompt_batch
         self.clip_length = int(self.tokenizers[0].model_max_length)
         self._check(pooled_width)
-        self._embed = jax.jit(functools.partial(_embed, self.modules, width), static_argnames="length")
+        self._embed = jax.jit(
+            functools.partial(_embed, self.modules, width), static_argnames="length"
+        )
 
     def _check(self, pooled_width: int) -> None:
         first, second, third = (None if m is None else m.config for m in self.modules)
@@ -66,16 +76,19 @@ class TextEncoders:
         ):
             if expected != received:
                 raise InputError(
-                    f"{self.directory}: {what}: expected the transformer's {expected}; received {received}")
+                    f"{self.directory}: {what}: expected the transformer's {expected}; received {received}"
+                )
         if first.hidden_size + second.hidden_size > self.width:
             raise InputError(
                 f"{self.directory}: joint CLIP width: expected at most {self.width}; "
-                f"received {first.hidden_size + second.hidden_size}")
+                f"received {first.hidden_size + second.hidden_size}"
+            )
         positions = min(first.max_position_embeddings, second.max_position_embeddings)
         if self.clip_length > positions:
             raise InputError(
                 f"{self.directory / 'tokenizer'}: model_max_length: expected at most the text encoders' {positions} "
-                f"positions; received {self.clip_length}")
+                f"positions; received {self.clip_length}"
+            )
 
     def tokenize(
         self, prompts: Sequence[str], max_sequence_length: int
@@ -83,9 +96,16 @@ class TextEncoders:
         """Token ids int32 for the three encoders, cut and padded: [N, clip_length] twice, [N, max_sequence_length]."""
         lengths = (self.clip_length, self.clip_length, max_sequence_length)
         return tuple(
-            None if tokenizer is None else np.asarray(
-                tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids, np.int32)
-            for tokenizer, length in zip(self.tokenizers, lengths, strict=True))
+            None
+            if tokenizer is None
+            else np.asarray(
+                tokenizer(
+                    list(prompts), padding="max_length", max_length=length, truncation=True
+                ).input_ids,
+                np.int32,
+            )
+            for tokenizer, length in zip(self.tokenizers, lengths, strict=True)
+        )
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Conditioning:
         """Conditioning of the prompts; each different prompt is encoded once.
@@ -104,12 +124,15 @@ class TextEncoders:
         if isinstance(prompts, str) or not prompts:
             raise InputError(f"prompts: expected a list of one or more texts; received {prompts!r}")
         if max_sequence_length < 1:
-            raise InputError(f"max_sequence_length: expected 1 or more; received {max_sequence_length}")
+            raise InputError(
+                f"max_sequence_length: expected 1 or more; received {max_sequence_length}"
+            )
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         ids = self.tokenize(list(rows), max_sequence_length)
         parts = [
             self._embed(self.params, batch, length=max_sequence_length)
-            for batch in full_batches(ids, len(rows), self.prompt_batch)]
+            for batch in full_batches(ids, len(rows), self.prompt_batch)
+        ]
         index = np.asarray([rows[prompt] for prompt in prompts])
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
 
@@ -134,7 +157,9 @@ def assemble(first: TextOutput, second: TextOutput, third: jax.Array) -> Conditi
 def _embed(
     modules: Sequence[Any], width: int, params: Sequence[Params], ids: Sequence[Any], length: int
 ) -> Conditioning:
-    first, second = (m.apply({"params": p}, i) for m, p, i in zip(modules[:2], params[:2], ids[:2], strict=True))
+    first, second = (
+        m.apply({"params": p}, i) for m, p, i in zip(modules[:2], params[:2], ids[:2], strict=True)
+    )
     if modules[2] is None:
         third = jnp.zeros((first.penultimate.shape[0], length, width), first.penultimate.dtype)
     else:
@@ -151,8 +176,13 @@ def full_batches(tree: Any, count: int, size: int) -> Iterator[Any]:
         yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], tree)
 
 
-def load_text_encoders(root: pathlib.Path, dtype: Any = jnp.float32, t5: bool = True, prompt_batch: int = 8,
-                       place: Callable[[str], Callable[..., Any] | None] = lambda component: None) -> TextEncoders:
+def load_text_encoders(
+    root: pathlib.Path,
+    dtype: Any = jnp.float32,
+    t5: bool = True,
+    prompt_batch: int = 8,
+    place: Callable[[str], Callable[..., Any] | None] = lambda component: None,
+) -> TextEncoders:
     """Loads the text encoders of a diffusers-layout SD3 directory, and nothing else of it.
 
     Args:
@@ -169,12 +199,22 @@ def load_text_encoders(root: pathlib.Path, dtype: Any = jnp.float32, t5: bool = 
     count = 3 if t5 and has_t5(root) else 2
     index = read_json(root / "model_index.json")
     # The cheap parts first: what is missing shows before gigabytes are read.
-    tokenizers = [load_tokenizer(root / name, (index.get(name) or [None])[-1]) for name in TOKENIZERS[:count]]
-    encoders = [load(root / name, dtype, place(name)) for name, load in zip(
-        COMPONENTS[:count], (load_text_encoder, load_text_encoder, load_t5))]
+    tokenizers = [
+        load_tokenizer(root / name, (index.get(name) or [None])[-1]) for name in TOKENIZERS[:count]
+    ]
+    encoders = [
+        load(root / name, dtype, place(name))
+        for name, load in zip(COMPONENTS[:count], (load_text_encoder, load_text_encoder, load_t5))
+    ]
     absent = [None] * (3 - count)
-    return TextEncoders(root, [*encoders, *absent], [*tokenizers, *absent], config["joint_attention_dim"],
-                        config["pooled_projection_dim"], prompt_batch)
+    return TextEncoders(
+        root,
+        [*encoders, *absent],
+        [*tokenizers, *absent],
+        config["joint_attention_dim"],
+        config["pooled_projection_dim"],
+        prompt_batch,
+    )
 
 
 def has_t5(root: pathlib.Path) -> bool:
@@ -184,7 +224,11 @@ def has_t5(root: pathlib.Path) -> bool:
 
 def clip_length(root: pathlib.Path) -> int:
     """CLIP tokens of a prompt of a model, without loading its tokenizer."""
-    return int(read_json(root / TOKENIZERS[0] / "tokenizer_config.json").get("model_max_length", CLIP_LENGTH))
+    return int(
+        read_json(root / TOKENIZERS[0] / "tokenizer_config.json").get(
+            "model_max_length", CLIP_LENGTH
+        )
+    )
 
 
 def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
@@ -202,14 +246,24 @@ def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
     import transformers  # slow to import
 
     if not hasattr(transformers, kind or ""):
-        kind = "PreTrainedTokenizerFast" if (directory / "tokenizer.json").is_file() else "AutoTokenizer"
+        kind = (
+            "PreTrainedTokenizerFast"
+            if (directory / "tokenizer.json").is_file()
+            else "AutoTokenizer"
+        )
     try:
         return getattr(transformers, kind).from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # whatever a damaged file makes the library raise; the cause stays attached
-        raise InputError(f"{directory}: expected the files of a {kind}; received {type(error).__name__}") from error
+    except (
+        Exception
+    ) as error:  # whatever a damaged file makes the library raise; the cause stays attached
+        raise InputError(
+            f"{directory}: expected the files of a {kind}; received {type(error).__name__}"
+        ) from error
 
 
-def identity(root: pathlib.Path, t5: bool = True, known: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+def identity(
+    root: pathlib.Path, t5: bool = True, known: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
     """Hash of the files that the text encoders and their tokenizers are made of; T5's count with `t5`.
 
     `known` and the second value are those of `contents.content_hash`.

@@ -10,6 +10,7 @@ Module names are those of diffusers with dots inside a level replaced by undersc
 Source: diffusers 0.42 `SD3Transformer2DModel`, `JointTransformerBlock`, `JointAttnProcessor2_0`; Esser et al. 2024
 (arXiv 2403.03206). Differences: layer norm and modulation are computed in float32 whatever the compute dtype.
 """
+
 from __future__ import annotations
 
 import math
@@ -64,16 +65,26 @@ class Attention(nn.Module):
     lora_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, x: jax.Array, c: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         """x [N, Tx, D], c [N, Tc, D] or None -> outputs of the same shapes (None without text output)."""
 
         def dense(name: str, y: jax.Array) -> jax.Array:
-            return LoraDense(self.config.width, dtype=self.dtype, lora_scale=self.lora_scale, name=name)(y)
+            return LoraDense(
+                self.config.width, dtype=self.dtype, lora_scale=self.lora_scale, name=name
+            )(y)
 
         def heads(y: jax.Array, names: str, norms: str) -> list[jax.Array]:
-            split = [dense(names.format(n), y).reshape(*y.shape[:2], -1, self.config.attention_head_dim) for n in "qkv"]
+            split = [
+                dense(names.format(n), y).reshape(*y.shape[:2], -1, self.config.attention_head_dim)
+                for n in "qkv"
+            ]
             if self.config.qk_norm == "rms_norm":
-                split[:2] = [RMSNorm(name=norms.format(n))(part) for n, part in zip("qk", split, strict=False)]
+                split[:2] = [
+                    RMSNorm(name=norms.format(n))(part)
+                    for n, part in zip("qk", split, strict=False)
+                ]
             return split
 
         qkv = heads(x, "to_{}", "norm_{}")
@@ -83,7 +94,9 @@ class Attention(nn.Module):
         out = attend(*qkv, self.implementation)
         out = out.reshape(*out.shape[:2], -1)
         attended = dense("to_out_0", out[:, : x.shape[1]])
-        return attended, dense("to_add_out", out[:, x.shape[1] :]) if c is not None and self.text_out else None
+        return attended, dense(
+            "to_add_out", out[:, x.shape[1] :]
+        ) if c is not None and self.text_out else None
 
 
 class FeedForward(nn.Module):
@@ -134,13 +147,21 @@ class Block(nn.Module):
             return AdaLayerNorm(parts, self.dtype, self.lora_scale, name=name)(temb)
 
         def attention(name: str) -> Attention:
-            return Attention(self.config, not self.last, self.dtype, self.attention, self.lora_scale, name=name)
+            return Attention(
+                self.config, not self.last, self.dtype, self.attention, self.lora_scale, name=name
+            )
 
-        def feed_forward(y: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array, name: str) -> jax.Array:
-            y = FeedForward(self.dtype, self.lora_scale, name=name)(modulate(layer_norm(y), shift, scale, dtype))
+        def feed_forward(
+            y: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array, name: str
+        ) -> jax.Array:
+            y = FeedForward(self.dtype, self.lora_scale, name=name)(
+                modulate(layer_norm(y), shift, scale, dtype)
+            )
             return gate[:, None] * y
 
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = ada(9 if self.dual else 6, "norm1")
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = ada(
+            9 if self.dual else 6, "norm1"
+        )
         if self.last:
             c_scale, c_shift = ada(2, "norm1_context")  # this variant's order, unlike the others
         else:
@@ -163,7 +184,9 @@ class Block(nn.Module):
 def timestep_embedding(timestep: jax.Array) -> jax.Array:
     """[N] on the 0..1000 scale -> float32 [N, 256]: cosines, then sines, of 128 frequencies 10000^(-k/128)."""
     half = _FREQUENCIES // 2
-    angles = timestep.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000) * jnp.arange(half) / half)
+    angles = timestep.astype(jnp.float32)[:, None] * jnp.exp(
+        -math.log(10000) * jnp.arange(half) / half
+    )
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -177,7 +200,10 @@ def position_table(config: MMDiTConfig, side: int) -> jax.Array:
     cells = (jnp.arange(side) + (config.pos_embed_max_size - side) // 2) * step
     angles = cells[:, None] * 10000.0 ** (-jnp.arange(quarter) / quarter)
     line = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    column, row = jnp.broadcast_to(line, (side, *line.shape)), jnp.broadcast_to(line[:, None], (side, *line.shape))
+    column, row = (
+        jnp.broadcast_to(line, (side, *line.shape)),
+        jnp.broadcast_to(line[:, None], (side, *line.shape)),
+    )
     return jnp.concatenate([column, row], axis=-1).reshape(1, side * side, -1)
 
 
@@ -198,7 +224,9 @@ class PatchEmbed(nn.Module):
     def __call__(self, latents: jax.Array) -> jax.Array:
         """[N, h, w, C] -> [N, (h/p)(w/p), D], row by row."""
         p = self.config.patch_size
-        tokens = nn.Conv(self.config.width, (p, p), (p, p), "VALID", dtype=self.dtype, name="proj")(latents)
+        tokens = nn.Conv(self.config.width, (p, p), (p, p), "VALID", dtype=self.dtype, name="proj")(
+            latents
+        )
         table = self.param("pos_embed", lambda _: position_table(self.config, self.side))
         table = table.reshape(self.side, self.side, -1)
         rows, columns = tokens.shape[1:3]
@@ -285,7 +313,9 @@ class MMDiT(nn.Module):
         return self.config.pos_embed_max_size if self.table_side is None else self.table_side
 
     @nn.compact
-    def __call__(self, latents: jax.Array, timestep: jax.Array, embeds: jax.Array, pooled: jax.Array) -> jax.Array:
+    def __call__(
+        self, latents: jax.Array, timestep: jax.Array, embeds: jax.Array, pooled: jax.Array
+    ) -> jax.Array:
         """Velocity of noisy latents.
 
         Args:
@@ -335,8 +365,13 @@ class MMDiT(nn.Module):
         """The class of a block, with gathering and rematerialisation."""
         block, policy = Block, REMAT_POLICIES[self.remat]
         if self.gather is not None and not self.is_initializing():
-            block = nn.map_variables(block, "params", lambda found: {
-                "params": checkpoint_name(self.gather(("block_0",), found["params"]), GATHERED)})
+            block = nn.map_variables(
+                block,
+                "params",
+                lambda found: {
+                    "params": checkpoint_name(self.gather(("block_0",), found["params"]), GATHERED)
+                },
+            )
             if self.remat == "none":
                 policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
         elif self.remat == "none":
@@ -348,9 +383,13 @@ class MMDiT(nn.Module):
         p, whole = self.config.patch_size, self.config.pos_embed_max_size
         if not 0 < self.side <= whole or (whole - self.side) % 2:
             parity = "odd" if whole % 2 else "even"
-            raise InputError(f"table_side: expected an {parity} side up to {whole}; received {self.side}")
+            raise InputError(
+                f"table_side: expected an {parity} side up to {whole}; received {self.side}"
+            )
         if len(shape) != 4 or shape[-1] != self.config.in_channels:
-            raise InputError(f"latents: expected [N, h, w, {self.config.in_channels}]; received {list(shape)}")
+            raise InputError(
+                f"latents: expected [N, h, w, {self.config.in_channels}]; received {list(shape)}"
+            )
         if any(side % p or side // p > self.side for side in shape[1:3]):
             raise InputError(
                 f"latents: expected sides divisible by {p} and up to {p * self.side}; received {shape[1]} x {shape[2]}"
@@ -363,12 +402,19 @@ def abstract_params(model: MMDiT) -> dict[str, Any]:
     latents, text = (1, p, p, config.in_channels), (1, 1, config.joint_attention_dim)
     inputs = (latents, (1,), text, (1, config.pooled_projection_dim))
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
-    init = model.clone(attention="xla").init  # has no parameters, and a fused one cannot be traced everywhere
+    init = model.clone(
+        attention="xla"
+    ).init  # has no parameters, and a fused one cannot be traced everywhere
     return jax.eval_shape(init, jax.random.key(0), *structs)["params"]
 
 
 def velocity(
-    model: MMDiT, params: Params, adapter: Adapter | None, xt: jax.Array, sigma: jax.Array | float, cond: Conditioning
+    model: MMDiT,
+    params: Params,
+    adapter: Adapter | None,
+    xt: jax.Array,
+    sigma: jax.Array | float,
+    cond: Conditioning,
 ) -> jax.Array:
     """Flow velocity as a pure function.
 
@@ -386,8 +432,14 @@ def velocity(
     Raises:
       InputError: adapter leaves that no layer reads or that do not fit; see also `MMDiT`.
     """
-    if model.gather is not None:  # blocks do so themselves; of the positional table only the centre is read
-        outside = {name: part for name, part in params.items() if not name.startswith(("block", "pos_embed"))}
+    if (
+        model.gather is not None
+    ):  # blocks do so themselves; of the positional table only the centre is read
+        outside = {
+            name: part
+            for name, part in params.items()
+            if not name.startswith(("block", "pos_embed"))
+        }
         params = {**params, **model.gather((), outside)}
     variables = {"params": params}
     if adapter is not None:

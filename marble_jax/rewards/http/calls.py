@@ -2,6 +2,7 @@
 
 Plain `http.client`: no redirects and no proxies, so a token goes where the configuration says and nowhere else.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -76,18 +77,25 @@ def secret(reward: str, variable: str, file: str) -> str:
     if variable and file:
         raise InputError(f"reward {reward}: expected token_env or token_file; received both")
     if variable:
-        token, where = os.environ.get(variable, ""), f"the environment variable {variable} to hold a token"
+        token, where = (
+            os.environ.get(variable, ""),
+            f"the environment variable {variable} to hold a token",
+        )
     elif file:
         where = f"a token in {file}"
         try:
             token = Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise InputError(f"reward {reward}: expected {where}; received {type(error).__name__}") from None
+            raise InputError(
+                f"reward {reward}: expected {where}; received {type(error).__name__}"
+            ) from None
     else:
         return ""
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise InputError(f"reward {reward}: expected {where}; received {'nothing' if not token else 'other text'}")
+        raise InputError(
+            f"reward {reward}: expected {where}; received {'nothing' if not token else 'other text'}"
+        )
     return token
 
 
@@ -111,8 +119,15 @@ class _Replica:
 class Replicas:
     """Servers that answer alike."""
 
-    def __init__(self, reward: str, urls: Sequence[str], path: str, token: str = "", patience: Patience = Patience(),
-                 sleep: Callable[[float], None] = time.sleep):
+    def __init__(
+        self,
+        reward: str,
+        urls: Sequence[str],
+        path: str,
+        token: str = "",
+        patience: Patience = Patience(),
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         """Checks the addresses; calls nobody.
 
         Args:
@@ -127,7 +142,9 @@ class Replicas:
           InputError: no address, or one that is none.
         """
         if not urls or isinstance(urls, str) or any(not isinstance(url, str) for url in urls):
-            raise InputError(f"reward {reward}: expected urls as a list of addresses; received {urls!r}")
+            raise InputError(
+                f"reward {reward}: expected urls as a list of addresses; received {urls!r}"
+            )
         for url in urls:
             try:
                 parts = urlsplit(url)
@@ -135,10 +152,16 @@ class Replicas:
             except ValueError:
                 usable = False
             if not usable or parts.query or parts.fragment or parts.username:
-                raise InputError(f"reward {reward}: expected an address such as http://127.0.0.1:8810; received "
-                                 f"{url!r}")
+                raise InputError(
+                    f"reward {reward}: expected an address such as http://127.0.0.1:8810; received "
+                    f"{url!r}"
+                )
             if token and parts.scheme == "http" and not is_loopback(parts.hostname):
-                log.warning("reward %s: the token goes to %s unencrypted; https or a tunnel would hide it", reward, url)
+                log.warning(
+                    "reward %s: the token goes to %s unencrypted; https or a tunnel would hide it",
+                    reward,
+                    url,
+                )
         self.reward, self._token, self.patience, self._sleep = reward, token, patience, sleep
         self._replicas = [_Replica(url.rstrip("/") + path) for url in urls]
         self._lock, self._slots = threading.Lock(), threading.BoundedSemaphore(patience.in_flight)
@@ -159,16 +182,21 @@ class Replicas:
                 except CallError as error:
                     problem = error
                     if error.passing:
-                        replica.down_until = time.monotonic() + max(error.pause, self._pause(attempt))
+                        replica.down_until = time.monotonic() + max(
+                            error.pause, self._pause(attempt)
+                        )
             if not problem.passing or attempt == self.patience.retries:
                 break
             others = any(r.down_until <= time.monotonic() for r in self._replicas)
             if not others:
                 self._sleep(min(LONGEST_PAUSE, max(problem.pause, self._pause(attempt))))
-        raise RewardError(f"{problem} (attempt {attempt + 1} of {self.patience.retries + 1})") from problem
+        raise RewardError(
+            f"{problem} (attempt {attempt + 1} of {self.patience.retries + 1})"
+        ) from problem
 
     def each(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """`function` of every item, several at a time; an exception in place of a value where one was raised."""
+
         def guarded(item: Any) -> Any:
             try:
                 return function(item)
@@ -179,7 +207,9 @@ class Replicas:
             return [guarded(item) for item in items]
         pool = Pool(min(len(items), self.patience.in_flight), f"calls of {self.reward}")
         try:
-            return [pool.result(future) for future in [pool.submit(guarded, item) for item in items]]
+            return [
+                pool.result(future) for future in [pool.submit(guarded, item) for item in items]
+            ]
         finally:
             pool.close()
 
@@ -209,10 +239,16 @@ def post(url: str, body: bytes, headers: Mapping[str, str], patience: Patience) 
     """
     parts, end = urlsplit(url), time.monotonic() + patience.answer
     if parts.scheme == "https":
-        connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=patience.connect,
-                                                 context=ssl.create_default_context())
+        connection = http.client.HTTPSConnection(
+            parts.hostname,
+            parts.port,
+            timeout=patience.connect,
+            context=ssl.create_default_context(),
+        )
     else:
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=patience.connect)
+        connection = http.client.HTTPConnection(
+            parts.hostname, parts.port, timeout=patience.connect
+        )
     try:
         connection.connect()
         connection.sock.settimeout(patience.answer)
@@ -224,15 +260,19 @@ def post(url: str, body: bytes, headers: Mapping[str, str], patience: Patience) 
         while chunk := answer.read1(65536):
             received += chunk
             if len(received) > patience.answer_bytes:
-                raise CallError(f"{url}: expected an answer of at most {patience.answer_bytes} bytes; received more",
-                                False)
+                raise CallError(
+                    f"{url}: expected an answer of at most {patience.answer_bytes} bytes; received more",
+                    False,
+                )
             left = end - time.monotonic()
             if left <= 0:
                 raise TimeoutError
             socket.settimeout(left)
         missing = answer.length or 0
     except TimeoutError:
-        raise CallError(f"{url}: expected an answer within {patience.answer:g} s; received none", True) from None
+        raise CallError(
+            f"{url}: expected an answer within {patience.answer:g} s; received none", True
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise CallError(f"{url}: {line(error)}", True) from None
     finally:
@@ -240,8 +280,11 @@ def post(url: str, body: bytes, headers: Mapping[str, str], patience: Patience) 
     if missing:
         raise CallError(f"{url}: expected {missing} bytes more; received a broken connection", True)
     if answer.status != 200:
-        raise CallError(f"{url}: {answer.status} {reason(bytes(received), answer.reason)}", answer.status in PASSING,
-                        _seconds(answer.getheader("Retry-After")))
+        raise CallError(
+            f"{url}: {answer.status} {reason(bytes(received), answer.reason)}",
+            answer.status in PASSING,
+            _seconds(answer.getheader("Retry-After")),
+        )
     return bytes(received)
 
 

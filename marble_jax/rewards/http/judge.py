@@ -7,6 +7,7 @@ One request a picture: the picture as a PNG data URL and a text made from the pr
 by a regular expression or in a field of a JSON object; one outside the range, or none, makes the picture's score
 missing, never 0.
 """
+
 from __future__ import annotations
 
 import base64
@@ -47,8 +48,10 @@ class Question:
       temperature: of sampling.
     """
 
-    prompt: str = ("Rate from 1 to 10 how well the picture shows what this text asks for. Judge objects, counts, "
-                   "colours, positions and written words.\nText: {prompt}\nAnswer with one line: Score: <number>")
+    prompt: str = (
+        "Rate from 1 to 10 how well the picture shows what this text asks for. Judge objects, counts, "
+        "colours, positions and written words.\nText: {prompt}\nAnswer with one line: Score: <number>"
+    )
     pattern: str = rf"[Ss]core:\W*{_NUMBER}"
     field: str = ""
     low: float = 1.0
@@ -61,12 +64,18 @@ class Question:
 PRESETS = {
     "": Question(),
     "unifiedreward": Question(
-        prompt=("You see a picture that was generated from a caption. Judge how well it agrees with the caption "
-                "(objects, attributes, relations, written words) and how good it looks (clarity, composition, freedom "
-                "from artefacts). Name the caption's elements, say for each whether the picture shows it, then give "
-                "one overall rating from 1 to 5.\nEnd with a line of the form\nFinal Score: <number>\n\n"
-                "Caption: {prompt}"),
-        pattern=rf"Final Score:\W*{_NUMBER}", low=1.0, high=5.0, side=512),
+        prompt=(
+            "You see a picture that was generated from a caption. Judge how well it agrees with the caption "
+            "(objects, attributes, relations, written words) and how good it looks (clarity, composition, freedom "
+            "from artefacts). Name the caption's elements, say for each whether the picture shows it, then give "
+            "one overall rating from 1 to 5.\nEnd with a line of the form\nFinal Score: <number>\n\n"
+            "Caption: {prompt}"
+        ),
+        pattern=rf"Final Score:\W*{_NUMBER}",
+        low=1.0,
+        high=5.0,
+        side=512,
+    ),
 }
 """Source of "unifiedreward": picture size, tag, range and divisor of `unifiedreward_scorer.py` in flow_grpo, where an
 answer without a number scores 0. The wording is ours; the model's own goes into `prompt`."""
@@ -80,7 +89,9 @@ def read_number(text: str, question: Question) -> float:
     """
     found: Any = None
     if question.field:
-        for match in reversed(list(re.finditer(r"\{[^{}]*\}", text))):  # models like to talk around it
+        for match in reversed(
+            list(re.finditer(r"\{[^{}]*\}", text))
+        ):  # models like to talk around it
             try:
                 found = json.loads(match.group()).get(question.field)
             except ValueError:
@@ -89,22 +100,32 @@ def read_number(text: str, question: Question) -> float:
                 break
     else:
         matches = re.findall(question.pattern, text)
-        found = (matches[-1] if isinstance(matches[-1], str) else matches[-1][0]) if matches else None
+        found = (
+            (matches[-1] if isinstance(matches[-1], str) else matches[-1][0]) if matches else None
+        )
     try:
         value = math.nan if isinstance(found, bool) or found is None else float(found)
     except (TypeError, ValueError):
         value = math.nan
     if not question.low <= value <= question.high:
-        raise RewardError(f"answer: expected a number from {question.low:g} to {question.high:g}; received "
-                          f"{short(text) if found is None else short(found)}")
+        raise RewardError(
+            f"answer: expected a number from {question.low:g} to {question.high:g}; received "
+            f"{short(text) if found is None else short(found)}"
+        )
     return value
 
 
 class JudgeReward(Reward):
     """A judge's rating over the highest possible one. A host reward."""
 
-    def __init__(self, name: str, replicas: Replicas, model: str, question: Question = PRESETS[""],
-                 applies: Callable[[str, Metadata], bool] | None = None):
+    def __init__(
+        self,
+        name: str,
+        replicas: Replicas,
+        model: str,
+        question: Question = PRESETS[""],
+        applies: Callable[[str, Metadata], bool] | None = None,
+    ):
         """Builds the reward; calls nobody.
 
         Args:
@@ -119,22 +140,37 @@ class JudgeReward(Reward):
         """
         super().__init__(name=name, kind="host")
         if not model:
-            raise InputError(f"reward {name}: expected model, its name at the endpoint; received none")
+            raise InputError(
+                f"reward {name}: expected model, its name at the endpoint; received none"
+            )
         if "{prompt}" not in question.prompt:
-            raise InputError(f"reward {name}: expected {{prompt}} in the judge's text; received "
-                             f"{short(question.prompt)}")
+            raise InputError(
+                f"reward {name}: expected {{prompt}} in the judge's text; received "
+                f"{short(question.prompt)}"
+            )
         if not question.field:
             try:
                 groups = re.compile(question.pattern).groups
             except re.error as error:
-                raise InputError(f"reward {name}: expected a regular expression as pattern; received {error}") from None
+                raise InputError(
+                    f"reward {name}: expected a regular expression as pattern; received {error}"
+                ) from None
             if groups < 1:
-                raise InputError(f"reward {name}: expected a group around the number in pattern; received "
-                                 f"{question.pattern!r}")
+                raise InputError(
+                    f"reward {name}: expected a group around the number in pattern; received "
+                    f"{question.pattern!r}"
+                )
         if not question.low < question.high or question.high <= 0:
-            raise InputError(f"reward {name}: expected a range with low < high and high > 0; received "
-                             f"{question.low:g} and {question.high:g}")
-        self._replicas, self._model, self._question, self._applies = replicas, model, question, applies
+            raise InputError(
+                f"reward {name}: expected a range with low < high and high > 0; received "
+                f"{question.low:g} and {question.high:g}"
+            )
+        self._replicas, self._model, self._question, self._applies = (
+            replicas,
+            model,
+            question,
+            applies,
+        )
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """What the configuration says."""
@@ -147,20 +183,29 @@ class JudgeReward(Reward):
         if len(errors) == len(answers):
             raise errors[-1]
         if errors:
-            log.warning("reward %s failed on %d of %d pictures: %s", self.name, len(errors), len(answers),
-                        line(errors[-1]))
+            log.warning(
+                "reward %s failed on %d of %d pictures: %s",
+                self.name,
+                len(errors),
+                len(answers),
+                line(errors[-1]),
+            )
         values = np.array([np.nan if isinstance(a, Exception) else a for a in answers], np.float64)
         return values, np.isfinite(values)
 
     def _rate(self, item: tuple[np.ndarray, str]) -> float:
         image, prompt = item
-        body = self._replicas.call(json.dumps(self._request(image, prompt)).encode(), "application/json")
+        body = self._replicas.call(
+            json.dumps(self._request(image, prompt)).encode(), "application/json"
+        )
         try:
             text = json.loads(body)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             text = None
         if not isinstance(text, str):
-            raise RewardError(f"answer: expected choices[0].message.content; received {short(body)}")
+            raise RewardError(
+                f"answer: expected choices[0].message.content; received {short(body)}"
+            )
         return read_number(text, self._question) / self._question.high
 
     def _request(self, image: np.ndarray, prompt: str) -> dict[str, Any]:
@@ -170,8 +215,17 @@ class JudgeReward(Reward):
             side = (self._question.side,) * 2
             image = np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BICUBIC))
         address = "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
-        return {"model": self._model, "temperature": self._question.temperature,
-                "max_tokens": self._question.max_tokens,
-                "messages": [{"role": "user", "content": [
-                    {"type": "image_url", "image_url": {"url": address}},
-                    {"type": "text", "text": self._question.prompt.replace("{prompt}", prompt)}]}]}
+        return {
+            "model": self._model,
+            "temperature": self._question.temperature,
+            "max_tokens": self._question.max_tokens,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": address}},
+                        {"type": "text", "text": self._question.prompt.replace("{prompt}", prompt)},
+                    ],
+                }
+            ],
+        }

@@ -3,6 +3,7 @@
 A pickle is a program that may import and call anything. Here it may build None, booleans, numbers, texts, bytes,
 lists, tuples, dicts, sets and NumPy arrays, and everything else it names is refused before it is looked up.
 """
+
 from __future__ import annotations
 
 import io
@@ -12,9 +13,12 @@ from typing import Any
 from marble_jax.rewards.base import RewardError
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
-ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"),
-           *((module, name) for module in _MULTIARRAY for name in ("_reconstruct", "scalar")),
-           *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric"))}
+ALLOWED = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((module, name) for module in _MULTIARRAY for name in ("_reconstruct", "scalar")),
+    *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")),
+}
 """What NumPy's own pickles name."""
 
 
@@ -30,11 +34,17 @@ class _Plain(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return _as_bytes
         if (module, name) not in ALLOWED:
-            raise RewardError(f"pickle: expected containers, numbers and arrays; received {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)  # NumPy 1 and 2
+            raise RewardError(
+                f"pickle: expected containers, numbers and arrays; received {module}.{name}"
+            )
+        return super().find_class(
+            module.replace("numpy.core", "numpy._core"), name
+        )  # NumPy 1 and 2
 
     def persistent_load(self, pid: Any) -> Any:
-        raise RewardError("pickle: expected containers, numbers and arrays; received a persistent id")
+        raise RewardError(
+            "pickle: expected containers, numbers and arrays; received a persistent id"
+        )
 
 
 def load_plain(data: bytes) -> Any:
@@ -48,4 +58,6 @@ def load_plain(data: bytes) -> Any:
     except RewardError:
         raise
     except Exception as error:  # damaged pickles raise many kinds
-        raise RewardError(f"pickle: expected a whole one; received one that ends in {type(error).__name__}") from None
+        raise RewardError(
+            f"pickle: expected a whole one; received one that ends in {type(error).__name__}"
+        ) from None

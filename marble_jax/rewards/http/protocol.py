@@ -24,6 +24,7 @@ out) is false, null because there is nothing to score. Anything else is answered
 `{"error": "one line"}`. `GET /health` answers 200 with `{"status": "ok"}` and, to who has the token, `rewards` and
 how busy the server is.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -101,13 +102,22 @@ def encode_request(request: Request, picture_format: str = "png") -> bytes:
         pictures = [{"format": "png", "bytes": len(part)} for part in parts]
     else:
         parts = [np.ascontiguousarray(image).tobytes() for image in request.images]
-        pictures = [{"format": "rgb8", "bytes": len(p), "height": height, "width": width} for p in parts]
-    header = {"version": VERSION, "reward": request.reward, "prompts": request.prompts,
-              "metadata": [dict(m) for m in request.metadata], "pictures": pictures}
+        pictures = [
+            {"format": "rgb8", "bytes": len(p), "height": height, "width": width} for p in parts
+        ]
+    header = {
+        "version": VERSION,
+        "reward": request.reward,
+        "prompts": request.prompts,
+        "metadata": [dict(m) for m in request.metadata],
+        "pictures": pictures,
+    }
     try:
         text = json.dumps(header, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise InputError(f"reward {request.reward}: expected metadata that JSON can hold; received {error}") from None
+        raise InputError(
+            f"reward {request.reward}: expected metadata that JSON can hold; received {error}"
+        ) from None
     return b"".join([struct.pack(">I", len(text)), text, *parts])
 
 
@@ -118,52 +128,81 @@ def decode_request(body: bytes, limits: Limits) -> Request:
       ProtocolError: with the status to answer.
     """
     if len(body) < 4:
-        raise ProtocolError(400, f"body: expected 4 bytes with the header's length; received {len(body)}")
+        raise ProtocolError(
+            400, f"body: expected 4 bytes with the header's length; received {len(body)}"
+        )
     length = struct.unpack(">I", body[:4])[0]
     if length > len(body) - 4:
-        raise ProtocolError(400, f"body: expected a header of {length} bytes; received {len(body) - 4}")
-    header = read_json(body[4:4 + length], "header")
+        raise ProtocolError(
+            400, f"body: expected a header of {length} bytes; received {len(body) - 4}"
+        )
+    header = read_json(body[4 : 4 + length], "header")
     if header.get("version") != VERSION:
-        raise ProtocolError(400, f"header: expected version {VERSION}; received {short(header.get('version'))}")
+        raise ProtocolError(
+            400, f"header: expected version {VERSION}; received {short(header.get('version'))}"
+        )
     reward = header.get("reward")
     if not isinstance(reward, str):
         raise ProtocolError(400, f"header: expected a reward's name; received {short(reward)}")
-    prompts, metadata, pictures = (_listed(header, key, kind) for key, kind in (
-        ("prompts", str), ("metadata", dict), ("pictures", dict)))
+    prompts, metadata, pictures = (
+        _listed(header, key, kind)
+        for key, kind in (("prompts", str), ("metadata", dict), ("pictures", dict))
+    )
     if not len(prompts) == len(metadata) == len(pictures):
-        raise ProtocolError(400, "header: expected as many prompts, metadata and pictures; received "
-                                 f"{len(prompts)}, {len(metadata)} and {len(pictures)}")
+        raise ProtocolError(
+            400,
+            "header: expected as many prompts, metadata and pictures; received "
+            f"{len(prompts)}, {len(metadata)} and {len(pictures)}",
+        )
     if not pictures:
         raise ProtocolError(400, "header: expected at least one picture; received none")
     if len(pictures) > limits.pictures:
-        raise ProtocolError(413, f"pictures: expected at most {limits.pictures}; received {len(pictures)}")
+        raise ProtocolError(
+            413, f"pictures: expected at most {limits.pictures}; received {len(pictures)}"
+        )
     images, start = [], 4 + length
     for number, entry in enumerate(pictures):
         size = entry.get("bytes")
         if not _whole(size) or size > len(body) - start:
-            raise ProtocolError(400, f"picture {number}: expected its bytes, at most the {len(body) - start} that are "
-                                     f"left; received {short(size)}")
-        images.append(_picture(number, entry, body[start:start + size], limits, len(pictures)))
+            raise ProtocolError(
+                400,
+                f"picture {number}: expected its bytes, at most the {len(body) - start} that are "
+                f"left; received {short(size)}",
+            )
+        images.append(_picture(number, entry, body[start : start + size], limits, len(pictures)))
         if images[-1].shape != images[0].shape:
-            raise ProtocolError(400, f"picture {number}: expected the size of the first, {images[0].shape[:2]}; "
-                                     f"received {images[-1].shape[:2]}")
+            raise ProtocolError(
+                400,
+                f"picture {number}: expected the size of the first, {images[0].shape[:2]}; "
+                f"received {images[-1].shape[:2]}",
+            )
         start += size
     if start != len(body):
-        raise ProtocolError(400, f"body: expected to end after the last picture; received {len(body) - start} bytes "
-                                 "more")
+        raise ProtocolError(
+            400,
+            f"body: expected to end after the last picture; received {len(body) - start} bytes "
+            "more",
+        )
     return Request(reward, np.stack(images), prompts, metadata)
 
 
-def _picture(number: int, entry: Mapping[str, Any], data: bytes, limits: Limits, count: int) -> np.ndarray:
+def _picture(
+    number: int, entry: Mapping[str, Any], data: bytes, limits: Limits, count: int
+) -> np.ndarray:
     kind, what = entry.get("format"), f"picture {number}"
     if kind == "rgb8":
         height, width = entry.get("height"), entry.get("width")
         if not (_whole(height) and _whole(width)):
-            raise ProtocolError(400, f"{what}: expected height and width in pixels; received {short(height)} and "
-                                     f"{short(width)}")
+            raise ProtocolError(
+                400,
+                f"{what}: expected height and width in pixels; received {short(height)} and "
+                f"{short(width)}",
+            )
         _check_size(what, height, width, limits, count)
         if len(data) != height * width * 3:
-            raise ProtocolError(400, f"{what}: expected {height * width * 3} bytes of rgb8; received {len(data)}")
+            raise ProtocolError(
+                400, f"{what}: expected {height * width * 3} bytes of rgb8; received {len(data)}"
+            )
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
     if kind != "png":
         raise ProtocolError(400, f"{what}: expected format png or rgb8; received {short(kind)}")
@@ -172,13 +211,17 @@ def _picture(number: int, entry: Mapping[str, Any], data: bytes, limits: Limits,
     try:
         picture = Image.open(io.BytesIO(data), formats=("PNG",))  # reads no further than the pixels
     except Image.DecompressionBombError:
-        raise ProtocolError(413, f"{what}: expected at most {limits.side} pixels a side; received more") from None
+        raise ProtocolError(
+            413, f"{what}: expected at most {limits.side} pixels a side; received more"
+        ) from None
     except Exception:  # Pillow raises many kinds on damaged files
         raise ProtocolError(400, f"{what}: expected a PNG; received something else") from None
     width, height = picture.size
     _check_size(what, height, width, limits, count)
     if picture.mode not in ("L", "RGB"):
-        raise ProtocolError(400, f"{what}: expected 8-bit grey or RGB; received mode {picture.mode}")
+        raise ProtocolError(
+            400, f"{what}: expected 8-bit grey or RGB; received mode {picture.mode}"
+        )
     try:
         pixels = np.asarray(picture.convert("RGB"))
     except Exception:  # as above
@@ -188,16 +231,24 @@ def _picture(number: int, entry: Mapping[str, Any], data: bytes, limits: Limits,
 
 def _check_size(what: str, height: int, width: int, limits: Limits, count: int) -> None:
     if max(height, width) > limits.side:
-        raise ProtocolError(413, f"{what}: expected at most {limits.side} pixels a side; received {height} x {width}")
+        raise ProtocolError(
+            413,
+            f"{what}: expected at most {limits.side} pixels a side; received {height} x {width}",
+        )
     if height * width * count > limits.pixels:
-        raise ProtocolError(413, f"{what}: expected at most {limits.pixels} pixels in all; received {count} of "
-                                 f"{height} x {width}")
+        raise ProtocolError(
+            413,
+            f"{what}: expected at most {limits.pixels} pixels in all; received {count} of "
+            f"{height} x {width}",
+        )
 
 
 def encode_scores(values: np.ndarray, valid: np.ndarray, applies: np.ndarray) -> bytes:
     """The body of an answer; scores where not valid are null."""
     scores = [float(value) if good else None for value, good in zip(values, valid)]
-    return json.dumps({"scores": scores, "applies": [bool(a) for a in applies]}, allow_nan=False).encode()
+    return json.dumps(
+        {"scores": scores, "applies": [bool(a) for a in applies]}, allow_nan=False
+    ).encode()
 
 
 def decode_scores(body: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -213,13 +264,20 @@ def decode_scores(body: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np.n
     scores, applies = answer.get("scores"), answer.get("applies", [True] * count)
     for name, entries in (("scores", scores), ("applies", applies)):
         if not isinstance(entries, list) or len(entries) != count:
-            raise ProtocolError(502, f"answer: expected {count} {name}; received "
-                                     f"{len(entries) if isinstance(entries, list) else short(entries)}")
+            raise ProtocolError(
+                502,
+                f"answer: expected {count} {name}; received "
+                f"{len(entries) if isinstance(entries, list) else short(entries)}",
+            )
     for score in scores:
         if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-            raise ProtocolError(502, f"answer: expected numbers or null as scores; received {short(score)}")
+            raise ProtocolError(
+                502, f"answer: expected numbers or null as scores; received {short(score)}"
+            )
     if any(not isinstance(a, bool) for a in applies):
-        raise ProtocolError(502, "answer: expected true or false in applies; received something else")
+        raise ProtocolError(
+            502, "answer: expected true or false in applies; received something else"
+        )
     values = np.array([math.nan if s is None else _as_float(s) for s in scores], np.float64)
     applies = np.array(applies, bool)
     return values, np.isfinite(values) & applies, applies
@@ -234,10 +292,13 @@ def read_json(data: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except RecursionError:
-        raise ProtocolError(400, f"{what}: expected a JSON object; received one nested too deeply") from None
+        raise ProtocolError(
+            400, f"{what}: expected a JSON object; received one nested too deeply"
+        ) from None
     except ValueError as error:  # also text that is not UTF-8
-        raise ProtocolError(400, f"{what}: expected a JSON object; received {' '.join(str(error).split())[:120]}"
-                            ) from None
+        raise ProtocolError(
+            400, f"{what}: expected a JSON object; received {' '.join(str(error).split())[:120]}"
+        ) from None
     if not isinstance(value, dict):
         raise ProtocolError(400, f"{what}: expected a JSON object; received {type(value).__name__}")
     return value
@@ -251,8 +312,11 @@ def short(value: Any) -> str:
 def _listed(header: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     entries = header.get(key)
     if not isinstance(entries, list) or any(not isinstance(entry, kind) for entry in entries):
-        raise ProtocolError(400, f"header: expected {key} as a list of {'texts' if kind is str else 'objects'}; "
-                                 f"received {short(entries)}")
+        raise ProtocolError(
+            400,
+            f"header: expected {key} as a list of {'texts' if kind is str else 'objects'}; "
+            f"received {short(entries)}",
+        )
     return entries
 
 

@@ -4,6 +4,7 @@ One request a connection. What a client can cost is bounded: connections, reques
 before anything is decompressed, seconds for its request to arrive and for its scores to be made. Whatever goes wrong
 is answered with a status and one line of JSON; a call that hangs is given up and its thread replaced.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -38,8 +39,10 @@ LINGER = 2.0
 """Seconds for which what a refused client still sends is thrown away, so that it gets to read why."""
 
 
-_FULL = (b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-         b'Content-Type: application/json\r\n\r\n{"error": "server: expected fewer connections at a time"}')
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+    b'Content-Type: application/json\r\n\r\n{"error": "server: expected fewer connections at a time"}'
+)
 """The answer to a connection for which there is no thread."""
 
 
@@ -99,7 +102,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = io.BufferedReader(_Arrival(self.connection, time.monotonic() + self.server.service.read_seconds))
+        self.rfile = io.BufferedReader(
+            _Arrival(self.connection, time.monotonic() + self.server.service.read_seconds)
+        )
         self._answered = False
         self.requestline, self.request_version, self.command = "", self.protocol_version, ""
 
@@ -107,8 +112,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.handle_one_request()
         except _SlowClient:
-            self._answer(408, {"error": f"request: expected within {self.server.service.read_seconds:g} s; received "
-                                        "only part of it"})
+            self._answer(
+                408,
+                {
+                    "error": f"request: expected within {self.server.service.read_seconds:g} s; received "
+                    "only part of it"
+                },
+            )
         except ConnectionError:
             pass  # the client went away
         except Exception as error:  # a fault of ours costs one answer, not the server
@@ -131,7 +141,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             length = self._length()
             with self.server.admitted():
-                scores = self.server.score(protocol.decode_request(self._body(length), self.server.service.limits))
+                scores = self.server.score(
+                    protocol.decode_request(self._body(length), self.server.service.limits)
+                )
         except ProtocolError as error:
             self._answer(error.status, {"error": str(error)})
         else:
@@ -158,7 +170,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _authorised(self) -> bool:
         given = self.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         return not self.server.service.token or hmac.compare_digest(
-            given, f"Bearer {self.server.service.token}".encode())
+            given, f"Bearer {self.server.service.token}".encode()
+        )
 
     def _length(self) -> int:
         """The length of a body that will be read, after everything that can be wrong without reading it.
@@ -172,12 +185,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise ProtocolError(401, "token: expected the server's; received another or none")
         kind, most = self.headers.get_content_type(), self.server.service.limits.body
         if kind != protocol.CONTENT_TYPE:
-            raise ProtocolError(415, f"Content-Type: expected {protocol.CONTENT_TYPE}; received {kind[:80]}")
+            raise ProtocolError(
+                415, f"Content-Type: expected {protocol.CONTENT_TYPE}; received {kind[:80]}"
+            )
         length = self.headers.get("Content-Length")
         if length is None or self.headers.get("Transfer-Encoding"):
             raise ProtocolError(411, "body: expected a Content-Length; received none")
         if not (length.isascii() and length.isdigit() and len(length) < 16):
-            raise ProtocolError(400, f"Content-Length: expected a number of bytes; received {length[:40]!r}")
+            raise ProtocolError(
+                400, f"Content-Length: expected a number of bytes; received {length[:40]!r}"
+            )
         if int(length) > most:
             raise ProtocolError(413, f"body: expected at most {most} bytes; received {length}")
         return int(length)
@@ -226,8 +243,13 @@ class RewardServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, rewards: Sequence[Reward], host: str = "127.0.0.1", port: int = 0,
-                 service: Service = Service()):
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        service: Service = Service(),
+    ):
         """Binds the address and begins to answer.
 
         Args:
@@ -240,8 +262,10 @@ class RewardServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
           InputError: an address that cannot be bound, or one that others can reach without a token.
         """
         if not service.token and not is_loopback(host):
-            raise InputError(f"--host: expected a loopback address such as 127.0.0.1, or a token with any other; "
-                             f"received {host!r} without a token")
+            raise InputError(
+                f"--host: expected a loopback address such as 127.0.0.1, or a token with any other; "
+                f"received {host!r} without a token"
+            )
         self.service = service
         self._rewards = {reward.name: reward for reward in rewards}
         self._pool = Pool(service.workers, "reward server")
@@ -254,9 +278,13 @@ class RewardServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
             super().__init__((host.strip("[]"), port), _Handler)
         except (OSError, OverflowError) as error:
             self._pool.close()
-            raise InputError(f"--host, --port: expected an address that is free; received {host}:{port} "
-                             f"({getattr(error, 'strerror', None) or error})") from None
-        self._loop = threading.Thread(target=self.serve_forever, args=(0.1,), name="reward server", daemon=True)
+            raise InputError(
+                f"--host, --port: expected an address that is free; received {host}:{port} "
+                f"({getattr(error, 'strerror', None) or error})"
+            ) from None
+        self._loop = threading.Thread(
+            target=self.serve_forever, args=(0.1,), name="reward server", daemon=True
+        )
         self._loop.start()
 
     @property
@@ -309,9 +337,14 @@ class RewardServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def health(self) -> dict[str, Any]:
         """What `/health` tells who may know."""
-        return {"status": "ok" if not self._pool.lost else "degraded", "version": VERSION,
-                "rewards": sorted(self._rewards), "requests": self._busy, "workers": self.service.workers,
-                "hanging": self._pool.lost}
+        return {
+            "status": "ok" if not self._pool.lost else "degraded",
+            "version": VERSION,
+            "rewards": sorted(self._rewards),
+            "requests": self._busy,
+            "workers": self.service.workers,
+            "hanging": self._pool.lost,
+        }
 
     def admitted(self) -> _Admission:
         """A context for one request in memory.
@@ -329,14 +362,20 @@ class RewardServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """
         reward = self._rewards.get(request.reward)
         if reward is None:
-            raise ProtocolError(404, f"reward: expected one of {', '.join(sorted(self._rewards))}; received "
-                                     f"{protocol.short(request.reward)}{nearest(request.reward, self._rewards)}")
+            raise ProtocolError(
+                404,
+                f"reward: expected one of {', '.join(sorted(self._rewards))}; received "
+                f"{protocol.short(request.reward)}{nearest(request.reward, self._rewards)}",
+            )
         future = self._pool.submit(self._score, reward, request)
         try:
             return self._pool.result(future, self.service.score_seconds)
         except Expired:
-            raise ProtocolError(504, f"reward {reward.name}: expected scores within {self.service.score_seconds:g} s; "
-                                     "received none") from None
+            raise ProtocolError(
+                504,
+                f"reward {reward.name}: expected scores within {self.service.score_seconds:g} s; "
+                "received none",
+            ) from None
         except (Exception, SystemExit) as error:  # foreign code
             log.warning("reward %s failed: %s", reward.name, line(error))
             raise ProtocolError(500, f"reward {reward.name}: {line(error)}"[:300]) from None
@@ -350,8 +389,12 @@ class RewardServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         count = len(images)
         index = np.arange(1 << (count - 1).bit_length()) % count
         with self._device:
-            result = base.score(reward, jnp.asarray(images[index]), [request.prompts[i] for i in index],
-                                [request.metadata[i] for i in index])
+            result = base.score(
+                reward,
+                jnp.asarray(images[index]),
+                [request.prompts[i] for i in index],
+                [request.metadata[i] for i in index],
+            )
         values, valid, failed = (column[:count] for column in result)
         return protocol.encode_scores(values, valid, valid | failed)
 
@@ -364,7 +407,9 @@ class _Admission:
 
     def __enter__(self) -> None:
         if not self._server._admitted.acquire(blocking=False):
-            raise ProtocolError(503, "server: expected fewer requests at a time; received one too many")
+            raise ProtocolError(
+                503, "server: expected fewer requests at a time; received one too many"
+            )
         with self._server._count:
             self._server._busy += 1
 

@@ -5,6 +5,7 @@ folded into a single row when loaded, so a score costs one dot product after the
 
 Source: the predictor `sac+logos+ava1-l14-linearMSE` of christophschuhmann/improved-aesthetic-predictor.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -52,15 +53,19 @@ def fold_head(source: Tensors, prefix: str = "") -> dict[str, np.ndarray]:
     expected = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
     unmatched = sorted(set(expected) ^ {key for key in source.keys() if key.startswith(prefix)})
     if unmatched:
-        raise InputError(f"{path}: expected exactly the tensors {expected[0]} to {expected[-1]}; "
-                         f"{'missing' if unmatched[0] in expected else 'left over'}: {unmatched[0]}")
+        raise InputError(
+            f"{path}: expected exactly the tensors {expected[0]} to {expected[-1]}; "
+            f"{'missing' if unmatched[0] in expected else 'left over'}: {unmatched[0]}"
+        )
     tensors = {key: source.read(key).astype(np.float64) for key in expected}
     weight, bias = np.eye(tensors[expected[0]].shape[-1]), 0.0
     for name in names:
         w, b = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
         if w.ndim != 2 or w.shape[1] != weight.shape[0] or b.shape != w.shape[:1]:
-            raise InputError(f"{path}: {name}: expected weight [out, {weight.shape[0]}] and bias [out]; "
-                             f"received {list(w.shape)} and {list(b.shape)}")
+            raise InputError(
+                f"{path}: {name}: expected weight [out, {weight.shape[0]}] and bias [out]; "
+                f"received {list(w.shape)} and {list(b.shape)}"
+            )
         weight, bias = w @ weight, w @ (np.zeros(w.shape[1]) + bias) + b
     if weight.shape[0] != 1:
         raise InputError(f"{path}: {names[-1]}: expected one output; received {weight.shape[0]}")
@@ -85,8 +90,10 @@ class AestheticReward(Reward):
         """
         width = encoder.model.config.projection_dim
         if head["weight"].shape != (width,):
-            raise InputError(f"reward {name}: expected a head for CLIP embeddings of width {width}; "
-                             f"received one for width {head['weight'].shape[0]}")
+            raise InputError(
+                f"reward {name}: expected a head for CLIP embeddings of width {width}; "
+                f"received one for width {head['weight'].shape[0]}"
+            )
         super().__init__(name=name, kind="device", params={"clip": encoder.params, "head": head})
         self.encoder = encoder
         self.preprocess = encoder.preprocess(eight_bit=True)
@@ -97,8 +104,11 @@ class AestheticReward(Reward):
         cls, name: str, clip: ClipEncoder | Path | str, head: Path | str, dtype: Any = jnp.float32
     ) -> AestheticReward:
         """The reward over a CLIP pair, loaded or as a directory, and the head's file."""
-        return cls(name, clip if isinstance(clip, ClipEncoder) else ClipEncoder.load(clip, dtype), load_head(head))
-
+        return cls(
+            name,
+            clip if isinstance(clip, ClipEncoder) else ClipEncoder.load(clip, dtype),
+            load_head(head),
+        )
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
         """See `Reward.score`."""

@@ -6,6 +6,7 @@ benchmark, whose activation is the quick GELU).
 
 Source: `evaluation/evaluate_images.py` of djghosh13/geneval; `clip_benchmark` for how templates are averaged.
 """
+
 from __future__ import annotations
 
 import functools
@@ -18,7 +19,11 @@ from marble_jax.rewards.geneval import MAX_PER_CLASS, Detection
 from marble_jax.rewards.models.encoder import ClipEncoder
 
 GREY = 0x99
-TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+TEMPLATES = (
+    "a photo of a {colour} {name}",
+    "a photo of a {colour}-colored {name}",
+    "a photo of a {colour} object",
+)
 
 
 class ClipColours:
@@ -36,15 +41,19 @@ class ClipColours:
             return []
         count, size = max(len(detections), MAX_PER_CLASS), self.preprocess.size
         pixels = np.zeros((count, size, size, 3), np.float32)
-        for row, detection in zip(pixels, detections):  # filled up, so that the tower is compiled once
+        for row, detection in zip(
+            pixels, detections
+        ):  # filled up, so that the tower is compiled once
             row[:] = self.preprocess.on_host(cut_out(image, detection))
-        features = self.encoder.pixel_features(pixels)[:len(detections)]
+        features = self.encoder.pixel_features(pixels)[: len(detections)]
         return [COLOURS[i] for i in (features @ self._heads(detections[0].label).T).argmax(-1)]
 
     def _head(self, name: str) -> np.ndarray:
         """[10, D]: a unit vector per colour, the mean of its templates'."""
         texts = [t.format(colour=colour, name=name) for colour in COLOURS for t in TEMPLATES]
-        features = self.encoder.text_features(self.encoder.params, texts).reshape(len(COLOURS), len(TEMPLATES), -1)
+        features = self.encoder.text_features(self.encoder.params, texts).reshape(
+            len(COLOURS), len(TEMPLATES), -1
+        )
         mean = features.mean(1)
         return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 

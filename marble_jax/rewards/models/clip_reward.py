@@ -3,6 +3,7 @@
 They are one computation, a factor times the cosine of two embeddings, with different weights, factors and
 preprocessing; `FORMULAS` lists the differences.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -65,7 +66,9 @@ class CLIPReward(Reward):
         self._score = jax.jit(self._cosine)
 
     @classmethod
-    def load(cls, name: str, directory: Path | str, formula: str = "clipscore", dtype: Any = jnp.float32) -> CLIPReward:
+    def load(
+        cls, name: str, directory: Path | str, formula: str = "clipscore", dtype: Any = jnp.float32
+    ) -> CLIPReward:
         """The reward over a directory that `ClipEncoder.load` can read."""
         return cls(name, ClipEncoder.load(directory, dtype), formula)
 

@@ -4,6 +4,7 @@ Several rewards may share one pair. Text features are kept per prompt; picture f
 that rewards which prepare pictures in the same way cost one forward pass together. (CLIPScore and the aesthetic
 predictor share weights but not preprocessing, hence one copy of the weights and two passes.)
 """
+
 from __future__ import annotations
 
 import collections
@@ -43,7 +44,11 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 def exact(dtype: Any) -> contextlib.AbstractContextManager:
     """Full float32 products while a float32 network is traced; accelerators would round their factors otherwise."""
-    return jax.default_matmul_precision("highest") if jnp.dtype(dtype) == jnp.float32 else contextlib.nullcontext()
+    return (
+        jax.default_matmul_precision("highest")
+        if jnp.dtype(dtype) == jnp.float32
+        else contextlib.nullcontext()
+    )
 
 
 class ClipEncoder:
@@ -56,7 +61,11 @@ class ClipEncoder:
     """
 
     def __init__(
-        self, model: CLIPModel, params: Params, tokenize: Tokenize, preprocessor_config: Mapping[str, Any] | None = None
+        self,
+        model: CLIPModel,
+        params: Params,
+        tokenize: Tokenize,
+        preprocessor_config: Mapping[str, Any] | None = None,
     ):
         """Wraps towers that are already loaded.
 
@@ -76,7 +85,10 @@ class ClipEncoder:
 
     @classmethod
     def load(
-        cls, directory: Path | str, dtype: Any = jnp.float32, tokenizer: Path | str | None = None,
+        cls,
+        directory: Path | str,
+        dtype: Any = jnp.float32,
+        tokenizer: Path | str | None = None,
         weights: Sequence[str] = (),
     ) -> ClipEncoder:
         """Loads a published directory: weights, tokenizer, preprocessor_config.json if there.
@@ -93,18 +105,23 @@ class ClipEncoder:
         """
         directory = Path(directory)
         if not directory.is_dir():
-            raise InputError(f"{directory}: expected a directory of a CLIP model; received no such directory")
+            raise InputError(
+                f"{directory}: expected a directory of a CLIP model; received no such directory"
+            )
         model, params, is_openclip = _load(directory, jnp.dtype(dtype), weights)
         beside = directory if tokenizer is None or has_tokenizer(directory) else tokenizer
         length = model.config.text.max_position_embeddings
         tokenize = load_tokenize(Path(beside), length, clean=openclip_text if is_openclip else None)
         config = _read_json(directory / "preprocessor_config.json") or _read_json(
-            Path(beside) / "preprocessor_config.json")
+            Path(beside) / "preprocessor_config.json"
+        )
         return cls(model, params, tokenize, config)
 
     def preprocess(self, **overrides) -> Preprocess:
         """The picture preprocessing of this model, with fields replaced by `overrides`."""
-        return Preprocess.from_config(self.preprocessor_config, self.model.config.vision.image_size, **overrides)
+        return Preprocess.from_config(
+            self.preprocessor_config, self.model.config.vision.image_size, **overrides
+        )
 
     def image_features(self, params: Params, pixels: jax.Array) -> jax.Array:
         """Unit vectors float32 [N, D] of preprocessed pixels; traceable."""
@@ -115,7 +132,9 @@ class ClipEncoder:
         """Unit vectors float32 [N, D] of pixels that were preprocessed on the host."""
         return np.asarray(self._pixels(self.params, pixels))
 
-    def picture_features(self, params: Params, images: jax.Array, preprocess: Preprocess) -> jax.Array:
+    def picture_features(
+        self, params: Params, images: jax.Array, preprocess: Preprocess
+    ) -> jax.Array:
         """Unit vectors float32 [N, D] of pictures [N, H, W, 3] in [0, 1].
 
         Asked again for the same array (arrays on the device do not change), weights and preprocessing, it answers from
@@ -126,7 +145,11 @@ class ClipEncoder:
         with self._lock:
             kept = self._last.get(preprocess)
             if kept is None or kept[0]() is not images or kept[1] is not params:
-                kept = weakref.ref(images), params, self._pixels(params, prepare(images, preprocess))
+                kept = (
+                    weakref.ref(images),
+                    params,
+                    self._pixels(params, prepare(images, preprocess)),
+                )
                 self._last[preprocess] = kept
             return kept[2]
 
@@ -138,7 +161,7 @@ class ClipEncoder:
         with self._lock:
             new = [p for p in dict.fromkeys(prompts) if p not in self._kept]
             for start in range(0, len(new), TEXT_BATCH):
-                part = new[start:start + TEXT_BATCH]
+                part = new[start : start + TEXT_BATCH]
                 ids = self.tokenize(part + [part[0]] * (TEXT_BATCH - len(part)))
                 features = np.asarray(self._text(params, jnp.asarray(ids, jnp.int32)))
                 self._kept.update(zip(part, features))
@@ -166,10 +189,16 @@ def _load(directory: Path, dtype: Any, weights: Sequence[str]) -> tuple[CLIPMode
         model = CLIPModel(CLIPConfig.from_dict(_read_json(directory / "config.json")), dtype)
         shapes = openclip.abstract_params(model)
         source = PickledFile(directory / "pytorch_model.bin")
-        return model, load_params(source, path_entries(shapes), shapes, dtype, ("*.position_ids",)), False
+        return (
+            model,
+            load_params(source, path_entries(shapes), shapes, dtype, ("*.position_ids",)),
+            False,
+        )
     expected = ", ".join((*weights, "model.safetensors", *openclip.FILES, "pytorch_model.bin"))
     held = ", ".join(sorted(p.name for p in directory.iterdir())) or "an empty directory"
-    raise InputError(f"{directory}: expected weights of a CLIP model, one of {expected}; received {held}")
+    raise InputError(
+        f"{directory}: expected weights of a CLIP model, one of {expected}; received {held}"
+    )
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -177,8 +206,13 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenize(directory: Path, length: int, kind: str = "CLIPTokenizer",
-                  clean: Callable[[str], str] | None = None, special: Sequence[str] = ()) -> Tokenize:
+def load_tokenize(
+    directory: Path,
+    length: int,
+    kind: str = "CLIPTokenizer",
+    clean: Callable[[str], str] | None = None,
+    special: Sequence[str] = (),
+) -> Tokenize:
     """The tokenizer of a Hugging Face directory as a function, padding and truncating to `length` tokens.
 
     Args:
@@ -198,7 +232,9 @@ def load_tokenize(directory: Path, length: int, kind: str = "CLIPTokenizer",
 
     def tokenize(prompts: Sequence[str]) -> np.ndarray:
         texts = [clean(p) for p in prompts] if clean else list(prompts)
-        return np.asarray(tokenizer(texts, padding="max_length", max_length=length, truncation=True).input_ids)
+        return np.asarray(
+            tokenizer(texts, padding="max_length", max_length=length, truncation=True).input_ids
+        )
 
     return tokenize
 
@@ -215,8 +251,10 @@ def openclip_text(prompt: str) -> str:
         try:
             import ftfy  # optional
         except ImportError as error:
-            raise InputError(f"OpenCLIP tokenizer: expected the package ftfy for prompts beyond ASCII such as "
-                             f"{prompt[:40]!r}; received none (pip install ftfy)") from error
+            raise InputError(
+                f"OpenCLIP tokenizer: expected the package ftfy for prompts beyond ASCII such as "
+                f"{prompt[:40]!r}; received none (pip install ftfy)"
+            ) from error
         prompt = ftfy.fix_text(prompt)
     return " ".join(html.unescape(html.unescape(prompt)).split())
 

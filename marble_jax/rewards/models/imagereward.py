@@ -5,6 +5,7 @@ wrapper costs N squared and keeps the diagonal).
 
 Source: Xu et al. 2023 (arXiv 2304.05977), `ImageReward/ImageReward.py` of THUDM/ImageReward.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ SPECIAL = ("[DEC]", "[ENC]")
 class ImageReward(Reward):
     """The published score, about -2.3 to 2. A device reward."""
 
-    def __init__(self, name: str, model: BlipEncoder, params: Params, head: Params, tokenize: Tokenize):
+    def __init__(
+        self, name: str, model: BlipEncoder, params: Params, head: Params, tokenize: Tokenize
+    ):
         """Builds the reward.
 
         Args:
@@ -47,8 +50,10 @@ class ImageReward(Reward):
           tokenize: prompts to int32 [N, T].
         """
         if head["weight"].shape != (model.text.hidden_size,):
-            raise InputError(f"reward {name}: expected a head for text states of width {model.text.hidden_size}; "
-                             f"received one for width {head['weight'].shape[0]}")
+            raise InputError(
+                f"reward {name}: expected a head for text states of width {model.text.hidden_size}; "
+                f"received one for width {head['weight'].shape[0]}"
+            )
         super().__init__(name=name, kind="device", params={"blip": params, "head": head})
         self.model, self.tokenize = model, tokenize
         self.preprocess = Preprocess(model.vision.image_size, crop="round")
@@ -56,7 +61,11 @@ class ImageReward(Reward):
 
     @classmethod
     def load(
-        cls, name: str, directory: Path | str, tokenizer: Path | str | None = None, dtype: Any = jnp.float32
+        cls,
+        name: str,
+        directory: Path | str,
+        tokenizer: Path | str | None = None,
+        dtype: Any = jnp.float32,
     ) -> ImageReward:
         """The reward over a published directory.
 
@@ -75,7 +84,8 @@ class ImageReward(Reward):
             raise InputError(f"{directory}: expected {' or '.join(FILES)}; received no such file")
         source = open_weights(path)
         model, params = load_blip(
-            source, BlipTextConfig.from_dict(read_json(directory / CONFIG)), jnp.dtype(dtype))
+            source, BlipTextConfig.from_dict(read_json(directory / CONFIG)), jnp.dtype(dtype)
+        )
         beside = directory if tokenizer is None or has_tokenizer(directory) else Path(tokenizer)
         tokenize = load_tokenize(beside, MAX_TOKENS, "BertTokenizer", special=SPECIAL)
         return cls(name, model, params, fold_head(source, "mlp."), tokenize)

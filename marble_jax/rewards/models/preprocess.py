@@ -7,6 +7,7 @@ Where the original resizes floats, nothing is rounded or clipped and bicubic ove
 the vertical pass first where that one shrinks much more; resizes that keep the aspect ratio, which are all there are
 here, do not.)
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -82,12 +83,17 @@ def _digits(size_in: int, size_out: int, method: str) -> np.ndarray:
 
 def _pass(pixels: jax.Array, digits: np.ndarray, equation: str) -> jax.Array:
     """One axis of Pillow's resize: whole numbers in [0, 255], held in float32, to the same."""
-    sums = [jnp.einsum(equation, pixels, digit, precision="highest").astype(jnp.int32) for digit in digits]
+    sums = [
+        jnp.einsum(equation, pixels, digit, precision="highest").astype(jnp.int32)
+        for digit in digits
+    ]
     total = sum(part << DIGIT * place for place, part in enumerate(sums)) + (1 << PLACES - 1)
     return jnp.clip(total >> PLACES, 0, 255).astype(jnp.float32)
 
 
-def resize(images: jax.Array, height: int, width: int, method: str, eight_bit: bool = False) -> jax.Array:
+def resize(
+    images: jax.Array, height: int, width: int, method: str, eight_bit: bool = False
+) -> jax.Array:
     """Antialiased resize.
 
     Args:
@@ -103,13 +109,18 @@ def resize(images: jax.Array, height: int, width: int, method: str, eight_bit: b
     _, rows, columns, _ = images.shape
     if eight_bit:
         images = jnp.round(images * 255)
-    for size_in, size_out, equation in ((columns, width, "nhwc,vw->nhvc"), (rows, height, "nhwc,uh->nuwc")):
+    for size_in, size_out, equation in (
+        (columns, width, "nhwc,vw->nhvc"),
+        (rows, height, "nhwc,uh->nuwc"),
+    ):
         if size_in == size_out:
             continue
         if eight_bit:
             images = _pass(images, _digits(size_in, size_out, method), equation)
         else:
-            images = jnp.einsum(equation, images, resize_matrix(size_in, size_out, method), precision="highest")
+            images = jnp.einsum(
+                equation, images, resize_matrix(size_in, size_out, method), precision="highest"
+            )
     return images / 255 if eight_bit else images
 
 
@@ -143,7 +154,9 @@ class Preprocess:
         one_of("resize method", self.method, FILTERS)
         one_of("crop", self.crop, CROPS)
         if self.resize_to is not None and self.resize_to < self.size:
-            raise InputError(f"resize_to: expected at least the crop size {self.size}; received {self.resize_to}")
+            raise InputError(
+                f"resize_to: expected at least the crop size {self.size}; received {self.resize_to}"
+            )
 
     def __call__(self, images: jax.Array) -> jax.Array:
         images = jnp.asarray(images, jnp.float32)
@@ -154,7 +167,7 @@ class Preprocess:
         height, width, top, left = self.frame(*images.shape[1:3])
         images = resize(images, height, width, self.method, self.eight_bit)
         if self.fit == "shortest":
-            images = images[:, top:top + self.size, left:left + self.size]
+            images = images[:, top : top + self.size, left : left + self.size]
         else:
             below, right = self.size - height - top, self.size - width - left
             images = jnp.pad(images, ((0, 0), (top, below), (left, right), (0, 0)))
@@ -169,10 +182,14 @@ class Preprocess:
         from PIL import Image
 
         if not self.eight_bit or self.fit != "shortest":
-            raise InputError(f"preprocessing on the host: expected 8-bit and 'shortest'; received {self}")
+            raise InputError(
+                f"preprocessing on the host: expected 8-bit and 'shortest'; received {self}"
+            )
         height, width, top, left = self.frame(*image.shape[:2])
-        small = Image.fromarray(image).resize((width, height), getattr(Image.Resampling, self.method.upper()))
-        pixels = np.asarray(small, np.float32)[top:top + self.size, left:left + self.size] / 255
+        small = Image.fromarray(image).resize(
+            (width, height), getattr(Image.Resampling, self.method.upper())
+        )
+        pixels = np.asarray(small, np.float32)[top : top + self.size, left : left + self.size] / 255
         return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def frame(self, rows: int, columns: int) -> tuple[int, int, int, int]:
@@ -201,7 +218,8 @@ class Preprocess:
         resample = config.get("resample", 3)
         if resample not in PIL_FILTERS:
             raise InputError(
-                f"preprocessor_config.json resample: expected 2 (bilinear) or 3 (bicubic); received {resample}")
+                f"preprocessor_config.json resample: expected 2 (bilinear) or 3 (bicubic); received {resample}"
+            )
         edge = config.get("size", size)
         if isinstance(edge, Mapping):
             edge = edge.get("shortest_edge", edge.get("height", size))
@@ -211,9 +229,16 @@ class Preprocess:
         if not config.get("do_center_crop", True):
             crop = edge
         if crop != size:
-            raise InputError(f"preprocessor_config.json crop_size: expected the image tower's {size}; received {crop}")
-        fields = dict(size=size, resize_to=edge, method=PIL_FILTERS[resample],
-                      mean=tuple(config.get("image_mean", CLIP_MEAN)), std=tuple(config.get("image_std", CLIP_STD)))
+            raise InputError(
+                f"preprocessor_config.json crop_size: expected the image tower's {size}; received {crop}"
+            )
+        fields = dict(
+            size=size,
+            resize_to=edge,
+            method=PIL_FILTERS[resample],
+            mean=tuple(config.get("image_mean", CLIP_MEAN)),
+            std=tuple(config.get("image_std", CLIP_STD)),
+        )
         return cls(**{**fields, **overrides})
 
 

@@ -13,6 +13,7 @@ from the Hub (into its cache) where it is in none of these.
 
 Source: `reward_ckpt_path.py` of NVlabs/DiffusionNFT and the scorers that read it.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -26,22 +27,42 @@ HUB = "hub"
 _LAION_H, _OPENAI_L = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 ENTRIES: dict[str, dict[str, Any]] = {
-    "pickscore": {"kind": "clip", "formula": "pickscore", "model": "yuvalkirstain/PickScore_v1", "tokenizer": _LAION_H},
+    "pickscore": {
+        "kind": "clip",
+        "formula": "pickscore",
+        "model": "yuvalkirstain/PickScore_v1",
+        "tokenizer": _LAION_H,
+    },
     "hpsv2": {"kind": "clip", "formula": "hpsv2", "model": "xswu/HPSv2", "tokenizer": _LAION_H},
     "clipscore": {"kind": "clip", "formula": "clipscore", "model": _OPENAI_L},
     "aesthetic": {"kind": "aesthetic", "model": _OPENAI_L, "head": HEAD},
-    "imagereward": {"kind": "imagereward", "model": "THUDM/ImageReward", "tokenizer": "google-bert/bert-base-uncased"},
+    "imagereward": {
+        "kind": "imagereward",
+        "model": "THUDM/ImageReward",
+        "tokenizer": "google-bert/bert-base-uncased",
+    },
     "ocr": {"kind": "ocr", "engine": "rapidocr", "processes": True},
-    "geneval": {"kind": "geneval", "detector": "mask2former", "model": "facebook/mask2former-swin-small-coco-instance",
-                "clip": _OPENAI_L},
+    "geneval": {
+        "kind": "geneval",
+        "detector": "mask2former",
+        "model": "facebook/mask2former-swin-small-coco-instance",
+        "clip": _OPENAI_L,
+    },
     "jpeg_compressibility": {"kind": "jpeg_compressibility"},
     "jpeg_incompressibility": {"kind": "jpeg_incompressibility"},
     "brightness": {"kind": "brightness"},
     "colourfulness": {"kind": "colourfulness"},
 }
 """What a name means where no rewards.json says otherwise."""
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
-              "special_tokens_map.json", "preprocessor_config.json")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+)
 FILES: dict[str, tuple[str, ...]] = {
     "clip": ("config.json", "open_clip_config.json", *_TOKENIZER),
     "hpsv2": ("HPS_v2.1_compressed.pt",),
@@ -52,8 +73,12 @@ FILES: dict[str, tuple[str, ...]] = {
 """Files of each kind of model that are fetched; the weights of "clip" are chosen by `_clip_weights`."""
 SOURCES = {HEAD: "https://github.com/christophschuhmann/improved-aesthetic-predictor"}
 """Where to get by hand what is not on the Hub."""
-_CLIP_WEIGHTS = (("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
-                 ("open_clip_model.safetensors",), ("open_clip_pytorch_model.bin",), ("pytorch_model.bin",))
+_CLIP_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    ("open_clip_model.safetensors",),
+    ("open_clip_pytorch_model.bin",),
+    ("pytorch_model.bin",),
+)
 """A repository may hold the same weights in all of these; the first that is there is enough."""
 
 
@@ -77,13 +102,17 @@ def find_folder(reward: str, directory: Path | None, name: str, kind: str) -> Pa
             return path
     where = " nor ".join(map(str, dict.fromkeys(tried)))
     if not HUB_NAME.fullmatch(name):
-        raise InputError(f"reward {reward}: expected the folder {name}; received none: it is not in {where}")
+        raise InputError(
+            f"reward {reward}: expected the folder {name}; received none: it is not in {where}"
+        )
     try:
         local = download(name, FILES[kind])
         return _clip_weights(name, local) if kind == "clip" else local
     except InputError as error:
-        raise InputError(f"reward {reward}: expected {name} in {where}, or from the Hub; {error} (its files are at "
-                         f"https://huggingface.co/{name})") from error
+        raise InputError(
+            f"reward {reward}: expected {name} in {where}, or from the Hub; {error} (its files are at "
+            f"https://huggingface.co/{name})"
+        ) from error
 
 
 def find_file(reward: str, directory: Path | None, name: str) -> Path:

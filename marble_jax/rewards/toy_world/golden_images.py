@@ -3,6 +3,7 @@
 Three pairs: plain shapes, shapes with GenEval's metadata, signs of two letters made of bars. Each picture is scored
 with its own prompt and with its partner's, so that a reward that looks at the prompt has to tell the two apart.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,7 +21,12 @@ from marble_jax.storage.files import write_whole
 
 FILE = "golden.json"
 OVERSAMPLE = 4
-GROUNDS = {"white": (250, 250, 250), "pink": (250, 190, 205), "cyan": (175, 235, 240), "gray": (185, 185, 185)}
+GROUNDS = {
+    "white": (250, 250, 250),
+    "pink": (250, 190, 205),
+    "cyan": (175, 235, 240),
+    "gray": (185, 185, 185),
+}
 """RGB in [0, 255]."""
 Box = tuple[float, float, float, float]
 LETTERS: dict[str, tuple[Box, ...]] = {
@@ -50,20 +56,43 @@ def _sign(text: str, ink: str) -> tuple[Thing, ...]:
 
 
 def _clauses(*wanted: tuple[str, int, str]) -> list[dict[str, Any]]:
-    return [{"class": name, "count": count} | ({"color": colour} if colour else {}) for name, count, colour in wanted]
+    return [
+        {"class": name, "count": count} | ({"color": colour} if colour else {})
+        for name, count, colour in wanted
+    ]
 
 
 SCENES: tuple[tuple[str, tuple[Thing, ...], Prompt], ...] = (
     ("white", (Thing("circle", "red", 0.5, 0.5, 0.25),), Prompt("a red circle on white", "golden")),
     ("gray", (Thing("square", "blue", 0.5, 0.5, 0.25),), Prompt("a blue square on gray", "golden")),
-    ("white", (Thing("circle", "green", 0.28, 0.3), Thing("circle", "green", 0.7, 0.68)), Prompt(
-        "a photo of two circles", "golden", {"tag": "counting", "include": _clauses(("circle", 2, "")),
-                                             "exclude": _clauses(("circle", 3, ""))})),
-    ("pink", (Thing("square", "yellow", 0.28, 0.6), Thing("circle", "purple", 0.72, 0.4)), Prompt(
-        "a photo of a yellow square and a purple circle", "golden",
-        {"tag": "color_attr", "include": _clauses(("square", 1, "yellow"), ("circle", 1, "purple"))})),
+    (
+        "white",
+        (Thing("circle", "green", 0.28, 0.3), Thing("circle", "green", 0.7, 0.68)),
+        Prompt(
+            "a photo of two circles",
+            "golden",
+            {
+                "tag": "counting",
+                "include": _clauses(("circle", 2, "")),
+                "exclude": _clauses(("circle", 3, "")),
+            },
+        ),
+    ),
+    (
+        "pink",
+        (Thing("square", "yellow", 0.28, 0.6), Thing("circle", "purple", 0.72, 0.4)),
+        Prompt(
+            "a photo of a yellow square and a purple circle",
+            "golden",
+            {
+                "tag": "color_attr",
+                "include": _clauses(("square", 1, "yellow"), ("circle", 1, "purple")),
+            },
+        ),
+    ),
     ("white", _sign("HE", "black"), Prompt('a sign saying "HE" in black on white', "golden")),
-    ("cyan", _sign("TL", "red"), Prompt('a sign saying "TL" in red on cyan', "golden")))
+    ("cyan", _sign("TL", "red"), Prompt('a sign saying "TL" in red on cyan', "golden")),
+)
 """Ground, things, prompt; neighbours 2 k and 2 k + 1 are partners."""
 COUNT = len(SCENES)
 """Pictures; there are twice as many samples."""
@@ -83,8 +112,12 @@ def draw(ground: str, things: Sequence[Thing], side: int) -> np.ndarray:
         else:
             inside = np.zeros((nodes.size, nodes.size), bool)
             for left, top, right, bottom in LETTERS[thing.shape]:
-                inside |= ((across > left * WIDTH) & (across < right * WIDTH) &
-                           (down > top * HEIGHT) & (down < bottom * HEIGHT))
+                inside |= (
+                    (across > left * WIDTH)
+                    & (across < right * WIDTH)
+                    & (down > top * HEIGHT)
+                    & (down < bottom * HEIGHT)
+                )
         share = inside.reshape(side, OVERSAMPLE, side, OVERSAMPLE).mean((1, 3))[..., None]
         picture = picture * (1 - share) + np.array(INKS[thing.ink]) * share
     return np.round(picture).astype(np.uint8)
@@ -99,8 +132,10 @@ def samples(side: int) -> tuple[np.ndarray, list[Prompt]]:
     """
     pictures = [draw(ground, things, side) for ground, things, _ in SCENES]
     prompts = [prompt for _, _, prompt in SCENES]
-    return (np.repeat(np.stack(pictures), 2, axis=0).astype(np.float32) / 255,
-            [prompts[i ^ partner] for i in range(COUNT) for partner in (0, 1)])
+    return (
+        np.repeat(np.stack(pictures), 2, axis=0).astype(np.float32) / 255,
+        [prompts[i ^ partner] for i in range(COUNT) for partner in (0, 1)],
+    )
 
 
 def read_expected(directory: Path | None, side: int) -> dict[str, list[float | None]]:
@@ -115,21 +150,34 @@ def read_expected(directory: Path | None, side: int) -> dict[str, list[float | N
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         size, scores = record["size"], record["scores"]
-        whole = all(isinstance(row, list) and len(row) == 2 * COUNT and
-                    all(v is None or isinstance(v, (int, float)) for v in row) for row in scores.values())
+        whole = all(
+            isinstance(row, list)
+            and len(row) == 2 * COUNT
+            and all(v is None or isinstance(v, (int, float)) for v in row)
+            for row in scores.values()
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise InputError(f"{file}: expected scores of the golden pictures; received something else (write it anew with "
-                         "marble-jax reward check --write)")
+        raise InputError(
+            f"{file}: expected scores of the golden pictures; received something else (write it anew with "
+            "marble-jax reward check --write)"
+        )
     return scores if size == side else {}
 
 
-def write_expected(directory: Path, side: int, scores: Mapping[str, Sequence[float | None]]) -> Path:
+def write_expected(
+    directory: Path, side: int, scores: Mapping[str, Sequence[float | None]]
+) -> Path:
     """Records scores, whole or not at all; other rewards that are on record at this size stay."""
     kept = read_expected(directory, side) if (directory / FILE).exists() else {}
-    rows = {name: [None if v is None else float(f"{v:.6g}") for v in row] for name, row in {**kept, **scores}.items()}
-    lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
+    rows = {
+        name: [None if v is None else float(f"{v:.6g}") for v in row]
+        for name, row in {**kept, **scores}.items()
+    }
+    lines = ",\n  ".join(
+        f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())
+    )
     file = directory / FILE
     write_whole(file, f'{{"size": {side}, "scores": {{\n  {lines}\n}}}}\n')
     return file

@@ -4,6 +4,7 @@ Pixels that differ from the border's colour are gathered into connected blobs; e
 shapes, drawn where its area and centroid say the shape would lie. The agreement becomes a confidence on which
 GenEval's thresholds keep their meaning: well-formed things lie above 0.9, blobs that could be several things below 0.3.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -87,14 +88,20 @@ class Template:
         Pixels are the unit; edges are SHARPEN times as steep as a pixel would show them.
         """
         radius = math.sqrt(area / self.area)
-        where = [(np.arange(n) + 0.5 - centroid[axis]) / radius + self.centroid[axis]
-                 for axis, n in ((1, height), (0, width))]
-        rows, columns = (np.clip((w + REACH) / (2 * REACH) * (GRID - 1), 0, GRID - 1.001) for w in where)
+        where = [
+            (np.arange(n) + 0.5 - centroid[axis]) / radius + self.centroid[axis]
+            for axis, n in ((1, height), (0, width))
+        ]
+        rows, columns = (
+            np.clip((w + REACH) / (2 * REACH) * (GRID - 1), 0, GRID - 1.001) for w in where
+        )
         top, left = rows.astype(int), columns.astype(int)
         down, right = (rows - top)[:, None], (columns - left)
         table = self.distance
         upper = table[top[:, None], left] * (1 - right) + table[top[:, None], left + 1] * right
-        lower = table[top[:, None] + 1, left] * (1 - right) + table[top[:, None] + 1, left + 1] * right
+        lower = (
+            table[top[:, None] + 1, left] * (1 - right) + table[top[:, None] + 1, left + 1] * right
+        )
         return np.clip((upper * (1 - down) + lower * down) * radius * SHARPEN + 0.5, 0, 1)
 
 
@@ -162,11 +169,20 @@ class ShapeDetector:
                 core[rows, columns] = parts == part
                 if core.sum() >= MIN_AREA:
                     cores.append(core)
-                    inks.append(np.median(image[core & (contrast >= np.percentile(contrast[core], 50))], axis=0))
+                    inks.append(
+                        np.median(
+                            image[core & (contrast >= np.percentile(contrast[core], 50))], axis=0
+                        )
+                    )
         return [self._name(image, plain, core, ink, cores) for core, ink in zip(cores, inks)]
 
     def _name(
-        self, image: np.ndarray, plain: np.ndarray, core: np.ndarray, ink: np.ndarray, cores: Sequence[np.ndarray]
+        self,
+        image: np.ndarray,
+        plain: np.ndarray,
+        core: np.ndarray,
+        ink: np.ndarray,
+        cores: Sequence[np.ndarray],
     ) -> Detection:
         rows, columns = np.flatnonzero(core.any(1)), np.flatnonzero(core.any(0))
         top, bottom = max(rows[0] - 2, 0), min(rows[-1] + 3, core.shape[0])
@@ -180,10 +196,15 @@ class ShapeDetector:
         direction = ink - plain
         offset = image[window] - plain
         coverage = np.clip(offset @ direction / (direction @ direction), 0, 1) * ~others
-        spread = math.sqrt(np.mean(np.sum((offset - coverage[..., None] * direction)[own] ** 2, -1)))
+        spread = math.sqrt(
+            np.mean(np.sum((offset - coverage[..., None] * direction)[own] ** 2, -1))
+        )
         area = coverage.sum()
         height, width = coverage.shape
-        x, y = (coverage.sum(axis) @ (np.arange(n) + 0.5) / area for axis, n in ((0, width), (1, height)))
+        x, y = (
+            coverage.sum(axis) @ (np.arange(n) + 0.5) / area
+            for axis, n in ((0, width), (1, height))
+        )
         coverage = np.clip((coverage - 0.5) * SHARPEN + 0.5, 0, 1)
         area = coverage.sum()
         overlaps = []
@@ -192,7 +213,11 @@ class ShapeDetector:
             overlaps.append(np.minimum(coverage, ideal).sum() / np.maximum(coverage, ideal).sum())
         order = np.argsort(overlaps)[::-1]
         best, second = overlaps[order[0]], overlaps[order[1]]
-        score = _ramp(best, OVERLAP_RANGE) * _ramp(best - second, MARGIN_RANGE) * _ramp(spread, SPREAD_RANGE)
+        score = (
+            _ramp(best, OVERLAP_RANGE)
+            * _ramp(best - second, MARGIN_RANGE)
+            * _ramp(spread, SPREAD_RANGE)
+        )
         colour = min(INKS, key=lambda name: float(np.sum((ink - INKS[name]) ** 2)))
         box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
         return Detection(self.SHAPES[order[0]], score, box, core, colour)

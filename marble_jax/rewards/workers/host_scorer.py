@@ -4,6 +4,7 @@ Threads do, because what host rewards spend their time in (onnxruntime, SciPy, s
 A reward that raises, hangs or answers nonsense never turns into a score of 0: its samples are missing and counted, or
 the run stops.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -85,7 +86,9 @@ class Pending:
         try:
             for reward, future in self._futures.items():
                 if reward.name not in self._results:
-                    self._results[reward.name] = self._scorer._collect(reward, future, self._batch, timeout)
+                    self._results[reward.name] = self._scorer._collect(
+                        reward, future, self._batch, timeout
+                    )
         finally:
             self._scorer._account(waited=time.perf_counter() - start)
         return self._results
@@ -99,7 +102,9 @@ class HostScorer:
     under "retry" they alone are scored again.
     """
 
-    def __init__(self, rewards: Sequence[Reward], workers: int = 2, on_error: str = "mask", retries: int = 1):
+    def __init__(
+        self, rewards: Sequence[Reward], workers: int = 2, on_error: str = "mask", retries: int = 1
+    ):
         """Starts the pool.
 
         Args:
@@ -115,10 +120,14 @@ class HostScorer:
         names = [reward.name for reward in rewards]
         for reward in rewards:
             if reward.kind != "host":
-                raise InputError(f"reward {reward.name}: expected a host reward; received a {reward.kind} reward")
+                raise InputError(
+                    f"reward {reward.name}: expected a host reward; received a {reward.kind} reward"
+                )
             if names.count(reward.name) > 1:
-                raise InputError(f"reward {reward.name}: expected distinct names; "
-                                 f"received it {names.count(reward.name)} times")
+                raise InputError(
+                    f"reward {reward.name}: expected distinct names; "
+                    f"received it {names.count(reward.name)} times"
+                )
         if workers < 1:
             raise InputError(f"workers: expected at least 1; received {workers}")
         self._rewards = tuple(rewards)
@@ -139,16 +148,22 @@ class HostScorer:
         """Drops calls not yet begun and waits a little for those that have."""
         self._pool.close()
 
-    def submit(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Pending:
+    def submit(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Pending:
         """Hands over N pictures, float in [0, 1] or uint8 [N, H, W, 3], not to be changed until collected."""
         if not len(images) == len(prompts) == len(metadata):
-            raise InputError(f"reward batch: expected as many pictures, prompts and metadata; "
-                             f"received {len(images)}, {len(prompts)} and {len(metadata)}")
+            raise InputError(
+                f"reward batch: expected as many pictures, prompts and metadata; "
+                f"received {len(images)}, {len(prompts)} and {len(metadata)}"
+            )
         images = np.asarray(images)
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / 255
         batch = Batch(images, list(prompts), list(metadata))
-        return Pending(self, batch, {r: self._pool.submit(self._call, r, batch) for r in self._rewards})
+        return Pending(
+            self, batch, {r: self._pool.submit(self._call, r, batch) for r in self._rewards}
+        )
 
     @property
     def tally(self) -> Tally:
@@ -170,22 +185,37 @@ class HostScorer:
             if not left.size:
                 break
             try:
-                again = score(reward, batch.images[left], [batch.prompts[i] for i in left],
-                              [batch.metadata[i] for i in left])
-            except (Exception, SystemExit) as error:  # foreign code: whatever it raises, the samples are missing
+                again = score(
+                    reward,
+                    batch.images[left],
+                    [batch.prompts[i] for i in left],
+                    [batch.metadata[i] for i in left],
+                )
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # foreign code: whatever it raises, the samples are missing
                 if self._on_error == "fail":
-                    raise RewardError(f"reward {reward.name}: failed on {left.size} samples: {line(error)}") from error
+                    raise RewardError(
+                        f"reward {reward.name}: failed on {left.size} samples: {line(error)}"
+                    ) from error
                 self._note(reward, attempt, line(error))
                 continue
             for column, part in zip(result, again):
                 column[left] = part
             if again.failed.any() and self._on_error != "fail":
-                self._note(reward, attempt, f"no number for {int(again.failed.sum())} of {left.size} samples")
+                self._note(
+                    reward,
+                    attempt,
+                    f"no number for {int(again.failed.sum())} of {left.size} samples",
+                )
         if self._on_error == "fail":
             expect_all(reward.name, result)
         return result
 
-    def _collect(self, reward: Reward, future: Future[Result], batch: Batch, timeout: float | None) -> Result:
+    def _collect(
+        self, reward: Reward, future: Future[Result], batch: Batch, timeout: float | None
+    ) -> Result:
         result = None
         for attempt in range(self._attempts):
             try:
@@ -193,8 +223,9 @@ class HostScorer:
                 break
             except Expired as error:
                 if self._on_error == "fail":
-                    raise RewardError(f"reward {reward.name}: expected scores within {timeout:g} s; received none"
-                                      ) from None
+                    raise RewardError(
+                        f"reward {reward.name}: expected scores within {timeout:g} s; received none"
+                    ) from None
                 self._note(reward, attempt, str(error))
                 if attempt + 1 < self._attempts:
                     future = self._pool.submit(self._call, reward, batch)
@@ -207,7 +238,13 @@ class HostScorer:
 
     def _note(self, reward: Reward, attempt: int, reason: str) -> None:
         self.errors[reward.name] = reason
-        log.warning("reward %s failed, attempt %d of %d: %s", reward.name, attempt + 1, self._attempts, reason)
+        log.warning(
+            "reward %s failed, attempt %d of %d: %s",
+            reward.name,
+            attempt + 1,
+            self._attempts,
+            reason,
+        )
 
     def _account(self, busy: float = 0.0, waited: float = 0.0) -> None:
         with self._lock:
@@ -228,8 +265,10 @@ def asked(result: Result) -> int:
 def expect_all(name: str, result: Result) -> None:
     """Raises RewardError unless every sample that the reward applies to has a score."""
     if result.failed.any():
-        raise RewardError(f"reward {name}: expected a score for every sample; {int(result.failed.sum())} of "
-                          f"{asked(result)} failed")
+        raise RewardError(
+            f"reward {name}: expected a score for every sample; {int(result.failed.sum())} of "
+            f"{asked(result)} failed"
+        )
 
 
 def line(error: BaseException) -> str:

@@ -1,4 +1,5 @@
 """Text recognisers behind one call: a picture in, the text in it out. Imports no jax, so that processes start fast."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ class RapidEngine:
         try:
             import rapidocr  # optional, slow to import
         except ImportError as error:
-            raise InputError("reward ocr: expected the packages rapidocr and onnxruntime; received neither "
-                             "(pip install rapidocr onnxruntime)") from error
+            raise InputError(
+                "reward ocr: expected the packages rapidocr and onnxruntime; received neither "
+                "(pip install rapidocr onnxruntime)"
+            ) from error
         params: dict[str, Any] = {
             "Global.log_level": "critical",  # otherwise a line per model, and one per picture without text
             "Global.use_cls": False,
@@ -56,12 +59,21 @@ class PaddleEngine:
         try:
             from paddleocr import PaddleOCR  # optional, slow to import
         except ImportError as error:
-            raise InputError("reward ocr: expected the packages paddleocr (3.x) and paddlepaddle; received neither "
-                             "(pip install 'marble-jax[paddle]')") from error
+            raise InputError(
+                "reward ocr: expected the packages paddleocr (3.x) and paddlepaddle; received neither "
+                "(pip install 'marble-jax[paddle]')"
+            ) from error
         self._scale = scale
         self._engine = PaddleOCR(
-            lang=lang, ocr_version=version, device="cpu", cpu_threads=1, text_rec_score_thresh=0.0,
-            use_doc_orientation_classify=False, use_doc_unwarping=False, use_textline_orientation=False)
+            lang=lang,
+            ocr_version=version,
+            device="cpu",
+            cpu_threads=1,
+            text_rec_score_thresh=0.0,
+            use_doc_orientation_classify=False,
+            use_doc_unwarping=False,
+            use_textline_orientation=False,
+        )
 
     def __call__(self, image: np.ndarray) -> str:
         """The text in a picture uint8 [H, W, 3], RGB."""

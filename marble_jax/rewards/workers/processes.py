@@ -4,6 +4,7 @@ A process is handed one item at a time and is killed when it does not answer in 
 worked on has no result, which a reward turns into a missing sample. Processes are fresh interpreters that import what
 the engine needs (nothing of the parent's is forked: it holds threads and devices) and end when the parent does.
 """
+
 from __future__ import annotations
 
 import logging
@@ -24,7 +25,9 @@ from marble_jax.errors import InputError
 log = logging.getLogger(__name__)
 
 Engine = Callable[[Any], Any]
-_CHILD = "import sys; from marble_jax.rewards.workers.processes import serve; serve(int(sys.argv[1]))"
+_CHILD = (
+    "import sys; from marble_jax.rewards.workers.processes import serve; serve(int(sys.argv[1]))"
+)
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 """One core an engine, as many engines as cores; and no process but the parent takes hold of an accelerator."""
 
@@ -36,8 +39,14 @@ def serve(descriptor: int) -> None:
             try:
                 engine = parent.recv()()
             except Exception as error:
-                parent.send((False, f"{type(error).__name__}: {error}" if not isinstance(error, InputError)
-                             else str(error)))
+                parent.send(
+                    (
+                        False,
+                        f"{type(error).__name__}: {error}"
+                        if not isinstance(error, InputError)
+                        else str(error),
+                    )
+                )
                 return
             parent.send((True, None))
             while True:
@@ -62,10 +71,19 @@ class Worker:
     def _start(self) -> None:
         self._connection, theirs = Pipe()
         with theirs:
-            environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
+            environment = {
+                **os.environ,
+                **_ENVIRONMENT,
+                "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path),
+            }
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                [sys.executable, "-c", _CHILD, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
         self._engine_ready, self._deadline = False, time.monotonic() + self._start_timeout
         self._connection.send(self._make)
 
@@ -123,8 +141,13 @@ class Worker:
 class ProcessPool:
     """Runs one kind of engine in several processes; `map` may be called from several threads."""
 
-    def __init__(self, make: Callable[[], Engine], workers: int = 2, timeout: float = 60.0,
-                 start_timeout: float = 300.0):
+    def __init__(
+        self,
+        make: Callable[[], Engine],
+        workers: int = 2,
+        timeout: float = 60.0,
+        start_timeout: float = 300.0,
+    ):
         """Starts the processes and waits until their engines are ready.
 
         Args:

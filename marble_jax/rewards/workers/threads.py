@@ -4,6 +4,7 @@ The standard pool waits for its threads when it is closed and when the interpret
 the run. Here a call that ran out of time is given up: its future fails with `Expired`, another thread takes the place
 of the one that hangs, and what the call returns later is dropped. Threads are daemons.
 """
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -43,7 +44,9 @@ class Pool:
     def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
         """Queues a call; collect it with `result`."""
         if self._closed:
-            raise RewardError("reward worker threads: expected an open pool; received a call after closing")
+            raise RewardError(
+                "reward worker threads: expected an open pool; received a call after closing"
+            )
         future: Future = Future()
         self._queue.put((future, call, arguments))
         return future
@@ -121,9 +124,14 @@ class Pool:
                     self._threads.remove(thread)
                     self._threads.append(self._start())
             self._lost += len(late)
-            lost, first = self._lost, min((began for began, _ in self._running.values()), default=now)
+            lost, first = (
+                self._lost,
+                min((began for began, _ in self._running.values()), default=now),
+            )
         for future in late:
             future.set_exception(Expired(f"no answer within {seconds:g} s"))
         if lost > MAX_LOST:
-            raise RewardError(f"rewards: expected calls to return; received {lost} that hang at the same time")
+            raise RewardError(
+                f"rewards: expected calls to return; received {lost} that hang at the same time"
+            )
         return max(0.0, first + seconds - now)
