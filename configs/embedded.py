@@ -3,7 +3,7 @@
     marble-jax train --config=configs/embedded.py --workdir=runs/first
 
 A preset is a row of the table below: what it changes. '' is MARBLE; `only_*` train on one reward and evaluate the
-others, on pictures of its own prompts where it does not apply to all; `smoke` takes a few seconds, for tests.
+others, on images of its own prompts where it does not apply to all; `smoke` takes a few seconds, for tests.
 """
 
 from marble_jax.config import default_config
@@ -11,7 +11,7 @@ from marble_jax.errors import one_of
 
 SOURCES = ("general", "ocr", "geneval")
 REWARDS = ("alignment", "preference", "aesthetic", "ocr", "geneval")
-# Where the hull's unit gradients are long, the update leans less: aesthetics, which clean pictures of the wrong thing
+# Where the hull's unit gradients are long, the update leans less: aesthetics, which clean images of the wrong thing
 # please too, steers less than alignment.
 WEIGHTED = {"harmonize.reward_weights": (0.5, 0.7, 1.7, 1.0, 0.8)}
 # One over the standard deviation of the base model's scores: every reward has the same say in a sum.
@@ -19,21 +19,26 @@ SUM_WEIGHTS = (25.0, 8.6, 1.9, 3.0, 2.7)
 PRESETS = {
     "": WEIGHTED,
     "exact": WEIGHTED | {"harmonize.mode": "exact"},
-    "amortised": WEIGHTED | {"harmonize.mode": "amortised"},
-    "faithful": WEIGHTED | {"harmonize.mode": "faithful", "rollout.integer_timesteps": True},
+    "amortized": WEIGHTED | {"harmonize.mode": "amortized"},
+    "upstream": WEIGHTED
+    | {
+        "harmonize.mode": "upstream",
+        "rollout.integer_timesteps": True,
+        "rewards.upstream_scoring": True,
+    },
     "weighted_sum": {
-        "advantages.scalarise": "weighted_sum",
-        "harmonize.reward_weights": SUM_WEIGHTS,
+        "advantages.scalarize": "weighted_sum",
+        "advantages.weights": SUM_WEIGHTS,
     },
     "upweighted": {
-        "advantages.scalarise": "weighted_sum",
-        "harmonize.reward_weights": (25.0, 8.6, 1.9, 6.0, 5.4),
+        "advantages.scalarize": "weighted_sum",
+        "advantages.weights": (25.0, 8.6, 1.9, 6.0, 5.4),
     },
-    "gdpo": {"advantages.scalarise": "gdpo"},
+    "gdpo": {"advantages.scalarize": "gdpo"},
     "sequential": {
-        "advantages.scalarise": "weighted_sum",
-        "harmonize.reward_weights": SUM_WEIGHTS,
-        "advantages.stages": (
+        "advantages.scalarize": "weighted_sum",
+        "advantages.weights": SUM_WEIGHTS,
+        "reward_schedule.stages": (
             "alignment+preference+aesthetic@general",
             "ocr@ocr",
             "geneval@geneval",
@@ -42,8 +47,8 @@ PRESETS = {
     "equal": {"harmonize.balancer": "equal", "harmonize.normalize": False},
     "dropout": WEIGHTED
     | {
-        "advantages.dropout": 0.5,
-        "advantages.dropout_targets": ("alignment", "preference", "aesthetic"),
+        "reward_schedule.dropout": 0.5,
+        "reward_schedule.dropout_targets": ("alignment", "preference", "aesthetic"),
     },
     "only_alignment": {"rewards.train": ("alignment",)},
     "only_preference": {"rewards.train": ("preference",)},
@@ -71,7 +76,7 @@ PRESETS = {
         "evaluation.num_prompts": 6,
         "evaluation.every_steps": 0,
         "evaluation.num_steps": 4,
-        "evaluation.num_pictures": 3,
+        "evaluation.num_images": 3,
         "checkpoints.every_steps": 1,
     },
 }
@@ -82,7 +87,7 @@ def get_config(preset: str = ""):
     config = default_config()
     config.name = "embedded" + (f"-{preset}" if preset else "")
     config.model.update(
-        path="embedded", dtype="float32", resolution=64, max_sequence_length=12, unroll=2
+        path="embedded", dtype="float32", height=64, width=64, max_sequence_length=12, unroll=2
     )
     config.prompts.path = "embedded"
     config.rewards.update(path="embedded", train=REWARDS)
@@ -94,7 +99,7 @@ def get_config(preset: str = ""):
         num_steps=60, micro_batch_size=72, timestep_fraction=0.5, learning_rate=1e-3
     )
     config.harmonize.update(refresh_every=5, chunk_size=36, anchor_every=4)
-    config.policies.update(schedule="linear_capped", rate=0.001, cap=0.5)
+    config.rollout_policy.update(schedule="linear_capped", rate=0.001, cap=0.5)
     config.evaluation.update(
         num_prompts=420, images_per_prompt=2, every_steps=30, num_steps=6, solver="dpm2"
     )

@@ -2,7 +2,7 @@
 
     marble-jax train --config=configs/sd3.py:sd3_multi_reward_pareto_5r_alpha_ema --workdir=gs://bucket/run
 
-48 prompts x 24 pictures a step, 25 dpm2 steps without guidance, 24 timesteps trained on, LoRA rank 32 on the eight
+48 prompts x 24 images a step, 25 dpm2 steps without guidance, 24 timesteps trained on, LoRA rank 32 on the eight
 attention projections. The paper reports, after training: GenEval 0.94, OCR 0.96, PickScore 22.83, CLIPScore 0.286,
 HPSv2.1 0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project yet: the weights are gated, and a run takes
 eight large accelerators. `model.path` is a diffusers directory or hub id (log in first). `rewards.path` is a directory
@@ -13,7 +13,7 @@ in `prompts.embedding_cache`: T5 never meets training.
 
 `gpu_80gb`, `gpu_140gb` and `gpu_8x80gb` are the exact mode of the same recipe for one GPU of 80 GB (A100, H100), one of
 140 GB (H200) and eight of 80 GB. They differ from each other in how much is computed at once and in nothing that is
-computed: 48 prompts x 24 pictures, fused attention, nothing recomputed in the backward pass. What they take,
+computed: 48 prompts x 24 images, fused attention, nothing recomputed in the backward pass. What they take,
 `marble-jax plan --config=configs/sd3.py:gpu_80gb --devices=1 --chip=h100` says, with `--chip=h200` for the second and
 `--devices=8` for the third: 37, 73 and 40 GB a GPU, and the reward models take some 12 GB more.
 """
@@ -24,7 +24,7 @@ from marble_jax.errors import one_of
 PRESETS = (
     "sd3_multi_reward_pareto_5r_alpha_ema",
     "sd3_ablation_equal_alpha",
-    "faithful",
+    "upstream",
     "exact",
     "weighted_sum",
     "gpu_80gb",
@@ -49,7 +49,7 @@ def get_config(preset: str = PRESETS[0]):
     config.prompts.path = "generated"
     config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
     config.rewards.path = "hub"
-    config.harmonize.mode = preset if preset in ("faithful", "exact") else "amortised"
+    config.harmonize.mode = preset if preset in ("upstream", "exact") else "amortized"
     if preset in GPUS:
         config.harmonize.mode = "exact"
         config.model.update(attention="cudnn", remat="none")
@@ -58,8 +58,9 @@ def get_config(preset: str = PRESETS[0]):
         )
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)
-    elif preset == "faithful":
+    elif preset == "upstream":
         config.rollout.integer_timesteps = True
+        config.rewards.upstream_scoring = True
     elif preset == "weighted_sum":
-        config.advantages.scalarise = "weighted_sum"
+        config.advantages.scalarize = "weighted_sum"
     return config

@@ -23,7 +23,7 @@ class Stream(enum.Enum):
     PROMPT_ORDER = "order of a step's prompts"
     REWARD_DROPOUT = "rewards dropped in a step"
     ROLLOUT_NOISE = "noise that rollouts start from"
-    PICTURE_ORDER = "order of pictures in training"
+    IMAGE_ORDER = "order of pictures in training"
     TIMESTEP_ORDER = "order of each picture's timesteps"
     TRAINING_NOISE = "noise that clean latents are mixed with"
     IMAGE_NOISE = "noise of pictures that are not trained on"

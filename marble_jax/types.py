@@ -31,7 +31,7 @@ class Conditioning:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Raw scores of K rewards on N pictures.
+    """Raw scores of K rewards on N images.
 
     Attributes:
       names: the K rewards, in the order of the first axis.

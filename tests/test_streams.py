@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent / "training"))
 import toy_policy as toy
 import toy_run
 
-from marble_jax.flow.policy_sampler import make_sampler, picture_noise
+from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.streams import Stream, stream_generator, stream_key
 from marble_jax.trainable import lora
 from marble_jax.training import guard
@@ -72,7 +72,7 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     }
     spec = lora.LoraSpec(2, 2.0, ("context_embedder", "proj_out"))
     lora.init_adapter(stream_key(run_key, Stream.ADAPTER), shapes, spec)
-    picture_noise(run_key, range(5), toy.LATENT)
+    image_noise(run_key, range(5), toy.LATENT)
     built = toy_run.programs()[0]
     collector = Collector(
         make_sampler(toy.velocity, 2, "euler", 1.0),
@@ -87,7 +87,7 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
         toy.recipe(num_rewards=2, anchor_every=2), toy.velocity, toy.optimizer(), "exact", 1
     )
     sampling = Sampling(
-        toy_run.PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ()
+        toy_run.PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ()
     )
     turn = Turn(toy.base_params(), collector, sampling, steps, lambda tree: tree)
     for _ in range(3):
@@ -97,9 +97,9 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     samples = sampling.draw(state.seed, int(state.step))
     turn.update(state, samples, turn.roll_out(state, samples, lambda count: None))
     found = consumed.with_children()
-    micro_steps = toy.PICTURES // toy.MICRO_BATCH * toy.TIMESTEPS
+    micro_steps = toy.IMAGES // toy.MICRO_BATCH * toy.TIMESTEPS
     a_step = (
-        toy.PICTURES // 6 + 2 + micro_steps
+        toy.IMAGES // 6 + 2 + micro_steps
     )  # noise of two rollout batches, two orders, noise of micro-steps
     assert len(consumed.keys) == 2 + 5 + 4 * a_step
     assert len(set(found)) == len(found)

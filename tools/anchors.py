@@ -58,7 +58,7 @@ def main() -> None:
 
     updates = {every: compiled(run, every) for every in (1, *args.every)}
     print(
-        f"{args.workdir} after step {step}: {run.sizes.pictures} pictures, {run.sizes.micro_steps} micro-steps; "
+        f"{args.workdir} after step {step}: {run.sizes.images} images, {run.sizes.micro_steps} micro-steps; "
         f"median |difference| / |update| over {args.draws} draws (least to greatest)"
     )
     show(

@@ -36,13 +36,14 @@ def prepare(devices: int, fast: bool) -> None:
 
 
 def settings() -> Any:
-    """A configuration whose 16 pictures, 8 at a time, are shared by up to 8 devices."""
+    """A configuration whose 16 images, 8 at a time, are shared by up to 8 devices."""
     from marble_jax.config import default_config
 
     config = default_config()
     for name, value in {
         "model.path": "embedded",
-        "model.resolution": 32,
+        "model.height": 32,
+        "model.width": 32,
         "model.dtype": "float32",
         "rollout.prompts_per_step": 4,
         "rollout.images_per_prompt": 4,
@@ -50,7 +51,7 @@ def settings() -> Any:
         "rollout.num_steps": 3,
         "lora.rank": 2,
         "training.micro_batch_size": 8,
-        "harmonize.mode": "amortised",
+        "harmonize.mode": "amortized",
         "harmonize.anchor_every": 1,
         "harmonize.chunk_size": 1,
         "rewards.train": ("a", "b"),
@@ -130,7 +131,7 @@ def values(shapes: Any) -> Any:
 
 
 def telling(name: str, results: Any) -> list[Any]:
-    """What is compared: pictures, or the gradient's moments and figures of a step (Adam's update is but their sign)."""
+    """What is compared: images, or the gradient's moments and figures of a step (Adam's update is but their sign)."""
     import jax
     import numpy as np
 

@@ -1,14 +1,14 @@
-"""How often two GenEval detectors come to the same verdict on the same pictures.
+"""How often two GenEval detectors come to the same verdict on the same images.
 
-    python tools/detector_agreement.py judge --pictures=IMAGES --model=MASK2FORMER --clip=CLIP_L --out=ours.jsonl
+    python tools/detector_agreement.py judge --images=IMAGES --model=MASK2FORMER --clip=CLIP_L --out=ours.jsonl
     python tools/detector_agreement.py compare ours.jsonl theirs.jsonl
 
-IMAGES is laid out as GenEval has it: `00000/metadata.jsonl` and `00000/samples/*.png`. `judge` writes a line a picture
+IMAGES is laid out as GenEval has it: `00000/metadata.jsonl` and `00000/samples/*.png`. `judge` writes a line an image
 in the format of GenEval's `evaluation/evaluate_images.py` (filename, tag, prompt, correct), with our detections, strict
-and partial score beside; `compare` takes two such files, of either program. Pictures are told apart by the last three
+and partial score beside; `compare` takes two such files, of either program. Images are told apart by the last three
 parts of their names, and must be the same in both files.
 
-`compare` prints, for each tag and for all: pictures, the share with the same verdict with its 95 % bootstrap interval
+`compare` prints, for each tag and for all: images, the share with the same verdict with its 95 % bootstrap interval
 (prompts resampled), Cohen's kappa, both accuracies, and how many only one of the two calls correct. Where both files
 have detections it adds the share of objects that the other file has too (same class, IoU of the boxes at least 0.5).
 """
@@ -34,15 +34,15 @@ MIN_IOU = 0.5
 
 
 def name_of(filename: str) -> str:
-    """What a picture is called in both files: 00000/samples/0000.png."""
+    """What an image is called in both files: 00000/samples/0000.png."""
     return "/".join(Path(filename).parts[-3:])
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a results file by picture.
+    """The lines of a results file by image.
 
     Raises:
-      InputError: no such file, a line that is not a result, or a picture twice.
+      InputError: no such file, a line that is not a result, or an image twice.
     """
     found: dict[str, dict[str, Any]] = {}
     try:
@@ -62,7 +62,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
             ) from None
         if name in found:
             raise InputError(
-                f"{path}, line {number}: expected every picture once; received {name} again"
+                f"{path}, line {number}: expected every image once; received {name} again"
             )
         found[name] = result
     return found
@@ -99,15 +99,15 @@ def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[s
     """One row a tag and one for all.
 
     Raises:
-      InputError: the two do not hold the same pictures.
+      InputError: the two do not hold the same images.
     """
     if missing := sorted(set(ours) ^ set(theirs)):
         raise InputError(
-            f"results: expected the same pictures in both files; received {missing[0]} in one only "
+            f"results: expected the same images in both files; received {missing[0]} in one only "
             f"({len(missing)} in all)"
         )
     if not ours:
-        raise InputError("results: expected at least one picture; received none")
+        raise InputError("results: expected at least one image; received none")
     rows = []
     for tag in (*sorted({result["tag"] for result in ours.values()}), "all"):
         names = [n for n in ours if tag in ("all", ours[n]["tag"])]
@@ -116,7 +116,7 @@ def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[s
         mean, low, high = bootstrap((a == b).astype(float), groups=prompts)
         row = {
             "tag": tag,
-            "pictures": len(names),
+            "images": len(names),
             "same": mean,
             "low": low,
             "high": high,
@@ -141,7 +141,7 @@ def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[s
 
 HEADER = (
     "tag",
-    "pictures",
+    "images",
     "same verdict",
     "kappa",
     "accuracy",
@@ -155,7 +155,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row as text, under HEADER."""
     return (
         row["tag"],
-        str(row["pictures"]),
+        str(row["images"]),
         f"{row['same']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
         f"{row['kappa']:.3f}",
         f"{row['first']:.3f} / {row['second']:.3f}",
@@ -172,7 +172,7 @@ def line_of(
     detections: Sequence[Detection],
     classify: Any,
 ) -> dict[str, Any]:
-    """What `judge` writes about one picture."""
+    """What `judge` writes about one image."""
     verdict = judge(image, detections, metadata, classify)
     return {
         "filename": str(path),
@@ -185,17 +185,17 @@ def line_of(
     }
 
 
-def judge_pictures(pictures: Path, detector: Any, classify: Any, out: Path) -> int:
-    """Judges all pictures of a GenEval folder; returns how many. The file appears when it is complete.
+def judge_images(images: Path, detector: Any, classify: Any, out: Path) -> int:
+    """Judges all images of a GenEval folder; returns how many. The file appears when it is complete.
 
     Raises:
-      InputError: a folder without pictures.
+      InputError: a folder without images.
     """
     from PIL import Image
 
     temporary, count = out.with_name(out.name + ".part"), 0
     with temporary.open("w", encoding="utf-8") as handle:
-        for folder in sorted(p.parent for p in pictures.glob("*/metadata.jsonl")):
+        for folder in sorted(p.parent for p in images.glob("*/metadata.jsonl")):
             metadata = json.loads(
                 (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0]
             )
@@ -209,8 +209,8 @@ def judge_pictures(pictures: Path, detector: Any, classify: Any, out: Path) -> i
     if not count:
         temporary.unlink()
         raise InputError(
-            f"--pictures: expected folders with metadata.jsonl and samples/*.png; received none in "
-            f"{pictures}"
+            f"--images: expected folders with metadata.jsonl and samples/*.png; received none in "
+            f"{images}"
         )
     os.replace(temporary, out)
     return count
@@ -221,8 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    one = verbs.add_parser("judge", help="write our verdicts about pictures")
-    for flag in ("pictures", "model", "clip", "out"):
+    one = verbs.add_parser("judge", help="write our verdicts about images")
+    for flag in ("images", "model", "clip", "out"):
         one.add_argument(f"--{flag}", type=Path, required=True)
     two = verbs.add_parser("compare", help="print how far two files agree")
     two.add_argument("first", type=Path)
@@ -238,10 +238,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from marble_jax.rewards.models.mask2former import Mask2FormerDetector
 
         classify = ClipColours(ClipEncoder.load(options.clip))
-        count = judge_pictures(
-            options.pictures, Mask2FormerDetector.load(options.model), classify, options.out
+        count = judge_images(
+            options.images, Mask2FormerDetector.load(options.model), classify, options.out
         )
-        print(f"{options.out}: {count} pictures")
+        print(f"{options.out}: {count} images")
         return 0
     except InputError as error:
         print(error, file=sys.stderr)

@@ -5,7 +5,7 @@
 1. diffusers makes the transformer in bfloat16 and saves it (4.9 GB, one file).
 2. `marble-jax convert` brings it into our layout, and back; both are timed against a plain copy of the file.
 3. Every tensor that came back is compared with the original, bit for bit.
-4. Both libraries compute one velocity at 512 x 512 (1024 picture and 333 text tokens), in float32 on the bfloat16
+4. Both libraries compute one velocity at 512 x 512 (1024 image and 333 text tokens), in float32 on the bfloat16
    weights, each in a process of its own whose peak memory is measured.
 
 Prints one JSON object. Nothing is downloaded.

@@ -12,7 +12,7 @@ PART.json and is not run again without `--again`. Compiled programs are kept in 
   core       our weighted sum and our exact step for five rewards
   upstream   the PyTorch peer (diffusers, PEFT) as upstream's trainer runs it
   tuned      the PyTorch peer with its best reasonable settings; `compiled` is the same through torch.compile
-  more       our amortised step, twenty rewards, six separate backward passes
+  more       our amortized step, twenty rewards, six separate backward passes
   presets    compiles the training step of the preset for this card at full size: does it fit as planned
 
 `gpu.json` has hardware, driver, versions, shapes, times with quartiles, TFLOP/s, MFU and ratios, and the reason for a

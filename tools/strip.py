@@ -1,4 +1,4 @@
-"""A before/after strip of a run's fixed prompts, as one picture.
+"""A before/after strip of a run's fixed prompts, as one image.
 
 python tools/strip.py --workdir=runs/first --out=tools/images/embedded.png
 """
@@ -19,13 +19,13 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--scale", type=int, default=2, help="whole number by which pictures are enlarged"
+        "--scale", type=int, default=2, help="whole number by which images are enlarged"
     )
     args = parser.parse_args()
     steps = sorted((args.workdir / "samples").glob("step_*"))
     if len(steps) < 2:
         parser.error(
-            f"--workdir: expected pictures of two or more evaluations; received {len(steps)}"
+            f"--workdir: expected images of two or more evaluations; received {len(steps)}"
         )
     rows = [
         [np.asarray(Image.open(p).convert("RGB")) for p in sorted(steps[i].glob("*.png"))]

@@ -19,7 +19,7 @@ OPTIONS = {
     "seed": "1234",
     **HOW,
     "num_workers": "2",
-    "num_pictures": "24",
+    "num_images": "24",
     "skip_generation": "false",
     "no_score": "false",
 }
@@ -35,16 +35,16 @@ def help_text() -> str:
   --prompts=...      files (one prompt a line, or GenEval metadata in .jsonl), directories with SOURCE/test files,
                      'embedded' or 'generated'; several separated by commas
   --num_prompts=0    at most so many, in equal shares of the sources; 0: all
-  --images=1         pictures of each prompt
+  --images=1         images of each prompt
   --rewards_path=DIR with rewards.json, or 'embedded'
   --rewards=A,B      rewards, trained on or not; all of the directory unless given. More can be added later
-  --out=DIR          pictures, scores.jsonl of each model, summary.json and index.html; the same command goes on where
+  --out=DIR          images, scores.jsonl of each model, summary.json and index.html; the same command goes on where
                      it stopped
-  --skip_generation  score pictures that are there          --no_score  draw pictures only
-  --seed=1234        picture i starts from noise of (seed, i), the same for every model
+  --skip_generation  score images that are there          --no_score  draw images only
+  --seed=1234        image i starts from noise of (seed, i), the same for every model
 {HOW_HELP}
   --num_workers=2    threads for rewards on the host
-  --num_pictures=24  prompts shown on the page"""
+  --num_images=24  prompts shown on the page"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
             ("num_prompts", 0),
             ("images", 1),
             ("num_workers", 1),
-            ("num_pictures", 0),
+            ("num_images", 0),
         )
     }
     rewards = tuple(name.strip() for name in values["rewards"].split(",") if name.strip())

@@ -32,7 +32,7 @@ def help_text() -> str:
   --step=N           checkpoint of that step (the newest)
   --merge            also DIR/transformer, whole weights for SD3Transformer2DModel.from_pretrained
   --dtype=float32    of the merged weights: float32, bfloat16 or float16 (the base model's own)
-  --verify           open the result with diffusers, PEFT and merged, draw a picture with each and compare with ours;
+  --verify           open the result with diffusers, PEFT and merged, draw an image with each and compare with ours;
                      status 2 when it differs or the LoRA has no effect (needs torch, diffusers and peft)
   --prompt=TEXT      what to draw for that (a prompt of the run's own)
   --overwrite        replace an earlier export at DIR"""

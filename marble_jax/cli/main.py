@@ -11,11 +11,11 @@ from marble_jax.errors import InputError, nearest
 
 VERBS = {
     "train": "train adapters on several rewards",
-    "sample": "draw pictures from a model or a training run",
+    "sample": "draw images from a model or a training run",
     "export": "write a run's LoRA for diffusers, PEFT and ComfyUI, and prove it",
     "report": "write a run's report.html from its records",
-    "reward": "check rewards on golden pictures, or serve them to other machines",
-    "evaluate": "compare models: pictures, scores and a page",
+    "reward": "check rewards on golden images, or serve them to other machines",
+    "evaluate": "compare models: images, scores and a page",
     "prompts": "write the ready-made prompt sets, or look through prompt files",
     "plan": "sizes, memory, work and a compile for a TPU slice, without running",
     "convert": "checkpoints of diffusers and Stability to our layout and back",

@@ -1,4 +1,4 @@
-"""`marble-jax reward check` scores golden pictures with every reward; `marble-jax reward serve` puts rewards online."""
+"""`marble-jax reward check` scores golden images with every reward; `marble-jax reward serve` puts rewards online."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SERVE = {
     "workers": "2",
     "timeout": "300",
     "max_mb": "64",
-    "max_pictures": "256",
+    "max_images": "256",
     "max_side": "2048",
 }
 
@@ -34,9 +34,9 @@ def help_text() -> str:
   --path=DIR         directory with rewards.json, or 'embedded'
   --rewards=a,b      rewards of it, or functions as module:function; all of them by default
 
-check: loads each reward, scores pictures whose scores (or whose order) are known, measures speed; 2 if one is broken
-  --size=PIXELS      of the golden pictures (the run's own with --config; 64 for 'embedded', else 512)
-  --batch=16         pictures at once when the speed is measured
+check: loads each reward, scores images whose scores (or whose order) are known, measures speed; 2 if one is broken
+  --size=PIXELS      of the golden images (the run's own with --config; 64 for 'embedded', else 512)
+  --batch=16         images at once when the speed is measured
   --timeout=120      seconds a call may take
   --write            record the scores as the expected ones, in golden.json beside rewards.json
 
@@ -45,7 +45,7 @@ serve: answers POST /score and GET /health; the format is described in marble_ja
   --token_file=FILE  (or --token=TEXT, which other users of this machine can see) clients have to know it
   --workers=2        requests scored at the same time
   --timeout=300      seconds a request's scores may take
-  --max_mb=64 --max_pictures=256 --max_side=2048   of a request; pixels of a picture's side"""
+  --max_mb=64 --max_images=256 --max_side=2048   of a request; pixels of an image's side"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -106,7 +106,7 @@ def _check(values: dict[str, str], config: Any) -> int:
     console = Console()
     rewards, directory, problems = _load(values, config, one_by_one=True)
     embedded = (values["path"] if config is None else config.rewards.path) == "embedded"
-    size = size or (config.model.resolution if config is not None else 64 if embedded else 512)
+    size = size or (config.model.height if config is not None else 64 if embedded else 512)
     expected = {} if write else golden_images.read_expected(directory, size)
     findings = checks.look(rewards, size, expected, timeout)
     rows = []
@@ -129,7 +129,7 @@ def _check(values: dict[str, str], config: Any) -> int:
         (name, "not loaded", "-", "-", "-", "-", "-", problem) for name, problem in problems.items()
     ]
     console.say(
-        f"{len(rewards) + len(problems)} rewards on {2 * golden_images.COUNT} golden pictures of {size} px "
+        f"{len(rewards) + len(problems)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
         f"(own prompts, then each other's), speed in batches of {batch}; {checks.memory()}"
     )
     console.table(rows, ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", ""))
@@ -150,7 +150,7 @@ def _serve(values: dict[str, str], config: Any) -> int:
     port, workers = number(values, "port", int, 0), number(values, "workers", int, 1)
     limits = {
         "body": number(values, "max_mb", int, 1) * 10**6,
-        "pictures": number(values, "max_pictures", int, 1),
+        "images": number(values, "max_images", int, 1),
         "side": number(values, "max_side", int, 1),
     }
     timeout = number(values, "timeout", float, 0.1)

@@ -18,7 +18,7 @@ HOW = {
     "batch": "8",
     "embedding_cache": "",
 }
-"""Options about how pictures are drawn, shared with `evaluate`."""
+"""Options about how images are drawn, shared with `evaluate`."""
 
 OPTIONS = {
     "model": "",
@@ -41,8 +41,8 @@ HOW_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
   --tokens=N         T5 tokens a prompt (the run's own; 256 for a model; at most 12 for 'embedded')
   --t5=true          false leaves T5 out: its tokens are zeros, as in diffusers, and its weights are never read
   --embedding_cache=DIR  keep text embeddings there; all texts are then encoded first, and no text encoder is in
-                     memory while pictures are drawn
-  --batch=8          pictures at once"""
+                     memory while images are drawn
+  --batch=8          images at once"""
 
 
 def help_text() -> str:
@@ -55,10 +55,10 @@ def help_text() -> str:
                      .safetensors file of diffusers, kohya or ComfyUI
   --prompts=A|B      prompts, separated by |
   --file=FILE        one prompt a line, or GenEval metadata (.jsonl)
-  --images=1         pictures of each prompt
+  --images=1         images of each prompt
   --out=DIR          where 00000.png, 00001.png ... (prompt, seed and settings inside) and grid.png go. The same command
-                     again draws what is missing; a folder with pictures of other settings is refused
-  --seed=0           picture i starts from noise of (seed, i), whatever the batch
+                     again draws what is missing; a folder with images of other settings is refused
+  --seed=0           image i starts from noise of (seed, i), whatever the batch
 {HOW_HELP}
   --grid=true"""
 
@@ -116,9 +116,9 @@ def run(argv: Sequence[str]) -> int:
         prompts = [p.strip() for p in values["prompts"].split("|") if p.strip()]
     images, with_grid = number(values, "images", int, 1), boolean("grid", values["grid"])
     settings = settings_of(values)
-    from marble_jax.programs.sample import Source, draw_pictures
+    from marble_jax.programs.sample import Source, draw_images
 
-    draw_pictures(
+    draw_images(
         [p for p in prompts for _ in range(images)],
         values["out"],
         Source(values["model"], values["workdir"], values["policy"], values["lora"]),

@@ -87,17 +87,17 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def picture_shards(mesh: Mesh | AbstractMesh, count: int) -> int:
-    """Parts that a batch of `count` pictures is split into while it is decoded and scored: one for every device, as
+def image_shards(mesh: Mesh | AbstractMesh, count: int) -> int:
+    """Parts that a batch of `count` images is split into while it is decoded and scored: one for every device, as
     networks that each of them holds whole would only repeat their work along `tensor`; where that does not come out
     even, as many as samples are split into."""
     return mesh.size if count % mesh.size == 0 else batch_shards(mesh)
 
 
-def picture_sharding(mesh: Mesh, count: int) -> NamedSharding:
-    """Where pictures lie while they are decoded and scored; see `picture_shards`."""
+def image_sharding(mesh: Mesh, count: int) -> NamedSharding:
+    """Where images lie while they are decoded and scored; see `image_shards`."""
     return NamedSharding(
-        mesh, PartitionSpec(AXES) if picture_shards(mesh, count) == mesh.size else BATCH
+        mesh, PartitionSpec(AXES) if image_shards(mesh, count) == mesh.size else BATCH
     )
 
 

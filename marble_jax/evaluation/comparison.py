@@ -34,11 +34,11 @@ PAPER_ROWS = {
 def compare(scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The summary of an evaluation.
 
-    Pictures of one prompt are resampled together, so intervals speak of prompts, not of seeds.
+    Images of one prompt are resampled together, so intervals speak of prompts, not of seeds.
 
     Args:
-      scores: by model, the first being what the others are compared with; all of N pictures and the same rewards.
-      prompts: the N pictures' prompts.
+      scores: by model, the first being what the others are compared with; all of N images and the same rewards.
+      prompts: the N images' prompts.
 
     Returns:
       `scores` and `gains` {model: {reward: mean, low, high, ...}}, `sources` {source: {model: {reward: ...}}},

@@ -62,7 +62,7 @@ def accuracy_name(name: str) -> str:
 
 
 def with_accuracy(rewards: Sequence[Reward]) -> list[Reward]:
-    """The rewards, and behind each GenEval reward its accuracy: the share of pictures that are right in all respects.
+    """The rewards, and behind each GenEval reward its accuracy: the share of images that are right in all respects.
 
     Source: Ghosh et al. 2023 (arXiv 2310.11513) reports this accuracy, counts being lower bounds.
     """

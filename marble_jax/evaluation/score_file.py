@@ -1,4 +1,4 @@
-"""Scores of numbered pictures as a file of one JSON object a line, written while scoring goes on."""
+"""Scores of numbered images as a file of one JSON object a line, written while scoring goes on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ScoreFile:
     in a line.
 
     A null means that the reward does not apply; the name stands in `failed` too if it should have. A failed score is
-    asked for again by the next run. Rewards may be added later: the lines of one picture are put together.
+    asked for again by the next run. Rewards may be added later: the lines of one image are put together.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -54,7 +54,7 @@ class ScoreFile:
         self._failed[index] = (self._failed.get(index, set()) - set(scores)) | failed
 
     def missing(self, names: Sequence[str], count: int) -> tuple[list[str], list[int]]:
-        """The rewards that lack a score of one of the first `count` pictures, and those pictures."""
+        """The rewards that lack a score of one of the first `count` images, and those images."""
         lacking = {
             i: [
                 n for n in names if n not in self._scores.get(i, {}) or n in self._failed.get(i, ())
@@ -65,7 +65,7 @@ class ScoreFile:
         return [n for n in names if n in wanted], [i for i, lack in lacking.items() if lack]
 
     def known(self, count: int) -> set[str]:
-        """The rewards that have looked at each of the first `count` pictures, with or without success."""
+        """The rewards that have looked at each of the first `count` images, with or without success."""
         return (
             set.intersection(*(set(self._scores.get(i, ())) for i in range(count)))
             if count
@@ -73,7 +73,7 @@ class ScoreFile:
         )
 
     def append(self, index: Sequence[int], prompts: Sequence[Prompt], scores: Scores) -> None:
-        """Adds scores of n pictures (the first n columns) with their prompts."""
+        """Adds scores of n images (the first n columns) with their prompts."""
         lines = []
         for column, (i, prompt) in enumerate(zip(index, prompts)):
             values = {
@@ -90,7 +90,7 @@ class ScoreFile:
         append(self.path, "".join(lines))
 
     def finish(self, prompts: Sequence[Prompt]) -> None:
-        """Rewrites the file with one line a picture, in order."""
+        """Rewrites the file with one line an image, in order."""
         write_whole(
             self.path,
             "".join(
@@ -101,7 +101,7 @@ class ScoreFile:
         )
 
     def scores(self, names: Sequence[str], count: int) -> Scores:
-        """Scores of the first `count` pictures; one that is not on file counts as failed."""
+        """Scores of the first `count` images; one that is not on file counts as failed."""
         values, failed = (
             np.full((len(names), count), np.nan, np.float32),
             np.zeros((len(names), count), bool),

@@ -18,7 +18,7 @@ def bootstrap(
     Args:
       values: [n] numbers; n = 0 gives NaN.
       seed: of the resampling.
-      groups: [n] what is resampled as one, such as the prompt of several pictures; None: every number by itself.
+      groups: [n] what is resampled as one, such as the prompt of several images; None: every number by itself.
 
     Returns:
       mean, low, high.

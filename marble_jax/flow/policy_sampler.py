@@ -1,4 +1,4 @@
-"""Sampling pictures from a policy: noise to latents to pixels, one compiled program per batch shape."""
+"""Sampling images from a policy: noise to latents to pixels, one compiled program per batch shape."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def batches(count: int, size: int) -> list[np.ndarray]:
     ]
 
 
-def picture_noise(
+def image_noise(
     key: jax.Array, index: Sequence[int] | np.ndarray, shape: tuple[int, int, int]
 ) -> jax.Array:
-    """Noise [n, h, w, C] that belongs to the pictures' numbers, whatever batch they are drawn in.
+    """Noise [n, h, w, C] that belongs to the images' numbers, whatever batch they are drawn in.
 
     Args:
-      key: PRNG key of all pictures.
-      index: n picture numbers.
+      key: PRNG key of all images.
+      index: n image numbers.
       shape: (h, w, C).
     """
     stream = stream_key(key, Stream.IMAGE_NOISE)

@@ -1,4 +1,4 @@
-"""Amortisation: solve for alpha every few optimiser steps, smooth it, reuse it in between."""
+"""Amortization: solve for alpha every few optimiser steps, smooth it, reuse it in between."""
 
 from __future__ import annotations
 

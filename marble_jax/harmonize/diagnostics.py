@@ -18,7 +18,7 @@ def from_gram(
     Args:
       gram: [K, K] inner products of the raw gradients.
       weights: [K] weights of the update on the raw gradients; an unused row must have weight 0.
-      valid: bool [K], rows to report on. A row outside may still carry weight (a scalarised objective).
+      valid: bool [K], rows to report on. A row outside may still carry weight (a scalarized objective).
       alpha: [K] shares for the entropy, left out when None.
 
     Returns:

@@ -254,7 +254,7 @@ def branch_weights(
 
     The losses are affine in r with P and N in common, so any weighted sum of them, masks, clipping and different
     numbers of valid samples included, is one loss with a weight for P and one for N at every sample. This is what
-    makes an amortised step equal to a full step with the same weights.
+    makes an amortized step equal to a full step with the same weights.
 
     Args:
       weights: [K] weights on the raw per-reward gradients; a negative weight is allowed.
@@ -284,7 +284,7 @@ def combined_gradient(
 ) -> tuple[Adapter, dict[str, jax.Array]]:
     """One ordinary backward pass of `clip / nft_beta * sum_n (p_n P_n + q_n N_n) + kl_weight * KL`.
 
-    Used in amortised steps, with the weights of `branch_weights` (exact) or, for a single combined advantage with
+    Used in amortized steps, with the weights of `branch_weights` (exact) or, for a single combined advantage with
     optimality r over n samples, with `r / n` and `(1 - r) / n`.
 
     Args:

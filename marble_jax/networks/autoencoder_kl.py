@@ -1,6 +1,6 @@
 """The image autoencoder of latent diffusion (diffusers' `AutoencoderKL`), channel-last.
 
-Pictures are [N, H, W, 3] in [0, 1], latents [N, H/f, W/f, C] in the scale the transformer works in:
+Images are [N, H, W, 3] in [0, 1], latents [N, H/f, W/f, C] in the scale the transformer works in:
 `(z - shift_factor) * scaling_factor` of the posterior's z. `f = 2 ** (len(block_out_channels) - 1)`.
 
 Modules carry the names their tensors have in a diffusers file, dots included, so the mapping from parameters to file
@@ -104,7 +104,7 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head over all cells of the picture, width = channels, plus the input."""
+    """One head over all cells of the image, width = channels, plus the input."""
 
     groups: int
     dtype: Any
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z [N, h, w, latent_channels] to pictures [N, f h, f w, out_channels], nominally in [-1, 1]."""
+    """z [N, h, w, latent_channels] to images [N, f h, f w, out_channels], nominally in [-1, 1]."""
 
     config: VAEConfig
     dtype: Any
@@ -199,7 +199,7 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def reconstruct(self, z: jax.Array) -> jax.Array:
-        """Pictures [N, H, W, 3], nominally in [-1, 1], of unscaled z [N, h, w, C]."""
+        """Images [N, H, W, 3], nominally in [-1, 1], of unscaled z [N, h, w, C]."""
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
         return self.decoder(z)
@@ -235,7 +235,7 @@ def abstract_params(model: AutoencoderKL) -> dict[str, Any]:
 def encode(
     model: AutoencoderKL, params: Params, images: jax.Array, key: jax.Array | None = None
 ) -> jax.Array:
-    """Latents of pictures, in the transformer's scale.
+    """Latents of images, in the transformer's scale.
 
     Args:
       model: the autoencoder.
@@ -257,7 +257,7 @@ def encode(
 
 
 def decode(model: AutoencoderKL, params: Params, latents: jax.Array) -> jax.Array:
-    """Pictures [N, f h, f w, 3], float32 in [0, 1], of latents [N, h, w, C] in the transformer's scale."""
+    """Images [N, f h, f w, 3], float32 in [0, 1], of latents [N, h, w, C] in the transformer's scale."""
     z = jnp.asarray(latents, jnp.float32) / model.config.scaling_factor + model.config.shift_factor
     y = model.apply({"params": params}, z, method="reconstruct").astype(jnp.float32)
     return jnp.clip(0.5 * y + 0.5, 0.0, 1.0)
@@ -276,7 +276,7 @@ def _conv3(features: int, dtype: Any, name: str) -> nn.Conv:
 
 
 def _norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
-    # E[x^2] - E[x]^2 cancels catastrophically on the flat backgrounds pictures are full of.
+    # E[x^2] - E[x]^2 cancels catastrophically on the flat backgrounds images are full of.
     return nn.GroupNorm(groups, epsilon=_EPS, use_fast_variance=False, dtype=dtype, name=name)
 
 

@@ -1,4 +1,4 @@
-"""BLIP's image-grounded text encoder: a ViT looks at the picture, a BERT reads the prompt and attends to it.
+"""BLIP's image-grounded text encoder: a ViT looks at the image, a BERT reads the prompt and attends to it.
 
 Only what ImageReward uses: the state of the text's first token after all layers. Modules carry the names their tensors
 have in `ImageReward.pt`, dots included.
@@ -96,13 +96,13 @@ class Attention(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Self-attention, cross-attention to the picture and MLP, each added to its input and layer-normed after."""
+    """Self-attention, cross-attention to the image and MLP, each added to its input and layer-normed after."""
 
     config: BlipTextConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, picture: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, image: jax.Array) -> jax.Array:
         config = self.config
 
         def normed(y: jax.Array, name: str) -> jax.Array:
@@ -113,7 +113,7 @@ class TextLayer(nn.Module):
         attention = Attention(config.num_attention_heads, self.dtype, name="attention")
         x = normed(x + attention(x, mask=mask), "attention.output")
         crossattention = Attention(config.num_attention_heads, self.dtype, name="crossattention")
-        x = normed(x + crossattention(x, picture), "crossattention.output")
+        x = normed(x + crossattention(x, image), "crossattention.output")
         y = ACTIVATIONS[config.hidden_act](
             nn.Dense(config.intermediate_size, dtype=self.dtype, name="intermediate.dense")(x)
         )
@@ -123,13 +123,13 @@ class TextLayer(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids [N, T] with their mask bool [N, T] and picture states [N, S, C] to text states [N, T, D]."""
+    """Token ids [N, T] with their mask bool [N, T] and image states [N, S, C] to text states [N, T, D]."""
 
     config: BlipTextConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array, picture: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array, mask: jax.Array, image: jax.Array) -> jax.Array:
         config = self.config
         x = nn.Embed(
             config.vocab_size,
@@ -145,7 +145,7 @@ class TextTower(nn.Module):
         )(jnp.arange(ids.shape[1]))
         x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="embeddings.LayerNorm")(x)
         for i in range(config.num_hidden_layers):
-            x = TextLayer(config, self.dtype, name=f"encoder.layer.{i}")(x, mask, picture)
+            x = TextLayer(config, self.dtype, name=f"encoder.layer.{i}")(x, mask, image)
         return x
 
 
@@ -217,9 +217,9 @@ class BlipEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array, ids: jax.Array) -> jax.Array:
-        picture = VisionTower(self.vision, self.dtype, name=f"{PREFIX}visual_encoder")(pixels)
+        image = VisionTower(self.vision, self.dtype, name=f"{PREFIX}visual_encoder")(pixels)
         mask = ids != self.text.pad_token_id
-        return TextTower(self.text, self.dtype, name=f"{PREFIX}text_encoder")(ids, mask, picture)[
+        return TextTower(self.text, self.dtype, name=f"{PREFIX}text_encoder")(ids, mask, image)[
             :, 0
         ]
 

@@ -1,4 +1,4 @@
-"""CLIP: the text tower that conditions SD3, the vision tower, and the pair that compares pictures with prompts.
+"""CLIP: the text tower that conditions SD3, the vision tower, and the pair that compares images with prompts.
 
 Both towers are the same pre-norm transformer; they differ in how the sequence starts, in the causal mask and in which
 position is pooled. Modules carry the names their tensors have in Hugging Face files, dots (and the misspelt
@@ -280,7 +280,7 @@ class CLIPModel(nn.Module):
         return jnp.exp(self.logit_scale.astype(jnp.float32))
 
     def __call__(self, ids: jax.Array, pixels: jax.Array) -> jax.Array:
-        """Logits [num_pictures, num_texts]; touches every parameter, which is what `init` needs."""
+        """Logits [num_images, num_texts]; touches every parameter, which is what `init` needs."""
         return self.scale() * self.image_features(pixels) @ self.text_features(ids).T
 
 

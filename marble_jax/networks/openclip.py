@@ -169,7 +169,7 @@ def config_of(settings: Mapping[str, Any]) -> CLIPConfig:
 def config_from_shapes(source: Tensors) -> CLIPConfig:
     """The shape of a published model that comes without its open_clip_config.json, such as HPS_v2.1_compressed.pt.
 
-    Everything but the heads follows from the tensors; heads are 64 wide in text towers, see HEAD_WIDTHS for pictures.
+    Everything but the heads follows from the tensors; heads are 64 wide in text towers, see HEAD_WIDTHS for images.
     The activation is the plain GELU of the LAION models.
 
     Raises:

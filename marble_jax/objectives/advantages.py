@@ -1,6 +1,6 @@
 """From raw scores to advantages: centred on the group, divided by a standard deviation, one reward at a time.
 
-Host-side NumPy in float64. A group is the set of pictures of one prompt. Missing scores are a mask; they take part in
+Host-side NumPy in float64. A group is the set of images of one prompt. Missing scores are a mask; they take part in
 no mean and no standard deviation, and their advantages are missing too.
 """
 
@@ -95,7 +95,7 @@ def per_reward(
     Args:
       values: [K, N] raw scores; anything where not valid.
       valid: bool [K, N].
-      groups: [N] labels, equal for pictures of one prompt.
+      groups: [N] labels, equal for images of one prompt.
       scale: "global" divides by the population standard deviation of all valid scores of the reward in the batch
         (around their overall mean); "group" by that of the group.
       epsilon: added to the standard deviation.
@@ -130,7 +130,7 @@ def weighted_sum(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One number per sample: the weighted mean over the rewards that are valid for it.
 
-    Acts on raw scores (the scalarisation that harmonisation is compared with; follow it by `per_reward`) or on
+    Acts on raw scores (the scalarization that harmonisation is compared with; follow it by `per_reward`) or on
     advantages.
 
     Args:

@@ -155,7 +155,7 @@ def jobs(
             )
         ),
     )
-    rows, drawn = names + recipe.scalarised, sizes.pictures
+    rows, drawn = names + recipe.scalarized, sizes.images
     rollouts = RolloutBatch(
         struct((drawn, *made.latent), jnp.float32),
         struct((drawn,), jnp.int32),
@@ -191,7 +191,7 @@ def jobs(
                 struct(
                     (decoded, *made.latent),
                     jnp.float32,
-                    device_mesh.picture_sharding(mesh, at_once),
+                    device_mesh.image_sharding(mesh, at_once),
                 ),
             ),
         ),

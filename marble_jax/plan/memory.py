@@ -176,7 +176,7 @@ class _Parts:
         self.cond = self.size * (
             made.text_tokens * self.arch.joint_attention_dim + self.arch.pooled_projection_dim
         )
-        self.rows = len(config.rewards.train) + (config.advantages.scalarise != "none")
+        self.rows = len(config.rewards.train) + (config.advantages.scalarize != "none")
         self.stream = (
             (made.tokens + made.text_tokens) * self.arch.width * self.size
         )  # one array of one sample
@@ -231,10 +231,10 @@ class _Parts:
 
     def rollouts(self) -> Source:
         """What the rollouts hand to training, and the copies of it that training makes."""
-        pictures = (self.sizes.pictures + self.share(self.sizes.pictures)) * 4 * self.latent
+        images = (self.sizes.images + self.share(self.sizes.images)) * 4 * self.latent
         return Source(
             ROLLOUTS,
-            pictures + 2 * self.config.rollout.prompts_per_step * self.cond,
+            images + 2 * self.config.rollout.prompts_per_step * self.cond,
             "all latents and conditioning of the prompts, and the device's own in training order",
         )
 
@@ -273,12 +273,15 @@ class _Parts:
     def decoder(self) -> tuple[float, str]:
         """Weights and activations of the decoder."""
         at_once = self.config.rollout.batch_size
-        count = build.decode_size(at_once, self.mesh) // device_mesh.picture_shards(
+        count = build.decode_size(at_once, self.mesh) // device_mesh.image_shards(
             self.mesh, at_once
         )
         widths = self.made.vae.config.block_out_channels
         largest = (
-            self.config.model.resolution**2 * (widths[1] if len(widths) > 1 else widths[0]) * 4
+            self.config.model.height
+            * self.config.model.width
+            * (widths[1] if len(widths) > 1 else widths[0])
+            * 4
         )
         used = [
             leaves
@@ -288,7 +291,7 @@ class _Parts:
         weights = sum(4 * s.size for s in jax.tree.leaves(used))
         return (
             weights + DECODER_ARRAYS * count * largest,
-            f"weights and activations of {count} pictures, float32",
+            f"weights and activations of {count} images, float32",
         )
 
 

@@ -71,7 +71,7 @@ class Architecture:
       encoder_parameters: numbers in the text encoders.
       adapter: the adapter, as shapes.
       shift: of the noise levels.
-      latent: (h, w, C) of a picture's latents.
+      latent: (h, w, C) of an image's latents.
       text_tokens: CLIP's and T5's.
     """
 
@@ -87,7 +87,7 @@ class Architecture:
 
     @property
     def tokens(self) -> int:
-        """Image tokens of a picture."""
+        """Image tokens of an image."""
         return self.latent[0] * self.latent[1] // self.model.config.patch_size**2
 
 
@@ -112,15 +112,16 @@ def architecture(config: ml_collections.ConfigDict) -> Architecture:
     )
     decoder = AutoencoderKL(autoencoder)
     cell, patch = autoencoder.downsampling, transformer.patch_size
-    pixels, largest = config.model.resolution, cell * patch * model.side
-    if pixels % (cell * patch) or pixels > largest:
-        best = min(max(round(pixels / (cell * patch)), 1) * cell * patch, largest)
-        raise InputError(
-            f"model.resolution: expected a multiple of {cell * patch} up to {largest}; received {pixels} "
-            f"(nearest valid {best})"
-        )
+    largest = cell * patch * model.side
+    for side, pixels in (("height", config.model.height), ("width", config.model.width)):
+        if pixels % (cell * patch) or pixels > largest:
+            best = min(max(round(pixels / (cell * patch)), 1) * cell * patch, largest)
+            raise InputError(
+                f"model.{side}: expected a multiple of {cell * patch} up to {largest}; received {pixels} "
+                f"(nearest valid {best})"
+            )
     encoders = [abstract_text_params(CLIPTextEncoder(c)) for c in texts]
-    if t5 is not None and config.model.t5:
+    if t5 is not None and "text_encoder_3" not in config.model.omit_text_encoders:
         encoders.append(t5_params(T5Encoder(t5)))
     return Architecture(
         model,
@@ -130,7 +131,7 @@ def architecture(config: ml_collections.ConfigDict) -> Architecture:
         sum(lora.num_parameters(e) for e in encoders),
         jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), params, spec)),
         shift,
-        (pixels // cell, pixels // cell, transformer.in_channels),
+        (config.model.height // cell, config.model.width // cell, transformer.in_channels),
         clip_tokens + config.model.max_sequence_length,
     )
 

@@ -141,13 +141,13 @@ def _show_sizes(
 ) -> None:
     count = device_mesh.batch_shards(mesh)
     micro, rollout = config.training.micro_batch_size, config.rollout
-    decoded = build.decode_size(rollout.batch_size, mesh) // device_mesh.picture_shards(
+    decoded = build.decode_size(rollout.batch_size, mesh) // device_mesh.image_shards(
         mesh, rollout.batch_size
     )
     solves = {
         "exact": "every step",
-        "amortised": f"every {config.harmonize.refresh_every} steps",
-        "faithful": f"one micro-step every {config.harmonize.refresh_every} steps",
+        "amortized": f"every {config.harmonize.refresh_every} steps",
+        "upstream": f"one micro-step every {config.harmonize.refresh_every} steps",
     }[config.harmonize.mode]
     where = f" ({request.topology})" if request.topology else ""
     functions = [name for name in config.rewards.train if is_function(name)]
@@ -162,12 +162,12 @@ def _show_sizes(
                 "model",
                 f"{config.model.path}: transformer {quantity(lora.num_parameters(made.params))} "
                 f"{config.model.dtype}, adapter {quantity(lora.num_parameters(made.adapter))} (rank "
-                f"{config.lora.rank}), {config.model.resolution} px: {made.tokens} + {made.text_tokens} tokens, "
+                f"{config.lora.rank}), {config.model.height} x {config.model.width} px: {made.tokens} + {made.text_tokens} tokens, "
                 f"remat {config.model.remat}",
             ),
             (
                 "step",
-                f"{rollout.prompts_per_step} prompts x {rollout.images_per_prompt} = {sizes.pictures} pictures; "
+                f"{rollout.prompts_per_step} prompts x {rollout.images_per_prompt} = {sizes.images} images; "
                 f"{sizes.timesteps} of {rollout.num_steps} timesteps: {sizes.samples} samples",
             ),
             (
@@ -182,13 +182,13 @@ def _show_sizes(
             ),
             (
                 "everywhere",
-                "samples split over data x fsdp, pictures to decode and score over all axes; base weights as "
+                "samples split over data x fsdp, images to decode and score over all axes; base weights as "
                 "below, autoencoder and rewards with a network whole; adapters, optimiser and the solve for "
                 "alpha on every device alike",
             ),
             (
                 "hosts",
-                "every host runs the same command; rewards that read pictures (OCR, GenEval"
+                "every host runs the same command; rewards that read images (OCR, GenEval"
                 + (f", {joined(functions)}" if functions else "")
                 + f") in {config.rewards.num_workers} threads; "
                 + (
@@ -294,7 +294,7 @@ def _show_work(
     console.table(rows, ("phase", "PFLOP", "+ recomputed", "TFLOP a device", *tail))
     if chip:
         console.say(
-            f"  {sizes.pictures / seconds['step']:.2f} pictures/s, 1000 steps in "
+            f"  {sizes.images / seconds['step']:.2f} images/s, 1000 steps in "
             f"{duration(1000 * seconds['step'])}"
         )
     return seconds

@@ -53,7 +53,7 @@ from marble_jax.training.step_schedule import make_steps
 from marble_jax.training.train_step import Recipe
 
 EMBEDDED = "embedded"
-DECODED = 32  # pictures the autoencoder turns from latents to pixels at once
+DECODED = 32  # images the autoencoder turns from latents to pixels at once
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -61,7 +61,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Sizes:
     """Batch arithmetic of an optimiser step, derived from prompts x images alone."""
 
-    pictures: int
+    images: int
     rollout_batches: int
     timesteps: int
     samples: int
@@ -95,8 +95,8 @@ class Run:
             rollout.prompts_per_step,
             rollout.images_per_prompt,
             advantages.scale,
-            advantages.scalarise,
-            tuple(self.config.harmonize.reward_weights),
+            advantages.scalarize,
+            tuple(self.config.advantages.weights),
             presence_of(self.config),
         )
 
@@ -163,6 +163,7 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
             f"{config.harmonize.alpha_floor}"
         )
     presence_of(config)
+    _check_weights(config)
     parse_steps(config.logging.profile_steps)
     backend = backend or jax.default_backend()
     chosen, dtype = config.model.attention, config.model.dtype
@@ -204,24 +205,24 @@ def derive_sizes(config: ml_collections.ConfigDict, num_shards: int) -> Sizes:
       InputError: they do not; the message names the nearest size that does.
     """
     rollout, training = config.rollout, config.training
-    pictures = rollout.prompts_per_step * rollout.images_per_prompt
+    images = rollout.prompts_per_step * rollout.images_per_prompt
     for name, size in (
         ("rollout.batch_size", rollout.batch_size),
         ("training.micro_batch_size", training.micro_batch_size),
     ):
-        if pictures % size or size % num_shards:
-            fits = [n for n in range(num_shards, pictures + 1, num_shards) if pictures % n == 0]
+        if images % size or size % num_shards:
+            fits = [n for n in range(num_shards, images + 1, num_shards) if images % n == 0]
             best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
             raise InputError(
-                f"{name}: expected a divisor of the {pictures} pictures a step "
+                f"{name}: expected a divisor of the {images} images a step "
                 f"({rollout.prompts_per_step} prompts x {rollout.images_per_prompt}) that {num_shards} "
                 f"device(s) share evenly; received {size}{best}"
             )
     timesteps = max(1, int(training.timestep_fraction * rollout.num_steps))
-    samples = pictures * timesteps
+    samples = images * timesteps
     return Sizes(
-        pictures,
-        pictures // rollout.batch_size,
+        images,
+        images // rollout.batch_size,
         timesteps,
         samples,
         samples // training.micro_batch_size,
@@ -232,9 +233,9 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     """AdamW behind clipping to a global norm."""
     training = config.training
     rate: Any = training.learning_rate
-    if training.schedule == "cosine":
+    if training.learning_rate_schedule == "cosine":
         rate = optax.cosine_decay_schedule(
-            training.learning_rate, training.num_steps, training.min_ratio
+            training.learning_rate, training.num_steps, training.min_learning_rate_ratio
         )
     return optax.chain(
         optax.clip_by_global_norm(training.clip_norm),
@@ -249,8 +250,8 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def decode_size(count: int, mesh: Mesh) -> int:
-    """Pictures decoded at once, over all devices, of `count` in a batch."""
-    shards = device_mesh.picture_shards(mesh, count)
+    """Images decoded at once, over all devices, of `count` in a batch."""
+    shards = device_mesh.image_shards(mesh, count)
     return min(count, shards * max(1, DECODED // shards))
 
 
@@ -274,7 +275,7 @@ def make_recipe(
         chunk=chunk_size(config, device_mesh.batch_shards(mesh)),
         anchor_every=config.harmonize.anchor_every,
         num_rewards=len(config.rewards.train),
-        scalarised=config.advantages.scalarise != "none",
+        scalarized=config.advantages.scalarize != "none",
         nft_beta=config.nft.beta,
         kl_weight=config.nft.kl_weight,
         clip=config.advantages.clip,
@@ -282,12 +283,12 @@ def make_recipe(
         rho=config.harmonize.rho,
         smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,
         old_schedule=rollout_decay(
-            config.policies.schedule,
-            rate=config.policies.rate,
-            cap=config.policies.cap,
-            delay=config.policies.delay,
+            config.rollout_policy.schedule,
+            rate=config.rollout_policy.rate,
+            cap=config.rollout_policy.cap,
+            delay=config.rollout_policy.delay,
         ),
-        ema_decay=config.policies.ema_decay,
+        ema_decay=config.ema.decay,
         shards=device_mesh.Shards(mesh),
     )
 
@@ -325,6 +326,21 @@ def balancer_of(config: ml_collections.ConfigDict) -> Any:
     return make_balancer(harmonize.balancer, **settings)
 
 
+def _check_weights(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError unless weights of a scalarized advantage are one a reward, and go with one."""
+    weights, count = config.advantages.weights, len(config.rewards.train)
+    if weights and config.advantages.scalarize == "none":
+        raise InputError(
+            "advantages.weights: expected none without advantages.scalarize (harmonize.reward_weights weighs "
+            f"unit gradients); received {tuple(weights)}"
+        )
+    if weights and len(weights) != count:
+        raise InputError(
+            f"advantages.weights: expected one number for each of {count} rewards "
+            f"(--config.advantages.weights= for none); received {len(weights)}"
+        )
+
+
 def group_indices(config: ml_collections.ConfigDict) -> tuple[int, ...]:
     """Index of each reward's group, groups counted by first appearance; empty for none."""
     order = {name: index for index, name in enumerate(dict.fromkeys(config.harmonize.groups))}
@@ -333,15 +349,13 @@ def group_indices(config: ml_collections.ConfigDict) -> tuple[int, ...]:
 
 def presence_of(config: ml_collections.ConfigDict) -> Presence:
     """Which rewards teach when: the stages and the reward dropout of a configuration."""
-    advantages, names = config.advantages, tuple(config.rewards.train)
+    scheduled, names = config.reward_schedule, tuple(config.rewards.train)
     stages = parse_stages(
-        advantages.stages, names, tuple(config.prompts.sources), config.training.num_steps
+        scheduled.stages, names, tuple(config.prompts.sources), config.training.num_steps
     )
     return Presence(
         stages,
-        make_dropout(
-            advantages.dropout_targets, advantages.dropout, advantages.dropout_warmup, names
-        ),
+        make_dropout(scheduled.dropout_targets, scheduled.dropout, scheduled.dropout_warmup, names),
     )
 
 
@@ -352,7 +366,10 @@ def load_model(
     text_encoders: bool = True,
 ) -> Pipeline:
     """The pipeline of `model.path`, its transformer laid out over the mesh, with its text encoders or without."""
-    root = find_model(place_of(config.model.path, "pipeline"), text_encoder_3=config.model.t5)
+    root = find_model(
+        place_of(config.model.path, "pipeline"),
+        text_encoder_3="text_encoder_3" not in config.model.omit_text_encoders,
+    )
     place = gather = None
     if mesh is not None:
         width = MMDiTConfig.from_dict(
@@ -369,7 +386,7 @@ def load_model(
         root,
         dtype=DTYPES[config.model.dtype],
         place=place,
-        text_encoder_3=config.model.t5,
+        text_encoder_3="text_encoder_3" not in config.model.omit_text_encoders,
         text_encoders=text_encoders,
         remat=config.model.remat,
         unroll=config.model.unroll,
@@ -399,7 +416,7 @@ def text_embeddings(
             root,
             config.model.max_sequence_length,
             DTYPES[config.model.dtype],
-            t5=config.model.t5,
+            t5="text_encoder_3" not in config.model.omit_text_encoders,
             cache=config.prompts.embedding_cache,
         )
         if not config.prompts.embedding_cache:
@@ -439,7 +456,9 @@ def held_out_prompts(config: ml_collections.ConfigDict) -> list[Prompt]:
 
 
 def lora_spec(config: ml_collections.ConfigDict) -> lora.LoraSpec:
-    return lora.LoraSpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    return lora.LoraSpec(
+        config.lora.rank, config.lora.alpha, tuple(config.lora.targets) or lora.ATTENTION_TARGETS
+    )
 
 
 def build(config: ml_collections.ConfigDict) -> Run:
@@ -456,13 +475,16 @@ def build(config: ml_collections.ConfigDict) -> Run:
     spec = lora_spec(config)
     train_prompts = read_prompts(config.prompts.path, "train", tuple(config.prompts.sources))
     test_prompts = held_out_prompts(config)
-    root = find_model(place_of(config.model.path, "pipeline"), text_encoder_3=config.model.t5)
+    root = find_model(
+        place_of(config.model.path, "pipeline"),
+        text_encoder_3="text_encoder_3" not in config.model.omit_text_encoders,
+    )
     rollout = config.rollout
     rewards = load_rewards(
         reward_place(config),
         (*names, *config.rewards.heldout),
         config.rewards.num_workers,
-        faithful=config.harmonize.mode == "faithful",
+        upstream=config.rewards.upstream_scoring,
     )
     for reward in rewards[: len(names)]:
         check_groups(
@@ -473,15 +495,15 @@ def build(config: ml_collections.ConfigDict) -> Run:
         config, root, [p.text for p in (*itertools.chain(*train_prompts.values()), *test_prompts)]
     )
     pipeline = load_model(config, spec, mesh, text_encoders=False)
-    latent_shape = pipeline.latent_shape(config.model.resolution, config.model.resolution)
+    latent_shape = pipeline.latent_shape(config.model.height, config.model.width)
     cell, largest = (
-        config.model.resolution // latent_shape[0],
+        config.model.height // latent_shape[0],
         pipeline.model.side * pipeline.model.config.patch_size,
     )
-    if latent_shape[0] > largest:
+    if max(latent_shape[:2]) > largest:
         raise InputError(
-            f"model.resolution: expected at most the model's {largest * cell} pixels; received "
-            f"{config.model.resolution}"
+            f"model.height, model.width: expected at most the model's {largest * cell} pixels; received "
+            f"{config.model.height} x {config.model.width}"
         )
 
     def velocity(
@@ -501,7 +523,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
     shift = pipeline.scheduler.shift
 
     def decode(latents: jax.Array) -> jax.Array:
-        place = partial(distributed.put, sharding=device_mesh.picture_sharding(mesh, len(latents)))
+        place = partial(distributed.put, sharding=device_mesh.image_sharding(mesh, len(latents)))
         return place(pipeline.decode(latents, decode_size(len(latents), mesh), place))
 
     collector = Collector(
@@ -523,7 +545,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
         latent_shape,
         rollout.batch_size,
         config.evaluation.seed,
-        config.evaluation.num_pictures,
+        config.evaluation.num_images,
         config.evaluation.images_per_prompt,
         partial(device_mesh.place_batch, mesh),
     )

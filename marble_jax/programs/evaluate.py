@@ -1,14 +1,14 @@
-"""Several models on the same prompts and seeds: pictures, scores, a summary and a page that compares them.
+"""Several models on the same prompts and seeds: images, scores, a summary and a page that compares them.
 
     OUT/evaluation.json      what was asked for
     OUT/prompts.jsonl        prompt i with its source and metadata
-    OUT/MODEL/00000.png      picture i of a model, and settings.json
+    OUT/MODEL/00000.png      image i of a model, and settings.json
     OUT/MODEL/scores.jsonl   its scores
     OUT/summary.json         means, intervals, gains, GenEval's tags, composite
     OUT/index.html           all of it to look at
 
 Generation and scoring may run apart, on different machines; each goes on where a kill stopped it. Scores are those of
-the 8-bit pictures on disk, so it does not matter when they are taken.
+the 8-bit images on disk, so it does not matter when they are taken.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class Request:
       models: by name, the first being the reference of gains.
       prompts: where from, see `read_prompts`.
       num_prompts: at most so many, in equal shares of the sources; 0: all.
-      images: pictures of each prompt.
+      images: images of each prompt.
       rewards_path: directory with rewards.json, or "embedded".
       rewards: names; empty: all of the directory.
-      settings: how pictures are drawn.
-      draw: whether pictures are drawn; they are expected to be there otherwise.
+      settings: how images are drawn.
+      draw: whether images are drawn; they are expected to be there otherwise.
       score: whether they are scored.
       num_workers: threads for host rewards.
-      num_pictures: pictures of each model on the page.
+      num_images: images of each model on the page.
       command: as it was called, for the record.
     """
 
@@ -76,7 +76,7 @@ class Request:
     draw: bool = True
     score: bool = True
     num_workers: int = 2
-    num_pictures: int = 24
+    num_images: int = 24
     command: str = ""
 
 
@@ -128,13 +128,13 @@ def parse_models(text: str) -> dict[str, Source]:
 
 
 def read_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list[Prompt]:
-    """The prompts of an evaluation, each repeated for its pictures.
+    """The prompts of an evaluation, each repeated for its images.
 
     Args:
       text: files (one prompt a line, or GenEval's `.jsonl`) or directories with SOURCE/test files, separated by commas;
         or 'embedded' or 'generated'.
       num_prompts: at most so many, in equal shares of the sources, evenly from each; 0: all.
-      images: pictures of each prompt.
+      images: images of each prompt.
 
     Raises:
       InputError: no prompt, or a malformed file.
@@ -170,7 +170,7 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     """Draws, scores and compares; returns the summary, or None where scores are still missing.
 
     Raises:
-      InputError: bad input, before anything is written; or pictures or scores that are missing.
+      InputError: bad input, before anything is written; or images or scores that are missing.
     """
     platform.keep_compilations()
     console, place = Console(), Workdir(out, "--out")
@@ -214,7 +214,7 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     found = _summarise(list(request.models), record.get("columns", ()), place, prompts)
     if found is not None:
         _announce(found, console)
-    console.say(f"page: {write_comparison(str(place.path), request.num_pictures)}")
+    console.say(f"page: {write_comparison(str(place.path), request.num_images)}")
     return found
 
 
@@ -253,7 +253,7 @@ def _record(
         if lines and len(lines) != len(prompts):
             raise InputError(
                 f"--out: {place.path} holds an evaluation of other prompts: expected {len(lines)} "
-                f"pictures; received {len(prompts)}"
+                f"images; received {len(prompts)}"
             )
     elif place.path.exists() and (not place.path.is_dir() or any(place.path.iterdir())):
         raise InputError(
@@ -283,7 +283,7 @@ def _record(
         "rewards": {**rewards, **entries},
         "prompts": request.prompts,
         "images": request.images,
-        "num_pictures": len(prompts),
+        "num_images": len(prompts),
         "command": request.command,
         "settings": there.get("settings", {})
         if not request.draw
@@ -299,7 +299,7 @@ def _all_there(album: Album, name: str, prompts: Sequence[Prompt]) -> None:
     missing = album.missing(len(prompts))
     if missing:
         raise InputError(
-            f"--skip_generation: expected {len(prompts)} pictures of {name!r} in {album.path}; received "
+            f"--skip_generation: expected {len(prompts)} images of {name!r} in {album.path}; received "
             f"{len(prompts) - len(missing)}, without {album.file(missing[0]).name}"
         )
     album.check((album.record() or {}).get("settings", {}), [p.text for p in prompts])
@@ -318,8 +318,7 @@ def _score(
         album, file = Album(place.path / model), ScoreFile(place.path / model / "scores.jsonl")
         lacking, todo = file.missing(names, len(prompts))
         console.say(
-            f"{model}: {len(todo)} pictures to score"
-            + (f" by {', '.join(lacking)}" if todo else "")
+            f"{model}: {len(todo)} images to score" + (f" by {', '.join(lacking)}" if todo else "")
         )
         if not todo:
             continue
@@ -358,7 +357,7 @@ def _score(
 def _summarise(
     models: Sequence[str], names: Sequence[str], place: Workdir, prompts: Sequence[Prompt]
 ) -> dict[str, Any] | None:
-    """Writes `summary.json` of the rewards that have looked at every picture of every model (failures are counted)."""
+    """Writes `summary.json` of the rewards that have looked at every image of every model (failures are counted)."""
     files = {model: ScoreFile(place.path / model / "scores.jsonl") for model in models}
     known = set.intersection(*(file.known(len(prompts)) for file in files.values()))
     names = [name for name in names if name in known]

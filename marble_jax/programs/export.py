@@ -4,7 +4,7 @@
     adapter_config.json, adapter_model.*        PEFT, upstream's evaluation.py --lora_hf_path
     lora/                                       the same two, where upstream's evaluation.py --checkpoint_path looks
     transformer/                                merged weights for from_pretrained, when asked for
-    README.md, images/, export.json             model card with metrics and pictures; the same for programs
+    README.md, images/, export.json             model card with metrics and images; the same for programs
 
 A folder is filled beside its place and takes it when it is complete (and, if asked for, verified).
 """
@@ -51,7 +51,7 @@ POLICIES = {"ema": "ema", "current": "current", "rollout": "old", "best": "best"
 """Names of the policies outside, and the fields of the training state that hold them."""
 RECORD = "export.json"
 PROMPT = "a photo of a red apple on a wooden table"
-"""What a verification draws when the run has no pictures of its own."""
+"""What a verification draws when the run has no images of its own."""
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -117,7 +117,8 @@ def facts_of(
         spec=build.lora_spec(config),
         num_layers=len(pairs),
         num_values=sum(a.size + b.size for a, b in pairs.values()),
-        resolution=config.model.resolution,
+        height=config.model.height,
+        width=config.model.width,
         tokens=config.model.max_sequence_length,
         records=read_records(workdir.path),
     )
@@ -146,9 +147,9 @@ def write_lora(folder: epath.Path, pairs: Pairs, facts: Facts) -> None:
 
 
 def write_card(folder: epath.Path, facts: Facts, checks: Mapping[str, Any] | None = None) -> None:
-    """README.md with its pictures, and export.json."""
-    text, pictures = model_card(facts, checks, merged=(folder / "transformer").exists())
-    for name, file in pictures.items():
+    """README.md with its images, and export.json."""
+    text, images = model_card(facts, checks, merged=(folder / "transformer").exists())
+    for name, file in images.items():
         (folder / name).parent.mkdir(exist_ok=True)
         file.copy(folder / name)
     (folder / "README.md").write_text(text)
@@ -222,7 +223,7 @@ def export_run(
         if verified:
             shown = [strip.prompt for strip in facts.records.strips]
             text = prompt or (shown[0] if shown else PROMPT)
-            drawing = Drawing(root, text, facts.resolution, facts.tokens, spec.scale)
+            drawing = Drawing(root, text, facts.height, facts.width, facts.tokens, spec.scale)
             checks = verify(folder, drawing, adapter, console)
         write_card(folder, facts, checks)
     console.table(

@@ -13,11 +13,11 @@ from etils import epath
 from marble_jax.report.records import Records, step_of
 from marble_jax.trainable.lora import LoraSpec
 
-NUM_PICTURES = 4
+NUM_IMAGES = 4
 _POLICIES = {
     "ema": "averaged policy, the one that is evaluated",
     "current": "policy that the optimiser updates",
-    "rollout": "policy that drew the training pictures",
+    "rollout": "policy that drew the training images",
     "best": "averaged policy with the best evaluation",
 }
 
@@ -36,7 +36,8 @@ class Facts:
       spec: rank, alpha and targets.
       num_layers: adapted layers.
       num_values: numbers in the adapter.
-      resolution: pixels a side.
+      height: pixels.
+      width: pixels.
       tokens: T5 tokens a prompt in training.
       records: of the run.
     """
@@ -50,7 +51,8 @@ class Facts:
     spec: LoraSpec
     num_layers: int
     num_values: int
-    resolution: int
+    height: int
+    width: int
     tokens: int
     records: Records
 
@@ -58,7 +60,7 @@ class Facts:
 def model_card(
     facts: Facts, checks: Mapping[str, Any] | None, merged: bool
 ) -> tuple[str, dict[str, epath.Path]]:
-    """The text, and the pictures it shows: {name in the folder: file}.
+    """The text, and the images it shows: {name in the folder: file}.
 
     Args:
       facts: what to say.
@@ -66,7 +68,7 @@ def model_card(
       merged: whether the folder holds merged weights.
     """
     evaluation = evaluation_of(facts)
-    shown, pictures = _pictures(facts, evaluation)
+    shown, images = _images(facts, evaluation)
     parts = [
         _header(facts, shown),
         _introduction(facts),
@@ -76,7 +78,7 @@ def model_card(
         _verified(checks),
         _licence(facts),
     ]
-    return "\n".join(part for part in parts if part), pictures
+    return "\n".join(part for part in parts if part), images
 
 
 def evaluation_of(facts: Facts) -> dict[str, Any] | None:
@@ -143,7 +145,7 @@ def _introduction(facts: Facts) -> str:
     if facts.records.heldout:
         lines.append(f"- measured, never trained on: {', '.join(facts.records.heldout)}")
     lines += [
-        f"- resolution: {facts.resolution} px; T5 tokens a prompt: {facts.tokens}",
+        f"- size: {facts.height} x {facts.width} px; T5 tokens a prompt: {facts.tokens}",
         f"- adapted layers: {', '.join(f'`{t}`' for t in facts.spec.targets)}",
         "",
     ]
@@ -194,14 +196,14 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
     return "\n".join([*lines, ""])
 
 
-def _pictures(
+def _images(
     facts: Facts, evaluation: dict[str, Any] | None
 ) -> tuple[list[tuple[str, str, str]], dict[str, epath.Path]]:
-    """(prompt, name before, name after) of the pictures shown, and the files by name."""
+    """(prompt, name before, name after) of the images shown, and the files by name."""
     shown, files = [], {}
     for number, strip in enumerate(facts.records.strips if evaluation else ()):
-        steps = dict(strip.pictures)
-        if 0 in steps and step_of(evaluation) in steps and len(shown) < NUM_PICTURES:
+        steps = dict(strip.images)
+        if 0 in steps and step_of(evaluation) in steps and len(shown) < NUM_IMAGES:
             before, after = (f"images/{number:02d}_{when}.png" for when in ("before", "after"))
             files |= {before: steps[0], after: steps[step_of(evaluation)]}
             shown.append((strip.prompt, before, after))
@@ -215,7 +217,7 @@ def _strip(shown: list[tuple[str, str, str]]) -> str:
     for prompt, before, after in shown:
         text = " ".join(prompt.replace("|", "\\|").split())
         rows.append(f"| {text} | ![before]({before}) | ![after]({after}) |")
-    return "\n".join(["## Pictures", "", "Same prompt, same noise.", "", *rows, ""])
+    return "\n".join(["## Images", "", "Same prompt, same noise.", "", *rows, ""])
 
 
 def _usage(facts: Facts, merged: bool) -> str:
@@ -229,8 +231,8 @@ def _usage(facts: Facts, merged: bool) -> str:
     else:
         place = f'"{base}"'
     call = (
-        f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={facts.resolution}, '
-        f"width={facts.resolution}, max_sequence_length={facts.tokens}).images[0]"
+        f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={facts.height}, '
+        f"width={facts.width}, max_sequence_length={facts.tokens}).images[0]"
     )
     text = f"""## Use
 
@@ -282,7 +284,7 @@ def _verified(checks: Mapping[str, Any] | None) -> str:
     lines = [
         "## Verified",
         "",
-        f"One prompt drawn in {checks['num_steps']} steps in float32 and compared with the trainer's own picture, "
+        f"One prompt drawn in {checks['num_steps']} steps in float32 and compared with the trainer's own image, "
         f"which the adapter changes by up to {checks['effect']:.3f} a pixel (of 1). Strength is the share of that "
         "change that the reader makes: 1 is right.",
         "",

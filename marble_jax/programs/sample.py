@@ -1,4 +1,4 @@
-"""Pictures of prompts from a model, or from a policy of a training run, as files."""
+"""Images of prompts from a model, or from a policy of a training run, as files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.families.sd3.text import has_t5, identity
 from marble_jax.flow.levels import sigma_grid
-from marble_jax.flow.policy_sampler import picture_noise
+from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.networks.attention import over
@@ -41,7 +41,7 @@ from marble_jax.version import VERSION
 from marble_jax.weights.content_hash import content_hash
 
 EMBEDDED_TOKENS, DEFAULT_TOKENS = 12, 256
-DECODE_BATCH = 8  # pictures the autoencoder works on at once
+DECODE_BATCH = 8  # images the autoencoder works on at once
 
 
 def run_config(workdir: Workdir) -> ml_collections.ConfigDict:
@@ -125,10 +125,10 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How pictures are drawn.
+    """How images are drawn.
 
     Attributes:
-      seed: picture i starts from noise of (seed, i).
+      seed: image i starts from noise of (seed, i).
       num_steps: solver steps.
       solver: name of the solver.
       guidance: classifier-free guidance scale; 1 or less is off.
@@ -136,8 +136,8 @@ class Settings:
       size: (height, width) in pixels; the run's, or the model's own when None.
       tokens: T5 tokens a prompt; the run's, 12 for the embedded model, 256 for others when None.
       t5: False leaves T5 out; True uses it if the model (and the run) does.
-      batch: pictures at once.
-      embedding_cache: folder of text embeddings; with one, no text encoder is in memory while pictures are drawn.
+      batch: images at once.
+      embedding_cache: folder of text embeddings; with one, no text encoder is in memory while images are drawn.
     """
 
     seed: int = 0
@@ -218,7 +218,10 @@ class Painter:
                 config.model.dtype,
                 config.model.attention,
             )
-            tokens, t5 = tokens or config.model.max_sequence_length, t5 and config.model.t5
+            tokens, t5 = (
+                tokens or config.model.max_sequence_length,
+                t5 and "text_encoder_3" not in config.model.omit_text_encoders,
+            )
             self.origin = f"{source.workdir} {source.policy}"
         self.root = find_model(build.place_of(where, "pipeline"), text_encoder_3=t5)
         self._tokens = tokens or (EMBEDDED_TOKENS if where == build.EMBEDDED else DEFAULT_TOKENS)
@@ -261,8 +264,10 @@ class Painter:
             None if adapter is None else device_mesh.place_everywhere(self._mesh, adapter)
         )
         side = pipeline.model.config.sample_size * pipeline.vae.config.downsampling
-        own = side if self.config is None else self.config.model.resolution
-        self._shape = pipeline.latent_shape(*(self._settings.size or (own, own)))
+        own = (side, side)
+        if self.config is not None:
+            own = self.config.model.height, self.config.model.width
+        self._shape = pipeline.latent_shape(*(self._settings.size or own))
         cell, largest = (
             pipeline.vae.config.downsampling,
             pipeline.model.side * pipeline.model.config.patch_size,
@@ -303,7 +308,7 @@ class Painter:
     def record(
         self, known: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All that decides what a picture looks like, and file hashes that make the next call quick.
+        """All that decides what an image looks like, and file hashes that make the next call quick.
 
         The weights count by their contents, not by their place.
         """
@@ -337,7 +342,7 @@ class Painter:
         return digest.hexdigest()[:16]
 
     def draw(self, texts: Sequence[str], index: Sequence[int]) -> np.ndarray:
-        """Pictures float32 [n, H, W, 3] in [0, 1] of n texts, from the noise that belongs to their numbers."""
+        """Images float32 [n, H, W, 3] in [0, 1] of n texts, from the noise that belongs to their numbers."""
         n = len(index)
         rows = np.minimum(np.arange(-(-n // self._batch) * self._batch), n - 1)
         found = []
@@ -348,7 +353,7 @@ class Painter:
                 if self._settings.guidance > 1
                 else None
             )
-            noise = picture_noise(
+            noise = image_noise(
                 jax.random.key(self._settings.seed), [index[i] for i in part], self._shape
             )
             cond, away, noise = device_mesh.place_batch(self._mesh, (cond, away, noise))
@@ -361,7 +366,7 @@ class Painter:
         return np.concatenate(found)[:n]
 
     def texts(self, index: int, prompt: str) -> dict[str, str]:
-        """What is written into picture `index`."""
+        """What is written into image `index`."""
         settings = self._settings
         written = {
             "prompt": prompt,
@@ -379,13 +384,13 @@ class Painter:
 def fill_album(
     album: Album, painter: Painter, prompts: Sequence[str], batch: int, console: Console, what: str
 ) -> int:
-    """Draws the pictures that an album lacks; a kill loses at most one batch.
+    """Draws the images that an album lacks; a kill loses at most one batch.
 
     Returns:
       How many were drawn.
 
     Raises:
-      InputError: the folder holds pictures of another making, or cannot be written to.
+      InputError: the folder holds images of another making, or cannot be written to.
     """
     album.check(painter.plan(), prompts, partial=True)
     todo = album.missing(len(prompts))
@@ -400,14 +405,14 @@ def fill_album(
             Workdir(album.path).write_json(hashes.name, files)
     height, width = painter.size
     console.say(
-        f"{what}: {len(prompts)} pictures of {height} x {width} px, {len(prompts) - len(todo)} already in "
+        f"{what}: {len(prompts)} images of {height} x {width} px, {len(prompts) - len(todo)} already in "
         f"{album.path}; {painter.origin}"
     )
     with console.bar(len(todo), what, "img") as bar:
         for start in range(0, len(todo), batch):
             chosen = todo[start : start + batch]
-            for i, picture in zip(chosen, painter.draw([prompts[i] for i in chosen], chosen)):
-                album.save(i, picture, painter.texts(i, prompts[i]))
+            for i, image in zip(chosen, painter.draw([prompts[i] for i in chosen], chosen)):
+                album.save(i, image, painter.texts(i, prompts[i]))
             bar.update(len(chosen))
     return len(todo)
 
@@ -420,10 +425,10 @@ def _read_hashes(file: epath.Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def draw_pictures(
+def draw_images(
     prompts: Sequence[str], out: str, source: Source, settings: Settings, with_grid: bool
 ) -> None:
-    """Writes `out/00000.png` and so on; a picture that is there is not drawn again.
+    """Writes `out/00000.png` and so on; an image that is there is not drawn again.
 
     Args:
       prompts: N texts.
@@ -442,4 +447,4 @@ def draw_pictures(
     fill_album(album, painter, prompts, settings.batch, console, "sample")
     if with_grid:
         album.save_grids(len(prompts))
-    console.say(f"pictures: {album.path}")
+    console.say(f"images: {album.path}")

@@ -24,7 +24,7 @@ class StepWork:
     """FLOPs of one optimiser step over all devices.
 
     Attributes:
-      rollout: sampling the pictures.
+      rollout: sampling the images.
       decode: their latents to pixels.
       solve: training, in a step that takes every reward's gradient.
       between: training, in a step that reuses alpha; equal to `solve` where there are none.
@@ -58,14 +58,14 @@ def step_work(
       config: the run's configuration.
       sizes: its batch arithmetic.
       sample: work of the transformer at one sample.
-      decode: FLOPs of decoding one picture.
+      decode: FLOPs of decoding one image.
     """
     harmonize, reference = config.harmonize, config.nft.kl_weight > 0
     micro = sizes.samples / sizes.micro_steps
     signal = 2 * sample.forward + sample.backward
     anchor = reference * sample.base + (1 + reference) * sample.backward
     between = sizes.samples * (signal + reference * sample.base)
-    if harmonize.mode == "faithful":
+    if harmonize.mode == "upstream":
         share = 1 / harmonize.refresh_every
         solve = between + micro * (1 + reference) * sample.backward
     else:
@@ -75,8 +75,8 @@ def step_work(
     again = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}[config.model.remat]
     forward = sample.base if config.rollout.merge_adapter else sample.forward
     return StepWork(
-        rollout=sizes.pictures * config.rollout.num_steps * forward,
-        decode=sizes.pictures * decode,
+        rollout=sizes.images * config.rollout.num_steps * forward,
+        decode=sizes.images * decode,
         solve=solve,
         between=solve if share == 1 else between,
         recomputed=sizes.samples * again,
@@ -85,9 +85,9 @@ def step_work(
 
 
 def speed(
-    work: StepWork, record: Mapping[str, Any], pictures: int, num_devices: int, chip: Chip | None
+    work: StepWork, record: Mapping[str, Any], images: int, num_devices: int, chip: Chip | None
 ) -> dict[str, float]:
-    """Pictures a second, TFLOP/s a device and, where the chip's peak is known, the share of it (MFU), of one step.
+    """Images a second, TFLOP/s a device and, where the chip's peak is known, the share of it (MFU), of one step.
 
     MFU counts what the recipe asks for and not what rematerialisation adds, as Chowdhery et al. 2022
     (arXiv 2204.02311) define it. The figures of the whole step count the wait for rewards as time.
@@ -95,14 +95,14 @@ def speed(
     Args:
       work: of a step.
       record: the step's record, with its seconds.
-      pictures: sampled in a step.
+      images: sampled in a step.
       num_devices: of the whole run.
       chip: what the devices are; None for an unknown one.
     """
     train = work.trained(bool(record.get("harmonize/refreshed", 1.0)))
     seconds = {"": record["time/step_s"], "train_": record["time/train_s"]}
     flops = {"": work.rollout + work.decode + train, "train_": train}
-    found = {"speed/pictures_per_s": pictures / seconds[""]}
+    found = {"speed/images_per_s": images / seconds[""]}
     for part, count in flops.items():
         rate = count / seconds[part] / num_devices
         found[f"speed/{part}tflops_per_device"] = rate / 1e12
@@ -115,7 +115,7 @@ def work_of(
     config: ml_collections.ConfigDict, sizes: Sizes, pipeline: Pipeline, adapter: Adapter
 ) -> StepWork:
     """The work of a step of a run whose model is loaded."""
-    height, width, _ = pipeline.latent_shape(config.model.resolution, config.model.resolution)
+    height, width, _ = pipeline.latent_shape(config.model.height, config.model.width)
     architecture = pipeline.model.config
     sample = transformer(
         architecture,

@@ -63,7 +63,7 @@ class Evaluations:
 
         Args:
           state: to evaluate.
-          give_way: called after every batch of pictures; what it raises comes through, and nothing is on record.
+          give_way: called after every batch of images; what it raises comes through, and nothing is on record.
         """
         step = int(state.step)
         records = self._workdir.evaluations
@@ -75,10 +75,10 @@ class Evaluations:
             return state
         if step == 0:
             return state
-        scores, pictures, seconds = self._scores(state, f"step {step} evaluation", give_way)
+        scores, images, seconds = self._scores(state, f"step {step} evaluation", give_way)
         gain = gains(scores, base, self._run.evaluator.groups)
         distributed.from_first(
-            "evaluation", lambda: self._write(step, "ema", scores, pictures, gain, seconds)
+            "evaluation", lambda: self._write(step, "ema", scores, images, gain, seconds)
         )
         better = standardised_gain(scores, base, self._deciding)
         ups = " ".join(f"{n} {gain[n]['mean']:+.3f}" for n in scores.names)
@@ -105,13 +105,13 @@ class Evaluations:
             if there is not None:
                 self._base = _scores_of(there)
             else:
-                scores, pictures, seconds = self._scores(
+                scores, images, seconds = self._scores(
                     None, "evaluation of the base model", give_way
                 )
 
                 def write() -> None:
                     if not on_record:
-                        self._write(0, "base", scores, pictures, None, seconds)
+                        self._write(0, "base", scores, images, None, seconds)
                     self._workdir.write_json(
                         "base_scores.json",
                         {
@@ -142,23 +142,23 @@ class Evaluations:
         if adapter is not None and run.config.rollout.merge_adapter:
             params, adapter = lora.merge(params, adapter, run.spec.scale), None
         with self._console.bar(len(run.evaluator.groups), what, "img") as bar:
-            scores, pictures = run.evaluator(params, adapter, progress)
-        return scores, pictures, time.perf_counter() - start
+            scores, images = run.evaluator(params, adapter, progress)
+        return scores, images, time.perf_counter() - start
 
     def _write(
         self,
         step: int,
         policy: str,
         scores: Scores,
-        pictures: np.ndarray,
+        images: np.ndarray,
         gain: dict | None,
         seconds: float,
     ) -> None:
         evaluator = self._run.evaluator
         folder = self._workdir.samples / f"step_{step:06d}"
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             prompt = evaluator.prompts[evaluator.kept[i]].text
-            save_png(folder / f"{i:02d}.png", picture, {"prompt": prompt, "step": str(step)})
+            save_png(folder / f"{i:02d}.png", image, {"prompt": prompt, "step": str(step)})
         self._workdir.write_json(
             "samples/prompts.json",
             [{"prompt": evaluator.prompts[i].text, "seed": i} for i in evaluator.kept],
@@ -297,7 +297,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
         evaluations,
         lambda s: checkpoints.save(int(s.step), s),
         exports,
-        lambda r: speed(work, r, run.sizes.pictures, jax.device_count(), chip),
+        lambda r: speed(work, r, run.sizes.images, jax.device_count(), chip),
         profiler,
         Guard(training.non_finite, training.non_finite_patience, training.max_rollbacks, rollback),
     )
@@ -332,15 +332,15 @@ def _report(workdir: Workdir) -> str:
 
 
 def _check_rewards(run: build.Run, console: Console) -> None:
-    """Scores golden pictures with all rewards, in batches of the rollouts' size: what it compiles is used again."""
+    """Scores golden images with all rewards, in batches of the rollouts' size: what it compiles is used again."""
     config, rewards = run.config, run.evaluator.scorer.rewards
     if not config.rewards.check:
         return
     # What is on record was scored by our rules, not by upstream's.
-    directory = None if config.harmonize.mode == "faithful" else build.reward_place(config)
+    directory = None if config.rewards.upstream_scoring else build.reward_place(config)
     for remark in before_training(
         rewards,
-        config.model.resolution,
+        config.model.height,
         directory,
         config.rollout.batch_size,
         config.rewards.timeout,
@@ -365,22 +365,22 @@ def _run_record(run: build.Run, command: str) -> dict[str, Any]:
             "processes": jax.process_count(),
         },
         "command": command,
-        "differences_from_faithful": differences_from_faithful(config),
+        "differences_from_upstream": differences_from_upstream(config),
         "started": time.time(),
     }
 
 
 def method_name(config: ml_collections.ConfigDict) -> str:
-    """`MARBLE, amortised`, `weighted sum` and so on."""
-    if config.advantages.scalarise != "none":
-        name = config.advantages.scalarise.replace("_", " ")
+    """`MARBLE, amortized`, `weighted sum` and so on."""
+    if config.advantages.scalarize != "none":
+        name = config.advantages.scalarize.replace("_", " ")
     else:
         name = "MARBLE" if config.harmonize.balancer == "marble" else config.harmonize.balancer
         name = f"{name}, {config.harmonize.mode}"
     parts = [
         name,
-        f"{len(config.advantages.stages)} stages" if config.advantages.stages else "",
-        "reward dropout" if config.advantages.dropout else "",
+        f"{len(config.reward_schedule.stages)} stages" if config.reward_schedule.stages else "",
+        "reward dropout" if config.reward_schedule.dropout else "",
     ]
     return ", ".join(part for part in parts if part)
 
@@ -393,10 +393,10 @@ def deciding_rewards(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     ]
 
 
-def differences_from_faithful(config: ml_collections.ConfigDict) -> list[str]:
+def differences_from_upstream(config: ml_collections.ConfigDict) -> list[str]:
     """What this configuration does differently from upstream's code, a sentence each."""
     found = []
-    if config.harmonize.mode != "faithful":
+    if config.harmonize.mode != "upstream":
         found += [
             "alpha is solved on the whole batch of an optimiser step, not on one micro-step",
             "steps between solves weigh gradients, not advantages: a missing reward stays missing, and the "
@@ -432,7 +432,7 @@ def _announce(run: build.Run, workdir: Workdir, console: Console, resumed: int |
         (
             "model",
             f"{config.model.path}: transformer {quantity(base)} {config.model.dtype}, adapter "
-            f"{quantity(trained)} (rank {config.lora.rank}{start}), {config.model.resolution} px",
+            f"{quantity(trained)} (rank {config.lora.rank}{start}), {config.model.height} x {config.model.width} px",
         ),
         (
             "base weights",
@@ -449,8 +449,8 @@ def _announce(run: build.Run, workdir: Workdir, console: Console, resumed: int |
         ),
         (
             "step",
-            f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.pictures} "
-            f"pictures in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} "
+            f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.images} "
+            f"images in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} "
             f"timesteps: {sizes.samples} samples in {sizes.micro_steps} micro-steps",
         ),
         (
@@ -509,5 +509,5 @@ def _conclude(
     )
     console.table(
         [tuple(map(str, row)) for row in rows],
-        ("reward", "before", "after", "gain", "pictures", ""),
+        ("reward", "before", "after", "gain", "images", ""),
     )

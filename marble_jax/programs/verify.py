@@ -1,8 +1,8 @@
-"""Proof of an export: other libraries open the folder and draw the picture that the trainer draws.
+"""Proof of an export: other libraries open the folder and draw the image that the trainer draws.
 
 One fixed prompt and noise, a few steps, float32. Every reader draws with and without the adapter; compared are the
-pictures, and the strength: the projection of its change on ours, 1 when right, 1/2 for an adapter that loads at half
-strength, 0 for one that loads and does nothing. Pictures alone would pass a weak adapter at any strength.
+images, and the strength: the projection of its change on ours, 1 when right, 1/2 for an adapter that loads at half
+strength, 0 for one that loads and does nothing. Images alone would pass a weak adapter at any strength.
 
 torch, diffusers and peft are imported here and nowhere else.
 """
@@ -24,12 +24,12 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.pipeline import load_pipeline
-from marble_jax.flow.policy_sampler import make_sampler, picture_noise
+from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.types import Adapter
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
 TOLERANCE = 1e-2
-"""Largest difference of a pixel, of 1, between our picture and another library's."""
+"""Largest difference of a pixel, of 1, between our image and another library's."""
 STRENGTH_TOLERANCE = 0.05
 ROUNDED_TOLERANCE, ROUNDED_STRENGTH_TOLERANCE = 5e-2, 0.25
 """The same for weights that were merged and then rounded to 16 bits: rounding moves every weight by up to 1/256."""
@@ -46,14 +46,16 @@ class Drawing:
     Attributes:
       model: directory of the base pipeline.
       prompt: the text.
-      resolution: pixels a side.
+      height: pixels.
+      width: pixels.
       tokens: T5 tokens a prompt. T5 itself is left out, as the adapter does not reach it.
       lora_scale: alpha / rank.
     """
 
     model: epath.PathLike
     prompt: str
-    resolution: int
+    height: int
+    width: int
     tokens: int
     lora_scale: float
 
@@ -83,14 +85,14 @@ def verify(
       `prompt`, `seed`, `num_steps`, `effect`, and by reader `difference` and `strength`.
 
     Raises:
-      InputError: an adapter without effect, or a reader that draws another picture.
+      InputError: an adapter without effect, or a reader that draws another image.
     """
     check_packages()
-    ours = _our_pictures(drawing, adapter)
+    ours = _our_images(drawing, adapter)
     change = ours["with"] - ours["base"]
     effect = float(np.abs(change).max())
     console.say(
-        f'verify: "{drawing.prompt}", seed {SEED}, {NUM_STEPS} steps, {drawing.resolution} px, float32; the '
+        f'verify: "{drawing.prompt}", seed {SEED}, {NUM_STEPS} steps, {drawing.height} x {drawing.width} px, float32; the '
         f"adapter changes a pixel by up to {effect:.4f}"
     )
     if effect < LEAST_EFFECT:
@@ -99,9 +101,9 @@ def verify(
             f"without effect (largest change {effect:.1g})"
         )
     readers, failures = {}, []
-    for name, rounded, base, picture in _their_pictures(folder, drawing, ours):
-        difference = float(np.abs(picture - ours["with"]).max())
-        strength = float(np.vdot(picture - base, change) / np.vdot(change, change))
+    for name, rounded, base, image in _their_images(folder, drawing, ours):
+        difference = float(np.abs(image - ours["with"]).max())
+        strength = float(np.vdot(image - base, change) / np.vdot(change, change))
         readers[name] = {"difference": difference, "strength": strength}
         console.say(f"  {name:10} largest difference {difference:.5f}  strength {strength:.3f}")
         limit, spread = (
@@ -117,7 +119,7 @@ def verify(
             )
     if failures:
         raise InputError(
-            f"--verify: expected the trainer's picture within {TOLERANCE} a pixel at strength 1; "
+            f"--verify: expected the trainer's image within {TOLERANCE} a pixel at strength 1; "
             f"received: {'; '.join(failures)}; nothing was written"
         )
     return {
@@ -129,8 +131,8 @@ def verify(
     }
 
 
-def _our_pictures(drawing: Drawing, adapter: Adapter) -> dict[str, np.ndarray]:
-    """Our pictures float32 [1, H, W, 3] in [0, 1], and what they start from."""
+def _our_images(drawing: Drawing, adapter: Adapter) -> dict[str, np.ndarray]:
+    """Our images float32 [1, H, W, 3] in [0, 1], and what they start from."""
     pipeline = load_pipeline(
         drawing.model, dtype=jnp.float32, text_encoder_3=False, lora_scale=drawing.lora_scale
     )
@@ -142,8 +144,8 @@ def _our_pictures(drawing: Drawing, adapter: Adapter) -> dict[str, np.ndarray]:
 
     sampler = make_sampler(velocity, NUM_STEPS, "euler", pipeline.scheduler.shift)
     cond = pipeline.encode_prompts([drawing.prompt], drawing.tokens)
-    noise = picture_noise(
-        jax.random.key(SEED), [0], pipeline.latent_shape(drawing.resolution, drawing.resolution)
+    noise = image_noise(
+        jax.random.key(SEED), [0], pipeline.latent_shape(drawing.height, drawing.width)
     )
     found = {"noise": noise, "embeds": cond.embeds, "pooled": cond.pooled}
     # The CPU's default is exact; elsewhere it may be a 16-bit product.
@@ -153,10 +155,10 @@ def _our_pictures(drawing: Drawing, adapter: Adapter) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
-def _their_pictures(
+def _their_images(
     folder: epath.Path, drawing: Drawing, ours: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, bool, np.ndarray, np.ndarray]]:
-    """Yields (reader, whether its weights are rounded, its picture without adapter, its picture with it)."""
+    """Yields (reader, whether its weights are rounded, its image without adapter, its image with it)."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # diffusers' imports chat through it
@@ -192,8 +194,8 @@ def _their_pictures(
             latents=noise.permute(0, 3, 1, 2),
             num_inference_steps=NUM_STEPS,
             guidance_scale=1.0,
-            height=drawing.resolution,
-            width=drawing.resolution,
+            height=drawing.height,
+            width=drawing.width,
             output_type="np",
         ).images
 

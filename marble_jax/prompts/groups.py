@@ -1,6 +1,6 @@
-"""Which prompts a training step draws, and how its pictures form groups.
+"""Which prompts a training step draws, and how its images form groups.
 
-A step takes a share of its prompts from every source and asks for several pictures of each; the pictures of one draw
+A step takes a share of its prompts from every source and asks for several images of each; the images of one draw
 are a group, within which they are compared. All of it is a pure function of (seed, step): nothing to save, nothing that
 depends on how many devices there are. Two draws of equal texts are two groups.
 """
@@ -19,7 +19,7 @@ from marble_jax.streams import Stream, stream_generator
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """The N = num_prompts * images_per_prompt samples of a step, the pictures of a group side by side.
+    """The N = num_prompts * images_per_prompt samples of a step, the images of a group side by side.
 
     Attributes:
       prompts: N prompts.

@@ -1,6 +1,6 @@
-"""Prompts that ask for a quoted text in the picture: what the OCR reward is trained on.
+"""Prompts that ask for a quoted text in the image: what the OCR reward is trained on.
 
-A prompt is a scene, a surface that carries letters, the text in straight double quotes, and how the picture looks. The
+A prompt is a scene, a surface that carries letters, the text in straight double quotes, and how the image looks. The
 texts themselves are held out too: no text of the test set is ever trained on.
 """
 

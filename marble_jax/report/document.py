@@ -1,4 +1,4 @@
-"""The frame of a page: one HTML file that holds its style, script and pictures, and loads nothing."""
+"""The frame of a page: one HTML file that holds its style, script and images, and loads nothing."""
 
 from __future__ import annotations
 

@@ -152,8 +152,8 @@ def _drifts(records: Records) -> list[Alarm]:
     if pair and pair[0] > 0 and pair[1] < DIVERSITY_WATCH * pair[0]:
         alarm = pair[1] <= DIVERSITY_ALARM * pair[0]
         text = (
-            f"Pictures of one prompt differ less than at the start: {pair[0]:.3g} then, {pair[1]:.3g} now "
-            f"({pair[1] / pair[0] - 1:+.0%}). Collapse onto one look per prompt reads like this; see the pictures."
+            f"Images of one prompt differ less than at the start: {pair[0]:.3g} then, {pair[1]:.3g} now "
+            f"({pair[1] / pair[0] - 1:+.0%}). Collapse onto one look per prompt reads like this; see the images."
         )
         found.append(
             Alarm(
@@ -172,7 +172,7 @@ def _drifts(records: Records) -> list[Alarm]:
         found.append(
             Alarm(
                 level,
-                "Pictures are getting " + ("brighter" if pair[1] > pair[0] else "darker"),
+                "Images are getting " + ("brighter" if pair[1] > pair[0] else "darker"),
                 text,
             )
         )
@@ -199,7 +199,7 @@ def _reward_faults(records: Records) -> list[Alarm]:
             1.0, abs(mean.last()) if len(mean.finite) else 1.0
         ):
             text = (
-                f"Every picture of the last {recent.size} step(s) scored {mean.last():.4g}. A reward that is "
+                f"Every image of the last {recent.size} step(s) scored {mean.last():.4g}. A reward that is "
                 "installed wrongly looks like this, and so does one that is solved."
             )
             found.append(Alarm("alarm", f"{name} is constant", text))
@@ -209,7 +209,7 @@ def _reward_faults(records: Records) -> list[Alarm]:
                 Alarm(
                     "alarm",
                     f"{name} never applied",
-                    "It was missing on every picture of every step: the prompts may lack what it needs.",
+                    "It was missing on every image of every step: the prompts may lack what it needs.",
                 )
             )
         failed = records.series(f"rollout/failed/{name}")
@@ -224,7 +224,7 @@ def _reward_faults(records: Records) -> list[Alarm]:
         ties = last_window(records.series(f"rollout/zero_std_share/{name}"))
         if ties.size and ties.mean() > ZERO_STD_WATCH:
             text = (
-                f"In {ties.mean():.0%} of the groups of the last {ties.size} step(s) every picture scored alike; "
+                f"In {ties.mean():.0%} of the groups of the last {ties.size} step(s) every image scored alike; "
                 "those groups teach nothing."
             )
             found.append(Alarm("watch", f"{name}: most groups tie", text))
@@ -266,7 +266,7 @@ def _failed_evaluations(records: Records) -> list[Alarm]:
         Alarm(
             "watch",
             f"{name} failed in evaluations",
-            f"Held-out pictures without a score: {', '.join(where)}. Gains compare the pictures that both have.",
+            f"Held-out images without a score: {', '.join(where)}. Gains compare the images that both have.",
         )
         for name, where in found.items()
     ]
@@ -279,7 +279,7 @@ def _outcome_faults(records: Records) -> list[Alarm]:
             text = (
                 f"The held-out reward {outcome.reward} lost {abs(outcome.gain['mean']):.3g} "
                 f"(interval {outcome.gain['low']:.3g} to {outcome.gain['high']:.3g}) while others were trained: "
-                "rewards may be won at the pictures' cost."
+                "rewards may be won at the images' cost."
             )
             found.append(Alarm("alarm", f"{outcome.reward} fell without being trained", text))
         history = [(step_of(e), records.score(e, outcome.reward)) for e in records.trained]

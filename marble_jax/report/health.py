@@ -9,7 +9,7 @@ from marble_jax.report import blocks, charts, findings
 from marble_jax.report.records import Records
 
 _PHASES = (
-    ("rollout", "Rollout (sampling pictures)"),
+    ("rollout", "Rollout (sampling images)"),
     ("rewards_wait", "Waiting for rewards"),
     ("train", "Gradients and update"),
     ("other", "Everything else"),
@@ -66,7 +66,7 @@ def health(records: Records) -> str:
             (
                 "rollout/diversity",
                 "Diversity within a prompt's group",
-                "distance between pictures of one prompt",
+                "distance between images of one prompt",
                 False,
             ),
             ("rollout/brightness", "Brightness", "mean, 0 black to 1 white", False),
@@ -83,8 +83,8 @@ def health(records: Records) -> str:
         ),
     )
     ties = blocks.figure(
-        "Groups in which every picture scored alike",
-        "Such a group has no best picture and teaches nothing about that reward.",
+        "Groups in which every image scored alike",
+        "Such a group has no best image and teaches nothing about that reward.",
         blocks.reward_chart(
             records,
             "rollout/zero_std_share",
@@ -131,7 +131,7 @@ def health(records: Records) -> str:
                 "Spread of scores (median)",
             ),
             rows,
-            caption="Missing: the reward does not apply to the picture's prompt, or its call failed",
+            caption="Missing: the reward does not apply to the image's prompt, or its call failed",
         )
         if rows
         else ""

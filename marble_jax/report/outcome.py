@@ -1,4 +1,4 @@
-"""The upper half of the page: what the run achieved. Verdict, table, pictures, curves, other runs."""
+"""The upper half of the page: what the run achieved. Verdict, table, images, curves, other runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _tiles(records: Records) -> str:
                 f"{pair[1] / pair[0] - 1:+.0%}".replace("-", "\N{MINUS SIGN}").replace(
                     "%", "\N{NO-BREAK SPACE}%"
                 ),
-                "diversity of a prompt's pictures since the start",
+                "diversity of a prompt's images since the start",
             )
         )
     step = findings.timings(records)["step"]
@@ -162,7 +162,7 @@ def before_after(records: Records) -> str:
             "Gain",
             "Gain against zero",
             "Verdict",
-            "Pictures",
+            "Images",
         ),
         rows,
         kind="outcome",
@@ -173,13 +173,13 @@ def before_after(records: Records) -> str:
         title,
         grid,
         '<p class="small">Bars: each row has its own scale; the upright line is zero. '
-        "<i>Pictures</i> counts those to which the reward applies.</p>",
+        "<i>Images</i> counts those to which the reward applies.</p>",
     )
 
 
 def _embed(strip: Strip, index: int, flaws: list[str]) -> str:
-    """One picture of a strip."""
-    step, path = strip.pictures[index]
+    """One image of a strip."""
+    step, path = strip.images[index]
     return document.inline(path, f"Step {step}: {strip.prompt}", flaws)
 
 
@@ -195,33 +195,33 @@ def _between(steps: Sequence[int]) -> list[int]:
     return [inner[round(i)] for i in np.linspace(0, len(inner) - 1, MAX_BETWEEN)]
 
 
-def pictures(records: Records, flaws: list[str]) -> str:
+def images(records: Records, flaws: list[str]) -> str:
     """The fixed prompts before and after, and folded below them the steps between.
 
     Appends a sentence to `flaws` for each unreadable file.
     """
     title = "Same prompt, same seed"
-    strips = [s for s in records.strips if s.pictures]
+    strips = [s for s in records.strips if s.images]
     if not strips:
         return blocks.section(
-            "pictures",
+            "images",
             title,
             blocks.absent(
-                "No sample pictures yet. They appear under <code>samples/</code> with the first evaluation."
+                "No sample images yet. They appear under <code>samples/</code> with the first evaluation."
             ),
         )
     shown = strips[:MAX_PROMPTS]
     cards, timelines = [], []
     for strip in shown:
-        steps = [step for step, _ in strip.pictures]
+        steps = [step for step, _ in strip.images]
         ends = [0] if len(steps) == 1 else [0, len(steps) - 1]
-        images = "".join(
+        cells = "".join(
             f'<div>{_embed(strip, i, flaws)}<span class="when">{_step_name(steps[i])}</span></div>'
             for i in ends
         )
         seed = f' <span class="seed">seed {strip.seed}</span>' if strip.seed is not None else ""
         cards.append(
-            f'<figure class="card"><div class="pair">{images}</div><figcaption>'
+            f'<figure class="card"><div class="pair">{cells}</div><figcaption>'
             f"{escape(strip.prompt)}{seed}</figcaption></figure>"
         )
         middle = "".join(
@@ -238,10 +238,10 @@ def pictures(records: Records, flaws: list[str]) -> str:
         "Left the base model, right the latest evaluated weights, from the same initial noise. The "
         f"prompts are the run's fixed list, in its order.{count}"
     )
-    if all(len(s.pictures) == 1 for s in shown):
-        lead = f"Pictures of one step only so far; the next evaluation adds the comparison.{count}"
+    if all(len(s.images) == 1 for s in shown):
+        lead = f"Images of one step only so far; the next evaluation adds the comparison.{count}"
     return blocks.section(
-        "pictures",
+        "images",
         title,
         f'<div class="cards">{"".join(cards)}</div>',
         blocks.fold("The steps between", *timelines) if timelines else "",

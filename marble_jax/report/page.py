@@ -15,7 +15,7 @@ REPORT_NAME = "report.html"
 _SECTIONS = (
     ("verdict", "Verdict"),
     ("before-after", "Table"),
-    ("pictures", "Pictures"),
+    ("images", "Images"),
     ("curves", "Scores"),
     ("compare", "Other runs"),
     ("alpha", "Alpha"),
@@ -96,13 +96,13 @@ def _header(records: Records) -> str:
 
 
 def render(records: Records) -> str:
-    """The whole page as HTML text; a pure function of the records and the pictures they point to."""
+    """The whole page as HTML text; a pure function of the records and the images they point to."""
     flaws = list(records.flaws)
     body = "".join(
         [
             outcome.verdict(records),
             outcome.before_after(records),
-            outcome.pictures(records, flaws),
+            outcome.images(records, flaws),
             outcome.curves(records),
             outcome.comparison(records),
             gradients.weights(records),

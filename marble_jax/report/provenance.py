@@ -1,4 +1,4 @@
-"""How the run was made: command, differences from the faithful preset, configuration, versions and hardware."""
+"""How the run was made: command, differences from the upstream preset, configuration, versions and hardware."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _value(value: Any) -> str:
 
 
 def setup(records: Records) -> str:
-    """Command, differences from the faithful preset, configuration, versions and hardware."""
+    """Command, differences from the upstream preset, configuration, versions and hardware."""
     title, run = "How it was run", records.run
     if not run:
         return blocks.section("setup", title, blocks.absent("No <code>run.json</code> yet."))
@@ -32,7 +32,7 @@ def setup(records: Records) -> str:
             '<h3>Command</h3><pre tabindex="0">'
             f"{escape(' '.join(map(str, command)) if isinstance(command, list) else str(command))}</pre>"
         )
-    differences = run.get("differences_from_faithful")
+    differences = run.get("differences_from_upstream")
     if differences:
         items = []
         for entry in differences if isinstance(differences, list) else _pairs(differences):
@@ -41,12 +41,12 @@ def setup(records: Records) -> str:
             else:
                 items.append(": ".join(entry) if isinstance(entry, tuple) else escape(str(entry)))
         body.append(
-            '<h3>What differs from the faithful preset</h3><ul class="plain">'
+            '<h3>What differs from the upstream preset</h3><ul class="plain">'
             f"{''.join(f'<li>{item}</li>' for item in items)}</ul>"
         )
     elif differences is not None:
         body.append(
-            "<h3>What differs from the faithful preset</h3><p>Nothing: this run follows the original procedure.</p>"
+            "<h3>What differs from the upstream preset</h3><p>Nothing: this run follows the original procedure.</p>"
         )
     config = _pairs(run.get("config"))
     if config:

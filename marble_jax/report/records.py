@@ -49,17 +49,17 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """One fixed prompt and its picture at every step that was sampled.
+    """One fixed prompt and its image at every step that was sampled.
 
     Attributes:
       prompt: the text, untrusted.
       seed: seed of the initial noise, or None when it was not recorded.
-      pictures: (step, file) in increasing step; files may be damaged or still being written.
+      images: (step, file) in increasing step; files may be damaged or still being written.
     """
 
     prompt: str
     seed: int | None
-    pictures: tuple[tuple[int, epath.Path], ...]
+    images: tuple[tuple[int, epath.Path], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Records:
       run: `run.json`, or an empty dict.
       rows: `metrics.jsonl`, one dict per step in increasing step; of a step written twice (a resumed run) the later.
       evaluations: `evaluation.jsonl` in increasing step, likewise.
-      strips: the fixed prompts with their pictures.
+      strips: the fixed prompts with their images.
       compare: summaries of other runs.
       rewards: names of the trained rewards, in the order of the run.
       heldout: names of the rewards that are measured and never trained.
@@ -202,13 +202,13 @@ def _strips(directory: epath.Path, flaws: list[str]) -> tuple[Strip, ...]:
     for index, entry in enumerate(prompts):
         entry = entry if isinstance(entry, dict) else {"prompt": entry}
         seed = entry.get("seed")
-        pictures = tuple(
+        images = tuple(
             (step, child / f"{index:02d}.png")
             for step, child, names in steps
             if f"{index:02d}.png" in names
         )
         strips.append(
-            Strip(str(entry.get("prompt", "")), seed if isinstance(seed, int) else None, pictures)
+            Strip(str(entry.get("prompt", "")), seed if isinstance(seed, int) else None, images)
         )
     return tuple(strips)
 

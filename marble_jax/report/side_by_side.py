@@ -23,7 +23,7 @@ _SECTIONS = (
     ("geneval", "GenEval"),
     ("sources", "Sources"),
     ("paper", "The paper's table"),
-    ("pictures", "Pictures"),
+    ("images", "Images"),
     ("setup", "Set-up"),
 )
 _TAG_WORDS = {
@@ -45,7 +45,7 @@ class Comparison:
       path: its folder.
       record: `evaluation.json`.
       summary: `summary.json`; empty before scoring.
-      prompts: text, source and metadata of every picture.
+      prompts: text, source and metadata of every image.
       flaws: what could not be read, a sentence each.
     """
 
@@ -139,7 +139,7 @@ def scores(comparison: Comparison) -> str:
     title, models, found = "Scores", comparison.models, comparison.summary
     if not comparison.columns:
         return blocks.section(
-            "scores", title, blocks.absent("Not scored yet: the pictures below are all there is.")
+            "scores", title, blocks.absent("Not scored yet: the images below are all there is.")
         )
     sentences = []
     for model in models[1:]:
@@ -190,7 +190,7 @@ def scores(comparison: Comparison) -> str:
             "gives other numbers.</p>"
         )
     grid = blocks.table(
-        ("Reward", *(_model(comparison, m) for m in models), "Pictures"),
+        ("Reward", *(_model(comparison, m) for m in models), "Images"),
         rows,
         kind="models",
         caption="Mean with its 95&nbsp;% bootstrap interval over prompts, in each reward's own units; higher is better",
@@ -262,10 +262,10 @@ def geneval(comparison: Comparison) -> str:
         if len(tags) > 1:
             parts.append(
                 blocks.table(
-                    ("Kind", *(_model(comparison, m) for m in comparison.models), "Pictures"),
+                    ("Kind", *(_model(comparison, m) for m in comparison.models), "Images"),
                     rows,
                     kind="models",
-                    caption=f"{escape(name)}: share of pictures that are right in all respects",
+                    caption=f"{escape(name)}: share of images that are right in all respects",
                 )
             )
     return blocks.section("geneval", "GenEval by kind", *parts) if parts else ""
@@ -293,7 +293,7 @@ def sources(comparison: Comparison) -> str:
             blocks.fold(
                 f"Prompts of {escape(source)}",
                 blocks.table(
-                    ("Reward", *(_model(comparison, m) for m in comparison.models), "Pictures"),
+                    ("Reward", *(_model(comparison, m) for m in comparison.models), "Images"),
                     rows,
                     kind="models",
                 ),
@@ -349,13 +349,13 @@ def chosen(comparison: Comparison, count: int) -> list[int]:
     ]
 
 
-def pictures(comparison: Comparison, count: int) -> str:
+def images(comparison: Comparison, count: int) -> str:
     """The same prompts and seeds, a column a model."""
     cards = []
     seed = comparison.record.get("settings", {}).get("seed")
     for i in chosen(comparison, count):
         text = str(comparison.prompts[i].get("prompt"))
-        images = []
+        cells = []
         for model in comparison.models:
             file = comparison.path / model / f"{i:05d}.png"
             shown = (
@@ -363,10 +363,10 @@ def pictures(comparison: Comparison, count: int) -> str:
                 if file.exists()
                 else '<span class="hole">not drawn</span>'
             )
-            images.append(f'<div>{shown}<span class="when">{escape(model)}</span></div>')
+            cells.append(f'<div>{shown}<span class="when">{escape(model)}</span></div>')
         mark = "" if seed is None else f' <span class="seed">seed {escape(str(seed))}:{i}</span>'
         cards.append(
-            f'<figure class="card"><div class="pair contest" style="--models:{len(images)}">{"".join(images)}'
+            f'<figure class="card"><div class="pair contest" style="--models:{len(cells)}">{"".join(cells)}'
             f"</div><figcaption>{escape(text)}{mark}</figcaption></figure>"
         )
     if not cards:
@@ -374,7 +374,7 @@ def pictures(comparison: Comparison, count: int) -> str:
     lead = "From left to right the models, from the same noise. The prompts are evenly spread over the list, unpicked."
     wide = " wide-cards" if len(comparison.models) > 2 else ""
     return blocks.section(
-        "pictures",
+        "images",
         "Same prompt, same seed",
         f'<div class="cards{wide}">{"".join(cards)}</div>',
         lead=lead,
@@ -382,7 +382,7 @@ def pictures(comparison: Comparison, count: int) -> str:
 
 
 def setup(comparison: Comparison) -> str:
-    """What was compared, how pictures were drawn, and the command."""
+    """What was compared, how images were drawn, and the command."""
     record = comparison.record
     rows = [
         (
@@ -409,7 +409,7 @@ def setup(comparison: Comparison) -> str:
         *(
             blocks.fold(title, blocks.table(head, lines, kind="config"))
             for title, head, lines in (
-                ("How pictures were drawn", ("Setting", "Value"), drawn),
+                ("How images were drawn", ("Setting", "Value"), drawn),
                 ("Rewards", ("Reward", "Kind", "From"), rewards),
             )
             if lines
@@ -420,12 +420,12 @@ def setup(comparison: Comparison) -> str:
     )
 
 
-def render(comparison: Comparison, num_pictures: int = 24) -> str:
+def render(comparison: Comparison, num_images: int = 24) -> str:
     """The whole page as HTML text."""
     models, record = comparison.models, comparison.record
     facts = [
         ("Models", ", ".join(models)),
-        ("Pictures a model", f"{record.get('num_pictures', 0):,}"),
+        ("Images a model", f"{record.get('num_images', 0):,}"),
         ("Prompts", str(record.get("prompts", ""))),
     ]
     settings = record.get("settings") or {}
@@ -453,13 +453,13 @@ def render(comparison: Comparison, num_pictures: int = 24) -> str:
             geneval(comparison),
             sources(comparison),
             paper(comparison),
-            pictures(comparison, num_pictures),
+            images(comparison, num_images),
             setup(comparison),
         ]
     )
     footer = (
         f"Made from <code>{escape(str(comparison.path))}</code>: scores.jsonl of every model, summary.json and "
-        "the pictures beside them."
+        "the images beside them."
     )
     return document.document(
         f"{', '.join(models)}: evaluation",
@@ -470,11 +470,11 @@ def render(comparison: Comparison, num_pictures: int = 24) -> str:
     )
 
 
-def write_comparison(path: epath.PathLike, num_pictures: int = 24) -> epath.Path:
+def write_comparison(path: epath.PathLike, num_images: int = 24) -> epath.Path:
     """Writes `index.html` into the folder of an evaluation, replacing an earlier one in one move.
 
     Raises:
       InputError: it is not such a folder.
     """
     comparison = read_comparison(path)
-    return document.write_page(comparison.path / PAGE_NAME, render(comparison, num_pictures))
+    return document.write_page(comparison.path / PAGE_NAME, render(comparison, num_images))

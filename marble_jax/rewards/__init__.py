@@ -1,1 +1,1 @@
-"""Rewards: numbers for pictures, from networks on the device and readers and detectors on the host."""
+"""Rewards: numbers for images, from networks on the device and readers and detectors on the host."""

@@ -1,4 +1,4 @@
-"""What a reward is: pictures and prompts in, one number per picture and a mask of the numbers that mean something out.
+"""What a reward is: images and prompts in, one number per image and a mask of the numbers that mean something out.
 
 Two kinds share one signature. A *device* reward takes and returns jax arrays and runs where its parameters lie; a
 *host* reward works on NumPy arrays and runs beside the device (`host.HostScorer`). A score can be absent for two
@@ -31,7 +31,7 @@ class Reward:
       name: key of the reward in configs, records and logs.
       kind: "device" (jax arrays) or "host" (NumPy arrays, called from a worker thread, hence thread-safe).
       params: frozen weights handed to `score` by default; None for rewards without any.
-      whole_groups: a picture's score depends on the other pictures of its prompt, which have to be in its batch.
+      whole_groups: an image's score depends on the other images of its prompt, which have to be in its batch.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Reward:
     whole_groups: bool = False
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
-        """Whether a picture of this prompt can be scored at all."""
+        """Whether an image of this prompt can be scored at all."""
         return True
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
@@ -54,14 +54,14 @@ class Reward:
 
         Returns:
           (values float32 [N], valid bool [N]). Where the reward applies and `valid` is False, or the value is not
-          finite, the reward failed on that picture. A host reward that learns only from its backend what it applies
+          finite, the reward failed on that image. A host reward that learns only from its backend what it applies
           to returns a third array, bool [N], that narrows `applies`.
         """
         raise NotImplementedError
 
 
 class Result(NamedTuple):
-    """One reward on N pictures: `values` float32 [N] (0 where not valid), `valid` bool [N], `failed` bool [N]."""
+    """One reward on N images: `values` float32 [N] (0 where not valid), `valid` bool [N], `failed` bool [N]."""
 
     values: np.ndarray
     valid: np.ndarray
@@ -121,7 +121,7 @@ def stack(results: Mapping[str, Result]) -> Scores:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Pictures in [0, 1] as 8-bit, rounded to nearest and clipped; 8-bit pictures pass through."""
+    """Images in [0, 1] as 8-bit, rounded to nearest and clipped; 8-bit images pass through."""
     images = np.asarray(images)
     return (
         images

@@ -1,8 +1,8 @@
-"""Whether rewards work: they load, score the golden pictures as expected, and tell pictures apart.
+"""Whether rewards work: they load, score the golden images as expected, and tell images apart.
 
-A reward that is installed wrongly often looks as if it worked: the same number for every picture, or numbers that have
+A reward that is installed wrongly often looks as if it worked: the same number for every image, or numbers that have
 nothing to do with it. What is known of a reward is held against its scores: numbers on record (`golden.json` beside
-`rewards.json`), or at least that it answers, that different pictures get different scores, and that a picture's own
+`rewards.json`), or at least that it answers, that different images get different scores, and that an image's own
 prompt beats another's.
 """
 
@@ -28,14 +28,14 @@ from marble_jax.rewards.toy_world import golden_images
 from marble_jax.rewards.workers.host_scorer import HostScorer, line
 
 TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
-"""Largest difference from a recorded score: a share of the reward's spread over the golden pictures, and in itself."""
+"""Largest difference from a recorded score: a share of the reward's spread over the golden images, and in itself."""
 ATTEMPTS = 3
 MIN_SECONDS = 1.0
 """For which the throughput is measured."""
 BROKEN = {
     "failed": "fails",
     "differs": "scores otherwise",
-    "constant": "gives every picture the same score",
+    "constant": "gives every image the same score",
 }
 
 
@@ -60,7 +60,7 @@ class Finding:
 
     @property
     def broken(self) -> bool:
-        """Whether the reward must not be trained on. A host reward may be constant on pictures as plain as these."""
+        """Whether the reward must not be trained on. A host reward may be constant on images as plain as these."""
         return (
             self.status in ("failed", "differs")
             or self.status == "constant"
@@ -73,7 +73,7 @@ class Finding:
         return self.status in ("ok", "not asked")
 
     def mean(self, own: bool) -> float:
-        """Mean score with the pictures' own prompts, or with their partners'; NaN without any."""
+        """Mean score with the images' own prompts, or with their partners'; NaN without any."""
         values, valid = (
             self.result.values[0 if own else 1 :: 2],
             self.result.valid[0 if own else 1 :: 2],
@@ -92,7 +92,7 @@ def look(
 
     Args:
       rewards: with distinct names.
-      side: pixels of the pictures.
+      side: pixels of the images.
       expected: recorded scores by reward.
       timeout: seconds a call of a host reward may take.
       batch_size: on the device the samples are cut or filled up to it, so that a program is compiled that the run
@@ -180,19 +180,19 @@ def _verdict(
     if result.failed.any():
         return (
             "failed",
-            f"{int(result.failed.sum())} of {asked} golden pictures without a score: {reason}",
+            f"{int(result.failed.sum())} of {asked} golden images without a score: {reason}",
         )
     if expected is not None:
         return _compared(values, valid, expected)
     if not asked:
-        return "not asked", "applies to none of the golden pictures"
+        return "not asked", "applies to none of the golden images"
     scores = values[valid]
     if len(scores) > 2 and np.ptp(scores) <= 1e-6 * max(1.0, float(np.abs(scores).max())):
-        return "constant", f"{scores[0]:.4g} for every golden picture"
+        return "constant", f"{scores[0]:.4g} for every golden image"
     own, other = valid[::2] & valid[1::2], values[1::2]
     lead = (values[::2] - other)[own]
     if len(lead) > 2 and np.any(lead != 0) and lead.mean() <= 0:
-        return "disordered", f"own prompts score {lead.mean():+.3g} against other pictures' prompts"
+        return "disordered", f"own prompts score {lead.mean():+.3g} against other images' prompts"
     return "ok", "" if not len(lead) or not np.any(
         lead != 0
     ) else f"own prompts lead by {lead.mean():.3g}"
@@ -205,22 +205,22 @@ def _compared(
     wanted = np.array([0.0 if v is None else v for v in expected], np.float64)
     both = known & valid
     if np.any(valid & ~known) or not np.any(both):
-        return "differs", "scores golden pictures other than those on record"
+        return "differs", "scores golden images other than those on record"
     spread = float(np.ptp(wanted[known]))
     difference = np.abs(np.where(both, values - wanted, 0.0))
     worst, allowed = int(np.argmax(difference)), max(TOLERANCE * spread, LEAST_TOLERANCE)
     if difference[worst] > allowed:
         return "differs", (
-            f"golden picture {worst}: expected {wanted[worst]:.4g} within {allowed:.2g}; received "
+            f"golden image {worst}: expected {wanted[worst]:.4g} within {allowed:.2g}; received "
             f"{values[worst]:.4g}; if the weights are new, reward check --write records them"
         )
     return "ok", f"as on record, within {difference[worst]:.1g}"
 
 
 def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.0) -> float:
-    """Pictures per second in batches of golden pictures; NaN where the reward fails.
+    """Images per second in batches of golden images; NaN where the reward fails.
 
-    Counts pictures that the reward applies to; what is compiled or loaded on first use is not counted.
+    Counts images that the reward applies to; what is compiled or loaded on first use is not counted.
     """
     images, prompts = golden_images.samples(side)
     asked = np.flatnonzero(
@@ -298,12 +298,12 @@ def before_training(
     for finding in findings:
         if finding.broken:
             raise InputError(
-                f"reward {finding.name}: expected sound scores of the golden pictures; received a reward "
+                f"reward {finding.name}: expected sound scores of the golden images; received a reward "
                 f"that {BROKEN[finding.status]} ({finding.note}); see marble-jax reward check, or "
                 "rewards.check=false"
             )
     return [
-        f"reward {f.name}: {f.status} on the golden pictures ({f.note}); right for some rewards, else a sign of a "
+        f"reward {f.name}: {f.status} on the golden images ({f.note}); right for some rewards, else a sign of a "
         "faulty installation"
         for f in findings
         if not f.passed

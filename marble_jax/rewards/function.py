@@ -2,12 +2,12 @@
 
 Its first two parameters say how it wants to be called:
 
-    def sharpness(image, prompt, metadata): ...      # one picture at a time -> a number
+    def sharpness(image, prompt, metadata): ...      # one image at a time -> a number
     def sharpness(images, prompts, metadata): ...    # a batch -> a number each
-    def rank(images, prompt, metadata): ...          # all pictures of one prompt -> a number each
+    def rank(images, prompt, metadata): ...          # all images of one prompt -> a number each
 
-A picture is float32 [H, W, 3] in [0, 1] (read-only), metadata the prompt's mapping (a list of them where `images` is
-one). None instead of a number says that the function does not apply to that picture; NaN, or an exception, that it
+An image is float32 [H, W, 3] in [0, 1] (read-only), metadata the prompt's mapping (a list of them where `images` is
+one). None instead of a number says that the function does not apply to that image; NaN, or an exception, that it
 failed. An attribute `applies`, a function (prompt, metadata) -> bool, leaves out prompts before any call. The module
 is looked for beside `rewards.json`, in the working directory and among what is installed. Several threads may call the
 function at the same time.
@@ -138,7 +138,7 @@ def form_of(name: str, function: Callable[..., Any]) -> str:
         received = ", ".join(str(p) for p in parameters) or "none that can be read"
         raise InputError(
             f"reward {name}: expected parameters (image, prompt, metadata), (images, prompts, metadata) "
-            f"or, for all pictures of a prompt, (images, prompt, metadata); received ({received})"
+            f"or, for all images of a prompt, (images, prompt, metadata); received ({received})"
         )
     return form
 
@@ -185,7 +185,7 @@ class FunctionReward(Reward):
         return values, applies & np.isfinite(values), applies
 
     def _by_part(self, images, prompts, metadata, found: list[Any]) -> None:
-        """Fills `found` picture by picture or group by group; one that raises does not take the others along."""
+        """Fills `found` image by image or group by group; one that raises does not take the others along."""
         if self.form == "pointwise":
             parts = [[i] for i in range(len(prompts))]
         else:

@@ -1,6 +1,6 @@
-"""GenEval: does a picture hold the objects, counts, colours and positions its prompt asks for?
+"""GenEval: does an image hold the objects, counts, colours and positions its prompt asks for?
 
-An object detector looks at the picture; the prompt's metadata says what must be found:
+An object detector looks at the image; the prompt's metadata says what must be found:
 `{tag, include: [{class, count, color?, position?: [relation, index of an earlier include]}], exclude?, prompt}`.
 Three judgements come out: `correct`, the benchmark's own; `strict`, with exact counts; and `partial`, a score in [0, 1]
 to train on, which gives credit for every part that is right.
@@ -66,10 +66,10 @@ def own_colours(image: np.ndarray, detections: Sequence[Detection]) -> list[str 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What GenEval says about one picture.
+    """What GenEval says about one image.
 
     Attributes:
-      partial: training score: in [0, 1], or upstream's, which goes down to -14, under `faithful`.
+      partial: training score: in [0, 1], or upstream's, which goes down to -14, under `upstream`.
       correct: all requirements met, counts as lower bounds; the benchmark's accuracy.
       strict: all requirements met with exact counts.
     """
@@ -190,16 +190,16 @@ def judge(
     detections: Sequence[Detection],
     metadata: Metadata,
     classify: ClassifyColours = own_colours,
-    faithful: bool = False,
+    upstream: bool = False,
 ) -> Verdict:
-    """Applies GenEval's rules to one picture.
+    """Applies GenEval's rules to one image.
 
     Args:
       image: uint8 [H, W, 3], for the colour classifier.
       detections: everything the detector found.
       metadata: with `tag` and `include`, perhaps `exclude`.
       classify: names the colours of detections.
-      faithful: make `partial` upstream's training score.
+      upstream: make `partial` upstream's training score.
     """
     one_of("GenEval tag", metadata["tag"], TAGS)
     found, include = keep(detections, metadata["tag"]), metadata["include"]
@@ -208,21 +208,21 @@ def judge(
     loose = _clauses(found, include, False, colours)
     surplus = any(len(found.get(c["class"], ())) >= c["count"] for c in metadata.get("exclude", ()))
     return Verdict(
-        partial=(_partial_upstream if faithful else _partial)(exact, include),
+        partial=(_partial_upstream if upstream else _partial)(exact, include),
         correct=all(c.matched for c in loose) and not surplus,
         strict=all(c.matched for c in exact),
     )
 
 
 class GenEvalReward(Reward):
-    """GenEval's partial score of pictures whose prompt came with its metadata. A host reward."""
+    """GenEval's partial score of images whose prompt came with its metadata. A host reward."""
 
     def __init__(
         self,
         name: str,
         detector: Detector,
         classify: ClassifyColours = own_colours,
-        faithful: bool = False,
+        upstream: bool = False,
     ):
         """Builds the reward.
 
@@ -230,10 +230,10 @@ class GenEvalReward(Reward):
           name: key of the reward.
           detector: finds the objects.
           classify: names their colours; by default the detector does.
-          faithful: use upstream's training score, unbounded below and with its position bug.
+          upstream: use upstream's training score, unbounded below and with its position bug.
         """
         super().__init__(name=name, kind="host")
-        self.detector, self.classify, self.faithful = detector, classify, faithful
+        self.detector, self.classify, self.upstream = detector, classify, upstream
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """True where the metadata says what to include."""
@@ -242,19 +242,19 @@ class GenEvalReward(Reward):
     def verdicts(
         self, images, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> list[Verdict | None]:
-        """All three judgements of each picture; None where GenEval does not apply or detection failed."""
+        """All three judgements of each image; None where GenEval does not apply or detection failed."""
         asked = [
             i for i, (p, m) in enumerate(zip(prompts, metadata, strict=True)) if self.applies(p, m)
         ]
         out: list[Verdict | None] = [None] * len(prompts)
         if not asked:
             return out
-        pictures = to_uint8(np.asarray(images)[asked])
+        asked_images = to_uint8(np.asarray(images)[asked])
         for i, image, detections in zip(
-            asked, pictures, self.detector.detect(pictures), strict=True
+            asked, asked_images, self.detector.detect(asked_images), strict=True
         ):
             if detections is not None:
-                out[i] = judge(image, detections, metadata[i], self.classify, self.faithful)
+                out[i] = judge(image, detections, metadata[i], self.classify, self.upstream)
         return out
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):

@@ -20,13 +20,13 @@ from marble_jax.types import Params
 QUALITY = 95
 KILOBYTE = 1000
 COMPRESSIBILITY_SCALE = 500.0
-"""Kilobytes of a large picture, by which compressibility is divided: about -0.3 to 0 at 512 pixels."""
+"""Kilobytes of a large image, by which compressibility is divided: about -0.3 to 0 at 512 pixels."""
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue. Source: ITU-R BT.601."""
 
 
 def jpeg_kilobytes(image: np.ndarray) -> float:
-    """Size of a picture uint8 [H, W, 3] as a JPEG file of quality 95, in thousands of bytes."""
+    """Size of an image uint8 [H, W, 3] as a JPEG file of quality 95, in thousands of bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -35,14 +35,14 @@ def jpeg_kilobytes(image: np.ndarray) -> float:
 
 
 class JpegReward(Reward):
-    """How well a picture compresses, or how badly. A host reward.
+    """How well an image compresses, or how badly. A host reward.
 
     Compressibility is -kilobytes / 500, incompressibility is kilobytes.
     Source: Black et al. 2023 (arXiv 2305.13301); the scales are those of NVlabs/DiffusionNFT.
     """
 
     def __init__(self, name: str, compressible: bool = True, workers: int = 2):
-        """Builds the reward: `compressible` says which of the two; `workers` pictures are encoded at the same time."""
+        """Builds the reward: `compressible` says which of the two; `workers` images are encoded at the same time."""
         super().__init__(name=name, kind="host")
         self.factor = -1 / COMPRESSIBILITY_SCALE if compressible else 1.0
         self._pool = ThreadPoolExecutor(
@@ -58,12 +58,12 @@ class JpegReward(Reward):
 
 
 def brightness(images: jax.Array) -> jax.Array:
-    """Mean luma [N] in [0, 1] of pictures [N, H, W, 3] in [0, 1]."""
+    """Mean luma [N] in [0, 1] of images [N, H, W, 3] in [0, 1]."""
     return jnp.mean(jnp.dot(images, jnp.asarray(LUMA), precision="highest"), (1, 2))
 
 
 def colourfulness(images: jax.Array) -> jax.Array:
-    """Spread of colours [N] of pictures [N, H, W, 3] in [0, 1]: 0 for grey, about 0.6 for the most colourful.
+    """Spread of colours [N] of images [N, H, W, 3] in [0, 1]: 0 for grey, about 0.6 for the most colourful.
 
     With rg = R - G and yb = (R + G) / 2 - B: the length of their standard deviations plus 0.3 times that of their
     means. On [0, 255] instead of [0, 1], as usually given, it is 255 times as large.
@@ -76,10 +76,10 @@ def colourfulness(images: jax.Array) -> jax.Array:
 
 
 class FormulaReward(Reward):
-    """A formula of the pictures alone. A device reward."""
+    """A formula of the images alone. A device reward."""
 
     def __init__(self, name: str, formula: Callable[[jax.Array], jax.Array]):
-        """Builds the reward from a function of pictures [N, H, W, 3] in [0, 1] to scores [N]."""
+        """Builds the reward from a function of images [N, H, W, 3] in [0, 1] to scores [N]."""
         super().__init__(name=name, kind="device")
         self._score = jax.jit(formula)
 

@@ -1,10 +1,10 @@
-"""How well a picture spells the text its prompt quotes.
+"""How well an image spells the text its prompt quotes.
 
-The target is what stands between the prompt's first two straight double quotes; what a reader finds in the picture is
+The target is what stands between the prompt's first two straight double quotes; what a reader finds in the image is
 compared with it by edit distance, after spaces and case are dropped. Prompts without quoted text have no OCR score.
 
 Source: `flow_grpo/ocr.py` of aim-uofa/MARBLE. Three deviations: a target of nothing but spaces is missing (there a
-division by zero); a reader that fails makes the sample missing (there a score of 0, kept under `faithful`); the
+division by zero); a reader that fails makes the sample missing (there a score of 0, kept under `upstream`); the
 reader gets its channels in the order it was trained on (there red and blue are swapped).
 """
 
@@ -25,7 +25,7 @@ from marble_jax.types import Params
 
 
 def quoted_text(prompt: str) -> str | None:
-    """What a picture of `prompt` should spell, or None if that is nothing.
+    """What an image of `prompt` should spell, or None if that is nothing.
 
     The text between the first and the second `"`, or all that follows a single one. None without a quotation mark,
     with nothing quoted, and with only spaces quoted.
@@ -51,7 +51,7 @@ def spelling_score(recognised: str, target: str) -> float:
     ASCII spaces and case do not count.
 
     Args:
-      recognised: text found in the picture.
+      recognised: text found in the image.
       target: text that should be there; not only spaces.
     """
     recognised, target = (text.replace(" ", "").lower() for text in (recognised, target))
@@ -61,7 +61,7 @@ def spelling_score(recognised: str, target: str) -> float:
 
 
 class Reader(Protocol):
-    """Reads text from pictures; `read` may be called from several threads at once."""
+    """Reads text from images; `read` may be called from several threads at once."""
 
     def read(self, images: np.ndarray) -> list[str | None]:
         """Texts in `images` uint8 [N, H, W, 3], RGB: lines joined without separator, None where reading failed."""
@@ -69,7 +69,7 @@ class Reader(Protocol):
 
 
 class EngineReader:
-    """Spreads pictures over several engines, in threads or in processes.
+    """Spreads images over several engines, in threads or in processes.
 
     Threads start at once and share memory, but an engine's Python part takes turns and a hung engine stays. Processes
     use every core and are replaced when they die or take too long.
@@ -85,10 +85,10 @@ class EngineReader:
         """Loads the engines.
 
         Args:
-          make: makes an engine, a function of one picture.
+          make: makes an engine, a function of one image.
           workers: engines.
           processes: whether each has a process of its own.
-          timeout: seconds a picture may take, in a process.
+          timeout: seconds an image may take, in a process.
 
         Raises:
           InputError: an engine cannot be made.
@@ -110,14 +110,14 @@ class EngineReader:
         )
 
     def close(self) -> None:
-        """Ends the threads, which finish their pictures, or the processes, which do not."""
+        """Ends the threads, which finish their images, or the processes, which do not."""
         self._processes.close() if self._processes else self._pool.shutdown()
 
     def _read_one(self, image: np.ndarray) -> str | None:
         engine = self._engines.get()
         try:
             return engine(image)
-        except Exception:  # whatever the backend raises, this one picture has no reading
+        except Exception:  # whatever the backend raises, this one image has no reading
             return None
         finally:
             self._engines.put(engine)
@@ -137,9 +137,9 @@ class RapidReader(EngineReader):
         """Loads the engines.
 
         Args:
-          detect: find lines first, for pictures in which text is a part. False hands the whole picture to the
-            recogniser as one line, for small pictures that are a sign: about eight times faster.
-          scale: factor by which pictures are enlarged (bicubic) before reading; 3 suits 64 px pictures.
+          detect: find lines first, for images in which text is a part. False hands the whole image to the
+            recogniser as one line, for small images that are a sign: about eight times faster.
+          scale: factor by which images are enlarged (bicubic) before reading; 3 suits 64 px images.
           workers: see `EngineReader`.
           processes: see `EngineReader`.
           timeout: see `EngineReader`.
@@ -161,7 +161,7 @@ class PaddleReader(EngineReader):
         """Loads the engines.
 
         Args:
-          scale: factor by which pictures are enlarged (bicubic) before reading.
+          scale: factor by which images are enlarged (bicubic) before reading.
           workers: see `EngineReader`.
           timeout: see `EngineReader`.
           lang: language of the recogniser.
@@ -175,23 +175,23 @@ class PaddleReader(EngineReader):
 class OCRReward(Reward):
     """Spelling of the quoted text, in [0, 1]. A host reward."""
 
-    def __init__(self, name: str, reader: Reader, faithful: bool = False):
+    def __init__(self, name: str, reader: Reader, upstream: bool = False):
         """Builds the reward.
 
         Args:
           name: key of the reward.
-          reader: finds the text in pictures.
-          faithful: score 0 where reading failed, as upstream, instead of leaving the sample out.
+          reader: finds the text in images.
+          upstream: score 0 where reading failed, as upstream, instead of leaving the sample out.
         """
         super().__init__(name=name, kind="host")
-        self.reader, self.faithful = reader, faithful
+        self.reader, self.upstream = reader, upstream
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """True for prompts that quote some text."""
         return quoted_text(prompt) is not None
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
-        """See `Reward.score`; pictures of prompts without quoted text are not read."""
+        """See `Reward.score`; images of prompts without quoted text are not read."""
         targets = [quoted_text(p) for p in prompts]
         asked = [i for i, target in enumerate(targets) if target is not None]
         values, valid = np.zeros(len(targets), np.float32), np.zeros(len(targets), bool)
@@ -202,5 +202,5 @@ class OCRReward(Reward):
         ):
             if text is not None:
                 values[i] = spelling_score(text, targets[i])
-            valid[i] = text is not None or self.faithful
+            valid[i] = text is not None or self.upstream
         return values, valid

@@ -1,4 +1,4 @@
-"""Where rewards work: their weights on the devices of a mesh, and pictures that have to be together on one host."""
+"""Where rewards work: their weights on the devices of a mesh, and images that have to be together on one host."""
 
 from __future__ import annotations
 
@@ -48,34 +48,34 @@ def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
 
 
 def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size: int) -> None:
-    """Makes sure that a reward which compares the pictures of a prompt gets them together.
+    """Makes sure that a reward which compares the images of a prompt gets them together.
 
     Args:
       reward: that may do so (`whole_groups`).
       mesh: the devices.
       num_prompts: of an optimiser step.
-      group: pictures of a prompt.
-      size: pictures of a batch, `rollout.batch_size`.
+      group: images of a prompt.
+      size: images of a batch, `rollout.batch_size`.
 
     Raises:
-      InputError: a batch cuts through a group, or the hosts share out its pictures so that one does.
+      InputError: a batch cuts through a group, or the hosts share out its images so that one does.
     """
     if not reward.whole_groups:
         return
     if size % group:
         raise InputError(
-            f"rollout.batch_size: expected a multiple of the {group} pictures a prompt, as {reward.name} "
+            f"rollout.batch_size: expected a multiple of the {group} images a prompt, as {reward.name} "
             f"compares them; received {size}"
         )
-    owners = distributed.row_owners(device_mesh.picture_sharding(mesh, size), (size,)).reshape(
+    owners = distributed.row_owners(device_mesh.image_sharding(mesh, size), (size,)).reshape(
         -1, group
     )
     if np.any(owners != owners[:, :1]):
-        pictures, unit = num_prompts * group, jax.process_count() * group
+        images, unit = num_prompts * group, jax.process_count() * group
         shards = device_mesh.batch_shards(mesh)
-        fits = [n for n in range(unit, pictures + 1, unit) if pictures % n == 0 and n % shards == 0]
+        fits = [n for n in range(unit, images + 1, unit) if images % n == 0 and n % shards == 0]
         best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
         raise InputError(
-            f"rollout.batch_size: expected the {group} pictures of a prompt on one host of "
+            f"rollout.batch_size: expected the {group} images of a prompt on one host of "
             f"{jax.process_count()}, as {reward.name} compares them; received {size}{best}"
         )

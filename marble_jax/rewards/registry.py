@@ -85,7 +85,7 @@ def load_rewards(
     names: Sequence[str],
     num_workers: int = 2,
     dtype: Any = "float32",
-    faithful: bool = False,
+    upstream: bool = False,
 ) -> list[Reward]:
     """The rewards `names` of a directory.
 
@@ -93,9 +93,9 @@ def load_rewards(
       directory: holds the folders of models and perhaps `rewards.json`; "hub" where there is none and all models come
         from the Hub; None will do when all names are functions.
       names: rewards wanted, in the order of the reward axis.
-      num_workers: pictures a host reward works on at the same time.
+      num_workers: images a host reward works on at the same time.
       dtype: of the networks on the device, unless an entry says otherwise.
-      faithful: score OCR and GenEval as upstream does where our rules differ.
+      upstream: score OCR and GenEval as upstream does where our rules differ.
 
     Raises:
       InputError: missing directory, file or folder; an unknown reward, kind or option; a reward named twice.
@@ -105,7 +105,7 @@ def load_rewards(
         **own,
         **{name: entry for name, entry in published.ENTRIES.items() if name not in own},
     }
-    builder = Builder(directory, entries, num_workers, dtype, faithful)
+    builder = Builder(directory, entries, num_workers, dtype, upstream)
     for name in names:
         if name not in entries and not is_function(name):
             raise InputError(
@@ -132,16 +132,16 @@ class Builder:
         entries: dict[str, dict[str, Any]],
         num_workers: int,
         dtype: Any,
-        faithful: bool,
+        upstream: bool,
     ):
         """Arguments as `load_rewards`."""
         self.directory = Path(directory) if directory and Path(directory).is_dir() else None
         self.where = self.directory / FILE if self.directory else "the published rewards"
-        self.entries, self.num_workers, self.dtype, self.faithful = (
+        self.entries, self.num_workers, self.dtype, self.upstream = (
             entries,
             num_workers,
             str(dtype),
-            faithful,
+            upstream,
         )
         self._towers: dict[tuple[Path, str, bool], ClipEncoder] = {}
 
@@ -176,7 +176,7 @@ class Builder:
                 name, folder, self._tokenizer(name, entry, folder), entry["dtype"]
             )
         if kind == "ocr":
-            return OCRReward(name, self._reader(name, entry), self.faithful)
+            return OCRReward(name, self._reader(name, entry), self.upstream)
         if kind == "geneval":
             return self._geneval(name, entry)
         if kind in FORMULAS:
@@ -225,10 +225,10 @@ class Builder:
         kind = entry.get("detector", "shapes")
         one_of(f"{self.where}: detector of {name}", kind, ("shapes", "mask2former"))
         if kind == "shapes":
-            return GenEvalReward(name, ShapeDetector(), own_colours, self.faithful)
+            return GenEvalReward(name, ShapeDetector(), own_colours, self.upstream)
         folder = published.find_folder(name, self.directory, entry["model"], "mask2former")
         colours = ClipColours(self._tower(name, entry, "clip"))
         detector = Mask2FormerDetector.load(
             folder, entry.get("device"), batch_size=entry.get("batch_size", 8)
         )
-        return GenEvalReward(name, detector, colours, self.faithful)
+        return GenEvalReward(name, detector, colours, self.upstream)

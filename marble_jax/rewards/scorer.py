@@ -1,7 +1,7 @@
-"""All rewards of a run on a batch of pictures: device rewards at once, host rewards beside the next batch.
+"""All rewards of a run on a batch of images: device rewards at once, host rewards beside the next batch.
 
 With several processes a batch spans all of them. Device rewards score it where it lies; host rewards score on every
-host the pictures that this host holds, and the scores are then the same everywhere, failures included.
+host the images that this host holds, and the scores are then the same everywhere, failures included.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class MissingCap:
 
 
 class PendingScores:
-    """Scores of one batch under way; `owners` says which process scores which picture on its host."""
+    """Scores of one batch under way; `owners` says which process scores which image on its host."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Scorer:
         self._stopping = ""
 
     def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> PendingScores:
-        """Hands over float32 pictures [N, H, W, 3] in [0, 1] with their N prompts.
+        """Hands over float32 images [N, H, W, 3] in [0, 1] with their N prompts.
 
         Raises:
           RewardError: a device reward failed under on_error "fail". With several processes `result` raises it, when

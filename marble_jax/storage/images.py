@@ -1,4 +1,4 @@
-"""Pictures as files: PNG with its prompt inside, grids, and folders of numbered pictures of one making."""
+"""Images as files: PNG with its prompt inside, grids, and folders of numbered images of one making."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from marble_jax.storage.files import location, write_whole
 from marble_jax.storage.workdir import Workdir, plain
 
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 8, 256
-"""Most pictures in a grid, and the longest side of each, in pixels."""
+"""Most images in a grid, and the longest side of each, in pixels."""
 
 
 class Album:
-    """A folder of pictures `00000.png`, `00001.png` and so on, all made the same way.
+    """A folder of images `00000.png`, `00001.png` and so on, all made the same way.
 
-    `settings.json` beside them says how, so that a job can go on where a kill stopped it and pictures of another making
+    `settings.json` beside them says how, so that a job can go on where a kill stopped it and images of another making
     never come between.
     """
 
@@ -52,15 +52,15 @@ class Album:
     def check(
         self, settings: Mapping[str, Any], prompts: Sequence[str], partial: bool = False
     ) -> None:
-        """Makes sure that pictures of these settings may be added; writes nothing.
+        """Makes sure that images of these settings may be added; writes nothing.
 
         Args:
-          settings: all that decides what picture i of a prompt looks like.
-          prompts: the text of picture i; the folder may hold more or fewer, but no other.
+          settings: all that decides what image i of a prompt looks like.
+          prompts: the text of image i; the folder may hold more or fewer, but no other.
           partial: `settings` are only some of them.
 
         Raises:
-          InputError: the folder holds pictures of other settings or prompts, or of unknown ones, or is no folder.
+          InputError: the folder holds images of other settings or prompts, or of unknown ones, or is no folder.
         """
         for place in (self.path, *self.path.parents):
             if place.exists():
@@ -72,20 +72,20 @@ class Album:
             if self.path.exists() and any(p.name.endswith(".png") for p in self.path.iterdir()):
                 raise InputError(
                     f"--out: expected a new folder or one made by this command; received {self.path} with "
-                    "pictures of unknown making"
+                    "images of unknown making"
                 )
             return
         for key in sorted(set(settings) if partial else set(settings) | set(there["settings"])):
             own, given = there["settings"].get(key), settings.get(key)
             if own != given:
                 raise InputError(
-                    f"{self.path} holds pictures of other settings: {key}: expected {own!r} (its own); "
+                    f"{self.path} holds images of other settings: {key}: expected {own!r} (its own); "
                     f"received {given!r}; choose another folder"
                 )
         for i, (own, given) in enumerate(zip(there["prompts"], prompts)):
             if own != given:
                 raise InputError(
-                    f"{self.path} holds pictures of other prompts: picture {i}: expected {_short(own)} "
+                    f"{self.path} holds images of other prompts: image {i}: expected {_short(own)} "
                     f"(its own); received {_short(given)}; choose another folder"
                 )
 
@@ -99,29 +99,29 @@ class Album:
                 Workdir(self.path).write_json(self._record.name, content)
 
     def file(self, index: int) -> epath.Path:
-        """Where picture `index` is."""
+        """Where image `index` is."""
         return self.path / f"{index:05d}.png"
 
     def missing(self, count: int) -> list[int]:
-        """Which of the first `count` pictures are not there."""
+        """Which of the first `count` images are not there."""
         names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
         return [i for i in range(count) if self.file(i).name not in names]
 
-    def save(self, index: int, picture: np.ndarray, texts: Mapping[str, str]) -> None:
-        """Writes picture `index`, whole or not at all."""
+    def save(self, index: int, image: np.ndarray, texts: Mapping[str, str]) -> None:
+        """Writes image `index`, whole or not at all."""
         with writable(self.path):
-            save_png(self.file(index), picture, texts)
+            save_png(self.file(index), image, texts)
 
     def read(self, index: int) -> np.ndarray:
-        """Picture `index`, uint8 [H, W, 3].
+        """Image `index`, uint8 [H, W, 3].
 
         Raises:
           InputError: it is not there or damaged.
         """
-        return read_picture(self.file(index))
+        return read_image(self.file(index))
 
     def save_grids(self, count: int) -> list[epath.Path]:
-        """Writes the first `count` pictures as `grid.png`, `grid_001.png` and so on, 8 x 8 small ones each."""
+        """Writes the first `count` images as `grid.png`, `grid_001.png` and so on, 8 x 8 small ones each."""
         from PIL import Image
 
         files = []
@@ -129,9 +129,9 @@ class Album:
         for page, start in enumerate(range(0, count, size)):
             cells = []
             for i in range(start, min(start + size, count)):
-                picture = Image.fromarray(self.read(i))
-                picture.thumbnail((GRID_CELL, GRID_CELL))
-                cells.append(np.asarray(picture))
+                image = Image.fromarray(self.read(i))
+                image.thumbnail((GRID_CELL, GRID_CELL))
+                cells.append(np.asarray(image))
             files.append(self.path / (f"grid_{page:03d}.png" if page else "grid.png"))
             with writable(self.path):
                 save_png(files[-1], grid(cells, GRID_COLUMNS))
@@ -155,11 +155,11 @@ class writable:
             ) from error
 
 
-def read_picture(path: epath.PathLike) -> np.ndarray:
-    """A picture file as uint8 [H, W, 3].
+def read_image(path: epath.PathLike) -> np.ndarray:
+    """An image file as uint8 [H, W, 3].
 
     Raises:
-      InputError: it is not there, or not a whole picture.
+      InputError: it is not there, or not a whole image.
     """
     from PIL import Image
 
@@ -168,7 +168,7 @@ def read_picture(path: epath.PathLike) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(
-            f"{path}: expected a whole picture; received {type(error).__name__}"
+            f"{path}: expected a whole image; received {type(error).__name__}"
         ) from error
 
 
@@ -177,13 +177,13 @@ def _short(text: str) -> str:
 
 
 def save_png(
-    path: epath.PathLike, picture: np.ndarray, texts: Mapping[str, str] | None = None
+    path: epath.PathLike, image: np.ndarray, texts: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one picture, whole or not at all.
+    """Writes one image, whole or not at all.
 
     Args:
       path: target; its folder is made.
-      picture: uint8 [H, W, 3], or float in [0, 1].
+      image: uint8 [H, W, 3], or float in [0, 1].
       texts: PNG text chunks, such as prompt and seed.
     """
     from PIL import Image, PngImagePlugin
@@ -192,27 +192,23 @@ def save_png(
     for key, value in (texts or {}).items():
         info.add_itxt(key, value)
     buffer = io.BytesIO()
-    Image.fromarray(as_uint8(picture)).save(buffer, "PNG", pnginfo=info)
+    Image.fromarray(as_uint8(image)).save(buffer, "PNG", pnginfo=info)
     write_whole(path, buffer.getvalue())
 
 
-def as_uint8(picture: np.ndarray) -> np.ndarray:
-    """[0, 1] to 8 bit, rounded; 8-bit pictures pass."""
-    picture = np.asarray(picture)
+def as_uint8(image: np.ndarray) -> np.ndarray:
+    """[0, 1] to 8 bit, rounded; 8-bit images pass."""
+    image = np.asarray(image)
     return (
-        picture
-        if picture.dtype == np.uint8
-        else np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+        image if image.dtype == np.uint8 else np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
     )
 
 
-def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures [H, W, 3] of one size as one, row by row, the last row filled up with white."""
-    pictures = [as_uint8(p) for p in pictures]
-    columns = max(1, min(columns, len(pictures)))
-    blank = np.full_like(pictures[0], 255)
-    pictures += [blank] * (-len(pictures) % columns)
-    rows = [
-        np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)
-    ]
+def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Images [H, W, 3] of one size as one, row by row, the last row filled up with white."""
+    images = [as_uint8(p) for p in images]
+    columns = max(1, min(columns, len(images)))
+    blank = np.full_like(images[0], 255)
+    images += [blank] * (-len(images) % columns)
+    rows = [np.concatenate(images[i : i + columns], axis=1) for i in range(0, len(images), columns)]
     return np.concatenate(rows)

@@ -1,4 +1,4 @@
-"""The directory of a run: where its records, pictures and checkpoints live, and whose run it is.
+"""The directory of a run: where its records, images and checkpoints live, and whose run it is.
 
 It may be in a bucket. Files are written whole, so a reader never sees half of one; records are appended a line at a
 time and cut back to the restored step on resume.
@@ -13,30 +13,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from marble_jax.config import KEYS
+from marble_jax.config import KEYS, may_change_on_resume
 from marble_jax.errors import InputError
 from marble_jax.storage.files import append, location, write_whole
-
-FREE_KEYS = (
-    "name",
-    "prompts.embedding_cache",
-    "training.num_steps",
-    "evaluation.every_steps",
-    "checkpoints.",
-    "training.non_finite",
-    "training.max_rollbacks",
-    "export.",
-    "logging.",
-    "mesh.",
-    "rewards.num_workers",
-    "rewards.timeout",
-    "rewards.on_error",
-    "rewards.max_missing_share",
-    "rewards.check",
-    "harmonize.chunk_size",
-)
-"""Keys that may change between a run and its resumption: they change neither what a step computes nor which pictures
-an evaluation compares with those of the base model."""
 
 
 def plain(value: Any) -> Any:
@@ -111,7 +90,7 @@ class Workdir:
         # A key that is younger than the run has its default there.
         there = {key: plain(KEYS[key].default) for key in config if key in KEYS} | there
         for key in sorted(set(config) | set(there)):
-            if config.get(key) != there.get(key) and not _is_free(key, config):
+            if config.get(key) != there.get(key) and not may_change_on_resume(key, config):
                 raise InputError(
                     f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own)"
                     f"; received {config.get(key)!r}; choose another --workdir"
@@ -188,11 +167,3 @@ class Workdir:
             if file.exists():
                 records = [r for r in self.read(file) if r["step"] <= keep]
                 self.write_text(file.name, "".join(json.dumps(r) + "\n" for r in records))
-
-
-def _is_free(key: str, config: dict[str, Any]) -> bool:
-    """Whether a key may change on resume; the number of steps may not where the learning rate or stages follow it."""
-    if key == "training.num_steps":
-        shared = any(":" not in stage for stage in config.get("advantages.stages", ()))
-        return config.get("training.schedule") != "cosine" and not shared
-    return key.startswith(FREE_KEYS)

@@ -35,7 +35,7 @@ class Sampling:
     prompts_per_step: int
     images_per_prompt: int
     scale: str
-    scalarise: str
+    scalarize: str
     reward_weights: tuple[float, ...]
     presence: Presence = Presence()
 
@@ -54,22 +54,22 @@ class Sampling:
 def advantages_of(
     scores: Scores, groups: np.ndarray, sampling: Sampling, mask: np.ndarray | None = None
 ) -> tuple[Advantages, np.ndarray, np.ndarray]:
-    """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarised.
+    """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarized.
 
     Args:
       scores: of the K rewards.
       groups: [N] labels.
       sampling: how scores become advantages.
       mask: bool [K, N] valid scores that are trained on; all when None. It cuts the rows that are trained on: the
-        rewards', or when scalarised the last one. The rewards' rows then stay whole, to show what the update does to
+        rewards', or when scalarized the last one. The rewards' rows then stay whole, to show what the update does to
         every reward.
     """
     each = per_reward(scores.values, scores.valid, groups, sampling.scale)
     mask = scores.valid if mask is None else mask
-    if sampling.scalarise == "none":
+    if sampling.scalarize == "none":
         return each, np.where(mask, each.values, 0), each.valid & mask
     weights = np.asarray(sampling.reward_weights) if sampling.reward_weights else None
-    if sampling.scalarise == "gdpo":
+    if sampling.scalarize == "gdpo":
         one = gdpo(scores.values, mask, groups, weights)
     else:
         one = per_reward(*weighted_sum(scores.values, mask, weights), groups, sampling.scale)
@@ -117,12 +117,12 @@ class Turn:
     def roll_out(
         self, state: TrainState, samples: Draw, progress: Callable[[int], None]
     ) -> Rollout:
-        """Pictures of the rollout policy and their scores.
+        """Images of the rollout policy and their scores.
 
         Args:
           state: whose step and random numbers decide the noise.
           samples: what to draw.
-          progress: called with the number of pictures that are done; what it raises goes through.
+          progress: called with the number of images that are done; what it raises goes through.
 
         Raises:
           RewardError: a reward failed and the run is not to go on without it.

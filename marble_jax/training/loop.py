@@ -87,7 +87,7 @@ class Interrupted(Exception):
 
 
 class Abandoned(Exception):
-    """A step or an evaluation was given up while its pictures were sampled, because the run is to stop."""
+    """A step or an evaluation was given up while its images were sampled, because the run is to stop."""
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def train(
       console: the terminal.
 
     Raises:
-      Interrupted: a signal came; the state was saved. What was still sampling pictures is given up, as a machine that
+      Interrupted: a signal came; the state was saved. What was still sampling images is given up, as a machine that
         is taken away leaves half a minute.
       RewardError: a reward failed and the run is not to go on without it; the state before the step was saved.
       NotFinite: too many gradients were not finite; the state was saved.
@@ -230,9 +230,7 @@ def step_line(record: Mapping[str, Any], names: tuple[str, ...], total: int, lef
     lost = {n: record[f"rollout/failed_count/{n}"] for n in names}
     failed = "".join(f"  {n} failed {count}" for n, count in lost.items() if count)
     failed += "  update skipped, not finite" if record["training/skipped"] else ""
-    speed = (
-        f"{record['speed/pictures_per_s']:.3g} img/s " if "speed/pictures_per_s" in record else ""
-    )
+    speed = f"{record['speed/images_per_s']:.3g} img/s " if "speed/images_per_s" in record else ""
     if "speed/train_tflops_per_device" in record:
         speed += f"train {record['speed/train_tflops_per_device']:.3g} TFLOP/s a device "
     if "speed/train_mfu" in record:

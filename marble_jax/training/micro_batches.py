@@ -1,7 +1,7 @@
-"""From a batch of rollouts to micro-steps: which picture meets which timestep and which noise.
+"""From a batch of rollouts to micro-steps: which image meets which timestep and which noise.
 
-Every picture is trained on `num_timesteps` of its solver's timesteps, shuffled apart for each picture, with one noise
-draw for each. Micro-step m = j * B + b takes the b-th slice of the pictures at their j-th timestep.
+Every image is trained on `num_timesteps` of its solver's timesteps, shuffled apart for each image, with one noise
+draw for each. Micro-step m = j * B + b takes the b-th slice of the images at their j-th timestep.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class RolloutBatch:
 
     Attributes:
       x0: float32 [N, h, w, C] clean latents.
-      prompt: int32 [N] index of each picture's prompt in `cond`.
+      prompt: int32 [N] index of each image's prompt in `cond`.
       cond: conditioning of the P distinct prompts.
-      advantages: float32 [R, N] under every row (the rewards, then the scalarised one if there is one).
+      advantages: float32 [R, N] under every row (the rewards, then the scalarized one if there is one).
       valid: bool [R, N]; an advantage that is not valid is 0.
     """
 
@@ -43,7 +43,7 @@ class RolloutBatch:
 
 @flax.struct.dataclass
 class Schedule:
-    """Pictures in training order, cut into B slices of n: leaves [B, n, ...]; sigma is [T, B, n]."""
+    """Images in training order, cut into B slices of n: leaves [B, n, ...]; sigma is [T, B, n]."""
 
     x0: jax.Array
     prompt: jax.Array
@@ -62,22 +62,22 @@ def schedule(
     micro_batch: int,
     shards: Shards = ALONE,
 ) -> Schedule:
-    """Shuffles pictures and, for each, timesteps.
+    """Shuffles images and, for each, timesteps.
 
     Args:
-      batch: N pictures, N divisible by `micro_batch`.
+      batch: N images, N divisible by `micro_batch`.
       key: PRNG key of the run.
       step: optimiser steps done.
       sigmas: [S] the solver's noise levels, without the trailing zero.
-      num_timesteps: T <= S timesteps per picture.
+      num_timesteps: T <= S timesteps per image.
       micro_batch: n.
-      shards: the devices that share a micro-step. Every one of them needs all of `batch`: which pictures meet in a
+      shards: the devices that share a micro-step. Every one of them needs all of `batch`: which images meet in a
         micro-step is random, so that no device could keep to its own.
     """
     num = batch.x0.shape[0]
     order_key, time_key, noise_key = (
         stream_key(key, stream, step)
-        for stream in (Stream.PICTURE_ORDER, Stream.TIMESTEP_ORDER, Stream.TRAINING_NOISE)
+        for stream in (Stream.IMAGE_ORDER, Stream.TIMESTEP_ORDER, Stream.TRAINING_NOISE)
     )
     order = jax.random.permutation(order_key, num)
     grid = jnp.broadcast_to(jnp.asarray(sigmas, jnp.float32), (num, len(sigmas)))

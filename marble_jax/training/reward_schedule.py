@@ -144,20 +144,20 @@ def parse_stages(
     lengths = [length for _, _, length in found]
     if None in lengths and any(length is not None for length in lengths):
         raise InputError(
-            f"advantages.stages: expected steps for every stage or for none; received {tuple(texts)}"
+            f"reward_schedule.stages: expected steps for every stage or for none; received {tuple(texts)}"
         )
     for i, (own, from_sources, _) in enumerate(found):
         first = i * num_steps // len(found) if None in lengths else sum(lengths[:i])
         if first >= num_steps or stages and stages[-1].first == first:
             raise InputError(
-                f"advantages.stages: expected every stage to begin within training.num_steps = "
+                f"reward_schedule.stages: expected every stage to begin within training.num_steps = "
                 f"{num_steps}; received {texts[i]!r} after {first} steps"
             )
         stages.append(Stage(own, from_sources, first))
     for name in rewards if stages else ():
         if not any(name in stage.rewards for stage in stages):
             raise InputError(
-                f"advantages.stages: expected every reward of rewards.train in a stage; received none "
+                f"reward_schedule.stages: expected every reward of rewards.train in a stage; received none "
                 f"with {name!r}"
             )
     return tuple(stages)
@@ -169,17 +169,17 @@ def _parse(
     match = _STAGE.fullmatch(text)
     if not match or match[3] is not None and int(match[3]) < 1:
         raise InputError(
-            f"advantages.stages: expected {_FORM} with at least 1 step; received {text!r}"
+            f"reward_schedule.stages: expected {_FORM} with at least 1 step; received {text!r}"
         )
     own, from_sources = (
         tuple(p.strip() for p in part.split("+")) if part else () for part in (match[1], match[2])
     )
     for what, parts, choices in (("reward", own, rewards), ("source", from_sources, sources)):
         for name in parts:
-            one_of(f"advantages.stages: {what}", name, choices)
+            one_of(f"reward_schedule.stages: {what}", name, choices)
         if len(set(parts)) < len(parts):
             raise InputError(
-                f"advantages.stages: expected every {what} once a stage; received {text!r}"
+                f"reward_schedule.stages: expected every {what} once a stage; received {text!r}"
             )
     return own, from_sources, None if match[3] is None else int(match[3])
 
@@ -193,12 +193,12 @@ def make_dropout(
       InputError: no target, an unknown one, or no reward left that is none.
     """
     for name in targets:
-        one_of("advantages.dropout_targets", name, rewards)
+        one_of("reward_schedule.dropout_targets", name, rewards)
     if probability == 0:
         return None
     if not targets or set(targets) >= set(rewards):
         raise InputError(
-            "advantages.dropout_targets: expected some of the rewards trained on, but not all; received "
+            "reward_schedule.dropout_targets: expected some of the rewards trained on, but not all; received "
             f"{', '.join(targets) or 'none'}"
         )
     return Dropout(tuple(targets), probability, warmup)

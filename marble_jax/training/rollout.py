@@ -20,13 +20,13 @@ from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """N sampled pictures and what the rewards say of them.
+    """N sampled images and what the rewards say of them.
 
     Attributes:
       x0: float32 [N, h, w, C] clean latents, on every device.
       scores: of the training rewards.
       cond: conditioning of the P distinct draws.
-      prompt: int32 [N] index of each picture's prompt in `cond`.
+      prompt: int32 [N] index of each image's prompt in `cond`.
       health: x0 norm (root mean square), brightness (mean pixel) and diversity (mean standard deviation of a pixel
         within a group), each a float.
       seconds: {"rollout", "rewards_wait"}.
@@ -47,13 +47,13 @@ class Collector:
     Attributes:
       sampler: compiled sampler of the rollout's solver.
       encode: prompts to conditioning.
-      decode: latents [n, h, w, C] to pictures [n, H, W, 3] in [0, 1].
+      decode: latents [n, h, w, C] to images [n, H, W, 3] in [0, 1].
       scorer: the training rewards.
       latent_shape: (h, w, C).
-      batch_size: pictures sampled at once.
+      batch_size: images sampled at once.
       place: puts host arrays with a leading batch axis on the mesh.
-      spread: puts a batch's latents whole on every device. They are small (302 MB for 1152 pictures of 512 px), every
-        device trains on pictures of all, and while the next batch is sampled nobody waits for it.
+      spread: puts a batch's latents whole on every device. They are small (302 MB for 1152 images of 512 px), every
+        device trains on images of all, and while the next batch is sampled nobody waits for it.
     """
 
     sampler: Sampler
@@ -73,7 +73,7 @@ class Collector:
         key: jax.Array,
         progress: Callable[[int], None] = lambda count: None,
     ) -> Rollout:
-        """Pictures of every sample in `draw`, from noise drawn with `key`."""
+        """Images of every sample in `draw`, from noise drawn with `key`."""
         start, waited = time.perf_counter(), self.scorer.waited_seconds
         count = len(draw.prompts)
         _, first = np.unique(draw.groups, return_index=True)
@@ -92,9 +92,7 @@ class Collector:
             latents.append(self.spread(x0))
             # Labels within the batch: a global one can be beyond the number of segments.
             sums.append(
-                _picture_health(
-                    x0, images, np.unique(group, return_inverse=True)[1].astype(np.int32)
-                )
+                _image_health(x0, images, np.unique(group, return_inverse=True)[1].astype(np.int32))
             )
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
@@ -106,7 +104,7 @@ class Collector:
 
 
 @jax.jit
-def _picture_health(x0: jax.Array, images: jax.Array, group: jax.Array) -> dict[str, jax.Array]:
+def _image_health(x0: jax.Array, images: jax.Array, group: jax.Array) -> dict[str, jax.Array]:
     """x0 norm, brightness and within-group diversity of one batch."""
     size = group.shape[0]
     flat = images.reshape(size, -1)

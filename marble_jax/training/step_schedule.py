@@ -12,8 +12,8 @@ from marble_jax.errors import InputError
 from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.state import TrainState
-from marble_jax.training.train_step import Metrics, Recipe, Step, amortised_step, exact_step
-from marble_jax.training.upstream_step import faithful_step
+from marble_jax.training.train_step import Metrics, Recipe, Step, amortized_step, exact_step
+from marble_jax.training.upstream_step import upstream_step
 from marble_jax.types import Params
 
 
@@ -47,7 +47,7 @@ def make_steps(
     mode: str,
     refresh_every: int,
 ) -> Steps:
-    """Steps of "exact", "amortised" or "faithful"; the training state is donated to each.
+    """Steps of "exact", "amortized" or "upstream"; the training state is donated to each.
 
     Raises:
       InputError: refresh_every below 1.
@@ -64,13 +64,13 @@ def make_steps(
 
         return jax.jit(train, donate_argnums=0)
 
-    if mode == "faithful":
+    if mode == "upstream":
         first, refresh, between = (
-            compiled(faithful_step(recipe, velocity, optimizer, solved))
+            compiled(upstream_step(recipe, velocity, optimizer, solved))
             for solved in ("all", "first", "none")
         )
         return Steps(first, refresh, between, refresh_every)
     exact = compiled(exact_step(recipe, velocity, optimizer))
     if mode == "exact":
         return Steps(exact, exact, exact, 1)
-    return Steps(exact, exact, compiled(amortised_step(recipe, velocity, optimizer)), refresh_every)
+    return Steps(exact, exact, compiled(amortized_step(recipe, velocity, optimizer)), refresh_every)

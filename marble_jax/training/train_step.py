@@ -1,11 +1,11 @@
 """One optimiser step: per-reward gradients, their common update, the three policies.
 
-`exact` takes every reward's gradient over the whole batch and solves for alpha at every step. `amortised` does so every
+`exact` takes every reward's gradient over the whole batch and solves for alpha at every step. `amortized` does so every
 `refresh_every` steps and in between runs one backward pass on `sum_k w_k loss_k`, with w_k = alpha_k mean|g| / |g_k|
 from the last solve, which is the same update rule with older coefficients. `marble_jax.training.upstream_step` is upstream's
 variant. Each is one compiled program for all steps.
 
-The rows of the objective are the K rewards and, when advantages are scalarised, one more: the single advantage that is
+The rows of the objective are the K rewards and, when advantages are scalarized, one more: the single advantage that is
 trained on. Its per-reward companions then cost nothing and show what it does to each reward.
 """
 
@@ -44,12 +44,12 @@ class Recipe:
 
     Attributes:
       sigmas: the rollout solver's noise levels without the trailing zero.
-      num_timesteps: timesteps trained on per picture.
+      num_timesteps: timesteps trained on per image.
       micro_batch: samples a micro-step.
       chunk: samples whose per-sample gradients are held at once.
       anchor_every: exact steps take the terms that do not depend on advantages at every such micro-step.
       num_rewards: K.
-      scalarised: whether row K is the single advantage that is trained on.
+      scalarized: whether row K is the single advantage that is trained on.
       nft_beta, kl_weight, clip: the objective's constants.
       balancer: from Gram matrix to weights.
       rho: weight of the old alpha in its running average.
@@ -65,7 +65,7 @@ class Recipe:
     chunk: int
     anchor_every: int
     num_rewards: int
-    scalarised: bool
+    scalarized: bool
     nft_beta: float
     kl_weight: float
     clip: float
@@ -124,8 +124,8 @@ def finish(
     return new, {
         "training/grad_norm": norm,
         "training/skipped": 1.0 - finite,
-        "policies/ema_decay": ema_decay,
-        "policies/old_decay": old_decay,
+        "ema/decay": ema_decay,
+        "rollout_policy/decay": old_decay,
     }
 
 
@@ -195,7 +195,7 @@ def exact_step(
         weights = solution.weights
         if recipe.smooth:
             weights = alpha_state.present_alpha(alpha, solution.used) * solution.scale
-        if recipe.scalarised:
+        if recipe.scalarized:
             weights = jnp.concatenate([jnp.zeros(rewards), jnp.ones(1)])
         update = tree.weighted_sum(weights, mean.gradients)
         total = tree.add(update, tree.scale(mean.kl_gradient, recipe.kl_weight))
@@ -223,7 +223,7 @@ def exact_step(
     return step
 
 
-def amortised_step(
+def amortized_step(
     recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation
 ) -> Step:
     """The step in between solves: one backward pass with the cached coefficients."""
@@ -243,7 +243,7 @@ def amortised_step(
         counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
         total = batch.x0.shape[0] * recipe.num_timesteps
         weights = alpha_state.present_weights(state.alpha, counts[:rewards] > 0)
-        if recipe.scalarised:
+        if recipe.scalarized:
             weights = jnp.concatenate([jnp.zeros(rewards), jnp.ones(1)])
 
         def body(index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:

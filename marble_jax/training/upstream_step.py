@@ -37,7 +37,7 @@ from marble_jax.training.train_step import Metrics, Recipe, Step, finish
 from marble_jax.types import Params
 
 
-def faithful_step(
+def upstream_step(
     recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation, solved: str
 ) -> Step:
     """One optimiser step as upstream takes it.

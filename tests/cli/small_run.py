@@ -22,8 +22,9 @@ BLOCKS = {
 }  # neither has a second attention; the last one is the embedded model's last
 FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={}"
 SETTINGS = {
-    "model.resolution": 32,
-    "model.t5": False,
+    "model.height": 32,
+    "model.width": 32,
+    "model.omit_text_encoders": ("text_encoder_3",),
     "prompts.path": "generated",
     "prompts.sources": "general",
     "rewards.train": "brightness,jpeg",
@@ -43,7 +44,7 @@ SETTINGS = {
     "evaluation.num_prompts": 4,
     "evaluation.images_per_prompt": 1,
     "evaluation.num_steps": 2,
-    "evaluation.num_pictures": 1,
+    "evaluation.num_images": 1,
     "checkpoints.keep": 5,
     "logging.tensorboard": False,
     "export.every_steps": 0,

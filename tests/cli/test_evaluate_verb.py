@@ -20,7 +20,7 @@ from marble_jax.families.sd3.layer_names import load_mmdit
 from marble_jax.programs import evaluate
 from marble_jax.programs.sample import Source
 from marble_jax.rewards.registry import FILE, entries_of
-from marble_jax.storage.images import Album, read_picture
+from marble_jax.storage.images import Album, read_image
 from marble_jax.trainable import lora as adapters
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
@@ -61,8 +61,8 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory, lora):
-    """Pictures with guidance and a negative prompt at 48 x 80, and the command that drew them."""
-    out = tmp_path_factory.mktemp("sampled") / "pictures"
+    """Images with guidance and a negative prompt at 48 x 80, and the command that drew them."""
+    out = tmp_path_factory.mktemp("sampled") / "images"
     command = [
         "sample",
         "--model=embedded",
@@ -80,7 +80,7 @@ def sampled(tmp_path_factory, lora):
     return out, command
 
 
-def test_sample_writes_pictures_with_their_making_and_a_grid(sampled):
+def test_sample_writes_images_with_their_making_and_a_grid(sampled):
     out, _ = sampled
     assert sorted(p.name for p in out.glob("*.png")) == [
         *(f"{i:05d}.png" for i in range(6)),
@@ -94,11 +94,11 @@ def test_sample_writes_pictures_with_their_making_and_a_grid(sampled):
             and image.text["solver"] == "dpm2"
             and ":0.5" in image.text["model"]
         )
-    assert read_picture(out / "grid.png").shape == (48, 6 * 80, 3)
-    assert not np.array_equal(read_picture(out / "00000.png"), read_picture(out / "00001.png"))
+    assert read_image(out / "grid.png").shape == (48, 6 * 80, 3)
+    assert not np.array_equal(read_image(out / "00000.png"), read_image(out / "00001.png"))
 
 
-def test_a_killed_job_goes_on_with_the_same_pictures(sampled, tmp_path, capsys, monkeypatch):
+def test_a_killed_job_goes_on_with_the_same_images(sampled, tmp_path, capsys, monkeypatch):
     done, command = sampled
     out = tmp_path / "again"
     command = [f"--out={out}" if a.startswith("--out") else a for a in command]
@@ -117,13 +117,13 @@ def test_a_killed_job_goes_on_with_the_same_pictures(sampled, tmp_path, capsys, 
     first = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("0*.png")}
     assert sorted(first) == ["00000.png", "00001.png"]
     assert main(command) == 0
-    assert "6 pictures of 48 x 80 px, 2 already in" in capsys.readouterr().out
+    assert "6 images of 48 x 80 px, 2 already in" in capsys.readouterr().out
     assert all(
         (p.read_bytes(), p.stat().st_mtime_ns) == first[p.name] for p in out.glob("0000[01].png")
     )
     for i in range(6):
         np.testing.assert_array_equal(
-            read_picture(out / f"{i:05d}.png"), read_picture(done / f"{i:05d}.png")
+            read_image(out / f"{i:05d}.png"), read_image(done / f"{i:05d}.png")
         )
 
 
@@ -142,7 +142,7 @@ def test_a_killed_job_goes_on_with_the_same_pictures(sampled, tmp_path, capsys, 
         ("--lora=", "other settings: adapter: expected '[0-9a-f]{16}' .its own.; received ''"),
         (
             "--prompts=a red star|fog",
-            "other prompts: picture 2: expected 'two blue circles' .its own.; received 'fog'",
+            "other prompts: image 2: expected 'two blue circles' .its own.; received 'fog'",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
         ),
         (
             ["--prompts=a", "--size=50x64"],
-            "picture size: expected positive multiples of 16 .*; received 50 x 64",
+            "image size: expected positive multiples of 16 .*; received 50 x 64",
         ),
         (
             ["--prompts=a", "--size=big"],
@@ -202,7 +202,7 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_embeddings_from_disk_draw_the_same_pictures(sampled, tmp_path):
+def test_embeddings_from_disk_draw_the_same_images(sampled, tmp_path):
     done, command = sampled
     out, cache = tmp_path / "out", tmp_path / "cache"
     assert (
@@ -220,7 +220,7 @@ def test_embeddings_from_disk_draw_the_same_pictures(sampled, tmp_path):
         == 0
     )
     assert len(list(cache.glob("*/*.npz"))) == 4  # three prompts and the negative one
-    np.testing.assert_array_equal(read_picture(out / "00000.png"), read_picture(done / "00000.png"))
+    np.testing.assert_array_equal(read_image(out / "00000.png"), read_image(done / "00000.png"))
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +271,9 @@ def test_evaluate_leaves_scores_summary_and_page(evaluated):
 def test_models_start_from_the_same_noise_and_differ(evaluated):
     out, _ = evaluated
     for i in range(7):
-        pair = [read_picture(out / model / f"{i:05d}.png") for model in ("base", "tuned")]
+        pair = [read_image(out / model / f"{i:05d}.png") for model in ("base", "tuned")]
         assert not np.array_equal(*pair)
-    same = [read_picture(out / "base" / f"{i:05d}.png") for i in (2, 3)]  # one prompt, two seeds
+    same = [read_image(out / "base" / f"{i:05d}.png") for i in (2, 3)]  # one prompt, two seeds
     assert not np.array_equal(*same)
 
 
@@ -281,7 +281,7 @@ def test_the_same_command_again_changes_no_score(evaluated, contents, capsys):
     out, command = evaluated
     before = contents(out)
     assert main(command) == 0
-    assert "base: 0 pictures to score" in capsys.readouterr().out
+    assert "base: 0 images to score" in capsys.readouterr().out
     after = contents(out)
     assert {k for k in before if before[k] != after[k]} <= {"evaluation.json", "index.html"}
 
@@ -298,7 +298,7 @@ def test_scoring_apart_from_drawing_gives_the_same_scores(evaluated, tmp_path, c
         and not (place / "summary.json").exists()
     )
     assert main([*again, "--skip_generation"]) == 0
-    assert "pictures of" not in capsys.readouterr().out.split("pictures to score")[-1]
+    assert "images of" not in capsys.readouterr().out.split("images to score")[-1]
     for name in ("summary.json", "base/scores.jsonl", "tuned/scores.jsonl"):
         assert (place / name).read_bytes() == (out / name).read_bytes()
 
@@ -326,19 +326,19 @@ def test_a_kill_while_scoring_and_a_reward_added_later(evaluated, tmp_path, monk
     ]
 
 
-def test_missing_pictures_are_named(evaluated, refused, contents, tmp_path):
+def test_missing_images_are_named(evaluated, refused, contents, tmp_path):
     out, command = evaluated
     place = shutil.copytree(out, tmp_path / "out")
     (place / "tuned" / "00004.png").unlink()
     before = contents(place)
     again = [f"--out={place}" if a.startswith("--out") else a for a in command]
     assert re.search(
-        "--skip_generation: expected 7 pictures of 'tuned' in .*; received 6, without 00004.png",
+        "--skip_generation: expected 7 images of 'tuned' in .*; received 6, without 00004.png",
         refused(*again, "--skip_generation"),
     )
     assert contents(place) == before
     fresh = [f"--out={tmp_path / 'new'}" if a.startswith("--out") else a for a in command]
-    assert "expected 7 pictures of 'base'" in refused(*fresh, "--skip_generation")
+    assert "expected 7 images of 'base'" in refused(*fresh, "--skip_generation")
     assert not (tmp_path / "new").exists()
 
 

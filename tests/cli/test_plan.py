@@ -24,13 +24,13 @@ def environment_stays(monkeypatch):
 
 
 def test_the_papers_recipe_on_sixteen_chips(capsys, tmp_path):
-    """48 x 24 pictures, 9 a chip; 192 micro-steps; memory, work and seconds on the terminal and in the file."""
+    """48 x 24 images, 9 a chip; 192 micro-steps; memory, work and seconds on the terminal and in the file."""
     file = tmp_path / "plan.json"
     assert main(["plan", f"--config={SD3}", "--devices=16", "--chip=v5e", f"--json={file}"]) == 0
     said = capsys.readouterr().out
     for part in (
         "on 16 x v5e",
-        "48 prompts x 24 = 1152 pictures",
+        "48 prompts x 24 = 1152 images",
         "27648 samples",
         "8 batches of 144, 9 a device",
         "192 micro-steps of 144, 9 a device",
@@ -39,7 +39,7 @@ def test_the_papers_recipe_on_sixteen_chips(capsys, tmp_path):
         "train, between",
         "in all, of 16.91",
         "MFU",
-        "pictures/s",
+        "images/s",
     ):
         assert part in said, part
     record = json.loads(file.read_text())
@@ -122,7 +122,7 @@ def test_a_compile_for_a_slice(tmp_path):
         "--topology=v5e:2x2",
         "--config.rollout.batch_size=48",
         "--config.training.micro_batch_size=48",
-        "--config.harmonize.mode=amortised",
+        "--config.harmonize.mode=amortized",
         "--config.model.remat=full",
         f"--json={file}",
     ]

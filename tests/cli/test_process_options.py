@@ -138,7 +138,7 @@ def test_a_reward_that_needs_whole_groups(folder, tmp_path):
         )
     ] * 2
     everybody(
-        "rollout.batch_size: expected the 8 pictures of a prompt on one host of 2, as ranks:rank compares them; "
+        "rollout.batch_size: expected the 8 images of a prompt on one host of 2, as ranks:rank compares them; "
         "received 8; nearest valid 16$"
     )(refusals(pair(arguments)))
 

@@ -23,7 +23,7 @@ def run(tmp_path):
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.make_workdir(tmp_path / "run", done=12, pictures=False)
+    return module.make_workdir(tmp_path / "run", done=12, images=False)
 
 
 def test_the_page_is_written_and_named(run, capsys):

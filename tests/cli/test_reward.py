@@ -78,8 +78,7 @@ def test_check_prints_a_table_and_records(here, capsys):
     )
     lines = capsys.readouterr().out.splitlines()
     assert (
-        lines[0].startswith("1 rewards on 12 golden pictures of 32 px")
-        and "peak memory" in lines[0]
+        lines[0].startswith("1 rewards on 12 golden images of 32 px") and "peak memory" in lines[0]
     )
     assert lines[1].split()[:6] == ["reward", "status", "own", "other", "img/s", "weights"]
     assert lines[3].split()[:2] == ["red", "ok"] and "own prompts lead by 0.0" in lines[3]
@@ -95,7 +94,7 @@ def test_check_fails_for_what_is_broken(here, capsys):
         == 2
     )
     captured = capsys.readouterr()
-    assert "12 of 12 golden pictures without a score: FileNotFoundError: model.bin" in captured.out
+    assert "12 of 12 golden images without a score: FileNotFoundError: model.bin" in captured.out
     assert captured.err.splitlines()[-1] == (
         "marble-jax reward: check: expected every reward to pass; received marble_test_cli:broken (failed), "
         "marble_test_cli:same (constant)"
@@ -114,7 +113,7 @@ def test_functions_need_no_directory(here):
     config = here / "mine.py"
     config.write_text(
         "from marble_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
-        "    config.rewards.train = ('marble_test_cli:red',)\n    config.model.resolution = 32\n    return config\n"
+        "    config.rewards.train = ('marble_test_cli:red',)\n    config.model.height = config.model.width = 32\n    return config\n"
     )
     assert main(["reward", "check", f"--config={config}"]) == 0
 
@@ -186,13 +185,13 @@ def test_training_does_not_start_with_a_broken_reward(refused, here):
         "train", *SMOKE, "--config.rewards.train=marble_test_cli:broken,geneval", "--workdir=run"
     )
     assert (
-        "reward marble_test_cli:broken: expected sound scores of the golden pictures; received a reward that fails"
-        " (12 of 12 golden pictures without a score: FileNotFoundError: model.bin)" in message
+        "reward marble_test_cli:broken: expected sound scores of the golden images; received a reward that fails"
+        " (12 of 12 golden images without a score: FileNotFoundError: model.bin)" in message
     )
     assert not (here / "run").exists()
 
 
-def test_a_reward_that_compares_pictures_needs_whole_groups(refused, here):
+def test_a_reward_that_compares_images_needs_whole_groups(refused, here):
     message = refused(
         "train",
         *SMOKE,
@@ -201,7 +200,7 @@ def test_a_reward_that_compares_pictures_needs_whole_groups(refused, here):
         "--workdir=run",
     )
     assert (
-        "rollout.batch_size: expected a multiple of the 4 pictures a prompt, as marble_test_cli:rank"
+        "rollout.batch_size: expected a multiple of the 4 images a prompt, as marble_test_cli:rank"
         in message
     )
 

@@ -119,8 +119,8 @@ def workdir(tmp_path):
             "adapter target: expected the end of .*received 'attn.to_qq'",
         ),
         (
-            [*HOST_ONLY, "--config.model.resolution=60"],
-            "picture size: expected positive multiples of 16 .*received 60",
+            [*HOST_ONLY, "--config.model.height=60"],
+            "image size: expected positive multiples of 16 .*received 60",
         ),
     ],
 )
@@ -280,8 +280,8 @@ def test_a_run_leaves_its_records(finished):
     assert len(prompts) == 3
     for step in ("step_000000", "step_000003"):
         for i, entry in enumerate(prompts):
-            picture = Image.open(workdir / "samples" / step / f"{i:02d}.png")
-            assert picture.size == (64, 64) and picture.text["prompt"] == entry["prompt"]
+            image = Image.open(workdir / "samples" / step / f"{i:02d}.png")
+            assert image.size == (64, 64) and image.text["prompt"] == entry["prompt"]
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == [
         "2",
         "3",

@@ -36,8 +36,8 @@ def test_one_size_follows_from_the_others(given, expected):
         ((1, 1, 8), 12, 1),
     ],
 )
-def test_pictures_are_split_over_all_devices_that_come_out_even(given, count, expected):
-    assert device_mesh.picture_shards(device_mesh.abstract_mesh(8, *given), count) == expected
+def test_images_are_split_over_all_devices_that_come_out_even(given, count, expected):
+    assert device_mesh.image_shards(device_mesh.abstract_mesh(8, *given), count) == expected
 
 
 @pytest.mark.parametrize(

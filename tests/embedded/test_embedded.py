@@ -64,7 +64,7 @@ def test_prompt_embeddings_match_diffusers(theirs, ours):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_diffusers_draws_the_same_pictures(theirs, ours, guidance_scale):
+def test_diffusers_draws_the_same_images(theirs, ours, guidance_scale):
     torch = pytest.importorskip("torch")
     noise = (
         np.random.default_rng(5)
@@ -154,17 +154,17 @@ def test_geneval_metadata(split):
 REWARDS = json.loads((EMBEDDED / "rewards" / "rewards.json").read_text())
 BLURRED = (
     "aesthetic",
-)  # judged against a blurred picture; the others against the picture of another prompt
+)  # judged against a blurred image; the others against the image of another prompt
 
 
 def scenes(world, kind: str, count: int = 12) -> tuple[list[str], list[dict], np.ndarray]:
-    """Prompts, metadata and clean pictures float32 [count, 64, 64, 3] of one kind, all prompts different."""
+    """Prompts, metadata and clean images float32 [count, 64, 64, 3] of one kind, all prompts different."""
     rng, found = random.Random(3), {}
     while len(found) < count:
         prompt, metadata, make = getattr(world, kind)(rng)
         found.setdefault(prompt, (metadata, world.render(make(rng))))
-    pictures = np.stack([picture for _, picture in found.values()]).astype(np.float32) / 255
-    return list(found), [metadata for metadata, _ in found.values()], pictures
+    images = np.stack([image for _, image in found.values()]).astype(np.float32) / 255
+    return list(found), [metadata for metadata, _ in found.values()], images
 
 
 @pytest.mark.parametrize("name", REWARDS)

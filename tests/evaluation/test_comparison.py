@@ -1,4 +1,4 @@
-"""Comparisons of models by hand and against NumPy and SciPy: composite, tags, clusters of pictures of one prompt."""
+"""Comparisons of models by hand and against NumPy and SciPy: composite, tags, clusters of images of one prompt."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_the_papers_rows_rank_as_the_paper_says():
     )
 
 
-def test_pictures_of_one_prompt_are_resampled_together():
-    """40 prompts with 4 equal pictures each are 40 numbers, not 160: the interval is that of the prompts."""
+def test_images_of_one_prompt_are_resampled_together():
+    """40 prompts with 4 equal images each are 40 numbers, not 160: the interval is that of the prompts."""
     rng = np.random.default_rng(3)
     by_prompt = rng.normal(size=40)
     values, groups = np.repeat(by_prompt, 4), np.repeat(np.arange(40), 4)
@@ -66,7 +66,7 @@ def test_groups_of_one_change_nothing():
 
 
 def test_strata_count_the_same_whatever_their_size():
-    """Two tags, 10 and 90 pictures, binomial each: the mean is that of two means, its variance a quarter of the sum."""
+    """Two tags, 10 and 90 images, binomial each: the mean is that of two means, its variance a quarter of the sum."""
     values = np.r_[np.ones(8), np.zeros(2), np.ones(30), np.zeros(60)]
     strata = np.repeat(["a", "b"], (10, 90))
     mean, low, high = stratified(values, strata)

@@ -1,4 +1,4 @@
-"""Evaluations: the same noise for the same prompt whatever the batch size, nothing dropped, kept pictures."""
+"""Evaluations: the same noise for the same prompt whatever the batch size, nothing dropped, kept images."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 import marble_jax  # noqa: F401
 from marble_jax.evaluation.evaluate import Evaluator
-from marble_jax.flow.policy_sampler import make_sampler, picture_noise
+from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
@@ -63,7 +63,7 @@ def scorer():
     made.close()
 
 
-def _evaluator(scorer, batch_size, seed=0, num_pictures=3, prompts=PROMPTS):
+def _evaluator(scorer, batch_size, seed=0, num_images=3, prompts=PROMPTS):
     return Evaluator(
         prompts=prompts,
         sampler=_sampler(),
@@ -73,7 +73,7 @@ def _evaluator(scorer, batch_size, seed=0, num_pictures=3, prompts=PROMPTS):
         latent_shape=(2, 2, 3),
         batch_size=batch_size,
         seed=seed,
-        num_pictures=num_pictures,
+        num_images=num_images,
     )
 
 
@@ -81,11 +81,11 @@ def _evaluator(scorer, batch_size, seed=0, num_pictures=3, prompts=PROMPTS):
 def test_results_do_not_depend_on_the_batch_size_and_no_prompt_is_dropped(scorer, batch_size):
     """Against a loop over single prompts with noise from (seed, index)."""
     done = []
-    scores, pictures = _evaluator(scorer, batch_size)(0.5, None, done.append)
+    scores, kept_images = _evaluator(scorer, batch_size)(0.5, None, done.append)
     assert sum(done) == len(PROMPTS) and scores.values.shape == (2, 7)
     images = []
     for i, prompt in enumerate(PROMPTS):
-        noise = picture_noise(jax.random.key(0), [i], (2, 2, 3))
+        noise = image_noise(jax.random.key(0), [i], (2, 2, 3))
         images.append(
             np.asarray(jax.nn.sigmoid(_sampler()(0.5, None, _encode([prompt.text]), noise)))[0]
         )
@@ -96,9 +96,9 @@ def test_results_do_not_depend_on_the_batch_size_and_no_prompt_is_dropped(scorer
         scores.values[1][quoted], [len(p.text) for p in PROMPTS if '"' in p.text]
     )
     assert not scores.failed.any()
-    assert pictures.dtype == np.uint8 and pictures.shape == (3, 2, 2, 3)
+    assert kept_images.dtype == np.uint8 and kept_images.shape == (3, 2, 2, 3)
     expected = np.stack([images[i] for i in (0, 3, 6)]) * 255
-    assert np.abs(pictures - expected).max() <= 0.5 + 1e-3
+    assert np.abs(kept_images - expected).max() <= 0.5 + 1e-3
 
 
 def test_equal_prompts_start_from_different_noise(scorer):
@@ -118,14 +118,14 @@ def test_the_same_noise_every_time_and_another_one_for_another_seed(scorer):
     assert np.all(once.values[0] != other.values[0])
 
 
-def test_several_pictures_of_a_prompt_are_a_group(scorer):
-    """The first pass over the prompts is what one picture each gives; the second differs by its noise alone."""
-    once, pictures = _evaluator(scorer, 4)(0.5, None)
+def test_several_images_of_a_prompt_are_a_group(scorer):
+    """The first pass over the prompts is what one image each gives; the second differs by its noise alone."""
+    once, images = _evaluator(scorer, 4)(0.5, None)
     evaluator = dataclasses.replace(_evaluator(scorer, 4), images_per_prompt=2)
-    twice, same_pictures = evaluator(0.5, None)
+    twice, same_images = evaluator(0.5, None)
     np.testing.assert_array_equal(evaluator.groups, [*range(7), *range(7)])
     np.testing.assert_allclose(twice.values[:, :7], once.values, rtol=1e-6)
-    np.testing.assert_array_equal(same_pictures, pictures)
+    np.testing.assert_array_equal(same_images, images)
     np.testing.assert_array_equal(twice.valid[:, 7:], once.valid)
     assert np.all(twice.values[0, 7:] != once.values[0])
     applies = once.valid[1]
@@ -145,11 +145,11 @@ def test_policies_differ_by_their_weights_alone(scorer):
 
 
 @pytest.mark.parametrize(
-    "num_pictures, kept",
+    "num_images, kept",
     [(0, []), (1, [0]), (2, [0, 6]), (3, [0, 3, 6]), (7, list(range(7))), (50, list(range(7)))],
 )
-def test_kept_pictures_are_spread_over_the_prompts(scorer, num_pictures, kept):
-    evaluator = _evaluator(scorer, 4, num_pictures=num_pictures)
+def test_kept_images_are_spread_over_the_prompts(scorer, num_images, kept):
+    evaluator = _evaluator(scorer, 4, num_images=num_images)
     assert evaluator.kept == kept
-    if num_pictures in (0, 50):
+    if num_images in (0, 50):
         assert len(evaluator(0.5, None)[1]) == len(kept)

@@ -20,7 +20,7 @@ PROMPTS = [
 
 
 def scores(names, values, failed=()):
-    """One row a reward; None is missing, `failed` the (reward, picture) of those that should be there."""
+    """One row a reward; None is missing, `failed` the (reward, image) of those that should be there."""
     values = np.array([[np.nan if v is None else v for v in row] for row in values], np.float32)
     fails = np.zeros(values.shape, bool)
     for place in failed:
@@ -89,7 +89,7 @@ def test_half_a_line_is_scored_again(tmp_path):
     assert file.path.read_text() == whole
 
 
-def test_a_picture_without_scores_counts_as_failed(tmp_path):
+def test_a_image_without_scores_counts_as_failed(tmp_path):
     file = ScoreFile(tmp_path / "s")
     file.append([0], PROMPTS[:1], scores("a", [[1]]))
     got = file.scores(("a",), 2)

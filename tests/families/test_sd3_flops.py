@@ -90,7 +90,7 @@ def test_decoder_against_xla():
         .lower(params, latents)
         .compile(compiler_options=QUICK)
     )
-    # XLA does not count products with the zeros around a picture: about 1/12 of a 3 x 3 window at a side of 16.
+    # XLA does not count products with the zeros around an image: about 1/12 of a 3 x 3 window at a side of 16.
     assert compiled.cost_analysis()["flops"] == pytest.approx(
         flops.decoder(model.config, params, 16, 12), rel=0.1
     )

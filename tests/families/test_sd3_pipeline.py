@@ -330,7 +330,7 @@ def test_dtype_and_placement(saved):
 def test_latent_shape(ours):
     assert ours.latent_shape(16, 24) == (8, 12, 4)
     with pytest.raises(
-        InputError, match="picture size: expected positive multiples of 4 pixels; received 16 x 18"
+        InputError, match="image size: expected positive multiples of 4 pixels; received 16 x 18"
     ):
         ours.latent_shape(16, 18)
 

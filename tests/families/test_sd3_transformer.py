@@ -73,7 +73,7 @@ def pair(tmp_path_factory):
 
 
 def inputs(config, num=2, height=8, width=12, tokens=5):
-    """Latents, sigma and conditioning; non-square, as are all pictures here."""
+    """Latents, sigma and conditioning; non-square, as are all images here."""
     rng = np.random.default_rng(3)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     cond = Conditioning(

@@ -72,14 +72,14 @@ def pair(request, tmp_path_factory):
     return reference(request.param, directory), *autoencoder_kl.load_vae(directory)
 
 
-def pictures(side: int = 16) -> np.ndarray:
+def sample_images(side: int = 16) -> np.ndarray:
     return np.random.default_rng(0).uniform(size=(2, side, side + 8, 3)).astype(np.float32)
 
 
 def test_encode_matches_diffusers(pair):
     torch = pytest.importorskip("torch")
     theirs, model, params = pair
-    images = pictures()
+    images = sample_images()
     with torch.no_grad():
         posterior = theirs.encode(torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1).latent_dist
     shift = theirs.config.shift_factor or 0.0
@@ -109,7 +109,7 @@ def test_decode_matches_diffusers(pair):
 
 def test_sampling_follows_the_posterior(pair):
     _, model, params = pair
-    images, key = pictures(), jax.random.key(3)
+    images, key = sample_images(), jax.random.key(3)
     scale = model.config.scaling_factor
     _, logvar = apply(model, "moments", params, jnp.asarray(images) * 2 - 1)
     mean, drawn = encode(model, params, images), encode(model, params, images, key)

@@ -88,7 +88,7 @@ def assert_same(got, want, tolerance):
     [(2, 37, 700, 1, 16), pytest.param((1, 1024 + 205, 1024 + 205, 2, 64), marks=pytest.mark.slow)],
 )
 def test_splash_agrees_with_the_reference(shape):
-    """Padded queries and keys, several blocks, and the tokens of a 512 px picture with 205 of text."""
+    """Padded queries and keys, several blocks, and the tokens of a 512 px image with 205 of text."""
     arrays = problem(*shape)
     assert_same(
         pulled_back(EMULATED, *arrays),

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from test_flash import assert_same, problem, pulled_back
+from test_fused_attention import assert_same, problem, pulled_back
 
 from marble_jax.networks.attention import attend, choose, has_cudnn
 from marble_jax.networks.fused_attention import Flash

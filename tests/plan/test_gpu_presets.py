@@ -53,8 +53,12 @@ def test_a_preset_changes_nothing_but_how_much_is_done_at_once(preset):
     recipe, found = flatten(CONFIG("exact")), flatten(CONFIG(preset))
     assert {name for name in found if found[name] != recipe[name]} <= HOW_MUCH_AT_ONCE
     assert found["harmonize.mode"] == "exact"
-    pictures = found["rollout.prompts_per_step"] * found["rollout.images_per_prompt"]
-    assert pictures == 48 * 24 and found["lora.rank"] == 32 and found["model.resolution"] == 512
+    images = found["rollout.prompts_per_step"] * found["rollout.images_per_prompt"]
+    assert (
+        images == 48 * 24
+        and found["lora.rank"] == 32
+        and found["model.height"] == found["model.width"] == 512
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,7 @@ def test_a_preset_changes_nothing_but_how_much_is_done_at_once(preset):
         (
             "gpu_8x80gb",
             7,
-            "rollout.batch_size: expected a divisor of the 1152 pictures a step .*received 576",
+            "rollout.batch_size: expected a divisor of the 1152 images a step .*received 576",
         ),
         (
             "gpu_80gb",

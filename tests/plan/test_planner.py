@@ -30,14 +30,15 @@ def config(path="stabilityai/stable-diffusion-3.5-medium", **changes):
 
 
 SMALL = {
-    "model__resolution": 64,
+    "model__height": 64,
+    "model__width": 64,
     "model__max_sequence_length": 12,
     "rollout__prompts_per_step": 2,
     "rollout__images_per_prompt": 4,
     "rollout__batch_size": 8,
     "training__micro_batch_size": 8,
     "rollout__num_steps": 3,
-    "harmonize__mode": "amortised",
+    "harmonize__mode": "amortized",
 }
 
 
@@ -95,14 +96,14 @@ def test_models_and_resolutions_that_do_not_fit():
         architecture(config("me/stable-difusion-3.5-medium"))
     with pytest.raises(
         InputError,
-        match="model.resolution: expected a multiple of 16 .*received 500 .nearest.* 496",
+        match="model.height: expected a multiple of 16 .*received 500 .nearest.* 496",
     ):
-        architecture(config(model__resolution=500))
+        architecture(config(model__height=500))
 
 
 def test_what_is_passed_to_a_program_is_exact(medium):
     """The parts that are no estimates, against shapes: weights over fsdp, four adapters, two moments."""
-    chosen = config(harmonize__mode="amortised", model__remat="full")
+    chosen = config(harmonize__mode="amortized", model__remat="full")
     for fsdp, expected, whole in ((1, 2 * 2_469_663_936, 5e-3), (16, 2 * 2_469_663_936 / 16, 4e-2)):
         mesh = device_mesh.abstract_mesh(16, -1, fsdp)
         found = memory.programs(chosen, medium, build.derive_sizes(chosen, 16), mesh)
@@ -121,7 +122,7 @@ def test_what_is_passed_to_a_program_is_exact(medium):
 
 def test_memory_follows_the_settings(medium):
     def total(name="train, between", devices=16, **changes):
-        chosen = config(**{"harmonize__mode": "amortised", "model__remat": "full", **changes})
+        chosen = config(**{"harmonize__mode": "amortized", "model__remat": "full", **changes})
         mesh = device_mesh.abstract_mesh(devices, -1, 1)
         return memory.total(
             memory.programs(chosen, medium, build.derive_sizes(chosen, devices), mesh)[name]
@@ -161,8 +162,8 @@ def test_programs_accept_the_planned_arguments():
     mesh = device_mesh.make_mesh()
     jobs = aot.jobs(chosen, architecture(chosen), build.derive_sizes(chosen, mesh.size), mesh)
     assert list(jobs) == ["rollout", "decode", "train, solving", "train, between"]
-    latents, pictures = (jax.eval_shape(f, *arguments) for f, arguments in list(jobs.values())[:2])
-    assert latents.shape == (8, 8, 8, 16) and pictures.shape == (8, 64, 64, 3)
+    latents, images = (jax.eval_shape(f, *arguments) for f, arguments in list(jobs.values())[:2])
+    assert latents.shape == (8, 8, 8, 16) and images.shape == (8, 64, 64, 3)
     step, arguments = jobs["train, between"]
     state, metrics = jax.eval_shape(step, *arguments)
     assert jax.tree.structure(state) == jax.tree.structure(arguments[0]) and "nft/loss" in metrics

@@ -27,7 +27,7 @@ def config(**changes):
 
 
 def test_the_papers_batch_arithmetic():
-    """48 prompts x 24 = 1152 pictures in 8 batches of 144; 24 of 25 timesteps: 27648 samples in 192 micro-steps."""
+    """48 prompts x 24 = 1152 images in 8 batches of 144; 24 of 25 timesteps: 27648 samples in 192 micro-steps."""
     sizes = build.derive_sizes(config(), 8)
     assert sizes == build.Sizes(1152, 8, 24, 27648, 192)
 
@@ -44,7 +44,7 @@ def test_a_small_fraction_still_trains_one_timestep():
             "rollout__batch_size",
             100,
             8,
-            "rollout.batch_size: .*1152 pictures a step .48 prompts x 24. that 8 device.*"
+            "rollout.batch_size: .*1152 images a step .48 prompts x 24. that 8 device.*"
             "received 100; nearest valid 96",
         ),
         (
@@ -84,17 +84,17 @@ def test_sizes_that_do_not_divide(name, size, devices, message):
             "model.attention: expected 'xla', as splash needs a TPU; .*on cpu",
         ),
         (
-            {"advantages__stages": ("ocr:20", "clip:20")},
-            "advantages.stages: reward: .*received 'clip'",
+            {"reward_schedule__stages": ("ocr:20", "clip:20")},
+            "reward_schedule.stages: reward: .*received 'clip'",
         ),
         (
-            {"advantages__dropout": 0.5},
-            "advantages.dropout_targets: expected some of the rewards .*; received none",
+            {"reward_schedule__dropout": 0.5},
+            "reward_schedule.dropout_targets: expected some of the rewards .*; received none",
         ),
         ({"logging__wandb": "project"}, "logging.wandb: expected the package wandb; received none"),
         (
-            {"policies__schedule": "linear"},
-            "policies.schedule: expected one of copy, linear_capped, delayed_linear",
+            {"rollout_policy__schedule": "linear"},
+            "rollout_policy.schedule: expected one of copy, linear_capped, delayed_linear",
         ),
         (
             {"rollout__solver": "heun"},
@@ -189,10 +189,10 @@ def test_groups_are_numbered_by_first_appearance():
 def test_stages_and_dropout_of_a_configuration():
     made = config(
         training__num_steps=30,
-        advantages__stages=("pickscore+hpsv2+clipscore@general", "ocr", "geneval"),
-        advantages__dropout=0.5,
-        advantages__dropout_targets=("pickscore",),
-        advantages__dropout_warmup=7,
+        reward_schedule__stages=("pickscore+hpsv2+clipscore@general", "ocr", "geneval"),
+        reward_schedule__dropout=0.5,
+        reward_schedule__dropout_targets=("pickscore",),
+        reward_schedule__dropout_warmup=7,
     )
     presence = build.presence_of(made)
     assert [(s.rewards[0], s.sources, s.first) for s in presence.stages] == [
@@ -243,7 +243,7 @@ def first_moves(**changes) -> list[float]:
 def test_the_optimizer_follows_its_schedule():
     np.testing.assert_allclose(first_moves(), [0.5, 0.5, 0.5], rtol=1e-4)
     np.testing.assert_allclose(
-        first_moves(training__schedule="cosine", training__min_ratio=0.1),
+        first_moves(training__learning_rate_schedule="cosine", training__min_learning_rate_ratio=0.1),
         [0.5, 0.275, 0.05],
         rtol=1e-4,
     )
@@ -261,7 +261,8 @@ def test_a_run_of_the_embedded_pipeline():
     made = config(
         model__path="embedded",
         model__dtype="float32",
-        model__resolution=64,
+        model__height=64,
+        model__width=64,
         model__max_sequence_length=12,
         prompts__path="embedded",
         rewards__path="embedded",
@@ -274,9 +275,9 @@ def test_a_run_of_the_embedded_pipeline():
         training__micro_batch_size=6,
         training__timestep_fraction=0.5,
         harmonize__chunk_size=100,
-        policies__schedule="delayed_linear",
-        policies__delay=3,
-        policies__rate=0.25,
+        rollout_policy__schedule="delayed_linear",
+        rollout_policy__delay=3,
+        rollout_policy__rate=0.25,
     )
     run = build.build(made)
     assert isinstance(run.config, ml_collections.ConfigDict)
@@ -299,9 +300,10 @@ def test_a_run_of_the_embedded_pipeline():
     run.collector.scorer.close()
     run.evaluator.scorer.close()
     with pytest.raises(
-        InputError, match="model.resolution: expected at most the model's 256 pixels; received 512"
+        InputError,
+        match="model.height, model.width: expected at most the model's 256 pixels; received 512 x 512",
     ):
-        made.model.resolution = 512
+        made.model.height = made.model.width = 512
         build.build(made)
 
 

@@ -1,4 +1,4 @@
-"""A run's export: every library that is to open the folder draws our pictures, and a failure leaves no trace."""
+"""A run's export: every library that is to open the folder draws our images, and a failure leaves no trace."""
 
 import importlib.resources
 import json
@@ -50,7 +50,7 @@ FILES = {
 
 
 def random_adapter(seed):
-    """A strong adapter: pictures change by far more than the tolerance, at half strength too."""
+    """A strong adapter: images change by far more than the tolerance, at half strength too."""
     rng = np.random.default_rng(seed)
     names = [module.name for module in lora.target_modules(SHAPES)]
     blank = lora.unstack(lora.init_adapter(jax.random.key(0), SHAPES, SPEC))
@@ -138,7 +138,7 @@ def exported(run):
 
 @pytest.fixture(scope="module")
 def ours():
-    """Noise [1, h, w, C] and our picture of it without and with the averaged adapter.
+    """Noise [1, h, w, C] and our image of it without and with the averaged adapter.
 
     T5 is left out: its part of the conditioning knows no adapter."""
     pipeline = load_pipeline(BASE, text_encoder_3=False, lora_scale=SPEC.scale)
@@ -151,17 +151,17 @@ def ours():
 
     sampler = make_sampler(velocity, STEPS, "euler", pipeline.scheduler.shift)
     cond = pipeline.encode_prompts([PROMPT], TOKENS)
-    pictures = [
+    images = [
         np.asarray(pipeline.decode(sampler(pipeline.params, adapter, cond, jnp.asarray(noise)), 1))
         for adapter in (None, random_adapter(POLICIES["ema"]))
     ]
-    assert np.abs(pictures[1] - pictures[0]).max() > 0.1
-    return noise, *pictures
+    assert np.abs(images[1] - images[0]).max() > 0.1
+    return noise, *images
 
 
 @pytest.fixture(scope="module")
 def theirs(ours):
-    """theirs(change) -> diffusers' picture of the same prompt and noise, after `change` to a pipeline with a fresh
+    """theirs(change) -> diffusers' image of the same prompt and noise, after `change` to a pipeline with a fresh
     transformer."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("peft")
@@ -231,12 +231,12 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_every_reader_draws_our_pictures(exported, ours, theirs, reader):
+def test_every_reader_draws_our_images(exported, ours, theirs, reader):
     _, base, wanted = ours
-    pictures = theirs(lambda pipe: READERS[reader](pipe, exported))
-    np.testing.assert_allclose(pictures, wanted, atol=1e-2)
-    assert np.abs(pictures - base).max() > 0.1
-    assert np.vdot(pictures - base, wanted - base) / np.vdot(
+    images = theirs(lambda pipe: READERS[reader](pipe, exported))
+    np.testing.assert_allclose(images, wanted, atol=1e-2)
+    assert np.abs(images - base).max() > 0.1
+    assert np.vdot(images - base, wanted - base) / np.vdot(
         wanted - base, wanted - base
     ) == pytest.approx(1, abs=0.02)
 
@@ -389,14 +389,14 @@ def test_a_run_without_records_has_a_card(tmp_path):
     workdir.claim(flatten(config))
     from marble_jax.programs.model_card import model_card
 
-    text, pictures = model_card(export.facts_of(config, workdir, {}, "ema", 0), None, merged=False)
-    assert "Not evaluated." in text and pictures == {}
+    text, images = model_card(export.facts_of(config, workdir, {}, "ema", 0), None, merged=False)
+    assert "Not evaluated." in text and images == {}
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """Our side of a verification of the averaged policy is drawn once for all tests."""
-    kept, draw = {}, verify._our_pictures
+    kept, draw = {}, verify._our_images
 
     def once(drawing, adapter):
         if not kept:
@@ -404,7 +404,7 @@ def drawn():
         return kept
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_our_pictures", once)
+        patch.setattr(verify, "_our_images", once)
         yield
 
 
@@ -478,11 +478,11 @@ def test_verification_finds_what_users_suffer_from(
 
 def test_an_adapter_without_effect_is_not_verified(tmp_path, monkeypatch):
     needs_verification()
-    picture = np.full((1, 64, 64, 3), 0.5, np.float32)
+    image = np.full((1, 64, 64, 3), 0.5, np.float32)
     monkeypatch.setattr(
-        verify, "_our_pictures", lambda drawing, adapter: {"base": picture, "with": picture + 1e-4}
+        verify, "_our_images", lambda drawing, adapter: {"base": image, "with": image + 1e-4}
     )
-    drawing = verify.Drawing(BASE, PROMPT, 64, TOKENS, SPEC.scale)
+    drawing = verify.Drawing(BASE, PROMPT, 64, 64, TOKENS, SPEC.scale)
     blank = lora.init_adapter(jax.random.key(0), SHAPES, SPEC)
     with pytest.raises(
         InputError,
@@ -493,11 +493,11 @@ def test_an_adapter_without_effect_is_not_verified(tmp_path, monkeypatch):
 
 def test_a_base_that_diffusers_cannot_open(exported, tmp_path):
     needs_verification()
-    drawing = verify.Drawing(tmp_path, PROMPT, 64, TOKENS, SPEC.scale)
+    drawing = verify.Drawing(tmp_path, PROMPT, 64, 64, TOKENS, SPEC.scale)
     with pytest.raises(
         InputError, match="--verify: expected a base model that diffusers opens; received "
     ):
-        next(verify._their_pictures(epath.Path(exported), drawing, {}))
+        next(verify._their_images(epath.Path(exported), drawing, {}))
 
 
 def test_verification_needs_its_libraries(run, tmp_path, monkeypatch):

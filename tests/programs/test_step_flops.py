@@ -23,8 +23,8 @@ def made(**changes):
 
 
 def test_the_papers_step_by_hand():
-    """1152 pictures x 25 network calls; 27648 samples: rollout, current and base forward, one backward pass."""
-    work = made(harmonize__mode="amortised")
+    """1152 images x 25 network calls; 27648 samples: rollout, current and base forward, one backward pass."""
+    work = made(harmonize__mode="amortized")
     assert work.rollout == 1152 * 25 * 11 and work.decode == 1152 * 3
     assert work.between == 27648 * (11 + 11 + 10 + 13)
     # A solve has the base and two more directions in every eighth of 192 micro-steps of 144.
@@ -42,21 +42,21 @@ def test_modes_and_options():
     assert made(model__remat="dots").recomputed == 27648 * 2
     alone = made(harmonize__mode="exact", nft__kl_weight=0.0, harmonize__anchor_every=1)
     assert alone.solve == 27648 * (11 + 11 + 2 * 13)
-    faithful = made(harmonize__mode="faithful")
+    upstream = made(harmonize__mode="upstream")
     assert (
-        faithful.solve - faithful.between == 144 * 2 * 13
+        upstream.solve - upstream.between == 144 * 2 * 13
     )  # one micro-step has two directions more
 
 
 def test_speed_of_a_step():
     work = dataclasses.replace(
-        made(harmonize__mode="amortised"), rollout=6e15, decode=1e15, between=8e15, solve=9e15
+        made(harmonize__mode="amortized"), rollout=6e15, decode=1e15, between=8e15, solve=9e15
     )
     record = {"time/step_s": 20.0, "time/train_s": 10.0, "harmonize/refreshed": 0.0}
     found = speed(work, record, 40, 4, CHIPS["v5e"])
     assert found == pytest.approx(
         {
-            "speed/pictures_per_s": 2.0,
+            "speed/images_per_s": 2.0,
             "speed/tflops_per_device": 187.5,
             "speed/mfu": 187.5 / 197,
             "speed/train_tflops_per_device": 200.0,

@@ -50,7 +50,7 @@ def test_wraps_and_keeps_draws_apart():
         4,
         4,
         6,
-    ]  # 7 draws of 3 prompts: 2, 2 and 3 times, two pictures each
+    ]  # 7 draws of 3 prompts: 2, 2 and 3 times, two images each
     assert len(set(d.groups)) == 7
 
 

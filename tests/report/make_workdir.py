@@ -130,8 +130,8 @@ def metrics(step: int, num_steps: int, rng: np.random.Generator, refresh_every: 
         "nft/kl": float(0.002 * progress),
         "training/grad_norm": None if step == 40 else float(0.05 * np.exp(0.3 * rng.normal())),
         "training/learning_rate": 3e-4 * min(1.0, (step + 1) / 10),
-        "policies/old_decay": min(0.5, 0.01 * step),
-        "policies/ema_decay": 0.9,
+        "rollout_policy/decay": min(0.5, 0.01 * step),
+        "ema/decay": 0.9,
         "time/rollout_s": 14.2,
         "time/rewards_wait_s": 5.1 + 0.3 * rng.normal(),
         "time/train_s": 19.8,
@@ -140,7 +140,7 @@ def metrics(step: int, num_steps: int, rng: np.random.Generator, refresh_every: 
     return row
 
 
-def picture(path: pathlib.Path, index: int, progress: float, size: int) -> None:
+def image(path: pathlib.Path, index: int, progress: float, size: int) -> None:
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (size, size), (235, 228, 214))
@@ -162,7 +162,7 @@ def make_workdir(
     done: int | None = None,
     evaluate_every: int = 20,
     refresh_every: int = 10,
-    pictures: bool = True,
+    images: bool = True,
     compare: bool = True,
     size: int = 64,
 ) -> pathlib.Path:
@@ -192,9 +192,9 @@ def make_workdir(
         "versions": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8", "marble_jax": "0.1.0"},
         "hardware": {"devices": "8 x TPU v5p", "hosts": 2},
         "command": "marble_jax train --config=configs/signs.py --workdir=/tmp/run",
-        "differences_from_faithful": [
+        "differences_from_upstream": [
             "alpha is solved on the whole batch, not on one micro-step of 192",
-            "a missing reward is masked in amortised steps, not entered as advantage 0",
+            "a missing reward is masked in amortized steps, not entered as advantage 0",
         ],
         "started": "2026-01-05T09:12:44+00:00",
     }
@@ -208,10 +208,10 @@ def make_workdir(
         for s in range(evaluate_every, done + 1, evaluate_every)
     ]
     (root / "evaluation.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evaluations))
-    if pictures:
+    if images:
         for e in evaluations:
             for index in range(len(PROMPTS)):
-                picture(
+                image(
                     root / "samples" / f"step_{e['step']:06d}" / f"{index:02d}.png",
                     index,
                     e["step"] / num_steps,

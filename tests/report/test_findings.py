@@ -112,12 +112,12 @@ def steps(key, values):
         (
             steps("rollout/brightness", [0.4] * 10 + [0.65] * 10),
             "alarm",
-            "Pictures are getting brighter",
+            "Images are getting brighter",
         ),
         (
             steps("rollout/brightness", [0.6] * 10 + [0.45] * 10),
             "watch",
-            "Pictures are getting darker",
+            "Images are getting darker",
         ),
         (steps("rollout/x0_norm", [1.0] * 10 + [1.3] * 10), "alarm", "Latent norm is drifting"),
         (steps("rollout/score_std/a", [0.1] * 10 + [0.0] * 10), "alarm", "a is constant"),
@@ -189,7 +189,7 @@ def test_a_falling_heldout_reward_is_an_alarm_and_a_passed_peak_a_watch(tmp_path
 
 
 def test_summary_matches_the_records(tmp_path):
-    records = read_records(make_workdir(tmp_path / "run", pictures=False))
+    records = read_records(make_workdir(tmp_path / "run", images=False))
     summary = summarise(records)
     flags = [row["harmonize/conflict"] for row in records.rows if "harmonize/conflict" in row]
     assert summary["conflict_rate"] == pytest.approx(sum(flags) / len(flags))

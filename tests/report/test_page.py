@@ -17,7 +17,7 @@ VOID = {"meta", "link", "img", "br", "input"}
 SECTIONS = [
     "verdict",
     "before-after",
-    "pictures",
+    "images",
     "curves",
     "compare",
     "alpha",
@@ -134,14 +134,14 @@ def test_nothing_outside_the_file_is_asked_for(full):
 def test_hostile_text_stays_text(full):
     _, page = full
     assert [tag for tag, _ in page.tags].count("script") == 1
-    assert HOSTILE in page.text["pictures"]
+    assert HOSTILE in page.text["images"]
     assert "<img src=x onerror=alert(1)>" in page.text["setup"]
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert any(HOSTILE in attrs["alt"] for tag, attrs in page.tags if tag == "img")
 
 
 def test_hostile_names_stay_text(tmp_path):
-    root = make_workdir(tmp_path / "run", done=21, pictures=False, compare=False)
+    root = make_workdir(tmp_path / "run", done=21, images=False, compare=False)
     evil = '"><script>x</script>'
     for file in ("run.json", "metrics.jsonl", "evaluation.jsonl"):
         (root / file).write_text(
@@ -154,7 +154,7 @@ def test_hostile_names_stay_text(tmp_path):
     assert [tag for tag, _ in page.tags].count("script") == 1 and evil in page.text["before-after"]
 
 
-def test_pictures_are_inside_with_words(full):
+def test_images_are_inside_with_words(full):
     _, page = full
     images = [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(images) == len(PROMPTS) * (2 + 4)
@@ -164,7 +164,7 @@ def test_pictures_are_inside_with_words(full):
     )
 
 
-def test_large_pictures_are_scaled_down(tmp_path):
+def test_large_images_are_scaled_down(tmp_path):
     root = make_workdir(tmp_path / "run", done=20, compare=False, size=512)
     images = [attrs for tag, attrs in load(root).tags if tag == "img"]
     assert images and all(
@@ -223,10 +223,10 @@ def test_one_step(tmp_path):
     assert load(make_workdir(tmp_path / "run", done=1)).sections == SECTIONS
 
 
-def test_damaged_picture_and_cut_line_are_told(tmp_path):
+def test_damaged_image_and_cut_line_are_told(tmp_path):
     root = make_workdir(tmp_path / "run", done=21)
-    picture = root / "samples" / "step_000020" / "01.png"
-    picture.write_bytes(picture.read_bytes()[:60])
+    image = root / "samples" / "step_000020" / "01.png"
+    image.write_bytes(image.read_bytes()[:60])
     metrics = root / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-30])
     text = load(root).text["setup"]
@@ -264,7 +264,7 @@ def test_text_that_utf8_cannot_hold_does_not_stop_the_page(tmp_path):
     )
     (tmp_path / "samples" / "step_000000" / "00.png").write_bytes(b"")
     page = Page(write_report(tmp_path).read_bytes().decode("utf-8"))
-    assert "lone ? half" in page.text["pictures"] and "unreadable" in page.text["pictures"]
+    assert "lone ? half" in page.text["images"] and "unreadable" in page.text["images"]
 
 
 def test_configuration_falls_back_to_the_resolved_one(tmp_path):
@@ -281,7 +281,7 @@ def test_many_rewards_share_colours_but_not_looks(tmp_path):
 
 
 def test_written_in_one_move_and_again(tmp_path):
-    root = make_workdir(tmp_path / "run", done=3, pictures=False, compare=False)
+    root = make_workdir(tmp_path / "run", done=3, images=False, compare=False)
     first = write_report(root)
     assert first == epath.Path(root) / "report.html"
     before = first.read_text()
@@ -292,7 +292,7 @@ def test_written_in_one_move_and_again(tmp_path):
 def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
     from marble_jax.report import page as module
 
-    root = make_workdir(tmp_path / "run", done=3, pictures=False, compare=False)
+    root = make_workdir(tmp_path / "run", done=3, images=False, compare=False)
     before = write_report(root).read_text()
 
     def fail(self, target):
@@ -318,7 +318,7 @@ def test_a_long_run_stays_small(tmp_path):
         num_steps=900,
         evaluate_every=300,
         refresh_every=1,
-        pictures=False,
+        images=False,
         compare=False,
     )
     page = load(root)

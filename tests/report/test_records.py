@@ -24,12 +24,12 @@ def test_full_run(tmp_path):
         120,
     ]
     assert [s.prompt for s in records.strips] == list(PROMPTS)
-    assert [step for step, _ in records.strips[0].pictures] == [0, 20, 40, 60, 80, 100, 120]
+    assert [step for step, _ in records.strips[0].images] == [0, 20, 40, 60, 80, 100, 120]
     assert len(records.compare) == 2 and records.flaws == ()
 
 
 def test_keys_only_on_some_steps_and_null_differ(tmp_path):
-    records = read_records(make_workdir(tmp_path / "run", pictures=False))
+    records = read_records(make_workdir(tmp_path / "run", images=False))
     np.testing.assert_array_equal(
         records.series("harmonize/cos_update/ocr").step, np.arange(0, 120, 10)
     )
@@ -38,7 +38,7 @@ def test_keys_only_on_some_steps_and_null_differ(tmp_path):
 
 
 def test_truncated_last_line_is_left_out_and_said(tmp_path):
-    root = make_workdir(tmp_path / "run", done=12, pictures=False)
+    root = make_workdir(tmp_path / "run", done=12, images=False)
     text = (root / "metrics.jsonl").read_text()
     (root / "metrics.jsonl").write_text(text[:-40])
     records = read_records(root)
@@ -47,7 +47,7 @@ def test_truncated_last_line_is_left_out_and_said(tmp_path):
 
 
 def test_broken_line_inside_is_counted(tmp_path):
-    root = make_workdir(tmp_path / "run", done=5, pictures=False)
+    root = make_workdir(tmp_path / "run", done=5, images=False)
     lines = (root / "metrics.jsonl").read_text().splitlines()
     lines[2] = '{"step": 2, "time'
     (root / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -74,7 +74,7 @@ def test_not_a_number_in_a_record_is_missing(tmp_path):
 
 
 def test_reward_names_without_run_json(tmp_path):
-    root = make_workdir(tmp_path / "run", done=3, evaluate_every=2, pictures=False)
+    root = make_workdir(tmp_path / "run", done=3, evaluate_every=2, images=False)
     (root / "run.json").unlink()
     records = read_records(root)
     assert records.rewards == REWARDS and records.heldout == HELDOUT

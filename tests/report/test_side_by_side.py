@@ -63,7 +63,7 @@ def folder(tmp_path):
                 for m in MODELS
             },
             "prompts": "mine.txt",
-            "num_pictures": 8,
+            "num_images": 8,
             "command": "marble-jax evaluate",
             "settings": {"seed": 7, "num_steps": 4, "solver": "dpm2", "guidance": 1.0},
             "rewards": {"ocr": {"kind": "ocr", "path": "embedded"}},
@@ -99,7 +99,7 @@ def balanced(page: str) -> bool:
 def test_the_page_has_everything(folder):
     page = write_comparison(str(folder), 4).read_text()
     assert balanced(page) and "http" not in page.replace("http-equiv", "")
-    for anchor in ("scores", "gains", "geneval", "sources", "paper", "pictures", "setup"):
+    for anchor in ("scores", "gains", "geneval", "sources", "paper", "images", "setup"):
         assert f'<section id="{anchor}"' in page and f'href="#{anchor}"' in page
     summary = json.loads((folder / "summary.json").read_text())
     for model in MODELS:
@@ -122,7 +122,7 @@ def test_the_papers_rows_are_said_to_be_the_papers(folder):
     assert "base &" not in section and "lora" not in section
 
 
-def test_pictures_stand_side_by_side(folder):
+def test_images_stand_side_by_side(folder):
     comparison = read_comparison(folder)
     page = render(comparison, 3)
     assert (
@@ -131,7 +131,7 @@ def test_pictures_stand_side_by_side(folder):
     )
     assert (
         chosen(comparison, 50) == [0, 2, 4, 6] and chosen(comparison, 0) == []
-    )  # a prompt's first picture
+    )  # a prompt's first image
     assert "seed 7:6" in page
     (folder / "lora-a" / "00000.png").unlink()
     (folder / "lora-b" / "00000.png").write_bytes(b"half")
@@ -157,7 +157,7 @@ def test_only_rewards_no_run_was_trained_on_are_marked(folder):
     assert "never trained" not in render(read_comparison(folder))
 
 
-def test_before_scoring_there_are_pictures_only(folder):
+def test_before_scoring_there_are_images_only(folder):
     (folder / "summary.json").unlink()
     page = render(read_comparison(folder), 2)
     assert (

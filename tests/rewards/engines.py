@@ -22,7 +22,7 @@ class Obedient:
 
 
 class Reads(Obedient):
-    """Reads from a picture what its first pixel means."""
+    """Reads from an image what its first pixel means."""
 
     def __call__(self, image):
         return super().__call__({0: "AB", 1: "hang", 2: "die", 3: "raise"}[int(image[0, 0, 0])])

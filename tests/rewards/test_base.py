@@ -9,7 +9,7 @@ from marble_jax.rewards.base import Reward, RewardError, to_uint8
 
 
 class Echo(Reward):
-    """Scores a picture by its first value; knows prompts that start with 'yes'."""
+    """Scores an image by its first value; knows prompts that start with 'yes'."""
 
     def applies(self, prompt, metadata):
         return prompt.startswith("yes")
@@ -20,12 +20,12 @@ class Echo(Reward):
         return values, values != 0.25
 
 
-def pictures(*values):
+def sample_images(*values):
     return np.array(values, np.float32)[:, None, None, None] * np.ones((1, 2, 2, 3), np.float32)
 
 
 def test_not_applicable_failed_and_not_finite_stay_apart():
-    images, prompts = pictures(0.5, 0.25, np.nan, np.inf, 1), ["yes"] * 4 + ["no"]
+    images, prompts = sample_images(0.5, 0.25, np.nan, np.inf, 1), ["yes"] * 4 + ["no"]
     result = base.score(Echo(name="echo", kind="host"), images, prompts, [{}] * 5)
     np.testing.assert_array_equal(result.values, [0.5, 0, 0, 0, 0])
     np.testing.assert_array_equal(result.valid, [True, False, False, False, False])
@@ -35,8 +35,8 @@ def test_not_applicable_failed_and_not_finite_stay_apart():
 
 def test_own_params_unless_given():
     reward = Echo(name="echo", kind="host", params=2)
-    assert base.score(reward, pictures(1), ["yes"], [{}]).values == 2
-    assert base.score(reward, pictures(1), ["yes"], [{}], params=3).values == 3
+    assert base.score(reward, sample_images(1), ["yes"], [{}]).values == 2
+    assert base.score(reward, sample_images(1), ["yes"], [{}], params=3).values == 3
 
 
 def test_inapplicable_batches_are_not_scored():

@@ -1,4 +1,4 @@
-"""Golden pictures, and what the check says of rewards that work and of those that do not."""
+"""Golden images, and what the check says of rewards that work and of those that do not."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ COUNT = 2 * golden_images.COUNT
 
 
 class Scripted(Reward):
-    """Scores picture i as `answer(i, own)` says, where `own` is whether it comes with its own prompt."""
+    """Scores image i as `answer(i, own)` says, where `own` is whether it comes with its own prompt."""
 
     def __init__(self, name, answer, kind="host", applies=lambda prompt: True):
         super().__init__(
             name=name, kind=kind, params={"w": jnp.zeros((3, 5))} if kind == "device" else None
         )
         self._answer, self._applies, self.sizes = answer, applies, []
-        pictures, prompts = golden_images.samples(SIDE)
-        self._known = [(p, t.text, i) for i, (p, t) in enumerate(zip(pictures, prompts))]
+        images, prompts = golden_images.samples(SIDE)
+        self._known = [(p, t.text, i) for i, (p, t) in enumerate(zip(images, prompts))]
 
     def applies(self, prompt, metadata):
         return self._applies(prompt)
@@ -59,7 +59,7 @@ def look(reward, expected=None, **settings):
     return finding
 
 
-def test_pictures_are_the_same_at_every_size_up_to_its_grain():
+def test_images_are_the_same_at_every_size_up_to_its_grain():
     small, _ = golden_images.samples(32)
     large, prompts = golden_images.samples(64)
     assert (
@@ -78,7 +78,7 @@ def test_pictures_are_the_same_at_every_size_up_to_its_grain():
         texts[0] == texts[3] == "a red circle on white"
         and texts[1] == texts[2] == "a blue square on gray"
     )
-    # By hand: the circle of radius 1/4 covers pi / 16 of the first picture; its centre is red, a corner is the ground.
+    # By hand: the circle of radius 1/4 covers pi / 16 of the first image; its centre is red, a corner is the ground.
     red = np.all(np.abs(large[0] - np.array([220, 40, 40]) / 255) < 0.01, axis=-1).mean()
     assert red == pytest.approx(np.pi / 16, abs=0.02)
     np.testing.assert_allclose(large[0, 0, 0] * 255, 250)
@@ -107,7 +107,7 @@ def test_a_reward_that_works(kind):
 @pytest.mark.parametrize("kind, broken", [("host", False), ("device", True)])
 def test_a_constant_reward(kind, broken):
     finding = look(Scripted("r", lambda i, own: 0.0, kind))
-    assert (finding.status, finding.note) == ("constant", "0 for every golden picture")
+    assert (finding.status, finding.note) == ("constant", "0 for every golden image")
     assert finding.broken is broken and not finding.passed
 
 
@@ -121,11 +121,11 @@ def test_a_reward_that_prefers_other_prompts():
 def test_a_reward_that_fails(kind):
     finding = look(Scripted("r", lambda i, own: np.nan if i == 2 and own else i, kind))
     assert finding.status == "failed" and finding.broken
-    assert finding.note.startswith(f"1 of {COUNT} golden pictures without a score: no number")
+    assert finding.note.startswith(f"1 of {COUNT} golden images without a score: no number")
     finding = look(Scripted("r", lambda i, own: 1 / 0, kind))
     assert (
         finding.note
-        == f"{COUNT} of {COUNT} golden pictures without a score: ZeroDivisionError: division by zero"
+        == f"{COUNT} of {COUNT} golden images without a score: ZeroDivisionError: division by zero"
     )
 
 
@@ -167,14 +167,12 @@ def test_recorded_scores():
         Scripted("r", lambda i, own: good(i, own) + 0.1 * (i == 3 and own)), record(good)
     )
     assert finding.status == "differs" and finding.broken
-    assert finding.note.startswith(
-        "golden picture 6: expected 1.375 within 0.081; received 1.475; "
-    )
+    assert finding.note.startswith("golden image 6: expected 1.375 within 0.081; received 1.475; ")
     some = [None if i >= 8 else v for i, v in enumerate(record(good))]
     finding = look(Scripted("r", good), some)
     assert (finding.status, finding.note) == (
         "differs",
-        "scores golden pictures other than those on record",
+        "scores golden images other than those on record",
     )
     assert look(Scripted("r", lambda i, own: 0.0), [0.0] * COUNT).status == "ok"
 
@@ -199,24 +197,24 @@ def test_before_training(tmp_path):
     ]
     remarks = checks.before_training(rewards, SIDE, tmp_path, 6, 10)
     assert len(remarks) == 1 and remarks[0].startswith(
-        "reward b: constant on the golden pictures (3 for every"
+        "reward b: constant on the golden images (3 for every"
     )
     golden_images.write_expected(tmp_path, SIDE, {"a": [9.0] * COUNT})
     assert checks.before_training(rewards, SIDE, None, 6, 10) == remarks
     with pytest.raises(
         InputError,
-        match="reward a: expected sound scores of the golden pictures; received a reward "
-        "that scores otherwise .golden picture .: expected 9 within 0.001",
+        match="reward a: expected sound scores of the golden images; received a reward "
+        "that scores otherwise .golden image .: expected 9 within 0.001",
     ):
         checks.before_training(rewards, SIDE, tmp_path, 6, 10)
     with pytest.raises(
         InputError,
-        match="reward c: .* gives every picture the same score .1 for every golden picture",
+        match="reward c: .* gives every image the same score .1 for every golden image",
     ):
         checks.before_training([Scripted("c", lambda i, own: 1.0, "device")], SIDE, None, 6, 10)
     with pytest.raises(
         InputError,
-        match="reward c: .* that fails .12 of 12 golden pictures without a score: KeyError",
+        match="reward c: .* that fails .12 of 12 golden images without a score: KeyError",
     ):
         checks.before_training([Scripted("c", lambda i, own: {}[i])], SIDE, None, 6, 10)
 
@@ -249,7 +247,7 @@ def test_records_on_disk(tmp_path):
         file.write_text(damage)
         with pytest.raises(
             InputError,
-            match="golden.json: expected scores of the golden pictures; received something",
+            match="golden.json: expected scores of the golden images; received something",
         ):
             golden_images.read_expected(tmp_path, SIDE)
 

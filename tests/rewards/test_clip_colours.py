@@ -19,7 +19,7 @@ NAME = "cat"
 
 @pytest.fixture(scope="module")
 def scene():
-    """A picture and two detections, one of which has a mask with a hole."""
+    """An image and two detections, one of which has a mask with a hole."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (60, 80, 3), np.uint8)
     mask = np.zeros((60, 80), bool)

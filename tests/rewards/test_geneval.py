@@ -25,7 +25,7 @@ THREE = {"class": "cat", "count": 3}
 
 
 def both(metadata, *detections):
-    return judge(IMAGE, detections, metadata), judge(IMAGE, detections, metadata, faithful=True)
+    return judge(IMAGE, detections, metadata), judge(IMAGE, detections, metadata, upstream=True)
 
 
 def test_thresholds_and_cap():
@@ -158,7 +158,7 @@ def test_reward_masks():
 
 
 def test_faithful_reward_uses_upstreams_score():
-    reward = GenEvalReward("geneval", Fixed([seen("cat")] * 3), faithful=True)
+    reward = GenEvalReward("geneval", Fixed([seen("cat")] * 3), upstream=True)
     assert (
         base.score(reward, np.zeros((1, 8, 8, 3), np.float32), ["a"], [wants("colors", CAT)]).values
         == -1

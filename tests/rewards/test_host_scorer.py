@@ -59,7 +59,7 @@ def test_scores_and_masks():
     assert tally.busy_seconds > 0 and tally.waited_seconds > 0
 
 
-def test_eight_bit_pictures_are_scaled():
+def test_eight_bit_images_are_scaled():
     with HostScorer([Mean()]) as scorer:
         result = scorer.submit(np.full((1, 2, 2, 3), 51, np.uint8), ["a"], [{}]).result(10)["mean"]
     np.testing.assert_allclose(result.values, [0.2], rtol=1e-6)
@@ -213,6 +213,6 @@ def test_rejects_bad_arguments():
         HostScorer([], workers=0)
     with HostScorer([Mean()]) as scorer:
         with pytest.raises(
-            InputError, match="as many pictures, prompts and metadata; received 4, 1 and 4"
+            InputError, match="as many images, prompts and metadata; received 4, 1 and 4"
         ):
             scorer.submit(IMAGES, ["a"], METADATA)

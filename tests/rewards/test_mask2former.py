@@ -89,14 +89,14 @@ class Network:
 
 
 def test_arithmetic_by_hand():
-    """Two queries on a 32 x 48 picture enlarged twice; the logits have its own grid, so nothing is interpolated
+    """Two queries on a 32 x 48 image enlarged twice; the logits have its own grid, so nothing is interpolated
     between unlike values inside an object."""
     classes = np.full((2, 81), -20.0, np.float32)
     classes[0, [COCO.index("cat"), COCO.index("dog")]] = np.log([0.6, 0.35])
     classes[0, 80] = np.log(0.05)
     classes[1, [COCO.index("tv remote"), 80]] = np.log([0.25, 0.75])
     masks = np.full((2, 64, 96), -8.0, np.float32)
-    masks[0, 8:24, 20:40] = 2.0  # in the picture: rows 4 to 12, columns 10 to 20
+    masks[0, 8:24, 20:40] = 2.0  # in the image: rows 4 to 12, columns 10 to 20
     masks[1] = 5.0
     network = Network(classes, masks)
     (found,) = Mask2FormerDetector(network, short_edge=64).detect(

@@ -21,7 +21,7 @@ from marble_jax.rewards.workers.ocr_engines import PaddleEngine
 
 
 class Lines:
-    """A reader that returns prepared texts and counts pictures."""
+    """A reader that returns prepared texts and counts images."""
 
     def __init__(self, *texts):
         self.texts, self.seen = list(texts), []
@@ -91,11 +91,11 @@ def test_reward_reads_only_quoted_and_masks_failures():
     np.testing.assert_allclose(result.values, [1, 0, 0, 0, 0.5])
     np.testing.assert_array_equal(result.valid, [True, False, False, False, True])
     np.testing.assert_array_equal(result.failed, [False, False, True, False, False])
-    faithful = base.score(
-        OCRReward("ocr", Lines("ab", None, "ax"), faithful=True), images, prompts, [{}] * 5
+    upstream = base.score(
+        OCRReward("ocr", Lines("ab", None, "ax"), upstream=True), images, prompts, [{}] * 5
     )
-    np.testing.assert_array_equal(faithful.valid, [True, False, True, False, True])
-    assert faithful.values[2] == 0
+    np.testing.assert_array_equal(upstream.valid, [True, False, True, False, True])
+    assert upstream.values[2] == 0
     values, valid = OCRReward("ocr", Lines()).score(None, images[:1], ["plain"], [{}])
     assert not valid.any() and not values.any()
 
@@ -132,9 +132,9 @@ def test_paddleocr_is_asked_as_its_interface_wants(monkeypatch):
             return [{"rec_texts": ["AB", "cd", "x"], "rec_scores": [0.9, 0.4, 0.0]}]
 
     monkeypatch.setitem(sys.modules, "paddleocr", types.SimpleNamespace(PaddleOCR=PaddleOCR))
-    picture = np.zeros((4, 6, 3), np.uint8)
-    picture[..., 0] = 200
-    assert PaddleEngine(scale=2)(picture) == "ABcd"
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[..., 0] = 200
+    assert PaddleEngine(scale=2)(image) == "ABcd"
     assert asked[0] == ("en", "PP-OCRv4", "cpu", False)
     assert asked[1].shape == (8, 12, 3) and asked[1][0, 0].tolist() == [
         0,
@@ -192,7 +192,7 @@ def test_rapidocr_failure_is_none_and_blank_is_empty(reader):
 
 
 @pytest.mark.parametrize("processes", [False, True])
-def test_rapidocr_finds_lines_in_a_larger_picture(world, processes):
+def test_rapidocr_finds_lines_in_a_larger_image(world, processes):
     pytest.importorskip("rapidocr")
     from PIL import Image, ImageDraw
 

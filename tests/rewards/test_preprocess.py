@@ -14,15 +14,15 @@ SIZES = [((37, 50), (16, 21)), ((20, 20), (32, 32)), ((33, 48), (30, 12))]
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return np.random.default_rng(0).integers(0, 256, (2, 48, 50, 3), np.uint8)
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size_in,size_out", SIZES)
-def test_matches_torch_antialias(picture, method, size_in, size_out):
+def test_matches_torch_antialias(image, method, size_in, size_out):
     torch = pytest.importorskip("torch")
-    x = picture[:, : size_in[0], : size_in[1]].astype(np.float32) / 255
+    x = image[:, : size_in[0], : size_in[1]].astype(np.float32) / 255
     planes = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
     want = torch.nn.functional.interpolate(
         planes, size=size_out, mode=method, antialias=True, align_corners=False
@@ -33,8 +33,8 @@ def test_matches_torch_antialias(picture, method, size_in, size_out):
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size_in,size_out", SIZES)
-def test_eight_bit_matches_pillow(picture, method, size_in, size_out):
-    x = picture[:, : size_in[0], : size_in[1]]
+def test_eight_bit_matches_pillow(image, method, size_in, size_out):
+    x = image[:, : size_in[0], : size_in[1]]
     got = np.asarray(resize(x.astype(np.float32) / 255, *size_out, method, eight_bit=True))
     want = np.stack([Image.fromarray(p).resize(size_out[::-1], PIL_METHODS[method]) for p in x])
     np.testing.assert_allclose(got, want / 255, atol=1e-6)  # a level is 4e-3
@@ -49,15 +49,15 @@ def test_published_size_matches_pillow_bit_for_bit(size_in):
     np.testing.assert_allclose(got[0], want / 255, atol=1e-6)
 
 
-def test_on_host_equals_on_device(picture):
+def test_on_host_equals_on_device(image):
     transform = Preprocess(size=16, crop="round")
-    for x in (picture[0], picture[0, :9, :5]):
+    for x in (image[0], image[0, :9, :5]):
         pixels = preprocess.prepare(x[None].astype(np.float32) / 255, transform)
         np.testing.assert_allclose(transform.on_host(x), pixels[0], atol=1e-5)
     with pytest.raises(
         InputError, match="preprocessing on the host: expected 8-bit and 'shortest'; received"
     ):
-        Preprocess(size=16, eight_bit=False).on_host(picture[0])
+        Preprocess(size=16, eight_bit=False).on_host(image[0])
 
 
 def test_odd_margins():
@@ -85,8 +85,8 @@ def test_halving_bilinear_by_hand():
     np.testing.assert_array_equal(resize_matrix(5, 5, "bicubic"), np.eye(5))
 
 
-def test_shortest_edge_matches_torchvision_style_pipeline(picture):
-    x = picture[:, :40, :50]
+def test_shortest_edge_matches_torchvision_style_pipeline(image):
+    x = image[:, :40, :50]
     got = preprocess.prepare(x.astype(np.float32) / 255, Preprocess(size=24))
     small = [
         Image.fromarray(p).resize((30, 24), Image.Resampling.BICUBIC).crop((3, 0, 27, 24))
@@ -97,8 +97,8 @@ def test_shortest_edge_matches_torchvision_style_pipeline(picture):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_longest_edge_pads_before_normalising(picture):
-    x = picture[:, :24, :48].astype(np.float32) / 255
+def test_longest_edge_pads_before_normalising(image):
+    x = image[:, :24, :48].astype(np.float32) / 255
     got = np.asarray(Preprocess(size=16, fit="longest", eight_bit=False)(x))
     black = -np.array(preprocess.CLIP_MEAN) / preprocess.CLIP_STD
     np.testing.assert_allclose(got[:, :4], np.broadcast_to(black, (2, 4, 16, 3)), rtol=1e-5)
@@ -107,8 +107,8 @@ def test_longest_edge_pads_before_normalising(picture):
     np.testing.assert_allclose(inner, resize(x, 8, 16, "bicubic"), atol=1e-5)
 
 
-def test_jit_agrees_with_eager(picture):
-    x = picture.astype(np.float32) / 255
+def test_jit_agrees_with_eager(image):
+    x = image.astype(np.float32) / 255
     transform = Preprocess(size=24)
     np.testing.assert_allclose(jax.jit(transform)(x), transform(x), atol=1e-5)
 
@@ -129,7 +129,7 @@ def test_rejects_bad_input():
         Preprocess.from_config({"resample": 0}, 32)
     with pytest.raises(InputError, match="crop_size: expected the image tower's 32; received 16"):
         Preprocess.from_config({"crop_size": 16}, 32)
-    with pytest.raises(InputError, match=r"pictures: expected \[N, H, W, 3\]"):
+    with pytest.raises(InputError, match=r"images: expected \[N, H, W, 3\]"):
         Preprocess(size=8)(np.zeros((8, 8, 3), np.float32))
     with pytest.raises(InputError, match="fit: expected one of"):
         Preprocess(size=8, fit="short")

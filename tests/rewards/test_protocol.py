@@ -27,9 +27,9 @@ IMAGES = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
 REQUEST = Request("geneval", IMAGES, ["a cat", 'ein "ü"'], [{"tag": "x", "include": [1]}, {}])
 
 
-@pytest.mark.parametrize("picture_format", ["png", "rgb8"])
-def test_a_request_arrives_as_it_was_sent(picture_format):
-    got = decode_request(encode_request(REQUEST, picture_format), Limits())
+@pytest.mark.parametrize("image_format", ["png", "rgb8"])
+def test_a_request_arrives_as_it_was_sent(image_format):
+    got = decode_request(encode_request(REQUEST, image_format), Limits())
     np.testing.assert_array_equal(got.images, IMAGES)
     assert (got.reward, got.prompts, got.metadata) == (
         REQUEST.reward,
@@ -47,33 +47,33 @@ def test_the_format_by_hand():
             "reward": "r",
             "prompts": ["p"],
             "metadata": [{}],
-            "pictures": [{"format": "rgb8", "bytes": 12, "height": 1, "width": 4}],
+            "images": [{"format": "rgb8", "bytes": 12, "height": 1, "width": 4}],
         }
     ).encode()
     got = decode_request(len(header).to_bytes(4, "big") + header + pixels, Limits())
     np.testing.assert_array_equal(got.images, np.arange(12, dtype=np.uint8).reshape(1, 1, 4, 3))
 
 
-def test_grey_pictures_are_understood():
+def test_grey_images_are_understood():
     buffer = io.BytesIO()
     Image.fromarray(IMAGES[0, ..., 0]).save(buffer, "PNG")
-    got = decode_request(body(pictures=[buffer.getvalue()]), Limits())
+    got = decode_request(body(images=[buffer.getvalue()]), Limits())
     np.testing.assert_array_equal(got.images[0], np.repeat(IMAGES[0, ..., :1], 3, -1))
 
 
-def body(pictures=None, header=None, extra=b"", **changes):
-    """A request of one picture, with parts of its header replaced."""
-    pictures = [encode_png(IMAGES[0])] if pictures is None else pictures
-    count = len(pictures)
+def body(images=None, header=None, extra=b"", **changes):
+    """A request of one image, with parts of its header replaced."""
+    images = [encode_png(IMAGES[0])] if images is None else images
+    count = len(images)
     made = {
         "version": 1,
         "reward": "r",
         "prompts": ["p"] * count,
         "metadata": [{}] * count,
-        "pictures": [{"format": "png", "bytes": len(p)} for p in pictures],
+        "images": [{"format": "png", "bytes": len(p)} for p in images],
     } | changes
     text = json.dumps(made).encode() if header is None else header
-    return struct.pack(">I", len(text)) + text + b"".join(pictures) + extra
+    return struct.pack(">I", len(text)) + text + b"".join(images) + extra
 
 
 def png_claiming(width, height, mode=2, depth=8):
@@ -97,10 +97,10 @@ def rgb(**changes):
 
 
 def bare(entries):
-    """A request of one picture of 60 bytes, described as `entries` say."""
+    """A request of one image of 60 bytes, described as `entries` say."""
     whole = body([b"x" * 60])
     old = whole[4:-60]
-    text = json.dumps(json.loads(old) | {"pictures": entries}).encode()
+    text = json.dumps(json.loads(old) | {"images": entries}).encode()
     return struct.pack(">I", len(text)) + text + whole[-60:]
 
 
@@ -140,79 +140,79 @@ def bare(entries):
         (
             body(prompts=["p", "q"]),
             400,
-            "as many prompts, metadata and pictures; received 2, 1 and 1",
+            "as many prompts, metadata and images; received 2, 1 and 1",
         ),
-        (body(pictures=[]), 400, "header: expected at least one picture; received none"),
-        (body(pictures=[b"x"] * 5), 413, "pictures: expected at most 4; received 5"),
-        (body(pictures=[b"not a png"]), 400, "picture 0: expected a PNG; received something else"),
+        (body(images=[]), 400, "header: expected at least one image; received none"),
+        (body(images=[b"x"] * 5), 413, "images: expected at most 4; received 5"),
+        (body(images=[b"not a png"]), 400, "image 0: expected a PNG; received something else"),
         (
-            body(pictures=[encode_png(IMAGES[0])[:-30]]),
+            body(images=[encode_png(IMAGES[0])[:-30]]),
             400,
-            "picture 0: expected a whole PNG; received a damaged one",
+            "image 0: expected a whole PNG; received a damaged one",
         ),
         (
-            body(pictures=[png_claiming(60000, 60000)]),
+            body(images=[png_claiming(60000, 60000)]),
             413,
-            "picture 0: expected at most 32 pixels a side; received more",
+            "image 0: expected at most 32 pixels a side; received more",
         ),
         (
-            body(pictures=[png_claiming(33, 8)]),
+            body(images=[png_claiming(33, 8)]),
             413,
-            "picture 0: expected at most 32 pixels a side; received 8 x 33",
+            "image 0: expected at most 32 pixels a side; received 8 x 33",
         ),
         (
-            body(pictures=[png_claiming(32, 32)] * 3),
+            body(images=[png_claiming(32, 32)] * 3),
             413,
             "expected at most 2048 pixels in all; received 3 of 32 x 32",
         ),
         (
-            body(pictures=[png_claiming(8, 8, mode=6)]),
+            body(images=[png_claiming(8, 8, mode=6)]),
             400,
-            "picture 0: expected 8-bit grey or RGB; received mode RGBA",
+            "image 0: expected 8-bit grey or RGB; received mode RGBA",
         ),
         (
-            body(pictures=[png_claiming(8, 8, mode=0, depth=16)]),
+            body(images=[png_claiming(8, 8, mode=0, depth=16)]),
             400,
             "expected 8-bit grey or RGB; received mode I;16",
         ),
         (
-            body(pictures=[encode_png(IMAGES[0]), encode_png(IMAGES[0, :2])]),
+            body(images=[encode_png(IMAGES[0]), encode_png(IMAGES[0, :2])]),
             400,
-            r"picture 1: expected the size of the first, \(4, 5\); received \(2, 5\)",
+            r"image 1: expected the size of the first, \(4, 5\); received \(2, 5\)",
         ),
         (
             body(extra=b"more"),
             400,
-            "body: expected to end after the last picture; received 4 bytes more",
+            "body: expected to end after the last image; received 4 bytes more",
         ),
         (bare(rgb(bytes=61)), 400, "at most the 60 that are left; received 61"),
         (bare(rgb(bytes=-1)), 400, "at most the 60 that are left; received -1"),
         (bare(rgb(bytes=True)), 400, "at most the 60 that are left; received True"),
-        (bare(rgb(width=6)), 400, "picture 0: expected 72 bytes of rgb8; received 60"),
+        (bare(rgb(width=6)), 400, "image 0: expected 72 bytes of rgb8; received 60"),
         (bare(rgb(height=None)), 400, "expected height and width in pixels; received None and 5"),
         (
             bare(rgb(height=10**9)),
             413,
             "expected at most 32 pixels a side; received 1000000000 x 5",
         ),
-        (bare(rgb(format="jpeg")), 400, "picture 0: expected format png or rgb8; received 'jpeg'"),
+        (bare(rgb(format="jpeg")), 400, "image 0: expected format png or rgb8; received 'jpeg'"),
     ],
 )
 def test_requests_that_are_wrong(data, status, message):
     with pytest.raises(ProtocolError, match=message) as caught:
-        decode_request(data, Limits(body=10**6, pictures=4, side=32, pixels=2048))
+        decode_request(data, Limits(body=10**6, images=4, side=32, pixels=2048))
     assert caught.value.status == status and "\n" not in str(caught.value)
 
 
 def test_a_bomb_is_not_decompressed(monkeypatch):
-    """Nothing beyond the header of a picture that claims too much is read."""
+    """Nothing beyond the header of an image that claims too much is read."""
 
     def load(self):
         raise AssertionError("pixels were read")
 
     monkeypatch.setattr(Image.Image, "load", load)
     with pytest.raises(ProtocolError, match="expected at most 32 pixels a side"):
-        decode_request(body(pictures=[png_claiming(5000, 5000)]), Limits(side=32))
+        decode_request(body(images=[png_claiming(5000, 5000)]), Limits(side=32))
 
 
 def test_metadata_has_to_be_json():

@@ -1,4 +1,4 @@
-"""The published models' folders with tiny random weights, scored from picture files here and by PyTorch."""
+"""The published models' folders with tiny random weights, scored from image files here and by PyTorch."""
 
 import json
 
@@ -36,7 +36,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def paths(root):
-    return twins.picture_files(root)
+    return twins.image_files(root)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def references(root, paths, clip):
 
 
 def scores(reward, paths, prompts=twins.PROMPTS):
-    """One call a picture, as they differ in size."""
+    """One call an image, as they differ in size."""
     results = [
         base.score(reward, jnp.asarray(twins.read(path), jnp.float32)[None] / 255, [prompt], [{}])
         for path, prompt in zip(paths, prompts)
@@ -112,11 +112,11 @@ def test_bfloat16_stays_within_the_stated_error(references, paths, name):
     assert 0 < abs(scores(reward, paths[:1])[0] - want[0]) < BF16[name] * unit
 
 
-def test_a_batch_scores_as_its_pictures_do(references, paths):
+def test_a_batch_scores_as_its_images_do(references, paths):
     make, _ = references["imagereward"]
-    reward, picture = make(jnp.float32), twins.read(paths[0]).astype(np.float32) / 255
-    both = base.score(reward, np.stack([picture, 1 - picture]), twins.PROMPTS[:2], [{}] * 2).values
-    alone = base.score(reward, 1 - picture[None], twins.PROMPTS[1:2], [{}]).values
+    reward, image = make(jnp.float32), twins.read(paths[0]).astype(np.float32) / 255
+    both = base.score(reward, np.stack([image, 1 - image]), twins.PROMPTS[:2], [{}] * 2).values
+    alone = base.score(reward, 1 - image[None], twins.PROMPTS[1:2], [{}]).values
     np.testing.assert_allclose(both[1:], alone, rtol=1e-4)
 
 

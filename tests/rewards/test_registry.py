@@ -10,7 +10,7 @@ from marble_jax.rewards import base
 from marble_jax.rewards.models import published
 from marble_jax.rewards.registry import entries_of, load_rewards
 
-PICTURE = np.random.default_rng(0).random((1, 40, 48, 3)).astype(np.float32)
+IMAGE = np.random.default_rng(0).random((1, 40, 48, 3)).astype(np.float32)
 ON_DEVICE = ("pickscore", "hpsv2", "clipscore", "aesthetic", "imagereward")
 
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def score(reward):
-    result = base.score(reward, PICTURE, ["a cat"], [{}])
+    result = base.score(reward, IMAGE, ["a cat"], [{}])
     assert result.valid.all()
     return float(result.values[0])
 
@@ -69,7 +69,7 @@ def test_a_file_overrides_the_published_entry(folder, tmp_path):
     )
     own, half, light = load_rewards(tmp_path, ["clipscore", "half", "brightness"])
     assert not own.formula.logit_scale and half.encoder.model.dtype == "bfloat16"
-    assert score(light) == pytest.approx(float((PICTURE @ [0.299, 0.587, 0.114]).mean()), rel=1e-4)
+    assert score(light) == pytest.approx(float((IMAGE @ [0.299, 0.587, 0.114]).mean()), rel=1e-4)
     assert list(entries_of(tmp_path)) == ["clipscore", "half"]
 
 

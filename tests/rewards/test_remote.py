@@ -55,8 +55,8 @@ class Mean(Reward):
         )
 
 
-@pytest.mark.parametrize("picture_format", ["png", "rgb8"])
-def test_client_and_server_agree_with_the_reward_itself(tmp_path, monkeypatch, picture_format):
+@pytest.mark.parametrize("image_format", ["png", "rgb8"])
+def test_client_and_server_agree_with_the_reward_itself(tmp_path, monkeypatch, image_format):
     monkeypatch.setenv("MARBLE_TEST_TOKEN", "t")
     mean = Mean("there")
     with (
@@ -70,7 +70,7 @@ def test_client_and_server_agree_with_the_reward_itself(tmp_path, monkeypatch, p
             reward="there",
             batch_size=2,
             token_env="MARBLE_TEST_TOKEN",
-            format=picture_format,
+            format=image_format,
         )
         got, want = run(remote), run(mean)
     for a, b in zip(got, want):
@@ -138,7 +138,7 @@ def chat(text):
 
 
 def judge_by(answer):
-    """A chat endpoint that answers `answer(prompt, picture)`; checks the request's form."""
+    """A chat endpoint that answers `answer(prompt, image)`; checks the request's form."""
 
     def reply(number, handler, body):
         assert (
@@ -147,12 +147,12 @@ def judge_by(answer):
         )
         request = json.loads(body)
         (message,) = request["messages"]
-        picture, text = message["content"]
-        assert message["role"] == "user" and (picture["type"], text["type"]) == (
+        image, text = message["content"]
+        assert message["role"] == "user" and (image["type"], text["type"]) == (
             "image_url",
             "text",
         )
-        head, _, data = picture["image_url"]["url"].partition(",")
+        head, _, data = image["image_url"]["url"].partition(",")
         assert head == "data:image/png;base64"
         image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         return 200, {"Content-Type": "application/json"}, chat(answer(request, text["text"], image))
@@ -160,7 +160,7 @@ def judge_by(answer):
     return Endpoint(reply)
 
 
-def test_a_judge_is_asked_about_each_picture_and_its_number_read(tmp_path):
+def test_a_judge_is_asked_about_each_image_and_its_number_read(tmp_path):
     def answer(request, text, image):
         assert (
             request["model"] == "judge-7b"
@@ -184,7 +184,7 @@ def test_a_judge_is_asked_about_each_picture_and_its_number_read(tmp_path):
 
 
 def test_the_unifiedreward_preset(tmp_path):
-    """Pictures of 512 x 512, the tag "Final Score:", a fifth of the number (reference facts of the original scorer)."""
+    """Images of 512 x 512, the tag "Final Score:", a fifth of the number (reference facts of the original scorer)."""
 
     def answer(request, text, image):
         assert image.shape == (512, 512, 3) and "Caption: a" in text and "Final Score:" in text
@@ -240,7 +240,7 @@ def test_a_judge_of_ones_own(tmp_path, monkeypatch):
 
 def test_judges_that_say_nothing_of_use(tmp_path):
     for data, message in (
-        (chat("fine picture"), "answer: expected a number from 1 to 10; received 'fine picture'"),
+        (chat("fine image"), "answer: expected a number from 1 to 10; received 'fine image'"),
         (b'{"choices": []}', r"answer: expected choices\[0\].message.content; received"),
         (chat(None), r"answer: expected choices\[0\].message.content; received"),
         (b"<", "received b'<'"),
@@ -272,8 +272,8 @@ def old_server(answer, protocol=2):
             set(request) == {"images", "prompts", "meta_datas", "only_strict"}
             and request["only_strict"] is True
         )
-        pictures = [np.asarray(Image.open(io.BytesIO(p))) for p in request["images"]]
-        return 200, {}, pickle.dumps(answer(request, pictures), protocol)
+        images = [np.asarray(Image.open(io.BytesIO(p))) for p in request["images"]]
+        return 200, {}, pickle.dumps(answer(request, images), protocol)
 
     return Endpoint(reply)
 
@@ -293,8 +293,8 @@ OLD = {"kind": "remote", "protocol": "flow_grpo", "allow_pickle": True, "batch_s
 )
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_older_servers(tmp_path, caplog, convert, protocol):
-    def answer(request, pictures):
-        assert all(p.shape == (4, 4, 3) for p in pictures) and all(
+    def answer(request, images):
+        assert all(p.shape == (4, 4, 3) for p in images) and all(
             isinstance(m, dict) for m in request["meta_datas"]
         )
         return {
@@ -310,7 +310,7 @@ def test_older_servers(tmp_path, caplog, convert, protocol):
 
 
 def test_older_servers_outputs_field(tmp_path):
-    with old_server(lambda request, pictures: {"outputs": [0.8] * len(pictures)}) as server:
+    with old_server(lambda request, images: {"outputs": [0.8] * len(images)}) as server:
         assert run(load(tmp_path, urls=[server.url], field="outputs", **OLD)).valid.all()
 
 
@@ -328,7 +328,7 @@ def test_older_servers_outputs_field(tmp_path):
 )
 def test_older_servers_that_are_not_to_be_trusted(tmp_path, value, message):
     with (
-        old_server(lambda request, pictures: value) as server,
+        old_server(lambda request, images: value) as server,
         pytest.raises(RewardError, match=message),
     ):
         run(load(tmp_path, urls=[server.url], **OLD), 2)

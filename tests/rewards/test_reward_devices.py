@@ -1,4 +1,4 @@
-"""Rewards over two, four and eight devices: each scores its own pictures, and the scores are those of one device."""
+"""Rewards over two, four and eight devices: each scores its own images, and the scores are those of one device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MESHES = {"2x1x1": 2, "1x4x1": 4, "8x1x1": 8, "2x2x2": 8}
 
 
 def scores() -> dict[str, dict[str, object]]:
-    """Runs in a process with eight devices: by mesh, gaps to one device and what the devices hold of the pictures."""
+    """Runs in a process with eight devices: by mesh, gaps to one device and what the devices hold of the images."""
     import jax
     import numpy as np
 
@@ -26,32 +26,32 @@ def scores() -> dict[str, dict[str, object]]:
     latents = jax.random.normal(jax.random.key(0), (16, *pipeline.latent_shape(64, 64)))
 
     def scored(mesh):
-        sharding = device_mesh.picture_sharding(mesh, 16)
-        pictures = pipeline.decode(
+        sharding = device_mesh.image_sharding(mesh, 16)
+        images = pipeline.decode(
             latents, build.decode_size(16, mesh), lambda part: distributed.put(part, sharding)
         )
-        pictures = distributed.put(pictures, sharding)
+        images = distributed.put(images, sharding)
         rewards = load_rewards(build.place_of("embedded", "rewards"), names)
         build.place_rewards(mesh, rewards)
         scorer = Scorer(rewards)
         try:
-            return pictures, scorer.submit(pictures, prompts).result()
+            return images, scorer.submit(images, prompts).result()
         finally:
             scorer.close()
 
-    expected_pictures, expected = scored(device_mesh.make_mesh(devices=jax.devices()[:1]))
+    expected_images, expected = scored(device_mesh.make_mesh(devices=jax.devices()[:1]))
     found = {}
     for name, count in MESHES.items():
-        pictures, got = scored(
+        images, got = scored(
             device_mesh.make_mesh(*map(int, name.split("x")), jax.devices()[:count])
         )
         gaps = np.abs(got.values - expected.values).max(axis=1, where=expected.valid, initial=0)
         found[name] = {
-            "pictures": float(np.abs(np.asarray(pictures) - np.asarray(expected_pictures)).max()),
+            "images": float(np.abs(np.asarray(images) - np.asarray(expected_images)).max()),
             "gaps": dict(zip(names, map(float, gaps))),
             "valid": bool((got.valid == expected.valid).all()),
             "spread": float(np.ptp(expected.values[0])),
-            "rows": sorted(shard.data.shape[0] for shard in pictures.addressable_shards),
+            "rows": sorted(shard.data.shape[0] for shard in images.addressable_shards),
         }
     return found
 
@@ -64,6 +64,6 @@ def found():
 @pytest.mark.parametrize("mesh", MESHES)
 def test_scores_are_those_of_one_device(found, mesh):
     got = found[mesh]
-    assert got["valid"] and got["pictures"] < 1e-5 and got["spread"] > 1e-3
+    assert got["valid"] and got["images"] < 1e-5 and got["spread"] > 1e-3
     assert all(gap < 1e-4 for gap in got["gaps"].values()), got["gaps"]
     assert got["rows"] == [16 // MESHES[mesh]] * MESHES[mesh]  # along tensor too

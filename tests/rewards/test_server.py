@@ -53,7 +53,7 @@ def shared():
     """A server with a token and one reward of each kind."""
     rewards = [Mean(), Mean("device", "device")]
     service = Service(
-        token=TOKEN, read_seconds=5, limits=Limits(body=20000, pictures=8, side=64, pixels=10000)
+        token=TOKEN, read_seconds=5, limits=Limits(body=20000, images=8, side=64, pixels=10000)
     )
     with RewardServer(rewards, service=service) as running:
         yield running, rewards

@@ -1,4 +1,4 @@
-"""The shape detector on clean, blurred and shapeless pictures."""
+"""The shape detector on clean, blurred and shapeless images."""
 
 import random
 
@@ -26,7 +26,7 @@ def scenes(world):
     return out
 
 
-def test_clean_pictures_exactly(scenes):
+def test_clean_images_exactly(scenes):
     for metadata, scene, image in scenes:
         found = ShapeDetector().detect_one(image)
         assert named(found) == sorted((t.shape, t.ink) for t in scene.things)
@@ -47,12 +47,12 @@ def test_boxes_and_masks(world):
 
 def test_confidence_falls_with_blur(scenes):
     def scores(sigma):
-        pictures = [
+        images = [
             np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(sigma)))
             for _, _, i in scenes[:40]
         ]
         return np.array(
-            [d.score for found in ShapeDetector().detect(np.stack(pictures)) for d in found]
+            [d.score for found in ShapeDetector().detect(np.stack(images)) for d in found]
         )
 
     assert (scores(0.5) > 0.9).all()
@@ -84,7 +84,7 @@ def test_plain_specks_and_noise():
     assert all(d.score < 0.3 for d in ShapeDetector().detect_one(noise))
 
 
-def test_other_picture_sizes():
+def test_other_image_sizes():
     image = Image.new("RGB", (200, 128), (175, 235, 240))
     ImageDraw.Draw(image).polygon([(100, 20), (140, 92), (60, 92)], fill=(240, 200, 30))
     (found,) = ShapeDetector().detect_one(np.asarray(image))

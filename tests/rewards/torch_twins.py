@@ -1,4 +1,4 @@
-"""Published layouts with tiny random weights, and PyTorch scorers of the same folders and picture files."""
+"""Published layouts with tiny random weights, and PyTorch scorers of the same folders and image files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCAB = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", 
 HEAD_LAYERS = (0, 2, 4, 6, 7)
 
 
-def picture_files(folder):
+def image_files(folder):
     """Three PNG files, one wide, one tall by an odd margin, one small: paths in the order of PROMPTS."""
     rng, paths = np.random.default_rng(0), []
     for i, (height, width) in enumerate([(48, 75), (83, 50), (20, 20)]):
@@ -285,8 +285,8 @@ def write_imagereward(folder, tokenizer_folder):
     return vision, text, head
 
 
-def tensor(picture):
-    return torch.from_numpy(picture.astype(np.float32) / 255).permute(2, 0, 1)
+def tensor(image):
+    return torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)
 
 
 def by_pillow(path, crop):
@@ -301,7 +301,7 @@ def by_pillow(path, crop):
 
 
 def by_torch(path, method, fit):
-    """Resize the float picture with torch, crop (shortest) or pad (longest), normalise."""
+    """Resize the float image with torch, crop (shortest) or pad (longest), normalise."""
     x = tensor(read(path))
     edges = x.shape[1:]
     if fit == "longest":

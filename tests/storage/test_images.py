@@ -1,4 +1,4 @@
-"""Pictures as files and folders of them: whole files, one making, what a kill leaves."""
+"""Images as files and folders of them: whole files, one making, what a kill leaves."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import pytest
 from PIL import Image
 
 from marble_jax.errors import InputError
-from marble_jax.storage.images import Album, read_picture
+from marble_jax.storage.images import Album, read_image
 
 SETTINGS = {"seed": 0, "steps": 4, "size": (8, 12)}
 PROMPTS = ["a cat", 'a sign "A"', "fog"]
 
 
-def picture(i: int) -> np.ndarray:
+def sample_image(i: int) -> np.ndarray:
     return np.full((8, 12, 3), 40 * i, np.uint8)
 
 
 @pytest.fixture
 def album(tmp_path):
-    made = Album(tmp_path / "pictures")
+    made = Album(tmp_path / "images")
     made.claim(SETTINGS, PROMPTS)
     return made
 
 
-def test_pictures_come_back_with_their_texts(album):
-    album.save(1, picture(1), {"prompt": PROMPTS[1], "seed": "0:1"})
-    np.testing.assert_array_equal(album.read(1), picture(1))
+def test_images_come_back_with_their_texts(album):
+    album.save(1, sample_image(1), {"prompt": PROMPTS[1], "seed": "0:1"})
+    np.testing.assert_array_equal(album.read(1), sample_image(1))
     with Image.open(album.file(1)) as image:
         assert image.text == {"prompt": 'a sign "A"', "seed": "0:1"}
     assert (
@@ -69,7 +69,7 @@ def test_the_same_making_goes_on(album):
         (
             SETTINGS,
             ["a cat", "b"],
-            "other prompts: picture 1: expected 'a sign \"A\"' .its own.; received 'b'",
+            "other prompts: image 1: expected 'a sign \"A\"' .its own.; received 'b'",
         ),
     ],
 )
@@ -113,27 +113,27 @@ def test_a_full_disk_is_one_line(album, monkeypatch):
         InputError,
         match="--out: expected a place to write to; received .* .No space left on device.",
     ):
-        album.save(0, picture(0), {})
+        album.save(0, sample_image(0), {})
 
 
-def test_damaged_and_missing_pictures(album):
+def test_damaged_and_missing_images(album):
     with pytest.raises(
-        InputError, match="00000.png: expected a whole picture; received FileNotFoundError"
+        InputError, match="00000.png: expected a whole image; received FileNotFoundError"
     ):
         album.read(0)
     album.save(0, np.random.default_rng(0).integers(255, size=(64, 64, 3), dtype=np.uint8), {})
     album.file(0).write_bytes(album.file(0).read_bytes()[:2000])
-    with pytest.raises(InputError, match="00000.png: expected a whole picture; received "):
-        read_picture(album.file(0))
+    with pytest.raises(InputError, match="00000.png: expected a whole image; received "):
+        read_image(album.file(0))
 
 
-def test_grids_of_at_most_64_small_pictures(album):
+def test_grids_of_at_most_64_small_images(album):
     big = np.zeros((512, 1024, 3), np.uint8)
     for i in range(70):
         album.save(i, big + i, {})
     files = album.save_grids(70)
     assert [f.name for f in files] == ["grid.png", "grid_001.png"]
-    first, second = (read_picture(f) for f in files)
+    first, second = (read_image(f) for f in files)
     assert first.shape == (8 * 128, 8 * 256, 3) and second.shape == (128, 6 * 256, 3)
     assert first[128, 256, 0] == 9 and second[0, 256, 0] == 65
     assert json.loads((album.path / "settings.json").read_text())["prompts"] == PROMPTS

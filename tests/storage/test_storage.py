@@ -21,7 +21,7 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_report
 from marble_jax.storage.checkpoint import Checkpoints, _problem_in
 from marble_jax.storage.files import append, is_remote, location, write_whole
-from marble_jax.storage.images import Album, read_picture, save_png
+from marble_jax.storage.images import Album, read_image, save_png
 from marble_jax.storage.manifest import files_below
 from marble_jax.storage.workdir import Workdir
 from marble_jax.types import Scores
@@ -85,7 +85,7 @@ def test_a_workdir(bucket):
         workdir.samples / "step_000000" / "00.png", np.full((4, 4, 3), 7, np.uint8), {"prompt": "x"}
     )
     assert (
-        read_picture(workdir.samples / "step_000000" / "00.png").tolist()
+        read_image(workdir.samples / "step_000000" / "00.png").tolist()
         == np.full((4, 4, 3), 7).tolist()
     )
     report = write_report(str(workdir.path))
@@ -93,7 +93,7 @@ def test_a_workdir(bucket):
     assert not [name for name in files_below(workdir.path) if "partial" in name]
 
 
-def test_pictures_scores_and_exports(bucket):
+def test_images_scores_and_exports(bucket):
     album = Album(f"{bucket}/out")
     album.claim({"seed": 0}, ["x"])
     album.save(0, np.zeros((4, 4, 3)), {})

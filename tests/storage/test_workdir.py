@@ -16,7 +16,7 @@ CONFIG = {
     "seed": 1,
     "training.num_steps": 3,
     "rewards.train": ("x", "y"),
-    "training.schedule": "constant",
+    "training.learning_rate_schedule": "constant",
     "evaluation.every_steps": 10,
     "evaluation.num_prompts": 6,
     "mesh.data": -1,
@@ -129,7 +129,7 @@ def test_a_key_that_is_younger_than_the_run_has_its_default_there(tmp_path):
 
 def test_the_number_of_steps_is_not_free_under_a_schedule_of_it(tmp_path):
     workdir = Workdir(tmp_path)
-    cosine = {**CONFIG, "training.schedule": "cosine"}
+    cosine = {**CONFIG, "training.learning_rate_schedule": "cosine"}
     workdir.claim(cosine)
     with pytest.raises(InputError, match="training.num_steps: expected 3 .its own.; received 5"):
         workdir.claim({**cosine, "training.num_steps": 5})
@@ -139,7 +139,7 @@ def test_the_number_of_steps_is_not_free_under_a_schedule_of_it(tmp_path):
     ("stages", "free"), [((), True), (("x:2", "y:1"), True), (("x", "y"), False)]
 )
 def test_the_number_of_steps_is_free_where_stages_have_their_own(tmp_path, stages, free):
-    workdir, staged = Workdir(tmp_path), {**CONFIG, "advantages.stages": stages}
+    workdir, staged = Workdir(tmp_path), {**CONFIG, "reward_schedule.stages": stages}
     workdir.claim(staged)
     if free:
         assert workdir.claim({**staged, "training.num_steps": 5})

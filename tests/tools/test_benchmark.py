@@ -24,7 +24,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def draws(problem):
-    """flow, r and valid of one micro-step, by K; the pictures and velocities are the same for every K."""
+    """flow, r and valid of one micro-step, by K; the images and velocities are the same for every K."""
     found = {}
     for k in (1, 5):
         batch = problem.batch(k)
@@ -291,8 +291,8 @@ def test_averages_of_micro_steps_by_hand():
     assert derived["weighted_sum.kl_every_4"] == 5.0
     assert derived["exact_k5"] == 7.5
     assert derived["exact_k5.step"] == pytest.approx(12 / 3 + 6 * 2 / 3 + 3 / 6)
-    assert derived["amortised_k5"] == pytest.approx(0.9 * 10 + 0.1 * 7.5)
-    assert derived["amortised_k5.step"] == pytest.approx(0.9 * 10 + 0.1 * 8.5)
+    assert derived["amortized_k5"] == pytest.approx(0.9 * 10 + 0.1 * 7.5)
+    assert derived["amortized_k5.step"] == pytest.approx(0.9 * 10 + 0.1 * 8.5)
     found = cases.ratios(
         size, {**times, **cases.derive(size, times), "torch.tuned.weighted_sum": [20.0]}
     )

@@ -1,4 +1,4 @@
-"""Agreement of two results files by hand, and a results file made from pictures."""
+"""Agreement of two results files by hand, and a results file made from images."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_objects():
 def test_judges_a_geneval_folder(world, tmp_path, capsys):
     rng = __import__("random").Random(3)
     for i in range(2):
-        folder = tmp_path / "pictures" / f"{i:05}"
+        folder = tmp_path / "images" / f"{i:05}"
         (folder / "samples").mkdir(parents=True)
         prompt, metadata, scene = next(
             d for d in iter(lambda: world.draw(rng), None) if "include" in (d[1] or {})
@@ -85,16 +85,16 @@ def test_judges_a_geneval_folder(world, tmp_path, capsys):
         (folder / "metadata.jsonl").write_text(json.dumps({**metadata, "prompt": prompt}) + "\n")
         Image.fromarray(world.render(scene(rng))).save(folder / "samples" / "0000.png")
     out = tmp_path / "ours.jsonl"
-    assert tool.judge_pictures(tmp_path / "pictures", ShapeDetector(), own_colours, out) == 2
+    assert tool.judge_images(tmp_path / "images", ShapeDetector(), own_colours, out) == 2
     results = tool.read(out)
     assert sorted(results) == ["00000/samples/0000.png", "00001/samples/0000.png"]
     assert all(np.isfinite(r["partial"]) and r["detections"] for r in results.values())
     assert tool.main(["compare", str(out), str(out)]) == 0
     assert "1.000 [1.000, 1.000]" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match="--pictures: expected folders with metadata.jsonl and samples"
+        InputError, match="--images: expected folders with metadata.jsonl and samples"
     ):
-        tool.judge_pictures(
+        tool.judge_images(
             tmp_path / "nowhere", ShapeDetector(), own_colours, tmp_path / "none.jsonl"
         )
     assert not list(tmp_path.glob("none*"))
@@ -104,7 +104,7 @@ def test_bad_files(tmp_path, capsys):
     good = write(tmp_path / "good.jsonl", line(0, True))
     with pytest.raises(
         InputError,
-        match="line 2: expected every picture once; received 00000/samples/0000.png again",
+        match="line 2: expected every image once; received 00000/samples/0000.png again",
     ):
         tool.read(write(tmp_path / "twice.jsonl", line(0, True), line(0, False)))
     with pytest.raises(
@@ -114,10 +114,10 @@ def test_bad_files(tmp_path, capsys):
         tool.read(write(tmp_path / "bad.jsonl", {"tag": "colors"}))
     with pytest.raises(
         InputError,
-        match="expected the same pictures in both files; received 00000/samples/0000.png",
+        match="expected the same images in both files; received 00000/samples/0000.png",
     ):
         tool.agreement(tool.read(good), {})
-    with pytest.raises(InputError, match="expected at least one picture; received none"):
+    with pytest.raises(InputError, match="expected at least one image; received none"):
         tool.agreement({}, {})
     assert tool.main(["compare", str(good), str(tmp_path / "absent.jsonl")]) == 2
     assert (

@@ -45,12 +45,12 @@ def test_every_method_has_a_preset_and_every_run_one_configuration(planned):
 
 def test_the_methods_are_what_their_names_say(planned):
     config = {name: job.config for job in planned for name in job.methods}
-    for name in ("exact", "amortised", "faithful"):
+    for name in ("exact", "amortized", "upstream"):
         assert (
             config[name]["harmonize.mode"] == name
             and config[name]["harmonize.balancer"] == "marble"
         )
-    for name, scalarise in (
+    for name, scalarize in (
         ("weighted_sum", "weighted_sum"),
         ("upweighted", "weighted_sum"),
         ("gdpo", "gdpo"),
@@ -58,15 +58,15 @@ def test_the_methods_are_what_their_names_say(planned):
         ("exact", "none"),
         ("dropout", "none"),
     ):
-        assert config[name]["advantages.scalarise"] == scalarise
+        assert config[name]["advantages.scalarize"] == scalarize
     up, level = (
-        config[name]["harmonize.reward_weights"] for name in ("upweighted", "weighted_sum")
+        config[name]["advantages.weights"] for name in ("upweighted", "weighted_sum")
     )
     np.testing.assert_allclose(np.array(up) / (level or 1), [1, 1, 1, 2, 2])
     assert config["unit_weights"]["harmonize.reward_weights"] == []
     assert (
-        config["dropout"]["advantages.dropout"] > 0
-        and len(config["sequential"]["advantages.stages"]) == 3
+        config["dropout"]["reward_schedule.dropout"] > 0
+        and len(config["sequential"]["reward_schedule.stages"]) == 3
     )
     assert all(config[f"only_{name}"]["rewards.train"] == [name] for name in REWARDS)
     assert [config[f"refresh_{n}"]["harmonize.refresh_every"] for n in (2, 5, 10, 20)] == [
@@ -81,9 +81,9 @@ def test_the_methods_are_what_their_names_say(planned):
         and config["raw_exact"]["harmonize.mode"] == "exact"
     )
     micro = config["solve_micro"]
-    assert (micro["harmonize.mode"], micro["harmonize.refresh_every"]) == ("faithful", 1)
+    assert (micro["harmonize.mode"], micro["harmonize.refresh_every"]) == ("upstream", 1)
     assert config["solve_batch"] == config["exact"]
-    assert "rho_0.7" in next(job.methods for job in planned if job.name == "amortised-1")
+    assert "rho_0.7" in next(job.methods for job in planned if job.name == "amortized-1")
 
 
 def test_choosing():

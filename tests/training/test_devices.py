@@ -24,10 +24,10 @@ def steps() -> dict[str, object]:
         toy.recipe(**sizes, shards=device_mesh.Shards(mesh)),
         toy.velocity,
         toy.optimizer(),
-        "amortised",
+        "amortized",
         2,
     )
-    alone = make_steps(toy.recipe(**sizes), toy.velocity, toy.optimizer(), "amortised", 2)
+    alone = make_steps(toy.recipe(**sizes), toy.velocity, toy.optimizer(), "amortized", 2)
 
     def everywhere(tree):
         return device_mesh.place_everywhere(mesh, tree)

@@ -109,7 +109,7 @@ class Run:
             lambda s, give_way: s,
             lambda s: self.saved.__setitem__(int(s.step), jax.tree.map(lambda x: np.array(x), s)),
         )
-        sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
+        sampling = Sampling(PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ())
         try:
             return train(
                 state,
@@ -163,9 +163,7 @@ def test_training_goes_on_and_no_zero_enters(monkeypatch, capsys, fault, kind):
                 np.testing.assert_allclose(each.values[1][member], want, atol=1e-3)
     for record, (scores, _, _) in zip(run.records.values(), run.seen):
         assert record["rollout/failed_count/brightness"] == record["rollout/failed/brightness"] == 0
-        assert (
-            record["rollout/failed/faulty"] == record["rollout/failed_count/faulty"] / toy.PICTURES
-        )
+        assert record["rollout/failed/faulty"] == record["rollout/failed_count/faulty"] / toy.IMAGES
         np.testing.assert_equal(
             record["rollout/score_mean/faulty"],
             float(scores.values[1][scores.valid[1]].mean()) if scores.valid[1].any() else np.nan,
@@ -189,7 +187,7 @@ def test_a_step_without_any_score_teaches_nothing_about_that_reward(monkeypatch)
         [Brightness(name="brightness", kind="device"), Never(name="faulty", kind="device")]
     )
     toy.assert_identical(state.current, other(_start(), 1).current)
-    assert run.records[0]["rollout/failed_count/faulty"] == toy.PICTURES
+    assert run.records[0]["rollout/failed_count/faulty"] == toy.IMAGES
 
 
 @pytest.mark.parametrize(
@@ -259,7 +257,7 @@ def test_host_rewards_are_scored_while_the_next_batch_is_sampled(monkeypatch):
     scorer = Scorer([Patient(name="patient", kind="host")], 1, on_error="fail")
     from marble_jax.prompts.groups import draw
 
-    samples = draw(PROMPTS, 3, 0, toy.PROMPTS, toy.PICTURES // toy.PROMPTS)
+    samples = draw(PROMPTS, 3, 0, toy.PROMPTS, toy.IMAGES // toy.PROMPTS)
     rollout = Collector(sampler, _encode, jax.nn.sigmoid, scorer, toy.LATENT, BATCH, lambda t: t)(
         None, None, samples, jax.random.key(0)
     )

@@ -58,7 +58,7 @@ class Run:
             self.save,
             guard=Guard(policy, patience, max_rollbacks, rollback),
         )
-        sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
+        sampling = Sampling(PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ())
         turn = Turn(
             toy.base_params(),
             collector,

@@ -7,15 +7,15 @@ import marble_jax  # noqa: F401
 from marble_jax.training.iteration import Sampling, advantages_of
 from marble_jax.types import Scores
 
-# Two groups of three pictures; the second reward is missing for a picture of group 0 and for all but one of group 1.
+# Two groups of three images; the second reward is missing for an image of group 0 and for all but one of group 1.
 GROUPS = np.array([0, 0, 0, 1, 1, 1])
 VALUES = np.array([[1.0, 2.0, 6.0, 3.0, 3.0, 9.0], [0.5, 0.1, 0.0, 0.9, 0.0, 0.0]], np.float32)
 VALID = np.array([[True] * 6, [True, True, False, True, False, False]])
 SCORES = Scores(("a", "b"), VALUES, VALID, np.zeros((2, 6), bool))
 
 
-def _sampling(scalarise="none", weights=()):
-    return Sampling({}, 1, 6, "global", scalarise, weights)
+def _sampling(scalarize="none", weights=()):
+    return Sampling({}, 1, 6, "global", scalarize, weights)
 
 
 def _by_hand(values, valid, std=None):
@@ -66,10 +66,10 @@ def test_gdpo_adds_a_row_from_advantages_normalised_in_their_groups():
     assert valid.shape == (3, 6) and valid[2].all()
 
 
-def test_a_picture_without_any_reward_is_missing_from_the_scalarised_row():
+def test_a_image_without_any_reward_is_missing_from_the_scalarized_row():
     scores = Scores(("a",), VALUES[:1], VALID[1:], np.zeros((1, 6), bool))
-    for scalarise in ("weighted_sum", "gdpo"):
-        _, rows, valid = advantages_of(scores, GROUPS, _sampling(scalarise))
+    for scalarize in ("weighted_sum", "gdpo"):
+        _, rows, valid = advantages_of(scores, GROUPS, _sampling(scalarize))
         np.testing.assert_array_equal(valid[1], VALID[1])
         assert np.all(rows[1][~VALID[1]] == 0)
 
@@ -83,11 +83,11 @@ def test_a_mask_cuts_the_rows_that_are_trained_on():
     np.testing.assert_array_equal(each.values, whole)
 
 
-def test_a_mask_leaves_the_rows_beside_a_scalarised_one_whole():
+def test_a_mask_leaves_the_rows_beside_a_scalarized_one_whole():
     """Only the second reward is trained on; both rows stay, to show what that does to them."""
     mask = VALID & np.array([[False], [True]])
-    for scalarise in ("weighted_sum", "gdpo"):
-        _, rows, valid = advantages_of(SCORES, GROUPS, _sampling(scalarise), mask)
+    for scalarize in ("weighted_sum", "gdpo"):
+        _, rows, valid = advantages_of(SCORES, GROUPS, _sampling(scalarize), mask)
         np.testing.assert_array_equal(valid, [*VALID, VALID[1]])
         np.testing.assert_array_equal(rows[:2], advantages_of(SCORES, GROUPS, _sampling())[1])
     np.testing.assert_allclose(

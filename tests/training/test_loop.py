@@ -63,14 +63,14 @@ def _collector():
 
 @functools.cache
 def _steps():
-    return make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "amortised", 2)
+    return make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "amortized", 2)
 
 
 def _sampling(**presence):
     return Sampling(
         PROMPTS,
         toy.PROMPTS,
-        toy.PICTURES // toy.PROMPTS,
+        toy.IMAGES // toy.PROMPTS,
         "global",
         "none",
         (),
@@ -170,7 +170,7 @@ def test_records_are_flat_and_complete(capsys):
         "rollout/score_mean/brightness",
         "rollout/missing_share/redness",
         "advantages/abs_mean/redness",
-        "policies/old_decay",
+        "rollout_policy/decay",
     }
     assert expected <= set(record)
     assert "harmonize/cos_pair/redness|brightness" not in record
@@ -191,7 +191,7 @@ def test_speed_in_record_and_step_line_and_phases_in_a_trace(tmp_path, capsys):
         @property
         def hooks(self):
             speed = {
-                "speed/pictures_per_s": 2.5,
+                "speed/images_per_s": 2.5,
                 "speed/train_tflops_per_device": 81.0,
                 "speed/train_mfu": 0.41,
             }

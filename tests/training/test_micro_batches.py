@@ -1,4 +1,4 @@
-"""Which picture meets which timestep, noise and prompt."""
+"""Which image meets which timestep, noise and prompt."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import marble_jax  # noqa: F401
 from marble_jax.flow.path import interpolate
 from marble_jax.training.micro_batches import micro_step, num_micro_steps, schedule, sum_over
 
-SLICES = toy.PICTURES // toy.MICRO_BATCH
+SLICES = toy.IMAGES // toy.MICRO_BATCH
 
 
 def _plan(num_timesteps=toy.TIMESTEPS, seed=0, batch=None):
@@ -21,26 +21,26 @@ def _plan(num_timesteps=toy.TIMESTEPS, seed=0, batch=None):
 
 
 def _origin(batch, x0):
-    """Which picture of the batch every latent of x0 [n, ...] is."""
+    """Which image of the batch every latent of x0 [n, ...] is."""
     same = np.all(np.asarray(x0)[:, None] == np.asarray(batch.x0)[None], axis=(2, 3, 4))
     assert np.all(same.sum(axis=1) == 1)
     return same.argmax(axis=1)
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 3, 4])
-def test_every_picture_once_a_pass_and_at_distinct_levels(num_timesteps):
+def test_every_image_once_a_pass_and_at_distinct_levels(num_timesteps):
     batch, plan = _plan(num_timesteps)
     assert num_micro_steps(plan) == num_timesteps * SLICES
     order = _origin(batch, plan.x0.reshape(-1, *toy.LATENT))
-    assert sorted(order) == list(range(toy.PICTURES)) and list(order) != sorted(order)
-    levels = np.asarray(plan.sigma).reshape(num_timesteps, toy.PICTURES)
-    for picture in levels.T:
-        assert len(set(picture)) == num_timesteps and set(picture) <= set(np.float32(toy.SIGMAS))
+    assert sorted(order) == list(range(toy.IMAGES)) and list(order) != sorted(order)
+    levels = np.asarray(plan.sigma).reshape(num_timesteps, toy.IMAGES)
+    for image in levels.T:
+        assert len(set(image)) == num_timesteps and set(image) <= set(np.float32(toy.SIGMAS))
     if num_timesteps > 1:
-        assert len({tuple(picture) for picture in levels.T}) > 1  # shuffled apart for each picture
+        assert len({tuple(image) for image in levels.T}) > 1  # shuffled apart for each image
 
 
-def test_rows_follow_their_pictures():
+def test_rows_follow_their_images():
     batch, plan = _plan()
     order = _origin(batch, plan.x0.reshape(-1, *toy.LATENT)).reshape(SLICES, toy.MICRO_BATCH)
     np.testing.assert_array_equal(plan.prompt, np.asarray(batch.prompt)[order])
@@ -57,7 +57,7 @@ def test_the_plan_is_a_function_of_the_key():
 
 
 def test_all_levels_are_used_equally_often_in_the_long_run():
-    """With 3 of 4 levels and 1200 pictures each level is met about 900 times (standard deviation 15)."""
+    """With 3 of 4 levels and 1200 images each level is met about 900 times (standard deviation 15)."""
     many = toy.new_batch()
     many = many.replace(
         x0=jnp.zeros((1200, 1)),
@@ -81,18 +81,16 @@ def test_micro_steps_take_slices_in_order_with_prompts_velocities_and_fresh_nois
             toy.velocity, params, old, batch, plan, jnp.asarray(m), True
         )
         time, part = divmod(m, SLICES)
-        picture = _origin(batch, flow.x0)
+        image = _origin(batch, flow.x0)
         np.testing.assert_array_equal(flow.x0, plan.x0[part])
         np.testing.assert_array_equal(flow.t, plan.sigma[time, part])
         for leaf, whole in (
             (flow.cond.embeds, batch.cond.embeds),
             (flow.cond.pooled, batch.cond.pooled),
         ):
-            np.testing.assert_array_equal(
-                leaf, np.asarray(whole)[np.asarray(batch.prompt)[picture]]
-            )
-        np.testing.assert_array_equal(advantages, np.asarray(batch.advantages)[:, picture])
-        np.testing.assert_array_equal(valid, np.asarray(batch.valid)[:, picture])
+            np.testing.assert_array_equal(leaf, np.asarray(whole)[np.asarray(batch.prompt)[image]])
+        np.testing.assert_array_equal(advantages, np.asarray(batch.advantages)[:, image])
+        np.testing.assert_array_equal(valid, np.asarray(batch.valid)[:, image])
         for found, adapter in ((flow.v_old, old), (flow.v_ref, None)):
             expected = toy.velocity(params, adapter, flow.xt, flow.t, flow.cond)
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)

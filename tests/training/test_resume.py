@@ -30,7 +30,7 @@ def _run(state, mode, count, visited=None):
     return state
 
 
-@pytest.mark.parametrize("mode", ["exact", "amortised"])
+@pytest.mark.parametrize("mode", ["exact", "amortized"])
 def test_interrupted_equals_uninterrupted(mode, tmp_path):
     whole = jax.device_get(_run(toy.new_state(), mode, 5))
 
@@ -52,15 +52,15 @@ def test_interrupted_equals_uninterrupted(mode, tmp_path):
         a.dtype == b.dtype for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved))
     )
     resumed = _run(restored, mode, 2, visited)
-    # Amortised, every 2: solve, between, solve | between, solve. The age of alpha comes back with the rest.
-    assert visited == (["between", "solve"] if mode == "amortised" else ["solve", "solve"])
+    # Amortized, every 2: solve, between, solve | between, solve. The age of alpha comes back with the rest.
+    assert visited == (["between", "solve"] if mode == "amortized" else ["solve", "solve"])
     assert int(resumed.step) == 5
     toy.assert_identical(resumed, whole)
 
 
 def test_the_state_that_is_restored_holds_everything(tmp_path):
     """Each part of the state differs from a fresh one before, and is back after."""
-    state = _run(toy.new_state(), "amortised", 2)
+    state = _run(toy.new_state(), "amortized", 2)
     state = state.replace(
         best_score=jnp.asarray(0.75, jnp.float32),
         best_step=jnp.asarray(2, jnp.int32),
@@ -98,7 +98,7 @@ def test_resuming_compiles_nothing_again(tmp_path):
         traces.append(1)
         return toy.velocity(*arguments)
 
-    steps = make_steps(toy.recipe(), counted, toy.optimizer(), "amortised", 2)
+    steps = make_steps(toy.recipe(), counted, toy.optimizer(), "amortized", 2)
     params, batch = toy.base_params(), toy.new_batch()
     state, _ = steps.refresh(toy.new_state(), params, batch)
     state, _ = steps.between(state, params, batch)

@@ -8,7 +8,7 @@ from marble_jax.training.reward_schedule import Dropout, Presence, Stage, make_d
 
 NAMES = ("aesthetic", "alignment", "ocr", "geneval")
 SOURCES = ("general", "ocr", "geneval")
-# Two pictures of general, one of OCR and one of GenEval prompts.
+# Two images of general, one of OCR and one of GenEval prompts.
 VALID = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]], bool)
 
 
@@ -71,7 +71,7 @@ def test_nothing_is_taken_away_by_default():
 
 
 def test_a_dropped_reward_leaves_the_samples_of_specialists_alone():
-    """Aesthetic is always dropped, alignment is no target: it keeps all, and being general it covers all pictures."""
+    """Aesthetic is always dropped, alignment is no target: it keeps all, and being general it covers all images."""
     presence = Presence(dropout=Dropout(("aesthetic", "alignment"), 1.0))
     kept = presence.mask(NAMES, VALID, 0, 0)
     np.testing.assert_array_equal(kept[:2], [[1, 1, 0, 0]] * 2)
@@ -129,9 +129,9 @@ def test_the_probability_warms_up():
         (("ocr@:3",), "received 'ocr@:3'"),
         (
             ("aestetic:3",),
-            "advantages.stages: reward: .*received 'aestetic'; did you mean 'aesthetic'",
+            "reward_schedule.stages: reward: .*received 'aestetic'; did you mean 'aesthetic'",
         ),
-        (("ocr@orc:3",), "advantages.stages: source: .*received 'orc'; did you mean 'ocr'"),
+        (("ocr@orc:3",), "reward_schedule.stages: source: .*received 'orc'; did you mean 'ocr'"),
         (("ocr+ocr",), "expected every reward once a stage; received 'ocr.ocr'"),
         (
             ("ocr:3", "geneval"),

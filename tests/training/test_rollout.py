@@ -82,7 +82,7 @@ TEXTS = ("a cat", 'a sign "go"', "two dogs and a bird", 'the word "stop" in red'
 
 @pytest.mark.parametrize("batch_size", [2, 5, 10, 4])
 def test_scores_and_latents_come_back_in_the_order_of_the_draw(scorer, batch_size):
-    """4 leaves a rest: the last batch of the 10 pictures is filled up, and the filling is cut off again."""
+    """4 leaves a rest: the last batch of the 10 images is filled up, and the filling is cut off again."""
     draw, done = _draw(TEXTS, 2), []
     rollout = _collector(scorer, batch_size, _noisy)(
         None, None, draw, jax.random.key(0), done.append
@@ -103,7 +103,7 @@ def test_scores_and_latents_come_back_in_the_order_of_the_draw(scorer, batch_siz
     )
 
 
-def test_every_draw_is_encoded_once_and_conditions_its_pictures(scorer):
+def test_every_draw_is_encoded_once_and_conditions_its_images(scorer):
     calls, placed = [], []
 
     def encode(texts):
@@ -122,7 +122,7 @@ def test_every_draw_is_encoded_once_and_conditions_its_pictures(scorer):
     assert len(placed) == 6  # conditioning, noise and latents of two batches
 
 
-def test_noise_is_a_function_of_the_key_and_differs_between_pictures(scorer):
+def test_noise_is_a_function_of_the_key_and_differs_between_images(scorer):
     collect = _collector(scorer, 5, _noisy)
     one, same, other = (
         np.asarray(collect(None, None, _draw(TEXTS, 2), jax.random.key(k)).x0) for k in (1, 1, 2)
@@ -150,7 +150,7 @@ def test_policy_and_weights_reach_the_sampler(scorer):
     ],
 )
 def test_health_by_hand(scorer, batch_size, x0_norm, diversity):
-    """Grey pictures of four prompts: .2 .4 | .6 .6 | 0 1 | .3 .5, so the spreads are .1 0 .5 .1 and the mean is .45."""
+    """Grey images of four prompts: .2 .4 | .6 .6 | 0 1 | .3 .5, so the spreads are .1 0 .5 .1 and the mean is .45."""
     grey = iter(
         np.array([0.2, 0.4, 0.6, 0.6, 0.0, 1.0, 0.3, 0.5], np.float32).reshape(-1, batch_size)
     )
@@ -166,8 +166,8 @@ def test_health_by_hand(scorer, batch_size, x0_norm, diversity):
     assert health["diversity"] == pytest.approx(diversity, abs=1e-6)
 
 
-def test_diversity_leaves_out_groups_of_which_a_batch_holds_one_picture(scorer):
-    """Three pictures a prompt, two a batch: of each prompt one pair lies in a batch, or none."""
+def test_diversity_leaves_out_groups_of_which_a_batch_holds_one_image(scorer):
+    """Three images a prompt, two a batch: of each prompt one pair lies in a batch, or none."""
     grey = iter(np.array([0.1, 0.3, 0.9, 0.4, 0.2, 0.8], np.float32).reshape(-1, 2))
 
     def sampler(params, adapter, cond, noise):

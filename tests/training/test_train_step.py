@@ -14,9 +14,9 @@ from marble_jax.training.step_schedule import make_steps
 
 
 @functools.cache
-def _step(kind, scalarised=False, smooth=True):
-    maker = {"exact": train_step.exact_step, "amortised": train_step.amortised_step}[kind]
-    made = toy.recipe(scalarised=scalarised, smooth=smooth)
+def _step(kind, scalarized=False, smooth=True):
+    maker = {"exact": train_step.exact_step, "amortized": train_step.amortized_step}[kind]
+    made = toy.recipe(scalarized=scalarized, smooth=smooth)
     return jax.jit(maker(made, toy.velocity, toy.optimizer()))
 
 
@@ -147,13 +147,13 @@ def test_without_smoothing_the_fresh_alpha_is_used_and_the_average_remembered():
 
 
 @pytest.mark.parametrize("absent", [(), (0,)])
-def test_amortised_step_is_the_exact_step_with_the_same_weights(absent):
+def test_amortized_step_is_the_exact_step_with_the_same_weights(absent):
     """Proposition 1 with masks, unequal numbers of valid samples, clipped advantages, and a reward that is absent."""
     state, batch = toy.new_state(), toy.new_batch(absent=absent)
     assert np.any(np.abs(np.asarray(batch.advantages)) > 5)
     exact, full = _step("exact")(state, toy.base_params(), batch)
     held = exact.alpha.replace(age=jnp.asarray(4, jnp.int32))
-    cheap, part = _step("amortised")(state.replace(alpha=held), toy.base_params(), batch)
+    cheap, part = _step("amortized")(state.replace(alpha=held), toy.base_params(), batch)
     for a, b in ((cheap.current, exact.current), (cheap.old, exact.old), (cheap.ema, exact.ema)):
         toy.assert_close(a, b, rtol=1e-5, atol=1e-6)
     toy.assert_close(cheap.opt_state, exact.opt_state, rtol=1e-4, atol=1e-7)
@@ -164,7 +164,7 @@ def test_amortised_step_is_the_exact_step_with_the_same_weights(absent):
     toy.assert_identical((cheap.alpha.alpha, cheap.alpha.scale), (held.alpha, held.scale))
 
 
-def test_amortised_step_shares_alpha_out_among_the_rewards_present():
+def test_amortized_step_shares_alpha_out_among_the_rewards_present():
     """With reward 1 absent, weights (alpha_0, alpha_2) / (alpha_0 + alpha_2) on gradients of the twin."""
     made, state, batch = toy.recipe(), toy.new_state(), toy.new_batch(absent=(1,))
     alpha, scale = np.array([0.5, 0.2, 0.3]), np.array([1.2, 0.7, 0.9])
@@ -178,13 +178,13 @@ def test_amortised_step_shares_alpha_out_among_the_rewards_present():
     torch_twin, twin = _twin(state, made)
     found, _, _, kl = twin.harmonised(torch_twin.joined(twin.draws(state, batch)))
     twin.finish(0.625 * 1.2 * found[0] + 0.375 * 0.9 * found[2] + made.kl_weight * kl)
-    after, _ = _step("amortised")(state, toy.base_params(), batch)
+    after, _ = _step("amortized")(state, toy.base_params(), batch)
     _assert_same_policies(after, torch_twin, twin)
 
 
-def test_scalarised_row_is_what_is_trained_on():
+def test_scalarized_row_is_what_is_trained_on():
     """Four rows: three rewards to look at, one advantage to train on; both steps equal the twin on that row."""
-    made, state, batch = toy.recipe(scalarised=True), toy.new_state(), toy.new_batch(rows=4)
+    made, state, batch = toy.recipe(scalarized=True), toy.new_state(), toy.new_batch(rows=4)
     torch_twin, twin = _twin(state, made)
     part = torch_twin.joined(twin.draws(state, batch))
     each, divergence = twin.each(part, part["advantages"][:, 3])
@@ -192,11 +192,11 @@ def test_scalarised_row_is_what_is_trained_on():
     policy = twin.gradient((each * mask).sum() / mask.sum())
     found, _, _, kl = twin.harmonised(part)
     norm = twin.finish(policy + made.kl_weight * kl)
-    for kind in ("exact", "amortised"):
-        after, metrics = _step(kind, scalarised=True)(state, toy.base_params(), batch)
+    for kind in ("exact", "amortized"):
+        after, metrics = _step(kind, scalarized=True)(state, toy.base_params(), batch)
         _assert_same_policies(after, torch_twin, twin)
         np.testing.assert_allclose(metrics["training/grad_norm"], norm, rtol=1e-4)
-    _, metrics = _step("exact", scalarised=True)(state, toy.base_params(), batch)
+    _, metrics = _step("exact", scalarized=True)(state, toy.base_params(), batch)
     cosines = [float(found[k] @ policy / found[k].norm() / policy.norm()) for k in range(3)]
     np.testing.assert_allclose(metrics["harmonize/cos_update"], cosines, atol=1e-4)
     assert metrics["harmonize/cos_pair"].shape == (3, 3) and metrics["harmonize/alpha"].shape == (
@@ -204,7 +204,7 @@ def test_scalarised_row_is_what_is_trained_on():
     )
 
 
-@pytest.mark.parametrize("kind", ["exact", "amortised"])
+@pytest.mark.parametrize("kind", ["exact", "amortized"])
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_reported(kind):
     state, batch = toy.new_state(), toy.new_batch()
     state, _ = _step("exact")(state, toy.base_params(), batch)
@@ -229,7 +229,7 @@ def test_steps_are_traced_once_and_overwrite_the_state_they_are_given():
         traces.append(1)
         return toy.velocity(*arguments)
 
-    steps = make_steps(toy.recipe(), counted, toy.optimizer(), "amortised", 2)
+    steps = make_steps(toy.recipe(), counted, toy.optimizer(), "amortized", 2)
     state, batch, params = toy.new_state(), toy.new_batch(), toy.base_params()
     old = state
     state, _ = steps.refresh(state, params, batch)
@@ -251,7 +251,7 @@ def test_steps_are_traced_once_and_overwrite_the_state_they_are_given():
 def test_which_step_is_due():
     from marble_jax.errors import InputError
 
-    steps = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "amortised", 3)
+    steps = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "amortized", 3)
     assert steps.due(False, 0) is steps.first is steps.refresh
     assert [steps.due(True, age) is steps.refresh for age in (1, 2, 3, 4)] == [
         False,
@@ -261,7 +261,7 @@ def test_which_step_is_due():
     ]
     exact = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "exact", 3)
     assert all(exact.due(True, age) is exact.first for age in (1, 2, 3))
-    faithful = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "faithful", 2)
-    assert len({id(s) for s in (faithful.first, faithful.refresh, faithful.between)}) == 3
+    upstream = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "upstream", 2)
+    assert len({id(s) for s in (upstream.first, upstream.refresh, upstream.between)}) == 3
     with pytest.raises(InputError, match="refresh_every: expected at least 1; received 0"):
         make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "exact", 0)

@@ -9,17 +9,17 @@ import pytest
 import toy_policy as toy
 
 import marble_jax  # noqa: F401
-from marble_jax.training.upstream_step import faithful_step
+from marble_jax.training.upstream_step import upstream_step
 
 pytest.importorskip("torch")
 import torch_twin  # noqa: E402
 
-UNITS = toy.PICTURES // toy.MICRO_BATCH * toy.TIMESTEPS
+UNITS = toy.IMAGES // toy.MICRO_BATCH * toy.TIMESTEPS
 
 
 @functools.cache
 def _step(solved):
-    return jax.jit(faithful_step(toy.recipe(), toy.velocity, toy.optimizer(), solved))
+    return jax.jit(upstream_step(toy.recipe(), toy.velocity, toy.optimizer(), solved))
 
 
 def _solved_state():

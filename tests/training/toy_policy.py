@@ -17,7 +17,7 @@ from marble_jax.training.train_step import Recipe
 from marble_jax.types import Conditioning
 
 LATENT, HIDDEN, RANK, SCALE = (2, 2, 3), 6, 2, 2.0
-REWARDS, PROMPTS, PICTURES, MICRO_BATCH, TIMESTEPS = 3, 3, 12, 4, 3
+REWARDS, PROMPTS, IMAGES, MICRO_BATCH, TIMESTEPS = 3, 3, 12, 4, 3
 SIGMAS = (1.0, 0.8, 0.55, 0.25)
 RATE, BETAS, EPSILON, DECAY, CLIP_NORM = 3e-3, (0.9, 0.95), 1e-6, 0.1, 0.5
 OLD_DECAY = rollout_decay("linear_capped", rate=0.3)
@@ -71,7 +71,7 @@ def recipe(**changes):
         chunk=2,
         anchor_every=1,
         num_rewards=REWARDS,
-        scalarised=False,
+        scalarized=False,
         nft_beta=0.1,
         kl_weight=0.05,
         clip=5.0,
@@ -98,17 +98,17 @@ def new_state(adapter_seed=2, seed=5, num_rewards=REWARDS):
 
 
 def new_batch(seed=3, rows=REWARDS, absent=()):
-    """12 pictures of 3 prompts. Row 1 is missing for prompt 0, row 2 for every other picture; `absent` rows wholly."""
+    """12 images of 3 prompts. Row 1 is missing for prompt 0, row 2 for every other image; `absent` rows wholly."""
     rng = np.random.default_rng(seed)
-    prompt = np.repeat(np.arange(PROMPTS, dtype=np.int32), PICTURES // PROMPTS)
-    valid = np.ones((rows, PICTURES), bool)
+    prompt = np.repeat(np.arange(PROMPTS, dtype=np.int32), IMAGES // PROMPTS)
+    valid = np.ones((rows, IMAGES), bool)
     valid[1, prompt == 0] = False
     valid[2, ::2] = False
     valid[list(absent)] = False
     advantages = np.where(valid, 6.0 * rng.normal(size=valid.shape), 0.0)
     cond = Conditioning(normal(rng, PROMPTS, 2, 3), normal(rng, PROMPTS, 2))
     return RolloutBatch(
-        normal(rng, PICTURES, *LATENT),
+        normal(rng, IMAGES, *LATENT),
         jnp.asarray(prompt),
         cond,
         jnp.asarray(advantages, jnp.float32),

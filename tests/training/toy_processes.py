@@ -29,7 +29,7 @@ from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
 
 SEEN = []
-"""Pictures of every call of the host reward."""
+"""Images of every call of the host reward."""
 
 
 class Contrast(Reward):
@@ -88,7 +88,7 @@ def run(place, num_steps, broken):
         lambda state: checkpoints.save(int(state.step), state),
     )
     sampling = Sampling(
-        toy_run.PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ()
+        toy_run.PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ()
     )
     try:
         turn = Turn(

@@ -84,7 +84,7 @@ def run(place, say=print):
         lambda state: checkpoints.save(int(state.step), state),
     )
     collector, steps = programs()
-    sampling = Sampling(PROMPTS, toy.PROMPTS, toy.PICTURES // toy.PROMPTS, "global", "none", ())
+    sampling = Sampling(PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ())
     try:
         turn = Turn(
             toy.base_params(),

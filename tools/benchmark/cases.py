@@ -199,7 +199,7 @@ def mixtures(size: Size) -> dict[str, dict[str, float]]:
         }
     for name in ("exact_k5", "exact_k5.step"):
         between = 1 - 1 / REFRESH_EVERY
-        shares[name.replace("exact", "amortised")] = {
+        shares[name.replace("exact", "amortized")] = {
             "combined_k5": between,
             **{part: s / REFRESH_EVERY for part, s in shares[name].items()},
         }
@@ -261,7 +261,7 @@ def ratios(size: Size, times: Mapping[str, list[float]]) -> dict[str, dict[str, 
         if name != "weighted_sum" and not name.startswith(("solve", "torch", "f.forwards"))
     ]
     pairs = [(name, "weighted_sum") for name in names]
-    pairs += [(name, fair) for name in names if name.startswith(("exact", "amortised"))]
+    pairs += [(name, fair) for name in names if name.startswith(("exact", "amortized"))]
     pairs += [
         ("exact_k20", "exact_k5"),
         ("exact_k20.anchors", "exact_k5.anchors"),

@@ -133,7 +133,7 @@ def weighted_sum(problem: Problem) -> Core:
 
 
 def combined(problem: Problem) -> Core:
-    """Between the solves of the amortised mode: one backward pass with a weight for every reward."""
+    """Between the solves of the amortized mode: one backward pass with a weight for every reward."""
     size = problem.size
 
     def core(params, current, flow, r, valid):

@@ -32,7 +32,7 @@ class Size:
       name: of the size.
       config: the transformer.
       num: samples n.
-      side: of a latent picture.
+      side: of a latent image.
       tokens: text tokens a sample.
       rank: of the adapter.
       alpha: of the adapter.
@@ -85,7 +85,7 @@ def embedded() -> Size:
     record = json.loads(
         (ROOT / "marble_jax/embedded/pipeline/transformer/config.json").read_text(encoding="utf-8")
     )
-    training, pictures = (
+    training, images = (
         config.training,
         config.rollout.prompts_per_step * config.rollout.images_per_prompt,
     )
@@ -94,13 +94,13 @@ def embedded() -> Size:
         "embedded",
         MMDiTConfig.from_dict(record),
         training.micro_batch_size,
-        config.model.resolution // 8,
+        config.model.height // 8,
         14 + config.model.max_sequence_length,
         config.lora.rank,
         config.lora.alpha,
         config.harmonize.chunk_size,
         config.harmonize.anchor_every,
-        pictures
+        images
         // training.micro_batch_size
         * int(training.timestep_fraction * config.rollout.num_steps),
         config.model.dtype,
@@ -217,7 +217,7 @@ class Problem:
         advantages = draw.normal(size=(num_rewards, size.num)) * 3
         valid = draw.random((num_rewards, size.num)) < (0.8 if num_rewards > 1 else 2.0)
         valid[:, 0] = True
-        draw = np.random.default_rng(0)  # the same pictures for every K
+        draw = np.random.default_rng(0)  # the same images for every K
 
         def normal(*shape: int) -> jax.Array:
             return jnp.asarray(draw.standard_normal(shape, np.float32))

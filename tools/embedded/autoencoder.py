@@ -1,4 +1,4 @@
-"""Trains the embedded VAE (diffusers AutoencoderKL, 8x, 16 channels) on fresh pictures of the world.
+"""Trains the embedded VAE (diffusers AutoencoderKL, 8x, 16 channels) on fresh images of the world.
 
 python tools/embedded/autoencoder.py --out BUILD/vae
 """
@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL
 from world import draw, render
 
 
-def pictures(rng: random.Random, count: int) -> torch.Tensor:
-    """`count` fresh pictures, float32 [count, 3, 64, 64] in [-1, 1]."""
+def images(rng: random.Random, count: int) -> torch.Tensor:
+    """`count` fresh images, float32 [count, 3, 64, 64] in [-1, 1]."""
     batch = np.stack([render(draw(rng)[2](rng)) for _ in range(count)])
     return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -54,7 +54,7 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, args.steps, pct_start=0.05)
     start = time.time()
     for step in range(args.steps):
-        x = pictures(rng, args.batch)
+        x = images(rng, args.batch)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
         # The decoder sees slightly disturbed latents: a flow model's samples are never exactly on the encoder's.
@@ -80,7 +80,7 @@ def main() -> None:
                 flush=True,
             )
     with torch.no_grad():
-        z = torch.cat([vae.encode(pictures(rng, 64)).latent_dist.mean for _ in range(8)])
+        z = torch.cat([vae.encode(images(rng, 64)).latent_dist.mean for _ in range(8)])
     vae.register_to_config(
         scaling_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4)
     )

@@ -2,7 +2,7 @@
 
     python tools/embedded/base.py --vae BUILD/vae --out BUILD/pipeline --steps 3000
 
-The pictures are encoded once (`--pictures`), every picture keeps its prompt; steps are warm-up, constant, decay.
+The images are encoded once (`--images`), every image keeps its prompt; steps are warm-up, constant, decay.
 A checkpoint every 500 steps lets the run be continued with the same command.
 """
 
@@ -86,7 +86,7 @@ def tokenise(tokenizers: list, prompts: list[str]) -> tuple[torch.Tensor, ...]:
 
 
 def dataset(vae: AutoencoderKL, tokenizers: list, count: int, cache: Path) -> dict:
-    """`count` pictures as scaled latents [count, 16, 8, 8] with their token ids, cached on disk."""
+    """`count` images as scaled latents [count, 16, 8, 8] with their token ids, cached on disk."""
     if cache.exists():
         return torch.load(cache, weights_only=True)
     rng = random.Random(23)
@@ -110,7 +110,7 @@ def dataset(vae: AutoencoderKL, tokenizers: list, count: int, cache: Path) -> di
     for i, ids in enumerate(tokenise(tokenizers, prompts)):
         data[f"ids{i}"] = ids.int()
     torch.save(data, cache)
-    print(f"{len(prompts)} pictures encoded in {time.time() - start:.0f}s", flush=True)
+    print(f"{len(prompts)} images encoded in {time.time() - start:.0f}s", flush=True)
     return data
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--shift", type=float, default=1.5, help="shift of the shipped scheduler")
     args = parser.parse_args()
     out = Path(args.out)
@@ -154,7 +154,7 @@ def main() -> None:
         vocabulary.write_clip(out / "tokenizer_2", "!"),
         vocabulary.write_t5(out / "tokenizer_3"),
     ]
-    data = dataset(vae, tokenizers, args.pictures, out / "latents.pt")
+    data = dataset(vae, tokenizers, args.images, out / "latents.pt")
     empty = tokenise(tokenizers, [""])
     torch.manual_seed(0)
     text = TextEncoders(

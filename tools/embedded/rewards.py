@@ -4,9 +4,9 @@
     python tools/embedded/rewards.py prefer    --base BUILD/pipeline --out BUILD/rewards
     python tools/embedded/rewards.py judge     --base BUILD/pipeline --out BUILD/rewards
 
-`align` is a contrastive text-image model of the world. `prefer` starts from it and learns which of two pictures of one
-prompt is better, with an affine MLP on its image embedding that rates how clean a picture is. `judge` shares nothing
-with the others (own seed, size and pictures); it is never trained on and tells reward hacking from progress.
+`align` is a contrastive text-image model of the world. `prefer` starts from it and learns which of two images of one
+prompt is better, with an affine MLP on its image embedding that rates how clean an image is. `judge` shares nothing
+with the others (own seed, size and images); it is never trained on and tells reward hacking from progress.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def build(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
-def normalise(pictures: torch.Tensor) -> torch.Tensor:
+def normalise(images: torch.Tensor) -> torch.Tensor:
     """[N, 3, 64, 64] in [0, 1] -> CLIP's mean and standard deviation."""
-    return (pictures - MEAN) / STD
+    return (images - MEAN) / STD
 
 
-def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def blur(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ def text_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> dict[str, torch.Te
 def contrastive(
     out: Path, tokenizer: CLIPTokenizer, width: int, layers: int, steps: int, seed: int
 ) -> None:
-    """CLIP's symmetric loss on fresh pictures; every batch adds one near-miss text a picture."""
+    """CLIP's symmetric loss on fresh images; every batch adds one near-miss text an image."""
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     model = build(tokenizer, width, layers)
@@ -129,11 +129,11 @@ def contrastive(
     batch, start = 128, time.time()
     for step in range(steps):
         drawn = [world.draw(rng) for _ in range(batch)]
-        pictures = soften(to_tensor([world.render(scene(rng)) for _, _, scene in drawn]), generator)
+        images = soften(to_tensor([world.render(scene(rng)) for _, _, scene in drawn]), generator)
         prompts = [prompt for prompt, _, _ in drawn]
         wrong = [mutate(p, rng) or p for p in prompts]
         same = torch.tensor([a == b for a, b in zip(prompts, wrong)])
-        image = F.normalize(model.get_image_features(normalise(pictures)).pooler_output, dim=-1)
+        image = F.normalize(model.get_image_features(normalise(images)).pooler_output, dim=-1)
         text = F.normalize(
             model.get_text_features(**text_ids(tokenizer, prompts + wrong)).pooler_output, dim=-1
         )
@@ -181,7 +181,7 @@ def save_tokenizer(tokenizer: CLIPTokenizer, out: Path) -> None:
 
 
 class Flaws:
-    """Pictures with a known degree of flaws in [0, 1]: noise in the latent, blur, pixel noise, model samples."""
+    """Images with a known degree of flaws in [0, 1]: noise in the latent, blur, pixel noise, model samples."""
 
     def __init__(self, base: Path, seed: int):
         self.pipe = StableDiffusion3Pipeline.from_pretrained(str(base / "diffusers"))
@@ -189,9 +189,9 @@ class Flaws:
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def latent_noise(self, pictures: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+    def latent_noise(self, images: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
         vae = self.pipe.vae
-        z = vae.encode(pictures * 2 - 1).latent_dist.mean
+        z = vae.encode(images * 2 - 1).latent_dist.mean
         noise = torch.randn(z.shape, generator=self.generator) / vae.config.scaling_factor
         return (vae.decode(z + amount[:, None, None, None] * noise).sample * 0.5 + 0.5).clamp(0, 1)
 
@@ -212,7 +212,7 @@ class Flaws:
         ).permute(0, 3, 1, 2)
 
     def pairs(self, count: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Prompts with a better and a worse picture each, and ratings [2, count] from 1 (spoilt) to 10 (clean)."""
+        """Prompts with a better and a worse image each, and ratings [2, count] from 1 (spoilt) to 10 (clean)."""
         prompts, better, worse, ratings = [], [], [], []
         for _ in range(count // 100):
             drawn = [world.draw(self.rng) for _ in range(100)]
@@ -253,7 +253,7 @@ def head() -> torch.nn.Sequential:
 
 
 def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 900) -> None:
-    """Teaches the contrastive model which of two pictures is better, and a head on its image embedding to rate them.
+    """Teaches the contrastive model which of two images is better, and a head on its image embedding to rate them.
 
     Preference is PickScore's: -log sigmoid(scale (cos(t, better) - cos(t, worse))), beside the near-miss texts.
     """
@@ -283,11 +283,11 @@ def prefer(base: Path, out: Path, tokenizer: CLIPTokenizer, steps: int = 900) ->
         wrong = [mutate(p, rng) or p for p in chosen]
         same = torch.tensor([a == b for a, b in zip(chosen, wrong)])
         with torch.set_grad_enabled(not last):
-            pictures = torch.cat([better[index], worse[index]])
+            images = torch.cat([better[index], worse[index]])
             if not last:
                 shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
-                pictures = torch.roll(pictures, shift, (2, 3))
-            image = F.normalize(model.get_image_features(normalise(pictures)).pooler_output, dim=-1)
+                images = torch.roll(images, shift, (2, 3))
+            image = F.normalize(model.get_image_features(normalise(images)).pooler_output, dim=-1)
             text = F.normalize(
                 model.get_text_features(**text_ids(tokenizer, chosen + wrong)).pooler_output, dim=-1
             )

@@ -1,8 +1,8 @@
 """The synthetic world the embedded pipeline is trained on: coloured shapes and short signs.
 
-A `Scene` says what is in a 64 px picture; `render` draws it with real fonts, `describe` words it as one of the
+A `Scene` says what is in a 64 px image; `render` draws it with real fonts, `describe` words it as one of the
 three kinds of prompt (general, quoted text, GenEval-style composition with GenEval's metadata). Everything is a
-pure function of a `random.Random`, so a seed names a picture.
+pure function of a `random.Random`, so a seed names an image.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows: things, or a sign (`text` in `ink`), on a plain background."""
+    """What an image shows: things, or a sign (`text` in `ink`), on a plain background."""
 
     background: str
     things: tuple[Thing, ...] = ()
@@ -112,7 +112,7 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of `scene`: uint8 [64, 64, 3]."""
+    """The image of `scene`: uint8 [64, 64, 3]."""
     k = OVERSAMPLE
     image = Image.new("RGB", (SIZE * k, SIZE * k), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)

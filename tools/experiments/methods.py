@@ -36,14 +36,14 @@ class Method:
 
 def _sweep(what: str, key: str, values: Sequence[str], title: str) -> tuple[Method, ...]:
     return tuple(
-        Method(f"{what}_{v}", f"{title} {v}", "sweeps", "amortised", ((key, v),)) for v in values
+        Method(f"{what}_{v}", f"{title} {v}", "sweeps", "amortized", ((key, v),)) for v in values
     )
 
 
 METHODS = (
     Method("exact", "MARBLE, exact", "main", "exact"),
-    Method("amortised", "MARBLE, amortised", "main", "amortised"),
-    Method("faithful", "MARBLE, faithful", "main", "faithful"),
+    Method("amortized", "MARBLE, amortized", "main", "amortized"),
+    Method("upstream", "MARBLE, upstream", "main", "upstream"),
     Method("weighted_sum", "weighted sum", "main", "weighted_sum"),
     Method("equal", "equal alpha", "main", "equal"),
     Method("upweighted", "weighted sum, specialists x 2", "main", "upweighted"),
@@ -55,8 +55,8 @@ METHODS = (
         for name in ("alignment", "preference", "aesthetic", "ocr", "geneval")
     ),
     # The paper's values (MARBLE, arXiv 2605.06507, ablations of N and rho), and 2, as these runs are short.
-    *_sweep("refresh", "harmonize.refresh_every", ("2", "5", "10", "20"), "amortised, N ="),
-    *_sweep("rho", "harmonize.rho", ("0.1", "0.3", "0.5", "0.7", "0.9"), "amortised, rho ="),
+    *_sweep("refresh", "harmonize.refresh_every", ("2", "5", "10", "20"), "amortized, N ="),
+    *_sweep("rho", "harmonize.rho", ("0.1", "0.3", "0.5", "0.7", "0.9"), "amortized, rho ="),
     Method(
         "unit_weights",
         "exact, every reward weight 1",
@@ -72,17 +72,17 @@ METHODS = (
         (("harmonize.normalize", "False"),),
     ),
     Method(
-        "raw_amortised",
-        "amortised, without normalisation",
+        "raw_amortized",
+        "amortized, without normalisation",
         "ablations",
-        "amortised",
+        "amortized",
         (("harmonize.normalize", "False"),),
     ),
     Method(
         "solve_micro",
-        "a solve a step, on one micro-batch (faithful, N = 1)",
+        "a solve a step, on one micro-batch (upstream, N = 1)",
         "ablations",
-        "faithful",
+        "upstream",
         (("harmonize.refresh_every", "1"),),
     ),
     Method("solve_batch", "a solve a step, on the whole batch (exact)", "ablations", "exact"),

@@ -12,7 +12,7 @@ from marble_jax.evaluation.statistics import composite
 
 HEADINGS = {
     "main": "Methods",
-    "sweeps": "Sweeps of N and rho, amortised",
+    "sweeps": "Sweeps of N and rho, amortized",
     "ablations": "Ablations",
     "balancers": "Balancers from the literature, exact mode",
 }
@@ -117,7 +117,7 @@ def composites(found: Sequence[Row]) -> list[tuple[float, float]]:
     """The paper's composite of each row: mean over columns of z-scores among the rows, of the means over seeds.
 
     Its interval is that of the composites of single seeds, among the rows' runs of that seed; NaN unless all rows
-    have the same seeds. Gains rank as scores do, as all runs share the base model's pictures.
+    have the same seeds. Gains rank as scores do, as all runs share the base model's images.
 
     Source: MARBLE (arXiv 2605.06507), Table 1.
     """

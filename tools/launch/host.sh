@@ -4,7 +4,7 @@
 #
 #   REWARD_ARGS  arguments of `marble-jax reward serve`, such as "--path=rewards --rewards=geneval"; empty: no server.
 #                It listens on 127.0.0.1, and rewards.json asks it as {"kind": "remote", "urls": ["http://127.0.0.1:8810"]}:
-#                every host has its own pictures scored by its own server.
+#                every host has its own images scored by its own server.
 #   REWARD_PORT  its port (8810)
 #   RESTARTS     how often to start again after status 75 (another host was lost), or when the training was killed (0)
 #   PID_FILE     where to leave the process id of this script; SIGTERM to it saves and stops the run on all hosts

@@ -100,7 +100,7 @@ def transformer(
 
 
 def decoder(config: VAEConfig, params: Params, height: int, width: int) -> float:
-    """FLOPs of decoding one picture from latents of `height` x `width` cells.
+    """FLOPs of decoding one image from latents of `height` x `width` cells.
 
     Args:
       config: architecture.

@@ -1,7 +1,7 @@
-"""A diffusers directory of Stable Diffusion 3 as one object: prompts to conditioning, latents to pictures.
+"""A diffusers directory of Stable Diffusion 3 as one object: prompts to conditioning, latents to images.
 
 The object holds frozen networks and their parameters; everything it computes is a pure function of those, jitted once
-and called on batches of one size, so that no number of prompts or pictures retraces. Velocity is not wrapped here:
+and called on batches of one size, so that no number of prompts or images retraces. Velocity is not wrapped here:
 `marble_jax.families.sd3.transformer.velocity(pipeline.model, pipeline.params, adapter, xt, sigma, cond)` is the function.
 """
 
@@ -95,7 +95,7 @@ class Pipeline:
         self._decode = jax.jit(functools.partial(vae_functions.decode, self.vae))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, C) of the latents of a picture of `height` x `width` pixels.
+        """(h, w, C) of the latents of an image of `height` x `width` pixels.
 
         Raises:
           InputError: a side that does not divide into patches.
@@ -104,7 +104,7 @@ class Pipeline:
         unit = cell * self.model.config.patch_size
         if height <= 0 or width <= 0 or height % unit or width % unit:
             raise InputError(
-                f"picture size: expected positive multiples of {unit} pixels; received {height} x {width}"
+                f"image size: expected positive multiples of {unit} pixels; received {height} x {width}"
             )
         return height // cell, width // cell, self.vae.config.latent_channels
 
@@ -126,11 +126,11 @@ class Pipeline:
         batch: int,
         place: Callable[[jax.Array], jax.Array] = lambda part: part,
     ) -> jax.Array:
-        """Pictures of latents.
+        """Images of latents.
 
         Args:
           latents: [N, h, w, C] in the transformer's scale.
-          batch: pictures per call of the decoder; the last call is filled up.
+          batch: images per call of the decoder; the last call is filled up.
           place: puts a call's latents on devices.
 
         Returns:

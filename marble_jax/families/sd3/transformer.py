@@ -293,7 +293,7 @@ class MMDiT(nn.Module):
         as many may be whole at a time (see `gather`).
       lora_scale: alpha / rank of the adapter.
       table_side: side of the stored positional table, in patches; None stores the whole one. SD3.5-medium's table is
-        384 x 384 x 1536 numbers (453 MB in bfloat16), of which a 512 px picture reads the central 32 x 32.
+        384 x 384 x 1536 numbers (453 MB in bfloat16), of which a 512 px image reads the central 32 x 32.
       gather: puts parameters together from the devices that they are split over, (path, parameters under it) ->
         parameters; called where a block is, so that no more than one is whole at a time. None where they lie whole.
     """

@@ -3,8 +3,8 @@
     {"kind": "openai", "urls": ["http://127.0.0.1:17140/v1"], "model": "UnifiedReward-7b-v1.5",
      "preset": "unifiedreward"}
 
-One request a picture: the picture as a PNG data URL and a text made from the prompt. The number in the answer is found
-by a regular expression or in a field of a JSON object; one outside the range, or none, makes the picture's score
+One request an image: the image as a PNG data URL and a text made from the prompt. The number in the answer is found
+by a regular expression or in a field of a JSON object; one outside the range, or none, makes the image's score
 missing, never 0.
 """
 
@@ -39,17 +39,17 @@ class Question:
     """What the judge is asked and how its answer is read.
 
     Attributes:
-      prompt: the text, in which {prompt} stands for the picture's prompt.
+      prompt: the text, in which {prompt} stands for the image's prompt.
       pattern: regular expression whose first group is the number; the last match counts.
       field: instead of `pattern`, the key of the number in the answer's JSON object.
       low, high: the number's range; the score is the number over `high`.
-      side: pixels that pictures are resized to, bicubic; 0 leaves them.
+      side: pixels that images are resized to, bicubic; 0 leaves them.
       max_tokens: of the answer.
       temperature: of sampling.
     """
 
     prompt: str = (
-        "Rate from 1 to 10 how well the picture shows what this text asks for. Judge objects, counts, "
+        "Rate from 1 to 10 how well the image shows what this text asks for. Judge objects, counts, "
         "colours, positions and written words.\nText: {prompt}\nAnswer with one line: Score: <number>"
     )
     pattern: str = rf"[Ss]core:\W*{_NUMBER}"
@@ -65,9 +65,9 @@ PRESETS = {
     "": Question(),
     "unifiedreward": Question(
         prompt=(
-            "You see a picture that was generated from a caption. Judge how well it agrees with the caption "
+            "You see an image that was generated from a caption. Judge how well it agrees with the caption "
             "(objects, attributes, relations, written words) and how good it looks (clarity, composition, freedom "
-            "from artefacts). Name the caption's elements, say for each whether the picture shows it, then give "
+            "from artefacts). Name the caption's elements, say for each whether the image shows it, then give "
             "one overall rating from 1 to 5.\nEnd with a line of the form\nFinal Score: <number>\n\n"
             "Caption: {prompt}"
         ),
@@ -77,7 +77,7 @@ PRESETS = {
         side=512,
     ),
 }
-"""Source of "unifiedreward": picture size, tag, range and divisor of `unifiedreward_scorer.py` in flow_grpo, where an
+"""Source of "unifiedreward": image size, tag, range and divisor of `unifiedreward_scorer.py` in flow_grpo, where an
 answer without a number scores 0. The wording is ours; the model's own goes into `prompt`."""
 
 
@@ -177,14 +177,14 @@ class JudgeReward(Reward):
         return self._applies is None or bool(self._applies(prompt, metadata))
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
-        """See `Reward.score`; in [low / high, 1]. If no picture gets a number, the last reason is raised."""
+        """See `Reward.score`; in [low / high, 1]. If no image gets a number, the last reason is raised."""
         answers = self._replicas.each(self._rate, list(zip(to_uint8(images), prompts, strict=True)))
         errors = [answer for answer in answers if isinstance(answer, Exception)]
         if len(errors) == len(answers):
             raise errors[-1]
         if errors:
             log.warning(
-                "reward %s failed on %d of %d pictures: %s",
+                "reward %s failed on %d of %d images: %s",
                 self.name,
                 len(errors),
                 len(answers),

@@ -5,21 +5,21 @@
 
     4 bytes   length L of the header, unsigned, big-endian
     L bytes   header: a JSON object in UTF-8
-    ...       the N pictures' bytes, one after the other, in the header's order
+    ...       the N images' bytes, one after the other, in the header's order
 
 and the header
 
     {"version": 1, "reward": "geneval", "prompts": [N texts], "metadata": [N objects],
-     "pictures": [{"format": "png", "bytes": 4711}, {"format": "rgb8", "bytes": 12288, "height": 64, "width": 64}, ...]}
+     "images": [{"format": "png", "bytes": 4711}, {"format": "rgb8", "bytes": 12288, "height": 64, "width": 64}, ...]}
 
-A picture is a PNG of 8-bit grey or RGB, or bare 8-bit RGB in rows from the top ("rgb8", height x width x 3 bytes); all
-pictures of a request have one size. Metadata is what came with the prompt, GenEval's object for instance, or {}.
+An image is a PNG of 8-bit grey or RGB, or bare 8-bit RGB in rows from the top ("rgb8", height x width x 3 bytes); all
+images of a request have one size. Metadata is what came with the prompt, GenEval's object for instance, or {}.
 
 The answer to a request that could be understood is `200` with a JSON object
 
     {"scores": [0.75, null, null], "applies": [true, true, false]}
 
-one entry per picture: a number; null where the reward failed on the picture; and, where `applies` (which may be left
+one entry per image: a number; null where the reward failed on the image; and, where `applies` (which may be left
 out) is false, null because there is nothing to score. Anything else is answered with a 4xx or 5xx and
 `{"error": "one line"}`. `GET /health` answers 200 with `{"status": "ok"}` and, to who has the token, `rewards` and
 how busy the server is.
@@ -60,20 +60,20 @@ class Limits:
 
     Attributes:
       body: bytes of a request.
-      pictures: pictures of a request.
-      side: pixels of a picture's height and width.
-      pixels: pixels of all pictures of a request; in float32 each takes 12 bytes.
+      images: images of a request.
+      side: pixels of an image's height and width.
+      pixels: pixels of all images of a request; in float32 each takes 12 bytes.
     """
 
     body: int = 64 * 2**20
-    pictures: int = 256
+    images: int = 256
     side: int = 2048
     pixels: int = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """N pictures uint8 [N, H, W, 3] with prompts and metadata, for one reward."""
+    """N images uint8 [N, H, W, 3] with prompts and metadata, for one reward."""
 
     reward: str
     images: np.ndarray
@@ -82,7 +82,7 @@ class Request:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """A picture uint8 [H, W, 3] as PNG, compressed lightly."""
+    """An image uint8 [H, W, 3] as PNG, compressed lightly."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -90,19 +90,19 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def encode_request(request: Request, picture_format: str = "png") -> bytes:
+def encode_request(request: Request, image_format: str = "png") -> bytes:
     """The body of a request.
 
     Raises:
       InputError: metadata that JSON cannot hold.
     """
     height, width = request.images.shape[1:3]
-    if picture_format == "png":
+    if image_format == "png":
         parts = [encode_png(image) for image in request.images]
-        pictures = [{"format": "png", "bytes": len(part)} for part in parts]
+        entries = [{"format": "png", "bytes": len(part)} for part in parts]
     else:
         parts = [np.ascontiguousarray(image).tobytes() for image in request.images]
-        pictures = [
+        entries = [
             {"format": "rgb8", "bytes": len(p), "height": height, "width": width} for p in parts
         ]
     header = {
@@ -110,7 +110,7 @@ def encode_request(request: Request, picture_format: str = "png") -> bytes:
         "reward": request.reward,
         "prompts": request.prompts,
         "metadata": [dict(m) for m in request.metadata],
-        "pictures": pictures,
+        "images": entries,
     }
     try:
         text = json.dumps(header, allow_nan=False).encode()
@@ -144,52 +144,51 @@ def decode_request(body: bytes, limits: Limits) -> Request:
     reward = header.get("reward")
     if not isinstance(reward, str):
         raise ProtocolError(400, f"header: expected a reward's name; received {short(reward)}")
-    prompts, metadata, pictures = (
+    prompts, metadata, entries = (
         _listed(header, key, kind)
-        for key, kind in (("prompts", str), ("metadata", dict), ("pictures", dict))
+        for key, kind in (("prompts", str), ("metadata", dict), ("images", dict))
     )
-    if not len(prompts) == len(metadata) == len(pictures):
+    if not len(prompts) == len(metadata) == len(entries):
         raise ProtocolError(
             400,
-            "header: expected as many prompts, metadata and pictures; received "
-            f"{len(prompts)}, {len(metadata)} and {len(pictures)}",
+            "header: expected as many prompts, metadata and images; received "
+            f"{len(prompts)}, {len(metadata)} and {len(entries)}",
         )
-    if not pictures:
-        raise ProtocolError(400, "header: expected at least one picture; received none")
-    if len(pictures) > limits.pictures:
+    if not entries:
+        raise ProtocolError(400, "header: expected at least one image; received none")
+    if len(entries) > limits.images:
         raise ProtocolError(
-            413, f"pictures: expected at most {limits.pictures}; received {len(pictures)}"
+            413, f"images: expected at most {limits.images}; received {len(entries)}"
         )
     images, start = [], 4 + length
-    for number, entry in enumerate(pictures):
+    for number, entry in enumerate(entries):
         size = entry.get("bytes")
         if not _whole(size) or size > len(body) - start:
             raise ProtocolError(
                 400,
-                f"picture {number}: expected its bytes, at most the {len(body) - start} that are "
+                f"image {number}: expected its bytes, at most the {len(body) - start} that are "
                 f"left; received {short(size)}",
             )
-        images.append(_picture(number, entry, body[start : start + size], limits, len(pictures)))
+        images.append(_image(number, entry, body[start : start + size], limits, len(entries)))
         if images[-1].shape != images[0].shape:
             raise ProtocolError(
                 400,
-                f"picture {number}: expected the size of the first, {images[0].shape[:2]}; "
+                f"image {number}: expected the size of the first, {images[0].shape[:2]}; "
                 f"received {images[-1].shape[:2]}",
             )
         start += size
     if start != len(body):
         raise ProtocolError(
             400,
-            f"body: expected to end after the last picture; received {len(body) - start} bytes "
-            "more",
+            f"body: expected to end after the last image; received {len(body) - start} bytes more",
         )
     return Request(reward, np.stack(images), prompts, metadata)
 
 
-def _picture(
+def _image(
     number: int, entry: Mapping[str, Any], data: bytes, limits: Limits, count: int
 ) -> np.ndarray:
-    kind, what = entry.get("format"), f"picture {number}"
+    kind, what = entry.get("format"), f"image {number}"
     if kind == "rgb8":
         height, width = entry.get("height"), entry.get("width")
         if not (_whole(height) and _whole(width)):
@@ -209,21 +208,19 @@ def _picture(
     from PIL import Image
 
     try:
-        picture = Image.open(io.BytesIO(data), formats=("PNG",))  # reads no further than the pixels
+        image = Image.open(io.BytesIO(data), formats=("PNG",))  # reads no further than the pixels
     except Image.DecompressionBombError:
         raise ProtocolError(
             413, f"{what}: expected at most {limits.side} pixels a side; received more"
         ) from None
     except Exception:  # Pillow raises many kinds on damaged files
         raise ProtocolError(400, f"{what}: expected a PNG; received something else") from None
-    width, height = picture.size
+    width, height = image.size
     _check_size(what, height, width, limits, count)
-    if picture.mode not in ("L", "RGB"):
-        raise ProtocolError(
-            400, f"{what}: expected 8-bit grey or RGB; received mode {picture.mode}"
-        )
+    if image.mode not in ("L", "RGB"):
+        raise ProtocolError(400, f"{what}: expected 8-bit grey or RGB; received mode {image.mode}")
     try:
-        pixels = np.asarray(picture.convert("RGB"))
+        pixels = np.asarray(image.convert("RGB"))
     except Exception:  # as above
         raise ProtocolError(400, f"{what}: expected a whole PNG; received a damaged one") from None
     return pixels
@@ -252,7 +249,7 @@ def encode_scores(values: np.ndarray, valid: np.ndarray, applies: np.ndarray) ->
 
 
 def decode_scores(body: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reads an answer about `count` pictures.
+    """Reads an answer about `count` images.
 
     Returns:
       values float64 [N] (NaN where null), valid bool [N], applies bool [N].

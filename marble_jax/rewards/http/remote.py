@@ -2,7 +2,7 @@
 
     {"kind": "remote", "urls": ["http://127.0.0.1:8810", "http://10.0.0.2:8810"], "token_env": "REWARD_TOKEN"}
 
-Pictures travel as 8-bit PNG (or bare bytes), so a reward that looks at unrounded pixels scores a little differently
+Images travel as 8-bit PNG (or bare bytes), so a reward that looks at unrounded pixels scores a little differently
 than beside the sampler. With `"protocol": "flow_grpo"` the client speaks the pickles of the older PyTorch servers, if
 `allow_pickle` says so.
 """
@@ -40,7 +40,7 @@ class RemoteReward(Reward):
         replicas: Replicas,
         reward: str = "",
         batch_size: int = 16,
-        picture_format: str = "png",
+        image_format: str = "png",
         applies: Callable[[str, Metadata], bool] | None = None,
         old: str = "",
         allow_pickle: bool = False,
@@ -51,17 +51,17 @@ class RemoteReward(Reward):
           name: key of the reward.
           replicas: the servers.
           reward: its name there; `name` by default.
-          batch_size: pictures a call.
-          picture_format: "png" or "rgb8".
+          batch_size: images a call.
+          image_format: "png" or "rgb8".
           applies: which prompts the server is asked about; it can narrow that further.
           old: speak the pickle protocol of the older servers, and take the scores from this field of the answer:
             "scores" (GenEval) or "outputs" (UnifiedReward).
           allow_pickle: has to be True for that.
 
         Raises:
-          InputError: a pickle protocol without consent, or an unknown picture format.
+          InputError: a pickle protocol without consent, or an unknown image format.
         """
-        one_of(f"reward {name}: format", picture_format, protocol.FORMATS)
+        one_of(f"reward {name}: format", image_format, protocol.FORMATS)
         if old and not allow_pickle:
             raise InputError(
                 f"reward {name}: expected allow_pickle: true for the protocol flow_grpo, whose answers "
@@ -75,7 +75,7 @@ class RemoteReward(Reward):
             )
         super().__init__(name=name, kind="host")
         self._replicas, self._reward, self._batch_size = replicas, reward or name, batch_size
-        self._format, self._applies, self._old = picture_format, applies, old
+        self._format, self._applies, self._old = image_format, applies, old
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """What the configuration says."""
@@ -122,10 +122,10 @@ class RemoteReward(Reward):
 
     def _ask_old(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source: the reward clients of flow_grpo (`geneval_score`, `unifiedreward_score_remote`)."""
-        pictures = [_jpeg(image) for image in request.images]
+        files = [_jpeg(image) for image in request.images]
         body = pickle.dumps(
             {
-                "images": pictures,
+                "images": files,
                 "prompts": request.prompts,
                 "only_strict": True,
                 "meta_datas": [dict(m) for m in request.metadata],

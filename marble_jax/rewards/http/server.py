@@ -1,6 +1,6 @@
 """The reward server: any reward of this project behind HTTP, for `remote.RemoteReward` and whoever speaks `protocol`.
 
-One request a connection. What a client can cost is bounded: connections, requests in memory, bytes, pictures, pixels
+One request a connection. What a client can cost is bounded: connections, requests in memory, bytes, images, pixels
 before anything is decompressed, seconds for its request to arrive and for its scores to be made. Whatever goes wrong
 is answered with a status and one line of JSON; a call that hangs is given up and its thread replaced.
 """

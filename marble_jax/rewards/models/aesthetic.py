@@ -1,4 +1,4 @@
-"""How pleasing a picture looks, whatever its prompt: a linear map of its CLIP embedding.
+"""How pleasing an image looks, whatever its prompt: a linear map of its CLIP embedding.
 
 The published predictor is a stack of linear layers without activations between them, hence one affine map. It is
 folded into a single row when loaded, so a score costs one dot product after the image tower.
@@ -112,6 +112,6 @@ class AestheticReward(Reward):
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
         """See `Reward.score`."""
-        features = self.encoder.picture_features(params["clip"], images, self.preprocess)
+        features = self.encoder.embed_images(params["clip"], images, self.preprocess)
         values = self._score(params["head"], features)
         return values, jnp.ones(values.shape, bool)

@@ -1,4 +1,4 @@
-"""GenEval's colour classifier: zero-shot CLIP on each object, cut out of its picture.
+"""GenEval's colour classifier: zero-shot CLIP on each object, cut out of its image.
 
 What is not the object becomes grey, the box around it is cropped and prepared as OpenCLIP does, and the colour whose
 texts lie nearest wins. Weights and towers are those of `encoder.ClipEncoder` (openai/clip-vit-large-patch14 in the
@@ -59,7 +59,7 @@ class ClipColours:
 
 
 def cut_out(image: np.ndarray, detection: Detection) -> np.ndarray:
-    """The object's box of a picture uint8 [H, W, 3], grey where its mask is not."""
+    """The object's box of an image uint8 [H, W, 3], grey where its mask is not."""
     left, top, right, bottom = (int(round(edge)) for edge in detection.box)
     if detection.mask is not None:
         image = np.where(detection.mask[..., None], image, np.uint8(GREY))

@@ -1,4 +1,4 @@
-"""Rewards that compare a picture with its prompt in CLIP space: PickScore, HPSv2.1, CLIPScore and any of their size.
+"""Rewards that compare an image with its prompt in CLIP space: PickScore, HPSv2.1, CLIPScore and any of their size.
 
 They are one computation, a factor times the cosine of two embeddings, with different weights, factors and
 preprocessing; `FORMULAS` lists the differences.
@@ -23,7 +23,7 @@ from marble_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """How a published score is made from the cosine of picture and prompt.
+    """How a published score is made from the cosine of image and prompt.
 
     Attributes:
       logit_scale: whether the cosine is multiplied by the model's exp(logit_scale).
@@ -49,7 +49,7 @@ FORMULAS = {
 
 
 class CLIPReward(Reward):
-    """Alignment of picture and prompt: `FORMULAS[formula]` on a CLIP pair. A device reward."""
+    """Alignment of image and prompt: `FORMULAS[formula]` on a CLIP pair. A device reward."""
 
     def __init__(self, name: str, encoder: ClipEncoder, formula: str = "clipscore"):
         """Builds the reward.
@@ -78,6 +78,6 @@ class CLIPReward(Reward):
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
         """See `Reward.score`; about 0.7 to 0.95 for PickScore, 0.2 to 0.35 for HPSv2.1, 0.15 to 0.4 for CLIPScore."""
-        features = self.encoder.picture_features(params, images, self.preprocess)
+        features = self.encoder.embed_images(params, images, self.preprocess)
         values = self._score(params, features, self.encoder.text_features(params, prompts))
         return values, jnp.ones(values.shape, bool)

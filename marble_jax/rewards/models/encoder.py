@@ -1,7 +1,7 @@
-"""A CLIP pair that rewards look through: pictures and prompts to unit vectors, each computed once.
+"""A CLIP pair that rewards look through: images and prompts to unit vectors, each computed once.
 
-Several rewards may share one pair. Text features are kept per prompt; picture features per batch and preprocessing, so
-that rewards which prepare pictures in the same way cost one forward pass together. (CLIPScore and the aesthetic
+Several rewards may share one pair. Text features are kept per prompt; image features per batch and preprocessing, so
+that rewards which prepare images in the same way cost one forward pass together. (CLIPScore and the aesthetic
 predictor share weights but not preprocessing, hence one copy of the weights and two passes.)
 """
 
@@ -118,7 +118,7 @@ class ClipEncoder:
         return cls(model, params, tokenize, config)
 
     def preprocess(self, **overrides) -> Preprocess:
-        """The picture preprocessing of this model, with fields replaced by `overrides`."""
+        """The image preprocessing of this model, with fields replaced by `overrides`."""
         return Preprocess.from_config(
             self.preprocessor_config, self.model.config.vision.image_size, **overrides
         )
@@ -132,10 +132,8 @@ class ClipEncoder:
         """Unit vectors float32 [N, D] of pixels that were preprocessed on the host."""
         return np.asarray(self._pixels(self.params, pixels))
 
-    def picture_features(
-        self, params: Params, images: jax.Array, preprocess: Preprocess
-    ) -> jax.Array:
-        """Unit vectors float32 [N, D] of pictures [N, H, W, 3] in [0, 1].
+    def embed_images(self, params: Params, images: jax.Array, preprocess: Preprocess) -> jax.Array:
+        """Unit vectors float32 [N, D] of images [N, H, W, 3] in [0, 1].
 
         Asked again for the same array (arrays on the device do not change), weights and preprocessing, it answers from
         the first time; that is how rewards on one tower share its work. Only the last batch's features are kept.

@@ -1,6 +1,6 @@
-"""ImageReward: how much people would like a picture for its prompt, by a BLIP that reads both together.
+"""ImageReward: how much people would like an image for its prompt, by a BLIP that reads both together.
 
-Text and picture meet inside the network, so nothing is kept per prompt; a batch of N pairs costs N passes (upstream's
+Text and image meet inside the network, so nothing is kept per prompt; a batch of N pairs costs N passes (upstream's
 wrapper costs N squared and keeps the diagonal).
 
 Source: Xu et al. 2023 (arXiv 2304.05977), `ImageReward/ImageReward.py` of THUDM/ImageReward.

@@ -3,8 +3,8 @@
 A variant of the original. GenEval's numbers were made with mmdetection 2.x and its own training of the same network;
 the weights in transformers' layout (facebook/mask2former-swin-small-coco-instance) are those of the authors. Resizing,
 normalisation, padding and the way masks become scores and boxes follow mmdetection's test pipeline. Until
-`tools/detector_agreement.py` has measured how often the two agree on one set of pictures, scores should be compared
-within this variant only. Pictures are RGB, as GenEval's own evaluation has them (DiffusionNFT swaps red and blue).
+`tools/detector_agreement.py` has measured how often the two agree on one set of images, scores should be compared
+within this variant only. Images are RGB, as GenEval's own evaluation has them (DiffusionNFT swaps red and blue).
 
 Source: `configs/mask2former/` and `maskformer_fusion_head.py` of open-mmlab/mmdetection 2.x. (The 384 x 384 that the
 weights' preprocessor_config.json names serves transformers' examples and is not used.)
@@ -127,7 +127,7 @@ class Mask2FormerDetector:
 
         Args:
           model: transformers' `Mask2FormerForUniversalSegmentation`, in evaluation mode, on its device.
-          batch_size: pictures a forward pass.
+          batch_size: images a forward pass.
           min_score: detections of at most this score are left out.
           short_edge: pixels, see SHORT_EDGE.
           long_edge: pixels, see LONG_EDGE.
@@ -214,7 +214,7 @@ class Mask2FormerDetector:
         return found
 
     def _pixels(self, images: Any) -> tuple[Any, tuple[int, int]]:
-        """Pictures uint8 [N, H, W, 3] as padded pixels [N, 3, h, w], and their height and width before padding."""
+        """Images uint8 [N, H, W, 3] as padded pixels [N, 3, h, w], and their height and width before padding."""
         import torch
 
         images = images.to(self.model.device).permute(0, 3, 1, 2).float()
@@ -237,14 +237,14 @@ class Mask2FormerDetector:
         size: tuple[int, int],
         original: tuple[int, int],
     ) -> list[Detection]:
-        """One picture's detections, best first.
+        """One image's detections, best first.
 
         Args:
           classes: logits [queries, 81], no-object last.
-          masks: logits [queries, h, w] of the padded picture.
+          masks: logits [queries, h, w] of the padded image.
           padded: its height and width.
           size: height and width without padding.
-          original: height and width of the picture as it came.
+          original: height and width of the image as it came.
         """
         import torch
 

@@ -1,7 +1,7 @@
-"""What stands between a picture and an image tower: resize, crop or pad, normalise; on device and in batches.
+"""What stands between an image and an image tower: resize, crop or pad, normalise; on device and in batches.
 
 A resize with the antialiasing of Pillow and torchvision is linear and separable, so it is two small matrix products
-whose matrices depend on the sizes only. Where the original scorer goes through 8-bit pictures, `eight_bit` computes
+whose matrices depend on the sizes only. Where the original scorer goes through 8-bit images, `eight_bit` computes
 what Pillow computes, bit for bit: its weights are whole numbers (22 binary places), and a pass rounds back to 8 bit.
 Where the original resizes floats, nothing is rounded or clipped and bicubic overshoot is kept. (Recent Pillow takes
 the vertical pass first where that one shrinks much more; resizes that keep the aspect ratio, which are all there are
@@ -40,7 +40,7 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
 
 FILTERS = {"bilinear": (_bilinear, 1.0), "bicubic": (_bicubic, 2.0)}
 PLACES = 22
-"""Binary places of Pillow's weights on 8-bit pictures: 32 less 8 for the pixel and 2 for overshoot."""
+"""Binary places of Pillow's weights on 8-bit images: 32 less 8 for the pixel and 2 for overshoot."""
 DIGIT = 8
 """Bits of a digit of such a weight: a digit times a pixel, summed over up to 256 taps, is exact in float32."""
 CROPS = {"floor": lambda spare: spare // 2, "round": lambda spare: int(round(spare / 2))}
@@ -101,7 +101,7 @@ def resize(
       height: rows of the result.
       width: columns of the result.
       method: "bilinear" or "bicubic".
-      eight_bit: the pictures have 256 levels, and so has the result: Pillow's resize, bit for bit.
+      eight_bit: the images have 256 levels, and so has the result: Pillow's resize, bit for bit.
 
     Returns:
       float32 [N, height, width, 3]; may leave [0, 1] for "bicubic" unless `eight_bit`.
@@ -126,14 +126,14 @@ def resize(
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """From pictures in [0, 1] to the pixels an image tower takes; call it on float32 [N, H, W, 3].
+    """From images in [0, 1] to the pixels an image tower takes; call it on float32 [N, H, W, 3].
 
     Attributes:
       size: edge of the square result, in pixels.
       fit: "shortest" scales the shorter edge to `resize_to` and crops the centre; "longest" scales the longer edge to
         `size` and pads the rest with zeros before normalising.
       method: "bicubic" or "bilinear", antialiased.
-      eight_bit: go through 256 levels, as scorers that take 8-bit pictures do.
+      eight_bit: go through 256 levels, as scorers that take 8-bit images do.
       resize_to: edge for "shortest"; None means `size`.
       crop: "floor" or "round", how an odd margin of "shortest" is halved.
       mean: per channel, subtracted.
@@ -161,7 +161,7 @@ class Preprocess:
     def __call__(self, images: jax.Array) -> jax.Array:
         images = jnp.asarray(images, jnp.float32)
         if images.ndim != 4 or images.shape[-1] != 3:
-            raise InputError(f"pictures: expected [N, H, W, 3]; received {list(images.shape)}")
+            raise InputError(f"images: expected [N, H, W, 3]; received {list(images.shape)}")
         if self.eight_bit:
             images = jnp.clip(jnp.round(images * 255), 0, 255) / 255
         height, width, top, left = self.frame(*images.shape[1:3])
@@ -174,7 +174,7 @@ class Preprocess:
         return (images - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
     def on_host(self, image: np.ndarray) -> np.ndarray:
-        """The pixels float32 [size, size, 3] of one picture uint8 [H, W, 3], by Pillow: for cut-outs of many sizes.
+        """The pixels float32 [size, size, 3] of one image uint8 [H, W, 3], by Pillow: for cut-outs of many sizes.
 
         Raises:
           InputError: a preprocessing other than 8-bit with "shortest".
@@ -193,7 +193,7 @@ class Preprocess:
         return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def frame(self, rows: int, columns: int) -> tuple[int, int, int, int]:
-        """What becomes of a picture of `rows` x `columns`: resized height and width, and where the square lies.
+        """What becomes of an image of `rows` x `columns`: resized height and width, and where the square lies.
 
         The last two are the rows and columns cut off before the crop for "shortest", added before it for "longest".
         """
@@ -243,4 +243,4 @@ class Preprocess:
 
 
 prepare = jax.jit(lambda images, preprocess: preprocess(images), static_argnames="preprocess")
-"""`preprocess(images)`, compiled apart from the tower behind it, which then does not depend on the pictures' size."""
+"""`preprocess(images)`, compiled apart from the tower behind it, which then does not depend on the images' size."""

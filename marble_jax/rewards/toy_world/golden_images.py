@@ -1,6 +1,6 @@
-"""Pictures whose scores are known, or at least their order: drawn here, the same on every machine, at any size.
+"""Images whose scores are known, or at least their order: drawn here, the same on every machine, at any size.
 
-Three pairs: plain shapes, shapes with GenEval's metadata, signs of two letters made of bars. Each picture is scored
+Three pairs: plain shapes, shapes with GenEval's metadata, signs of two letters made of bars. Each image is scored
 with its own prompt and with its partner's, so that a reward that looks at the prompt has to tell the two apart.
 """
 
@@ -37,12 +37,12 @@ LETTERS: dict[str, tuple[Box, ...]] = {
 }
 """Bars (left, top, right, bottom) in the letter's box."""
 WIDTH, HEIGHT = 0.26, 0.4
-"""Of the box, in sides of the picture."""
+"""Of the box, in sides of the image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """A circle or square about (x, y) of a radius, or a letter from (x, y); in sides of the picture."""
+    """A circle or square about (x, y) of a radius, or a letter from (x, y); in sides of the image."""
 
     shape: str
     ink: str
@@ -95,14 +95,14 @@ SCENES: tuple[tuple[str, tuple[Thing, ...], Prompt], ...] = (
 )
 """Ground, things, prompt; neighbours 2 k and 2 k + 1 are partners."""
 COUNT = len(SCENES)
-"""Pictures; there are twice as many samples."""
+"""Images; there are twice as many samples."""
 
 
 def draw(ground: str, things: Sequence[Thing], side: int) -> np.ndarray:
-    """A picture uint8 [side, side, 3]."""
+    """An image uint8 [side, side, 3]."""
     nodes = (np.arange(side * OVERSAMPLE) + 0.5) / (side * OVERSAMPLE)
     x, y = nodes[None, :], nodes[:, None]
-    picture = np.broadcast_to(np.array(GROUNDS[ground], np.float64), (side, side, 3))
+    image = np.broadcast_to(np.array(GROUNDS[ground], np.float64), (side, side, 3))
     for thing in things:
         across, down = x - thing.x, y - thing.y
         if thing.shape == "circle":
@@ -119,27 +119,27 @@ def draw(ground: str, things: Sequence[Thing], side: int) -> np.ndarray:
                     & (down < bottom * HEIGHT)
                 )
         share = inside.reshape(side, OVERSAMPLE, side, OVERSAMPLE).mean((1, 3))[..., None]
-        picture = picture * (1 - share) + np.array(INKS[thing.ink]) * share
-    return np.round(picture).astype(np.uint8)
+        image = image * (1 - share) + np.array(INKS[thing.ink]) * share
+    return np.round(image).astype(np.uint8)
 
 
 def samples(side: int) -> tuple[np.ndarray, list[Prompt]]:
     """What is scored.
 
     Returns:
-      pictures float32 [2 COUNT, side, side, 3] in [0, 1], every picture twice in a row, and their prompts: its own,
+      images float32 [2 COUNT, side, side, 3] in [0, 1], every image twice in a row, and their prompts: its own,
       then its partner's.
     """
-    pictures = [draw(ground, things, side) for ground, things, _ in SCENES]
+    images = [draw(ground, things, side) for ground, things, _ in SCENES]
     prompts = [prompt for _, _, prompt in SCENES]
     return (
-        np.repeat(np.stack(pictures), 2, axis=0).astype(np.float32) / 255,
+        np.repeat(np.stack(images), 2, axis=0).astype(np.float32) / 255,
         [prompts[i ^ partner] for i in range(COUNT) for partner in (0, 1)],
     )
 
 
 def read_expected(directory: Path | None, side: int) -> dict[str, list[float | None]]:
-    """Recorded scores by reward, for pictures of this size; empty where there are none.
+    """Recorded scores by reward, for images of this size; empty where there are none.
 
     Raises:
       InputError: a file that is damaged.
@@ -160,7 +160,7 @@ def read_expected(directory: Path | None, side: int) -> dict[str, list[float | N
         whole = False
     if not whole:
         raise InputError(
-            f"{file}: expected scores of the golden pictures; received something else (write it anew with "
+            f"{file}: expected scores of the golden images; received something else (write it anew with "
             "marble-jax reward check --write)"
         )
     return scores if size == side else {}

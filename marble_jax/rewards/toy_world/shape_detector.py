@@ -148,7 +148,7 @@ class ShapeDetector:
         return [self.detect_one(image) for image in images]
 
     def detect_one(self, image: np.ndarray) -> list[Detection]:
-        """Detections in one picture uint8 [H, W, 3]; at most one class per blob, the likeliest."""
+        """Detections in one image uint8 [H, W, 3]; at most one class per blob, the likeliest."""
         from scipy import ndimage
 
         image = np.asarray(image, np.float64)

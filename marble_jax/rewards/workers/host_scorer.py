@@ -52,7 +52,7 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """N pictures float32 [N, H, W, 3] with prompts and metadata."""
+    """N images float32 [N, H, W, 3] with prompts and metadata."""
 
     images: np.ndarray
     prompts: Sequence[str]
@@ -151,10 +151,10 @@ class HostScorer:
     def submit(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Pending:
-        """Hands over N pictures, float in [0, 1] or uint8 [N, H, W, 3], not to be changed until collected."""
+        """Hands over N images, float in [0, 1] or uint8 [N, H, W, 3], not to be changed until collected."""
         if not len(images) == len(prompts) == len(metadata):
             raise InputError(
-                f"reward batch: expected as many pictures, prompts and metadata; "
+                f"reward batch: expected as many images, prompts and metadata; "
                 f"received {len(images)}, {len(prompts)} and {len(metadata)}"
             )
         images = np.asarray(images)

@@ -1,4 +1,4 @@
-"""Text recognisers behind one call: a picture in, the text in it out. Imports no jax, so that processes start fast."""
+"""Text recognisers behind one call: an image in, the text in it out. Imports no jax, so that processes start fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from marble_jax.errors import InputError
 
 
 class RapidEngine:
-    """RapidOCR's PP-OCR models in onnxruntime on one core; serves one picture at a time."""
+    """RapidOCR's PP-OCR models in onnxruntime on one core; serves one image at a time."""
 
     def __init__(self, detect: bool = True, scale: int = 1):
         """Loads the models; arguments as `RapidReader`.
@@ -27,7 +27,7 @@ class RapidEngine:
                 "(pip install rapidocr onnxruntime)"
             ) from error
         params: dict[str, Any] = {
-            "Global.log_level": "critical",  # otherwise a line per model, and one per picture without text
+            "Global.log_level": "critical",  # otherwise a line per model, and one per image without text
             "Global.use_cls": False,
             "Global.use_det": detect,
             "Global.text_score": 0.0,
@@ -37,12 +37,12 @@ class RapidEngine:
             "Det.limit_side_len": 960,
         }
         if not detect:
-            # Lines are padded to at least this width; a square picture needs no more than its own.
+            # Lines are padded to at least this width; a square image needs no more than its own.
             params["Rec.rec_img_shape"] = [3, 48, 48]
         self._scale, self._engine = scale, rapidocr.RapidOCR(params=params)
 
     def __call__(self, image: np.ndarray) -> str:
-        """The text in a picture uint8 [H, W, 3], RGB."""
+        """The text in an image uint8 [H, W, 3], RGB."""
         result = self._engine(_bgr(image, self._scale))
         return _joined(getattr(result, "txts", None) or (), getattr(result, "scores", None) or ())
 
@@ -76,13 +76,13 @@ class PaddleEngine:
         )
 
     def __call__(self, image: np.ndarray) -> str:
-        """The text in a picture uint8 [H, W, 3], RGB."""
+        """The text in an image uint8 [H, W, 3], RGB."""
         (result,) = self._engine.predict(_bgr(image, self._scale))
         return _joined(result["rec_texts"], result["rec_scores"])
 
 
 def _bgr(image: np.ndarray, scale: int) -> np.ndarray:
-    """The picture enlarged and in the channel order that both engines' models were trained on."""
+    """The image enlarged and in the channel order that both engines' models were trained on."""
     from PIL import Image
 
     if scale != 1:

@@ -111,7 +111,7 @@ class Pool:
                 else:
                     future.set_exception(error)
                 del value, error
-            del task, future, call, arguments  # pictures should not live until the next call
+            del task, future, call, arguments  # images should not live until the next call
 
     def _expire(self, seconds: float) -> float:
         """Gives up what has run longer than `seconds`; returns the seconds until the next call may have."""

@@ -1,0 +1,95 @@
+"""Settings of what is trained on: prompts, rollouts and the rewards that score them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from marble_jax.config.keys import key
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSettings:
+    """Where prompts come from."""
+
+    path: str = key(
+        "",
+        "directory with SOURCE/{train,test} prompt files, 'generated' for the ready-made sets, or "
+        "'embedded'",
+        "path",
+    )
+    embedding_cache: str = key(
+        "",
+        "folder for text embeddings, filled before training so that no text encoder stays in memory; "
+        "may be shared by runs; empty: encoders stay",
+        "path",
+        resumable=True,
+    )
+    sources: tuple[str, ...] = key(
+        ("general", "ocr", "geneval"), "sources drawn from, in equal shares", "-", "paper"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+    """How the rollout policy samples the images of an optimiser step."""
+
+    prompts_per_step: int = key(
+        48, "distinct prompts an optimiser step, over all devices", "prompts, >= 1", "paper"
+    )
+    images_per_prompt: int = key(24, "size of a group", "images, >= 2", "paper")
+    batch_size: int = key(144, "images sampled at once, over all devices", "images, >= 1", "paper")
+    num_steps: int = key(25, "solver steps", "steps, >= 1", "paper")
+    solver: str = key("dpm2", "ODE solver", "euler|dpm1|dpm2|ddim", "paper")
+    integer_timesteps: bool = key(
+        False, "truncate the network's timestep to an integer, as upstream does"
+    )
+    merge_adapter: bool = key(
+        False,
+        "fold the adapter into a copy of the weights for sampling: faster, exact only with float32 "
+        "weights",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+    """Which rewards score images, and what happens when one fails."""
+
+    train: tuple[str, ...] = key(
+        ("pickscore", "hpsv2", "clipscore", "ocr", "geneval"),
+        "rewards trained on: names in rewards.json, or functions of your own as module:function",
+        "-",
+        "paper",
+    )
+    heldout: tuple[str, ...] = key(
+        (), "rewards only evaluated: they tell progress from reward hacking"
+    )
+    path: str = key("", "directory with the reward models, 'hub', or 'embedded'", "path")
+    upstream_scoring: bool = key(
+        False,
+        "score OCR and GenEval by the rules of MARBLE's released code instead of the published ones",
+    )
+    on_error: str = key(
+        "mask",
+        "what a failed reward does: its samples are missing, the run stops, or one retry",
+        "mask|fail|retry",
+        resumable=True,
+    )
+    max_missing_share: float = key(
+        0.5,
+        "share of one reward's scores that may fail; the run stops, saved, once it is exceeded by 8 "
+        "batches' worth",
+        "[0, 1]",
+        resumable=True,
+    )
+    timeout: float = key(
+        120.0,
+        "longest a call of a host reward may take before it counts as failed",
+        "s, > 0",
+        resumable=True,
+    )
+    check: bool = key(
+        True,
+        "score golden images first, and do not start with a reward that is broken",
+        resumable=True,
+    )
+    num_workers: int = key(2, "host threads for host rewards", "threads, >= 1", resumable=True)

@@ -1,0 +1,125 @@
+"""Settings of the method: advantages, which rewards teach when, the objective, and how gradients are harmonised."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from marble_jax.config.keys import key
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageSettings:
+    """How scores become advantages."""
+
+    scale: str = key(
+        "global",
+        "standard deviation divided by: of the whole batch or of the group",
+        "global|group",
+        "paper",
+    )
+    clip: float = key(5.0, "A_max: advantages are clipped to [-clip, clip]", "> 0", "paper")
+    scalarize: str = key(
+        "none",
+        "one advantage instead of K: 'weighted_sum' of scores (DiffusionNFT) or 'gdpo' (sum of "
+        "normalised advantages)",
+        "none|weighted_sum|gdpo",
+    )
+    weights: tuple[float, ...] = key(
+        (), "one weight a reward, of a scalarized advantage; empty: all one", "> 0"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardScheduleSettings:
+    """Which rewards teach on which samples of a step."""
+
+    stages: tuple[str, ...] = key(
+        (),
+        "rewards trained on one stage after the other, each 'reward+reward[@source+source][:steps]': "
+        "a reward is missing outside its stage; the last stage goes on to the end; without steps all "
+        "are equally long; empty: every reward at every step",
+        "-",
+        "NFT",
+    )
+    dropout: float = key(
+        0.0,
+        "probability, for a step and a target, that the reward ignores the samples on which rewards "
+        "that are no targets have scores; 0: off",
+        "[0, 1]",
+        "paper",
+    )
+    dropout_targets: tuple[str, ...] = key((), "rewards that dropout may drop", "-", "paper")
+    dropout_warmup: int = key(
+        0, "steps over which the probability of dropout rises from 0", "steps, >= 0", "paper"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HarmonizeSettings:
+    """How K gradients become one update."""
+
+    balancer: str = key(
+        "marble",
+        "how K gradients become one update",
+        "marble|equal|fixed|upgrad|pcgrad|cagrad|imtl|nash",
+    )
+    mode: str = key(
+        "exact",
+        "when per-reward gradients are taken: every step ('exact'), every refresh_every steps "
+        "('amortized', the paper's), or as upstream does ('upstream')",
+        "exact|amortized|upstream",
+    )
+    refresh_every: int = key(
+        10, "N: optimiser steps between solves of the amortized mode", "steps, >= 1", "paper"
+    )
+    rho: float = key(0.7, "weight of the old alpha in its running average", "[0, 1)", "paper")
+    smooth_exact: bool = key(False, "apply the running average in exact mode too")
+    normalize: bool = key(True, "solve on unit gradients", "-", "paper")
+    reward_weights: tuple[float, ...] = key(
+        (), "one weight a reward, applied to unit gradients; empty: all one", "> 0", "paper"
+    )
+    groups: tuple[str, ...] = key(
+        (),
+        "a group name for each reward: rewards of one group enter the solve as their mean and share "
+        "its alpha; empty: every reward by itself",
+        "-",
+        "paper",
+    )
+    fixed_alpha: tuple[float, ...] = key(
+        (), "alpha of the 'fixed' balancer, one a reward, sum 1", "[0, 1]", "paper"
+    )
+    alpha_floor: float = key(0.0, "least alpha of every reward", "[0, 1/K]", "paper")
+    chunk_size: int = key(
+        8,
+        "samples whose per-sample adapter gradients are held at once, a device",
+        "samples, >= 1",
+        resumable=True,
+    )
+    anchor_every: int = key(
+        8,
+        "a solve takes the terms that no advantage scales (pull to the rollout policy, divergence "
+        "from the base) at every n-th micro-batch, n times as strong; 1: at all",
+        "micro-batches, >= 1",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveSettings:
+    """Which objective is trained."""
+
+    name: str = key("nft", "objective by its registered name: nft is DiffusionNFT's", "-", "paper")
+
+
+@dataclasses.dataclass(frozen=True)
+class NftSettings:
+    """Constants of DiffusionNFT's objective."""
+
+    beta: float = key(
+        0.1,
+        "mixing of current and rollout velocity in the positive and negative branch",
+        "(0, 1]",
+        "paper",
+    )
+    kl_weight: float = key(
+        1e-4, "weight of the squared distance to the base model's velocity", ">= 0", "paper"
+    )

@@ -1,0 +1,86 @@
+"""Settings of the network: the frozen model, its adapter, and the devices that they lie on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from marble_jax.config.keys import key
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The frozen diffusion model."""
+
+    path: str = key(
+        "",
+        "diffusers-layout directory, hub id, or 'embedded' for the shipped tiny pipeline",
+        "path",
+    )
+    dtype: str = key("bfloat16", "matmul dtype of the transformer", "bfloat16|float32")
+    attention: str = key(
+        "xla",
+        "attention implementation: cudnn is fused and needs a GPU and bfloat16, splash is fused and "
+        "needs a TPU, auto takes what fits the machine, einsum is the reference",
+        "xla|cudnn|splash|auto|einsum",
+    )
+    remat: str = key("none", "what the backward pass recomputes", "none|full|dots")
+    unroll: int = key(
+        1,
+        "transformer blocks compiled into one iteration of the loop over them: more run faster and "
+        "take longer to compile",
+        ">= 1",
+    )
+    height: int = key(512, "height of the images", "pixels, >= 1", "paper")
+    width: int = key(512, "width of the images", "pixels, >= 1", "paper")
+    num_frames: int = key(1, "frames of a clip; an image has one", "frames, >= 1")
+    max_sequence_length: int = key(
+        128, "tokens a prompt, of the family's long text encoder", "tokens, >= 1", "paper"
+    )
+    omit_text_encoders: tuple[str, ...] = key(
+        (), "text encoders left out, by component name, such as text_encoder_3 (SD3's T5)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """The adapter that is trained."""
+
+    rank: int = key(32, "rank of every adapter", ">= 1", "paper")
+    alpha: float = key(64.0, "adapter output is scaled by alpha / rank", "> 0", "paper")
+    targets: tuple[str, ...] = key(
+        (),
+        "adapted modules, by the end of their diffusers name; empty: the family's attention "
+        "projections",
+        "-",
+        "paper",
+    )
+    init: str = key(
+        "",
+        "LoRA to start from, of this rank: PEFT directory, exported folder, .safetensors file or hub "
+        "id; the reference of divergence and gains stays the base model without it",
+        "path",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """The devices of a run and what they split."""
+
+    data: int = key(
+        -1,
+        "devices that split the batch alone; -1, here or for one of the next two: all that are left",
+        "devices",
+        resumable=True,
+    )
+    fsdp: int = key(
+        1,
+        "devices that split the batch and the base weights, which are gathered layer by layer",
+        "devices",
+        resumable=True,
+    )
+    tensor: int = key(
+        1,
+        "devices that split heads and hidden units and work on the same samples",
+        "devices",
+        resumable=True,
+    )

@@ -1,0 +1,87 @@
+"""Settings of what a run leaves behind: evaluations, checkpoints, exports and logs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from marble_jax.config.keys import key
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluations on held-out prompts."""
+
+    num_prompts: int = key(384, "held-out prompts, in equal shares of the sources", "prompts, >= 1")
+    sources: tuple[str, ...] = key(
+        (), "sources of the held-out prompts, in equal shares; empty: those trained on"
+    )
+    images_per_prompt: int = key(
+        1, "images of each; intervals resample whole prompts", "images, >= 1"
+    )
+    every_steps: int = key(
+        10,
+        "steps between evaluations; 0: only before and after",
+        "steps, >= 0",
+        "paper",
+        resumable=True,
+    )
+    num_steps: int = key(40, "solver steps", "steps, >= 1", "paper")
+    solver: str = key("euler", "ODE solver", "euler|dpm1|dpm2|ddim", "paper")
+    seed: int = key(
+        1234, "seed of the evaluation noise, the same at every evaluation", "integer, >= 0"
+    )
+    num_images: int = key(12, "fixed prompts whose images are kept", "images, >= 0")
+    best: str = key(
+        "heldout",
+        "rewards whose mean standardised gain on held-out prompts makes the best policy: those never "
+        "trained on (if none, as 'train'), those trained on, or all",
+        "heldout|train|all",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints of the whole state."""
+
+    every_steps: int = key(30, "steps between checkpoints", "steps, >= 1", "paper", resumable=True)
+    keep: int = key(
+        3,
+        "newest checkpoints kept; each holds the best policy too",
+        "checkpoints, >= 1",
+        resumable=True,
+    )
+    keep_every: int = key(
+        0,
+        "checkpoints of every so many steps are kept for good; 0: none",
+        "steps, >= 0",
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """Exports while training."""
+
+    every_steps: int = key(
+        30,
+        "steps between exports of a LoRA for diffusers and PEFT to exports/step_N, the last step too; "
+        "0: none",
+        "steps, >= 0",
+        resumable=True,
+    )
+    policy: str = key("ema", "exported policy", "ema|current|rollout|best", resumable=True)
+    keep: int = key(3, "exports kept", "exports, >= 1", resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingSettings:
+    """Records beside metrics.jsonl."""
+
+    tensorboard: bool = key(True, "write TensorBoard events", resumable=True)
+    profile_steps: str = key(
+        "",
+        "steps whose profiler trace is written to profile/, such as 3-5 (1-based); empty: none",
+        "steps",
+        resumable=True,
+    )
+    wandb: str = key("", "wandb project; empty: off", resumable=True)

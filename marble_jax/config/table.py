@@ -1,0 +1,154 @@
+"""The table of keys by dotted name: as a ConfigDict to edit, as flat values to keep, as settings to use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from marble_jax.config.keys import Key, check_value
+from marble_jax.config.renamed import RENAMED_KEYS, RENAMED_VALUES
+from marble_jax.config.settings import Settings
+from marble_jax.errors import InputError, nearest
+
+
+def _keys(section: Any, prefix: str = "") -> dict[str, Key]:
+    """Every key of a section, and of the sections inside it, by dotted name."""
+    keys: dict[str, Key] = {}
+    for field in dataclasses.fields(section):
+        name = prefix + field.name
+        if "key" in field.metadata:
+            keys[name] = field.metadata["key"]
+        else:
+            keys |= _keys(field.default, f"{name}.")
+    return keys
+
+
+KEYS: dict[str, Key] = _keys(Settings())
+"""Every configuration key by dotted name."""
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The table's defaults as a nested ConfigDict; tuples stay tuples."""
+    tree: dict[str, Any] = {}
+    for name, key in KEYS.items():
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = key.default
+    return ml_collections.ConfigDict(tree)
+
+
+def flatten(config: ml_collections.ConfigDict | Settings, prefix: str = "") -> dict[str, Any]:
+    """`{"a.b": value}` of a nested configuration or of settings."""
+    if isinstance(config, ml_collections.ConfigDict):
+        items = list(config.items())
+    else:
+        items = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    flat: dict[str, Any] = {}
+    for name, value in items:
+        if isinstance(value, ml_collections.ConfigDict) or dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def settings_of(config: ml_collections.ConfigDict) -> Settings:
+    """Checked settings of a configuration; see `settings_from_flat`."""
+    return settings_from_flat(flatten(config))
+
+
+def settings_from_flat(flat: Mapping[str, Any]) -> Settings:
+    """Settings of flat values.
+
+    Args:
+      flat: a value for every key; lists count as tuples, as JSON has no others.
+
+    Raises:
+      InputError: see `check`.
+    """
+    check(flat)
+    return _section(Settings(), flat, "")
+
+
+def _section(defaults: Any, flat: Mapping[str, Any], prefix: str) -> Any:
+    values = {}
+    for field in dataclasses.fields(defaults):
+        name = prefix + field.name
+        if "key" in field.metadata:
+            values[field.name] = _as_kind(flat[name], field.metadata["key"].default)
+        else:
+            values[field.name] = _section(field.default, flat, f"{name}.")
+    return type(defaults)(**values)
+
+
+def _as_kind(value: Any, default: Any) -> Any:
+    """A value that has passed `check`, in the type of its key's default."""
+    if isinstance(default, tuple):
+        return tuple(value)
+    return float(value) if isinstance(default, float) else value
+
+
+def check(flat: Mapping[str, Any]) -> None:
+    """Holds a flat configuration against the table.
+
+    Raises:
+      InputError: an unknown or missing key, or a value that is not of its default's kind or outside its range.
+    """
+    for name in flat:
+        known(name)
+    for name, key in KEYS.items():
+        if name not in flat:
+            raise InputError(f"config.{name}: expected a value ({key.meaning}); received none")
+    for name, value in flat.items():
+        _check_renamed_value(name, value)
+        check_value(name, KEYS[name], value)
+
+
+def _check_renamed_value(name: str, value: Any) -> None:
+    renamed = RENAMED_VALUES.get(name, {})
+    if isinstance(value, str) and value in renamed:
+        raise InputError(
+            f"config.{name}: expected {renamed[value]!r}, as it is called now; received {value!r}"
+        )
+
+
+def may_change_on_resume(name: str, flat: Mapping[str, Any]) -> bool:
+    """Whether a key may change between a run and its resumption.
+
+    The number of steps may not where the learning rate or the stages of rewards follow it.
+
+    Args:
+      name: dotted name; an unknown one may not change.
+      flat: the configuration.
+    """
+    if name == "training.num_steps":
+        follows = flat.get("training.learning_rate_schedule") == "cosine"
+        shared = any(":" not in stage for stage in flat.get("reward_schedule.stages", ()))
+        return not follows and not shared
+    return name in KEYS and KEYS[name].resumable
+
+
+def describe() -> str:
+    """Every key with default, meaning, unit and source, one a line, for `--help`."""
+    lines = []
+    for name, key in KEYS.items():
+        lines.append(f"  {name} = {key.default!r}\n      {key.meaning} [{key.unit}; {key.source}]")
+    return "\n".join(lines)
+
+
+def known(name: str) -> None:
+    """Raises InputError, naming today's or the nearest key, unless `name` is a key."""
+    if name in RENAMED_KEYS:
+        raise InputError(
+            f"config.{name}: expected config.{RENAMED_KEYS[name]}, as it is called now; received its "
+            "earlier name"
+        )
+    if name not in KEYS:
+        raise InputError(
+            f"config.{name}: expected a configuration key; received an unknown one{nearest(name, KEYS)}"
+        )

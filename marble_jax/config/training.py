@@ -1,0 +1,76 @@
+"""Settings of the optimiser and of the policies that follow the trained one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from marble_jax.config.keys import key
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """The optimiser and its steps."""
+
+    num_steps: int = key(1000, "optimiser steps", "steps, >= 1", resumable=True)
+    micro_batch_size: int = key(
+        144,
+        "samples (image, timestep) a micro-batch, over all devices",
+        "samples, >= 1",
+        "paper",
+    )
+    timestep_fraction: float = key(
+        0.99,
+        "share of an image's timesteps trained on: int(fraction * N)",
+        "(0, 1]",
+        "paper",
+    )
+    learning_rate: float = key(3e-4, "AdamW step size", ">= 0", "paper")
+    learning_rate_schedule: str = key(
+        "constant", "learning rate over steps", "constant|cosine", "paper"
+    )
+    min_learning_rate_ratio: float = key(
+        0.0, "last learning rate over the first, with cosine", "[0, 1]", "paper"
+    )
+    weight_decay: float = key(1e-4, "AdamW decoupled weight decay", ">= 0", "paper")
+    beta1: float = key(0.9, "AdamW first moment decay", "[0, 1)", "paper")
+    beta2: float = key(0.999, "AdamW second moment decay", "[0, 1)", "paper")
+    epsilon: float = key(1e-8, "AdamW epsilon", "> 0", "paper")
+    clip_norm: float = key(1.0, "global norm the update's gradient is clipped to", "> 0", "paper")
+    non_finite: str = key(
+        "stop",
+        "a gradient that is not finite moves nothing; after some in a row 'stop' saves and ends the "
+        "run, 'rollback' goes back to the last checkpoint with other random numbers, 'skip' goes on",
+        "skip|stop|rollback",
+        resumable=True,
+    )
+    non_finite_patience: int = key(5, "how many in a row", "steps, >= 1", resumable=True)
+    max_rollbacks: int = key(
+        3,
+        "rollbacks, since the command was given, before the run is stopped after all",
+        ">= 0",
+        resumable=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutPolicySettings:
+    """How the rollout policy follows the current one."""
+
+    schedule: str = key(
+        "linear_capped",
+        "decay of the rollout policy towards the current one over steps",
+        "copy|linear_capped|delayed_linear",
+        "paper",
+    )
+    rate: float = key(0.001, "slope of the schedule", "1/step, >= 0", "paper")
+    cap: float = key(0.95, "largest decay of the schedule", "[0, 1)", "paper")
+    delay: int = key(75, "steps before 'delayed_linear' leaves zero", "steps, >= 0", "NFT")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaSettings:
+    """The averaged policy."""
+
+    decay: float = key(
+        0.9, "decay of the averaged adapter that is evaluated and exported", "[0, 1)", "paper"
+    )
