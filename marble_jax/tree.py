@@ -6,10 +6,14 @@ are kept that way. Every sum is taken leaf by leaf, so a sharded tree needs no g
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.errors import InputError
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -110,3 +114,21 @@ def all_finite(tree: Tree) -> jax.Array:
 def num_elements(tree: Tree) -> int:
     """Number of scalars in the tree."""
     return sum(int(x.size) for x in jax.tree.leaves(tree))
+
+
+def full_batches(tree: Tree, count: int, size: int) -> Iterator[Tree]:
+    """Slices of `size` rows of every leaf; the last slice repeats the last row until it is full.
+
+    Args:
+      tree: leaves [count, ...].
+      count: rows.
+      size: rows of a slice, so that a compiled function sees one shape.
+
+    Raises:
+      InputError: a size below 1.
+    """
+    if size < 1:
+        raise InputError(f"batch: expected 1 or more; received {size}")
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], tree)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Adapter = Any
@@ -16,17 +17,18 @@ Params = Any
 """A pytree of frozen base weights."""
 
 
-@flax.struct.dataclass
-class Conditioning:
-    """Text conditioning of N samples.
+Conditioning = Mapping[str, jax.Array]
+"""Named arrays [N, ...] that a velocity is conditioned on; which ones, the model's family decides."""
 
-    Attributes:
-      embeds: [N, T, joint_attention_dim] token embeddings (CLIP tokens first, then T5).
-      pooled: [N, pooled_projection_dim] pooled CLIP embeddings.
-    """
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+"""Compute dtypes by the name that settings give them."""
 
-    embeds: jax.Array
-    pooled: jax.Array
+TRAINED_POLICIES = ("ema", "current", "rollout", "best")
+"""Policies of a training run: the averaged one, the one that the optimiser updates, the one that draws rollouts, and
+the averaged one with the best evaluation. Each is a field of the training state."""
+
+POLICIES = ("base", *TRAINED_POLICIES)
+"""The same with the base model, which no adapter changes."""
 
 
 @dataclasses.dataclass(frozen=True)

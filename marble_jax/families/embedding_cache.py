@@ -1,7 +1,7 @@
 """Conditioning of texts from memory, from disk, or from the text encoders, which are loaded only when a text is new.
 
 On disk every text is a file, named by a hash of all that its values depend on: the contents of the encoders' and
-tokenizers' files, the text, the number of T5 tokens and the dtype. So a folder can be shared by runs and models, and
+tokenizers' files, the text, the number of tokens and the dtype. So a folder can be shared by runs and models, and
 nothing in it ever goes stale. After `fill`, a run needs no text encoder in memory.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -24,90 +25,100 @@ from etils import epath
 
 from marble_jax.distributed import sharding
 from marble_jax.errors import InputError
-from marble_jax.families.sd3 import text
-from marble_jax.families.sd3.text import TextEncoders
-from marble_jax.types import Conditioning
+from marble_jax.families.base import Conditioning, Family, TextEncoders
+from marble_jax.weights.content_hash import content_hash
 
 MEMORY_BYTES = 1 << 30
 """Host memory for conditioning at hand; the longest unused goes first."""
 
 _HASHES = "hashes.json"
+_FORMAT = 2  # of the files; part of their names
+
+Value = dict[str, np.ndarray]
+"""Conditioning of one text: named arrays without the sample axis."""
 
 
-class Embeddings:
+class EmbeddingCache:
     """Conditioning of texts, each computed once.
 
     Args:
+      family: of the model.
       root: the model's directory.
-      length: T5 tokens a prompt.
+      max_sequence_length: tokens a prompt.
       dtype: of encoders and conditioning.
-      t5: False leaves T5 out.
-      cache: folder on disk; empty: computed values are kept in memory alone.
+      omit: component names of text encoders to leave out.
+      folder: folder on disk; empty: computed values are kept in memory alone.
       load: loads the text encoders; by default those of `root`, split over the devices of this host.
       memory: bytes of host memory for values at hand.
     """
 
     def __init__(
         self,
+        family: Family,
         root: pathlib.Path,
-        length: int,
+        max_sequence_length: int,
         dtype: Any,
         *,
-        t5: bool = True,
-        cache: epath.PathLike = "",
+        omit: Sequence[str] = (),
+        folder: epath.PathLike = "",
         load: Callable[[], TextEncoders] | None = None,
         memory: int = MEMORY_BYTES,
     ):
-        self._root, self._length, self._dtype, self._t5 = root, length, jnp.dtype(dtype), t5
-        self._load = load or functools.partial(
-            text.load_text_encoders, root, dtype, t5, place=sharding.over_host
-        )
+        self._family, self._root, self._omit = family, root, tuple(omit)
+        self._length, self._dtype = max_sequence_length, jnp.dtype(dtype)
+        if load is None:
+            load = functools.partial(
+                family.open_text_encoders, root, dtype, self._omit, place=sharding.over_host
+            )
+        self._load = load
         self._encoders: TextEncoders | None = None
         self._memory = memory
-        self._at_hand: collections.OrderedDict[str, tuple[np.ndarray, np.ndarray]] = (
-            collections.OrderedDict()
-        )
+        self._values: collections.OrderedDict[str, Value] = collections.OrderedDict()
         self._bytes = 0
-        self._cache = epath.Path(os.path.expanduser(os.fspath(cache))) if os.fspath(cache) else None
+        self._cache: epath.Path | None = None
         self._stored: set[str] = set()
         self._key = b""
-        if self._cache is not None:
-            self._open(self._cache)
+        if os.fspath(folder):
+            self._cache = epath.Path(os.path.expanduser(os.fspath(folder)))
+            self._folder = self._open(self._cache)
 
-    def _open(self, cache: epath.Path) -> None:
-        """Finds out which model this is, and what the folder holds of it."""
+    def _open(self, cache: epath.Path) -> epath.Path:
+        """Finds out which model this is, and what the cache holds of it; returns the folder of this model."""
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            hashes = cache / _HASHES
-            try:
-                known = json.loads(hashes.read_text()) if hashes.exists() else {}
-            except ValueError:
-                known = {}
-            found, files = text.identity(self._root, self._t5, known)
-            if any(known.get(path) != entry for path, entry in files.items()):
-                _write(hashes, json.dumps(known | files).encode())
+            identity = self._identity(cache / _HASHES)
         except OSError as error:
             raise InputError(
                 f"embedding cache: expected a writable folder; received {cache} "
                 f"({error.strerror or error})"
             ) from None
-        described = [found, self._length, self._dtype.name]
-        self._key = json.dumps(described).encode()
-        self._folder = cache / hashlib.sha256(self._key).hexdigest()[:24]
-        if self._folder.exists():
-            self._stored = {
-                p.name.removesuffix(".npz")
-                for p in self._folder.iterdir()
-                if p.name.endswith(".npz")
-            }
+        self._key = json.dumps([_FORMAT, identity, self._length, self._dtype.name]).encode()
+        folder = cache / hashlib.sha256(self._key).hexdigest()[:24]
+        if folder.exists():
+            for file in folder.iterdir():
+                if file.name.endswith(".npz"):
+                    self._stored.add(file.name.removesuffix(".npz"))
+        return folder
+
+    def _identity(self, hashes: epath.Path) -> str:
+        """Hash of the files that the conditioning depends on; `hashes` remembers those of files seen before."""
+        try:
+            known = json.loads(hashes.read_text()) if hashes.exists() else {}
+        except ValueError:
+            known = {}
+        components = self._family.text_components(self._root, self._omit)
+        identity, files = content_hash(self._root, components, known)
+        if any(known.get(path) != entry for path, entry in files.items()):
+            _write(hashes, json.dumps(known | files).encode())
+        return identity
 
     def missing(self, texts: Iterable[str]) -> list[str]:
-        """The different texts that have to be encoded before `texts` are at hand or on disk."""
-        return [
-            t
-            for t in dict.fromkeys(texts)
-            if t not in self._at_hand and self._name(t) not in self._stored
-        ]
+        """The different texts that have to be encoded before `texts` are in memory or on disk."""
+        missing = []
+        for text in dict.fromkeys(texts):
+            if text not in self._values and self._name(text) not in self._stored:
+                missing.append(text)
+        return missing
 
     def fill(
         self, texts: Sequence[str], progress: Callable[[int], None] = lambda count: None
@@ -128,11 +139,11 @@ class Embeddings:
         done = 0
         while done < len(wanted):
             part = wanted[done : done + self.load().prompt_batch]
-            found = self._encode(part)
-            if self._cache is not None and not done:
-                self._check_space(
-                    sum(leaf.nbytes for leaf in found[part[0]]) * (len(wanted) - len(part))
-                )
+            values = self._encode(part)
+            if self._cache is not None and done == 0:
+                # The first batch tells how large a value is.
+                size = sum(array.nbytes for array in values[part[0]].values())
+                self._check_space(size * (len(wanted) - len(part)))
             done += len(part)
             progress(len(part))
         if self._cache is not None:
@@ -155,78 +166,84 @@ class Embeddings:
         return self._encoders is not None
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
-        """embeds [N, T, D] and pooled [N, P] of N texts.
+        """Conditioning of N texts, named arrays [N, ...].
 
         Raises:
           InputError: no text, or a damaged file on disk.
         """
         if isinstance(texts, str) or not texts:
             raise InputError(f"prompts: expected a list of one or more texts; received {texts!r}")
-        rows = {t: row for row, t in enumerate(dict.fromkeys(texts))}
-        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        new = set(self.missing(rows))
-        for t in rows:
-            if t not in new:
-                found[t] = self._at_hand[t] if t in self._at_hand else self._read(t)
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        values = self._values_of(list(rows))
+        for text in rows:
+            self._keep(text, values[text])
+        index = np.asarray([rows[text] for text in texts])
+        cond = {}
+        for name in values[texts[0]]:
+            # Stacked on the host and repeated on the device: a prompt's images share one copy on the way there.
+            stacked = np.stack([values[text][name] for text in rows])
+            cond[name] = jnp.asarray(stacked)[index]
+        return cond
+
+    def _values_of(self, texts: list[str]) -> dict[str, Value]:
+        """Values of different texts, wherever they come from."""
+        new = self.missing(texts)
+        values: dict[str, Value] = {}
+        for text in texts:
+            if text in self._values:
+                values[text] = self._values[text]
+            elif text not in new:
+                values[text] = self._read(text)
         while new:
-            batch = [t for t in rows if t in new][: self.load().prompt_batch]
-            found |= self._encode(batch)
-            new -= set(batch)
-        for t in rows:
-            self._keep(t, found[t])
-        index = np.asarray([rows[t] for t in texts])
-        embeds, pooled = (
-            jnp.asarray(np.stack([found[t][part] for t in rows]))[index] for part in (0, 1)
-        )
-        return Conditioning(embeds, pooled)
+            batch = new[: self.load().prompt_batch]
+            values |= self._encode(batch)
+            new = new[len(batch) :]
+        return values
 
-    def _encode(self, texts: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        cond = jax.device_get(self._encoders.encode(texts, self._length))
-        found = {
-            t: (np.array(cond.embeds[i]), np.array(cond.pooled[i])) for i, t in enumerate(texts)
-        }
-        for t, value in found.items():
+    def _encode(self, texts: Sequence[str]) -> dict[str, Value]:
+        cond = jax.device_get(self.load().encode(texts, self._length))
+        values: dict[str, Value] = {}
+        for i, text in enumerate(texts):
+            # Copies: a row of the batch would keep the whole batch in memory.
+            values[text] = {name: np.array(array[i]) for name, array in cond.items()}
+        for text, value in values.items():
             if self._cache is not None:
-                self._store(t, value)
-            self._keep(t, value)
-        return found
+                self._store(text, value)
+            self._keep(text, value)
+        return values
 
-    def _keep(self, t: str, value: tuple[np.ndarray, np.ndarray]) -> None:
-        if t in self._at_hand:
-            self._at_hand.move_to_end(t)
+    def _keep(self, text: str, value: Value) -> None:
+        """Keeps a value in memory, and drops the longest unused ones beyond the limit."""
+        if text in self._values:
+            self._values.move_to_end(text)
             return
-        self._at_hand[t] = value
-        self._bytes += sum(leaf.nbytes for leaf in value)
-        while self._bytes > self._memory and len(self._at_hand) > 1:
-            _, old = self._at_hand.popitem(last=False)
-            self._bytes -= sum(leaf.nbytes for leaf in old)
+        self._values[text] = value
+        self._bytes += _num_bytes(value)
+        while self._bytes > self._memory and len(self._values) > 1:
+            _, oldest = self._values.popitem(last=False)
+            self._bytes -= _num_bytes(oldest)
 
-    def _name(self, t: str) -> str:
-        return hashlib.sha256(self._key + b"\n" + t.encode("utf-8", "surrogatepass")).hexdigest()
+    def _name(self, text: str) -> str:
+        encoded = text.encode("utf-8", "surrogatepass")
+        return hashlib.sha256(self._key + b"\n" + encoded).hexdigest()
 
-    def _store(self, t: str, value: tuple[np.ndarray, np.ndarray]) -> None:
-        import io
-
-        buffer = io.BytesIO()
-        # As bytes: NumPy's format does not know bfloat16.
-        np.savez(
-            buffer, **{name: leaf.view(np.uint8) for name, leaf in zip(("embeds", "pooled"), value)}
-        )
+    def _store(self, text: str, value: Value) -> None:
+        file = self._folder / f"{self._name(text)}.npz"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _write(self._folder / f"{self._name(t)}.npz", buffer.getvalue())
+            _write(file, _to_bytes(value))
         except OSError as error:
             raise InputError(
                 f"embedding cache: expected space to write in {self._folder}; received "
                 f"{error.strerror or error}"
             ) from None
-        self._stored.add(self._name(t))
+        self._stored.add(self._name(text))
 
-    def _read(self, t: str) -> tuple[np.ndarray, np.ndarray]:
-        file = self._folder / f"{self._name(t)}.npz"
+    def _read(self, text: str) -> Value:
+        file = self._folder / f"{self._name(text)}.npz"
         try:
-            with file.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
-                return tuple(data[name].view(self._dtype) for name in ("embeds", "pooled"))
+            with file.open("rb") as handle:
+                return _from_bytes(handle)
         except Exception as error:  # zip, format and file errors come in many kinds
             raise InputError(
                 f"embedding cache: expected a readable {file}; received {type(error).__name__} (delete "
@@ -234,7 +251,8 @@ class Embeddings:
             ) from error
 
     def _check_space(self, needed: int) -> None:
-        place = os.fspath(self._cache)
+        """Raises InputError unless the disk has room for `needed` bytes; a bucket always has."""
+        place = os.fspath(self._cache) if self._cache is not None else ""
         if "://" in place:
             return
         free = shutil.disk_usage(place).free
@@ -243,6 +261,31 @@ class Embeddings:
                 f"embedding cache: expected {needed / 1e9:.1f} GB of free space in {place}; received "
                 f"{free / 1e9:.1f} GB"
             )
+
+
+def _num_bytes(value: Value) -> int:
+    return sum(array.nbytes for array in value.values())
+
+
+def _to_bytes(value: Value) -> bytes:
+    """A value as the content of an .npz file, each array as bytes under `name:dtype`."""
+    buffer = io.BytesIO()
+    arrays = {}
+    for name, array in value.items():
+        # NumPy's own format does not know bfloat16.
+        arrays[f"{name}:{array.dtype.name}"] = array.view(np.uint8)
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _from_bytes(handle: Any) -> Value:
+    """The inverse of `_to_bytes`."""
+    value = {}
+    with np.load(handle, allow_pickle=False) as data:
+        for key in data.files:
+            name, _, dtype = key.partition(":")
+            value[name] = data[key].view(jnp.dtype(dtype))
+    return value
 
 
 def _write(file: epath.Path, content: bytes) -> None:

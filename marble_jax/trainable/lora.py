@@ -1,8 +1,8 @@
-"""LoRA adapters of the transformer: which layers, initial values, merging into the base weights.
+"""LoRA adapters of a transformer: which layers, initial values, merging into the base weights.
 
 An adapter is a plain pytree, leaves `a` [in, r] and `b` [r, out] in float32 under the adapted layers' module paths,
-with the layers of a scanned run stacked on axis 0. Targets are suffixes of the published (diffusers) module names, as
-in PEFT.
+with the layers of a scanned run stacked on axis 0. Targets are suffixes of the published (diffusers) layer names, as
+in PEFT; the model's family says what its layers are called.
 
 Source: Hu et al. 2021 (arXiv 2106.09685); PEFT's "gaussian" initialisation, a ~ N(0, 1/r^2) and b = 0.
 """
@@ -20,16 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from marble_jax.config import LoraSettings
 from marble_jax.errors import InputError, nearest
-from marble_jax.families.sd3.layer_names import Module, dense_modules, modules_at
+from marble_jax.families.base import Family, Layer
+from marble_jax.families.layers import dense_layers, kernel_shapes
 from marble_jax.networks.lora_dense import check_adapter
 from marble_jax.types import Adapter, Params
 
-ATTENTION_TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
-"""The joint attention's eight projections; the image-only `attn2` of SD3.5-medium's dual blocks is not among them."""
+_BLOCK = re.compile(r"^\w+\.\d+\.")  # the part of a layer's name that says which block it is in
+
+Factors = tuple[np.ndarray, np.ndarray]
+"""One layer's `a` [in, r] and `b` [r, out]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,14 @@ class LoraSpec:
     Attributes:
       rank: inner width r.
       alpha: numerator of the scale.
-      targets: suffixes of module names; a layer is adapted if its name is one, or ends with "." and one.
+      targets: suffixes of layer names; a layer is adapted if its name is one, or ends with "." and one.
     """
 
-    rank: int = 32
-    alpha: float = 64.0
-    targets: tuple[str, ...] = ATTENTION_TARGETS
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.targets, str) or not self.targets:
             raise InputError(
                 f"adapter targets: expected a list of module name suffixes; received {self.targets!r}"
@@ -60,33 +61,48 @@ class LoraSpec:
         """Factor alpha / rank of the low-rank product; the model's `lora_scale`."""
         return self.alpha / self.rank
 
+    def matches(self, layer: Layer) -> bool:
+        """Whether a layer is adapted."""
+        return any(_matches(layer.name, target) for target in self.targets)
 
-def target_modules(
-    shapes: Mapping[str, Any], targets: tuple[str, ...] = ATTENTION_TARGETS
-) -> list[Module]:
+
+def lora_spec(settings: LoraSettings, family: Family) -> LoraSpec:
+    """The adapter that a run's settings ask for; without targets it adapts the family's own."""
+    targets = settings.targets or family.default_targets
+    return LoraSpec(settings.rank, settings.alpha, tuple(targets))
+
+
+def target_layers(
+    family: Family, shapes: Mapping[str, Any], targets: tuple[str, ...]
+) -> list[Layer]:
     """Layers whose published name ends with a target.
 
     Args:
+      family: names the layers.
       shapes: parameters or abstract parameters of the transformer.
       targets: name suffixes.
 
     Raises:
       InputError: a target that matches no layer.
     """
-    modules = dense_modules(shapes)
+    layers = dense_layers(family, shapes)
     for target in targets:
-        if not any(_matches(module.name, target) for module in modules):
-            names = {re.sub(r"^transformer_blocks\.\d+\.", "", module.name) for module in modules}
-            close = nearest(target, sorted(names))
+        if not any(_matches(layer.name, target) for layer in layers):
+            suffixes = sorted({_BLOCK.sub("", layer.name) for layer in layers})
             raise InputError(
-                f"adapter target: expected the end of a dense layer's name; received {target!r}{close}"
+                "adapter target: expected the end of a dense layer's name; received "
+                f"{target!r}{nearest(target, suffixes)}"
             )
-    return [
-        module for module in modules if any(_matches(module.name, target) for target in targets)
-    ]
+    chosen = []
+    for layer in layers:
+        if any(_matches(layer.name, target) for target in targets):
+            chosen.append(layer)
+    return chosen
 
 
-def init_adapter(key: jax.Array, shapes: Mapping[str, Any], spec: LoraSpec) -> Adapter:
+def init_adapter(
+    key: jax.Array, family: Family, shapes: Mapping[str, Any], spec: LoraSpec
+) -> Adapter:
     """New adapter: gaussian `a` of standard deviation 1/rank, zero `b`; the policy starts as the base model.
 
     Each layer draws from its own key, made from its name, so that its values depend neither on the other targets nor on
@@ -95,29 +111,28 @@ def init_adapter(key: jax.Array, shapes: Mapping[str, Any], spec: LoraSpec) -> A
 
     Args:
       key: PRNG key.
+      family: names the layers.
       shapes: parameters or abstract parameters of the transformer.
       spec: rank and targets.
 
     Raises:
       InputError: a target that matches no layer.
     """
-    kernels = _kernels(shapes)
-    chosen = {module.name for module in target_modules(shapes, spec.targets)}
-    leaves = {}
-    for path in dict.fromkeys(module.path for module in target_modules(shapes, spec.targets)):
+    kernels = kernel_shapes(shapes)
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    targets = target_layers(family, shapes, spec.targets)
+    for path in dict.fromkeys(layer.path for layer in targets):
         *stack, inner, outer = kernels[path]
-        modules = modules_at(path, kernels[path])
-        keys = jnp.stack(
-            [jax.random.fold_in(key, zlib.crc32(module.name.encode())) for module in modules]
-        )
-        a = (
-            jax.vmap(lambda k, inner=inner: jax.random.normal(k, (inner, spec.rank), jnp.float32))(
-                keys
-            )
-            / spec.rank
-        )
-        active = jnp.asarray([module.name in chosen for module in modules])
-        a = jnp.where(active[:, None, None], a, 0.0)
+        layers = family.layers_at(path, kernels[path])
+        keys = [jax.random.fold_in(key, zlib.crc32(layer.name.encode())) for layer in layers]
+
+        def draw(layer_key: jax.Array, inner: int = inner) -> jax.Array:
+            return jax.random.normal(layer_key, (inner, spec.rank), jnp.float32)
+
+        a = jax.vmap(draw)(jnp.stack(keys)) / spec.rank
+        adapted = jnp.asarray([spec.matches(layer) for layer in layers])
+        # Layers of the run that no target names stay inert: zero factors have zero gradients.
+        a = jnp.where(adapted[:, None, None], a, 0.0)
         leaves[(*path, "a")] = a if stack else a[0]
         leaves[(*path, "b")] = jnp.zeros((*stack, spec.rank, outer), jnp.float32)
     return traverse_util.unflatten_dict(leaves)
@@ -135,17 +150,16 @@ def merge(params: Params, adapter: Adapter, scale: float) -> Params:
       InputError: adapter leaves that do not belong to `params`.
     """
     check_adapter(params, adapter)
-    leaves, lora = (
-        traverse_util.flatten_dict(dict(params)),
-        traverse_util.flatten_dict(dict(adapter)),
-    )
-    for path in {path[:-1] for path in lora}:
+    leaves = traverse_util.flatten_dict(dict(params))
+    factors = traverse_util.flatten_dict(dict(adapter))
+    for path in {path[:-1] for path in factors}:
         kernel = leaves[(*path, "kernel")]
-        a, b = (jnp.asarray(lora[(*path, name)], jnp.float32) for name in ("a", "b"))
+        a = jnp.asarray(factors[(*path, "a")], jnp.float32)
+        b = jnp.asarray(factors[(*path, "b")], jnp.float32)
+        # Highest precision: what is rounded here is rounded in every product with the kernel.
         delta = jnp.matmul(a, b, precision="highest")
-        leaves[(*path, "kernel")] = (jnp.asarray(kernel, jnp.float32) + scale * delta).astype(
-            kernel.dtype
-        )
+        merged = jnp.asarray(kernel, jnp.float32) + scale * delta
+        leaves[(*path, "kernel")] = merged.astype(kernel.dtype)
     return traverse_util.unflatten_dict(leaves)
 
 
@@ -154,53 +168,57 @@ def num_parameters(adapter: Adapter) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(adapter))
 
 
-def unstack(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Adapter by published layer name: {name: (a [in, r], b [r, out])} on the host, for files of other libraries."""
+def unstack(family: Family, adapter: Adapter) -> dict[str, Factors]:
+    """Adapter by published layer name, on the host, for files of other libraries.
+
+    Returns:
+      {name: (a [in, r], b [r, out])}.
+    """
     leaves = traverse_util.flatten_dict(jax.device_get(dict(adapter)))
-    result = {}
+    pairs: dict[str, Factors] = {}
     for path in dict.fromkeys(path[:-1] for path in leaves):
-        a, b = (np.asarray(leaves[(*path, name)]) for name in ("a", "b"))
-        for module in modules_at(path, a.shape):
-            result[module.name] = (
-                (a, b) if module.index is None else (a[module.index], b[module.index])
-            )
-    return result
+        a, b = np.asarray(leaves[(*path, "a")]), np.asarray(leaves[(*path, "b")])
+        for layer in family.layers_at(path, a.shape):
+            if layer.index is None:
+                pairs[layer.name] = (a, b)
+            else:
+                pairs[layer.name] = (a[layer.index], b[layer.index])
+    return pairs
 
 
-def stack(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], shapes: Mapping[str, Any]) -> Adapter:
+def stack(family: Family, pairs: Mapping[str, Factors], shapes: Mapping[str, Any]) -> Adapter:
     """Inverse of `unstack`: an adapter from (a [in, r], b [r, out]) by published layer name.
 
     Layers of a run that `pairs` lacks get zeros, as in `init_adapter`.
 
     Args:
+      family: names the layers.
       pairs: leaves by layer; the rank is the same within a run.
       shapes: parameters or abstract parameters of the transformer.
 
     Raises:
       InputError: an unknown layer, or leaves that do not fit it.
     """
-    kernels, modules = _kernels(shapes), {module.name: module for module in dense_modules(shapes)}
+    kernels = kernel_shapes(shapes)
+    layers = {layer.name: layer for layer in dense_layers(family, shapes)}
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for name, (a, b) in pairs.items():
-        if name not in modules:
-            close = nearest(name, modules)
+        if name not in layers:
             raise InputError(
-                f"adapter layer: expected a dense layer of the transformer; received {name!r}{close}"
+                "adapter layer: expected a dense layer of the transformer; received "
+                f"{name!r}{nearest(name, layers)}"
             )
-        module = modules[name]
-        *run, inner, outer = kernels[module.path]
-        slots = {}
-        for leaf, value in (("a", a), ("b", b)):
-            zeros = np.zeros(
-                (*run, inner, a.shape[-1]) if leaf == "a" else (*run, a.shape[-1], outer),
-                np.float32,
-            )
-            slots[leaf] = leaves.setdefault((*module.path, leaf), zeros)
-            slot = slots[leaf] if module.index is None else slots[leaf][module.index]
+        layer = layers[name]
+        *run, inner, outer = kernels[layer.path]
+        rank = a.shape[-1]
+        for leaf, value, shape in (("a", a, (inner, rank)), ("b", b, (rank, outer))):
+            zeros = np.zeros((*run, *shape), np.float32)
+            whole = leaves.setdefault((*layer.path, leaf), zeros)
+            slot = whole if layer.index is None else whole[layer.index]
             if slot.shape != np.shape(value):
-                received = np.shape(value)
                 raise InputError(
-                    f"adapter layer {name}, {leaf}: expected shape {slot.shape}; received {received}"
+                    f"adapter layer {name}, {leaf}: expected shape {slot.shape}; received "
+                    f"{np.shape(value)}"
                 )
             slot[...] = value
     return traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
@@ -208,8 +226,3 @@ def stack(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], shapes: Mapping[st
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
-
-
-def _kernels(shapes: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
-    leaves = traverse_util.flatten_dict(dict(shapes)).items()
-    return {path[:-1]: tuple(leaf.shape) for path, leaf in leaves if path[-1] == "kernel"}

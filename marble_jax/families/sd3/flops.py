@@ -2,7 +2,7 @@
 
 A product of [m, k] with [k, n] counts 2 m k n; everything that is not a product (norms, softmax, GELU, the solver) is
 left out. Counted is what the mathematics needs: no recomputation, no padding, and none of the last block's text
-queries, whose results are dropped. `Work.recomputed` is what rematerialisation adds.
+queries, whose results are dropped. `SampleFlops.recomputed` is what rematerialisation adds.
 
 XLA's own cost analysis counts the body of a loop once, however often it runs, so it is no measure of a scanned model;
 `tests/families/test_sd3_flops.py` compares the two where every run has one block.
@@ -10,13 +10,13 @@ XLA's own cost analysis counts the body of a loop once, however often it runs, s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
+from marble_jax.families.base import SampleFlops
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks.autoencoder_kl import VAEConfig
 from marble_jax.types import Adapter, Params
@@ -26,29 +26,10 @@ _TEXT = ("context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_o
 _INPUT_SIDE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """FLOPs of the transformer at one sample.
-
-    Attributes:
-      base: forward pass of the base model.
-      forward: forward pass with the adapter.
-      backward: gradient of one cotangent in the adapter, the base frozen, after a forward pass.
-      recomputed: what "full" rematerialisation computes again in a backward pass.
-      attention: the share of `base` in products of queries, keys and values.
-    """
-
-    base: float
-    forward: float
-    backward: float
-    recomputed: float
-    attention: float
-
-
 def transformer(
     config: MMDiTConfig, params: Params, adapter: Adapter, tokens: int, text_tokens: int
-) -> Work:
-    """Work of a sample.
+) -> SampleFlops:
+    """FLOPs of the transformer at one sample.
 
     The backward pass stops where nothing is trained below: at the inputs of the first block, and at everything made
     from timestep and pooled text alone.
@@ -90,7 +71,7 @@ def transformer(
             low_rank_back += product * (
                 1 + (_share_below(path, leaf.shape) if path[-1] == "a" else 1)
             )
-    return Work(
+    return SampleFlops(
         base + attention,
         base + attention + low_rank,
         backward + backward_attention + low_rank_back,

@@ -6,7 +6,6 @@ runs spread over `transformer_blocks.<i>`. Adapters use the same names for their
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from marble_jax.families.base import Layer
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.types import Params
@@ -24,34 +24,20 @@ from marble_jax.weights.key_map import Entry
 _DOTTED = {"to_out_0": "to_out.0", "net_0_proj": "net.0.proj", "net_2": "net.2"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """One layer under its published name, and its place in the parameter tree.
-
-    Attributes:
-      name: diffusers name, such as "transformer_blocks.3.attn.to_q".
-      path: path of the flax module.
-      index: position on the stacked axis of its run; None outside the runs.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    index: int | None
-
-
-def modules_at(path: tuple[str, ...], shape: tuple[int, ...]) -> list[Module]:
+def layers_at(path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
     """The published layers that a leaf of `shape` of the flax module at `path` holds, in stacking order."""
-    room, _, number = path[0].partition("_")
-    rest = [_DOTTED.get(part, part) for part in path]
-    if room == "blocks":
-        indices = range(shape[0])
+    kind, _, number = path[0].partition("_")
+    parts = [_DOTTED.get(part, part) for part in path]
+    if kind == "blocks":
+        # A stacked run: its first axis counts blocks from the number in its name.
+        first = int(number)
         return [
-            Module(".".join((f"transformer_blocks.{int(number) + i}", *rest[1:])), path, i)
-            for i in indices
+            Layer(".".join((f"transformer_blocks.{first + i}", *parts[1:])), path, i)
+            for i in range(shape[0])
         ]
-    if room == "block":
-        rest[0] = f"transformer_blocks.{number}"
-    return [Module(".".join(rest), path, None)]
+    if kind == "block":
+        parts[0] = f"transformer_blocks.{number}"
+    return [Layer(".".join(parts), path, None)]
 
 
 def entries(shapes: Mapping[str, Any]) -> list[Entry]:
@@ -62,22 +48,16 @@ def entries(shapes: Mapping[str, Any]) -> list[Entry]:
     """
     result = []
     for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
-        for module in modules_at(path[:-1], leaf.shape):
-            name = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
-            rank = len(leaf.shape) - (module.index is not None)
-            transform = {2: "linear", 4: "conv"}[rank] if path[-1] == "kernel" else "none"
-            result.append(Entry(f"{module.name}.{name}", path, transform, module.index))
+        leaf_name = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
+        for layer in layers_at(path[:-1], leaf.shape):
+            rank = len(leaf.shape)
+            if layer.index is not None:
+                rank -= 1  # without the axis of the stacked run
+            transform = "none"
+            if path[-1] == "kernel":
+                transform = {2: "linear", 4: "conv"}[rank]
+            result.append(Entry(f"{layer.name}.{leaf_name}", path, transform, layer.index))
     return result
-
-
-def dense_modules(shapes: Mapping[str, Any]) -> list[Module]:
-    """Every dense layer, the ones an adapter can target, in tree order."""
-    leaves = traverse_util.flatten_dict(dict(shapes)).items()
-    kernels = {path[:-1]: leaf.shape for path, leaf in leaves if path[-1] == "kernel"}
-    found = [module for path, shape in kernels.items() for module in modules_at(path, shape)]
-    return [
-        module for module in found if len(kernels[module.path]) == 2 + (module.index is not None)
-    ]
 
 
 def load_mmdit(
@@ -105,13 +85,13 @@ def load_mmdit(
     source = open_component(directory, variant)
     model = MMDiT(MMDiTConfig.from_dict(source.config), **options)
     whole = abstract_params(model.clone(table_side=None))
-    put = (lambda path, leaf: jnp.asarray(leaf)) if place is None else place
 
-    def keep(path: tuple[str, ...], leaf: Any) -> Any:
-        cropped = path == ("pos_embed", "pos_embed") and model.table_side is not None
-        return put(path, crop_table(np.asarray(leaf), model.side) if cropped else leaf)
+    def put(path: tuple[str, ...], leaf: Any) -> Any:
+        if path == ("pos_embed", "pos_embed") and model.table_side is not None:
+            leaf = crop_table(np.asarray(leaf), model.side)
+        return jnp.asarray(leaf) if place is None else place(path, leaf)
 
-    return model, load_component(source, entries(whole), whole, param_dtype, place=keep)
+    return model, load_component(source, entries(whole), whole, param_dtype, place=put)
 
 
 def crop_table(table: np.ndarray, side: int) -> np.ndarray:

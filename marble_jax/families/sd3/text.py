@@ -1,7 +1,7 @@
 """SD3's text encoders as one object: prompts to conditioning, without the transformer or the autoencoder.
 
 They are the larger part of the model (T5-XXL alone holds 4.8 billion parameters) and needed once a prompt, so they load
-and go by themselves; `embeddings.Embeddings` keeps what they computed.
+and go by themselves; `families.embedding_cache.EmbeddingCache` keeps what they computed.
 
 Source: diffusers 0.42 `StableDiffusion3Pipeline.encode_prompt` for how the three text encoders are put together.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,19 +18,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.errors import InputError
+from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
+from marble_jax.networks.tokenizers import load_tokenizer
 from marble_jax.storage.files import read_json
-from marble_jax.types import Conditioning, Params
-from marble_jax.weights.content_hash import content_hash
+from marble_jax.tree import full_batches
+from marble_jax.types import Params
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+T5 = COMPONENTS[2]
 CLIP_LENGTH = 77  # tokens of a published CLIP text encoder
 
+Encoder = tuple[CLIPTextEncoder | T5Encoder, Params]
 
-class TextEncoders:
-    """The three text encoders with their tokenizers.
+
+class SD3TextEncoders(TextEncoders):
+    """CLIP-L, OpenCLIP bigG and T5 with their tokenizers.
 
     Attributes:
       directory: of the model.
@@ -45,7 +50,7 @@ class TextEncoders:
     def __init__(
         self,
         directory: pathlib.Path,
-        encoders: Sequence[tuple[CLIPTextEncoder | T5Encoder, Params] | None],
+        encoders: Sequence[Encoder | None],
         tokenizers: Sequence[Any],
         width: int,
         pooled_width: int,
@@ -64,48 +69,53 @@ class TextEncoders:
         self.prompt_batch = prompt_batch
         self.clip_length = int(self.tokenizers[0].model_max_length)
         self._check(pooled_width)
-        self._embed = jax.jit(
-            functools.partial(_embed, self.modules, width), static_argnames="length"
-        )
+        embed = functools.partial(_embed, self.modules, width)
+        self._embed = jax.jit(embed, static_argnames="length")
 
     def _check(self, pooled_width: int) -> None:
-        first, second, third = (None if m is None else m.config for m in self.modules)
-        for what, expected, received in (
-            ("text_encoder_3 width", self.width, self.width if third is None else third.d_model),
-            ("pooled CLIP width", pooled_width, first.projection_dim + second.projection_dim),
-        ):
-            if expected != received:
-                raise InputError(
-                    f"{self.directory}: {what}: expected the transformer's {expected}; received {received}"
-                )
-        if first.hidden_size + second.hidden_size > self.width:
+        first, second, third = (module and module.config for module in self.modules)
+        if third is not None and third.d_model != self.width:
             raise InputError(
-                f"{self.directory}: joint CLIP width: expected at most {self.width}; "
-                f"received {first.hidden_size + second.hidden_size}"
+                f"{self.directory}: text_encoder_3 width: expected the transformer's {self.width}; "
+                f"received {third.d_model}"
+            )
+        pooled = first.projection_dim + second.projection_dim
+        if pooled != pooled_width:
+            raise InputError(
+                f"{self.directory}: pooled CLIP width: expected the transformer's {pooled_width}; "
+                f"received {pooled}"
+            )
+        joint = first.hidden_size + second.hidden_size
+        if joint > self.width:
+            raise InputError(
+                f"{self.directory}: joint CLIP width: expected at most {self.width}; received {joint}"
             )
         positions = min(first.max_position_embeddings, second.max_position_embeddings)
         if self.clip_length > positions:
             raise InputError(
-                f"{self.directory / 'tokenizer'}: model_max_length: expected at most the text encoders' {positions} "
-                f"positions; received {self.clip_length}"
+                f"{self.directory / 'tokenizer'}: model_max_length: expected at most the text "
+                f"encoders' {positions} positions; received {self.clip_length}"
             )
 
     def tokenize(
         self, prompts: Sequence[str], max_sequence_length: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Token ids int32 for the three encoders, cut and padded: [N, clip_length] twice, [N, max_sequence_length]."""
+    ) -> tuple[np.ndarray | None, ...]:
+        """Token ids int32 for the three encoders, cut and padded.
+
+        Returns:
+          [N, clip_length] twice and [N, max_sequence_length]; None in place of the last without T5.
+        """
         lengths = (self.clip_length, self.clip_length, max_sequence_length)
-        return tuple(
-            None
-            if tokenizer is None
-            else np.asarray(
-                tokenizer(
-                    list(prompts), padding="max_length", max_length=length, truncation=True
-                ).input_ids,
-                np.int32,
+        ids: list[np.ndarray | None] = []
+        for tokenizer, length in zip(self.tokenizers, lengths, strict=True):
+            if tokenizer is None:
+                ids.append(None)
+                continue
+            encoded = tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True
             )
-            for tokenizer, length in zip(self.tokenizers, lengths, strict=True)
-        )
+            ids.append(np.asarray(encoded.input_ids, np.int32))
+        return tuple(ids)
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Conditioning:
         """Conditioning of the prompts; each different prompt is encoded once.
@@ -116,7 +126,7 @@ class TextEncoders:
             two embeddings differ, as pad tokens are attended.
 
         Returns:
-          embeds [N, clip_length + max_sequence_length, D] and pooled [N, P], in the text encoders' dtype.
+          `embeds` [N, clip_length + max_sequence_length, D] and `pooled` [N, P], in the text encoders' dtype.
 
         Raises:
           InputError: no prompts, or a length below 1.
@@ -129,10 +139,9 @@ class TextEncoders:
             )
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         ids = self.tokenize(list(rows), max_sequence_length)
-        parts = [
-            self._embed(self.params, batch, length=max_sequence_length)
-            for batch in full_batches(ids, len(rows), self.prompt_batch)
-        ]
+        parts = []
+        for batch in full_batches(ids, len(rows), self.prompt_batch):
+            parts.append(self._embed(self.params, batch, length=max_sequence_length))
         index = np.asarray([rows[prompt] for prompt in prompts])
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
 
@@ -146,20 +155,21 @@ def assemble(first: TextOutput, second: TextOutput, third: jax.Array) -> Conditi
       third: T5 [N, S, D], D1 + D2 <= D.
 
     Returns:
-      embeds [N, T + S, D]: both CLIPs side by side and zeros up to D, then T5's tokens; pooled [N, P1 + P2].
+      `embeds` [N, T + S, D]: both CLIPs side by side and zeros up to D, then T5's tokens; `pooled` [N, P1 + P2].
     """
     both = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
+    # T5 is wider than both CLIPs together; the transformer was trained with zeros in between.
     both = jnp.pad(both, ((0, 0), (0, 0), (0, third.shape[-1] - both.shape[-1])))
     embeds = jnp.concatenate([both, third.astype(both.dtype)], axis=1)
-    return Conditioning(embeds, jnp.concatenate([first.pooled, second.pooled], axis=-1))
+    pooled = jnp.concatenate([first.pooled, second.pooled], axis=-1)
+    return {"embeds": embeds, "pooled": pooled}
 
 
 def _embed(
     modules: Sequence[Any], width: int, params: Sequence[Params], ids: Sequence[Any], length: int
 ) -> Conditioning:
-    first, second = (
-        m.apply({"params": p}, i) for m, p, i in zip(modules[:2], params[:2], ids[:2], strict=True)
-    )
+    first = modules[0].apply({"params": params[0]}, ids[0])
+    second = modules[1].apply({"params": params[1]}, ids[1])
     if modules[2] is None:
         third = jnp.zeros((first.penultimate.shape[0], length, width), first.penultimate.dtype)
     else:
@@ -167,47 +177,39 @@ def _embed(
     return assemble(first, second, third)
 
 
-def full_batches(tree: Any, count: int, size: int) -> Iterator[Any]:
-    """Slices of `size` rows of every leaf; the last repeats the last row until it is full."""
-    if size < 1:
-        raise InputError(f"batch: expected 1 or more; received {size}")
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], tree)
-
-
 def load_text_encoders(
     root: pathlib.Path,
     dtype: Any = jnp.float32,
-    t5: bool = True,
-    prompt_batch: int = 8,
+    omit: Sequence[str] = (),
     place: Callable[[str], Callable[..., Any] | None] = lambda component: None,
-) -> TextEncoders:
+    prompt_batch: int = 8,
+) -> SD3TextEncoders:
     """Loads the text encoders of a diffusers-layout SD3 directory, and nothing else of it.
 
     Args:
       root: the directory.
       dtype: of weights and computation.
-      t5: False leaves T5 out, as does a model that comes without; its tokens are then zeros, as in diffusers.
-      prompt_batch: unique prompts per call of the encoders.
+      omit: "text_encoder_3" leaves T5 out, as does a model that comes without; its tokens are then zeros, as in
+        diffusers.
       place: by component, what puts a finished leaf on devices.
+      prompt_batch: unique prompts per call of the text encoders.
 
     Raises:
       InputError: a missing or malformed component, or encoders that do not fit.
     """
     config = read_json(root / "transformer" / "config.json")
-    count = 3 if t5 and has_t5(root) else 2
     index = read_json(root / "model_index.json")
+    names = encoders_present(root, omit)
     # The cheap parts first: what is missing shows before gigabytes are read.
-    tokenizers = [
-        load_tokenizer(root / name, (index.get(name) or [None])[-1]) for name in TOKENIZERS[:count]
-    ]
-    encoders = [
-        load(root / name, dtype, place(name))
-        for name, load in zip(COMPONENTS[:count], (load_text_encoder, load_text_encoder, load_t5))
-    ]
-    absent = [None] * (3 - count)
-    return TextEncoders(
+    tokenizers: list[Any] = []
+    for name in TOKENIZERS[: len(names)]:
+        tokenizers.append(load_tokenizer(root / name, (index.get(name) or [None])[-1]))
+    loaders: tuple[Callable[..., Any], ...] = (load_text_encoder, load_text_encoder, load_t5)
+    encoders: list[Encoder | None] = []
+    for name, load in zip(names, loaders, strict=False):
+        encoders.append(load(root / name, dtype, place(name)))
+    absent = [None] * (len(COMPONENTS) - len(names))
+    return SD3TextEncoders(
         root,
         [*encoders, *absent],
         [*tokenizers, *absent],
@@ -217,56 +219,19 @@ def load_text_encoders(
     )
 
 
+def encoders_present(root: pathlib.Path, omit: Sequence[str] = ()) -> tuple[str, ...]:
+    """Component names of the text encoders that a model comes with and that are not left out."""
+    if T5 in omit or not has_t5(root):
+        return COMPONENTS[:2]
+    return COMPONENTS
+
+
 def has_t5(root: pathlib.Path) -> bool:
     """Whether a model comes with its third text encoder."""
-    return (read_json(root / "model_index.json").get(COMPONENTS[2]) or [None])[-1] is not None
+    return (read_json(root / "model_index.json").get(T5) or [None])[-1] is not None
 
 
 def clip_length(root: pathlib.Path) -> int:
     """CLIP tokens of a prompt of a model, without loading its tokenizer."""
-    return int(
-        read_json(root / TOKENIZERS[0] / "tokenizer_config.json").get(
-            "model_max_length", CLIP_LENGTH
-        )
-    )
-
-
-def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
-    """The transformers tokenizer of a component directory.
-
-    Args:
-      directory: holds the tokenizer's files.
-      kind: its class in transformers, as model_index.json names it; unknown names are resolved from the files.
-
-    Raises:
-      InputError: missing or unreadable directory.
-    """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: expected a tokenizer directory; received no such directory")
-    import transformers  # slow to import
-
-    if not hasattr(transformers, kind or ""):
-        kind = (
-            "PreTrainedTokenizerFast"
-            if (directory / "tokenizer.json").is_file()
-            else "AutoTokenizer"
-        )
-    try:
-        return getattr(transformers, kind).from_pretrained(str(directory), local_files_only=True)
-    except (
-        Exception
-    ) as error:  # whatever a damaged file makes the library raise; the cause stays attached
-        raise InputError(
-            f"{directory}: expected the files of a {kind}; received {type(error).__name__}"
-        ) from error
-
-
-def identity(
-    root: pathlib.Path, t5: bool = True, known: Mapping[str, Any] | None = None
-) -> tuple[str, dict[str, Any]]:
-    """Hash of the files that the text encoders and their tokenizers are made of; T5's count with `t5`.
-
-    `known` and the second value are those of `contents.content_hash`.
-    """
-    count = 3 if t5 and has_t5(root) else 2
-    return content_hash(root, (*COMPONENTS[:count], *TOKENIZERS[:count]), known)
+    config = read_json(root / TOKENIZERS[0] / "tokenizer_config.json")
+    return int(config.get("model_max_length", CLIP_LENGTH))

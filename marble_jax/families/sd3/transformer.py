@@ -5,15 +5,14 @@ text. Consecutive blocks of one kind are one `nn.scan` with their parameters sta
 does not grow with depth: SD3.5-medium is 13 dual blocks, 10 plain ones and the last one, which drops the text stream.
 
 Module names are those of diffusers with dots inside a level replaced by underscores; runs are `blocks_<first block>`
-(stacked) and the last block is `block_<i>`. `mmdit_weights` maps them to published files.
+(stacked) and the last block is `block_<i>`. `layer_names` maps them to published files.
 
-Source: diffusers 0.42 `SD3Transformer2DModel`, `JointTransformerBlock`, `JointAttnProcessor2_0`; Esser et al. 2024
-(arXiv 2403.03206). Differences: layer norm and modulation are computed in float32 whatever the compute dtype.
+Source: diffusers 0.42 `SD3Transformer2DModel`; Esser et al. 2024 (arXiv 2403.03206).
+Deviation: layer norm and modulation are computed in float32 whatever the compute dtype.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,259 +22,23 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from marble_jax.errors import InputError, one_of
+from marble_jax.families.base import Conditioning
+from marble_jax.families.sd3.blocks import Block
 from marble_jax.families.sd3.config import MMDiTConfig
-from marble_jax.networks.attention import (
-    AdaLayerNorm,
-    AttentionFn,
-    RMSNorm,
-    attend,
-    layer_norm,
-    modulate,
-)
+from marble_jax.families.sd3.embedders import PatchEmbed, TimeTextEmbed
+from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS
+from marble_jax.networks.attention import AdaLayerNorm, AttentionFn, layer_norm, modulate
 from marble_jax.networks.lora_dense import COLLECTION, LoraDense, check_adapter
-from marble_jax.types import Adapter, Conditioning, Params
+from marble_jax.types import Adapter, Params
 
-NUM_TRAIN_TIMESTEPS = 1000  # timestep = 1000 * sigma
 GATHERED = "gathered"
 """Name of weights that were put together from several devices; a backward pass gathers them again, never keeps them."""
-_FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class Attention(nn.Module):
-    """Attention of the image tokens, jointly with the text tokens when these are given.
-
-    Attributes:
-      config: architecture.
-      text_out: whether the text stream gets an output projection (not in the last block).
-      dtype: compute dtype.
-      implementation: see `marble_jax.networks.attention`.
-      lora_scale: alpha / rank.
-    """
-
-    config: MMDiTConfig
-    text_out: bool = True
-    dtype: Any = jnp.float32
-    implementation: str | AttentionFn = "xla"
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, c: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """x [N, Tx, D], c [N, Tc, D] or None -> outputs of the same shapes (None without text output)."""
-
-        def dense(name: str, y: jax.Array) -> jax.Array:
-            return LoraDense(
-                self.config.width, dtype=self.dtype, lora_scale=self.lora_scale, name=name
-            )(y)
-
-        def heads(y: jax.Array, names: str, norms: str) -> list[jax.Array]:
-            split = [
-                dense(names.format(n), y).reshape(*y.shape[:2], -1, self.config.attention_head_dim)
-                for n in "qkv"
-            ]
-            if self.config.qk_norm == "rms_norm":
-                split[:2] = [
-                    RMSNorm(name=norms.format(n))(part)
-                    for n, part in zip("qk", split, strict=False)
-                ]
-            return split
-
-        qkv = heads(x, "to_{}", "norm_{}")
-        if c is not None:
-            text = heads(c, "add_{}_proj", "norm_added_{}")
-            qkv = [jnp.concatenate(pair, axis=1) for pair in zip(qkv, text, strict=True)]
-        out = attend(*qkv, self.implementation)
-        out = out.reshape(*out.shape[:2], -1)
-        attended = dense("to_out_0", out[:, : x.shape[1]])
-        return attended, dense(
-            "to_add_out", out[:, x.shape[1] :]
-        ) if c is not None and self.text_out else None
-
-
-class FeedForward(nn.Module):
-    """Dense to four times the width, tanh-approximated GELU, Dense back.
-
-    Attributes:
-      dtype: compute dtype.
-      lora_scale: alpha / rank.
-    """
-
-    dtype: Any = jnp.float32
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, T, D] -> [N, T, D]."""
-        options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        y = nn.gelu(LoraDense(4 * x.shape[-1], name="net_0_proj", **options)(x), approximate=True)
-        return LoraDense(x.shape[-1], name="net_2", **options)(y)
-
-
-class Block(nn.Module):
-    """One joint block: modulated attention and feed-forward of both streams.
-
-    Attributes:
-      config: architecture.
-      dual: whether a second attention over the image tokens runs beside the joint one.
-      last: whether the text stream ends here.
-      dtype: compute dtype.
-      attention: attention implementation.
-      lora_scale: alpha / rank.
-    """
-
-    config: MMDiTConfig
-    dual: bool = False
-    last: bool = False
-    dtype: Any = jnp.float32
-    attention: str | AttentionFn = "xla"
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, streams: tuple[jax.Array, jax.Array], temb: jax.Array):
-        """((x [N, Tx, D], c [N, Tc, D]), temb [N, D]) -> ((x, c), None); the None is the scan's empty output."""
-        x, c = streams
-        dtype = x.dtype
-
-        def ada(parts: int, name: str) -> list[jax.Array]:
-            return AdaLayerNorm(parts, self.dtype, self.lora_scale, name=name)(temb)
-
-        def attention(name: str) -> Attention:
-            return Attention(
-                self.config, not self.last, self.dtype, self.attention, self.lora_scale, name=name
-            )
-
-        def feed_forward(
-            y: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array, name: str
-        ) -> jax.Array:
-            y = FeedForward(self.dtype, self.lora_scale, name=name)(
-                modulate(layer_norm(y), shift, scale, dtype)
-            )
-            return gate[:, None] * y
-
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = ada(
-            9 if self.dual else 6, "norm1"
-        )
-        if self.last:
-            c_scale, c_shift = ada(2, "norm1_context")  # this variant's order, unlike the others
-        else:
-            c_shift, c_scale, c_gate, c_shift_ff, c_scale_ff, c_gate_ff = ada(6, "norm1_context")
-        normed = layer_norm(x)
-        attended, c_attended = attention("attn")(
-            modulate(normed, shift, scale, dtype), modulate(layer_norm(c), c_shift, c_scale, dtype)
-        )
-        x = x + gate[:, None] * attended
-        if self.dual:
-            shift2, scale2, gate2 = second
-            x = x + gate2[:, None] * attention("attn2")(modulate(normed, shift2, scale2, dtype))[0]
-        x = x + feed_forward(x, shift_ff, scale_ff, gate_ff, "ff")
-        if not self.last:
-            c = c + c_gate[:, None] * c_attended
-            c = c + feed_forward(c, c_shift_ff, c_scale_ff, c_gate_ff, "ff_context")
-        return (x, c), None
-
-
-def timestep_embedding(timestep: jax.Array) -> jax.Array:
-    """[N] on the 0..1000 scale -> float32 [N, 256]: cosines, then sines, of 128 frequencies 10000^(-k/128)."""
-    half = _FREQUENCIES // 2
-    angles = timestep.astype(jnp.float32)[:, None] * jnp.exp(
-        -math.log(10000) * jnp.arange(half) / half
-    )
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def position_table(config: MMDiTConfig, side: int) -> jax.Array:
-    """Sinusoidal table [1, side * side, D] of the central patches, for models that start without a checkpoint.
-
-    The first half of the channels encodes the column, the second the row. A published table is loaded, not rebuilt.
-    """
-    quarter = config.width // 4
-    step = config.sample_size / config.patch_size / config.pos_embed_max_size
-    cells = (jnp.arange(side) + (config.pos_embed_max_size - side) // 2) * step
-    angles = cells[:, None] * 10000.0 ** (-jnp.arange(quarter) / quarter)
-    line = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    column, row = (
-        jnp.broadcast_to(line, (side, *line.shape)),
-        jnp.broadcast_to(line[:, None], (side, *line.shape)),
-    )
-    return jnp.concatenate([column, row], axis=-1).reshape(1, side * side, -1)
-
-
-class PatchEmbed(nn.Module):
-    """Patches to tokens, plus the centre of the positional table.
-
-    Attributes:
-      config: architecture.
-      side: side of the stored table, in patches.
-      dtype: compute dtype.
-    """
-
-    config: MMDiTConfig
-    side: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        """[N, h, w, C] -> [N, (h/p)(w/p), D], row by row."""
-        p = self.config.patch_size
-        tokens = nn.Conv(self.config.width, (p, p), (p, p), "VALID", dtype=self.dtype, name="proj")(
-            latents
-        )
-        table = self.param("pos_embed", lambda _: position_table(self.config, self.side))
-        table = table.reshape(self.side, self.side, -1)
-        rows, columns = tokens.shape[1:3]
-        top, left = (self.side - rows) // 2, (self.side - columns) // 2
-        # The table keeps its own dtype up to the sum, which a float32 table makes exact as in the published model.
-        tokens = (tokens + table[top : top + rows, left : left + columns]).astype(self.dtype)
-        return tokens.reshape(tokens.shape[0], rows * columns, -1)
-
-
-class TwoLayer(nn.Module):
-    """Dense, SiLU, Dense: the embedders of the conditioning vector.
-
-    Attributes:
-      features: width of both layers.
-      dtype: compute dtype.
-      lora_scale: alpha / rank.
-    """
-
-    features: int
-    dtype: Any = jnp.float32
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, in] -> [N, features]."""
-        options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        x = nn.silu(LoraDense(self.features, name="linear_1", **options)(x))
-        return LoraDense(self.features, name="linear_2", **options)(x)
-
-
-class TimeTextEmbed(nn.Module):
-    """Conditioning vector: embedded timestep plus embedded pooled text.
-
-    Attributes:
-      features: width of the result.
-      dtype: compute dtype.
-      lora_scale: alpha / rank.
-    """
-
-    features: int
-    dtype: Any = jnp.float32
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
-        """[N] on the 0..1000 scale, [N, P] -> [N, features]."""
-        sizes = (self.features, self.dtype, self.lora_scale)
-        time = TwoLayer(*sizes, name="timestep_embedder")(timestep_embedding(timestep))
-        return time + TwoLayer(*sizes, name="text_embedder")(pooled)
 
 
 class MMDiT(nn.Module):
@@ -424,7 +187,7 @@ def velocity(
       adapter: LoRA leaves, possibly for some layers only; None is the base model.
       xt: [N, h, w, C] noisy latents.
       sigma: [N] or scalar, in [0, 1].
-      cond: text conditioning of the N samples.
+      cond: `embeds` [N, T, joint_attention_dim] and `pooled` [N, pooled_projection_dim].
 
     Returns:
       float32 [N, h, w, C].
@@ -446,4 +209,5 @@ def velocity(
         check_adapter(params, adapter)
         variables[COLLECTION] = adapter
     timestep = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32) * NUM_TRAIN_TIMESTEPS, xt.shape[:1])
-    return model.apply(variables, xt, timestep, cond.embeds, cond.pooled).astype(jnp.float32)
+    velocity = model.apply(variables, xt, timestep, cond["embeds"], cond["pooled"])
+    return velocity.astype(jnp.float32)

@@ -1,0 +1,348 @@
+"""What every model family provides: one interface between a kind of diffusion model and the rest of the package.
+
+A *family* is a kind of model (Stable Diffusion 3, say): how its files are laid out, what its layers are called, how it
+is opened. Its *networks* are one opened model: a transformer whose velocity is a pure function, an autoencoder, the
+noise levels it samples at. Everything outside `families` works with these two interfaces and with arrays whose shapes
+the networks tell; nothing outside knows how many axes a latent has or which text encoders there are.
+
+A new family is one folder with a `FAMILY` and one line in `families.registry`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.networks.fused_attention import Flash
+from marble_jax.types import Adapter, Conditioning, Params
+
+Place = Callable[[str, tuple[str, ...], Any], Any]
+"""Called with (component, leaf path, leaf); returns the array where it shall live. A leaf has `shape` and `dtype`, and
+indexing it reads no more than the part asked for (`weights.key_map.Leaf`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Size of an image or clip in pixels and frames; an image has one frame."""
+
+    height: int
+    width: int
+    num_frames: int = 1
+
+    def __str__(self) -> str:
+        """`512 x 512`, or `33 x 240 x 416` with frames in front."""
+        sides = f"{self.height} x {self.width}"
+        return sides if self.num_frames == 1 else f"{self.num_frames} x {sides}"
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkOptions:
+    """How a transformer is computed; none of it changes what is computed.
+
+    Attributes:
+      dtype: of weights and matrix products.
+      remat: what a backward pass recomputes: "none", "full" or "dots".
+      unroll: blocks in one iteration of the loop over equal ones.
+      attention: implementation by name, or a fused kernel made for a mesh.
+      lora_scale: alpha / rank of the adapter.
+      gather: puts a layer's weights together from the devices they are split over; None where they lie whole.
+    """
+
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+    attention: str | Flash = "xla"
+    lora_scale: float = 1.0
+    gather: Callable[[tuple[str, ...], Params], Params] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer under its published name, and its place in the parameter tree.
+
+    Attributes:
+      name: name in diffusers, such as "transformer_blocks.3.attn.to_q".
+      path: path of the flax module.
+      index: position on the stacked axis of a scanned run; None outside the runs.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    index: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerShape:
+    """Sizes of a transformer at one sample, from which its memory is reckoned.
+
+    Attributes:
+      tokens: image or video tokens.
+      text_tokens: text tokens in the same attention.
+      width: numbers of a token.
+      num_heads: attention heads.
+      num_layers: blocks.
+      num_second_attentions: blocks with another attention over the image tokens alone.
+      conditioning_size: numbers of a sample's conditioning.
+    """
+
+    tokens: int
+    text_tokens: int
+    width: int
+    num_heads: int
+    num_layers: int
+    num_second_attentions: int
+    conditioning_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFlops:
+    """FLOPs of the transformer at one sample.
+
+    Attributes:
+      base: forward pass of the base model.
+      forward: forward pass with the adapter.
+      backward: gradient of one cotangent in the adapter, the base frozen, after a forward pass.
+      recomputed: what "full" rematerialisation computes again in a backward pass.
+      attention: the share of `base` in products of queries, keys and values.
+    """
+
+    base: float
+    forward: float
+    backward: float
+    recomputed: float
+    attention: float
+
+
+class TextEncoders(abc.ABC):
+    """The text encoders of a model.
+
+    Attributes:
+      prompt_batch: different prompts a call encodes at once.
+    """
+
+    prompt_batch: int
+
+    @abc.abstractmethod
+    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Conditioning:
+        """Conditioning of N prompts, named arrays [N, ...]; "" is the unconditional one.
+
+        Raises:
+          InputError: no prompts, or a length that the encoders do not have.
+        """
+
+
+class Networks(abc.ABC):
+    """The frozen networks of one model: weights, or their shapes where a run is only planned.
+
+    Attributes:
+      directory: where the model lies; None for shapes of a published model.
+      options: how the transformer is computed.
+      params: weights of the transformer, or `jax.ShapeDtypeStruct`s.
+      decoder_params: weights of the autoencoder's decoder, likewise.
+      head_width: of the transformer's attention; no device splits a head.
+      largest_activation: numbers in the decoder's largest activation, of one pixel of one frame.
+    """
+
+    directory: Path | None
+    options: NetworkOptions
+    params: Params
+    decoder_params: Params
+    head_width: int
+    largest_activation: int
+
+    @abc.abstractmethod
+    def velocity(
+        self,
+        params: Params,
+        adapter: Adapter | None,
+        xt: jax.Array,
+        sigma: jax.Array | float,
+        cond: Conditioning,
+    ) -> jax.Array:
+        """Flow velocity `noise - x0` as a pure function.
+
+        Args:
+          params: weights of the transformer.
+          adapter: LoRA leaves; None is the base model.
+          xt: [N, *latent] noisy latents.
+          sigma: [N] or scalar noise level in [0, 1].
+          cond: of the N samples.
+
+        Returns:
+          float32 [N, *latent].
+        """
+
+    @abc.abstractmethod
+    def decode_latents(self, decoder_params: Params, latents: jax.Array) -> jax.Array:
+        """Clips float32 [N, F, H, W, 3] in [0, 1] of clean latents [N, *latent], as a pure function."""
+
+    @abc.abstractmethod
+    def check_size(self, size: Size, names: tuple[str, str, str]) -> None:
+        """Raises InputError for a size that the model cannot draw.
+
+        Args:
+          size: wanted.
+          names: of the settings for height, width and frames, for the message.
+        """
+
+    @abc.abstractmethod
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """Shape of one sample's latents. Raises InputError for a size off the grid."""
+
+    @property
+    @abc.abstractmethod
+    def default_size(self) -> Size:
+        """The size that the model was made for."""
+
+    @abc.abstractmethod
+    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+        """Noise levels float32 [num_steps + 1] that the model samples at, from near 1 down to 0."""
+
+    @abc.abstractmethod
+    def conditioning_shapes(self, count: int, max_sequence_length: int) -> dict[str, Any]:
+        """Shapes and dtypes (`jax.ShapeDtypeStruct`) of the conditioning of `count` samples."""
+
+    @abc.abstractmethod
+    def transformer_shape(self, size: Size, max_sequence_length: int) -> TransformerShape:
+        """Sizes of the transformer at one sample."""
+
+    @abc.abstractmethod
+    def sample_flops(self, adapter: Adapter, size: Size, max_sequence_length: int) -> SampleFlops:
+        """FLOPs of the transformer at one sample, with an adapter or its shapes."""
+
+    @abc.abstractmethod
+    def decoder_flops(self, size: Size) -> float:
+        """FLOPs of decoding one sample."""
+
+    @abc.abstractmethod
+    def with_options(self, options: NetworkOptions) -> Networks:
+        """The same networks, computed otherwise; weights are shared."""
+
+    def with_lora_scale(self, scale: float) -> Networks:
+        """The same networks for an adapter of another scale."""
+        return self.with_options(dataclasses.replace(self.options, lora_scale=scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusersNames:
+    """What a family's models are called in diffusers, for instructions and for opening exports there.
+
+    Attributes:
+      pipeline: class of the pipeline.
+      transformer: class of the transformer.
+      tag: of its models on the Hugging Face Hub.
+      without_text: components that may be left out where embeddings are given.
+      latents_to_torch: axes of our latents [N, ...] in the order of diffusers'.
+      conditioning: name of each conditioning array -> argument of the pipeline.
+    """
+
+    pipeline: str
+    transformer: str
+    tag: str
+    without_text: tuple[str, ...]
+    latents_to_torch: tuple[int, ...]
+    conditioning: Mapping[str, str]
+
+
+class Family(abc.ABC):
+    """A kind of diffusion model.
+
+    Attributes:
+      name: short, for messages: "sd3".
+      pipeline_class: class in a model's `model_index.json` that means this family.
+      network_components: folders of a model that images depend on, its text encoders apart.
+      text_encoders: component names of its text encoders.
+      optional_text_encoders: those of them that a model can do without.
+      default_targets: suffixes of the layers that an adapter adapts unless it is told otherwise.
+      published_models: names of models on the Hub whose shapes are known without their files.
+      diffusers: what its models are called in diffusers.
+    """
+
+    name: str
+    pipeline_class: str
+    network_components: tuple[str, ...]
+    text_encoders: tuple[str, ...]
+    optional_text_encoders: tuple[str, ...]
+    default_targets: tuple[str, ...]
+    published_models: tuple[str, ...]
+    diffusers: DiffusersNames
+
+    @abc.abstractmethod
+    def components(self, omit: Sequence[str] = ()) -> tuple[str, ...]:
+        """Folders of a model that are read, without omitted text encoders (and their tokenizers)."""
+
+    @abc.abstractmethod
+    def open(
+        self,
+        root: Path,
+        options: NetworkOptions,
+        place: Place | None = None,
+        decoder_dtype: Any = jnp.float32,
+    ) -> Networks:
+        """Opens the transformer and the autoencoder of a model.
+
+        Args:
+          root: directory with model_index.json.
+          options: how the transformer is computed.
+          place: puts a finished leaf on devices; the default device without one.
+          decoder_dtype: of the autoencoder's weights and computation.
+
+        Raises:
+          InputError: a missing or malformed component, or components that do not fit each other.
+        """
+
+    @abc.abstractmethod
+    def outline(self, model: Path | str, options: NetworkOptions) -> Networks:
+        """The networks as shapes, without weights.
+
+        Args:
+          model: a directory with config files, or the name of a published model.
+          options: how the transformer is computed.
+
+        Raises:
+          InputError: neither; the message names the published models.
+        """
+
+    @abc.abstractmethod
+    def num_encoder_parameters(self, model: Path | str, omit: Sequence[str] = ()) -> int:
+        """Numbers in the text encoders of a model; arguments and errors as in `outline`."""
+
+    @abc.abstractmethod
+    def default_sequence_length(self, root: Path) -> int:
+        """Tokens of a prompt of a model where nobody says otherwise."""
+
+    @abc.abstractmethod
+    def open_text_encoders(
+        self,
+        root: Path,
+        dtype: Any,
+        omit: Sequence[str] = (),
+        place: Callable[[str], Any] = lambda component: None,
+    ) -> TextEncoders:
+        """Opens the text encoders of a model, and nothing else of it.
+
+        Args:
+          root: directory with model_index.json.
+          dtype: of weights and computation.
+          omit: component names of encoders to leave out.
+          place: by component, what puts a finished leaf on devices.
+        """
+
+    @abc.abstractmethod
+    def text_components(self, root: Path, omit: Sequence[str] = ()) -> tuple[str, ...]:
+        """Folders of a model that its conditioning depends on: text encoders and tokenizers that are there and used."""
+
+    @abc.abstractmethod
+    def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
+        """The published layers that a leaf of `shape` of the module at `path` holds, in stacking order."""
+
+    @abc.abstractmethod
+    def abstract_params(self, config: Mapping[str, Any]) -> Params:
+        """Shapes of the transformer's parameters, from its config.json."""

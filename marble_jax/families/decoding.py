@@ -1,0 +1,50 @@
+"""Latents to images, in batches of one compiled shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from marble_jax.families.base import Networks
+from marble_jax.tree import full_batches
+
+
+class Decoder:
+    """The decoder of a model, compiled once.
+
+    Args:
+      networks: whose decoder it is.
+    """
+
+    def __init__(self, networks: Networks):
+        self._params = networks.decoder_params
+        self._decode = jax.jit(networks.decode_latents)
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        batch: int,
+        place: Callable[[jax.Array], jax.Array] = lambda part: part,
+    ) -> jax.Array:
+        """Clips of latents.
+
+        Args:
+          latents: [N, *latent].
+          batch: samples per call of the network; the last call is filled up.
+          place: puts a call's latents on devices.
+
+        Returns:
+          float32 [N, F, H, W, 3] in [0, 1].
+        """
+        parts = []
+        for part in full_batches(latents, len(latents), batch):
+            parts.append(self._decode(self._params, place(part)))
+        return jnp.concatenate(parts)[: len(latents)]
+
+
+def as_images(clips: jax.Array) -> jax.Array:
+    """Images [N, H, W, 3] of clips [N, 1, H, W, 3]."""
+    # Rewards and files take images as they are; a clip of one frame is one.
+    return clips[:, 0]

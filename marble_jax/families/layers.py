@@ -1,0 +1,35 @@
+"""Layers of a transformer by their published names, whatever the family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import traverse_util
+
+from marble_jax.families.base import Family, Layer
+
+
+def kernel_shapes(shapes: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shape of the kernel of every module that has one, by the module's path."""
+    kernels = {}
+    for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
+        if path[-1] == "kernel":
+            kernels[path[:-1]] = tuple(leaf.shape)
+    return kernels
+
+
+def dense_layers(family: Family, shapes: Mapping[str, Any]) -> list[Layer]:
+    """Every dense layer, the ones an adapter can target, in tree order.
+
+    Args:
+      family: names the layers.
+      shapes: parameters or abstract parameters of the transformer.
+    """
+    layers = []
+    for path, shape in kernel_shapes(shapes).items():
+        for layer in family.layers_at(path, shape):
+            stacked = layer.index is not None
+            if len(shape) == 2 + stacked:  # a convolution has more axes
+                layers.append(layer)
+    return layers

@@ -1,0 +1,184 @@
+"""Stable Diffusion 3 and 3.5 as a model family: how its files are opened and what its layers are called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from marble_jax.errors import InputError
+from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
+from marble_jax.families.sd3 import layer_names, published, text
+from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.families.sd3.networks import (
+    SchedulerConfig,
+    SD3Networks,
+    read_scheduler,
+    shapes_in,
+    transformer_options,
+)
+from marble_jax.families.sd3.transformer import MMDiT, abstract_params
+from marble_jax.networks import autoencoder_kl, clip, t5
+from marble_jax.networks.autoencoder_kl import AutoencoderKL, VAEConfig, load_vae
+from marble_jax.storage.files import read_json
+from marble_jax.types import Params
+
+REQUIRED = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
+OPTIONAL = ("text_encoder_3", "tokenizer_3")
+DEFAULT_SEQUENCE_LENGTH = 256  # T5 tokens of diffusers' pipeline
+
+
+class SD3Family(Family):
+    """Stable Diffusion 3 and 3.5."""
+
+    name = "sd3"
+    pipeline_class = "StableDiffusion3Pipeline"
+    network_components = ("transformer", "vae", "scheduler")
+    text_encoders = text.COMPONENTS
+    optional_text_encoders = (text.T5,)
+    published_models = tuple(published.TRANSFORMERS)
+    # The joint attention's eight projections; the image-only attn2 of SD3.5-medium's dual blocks is not among them.
+    default_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    diffusers = DiffusersNames(
+        pipeline="StableDiffusion3Pipeline",
+        transformer="SD3Transformer2DModel",
+        tag="stable-diffusion-3",
+        without_text=(*text.COMPONENTS, *text.TOKENIZERS),
+        latents_to_torch=(0, 3, 1, 2),  # channels first
+        conditioning={"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"},
+    )
+
+    def components(self, omit: Sequence[str] = ()) -> tuple[str, ...]:
+        """See `Family.components`."""
+        return REQUIRED if text.T5 in omit else REQUIRED + OPTIONAL
+
+    def open(
+        self,
+        root: Path,
+        options: NetworkOptions,
+        place: Place | None = None,
+        decoder_dtype: Any = jnp.float32,
+    ) -> SD3Networks:
+        """See `Family.open`."""
+        index = read_json(root / "model_index.json")
+        for name in REQUIRED:
+            if (index.get(name) or [None])[-1] is None:
+                raise InputError(
+                    f"{root / 'model_index.json'}: expected a component {name!r}; received none"
+                )
+
+        def put(component: str) -> Callable[[tuple[str, ...], Any], Any] | None:
+            return None if place is None else functools.partial(place, component)
+
+        # The cheap parts first: what is missing shows before gigabytes are read.
+        scheduler = read_scheduler(root / "scheduler")
+        num_clip_tokens = text.clip_length(root)
+        transformer = layer_names.load_mmdit(
+            root / "transformer",
+            options.dtype,
+            put("transformer"),
+            **transformer_options(options),
+        )
+        vae = load_vae(root / "vae", decoder_dtype, put("vae"))
+        return SD3Networks(root, options, transformer, vae, scheduler, num_clip_tokens)
+
+    def outline(self, model: Path | str, options: NetworkOptions) -> SD3Networks:
+        """See `Family.outline`."""
+        if isinstance(model, Path):
+            transformer = MMDiTConfig.from_dict(read_json(model / "transformer" / "config.json"))
+            vae = VAEConfig.from_dict(read_json(model / "vae" / "config.json"))
+            scheduler = read_scheduler(model / "scheduler")
+            num_clip_tokens = text.clip_length(model)
+            directory: Path | None = model
+        else:
+            transformer = published.TRANSFORMERS[_last_part(model)]
+            vae, scheduler = published.VAE, SchedulerConfig(published.SHIFT)
+            num_clip_tokens, directory = text.CLIP_LENGTH, None
+        mmdit = MMDiT(transformer, **transformer_options(options))
+        autoencoder = AutoencoderKL(vae)
+        return SD3Networks(
+            directory,
+            options,
+            (mmdit, shapes_in(abstract_params(mmdit), options.dtype)),
+            (autoencoder, autoencoder_kl.abstract_params(autoencoder)),
+            scheduler,
+            num_clip_tokens,
+        )
+
+    def num_encoder_parameters(self, model: Path | str, omit: Sequence[str] = ()) -> int:
+        """See `Family.num_encoder_parameters`."""
+        third: t5.T5Config | None = published.T5_XXL
+        if isinstance(model, Path):
+            first, second = (
+                clip.CLIPTextConfig.from_dict(read_json(model / name / "config.json"))
+                for name in text.COMPONENTS[:2]
+            )
+            third = None
+            if text.has_t5(model):
+                third = t5.T5Config.from_dict(read_json(model / text.T5 / "config.json"))
+        else:
+            first, second = published.CLIP_L, published.CLIP_G
+        shapes = [clip.abstract_text_params(clip.CLIPTextEncoder(c)) for c in (first, second)]
+        if third is not None and text.T5 not in omit:
+            shapes.append(t5.abstract_params(t5.T5Encoder(third)))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    def default_sequence_length(self, root: Path) -> int:
+        """T5 tokens of a prompt: as many as diffusers takes, or fewer where the tokenizer says so."""
+        file = root / text.TOKENIZERS[2] / "tokenizer_config.json"
+        if not file.exists():
+            return DEFAULT_SEQUENCE_LENGTH
+        known = read_json(file).get("model_max_length", DEFAULT_SEQUENCE_LENGTH)
+        return min(int(known), DEFAULT_SEQUENCE_LENGTH)
+
+    def open_text_encoders(
+        self,
+        root: Path,
+        dtype: Any,
+        omit: Sequence[str] = (),
+        place: Callable[[str], Any] = lambda component: None,
+    ) -> text.SD3TextEncoders:
+        """See `Family.open_text_encoders`."""
+        return text.load_text_encoders(root, dtype, omit, place)
+
+    def text_components(self, root: Path, omit: Sequence[str] = ()) -> tuple[str, ...]:
+        """See `Family.text_components`."""
+        encoders = text.encoders_present(root, omit)
+        return (*encoders, *text.TOKENIZERS[: len(encoders)])
+
+    def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
+        """See `Family.layers_at`."""
+        return layer_names.layers_at(path, shape)
+
+    def abstract_params(self, config: Mapping[str, Any]) -> Params:
+        """See `Family.abstract_params`."""
+        return abstract_params(MMDiT(MMDiTConfig.from_dict(config)))
+
+
+def _last_part(name: str) -> str:
+    """Name of a published model without its owner."""
+    return name.rstrip("/").rpartition("/")[2]
+
+
+FAMILY = SD3Family()

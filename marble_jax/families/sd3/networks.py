@@ -1,0 +1,233 @@
+"""The networks of one SD3 model: MMDiT and autoencoder, with weights or as shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.errors import InputError
+from marble_jax.families.base import (
+    Conditioning,
+    NetworkOptions,
+    Networks,
+    SampleFlops,
+    Size,
+    TransformerShape,
+)
+from marble_jax.families.sd3 import flops
+from marble_jax.families.sd3.transformer import MMDiT, velocity
+from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS, sigma_grid
+from marble_jax.networks import autoencoder_kl
+from marble_jax.networks.autoencoder_kl import AutoencoderKL
+from marble_jax.storage.files import read_json
+from marble_jax.types import Adapter, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """What a flow-matching scheduler config says about the model.
+
+    Attributes:
+      shift: of the sigma grid, s(u) = shift u / (1 + (shift - 1) u).
+      num_train_timesteps: steps of the training grid; the grid's smallest u is its inverse.
+    """
+
+    shift: float = 1.0
+    num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
+
+
+def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
+    """The scheduler's settings of a model.
+
+    Args:
+      directory: with scheduler_config.json.
+
+    Raises:
+      InputError: a missing file, or a grid that depends on the size of the image.
+    """
+    path = directory / "scheduler_config.json"
+    config = read_json(path)
+    if config.get("use_dynamic_shifting"):
+        raise InputError(
+            f"{path}: use_dynamic_shifting: expected false (a static shift); received true"
+        )
+    defaults = SchedulerConfig()
+    return SchedulerConfig(
+        config.get("shift", defaults.shift),
+        config.get("num_train_timesteps", defaults.num_train_timesteps),
+    )
+
+
+class SD3Networks(Networks):
+    """MMDiT and autoencoder of one SD3 model.
+
+    Attributes:
+      model: the transformer.
+      vae: the autoencoder.
+      vae_params: its parameters.
+      scheduler: the shipped sigma-grid settings.
+      num_clip_tokens: CLIP tokens of a prompt.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path | None,
+        options: NetworkOptions,
+        transformer: tuple[MMDiT, Params],
+        vae: tuple[AutoencoderKL, Params],
+        scheduler: SchedulerConfig,
+        num_clip_tokens: int,
+    ):
+        """Puts networks together (`SD3Family.open` and `SD3Family.outline` are the usual ways).
+
+        Raises:
+          InputError: an autoencoder that does not fit the transformer.
+        """
+        self.directory, self.options = directory, options
+        self.model, self.params = transformer
+        self.vae, self.vae_params = vae
+        self.scheduler = scheduler
+        self.num_clip_tokens = num_clip_tokens
+        expected, received = self.model.config.in_channels, self.vae.config.latent_channels
+        if expected != received:
+            raise InputError(
+                f"{directory}: VAE latent channels: expected the transformer's {expected}; "
+                f"received {received}"
+            )
+
+    @property
+    def decoder_params(self) -> Params:
+        """Parameters of the whole autoencoder; decoding reads its decoder."""
+        return self.vae_params
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.model.config.attention_head_dim
+
+    @property
+    def largest_activation(self) -> int:
+        """Channels of the decoder at full resolution, where its activations are largest."""
+        widths = self.vae.config.block_out_channels
+        # The last upsampling has the channels of the level before it.
+        return widths[1] if len(widths) > 1 else widths[0]
+
+    def velocity(
+        self,
+        params: Params,
+        adapter: Adapter | None,
+        xt: jax.Array,
+        sigma: jax.Array | float,
+        cond: Conditioning,
+    ) -> jax.Array:
+        """See `Networks.velocity`; latents are [N, h, w, C]."""
+        return velocity(self.model, params, adapter, xt, sigma, cond)
+
+    def decode_latents(self, decoder_params: Params, latents: jax.Array) -> jax.Array:
+        """See `Networks.decode_latents`; an image is a clip of one frame."""
+        images = autoencoder_kl.decode(self.vae, decoder_params, latents)
+        return images[:, None]
+
+    @property
+    def _cell(self) -> int:
+        """Pixels of a latent cell along one side."""
+        return self.vae.config.downsampling
+
+    def check_size(self, size: Size, names: tuple[str, str, str]) -> None:
+        """See `Networks.check_size`."""
+        patch = self._cell * self.model.config.patch_size
+        largest = patch * self.model.side
+        for name, pixels in zip(names, (size.height, size.width)):
+            if pixels % patch or not 0 < pixels <= largest:
+                cells = max(round(pixels / patch), 1)
+                best = min(cells * patch, largest)
+                raise InputError(
+                    f"{name}: expected a multiple of {patch} up to the model's {largest} pixels; "
+                    f"received {pixels} (nearest valid {best})"
+                )
+        if size.num_frames != 1:
+            raise InputError(
+                f"{names[2]}: expected 1, as Stable Diffusion 3 draws images; received {size.num_frames}"
+            )
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """(h, w, C) of the latents of an image."""
+        self.check_size(size, ("image height", "image width", "frames"))
+        height, width = size.height // self._cell, size.width // self._cell
+        return height, width, self.vae.config.latent_channels
+
+    @property
+    def default_size(self) -> Size:
+        """The size that the positional coordinates are scaled to."""
+        side = self.model.config.sample_size * self._cell
+        return Size(side, side)
+
+    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+        """See `Networks.levels`; SD3's shift does not depend on the size."""
+        return sigma_grid(num_steps, self.scheduler.shift, self.scheduler.num_train_timesteps)
+
+    def conditioning_shapes(self, count: int, max_sequence_length: int) -> dict[str, Any]:
+        """See `Networks.conditioning_shapes`."""
+        config, dtype = self.model.config, self.options.dtype
+        tokens = self.num_clip_tokens + max_sequence_length
+        embeds = (count, tokens, config.joint_attention_dim)
+        pooled = (count, config.pooled_projection_dim)
+        return {
+            "embeds": jax.ShapeDtypeStruct(embeds, dtype),
+            "pooled": jax.ShapeDtypeStruct(pooled, dtype),
+        }
+
+    def transformer_shape(self, size: Size, max_sequence_length: int) -> TransformerShape:
+        """See `Networks.transformer_shape`."""
+        config = self.model.config
+        height, width, _ = self.latent_shape(size)
+        text_tokens = self.num_clip_tokens + max_sequence_length
+        return TransformerShape(
+            tokens=height * width // config.patch_size**2,
+            text_tokens=text_tokens,
+            width=config.width,
+            num_heads=config.num_attention_heads,
+            num_layers=config.num_layers,
+            num_second_attentions=len(config.dual_attention_layers),
+            conditioning_size=text_tokens * config.joint_attention_dim
+            + config.pooled_projection_dim,
+        )
+
+    def sample_flops(self, adapter: Adapter, size: Size, max_sequence_length: int) -> SampleFlops:
+        """See `Networks.sample_flops`."""
+        shape = self.transformer_shape(size, max_sequence_length)
+        return flops.transformer(
+            self.model.config, self.params, adapter, shape.tokens, shape.text_tokens
+        )
+
+    def decoder_flops(self, size: Size) -> float:
+        """See `Networks.decoder_flops`."""
+        height, width, _ = self.latent_shape(size)
+        return flops.decoder(self.vae.config, self.vae_params, height, width)
+
+    def with_options(self, options: NetworkOptions) -> SD3Networks:
+        """See `Networks.with_options`."""
+        model = self.model.clone(**transformer_options(options))
+        return SD3Networks(
+            self.directory,
+            options,
+            (model, self.params),
+            (self.vae, self.vae_params),
+            self.scheduler,
+            self.num_clip_tokens,
+        )
+
+
+def transformer_options(options: NetworkOptions) -> dict[str, Any]:
+    """Fields of `MMDiT` that options stand for."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def shapes_in(params: Params, dtype: Any) -> Params:
+    """Shapes of parameters in the dtype that they have in memory."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)

@@ -1,0 +1,130 @@
+"""`evaluation.json` and `prompts.jsonl`: whose evaluation a folder holds, and what it was asked for so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from marble_jax.errors import InputError
+from marble_jax.programs.evaluation_request import Request
+from marble_jax.prompts.files import Prompt
+from marble_jax.storage.images import writable
+from marble_jax.storage.workdir import Workdir, plain
+
+RECORD, PROMPTS = "evaluation.json", "prompts.jsonl"
+
+
+def new_record(
+    request: Request, workdir: Workdir, prompts: Sequence[Prompt], rewards: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The record of an evaluation, with what earlier calls put into its folder; writes nothing.
+
+    Args:
+      request: what is asked for.
+      workdir: the folder.
+      prompts: of every image.
+      rewards: entries of the rewards asked for, by name.
+
+    Raises:
+      InputError: the folder holds something else, or an evaluation of other prompts, models or rewards.
+    """
+    earlier = _earlier_record(workdir)
+    if earlier is None:
+        earlier = {}
+        _check_empty(workdir)
+    else:
+        _check_prompts(workdir, prompts)
+    _check_rewards(workdir, earlier.get("rewards", {}), rewards)
+    models = {}
+    for name, source in request.models.items():
+        model = earlier.get("models", {}).get(name, {})
+        asked = dataclasses.asdict(source)
+        if model.get("source", asked) != asked:
+            raise InputError(
+                f"--models: expected the {name!r} of {workdir.path} ({model['source']}); received {asked}"
+            )
+        models[name] = model | {"source": asked}
+    settings = earlier.get("settings", {})
+    if request.draw:
+        settings = plain(dataclasses.asdict(request.settings))
+    return earlier | {
+        "models": models,
+        "rewards": {**earlier.get("rewards", {}), **rewards},
+        "prompts": request.prompts,
+        "images": request.images,
+        "num_images": len(prompts),
+        "command": request.command,
+        "settings": settings,
+    }
+
+
+def write_record(workdir: Workdir, record: Mapping[str, Any]) -> None:
+    """Writes the record, whole or not at all."""
+    with writable(workdir.path):
+        workdir.write_json(RECORD, dict(record))
+
+
+def write_prompts(workdir: Workdir, prompts: Sequence[Prompt]) -> None:
+    """Writes the prompts down, unless an earlier call did."""
+    if (workdir.path / PROMPTS).exists():
+        return
+    with writable(workdir.path):
+        workdir.write_text(PROMPTS, "".join(_line(prompt) + "\n" for prompt in prompts))
+
+
+def _earlier_record(workdir: Workdir) -> dict[str, Any] | None:
+    """The record that earlier calls left; None where there is none."""
+    file = workdir.path / RECORD
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("models"), dict):
+        raise InputError(f"{file}: expected the record of an evaluation; received something else")
+    return record
+
+
+def _check_empty(workdir: Workdir) -> None:
+    path = workdir.path
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"--out: expected a new folder or one made by evaluate; received {path}")
+
+
+def _check_prompts(workdir: Workdir, prompts: Sequence[Prompt]) -> None:
+    """Raises InputError unless the folder's prompts, if it has any, are these."""
+    file = workdir.path / PROMPTS
+    if not file.exists():
+        return
+    lines = file.read_text().splitlines()
+    for number, (expected, prompt) in enumerate(zip(lines, prompts), 1):
+        received = _line(prompt)
+        if expected != received:
+            raise InputError(
+                f"--out: {workdir.path} holds an evaluation of other prompts: line {number} of "
+                f"{PROMPTS}: expected {expected[:80]}; received {received[:80]}"
+            )
+    if lines and len(lines) != len(prompts):
+        raise InputError(
+            f"--out: {workdir.path} holds an evaluation of other prompts: expected {len(lines)} "
+            f"images; received {len(prompts)}"
+        )
+
+
+def _check_rewards(workdir: Workdir, earlier: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises InputError where a name would mean another reward than before."""
+    for name, entry in asked.items():
+        if name in earlier and earlier[name] != plain(entry):
+            raise InputError(
+                f"--rewards_path: expected the {name!r} that {workdir.path} was scored with "
+                f"({earlier[name]}); received {plain(entry)}"
+            )
+
+
+def _line(prompt: Prompt) -> str:
+    return json.dumps(
+        {"prompt": prompt.text, "source": prompt.source, "metadata": dict(prompt.metadata)}
+    )

@@ -1,0 +1,175 @@
+"""What an evaluation is asked for: models, prompts, rewards, as the command line says them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from marble_jax.errors import InputError, nearest
+from marble_jax.programs.locations import EMBEDDED, read_prompts
+from marble_jax.programs.policy_source import PolicySource, SamplingSettings
+from marble_jax.prompts import generated
+from marble_jax.prompts.files import Prompt, read_file
+from marble_jax.prompts.groups import shares
+from marble_jax.storage.files import location
+from marble_jax.types import POLICIES
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_RENAMED = {"old": "rollout"}  # earlier names of policies
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What an evaluation is asked for.
+
+    Attributes:
+      models: by name, the first being the reference of gains.
+      prompts: where from, see `evaluation_prompts`.
+      num_prompts: at most so many, in equal shares of the sources; 0: all.
+      images: images of each prompt.
+      rewards_path: directory with rewards.json, or "embedded".
+      rewards: names; empty: all of the directory.
+      settings: how images are drawn.
+      draw: whether images are drawn; they are expected to be there otherwise.
+      score: whether they are scored.
+      num_workers: threads for host rewards.
+      num_images: images of each model on the page.
+      command: as it was called, for the record.
+    """
+
+    models: Mapping[str, PolicySource]
+    prompts: str
+    num_prompts: int = 0
+    images: int = 1
+    rewards_path: str = EMBEDDED
+    rewards: tuple[str, ...] = ()
+    settings: SamplingSettings = SamplingSettings()
+    draw: bool = True
+    score: bool = True
+    num_workers: int = 2
+    num_images: int = 24
+    command: str = ""
+
+
+def parse_models(text: str) -> dict[str, PolicySource]:
+    """Models of `NAME=PLACE[:POLICY][+LORA[:weight]]...`, separated by commas.
+
+    A PLACE is a diffusers-layout directory, a hub id or 'embedded', or the workdir of a training run with one of its
+    policies (ema unless given). Without `NAME=` the last part of PLACE names the model.
+
+    Raises:
+      InputError: an empty or repeated name or place, an unknown policy, or a policy of something that is no run.
+    """
+    models: dict[str, PolicySource] = {}
+    for item in text.split(","):
+        if not item.strip():
+            continue
+        name, source = _parse_model(item.strip())
+        if name in models:
+            raise InputError(f"--models: expected every name once; received {name!r} twice")
+        models[name] = source
+    if not models:
+        raise InputError("--models: expected at least one NAME=PLACE; received none")
+    return models
+
+
+def _parse_model(item: str) -> tuple[str, PolicySource]:
+    """One model of `--models`."""
+    name, separator, value = item.partition("=")
+    place, *loras = (value if separator else item).split("+")
+    path, policy = _split_policy(place)
+    if separator:
+        name = name.strip()
+    else:
+        last = path.rstrip("/").rpartition("/")[2]
+        name = re.sub(r"[^\w.-]+", "-", last).lstrip("-._")
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            "--models: expected NAME=PLACE with a name of letters, digits, '.', '-' and '_'; "
+            f"received {item!r}"
+        )
+    if not path or not all(loras):
+        raise InputError(f"--models: expected NAME=PLACE[:POLICY][+LORA]; received {item!r}")
+    folder = location("--models", path)
+    is_run = (folder / "config.json").exists() and not (folder / "model_index.json").exists()
+    if policy and not is_run:
+        raise InputError(f"--models: expected a training run before ':{policy}'; received {path!r}")
+    source = PolicySource(
+        model="" if is_run else path,
+        workdir=path if is_run else "",
+        policy=policy or "ema",
+        loras=",".join(loras),
+    )
+    return name, source
+
+
+def _split_policy(place: str) -> tuple[str, str]:
+    """(path, policy) of `PATH[:POLICY]`; a colon before anything else belongs to the path."""
+    path, _, policy = place.rpartition(":")
+    if not path:
+        return place, ""
+    if policy in POLICIES:
+        return path, policy
+    if policy in _RENAMED:
+        raise InputError(
+            f"--models: expected ':{_RENAMED[policy]}', as the policy is called now; received ':{policy}'"
+        )
+    if re.fullmatch(r"[a-z]+", policy) and (location("--models", path) / "config.json").exists():
+        raise InputError(
+            f"--models: expected one of the policies {', '.join(POLICIES)}; received {policy!r}"
+            f"{nearest(policy, POLICIES)}"
+        )
+    return place, ""
+
+
+def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list[Prompt]:
+    """The prompts of an evaluation, each repeated for its images.
+
+    Args:
+      text: files (one prompt a line, or GenEval's `.jsonl`) or directories with SOURCE/test files, separated by commas;
+        or 'embedded' or 'generated'.
+      num_prompts: at most so many, in equal shares of the sources, evenly from each; 0: all.
+      images: images of each prompt.
+
+    Raises:
+      InputError: no prompt, or a malformed file.
+    """
+    by_source = _prompts_by_source(text)
+    if not by_source:
+        raise InputError(
+            "--prompts: expected a file, a directory, 'embedded' or 'generated'; received none"
+        )
+    if num_prompts:
+        counts = shares(sorted(by_source), num_prompts)
+        # Evenly from each source and not the first ones: files come sorted by kind.
+        for name, count in counts.items():
+            indices = _spread(len(by_source[name]), count)
+            by_source[name] = [by_source[name][i] for i in indices]
+    prompts: list[Prompt] = []
+    for name in sorted(by_source):
+        for prompt in by_source[name]:
+            prompts += [prompt] * images
+    return prompts
+
+
+def _prompts_by_source(text: str) -> dict[str, list[Prompt]]:
+    by_source: dict[str, list[Prompt]] = {}
+    for place in text.split(","):
+        place = place.strip()
+        if not place:
+            continue
+        if place not in (EMBEDDED, generated.NAME) and Path(place).expanduser().is_file():
+            prompts = read_file(Path(place).expanduser())
+            by_source.setdefault(prompts[0].source, []).extend(prompts)
+            continue
+        for source, prompts in read_prompts(place, "test").items():
+            by_source.setdefault(source, []).extend(prompts)
+    return by_source
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """`count` indices (all, if there are fewer) evenly from `total`."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]

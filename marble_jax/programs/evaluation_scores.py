@@ -1,0 +1,103 @@
+"""Scoring the images of an evaluation: what lacks a score is scored, a few batches under way at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.console import Console
+from marble_jax.evaluation.judgements import with_accuracy
+from marble_jax.evaluation.score_file import ScoreFile
+from marble_jax.flow.policy_sampler import batches
+from marble_jax.programs.evaluation_request import Request
+from marble_jax.programs.locations import resolve_path
+from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.function import is_function
+from marble_jax.rewards.registry import entries_of, load_rewards
+from marble_jax.rewards.scorer import Scorer
+from marble_jax.storage.images import Album, writable
+from marble_jax.storage.workdir import Workdir
+
+UNDER_WAY = 2  # batches that host rewards score while the next one is read
+
+
+def reward_entries(request: Request) -> dict[str, Any]:
+    """The entries of the rewards asked for, by name, each with the directory it is from.
+
+    Raises:
+      InputError: a reward that is neither in the directory nor known to the package.
+    """
+    path = resolve_path(request.rewards_path, "rewards")
+    entries: dict[str, Any] = {}
+    if not request.rewards or not all(is_function(name) for name in request.rewards):
+        entries = entries_of(path)
+    names = request.rewards or tuple(entries)
+    # What has no entry is refused now, not after hours of drawing, unless the registry knows it.
+    without_entry = [name for name in names if name not in entries]
+    load_rewards(path, without_entry, request.num_workers)
+    return {name: entries.get(name, {}) | {"path": str(path)} for name in names}
+
+
+def score_models(
+    request: Request, workdir: Workdir, prompts: Sequence[Prompt], console: Console
+) -> list[str]:
+    """Scores what lacks a score; returns the names of all columns."""
+    path = resolve_path(request.rewards_path, "rewards")
+    wanted = request.rewards or tuple(entries_of(path))
+    rewards = with_accuracy(load_rewards(path, wanted, request.num_workers))
+    names = [reward.name for reward in rewards]
+    for model in request.models:
+        file = ScoreFile(workdir.path / model / "scores.jsonl")
+        lacking, missing = file.missing(names, len(prompts))
+        by = f" by {', '.join(lacking)}" if missing else ""
+        console.say(f"{model}: {len(missing)} images to score{by}")
+        if not missing:
+            continue
+        chosen = [reward for reward in rewards if reward.name in lacking]
+        scorer = Scorer(chosen, request.num_workers, "retry")
+        size = min(request.settings.batch, len(missing))
+        try:
+            with console.bar(len(missing), f"scores of {model}", "img") as bar:
+                _score_images(scorer, file, workdir, model, prompts, missing, size, bar)
+        finally:
+            scorer.close()
+        with writable(workdir.path):
+            file.finish(prompts)
+    return names
+
+
+def _score_images(
+    scorer: Scorer,
+    file: ScoreFile,
+    workdir: Workdir,
+    model: str,
+    prompts: Sequence[Prompt],
+    missing: Sequence[int],
+    size: int,
+    bar: Any,
+) -> None:
+    """Scores the missing images of one model in batches of one size, and appends them to its file."""
+    folder = Album(workdir.path / model)
+    under_way: deque[tuple[list[int], Any]] = deque()
+
+    def collect() -> None:
+        numbers, pending = under_way.popleft()
+        scores = pending.result()
+        with writable(workdir.path):
+            file.append(numbers, [prompts[i] for i in numbers], scores)
+        bar.update(len(numbers))
+
+    for rows in batches(len(missing), size):
+        numbers = [missing[row] for row in rows]
+        images = np.stack([folder.read(i) for i in numbers]).astype(np.float32) / 255
+        pending = scorer.submit(jnp.asarray(images), [prompts[i] for i in numbers])
+        # The last batch repeats an image until it is full; each is written once.
+        under_way.append((list(dict.fromkeys(numbers)), pending))
+        if len(under_way) > UNDER_WAY:
+            collect()
+    while under_way:
+        collect()

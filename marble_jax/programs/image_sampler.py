@@ -1,0 +1,281 @@
+"""A policy ready to draw images: the model found, its weights read, its sampler compiled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from marble_jax.config import Settings
+from marble_jax.console import Console
+from marble_jax.convert.lora import add_loras
+from marble_jax.distributed import device_mesh
+from marble_jax.errors import one_of
+from marble_jax.families.base import Networks, Size
+from marble_jax.families.decoding import Decoder, as_images
+from marble_jax.families.embedding_cache import EmbeddingCache
+from marble_jax.families.location import find_model
+from marble_jax.families.registry import family_of
+from marble_jax.flow.policy_sampler import image_noise
+from marble_jax.flow.sampler import guided, sample
+from marble_jax.flow.solvers import SOLVERS, solver_table
+from marble_jax.programs.locations import resolve_path
+from marble_jax.programs.open_model import check_omitted
+from marble_jax.programs.pipeline_cache import PipelineCache
+from marble_jax.programs.policy_source import PolicySource, SamplingSettings
+from marble_jax.programs.run_state import restore_policy, run_settings
+from marble_jax.storage.workdir import Workdir
+from marble_jax.trainable import lora
+from marble_jax.types import Adapter, Conditioning, Params
+from marble_jax.version import VERSION
+from marble_jax.weights.content_hash import content_hash
+
+DECODE_BATCH = 8  # images that the autoencoder works on at once
+
+_SIZE_OPTIONS = ("--size: height", "--size: width", "--size: frames")
+
+
+class ImageSampler:
+    """A source ready to draw.
+
+    Attributes:
+      origin: what draws, in words.
+      run: settings of the run whose policy draws; None for a plain model.
+      root: directory of the model.
+      family: of the model.
+      size: of the images; known after `open`.
+    """
+
+    def __init__(
+        self,
+        source: PolicySource,
+        settings: SamplingSettings,
+        pipelines: PipelineCache | None = None,
+    ):
+        """Finds the model and reads the run's settings; weights are read by `open`.
+
+        Raises:
+          InputError: no such model or run, or settings that do not fit it.
+        """
+        one_of("--solver", settings.solver, SOLVERS)
+        self._source, self._settings = source, settings
+        self._pipelines = pipelines or PipelineCache()
+        self._workdir: Workdir | None = None
+        self.run: Settings | None = None
+        self.origin = source.model
+        path, omit = source.model, settings.omit_text_encoders
+        # A plain model has no settings of its own: exact on a CPU, as it is published elsewhere.
+        self._dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        self._attention = "auto"
+        if source.workdir:
+            self._workdir = Workdir(source.workdir)
+            self.run = run_settings(self._workdir)
+            model = self.run.model
+            path, omit = model.path, (*omit, *model.omit_text_encoders)
+            self._dtype, self._attention = model.dtype, model.attention
+            self.origin = f"{source.workdir} {source.policy}"
+        self._omit = tuple(dict.fromkeys(omit))
+        self.root = find_model(resolve_path(path, "pipeline"), self._omit)
+        self.family = family_of(self.root)
+        check_omitted(self.family, self._omit, "--omit_text_encoders")
+        self._length = self._sequence_length()
+        self._mesh = device_mesh.make_mesh()
+        # Every device draws: a batch is a multiple of their number.
+        devices = self._mesh.size
+        self._batch = -(-settings.batch // devices) * devices
+        self._networks: Networks | None = None
+        self._decoder: Decoder | None = None
+        self._adapter: Adapter | None = None
+        self._texts: EmbeddingCache | None = None
+
+    def _sequence_length(self) -> int:
+        """Tokens a prompt: as asked for, as the run has them, or as the model has them."""
+        if self._settings.max_sequence_length is not None:
+            return self._settings.max_sequence_length
+        if self.run is not None:
+            return self.run.model.max_sequence_length
+        return self.family.default_sequence_length(self.root)
+
+    def prepare(self, texts: Sequence[str], console: Console) -> None:
+        """Before `open`: with an embedding cache, encodes all texts and lets go of the text encoders."""
+        settings = self._settings
+        self._texts = self._pipelines.texts(
+            self.family,
+            self.root,
+            self._length,
+            self._dtype,
+            self._omit,
+            settings.embedding_cache,
+        )
+        if not settings.embedding_cache or not texts:
+            return
+        wanted = [*texts, settings.negative] if settings.guided else list(texts)
+        missing = len(self._texts.missing(wanted))
+        with console.bar(missing, "text embeddings", "prompt") as bar:
+            self._texts.fill(wanted, bar.update)
+
+    def open(self, draws: bool = True) -> None:
+        """Reads the weights; those of text encoders only if something is to be drawn that no cache has ready.
+
+        Raises:
+          InputError: damaged files, no checkpoint of the run, a LoRA that does not fit, or a size that the model
+            cannot draw.
+        """
+        if self._networks is not None:
+            return
+        networks, self._decoder = self._pipelines.networks(
+            self.family, self.root, self._dtype, self._attention, self._mesh
+        )
+        networks, adapter = self._restored(networks)
+        adapter = add_loras(
+            self._source.loras, self.family, networks.params, networks.options.lora_scale, adapter
+        )
+        if self._source.loras:
+            self.origin += f" with {self._source.loras}"
+        if adapter is not None:
+            adapter = device_mesh.place_everywhere(self._mesh, adapter)
+        self._adapter = adapter
+        self.size = self._size(networks)
+        self._latent_shape = networks.latent_shape(self.size)
+        self._latents = self._compiled(networks)
+        if draws and not self._settings.embedding_cache and self._texts is not None:
+            self._texts.load()
+        self._networks = networks
+
+    def _restored(self, networks: Networks) -> tuple[Networks, Adapter | None]:
+        """The run's policy, and the networks at its adapter's scale."""
+        if self.run is None or self._workdir is None or self._source.policy == "base":
+            return networks, None
+        adapter, step = restore_policy(
+            self.run, self._workdir, self.family, networks.params, self._source.policy
+        )
+        spec = lora.lora_spec(self.run.lora, self.family)
+        self.origin = f"{self._source.workdir} {self._source.policy} after step {step}"
+        return networks.with_lora_scale(spec.scale), adapter
+
+    def _size(self, networks: Networks) -> Size:
+        """The size asked for, the run's, or the model's own."""
+        default = networks.default_size
+        if self.run is not None:
+            model = self.run.model
+            default = Size(model.height, model.width, model.num_frames)
+        size = default
+        if self._settings.size is not None:
+            size = Size(*self._settings.size, default.num_frames)
+        networks.check_size(size, _SIZE_OPTIONS)
+        return size
+
+    def _compiled(self, networks: Networks) -> Any:
+        """A compiled function (params, adapter, cond, negative cond or None, noise) -> latents."""
+        settings = self._settings
+        sigmas = networks.levels(settings.num_steps, self._latent_shape)
+        table = solver_table(settings.solver, sigmas)
+
+        @jax.jit
+        def latents(
+            params: Params,
+            adapter: Adapter | None,
+            cond: Conditioning,
+            negative: Conditioning | None,
+            noise: jax.Array,
+        ) -> jax.Array:
+            def velocity(x: jax.Array, sigma: jax.Array, c: Conditioning) -> jax.Array:
+                return networks.velocity(params, adapter, x, sigma, c)
+
+            guided_velocity = guided(velocity, cond, negative, settings.guidance)
+            return sample(guided_velocity, noise, sigmas, table)
+
+        return latents
+
+    def close(self) -> None:
+        """Lets go of the weights, for good."""
+        self._networks = self._decoder = self._adapter = self._texts = None
+        self._latents = None
+        self._pipelines = PipelineCache()
+
+    def record(
+        self, known: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that decides what an image looks like, and file hashes that make the next call quick.
+
+        The weights count by their contents, not by their place.
+        """
+        weights, files = content_hash(self.root, self.family.network_components, known)
+        components = self.family.text_components(self.root, self._omit)
+        text, text_files = content_hash(self.root, components, known)
+        record = {
+            "weights": weights[:16],
+            "text_encoders": text[:16],
+            "adapter": self._digest(),
+            "size": [self.size.height, self.size.width],
+        }
+        return record | self.plan(), files | text_files
+
+    def plan(self) -> dict[str, Any]:
+        """The part of `record` that is known before any weights are read."""
+        settings = self._settings
+        return {
+            "seed": settings.seed,
+            "steps": settings.num_steps,
+            "solver": settings.solver,
+            "guidance": max(settings.guidance, 1.0),
+            "negative": settings.negative if settings.guided else "",
+            "max_sequence_length": self._length,
+            "omit_text_encoders": list(self._omit),
+            "dtype": self._dtype,
+        }
+
+    def _digest(self) -> str:
+        """Hash of the adapter's values; empty without one."""
+        if self._adapter is None:
+            return ""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree.leaves_with_path(self._adapter):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
+
+    def draw(self, texts: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
+        """Images of n texts, each from the noise that belongs to its number; after `prepare` and `open`.
+
+        Returns:
+          float32 [n, H, W, 3] in [0, 1].
+        """
+        assert self._networks is not None and self._decoder is not None and self._texts is not None
+        count = len(numbers)
+        # Filled up by repeating the last one, so that every batch has one compiled shape.
+        num_batches = -(-count // self._batch)
+        rows = np.minimum(np.arange(num_batches * self._batch), count - 1)
+        images = []
+        for part in np.split(rows, num_batches):
+            cond = self._texts([texts[i] for i in part])
+            negative = None
+            if self._settings.guided:
+                negative = self._texts([self._settings.negative] * len(part))
+            key = jax.random.key(self._settings.seed)
+            noise = image_noise(key, [numbers[i] for i in part], self._latent_shape)
+            cond, negative, noise = device_mesh.place_batch(self._mesh, (cond, negative, noise))
+            latents = self._latents(self._networks.params, self._adapter, cond, negative, noise)
+            at_once = min(len(part), max(self._mesh.size, DECODE_BATCH))
+            images.append(np.asarray(as_images(self._decoder(latents, at_once))))
+        return np.concatenate(images)[:count]
+
+    def texts(self, number: int, prompt: str) -> dict[str, str]:
+        """What is written into the file of image `number`."""
+        settings = self._settings
+        written = {
+            "prompt": prompt,
+            "seed": f"{settings.seed}:{number}",
+            "model": self.origin,
+            "steps": str(settings.num_steps),
+            "solver": settings.solver,
+            "guidance": f"{settings.guidance:g}",
+            "size": f"{self.size.height}x{self.size.width}",
+            "software": f"marble_jax {VERSION}",
+        }
+        if settings.guided:
+            written["negative prompt"] = settings.negative
+        return written

@@ -1,0 +1,71 @@
+"""Where models, prompts and rewards lie: directories by path, or the ones that ship with the package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from marble_jax.config import EvaluationSettings, PromptSettings, RewardSettings
+from marble_jax.errors import InputError
+from marble_jax.prompts import generated
+from marble_jax.prompts.files import Prompt, read_directory
+from marble_jax.prompts.groups import shares
+from marble_jax.rewards.function import is_function
+
+EMBEDDED = "embedded"
+"""Names the directories that ship with the package."""
+
+_KEYS = {"pipeline": "model.path", "prompts": "prompts.path", "rewards": "rewards.path"}
+
+
+def resolve_path(path: str, kind: str) -> Path:
+    """Finds the directory of a model, prompts or rewards.
+
+    Args:
+      path: a path, in which `~` is this user's home, or "embedded".
+      kind: "pipeline", "prompts" or "rewards": a folder of the embedded pipeline.
+
+    Raises:
+      InputError: an empty path.
+    """
+    if path == EMBEDDED:
+        return Path(str(resources.files("marble_jax") / "embedded" / kind))
+    if not path:
+        raise InputError(f"{_KEYS[kind]}: expected a directory or 'embedded'; received nothing")
+    return Path(os.path.expanduser(path))
+
+
+def reward_directory(settings: RewardSettings) -> Path | None:
+    """The directory of a run's rewards; None where there is none and all rewards are functions."""
+    names = (*settings.train, *settings.heldout)
+    if not settings.path and all(is_function(name) for name in names):
+        return None
+    return resolve_path(settings.path, "rewards")
+
+
+def read_prompts(
+    path: str, split: str, sources: Sequence[str] | None = None
+) -> dict[str, list[Prompt]]:
+    """Reads the prompts of a split, by source.
+
+    Args:
+      path: a directory with SOURCE/SPLIT files, "embedded", or "generated" for the sets that need no files.
+      split: "train" or "test".
+      sources: those wanted; all when None.
+    """
+    wanted = None if sources is None else tuple(sources)
+    if path == generated.NAME:
+        return generated.generate(split, wanted)
+    return read_directory(resolve_path(path, "prompts"), split, wanted)
+
+
+def held_out_prompts(prompts: PromptSettings, evaluation: EvaluationSettings) -> list[Prompt]:
+    """Picks the first test prompts of every source, in equal shares, sources in turn."""
+    sources = evaluation.sources or prompts.sources
+    by_source = read_prompts(prompts.path, "test", sources)
+    chosen: list[Prompt] = []
+    for name, count in shares(sorted(by_source), evaluation.num_prompts).items():
+        chosen += by_source[name][:count]
+    return chosen

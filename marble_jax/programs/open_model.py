@@ -1,0 +1,153 @@
+"""Opening the model of a run: its family, its networks on the devices of a mesh, its text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from marble_jax import distributed
+from marble_jax.config import ModelSettings
+from marble_jax.console import Console
+from marble_jax.distributed import device_mesh, sharding
+from marble_jax.errors import InputError, one_of
+from marble_jax.families.base import Family, NetworkOptions, Networks, Size
+from marble_jax.families.embedding_cache import EmbeddingCache
+from marble_jax.families.location import find_model
+from marble_jax.families.registry import family_of, family_of_published
+from marble_jax.networks import attention
+from marble_jax.programs.locations import resolve_path
+from marble_jax.types import DTYPES
+
+SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
+
+
+def locate(settings: ModelSettings) -> tuple[Path, Family]:
+    """Finds a run's model on this machine, downloading it where it is a hub id.
+
+    Raises:
+      InputError: no such model, one of no family, or a text encoder to leave out that the family needs.
+    """
+    path = resolve_path(settings.path, "pipeline")
+    root = find_model(path, settings.omit_text_encoders)
+    family = family_of(root)
+    check_omitted(family, settings.omit_text_encoders, "model.omit_text_encoders")
+    return root, family
+
+
+def check_omitted(family: Family, omit: Sequence[str], what: str) -> None:
+    """Raises InputError for a text encoder that the family cannot do without."""
+    for name in omit:
+        if not family.optional_text_encoders:
+            raise InputError(f"{what}: expected none for {family.name}; received {name!r}")
+        one_of(what, name, family.optional_text_encoders)
+
+
+def size_of(settings: ModelSettings) -> Size:
+    """The size that a run draws at."""
+    return Size(settings.height, settings.width, settings.num_frames)
+
+
+def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.Flash:
+    """The implementation of attention for batches that are split over a mesh."""
+    if mesh is None:
+        return name
+    return attention.over(name, DTYPES[dtype], mesh)
+
+
+def network_options(
+    settings: ModelSettings, lora_scale: float, mesh: Mesh | None = None, gather: Any = None
+) -> NetworkOptions:
+    """How a run computes its transformer."""
+    return NetworkOptions(
+        dtype=DTYPES[settings.dtype],
+        remat=settings.remat,
+        unroll=settings.unroll,
+        attention=attention_of(settings.attention, settings.dtype, mesh),
+        lora_scale=lora_scale,
+        gather=gather,
+    )
+
+
+def open_networks(
+    root: Path, family: Family, settings: ModelSettings, lora_scale: float, mesh: Mesh
+) -> Networks:
+    """Opens a run's networks, the transformer's weights laid out over the mesh.
+
+    Raises:
+      InputError: missing or malformed files, or a size that the model cannot draw.
+    """
+    outline = family.outline(root, NetworkOptions())
+    outline.check_size(size_of(settings), SIZE_KEYS)
+    head_width = outline.head_width
+
+    def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
+        layout = sharding.sharding_of(mesh, component, path, leaf.shape, head_width)
+        return device_mesh.read_into(layout, leaf)
+
+    options = network_options(settings, lora_scale, mesh, sharding.gather(mesh, head_width))
+    return family.open(root, options, place)
+
+
+def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family, Networks, Any]:
+    """A run's networks as shapes, without weights or downloads.
+
+    Returns:
+      The family, its networks, and what `Family.outline` was given: a directory or a published name.
+
+    Raises:
+      InputError: neither a local directory with config files nor a published name; a size that does not fit.
+    """
+    path = resolve_path(settings.path, "pipeline")
+    model: Path | str = path if path.is_dir() else settings.path
+    family = family_of(path) if path.is_dir() else family_of_published(settings.path)
+    networks = family.outline(model, network_options(settings, lora_scale))
+    networks.check_size(size_of(settings), SIZE_KEYS)
+    return family, networks, model
+
+
+def text_embeddings(
+    root: Path, family: Family, settings: ModelSettings, folder: str, texts: Sequence[str]
+) -> EmbeddingCache:
+    """Conditioning of a run's texts. With a folder on disk all of them are there on return, and no encoder in memory.
+
+    The first process fills the folder, and then every other one what it does not find there.
+
+    Args:
+      root: directory of the model.
+      family: of the model.
+      settings: of the model.
+      folder: on disk; empty: the text encoders stay in memory.
+      texts: all prompts of the run.
+    """
+
+    def ready() -> EmbeddingCache:
+        cache = EmbeddingCache(
+            family,
+            root,
+            settings.max_sequence_length,
+            DTYPES[settings.dtype],
+            omit=settings.omit_text_encoders,
+            folder=folder,
+        )
+        if not folder:
+            cache.load()
+            return cache
+        missing, console = len(cache.missing(texts)), Console()
+        if missing:
+            console.say(
+                f"text embeddings: {missing} of {len(set(texts))} prompts to encode into "
+                f"{folder}, before the transformer is loaded"
+            )
+        with console.bar(missing, "text embeddings", "prompt") as bar:
+            cache.fill(texts, bar.update)
+        return cache
+
+    def ready_on_first() -> EmbeddingCache | None:
+        return ready() if distributed.is_first() else None
+
+    first = distributed.together("text embeddings", ready_on_first)
+    return first or ready()

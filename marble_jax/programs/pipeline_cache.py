@@ -1,0 +1,68 @@
+"""Opened models, kept so that policies and LoRAs of one base share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from marble_jax.distributed import device_mesh
+from marble_jax.families.base import Family, NetworkOptions, Networks
+from marble_jax.families.decoding import Decoder
+from marble_jax.families.embedding_cache import EmbeddingCache
+from marble_jax.programs.open_model import attention_of
+from marble_jax.types import DTYPES
+
+
+class PipelineCache:
+    """Opens models; keeps the last one, and the text embeddings of all."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._networks: Networks | None = None
+        self._decoder: Decoder | None = None
+        self._texts: dict[Any, EmbeddingCache] = {}
+
+    def networks(
+        self, family: Family, root: Path, dtype: str, attention: str, mesh: Mesh
+    ) -> tuple[Networks, Decoder]:
+        """The networks in `root`, whole on every device, with their decoder."""
+        key = (root, dtype, attention)
+        if key == self._key and self._networks is not None and self._decoder is not None:
+            return self._networks, self._decoder
+        # Dropped before the next one is read: two models may not fit.
+        self._networks = self._decoder = None
+        replicated = NamedSharding(mesh, device_mesh.EVERYWHERE)
+
+        def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
+            return device_mesh.read_into(replicated, leaf)
+
+        options = NetworkOptions(
+            dtype=DTYPES[dtype], attention=attention_of(attention, dtype, mesh)
+        )
+        self._networks = family.open(root, options, place)
+        self._decoder = Decoder(self._networks)
+        self._key = key
+        return self._networks, self._decoder
+
+    def texts(
+        self,
+        family: Family,
+        root: Path,
+        max_sequence_length: int,
+        dtype: str,
+        omit: tuple[str, ...],
+        folder: str,
+    ) -> EmbeddingCache:
+        """Conditioning by the text encoders in `root`; those of other models leave memory."""
+        key = (root, max_sequence_length, dtype, omit, folder)
+        for other, cache in self._texts.items():
+            if other != key:
+                cache.release()
+        if key not in self._texts:
+            self._texts[key] = EmbeddingCache(
+                family, root, max_sequence_length, DTYPES[dtype], omit=omit, folder=folder
+            )
+        return self._texts[key]

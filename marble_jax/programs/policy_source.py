@@ -1,0 +1,56 @@
+"""What draws images, and how: a model or a policy of a run with LoRAs on top, and the settings of a drawing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySource:
+    """What draws: a model, or a policy of a training run, perhaps with LoRAs on top.
+
+    Attributes:
+      model: diffusers-layout directory, hub id or "embedded"; empty with `workdir`.
+      workdir: a training run.
+      policy: which of the run's policies; "base" is its model without adapter.
+      loras: LoRAs to add, `PATH[:weight],PATH[:weight]`.
+    """
+
+    model: str = ""
+    workdir: str = ""
+    policy: str = "ema"
+    loras: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How images are drawn.
+
+    Attributes:
+      seed: image i starts from noise of (seed, i).
+      num_steps: solver steps.
+      solver: name of the solver.
+      guidance: classifier-free guidance scale; 1 or less is off.
+      negative: the negative prompt, used with guidance.
+      size: (height, width) in pixels; the run's, or the model's own when None.
+      max_sequence_length: tokens a prompt; the run's, or the model's own when None.
+      omit_text_encoders: component names of text encoders to leave out, besides those that a run leaves out.
+      batch: images at once.
+      embedding_cache: folder of text embeddings; with one, no text encoder is in memory while images are drawn.
+    """
+
+    seed: int = 0
+    num_steps: int = 40
+    solver: str = "euler"
+    guidance: float = 1.0
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    max_sequence_length: int | None = None
+    omit_text_encoders: tuple[str, ...] = ()
+    batch: int = 8
+    embedding_cache: str = ""
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is on."""
+        return self.guidance > 1

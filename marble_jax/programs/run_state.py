@@ -1,0 +1,88 @@
+"""What a training run left behind: its settings, and its policies from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from marble_jax.config import KEYS, Settings, settings_from_flat
+from marble_jax.console import Console
+from marble_jax.errors import InputError
+from marble_jax.families.base import Family
+from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.storage.workdir import Workdir
+from marble_jax.trainable import lora
+from marble_jax.training.state import initial_state
+from marble_jax.types import Adapter
+
+
+def run_settings(workdir: Workdir) -> Settings:
+    """The settings that a run was started with.
+
+    A key that is younger than the run has its default; one that no longer exists is passed over.
+
+    Raises:
+      InputError: there is no run, or its record is damaged.
+    """
+    if not (workdir.path / "config.json").exists():
+        raise InputError(
+            f"--workdir: expected a training run (with config.json); received {workdir.path}"
+        )
+    flat = {name: key.default for name, key in KEYS.items()}
+    for name, value in workdir.config().items():
+        if name in KEYS:
+            flat[name] = value
+    return settings_from_flat(flat)
+
+
+def restore_policy(
+    settings: Settings,
+    workdir: Workdir,
+    family: Family,
+    shapes: Any,
+    policy: str,
+    step: int | None = None,
+) -> tuple[Adapter, int]:
+    """A policy's adapter from a checkpoint, and the step it is of.
+
+    Args:
+      settings: of the run.
+      workdir: the run.
+      family: of its model.
+      shapes: parameters or abstract parameters of its transformer.
+      policy: one of `types.TRAINED_POLICIES`.
+      step: of the checkpoint; the newest if None.
+
+    Raises:
+      InputError: no such checkpoint, one of another configuration, or no best policy yet.
+    """
+    if not workdir.checkpoints.exists():
+        raise InputError(
+            f"--workdir: expected a run with a checkpoint; received {workdir.path}, which has none yet"
+        )
+    spec = lora.lora_spec(settings.lora, family)
+    blank = blank_state(settings, lora.init_adapter(jax.random.key(0), family, shapes, spec))
+    checkpoints = Checkpoints(workdir.checkpoints, say=Console().say)
+    try:
+        step, state = checkpoints.restore(blank, step)
+    finally:
+        checkpoints.close()
+    if policy != "best":
+        return getattr(state, policy), step
+    if not np.isfinite(state.best_score):
+        raise InputError(
+            f"policy: expected one that the run has; received 'best' of {workdir.path}, where no "
+            "evaluation since the start is on record"
+        )
+    return state.best, int(state.best_step)
+
+
+def blank_state(settings: Settings, adapter: Adapter) -> Any:
+    """A training state of a run's shapes, to restore a checkpoint into."""
+    names = settings.rewards.train
+    balancer = balancer_of(settings.harmonize, names)
+    return initial_state(
+        adapter, make_optimizer(settings.training), len(names), balancer.init(len(names)), 0
+    )
