@@ -29,7 +29,7 @@ from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.sample import fill_folder
 from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_comparison
-from marble_jax.storage.images import Album, writable
+from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
 
 
@@ -81,7 +81,7 @@ def _check_folders(
     """Raises InputError where a model's folder holds other images, or lacks some that are not to be drawn."""
     texts = [prompt.text for prompt in prompts]
     for name in request.models:
-        folder = Album(workdir.path / name)
+        folder = ImageFolder(workdir.path / name)
         if name in samplers:
             folder.check(samplers[name].plan(), texts, partial=True)
             continue
@@ -105,7 +105,7 @@ def _draw(
     """Draws what is missing, model by model, and notes in the record what drew it."""
     texts = [prompt.text for prompt in prompts]
     for name, sampler in samplers.items():
-        folder = Album(workdir.path / name)
+        folder = ImageFolder(workdir.path / name)
         fill_folder(folder, sampler, texts, request.settings.batch, console, name)
         trained = [] if sampler.run is None else list(sampler.run.rewards.train)
         record["models"][name] |= {"origin": sampler.origin, "trained": trained}

@@ -11,7 +11,7 @@ from marble_jax.errors import InputError
 from marble_jax.programs.evaluation_request import Request
 from marble_jax.prompts.files import Prompt
 from marble_jax.storage.images import writable
-from marble_jax.storage.workdir import Workdir, plain
+from marble_jax.storage.workdir import Workdir, jsonable
 
 RECORD, PROMPTS = "evaluation.json", "prompts.jsonl"
 
@@ -48,7 +48,7 @@ def new_record(
         models[name] = model | {"source": asked}
     settings = earlier.get("settings", {})
     if request.draw:
-        settings = plain(dataclasses.asdict(request.settings))
+        settings = jsonable(dataclasses.asdict(request.settings))
     return earlier | {
         "models": models,
         "rewards": {**earlier.get("rewards", {}), **rewards},
@@ -117,10 +117,10 @@ def _check_prompts(workdir: Workdir, prompts: Sequence[Prompt]) -> None:
 def _check_rewards(workdir: Workdir, earlier: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raises InputError where a name would mean another reward than before."""
     for name, entry in asked.items():
-        if name in earlier and earlier[name] != plain(entry):
+        if name in earlier and earlier[name] != jsonable(entry):
             raise InputError(
                 f"--rewards_path: expected the {name!r} that {workdir.path} was scored with "
-                f"({earlier[name]}); received {plain(entry)}"
+                f"({earlier[name]}); received {jsonable(entry)}"
             )
 
 

@@ -19,7 +19,7 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.function import is_function
 from marble_jax.rewards.registry import entries_of, load_rewards
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.storage.images import Album, writable
+from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
 
 UNDER_WAY = 2  # batches that host rewards score while the next one is read
@@ -81,7 +81,7 @@ def _score_images(
     bar: Any,
 ) -> None:
     """Scores the missing images of one model in batches of one size, and appends them to its file."""
-    folder = Album(workdir.path / model)
+    folder = ImageFolder(workdir.path / model)
     under_way: deque[tuple[list[int], Any]] = deque()
 
     def collect() -> None:

@@ -136,7 +136,7 @@ class ImageSampler:
         if self._source.loras:
             self.origin += f" with {self._source.loras}"
         if adapter is not None:
-            adapter = device_mesh.place_everywhere(self._mesh, adapter)
+            adapter = device_mesh.replicate(self._mesh, adapter)
         self._adapter = adapter
         self.size = self._size(networks)
         self._latent_shape = networks.latent_shape(self.size)
@@ -257,7 +257,7 @@ class ImageSampler:
                 negative = self._texts([self._settings.negative] * len(part))
             key = jax.random.key(self._settings.seed)
             noise = image_noise(key, [numbers[i] for i in part], self._latent_shape)
-            cond, negative, noise = device_mesh.place_batch(self._mesh, (cond, negative, noise))
+            cond, negative, noise = device_mesh.shard_batch(self._mesh, (cond, negative, noise))
             latents = self._latents(self._networks.params, self._adapter, cond, negative, noise)
             at_once = min(len(part), max(self._mesh.size, DECODE_BATCH))
             images.append(np.asarray(as_images(self._decoder(latents, at_once))))

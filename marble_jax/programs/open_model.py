@@ -86,7 +86,7 @@ def open_networks(
 
     def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
         layout = sharding.sharding_of(mesh, component, path, leaf.shape, head_width)
-        return device_mesh.read_into(layout, leaf)
+        return device_mesh.read_sharded(layout, leaf)
 
     options = network_options(settings, lora_scale, mesh, sharding.gather(mesh, head_width))
     return family.open(root, options, place)
@@ -149,5 +149,5 @@ def text_embeddings(
     def ready_on_first() -> EmbeddingCache | None:
         return ready() if distributed.is_first() else None
 
-    first = distributed.together("text embeddings", ready_on_first)
+    first = distributed.run_on_all("text embeddings", ready_on_first)
     return first or ready()

@@ -34,10 +34,10 @@ class PipelineCache:
             return self._networks, self._decoder
         # Dropped before the next one is read: two models may not fit.
         self._networks = self._decoder = None
-        replicated = NamedSharding(mesh, device_mesh.EVERYWHERE)
+        replicated = NamedSharding(mesh, device_mesh.REPLICATED)
 
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
-            return device_mesh.read_into(replicated, leaf)
+            return device_mesh.read_sharded(replicated, leaf)
 
         options = NetworkOptions(
             dtype=DTYPES[dtype], attention=attention_of(attention, dtype, mesh)

@@ -13,7 +13,7 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.programs.image_sampler import ImageSampler
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
-from marble_jax.storage.images import Album, writable
+from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
 
 _HASHES = "hashes.json"
@@ -36,12 +36,12 @@ def sample_images(
       with_grid: also write `grid.png`.
 
     Raises:
-      InputError: see `ImageSampler` and `Album.check`.
+      InputError: see `ImageSampler` and `ImageFolder.check`.
     """
     if not prompts:
         raise InputError("prompts: expected at least one; received none")
     platform.keep_compilations()
-    console, folder = Console(), Album(out)
+    console, folder = Console(), ImageFolder(out)
     sampler = ImageSampler(source, settings)
     fill_folder(folder, sampler, prompts, settings.batch, console, "sample")
     if with_grid:
@@ -50,7 +50,7 @@ def sample_images(
 
 
 def fill_folder(
-    folder: Album,
+    folder: ImageFolder,
     sampler: ImageSampler,
     prompts: Sequence[str],
     batch: int,
@@ -84,7 +84,7 @@ def fill_folder(
     return len(missing)
 
 
-def _claim(folder: Album, sampler: ImageSampler, prompts: Sequence[str]) -> None:
+def _claim(folder: ImageFolder, sampler: ImageSampler, prompts: Sequence[str]) -> None:
     """Writes down what the folder's images are of, and the hashes of the files that say so."""
     hashes = folder.path / _HASHES
     known = _read_hashes(hashes)
