@@ -127,7 +127,7 @@ class Turn:
         Raises:
           RewardError: a reward failed and the run is not to go on without it.
         """
-        key = jax.random.wrap_key_data(jnp.asarray(distributed.whole(state.key)))
+        key = jax.random.wrap_key_data(jnp.asarray(distributed.to_host(state.key)))
         key = stream_key(key, Stream.ROLLOUT_NOISE, int(state.step))
         return self.collector(*self.policy(state), samples, key, progress)
 
@@ -140,7 +140,7 @@ class Turn:
         mask = presence.mask(names, scored, seed, step)
         each, rows, valid = advantages_of(rollout.scores, samples.groups, self.sampling, mask)
         checksum = zlib.crc32(rows.tobytes() + valid.tobytes())
-        distributed.same(f"advantages of step {step + 1}, ", {"checksum": checksum})
+        distributed.assert_equal(f"advantages of step {step + 1}, ", {"checksum": checksum})
         batch = self.batch(rollout, rows, valid)
         start = time.perf_counter()
         program = self.steps.due(

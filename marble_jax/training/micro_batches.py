@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from marble_jax.distributed.device_mesh import ALONE, Shards
+from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
 from marble_jax.flow.path import interpolate
 from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.harmonize.reward_gradients import FlowBatch
@@ -60,7 +60,7 @@ def schedule(
     sigmas: jax.Array,
     num_timesteps: int,
     micro_batch: int,
-    shards: Shards = ALONE,
+    shards: Shards = SINGLE_DEVICE,
 ) -> Schedule:
     """Shuffles images and, for each, timesteps.
 
@@ -104,7 +104,7 @@ def micro_step(
     plan: Schedule,
     index: jax.Array,
     with_reference: bool,
-    shards: Shards = ALONE,
+    shards: Shards = SINGLE_DEVICE,
 ) -> tuple[FlowBatch, jax.Array, jax.Array]:
     """Noised latents of micro-step `index` with the rollout policy's and the base model's velocity there.
 

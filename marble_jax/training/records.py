@@ -17,7 +17,7 @@ def flat_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     """Scalars under their key, [K] under `key/reward`, [K, K] (upper triangle) under `key/reward|other`."""
     record: dict[str, float] = {}
     for key, value in metrics.items():
-        value = distributed.whole(value).astype(np.float64)
+        value = distributed.to_host(value).astype(np.float64)
         if value.ndim == 0:
             record[key] = float(value)
         elif value.ndim == 1:

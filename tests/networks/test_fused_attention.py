@@ -166,8 +166,8 @@ def exact(attention, remat="full", mesh=None):
     if mesh is not None:
         from marble_jax.distributed import device_mesh
 
-        params, adapter = device_mesh.place_everywhere(mesh, (params, adapter))
-        batch = device_mesh.place_batch(mesh, batch)
+        params, adapter = device_mesh.replicate(mesh, (params, adapter))
+        batch = device_mesh.shard_batch(mesh, batch)
 
     def step(params, adapter, batch, r, valid):
         return reward_gradients.accumulate(

@@ -28,9 +28,11 @@ def scores() -> dict[str, dict[str, object]]:
     def scored(mesh):
         sharding = device_mesh.image_sharding(mesh, 16)
         images = pipeline.decode(
-            latents, build.decode_size(16, mesh), lambda part: distributed.put(part, sharding)
+            latents,
+            build.decode_size(16, mesh),
+            lambda part: distributed.device_put_global(part, sharding),
         )
-        images = distributed.put(images, sharding)
+        images = distributed.device_put_global(images, sharding)
         rewards = load_rewards(build.place_of("embedded", "rewards"), names)
         build.place_rewards(mesh, rewards)
         scorer = Scorer(rewards)
