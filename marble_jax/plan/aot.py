@@ -160,8 +160,8 @@ def jobs(
         struct((drawn, *made.latent), jnp.float32),
         struct((drawn,), jnp.int32),
         cond(config.rollout.prompts_per_step, everywhere),
-        struct((rows, drawn), jnp.float32),
-        struct((rows, drawn), jnp.bool_),
+        struct((drawn, rows), jnp.float32),
+        struct((drawn, rows), jnp.bool_),
     )
     sampler = make_sampler(
         velocity,

@@ -176,7 +176,7 @@ class Evaluations:
             record["gain"] = gain
         if scores.failed.any():
             record["failed"] = {
-                n: int(f.sum()) for n, f in zip(scores.names, scores.failed) if f.any()
+                n: int(f.sum()) for n, f in zip(scores.names, scores.failed.T) if f.any()
             }
         self._workdir.append(self._workdir.evaluations, record)
         self._events.write(
@@ -190,11 +190,11 @@ def _read_scores(file: epath.Path) -> dict[str, Any] | None:
         found = json.loads(file.read_bytes()) if file.exists() else None
     except ValueError:
         found = None
-    return (
-        found
-        if isinstance(found, dict) and {"names", "values", "valid", "failed"} <= set(found)
-        else None
-    )
+    if not isinstance(found, dict) or not {"names", "values", "valid", "failed"} <= set(found):
+        return None
+    # One row an image, one number a reward: another shape is no record of these scores.
+    whole = all(len(row) == len(found["names"]) for row in found["values"])
+    return found if whole else None
 
 
 def _scores_of(record: Mapping[str, Any]) -> Scores:

@@ -278,7 +278,7 @@ class Scorer:
 def concatenate(parts: Sequence[Scores], count: int) -> Scores:
     """Scores of several batches as one, cut to `count` samples (the last batch may have been filled up)."""
     values, valid, failed = (
-        np.concatenate([getattr(p, f) for p in parts], axis=1)[:, :count]
+        np.concatenate([getattr(p, f) for p in parts])[:count]
         for f in ("values", "valid", "failed")
     )
     return Scores(parts[0].names, values, valid, failed)

@@ -166,8 +166,8 @@ def exact_step(
                     partial(velocity, params),
                     state.current,
                     flow,
-                    optimality(advantages.T, recipe.clip),
-                    valid.T,
+                    optimality(advantages, recipe.clip),
+                    valid,
                     nft_beta=recipe.nft_beta,
                     clip=recipe.clip,
                     chunk_size=recipe.chunk // recipe.shards.count,
@@ -175,8 +175,8 @@ def exact_step(
                     anchor_scale=units / len(anchored),
                 ),
                 flow,
-                advantages.T,
-                valid.T,
+                advantages,
+                valid,
             )
 
         sums = sum_over(partial(body, True), anchored)
@@ -240,7 +240,7 @@ def amortized_step(
             recipe.micro_batch,
             recipe.shards,
         )
-        counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
+        counts = jnp.sum(batch.valid, axis=0) * recipe.num_timesteps
         total = batch.x0.shape[0] * recipe.num_timesteps
         weights = alpha_state.present_weights(state.alpha, counts[:rewards] > 0)
         if recipe.scalarized:

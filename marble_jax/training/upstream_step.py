@@ -79,15 +79,15 @@ def upstream_step(
                     partial(velocity, params),
                     state.current,
                     flow,
-                    optimality(advantages.T, recipe.clip),
-                    valid.T,
+                    optimality(advantages, recipe.clip),
+                    valid,
                     nft_beta=recipe.nft_beta,
                     clip=recipe.clip,
                     chunk_size=recipe.chunk // recipe.shards.count,
                 ),
                 flow,
-                advantages[:rewards].T,
-                valid[:rewards].T,
+                advantages[:, :rewards],
+                valid[:, :rewards],
             )
             # Reduced here and not after the loop: alpha is solved on this micro-step alone.
             sums = recipe.shards.all_reduce(sums)
@@ -114,7 +114,7 @@ def upstream_step(
 
         def cached(alpha: jax.Array, index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
             flow, advantages, _ = prepared(index)
-            r = optimality(alpha @ advantages[:rewards], recipe.clip)
+            r = optimality(advantages[:, :rewards] @ alpha, recipe.clip)
             share = 1.0 / (units * recipe.micro_batch)
             return recipe.shards.map_shards(
                 lambda flow, p, q: reward_gradients.combined_gradient(

@@ -162,7 +162,7 @@ def exact(attention, remat="full", mesh=None):
         latents[2],
         latents[3],
     )
-    r, valid = jax.nn.sigmoid(draw(3, 4)), jnp.arange(12).reshape(3, 4) % 5 > 0
+    r, valid = jax.nn.sigmoid(draw(3, 4)).T, jnp.arange(12).reshape(3, 4).T % 5 > 0
     if mesh is not None:
         from marble_jax.distributed import device_mesh
 
