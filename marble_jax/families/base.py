@@ -183,6 +183,11 @@ class Networks(abc.ABC):
     def decode_latents(self, decoder_params: Params, latents: jax.Array) -> jax.Array:
         """Clips float32 [N, F, H, W, 3] in [0, 1] of clean latents [N, *latent], as a pure function."""
 
+    @property
+    def decoder_only_params(self) -> Params:
+        """What decoding reads of `decoder_params`."""
+        return self.decoder_params
+
     @abc.abstractmethod
     def check_size(self, size: Size, names: tuple[str, str, str]) -> None:
         """Raises InputError for a size that the model cannot draw.
@@ -262,6 +267,8 @@ class Family(abc.ABC):
       optional_text_encoders: those of them that a model can do without.
       default_targets: suffixes of the layers that an adapter adapts unless it is told otherwise.
       published_models: names of models on the Hub whose shapes are known without their files.
+      tensor_parallel_modules: pattern of the flax modules whose partial products devices sum along `tensor`.
+      gathered_tables: pattern of the flax modules that hold tables split over `fsdp`.
       diffusers: what its models are called in diffusers.
     """
 
@@ -272,6 +279,8 @@ class Family(abc.ABC):
     optional_text_encoders: tuple[str, ...]
     default_targets: tuple[str, ...]
     published_models: tuple[str, ...]
+    tensor_parallel_modules: str
+    gathered_tables: str
     diffusers: DiffusersNames
 
     @abc.abstractmethod

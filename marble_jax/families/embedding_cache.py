@@ -64,7 +64,6 @@ class EmbeddingCache:
         load: Callable[[], TextEncoders] | None = None,
         memory: int = MEMORY_BYTES,
     ):
-<<<<<<< HEAD
         self._family, self._root, self._omit = family, root, tuple(omit)
         self._length, self._dtype = max_sequence_length, jnp.dtype(dtype)
         if load is None:
@@ -72,12 +71,6 @@ class EmbeddingCache:
                 family.open_text_encoders, root, dtype, self._omit, place=sharding.over_host
             )
         self._load = load
-=======
-        self._root, self._length, self._dtype, self._t5 = root, length, jnp.dtype(dtype), t5
-        self._load = load or functools.partial(
-            text.load_text_encoders, root, dtype, t5, place=sharding.place_over_host
-        )
->>>>>>> ground
         self._encoders: TextEncoders | None = None
         self._memory = memory
         self._values: collections.OrderedDict[str, Value] = collections.OrderedDict()

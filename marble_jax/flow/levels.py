@@ -1,4 +1,4 @@
-"""The grid of noise levels of SD3's flow-matching Euler scheduler."""
+"""Noise levels of the flow-matching Euler scheduler with a static shift, from which families make theirs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 
 from marble_jax.errors import InputError
 
-SD3_SHIFT = 3.0
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -16,7 +15,7 @@ def shifted(u: np.ndarray | float, shift: float) -> np.ndarray | float:
 
 
 def sigma_grid(
-    num_steps: int, shift: float = SD3_SHIFT, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
+    num_steps: int, shift: float, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
 ) -> np.ndarray:
     """Noise levels of a sampling run, from 1 down to the smallest one, with a trailing 0.
 

@@ -8,48 +8,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marble_jax.flow.levels import sigma_grid, truncated
+from marble_jax.flow.levels import truncated
 from marble_jax.flow.sampler import sample
 from marble_jax.flow.solvers import solver_table
 from marble_jax.streams import Stream, stream_key
 from marble_jax.types import Adapter, Conditioning, Params
 
 PolicyVelocity = Callable[[Params, Adapter | None, jax.Array, jax.Array, Conditioning], jax.Array]
-"""velocity(params, adapter or None, xt [n, h, w, C], sigma [n], cond) -> float32 [n, h, w, C]."""
+"""velocity(params, adapter or None, xt [n, *latent], sigma [n], cond) -> float32 [n, *latent]."""
 
 Sampler = Callable[[Params, Adapter | None, Conditioning, jax.Array], jax.Array]
-"""sampler(params, adapter or None, cond of n samples, noise [n, h, w, C]) -> clean latents float32 [n, h, w, C]."""
+"""sampler(params, adapter or None, cond of n samples, noise [n, *latent]) -> clean latents float32 [n, *latent]."""
 
 
 def make_sampler(
-    velocity: PolicyVelocity,
-    num_steps: int,
-    solver: str,
-    shift: float,
-    integer_timesteps: bool = False,
+    velocity: PolicyVelocity, solver: str, sigmas: np.ndarray, integer_timesteps: bool = False
 ) -> Sampler:
     """A compiled sampler.
 
     Args:
       velocity: the policy as a function.
-      num_steps: solver steps.
       solver: "euler", "dpm1", "dpm2" or "ddim".
-      shift: resolution shift of the noise levels.
+      sigmas: [N + 1] noise levels of the model, decreasing to 0.
       integer_timesteps: truncate the timestep that the network sees, as upstream's rollouts do.
     """
-    sigmas = sigma_grid(num_steps, shift)
     table = solver_table(solver, sigmas)
-    seen = truncated(sigmas[:-1]) if integer_timesteps else None
+    network_sigmas = truncated(sigmas[:-1]) if integer_timesteps else None
 
     @jax.jit
     def run(
         params: Params, adapter: Adapter | None, cond: Conditioning, noise: jax.Array
     ) -> jax.Array:
-        def at(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        def velocity_at(x: jax.Array, sigma: jax.Array) -> jax.Array:
             return velocity(params, adapter, x, jnp.broadcast_to(sigma, x.shape[:1]), cond)
 
         with jax.named_scope("rollout"):
-            return sample(at, noise, sigmas, table, seen)
+            return sample(velocity_at, noise, sigmas, table, network_sigmas)
 
     return run
 
@@ -62,15 +56,15 @@ def batches(count: int, size: int) -> list[np.ndarray]:
 
 
 def image_noise(
-    key: jax.Array, index: Sequence[int] | np.ndarray, shape: tuple[int, int, int]
+    key: jax.Array, numbers: Sequence[int] | np.ndarray, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Noise [n, h, w, C] that belongs to the images' numbers, whatever batch they are drawn in.
+    """Noise [n, *latent] that belongs to the images' numbers, whatever batch they are drawn in.
 
     Args:
       key: PRNG key of all images.
-      index: n image numbers.
-      shape: (h, w, C).
+      numbers: n image numbers.
+      shape: of one sample's latents.
     """
     stream = stream_key(key, Stream.IMAGE_NOISE)
-    keys = jax.vmap(lambda i: jax.random.fold_in(stream, i))(jnp.asarray(index))
+    keys = jax.vmap(lambda i: jax.random.fold_in(stream, i))(jnp.asarray(numbers))
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)

@@ -1,11 +1,11 @@
 """Compiles a run's programs for a TPU slice that is not here, and reads what the compiler says of them.
 
 `libtpu` holds the compiler of the chips, and `jax.experimental.topologies` describes a slice by name; no TPU is needed.
-The programs and the shardings are those that training uses (`compose.make_recipe`, `training.step_schedule`, `sampling`,
-`parallel`), with shapes in place of values.
+The programs and the shardings are those that training uses (`programs.build`, `training.step_schedule`,
+`flow.policy_sampler`, `distributed.device_mesh`), with shapes in place of values.
 
 XLA's cost analysis counts the body of a loop once: its FLOPs and bytes are of one block, one sampling step and one
-micro-step where the program loops over many.
+micro-batch where the program loops over many.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ import importlib.util
 import re
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marble_jax.distributed import device_mesh, sharding
+from marble_jax.config import Settings
+from marble_jax.distributed import device_mesh
 from marble_jax.distributed.accelerators import ACCELERATORS, GIB, Accelerator
 from marble_jax.errors import InputError, nearest
-from marble_jax.families.sd3 import transformer
 from marble_jax.flow.policy_sampler import make_sampler
-from marble_jax.networks import autoencoder_kl
 from marble_jax.plan.hlo import Collective, collectives
-from marble_jax.plan.model_shapes import Architecture
-from marble_jax.programs import build
+from marble_jax.plan.model_shapes import ModelShapes
+from marble_jax.programs.build import build_steps
+from marble_jax.programs.open_model import decode_size, network_options
+from marble_jax.programs.run_state import blank_state
+from marble_jax.training.batch_sizes import BatchSizes
 from marble_jax.training.micro_batches import RolloutBatch
-from marble_jax.training.state import initial_state
-from marble_jax.training.step_schedule import make_steps
+from marble_jax.training.state import TrainState
 from marble_jax.types import Conditioning
 
 SLICES = ("v5e", "v5p", "v6e")
@@ -111,95 +110,95 @@ def slice_devices(name: str) -> list[Any]:
 
 
 def jobs(
-    config: ml_collections.ConfigDict, made: Architecture, sizes: build.Sizes, mesh: Mesh
+    settings: Settings, shapes: ModelShapes, sizes: BatchSizes, mesh: Mesh
 ) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     """The compiled functions of a run by name, each with the shapes of its arguments where they lie."""
-    everywhere, batch = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, device_mesh.BATCH)
-
-    def struct(
-        shape: tuple[int, ...], dtype: Any, sharding: NamedSharding = everywhere
-    ) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def cond(count: int, sharding: NamedSharding) -> Conditioning:
-        widths, dtype = made.model.config, build.DTYPES[config.model.dtype]
-        return Conditioning(
-            struct((count, made.text_tokens, widths.joint_attention_dim), dtype, sharding),
-            struct((count, widths.pooled_projection_dim), dtype, sharding),
-        )
-
-    model = made.model.clone(
-        attention=build.attention_of(config, mesh),
-        gather=sharding.gather(mesh, made.model.config.attention_head_dim),
+    model = _Shardings(settings, shapes, mesh)
+    networks = model.networks
+    rollout = settings.rollout
+    levels = networks.levels(rollout.num_steps, shapes.latent)
+    sampler = make_sampler(networks.velocity, rollout.solver, levels, rollout.integer_timesteps)
+    steps = build_steps(settings, sizes, mesh, networks, shapes.latent)
+    state = model.state()
+    batch, decoded = rollout.batch_size, decode_size(rollout.batch_size, mesh)
+    policy = None if rollout.merge_adapter else state.rollout
+    noise = model.sharded((batch, *shapes.latent), jnp.float32)
+    latents = jax.ShapeDtypeStruct(
+        (decoded, *shapes.latent),
+        jnp.float32,
+        sharding=device_mesh.image_sharding(mesh, batch),
     )
-
-    def velocity(
-        params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any
-    ) -> jax.Array:
-        return transformer.velocity(model, params, adapter, xt, sigma, cond)
-
-    lie = sharding.shardings(mesh, "transformer", made.params, made.model.config.attention_head_dim)
-    params = jax.tree.map(lambda s, where: struct(s.shape, s.dtype, where), made.params, lie)
-    optimizer, balancer = build.make_optimizer(config), build.balancer_of(config)
-    recipe = build.make_recipe(config, sizes, mesh, balancer, made.shift)
-    names = len(config.rewards.train)
-    state = jax.tree.map(
-        lambda s: struct(s.shape, s.dtype),
-        jax.eval_shape(
-            lambda: initial_state(
-                jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), made.adapter),
-                optimizer,
-                names,
-                balancer.init(names),
-                0,
-            )
-        ),
-    )
-    rows, drawn = names + recipe.scalarized, sizes.images
-    rollouts = RolloutBatch(
-        struct((drawn, *made.latent), jnp.float32),
-        struct((drawn,), jnp.int32),
-        cond(config.rollout.prompts_per_step, everywhere),
-        struct((drawn, rows), jnp.float32),
-        struct((drawn, rows), jnp.bool_),
-    )
-    sampler = make_sampler(
-        velocity,
-        config.rollout.num_steps,
-        config.rollout.solver,
-        made.shift,
-        config.rollout.integer_timesteps,
-    )
-    steps = make_steps(
-        recipe, velocity, optimizer, config.harmonize.mode, config.harmonize.refresh_every
-    )
-    at_once, decoded = config.rollout.batch_size, build.decode_size(config.rollout.batch_size, mesh)
-    found = {
-        "rollout": (
-            sampler,
-            (
-                params,
-                None if config.rollout.merge_adapter else state.old,
-                cond(at_once, batch),
-                struct((at_once, *made.latent), jnp.float32, batch),
-            ),
-        ),
-        "decode": (
-            jax.jit(partial(autoencoder_kl.decode, made.vae)),
-            (
-                jax.tree.map(lambda s: struct(s.shape, s.dtype), made.vae_params),
-                struct(
-                    (decoded, *made.latent),
-                    jnp.float32,
-                    device_mesh.image_sharding(mesh, at_once),
-                ),
-            ),
-        ),
-        "train, solving": (steps.refresh, (state, params, rollouts)),
+    train = (state, model.params, model.rollouts(sizes))
+    programs = {
+        "rollout": (sampler, (model.params, policy, model.conditioning(batch), noise)),
+        "decode": (jax.jit(networks.decode_latents), (model.decoder_params, latents)),
+        "train, solving": (steps.refresh, train),
     }
     if steps.between is not steps.refresh:
-        found["train, between"] = (steps.between, (state, params, rollouts))
-    return found
+        programs["train, between"] = (steps.between, train)
+    return programs
+
+
+class _Shardings:
+    """Shapes of what a run's programs are given, each where it lies on the mesh."""
+
+    def __init__(self, settings: Settings, shapes: ModelShapes, mesh: Mesh):
+        self._settings, self._shapes = settings, shapes
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._batch = NamedSharding(mesh, device_mesh.BATCH)
+        rules = shapes.family.sharding_rules
+        scale = settings.lora.alpha / settings.lora.rank
+        options = network_options(settings.model, scale, mesh, rules.gather(mesh))
+        self.networks = shapes.networks.with_options(options)
+        layouts = rules.shardings(mesh, shapes.networks.params)
+        self.params = jax.tree.map(
+            lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+            shapes.networks.params,
+            layouts,
+        )
+        self.decoder_params = jax.tree.map(self._whole, shapes.networks.decoder_params)
+
+    def _whole(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._replicated)
+
+    def replicated(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array that every device holds whole."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
+
+    def sharded(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array whose samples are split over the devices."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch)
+
+    def conditioning(self, count: int, sharded: bool = True) -> Conditioning:
+        """Conditioning of `count` samples, or of prompts that every device holds."""
+        length = self._settings.model.max_sequence_length
+        place = self.sharded if sharded else self.replicated
+        arrays = self.networks.conditioning_shapes(count, length)
+        return {name: place(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
+
+    def state(self) -> TrainState:
+        """The training state."""
+
+        def new_state() -> TrainState:
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes.adapter
+            )
+            return blank_state(self._settings, zeros)
+
+        return jax.tree.map(self._whole, jax.eval_shape(new_state))
+
+    def rollouts(self, sizes: BatchSizes) -> RolloutBatch:
+        """The rollouts of a step."""
+        count, settings = sizes.images, self._settings
+        scalarized = settings.advantages.scalarize != "none"
+        columns = len(settings.rewards.train) + scalarized
+        return RolloutBatch(
+            self.replicated((count, *self._shapes.latent), jnp.float32),
+            self.replicated((count,), jnp.int32),
+            self.conditioning(settings.rollout.prompts_per_step, sharded=False),
+            self.replicated((count, columns), jnp.float32),
+            self.replicated((count, columns), jnp.bool_),
+        )
 
 
 def compile_program(name: str, function: Callable, arguments: tuple[Any, ...]) -> Program:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
+from marble_jax.families.base import Family
 from marble_jax.plan.hlo import IN_LOOP, KINDS, origin_of, result_bytes
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
@@ -25,48 +26,74 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 
 ALWAYS = "always"
-EXPLANATIONS: tuple[tuple[str, str, str, str], ...] = (
-    # kind, where ("loop", "once" or always), origin by JAX's names, why it is there
-    (
-        "all-gather",
-        ALWAYS,
-        r"/(squeeze|dynamic_slice|sharding_constraint|gathered)",
-        "base weights of one layer, split over fsdp, put together where they are used",
-    ),
-    ("all-gather", ALWAYS, r"/pos_embed/", "centre of the positional table, split over fsdp"),
-    (
-        "all-reduce",
-        "loop",
-        r"/(attn2?|ff|ff_context|norm1|norm1_context|norm_out|time_text_embed|blocks?_\d+|\w+_embedder)/.*dot_general",
-        "activations of the device's own samples: partial products of a layer that is split over tensor",
-    ),
-    (
-        "all-reduce",
-        "once",
-        r"/train/(reduce_sum|.*dot_general)$",
-        "adapter gradients summed over devices, once an optimiser step, and norms and products of them",
-    ),
-    (
-        "all-gather",
-        "once",
-        r"/train/(?!gather)[^/]+$",
-        "adapter gradients that a layer's split over tensor left in parts, put together once an optimiser step",
-    ),
-)
-"""Every exchange that a train step, rollout or decoder is known to need, and why."""
 
 
-def reason_of(kind: str, origin: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """A kind of exchange that a program is known to need.
+
+    Attributes:
+      kind: of the collective.
+      when: "loop", "once" or `ALWAYS`.
+      origin: pattern of its origin, by JAX's names.
+      reason: why it is there.
+    """
+
+    kind: str
+    when: str
+    origin: str
+    reason: str
+
+    def explains(self, kind: str, where: str, origin: str) -> bool:
+        """Whether a collective is one of these."""
+        if kind != self.kind or self.when not in (where, ALWAYS):
+            return False
+        return re.search(self.origin, origin) is not None
+
+
+def explanations(family: Family) -> tuple[Explanation, ...]:
+    """Every exchange that a train step, rollout or decoder is known to need, and why."""
+    return (
+        Explanation(
+            "all-gather",
+            ALWAYS,
+            r"/(squeeze|dynamic_slice|sharding_constraint|gathered)",
+            "base weights of one layer, split over fsdp, put together where they are used",
+        ),
+        Explanation(
+            "all-gather",
+            ALWAYS,
+            rf"/({family.gathered_tables})/",
+            "centre of the positional table, split over fsdp",
+        ),
+        Explanation(
+            "all-reduce",
+            "loop",
+            rf"/({family.tensor_parallel_modules})/.*dot_general",
+            "activations of the device's own samples: partial products of a layer that is split over tensor",
+        ),
+        Explanation(
+            "all-reduce",
+            "once",
+            r"/train/(reduce_sum|.*dot_general)$",
+            "adapter gradients summed over devices, once an optimiser step, and norms and products of them",
+        ),
+        Explanation(
+            "all-gather",
+            "once",
+            r"/train/(?!gather)[^/]+$",
+            "adapter gradients that a layer's split over tensor left in parts, put together once an optimiser step",
+        ),
+    )
+
+
+def reason_of(kind: str, origin: str, family: Family) -> str:
     """Why a collective of a kind and origin is there; empty where nothing explains it."""
     where = "loop" if IN_LOOP in origin else "once"
-    return next(
-        (
-            why
-            for known, when, pattern, why in EXPLANATIONS
-            if known == kind and when in (where, ALWAYS) and re.search(pattern, origin)
-        ),
-        "",
-    )
+    for explanation in explanations(family):
+        if explanation.explains(kind, where, origin):
+            return explanation.reason
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

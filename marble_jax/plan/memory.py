@@ -14,33 +14,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from marble_jax.distributed import device_mesh, sharding
-from marble_jax.plan.model_shapes import Architecture
-from marble_jax.programs import build
+from marble_jax.config import Settings
+from marble_jax.distributed import device_mesh
+from marble_jax.plan.model_shapes import ModelShapes
+from marble_jax.programs.open_model import decode_size
 from marble_jax.trainable import lora
+from marble_jax.training.batch_sizes import BatchSizes, chunk_size
+from marble_jax.types import DTYPES
 
-POLICIES = 4  # current, rollout, averaged and best adapter
-MOMENTS = 2  # of AdamW
+NUM_POLICIES = 4  # current, rollout, averaged and best adapter
+NUM_MOMENTS = 2  # of AdamW
 BLOCK_ARRAYS = 28  # arrays [tokens, width] of a block's backward pass that are alive at once
 FORWARD_ARRAYS = 6  # the same of a forward pass
 KEPT_ARRAYS = 34  # arrays a block keeps for its backward pass without rematerialisation
+DOTS_ARRAYS = 9  # arrays of both streams that a block keeps under remat=dots
+SECOND_DOTS_ARRAYS = 4  # arrays of the image tokens that a second attention keeps under remat=dots
 SUMS_HELD = 3  # sums of gradients alive at once: of the loop, of its body, and of the loop before
 SPLASH_ARRAYS = 13  # arrays [tokens, width] around the TPU's fused kernel: padded to blocks and lanes, statistics
 DECODER_ARRAYS = 4  # of the decoder's largest activation
 LANES = 128  # a TPU pads the last axis of an array to this
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Bytes of one source on one device, and what they are."""
-
-    name: str
-    bytes: float
-    note: str
-
+FLOAT32 = 4  # bytes
 
 BASE, ADAPTERS, OPTIMISER, ROLLOUTS = (
     "base weights",
@@ -57,242 +52,239 @@ SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
 )
 
 
-def weight_bytes(made: Architecture, mesh: Mesh | AbstractMesh) -> float:
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Bytes of one source on one device, and what they are."""
+
+    name: str
+    bytes: float
+    note: str
+
+
+def weight_bytes(shapes: ModelShapes, mesh: Mesh | AbstractMesh) -> float:
     """Bytes of the base weights on a device."""
-    return sharding.layout(
-        mesh, "transformer", made.params, made.model.config.attention_head_dim
-    ).device
+    return shapes.family.layout(mesh, "transformer", shapes.networks.params).device
 
 
-def programs(
-    config: ml_collections.ConfigDict,
-    made: Architecture,
-    sizes: build.Sizes,
+def program_sources(
+    settings: Settings,
+    shapes: ModelShapes,
+    sizes: BatchSizes,
     mesh: Mesh | AbstractMesh,
     pad: int = LANES,
 ) -> dict[str, list[Source]]:
-    """Sources of every program, under the names of `ahead.jobs`.
+    """Sources of every program, under the names of `aot.jobs`.
 
     Args:
-      config: the run's configuration.
-      made: its model.
+      settings: of the run.
+      shapes: of its model.
       sizes: its batch arithmetic.
       mesh: its devices.
       pad: what the last axis of attention's scores is padded to.
     """
-    parts = _Parts(config, made, sizes, mesh, pad)
-    base = Source(BASE, weight_bytes(made, mesh), _lies(made, mesh))
-    state = [
-        Source(
-            ADAPTERS, POLICIES * parts.adapter, f"{POLICIES} x {parts.adapter / 1e6:.0f} MB float32"
-        ),
-        Source(OPTIMISER, MOMENTS * parts.adapter, "AdamW's moments, float32"),
-    ]
-    found = {
-        "rollout": [
-            base,
-            Source(
-                ADAPTERS, 0 if config.rollout.merge_adapter else parts.adapter, "the rollout policy"
-            ),
-            Source(
-                ROLLOUTS,
-                parts.share(config.rollout.batch_size) * (parts.cond + 4 * parts.latent),
-                "conditioning and latents of a batch",
-            ),
-            Source(
-                BLOCK, parts.forward(parts.share(config.rollout.batch_size)), "one block, forward"
-            ),
-        ],
-        "decode": [Source(DECODER, *parts.decoder())],
-        "train, solving": [base, *state, parts.rollouts(), *parts.solving()],
+    model = MemoryModel(settings, shapes, sizes, mesh, pad)
+    sources = {
+        "rollout": model.rollout_program(),
+        "decode": [model.decoder()],
+        "train, solving": [*model.state(), model.rollouts(), *model.solving()],
     }
-    if config.harmonize.mode != "exact":
-        found["train, between"] = [base, *state, parts.rollouts(), *parts.between()]
-    return found
+    if settings.harmonize.mode != "exact":
+        sources["train, between"] = [*model.state(), model.rollouts(), *model.between()]
+    return sources
 
 
-def beside(
-    config: ml_collections.ConfigDict,
-    made: Architecture,
+def resident_sources(
+    settings: Settings,
+    shapes: ModelShapes,
     mesh: Mesh | AbstractMesh,
-    name: str,
-    on_host: int = 1,
+    program: str,
+    devices_per_host: int = 1,
 ) -> list[Source]:
-    """What lies on a device while program `name` runs and is no argument of it, reward models apart.
+    """What lies on a device while a program runs and is no argument of it, reward models apart.
 
     Args:
-      config: of the run.
-      made: its networks.
+      settings: of the run.
+      shapes: of its model.
       mesh: its devices.
-      name: a key of `programs`.
-      on_host: devices of one host, which share its text encoders.
+      program: a key of `program_sources`.
+      devices_per_host: devices of one host, which share its text encoders.
     """
-    adapter = 4 * lora.num_parameters(made.adapter)
-    merged, cached = config.rollout.merge_adapter, bool(config.prompts.embedding_cache)
-    found = {
-        "the rest of the state": (POLICIES + MOMENTS) * adapter - (not merged) * adapter,
-        "transformer" + (", and the merged copy" if merged else ""): (1 + merged)
-        * weight_bytes(made, mesh),
-        "VAE": sum(4 * s.size for s in jax.tree.leaves(made.vae_params)),
-        "text encoders": 0
-        if cached
-        else (
-            jnp.dtype(build.DTYPES[config.model.dtype]).itemsize * made.encoder_parameters / on_host
-        ),
-    }
-    rest, weights, autoencoder, encoders = found
-    if name == "rollout":
-        found[weights] -= weight_bytes(made, mesh)
-    elif name == "decode":
-        found[rest] = (POLICIES + MOMENTS) * adapter
-        del found[autoencoder]
+    adapter = FLOAT32 * lora.num_parameters(shapes.adapter)
+    weights = weight_bytes(shapes, mesh)
+    merged = settings.rollout.merge_adapter
+    state = (NUM_POLICIES + NUM_MOMENTS) * adapter
+    autoencoder = FLOAT32 * lora.num_parameters(shapes.networks.decoder_params)
+    transformer = "transformer, and the merged copy" if merged else "transformer"
+    resident: dict[str, float] = {}
+    if program == "rollout":
+        # The rollout policy is an argument, unless it is folded into a copy of the weights.
+        resident["the rest of the state"] = state if merged else state - adapter
+        resident[transformer] = weights if merged else 0
+        resident["VAE"] = autoencoder
+    elif program == "decode":
+        resident["the rest of the state"] = state
+        resident[transformer] = (1 + merged) * weights
     else:
-        del found[rest], found[weights]
-    return [Source(what, size, "") for what, size in found.items() if size]
+        resident["VAE"] = autoencoder
+    if not settings.prompts.embedding_cache:
+        size = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
+        resident["text encoders"] = size * shapes.encoder_parameters / devices_per_host
+    return [Source(name, size, "") for name, size in resident.items() if size]
 
 
-def _lies(made: Architecture, mesh: Mesh | AbstractMesh) -> str:
-    dtype = jax.tree.leaves(made.params)[0].dtype
-    lie = sharding.describe(mesh, "transformer", made.params, made.model.config.attention_head_dim)
-    return f"{dtype}, {lie}"
-
-
-class _Parts:
-    """Sizes that several programs share, in bytes on a device."""
+class MemoryModel:
+    """Sizes that several programs share, in bytes on a device; arguments as in `program_sources`."""
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
-        made: Architecture,
-        sizes: build.Sizes,
+        settings: Settings,
+        shapes: ModelShapes,
+        sizes: BatchSizes,
         mesh: Mesh | AbstractMesh,
         pad: int,
     ):
-        self.config, self.made, self.sizes, self.mesh = config, made, sizes, mesh
-        self.arch, self.pad = made.model.config, pad
-        self.size = jnp.dtype(build.DTYPES[config.model.dtype]).itemsize
-        self.adapter = 4 * lora.num_parameters(made.adapter)
-        self.latent = math.prod(made.latent)
-        self.cond = self.size * (
-            made.text_tokens * self.arch.joint_attention_dim + self.arch.pooled_projection_dim
-        )
-        self.rows = len(config.rewards.train) + (config.advantages.scalarize != "none")
-        self.stream = (
-            (made.tokens + made.text_tokens) * self.arch.width * self.size
-        )  # one array of one sample
+        self.settings, self.shapes, self.sizes, self.mesh = settings, shapes, sizes, mesh
+        self.transformer, self.pad = shapes.transformer, pad
+        self.itemsize = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
+        self.adapter = FLOAT32 * lora.num_parameters(shapes.adapter)
+        self.latent = FLOAT32 * math.prod(shapes.latent)
+        self.cond = self.itemsize * self.transformer.conditioning_size
+        scalarized = settings.advantages.scalarize != "none"
+        self.num_objectives = len(settings.rewards.train) + scalarized
+        self.tokens = self.transformer.tokens + self.transformer.text_tokens
+        # One array of both token streams, of one sample.
+        self.stream = self.tokens * self.transformer.width * self.itemsize
+        self.image_stream = self.transformer.tokens * self.transformer.width * self.itemsize
 
     def share(self, count: int) -> int:
         """Samples of `count` on one device."""
         return NamedSharding(self.mesh, device_mesh.BATCH).shard_shape((count,))[0]
 
-    def scores(self, tokens: int, size: int) -> float:
-        """Attention's scores of one sample over `tokens`, numbers of `size` bytes; a fused kernel has none."""
-        if self.config.model.attention == "cudnn":
+    def scores(self, tokens: int, itemsize: int) -> float:
+        """Attention's scores of one sample over `tokens`, numbers of `itemsize` bytes; a fused kernel has none."""
+        attention = self.settings.model.attention
+        if attention == "cudnn":
             return 0.0
-        if self.config.model.attention == "splash":
-            return SPLASH_ARRAYS * tokens * self.arch.width * self.size * (size == 4)
-        return self.arch.num_attention_heads * tokens * (-(-tokens // self.pad) * self.pad) * size
-
-    @property
-    def joint(self) -> int:
-        return self.made.tokens + self.made.text_tokens
-
-    @property
-    def second(self) -> float:
-        """Kept scores of the second attention of a dual block, of one sample."""
-        return self.scores(self.made.tokens, self.size) if self.arch.dual_attention_layers else 0.0
+        if attention == "splash":
+            # The kernel's own buffers, counted once: with the scores in float32.
+            if itemsize != FLOAT32:
+                return 0.0
+            return SPLASH_ARRAYS * tokens * self.transformer.width * self.itemsize
+        padded = -(-tokens // self.pad) * self.pad
+        return self.transformer.num_heads * tokens * padded * itemsize
 
     def forward(self, count: int) -> float:
         """A block's forward pass of `count` samples."""
-        return count * (self.scores(self.joint, 4) + FORWARD_ARRAYS * self.stream)
+        return count * (self.scores(self.tokens, FLOAT32) + FORWARD_ARRAYS * self.stream)
 
     def backward(self, count: int, cotangents: int = 1) -> float:
         """A block's backward pass of `count` samples with `cotangents` for each."""
-        once = self.scores(self.joint, self.size) + self.second
-        return count * (
-            once + cotangents * (self.scores(self.joint, 4) + BLOCK_ARRAYS * self.stream)
-        )
+        kept_scores = self.scores(self.tokens, self.itemsize)
+        if self.transformer.num_second_attentions:
+            kept_scores += self.scores(self.transformer.tokens, self.itemsize)
+        each = self.scores(self.tokens, FLOAT32) + BLOCK_ARRAYS * self.stream
+        return count * (kept_scores + cotangents * each)
 
-    def saved(self, count: int) -> tuple[float, str]:
+    def saved(self, count: int) -> Source:
         """What all blocks keep for the backward pass of `count` samples."""
-        layers, dual = self.arch.num_layers, len(self.arch.dual_attention_layers)
-        image = self.made.tokens * self.arch.width * self.size
+        layers = self.transformer.num_layers
+        second = self.transformer.num_second_attentions
         inputs = layers * self.stream
-        if self.config.model.remat == "full":
-            return count * inputs, f"inputs of {layers} blocks"
-        if self.config.model.remat == "dots":
-            return count * (
-                inputs + 9 * layers * self.stream + 4 * dual * image
-            ), "products with weights"
-        scores = layers * (
-            self.scores(self.joint, 4) + self.scores(self.joint, self.size)
-        ) + dual * (self.scores(self.made.tokens, 4) + self.scores(self.made.tokens, self.size))
-        return count * (scores + KEPT_ARRAYS * inputs), "everything (model.remat=none)"
+        if self.settings.model.remat == "full":
+            return Source(SAVED, count * inputs, f"inputs of {layers} blocks")
+        if self.settings.model.remat == "dots":
+            products = DOTS_ARRAYS * layers * self.stream
+            products += SECOND_DOTS_ARRAYS * second * self.image_stream
+            return Source(SAVED, count * (inputs + products), "products with weights")
+        # Softmax keeps its scores in float32 and in the compute dtype.
+        joint = self.scores(self.tokens, FLOAT32) + self.scores(self.tokens, self.itemsize)
+        image_tokens = self.transformer.tokens
+        image = self.scores(image_tokens, FLOAT32) + self.scores(image_tokens, self.itemsize)
+        kept = layers * joint + second * image + KEPT_ARRAYS * inputs
+        return Source(SAVED, count * kept, "everything (model.remat=none)")
+
+    def base(self) -> Source:
+        """Base weights, with how they lie."""
+        params = self.shapes.networks.params
+        dtype = jax.tree.leaves(params)[0].dtype
+        described = self.shapes.family.describe_layout(self.mesh, "transformer", params)
+        return Source(BASE, weight_bytes(self.shapes, self.mesh), f"{dtype}, {described}")
+
+    def state(self) -> list[Source]:
+        """What a train step is given besides rollouts."""
+        megabytes = self.adapter / 1e6
+        adapters = f"{NUM_POLICIES} x {megabytes:.0f} MB float32"
+        return [
+            self.base(),
+            Source(ADAPTERS, NUM_POLICIES * self.adapter, adapters),
+            Source(OPTIMISER, NUM_MOMENTS * self.adapter, "AdamW's moments, float32"),
+        ]
+
+    def rollout_program(self) -> list[Source]:
+        """Sources of the program that samples a batch."""
+        rollout = self.settings.rollout
+        count = self.share(rollout.batch_size)
+        policy = 0 if rollout.merge_adapter else self.adapter
+        batch = count * (self.cond + self.latent)
+        return [
+            self.base(),
+            Source(ADAPTERS, policy, "the rollout policy"),
+            Source(ROLLOUTS, batch, "conditioning and latents of a batch"),
+            Source(BLOCK, self.forward(count), "one block, forward"),
+        ]
 
     def rollouts(self) -> Source:
         """What the rollouts hand to training, and the copies of it that training makes."""
-        images = (self.sizes.images + self.share(self.sizes.images)) * 4 * self.latent
-        return Source(
-            ROLLOUTS,
-            images + 2 * self.config.rollout.prompts_per_step * self.cond,
-            "all latents and conditioning of the prompts, and the device's own in training order",
+        images = self.sizes.images
+        latents = (images + self.share(images)) * self.latent
+        conditioning = 2 * self.settings.rollout.prompts_per_step * self.cond
+        note = (
+            "all latents and conditioning of the prompts, and the device's own in training order"
         )
+        return Source(ROLLOUTS, latents + conditioning, note)
 
     def between(self) -> list[Source]:
-        count = self.share(self.config.training.micro_batch_size)
-        kept, what = self.saved(count)
+        """Sources of a train step that reuses alpha, besides what it is given."""
+        count = self.share(self.settings.training.micro_batch_size)
         return [
             Source(SUMS, 2 * self.adapter, "one gradient and its sum"),
-            Source(SAVED, kept, what),
+            self.saved(count),
             Source(BLOCK, self.backward(count), f"{count} samples, backward"),
         ]
 
     def solving(self) -> list[Source]:
-        chunk = self.share(build.chunk_size(self.config, device_mesh.batch_shards(self.mesh)))
-        cotangents = 2 + (self.config.nft.kl_weight > 0)
-        kept, what = self.saved(chunk)
-        block = max(
-            self.backward(chunk, cotangents),
-            self.forward(self.share(self.config.training.micro_batch_size)),
-        )
+        """Sources of a train step that takes every reward's gradient, besides what it is given."""
+        shards = device_mesh.batch_shards(self.mesh)
+        chunk = self.share(chunk_size(self.settings.training, self.settings.harmonize, shards))
+        directions = 2 + (self.settings.nft.kl_weight > 0)
+        micro_batch = self.share(self.settings.training.micro_batch_size)
+        block = max(self.backward(chunk, directions), self.forward(micro_batch))
+        sums = SUMS_HELD * (self.num_objectives + 1) * self.adapter
         return [
             Source(
                 SUMS,
-                SUMS_HELD * (self.rows + 1) * self.adapter,
-                f"{self.rows} rewards and the divergence, {SUMS_HELD} times",
+                sums,
+                f"{self.num_objectives} rewards and the divergence, {SUMS_HELD} times",
             ),
             Source(
                 SAMPLES,
-                chunk * cotangents * self.adapter,
-                f"{chunk} samples x {cotangents} directions",
+                chunk * directions * self.adapter,
+                f"{chunk} samples x {directions} directions",
             ),
-            Source(SAVED, kept, what),
-            Source(BLOCK, block, f"{chunk} samples x {cotangents} cotangents"),
+            self.saved(chunk),
+            Source(BLOCK, block, f"{chunk} samples x {directions} cotangents"),
         ]
 
-    def decoder(self) -> tuple[float, str]:
+    def decoder(self) -> Source:
         """Weights and activations of the decoder."""
-        at_once = self.config.rollout.batch_size
-        count = build.decode_size(at_once, self.mesh) // device_mesh.image_shards(
-            self.mesh, at_once
-        )
-        widths = self.made.vae.config.block_out_channels
-        largest = (
-            self.config.model.height
-            * self.config.model.width
-            * (widths[1] if len(widths) > 1 else widths[0])
-            * 4
-        )
-        used = [
-            leaves
-            for part, leaves in self.made.vae_params.items()
-            if part in ("decoder", "post_quant_conv")
-        ]
-        weights = sum(4 * s.size for s in jax.tree.leaves(used))
-        return (
-            weights + DECODER_ARRAYS * count * largest,
-            f"weights and activations of {count} images, float32",
-        )
+        batch = self.settings.rollout.batch_size
+        count = decode_size(batch, self.mesh) // device_mesh.image_shards(self.mesh, batch)
+        size, networks = self.shapes.size, self.shapes.networks
+        pixels = size.num_frames * size.height * size.width
+        activations = DECODER_ARRAYS * count * pixels * networks.largest_activation * FLOAT32
+        weights = FLOAT32 * lora.num_parameters(networks.decoder_only_params)
+        note = f"weights and activations of {count} images, float32"
+        return Source(DECODER, weights + activations, note)
 
 
 def total(sources: list[Source]) -> float:
@@ -300,9 +292,9 @@ def total(sources: list[Source]) -> float:
     return sum(source.bytes for source in sources)
 
 
-def as_record(found: dict[str, list[Source]]) -> dict[str, Any]:
+def as_record(sources: dict[str, list[Source]]) -> dict[str, Any]:
     """Plain values, for JSON."""
-    return {
-        name: {s.name: {"bytes": s.bytes, "note": s.note} for s in sources}
-        for name, sources in found.items()
-    }
+    record: dict[str, Any] = {}
+    for program, parts in sources.items():
+        record[program] = {part.name: {"bytes": part.bytes, "note": part.note} for part in parts}
+    return record

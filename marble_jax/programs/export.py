@@ -12,298 +12,206 @@ A folder is filled beside its place and takes it when it is complete (and, if as
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 from etils import epath
 
 from marble_jax import distributed, platform
+from marble_jax.config import Settings
 from marble_jax.console import Console, quantity
-from marble_jax.convert.lora import PEFT_CONFIG, PEFT_FILE
-from marble_jax.convert.lora_files import Pairs, lora_files, merge_transformer
+from marble_jax.convert.lora_files import merge_transformer
 from marble_jax.convert.writing import KEEP
 from marble_jax.errors import InputError
-from marble_jax.families.sd3 import transformer
-from marble_jax.families.sd3.config import MMDiTConfig
-from marble_jax.families.sd3.pipeline import find_model
-from marble_jax.programs import build
-from marble_jax.programs.model_card import Facts, model_card
-from marble_jax.programs.sample import run_adapter, run_config
+from marble_jax.families.base import Family
+from marble_jax.programs.export_folder import (
+    exported_pairs,
+    facts_of,
+    new_folder,
+    write_card,
+    write_lora,
+)
+from marble_jax.programs.model_card import Facts
+from marble_jax.programs.open_model import locate
+from marble_jax.programs.run_state import restore_policy, run_settings
 from marble_jax.programs.verify import Drawing, check_packages, verify
-from marble_jax.report.records import read_records
 from marble_jax.storage.files import location
-from marble_jax.storage.workdir import Workdir, jsonable
+from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter
-from marble_jax.version import VERSION
 from marble_jax.weights.component import open_component
-from marble_jax.weights.hub import HUB_NAME
 
-POLICIES = {"ema": "ema", "current": "current", "rollout": "old", "best": "best"}
-"""Names of the policies outside, and the fields of the training state that hold them."""
-RECORD = "export.json"
 PROMPT = "a photo of a red apple on a wooden table"
 """What a verification draws when the run has no images of its own."""
 _STEP = re.compile(r"step_(\d+)")
 
 
-@contextmanager
-def new_folder(target: epath.Path, overwrite: bool = False) -> Iterator[epath.Path]:
-    """A folder beside `target` to fill; it takes the place of `target` at the end, and vanishes on an error.
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """How a run is exported.
 
-    Args:
-      target: where it goes.
-      overwrite: replace an earlier export that is there.
-
-    Raises:
-      InputError: there is something already that is not to be replaced, or the place cannot be written.
+    Attributes:
+      policy: one of `types.TRAINED_POLICIES`.
+      step: of the checkpoint; the newest if None.
+      merge: also write the merged transformer.
+      dtype: of the merged weights, "float32" and so on; the base model's own if None.
+      verify: open the result with other libraries and compare, before it takes its place.
+      overwrite: replace an earlier export.
+      prompt: what to draw for the verification; one of the run's if empty.
     """
-    partial, old = (target.parent / f".{target.name}.{ending}" for ending in ("partial", "old"))
-    if old.exists() and not target.exists():  # a kill came between the two renames below
-        old.rename(target)
-    if target.exists():
-        empty = target.is_dir() and not any(target.iterdir())
-        if not empty and not overwrite:
-            raise InputError(
-                f"{target}: expected a new folder; received one that exists (--overwrite replaces it)"
-            )
-        if not empty and not (target / RECORD).exists():
-            raise InputError(
-                f"{target}: expected an earlier export to overwrite (with {RECORD}); received something "
-                "else, which is left alone"
-            )
-    try:
-        for place in (partial, old):
-            if place.exists():
-                place.rmtree()
-        partial.mkdir(parents=True)
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        if old.exists():
-            old.rmtree()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"{target}: expected a writable place with room; received {reason}"
-        ) from error
-    finally:
-        if partial.exists():
-            partial.rmtree()
+
+    policy: str = "ema"
+    step: int | None = None
+    merge: bool = False
+    dtype: str | None = None
+    verify: bool = False
+    overwrite: bool = False
+    prompt: str = ""
 
 
-def facts_of(
-    config: ml_collections.ConfigDict, workdir: Workdir, pairs: Pairs, which: str, step: int
-) -> Facts:
-    """What is said about an export in its card and its record."""
-    path = str(config.model.path)
-    on_hub = HUB_NAME.fullmatch(path) is not None and not epath.Path(path).is_dir()
-    return Facts(
-        name=config.name,
-        base=path if on_hub else epath.Path(path).name,
-        on_hub=on_hub,
-        embedded=path == build.EMBEDDED,
-        which=which,
-        step=step,
-        spec=build.lora_spec(config),
-        num_layers=len(pairs),
-        num_values=sum(a.size + b.size for a, b in pairs.values()),
-        height=config.model.height,
-        width=config.model.width,
-        tokens=config.model.max_sequence_length,
-        records=read_records(workdir.path),
-    )
-
-
-def exported_pairs(
-    adapter: Adapter, shapes: Any, spec: lora.LoraSpec
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The adapted layers' leaves by name, without the inert ones that only fill up a stacked run."""
-    pairs = lora.unstack(adapter)
-    return {m.name: pairs[m.name] for m in lora.target_modules(shapes, spec.targets)}
-
-
-def write_lora(folder: epath.Path, pairs: Pairs, facts: Facts) -> None:
-    """The files of the adapter, in an existing folder."""
-    for name, content in lora_files(
-        pairs, facts.spec, facts.base if facts.on_hub else None
-    ).items():
-        (folder / name).write_bytes(content)
-    (folder / "lora").mkdir()
-    for name in (PEFT_CONFIG, PEFT_FILE):
-        try:  # one file under two names, where the file system can
-            os.link(folder / name, folder / "lora" / name)
-        except (OSError, TypeError):
-            (folder / name).copy(folder / "lora" / name)
-
-
-def write_card(folder: epath.Path, facts: Facts, checks: Mapping[str, Any] | None = None) -> None:
-    """README.md with its images, and export.json."""
-    text, images = model_card(facts, checks, merged=(folder / "transformer").exists())
-    for name, file in images.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        file.copy(folder / name)
-    (folder / "README.md").write_text(text)
-    record = {
-        "marble_jax": VERSION,
-        "run": facts.name,
-        "base": facts.base,
-        "policy": facts.which,
-        "step": facts.step,
-        "lora": dataclasses.asdict(facts.spec),
-        "num_layers": facts.num_layers,
-        "verified": checks,
-    }
-    (folder / RECORD).write_text(json.dumps(jsonable(record), indent=1) + "\n")
-
-
-def export_run(
-    path: str,
-    out: str,
-    which: str = "ema",
-    step: int | None = None,
-    *,
-    merge: bool = False,
-    dtype: str | None = None,
-    verified: bool = False,
-    overwrite: bool = False,
-    prompt: str = "",
-) -> None:
+def export_run(path: str, out: str, options: ExportOptions) -> None:
     """Exports a policy of a training run.
 
     Args:
       path: workdir of the run.
       out: the new folder.
-      which: a key of `POLICIES`.
-      step: of the checkpoint; the newest if None.
-      merge: also write the merged transformer.
-      dtype: of the merged weights, "float32" and so on; the base model's own if None.
-      verified: open the result with other libraries and compare, before it takes its place.
-      overwrite: replace an earlier export at `out`.
-      prompt: what to draw for that; one of the run's if empty.
+      options: what and how.
 
     Raises:
       InputError: no such run, checkpoint or policy; a place that is taken; a verification that failed. `out` is then
         as it was.
     """
-    if verified:
+    if options.verify:
         check_packages()
-    if merge and "://" in out:
+    if options.merge and "://" in out:
         raise InputError(f"--merge: expected an --out on this machine; received {out!r}")
     platform.keep_compilations()
     console, workdir = Console(), Workdir(path)
-    config = run_config(workdir)
-    spec = build.lora_spec(config)
-    with new_folder(location("--out", out), overwrite) as folder:
-        root = find_model(build.place_of(config.model.path, "pipeline"))
-        base = open_component(root / "transformer")
-        shapes = transformer.abstract_params(transformer.MMDiT(MMDiTConfig.from_dict(base.config)))
-        adapter, done = run_adapter(config, workdir, shapes, POLICIES[which], step)
-        pairs = exported_pairs(adapter, shapes, spec)
-        facts = facts_of(config, workdir, pairs, which, done)
-        console.say(
-            f"export: {workdir.path}, {which} after step {done}: rank {spec.rank}, alpha {spec.alpha:g}, "
-            f"{len(pairs)} layers, {quantity(facts.num_values)} values"
+    settings = run_settings(workdir)
+    with new_folder(location("--out", out), options.overwrite) as folder:
+        root, family = locate(settings.model)
+        spec = lora.lora_spec(settings.lora, family)
+        shapes = family.abstract_params(open_component(root / "transformer").config)
+        adapter, step = restore_policy(
+            settings, workdir, family, shapes, options.policy, options.step
         )
-        write_lora(folder, pairs, facts)
-        if merge:
-            merge_transformer(
-                root, Path(folder / "transformer"), pairs, spec.scale, console, dtype or KEEP
-            )
+        pairs = exported_pairs(family, adapter, shapes, spec)
+        facts = facts_of(settings, family, workdir, pairs, options.policy, step)
+        console.say(
+            f"export: {workdir.path}, {options.policy} after step {step}: rank {spec.rank}, alpha "
+            f"{spec.alpha:g}, {len(pairs)} layers, {quantity(facts.num_values)} values"
+        )
+        write_lora(folder, pairs, facts, family)
+        if options.merge:
+            target = Path(folder / "transformer")
+            dtype = options.dtype or KEEP
+            merge_transformer(root, target, pairs, spec.scale, family.formats, console, dtype)
         checks = None
-        if verified:
-            shown = [strip.prompt for strip in facts.records.strips]
-            text = prompt or (shown[0] if shown else PROMPT)
-            drawing = Drawing(root, text, facts.height, facts.width, facts.tokens, spec.scale)
+        if options.verify:
+            drawing = _drawing(options, root, family, facts)
             checks = verify(folder, drawing, adapter, console)
         write_card(folder, facts, checks)
-    console.table(
-        [
-            (
-                "diffusers",
-                f'pipe.load_lora_weights("{out}", weight_name="pytorch_lora_weights.safetensors")',
-            ),
-            ("PEFT", f'PeftModel.from_pretrained(pipe.transformer, "{out}")'),
-            *(
-                [
-                    (
-                        "merged",
-                        f'SD3Transformer2DModel.from_pretrained("{out}", subfolder="transformer")',
-                    )
-                ]
-                if merge
-                else []
-            ),
-            ("ComfyUI", f"{out}/pytorch_lora_weights.safetensors, strength 1"),
-            ("model card", f"{out}/README.md"),
-        ]
+    _say_how_to_open(console, out, family, options.merge)
+
+
+def _drawing(options: ExportOptions, root: Path, family: Family, facts: Facts) -> Drawing:
+    """What a verification draws: the prompt asked for, or the first that the run shows."""
+    prompt = options.prompt
+    if not prompt and facts.records.strips:
+        prompt = facts.records.strips[0].prompt
+    return Drawing(
+        root,
+        family,
+        prompt or PROMPT,
+        facts.size,
+        facts.max_sequence_length,
+        facts.spec.scale,
     )
+
+
+def _say_how_to_open(console: Console, out: str, family: Family, merged: bool) -> None:
+    """Prints how each library opens the folder."""
+    lora_file = "pytorch_lora_weights.safetensors"
+    rows = [
+        ("diffusers", f'pipe.load_lora_weights("{out}", weight_name="{lora_file}")'),
+        ("PEFT", f'PeftModel.from_pretrained(pipe.transformer, "{out}")'),
+    ]
+    if merged:
+        call = f'{family.diffusers.transformer}.from_pretrained("{out}", subfolder="transformer")'
+        rows.append(("merged", call))
+    rows.append(("ComfyUI", f"{out}/{lora_file}, strength 1"))
+    rows.append(("model card", f"{out}/README.md"))
+    console.table(rows)
 
 
 class PeriodicExports:
     """Exports of a run while it trains: `exports/step_000100` beside the checkpoints.
 
     Args:
-      config: configuration of the run.
+      settings: of the run.
+      family: of its model.
       workdir: the run.
       shapes: parameters of the transformer.
       console: the terminal.
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, workdir: Workdir, shapes: Any, console: Console
+        self, settings: Settings, family: Family, workdir: Workdir, shapes: Any, console: Console
     ):
-        self._config, self._workdir, self._shapes, self._console = config, workdir, shapes, console
+        self._settings, self._family = settings, family
+        self._workdir, self._shapes, self._console = workdir, shapes, console
         self.folder = workdir.path / "exports"
 
     def __call__(self, state: TrainState) -> None:
         """Exports a state on the first process; a disk without room is said and does not stop the training."""
-        which = POLICIES[self._config.export.policy]
-        state = state.replace(**{which: distributed.to_host(getattr(state, which))})
-        if distributed.is_first():
-            try:
-                self._console.say(f"export: {self.write(state)}")
-            except InputError as error:
-                self._console.say(
-                    f"export after step {int(state.step)} failed, training goes on: {error}"
-                )
+        policy = self._settings.export.policy
+        # All processes have to ask for arrays that span them, before the first one writes.
+        adapter = distributed.to_host(getattr(state, policy))
+        if not distributed.is_first():
+            return
+        try:
+            self._console.say(f"export: {self.write(state, adapter)}")
+        except InputError as error:
+            self._console.say(
+                f"export after step {int(state.step)} failed, training goes on: {error}"
+            )
 
-    def write(self, state: TrainState) -> epath.Path:
+    def write(self, state: TrainState, adapter: Adapter) -> epath.Path:
         """Writes the export of a state, and drops those beyond `export.keep`.
+
+        Args:
+          state: after a step.
+          adapter: the exported policy, on the host.
 
         Raises:
           InputError: no best policy yet, or a place that cannot be written.
         """
-        config, step, which = self._config, int(state.step), self._config.export.policy
-        if which == "best" and not np.isfinite(state.best_score):
-            raise InputError(
-                "export.policy: expected one that the run has; received 'best' before any evaluation"
-            )
-        spec = build.lora_spec(config)
-        pairs = exported_pairs(getattr(state, POLICIES[which]), self._shapes, spec)
-        facts = facts_of(
-            config, self._workdir, pairs, which, int(state.best_step) if which == "best" else step
-        )
+        settings, family = self._settings, self._family
+        step, policy = int(state.step), settings.export.policy
+        trained = step
+        if policy == "best":
+            if not np.isfinite(state.best_score):
+                raise InputError(
+                    "export.policy: expected one that the run has; received 'best' before any evaluation"
+                )
+            trained = int(state.best_step)
+        spec = lora.lora_spec(settings.lora, family)
+        pairs = exported_pairs(family, adapter, self._shapes, spec)
+        facts = facts_of(settings, family, self._workdir, pairs, policy, trained)
         target = self.folder / f"step_{step:06d}"
         with new_folder(target, overwrite=True) as folder:
-            write_lora(folder, pairs, facts)
+            write_lora(folder, pairs, facts, family)
             write_card(folder, facts)
-        for old in self.steps()[: -config.export.keep]:
+        for old in self.steps()[: -settings.export.keep]:
             (self.folder / f"step_{old:06d}").rmtree()
         return target
 
     def steps(self) -> list[int]:
         """Steps of the exports that are there."""
-        found = (
-            (_STEP.fullmatch(p.name) for p in self.folder.iterdir()) if self.folder.exists() else ()
-        )
-        return sorted(int(match[1]) for match in found if match)
+        if not self.folder.exists():
+            return []
+        matches = [_STEP.fullmatch(path.name) for path in self.folder.iterdir()]
+        return sorted(int(match[1]) for match in matches if match)

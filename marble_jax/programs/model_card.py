@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from marble_jax.families.base import DiffusersNames, Size
 from marble_jax.report.records import Records, step_of
 from marble_jax.trainable.lora import LoraSpec
 
@@ -31,14 +32,14 @@ class Facts:
       base: hub id of the base model, "embedded", or its directory's name.
       on_hub: whether `base` is a hub id.
       embedded: whether it is the pipeline that ships with this package.
-      which: the exported policy, a key of `_POLICIES`.
+      diffusers: what the family's models are called in diffusers.
+      policy: the exported policy, a key of `_POLICIES`.
       step: optimiser steps it was trained for.
       spec: rank, alpha and targets.
       num_layers: adapted layers.
       num_values: numbers in the adapter.
-      height: pixels.
-      width: pixels.
-      tokens: T5 tokens a prompt in training.
+      size: of the images in training.
+      max_sequence_length: tokens a prompt in training.
       records: of the run.
     """
 
@@ -46,14 +47,14 @@ class Facts:
     base: str
     on_hub: bool
     embedded: bool
-    which: str
+    diffusers: DiffusersNames
+    policy: str
     step: int
     spec: LoraSpec
     num_layers: int
     num_values: int
-    height: int
-    width: int
-    tokens: int
+    size: Size
+    max_sequence_length: int
     records: Records
 
 
@@ -108,7 +109,7 @@ def _header(facts: Facts, shown: list[tuple[str, str, str]]) -> str:
                 "lora",
                 "diffusers",
                 "peft",
-                "stable-diffusion-3",
+                facts.diffusers.tag,
                 "text-to-image",
                 "reinforcement-learning",
                 "marble",
@@ -136,7 +137,7 @@ def _introduction(facts: Facts) -> str:
         f"{facts.num_values:,} values. Trained with reinforcement learning on several rewards at once (MARBLE, "
         "arXiv 2605.06507, by marble_jax), without classifier-free guidance.",
         "",
-        f"- policy: {facts.which}, the {_POLICIES[facts.which]}; after step {facts.step}",
+        f"- policy: {facts.policy}, the {_POLICIES[facts.policy]}; after step {facts.step}",
     ]
     if run.get("method"):
         lines.append(f"- method: {run['method']}")
@@ -145,7 +146,7 @@ def _introduction(facts: Facts) -> str:
     if facts.records.heldout:
         lines.append(f"- measured, never trained on: {', '.join(facts.records.heldout)}")
     lines += [
-        f"- size: {facts.height} x {facts.width} px; T5 tokens a prompt: {facts.tokens}",
+        f"- size: {facts.size} px; tokens a prompt: {facts.max_sequence_length}",
         f"- adapted layers: {', '.join(f'`{t}`' for t in facts.spec.targets)}",
         "",
     ]
@@ -168,7 +169,7 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
     )
     of = (
         ""
-        if facts.which in ("ema", "best") and step_of(evaluation) == facts.step
+        if facts.policy in ("ema", "best") and step_of(evaluation) == facts.step
         else (f" These are the scores of the averaged policy after step {step_of(evaluation)}.")
     )
     lines = [
@@ -231,8 +232,8 @@ def _usage(facts: Facts, merged: bool) -> str:
     else:
         place = f'"{base}"'
     call = (
-        f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={facts.height}, '
-        f"width={facts.width}, max_sequence_length={facts.tokens}).images[0]"
+        f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={facts.size.height}, '
+        f"width={facts.size.width}, max_sequence_length={facts.max_sequence_length}).images[0]"
     )
     text = f"""## Use
 
@@ -240,9 +241,9 @@ def _usage(facts: Facts, merged: bool) -> str:
 
 ```python
 {opening}import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import {facts.diffusers.pipeline}
 
-pipe = StableDiffusion3Pipeline.from_pretrained({place}, torch_dtype=torch.bfloat16)
+pipe = {facts.diffusers.pipeline}.from_pretrained({place}, torch_dtype=torch.bfloat16)
 pipe.load_lora_weights("DIR", weight_name="pytorch_lora_weights.safetensors")
 {call}
 ```
@@ -256,13 +257,13 @@ pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "DIR").merge_and_
 ```
 """
     if merged:
-        text += """
+        text += f"""
 Merged weights, without any LoRA code:
 
 ```python
-from diffusers import SD3Transformer2DModel
+from diffusers import {facts.diffusers.transformer}
 
-pipe.transformer = SD3Transformer2DModel.from_pretrained("DIR", subfolder="transformer", torch_dtype=torch.bfloat16)
+pipe.transformer = {facts.diffusers.transformer}.from_pretrained("DIR", subfolder="transformer", torch_dtype=torch.bfloat16)
 ```
 """
     fits = (facts.spec.rank, facts.spec.alpha) == (32, 64.0)

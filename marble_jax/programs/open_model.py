@@ -22,6 +22,7 @@ from marble_jax.networks import attention
 from marble_jax.programs.locations import resolve_path
 from marble_jax.types import DTYPES
 
+DECODED_AT_ONCE = 32  # images that the autoencoder turns from latents to pixels together
 SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
 
 
@@ -56,6 +57,12 @@ def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.Fl
     if mesh is None:
         return name
     return attention.over(name, DTYPES[dtype], mesh)
+
+
+def decode_size(count: int, mesh: Any) -> int:
+    """Images decoded at once, over all devices, of `count` in a batch."""
+    shards = device_mesh.image_shards(mesh, count)
+    return min(count, shards * max(1, DECODED_AT_ONCE // shards))
 
 
 def network_options(

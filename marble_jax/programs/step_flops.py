@@ -1,4 +1,4 @@
-"""FLOPs of an optimiser step: what the recipe asks for, whatever the devices do to get there.
+"""FLOPs of an optimiser step: what the method asks for, whatever the devices do to get there.
 
 Used before a run by `marble-jax plan` and during it for the TFLOP/s of the step line. Rewards are left out.
 """
@@ -9,18 +9,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-
+from marble_jax.config import Settings
 from marble_jax.distributed.accelerators import Accelerator
-from marble_jax.families.sd3.flops import Work, decoder, transformer
-from marble_jax.families.sd3.pipeline import Pipeline
-from marble_jax.families.sd3.text import clip_length
-from marble_jax.programs.build import Sizes
+from marble_jax.families.base import Networks, SampleFlops
+from marble_jax.programs.open_model import size_of
+from marble_jax.training.batch_sizes import BatchSizes
 from marble_jax.types import Adapter
 
 
 @dataclasses.dataclass(frozen=True)
-class StepWork:
+class StepFlops:
     """FLOPs of one optimiser step over all devices.
 
     Attributes:
@@ -49,85 +47,79 @@ class StepWork:
         return self.solve if solved else self.between
 
 
-def step_work(
-    config: ml_collections.ConfigDict, sizes: Sizes, sample: Work, decode: float
-) -> StepWork:
-    """The work of a step of `config`.
+def step_flops(
+    settings: Settings, sizes: BatchSizes, sample: SampleFlops, decode: float
+) -> StepFlops:
+    """FLOPs of a step.
 
     Args:
-      config: the run's configuration.
+      settings: of the run.
       sizes: its batch arithmetic.
-      sample: work of the transformer at one sample.
+      sample: FLOPs of the transformer at one sample.
       decode: FLOPs of decoding one image.
     """
-    harmonize, reference = config.harmonize, config.nft.kl_weight > 0
-    micro = sizes.samples / sizes.micro_steps
+    harmonize = settings.harmonize
+    reference = settings.nft.kl_weight > 0
+    micro_batch = sizes.samples / sizes.micro_batches
+    # The rollout policy's velocity and the current one, and one cotangent pulled back.
     signal = 2 * sample.forward + sample.backward
+    # The base model's velocity, and the cotangents that no advantage scales.
     anchor = reference * sample.base + (1 + reference) * sample.backward
     between = sizes.samples * (signal + reference * sample.base)
     if harmonize.mode == "upstream":
-        share = 1 / harmonize.refresh_every
-        solve = between + micro * (1 + reference) * sample.backward
+        solve_share = 1 / harmonize.refresh_every
+        solve = between + micro_batch * (1 + reference) * sample.backward
     else:
-        share = 1.0 if harmonize.mode == "exact" else 1 / harmonize.refresh_every
-        anchored = -(-sizes.micro_steps // harmonize.anchor_every)
-        solve = sizes.samples * signal + micro * anchored * anchor
-    again = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}[config.model.remat]
-    forward = sample.base if config.rollout.merge_adapter else sample.forward
-    return StepWork(
-        rollout=sizes.images * config.rollout.num_steps * forward,
+        solve_share = 1.0 if harmonize.mode == "exact" else 1 / harmonize.refresh_every
+        num_anchored = -(-sizes.micro_batches // harmonize.anchor_every)
+        solve = sizes.samples * signal + micro_batch * num_anchored * anchor
+    recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}
+    forward = sample.base if settings.rollout.merge_adapter else sample.forward
+    return StepFlops(
+        rollout=sizes.images * settings.rollout.num_steps * forward,
         decode=sizes.images * decode,
         solve=solve,
-        between=solve if share == 1 else between,
-        recomputed=sizes.samples * again,
-        solve_share=share,
+        between=solve if solve_share == 1 else between,
+        recomputed=sizes.samples * recomputed[settings.model.remat],
+        solve_share=solve_share,
     )
+
+
+def step_flops_of(
+    settings: Settings, sizes: BatchSizes, networks: Networks, adapter: Adapter
+) -> StepFlops:
+    """FLOPs of a step of a run; weights and adapter may be shapes."""
+    size = size_of(settings.model)
+    sample = networks.sample_flops(adapter, size, settings.model.max_sequence_length)
+    return step_flops(settings, sizes, sample, networks.decoder_flops(size))
 
 
 def speed(
-    work: StepWork,
+    flops: StepFlops,
     record: Mapping[str, Any],
     images: int,
     num_devices: int,
-    chip: Accelerator | None,
+    accelerator: Accelerator | None,
 ) -> dict[str, float]:
-    """Images a second, TFLOP/s a device and, where the chip's peak is known, the share of it (MFU), of one step.
+    """Images a second, TFLOP/s a device and, where the device's peak is known, the share of it (MFU), of one step.
 
-    MFU counts what the recipe asks for and not what rematerialisation adds, as Chowdhery et al. 2022
+    MFU counts what the method asks for and not what rematerialisation adds, as Chowdhery et al. 2022
     (arXiv 2204.02311) define it. The figures of the whole step count the wait for rewards as time.
 
     Args:
-      work: of a step.
+      flops: of a step.
       record: the step's record, with its seconds.
       images: sampled in a step.
       num_devices: of the whole run.
-      chip: what the devices are; None for an unknown one.
+      accelerator: what the devices are; None for an unknown one.
     """
-    train = work.trained(bool(record.get("harmonize/refreshed", 1.0)))
+    train = flops.trained(bool(record.get("harmonize/refreshed", 1.0)))
     seconds = {"": record["time/step_s"], "train_": record["time/train_s"]}
-    flops = {"": work.rollout + work.decode + train, "train_": train}
-    found = {"speed/images_per_s": images / seconds[""]}
-    for part, count in flops.items():
+    counts = {"": flops.rollout + flops.decode + train, "train_": train}
+    figures = {"speed/images_per_s": images / seconds[""]}
+    for part, count in counts.items():
         rate = count / seconds[part] / num_devices
-        found[f"speed/{part}tflops_per_device"] = rate / 1e12
-        if chip is not None:
-            found[f"speed/{part}mfu"] = rate / chip.flops
-    return found
-
-
-def work_of(
-    config: ml_collections.ConfigDict, sizes: Sizes, pipeline: Pipeline, adapter: Adapter
-) -> StepWork:
-    """The work of a step of a run whose model is loaded."""
-    height, width, _ = pipeline.latent_shape(config.model.height, config.model.width)
-    architecture = pipeline.model.config
-    sample = transformer(
-        architecture,
-        pipeline.params,
-        adapter,
-        height * width // architecture.patch_size**2,
-        clip_length(pipeline.directory) + config.model.max_sequence_length,
-    )
-    return step_work(
-        config, sizes, sample, decoder(pipeline.vae.config, pipeline.vae_params, height, width)
-    )
+        figures[f"speed/{part}tflops_per_device"] = rate / 1e12
+        if accelerator is not None:
+            figures[f"speed/{part}mfu"] = rate / accelerator.flops
+    return figures

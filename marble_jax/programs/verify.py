@@ -22,8 +22,8 @@ from etils import epath
 
 from marble_jax.console import Console
 from marble_jax.errors import InputError
-from marble_jax.families.sd3 import transformer
-from marble_jax.families.sd3.pipeline import load_pipeline
+from marble_jax.families.base import Family, NetworkOptions, Size
+from marble_jax.families.decoding import Decoder
 from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.types import Adapter
 from marble_jax.weights.safetensors_files import SafetensorsDir
@@ -45,19 +45,58 @@ class Drawing:
 
     Attributes:
       model: directory of the base pipeline.
+      family: of the base model.
       prompt: the text.
-      height: pixels.
-      width: pixels.
-      tokens: T5 tokens a prompt. T5 itself is left out, as the adapter does not reach it.
+      size: of the image.
+      max_sequence_length: tokens a prompt. Optional text encoders are left out, as the adapter does not reach them.
       lora_scale: alpha / rank.
     """
 
-    model: epath.PathLike
+    model: Path
+    family: Family
     prompt: str
-    height: int
-    width: int
-    tokens: int
+    size: Size
+    max_sequence_length: int
     lora_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OurImages:
+    """What the trainer draws, and what it draws from.
+
+    Attributes:
+      noise: [1, *latent].
+      cond: conditioning of the prompt, named arrays [1, ...].
+      base: float32 [1, F, H, W, 3] in [0, 1] of the base model.
+      adapted: the same with the adapter.
+    """
+
+    noise: np.ndarray
+    cond: dict[str, np.ndarray]
+    base: np.ndarray
+    adapted: np.ndarray
+
+    @property
+    def change(self) -> np.ndarray:
+        """What the adapter changes."""
+        return self.adapted - self.base
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What another library draws.
+
+    Attributes:
+      name: of the reader.
+      rounded: whether its weights are rounded to 16 bits.
+      base: its image without the adapter.
+      adapted: its image with the adapter.
+    """
+
+    name: str
+    rounded: bool
+    base: np.ndarray
+    adapted: np.ndarray
 
 
 def check_packages() -> None:
@@ -89,11 +128,10 @@ def verify(
     """
     check_packages()
     ours = _our_images(drawing, adapter)
-    change = ours["with"] - ours["base"]
-    effect = float(np.abs(change).max())
+    effect = float(np.abs(ours.change).max())
     console.say(
-        f'verify: "{drawing.prompt}", seed {SEED}, {NUM_STEPS} steps, {drawing.height} x {drawing.width} px, float32; the '
-        f"adapter changes a pixel by up to {effect:.4f}"
+        f'verify: "{drawing.prompt}", seed {SEED}, {NUM_STEPS} steps, {drawing.size} px, float32; '
+        f"the adapter changes a pixel by up to {effect:.4f}"
     )
     if effect < LEAST_EFFECT:
         raise InputError(
@@ -101,22 +139,17 @@ def verify(
             f"without effect (largest change {effect:.1g})"
         )
     readers, failures = {}, []
-    for name, rounded, base, image in _their_images(folder, drawing, ours):
-        difference = float(np.abs(image - ours["with"]).max())
-        strength = float(np.vdot(image - base, change) / np.vdot(change, change))
-        readers[name] = {"difference": difference, "strength": strength}
-        console.say(f"  {name:10} largest difference {difference:.5f}  strength {strength:.3f}")
-        limit, spread = (
-            (ROUNDED_TOLERANCE, ROUNDED_STRENGTH_TOLERANCE)
-            if rounded
-            else (TOLERANCE, STRENGTH_TOLERANCE)
+    for reading in _readings(folder, drawing, ours):
+        difference = float(np.abs(reading.adapted - ours.adapted).max())
+        moved = np.vdot(reading.adapted - reading.base, ours.change)
+        strength = float(moved / np.vdot(ours.change, ours.change))
+        readers[reading.name] = {"difference": difference, "strength": strength}
+        console.say(
+            f"  {reading.name:10} largest difference {difference:.5f}  strength {strength:.3f}"
         )
-        if not (difference <= limit and abs(strength - 1) <= spread):
-            failures.append(
-                f"{name} drew another one (largest difference {difference:.4f}, strength {strength:.2f})"
-                if abs(strength) > spread
-                else f"{name} drew as if there were no LoRA"
-            )
+        failure = _failure(reading, difference, strength)
+        if failure:
+            failures.append(failure)
     if failures:
         raise InputError(
             f"--verify: expected the trainer's image within {TOLERANCE} a pixel at strength 1; "
@@ -131,97 +164,126 @@ def verify(
     }
 
 
-def _our_images(drawing: Drawing, adapter: Adapter) -> dict[str, np.ndarray]:
-    """Our images float32 [1, H, W, 3] in [0, 1], and what they start from."""
-    pipeline = load_pipeline(
-        drawing.model, dtype=jnp.float32, text_encoder_3=False, lora_scale=drawing.lora_scale
+def _failure(reading: Reading, difference: float, strength: float) -> str:
+    """What is wrong with another library's image; empty where nothing is."""
+    limit, spread = TOLERANCE, STRENGTH_TOLERANCE
+    if reading.rounded:
+        limit, spread = ROUNDED_TOLERANCE, ROUNDED_STRENGTH_TOLERANCE
+    wrong_strength = not abs(strength - 1) <= spread
+    if difference <= limit and not wrong_strength:
+        return ""
+    if not wrong_strength:
+        return f"{reading.name} drew as if there were no LoRA"
+    return (
+        f"{reading.name} drew another one (largest difference {difference:.4f}, "
+        f"strength {strength:.2f})"
     )
 
-    def velocity(
-        params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any
-    ) -> jax.Array:
-        return transformer.velocity(pipeline.model, params, adapter, xt, sigma, cond)
 
-    sampler = make_sampler(velocity, NUM_STEPS, "euler", pipeline.scheduler.shift)
-    cond = pipeline.encode_prompts([drawing.prompt], drawing.tokens)
-    noise = image_noise(
-        jax.random.key(SEED), [0], pipeline.latent_shape(drawing.height, drawing.width)
-    )
-    found = {"noise": noise, "embeds": cond.embeds, "pooled": cond.pooled}
+def _our_images(drawing: Drawing, adapter: Adapter) -> OurImages:
+    """Draws with the trainer's own networks."""
+    family, root = drawing.family, drawing.model
+    networks = family.open(root, NetworkOptions(lora_scale=drawing.lora_scale))
+    encoders = family.open_text_encoders(root, jnp.float32, family.optional_text_encoders)
+    shape = networks.latent_shape(drawing.size)
+    sampler = make_sampler(networks.velocity, "euler", networks.levels(NUM_STEPS, shape))
+    cond = encoders.encode([drawing.prompt], drawing.max_sequence_length)
+    noise = image_noise(jax.random.key(SEED), [0], shape)
+    decoder = Decoder(networks)
+
+    def draw(policy: Adapter | None) -> np.ndarray:
+        return np.asarray(decoder(sampler(networks.params, policy, cond, noise), 1), np.float32)
+
     # The CPU's default is exact; elsewhere it may be a 16-bit product.
     with jax.default_matmul_precision("highest"):
-        for name, one in (("base", None), ("with", adapter)):
-            found[name] = pipeline.decode(sampler(pipeline.params, one, cond, noise), 1)
-    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+        base, adapted = draw(None), draw(adapter)
+    arrays = {name: np.asarray(array, np.float32) for name, array in cond.items()}
+    return OurImages(np.asarray(noise, np.float32), arrays, base, adapted)
 
 
-def _their_images(
-    folder: epath.Path, drawing: Drawing, ours: dict[str, np.ndarray]
-) -> Iterator[tuple[str, bool, np.ndarray, np.ndarray]]:
-    """Yields (reader, whether its weights are rounded, its image without adapter, its image with it)."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()  # diffusers' imports chat through it
+def _readings(folder: epath.Path, drawing: Drawing, ours: OurImages) -> Iterator[Reading]:
+    """Draws with every other library, one after the other."""
     import diffusers
     import peft
     import torch
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    parts = (
-        "text_encoder",
-        "text_encoder_2",
-        "text_encoder_3",
-        "tokenizer",
-        "tokenizer_2",
-        "tokenizer_3",
-    )
-    try:
-        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
-            str(drawing.model), local_files_only=True, **dict.fromkeys(parts)
-        )
-    except Exception as error:  # as below
-        raise InputError(
-            f"--verify: expected a base model that diffusers opens; received {_reason(error)}"
-        ) from error
-    pipe.to(torch.float32).set_progress_bar_config(disable=True)
-    noise, embeds, pooled = (torch.tensor(ours[name]) for name in ("noise", "embeds", "pooled"))
-
-    def draw() -> np.ndarray:
-        return pipe(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            latents=noise.permute(0, 3, 1, 2),
-            num_inference_steps=NUM_STEPS,
-            guidance_scale=1.0,
-            height=drawing.height,
-            width=drawing.width,
-            output_type="np",
-        ).images
-
+    pipe = _base_pipeline(drawing)
+    draw = _drawer(pipe, drawing, ours)
     base = draw()
-    reading: dict[str, Callable[[], Any]] = {
+    readers: dict[str, Callable[[], Any]] = {
         "diffusers": lambda: pipe.load_lora_weights(str(folder)),
         "PEFT": lambda: peft.PeftModel.from_pretrained(
             pipe.transformer, str(folder), torch_device="cpu"
         ),
     }
-    for name, read in reading.items():
+    for name, read in readers.items():
         try:
             opened = read()
         except Exception as error:  # whatever a library makes of the folder is the finding; the cause stays attached
             raise InputError(
                 f"--verify: expected {name} to open the export; received {_reason(error)}"
             ) from error
-        yield name, False, base, draw()
-        pipe.unload_lora_weights() if opened is None else opened.unload()
+        yield Reading(name, False, base, draw())
+        if opened is None:
+            pipe.unload_lora_weights()
+        else:
+            opened.unload()
     if (folder / "transformer").exists():
-        merged = diffusers.SD3Transformer2DModel.from_pretrained(
-            str(folder), subfolder="transformer"
-        )
+        transformer_class = getattr(diffusers, drawing.family.diffusers.transformer)
+        merged = transformer_class.from_pretrained(str(folder), subfolder="transformer")
         pipe.register_modules(transformer=merged.to(torch.float32))
         stored = SafetensorsDir(Path(folder / "transformer"))
-        yield "merged", any(stored.dtype(key) != np.float32 for key in stored.keys()), base, draw()
+        rounded = any(stored.dtype(key) != np.float32 for key in stored.keys())
+        yield Reading("merged", rounded, base, draw())
+
+
+def _base_pipeline(drawing: Drawing) -> Any:
+    """The base model in diffusers, in float32 and without text encoders."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # diffusers' imports chat through it
+    import diffusers
+    import torch
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    names = drawing.family.diffusers
+    try:
+        pipe = getattr(diffusers, names.pipeline).from_pretrained(
+            str(drawing.model), local_files_only=True, **dict.fromkeys(names.without_text)
+        )
+    except Exception as error:  # whatever a library makes of the folder; the cause stays attached
+        raise InputError(
+            f"--verify: expected a base model that diffusers opens; received {_reason(error)}"
+        ) from error
+    pipe.to(torch.float32).set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _drawer(pipe: Any, drawing: Drawing, ours: OurImages) -> Callable[[], np.ndarray]:
+    """A function that draws with whatever the pipeline holds, from the trainer's noise and conditioning."""
+    import torch
+
+    names = drawing.family.diffusers
+    noise = torch.tensor(ours.noise).permute(*names.latents_to_torch)
+    cond = {}
+    for name, argument in names.conditioning.items():
+        cond[argument] = torch.tensor(ours.cond[name])
+
+    def draw() -> np.ndarray:
+        images = pipe(
+            latents=noise,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=1.0,
+            height=drawing.size.height,
+            width=drawing.size.width,
+            output_type="np",
+            **cond,
+        )[0]
+        # Image pipelines return [N, H, W, 3]; ours are clips of one frame.
+        return np.asarray(images).reshape(ours.base.shape)
+
+    return draw
 
 
 def _reason(error: Exception) -> str:

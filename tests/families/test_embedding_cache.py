@@ -14,9 +14,8 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.families import embedding_cache as module
-from marble_jax.families.embedding_cache import Embeddings
-from marble_jax.families.sd3.text import identity
-from marble_jax.types import Conditioning
+from marble_jax.families.embedding_cache import EmbeddingCache
+from marble_jax.families.sd3.family import FAMILY
 from marble_jax.weights import content_hash
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded" / "pipeline"))
@@ -35,7 +34,10 @@ class Encoders:
         self.seen += texts
         rows = np.array([[ord(c) for c in t[:3].ljust(3)] for t in texts], np.float32) / 7
         embeds = np.repeat(rows[:, None], length, axis=1)
-        return Conditioning(jnp.asarray(embeds, self.dtype), jnp.asarray(rows[:, :2], self.dtype))
+        return {
+            "embeds": jnp.asarray(embeds, self.dtype),
+            "pooled": jnp.asarray(rows[:, :2], self.dtype),
+        }
 
 
 @pytest.fixture
@@ -57,7 +59,9 @@ def model(tmp_path):
 
 
 def made(root, encoders, cache="", length=4, dtype=jnp.float32, **options):
-    return Embeddings(root, length, dtype, cache=cache, load=lambda: encoders, **options)
+    return EmbeddingCache(
+        FAMILY, root, length, dtype, folder=cache, load=lambda: encoders, **options
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -67,7 +71,7 @@ def test_values_are_those_of_the_encoders_bit_for_bit(model, tmp_path, dtype):
     for cache in ("", tmp_path / "cache"):
         for _ in range(2):  # the second time from disk
             got = made(model, encoders, cache, dtype=dtype)(TEXTS)
-            assert got.embeds.dtype == got.pooled.dtype == dtype
+            assert got["embeds"].dtype == got["pooled"].dtype == dtype
             assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), got, want))
 
 
@@ -88,9 +92,11 @@ def test_after_fill_no_encoder_is_needed(model, tmp_path):
     def forbidden():
         pytest.fail("the encoders were loaded")
 
-    later = Embeddings(model, 4, jnp.float32, cache=tmp_path / "cache", load=forbidden)
+    later = EmbeddingCache(
+        FAMILY, model, 4, jnp.float32, folder=tmp_path / "cache", load=forbidden
+    )
     assert later.fill(TEXTS) == 0
-    np.testing.assert_array_equal(later(TEXTS).embeds, encoders.encode(TEXTS, 4).embeds)
+    np.testing.assert_array_equal(later(TEXTS)["embeds"], encoders.encode(TEXTS, 4)["embeds"])
 
 
 def test_a_killed_fill_goes_on(model, tmp_path):
@@ -118,13 +124,17 @@ def test_another_model_length_dtype_or_t5_is_another_entry(model, tmp_path):
     made(model, Encoders(), cache).fill(["a cat"])
     other = shutil.copytree(model, tmp_path / "other")
     assert made(other, Encoders(), cache).missing(["a cat"]) == []  # the same contents elsewhere
-    for options in ({"length": 5}, {"dtype": jnp.bfloat16}, {"t5": False}):
+    for options in ({"length": 5}, {"dtype": jnp.bfloat16}, {"omit": ("text_encoder_3",)}):
         assert made(model, Encoders(), cache, **options).missing(["a cat"]) == ["a cat"]
     (other / "tokenizer_2" / "file").write_text("another")
     assert made(other, Encoders(), cache).missing(["a cat"]) == ["a cat"]
     (model / "vae").mkdir()
     (model / "vae" / "file").write_text("no matter")
     assert made(model, Encoders(), cache).missing(["a cat"]) == []
+
+
+def identity(root, omit=(), known=None):
+    return content_hash.content_hash(root, FAMILY.text_components(root, omit), known)
 
 
 def test_hashes_are_kept_and_noticed_when_stale(model, monkeypatch):
@@ -135,7 +145,8 @@ def test_hashes_are_kept_and_noticed_when_stale(model, monkeypatch):
     assert identity(model, known=hashes) == (first, hashes)
     monkeypatch.undo()
     (model / "text_encoder_3" / "file").write_text("longer than before")
-    assert identity(model, known=hashes)[0] != first and identity(model, False, hashes)[0] != first
+    assert identity(model, known=hashes)[0] != first
+    assert identity(model, ("text_encoder_3",), hashes)[0] != first
 
 
 def test_memory_is_bounded_and_what_left_comes_back(model, tmp_path):
@@ -143,26 +154,26 @@ def test_memory_is_bounded_and_what_left_comes_back(model, tmp_path):
     one = (4 * 3 + 2) * 4
     cond = made(model, encoders, memory=2 * one)
     texts = [f"{i:03d}" for i in range(6)]
-    np.testing.assert_array_equal(cond(texts).embeds, Encoders().encode(texts, 4).embeds)
-    assert len(cond._at_hand) == 2
+    np.testing.assert_array_equal(cond(texts)["embeds"], Encoders().encode(texts, 4)["embeds"])
+    assert len(cond._values) == 2
     cond(["000"])
     assert encoders.seen.count("000") == 2
     stored = made(model, encoders, tmp_path / "cache", memory=one)
     stored.fill(texts)
     count = len(encoders.seen)
     stored(texts)
-    assert len(encoders.seen) == count and len(stored._at_hand) == 1
+    assert len(encoders.seen) == count and len(stored._values) == 1
 
 
 def test_the_real_encoders(tmp_path):
     """Values of the shipped pipeline through the cache equal those computed at once."""
     from marble_jax.families.sd3.text import load_text_encoders
 
-    cond = Embeddings(EMBEDDED, 6, jnp.float32, cache=tmp_path)
+    cond = EmbeddingCache(FAMILY, EMBEDDED, 6, jnp.float32, folder=tmp_path)
     got, want = cond(["a red star"]), load_text_encoders(EMBEDDED).encode(["a red star"], 6)
     assert cond.loaded and cond.fill([]) == 0 and not cond.loaded
-    np.testing.assert_array_equal(got.embeds, want.embeds)
-    np.testing.assert_array_equal(got.pooled, want.pooled)
+    np.testing.assert_array_equal(got["embeds"], want["embeds"])
+    np.testing.assert_array_equal(got["pooled"], want["pooled"])
 
 
 def test_bad_places_and_files(model, tmp_path, monkeypatch):

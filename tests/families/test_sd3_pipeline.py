@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loaded_pipeline import load_pipeline
 
 from marble_jax.errors import InputError
-from marble_jax.families.sd3.pipeline import find_model, load_pipeline
-from marble_jax.families.sd3.text import TextEncoders, assemble, load_tokenizer
+from marble_jax.families.base import NetworkOptions, Size
+from marble_jax.families.sd3.networks import SD3Networks
+from marble_jax.families.location import find_model
+from marble_jax.families.sd3.text import SD3TextEncoders, assemble
+from marble_jax.networks.tokenizers import load_tokenizer
 from marble_jax.families.sd3.transformer import velocity
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import solver_table
 from marble_jax.networks.clip import TextOutput
-from marble_jax.types import Conditioning
 
 PROMPTS = [
     "a red cat!",
@@ -203,25 +206,25 @@ def their_embeddings(theirs, length: int):
 def test_prompt_embeddings_match_diffusers(saved, ours):
     embeds, pooled = their_embeddings(saved[0], 9)
     got = ours.encode_prompts(PROMPTS, 9)
-    assert got.embeds.shape == (5, CLIP_LENGTH + 9, 32) and got.pooled.shape == (5, 20)
-    assert relative_error(got.embeds, embeds) < 1e-5
-    assert relative_error(got.pooled, pooled) < 1e-5
+    assert got["embeds"].shape == (5, CLIP_LENGTH + 9, 32) and got["pooled"].shape == (5, 20)
+    assert relative_error(got["embeds"], embeds) < 1e-5
+    assert relative_error(got["pooled"], pooled) < 1e-5
 
 
 def test_prompt_embeddings_without_t5_match_diffusers(saved):
     diffusers = pytest.importorskip("diffusers")
-    ours = load_pipeline(saved[1], text_encoder_3=False)
+    ours = load_pipeline(saved[1], omit=("text_encoder_3",))
     theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(
         saved[1], text_encoder_3=None, tokenizer_3=None
     )
     embeds, pooled = their_embeddings(theirs, 7)
     got = ours.encode_prompts(PROMPTS, 7)
     assert (
-        got.embeds.shape == (5, CLIP_LENGTH + 7, 32)
-        and not np.asarray(got.embeds[:, CLIP_LENGTH:]).any()
+        got["embeds"].shape == (5, CLIP_LENGTH + 7, 32)
+        and not np.asarray(got["embeds"][:, CLIP_LENGTH:]).any()
     )
-    assert relative_error(got.embeds, embeds) < 1e-5
-    assert relative_error(got.pooled, pooled) < 1e-5
+    assert relative_error(got["embeds"], embeds) < 1e-5
+    assert relative_error(got["pooled"], pooled) < 1e-5
 
 
 def test_a_pipeline_saved_without_t5_loads(broken):
@@ -242,8 +245,8 @@ def test_equal_prompts_are_encoded_once_and_nothing_retraces(ours):
     finally:
         ours.text._embed = embed
     assert len(calls) == 1 + 3 and embed._cache_size() == traces
-    np.testing.assert_array_equal(got.embeds[0], got.embeds[5])
-    assert np.abs(got.embeds[0] - got.embeds[1]).max() > 0
+    np.testing.assert_array_equal(got["embeds"][0], got["embeds"][5])
+    assert np.abs(got["embeds"][0] - got["embeds"][1]).max() > 0
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,7 @@ def test_pixels_match_diffusers(saved, ours, guidance_scale, negative, t5):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     theirs = saved[0]
     if not t5:
-        ours = load_pipeline(saved[1], text_encoder_3=False)
+        ours = load_pipeline(saved[1], omit=("text_encoder_3",))
         theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(
             saved[1], text_encoder_3=None, tokenizer_3=None
         )
@@ -306,9 +309,8 @@ def test_assemble_by_hand():
     first = TextOutput(jnp.full((1, 2, 1), 1.0), jnp.zeros((1, 2, 1)), jnp.full((1, 1), 5.0))
     second = TextOutput(jnp.full((1, 2, 2), 2.0), jnp.zeros((1, 2, 2)), jnp.full((1, 2), 6.0))
     got = assemble(first, second, jnp.full((1, 1, 4), 3.0))
-    assert isinstance(got, Conditioning)
-    assert got.embeds[0].tolist() == [[1, 2, 2, 0], [1, 2, 2, 0], [3, 3, 3, 3]]
-    assert got.pooled[0].tolist() == [5, 6, 6]
+    assert got["embeds"][0].tolist() == [[1, 2, 2, 0], [1, 2, 2, 0], [3, 3, 3, 3]]
+    assert got["pooled"][0].tolist() == [5, 6, 6]
 
 
 def test_dtype_and_placement(saved):
@@ -320,7 +322,7 @@ def test_dtype_and_placement(saved):
 
     half = load_pipeline(saved[1], dtype=jnp.bfloat16, place=place, remat="full")
     assert seen == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
-    assert half.encode_prompts(["a"], 4).embeds.dtype == jnp.bfloat16
+    assert half.encode_prompts(["a"], 4)["embeds"].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(half.vae_params)} == {jnp.dtype("float32")}
     assert half.model.dtype == jnp.bfloat16 and half.model.remat == "full"
@@ -330,7 +332,7 @@ def test_dtype_and_placement(saved):
 def test_latent_shape(ours):
     assert ours.latent_shape(16, 24) == (8, 12, 4)
     with pytest.raises(
-        InputError, match="image size: expected positive multiples of 4 pixels; received 16 x 18"
+        InputError, match=r"image width: expected a multiple of 4 up to the model's \d+ pixels; received 18 .nearest valid 16."
     ):
         ours.latent_shape(16, 18)
 
@@ -383,7 +385,7 @@ def test_missing_pieces(broken, tmp_path):
         (
             "model_index.json",
             {"_class_name": "FluxPipeline"},
-            "a StableDiffusion3Pipeline; received FluxPipeline",
+            "_class_name: expected a model of one of the families StableDiffusion3Pipeline.*; received 'FluxPipeline'",
         ),
         (
             "scheduler/scheduler_config.json",
@@ -424,7 +426,7 @@ def test_networks_that_do_not_fit_each_other(ours):
     encoders = list(zip(ours.text.modules, ours.text.params, strict=True))
 
     def text(width=32, pooled=20, encoders=encoders):
-        return TextEncoders(ours.directory, encoders, ours.text.tokenizers, width, pooled)
+        return SD3TextEncoders(ours.directory, encoders, ours.text.tokenizers, width, pooled)
 
     with pytest.raises(
         InputError, match="pooled CLIP width: expected the transformer's 24; received 20"
@@ -442,42 +444,49 @@ def test_networks_that_do_not_fit_each_other(ours):
     with pytest.raises(
         InputError, match="VAE latent channels: expected the transformer's 8; received 4"
     ):
-        type(ours)(
+        SD3Networks(
             ours.directory,
+            NetworkOptions(),
             (wider, ours.params),
             (ours.vae, ours.vae_params),
-            ours.text,
             ours.scheduler,
+            ours.num_clip_tokens,
         )
 
 
-def test_without_text_encoders(saved, ours):
-    bare = load_pipeline(saved[1], text_encoders=False)
-    assert bare.text is None and jax.tree.all(
-        jax.tree.map(np.array_equal, bare.params, ours.params)
-    )
-    with pytest.raises(
-        InputError, match="expected text encoders; received a pipeline loaded without"
-    ):
-        bare.encode_prompts(["a"], 4)
+def test_the_outline_has_the_shapes_of_the_networks(saved, ours):
+    outline = ours.family.outline(saved[1], NetworkOptions())
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, n.params) for n in (outline, ours.networks)]
+    assert shapes[0] == shapes[1]
+    assert outline.latent_shape(Size(16, 24)) == (8, 12, 4)
+    cond = ours.encode_prompts(["a", "b"], 9)
+    shapes = outline.conditioning_shapes(2, 9)
+    assert {name: leaf.shape for name, leaf in shapes.items()} == {
+        name: array.shape for name, array in cond.items()
+    }
+    encoders = sum(leaf.size for leaf in jax.tree.leaves(ours.text.params))
+    assert ours.family.num_encoder_parameters(saved[1]) == encoders
 
 
 def test_hub_download(saved, monkeypatch):
+    """The index says of which family a model is, and the family which folders are fetched."""
     hub = pytest.importorskip("huggingface_hub")
-    asked = {}
+    asked = []
 
     def download(name, **options):
-        asked.update(options, name=name)
+        asked.append(options | {"name": name})
         return str(saved[1])
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert find_model("owner/model-3.5", "main", text_encoder_3=False) == saved[1]
-    assert asked["name"] == "owner/model-3.5" and asked["revision"] == "main"
-    assert (
-        "transformer/*" in asked["allow_patterns"]
-        and "text_encoder_3/*" in asked["ignore_patterns"]
-    )
-    assert find_model("owner/model") == saved[1] and asked["ignore_patterns"] == ["*.fp16*"]
+    assert find_model("owner/model-3.5", ("text_encoder_3",), "main") == saved[1]
+    assert [request["name"] for request in asked] == ["owner/model-3.5"] * 2
+    assert {request["revision"] for request in asked} == {"main"}
+    assert asked[0]["allow_patterns"] == ["model_index.json"]
+    assert "transformer/*" in asked[1]["allow_patterns"]
+    assert not {"text_encoder_3/*", "tokenizer_3/*"} & set(asked[1]["allow_patterns"])
+    assert find_model("owner/model") == saved[1]
+    assert "text_encoder_3/*" in asked[3]["allow_patterns"]
+    assert asked[3]["ignore_patterns"] == ["*.fp16*"]
 
 
 @pytest.mark.parametrize(

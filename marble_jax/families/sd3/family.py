@@ -60,6 +60,10 @@ class SD3Family(Family):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+    tensor_parallel_modules = (
+        r"attn2?|ff|ff_context|norm1|norm1_context|norm_out|time_text_embed|blocks?_\d+|\w+_embedder"
+    )
+    gathered_tables = "pos_embed"
     diffusers = DiffusersNames(
         pipeline="StableDiffusion3Pipeline",
         transformer="SD3Transformer2DModel",

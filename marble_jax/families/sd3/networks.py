@@ -106,6 +106,12 @@ class SD3Networks(Networks):
         return self.vae_params
 
     @property
+    def decoder_only_params(self) -> Params:
+        """See `Networks.decoder_only_params`."""
+        used = ("decoder", "post_quant_conv")
+        return {name: part for name, part in self.vae_params.items() if name in used}
+
+    @property
     def head_width(self) -> int:
         """Width of an attention head."""
         return self.model.config.attention_head_dim

@@ -1,0 +1,124 @@
+"""What a training run says at its start and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from marble_jax.console import Console, duration, joined, quantity, shown
+from marble_jax.programs.build import Run
+from marble_jax.programs.run_record import method_name
+from marble_jax.storage.workdir import Workdir
+from marble_jax.trainable.lora import num_parameters
+
+FILES = "config.json metrics.jsonl evaluation.jsonl tensorboard/ samples/ checkpoints/ report.html"
+
+
+def announce_start(run: Run, workdir: Workdir, console: Console, resumed: int | None) -> None:
+    """Prints what the run is: devices, model, rewards, sizes of a step, memory."""
+    settings, sizes = run.settings, run.sizes
+    line = f"marble_jax: {settings.name}, {method_name(settings)}"
+    if resumed is not None:
+        line += f", resumed after step {resumed}"
+    console.say(line)
+    rollout, rewards = settings.rollout, settings.rewards
+    devices = jax.devices()
+    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    layout = run.family.describe_layout(run.mesh, "transformer", run.networks.params)
+    heldout = joined(rewards.heldout)
+    console.table(
+        [
+            (
+                "devices",
+                f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}",
+            ),
+            ("model", _model_line(run)),
+            ("base weights", layout),
+            ("rewards", f"{joined(rewards.train)}; never trained on: {heldout}"),
+            (
+                "step",
+                f"{rollout.prompts_per_step} prompts x {rollout.images_per_prompt} = {sizes.images} "
+                f"images in {sizes.rollout_batches} batches, {sizes.timesteps} of {rollout.num_steps} "
+                f"timesteps: {sizes.samples} samples in {sizes.micro_batches} micro-batches",
+            ),
+            ("memory", _memory_line(run)),
+            ("evaluation", _evaluation_line(run)),
+            ("workdir", f"{workdir.path}: {FILES}"),
+        ]
+    )
+
+
+def _model_line(run: Run) -> str:
+    settings = run.settings
+    base = quantity(num_parameters(run.networks.params))
+    adapter = quantity(num_parameters(run.state.current))
+    start = f", from {settings.lora.init}" if settings.lora.init else ""
+    return (
+        f"{settings.model.path}: transformer {base} {settings.model.dtype}, adapter {adapter} (rank "
+        f"{settings.lora.rank}{start}), {run.size} px"
+    )
+
+
+def _memory_line(run: Run) -> str:
+    adapter_bytes = 4 * num_parameters(run.state.current)
+    held = adapter_bytes * run.num_directions * run.chunk / 1e6
+    return (
+        f"per-sample adapter gradients up to {held:.0f} MB at a time, "
+        f"{len(run.settings.rewards.train)} accumulators of {adapter_bytes / 1e6:.1f} MB"
+    )
+
+
+def _evaluation_line(run: Run) -> str:
+    evaluation, evaluator = run.settings.evaluation, run.evaluator
+    every = f", every {evaluation.every_steps} steps" if evaluation.every_steps else ""
+    return (
+        f"{len(evaluator.prompts)} held-out prompts x {evaluator.images_per_prompt}, "
+        f"{evaluation.num_steps} steps of {evaluation.solver}{every}"
+    )
+
+
+def announce_gains(
+    run: Run, workdir: Workdir, console: Console, step: int, seconds: float
+) -> None:
+    """Prints the table of gains over the base model, if there is an evaluation besides it.
+
+    Args:
+      run: the run.
+      workdir: holds its evaluations.
+      console: the terminal.
+      step: optimiser steps done.
+      seconds: that the command took.
+    """
+    records = workdir.read(workdir.evaluations)
+    if len(records) < 2:
+        return
+    base, last = records[0], records[-1]
+    rewards = run.settings.rewards
+    rows = []
+    for name in (*rewards.train, *rewards.heldout):
+        label = f"{name} (never trained)" if name in rewards.heldout else name
+        rows.append(_gain_row(name, label, base, last))
+    console.say(
+        f"\nbefore and after {step} steps, {last['num_prompts']} held-out prompts, gain with 95 % "
+        f"bootstrap interval ({duration(seconds)} in all):"
+    )
+    console.table(rows, ("reward", "before", "after", "gain", "images", ""))
+
+
+def _gain_row(
+    name: str, label: str, base: Mapping[str, Any], last: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """One reward's means before and after, its gain, and whether that is clear."""
+    gain = last["gain"][name]
+    if gain["mean"] is None:
+        return label, "-", "-", "no valid sample", "", ""
+    before, after = base["scores"][name], last["scores"][name]
+    verdict = "not clear"
+    if gain["low"] > 0:
+        verdict = "up"
+    elif gain["high"] < 0:
+        verdict = "down"
+    change = shown(gain["mean"], gain["low"], gain["high"], sign=True)
+    return label, shown(before["mean"]), shown(after["mean"]), change, str(after["count"]), verdict

@@ -1,0 +1,95 @@
+"""Everything that is wrong with settings and shows without reading a file."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+
+from marble_jax.config import ModelSettings, Settings, check, flatten
+from marble_jax.errors import InputError
+from marble_jax.harmonize.baselines import balancer_of
+from marble_jax.networks import attention
+from marble_jax.objectives.registry import make_objective
+from marble_jax.training.profile import parse_steps
+from marble_jax.training.reward_schedule import reward_schedule_of
+from marble_jax.types import DTYPES
+
+
+def check_settings(settings: Settings, backend: str = "") -> None:
+    """Checks values against the table of keys, against each other and against the machine.
+
+    Args:
+      settings: of the run.
+      backend: "cpu", "gpu" or "tpu", where it is to run; this machine's by default.
+
+    Raises:
+      InputError: a value outside the table of keys, or values that do not fit each other or this machine.
+    """
+    check(flatten(settings))
+    _check_rewards(settings)
+    _check_weights(settings)
+    balancer_of(settings.harmonize, settings.rewards.train)
+    reward_schedule_of(settings)
+    make_objective(settings)
+    parse_steps(settings.logging.profile_steps)
+    _check_attention(settings.model, backend or jax.default_backend())
+    if settings.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            "logging.wandb: expected the package wandb; received none (pip install wandb)"
+        )
+
+
+def _check_rewards(settings: Settings) -> None:
+    rewards = settings.rewards
+    if not rewards.train:
+        raise InputError("rewards.train: expected at least one reward; received none")
+    if not settings.prompts.sources:
+        raise InputError("prompts.sources: expected at least one source; received none")
+    for name in rewards.heldout:
+        if name in rewards.train:
+            raise InputError(
+                f"rewards.heldout: expected rewards that are not trained on; received {name!r}"
+            )
+    floor = settings.harmonize.alpha_floor
+    if floor > 1 / len(rewards.train):
+        raise InputError(
+            f"harmonize.alpha_floor: expected at most 1/{len(rewards.train)}; received {floor}"
+        )
+
+
+def _check_weights(settings: Settings) -> None:
+    """Raises InputError unless weights of a scalarized advantage are one a reward, and go with one."""
+    weights, count = settings.advantages.weights, len(settings.rewards.train)
+    if weights and settings.advantages.scalarize == "none":
+        raise InputError(
+            "advantages.weights: expected none without advantages.scalarize (harmonize.reward_weights "
+            f"weighs unit gradients); received {weights}"
+        )
+    if weights and len(weights) != count:
+        raise InputError(
+            f"advantages.weights: expected one number for each of {count} rewards "
+            f"(--config.advantages.weights= for none); received {len(weights)}"
+        )
+
+
+def _check_attention(model: ModelSettings, backend: str) -> None:
+    """Raises InputError where the attention that was chosen does not run on a backend."""
+    chosen, dtype = model.attention, DTYPES[model.dtype]
+    wrong_backend = attention.FUSED.get(chosen, backend) != backend
+    wrong_dtype = chosen == "cudnn" and model.dtype != "bfloat16"
+    if wrong_backend or wrong_dtype:
+        needs = "a GPU and bfloat16" if chosen == "cudnn" else "a TPU"
+        fitting = attention.choose("auto", dtype, backend)
+        raise InputError(
+            f"model.attention: expected {fitting!r}, as {chosen} needs {needs}; received {chosen!r} on "
+            f"{backend} in {model.dtype} ('auto' takes what fits)"
+        )
+    if chosen != "cudnn" or jax.default_backend() != backend:
+        return
+    # On this very machine the library can be tried.
+    if not attention.has_cudnn(dtype):
+        raise InputError(
+            "model.attention: expected a GPU of compute capability 8.0 and a cuDNN that JAX finds for "
+            "'cudnn'; received neither or one (pip install nvidia-cudnn-cu12 or -cu13, or 'xla')"
+        )

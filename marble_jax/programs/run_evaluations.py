@@ -1,0 +1,212 @@
+"""Evaluations of a training run: against the base model, on record, and the best averaged policy kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from marble_jax import distributed
+from marble_jax.console import Console, duration
+from marble_jax.evaluation.statistics import gains, standardised_gain, summary
+from marble_jax.programs.build import Run
+from marble_jax.programs.run_record import deciding_rewards
+from marble_jax.storage.images import save_png
+from marble_jax.storage.workdir import Workdir
+from marble_jax.trainable import lora
+from marble_jax.training.records import MetricWriter
+from marble_jax.training.state import TrainState
+from marble_jax.types import Adapter, Params, Scores
+
+BASE_SCORES = "base_scores.json"
+
+
+class RunEvaluations:
+    """Evaluates states, compares with the base model, records, and keeps the best averaged adapter.
+
+    Args:
+      run: whose policies are evaluated.
+      workdir: where records go.
+      console: the terminal.
+      writer: where figures go besides.
+    """
+
+    def __init__(self, run: Run, workdir: Workdir, console: Console, writer: MetricWriter):
+        self._run, self._workdir, self._console, self._writer = run, workdir, console, writer
+        self._deciding = deciding_rewards(run.settings.rewards, run.settings.evaluation.best)
+        self._base: Scores | None = None
+
+    def __call__(
+        self, state: TrainState, give_way: Callable[[], None] = lambda: None
+    ) -> TrainState:
+        """Evaluates the averaged policy (the base model at step 0, which it equals).
+
+        Args:
+          state: to evaluate.
+          give_way: called after every batch of images; what it raises comes through, and nothing is on record.
+        """
+        step = int(state.step)
+        recorded = distributed.broadcast_from_first("evaluations", self._recorded_steps)
+        base = self._base_scores(0 in recorded, give_way)
+        if step == 0 or step in recorded:
+            return state
+        scores, images, seconds = self._scores(state.ema, f"step {step} evaluation", give_way)
+        gain = gains(scores, base, self._run.evaluator.groups)
+        distributed.broadcast_from_first(
+            "evaluation", lambda: self._write(step, "ema", scores, images, gain, seconds)
+        )
+        words = " ".join(f"{name} {gain[name]['mean']:+.3f}" for name in scores.names)
+        self._console.say(
+            f"evaluation after step {step} ({len(self._run.evaluator.prompts)} held-out prompts, "
+            f"{duration(seconds)}): gain {words}"
+        )
+        score = standardised_gain(scores, base, self._deciding)
+        return _with_best(state, score) if score > float(state.best_score) else state
+
+    def _recorded_steps(self) -> list[int]:
+        """Steps of the evaluations that are on record."""
+        return [record["step"] for record in self._workdir.read(self._workdir.evaluations)]
+
+    def _base_scores(self, on_record: bool, give_way: Callable[[], None]) -> Scores:
+        """The base model's scores, evaluated once a run and read back on resume.
+
+        Args:
+          on_record: whether the evaluation is on record: a kill may come between it and the scores themselves.
+          give_way: as in `__call__`.
+        """
+        if self._base is not None:
+            return self._base
+        file = self._workdir.path / BASE_SCORES
+        saved = distributed.broadcast_from_first("base scores", lambda: _read_scores(file))
+        if saved is not None:
+            self._base = _scores_of(saved)
+            return self._base
+        scores, images, seconds = self._scores(None, "evaluation of the base model", give_way)
+
+        def write() -> None:
+            if not on_record:
+                self._write(0, "base", scores, images, None, seconds)
+            self._workdir.write_json(BASE_SCORES, _as_record(scores))
+
+        distributed.broadcast_from_first("evaluation", write)
+        self._base = scores
+        self._console.say(
+            f"evaluation of the base model: {len(self._run.evaluator.prompts)} held-out prompts, "
+            f"{duration(seconds)}"
+        )
+        return scores
+
+    def _scores(
+        self, adapter: Adapter | None, what: str, give_way: Callable[[], None]
+    ) -> tuple[Scores, np.ndarray, float]:
+        """Scores and kept images of a policy, and the seconds they took."""
+        start, run = time.perf_counter(), self._run
+        params: Params = run.networks.params
+        if adapter is not None and run.settings.rollout.merge_adapter:
+            params, adapter = lora.merge(params, adapter, run.spec.scale), None
+        with self._console.bar(len(run.evaluator.groups), what, "img") as bar:
+
+            def progress(count: int) -> None:
+                bar.update(count)
+                give_way()
+
+            scores, images = run.evaluator(params, adapter, progress)
+        return scores, images, time.perf_counter() - start
+
+    def _write(
+        self,
+        step: int,
+        policy: str,
+        scores: Scores,
+        images: np.ndarray,
+        gain: dict[str, Any] | None,
+        seconds: float,
+    ) -> None:
+        """Puts an evaluation on record: images first, so that a record never names images that are not there."""
+        evaluator = self._run.evaluator
+        folder = self._workdir.samples / f"step_{step:06d}"
+        shown = []
+        for number, (index, image) in enumerate(zip(evaluator.kept, images, strict=True)):
+            prompt = evaluator.prompts[index].text
+            save_png(folder / f"{number:02d}.png", image, {"prompt": prompt, "step": str(step)})
+            shown.append({"prompt": prompt, "seed": index})
+        self._workdir.write_json("samples/prompts.json", shown)
+        record: dict[str, Any] = {
+            "step": step,
+            "policy": policy,
+            "num_prompts": len(evaluator.prompts),
+            "scores": summary(scores, evaluator.groups),
+            "seconds": seconds,
+        }
+        if gain is not None:
+            record["gain"] = gain
+        failed = _failures(scores)
+        if failed:
+            record["failed"] = failed
+        self._workdir.append(self._workdir.evaluations, record)
+        means = {
+            f"evaluation/score/{name}": entry["mean"] for name, entry in record["scores"].items()
+        }
+        self._writer.write(step, means)
+
+
+def _with_best(state: TrainState, score: float) -> TrainState:
+    """The state with its averaged policy as the best one."""
+    # Placed like what they replace: an array that lies elsewhere would have the steps compiled anew.
+    best_score = distributed.device_put_global(np.float32(score), state.best_score.sharding)
+    best_step = distributed.device_put_global(
+        np.int32(int(state.step)), state.best_step.sharding
+    )
+    # A copy: steps overwrite the state they are given, buffers that it shares included.
+    best = jax.tree.map(jnp.copy, state.ema)
+    return state.replace(best_score=best_score, best_step=best_step, best=best)
+
+
+def _failures(scores: Scores) -> dict[str, int]:
+    """Number of failed scores of every reward that has some."""
+    counts = {}
+    for column, name in enumerate(scores.names):
+        count = int(scores.failed[:, column].sum())
+        if count:
+            counts[name] = count
+    return counts
+
+
+def _as_record(scores: Scores) -> dict[str, Any]:
+    return {
+        "names": scores.names,
+        "values": scores.values,
+        "valid": scores.valid,
+        "failed": scores.failed,
+    }
+
+
+def _read_scores(file: epath.Path) -> dict[str, Any] | None:
+    """The record of scores in a file; None where there is none, or a damaged one."""
+    try:
+        record = json.loads(file.read_bytes()) if file.exists() else None
+    except ValueError:
+        return None
+    fields = {"names", "values", "valid", "failed"}
+    if not isinstance(record, dict) or not fields <= set(record):
+        return None
+    # One row an image, one number a reward: another shape is no record of these scores.
+    for row in record["values"]:
+        if len(row) != len(record["names"]):
+            return None
+    return record
+
+
+def _scores_of(record: Mapping[str, Any]) -> Scores:
+    return Scores(
+        tuple(record["names"]),
+        np.asarray(record["values"], np.float32),
+        np.asarray(record["valid"], bool),
+        np.asarray(record["failed"], bool),
+    )
