@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from marble_jax.distributed import sharding
 from marble_jax.errors import InputError
 from marble_jax.families.sd3 import text
 from marble_jax.families.sd3.text import TextEncoders
+from marble_jax.networks.sharding_rules import TEXT_ENCODERS
 from marble_jax.types import Conditioning
 
 MEMORY_BYTES = 1 << 30
@@ -60,7 +60,11 @@ class Embeddings:
     ):
         self._root, self._length, self._dtype, self._t5 = root, length, jnp.dtype(dtype), t5
         self._load = load or functools.partial(
-            text.load_text_encoders, root, dtype, t5, place=sharding.place_over_host
+            text.load_text_encoders,
+            root,
+            dtype,
+            t5,
+            place=lambda component: TEXT_ENCODERS.place_over_host(),
         )
         self._encoders: TextEncoders | None = None
         self._memory = memory

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marble_jax.distributed import device_mesh, sharding
+from marble_jax.distributed import device_mesh
 from marble_jax.distributed.accelerators import ACCELERATORS, GIB, Accelerator
 from marble_jax.errors import InputError, nearest
 from marble_jax.families.sd3 import transformer
+from marble_jax.families.sd3.sharding_rules import transformer_rules
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.networks import autoencoder_kl
 from marble_jax.plan.hlo import Collective, collectives
@@ -128,18 +129,16 @@ def jobs(
             struct((count, widths.pooled_projection_dim), dtype, sharding),
         )
 
-    model = made.model.clone(
-        attention=build.attention_of(config, mesh),
-        gather=sharding.gather(mesh, made.model.config.attention_head_dim),
-    )
+    rules = transformer_rules(made.model.config.attention_head_dim)
+    model = made.model.clone(attention=build.attention_of(config, mesh), gather=rules.gather(mesh))
 
     def velocity(
         params: Any, adapter: Any, xt: jax.Array, sigma: jax.Array, cond: Any
     ) -> jax.Array:
         return transformer.velocity(model, params, adapter, xt, sigma, cond)
 
-    lie = sharding.shardings(mesh, "transformer", made.params, made.model.config.attention_head_dim)
-    params = jax.tree.map(lambda s, where: struct(s.shape, s.dtype, where), made.params, lie)
+    shardings = rules.shardings(mesh, made.params)
+    params = jax.tree.map(lambda s, where: struct(s.shape, s.dtype, where), made.params, shardings)
     optimizer, balancer = build.make_optimizer(config), build.balancer_of(config)
     recipe = build.make_recipe(config, sizes, mesh, balancer, made.shift)
     names = len(config.rewards.train)

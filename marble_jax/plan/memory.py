@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from marble_jax.distributed import device_mesh, sharding
+from marble_jax.distributed import device_mesh
+from marble_jax.families.sd3.sharding_rules import transformer_rules
 from marble_jax.plan.model_shapes import Architecture
 from marble_jax.programs import build
 from marble_jax.trainable import lora
@@ -59,9 +60,8 @@ SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
 
 def weight_bytes(made: Architecture, mesh: Mesh | AbstractMesh) -> float:
     """Bytes of the base weights on a device."""
-    return sharding.layout(
-        mesh, "transformer", made.params, made.model.config.attention_head_dim
-    ).device
+    rules = transformer_rules(made.model.config.attention_head_dim)
+    return rules.layout(mesh, made.params).device
 
 
 def programs(
@@ -153,8 +153,8 @@ def beside(
 
 def _lies(made: Architecture, mesh: Mesh | AbstractMesh) -> str:
     dtype = jax.tree.leaves(made.params)[0].dtype
-    lie = sharding.describe(mesh, "transformer", made.params, made.model.config.attention_head_dim)
-    return f"{dtype}, {lie}"
+    rules = transformer_rules(made.model.config.attention_head_dim)
+    return f"{dtype}, {rules.describe(mesh, made.params)}"
 
 
 class _Parts:

@@ -22,13 +22,14 @@ from marble_jax.config import check as check_values
 from marble_jax.config import flatten
 from marble_jax.console import Console
 from marble_jax.convert.lora import read_lora, start_from
-from marble_jax.distributed import device_mesh, sharding
+from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.embedding_cache import Embeddings
 from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.pipeline import Pipeline, find_model, load_pipeline
+from marble_jax.families.sd3.sharding_rules import component_rules, transformer_rules
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import PolicyVelocity, make_sampler
 from marble_jax.harmonize.baselines import make_balancer
@@ -375,12 +376,11 @@ def load_model(
         width = MMDiTConfig.from_dict(
             read_json(root / "transformer" / "config.json")
         ).attention_head_dim
-        gather = sharding.gather(mesh, width)
+        gather = transformer_rules(width).gather(mesh)
 
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
-            return device_mesh.read_sharded(
-                sharding.sharding_of(mesh, component, path, leaf.shape, width), leaf
-            )
+            rules = component_rules(component, width)
+            return device_mesh.read_sharded(rules.sharding_of(mesh, path, leaf.shape), leaf)
 
     return load_pipeline(
         root,

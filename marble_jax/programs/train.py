@@ -17,9 +17,10 @@ from etils import epath
 from marble_jax import distributed, platform
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity, shown
-from marble_jax.distributed import accelerators, probe, sharding
+from marble_jax.distributed import accelerators, probe
 from marble_jax.errors import InputError
 from marble_jax.evaluation.statistics import gains, standardised_gain, summary
+from marble_jax.families.sd3.sharding_rules import transformer_rules
 from marble_jax.programs import build
 from marble_jax.programs.export import PeriodicExports
 from marble_jax.programs.step_flops import speed, work_of
@@ -438,11 +439,8 @@ def _announce(run: build.Run, workdir: Workdir, console: Console, resumed: int |
         ),
         (
             "base weights",
-            sharding.describe(
-                run.mesh,
-                "transformer",
-                run.pipeline.params,
-                run.pipeline.model.config.attention_head_dim,
+            transformer_rules(run.pipeline.model.config.attention_head_dim).describe(
+                run.mesh, run.pipeline.params
             ),
         ),
         (
