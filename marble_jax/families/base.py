@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.networks.fused_attention import Flash
 from marble_jax.types import Adapter, Conditioning, Params
 
@@ -146,7 +147,7 @@ class Networks(abc.ABC):
       options: how the transformer is computed.
       params: weights of the transformer, or `jax.ShapeDtypeStruct`s.
       decoder_params: weights of the autoencoder's decoder, likewise.
-      head_width: of the transformer's attention; no device splits a head.
+      sharding_rules: how the transformer's parameters are split over a mesh.
       largest_activation: numbers in the decoder's largest activation, of one pixel of one frame.
     """
 
@@ -154,7 +155,7 @@ class Networks(abc.ABC):
     options: NetworkOptions
     params: Params
     decoder_params: Params
-    head_width: int
+    sharding_rules: ShardingRules
     largest_activation: int
 
     @abc.abstractmethod
@@ -326,6 +327,15 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def default_sequence_length(self, root: Path) -> int:
         """Tokens of a prompt of a model where nobody says otherwise."""
+
+    @abc.abstractmethod
+    def component_rules(self, component: str, head_width: int) -> ShardingRules:
+        """How the parameters of a component are split over a mesh.
+
+        Args:
+          component: folder of a model.
+          head_width: of the transformer's attention.
+        """
 
     @abc.abstractmethod
     def open_text_encoders(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from marble_jax.distributed import sharding
+from marble_jax.distributed.sharding import HEAD_WIDTH
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, Family, TextEncoders
 from marble_jax.weights.content_hash import content_hash
@@ -68,7 +68,7 @@ class EmbeddingCache:
         self._length, self._dtype = max_sequence_length, jnp.dtype(dtype)
         if load is None:
             load = functools.partial(
-                family.open_text_encoders, root, dtype, self._omit, place=sharding.over_host
+                family.open_text_encoders, root, dtype, self._omit, place=self._placer
             )
         self._load = load
         self._encoders: TextEncoders | None = None
@@ -81,6 +81,10 @@ class EmbeddingCache:
         if os.fspath(folder):
             self._cache = epath.Path(os.path.expanduser(os.fspath(folder)))
             self._folder = self._open(self._cache)
+
+    def _placer(self, component: str) -> Any:
+        """What splits a text encoder's weights over the devices of this host; None for one device."""
+        return self._family.component_rules(component, HEAD_WIDTH).place_over_host()
 
     def _open(self, cache: epath.Path) -> epath.Path:
         """Finds out which model this is, and what the cache holds of it; returns the folder of this model."""

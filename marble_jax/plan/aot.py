@@ -146,7 +146,7 @@ class _Shardings:
         self._settings, self._shapes = settings, shapes
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._batch = NamedSharding(mesh, device_mesh.BATCH)
-        rules = shapes.family.sharding_rules
+        rules = shapes.networks.sharding_rules
         scale = settings.lora.alpha / settings.lora.rank
         options = network_options(settings.model, scale, mesh, rules.gather(mesh))
         self.networks = shapes.networks.with_options(options)

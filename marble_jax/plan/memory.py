@@ -63,7 +63,8 @@ class Source:
 
 def weight_bytes(shapes: ModelShapes, mesh: Mesh | AbstractMesh) -> float:
     """Bytes of the base weights on a device."""
-    return shapes.family.layout(mesh, "transformer", shapes.networks.params).device
+    networks = shapes.networks
+    return networks.sharding_rules.layout(mesh, networks.params).device
 
 
 def program_sources(
@@ -207,7 +208,7 @@ class MemoryModel:
         """Base weights, with how they lie."""
         params = self.shapes.networks.params
         dtype = jax.tree.leaves(params)[0].dtype
-        described = self.shapes.family.describe_layout(self.mesh, "transformer", params)
+        described = self.shapes.networks.sharding_rules.describe(self.mesh, params)
         return Source(BASE, weight_bytes(self.shapes, self.mesh), f"{dtype}, {described}")
 
     def state(self) -> list[Source]:

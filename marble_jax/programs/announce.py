@@ -26,7 +26,7 @@ def announce_start(run: Run, workdir: Workdir, console: Console, resumed: int | 
     rollout, rewards = settings.rollout, settings.rewards
     devices = jax.devices()
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    layout = run.family.describe_layout(run.mesh, "transformer", run.networks.params)
+    layout = run.networks.sharding_rules.describe(run.mesh, run.networks.params)
     heldout = joined(rewards.heldout)
     console.table(
         [

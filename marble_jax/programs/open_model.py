@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from marble_jax import distributed
 from marble_jax.config import ModelSettings
 from marble_jax.console import Console
-from marble_jax.distributed import device_mesh, sharding
+from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError, one_of
 from marble_jax.families.base import Family, NetworkOptions, Networks, Size
 from marble_jax.families.embedding_cache import EmbeddingCache
@@ -89,13 +89,13 @@ def open_networks(
     """
     outline = family.outline(root, NetworkOptions())
     outline.check_size(size_of(settings), SIZE_KEYS)
-    head_width = outline.head_width
+    transformer = outline.sharding_rules
 
     def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
-        layout = sharding.sharding_of(mesh, component, path, leaf.shape, head_width)
-        return device_mesh.read_sharded(layout, leaf)
+        rules = family.component_rules(component, transformer.head_width)
+        return device_mesh.read_sharded(rules.sharding_of(mesh, path, leaf.shape), leaf)
 
-    options = network_options(settings, lora_scale, mesh, sharding.gather(mesh, head_width))
+    options = network_options(settings, lora_scale, mesh, transformer.gather(mesh))
     return family.open(root, options, place)
 
 

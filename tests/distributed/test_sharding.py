@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from marble_jax.distributed import device_mesh, sharding
+from marble_jax.distributed import device_mesh
+from marble_jax.distributed.sharding import SHARDED_AXES, ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.sd3 import text, transformer
 from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.layer_names import load_mmdit
+from marble_jax.families.sd3.sharding_rules import ADAPTER, component_rules, transformer_rules
 from marble_jax.networks import autoencoder_kl, blip, clip, openclip, t5
+from marble_jax.networks.sharding_rules import AUTOENCODER, REWARDS, TEXT_ENCODERS
 from marble_jax.plan.model_shapes import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.programs import build
 from marble_jax.storage.files import read_json
@@ -32,13 +35,16 @@ def shallow(config):
 
 
 @functools.cache
-def shapes() -> dict[str, tuple[str, dict]]:
-    """(kind of network, abstract parameters) by name, in published sizes, and the embedded transformer."""
+def shapes() -> dict[str, tuple[ShardingRules, dict]]:
+    """(sharding rules, abstract parameters) by name, in published sizes, and the embedded transformer."""
     own = MMDiTConfig.from_dict(
         read_json(build.place_of("embedded", "pipeline") / "transformer" / "config.json")
     )
     found = {
-        name: ("transformer", transformer.abstract_params(transformer.MMDiT(config)))
+        name: (
+            transformer_rules(config.attention_head_dim),
+            transformer.abstract_params(transformer.MMDiT(config)),
+        )
         for name, config in {
             "sd3-medium": SD3_MEDIUM,
             "sd3.5-medium": SD35_MEDIUM,
@@ -50,15 +56,15 @@ def shapes() -> dict[str, tuple[str, dict]]:
         use_quant_conv=True, use_post_quant_conv=True, block_out_channels=(32, 64)
     )
     found |= {
-        name: ("vae", autoencoder_kl.abstract_params(autoencoder_kl.AutoencoderKL(config)))
+        name: (AUTOENCODER, autoencoder_kl.abstract_params(autoencoder_kl.AutoencoderKL(config)))
         for name, config in {"vae": VAE, "vae-quant": quant}.items()
     }
     found |= {
-        name: ("text_encoder", clip.abstract_text_params(clip.CLIPTextEncoder(config)))
+        name: (TEXT_ENCODERS, clip.abstract_text_params(clip.CLIPTextEncoder(config)))
         for name, config in {"clip-l": shallow(CLIP_L), "clip-g": shallow(CLIP_G)}.items()
     }
     found["t5"] = (
-        "text_encoder_3",
+        TEXT_ENCODERS,
         t5.abstract_params(t5.T5Encoder(dataclasses.replace(T5_XXL, num_layers=2))),
     )
     pair = openclip.abstract_params(
@@ -79,9 +85,9 @@ def shapes() -> dict[str, tuple[str, dict]]:
         jax.ShapeDtypeStruct((1, 2), jnp.int32),
     )["params"]
     return found | {
-        "pickscore": ("reward", pair),
-        "aesthetic": ("reward", {"clip": pair, "head": head}),
-        "imagereward": ("reward", {"blip": encoder, "head": head}),
+        "pickscore": (REWARDS, pair),
+        "aesthetic": (REWARDS, {"clip": pair, "head": head}),
+        "imagereward": (REWARDS, {"blip": encoder, "head": head}),
     }
 
 
@@ -92,31 +98,40 @@ def leaves(tree):
 
 
 def test_every_weight_has_a_rule_and_every_rule_a_weight():
-    used, named = set(), {name for name, _ in sharding.TABLE}
-    for name, (_, tree) in shapes().items():
+    used, existing = set(), set()
+    named = {name for name, _ in SHARDED_AXES}
+    for name, (rules, tree) in shapes().items():
+        existing |= set(rules.rules)
         for path, shape in leaves(tree).items():
-            axes = sharding.logical_axes(path, len(shape))
+            axes = rules.logical_axes(path, len(shape))
             assert len(axes) == len(shape) and set(axes) <= named, (name, path)
-            used.add(sharding.rule_of(path))
-    assert used == set(range(len(sharding.RULES)))
-    assert {axis for _, axes in sharding.RULES for axis in axes} | {"layers", "rank"} == named
+            used.add(rules.rule_of(path))
+    assert used == existing
+    assert {axis for _, axes in existing for axis in axes} | {"layers", "rank"} == named
+
+
+def test_every_component_of_a_pipeline_has_rules():
+    assert component_rules("transformer", 32) == transformer_rules(32)
+    assert component_rules("vae") is AUTOENCODER
+    assert component_rules("text_encoder") is component_rules("text_encoder_3") is TEXT_ENCODERS
 
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_shards_divide_and_heads_stay_whole(sizes):
     mesh = device_mesh.abstract_mesh(8, *sizes)
-    for name, (network, tree) in shapes().items():
+    for name, (rules, tree) in shapes().items():
         width = 32 if name == "embedded" else 64
-        lie = leaves_of(sharding.shardings(mesh, network, tree, width))
+        assert rules.head_width == width
+        lie = leaves_of(rules.shardings(mesh, tree))
         for path, shape in leaves(tree).items():
             part = lie[path].shard_shape(shape)  # raises where an axis does not divide
-            axes = sharding.logical_axes(path, len(shape))
-            if "heads" in axes and network == "transformer":
+            axes = rules.logical_axes(path, len(shape))
+            if "heads" in axes and rules.network == "transformer":
                 assert part[axes.index("heads")] % (1 if len(shape) == 0 else width) == 0, (
                     name,
                     path,
                 )
-        found = sharding.layout(mesh, network, tree, width)
+        found = rules.layout(mesh, tree)
         assert found.device == sum(
             int(np.prod(lie[path].shard_shape(shape))) * 4 for path, shape in leaves(tree).items()
         )
@@ -130,9 +145,10 @@ def test_what_lies_where():
     """SD3.5-medium: an eighth a device over fsdp; over tensor all but the positional table and what is small; heads of
     SD3.5-large are 38 and do not divide."""
     trees = {name: tree for name, (_, tree) in shapes().items()}
+    rules = transformer_rules()
 
     def share(name, *sizes):
-        found = sharding.layout(device_mesh.abstract_mesh(8, *sizes), "transformer", trees[name])
+        found = rules.layout(device_mesh.abstract_mesh(8, *sizes), trees[name])
         return found.device / found.total, found.unsplit / found.total
 
     assert share("sd3.5-medium", 8, 1, 1) == (1.0, 0.0)
@@ -143,19 +159,22 @@ def test_what_lies_where():
     device, unsplit = share("sd3.5-large", 1, 1, 8)
     assert 0.2 < unsplit < device < 0.4
     assert (
-        sharding.layout(device_mesh.abstract_mesh(8, 1, 8), "vae", trees["vae"]).device
+        AUTOENCODER.layout(device_mesh.abstract_mesh(8, 1, 8), trees["vae"]).device
         == 4 * 83_819_683
     )
 
 
 def test_axes_of_a_scanned_run_and_of_adapters():
-    assert sharding.logical_axes(("blocks_0", "attn", "to_q", "kernel"), 3) == (
+    assert transformer_rules().logical_axes(("blocks_0", "attn", "to_q", "kernel"), 3) == (
         "layers",
         "embed",
         "heads",
     )
-    assert sharding.logical_axes(("block_23", "ff", "net_2", "kernel"), 2) == ("mlp", "embed")
-    assert sharding.logical_axes(("blocks_0", "attn", "to_q", "b"), 3) == (
+    assert transformer_rules().logical_axes(("block_23", "ff", "net_2", "kernel"), 2) == (
+        "mlp",
+        "embed",
+    )
+    assert transformer_rules().logical_axes(("blocks_0", "attn", "to_q", "b"), 3) == (
         "layers",
         "rank",
         "heads",
@@ -163,7 +182,7 @@ def test_axes_of_a_scanned_run_and_of_adapters():
     mesh = device_mesh.abstract_mesh(8, 1, 4, 2)
     params = shapes()["sd3.5-medium"][1]
     adapter = jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), params, lora.LoraSpec()))
-    found = leaves_of(sharding.shardings(mesh, "adapter", adapter))
+    found = leaves_of(ADAPTER.shardings(mesh, adapter))
     assert all(lie.is_fully_replicated for lie in found.values())
 
 
@@ -171,11 +190,11 @@ def test_a_weight_that_no_rule_names_is_an_error():
     with pytest.raises(
         InputError, match="parameter blocks_0/attn/to_x/kernel: expected a rule of .*received none"
     ):
-        sharding.logical_axes(("blocks_0", "attn", "to_x", "kernel"), 3)
+        transformer_rules().logical_axes(("blocks_0", "attn", "to_x", "kernel"), 3)
     with pytest.raises(
         InputError, match=r"to_q/kernel: expected 3 axes \(layers, embed, heads\); received 2"
     ):
-        sharding.logical_axes(("blocks_0", "attn", "to_q", "kernel"), 2)
+        transformer_rules().logical_axes(("blocks_0", "attn", "to_q", "kernel"), 2)
 
 
 def in_eight_devices() -> dict[str, float]:
@@ -193,7 +212,7 @@ def in_eight_devices() -> dict[str, float]:
     key_map.copy = count
     _, plain = load_mmdit(directory)
     total, counted[0] = counted[0], 0
-    lie = lambda path, leaf: sharding.sharding_of(mesh, "transformer", path, leaf.shape, 32)
+    lie = lambda path, leaf: transformer_rules(32).sharding_of(mesh, path, leaf.shape)
     _, placed = load_mmdit(
         directory, place=lambda path, leaf: device_mesh.read_sharded(lie(path, leaf), leaf)
     )
@@ -225,7 +244,7 @@ def in_eight_devices() -> dict[str, float]:
         "largest": largest[0],
         "equal": equal,
         "same": same,
-        "expected": sharding.layout(mesh, "transformer", plain, 32).device,
+        "expected": transformer_rules(32).layout(mesh, plain).device,
     } | texts_in_eight_devices()
 
 
@@ -233,9 +252,9 @@ def texts_in_eight_devices() -> dict[str, float]:
     """The text encoders split over a host's devices: how far conditioning is from theirs, and bytes on a device."""
     root = build.place_of("embedded", "pipeline")
     prompts = ["a red star", 'the word "go" on a green field', ""]
-    whole, split = (
-        text.load_text_encoders(root, **options)
-        for options in ({}, {"place": sharding.place_over_host})
+    whole = text.load_text_encoders(root)
+    split = text.load_text_encoders(
+        root, place=lambda component: component_rules(component).place_over_host()
     )
     gaps = jax.tree.map(
         lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()),

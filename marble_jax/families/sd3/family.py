@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
 from marble_jax.families.sd3 import layer_names, published, text
@@ -21,6 +22,7 @@ from marble_jax.families.sd3.networks import (
     shapes_in,
     transformer_options,
 )
+from marble_jax.families.sd3.sharding_rules import component_rules
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.networks import autoencoder_kl, clip, t5
 from marble_jax.networks.autoencoder_kl import AutoencoderKL, VAEConfig, load_vae
@@ -155,6 +157,10 @@ class SD3Family(Family):
             return DEFAULT_SEQUENCE_LENGTH
         known = read_json(file).get("model_max_length", DEFAULT_SEQUENCE_LENGTH)
         return min(int(known), DEFAULT_SEQUENCE_LENGTH)
+
+    def component_rules(self, component: str, head_width: int) -> ShardingRules:
+        """See `Family.component_rules`."""
+        return component_rules(component, head_width)
 
     def open_text_encoders(
         self,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.base import (
     Conditioning,
@@ -20,6 +21,7 @@ from marble_jax.families.base import (
     TransformerShape,
 )
 from marble_jax.families.sd3 import flops
+from marble_jax.families.sd3.sharding_rules import transformer_rules
 from marble_jax.families.sd3.transformer import MMDiT, velocity
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS, sigma_grid
 from marble_jax.networks import autoencoder_kl
@@ -112,9 +114,9 @@ class SD3Networks(Networks):
         return {name: part for name, part in self.vae_params.items() if name in used}
 
     @property
-    def head_width(self) -> int:
-        """Width of an attention head."""
-        return self.model.config.attention_head_dim
+    def sharding_rules(self) -> ShardingRules:
+        """See `Networks.sharding_rules`."""
+        return transformer_rules(self.model.config.attention_head_dim)
 
     @property
     def largest_activation(self) -> int:
