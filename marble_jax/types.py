@@ -23,13 +23,6 @@ Conditioning = Mapping[str, jax.Array]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Compute dtypes by the name that settings give them."""
 
-TRAINED_POLICIES = ("ema", "current", "rollout", "best")
-"""Policies of a training run: the averaged one, the one that the optimiser updates, the one that draws rollouts, and
-the averaged one with the best evaluation. Each is a field of the training state."""
-
-POLICIES = ("base", *TRAINED_POLICIES)
-"""The same with the base model, which no adapter changes."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Scores:

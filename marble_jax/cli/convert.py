@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from marble_jax.cli.options import split
+from marble_jax.cli.options import split, word_list
 from marble_jax.errors import InputError
 
 OPTIONS = {
@@ -72,26 +72,22 @@ def run(argv: Sequence[str]) -> int:
         if not values[name]:
             raise InputError(f"--{name}: expected a value; received none")
     from marble_jax.convert.model import convert
-    from marble_jax.programs.build import EMBEDDED, place_of
+    from marble_jax.programs.locations import resolve_path
 
-    model = str(place_of(EMBEDDED, "pipeline")) if values["model"] == EMBEDDED else values["model"]
+    model = str(resolve_path(values["model"], "pipeline"))
     convert(
         model,
         values["out"],
         layout=values["to"],
         dtype=values["dtype"],
-        components=_list(values["components"]),
+        components=word_list(values["components"]),
         companion=values["companion"],
         revision=values["revision"] or None,
         shard_bytes=_bytes(values["shard"]),
-        ignore=_list(values["ignore"]),
+        ignore=word_list(values["ignore"]),
         console=console,
     )
     return 0
-
-
-def _list(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _bytes(text: str) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from marble_jax.cli.options import boolean, number, split
-from marble_jax.cli.sample import HOW, HOW_HELP, settings_of
+from marble_jax.cli.options import boolean, number, split, word_list
+from marble_jax.cli.sample import HOW, HOW_HELP, RENAMED, settings_of
 from marble_jax.errors import InputError
 
 OPTIONS = {
@@ -29,7 +29,7 @@ def help_text() -> str:
     return f"""usage: marble-jax evaluate --models=NAME=PLACE,NAME=PLACE --prompts=FILES --out=DIR
 
   --models=...       each NAME=PLACE[:POLICY][+LORA[:weight]]; a PLACE is a diffusers-layout directory, a hub id or
-                     'embedded', or the workdir of a training run (policies: ema, best, current, old, base). The first
+                     'embedded', or the workdir of a training run (policies: ema, best, current, rollout, base). The first
                      model is the one that the others' gains are measured against:
                      --models=base=embedded,marble=runs/first,best=runs/first:best,lora=embedded+lora_dir:0.8
   --prompts=...      files (one prompt a line, or GenEval metadata in .jsonl), directories with SOURCE/test files,
@@ -50,7 +50,7 @@ def help_text() -> str:
 def run(argv: Sequence[str]) -> int:
     for switch in ("skip_generation", "no_score"):
         argv = [f"--{switch}=true" if a in (f"--{switch}", f"-{switch}") else a for a in argv]
-    values, rest = split(argv, OPTIONS)
+    values, rest = split(argv, OPTIONS, RENAMED | {"num_pictures": "--num_images=N"})
     if rest:
         raise InputError(f"evaluate: expected no --config; received {rest[0]}")
     draw, score = (not boolean(name, values[name]) for name in ("skip_generation", "no_score"))
@@ -63,9 +63,10 @@ def run(argv: Sequence[str]) -> int:
             ("num_images", 0),
         )
     }
-    rewards = tuple(name.strip() for name in values["rewards"].split(",") if name.strip())
+    rewards = word_list(values["rewards"])
     settings = settings_of(values)
-    from marble_jax.programs.evaluate import Request, evaluate, parse_models
+    from marble_jax.programs.evaluate import evaluate
+    from marble_jax.programs.evaluation_request import Request, parse_models
 
     evaluate(
         Request(

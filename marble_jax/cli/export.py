@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from marble_jax.cli.options import boolean, split
 from marble_jax.errors import InputError, one_of
+from marble_jax.policies import TRAINED_POLICIES, check_policy
 
 OPTIONS = {
     "workdir": None,
     "out": None,
-    "which": "ema",
+    "policy": "ema",
     "step": "",
     "merge": "false",
     "dtype": "",
@@ -18,19 +19,18 @@ OPTIONS = {
     "prompt": "",
     "overwrite": "false",
 }
-WHICH = ("ema", "current", "rollout", "best")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def help_text() -> str:
-    return """usage: marble-jax export --workdir=RUN --out=DIR [--which=ema] [--merge] [--verify]
+    return """usage: marble-jax export --workdir=RUN --out=DIR [--policy=ema] [--merge] [--verify]
 
   --workdir=RUN      a training run, finished or not
   --out=DIR          new folder for diffusers' load_lora_weights, PEFT, ComfyUI and upstream's evaluation, with a
                      model card (README.md); it appears when it is complete, and not at all on an error
-  --which=ema        policy: ema (averaged, the one that is evaluated), current, rollout or best
+  --policy=ema       policy: ema (averaged, the one that is evaluated), current, rollout or best
   --step=N           checkpoint of that step (the newest)
-  --merge            also DIR/transformer, whole weights for SD3Transformer2DModel.from_pretrained
+  --merge            also DIR/transformer, whole weights for from_pretrained of the transformer's class in diffusers
   --dtype=float32    of the merged weights: float32, bfloat16 or float16 (the base model's own)
   --verify           open the result with diffusers, PEFT and merged, draw an image with each and compare with ours;
                      status 2 when it differs or the LoRA has no effect (needs torch, diffusers and peft)
@@ -39,10 +39,10 @@ def help_text() -> str:
 
 
 def run(argv: Sequence[str]) -> int:
-    values, rest = split(argv, OPTIONS)
+    values, rest = split(argv, OPTIONS, {"which": "--policy=NAME"})
     if rest:
         raise InputError(f"export: expected no --config (a run brings its own); received {rest[0]}")
-    one_of("--which", values["which"], WHICH)
+    check_policy("--policy", values["policy"], TRAINED_POLICIES)
     merge = boolean("merge", values["merge"])
     if values["dtype"]:
         one_of("--dtype", values["dtype"], DTYPES)
@@ -53,17 +53,16 @@ def run(argv: Sequence[str]) -> int:
             )
     if values["step"] and not values["step"].isdigit():
         raise InputError(f"--step: expected the number of a step; received {values['step']!r}")
-    from marble_jax.programs.export import export_run
+    from marble_jax.programs.export import ExportOptions, export_run
 
-    export_run(
-        values["workdir"],
-        values["out"],
-        values["which"],
-        int(values["step"]) if values["step"] else None,
+    options = ExportOptions(
+        policy=values["policy"],
+        step=int(values["step"]) if values["step"] else None,
         merge=merge,
         dtype=values["dtype"] or None,
-        verified=boolean("verify", values["verify"]),
+        verify=boolean("verify", values["verify"]),
         overwrite=boolean("overwrite", values["overwrite"]),
         prompt=values["prompt"],
     )
+    export_run(values["workdir"], values["out"], options)
     return 0

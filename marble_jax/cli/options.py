@@ -15,53 +15,89 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from marble_jax.config import KEYS, check, flatten, known
+from marble_jax.config import KEYS, Settings, check, flatten, known, settings_of
 from marble_jax.errors import InputError, nearest, one_of
 
 
-def split(argv: Sequence[str], known: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
+def split(
+    argv: Sequence[str],
+    options: Mapping[str, str | None],
+    renamed: Mapping[str, str] | None = None,
+) -> tuple[dict[str, str], list[str]]:
     """Separates `--name=value` (or `--name value`) options from everything about `--config`.
 
     Args:
       argv: arguments after the verb.
-      known: option names with defaults; a default None marks a required one, "false" a switch.
+      options: option names with defaults; a default None marks a required one, "false" a switch.
+      renamed: earlier names of options, and what to write instead.
 
     Returns:
       Option values, and the remaining `--config...` arguments.
 
     Raises:
-      InputError: an unknown, repeated or missing option, or a stray word.
+      InputError: an unknown, renamed, repeated or missing option, or a stray word.
     """
-    values, config_args, arguments = {}, [], list(argv)
+    values: dict[str, str] = {}
+    config_args: list[str] = []
+    arguments = list(argv)
     while arguments:
-        argument = arguments.pop(0)
-        match = re.fullmatch(r"--?([A-Za-z_][\w.]*)(?:=(.*))?", argument, re.DOTALL)
-        if not match:
-            raise InputError(f"command line: expected --name=value; received {argument!r}")
-        name, value = match.groups()
-        if value is None and known.get(name) == "false":
-            value = "true"
-        if value is None:
-            if not arguments or arguments[0].startswith("--"):
-                raise InputError(f"--{name}: expected a value; received none")
-            value = arguments.pop(0)
+        name, value = _take(arguments, options)
         if name == "config" or name.startswith("config."):
             config_args.append(f"--{name}={value}")
             continue
-        if name not in known:
-            raise InputError(
-                f"option: expected one of --config, {', '.join('--' + k for k in known)}; received "
-                f"--{name}{nearest(name, [*known, 'config'])}"
-            )
+        _check_name(name, options, renamed or {})
         if name in values:
             raise InputError(f"--{name}: expected once; received twice")
         values[name] = value
-    for name, default in known.items():
-        if name not in values:
-            if default is None:
-                raise InputError(f"--{name}: expected a value; received none")
-            values[name] = default
+    for name, default in options.items():
+        if name in values:
+            continue
+        if default is None:
+            raise InputError(f"--{name}: expected a value; received none")
+        values[name] = default
     return values, config_args
+
+
+def _take(arguments: list[str], options: Mapping[str, str | None]) -> tuple[str, str]:
+    """Takes one option with its value from the front of the arguments."""
+    argument = arguments.pop(0)
+    match = re.fullmatch(r"--?([A-Za-z_][\w.]*)(?:=(.*))?", argument, re.DOTALL)
+    if not match:
+        raise InputError(f"command line: expected --name=value; received {argument!r}")
+    name, value = match.groups()
+    if value is not None:
+        return name, value
+    if options.get(name) == "false":
+        return name, "true"
+    if not arguments or arguments[0].startswith("--"):
+        raise InputError(f"--{name}: expected a value; received none")
+    return name, arguments.pop(0)
+
+
+def _check_name(
+    name: str, options: Mapping[str, str | None], renamed: Mapping[str, str]
+) -> None:
+    if name in renamed:
+        raise InputError(
+            f"--{name}: expected {renamed[name]}, as it is called now; received its earlier name"
+        )
+    if name not in options:
+        known = ", ".join(f"--{option}" for option in options)
+        raise InputError(
+            f"option: expected one of --config, {known}; received "
+            f"--{name}{nearest(name, [*options, 'config'])}"
+        )
+
+
+def word_list(text: str) -> tuple[str, ...]:
+    """Words separated by commas, without the empty ones."""
+    words = [word.strip() for word in text.split(",")]
+    return tuple(word for word in words if word)
+
+
+def load_settings(arguments: Sequence[str]) -> Settings:
+    """Settings of `--config=FILE[:preset]` with its overrides; see `load_config`."""
+    return settings_of(load_config(arguments))
 
 
 def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from marble_jax import platform
-from marble_jax.cli.options import load_config, number, split
+from marble_jax.cli.options import load_settings, number, split, word_list
 from marble_jax.errors import InputError, one_of
 
 OPTIONS = {
@@ -43,20 +43,21 @@ def help_text() -> str:
 def run(argv: Sequence[str]) -> int:
     platform.compile_elsewhere()
     values, config_args = split(argv, OPTIONS)
-    config = load_config(config_args)
+    settings = load_settings(config_args)
     utilisation = number(values, "utilisation", float, 0)
     if not 0 < utilisation <= 1:
         raise InputError(
             f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}"
         )
-    chosen = [name.strip() for name in values["programs"].split(",") if name.strip()]
+    chosen = word_list(values["programs"])
     for name in chosen:
         one_of("--programs", name, PROGRAMS)
     from marble_jax.console import Console
-    from marble_jax.plan.planner import Request, plan
+    from marble_jax.plan.planner import plan
+    from marble_jax.plan.request import Request
 
     plan(
-        config,
+        settings,
         Request(
             number(values, "devices", int, 0),
             values["topology"],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marble_jax.cli.options import boolean, load_config, number, split
+from marble_jax.cli.options import boolean, load_settings, number, split
 from marble_jax.errors import InputError, one_of
 
 CHECK = {"path": "", "rewards": "", "size": "", "batch": "16", "timeout": "120", "write": "false"}
@@ -52,29 +52,29 @@ def run(argv: Sequence[str]) -> int:
     action, *rest = argv or [""]
     one_of("reward", action, ("check", "serve"))
     values, config_args = split(rest, CHECK if action == "check" else SERVE)
-    config = load_config(config_args) if config_args else None
-    if (config is None) == (not values["path"]):
+    settings = load_settings(config_args) if config_args else None
+    if (settings is None) == (not values["path"]):
         raise InputError(
             "reward: expected either --config or --path; received "
-            f"{'neither' if config is None else 'both'}"
+            f"{'neither' if settings is None else 'both'}"
         )
-    return (_check if action == "check" else _serve)(values, config)
+    return (_check if action == "check" else _serve)(values, settings)
 
 
 def _load(
-    values: dict[str, str], config: Any, one_by_one: bool = False
+    values: dict[str, str], settings: Any, one_by_one: bool = False
 ) -> tuple[list[Any], Path | None, dict]:
     """The rewards that were asked for, their directory, and why each of the others does not load."""
-    from marble_jax.programs.build import place_of
+    from marble_jax.programs.locations import resolve_path
     from marble_jax.rewards.function import is_function
     from marble_jax.rewards.registry import entries_of, load_rewards
 
     names = [name for name in values["rewards"].split(",") if name]
-    if config is not None:
-        names = names or [*config.rewards.train, *config.rewards.heldout]
-    path = values["path"] if config is None else config.rewards.path
+    if settings is not None:
+        names = names or [*settings.rewards.train, *settings.rewards.heldout]
+    path = values["path"] if settings is None else settings.rewards.path
     functions_only = bool(names) and all(is_function(name) for name in names)
-    directory = place_of(path, "rewards") if path or not functions_only else None
+    directory = resolve_path(path, "rewards") if path or not functions_only else None
     names = names or list(entries_of(directory))
     try:
         return load_rewards(directory, names), directory, {}
@@ -93,7 +93,7 @@ def _load(
     return rewards, directory, problems
 
 
-def _check(values: dict[str, str], config: Any) -> int:
+def _check(values: dict[str, str], settings: Any) -> int:
     size = number(values, "size", int, 16) if values["size"] else 0
     batch, timeout = number(values, "batch", int, 1), number(values, "timeout", float, 0.1)
     write = boolean("write", values["write"])
@@ -104,9 +104,9 @@ def _check(values: dict[str, str], config: Any) -> int:
 
     platform.keep_compilations()
     console = Console()
-    rewards, directory, problems = _load(values, config, one_by_one=True)
-    embedded = (values["path"] if config is None else config.rewards.path) == "embedded"
-    size = size or (config.model.height if config is not None else 64 if embedded else 512)
+    rewards, directory, problems = _load(values, settings, one_by_one=True)
+    embedded = (values["path"] if settings is None else settings.rewards.path) == "embedded"
+    size = size or (settings.model.height if settings is not None else 64 if embedded else 512)
     expected = {} if write else golden_images.read_expected(directory, size)
     findings = checks.look(rewards, size, expected, timeout)
     rows = []
@@ -146,7 +146,7 @@ def _check(values: dict[str, str], config: Any) -> int:
     return 0
 
 
-def _serve(values: dict[str, str], config: Any) -> int:
+def _serve(values: dict[str, str], settings: Any) -> int:
     port, workers = number(values, "port", int, 0), number(values, "workers", int, 1)
     limits = {
         "body": number(values, "max_mb", int, 1) * 10**6,
@@ -164,7 +164,7 @@ def _serve(values: dict[str, str], config: Any) -> int:
         raise InputError("serve: expected --token or --token_file; received both")
     token = values["token"] or secret("server", "", values["token_file"])
     platform.keep_compilations()
-    rewards, _, _ = _load(values, config)
+    rewards, _, _ = _load(values, settings)
     service = Service(token=token, workers=workers, score_seconds=timeout, limits=Limits(**limits))
     stop = threading.Event()
     before = {n: signal.signal(n, lambda *_: stop.set()) for n in (signal.SIGTERM, signal.SIGINT)}

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from marble_jax.cli.options import boolean, number, split
-from marble_jax.errors import InputError, one_of
+from marble_jax.cli.options import boolean, number, split, word_list
+from marble_jax.errors import InputError
+from marble_jax.policies import check_policy
+
+if TYPE_CHECKING:
+    from marble_jax.programs.policy_source import SamplingSettings
 
 HOW = {
     "steps": "40",
@@ -13,8 +18,8 @@ HOW = {
     "guidance": "1.0",
     "negative": "",
     "size": "",
-    "tokens": "",
-    "t5": "true",
+    "max_sequence_length": "",
+    "omit_text_encoders": "",
     "batch": "8",
     "embedding_cache": "",
 }
@@ -33,13 +38,18 @@ OPTIONS = {
     **HOW,
     "grid": "true",
 }
-POLICIES = ("base", "current", "old", "ema", "best")
+RENAMED = {
+    "tokens": "--max_sequence_length=N",
+    "t5": "--omit_text_encoders=text_encoder_3 (to leave T5 out)",
+}
+"""Earlier names of options, and what they are called now."""
 
 HOW_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
   --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
   --size=HEIGHTxWIDTH  in pixels; the run's or the model's own unless given
-  --tokens=N         T5 tokens a prompt (the run's own; 256 for a model; at most 12 for 'embedded')
-  --t5=true          false leaves T5 out: its tokens are zeros, as in diffusers, and its weights are never read
+  --max_sequence_length=N  tokens a prompt of the long text encoder (the run's own, or the model's)
+  --omit_text_encoders=text_encoder_3  text encoders left out: SD3's T5 then gives zeros, as in diffusers, and its
+                     weights are never read
   --embedding_cache=DIR  keep text embeddings there; all texts are then encoded first, and no text encoder is in
                      memory while images are drawn
   --batch=8          images at once"""
@@ -48,9 +58,9 @@ HOW_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
 def help_text() -> str:
     return f"""usage: marble-jax sample (--model=DIR | --workdir=RUN) (--prompts='one|another' | --file=FILE) --out=DIR
 
-  --model=DIR        diffusers-layout SD3 directory, hub id, or 'embedded'
+  --model=DIR        diffusers-layout directory, hub id, or 'embedded'
   --workdir=RUN      a training run; its model with its adapter
-  --policy=ema       with --workdir: base, current, old, ema or best
+  --policy=ema       with --workdir: base, current, rollout, ema or best
   --lora=A[:w],B[:w] LoRAs to add, with weights (1 unless given): a PEFT directory, an exported folder, or a
                      .safetensors file of diffusers, kohya or ComfyUI
   --prompts=A|B      prompts, separated by |
@@ -63,13 +73,13 @@ def help_text() -> str:
   --grid=true"""
 
 
-def settings_of(values: Mapping[str, str]):
+def settings_of(values: Mapping[str, str]) -> SamplingSettings:
     """The drawing settings of parsed options.
 
     Raises:
       InputError: a value that is not of its kind.
     """
-    from marble_jax.programs.sample import Settings
+    from marble_jax.programs.policy_source import SamplingSettings
 
     size = None
     if values["size"]:
@@ -79,22 +89,25 @@ def settings_of(values: Mapping[str, str]):
                 f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received {values['size']!r}"
             )
         size = (int(parts[0]), int(parts[1]))
-    return Settings(
+    length = None
+    if values["max_sequence_length"]:
+        length = int(number(values, "max_sequence_length", int, 1))
+    return SamplingSettings(
         seed=number(values, "seed", int, 0),
         num_steps=number(values, "steps", int, 1),
         solver=values["solver"],
         guidance=number(values, "guidance", float, 0),
         negative=values["negative"],
         size=size,
-        tokens=number(values, "tokens", int, 1) if values["tokens"] else None,
-        t5=boolean("t5", values["t5"]),
+        max_sequence_length=length,
+        omit_text_encoders=word_list(values["omit_text_encoders"]),
         batch=number(values, "batch", int, 1),
         embedding_cache=values["embedding_cache"],
     )
 
 
 def run(argv: Sequence[str]) -> int:
-    values, rest = split(argv, OPTIONS)
+    values, rest = split(argv, OPTIONS, RENAMED)
     if rest:
         raise InputError(f"sample: expected no --config (a run brings its own); received {rest[0]}")
     if bool(values["model"]) == bool(values["workdir"]):
@@ -107,7 +120,7 @@ def run(argv: Sequence[str]) -> int:
             "sample: expected either --prompts or --file; received "
             f"{'both' if values['file'] else 'neither'}"
         )
-    one_of("--policy", values["policy"], POLICIES)
+    check_policy("--policy", values["policy"])
     from marble_jax.prompts.files import read_file
 
     if values["file"]:
@@ -116,12 +129,13 @@ def run(argv: Sequence[str]) -> int:
         prompts = [p.strip() for p in values["prompts"].split("|") if p.strip()]
     images, with_grid = number(values, "images", int, 1), boolean("grid", values["grid"])
     settings = settings_of(values)
-    from marble_jax.programs.sample import Source, draw_images
+    from marble_jax.programs.policy_source import PolicySource
+    from marble_jax.programs.sample import sample_images
 
-    draw_images(
+    sample_images(
         [p for p in prompts for _ in range(images)],
         values["out"],
-        Source(values["model"], values["workdir"], values["policy"], values["lora"]),
+        PolicySource(values["model"], values["workdir"], values["policy"], values["lora"]),
         settings,
         with_grid,
     )

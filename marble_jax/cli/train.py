@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Sequence
 
-from marble_jax.cli.options import load_config, split
+from marble_jax.cli.options import load_settings, split
 from marble_jax.cli.processes import HELP, OPTIONS, cluster_of
 from marble_jax.config import describe, flatten
 from marble_jax.version import VERSION
@@ -29,15 +29,18 @@ def run(argv: Sequence[str]) -> int:
     from marble_jax import distributed
 
     with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout):
-        from marble_jax.programs.train import PACKAGES, train_run
+        from marble_jax.programs.run_record import PACKAGES
+        from marble_jax.programs.train import train_run
         from marble_jax.training.loop import Interrupted
 
-        config = distributed.run_on_all("configuration", lambda: load_config(config_args))
+        settings = distributed.run_on_all(
+            "configuration", lambda: load_settings(config_args)
+        )
         if cluster is not None:
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}
             distributed.assert_equal(
                 "",
-                {f"config.{name}": value for name, value in flatten(config).items()}
+                {f"config.{name}": value for name, value in flatten(settings).items()}
                 | versions
                 | {
                     "--workdir": values["workdir"],
@@ -47,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
             )
             distributed.start_jax(cluster, init_timeout, heartbeat_timeout)
         try:
-            train_run(config, values["workdir"], " ".join(["marble-jax", "train", *argv]))
+            train_run(settings, values["workdir"], " ".join(["marble-jax", "train", *argv]))
         except Interrupted as stop:
             if distributed.is_first():
                 print(f"marble-jax train: {stop}", file=sys.stderr)

@@ -7,17 +7,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from marble_jax.errors import InputError, nearest
+from marble_jax.errors import InputError
+from marble_jax.policies import POLICIES, check_policy
 from marble_jax.programs.locations import EMBEDDED, read_prompts
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_file
 from marble_jax.prompts.groups import shares
 from marble_jax.storage.files import location
-from marble_jax.types import POLICIES
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_RENAMED = {"old": "rollout"}  # earlier names of policies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +111,8 @@ def _split_policy(place: str) -> tuple[str, str]:
         return place, ""
     if policy in POLICIES:
         return path, policy
-    if policy in _RENAMED:
-        raise InputError(
-            f"--models: expected ':{_RENAMED[policy]}', as the policy is called now; received ':{policy}'"
-        )
     if re.fullmatch(r"[a-z]+", policy) and (location("--models", path) / "config.json").exists():
-        raise InputError(
-            f"--models: expected one of the policies {', '.join(POLICIES)}; received {policy!r}"
-            f"{nearest(policy, POLICIES)}"
-        )
+        check_policy("--models: policy", policy)
     return place, ""
 
 
