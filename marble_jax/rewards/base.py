@@ -1,7 +1,7 @@
 """What a reward is: images and prompts in, one number per image and a mask of the numbers that mean something out.
 
 Two kinds share one signature. A *device* reward takes and returns jax arrays and runs where its parameters lie; a
-*host* reward works on NumPy arrays and runs beside the device (`host.HostScorer`). A score can be absent for two
+*host* reward works on NumPy arrays and runs beside the device (`workers.host_scorer`). A score can be absent for two
 reasons, which stay apart: the reward does not apply to the prompt, or it should have applied and failed.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,10 +17,19 @@ from marble_jax.errors import InputError
 from marble_jax.types import Params, Scores
 
 Metadata = Mapping[str, Any]
+Takes = Literal["images", "clips"]
+LAYOUTS = {"images": "[N, H, W, 3]", "clips": "[N, F, H, W, 3]"}
+"""Axes of what a reward takes; F are the frames of a clip."""
 
 
 class RewardError(InputError):
     """A reward could not be computed and the run asked not to go on without it; the message is one line."""
+
+
+class SharedNetwork(Protocol):
+    """A network that several rewards may look through."""
+
+    params: Params
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -31,24 +40,41 @@ class Reward:
       name: key of the reward in configs, records and logs.
       kind: "device" (jax arrays) or "host" (NumPy arrays, called from a worker thread, hence thread-safe).
       params: frozen weights handed to `score` by default; None for rewards without any.
-      whole_groups: an image's score depends on the other images of its prompt, which have to be in its batch.
+      takes: "images" [N, H, W, 3] or "clips" [N, F, H, W, 3].
+      needs_full_group: an image's score depends on the other images of its prompt, which have to be in its batch.
     """
 
     name: str
     kind: Literal["device", "host"]
     params: Params = None
-    whole_groups: bool = False
+    takes: Takes = "images"
+    needs_full_group: bool = False
+
+    def networks(self) -> Sequence[SharedNetwork]:
+        """Returns the networks whose weights are part of `params`; they move to the devices with it."""
+        return ()
+
+    def host_networks(self) -> Sequence[SharedNetwork]:
+        """Returns the networks that `score` runs from worker threads; their weights stay on this host."""
+        return ()
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """Whether an image of this prompt can be scored at all."""
         return True
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
+    def score(
+        self,
+        params: Params,
+        images: Any,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> tuple[Any, ...]:
         """Scores a batch.
 
         Args:
           params: the reward's weights (`self.params`, or a copy laid out over a mesh).
-          images: float32 [N, H, W, 3] in [0, 1]; a jax array for a device reward, NumPy for a host reward.
+          images: float32 [N, H, W, 3] in [0, 1], or [N, F, H, W, 3] for a reward that takes clips; a jax array for a
+            device reward, NumPy for a host reward.
           prompts: N texts.
           metadata: N mappings; empty where the prompt came without.
 
@@ -68,35 +94,53 @@ class Result(NamedTuple):
     failed: np.ndarray
 
 
+def check_takes(reward: Reward, images: Any) -> None:
+    """Raises InputError unless `images` has the axes that the reward takes."""
+    received: Takes = "images"
+    if np.ndim(images) == 5:
+        received = "clips"
+    if reward.takes != received:
+        raise InputError(
+            f"reward {reward.name}: expected {reward.takes} {LAYOUTS[reward.takes]}; received {received} "
+            f"{LAYOUTS[received]}"
+        )
+
+
 def applicable(reward: Reward, prompts: Sequence[str], metadata: Sequence[Metadata]) -> np.ndarray:
-    """bool [N]: which prompts `reward` applies to."""
-    return np.array([reward.applies(p, m) for p, m in zip(prompts, metadata, strict=True)], bool)
+    """Returns bool [N]: which prompts `reward` applies to."""
+    pairs = zip(prompts, metadata, strict=True)
+    return np.array([reward.applies(prompt, mapping) for prompt, mapping in pairs], bool)
 
 
-def settle(values, valid, applies: np.ndarray) -> Result:
+def to_result(values: Any, valid: Any, applies: np.ndarray) -> Result:
     """Turns what `score` returned into a Result: numbers that are not finite count as failures, not as scores.
 
     Args:
       values: [N] scores.
       valid: bool [N] as returned by the reward.
       applies: bool [N] from `applicable`.
+
+    Raises:
+      RewardError: another number of scores than N.
     """
-    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, below
+    # A number that float32 cannot hold becomes infinite and is a failure below: no cause for a warning.
+    with np.errstate(over="ignore"):
         values = np.asarray(values, np.float32)
     if values.shape != applies.shape:
         raise RewardError(f"reward scores: expected shape {applies.shape}; received {values.shape}")
     valid = np.asarray(valid, bool) & np.isfinite(values) & applies
+    # Invalid values become 0 rather than NaN, which would survive a multiplication with a mask.
     return Result(np.where(valid, values, np.float32(0)), valid, applies & ~valid)
 
 
 def all_failed(applies: np.ndarray) -> Result:
-    """The Result of a call that gave nothing: failed wherever the reward applies."""
-    return settle(np.zeros(applies.shape), np.zeros(applies.shape, bool), applies)
+    """Returns the Result of a call that gave nothing: failed wherever the reward applies."""
+    return to_result(np.zeros(applies.shape), np.zeros(applies.shape, bool), applies)
 
 
 def score(
     reward: Reward,
-    images,
+    images: Any,
     prompts: Sequence[str],
     metadata: Sequence[Metadata],
     params: Params = None,
@@ -105,27 +149,18 @@ def score(
     applies = applicable(reward, prompts, metadata)
     if not applies.any():
         return all_failed(applies)
-    images = np.asarray(images, np.float32) if reward.kind == "host" else images
-    values, valid, *narrower = reward.score(
-        reward.params if params is None else params, images, prompts, metadata
-    )
+    if reward.kind == "host":
+        images = np.asarray(images, np.float32)
+    if params is None:
+        params = reward.params
+    values, valid, *narrower = reward.score(params, images, prompts, metadata)
     for narrow in narrower:
         applies = applies & np.asarray(narrow, bool)
-    return settle(values, valid, applies)
+    return to_result(values, valid, applies)
 
 
 def stack(results: Mapping[str, Result]) -> Scores:
     """Results by reward name as one `Scores`, in the mapping's order."""
     # Samples are the first axis of every array of scores, rewards the second.
-    values, valid, failed = (np.stack(column, axis=1) for column in zip(*results.values()))
-    return Scores(tuple(results), values, valid, failed)
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1] as 8-bit, rounded to nearest and clipped; 8-bit images pass through."""
-    images = np.asarray(images)
-    return (
-        images
-        if images.dtype == np.uint8
-        else np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
-    )
+    columns = [np.stack(column, axis=1) for column in zip(*results.values(), strict=True)]
+    return Scores(tuple(results), *columns)

@@ -9,38 +9,35 @@ prompt beats another's.
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marble_jax.errors import InputError
-from marble_jax.prompts.files import Prompt
+from marble_jax.errors import InputError, one_line
 from marble_jax.rewards import base
-from marble_jax.rewards.base import Result, Reward
+from marble_jax.rewards.base import LAYOUTS, Metadata, Result, Reward, Takes
 from marble_jax.rewards.toy_world import golden_images
-from marble_jax.rewards.workers.host_scorer import HostScorer, line
+from marble_jax.rewards.workers.host_scorer import HostScorer
 
 TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
 """Largest difference from a recorded score: a share of the reward's spread over the golden images, and in itself."""
 ATTEMPTS = 3
-MIN_SECONDS = 1.0
-"""For which the throughput is measured."""
+"""Calls that a host reward, which may hang on a network, gets."""
+
+Status = Literal["ok", "failed", "differs", "constant", "disordered", "not asked"]
 BROKEN = {
     "failed": "fails",
     "differs": "scores otherwise",
     "constant": "gives every image the same score",
 }
+"""What a reward does that does not work, by status."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What the check says of one reward.
 
     Attributes:
@@ -54,40 +51,74 @@ class Finding:
 
     name: str
     kind: str
-    status: str
+    status: Status
     note: str
     result: Result
 
     @property
     def broken(self) -> bool:
-        """Whether the reward must not be trained on. A host reward may be constant on images as plain as these."""
-        return (
-            self.status in ("failed", "differs")
-            or self.status == "constant"
-            and self.kind == "device"
-        )
+        """Whether the reward must not be trained on."""
+        # A host reward may well be constant on images as plain as these: an OCR engine that reads none of them.
+        if self.status == "constant":
+            return self.kind == "device"
+        return self.status in BROKEN
 
     @property
     def passed(self) -> bool:
         """Whether nothing speaks against the reward."""
         return self.status in ("ok", "not asked")
 
-    def mean(self, own: bool) -> float:
-        """Mean score with the images' own prompts, or with their partners'; NaN without any."""
-        values, valid = (
-            self.result.values[0 if own else 1 :: 2],
-            self.result.valid[0 if own else 1 :: 2],
-        )
-        return float(values[valid].mean()) if valid.any() else float("nan")
+    def mean(self, own_prompts: bool) -> float:
+        """Returns the mean score with the images' own prompts, or with their partners'; NaN without any."""
+        # Samples alternate: every image with its own prompt, then with its partner's.
+        first = 1
+        if own_prompts:
+            first = 0
+        values, valid = self.result.values[first::2], self.result.valid[first::2]
+        if not valid.any():
+            return float("nan")
+        return float(values[valid].mean())
 
 
-def look(
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Images float32 [N, H, W, 3] in [0, 1] with their N texts and metadata."""
+
+    images: np.ndarray
+    texts: list[str]
+    metadata: list[Metadata]
+
+    @classmethod
+    def golden(cls, side: int) -> Samples:
+        """Returns the golden samples at a size in pixels."""
+        images, prompts = golden_images.samples(side)
+        texts = [prompt.text for prompt in prompts]
+        return cls(images, texts, [prompt.metadata for prompt in prompts])
+
+    def select(self, index: np.ndarray) -> Samples:
+        """Returns the samples int [n], in their order, perhaps repeated."""
+        numbers = index.tolist()
+        texts = [self.texts[number] for number in numbers]
+        return Samples(self.images[index], texts, [self.metadata[number] for number in numbers])
+
+    def layout(self, takes: Takes) -> np.ndarray:
+        """Returns the images as a reward takes them; as clips they have one frame."""
+        if takes == "clips":
+            return self.images[:, None]
+        return self.images
+
+    def applicable(self, reward: Reward) -> np.ndarray:
+        """Returns bool [N]: which samples the reward applies to."""
+        return base.applicable(reward, self.texts, self.metadata)
+
+
+def run_checks(
     rewards: Sequence[Reward],
     side: int,
     expected: Mapping[str, Sequence[float | None]],
     timeout: float = 120.0,
     batch_size: int = 0,
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Scores the golden samples with every reward, host rewards beside those on the device.
 
     Args:
@@ -99,116 +130,122 @@ def look(
         needs anyway; 0 takes them as they are.
 
     Returns:
-      A finding for each reward, in order.
+      A result for each reward, in order.
     """
-    images, prompts = golden_images.samples(side)
-    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-    applies = {reward.name: base.applicable(reward, texts, metadata) for reward in rewards}
-    host = HostScorer(
-        [r for r in rewards if r.kind == "host"], max(1, len(rewards)), "retry", ATTEMPTS - 1
-    )
+    samples = Samples.golden(side)
+    results: dict[str, Result] = {}
     reasons: dict[str, str] = {}
+    scorers: list[HostScorer] = []
+    pending = []
     try:
-        pending = host.submit(images, texts, metadata)
-        results = {
-            r.name: _on_device(r, images, prompts, batch_size, reasons)
-            for r in rewards
-            if r.kind == "device"
-        }
-        results |= pending.result(timeout)
-        reasons |= host.errors
+        for takes in LAYOUTS:
+            host = [reward for reward in rewards if (reward.kind, reward.takes) == ("host", takes)]
+            if host:
+                scorers.append(HostScorer(host, len(rewards), "retry", ATTEMPTS - 1))
+                images = samples.layout(host[0].takes)
+                pending.append(scorers[-1].submit(images, samples.texts, samples.metadata))
+        for reward in rewards:
+            if reward.kind == "device":
+                results[reward.name] = _score_on_device(reward, samples, batch_size, reasons)
+        for scorer, scores in zip(scorers, pending, strict=True):
+            results |= scores.result(timeout)
+            reasons |= scorer.errors
     finally:
-        host.close()
-    return [
-        _finding(
-            reward,
-            results[reward.name],
-            applies[reward.name],
-            expected.get(reward.name),
-            reasons.get(reward.name, "no number"),
-        )
-        for reward in rewards
-    ]
+        for scorer in scorers:
+            scorer.close()
+    checked = []
+    for reward in rewards:
+        result = results[reward.name]
+        reason = reasons.get(reward.name, "no number")
+        status, note = _judge(result, expected.get(reward.name), reason)
+        checked.append(CheckResult(reward.name, reward.kind, status, note, result))
+    return checked
 
 
-def _on_device(
-    reward: Reward,
-    images: np.ndarray,
-    prompts: Sequence[Prompt],
-    batch_size: int,
-    reasons: dict[str, str],
+def _score_on_device(
+    reward: Reward, samples: Samples, batch_size: int, reasons: dict[str, str]
 ) -> Result:
-    """The scores of the samples; those that a small batch leaves out count as not asked for."""
-    count = len(prompts)
+    """Returns the scores of the samples; those that a small batch leaves out count as not asked for.
+
+    Why the reward raised, if it did, goes into `reasons`.
+    """
+    count = len(samples.texts)
     index = np.arange(batch_size or count) % count
-    scored = min(len(index), count)
+    batch = samples.select(index)
+    num_scored = min(len(index), count)
     try:
-        result = base.score(
-            reward,
-            jnp.asarray(images[index]),
-            [prompts[i].text for i in index],
-            [prompts[i].metadata for i in index],
-        )
-    except Exception as error:  # a reward is foreign code
-        reasons[reward.name] = line(error)
-        asked = base.applicable(reward, [p.text for p in prompts], [p.metadata for p in prompts])
-        return base.all_failed(asked & (np.arange(count) < scored))
-    return Result(
-        *(
-            np.concatenate([column[:scored], np.zeros(count - scored, column.dtype)])
-            for column in result
-        )
-    )
+        images = jnp.asarray(batch.layout(reward.takes))
+        result = base.score(reward, images, batch.texts, batch.metadata)
+    # A reward is foreign code: whatever it raises is what the check is about.
+    except Exception as error:
+        reasons[reward.name] = one_line(error)
+        scored = np.arange(count) < num_scored
+        return base.all_failed(samples.applicable(reward) & scored)
+    columns = []
+    for column in result:
+        padding = np.zeros(count - num_scored, column.dtype)
+        columns.append(np.concatenate([column[:num_scored], padding]))
+    return Result(*columns)
 
 
-def _finding(
-    reward: Reward,
-    result: Result,
-    applies: np.ndarray,
-    expected: Sequence[float | None] | None,
-    reason: str,
-) -> Finding:
-    status, note = _verdict(result, expected, reason)
-    return Finding(reward.name, reward.kind, status, note, result)
-
-
-def _verdict(
+def _judge(
     result: Result, expected: Sequence[float | None] | None, reason: str
-) -> tuple[str, str]:
-    values, valid = result.values.astype(np.float64), result.valid
-    asked = int((valid | result.failed).sum())
-    if result.failed.any():
+) -> tuple[Status, str]:
+    """Returns status and note of a reward's scores.
+
+    Args:
+      result: of the golden samples.
+      expected: scores on record; None where there are none.
+      reason: why scores failed, if any did.
+    """
+    num_failed = int(result.failed.sum())
+    num_asked = num_failed + int(result.valid.sum())
+    if num_failed:
         return (
             "failed",
-            f"{int(result.failed.sum())} of {asked} golden images without a score: {reason}",
+            f"{num_failed} of {num_asked} golden images without a score: {reason}",
         )
+    values = result.values.astype(np.float64)
     if expected is not None:
-        return _compared(values, valid, expected)
-    if not asked:
+        return _compare(values, result.valid, expected)
+    if not num_asked:
         return "not asked", "applies to none of the golden images"
-    scores = values[valid]
-    if len(scores) > 2 and np.ptp(scores) <= 1e-6 * max(1.0, float(np.abs(scores).max())):
+    scores = values[result.valid]
+    largest = max(1.0, float(np.abs(scores).max()))
+    # Two equal scores may be chance; float32 rounds at 1e-7 of the largest.
+    if len(scores) > 2 and np.ptp(scores) <= 1e-6 * largest:
         return "constant", f"{scores[0]:.4g} for every golden image"
-    own, other = valid[::2] & valid[1::2], values[1::2]
-    lead = (values[::2] - other)[own]
-    if len(lead) > 2 and np.any(lead != 0) and lead.mean() <= 0:
-        return "disordered", f"own prompts score {lead.mean():+.3g} against other images' prompts"
-    return "ok", "" if not len(lead) or not np.any(
-        lead != 0
-    ) else f"own prompts lead by {lead.mean():.3g}"
+    return _check_order(values, result.valid)
 
 
-def _compared(
+def _check_order(values: np.ndarray, valid: np.ndarray) -> tuple[Status, str]:
+    """Returns status and note by whether images score higher with their own prompts than with their partners'."""
+    both = valid[::2] & valid[1::2]
+    lead = (values[::2] - values[1::2])[both]
+    # A reward that does not look at the prompt has no lead at all, and nothing is wrong with it.
+    if not np.any(lead != 0):
+        return "ok", ""
+    mean = lead.mean()
+    # One or two pairs may be the other way round by chance.
+    if len(lead) > 2 and mean <= 0:
+        return "disordered", f"own prompts score {mean:+.3g} against other images' prompts"
+    return "ok", f"own prompts lead by {mean:.3g}"
+
+
+def _compare(
     values: np.ndarray, valid: np.ndarray, expected: Sequence[float | None]
-) -> tuple[str, str]:
-    known = np.array([v is not None for v in expected])
-    wanted = np.array([0.0 if v is None else v for v in expected], np.float64)
-    both = known & valid
-    if np.any(valid & ~known) or not np.any(both):
+) -> tuple[Status, str]:
+    """Returns status and note of scores [N] against those on record."""
+    recorded = np.array([value is not None for value in expected])
+    wanted = np.array([value or 0.0 for value in expected], np.float64)
+    both = recorded & valid
+    if np.any(valid & ~recorded) or not np.any(both):
         return "differs", "scores golden images other than those on record"
-    spread = float(np.ptp(wanted[known]))
+    spread = float(np.ptp(wanted[recorded]))
+    allowed = max(TOLERANCE * spread, LEAST_TOLERANCE)
+    # What is only on record, or only scored, has no difference: a small batch leaves samples out.
     difference = np.abs(np.where(both, values - wanted, 0.0))
-    worst, allowed = int(np.argmax(difference)), max(TOLERANCE * spread, LEAST_TOLERANCE)
+    worst = int(np.argmax(difference))
     if difference[worst] > allowed:
         return "differs", (
             f"golden image {worst}: expected {wanted[worst]:.4g} within {allowed:.2g}; received "
@@ -217,73 +254,25 @@ def _compared(
     return "ok", f"as on record, within {difference[worst]:.1g}"
 
 
-def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.0) -> float:
-    """Images per second in batches of golden images; NaN where the reward fails.
-
-    Counts images that the reward applies to; what is compiled or loaded on first use is not counted.
-    """
-    images, prompts = golden_images.samples(side)
-    asked = np.flatnonzero(
-        base.applicable(reward, [p.text for p in prompts], [p.metadata for p in prompts])
-    )
-    if not asked.size:
-        return float("nan")
-    index = asked[np.arange(batch_size) % asked.size]
-    texts, metadata = [prompts[i].text for i in index], [prompts[i].metadata for i in index]
-    batch: Any = jnp.asarray(images[index]) if reward.kind == "device" else images[index]
-    scorer = HostScorer([reward] if reward.kind == "host" else [], 1, "fail")
-
-    def once() -> None:
-        if reward.kind == "host":
-            scorer.submit(batch, texts, metadata).result(timeout)
-        else:
-            base.score(reward, batch, texts, metadata)
-
-    try:
-        once()
-        start, rounds = time.perf_counter(), 0
-        while (seconds := time.perf_counter() - start) < MIN_SECONDS or not rounds:
-            once()
-            rounds += 1
-    except Exception:  # `look` says why
-        return float("nan")
-    finally:
-        scorer.close()
-    return rounds * batch_size / seconds
-
-
-def weight_bytes(reward: Reward) -> int:
-    """Bytes of the reward's weights; rewards that share a tower each count it."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(reward.params) if hasattr(leaf, "nbytes"))
-
-
-def recorded(findings: Sequence[Finding]) -> dict[str, list[float | None]]:
-    """The scores as `golden.write_expected` takes them."""
-    return {
-        f.name: [float(v) if good else None for v, good in zip(f.result.values, f.result.valid)]
-        for f in findings
-    }
-
-
-def memory() -> str:
-    """Largest memory of this process so far, and of the device where it tells."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return f"peak memory {peak / 1e9:.2g} GB" + (
-        f", {device / 1e9:.2g} GB on the device" if device else ""
-    )
+def recorded_scores(checked: Sequence[CheckResult]) -> dict[str, list[float | None]]:
+    """Returns the scores as `golden_images.write_expected` takes them."""
+    scores: dict[str, list[float | None]] = {}
+    for check in checked:
+        row: list[float | None] = []
+        for value, valid in zip(check.result.values, check.result.valid, strict=True):
+            row.append(float(value) if valid else None)
+        scores[check.name] = row
+    return scores
 
 
 def before_training(
     rewards: Sequence[Reward], side: int, directory: Path | None, batch_size: int, timeout: float
 ) -> list[str]:
-    """The check at the start of a run.
+    """Checks rewards at the start of a run.
 
     Args:
       rewards: of the run.
-      side, batch_size, timeout: see `look`.
+      side, batch_size, timeout: see `run_checks`.
       directory: where recorded scores may lie; None to do without.
 
     Returns:
@@ -292,19 +281,18 @@ def before_training(
     Raises:
       InputError: a reward is broken.
     """
-    findings = look(
-        rewards, side, golden_images.read_expected(directory, side), timeout, batch_size
-    )
-    for finding in findings:
-        if finding.broken:
+    expected = golden_images.read_expected(directory, side)
+    remarks = []
+    for check in run_checks(rewards, side, expected, timeout, batch_size):
+        if check.broken:
             raise InputError(
-                f"reward {finding.name}: expected sound scores of the golden images; received a reward "
-                f"that {BROKEN[finding.status]} ({finding.note}); see marble-jax reward check, or "
+                f"reward {check.name}: expected sound scores of the golden images; received a reward "
+                f"that {BROKEN[check.status]} ({check.note}); see marble-jax reward check, or "
                 "rewards.check=false"
             )
-    return [
-        f"reward {f.name}: {f.status} on the golden images ({f.note}); right for some rewards, else a sign of a "
-        "faulty installation"
-        for f in findings
-        if not f.passed
-    ]
+        if not check.passed:
+            remarks.append(
+                f"reward {check.name}: {check.status} on the golden images ({check.note}); right for some rewards, "
+                "else a sign of a faulty installation"
+            )
+    return remarks

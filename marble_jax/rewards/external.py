@@ -1,164 +1,140 @@
-"""Entries of `rewards.json` whose numbers come from outside the project: servers, judges, a user's own function.
+"""Kinds of rewards whose numbers come from servers and judges.
 
 "geneval":  {"kind": "remote", "urls": ["http://10.0.0.7:8810"], "token_env": "REWARD_TOKEN", "batch_size": 32}
 "judge":    {"kind": "openai", "urls": ["http://127.0.0.1:17140/v1"], "model": "UnifiedReward-7b-v1.5",
              "preset": "unifiedreward"}
-"sharp":    {"kind": "function", "function": "my_rewards:sharpness", "applies": "all"}
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from marble_jax.errors import InputError, one_of
-from marble_jax.rewards.base import Reward
-from marble_jax.rewards.function import FunctionReward, applies_rule, load_function
+from marble_jax.rewards.function import Applies, applies_rule
 from marble_jax.rewards.http.calls import Patience, Replicas, secret
-from marble_jax.rewards.http.judge import PATH, PRESETS, JudgeReward
+from marble_jax.rewards.http.judge import PATH, PRESETS, JudgeReward, Question
 from marble_jax.rewards.http.remote import PROTOCOLS, RemoteReward
-
-_CALLS: dict[str, Any] = {
-    "urls": [],
-    "token_env": "",
-    "token_file": "",
-    "timeout": 60.0,
-    "connect_timeout": 5.0,
-    "retries": 3,
-    "pause": 0.5,
-    "max_in_flight": 4,
-    "applies": "all",
-}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "remote": _CALLS
-    | {
-        "reward": "",
-        "batch_size": 16,
-        "format": "png",
-        "protocol": "marble",
-        "field": "scores",
-        "allow_pickle": False,
-    },
-    "openai": _CALLS
-    | {
-        "model": "",
-        "preset": "",
-        "prompt": "",
-        "prompt_file": "",
-        "pattern": "",
-        "field": "",
-        "low": 0.0,
-        "high": 0.0,
-        "side": 0,
-        "max_tokens": 0,
-        "temperature": 0.0,
-        "max_in_flight": 8,
-    },
-    "function": {"function": "", "applies": ""},
-}
-"""Options of each kind with their defaults; an empty or zero option of a judge leaves its preset's value."""
-LEAST = {
-    "batch_size": 1,
-    "max_in_flight": 1,
-    "retries": 0,
-    "pause": 0,
-    "side": 0,
-    "max_tokens": 0,
-    "temperature": 0,
-}
-OPTIONS = {kind: set(defaults) for kind, defaults in DEFAULTS.items()}
+from marble_jax.rewards.registration import BuildContext, option, register_reward
 
 
-def build(name: str, kind: str, entry: Mapping[str, Any], directory: Path | None) -> Reward:
-    """A reward from its entry.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """Options of every kind that calls servers."""
 
-    Args:
-      name: key of the reward.
-      kind: "remote", "openai" or "function".
-      entry: its options.
-      directory: where `rewards.json` lies; files and modules are looked for there.
+    urls: tuple[str, ...] = option((), "addresses of servers that answer alike")
+    token_env: str = option("", "environment variable that holds the token")
+    token_file: str = option("", "file that holds the token")
+    timeout: float = option(60.0, "seconds for a whole call", above=0)
+    connect_timeout: float = option(5.0, "seconds for a connection", above=0)
+    retries: int = option(3, "further attempts after the first", least=0)
+    pause: float = option(0.5, "seconds before the first of them; doubles with each", least=0)
+    max_in_flight: int = option(4, "calls at the same time, over all servers", least=1)
+    applies: str = option("all", "prompts it is asked about: all, quoted, geneval or module:function")
 
-    Raises:
-      InputError: an option that is unknown or does not fit; a token, file, module or function that is not there.
-    """
-    options = _checked(name, DEFAULTS[kind], entry)
-    rule = applies_rule(name, options["applies"], directory) if options["applies"] else None
-    if kind == "function":
-        return FunctionReward(name, load_function(options["function"], directory), rule)
-    token = secret(name, options["token_env"], options["token_file"])
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoteOptions(CallOptions):
+    """Options of the kind "remote"."""
+
+    reward: str = option("", "its name at the server; the same by default")
+    batch_size: int = option(16, "images a call", least=1)
+    format: str = option("png", "of images: png or rgb8")
+    protocol: str = option("marble", "this project's, or flow_grpo, of the older PyTorch servers")
+    field: str = option("scores", "under flow_grpo, the field of the answer that holds the scores")
+    allow_pickle: bool = option(False, "consent to flow_grpo, whose answers are pickles")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeOptions(CallOptions):
+    """Options of the kind "openai"; those of the question keep the preset's value where they are left out."""
+
+    max_in_flight: int = option(8, "calls at the same time, over all servers", least=1)
+    model: str = option("", "its name at the endpoint")
+    preset: str = option("", "question to start from")
+    prompt: str | None = option(None, "text of the question, with {prompt} for the image's prompt")
+    prompt_file: str = option("", "file beside rewards.json that holds the text")
+    pattern: str | None = option(None, "regular expression whose first group is the number")
+    field: str | None = option(None, "instead, the number's key in the answer's JSON object")
+    low: float | None = option(None, "smallest number")
+    high: float | None = option(None, "largest number, which the score is divided by")
+    side: int | None = option(None, "pixels that images are resized to; 0 leaves them", least=0)
+    max_tokens: int | None = option(None, "of the answer", least=0)
+    temperature: float | None = option(None, "of sampling", least=0)
+
+
+def _replicas(name: str, options: CallOptions, path: str) -> Replicas:
+    token = secret(name, options.token_env, options.token_file)
     patience = Patience(
-        options["connect_timeout"],
-        options["timeout"],
-        options["retries"],
-        options["pause"],
-        options["max_in_flight"],
+        connect=options.connect_timeout,
+        answer=options.timeout,
+        retries=options.retries,
+        pause=options.pause,
+        in_flight=options.max_in_flight,
     )
-    if kind == "openai":
-        replicas = Replicas(name, options["urls"], PATH, token, patience)
-        return JudgeReward(
-            name, replicas, options["model"], _question(name, options, entry, directory), rule
-        )
-    one_of(f"reward {name}: protocol", options["protocol"], PROTOCOLS)
-    old = options["field"] if options["protocol"] == "flow_grpo" else ""
-    replicas = Replicas(name, options["urls"], "" if old else "/score", token, patience)
+    return Replicas(name, list(options.urls), path, token, patience)
+
+
+def _applies(name: str, options: CallOptions, context: BuildContext) -> Applies | None:
+    if not options.applies:
+        return None
+    return applies_rule(name, options.applies, context.directory)
+
+
+@register_reward("remote", RemoteOptions)
+def build_remote(name: str, options: RemoteOptions, context: BuildContext) -> RemoteReward:
+    """Builds a reward that a server computes."""
+    applies = _applies(name, options, context)
+    one_of(f"reward {name}: protocol", options.protocol, PROTOCOLS)
+    # The older servers are called at the address itself, without a path.
+    path, pickle_field = "/score", ""
+    if options.protocol == "flow_grpo" and options.field:
+        path, pickle_field = "", options.field
     return RemoteReward(
         name,
-        replicas,
-        options["reward"],
-        options["batch_size"],
-        options["format"],
-        rule,
-        old,
-        options["allow_pickle"],
+        _replicas(name, options, path),
+        options.reward,
+        options.batch_size,
+        options.format,
+        applies,
+        pickle_field,
+        options.allow_pickle,
     )
 
 
-def _question(
-    name: str, options: dict[str, Any], entry: Mapping[str, Any], directory: Path | None
-) -> Any:
-    one_of(f"reward {name}: preset", options["preset"], PRESETS)
-    if options["prompt_file"]:
-        if options["prompt"]:
+@register_reward("openai", JudgeOptions)
+def build_judge(name: str, options: JudgeOptions, context: BuildContext) -> JudgeReward:
+    """Builds a reward that a vision-language model behind an OpenAI-compatible endpoint gives."""
+    applies = _applies(name, options, context)
+    replicas = _replicas(name, options, PATH)
+    return JudgeReward(name, replicas, options.model, _question(name, options, context), applies)
+
+
+def _question(name: str, options: JudgeOptions, context: BuildContext) -> Question:
+    """Returns the preset's question with what the options change."""
+    one_of(f"reward {name}: preset", options.preset, PRESETS)
+    preset = PRESETS[options.preset]
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(preset):
+        value = getattr(options, field.name)
+        if value is not None:
+            changes[field.name] = value
+    if options.prompt_file:
+        if options.prompt:
             raise InputError(f"reward {name}: expected prompt or prompt_file; received both")
-        file = (directory or Path()) / options["prompt_file"]
-        try:
-            options["prompt"] = file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"reward {name}: expected a text in {file}; received {type(error).__name__}"
-            ) from None
-    base = PRESETS[options["preset"]]
-    given = {
-        field.name: options[field.name] for field in dataclasses.fields(base) if field.name in entry
-    }
-    return dataclasses.replace(
-        base, **given | ({"prompt": options["prompt"]} if options["prompt"] else {})
-    )
+        text = _read_text(name, options.prompt_file, context)
+        # An empty file leaves the preset's text.
+        if text:
+            changes["prompt"] = text
+    return dataclasses.replace(preset, **changes)
 
 
-def _checked(name: str, defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with their defaults, of the defaults' types."""
-    options = dict(defaults)
-    for key, value in entry.items():
-        one_of(f"reward {name}: option", key, defaults)
-        default = defaults[key]
-        kinds = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            raise InputError(
-                f"reward {name}: {key}: expected {type(default).__name__}; received {value!r}"
-            )
-        least = LEAST.get(key)
-        if (
-            least is not None
-            and value < least
-            or key in ("timeout", "connect_timeout")
-            and not value > 0
-        ):
-            raise InputError(
-                f"reward {name}: {key}: expected {'more than 0' if least is None else f'>= {least}'}; "
-                f"received {value!r}"
-            )
-        options[key] = value
-    return options
+def _read_text(name: str, file_name: str, context: BuildContext) -> str:
+    file = (context.directory or Path()) / file_name
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"reward {name}: expected a text in {file}; received {type(error).__name__}"
+        ) from None

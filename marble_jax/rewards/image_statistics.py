@@ -9,12 +9,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from marble_jax.rewards.base import Metadata, Reward, to_uint8
+from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.rewards.registration import BuildContext, NoOptions, register_reward
+from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 
 QUALITY = 95
@@ -26,7 +30,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def jpeg_kilobytes(image: np.ndarray) -> float:
-    """Size of an image uint8 [H, W, 3] as a JPEG file of quality 95, in thousands of bytes."""
+    """Returns the size of an image uint8 [H, W, 3] as a JPEG file of quality 95, in thousands of bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -44,35 +48,47 @@ class JpegReward(Reward):
     def __init__(self, name: str, compressible: bool = True, workers: int = 2):
         """Builds the reward: `compressible` says which of the two; `workers` images are encoded at the same time."""
         super().__init__(name=name, kind="host")
-        self.factor = -1 / COMPRESSIBILITY_SCALE if compressible else 1.0
-        self._pool = ThreadPoolExecutor(
-            workers, thread_name_prefix="jpeg"
-        )  # the encoder releases the lock
+        self.factor = 1.0
+        if compressible:
+            self.factor = -1 / COMPRESSIBILITY_SCALE
+        # Threads are enough: the encoder releases the interpreter lock.
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="jpeg")
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
+    def score(
+        self,
+        params: Params,
+        images: Any,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Reward.score`."""
-        sizes = np.fromiter(
-            self._pool.map(jpeg_kilobytes, to_uint8(images)), np.float32, len(images)
-        )
+        sizes_in_order = self._pool.map(jpeg_kilobytes, to_uint8(images))
+        sizes = np.fromiter(sizes_in_order, np.float32, len(images))
         return sizes * np.float32(self.factor), np.ones(len(images), bool)
 
 
-def brightness(images: jax.Array) -> jax.Array:
-    """Mean luma [N] in [0, 1] of images [N, H, W, 3] in [0, 1]."""
-    return jnp.mean(jnp.dot(images, jnp.asarray(LUMA), precision="highest"), (1, 2))
+def brightness(images: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
+    """Returns the mean luma in [0, 1] of images in [0, 1]."""
+    luma = jnp.dot(images, jnp.asarray(LUMA), precision="highest")
+    return jnp.mean(luma, (1, 2))
 
 
-def colourfulness(images: jax.Array) -> jax.Array:
-    """Spread of colours [N] of images [N, H, W, 3] in [0, 1]: 0 for grey, about 0.6 for the most colourful.
+def colourfulness(images: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
+    """Returns the spread of colours of images in [0, 1]: 0 for grey, about 0.6 for the most colourful.
 
     With rg = R - G and yb = (R + G) / 2 - B: the length of their standard deviations plus 0.3 times that of their
     means. On [0, 255] instead of [0, 1], as usually given, it is 255 times as large.
     Source: Hasler and Suesstrunk 2003, "Measuring colourfulness in natural images".
     """
-    red, green, blue = (images[..., i] for i in range(3))
-    opposed = jnp.stack([red - green, (red + green) / 2 - blue])
-    length = lambda x: jnp.sqrt(jnp.sum(x**2, 0))
-    return length(jnp.std(opposed, (2, 3))) + 0.3 * length(jnp.mean(opposed, (2, 3)))
+    red, green, blue = images[..., 0], images[..., 1], images[..., 2]
+    opponents = jnp.stack([red - green, (red + green) / 2 - blue])
+    spread = jnp.std(opponents, (2, 3))
+    mean = jnp.mean(opponents, (2, 3))
+    return _length(spread) + 0.3 * _length(mean)
+
+
+def _length(vectors: Float[Array, "2 n"]) -> Float[Array, " n"]:
+    return jnp.sqrt(jnp.sum(vectors**2, 0))
 
 
 class FormulaReward(Reward):
@@ -83,7 +99,37 @@ class FormulaReward(Reward):
         super().__init__(name=name, kind="device")
         self._score = jax.jit(formula)
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
+    def score(
+        self,
+        params: Params,
+        images: Any,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> tuple[jax.Array, jax.Array]:
         """See `Reward.score`."""
         values = self._score(jnp.asarray(images, jnp.float32))
         return values, jnp.ones(values.shape, bool)
+
+
+@register_reward("jpeg_compressibility")
+def build_compressibility(name: str, options: NoOptions, context: BuildContext) -> JpegReward:
+    """Builds the negative size as JPEG."""
+    return JpegReward(name, True, context.num_workers)
+
+
+@register_reward("jpeg_incompressibility")
+def build_incompressibility(name: str, options: NoOptions, context: BuildContext) -> JpegReward:
+    """Builds the size as JPEG."""
+    return JpegReward(name, False, context.num_workers)
+
+
+@register_reward("brightness")
+def build_brightness(name: str, options: NoOptions, context: BuildContext) -> FormulaReward:
+    """Builds the mean luma."""
+    return FormulaReward(name, brightness)
+
+
+@register_reward("colourfulness")
+def build_colourfulness(name: str, options: NoOptions, context: BuildContext) -> FormulaReward:
+    """Builds the spread of colours."""
+    return FormulaReward(name, colourfulness)

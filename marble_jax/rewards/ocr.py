@@ -10,43 +10,51 @@ reader gets its channels in the order it was trained on (there red and blue are 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from marble_jax.rewards.base import Metadata, Reward, to_uint8
+from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.rewards.registration import BuildContext, option, register_reward
 from marble_jax.rewards.workers.ocr_engines import PaddleEngine, RapidEngine
 from marble_jax.rewards.workers.processes import ProcessPool
+from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 
 
 def quoted_text(prompt: str) -> str | None:
-    """What an image of `prompt` should spell, or None if that is nothing.
+    """Returns what an image of `prompt` should spell, or None if that is nothing.
 
     The text between the first and the second `"`, or all that follows a single one. None without a quotation mark,
     with nothing quoted, and with only spaces quoted.
     """
-    _, mark, rest = prompt.partition('"')
-    text = rest.partition('"')[0]
-    return text if mark and text.replace(" ", "") else None
+    _, _, after_mark = prompt.partition('"')
+    text, _, _ = after_mark.partition('"')
+    if not text.replace(" ", ""):
+        return None
+    return text
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions of one character, each at cost 1."""
+    """Returns the Levenshtein distance: insertions, deletions and substitutions of one character, each at cost 1."""
+    # Distances of the part of `a` read so far to every beginning of `b`, row by row of the usual table.
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            substituted = diagonal + (x != y)
+            diagonal = row[j]
+            row[j] = min(row[j] + 1, row[j - 1] + 1, substituted)
     return row[-1]
 
 
 def spelling_score(recognised: str, target: str) -> float:
-    """1 - d / len(target) in [0, 1], where d is 0 if the target is contained, else the capped edit distance.
+    """Returns 1 - d / len(target) in [0, 1], where d is 0 if the target is contained, else the capped edit distance.
 
     ASCII spaces and case do not count.
 
@@ -54,10 +62,15 @@ def spelling_score(recognised: str, target: str) -> float:
       recognised: text found in the image.
       target: text that should be there; not only spaces.
     """
-    recognised, target = (text.replace(" ", "").lower() for text in (recognised, target))
+    recognised, target = _normalised(recognised), _normalised(target)
     if target in recognised:
         return 1.0
-    return 1.0 - min(edit_distance(recognised, target), len(target)) / len(target)
+    distance = min(edit_distance(recognised, target), len(target))
+    return 1.0 - distance / len(target)
+
+
+def _normalised(text: str) -> str:
+    return text.replace(" ", "").lower()
 
 
 class Reader(Protocol):
@@ -93,31 +106,34 @@ class EngineReader:
         Raises:
           InputError: an engine cannot be made.
         """
-        self._processes = ProcessPool(make, workers, timeout) if processes else None
+        self._processes: ProcessPool | None = None
         if processes:
+            self._processes = ProcessPool(make, workers, timeout)
             return
-        self._engines: queue.SimpleQueue = queue.SimpleQueue()
+        self._engines: queue.SimpleQueue[Callable[[np.ndarray], str]] = queue.SimpleQueue()
         for _ in range(workers):
             self._engines.put(make())
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
 
     def read(self, images: np.ndarray) -> list[str | None]:
         """See `Reader.read`."""
-        return (
-            self._processes.map(images)
-            if self._processes
-            else list(self._pool.map(self._read_one, images))
-        )
+        if self._processes is not None:
+            return self._processes.map(list(images))
+        return list(self._pool.map(self._read_one, images))
 
     def close(self) -> None:
         """Ends the threads, which finish their images, or the processes, which do not."""
-        self._processes.close() if self._processes else self._pool.shutdown()
+        if self._processes is not None:
+            self._processes.close()
+        else:
+            self._pool.shutdown()
 
     def _read_one(self, image: np.ndarray) -> str | None:
         engine = self._engines.get()
         try:
             return engine(image)
-        except Exception:  # whatever the backend raises, this one image has no reading
+        # Whatever the backend raises, this one image has no reading.
+        except Exception:
             return None
         finally:
             self._engines.put(engine)
@@ -181,7 +197,7 @@ class OCRReward(Reward):
         Args:
           name: key of the reward.
           reader: finds the text in images.
-          upstream: score 0 where reading failed, as upstream, instead of leaving the sample out.
+          upstream: score as MARBLE's released code: 0 where reading failed, instead of leaving the sample out.
         """
         super().__init__(name=name, kind="host")
         self.reader, self.upstream = reader, upstream
@@ -190,17 +206,53 @@ class OCRReward(Reward):
         """True for prompts that quote some text."""
         return quoted_text(prompt) is not None
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
+    def score(
+        self,
+        params: Params,
+        images: Any,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Reward.score`; images of prompts without quoted text are not read."""
-        targets = [quoted_text(p) for p in prompts]
-        asked = [i for i, target in enumerate(targets) if target is not None]
-        values, valid = np.zeros(len(targets), np.float32), np.zeros(len(targets), bool)
-        if not asked:
+        targets = {}
+        for index, prompt in enumerate(prompts):
+            target = quoted_text(prompt)
+            if target is not None:
+                targets[index] = target
+        values, valid = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
+        if not targets:
             return values, valid
-        for i, text in zip(
-            asked, self.reader.read(to_uint8(np.asarray(images)[asked])), strict=True
-        ):
+        texts = self.reader.read(to_uint8(np.asarray(images)[list(targets)]))
+        for (index, target), text in zip(targets.items(), texts, strict=True):
             if text is not None:
-                values[i] = spelling_score(text, targets[i])
-            valid[i] = text is not None or self.upstream
+                values[index] = spelling_score(text, target)
+            valid[index] = text is not None or self.upstream
         return values, valid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OCROptions:
+    """Options of the kind "ocr"."""
+
+    engine: str = option("rapidocr", "text recogniser", choices=("rapidocr", "paddleocr"))
+    detect: bool = option(True, "find lines first; false takes the image as one line (RapidOCR)")
+    scale: int = option(1, "factor by which images are enlarged before reading", least=1)
+    processes: bool = option(False, "an engine in each process rather than thread (RapidOCR)")
+    timeout: float = option(60.0, "seconds an image may take, in a process", above=0)
+
+
+@register_reward("ocr", OCROptions)
+def build_ocr(name: str, options: OCROptions, context: BuildContext) -> OCRReward:
+    """Builds the reward over one of the text recognisers."""
+    reader: Reader
+    if options.engine == "paddleocr":
+        reader = PaddleReader(options.scale, context.num_workers, options.timeout)
+    else:
+        reader = RapidReader(
+            options.detect,
+            options.scale,
+            context.num_workers,
+            options.processes,
+            options.timeout,
+        )
+    return OCRReward(name, reader, context.upstream_scoring)

@@ -13,45 +13,60 @@ from marble_jax import distributed
 from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import Reward
-from marble_jax.rewards.models.clip_colours import ClipColours
 
 
 def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
     """Puts the weights of device rewards on every device, those they share once.
 
-    A pair of towers that names colours too is kept by its host as well: worker threads must not launch programs that
-    span processes.
+    A network that some reward runs on the host keeps its weights there as well: worker threads must not launch
+    programs that span processes.
     """
-    kept = {
-        id(part.encoder)
-        for reward in rewards
-        for part in vars(reward).values()
-        if isinstance(part, ClipColours)
-    }
-    placed: dict[int, Any] = {}
+    if mesh.size == 1:
+        return
+    on_host = set()
+    for reward in rewards:
+        for network in reward.host_networks():
+            on_host.add(id(network))
+    placement = _Placement(mesh)
+    for reward in rewards:
+        if reward.kind != "device" or reward.params is None:
+            continue
+        reward.params = placement.place(reward.params)
+        for network in reward.networks():
+            if id(network) not in on_host:
+                network.params = placement.place(network.params)
 
-    def spread(node: Any) -> Any:
-        if id(node) not in placed:
-            placed[id(node)] = (
-                {name: spread(part) for name, part in node.items()}
-                if isinstance(node, Mapping)
-                else device_mesh.replicate(mesh, node)
-            )
-        return placed[id(node)]
 
-    for reward in rewards if mesh.size > 1 else ():
-        if reward.kind == "device" and reward.params is not None:
-            reward.params = spread(reward.params)
-            encoder = getattr(reward, "encoder", None)
-            if encoder is not None and id(encoder) not in kept:
-                encoder.params = spread(encoder.params)
+class _Placement:
+    """Puts trees of weights on every device; a part that several trees hold is put there once."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._placed: dict[int, Any] = {}
+
+    def place(self, node: Any) -> Any:
+        """Returns the tree with its leaves on the devices."""
+        if id(node) not in self._placed:
+            placed = self._copy(node)
+            self._placed[id(node)] = placed
+            # Placed again, as a shared network's weights are, a placed tree stays itself.
+            self._placed[id(placed)] = placed
+        return self._placed[id(node)]
+
+    def _copy(self, node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return device_mesh.replicate(self._mesh, node)
+        copy = {}
+        for name, part in node.items():
+            copy[name] = self.place(part)
+        return copy
 
 
 def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size: int) -> None:
     """Makes sure that a reward which compares the images of a prompt gets them together.
 
     Args:
-      reward: that may do so (`whole_groups`).
+      reward: that may do so (`needs_full_group`).
       mesh: the devices.
       num_prompts: of an optimiser step.
       group: images of a prompt.
@@ -60,22 +75,31 @@ def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size:
     Raises:
       InputError: a batch cuts through a group, or the hosts share out its images so that one does.
     """
-    if not reward.whole_groups:
+    if not reward.needs_full_group:
         return
     if size % group:
         raise InputError(
             f"rollout.batch_size: expected a multiple of the {group} images a prompt, as {reward.name} "
             f"compares them; received {size}"
         )
-    owners = distributed.row_processes(device_mesh.image_sharding(mesh, size), (size,)).reshape(
-        -1, group
-    )
+    owners = distributed.row_processes(device_mesh.image_sharding(mesh, size), (size,))
+    owners = owners.reshape(-1, group)
     if np.any(owners != owners[:, :1]):
-        images, unit = num_prompts * group, jax.process_count() * group
-        shards = device_mesh.batch_shards(mesh)
-        fits = [n for n in range(unit, images + 1, unit) if images % n == 0 and n % shards == 0]
-        best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
+        nearest_valid = _nearest_batch_size(mesh, num_prompts * group, group, size)
         raise InputError(
             f"rollout.batch_size: expected the {group} images of a prompt on one host of "
-            f"{jax.process_count()}, as {reward.name} compares them; received {size}{best}"
+            f"{jax.process_count()}, as {reward.name} compares them; received {size}{nearest_valid}"
         )
+
+
+def _nearest_batch_size(mesh: Mesh, num_images: int, group: int, size: int) -> str:
+    """Returns "; nearest valid ..." for the batch size next to `size` that keeps groups on one host, or nothing."""
+    shards = device_mesh.batch_shards(mesh)
+    unit = jax.process_count() * group
+    valid = []
+    for candidate in range(unit, num_images + 1, unit):
+        if num_images % candidate == 0 and candidate % shards == 0:
+            valid.append(candidate)
+    if not valid:
+        return ""
+    return f"; nearest valid {min(valid, key=lambda candidate: abs(candidate - size))}"

@@ -6,52 +6,53 @@
      "geneval": {"kind": "geneval", "detector": "shapes"}}
 
 `model` is a folder beside the file or a Hub name, `head` a file. Rewards that name the same model share it. The
-published models (`published.ENTRIES`) need no entry and no file; for the kinds `remote`, `openai` and `function` see
-`external`; a name `module:function` needs no entry either.
+published models (`published.ENTRIES`) need no entry and no file; a name `module:function` needs no entry either. Each
+kind's options stand beside its class, see `registration`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from marble_jax.errors import InputError, nearest, one_of
-from marble_jax.rewards import external
 from marble_jax.rewards.base import Reward
-from marble_jax.rewards.function import FunctionReward, is_function, load_function
-from marble_jax.rewards.geneval import GenEvalReward, own_colours
-from marble_jax.rewards.image_statistics import FormulaReward, JpegReward, brightness, colourfulness
+from marble_jax.rewards.function import FunctionReward, import_module, is_function, load_function
 from marble_jax.rewards.models import published
-from marble_jax.rewards.models.aesthetic import AestheticReward, load_head
-from marble_jax.rewards.models.clip_colours import ClipColours
-from marble_jax.rewards.models.clip_reward import CLIPReward
-from marble_jax.rewards.models.encoder import HPS_FILES, ClipEncoder, has_tokenizer
-from marble_jax.rewards.models.imagereward import ImageReward
-from marble_jax.rewards.models.mask2former import Mask2FormerDetector
-from marble_jax.rewards.ocr import OCRReward, PaddleReader, RapidReader
-from marble_jax.rewards.toy_world.shape_detector import ShapeDetector
+from marble_jax.rewards.models.shared_encoders import SharedEncoders
+from marble_jax.rewards.registration import (
+    DTYPES,
+    BuildContext,
+    RewardKind,
+    kinds_of,
+    parse_options,
+)
 
 FILE = "rewards.json"
-OPTIONS = {
-    "clip": {"formula", "model", "tokenizer", "dtype"},
-    "aesthetic": {"model", "tokenizer", "head", "dtype"},
-    "imagereward": {"model", "tokenizer", "dtype"},
-    "ocr": {"engine", "detect", "scale", "processes", "timeout"},
-    "geneval": {"detector", "model", "clip", "tokenizer", "dtype", "device", "batch_size"},
-    "jpeg_compressibility": set(),
-    "jpeg_incompressibility": set(),
-    "brightness": set(),
-    "colourfulness": set(),
-    **external.OPTIONS,
+BUILT_IN_KINDS = {
+    "clip": "models.clip_reward",
+    "aesthetic": "models.aesthetic",
+    "imagereward": "models.imagereward",
+    "ocr": "ocr",
+    "geneval": "geneval",
+    "jpeg_compressibility": "image_statistics",
+    "jpeg_incompressibility": "image_statistics",
+    "brightness": "image_statistics",
+    "colourfulness": "image_statistics",
+    "remote": "external",
+    "openai": "external",
+    "function": "function",
 }
-DTYPES = ("float32", "bfloat16", "float16")
-FORMULAS = {"brightness": brightness, "colourfulness": colourfulness}
+"""Modules of `marble_jax.rewards` that register each kind; imported when an entry asks for it."""
+
+Entries = Mapping[str, Mapping[str, Any]]
 
 
 def entries_of(directory: Path | str) -> dict[str, dict[str, Any]]:
-    """The entries of a directory's `rewards.json`; of the published models without such a file, or for "hub".
+    """Returns the entries of a directory's `rewards.json`; the published models without such a file, or for "hub".
 
     Raises:
       InputError: missing directory, or a file that does not hold objects by name.
@@ -63,21 +64,24 @@ def entries_of(directory: Path | str) -> dict[str, dict[str, Any]]:
         raise InputError(
             f"rewards.path: expected a directory with {FILE}; received {str(directory)!r}"
         )
+    file = directory / FILE
     try:
-        entries = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return dict(published.ENTRIES)
     except ValueError as error:
+        raise InputError(f"{file}: expected JSON; received an error at {error}") from None
+    if not _is_object_of_objects(entries):
         raise InputError(
-            f"{directory / FILE}: expected JSON; received an error at {error}"
-        ) from None
-    if not isinstance(entries, dict) or not all(
-        isinstance(entry, dict) for entry in entries.values()
-    ):
-        raise InputError(
-            f"{directory / FILE}: expected an object of objects, by reward; received something else"
+            f"{file}: expected an object of objects, by reward; received something else"
         )
     return entries
+
+
+def _is_object_of_objects(entries: Any) -> bool:
+    if not isinstance(entries, dict):
+        return False
+    return all(isinstance(entry, dict) for entry in entries.values())
 
 
 def load_rewards(
@@ -87,7 +91,7 @@ def load_rewards(
     dtype: Any = "float32",
     upstream: bool = False,
 ) -> list[Reward]:
-    """The rewards `names` of a directory.
+    """Builds the rewards `names` of a directory.
 
     Args:
       directory: holds the folders of models and perhaps `rewards.json`; "hub" where there is none and all models come
@@ -95,140 +99,83 @@ def load_rewards(
       names: rewards wanted, in the order of the reward axis.
       num_workers: images a host reward works on at the same time.
       dtype: of the networks on the device, unless an entry says otherwise.
-      upstream: score OCR and GenEval as upstream does where our rules differ.
+      upstream: score OCR and GenEval as MARBLE's released code does where our rules differ.
 
     Raises:
       InputError: missing directory, file or folder; an unknown reward, kind or option; a reward named twice.
     """
-    own = entries_of(directory or "") if not all(is_function(name) for name in names) else {}
-    entries = {
-        **own,
-        **{name: entry for name, entry in published.ENTRIES.items() if name not in own},
-    }
-    builder = Builder(directory, entries, num_workers, dtype, upstream)
+    entries: dict[str, Mapping[str, Any]] = dict(published.ENTRIES)
+    if not all(is_function(name) for name in names):
+        from_directory = entries_of(directory or "")
+        # The directory's own names come first in error messages, and win.
+        entries = {**from_directory, **entries, **from_directory}
+    context = _context(directory, num_workers, str(dtype), upstream)
+    _check_names(names, entries, context.source)
+    return [build_reward(name, entries, context) for name in names]
+
+
+def _context(
+    directory: Path | str | None, num_workers: int, dtype: str, upstream: bool
+) -> BuildContext:
+    folder, source = None, "the published rewards"
+    if directory and Path(directory).is_dir():
+        folder = Path(directory)
+        source = str(folder / FILE)
+    one_of("dtype of rewards", dtype, DTYPES)
+    return BuildContext(folder, source, num_workers, dtype, upstream, SharedEncoders(folder))
+
+
+def _check_names(names: Sequence[str], entries: Entries, source: str) -> None:
     for name in names:
         if name not in entries and not is_function(name):
             raise InputError(
-                f"reward: expected one of {', '.join(entries)} of {builder.where}; received "
+                f"reward: expected one of {', '.join(entries)} of {source}; received "
                 f"{name!r}{nearest(name, entries)}"
             )
-        if list(names).count(name) > 1:
+        times = list(names).count(name)
+        if times > 1:
             raise InputError(
-                f"reward: expected every name once; received {name!r} {list(names).count(name)} times"
+                f"reward: expected every name once; received {name!r} {times} times"
             )
-    return [builder.build(name) for name in names]
 
 
-class Builder:
-    """Makes rewards from their entries; networks that several name are loaded once.
+def build_reward(name: str, entries: Entries, context: BuildContext) -> Reward:
+    """Builds the reward of a name, which is an entry or a function.
 
-    Attributes:
-      where: what error messages call the entries' source.
+    Raises:
+      InputError: an unknown kind, an option that is unknown or does not fit, or whatever the builder misses.
     """
+    if name not in entries:
+        return FunctionReward(name, load_function(name, context.directory))
+    entry = dict(entries[name])
+    kind = find_kind(name, str(entry.pop("kind", None)), context)
+    options = parse_options(kind, name, entry, context.source)
+    return kind.build(name, options, context)
 
-    def __init__(
-        self,
-        directory: Path | str | None,
-        entries: dict[str, dict[str, Any]],
-        num_workers: int,
-        dtype: Any,
-        upstream: bool,
-    ):
-        """Arguments as `load_rewards`."""
-        self.directory = Path(directory) if directory and Path(directory).is_dir() else None
-        self.where = self.directory / FILE if self.directory else "the published rewards"
-        self.entries, self.num_workers, self.dtype, self.upstream = (
-            entries,
-            num_workers,
-            str(dtype),
-            upstream,
+
+def find_kind(name: str, kind: str, context: BuildContext) -> RewardKind:
+    """Returns a kind, importing the module that registers it.
+
+    Args:
+      name: key of the reward that asks for it.
+      kind: a key of BUILT_IN_KINDS, or `module:kind` for one of a user's own.
+      context: of the rewards.
+
+    Raises:
+      InputError: no such kind, or a module that does not import or does not register it.
+    """
+    module_name, _, short_name = kind.rpartition(":")
+    if module_name:
+        import_module(kind, module_name, context.directory)
+    else:
+        one_of(f"{context.source}: kind of {name}", kind, BUILT_IN_KINDS)
+        module_name = f"{__package__}.{BUILT_IN_KINDS[kind]}"
+        importlib.import_module(module_name)
+    registered = kinds_of(module_name)
+    if short_name not in registered:
+        raise InputError(
+            f"{context.source}: kind of {name}: expected one that {module_name} registers "
+            f"({', '.join(registered) or 'none so far'}); received {short_name!r}"
+            f"{nearest(short_name, registered)}"
         )
-        self._towers: dict[tuple[Path, str, bool], ClipEncoder] = {}
-
-    def build(self, name: str) -> Reward:
-        """The reward of a name, which is an entry or a function."""
-        if name not in self.entries:
-            return FunctionReward(name, load_function(name, self.directory))
-        entry = dict(self.entries[name])
-        kind = str(entry.pop("kind", None))
-        one_of(f"{self.where}: kind of {name}", kind, OPTIONS)
-        for option in entry:
-            one_of(f"{self.where}: option of {name}", option, OPTIONS[kind])
-        if kind in external.OPTIONS:
-            return external.build(name, kind, entry, self.directory)
-        one_of(f"{self.where}: dtype of {name}", entry.setdefault("dtype", self.dtype), DTYPES)
-        try:
-            return self._own(name, kind, entry)
-        except KeyError as error:
-            raise InputError(f"{self.where}: expected {error} for {name}; received none") from None
-
-    def _own(self, name: str, kind: str, entry: dict[str, Any]) -> Reward:
-        if kind == "clip":
-            return CLIPReward(
-                name, self._tower(name, entry, "model"), entry.get("formula", "clipscore")
-            )
-        if kind == "aesthetic":
-            head = load_head(published.find_file(name, self.directory, entry["head"]))
-            return AestheticReward(name, self._tower(name, entry, "model"), head)
-        if kind == "imagereward":
-            folder = published.find_folder(name, self.directory, entry["model"], "imagereward")
-            return ImageReward.load(
-                name, folder, self._tokenizer(name, entry, folder), entry["dtype"]
-            )
-        if kind == "ocr":
-            return OCRReward(name, self._reader(name, entry), self.upstream)
-        if kind == "geneval":
-            return self._geneval(name, entry)
-        if kind in FORMULAS:
-            return FormulaReward(name, FORMULAS[kind])
-        return JpegReward(name, kind == "jpeg_compressibility", self.num_workers)
-
-    def _tower(self, name: str, entry: dict[str, Any], model: str) -> ClipEncoder:
-        is_hps = entry.get("formula") == "hpsv2"
-        folder = published.find_folder(
-            name, self.directory, entry[model], "hpsv2" if is_hps else "clip"
-        )
-        key = folder, entry["dtype"], is_hps
-        if key not in self._towers:
-            self._towers[key] = ClipEncoder.load(
-                folder,
-                entry["dtype"],
-                self._tokenizer(name, entry, folder),
-                HPS_FILES if is_hps else (),
-            )
-        return self._towers[key]
-
-    def _tokenizer(self, name: str, entry: dict[str, Any], folder: Path) -> Path | None:
-        """The folder of the tokenizer where the model's own has none."""
-        if "tokenizer" not in entry or has_tokenizer(folder):
-            return None
-        return published.find_folder(name, self.directory, entry["tokenizer"], "tokenizer")
-
-    def _reader(self, name: str, entry: dict[str, Any]) -> RapidReader | PaddleReader:
-        engine, scale, timeout = (
-            entry.get("engine", "rapidocr"),
-            entry.get("scale", 1),
-            entry.get("timeout", 60.0),
-        )
-        one_of(f"{self.where}: engine of {name}", engine, ("rapidocr", "paddleocr"))
-        if engine == "paddleocr":
-            return PaddleReader(scale, self.num_workers, timeout)
-        return RapidReader(
-            entry.get("detect", True),
-            scale,
-            self.num_workers,
-            entry.get("processes", False),
-            timeout,
-        )
-
-    def _geneval(self, name: str, entry: dict[str, Any]) -> GenEvalReward:
-        kind = entry.get("detector", "shapes")
-        one_of(f"{self.where}: detector of {name}", kind, ("shapes", "mask2former"))
-        if kind == "shapes":
-            return GenEvalReward(name, ShapeDetector(), own_colours, self.upstream)
-        folder = published.find_folder(name, self.directory, entry["model"], "mask2former")
-        colours = ClipColours(self._tower(name, entry, "clip"))
-        detector = Mask2FormerDetector.load(
-            folder, entry.get("device"), batch_size=entry.get("batch_size", 8)
-        )
-        return GenEvalReward(name, detector, colours, self.upstream)
+    return registered[short_name]

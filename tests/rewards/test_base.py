@@ -5,7 +5,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
-from marble_jax.rewards.base import Reward, RewardError, to_uint8
+from marble_jax.rewards.base import Reward, RewardError
 
 
 class Echo(Reward):
@@ -46,7 +46,7 @@ def test_inapplicable_batches_are_not_scored():
 
 def test_stack_keeps_the_order_of_names():
     applies = np.array([True, False])
-    good = base.settle([1, 2], [True, True], applies)
+    good = base.to_result([1, 2], [True, True], applies)
     scores = base.stack({"b": good, "a": base.all_failed(applies)})
     assert scores.names == ("b", "a")
     np.testing.assert_array_equal(scores.values, [[1, 0], [0, 0]])
@@ -56,15 +56,7 @@ def test_stack_keeps_the_order_of_names():
 
 def test_misshapen_scores_raise():
     with pytest.raises(RewardError, match=r"reward scores: expected shape \(2,\); received \(3,\)"):
-        base.settle(np.zeros(3), np.ones(3, bool), np.ones(2, bool))
+        base.to_result(np.zeros(3), np.ones(3, bool), np.ones(2, bool))
     assert issubclass(RewardError, InputError)
     with pytest.raises(NotImplementedError):
         Reward(name="x", kind="host").score(None, None, [], [])
-
-
-def test_to_uint8_rounds_and_clips():
-    np.testing.assert_array_equal(
-        to_uint8(np.array([-0.1, 0.0, 0.498, 1.0, 1.2])), [0, 0, 127, 255, 255]
-    )
-    eight = np.array([3], np.uint8)
-    assert to_uint8(eight) is eight

@@ -8,6 +8,7 @@ Source: the predictor `sac+logos+ava1-l14-linearMSE` of christophschuhmann/impro
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError
-from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.rewards.base import Metadata, Reward, SharedNetwork
+from marble_jax.rewards.models import published
 from marble_jax.rewards.models.encoder import ClipEncoder
+from marble_jax.rewards.registration import (
+    DTYPES,
+    BuildContext,
+    option,
+    register_reward,
+    required,
+)
 from marble_jax.types import Params
 from marble_jax.weights.safetensors_files import Tensors
 from marble_jax.weights.torch_pickle import open_weights
@@ -28,7 +38,7 @@ LAYERS = (0, 2, 4, 6, 7)
 
 
 def load_head(path: Path | str) -> dict[str, np.ndarray]:
-    """The predictor's head as one affine map, from safetensors or the published `.pth`.
+    """Returns the predictor's head as one affine map, from safetensors or the published `.pth`.
 
     Raises:
       InputError: an unreadable file, a missing or left-over tensor, or widths that do not chain.
@@ -37,7 +47,7 @@ def load_head(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def fold_head(source: Tensors, prefix: str = "") -> dict[str, np.ndarray]:
-    """A stack of linear layers without activations as one affine map.
+    """Returns a stack of linear layers without activations as one affine map.
 
     Args:
       source: has `layers.{0,2,4,6,7}.{weight,bias}` in torch's layout [out, in]; any widths that chain and end in 1.
@@ -49,32 +59,52 @@ def fold_head(source: Tensors, prefix: str = "") -> dict[str, np.ndarray]:
     Raises:
       InputError: a missing or left-over tensor, or widths that do not chain.
     """
-    path, names = source.path, [f"{prefix}layers.{i}" for i in LAYERS]
-    expected = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
-    unmatched = sorted(set(expected) ^ {key for key in source.keys() if key.startswith(prefix)})
-    if unmatched:
-        raise InputError(
-            f"{path}: expected exactly the tensors {expected[0]} to {expected[-1]}; "
-            f"{'missing' if unmatched[0] in expected else 'left over'}: {unmatched[0]}"
-        )
-    tensors = {key: source.read(key).astype(np.float64) for key in expected}
-    weight, bias = np.eye(tensors[expected[0]].shape[-1]), 0.0
+    names = [f"{prefix}layers.{position}" for position in LAYERS]
+    _check_tensors(source, names, prefix)
+    width = source.read(f"{names[0]}.weight").shape[-1]
+    weight: np.ndarray = np.eye(width)
+    bias: np.ndarray = np.zeros(width)
     for name in names:
-        w, b = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-        if w.ndim != 2 or w.shape[1] != weight.shape[0] or b.shape != w.shape[:1]:
+        layer_weight = source.read(f"{name}.weight").astype(np.float64)
+        layer_bias = source.read(f"{name}.bias").astype(np.float64)
+        chains = layer_weight.ndim == 2 and layer_weight.shape[1] == weight.shape[0]
+        if not chains or layer_bias.shape != layer_weight.shape[:1]:
             raise InputError(
-                f"{path}: {name}: expected weight [out, {weight.shape[0]}] and bias [out]; "
-                f"received {list(w.shape)} and {list(b.shape)}"
+                f"{source.path}: {name}: expected weight [out, {weight.shape[0]}] and bias [out]; "
+                f"received {list(layer_weight.shape)} and {list(layer_bias.shape)}"
             )
-        weight, bias = w @ weight, w @ (np.zeros(w.shape[1]) + bias) + b
+        weight = layer_weight @ weight
+        bias = layer_weight @ bias + layer_bias
     if weight.shape[0] != 1:
-        raise InputError(f"{path}: {names[-1]}: expected one output; received {weight.shape[0]}")
+        raise InputError(
+            f"{source.path}: {names[-1]}: expected one output; received {weight.shape[0]}"
+        )
     return {"weight": weight[0].astype(np.float32), "bias": bias[0].astype(np.float32)}
 
 
-def affine(head: Params, features: jax.Array) -> jax.Array:
-    """Scores float32 [N] of features [N, D] under a head of `fold_head`."""
-    return jnp.dot(features.astype(jnp.float32), head["weight"], precision="highest") + head["bias"]
+def _check_tensors(source: Tensors, names: Sequence[str], prefix: str) -> None:
+    """Raises InputError unless the tensors under `prefix` are weights and biases of the layers `names`."""
+    expected = []
+    for name in names:
+        expected += [f"{name}.weight", f"{name}.bias"]
+    received = {key for key in source.keys() if key.startswith(prefix)}
+    unmatched = sorted(received.symmetric_difference(expected))
+    if not unmatched:
+        return
+    problem = "left over"
+    if unmatched[0] in expected:
+        problem = "missing"
+    raise InputError(
+        f"{source.path}: expected exactly the tensors {expected[0]} to {expected[-1]}; "
+        f"{problem}: {unmatched[0]}"
+    )
+
+
+def affine(head: Params, features: Float[Array, "n d"]) -> Float[Array, " n"]:
+    """Returns float32 scores of features under a head of `fold_head`."""
+    # In float32 even where the tower is not: the head's rows are large and cancel.
+    products = jnp.dot(features.astype(jnp.float32), head["weight"], precision="highest")
+    return products + head["bias"]
 
 
 class AestheticReward(Reward):
@@ -87,6 +117,9 @@ class AestheticReward(Reward):
           name: key of the reward.
           encoder: the CLIP pair whose image tower feeds the head, possibly shared with other rewards.
           head: from `load_head`.
+
+        Raises:
+          InputError: a head for embeddings of another width.
         """
         width = encoder.model.config.projection_dim
         if head["weight"].shape != (width,):
@@ -103,15 +136,43 @@ class AestheticReward(Reward):
     def load(
         cls, name: str, clip: ClipEncoder | Path | str, head: Path | str, dtype: Any = jnp.float32
     ) -> AestheticReward:
-        """The reward over a CLIP pair, loaded or as a directory, and the head's file."""
-        return cls(
-            name,
-            clip if isinstance(clip, ClipEncoder) else ClipEncoder.load(clip, dtype),
-            load_head(head),
-        )
+        """Returns the reward over a CLIP pair, loaded or as a directory, and the head's file."""
+        if not isinstance(clip, ClipEncoder):
+            clip = ClipEncoder.load(clip, dtype)
+        return cls(name, clip, load_head(head))
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
+    def networks(self) -> Sequence[SharedNetwork]:
+        """See `Reward.networks`."""
+        return (self.encoder,)
+
+    def score(
+        self,
+        params: Params,
+        images: Any,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> tuple[jax.Array, jax.Array]:
         """See `Reward.score`."""
         features = self.encoder.embed_images(params["clip"], images, self.preprocess)
         values = self._score(params["head"], features)
         return values, jnp.ones(values.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AestheticOptions:
+    """Options of the kind "aesthetic"."""
+
+    model: str = required("folder or Hub name of the CLIP pair")
+    head: str = required("file of the predictor's head")
+    tokenizer: str = option("", "folder or Hub name of the tokenizer, where the model has none")
+    dtype: str = option("", "of the CLIP pair; the run's by default", choices=DTYPES)
+
+
+@register_reward("aesthetic", AestheticOptions)
+def build_aesthetic(name: str, options: AestheticOptions, context: BuildContext) -> AestheticReward:
+    """Builds the predictor over a CLIP pair that other rewards may share."""
+    head = load_head(published.find_file(name, context.directory, options.head))
+    encoder = context.encoders.get(
+        name, options.model, options.tokenizer, options.dtype or context.dtype
+    )
+    return AestheticReward(name, encoder, head)

@@ -8,6 +8,7 @@ Source: Xu et al. 2023 (arXiv 2304.05977), `ImageReward/ImageReward.py` of THUDM
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,19 @@ import jax.numpy as jnp
 from marble_jax.errors import InputError
 from marble_jax.networks.blip import BlipEncoder, BlipTextConfig, load_blip
 from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.rewards.models import published
 from marble_jax.rewards.models.aesthetic import affine, fold_head
-from marble_jax.rewards.models.encoder import Tokenize, exact, has_tokenizer, load_tokenize
+from marble_jax.rewards.models.encoder import exact
 from marble_jax.rewards.models.preprocess import Preprocess, prepare
+from marble_jax.rewards.models.shared_encoders import find_tokenizer
+from marble_jax.rewards.models.tokenizer import Tokenize, has_tokenizer, load_tokenize
+from marble_jax.rewards.registration import (
+    DTYPES,
+    BuildContext,
+    option,
+    register_reward,
+    required,
+)
 from marble_jax.storage.files import read_json
 from marble_jax.types import Params
 from marble_jax.weights.torch_pickle import open_weights
@@ -48,6 +59,9 @@ class ImageReward(Reward):
           params: its weights.
           head: from `aesthetic.fold_head`.
           tokenize: prompts to int32 [N, T].
+
+        Raises:
+          InputError: a head for states of another width.
         """
         if head["weight"].shape != (model.text.hidden_size,):
             raise InputError(
@@ -67,7 +81,7 @@ class ImageReward(Reward):
         tokenizer: Path | str | None = None,
         dtype: Any = jnp.float32,
     ) -> ImageReward:
-        """The reward over a published directory.
+        """Returns the reward over a published directory.
 
         Args:
           name: key of the reward.
@@ -79,24 +93,53 @@ class ImageReward(Reward):
           InputError: missing or malformed directory, config, weights or tokenizer.
         """
         directory = Path(directory)
-        path = next((directory / file for file in FILES if (directory / file).is_file()), None)
-        if path is None:
-            raise InputError(f"{directory}: expected {' or '.join(FILES)}; received no such file")
-        source = open_weights(path)
-        model, params = load_blip(
-            source, BlipTextConfig.from_dict(read_json(directory / CONFIG)), jnp.dtype(dtype)
-        )
-        beside = directory if tokenizer is None or has_tokenizer(directory) else Path(tokenizer)
+        file = _weights_file(directory)
+        source = open_weights(file)
+        config = BlipTextConfig.from_dict(read_json(directory / CONFIG))
+        model, params = load_blip(source, config, jnp.dtype(dtype))
+        beside = directory
+        if tokenizer is not None and not has_tokenizer(directory):
+            beside = Path(tokenizer)
         tokenize = load_tokenize(beside, MAX_TOKENS, "BertTokenizer", special=SPECIAL)
         return cls(name, model, params, fold_head(source, "mlp."), tokenize)
 
     def _standardised(self, params: Params, pixels: jax.Array, ids: jax.Array) -> jax.Array:
         with exact(self.model.dtype):
-            features = self.model.apply({"params": params["blip"]}, pixels, ids)
+            features: Any = self.model.apply({"params": params["blip"]}, pixels, ids)
         return (affine(params["head"], features) - MEAN) / STD
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
+    def score(
+        self,
+        params: Params,
+        images: Any,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> tuple[jax.Array, jax.Array]:
         """See `Reward.score`."""
         ids = jnp.asarray(self.tokenize(prompts), jnp.int32)
         values = self._score(params, prepare(images, self.preprocess), ids)
         return values, jnp.ones(values.shape, bool)
+
+
+def _weights_file(directory: Path) -> Path:
+    for name in FILES:
+        if (directory / name).is_file():
+            return directory / name
+    raise InputError(f"{directory}: expected {' or '.join(FILES)}; received no such file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageRewardOptions:
+    """Options of the kind "imagereward"."""
+
+    model: str = required("folder or Hub name of ImageReward")
+    tokenizer: str = option("", "folder or Hub name of BERT's tokenizer, where the model has none")
+    dtype: str = option("", "of the network; the run's by default", choices=DTYPES)
+
+
+@register_reward("imagereward", ImageRewardOptions)
+def build_imagereward(name: str, options: ImageRewardOptions, context: BuildContext) -> ImageReward:
+    """Builds ImageReward from its published folder."""
+    folder = published.find_folder(name, context.directory, options.model, "imagereward")
+    tokenizer = find_tokenizer(name, context.directory, folder, options.tokenizer)
+    return ImageReward.load(name, folder, tokenizer, options.dtype or context.dtype)

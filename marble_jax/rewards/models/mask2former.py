@@ -13,13 +13,14 @@ weights' preprocessor_config.json names serves transformers' examples and is not
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from marble_jax.errors import InputError
-from marble_jax.rewards.geneval import MIN_SCORE, Detection
+from marble_jax.errors import InputError, one_line
+from marble_jax.rewards.geneval_rules import SCORE_THRESHOLD, Detection
 
 COCO = (
     "person",
@@ -113,13 +114,13 @@ MAX_DETECTIONS = 100
 
 
 class Mask2FormerDetector:
-    """Finds COCO's objects with box and mask; see `geneval.Detector`."""
+    """Finds COCO's objects with box and mask; see `geneval_rules.Detector`."""
 
     def __init__(
         self,
         model: Any,
         batch_size: int = 8,
-        min_score: float = MIN_SCORE,
+        min_score: float = SCORE_THRESHOLD,
         short_edge: int = SHORT_EDGE,
         long_edge: int = LONG_EDGE,
     ):
@@ -172,103 +173,146 @@ class Mask2FormerDetector:
             ) from error
         from transformers import Mask2FormerForUniversalSegmentation
 
+        # Without a type: the stub does not know that the loading information makes the answer a pair.
+        network_class: Any = Mask2FormerForUniversalSegmentation
         try:
-            model, found = Mask2FormerForUniversalSegmentation.from_pretrained(
+            model, loading = network_class.from_pretrained(
                 str(directory), local_files_only=True, output_loading_info=True
             )
-        except (
-            Exception
-        ) as error:  # whatever a damaged file makes the library raise; the cause stays attached
+        # Whatever a damaged file makes the library raise; the cause stays attached.
+        except Exception as error:
             raise InputError(
-                f"{directory}: expected a Mask2Former network; received {type(error).__name__}: "
-                f"{(str(error).strip().splitlines() or [''])[0][:200]}"
+                f"{directory}: expected a Mask2Former network; received {_shortened(error)}"
             ) from error
-        for what, keys in (
-            ("missing", found["missing_keys"]),
-            ("left over", found["unexpected_keys"]),
-            ("misshapen", found["mismatched_keys"]),
-        ):
-            if keys:
-                raise InputError(
-                    f"{directory}: expected exactly the network's tensors; {what}: {sorted(keys)[0]}"
-                )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_loading(directory, loading)
+        if device is None:
+            device = "cpu"
+            if torch.cuda.is_available():
+                device = "cuda"
         return cls(model.eval().to(device), **options)
 
     def detect(self, images: np.ndarray) -> list[list[Detection] | None]:
-        """See `geneval.Detector.detect`; raises what PyTorch raises, such as running out of memory."""
+        """See `geneval_rules.Detector.detect`; raises what PyTorch raises, such as running out of memory."""
         import torch
 
-        found: list[list[Detection] | None] = []
+        detections: list[list[Detection] | None] = []
+        # PyTorch modules are not made for several threads, of which a host reward has some.
         with self._lock, torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
-                part = np.asarray(images[start : start + self.batch_size])
-                pixels, size = self._pixels(torch.from_numpy(np.ascontiguousarray(part)))
-                out = self.model(pixel_values=pixels)
-                for classes, masks in zip(out.class_queries_logits, out.masks_queries_logits):
-                    found.append(
-                        self._detections(
-                            classes.float(), masks.float(), pixels.shape[2:], size, part.shape[1:3]
-                        )
-                    )
-        return found
+                batch = np.ascontiguousarray(images[start : start + self.batch_size])
+                detections += self._detect_batch(torch.from_numpy(batch))
+        return detections
+
+    def _detect_batch(self, images: Any) -> list[list[Detection]]:
+        """Returns the detections of images uint8 [N, H, W, 3], a tensor."""
+        pixels, size = self._pixels(images)
+        output = self.model(pixel_values=pixels)
+        detections = []
+        for classes, masks in zip(output.class_queries_logits, output.masks_queries_logits):
+            # What a network in half precision gives is scored in float32.
+            classes, masks = classes.float(), masks.float()
+            queries, labels, likely = self._likeliest(classes)
+            if len(queries):
+                masks = _resized_masks(masks[queries], pixels.shape[2:], size, images.shape[1:3])
+                detections.append(self._from_masks(labels, likely, masks))
+            else:
+                detections.append([])
+        return detections
 
     def _pixels(self, images: Any) -> tuple[Any, tuple[int, int]]:
-        """Images uint8 [N, H, W, 3] as padded pixels [N, 3, h, w], and their height and width before padding."""
+        """Returns images uint8 [N, H, W, 3] as padded pixels [N, 3, h, w], and their size before padding."""
         import torch
 
+        # Channels first, PyTorch's layout.
         images = images.to(self.model.device).permute(0, 3, 1, 2).float()
         height, width = images.shape[2:]
-        factor = min(self._edges[0] / min(height, width), self._edges[1] / max(height, width))
+        short_edge, long_edge = self._edges
+        factor = min(short_edge / min(height, width), long_edge / max(height, width))
         size = int(height * factor + 0.5), int(width * factor + 0.5)
-        images = torch.nn.functional.interpolate(
-            images, size, mode="bilinear", align_corners=False
-        ).round()
-        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (MEAN, STD))
-        right, below = (-size[1] % DIVISOR), (-size[0] % DIVISOR)
+        # Rounded, as the original's resize works on 8-bit images.
+        images = _bilinear(images, size).round()
+        mean = torch.tensor(MEAN, device=images.device)[:, None, None]
+        std = torch.tensor(STD, device=images.device)[:, None, None]
+        right, below = -size[1] % DIVISOR, -size[0] % DIVISOR
         images = torch.nn.functional.pad((images - mean) / std, (0, right, 0, below))
         return images.to(self.model.dtype), size
 
-    def _detections(
-        self,
-        classes: Any,
-        masks: Any,
-        padded: tuple[int, int],
-        size: tuple[int, int],
-        original: tuple[int, int],
-    ) -> list[Detection]:
-        """One image's detections, best first.
+    def _likeliest(self, classes: Any) -> tuple[Any, Any, Any]:
+        """Returns the likeliest (query, class) pairs of an image: queries, labels and likelihoods, each [n].
 
         Args:
           classes: logits [queries, 81], no-object last.
-          masks: logits [queries, h, w] of the padded image.
-          padded: its height and width.
-          size: height and width without padding.
-          original: height and width of the image as it came.
         """
-        import torch
+        likelihoods = classes.softmax(-1)[:, :-1].flatten()
+        likely, pairs = likelihoods.topk(min(MAX_DETECTIONS, likelihoods.numel()))
+        # Masks only lower a score: what is below the threshold already needs none.
+        above = likely > self.min_score
+        pairs, likely = pairs[above], likely[above]
+        return pairs // len(COCO), pairs % len(COCO), likely
 
-        likely, pairs = (
-            classes.softmax(-1)[:, :-1].flatten().topk(min(MAX_DETECTIONS, classes[:, :-1].numel()))
-        )
-        pairs, likely = (
-            pairs[likely > self.min_score],
-            likely[likely > self.min_score],
-        )  # masks only lower a score
-        if not len(pairs):
-            return []
-        masks = torch.nn.functional.interpolate(
-            masks[pairs // len(COCO)][None], tuple(padded), mode="bilinear", align_corners=False
-        )[..., : size[0], : size[1]]
-        masks = torch.nn.functional.interpolate(
-            masks, tuple(original), mode="bilinear", align_corners=False
-        )[0]
+    def _from_masks(self, labels: Any, likely: Any, masks: Any) -> list[Detection]:
+        """Returns an image's detections, best first.
+
+        Args:
+          labels: [n] indices into COCO.
+          likely: [n] their likelihoods.
+          masks: logits [n, H, W] of the image as it came.
+        """
         inside = masks > 0
-        scores = likely * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
-        found = []
-        for pair, score, mask in zip(pairs.tolist(), scores.tolist(), inside.cpu().numpy()):
+        # Mean confidence over the pixels inside; 1e-6 keeps an empty mask at 0.
+        confidence = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        scores = (likely * confidence).tolist()
+        detections = []
+        for label, score, mask in zip(labels.tolist(), scores, inside.cpu().numpy()):
             if score > self.min_score and mask.any():
-                rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-                box = float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-                found.append(Detection(COCO[pair % len(COCO)], score, box, mask))
-        return sorted(found, key=lambda d: -d.score)
+                detections.append(Detection(COCO[label], score, _box(mask), mask))
+        return sorted(detections, key=lambda detection: -detection.score)
+
+
+def _bilinear(images: Any, size: Sequence[int]) -> Any:
+    """Returns images [N, C, h, w] resized as mmdetection does."""
+    import torch
+
+    return torch.nn.functional.interpolate(
+        images, tuple(size), mode="bilinear", align_corners=False
+    )
+
+
+def _resized_masks(
+    masks: Any, padded: Sequence[int], size: Sequence[int], original: Sequence[int]
+) -> Any:
+    """Returns mask logits at the size of the image as it came.
+
+    Args:
+      masks: [n, h, w] of the padded image.
+      padded: its height and width.
+      size: height and width without padding.
+      original: height and width of the image as it came.
+    """
+    # The padding is cut off between two resizes, as its edge falls on whole pixels only there.
+    masks = _bilinear(masks[None], padded)[..., : size[0], : size[1]]
+    return _bilinear(masks, original)[0]
+
+
+def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """Returns the tight box of a mask bool [H, W] with some True."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _check_loading(directory: Path, loading: Mapping[str, Any]) -> None:
+    """Raises InputError for tensors that the files lack, or have and the network does not."""
+    for problem, key in (
+        ("missing", "missing_keys"),
+        ("left over", "unexpected_keys"),
+        ("misshapen", "mismatched_keys"),
+    ):
+        if loading[key]:
+            raise InputError(
+                f"{directory}: expected exactly the network's tensors; {problem}: {sorted(loading[key])[0]}"
+            )
+
+
+def _shortened(error: Exception) -> str:
+    """Returns an error of the library in one line, which may be very long."""
+    return one_line(error)[:200]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,23 @@ from marble_jax.errors import InputError, one_of
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+
+def _bilinear(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - np.abs(x), 0)
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    """Returns Keys' cubic with a = -1/2, the constant of Pillow and of torch's antialiased resize."""
+    x = np.abs(x)
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    # Two polynomials that meet at 1; the second reaches 0 at 2, where the kernel ends.
+    beyond_one = np.where(x < 2, far, 0)
+    return np.where(x < 1, near, beyond_one)
+
+
+FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 def _bilinear(x: np.ndarray) -> np.ndarray:
@@ -43,28 +60,35 @@ PLACES = 22
 """Binary places of Pillow's weights on 8-bit images: 32 less 8 for the pixel and 2 for overshoot."""
 DIGIT = 8
 """Bits of a digit of such a weight: a digit times a pixel, summed over up to 256 taps, is exact in float32."""
-CROPS = {"floor": lambda spare: spare // 2, "round": lambda spare: int(round(spare / 2))}
+CROPS: dict[str, Callable[[int], int]] = {
+    "floor": lambda spare: spare // 2,
+    "round": lambda spare: int(round(spare / 2)),
+}
 """Margin before a centred crop: transformers rounds half a pixel down, torchvision to even."""
 
 
 def _weights(size_in: int, size_out: int, method: str) -> np.ndarray:
-    """`resize_matrix` in float64."""
+    """Returns `resize_matrix` in float64."""
     one_of("resize method", method, FILTERS)
     kernel, radius = FILTERS[method]
     scale = size_in / size_out
+    # A kernel as wide as an output pixel when scaling down, which is the antialiasing; its own width otherwise.
     stretch = max(scale, 1.0)
+    reach = radius * stretch
     centres = (np.arange(size_out) + 0.5) * scale
-    first = np.maximum((centres - radius * stretch + 0.5).astype(int), 0)
-    last = np.minimum((centres + radius * stretch + 0.5).astype(int), size_in)
+    first = np.maximum((centres - reach + 0.5).astype(int), 0)
+    last = np.minimum((centres + reach + 0.5).astype(int), size_in)
     taps = np.arange(size_in)
     weights = kernel((taps[None] + 0.5 - centres[:, None]) / stretch)
-    weights = np.where((taps >= first[:, None]) & (taps < last[:, None]), weights, 0)
+    # Taps are cut off by whole pixels, as Pillow does, and what remains is made to sum to 1.
+    within = (taps >= first[:, None]) & (taps < last[:, None])
+    weights = np.where(within, weights, 0)
     return weights / weights.sum(1, keepdims=True)
 
 
 @functools.lru_cache(maxsize=128)
 def resize_matrix(size_in: int, size_out: int, method: str) -> np.ndarray:
-    """float32 [size_out, size_in]: one axis of an antialiased resize; every row sums to 1.
+    """Returns float32 [size_out, size_in]: one axis of an antialiased resize; every row sums to 1.
 
     The kernel is stretched by the reduction factor when scaling down and kept at its own width when scaling up.
     Source: the coefficient rule of Pillow's `Resample.c`, shared by torch's `interpolate(antialias=True)`.
@@ -74,27 +98,33 @@ def resize_matrix(size_in: int, size_out: int, method: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=128)
 def _digits(size_in: int, size_out: int, method: str) -> np.ndarray:
-    """float32 [3, size_out, size_in]: Pillow's whole-number weights in digits of DIGIT bits, the lowest first."""
+    """Returns float32 [3, size_out, size_in]: Pillow's whole-number weights in digits of DIGIT bits, the lowest first."""
     weights = _weights(size_in, size_out, method) * 2**PLACES
+    # Rounded half away from zero, as a cast in C after adding the half.
     whole = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int64)
-    low = 2**DIGIT - 1
-    return np.stack([whole & low, whole >> DIGIT & low, whole >> 2 * DIGIT]).astype(np.float32)
+    low_bits = 2**DIGIT - 1
+    low = whole & low_bits
+    middle = whole >> DIGIT & low_bits
+    # The highest digit keeps the sign.
+    high = whole >> 2 * DIGIT
+    return np.stack([low, middle, high]).astype(np.float32)
 
 
 def _pass(pixels: jax.Array, digits: np.ndarray, equation: str) -> jax.Array:
-    """One axis of Pillow's resize: whole numbers in [0, 255], held in float32, to the same."""
-    sums = [
-        jnp.einsum(equation, pixels, digit, precision="highest").astype(jnp.int32)
-        for digit in digits
-    ]
-    total = sum(part << DIGIT * place for place, part in enumerate(sums)) + (1 << PLACES - 1)
+    """Returns one axis of Pillow's resize: whole numbers in [0, 255], held in float32, to the same."""
+    # Half of the last place, so that the shift below rounds to nearest.
+    total = jnp.int32(1 << PLACES - 1)
+    for place, digit in enumerate(digits):
+        # Digit by digit: only such small products sum exactly in float32, which an accelerator multiplies.
+        part = jnp.einsum(equation, pixels, digit, precision="highest").astype(jnp.int32)
+        total = total + (part << DIGIT * place)
     return jnp.clip(total >> PLACES, 0, 255).astype(jnp.float32)
 
 
 def resize(
     images: jax.Array, height: int, width: int, method: str, eight_bit: bool = False
 ) -> jax.Array:
-    """Antialiased resize.
+    """Resizes images with antialiasing.
 
     Args:
       images: float32 [N, H, W, 3].
@@ -106,22 +136,30 @@ def resize(
     Returns:
       float32 [N, height, width, 3]; may leave [0, 1] for "bicubic" unless `eight_bit`.
     """
-    _, rows, columns, _ = images.shape
     if eight_bit:
         images = jnp.round(images * 255)
-    for size_in, size_out, equation in (
-        (columns, width, "nhwc,vw->nhvc"),
-        (rows, height, "nhwc,uh->nuwc"),
-    ):
-        if size_in == size_out:
-            continue
-        if eight_bit:
-            images = _pass(images, _digits(size_in, size_out, method), equation)
-        else:
-            images = jnp.einsum(
-                equation, images, resize_matrix(size_in, size_out, method), precision="highest"
-            )
-    return images / 255 if eight_bit else images
+    # Columns first, then rows, as Pillow: with rounding in between the order shows.
+    images = _resize_axis(images, 2, width, method, eight_bit)
+    images = _resize_axis(images, 1, height, method, eight_bit)
+    if eight_bit:
+        return images / 255
+    return images
+
+
+_EQUATIONS = {1: "nhwc,uh->nuwc", 2: "nhwc,vw->nhvc"}
+"""One axis of images [N, H, W, 3] times a resize matrix [out, in]."""
+
+
+def _resize_axis(
+    images: jax.Array, axis: int, size: int, method: str, eight_bit: bool
+) -> jax.Array:
+    size_in = images.shape[axis]
+    if size_in == size:
+        return images
+    if eight_bit:
+        return _pass(images, _digits(size_in, size, method), _EQUATIONS[axis])
+    matrix = resize_matrix(size_in, size, method)
+    return jnp.einsum(_EQUATIONS[axis], images, matrix, precision="highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +187,7 @@ class Preprocess:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("fit", self.fit, ("shortest", "longest"))
         one_of("resize method", self.method, FILTERS)
         one_of("crop", self.crop, CROPS)
@@ -164,17 +202,18 @@ class Preprocess:
             raise InputError(f"images: expected [N, H, W, 3]; received {list(images.shape)}")
         if self.eight_bit:
             images = jnp.clip(jnp.round(images * 255), 0, 255) / 255
-        height, width, top, left = self.frame(*images.shape[1:3])
+        height, width, top, left = self.frame(images.shape[1], images.shape[2])
         images = resize(images, height, width, self.method, self.eight_bit)
         if self.fit == "shortest":
             images = images[:, top : top + self.size, left : left + self.size]
         else:
             below, right = self.size - height - top, self.size - width - left
             images = jnp.pad(images, ((0, 0), (top, below), (left, right), (0, 0)))
-        return (images - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
+        mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+        return (images - mean) / std
 
     def on_host(self, image: np.ndarray) -> np.ndarray:
-        """The pixels float32 [size, size, 3] of one image uint8 [H, W, 3], by Pillow: for cut-outs of many sizes.
+        """Returns the pixels float32 [size, size, 3] of one image uint8 [H, W, 3], by Pillow: for cut-outs of many sizes.
 
         Raises:
           InputError: a preprocessing other than 8-bit with "shortest".
@@ -185,15 +224,15 @@ class Preprocess:
             raise InputError(
                 f"preprocessing on the host: expected 8-bit and 'shortest'; received {self}"
             )
-        height, width, top, left = self.frame(*image.shape[:2])
-        small = Image.fromarray(image).resize(
-            (width, height), getattr(Image.Resampling, self.method.upper())
-        )
-        pixels = np.asarray(small, np.float32)[top : top + self.size, left : left + self.size] / 255
-        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        height, width, top, left = self.frame(image.shape[0], image.shape[1])
+        resampling = Image.Resampling[self.method.upper()]
+        resized = np.asarray(Image.fromarray(image).resize((width, height), resampling), np.float32)
+        pixels = resized[top : top + self.size, left : left + self.size] / 255
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return (pixels - mean) / std
 
     def frame(self, rows: int, columns: int) -> tuple[int, int, int, int]:
-        """What becomes of an image of `rows` x `columns`: resized height and width, and where the square lies.
+        """Returns what becomes of an image of `rows` x `columns`: resized height and width, and where the square lies.
 
         The last two are the rows and columns cut off before the crop for "shortest", added before it for "longest".
         """
@@ -207,32 +246,32 @@ class Preprocess:
         return height, width, (self.size - height) // 2, (self.size - width) // 2
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], size: int, **overrides) -> Preprocess:
-        """The preprocessing a Hugging Face `preprocessor_config.json` describes.
+    def from_config(cls, config: Mapping[str, Any], size: int, **overrides: Any) -> Preprocess:
+        """Returns the preprocessing that a Hugging Face `preprocessor_config.json` describes.
 
         Args:
           config: the parsed file; what it leaves out takes CLIP's value.
           size: the tower's input edge, which the crop must equal.
           **overrides: fields to replace, for scorers that depart from their own model's file.
+
+        Raises:
+          InputError: another filter than bilinear or bicubic, or another crop.
         """
         resample = config.get("resample", 3)
         if resample not in PIL_FILTERS:
             raise InputError(
                 f"preprocessor_config.json resample: expected 2 (bilinear) or 3 (bicubic); received {resample}"
             )
-        edge = config.get("size", size)
-        if isinstance(edge, Mapping):
-            edge = edge.get("shortest_edge", edge.get("height", size))
-        crop = config.get("crop_size", size)
-        if isinstance(crop, Mapping):
-            crop = crop.get("height", size)
+        edge = _edge(config.get("size", size), "shortest_edge", size)
+        crop = _edge(config.get("crop_size", size), "height", size)
+        # Without a crop the resized edge is the tower's input.
         if not config.get("do_center_crop", True):
             crop = edge
         if crop != size:
             raise InputError(
                 f"preprocessor_config.json crop_size: expected the image tower's {size}; received {crop}"
             )
-        fields = dict(
+        fields: dict[str, Any] = dict(
             size=size,
             resize_to=edge,
             method=PIL_FILTERS[resample],
@@ -240,6 +279,13 @@ class Preprocess:
             std=tuple(config.get("image_std", CLIP_STD)),
         )
         return cls(**{**fields, **overrides})
+
+
+def _edge(size: Any, key: str, default: int) -> int:
+    """Returns an edge in pixels from a number, or from a mapping that has it under `key` or as its height."""
+    if isinstance(size, Mapping):
+        return size.get(key, size.get("height", default))
+    return size
 
 
 prepare = jax.jit(lambda images, preprocess: preprocess(images), static_argnames="preprocess")

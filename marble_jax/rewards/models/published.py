@@ -1,4 +1,4 @@
-"""Where the published reward models are: their entries for the catalogue, and their files on disk or on the Hub.
+"""Where the published reward models are: their entries for the registry, and their files on disk or on the Hub.
 
     pickscore    yuvalkirstain/PickScore_v1               tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K
     hpsv2        xswu/HPSv2 (HPS_v2.1_compressed.pt)      tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K
@@ -70,7 +70,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "imagereward": ("ImageReward.pt", "med_config.json"),
     "mask2former": ("config.json", "model.safetensors"),
 }
-"""Files of each kind of model that are fetched; the weights of "clip" are chosen by `_clip_weights`."""
+"""Files of each kind of model that are fetched; the weights of "clip" are chosen by `_download`."""
 SOURCES = {HEAD: "https://github.com/christophschuhmann/improved-aesthetic-predictor"}
 """Where to get by hand what is not on the Hub."""
 _CLIP_WEIGHTS = (
@@ -83,7 +83,7 @@ _CLIP_WEIGHTS = (
 
 
 def find_folder(reward: str, directory: Path | None, name: str, kind: str) -> Path:
-    """The local folder of a model.
+    """Returns the local folder of a model.
 
     Args:
       reward: key of the reward, which may be the folder's name.
@@ -94,20 +94,17 @@ def find_folder(reward: str, directory: Path | None, name: str, kind: str) -> Pa
     Raises:
       InputError: it is nowhere, or the Hub refuses; the message says where it was looked for.
     """
-    tried = [Path(name)] if directory is None else [directory / name, directory / Path(name).name]
-    if directory is not None and kind != "tokenizer" and HUB_NAME.fullmatch(name):
-        tried.append(directory / reward)
-    for path in tried:
+    places = _places(reward, directory, name, kind)
+    for path in places:
         if path.is_dir():
             return path
-    where = " nor ".join(map(str, dict.fromkeys(tried)))
+    where = " nor ".join(map(str, dict.fromkeys(places)))
     if not HUB_NAME.fullmatch(name):
         raise InputError(
             f"reward {reward}: expected the folder {name}; received none: it is not in {where}"
         )
     try:
-        local = download(name, FILES[kind])
-        return _clip_weights(name, local) if kind == "clip" else local
+        return _download(name, kind)
     except InputError as error:
         raise InputError(
             f"reward {reward}: expected {name} in {where}, or from the Hub; {error} (its files are at "
@@ -115,23 +112,42 @@ def find_folder(reward: str, directory: Path | None, name: str, kind: str) -> Pa
         ) from error
 
 
+def _places(reward: str, directory: Path | None, name: str, kind: str) -> list[Path]:
+    """Returns where a folder may lie, in the order in which it is looked for."""
+    if directory is None:
+        return [Path(name)]
+    places = [directory / name, directory / Path(name).name]
+    # A folder under the reward's name holds its model, never the tokenizer of another.
+    if kind != "tokenizer" and HUB_NAME.fullmatch(name):
+        places.append(directory / reward)
+    return places
+
+
+def _download(name: str, kind: str) -> Path:
+    local = download(name, FILES[kind])
+    if kind != "clip":
+        return local
+    # One format after the other: a pattern for all of them would fetch the same weights up to four times.
+    for patterns in _CLIP_WEIGHTS:
+        local = download(name, patterns)
+        for pattern in patterns:
+            if any(local.glob(pattern)):
+                return local
+    return local
+
+
 def find_file(reward: str, directory: Path | None, name: str) -> Path:
-    """The local path of a file of the rewards directory.
+    """Returns the local path of a file of the rewards directory.
 
     Raises:
       InputError: it is not there; the message says where to get it.
     """
-    path = Path(name) if directory is None else directory / name
+    path, where = Path(name), "in a directory that rewards.path names"
+    if directory is not None:
+        path, where = directory / name, f"in {directory}"
     if path.is_file():
         return path
-    hint = f" (get it from {SOURCES[name]} and put it there)" if name in SOURCES else ""
-    where = f"in {directory}" if directory is not None else "in a directory that rewards.path names"
+    hint = ""
+    if name in SOURCES:
+        hint = f" (get it from {SOURCES[name]} and put it there)"
     raise InputError(f"reward {reward}: expected the file {name} {where}; received none{hint}")
-
-
-def _clip_weights(name: str, local: Path) -> Path:
-    for patterns in _CLIP_WEIGHTS:
-        local = download(name, patterns)
-        if any(list(local.glob(pattern)) for pattern in patterns):
-            return local
-    return local

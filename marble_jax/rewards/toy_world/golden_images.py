@@ -52,14 +52,21 @@ class Thing:
 
 
 def _sign(text: str, ink: str) -> tuple[Thing, ...]:
-    return tuple(Thing(letter, ink, 0.2 + 0.34 * i, 0.3) for i, letter in enumerate(text))
+    letters = []
+    for place, letter in enumerate(text):
+        letters.append(Thing(letter, ink, 0.2 + 0.34 * place, 0.3))
+    return tuple(letters)
 
 
 def _clauses(*wanted: tuple[str, int, str]) -> list[dict[str, Any]]:
-    return [
-        {"class": name, "count": count} | ({"color": colour} if colour else {})
-        for name, count, colour in wanted
-    ]
+    """Returns GenEval's clauses of (class, count, colour or nothing)."""
+    clauses = []
+    for name, count, colour in wanted:
+        clause: dict[str, Any] = {"class": name, "count": count}
+        if colour:
+            clause["color"] = colour
+        clauses.append(clause)
+    return clauses
 
 
 SCENES: tuple[tuple[str, tuple[Thing, ...], Prompt], ...] = (
@@ -99,63 +106,67 @@ COUNT = len(SCENES)
 
 
 def draw(ground: str, things: Sequence[Thing], side: int) -> np.ndarray:
-    """An image uint8 [side, side, 3]."""
+    """Returns an image uint8 [side, side, 3]."""
     nodes = (np.arange(side * OVERSAMPLE) + 0.5) / (side * OVERSAMPLE)
     x, y = nodes[None, :], nodes[:, None]
     image = np.broadcast_to(np.array(GROUNDS[ground], np.float64), (side, side, 3))
     for thing in things:
-        across, down = x - thing.x, y - thing.y
-        if thing.shape == "circle":
-            inside = across**2 + down**2 < thing.radius**2
-        elif thing.shape == "square":
-            inside = np.maximum(np.abs(across), np.abs(down)) < 0.86 * thing.radius
-        else:
-            inside = np.zeros((nodes.size, nodes.size), bool)
-            for left, top, right, bottom in LETTERS[thing.shape]:
-                inside |= (
-                    (across > left * WIDTH)
-                    & (across < right * WIDTH)
-                    & (down > top * HEIGHT)
-                    & (down < bottom * HEIGHT)
-                )
-        share = inside.reshape(side, OVERSAMPLE, side, OVERSAMPLE).mean((1, 3))[..., None]
+        inside = _inside(thing, x, y)
+        # Mean over the nodes of a pixel: what share of it the thing covers.
+        in_pixels = inside.reshape(side, OVERSAMPLE, side, OVERSAMPLE)
+        share = in_pixels.mean((1, 3))[..., None]
         image = image * (1 - share) + np.array(INKS[thing.ink]) * share
     return np.round(image).astype(np.uint8)
 
 
+def _inside(thing: Thing, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns bool [n, n]: which nodes (x [1, n], y [n, 1]) a thing covers."""
+    across, down = x - thing.x, y - thing.y
+    if thing.shape == "circle":
+        return across**2 + down**2 < thing.radius**2
+    if thing.shape == "square":
+        return np.maximum(np.abs(across), np.abs(down)) < 0.86 * thing.radius
+    inside = np.zeros(np.broadcast_shapes(x.shape, y.shape), bool)
+    for left, top, right, bottom in LETTERS[thing.shape]:
+        in_columns = (across > left * WIDTH) & (across < right * WIDTH)
+        in_rows = (down > top * HEIGHT) & (down < bottom * HEIGHT)
+        inside |= in_columns & in_rows
+    return inside
+
+
 def samples(side: int) -> tuple[np.ndarray, list[Prompt]]:
-    """What is scored.
+    """Returns what is scored.
 
     Returns:
       images float32 [2 COUNT, side, side, 3] in [0, 1], every image twice in a row, and their prompts: its own,
       then its partner's.
     """
-    images = [draw(ground, things, side) for ground, things, _ in SCENES]
-    prompts = [prompt for _, _, prompt in SCENES]
-    return (
-        np.repeat(np.stack(images), 2, axis=0).astype(np.float32) / 255,
-        [prompts[i ^ partner] for i in range(COUNT) for partner in (0, 1)],
-    )
+    images, prompts = [], []
+    for number, (ground, things, prompt) in enumerate(SCENES):
+        images.append(draw(ground, things, side))
+        # Partners are neighbours, 2 k and 2 k + 1: they differ in the last bit.
+        partner = number ^ 1
+        prompts += [prompt, SCENES[partner][2]]
+    return np.repeat(np.stack(images), 2, axis=0).astype(np.float32) / 255, prompts
 
 
-def read_expected(directory: Path | None, side: int) -> dict[str, list[float | None]]:
-    """Recorded scores by reward, for images of this size; empty where there are none.
+Expected = dict[str, list[float | None]]
+"""Recorded scores of the samples by reward; None where the reward does not apply."""
+
+
+def read_expected(directory: Path | None, side: int) -> Expected:
+    """Returns recorded scores by reward, for images of this size; empty where there are none.
 
     Raises:
       InputError: a file that is damaged.
     """
-    file = None if directory is None else directory / FILE
-    if file is None or not file.exists():
+    if directory is None or not (directory / FILE).exists():
         return {}
+    file = directory / FILE
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         size, scores = record["size"], record["scores"]
-        whole = all(
-            isinstance(row, list)
-            and len(row) == 2 * COUNT
-            and all(v is None or isinstance(v, (int, float)) for v in row)
-            for row in scores.values()
-        )
+        whole = all(map(_is_row, scores.values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -163,21 +174,38 @@ def read_expected(directory: Path | None, side: int) -> dict[str, list[float | N
             f"{file}: expected scores of the golden images; received something else (write it anew with "
             "marble-jax reward check --write)"
         )
-    return scores if size == side else {}
+    if size != side:
+        return {}
+    return scores
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row of the file has a score, or null, for each sample."""
+    if not isinstance(row, list) or len(row) != 2 * COUNT:
+        return False
+    for value in row:
+        if value is not None and not isinstance(value, (int, float)):
+            return False
+    return True
 
 
 def write_expected(
     directory: Path, side: int, scores: Mapping[str, Sequence[float | None]]
 ) -> Path:
     """Records scores, whole or not at all; other rewards that are on record at this size stay."""
-    kept = read_expected(directory, side) if (directory / FILE).exists() else {}
-    rows = {
-        name: [None if v is None else float(f"{v:.6g}") for v in row]
-        for name, row in {**kept, **scores}.items()
-    }
-    lines = ",\n  ".join(
-        f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())
-    )
+    rows: dict[str, Sequence[float | None]] = {**read_expected(directory, side), **scores}
+    lines = []
+    for name in sorted(rows):
+        rounded = [_six_digits(value) for value in rows[name]]
+        lines.append(f"{json.dumps(name)}: {json.dumps(rounded)}")
+    # A line a reward, so that a version control system shows which of them changed.
+    listed = ",\n  ".join(lines)
     file = directory / FILE
-    write_whole(file, f'{{"size": {side}, "scores": {{\n  {lines}\n}}}}\n')
+    write_whole(file, f'{{"size": {side}, "scores": {{\n  {listed}\n}}}}\n')
     return file
+
+
+def _six_digits(value: float | None) -> float | None:
+    if value is None:
+        return None
+    return float(f"{value:.6g}")

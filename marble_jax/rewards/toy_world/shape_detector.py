@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from marble_jax.rewards.geneval import Detection
+from marble_jax.rewards.geneval_rules import Detection
 
 INKS = {
     "red": (220, 40, 40),
@@ -46,26 +46,56 @@ GRID = 97
 REACH = 1.8
 
 
-def outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape of radius 1 about (0, 0), y downwards; a circle has many."""
-    if shape == "circle":
-        return [(math.cos(t), math.sin(t)) for t in np.linspace(0, 2 * math.pi, 64, endpoint=False)]
-    if shape == "square":
-        return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
-    if shape == "triangle":
-        return [(0, -1), (1, 0.8), (-1, 0.8)]
-    if shape == "star":
-        turns = [(math.pi * k / 5 - math.pi / 2, 0.48 if k % 2 else 1.12) for k in range(10)]
-        return [(r * math.cos(t), r * math.sin(t)) for t, r in turns]
+Point = tuple[float, float]
+
+
+def _circle() -> list[Point]:
+    turns = np.linspace(0, 2 * math.pi, 64, endpoint=False)
+    return [(math.cos(turn), math.sin(turn)) for turn in turns]
+
+
+def _square() -> list[Point]:
+    return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
+
+
+def _triangle() -> list[Point]:
+    return [(0, -1), (1, 0.8), (-1, 0.8)]
+
+
+def _star() -> list[Point]:
+    corners = []
+    for number in range(10):
+        # Tips and notches in turn, the first tip up.
+        radius = 1.12
+        if number % 2:
+            radius = 0.48
+        turn = math.pi * number / 5 - math.pi / 2
+        corners.append((radius * math.cos(turn), radius * math.sin(turn)))
+    return corners
+
+
+def _cross() -> list[Point]:
     arm = 0.34
-    quarter = [(arm, -1), (arm, -arm), (1, -arm)]
-    return [point for k in range(4) for point in (_turned(p, k) for p in quarter)]
+    quarter: list[Point] = [(arm, -1), (arm, -arm), (1, -arm)]
+    corners: list[Point] = []
+    for _ in range(4):
+        corners += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return corners
 
 
-def _turned(point: tuple[float, float], quarters: int) -> tuple[float, float]:
-    for _ in range(quarters):
-        point = (-point[1], point[0])
-    return point
+OUTLINES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+}
+
+
+def outline(shape: str) -> list[Point]:
+    """Returns the corners of a shape of radius 1 about (0, 0), y downwards; a circle has many."""
+    return OUTLINES[shape]()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,54 +118,92 @@ class Template:
         Pixels are the unit; edges are SHARPEN times as steep as a pixel would show them.
         """
         radius = math.sqrt(area / self.area)
-        where = [
-            (np.arange(n) + 0.5 - centroid[axis]) / radius + self.centroid[axis]
-            for axis, n in ((1, height), (0, width))
-        ]
-        rows, columns = (
-            np.clip((w + REACH) / (2 * REACH) * (GRID - 1), 0, GRID - 1.001) for w in where
-        )
+        rows = self._nodes(height, centroid[1], self.centroid[1], radius)
+        columns = self._nodes(width, centroid[0], self.centroid[0], radius)
         top, left = rows.astype(int), columns.astype(int)
-        down, right = (rows - top)[:, None], (columns - left)
+        # Rows vary along the first axis of the result, columns along the second.
+        down, right = (rows - top)[:, None], columns - left
+        top = top[:, None]
         table = self.distance
-        upper = table[top[:, None], left] * (1 - right) + table[top[:, None], left + 1] * right
-        lower = (
-            table[top[:, None] + 1, left] * (1 - right) + table[top[:, None] + 1, left + 1] * right
-        )
-        return np.clip((upper * (1 - down) + lower * down) * radius * SHARPEN + 0.5, 0, 1)
+        upper = table[top, left] * (1 - right) + table[top, left + 1] * right
+        lower = table[top + 1, left] * (1 - right) + table[top + 1, left + 1] * right
+        distance = (upper * (1 - down) + lower * down) * radius
+        return np.clip(distance * SHARPEN + 0.5, 0, 1)
+
+    @staticmethod
+    def _nodes(number: int, centre: float, template_centre: float, radius: float) -> np.ndarray:
+        """Returns float64 [number]: where the centres of pixels lie among the table's nodes, along one axis."""
+        places = (np.arange(number) + 0.5 - centre) / radius + template_centre
+        nodes = (places + REACH) / (2 * REACH) * (GRID - 1)
+        # Just below the last node, so that every place has a next one to interpolate to.
+        return np.clip(nodes, 0, GRID - 1.001)
 
 
 @functools.cache
 def template(shape: str) -> Template:
-    """The template of one of the five shapes."""
+    """Returns the template of one of the five shapes."""
     corners = np.array(outline(shape))
     following = np.roll(corners, -1, 0)
+    # Area and centre of mass of a polygon, by the shoelace formula.
     cross = corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1]
     area = cross.sum() / 2
     centroid = ((corners + following) * cross[:, None]).sum(0) / (6 * area)
     nodes = np.linspace(-REACH, REACH, GRID)
-    points = np.stack(np.meshgrid(nodes, nodes), -1)[:, :, None]  # [y, x, 1, 2]
-    along = following - corners
-    t = np.clip(((points - corners) * along).sum(-1) / (along**2).sum(-1), 0, 1)
-    gap = np.linalg.norm(points - corners - t[..., None] * along, axis=-1).min(-1)
-    x, y = points[..., 0], points[..., 1]
-    straddles = (corners[:, 1] > y) != (following[:, 1] > y)
-    rise = np.where(along[:, 1] == 0, 1, along[:, 1])
-    crossings = straddles & (x < corners[:, 0] + (y - corners[:, 1]) * along[:, 0] / rise)
-    inside = crossings.sum(-1) % 2 == 1
+    # [y, x, 1, 2]: the third axis is for the edges of the outline.
+    points = np.stack(np.meshgrid(nodes, nodes), -1)[:, :, None]
+    gap = _distance_to_edges(points, corners, following)
+    inside = _is_inside(points, corners, following)
     return Template(abs(area), centroid, np.where(inside, gap, -gap))
 
 
+def _distance_to_edges(
+    points: np.ndarray, corners: np.ndarray, following: np.ndarray
+) -> np.ndarray:
+    """Returns float64 [y, x]: how far each point is from the nearest edge."""
+    edges = following - corners
+    share = ((points - corners) * edges).sum(-1) / (edges**2).sum(-1)
+    # Beyond its ends the nearest point of an edge is a corner.
+    share = np.clip(share, 0, 1)
+    nearest = points - corners - share[..., None] * edges
+    return np.linalg.norm(nearest, axis=-1).min(-1)
+
+
+def _is_inside(points: np.ndarray, corners: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """Returns bool [y, x]: points from which a ray to the right crosses the outline an odd number of times."""
+    edges = following - corners
+    x, y = points[..., 0], points[..., 1]
+    straddles = (corners[:, 1] > y) != (following[:, 1] > y)
+    # A level edge straddles no ray; the 1 only keeps the division from failing.
+    rise = np.where(edges[:, 1] == 0, 1, edges[:, 1])
+    crossing_x = corners[:, 0] + (y - corners[:, 1]) * edges[:, 0] / rise
+    crossings = straddles & (x < crossing_x)
+    return crossings.sum(-1) % 2 == 1
+
+
 def _ramp(value: float, ends: tuple[float, float]) -> float:
-    """0 at the first end, 1 at the second, linear between, clipped outside."""
-    return float(min(max((value - ends[0]) / (ends[1] - ends[0]), 0.0), 1.0))
+    """Returns 0 at the first end, 1 at the second, linear between, clipped outside."""
+    share = (value - ends[0]) / (ends[1] - ends[0])
+    return float(min(max(share, 0.0), 1.0))
 
 
 def background(image: np.ndarray) -> np.ndarray:
-    """[3] median colour of the two outermost pixels all around."""
+    """Returns [3] the median colour of the two outermost pixels all around."""
     rim = np.ones(image.shape[:2], bool)
     rim[2:-2, 2:-2] = False
     return np.median(image[rim], axis=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Blob:
+    """Connected pixels that differ from the background.
+
+    Attributes:
+      core: bool [H, W] of the pixels.
+      ink: [3] their colour.
+    """
+
+    core: np.ndarray
+    ink: np.ndarray
 
 
 class ShapeDetector:
@@ -144,73 +212,24 @@ class ShapeDetector:
     SHAPES = ("circle", "square", "triangle", "star", "cross")
 
     def detect(self, images: np.ndarray) -> list[list[Detection] | None]:
-        """See `geneval.Detector.detect`; never fails."""
+        """See `geneval_rules.Detector.detect`; never fails."""
         return [self.detect_one(image) for image in images]
 
     def detect_one(self, image: np.ndarray) -> list[Detection]:
-        """Detections in one image uint8 [H, W, 3]; at most one class per blob, the likeliest."""
-        from scipy import ndimage
-
+        """Returns the detections in one image uint8 [H, W, 3]; at most one class per blob, the likeliest."""
         image = np.asarray(image, np.float64)
         plain = background(image)
-        contrast = np.linalg.norm(image - plain, axis=-1)
-        touching, count = ndimage.label(contrast > MIN_CONTRAST)
-        cores, inks = [], []
-        for k, (rows, columns) in enumerate(ndimage.find_objects(touching), 1):
-            # Half of its own contrast bounds a blob, and parts what a blurred gap had joined.
-            member = touching[rows, columns] == k
-            if member.sum() < MIN_AREA:
-                continue
-            level = contrast[rows, columns]
-            full = np.percentile(level[member], 75)
-            parts, number = ndimage.label(member & (level > full / 2))
-            for part in range(1, number + 1):
-                core = np.zeros(contrast.shape, bool)
-                core[rows, columns] = parts == part
-                if core.sum() >= MIN_AREA:
-                    cores.append(core)
-                    inks.append(
-                        np.median(
-                            image[core & (contrast >= np.percentile(contrast[core], 50))], axis=0
-                        )
-                    )
-        return [self._name(image, plain, core, ink, cores) for core, ink in zip(cores, inks)]
+        blobs = _blobs(image, plain)
+        return [self._name(image, plain, blob, blobs) for blob in blobs]
 
     def _name(
-        self,
-        image: np.ndarray,
-        plain: np.ndarray,
-        core: np.ndarray,
-        ink: np.ndarray,
-        cores: Sequence[np.ndarray],
+        self, image: np.ndarray, plain: np.ndarray, blob: _Blob, blobs: Sequence[_Blob]
     ) -> Detection:
-        rows, columns = np.flatnonzero(core.any(1)), np.flatnonzero(core.any(0))
-        top, bottom = max(rows[0] - 2, 0), min(rows[-1] + 3, core.shape[0])
-        left, right = max(columns[0] - 2, 0), min(columns[-1] + 3, core.shape[1])
-        window = np.s_[top:bottom, left:right]
-        own = core[window]
-        others = np.zeros_like(own)
-        for other in cores:
-            if other is not core:
-                others |= other[window]
-        direction = ink - plain
-        offset = image[window] - plain
-        coverage = np.clip(offset @ direction / (direction @ direction), 0, 1) * ~others
-        spread = math.sqrt(
-            np.mean(np.sum((offset - coverage[..., None] * direction)[own] ** 2, -1))
-        )
-        area = coverage.sum()
-        height, width = coverage.shape
-        x, y = (
-            coverage.sum(axis) @ (np.arange(n) + 0.5) / area
-            for axis, n in ((0, width), (1, height))
-        )
-        coverage = np.clip((coverage - 0.5) * SHARPEN + 0.5, 0, 1)
-        area = coverage.sum()
-        overlaps = []
-        for shape in self.SHAPES:
-            ideal = template(shape).draw(np.array([x, y]), area, height, width)
-            overlaps.append(np.minimum(coverage, ideal).sum() / np.maximum(coverage, ideal).sum())
+        """Returns the detection of a blob: the shape that it overlaps with most."""
+        rows, columns = np.flatnonzero(blob.core.any(1)), np.flatnonzero(blob.core.any(0))
+        window = _window(rows, columns, blob.core.shape)
+        coverage, spread = _coverage(image, plain, blob, blobs, window)
+        overlaps = self._overlaps(coverage)
         order = np.argsort(overlaps)[::-1]
         best, second = overlaps[order[0]], overlaps[order[1]]
         score = (
@@ -218,6 +237,82 @@ class ShapeDetector:
             * _ramp(best - second, MARGIN_RANGE)
             * _ramp(spread, SPREAD_RANGE)
         )
-        colour = min(INKS, key=lambda name: float(np.sum((ink - INKS[name]) ** 2)))
+        colour = min(INKS, key=lambda name: float(np.sum((blob.ink - INKS[name]) ** 2)))
         box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-        return Detection(self.SHAPES[order[0]], score, box, core, colour)
+        return Detection(self.SHAPES[order[0]], score, box, blob.core, colour)
+
+    def _overlaps(self, coverage: np.ndarray) -> list[float]:
+        """Returns intersection over union of a blob's coverage with each shape drawn in its place."""
+        height, width = coverage.shape
+        area = coverage.sum()
+        x = coverage.sum(0) @ (np.arange(width) + 0.5) / area
+        y = coverage.sum(1) @ (np.arange(height) + 0.5) / area
+        # As steep as the shapes are drawn; the centre of mass above is that of the soft edges, which are unbiased.
+        coverage = np.clip((coverage - 0.5) * SHARPEN + 0.5, 0, 1)
+        area = coverage.sum()
+        overlaps = []
+        for shape in self.SHAPES:
+            ideal = template(shape).draw(np.array([x, y]), area, height, width)
+            union = np.maximum(coverage, ideal).sum()
+            overlaps.append(np.minimum(coverage, ideal).sum() / union)
+        return overlaps
+
+
+def _blobs(image: np.ndarray, plain: np.ndarray) -> list[_Blob]:
+    """Returns the blobs of an image float64 [H, W, 3] on a background of colour `plain` [3]."""
+    from scipy import ndimage
+
+    contrast = np.linalg.norm(image - plain, axis=-1)
+    touching, _ = ndimage.label(contrast > MIN_CONTRAST)
+    blobs = []
+    for number, place in enumerate(ndimage.find_objects(touching), 1):
+        member = touching[place] == number
+        if member.sum() < MIN_AREA:
+            continue
+        # Half of its own contrast bounds a blob, and parts what a blurred gap had joined.
+        level = contrast[place]
+        full = np.percentile(level[member], 75)
+        parts, num_parts = ndimage.label(member & (level > full / 2))
+        for part in range(1, num_parts + 1):
+            core = np.zeros(contrast.shape, bool)
+            core[place] = parts == part
+            if core.sum() >= MIN_AREA:
+                blobs.append(_Blob(core, _ink(image, contrast, core)))
+    return blobs
+
+
+def _ink(image: np.ndarray, contrast: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """Returns [3] the median colour of a blob's more contrasting half, which soft edges do not reach."""
+    middle = np.percentile(contrast[core], 50)
+    return np.median(image[core & (contrast >= middle)], axis=0)
+
+
+def _window(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """Returns a blob's bounding box with two pixels around it for its soft edges."""
+    top, bottom = max(rows[0] - 2, 0), min(rows[-1] + 3, shape[0])
+    left, right = max(columns[0] - 2, 0), min(columns[-1] + 3, shape[1])
+    return slice(top, bottom), slice(left, right)
+
+
+def _coverage(
+    image: np.ndarray,
+    plain: np.ndarray,
+    blob: _Blob,
+    blobs: Sequence[_Blob],
+    window: tuple[slice, slice],
+) -> tuple[np.ndarray, float]:
+    """Returns how much of each pixel a blob covers, and how far its colours are from one flat ink.
+
+    Returns:
+      (coverage float64 of the window in [0, 1], root-mean-square RGB distance of the blob's pixels).
+    """
+    neighbours = np.zeros_like(blob.core[window])
+    for neighbour in blobs:
+        if neighbour is not blob:
+            neighbours |= neighbour.core[window]
+    # A pixel's place on the line from the background's colour to the ink is the part of it that is covered.
+    direction = blob.ink - plain
+    offset = image[window] - plain
+    coverage = np.clip(offset @ direction / (direction @ direction), 0, 1) * ~neighbours
+    distance = np.sum((offset - coverage[..., None] * direction)[blob.core[window]] ** 2, -1)
+    return coverage, math.sqrt(np.mean(distance))

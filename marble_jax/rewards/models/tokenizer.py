@@ -1,0 +1,97 @@
+"""Tokenizers of reward models: a published folder's, as a function from prompts to ids of one length."""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marble_jax.errors import InputError
+from marble_jax.families.sd3.text import load_tokenizer
+from marble_jax.storage.files import read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+"""N prompts -> int32 [N, T], padded and truncated to one length T."""
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file of a published folder; empty where there is no such file.
+
+    Raises:
+      InputError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    return read_json(path)
+
+
+def load_tokenize(
+    directory: Path,
+    length: int,
+    kind: str = "CLIPTokenizer",
+    clean: Callable[[str], str] | None = None,
+    special: Sequence[str] = (),
+) -> Tokenize:
+    """Returns the tokenizer of a Hugging Face directory as a function, padding and truncating to `length` tokens.
+
+    Args:
+      directory: holds tokenizer.json, vocab.json or vocab.txt.
+      length: tokens of every prompt.
+      kind: class of the tokenizer where tokenizer_config.json does not name it.
+      clean: applied to each prompt first.
+      special: words added to the vocabulary, in this order.
+
+    Raises:
+      InputError: missing or unreadable tokenizer.
+    """
+    config = read_config(directory / "tokenizer_config.json")
+    tokenizer = load_tokenizer(directory, config.get("tokenizer_class", kind))
+    if special:
+        tokenizer.add_tokens(list(special), special_tokens=True)
+
+    def tokenize(prompts: Sequence[str]) -> np.ndarray:
+        texts = list(prompts)
+        if clean is not None:
+            texts = list(map(clean, prompts))
+        # One length for all batches, so that the tower is compiled once.
+        encoded = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
+        return np.asarray(encoded.input_ids)
+
+    return tokenize
+
+
+@functools.lru_cache(maxsize=4096)
+def openclip_text(prompt: str) -> str:
+    """Returns a prompt as OpenCLIP's tokenizer reads it: broken characters mended, HTML entities and spaces resolved.
+
+    Plain ASCII needs no mending; for the rest the package ftfy does it.
+
+    Raises:
+      InputError: a prompt beyond ASCII without ftfy.
+
+    Source: `basic_clean` and `whitespace_clean` of `open_clip/tokenizer.py`.
+    """
+    if not (prompt.isascii() and prompt.isprintable()):
+        try:
+            # Optional: plain ASCII does without.
+            import ftfy
+        except ImportError as error:
+            raise InputError(
+                f"OpenCLIP tokenizer: expected the package ftfy for prompts beyond ASCII such as "
+                f"{prompt[:40]!r}; received none (pip install ftfy)"
+            ) from error
+        prompt = ftfy.fix_text(prompt)
+    # Twice, as OpenCLIP: texts from the web are often escaped twice.
+    unescaped = html.unescape(html.unescape(prompt))
+    return " ".join(unescaped.split())

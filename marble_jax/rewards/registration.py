@@ -1,0 +1,188 @@
+"""How a kind of reward becomes known: a name, its options as a dataclass, and the function that builds it.
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class SharpnessOptions:
+        radius: float = option(1.0, "pixels of the blur that is compared with", above=0)
+
+    @register_reward("sharpness", SharpnessOptions)
+    def build_sharpness(name, options, context):
+        return SharpnessReward(name, options.radius)
+
+An entry `{"kind": "sharpness", "radius": 2}` of `rewards.json` then gives that reward. A kind that ships has a line in
+`registry.BUILT_IN_KINDS`; one of a user's own is written `"kind": "my_module:sharpness"` and its module is looked for
+beside `rewards.json`, in the working directory and among what is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marble_jax.errors import InputError, one_of
+from marble_jax.rewards.base import Reward
+
+if TYPE_CHECKING:
+    from marble_jax.rewards.models.shared_encoders import SharedEncoders
+
+DTYPES = ("float32", "bfloat16", "float16")
+_REQUIRED: Any = dataclasses.MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildContext:
+    """What a reward is built with besides its own options.
+
+    Attributes:
+      directory: where `rewards.json` and the folders of models lie; None without one.
+      source: what error messages call the place of the entries.
+      num_workers: images a host reward works on at the same time.
+      dtype: of networks on the device, unless an entry names its own.
+      upstream_scoring: score OCR and GenEval as MARBLE's released code does.
+      encoders: CLIP pairs, each loaded once for all rewards that name it.
+    """
+
+    directory: Path | None
+    source: str
+    num_workers: int
+    dtype: str
+    upstream_scoring: bool
+    encoders: SharedEncoders
+
+    def missing(self, name: str, option: str) -> InputError:
+        """Returns the error for an option that the reward `name` needs and its entry lacks."""
+        return InputError(f"{self.source}: expected {option!r} for {name}; received none")
+
+
+Build = Callable[[str, Any, BuildContext], Reward]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardKind:
+    """A kind of reward: the dataclass of its options and (name, options, context) -> reward."""
+
+    kind: str
+    options: type
+    build: Build
+
+
+_KINDS: dict[str, dict[str, RewardKind]] = {}
+"""Kinds by the module that registered them, as far as modules have been imported."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Options of a kind that has none."""
+
+
+def option(
+    default: Any = _REQUIRED,
+    meaning: str = "",
+    *,
+    choices: Sequence[str] = (),
+    least: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Returns a field of an options dataclass.
+
+    Args:
+      default: value where an entry does not name the option; an option without a default is required.
+      meaning: what it sets, with the unit.
+      choices: the values it may have; empty for any.
+      least: smallest number allowed.
+      above: number it has to exceed.
+    """
+    limits = {"meaning": meaning, "choices": tuple(choices), "least": least, "above": above}
+    return dataclasses.field(default=default, metadata=limits)
+
+
+def required(meaning: str) -> Any:
+    """Returns a field of an options dataclass that every entry has to name."""
+    return option(meaning=meaning)
+
+
+def register_reward(kind: str, options: type = NoOptions) -> Callable[[Build], Build]:
+    """Makes the decorated function the builder of a kind.
+
+    Args:
+      kind: name in `rewards.json`; modules do not share their names.
+      options: frozen dataclass whose fields come from `option`.
+    """
+
+    def register(build: Build) -> Build:
+        of_module = _KINDS.setdefault(build.__module__, {})
+        of_module[kind] = RewardKind(kind, options, build)
+        return build
+
+    return register
+
+
+def kinds_of(module: str) -> Mapping[str, RewardKind]:
+    """Returns the kinds that a module, which has been imported, registers."""
+    return _KINDS.get(module, {})
+
+
+def parse_options(kind: RewardKind, name: str, entry: Mapping[str, Any], source: str) -> Any:
+    """Returns an entry's options as the kind's dataclass.
+
+    Args:
+      kind: of the reward.
+      name: key of the reward.
+      entry: its options as parsed from JSON, without "kind".
+      source: what error messages call the place of the entries.
+
+    Raises:
+      InputError: an option that is unknown, missing, of the wrong type or out of its range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind.options)}
+    annotations = typing.get_type_hints(kind.options)
+    values = {}
+    for key, value in entry.items():
+        one_of(f"{source}: option of {name}", key, fields)
+        values[key] = _checked(f"reward {name}: {key}", annotations[key], value)
+        _check_range(f"reward {name}: {key}", fields[key].metadata, value)
+        choices = fields[key].metadata["choices"]
+        if choices:
+            one_of(f"{source}: {key} of {name}", value, choices)
+    for key, field in fields.items():
+        if field.default is dataclasses.MISSING and key not in values:
+            raise InputError(f"{source}: expected {key!r} for {name}; received none")
+    return kind.options(**values)
+
+
+def _checked(what: str, annotation: Any, value: Any) -> Any:
+    """Returns a value of JSON as its field takes it, a list as a tuple.
+
+    Raises:
+      InputError: another type than the field's.
+    """
+    if isinstance(annotation, types.UnionType):
+        # `X | None`: null, as leaving the option out, keeps what stands elsewhere.
+        if value is None:
+            return None
+        annotation = annotation.__args__[0]
+    accepted: tuple[type, ...] = (annotation,)
+    if annotation is float:
+        accepted = (int, float)
+    if typing.get_origin(annotation) is tuple:
+        accepted = (list,)
+    # To Python True is an int.
+    is_other_bool = isinstance(value, bool) and bool not in accepted
+    if not isinstance(value, accepted) or is_other_bool:
+        raise InputError(f"{what}: expected {accepted[-1].__name__}; received {value!r}")
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def _check_range(what: str, limits: Mapping[str, Any], value: Any) -> None:
+    least, above = limits["least"], limits["above"]
+    if value is None:
+        return
+    if least is not None and not value >= least:
+        raise InputError(f"{what}: expected >= {least}; received {value!r}")
+    if above is not None and not value > above:
+        raise InputError(f"{what}: expected more than {above}; received {value!r}")

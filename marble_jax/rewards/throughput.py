@@ -1,0 +1,88 @@
+"""How fast rewards are and how much memory they hold, measured on the golden images."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marble_jax.rewards import base
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.checks import Samples
+from marble_jax.rewards.workers.host_scorer import HostScorer
+
+MIN_SECONDS = 1.0
+"""For which the throughput is measured."""
+
+
+def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.0) -> float:
+    """Returns images per second in batches of golden images; NaN where the reward fails.
+
+    Counts images that the reward applies to; what is compiled or loaded on first use is not counted.
+
+    Args:
+      reward: measured here and now.
+      side: pixels of the images.
+      batch_size: images at once.
+      timeout: seconds a call of a host reward may take.
+    """
+    samples = Samples.golden(side)
+    asked = np.flatnonzero(samples.applicable(reward))
+    if not asked.size:
+        return float("nan")
+    batch = samples.select(asked[np.arange(batch_size) % asked.size])
+    try:
+        if reward.kind == "host":
+            with HostScorer([reward], 1, "fail") as scorer:
+                return batch_size * _rounds_per_second(lambda: _score_on_host(scorer, reward, batch, timeout))
+        images = jnp.asarray(batch.layout(reward.takes))
+        return batch_size * _rounds_per_second(
+            lambda: base.score(reward, images, batch.texts, batch.metadata)
+        )
+    # `run_checks` says why it fails.
+    except Exception:
+        return float("nan")
+
+
+def _score_on_host(scorer: HostScorer, reward: Reward, batch: Samples, timeout: float) -> None:
+    pending = scorer.submit(batch.layout(reward.takes), batch.texts, batch.metadata)
+    pending.result(timeout)
+
+
+def _rounds_per_second(run: Callable[[], object]) -> float:
+    """Returns how often a function runs in a second, its first call left out."""
+    run()
+    start, rounds, seconds = time.perf_counter(), 0, 0.0
+    while seconds < MIN_SECONDS:
+        run()
+        rounds += 1
+        seconds = time.perf_counter() - start
+    return rounds / seconds
+
+
+def weight_bytes(reward: Reward) -> int:
+    """Returns the bytes of the reward's weights; rewards that share a tower each count it."""
+    total = 0
+    for leaf in jax.tree.leaves(reward.params):
+        total += getattr(leaf, "nbytes", 0)
+    return total
+
+
+def peak_memory() -> str:
+    """Returns the largest memory of this process so far, and of the device where it tells, as text."""
+    # macOS counts bytes, Linux kilobytes.
+    unit = 1024
+    if sys.platform == "darwin":
+        unit = 1
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    text = f"peak memory {peak / 1e9:.2g} GB"
+    device_statistics = jax.local_devices()[0].memory_stats() or {}
+    on_device = device_statistics.get("peak_bytes_in_use")
+    if on_device:
+        text += f", {on_device / 1e9:.2g} GB on the device"
+    return text
