@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax import platform
+from marble_jax.batches import batch_indices
 from marble_jax.console import Console, shown
 from marble_jax.errors import InputError
 from marble_jax.evaluation.comparison import compare
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.score_file import ScoreFile
-from marble_jax.flow.policy_sampler import batches
 from marble_jax.programs import build
 from marble_jax.programs.sample import Models, Painter, Settings, Source, fill_album
 from marble_jax.prompts.files import Prompt, read_file
@@ -334,7 +334,7 @@ def _score(
 
         try:
             with console.bar(len(todo), f"scores of {model}", "img") as bar:
-                for rows in batches(len(todo), size):
+                for rows in batch_indices(len(todo), size):
                     index = [todo[r] for r in rows]
                     images = np.stack([album.read(i) for i in index]).astype(np.float32) / 255
                     under_way.append(

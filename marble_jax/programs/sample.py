@@ -16,6 +16,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from marble_jax import platform
+from marble_jax.batches import batch_indices
 from marble_jax.config import KEYS, default_config
 from marble_jax.console import Console
 from marble_jax.convert.lora import add_loras
@@ -344,9 +345,8 @@ class Painter:
     def draw(self, texts: Sequence[str], index: Sequence[int]) -> np.ndarray:
         """Images float32 [n, H, W, 3] in [0, 1] of n texts, from the noise that belongs to their numbers."""
         n = len(index)
-        rows = np.minimum(np.arange(-(-n // self._batch) * self._batch), n - 1)
         found = []
-        for part in np.split(rows, len(rows) // self._batch):
+        for part in batch_indices(n, self._batch):
             cond = self._cond([texts[i] for i in part])
             away = (
                 self._cond([self._settings.negative] * len(part))

@@ -118,13 +118,3 @@ def stack(results: Mapping[str, Result]) -> Scores:
     """Results by reward name as one `Scores`, in the mapping's order."""
     columns = [np.stack(column) for column in zip(*results.values())]
     return Scores(tuple(results), *columns)
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1] as 8-bit, rounded to nearest and clipped; 8-bit images pass through."""
-    images = np.asarray(images)
-    return (
-        images
-        if images.dtype == np.uint8
-        else np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
-    )

@@ -19,7 +19,8 @@ import numpy as np
 
 from marble_jax.errors import one_of
 from marble_jax.prompts.files import TAGS
-from marble_jax.rewards.base import Metadata, Reward, to_uint8
+from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 
 MIN_SCORE, MIN_SCORE_COUNTING = 0.3, 0.9

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marble_jax.rewards.base import Metadata, Reward, to_uint8
+from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 
 QUALITY = 95

@@ -18,9 +18,10 @@ from typing import Protocol
 
 import numpy as np
 
-from marble_jax.rewards.base import Metadata, Reward, to_uint8
+from marble_jax.rewards.base import Metadata, Reward
 from marble_jax.rewards.workers.ocr_engines import PaddleEngine, RapidEngine
 from marble_jax.rewards.workers.processes import ProcessPool
+from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 
 

@@ -192,21 +192,21 @@ def save_png(
     for key, value in (texts or {}).items():
         info.add_itxt(key, value)
     buffer = io.BytesIO()
-    Image.fromarray(as_uint8(image)).save(buffer, "PNG", pnginfo=info)
+    Image.fromarray(to_uint8(image)).save(buffer, "PNG", pnginfo=info)
     write_whole(path, buffer.getvalue())
 
 
-def as_uint8(image: np.ndarray) -> np.ndarray:
-    """[0, 1] to 8 bit, rounded; 8-bit images pass."""
-    image = np.asarray(image)
-    return (
-        image if image.dtype == np.uint8 else np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    )
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1] as 8 bit, clipped and rounded to nearest; 8-bit images pass through."""
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Images [H, W, 3] of one size as one, row by row, the last row filled up with white."""
-    images = [as_uint8(p) for p in images]
+    images = [to_uint8(p) for p in images]
     columns = max(1, min(columns, len(images)))
     blank = np.full_like(images[0], 255)
     images += [blank] * (-len(images) % columns)

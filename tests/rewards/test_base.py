@@ -5,7 +5,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
-from marble_jax.rewards.base import Reward, RewardError, to_uint8
+from marble_jax.rewards.base import Reward, RewardError
 
 
 class Echo(Reward):
@@ -60,11 +60,3 @@ def test_misshapen_scores_raise():
     assert issubclass(RewardError, InputError)
     with pytest.raises(NotImplementedError):
         Reward(name="x", kind="host").score(None, None, [], [])
-
-
-def test_to_uint8_rounds_and_clips():
-    np.testing.assert_array_equal(
-        to_uint8(np.array([-0.1, 0.0, 0.498, 1.0, 1.2])), [0, 0, 127, 255, 255]
-    )
-    eight = np.array([3], np.uint8)
-    assert to_uint8(eight) is eight

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from marble_jax.errors import InputError
-from marble_jax.storage.images import Album, read_image
+from marble_jax.storage.images import Album, read_image, to_uint8
 
 SETTINGS = {"seed": 0, "steps": 4, "size": (8, 12)}
 PROMPTS = ["a cat", 'a sign "A"', "fog"]
@@ -137,3 +137,11 @@ def test_grids_of_at_most_64_small_images(album):
     assert first.shape == (8 * 128, 8 * 256, 3) and second.shape == (128, 6 * 256, 3)
     assert first[128, 256, 0] == 9 and second[0, 256, 0] == 65
     assert json.loads((album.path / "settings.json").read_text())["prompts"] == PROMPTS
+
+
+def test_to_uint8_rounds_and_clips():
+    np.testing.assert_array_equal(
+        to_uint8(np.array([-0.1, 0.0, 0.498, 1.0, 1.2])), [0, 0, 127, 255, 255]
+    )
+    eight = np.array([3], np.uint8)
+    assert to_uint8(eight) is eight

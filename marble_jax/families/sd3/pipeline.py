@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.batches import batches_of
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.layer_names import load_mmdit
-from marble_jax.families.sd3.text import TextEncoders, full_batches, load_text_encoders
+from marble_jax.families.sd3.text import TextEncoders, load_text_encoders
 from marble_jax.families.sd3.transformer import MMDiT
 from marble_jax.networks import autoencoder_kl as vae_functions
 from marble_jax.networks.autoencoder_kl import AutoencoderKL, load_vae
@@ -138,7 +139,7 @@ class Pipeline:
         """
         parts = [
             self._decode(self.vae_params, place(part))
-            for part in full_batches(latents, len(latents), batch)
+            for part in batches_of(latents, len(latents), batch)
         ]
         return jnp.concatenate(parts)[: len(latents)]
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.batches import batches_of
 from marble_jax.errors import InputError
 from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
@@ -131,7 +132,7 @@ class TextEncoders:
         ids = self.tokenize(list(rows), max_sequence_length)
         parts = [
             self._embed(self.params, batch, length=max_sequence_length)
-            for batch in full_batches(ids, len(rows), self.prompt_batch)
+            for batch in batches_of(ids, len(rows), self.prompt_batch)
         ]
         index = np.asarray([rows[prompt] for prompt in prompts])
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
@@ -165,15 +166,6 @@ def _embed(
     else:
         third = modules[2].apply({"params": params[2]}, ids[2])
     return assemble(first, second, third)
-
-
-def full_batches(tree: Any, count: int, size: int) -> Iterator[Any]:
-    """Slices of `size` rows of every leaf; the last repeats the last row until it is full."""
-    if size < 1:
-        raise InputError(f"batch: expected 1 or more; received {size}")
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], tree)
 
 
 def load_text_encoders(
