@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the nearest valid choice to name in it."""
+"""The one exception for bad input, the nearest valid choice to name in it, and other errors in one line."""
 
 from __future__ import annotations
 
@@ -15,15 +15,42 @@ class InputError(ValueError):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the choice closest to `word`, or an empty string when none is close."""
-    close = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    names = [str(choice) for choice in choices]
+    # Half of the letters in common: generous enough for a swapped word, and it still proposes nothing for nonsense.
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
+    if not close:
+        return ""
+    return f"; did you mean {close[0]!r}?"
 
 
 def one_of(what: str, value: str, choices: Iterable[str]) -> None:
-    """Raises InputError unless `value` is one of `choices`."""
+    """Checks a choice.
+
+    Args:
+      what: name of the choice, for the message.
+      value: what was chosen.
+      choices: the valid values.
+
+    Raises:
+      InputError: `value` is none of `choices`.
+    """
     choices = tuple(choices)
-    if value not in choices:
-        expected = ", ".join(str(c) or "'' (the default)" for c in choices)
-        raise InputError(
-            f"{what}: expected one of {expected}; received {value!r}{nearest(value, choices)}"
-        )
+    if value in choices:
+        return
+    names = []
+    for choice in choices:
+        # An empty text stands for the default in some options and would be invisible in the message.
+        names.append(str(choice) or "'' (the default)")
+    expected = ", ".join(names)
+    raise InputError(
+        f"{what}: expected one of {expected}; received {value!r}{nearest(value, choices)}"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    name = type(error).__name__
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}"

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, one_line
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Result, Reward
 from marble_jax.rewards.toy_world import golden_images
-from marble_jax.rewards.workers.host_scorer import HostScorer, line
+from marble_jax.rewards.workers.host_scorer import HostScorer
 
 TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
 """Largest difference from a recorded score: a share of the reward's spread over the golden images, and in itself."""
@@ -150,7 +150,7 @@ def _on_device(
             [prompts[i].metadata for i in index],
         )
     except Exception as error:  # a reward is foreign code
-        reasons[reward.name] = line(error)
+        reasons[reward.name] = one_line(error)
         asked = base.applicable(reward, [p.text for p in prompts], [p.metadata for p in prompts])
         return base.all_failed(asked & (np.arange(count) < scored))
     return Result(

@@ -16,8 +16,10 @@ from typing import Any
 from marble_jax.errors import InputError, one_of
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.function import FunctionReward, applies_rule, load_function
-from marble_jax.rewards.http.calls import Patience, Replicas, secret
+from marble_jax.rewards.http.access import read_token
+from marble_jax.rewards.http.calls import Replicas
 from marble_jax.rewards.http.judge import PATH, PRESETS, JudgeReward
+from marble_jax.rewards.http.post import CallPolicy
 from marble_jax.rewards.http.remote import PROTOCOLS, RemoteReward
 
 _CALLS: dict[str, Any] = {
@@ -87,8 +89,8 @@ def build(name: str, kind: str, entry: Mapping[str, Any], directory: Path | None
     rule = applies_rule(name, options["applies"], directory) if options["applies"] else None
     if kind == "function":
         return FunctionReward(name, load_function(options["function"], directory), rule)
-    token = secret(name, options["token_env"], options["token_file"])
-    patience = Patience(
+    token = read_token(name, options["token_env"], options["token_file"])
+    policy = CallPolicy(
         options["connect_timeout"],
         options["timeout"],
         options["retries"],
@@ -96,13 +98,13 @@ def build(name: str, kind: str, entry: Mapping[str, Any], directory: Path | None
         options["max_in_flight"],
     )
     if kind == "openai":
-        replicas = Replicas(name, options["urls"], PATH, token, patience)
+        replicas = Replicas(name, options["urls"], PATH, token, policy)
         return JudgeReward(
             name, replicas, options["model"], _question(name, options, entry, directory), rule
         )
     one_of(f"reward {name}: protocol", options["protocol"], PROTOCOLS)
     old = options["field"] if options["protocol"] == "flow_grpo" else ""
-    replicas = Replicas(name, options["urls"], "" if old else "/score", token, patience)
+    replicas = Replicas(name, options["urls"], "" if old else "/score", token, policy)
     return RemoteReward(
         name,
         replicas,

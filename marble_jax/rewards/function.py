@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from marble_jax.errors import InputError, nearest, one_of
+from marble_jax.errors import InputError, nearest, one_line, one_of
 from marble_jax.rewards.base import Metadata, Reward, RewardError
 from marble_jax.rewards.ocr import quoted_text
-from marble_jax.rewards.workers.host_scorer import line
 from marble_jax.types import Params
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def load_function(name: str, directory: Path | str | None = None) -> Callable[..
         ) from None
     except Exception as error:  # whatever the user's module raises; the cause stays attached
         raise InputError(
-            f"reward {name}: expected a module that imports; received {line(error)}"
+            f"reward {name}: expected a module that imports; received {one_line(error)}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -169,7 +168,7 @@ class FunctionReward(Reward):
         try:
             return bool(self._applies(prompt, metadata))
         except Exception as error:  # foreign code
-            raise RewardError(f"reward {self.name}: applies raised {line(error)}") from error
+            raise RewardError(f"reward {self.name}: applies raised {one_line(error)}") from error
 
     def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
         """See `Reward.score`; the third array is False where the function returned None."""
@@ -217,7 +216,7 @@ class FunctionReward(Reward):
                 self.name,
                 len(errors),
                 len(parts),
-                line(errors[-1]),
+                one_line(errors[-1]),
             )
 
     def _listed(self, answer: Any, count: int) -> list[Any]:
