@@ -11,16 +11,24 @@ from tqdm import tqdm
 
 
 class Console:
-    """Output of one run; silent on every process but the first."""
+    """Output of one run; silent on every process but the first.
+
+    Attributes:
+      speaks: whether this process writes at all.
+      bars: whether it draws progress bars.
+    """
 
     def __init__(self) -> None:
         self.speaks = jax.process_index() == 0
+        # A bar redraws itself; in a log file every redraw would be a line.
         self.bars = self.speaks and sys.stderr.isatty()
 
     def say(self, text: str = "") -> None:
         """One or more whole lines."""
         if self.speaks:
+            # `print` would write into the middle of a bar that is on the screen.
             tqdm.write(text)
+            # Without a terminal Python buffers, and a log would end long before the place where a run was killed.
             sys.stdout.flush()
 
     def bar(self, total: int, what: str, unit: str) -> tqdm:
@@ -37,40 +45,67 @@ class Console:
 
     def table(self, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Aligned columns, the first to the left and the others to the right (or all left without a header)."""
-        lines = [tuple(header), *rows] if header else list(rows)
-        widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
+        lines = [tuple(row) for row in rows]
+        if header:
+            lines.insert(0, tuple(header))
+        widths = [0] * len(lines[0])
+        for line in lines:
+            for column, cell in enumerate(line):
+                widths[column] = max(widths[column], len(str(cell)))
         for number, line in enumerate(lines):
-            cells = [
-                str(c).ljust(w) if i == 0 or not header else str(c).rjust(w)
-                for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ]
-            self.say("  " + "  ".join(cells).rstrip())
+            self.say("  " + _aligned(line, widths, numbers=bool(header)))
             if header and number == 0:
-                self.say("  " + "-" * (sum(widths) + 2 * (len(widths) - 1)))
+                gaps = _GAP * (len(widths) - 1)
+                self.say("  " + "-" * (sum(widths) + len(gaps)))
+
+
+_GAP = "  "
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int], numbers: bool) -> str:
+    """One line of a table, without blanks at its end; with `numbers` all columns but the first go to the right."""
+    padded = []
+    for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        if numbers and column > 0:
+            padded.append(str(cell).rjust(width))
+        else:
+            padded.append(str(cell).ljust(width))
+    return _GAP.join(padded).rstrip()
 
 
 class Clock:
     """Seconds left, from the steps done so far in this session."""
 
     def __init__(self, first: int, last: int):
-        self._first, self._last, self._start = first, last, time.perf_counter()
+        """Starts the clock.
+
+        Args:
+          first: steps done before this session.
+          last: steps of the whole run.
+        """
+        self._first = first
+        self._last = last
+        self._start = time.perf_counter()
 
     def left(self, done: int) -> str:
         """Remaining time once `done` steps are complete, as text."""
         steps = done - self._first
         if steps <= 0:
             return "?"
-        return duration((time.perf_counter() - self._start) / steps * (self._last - done))
+        seconds_per_step = (time.perf_counter() - self._start) / steps
+        return duration(seconds_per_step * (self._last - done))
 
 
 def duration(seconds: float) -> str:
     """Seconds as `42s`, `3m12s` or `2h05m`."""
-    seconds = int(round(seconds))
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    whole = int(round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    minutes, whole = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m{whole:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m"
 
 
 def quantity(count: float) -> str:
@@ -84,9 +119,13 @@ def quantity(count: float) -> str:
 def shown(
     value: float, low: float | None = None, high: float | None = None, sign: bool = False
 ) -> str:
-    """A mean, with its interval when given."""
-    text = f"{value:+.4f}" if sign else f"{value:.4f}"
-    return text if low is None else f"{text} [{low:+.4f}, {high:+.4f}]"
+    """A mean, with its interval `[low, high]` when given, and with `sign` a plus before positive ones."""
+    text = f"{value:.4f}"
+    if sign:
+        text = f"{value:+.4f}"
+    if low is None:
+        return text
+    return f"{text} [{low:+.4f}, {high:+.4f}]"
 
 
 def joined(items: Iterable[str]) -> str:

@@ -14,7 +14,9 @@ import os
 from collections.abc import MutableMapping
 
 FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+"""The flag with an empty value: no fusion of this kind."""
 AFFECTED = ("0.10.",)
+"""Beginnings of the affected versions; other releases need not know the flag."""
 # The accelerator type only silences a warning: slices of other chips compile under it.
 _LIBTPU_ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -27,7 +29,7 @@ _LIBTPU_ALONE = {
 
 
 def needs_fusion_off(jaxlib_version: str) -> bool:
-    """True for the jaxlib releases whose CPU backend has the faulty fusion (and knows the flag that disables it)."""
+    """Whether a jaxlib release has the faulty fusion in its CPU backend (and knows the flag that disables it)."""
     return jaxlib_version.startswith(AFFECTED)
 
 
@@ -44,19 +46,27 @@ def prepare(environ: MutableMapping[str, str] | None = None) -> bool:
     Returns:
       Whether `environ` was changed.
     """
-    environ = os.environ if environ is None else environ
+    if environ is None:
+        environ = os.environ
     try:
         version = importlib.metadata.version("jaxlib")
     except importlib.metadata.PackageNotFoundError:
         return False
     flags = environ.get("XLA_FLAGS", "")
-    on_tpu = (
-        importlib.util.find_spec("libtpu") is not None and environ.get("JAX_PLATFORMS", "") != "cpu"
-    )
-    if not needs_fusion_off(version) or FUSION_FLAG in flags or on_tpu:
+    if not needs_fusion_off(version) or FUSION_FLAG in flags:
+        return False
+    # libtpu reads the same variable, and this flag is not on its list.
+    if _may_use_tpu(environ):
         return False
     environ["XLA_FLAGS"] = f"{flags} {FUSION_FLAG}".strip()
     return True
+
+
+def _may_use_tpu(environ: MutableMapping[str, str]) -> bool:
+    """Whether JAX would load libtpu: it is installed and the platform was not narrowed to the CPU."""
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    return environ.get("JAX_PLATFORMS", "") != "cpu"
 
 
 def compile_elsewhere(environ: MutableMapping[str, str] | None = None) -> None:
@@ -69,12 +79,15 @@ def compile_elsewhere(environ: MutableMapping[str, str] | None = None) -> None:
     Args:
       environ: the mapping to edit, `os.environ` when None.
     """
-    environ = os.environ if environ is None else environ
+    if environ is None:
+        environ = os.environ
     environ["JAX_PLATFORMS"] = "cpu"
     for name, value in _LIBTPU_ALONE.items():
+        # What the user or a cluster has set describes the machine better than these defaults.
         environ.setdefault(name, value)
-    if FUSION_FLAG in environ.get("XLA_FLAGS", ""):
-        environ["XLA_FLAGS"] = environ["XLA_FLAGS"].replace(FUSION_FLAG, "").strip()
+    flags = environ.get("XLA_FLAGS", "")
+    if FUSION_FLAG in flags:
+        environ["XLA_FLAGS"] = flags.replace(FUSION_FLAG, "").strip()
 
 
 def keep_compilations(directory: str = "") -> None:
@@ -83,9 +96,12 @@ def keep_compilations(directory: str = "") -> None:
     Args:
       directory: where; `~/.cache/marble_jax/xla` by default. JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) wins.
     """
+    # Inside the function: `prepare` has to run before JAX opens a backend, and this module is imported for it.
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update(
-            "jax_compilation_cache_dir", directory or os.path.expanduser("~/.cache/marble_jax/xla")
-        )
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds its options at run time
+    if chosen:
+        return
+    if not directory:
+        directory = os.path.expanduser("~/.cache/marble_jax/xla")
+    jax.config.update("jax_compilation_cache_dir", directory)

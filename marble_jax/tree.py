@@ -6,29 +6,38 @@ are kept that way. Every sum is taken leaf by leaf, so a sharded tree needs no g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from marble_jax.errors import InputError
 
 Tree = Any
+"""A pytree of arrays."""
+
+# Accelerators multiply float32 in fewer bits by default; a Gram matrix of nearly parallel gradients needs all of them.
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _wide_dtype(leaf: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(_wide_dtype(leaf))
 
 
 def zeros_like(tree: Tree, stack: int | None = None) -> Tree:
     """Float32 (or wider) zeros shaped like `tree`; with `stack=K` every leaf gains a leading axis of length K."""
-    lead = () if stack is None else (stack,)
-    return jax.tree.map(
-        lambda x: jnp.zeros(lead + x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree
-    )
+    lead: tuple[int, ...] = ()
+    if stack is not None:
+        lead = (stack,)
+
+    def zeros(leaf: jax.Array) -> jax.Array:
+        shape = lead + leaf.shape
+        return jnp.zeros(shape, _wide_dtype(leaf))
+
+    return jax.tree.map(zeros, tree)
 
 
 def add(x: Tree, y: Tree) -> Tree:
@@ -38,33 +47,42 @@ def add(x: Tree, y: Tree) -> Tree:
 
 def scale(tree: Tree, factor: jax.Array | float) -> Tree:
     """factor * tree; the leaves keep their dtypes."""
-    return jax.tree.map(lambda x: (x * factor).astype(x.dtype), tree)
+
+    def one(leaf: jax.Array) -> jax.Array:
+        scaled = leaf * factor
+        # A float32 array as factor would widen a leaf of half precision.
+        return scaled.astype(leaf.dtype)
+
+    return jax.tree.map(one, tree)
 
 
 def lerp(x: Tree, y: Tree, weight: jax.Array | float) -> Tree:
     """weight * x + (1 - weight) * y; the leaves keep the dtypes of `x`."""
-    return jax.tree.map(lambda a, b: (weight * a + (1.0 - weight) * b).astype(a.dtype), x, y)
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        mixed = weight * a + (1.0 - weight) * b
+        return mixed.astype(a.dtype)
+
+    return jax.tree.map(one, x, y)
 
 
 def vdot(x: Tree, y: Tree) -> jax.Array:
     """Inner product of two trees of the same structure: scalar, at least float32."""
-    parts = jax.tree.map(lambda a, b: jnp.sum(_wide(a) * _wide(b)), x, y)
-    return jax.tree.reduce(jnp.add, parts, jnp.zeros((), jnp.float32))
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        # Widened before the product: half precision overflows at 65504, and the sum loses small terms.
+        products = _wide(a) * _wide(b)
+        return jnp.sum(products)
+
+    parts = jax.tree.map(one, x, y)
+    zero = jnp.zeros((), jnp.float32)
+    return jax.tree.reduce(jnp.add, parts, zero)
 
 
 def norm(tree: Tree) -> jax.Array:
     """Euclidean norm over all leaves: scalar, at least float32."""
-    return jnp.sqrt(vdot(tree, tree))
-
-
-def stack(trees: list[Tree] | tuple[Tree, ...]) -> Tree:
-    """K trees of one structure -> one stacked tree with leaves [K, ...]."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def take(stacked: Tree, index: int | jax.Array) -> Tree:
-    """The tree at `index` of a stacked tree."""
-    return jax.tree.map(lambda x: x[index], stacked)
+    squared = vdot(tree, tree)
+    return jnp.sqrt(squared)
 
 
 def gram(stacked: Tree) -> jax.Array:
@@ -78,10 +96,13 @@ def gram(stacked: Tree) -> jax.Array:
     """
 
     def one(leaf: jax.Array) -> jax.Array:
-        flat = _wide(leaf).reshape(leaf.shape[0], -1)
+        num_trees = leaf.shape[0]
+        flat = _wide(leaf).reshape(num_trees, -1)
         return jnp.einsum("kp,lp->kl", flat, flat, precision=_HIGHEST)
 
-    total = jax.tree.reduce(jnp.add, jax.tree.map(one, stacked))
+    parts = jax.tree.map(one, stacked)
+    total = jax.tree.reduce(jnp.add, parts)
+    # A matrix product need not be symmetric to the last bit, and the solvers rely on a symmetric matrix.
     return 0.5 * (total + total.T)
 
 
@@ -96,39 +117,18 @@ def weighted_sum(weights: jax.Array, stacked: Tree) -> Tree:
     """
 
     def one(leaf: jax.Array) -> jax.Array:
+        # Broadcast over all axes of the leaf but the first, which is the index of the tree.
         keep = (weights != 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
-        return jnp.einsum(
-            "k,k...->...", weights.astype(leaf.dtype), jnp.where(keep, leaf, 0), precision=_HIGHEST
-        )
+        # 0 * inf is NaN, so a tree of weight 0 is replaced before the product rather than multiplied away.
+        kept = jnp.where(keep, leaf, 0)
+        factors = weights.astype(leaf.dtype)
+        return jnp.einsum("k,k...->...", factors, kept, precision=_HIGHEST)
 
     return jax.tree.map(one, stacked)
 
 
 def all_finite(tree: Tree) -> jax.Array:
     """Scalar bool: every number of every leaf is finite."""
-    return jax.tree.reduce(
-        jnp.logical_and, jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree), jnp.array(True)
-    )
-
-
-def num_elements(tree: Tree) -> int:
-    """Number of scalars in the tree."""
-    return sum(int(x.size) for x in jax.tree.leaves(tree))
-
-
-def full_batches(tree: Tree, count: int, size: int) -> Iterator[Tree]:
-    """Slices of `size` rows of every leaf; the last slice repeats the last row until it is full.
-
-    Args:
-      tree: leaves [count, ...].
-      count: rows.
-      size: rows of a slice, so that a compiled function sees one shape.
-
-    Raises:
-      InputError: a size below 1.
-    """
-    if size < 1:
-        raise InputError(f"batch: expected 1 or more; received {size}")
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], tree)
+    finite = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+    # The initial value also makes an empty tree finite.
+    return jax.tree.reduce(jnp.logical_and, finite, jnp.array(True))

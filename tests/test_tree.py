@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from stacked_trees import stack, take
 
 from marble_jax import tree
 
@@ -24,10 +25,9 @@ def test_gram_norm_and_inner_product_match_flat_vectors():
     stacked = _stacked()
     flat = _flat(stacked)
     np.testing.assert_allclose(tree.gram(stacked), flat @ flat.T, rtol=1e-5, atol=1e-6)
-    one, two = tree.take(stacked, 0), tree.take(stacked, 1)
+    one, two = take(stacked, 0), take(stacked, 1)
     np.testing.assert_allclose(tree.vdot(one, two), flat[0] @ flat[1], rtol=1e-5)
     np.testing.assert_allclose(tree.norm(one), np.linalg.norm(flat[0]), rtol=1e-6)
-    assert tree.num_elements(one) == 11
 
 
 def test_weighted_sum_matches_and_a_zero_weight_shuts_out_non_finite_trees():
@@ -52,7 +52,7 @@ def test_half_precision_is_accumulated_in_float32():
 
 def test_stack_then_take_gives_the_trees_back():
     stacked = _stacked()
-    again = tree.stack([tree.take(stacked, k) for k in range(3)])
+    again = stack([take(stacked, k) for k in range(3)])
     np.testing.assert_array_equal(again["x"], stacked["x"])
 
 

@@ -156,20 +156,23 @@ def _serve(values: dict[str, str], settings: Any) -> int:
     timeout = number(values, "timeout", float, 0.1)
     from marble_jax import platform
     from marble_jax.console import Console
-    from marble_jax.rewards.http.calls import secret
-    from marble_jax.rewards.http.protocol import Limits
-    from marble_jax.rewards.http.server import RewardServer, Service
+    from marble_jax.rewards.http.access import read_token
+    from marble_jax.rewards.http.connections import ServerOptions
+    from marble_jax.rewards.http.images import Limits
+    from marble_jax.rewards.http.server import RewardServer
 
     if values["token"] and values["token_file"]:
         raise InputError("serve: expected --token or --token_file; received both")
-    token = values["token"] or secret("server", "", values["token_file"])
+    token = values["token"] or read_token("server", "", values["token_file"])
     platform.keep_compilations()
     rewards, _, _ = _load(values, settings)
-    service = Service(token=token, workers=workers, score_seconds=timeout, limits=Limits(**limits))
+    options = ServerOptions(
+        token=token, workers=workers, score_seconds=timeout, limits=Limits(**limits)
+    )
     stop = threading.Event()
     before = {n: signal.signal(n, lambda *_: stop.set()) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with RewardServer(rewards, values["host"], port, service) as server:
+        with RewardServer(rewards, values["host"], port, options) as server:
             Console().say(
                 f"serving {', '.join(r.name for r in rewards)} at {server.url} "
                 f"({'with' if token else 'without'} a token); Ctrl-C stops"

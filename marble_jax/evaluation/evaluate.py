@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from marble_jax import distributed
-from marble_jax.flow.policy_sampler import Sampler, batches, image_noise
+from marble_jax.batches import batch_indices
+from marble_jax.flow.policy_sampler import Sampler, image_noise
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.scorer import Scorer, concatenate
+from marble_jax.storage.images import to_uint8
 from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 
@@ -82,7 +83,7 @@ class Evaluator:
         """
         pending, images, kept, groups = [], {}, set(self.kept), self.groups
         key = jax.random.key(self.seed)
-        for index in batches(len(groups), self.batch_size):
+        for index in batch_indices(len(groups), self.batch_size):
             chosen = [self.prompts[groups[i]] for i in index]
             noise = image_noise(key, index, self.latent_shape)
             cond = distributed.run_on_all(
@@ -92,9 +93,7 @@ class Evaluator:
             pending.append(self.scorer.submit(decoded, chosen))
             for row, i in enumerate(index):
                 if int(i) in kept and int(i) not in images:
-                    images[int(i)] = distributed.to_host(jnp.round(decoded[row] * 255)).astype(
-                        np.uint8
-                    )
+                    images[int(i)] = to_uint8(distributed.to_host(decoded[row]))
             progress(len(set(index.tolist())))
         scores = concatenate([p.result() for p in pending], len(groups))
         return scores, np.stack([images[i] for i in self.kept]) if kept else np.zeros(

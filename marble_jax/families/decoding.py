@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from marble_jax.families.base import Networks
-from marble_jax.tree import full_batches
+from marble_jax.batches import batches_of
 
 
 class Decoder:
@@ -39,7 +39,7 @@ class Decoder:
           float32 [N, F, H, W, 3] in [0, 1].
         """
         parts = []
-        for part in full_batches(latents, len(latents), batch):
+        for part in batches_of(latents, len(latents), batch):
             parts.append(self._decode(self._params, place(part)))
         return jnp.concatenate(parts)[: len(latents)]
 

@@ -48,13 +48,6 @@ def make_sampler(
     return run
 
 
-def batches(count: int, size: int) -> list[np.ndarray]:
-    """Indices [size] of every batch; the last one is filled up by repeating, so that nothing is compiled twice."""
-    return [
-        np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)
-    ]
-
-
 def image_noise(
     key: jax.Array, numbers: Sequence[int] | np.ndarray, shape: tuple[int, ...]
 ) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 from marble_jax.console import Console
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.score_file import ScoreFile
-from marble_jax.flow.policy_sampler import batches
+from marble_jax.batches import batch_indices
 from marble_jax.programs.evaluation_request import Request
 from marble_jax.programs.locations import resolve_path
 from marble_jax.prompts.files import Prompt
@@ -91,7 +91,7 @@ def _score_images(
             file.append(numbers, [prompts[i] for i in numbers], scores)
         bar.update(len(numbers))
 
-    for rows in batches(len(missing), size):
+    for rows in batch_indices(len(missing), size):
         numbers = [missing[row] for row in rows]
         images = np.stack([folder.read(i) for i in numbers]).astype(np.float32) / 255
         pending = scorer.submit(jnp.asarray(images), [prompts[i] for i in numbers])

@@ -13,8 +13,10 @@ from typing import Any
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.rewards.function import Applies, applies_rule
-from marble_jax.rewards.http.calls import Patience, Replicas, secret
+from marble_jax.rewards.http.access import read_token
+from marble_jax.rewards.http.calls import Replicas
 from marble_jax.rewards.http.judge import PATH, PRESETS, JudgeReward, Question
+from marble_jax.rewards.http.post import CallPolicy
 from marble_jax.rewards.http.remote import PROTOCOLS, RemoteReward
 from marble_jax.rewards.registration import BuildContext, option, register_reward
 
@@ -65,15 +67,15 @@ class JudgeOptions(CallOptions):
 
 
 def _replicas(name: str, options: CallOptions, path: str) -> Replicas:
-    token = secret(name, options.token_env, options.token_file)
-    patience = Patience(
-        connect=options.connect_timeout,
-        answer=options.timeout,
+    token = read_token(name, options.token_env, options.token_file)
+    policy = CallPolicy(
+        connect_seconds=options.connect_timeout,
+        answer_seconds=options.timeout,
         retries=options.retries,
-        pause=options.pause,
-        in_flight=options.max_in_flight,
+        pause_seconds=options.pause,
+        max_in_flight=options.max_in_flight,
     )
-    return Replicas(name, list(options.urls), path, token, patience)
+    return Replicas(name, list(options.urls), path, token, policy)
 
 
 def _applies(name: str, options: CallOptions, context: BuildContext) -> Applies | None:

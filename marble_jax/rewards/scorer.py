@@ -14,17 +14,16 @@ import jax
 import numpy as np
 
 from marble_jax import distributed
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, one_line
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Reward, RewardError
 from marble_jax.rewards.workers.host_scorer import (
     HostScorer,
     Pending,
-    asked,
-    attempts_of,
-    expect_all,
-    line,
+    num_asked,
+    num_attempts,
+    require_all,
 )
 from marble_jax.types import Scores
 
@@ -58,7 +57,7 @@ class MissingCap:
         Raises:
           RewardError: the reward has failed too often.
         """
-        failed, total = int(result.failed.sum()), asked(result)
+        failed, total = int(result.failed.sum()), num_asked(result)
         if not total:
             return
         level = max(0.0, self._level.get(name, 0.0) + failed / total - self._share)
@@ -158,7 +157,7 @@ class Scorer:
     @property
     def waited_seconds(self) -> float:
         """Time callers stood still for host rewards so far."""
-        return self._host.tally.waited_seconds if self._host else 0.0
+        return self._host.stats.waited_seconds if self._host else 0.0
 
     def close(self) -> None:
         """Ends the worker threads."""
@@ -169,7 +168,7 @@ class Scorer:
         self, reward: Reward, images: jax.Array, texts: list[str], metadata: list[base.Metadata]
     ) -> tuple[Any, Any]:
         """Sets a device reward to work; nothing valid when it raises."""
-        for _ in range(attempts_of(self._on_error)):
+        for _ in range(num_attempts(self._on_error)):
             try:
                 return reward.score(reward.params, images, texts, metadata)
             except (
@@ -186,7 +185,7 @@ class Scorer:
             self._failed(name, error)
             return base.all_failed(applies)
         if self._on_error == "fail":
-            expect_all(name, result)
+            require_all(name, result)
         return result
 
     def _failed(self, name: str, error: Exception) -> None:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax import distributed
-from marble_jax.flow.policy_sampler import Sampler, batches
+from marble_jax.batches import batch_indices
+from marble_jax.flow.policy_sampler import Sampler
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.scorer import Scorer, concatenate
 from marble_jax.training.profile import phase
@@ -80,7 +81,7 @@ class Collector:
         texts = [draw.prompts[i].text for i in first]
         cond = distributed.run_on_all("prompts", lambda: self.encode(texts))
         latents, pending, sums = [], [], []
-        for number, index in enumerate(batches(count, self.batch_size)):
+        for number, index in enumerate(batch_indices(count, self.batch_size)):
             noise = jax.random.normal(
                 jax.random.fold_in(key, number), (self.batch_size, *self.latent_shape)
             )

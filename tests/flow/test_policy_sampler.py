@@ -7,7 +7,7 @@ import pytest
 import marble_jax  # noqa: F401
 from marble_jax.errors import InputError
 from marble_jax.flow.levels import sigma_grid
-from marble_jax.flow.policy_sampler import batches, make_sampler
+from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.types import Conditioning
 
 RNG = np.random.default_rng(0)
@@ -94,17 +94,3 @@ def test_one_program_serves_all_weights_and_one_more_the_base_model():
 def test_an_unknown_solver_is_refused():
     with pytest.raises(InputError, match="solver: expected"):
         make_sampler(_velocity, 2, "heun", 1.0)
-
-
-@pytest.mark.parametrize(
-    "count, size, expected",
-    [
-        (6, 3, [[0, 1, 2], [3, 4, 5]]),
-        (5, 3, [[0, 1, 2], [3, 4, 4]]),
-        (1, 4, [[0, 0, 0, 0]]),
-        (4, 1, [[0], [1], [2], [3]]),
-        (0, 3, []),
-    ],
-)
-def test_batches_cover_every_index_and_are_all_of_one_size(count, size, expected):
-    assert [b.tolist() for b in batches(count, size)] == expected

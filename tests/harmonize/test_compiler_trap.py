@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from stacked_trees import stack, take
 
 import marble_jax  # noqa: F401  first, so that its compiler setting is in place
 from marble_jax import tree
@@ -91,7 +92,7 @@ def test_vmap_over_the_cotangents_of_a_batch_equals_a_loop():
 
     got = together(base, adapter, xt, seeds)
     for k in range(NUM_REWARDS):
-        assert _relative(tree.take(got, k), alone(base, adapter, xt, seeds[k])) <= 1e-5, k
+        assert _relative(take(got, k), alone(base, adapter, xt, seeds[k])) <= 1e-5, k
 
 
 def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
@@ -131,5 +132,5 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
             )
     got = fast(base, batch, r, valid).gradients
     for k in range(NUM_REWARDS):
-        assert _relative(tree.take(got, k), total[k]) <= 1e-5, k
-    np.testing.assert_allclose(tree.gram(got), tree.gram(tree.stack(total)), rtol=1e-4)
+        assert _relative(take(got, k), total[k]) <= 1e-5, k
+    np.testing.assert_allclose(tree.gram(got), tree.gram(stack(total)), rtol=1e-4)

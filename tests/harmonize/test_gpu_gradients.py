@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from stacked_trees import take
 
 from marble_jax import tree
 from marble_jax.distributed import device_mesh
@@ -52,7 +53,7 @@ def compare(got, want):
     found = []
     for k in range(REWARDS):
         one, other = (
-            jax.tree.map(lambda x: x.astype(jnp.float32), tree.take(g, k)) for g in (got, want)
+            jax.tree.map(lambda x: x.astype(jnp.float32), take(g, k)) for g in (got, want)
         )
         scale = float(tree.norm(one) * tree.norm(other))
         gap = float(tree.norm(jax.tree.map(jnp.subtract, one, other)) / tree.norm(other))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stacked_trees import take
 
 from marble_jax import tree
 from marble_jax.trainable import lora
@@ -71,7 +72,7 @@ def relative(got, want):
 def assert_same(got, want):
     """Gradients of every reward and of the divergence."""
     for k in range(5):
-        assert relative(tree.take(got["gradients"], k), tree.take(want.gradients, k)) <= 1e-5, k
+        assert relative(take(got["gradients"], k), take(want.gradients, k)) <= 1e-5, k
     assert relative(got["kl_gradient"], want.kl_gradient) <= 1e-5
 
 
@@ -95,7 +96,7 @@ def test_formulations_without_anchors(problem, draws, make):
     want = run(problem, ours.exact(problem, False), *draws[5])
     got = run(problem, make(problem, False), *draws[5])
     for k in range(5):
-        assert relative(tree.take(got["gradients"], k), tree.take(want.gradients, k)) <= 1e-5, k
+        assert relative(take(got["gradients"], k), take(want.gradients, k)) <= 1e-5, k
     assert float(tree.norm(got["kl_gradient"])) == 0.0
 
 
@@ -173,7 +174,7 @@ def test_a_program_adds_up_and_its_sums_are_solved(problem, exact):
     mean = ours.reward_gradients.mean_gradients(exact)
     update = tree.add(solve(), tree.scale(mean.kl_gradient, -problem.size.kl_weight))
     for k in range(5):  # the solve on the sums of one micro-step opposes no reward
-        assert float(tree.vdot(update, tree.take(mean.gradients, k))) > 0
+        assert float(tree.vdot(update, take(mean.gradients, k))) > 0
 
 
 @pytest.fixture(scope="module", params=["Upstream", "Tuned"])
@@ -220,7 +221,7 @@ def test_torch_harmonised(problem, exact, peer):
     made.harmonised()
     *rewards, divergence = (lora.stack(g, problem.params) for g in made.reward_gradients())
     for k, got in enumerate(rewards):
-        assert relative(got, tree.take(mean.gradients, k)) <= 1e-4, k
+        assert relative(got, take(mean.gradients, k)) <= 1e-4, k
     assert relative(divergence, mean.kl_gradient) <= 1e-4
     once = made.vectors.clone()
     made.harmonised()

@@ -23,7 +23,7 @@ from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_enco
 from marble_jax.networks.t5 import T5Encoder, load_t5
 from marble_jax.networks.tokenizers import load_tokenizer
 from marble_jax.storage.files import read_json
-from marble_jax.tree import full_batches
+from marble_jax.batches import batches_of
 from marble_jax.types import Params
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -140,7 +140,7 @@ class SD3TextEncoders(TextEncoders):
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         ids = self.tokenize(list(rows), max_sequence_length)
         parts = []
-        for batch in full_batches(ids, len(rows), self.prompt_batch):
+        for batch in batches_of(ids, len(rows), self.prompt_batch):
             parts.append(self._embed(self.params, batch, length=max_sequence_length))
         index = np.asarray([rows[prompt] for prompt in prompts])
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
