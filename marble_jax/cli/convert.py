@@ -68,12 +68,14 @@ def run(argv: Sequence[str]) -> int:
         if not values[name]:
             raise InputError(f"--{name}: expected a value; received none")
     from marble_jax.convert.model import convert
+    from marble_jax.families.formats import registered_formats
     from marble_jax.programs.build import EMBEDDED, place_of
 
     model = str(place_of(EMBEDDED, "pipeline")) if values["model"] == EMBEDDED else values["model"]
     convert(
         model,
         values["out"],
+        registered_formats(),
         layout=values["to"],
         dtype=values["dtype"],
         components=_list(values["components"]),

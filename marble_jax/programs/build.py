@@ -28,6 +28,7 @@ from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.embedding_cache import Embeddings
 from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import PolicyVelocity, make_sampler
@@ -556,7 +557,10 @@ def build(config: ml_collections.ConfigDict) -> Run:
     )
     if config.lora.init:
         adapter = start_from(
-            read_lora(config.lora.init, pipeline.params), adapter, pipeline.params, spec
+            read_lora(config.lora.init, pipeline.params, SD3_FORMATS),
+            adapter,
+            pipeline.params,
+            spec,
         )
     state = device_mesh.place_everywhere(
         mesh, initial_state(adapter, optimizer, len(names), balancer.init(len(names)), config.seed)

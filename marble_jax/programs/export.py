@@ -26,12 +26,13 @@ from etils import epath
 
 from marble_jax import distributed, platform
 from marble_jax.console import Console, quantity
-from marble_jax.convert.lora import PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.lora_files import Pairs, lora_files, merge_transformer
+from marble_jax.convert.lora_strength import PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.writing import KEEP
 from marble_jax.errors import InputError
 from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.pipeline import find_model
 from marble_jax.programs import build
 from marble_jax.programs.model_card import Facts, model_card
@@ -135,7 +136,7 @@ def exported_pairs(
 def write_lora(folder: epath.Path, pairs: Pairs, facts: Facts) -> None:
     """The files of the adapter, in an existing folder."""
     for name, content in lora_files(
-        pairs, facts.spec, facts.base if facts.on_hub else None
+        pairs, facts.spec, SD3_FORMATS, facts.base if facts.on_hub else None
     ).items():
         (folder / name).write_bytes(content)
     (folder / "lora").mkdir()
@@ -217,7 +218,13 @@ def export_run(
         write_lora(folder, pairs, facts)
         if merge:
             merge_transformer(
-                root, Path(folder / "transformer"), pairs, spec.scale, console, dtype or KEEP
+                root,
+                Path(folder / "transformer"),
+                pairs,
+                spec.scale,
+                SD3_FORMATS,
+                console,
+                dtype or KEEP,
             )
         checks = None
         if verified:

@@ -23,6 +23,7 @@ from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError, one_of
 from marble_jax.families.embedding_cache import Embeddings
 from marble_jax.families.sd3 import transformer
+from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.families.sd3.text import has_t5, identity
 from marble_jax.flow.levels import sigma_grid
@@ -258,7 +259,9 @@ class Painter:
             )
             network = network.clone(lora_scale=build.lora_spec(self.config).scale)
             self.origin = f"{self._source.workdir} {self._source.policy} after step {step}"
-        adapter = add_loras(self._source.loras, pipeline.params, network.lora_scale, adapter)
+        adapter = add_loras(
+            self._source.loras, pipeline.params, SD3_FORMATS, network.lora_scale, adapter
+        )
         self.origin += f" with {self._source.loras}" if self._source.loras else ""
         self._adapter = (
             None if adapter is None else device_mesh.place_everywhere(self._mesh, adapter)

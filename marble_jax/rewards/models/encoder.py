@@ -29,7 +29,7 @@ from marble_jax.networks.clip import CLIPConfig, CLIPModel, load_clip
 from marble_jax.rewards.models.preprocess import Preprocess, prepare
 from marble_jax.types import Params
 from marble_jax.weights.key_map import load_params, path_entries
-from marble_jax.weights.torch_pickle import PickledFile
+from marble_jax.weights.torch_pickle import TorchPickleFile
 
 TEXT_BATCH = 32
 """Prompts per call of the text tower; shorter batches are filled up so that it is compiled once."""
@@ -186,7 +186,7 @@ def _load(directory: Path, dtype: Any, weights: Sequence[str]) -> tuple[CLIPMode
     if has_config and (directory / "pytorch_model.bin").is_file():
         model = CLIPModel(CLIPConfig.from_dict(_read_json(directory / "config.json")), dtype)
         shapes = openclip.abstract_params(model)
-        source = PickledFile(directory / "pytorch_model.bin")
+        source = TorchPickleFile(directory / "pytorch_model.bin")
         return (
             model,
             load_params(source, path_entries(shapes), shapes, dtype, ("*.position_ids",)),
