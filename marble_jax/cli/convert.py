@@ -72,12 +72,14 @@ def run(argv: Sequence[str]) -> int:
         if not values[name]:
             raise InputError(f"--{name}: expected a value; received none")
     from marble_jax.convert.model import convert
+    from marble_jax.families.registry import families
     from marble_jax.programs.locations import resolve_path
 
     model = str(resolve_path(values["model"], "pipeline"))
     convert(
         model,
         values["out"],
+        [family.formats for family in families()],
         layout=values["to"],
         dtype=values["dtype"],
         components=word_list(values["components"]),

@@ -1,49 +1,33 @@
 """LoRA files of other libraries as adapters: for inference, several at once with weights, or as a start of training.
 
 What a file means is its strength as much as its matrices: y = W x + weight * scale * B A x. The scale is alpha / rank
-of `adapter_config.json` (or of the same fields in the header of a diffusers file), or of `.alpha` tensors, and 1 for a
-file that says nothing, as diffusers and ComfyUI read it.
+of PEFT's configuration (`lora_strength`), or of `.alpha` tensors, and 1 for a file that says nothing, as diffusers and
+ComfyUI read it.
 
-Source: PEFT 0.21 (`LoraConfig`, `get_pattern_key`), diffusers 0.42 (`SD3LoraLoaderMixin`), ComfyUI for `.alpha`.
+Source: ComfyUI for `.alpha`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import pathlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
-from marble_jax.convert.lora_names import (
-    DIFFUSERS_PREFIX,
-    PEFT_PREFIX,
-    Piece,
-    check_architecture,
-    find_layer,
-    layer_pieces,
-    split_key,
-)
+from marble_jax.convert.lora_keys import check_architecture, find_layer, layer_names, split_key
+from marble_jax.convert.lora_strength import LoraConfig, find_lora, finite_number, header_config
 from marble_jax.errors import InputError
-from marble_jax.families.sd3.layer_names import dense_modules
-from marble_jax.storage.files import read_json
+from marble_jax.families.layers import dense_layers
 from marble_jax.trainable import lora as adapters
 from marble_jax.types import Adapter
-from marble_jax.weights.hub import HUB_NAME, download
+from marble_jax.weights.formats import FileFormats, LayerPart
 from marble_jax.weights.safetensors_files import SafetensorsFile
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-HEADER_CONFIG = "lora_adapter_metadata"
-"""Where diffusers (new versions only) keeps the LoraConfig in the header of its file."""
-
-Strength = Callable[[str, int], tuple[float | None, float]]
-"""(our layer name, rank) -> (alpha or None where the file does not say, scale)."""
+Pair = tuple[np.ndarray, np.ndarray]
+"""(a [in, r], b [r, out]) of a layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +48,7 @@ class Layer:
 
     @property
     def rank(self) -> int:
+        """Inner width r."""
         return self.a.shape[1]
 
 
@@ -80,44 +65,43 @@ class Lora:
     layers: Mapping[str, Layer]
 
 
-def read_lora(path: str, shapes: Mapping[str, Any]) -> Lora:
+def read_lora(path: str, shapes: Mapping[str, Any], formats: FileFormats) -> Lora:
     """Reads a LoRA of any of the known styles.
 
     Args:
       path: a PEFT directory, a directory with diffusers' or one other safetensors file, an exported folder, a file, or
         a hub id of one of these.
       shapes: parameters or abstract parameters of the transformer it is for.
+      formats: of the transformer's family.
 
     Raises:
       InputError: no such file; not a plain LoRA of this transformer; half of a pair; ranks that do not agree; a
         strength that cannot be known.
     """
-    file, config = _find(pathlib.Path(path))
+    file, config = find_lora(pathlib.Path(path))
     source = SafetensorsFile(file)
     keys = source.keys()
     if not keys:
         raise InputError(f"{file}: expected LoRA tensors; received an empty file")
-    check_architecture(file, keys)
-    if config is None and HEADER_CONFIG in source.metadata:
-        config = _header_config(file, source.metadata[HEADER_CONFIG])
-    if config is None and any(key.startswith(PEFT_PREFIX) for key in keys):
-        raise InputError(
-            f"{file}: expected {PEFT_CONFIG} beside a PEFT file, as alpha, and so the strength, is "
-            "written there; received none"
-        )
-    strength = None if config is None else _strength(*config)
-    return Lora(str(path), _layers(source, layer_pieces(shapes), _widths(shapes), strength))
+    check_architecture(file, keys, formats)
+    if config is None:
+        config = header_config(source, formats)
+    return Lora(str(path), _read_layers(source, shapes, formats, config))
 
 
-def as_lora(path: str, adapter: Adapter, scale: float) -> Lora:
+def as_lora(path: str, adapter: Adapter, formats: FileFormats, scale: float) -> Lora:
     """An adapter of ours, to be combined with others."""
-    return Lora(
-        path, {name: Layer(a, b, scale) for name, (a, b) in adapters.unstack(adapter).items()}
-    )
+    layers = {}
+    for name, (a, b) in adapters.unstack(formats.lora.layers_at, adapter).items():
+        layers[name] = Layer(a, b, scale)
+    return Lora(path, layers)
 
 
 def combine(
-    loras: Sequence[tuple[Lora, float]], shapes: Mapping[str, Any], scale: float = 1.0
+    loras: Sequence[tuple[Lora, float]],
+    shapes: Mapping[str, Any],
+    formats: FileFormats,
+    scale: float = 1.0,
 ) -> Adapter:
     """One adapter that does what all of them do together: sum of weight * scale * a @ b, whatever their ranks.
 
@@ -127,75 +111,104 @@ def combine(
     Args:
       loras: LoRAs and their weights; a negative weight takes one away.
       shapes: parameters or abstract parameters of the transformer.
+      formats: of the transformer's family.
       scale: the `lora_scale` of the model that the adapter is for.
     """
-    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    parts: dict[str, list[Pair]] = {}
     for lora, weight in loras:
         for name, layer in lora.layers.items():
-            parts.setdefault(name, []).append(
-                (layer.a, layer.b * np.float32(layer.scale * weight / scale))
-            )
-    pairs = {
-        name: (np.concatenate([a for a, _ in group], axis=1), np.concatenate([b for _, b in group]))
-        for name, group in parts.items()
-    }
-    paths = {module.name: module.path for module in dense_modules(shapes)}
+            # Divided by the model's scale, which the model will multiply by.
+            scaled = layer.b * np.float32(layer.scale * weight / scale)
+            parts.setdefault(name, []).append((layer.a, scaled))
+    pairs = {}
+    for name, group in parts.items():
+        a = np.concatenate([pair[0] for pair in group], axis=1)
+        b = np.concatenate([pair[1] for pair in group])
+        pairs[name] = (a, b)
+    paths = {layer.name: layer.path for layer in dense_layers(formats.lora.layers_at, shapes)}
+    return adapters.stack(formats.lora.layers_at, _pad_ranks(pairs, paths), shapes)
+
+
+def _pad_ranks(pairs: Mapping[str, Pair], paths: Mapping[str, tuple[str, ...]]) -> dict[str, Pair]:
+    """Pairs with the rank of the largest of their stacked run, which is one array of one rank; zeros add nothing."""
     ranks: dict[tuple[str, ...], int] = {}
     for name, (a, _) in pairs.items():
-        ranks[paths[name]] = max(ranks.get(paths[name], 0), a.shape[1])
+        path = paths[name]
+        ranks[path] = max(ranks.get(path, 0), a.shape[1])
     padded = {}
     for name, (a, b) in pairs.items():
         missing = ranks[paths[name]] - a.shape[1]
-        padded[name] = np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
-    return adapters.stack(padded, shapes)
+        wide_a = np.pad(a, ((0, 0), (0, missing)))
+        wide_b = np.pad(b, ((0, missing), (0, 0)))
+        padded[name] = (wide_a, wide_b)
+    return padded
 
 
 def named_loras(text: str) -> list[tuple[str, float]]:
-    """`PATH[:weight],PATH[:weight]` as paths with weights; a weight is 1 unless given.
+    """`PATH[:weight],PATH[:weight]` as paths with weights; a weight is 1 unless it is written.
 
     Raises:
       InputError: an empty path, or a weight that is not a number.
     """
-    found = []
+    loras = []
     for item in text.split(","):
-        path, _, tail = item.strip().rpartition(":")
-        weight = _number(tail) if path else 1.0
-        if weight is None and not pathlib.Path(item.strip()).exists():
-            raise InputError(
-                f"--lora: expected PATH or PATH:weight; received the weight {tail!r} in {item.strip()!r}"
-            )
-        name = path if path and weight is not None else item.strip()
+        name, weight = _named_lora(item.strip())
         if not name:
             raise InputError(
                 f"--lora: expected PATH[:weight], separated by commas; received {text!r}"
             )
-        found.append((name, 1.0 if weight is None else weight))
-    return found
+        loras.append((name, weight))
+    return loras
+
+
+def _named_lora(item: str) -> tuple[str, float]:
+    """One path with its weight."""
+    path, _, tail = item.rpartition(":")
+    if not path:
+        return item, 1.0
+    weight = finite_number(tail)
+    if weight is not None:
+        return path, weight
+    # A path may hold a colon of its own, if there is a file of that name.
+    if pathlib.Path(item).exists():
+        return item, 1.0
+    raise InputError(
+        f"--lora: expected PATH or PATH:weight; received the weight {tail!r} in {item!r}"
+    )
 
 
 def add_loras(
-    text: str, shapes: Mapping[str, Any], scale: float, adapter: Adapter | None = None
+    text: str,
+    shapes: Mapping[str, Any],
+    formats: FileFormats,
+    scale: float,
+    adapter: Adapter | None = None,
 ) -> Adapter | None:
     """The adapter of an inference with `--lora=text`, on top of `adapter` if there is one.
 
     Args:
       text: see `named_loras`; empty: `adapter` as it is.
       shapes: parameters or abstract parameters of the transformer.
+      formats: of the transformer's family.
       scale: the model's `lora_scale`.
       adapter: an adapter of the model, such as a run's.
     """
     if not text:
         return adapter
-    own = [] if adapter is None else [(as_lora("adapter", adapter, scale), 1.0)]
-    return combine(
-        [*own, *((read_lora(path, shapes), weight) for path, weight in named_loras(text))],
-        shapes,
-        scale,
-    )
+    loras = []
+    if adapter is not None:
+        loras.append((as_lora("adapter", adapter, formats, scale), 1.0))
+    for path, weight in named_loras(text):
+        loras.append((read_lora(path, shapes, formats), weight))
+    return combine(loras, shapes, formats, scale)
 
 
 def start_from(
-    lora: Lora, adapter: Adapter, shapes: Mapping[str, Any], spec: adapters.LoraSpec
+    lora: Lora,
+    adapter: Adapter,
+    shapes: Mapping[str, Any],
+    formats: FileFormats,
+    spec: adapters.LoraSpec,
 ) -> Adapter:
     """The adapter that training starts from: `adapter` with the layers that the LoRA has replaced by it.
 
@@ -207,15 +220,18 @@ def start_from(
       lora: what to start from.
       adapter: newly initialised adapter of the run.
       shapes: parameters or abstract parameters of the transformer.
+      formats: of the transformer's family.
       spec: rank, alpha and targets of the run.
 
     Raises:
       InputError: another rank or alpha, or a layer that is not a target.
     """
-    chosen = {module.name for module in adapters.target_modules(shapes, spec.targets)}
-    pairs = adapters.unstack(adapter)
+    layers_at = formats.lora.layers_at
+    layers = adapters.target_layers(layers_at, shapes, spec.targets)
+    targets = {layer.name for layer in layers}
+    pairs = adapters.unstack(layers_at, adapter)
     for name, layer in lora.layers.items():
-        if name not in chosen:
+        if name not in targets:
             raise InputError(
                 f"lora.init: {lora.path}: expected only layers of lora.targets; received {name!r}; add "
                 "its suffix to lora.targets"
@@ -231,166 +247,98 @@ def start_from(
                 f"{layer.alpha:g} ({name}); set lora.alpha={layer.alpha:g}"
             )
         pairs[name] = layer.a, layer.b * np.float32(layer.scale / spec.scale)
-    return adapters.stack(pairs, shapes)
+    return adapters.stack(layers_at, pairs, shapes)
 
 
-def _find(path: pathlib.Path) -> tuple[pathlib.Path, tuple[pathlib.Path, Mapping[str, Any]] | None]:
-    """The weights file, and PEFT's configuration with its place where there is one."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise InputError(
-                f"{path}: expected a .safetensors file (others can run code); received {path.name!r}"
-            )
-        beside = path.parent / PEFT_CONFIG
-        return path, (
-            beside,
-            read_json(beside),
-        ) if path.name == PEFT_FILE and beside.is_file() else None
-    if not path.exists() and HUB_NAME.fullmatch(str(path)):
-        # Not every .safetensors: a repository of a whole model would come down to the last gigabyte.
-        path = download(
-            str(path),
-            [PEFT_CONFIG, PEFT_FILE, DIFFUSERS_FILE, "lora/adapter_*", "*lora*.safetensors"],
-        )
-    if not path.is_dir():
-        raise InputError(
-            f"LoRA: expected a directory, a .safetensors file or a hub id; received {str(path)!r}"
-        )
-    for folder in (path, path / "lora"):
-        if (folder / PEFT_CONFIG).is_file():
-            return folder / PEFT_FILE, (folder / PEFT_CONFIG, read_json(folder / PEFT_CONFIG))
-        if folder == path and (path / DIFFUSERS_FILE).is_file():
-            return path / DIFFUSERS_FILE, None
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        received = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "an empty directory"
-        raise InputError(
-            f"{path}: expected {PEFT_CONFIG} with {PEFT_FILE}, {DIFFUSERS_FILE} or one other .safetensors "
-            f"file; received {received}"
-        )
-    return _find(files[0])
-
-
-def _header_config(file: pathlib.Path, text: str) -> tuple[pathlib.Path, Mapping[str, Any]]:
-    try:
-        fields = json.loads(text)
-        return file, {
-            k.removeprefix(DIFFUSERS_PREFIX): v
-            for k, v in fields.items()
-            if k.startswith(DIFFUSERS_PREFIX)
-        }
-    except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"{file}: {HEADER_CONFIG}: expected a JSON object in the file's header; received "
-            f"{type(error).__name__}"
-        ) from error
-
-
-def _strength(path: pathlib.Path, config: Mapping[str, Any]) -> Strength:
-    """Strength by a PEFT `LoraConfig`'s fields; raises InputError for what is more than a plain LoRA."""
-    for field, plain in (
-        ("peft_type", ("LORA", None)),
-        ("bias", ("none", None)),
-        ("use_dora", (False, None)),
-        ("fan_in_fan_out", (False, None)),
-        ("lora_bias", (False, None)),
-        ("modules_to_save", (None, [])),
-    ):
-        if config.get(field) not in plain:
-            raise InputError(
-                f"{path}: {field}: expected {plain[0]!r}, a plain LoRA; received {config[field]!r}"
-            )
-    start = str(config.get("init_lora_weights", ""))
-    if start.startswith(("pissa", "olora", "loftq", "corda")):
-        raise InputError(
-            f"{path}: init_lora_weights: expected a LoRA that leaves the base weights as they are; "
-            f"received {start!r}"
-        )
-    for field in ("r", "lora_alpha"):
-        if _number(config.get(field)) is None:
-            raise InputError(f"{path}: {field}: expected a number; received {config.get(field)!r}")
-
-    def strength(name: str, rank: int) -> tuple[float, float]:
-        stated = _pattern(path, config, "rank_pattern", name, config["r"])
-        if stated != rank:
-            raise InputError(
-                f"{path}: rank of {name}: expected {stated:g}, as written there; received tensors of rank "
-                f"{rank}"
-            )
-        alpha = _pattern(path, config, "alpha_pattern", name, config["lora_alpha"])
-        return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    return strength
-
-
-def _pattern(
-    path: pathlib.Path, config: Mapping[str, Any], field: str, name: str, default: float
-) -> float:
-    for pattern, value in (config.get(field) or {}).items():
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
-            raise InputError(
-                f"{path}: {field}: expected names or patterns; received {pattern!r}"
-            ) from error
-        if matches:
-            default = value
-            break
-    number = _number(default)
-    if number is None:
-        raise InputError(f"{path}: {field}: expected numbers; received {default!r}")
-    return number
-
-
-def _layers(
+def _read_layers(
     source: SafetensorsFile,
-    known: Mapping[str, tuple[Piece, ...]],
-    widths: Mapping[str, tuple[int, int]],
-    strength: Strength | None,
+    shapes: Mapping[str, Any],
+    formats: FileFormats,
+    config: LoraConfig | None,
 ) -> dict[str, Layer]:
-    found: dict[str, dict[str, str]] = {}
-    for key in source.keys():
-        stem, part = split_key(source.path, key)
-        if part in found.setdefault(stem, {}):
-            raise InputError(
-                f"{source.path}: expected each matrix of {stem} once; received {found[stem][part]!r} and "
-                f"{key!r}"
-            )
-        found[stem][part] = key
+    """Pairs of a file by our layer name."""
+    names = layer_names(shapes, formats)
+    widths = layer_widths(shapes, formats)
     layers: dict[str, Layer] = {}
-    for stem, keys in found.items():
-        pieces = find_layer(source.path, stem, known)
-        if not {"a", "b"} <= set(keys):
-            lost = "A (down)" if "a" not in keys else "B (up)"
-            raise InputError(
-                f"{source.path}: {stem}: expected a pair of matrices; received one without {lost}"
-            )
-        a, b = (_matrix(source, keys[part]) for part in ("a", "b"))
-        inner, outer = widths[pieces[0].name]
-        expected = (a.shape[0], inner), (outer * pieces[0].parts, a.shape[0])
-        if (a.shape, b.shape) != expected or not a.size:
-            raise InputError(
-                f"{source.path}: {stem}: expected A {expected[0]} and B {expected[1]} for this "
-                f"transformer; received {a.shape} and {b.shape}"
-            )
-        for piece in pieces:
-            if piece.name in layers:
+    for stem, keys in _keys_by_layer(source).items():
+        parts = find_layer(source.path, stem, names, formats)
+        a, b = _read_pair(source, stem, keys, parts, widths)
+        rank = a.shape[0]
+        for part in parts:
+            if part.name in layers:
                 raise InputError(
-                    f"{source.path}: expected each layer once; received {piece.name} twice, the second "
+                    f"{source.path}: expected each layer once; received {part.name} twice, the second "
                     f"time as {stem!r}"
                 )
-            if "alpha" in keys:
-                alpha = _scalar(source, keys["alpha"])
-                scale = alpha / a.shape[0]
-            else:
-                alpha, scale = (None, 1.0) if strength is None else strength(piece.name, a.shape[0])
-            layers[piece.name] = Layer(a.T, _rows(b, piece).T, scale, alpha)
+            # Files hold torch's [r, in] and [out, r].
+            ours_b = _part_of_rows(b, part).T
+            alpha, scale = _layer_strength(source, keys, part.name, rank, config)
+            layers[part.name] = Layer(a.T, ours_b, scale, alpha)
     return layers
 
 
-def _matrix(source: SafetensorsFile, key: str) -> np.ndarray:
+def _keys_by_layer(source: SafetensorsFile) -> dict[str, dict[str, str]]:
+    """Keys of a file by layer, with its prefix, and by "a", "b" or "alpha"."""
+    layers: dict[str, dict[str, str]] = {}
+    for key in source.keys():
+        stem, part = split_key(source.path, key)
+        keys = layers.setdefault(stem, {})
+        if part in keys:
+            raise InputError(
+                f"{source.path}: expected each matrix of {stem} once; received {keys[part]!r} and "
+                f"{key!r}"
+            )
+        keys[part] = key
+    return layers
+
+
+def _read_pair(
+    source: SafetensorsFile,
+    stem: str,
+    keys: Mapping[str, str],
+    parts: Sequence[LayerPart],
+    widths: Mapping[str, tuple[int, int]],
+) -> Pair:
+    """A [r, in] and B [out, r] of another library's layer, in its layout; checked against our layers that it holds."""
+    for part, lost in (("a", "A (down)"), ("b", "B (up)")):
+        if part not in keys:
+            raise InputError(
+                f"{source.path}: {stem}: expected a pair of matrices; received one without {lost}"
+            )
+    a = _read_matrix(source, keys["a"])
+    b = _read_matrix(source, keys["b"])
+    rank = a.shape[0]
+    # All layers that share a fused one have the same widths.
+    inner, outer = widths[parts[0].name]
+    expected_a, expected_b = (rank, inner), (outer * parts[0].parts, rank)
+    if a.shape != expected_a or b.shape != expected_b or rank == 0:
+        raise InputError(
+            f"{source.path}: {stem}: expected A {expected_a} and B {expected_b} for this "
+            f"transformer; received {a.shape} and {b.shape}"
+        )
+    return a, b
+
+
+def _layer_strength(
+    source: SafetensorsFile,
+    keys: Mapping[str, str],
+    name: str,
+    rank: int,
+    config: LoraConfig | None,
+) -> tuple[float | None, float]:
+    """(alpha, scale) of a layer: by its own tensor, else by the configuration, else at strength 1 without an alpha."""
+    if "alpha" in keys:
+        alpha = _read_scalar(source, keys["alpha"])
+        return alpha, alpha / rank
+    if config is not None:
+        return config.strength(name, rank)
+    return None, 1.0
+
+
+def _read_matrix(source: SafetensorsFile, key: str) -> np.ndarray:
     """A tensor as float32 [rows, columns], in the file's layout."""
     raw = source.read(key)
+    # "V" is what NumPy calls the dtypes of ml_dtypes, bfloat16 among them.
     if raw.dtype.kind not in "fV" or raw.ndim != 2:
         raise InputError(
             f"{source.path}: tensor {key!r}: expected a matrix of floating-point numbers; received shape "
@@ -404,7 +352,8 @@ def _matrix(source: SafetensorsFile, key: str) -> np.ndarray:
     return value
 
 
-def _scalar(source: SafetensorsFile, key: str) -> float:
+def _read_scalar(source: SafetensorsFile, key: str) -> float:
+    """A tensor of one value, of any rank."""
     value = np.asarray(source.read(key), np.float64)
     if value.size != 1 or not np.isfinite(value).all():
         raise InputError(
@@ -413,25 +362,21 @@ def _scalar(source: SafetensorsFile, key: str) -> float:
     return float(value.reshape(()))
 
 
-def _rows(b: np.ndarray, piece: Piece) -> np.ndarray:
-    rows = np.split(b, piece.parts)[piece.part]
-    return np.concatenate(np.split(rows, 2)[::-1]) if piece.swapped else rows
+def _part_of_rows(b: np.ndarray, part: LayerPart) -> np.ndarray:
+    """Rows of B that are one of our layers, in our order."""
+    rows = np.split(b, part.parts)[part.part]
+    if not part.swapped:
+        return rows
+    first, second = np.split(rows, 2)
+    return np.concatenate([second, first])
 
 
-def _widths(shapes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """(in, out) by layer name."""
-    kernels = {
-        p[:-1]: leaf.shape
-        for p, leaf in traverse_util.flatten_dict(dict(shapes)).items()
-        if p[-1] == "kernel"
-    }
-    return {module.name: tuple(kernels[module.path][-2:]) for module in dense_modules(shapes)}
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, also in text, or None."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+def layer_widths(shapes: Mapping[str, Any], formats: FileFormats) -> dict[str, tuple[int, int]]:
+    """(in, out) of every dense layer by name."""
+    leaves = traverse_util.flatten_dict(dict(shapes))
+    widths = {}
+    for layer in dense_layers(formats.lora.layers_at, shapes):
+        # A stacked run has an axis of layers in front.
+        *_, inner, outer = leaves[(*layer.path, "kernel")].shape
+        widths[layer.name] = (inner, outer)
+    return widths

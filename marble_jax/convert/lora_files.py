@@ -4,7 +4,7 @@ PEFT reads alpha from `adapter_config.json`, so its matrices are written as they
 a file without alpha at strength 1, so there the scale alpha / rank is part of B; writing alpha as well would count it
 twice in the versions that read it.
 
-Source: PEFT 0.10 and 0.21 `PeftModel.save_pretrained`, diffusers 0.33 and 0.42 `StableDiffusion3Pipeline`.
+Source: PEFT 0.10 and 0.21 `PeftModel.save_pretrained`, diffusers 0.33 and 0.42 `load_lora_weights`.
 """
 
 from __future__ import annotations
@@ -16,44 +16,48 @@ from collections.abc import Mapping
 import numpy as np
 
 from marble_jax.console import Console
-from marble_jax.convert.layouts import STEMS
-from marble_jax.convert.lora import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
-from marble_jax.convert.lora_names import DIFFUSERS_PREFIX, PEFT_PREFIX
+from marble_jax.convert.lora import Pair
+from marble_jax.convert.lora_keys import PEFT_PREFIX
+from marble_jax.convert.lora_strength import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.sources import open_model
 from marble_jax.convert.writing import KEEP, Cast, write_safetensors
 from marble_jax.errors import InputError
 from marble_jax.storage.manifest import write_json
 from marble_jax.trainable.lora import LoraSpec
+from marble_jax.weights.formats import FileFormats
 from marble_jax.weights.safetensors_files import Tensors
 
-Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
+Pairs = Mapping[str, Pair]
 """(a [in, r], b [r, out]) by layer name, as `adapters.unstack` gives them."""
 
 
-def lora_files(pairs: Pairs, spec: LoraSpec, base: str | None = None) -> dict[str, bytes]:
+def lora_files(
+    pairs: Pairs, spec: LoraSpec, formats: FileFormats, base: str | None = None
+) -> dict[str, bytes]:
     """Contents of the files of an adapter by name: diffusers' one and PEFT's two.
 
     Args:
       pairs: leaves of the adapted layers, all of rank `spec.rank`.
       spec: rank, alpha and targets.
+      formats: of the transformer's family.
       base: hub id of the base model, for PEFT's configuration.
     """
+    config = json.dumps(peft_config(spec, formats, base), indent=2, sort_keys=True) + "\n"
     return {
-        DIFFUSERS_FILE: _safetensors(pairs, DIFFUSERS_PREFIX, spec.scale),
+        DIFFUSERS_FILE: _safetensors(pairs, formats.lora.diffusers_prefix, spec.scale),
         PEFT_FILE: _safetensors(pairs, PEFT_PREFIX, 1.0),
-        PEFT_CONFIG: (
-            json.dumps(peft_config(spec, base), indent=2, sort_keys=True) + "\n"
-        ).encode(),
+        PEFT_CONFIG: config.encode(),
     }
 
 
-def peft_config(spec: LoraSpec, base: str | None = None) -> dict[str, object]:
+def peft_config(spec: LoraSpec, formats: FileFormats, base: str | None = None) -> dict[str, object]:
     """`adapter_config.json` with the fields of PEFT 0.10 and no others, as it refuses fields it does not know."""
+    alpha: float = spec.alpha
+    if float(alpha).is_integer():
+        # PEFT 0.10 declares alpha an integer.
+        alpha = int(alpha)
     return {
-        "auto_mapping": {
-            "base_model_class": "SD3Transformer2DModel",
-            "parent_library": "diffusers.models.transformers.transformer_sd3",
-        },
+        "auto_mapping": dict(formats.lora.base_model),
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -63,7 +67,7 @@ def peft_config(spec: LoraSpec, base: str | None = None) -> dict[str, object]:
         "layers_pattern": None,
         "layers_to_transform": None,
         "loftq_config": {},
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "megatron_config": None,
         "megatron_core": "megatron.core",
@@ -83,26 +87,38 @@ def peft_config(spec: LoraSpec, base: str | None = None) -> dict[str, object]:
 class Merged:
     """A transformer's tensors with an adapter folded in: W + scale * B A in float32, tensor by tensor.
 
-    Args:
-      source: the base weights.
-      pairs: leaves of the adapted layers.
-      scale: alpha / rank.
-      keep: give the sums in the dtype of their base weight; otherwise in float32, to be cast once.
+    Attributes:
+      path: of the base weights.
     """
 
     def __init__(self, source: Tensors, pairs: Pairs, scale: float, keep: bool = True):
-        self._source, self._scale, self._keep = source, np.float32(scale), keep
+        """The tensors of a merged transformer.
+
+        Args:
+          source: the base weights.
+          pairs: leaves of the adapted layers.
+          scale: alpha / rank.
+          keep: give the sums in the dtype of their base weight; otherwise in float32, to be cast once.
+        """
+        self.path = source.path
+        self._source = source
+        self._scale = np.float32(scale)
+        self._keep = keep
         self._pairs = {f"{name}.weight": pair for name, pair in pairs.items()}
-        self.path, self.keys, self.shape = source.path, source.keys, source.shape
-        self.file, self.release = source.file, source.release
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        return self._source.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._source.shape(key)
 
     def dtype(self, key: str) -> np.dtype:
         """Dtype that `read` gives."""
-        return (
-            self._source.dtype(key)
-            if self._keep or key not in self._pairs
-            else np.dtype(np.float32)
-        )
+        if key in self._pairs and not self._keep:
+            return np.dtype(np.float32)
+        return self._source.dtype(key)
 
     def read(self, key: str) -> np.ndarray:
         """The tensor. Raises InputError where a sum does not fit its dtype."""
@@ -110,8 +126,12 @@ class Merged:
         if key not in self._pairs:
             return tensor
         a, b = self._pairs[key]
+        # NumPy warns of each overflow; what overflows is an error below, with the tensor's name.
         with np.errstate(over="ignore"):
-            merged = (tensor.astype(np.float32) + self._scale * (a @ b).T).astype(self.dtype(key))
+            # Transposed: the file's matrices are torch's [out, in].
+            delta = self._scale * (a @ b).T
+            wide = tensor.astype(np.float32) + delta
+            merged = wide.astype(self.dtype(key))
         if not np.isfinite(merged.astype(np.float32)).all():
             raise InputError(
                 f"{self.file(key)}: tensor {key!r}: expected a finite sum with its adapter in "
@@ -119,23 +139,33 @@ class Merged:
             )
         return merged
 
+    def release(self, key: str) -> None:
+        """Gives back the memory of the base weight."""
+        self._source.release(key)
+
+    def file(self, key: str) -> pathlib.Path:
+        """The file that holds the base weight."""
+        return self._source.file(key)
+
 
 def merge_transformer(
     root: pathlib.Path,
     out: pathlib.Path,
     pairs: Pairs,
     scale: float,
+    formats: FileFormats,
     console: Console,
     dtype: str = KEEP,
     shard_bytes: int = 10_000_000_000,
 ) -> None:
-    """Writes a diffusers `transformer` directory with an adapter folded in; memory holds one tensor.
+    """Writes a diffusers directory of the adapted component with an adapter folded in; memory holds one tensor.
 
     Args:
       root: the base pipeline, in diffusers' layout or ours.
       out: directory to make.
       pairs: leaves of the adapted layers.
       scale: alpha / rank.
+      formats: of the pipeline's family.
       console: where the bar goes.
       dtype: of the result; "keep" is the base's, tensor by tensor.
       shard_bytes: largest file.
@@ -143,21 +173,20 @@ def merge_transformer(
     Raises:
       InputError: a base that does not fit its config; sums that do not fit the dtype.
     """
-    model = open_model(str(root), components=("transformer",))
-    source, wanted = (
-        model.components["transformer"],
-        {entry.key for entry in model.layouts["transformer"].entries},
-    )
-    tensors, keys = (
-        Cast(Merged(source, pairs, scale, dtype == KEEP), dtype),
-        [k for k in source.keys() if k in wanted],
-    )
-    with console.bar(sum(map(tensors.nbytes, keys)), "merge", "B") as bar:
-        write_safetensors(out, STEMS["transformer"], tensors, keys, shard_bytes, bar.update)
-    write_json(
-        out / "config.json",
-        {k: v for k, v in source.config.items() if k not in ("dtype", "torch_dtype")},
-    )
+    part = formats.adapted
+    model = open_model(str(root), [formats], components=(part,))
+    source = model.components[part]
+    wanted = {entry.key for entry in model.layouts[part].entries}
+    keys = [key for key in source.keys() if key in wanted]
+    tensors = Cast(Merged(source, pairs, scale, dtype == KEEP), dtype)
+    total = sum(map(tensors.nbytes, keys))
+    with console.bar(total, "merge", "B") as bar:
+        write_safetensors(out, formats.stems[part], tensors, keys, shard_bytes, bar.update)
+    config = dict(source.config)
+    # What they say need not hold for the sums; readers take the tensors' own dtype.
+    for key in ("dtype", "torch_dtype"):
+        config.pop(key, None)
+    write_json(out / "config.json", config)
 
 
 def _safetensors(pairs: Pairs, prefix: str, scale: float) -> bytes:
@@ -165,8 +194,8 @@ def _safetensors(pairs: Pairs, prefix: str, scale: float) -> bytes:
 
     tensors = {}
     for name, (a, b) in pairs.items():
+        # torch's [r, in] and [out, r]; contiguous, as the writer takes the bytes as they lie.
+        scaled = b.T * np.float32(scale)
         tensors[f"{prefix}{name}.lora_A.weight"] = np.ascontiguousarray(a.T, np.float32)
-        tensors[f"{prefix}{name}.lora_B.weight"] = np.ascontiguousarray(
-            b.T * np.float32(scale), np.float32
-        )
+        tensors[f"{prefix}{name}.lora_B.weight"] = np.ascontiguousarray(scaled, np.float32)
     return save(tensors, metadata={"format": "pt"})

@@ -6,35 +6,50 @@ starts with the first that was not; with other arguments, or other files, it sta
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import json
-import os
+import dataclasses
 import pathlib
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from marble_jax.console import Console, duration
-from marble_jax.convert.layouts import CARRIED, COMPONENTS, STEMS
+from marble_jax.convert.directory import ABSENT, INDEX
 from marble_jax.convert.sources import Model, open_model
-from marble_jax.convert.writing import CHOICES, KEEP, Cast, write_params, write_safetensors
+from marble_jax.convert.workspace import (
+    JOB,
+    claimed,
+    disk_errors_in_one_line,
+    free_target,
+    record,
+    take_up,
+)
+from marble_jax.convert.writing import (
+    CHOICES,
+    KEEP,
+    Cast,
+    FileRecords,
+    Progress,
+    write_params,
+    write_safetensors,
+)
 from marble_jax.errors import InputError, one_of
 from marble_jax.storage.manifest import MANIFEST, checksum, write_json
 from marble_jax.version import VERSION
+from marble_jax.weights.formats import FileFormats
 
 LAYOUTS = ("orbax", "diffusers")
-_JOB = ".convert.json"
-_SLACK = 32_000_000  # bytes for small files
+_SLACK = 32_000_000  # bytes for configs, tokenizers and what the file system takes for itself
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Where a config.json says the dtype of its weights: new and old versions of transformers."""
 
 
 def convert(
     name: str,
     out: str,
+    formats: Sequence[FileFormats],
     layout: str = "",
     dtype: str = KEEP,
     components: Sequence[str] = (),
@@ -48,10 +63,11 @@ def convert(
 
     Args:
       name: what to convert, see `open_model`.
-      out: directory to make; it must not be there yet.
+      out: directory to make; it must not exist yet, or be empty.
+      formats: of the families that the model may be of.
       layout: "orbax" (ours) or "diffusers"; by default the one that `name` does not have.
       dtype: of floating tensors, of `CHOICES`; "keep" leaves every bit as it is.
-      components: the ones wanted; all there are without it.
+      components: the ones wanted; all that the model has without it.
       companion: where to take missing parts from.
       revision: of a Hub model.
       shard_bytes: largest safetensors file.
@@ -67,216 +83,188 @@ def convert(
     console = console or Console()
     one_of("--dtype", dtype, CHOICES)
     one_of("--to", layout, ("", *LAYOUTS))
-    target = _free_target(out)
-    model = open_model(name, revision, companion, components, ignore)
-    layout = layout or ("diffusers" if model.kind == "orbax" else "orbax")
-    sources = {part: Cast(source, dtype) for part, source in model.components.items()}
-    sizes = {
-        part: sum(source.nbytes(e.key) for e in model.layouts[part].entries)
-        for part, source in sources.items()
-    }
-    partial = target.parent / f".{target.name}.partial"
-    job = {
-        "version": VERSION, "layout": layout, "dtype": dtype, "shard_bytes": shard_bytes, "ignore": list(ignore),
-        "components": list(sources),
-        "files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in model.files()],
-    }  # fmt: skip
+    target = free_target(out)
+    model = open_model(name, formats, revision, companion, components, ignore)
+    if not layout:
+        layout = "diffusers" if model.kind == "orbax" else "orbax"
+    conversion = Conversion(model, layout, dtype, shard_bytes, tuple(ignore))
     start = time.perf_counter()
-    with _claimed(partial), _named(target):
-        done = _resumed(partial, job, console)
-        left = sum(size for part, size in sizes.items() if part not in done)
-        free = shutil.disk_usage(partial).free
-        if left + _SLACK > free:
-            raise InputError(
-                f"{target}: expected {(left + _SLACK) / 1e9:.2f} GB of free disk; received "
-                f"{free / 1e9:.2f} GB"
-            )
-        with console.bar(left, "convert", "B") as bar:
-            for part, source in sources.items():
-                if part in done:
-                    continue
+    manifest = _run(conversion, target, console)
+    seconds = time.perf_counter() - start
+    total = sum(conversion.sizes.values())
+    console.say(
+        f"converted {model.kind} to {layout}: {total / 1e9:.3f} GB in {duration(seconds)}, "
+        f"peak memory {peak_memory() / 1e9:.2f} GB: {target}"
+    )
+    _say_what_is_missing(model, console)
+    return manifest
+
+
+def _run(conversion: Conversion, target: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Makes the result beside the target and puts it in its place; returns the manifest."""
+    partial = target.parent / f".{target.name}.partial"
+    job = conversion.job()
+    with claimed(partial), disk_errors_in_one_line(target):
+        done = take_up(partial, job, console)
+        left = [part for part in conversion.sources if part not in done]
+        size = sum(conversion.sizes[part] for part in left)
+        _check_free(target, partial, size)
+        with console.bar(size, "convert", "B") as bar:
+            for part in left:
                 bar.set_description(part)
                 began = time.perf_counter()
-                done[part] = _write(
-                    partial, part, model, source, layout, dtype, shard_bytes, bar.update
-                )
-                write_json(partial / _JOB, {"job": job, "done": done})
-                seconds = time.perf_counter() - began
-                console.say(
-                    f"  {part:15} {len(model.layouts[part].entries):5} tensors  {sizes[part] / 1e9:7.3f} GB  "
-                    f"{duration(seconds):>6}  {sizes[part] / 1e6 / seconds:6.0f} MB/s"
-                )
-        manifest = _finish(partial, model, layout, dtype, done, sizes)
-        (partial / _JOB).unlink()
+                done[part] = conversion.write(partial, part, bar.update)
+                # After every component: a kill from here on costs the one that is being written.
+                record(partial, job, done)
+                console.say(conversion.component_line(part, time.perf_counter() - began))
+        manifest = conversion.finish(partial, done)
+        (partial / JOB).unlink()
         if target.exists():
-            target.rmdir()  # empty, as was seen above
+            target.rmdir()  # empty, as `free_target` saw
         partial.rename(target)
-    total, seconds = sum(sizes.values()), time.perf_counter() - start
-    console.say(
-        f"converted {model.kind} to {layout}: {total / 1e9:.3f} GB in {duration(seconds)}, peak memory "
-        f"{peak_memory() / 1e9:.2f} GB: {target}"
-    )
-    for what in model.skipped:
-        console.say(f"  not part of an SD3 model, left out: {what}")
-    index = model.written.get("model_index.json", {})
-    missing = [part for part in (*COMPONENTS, *CARRIED) if index.get(part, 0) == [None, None]]
-    if missing:
-        console.say(
-            f"  not in the source: {', '.join(missing)} (--companion=DIR takes them from another model)"
-        )
     return manifest
 
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    # macOS counts bytes, Linux kilobytes.
+    if sys.platform == "darwin":
+        return peak
+    return 1024 * peak
 
 
-def _write(
-    partial: pathlib.Path,
-    part: str,
-    model: Model,
-    source: Cast,
-    layout: str,
-    dtype: str,
-    shard_bytes: int,
-    progress: Any,
-) -> dict[str, Any]:
-    """One component with its config; returns size and hash by file."""
-    directory, plan = partial / part, model.layouts[part]
-    try:
-        if layout == "orbax":
-            files = write_params(directory, source, plan, progress)
-        else:
-            order = {key: number for number, key in enumerate(source.keys())}
-            keys = sorted((entry.key for entry in plan.entries), key=order.__getitem__)
-            files = write_safetensors(directory, STEMS[part], source, keys, shard_bytes, progress)
-    except Exception:
-        shutil.rmtree(directory, ignore_errors=True)  # a full disk should not stay full
-        raise
-    config = dict(model.components[part].config)
-    for key in ("dtype", "torch_dtype"):
-        if dtype != KEEP and key in config:
-            config[key] = dtype
-    write_json(directory / "config.json", config)
-    files["config.json"] = checksum(directory / "config.json")
-    return {f"{part}/{file}": record for file, record in files.items()}
-
-
-def _finish(
-    partial: pathlib.Path,
-    model: Model,
-    layout: str,
-    dtype: str,
-    done: dict[str, dict[str, Any]],
-    sizes: dict[str, int],
-) -> dict[str, Any]:
-    """Copies and writes the small files, then the manifest."""
-    files = {name: record for part in done.values() for name, record in part.items()}
-    small = [*model.carried, *model.written]
-    for name, source in model.carried.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, partial / name)
-    for name, value in model.written.items():
-        write_json(partial / name, value)
-    files |= {name: checksum(partial / name) for name in small}
-    manifest = {
-        "format": "marble_jax model", "version": VERSION, "layout": layout, "dtype": dtype,
-        "source": {"name": model.name, "kind": model.kind, "path": str(model.path)}, "left_out": model.skipped,
-        "components": {part: {"tensors": len(plan.entries), "bytes": sizes[part]}
-                       for part, plan in model.layouts.items()},
-        "tensors": sum(len(plan.entries) for plan in model.layouts.values()),
-        "bytes": sum(sizes.values()), "files": dict(sorted(files.items())),
-    }  # fmt: skip
-    write_json(partial / MANIFEST, manifest)
-    return manifest
-
-
-def _free_target(out: str) -> pathlib.Path:
-    if not out or "://" in out:
-        raise InputError(f"--out: expected a directory on this machine; received {out!r}")
-    target = pathlib.Path(out).absolute()
-    if target.is_dir() and not any(target.iterdir()):
-        return target
-    if target.exists() or target.is_symlink():
-        raise InputError(f"--out: expected a new directory; received {target}, which exists")
-    return target
-
-
-def _resumed(
-    partial: pathlib.Path, job: dict[str, Any], console: Console
-) -> dict[str, dict[str, Any]]:
-    """Components that an earlier, killed run of the same job completed; clears what else it left."""
-    try:
-        record = json.loads((partial / _JOB).read_text(encoding="utf-8"))
-        done = record["done"] if record["job"] == job else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        done = {}
-    complete = {
-        part: files
-        for part, files in done.items()
-        if all(
-            (partial / f).is_file() and (partial / f).stat().st_size == r["bytes"]
-            for f, r in files.items()
+def _check_free(target: pathlib.Path, partial: pathlib.Path, left: int) -> None:
+    """Raises InputError unless the disk has room for the bytes left to write."""
+    free = shutil.disk_usage(partial).free
+    needed = left + _SLACK
+    if needed > free:
+        raise InputError(
+            f"{target}: expected {needed / 1e9:.2f} GB of free disk; received {free / 1e9:.2f} GB"
         )
-    }
-    for path in partial.iterdir():
-        if path.name not in complete and path.name != _JOB:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if complete:
-        console.say(f"  resuming: {', '.join(complete)} complete already")
-    return complete
 
 
-@contextlib.contextmanager
-def _claimed(partial: pathlib.Path) -> Iterator[None]:
-    """Makes the directory and holds a lock on it that ends with this process, however it ends.
+def _say_what_is_missing(model: Model, console: Console) -> None:
+    """Says what of the source is not in the result, and what of a whole pipeline the source did not have."""
+    family = model.formats
+    for name in model.skipped:
+        console.say(f"  not part of {family.article} {family.name} model, left out: {name}")
+    index = model.written.get(INDEX, {})
+    missing = [part for part in family.folders if index.get(part) == ABSENT]
+    if missing:
+        console.say(
+            f"  not in the source: {', '.join(missing)} (--companion=DIR takes them from another model)"
+        )
 
-    The directory goes again unless a component in it is complete.
+
+@dataclasses.dataclass
+class Conversion:
+    """A model on its way to a layout.
+
+    Attributes:
+      model: what is converted.
+      layout: of the result, "orbax" or "diffusers".
+      dtype: of floating tensors, of `CHOICES`.
+      shard_bytes: largest safetensors file.
+      ignore: patterns of tensors that were passed over.
+      sources: tensors of each component as they are written.
+      sizes: bytes of each component's tensors.
     """
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(
-            f"--out: expected a place to write; received {partial.parent} ({error.strerror})"
-        ) from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"--out: expected no other conversion to it at the same time; received {partial}, in use "
-                "by one"
-            ) from error
-        try:
-            yield
-        finally:
-            if partial.exists() and not (partial / _JOB).exists():
-                shutil.rmtree(partial)  # nothing in it is complete
-    finally:
-        os.close(handle)
 
+    model: Model
+    layout: str
+    dtype: str
+    shard_bytes: int
+    ignore: tuple[str, ...]
+    sources: dict[str, Cast] = dataclasses.field(init=False, default_factory=dict)
+    sizes: dict[str, int] = dataclasses.field(init=False, default_factory=dict)
 
-@contextlib.contextmanager
-def _named(target: pathlib.Path) -> Iterator[None]:
-    """Turns a full or failing disk into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # TensorStore puts the system's errors in a ValueError
-        text = " ".join(str(error).split())
-        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text
-        if not full and not isinstance(error, OSError):
+    def __post_init__(self) -> None:
+        for part, component in self.model.components.items():
+            source = Cast(component, self.dtype)
+            entries = self.model.layouts[part].entries
+            self.sources[part] = source
+            self.sizes[part] = sum(source.nbytes(entry.key) for entry in entries)
+
+    def job(self) -> dict[str, Any]:
+        """Everything that the result depends on: two runs with the same job make the same files."""
+        files = []
+        for file in self.model.files():
+            status = file.stat()
+            files.append([str(file), status.st_size, status.st_mtime_ns])
+        return {
+            "version": VERSION,
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "shard_bytes": self.shard_bytes,
+            "ignore": list(self.ignore),
+            "components": list(self.sources),
+            "files": files,
+        }
+
+    def write(self, partial: pathlib.Path, part: str, progress: Progress) -> FileRecords:
+        """Writes one component with its config; returns size and hash by file."""
+        directory = partial / part
+        try:
+            files = self._write_tensors(directory, part, progress)
+        except Exception:
+            # Half a component is of no use to a later run, and a full disk should not stay full.
+            shutil.rmtree(directory, ignore_errors=True)
             raise
-        raise InputError(
-            f"{target}: expected {'room' if full else 'to write'} on the disk; received "
-            f"{os.strerror(errno.ENOSPC) if full else text[:200]} (nothing was changed; the same command "
-            "goes on from the last complete component)"
-        ) from error
+        config = dict(self.model.components[part].config)
+        for key in _DTYPE_KEYS:
+            if self.dtype != KEEP and key in config:
+                config[key] = self.dtype
+        write_json(directory / "config.json", config)
+        files["config.json"] = checksum(directory / "config.json")
+        return {f"{part}/{file}": file_record for file, file_record in files.items()}
+
+    def _write_tensors(self, directory: pathlib.Path, part: str, progress: Progress) -> FileRecords:
+        """Writes a component's tensors."""
+        source, plan = self.sources[part], self.model.layouts[part]
+        if self.layout == "orbax":
+            return write_params(directory, source, plan, progress)
+        # In the order of the source, which is the order it is read in best; tensors that are ignored stay behind.
+        wanted = {entry.key for entry in plan.entries}
+        keys = [key for key in source.keys() if key in wanted]
+        stem = self.model.formats.stems[part]
+        return write_safetensors(directory, stem, source, keys, self.shard_bytes, progress)
+
+    def component_line(self, part: str, seconds: float) -> str:
+        """What is said about a component that is complete."""
+        tensors, size = len(self.model.layouts[part].entries), self.sizes[part]
+        return (
+            f"  {part:15} {tensors:5} tensors  {size / 1e9:7.3f} GB  {duration(seconds):>6}  "
+            f"{size / 1e6 / seconds:6.0f} MB/s"
+        )
+
+    def finish(self, partial: pathlib.Path, done: dict[str, FileRecords]) -> dict[str, Any]:
+        """Copies and writes the small files, then the manifest, which is returned."""
+        model = self.model
+        files: FileRecords = {}
+        for records in done.values():
+            files |= records
+        for name, source in model.carried.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, partial / name)
+        for name, value in model.written.items():
+            write_json(partial / name, value)
+        for name in (*model.carried, *model.written):
+            files[name] = checksum(partial / name)
+        components = {}
+        for part, plan in model.layouts.items():
+            components[part] = {"tensors": len(plan.entries), "bytes": self.sizes[part]}
+        manifest = {
+            "format": "marble_jax model",
+            "version": VERSION,
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "source": {"name": model.name, "kind": model.kind, "path": str(model.path)},
+            "left_out": model.skipped,
+            "components": components,
+            "tensors": sum(len(plan.entries) for plan in model.layouts.values()),
+            "bytes": sum(self.sizes.values()),
+            "files": dict(sorted(files.items())),
+        }
+        write_json(partial / MANIFEST, manifest)
+        return manifest

@@ -10,70 +10,16 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from marble_jax.convert.layouts import CARRIED, CLASSES, COMPONENTS, Layout, layout
-from marble_jax.convert.original import SCHEDULER, OriginalComponent, open_original
+from marble_jax.convert.directory import ABSENT, INDEX, ModelDirectory
+from marble_jax.convert.orbax_tensors import OrbaxTensors
+from marble_jax.convert.original import OriginalComponent, open_original
 from marble_jax.errors import InputError, one_of
-from marble_jax.families.sd3.pipeline import find_model
-from marble_jax.storage.files import read_json
-from marble_jax.storage.manifest import MANIFEST, check_sizes
-from marble_jax.weights.component import PARAMS, StoredDir, open_component
-from marble_jax.weights.hub import HUB_NAME, download
-from marble_jax.weights.key_map import matched, published, published_shape
+from marble_jax.weights.formats import FileFormats, Layout
+from marble_jax.weights.hub import HUB_NAME, download, find_model
+from marble_jax.weights.key_map import match_entries
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
-_INDEX = "model_index.json"
-
-
-class StoredTensors:
-    """A component in our layout under its published names, read group by group."""
-
-    def __init__(self, source: StoredDir):
-        """Checks the leaves against the config. Raises InputError when they differ."""
-        self.path, self.config, self._source = source.path, source.config, source
-        plan = layout(source.path.name, source.config)
-        source.check(plan.shapes)
-        by_path: dict[tuple[str, ...], list[Any]] = {}
-        for entry in plan.entries:
-            by_path.setdefault(entry.path, []).append(entry)
-        self._groups = source.groups()
-        self._group_of = {
-            path: number for number, group in enumerate(self._groups) for path in group
-        }
-        self._entries = {entry.key: entry for path in self._group_of for entry in by_path[path]}
-        self._arrays: dict[tuple[str, ...], np.ndarray] = {}
-
-    def keys(self) -> list[str]:
-        """Published names, leaf after leaf."""
-        return list(self._entries)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Published shape."""
-        entry = self._entries[key]
-        return published_shape(entry, self._source.leaves[entry.path].shape)
-
-    def dtype(self, key: str) -> np.dtype:
-        """Dtype of the tensor's leaf."""
-        return np.dtype(self._source.leaves[self._entries[key].path].dtype)
-
-    def file(self, key: str) -> pathlib.Path:
-        """The checkpoint."""
-        return self.path / PARAMS
-
-    def read(self, key: str) -> np.ndarray:
-        """The tensor, as a view of its leaf."""
-        entry = self._entries[key]
-        if entry.path not in self._arrays:
-            self._arrays.clear()  # before the next group is read: only one is to be in memory
-            self._arrays = self._source.read(self._groups[self._group_of[entry.path]])
-        return published(entry, self._arrays[entry.path])
-
-    def release(self, key: str) -> None:
-        """Nothing to let go of before the group is."""
-
-
-Component = SafetensorsDir | StoredTensors | OriginalComponent
+Component = SafetensorsDir | OrbaxTensors | OriginalComponent
 
 
 @dataclasses.dataclass
@@ -84,7 +30,8 @@ class Model:
       name: as the user gave it.
       kind: "diffusers", "orbax" or "original".
       path: directory or file.
-      components: by directory name.
+      formats: of its family.
+      components: by folder name.
       layouts: their tensors, checked against the files.
       carried: files to copy, by their path in the result.
       written: small JSON files to write, by their path in the result.
@@ -94,6 +41,7 @@ class Model:
     name: str
     kind: str
     path: pathlib.Path
+    formats: FileFormats
     components: dict[str, Component]
     layouts: dict[str, Layout] = dataclasses.field(default_factory=dict)
     carried: dict[str, pathlib.Path] = dataclasses.field(default_factory=dict)
@@ -102,17 +50,30 @@ class Model:
 
     def files(self) -> list[pathlib.Path]:
         """Every file the result depends on."""
-        files = set(self.carried.values())
+        tops = set(self.carried.values())
         for component in self.components.values():
             for key in component.keys():
-                files.add(component.file(key))
-        return sorted(
-            f for top in files for f in ([top] if top.is_file() else top.rglob("*")) if f.is_file()
-        )
+                tops.add(component.file(key))
+        files = []
+        for top in tops:
+            if top.is_file():
+                files.append(top)
+            else:
+                # A component in our layout names its checkpoint, which is a folder.
+                files += [path for path in top.rglob("*") if path.is_file()]
+        return sorted(files)
+
+    def folders(self) -> set[str]:
+        """Folders that the result has files for."""
+        folders = set(self.components)
+        for name in (*self.carried, *self.written):
+            folders.add(name.split("/")[0])
+        return folders
 
 
 def open_model(
     name: str,
+    formats: Sequence[FileFormats],
     revision: str | None = None,
     companion: str = "",
     components: Sequence[str] = (),
@@ -123,99 +84,89 @@ def open_model(
     Args:
       name: a diffusers directory, a directory of ours, an original `.safetensors`, or their Hub names (`owner/model`,
         `owner/model/file.safetensors`).
+      formats: of the families that the model may be of.
       revision: branch, tag or commit of a Hub model.
       companion: a directory or Hub model to take the parts from that `name` does not have.
-      components: of `COMPONENTS`, the ones wanted; all there are without it.
+      components: folders of the components wanted; all that the model has without it.
       ignore: patterns of tensors to pass over.
 
     Raises:
-      InputError: nothing there, or something that is not an SD3 model.
+      InputError: no such model, or one of no family in `formats`.
     """
+    choices = dict.fromkeys(part for family in formats for part in family.components)
     for component in components:
-        one_of("--components", component, COMPONENTS)
-    model = (
-        _original(name, revision, ignore)
-        if name.endswith(".safetensors")
-        else _directory(name, revision, components)
-    )
+        one_of("--components", component, choices)
+    if name.endswith(".safetensors"):
+        model = _open_file(name, formats, revision, ignore)
+    else:
+        model = _open_directory(name, formats, revision, components)
     if companion:
-        _complete(model, _directory(companion, None, components))
-    wanted = list(components or COMPONENTS)
-    for component in components:
+        _complete(model, _open_directory(companion, [model.formats], None, components))
+    _select(model, components)
+    for component, source in model.components.items():
+        plan = model.formats.layout(component, source.config, source.keys())
+        match_entries(source, plan.entries, plan.shapes, (*plan.ignore, *ignore))
+        model.layouts[component] = plan
+    _drop_absent_parts(model)
+    return model
+
+
+def _select(model: Model, wanted: Sequence[str]) -> None:
+    """Keeps the components that are wanted, all if none is named, in the family's order or that of `wanted`."""
+    for component in wanted:
         if component not in model.components:
             raise InputError(
                 f"--components: expected components that {model.path} has; received {component!r}"
             )
-    model.components = {c: model.components[c] for c in wanted if c in model.components}
-    for component, source in model.components.items():
-        plan = layout(component, source.config, source.keys())
-        matched(source, plan.entries, plan.shapes, (*plan.ignore, *ignore))
-        model.layouts[component] = plan
-    parts = {*model.components, *(name.split("/")[0] for name in (*model.carried, *model.written))}
-    index = model.written.get(_INDEX, {})
-    model.written |= (
-        {
-            _INDEX: {
-                part: value if part in parts or not isinstance(value, list) else [None, None]
-                for part, value in index.items()
-            }
-        }
-        if index
-        else {}
-    )
+    selected = {}
+    for component in wanted or model.formats.components:
+        if component in model.components:
+            selected[component] = model.components[component]
+    model.components = selected
+
+
+def _drop_absent_parts(model: Model) -> None:
+    """Marks as absent in model_index.json what the result does not have."""
+    index = model.written.get(INDEX)
+    if not index:
+        return
+    folders = model.folders()
+    parts = {}
+    for part, value in index.items():
+        # A list is a part with its class; anything else is an option of the pipeline.
+        if isinstance(value, list) and part not in folders:
+            value = ABSENT
+        parts[part] = value
+    model.written[INDEX] = parts
+
+
+def _open_directory(
+    name: str, formats: Sequence[FileFormats], revision: str | None, wanted: Sequence[str]
+) -> Model:
+    """A model directory, or the Hub model of that name; reads the components of `wanted` only, if there are some."""
+    folders = dict.fromkeys(folder for family in formats for folder in family.folders)
+    skipped = []
+    if wanted:
+        weights = dict.fromkeys(part for family in formats for part in family.components)
+        skipped = [part for part in weights if part not in wanted]
+    directory = ModelDirectory(find_model(name, folders, skipped, revision), formats)
+    components = directory.components(wanted)
+    directory.check_sizes()
+    kind = "diffusers"
+    if any(isinstance(component, OrbaxTensors) for component in components.values()):
+        kind = "orbax"
+    model = Model(name, kind, directory.root, directory.formats, dict(components))
+    model.carried = directory.carried()
+    model.skipped = directory.skipped()
+    if directory.index is not None:
+        model.written[INDEX] = directory.index
     return model
 
 
-def _directory(name: str, revision: str | None, wanted: Sequence[str]) -> Model:
-    root = find_model(name, revision, not wanted or "text_encoder_3" in wanted)
-    index = read_json(root / _INDEX) if (root / _INDEX).is_file() else None
-    if index is not None and index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise InputError(
-            f"{root / _INDEX}: expected a StableDiffusion3Pipeline; received {index.get('_class_name')}"
-        )
-    # A directory without index may hold some of the components: a transformer that was trained, say.
-    present = (
-        {part for part in (*COMPONENTS, *CARRIED) if (root / part).is_dir()}
-        if index is None
-        else {
-            part for part in (*COMPONENTS, *CARRIED) if (index.get(part) or [None])[-1] is not None
-        }
-    )
-    found: dict[str, Component] = {}
-    for component in COMPONENTS:
-        if component in present and (not wanted or component in wanted):
-            source = open_component(root / component)
-            found[component] = StoredTensors(source) if isinstance(source, StoredDir) else source
-    if not present & set(COMPONENTS):
-        raise InputError(
-            f"{root}: expected a model directory with {_INDEX} or one of {', '.join(COMPONENTS)}; "
-            f"received {', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'an empty directory'}"
-        )
-    kinds = {"orbax" if isinstance(c, StoredTensors) else "diffusers" for c in found.values()}
-    if len(kinds) > 1:
-        raise InputError(f"{root}: expected components of one layout; received both")
-    if (root / MANIFEST).is_file():
-        check_sizes(root)
-    model = Model(name, kinds.pop() if kinds else "diffusers", root, found)
-    for part in sorted(present & set(CARRIED)):
-        if not (root / part).is_dir():
-            raise InputError(
-                f"{root / part}: expected the directory that {_INDEX} names; received none"
-            )
-        model.carried |= {
-            f"{part}/{f.name}": f for f in sorted((root / part).iterdir()) if f.is_file()
-        }
-    model.carried |= {f.name: f for f in root.glob("LICENSE*") if f.is_file()}
-    if index is not None:
-        model.written[_INDEX] = index
-    known = {*COMPONENTS, *CARRIED, _INDEX, MANIFEST, *model.carried}
-    model.skipped = sorted(
-        p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(".")
-    )
-    return model
-
-
-def _original(name: str, revision: str | None, ignore: Sequence[str]) -> Model:
+def _open_file(
+    name: str, formats: Sequence[FileFormats], revision: str | None, ignore: Sequence[str]
+) -> Model:
+    """An original single file, on this machine or on the Hub."""
     path = pathlib.Path(name)
     if not path.is_file():
         repository, _, file = name.rpartition("/")
@@ -224,30 +175,47 @@ def _original(name: str, revision: str | None, ignore: Sequence[str]) -> Model:
                 f"model: expected a file or a Hub name owner/model/file.safetensors; received {name!r}"
             )
         path = download(repository, [file], revision=revision) / file
-    model = Model(name, "original", path, dict(open_original(path, ignore)))
-    model.written["scheduler/scheduler_config.json"] = SCHEDULER
-    parts = {part: [None, None] for part in (*COMPONENTS, *CARRIED)}
-    parts |= {part: list(CLASSES[part]) for part in (*model.components, "scheduler")}
-    model.written[_INDEX] = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "_diffusers_version": "0.30.0",
-        **parts,
+    original = open_original(path, formats, ignore)
+    family = original.formats
+    model = Model(name, "original", path, family, dict(original.components))
+    if family.single_file is not None:
+        model.written |= family.single_file.written
+    index: dict[str, Any] = {
+        "_class_name": family.pipeline,
+        "_diffusers_version": family.diffusers_version,
     }
+    folders = model.folders()
+    for part in family.folders:
+        index[part] = list(family.classes[part]) if part in folders else ABSENT
+    model.written[INDEX] = index
     return model
 
 
-def _complete(model: Model, other: Model) -> None:
-    """Adds the parts of `other` that `model` lacks."""
-    index = model.written.setdefault(_INDEX, {"_class_name": "StableDiffusion3Pipeline"})
-    theirs = other.written.get(_INDEX, {})
+def _complete(model: Model, companion: Model) -> None:
+    """Adds the parts of `companion` that `model` lacks."""
+    family = model.formats
+    index = model.written.setdefault(INDEX, {"_class_name": family.pipeline})
+    stated = companion.written.get(INDEX, {})
     for part in model.components:
-        index.setdefault(part, list(CLASSES[part]))
-    for part in COMPONENTS:
-        if part in other.components and part not in model.components:
-            model.components[part] = other.components[part]
-            index[part] = theirs.get(part, list(CLASSES[part]))
-    for part in CARRIED:
-        files = {name: file for name, file in other.carried.items() if name.startswith(f"{part}/")}
-        if files and not any(n.startswith(f"{part}/") for n in (*model.carried, *model.written)):
+        index.setdefault(part, list(family.classes[part]))
+    before = model.folders()
+    for part in family.folders:
+        if part in before:
+            continue
+        files = _files_of(companion, part)
+        if part in companion.components:
+            model.components[part] = companion.components[part]
+        elif files:
             model.carried |= files
-            index[part] = theirs.get(part, list(CLASSES[part]))
+        else:
+            continue
+        index[part] = stated.get(part, list(family.classes[part]))
+
+
+def _files_of(model: Model, part: str) -> dict[str, pathlib.Path]:
+    """Files of a carried folder, by their path in the result."""
+    files = {}
+    for name, file in model.carried.items():
+        if name.startswith(f"{part}/"):
+            files[name] = file
+    return files

@@ -23,6 +23,7 @@ import numpy as np
 from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.networks.fused_attention import Flash
 from marble_jax.types import Adapter, Conditioning, Params
+from marble_jax.weights.formats import FileFormats
 
 Place = Callable[[str, tuple[str, ...], Any], Any]
 """Called with (component, leaf path, leaf); returns the array where it shall live. A leaf has `shape` and `dtype`, and
@@ -270,6 +271,7 @@ class Family(abc.ABC):
       published_models: names of models on the Hub whose shapes are known without their files.
       tensor_parallel_modules: pattern of the flax modules whose partial products devices sum along `tensor`.
       gathered_tables: pattern of the flax modules that hold tables split over `fsdp`.
+      formats: how its files are laid out and what other libraries call its layers.
       diffusers: what its models are called in diffusers.
     """
 
@@ -282,6 +284,7 @@ class Family(abc.ABC):
     published_models: tuple[str, ...]
     tensor_parallel_modules: str
     gathered_tables: str
+    formats: FileFormats
     diffusers: DiffusersNames
 
     @abc.abstractmethod

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import traverse_util
 
-from marble_jax.families.base import Family, Layer
+from marble_jax.weights.formats import DenseLayer
+
+LayersAt = Callable[[tuple[str, ...], tuple[int, ...]], Sequence[DenseLayer]]
+"""(path of a module, shape of its kernel) -> the published layers that it holds, in stacking order; every family has
+one, `Family.layers_at`."""
 
 
 def kernel_shapes(shapes: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -19,16 +23,16 @@ def kernel_shapes(shapes: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int,
     return kernels
 
 
-def dense_layers(family: Family, shapes: Mapping[str, Any]) -> list[Layer]:
+def dense_layers(layers_at: LayersAt, shapes: Mapping[str, Any]) -> list[DenseLayer]:
     """Every dense layer, the ones an adapter can target, in tree order.
 
     Args:
-      family: names the layers.
+      layers_at: names the layers.
       shapes: parameters or abstract parameters of the transformer.
     """
     layers = []
     for path, shape in kernel_shapes(shapes).items():
-        for layer in family.layers_at(path, shape):
+        for layer in layers_at(path, shape):
             stacked = layer.index is not None
             if len(shape) == 2 + stacked:  # a convolution has more axes
                 layers.append(layer)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.types import Params
-from marble_jax.weights.component import StoredDir, load_component, open_component
+from marble_jax.weights.component import OrbaxDir, load_component, open_component
 from marble_jax.weights.key_map import path_entries
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
@@ -370,7 +370,7 @@ def _pixels(config: CLIPVisionConfig) -> jax.ShapeDtypeStruct:
 
 
 def _load(
-    source: SafetensorsDir | StoredDir,
+    source: SafetensorsDir | OrbaxDir,
     model: nn.Module,
     dtype: Any,
     place: Callable[..., Any] | None,

@@ -52,7 +52,7 @@ def model_shapes(settings: Settings) -> ModelShapes:
     spec = lora.lora_spec(settings.lora, family)
 
     def new_adapter() -> Adapter:
-        return lora.init_adapter(jax.random.key(0), family, networks.params, spec)
+        return lora.init_adapter(jax.random.key(0), family.layers_at, networks.params, spec)
 
     size = size_of(model)
     return ModelShapes(

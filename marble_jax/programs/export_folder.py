@@ -102,8 +102,8 @@ def exported_pairs(
     family: Family, adapter: Adapter, shapes: Any, spec: lora.LoraSpec
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The adapted layers' leaves by name, without the inert ones that only fill up a stacked run."""
-    pairs = lora.unstack(family, adapter)
-    layers = lora.target_layers(family, shapes, spec.targets)
+    pairs = lora.unstack(family.layers_at, adapter)
+    layers = lora.target_layers(family.layers_at, shapes, spec.targets)
     return {layer.name: pairs[layer.name] for layer in layers}
 
 

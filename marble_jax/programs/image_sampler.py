@@ -131,7 +131,11 @@ class ImageSampler:
         )
         networks, adapter = self._restored(networks)
         adapter = add_loras(
-            self._source.loras, self.family, networks.params, networks.options.lora_scale, adapter
+            self._source.loras,
+            networks.params,
+            self.family.formats,
+            networks.options.lora_scale,
+            adapter,
         )
         if self._source.loras:
             self.origin += f" with {self._source.loras}"

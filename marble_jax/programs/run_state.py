@@ -63,7 +63,7 @@ def restore_policy(
             f"--workdir: expected a run with a checkpoint; received {workdir.path}, which has none yet"
         )
     spec = lora.lora_spec(settings.lora, family)
-    blank = blank_state(settings, lora.init_adapter(jax.random.key(0), family, shapes, spec))
+    blank = blank_state(settings, lora.init_adapter(jax.random.key(0), family.layers_at, shapes, spec))
     checkpoints = Checkpoints(workdir.checkpoints, say=Console().say)
     try:
         step, state = checkpoints.restore(blank, step)

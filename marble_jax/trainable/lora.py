@@ -22,10 +22,11 @@ from flax import traverse_util
 
 from marble_jax.config import LoraSettings
 from marble_jax.errors import InputError, nearest
-from marble_jax.families.base import Family, Layer
-from marble_jax.families.layers import dense_layers, kernel_shapes
+from marble_jax.families.base import Family
+from marble_jax.families.layers import LayersAt, dense_layers, kernel_shapes
 from marble_jax.networks.lora_dense import check_adapter
 from marble_jax.types import Adapter, Params
+from marble_jax.weights.formats import DenseLayer
 
 _BLOCK = re.compile(r"^\w+\.\d+\.")  # the part of a layer's name that says which block it is in
 
@@ -61,7 +62,7 @@ class LoraSpec:
         """Factor alpha / rank of the low-rank product; the model's `lora_scale`."""
         return self.alpha / self.rank
 
-    def matches(self, layer: Layer) -> bool:
+    def matches(self, layer: DenseLayer) -> bool:
         """Whether a layer is adapted."""
         return any(_matches(layer.name, target) for target in self.targets)
 
@@ -73,19 +74,19 @@ def lora_spec(settings: LoraSettings, family: Family) -> LoraSpec:
 
 
 def target_layers(
-    family: Family, shapes: Mapping[str, Any], targets: tuple[str, ...]
-) -> list[Layer]:
+    layers_at: LayersAt, shapes: Mapping[str, Any], targets: tuple[str, ...]
+) -> list[DenseLayer]:
     """Layers whose published name ends with a target.
 
     Args:
-      family: names the layers.
+      layers_at: names the layers, as `Family.layers_at` does.
       shapes: parameters or abstract parameters of the transformer.
       targets: name suffixes.
 
     Raises:
       InputError: a target that matches no layer.
     """
-    layers = dense_layers(family, shapes)
+    layers = dense_layers(layers_at, shapes)
     for target in targets:
         if not any(_matches(layer.name, target) for layer in layers):
             suffixes = sorted({_BLOCK.sub("", layer.name) for layer in layers})
@@ -101,7 +102,7 @@ def target_layers(
 
 
 def init_adapter(
-    key: jax.Array, family: Family, shapes: Mapping[str, Any], spec: LoraSpec
+    key: jax.Array, layers_at: LayersAt, shapes: Mapping[str, Any], spec: LoraSpec
 ) -> Adapter:
     """New adapter: gaussian `a` of standard deviation 1/rank, zero `b`; the policy starts as the base model.
 
@@ -111,7 +112,7 @@ def init_adapter(
 
     Args:
       key: PRNG key.
-      family: names the layers.
+      layers_at: names the layers, as `Family.layers_at` does.
       shapes: parameters or abstract parameters of the transformer.
       spec: rank and targets.
 
@@ -120,10 +121,10 @@ def init_adapter(
     """
     kernels = kernel_shapes(shapes)
     leaves: dict[tuple[str, ...], jax.Array] = {}
-    targets = target_layers(family, shapes, spec.targets)
+    targets = target_layers(layers_at, shapes, spec.targets)
     for path in dict.fromkeys(layer.path for layer in targets):
         *stack, inner, outer = kernels[path]
-        layers = family.layers_at(path, kernels[path])
+        layers = layers_at(path, kernels[path])
         keys = [jax.random.fold_in(key, zlib.crc32(layer.name.encode())) for layer in layers]
 
         def draw(layer_key: jax.Array, inner: int = inner) -> jax.Array:
@@ -168,7 +169,7 @@ def num_parameters(adapter: Adapter) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(adapter))
 
 
-def unstack(family: Family, adapter: Adapter) -> dict[str, Factors]:
+def unstack(layers_at: LayersAt, adapter: Adapter) -> dict[str, Factors]:
     """Adapter by published layer name, on the host, for files of other libraries.
 
     Returns:
@@ -178,7 +179,7 @@ def unstack(family: Family, adapter: Adapter) -> dict[str, Factors]:
     pairs: dict[str, Factors] = {}
     for path in dict.fromkeys(path[:-1] for path in leaves):
         a, b = np.asarray(leaves[(*path, "a")]), np.asarray(leaves[(*path, "b")])
-        for layer in family.layers_at(path, a.shape):
+        for layer in layers_at(path, a.shape):
             if layer.index is None:
                 pairs[layer.name] = (a, b)
             else:
@@ -186,13 +187,15 @@ def unstack(family: Family, adapter: Adapter) -> dict[str, Factors]:
     return pairs
 
 
-def stack(family: Family, pairs: Mapping[str, Factors], shapes: Mapping[str, Any]) -> Adapter:
+def stack(
+    layers_at: LayersAt, pairs: Mapping[str, Factors], shapes: Mapping[str, Any]
+) -> Adapter:
     """Inverse of `unstack`: an adapter from (a [in, r], b [r, out]) by published layer name.
 
     Layers of a run that `pairs` lacks get zeros, as in `init_adapter`.
 
     Args:
-      family: names the layers.
+      layers_at: names the layers, as `Family.layers_at` does.
       pairs: leaves by layer; the rank is the same within a run.
       shapes: parameters or abstract parameters of the transformer.
 
@@ -200,7 +203,7 @@ def stack(family: Family, pairs: Mapping[str, Factors], shapes: Mapping[str, Any
       InputError: an unknown layer, or leaves that do not fit it.
     """
     kernels = kernel_shapes(shapes)
-    layers = {layer.name: layer for layer in dense_layers(family, shapes)}
+    layers = {layer.name: layer for layer in dense_layers(layers_at, shapes)}
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for name, (a, b) in pairs.items():
         if name not in layers:

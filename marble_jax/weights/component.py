@@ -8,7 +8,7 @@ one layout opens the other.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ from flax import traverse_util
 
 from marble_jax.errors import InputError, nearest
 from marble_jax.storage.files import read_json
-from marble_jax.weights.key_map import Entry, load_params
+from marble_jax.weights.key_map import Entry, Path, PlaceLeaf, floating_as, load_params
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
 PARAMS = "params"
 """Name of the Orbax checkpoint in a component directory."""
 
 
-class StoredDir:
+class OrbaxDir:
     """A component directory in our layout.
 
     Attributes:
@@ -35,6 +35,7 @@ class StoredDir:
 
     def __init__(self, path: pathlib.Path | str):
         """Opens the directory. Raises InputError when the config or the checkpoint is missing or damaged."""
+        # Orbax takes seconds to import, and most components are safetensors.
         from marble_jax.storage.leaves import leaf_shapes
 
         self.path = pathlib.Path(path)
@@ -45,15 +46,20 @@ class StoredDir:
         """Paths of all leaves."""
         return ["/".join(path) for path in self.leaves]
 
-    def groups(self) -> list[list[tuple[str, ...]]]:
+    def groups(self) -> list[list[Path]]:
         """All paths, in the groups they are best read in."""
         from marble_jax.storage.leaves import group_counts
 
-        paths = iter(self.leaves)
-        sizes = (leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
-        return [[next(paths) for _ in range(count)] for count in group_counts(sizes)]
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values()]
+        paths = list(self.leaves)
+        groups = []
+        start = 0
+        for count in grouped(sizes):
+            groups.append(paths[start : start + count])
+            start += count
+        return groups
 
-    def read(self, paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], np.ndarray]:
+    def read(self, paths: Sequence[Path]) -> dict[Path, np.ndarray]:
         """Some leaves. Raises InputError when one is damaged."""
         from marble_jax.storage.leaves import read_leaves
 
@@ -61,11 +67,9 @@ class StoredDir:
 
     def check(self, shapes: Mapping[str, Any]) -> None:
         """Raises InputError unless the leaves are those of `shapes`, a tree of shapes."""
-        expected = {
-            path: tuple(leaf.shape)
-            for path, leaf in traverse_util.flatten_dict(dict(shapes)).items()
-        }
+        expected = traverse_util.flatten_dict(dict(shapes))
         where = self.path / PARAMS
+        # Sorted, so that the same damage is always named by the same leaf.
         for path in sorted(set(expected) - set(self.leaves)):
             name = "/".join(path)
             raise InputError(
@@ -73,20 +77,20 @@ class StoredDir:
                 f"{nearest(name, self.keys())}"
             )
         for path in sorted(set(self.leaves) - set(expected)):
-            raise InputError(
-                f"{where}: expected only the leaves of this config; received {'/'.join(path)!r}"
-            )
-        for path, shape in expected.items():
-            if tuple(self.leaves[path].shape) != shape:
+            name = "/".join(path)
+            raise InputError(f"{where}: expected only the leaves of this config; received {name!r}")
+        for path, abstract in expected.items():
+            shape, received = tuple(abstract.shape), tuple(self.leaves[path].shape)
+            if received != shape:
+                name = "/".join(path)
                 raise InputError(
-                    f"{where}: leaf {'/'.join(path)!r}: expected shape {shape}; "
-                    f"received {tuple(self.leaves[path].shape)}"
+                    f"{where}: leaf {name!r}: expected shape {shape}; received {received}"
                 )
 
 
 def open_component(
     directory: pathlib.Path | str, variant: str | None = None
-) -> SafetensorsDir | StoredDir:
+) -> SafetensorsDir | OrbaxDir:
     """Opens a component directory of either layout.
 
     Args:
@@ -96,22 +100,20 @@ def open_component(
     Raises:
       InputError: missing or malformed directory.
     """
-    return (
-        StoredDir(directory)
-        if (pathlib.Path(directory) / PARAMS).is_dir()
-        else SafetensorsDir(directory, variant)
-    )
+    if (pathlib.Path(directory) / PARAMS).is_dir():
+        return OrbaxDir(directory)
+    return SafetensorsDir(directory, variant)
 
 
 def load_component(
-    source: SafetensorsDir | StoredDir,
+    source: SafetensorsDir | OrbaxDir,
     entries: Iterable[Entry],
     shapes: Mapping[str, Any],
     dtype: Any = None,
     ignore: Sequence[str] = (),
-    place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
+    place: PlaceLeaf | None = None,
 ) -> dict[str, Any]:
-    """`load_params` for either layout; `entries` and `ignore` are about published files.
+    """Does what `load_params` does, for either layout; `entries` and `ignore` are about published files.
 
     Raises:
       InputError: a tensor or leaf is missing, left over or of the wrong shape.
@@ -119,12 +121,16 @@ def load_component(
     if isinstance(source, SafetensorsDir):
         return load_params(source, entries, shapes, dtype, ignore, place)
     source.check(shapes)
-    abstract, filled = traverse_util.flatten_dict(dict(shapes)), {}
+    abstract = traverse_util.flatten_dict(dict(shapes))
+    filled = {}
     for group in source.groups():
         arrays = source.read(group)
         for path in group:
-            kind = abstract[path].dtype
-            kind = kind if dtype is None or not jnp.issubdtype(kind, jnp.floating) else dtype
-            host = arrays.pop(path).astype(kind, copy=False)
-            filled[path] = jnp.asarray(host) if place is None else place(path, host)
+            # Popped, so that a leaf's host copy goes as soon as it is placed.
+            stored = arrays.pop(path)
+            host = stored.astype(floating_as(abstract[path].dtype, dtype), copy=False)
+            if place is None:
+                filled[path] = jnp.asarray(host)
+            else:
+                filled[path] = place(path, host)
     return traverse_util.unflatten_dict(filled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from marble_jax.errors import InputError
 
@@ -38,15 +38,45 @@ def download(
             "huggingface.co and log in with `hf auth login`)"
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise InputError(
-            f"model {name!r}: expected a directory or a Hub model{at}; received neither"
-        ) from error
-    except (
-        Exception
-    ) as error:  # the transport's own errors change between releases; the cause stays attached
+        place = "a directory or a Hub model"
+        if revision:
+            place = f"{place} at revision {revision!r}"
+        raise InputError(f"model {name!r}: expected {place}; received neither") from error
+    # The transport's own errors change between releases; the cause stays attached.
+    except Exception as error:
         raise InputError(
             f"model {name!r}: expected a directory, a cached Hub model or a reachable Hub; received no such "
             f"directory and {type(error).__name__}"
         ) from error
     return pathlib.Path(local)
+
+
+def find_model(
+    name: pathlib.Path | str,
+    folders: Iterable[str],
+    skipped: Iterable[str] = (),
+    revision: str | None = None,
+) -> pathlib.Path:
+    """The local directory of a model: `name` itself if it exists, else the Hub model of that name, downloaded.
+
+    Args:
+      name: a directory, or owner/model.
+      folders: component folders to download with `model_index.json`.
+      skipped: of those, the ones not wanted.
+      revision: branch, tag or commit of a Hub model.
+
+    Raises:
+      InputError: no such directory, and not a Hub model that can be had (unknown, gated, or no network).
+    """
+    path = pathlib.Path(name)
+    if path.is_dir():
+        return path
+    if not HUB_NAME.fullmatch(str(name)):
+        raise InputError(
+            f"model: expected a directory or a Hub name owner/model; received {str(name)!r}"
+        )
+    # Components only: the root of such a repository holds all weights a second time in single files. Of the
+    # components the full precision only, as a directory with both variants opens with that one.
+    patterns = ["model_index.json", *(f"{folder}/*" for folder in folders)]
+    unwanted = ["*.fp16*", *(f"{folder}/*" for folder in skipped)]
+    return download(str(name), patterns, unwanted, revision)

@@ -20,10 +20,29 @@ from flax import traverse_util
 from marble_jax.errors import InputError, nearest, one_of
 from marble_jax.weights.safetensors_files import Tensors
 
-_STRIP = 128  # rows of a matrix that is transposed
+# Rows of a matrix that is transposed at a time: source and target lines of a strip fit the cache together.
+_STRIP = 128
 
-# (axes from the file layout to ours, axes back). In torch, Linear is [out, in] and Conv2d [out, in, height, width].
-_AXES = {"none": (None, None), "linear": ((1, 0), (1, 0)), "conv": ((2, 3, 1, 0), (3, 2, 0, 1))}
+# Torch keeps Linear as [out, in] and Conv2d as [out, in, height, width]; flax takes [in, out] and [h, w, in, out].
+_AXES_TO_LEAF: dict[str, tuple[int, ...] | None] = {
+    "none": None,
+    "linear": (1, 0),
+    "conv": (2, 3, 1, 0),
+}
+_AXES_TO_FILE: dict[str, tuple[int, ...] | None] = {
+    "none": None,
+    "linear": (1, 0),
+    "conv": (3, 2, 0, 1),
+}
+_KERNELS = {2: "linear", 4: "conv"}
+"""Transform of a kernel by its rank."""
+_TORCH_WEIGHTS = ("kernel", "scale", "embedding")
+"""Leaves that torch calls `weight`."""
+
+Path = tuple[str, ...]
+"""Keys from the root of a parameter tree to a leaf."""
+PlaceLeaf = Callable[[Path, Any], Any]
+"""(path, leaf) -> the leaf as an array on devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,29 +57,9 @@ class Entry:
     """
 
     key: str
-    path: tuple[str, ...]
+    path: Path
     transform: str = "none"
     index: int | None = None
-
-
-def linear(
-    key: str, path: Sequence[str], index: int | None = None, bias: bool = True
-) -> list[Entry]:
-    """Entries of a torch Linear `key` filling a Dense at `path`."""
-    entries = [Entry(f"{key}.weight", (*path, "kernel"), "linear", index)]
-    return [*entries, Entry(f"{key}.bias", (*path, "bias"), "none", index)] if bias else entries
-
-
-def conv(key: str, path: Sequence[str], index: int | None = None) -> list[Entry]:
-    """Entries of a biased torch Conv2d `key` filling a Conv at `path`."""
-    weight = Entry(f"{key}.weight", (*path, "kernel"), "conv", index)
-    return [weight, Entry(f"{key}.bias", (*path, "bias"), "none", index)]
-
-
-def norm(key: str, path: Sequence[str], index: int | None = None, bias: bool = True) -> list[Entry]:
-    """Entries of a torch normalisation `key` filling leaves `scale` (and `bias`) at `path`."""
-    entries = [Entry(f"{key}.weight", (*path, "scale"), "none", index)]
-    return [*entries, Entry(f"{key}.bias", (*path, "bias"), "none", index)] if bias else entries
 
 
 def path_entries(shapes: Mapping[str, Any]) -> list[Entry]:
@@ -71,10 +70,22 @@ def path_entries(shapes: Mapping[str, Any]) -> list[Entry]:
     """
     entries = []
     for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
-        name = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
-        transform = {2: "linear", 4: "conv"}[len(leaf.shape)] if path[-1] == "kernel" else "none"
-        entries.append(Entry(".".join((*path[:-1], name)), path, transform))
+        *modules, name = path
+        transform = "none"
+        if name == "kernel":
+            transform = _KERNELS[len(leaf.shape)]
+        if name in _TORCH_WEIGHTS:
+            name = "weight"
+        entries.append(Entry(".".join((*modules, name)), path, transform))
     return entries
+
+
+def floating_as(kind: Any, dtype: Any) -> np.dtype:
+    """Dtype that a leaf of dtype `kind` is to have: `dtype` if it is floating and a `dtype` is asked for, else `kind`."""
+    # ml_dtypes' bfloat16 is floating to JAX and not to NumPy.
+    if dtype is None or not jnp.issubdtype(kind, jnp.floating):
+        return np.dtype(kind)
+    return np.dtype(dtype)
 
 
 def load_params(
@@ -83,7 +94,7 @@ def load_params(
     shapes: Mapping[str, Any],
     dtype: Any = None,
     ignore: Sequence[str] = (),
-    place: Callable[[tuple[str, ...], Leaf], Any] | None = None,
+    place: PlaceLeaf | None = None,
 ) -> dict[str, Any]:
     """Fills a parameter tree from a file.
 
@@ -93,8 +104,8 @@ def load_params(
       shapes: abstract parameters, `jax.eval_shape(module.init, ...)["params"]`.
       dtype: dtype of all floating leaves; None keeps the dtype of `shapes`.
       ignore: `fnmatch` patterns of tensors in the file that this network does not use.
-      place: called with (path, leaf) once per leaf, for a device or sharding. A leaf is read when it is indexed, and
-        only what is asked for; `np.asarray` reads it whole. Default `jnp.asarray`.
+      place: called with (path, `LazyLeaf`) once per leaf, for a device or sharding. A leaf is read when it is indexed,
+        and only what is asked for; `np.asarray` reads it whole. Default `jnp.asarray`.
 
     Returns:
       Nested dict with the structure of `shapes`.
@@ -104,21 +115,20 @@ def load_params(
     """
     leaves = traverse_util.flatten_dict(dict(shapes))
     filled = {}
-    for path, group in matched(source, entries, shapes, ignore).items():
-        kind = (
-            leaves[path].dtype
-            if dtype is None or not jnp.issubdtype(leaves[path].dtype, jnp.floating)
-            else dtype
-        )
-        leaf = Leaf(source, group, leaves[path].shape, kind)
-        filled[path] = jnp.asarray(leaf[...]) if place is None else place(path, leaf)
+    for path, group in match_entries(source, entries, shapes, ignore).items():
+        abstract = leaves[path]
+        leaf = LazyLeaf(source, group, abstract.shape, floating_as(abstract.dtype, dtype))
+        if place is None:
+            filled[path] = jnp.asarray(leaf[...])
+        else:
+            filled[path] = place(path, leaf)
     return traverse_util.unflatten_dict(filled)
 
 
-def matched(
+def match_entries(
     source: Tensors, entries: Iterable[Entry], shapes: Mapping[str, Any], ignore: Sequence[str] = ()
-) -> dict[tuple[str, ...], list[Entry]]:
-    """The entries by leaf, after checking names and shapes against a file; reads no tensor.
+) -> dict[Path, list[Entry]]:
+    """Groups entries by leaf after checking names and shapes against a file; reads no tensor.
 
     Args:
       source: an open directory or file.
@@ -130,35 +140,47 @@ def matched(
       InputError: as `load_params`.
     """
     leaves = traverse_util.flatten_dict(dict(shapes))
-    groups = _group(entries, leaves)
-    known = {e.key for group in groups.values() for e in group}
-    present = set(source.keys())
-    missing = sorted(known - present)
-    if missing:
-        raise InputError(
-            f"{source.path}: expected tensor {missing[0]!r}{_more(missing)}; received a file without it"
-            f"{nearest(missing[0], present - known)}"
-        )
-    extra = sorted(
-        k for k in present - known if not any(fnmatch.fnmatchcase(k, pattern) for pattern in ignore)
-    )
-    if extra:
-        raise InputError(
-            f"{source.file(extra[0])}: expected only the tensors of this config; received {extra[0]!r}"
-            f"{_more(extra)}"
-        )
+    groups = _group_by_leaf(entries, leaves)
+    _check_keys(source, groups, ignore)
     for path, group in groups.items():
         for entry in group:
             expected = published_shape(entry, leaves[path].shape)
-            if source.shape(entry.key) != expected:
+            received = source.shape(entry.key)
+            if received != expected:
                 raise InputError(
                     f"{source.file(entry.key)}: tensor {entry.key!r}: expected shape {expected}; "
-                    f"received {source.shape(entry.key)}"
+                    f"received {received}"
                 )
     return groups
 
 
-class Leaf:
+def matches_any(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a tensor's name matches one of some `fnmatch` patterns."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _check_keys(
+    source: Tensors, groups: Mapping[Path, Sequence[Entry]], ignore: Sequence[str]
+) -> None:
+    """Raises InputError unless a file has the tensors of all entries, and beside them only ignored ones."""
+    mapped = {entry.key for group in groups.values() for entry in group}
+    present = set(source.keys())
+    missing = sorted(mapped - present)
+    unmapped = present - mapped
+    if missing:
+        raise InputError(
+            f"{source.path}: expected tensor {missing[0]!r}{and_more(missing)}; received a file without it"
+            f"{nearest(missing[0], unmapped)}"
+        )
+    extra = [key for key in sorted(unmapped) if not matches_any(key, ignore)]
+    if extra:
+        raise InputError(
+            f"{source.file(extra[0])}: expected only the tensors of this config; received {extra[0]!r}"
+            f"{and_more(extra)}"
+        )
+
+
+class LazyLeaf:
     """A parameter leaf in a file, of which each part is read when it is asked for.
 
     Attributes:
@@ -168,103 +190,136 @@ class Leaf:
 
     def __init__(self, source: Tensors, group: Sequence[Entry], shape: tuple[int, ...], dtype: Any):
         """The leaf that the tensors of `group` make up."""
-        self._source, self._group = source, group
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-        self._kept: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        self._source = source
+        self._group = group
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self._parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """The part at `index`, slices without steps or `...`; devices that hold the same part share one array."""
-        index = (slice(None),) * len(self.shape) if index is Ellipsis else index
-        bounds = tuple(s.indices(length)[:2] for s, length in zip(index, self.shape, strict=True))
-        if bounds not in self._kept:
-            self._kept[bounds] = self._read(bounds)
-        return self._kept[bounds]
+        if index is Ellipsis:
+            index = (slice(None),) * len(self.shape)
+        bounds = tuple(
+            part.indices(length)[:2] for part, length in zip(index, self.shape, strict=True)
+        )
+        if bounds not in self._parts:
+            self._parts[bounds] = self._read(bounds)
+        return self._parts[bounds]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The whole leaf."""
         return self[...].astype(dtype or self.dtype, copy=False)
 
     def _read(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """The part between (first, last) of each axis."""
         host = np.empty([last - first for first, last in bounds], self.dtype)
         for entry in self._group:
-            target, wanted = host, bounds
+            target = host
+            tensor_bounds = bounds
             if entry.index is not None:
-                (first, last), *wanted = bounds
+                # Axis 0 of a stacked leaf counts layers: each tensor is one of them, and only those asked for are read.
+                first, last = bounds[0]
                 if not first <= entry.index < last:
                     continue
                 target = host[entry.index - first]
-            axes = _AXES[entry.transform][0]
+                tensor_bounds = bounds[1:]
+            axes = _AXES_TO_LEAF[entry.transform]
             tensor = self._source.read(entry.key)
-            tensor = tensor if axes is None else tensor.transpose(axes)
-            copy(target[...], tensor[tuple(slice(*each) for each in wanted)])
+            if axes is not None:
+                tensor = tensor.transpose(axes)
+            part = tuple(slice(first, last) for first, last in tensor_bounds)
+            # `[...]` keeps the slot of a scalar leaf an array that can be written to.
+            copy(target[...], tensor[part])
             self._source.release(entry.key)
         return host
 
 
-def fill(source: Tensors, group: Sequence[Entry], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """One leaf, from the tensors that make it up."""
-    return Leaf(source, group, shape, dtype)[...]
+def read_leaf(
+    source: Tensors, group: Sequence[Entry], shape: tuple[int, ...], dtype: Any
+) -> np.ndarray:
+    """One whole leaf, from the tensors that make it up."""
+    return LazyLeaf(source, group, shape, dtype)[...]
 
 
 def copy(target: np.ndarray, tensor: np.ndarray) -> None:
-    """`target[...] = tensor`; a transposed matrix in strips that fit the cache, three to eight times as fast."""
-    if tensor.ndim == 2 and tensor.strides[0] < tensor.strides[1]:
-        for start in range(0, tensor.shape[1], _STRIP):
-            target[:, start : start + _STRIP] = tensor[:, start : start + _STRIP]
-    else:
+    """Does `target[...] = tensor`; a transposed matrix in strips that fit the cache, three to eight times as fast."""
+    if tensor.ndim != 2 or tensor.strides[0] >= tensor.strides[1]:
         target[...] = tensor
+        return
+    for start in range(0, tensor.shape[1], _STRIP):
+        strip = slice(start, start + _STRIP)
+        target[:, strip] = tensor[:, strip]
 
 
-def published(entry: Entry, leaf: np.ndarray) -> np.ndarray:
+def published_tensor(entry: Entry, leaf: np.ndarray) -> np.ndarray:
     """The tensor of `entry` in the file's layout, as a view of its leaf."""
-    axes = _AXES[entry.transform][1]
-    tensor = leaf if entry.index is None else leaf[entry.index]
-    return tensor if axes is None else tensor.transpose(axes)
+    axes = _AXES_TO_FILE[entry.transform]
+    tensor = leaf
+    if entry.index is not None:
+        tensor = leaf[entry.index]
+    if axes is None:
+        return tensor
+    return tensor.transpose(axes)
 
 
 def published_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape in the file of the tensor of `entry`, which is part of a leaf of `shape`."""
-    shape, axes = tuple(shape[entry.index is not None :]), _AXES[entry.transform][1]
-    return shape if axes is None or len(axes) != len(shape) else tuple(shape[a] for a in axes)
+    axes = _AXES_TO_FILE[entry.transform]
+    shape = tuple(shape)
+    if entry.index is not None:
+        shape = shape[1:]
+    # A leaf of another rank than the transform's cannot be right; its own shape makes the clearer error.
+    if axes is None or len(axes) != len(shape):
+        return shape
+    return tuple(shape[axis] for axis in axes)
 
 
 def save_params(params: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, np.ndarray]:
     """Inverse of `load_params`: tensors by file key, in the file's layout and the dtype of `params`."""
     leaves = traverse_util.flatten_dict(dict(params))
     tensors = {}
-    for path, group in _group(entries, leaves).items():
+    for path, group in _group_by_leaf(entries, leaves).items():
         host = np.asarray(jax.device_get(leaves[path]))
-        tensors.update({entry.key: np.array(published(entry, host), order="C") for entry in group})
+        for entry in group:
+            # Row by row, as files hold tensors: writers take the bytes of an array as they lie.
+            tensors[entry.key] = np.array(published_tensor(entry, host), order="C")
     return tensors
 
 
-def _group(
-    entries: Iterable[Entry], leaves: Mapping[tuple[str, ...], Any]
-) -> dict[tuple[str, ...], list[Entry]]:
+def _group_by_leaf(entries: Iterable[Entry], leaves: Mapping[Path, Any]) -> dict[Path, list[Entry]]:
     """Entries by leaf; raises unless they fill every leaf, and every slice of it, exactly once."""
-    groups: dict[tuple[str, ...], list[Entry]] = {}
+    groups: dict[Path, list[Entry]] = {}
     for entry in entries:
-        one_of(f"transform of {entry.key!r}", entry.transform, _AXES)
+        one_of(f"transform of {entry.key!r}", entry.transform, _AXES_TO_LEAF)
         groups.setdefault(entry.path, []).append(entry)
     for path in sorted(set(groups) ^ set(leaves)):
-        what = (
-            "leaf without a tensor"
-            if path in leaves
-            else f"tensor {groups[path][0].key!r} without a leaf"
-        )
+        received = "leaf without a tensor"
+        if path in groups:
+            received = f"tensor {groups[path][0].key!r} without a leaf"
         raise InputError(
-            f"parameter {'/'.join(path)}: expected key map entries and leaves to agree; received a {what}"
+            f"parameter {'/'.join(path)}: expected key map entries and leaves to agree; received a {received}"
         )
     for path, group in groups.items():
-        slots = [e.index for e in group]
-        if slots != [None] and sorted(-1 if s is None else s for s in slots) != list(
-            range(leaves[path].shape[0])
-        ):
+        slots = [entry.index for entry in group]
+        if not _fill_once(slots, leaves[path].shape):
             raise InputError(
                 f"parameter {'/'.join(path)}: expected each of its slices once; received {slots}"
             )
     return groups
 
 
-def _more(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+def _fill_once(slots: Sequence[int | None], shape: Sequence[int]) -> bool:
+    """Whether tensors with these indices fill a leaf of `shape`: one whole tensor, or one for each slice of axis 0."""
+    if slots == [None]:
+        return True
+    layers = [slot for slot in slots if slot is not None]
+    # A whole tensor among slices is left out of `layers`, which is then shorter than `slots`.
+    return len(layers) == len(slots) and sorted(layers) == list(range(shape[0]))
+
+
+def and_more(names: Sequence[str]) -> str:
+    """` (and N more)` after the first of several names in a message; empty for one name."""
+    if len(names) < 2:
+        return ""
+    return f" (and {len(names) - 1} more)"

@@ -8,10 +8,12 @@ Source: safetensors format description (8-byte little-endian header length, JSON
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import mmap
 import pathlib
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -20,71 +22,139 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.storage.files import read_json
 
-DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-}  # fmt: skip
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""Dtypes by the names of safetensors headers."""
 _STEMS = ("diffusion_pytorch_model", "model")
+# Bytes. No published header comes near; a damaged length must not make Python read gigabytes of "JSON".
 _MAX_HEADER = 100_000_000
 
 
 class Tensors(Protocol):
-    """Named tensors in a published layout, wherever they come from: what `SafetensorsDir` does, as a type."""
+    """Named tensors in a published layout, whatever they are stored in.
+
+    `SafetensorsFile`, `SafetensorsDir` and `TorchPickleFile` have these methods, and so has whatever renames, casts or
+    cuts the tensors of another one on their way.
+    """
 
     path: pathlib.Path
 
-    def keys(self) -> list[str]: ...
-    def shape(self, key: str) -> tuple[int, ...]: ...
-    def dtype(self, key: str) -> np.dtype: ...
-    def read(self, key: str) -> np.ndarray: ...
-    def release(self, key: str) -> None: ...
-    def file(self, key: str) -> pathlib.Path: ...
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    def dtype(self, key: str) -> np.dtype:
+        """Dtype of a tensor, without reading it."""
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor, which is not to be changed."""
+
+    def release(self, key: str) -> None:
+        """Gives back the memory that reading the tensor took, where it can be given back."""
+
+    def file(self, key: str) -> pathlib.Path:
+        """The file that holds a tensor, for messages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Extent:
+    """A tensor's entry of the header: `first` and `last` are byte offsets into the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that shape and dtype ask for."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class SafetensorsFile:
-    """Memory-mapped view of one safetensors file."""
+    """Memory-mapped view of one safetensors file.
+
+    Attributes:
+      path: the file.
+      metadata: free text entries of the header.
+    """
 
     def __init__(self, path: pathlib.Path | str):
-        """Reads and checks the header. Raises InputError naming the file when it is missing, truncated or corrupt."""
+        """Reads and checks the header.
+
+        Raises:
+          InputError: the file is missing, truncated or corrupt.
+        """
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise InputError(f"{self.path}: expected a safetensors file; received no such file")
         size = self.path.stat().st_size
+        header, self._start = self._read_header(size)
+        self.metadata, self._extents = self._parse_header(header)
+        end = self._check_extents()
+        if self._start + end != size:
+            raise self._corrupt(f"{self._start + end} bytes; received {size}")
+        self._map: mmap.mmap | None = None
+        if end == 0:
+            # A file without a byte of data may still name tensors of size zero; there is nothing to map.
+            self._bytes = np.zeros(size, np.uint8)
+            return
+        with self.path.open("rb") as handle:
+            self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+
+    def _read_header(self, size: int) -> tuple[bytes, int]:
+        """Returns the header's JSON text and the offset at which the data begin."""
         with self.path.open("rb") as handle:
             head = handle.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
                 raise self._corrupt(f"a complete header; received {size} bytes")
-            try:
-                header = json.loads(handle.read(length))
-                self.metadata: dict[str, str] = header.pop("__metadata__", {})
-                self._tensors = {
-                    k: (v["dtype"], tuple(v["shape"]), *v["data_offsets"])
-                    for k, v in header.items()
-                }
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise self._corrupt(f"a JSON header; received {type(error).__name__}") from error
-        self._start = 8 + length
+            return handle.read(length), 8 + length
+
+    def _parse_header(self, text: bytes) -> tuple[dict[str, str], dict[str, _Extent]]:
+        """Returns the metadata and the extents by tensor name."""
+        extents = {}
+        try:
+            header = json.loads(text)
+            metadata = header.pop("__metadata__", {})
+            for key, record in header.items():
+                first, last = record["data_offsets"]
+                extents[key] = _Extent(record["dtype"], tuple(record["shape"]), first, last)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._corrupt(f"a JSON header; received {type(error).__name__}") from error
+        return metadata, extents
+
+    def _check_extents(self) -> int:
+        """Returns the end of the last tensor, in bytes from the beginning of the data."""
         end = 0
-        for key, (dtype, shape, first, last) in self._tensors.items():
-            if dtype not in DTYPES:
+        for key, extent in self._extents.items():
+            if extent.dtype not in DTYPES:
                 expected = ", ".join(DTYPES)
                 raise InputError(
-                    f"{self.path}: tensor {key!r}: expected a dtype of {expected}; received {dtype}"
+                    f"{self.path}: tensor {key!r}: expected a dtype of {expected}; received {extent.dtype}"
                 )
-            if first < 0 or last - first != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+            length = extent.last - extent.first
+            if extent.first < 0 or length != extent.nbytes:
                 raise self._corrupt(
-                    f"tensor {key!r} of shape {shape} {dtype}; received {last - first} bytes"
+                    f"tensor {key!r} of shape {extent.shape} {extent.dtype}; received {length} bytes"
                 )
-            end = max(end, last)
-        if self._start + end != size:
-            raise self._corrupt(f"{self._start + end} bytes; received {size}")
-        self._map = None
-        if end:
-            with self.path.open("rb") as handle:
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        self._bytes = np.frombuffer(self._map, np.uint8) if end else np.zeros(size, np.uint8)
+            end = max(end, extent.last)
+        return end
 
     def _corrupt(self, detail: str) -> InputError:
         return InputError(f"{self.path}: truncated or corrupt safetensors file: expected {detail}")
@@ -95,28 +165,30 @@ class SafetensorsFile:
 
     def keys(self) -> list[str]:
         """Tensor names, in file order."""
-        return list(self._tensors)
+        return list(self._extents)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return self._tensors[key][1]
+        return self._extents[key].shape
 
     def dtype(self, key: str) -> np.dtype:
         """Dtype of a tensor, without reading it."""
-        return np.dtype(DTYPES[self._tensors[key][0]])
+        return DTYPES[self._extents[key].dtype]
 
     def read(self, key: str) -> np.ndarray:
         """Read-only view of a tensor in the file's dtype and layout; pages are read when touched."""
-        dtype, shape, first, last = self._tensors[key]
-        return (
-            self._bytes[self._start + first : self._start + last].view(DTYPES[dtype]).reshape(shape)
-        )
+        extent = self._extents[key]
+        first, last = self._start + extent.first, self._start + extent.last
+        raw = self._bytes[first:last]
+        return raw.view(DTYPES[extent.dtype]).reshape(extent.shape)
 
     def release(self, key: str) -> None:
         """Lets go of the pages a tensor was read into; without it, a whole model would stay in resident memory."""
         if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        first, last = (self._start + offset for offset in self._tensors[key][2:])
+        extent = self._extents[key]
+        first, last = self._start + extent.first, self._start + extent.last
+        # madvise takes whole pages; the neighbour on a shared page is read again when it is touched again.
         first -= first % mmap.PAGESIZE
         if last > first:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
@@ -150,41 +222,43 @@ class SafetensorsDir:
             )
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         self._files: dict[str, SafetensorsFile] = {}
-        for name, keys in self._shards(variant):
-            file = SafetensorsFile(self.path / name)
-            lost = sorted(set(keys) - set(file.keys())) if keys is not None else []
-            if lost:
-                raise InputError(
-                    f"{file.path}: expected tensor {lost[0]!r} of its index; received a file without it"
-                )
-            for key in file.keys():
-                if key in self._files:
-                    other = self.file(key).name
-                    raise InputError(
-                        f"{file.path}: expected each tensor once; received {key!r}, also in {other}"
-                    )
-                self._files[key] = file
+        for name, keys in self._shards(variant).items():
+            self._add(SafetensorsFile(self.path / name), keys)
 
-    def _shards(self, variant: str | None) -> list[tuple[str, list[str] | None]]:
-        for tag in (None, "fp16") if variant is None else (variant,):
-            dot = f".{tag}" if tag else ""
+    def _add(self, file: SafetensorsFile, promised: Iterable[str]) -> None:
+        """Adds a shard's tensors, among which are to be those that the index promised."""
+        present = file.keys()
+        lost = sorted(set(promised) - set(present))
+        if lost:
+            raise InputError(
+                f"{file.path}: expected tensor {lost[0]!r} of its index; received a file without it"
+            )
+        for key in present:
+            if key in self._files:
+                first = self.file(key).name
+                raise InputError(
+                    f"{file.path}: expected each tensor once; received {key!r}, also in {first}"
+                )
+            self._files[key] = file
+
+    def _shards(self, variant: str | None) -> dict[str, list[str]]:
+        """Returns file names with the tensors that an index promises of each; none without an index."""
+        # Plain files first: a directory with both holds full precision in those without a variant.
+        tags = ("", ".fp16") if variant is None else (f".{variant}",)
+        for tag in tags:
             for stem in _STEMS:
-                if (self.path / f"{stem}{dot}.safetensors").is_file():
-                    return [(f"{stem}{dot}.safetensors", None)]
-                index = self.path / f"{stem}.safetensors.index{dot}.json"
+                single = f"{stem}{tag}.safetensors"
+                if (self.path / single).is_file():
+                    return {single: []}
+                index = self.path / f"{stem}.safetensors.index{tag}.json"
                 if index.is_file():
-                    shards: dict[str, list[str]] = {}
-                    weight_map = read_json(index).get("weight_map")
-                    if not isinstance(weight_map, dict):
-                        raise InputError(f"{index}: expected an object 'weight_map'; received none")
-                    for key, name in weight_map.items():
-                        shards.setdefault(name, []).append(key)
-                    return sorted(shards.items())
-        wanted = " or ".join(
-            f"{stem}{f'.{variant}' if variant else ''}.safetensors" for stem in _STEMS
+                    return _indexed(index)
+        wanted = " or ".join(f"{stem}{tags[0]}.safetensors" for stem in _STEMS)
+        names = sorted(entry.name for entry in self.path.iterdir())
+        received = ", ".join(names) or "an empty directory"
+        raise InputError(
+            f"{self.path}: expected {wanted} (or its sharded index); received {received}"
         )
-        found = ", ".join(sorted(p.name for p in self.path.iterdir())) or "an empty directory"
-        raise InputError(f"{self.path}: expected {wanted} (or its sharded index); received {found}")
 
     def keys(self) -> list[str]:
         """Names of all tensors."""
@@ -208,4 +282,17 @@ class SafetensorsDir:
 
     def file(self, key: str) -> pathlib.Path:
         """The file that holds a tensor; the directory for a tensor it does not have."""
-        return self._files[key].path if key in self._files else self.path
+        if key not in self._files:
+            return self.path
+        return self._files[key].path
+
+
+def _indexed(index: pathlib.Path) -> dict[str, list[str]]:
+    """Tensor names by shard, shards in the order of their names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: expected an object 'weight_map'; received none")
+    shards: dict[str, list[str]] = {}
+    for key, name in weight_map.items():
+        shards.setdefault(name, []).append(key)
+    return dict(sorted(shards.items()))

@@ -11,31 +11,26 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from marble_jax.errors import InputError
-from marble_jax.weights.safetensors_files import SafetensorsFile, Tensors
+from marble_jax.weights.safetensors_files import DTYPES, SafetensorsFile, Tensors
 
 SUFFIXES = (".bin", ".pt", ".pth")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Under what a training checkpoint keeps its weights, beside epoch and optimiser state."""
-_DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-}
+_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
+"""By name: torch calls them as NumPy and ml_dtypes do."""
+_CARRIERS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+"""Dtypes that torch does not hand to NumPy, and the integers of the same width that carry their bits."""
 
 
-class PickledFile:
-    """The tensors of a `torch.save` file, memory-mapped where its format allows; see `weights.Tensors`."""
+class TorchPickleFile:
+    """The tensors of a `torch.save` file, memory-mapped where its format allows; a `safetensors_files.Tensors`.
+
+    Attributes:
+      path: the file.
+    """
 
     def __init__(self, path: pathlib.Path | str):
         """Opens the file.
@@ -46,6 +41,15 @@ class PickledFile:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise InputError(f"{self.path}: expected a file of weights; received no such file")
+        content, tensor_class = self._open()
+        self._tensors = _named_tensors(content, tensor_class)
+        if not self._tensors:
+            raise InputError(
+                f"{self.path}: expected named tensors; received a {type(content).__name__} without any"
+            )
+
+    def _open(self) -> tuple[Any, type]:
+        """Returns what the file holds, and torch's class of tensors."""
         try:
             import torch  # optional
         except ImportError as error:
@@ -53,20 +57,16 @@ class PickledFile:
                 f"{self.path}: expected the package torch to read a pickled file; received none "
                 "(pip install torch, or convert the file to safetensors)"
             ) from error
+        # torch maps its zip format only, and refuses to map files of before 1.6.
+        mapped = zipfile.is_zipfile(self.path)
         try:
-            content = torch.load(
-                self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
-            )
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # whatever a damaged or malicious file makes torch raise; the cause stays attached
             raise InputError(
                 f"{self.path}: expected a file of tensors that opens with weights_only; received "
                 f"{type(error).__name__}"
             ) from error
-        self._tensors = _tensors(content, torch.Tensor)
-        if not self._tensors:
-            raise InputError(
-                f"{self.path}: expected named tensors; received a {type(content).__name__} without any"
-            )
+        return content, torch.Tensor
 
     def keys(self) -> list[str]:
         """Tensor names, in file order."""
@@ -78,45 +78,53 @@ class PickledFile:
 
     def dtype(self, key: str) -> np.dtype:
         """Dtype of a tensor."""
-        return np.dtype(_DTYPES[str(self._tensors[key].dtype).removeprefix("torch.")])
+        name = str(self._tensors[key].dtype)
+        return _DTYPES[name.removeprefix("torch.")]
 
     def read(self, key: str) -> np.ndarray:
         """A tensor in the file's dtype and layout, not to be changed."""
-        tensor, dtype = self._tensors[key].detach().contiguous(), self.dtype(key)
-        if dtype == ml_dtypes.bfloat16:  # which torch does not hand to NumPy
-            import torch
+        tensor = self._tensors[key].detach().contiguous()
+        dtype = self.dtype(key)
+        if dtype.name not in _CARRIERS:
+            return tensor.numpy()
+        import torch
 
-            return tensor.view(torch.int16).numpy().view(dtype)
-        return tensor.numpy()
+        carrier = getattr(torch, _CARRIERS[dtype.name])
+        bits = tensor.view(carrier).numpy()
+        return bits.view(dtype)
 
     def release(self, key: str) -> None:
-        """Nothing: torch keeps the mapping."""
+        """Does nothing: torch keeps the mapping."""
 
     def file(self, key: str) -> pathlib.Path:
         """This file, whatever the tensor."""
         return self.path
 
 
-def _tensors(content: Any, kind: type) -> dict[str, Any]:
-    """The named tensors of a loaded file: its own, or those under the key where a training checkpoint has them."""
+def _named_tensors(content: Any, tensor_class: type) -> dict[str, Any]:
+    """The named tensors of a loaded file: at the top, or under the key where a training checkpoint has them."""
     if not isinstance(content, Mapping):
         return {}
     for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            return _tensors(content[wrapper], kind)
-    found = {str(key): value for key, value in content.items() if isinstance(value, kind)}
+        inner = content.get(wrapper)
+        if isinstance(inner, Mapping):
+            return _named_tensors(inner, tensor_class)
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, tensor_class):
+            tensors[str(key)] = value
     # Weights saved from a data-parallel wrapper carry its attribute in front of every name.
-    return (
-        {k.removeprefix("module."): v for k, v in found.items()}
-        if all(k.startswith("module.") for k in found)
-        else found
-    )
+    if not all(key.startswith("module.") for key in tensors):
+        return tensors
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
 def open_weights(path: pathlib.Path | str) -> Tensors:
-    """A file of weights by its ending: safetensors, or `.bin`, `.pt` and `.pth` through torch.
+    """Opens a file of weights by its ending: safetensors, or `.bin`, `.pt` and `.pth` through torch.
 
     Raises:
-      InputError: as `SafetensorsFile` and `PickledFile`.
+      InputError: as `SafetensorsFile` and `TorchPickleFile`.
     """
-    return PickledFile(path) if pathlib.Path(path).suffix in SUFFIXES else SafetensorsFile(path)
+    if pathlib.Path(path).suffix in SUFFIXES:
+        return TorchPickleFile(path)
+    return SafetensorsFile(path)

@@ -16,6 +16,7 @@ from PIL import Image
 from marble_jax.cli.main import main
 from marble_jax.convert.lora_files import lora_files
 from marble_jax.errors import InputError
+from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.layer_names import load_mmdit
 from marble_jax.programs import evaluate
 from marble_jax.programs.sample import Source
@@ -39,7 +40,7 @@ def lora(tmp_path_factory):
     adapter = jax.tree.map(
         lambda leaf: 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter
     )
-    for name, content in lora_files(adapters.unstack(adapter), spec).items():
+    for name, content in lora_files(adapters.unstack(adapter), spec, SD3_FORMATS).items():
         (folder / name).write_bytes(content)
     return folder
 

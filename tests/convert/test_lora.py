@@ -15,6 +15,7 @@ from marble_jax.convert.lora import add_loras, as_lora, combine, named_loras, re
 from marble_jax.convert.lora_files import lora_files
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.trainable import lora as adapters
 
@@ -34,7 +35,7 @@ NAMES = sorted(
 
 def random_pairs(names=NAMES, rank=RANK, seed=0):
     """(A [r, in], B [out, r]) of torch's layout, by layer."""
-    rng, widths = np.random.default_rng(seed), lora._widths(SHAPES)
+    rng, widths = np.random.default_rng(seed), lora.layer_widths(SHAPES, SD3_FORMATS)
     return {
         n: (
             rng.standard_normal((rank, widths[n][0])).astype(np.float32),
@@ -126,8 +127,8 @@ STYLES = {
 def test_key_styles(tmp_path, style):
     make, scale = STYLES[style]
     save_file(make(), tmp_path / "x.safetensors")
-    read = read_lora(str(tmp_path / "x.safetensors"), SHAPES)
-    assert_same(deltas(combine([(read, 1.0)], SHAPES)), expected(scale=scale))
+    read = read_lora(str(tmp_path / "x.safetensors"), SHAPES, SD3_FORMATS)
+    assert_same(deltas(combine([(read, 1.0)], SHAPES, SD3_FORMATS)), expected(scale=scale))
 
 
 ORIGINAL = {
@@ -162,7 +163,7 @@ SWAPPED = ("transformer_blocks.3.norm1_context.linear", "norm_out.linear")
     ],
 )
 def test_layers_of_the_original_repository(tmp_path, prefix, dotted, a, b):
-    rng, widths = np.random.default_rng(1), lora._widths(SHAPES)
+    rng, widths = np.random.default_rng(1), lora.layer_widths(SHAPES, SD3_FORMATS)
     tensors, wanted = {}, {}
     for layer, ours in ORIGINAL.items():
         inner, outer = widths[ours[0]]
@@ -180,8 +181,8 @@ def test_layers_of_the_original_repository(tmp_path, prefix, dotted, a, b):
                 np.concatenate([rows[half:], rows[:half]]) if name in SWAPPED else rows
             ).T
     save_file(tensors, tmp_path / "x.safetensors")
-    read = read_lora(str(tmp_path / "x.safetensors"), SHAPES)
-    assert_same(deltas(combine([(read, 1.0)], SHAPES)), wanted)
+    read = read_lora(str(tmp_path / "x.safetensors"), SHAPES, SD3_FORMATS)
+    assert_same(deltas(combine([(read, 1.0)], SHAPES, SD3_FORMATS)), wanted)
 
 
 def test_sixteen_bit_files(tmp_path):
@@ -190,7 +191,7 @@ def test_sixteen_bit_files(tmp_path):
         for n, (a, b) in PAIRS.items()
     }
     save_file(named(pairs, ".lora_A.weight", ".lora_B.weight"), tmp_path / "x.safetensors")
-    adapter = combine([(read_lora(str(tmp_path), SHAPES), 1.0)], SHAPES)
+    adapter = combine([(read_lora(str(tmp_path), SHAPES, SD3_FORMATS), 1.0)], SHAPES, SD3_FORMATS)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {np.dtype("float32")}
     wide = {n: (a.astype(np.float32), b.astype(np.float32)) for n, (a, b) in pairs.items()}
     assert_same(deltas(adapter), expected(wide))
@@ -239,10 +240,17 @@ def test_peft_directories_mean_what_peft_takes_them_for(tmp_path, transformer, o
     model, wanted = peft_model(transformer, **options)
     model.save_pretrained(tmp_path / "saved")
     assert_same(
-        deltas(combine([(read_lora(str(tmp_path / "saved"), SHAPES), 1.0)], SHAPES)), wanted
+        deltas(
+            combine(
+                [(read_lora(str(tmp_path / "saved"), SHAPES, SD3_FORMATS), 1.0)],
+                SHAPES,
+                SD3_FORMATS,
+            )
+        ),
+        wanted,
     )
-    read = read_lora(str(tmp_path / "saved" / "adapter_model.safetensors"), SHAPES)
-    assert_same(deltas(combine([(read, 1.0)], SHAPES)), wanted)
+    read = read_lora(str(tmp_path / "saved" / "adapter_model.safetensors"), SHAPES, SD3_FORMATS)
+    assert_same(deltas(combine([(read, 1.0)], SHAPES, SD3_FORMATS)), wanted)
 
 
 @pytest.mark.parametrize("header", [True, False])
@@ -264,28 +272,35 @@ def test_files_that_diffusers_saves(tmp_path, transformer, header):
         transformer_lora_layers=layers,
         **({"transformer_lora_adapter_metadata": config} if header else {}),
     )
-    read = read_lora(str(tmp_path), SHAPES)
-    assert_same(deltas(combine([(read, 1.0)], SHAPES)), wanted)
+    read = read_lora(str(tmp_path), SHAPES, SD3_FORMATS)
+    assert_same(deltas(combine([(read, 1.0)], SHAPES, SD3_FORMATS)), wanted)
     assert {layer.alpha for layer in read.layers.values()} == ({6.0, 9.0} if header else {None})
 
 
 def test_our_own_files_come_back(tmp_path):
     pairs = {n: (a.T, b.T) for n, (a, b) in PAIRS.items()}
-    for name, content in lora_files(pairs, SPEC).items():
+    for name, content in lora_files(pairs, SPEC, SD3_FORMATS).items():
         (tmp_path / name).write_bytes(content)
         if name.startswith("pytorch"):  # read alone, before PEFT's files are beside it
             assert_same(
-                deltas(combine([(read_lora(str(tmp_path), SHAPES), 1.0)], SHAPES)),
+                deltas(
+                    combine(
+                        [(read_lora(str(tmp_path), SHAPES, SD3_FORMATS), 1.0)], SHAPES, SD3_FORMATS
+                    )
+                ),
                 expected(scale=2.0),
             )
     assert_same(
-        deltas(combine([(read_lora(str(tmp_path), SHAPES), 1.0)], SHAPES)), expected(scale=2.0)
+        deltas(
+            combine([(read_lora(str(tmp_path), SHAPES, SD3_FORMATS), 1.0)], SHAPES, SD3_FORMATS)
+        ),
+        expected(scale=2.0),
     )
     upstream = tmp_path / "checkpoint"
     (upstream / "lora").mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (upstream / "lora" / name).write_bytes((tmp_path / name).read_bytes())
-    read = read_lora(str(upstream), SHAPES)
+    read = read_lora(str(upstream), SHAPES, SD3_FORMATS)
     assert {(layer.rank, layer.alpha, layer.scale) for layer in read.layers.values()} == {
         (RANK, ALPHA, 2.0)
     }
@@ -309,12 +324,15 @@ def test_several_of_different_ranks_and_layers(tmp_path):
     for name, delta in expected(other, -1.5 * 2.5 / 5).items():
         wanted[name] = wanted.get(name, 0) + delta
     text = f"{tmp_path / 'one.safetensors'}:0.5, {tmp_path / 'other.safetensors'}:-1.5"
-    assert_same(deltas(add_loras(text, SHAPES, 2.0), 2.0), wanted)
+    assert_same(deltas(add_loras(text, SHAPES, SD3_FORMATS, 2.0), 2.0), wanted)
     own = adapters.stack({n: (a.T, b.T) for n, (a, b) in PAIRS.items()}, SHAPES)
     for name, delta in expected(scale=2.0).items():
         wanted[name] = wanted.get(name, 0) + delta
-    assert_same(deltas(add_loras(text, SHAPES, 2.0, own), 2.0), wanted)
-    assert add_loras("", SHAPES, 2.0, own) is own and add_loras("", SHAPES, 2.0) is None
+    assert_same(deltas(add_loras(text, SHAPES, SD3_FORMATS, 2.0, own), 2.0), wanted)
+    assert (
+        add_loras("", SHAPES, SD3_FORMATS, 2.0, own) is own
+        and add_loras("", SHAPES, SD3_FORMATS, 2.0) is None
+    )
 
 
 def test_names_and_weights(tmp_path):
@@ -388,7 +406,7 @@ def test_starts_that_do_not_fit():
 def refused(tmp_path, tensors, match, name="x.safetensors", metadata=None):
     save_file(tensors, tmp_path / name, metadata=metadata)
     with pytest.raises(InputError, match=match) as error:
-        read_lora(str(tmp_path / name), SHAPES)
+        read_lora(str(tmp_path / name), SHAPES, SD3_FORMATS)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
@@ -513,16 +531,16 @@ def test_bad_files(tmp_path):
         InputError,
         match=r"LoRA: expected a directory, a .safetensors file or a hub id; received '/no",
     ):
-        read_lora("/nowhere", SHAPES)
+        read_lora("/nowhere", SHAPES, SD3_FORMATS)
     with pytest.raises(
         InputError, match="expected adapter_config.json with .* file; received an empty directory"
     ):
-        read_lora(str(tmp_path), SHAPES)
+        read_lora(str(tmp_path), SHAPES, SD3_FORMATS)
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(
         InputError, match=r"x.bin: expected a .safetensors file \(others can run code\)"
     ):
-        read_lora(str(tmp_path / "x.bin"), SHAPES)
+        read_lora(str(tmp_path / "x.bin"), SHAPES, SD3_FORMATS)
     refused(tmp_path, {}, "expected LoRA tensors; received an empty file")
     save_file(GOOD, tmp_path / "x.safetensors")
     whole = (tmp_path / "x.safetensors").read_bytes()
@@ -530,7 +548,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(
         InputError, match=rf"truncated or corrupt safetensors file: expected {len(whole)} bytes"
     ):
-        read_lora(str(tmp_path), SHAPES)
+        read_lora(str(tmp_path), SHAPES, SD3_FORMATS)
     refused(
         tmp_path,
         named(PAIRS, ".lora_A.weight", ".lora_B.weight", "base_model.model.{}".format),
@@ -575,24 +593,28 @@ def test_bad_files(tmp_path):
     ],
 )
 def test_bad_peft_configurations(tmp_path, change, match):
-    for name, content in lora_files({n: (a.T, b.T) for n, (a, b) in PAIRS.items()}, SPEC).items():
+    for name, content in lora_files(
+        {n: (a.T, b.T) for n, (a, b) in PAIRS.items()}, SPEC, SD3_FORMATS
+    ).items():
         (tmp_path / name).write_bytes(content)
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | change
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=f"adapter_config.json: {match}"):
-        read_lora(str(tmp_path), SHAPES)
+        read_lora(str(tmp_path), SHAPES, SD3_FORMATS)
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(
         InputError, match="adapter_config.json: expected a JSON object; received a list"
     ):
-        read_lora(str(tmp_path), SHAPES)
+        read_lora(str(tmp_path), SHAPES, SD3_FORMATS)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(
         InputError, match="adapter_config.json: expected valid JSON; received an error at"
     ):
-        read_lora(str(tmp_path), SHAPES)
+        read_lora(str(tmp_path), SHAPES, SD3_FORMATS)
 
 
 def test_as_lora_keeps_the_scale():
     adapter = adapters.stack({n: (a.T, b.T) for n, (a, b) in PAIRS.items()}, SHAPES)
-    assert_same(deltas(combine([(as_lora("run", adapter, 2.0), 0.5)], SHAPES)), expected())
+    assert_same(
+        deltas(combine([(as_lora("run", adapter, 2.0), 0.5)], SHAPES, SD3_FORMATS)), expected()
+    )

@@ -23,14 +23,19 @@ from safetensors.numpy import load_file, save_file
 from marble_jax.cli.main import main
 from marble_jax.convert import model as converting
 from marble_jax.convert import writing
-from marble_jax.convert.model import convert
 from marble_jax.errors import InputError
+from marble_jax.families.formats import registered_formats
 from marble_jax.families.sd3.pipeline import load_pipeline
-from marble_jax.weights.component import StoredDir, load_component
+from marble_jax.weights.component import OrbaxDir, load_component
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded" / "pipeline"))
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def convert(name, out, *arguments, **options):
+    """Converts a model of any family."""
+    return converting.convert(name, out, registered_formats(), *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,7 @@ def test_dtypes_are_cast_as_torch_casts_them(encoder, tmp_path, dtype):
 
 def test_our_layout_to_another_dtype(stored, tmp_path):
     convert(str(stored), str(tmp_path / "out"), "orbax", "bfloat16", ["vae"])
-    before, after = StoredDir(stored / "vae"), StoredDir(tmp_path / "out/vae")
+    before, after = OrbaxDir(stored / "vae"), OrbaxDir(tmp_path / "out/vae")
     path = ("decoder", "conv_in", "kernel")
     assert {leaf.dtype for leaf in after.leaves.values()} == {np.dtype(ml_dtypes.bfloat16)}
     np.testing.assert_array_equal(
@@ -277,7 +282,7 @@ def test_damage_in_our_layout(stored, tmp_path):
         shutil.copytree(EMBEDDED / part, model / part)
     with pytest.raises(InputError, match="model: expected components of one layout; received both"):
         convert(str(model), str(tmp_path / "out"))
-    source = StoredDir(model / "vae")
+    source = OrbaxDir(model / "vae")
     with pytest.raises(InputError, match="expected only the leaves of this config; received '.*'"):
         load_component(source, (), {})
 
@@ -534,6 +539,6 @@ def test_another_job_starts_afresh_and_two_at_once_are_refused(
     assert (partial / "vae").is_dir()
     convert(str(encoder), str(tmp_path / "out"), dtype="float32")
     assert "resuming" not in capsys.readouterr().out and not partial.exists()
-    assert {leaf.dtype for leaf in StoredDir(tmp_path / "out/vae").leaves.values()} == {
+    assert {leaf.dtype for leaf in OrbaxDir(tmp_path / "out/vae").leaves.values()} == {
         np.dtype(np.float32)
     }

@@ -11,17 +11,25 @@ import pytest
 from safetensors.numpy import save_file
 
 from marble_jax.errors import InputError
-from marble_jax.weights.key_map import (
-    Entry,
-    conv,
-    copy,
-    linear,
-    load_params,
-    norm,
-    path_entries,
-    save_params,
-)
+from marble_jax.weights.key_map import Entry, copy, load_params, path_entries, save_params
 from marble_jax.weights.safetensors_files import SafetensorsDir, SafetensorsFile
+
+
+def linear(key, path, index=None):
+    """Entries of a torch Linear `key` filling a Dense at `path`."""
+    return [
+        Entry(f"{key}.weight", (*path, "kernel"), "linear", index),
+        Entry(f"{key}.bias", (*path, "bias"), "none", index),
+    ]
+
+
+def conv(key, path):
+    """Entries of a torch Conv2d `key` filling a Conv at `path`."""
+    return [
+        Entry(f"{key}.weight", (*path, "kernel"), "conv"),
+        Entry(f"{key}.bias", (*path, "bias")),
+    ]
+
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -37,7 +45,7 @@ ENTRIES = [
     *linear("layers.1", ("run",), 1),
     *linear("layers.0", ("run",), 0),
     *conv("patch", ("patch",)),
-    *norm("out_norm", ("deep", "norm"), bias=False),
+    Entry("out_norm.weight", ("deep", "norm", "scale")),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from marble_jax.errors import InputError
-from marble_jax.weights.torch_pickle import PickledFile, open_weights
+from marble_jax.weights.torch_pickle import TorchPickleFile, open_weights
 
 torch = pytest.importorskip("torch")
 VALUES = {
@@ -61,23 +61,23 @@ def test_refuses_code(tmp_path):
         InputError,
         match="expected a file of tensors that opens with weights_only; received Unpickl",
     ):
-        PickledFile(tmp_path / "x.pt")
+        TorchPickleFile(tmp_path / "x.pt")
     assert not os.path.exists("/tmp/marble_jax_pickle_ran")
 
 
 def test_bad_files(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="expected a file of weights; received no such file"):
-        PickledFile(tmp_path / "x.bin")
+        TorchPickleFile(tmp_path / "x.bin")
     (tmp_path / "x.bin").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(
         InputError, match="expected a file of tensors that opens with weights_only; received"
     ):
-        PickledFile(tmp_path / "x.bin")
+        TorchPickleFile(tmp_path / "x.bin")
     torch.save([1, 2], tmp_path / "x.bin")
     with pytest.raises(InputError, match="expected named tensors; received a list without any"):
-        PickledFile(tmp_path / "x.bin")
+        TorchPickleFile(tmp_path / "x.bin")
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(
         InputError, match="expected the package torch to read a pickled file; received none"
     ):
-        PickledFile(tmp_path / "x.bin")
+        TorchPickleFile(tmp_path / "x.bin")

@@ -15,6 +15,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
 from marble_jax.families.sd3 import layer_names, published, text
 from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.networks import (
     SchedulerConfig,
     SD3Networks,
@@ -66,6 +67,7 @@ class SD3Family(Family):
         r"attn2?|ff|ff_context|norm1|norm1_context|norm_out|time_text_embed|blocks?_\d+|\w+_embedder"
     )
     gathered_tables = "pos_embed"
+    formats = SD3_FORMATS
     diffusers = DiffusersNames(
         pipeline="StableDiffusion3Pipeline",
         transformer="SD3Transformer2DModel",

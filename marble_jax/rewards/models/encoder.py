@@ -33,7 +33,7 @@ from marble_jax.rewards.models.tokenizer import (
 )
 from marble_jax.types import Params
 from marble_jax.weights.key_map import load_params, path_entries
-from marble_jax.weights.torch_pickle import PickledFile
+from marble_jax.weights.torch_pickle import TorchPickleFile
 
 TEXT_BATCH = 32
 """Prompts per call of the text tower; shorter batches are filled up so that it is compiled once."""
@@ -217,18 +217,21 @@ def _load_towers(
     """Returns towers, their weights, and whether the file was in OpenCLIP's layout."""
     preferred = openclip.find_weights(directory, weights)
     has_config = (directory / "config.json").is_file()
-    has_safetensors = any(directory.glob("model*.safetensors*"))
-    if preferred is None and has_config and has_safetensors:
-        model, params = load_clip(directory, dtype)
-        return model, params, False
-    file = preferred or openclip.find_weights(directory)
-    if file is not None:
-        settings = read_config(directory / openclip.CONFIG).get("model_cfg")
-        model, params = openclip.load_openclip(file, settings, dtype)
-        return model, params, True
-    pickle = directory / "pytorch_model.bin"
-    if has_config and pickle.is_file():
-        return *_load_pickle(directory, pickle, dtype), False
+    if not preferred and has_config and any(directory.glob("model*.safetensors*")):
+        return *load_clip(directory, dtype), False
+    found = preferred or openclip.find_weights(directory)
+    if found:
+        settings = _read_json(directory / openclip.CONFIG).get("model_cfg")
+        return *openclip.load_openclip(found, settings, dtype), True
+    if has_config and (directory / "pytorch_model.bin").is_file():
+        model = CLIPModel(CLIPConfig.from_dict(_read_json(directory / "config.json")), dtype)
+        shapes = openclip.abstract_params(model)
+        source = TorchPickleFile(directory / "pytorch_model.bin")
+        return (
+            model,
+            load_params(source, path_entries(shapes), shapes, dtype, ("*.position_ids",)),
+            False,
+        )
     expected = ", ".join((*weights, "model.safetensors", *openclip.FILES, "pytorch_model.bin"))
     held = ", ".join(sorted(path.name for path in directory.iterdir())) or "an empty directory"
     raise InputError(

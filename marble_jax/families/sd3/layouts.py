@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from marble_jax.families.sd3 import layer_names, transformer
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks import autoencoder_kl, clip, t5
-from marble_jax.weights.key_map import Entry, path_entries
+from marble_jax.weights.formats import Layout
+from marble_jax.weights.key_map import path_entries
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Directories that hold weights."""
 CARRIED = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 """Directories without weights; their files are copied."""
 STEMS = {
-    name: "diffusion_pytorch_model" if name in ("transformer", "vae") else "model"
-    for name in COMPONENTS
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "text_encoder_3": "model",
 }
 """How diffusers and transformers name the safetensors of a component."""
 CLASSES = {
@@ -34,21 +37,6 @@ CLASSES = {
 """Library and class of each part, as model_index.json names them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One component's tensors.
-
-    Attributes:
-      entries: published tensors and the leaves they fill.
-      shapes: abstract parameters.
-      ignore: patterns of published tensors that the network does not use.
-    """
-
-    entries: tuple[Entry, ...]
-    shapes: Mapping[str, Any]
-    ignore: tuple[str, ...] = ()
-
-
 def layout(component: str, config: Mapping[str, Any], keys: Collection[str] = ()) -> Layout:
     """The layout of a component with this config.json.
 
@@ -61,16 +49,18 @@ def layout(component: str, config: Mapping[str, Any], keys: Collection[str] = ()
       InputError: a config this package does not support.
     """
     if component == "transformer":
-        shapes = transformer.abstract_params(transformer.MMDiT(MMDiTConfig.from_dict(config)))
+        mmdit = transformer.MMDiT(MMDiTConfig.from_dict(config))
+        shapes = transformer.abstract_params(mmdit)
         return Layout(tuple(layer_names.entries(shapes)), shapes)
     if component == "vae":
-        shapes = autoencoder_kl.abstract_params(
-            autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig.from_dict(config))
-        )
+        vae = autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig.from_dict(config))
+        shapes = autoencoder_kl.abstract_params(vae)
         return Layout(tuple(path_entries(shapes)), shapes)
     if component == "text_encoder_3":
-        shapes = t5.abstract_params(t5.T5Encoder(t5.T5Config.from_dict(config)))
+        t5_encoder = t5.T5Encoder(t5.T5Config.from_dict(config))
+        shapes = t5.abstract_params(t5_encoder)
         entries, ignore = t5.file_entries(shapes, keys)
         return Layout(tuple(entries), shapes, tuple(ignore))
-    shapes = clip.abstract_text_params(clip.CLIPTextEncoder(clip.CLIPTextConfig.from_dict(config)))
+    clip_encoder = clip.CLIPTextEncoder(clip.CLIPTextConfig.from_dict(config))
+    shapes = clip.abstract_text_params(clip_encoder)
     return Layout(tuple(path_entries(shapes)), shapes, clip.BUFFERS)

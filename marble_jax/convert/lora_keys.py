@@ -1,0 +1,116 @@
+"""The keys of LoRA files: which library wrote them, which layer they are of, which of the pair they name.
+
+A key is a prefix (which library wrote it), the name of a layer and an ending (which of the pair, or alpha). The endings
+are the libraries'; prefixes and names of layers are the family's (`LoraNames`), with dots or with underscores.
+
+Source: PEFT 0.21, diffusers 0.42 (`loaders/peft.py`), kohya sd-scripts and ComfyUI for their key styles.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from marble_jax.errors import InputError, nearest
+from marble_jax.weights.formats import FileFormats, LayerPart
+
+PEFT_PREFIX = "base_model.model."
+_ENDING = re.compile(
+    r"(?P<stem>.+?)(?:\.lora_(?P<letter>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+    r"|(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<word>down|up)\.weight"
+    r"|(?:\.lora)?\.(?P<alpha>alpha))"
+)
+_PARTS = {"A": "a", "B": "b", "down": "a", "up": "b", "alpha": "alpha"}
+_OTHER_METHODS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "lora_mid": "a LoRA of convolutions",
+    "lora_embedding": "a LoRA of embeddings",
+    "lora_B.bias": "a LoRA with bias",
+}
+_TEXT_ENCODER = re.compile(r"^(text_encoder|lora_te\d?_|text_model)")
+
+
+def layer_names(
+    shapes: Mapping[str, Any], formats: FileFormats
+) -> dict[str, tuple[LayerPart, ...]]:
+    """Every name a layer goes by, without prefix, and which of our layers it holds.
+
+    Args:
+      shapes: parameters or abstract parameters of the transformer.
+      formats: of its family.
+    """
+    parts = dict(formats.lora.layer_parts(shapes))
+    # kohya's files and those made after them write underscores, as module names in torch cannot hold dots.
+    underscored = {name.replace(".", "_"): group for name, group in parts.items()}
+    return parts | underscored
+
+
+def split_key(path: object, key: str) -> tuple[str, str]:
+    """(layer with its prefix, "a", "b" or "alpha") of a tensor's key.
+
+    Raises:
+      InputError: not the key of a plain LoRA.
+    """
+    match = _ENDING.fullmatch(key)
+    if match is not None:
+        ending = match["letter"] or match["word"] or match["alpha"]
+        return match["stem"], _PARTS[ending]
+    for mark, method in _OTHER_METHODS.items():
+        if mark in key:
+            raise InputError(f"{path}: expected a plain LoRA; received {method} (tensor {key!r})")
+    raise InputError(
+        f"{path}: expected tensors named LAYER.lora_A.weight, LAYER.lora_B.weight or one of the older "
+        f"styles; received {key!r}"
+    )
+
+
+def find_layer(
+    path: object, stem: str, names: Mapping[str, tuple[LayerPart, ...]], formats: FileFormats
+) -> tuple[LayerPart, ...]:
+    """Our layers that another library's layer name stands for.
+
+    Args:
+      path: the file, for messages.
+      stem: layer name with its prefix.
+      names: result of `layer_names`.
+      formats: of the transformer's family.
+
+    Raises:
+      InputError: no layer of this transformer.
+    """
+    prefixes = (PEFT_PREFIX, *formats.lora.prefixes)
+    name = stem
+    # Several prefixes may stand in front of each other: PEFT's before the one of the library that used it.
+    while name not in names:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            # Compared with names of the same style: dots and underscores would count as differences.
+            dotted = "." in name
+            close = nearest(name, [known for known in names if ("." in known) == dotted])
+            raise InputError(
+                f"{path}: expected layers of this {formats.name} transformer; received {stem!r}{close}"
+            )
+        name = name.removeprefix(prefix)
+    return names[name]
+
+
+def check_architecture(path: object, keys: Iterable[str], formats: FileFormats) -> None:
+    """Raises InputError when the keys give away another model, or a text encoder's LoRA."""
+    keys = list(keys)
+    for model, pattern in formats.lora.other_models.items():
+        for key in keys:
+            if pattern.search(key):
+                raise InputError(
+                    f"{path}: expected a LoRA for {formats.name}; received one for {model} (tensor {key!r})"
+                )
+    for key in keys:
+        if _TEXT_ENCODER.match(key):
+            raise InputError(
+                f"{path}: expected a LoRA of the transformer alone, as text encoders are not adapted here; "
+                f"received {key!r}"
+            )

@@ -1,0 +1,202 @@
+"""Where a LoRA's matrices lie, and how strong they are: PEFT's configuration beside or inside the file.
+
+The scale of a @ b is alpha / rank of `adapter_config.json`, or of the same fields in the header of a diffusers file.
+Files without either are left to `lora`: their tensors say it, or nothing does.
+
+Source: PEFT 0.21 (`LoraConfig`, `get_pattern_key`), diffusers 0.42 for the header.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from marble_jax.convert.lora_keys import PEFT_PREFIX
+from marble_jax.errors import InputError
+from marble_jax.storage.files import read_json
+from marble_jax.weights.formats import FileFormats
+from marble_jax.weights.hub import HUB_NAME, download
+from marble_jax.weights.safetensors_files import SafetensorsFile
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HEADER_CONFIG = "lora_adapter_metadata"
+"""Where diffusers (new versions only) keeps the LoraConfig in the header of its file."""
+
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA", None),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+}
+"""Values of a plain LoRA's fields, the usual one first; PEFT's versions differ in which fields they write."""
+_OTHER_STARTS = ("pissa", "olora", "loftq", "corda")
+"""Initialisations that change the base weights, so that the file alone is not what was trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """A PEFT `LoraConfig` of a plain LoRA.
+
+    Attributes:
+      path: where it was read, for messages.
+      fields: its fields.
+    """
+
+    path: pathlib.Path
+    fields: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what is more than a plain LoRA."""
+        for field, plain in _PLAIN.items():
+            received = self.fields.get(field)
+            if received not in plain:
+                raise InputError(
+                    f"{self.path}: {field}: expected {plain[0]!r}, a plain LoRA; received {received!r}"
+                )
+        start = str(self.fields.get("init_lora_weights", ""))
+        if start.startswith(_OTHER_STARTS):
+            raise InputError(
+                f"{self.path}: init_lora_weights: expected a LoRA that leaves the base weights as they are; "
+                f"received {start!r}"
+            )
+        for field in ("r", "lora_alpha"):
+            received = self.fields.get(field)
+            if finite_number(received) is None:
+                raise InputError(f"{self.path}: {field}: expected a number; received {received!r}")
+
+    def strength(self, name: str, rank: int) -> tuple[float, float]:
+        """(alpha, scale of a @ b) of the layer `name`. Raises InputError unless its rank is the stated one."""
+        stated = self._value("rank_pattern", name, self.fields["r"])
+        if stated != rank:
+            raise InputError(
+                f"{self.path}: rank of {name}: expected {stated:g}, as written there; received tensors of "
+                f"rank {rank}"
+            )
+        alpha = self._value("alpha_pattern", name, self.fields["lora_alpha"])
+        # rsLoRA divides by the root of the rank. Source: Kalajdzievski 2023 (arXiv 2312.03732).
+        if self.fields.get("use_rslora"):
+            return alpha, alpha / math.sqrt(rank)
+        return alpha, alpha / rank
+
+    def _value(self, field: str, name: str, default: Any) -> float:
+        """The value of the first pattern of `field` that the end of a layer's name matches, or the default."""
+        value = default
+        for pattern, patterned in (self.fields.get(field) or {}).items():
+            try:
+                match = re.match(rf"(.*\.)?({pattern})$", name)
+            except re.error as error:
+                raise InputError(
+                    f"{self.path}: {field}: expected names or patterns; received {pattern!r}"
+                ) from error
+            if match:
+                value = patterned
+                break
+        number = finite_number(value)
+        if number is None:
+            raise InputError(f"{self.path}: {field}: expected numbers; received {value!r}")
+        return number
+
+
+def find_lora(path: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
+    """The weights file that a path or Hub name stands for, and PEFT's configuration where there is one.
+
+    Raises:
+      InputError: no such file; several that could be meant; a configuration of more than a plain LoRA.
+    """
+    if path.is_file():
+        return _lora_file(path)
+    if not path.exists() and HUB_NAME.fullmatch(str(path)):
+        # Not every .safetensors: a repository of a whole model would come down to the last gigabyte.
+        patterns = [PEFT_CONFIG, PEFT_FILE, DIFFUSERS_FILE, "lora/adapter_*", "*lora*.safetensors"]
+        path = download(str(path), patterns)
+    if not path.is_dir():
+        raise InputError(
+            f"LoRA: expected a directory, a .safetensors file or a hub id; received {str(path)!r}"
+        )
+    return _lora_in(path)
+
+
+def _lora_in(folder: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
+    """The weights file of a directory, and PEFT's configuration where there is one."""
+    # PEFT's pair before diffusers' file, as it alone always says alpha; an export of ours has both.
+    if (folder / PEFT_CONFIG).is_file():
+        return folder / PEFT_FILE, _read_config(folder / PEFT_CONFIG)
+    if (folder / DIFFUSERS_FILE).is_file():
+        return folder / DIFFUSERS_FILE, None
+    # Where upstream's training keeps PEFT's pair.
+    inner = folder / "lora"
+    if (inner / PEFT_CONFIG).is_file():
+        return inner / PEFT_FILE, _read_config(inner / PEFT_CONFIG)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return _lora_file(files[0])
+    names = sorted(entry.name for entry in folder.iterdir())
+    received = ", ".join(names[:6]) or "an empty directory"
+    raise InputError(
+        f"{folder}: expected {PEFT_CONFIG} with {PEFT_FILE}, {DIFFUSERS_FILE} or one other .safetensors "
+        f"file; received {received}"
+    )
+
+
+def _lora_file(path: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
+    """A file of a LoRA, with PEFT's configuration if it is PEFT's file and that lies beside it."""
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"{path}: expected a .safetensors file (others can run code); received {path.name!r}"
+        )
+    beside = path.parent / PEFT_CONFIG
+    if path.name == PEFT_FILE and beside.is_file():
+        return path, _read_config(beside)
+    return path, None
+
+
+def _read_config(path: pathlib.Path) -> LoraConfig:
+    return LoraConfig(path, read_json(path))
+
+
+def header_config(source: SafetensorsFile, formats: FileFormats) -> LoraConfig | None:
+    """The LoraConfig in the header of a diffusers file; None where there is none.
+
+    Raises:
+      InputError: it is not a JSON object, or not a plain LoRA's; or a PEFT file came without its configuration.
+    """
+    text = source.metadata.get(HEADER_CONFIG)
+    if text is None:
+        if any(key.startswith(PEFT_PREFIX) for key in source.keys()):
+            raise InputError(
+                f"{source.path}: expected {PEFT_CONFIG} beside a PEFT file, as alpha, and so the strength, is "
+                "written there; received none"
+            )
+        return None
+    # diffusers writes the fields of each component's LoRA under that component's prefix.
+    prefix = formats.lora.diffusers_prefix
+    fields = {}
+    try:
+        for key, value in json.loads(text).items():
+            if key.startswith(prefix):
+                fields[key.removeprefix(prefix)] = value
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{source.path}: {HEADER_CONFIG}: expected a JSON object in the file's header; received "
+            f"{type(error).__name__}"
+        ) from error
+    return LoraConfig(source.path, fields)
+
+
+def finite_number(value: Any) -> float | None:
+    """A finite number, also in text, or None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    if not math.isfinite(number):
+        return None
+    return number

@@ -1,0 +1,119 @@
+"""What a family of models is called in files: its components, its key maps and the names other libraries use.
+
+`FileFormats` is what the conversion of checkpoints knows about a family. Each family builds one; the conversion itself
+(`marble_jax.convert`) reads and writes formats and holds no name of a layer or component.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from marble_jax.weights.key_map import Entry
+from marble_jax.weights.single_file import SingleFile
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One component's tensors.
+
+    Attributes:
+      entries: published tensors and the leaves they fill.
+      shapes: abstract parameters.
+      ignore: patterns of published tensors that the network does not use.
+    """
+
+    entries: tuple[Entry, ...]
+    shapes: Mapping[str, Any]
+    ignore: tuple[str, ...] = ()
+
+
+class DenseLayer(Protocol):
+    """A dense layer under its published name: `path` of its module, `index` on the axis of a stacked run."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> tuple[str, ...]: ...
+    @property
+    def index(self) -> int | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPart:
+    """The part of another library's layer that is one of our layers.
+
+    Attributes:
+      name: our layer's published name.
+      part: which of `parts` equal parts of the output it is.
+      parts: 3 for q, k and v in one layer, else 1.
+      swapped: whether the two halves of the output are ours in the other order.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    swapped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraNames:
+    """How LoRA files name the layers of a family's transformer.
+
+    Attributes:
+      prefixes: what libraries write in front of a layer's name.
+      layers_at: (path of a module, shape of its kernel) -> the layers that it holds, in stacking order.
+      layer_parts: (parameters or abstract parameters) -> layers by every name they go by, published or original, with
+        dots and without prefix.
+      diffusers_prefix: the one of `prefixes` that diffusers writes.
+      base_model: `auto_mapping` of PEFT's configuration: class and module of the transformer in diffusers.
+      other_models: patterns of keys that give away a LoRA for another model, by that model's name.
+    """
+
+    prefixes: tuple[str, ...]
+    layers_at: Callable[[tuple[str, ...], tuple[int, ...]], Sequence[DenseLayer]]
+    layer_parts: Callable[[Mapping[str, Any]], Mapping[str, tuple[LayerPart, ...]]]
+    diffusers_prefix: str
+    base_model: Mapping[str, str]
+    other_models: Mapping[str, re.Pattern[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFormats:
+    """Names and layouts of a family's files.
+
+    Attributes:
+      name: of the family in messages, such as "SD3".
+      article: of `name`, "a" or "an".
+      pipeline: `_class_name` of its model_index.json.
+      diffusers_version: oldest version of diffusers that has the pipeline.
+      components: folders that hold weights, in the order they are converted in.
+      carried: folders without weights, whose files are copied.
+      stems: beginning of the name of the safetensors of each component.
+      classes: library and class of each component and carried folder, as model_index.json names them.
+      adapted: the component that LoRAs adapt.
+      layout: (component, contents of its config.json, names of its published tensors) -> its layout. The names are
+        empty where there are no published files, and tell which of two names a tied tensor goes by.
+      lora: names of layers in LoRA files.
+      single_file: the original single-file layout; None if the family has none.
+    """
+
+    name: str
+    article: str
+    pipeline: str
+    diffusers_version: str
+    components: tuple[str, ...]
+    carried: tuple[str, ...]
+    stems: Mapping[str, str]
+    classes: Mapping[str, tuple[str, str]]
+    adapted: str
+    layout: Callable[[str, Mapping[str, Any], Collection[str]], Layout]
+    lora: LoraNames
+    single_file: SingleFile | None = None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """All folders of a model, those with weights first."""
+        return (*self.components, *self.carried)
