@@ -37,7 +37,7 @@ from marble_jax.programs import build
 from marble_jax.programs.model_card import Facts, model_card
 from marble_jax.programs.sample import run_adapter, run_config
 from marble_jax.programs.verify import Drawing, check_packages, verify
-from marble_jax.report.records import read_records
+from marble_jax.report.reading import read_records
 from marble_jax.storage.files import location
 from marble_jax.storage.workdir import Workdir, plain
 from marble_jax.trainable import lora
