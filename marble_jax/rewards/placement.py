@@ -35,7 +35,7 @@ def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
             placed[id(node)] = (
                 {name: spread(part) for name, part in node.items()}
                 if isinstance(node, Mapping)
-                else device_mesh.place_everywhere(mesh, node)
+                else device_mesh.replicate(mesh, node)
             )
         return placed[id(node)]
 
@@ -67,7 +67,7 @@ def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size:
             f"rollout.batch_size: expected a multiple of the {group} images a prompt, as {reward.name} "
             f"compares them; received {size}"
         )
-    owners = distributed.row_owners(device_mesh.image_sharding(mesh, size), (size,)).reshape(
+    owners = distributed.row_processes(device_mesh.image_sharding(mesh, size), (size,)).reshape(
         -1, group
     )
     if np.any(owners != owners[:, :1]):

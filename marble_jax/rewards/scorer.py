@@ -142,14 +142,14 @@ class Scorer:
             device[reward.name] = (values, valid, base.applicable(reward, texts, metadata))
         if self._host is None:
             return PendingScores(self, device, None)
-        if distributed.alone():
+        if distributed.is_single_process():
             return PendingScores(
                 self, device, self._host.submit(np.asarray(images), texts, metadata)
             )
-        owners = distributed.row_owners(images.sharding, images.shape)
+        owners = distributed.row_processes(images.sharding, images.shape)
         own = np.flatnonzero(owners == jax.process_index())
         pending = self._host.submit(
-            distributed.own_rows(images, owners),
+            distributed.local_rows(images, owners),
             [texts[i] for i in own],
             [metadata[i] for i in own],
         )
@@ -181,7 +181,7 @@ class Scorer:
     def _settled(self, name: str, values: Any, valid: Any, applies: np.ndarray) -> base.Result:
         """Waits for a device reward; what went wrong since `_start` shows here."""
         try:
-            result = base.settle(*distributed.whole((values, valid)), applies)
+            result = base.settle(*distributed.to_host((values, valid)), applies)
         except Exception as error:  # see `_start`
             self._failed(name, error)
             return base.all_failed(applies)
@@ -191,7 +191,7 @@ class Scorer:
 
     def _failed(self, name: str, error: Exception) -> None:
         if self._on_error == "fail":
-            if distributed.alone():
+            if distributed.is_single_process():
                 raise RewardError(f"reward {name}: {line(error)}") from error
             self._stopping = self._stopping or f"reward {name}: {line(error)}"
         self._errors[name] = line(error)
@@ -203,7 +203,7 @@ class Scorer:
         host: Pending | None,
         owners: np.ndarray | None,
     ) -> Scores:
-        if distributed.alone():
+        if distributed.is_single_process():
             found = {name: self._settled(name, *parts) for name, parts in device.items()}
             if host is not None:
                 found |= host.result(self._timeout)
@@ -247,7 +247,7 @@ class Scorer:
                 },
             },
         )
-        self._stopping = distributed.first_of([one["stop"] for one in said])
+        self._stopping = distributed.first_reason([one["stop"] for one in said])
         if self._stopping:
             raise RewardError(self._stopping)
         broken = {name for one in said for name in one["broken"]}
@@ -265,7 +265,7 @@ class Scorer:
                 for column, own in zip(columns, one["scores"][name]):
                     column[owners == index] = own
             found[name] = columns
-        stop = distributed.any_of(
+        stop = distributed.any_process(
             "scores", self._stopping
         )  # what went wrong on the device shows when it is read
         if stop:
@@ -278,7 +278,7 @@ class Scorer:
 def concatenate(parts: Sequence[Scores], count: int) -> Scores:
     """Scores of several batches as one, cut to `count` samples (the last batch may have been filled up)."""
     values, valid, failed = (
-        np.concatenate([getattr(p, f) for p in parts], axis=1)[:, :count]
+        np.concatenate([getattr(p, f) for p in parts])[:count]
         for f in ("values", "valid", "failed")
     )
     return Scores(parts[0].names, values, valid, failed)

@@ -77,7 +77,8 @@ def test_strata_count_the_same_whatever_their_size():
 
 
 def scores(values, names=("clip", "geneval", "geneval_accuracy")):
-    values = np.asarray(values, np.float32)
+    """Given reward by reward."""
+    values = np.asarray(values, np.float32).T
     valid = np.isfinite(values)
     return Scores(names, np.nan_to_num(values), valid, np.zeros_like(valid))
 

@@ -54,8 +54,8 @@ GOOD, ODD = np.array([1.0, 2, 3, 4]), np.array([1.0, np.nan, np.inf, np.inf])
 )
 def test_device_failures_are_missing(answer, failed):
     got = scores(Scripted("r", answer))
-    np.testing.assert_array_equal(got.failed[0], np.array(failed, bool))
-    np.testing.assert_array_equal(got.valid[0], np.array([1, 1, 0, 1], bool) & ~got.failed[0])
+    np.testing.assert_array_equal(got.failed[:, 0], np.array(failed, bool))
+    np.testing.assert_array_equal(got.valid[:, 0], np.array([1, 1, 0, 1], bool) & ~got.failed[:, 0])
 
 
 @pytest.mark.parametrize(
