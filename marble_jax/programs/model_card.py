@@ -187,12 +187,12 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
         label = name + (" (never trained on)" if name in records.heldout else "")
         change = (
             "-"
-            if math.isnan(gain["mean"])
-            else f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+            if math.isnan(gain.mean)
+            else f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
         )
-        count = "-" if math.isnan(after["count"]) else f"{after['count']:.0f}"
+        count = "-" if math.isnan(after.count) else f"{after.count:.0f}"
         lines.append(
-            f"| {label} | {_figure(before['mean'])} | {_figure(after['mean'])} | {change} | {count} |"
+            f"| {label} | {_figure(before.mean)} | {_figure(after.mean)} | {change} | {count} |"
         )
     return "\n".join([*lines, ""])
 

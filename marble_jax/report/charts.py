@@ -1,404 +1,297 @@
-"""Charts as inline SVG text: lines with intervals, forest plots and swatches, in colours that a style sheet decides.
+"""Curves over optimiser steps as inline SVG text, in colours that a style sheet decides.
 
-A reward's place in the run fixes its slot: colour, dash pattern and marker. A chart is drawn at a given width in CSS
-pixels and never scaled up, so its text keeps the size of the page's text; a page draws it once wide and once narrow.
+A chart is drawn in three stages: the values it must show, the frame that maps them to pixels, and the marks on it. It
+is drawn at a given width in CSS pixels and never scaled up, so its text keeps the size of the page's text; a page draws
+it once wide and once narrow.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
-NUM_COLOURS = 8
-DASHES = ("", "7 3", "1.5 3.5", "9 3 1.5 3", "4 3", "13 3 1.5 3 1.5 3", "2 2 6 2", "16 4")
-MAX_POINTS = 240
+from marble_jax.report.curves import Curve, drawn_curve
+from marble_jax.report.frame import Frame, make_frame, spread
+from marble_jax.report.marks import slot_class
+from marble_jax.report.markup import element, px, void
+from marble_jax.report.scales import ticks
+
+WIDE_FROM = 500
+"""Width in CSS pixels above which a chart is laid out for a desk, not for a phone."""
+_LABEL_LIMITS = {True: 18, False: 11}
+"""Characters of a label at a curve's end, when wide and when narrow."""
+_LABEL_DISTANCE = 14.0
+"""Pixels between the base lines of two labels: the height of their text."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """One curve.
+class Chart:
+    """What a chart of curves shows, whatever its size.
 
     Attributes:
-      label: its name, drawn at its right end and told by the pointer read-out.
-      x, y: float [T]; NaN in y is a gap.
-      slot: its colour and dash, or None for the ink colour.
-      low, high: float [T] interval, drawn as a ribbon.
-      kind: "line", "back" (thinner, to be read second), "faint" (raw values behind a running mean), "points" (line with
-        markers) or "dots" (markers alone).
-      dashed: draw the slot's dash pattern; off where a panel shows one reward only.
-      named: whether the label is drawn.
-    """
-
-    label: str
-    x: np.ndarray
-    y: np.ndarray
-    slot: int | None = None
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
-    kind: str = "line"
-    dashed: bool = True
-    named: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """Maps data in [lo, hi] to pixels in [start, end], linearly or by logarithm."""
-
-    lo: float
-    hi: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        lo, hi, value = (
-            (math.log10(v) for v in (self.lo, self.hi, max(value, 1e-300)))
-            if self.log
-            else (self.lo, self.hi, value)
-        )
-        share = min(max((value - lo) / (hi - lo), -0.02), 1.02)
-        return self.start + share * (self.end - self.start)
-
-
-def ticks(lo: float, hi: float, about: int) -> list[float]:
-    """Round numbers in [lo, hi], about as many as asked, steps of 1, 2 or 5 times a power of ten."""
-    raw = (hi - lo) / max(about, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.7 * raw)
-    first = math.ceil(lo / step - 1e-9)
-    return [i * step for i in range(first, math.floor(hi / step + 1e-9) + 1)]
-
-
-def log_ticks(lo: float, hi: float) -> list[float]:
-    """Powers of ten in [lo, hi], thinned to seven; with 2 and 5 times them when fewer than three lie inside."""
-    powers = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
-    found = [10.0**p for p in powers if lo <= 10.0**p <= hi]
-    if len(found) < 3:
-        found = [m * 10.0**p for p in powers for m in (1, 2, 5) if lo <= m * 10.0**p <= hi]
-        return found if len(found) > 1 else ticks(lo, hi, 3)
-    return found[:: math.ceil(len(found) / 7)]
-
-
-def tick_text(value: float, step: float) -> str:
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e5 or abs(value) < 1e-4:
-        mantissa, exponent = f"{value:.0e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
-    return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """float [T]: centred mean over `width` neighbours, NaN neighbours left out; NaN where the value itself is NaN."""
-    if width <= 1 or values.size < 3:
-        return values
-    finite = np.isfinite(values)
-    kernel = np.ones(min(width, values.size))
-    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")[: values.size]
-    count = np.convolve(finite.astype(float), kernel, mode="same")[: values.size]
-    return np.where(finite, total / np.maximum(count, 1), np.nan)
-
-
-def smoothing_width(num_values: int) -> int:
-    """The odd running-mean width that suits a curve: about a fifteenth of it; 1 (none) below 20 values."""
-    return 1 if num_values < 20 else 2 * (num_values // 30) + 1
-
-
-def bundle_size(num_values: int, limit: int = MAX_POINTS) -> int:
-    """How many neighbours `thin` takes the mean of."""
-    return max(1, math.ceil(num_values / limit))
-
-
-def thin(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Means over equal runs of neighbours, so that at most `limit` points remain."""
-    if len(x) <= limit:
-        return x, y
-    size = bundle_size(len(x), limit)
-    edges = np.arange(0, len(x), size)
-    finite = np.isfinite(y)
-    count = np.add.reduceat(finite.astype(float), edges)
-    total = np.add.reduceat(np.where(finite, y, 0.0), edges)
-    lengths = np.diff(np.append(edges, len(x)))
-    means = np.divide(total, count, out=np.full(len(edges), np.nan), where=count > 0)
-    return np.add.reduceat(x.astype(float), edges) / lengths, means
-
-
-def marker(slot: int | None, x: float, y: float, size: float = 3.4, tip: str = "") -> str:
-    """A small shape that differs by slot: circle, square, triangle, diamond, then hollow ones."""
-    shape = (slot or 0) % 4
-    points = {
-        1: ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-        2: ((0, -1.25), (1.2, 0.95), (-1.2, 0.95)),
-        3: ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
-    }
-    hollow = " hollow" if (slot or 0) % NUM_COLOURS >= 4 else ""
-    title = f"<title>{escape(tip)}</title>" if tip else ""
-    if shape == 0:
-        return f'<circle class="mark{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="{size}">{title}</circle>'
-    path = " ".join(f"{x + size * dx:.1f},{y + size * dy:.1f}" for dx, dy in points[shape])
-    return f'<polygon class="mark{hollow}" points="{path}">{title}</polygon>'
-
-
-def slot_class(slot: int | None) -> str:
-    return "ink" if slot is None else f"r{slot % NUM_COLOURS}"
-
-
-def dash(slot: int | None) -> str:
-    """The `stroke-dasharray` of a slot; a second round of colours starts the patterns one further."""
-    if slot is None:
-        return ""
-    pattern = DASHES[(slot + slot // NUM_COLOURS) % len(DASHES)]
-    return f' stroke-dasharray="{pattern}"' if pattern else ""
-
-
-def swatch(slot: int | None, *, solid: bool = False) -> str:
-    """A legend sample: line in the slot's colour and dash with its marker."""
-    pattern = "" if solid else dash(slot)
-    return (
-        f'<svg class="swatch {slot_class(slot)}" width="30" height="12" viewBox="0 0 30 12" aria-hidden="true">'
-        f'<path class="curve" d="M1 6H29"{pattern}/>{marker(slot, 15, 6)}</svg>'
-    )
-
-
-def _path(x: np.ndarray, y: np.ndarray, across: Axis, up: Axis) -> str:
-    parts, pen_down = [], False
-    for a, b in zip(x, y):
-        if not math.isfinite(b) or (up.log and b <= 0):
-            pen_down = False
-            continue
-        parts.append(f"{'L' if pen_down else 'M'}{across(a):.1f} {up(b):.1f}")
-        pen_down = True
-    return "".join(parts)
-
-
-def _spread(wanted: list[float], gap: float, lo: float, hi: float) -> list[float]:
-    """Moves label positions apart to at least `gap` inside [lo, hi], order kept, as little as a few sweeps find."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = [wanted[i] for i in order]
-    for _ in range(60):
-        for i in range(len(placed) - 1):
-            lack = gap - (placed[i + 1] - placed[i])
-            if lack > 0:
-                placed[i] -= lack / 2
-                placed[i + 1] += lack / 2
-        if placed:
-            shift = max(0.0, lo - placed[0]) - max(0.0, placed[-1] - hi)
-            placed = [
-                min(max(p + (shift if len(placed) * gap > hi - lo else 0), lo), hi) for p in placed
-            ]
-    result = [0.0] * len(wanted)
-    for position, index in zip(placed, order):
-        result[index] = position
-    return result
-
-
-def _extent(
-    lines: Sequence[Line], log: bool, include: Sequence[float]
-) -> tuple[float, float] | None:
-    values = [
-        np.asarray(v, float) for line in lines for v in (line.low, line.high) if v is not None
-    ]
-    values += [
-        thin(np.asarray(line.x, float), np.asarray(line.y, float))[1]
-        if line.kind in ("line", "back", "faint")
-        else line.y
-        for line in lines
-    ]
-    flat = (
-        np.concatenate(values + [np.asarray(include, float)])
-        if values
-        else np.asarray(include, float)
-    )
-    flat = flat[np.isfinite(flat) & ((flat > 0) | (not log))]
-    if not any(np.isfinite(line.y).any() for line in lines) or not flat.size:
-        return None
-    lo, hi = float(flat.min()), float(flat.max())
-    if log:
-        return (lo / 1.3, hi * 1.3)
-    pad = 0.06 * (hi - lo) if hi > lo else max(abs(hi) * 0.05, 1e-3)
-    low_pad = 0.0 if lo == 0 and 0 in include else pad
-    high_pad = 0.0 if hi == 1 and 1 in include else pad
-    return lo - low_pad, hi + high_pad
-
-
-def line_chart(
-    lines: Sequence[Line],
-    *,
-    width: int,
-    height: int,
-    label: str,
-    x_label: str = "optimiser step",
-    y_label: str = "",
-    log: bool = False,
-    x_range: tuple[float, float] | None = None,
-    include: Sequence[float] = (),
-    references: Sequence[tuple[float, str]] = (),
-    rug: np.ndarray | None = None,
-    against: bool = False,
-) -> str:
-    """Curves over steps.
-
-    Args:
-      lines: drawn in order, so later ones lie on top.
+      curves: drawn in order, so later ones lie on top.
       label: what the chart shows, in a sentence, for screen readers.
       y_label: quantity and unit, above the axis.
+      x_label: below the axis.
       log: logarithmic y axis; values of zero or less are gaps.
+      x_range: first and last step of the axis; those of the curves by default.
       include: y values the axis must reach.
       references: (y, text) of dashed horizontal lines.
       rug: x positions marked by ticks along the foot of the chart.
-      against: shade the region below zero.
-
-    Returns:
-      The `<svg>` text, or "" when there is nothing to draw.
+      shade_below_zero: whether the region below zero is shaded.
     """
-    if log:
-        lines = [
-            dataclasses.replace(line, y=np.where(np.asarray(line.y) > 0, line.y, np.nan))
-            for line in lines
-        ]
-    extent = _extent(lines, log, [*include, *(y for y, _ in references)])
-    if extent is None:
-        return ""
-    named = [line for line in lines if line.named and np.isfinite(line.y).any()]
-    limit = 18 if width > 500 else 11
-    names = [
-        line.label
-        if len(line.label) <= limit
-        else line.label[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
-        for line in named
-    ]
-    steps = np.concatenate([np.asarray(line.x, float) for line in lines])
-    x_lo, x_hi = x_range or (float(steps.min()), float(steps.max()))
-    x_hi = x_hi if x_hi > x_lo else x_lo + 1
-    y_ticks = log_ticks(*extent) if log else ticks(*extent, max(3, height // 48))
-    y_step = (
-        min(np.diff(y_ticks)) if len(y_ticks) > 1 else (abs(y_ticks[0]) if y_ticks else 0) or 1.0
-    )
-    y_texts = [tick_text(t, 10.0 ** math.floor(math.log10(t)) if log else y_step) for t in y_ticks]
-    left = 12 + 6.6 * max([len(t) for t in y_texts] + [2])
-    right = 12 + (7.0 * max(map(len, names)) if names else 6)
-    across = Axis(x_lo, x_hi, left, width - right)
-    up = Axis(*extent, height - 36, 27 if y_label else 10, log)
-    out = [
-        f'<svg class="chart" role="img" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'aria-label="{escape(label)}" '
-        f'data-x="{left:.1f} {width - right:.1f} {x_lo:g} {x_hi:g}" '
-        f'data-y="{up.start:.1f} {up.end:.1f} {up.lo!r} {up.hi!r} {int(log)}">'
-    ]
-    if y_label:
-        out.append(f'<text class="axis-label" x="{left - 6:.1f}" y="12">{escape(y_label)}</text>')
-    if against and extent[0] < 0:
-        out.append(
-            f'<rect class="against" x="{left:.1f}" y="{up(0):.1f}" width="{width - right - left:.1f}" '
-            f'height="{up.start - up(0):.1f}"/>'
+
+    curves: Sequence[Curve]
+    label: str
+    y_label: str = ""
+    x_label: str = "optimiser step"
+    log: bool = False
+    x_range: tuple[float, float] | None = None
+    include: Sequence[float] = ()
+    references: Sequence[tuple[float, str]] = ()
+    rug: np.ndarray | None = None
+    shade_below_zero: bool = False
+
+    def draw(self, width: int, height: int) -> str:
+        """Returns the `<svg>` text at a size in CSS pixels, or "" when there is nothing to draw."""
+        chart = self
+        if self.log:
+            positive = [curve.positive() for curve in self.curves]
+            chart = dataclasses.replace(self, curves=positive)
+        extent = _extent(chart)
+        if extent is None:
+            return ""
+        labels = _end_labels(chart.curves, width)
+        num_letters = max((len(text) for _, text in labels), default=0)
+        frame = make_frame(
+            _x_range(chart),
+            extent,
+            width=width,
+            height=height,
+            log=self.log,
+            y_title=bool(self.y_label),
+            num_letters=num_letters,
         )
-    for tick, text in zip(y_ticks, y_texts):
-        zero = " zero" if tick == 0 and extent[0] < 0 else ""
-        out.append(
-            f'<path class="grid{zero}" d="M{left:.1f} {up(tick):.1f}H{width - right:.1f}"/>'
-            f'<text class="tick" x="{left - 6:.1f}" y="{up(tick) + 4:.1f}" text-anchor="end">{text}</text>'
-        )
-    x_ticks = [t for t in ticks(x_lo, x_hi, max(2, int(width - left - right) // 90)) if t == int(t)]
-    out += [
-        f'<text class="tick" x="{across(t):.1f}" y="{height - 19}" text-anchor="middle">{t:,.0f}</text>'
-        for t in x_ticks
-    ]
-    out.append(
-        f'<text class="axis-label" x="{(left + width - right) / 2:.1f}" y="{height - 3}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-    )
-    out.append(f'<path class="base-line" d="M{left:.1f} {up.start:.1f}H{width - right:.1f}"/>')
-    for value, text in references:
-        out.append(f'<path class="reference" d="M{left:.1f} {up(value):.1f}H{width - right:.1f}"/>')
-        if text:
-            out.append(
-                f'<text class="reference-label" x="{width - right - 4:.1f}" y="{up(value) - 4:.1f}" '
-                f'text-anchor="end">{escape(text)}</text>'
-            )
-    if rug is not None and len(rug):
-        out.append(
-            '<path class="rug" d="'
-            + "".join(f"M{across(x):.1f} {up.start:.1f}v-5" for x in np.asarray(rug, float))
-            + '"/>'
-        )
-    for line in lines:
-        out.append(_draw(line, across, up))
-    ends = [up(float(line.y[np.isfinite(line.y)][-1])) for line in named]
-    for line, name, at in zip(named, names, _spread(ends, 14.0, up.end + 4, up.start - 2)):
-        out.append(
-            f'<text class="end {slot_class(line.slot)}" x="{width - right + 7:.1f}" y="{at + 4:.1f}">'
-            f"{escape(name)}</text>"
-        )
-    return "".join(out) + "</svg>"
+        return _svg(chart, frame, labels)
 
 
-def _draw(line: Line, across: Axis, up: Axis) -> str:
-    colour = slot_class(line.slot)
-    x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-    out = []
-    if line.low is not None and line.high is not None:
-        keep = np.isfinite(line.low) & np.isfinite(line.high)
-        edge = [
-            f"{across(a):.1f} {up(b):.1f}" for a, b in zip(x[keep], np.asarray(line.high)[keep])
-        ]
-        edge += [
-            f"{across(a):.1f} {up(b):.1f}"
-            for a, b in zip(x[keep][::-1], np.asarray(line.low)[keep][::-1])
-        ]
-        if keep.sum() > 1:
-            out.append(f'<path class="ribbon" d="M{"L".join(edge)}Z"/>')
-        out += [
-            f'<path class="whisker" d="M{across(a):.1f} {up(lo):.1f}V{up(hi):.1f}"/>'
-            for a, lo, hi in zip(x[keep], np.asarray(line.low)[keep], np.asarray(line.high)[keep])
-        ]
-    alone = np.isfinite(y).sum() == 1
-    if line.kind in ("points", "dots") or alone:
-        size = 2.6 if line.kind == "dots" else 3.4
-        marks = [
-            marker(line.slot, across(a), up(b), size, f"{line.label}, step {a:g}: {b:.4g}")
-            for a, b in zip(x, y)
-            if math.isfinite(b)
-        ]
+# Values: what the axes have to hold.
+
+
+def _extent(chart: Chart) -> tuple[float, float] | None:
+    """Returns the lower and upper end of the y axis, or None when no curve has a finite value."""
+    if not any(curve.visible for curve in chart.curves):
+        return None
+    reached = list(chart.include)
+    for value, _ in chart.references:
+        reached.append(value)
+    parts = [np.array(reached, float)]
+    for curve in chart.curves:
+        parts.extend(curve.drawn_values())
+    values = np.concatenate(parts)
+    drawable = np.isfinite(values)
+    if chart.log:
+        # A logarithmic axis has no place for zero; such values are gaps or lie on the foot of the chart.
+        drawable &= values > 0
+    values = values[drawable]
+    if not values.size:
+        return None
+    lo, hi = float(values.min()), float(values.max())
+    if chart.log:
+        return lo / 1.3, hi * 1.3
+    return _padded(lo, hi, reached)
+
+
+def _padded(lo: float, hi: float, reached: Sequence[float]) -> tuple[float, float]:
+    """Returns the range with some air, except where it ends at a 0 or 1 that the axis was asked to reach."""
+    padding = 0.06 * (hi - lo)
+    if hi <= lo:
+        # All values are equal: an axis needs a length nevertheless.
+        padding = max(abs(hi) * 0.05, 1e-3)
+    # That 0 or 1 is the end of a share's or a weight's range; air beyond it would suggest possible values.
+    ends_at_zero = lo == 0 and 0 in reached
+    ends_at_one = hi == 1 and 1 in reached
+    if not ends_at_zero:
+        lo -= padding
+    if not ends_at_one:
+        hi += padding
+    return lo, hi
+
+
+def _x_range(chart: Chart) -> tuple[float, float]:
+    if chart.x_range is not None:
+        first, last = chart.x_range
     else:
-        marks = []
-    if line.kind != "dots":
-        a, b = thin(x, y)
-        weight = f" {line.kind}" if line.kind in ("faint", "back") else ""
-        pattern = dash(line.slot) if line.dashed and line.kind != "faint" else ""
-        read = "" if line.kind == "faint" else f' data-name="{escape(line.label)}"'
-        out.append(f'<path class="curve{weight}" d="{_path(a, b, across, up)}"{pattern}{read}/>')
-    return f'<g class="{colour}">' + "".join(out + marks) + "</g>"
+        steps = np.concatenate([np.asarray(curve.x, float) for curve in chart.curves])
+        first, last = float(steps.min()), float(steps.max())
+    # A run of one step still gets an axis of some length.
+    if last <= first:
+        last = first + 1
+    return first, last
 
 
-def interval_bar(
-    mean: float,
-    low: float,
-    high: float,
-    slot: int | None,
-    *,
-    width: int = 150,
-    height: int = 24,
-    reach: float | None = None,
-) -> str:
-    """One interval against zero: a bar from `low` to `high` with an upright stroke at the mean.
+def _end_labels(curves: Sequence[Curve], width: int) -> list[tuple[Curve, str]]:
+    """Returns the curves whose label is drawn, with the label cut to what the width allows."""
+    limit = _LABEL_LIMITS[width > WIDE_FROM]
+    labels = []
+    for curve in curves:
+        if not curve.named or not curve.visible:
+            continue
+        text = curve.label
+        if len(text) > limit:
+            text = text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+        labels.append((curve, text))
+    return labels
 
-    `reach` is the largest distance from zero the chart must show, the interval's own by default.
-    """
-    if not all(map(math.isfinite, (mean, low, high))):
-        return ""
-    reach = (reach or max(abs(low), abs(high))) or 1.0
-    across, middle = Axis(-reach, reach, 5, width - 5), height / 2
-    start, end, at = across(low), across(high), across(mean)
-    tip = f"{mean:+.4g}, 95 % interval {low:+.4g} to {high:+.4g}".replace("-", "\N{MINUS SIGN}")
-    return (
-        f'<svg class="interval {slot_class(slot)}" role="img" width="{width}" height="{height}" viewBox="0 0 '
-        f'{width} {height}" aria-label="{tip}"><title>{tip}</title>'
-        f'<path class="grid" d="M4 {middle}H{width - 4}"/><path class="zero-line" d="M{across(0):.1f} 1V{height - 1}"/>'
-        f'<rect class="bar" x="{start:.1f}" y="{middle - 5}" width="{max(end - start, 1.5):.1f}" height="10"/>'
-        f'<path class="middle" d="M{at:.1f} {middle - 8}V{middle + 8}"/></svg>'
+
+# Marks: what is drawn on the frame.
+
+
+def _svg(chart: Chart, frame: Frame, labels: Sequence[tuple[Curve, str]]) -> str:
+    # What comes first lies below: the shade, the grid and the references stay behind the curves.
+    marks = [
+        _y_title(chart, frame),
+        _shade(chart, frame),
+        _grid(frame),
+        _steps(frame),
+        _x_title(chart, frame),
+        void("path", class_="base-line", d=f"M{px(frame.left)} {px(frame.foot)}H{px(frame.right)}"),
+        _references(chart, frame),
+        _rug(chart, frame),
+    ]
+    for curve in chart.curves:
+        marks.append(drawn_curve(curve, frame.x, frame.y))
+    marks.append(_labels(frame, labels))
+    x, y = frame.x, frame.y
+    return element(
+        "svg",
+        *marks,
+        class_="chart",
+        role="img",
+        width=frame.width,
+        height=frame.height,
+        viewBox=f"0 0 {frame.width} {frame.height}",
+        aria_label=chart.label,
+        # The page's script reads values back from pixels with these.
+        data_x=f"{px(x.start)} {px(x.end)} {x.lo:g} {x.hi:g}",
+        data_y=f"{px(y.start)} {px(y.end)} {y.lo!r} {y.hi!r} {int(y.log)}",
     )
+
+
+def _y_title(chart: Chart, frame: Frame) -> str:
+    if not chart.y_label:
+        return ""
+    return element("text", escape(chart.y_label), class_="axis-label", x=px(frame.left - 6), y=12)
+
+
+def _shade(chart: Chart, frame: Frame) -> str:
+    if not chart.shade_below_zero or frame.y.lo >= 0:
+        return ""
+    zero = frame.y(0)
+    return void(
+        "rect",
+        class_="against",
+        x=px(frame.left),
+        y=px(zero),
+        width=px(frame.right - frame.left),
+        height=px(frame.foot - zero),
+    )
+
+
+def _grid(frame: Frame) -> str:
+    parts = []
+    for value, text in frame.y_ticks:
+        classes = "grid"
+        # Zero stands out only where the values can be on both sides of it.
+        if value == 0 and frame.y.lo < 0:
+            classes = "grid zero"
+        # Four pixels down, a text's middle lies on its line.
+        base = px(frame.y(value) + 4)
+        label = element(
+            "text", text, class_="tick", x=px(frame.left - 6), y=base, text_anchor="end"
+        )
+        parts.append(void("path", class_=classes, d=frame.across(value)))
+        parts.append(label)
+    return "".join(parts)
+
+
+def _steps(frame: Frame) -> str:
+    length = frame.right - frame.left
+    about = max(2, int(length) // 90)
+    parts = []
+    for step in ticks(frame.x.lo, frame.x.hi, about):
+        # On a short run round numbers may be halves, and there is no half step.
+        if step != int(step):
+            continue
+        parts.append(
+            element(
+                "text",
+                f"{step:,.0f}",
+                class_="tick",
+                x=px(frame.x(step)),
+                y=frame.height - 19,
+                text_anchor="middle",
+            )
+        )
+    return "".join(parts)
+
+
+def _x_title(chart: Chart, frame: Frame) -> str:
+    middle = (frame.left + frame.right) / 2
+    return element(
+        "text",
+        escape(chart.x_label),
+        class_="axis-label",
+        x=px(middle),
+        y=frame.height - 3,
+        text_anchor="middle",
+    )
+
+
+def _references(chart: Chart, frame: Frame) -> str:
+    parts = []
+    for value, text in chart.references:
+        parts.append(void("path", class_="reference", d=frame.across(value)))
+        if not text:
+            continue
+        parts.append(
+            element(
+                "text",
+                escape(text),
+                class_="reference-label",
+                x=px(frame.right - 4),
+                y=px(frame.y(value) - 4),
+                text_anchor="end",
+            )
+        )
+    return "".join(parts)
+
+
+def _rug(chart: Chart, frame: Frame) -> str:
+    if chart.rug is None or not len(chart.rug):
+        return ""
+    foot = px(frame.foot)
+    strokes = [f"M{px(frame.x(float(step)))} {foot}v-5" for step in chart.rug]
+    return void("path", class_="rug", d="".join(strokes))
+
+
+def _labels(frame: Frame, labels: Sequence[tuple[Curve, str]]) -> str:
+    """Returns the labels to the right of the curves' ends, moved apart where ends are close."""
+    ends = [frame.y(curve.last_value()) for curve, _ in labels]
+    top, foot = frame.y.end + 4, frame.foot - 2
+    positions = spread(ends, _LABEL_DISTANCE, top, foot)
+    parts = []
+    for (curve, text), position in zip(labels, positions):
+        parts.append(
+            element(
+                "text",
+                escape(text),
+                class_=f"end {slot_class(curve.slot)}",
+                x=px(frame.right + 7),
+                y=px(position + 4),
+            )
+        )
+    return "".join(parts)

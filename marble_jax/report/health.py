@@ -1,191 +1,179 @@
-"""Whether the run is sound and where its time goes: alarms in words with the curves behind them, seconds per phase."""
+"""Whether the run is sound: alarms in words, with the curves and shares behind them."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from html import escape
 
-from marble_jax.report import blocks, charts, findings
-from marble_jax.report.records import Records
+from marble_jax.report import blocks, charts
+from marble_jax.report.alarms import Alarm, alarms
+from marble_jax.report.formatting import data, percent, short
+from marble_jax.report.markup import element
+from marble_jax.report.records import Records, Series
 
-_PHASES = (
-    ("rollout", "Rollout (sampling images)"),
-    ("rewards_wait", "Waiting for rewards"),
-    ("train", "Gradients and update"),
-    ("other", "Everything else"),
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One metric in a panel of its own.
+
+    Attributes:
+      key: its name in `metrics.jsonl`.
+      title: markup above the panel.
+      unit: of the y axis.
+      log: logarithmic y axis.
+      smooth: whether a running mean is drawn over the values.
+    """
+
+    key: str
+    title: str
+    unit: str
+    log: bool = False
+    smooth: bool = True
+
+
+_DRIFTS = (
+    Metric(
+        "rollout/diversity",
+        "Diversity within a prompt's group",
+        "distance between images of one prompt",
+    ),
+    Metric("rollout/brightness", "Brightness", "mean, 0 black to 1 white"),
+    Metric("rollout/x0_norm", "Size of the latents", "norm of x0"),
+)
+_LEARNING = (
+    Metric("objective/loss", "Training loss", "loss"),
+    Metric("objective/kl", "Distance from the base model", "mean squared velocity difference"),
+    Metric("training/grad_norm", "Gradient norm, before clipping", "norm", log=True),
+    # A schedule has no noise to take the mean of, and a mean would round its corners.
+    Metric("training/learning_rate", "Learning rate", "learning rate", smooth=False),
+)
+_CALM = (
+    "No alarm. Looked at: diversity, brightness, latent norm, constant or failing "
+    "rewards, waiting for rewards, groups without spread, starved weights, "
+    "missing losses, rising gradient norms, held-out losses, rewards past their peak."
 )
 
 
-def _metric_panels(records: Records, wanted: tuple[tuple[str, str, str, bool], ...]) -> str:
-    items = []
-    for key, title, unit, log in wanted:
-        lines = blocks.smooth_lines(
-            records, key, title, None, named=False, smooth=key != "training/learning_rate"
-        )
-        svg = charts.line_chart(
-            lines,
-            width=blocks.PANEL,
-            height=180,
-            label=f"{title} over optimiser steps",
-            y_label=unit + (" (log)" if log else ""),
-            x_range=blocks.step_range(records),
-            log=log,
-        )
-        items.append((title, svg))
-    return blocks.panels(items) if any(svg for _, svg in items) else ""
+def metric_panels(records: Records, metrics: Sequence[Metric]) -> str:
+    """Returns one panel a metric; "" when none is on record."""
+    panels = []
+    any_drawn = False
+    for metric in metrics:
+        svg = _metric_chart(records, metric).draw(blocks.PANEL, 180)
+        any_drawn = any_drawn or bool(svg)
+        panels.append((metric.title, svg))
+    if not any_drawn:
+        return ""
+    return blocks.panels(panels)
+
+
+def _metric_chart(records: Records, metric: Metric) -> charts.Chart:
+    curves = blocks.smooth_curves(
+        records, metric.key, metric.title, None, named=False, smooth=metric.smooth
+    )
+    return charts.Chart(
+        curves,
+        f"{metric.title} over optimiser steps",
+        y_label=f"{metric.unit} (log)" if metric.log else metric.unit,
+        x_range=blocks.step_range(records),
+        log=metric.log,
+    )
 
 
 def health(records: Records) -> str:
-    """Alarms in words, then the curves they were read from."""
+    """Returns alarms in words, then the curves they were read from."""
     title = "Health"
     if not records.rows:
-        return blocks.section(
-            "health",
-            title,
-            blocks.absent(
-                "No metrics yet. <code>metrics.jsonl</code> gets one line per optimiser step."
-            ),
-        )
-    raised = findings.alarms(records)
-    if raised:
-        listed = "".join(
-            f'<li class="{a.level}"><b><span class="level">{"Alarm" if a.level == "alarm" else "Watch"}</span>'
-            f" {escape(a.title)}</b><p>{escape(a.text)}</p></li>"
-            for a in raised
-        )
-        words = f'<ul class="alarms">{listed}</ul>'
-    else:
-        words = (
-            '<p class="calm">No alarm. Looked at: diversity, brightness, latent norm, constant or failing '
-            "rewards, waiting for rewards, groups without spread, starved weights, "
-            "missing losses, rising gradient norms, held-out losses, rewards past their peak.</p>"
-        )
-    drift = _metric_panels(
-        records,
-        (
-            (
-                "rollout/diversity",
-                "Diversity within a prompt's group",
-                "distance between images of one prompt",
-                False,
-            ),
-            ("rollout/brightness", "Brightness", "mean, 0 black to 1 white", False),
-            ("rollout/x0_norm", "Size of the latents", "norm of x0", False),
-        ),
+        message = "No metrics yet. <code>metrics.jsonl</code> gets one line per optimiser step."
+        return blocks.section("health", title, blocks.absent(message))
+    return blocks.section(
+        "health",
+        title,
+        _alarm_list(alarms(records)),
+        metric_panels(records, _DRIFTS),
+        _ties(records),
+        _shares(records),
+        metric_panels(records, _LEARNING),
     )
-    learning = _metric_panels(
+
+
+def _alarm_list(raised: Sequence[Alarm]) -> str:
+    if not raised:
+        # What was looked at is named, or silence might mean that nothing was.
+        return element("p", _CALM, class_="calm")
+    entries = []
+    for alarm in raised:
+        level = element("span", alarm.level.capitalize(), class_="level")
+        heading = element("b", level, " ", escape(alarm.title))
+        words = element("p", escape(alarm.text))
+        entries.append(element("li", heading, words, class_=alarm.level))
+    return element("ul", *entries, class_="alarms")
+
+
+def _ties(records: Records) -> str:
+    chart = blocks.reward_chart(
         records,
-        (
-            ("nft/loss", "Training loss", "loss", False),
-            ("nft/kl", "Distance from the base model", "mean squared velocity difference", False),
-            ("training/grad_norm", "Gradient norm, before clipping", "norm", True),
-            ("training/learning_rate", "Learning rate", "learning rate", False),
-        ),
+        "rollout/zero_std_share",
+        "Share of groups without spread per reward over optimiser steps",
+        "share of groups",
+        include=(0.0,),
     )
-    ties = blocks.figure(
+    return blocks.figure(
         "Groups in which every image scored alike",
         "Such a group has no best image and teaches nothing about that reward.",
-        blocks.reward_chart(
-            records,
-            "rollout/zero_std_share",
-            "Share of groups without spread per reward over optimiser steps",
-            "share of groups",
-            height=240,
-            include=(0.0,),
-        ),
+        chart,
+        heights=(240, 210),
         missing="No record yet of groups without spread.",
     )
+
+
+def _shares(records: Records) -> str:
+    """Returns how much of each reward's scores is missing or failed; "" without a record of it."""
     rows = []
     for name in records.rewards:
-        missing, failed, std, lost = (
-            records.series(f"rollout/{key}/{name}")
-            for key in ("missing_share", "failed", "score_std", "failed_count")
-        )
-        if not (len(missing) or len(failed) or len(std)):
+        missing = records.series(f"rollout/missing_share/{name}")
+        failed = records.series(f"rollout/failed/{name}")
+        failed_count = records.series(f"rollout/failed_count/{name}")
+        spread = records.series(f"rollout/score_std/{name}")
+        if not len(missing) and not len(failed) and not len(spread):
             continue
-        total = float(failed.finite.max()) if failed.finite.size else math.nan
         rows.append(
             (
                 blocks.reward_label(records, name),
-                blocks.percent(missing.mean()),
-                blocks.percent(missing.last()),
-                "none"
-                if total == 0
-                else blocks.percent(total)
-                if total <= 1
-                else blocks.short(total),
-                blocks.data(float(lost.finite.sum()), 0)
-                if lost.finite.size
-                else blocks.short(math.nan),
-                blocks.short(std.median()),
+                percent(missing.mean()),
+                percent(missing.last()),
+                _worst_failure(failed),
+                _sum(failed_count),
+                short(spread.median()),
             )
         )
-    shares = (
-        blocks.table(
-            (
-                "Reward",
-                "Missing, mean",
-                "Missing, last step",
-                "Failed, worst step",
-                "Failed, in all",
-                "Spread of scores (median)",
-            ),
-            rows,
-            caption="Missing: the reward does not apply to the image's prompt, or its call failed",
-        )
-        if rows
-        else ""
+    if not rows:
+        return ""
+    head = (
+        "Reward",
+        "Missing, mean",
+        "Missing, last step",
+        "Failed, worst step",
+        "Failed, in all",
+        "Spread of scores (median)",
     )
-    return blocks.section("health", title, words, drift, ties, shares, learning)
+    caption = "Missing: the reward does not apply to the image's prompt, or its call failed"
+    return blocks.table(head, rows, caption=caption)
 
 
-def time_spent(records: Records) -> str:
-    """Median seconds per phase of a step, and how long the run takes."""
-    title, phases = "Time", findings.timings(records)
-    total = phases["step"]
-    if not math.isfinite(total) or total <= 0:
-        return blocks.section("time", title, blocks.absent("No timings on record yet."))
-    known = [(key, label, phases[key]) for key, label in _PHASES if math.isfinite(phases[key])]
-    whole = sum(seconds for _, _, seconds in known) or total
-    parts = "".join(
-        f'<span class="phase {key}" style="flex-grow:{max(seconds / whole, 1e-4):.4f}" title="{label}: '
-        f'{seconds:.3g} s"></span>'
-        for key, label, seconds in known
-    )
-    rows = [
-        (
-            f'<span class="key phase {key}"></span>{label}',
-            blocks.data(seconds, 2, unit="&nbsp;s"),
-            blocks.percent(seconds / whole),
-        )
-        for key, label, seconds in known
-    ]
-    rows.append(("<b>One step</b>", blocks.data(total, 2, unit="&nbsp;s"), ""))
-    elapsed = findings.seconds_elapsed(records)
-    sentences = (
-        [f"From first to last record: {blocks.duration(elapsed)}."]
-        if math.isfinite(elapsed)
-        else []
-    )
-    if math.isfinite(phases["rewards_wait"]):
-        sentences.append(
-            f"{blocks.percent(phases['rewards_wait'] / whole)} of a step is spent waiting for rewards."
-        )
-    if (
-        records.num_steps
-        and records.last_step is not None
-        and records.last_step + 1 < records.num_steps
-    ):
-        left = records.num_steps - records.last_step - 1
-        sentences.append(
-            f"{left:,} steps are left, about {blocks.duration(left * total)} at this pace (evaluations not counted)."
-        )
-    bar = (
-        '<div class="phases" role="img" aria-label="Share of a step by phase; the table below has the numbers">'
-        f"{parts}</div>"
-    )
-    grid = blocks.table(("Phase", "Seconds (median step)", "Share"), rows)
-    chart = _metric_panels(records, (("time/step_s", "Seconds per step", "seconds", False),))
-    return blocks.section(
-        "time", title, bar, f'<div class="beside">{grid}{chart}</div>', lead=" ".join(sentences)
-    )
+def _worst_failure(failed: Series) -> str:
+    worst = failed.highest()
+    if worst == 0:
+        return "none"
+    # The record is a share up to 1; a count of scores is above it.
+    if worst <= 1:
+        return percent(worst)
+    return short(worst)
+
+
+def _sum(failed_count: Series) -> str:
+    if not failed_count.finite.size:
+        return short(math.nan)
+    return data(float(failed_count.finite.sum()), 0)

@@ -5,11 +5,28 @@ from __future__ import annotations
 import datetime
 import math
 from html import escape
+from typing import Any
 
 from etils import epath
 
-from marble_jax.report import blocks, document, findings, gradients, health, outcome, provenance
-from marble_jax.report.records import Records, number, read_records
+from marble_jax.report import (
+    blocks,
+    document,
+    findings,
+    gradients,
+    health,
+    other_runs,
+    provenance,
+    scores,
+    strips,
+    timing,
+    verdict,
+)
+from marble_jax.report.formatting import duration
+from marble_jax.report.intervals import number
+from marble_jax.report.markup import element, items
+from marble_jax.report.reading import read_records
+from marble_jax.report.records import Records
 
 REPORT_NAME = "report.html"
 _SECTIONS = (
@@ -28,109 +45,122 @@ _SECTIONS = (
 
 
 def _moment(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    # UTC, so that a page does not change with the place where it is made.
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _started(value: object) -> object:
-    """The start as minutes in UTC where it is an ISO time or Unix seconds; else as recorded."""
-    if math.isfinite(number(value)):
-        return _moment(number(value))
+def _started(recorded: Any) -> Any:
+    """Returns the start as minutes in UTC where it is an ISO time or Unix seconds; else as recorded."""
+    seconds = number(recorded)
+    if math.isfinite(seconds):
+        return _moment(seconds)
     try:
-        moment = datetime.datetime.fromisoformat(str(value))
+        moment = datetime.datetime.fromisoformat(str(recorded))
     except ValueError:
-        return value
-    return _moment(moment.timestamp()) if moment.tzinfo else f"{moment:%Y-%m-%d %H:%M}"
+        return recorded
+    # A time without a zone is nobody's UTC; it is shown as it was written.
+    if moment.tzinfo is None:
+        return f"{moment:%Y-%m-%d %H:%M}"
+    return _moment(moment.timestamp())
 
 
 def _status(records: Records) -> tuple[str, str]:
-    """A word for the run's state, and the step it has reached."""
+    """Returns a word for the run's state, and the step it has reached."""
     if records.last_step is None:
         return "just begun", "no optimiser step on record yet"
+    # Steps count from 0.
     done, total = records.last_step + 1, records.num_steps
     if total is None:
         return "under way or stopped", f"{done:,} steps on record"
-    return ("complete" if done >= total else "not finished"), f"{done:,} of {total:,} steps"
+    state = "complete" if done >= total else "not finished"
+    return state, f"{done:,} of {total:,} steps"
+
+
+def _hardware(recorded: Any) -> Any:
+    if not isinstance(recorded, dict):
+        return recorded
+    return ", ".join(f"{name} {value}" for name, value in recorded.items())
+
+
+def _facts(records: Records) -> list[tuple[str, Any]]:
+    """Returns label and value of what stands below the title; an empty value is left out there."""
+    run = records.run
+    facts = [("Method", run.get("method")), ("Started", _started(run.get("started")))]
+    if records.rows:
+        last_record = number(records.rows[-1].get("time"))
+        if math.isfinite(last_record):
+            facts.append(("Last record", _moment(last_record)))
+    elapsed = findings.seconds_elapsed(records)
+    if math.isfinite(elapsed):
+        facts.append(("Duration", duration(elapsed)))
+    hardware = run.get("hardware")
+    if hardware:
+        facts.append(("Hardware", _hardware(hardware)))
+    return facts
+
+
+def _progress(records: Records, reached: str) -> str:
+    if not records.num_steps or records.last_step is None:
+        return ""
+    # A run may have gone on past the number it was first asked for.
+    done = min(records.last_step + 1, records.num_steps)
+    return element("progress", max=records.num_steps, value=done, aria_label=reached)
+
+
+def _legend(records: Records) -> str:
+    if not records.names:
+        return ""
+    labels = [blocks.reward_label(records, name) for name in records.names]
+    return element("ul", items(labels), class_="legend", aria_label="Rewards")
 
 
 def _header(records: Records) -> str:
     state, reached = _status(records)
-    facts = [
-        ("Method", records.run.get("method")),
-        ("Started", _started(records.run.get("started"))),
-    ]
-    times = [number(row.get("time")) for row in records.rows[-1:]]
-    if times and math.isfinite(times[0]):
-        facts.append(("Last record", _moment(times[0])))
-    elapsed = findings.seconds_elapsed(records)
-    if math.isfinite(elapsed):
-        facts.append(("Duration", blocks.duration(elapsed)))
-    hardware = records.run.get("hardware")
-    if hardware:
-        facts.append(
-            (
-                "Hardware",
-                ", ".join(f"{k} {v}" for k, v in hardware.items())
-                if isinstance(hardware, dict)
-                else hardware,
-            )
-        )
-    listed = "".join(
-        f"<div><dt>{label}</dt><dd>{blocks.text(value)}</dd></div>"
-        for label, value in facts
-        if value not in (None, "", [])
-    )
-    share = ""
-    if records.num_steps and records.last_step is not None:
-        share = (
-            f'<progress max="{records.num_steps}" value="{min(records.last_step + 1, records.num_steps)}" '
-            f'aria-label="{reached}"></progress>'
-        )
-    legend = "".join(f"<li>{blocks.reward_label(records, name)}</li>" for name in records.names)
-    return (
-        f'<header><p class="kicker">Training report</p><h1>{escape(records.name)}</h1><p class="state"><b>'
-        f"{state}</b>, {reached} {share}</p>"
-        f"<dl>{listed}</dl>"
-        + (f'<ul class="legend" aria-label="Rewards">{legend}</ul>' if legend else "")
-        + "</header>"
+    status = f"{element('b', state)}, {reached} {_progress(records, reached)}"
+    return element(
+        "header",
+        element("p", "Training report", class_="kicker"),
+        element("h1", escape(records.name)),
+        element("p", status, class_="state"),
+        document.facts(_facts(records)),
+        _legend(records),
     )
 
 
 def render(records: Records) -> str:
-    """The whole page as HTML text; a pure function of the records and the images they point to."""
+    """Returns the whole page as HTML text; a pure function of the records and the images they point to."""
     flaws = list(records.flaws)
-    body = "".join(
-        [
-            outcome.verdict(records),
-            outcome.before_after(records),
-            outcome.images(records, flaws),
-            outcome.curves(records),
-            outcome.comparison(records),
-            gradients.weights(records),
-            gradients.conflict(records),
-            gradients.norms(records),
-            health.health(records),
-            health.time_spent(records),
-            provenance.setup(records),
-        ]
-    )
+    sections = [
+        verdict.verdict(records),
+        verdict.before_after(records),
+        strips.images(records, flaws),
+        scores.curves(records),
+        other_runs.comparison(records),
+        gradients.weights(records),
+        gradients.conflict(records),
+        gradients.norms(records),
+        health.health(records),
+        timing.time_spent(records),
+        provenance.setup(records),
+    ]
+    # Made after the sections, since an image that cannot be read is found out while it is embedded.
+    notes = document.notes(flaws)
+    workdir = element("code", escape(str(records.workdir)))
     footer = (
-        f"Made from the records in <code>{escape(str(records.workdir))}</code> "
+        f"Made from the records in {workdir} "
         f"with {len(records.rows):,} step records and {len(records.evaluations):,} evaluations."
     )
-    return document.document(
-        f"{records.name}: training report",
-        _header(records),
-        _SECTIONS,
-        body + document.notes(flaws),
-        footer,
-    )
+    title = f"{records.name}: training report"
+    body = "".join([*sections, notes])
+    return document.document(title, _header(records), _SECTIONS, body, footer)
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
     """Writes `report.html` into a training workdir, replacing an earlier one in one move.
 
     Args:
-      workdir: a local or remote (`gs://`) directory; see `records.read_records` for what it may hold.
+      workdir: a local or remote (`gs://`) directory; see `reading.read_records` for what it may hold.
 
     Returns:
       The path of the page.

@@ -7,57 +7,90 @@ from html import escape
 from typing import Any
 
 from marble_jax.report import blocks
+from marble_jax.report.formatting import has_value
+from marble_jax.report.markup import element, items
 from marble_jax.report.records import Records
 
 
-def _pairs(mapping: Any) -> list[tuple[str, str]]:
-    if isinstance(mapping, dict):
-        return [(f"<code>{escape(str(k))}</code>", _value(v)) for k, v in mapping.items()]
-    return [("<code>value</code>", _value(mapping))] if mapping not in (None, "", []) else []
-
-
-def _value(value: Any) -> str:
-    return f"<code>{escape(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value)}</code>"
-
-
 def setup(records: Records) -> str:
-    """Command, differences from the upstream preset, configuration, versions and hardware."""
+    """Returns command, differences from the upstream preset, configuration, versions and hardware."""
     title, run = "How it was run", records.run
     if not run:
         return blocks.section("setup", title, blocks.absent("No <code>run.json</code> yet."))
-    body = []
-    if run.get("command"):
-        command = run["command"]
-        body.append(
-            '<h3>Command</h3><pre tabindex="0">'
-            f"{escape(' '.join(map(str, command)) if isinstance(command, list) else str(command))}</pre>"
-        )
-    differences = run.get("differences_from_upstream")
-    if differences:
-        items = []
-        for entry in differences if isinstance(differences, list) else _pairs(differences):
-            if isinstance(entry, dict):
-                items.append("; ".join(f"{escape(str(k))}: {_value(v)}" for k, v in entry.items()))
-            else:
-                items.append(": ".join(entry) if isinstance(entry, tuple) else escape(str(entry)))
-        body.append(
-            '<h3>What differs from the upstream preset</h3><ul class="plain">'
-            f"{''.join(f'<li>{item}</li>' for item in items)}</ul>"
-        )
-    elif differences is not None:
-        body.append(
-            "<h3>What differs from the upstream preset</h3><p>Nothing: this run follows the original procedure.</p>"
-        )
-    config = _pairs(run.get("config"))
-    if config:
-        body.append(
-            blocks.fold(
-                f"Configuration ({len(config)} values)",
-                blocks.table(("Key", "Value"), config, kind="config"),
-            )
-        )
-    for key, label in (("versions", "Versions"), ("hardware", "Hardware")):
-        pairs = _pairs(run.get(key))
-        if pairs:
-            body.append(blocks.fold(label, blocks.table(("Item", "Value"), pairs, kind="config")))
-    return blocks.section("setup", title, *body)
+    return blocks.section(
+        "setup",
+        title,
+        _command(run.get("command")),
+        _differences(run.get("differences_from_upstream")),
+        _configuration(run.get("config")),
+        _item_table("Versions", run.get("versions")),
+        _item_table("Hardware", run.get("hardware")),
+    )
+
+
+def _code(text: str) -> str:
+    return element("code", escape(text))
+
+
+def _value(value: Any) -> str:
+    """Returns a recorded value as code: text as it is, anything else as JSON."""
+    if isinstance(value, str):
+        return _code(value)
+    return _code(json.dumps(value, ensure_ascii=False))
+
+
+def _pairs(recorded: Any) -> list[tuple[str, str]]:
+    """Returns names and values of an object; one pair for a value that is not an object, none without one."""
+    if isinstance(recorded, dict):
+        return [(_code(str(name)), _value(value)) for name, value in recorded.items()]
+    if not has_value(recorded):
+        return []
+    return [(_code("value"), _value(recorded))]
+
+
+def _command(command: Any) -> str:
+    if not command:
+        return ""
+    if isinstance(command, list):
+        line = " ".join(map(str, command))
+    else:
+        line = str(command)
+    # A long line scrolls inside its box; the keyboard has to reach the box for that.
+    box = element("pre", escape(line), tabindex=0)
+    return element("h3", "Command") + box
+
+
+def _differences(differences: Any) -> str:
+    # No record and a record of no difference are not the same.
+    if differences is None:
+        return ""
+    heading = element("h3", "What differs from the upstream preset")
+    if not differences:
+        return heading + element("p", "Nothing: this run follows the original procedure.")
+    if isinstance(differences, list):
+        entries = [_difference(entry) for entry in differences]
+    else:
+        entries = [f"{name}: {value}" for name, value in _pairs(differences)]
+    return heading + element("ul", items(entries), class_="plain")
+
+
+def _difference(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return escape(str(entry))
+    parts = [f"{escape(str(name))}: {_value(value)}" for name, value in entry.items()]
+    return "; ".join(parts)
+
+
+def _configuration(config: Any) -> str:
+    pairs = _pairs(config)
+    if not pairs:
+        return ""
+    table = blocks.table(("Key", "Value"), pairs, kind="config")
+    return blocks.fold(f"Configuration ({len(pairs)} values)", table)
+
+
+def _item_table(title: str, recorded: Any) -> str:
+    pairs = _pairs(recorded)
+    if not pairs:
+        return ""
+    return blocks.fold(title, blocks.table(("Item", "Value"), pairs, kind="config"))

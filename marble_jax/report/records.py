@@ -1,20 +1,36 @@
-"""What a training workdir has written down so far, read forgivingly: a run that has just begun is a valid run."""
+"""What a training run has written down: its metrics by step, its evaluations and the images of its fixed prompts."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from marble_jax.errors import InputError
-from marble_jax.storage.files import location
+from marble_jax.report.intervals import Interval, number
 
-_STEP_DIRECTORY = re.compile(r"^step_(\d+)$")
+WINDOW_SHARE = 0.1
+"""Drifts compare the mean over the first tenth of the steps with the mean over the last tenth."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """How a metric moved over a run.
+
+    Attributes:
+      start: mean over the first tenth of the values.
+      end: mean over the last tenth of the values.
+    """
+
+    start: float
+    end: float
+
+    @property
+    def relative(self) -> float:
+        """Change as a share of the start, which must not be zero."""
+        return self.end / self.start - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +54,51 @@ class Series:
         return self.value[np.isfinite(self.value)]
 
     def mean(self) -> float:
-        return float(self.finite.mean()) if self.finite.size else math.nan
+        """Returns the mean of the finite values; NaN without one."""
+        if not self.finite.size:
+            return math.nan
+        return float(self.finite.mean())
 
     def median(self) -> float:
-        return float(np.median(self.finite)) if self.finite.size else math.nan
+        """Returns the median of the finite values; NaN without one."""
+        if not self.finite.size:
+            return math.nan
+        return float(np.median(self.finite))
+
+    def lowest(self) -> float:
+        """Returns the smallest finite value; NaN without one."""
+        if not self.finite.size:
+            return math.nan
+        return float(self.finite.min())
+
+    def highest(self) -> float:
+        """Returns the largest finite value; NaN without one."""
+        if not self.finite.size:
+            return math.nan
+        return float(self.finite.max())
 
     def last(self) -> float:
-        return float(self.finite[-1]) if self.finite.size else math.nan
+        """Returns the last finite value; NaN without one."""
+        if not self.finite.size:
+            return math.nan
+        return float(self.finite[-1])
+
+    @property
+    def window(self) -> int:
+        """Number of values in a tenth of the finite ones, at least one."""
+        return max(1, round(self.finite.size * WINDOW_SHARE))
+
+    def recent(self) -> np.ndarray:
+        """Returns float64, the last tenth of the finite values; empty without one."""
+        return self.finite[-self.window :]
+
+    def drift(self) -> Drift | None:
+        """Returns the means over the first and the last tenth of the finite values; None with fewer than four."""
+        values = self.finite
+        if values.size < 4:
+            return None
+        start = values[: self.window].mean()
+        return Drift(float(start), float(self.recent().mean()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,26 +147,41 @@ class Records:
         """Trained rewards, then held-out ones: the order that fixes each reward's colour."""
         return self.rewards + self.heldout
 
+    def slot(self, reward: str) -> int | None:
+        """Returns the reward's place in the run, which fixes its colour; None for a reward of other runs alone."""
+        if reward not in self.names:
+            return None
+        return self.names.index(reward)
+
     @property
     def name(self) -> str:
-        return str(self.run.get("name") or self.workdir.name or "run")
+        """The run's name, or that of its directory."""
+        recorded = self.run.get("name")
+        return str(recorded or self.workdir.name or "run")
 
     @property
     def last_step(self) -> int | None:
         """The last optimiser step on record, or None before the first."""
-        return step_of(self.rows[-1]) if self.rows else None
+        if not self.rows:
+            return None
+        return step_of(self.rows[-1])
 
     @property
     def num_steps(self) -> int | None:
         """The number of steps the run was asked for, or None when unknown."""
-        value = number(self.run.get("num_steps"))
-        return int(value) if math.isfinite(value) else None
+        asked = number(self.run.get("num_steps"))
+        if not math.isfinite(asked):
+            return None
+        return int(asked)
 
     @property
     def base(self) -> dict[str, Any] | None:
-        """The evaluation of the base model, or None."""
-        found = [e for e in self.evaluations if e.get("policy") == "base"]
-        return found[-1] if found else None
+        """The last evaluation of the base model, or None."""
+        latest = None
+        for evaluation in self.evaluations:
+            if evaluation.get("policy") == "base":
+                latest = evaluation
+        return latest
 
     @property
     def trained(self) -> tuple[dict[str, Any], ...]:
@@ -120,161 +189,33 @@ class Records:
         return tuple(e for e in self.evaluations if e.get("policy") != "base")
 
     def series(self, key: str) -> Series:
-        """The metric `key` over the steps whose record holds it."""
-        rows = [row for row in self.rows if key in row]
-        return Series(
-            np.array([step_of(r) for r in rows], np.int64),
-            np.array([number(r[key]) for r in rows], np.float64),
-        )
+        """Returns the metric `key` over the steps whose record holds it."""
+        steps, values = [], []
+        for row in self.rows:
+            # A step without the key is no gap: cosines, for example, are taken on some steps only.
+            if key in row:
+                steps.append(step_of(row))
+                values.append(number(row[key]))
+        return Series(np.array(steps, np.int64), np.array(values, np.float64))
 
     def score(
         self, evaluation: dict[str, Any] | None, reward: str, table: str = "scores"
-    ) -> dict[str, float]:
-        """`mean`, `low`, `high` and `count` of one reward in one evaluation; NaN for what is not there."""
-        entries = (evaluation or {}).get(table)
-        entry = entries.get(reward) if isinstance(entries, dict) else None
-        entry = entry if isinstance(entry, dict) else {}
-        return {field: number(entry.get(field)) for field in ("mean", "low", "high", "count")}
+    ) -> Interval:
+        """Returns the interval of one reward in one evaluation.
 
-
-def number(value: Any) -> float:
-    """`value` as a float; NaN for null, text and anything else that is not a finite number."""
-    if isinstance(value, (bool, int, float)):
-        return float(value) if math.isfinite(value) else math.nan
-    return math.nan
+        Args:
+          evaluation: an entry of `evaluations`; None gives NaN.
+          reward: its name.
+          table: "scores", or "gain" for the paired difference to the base model.
+        """
+        if evaluation is None:
+            return Interval.from_record(None)
+        entries = evaluation.get(table)
+        if not isinstance(entries, dict):
+            return Interval.from_record(None)
+        return Interval.from_record(entries.get(reward))
 
 
 def step_of(record: dict[str, Any]) -> int:
+    """Returns the optimiser step of a metrics row or an evaluation."""
     return int(number(record.get("step")))
-
-
-def _json_object(path: epath.Path, flaws: list[str]) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_bytes().decode("utf-8", "replace"))
-    except (ValueError, OSError) as error:
-        flaws.append(
-            f"{path.name} could not be read ({type(error).__name__}); the page goes on without it."
-        )
-        return None
-
-
-def _json_lines(path: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file that hold a step; a last line cut short is normal while a run writes."""
-    if not path.exists():
-        return []
-    records, damaged = [], []
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and math.isfinite(number(record.get("step"))):
-            records.append(record)
-        else:
-            damaged.append(index)
-    if damaged and damaged[-1] == len(lines) - 1:
-        damaged.pop()
-        flaws.append(
-            f"The last line of {path.name} is incomplete, as while a run is writing; it was left out."
-        )
-    if damaged:
-        shown = ", ".join(str(i + 1) for i in damaged[:5]) + (", ..." if len(damaged) > 5 else "")
-        flaws.append(f"{path.name}: {len(damaged)} unreadable line(s) left out (line {shown}).")
-    return records
-
-
-def _strips(directory: epath.Path, flaws: list[str]) -> tuple[Strip, ...]:
-    prompts = _json_object(directory / "prompts.json", flaws)
-    if not isinstance(prompts, list):
-        return ()
-    steps = []
-    for child in directory.iterdir():
-        match = _STEP_DIRECTORY.match(child.name)
-        if match:
-            steps.append((int(match.group(1)), child, {p.name for p in child.iterdir()}))
-    steps.sort(key=lambda entry: entry[0])
-    strips = []
-    for index, entry in enumerate(prompts):
-        entry = entry if isinstance(entry, dict) else {"prompt": entry}
-        seed = entry.get("seed")
-        images = tuple(
-            (step, child / f"{index:02d}.png")
-            for step, child, names in steps
-            if f"{index:02d}.png" in names
-        )
-        strips.append(
-            Strip(str(entry.get("prompt", "")), seed if isinstance(seed, int) else None, images)
-        )
-    return tuple(strips)
-
-
-def _reward_names(
-    run: dict, rows: list[dict], evaluations: list[dict]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names from `run.json`; where it is silent, from the metric keys and the evaluations."""
-    rewards = [str(name) for name in run.get("rewards") or ()]
-    heldout = [str(name) for name in run.get("heldout_rewards") or ()]
-    if not rewards:
-        for row in rows:
-            for key in row:
-                for prefix in ("rollout/score_mean/", "harmonize/alpha/"):
-                    if key.startswith(prefix) and key[len(prefix) :] not in rewards:
-                        rewards.append(key[len(prefix) :])
-    for evaluation in evaluations:
-        for name in evaluation.get("scores") or ():
-            if name not in rewards and name not in heldout:
-                heldout.append(name)
-    return tuple(dict.fromkeys(rewards)), tuple(
-        name for name in dict.fromkeys(heldout) if name not in rewards
-    )
-
-
-def read_records(workdir: epath.PathLike) -> Records:
-    """Reads what a training workdir holds so far.
-
-    Args:
-      workdir: a local or remote (`gs://`) directory; any of its records may be missing, partial or cut short.
-
-    Raises:
-      InputError: the directory does not exist.
-    """
-    workdir = location("report workdir", workdir)
-    if not workdir.is_dir():
-        raise InputError(
-            f"report workdir: expected the directory of a training run; received {str(workdir)!r}"
-        )
-    flaws: list[str] = []
-    run = _json_object(workdir / "run.json", flaws)
-    run = run if isinstance(run, dict) else {}
-    if not run.get("config") and isinstance(
-        config := _json_object(workdir / "config.json", flaws), dict
-    ):
-        run["config"] = config
-    rows = {step_of(row): row for row in _json_lines(workdir / "metrics.jsonl", flaws)}
-    evaluations = {
-        (step_of(e), str(e.get("policy"))): e
-        for e in _json_lines(workdir / "evaluation.jsonl", flaws)
-    }
-    ordered = [rows[step] for step in sorted(rows)]
-    ordered_evaluations = [evaluations[key] for key in sorted(evaluations)]
-    compare_directory = workdir / "compare"
-    files = sorted(compare_directory.glob("*.json")) if compare_directory.is_dir() else []
-    compare = [summary for file in files if isinstance(summary := _json_object(file, flaws), dict)]
-    samples = workdir / "samples"
-    rewards, heldout = _reward_names(run, ordered, ordered_evaluations)
-    return Records(
-        workdir=workdir,
-        run=run,
-        rows=tuple(ordered),
-        evaluations=tuple(ordered_evaluations),
-        strips=_strips(samples, flaws) if samples.is_dir() else (),
-        compare=tuple(compare),
-        rewards=rewards,
-        heldout=heldout,
-        flaws=tuple(flaws),
-    )

@@ -7,6 +7,7 @@ import pytest
 from make_workdir import REWARDS, make_workdir
 
 from marble_jax.report import findings, read_records, summarise
+from marble_jax.report.alarms import alarms
 
 
 def write(root, rows=(), evaluations=(), **run):
@@ -131,7 +132,7 @@ def steps(key, values):
             "Rewards hold the run up",
         ),
         (steps("harmonize/alpha/a", [0.5] * 10 + [0.001] * 10), "watch", "a has almost no weight"),
-        (steps("nft/loss", [1.0, None, 1.0]), "watch", "No number for the loss"),
+        (steps("objective/loss", [1.0, None, 1.0]), "watch", "No number for the loss"),
         (
             steps("training/grad_norm", [1.0] * 18 + [20.0] * 2),
             "alarm",
@@ -140,7 +141,7 @@ def steps(key, values):
     ],
 )
 def test_alarms(tmp_path, rows, level, title):
-    found = findings.alarms(write(tmp_path, rows))
+    found = alarms(write(tmp_path, rows))
     assert [(a.level, a.title) for a in found] == [(level, title)]
 
 
@@ -149,7 +150,7 @@ def test_failures_in_evaluations_are_told(tmp_path):
         {"step": 0, "policy": "base", "failed": {"a": 3}},
         {"step": 9, "policy": "ema", "failed": {"a": 1}},
     ]
-    (alarm,) = findings.alarms(write(tmp_path, evaluations=done))
+    (alarm,) = alarms(write(tmp_path, evaluations=done))
     assert (alarm.level, alarm.title) == ("watch", "a failed in evaluations")
     assert "3 in step 0, 1 in step 9" in alarm.text
 
@@ -165,12 +166,12 @@ def test_a_steady_run_raises_nothing(tmp_path):
             "rollout/failed/a": 0.0,
             "rollout/zero_std_share/a": 0.1,
             "harmonize/alpha/a": 0.5,
-            "nft/loss": 1.0,
+            "objective/loss": 1.0,
             "training/grad_norm": 0.1,
         }
         for i in range(20)
     ]
-    assert findings.alarms(write(tmp_path, rows)) == ()
+    assert alarms(write(tmp_path, rows)) == ()
 
 
 def test_a_falling_heldout_reward_is_an_alarm_and_a_passed_peak_a_watch(tmp_path):
@@ -182,7 +183,7 @@ def test_a_falling_heldout_reward_is_an_alarm_and_a_passed_peak_a_watch(tmp_path
             evaluation(20, a=(0.2, 0.1, 0.3), h=(-0.3, -0.4, -0.2)),
         ],
     )
-    assert [(a.level, a.title) for a in findings.alarms(records)] == [
+    assert [(a.level, a.title) for a in alarms(records)] == [
         ("alarm", "h fell without being trained"),
         ("watch", "a is past its peak"),
     ]

@@ -12,7 +12,8 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.evaluation.comparison import compare
 from marble_jax.prompts.files import Prompt
-from marble_jax.report.side_by_side import chosen, read_comparison, render, write_comparison
+from marble_jax.report.evaluation_record import read_comparison
+from marble_jax.report.side_by_side import chosen, render, write_comparison
 from marble_jax.storage.images import save_png
 from marble_jax.storage.workdir import Workdir
 from marble_jax.types import Scores

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from marble_jax.report.records import Records, read_records
+from marble_jax.report.reading import read_records
+from marble_jax.report.records import Records
 from marble_jax.storage.files import write_whole
 from tools.experiments.methods import METHODS, Job
 from tools.experiments.runner import finished
@@ -33,7 +34,7 @@ def _table(
     found = {}
     for name in records.names:
         score = records.score(evaluation, name, which)
-        found[name] = {field: _rounded(score[field]) for field in fields}
+        found[name] = {field: _rounded(getattr(score, field)) for field in fields}
     return found
 
 

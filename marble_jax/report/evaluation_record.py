@@ -1,0 +1,107 @@
+"""What `evaluate` has written down about several models on the same prompts and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from marble_jax.errors import InputError
+from marble_jax.report.intervals import Interval
+from marble_jax.report.reading import parsed_json
+
+_NO_INTERVAL: dict[str, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is on record of an evaluation.
+
+    Attributes:
+      path: its folder.
+      record: `evaluation.json`.
+      summary: `summary.json`; empty before scoring.
+      prompts: text, source and metadata of every image.
+      flaws: what could not be read, a sentence each.
+    """
+
+    path: epath.Path
+    record: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    prompts: Sequence[Mapping[str, Any]]
+    flaws: list[str]
+
+    @property
+    def models(self) -> list[str]:
+        """Names, the reference first."""
+        return list(self.record["models"])
+
+    @property
+    def reference(self) -> str:
+        """The model that the others are compared with."""
+        return self.models[0]
+
+    @property
+    def challengers(self) -> list[str]:
+        """The models that are compared with the reference."""
+        return self.models[1:]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """How images were drawn; empty where it is not on record."""
+        return self.record.get("settings") or {}
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of what was scored: rewards, and GenEval's accuracy beside them."""
+        scores = self.summary.get("scores", {})
+        # Every model is scored on the same rewards, so the first one's tell.
+        for by_reward in scores.values():
+            return list(by_reward)
+        return []
+
+    def heldout(self, reward: str) -> bool:
+        """Returns whether a training run is compared and none of them was trained on the reward."""
+        trained: set[str] = set()
+        for entry in self.record["models"].values():
+            trained.update(entry.get("trained") or ())
+        # An accuracy is never trained on; its reward beside it is.
+        if not trained or reward.endswith("_accuracy"):
+            return False
+        return reward not in trained
+
+    def gain(self, model: str, reward: str) -> Interval:
+        """Returns a model's paired gain over the reference; NaN where it is not on record."""
+        by_reward = self.summary["gains"].get(model, _NO_INTERVAL)
+        return Interval.from_record(by_reward.get(reward))
+
+
+def _prompts(path: epath.Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_comparison(path: epath.PathLike) -> Comparison:
+    """Reads the folder that `evaluate` writes.
+
+    Raises:
+      InputError: it is not such a folder.
+    """
+    root = epath.Path(path)
+    flaws: list[str] = []
+    contents = {}
+    for name in ("evaluation.json", "summary.json"):
+        value, problem = parsed_json(root / name)
+        if problem:
+            flaws.append(f"{problem}.")
+        contents[name] = {} if value is None else value
+    record = contents["evaluation.json"]
+    models = record.get("models") if isinstance(record, dict) else None
+    if not isinstance(models, dict) or not models:
+        raise InputError(f"evaluation: expected a folder with evaluation.json; received {root}")
+    prompts = _prompts(root / "prompts.jsonl")
+    return Comparison(root, record, contents["summary.json"], prompts, flaws)

@@ -1,0 +1,241 @@
+"""Reads a training workdir forgivingly: a run that has just begun, or that is writing right now, is a valid run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from marble_jax.errors import InputError
+from marble_jax.report.intervals import number
+from marble_jax.report.records import Records, Strip, step_of
+from marble_jax.storage.files import location
+
+_STEP_DIRECTORY = re.compile(r"^step_(\d+)$")
+_PREFIXES_OF_REWARDS = ("rollout/score_mean/", "harmonize/alpha/")
+_SHOWN_LINES = 5
+
+
+def parsed_json(path: epath.Path) -> tuple[Any, str]:
+    """Returns a file's JSON value and what kept it from being read.
+
+    Args:
+      path: the file; it need not exist.
+
+    Returns:
+      The value, None if there is none, and a sentence without its full stop, empty if nothing went wrong.
+    """
+    if not path.exists():
+        return None, ""
+    try:
+        # A damaged byte costs a character of one text, not the whole file.
+        text = path.read_bytes().decode("utf-8", "replace")
+        return json.loads(text), ""
+    except (ValueError, OSError) as error:
+        return None, f"{path.name} could not be read ({type(error).__name__})"
+
+
+def _json_or_none(path: epath.Path, flaws: list[str]) -> Any:
+    value, problem = parsed_json(path)
+    if problem:
+        flaws.append(f"{problem}; the page goes on without it.")
+    return value
+
+
+def _json_object(path: epath.Path, flaws: list[str]) -> dict[str, Any]:
+    """Returns the file's JSON object; an empty one where there is none."""
+    value = _json_or_none(path, flaws)
+    if not isinstance(value, dict):
+        return {}
+    return value
+
+
+def _step_record(line: str) -> dict[str, Any] | None:
+    """Returns a line's object if it holds a step, else None."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    if not math.isfinite(number(record.get("step"))):
+        return None
+    return record
+
+
+def _step_records(path: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
+    """Returns the objects of a JSONL file that hold a step."""
+    if not path.exists():
+        return []
+    records, damaged = [], []
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    for line_number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        record = _step_record(line)
+        if record is None:
+            damaged.append(line_number)
+        else:
+            records.append(record)
+    flaws.extend(_damage(path.name, damaged, len(lines)))
+    return records
+
+
+def _damage(name: str, line_numbers: list[int], num_lines: int) -> list[str]:
+    """Returns sentences on the lines of a file that could not be read."""
+    sentences = []
+    lost = line_numbers
+    # A last line cut short is normal while a run writes; one further up was lost for good.
+    if line_numbers and line_numbers[-1] == num_lines:
+        lost = line_numbers[:-1]
+        sentences.append(
+            f"The last line of {name} is incomplete, as while a run is writing; it was left out."
+        )
+    if lost:
+        shown = ", ".join(map(str, lost[:_SHOWN_LINES]))
+        if len(lost) > _SHOWN_LINES:
+            shown += ", ..."
+        sentences.append(f"{name}: {len(lost)} unreadable line(s) left out (line {shown}).")
+    return sentences
+
+
+def _step_directories(samples: epath.Path) -> list[tuple[int, epath.Path, set[str]]]:
+    """Returns step, path and file names of every `step_*` directory, in increasing step."""
+    directories = []
+    for child in samples.iterdir():
+        match = _STEP_DIRECTORY.match(child.name)
+        if match:
+            # Listed once: asking a bucket for every single image would take a request each.
+            names = {file.name for file in child.iterdir()}
+            directories.append((int(match.group(1)), child, names))
+    directories.sort(key=lambda entry: entry[0])
+    return directories
+
+
+def _strip(index: int, entry: Any, directories: list[tuple[int, epath.Path, set[str]]]) -> Strip:
+    """Returns the prompt at `index` of `prompts.json` with its images."""
+    recorded = entry if isinstance(entry, dict) else {"prompt": entry}
+    seed = recorded.get("seed")
+    if not isinstance(seed, int):
+        seed = None
+    file_name = f"{index:02d}.png"
+    images = []
+    for step, directory, names in directories:
+        if file_name in names:
+            images.append((step, directory / file_name))
+    return Strip(str(recorded.get("prompt", "")), seed, tuple(images))
+
+
+def _strips(samples: epath.Path, flaws: list[str]) -> tuple[Strip, ...]:
+    """Returns the fixed prompts with their images; none before the first evaluation."""
+    if not samples.is_dir():
+        return ()
+    prompts = _json_or_none(samples / "prompts.json", flaws)
+    if not isinstance(prompts, list):
+        return ()
+    directories = _step_directories(samples)
+    return tuple(_strip(index, entry, directories) for index, entry in enumerate(prompts))
+
+
+def _rewards_in_metrics(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Returns the rewards that the metric keys name, in the order they appear."""
+    names: dict[str, None] = {}
+    for row in rows:
+        for key in row:
+            for prefix in _PREFIXES_OF_REWARDS:
+                if key.startswith(prefix):
+                    names.setdefault(key.removeprefix(prefix))
+    return list(names)
+
+
+def _reward_names(
+    run: dict[str, Any], rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the trained and the held-out rewards; where `run.json` is silent, from metrics and evaluations."""
+    rewards = [str(name) for name in run.get("rewards") or ()]
+    if not rewards:
+        rewards = _rewards_in_metrics(rows)
+    # A dict keeps the order of the run, which fixes the colours, and holds every name once.
+    heldout = dict.fromkeys(map(str, run.get("heldout_rewards") or ()))
+    for evaluation in evaluations:
+        heldout.update(dict.fromkeys(evaluation.get("scores") or ()))
+    for name in rewards:
+        heldout.pop(name, None)
+    return tuple(dict.fromkeys(rewards)), tuple(heldout)
+
+
+def _run(workdir: epath.Path, flaws: list[str]) -> dict[str, Any]:
+    """Returns `run.json`, with the configuration from `config.json` where it has none."""
+    run = _json_object(workdir / "run.json", flaws)
+    if not run.get("config"):
+        config = _json_or_none(workdir / "config.json", flaws)
+        if isinstance(config, dict):
+            run["config"] = config
+    return run
+
+
+def _metrics(workdir: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
+    # A resumed run repeats the steps since its checkpoint: the later line is the one that counts.
+    by_step = {}
+    for row in _step_records(workdir / "metrics.jsonl", flaws):
+        by_step[step_of(row)] = row
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _evaluations(workdir: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
+    # One step may hold evaluations of several policies; of one policy the later line counts, as above.
+    by_step_and_policy = {}
+    for evaluation in _step_records(workdir / "evaluation.jsonl", flaws):
+        key = (step_of(evaluation), str(evaluation.get("policy")))
+        by_step_and_policy[key] = evaluation
+    return [by_step_and_policy[key] for key in sorted(by_step_and_policy)]
+
+
+def _summaries(directory: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
+    """Returns the summaries of other runs, in the order of their file names."""
+    if not directory.is_dir():
+        return []
+    summaries = []
+    for file in sorted(directory.glob("*.json")):
+        summary = _json_or_none(file, flaws)
+        if isinstance(summary, dict):
+            summaries.append(summary)
+    return summaries
+
+
+def read_records(workdir: epath.PathLike) -> Records:
+    """Reads what a training workdir holds so far.
+
+    Args:
+      workdir: a local or remote (`gs://`) directory; any of its records may be missing, partial or cut short.
+
+    Raises:
+      InputError: the directory does not exist.
+    """
+    root = location("report workdir", workdir)
+    if not root.is_dir():
+        raise InputError(
+            f"report workdir: expected the directory of a training run; received {str(root)!r}"
+        )
+    flaws: list[str] = []
+    run = _run(root, flaws)
+    rows = _metrics(root, flaws)
+    evaluations = _evaluations(root, flaws)
+    compare = _summaries(root / "compare", flaws)
+    strips = _strips(root / "samples", flaws)
+    rewards, heldout = _reward_names(run, rows, evaluations)
+    return Records(
+        workdir=root,
+        run=run,
+        rows=tuple(rows),
+        evaluations=tuple(evaluations),
+        strips=strips,
+        compare=tuple(compare),
+        rewards=rewards,
+        heldout=heldout,
+        flaws=tuple(flaws),
+    )
