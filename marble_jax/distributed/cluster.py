@@ -1,15 +1,16 @@
-"""Which processes make up a run, and which of them this one is: by options, by variables, or as JAX detects it.
+"""Which processes make up a run, and which of them this one is: by options, by variables, or by detection.
 
-JAX's own detection serves TPU pods, SLURM, Open MPI and Kubernetes; torchrun's variables are read here.
+Options come first, then JAX's variables, then torchrun's; without any of them `cluster_detection` looks for a TPU pod,
+SLURM, Open MPI or Kubernetes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 
 from marble_jax.distributed.channel import split_address
+from marble_jax.distributed.cluster_detection import Cluster, detect_cluster
 from marble_jax.errors import InputError, one_of
 
 MODES = ("auto", "off", "on")
@@ -21,25 +22,6 @@ ADVICE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """Where a process stands among those of its run.
-
-    Attributes:
-      coordinator: HOST:PORT of process 0.
-      num_processes: of the run, at least 2.
-      process_id: of this one, from 0.
-      found_by: what said so.
-      local_devices: devices of this host that the process may use; None for all.
-    """
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-    found_by: str
-    local_devices: tuple[int, ...] | None = None
-
-
 def find_cluster(
     mode: str = "auto",
     coordinator: str = "",
@@ -48,12 +30,12 @@ def find_cluster(
     timeout: float = 300.0,
     environ: Mapping[str, str] | None = None,
 ) -> Cluster | None:
-    """The processes that this one belongs to: by options, by JAX's or torchrun's variables, or as JAX detects them.
+    """Returns the processes that this one belongs to: by options, by JAX's or torchrun's variables, or by detection.
 
     Args:
       mode: "auto" looks, "on" looks and insists, "off" does not look.
       coordinator, num_processes, process_id: the options as text; empty where not given.
-      timeout: seconds the detection may take to resolve the coordinator's name.
+      timeout: seconds the detection may wait for the coordinator's name to resolve.
       environ: `os.environ` by default.
 
     Returns:
@@ -63,80 +45,98 @@ def find_cluster(
       InputError: incomplete or impossible settings, a detection that failed, or "on" without any cluster.
     """
     one_of("--distributed", mode, MODES)
-    environ = os.environ if environ is None else environ
     options = {
         "--coordinator": coordinator,
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
     if mode == "off":
-        if any(options.values()):
-            given = ", ".join(name for name, value in options.items() if value)
-            raise InputError(
-                f"--distributed=off: expected none of {', '.join(options)}; received {given}"
-            )
+        _refuse_options(options)
         return None
-    found = None
-    if any(options.values()):
-        found = _explicit(options, "the command line")
-    elif all(name in environ for name in JAX_VARIABLES):
-        found = _explicit(
-            {name: environ[name] for name in JAX_VARIABLES},
-            "JAX's variables",
-            _jax_devices(environ),
-        )
-    elif "WORLD_SIZE" in environ and "RANK" in environ:
-        found = _torchrun(environ)
-    else:
-        found = _detected(timeout)
-        if (
-            found is None
-            and "JOB_COMPLETION_INDEX" in environ
-            and "KUBERNETES_SERVICE_HOST" in environ
-        ):
-            raise InputError(
-                "--distributed: expected a cluster that JAX detects in this indexed Kubernetes job; "
-                f"received none (pip install 'jax[k8s]'); {ADVICE}"
-            )
-    if mode == "on" and found is None:
+    cluster = _locate(options, os.environ if environ is None else environ, timeout)
+    if mode == "on" and cluster is None:
         raise InputError(
             "--distributed=on: expected a TPU pod, SLURM, Open MPI, Kubernetes, "
             f"{', '.join(JAX_VARIABLES)} or torchrun's variables; received none of them; {ADVICE}"
         )
-    return found if found is None or found.num_processes > 1 else None
+    if cluster is None or cluster.num_processes == 1:
+        return None
+    return cluster
+
+
+def _refuse_options(options: Mapping[str, str]) -> None:
+    received = [name for name, value in options.items() if value]
+    if received:
+        raise InputError(
+            f"--distributed=off: expected none of {', '.join(options)}; received {', '.join(received)}"
+        )
+
+
+def _locate(
+    options: Mapping[str, str], environ: Mapping[str, str], timeout: float
+) -> Cluster | None:
+    """The cluster by the first source that names one, also one of a single process."""
+    if any(options.values()):
+        return _explicit(options, "the command line")
+    if all(name in environ for name in JAX_VARIABLES):
+        variables = {name: environ[name] for name in JAX_VARIABLES}
+        return _explicit(variables, "JAX's variables", _jax_devices(environ))
+    if "WORLD_SIZE" in environ and "RANK" in environ:
+        return _torchrun(environ)
+    cluster = _detect(environ, timeout)
+    if cluster is None and {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= set(environ):
+        raise InputError(
+            "--distributed: expected the kubernetes package in this indexed Kubernetes job; "
+            f"received none (pip install 'jax[k8s]'); {ADVICE}"
+        )
+    return cluster
+
+
+def _detect(environ: Mapping[str, str], timeout: float) -> Cluster | None:
+    try:
+        return detect_cluster(environ, timeout)
+    except Exception as error:  # whatever the cluster's own interfaces raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"--distributed: expected the cluster to say who takes part; received {type(error).__name__}: "
+            f"{lines[0]}; {ADVICE}"
+        ) from error
 
 
 def _explicit(
     settings: Mapping[str, str], found_by: str, devices: tuple[int, ...] | None = None
 ) -> Cluster:
+    """The cluster of three settings as text: address of process 0, number of processes, number of this one."""
     for name, value in settings.items():
         if not value:
-            raise InputError(
-                f"{name}: expected together with {', '.join(n for n in settings if n != name)}; received "
-                "nothing"
-            )
-    address, (count_name, count), (index_name, index) = (
-        next(iter(settings.values())),
-        *list(settings.items())[1:],
-    )
+            others = ", ".join(other for other in settings if other != name)
+            raise InputError(f"{name}: expected together with {others}; received nothing")
+    (_, address), (count_name, count), (index_name, index) = settings.items()
     split_address(address)
-    for name, text, least in ((count_name, count, 1), (index_name, index, 0)):
-        if not text.isdigit() or int(text) < least:
-            raise InputError(f"{name}: expected a number >= {least}; received {text!r}")
-    if int(index) >= int(count):
+    num_processes = _number(count_name, count, 1)
+    process_id = _number(index_name, index, 0)
+    if process_id >= num_processes:
         raise InputError(
-            f"{index_name}: expected 0 to {int(count) - 1} with {count_name}={count}; received {index}"
+            f"{index_name}: expected 0 to {num_processes - 1} with {count_name}={count}; received {index}"
         )
-    return Cluster(address, int(count), int(index), found_by, devices)
+    return Cluster(address, num_processes, process_id, found_by, devices)
+
+
+def _number(name: str, text: str, least: int) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise InputError(f"{name}: expected a number >= {least}; received {text!r}")
+    return int(text)
 
 
 def _jax_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     listed = environ.get("JAX_LOCAL_DEVICE_IDS", "")
-    return tuple(int(i) for i in listed.split(",")) if listed.replace(",", "").isdigit() else None
+    if not listed.replace(",", "").isdigit():
+        return None
+    return tuple(int(device) for device in listed.split(","))
 
 
 def _torchrun(environ: Mapping[str, str]) -> Cluster:
-    """torchrun's variables. Under its agent MASTER_PORT is taken by the agent's own store, so the next port is used.
+    """The cluster of torchrun's variables.
 
     Source: `torch.distributed.run` and `rendezvous.py` (TORCHELASTIC_USE_AGENT_STORE).
     """
@@ -149,10 +149,14 @@ def _torchrun(environ: Mapping[str, str]) -> Cluster:
                 f"received nothing; {ADVICE}"
             )
     port = environ["MASTER_PORT"]
+    # Under torchrun's agent MASTER_PORT is taken by the agent's own store, so the next port is used.
     if port.isdigit() and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         port = str(int(port) + 1)
-    local = environ.get("LOCAL_RANK", "")
-    shared = local.isdigit() and environ.get("LOCAL_WORLD_SIZE", "") != "1"
+    local_rank = environ.get("LOCAL_RANK", "")
+    local_devices = None
+    # Several processes on a host take one device each; one alone takes all of them.
+    if local_rank.isdigit() and environ.get("LOCAL_WORLD_SIZE", "") != "1":
+        local_devices = (int(local_rank),)
     return _explicit(
         {
             "MASTER_ADDR:MASTER_PORT": f"{environ['MASTER_ADDR']}:{port}",
@@ -160,39 +164,5 @@ def _torchrun(environ: Mapping[str, str]) -> Cluster:
             "RANK": environ["RANK"],
         },
         "torchrun's variables",
-        (int(local),) if shared else None,
-    )
-
-
-def _detected(timeout: float) -> Cluster | None:
-    """What JAX detects: a Google TPU pod, Kubernetes, Open MPI, SLURM.
-
-    `jax.distributed.initialize()` does the same, but it neither says what it found nor copes with a coordinator that is
-    not there; hence the look behind it.
-    """
-    from jax._src import clusters
-
-    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-    try:
-        # The coordinator is asked for last: a host on its own has none that could be found.
-        _, count, index, devices = detect("nowhere:1", None, None, None, None, int(timeout))
-        address = (
-            None
-            if count in (None, 1)
-            else detect(None, count, index, devices, None, int(timeout))[0]
-        )
-    except Exception as error:  # whatever the cluster's own interfaces raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"--distributed: expected the cluster to say who takes part; received {type(error).__name__}: "
-            f"{reason}; {ADVICE}"
-        ) from error
-    if None in (address, count, index):
-        return None
-    return Cluster(
-        str(address),
-        int(count),
-        int(index),
-        "JAX's cluster detection",
-        None if devices is None else tuple(devices),
+        local_devices,
     )
