@@ -191,10 +191,10 @@ class Scorer:
     def _failed(self, name: str, error: Exception) -> None:
         if self._on_error == "fail":
             if distributed.is_single_process():
-                raise RewardError(f"reward {name}: {line(error)}") from error
-            self._stopping = self._stopping or f"reward {name}: {line(error)}"
-        self._errors[name] = line(error)
-        log.warning("reward %s failed: %s", name, line(error))
+                raise RewardError(f"reward {name}: {one_line(error)}") from error
+            self._stopping = self._stopping or f"reward {name}: {one_line(error)}"
+        self._errors[name] = one_line(error)
+        log.warning("reward %s failed: %s", name, one_line(error))
 
     def _collect(
         self,

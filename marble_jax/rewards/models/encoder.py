@@ -217,21 +217,18 @@ def _load_towers(
     """Returns towers, their weights, and whether the file was in OpenCLIP's layout."""
     preferred = openclip.find_weights(directory, weights)
     has_config = (directory / "config.json").is_file()
-    if not preferred and has_config and any(directory.glob("model*.safetensors*")):
-        return *load_clip(directory, dtype), False
-    found = preferred or openclip.find_weights(directory)
-    if found:
-        settings = _read_json(directory / openclip.CONFIG).get("model_cfg")
-        return *openclip.load_openclip(found, settings, dtype), True
-    if has_config and (directory / "pytorch_model.bin").is_file():
-        model = CLIPModel(CLIPConfig.from_dict(_read_json(directory / "config.json")), dtype)
-        shapes = openclip.abstract_params(model)
-        source = TorchPickleFile(directory / "pytorch_model.bin")
-        return (
-            model,
-            load_params(source, path_entries(shapes), shapes, dtype, ("*.position_ids",)),
-            False,
-        )
+    has_safetensors = any(directory.glob("model*.safetensors*"))
+    if preferred is None and has_config and has_safetensors:
+        model, params = load_clip(directory, dtype)
+        return model, params, False
+    file = preferred or openclip.find_weights(directory)
+    if file is not None:
+        settings = read_config(directory / openclip.CONFIG).get("model_cfg")
+        model, params = openclip.load_openclip(file, settings, dtype)
+        return model, params, True
+    pickle = directory / "pytorch_model.bin"
+    if has_config and pickle.is_file():
+        return *_load_pickle(directory, pickle, dtype), False
     expected = ", ".join((*weights, "model.safetensors", *openclip.FILES, "pytorch_model.bin"))
     held = ", ".join(sorted(path.name for path in directory.iterdir())) or "an empty directory"
     raise InputError(
@@ -245,5 +242,5 @@ def _load_pickle(directory: Path, pickle: Path, dtype: Any) -> tuple[CLIPModel, 
     shapes = openclip.abstract_params(model)
     # Older files hold the position numbers 0, 1, 2, ... as if they were weights.
     ignored = ("*.position_ids",)
-    params = load_params(PickledFile(pickle), path_entries(shapes), shapes, dtype, ignored)
+    params = load_params(TorchPickleFile(pickle), path_entries(shapes), shapes, dtype, ignored)
     return model, params

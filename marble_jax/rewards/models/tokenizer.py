@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.errors import InputError
-from marble_jax.families.sd3.text import load_tokenizer
+from marble_jax.networks.tokenizers import load_tokenizer
 from marble_jax.storage.files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
