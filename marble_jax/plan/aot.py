@@ -28,11 +28,12 @@ from marble_jax.errors import InputError, nearest
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.plan.hlo import Collective, collectives
 from marble_jax.plan.model_shapes import ModelShapes
-from marble_jax.programs.build import build_steps
+from marble_jax.programs.build import build_steps, make_recipe
 from marble_jax.programs.open_model import decode_size, network_options
 from marble_jax.programs.run_state import blank_state
-from marble_jax.training.batch_sizes import BatchSizes
+from marble_jax.training.batch_sizes import Sizes
 from marble_jax.training.micro_batches import RolloutBatch
+from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.state import TrainState
 from marble_jax.types import Conditioning
 
@@ -110,7 +111,7 @@ def slice_devices(name: str) -> list[Any]:
 
 
 def jobs(
-    settings: Settings, shapes: ModelShapes, sizes: BatchSizes, mesh: Mesh
+    settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh
 ) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     """The compiled functions of a run by name, each with the shapes of its arguments where they lie."""
     model = _Shardings(settings, shapes, mesh)
@@ -118,7 +119,9 @@ def jobs(
     rollout = settings.rollout
     levels = networks.levels(rollout.num_steps, shapes.latent)
     sampler = make_sampler(networks.velocity, rollout.solver, levels, rollout.integer_timesteps)
-    steps = build_steps(settings, sizes, mesh, networks, shapes.latent)
+    recipe = make_recipe(settings, sizes, mesh, networks, shapes.latent)
+    optimizer = make_optimizer(settings.training)
+    steps = build_steps(settings, recipe, networks, optimizer)
     state = model.state()
     batch, decoded = rollout.batch_size, decode_size(rollout.batch_size, mesh)
     policy = None if rollout.merge_adapter else state.rollout
@@ -187,7 +190,7 @@ class _Shardings:
 
         return jax.tree.map(self._whole, jax.eval_shape(new_state))
 
-    def rollouts(self, sizes: BatchSizes) -> RolloutBatch:
+    def rollouts(self, sizes: Sizes) -> RolloutBatch:
         """The rollouts of a step."""
         count, settings = sizes.images, self._settings
         scalarized = settings.advantages.scalarize != "none"

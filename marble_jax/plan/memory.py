@@ -21,7 +21,7 @@ from marble_jax.distributed import device_mesh
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.programs.open_model import decode_size
 from marble_jax.trainable import lora
-from marble_jax.training.batch_sizes import BatchSizes, chunk_size
+from marble_jax.training.batch_sizes import Sizes, chunk_size
 from marble_jax.types import DTYPES
 
 NUM_POLICIES = 4  # current, rollout, averaged and best adapter
@@ -70,7 +70,7 @@ def weight_bytes(shapes: ModelShapes, mesh: Mesh | AbstractMesh) -> float:
 def program_sources(
     settings: Settings,
     shapes: ModelShapes,
-    sizes: BatchSizes,
+    sizes: Sizes,
     mesh: Mesh | AbstractMesh,
     pad: int = LANES,
 ) -> dict[str, list[Source]]:
@@ -140,7 +140,7 @@ class MemoryModel:
         self,
         settings: Settings,
         shapes: ModelShapes,
-        sizes: BatchSizes,
+        sizes: Sizes,
         mesh: Mesh | AbstractMesh,
         pad: int,
     ):

@@ -10,7 +10,7 @@ from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.plan import memory
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.programs.step_flops import StepFlops
-from marble_jax.training.batch_sizes import BatchSizes
+from marble_jax.training.batch_sizes import Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
 
     settings: Settings
     shapes: ModelShapes
-    sizes: BatchSizes
+    sizes: Sizes
     mesh: Any
     accelerator: Accelerator | None
     flops: StepFlops

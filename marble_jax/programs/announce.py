@@ -63,7 +63,9 @@ def _model_line(run: Run) -> str:
 
 def _memory_line(run: Run) -> str:
     adapter_bytes = 4 * num_parameters(run.state.current)
-    held = adapter_bytes * run.num_directions * run.chunk / 1e6
+    # Signal and anchor, and the divergence where there is one.
+    num_directions = 2 + (run.recipe.objective.kl_weight > 0)
+    held = adapter_bytes * num_directions * run.recipe.micro_batching.chunk_size / 1e6
     return (
         f"per-sample adapter gradients up to {held:.0f} MB at a time, "
         f"{len(run.settings.rewards.train)} accumulators of {adapter_bytes / 1e6:.1f} MB"

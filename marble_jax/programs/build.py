@@ -3,20 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
+import jax
 import optax
 from jax.sharding import Mesh
 
-from marble_jax.config import Settings
+from marble_jax import distributed
+from marble_jax.config import RewardSettings, Settings
+from marble_jax.convert.lora import read_lora, start_from
+from marble_jax.distributed import device_mesh
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.base import Family, Networks, Size
+from marble_jax.families.decoding import Decoder, as_images
+from marble_jax.flow.policy_sampler import Sampler, make_sampler
+from marble_jax.harmonize.registry import balancer_of
+from marble_jax.objectives.registry import make_objective
+from marble_jax.programs.check_settings import check_settings, run_reward_schedule
+from marble_jax.programs.locations import held_out_prompts, read_prompts, reward_directory
+from marble_jax.programs.open_model import (
+    decode_size,
+    locate,
+    open_networks,
+    size_of,
+    text_embeddings,
+)
 from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.placement import check_groups, place_rewards
+from marble_jax.rewards.registry import load_rewards
+from marble_jax.rewards.scorer import Scorer
+from marble_jax.streams import Stream, stream_key
 from marble_jax.trainable import lora
-from marble_jax.training.batch_sizes import BatchSizes
-from marble_jax.training.iteration import Iteration
+from marble_jax.training.batch_sizes import Sizes, chunk_size, derive_sizes
+from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.optimizer import make_optimizer
+from marble_jax.training.recipe import (
+    MicroBatching,
+    Recipe,
+    Timesteps,
+    averages_of,
+    harmonization_of,
+)
 from marble_jax.training.rollout import Collector
-from marble_jax.training.state import TrainState
-from marble_jax.training.step_schedule import Steps
+from marble_jax.training.state import TrainState, initial_state
+from marble_jax.training.step_schedule import Steps, make_steps
+from marble_jax.types import Adapter
 
 
 @dataclasses.dataclass
@@ -24,18 +59,16 @@ class Run:
     """Everything a training run is made of.
 
     Attributes:
-      settings: it was built from.
+      settings: the run was built from.
       mesh: its devices.
       sizes: batch arithmetic of a step.
-      chunk: samples pulled back together, over all devices.
-      num_directions: cotangents pulled back for each.
       family: of the model.
       networks: the frozen networks.
-      size: of the images.
       spec: of the adapter.
       train_prompts: by source.
       collector: samples and scores rollouts.
       evaluator: samples and scores held-out prompts.
+      recipe: what an optimiser step does.
       optimizer: of the adapter.
       steps: the compiled optimiser steps.
       state: before the first step.
@@ -43,21 +76,232 @@ class Run:
 
     settings: Settings
     mesh: Mesh
-    sizes: BatchSizes
-    chunk: int
-    num_directions: int
+    sizes: Sizes
     family: Family
     networks: Networks
-    size: Size
     spec: lora.LoraSpec
     train_prompts: dict[str, list[Prompt]]
     collector: Collector
     evaluator: Evaluator
+    recipe: Recipe
     optimizer: optax.GradientTransformation
     steps: Steps
     state: TrainState
 
     @property
+    def size(self) -> Size:
+        """Size of the images."""
+        return size_of(self.settings.model)
+
+    @property
     def iteration(self) -> Iteration:
         """What every optimiser step does."""
-        raise NotImplementedError
+        settings = self.settings
+        merge = None
+        if settings.rollout.merge_adapter:
+            merge = jax.jit(partial(lora.merge, scale=self.spec.scale))
+        sampling = Sampling(
+            self.train_prompts,
+            settings.rollout.prompts_per_step,
+            settings.rollout.images_per_prompt,
+            settings.advantages.scale,
+            settings.advantages.scalarize,
+            settings.advantages.weights,
+            run_reward_schedule(settings),
+        )
+        return Iteration(
+            self.networks.params,
+            self.collector,
+            sampling,
+            self.steps,
+            partial(device_mesh.replicate, self.mesh),
+            merge,
+        )
+
+
+def build(settings: Settings) -> Run:
+    """Makes everything for training; reads models, prompts and rewards, computes nothing.
+
+    Raises:
+      InputError: whatever in the settings, or in the files they name, does not fit.
+    """
+    check_settings(settings)
+    mesh = device_mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
+    sizes = derive_sizes(settings.rollout, settings.training, device_mesh.batch_shards(mesh))
+    train_prompts = read_prompts(settings.prompts.path, "train", settings.prompts.sources)
+    test_prompts = held_out_prompts(settings.prompts, settings.evaluation)
+    root, family = locate(settings.model)
+    spec = lora.lora_spec(settings.lora, family)
+    rewards = _load_rewards(settings, mesh)
+    # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
+    texts = [prompt.text for prompt in itertools.chain(*train_prompts.values(), test_prompts)]
+    encode = text_embeddings(
+        root, family, settings.model, settings.prompts.embedding_cache, texts
+    )
+    networks = open_networks(root, family, settings.model, spec.scale, mesh)
+    latent_shape = networks.latent_shape(size_of(settings.model))
+    decode = _image_decoder(networks, mesh)
+    rollout, evaluation = settings.rollout, settings.evaluation
+    collector = Collector(
+        _sampler(networks, rollout.solver, rollout.num_steps, latent_shape, settings),
+        encode,
+        decode,
+        _scorer(settings.rewards, rewards[: len(settings.rewards.train)]),
+        latent_shape,
+        rollout.batch_size,
+        partial(device_mesh.shard_batch, mesh),
+        partial(device_mesh.replicate, mesh),
+    )
+    evaluator = Evaluator(
+        test_prompts,
+        _sampler(networks, evaluation.solver, evaluation.num_steps, latent_shape),
+        encode,
+        decode,
+        _scorer(settings.rewards, rewards),
+        latent_shape,
+        rollout.batch_size,
+        evaluation.seed,
+        evaluation.num_images,
+        evaluation.images_per_prompt,
+        partial(device_mesh.shard_batch, mesh),
+    )
+    recipe = make_recipe(settings, sizes, mesh, networks, latent_shape)
+    optimizer = make_optimizer(settings.training)
+    steps = build_steps(settings, recipe, networks, optimizer)
+    state = _first_state(settings, family, networks, spec, recipe, optimizer)
+    return Run(
+        settings,
+        mesh,
+        sizes,
+        family,
+        networks,
+        spec,
+        train_prompts,
+        collector,
+        evaluator,
+        recipe,
+        optimizer,
+        steps,
+        device_mesh.replicate(mesh, state),
+    )
+
+
+def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
+    """The rewards trained on, then those only evaluated, on the devices."""
+    chosen, rollout = settings.rewards, settings.rollout
+    rewards = load_rewards(
+        reward_directory(chosen),
+        (*chosen.train, *chosen.heldout),
+        chosen.num_workers,
+        upstream=chosen.upstream_scoring,
+    )
+    for reward in rewards[: len(chosen.train)]:
+        check_groups(
+            reward, mesh, rollout.prompts_per_step, rollout.images_per_prompt, rollout.batch_size
+        )
+    place_rewards(mesh, rewards)
+    return rewards
+
+
+def _scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:
+    return Scorer(
+        rewards,
+        settings.num_workers,
+        settings.on_error,
+        settings.max_missing_share,
+        settings.timeout,
+    )
+
+
+def _image_decoder(networks: Networks, mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Latents to images, decoded and kept where a batch's images are scored."""
+    decoder = Decoder(networks)
+
+    def decode(latents: jax.Array) -> jax.Array:
+        layout = device_mesh.image_sharding(mesh, len(latents))
+        place = partial(distributed.device_put_global, sharding=layout)
+        clips = decoder(latents, decode_size(len(latents), mesh), place)
+        return place(as_images(clips))
+
+    return decode
+
+
+def _sampler(
+    networks: Networks,
+    solver: str,
+    num_steps: int,
+    latent_shape: tuple[int, ...],
+    rollouts_of: Settings | None = None,
+) -> Sampler:
+    """A compiled sampler; that of rollouts may see truncated timesteps, as upstream's does."""
+    truncate = rollouts_of is not None and rollouts_of.rollout.integer_timesteps
+    sigmas = networks.levels(num_steps, latent_shape)
+    return make_sampler(networks.velocity, solver, sigmas, truncate)
+
+
+def make_recipe(
+    settings: Settings,
+    sizes: Sizes,
+    mesh: Any,
+    networks: Networks,
+    latent_shape: tuple[int, ...],
+) -> Recipe:
+    """What an optimiser step of a run does.
+
+    Args:
+      settings: of the run.
+      sizes: its batch arithmetic.
+      mesh: its devices.
+      networks: of its model, with weights or shapes.
+      latent_shape: of one sample.
+    """
+    names = settings.rewards.train
+    shards = device_mesh.Shards(mesh)
+    levels = networks.levels(settings.rollout.num_steps, latent_shape)
+    # The last level is clean: nothing is trained there.
+    trained = tuple(float(sigma) for sigma in levels[:-1])
+    chunk = chunk_size(settings.training, settings.harmonize, shards.count)
+    return Recipe(
+        objective=make_objective(settings),
+        timesteps=Timesteps(trained, sizes.timesteps),
+        micro_batching=MicroBatching(settings.training.micro_batch_size, chunk, shards),
+        harmonization=harmonization_of(
+            settings.harmonize,
+            settings.advantages,
+            balancer_of(settings.harmonize, names),
+            len(names),
+        ),
+        averages=averages_of(settings.rollout_policy, settings.ema),
+    )
+
+
+def build_steps(
+    settings: Settings,
+    recipe: Recipe,
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+) -> Steps:
+    """The compiled steps of a run."""
+    harmonize = settings.harmonize
+    return make_steps(
+        recipe, networks.velocity, optimizer, harmonize.mode, harmonize.refresh_every
+    )
+
+
+def _first_state(
+    settings: Settings,
+    family: Family,
+    networks: Networks,
+    spec: lora.LoraSpec,
+    recipe: Recipe,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """The state before the first step, from a new adapter or the LoRA that the run starts from."""
+    key = stream_key(jax.random.key(settings.seed), Stream.ADAPTER)
+    adapter: Adapter = lora.init_adapter(key, family.layers_at, networks.params, spec)
+    if settings.lora.init:
+        start = read_lora(settings.lora.init, networks.params, family.formats)
+        adapter = start_from(start, adapter, networks.params, family.formats, spec)
+    num_rewards = recipe.harmonization.num_rewards
+    balancer = recipe.harmonization.balancer.init(num_rewards)
+    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed)

@@ -8,11 +8,11 @@ import jax
 
 from marble_jax.config import ModelSettings, Settings, check, flatten
 from marble_jax.errors import InputError
-from marble_jax.harmonize.baselines import balancer_of
+from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks import attention
 from marble_jax.objectives.registry import make_objective
 from marble_jax.training.profile import parse_steps
-from marble_jax.training.reward_schedule import reward_schedule_of
+from marble_jax.training.reward_schedule import RewardSchedule, reward_schedule_of
 from marble_jax.types import DTYPES
 
 
@@ -30,7 +30,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     _check_rewards(settings)
     _check_weights(settings)
     balancer_of(settings.harmonize, settings.rewards.train)
-    reward_schedule_of(settings)
+    run_reward_schedule(settings)
     make_objective(settings)
     parse_steps(settings.logging.profile_steps)
     _check_attention(settings.model, backend or jax.default_backend())
@@ -38,6 +38,16 @@ def check_settings(settings: Settings, backend: str = "") -> None:
         raise InputError(
             "logging.wandb: expected the package wandb; received none (pip install wandb)"
         )
+
+
+def run_reward_schedule(settings: Settings) -> RewardSchedule:
+    """Which rewards of a run are active when."""
+    return reward_schedule_of(
+        settings.reward_schedule,
+        settings.rewards.train,
+        settings.prompts.sources,
+        settings.training.num_steps,
+    )
 
 
 def _check_rewards(settings: Settings) -> None:

@@ -11,10 +11,12 @@ from marble_jax.config import KEYS, Settings, settings_from_flat
 from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.families.base import Family
+from marble_jax.harmonize.registry import balancer_of
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
-from marble_jax.training.state import initial_state
+from marble_jax.training.optimizer import make_optimizer
+from marble_jax.training.state import TrainState, initial_state
 from marble_jax.types import Adapter
 
 
@@ -79,7 +81,7 @@ def restore_policy(
     return state.best, int(state.best_step)
 
 
-def blank_state(settings: Settings, adapter: Adapter) -> Any:
+def blank_state(settings: Settings, adapter: Adapter) -> TrainState:
     """A training state of a run's shapes, to restore a checkpoint into."""
     names = settings.rewards.train
     balancer = balancer_of(settings.harmonize, names)

@@ -13,7 +13,7 @@ from marble_jax.config import Settings
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.base import Networks, SampleFlops
 from marble_jax.programs.open_model import size_of
-from marble_jax.training.batch_sizes import BatchSizes
+from marble_jax.training.batch_sizes import Sizes
 from marble_jax.types import Adapter
 
 
@@ -48,7 +48,7 @@ class StepFlops:
 
 
 def step_flops(
-    settings: Settings, sizes: BatchSizes, sample: SampleFlops, decode: float
+    settings: Settings, sizes: Sizes, sample: SampleFlops, decode: float
 ) -> StepFlops:
     """FLOPs of a step.
 
@@ -86,7 +86,7 @@ def step_flops(
 
 
 def step_flops_of(
-    settings: Settings, sizes: BatchSizes, networks: Networks, adapter: Adapter
+    settings: Settings, sizes: Sizes, networks: Networks, adapter: Adapter
 ) -> StepFlops:
     """FLOPs of a step of a run; weights and adapter may be shapes."""
     size = size_of(settings.model)

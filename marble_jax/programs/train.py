@@ -25,10 +25,11 @@ from marble_jax.rewards.checks import before_training
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.guard import Guard, fresh_stream
-from marble_jax.training.loop import Cadence, Hooks, Interrupted, train
+from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.profile import Profiler, parse_steps
 from marble_jax.training.records import MetricWriter
 from marble_jax.training.state import TrainState
+from marble_jax.training.stops import Interrupted
 
 
 def train_run(settings: Settings, workdir_path: str, command: str) -> None:
@@ -64,7 +65,7 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
     done = int(state.step)
     if existed:
         distributed.broadcast_from_first("claim", lambda: workdir.claim(flatten(settings)))
-        distributed.broadcast_from_first("cut", lambda: workdir.cut(done))
+        distributed.broadcast_from_first("cut", lambda: workdir.truncate(done))
     announce_start(run, workdir, console, done if existed else None)
     if done == settings.training.num_steps:
         console.say(
@@ -209,7 +210,7 @@ class Session:
     def _roll_back(self, reason: str, number: int) -> TrainState:
         """The newest checkpoint with other random numbers."""
         step, state = self._checkpoints.restore(self._blank)
-        distributed.broadcast_from_first("cut", lambda: self._workdir.cut(step))
+        distributed.broadcast_from_first("cut", lambda: self._workdir.truncate(step))
         most = self._run.settings.training.max_rollbacks
         self._console.say(
             f"{reason}: back to step {step} with other random numbers (rollback {number} of {most})"
