@@ -34,10 +34,10 @@ class Scores:
     """Raw scores of K rewards on N images.
 
     Attributes:
-      names: the K rewards, in the order of the first axis.
-      values: float32 [K, N]; meaningless where `valid` is False.
-      valid: bool [K, N]; False where the reward does not apply to the sample, or failed on it.
-      failed: bool [K, N]; True where the reward should have applied but failed (a subset of `~valid`).
+      names: the K rewards, in the order of the last axis.
+      values: float32 [N, K]; meaningless where `valid` is False.
+      valid: bool [N, K]; False where the reward does not apply to the sample, or failed on it.
+      failed: bool [N, K]; True where the reward should have applied but failed (a subset of `~valid`).
     """
 
     names: tuple[str, ...]

@@ -57,12 +57,16 @@ def run(argv: Sequence[str]) -> int:
 
     console = Console()
     if values["check"]:
-        from marble_jax.storage.manifest import check_hashes, recorded
+        from marble_jax.storage.manifest import check_hashes, read_manifest
 
         root = Path(values["check"])
-        with console.bar(sum(r["bytes"] for r in recorded(root).values()), "check", "B") as bar:
+        with console.bar(
+            sum(r["bytes"] for r in read_manifest(root).values()), "check", "B"
+        ) as bar:
             size = check_hashes(root, bar.update)
-        console.say(f"{root}: {len(recorded(root))} files, {size / 1e9:.3f} GB, as in its manifest")
+        console.say(
+            f"{root}: {len(read_manifest(root))} files, {size / 1e9:.3f} GB, as in its manifest"
+        )
         return 0
     for name in ("model", "out"):
         if not values[name]:

@@ -99,7 +99,7 @@ def _check(values: dict[str, str], config: Any) -> int:
     write = boolean("write", values["write"])
     from marble_jax import platform
     from marble_jax.console import Console
-    from marble_jax.rewards import checks
+    from marble_jax.rewards import checks, throughput
     from marble_jax.rewards.toy_world import golden_images
 
     platform.keep_compilations()
@@ -108,11 +108,11 @@ def _check(values: dict[str, str], config: Any) -> int:
     embedded = (values["path"] if config is None else config.rewards.path) == "embedded"
     size = size or (config.model.height if config is not None else 64 if embedded else 512)
     expected = {} if write else golden_images.read_expected(directory, size)
-    findings = checks.look(rewards, size, expected, timeout)
+    findings = checks.run_checks(rewards, size, expected, timeout)
     rows = []
     for reward, finding in zip(rewards, findings):
-        rate = checks.throughput(reward, size, batch, timeout)
-        weights = checks.weight_bytes(reward) / 1e6
+        rate = throughput.throughput(reward, size, batch, timeout)
+        weights = throughput.weight_bytes(reward) / 1e6
         rows.append(
             (
                 finding.name,
@@ -130,7 +130,7 @@ def _check(values: dict[str, str], config: Any) -> int:
     ]
     console.say(
         f"{len(rewards) + len(problems)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
-        f"(own prompts, then each other's), speed in batches of {batch}; {checks.memory()}"
+        f"(own prompts, then each other's), speed in batches of {batch}; {throughput.peak_memory()}"
     )
     console.table(rows, ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", ""))
     bad = [f"{f.name} ({f.status})" for f in findings if not f.passed] + [
@@ -139,7 +139,7 @@ def _check(values: dict[str, str], config: Any) -> int:
     if write and directory is not None:
         if any(f.status == "failed" for f in findings):
             raise InputError(f"--write: expected scores of every reward; received {', '.join(bad)}")
-        file = golden_images.write_expected(directory, size, checks.recorded(findings))
+        file = golden_images.write_expected(directory, size, checks.recorded_scores(findings))
         console.say(f"expected scores: {file}")
     if bad:
         raise InputError(f"check: expected every reward to pass; received {', '.join(bad)}")
@@ -156,20 +156,23 @@ def _serve(values: dict[str, str], config: Any) -> int:
     timeout = number(values, "timeout", float, 0.1)
     from marble_jax import platform
     from marble_jax.console import Console
-    from marble_jax.rewards.http.calls import secret
-    from marble_jax.rewards.http.protocol import Limits
-    from marble_jax.rewards.http.server import RewardServer, Service
+    from marble_jax.rewards.http.access import read_token
+    from marble_jax.rewards.http.connections import ServerOptions
+    from marble_jax.rewards.http.images import Limits
+    from marble_jax.rewards.http.server import RewardServer
 
     if values["token"] and values["token_file"]:
         raise InputError("serve: expected --token or --token_file; received both")
-    token = values["token"] or secret("server", "", values["token_file"])
+    token = values["token"] or read_token("server", "", values["token_file"])
     platform.keep_compilations()
     rewards, _, _ = _load(values, config)
-    service = Service(token=token, workers=workers, score_seconds=timeout, limits=Limits(**limits))
+    options = ServerOptions(
+        token=token, workers=workers, score_seconds=timeout, limits=Limits(**limits)
+    )
     stop = threading.Event()
     before = {n: signal.signal(n, lambda *_: stop.set()) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with RewardServer(rewards, values["host"], port, service) as server:
+        with RewardServer(rewards, values["host"], port, options) as server:
             Console().say(
                 f"serving {', '.join(r.name for r in rewards)} at {server.url} "
                 f"({'with' if token else 'without'} a token); Ctrl-C stops"

@@ -28,14 +28,14 @@ def run(argv: Sequence[str]) -> int:
     cluster, init_timeout, heartbeat_timeout = cluster_of(values)
     from marble_jax import distributed
 
-    with distributed.joined(cluster, "train", init_timeout, heartbeat_timeout):
+    with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout):
         from marble_jax.programs.train import PACKAGES, train_run
         from marble_jax.training.loop import Interrupted
 
-        config = distributed.together("configuration", lambda: load_config(config_args))
+        config = distributed.run_on_all("configuration", lambda: load_config(config_args))
         if cluster is not None:
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-            distributed.same(
+            distributed.assert_equal(
                 "",
                 {f"config.{name}": value for name, value in flatten(config).items()}
                 | versions

@@ -24,7 +24,7 @@ from marble_jax.convert.layouts import CARRIED, COMPONENTS, STEMS
 from marble_jax.convert.sources import Model, open_model
 from marble_jax.convert.writing import CHOICES, KEEP, Cast, write_params, write_safetensors
 from marble_jax.errors import InputError, one_of
-from marble_jax.storage.manifest import MANIFEST, seal, write_json
+from marble_jax.storage.manifest import MANIFEST, checksum, write_json
 from marble_jax.version import VERSION
 
 LAYOUTS = ("orbax", "diffusers")
@@ -160,7 +160,7 @@ def _write(
         if dtype != KEEP and key in config:
             config[key] = dtype
     write_json(directory / "config.json", config)
-    files["config.json"] = seal(directory / "config.json")
+    files["config.json"] = checksum(directory / "config.json")
     return {f"{part}/{file}": record for file, record in files.items()}
 
 
@@ -180,7 +180,7 @@ def _finish(
         shutil.copyfile(source, partial / name)
     for name, value in model.written.items():
         write_json(partial / name, value)
-    files |= {name: seal(partial / name) for name in small}
+    files |= {name: checksum(partial / name) for name in small}
     manifest = {
         "format": "marble_jax model", "version": VERSION, "layout": layout, "dtype": dtype,
         "source": {"name": model.name, "kind": model.kind, "path": str(model.path)}, "left_out": model.skipped,

@@ -22,7 +22,7 @@ from flax import traverse_util
 from marble_jax.convert.layouts import Layout
 from marble_jax.errors import InputError
 from marble_jax.storage.leaves import Leaf, save_leaves
-from marble_jax.storage.manifest import seal, write_json
+from marble_jax.storage.manifest import checksum, write_json
 from marble_jax.weights.component import PARAMS
 from marble_jax.weights.key_map import copy, fill
 from marble_jax.weights.safetensors_files import DTYPES, Tensors
@@ -129,7 +129,7 @@ def write_safetensors(
                 },
             },
         )
-        files[index.name] = seal(index)
+        files[index.name] = checksum(index)
     return files
 
 
@@ -212,4 +212,4 @@ def write_params(
     directory.mkdir(parents=True, exist_ok=True)
     save_leaves(directory / PARAMS, leaves)
     files = sorted(f for f in (directory / PARAMS).rglob("*") if f.is_file())
-    return {f.relative_to(directory).as_posix(): seal(f) for f in files}
+    return {f.relative_to(directory).as_posix(): checksum(f) for f in files}

@@ -1,43 +1,48 @@
 """Several processes as one run: who they are, how they meet, talk and agree, and arrays that span them.
 
-`from marble_jax import hosts` is the way in; with one process all of it is plain calls.
+`from marble_jax import distributed` is the way in; with one process all of it is plain calls.
 """
 
-from marble_jax.distributed.global_arrays import own_rows, put, row_owners, whole
+from marble_jax.distributed.global_arrays import (
+    device_put_global,
+    local_rows,
+    row_processes,
+    to_host,
+)
 from marble_jax.distributed.processes import (
-    Agreed,
-    alone,
-    any_of,
+    AgreedError,
+    any_process,
+    assert_equal,
+    broadcast_from_first,
     count,
-    end_unless,
     exchange,
-    first_of,
-    from_first,
+    exit_unless_agreed,
+    first_reason,
     index,
     is_first,
-    joined,
-    same,
+    is_single_process,
+    process_group,
+    run_on_all,
     start_jax,
-    together,
 )
 
 __all__ = [
-    "Agreed",
-    "alone",
-    "any_of",
+    "AgreedError",
+    "is_single_process",
+    "any_process",
     "count",
-    "end_unless",
+    "exit_unless_agreed",
     "exchange",
-    "first_of",
-    "from_first",
+    "first_reason",
+    "broadcast_from_first",
     "index",
     "is_first",
-    "joined",
-    "own_rows",
-    "put",
-    "row_owners",
-    "same",
+    "process_group",
+    "local_rows",
+    "device_put_global",
+    "row_processes",
+    "assert_equal",
     "start_jax",
-    "together",
-    "whole",
+    "run_on_all",
+    "to_host",
 ]

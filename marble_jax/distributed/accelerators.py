@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
+class Accelerator:
     """One accelerator, which is one JAX device.
 
     Attributes:
@@ -27,7 +27,7 @@ class Chip:
       memory: bytes of HBM.
       usable: bytes of it that a program can have.
       bandwidth: bytes/s of HBM.
-      host: devices of one host of a slice or a cluster.
+      devices_per_host: devices of one host of a slice or a cluster.
     """
 
     name: str
@@ -37,51 +37,55 @@ class Chip:
     memory: float
     usable: float
     bandwidth: float
-    host: int
+    devices_per_host: int
 
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", ("TPU v4",), "tpu", 275e12, 32 * GIB, 30.5 * GIB, 1.228e12, 4),
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197e12, 16 * GIB, 15.75 * GIB, 0.819e12, 4),
-        Chip("v5p", ("TPU v5p", "TPU v5"), "tpu", 459e12, 96 * GIB, 95.73 * GIB, 2.765e12, 4),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32 * GIB, 31.24 * GIB, 1.640e12, 4),
-        Chip(
-            "a100",
-            ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"),
-            "gpu",
-            312e12,
-            80 * GIB,
-            60 * GIB,
-            2.039e12,
-            8,
-        ),
-        Chip("h100", ("NVIDIA H100",), "gpu", 989e12, 80 * GIB, 60 * GIB, 3.35e12, 8),
-        Chip("h200", ("NVIDIA H200",), "gpu", 989e12, 141e9, 0.75 * 141e9, 4.8e12, 8),
-    )
-}
+_TABLE = (
+    # name, device kinds, backend, FLOP/s, memory, usable, bandwidth, devices of a host
+    Accelerator("v4", ("TPU v4",), "tpu", 275e12, 32 * GIB, 30.5 * GIB, 1.228e12, 4),
+    Accelerator(
+        "v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197e12, 16 * GIB, 15.75 * GIB, 0.819e12, 4
+    ),
+    Accelerator("v5p", ("TPU v5p", "TPU v5"), "tpu", 459e12, 96 * GIB, 95.73 * GIB, 2.765e12, 4),
+    Accelerator(
+        "v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32 * GIB, 31.24 * GIB, 1.640e12, 4
+    ),
+    Accelerator(
+        "a100",
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"),
+        "gpu",
+        312e12,
+        80 * GIB,
+        60 * GIB,
+        2.039e12,
+        8,
+    ),
+    Accelerator("h100", ("NVIDIA H100",), "gpu", 989e12, 80 * GIB, 60 * GIB, 3.35e12, 8),
+    Accelerator("h200", ("NVIDIA H200",), "gpu", 989e12, 141e9, 0.75 * 141e9, 4.8e12, 8),
+)
+ACCELERATORS = {accelerator.name: accelerator for accelerator in _TABLE}
 
 
-def of_kind(device_kind: str) -> Chip | None:
-    """The chip that reports itself as `device_kind`; None for one whose peak is not in the table."""
-    found = [
-        (len(kind), chip)
-        for chip in CHIPS.values()
-        for kind in chip.kinds
-        if device_kind.lower().startswith(kind.lower())
-    ]
-    return max(found, key=lambda entry: entry[0])[1] if found else None
+def by_device_kind(device_kind: str) -> Accelerator | None:
+    """Returns the accelerator that JAX reports as `device_kind`; None where the table has none."""
+    best, longest = None, 0
+    for accelerator in ACCELERATORS.values():
+        for kind in accelerator.kinds:
+            # The longest beginning decides: "TPU v5" of v5p also begins "TPU v5 lite" of v5e.
+            if device_kind.lower().startswith(kind.lower()) and len(kind) > longest:
+                best, longest = accelerator, len(kind)
+    return best
 
 
-def named(name: str) -> Chip:
-    """The chip of a short name.
+def by_name(name: str) -> Accelerator:
+    """Returns the accelerator of a short name, in any case of letters.
 
     Raises:
-      InputError: none of that name.
+      InputError: no accelerator of that name.
     """
-    if name.lower() not in CHIPS:
+    if name.lower() not in ACCELERATORS:
+        known = ", ".join(ACCELERATORS)
         raise InputError(
-            f"chip: expected one of {', '.join(CHIPS)}; received {name!r}{nearest(name, CHIPS)}"
+            f"chip: expected one of {known}; received {name!r}{nearest(name, ACCELERATORS)}"
         )
-    return CHIPS[name.lower()]
+    return ACCELERATORS[name.lower()]

@@ -23,7 +23,7 @@ from marble_jax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 BATCH = PartitionSpec(BATCH_AXES)
-EVERYWHERE = PartitionSpec()
+REPLICATED = PartitionSpec()
 
 
 def make_mesh(
@@ -101,17 +101,17 @@ def image_sharding(mesh: Mesh, count: int) -> NamedSharding:
     )
 
 
-def place_batch(mesh: Mesh, tree: Any) -> Any:
+def shard_batch(mesh: Mesh, tree: Any) -> Any:
     """Splits the leading axis of every leaf over `data` and `fsdp`."""
-    return distributed.put(tree, NamedSharding(mesh, BATCH))
+    return distributed.device_put_global(tree, NamedSharding(mesh, BATCH))
 
 
-def place_everywhere(mesh: Mesh, tree: Any) -> Any:
+def replicate(mesh: Mesh, tree: Any) -> Any:
     """One copy of every leaf on each device."""
-    return distributed.put(tree, NamedSharding(mesh, EVERYWHERE))
+    return distributed.device_put_global(tree, NamedSharding(mesh, REPLICATED))
 
 
-def read_into(sharding: NamedSharding, leaf: Any) -> jax.Array:
+def read_sharded(sharding: NamedSharding, leaf: Any) -> jax.Array:
     """An array whose parts are read straight into their places, by each process those of its own devices.
 
     Args:
@@ -126,7 +126,7 @@ class Shards:
     """How a compiled step deals its samples out to the devices of a mesh.
 
     Sums over samples are taken per device first, as arrays with a leading axis of devices that is split over them:
-    adding to such an array needs no exchange, so that a loop over micro-steps has none, and `total` after the loop is
+    adding to such an array needs no exchange, so that a loop over micro-steps has none, and `all_reduce` after the loop is
     the one place where gradients are reduced. A sum without that axis would be reduced in every turn of the loop.
 
     Attributes:
@@ -148,7 +148,7 @@ class Shards:
             else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, BATCH))
         )
 
-    def on_each(self, function: Callable[..., Any], *trees: Any) -> Any:
+    def map_shards(self, function: Callable[..., Any], *trees: Any) -> Any:
         """`function` of every device's own samples, apart from each other.
 
         Args:
@@ -156,7 +156,7 @@ class Shards:
           *trees: leaves [n, ...]; a device's samples are neighbours.
 
         Returns:
-          What `function` returns, with a leading axis of devices where there are several; see `total`.
+          What `function` returns, with a leading axis of devices where there are several; see `all_reduce`.
         """
         if self.count == 1:
             return function(*trees)
@@ -166,8 +166,8 @@ class Shards:
         found = jax.vmap(function, spmd_axis_name=BATCH_AXES)(*self.split(dealt))
         return jax.tree.map(self._own, found)
 
-    def total(self, tree: Any) -> Any:
-        """Sum over devices of what `on_each` returned: here they exchange."""
+    def all_reduce(self, tree: Any) -> Any:
+        """Sum over devices of what `map_shards` returned: here they exchange."""
         return tree if self.count == 1 else jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
 
     def _own(self, x: jax.Array) -> jax.Array:
@@ -177,4 +177,4 @@ class Shards:
         )
 
 
-ALONE = Shards()
+SINGLE_DEVICE = Shards()

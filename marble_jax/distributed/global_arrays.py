@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def put(tree: Any, sharding: Any) -> Any:
+def device_put_global(tree: Any, sharding: Any) -> Any:
     """`jax.device_put` over the devices of all processes, each of which holds the same host values.
 
     Nothing is sent: every process puts its own parts where they belong.
@@ -24,13 +24,13 @@ def put(tree: Any, sharding: Any) -> Any:
     ):
         return jax.device_put(tree, sharding)
     return jax.tree.map(
-        lambda leaf, *own: _put(leaf, own[0] if own else sharding),
+        lambda leaf, *own: _device_put_leaf(leaf, own[0] if own else sharding),
         tree,
         *([] if one_for_all else [sharding]),
     )
 
 
-def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def _device_put_leaf(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)  # from one layout to another, between the devices
     host = np.asarray(leaf)
@@ -38,7 +38,7 @@ def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def whole(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """Arrays of all processes as host arrays; all of them have to ask for it."""
 
     def one(leaf: Any) -> np.ndarray:
@@ -49,23 +49,23 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def row_owners(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
+def row_processes(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
     """int [N]: the process that answers for each row of an array; of several that hold it, the first."""
-    owners = np.full(shape[0], jax.process_count())
+    processes = np.full(shape[0], jax.process_count())
     for device, index in sharding.devices_indices_map(shape).items():
         rows = index[0]
-        owners[rows] = np.minimum(owners[rows], device.process_index)
-    return owners
+        processes[rows] = np.minimum(processes[rows], device.process_index)
+    return processes
 
 
-def own_rows(array: jax.Array, owners: np.ndarray) -> np.ndarray:
+def local_rows(array: jax.Array, processes: np.ndarray) -> np.ndarray:
     """The rows of an array that this process answers for, in their order, read from its own devices.
 
     Args:
       array: split along its first axis only.
-      owners: from `row_owners`.
+      processes: from `row_processes`.
     """
-    rows = np.flatnonzero(owners == jax.process_index())
+    rows = np.flatnonzero(processes == jax.process_index())
     found = np.zeros((len(rows), *array.shape[1:]), array.dtype)
     for shard in array.addressable_shards:
         first, last, _ = shard.index[0].indices(array.shape[0])

@@ -18,7 +18,7 @@ PATIENCE = 10.0
 """Seconds; what one host writes to a network's file system is not at once seen by the others."""
 
 
-def shared(path: epath.PathLike, patience: float = PATIENCE) -> None:
+def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> None:
     """Every host leaves a file for every other to find; afterwards everything is as it was.
 
     Args:
@@ -28,7 +28,7 @@ def shared(path: epath.PathLike, patience: float = PATIENCE) -> None:
     Raises:
       InputError: on every host, naming the first one that does not see what another wrote, or cannot write.
     """
-    if distributed.alone():
+    if distributed.is_single_process():
         return
     path = epath.Path(path)
     made = (
@@ -36,16 +36,16 @@ def shared(path: epath.PathLike, patience: float = PATIENCE) -> None:
         if distributed.is_first()
         else []
     )
-    token = distributed.from_first("probe", lambda: f".probe-{secrets.token_hex(8)}")
+    token = distributed.broadcast_from_first("probe", lambda: f".probe-{secrets.token_hex(8)}")
     try:
-        distributed.from_first("probe written", lambda: _write(path, f"{token}.0"))
-        distributed.together(
+        distributed.broadcast_from_first("probe written", lambda: _write(path, f"{token}.0"))
+        distributed.run_on_all(
             "probe found", lambda: _find(path, f"{token}.0", "process 0", patience)
         )
-        distributed.together(
+        distributed.run_on_all(
             "probe answered", lambda: _write(path, f"{token}.{distributed.index()}")
         )
-        distributed.together(
+        distributed.run_on_all(
             "probe answers found",
             lambda: [
                 _find(path, f"{token}.{i}", f"process {i}", patience)
@@ -53,7 +53,7 @@ def shared(path: epath.PathLike, patience: float = PATIENCE) -> None:
             ],
         )
     finally:
-        distributed.from_first("probe removed", lambda: _remove(path, token, made))
+        distributed.broadcast_from_first("probe removed", lambda: _remove(path, token, made))
 
 
 def _write(path: epath.Path, name: str) -> None:

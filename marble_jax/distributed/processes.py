@@ -1,8 +1,8 @@
 """Several processes as one run: how they are started and how they agree.
 
-Every process runs the same program over arrays that span all of them. What only one process does (writing) or what can
-fail on one alone (files, signals, rewards on the host) goes through `from_first`, `together` and `any_of`, so that all
-go on or all stop. With one process each of these is a plain call.
+Every process runs the same program over arrays that span all of them. What only one process does (writing) or what
+can fail on one of them (files, signals, rewards on the host) goes through `broadcast_from_first`, `run_on_all` and
+`any_process`, so that all go on or all stop. With one process each of these is a plain call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _channel: Channel | None = None
 
 
 @contextmanager
-def joined(
+def process_group(
     cluster: Cluster | None,
     verb: str,
     init_timeout: float = 300.0,
@@ -66,7 +66,7 @@ def joined(
         jax.distributed.shutdown()
 
 
-def end_unless(agreed: tuple[type[BaseException], ...], error: BaseException) -> None:
+def exit_unless_agreed(agreed: tuple[type[BaseException], ...], error: BaseException) -> None:
     """Ends this process here and now if it is one of several and failed on its own: tidying up would wait for others.
 
     Bad input is made known first, and then all processes tidy up.
@@ -75,12 +75,12 @@ def end_unless(agreed: tuple[type[BaseException], ...], error: BaseException) ->
       agreed: what all processes raise together.
       error: what was raised.
     """
-    if _channel is None or isinstance(error, (Agreed, *agreed)):
+    if _channel is None or isinstance(error, (AgreedError, *agreed)):
         return
     if isinstance(error, InputError):
         try:
             exchange("end", None, str(error))
-        except Agreed:
+        except AgreedError:
             return
         except HostLost as lost:
             error = lost
@@ -140,7 +140,7 @@ def start_jax(
         ) from error
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Whether this process is the whole run."""
     return _channel is None
 
@@ -160,7 +160,7 @@ def count() -> int:
     return 1 if _channel is None else _channel.count
 
 
-class Agreed(InputError):
+class AgreedError(InputError):
     """Bad input that one process found and all of them raise."""
 
 
@@ -173,19 +173,19 @@ def exchange(label: str, value: Any, refusal: str = "") -> list[Any]:
       refusal: why this process cannot go on, if it cannot; the others may then be at any other exchange.
 
     Raises:
-      Agreed: on every process, with the refusal of the first one that has one; it is named unless all say the same.
+      AgreedError: on every process, with the refusal of the first one that has one; it is named unless all say the same.
     """
     if _channel is None:
         return [value]
     try:
         return _channel.exchange(label, value, refusal)
     except Refused as error:
-        raise Agreed(
-            error.lines[0] if len(set(error.lines)) == 1 else first_of(error.lines)
+        raise AgreedError(
+            error.lines[0] if len(set(error.lines)) == 1 else first_reason(error.lines)
         ) from None
 
 
-def together(label: str, call: Callable[[], Value]) -> Value:
+def run_on_all(label: str, call: Callable[[], Value]) -> Value:
     """Calls on every process; if it finds bad input on one of them, all raise.
 
     Raises:
@@ -196,7 +196,7 @@ def together(label: str, call: Callable[[], Value]) -> Value:
     result, refusal = None, ""
     try:
         result = call()
-    except Agreed:
+    except AgreedError:
         raise
     except (InputError, OSError) as error:
         refusal = _line(error)
@@ -204,7 +204,7 @@ def together(label: str, call: Callable[[], Value]) -> Value:
     return result
 
 
-def from_first(label: str, call: Callable[[], Value]) -> Value:
+def broadcast_from_first(label: str, call: Callable[[], Value]) -> Value:
     """The value of a call that only process 0 makes (anything JSON knows).
 
     Raises:
@@ -222,19 +222,19 @@ def from_first(label: str, call: Callable[[], Value]) -> Value:
     return result if is_first() else found[0]
 
 
-def any_of(label: str, reason: str) -> str:
+def any_process(label: str, reason: str) -> str:
     """The first process's reason that is not empty, with its name where there are several; empty if there is none."""
-    return reason if _channel is None else first_of(exchange(label, reason))
+    return reason if _channel is None else first_reason(exchange(label, reason))
 
 
-def first_of(reasons: list[str]) -> str:
+def first_reason(reasons: list[str]) -> str:
     """The first of all processes' reasons that is not empty, with the process's name."""
     return next(
         (f"process {i} ({_named(i)}): {reason}" for i, reason in enumerate(reasons) if reason), ""
     )
 
 
-def same(what: str, settings: Mapping[str, Any]) -> None:
+def assert_equal(what: str, settings: Mapping[str, Any]) -> None:
     """Makes sure that all processes mean the same run.
 
     Args:

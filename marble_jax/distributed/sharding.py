@@ -246,7 +246,7 @@ def sharding_of(
     return NamedSharding(mesh, spec_of(mesh, network, path, shape, head_width))
 
 
-def over_host(network: str) -> Callable[[Path, Any], jax.Array] | None:
+def place_over_host(network: str) -> Callable[[Path, Any], jax.Array] | None:
     """What splits the weights of a network that every host runs for itself over its own devices; None for one device.
 
     Text encoders are the larger part of a model (T5-XXL alone takes 9.5 GB), and a device that held them whole would
@@ -256,7 +256,7 @@ def over_host(network: str) -> Callable[[Path, Any], jax.Array] | None:
     return (
         None
         if mesh.size == 1
-        else lambda path, leaf: device_mesh.read_into(
+        else lambda path, leaf: device_mesh.read_sharded(
             sharding_of(mesh, network, path, leaf.shape), leaf
         )
     )
@@ -307,7 +307,7 @@ def layout(
     return Layout(total, device, unsplit)
 
 
-def described(
+def describe(
     mesh: Mesh | AbstractMesh, network: str, shapes: Mapping[str, Any], head_width: int = HEAD_WIDTH
 ) -> str:
     """`layout` in words."""

@@ -91,22 +91,20 @@ def compare(scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> dict[str
 def _with_failures(
     found: dict[str, dict[str, float]], scores: Scores
 ) -> dict[str, dict[str, float]]:
-    for name, failed in zip(scores.names, scores.failed):
+    for name, failed in zip(scores.names, scores.failed.T):
         found[name]["failed"] = int(failed.sum())
     return found
 
 
 def _part(scores: Scores, rows: np.ndarray) -> Scores:
-    return Scores(
-        scores.names, scores.values[:, rows], scores.valid[:, rows], scores.failed[:, rows]
-    )
+    return Scores(scores.names, scores.values[rows], scores.valid[rows], scores.failed[rows])
 
 
 def _by_tag(
     scores: Scores, reward: int, tags: np.ndarray, groups: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """A GenEval column per tag, and their mean, the benchmark's overall score."""
-    values, valid = scores.values[reward], scores.valid[reward]
+    values, valid = scores.values[:, reward], scores.valid[:, reward]
     found = {}
     for tag in TAGS:
         rows = valid & (tags == tag)

@@ -85,14 +85,14 @@ class Evaluator:
         for index in batches(len(groups), self.batch_size):
             chosen = [self.prompts[groups[i]] for i in index]
             noise = image_noise(key, index, self.latent_shape)
-            cond = distributed.together(
+            cond = distributed.run_on_all(
                 "prompts", lambda chosen=chosen: self.encode([p.text for p in chosen])
             )
             decoded = self.decode(self.sampler(params, adapter, *self.place((cond, noise))))
             pending.append(self.scorer.submit(decoded, chosen))
             for row, i in enumerate(index):
                 if int(i) in kept and int(i) not in images:
-                    images[int(i)] = distributed.whole(jnp.round(decoded[row] * 255)).astype(
+                    images[int(i)] = distributed.to_host(jnp.round(decoded[row] * 255)).astype(
                         np.uint8
                     )
             progress(len(set(index.tolist())))

@@ -73,14 +73,14 @@ class ScoreFile:
         )
 
     def append(self, index: Sequence[int], prompts: Sequence[Prompt], scores: Scores) -> None:
-        """Adds scores of n images (the first n columns) with their prompts."""
+        """Adds scores of n images (the first n rows) with their prompts."""
         lines = []
-        for column, (i, prompt) in enumerate(zip(index, prompts)):
+        for row, (i, prompt) in enumerate(zip(index, prompts)):
             values = {
-                name: float(f"{scores.values[k, column]:.8g}") if scores.valid[k, column] else None
+                name: float(f"{scores.values[row, k]:.8g}") if scores.valid[row, k] else None
                 for k, name in enumerate(scores.names)
             }
-            failed = [name for k, name in enumerate(scores.names) if scores.failed[k, column]]
+            failed = [name for k, name in enumerate(scores.names) if scores.failed[row, k]]
             self._add(i, values, failed)
             lines.append(_line(i, prompt, values, failed))
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,15 +103,15 @@ class ScoreFile:
     def scores(self, names: Sequence[str], count: int) -> Scores:
         """Scores of the first `count` images; one that is not on file counts as failed."""
         values, failed = (
-            np.full((len(names), count), np.nan, np.float32),
-            np.zeros((len(names), count), bool),
+            np.full((count, len(names)), np.nan, np.float32),
+            np.zeros((count, len(names)), bool),
         )
         for i in range(count):
             found = self._scores.get(i)
             for k, name in enumerate(names):
                 value = None if found is None else found.get(name)
-                values[k, i] = math.nan if value is None else value
-                failed[k, i] = found is None or name not in found or name in self._failed.get(i, ())
+                values[i, k] = math.nan if value is None else value
+                failed[i, k] = found is None or name not in found or name in self._failed.get(i, ())
         valid = np.isfinite(values)
         return Scores(tuple(names), np.where(valid, values, np.float32(0)), valid, failed)
 

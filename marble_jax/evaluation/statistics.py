@@ -79,8 +79,8 @@ def summary(scores: Scores, groups: np.ndarray | None = None) -> dict[str, dict[
     """Per reward: mean with interval and count over the samples it is valid on; `groups` as in `bootstrap`."""
     found = {}
     for k, name in enumerate(scores.names):
-        valid = scores.valid[k]
-        found[name] = _interval(scores.values[k][valid], None if groups is None else groups[valid])
+        valid = scores.valid[:, k]
+        found[name] = _interval(scores.values[valid, k], None if groups is None else groups[valid])
         found[name]["count"] = int(valid.sum())
     return found
 
@@ -92,8 +92,8 @@ def gains(
     both = scores.valid & reference.valid
     return {
         name: _interval(
-            (scores.values[k] - reference.values[k])[both[k]],
-            None if groups is None else groups[both[k]],
+            (scores.values[:, k] - reference.values[:, k])[both[:, k]],
+            None if groups is None else groups[both[:, k]],
         )
         for k, name in enumerate(scores.names)
     }
@@ -133,8 +133,9 @@ def standardised_gain(scores: Scores, reference: Scores, names: tuple[str, ...])
     """
     parts = []
     for k, name in enumerate(scores.names):
-        both = scores.valid[k] & reference.valid[k]
-        spread = reference.values[k][reference.valid[k]].std() if both.any() else 0.0
+        both = scores.valid[:, k] & reference.valid[:, k]
+        spread = reference.values[reference.valid[:, k], k].std() if both.any() else 0.0
         if name in names and spread > 0:
-            parts.append(float((scores.values[k] - reference.values[k])[both].mean() / spread))
+            difference = scores.values[both, k] - reference.values[both, k]
+            parts.append(float(difference.mean() / spread))
     return float(np.mean(parts)) if parts else 0.0

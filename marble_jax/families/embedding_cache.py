@@ -60,7 +60,7 @@ class Embeddings:
     ):
         self._root, self._length, self._dtype, self._t5 = root, length, jnp.dtype(dtype), t5
         self._load = load or functools.partial(
-            text.load_text_encoders, root, dtype, t5, place=sharding.over_host
+            text.load_text_encoders, root, dtype, t5, place=sharding.place_over_host
         )
         self._encoders: TextEncoders | None = None
         self._memory = memory

@@ -175,8 +175,8 @@ def accumulate(
       velocity: pure function of (adapter, xt, t, cond).
       adapter: pytree of trainable leaves.
       batch: n samples.
-      r: [K, n] optimality of every sample under every reward, in [0, 1].
-      valid: bool [K, n]; False where the reward does not apply.
+      r: [n, K] optimality of every sample under every reward, in [0, 1].
+      valid: bool [n, K]; False where the reward does not apply.
       nft_beta: mixing weight of the objective.
       clip: `A_max`.
       chunk_size: samples pulled back together, a divisor of n; all n when None.
@@ -199,7 +199,6 @@ def accumulate(
         pulled, (positive, negative, divergence) = jax.vmap(
             lambda sample: _sample_pull_backs(velocity, adapter, sample, nft_beta, clip, anchors)
         )(samples)
-        r_part, valid_part = r_part.T, valid_part.T
         mask = valid_part.astype(r_part.dtype)
         mix = jnp.stack(
             [jnp.where(valid_part, r_part - 0.5, 0.0), anchor_scale * mask][: 1 + anchors], axis=-1
@@ -207,25 +206,26 @@ def accumulate(
 
         def rewards(leaf: jax.Array) -> jax.Array:
             return jnp.einsum(
-                "kcj,cj...->k...",
+                "ckj,cj...->k...",
                 mix,
                 leaf[:, : mix.shape[-1]].astype(mix.dtype),
                 precision=_HIGHEST,
             )
 
+        positive, negative = positive[:, None], negative[:, None]
         each = clip / nft_beta * (r_part * positive + (1.0 - r_part) * negative)
         new = RewardSums(
             gradients=jax.tree.map(rewards, pulled),
-            counts=jnp.sum(mask, axis=1),
-            losses=jnp.sum(jnp.where(valid_part, each, 0.0), axis=1),
+            counts=jnp.sum(mask, axis=0),
+            losses=jnp.sum(jnp.where(valid_part, each, 0.0), axis=0),
             kl_gradient=jax.tree.map(lambda x: jnp.sum(x[:, 2:], axis=(0, 1)), pulled),
             kl=jnp.sum(divergence),
             num_samples=jnp.asarray(float(chunk_size * anchors), jnp.float32),
         )
         return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
 
-    whole = batch, r.astype(jnp.promote_types(r.dtype, jnp.float32)).T, valid.T
-    zeros = zero_sums(adapter, r.shape[0])
+    whole = batch, r.astype(jnp.promote_types(r.dtype, jnp.float32)), valid
+    zeros = zero_sums(adapter, r.shape[1])
     if (
         chunk_size == batch.xt.shape[0]
     ):  # a loop of one turn stays a loop, with all that a loop copies
@@ -258,16 +258,16 @@ def branch_weights(
 
     Args:
       weights: [K] weights on the raw per-reward gradients; a negative weight is allowed.
-      r: [K, n] optimality.
-      valid: bool [K, n].
+      r: [n, K] optimality.
+      valid: bool [n, K].
       counts: [K] valid samples of the whole batch when n is only a part of it; taken from `valid` when None.
 
     Returns:
       Weights of P [n] and of N [n]; sum over samples, do not average.
     """
-    counts = jnp.sum(valid, axis=1) if counts is None else counts
-    share = jnp.where(valid, (weights / jnp.maximum(counts, 1))[:, None], 0.0)
-    return jnp.sum(share * r, axis=0), jnp.sum(share * (1.0 - r), axis=0)
+    counts = jnp.sum(valid, axis=0) if counts is None else counts
+    share = jnp.where(valid, weights / jnp.maximum(counts, 1), 0.0)
+    return jnp.sum(share * r, axis=1), jnp.sum(share * (1.0 - r), axis=1)
 
 
 def combined_gradient(

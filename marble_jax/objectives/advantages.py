@@ -21,8 +21,8 @@ class Advantages:
     """Advantages of N samples under K objectives.
 
     Attributes:
-      values: float32 [K, N]; 0 where not `valid`.
-      valid: bool [K, N].
+      values: float32 [N, K]; 0 where not `valid`.
+      valid: bool [N, K].
       tied: float64 [K], share of the groups with at least two valid scores whose valid scores are all equal: such
         a group teaches nothing. 0 when a reward has no group of two.
     """
@@ -35,11 +35,12 @@ class Advantages:
 def _checked(
     values: np.ndarray, valid: np.ndarray, groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    values = np.atleast_2d(np.asarray(values, np.float64))
-    valid, groups = np.atleast_2d(np.asarray(valid, bool)), np.asarray(groups)
-    if values.shape != valid.shape or groups.shape != values.shape[1:]:
+    values, valid = np.asarray(values, np.float64), np.asarray(valid, bool)
+    groups = np.asarray(groups)
+    fits = values.ndim == 2 and values.shape == valid.shape and groups.shape == values.shape[:1]
+    if not fits:
         raise InputError(
-            "scores: expected values [K, N], valid [K, N] and groups [N]; received "
+            "scores: expected values [N, K], valid [N, K] and groups [N]; received "
             f"{values.shape}, {valid.shape} and {groups.shape}"
         )
     if not np.all(np.isfinite(values[valid])):
@@ -57,27 +58,26 @@ def _checked(
 def _grouped(
     values: np.ndarray, valid: np.ndarray, index: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, mean and population standard deviation of the valid scores of every group, each [K, groups]."""
+    """Count, mean and population standard deviation of the valid scores of every group, each [groups, K]."""
     num_groups = int(index.max()) + 1 if index.size else 0
     member = np.zeros((index.size, num_groups))
     member[np.arange(index.size), index] = 1.0
-    count = valid @ member
-    mean = (values * valid) @ member / np.maximum(count, 1)
-    centred = np.where(valid, values - mean[:, index], 0.0)
-    return count, mean, np.sqrt(centred**2 @ member / np.maximum(count, 1))
+    count = member.T @ valid
+    mean = member.T @ (values * valid) / np.maximum(count, 1)
+    centred = np.where(valid, values - mean[index], 0.0)
+    return count, mean, np.sqrt(member.T @ centred**2 / np.maximum(count, 1))
 
 
 def _constant(
     values: np.ndarray, valid: np.ndarray, index: np.ndarray, num_groups: int
 ) -> np.ndarray:
-    """Bool [K, groups]: the valid scores of the group are all the same number (or there is none)."""
-    spread = np.zeros((len(values), num_groups), bool)
-    for k in range(len(values)):
-        high, low = np.full(num_groups, -np.inf), np.full(num_groups, np.inf)
-        np.maximum.at(high, index[valid[k]], values[k, valid[k]])
-        np.minimum.at(low, index[valid[k]], values[k, valid[k]])
-        spread[k] = high > low
-    return ~spread
+    """Bool [groups, K]: the valid scores of the group are all the same number (or there is none)."""
+    shape = num_groups, values.shape[1]
+    high, low = np.full(shape, -np.inf), np.full(shape, np.inf)
+    # What is not valid must not widen a group's range: it counts as the neutral element.
+    np.maximum.at(high, index, np.where(valid, values, -np.inf))
+    np.minimum.at(low, index, np.where(valid, values, np.inf))
+    return ~(high > low)
 
 
 def per_reward(
@@ -93,8 +93,8 @@ def per_reward(
     missing. Scores that are all equal give advantages of exactly 0, not noise over epsilon.
 
     Args:
-      values: [K, N] raw scores; anything where not valid.
-      valid: bool [K, N].
+      values: [N, K] raw scores; anything where not valid.
+      valid: bool [N, K].
       groups: [N] labels, equal for images of one prompt.
       scale: "global" divides by the population standard deviation of all valid scores of the reward in the batch
         (around their overall mean); "group" by that of the group.
@@ -109,19 +109,17 @@ def per_reward(
     values, valid, index = _checked(values, valid, groups)
     count, mean, group_std = _grouped(values, valid, index)
     if scale == "group":
-        std = group_std[:, index]
+        std = group_std[index]
     else:
-        total = np.maximum(valid.sum(axis=1, keepdims=True), 1)
-        overall = (values * valid).sum(axis=1, keepdims=True) / total
-        std = np.sqrt(
-            (np.where(valid, values - overall, 0.0) ** 2).sum(axis=1, keepdims=True) / total
-        )
-    advantages = np.where(valid, (values - mean[:, index]) / (std + epsilon), 0.0)
-    constant = _constant(values, valid, index, count.shape[1])
+        total = np.maximum(valid.sum(axis=0), 1)
+        overall = (values * valid).sum(axis=0) / total
+        std = np.sqrt((np.where(valid, values - overall, 0.0) ** 2).sum(axis=0) / total)
+    advantages = np.where(valid, (values - mean[index]) / (std + epsilon), 0.0)
+    constant = _constant(values, valid, index, len(count))
     # The mean of equal floats can differ from them by rounding.
-    advantages = np.where(constant[:, index], 0.0, advantages)
+    advantages = np.where(constant[index], 0.0, advantages)
     several = count >= 2
-    tied = np.sum(several & constant, axis=1) / np.maximum(np.sum(several, axis=1), 1)
+    tied = np.sum(several & constant, axis=0) / np.maximum(np.sum(several, axis=0), 1)
     return Advantages(advantages.astype(np.float32), valid, tied)
 
 
@@ -134,29 +132,28 @@ def weighted_sum(
     advantages.
 
     Args:
-      values: [K, N].
-      valid: bool [K, N].
+      values: [N, K].
+      valid: bool [N, K].
       weights: [K], at least 0 and not all 0; all 1 when None.
 
     Returns:
-      values float64 [1, N] (0 where nothing is valid) and valid bool [1, N].
+      values float64 [N, 1] (0 where nothing is valid) and valid bool [N, 1].
 
     Raises:
       InputError: the wrong number of weights, a negative one, or all zero.
     """
     values, valid = np.asarray(values, np.float64), np.asarray(valid, bool)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
-    if weights.shape != (len(values),) or np.any(weights < 0) or not np.any(weights > 0):
+    count = values.shape[1]
+    weights = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape != (count,) or np.any(weights < 0) or not np.any(weights > 0):
         raise InputError(
-            f"reward weights: expected {len(values)} numbers of at least 0, not all 0; "
+            f"reward weights: expected {count} numbers of at least 0, not all 0; "
             f"received {weights.tolist()}"
         )
-    share = valid * weights[:, None]
-    total = share.sum(axis=0)
-    combined = np.where(valid, values * weights[:, None], 0.0).sum(axis=0) / np.where(
-        total > 0, total, 1.0
-    )
-    return combined[None], (total > 0)[None]
+    total = (valid * weights).sum(axis=1, keepdims=True)
+    weighted = np.where(valid, values * weights, 0.0).sum(axis=1, keepdims=True)
+    # Nothing is valid where the weights add up to 0: any divisor but 0 will do there.
+    return weighted / np.where(total > 0, total, 1.0), total > 0
 
 
 def gdpo(
@@ -169,14 +166,14 @@ def gdpo(
     """Decoupled normalisation: every reward normalised within its groups, averaged, then normalised over the batch.
 
     Args:
-      values: [K, N] raw scores.
-      valid: bool [K, N].
+      values: [N, K] raw scores.
+      valid: bool [N, K].
       groups: [N] labels.
       weights: [K] reward weights; all 1 when None.
       epsilon: added to both standard deviations.
 
     Returns:
-      Advantages with one row; `tied` is the share averaged over the rewards.
+      Advantages with one column; `tied` is the share averaged over the rewards.
 
     Source: GDPO (arXiv 2601.05242). Deviation: rewards are averaged over those valid for a sample instead of summed,
     which the batch normalisation makes the same when none is missing.

@@ -24,7 +24,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marble_jax.distributed import device_mesh, sharding
-from marble_jax.distributed.accelerators import CHIPS, GIB, Chip
+from marble_jax.distributed.accelerators import ACCELERATORS, GIB, Accelerator
 from marble_jax.errors import InputError, nearest
 from marble_jax.families.sd3 import transformer
 from marble_jax.flow.policy_sampler import make_sampler
@@ -67,7 +67,7 @@ class Program:
     seconds: float
 
 
-def check_topology(name: str) -> tuple[Chip, int]:
+def check_topology(name: str) -> tuple[Accelerator, int]:
     """The chip and the number of chips of a slice such as `v5e:4x4`.
 
     Raises:
@@ -89,7 +89,7 @@ def check_topology(name: str) -> tuple[Chip, int]:
     count = 1
     for side in match[2].split("x"):
         count *= int(side)
-    return CHIPS[kind], count
+    return ACCELERATORS[kind], count
 
 
 def slice_devices(name: str) -> list[Any]:
@@ -160,8 +160,8 @@ def jobs(
         struct((drawn, *made.latent), jnp.float32),
         struct((drawn,), jnp.int32),
         cond(config.rollout.prompts_per_step, everywhere),
-        struct((rows, drawn), jnp.float32),
-        struct((rows, drawn), jnp.bool_),
+        struct((drawn, rows), jnp.float32),
+        struct((drawn, rows), jnp.bool_),
     )
     sampler = make_sampler(
         velocity,

@@ -153,7 +153,7 @@ def beside(
 
 def _lies(made: Architecture, mesh: Mesh | AbstractMesh) -> str:
     dtype = jax.tree.leaves(made.params)[0].dtype
-    lie = sharding.described(mesh, "transformer", made.params, made.model.config.attention_head_dim)
+    lie = sharding.describe(mesh, "transformer", made.params, made.model.config.attention_head_dim)
     return f"{dtype}, {lie}"
 
 

@@ -15,7 +15,7 @@ import ml_collections
 from marble_jax.config import flatten
 from marble_jax.console import Console, duration, joined, quantity
 from marble_jax.distributed import accelerators, device_mesh
-from marble_jax.distributed.accelerators import Chip
+from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.flops import decoder, transformer
 from marble_jax.networks.attention import choose
@@ -86,7 +86,7 @@ def plan(config: ml_collections.ConfigDict, request: Request, console: Console) 
     sources = memory.programs(
         config, made, sizes, mesh, memory.LANES if chip and chip.backend == "tpu" else 1
     )
-    on_host = min(mesh.size, chip.host if chip else mesh.size)
+    on_host = min(mesh.size, chip.devices_per_host if chip else mesh.size)
     beside = {name: memory.beside(config, made, mesh, name, on_host) for name in sources}
     _show_sizes(config, made, sizes, mesh, chip, request, console)
     _show_memory(sources, beside, chip, console)
@@ -113,8 +113,8 @@ def plan(config: ml_collections.ConfigDict, request: Request, console: Console) 
     return record
 
 
-def _devices(request: Request) -> tuple[Chip | None, int]:
-    chip = accelerators.named(request.chip) if request.chip else None
+def _devices(request: Request) -> tuple[Accelerator | None, int]:
+    chip = accelerators.by_name(request.chip) if request.chip else None
     if not request.topology:
         return chip, request.devices or 1
     sliced, count = aot.check_topology(request.topology)
@@ -135,7 +135,7 @@ def _show_sizes(
     made: Architecture,
     sizes: build.Sizes,
     mesh: Any,
-    chip: Chip | None,
+    chip: Accelerator | None,
     request: Request,
     console: Console,
 ) -> None:
@@ -204,7 +204,7 @@ def _show_sizes(
 def _show_memory(
     sources: dict[str, list[memory.Source]],
     beside: dict[str, list[memory.Source]],
-    chip: Chip | None,
+    chip: Accelerator | None,
     console: Console,
 ) -> None:
     rows = []
@@ -244,7 +244,7 @@ def _show_work(
     work: StepWork,
     sizes: build.Sizes,
     count: int,
-    chip: Chip | None,
+    chip: Accelerator | None,
     request: Request,
     console: Console,
 ) -> dict[str, float]:
@@ -345,7 +345,7 @@ def _compile(
 def _judge(
     programs: dict[str, aot.Program],
     beside: dict[str, list[memory.Source]],
-    chip: Chip,
+    chip: Accelerator,
     config: ml_collections.ConfigDict,
     count: int,
     console: Console,

@@ -113,7 +113,7 @@ class Run:
             self.collector,
             self.sampling,
             self.steps,
-            partial(device_mesh.place_everywhere, self.mesh),
+            partial(device_mesh.replicate, self.mesh),
             merge,
         )
 
@@ -378,7 +378,7 @@ def load_model(
         gather = sharding.gather(mesh, width)
 
         def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
-            return device_mesh.read_into(
+            return device_mesh.read_sharded(
                 sharding.sharding_of(mesh, component, path, leaf.shape, width), leaf
             )
 
@@ -433,7 +433,7 @@ def text_embeddings(
         return found
 
     return (
-        distributed.together("text embeddings", ready if distributed.is_first() else lambda: None)
+        distributed.run_on_all("text embeddings", ready if distributed.is_first() else lambda: None)
         or ready()
     )
 
@@ -523,7 +523,9 @@ def build(config: ml_collections.ConfigDict) -> Run:
     shift = pipeline.scheduler.shift
 
     def decode(latents: jax.Array) -> jax.Array:
-        place = partial(distributed.put, sharding=device_mesh.image_sharding(mesh, len(latents)))
+        place = partial(
+            distributed.device_put_global, sharding=device_mesh.image_sharding(mesh, len(latents))
+        )
         return place(pipeline.decode(latents, decode_size(len(latents), mesh), place))
 
     collector = Collector(
@@ -533,8 +535,8 @@ def build(config: ml_collections.ConfigDict) -> Run:
         scorer(rewards[: len(names)]),
         latent_shape,
         rollout.batch_size,
-        partial(device_mesh.place_batch, mesh),
-        partial(device_mesh.place_everywhere, mesh),
+        partial(device_mesh.shard_batch, mesh),
+        partial(device_mesh.replicate, mesh),
     )
     evaluator = Evaluator(
         test_prompts,
@@ -547,7 +549,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
         config.evaluation.seed,
         config.evaluation.num_images,
         config.evaluation.images_per_prompt,
-        partial(device_mesh.place_batch, mesh),
+        partial(device_mesh.shard_batch, mesh),
     )
     optimizer = make_optimizer(config)
     recipe = make_recipe(config, sizes, mesh, balancer, shift)
@@ -558,7 +560,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
         adapter = start_from(
             read_lora(config.lora.init, pipeline.params), adapter, pipeline.params, spec
         )
-    state = device_mesh.place_everywhere(
+    state = device_mesh.replicate(
         mesh, initial_state(adapter, optimizer, len(names), balancer.init(len(names)), config.seed)
     )
     steps = make_steps(

@@ -40,8 +40,8 @@ from marble_jax.rewards.function import is_function
 from marble_jax.rewards.registry import entries_of, load_rewards
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.storage.files import location
-from marble_jax.storage.images import Album, writable
-from marble_jax.storage.workdir import Workdir, plain
+from marble_jax.storage.images import ImageFolder, writable
+from marble_jax.storage.workdir import Workdir, jsonable
 
 POLICIES = ("base", "current", "old", "ema", "best")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -184,16 +184,18 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     )
     record = _record(request, place, prompts, entries)
     for name in () if request.draw else request.models:
-        _all_there(Album(place.path / name), name, prompts)
+        _all_there(ImageFolder(place.path / name), name, prompts)
     for name, painter in painters.items():
-        Album(place.path / name).check(painter.plan(), [p.text for p in prompts], partial=True)
+        ImageFolder(place.path / name).check(
+            painter.plan(), [p.text for p in prompts], partial=True
+        )
     with writable(place.path):
         place.write_json("evaluation.json", record)
         if not (place.path / "prompts.jsonl").exists():
             place.write_text("prompts.jsonl", "".join(_line(p) for p in prompts))
     for name, painter in painters.items():
         fill_album(
-            Album(place.path / name),
+            ImageFolder(place.path / name),
             painter,
             [p.text for p in prompts],
             request.settings.batch,
@@ -223,7 +225,7 @@ def _rewards(request: Request) -> dict[str, Any]:
     path = build.place_of(request.rewards_path, "rewards")
     entries = {} if request.rewards and all(map(is_function, request.rewards)) else entries_of(path)
     names = request.rewards or tuple(entries)
-    # What has no entry is refused by the catalogue now, not after hours of drawing, unless it is known there.
+    # What has no entry is refused by the registry now, not after hours of drawing, unless it is known there.
     load_rewards(path, [name for name in names if name not in entries], request.num_workers)
     return {name: entries.get(name, {}) | {"path": str(path)} for name in names}
 
@@ -261,10 +263,10 @@ def _record(
         )
     rewards = there.get("rewards", {})
     for name, entry in entries.items():
-        if name in rewards and rewards[name] != plain(entry):
+        if name in rewards and rewards[name] != jsonable(entry):
             raise InputError(
                 f"--rewards_path: expected the {name!r} that {place.path} was scored with "
-                f"({rewards[name]}); received {plain(entry)}"
+                f"({rewards[name]}); received {jsonable(entry)}"
             )
     models = there.get("models", {})
     for name, source in request.models.items():
@@ -287,7 +289,7 @@ def _record(
         "command": request.command,
         "settings": there.get("settings", {})
         if not request.draw
-        else plain(dataclasses.asdict(request.settings)),
+        else jsonable(dataclasses.asdict(request.settings)),
     }
 
 
@@ -295,7 +297,7 @@ def _trained(painter: Painter) -> list[str]:
     return [] if painter.config is None else list(painter.config.rewards.train)
 
 
-def _all_there(album: Album, name: str, prompts: Sequence[Prompt]) -> None:
+def _all_there(album: ImageFolder, name: str, prompts: Sequence[Prompt]) -> None:
     missing = album.missing(len(prompts))
     if missing:
         raise InputError(
@@ -315,7 +317,10 @@ def _score(
     )
     names = [r.name for r in rewards]
     for model in request.models:
-        album, file = Album(place.path / model), ScoreFile(place.path / model / "scores.jsonl")
+        album, file = (
+            ImageFolder(place.path / model),
+            ScoreFile(place.path / model / "scores.jsonl"),
+        )
         lacking, todo = file.missing(names, len(prompts))
         console.say(
             f"{model}: {len(todo)} images to score" + (f" by {', '.join(lacking)}" if todo else "")

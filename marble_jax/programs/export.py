@@ -39,7 +39,7 @@ from marble_jax.programs.sample import run_adapter, run_config
 from marble_jax.programs.verify import Drawing, check_packages, verify
 from marble_jax.report.records import read_records
 from marble_jax.storage.files import location
-from marble_jax.storage.workdir import Workdir, plain
+from marble_jax.storage.workdir import Workdir, jsonable
 from marble_jax.trainable import lora
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter
@@ -163,7 +163,7 @@ def write_card(folder: epath.Path, facts: Facts, checks: Mapping[str, Any] | Non
         "num_layers": facts.num_layers,
         "verified": checks,
     }
-    (folder / RECORD).write_text(json.dumps(plain(record), indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps(jsonable(record), indent=1) + "\n")
 
 
 def export_run(
@@ -268,7 +268,7 @@ class PeriodicExports:
     def __call__(self, state: TrainState) -> None:
         """Exports a state on the first process; a disk without room is said and does not stop the training."""
         which = POLICIES[self._config.export.policy]
-        state = state.replace(**{which: distributed.whole(getattr(state, which))})
+        state = state.replace(**{which: distributed.to_host(getattr(state, which))})
         if distributed.is_first():
             try:
                 self._console.say(f"export: {self.write(state)}")

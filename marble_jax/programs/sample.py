@@ -32,7 +32,7 @@ from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.networks.attention import over
 from marble_jax.programs import build
 from marble_jax.storage.checkpoint import Checkpoints
-from marble_jax.storage.images import Album, writable
+from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.state import initial_state
@@ -165,13 +165,13 @@ class Models:
         key = (root, dtype, attention)
         if key != self._key:
             self._pipeline = None  # before the next one is read
-            everywhere = NamedSharding(mesh, device_mesh.EVERYWHERE)
+            everywhere = NamedSharding(mesh, device_mesh.REPLICATED)
             self._pipeline = load_pipeline(
                 root,
                 dtype=build.DTYPES[dtype],
                 text_encoders=False,
                 attention=over(attention, build.DTYPES[dtype], mesh),
-                place=lambda component, path, leaf: device_mesh.read_into(everywhere, leaf),
+                place=lambda component, path, leaf: device_mesh.read_sharded(everywhere, leaf),
             )
             self._key = key
         return self._pipeline
@@ -260,9 +260,7 @@ class Painter:
             self.origin = f"{self._source.workdir} {self._source.policy} after step {step}"
         adapter = add_loras(self._source.loras, pipeline.params, network.lora_scale, adapter)
         self.origin += f" with {self._source.loras}" if self._source.loras else ""
-        self._adapter = (
-            None if adapter is None else device_mesh.place_everywhere(self._mesh, adapter)
-        )
+        self._adapter = None if adapter is None else device_mesh.replicate(self._mesh, adapter)
         side = pipeline.model.config.sample_size * pipeline.vae.config.downsampling
         own = (side, side)
         if self.config is not None:
@@ -356,7 +354,7 @@ class Painter:
             noise = image_noise(
                 jax.random.key(self._settings.seed), [index[i] for i in part], self._shape
             )
-            cond, away, noise = device_mesh.place_batch(self._mesh, (cond, away, noise))
+            cond, away, noise = device_mesh.shard_batch(self._mesh, (cond, away, noise))
             drawn = self._latents(self._pipeline.params, self._adapter, cond, away, noise)
             found.append(
                 np.asarray(
@@ -382,7 +380,12 @@ class Painter:
 
 
 def fill_album(
-    album: Album, painter: Painter, prompts: Sequence[str], batch: int, console: Console, what: str
+    album: ImageFolder,
+    painter: Painter,
+    prompts: Sequence[str],
+    batch: int,
+    console: Console,
+    what: str,
 ) -> int:
     """Draws the images that an album lacks; a kill loses at most one batch.
 
@@ -438,12 +441,12 @@ def draw_images(
       with_grid: also write `grid.png`.
 
     Raises:
-      InputError: see `Painter` and `Album.check`.
+      InputError: see `Painter` and `ImageFolder.check`.
     """
     if not prompts:
         raise InputError("prompts: expected at least one; received none")
     platform.keep_compilations()
-    console, album, painter = Console(), Album(out), Painter(source, settings)
+    console, album, painter = Console(), ImageFolder(out), Painter(source, settings)
     fill_album(album, painter, prompts, settings.batch, console, "sample")
     if with_grid:
         album.save_grids(len(prompts))

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from marble_jax.distributed.accelerators import Chip
+from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.sd3.flops import Work, decoder, transformer
 from marble_jax.families.sd3.pipeline import Pipeline
 from marble_jax.families.sd3.text import clip_length
@@ -85,7 +85,11 @@ def step_work(
 
 
 def speed(
-    work: StepWork, record: Mapping[str, Any], images: int, num_devices: int, chip: Chip | None
+    work: StepWork,
+    record: Mapping[str, Any],
+    images: int,
+    num_devices: int,
+    chip: Accelerator | None,
 ) -> dict[str, float]:
     """Images a second, TFLOP/s a device and, where the chip's peak is known, the share of it (MFU), of one step.
 

@@ -67,7 +67,7 @@ class Evaluations:
         """
         step = int(state.step)
         records = self._workdir.evaluations
-        done = distributed.from_first(
+        done = distributed.broadcast_from_first(
             "evaluations", lambda: [r["step"] for r in self._workdir.read(records)]
         )
         base = self._reference(0 in done, give_way)
@@ -77,7 +77,7 @@ class Evaluations:
             return state
         scores, images, seconds = self._scores(state, f"step {step} evaluation", give_way)
         gain = gains(scores, base, self._run.evaluator.groups)
-        distributed.from_first(
+        distributed.broadcast_from_first(
             "evaluation", lambda: self._write(step, "ema", scores, images, gain, seconds)
         )
         better = standardised_gain(scores, base, self._deciding)
@@ -89,8 +89,10 @@ class Evaluations:
         if better > float(state.best_score):
             # Placed like what they replace: an array that lies elsewhere would have the steps compiled anew.
             state = state.replace(
-                best_score=distributed.put(np.float32(better), state.best_score.sharding),
-                best_step=distributed.put(np.int32(step), state.best_step.sharding),
+                best_score=distributed.device_put_global(
+                    np.float32(better), state.best_score.sharding
+                ),
+                best_step=distributed.device_put_global(np.int32(step), state.best_step.sharding),
                 best=jax.tree.map(jnp.copy, state.ema),
             )
         return state
@@ -99,7 +101,7 @@ class Evaluations:
         """The base model's scores, evaluated once a run and read back on resume; a kill may come between the record
         of the evaluation and the scores themselves."""
         if self._base is None:
-            there = distributed.from_first(
+            there = distributed.broadcast_from_first(
                 "base scores", lambda: _read_scores(self._workdir.path / "base_scores.json")
             )
             if there is not None:
@@ -122,7 +124,7 @@ class Evaluations:
                         },
                     )
 
-                distributed.from_first("evaluation", write)
+                distributed.broadcast_from_first("evaluation", write)
                 self._base = scores
                 self._console.say(
                     f"evaluation of the base model: {len(self._run.evaluator.prompts)} held-out prompts, "
@@ -174,7 +176,7 @@ class Evaluations:
             record["gain"] = gain
         if scores.failed.any():
             record["failed"] = {
-                n: int(f.sum()) for n, f in zip(scores.names, scores.failed) if f.any()
+                n: int(f.sum()) for n, f in zip(scores.names, scores.failed.T) if f.any()
             }
         self._workdir.append(self._workdir.evaluations, record)
         self._events.write(
@@ -188,11 +190,11 @@ def _read_scores(file: epath.Path) -> dict[str, Any] | None:
         found = json.loads(file.read_bytes()) if file.exists() else None
     except ValueError:
         found = None
-    return (
-        found
-        if isinstance(found, dict) and {"names", "values", "valid", "failed"} <= set(found)
-        else None
-    )
+    if not isinstance(found, dict) or not {"names", "values", "valid", "failed"} <= set(found):
+        return None
+    # One row an image, one number a reward: another shape is no record of these scores.
+    whole = all(len(row) == len(found["names"]) for row in found["values"])
+    return found if whole else None
 
 
 def _scores_of(record: Mapping[str, Any]) -> Scores:
@@ -217,12 +219,12 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     platform.keep_compilations()
     console = Console()
     workdir = Workdir(workdir_path)
-    existed = distributed.from_first("workdir", lambda: workdir.check(flatten(config)))
-    probe.shared(workdir.path)
-    run = distributed.together("build", lambda: build.build(config))
-    distributed.together("reward check", lambda: _check_rewards(run, console))
+    existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(flatten(config)))
+    probe.check_shared_directory(workdir.path)
+    run = distributed.run_on_all("build", lambda: build.build(config))
+    distributed.run_on_all("reward check", lambda: _check_rewards(run, console))
     if not existed:
-        distributed.from_first("claim", lambda: workdir.claim(flatten(config)))
+        distributed.broadcast_from_first("claim", lambda: workdir.claim(flatten(config)))
     checkpoints = Checkpoints(
         workdir.checkpoints, config.checkpoints.keep, config.checkpoints.keep_every, console.say
     )
@@ -236,14 +238,14 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
             f"{config.training.num_steps}"
         )
     if existed:
-        distributed.from_first("claim", lambda: workdir.claim(flatten(config)))
-        distributed.from_first("cut", lambda: workdir.cut(done))
+        distributed.broadcast_from_first("claim", lambda: workdir.claim(flatten(config)))
+        distributed.broadcast_from_first("cut", lambda: workdir.truncate(done))
     _announce(run, workdir, console, done if existed else None)
     if done == config.training.num_steps:
         console.say(
             f"all {done} steps are done: nothing to train; a larger training.num_steps goes on from here"
         )
-    distributed.from_first(
+    distributed.broadcast_from_first(
         "run.json", lambda: workdir.write_json("run.json", _run_record(run, command))
     )
     events = Events(
@@ -260,7 +262,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
             workdir.append(workdir.metrics, values)
             events.write(step, values)
 
-        distributed.from_first("record", write)
+        distributed.broadcast_from_first("record", write)
 
     schedule = Schedule(
         config.training.num_steps,
@@ -270,7 +272,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     )
     exports = PeriodicExports(config, workdir, run.pipeline.params, console)
     work = work_of(config, run.sizes, run.pipeline, run.state.current)
-    chip = accelerators.of_kind(jax.devices()[0].device_kind)
+    chip = accelerators.by_device_kind(jax.devices()[0].device_kind)
     profiler = Profiler(
         parse_steps(config.logging.profile_steps) if distributed.is_first() else range(0),
         workdir.path / "profile",
@@ -283,7 +285,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
 
     def rollback(why: str, number: int) -> TrainState:
         step, found = checkpoints.restore(like)
-        distributed.from_first("cut", lambda: workdir.cut(step))
+        distributed.broadcast_from_first("cut", lambda: workdir.truncate(step))
         console.say(
             f"{why}: back to step {step} with other random numbers (rollback {number} of "
             f"{training.max_rollbacks})"
@@ -308,14 +310,14 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
             )  # a reward may have stopped the run during this very evaluation
         state = train(state, run.turn, schedule, hooks, console)
     except BaseException as error:
-        distributed.end_unless((Interrupted,), error)
+        distributed.exit_unless_agreed((Interrupted,), error)
         raise
     finally:
         checkpoints.close()
         events.close()
         run.collector.scorer.close()
         run.evaluator.scorer.close()
-        report = distributed.from_first("report", lambda: _report(workdir))
+        report = distributed.broadcast_from_first("report", lambda: _report(workdir))
     if distributed.is_first():
         _conclude(run, workdir, console, state, time.perf_counter() - start)
     console.say(f"report: {report}")
@@ -436,7 +438,7 @@ def _announce(run: build.Run, workdir: Workdir, console: Console, resumed: int |
         ),
         (
             "base weights",
-            sharding.described(
+            sharding.describe(
                 run.mesh,
                 "transformer",
                 run.pipeline.params,

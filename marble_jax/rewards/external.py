@@ -13,8 +13,10 @@ from typing import Any
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.rewards.function import Applies, applies_rule
-from marble_jax.rewards.http.calls import Patience, Replicas, secret
+from marble_jax.rewards.http.access import read_token
+from marble_jax.rewards.http.calls import Replicas
 from marble_jax.rewards.http.judge import PATH, PRESETS, JudgeReward, Question
+from marble_jax.rewards.http.post import CallPolicy
 from marble_jax.rewards.http.remote import PROTOCOLS, RemoteReward
 from marble_jax.rewards.registration import BuildContext, option, register_reward
 
@@ -31,7 +33,9 @@ class CallOptions:
     retries: int = option(3, "further attempts after the first", least=0)
     pause: float = option(0.5, "seconds before the first of them; doubles with each", least=0)
     max_in_flight: int = option(4, "calls at the same time, over all servers", least=1)
-    applies: str = option("all", "prompts it is asked about: all, quoted, geneval or module:function")
+    applies: str = option(
+        "all", "prompts it is asked about: all, quoted, geneval or module:function"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,15 +69,15 @@ class JudgeOptions(CallOptions):
 
 
 def _replicas(name: str, options: CallOptions, path: str) -> Replicas:
-    token = secret(name, options.token_env, options.token_file)
-    patience = Patience(
-        connect=options.connect_timeout,
-        answer=options.timeout,
+    token = read_token(name, options.token_env, options.token_file)
+    policy = CallPolicy(
+        connect_seconds=options.connect_timeout,
+        answer_seconds=options.timeout,
         retries=options.retries,
-        pause=options.pause,
-        in_flight=options.max_in_flight,
+        pause_seconds=options.pause,
+        max_in_flight=options.max_in_flight,
     )
-    return Replicas(name, list(options.urls), path, token, patience)
+    return Replicas(name, list(options.urls), path, token, policy)
 
 
 def _applies(name: str, options: CallOptions, context: BuildContext) -> Applies | None:

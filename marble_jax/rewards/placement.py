@@ -55,7 +55,7 @@ class _Placement:
 
     def _copy(self, node: Any) -> Any:
         if not isinstance(node, Mapping):
-            return device_mesh.place_everywhere(self._mesh, node)
+            return device_mesh.replicate(self._mesh, node)
         copy = {}
         for name, part in node.items():
             copy[name] = self.place(part)
@@ -82,7 +82,7 @@ def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size:
             f"rollout.batch_size: expected a multiple of the {group} images a prompt, as {reward.name} "
             f"compares them; received {size}"
         )
-    owners = distributed.row_owners(device_mesh.image_sharding(mesh, size), (size,))
+    owners = distributed.row_processes(device_mesh.image_sharding(mesh, size), (size,))
     owners = owners.reshape(-1, group)
     if np.any(owners != owners[:, :1]):
         nearest_valid = _nearest_batch_size(mesh, num_prompts * group, group, size)

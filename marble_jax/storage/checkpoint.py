@@ -28,7 +28,7 @@ from marble_jax import distributed
 from marble_jax.errors import InputError
 from marble_jax.storage.files import is_remote, read_json, write_whole
 from marble_jax.storage.leaves import first_line, quiet
-from marble_jax.storage.manifest import MANIFEST, check_hashes, files_below, recorded, seal
+from marble_jax.storage.manifest import MANIFEST, check_hashes, checksum, files_below, read_manifest
 
 ITEM = "default"
 NOTES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -77,7 +77,9 @@ class Checkpoints:
         Raises:
           InputError: there are checkpoints and none is intact.
         """
-        return distributed.from_first("checkpoints", self._choose)  # one reads the files for all
+        return distributed.broadcast_from_first(
+            "checkpoints", self._choose
+        )  # one reads the files for all
 
     def _choose(self) -> int | None:
         steps = self.steps()
@@ -134,7 +136,7 @@ class Checkpoints:
         """
         if step is None:
             step = self.latest()
-        distributed.from_first("checkpoint", lambda: self._check(step))
+        distributed.broadcast_from_first("checkpoint", lambda: self._check(step))
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             with quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -223,19 +225,19 @@ class Checkpoints:
         """Called by Orbax on the first process when all files are there, before the checkpoint becomes visible."""
         place = self._path / f"{self._saving}{_TEMPORARY}"
         place = place if place.exists() else self._path / str(self._saving)
-        files = {name: seal(place / name) for name in files_below(place) if name not in NOTES}
+        files = {name: checksum(place / name) for name in files_below(place) if name not in NOTES}
         _write_manifest(place, files)
 
     def _seal_notes(self) -> None:
         """Adds what came after the manifest to it."""
         place = self._path / str(self._saving)
-        files = recorded(place)
+        files = read_manifest(place)
         if NOTES[0] not in files:
             _write_manifest(
                 place,
                 {
                     **files,
-                    **{name: seal(place / name) for name in NOTES if (place / name).exists()},
+                    **{name: checksum(place / name) for name in NOTES if (place / name).exists()},
                 },
             )
 
@@ -254,7 +256,7 @@ class Checkpoints:
         try:
             call()
         except Exception as error:  # whatever the file system raises
-            if not distributed.alone():
+            if not distributed.is_single_process():
                 raise  # the other processes wait for this one
             self._failure = first_line(error)
             self._say(f"checkpoint of step {self._saving} could not be written: {self._failure}")

@@ -12,13 +12,13 @@ from etils import epath
 
 from marble_jax.errors import InputError
 from marble_jax.storage.files import location, write_whole
-from marble_jax.storage.workdir import Workdir, plain
+from marble_jax.storage.workdir import Workdir, jsonable
 
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 8, 256
 """Most images in a grid, and the longest side of each, in pixels."""
 
 
-class Album:
+class ImageFolder:
     """A folder of images `00000.png`, `00001.png` and so on, all made the same way.
 
     `settings.json` beside them says how, so that a job can go on where a kill stopped it and images of another making
@@ -67,7 +67,7 @@ class Album:
                 if not place.is_dir():
                     raise InputError(f"--out: expected a folder; received the file {place}")
                 break
-        there, settings = self.record(), plain(dict(settings))
+        there, settings = self.record(), jsonable(dict(settings))
         if there is None:
             if self.path.exists() and any(p.name.endswith(".png") for p in self.path.iterdir()):
                 raise InputError(
@@ -94,7 +94,7 @@ class Album:
         self.check(settings, prompts)
         there = (self.record() or {}).get("prompts", [])
         content = {"settings": dict(settings), "prompts": [*prompts, *there[len(prompts) :]]}
-        if plain(content) != self.record():
+        if jsonable(content) != self.record():
             with writable(self.path):
                 Workdir(self.path).write_json(self._record.name, content)
 

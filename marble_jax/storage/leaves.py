@@ -52,7 +52,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
         args = args or [ocp.SaveArgs()] * len(values)
         start = 0
-        for group in grouped([value.nbytes for value in values]):
+        for group in group_counts([value.nbytes for value in values]):
             part = slice(start, start + group)
             arrays = [value.read() for value in values[part]]
             for future in await super().serialize(arrays, infos[part], args[part]):
@@ -62,7 +62,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def grouped(sizes: Iterable[int], limit: int = 64_000_000) -> list[int]:
+def group_counts(sizes: Iterable[int], limit: int = 64_000_000) -> list[int]:
     """How many leaves in a row to take at once: up to `limit` bytes together, or one.
 
     Opening a checkpoint, and committing to it, costs some ten milliseconds, which small leaves share.

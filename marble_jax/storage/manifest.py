@@ -23,7 +23,7 @@ _CHUNK = 16_000_000  # bytes
 Folder = pathlib.Path | epath.Path
 
 
-def seal(path: Folder, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
+def checksum(path: Folder, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
     """Makes sure a file is on the disk, and gives its size and SHA-256."""
     path, digest, size = epath.Path(path), hashlib.sha256(), 0
     # One buffer for all chunks: new memory costs more than reading the disk's cache does.
@@ -53,7 +53,7 @@ def write_json(path: Folder, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def recorded(root: Folder) -> Mapping[str, Mapping[str, Any]]:
+def read_manifest(root: Folder) -> Mapping[str, Mapping[str, Any]]:
     """Size and hash by file of a folder.
 
     Raises:
@@ -71,7 +71,7 @@ def recorded(root: Folder) -> Mapping[str, Mapping[str, Any]]:
 
 def check_sizes(root: Folder) -> None:
     """Raises InputError when a file of the manifest is missing or of another size; quick."""
-    for name, record in recorded(root).items():
+    for name, record in read_manifest(root).items():
         path = epath.Path(root) / name
         size = path.stat().length if path.exists() and not path.is_dir() else None
         if size != record["bytes"]:
@@ -88,9 +88,9 @@ def check_hashes(root: Folder, progress: Callable[[int], object] = lambda _: Non
       InputError: a file is missing, or its size or hash is another.
     """
     check_sizes(root)
-    files = recorded(root)
+    files = read_manifest(root)
     for name, record in files.items():
-        received = seal(root / name, progress)["sha256"]
+        received = checksum(root / name, progress)["sha256"]
         if received != record["sha256"]:
             raise InputError(
                 f"{root / name}: expected SHA-256 {record['sha256'][:16]}... (its manifest); received "

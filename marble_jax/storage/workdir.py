@@ -18,12 +18,12 @@ from marble_jax.errors import InputError
 from marble_jax.storage.files import append, location, write_whole
 
 
-def plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """`value` as JSON knows it; tuples become lists, non-finite numbers null."""
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [jsonable(v) for v in value]
     arrays = (np.ndarray, np.generic)
     if (
         isinstance(value, arrays)
@@ -32,9 +32,9 @@ def plain(value: Any) -> Any:
     ):
         value = np.asarray(value).tolist()
         return (
-            plain(value)
+            jsonable(value)
             if isinstance(value, list)
-            else plain(float(value) if isinstance(value, float) else value)
+            else jsonable(float(value) if isinstance(value, float) else value)
         )
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -70,7 +70,7 @@ class Workdir:
         Raises:
           InputError: the place is not a directory, holds other files, or holds a run with another configuration.
         """
-        record, config = self.path / "config.json", plain(config)
+        record, config = self.path / "config.json", jsonable(config)
         for place in (self.path, *self.path.parents):
             if place.exists():
                 if not place.is_dir():
@@ -88,7 +88,7 @@ class Workdir:
             return False
         there = self.config()
         # A key that is younger than the run has its default there.
-        there = {key: plain(KEYS[key].default) for key in config if key in KEYS} | there
+        there = {key: jsonable(KEYS[key].default) for key in config if key in KEYS} | there
         for key in sorted(set(config) | set(there)):
             if config.get(key) != there.get(key) and not may_change_on_resume(key, config):
                 raise InputError(
@@ -140,11 +140,11 @@ class Workdir:
         write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(plain(value), indent=1) + "\n")
+        self.write_text(name, json.dumps(jsonable(value), indent=1) + "\n")
 
     def append(self, file: epath.Path, record: dict[str, Any]) -> None:
         """Adds one JSON line."""
-        append(file, json.dumps(plain(record)) + "\n")
+        append(file, json.dumps(jsonable(record)) + "\n")
 
     def read(self, file: epath.Path) -> list[dict[str, Any]]:
         """All whole lines of a record file; a last line cut short by a kill is left out."""
@@ -161,7 +161,7 @@ class Workdir:
             records.append(record)
         return records
 
-    def cut(self, step: int) -> None:
+    def truncate(self, step: int) -> None:
         """Drops what a killed run recorded after the step it is resumed from (`step` optimiser steps are done)."""
         for file, keep in ((self.metrics, step - 1), (self.evaluations, step)):
             if file.exists():

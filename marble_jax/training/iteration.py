@@ -54,14 +54,14 @@ class Sampling:
 def advantages_of(
     scores: Scores, groups: np.ndarray, sampling: Sampling, mask: np.ndarray | None = None
 ) -> tuple[Advantages, np.ndarray, np.ndarray]:
-    """Per-reward advantages, and the objective's rows [R, N] with their mask: one more when scalarized.
+    """Per-reward advantages, and the objective's columns [N, R] with their mask: one more when scalarized.
 
     Args:
       scores: of the K rewards.
       groups: [N] labels.
       sampling: how scores become advantages.
-      mask: bool [K, N] valid scores that are trained on; all when None. It cuts the rows that are trained on: the
-        rewards', or when scalarized the last one. The rewards' rows then stay whole, to show what the update does to
+      mask: bool [N, K] valid scores that are trained on; all when None. It cuts the columns that are trained on: the
+        rewards', or when scalarized the last one. The rewards' columns then stay whole, to show what the update does to
         every reward.
     """
     each = per_reward(scores.values, scores.valid, groups, sampling.scale)
@@ -75,8 +75,8 @@ def advantages_of(
         one = per_reward(*weighted_sum(scores.values, mask, weights), groups, sampling.scale)
     return (
         each,
-        np.concatenate([each.values, np.atleast_2d(one.values)]),
-        np.concatenate([each.valid, np.atleast_2d(one.valid)]),
+        np.concatenate([each.values, one.values], axis=1),
+        np.concatenate([each.valid, one.valid], axis=1),
     )
 
 
@@ -110,7 +110,7 @@ class Turn:
         )
 
     def batch(self, rollout: Rollout, rows: np.ndarray, valid: np.ndarray) -> RolloutBatch:
-        """What an update trains on, on every device; rows and mask [R, N] are those of `advantages_of`."""
+        """What an update trains on, on every device; rows and mask [N, R] are those of `advantages_of`."""
         rest = jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows), jnp.asarray(valid)
         return RolloutBatch(rollout.x0, *self.place(rest))
 
@@ -127,7 +127,7 @@ class Turn:
         Raises:
           RewardError: a reward failed and the run is not to go on without it.
         """
-        key = jax.random.wrap_key_data(jnp.asarray(distributed.whole(state.key)))
+        key = jax.random.wrap_key_data(jnp.asarray(distributed.to_host(state.key)))
         key = stream_key(key, Stream.ROLLOUT_NOISE, int(state.step))
         return self.collector(*self.policy(state), samples, key, progress)
 
@@ -140,7 +140,7 @@ class Turn:
         mask = presence.mask(names, scored, seed, step)
         each, rows, valid = advantages_of(rollout.scores, samples.groups, self.sampling, mask)
         checksum = zlib.crc32(rows.tobytes() + valid.tobytes())
-        distributed.same(f"advantages of step {step + 1}, ", {"checksum": checksum})
+        distributed.assert_equal(f"advantages of step {step + 1}, ", {"checksum": checksum})
         batch = self.batch(rollout, rows, valid)
         start = time.perf_counter()
         program = self.steps.due(

@@ -150,7 +150,7 @@ def train(
 
     def stopping() -> str:
         """Whether to stop, as all processes agree: the signal, with the process that received it if there are several."""
-        return distributed.any_of(
+        return distributed.any_process(
             "stop", ", ".join(signal.Signals(number).name for number in stops)
         )
 
@@ -215,7 +215,7 @@ def train(
         if where and saved != int(state.step):
             hooks.save(state)
     if where:
-        raise Interrupted(int(state.step), "" if distributed.alone() else where)
+        raise Interrupted(int(state.step), "" if distributed.is_single_process() else where)
     return state
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from marble_jax.distributed.device_mesh import ALONE, Shards
+from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
 from marble_jax.flow.path import interpolate
 from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.harmonize.reward_gradients import FlowBatch
@@ -24,14 +24,14 @@ from marble_jax.types import Adapter, Conditioning, Params
 
 @flax.struct.dataclass
 class RolloutBatch:
-    """One optimiser step's rollouts, with what every objective row makes of them.
+    """One optimiser step's rollouts, with what every objective makes of them.
 
     Attributes:
       x0: float32 [N, h, w, C] clean latents.
       prompt: int32 [N] index of each image's prompt in `cond`.
       cond: conditioning of the P distinct prompts.
-      advantages: float32 [R, N] under every row (the rewards, then the scalarized one if there is one).
-      valid: bool [R, N]; an advantage that is not valid is 0.
+      advantages: float32 [N, R] under every objective (the rewards, then the scalarized one if there is one).
+      valid: bool [N, R]; an advantage that is not valid is 0.
     """
 
     x0: jax.Array
@@ -60,7 +60,7 @@ def schedule(
     sigmas: jax.Array,
     num_timesteps: int,
     micro_batch: int,
-    shards: Shards = ALONE,
+    shards: Shards = SINGLE_DEVICE,
 ) -> Schedule:
     """Shuffles images and, for each, timesteps.
 
@@ -89,8 +89,8 @@ def schedule(
     return Schedule(
         x0=jax.vmap(shards.split)(cut(batch.x0)),
         prompt=cut(batch.prompt),
-        advantages=cut(batch.advantages.T),
-        valid=cut(batch.valid.T),
+        advantages=cut(batch.advantages),
+        valid=cut(batch.valid),
         sigma=times.T.reshape(num_timesteps, num // micro_batch, micro_batch),
         key=noise_key,
     )
@@ -104,7 +104,7 @@ def micro_step(
     plan: Schedule,
     index: jax.Array,
     with_reference: bool,
-    shards: Shards = ALONE,
+    shards: Shards = SINGLE_DEVICE,
 ) -> tuple[FlowBatch, jax.Array, jax.Array]:
     """Noised latents of micro-step `index` with the rollout policy's and the base model's velocity there.
 
@@ -119,7 +119,7 @@ def micro_step(
       shards: the devices that share the samples.
 
     Returns:
-      FlowBatch of n samples, advantages [R, n] and valid [R, n].
+      FlowBatch of n samples, advantages [n, R] and valid [n, R].
     """
     slices = plan.x0.shape[0]
     part, time = index % slices, index // slices
@@ -130,7 +130,7 @@ def micro_step(
     v_old = velocity(params, old, xt, sigma, cond)
     v_ref = velocity(params, None, xt, sigma, cond) if with_reference else None
     v_old, v_ref = jax.lax.stop_gradient((v_old, v_ref))
-    return FlowBatch(x0, xt, sigma, cond, v_old, v_ref), plan.advantages[part].T, plan.valid[part].T
+    return FlowBatch(x0, xt, sigma, cond, v_old, v_ref), plan.advantages[part], plan.valid[part]
 
 
 def num_micro_steps(plan: Schedule) -> int:

@@ -17,7 +17,7 @@ def flat_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     """Scalars under their key, [K] under `key/reward`, [K, K] (upper triangle) under `key/reward|other`."""
     record: dict[str, float] = {}
     for key, value in metrics.items():
-        value = distributed.whole(value).astype(np.float64)
+        value = distributed.to_host(value).astype(np.float64)
         if value.ndim == 0:
             record[key] = float(value)
         elif value.ndim == 1:
@@ -37,18 +37,19 @@ def score_metrics(scores: Scores, advantages: Advantages) -> dict[str, float]:
     share of groups without a signal."""
     record: dict[str, float] = {}
     for k, name in enumerate(scores.names):
-        valid, failed = scores.values[k][scores.valid[k]], int(scores.failed[k].sum())
+        valid = scores.values[scores.valid[:, k], k]
+        failed = int(scores.failed[:, k].sum())
         record |= {
             f"rollout/score_mean/{name}": float(valid.mean()) if valid.size else float("nan"),
             f"rollout/score_std/{name}": float(valid.std()) if valid.size else float("nan"),
-            f"rollout/missing_share/{name}": float(1 - scores.valid[k].mean()),
+            f"rollout/missing_share/{name}": float(1 - scores.valid[:, k].mean()),
             f"rollout/failed/{name}": failed / max(valid.size + failed, 1),
             f"rollout/failed_count/{name}": failed,
             f"rollout/zero_std_share/{name}": float(advantages.tied[k]),
             f"advantages/abs_mean/{name}": float(
-                np.abs(advantages.values[k][advantages.valid[k]]).mean()
+                np.abs(advantages.values[advantages.valid[:, k], k]).mean()
             )
-            if advantages.valid[k].any()
+            if advantages.valid[:, k].any()
             else float("nan"),
         }
     return record

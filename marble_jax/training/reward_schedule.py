@@ -98,20 +98,21 @@ class Presence:
 
         Args:
           names: the K rewards.
-          valid: bool [K, N] scores that are there.
+          valid: bool [N, K] scores that are there.
           seed: of the run.
           step: optimiser steps done.
 
         Returns:
-          bool [K, N], `valid` without what is taken away.
+          bool [N, K], `valid` without what is taken away.
         """
         kept, stage = np.array(valid, bool), self.stage(step)
         if stage is not None:
-            kept &= np.array([name in stage.rewards for name in names])[:, None]
+            kept &= np.array([name in stage.rewards for name in names])
         if self.dropout is not None:
-            others = kept[[name not in self.dropout.targets for name in names]].any(axis=0)
+            is_target = np.array([name in self.dropout.targets for name in names])
+            others = kept[:, ~is_target].any(axis=1, keepdims=True)
             dropped = self.dropout.dropped(seed, step)
-            kept &= ~(np.array([name in dropped for name in names])[:, None] & others)
+            kept &= ~(others & np.array([name in dropped for name in names]))
         return kept
 
     def metrics(
@@ -120,7 +121,7 @@ class Presence:
         """Share of each reward's scores that the step ignores; empty without stages and dropout."""
         if not self.stages and self.dropout is None:
             return {}
-        ignored = (valid & ~mask).sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
+        ignored = (valid & ~mask).sum(axis=0) / np.maximum(valid.sum(axis=0), 1)
         return {
             f"advantages/ignored_share/{name}": float(share)
             for name, share in zip(names, ignored, strict=True)

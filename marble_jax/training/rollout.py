@@ -78,7 +78,7 @@ class Collector:
         count = len(draw.prompts)
         _, first = np.unique(draw.groups, return_index=True)
         texts = [draw.prompts[i].text for i in first]
-        cond = distributed.together("prompts", lambda: self.encode(texts))
+        cond = distributed.run_on_all("prompts", lambda: self.encode(texts))
         latents, pending, sums = [], [], []
         for number, index in enumerate(batches(count, self.batch_size)):
             noise = jax.random.normal(

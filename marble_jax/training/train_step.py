@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from marble_jax import tree
-from marble_jax.distributed.device_mesh import ALONE, Shards
+from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
 from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.harmonize import alpha_state, diagnostics, reward_gradients
 from marble_jax.harmonize.balancers import Balancer
@@ -74,7 +74,7 @@ class Recipe:
     smooth: bool
     old_schedule: Callable[[jax.Array], jax.Array]
     ema_decay: float
-    shards: Shards = ALONE
+    shards: Shards = SINGLE_DEVICE
 
 
 Metrics = dict[str, jax.Array]
@@ -161,13 +161,13 @@ def exact_step(
                 anchors and recipe.kl_weight > 0,
                 recipe.shards,
             )
-            return recipe.shards.on_each(
+            return recipe.shards.map_shards(
                 lambda flow, advantages, valid: reward_gradients.accumulate(
                     partial(velocity, params),
                     state.current,
                     flow,
-                    optimality(advantages.T, recipe.clip),
-                    valid.T,
+                    optimality(advantages, recipe.clip),
+                    valid,
                     nft_beta=recipe.nft_beta,
                     clip=recipe.clip,
                     chunk_size=recipe.chunk // recipe.shards.count,
@@ -175,8 +175,8 @@ def exact_step(
                     anchor_scale=units / len(anchored),
                 ),
                 flow,
-                advantages.T,
-                valid.T,
+                advantages,
+                valid,
             )
 
         sums = sum_over(partial(body, True), anchored)
@@ -184,7 +184,7 @@ def exact_step(
             sums = tree.add(
                 sums, sum_over(partial(body, False), sorted(set(range(units)) - set(anchored)))
             )
-        sums = recipe.shards.total(sums)
+        sums = recipe.shards.all_reduce(sums)
         mean = reward_gradients.mean_gradients(sums)
         gram = tree.gram(mean.gradients)
         own = gram[:rewards, :rewards]
@@ -240,7 +240,7 @@ def amortized_step(
             recipe.micro_batch,
             recipe.shards,
         )
-        counts = jnp.sum(batch.valid, axis=1) * recipe.num_timesteps
+        counts = jnp.sum(batch.valid, axis=0) * recipe.num_timesteps
         total = batch.x0.shape[0] * recipe.num_timesteps
         weights = alpha_state.present_weights(state.alpha, counts[:rewards] > 0)
         if recipe.scalarized:
@@ -253,7 +253,7 @@ def amortized_step(
             positive, negative = reward_gradients.branch_weights(
                 weights, optimality(advantages, recipe.clip), valid, counts
             )
-            return recipe.shards.on_each(
+            return recipe.shards.map_shards(
                 lambda flow, p, q: reward_gradients.combined_gradient(
                     partial(velocity, params),
                     state.current,
@@ -270,7 +270,7 @@ def amortized_step(
                 negative,
             )
 
-        gradient, parts = recipe.shards.total(sum_over(body, range(num_micro_steps(plan))))
+        gradient, parts = recipe.shards.all_reduce(sum_over(body, range(num_micro_steps(plan))))
         state, metrics = finish(recipe, optimizer, state, gradient, state.alpha)
         return state, metrics | {
             "nft/loss": parts["policy_loss"],

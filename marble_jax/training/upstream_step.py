@@ -74,23 +74,23 @@ def upstream_step(
         ) -> tuple[Any, None]:
             total, alpha, _ = carry
             flow, advantages, valid = prepared(index)
-            sums = recipe.shards.on_each(
+            sums = recipe.shards.map_shards(
                 lambda flow, advantages, valid: reward_gradients.accumulate(
                     partial(velocity, params),
                     state.current,
                     flow,
-                    optimality(advantages.T, recipe.clip),
-                    valid.T,
+                    optimality(advantages, recipe.clip),
+                    valid,
                     nft_beta=recipe.nft_beta,
                     clip=recipe.clip,
                     chunk_size=recipe.chunk // recipe.shards.count,
                 ),
                 flow,
-                advantages[:rewards].T,
-                valid[:rewards].T,
+                advantages[:, :rewards],
+                valid[:, :rewards],
             )
             # Reduced here and not after the loop: alpha is solved on this micro-step alone.
-            sums = recipe.shards.total(sums)
+            sums = recipe.shards.all_reduce(sums)
             mean = reward_gradients.mean_gradients(sums)
             gram = tree.gram(mean.gradients)
             solution = recipe.balancer(gram, sums.counts > 0, state.balancer)
@@ -114,9 +114,9 @@ def upstream_step(
 
         def cached(alpha: jax.Array, index: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
             flow, advantages, _ = prepared(index)
-            r = optimality(alpha @ advantages[:rewards], recipe.clip)
+            r = optimality(advantages[:, :rewards] @ alpha, recipe.clip)
             share = 1.0 / (units * recipe.micro_batch)
-            return recipe.shards.on_each(
+            return recipe.shards.map_shards(
                 lambda flow, p, q: reward_gradients.combined_gradient(
                     partial(velocity, params),
                     state.current,
@@ -142,7 +142,7 @@ def upstream_step(
                 solve, (gradient, alpha, empty), jnp.arange(solves, dtype=jnp.int32)
             )
         if solves < units:
-            rest, parts = recipe.shards.total(
+            rest, parts = recipe.shards.all_reduce(
                 sum_over(partial(cached, alpha.alpha), range(solves, units))
             )
             gradient = tree.add(gradient, rest)

@@ -47,11 +47,11 @@ class StoredDir:
 
     def groups(self) -> list[list[tuple[str, ...]]]:
         """All paths, in the groups they are best read in."""
-        from marble_jax.storage.leaves import grouped
+        from marble_jax.storage.leaves import group_counts
 
         paths = iter(self.leaves)
         sizes = (leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
-        return [[next(paths) for _ in range(count)] for count in grouped(sizes)]
+        return [[next(paths) for _ in range(count)] for count in group_counts(sizes)]
 
     def read(self, paths: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], np.ndarray]:
         """Some leaves. Raises InputError when one is damaged."""

@@ -20,7 +20,7 @@ from marble_jax.families.sd3.layer_names import load_mmdit
 from marble_jax.programs import evaluate
 from marble_jax.programs.sample import Source
 from marble_jax.rewards.registry import FILE, entries_of
-from marble_jax.storage.images import Album, read_image
+from marble_jax.storage.images import ImageFolder, read_image
 from marble_jax.trainable import lora as adapters
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
@@ -102,7 +102,7 @@ def test_a_killed_job_goes_on_with_the_same_images(sampled, tmp_path, capsys, mo
     done, command = sampled
     out = tmp_path / "again"
     command = [f"--out={out}" if a.startswith("--out") else a for a in command]
-    save = Album.save
+    save = ImageFolder.save
 
     def killed(self, index, *rest):
         if index == 2:
@@ -110,7 +110,7 @@ def test_a_killed_job_goes_on_with_the_same_images(sampled, tmp_path, capsys, mo
             raise KeyboardInterrupt
         save(self, index, *rest)
 
-    monkeypatch.setattr(Album, "save", killed)
+    monkeypatch.setattr(ImageFolder, "save", killed)
     capsys.readouterr()
     assert main(command) == 130 and capsys.readouterr().err == "marble-jax sample: stopped\n"
     monkeypatch.undo()

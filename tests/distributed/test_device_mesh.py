@@ -63,10 +63,10 @@ def test_sizes_that_do_not_multiply_out(count, given, nearest):
 
 def test_a_single_device_keeps_its_samples():
     batch = {"x": jnp.arange(6.0)}
-    found = device_mesh.ALONE.on_each(
-        lambda tree: jnp.sum(tree["x"]), device_mesh.ALONE.split(batch)
+    found = device_mesh.SINGLE_DEVICE.map_shards(
+        lambda tree: jnp.sum(tree["x"]), device_mesh.SINGLE_DEVICE.split(batch)
     )
-    assert found.shape == () and float(device_mesh.ALONE.total(found)) == 15
+    assert found.shape == () and float(device_mesh.SINGLE_DEVICE.all_reduce(found)) == 15
 
 
 def test_an_array_is_read_in_parts():
@@ -79,6 +79,6 @@ def test_an_array_is_read_in_parts():
             asked.append(index)
             return np.arange(8.0, dtype=np.float32).reshape(4, 2)[index]
 
-    found = device_mesh.read_into(device_mesh.NamedSharding(mesh, device_mesh.BATCH), Stored())
+    found = device_mesh.read_sharded(device_mesh.NamedSharding(mesh, device_mesh.BATCH), Stored())
     np.testing.assert_array_equal(found, np.arange(8.0).reshape(4, 2))
     assert len(asked) == mesh.size

@@ -75,21 +75,25 @@ def test_processes_that_jax_detects(monkeypatch):
 def test_a_process_on_its_own():
     assert find_cluster(environ={}) is None
     assert (
-        distributed.alone()
+        distributed.is_single_process()
         and distributed.is_first()
         and (distributed.index(), distributed.count()) == (0, 1)
     )
-    assert distributed.together("x", lambda: 3) == distributed.from_first("x", lambda: 3) == 3
-    assert distributed.any_of("x", "SIGTERM") == "SIGTERM" and distributed.exchange("x", {1}) == [
-        {1}
-    ]
-    distributed.same("x", {"a": 1})
-    with distributed.joined(None, "x"), pytest.raises(InputError, match="as it is"):
-        distributed.together("x", lambda: (_ for _ in ()).throw(InputError("as it is")))
+    assert (
+        distributed.run_on_all("x", lambda: 3)
+        == distributed.broadcast_from_first("x", lambda: 3)
+        == 3
+    )
+    assert distributed.any_process("x", "SIGTERM") == "SIGTERM" and distributed.exchange(
+        "x", {1}
+    ) == [{1}]
+    distributed.assert_equal("x", {"a": 1})
+    with distributed.process_group(None, "x"), pytest.raises(InputError, match="as it is"):
+        distributed.run_on_all("x", lambda: (_ for _ in ()).throw(InputError("as it is")))
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    array = distributed.put(np.arange(3), NamedSharding(mesh, PartitionSpec("data")))
-    assert isinstance(array, jax.Array) and distributed.whole([array])[0].tolist() == [0, 1, 2]
-    assert distributed.row_owners(array.sharding, (3,)).tolist() == [0, 0, 0]
+    array = distributed.device_put_global(np.arange(3), NamedSharding(mesh, PartitionSpec("data")))
+    assert isinstance(array, jax.Array) and distributed.to_host([array])[0].tolist() == [0, 1, 2]
+    assert distributed.row_processes(array.sharding, (3,)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_several_processes(tmp_path, count, devices):
             subprocess.Popen(
                 [
                     sys.executable,
-                    ROOT / "tests" / "hosts" / "toy_hosts.py",
+                    ROOT / "tests" / "distributed" / "toy_hosts.py",
                     address,
                     str(count),
                     str(i),

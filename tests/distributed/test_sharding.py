@@ -195,7 +195,7 @@ def in_eight_devices() -> dict[str, float]:
     total, counted[0] = counted[0], 0
     lie = lambda path, leaf: sharding.sharding_of(mesh, "transformer", path, leaf.shape, 32)
     _, placed = load_mmdit(
-        directory, place=lambda path, leaf: device_mesh.read_into(lie(path, leaf), leaf)
+        directory, place=lambda path, leaf: device_mesh.read_sharded(lie(path, leaf), leaf)
     )
     every, counted[0] = counted[0], 0
     one, largest = jax.devices()[3], [0]
@@ -234,7 +234,8 @@ def texts_in_eight_devices() -> dict[str, float]:
     root = build.place_of("embedded", "pipeline")
     prompts = ["a red star", 'the word "go" on a green field', ""]
     whole, split = (
-        text.load_text_encoders(root, **options) for options in ({}, {"place": sharding.over_host})
+        text.load_text_encoders(root, **options)
+        for options in ({}, {"place": sharding.place_over_host})
     )
     gaps = jax.tree.map(
         lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()),

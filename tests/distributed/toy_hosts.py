@@ -31,13 +31,13 @@ def arrays(index, count):
     rows = 2 * mesh.size
     host = np.arange(float(rows * 3), dtype=np.float32).reshape(rows, 3)
     split, copied = (
-        device_mesh.place_batch(mesh, host),
-        device_mesh.place_everywhere(mesh, {"a": host[0], "b": 2}),
+        device_mesh.shard_batch(mesh, host),
+        device_mesh.replicate(mesh, {"a": host[0], "b": 2}),
     )
-    owners = distributed.row_owners(split.sharding, split.shape)
-    everywhere = distributed.row_owners(copied["a"].sharding, (3,))
-    again = device_mesh.place_batch(mesh, device_mesh.place_everywhere(mesh, split))
-    per_leaf = distributed.put(
+    owners = distributed.row_processes(split.sharding, split.shape)
+    everywhere = distributed.row_processes(copied["a"].sharding, (3,))
+    again = device_mesh.shard_batch(mesh, device_mesh.replicate(mesh, split))
+    per_leaf = distributed.device_put_global(
         {"x": host, "y": host}, {"x": split.sharding, "y": NamedSharding(mesh, PartitionSpec())}
     )
     doubled = jax.jit(lambda x, y: 2 * x + y)(
@@ -47,16 +47,16 @@ def arrays(index, count):
         "devices": [jax.device_count(), jax.local_device_count()],
         "local": len(split.addressable_shards),
         "whole": [
-            np.array_equal(distributed.whole(x), host)
+            np.array_equal(distributed.to_host(x), host)
             for x in (split, again, per_leaf["x"], per_leaf["y"])
         ],
-        "computed": np.array_equal(distributed.whole(doubled), 3 * host),
+        "computed": np.array_equal(distributed.to_host(doubled), 3 * host),
         "copied": int(copied["b"]),
         "dtype": str(copied["b"].dtype),
         "owners": owners.tolist(),
         "everywhere": everywhere.tolist(),
-        "own": np.array_equal(distributed.own_rows(split, owners), host[owners == index]),
-        "own_of_copied": distributed.own_rows(copied["a"], everywhere).tolist()
+        "own": np.array_equal(distributed.local_rows(split, owners), host[owners == index]),
+        "own_of_copied": distributed.local_rows(copied["a"], everywhere).tolist()
         if index == 0
         else None,
     }
@@ -76,20 +76,20 @@ def agreement(index, count):
 
     everybody = range(count)
     return {
-        "together": distributed.together("a", lambda: index),
-        "one": refused(lambda: distributed.together("b", fails_on([1], "broken"))),
-        "all": refused(lambda: distributed.together("c", fails_on(everybody, "broken"))),
-        "first": distributed.from_first("d", lambda: {"index": index}),
-        "disk": refused(lambda: distributed.from_first("e", full)),
-        "any": distributed.any_of("f", "SIGTERM" if index == count - 1 else ""),
-        "none": distributed.any_of("g", ""),
-        "same": refused(lambda: distributed.same("config.", {"seed": 42, "nft.beta": 0.1})),
+        "together": distributed.run_on_all("a", lambda: index),
+        "one": refused(lambda: distributed.run_on_all("b", fails_on([1], "broken"))),
+        "all": refused(lambda: distributed.run_on_all("c", fails_on(everybody, "broken"))),
+        "first": distributed.broadcast_from_first("d", lambda: {"index": index}),
+        "disk": refused(lambda: distributed.broadcast_from_first("e", full)),
+        "any": distributed.any_process("f", "SIGTERM" if index == count - 1 else ""),
+        "none": distributed.any_process("g", ""),
+        "same": refused(lambda: distributed.assert_equal("config.", {"seed": 42, "nft.beta": 0.1})),
         "differs": refused(
-            lambda: distributed.same(
+            lambda: distributed.assert_equal(
                 "config.", {"seed": 42, "name": "a"} if index != 1 else {"seed": 43, "name": "a"}
             )
         ),
-        "lacks": refused(lambda: distributed.same("", {"flax": "1"} if index == 0 else {})),
+        "lacks": refused(lambda: distributed.assert_equal("", {"flax": "1"} if index == 0 else {})),
     }
 
 
@@ -98,11 +98,11 @@ def places(index, own, shared):
     file = os.path.join(own if index else shared, "file")
     open(file, "w").close()
     found = {
-        "own": refused(lambda: probe.shared(own, patience=0.5)),
-        "shared": refused(lambda: probe.shared(new)),
-        "file": refused(lambda: probe.shared(file, patience=0.5)),
+        "own": refused(lambda: probe.check_shared_directory(own, patience=0.5)),
+        "shared": refused(lambda: probe.check_shared_directory(new)),
+        "file": refused(lambda: probe.check_shared_directory(file, patience=0.5)),
     }
-    distributed.together("files", lambda: None)
+    distributed.run_on_all("files", lambda: None)
     return found | {
         "left": sorted(os.listdir(own) + (["new"] if os.path.exists(os.path.dirname(new)) else []))
     }
@@ -110,7 +110,7 @@ def places(index, own, shared):
 
 def main(coordinator, count, index, own, shared):
     cluster = find_cluster("on", coordinator, count, index)
-    with distributed.joined(cluster, "toy", 60, 30):
+    with distributed.process_group(cluster, "toy", 60, 30):
         index, count = distributed.index(), distributed.count()
         found = {"agreement": agreement(index, count), "places": places(index, own, shared)}
         distributed.start_jax(cluster, 60, 30)

@@ -13,7 +13,8 @@ from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.statistics import bootstrap, composite, stratified
 from marble_jax.prompts.files import TAGS, Prompt
 from marble_jax.rewards.base import Reward, score
-from marble_jax.rewards.geneval import Detection, GenEvalReward
+from marble_jax.rewards.geneval import GenEvalReward
+from marble_jax.rewards.geneval_rules import Detection
 from marble_jax.types import Scores
 
 
@@ -77,7 +78,8 @@ def test_strata_count_the_same_whatever_their_size():
 
 
 def scores(values, names=("clip", "geneval", "geneval_accuracy")):
-    values = np.asarray(values, np.float32)
+    """Given reward by reward."""
+    values = np.asarray(values, np.float32).T
     valid = np.isfinite(values)
     return Scores(names, np.nan_to_num(values), valid, np.zeros_like(valid))
 

@@ -82,18 +82,18 @@ def test_results_do_not_depend_on_the_batch_size_and_no_prompt_is_dropped(scorer
     """Against a loop over single prompts with noise from (seed, index)."""
     done = []
     scores, kept_images = _evaluator(scorer, batch_size)(0.5, None, done.append)
-    assert sum(done) == len(PROMPTS) and scores.values.shape == (2, 7)
+    assert sum(done) == len(PROMPTS) and scores.values.shape == (7, 2)
     images = []
     for i, prompt in enumerate(PROMPTS):
         noise = image_noise(jax.random.key(0), [i], (2, 2, 3))
         images.append(
             np.asarray(jax.nn.sigmoid(_sampler()(0.5, None, _encode([prompt.text]), noise)))[0]
         )
-    np.testing.assert_allclose(scores.values[0], [image.mean() for image in images], rtol=1e-5)
+    np.testing.assert_allclose(scores.values[:, 0], [image.mean() for image in images], rtol=1e-5)
     quoted = np.array(['"' in p.text for p in PROMPTS])
-    np.testing.assert_array_equal(scores.valid, [np.ones(7, bool), quoted])
+    np.testing.assert_array_equal(scores.valid.T, [np.ones(7, bool), quoted])
     np.testing.assert_array_equal(
-        scores.values[1][quoted], [len(p.text) for p in PROMPTS if '"' in p.text]
+        scores.values[quoted, 1], [len(p.text) for p in PROMPTS if '"' in p.text]
     )
     assert not scores.failed.any()
     assert kept_images.dtype == np.uint8 and kept_images.shape == (3, 2, 2, 3)
@@ -104,7 +104,7 @@ def test_results_do_not_depend_on_the_batch_size_and_no_prompt_is_dropped(scorer
 def test_equal_prompts_start_from_different_noise(scorer):
     """The first and the last prompt have the same text."""
     scores, _ = _evaluator(scorer, 4)(0.5, None)
-    assert scores.values[0, 0] != scores.values[0, 6]
+    assert scores.values[0, 0] != scores.values[6, 0]
 
 
 def test_the_same_noise_every_time_and_another_one_for_another_seed(scorer):
@@ -115,7 +115,7 @@ def test_the_same_noise_every_time_and_another_one_for_another_seed(scorer):
         _evaluator(scorer, 4, seed=1)(0.5, None)[0],
     )
     np.testing.assert_array_equal(once.values, again.values)
-    assert np.all(once.values[0] != other.values[0])
+    assert np.all(once.values[:, 0] != other.values[:, 0])
 
 
 def test_several_images_of_a_prompt_are_a_group(scorer):
@@ -124,12 +124,12 @@ def test_several_images_of_a_prompt_are_a_group(scorer):
     evaluator = dataclasses.replace(_evaluator(scorer, 4), images_per_prompt=2)
     twice, same_images = evaluator(0.5, None)
     np.testing.assert_array_equal(evaluator.groups, [*range(7), *range(7)])
-    np.testing.assert_allclose(twice.values[:, :7], once.values, rtol=1e-6)
+    np.testing.assert_allclose(twice.values[:7], once.values, rtol=1e-6)
     np.testing.assert_array_equal(same_images, images)
-    np.testing.assert_array_equal(twice.valid[:, 7:], once.valid)
-    assert np.all(twice.values[0, 7:] != once.values[0])
-    applies = once.valid[1]
-    np.testing.assert_array_equal(twice.values[1, 7:][applies], once.values[1][applies])
+    np.testing.assert_array_equal(twice.valid[7:], once.valid)
+    assert np.all(twice.values[7:, 0] != once.values[:, 0])
+    applies = once.valid[:, 1]
+    np.testing.assert_array_equal(twice.values[7:, 1][applies], once.values[applies, 1])
 
 
 def test_policies_differ_by_their_weights_alone(scorer):
@@ -139,9 +139,9 @@ def test_policies_differ_by_their_weights_alone(scorer):
         evaluator(jnp.float32(0.0), None)[0],
         evaluator(jnp.float32(0.0), jnp.float32(-0.3))[0],
     )
-    assert np.all(raised.values[0] > base.values[0])
-    spread = (raised.values[0] - base.values[0]).std()
-    assert spread < 0.5 * base.values[0].std()
+    assert np.all(raised.values[:, 0] > base.values[:, 0])
+    spread = (raised.values[:, 0] - base.values[:, 0]).std()
+    assert spread < 0.5 * base.values[:, 0].std()
 
 
 @pytest.mark.parametrize(

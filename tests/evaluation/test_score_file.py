@@ -20,8 +20,8 @@ PROMPTS = [
 
 
 def scores(names, values, failed=()):
-    """One row a reward; None is missing, `failed` the (reward, image) of those that should be there."""
-    values = np.array([[np.nan if v is None else v for v in row] for row in values], np.float32)
+    """Given reward by reward; None is missing, `failed` the (image, reward) of those that should be there."""
+    values = np.array([[np.nan if v is None else v for v in row] for row in values], np.float32).T
     fails = np.zeros(values.shape, bool)
     for place in failed:
         fails[place] = True
@@ -31,7 +31,7 @@ def scores(names, values, failed=()):
 def test_lines_hold_what_a_reader_needs(tmp_path):
     file = ScoreFile(tmp_path / "m" / "scores.jsonl")
     file.append([0, 2], [PROMPTS[0], PROMPTS[2]], scores("ab", [[0.1, 2], [None, 0.5]]))
-    file.append([1], PROMPTS[1:2], scores("ab", [[3], [None]], [(1, 0)]))
+    file.append([1], PROMPTS[1:2], scores("ab", [[3], [None]], [(0, 1)]))
     file.finish(PROMPTS)
     lines = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert lines == [
@@ -54,12 +54,12 @@ def test_lines_hold_what_a_reader_needs(tmp_path):
 
 
 def test_scores_come_back(tmp_path):
-    given = scores("ab", [[0.123456789, 2, 3], [None, 0.5, None]], [(1, 2)])
+    given = scores("ab", [[0.123456789, 2, 3], [None, 0.5, None]], [(2, 1)])
     ScoreFile(tmp_path / "s").append(range(3), PROMPTS, given)
     got = ScoreFile(tmp_path / "s").scores(("b", "a"), 3)
-    np.testing.assert_array_equal(got.values, given.values[::-1])
-    np.testing.assert_array_equal(got.valid, given.valid[::-1])
-    np.testing.assert_array_equal(got.failed, given.failed[::-1])
+    np.testing.assert_array_equal(got.values, given.values[:, ::-1])
+    np.testing.assert_array_equal(got.valid, given.valid[:, ::-1])
+    np.testing.assert_array_equal(got.failed, given.failed[:, ::-1])
 
 
 def test_only_what_is_missing_is_asked_for(tmp_path):
@@ -69,13 +69,13 @@ def test_only_what_is_missing_is_asked_for(tmp_path):
     assert file.missing(("a",), 3) == (["a"], [2])
     assert file.missing(("a", "b"), 2) == (["b"], [0, 1])
     file.append(
-        [0, 1], PROMPTS[:2], scores("b", [[None, None]], [(0, 1)])
+        [0, 1], PROMPTS[:2], scores("b", [[None, None]], [(1, 0)])
     )  # added later; failed once
     again = ScoreFile(tmp_path / "s")
     assert again.missing(("a", "b"), 2) == (["b"], [1])
     again.append([1], PROMPTS[1:2], scores("b", [[7]]))
     assert ScoreFile(tmp_path / "s").missing(("a", "b"), 2) == ([], [])
-    assert again.scores(("a", "b"), 2).values.tolist() == [[1, 2], [0, 7]]
+    assert again.scores(("a", "b"), 2).values.tolist() == [[1, 0], [2, 7]]
 
 
 def test_half_a_line_is_scored_again(tmp_path):
@@ -93,7 +93,7 @@ def test_a_image_without_scores_counts_as_failed(tmp_path):
     file = ScoreFile(tmp_path / "s")
     file.append([0], PROMPTS[:1], scores("a", [[1]]))
     got = file.scores(("a",), 2)
-    assert got.valid.tolist() == [[True, False]] and got.failed.tolist() == [[False, True]]
+    assert got.valid.tolist() == [[True], [False]] and got.failed.tolist() == [[False], [True]]
 
 
 @pytest.mark.parametrize(

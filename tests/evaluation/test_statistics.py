@@ -12,8 +12,9 @@ from marble_jax.types import Scores
 
 
 def _scores(values, valid=None, names=("a", "b")):
-    values = np.asarray(values, np.float32)
-    valid = np.ones(values.shape, bool) if valid is None else np.asarray(valid, bool)
+    """Given reward by reward."""
+    values = np.asarray(values, np.float32).T
+    valid = np.ones(values.shape, bool) if valid is None else np.asarray(valid, bool).T
     return Scores(names, values, valid, ~valid)
 
 

@@ -105,7 +105,7 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
         cond=jax.random.normal(keys[4], (NUM_SAMPLES, WIDTH)),
         v_old=jax.random.normal(keys[5], shape),
     )
-    r = jax.random.uniform(keys[6], (NUM_REWARDS, NUM_SAMPLES))
+    r = jax.random.uniform(keys[6], (NUM_SAMPLES, NUM_REWARDS))
     valid = jnp.ones_like(r, bool)
 
     @jax.jit
@@ -127,7 +127,7 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
         one = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
         for k in range(NUM_REWARDS):
             total[k] = tree.add(
-                total[k], slow(base, one, r[k : k + 1, n : n + 1], valid[k : k + 1, n : n + 1])
+                total[k], slow(base, one, r[n : n + 1, k : k + 1], valid[n : n + 1, k : k + 1])
             )
     got = fast(base, batch, r, valid).gradients
     for k in range(NUM_REWARDS):

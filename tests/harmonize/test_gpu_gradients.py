@@ -43,7 +43,7 @@ def gradients(problem, core):
     return (
         found["gradients"]
         if isinstance(found, dict)
-        else ours.gradients.mean_gradients(found).gradients
+        else ours.reward_gradients.mean_gradients(found).gradients
     )
 
 

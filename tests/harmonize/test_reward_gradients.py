@@ -26,7 +26,7 @@ def _velocity(adapter, xt, t, cond):
 
 @functools.cache
 def _problem(num_rewards, seed=0):
-    """Adapter, batch with v != v_old, optimality with clipped entries, masks with one empty and one sparse row."""
+    """Adapter, batch with v != v_old, optimality with clipped entries, masks with one empty and one sparse column."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -40,12 +40,12 @@ def _problem(num_rewards, seed=0):
     batch = reward_gradients.FlowBatch(
         x0, xt, t, cond, _velocity(old, xt, t, cond), 0.5 * normal(NUM, TOKENS, WIDTH)
     )
-    r = nft.optimality(jnp.asarray(rng.normal(size=(num_rewards, NUM)) * 5, jnp.float32))
+    r = nft.optimality(jnp.asarray(rng.normal(size=(NUM, num_rewards)) * 5, jnp.float32))
     assert num_rewards < 3 or bool(jnp.any(r == 0) & jnp.any(r == 1))
-    valid = rng.random((num_rewards, NUM)) < 0.7
-    valid[:, 0] = True
+    valid = rng.random((NUM, num_rewards)) < 0.7
+    valid[0] = True
     if num_rewards > 2:
-        valid[1], valid[2] = False, np.arange(NUM) == 3
+        valid[:, 1], valid[:, 2] = False, np.arange(NUM) == 3
     return adapter, batch, r, jnp.asarray(valid)
 
 
@@ -74,9 +74,9 @@ def test_every_gradient_equals_its_own_backward_pass(num_rewards):
     adapter, batch, r, valid = _problem(num_rewards)
     got = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
     for k in range(num_rewards):
-        loss, want = _reference(adapter, batch, r[k], valid[k])
+        loss, want = _reference(adapter, batch, r[:, k], valid[:, k])
         mine = tree.take(got.gradients, k)
-        if not bool(valid[k].any()):
+        if not bool(valid[:, k].any()):
             assert float(tree.norm(mine)) == 0.0 and float(got.losses[k]) == 0.0
             continue
         assert _relative(mine, want) <= 1e-5, k
@@ -118,9 +118,10 @@ def test_anchors_are_the_loss_at_no_advantage(num_rewards):
     signal, tripled = means(False, 1.0), means(True, 3.0)
     assert float(tree.norm(signal.kl_gradient)) == 0.0 and float(signal.kl) == 0.0
     for k in range(num_rewards):
-        if bool(valid[k].any()):
+        if bool(valid[:, k].any()):
             whole, anchor = (
-                _reference(adapter, batch, x, valid[k])[1] for x in (r[k], jnp.full_like(r[k], 0.5))
+                _reference(adapter, batch, x, valid[:, k])[1]
+                for x in (r[:, k], jnp.full_like(r[:, k], 0.5))
             )
             assert float(tree.norm(anchor)) > 0.01 * float(tree.norm(whole))
             assert (
@@ -164,13 +165,13 @@ def test_sums_of_micro_steps_add_up_to_the_whole_batch():
         jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 2), slice(2, None))
     )
     added = tree.add(
-        _fast(adapter, first, r[:, :2], valid[:, :2]),
-        _fast(adapter, second, r[:, 2:], valid[:, 2:]),
+        _fast(adapter, first, r[:2], valid[:2]),
+        _fast(adapter, second, r[2:], valid[2:]),
     )
     whole = reward_gradients.mean_gradients(_fast(adapter, batch, r, valid))
     assert _relative(reward_gradients.mean_gradients(added).gradients, whole.gradients) <= 1e-5
     assert float(added.num_samples) == NUM
-    np.testing.assert_array_equal(added.counts, valid.sum(1))
+    np.testing.assert_array_equal(added.counts, valid.sum(0))
 
 
 def test_one_backward_pass_reproduces_any_weighted_sum():
@@ -190,11 +191,11 @@ def test_one_backward_pass_reproduces_any_weighted_sum():
 
 def test_parts_of_a_combined_gradient_add_up():
     adapter, batch, r, valid = _problem(5)
-    weights, counts = jnp.full(5, 0.2), valid.sum(1)
+    weights, counts = jnp.full(5, 0.2), valid.sum(0)
 
     def gradient(s):
         part = jax.tree.map(lambda x: x[s], batch)
-        p, q = reward_gradients.branch_weights(weights, r[:, s], valid[:, s], counts)
+        p, q = reward_gradients.branch_weights(weights, r[s], valid[s], counts)
         return reward_gradients.combined_gradient(
             _velocity, adapter, part, p, q, nft_beta=BETA, kl_weight=0.1, num_samples=NUM
         )[0]
@@ -208,9 +209,9 @@ def test_parts_of_a_combined_gradient_add_up():
 def test_a_combined_advantage_is_the_uniform_case():
     adapter, batch, r, _ = _problem(1)
     got, _ = reward_gradients.combined_gradient(
-        _velocity, adapter, batch, r[0] / NUM, (1 - r[0]) / NUM, nft_beta=BETA
+        _velocity, adapter, batch, r[:, 0] / NUM, (1 - r[:, 0]) / NUM, nft_beta=BETA
     )
-    assert _relative(got, _reference(adapter, batch, r[0], jnp.ones(NUM, bool))[1]) <= 1e-5
+    assert _relative(got, _reference(adapter, batch, r[:, 0], jnp.ones(NUM, bool))[1]) <= 1e-5
 
 
 def test_gradients_are_float32_for_a_half_precision_velocity():

@@ -162,12 +162,12 @@ def exact(attention, remat="full", mesh=None):
         latents[2],
         latents[3],
     )
-    r, valid = jax.nn.sigmoid(draw(3, 4)), jnp.arange(12).reshape(3, 4) % 5 > 0
+    r, valid = jax.nn.sigmoid(draw(3, 4)).T, jnp.arange(12).reshape(3, 4).T % 5 > 0
     if mesh is not None:
         from marble_jax.distributed import device_mesh
 
-        params, adapter = device_mesh.place_everywhere(mesh, (params, adapter))
-        batch = device_mesh.place_batch(mesh, batch)
+        params, adapter = device_mesh.replicate(mesh, (params, adapter))
+        batch = device_mesh.shard_batch(mesh, batch)
 
     def step(params, adapter, batch, r, valid):
         return reward_gradients.accumulate(

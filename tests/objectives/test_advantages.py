@@ -8,27 +8,27 @@ from marble_jax.objectives import advantages
 
 
 def _scores():
-    """3 rewards on 5 groups of 4 in shuffled order; row 1 misses a whole group, row 2 has groups of one and of none."""
+    """3 rewards on 5 groups of 4 in shuffled order; reward 1 misses a whole group, 2 has groups of one and of none."""
     rng = np.random.default_rng(0)
     groups = rng.permutation(np.repeat([3, 7, 8, 11, 40], 4))
-    values = rng.normal(size=(3, 20)) * [[1.0], [30.0], [0.01]] + [[0.0], [5.0], [-1.0]]
-    valid = np.ones((3, 20), bool)
-    valid[1, groups == 7] = False
-    valid[2] = rng.random(20) < 0.5
-    valid[2, groups == 8] = [True, False, False, False]
+    values = rng.normal(size=(20, 3)) * [1.0, 30.0, 0.01] + [0.0, 5.0, -1.0]
+    valid = np.ones((20, 3), bool)
+    valid[groups == 7, 1] = False
+    valid[:, 2] = rng.random(20) < 0.5
+    valid[groups == 8, 2] = [True, False, False, False]
     return values, valid, groups
 
 
 def _twin(values, valid, groups, scale):
     out = np.full(values.shape, np.nan)
     masked = np.where(valid, values, np.nan)
-    for k, row in enumerate(masked):
+    for k, column in enumerate(masked.T):
         for g in np.unique(groups):
             member = groups == g
-            if np.isnan(row[member]).all():
+            if np.isnan(column[member]).all():
                 continue
-            std = np.nanstd(row[member]) if scale == "group" else np.nanstd(row)
-            out[k, member] = (row[member] - np.nanmean(row[member])) / (std + 1e-4)
+            std = np.nanstd(column[member]) if scale == "group" else np.nanstd(column)
+            out[member, k] = (column[member] - np.nanmean(column[member])) / (std + 1e-4)
     return out
 
 
@@ -44,15 +44,14 @@ def test_per_reward_matches_the_twin(scale):
 
 def test_hand_computed():
     """Two groups (1, 3) and (10, 10); around 6 the four deviate by 5, 3, 4 and 4, so the std is sqrt(16.5)."""
-    got = advantages.per_reward([[1, 3, 10, 10]], np.ones((1, 4), bool), ["a", "a", "b", "b"])
+    scores, groups = [[1], [3], [10], [10]], ["a", "a", "b", "b"]
+    got = advantages.per_reward(scores, np.ones((4, 1), bool), groups)
     np.testing.assert_allclose(
-        got.values, [[-1 / (16.5**0.5 + 1e-4), 1 / (16.5**0.5 + 1e-4), 0, 0]], rtol=1e-6
+        got.values[:, 0], [-1 / (16.5**0.5 + 1e-4), 1 / (16.5**0.5 + 1e-4), 0, 0], rtol=1e-6
     )
     np.testing.assert_array_equal(got.tied, [0.5])
-    grouped = advantages.per_reward(
-        [[1, 3, 10, 10]], np.ones((1, 4), bool), ["a", "a", "b", "b"], "group"
-    )
-    np.testing.assert_allclose(grouped.values, [[-1 / 1.0001, 1 / 1.0001, 0, 0]], rtol=1e-6)
+    grouped = advantages.per_reward(scores, np.ones((4, 1), bool), groups, "group")
+    np.testing.assert_allclose(grouped.values[:, 0], [-1 / 1.0001, 1 / 1.0001, 0, 0], rtol=1e-6)
 
 
 def test_what_is_missing_does_not_touch_the_rest():
@@ -65,8 +64,8 @@ def test_what_is_missing_does_not_touch_the_rest():
 
 
 def test_a_single_valid_score_is_neutral_and_an_empty_group_missing():
-    valid = np.array([[True, False, True, True, False, False]])
-    got = advantages.per_reward([[7, 9, 1, 3, 5, 5]], valid, [0, 0, 1, 1, 2, 2])
+    valid = np.array([True, False, True, True, False, False])[:, None]
+    got = advantages.per_reward([[7], [9], [1], [3], [5], [5]], valid, [0, 0, 1, 1, 2, 2])
     assert got.values[0, 0] == 0 and got.valid[0, 0]
     np.testing.assert_array_equal(got.valid, valid)
     np.testing.assert_array_equal(got.tied, [0.0])
@@ -74,7 +73,7 @@ def test_a_single_valid_score_is_neutral_and_an_empty_group_missing():
 
 def test_equal_scores_give_exact_zeros():
     got = advantages.per_reward(
-        np.full((2, 9), 0.1), np.ones((2, 9), bool), np.repeat([0, 1, 2], 3), "group"
+        np.full((9, 2), 0.1), np.ones((9, 2), bool), np.repeat([0, 1, 2], 3), "group"
     )
     np.testing.assert_array_equal(got.values, 0)
     np.testing.assert_array_equal(got.tied, [1, 1])
@@ -82,37 +81,37 @@ def test_equal_scores_give_exact_zeros():
 
 def test_an_empty_batch_and_an_absent_reward():
     assert advantages.per_reward(
-        np.zeros((2, 0)), np.zeros((2, 0), bool), np.zeros(0, int)
-    ).values.shape == (2, 0)
-    got = advantages.per_reward(np.full((1, 4), np.nan), np.zeros((1, 4), bool), np.zeros(4, int))
+        np.zeros((0, 2)), np.zeros((0, 2), bool), np.zeros(0, int)
+    ).values.shape == (0, 2)
+    got = advantages.per_reward(np.full((4, 1), np.nan), np.zeros((4, 1), bool), np.zeros(4, int))
     assert not got.valid.any() and got.tied[0] == 0 and (got.values == 0).all()
 
 
 def test_weighted_sum_is_a_mean_over_what_is_there():
-    valid = np.array([[True, True, False], [True, False, False]])
+    valid = np.array([[True, True], [True, False], [False, False]])
     values, present = advantages.weighted_sum(
-        [[2.0, 4.0, 9.0], [5.0, np.nan, 9.0]], valid, [1.0, 2.0]
+        [[2.0, 5.0], [4.0, np.nan], [9.0, 9.0]], valid, [1.0, 2.0]
     )
-    np.testing.assert_allclose(values, [[4.0, 4.0, 0.0]])
-    np.testing.assert_array_equal(present, [[True, True, False]])
+    np.testing.assert_allclose(values, [[4.0], [4.0], [0.0]])
+    np.testing.assert_array_equal(present, [[True], [True], [False]])
     np.testing.assert_allclose(
-        advantages.weighted_sum([[2.0], [5.0]], np.ones((2, 1), bool))[0], [[3.5]]
+        advantages.weighted_sum([[2.0, 5.0]], np.ones((1, 2), bool))[0], [[3.5]]
     )
 
 
 def test_gdpo_keeps_apart_what_a_sum_of_scores_confuses():
     """Rewards of different scale: each counts the same after its own normalisation; the result is standardised."""
     rng = np.random.default_rng(1)
-    values, groups = rng.normal(size=(2, 24)) * [[1.0], [1000.0]], np.repeat(np.arange(4), 6)
-    got = advantages.gdpo(values, np.ones((2, 24), bool), groups)
-    each = values.reshape(2, 4, 6)
+    values, groups = rng.normal(size=(24, 2)) * [1.0, 1000.0], np.repeat(np.arange(4), 6)
+    got = advantages.gdpo(values, np.ones((24, 2), bool), groups)
+    each = values.T.reshape(2, 4, 6)
     each = (
         ((each - each.mean(-1, keepdims=True)) / (each.std(-1, keepdims=True) + 1e-4))
         .reshape(2, 24)
         .mean(0)
     )
     np.testing.assert_allclose(
-        got.values[0], (each - each.mean()) / (each.std() + 1e-4), rtol=1e-4, atol=1e-6
+        got.values[:, 0], (each - each.mean()) / (each.std() + 1e-4), rtol=1e-4, atol=1e-6
     )
     assert abs(got.values.mean()) < 1e-6 and got.values.std() == pytest.approx(1.0, abs=1e-3)
 
@@ -120,7 +119,7 @@ def test_gdpo_keeps_apart_what_a_sum_of_scores_confuses():
 def test_gdpo_ignores_missing_scores():
     values, valid, groups = _scores()
     got = advantages.gdpo(np.where(valid, values, np.nan), valid, groups, [1.0, 0.0, 1.0])
-    np.testing.assert_array_equal(got.valid[0], valid[0] | valid[2])
+    np.testing.assert_array_equal(got.valid[:, 0], valid[:, 0] | valid[:, 2])
     assert np.isfinite(got.values).all()
 
 
@@ -128,31 +127,31 @@ def test_gdpo_ignores_missing_scores():
     ("call", "message"),
     [
         (
-            lambda: advantages.per_reward(np.zeros((2, 3)), np.ones((2, 4), bool), np.zeros(3)),
+            lambda: advantages.per_reward(np.zeros((3, 2)), np.ones((4, 2), bool), np.zeros(3)),
             "scores: expected values",
         ),
         (
             lambda: advantages.per_reward(
-                np.full((1, 2), np.nan), np.ones((1, 2), bool), np.zeros(2)
+                np.full((2, 1), np.nan), np.ones((2, 1), bool), np.zeros(2)
             ),
             "expected finite numbers where valid .* received 2 others",
         ),
         (
             lambda: advantages.per_reward(
-                np.zeros((1, 2)), np.ones((1, 2), bool), np.zeros(2), "batch"
+                np.zeros((2, 1)), np.ones((2, 1), bool), np.zeros(2), "batch"
             ),
             "advantage scale: expected one of global, group; received 'batch'",
         ),
         (
-            lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [1.0]),
+            lambda: advantages.weighted_sum(np.zeros((3, 2)), np.ones((3, 2), bool), [1.0]),
             "reward weights: expected 2 numbers",
         ),
         (
-            lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [0.0, 0.0]),
+            lambda: advantages.weighted_sum(np.zeros((3, 2)), np.ones((3, 2), bool), [0.0, 0.0]),
             "not all 0",
         ),
         (
-            lambda: advantages.weighted_sum(np.zeros((2, 3)), np.ones((2, 3), bool), [-1.0, 2.0]),
+            lambda: advantages.weighted_sum(np.zeros((3, 2)), np.ones((3, 2), bool), [-1.0, 2.0]),
             "at least 0",
         ),
     ],

@@ -21,7 +21,7 @@ def test_the_preset_for_this_card_fits_as_planned(capsys):
     """The compiler's figure is what the plan says within a third; no weights are needed."""
     if jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU; JAX's backend is {jax.default_backend()}")
-    chip = accelerators.of_kind(jax.devices()[0].device_kind)
+    chip = accelerators.by_device_kind(jax.devices()[0].device_kind)
     if chip is None or chip.memory < 79e9:
         pytest.skip(
             f"needs a GPU of 80 GB in the table of chips; this one is {jax.devices()[0].device_kind}"

@@ -44,7 +44,7 @@ def test_a_preset_fits_with_the_reward_models(preset, medium):
         memory.total(sources) + memory.total(memory.beside(config, medium, mesh, program))
         for program, sources in programs.items()
     )
-    usable = accelerators.named(name).usable
+    usable = accelerators.by_name(name).usable
     assert most + REWARDS < usable and most > 0.5 * usable  # no card is left half empty
 
 

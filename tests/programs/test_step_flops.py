@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from marble_jax.config import default_config
-from marble_jax.distributed.accelerators import CHIPS, named, of_kind
+from marble_jax.distributed.accelerators import ACCELERATORS, by_device_kind, by_name
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.flops import Work
 from marble_jax.programs.build import derive_sizes
@@ -53,7 +53,7 @@ def test_speed_of_a_step():
         made(harmonize__mode="amortized"), rollout=6e15, decode=1e15, between=8e15, solve=9e15
     )
     record = {"time/step_s": 20.0, "time/train_s": 10.0, "harmonize/refreshed": 0.0}
-    found = speed(work, record, 40, 4, CHIPS["v5e"])
+    found = speed(work, record, 40, 4, ACCELERATORS["v5e"])
     assert found == pytest.approx(
         {
             "speed/images_per_s": 2.0,
@@ -80,10 +80,10 @@ def test_chips_by_the_names_jax_gives_them():
         "NVIDIA H200": "h200",
         "NVIDIA A100-SXM4-80GB": "a100",
     }
-    assert {kind: of_kind(kind).name for kind in kinds} == kinds
-    assert of_kind("cpu") is None and of_kind("NVIDIA A100-SXM4-40GB") is None
-    assert named("H200") is CHIPS["h200"]
+    assert {kind: by_device_kind(kind).name for kind in kinds} == kinds
+    assert by_device_kind("cpu") is None and by_device_kind("NVIDIA A100-SXM4-40GB") is None
+    assert by_name("H200") is ACCELERATORS["h200"]
     with pytest.raises(
         InputError, match="chip: expected one of v4, v5e.*received 'v5'; did you mean"
     ):
-        named("v5")
+        by_name("v5")

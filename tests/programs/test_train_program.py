@@ -17,7 +17,7 @@ from marble_jax.types import Scores
 
 NAMES = ("large", "small", "heldout")
 # Standard deviations 100, 0.1 and 1.
-BASE = np.array([[-100, 100, -100, 100], [-0.1, 0.1, -0.1, 0.1], [-1, 1, -1, 1]], np.float32)
+BASE = np.array([[-100, -0.1, -1], [100, 0.1, 1], [-100, -0.1, -1], [100, 0.1, 1]], np.float32)
 
 
 class Nothing:
@@ -41,7 +41,7 @@ def make(tmp_path):
             asked.append(step)
             progress(1)
             gain = np.zeros(3) if step is None else np.asarray(gains[step])
-            return scores_of((BASE + gain[:, None]).astype(np.float32)), np.zeros((1, 2, 2, 3))
+            return scores_of((BASE + gain).astype(np.float32)), np.zeros((1, 2, 2, 3))
 
         evaluate.groups, evaluate.kept = np.arange(4), [0]
         evaluate.prompts = [SimpleNamespace(text=f"a thing {i}") for i in range(4)]
@@ -108,7 +108,8 @@ def test_the_base_model_is_evaluated_once_and_what_a_kill_left_is_completed(make
     assert asked == []
     evaluations(after(2))
     assert asked == [2]
-    for damage in (b"", b'{"names": ["lar', None):
+    by_reward = b'{"names": ["a", "b"], "values": [[1, 2, 3, 4]], "valid": [], "failed": []}'
+    for damage in (b"", b'{"names": ["lar', by_reward, None):
         file = tmp_path / "base_scores.json"
         file.unlink() if damage is None else file.write_bytes(damage)
         evaluations, asked = make(gains)

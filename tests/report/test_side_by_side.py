@@ -46,7 +46,7 @@ def folder(tmp_path):
                 [True] * 8,
             ]
         )
-        scores[model] = Scores(NAMES, values.astype(np.float32), valid, np.zeros((4, 8), bool))
+        scores[model] = Scores(NAMES, values.T.astype(np.float32), valid.T, np.zeros((8, 4), bool))
         for i in range(8):
             save_png(tmp_path / model / f"{i:05d}.png", np.full((6, 6, 3), 30 * i, np.uint8))
     place = Workdir(str(tmp_path))

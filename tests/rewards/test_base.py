@@ -51,7 +51,7 @@ def test_stack_keeps_the_order_of_names():
     assert scores.names == ("b", "a")
     np.testing.assert_array_equal(scores.values, [[1, 0], [0, 0]])
     np.testing.assert_array_equal(scores.valid, [[True, False], [False, False]])
-    np.testing.assert_array_equal(scores.failed, [[False, False], [True, False]])
+    np.testing.assert_array_equal(scores.failed, [[False, True], [False, False]])
 
 
 def test_misshapen_scores_raise():

@@ -10,15 +10,9 @@ from endpoint import Endpoint
 
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import RewardError
-from marble_jax.rewards.http.calls import (
-    CallError,
-    Patience,
-    Replicas,
-    is_loopback,
-    post,
-    reason,
-    secret,
-)
+from marble_jax.rewards.http.access import is_loopback, read_token
+from marble_jax.rewards.http.calls import Replicas
+from marble_jax.rewards.http.post import CallError, CallPolicy, post, reason
 
 
 def script(*answers):
@@ -35,14 +29,14 @@ def closed_port():
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def replicas(*urls, pauses=None, token="", **patience):
+def replicas(*urls, pauses=None, token="", **policy):
     pauses = [] if pauses is None else pauses
     return Replicas(
         "r",
         urls,
         "/score",
         token,
-        Patience(**{"answer": 20.0, "connect": 5.0} | patience),
+        CallPolicy(**{"answer_seconds": 20.0, "connect_seconds": 5.0} | policy),
         pauses.append,
     )
 
@@ -71,7 +65,7 @@ def test_a_call_carries_body_type_path_and_token():
 def test_what_may_pass_is_tried_again_after_growing_pauses(first):
     pauses = []
     with Endpoint(script(first, first, OK)) as server:
-        assert replicas(server.url, pauses=pauses, pause=1.0).call(b"", "a/b") == b"fine"
+        assert replicas(server.url, pauses=pauses, pause_seconds=1.0).call(b"", "a/b") == b"fine"
         assert len(server.bodies) == 3
     assert 0.5 <= pauses[0] <= 1.5 and 1 <= pauses[1] <= 3
 
@@ -106,14 +100,14 @@ def test_a_server_may_ask_for_a_longer_pause_but_not_for_ever():
     ):
         pauses = []
         with Endpoint(script((429, {"Retry-After": asked}, b""), OK)) as server:
-            replicas(server.url, pauses=pauses, pause=0.5).call(b"", "a/b")
+            replicas(server.url, pauses=pauses, pause_seconds=0.5).call(b"", "a/b")
         assert low <= pauses[0] <= high
 
 
 def test_another_replica_is_asked_at_once():
     pauses = []
     with Endpoint(script(BUSY)) as bad, Endpoint(script(OK)) as good:
-        both = replicas(bad.url, closed_port(), good.url, pauses=pauses, pause=60.0)
+        both = replicas(bad.url, closed_port(), good.url, pauses=pauses, pause_seconds=60.0)
         assert [both.call(b"", "a/b") for _ in range(4)] == [b"fine"] * 4
         assert len(bad.bodies) == 1 and len(good.bodies) == 4 and not pauses
 
@@ -131,17 +125,17 @@ def test_replicas_share_the_load_and_calls_are_limited():
         return OK
 
     with Endpoint(reply) as a, Endpoint(reply) as b:
-        made = replicas(a.url, b.url, in_flight=4)
-        assert made.each(lambda item: made.call(item, "a/b"), [b"x"] * 8) == [b"fine"] * 8
+        made = replicas(a.url, b.url, max_in_flight=4)
+        assert made.map(lambda item: made.call(item, "a/b"), [b"x"] * 8) == [b"fine"] * 8
         assert len(a.bodies) == len(b.bodies) == 4 and most[0] == 4
 
 
-def test_each_keeps_order_and_hands_errors_back():
+def test_map_keeps_order_and_hands_errors_back():
     made = replicas("http://127.0.0.1:1")
-    got = made.each(lambda x: 6 // x, [1, 0, 3])
+    got = made.map(lambda x: 6 // x, [1, 0, 3])
     assert got[0] == 6 and isinstance(got[1], ZeroDivisionError) and got[2] == 2
-    assert made.each(str, []) == [] and isinstance(
-        made.each(lambda x: 1 // x, [0])[0], ZeroDivisionError
+    assert made.map(str, []) == [] and isinstance(
+        made.map(lambda x: 1 // x, [0])[0], ZeroDivisionError
     )
     assert not [t for t in threading.enumerate() if t.name == "calls of r"]
 
@@ -167,14 +161,14 @@ def test_answers_that_do_not_end():
             Endpoint(reply) as server,
             pytest.raises(CallError, match="an answer within 0.3 s; received none"),
         ):
-            post(server.url, b"", {}, Patience(answer=0.3))
+            post(server.url, b"", {}, CallPolicy(answer_seconds=0.3))
     release.set()
     with Endpoint(script((200, {}, b"x" * 1000))) as server:
         with pytest.raises(
             CallError, match="expected an answer of at most 999 bytes; received more"
         ) as caught:
-            post(server.url, b"", {}, Patience(answer_bytes=999))
-        assert not caught.value.passing
+            post(server.url, b"", {}, CallPolicy(max_answer_bytes=999))
+        assert not caught.value.transient
 
 
 @pytest.mark.parametrize(
@@ -232,23 +226,23 @@ def test_tokens(tmp_path, monkeypatch):
     file.write_text("from-file\n")
     monkeypatch.setenv("MARBLE_TEST_TOKEN", " from-env ")
     assert (
-        secret("r", "", ""),
-        secret("r", "MARBLE_TEST_TOKEN", ""),
-        secret("r", "", str(file)),
+        read_token("r", "", ""),
+        read_token("r", "MARBLE_TEST_TOKEN", ""),
+        read_token("r", "", str(file)),
     ) == ("", "from-env", "from-file")
     with pytest.raises(
         InputError, match="reward r: expected token_env or token_file; received both"
     ):
-        secret("r", "A", "b")
+        read_token("r", "A", "b")
     monkeypatch.delenv("MARBLE_TEST_TOKEN")
     with pytest.raises(
         InputError, match="variable MARBLE_TEST_TOKEN to hold a token; received nothing"
     ):
-        secret("r", "MARBLE_TEST_TOKEN", "")
+        read_token("r", "MARBLE_TEST_TOKEN", "")
     with pytest.raises(
         InputError, match="expected a token in .*nowhere; received FileNotFoundError"
     ):
-        secret("r", "", str(tmp_path / "nowhere"))
+        read_token("r", "", str(tmp_path / "nowhere"))
     file.write_text("two\nlines")
     with pytest.raises(InputError, match="expected a token in .*; received other text"):
-        secret("r", "", str(file))
+        read_token("r", "", str(file))

@@ -54,9 +54,9 @@ def test_scores_and_masks():
         np.testing.assert_allclose(results["m"].values, [0, 0.25, 0, 0.75])
         np.testing.assert_array_equal(results["m"].valid, [True, True, False, True])
         assert not results["m"].failed.any()
-        tally = scorer.tally
-    assert tally.applicable == {"m": 3, "n": 3} and tally.failed == {"m": 0, "n": 0}
-    assert tally.busy_seconds > 0 and tally.waited_seconds > 0
+        stats = scorer.stats
+    assert stats.applicable == {"m": 3, "n": 3} and stats.failed == {"m": 0, "n": 0}
+    assert stats.busy_seconds > 0 and stats.waited_seconds > 0
 
 
 def test_eight_bit_images_are_scaled():
@@ -73,10 +73,10 @@ def test_rewards_run_at_the_same_time_and_beside_the_caller():
 
     with HostScorer([Mean("m", arrive), Mean("n", arrive)]) as scorer:
         pending = scorer.submit(IMAGES, PROMPTS, METADATA)
-        assert not pending.done()
+        assert not any(future.done() for future in pending._futures.values())
         meet.wait()  # passes only once both rewards are inside `score`
         assert all(r.valid.sum() == 3 for r in pending.result(10).values())
-        assert pending.done()
+        assert all(future.done() for future in pending._futures.values())
 
 
 def test_mask_makes_failures_missing_and_counts_them(caplog):
@@ -84,7 +84,7 @@ def test_mask_makes_failures_missing_and_counts_them(caplog):
         results = scorer.submit(IMAGES, PROMPTS, METADATA).result(10)
         np.testing.assert_array_equal(results["bad"].failed, [True, True, False, True])
         assert not results["bad"].valid.any() and results["good"].valid.sum() == 3
-        assert scorer.tally.failed == {"bad": 3, "good": 0}
+        assert scorer.stats.failed == {"bad": 3, "good": 0}
     assert "reward bad failed, attempt 1 of 1: ConnectionError: server gone" in caplog.text
 
 
@@ -143,7 +143,7 @@ def test_a_call_that_hangs_is_given_up_and_another_thread_takes_its_place(caplog
         np.testing.assert_array_equal(lost.failed, [True, True, False, True])
         release.set()
         assert hung.result(10)["slow"] is lost and not lost.valid.any()
-        assert scorer.tally.failed == {"slow": 3} and scorer.tally.applicable == {"slow": 6}
+        assert scorer.stats.failed == {"slow": 3} and scorer.stats.applicable == {"slow": 6}
     assert "reward slow failed, attempt 1 of 1: no answer within 0.2 s" in caplog.text
 
 

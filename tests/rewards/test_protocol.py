@@ -12,13 +12,12 @@ import pytest
 from PIL import Image
 
 from marble_jax.errors import InputError
+from marble_jax.rewards.http.images import Limits, encode_png
+from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.rewards.http.protocol import (
-    Limits,
-    ProtocolError,
     Request,
     decode_request,
     decode_scores,
-    encode_png,
     encode_request,
     encode_scores,
 )

@@ -16,8 +16,9 @@ from PIL import Image
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Reward, RewardError
+from marble_jax.rewards.http.connections import ServerOptions
 from marble_jax.rewards.http.pickles import load_plain
-from marble_jax.rewards.http.server import RewardServer, Service
+from marble_jax.rewards.http.server import RewardServer
 from marble_jax.rewards.registry import load_rewards
 
 PIXELS = np.arange(5, dtype=np.uint8)[:, None, None, None] * 50 + np.arange(
@@ -60,8 +61,8 @@ def test_client_and_server_agree_with_the_reward_itself(tmp_path, monkeypatch, i
     monkeypatch.setenv("MARBLE_TEST_TOKEN", "t")
     mean = Mean("there")
     with (
-        RewardServer([mean], service=Service(token="t", workers=4)) as one,
-        RewardServer([mean], service=Service(token="t", workers=4)) as two,
+        RewardServer([mean], options=ServerOptions(token="t", workers=4)) as one,
+        RewardServer([mean], options=ServerOptions(token="t", workers=4)) as two,
     ):
         remote = load(
             tmp_path,

@@ -28,9 +28,11 @@ def scores() -> dict[str, dict[str, object]]:
     def scored(mesh):
         sharding = device_mesh.image_sharding(mesh, 16)
         images = pipeline.decode(
-            latents, build.decode_size(16, mesh), lambda part: distributed.put(part, sharding)
+            latents,
+            build.decode_size(16, mesh),
+            lambda part: distributed.device_put_global(part, sharding),
         )
-        images = distributed.put(images, sharding)
+        images = distributed.device_put_global(images, sharding)
         rewards = load_rewards(build.place_of("embedded", "rewards"), names)
         build.place_rewards(mesh, rewards)
         scorer = Scorer(rewards)
@@ -45,12 +47,12 @@ def scores() -> dict[str, dict[str, object]]:
         images, got = scored(
             device_mesh.make_mesh(*map(int, name.split("x")), jax.devices()[:count])
         )
-        gaps = np.abs(got.values - expected.values).max(axis=1, where=expected.valid, initial=0)
+        gaps = np.abs(got.values - expected.values).max(axis=0, where=expected.valid, initial=0)
         found[name] = {
             "images": float(np.abs(np.asarray(images) - np.asarray(expected_images)).max()),
             "gaps": dict(zip(names, map(float, gaps))),
             "valid": bool((got.valid == expected.valid).all()),
-            "spread": float(np.ptp(expected.values[0])),
+            "spread": float(np.ptp(expected.values[:, 0])),
             "rows": sorted(shard.data.shape[0] for shard in images.addressable_shards),
         }
     return found

@@ -15,8 +15,10 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.http import protocol, server
-from marble_jax.rewards.http.protocol import CONTENT_TYPE, Limits, Request
-from marble_jax.rewards.http.server import RewardServer, Service
+from marble_jax.rewards.http.connections import ServerOptions
+from marble_jax.rewards.http.images import Limits
+from marble_jax.rewards.http.protocol import CONTENT_TYPE, Request
+from marble_jax.rewards.http.server import RewardServer
 
 IMAGES = (
     np.arange(3, dtype=np.uint8)[:, None, None, None] * 100 + np.zeros((1, 4, 4, 3), np.uint8)
@@ -52,10 +54,10 @@ class Mean(Reward):
 def shared():
     """A server with a token and one reward of each kind."""
     rewards = [Mean(), Mean("device", "device")]
-    service = Service(
+    options = ServerOptions(
         token=TOKEN, read_seconds=5, limits=Limits(body=20000, images=8, side=64, pixels=10000)
     )
-    with RewardServer(rewards, service=service) as running:
+    with RewardServer(rewards, options=options) as running:
         yield running, rewards
 
 
@@ -255,7 +257,7 @@ def test_expect_continue_is_answered_before_the_body(shared):
 )
 def test_slow_clients_are_cut_off(start):
     """However steadily a client drips, the whole request has to be there in time."""
-    with RewardServer([Mean()], service=Service(read_seconds=0.3)) as running:
+    with RewardServer([Mean()], options=ServerOptions(read_seconds=0.3)) as running:
         with socket.create_connection(running.server_address[:2], timeout=20) as connection:
             connection.sendall(start)
             received, dripping = b"", bool(start)
@@ -276,7 +278,7 @@ def test_slow_clients_are_cut_off(start):
 
 def test_more_requests_than_are_allowed_in_memory():
     reward = Mean()
-    with RewardServer([reward], service=Service(workers=1, waiting=1)) as running:
+    with RewardServer([reward], options=ServerOptions(workers=1, waiting=1)) as running:
         answers = []
 
         def ask():
@@ -298,7 +300,7 @@ def test_more_requests_than_are_allowed_in_memory():
 
 
 def test_more_connections_than_threads():
-    with RewardServer([Mean()], service=Service(connections=1, read_seconds=20)) as running:
+    with RewardServer([Mean()], options=ServerOptions(connections=1, read_seconds=20)) as running:
         with socket.create_connection(running.server_address[:2], timeout=20) as held:
             held.sendall(b"GET /hea")
             received = raw(running, b"GET /health HTTP/1.1\r\n\r\n")
@@ -312,7 +314,7 @@ def test_more_connections_than_threads():
 
 def test_a_reward_that_hangs_costs_one_answer():
     reward = Mean()
-    with RewardServer([reward], service=Service(workers=1, score_seconds=0.2)) as running:
+    with RewardServer([reward], options=ServerOptions(workers=1, score_seconds=0.2)) as running:
         status, answer = send(running, prompts=("wait",), token="")
         assert status == 504 and answer == {
             "error": "reward mean: expected scores within 0.2 s; received none"
@@ -324,7 +326,7 @@ def test_a_reward_that_hangs_costs_one_answer():
 
 def test_many_clients_at_once_leave_nothing_behind():
     before = threading.active_count()
-    with RewardServer([Mean()], service=Service(workers=4, waiting=100)) as running:
+    with RewardServer([Mean()], options=ServerOptions(workers=4, waiting=100)) as running:
         answers, start = [], threading.Barrier(24)
 
         def ask(number):
@@ -369,7 +371,7 @@ def test_addresses():
         InputError, match="expected an address that is free; received 127.0.0.1:70000"
     ):
         RewardServer([Mean()], port=70000)
-    with RewardServer([Mean()], host="0.0.0.0", service=Service(token=TOKEN)) as running:
+    with RewardServer([Mean()], host="0.0.0.0", options=ServerOptions(token=TOKEN)) as running:
         assert running.server_address[0] == "0.0.0.0" and running.url.startswith("http://0.0.0.0:")
 
 

@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from marble_jax.rewards.base import RewardError
-from marble_jax.rewards.workers.threads import Expired, Pool, threads
+from marble_jax.rewards.workers import threads
+from marble_jax.rewards.workers.threads import Expired, Pool
 
 
 def named(name):

@@ -180,13 +180,13 @@ def test_one_that_never_had_a_manifest_is_tried(place):
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """The write cannot end before the next steps are done, which overwrite every donated buffer."""
-    may_end, seal = threading.Event(), checkpoint.seal
+    may_end, checksum = threading.Event(), checkpoint.checksum
 
     def waiting(path):
         assert may_end.wait(60)
-        return seal(path)
+        return checksum(path)
 
-    monkeypatch.setattr(checkpoint, "seal", waiting)
+    monkeypatch.setattr(checkpoint, "checksum", waiting)
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = {"big": jnp.zeros((2000, 1000)), "small": jnp.zeros(3)}
     checkpoints = Checkpoints(tmp_path)
@@ -213,18 +213,18 @@ def test_a_full_disk_is_said_and_the_next_one_is_written(tmp_path, monkeypatch, 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    seal, said = checkpoint.seal, []
+    checksum, said = checkpoint.checksum, []
     checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
     checkpoints.save(1, state_of(1))
     checkpoints.wait()
-    monkeypatch.setattr(checkpoint, "seal", full)
+    monkeypatch.setattr(checkpoint, "checksum", full)
     checkpoints.save(2, state_of(2))
     checkpoints.wait()
     assert said == [
         "checkpoint of step 2 could not be written: OSError: [Errno 28] No space left on device"
     ]
     assert checkpoints.latest() == 1
-    monkeypatch.setattr(checkpoint, "seal", seal)
+    monkeypatch.setattr(checkpoint, "checksum", checksum)
     checkpoints.save(3, state_of(3))
     checkpoints.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3"]
@@ -235,7 +235,7 @@ def test_a_full_disk_is_said_and_the_next_one_is_written(tmp_path, monkeypatch, 
         assert said[1:] == [
             "checkpoint of step 4 could not be written: OSError: [Errno 28] No space left on device"
         ]
-    monkeypatch.setattr(checkpoint, "seal", full)
+    monkeypatch.setattr(checkpoint, "checksum", full)
     checkpoints.save(4, state_of(4))
     with pytest.raises(
         InputError,

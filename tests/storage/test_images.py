@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from marble_jax.errors import InputError
-from marble_jax.storage.images import Album, read_image, to_uint8
+from marble_jax.storage.images import ImageFolder, read_image, to_uint8
 
 SETTINGS = {"seed": 0, "steps": 4, "size": (8, 12)}
 PROMPTS = ["a cat", 'a sign "A"', "fog"]
@@ -21,7 +21,7 @@ def sample_image(i: int) -> np.ndarray:
 
 @pytest.fixture
 def album(tmp_path):
-    made = Album(tmp_path / "images")
+    made = ImageFolder(tmp_path / "images")
     made.claim(SETTINGS, PROMPTS)
     return made
 
@@ -39,7 +39,7 @@ def test_images_come_back_with_their_texts(album):
 
 def test_the_same_making_goes_on(album):
     (album.path / ".00002.png.partial").write_bytes(b"half")
-    again = Album(album.path)
+    again = ImageFolder(album.path)
     before = (album.path / "settings.json").read_bytes()
     again.claim(dict(SETTINGS, size=[8, 12]), PROMPTS)
     assert (album.path / "settings.json").read_bytes() == before and again.missing(3) == [0, 1, 2]
@@ -88,17 +88,17 @@ def test_places_that_are_no_album(tmp_path):
     with pytest.raises(
         InputError, match="--out: expected a new folder or one made by this command; received"
     ):
-        Album(tmp_path).claim(SETTINGS, PROMPTS)
+        ImageFolder(tmp_path).claim(SETTINGS, PROMPTS)
     with pytest.raises(
         InputError, match="--out: expected a folder; received the file .*holiday.png"
     ):
-        Album(tmp_path / "holiday.png" / "below").claim(SETTINGS, PROMPTS)
+        ImageFolder(tmp_path / "holiday.png" / "below").claim(SETTINGS, PROMPTS)
     for content in ("{", "[]", '{"settings": 3, "prompts": []}'):
         (tmp_path / "settings.json").write_text(content)
         with pytest.raises(
             InputError, match="settings.json: expected settings and prompts in JSON; received"
         ):
-            Album(tmp_path).claim(SETTINGS, PROMPTS)
+            ImageFolder(tmp_path).claim(SETTINGS, PROMPTS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["holiday.png", "settings.json"]
 
 

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.storage.leaves import Leaf, grouped, leaf_shapes, read_leaves, save_leaves
+from marble_jax.storage.leaves import Leaf, group_counts, leaf_shapes, read_leaves, save_leaves
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -47,10 +47,10 @@ def test_plain_orbax_opens_it(saved):
 
 
 def test_groups_share_a_limit():
-    assert grouped([]) == []
-    assert grouped([1, 2, 3, 4, 5], limit=5) == [2, 1, 1, 1]
-    assert grouped([9, 1, 1, 9], limit=5) == [1, 2, 1]
-    assert grouped([0, 0, 5], limit=5) == [3]
+    assert group_counts([]) == []
+    assert group_counts([1, 2, 3, 4, 5], limit=5) == [2, 1, 1, 1]
+    assert group_counts([9, 1, 1, 9], limit=5) == [1, 2, 1]
+    assert group_counts([0, 0, 5], limit=5) == [3]
 
 
 def test_one_group_of_leaves_is_in_memory_at_a_time(tmp_path):

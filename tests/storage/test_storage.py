@@ -21,7 +21,7 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_report
 from marble_jax.storage.checkpoint import Checkpoints, _problem_in
 from marble_jax.storage.files import append, is_remote, location, write_whole
-from marble_jax.storage.images import Album, read_image, save_png
+from marble_jax.storage.images import ImageFolder, read_image, save_png
 from marble_jax.storage.manifest import files_below
 from marble_jax.storage.workdir import Workdir
 from marble_jax.types import Scores
@@ -78,7 +78,7 @@ def test_a_workdir(bucket):
         workdir.append(
             workdir.evaluations, {"step": step, "policy": "ema", "scores": {}, "num_prompts": 1}
         )
-    workdir.cut(2)
+    workdir.truncate(2)
     assert [r["step"] for r in workdir.read(workdir.metrics)] == [0, 1]
     workdir.write_json("run.json", {"name": "a", "config": config})
     save_png(
@@ -94,11 +94,11 @@ def test_a_workdir(bucket):
 
 
 def test_images_scores_and_exports(bucket):
-    album = Album(f"{bucket}/out")
+    album = ImageFolder(f"{bucket}/out")
     album.claim({"seed": 0}, ["x"])
     album.save(0, np.zeros((4, 4, 3)), {})
     album.save_grids(1)
-    assert Album(f"{bucket}/out").missing(2) == [1] and (album.path / "grid.png").exists()
+    assert ImageFolder(f"{bucket}/out").missing(2) == [1] and (album.path / "grid.png").exists()
     scores = Scores(
         ("one",), np.ones((1, 1), np.float32), np.ones((1, 1), bool), np.zeros((1, 1), bool)
     )
@@ -166,7 +166,7 @@ def test_no_backend_is_one_line(no_bucket):
     with pytest.raises(
         InputError, match=r"--out: expected a package that opens s3://.*\(pip install s3fs\)$"
     ):
-        Album("s3://b/out")
+        ImageFolder("s3://b/out")
     with pytest.raises(
         InputError,
         match="workdir: scheme of g3://b: expected one of gs, s3; received 'g3'; did you",

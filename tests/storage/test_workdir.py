@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.storage.workdir import Workdir, plain
+from marble_jax.storage.workdir import Workdir, jsonable
 
 CONFIG = {
     "name": "a",
@@ -35,7 +35,7 @@ def test_plain_is_json():
         "h": None,
         "i": np.array([True]),
     }
-    assert plain(value) == {
+    assert jsonable(value) == {
         "a": [1, 2.5],
         "b": 1.5,
         "c": [[1.0, None]],
@@ -46,7 +46,7 @@ def test_plain_is_json():
         "h": None,
         "i": [True],
     }
-    json.dumps(plain(value), allow_nan=False)
+    json.dumps(jsonable(value), allow_nan=False)
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_records_and_a_last_line_cut_short(tmp_path):
 def test_cut_drops_what_came_after_the_restored_step(tmp_path):
     """After 2 optimiser steps: metrics of steps 0 and 1, evaluations of the states after 0 and 2 steps."""
     workdir = Workdir(tmp_path)
-    workdir.cut(2)
+    workdir.truncate(2)
     assert list(tmp_path.iterdir()) == []
     for step in range(4):
         workdir.append(workdir.metrics, {"step": step})
@@ -208,7 +208,7 @@ def test_cut_drops_what_came_after_the_restored_step(tmp_path):
         workdir.append(workdir.evaluations, {"step": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"st')
-    workdir.cut(2)
+    workdir.truncate(2)
     workdir.append(workdir.metrics, {"step": 2})
     assert [r["step"] for r in workdir.read(workdir.metrics)] == [0, 1, 2]
     assert [r["step"] for r in workdir.read(workdir.evaluations)] == [0, 2]
@@ -223,8 +223,8 @@ def test_a_damaged_configuration_is_read_from_the_runs_other_record(tmp_path, da
     with pytest.raises(InputError, match="holds another run: seed: expected 1"):
         workdir.claim({**CONFIG, "seed": 2})
     assert (tmp_path / "config.json").read_bytes() == damage
-    assert workdir.claim(CONFIG) and workdir.config() == plain(CONFIG)
-    assert json.loads((tmp_path / "config.json").read_text()) == plain(CONFIG)
+    assert workdir.claim(CONFIG) and workdir.config() == jsonable(CONFIG)
+    assert json.loads((tmp_path / "config.json").read_text()) == jsonable(CONFIG)
     for name in ("config.json", "run.json"):
         (tmp_path / name).write_bytes(damage)
     with pytest.raises(
@@ -248,6 +248,6 @@ def test_records_cut_anywhere(tmp_path, rest):
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(rest)
     assert workdir.read(workdir.metrics) == [{"step": 0}]
-    workdir.cut(1)
+    workdir.truncate(1)
     workdir.append(workdir.metrics, {"step": 1})
     assert [r["step"] for r in workdir.read(workdir.metrics)] == [0, 1]

@@ -35,8 +35,8 @@ def draws(problem):
             )
         found[k] = (
             flow,
-            ours.objective.optimality(plan.advantages[0].T, problem.size.clip),
-            plan.valid[0].T,
+            ours.nft.optimality(plan.advantages[0], problem.size.clip),
+            plan.valid[0],
         )
     return found
 
@@ -112,7 +112,7 @@ def test_more_seeds_leave_the_forward_pass_of_the_own_pull_back_alone(problem, d
 
     # The feed-forward's tanh is kept for its derivative, so it is in forward passes alone.
     forward = activations(
-        lambda params, current, flow: ours.mmdit.velocity(
+        lambda params, current, flow: ours.transformer.velocity(
             problem.model, params, current, flow.xt, flow.t, flow.cond
         ),
         draws[5][0],
@@ -121,7 +121,7 @@ def test_more_seeds_leave_the_forward_pass_of_the_own_pull_back_alone(problem, d
 
 
 def test_combined_step_is_the_weighted_sum_of_the_gradients(problem, draws, exact):
-    mean = ours.gradients.mean_gradients(exact)
+    mean = ours.reward_gradients.mean_gradients(exact)
     want = tree.add(
         tree.weighted_sum(jnp.full(5, 0.2), mean.gradients),
         tree.scale(mean.kl_gradient, problem.size.kl_weight),
@@ -133,7 +133,7 @@ def test_weighted_sum_without_the_divergence(problem, draws, exact, weighted):
     flow, r, valid = draws[1]
     alone = run(problem, ours.weighted_sum(problem), flow.replace(v_ref=None), r, valid)
     divergence = tree.scale(
-        ours.gradients.mean_gradients(exact).kl_gradient, problem.size.kl_weight
+        ours.reward_gradients.mean_gradients(exact).kl_gradient, problem.size.kl_weight
     )
     assert float(tree.norm(divergence)) > 0.01 * float(tree.norm(alone))
     assert relative(tree.add(alone, divergence), weighted) <= 1e-5
@@ -170,7 +170,7 @@ def test_a_program_adds_up_and_its_sums_are_solved(problem, exact):
     solve = ours.compile_solve(problem, step.sums, QUICK)
     assert relative(step().gradients, tree.scale(once.gradients, 2.0)) <= 1e-6
     assert float(step.sums.num_samples) == 2 * problem.size.num
-    mean = ours.gradients.mean_gradients(exact)
+    mean = ours.reward_gradients.mean_gradients(exact)
     update = tree.add(solve(), tree.scale(mean.kl_gradient, -problem.size.kl_weight))
     for k in range(5):  # the solve on the sums of one micro-step opposes no reward
         assert float(tree.vdot(update, tree.take(mean.gradients, k))) > 0
@@ -202,7 +202,7 @@ def peer(request, problem, draws):
         )
         t = made.t[:, None, None, None]
         made.noise = (latents(flow.xt) - (1 - t) * made.x0) / t
-        made.advantages, made.valid = to(plan.advantages[0].T), to(plan.valid[0].T)
+        made.advantages, made.valid = to(plan.advantages[0]), to(plan.valid[0])
         return made
 
     yield make
@@ -216,7 +216,7 @@ def test_torch_weighted_sum(problem, weighted, peer):
 
 
 def test_torch_harmonised(problem, exact, peer):
-    mean, made = ours.gradients.mean_gradients(exact), peer(5)
+    mean, made = ours.reward_gradients.mean_gradients(exact), peer(5)
     made.harmonised()
     *rewards, divergence = (lora.stack(g, problem.params) for g in made.reward_gradients())
     for k, got in enumerate(rewards):

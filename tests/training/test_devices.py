@@ -30,7 +30,7 @@ def steps() -> dict[str, object]:
     alone = make_steps(toy.recipe(**sizes), toy.velocity, toy.optimizer(), "amortized", 2)
 
     def everywhere(tree):
-        return device_mesh.place_everywhere(mesh, tree)
+        return device_mesh.replicate(mesh, tree)
 
     batch = toy.new_batch()
     arguments = (everywhere(toy.base_params()), everywhere(batch))

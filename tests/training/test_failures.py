@@ -149,24 +149,26 @@ def test_training_goes_on_and_no_zero_enters(monkeypatch, capsys, fault, kind):
     failed = [run.records[s]["rollout/failed_count/faulty"] for s in range(NUM_STEPS)]
     assert sum(failed) > 0 and sum(failed) % BATCH == 0  # whole calls
     for scores, groups, (each, rows, valid) in run.seen:
-        good = scores.valid[1]
+        good = scores.valid[:, 1]
         assert (
-            np.all(scores.values[1][good] > OFFSET)
-            and not np.any(valid[1] & ~good)
-            and np.all(rows[1][~good] == 0)
+            np.all(scores.values[good, 1] > OFFSET)
+            and not np.any(valid[:, 1] & ~good)
+            and np.all(rows[~good, 1] == 0)
         )
-        values = scores.values[1].astype(np.float64)
+        values = scores.values[:, 1].astype(np.float64)
         for group in np.unique(groups):
             member = good & (groups == group)
             if member.any():
                 want = (values[member] - values[member].mean()) / (values[good].std() + 1e-4)
-                np.testing.assert_allclose(each.values[1][member], want, atol=1e-3)
+                np.testing.assert_allclose(each.values[member, 1], want, atol=1e-3)
     for record, (scores, _, _) in zip(run.records.values(), run.seen):
         assert record["rollout/failed_count/brightness"] == record["rollout/failed/brightness"] == 0
         assert record["rollout/failed/faulty"] == record["rollout/failed_count/faulty"] / toy.IMAGES
         np.testing.assert_equal(
             record["rollout/score_mean/faulty"],
-            float(scores.values[1][scores.valid[1]].mean()) if scores.valid[1].any() else np.nan,
+            float(scores.values[scores.valid[:, 1], 1].mean())
+            if scores.valid[:, 1].any()
+            else np.nan,
         )
     lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("step ")]
     assert [("faulty failed" in text) for text in lines] == [count > 0 for count in failed]

@@ -26,7 +26,7 @@ def _start():
 
 def _batch(seed):
     batch = toy.new_batch(seed=seed)
-    return batch.replace(advantages=batch.advantages[:2], valid=batch.valid[:2])
+    return batch.replace(advantages=batch.advantages[:, :2], valid=batch.valid[:, :2])
 
 
 def _copy(state):

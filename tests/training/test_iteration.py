@@ -1,4 +1,4 @@
-"""How the scores of a step become the rows of its objective."""
+"""How the scores of a step become the objectives it trains on."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,9 @@ from marble_jax.types import Scores
 
 # Two groups of three images; the second reward is missing for an image of group 0 and for all but one of group 1.
 GROUPS = np.array([0, 0, 0, 1, 1, 1])
-VALUES = np.array([[1.0, 2.0, 6.0, 3.0, 3.0, 9.0], [0.5, 0.1, 0.0, 0.9, 0.0, 0.0]], np.float32)
-VALID = np.array([[True] * 6, [True, True, False, True, False, False]])
-SCORES = Scores(("a", "b"), VALUES, VALID, np.zeros((2, 6), bool))
+VALUES = np.array([[1.0, 2.0, 6.0, 3.0, 3.0, 9.0], [0.5, 0.1, 0.0, 0.9, 0.0, 0.0]], np.float32).T
+VALID = np.array([[True] * 6, [True, True, False, True, False, False]]).T
+SCORES = Scores(("a", "b"), VALUES, VALID, np.zeros((6, 2), bool))
 
 
 def _sampling(scalarize="none", weights=()):
@@ -29,53 +29,55 @@ def _by_hand(values, valid, std=None):
     return out
 
 
-def test_rows_of_the_objective_are_the_rewards():
+def test_objectives_are_the_rewards():
     each, rows, valid = advantages_of(SCORES, GROUPS, _sampling())
-    assert rows.shape == (2, 6) and np.array_equal(valid, VALID)
+    assert rows.shape == (6, 2) and np.array_equal(valid, VALID)
     for k in range(2):
-        np.testing.assert_allclose(rows[k], _by_hand(VALUES[k].astype(float), VALID[k]), rtol=1e-5)
+        np.testing.assert_allclose(
+            rows[:, k], _by_hand(VALUES[:, k].astype(float), VALID[:, k]), rtol=1e-5
+        )
     np.testing.assert_array_equal(each.values, rows)
-    assert rows[1, 3] == 0 and valid[1, 3]  # alone in its group
+    assert rows[3, 1] == 0 and valid[3, 1]  # alone in its group
 
 
 @pytest.mark.parametrize("weights", [(), (1.0, 4.0)])
-def test_weighted_sum_adds_a_row_from_raw_scores(weights):
+def test_weighted_sum_adds_an_objective_from_raw_scores(weights):
     each, rows, valid = advantages_of(SCORES, GROUPS, _sampling("weighted_sum", weights))
     plain = advantages_of(SCORES, GROUPS, _sampling())[1]
-    np.testing.assert_array_equal(rows[:2], plain)
+    np.testing.assert_array_equal(rows[:, :2], plain)
     np.testing.assert_array_equal(each.values, plain)
-    w = np.array(weights or (1.0, 1.0))[:, None]
-    one = (np.where(VALID, VALUES, 0) * w).sum(0) / (VALID * w).sum(0)
-    np.testing.assert_allclose(rows[2], _by_hand(one, np.ones(6, bool)), rtol=1e-5)
-    assert rows.shape == valid.shape == (3, 6) and valid[2].all()
+    w = np.array(weights or (1.0, 1.0))
+    one = (np.where(VALID, VALUES, 0) * w).sum(1) / (VALID * w).sum(1)
+    np.testing.assert_allclose(rows[:, 2], _by_hand(one, np.ones(6, bool)), rtol=1e-5)
+    assert rows.shape == valid.shape == (6, 3) and valid[:, 2].all()
 
 
-def test_gdpo_adds_a_row_from_advantages_normalised_in_their_groups():
+def test_gdpo_adds_an_objective_from_advantages_normalised_in_their_groups():
     _, rows, valid = advantages_of(SCORES, GROUPS, _sampling("gdpo", (1.0, 2.0)))
-    within = np.zeros((2, 6))
+    within = np.zeros((6, 2))
     for k in range(2):
         for group in (0, 1):
-            member = VALID[k] & (GROUPS == group)
-            scores = VALUES[k][member].astype(float)
-            within[k, member] = (scores - scores.mean()) / (scores.std() + 1e-4)
-    w = np.array([1.0, 2.0])[:, None]
-    mixed = (within * VALID * w).sum(0) / (VALID * w).sum(0)
+            member = VALID[:, k] & (GROUPS == group)
+            scores = VALUES[member, k].astype(float)
+            within[member, k] = (scores - scores.mean()) / (scores.std() + 1e-4)
+    w = np.array([1.0, 2.0])
+    mixed = (within * VALID * w).sum(1) / (VALID * w).sum(1)
     np.testing.assert_allclose(
-        rows[2], (mixed - mixed.mean()) / (mixed.std() + 1e-4), rtol=1e-4, atol=1e-5
+        rows[:, 2], (mixed - mixed.mean()) / (mixed.std() + 1e-4), rtol=1e-4, atol=1e-5
     )
-    assert valid.shape == (3, 6) and valid[2].all()
+    assert valid.shape == (6, 3) and valid[:, 2].all()
 
 
-def test_a_image_without_any_reward_is_missing_from_the_scalarized_row():
-    scores = Scores(("a",), VALUES[:1], VALID[1:], np.zeros((1, 6), bool))
+def test_an_image_without_any_reward_is_missing_from_the_scalarized_objective():
+    scores = Scores(("a",), VALUES[:, :1], VALID[:, 1:], np.zeros((6, 1), bool))
     for scalarize in ("weighted_sum", "gdpo"):
         _, rows, valid = advantages_of(scores, GROUPS, _sampling(scalarize))
-        np.testing.assert_array_equal(valid[1], VALID[1])
-        assert np.all(rows[1][~VALID[1]] == 0)
+        np.testing.assert_array_equal(valid[:, 1], VALID[:, 1])
+        assert np.all(rows[~VALID[:, 1], 1] == 0)
 
 
-def test_a_mask_cuts_the_rows_that_are_trained_on():
-    mask = VALID & np.array([[True] * 3 + [False] * 3, [False] * 3 + [True] * 3])
+def test_a_mask_cuts_the_objectives_that_are_trained_on():
+    mask = VALID & np.array([[True] * 3 + [False] * 3, [False] * 3 + [True] * 3]).T
     each, rows, valid = advantages_of(SCORES, GROUPS, _sampling(), mask)
     whole = advantages_of(SCORES, GROUPS, _sampling())[1]
     np.testing.assert_array_equal(valid, mask)
@@ -83,13 +85,16 @@ def test_a_mask_cuts_the_rows_that_are_trained_on():
     np.testing.assert_array_equal(each.values, whole)
 
 
-def test_a_mask_leaves_the_rows_beside_a_scalarized_one_whole():
-    """Only the second reward is trained on; both rows stay, to show what that does to them."""
-    mask = VALID & np.array([[False], [True]])
+def test_a_mask_leaves_the_rewards_beside_a_scalarized_objective_whole():
+    """Only the second reward is trained on; both rewards stay, to show what that does to them."""
+    mask = VALID & np.array([False, True])
     for scalarize in ("weighted_sum", "gdpo"):
         _, rows, valid = advantages_of(SCORES, GROUPS, _sampling(scalarize), mask)
-        np.testing.assert_array_equal(valid, [*VALID, VALID[1]])
-        np.testing.assert_array_equal(rows[:2], advantages_of(SCORES, GROUPS, _sampling())[1])
+        np.testing.assert_array_equal(valid, VALID[:, [0, 1, 1]])
+        plain = advantages_of(SCORES, GROUPS, _sampling())[1]
+        np.testing.assert_array_equal(rows[:, :2], plain)
     np.testing.assert_allclose(
-        advantages_of(SCORES, GROUPS, _sampling("weighted_sum"), mask)[1][2], rows[1], rtol=1e-6
+        advantages_of(SCORES, GROUPS, _sampling("weighted_sum"), mask)[1][:, 2],
+        rows[:, 1],
+        rtol=1e-6,
     )

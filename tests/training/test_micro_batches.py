@@ -44,8 +44,8 @@ def test_rows_follow_their_images():
     batch, plan = _plan()
     order = _origin(batch, plan.x0.reshape(-1, *toy.LATENT)).reshape(SLICES, toy.MICRO_BATCH)
     np.testing.assert_array_equal(plan.prompt, np.asarray(batch.prompt)[order])
-    np.testing.assert_array_equal(plan.advantages, np.asarray(batch.advantages).T[order])
-    np.testing.assert_array_equal(plan.valid, np.asarray(batch.valid).T[order])
+    np.testing.assert_array_equal(plan.advantages, np.asarray(batch.advantages)[order])
+    np.testing.assert_array_equal(plan.valid, np.asarray(batch.valid)[order])
 
 
 def test_the_plan_is_a_function_of_the_key():
@@ -62,8 +62,8 @@ def test_all_levels_are_used_equally_often_in_the_long_run():
     many = many.replace(
         x0=jnp.zeros((1200, 1)),
         prompt=jnp.zeros(1200, jnp.int32),
-        advantages=jnp.zeros((3, 1200)),
-        valid=jnp.ones((3, 1200), bool),
+        advantages=jnp.zeros((1200, 3)),
+        valid=jnp.ones((1200, 3), bool),
     )
     plan = schedule(many, jax.random.key(0), 0, toy.SIGMAS, 3, 40)
     counts = [int(jnp.sum(plan.sigma == np.float32(s))) for s in toy.SIGMAS]
@@ -89,8 +89,8 @@ def test_micro_steps_take_slices_in_order_with_prompts_velocities_and_fresh_nois
             (flow.cond.pooled, batch.cond.pooled),
         ):
             np.testing.assert_array_equal(leaf, np.asarray(whole)[np.asarray(batch.prompt)[image]])
-        np.testing.assert_array_equal(advantages, np.asarray(batch.advantages)[:, image])
-        np.testing.assert_array_equal(valid, np.asarray(batch.valid)[:, image])
+        np.testing.assert_array_equal(advantages, np.asarray(batch.advantages)[image])
+        np.testing.assert_array_equal(valid, np.asarray(batch.valid)[image])
         for found, adapter in ((flow.v_old, old), (flow.v_ref, None)):
             expected = toy.velocity(params, adapter, flow.xt, flow.t, flow.cond)
             np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)

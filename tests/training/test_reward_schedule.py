@@ -9,7 +9,7 @@ from marble_jax.training.reward_schedule import Dropout, Presence, Stage, make_d
 NAMES = ("aesthetic", "alignment", "ocr", "geneval")
 SOURCES = ("general", "ocr", "geneval")
 # Two images of general, one of OCR and one of GenEval prompts.
-VALID = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]], bool)
+VALID = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], bool)
 
 
 def stages(*texts, num_steps=60):
@@ -49,7 +49,7 @@ def test_outside_its_stage_a_reward_is_missing_and_the_last_one_goes_on():
         (40, [0, 0, 0, 1]),
         (1000, [0, 0, 0, 1]),
     ):
-        np.testing.assert_array_equal(kept[step], VALID & np.array(present, bool)[:, None])
+        np.testing.assert_array_equal(kept[step], VALID & np.array(present, bool))
     assert [step for step in range(60) if presence.begins(step)] == [20, 40]
     assert presence.sources(0) == ("general",) and presence.sources(25) == ()
     assert presence.metrics(NAMES, VALID, kept[0]) == {
@@ -74,18 +74,18 @@ def test_a_dropped_reward_leaves_the_samples_of_specialists_alone():
     """Aesthetic is always dropped, alignment is no target: it keeps all, and being general it covers all images."""
     presence = Presence(dropout=Dropout(("aesthetic", "alignment"), 1.0))
     kept = presence.mask(NAMES, VALID, 0, 0)
-    np.testing.assert_array_equal(kept[:2], [[1, 1, 0, 0]] * 2)
-    np.testing.assert_array_equal(kept[2:], VALID[2:])
+    np.testing.assert_array_equal(kept[:, :2], np.array([[1, 1, 0, 0]] * 2).T)
+    np.testing.assert_array_equal(kept[:, 2:], VALID[:, 2:])
     assert presence.metrics(NAMES, VALID, kept)["advantages/ignored_share/aesthetic"] == 0.5
     alone = Presence(dropout=Dropout(("aesthetic",), 1.0)).mask(NAMES, VALID, 0, 0)
-    np.testing.assert_array_equal(alone, np.vstack([np.zeros((1, 4), bool), VALID[1:]]))
+    np.testing.assert_array_equal(alone, np.hstack([np.zeros((4, 1), bool), VALID[:, 1:]]))
 
 
 def test_dropout_looks_at_the_rewards_of_the_stage_only():
     presence = Presence(
         stages("aesthetic+alignment+ocr", "geneval"), Dropout(("aesthetic", "alignment"), 1.0)
     )
-    np.testing.assert_array_equal(presence.mask(NAMES, VALID, 0, 0)[0], [1, 1, 0, 1])
+    np.testing.assert_array_equal(presence.mask(NAMES, VALID, 0, 0)[:, 0], [1, 1, 0, 1])
 
 
 def test_draws_are_a_function_of_seed_step_and_name():

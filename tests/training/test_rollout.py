@@ -91,11 +91,11 @@ def test_scores_and_latents_come_back_in_the_order_of_the_draw(scorer, batch_siz
     x0, lengths = np.asarray(rollout.x0), np.array([len(p.text) for p in draw.prompts])
     np.testing.assert_allclose(x0.mean(axis=(1, 2, 3)), lengths / 100, atol=0.02)
     assert rollout.scores.names == ("length", "brightness")
-    np.testing.assert_allclose(rollout.scores.values[1], x0.mean(axis=(1, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(rollout.scores.values[:, 1], x0.mean(axis=(1, 2, 3)), rtol=1e-6)
     quoted = np.array(['"' in p.text for p in draw.prompts])
-    np.testing.assert_array_equal(rollout.scores.valid, [quoted, np.ones(10, bool)])
+    np.testing.assert_array_equal(rollout.scores.valid.T, [quoted, np.ones(10, bool)])
     np.testing.assert_allclose(
-        rollout.scores.values[0][quoted], (lengths + x0[:, 0, 0, 0])[quoted], rtol=1e-6
+        rollout.scores.values[quoted, 0], (lengths + x0[:, 0, 0, 0])[quoted], rtol=1e-6
     )
     assert not rollout.scores.failed.any()
     assert set(rollout.seconds) == {"rollout", "rewards_wait"} and all(

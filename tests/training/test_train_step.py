@@ -184,7 +184,7 @@ def test_amortized_step_shares_alpha_out_among_the_rewards_present():
 
 def test_scalarized_row_is_what_is_trained_on():
     """Four rows: three rewards to look at, one advantage to train on; both steps equal the twin on that row."""
-    made, state, batch = toy.recipe(scalarized=True), toy.new_state(), toy.new_batch(rows=4)
+    made, state, batch = toy.recipe(scalarized=True), toy.new_state(), toy.new_batch(objectives=4)
     torch_twin, twin = _twin(state, made)
     part = torch_twin.joined(twin.draws(state, batch))
     each, divergence = twin.each(part, part["advantages"][:, 3])

@@ -170,8 +170,8 @@ def _draws(key, step, old, batch, recipe):
             "t": flow.t,
             "embeds": flow.cond.embeds,
             "pooled": flow.cond.pooled,
-            "advantages": advantages.T,
-            "valid": valid.T,
+            "advantages": advantages,
+            "valid": valid,
         }
 
     return jax.lax.map(one, jax.numpy.arange(num_micro_steps(plan)))

@@ -97,15 +97,17 @@ def new_state(adapter_seed=2, seed=5, num_rewards=REWARDS):
     return state.replace(old=new_adapter(adapter_seed + 100), ema=new_adapter(adapter_seed + 200))
 
 
-def new_batch(seed=3, rows=REWARDS, absent=()):
-    """12 images of 3 prompts. Row 1 is missing for prompt 0, row 2 for every other image; `absent` rows wholly."""
+def new_batch(seed=3, objectives=REWARDS, absent=()):
+    """12 images of 3 prompts. Objective 1 is missing for prompt 0, 2 for every other image, `absent` ones wholly."""
     rng = np.random.default_rng(seed)
     prompt = np.repeat(np.arange(PROMPTS, dtype=np.int32), IMAGES // PROMPTS)
-    valid = np.ones((rows, IMAGES), bool)
-    valid[1, prompt == 0] = False
-    valid[2, ::2] = False
-    valid[list(absent)] = False
-    advantages = np.where(valid, 6.0 * rng.normal(size=valid.shape), 0.0)
+    valid = np.ones((IMAGES, objectives), bool)
+    valid[prompt == 0, 1] = False
+    valid[::2, 2] = False
+    valid[:, list(absent)] = False
+    # Drawn objective by objective: more of them leave the numbers of the first ones alone.
+    drawn = 6.0 * rng.normal(size=(objectives, IMAGES)).T
+    advantages = np.where(valid, drawn, 0.0)
     cond = Conditioning(normal(rng, PROMPTS, 2, 3), normal(rng, PROMPTS, 2))
     return RolloutBatch(
         normal(rng, IMAGES, *LATENT),

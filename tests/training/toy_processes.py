@@ -47,9 +47,9 @@ class Contrast(Reward):
 def run(place, num_steps, broken):
     """Trains to the end from wherever the workdir stands; returns the final state."""
     workdir, config, mesh = Workdir(place), {"name": "small"}, device_mesh.make_mesh()
-    everywhere = partial(device_mesh.place_everywhere, mesh)
-    probe.shared(workdir.path)
-    distributed.from_first("claim", lambda: workdir.claim(config))
+    everywhere = partial(device_mesh.replicate, mesh)
+    probe.check_shared_directory(workdir.path)
+    distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
     contrast = Contrast(name="two", kind="host")
     contrast.broken = broken
     scorer = Scorer(
@@ -63,7 +63,7 @@ def run(place, num_steps, broken):
         scorer,
         toy.LATENT,
         12,
-        partial(device_mesh.place_batch, mesh),
+        partial(device_mesh.shard_batch, mesh),
         everywhere,
     )
     recipe = toy.recipe(
@@ -71,7 +71,7 @@ def run(place, num_steps, broken):
         balancer=make_balancer("equal"),
         micro_batch=12,
         chunk=12,
-        shards=device_mesh.Shards(mesh) if mesh.size > 1 else device_mesh.ALONE,
+        shards=device_mesh.Shards(mesh) if mesh.size > 1 else device_mesh.SINGLE_DEVICE,
     )
     steps = make_steps(recipe, toy.velocity, toy.optimizer(), "exact", 1)
     checkpoints = Checkpoints(workdir.checkpoints, keep=2, say=Console().say)
@@ -79,9 +79,9 @@ def run(place, num_steps, broken):
     if latest is not None:
         _, state = checkpoints.restore(state, latest)
     done = int(state.step)
-    distributed.from_first("cut", lambda: workdir.cut(done))
+    distributed.broadcast_from_first("cut", lambda: workdir.truncate(done))
     hooks = Hooks(
-        lambda step, record: distributed.from_first(
+        lambda step, record: distributed.broadcast_from_first(
             "record", lambda: workdir.append(workdir.metrics, record)
         ),
         lambda state, *_: state,
@@ -96,7 +96,7 @@ def run(place, num_steps, broken):
         )
         return train(state, turn, Schedule(num_steps, 0, 1), hooks, Console())
     except BaseException as error:
-        distributed.end_unless((Interrupted,), error)
+        distributed.exit_unless_agreed((Interrupted,), error)
         raise
     finally:
         checkpoints.close()
@@ -105,7 +105,7 @@ def run(place, num_steps, broken):
 
 def main(place, coordinator, count, index, num_steps="6", broken=""):
     cluster = find_cluster(coordinator=coordinator, num_processes=count, process_id=index)
-    with distributed.joined(cluster, "toy", 60, 30):
+    with distributed.process_group(cluster, "toy", 60, 30):
         distributed.start_jax(cluster, 60, 30)
         assert jax.process_count() == int(count)
         try:
@@ -114,7 +114,7 @@ def main(place, coordinator, count, index, num_steps="6", broken=""):
             if distributed.is_first():
                 print(stop, flush=True)
             return 143
-        leaves = distributed.whole(jax.tree.leaves(state))
+        leaves = distributed.to_host(jax.tree.leaves(state))
         assert set(SEEN) <= {12 // int(count)}, SEEN
         if distributed.is_first():
             np.savez(f"{place}/final.npz", *leaves)

@@ -77,7 +77,7 @@ def run(place, say=print):
     state, latest = new_state(), checkpoints.latest()
     if latest is not None:
         _, state = checkpoints.restore(state, latest)
-    workdir.cut(int(state.step))
+    workdir.truncate(int(state.step))
     hooks = Hooks(
         lambda step, record: workdir.append(workdir.metrics, record),
         lambda state, give_way: state,
@@ -100,15 +100,15 @@ def run(place, say=print):
 
 def stall_at(place, step):
     """Makes the sealing of one checkpoint never end."""
-    seal = checkpoint.seal
+    checksum = checkpoint.checksum
 
     def stalling(path):
         if f"/{step}." in str(path):
             (Path(place) / "stalled").touch()
             time.sleep(3600)
-        return seal(path)
+        return checksum(path)
 
-    checkpoint.seal = stalling
+    checkpoint.checksum = stalling
 
 
 if __name__ == "__main__":

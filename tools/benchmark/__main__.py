@@ -173,7 +173,7 @@ def run(options: argparse.Namespace) -> dict:
         before, record.busy_seconds(), time.perf_counter() - start, os.cpu_count()
     )
     derived = cases.derive(size, times)
-    chip = accelerators.of_kind(jax.devices()[0].device_kind)
+    chip = accelerators.by_device_kind(jax.devices()[0].device_kind)
     times = dict(
         sorted(
             {**times, **derived}.items(),

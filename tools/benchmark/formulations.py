@@ -39,6 +39,8 @@ def seeds_of(
 
 def mixes(r: jax.Array, valid: jax.Array, anchors: bool) -> jax.Array:
     """[J, K + 1, n] weight of every seed and sample in the K rewards' gradients and, last, the divergence's."""
+    # Rewards before samples here: the own pull-back of `weighted_sums` gets a row for every reward.
+    r, valid = r.T, valid.T
     mask, zeros = valid.astype(r.dtype), jnp.zeros_like(r[:1])
     signal = jnp.concatenate([jnp.where(valid, r - 0.5, 0), zeros])
     if not anchors:
@@ -164,7 +166,7 @@ def weighted_sums(problem: Problem, anchors: bool) -> Core:
     """The LoRA product's own pull-back returns the weighted sums; per-sample gradients never exist."""
 
     def core(params, current, flow, r, valid):
-        rows = len(r) + 1
+        rows = r.shape[1] + 1
 
         def is_layer(node: Any) -> bool:
             return isinstance(node, dict) and set(node) == {"a", "b"}

@@ -23,7 +23,7 @@ Sums = Any
 Body = Callable[[Params, Adapter, Adapter, RolloutBatch, Schedule], Sums]
 """(params, current, old, batch, plan) -> what a micro-step adds."""
 Core = Callable[[Params, Adapter, reward_gradients.FlowBatch, jax.Array, jax.Array], Sums]
-"""(params, current, flow, r [K, n], valid [K, n]) -> the same, from the rollout and reference velocities on."""
+"""(params, current, flow, r [n, K], valid [n, K]) -> the same, from the rollout and reference velocities on."""
 
 
 @dataclasses.dataclass
@@ -91,7 +91,7 @@ def inputs(
     plan: Schedule,
     reference: bool,
 ) -> tuple[reward_gradients.FlowBatch, jax.Array, jax.Array]:
-    """Micro-step 1: noised latents with v_old (and v_ref), r [K, n], valid [K, n]."""
+    """Micro-step 1: noised latents with v_old (and v_ref), r [n, K], valid [n, K]."""
     flow, advantages, valid = micro_step(
         partial(transformer.velocity, problem.model),
         params,
@@ -122,8 +122,8 @@ def weighted_sum(problem: Problem) -> Core:
             partial(transformer.velocity, problem.model, params),
             current,
             flow,
-            r[0] / size.num,
-            (1 - r[0]) / size.num,
+            r[:, 0] / size.num,
+            (1 - r[:, 0]) / size.num,
             nft_beta=size.nft_beta,
             clip=size.clip,
             kl_weight=size.kl_weight * (flow.v_ref is not None),
@@ -138,7 +138,7 @@ def combined(problem: Problem) -> Core:
 
     def core(params, current, flow, r, valid):
         positive, negative = reward_gradients.branch_weights(
-            jnp.full(len(r), 1 / len(r)), r, valid, jnp.sum(valid, axis=1)
+            jnp.full(r.shape[1], 1 / r.shape[1]), r, valid, jnp.sum(valid, axis=0)
         )
         return reward_gradients.combined_gradient(
             partial(transformer.velocity, problem.model, params),
@@ -181,9 +181,9 @@ def reward_losses(
     """[K + 1] losses of the rewards, summed over valid samples, and the divergence."""
     size = problem.size
     positive, negative = nft.branches(v, flow.v_old, flow.x0, flow.xt, flow.t, size.nft_beta)
-    each = size.clip / size.nft_beta * (r * positive + (1 - r) * negative)
+    each = size.clip / size.nft_beta * (r * positive[:, None] + (1 - r) * negative[:, None])
     return jnp.append(
-        jnp.sum(jnp.where(valid, each, 0), axis=1), jnp.sum(nft.sample_kl(v, flow.v_ref))
+        jnp.sum(jnp.where(valid, each, 0), axis=0), jnp.sum(nft.sample_kl(v, flow.v_ref))
     )
 
 

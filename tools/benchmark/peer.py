@@ -142,7 +142,7 @@ class Peer:
     def weighted_sum(self) -> None:
         """One loss, one backward pass, gradients into `.grad`."""
         positive, negative, divergence = self.parts()
-        loss = self.each(positive, negative, self.advantages[0]).mean()
+        loss = self.each(positive, negative, self.advantages[:, 0]).mean()
         (loss + self.size.kl_weight * divergence.mean()).backward()
         self.wait()
 
@@ -151,7 +151,7 @@ class Peer:
         `vectors` [K + 1, P]."""
         positive, negative, divergence = self.parts()
         losses = []
-        for advantage, valid in zip(self.advantages, self.valid):
+        for advantage, valid in zip(self.advantages.T, self.valid.T):
             each = self.each(positive, negative, advantage)
             losses.append((each * valid).sum() / valid.sum().clamp(min=1))
         losses.append(divergence.mean())

@@ -214,9 +214,9 @@ class Problem:
         """n rollouts with advantages under K rewards: clipped ones among them, a fifth missing, none missing for K = 1."""
         size, config = self.size, self.size.config
         draw = np.random.default_rng(num_rewards)
-        advantages = draw.normal(size=(num_rewards, size.num)) * 3
-        valid = draw.random((num_rewards, size.num)) < (0.8 if num_rewards > 1 else 2.0)
-        valid[:, 0] = True
+        advantages = draw.normal(size=(size.num, num_rewards)) * 3
+        valid = draw.random((size.num, num_rewards)) < (0.8 if num_rewards > 1 else 2.0)
+        valid[0] = True
         draw = np.random.default_rng(0)  # the same images for every K
 
         def normal(*shape: int) -> jax.Array:

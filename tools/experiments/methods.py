@@ -10,7 +10,7 @@ from typing import Any
 from marble_jax.cli.options import load_config
 from marble_jax.config import flatten
 from marble_jax.errors import InputError, one_of
-from marble_jax.storage.workdir import plain
+from marble_jax.storage.workdir import jsonable
 
 SUITES = ("main", "sweeps", "ablations", "balancers")
 
@@ -171,7 +171,7 @@ def jobs(
             *overrides,
             *(f"--config.{key}={value}" for key, value in method.changes),
         )
-        config = plain(flatten(load_config(arguments)))
+        config = jsonable(flatten(load_config(arguments)))
         first = owner.setdefault(
             repr(sorted((k, v) for k, v in config.items() if k != "name")), method.name
         )

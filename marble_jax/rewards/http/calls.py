@@ -1,115 +1,38 @@
-"""HTTP calls to one of several replicas: time-outs, retries with growing and jittered pauses, few calls at a time.
-
-Plain `http.client`: no redirects and no proxies, so a token goes where the configuration says and nowhere else.
-"""
+"""Calls to one of several replicas of a server: retries with growing and jittered pauses, few calls at a time."""
 
 from __future__ import annotations
 
 import dataclasses
-import http.client
-import ipaddress
-import json
 import logging
-import os
 import random
-import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, one_line
 from marble_jax.rewards.base import RewardError
-from marble_jax.rewards.workers.host_scorer import line
+from marble_jax.rewards.http.access import is_loopback
+from marble_jax.rewards.http.post import (
+    DEFAULT_POLICY,
+    MAX_PAUSE_SECONDS,
+    CallError,
+    CallPolicy,
+    post,
+)
 from marble_jax.rewards.workers.threads import Pool
 
 log = logging.getLogger(__name__)
 
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses after which the same call may succeed."""
-LONGEST_PAUSE = 30.0
-"""Seconds between two attempts at most, whatever a server asks for."""
-
-
-class CallError(Exception):
-    """A call failed; the message is one line.
-
-    Attributes:
-      passing: whether the same call may succeed later.
-      pause: seconds the server asks to wait.
-    """
-
-    def __init__(self, message: str, passing: bool, pause: float = 0.0):
-        super().__init__(message)
-        self.passing, self.pause = passing, pause
-
-
-@dataclasses.dataclass(frozen=True)
-class Patience:
-    """How long and how often.
-
-    Attributes:
-      connect: seconds for a connection.
-      answer: seconds for a whole call, from connecting to the last byte.
-      retries: further attempts after the first.
-      pause: seconds before the first of them; doubles with each, and varies by half.
-      in_flight: calls at the same time, over all replicas.
-      answer_bytes: largest answer.
-    """
-
-    connect: float = 5.0
-    answer: float = 60.0
-    retries: int = 3
-    pause: float = 0.5
-    in_flight: int = 4
-    answer_bytes: int = 16 * 2**20
-
-
-def secret(reward: str, variable: str, file: str) -> str:
-    """A token from an environment variable or a file; empty when neither is named.
-
-    Raises:
-      InputError: both are named, or the one that is holds nothing usable.
-    """
-    if variable and file:
-        raise InputError(f"reward {reward}: expected token_env or token_file; received both")
-    if variable:
-        token, where = (
-            os.environ.get(variable, ""),
-            f"the environment variable {variable} to hold a token",
-        )
-    elif file:
-        where = f"a token in {file}"
-        try:
-            token = Path(file).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"reward {reward}: expected {where}; received {type(error).__name__}"
-            ) from None
-    else:
-        return ""
-    token = token.strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise InputError(
-            f"reward {reward}: expected {where}; received {'nothing' if not token else 'other text'}"
-        )
-    return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own."""
-    try:
-        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
-    except ValueError:
-        return host == "localhost"
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclasses.dataclass
 class _Replica:
-    """One server: calls under way, and until when it counts as down."""
+    """One server: calls under way, and until when (on the monotonic clock) it counts as down."""
 
     url: str
     busy: int = 0
@@ -125,7 +48,7 @@ class Replicas:
         urls: Sequence[str],
         path: str,
         token: str = "",
-        patience: Patience = Patience(),
+        policy: CallPolicy = DEFAULT_POLICY,
         sleep: Callable[[float], None] = time.sleep,
     ):
         """Checks the addresses; calls nobody.
@@ -135,86 +58,92 @@ class Replicas:
           urls: http or https addresses; `path` is appended.
           path: of every call.
           token: sent as a bearer token; empty for none.
-          patience: how long and how often.
+          policy: how long calls may take and how often they are made.
           sleep: how to pause.
 
         Raises:
           InputError: no address, or one that is none.
         """
-        if not urls or isinstance(urls, str) or any(not isinstance(url, str) for url in urls):
-            raise InputError(
-                f"reward {reward}: expected urls as a list of addresses; received {urls!r}"
-            )
-        for url in urls:
-            try:
-                parts = urlsplit(url)
-                usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-            except ValueError:
-                usable = False
-            if not usable or parts.query or parts.fragment or parts.username:
-                raise InputError(
-                    f"reward {reward}: expected an address such as http://127.0.0.1:8810; received "
-                    f"{url!r}"
-                )
-            if token and parts.scheme == "http" and not is_loopback(parts.hostname):
-                log.warning(
-                    "reward %s: the token goes to %s unencrypted; https or a tunnel would hide it",
-                    reward,
-                    url,
-                )
-        self.reward, self._token, self.patience, self._sleep = reward, token, patience, sleep
+        _check_addresses(reward, urls)
+        if token:
+            _warn_of_open_tokens(reward, urls)
+        self.reward = reward
+        self.policy = policy
+        self._token = token
+        self._sleep = sleep
         self._replicas = [_Replica(url.rstrip("/") + path) for url in urls]
-        self._lock, self._slots = threading.Lock(), threading.BoundedSemaphore(patience.in_flight)
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(policy.max_in_flight)
 
     def call(self, body: bytes, content_type: str) -> bytes:
         """Sends `body` to the least busy replica, and again, to another if there is one, while that may help.
 
+        Returns:
+          The body of the answer.
+
         Raises:
           RewardError: every attempt failed, or one in a way that will not pass.
         """
+        # One call a connection: a server that restarts leaves no half-open connection behind.
         headers = {"Content-Type": content_type, "Connection": "close"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        for attempt in range(self.patience.retries + 1):
-            with self._chosen() as replica:
-                try:
-                    return post(replica.url, body, headers, self.patience)
-                except CallError as error:
-                    problem = error
-                    if error.passing:
-                        replica.down_until = time.monotonic() + max(
-                            error.pause, self._pause(attempt)
-                        )
-            if not problem.passing or attempt == self.patience.retries:
+        num_attempts = self.policy.retries + 1
+        for attempt in range(num_attempts):
+            try:
+                return self._try(attempt, body, headers)
+            except CallError as error:
+                problem = error
+            if not problem.transient or attempt == self.policy.retries:
                 break
-            others = any(r.down_until <= time.monotonic() for r in self._replicas)
-            if not others:
-                self._sleep(min(LONGEST_PAUSE, max(problem.pause, self._pause(attempt))))
-        raise RewardError(
-            f"{problem} (attempt {attempt + 1} of {self.patience.retries + 1})"
-        ) from problem
+            self._wait_for_replica(attempt, problem)
+        raise RewardError(f"{problem} (attempt {attempt + 1} of {num_attempts})") from problem
 
-    def each(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    def map(
+        self, function: Callable[[Item], Answer], items: Sequence[Item]
+    ) -> list[Answer | Exception]:
         """`function` of every item, several at a time; an exception in place of a value where one was raised."""
 
-        def guarded(item: Any) -> Any:
+        def guarded(item: Item) -> Answer | Exception:
             try:
                 return function(item)
-            except Exception as error:  # told apart by whoever asked
+            # Told apart by the caller, who may do with some of the answers.
+            except Exception as error:
                 return error
 
+        # A thread would gain nothing for a single call.
         if len(items) < 2:
             return [guarded(item) for item in items]
-        pool = Pool(min(len(items), self.patience.in_flight), f"calls of {self.reward}")
+        pool = Pool(min(len(items), self.policy.max_in_flight), f"calls of {self.reward}")
         try:
-            return [
-                pool.result(future) for future in [pool.submit(guarded, item) for item in items]
-            ]
+            futures = [pool.submit(guarded, item) for item in items]
+            return [pool.result(future) for future in futures]
         finally:
             pool.close()
 
+    def _try(self, attempt: int, body: bytes, headers: dict[str, str]) -> bytes:
+        """One attempt; a replica that may recover counts as down for a while after a failure."""
+        with self._chosen() as replica:
+            try:
+                return post(replica.url, body, headers, self.policy)
+            except CallError as error:
+                if error.transient:
+                    pause = max(error.pause_seconds, self._pause(attempt))
+                    replica.down_until = time.monotonic() + pause
+                raise
+
+    def _wait_for_replica(self, attempt: int, problem: CallError) -> None:
+        """Pauses before another attempt, unless a replica is up."""
+        now = time.monotonic()
+        if any(replica.down_until <= now for replica in self._replicas):
+            return
+        pause = max(problem.pause_seconds, self._pause(attempt))
+        self._sleep(min(MAX_PAUSE_SECONDS, pause))
+
     def _pause(self, attempt: int) -> float:
-        return min(LONGEST_PAUSE, self.patience.pause * 2**attempt) * random.uniform(0.5, 1.5)
+        growing = min(MAX_PAUSE_SECONDS, self.policy.pause_seconds * 2**attempt)
+        # Clients that failed together should not come back together.
+        return growing * random.uniform(0.5, 1.5)
 
     @contextmanager
     def _chosen(self) -> Iterator[_Replica]:
@@ -222,7 +151,12 @@ class Replicas:
         with self._slots:
             with self._lock:
                 now = time.monotonic()
-                replica = min(self._replicas, key=lambda r: (max(r.down_until, now), r.busy))
+
+                def rank(replica: _Replica) -> tuple[float, int]:
+                    # Since when a replica is up does not matter, so all that are up are equal here.
+                    return max(replica.down_until, now), replica.busy
+
+                replica = min(self._replicas, key=rank)
                 replica.busy += 1
             try:
                 yield replica
@@ -231,76 +165,64 @@ class Replicas:
                     replica.busy -= 1
 
 
-def post(url: str, body: bytes, headers: Mapping[str, str], patience: Patience) -> bytes:
-    """One POST.
+def require_an_answer(reward: str, answers: Sequence[Any], where: str) -> None:
+    """Checks that not every call failed; some that did are logged.
+
+    Args:
+      reward: whose calls these were.
+      answers: from `Replicas.map`.
+      where: format of the log for the number of failures and of all, such as "in %d of %d calls".
 
     Raises:
-      CallError: no connection, no time left, an answer that is too long, or a status other than 200.
+      Exception: the last error, if there is nothing but errors.
     """
-    parts, end = urlsplit(url), time.monotonic() + patience.answer
-    if parts.scheme == "https":
-        connection = http.client.HTTPSConnection(
-            parts.hostname,
-            parts.port,
-            timeout=patience.connect,
-            context=ssl.create_default_context(),
+    errors = [answer for answer in answers if isinstance(answer, Exception)]
+    if not errors:
+        return
+    if len(errors) == len(answers):
+        raise errors[-1]
+    counts = where % (len(errors), len(answers))
+    log.warning("reward %s failed %s: %s", reward, counts, one_line(errors[-1]))
+
+
+def _check_addresses(reward: str, urls: Sequence[str]) -> None:
+    # A single text is a sequence of texts as well, one a letter.
+    listed = bool(urls) and not isinstance(urls, str)
+    if not listed or any(not isinstance(url, str) for url in urls):
+        raise InputError(
+            f"reward {reward}: expected urls as a list of addresses; received {urls!r}"
         )
-    else:
-        connection = http.client.HTTPConnection(
-            parts.hostname, parts.port, timeout=patience.connect
-        )
+    for url in urls:
+        if not _is_address(url):
+            raise InputError(
+                f"reward {reward}: expected an address such as http://127.0.0.1:8810; received "
+                f"{url!r}"
+            )
+
+
+def _is_address(url: str) -> bool:
     try:
-        connection.connect()
-        connection.sock.settimeout(patience.answer)
-        socket = connection.sock
-        connection.request("POST", parts.path or "/", body, dict(headers))
-        socket.settimeout(max(0.01, end - time.monotonic()))
-        answer = connection.getresponse()
-        received = bytearray()
-        while chunk := answer.read1(65536):
-            received += chunk
-            if len(received) > patience.answer_bytes:
-                raise CallError(
-                    f"{url}: expected an answer of at most {patience.answer_bytes} bytes; received more",
-                    False,
-                )
-            left = end - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            socket.settimeout(left)
-        missing = answer.length or 0
-    except TimeoutError:
-        raise CallError(
-            f"{url}: expected an answer within {patience.answer:g} s; received none", True
-        ) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise CallError(f"{url}: {line(error)}", True) from None
-    finally:
-        connection.close()
-    if missing:
-        raise CallError(f"{url}: expected {missing} bytes more; received a broken connection", True)
-    if answer.status != 200:
-        raise CallError(
-            f"{url}: {answer.status} {reason(bytes(received), answer.reason)}",
-            answer.status in PASSING,
-            _seconds(answer.getheader("Retry-After")),
-        )
-    return bytes(received)
-
-
-def reason(body: bytes, fallback: str) -> str:
-    """What an error answer says, in one line: `{"error": ...}`, `{"error": {"message": ...}}`, or its first line."""
-    try:
-        error = json.loads(body)["error"]
-        text = error["message"] if isinstance(error, dict) else error
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = body.decode("utf-8", "replace").strip().partition("\n")[0]
-    return " ".join(str(text).split())[:200] or fallback
-
-
-def _seconds(text: str | None) -> float:
-    """The pause that a Retry-After header asks for; 0 for none or a date."""
-    try:
-        return min(LONGEST_PAUSE, max(0.0, float(text or 0)))
+        parts = urlsplit(url)
+        port = parts.port
+    # A port that is no number or too large, or brackets that do not close.
     except ValueError:
-        return 0.0
+        return False
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return False
+    # The path is appended, so nothing may come after it; and a user name would not be sent.
+    return not (parts.query or parts.fragment or parts.username)
+
+
+def _warn_of_open_tokens(reward: str, urls: Sequence[str]) -> None:
+    for url in urls:
+        if _can_be_overheard(url):
+            log.warning(
+                "reward %s: the token goes to %s unencrypted; https or a tunnel would hide it",
+                reward,
+                url,
+            )
+
+
+def _can_be_overheard(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not is_loopback(parts.hostname or "")

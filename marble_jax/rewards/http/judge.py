@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -22,15 +21,15 @@ from typing import Any
 import numpy as np
 
 from marble_jax.errors import InputError
-from marble_jax.rewards.base import Metadata, Reward, RewardError, to_uint8
-from marble_jax.rewards.http.calls import Replicas
-from marble_jax.rewards.http.protocol import encode_png, short
-from marble_jax.rewards.workers.host_scorer import line
+from marble_jax.rewards.base import Metadata, Reward, RewardError
+from marble_jax.rewards.http.calls import Replicas, require_an_answer
+from marble_jax.rewards.http.images import encode_png
+from marble_jax.rewards.http.parsing import short
+from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 
-log = logging.getLogger(__name__)
-
 PATH = "/chat/completions"
+"""Of the endpoint, after its address."""
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
@@ -42,10 +41,11 @@ class Question:
       prompt: the text, in which {prompt} stands for the image's prompt.
       pattern: regular expression whose first group is the number; the last match counts.
       field: instead of `pattern`, the key of the number in the answer's JSON object.
-      low, high: the number's range; the score is the number over `high`.
+      low: least number of the range.
+      high: largest number of the range; the score is the number over `high`.
       side: pixels that images are resized to, bicubic; 0 leaves them.
-      max_tokens: of the answer.
-      temperature: of sampling.
+      max_tokens: length of the answer.
+      temperature: of sampling; 0 takes the likeliest token.
     """
 
     prompt: str = (
@@ -84,35 +84,65 @@ answer without a number scores 0. The wording is ours; the model's own goes into
 def read_number(text: str, question: Question) -> float:
     """The number in a judge's answer.
 
+    Args:
+      text: the answer.
+      question: which says where the number is and what its range is.
+
     Raises:
       RewardError: there is none in the range.
     """
-    found: Any = None
     if question.field:
-        for match in reversed(
-            list(re.finditer(r"\{[^{}]*\}", text))
-        ):  # models like to talk around it
-            try:
-                found = json.loads(match.group()).get(question.field)
-            except ValueError:
-                continue
-            if found is not None:
-                break
+        answer = _last_field(text, question.field)
     else:
-        matches = re.findall(question.pattern, text)
-        found = (
-            (matches[-1] if isinstance(matches[-1], str) else matches[-1][0]) if matches else None
-        )
-    try:
-        value = math.nan if isinstance(found, bool) or found is None else float(found)
-    except (TypeError, ValueError):
-        value = math.nan
+        answer = _last_match(text, question.pattern)
+    value = _as_number(answer)
+    # NaN, which stands for no number, is in no range.
     if not question.low <= value <= question.high:
+        received = short(answer)
+        if answer is None:
+            received = short(text)
         raise RewardError(
             f"answer: expected a number from {question.low:g} to {question.high:g}; received "
-            f"{short(text) if found is None else short(found)}"
+            f"{received}"
         )
     return value
+
+
+def _last_field(text: str, field: str) -> Any:
+    """The value of a key in the last JSON object that has it; None without one."""
+    # Models like to talk around the object, and may show an example of it first.
+    objects = re.findall(r"\{[^{}]*\}", text)
+    for candidate in reversed(objects):
+        try:
+            value = json.loads(candidate).get(field)
+        except ValueError:
+            continue
+        if value is not None:
+            return value
+    return None
+
+
+def _last_match(text: str, pattern: str) -> str | None:
+    """The first group of a pattern's last match; None without one."""
+    matches = re.findall(pattern, text)
+    if not matches:
+        return None
+    last = matches[-1]
+    # Patterns of several groups match tuples.
+    if isinstance(last, str):
+        return last
+    return last[0]
+
+
+def _as_number(value: Any) -> float:
+    """A number or its text; NaN for anything else."""
+    # Python takes true for 1.
+    if value is None or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 class JudgeReward(Reward):
@@ -143,65 +173,49 @@ class JudgeReward(Reward):
             raise InputError(
                 f"reward {name}: expected model, its name at the endpoint; received none"
             )
-        if "{prompt}" not in question.prompt:
-            raise InputError(
-                f"reward {name}: expected {{prompt}} in the judge's text; received "
-                f"{short(question.prompt)}"
-            )
-        if not question.field:
-            try:
-                groups = re.compile(question.pattern).groups
-            except re.error as error:
-                raise InputError(
-                    f"reward {name}: expected a regular expression as pattern; received {error}"
-                ) from None
-            if groups < 1:
-                raise InputError(
-                    f"reward {name}: expected a group around the number in pattern; received "
-                    f"{question.pattern!r}"
-                )
-        if not question.low < question.high or question.high <= 0:
-            raise InputError(
-                f"reward {name}: expected a range with low < high and high > 0; received "
-                f"{question.low:g} and {question.high:g}"
-            )
-        self._replicas, self._model, self._question, self._applies = (
-            replicas,
-            model,
-            question,
-            applies,
-        )
+        _check_question(name, question)
+        self._replicas = replicas
+        self._model = model
+        self._question = question
+        self._applies = applies
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
-        """What the configuration says."""
-        return self._applies is None or bool(self._applies(prompt, metadata))
+        """Whether the configuration has the judge asked about a prompt."""
+        if self._applies is None:
+            return True
+        return bool(self._applies(prompt, metadata))
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
-        """See `Reward.score`; in [low / high, 1]. If no image gets a number, the last reason is raised."""
-        answers = self._replicas.each(self._rate, list(zip(to_uint8(images), prompts, strict=True)))
-        errors = [answer for answer in answers if isinstance(answer, Exception)]
-        if len(errors) == len(answers):
-            raise errors[-1]
-        if errors:
-            log.warning(
-                "reward %s failed on %d of %d images: %s",
-                self.name,
-                len(errors),
-                len(answers),
-                line(errors[-1]),
-            )
-        values = np.array([np.nan if isinstance(a, Exception) else a for a in answers], np.float64)
+    def score(
+        self,
+        params: Params,
+        images: Any,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Reward.score`; values in [low / high, 1].
+
+        Raises:
+          Exception: no image got a number; the last reason.
+        """
+        items = list(zip(to_uint8(images), prompts, strict=True))
+        ratings = self._replicas.map(self._rate, items)
+        require_an_answer(self.name, ratings, "on %d of %d images")
+        values = np.full(len(ratings), np.nan)
+        for index, rating in enumerate(ratings):
+            if not isinstance(rating, Exception):
+                values[index] = rating
         return values, np.isfinite(values)
 
     def _rate(self, item: tuple[np.ndarray, str]) -> float:
+        """The judge's rating of one image, over the highest possible one."""
         image, prompt = item
-        body = self._replicas.call(
-            json.dumps(self._request(image, prompt)).encode(), "application/json"
-        )
+        request = json.dumps(self._request(image, prompt)).encode()
+        body = self._replicas.call(request, "application/json")
         try:
             text = json.loads(body)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             text = None
+        # Also null, which endpoints send where the model only called a tool.
         if not isinstance(text, str):
             raise RewardError(
                 f"answer: expected choices[0].message.content; received {short(body)}"
@@ -209,23 +223,53 @@ class JudgeReward(Reward):
         return read_number(text, self._question) / self._question.high
 
     def _request(self, image: np.ndarray, prompt: str) -> dict[str, Any]:
-        if self._question.side:
+        """The JSON of a chat request with one message, of an image and a text."""
+        side = self._question.side
+        if side:
             from PIL import Image
 
-            side = (self._question.side,) * 2
-            image = np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BICUBIC))
+            resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+            image = np.asarray(resized)
         address = "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
+        # Not `format`: prompts of one's own ask for JSON, with braces.
+        text = self._question.prompt.replace("{prompt}", prompt)
+        content = [
+            {"type": "image_url", "image_url": {"url": address}},
+            {"type": "text", "text": text},
+        ]
         return {
             "model": self._model,
             "temperature": self._question.temperature,
             "max_tokens": self._question.max_tokens,
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": address}},
-                        {"type": "text", "text": self._question.prompt.replace("{prompt}", prompt)},
-                    ],
-                }
-            ],
+            "messages": [{"role": "user", "content": content}],
         }
+
+
+def _check_question(reward: str, question: Question) -> None:
+    """Raises InputError unless a judge can be asked this and its answer read."""
+    if "{prompt}" not in question.prompt:
+        raise InputError(
+            f"reward {reward}: expected {{prompt}} in the judge's text; received "
+            f"{short(question.prompt)}"
+        )
+    # With a field the pattern is not used, whatever it is.
+    if not question.field:
+        _check_pattern(reward, question.pattern)
+    if not question.low < question.high or question.high <= 0:
+        raise InputError(
+            f"reward {reward}: expected a range with low < high and high > 0; received "
+            f"{question.low:g} and {question.high:g}"
+        )
+
+
+def _check_pattern(reward: str, pattern: str) -> None:
+    try:
+        num_groups = re.compile(pattern).groups
+    except re.error as error:
+        raise InputError(
+            f"reward {reward}: expected a regular expression as pattern; received {error}"
+        ) from None
+    if num_groups < 1:
+        raise InputError(
+            f"reward {reward}: expected a group around the number in pattern; received {pattern!r}"
+        )

@@ -12,36 +12,43 @@ from typing import Any
 
 from marble_jax.rewards.base import RewardError
 
-_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 ALLOWED = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
-    *((module, name) for module in _MULTIARRAY for name in ("_reconstruct", "scalar")),
-    *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),
+    # The same functions under the names that NumPy has given them since 2.0.
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
 }
-"""What NumPy's own pickles name."""
+"""What NumPy's own pickles name: module and attribute."""
 
 
 def _as_bytes(text: str, encoding: str) -> bytes:
-    """What protocols before 3 write bytes as."""
+    """The bytes that pickle protocols before 3 write as an encoded text."""
+    # Other codecs do more than to map characters: some decompress.
     if encoding != "latin1":
         raise RewardError("pickle: expected containers, numbers and arrays; received a codec")
     return text.encode("latin1")
 
 
-class _Plain(pickle.Unpickler):
+class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        """Looks up what a pickle names, if that is allowed."""
         if (module, name) == ("_codecs", "encode"):
             return _as_bytes
         if (module, name) not in ALLOWED:
             raise RewardError(
                 f"pickle: expected containers, numbers and arrays; received {module}.{name}"
             )
-        return super().find_class(
-            module.replace("numpy.core", "numpy._core"), name
-        )  # NumPy 1 and 2
+        # Pickles of NumPy 1 are read by NumPy 2, where the old names warn.
+        present = module.replace("numpy.core", "numpy._core")
+        return super().find_class(present, name)
 
     def persistent_load(self, pid: Any) -> Any:
+        """Refuses references to objects outside the pickle."""
         raise RewardError(
             "pickle: expected containers, numbers and arrays; received a persistent id"
         )
@@ -54,10 +61,11 @@ def load_plain(data: bytes) -> Any:
       RewardError: it names anything else, or is damaged.
     """
     try:
-        return _Plain(io.BytesIO(data)).load()
+        return _PlainUnpickler(io.BytesIO(data)).load()
     except RewardError:
         raise
-    except Exception as error:  # damaged pickles raise many kinds
+    # A damaged pickle may raise nearly anything, as its bytes are a program.
+    except Exception as error:
         raise RewardError(
             f"pickle: expected a whole one; received one that ends in {type(error).__name__}"
         ) from None

@@ -18,17 +18,23 @@ from typing import Any
 import numpy as np
 
 from marble_jax.errors import InputError, one_of
-from marble_jax.rewards.base import Metadata, Reward, RewardError, to_uint8
+from marble_jax.rewards.base import Metadata, Reward, RewardError
 from marble_jax.rewards.http import protocol
-from marble_jax.rewards.http.calls import Replicas
+from marble_jax.rewards.http.calls import Replicas, require_an_answer
+from marble_jax.rewards.http.images import FORMATS
+from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.rewards.http.pickles import load_plain
-from marble_jax.rewards.http.protocol import ProtocolError, Request
-from marble_jax.rewards.workers.host_scorer import line
+from marble_jax.rewards.http.protocol import Request
+from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 
 log = logging.getLogger(__name__)
 
 PROTOCOLS = ("marble", "flow_grpo")
+"""What a client can speak: `protocol`, or the older servers' pickles."""
+
+_Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""values [N], valid bool [N] and applies bool [N], as `Reward.score` returns them."""
 
 
 class RemoteReward(Reward):
@@ -42,7 +48,7 @@ class RemoteReward(Reward):
         batch_size: int = 16,
         image_format: str = "png",
         applies: Callable[[str, Metadata], bool] | None = None,
-        old: str = "",
+        pickle_field: str = "",
         allow_pickle: bool = False,
     ):
         """Builds the reward; calls nobody.
@@ -54,91 +60,109 @@ class RemoteReward(Reward):
           batch_size: images a call.
           image_format: "png" or "rgb8".
           applies: which prompts the server is asked about; it can narrow that further.
-          old: speak the pickle protocol of the older servers, and take the scores from this field of the answer:
-            "scores" (GenEval) or "outputs" (UnifiedReward).
-          allow_pickle: has to be True for that.
+          pickle_field: speak the pickle protocol of the older servers, and take the scores from this field of the
+            answer: "scores" (GenEval) or "outputs" (UnifiedReward); empty speaks `protocol`.
+          allow_pickle: has to be True for pickles.
 
         Raises:
           InputError: a pickle protocol without consent, or an unknown image format.
         """
-        one_of(f"reward {name}: format", image_format, protocol.FORMATS)
-        if old and not allow_pickle:
+        one_of(f"reward {name}: format", image_format, FORMATS)
+        if pickle_field and not allow_pickle:
             raise InputError(
                 f"reward {name}: expected allow_pickle: true for the protocol flow_grpo, whose answers "
                 "are pickles; received false"
             )
-        if old:
+        if pickle_field:
             log.warning(
                 "reward %s: answers are pickles; only plain containers, numbers and arrays are accepted, but "
                 "use servers you trust",
                 name,
             )
         super().__init__(name=name, kind="host")
-        self._replicas, self._reward, self._batch_size = replicas, reward or name, batch_size
-        self._format, self._applies, self._old = image_format, applies, old
+        self._replicas = replicas
+        self._reward = reward or name
+        self._batch_size = batch_size
+        self._format = image_format
+        self._applies = applies
+        self._pickle_field = pickle_field
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
-        """What the configuration says."""
-        return self._applies is None or bool(self._applies(prompt, metadata))
+        """Whether the configuration has the server asked about a prompt."""
+        if self._applies is None:
+            return True
+        return bool(self._applies(prompt, metadata))
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
-        """See `Reward.score`; a batch whose call fails is missing, and if all fail the last error is raised."""
-        images, count = to_uint8(images), len(prompts)
+    def score(
+        self, params: Params, images: Any, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> _Columns:
+        """See `Reward.score`; a batch whose call fails is missing.
+
+        Raises:
+          Exception: every call failed; the last error.
+        """
+        images = to_uint8(images)
+        count = len(prompts)
+        parts = []
+        for start in range(0, count, self._batch_size):
+            parts.append(slice(start, start + self._batch_size))
+        ask = self._ask
+        if self._pickle_field:
+            ask = self._ask_by_pickle
+
+        def ask_about(part: slice) -> _Columns:
+            request = Request(self._reward, images[part], list(prompts[part]), list(metadata[part]))
+            return ask(request)
+
+        answers = self._replicas.map(ask_about, parts)
+        require_an_answer(self.name, answers, "in %d of %d calls")
+        # Where a call failed nothing is valid and everything applies, which counts as failed.
         values, valid, applies = np.zeros(count), np.zeros(count, bool), np.ones(count, bool)
-        parts = [
-            slice(start, start + self._batch_size) for start in range(0, count, self._batch_size)
-        ]
-        ask = self._ask_old if self._old else self._ask
-        answers = self._replicas.each(
-            lambda part: ask(
-                Request(self._reward, images[part], list(prompts[part]), list(metadata[part]))
-            ),
-            parts,
-        )
-        errors = [answer for answer in answers if isinstance(answer, Exception)]
-        if len(errors) == len(parts):
-            raise errors[-1]
-        if errors:
-            log.warning(
-                "reward %s failed in %d of %d calls: %s",
-                self.name,
-                len(errors),
-                len(parts),
-                line(errors[-1]),
-            )
         for part, answer in zip(parts, answers):
             if not isinstance(answer, Exception):
                 values[part], valid[part], applies[part] = answer
+        # The answers hold NaN where there is no score.
         return np.where(valid, values, 0), valid, applies
 
-    def _ask(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        body = self._replicas.call(
-            protocol.encode_request(request, self._format), protocol.CONTENT_TYPE
-        )
+    def _ask(self, request: Request) -> _Columns:
+        """One call in this project's protocol."""
+        message = protocol.encode_request(request, self._format)
+        answer = self._replicas.call(message, protocol.CONTENT_TYPE)
         try:
-            return protocol.decode_scores(body, len(request.prompts))
+            return protocol.decode_scores(answer, len(request.prompts))
         except ProtocolError as error:
             raise RewardError(str(error)) from error
 
-    def _ask_old(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source: the reward clients of flow_grpo (`geneval_score`, `unifiedreward_score_remote`)."""
-        files = [_jpeg(image) for image in request.images]
-        body = pickle.dumps(
-            {
-                "images": files,
-                "prompts": request.prompts,
-                "only_strict": True,
-                "meta_datas": [dict(m) for m in request.metadata],
-            }
-        )
-        answer = load_plain(self._replicas.call(body, "application/octet-stream"))
-        values, count = _numbers(answer, self._old), len(request.prompts)
+    def _ask_by_pickle(self, request: Request) -> _Columns:
+        """One call in the protocol of the older servers.
+
+        Source: the reward clients of flow_grpo (`geneval_score`, `unifiedreward_score_remote`).
+        """
+        message = _pickled(request)
+        answer = load_plain(self._replicas.call(message, "application/octet-stream"))
+        values = _numbers(answer, self._pickle_field)
+        count = len(request.prompts)
         if values is None or values.shape != (count,):
+            received = "none"
+            if values is not None:
+                received = str(values.shape)
             raise RewardError(
-                f"answer: expected {count} numbers in {self._old!r}; received "
-                f"{'none' if values is None else values.shape}"
+                f"answer: expected {count} numbers in {self._pickle_field!r}; received {received}"
             )
+        # These servers have no word for a prompt to which they do not apply.
         return values, np.isfinite(values), np.ones(count, bool)
+
+
+def _pickled(request: Request) -> bytes:
+    """A request as the older servers read it."""
+    return pickle.dumps(
+        {
+            "images": [_jpeg(image) for image in request.images],
+            "prompts": request.prompts,
+            "only_strict": True,
+            "meta_datas": [dict(metadata) for metadata in request.metadata],
+        }
+    )
 
 
 def _jpeg(image: np.ndarray) -> bytes:
@@ -150,12 +174,22 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 
 def _numbers(answer: Any, field: str) -> np.ndarray | None:
-    """The list or array of numbers in a field; None for anything else, which is not looked into."""
-    found = answer.get(field) if isinstance(answer, dict) else None
-    if isinstance(found, np.ndarray) and found.dtype.kind in "fiub":
-        return found.astype(np.float64)
-    if isinstance(found, (list, tuple)) and all(
-        isinstance(v, (int, float, np.number)) for v in found
-    ):
-        return np.array([float(v) for v in found], np.float64)
+    """The numbers in a field, as float64; None for anything but a list or array of numbers."""
+    if not isinstance(answer, dict):
+        return None
+    numbers = answer.get(field)
+    if isinstance(numbers, (list, tuple)):
+        return _from_list(numbers)
+    # Booleans, integers and floats; texts that look like numbers would be converted as well.
+    if isinstance(numbers, np.ndarray) and numbers.dtype.kind in "fiub":
+        return numbers.astype(np.float64)
     return None
+
+
+def _from_list(numbers: Sequence[Any]) -> np.ndarray | None:
+    values = np.zeros(len(numbers))
+    for index, number in enumerate(numbers):
+        if not isinstance(number, (int, float, np.number)):
+            return None
+        values[index] = float(number)
+    return values

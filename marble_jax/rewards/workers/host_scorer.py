@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
-from marble_jax.errors import InputError, one_of
+from marble_jax.errors import InputError, one_line, one_of
 from marble_jax.rewards.base import (
     Metadata,
     Result,
@@ -31,10 +32,11 @@ from marble_jax.rewards.workers.threads import Expired, Pool
 log = logging.getLogger(__name__)
 
 ON_ERROR = ("mask", "fail", "retry")
+"""What may become of an error, see `HostScorer`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Tally:
+class HostScorerStats:
     """Running totals of a HostScorer; samples count once their scores are collected.
 
     Attributes:
@@ -58,17 +60,22 @@ class Batch:
     prompts: Sequence[str]
     metadata: Sequence[Metadata]
 
+    def select(self, rows: np.ndarray) -> Batch:
+        """The samples at `rows`, int [n]."""
+        numbers = rows.tolist()
+        prompts = [self.prompts[i] for i in numbers]
+        metadata = [self.metadata[i] for i in numbers]
+        return Batch(self.images[rows], prompts, metadata)
+
 
 class Pending:
     """Scores under way; from `HostScorer.submit`."""
 
     def __init__(self, scorer: HostScorer, batch: Batch, futures: Mapping[Reward, Future[Result]]):
-        self._scorer, self._batch, self._futures = scorer, batch, dict(futures)
+        self._scorer = scorer
+        self._batch = batch
+        self._futures = dict(futures)
         self._results: dict[str, Result] = {}
-
-    def done(self) -> bool:
-        """Whether `result` would return at once."""
-        return all(future.done() for future in self._futures.values())
 
     def result(self, timeout: float | None = None) -> dict[str, Result]:
         """Waits for the scores.
@@ -85,10 +92,10 @@ class Pending:
         start = time.perf_counter()
         try:
             for reward, future in self._futures.items():
+                # What an earlier call collected is final: a call given up then may have come back since.
                 if reward.name not in self._results:
-                    self._results[reward.name] = self._scorer._collect(
-                        reward, future, self._batch, timeout
-                    )
+                    result = self._scorer._collect(reward, future, self._batch, timeout)
+                    self._results[reward.name] = result
         finally:
             self._scorer._account(waited=time.perf_counter() - start)
         return self._results
@@ -100,6 +107,9 @@ class HostScorer:
     What becomes of an error is set by `on_error`: "mask" makes the whole call's samples missing, "retry" tries
     again first, "fail" stops the run. Samples for which a reward returns `valid` False count as failed as well, and
     under "retry" they alone are scored again.
+
+    Attributes:
+      errors: by reward, why it failed last.
     """
 
     def __init__(
@@ -131,17 +141,19 @@ class HostScorer:
         if workers < 1:
             raise InputError(f"workers: expected at least 1; received {workers}")
         self._rewards = tuple(rewards)
-        self._on_error, self._attempts = on_error, attempts_of(on_error, retries)
+        self._on_error = on_error
+        self._num_attempts = num_attempts(on_error, retries)
         self._pool = Pool(workers, "reward")
         self._lock = threading.Lock()
         self._busy = self._waited = 0.0
-        self._applicable, self._failed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        self._applicable = dict.fromkeys(names, 0)
+        self._failed = dict.fromkeys(names, 0)
         self.errors: dict[str, str] = {}
 
     def __enter__(self) -> HostScorer:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
     def close(self) -> None:
@@ -151,7 +163,16 @@ class HostScorer:
     def submit(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Pending:
-        """Hands over N images, float in [0, 1] or uint8 [N, H, W, 3], not to be changed until collected."""
+        """Hands over a batch; returns at once.
+
+        Args:
+          images: float in [0, 1] or uint8 [N, H, W, 3], not to be changed until collected.
+          prompts: N texts.
+          metadata: N mappings.
+
+        Raises:
+          InputError: the three are not of one length.
+        """
         if not len(images) == len(prompts) == len(metadata):
             raise InputError(
                 f"reward batch: expected as many images, prompts and metadata; "
@@ -161,80 +182,86 @@ class HostScorer:
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / 255
         batch = Batch(images, list(prompts), list(metadata))
-        return Pending(
-            self, batch, {r: self._pool.submit(self._call, r, batch) for r in self._rewards}
-        )
+        futures = {}
+        for reward in self._rewards:
+            futures[reward] = self._pool.submit(self._call, reward, batch)
+        return Pending(self, batch, futures)
 
     @property
-    def tally(self) -> Tally:
+    def stats(self) -> HostScorerStats:
         """Totals so far; differences of two give a step's."""
         with self._lock:
-            return Tally(dict(self._applicable), dict(self._failed), self._busy, self._waited)
+            applicable, failed = dict(self._applicable), dict(self._failed)
+            return HostScorerStats(applicable, failed, self._busy, self._waited)
 
     def _call(self, reward: Reward, batch: Batch) -> Result:
+        """Scores a batch with one reward, in a worker thread."""
         start = time.perf_counter()
         try:
-            return self._attempt(reward, batch)
+            return self._score(reward, batch)
         finally:
             self._account(busy=time.perf_counter() - start)
 
-    def _attempt(self, reward: Reward, batch: Batch) -> Result:
-        result = all_failed(applicable(reward, batch.prompts, batch.metadata))
-        for attempt in range(self._attempts):
-            left = np.flatnonzero(result.failed)
-            if not left.size:
+    def _score(self, reward: Reward, batch: Batch) -> Result:
+        """Scores of a batch, with as many attempts as there may be."""
+        result = _all_missing(reward, batch)
+        for attempt in range(self._num_attempts):
+            rows = np.flatnonzero(result.failed)
+            if not rows.size:
                 break
-            try:
-                again = score(
-                    reward,
-                    batch.images[left],
-                    [batch.prompts[i] for i in left],
-                    [batch.metadata[i] for i in left],
-                )
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # foreign code: whatever it raises, the samples are missing
-                if self._on_error == "fail":
-                    raise RewardError(
-                        f"reward {reward.name}: failed on {left.size} samples: {line(error)}"
-                    ) from error
-                self._note(reward, attempt, line(error))
+            part = self._attempt(reward, batch.select(rows), attempt)
+            if part is None:
                 continue
-            for column, part in zip(result, again):
-                column[left] = part
-            if again.failed.any() and self._on_error != "fail":
-                self._note(
-                    reward,
-                    attempt,
-                    f"no number for {int(again.failed.sum())} of {left.size} samples",
-                )
+            for column, values in zip(result, part):
+                column[rows] = values
+            num_failed = int(part.failed.sum())
+            # Under "fail" the error that `require_all` raises says so.
+            if num_failed and self._on_error != "fail":
+                self._note(reward, attempt, f"no number for {num_failed} of {rows.size} samples")
         if self._on_error == "fail":
-            expect_all(reward.name, result)
+            require_all(reward.name, result)
         return result
+
+    def _attempt(self, reward: Reward, batch: Batch, attempt: int) -> Result | None:
+        """One call of the reward; None when it raised."""
+        try:
+            return score(reward, batch.images, batch.prompts, batch.metadata)
+        # A reward is foreign code: whatever it raises, even on its way out of the program, the samples are missing.
+        except (Exception, SystemExit) as error:
+            reason = one_line(error)
+            if self._on_error == "fail":
+                raise RewardError(
+                    f"reward {reward.name}: failed on {len(batch.prompts)} samples: {reason}"
+                ) from error
+            self._note(reward, attempt, reason)
+            return None
 
     def _collect(
         self, reward: Reward, future: Future[Result], batch: Batch, timeout: float | None
     ) -> Result:
-        result = None
-        for attempt in range(self._attempts):
+        """Waits for one reward's scores and counts them."""
+        result = self._wait(reward, future, batch, timeout)
+        with self._lock:
+            self._applicable[reward.name] += num_asked(result)
+            self._failed[reward.name] += int(result.failed.sum())
+        return result
+
+    def _wait(
+        self, reward: Reward, future: Future[Result], batch: Batch, timeout: float | None
+    ) -> Result:
+        """Result of a call, which is begun anew when it hangs and may be tried again."""
+        for attempt in range(self._num_attempts):
             try:
-                result = self._pool.result(future, timeout)
-                break
+                return self._pool.result(future, timeout)
             except Expired as error:
                 if self._on_error == "fail":
                     raise RewardError(
                         f"reward {reward.name}: expected scores within {timeout:g} s; received none"
                     ) from None
                 self._note(reward, attempt, str(error))
-                if attempt + 1 < self._attempts:
+                if attempt + 1 < self._num_attempts:
                     future = self._pool.submit(self._call, reward, batch)
-        if result is None:
-            result = all_failed(applicable(reward, batch.prompts, batch.metadata))
-        with self._lock:
-            self._applicable[reward.name] += asked(result)
-            self._failed[reward.name] += int(result.failed.sum())
-        return result
+        return _all_missing(reward, batch)
 
     def _note(self, reward: Reward, attempt: int, reason: str) -> None:
         self.errors[reward.name] = reason
@@ -242,7 +269,7 @@ class HostScorer:
             "reward %s failed, attempt %d of %d: %s",
             reward.name,
             attempt + 1,
-            self._attempts,
+            self._num_attempts,
             reason,
         )
 
@@ -252,26 +279,33 @@ class HostScorer:
             self._waited += waited
 
 
-def attempts_of(on_error: str, retries: int = 1) -> int:
+def num_attempts(on_error: str, retries: int = 1) -> int:
     """How often a call is made at most."""
-    return 1 + (retries if on_error == "retry" else 0)
+    if on_error == "retry":
+        return 1 + retries
+    return 1
 
 
-def asked(result: Result) -> int:
+def num_asked(result: Result) -> int:
     """How many samples the reward applies to."""
-    return int((result.valid | result.failed).sum())
+    # A sample is neither valid nor failed exactly where the reward does not apply.
+    applies = result.valid | result.failed
+    return int(applies.sum())
 
 
-def expect_all(name: str, result: Result) -> None:
-    """Raises RewardError unless every sample that the reward applies to has a score."""
+def require_all(name: str, result: Result) -> None:
+    """Checks that every sample which the reward applies to has a score.
+
+    Raises:
+      RewardError: one has none.
+    """
     if result.failed.any():
         raise RewardError(
             f"reward {name}: expected a score for every sample; {int(result.failed.sum())} of "
-            f"{asked(result)} failed"
+            f"{num_asked(result)} failed"
         )
 
 
-def line(error: BaseException) -> str:
-    """An error's type and first line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+def _all_missing(reward: Reward, batch: Batch) -> Result:
+    applies = applicable(reward, batch.prompts, batch.metadata)
+    return all_failed(applies)

@@ -20,16 +20,19 @@ class RapidEngine:
           InputError: RapidOCR is not installed.
         """
         try:
-            import rapidocr  # optional, slow to import
+            # Optional, and slow to import.
+            import rapidocr
         except ImportError as error:
             raise InputError(
                 "reward ocr: expected the packages rapidocr and onnxruntime; received neither "
                 "(pip install rapidocr onnxruntime)"
             ) from error
         params: dict[str, Any] = {
-            "Global.log_level": "critical",  # otherwise a line per model, and one per image without text
+            # Otherwise there is a line per model, and one per image without text.
+            "Global.log_level": "critical",
             "Global.use_cls": False,
             "Global.use_det": detect,
+            # `_joined` drops lines without any confidence itself, so that both engines do it alike.
             "Global.text_score": 0.0,
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
@@ -39,12 +42,16 @@ class RapidEngine:
         if not detect:
             # Lines are padded to at least this width; a square image needs no more than its own.
             params["Rec.rec_img_shape"] = [3, 48, 48]
-        self._scale, self._engine = scale, rapidocr.RapidOCR(params=params)
+        self._scale = scale
+        self._engine = rapidocr.RapidOCR(params=params)
 
     def __call__(self, image: np.ndarray) -> str:
         """The text in an image uint8 [H, W, 3], RGB."""
         result = self._engine(_bgr(image, self._scale))
-        return _joined(getattr(result, "txts", None) or (), getattr(result, "scores", None) or ())
+        # Which fields a result has depends on the steps that ran, and they are None where nothing was read.
+        texts = getattr(result, "txts", None)
+        scores = getattr(result, "scores", None)
+        return _joined(texts or (), scores or ())
 
 
 class PaddleEngine:
@@ -57,7 +64,8 @@ class PaddleEngine:
           InputError: PaddleOCR is not installed.
         """
         try:
-            from paddleocr import PaddleOCR  # optional, slow to import
+            # Optional, and slow to import.
+            from paddleocr import PaddleOCR
         except ImportError as error:
             raise InputError(
                 "reward ocr: expected the packages paddleocr (3.x) and paddlepaddle; received neither "
@@ -86,11 +94,18 @@ def _bgr(image: np.ndarray, scale: int) -> np.ndarray:
     from PIL import Image
 
     if scale != 1:
-        size = (image.shape[1] * scale, image.shape[0] * scale)
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        height, width = image.shape[:2]
+        size = (width * scale, height * scale)
+        enlarged = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+        image = np.asarray(enlarged)
+    # Red and blue change places; as a copy, since native code need not take a negative stride.
     return np.ascontiguousarray(image[..., ::-1])
 
 
 def _joined(texts: Sequence[str], scores: Sequence[float]) -> str:
     """The lines read with any confidence, without separator."""
-    return "".join(text for text, score in zip(texts, scores, strict=True) if score > 0)
+    lines = []
+    for text, score in zip(texts, scores, strict=True):
+        if score > 0:
+            lines.append(text)
+    return "".join(lines)

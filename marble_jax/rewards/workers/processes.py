@@ -25,6 +25,7 @@ from marble_jax.errors import InputError
 log = logging.getLogger(__name__)
 
 Engine = Callable[[Any], Any]
+"""What a process runs: an item in, an answer out."""
 _CHILD = (
     "import sys; from marble_jax.rewards.workers.processes import serve; serve(int(sys.argv[1]))"
 )
@@ -33,58 +34,80 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 
 def serve(descriptor: int) -> None:
-    """What a process does: makes the engine it is sent, then answers items until the parent closes the connection."""
+    """Work of a process: makes the engine it is sent, then answers items until the parent closes the connection.
+
+    Args:
+      descriptor: file descriptor of the connection to the parent.
+    """
     with Connection(descriptor) as parent:
         try:
-            try:
-                engine = parent.recv()()
-            except Exception as error:
-                parent.send(
-                    (
-                        False,
-                        f"{type(error).__name__}: {error}"
-                        if not isinstance(error, InputError)
-                        else str(error),
-                    )
-                )
-                return
-            parent.send((True, None))
-            while True:
-                item = parent.recv()
-                try:
-                    answer = True, engine(item)
-                except Exception as error:  # an engine is foreign code
-                    answer = False, f"{type(error).__name__}: {error}"
-                parent.send(answer)
-        except (EOFError, OSError):  # the parent is gone
+            engine = _make_engine(parent)
+            if engine is not None:
+                _answer_items(parent, engine)
+        # The parent is gone, and nobody is left to tell.
+        except (EOFError, OSError):
             return
+
+
+def _make_engine(parent: Connection) -> Engine | None:
+    """The engine that the parent asks for; None, and the reason sent, when it cannot be made."""
+    try:
+        make = parent.recv()
+        engine = make()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        # Written for users already, with what was expected and what came.
+        if isinstance(error, InputError):
+            reason = str(error)
+        parent.send((False, reason))
+        return None
+    parent.send((True, None))
+    return engine
+
+
+def _answer_items(parent: Connection, engine: Engine) -> None:
+    while True:
+        item = parent.recv()
+        try:
+            answer = True, engine(item)
+        # An engine is foreign code; what it raises costs one item, not the process.
+        except Exception as error:
+            answer = False, f"{type(error).__name__}: {error}"
+        parent.send(answer)
 
 
 class Worker:
     """One process with its engine; used by one thread at a time."""
 
     def __init__(self, make: Callable[[], Engine], timeout: float, start_timeout: float):
-        """Starts the process; `ready` waits for its engine."""
-        self._make, self._timeout, self._start_timeout = make, timeout, start_timeout
+        """Starts the process; `ready` waits for its engine.
+
+        Args:
+          make: makes the engine, in the process.
+          timeout: seconds the engine may take for an item.
+          start_timeout: seconds making the engine may take.
+        """
+        self._make = make
+        self._timeout = timeout
+        self._start_timeout = start_timeout
         self._start()
 
     def _start(self) -> None:
-        self._connection, theirs = Pipe()
-        with theirs:
-            environment = {
-                **os.environ,
-                **_ENVIRONMENT,
-                "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path),
-            }
+        self._connection, child_end = Pipe()
+        # The child finds modules where this process does; an empty entry stands for the working directory.
+        search_path = os.pathsep.join(entry or "." for entry in sys.path)
+        # Closed here once the child has its copy: otherwise its death would not end the connection.
+        with child_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=environment,
+                [sys.executable, "-c", _CHILD, str(child_end.fileno())],
+                pass_fds=[child_end.fileno()],
+                env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": search_path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-        self._engine_ready, self._deadline = False, time.monotonic() + self._start_timeout
+        self._engine_ready = False
+        self._deadline = time.monotonic() + self._start_timeout
         self._connection.send(self._make)
 
     def ready(self) -> None:
@@ -95,10 +118,10 @@ class Worker:
         """
         if self._engine_ready:
             return
-        good, answer = self._receive(self._deadline - time.monotonic())
-        if not good:
+        made, reason = self._receive(self._deadline - time.monotonic())
+        if not made:
             self.stop()
-            raise InputError(answer)
+            raise InputError(reason)
         self._engine_ready = True
 
     def call(self, item: Any) -> Any | None:
@@ -108,12 +131,13 @@ class Worker:
                 self._restart("ended by itself")
             self.ready()
             self._connection.send(item)
-            good, answer = self._receive(self._timeout)
+            answered, answer = self._receive(self._timeout)
         except (OSError, InputError) as error:
-            good, answer = False, str(error)
-        if not good:
+            answered, answer = False, str(error)
+        if not answered:
             log.warning("reward worker process: %s", answer)
-        return answer if good else None
+            return None
+        return answer
 
     def stop(self) -> None:
         """Kills the process."""
@@ -122,18 +146,23 @@ class Worker:
         self._process.wait()
 
     def _receive(self, seconds: float) -> tuple[bool, Any]:
+        """What the process sends: whether it went well, and the answer or why not."""
+        limit = self._start_timeout
+        if self._engine_ready:
+            limit = self._timeout
         try:
             if self._connection.poll(max(0.0, seconds)):
                 return self._connection.recv()
-            why = f"no answer within {self._timeout if self._engine_ready else self._start_timeout:g} s"
+            reason = f"no answer within {limit:g} s"
         except (EOFError, OSError):
-            why = "the process ended"
+            reason = "the process ended"
+        # An engine that could not be made would fail again; only one that has worked is worth another process.
         if self._engine_ready:
-            self._restart(why)
-        return False, why
+            self._restart(reason)
+        return False, reason
 
-    def _restart(self, why: str) -> None:
-        log.warning("reward worker process: replaced, as expected an answer but %s", why)
+    def _restart(self, reason: str) -> None:
+        log.warning("reward worker process: replaced, as expected an answer but %s", reason)
         self.stop()
         self._start()
 
@@ -162,12 +191,13 @@ class ProcessPool:
         """
         if workers < 1:
             raise InputError(f"workers: expected at least 1; received {workers}")
-        self._all = [Worker(make, timeout, start_timeout) for _ in range(workers)]
+        self._workers = [Worker(make, timeout, start_timeout) for _ in range(workers)]
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="processes")
         self._closing = threading.Event()
         try:
-            for worker in self._all:
+            # All were started above and make their engines at the same time; this only waits.
+            for worker in self._workers:
                 worker.ready()
                 self._idle.put(worker)
         except InputError:
@@ -182,12 +212,15 @@ class ProcessPool:
         """Ends the processes, whatever they are doing."""
         self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self._all:
+        for worker in self._workers:
             worker.stop()
 
     def _call(self, item: Any) -> Any | None:
         worker = self._idle.get()
         try:
-            return None if self._closing.is_set() else worker.call(item)
+            # A call would start a new process in place of the one that `close` has killed.
+            if self._closing.is_set():
+                return None
+            return worker.call(item)
         finally:
             self._idle.put(worker)

@@ -20,6 +20,9 @@ from marble_jax.rewards.base import RewardError
 MAX_LOST = 64
 """Threads that may hang at the same time; each costs little, but a reward that loses so many is of no use."""
 
+_Task = tuple[Future, Callable[..., Any], tuple[Any, ...]]
+"""A call with its arguments, and where its result goes."""
+
 
 class Expired(Exception):
     """A call was given up because it ran longer than it may."""
@@ -29,11 +32,19 @@ class Pool:
     """Runs calls in `workers` threads at a time."""
 
     def __init__(self, workers: int, name: str):
-        """Starts the threads; `name` begins theirs."""
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._lock, self._name = threading.Lock(), name
+        """Starts the threads.
+
+        Args:
+          workers: threads.
+          name: of every thread, as debuggers show it.
+        """
+        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._name = name
+        # When each call that runs began, and the thread it runs in; a call that was given up is no longer here.
         self._running: dict[Future, tuple[float, threading.Thread]] = {}
-        self._lost, self._closed = 0, False
+        self._lost = 0
+        self._closed = False
         self._threads = [self._start() for _ in range(workers)]
 
     @property
@@ -42,7 +53,11 @@ class Pool:
         return self._lost
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
-        """Queues a call; collect it with `result`."""
+        """Queues a call; collect it with `result`.
+
+        Raises:
+          RewardError: the pool is closed.
+        """
         if self._closed:
             raise RewardError(
                 "reward worker threads: expected an open pool; received a call after closing"
@@ -65,24 +80,32 @@ class Pool:
           BaseException: whatever the call raised.
         """
         while not future.done():
-            concurrent.futures.wait([future], None if seconds is None else self._expire(seconds))
+            until_next = None
+            if seconds is not None:
+                until_next = self._expire(seconds)
+            concurrent.futures.wait([future], until_next)
         return future.result()
 
     def close(self, seconds: float = 5.0) -> None:
         """Drops calls not yet begun and waits up to `seconds` for those that have; later ones are left behind."""
         self._closed = True
-        while True:
-            try:
-                task = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if task is not None:
-                task[0].cancel()
+        self._cancel_queued()
+        # One None a thread: each takes one and ends.
         for _ in self._threads:
             self._queue.put(None)
         end = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+
+    def _cancel_queued(self) -> None:
+        while True:
+            try:
+                task = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if task is not None:
+                future = task[0]
+                future.cancel()
 
     def _start(self) -> threading.Thread:
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)
@@ -90,32 +113,46 @@ class Pool:
         return thread
 
     def _work(self) -> None:
+        """Runs calls until there is no more or one was given up, in which case another thread has the place."""
         while (task := self._queue.get()) is not None:
-            future, call, arguments = task
-            if future.set_running_or_notify_cancel():
-                with self._lock:
-                    self._running[future] = time.monotonic(), threading.current_thread()
-                value = error = None
-                try:
-                    value = call(*arguments)
-                except BaseException as raised:  # handed to whoever collects the call
-                    error = raised
-                with self._lock:
-                    given_up = self._running.pop(future, None) is None
-                    if given_up:
-                        self._lost -= 1
-                if given_up:
-                    return
-                if error is None:
-                    future.set_result(value)
-                else:
-                    future.set_exception(error)
-                del value, error
-            del task, future, call, arguments  # images should not live until the next call
+            keeps_place = self._run(*task)
+            # Images should not live until the next call.
+            del task
+            if not keeps_place:
+                return
+
+    def _run(self, future: Future, call: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+        """Runs one call; False when it was given up meanwhile."""
+        if not future.set_running_or_notify_cancel():
+            return True
+        with self._lock:
+            self._running[future] = time.monotonic(), threading.current_thread()
+        value = error = None
+        try:
+            value = call(*arguments)
+        # Even what ends a program: it is for whoever collects the call.
+        except BaseException as raised:
+            error = raised
+        # The error's traceback refers to this frame, which would keep the images alive as long as the error.
+        del call, arguments
+        with self._lock:
+            given_up = self._running.pop(future, None) is None
+            if given_up:
+                self._lost -= 1
+        if given_up:
+            return False
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+        # The same circle: without it the error goes as soon as it is collected.
+        del value, error
+        return True
 
     def _expire(self, seconds: float) -> float:
         """Gives up what has run longer than `seconds`; returns the seconds until the next call may have."""
-        now, late = time.monotonic(), []
+        now = time.monotonic()
+        late = []
         with self._lock:
             for future, (began, thread) in list(self._running.items()):
                 if now - began >= seconds:
@@ -124,10 +161,9 @@ class Pool:
                     self._threads.remove(thread)
                     self._threads.append(self._start())
             self._lost += len(late)
-            lost, first = (
-                self._lost,
-                min((began for began, _ in self._running.values()), default=now),
-            )
+            lost = self._lost
+            first = min((began for began, _ in self._running.values()), default=now)
+        # Outside the lock: whoever waits for a future may call the pool at once.
         for future in late:
             future.set_exception(Expired(f"no answer within {seconds:g} s"))
         if lost > MAX_LOST:
