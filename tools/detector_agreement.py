@@ -28,7 +28,7 @@ import numpy as np
 from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.evaluation.statistics import bootstrap
-from marble_jax.rewards.geneval import Detection, judge
+from marble_jax.rewards.geneval_rules import Detection, evaluate_image
 
 MIN_IOU = 0.5
 
@@ -173,7 +173,7 @@ def line_of(
     classify: Any,
 ) -> dict[str, Any]:
     """What `judge` writes about one image."""
-    verdict = judge(image, detections, metadata, classify)
+    verdict = evaluate_image(image, detections, metadata, classify)
     return {
         "filename": str(path),
         "tag": metadata["tag"],

@@ -99,7 +99,7 @@ def _check(values: dict[str, str], settings: Any) -> int:
     write = boolean("write", values["write"])
     from marble_jax import platform
     from marble_jax.console import Console
-    from marble_jax.rewards import checks
+    from marble_jax.rewards import checks, throughput
     from marble_jax.rewards.toy_world import golden_images
 
     platform.keep_compilations()
@@ -108,11 +108,11 @@ def _check(values: dict[str, str], settings: Any) -> int:
     embedded = (values["path"] if settings is None else settings.rewards.path) == "embedded"
     size = size or (settings.model.height if settings is not None else 64 if embedded else 512)
     expected = {} if write else golden_images.read_expected(directory, size)
-    findings = checks.look(rewards, size, expected, timeout)
+    findings = checks.run_checks(rewards, size, expected, timeout)
     rows = []
     for reward, finding in zip(rewards, findings):
-        rate = checks.throughput(reward, size, batch, timeout)
-        weights = checks.weight_bytes(reward) / 1e6
+        rate = throughput.throughput(reward, size, batch, timeout)
+        weights = throughput.weight_bytes(reward) / 1e6
         rows.append(
             (
                 finding.name,
@@ -130,7 +130,7 @@ def _check(values: dict[str, str], settings: Any) -> int:
     ]
     console.say(
         f"{len(rewards) + len(problems)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
-        f"(own prompts, then each other's), speed in batches of {batch}; {checks.memory()}"
+        f"(own prompts, then each other's), speed in batches of {batch}; {throughput.peak_memory()}"
     )
     console.table(rows, ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", ""))
     bad = [f"{f.name} ({f.status})" for f in findings if not f.passed] + [
@@ -139,7 +139,7 @@ def _check(values: dict[str, str], settings: Any) -> int:
     if write and directory is not None:
         if any(f.status == "failed" for f in findings):
             raise InputError(f"--write: expected scores of every reward; received {', '.join(bad)}")
-        file = golden_images.write_expected(directory, size, checks.recorded(findings))
+        file = golden_images.write_expected(directory, size, checks.recorded_scores(findings))
         console.say(f"expected scores: {file}")
     if bad:
         raise InputError(f"check: expected every reward to pass; received {', '.join(bad)}")

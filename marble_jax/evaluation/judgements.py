@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from marble_jax.rewards.base import Metadata, Reward
-from marble_jax.rewards.geneval import GenEvalReward, Verdict
+from marble_jax.rewards.geneval import GenEvalReward
+from marble_jax.rewards.geneval_rules import GenEvalResult
 from marble_jax.types import Params
 
 ACCURACY = "accuracy"
@@ -21,16 +22,16 @@ class _Verdicts:
     def __init__(self, reward: GenEvalReward, remembered: int = 4):
         self._reward, self._remembered = reward, remembered
         self._lock = threading.Lock()
-        self._found: dict[bytes, list[Verdict | None]] = {}
+        self._found: dict[bytes, list[GenEvalResult | None]] = {}
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
-    ) -> list[Verdict | None]:
+    ) -> list[GenEvalResult | None]:
         images = np.ascontiguousarray(images)
         key = hashlib.sha256(images.view(np.uint8).data).digest() + repr(list(prompts)).encode()
         with self._lock:  # the second asker waits for the first and finds its answer
             if key not in self._found:
-                self._found[key] = self._reward.verdicts(images, prompts, metadata)
+                self._found[key] = self._reward.results(images, prompts, metadata)
                 while len(self._found) > self._remembered:
                     self._found.pop(next(iter(self._found)))
             return self._found[key]

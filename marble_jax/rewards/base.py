@@ -160,7 +160,7 @@ def score(
 
 
 def stack(results: Mapping[str, Result]) -> Scores:
-    """Results by reward name as one `Scores`, in the mapping's order."""
+    """Returns results by reward name as one `Scores`, in the mapping's order."""
     # Samples are the first axis of every array of scores, rewards the second.
-    columns = [np.stack(column, axis=1) for column in zip(*results.values(), strict=True)]
-    return Scores(tuple(results), *columns)
+    values, valid, failed = (np.stack(column, axis=1) for column in zip(*results.values()))
+    return Scores(tuple(results), values, valid, failed)

@@ -33,7 +33,9 @@ class CallOptions:
     retries: int = option(3, "further attempts after the first", least=0)
     pause: float = option(0.5, "seconds before the first of them; doubles with each", least=0)
     max_in_flight: int = option(4, "calls at the same time, over all servers", least=1)
-    applies: str = option("all", "prompts it is asked about: all, quoted, geneval or module:function")
+    applies: str = option(
+        "all", "prompts it is asked about: all, quoted, geneval or module:function"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -330,7 +330,8 @@ class FunctionOptions:
 
     function: str = option("", "the function, as module:function")
     applies: str = option(
-        "", "prompts it is called for: all, quoted, geneval or module:function; its own rule by default"
+        "",
+        "prompts it is called for: all, quoted, geneval or module:function; its own rule by default",
     )
 
 

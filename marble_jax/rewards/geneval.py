@@ -1,4 +1,4 @@
-"""GenEval as a reward: a detector's findings under the rules of `geneval_rules`, for prompts that come with metadata."""
+"""GenEval as a reward: a detector's findings under the rules of `geneval_rules`, for prompts with metadata."""
 
 from __future__ import annotations
 
@@ -130,6 +130,4 @@ def build_geneval(name: str, options: GenEvalOptions, context: BuildContext) -> 
         name, options.clip, options.tokenizer, options.dtype or context.dtype
     )
     detector = Mask2FormerDetector.load(folder, options.device, batch_size=options.batch_size)
-    return GenEvalReward(
-        name, detector, ClipColours(encoder), context.upstream_scoring, (encoder,)
-    )
+    return GenEvalReward(name, detector, ClipColours(encoder), context.upstream_scoring, (encoder,))

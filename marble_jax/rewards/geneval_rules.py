@@ -303,7 +303,8 @@ def evaluate_image(
         score = _partial_upstream
     return GenEvalResult(
         partial=score(strict_results, include),
-        correct=_all_matched(loose_results) and not _has_excluded(objects, metadata.get("exclude", ())),
+        correct=_all_matched(loose_results)
+        and not _has_excluded(objects, metadata.get("exclude", ())),
         strict=_all_matched(strict_results),
     )
 

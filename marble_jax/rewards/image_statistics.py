@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from marble_jax.rewards.base import Metadata, Reward
 from marble_jax.rewards.registration import BuildContext, NoOptions, register_reward
@@ -67,14 +66,14 @@ class JpegReward(Reward):
         return sizes * np.float32(self.factor), np.ones(len(images), bool)
 
 
-def brightness(images: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
-    """Returns the mean luma in [0, 1] of images in [0, 1]."""
+def brightness(images: jax.Array) -> jax.Array:
+    """Returns the mean luma [N] in [0, 1] of images [N, H, W, 3] in [0, 1]."""
     luma = jnp.dot(images, jnp.asarray(LUMA), precision="highest")
     return jnp.mean(luma, (1, 2))
 
 
-def colourfulness(images: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
-    """Returns the spread of colours of images in [0, 1]: 0 for grey, about 0.6 for the most colourful.
+def colourfulness(images: jax.Array) -> jax.Array:
+    """Returns the spread of colours [N] of images [N, H, W, 3] in [0, 1]: 0 for grey, about 0.6 for the most colourful.
 
     With rg = R - G and yb = (R + G) / 2 - B: the length of their standard deviations plus 0.3 times that of their
     means. On [0, 255] instead of [0, 1], as usually given, it is 255 times as large.
@@ -87,7 +86,8 @@ def colourfulness(images: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
     return _length(spread) + 0.3 * _length(mean)
 
 
-def _length(vectors: Float[Array, "2 n"]) -> Float[Array, " n"]:
+def _length(vectors: jax.Array) -> jax.Array:
+    """Returns the lengths [N] of vectors [2, N]."""
     return jnp.sqrt(jnp.sum(vectors**2, 0))
 
 

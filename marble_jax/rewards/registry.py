@@ -134,9 +134,7 @@ def _check_names(names: Sequence[str], entries: Entries, source: str) -> None:
             )
         times = list(names).count(name)
         if times > 1:
-            raise InputError(
-                f"reward: expected every name once; received {name!r} {times} times"
-            )
+            raise InputError(f"reward: expected every name once; received {name!r} {times} times")
 
 
 def build_reward(name: str, entries: Entries, context: BuildContext) -> Reward:

@@ -6,8 +6,9 @@ host the images that this host holds, and the scores are then the same everywher
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +18,11 @@ from marble_jax import distributed
 from marble_jax.errors import InputError, one_line
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
-from marble_jax.rewards.base import Reward, RewardError
+from marble_jax.rewards.base import Metadata, Result, Reward, RewardError
+from marble_jax.rewards.missing_cap import MissingCap
 from marble_jax.rewards.workers.host_scorer import (
     HostScorer,
     Pending,
-    num_asked,
     num_attempts,
     require_all,
 )
@@ -29,71 +30,57 @@ from marble_jax.types import Scores
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 8
-"""Batches without any score that are put up with beyond what `max_missing_share` allows, for each that it allows."""
+Reasons = dict[str, str]
+"""By reward, why scores failed."""
 
 
-class MissingCap:
-    """Stops a run in which one reward fails too often.
+@dataclasses.dataclass(frozen=True)
+class _DeviceScores:
+    """What a device reward returned, which may still be on its way.
 
-    Every batch adds its failed share less the allowed one to a sum that never falls below 0; the run stops when the
-    sum exceeds PATIENCE times the allowed share. At one half, a reward that gives nothing any more stops the run after
-    9 batches, while one that fails in 30 % of its calls drifts away from the cap; at 0 the first failure does.
+    Attributes:
+      values, valid: [N] as returned; NumPy zeros if the reward raised.
+      applies: bool [N].
     """
 
-    def __init__(self, max_missing_share: float):
-        """Sets the allowed share, in [0, 1]; 1 allows everything."""
-        if not 0 <= max_missing_share <= 1:
-            raise InputError(
-                f"max_missing_share: expected a share in [0, 1]; received {max_missing_share}"
-            )
-        self._share = max_missing_share
-        self._level: dict[str, float] = {}
-        self._recent: dict[str, list[tuple[int, int]]] = {}
+    values: Any
+    valid: Any
+    applies: np.ndarray
 
-    def add(self, name: str, result: base.Result, reason: str = "") -> None:
-        """Takes a batch of one reward into account.
+    @property
+    def is_running(self) -> bool:
+        """Whether the devices have been set to work."""
+        return isinstance(self.values, jax.Array)
 
-        Raises:
-          RewardError: the reward has failed too often.
-        """
-        failed, total = int(result.failed.sum()), num_asked(result)
-        if not total:
-            return
-        level = max(0.0, self._level.get(name, 0.0) + failed / total - self._share)
-        self._level[name] = level
-        recent = self._recent.setdefault(name, [])
-        recent.append((failed, total))
-        if level == 0:
-            recent.clear()
-        elif level > PATIENCE * self._share:
-            failed, total = (sum(column) for column in zip(*recent))
-            raise RewardError(
-                f"reward {name}: expected at most {self._share:.0%} of its scores to fail; received "
-                f"{failed} of {total} in the last {len(recent)} batch(es)"
-                + (f" ({reason})" if reason else "")
-            )
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Scores of one batch under way.
+
+    Attributes:
+      device: by device reward.
+      host: of the host rewards, if there are any.
+      processes: int [N], which process scores which image on its host; None with one process.
+    """
+
+    device: Mapping[str, _DeviceScores]
+    host: Pending | None = None
+    processes: np.ndarray | None = None
 
 
 class PendingScores:
-    """Scores of one batch under way; `owners` says which process scores which image on its host."""
+    """Scores of one batch under way; from `Scorer.submit`."""
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        device: dict[str, tuple[Any, Any, np.ndarray]],
-        host: Pending | None,
-        owners: np.ndarray | None = None,
-    ):
-        self._scorer, self._device, self._host, self._owners = scorer, device, host, owners
+    def __init__(self, scorer: Scorer, batch: _Batch):
+        self._scorer, self._batch = scorer, batch
 
     def result(self) -> Scores:
         """Waits for every reward; rewards in the run's order.
 
         Raises:
-          RewardError: as `host.Pending.result`, or a reward failed too often.
+          RewardError: as `host_scorer.Pending.result`, or a reward failed too often.
         """
-        return self._scorer._collect(self._device, self._host, self._owners)
+        return self._scorer._collect(self._batch)
 
 
 class Scorer:
@@ -106,6 +93,13 @@ class Scorer:
         is tried again, under "retry", only where it raises.
       max_missing_share: see `MissingCap`.
       timeout: seconds a call of a host reward may take.
+
+    Attributes:
+      rewards: as given.
+      names: theirs.
+
+    Raises:
+      InputError: no reward, or an argument out of range.
     """
 
     def __init__(
@@ -119,165 +113,191 @@ class Scorer:
         if not rewards:
             raise InputError("rewards: expected at least one; received none")
         self.rewards, self.names = tuple(rewards), tuple(reward.name for reward in rewards)
-        self._device = [reward for reward in rewards if reward.kind == "device"]
-        host = [reward for reward in rewards if reward.kind == "host"]
         self._cap = MissingCap(max_missing_share)
-        self._host = HostScorer(host, num_workers, on_error) if host else None
+        host_rewards = [reward for reward in rewards if reward.kind == "host"]
+        self._host: HostScorer | None = None
+        if host_rewards:
+            self._host = HostScorer(host_rewards, num_workers, on_error)
         self._on_error, self._timeout = on_error, timeout
-        self._errors: dict[str, str] = {}
-        self._stopping = ""
+        self._device_reasons: Reasons = {}
+        # Why this process has to stop the run, from when it is known until all processes are told.
+        self._stop_reason = ""
 
     def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> PendingScores:
-        """Hands over float32 images [N, H, W, 3] in [0, 1] with their N prompts.
+        """Hands over float32 images [N, H, W, 3], or clips [N, F, H, W, 3], in [0, 1] with their N prompts.
 
         Raises:
+          InputError: a reward that takes clips received images, or the other way round.
           RewardError: a device reward failed under on_error "fail". With several processes `result` raises it, when
             all of them know.
         """
-        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        for reward in self.rewards:
+            base.check_takes(reward, images)
+        texts = [prompt.text for prompt in prompts]
+        metadata = [prompt.metadata for prompt in prompts]
         device = {}
-        for reward in self._device:
-            values, valid = self._start(reward, images, texts, metadata)
-            device[reward.name] = (values, valid, base.applicable(reward, texts, metadata))
+        for reward in self.rewards:
+            if reward.kind == "device":
+                device[reward.name] = self._start(reward, images, texts, metadata)
         if self._host is None:
-            return PendingScores(self, device, None)
+            return PendingScores(self, _Batch(device))
         if distributed.is_single_process():
-            return PendingScores(
-                self, device, self._host.submit(np.asarray(images), texts, metadata)
-            )
-        owners = distributed.row_processes(images.sharding, images.shape)
-        own = np.flatnonzero(owners == jax.process_index())
-        pending = self._host.submit(
-            distributed.local_rows(images, owners),
-            [texts[i] for i in own],
-            [metadata[i] for i in own],
+            host = self._host.submit(np.asarray(images), texts, metadata)
+            return PendingScores(self, _Batch(device, host))
+        # Each host scores the images that its own devices hold: none is sent anywhere.
+        processes = distributed.row_processes(images.sharding, images.shape)
+        rows = np.flatnonzero(processes == jax.process_index()).tolist()
+        host = self._host.submit(
+            distributed.local_rows(images, processes),
+            [texts[row] for row in rows],
+            [metadata[row] for row in rows],
         )
-        return PendingScores(self, device, pending, owners)
+        return PendingScores(self, _Batch(device, host, processes))
 
     @property
     def waited_seconds(self) -> float:
         """Time callers stood still for host rewards so far."""
-        return self._host.stats.waited_seconds if self._host else 0.0
+        if self._host is None:
+            return 0.0
+        return self._host.stats.waited_seconds
 
     def close(self) -> None:
         """Ends the worker threads."""
-        if self._host:
+        if self._host is not None:
             self._host.close()
 
     def _start(
-        self, reward: Reward, images: jax.Array, texts: list[str], metadata: list[base.Metadata]
-    ) -> tuple[Any, Any]:
+        self, reward: Reward, images: jax.Array, texts: list[str], metadata: list[Metadata]
+    ) -> _DeviceScores:
         """Sets a device reward to work; nothing valid when it raises."""
+        applies = base.applicable(reward, texts, metadata)
         for _ in range(num_attempts(self._on_error)):
             try:
-                return reward.score(reward.params, images, texts, metadata)
-            except (
-                Exception
-            ) as error:  # a reward is foreign code: whatever it raises, the samples are missing
-                self._failed(reward.name, error)
-        return np.zeros(len(texts), np.float32), np.zeros(len(texts), bool)
+                values, valid = reward.score(reward.params, images, texts, metadata)
+                return _DeviceScores(values, valid, applies)
+            # A reward is foreign code: whatever it raises, the samples are missing.
+            except Exception as error:
+                self._note_failure(reward.name, error)
+        return _DeviceScores(np.zeros(len(texts), np.float32), np.zeros(len(texts), bool), applies)
 
-    def _settled(self, name: str, values: Any, valid: Any, applies: np.ndarray) -> base.Result:
+    def _wait_for(self, name: str, scores: _DeviceScores) -> Result:
         """Waits for a device reward; what went wrong since `_start` shows here."""
         try:
-            result = base.settle(*distributed.to_host((values, valid)), applies)
-        except Exception as error:  # see `_start`
-            self._failed(name, error)
-            return base.all_failed(applies)
+            values, valid = distributed.to_host((scores.values, scores.valid))
+            result = base.to_result(values, valid, scores.applies)
+        # Foreign code, as in `_start`.
+        except Exception as error:
+            self._note_failure(name, error)
+            return base.all_failed(scores.applies)
         if self._on_error == "fail":
             require_all(name, result)
         return result
 
-    def _failed(self, name: str, error: Exception) -> None:
+    def _note_failure(self, name: str, error: Exception) -> None:
+        """Keeps the reason; under "fail" stops the run, with several processes once all of them know."""
+        reason = one_line(error)
         if self._on_error == "fail":
             if distributed.is_single_process():
-                raise RewardError(f"reward {name}: {one_line(error)}") from error
-            self._stopping = self._stopping or f"reward {name}: {one_line(error)}"
-        self._errors[name] = one_line(error)
-        log.warning("reward %s failed: %s", name, one_line(error))
+                raise RewardError(f"reward {name}: {reason}") from error
+            self._stop_reason = self._stop_reason or f"reward {name}: {reason}"
+        self._device_reasons[name] = reason
+        log.warning("reward %s failed: %s", name, reason)
 
-    def _collect(
-        self,
-        device: dict[str, tuple[Any, Any, np.ndarray]],
-        host: Pending | None,
-        owners: np.ndarray | None,
-    ) -> Scores:
+    def _reasons(self) -> Reasons:
+        """Returns why scores failed on this process, host rewards included."""
+        if self._host is None:
+            return self._device_reasons
+        return self._device_reasons | self._host.errors
+
+    def _collect(self, batch: _Batch) -> Scores:
         if distributed.is_single_process():
-            found = {name: self._settled(name, *parts) for name, parts in device.items()}
-            if host is not None:
-                found |= host.result(self._timeout)
-            errors = self._errors | (self._host.errors if self._host else {})
+            results, reasons = self._collect_here(batch)
         else:
-            found, errors = self._from_all(device, host, owners)
-        for name, result in found.items():
-            self._cap.add(name, result, errors.get(name, "") if result.failed.any() else "")
-        return base.stack({name: found[name] for name in self.names})
+            results, reasons = self._collect_from_all(batch)
+        for name, result in results.items():
+            reason = ""
+            if result.failed.any():
+                reason = reasons.get(name, "")
+            self._cap.add(name, result, reason)
+        return base.stack({name: results[name] for name in self.names})
 
-    def _from_all(
-        self,
-        device: dict[str, tuple[Any, Any, np.ndarray]],
-        host: Pending | None,
-        owners: np.ndarray | None,
-    ) -> tuple[dict[str, base.Result], dict[str, str]]:
-        """Every process's part of the scores, put together, and why scores failed.
+    def _collect_here(self, batch: _Batch) -> tuple[dict[str, Result], Reasons]:
+        results = {name: self._wait_for(name, scores) for name, scores in batch.device.items()}
+        if batch.host is not None:
+            results |= batch.host.result(self._timeout)
+        return results, self._reasons()
+
+    def _collect_from_all(self, batch: _Batch) -> tuple[dict[str, Result], Reasons]:
+        """Returns every process's part of the scores, put together, and why scores failed.
 
         What a device reward gives is read only if no process failed to start it: reading takes all of them.
 
         Raises:
           RewardError: on every process, if one of them has to stop.
         """
-        parts: dict[str, base.Result] = {}
+        host_results: dict[str, Result] = {}
         try:
-            parts = host.result(self._timeout) if host is not None else {}
+            if batch.host is not None:
+                host_results = batch.host.result(self._timeout)
         except RewardError as error:
-            self._stopping = self._stopping or str(error)
-        errors = self._errors | (self._host.errors if self._host else {})
-        broken = [
-            name for name, (values, _, _) in device.items() if not isinstance(values, jax.Array)
-        ]
-        said = distributed.exchange(
-            "scores",
-            {
-                "stop": self._stopping,
-                "broken": broken,
-                "errors": errors,
-                "scores": {
-                    name: [column.tolist() for column in result] for name, result in parts.items()
-                },
-            },
-        )
-        self._stopping = distributed.first_reason([one["stop"] for one in said])
-        if self._stopping:
-            raise RewardError(self._stopping)
-        broken = {name for one in said for name in one["broken"]}
-        found = {
-            name: base.all_failed(applies)
-            if name in broken
-            else self._settled(name, values, valid, applies)
-            for name, (values, valid, applies) in device.items()
+            self._stop_reason = self._stop_reason or str(error)
+        reports = distributed.exchange("scores", self._report(batch, host_results))
+        self._stop_reason = distributed.first_reason([report["stop"] for report in reports])
+        if self._stop_reason:
+            raise RewardError(self._stop_reason)
+        not_started = set()
+        for report in reports:
+            not_started.update(report["not_started"])
+        results = {}
+        for name, scores in batch.device.items():
+            if name in not_started:
+                results[name] = base.all_failed(scores.applies)
+            else:
+                results[name] = self._wait_for(name, scores)
+        for name in host_results:
+            results[name] = _put_together(name, reports, batch.processes)
+        # What went wrong on the device shows only now that it has been read.
+        stop_reason = distributed.any_process("scores", self._stop_reason)
+        if stop_reason:
+            raise RewardError(stop_reason)
+        reasons: Reasons = {}
+        # The first process that has a reason is heard: its entry is written last.
+        for report in reversed(reports):
+            reasons |= report["reasons"]
+        return results, reasons
+
+    def _report(self, batch: _Batch, host_results: Mapping[str, Result]) -> dict[str, Any]:
+        """Returns what this process tells the others, in what JSON knows."""
+        not_started = [name for name, scores in batch.device.items() if not scores.is_running]
+        columns = {}
+        for name, result in host_results.items():
+            columns[name] = [column.tolist() for column in result]
+        return {
+            "stop": self._stop_reason,
+            "not_started": not_started,
+            "reasons": self._reasons(),
+            "scores": columns,
         }
-        for name in parts:
-            columns = base.Result(
-                *(np.zeros(len(owners), kind) for kind in (np.float32, bool, bool))
-            )
-            for index, one in enumerate(said):
-                for column, own in zip(columns, one["scores"][name]):
-                    column[owners == index] = own
-            found[name] = columns
-        stop = distributed.any_process(
-            "scores", self._stopping
-        )  # what went wrong on the device shows when it is read
-        if stop:
-            raise RewardError(stop)
-        return found, {
-            name: reason for one in reversed(said) for name, reason in one["errors"].items()
-        }
+
+
+def _put_together(
+    name: str, reports: Sequence[Mapping[str, Any]], processes: np.ndarray | None
+) -> Result:
+    """Returns the scores of a host reward for the whole batch, each row from the process that scored it."""
+    assert processes is not None, "host rewards of several processes come with the rows of each"
+    size = len(processes)
+    result = Result(np.zeros(size, np.float32), np.zeros(size, bool), np.zeros(size, bool))
+    for process, report in enumerate(reports):
+        rows = processes == process
+        for column, part in zip(result, report["scores"][name], strict=True):
+            column[rows] = part
+    return result
 
 
 def concatenate(parts: Sequence[Scores], count: int) -> Scores:
-    """Scores of several batches as one, cut to `count` samples (the last batch may have been filled up)."""
-    values, valid, failed = (
-        np.concatenate([getattr(p, f) for p in parts])[:count]
-        for f in ("values", "valid", "failed")
-    )
+    """Returns the scores of several batches as one, cut to `count` samples (the last batch may have been filled up)."""
+    # Samples are the first axis.
+    values = np.concatenate([part.values for part in parts])[:count]
+    valid = np.concatenate([part.valid for part in parts])[:count]
+    failed = np.concatenate([part.failed for part in parts])[:count]
     return Scores(parts[0].names, values, valid, failed)

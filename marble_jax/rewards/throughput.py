@@ -39,7 +39,9 @@ def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.
     try:
         if reward.kind == "host":
             with HostScorer([reward], 1, "fail") as scorer:
-                return batch_size * _rounds_per_second(lambda: _score_on_host(scorer, reward, batch, timeout))
+                return batch_size * _rounds_per_second(
+                    lambda: _score_on_host(scorer, reward, batch, timeout)
+                )
         images = jnp.asarray(batch.layout(reward.takes))
         return batch_size * _rounds_per_second(
             lambda: base.score(reward, images, batch.texts, batch.metadata)

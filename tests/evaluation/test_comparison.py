@@ -13,7 +13,8 @@ from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.statistics import bootstrap, composite, stratified
 from marble_jax.prompts.files import TAGS, Prompt
 from marble_jax.rewards.base import Reward, score
-from marble_jax.rewards.geneval import Detection, GenEvalReward
+from marble_jax.rewards.geneval import GenEvalReward
+from marble_jax.rewards.geneval_rules import Detection
 from marble_jax.types import Scores
 
 

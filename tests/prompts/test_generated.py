@@ -14,7 +14,7 @@ from marble_jax.errors import InputError
 from marble_jax.prompts import composition, lettering
 from marble_jax.prompts.files import TAGS, read_directory, read_file, read_geneval
 from marble_jax.prompts.generated import SOURCES, generate, write
-from marble_jax.rewards.geneval import judge
+from marble_jax.rewards.geneval_rules import evaluate_image
 from marble_jax.rewards.ocr import OCRReward
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -135,7 +135,7 @@ def test_geneval_tags_are_balanced_and_every_prompt_can_be_judged(sets):
     assert Counter(p.metadata["tag"] for p in train) == dict.fromkeys(TAGS, 1000)
     assert {p.metadata["tag"] for p in test} == set(TAGS)
     for prompt in test:
-        assert not judge(None, [], prompt.metadata).correct
+        assert not evaluate_image(None, [], prompt.metadata).correct
 
 
 def test_texts_to_render_are_held_out_and_the_ocr_reward_applies(sets):

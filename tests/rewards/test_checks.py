@@ -12,7 +12,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.programs.build import place_of
-from marble_jax.rewards import checks
+from marble_jax.rewards import checks, throughput
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.geneval import GenEvalReward
 from marble_jax.rewards.registry import load_rewards
@@ -52,11 +52,11 @@ def good(i, own):
     return i / 8 + own
 
 
-def look(reward, expected=None, **settings):
-    (finding,) = checks.look(
+def run_check(reward, expected=None, **settings):
+    (check,) = checks.run_checks(
         [reward], SIDE, {} if expected is None else {reward.name: expected}, **settings
     )
-    return finding
+    return check
 
 
 def test_images_are_the_same_at_every_size_up_to_its_grain():
@@ -87,44 +87,44 @@ def test_images_are_the_same_at_every_size_up_to_its_grain():
 def test_geneval_is_right_about_them():
     reward = GenEvalReward("geneval", ShapeDetector())
     images, prompts = golden_images.samples(64)
-    verdicts = reward.verdicts(images, [p.text for p in prompts], [p.metadata for p in prompts])
-    asked = [(i % 2 == 0, v.strict) for i, v in enumerate(verdicts) if v is not None]
+    results = reward.results(images, [p.text for p in prompts], [p.metadata for p in prompts])
+    asked = [(i % 2 == 0, v.strict) for i, v in enumerate(results) if v is not None]
     assert asked == [(True, True), (False, False)] * 2
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
 def test_a_reward_that_works(kind):
-    finding = look(Scripted("r", good, kind))
+    check = run_check(Scripted("r", good, kind))
     assert (
-        (finding.status, finding.note) == ("ok", "own prompts lead by 1")
-        and finding.passed
-        and not finding.broken
+        (check.status, check.note) == ("ok", "own prompts lead by 1")
+        and check.passed
+        and not check.broken
     )
-    assert finding.mean(True) == 1.3125 and finding.mean(False) == 0.3125
-    assert look(Scripted("r", lambda i, own: i, kind)).status == "ok"  # looks at no prompt
+    assert check.mean(True) == 1.3125 and check.mean(False) == 0.3125
+    assert run_check(Scripted("r", lambda i, own: i, kind)).status == "ok"  # looks at no prompt
 
 
 @pytest.mark.parametrize("kind, broken", [("host", False), ("device", True)])
 def test_a_constant_reward(kind, broken):
-    finding = look(Scripted("r", lambda i, own: 0.0, kind))
-    assert (finding.status, finding.note) == ("constant", "0 for every golden image")
-    assert finding.broken is broken and not finding.passed
+    check = run_check(Scripted("r", lambda i, own: 0.0, kind))
+    assert (check.status, check.note) == ("constant", "0 for every golden image")
+    assert check.broken is broken and not check.passed
 
 
 def test_a_reward_that_prefers_other_prompts():
-    finding = look(Scripted("r", lambda i, own: i - own))
-    assert finding.status == "disordered" and "own prompts score -1 against" in finding.note
-    assert not finding.passed and not finding.broken
+    check = run_check(Scripted("r", lambda i, own: i - own))
+    assert check.status == "disordered" and "own prompts score -1 against" in check.note
+    assert not check.passed and not check.broken
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
 def test_a_reward_that_fails(kind):
-    finding = look(Scripted("r", lambda i, own: np.nan if i == 2 and own else i, kind))
-    assert finding.status == "failed" and finding.broken
-    assert finding.note.startswith(f"1 of {COUNT} golden images without a score: no number")
-    finding = look(Scripted("r", lambda i, own: 1 / 0, kind))
+    check = run_check(Scripted("r", lambda i, own: np.nan if i == 2 and own else i, kind))
+    assert check.status == "failed" and check.broken
+    assert check.note.startswith(f"1 of {COUNT} golden images without a score: no number")
+    check = run_check(Scripted("r", lambda i, own: 1 / 0, kind))
     assert (
-        finding.note
+        check.note
         == f"{COUNT} of {COUNT} golden images without a score: ZeroDivisionError: division by zero"
     )
 
@@ -139,19 +139,19 @@ def test_a_reward_that_fails_now_and_then_gets_more_chances():
         return good(i, own)
 
     reward._answer = flaky
-    assert look(reward).status == "ok" and reward.sizes == [COUNT] * 3
+    assert run_check(reward).status == "ok" and reward.sizes == [COUNT] * 3
 
 
 def test_a_reward_that_hangs():
     release = threading.Event()
-    finding = look(Scripted("r", lambda i, own: release.wait(60)), timeout=0.05)
+    check = run_check(Scripted("r", lambda i, own: release.wait(60)), timeout=0.05)
     release.set()
-    assert finding.status == "failed" and finding.note.endswith("no answer within 0.05 s")
+    assert check.status == "failed" and check.note.endswith("no answer within 0.05 s")
 
 
 def test_a_reward_that_does_not_apply():
-    finding = look(Scripted("r", good, applies=lambda prompt: False))
-    assert finding.status == "not asked" and finding.passed and np.isnan(finding.mean(True))
+    check = run_check(Scripted("r", good, applies=lambda prompt: False))
+    assert check.status == "not asked" and check.passed and np.isnan(check.mean(True))
 
 
 def record(answer):
@@ -159,32 +159,32 @@ def record(answer):
 
 
 def test_recorded_scores():
-    assert look(Scripted("r", good), record(good)).note == "as on record, within 0"
+    assert run_check(Scripted("r", good), record(good)).note == "as on record, within 0"
     assert (
-        look(Scripted("r", lambda i, own: good(i, own) + 0.08), record(good)).status == "ok"
+        run_check(Scripted("r", lambda i, own: good(i, own) + 0.08), record(good)).status == "ok"
     )  # 5 % of 1.625
-    finding = look(
+    check = run_check(
         Scripted("r", lambda i, own: good(i, own) + 0.1 * (i == 3 and own)), record(good)
     )
-    assert finding.status == "differs" and finding.broken
-    assert finding.note.startswith("golden image 6: expected 1.375 within 0.081; received 1.475; ")
+    assert check.status == "differs" and check.broken
+    assert check.note.startswith("golden image 6: expected 1.375 within 0.081; received 1.475; ")
     some = [None if i >= 8 else v for i, v in enumerate(record(good))]
-    finding = look(Scripted("r", good), some)
-    assert (finding.status, finding.note) == (
+    check = run_check(Scripted("r", good), some)
+    assert (check.status, check.note) == (
         "differs",
         "scores golden images other than those on record",
     )
-    assert look(Scripted("r", lambda i, own: 0.0), [0.0] * COUNT).status == "ok"
+    assert run_check(Scripted("r", lambda i, own: 0.0), [0.0] * COUNT).status == "ok"
 
 
 def test_batches_on_the_device_have_the_size_of_the_run():
     """Filled up by repeating, or cut; those left out count as not asked for."""
     for size, valid in ((30, COUNT), (5, 5)):
         reward = Scripted("r", good, "device")
-        finding = look(reward, batch_size=size)
-        assert reward.sizes == [size] and finding.result.valid.sum() == valid and finding.passed
-        assert look(Scripted("r", good, "device"), record(good), batch_size=size).status == "ok"
-    assert look(Scripted("r", lambda i, own: 1 / 0, "device"), batch_size=5).note.startswith(
+        check = run_check(reward, batch_size=size)
+        assert reward.sizes == [size] and check.result.valid.sum() == valid and check.passed
+        assert run_check(Scripted("r", good, "device"), record(good), batch_size=size).status == "ok"
+    assert run_check(Scripted("r", lambda i, own: 1 / 0, "device"), batch_size=5).note.startswith(
         "5 of 5 golden"
     )
 
@@ -223,7 +223,7 @@ def test_records_on_disk(tmp_path):
     assert (
         golden_images.read_expected(tmp_path, SIDE) == golden_images.read_expected(None, SIDE) == {}
     )
-    rows = checks.recorded([look(Scripted("a", good, applies=lambda prompt: "red" in prompt))])
+    rows = checks.recorded_scores([run_check(Scripted("a", good, applies=lambda prompt: "red" in prompt))])
     file = golden_images.write_expected(tmp_path, SIDE, rows)
     assert file.name == "golden.json" and golden_images.read_expected(tmp_path, SIDE)["a"][:2] == [
         1.0,
@@ -254,16 +254,16 @@ def test_records_on_disk(tmp_path):
 
 def test_speed_and_weights():
     reward = Scripted("r", good, "device")
-    assert checks.weight_bytes(reward) == 60 and checks.weight_bytes(Scripted("r", good)) == 0
-    assert checks.throughput(reward, SIDE, 4) > 0 and set(reward.sizes) == {4}
+    assert throughput.weight_bytes(reward) == 60 and throughput.weight_bytes(Scripted("r", good)) == 0
+    assert throughput.throughput(reward, SIDE, 4) > 0 and set(reward.sizes) == {4}
     host = Scripted("r", good, applies=lambda prompt: "sign" in prompt)
-    assert checks.throughput(host, SIDE, 3) > 0
+    assert throughput.throughput(host, SIDE, 3) > 0
     for silent in (
         Scripted("r", lambda i, own: 1 / 0),
         Scripted("r", good, applies=lambda prompt: False),
     ):
-        assert np.isnan(checks.throughput(silent, SIDE, 3))
-    assert checks.memory().startswith("peak memory ")
+        assert np.isnan(throughput.throughput(silent, SIDE, 3))
+    assert throughput.peak_memory().startswith("peak memory ")
 
 
 def test_the_embedded_rewards_score_as_recorded():
@@ -272,11 +272,11 @@ def test_the_embedded_rewards_score_as_recorded():
     directory = place_of("embedded", "rewards")
     expected = golden_images.read_expected(directory, 64)
     assert set(expected) == {"alignment", "preference", "aesthetic", "ocr", "geneval", "judge"}
-    findings = checks.look(load_rewards(directory, ["alignment", "ocr", "geneval"]), 64, expected)
-    assert [(f.name, f.status) for f in findings] == [
+    checks = checks.run_checks(load_rewards(directory, ["alignment", "ocr", "geneval"]), 64, expected)
+    assert [(f.name, f.status) for f in checks] == [
         ("alignment", "ok"),
         ("ocr", "ok"),
         ("geneval", "ok"),
     ]
     wrong = {"alignment": expected["preference"]}
-    assert checks.look(load_rewards(directory, ["alignment"]), 64, wrong)[0].status == "differs"
+    assert checks.run_checks(load_rewards(directory, ["alignment"]), 64, wrong)[0].status == "differs"

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from marble_jax.prompts.composition import COLOURS
-from marble_jax.rewards.geneval import Detection, judge
+from marble_jax.rewards.geneval_rules import Detection, evaluate_image
 from marble_jax.rewards.models.clip_colours import TEMPLATES, ClipColours, cut_out
 from marble_jax.rewards.models.encoder import ClipEncoder
 
@@ -77,7 +77,7 @@ def test_it_serves_the_judge(scene):
         "prompt": "",
         "include": [{"class": NAME, "count": 1, "color": "red"}],
     }
-    assert judge(image, detections[:1], metadata, lambda image, found: ["red"] * len(found)).strict
+    assert evaluate_image(image, detections[:1], metadata, lambda image, found: ["red"] * len(found)).strict
     assert (
         len(COLOURS) == 10
         and TEMPLATES[1].format(colour="red", name="cat") == "a photo of a red-colored cat"

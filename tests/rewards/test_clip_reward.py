@@ -179,7 +179,7 @@ def test_rejects_bad_directories(directory, encoder, tmp_path):
     ):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match="preprocessor_config.json: expected JSON"):
+    with pytest.raises(InputError, match="preprocessor_config.json: expected valid JSON"):
         CLIPReward.load("x", tmp_path)
 
 

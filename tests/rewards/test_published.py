@@ -10,8 +10,9 @@ from marble_jax.errors import InputError
 from marble_jax.rewards import base
 from marble_jax.rewards.models.aesthetic import AestheticReward
 from marble_jax.rewards.models.clip_reward import FORMULAS, CLIPReward
-from marble_jax.rewards.models.encoder import HPS_FILES, ClipEncoder, openclip_text
+from marble_jax.rewards.models.encoder import HPS_FILES, ClipEncoder
 from marble_jax.rewards.models.imagereward import STD, ImageReward
+from marble_jax.rewards.models.tokenizer import openclip_text
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -256,7 +257,7 @@ def test_tokenizer_equals_openclips(open_clip, tmp_path):
         .split("\n")[1 : 49152 - 256 - 2 + 1]
     )
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    from marble_jax.rewards.models.encoder import load_tokenize
+    from marble_jax.rewards.models.tokenizer import load_tokenize
 
     ours = load_tokenize(tmp_path, 77, clean=openclip_text)
     prompts = [

@@ -6,8 +6,9 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
-from marble_jax.rewards.base import Reward, RewardError, settle
-from marble_jax.rewards.scorer import MissingCap, Scorer
+from marble_jax.rewards.base import Reward, RewardError, to_result
+from marble_jax.rewards.missing_cap import MissingCap
+from marble_jax.rewards.scorer import Scorer
 
 IMAGES = jnp.arange(4.0)[:, None, None, None] / 4 * jnp.ones((1, 2, 2, 3))
 PROMPTS = [Prompt(text, "general") for text in ("a", "b", "skip", "d")]
@@ -81,7 +82,7 @@ def test_a_device_reward_that_raises_is_tried_again():
 
 def result(failed, total):
     failed = np.arange(total) < failed
-    return settle(np.zeros(total), ~failed, np.ones(total, bool))
+    return to_result(np.zeros(total), ~failed, np.ones(total, bool))
 
 
 def batches_until_stop(cap, pattern, limit=400):
@@ -118,7 +119,7 @@ def test_when_the_cap_stops_a_run(share, pattern, stops):
 def test_the_cap_says_what_happened_and_counts_rewards_apart():
     cap = MissingCap(0.0)
     cap.add("good", result(0, 4))
-    cap.add("other", settle(np.zeros(2), np.zeros(2, bool), np.zeros(2, bool)))  # does not apply
+    cap.add("other", to_result(np.zeros(2), np.zeros(2, bool), np.zeros(2, bool)))  # does not apply
     with pytest.raises(
         RewardError,
         match=r"reward bad: expected at most 0% of its scores to fail; received 1 of 4 "

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from marble_jax.rewards import geneval
+from marble_jax.rewards import geneval_rules
 from marble_jax.rewards.toy_world import shape_detector
 from marble_jax.rewards.toy_world.shape_detector import ShapeDetector, template
 
@@ -32,7 +32,7 @@ def test_clean_images_exactly(scenes):
         assert named(found) == sorted((t.shape, t.ink) for t in scene.things)
         assert min(d.score for d in found) > 0.9
         if metadata:
-            assert geneval.judge(image, found, metadata) == geneval.Verdict(1.0, True, True)
+            assert geneval_rules.evaluate_image(image, found, metadata) == geneval_rules.GenEvalResult(1.0, True, True)
 
 
 def test_boxes_and_masks(world):

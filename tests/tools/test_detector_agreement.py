@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from marble_jax.errors import InputError
-from marble_jax.rewards.geneval import own_colours
+from marble_jax.rewards.geneval_rules import detector_colours
 from marble_jax.rewards.toy_world.shape_detector import ShapeDetector
 from tools import detector_agreement as tool
 
@@ -85,7 +85,7 @@ def test_judges_a_geneval_folder(world, tmp_path, capsys):
         (folder / "metadata.jsonl").write_text(json.dumps({**metadata, "prompt": prompt}) + "\n")
         Image.fromarray(world.render(scene(rng))).save(folder / "samples" / "0000.png")
     out = tmp_path / "ours.jsonl"
-    assert tool.judge_images(tmp_path / "images", ShapeDetector(), own_colours, out) == 2
+    assert tool.judge_images(tmp_path / "images", ShapeDetector(), detector_colours, out) == 2
     results = tool.read(out)
     assert sorted(results) == ["00000/samples/0000.png", "00001/samples/0000.png"]
     assert all(np.isfinite(r["partial"]) and r["detections"] for r in results.values())
@@ -95,7 +95,7 @@ def test_judges_a_geneval_folder(world, tmp_path, capsys):
         InputError, match="--images: expected folders with metadata.jsonl and samples"
     ):
         tool.judge_images(
-            tmp_path / "nowhere", ShapeDetector(), own_colours, tmp_path / "none.jsonl"
+            tmp_path / "nowhere", ShapeDetector(), detector_colours, tmp_path / "none.jsonl"
         )
     assert not list(tmp_path.glob("none*"))
 

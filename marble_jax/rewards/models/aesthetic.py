@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import Metadata, Reward, SharedNetwork
@@ -100,8 +99,8 @@ def _check_tensors(source: Tensors, names: Sequence[str], prefix: str) -> None:
     )
 
 
-def affine(head: Params, features: Float[Array, "n d"]) -> Float[Array, " n"]:
-    """Returns float32 scores of features under a head of `fold_head`."""
+def affine(head: Params, features: jax.Array) -> jax.Array:
+    """Returns scores float32 [N] of features [N, D] under a head of `fold_head`."""
     # In float32 even where the tower is not: the head's rows are large and cancel.
     products = jnp.dot(features.astype(jnp.float32), head["weight"], precision="highest")
     return products + head["bias"]

@@ -203,7 +203,9 @@ class ClipEncoder:
 
     def _text_features(self, params: Params, ids: jax.Array) -> jax.Array:
         with exact(self.model.dtype):
-            return _single(self.model.apply({"params": params}, ids, method=CLIPModel.text_features))
+            return _single(
+                self.model.apply({"params": params}, ids, method=CLIPModel.text_features)
+            )
 
 
 def _single(output: Any) -> jax.Array:

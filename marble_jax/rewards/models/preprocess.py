@@ -98,7 +98,7 @@ def resize_matrix(size_in: int, size_out: int, method: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=128)
 def _digits(size_in: int, size_out: int, method: str) -> np.ndarray:
-    """Returns float32 [3, size_out, size_in]: Pillow's whole-number weights in digits of DIGIT bits, the lowest first."""
+    """Returns float32 [3, size_out, size_in]: Pillow's whole-number weights in digits of DIGIT bits, lowest first."""
     weights = _weights(size_in, size_out, method) * 2**PLACES
     # Rounded half away from zero, as a cast in C after adding the half.
     whole = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int64)
@@ -213,7 +213,7 @@ class Preprocess:
         return (images - mean) / std
 
     def on_host(self, image: np.ndarray) -> np.ndarray:
-        """Returns the pixels float32 [size, size, 3] of one image uint8 [H, W, 3], by Pillow: for cut-outs of many sizes.
+        """Returns pixels float32 [size, size, 3] of one image uint8 [H, W, 3], by Pillow: for cut-outs of many sizes.
 
         Raises:
           InputError: a preprocessing other than 8-bit with "shortest".
