@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -96,18 +97,25 @@ def _fallen(outcome: Outcome) -> Alarm:
     return Alarm("alarm", f"{outcome.reward} fell without being trained", text)
 
 
-def _past_peak(records: Records, outcome: Outcome) -> list[Alarm]:
-    """Returns a watch where a reward's last score lies below the interval of its best one."""
-    history: list[tuple[int, Interval]] = []
+def _history(records: Records, reward: str) -> list[tuple[int, Interval]]:
+    """Returns step and score of every evaluation of trained weights that has one."""
+    history = []
     for evaluation in records.trained:
-        score = records.score(evaluation, outcome.reward)
+        score = records.score(evaluation, reward)
         if math.isfinite(score.mean):
             history.append((step_of(evaluation), score))
+    return history
+
+
+def _past_peak(records: Records, outcome: Outcome) -> list[Alarm]:
+    """Returns a watch where a reward's last score lies below the interval of its best one."""
+    history = _history(records, outcome.reward)
+    # A single evaluation is its own peak.
     if len(history) < 2:
         return []
     best_step, best = max(history, key=lambda entry: entry[1].mean)
     _, last = history[-1]
-    # Without an interval a lower last score may be chance.
+    # Without an interval, or inside it, a lower last score may be chance.
     if not math.isfinite(best.low) or last.mean >= best.low:
         return []
     text = (
@@ -155,6 +163,7 @@ def _brightness(records: Records) -> list[Alarm]:
 
 def _latent_norm(records: Records) -> list[Alarm]:
     drift = records.series("rollout/x0_norm").drift()
+    # A norm of zero has no relative change; records of a broken run may hold one.
     if drift is None or drift.start <= 0:
         return []
     if abs(drift.relative) <= X0_NORM_WATCH:
@@ -240,19 +249,25 @@ def _starved(records: Records, name: str) -> list[Alarm]:
 def _failed_evaluations(records: Records) -> list[Alarm]:
     failures: dict[str, list[str]] = {}
     for evaluation in records.evaluations:
-        counts = evaluation.get("failed")
-        if not isinstance(counts, dict):
-            continue
-        for name, count in counts.items():
-            num_failed = number(count)
-            if num_failed > 0:
-                where = f"{num_failed:g} in step {step_of(evaluation)}"
-                failures.setdefault(name, []).append(where)
+        for name, num_failed in _failures(evaluation).items():
+            where = f"{num_failed:g} in step {step_of(evaluation)}"
+            failures.setdefault(name, []).append(where)
     raised = []
     for name, places in failures.items():
-        text = f"Held-out images without a score: {', '.join(places)}. Gains compare the images that both have."
+        text = (
+            f"Held-out images without a score: {', '.join(places)}. "
+            "Gains compare the images that both have."
+        )
         raised.append(Alarm("watch", f"{name} failed in evaluations", text))
     return raised
+
+
+def _failures(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Returns the number of failed scores of each reward that failed in an evaluation."""
+    counts = evaluation.get("failed")
+    if not isinstance(counts, dict):
+        return {}
+    return {name: number(count) for name, count in counts.items() if number(count) > 0}
 
 
 def _missing_numbers(records: Records) -> list[Alarm]:

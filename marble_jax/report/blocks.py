@@ -116,6 +116,7 @@ def figure(
     wide = chart.draw(WIDE, wide_height)
     if not wide:
         return absent(missing or f"{title}: nothing on record yet.")
+    # Drawn anew and not scaled: scaled to a phone, the text of the wide drawing could not be read.
     narrow = chart.draw(NARROW, narrow_height)
     return element(
         "figure",
@@ -149,6 +150,7 @@ def smooth_curves(
     series = records.series(key)
     if not len(series):
         return []
+    # A width of 1 is no smoothing, and the curve needs no raw values behind it.
     width = 1
     if smooth:
         width = smoothing.smoothing_width(len(series))

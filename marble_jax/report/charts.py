@@ -55,6 +55,11 @@ class Chart:
     rug: np.ndarray | None = None
     shade_below_zero: bool = False
 
+    @property
+    def reached(self) -> list[float]:
+        """The values that the y axis must reach whatever the curves do: those asked for, and the references."""
+        return [*self.include, *(value for value, _ in self.references)]
+
     def draw(self, width: int, height: int) -> str:
         """Returns the `<svg>` text at a size in CSS pixels, or "" when there is nothing to draw."""
         chart = self
@@ -85,10 +90,18 @@ def _extent(chart: Chart) -> tuple[float, float] | None:
     """Returns the lower and upper end of the y axis, or None when no curve has a finite value."""
     if not any(curve.visible for curve in chart.curves):
         return None
-    reached = list(chart.include)
-    for value, _ in chart.references:
-        reached.append(value)
-    parts = [np.array(reached, float)]
+    values = _shown_values(chart)
+    if not values.size:
+        return None
+    lo, hi = float(values.min()), float(values.max())
+    if chart.log:
+        return lo / 1.3, hi * 1.3
+    return _padded(lo, hi, chart.reached)
+
+
+def _shown_values(chart: Chart) -> np.ndarray:
+    """Returns float [V], everything that the y axis has to hold."""
+    parts = [np.array(chart.reached, float)]
     for curve in chart.curves:
         parts.extend(curve.drawn_values())
     values = np.concatenate(parts)
@@ -96,13 +109,7 @@ def _extent(chart: Chart) -> tuple[float, float] | None:
     if chart.log:
         # A logarithmic axis has no place for zero; such values are gaps or lie on the foot of the chart.
         drawable &= values > 0
-    values = values[drawable]
-    if not values.size:
-        return None
-    lo, hi = float(values.min()), float(values.max())
-    if chart.log:
-        return lo / 1.3, hi * 1.3
-    return _padded(lo, hi, reached)
+    return values[drawable]
 
 
 def _padded(lo: float, hi: float, reached: Sequence[float]) -> tuple[float, float]:

@@ -71,10 +71,7 @@ def scores(comparison: Comparison) -> str:
         return blocks.section("scores", title, blocks.absent(message))
     verdicts = [_verdict(comparison, model) for model in comparison.challengers]
     rows = [_score_row(comparison, reward) for reward in comparison.columns]
-    for reward, by_model in comparison.summary.get("geneval", {}).items():
-        overall = [by_model[model]["overall"] for model in comparison.models]
-        label = f"{escape(reward)}, mean of the kinds"
-        rows.append([label, *_cells(overall), f"{_count(overall[0]):,}"])
+    rows += _overall_rows(comparison)
     note = ""
     # The composite of one model is not a number: it ranks models among themselves.
     if len(comparison.models) > 1:
@@ -83,6 +80,16 @@ def scores(comparison: Comparison) -> str:
     caption = "Mean with its 95&nbsp;% bootstrap interval over prompts, in each reward's own units; higher is better"
     table = _models_table(comparison, "Reward", rows, caption)
     return blocks.section("scores", title, *verdicts, table, note)
+
+
+def _overall_rows(comparison: Comparison) -> list[list[str]]:
+    """Returns GenEval's overall score, in which every kind of prompt counts the same whatever its number of prompts."""
+    rows = []
+    for reward, by_model in comparison.summary.get("geneval", {}).items():
+        overall = [by_model[model]["overall"] for model in comparison.models]
+        label = f"{escape(reward)}, mean of the kinds"
+        rows.append([label, *_cells(overall), f"{_count(overall[0]):,}"])
+    return rows
 
 
 def _verdict(comparison: Comparison, model: str) -> str:
@@ -103,17 +110,20 @@ def _verdict(comparison: Comparison, model: str) -> str:
 def _score_row(comparison: Comparison, reward: str) -> list[str]:
     by_model = comparison.summary["scores"]
     values = [by_model[model][reward] for model in comparison.models]
+    return [_reward_label(comparison, reward), *_cells(values), _image_counts(values)]
+
+
+def _image_counts(values: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how many images of each model have a score, and how many scores failed."""
     counts = [_count(value) for value in values]
     shown = f"{min(counts):,}"
     # A reward may have failed on some images of one model only.
     if max(counts) > min(counts):
         shown += f" to {max(counts):,}"
-    num_failed = 0
-    for value in values:
-        num_failed += int(value.get("failed") or 0)
+    num_failed = sum(int(value.get("failed") or 0) for value in values)
     if num_failed:
         shown += element("span", f"{num_failed} failed", class_="range")
-    return [_reward_label(comparison, reward), *_cells(values), shown]
+    return shown
 
 
 def _composite_row(comparison: Comparison) -> list[str]:
@@ -175,11 +185,7 @@ def geneval(comparison: Comparison) -> str:
     """Returns GenEval's accuracy by kind of prompt; "" where no prompt has a kind."""
     tables = []
     for reward, by_model in comparison.summary.get("geneval", {}).items():
-        rows = []
-        for tag, words in _TAG_WORDS.items():
-            values = [by_model[model].get(tag, {}) for model in comparison.models]
-            if any(values):
-                rows.append(_kind_row(tag, words, values))
+        rows = _kind_rows(comparison, by_model)
         # One row would be the overall score, which the table of scores has already.
         if len(rows) > 1:
             caption = f"{escape(reward)}: share of images that are right in all respects"
@@ -187,6 +193,16 @@ def geneval(comparison: Comparison) -> str:
     if not tables:
         return ""
     return blocks.section("geneval", "GenEval by kind", *tables)
+
+
+def _kind_rows(comparison: Comparison, by_model: Mapping[str, Any]) -> list[list[str]]:
+    """Returns a row for every kind of prompt that a model was scored on."""
+    rows = []
+    for tag, words in _TAG_WORDS.items():
+        values = [by_model[model].get(tag, {}) for model in comparison.models]
+        if any(values):
+            rows.append(_kind_row(tag, words, values))
+    return rows
 
 
 def _kind_row(tag: str, words: str, values: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -236,15 +252,9 @@ def paper(comparison: Comparison) -> str:
     decimals = [_paper_decimals(metric, column) for metric, column in zip(metrics, means.T)]
     rows = []
     for (name, values), composite in zip(table["rows"].items(), table["composite"]):
-        row = [escape(name)]
-        for value, digits in zip(values, decimals):
-            row.append(data(value, digits))
-        row.append(data(number(composite), 2, signed=True))
-        rows.append(row)
-    head = ["Paper"]
-    for metric in metrics:
-        head.append(escape(metric))
-    head.append("composite")
+        cells = [data(value, digits) for value, digits in zip(values, decimals)]
+        rows.append([escape(name), *cells, data(number(composite), 2, signed=True)])
+    head = ["Paper", *map(escape, metrics), "composite"]
     lead = (
         "<b>Not measured here.</b> Reference rows from MARBLE (arXiv 2605.06507, Table 1): SD3.5-medium at 512 px with "
         "the paper's prompts and reward models. Its composite is taken over its own four rows. A row of this page may "

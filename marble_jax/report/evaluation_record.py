@@ -85,6 +85,16 @@ def _prompts(path: epath.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def _json_or_empty(path: epath.Path, flaws: list[str]) -> Any:
+    """Returns the file's JSON value; an empty object where there is none."""
+    value, problem = parsed_json(path)
+    if problem:
+        flaws.append(f"{problem}.")
+    if value is None:
+        return {}
+    return value
+
+
 def read_comparison(path: epath.PathLike) -> Comparison:
     """Reads the folder that `evaluate` writes.
 
@@ -93,15 +103,13 @@ def read_comparison(path: epath.PathLike) -> Comparison:
     """
     root = epath.Path(path)
     flaws: list[str] = []
-    contents = {}
-    for name in ("evaluation.json", "summary.json"):
-        value, problem = parsed_json(root / name)
-        if problem:
-            flaws.append(f"{problem}.")
-        contents[name] = {} if value is None else value
-    record = contents["evaluation.json"]
-    models = record.get("models") if isinstance(record, dict) else None
+    record = _json_or_empty(root / "evaluation.json", flaws)
+    models = None
+    if isinstance(record, dict):
+        models = record.get("models")
     if not isinstance(models, dict) or not models:
         raise InputError(f"evaluation: expected a folder with evaluation.json; received {root}")
+    # Not there before scoring: the page then shows the images alone.
+    summary = _json_or_empty(root / "summary.json", flaws)
     prompts = _prompts(root / "prompts.jsonl")
-    return Comparison(root, record, contents["summary.json"], prompts, flaws)
+    return Comparison(root, record, summary, prompts, flaws)

@@ -117,11 +117,8 @@ def _risen(num_risen: int, num_trained: int) -> str:
     if num_risen < num_trained:
         verb = "is" if num_risen == 1 else "are"
         return f"{num_risen} of {num_trained} trained rewards {verb} up"
-    if num_trained == 1:
-        return "The trained reward is up"
-    if num_trained == 2:
-        return "Both trained rewards are up"
-    return f"All {num_trained} trained rewards are up"
+    few = {1: "The trained reward is up", 2: "Both trained rewards are up"}
+    return few.get(num_trained, f"All {num_trained} trained rewards are up")
 
 
 def _heldout_sentence(names: dict[str, list[str]]) -> str:
@@ -175,6 +172,7 @@ def timings(records: Records) -> dict[str, float]:
         if math.isfinite(seconds):
             in_phases += seconds
     phases["step"] = records.series("time/step_s").median()
+    # The phases' sum is the nearest thing to a total that is not on record.
     if not math.isfinite(phases["step"]) and in_phases:
         phases["step"] = in_phases
     # Medians need not add up: the phases' sum may come out above the median of the steps.

@@ -31,8 +31,10 @@ def weights(records: Records) -> str:
     curves = []
     for name, series in entries:
         curves.append(Curve(name, series.step, series.value, records.slot(name)))
+    rug = None
     if marked:
-        curves += _solved(records, [name for name, _ in entries])
+        rug = refreshes
+        curves += _solved(records, entries)
     uniform = 1 / len(entries)
     chart = charts.Chart(
         curves,
@@ -41,7 +43,7 @@ def weights(records: Records) -> str:
         x_range=blocks.step_range(records),
         include=(0.0,),
         references=[(uniform, f"equal, {uniform:.2g}")],
-        rug=refreshes if marked else None,
+        rug=rug,
     )
     caption = "Lines: the alpha in use, after smoothing."
     caption += _refresh_note(records, refreshes, marked) + _evenness_note(records, len(entries))
@@ -56,10 +58,10 @@ def _refreshes(records: Records) -> np.ndarray:
     return refreshed.step[refreshed.value == 1]
 
 
-def _solved(records: Records, names: list[str]) -> list[Curve]:
+def _solved(records: Records, entries: list[tuple[str, Series]]) -> list[Curve]:
     """Returns what the solver asked for, before smoothing, as dots."""
     curves = []
-    for name in names:
+    for name, _ in entries:
         series = records.series(f"harmonize/alpha_solved/{name}")
         if not len(series):
             continue

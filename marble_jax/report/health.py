@@ -133,22 +133,7 @@ def _shares(records: Records) -> str:
     """Returns how much of each reward's scores is missing or failed; "" without a record of it."""
     rows = []
     for name in records.rewards:
-        missing = records.series(f"rollout/missing_share/{name}")
-        failed = records.series(f"rollout/failed/{name}")
-        failed_count = records.series(f"rollout/failed_count/{name}")
-        spread = records.series(f"rollout/score_std/{name}")
-        if not len(missing) and not len(failed) and not len(spread):
-            continue
-        rows.append(
-            (
-                blocks.reward_label(records, name),
-                percent(missing.mean()),
-                percent(missing.last()),
-                _worst_failure(failed),
-                _sum(failed_count),
-                short(spread.median()),
-            )
-        )
+        rows.extend(_share_rows(records, name))
     if not rows:
         return ""
     head = (
@@ -161,6 +146,26 @@ def _shares(records: Records) -> str:
     )
     caption = "Missing: the reward does not apply to the image's prompt, or its call failed"
     return blocks.table(head, rows, caption=caption)
+
+
+def _share_rows(records: Records, name: str) -> list[tuple[str, ...]]:
+    """Returns the row of one reward; none without a record of it."""
+    missing = records.series(f"rollout/missing_share/{name}")
+    failed = records.series(f"rollout/failed/{name}")
+    failed_count = records.series(f"rollout/failed_count/{name}")
+    spread = records.series(f"rollout/score_std/{name}")
+    if not len(missing) and not len(failed) and not len(spread):
+        return []
+    row = (
+        blocks.reward_label(records, name),
+        # Both, since a curriculum may change which prompts a reward applies to.
+        percent(missing.mean()),
+        percent(missing.last()),
+        _worst_failure(failed),
+        _sum(failed_count),
+        short(spread.median()),
+    )
+    return [row]
 
 
 def _worst_failure(failed: Series) -> str:

@@ -55,20 +55,25 @@ def marker(
       tooltip: plain text.
     """
     index = slot or 0
-    shape = index % _NUM_SHAPES
     hollow = index % NUM_COLOURS >= _NUM_SHAPES
     classes = "mark hollow" if hollow else "mark"
     title = ""
     if tooltip:
         title = element("title", escape(tooltip))
+    shape = index % _NUM_SHAPES
     if shape == 0:
         return element("circle", title, class_=classes, cx=px(x), cy=px(y), r=size)
+    return element("polygon", title, class_=classes, points=_outline(shape, x, y, size))
+
+
+def _outline(shape: int, x: float, y: float, size: float) -> str:
+    """Returns the corners of a square, triangle or diamond around (x, y)."""
     corners = []
     for across, down in _CORNERS[shape]:
         corner_x = px(x + size * across)
         corner_y = px(y + size * down)
         corners.append(f"{corner_x},{corner_y}")
-    return element("polygon", title, class_=classes, points=" ".join(corners))
+    return " ".join(corners)
 
 
 def swatch(slot: int | None, *, solid: bool = False) -> str:

@@ -77,6 +77,7 @@ def _forest(
 ) -> str:
     """Returns the runs' gains on one reward as bars on one scale; "" where no run has an interval."""
     farthest = reach(intervals)
+    # NaN, where no end is on record, compares as false.
     if not farthest >= 0:
         return ""
     decimals = decimals_for(narrowest(intervals))

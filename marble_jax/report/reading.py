@@ -152,17 +152,25 @@ def _rewards_in_metrics(rows: Iterable[dict[str, Any]]) -> list[str]:
     return list(names)
 
 
+def _names(recorded: Any) -> list[str]:
+    """Returns a recorded list of names; an empty one for null."""
+    if not recorded:
+        return []
+    return [str(name) for name in recorded]
+
+
 def _reward_names(
     run: dict[str, Any], rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the trained and the held-out rewards; where `run.json` is silent, from metrics and evaluations."""
-    rewards = [str(name) for name in run.get("rewards") or ()]
+    rewards = _names(run.get("rewards"))
     if not rewards:
         rewards = _rewards_in_metrics(rows)
     # A dict keeps the order of the run, which fixes the colours, and holds every name once.
-    heldout = dict.fromkeys(map(str, run.get("heldout_rewards") or ()))
+    heldout = dict.fromkeys(_names(run.get("heldout_rewards")))
     for evaluation in evaluations:
-        heldout.update(dict.fromkeys(evaluation.get("scores") or ()))
+        heldout.update(dict.fromkeys(_names(evaluation.get("scores"))))
+    # Evaluations score the trained rewards too.
     for name in rewards:
         heldout.pop(name, None)
     return tuple(dict.fromkeys(rewards)), tuple(heldout)

@@ -95,6 +95,7 @@ class Series:
     def drift(self) -> Drift | None:
         """Returns the means over the first and the last tenth of the finite values; None with fewer than four."""
         values = self.finite
+        # Of fewer values start and end would be nearly the same ones.
         if values.size < 4:
             return None
         start = values[: self.window].mean()

@@ -52,21 +52,23 @@ def ticks(lo: float, hi: float, about: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def log_ticks(lo: float, hi: float) -> list[float]:
-    """Returns powers of ten in [lo, hi], thinned to seven; with 2 and 5 times them when fewer than three lie inside."""
+def _in_decades(lo: float, hi: float, multiples: tuple[int, ...]) -> list[float]:
+    """Returns the multiples of powers of ten that lie in [lo, hi], in increasing order."""
     lowest = math.floor(math.log10(lo))
     highest = math.ceil(math.log10(hi))
-    powers, finer = [], []
+    values = []
     for exponent in range(lowest, highest + 1):
-        for multiple in (1, 2, 5):
-            tick = multiple * 10.0**exponent
-            if not lo <= tick <= hi:
-                continue
-            finer.append(tick)
-            if multiple == 1:
-                powers.append(tick)
+        for multiple in multiples:
+            values.append(multiple * 10.0**exponent)
+    return [value for value in values if lo <= value <= hi]
+
+
+def log_ticks(lo: float, hi: float) -> list[float]:
+    """Returns powers of ten in [lo, hi], thinned to seven; with 2 and 5 times them when fewer than three lie inside."""
+    powers = _in_decades(lo, hi, (1,))
     if len(powers) >= 3:
         return powers[:: math.ceil(len(powers) / _MAX_LOG_TICKS)]
+    finer = _in_decades(lo, hi, (1, 2, 5))
     if len(finer) > 1:
         return finer
     # A range that holds at most one such number is so short that equal steps read well on it.

@@ -96,18 +96,17 @@ def _evaluation_curves(records: Records, reward: str) -> list[Curve]:
     return [curve]
 
 
+def _evaluation_row(records: Records, evaluation: dict[str, Any]) -> list[str]:
+    weights = f"step {step_of(evaluation):,}"
+    if evaluation.get("policy") == "base":
+        weights = "base"
+    means = [data(records.score(evaluation, name).mean, 4) for name in records.names]
+    return [weights, *means, duration(number(evaluation.get("seconds")))]
+
+
 def _table(records: Records) -> str:
     """Returns all evaluations as a folded table; "" without one."""
-    rows = []
-    for evaluation in records.evaluations:
-        weights = f"step {step_of(evaluation):,}"
-        if evaluation.get("policy") == "base":
-            weights = "base"
-        cells = [weights]
-        for name in records.names:
-            cells.append(data(records.score(evaluation, name).mean, 4))
-        cells.append(duration(number(evaluation.get("seconds"))))
-        rows.append(cells)
+    rows = [_evaluation_row(records, evaluation) for evaluation in records.evaluations]
     if not rows:
         return ""
     names = [escape(name) for name in records.names]

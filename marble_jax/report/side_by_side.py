@@ -28,13 +28,18 @@ _SECTIONS = (
 )
 
 
-def chosen(comparison: Comparison, count: int) -> list[int]:
-    """Returns the indices of the images that are shown: evenly spread, each prompt once."""
-    first_images: dict[tuple[Any, Any], int] = {}
+def _first_images(comparison: Comparison) -> list[int]:
+    """Returns the index of every prompt's first image."""
+    by_prompt: dict[tuple[Any, Any], int] = {}
     for index, prompt in enumerate(comparison.prompts):
         # Several images of one prompt differ by their seed alone; the first one stands for them.
-        first_images.setdefault((prompt.get("source"), prompt.get("prompt")), index)
-    indices = list(first_images.values())
+        by_prompt.setdefault((prompt.get("source"), prompt.get("prompt")), index)
+    return list(by_prompt.values())
+
+
+def chosen(comparison: Comparison, count: int) -> list[int]:
+    """Returns the indices of the images that are shown: evenly spread, each prompt once."""
+    indices = _first_images(comparison)
     if not indices or count < 1:
         return []
     positions = np.linspace(0, len(indices) - 1, min(count, len(indices)))

@@ -26,6 +26,7 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     if width <= 1 or values.size < 3:
         return values
     finite = np.isfinite(values)
+    # A kernel longer than the values would make `convolve` return more means than there are values.
     kernel = np.ones(min(width, values.size))
     # A gap adds nothing to the sum and nothing to the count, so it does not pull its neighbours towards zero.
     filled = np.where(finite, values, 0.0)

@@ -36,9 +36,9 @@ def images(records: Records, flaws: list[str]) -> str:
     cards, timelines = [], []
     for strip in shown:
         cards.append(_card(strip, flaws))
-        timeline = _timeline(strip, flaws)
-        if timeline:
-            timelines.append(timeline)
+        # With two images or fewer there is nothing between them.
+        if len(strip.images) > 2:
+            timelines.append(_timeline(strip, flaws))
     between = ""
     if timelines:
         between = blocks.fold("The steps between", *timelines)
@@ -79,10 +79,8 @@ def _card(strip: Strip, flaws: list[str]) -> str:
 
 
 def _timeline(strip: Strip, flaws: list[str]) -> str:
-    """Returns some of a prompt's images between the first and the last; "" without one."""
+    """Returns some of a prompt's images between the first and the last."""
     cells = [_image_at(strip, image, flaws) for image in _between(strip.images)]
-    if not cells:
-        return ""
     row = element("div", *cells, class_="row")
     return element(
         "figure",
