@@ -15,7 +15,7 @@ import toy_run
 
 from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.streams import Stream, stream_generator, stream_key
-from marble_jax.trainable import lora
+import sd3_lora as lora
 from marble_jax.training import guard
 from marble_jax.training.iteration import Sampling, Turn
 from marble_jax.training.rollout import Collector

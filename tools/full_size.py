@@ -121,13 +121,12 @@ def ours(directory: pathlib.Path, out: pathlib.Path) -> dict:
 
     from marble_jax.families.sd3.layer_names import load_mmdit
     from marble_jax.families.sd3.transformer import velocity
-    from marble_jax.types import Conditioning
 
     start = time.perf_counter()
     model, params = load_mmdit(directory, jnp.bfloat16, table_side=32, dtype=jnp.float32)
     loaded = time.perf_counter() - start
     latents, embeds, pooled, sigma = arrays()
-    run = jax.jit(lambda p, x, e, q: velocity(model, p, None, x, sigma, Conditioning(e, q)))
+    run = jax.jit(lambda p, x, e, q: velocity(model, p, None, x, sigma, {"embeds": e, "pooled": q}))
     start = time.perf_counter()
     np.save(out, np.asarray(run(params, latents, embeds, pooled)))
     return {"load_seconds": loaded, "forward_seconds": time.perf_counter() - start}

@@ -53,7 +53,7 @@ class OrbaxDir:
         paths = list(self.leaves)
         groups = []
         start = 0
-        for count in grouped(sizes):
+        for count in group_counts(sizes):
             groups.append(paths[start : start + count])
             start += count
         return groups

@@ -22,7 +22,7 @@ from marble_jax.programs import evaluate
 from marble_jax.programs.sample import Source
 from marble_jax.rewards.registry import FILE, entries_of
 from marble_jax.storage.images import ImageFolder, read_image
-from marble_jax.trainable import lora as adapters
+import sd3_lora as adapters
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -17,7 +17,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
-from marble_jax.trainable import lora as adapters
+import sd3_lora as adapters
 
 FIELDS = {
     "num_layers": 4, "attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 6,
@@ -29,7 +29,7 @@ RANK, ALPHA = 3, 6.0
 SPEC = adapters.LoraSpec(RANK, ALPHA)
 Q = "transformer_blocks.0.attn.to_q"
 NAMES = sorted(
-    (module.name for module in adapters.target_modules(SHAPES)), key=lambda name: (name != Q, name)
+    (module.name for layer in adapters.target_layers(SHAPES)), key=lambda name: (name != Q, name)
 )
 
 

@@ -24,7 +24,7 @@ from marble_jax.networks.sharding_rules import AUTOENCODER, REWARDS, TEXT_ENCODE
 from marble_jax.plan.model_shapes import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.programs import build
 from marble_jax.storage.files import read_json
-from marble_jax.trainable import lora
+import sd3_lora as lora
 
 MESHES = ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
 

@@ -59,8 +59,8 @@ def test_prompt_embeddings_match_diffusers(theirs, ours):
             PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=LENGTH
         )
     got = ours.encode_prompts(PROMPTS, LENGTH)
-    np.testing.assert_allclose(got.embeds, embeds.numpy(), atol=2e-4, rtol=1e-4)
-    np.testing.assert_allclose(got.pooled, pooled.numpy(), atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(got["embeds"], embeds.numpy(), atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(got["pooled"], pooled.numpy(), atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

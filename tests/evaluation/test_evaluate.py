@@ -10,11 +10,11 @@ import pytest
 
 import marble_jax  # noqa: F401
 from marble_jax.evaluation.evaluate import Evaluator
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.types import Conditioning
 
 TEXTS = ("a cat", 'a sign "go"', "two dogs", "a bird", 'the word "no"', "fog", "a cat")
 PROMPTS = [Prompt(text, "general") for text in TEXTS]
@@ -23,7 +23,7 @@ PROMPTS = [Prompt(text, "general") for text in TEXTS]
 def _velocity(params, adapter, xt, sigma, cond):
     shift = 0.0 if adapter is None else adapter
     return (
-        jnp.tanh(params * xt + sigma[:, None, None, None]) + cond.pooled[:, :, None, None] + shift
+        jnp.tanh(params * xt + sigma[:, None, None, None]) + cond["pooled"][:, :, None, None] + shift
     )
 
 
@@ -46,12 +46,12 @@ class Length(Reward):
 
 def _encode(texts):
     numbers = jnp.asarray([[sum(map(ord, t)) % 11] for t in texts], jnp.float32) / 10
-    return Conditioning(embeds=numbers[:, None], pooled=numbers)
+    return {"embeds": numbers[:, None], "pooled": numbers}
 
 
 @functools.cache
 def _sampler():
-    return make_sampler(_velocity, 3, "dpm2", 1.0)
+    return make_sampler(_velocity, "dpm2", sigma_grid(3, 1.0))
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from marble_jax.families.sd3 import flops
 from marble_jax.families.sd3.config import SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
 from marble_jax.networks import autoencoder_kl
-from marble_jax.trainable.lora import LoraSpec, init_adapter
-from marble_jax.types import Conditioning
+from sd3_lora import LoraSpec, init_adapter
 
 # Every run has one block, so that XLA's analysis, which counts the body of a loop once, sees all of it.
 UNSCANNED = MMDiTConfig(
@@ -41,10 +40,7 @@ def unscanned():
     model = MMDiT(UNSCANNED, attention="einsum")
     params, adapter = shapes(UNSCANNED, LoraSpec(16, 16.0))
     struct = jax.ShapeDtypeStruct
-    cond = Conditioning(
-        struct((NUM, TEXT, UNSCANNED.joint_attention_dim), jnp.float32),
-        struct((NUM, UNSCANNED.pooled_projection_dim), jnp.float32),
-    )
+    cond = {"embeds": struct((NUM, TEXT, UNSCANNED.joint_attention_dim), jnp.float32), "pooled": struct((NUM, UNSCANNED.pooled_projection_dim), jnp.float32)}
     xt, sigma = struct((NUM, SIDE, SIDE, 16), jnp.float32), struct((NUM,), jnp.float32)
 
     def forward(adapter, params, xt, sigma, cond):

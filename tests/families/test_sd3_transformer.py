@@ -22,8 +22,7 @@ from marble_jax.families.sd3.transformer import (
     velocity,
 )
 from marble_jax.networks.attention import IMPLEMENTATIONS, attend
-from marble_jax.trainable.lora import LoraSpec, init_adapter, merge, num_parameters, stack
-from marble_jax.types import Conditioning
+from sd3_lora import LoraSpec, init_adapter, merge, num_parameters, stack
 from marble_jax.weights.key_map import save_params
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
@@ -76,9 +75,7 @@ def inputs(config, num=2, height=8, width=12, tokens=5):
     """Latents, sigma and conditioning; non-square, as are all images here."""
     rng = np.random.default_rng(3)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    cond = Conditioning(
-        draw(num, tokens, config.joint_attention_dim), draw(num, config.pooled_projection_dim)
-    )
+    cond = {"embeds": draw(num, tokens, config.joint_attention_dim), "pooled": draw(num, config.pooled_projection_dim)}
     return (
         draw(num, height, width, config.in_channels),
         np.asarray([0.913349, 0.0089286][:num], np.float32),
@@ -91,8 +88,8 @@ def torch_velocity(model, xt, sigma, cond):
     with torch.no_grad():
         out = model(
             torch.from_numpy(xt.transpose(0, 3, 1, 2).copy()),
-            torch.from_numpy(cond.embeds),
-            torch.from_numpy(cond.pooled),
+            torch.from_numpy(cond["embeds"]),
+            torch.from_numpy(cond["pooled"]),
             torch.from_numpy(sigma * 1000),
             return_dict=False,
         )[0]
@@ -136,12 +133,12 @@ def test_time_text_embedding(pair):
     theirs, _, params, _ = pair
     _, sigma, cond = inputs(TINY)
     out = TimeTextEmbed(TINY.width).apply(
-        {"params": params["time_text_embed"]}, sigma * 1000, cond.pooled
+        {"params": params["time_text_embed"]}, sigma * 1000, cond["pooled"]
     )
     with torch.no_grad():
         assert_close(
             out,
-            theirs.time_text_embed(torch.from_numpy(sigma * 1000), torch.from_numpy(cond.pooled)),
+            theirs.time_text_embed(torch.from_numpy(sigma * 1000), torch.from_numpy(cond["pooled"])),
         )
 
 
@@ -426,7 +423,7 @@ def test_config_errors(change, message):
 )
 def test_model_errors(options, shape, message):
     model = MMDiT(TINY, **options)
-    cond = Conditioning(jnp.zeros((1, 2, 10)), jnp.zeros((1, 6)))
+    cond = {"embeds": jnp.zeros((1, 2, 10)), "pooled": jnp.zeros((1, 6))}
     with pytest.raises(InputError, match=message):
         params = abstract_params(MMDiT(TINY, table_side=None))
         jax.eval_shape(lambda p: velocity(model, p, None, jnp.zeros(shape), 0.5, cond), params)

@@ -65,7 +65,7 @@ WHOLE = [
 
 @pytest.mark.parametrize("expected", [TEN, TWENTY_FIVE], ids=["10", "25"])
 def test_published_timesteps(expected):
-    sigmas = levels.sigma_grid(len(expected))
+    sigmas = levels.sigma_grid(len(expected), 3.0)
     assert sigmas.dtype == np.float32 and sigmas[-1] == 0
     np.testing.assert_allclose(1000 * sigmas[:-1], expected, atol=6e-5)
 
@@ -75,15 +75,15 @@ def test_equals_diffusers(num_steps):
     diffusers = pytest.importorskip("diffusers")
     reference = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     reference.set_timesteps(num_steps)
-    np.testing.assert_allclose(levels.sigma_grid(num_steps), reference.sigmas.numpy(), rtol=2e-6)
+    np.testing.assert_allclose(levels.sigma_grid(num_steps, 3.0), reference.sigmas.numpy(), rtol=2e-6)
 
 
 def test_smallest_level_does_not_depend_on_the_number_of_steps():
-    np.testing.assert_allclose([levels.sigma_grid(n)[-2] for n in (2, 10, 500)], 3 / 336, rtol=1e-4)
+    np.testing.assert_allclose([levels.sigma_grid(n, 3.0)[-2] for n in (2, 10, 500)], 3 / 336, rtol=1e-4)
 
 
 def test_truncated_levels_are_whole_timesteps():
-    seen = levels.truncated(levels.sigma_grid(25)[:-1])
+    seen = levels.truncated(levels.sigma_grid(25, 3.0)[:-1])
     np.testing.assert_allclose(1000 * seen, WHOLE, rtol=1e-6)
 
 
@@ -96,4 +96,4 @@ def test_truncated_levels_are_whole_timesteps():
 )
 def test_bad_input(settings, message):
     with pytest.raises(InputError, match=message):
-        levels.sigma_grid(**settings)
+        levels.sigma_grid(**settings, 3.0)

@@ -8,19 +8,18 @@ import marble_jax  # noqa: F401
 from marble_jax.errors import InputError
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import make_sampler
-from marble_jax.types import Conditioning
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.normal(size=(3, 2, 2, 3)).astype(np.float32)
 POOLED = RNG.normal(size=(3, 1)).astype(np.float32)
-COND = Conditioning(embeds=jnp.zeros((3, 1, 1)), pooled=jnp.asarray(POOLED))
+COND = {"embeds": jnp.zeros((3, 1, 1)), "pooled": jnp.asarray(POOLED)}
 
 
 def _velocity(params, adapter, xt, sigma, cond):
     assert sigma.shape == xt.shape[:1]
     shift = 0.0 if adapter is None else adapter
     return (
-        jnp.tanh(params * xt + sigma[:, None, None, None] + cond.pooled[:, :, None, None]) + shift
+        jnp.tanh(params * xt + sigma[:, None, None, None] + cond["pooled"][:, :, None, None]) + shift
     )
 
 
@@ -56,7 +55,7 @@ def _dpm2(sigmas, seen, weight=0.7, shift=0.0):
 @pytest.mark.parametrize("solver, twin", [("euler", _euler), ("dpm2", _dpm2)])
 def test_sampler_equals_a_numpy_loop(solver, twin):
     sigmas = sigma_grid(6, 3.0).astype(np.float64)
-    run = make_sampler(_velocity, 6, solver, 3.0)
+    run = make_sampler(_velocity, solver, sigma_grid(6, 3.0))
     found = run(0.7, None, COND, jnp.asarray(NOISE))
     assert found.dtype == jnp.float32 and found.shape == NOISE.shape
     np.testing.assert_allclose(found, twin(sigmas, sigmas), atol=1e-5)
@@ -69,7 +68,7 @@ def test_integer_timesteps_change_what_the_network_sees_and_nothing_else():
     sigmas = sigma_grid(6, 3.0).astype(np.float64)
     seen = np.floor(sigmas.astype(np.float32) * np.float32(1000)).astype(np.float64) / 1000
     assert np.any(seen[:-1] != sigmas[:-1])
-    found = make_sampler(_velocity, 6, "euler", 3.0, integer_timesteps=True)(
+    found = make_sampler(_velocity, "euler", sigma_grid(6, 3.0), integer_timesteps=True)(
         0.7, None, COND, jnp.asarray(NOISE)
     )
     np.testing.assert_allclose(found, _euler(sigmas, seen), atol=1e-5)
@@ -83,7 +82,7 @@ def test_one_program_serves_all_weights_and_one_more_the_base_model():
         traces.append(1)
         return _velocity(*arguments)
 
-    run = make_sampler(counted, 2, "euler", 1.0)
+    run = make_sampler(counted, "euler", sigma_grid(2, 1.0))
     for weight in (0.1, 0.2, 0.3):
         run(jnp.float32(weight), jnp.float32(weight), COND, jnp.asarray(NOISE))
     first = len(traces)
@@ -93,4 +92,4 @@ def test_one_program_serves_all_weights_and_one_more_the_base_model():
 
 def test_an_unknown_solver_is_refused():
     with pytest.raises(InputError, match="solver: expected"):
-        make_sampler(_velocity, 2, "heun", 1.0)
+        make_sampler(_velocity, "heun", sigma_grid(2, 1.0))

@@ -86,7 +86,7 @@ def _dpm2(x, sigmas):
 
 def test_published_correction_weights():
     np.testing.assert_allclose(
-        solvers.correction_weights(levels.sigma_grid(25)), WEIGHTS, atol=5.1e-5
+        solvers.correction_weights(levels.sigma_grid(25, 3.0)), WEIGHTS, atol=5.1e-5
     )
 
 
@@ -95,7 +95,7 @@ def test_published_correction_weights():
 )
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 25])
 def test_loop_matches_float64_integrator(name, reference, num_steps):
-    sigmas = levels.sigma_grid(num_steps)
+    sigmas = levels.sigma_grid(num_steps, 3.0)
     table = solvers.solver_table(name, sigmas)
     got = sampler.sample(
         lambda x, s: _velocity(x, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas, table
@@ -144,7 +144,7 @@ def test_euler_equals_diffusers():
     x = torch.tensor(_noise(), dtype=torch.float32)
     for t in scheduler.timesteps:
         x = scheduler.step(torch.tensor(_velocity(x.numpy(), float(t) / 1000)), t, x).prev_sample
-    sigmas = levels.sigma_grid(12)
+    sigmas = levels.sigma_grid(12, 3.0)
     got = sampler.sample(
         lambda z, s: _velocity(z, s, jnp),
         jnp.asarray(_noise(), jnp.float32),
@@ -155,7 +155,7 @@ def test_euler_equals_diffusers():
 
 
 def test_the_network_can_be_shown_other_levels_than_the_solver_uses():
-    sigmas = levels.sigma_grid(3)
+    sigmas = levels.sigma_grid(3, 3.0)
     seen = sampler.sample(
         lambda x, s: jnp.full_like(x, s),
         jnp.zeros((1, 1)),
@@ -168,7 +168,7 @@ def test_the_network_can_be_shown_other_levels_than_the_solver_uses():
 
 
 def test_state_stays_float32_for_a_half_precision_network():
-    sigmas = levels.sigma_grid(4)
+    sigmas = levels.sigma_grid(4, 3.0)
     out = sampler.sample(
         lambda x, s: (x * s).astype(jnp.bfloat16),
         jnp.ones((2, 2), jnp.bfloat16),
@@ -194,7 +194,7 @@ def test_guidance_mixes_and_switches_off_at_one():
 
 
 def test_sampling_compiles_to_one_network_call():
-    sigmas = levels.sigma_grid(25)
+    sigmas = levels.sigma_grid(25, 3.0)
     traces = []
 
     def velocity(x, sigma):
@@ -209,7 +209,7 @@ def test_sampling_compiles_to_one_network_call():
     ("call", "message"),
     [
         (
-            lambda: solvers.solver_table("dpm3", levels.sigma_grid(3)),
+            lambda: solvers.solver_table("dpm3", levels.sigma_grid(3, 3.0)),
             "solver: expected one of euler.*received 'dpm3'",
         ),
         (
@@ -222,8 +222,8 @@ def test_sampling_compiles_to_one_network_call():
             lambda: sampler.sample(
                 lambda x, s: x,
                 jnp.ones((1, 1)),
-                levels.sigma_grid(4),
-                solvers.first_order(levels.sigma_grid(3)),
+                levels.sigma_grid(4, 3.0),
+                solvers.first_order(levels.sigma_grid(3, 3.0)),
             ),
             "expected 4 for a solver table of 3 steps; received 5",
         ),

@@ -26,8 +26,7 @@ from marble_jax.harmonize import reward_gradients
 from marble_jax.networks import fused_attention
 from marble_jax.networks.attention import attend, choose, over
 from marble_jax.networks.fused_attention import Flash, block_size, folded
-from marble_jax.trainable import lora
-from marble_jax.types import Conditioning
+import sd3_lora as lora
 
 HERE = Path(__file__).parent
 EMULATED = Flash("splash", interpret=True)
@@ -159,7 +158,7 @@ def exact(attention, remat="full", mesh=None):
         latents[0],
         latents[1],
         jnp.linspace(0.2, 0.9, 4),
-        Conditioning(draw(4, 5, 10), draw(4, 6)),
+        {"embeds": draw(4, 5, 10), "pooled": draw(4, 6)},
         latents[2],
         latents[3],
     )

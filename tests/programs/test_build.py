@@ -296,7 +296,7 @@ def test_a_run_of_the_embedded_pipeline():
     assert [float(run.recipe.old_schedule(s)) for s in (3, 4, 5)] == [0.0, 0.25, 0.5]
     assert int(run.state.step) == 0 and set(run.train_prompts) == {"general", "geneval", "ocr"}
     cond = run.collector.encode(["a red circle", "a star", "a red circle"])
-    np.testing.assert_array_equal(cond.embeds[0], cond.embeds[2])
+    np.testing.assert_array_equal(cond["embeds"][0], cond["embeds"][2])
     run.collector.scorer.close()
     run.evaluator.scorer.close()
     with pytest.raises(
@@ -320,12 +320,12 @@ def test_text_embeddings_leave_no_encoder_in_memory(tmp_path, capsys):
     assert "text embeddings: 2 of 2 prompts to encode" in capsys.readouterr().out
     assert not encode.loaded and len(list(tmp_path.glob("*/*.npz"))) == 2
     again = build.text_embeddings(made, root, texts)
-    np.testing.assert_array_equal(again(texts).embeds, encode(texts).embeds)
+    np.testing.assert_array_equal(again(texts)["embeds"], encode(texts)["embeds"])
     assert not again.loaded and not encode.loaded and capsys.readouterr().out == ""
     made.prompts.embedding_cache = ""
     kept = build.text_embeddings(made, root, texts)
     assert kept.loaded
-    np.testing.assert_array_equal(kept(texts).embeds, encode(texts).embeds)
+    np.testing.assert_array_equal(kept(texts)["embeds"], encode(texts)["embeds"])
 
 
 def test_ready_made_prompts_need_no_directory():

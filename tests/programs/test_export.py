@@ -26,7 +26,7 @@ from marble_jax.programs.export import PeriodicExports, export_run, new_folder
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.images import save_png
 from marble_jax.storage.workdir import Workdir
-from marble_jax.trainable import lora
+import sd3_lora as lora
 from marble_jax.training.state import initial_state
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ FILES = {
 def random_adapter(seed):
     """A strong adapter: images change by far more than the tolerance, at half strength too."""
     rng = np.random.default_rng(seed)
-    names = [module.name for module in lora.target_modules(SHAPES)]
+    names = [module.name for layer in lora.target_layers(SHAPES)]
     blank = lora.unstack(lora.init_adapter(jax.random.key(0), SHAPES, SPEC))
     return lora.stack(
         {

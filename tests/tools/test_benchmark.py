@@ -10,7 +10,7 @@ import pytest
 from stacked_trees import take
 
 from marble_jax import tree
-from marble_jax.trainable import lora
+import sd3_lora as lora
 from tools.benchmark import __main__ as program
 from tools.benchmark import cases, formulations, measure, ours, record
 from tools.benchmark.sizes import SIZES, make_problem

@@ -9,13 +9,13 @@ from marble_jax.errors import InputError
 from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.networks.lora_dense import LoraDense, check_adapter
-from marble_jax.trainable.lora import (
+from sd3_lora import (
     LoraSpec,
     init_adapter,
     merge,
     num_parameters,
     stack,
-    target_modules,
+    target_layers,
     unstack,
 )
 
@@ -29,7 +29,7 @@ SPEC = LoraSpec(rank=3, alpha=6.0)
 
 def test_sd35_medium_gets_191_modules_and_18776064_values():
     shapes = abstract_params(MMDiT(SD35_MEDIUM))
-    names = {module.name for module in target_modules(shapes)}
+    names = {layer.name for layer in target_layers(shapes)}
     assert len(names) == 191
     assert not any("attn2" in name for name in names)
     assert "transformer_blocks.23.attn.add_q_proj" in names
@@ -41,7 +41,7 @@ def test_sd35_medium_gets_191_modules_and_18776064_values():
 
 @pytest.mark.parametrize("config, count", [(SD3_MEDIUM, 191), (SD35_LARGE, 303)])
 def test_other_published_models(config, count):
-    assert len(target_modules(abstract_params(MMDiT(config)))) == count
+    assert len(target_layers(abstract_params(MMDiT(config)))) == count
 
 
 def test_scale_is_alpha_over_rank():
@@ -137,14 +137,14 @@ def test_dense_with_and_without_adapter(dtype):
         ),
         (lambda: LoraSpec(rank=0), "adapter rank: expected at least 1; received 0"),
         (
-            lambda: target_modules(SHAPES, ("attn.to_k", "attn.to_qq")),
+            lambda: target_layers(SHAPES, ("attn.to_k", "attn.to_qq")),
             r"received 'attn.to_qq'; did you mean 'attn.to_q'\?",
         ),
         (
-            lambda: target_modules(SHAPES, ("o_q",)),
+            lambda: target_layers(SHAPES, ("o_q",)),
             "adapter target: expected the end of a dense layer's name",
         ),
-        (lambda: target_modules(SHAPES, ("pos_embed.proj",)), "received 'pos_embed.proj'"),
+        (lambda: target_layers(SHAPES, ("pos_embed.proj",)), "received 'pos_embed.proj'"),
         (
             lambda: stack(
                 {"transformer_blocks.9.attn.to_q": (np.zeros((8, 2)), np.zeros((2, 8)))}, SHAPES
