@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent / "training"))
+import sd3_lora as lora
 import toy_policy as toy
 import toy_run
 
 from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.streams import Stream, stream_generator, stream_key
-import sd3_lora as lora
 from marble_jax.training import guard
 from marble_jax.training.iteration import Sampling, Turn
 from marble_jax.training.rollout import Collector

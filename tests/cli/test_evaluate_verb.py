@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import sd3_lora as adapters
 from PIL import Image
 
 from marble_jax.cli.main import main
@@ -22,7 +23,6 @@ from marble_jax.programs import evaluate
 from marble_jax.programs.sample import Source
 from marble_jax.rewards.registry import FILE, entries_of
 from marble_jax.storage.images import ImageFolder, read_image
-import sd3_lora as adapters
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
 DATA = Path(__file__).parents[3] / "shared" / "data"

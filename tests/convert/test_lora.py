@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import sd3_lora as adapters
 from safetensors.numpy import save_file
 
 from marble_jax.convert import lora
@@ -17,7 +18,6 @@ from marble_jax.errors import InputError
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
-import sd3_lora as adapters
 
 FIELDS = {
     "num_layers": 4, "attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 6,
@@ -29,7 +29,7 @@ RANK, ALPHA = 3, 6.0
 SPEC = adapters.LoraSpec(RANK, ALPHA)
 Q = "transformer_blocks.0.attn.to_q"
 NAMES = sorted(
-    (module.name for layer in adapters.target_layers(SHAPES)), key=lambda name: (name != Q, name)
+    (layer.name for layer in adapters.target_layers(SHAPES)), key=lambda name: (name != Q, name)
 )
 
 
@@ -362,7 +362,7 @@ def start(pairs, alpha, spec=SPEC, scale=None):
         for n, (a, b) in pairs.items()
     }
     new = adapters.init_adapter(jax.random.key(0), SHAPES, spec)
-    return start_from(lora.Lora("x", layers), new, SHAPES, spec), new
+    return start_from(lora.Lora("x", layers), new, SHAPES, SD3_FORMATS, spec), new
 
 
 def test_training_starts_at_the_files_strength():
@@ -616,5 +616,5 @@ def test_bad_peft_configurations(tmp_path, change, match):
 def test_as_lora_keeps_the_scale():
     adapter = adapters.stack({n: (a.T, b.T) for n, (a, b) in PAIRS.items()}, SHAPES)
     assert_same(
-        deltas(combine([(as_lora("run", adapter, 2.0), 0.5)], SHAPES, SD3_FORMATS)), expected()
+        deltas(combine([(as_lora("run", adapter, SD3_FORMATS, 2.0), 0.5)], SHAPES, SD3_FORMATS)), expected()
     )

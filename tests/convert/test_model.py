@@ -18,14 +18,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from marble_jax.families.formats import registered_formats
+from marble_jax.families.sd3.pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
 from marble_jax.cli.main import main
 from marble_jax.convert import model as converting
 from marble_jax.convert import writing
 from marble_jax.errors import InputError
-from marble_jax.families.formats import registered_formats
-from marble_jax.families.sd3.pipeline import load_pipeline
 from marble_jax.weights.component import OrbaxDir, load_component
 from marble_jax.weights.safetensors_files import SafetensorsDir
 

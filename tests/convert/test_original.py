@@ -8,14 +8,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from marble_jax.families.formats import registered_formats
+from marble_jax.families.sd3.pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
 from marble_jax.convert import model as converting
 from marble_jax.convert.original import open_original
 from marble_jax.errors import InputError
-from marble_jax.families.formats import registered_formats
 from marble_jax.families.sd3.layer_names import load_mmdit
-from marble_jax.families.sd3.pipeline import load_pipeline
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
 LAYERS, WIDTH, HEAD, TEXT, POOLED, SIDE = 3, 128, 64, 160, 96, 6

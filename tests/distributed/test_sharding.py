@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sd3_lora as lora
 from flax import traverse_util
 
 from marble_jax.distributed import device_mesh
@@ -21,10 +22,9 @@ from marble_jax.families.sd3.layer_names import load_mmdit
 from marble_jax.families.sd3.sharding_rules import ADAPTER, component_rules, transformer_rules
 from marble_jax.networks import autoencoder_kl, blip, clip, openclip, t5
 from marble_jax.networks.sharding_rules import AUTOENCODER, REWARDS, TEXT_ENCODERS
-from marble_jax.plan.model_shapes import CLIP_G, CLIP_L, T5_XXL, VAE
+from marble_jax.families.sd3.published import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.programs import build
 from marble_jax.storage.files import read_json
-import sd3_lora as lora
 
 MESHES = ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
 

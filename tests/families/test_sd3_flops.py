@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from sd3_lora import LoraSpec, init_adapter
 
 from marble_jax.families.sd3 import flops
 from marble_jax.families.sd3.config import SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
 from marble_jax.networks import autoencoder_kl
-from sd3_lora import LoraSpec, init_adapter
 
 # Every run has one block, so that XLA's analysis, which counts the body of a loop once, sees all of it.
 UNSCANNED = MMDiTConfig(

@@ -96,4 +96,4 @@ def test_truncated_levels_are_whole_timesteps():
 )
 def test_bad_input(settings, message):
     with pytest.raises(InputError, match=message):
-        levels.sigma_grid(**settings, 3.0)
+        levels.sigma_grid(**{"num_steps": 4, "shift": 3.0} | settings)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sd3_lora as lora
 from stacked_trees import take
 
 from marble_jax import tree
@@ -26,7 +27,6 @@ from marble_jax.harmonize import reward_gradients
 from marble_jax.networks import fused_attention
 from marble_jax.networks.attention import attend, choose, over
 from marble_jax.networks.fused_attention import Flash, block_size, folded
-import sd3_lora as lora
 
 HERE = Path(__file__).parent
 EMULATED = Flash("splash", interpret=True)

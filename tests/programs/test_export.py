@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import sd3_lora as lora
 from etils import epath
+from marble_jax.families.sd3.pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
 from marble_jax.config import flatten
@@ -19,14 +21,12 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.config import MMDiTConfig
-from marble_jax.families.sd3.pipeline import load_pipeline
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.programs import build, export, verify
 from marble_jax.programs.export import PeriodicExports, export_run, new_folder
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.images import save_png
 from marble_jax.storage.workdir import Workdir
-import sd3_lora as lora
 from marble_jax.training.state import initial_state
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ FILES = {
 def random_adapter(seed):
     """A strong adapter: images change by far more than the tolerance, at half strength too."""
     rng = np.random.default_rng(seed)
-    names = [module.name for layer in lora.target_layers(SHAPES)]
+    names = [layer.name for layer in lora.target_layers(SHAPES)]
     blank = lora.unstack(lora.init_adapter(jax.random.key(0), SHAPES, SPEC))
     return lora.stack(
         {

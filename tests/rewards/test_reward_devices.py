@@ -12,10 +12,10 @@ def scores() -> dict[str, dict[str, object]]:
     """Runs in a process with eight devices: by mesh, gaps to one device and what the devices hold of the images."""
     import jax
     import numpy as np
+    from marble_jax.families.sd3.pipeline import load_pipeline
 
     from marble_jax import distributed
     from marble_jax.distributed import device_mesh
-    from marble_jax.families.sd3.pipeline import load_pipeline
     from marble_jax.programs import build
     from marble_jax.rewards.registry import load_rewards
     from marble_jax.rewards.scorer import Scorer

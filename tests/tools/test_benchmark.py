@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sd3_lora as lora
 from stacked_trees import take
 
 from marble_jax import tree
-import sd3_lora as lora
 from tools.benchmark import __main__ as program
 from tools.benchmark import cases, formulations, measure, ours, record
 from tools.benchmark.sizes import SIZES, make_problem

@@ -4,11 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from marble_jax.errors import InputError
-from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
-from marble_jax.families.sd3.transformer import MMDiT, abstract_params
-from marble_jax.networks.lora_dense import LoraDense, check_adapter
 from sd3_lora import (
     LoraSpec,
     init_adapter,
@@ -18,6 +13,11 @@ from sd3_lora import (
     target_layers,
     unstack,
 )
+
+from marble_jax.errors import InputError
+from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
+from marble_jax.families.sd3.transformer import MMDiT, abstract_params
+from marble_jax.networks.lora_dense import LoraDense, check_adapter
 
 TINY = MMDiTConfig(
     num_layers=4, attention_head_dim=4, num_attention_heads=2, joint_attention_dim=5, caption_projection_dim=8,
