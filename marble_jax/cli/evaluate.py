@@ -29,7 +29,7 @@ def help_text() -> str:
     return f"""usage: marble-jax evaluate --models=NAME=PLACE,NAME=PLACE --prompts=FILES --out=DIR
 
   --models=...       each NAME=PLACE[:POLICY][+LORA[:weight]]; a PLACE is a diffusers-layout directory, a hub id or
-                     'embedded', or the workdir of a training run (policies: ema, best, current, old, base). The first
+                     'embedded', or the workdir of a training run (policies: ema, best, current, rollout, base). The first
                      model is the one that the others' gains are measured against:
                      --models=base=embedded,marble=runs/first,best=runs/first:best,lora=embedded+lora_dir:0.8
   --prompts=...      files (one prompt a line, or GenEval metadata in .jsonl), directories with SOURCE/test files,

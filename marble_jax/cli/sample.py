@@ -33,7 +33,7 @@ OPTIONS = {
     **HOW,
     "grid": "true",
 }
-POLICIES = ("base", "current", "old", "ema", "best")
+POLICIES = ("base", "current", "rollout", "ema", "best")
 
 HOW_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
   --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
@@ -50,7 +50,7 @@ def help_text() -> str:
 
   --model=DIR        diffusers-layout SD3 directory, hub id, or 'embedded'
   --workdir=RUN      a training run; its model with its adapter
-  --policy=ema       with --workdir: base, current, old, ema or best
+  --policy=ema       with --workdir: base, current, rollout, ema or best
   --lora=A[:w],B[:w] LoRAs to add, with weights (1 unless given): a PEFT directory, an exported folder, or a
                      .safetensors file of diffusers, kohya or ComfyUI
   --prompts=A|B      prompts, separated by |

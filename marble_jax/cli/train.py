@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
 
     with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout):
         from marble_jax.programs.train import PACKAGES, train_run
-        from marble_jax.training.loop import Interrupted
+        from marble_jax.training.stops import Interrupted
 
         config = distributed.run_on_all("configuration", lambda: load_config(config_args))
         if cluster is not None:

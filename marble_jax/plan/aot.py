@@ -1,7 +1,7 @@
 """Compiles a run's programs for a TPU slice that is not here, and reads what the compiler says of them.
 
 `libtpu` holds the compiler of the chips, and `jax.experimental.topologies` describes a slice by name; no TPU is needed.
-The programs and the shardings are those that training uses (`compose.make_recipe`, `training.step_schedule`, `sampling`,
+The programs and the shardings are those that training uses (`build.make_recipe`, `training.step_schedule`, `sampling`,
 `parallel`), with shapes in place of values.
 
 XLA's cost analysis counts the body of a loop once: its FLOPs and bytes are of one block, one sampling step and one
@@ -28,11 +28,14 @@ from marble_jax.distributed.accelerators import ACCELERATORS, GIB, Accelerator
 from marble_jax.errors import InputError, nearest
 from marble_jax.families.sd3 import transformer
 from marble_jax.flow.policy_sampler import make_sampler
+from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks import autoencoder_kl
 from marble_jax.plan.hlo import Collective, collectives
 from marble_jax.plan.model_shapes import Architecture
 from marble_jax.programs import build
+from marble_jax.training.batch_sizes import Sizes
 from marble_jax.training.micro_batches import RolloutBatch
+from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.state import initial_state
 from marble_jax.training.step_schedule import make_steps
 from marble_jax.types import Conditioning
@@ -111,7 +114,7 @@ def slice_devices(name: str) -> list[Any]:
 
 
 def jobs(
-    config: ml_collections.ConfigDict, made: Architecture, sizes: build.Sizes, mesh: Mesh
+    config: ml_collections.ConfigDict, made: Architecture, sizes: Sizes, mesh: Mesh
 ) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     """The compiled functions of a run by name, each with the shapes of its arguments where they lie."""
     everywhere, batch = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, device_mesh.BATCH)
@@ -140,7 +143,10 @@ def jobs(
 
     lie = sharding.shardings(mesh, "transformer", made.params, made.model.config.attention_head_dim)
     params = jax.tree.map(lambda s, where: struct(s.shape, s.dtype, where), made.params, lie)
-    optimizer, balancer = build.make_optimizer(config), build.balancer_of(config)
+    optimizer, balancer = (
+        make_optimizer(config.training),
+        balancer_of(config.harmonize, config.rewards.train),
+    )
     recipe = build.make_recipe(config, sizes, mesh, balancer, made.shift)
     names = len(config.rewards.train)
     state = jax.tree.map(
@@ -155,7 +161,7 @@ def jobs(
             )
         ),
     )
-    rows, drawn = names + recipe.scalarized, sizes.images
+    rows, drawn = recipe.harmonization.num_objectives, sizes.images
     rollouts = RolloutBatch(
         struct((drawn, *made.latent), jnp.float32),
         struct((drawn,), jnp.int32),
@@ -179,7 +185,7 @@ def jobs(
             sampler,
             (
                 params,
-                None if config.rollout.merge_adapter else state.old,
+                None if config.rollout.merge_adapter else state.rollout,
                 cond(at_once, batch),
                 struct((at_once, *made.latent), jnp.float32, batch),
             ),

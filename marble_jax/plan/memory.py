@@ -21,6 +21,7 @@ from marble_jax.distributed import device_mesh, sharding
 from marble_jax.plan.model_shapes import Architecture
 from marble_jax.programs import build
 from marble_jax.trainable import lora
+from marble_jax.training.batch_sizes import Sizes, chunk_size
 
 POLICIES = 4  # current, rollout, averaged and best adapter
 MOMENTS = 2  # of AdamW
@@ -67,7 +68,7 @@ def weight_bytes(made: Architecture, mesh: Mesh | AbstractMesh) -> float:
 def programs(
     config: ml_collections.ConfigDict,
     made: Architecture,
-    sizes: build.Sizes,
+    sizes: Sizes,
     mesh: Mesh | AbstractMesh,
     pad: int = LANES,
 ) -> dict[str, list[Source]]:
@@ -164,7 +165,7 @@ class _Parts:
         self,
         config: ml_collections.ConfigDict,
         made: Architecture,
-        sizes: build.Sizes,
+        sizes: Sizes,
         mesh: Mesh | AbstractMesh,
         pad: int,
     ):
@@ -248,7 +249,11 @@ class _Parts:
         ]
 
     def solving(self) -> list[Source]:
-        chunk = self.share(build.chunk_size(self.config, device_mesh.batch_shards(self.mesh)))
+        chunk = self.share(
+            chunk_size(
+                self.config.training, self.config.harmonize, device_mesh.batch_shards(self.mesh)
+            )
+        )
         cotangents = 2 + (self.config.nft.kl_weight > 0)
         kept, what = self.saved(chunk)
         block = max(

@@ -18,6 +18,7 @@ from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.flops import decoder, transformer
+from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks.attention import choose
 from marble_jax.plan import aot, memory
 from marble_jax.plan.hlo_costs import reason_of
@@ -27,6 +28,7 @@ from marble_jax.programs.step_flops import StepWork, step_work
 from marble_jax.programs.train import method_name
 from marble_jax.rewards.function import is_function
 from marble_jax.trainable import lora
+from marble_jax.training.batch_sizes import Sizes, chunk_size, derive_sizes
 
 GB = 1e9
 
@@ -64,7 +66,7 @@ def plan(config: ml_collections.ConfigDict, request: Request, console: Console) 
             f"--json: expected a file in a folder that is there; received {request.file!r}"
         )
     build.check(config, chip.backend if chip else "")
-    build.balancer_of(config)
+    balancer_of(config.harmonize, config.rewards.train)
     if chip:
         config = config.copy_and_resolve_references()
         config.model.attention = choose(
@@ -75,7 +77,7 @@ def plan(config: ml_collections.ConfigDict, request: Request, console: Console) 
     )
     if request.topology:
         mesh = build.make_mesh(config, aot.slice_devices(request.topology))
-    sizes = build.derive_sizes(config, device_mesh.batch_shards(mesh))
+    sizes = derive_sizes(config.rollout, config.training, device_mesh.batch_shards(mesh))
     made = architecture(config)
     sample = transformer(
         made.model.config, made.params, made.adapter, made.tokens, made.text_tokens
@@ -133,7 +135,7 @@ def _devices(request: Request) -> tuple[Accelerator | None, int]:
 def _show_sizes(
     config: ml_collections.ConfigDict,
     made: Architecture,
-    sizes: build.Sizes,
+    sizes: Sizes,
     mesh: Any,
     chip: Accelerator | None,
     request: Request,
@@ -177,8 +179,8 @@ def _show_sizes(
             ),
             (
                 "train",
-                f"{sizes.micro_steps} micro-steps of {micro}, {micro // count} a device; gradients of every reward "
-                f"{solves}, {build.chunk_size(config, count) // count} samples a device at a time",
+                f"{sizes.micro_batches} micro-batches of {micro}, {micro // count} a device; gradients of every reward "
+                f"{solves}, {chunk_size(config.training, config.harmonize, count) // count} samples a device at a time",
             ),
             (
                 "everywhere",
@@ -242,7 +244,7 @@ def _show_memory(
 
 def _show_work(
     work: StepWork,
-    sizes: build.Sizes,
+    sizes: Sizes,
     count: int,
     chip: Accelerator | None,
     request: Request,

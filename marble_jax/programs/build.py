@@ -31,8 +31,9 @@ from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.pipeline import Pipeline, find_model, load_pipeline
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import PolicyVelocity, make_sampler
-from marble_jax.harmonize.baselines import make_balancer
+from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks import attention
+from marble_jax.objectives.registry import make_objective
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
@@ -43,29 +44,25 @@ from marble_jax.rewards.scorer import Scorer
 from marble_jax.storage.files import read_json
 from marble_jax.streams import Stream, stream_key
 from marble_jax.trainable import lora
-from marble_jax.trainable.averaging import rollout_decay
-from marble_jax.training.iteration import Sampling, Turn
+from marble_jax.training.batch_sizes import Sizes, chunk_size, derive_sizes
+from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.profile import parse_steps
-from marble_jax.training.reward_schedule import Presence, make_dropout, parse_stages
+from marble_jax.training.recipe import (
+    MicroBatching,
+    Recipe,
+    Timesteps,
+    averages_of,
+    harmonization_of,
+)
+from marble_jax.training.reward_schedule import RewardSchedule, reward_schedule_of
 from marble_jax.training.rollout import Collector
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.step_schedule import make_steps
-from marble_jax.training.train_step import Recipe
 
 EMBEDDED = "embedded"
 DECODED = 32  # images the autoencoder turns from latents to pixels at once
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Batch arithmetic of an optimiser step, derived from prompts x images alone."""
-
-    images: int
-    rollout_batches: int
-    timesteps: int
-    samples: int
-    micro_steps: int
 
 
 @dataclasses.dataclass
@@ -97,18 +94,18 @@ class Run:
             advantages.scale,
             advantages.scalarize,
             tuple(self.config.advantages.weights),
-            presence_of(self.config),
+            reward_schedule(self.config),
         )
 
     @property
-    def turn(self) -> Turn:
+    def iteration(self) -> Iteration:
         """What every optimiser step does."""
         merge = (
             jax.jit(partial(lora.merge, scale=self.spec.scale))
             if self.config.rollout.merge_adapter
             else None
         )
-        return Turn(
+        return Iteration(
             self.pipeline.params,
             self.collector,
             self.sampling,
@@ -162,7 +159,8 @@ def check(config: ml_collections.ConfigDict, backend: str = "") -> None:
             f"harmonize.alpha_floor: expected at most 1/{len(names)}; received "
             f"{config.harmonize.alpha_floor}"
         )
-    presence_of(config)
+    reward_schedule(config)
+    make_objective(config)
     _check_weights(config)
     parse_steps(config.logging.profile_steps)
     backend = backend or jax.default_backend()
@@ -194,73 +192,10 @@ def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None =
     return device_mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
 
 
-def derive_sizes(config: ml_collections.ConfigDict, num_shards: int) -> Sizes:
-    """Checks that prompts, groups, batches and micro-batches fit together; all of them are at least 1.
-
-    Args:
-      config: the configuration.
-      num_shards: parts that a batch is split into, `parallel.batch_shards`.
-
-    Raises:
-      InputError: they do not; the message names the nearest size that does.
-    """
-    rollout, training = config.rollout, config.training
-    images = rollout.prompts_per_step * rollout.images_per_prompt
-    for name, size in (
-        ("rollout.batch_size", rollout.batch_size),
-        ("training.micro_batch_size", training.micro_batch_size),
-    ):
-        if images % size or size % num_shards:
-            fits = [n for n in range(num_shards, images + 1, num_shards) if images % n == 0]
-            best = f"; nearest valid {min(fits, key=lambda n: abs(n - size))}" if fits else ""
-            raise InputError(
-                f"{name}: expected a divisor of the {images} images a step "
-                f"({rollout.prompts_per_step} prompts x {rollout.images_per_prompt}) that {num_shards} "
-                f"device(s) share evenly; received {size}{best}"
-            )
-    timesteps = max(1, int(training.timestep_fraction * rollout.num_steps))
-    samples = images * timesteps
-    return Sizes(
-        images,
-        images // rollout.batch_size,
-        timesteps,
-        samples,
-        samples // training.micro_batch_size,
-    )
-
-
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW behind clipping to a global norm."""
-    training = config.training
-    rate: Any = training.learning_rate
-    if training.learning_rate_schedule == "cosine":
-        rate = optax.cosine_decay_schedule(
-            training.learning_rate, training.num_steps, training.min_learning_rate_ratio
-        )
-    return optax.chain(
-        optax.clip_by_global_norm(training.clip_norm),
-        optax.adamw(
-            rate,
-            b1=training.beta1,
-            b2=training.beta2,
-            eps=training.epsilon,
-            weight_decay=training.weight_decay,
-        ),
-    )
-
-
 def decode_size(count: int, mesh: Mesh) -> int:
     """Images decoded at once, over all devices, of `count` in a batch."""
     shards = device_mesh.image_shards(mesh, count)
     return min(count, shards * max(1, DECODED // shards))
-
-
-def chunk_size(config: ml_collections.ConfigDict, num_shards: int) -> int:
-    """Samples pulled back together, over all devices: as many as `harmonize.chunk_size` allows and divide evenly."""
-    share = config.training.micro_batch_size // num_shards
-    return num_shards * max(
-        c for c in range(1, share + 1) if share % c == 0 and c <= config.harmonize.chunk_size
-    )
 
 
 def make_recipe(
@@ -268,62 +203,30 @@ def make_recipe(
 ) -> Recipe:
     """What an optimiser step does, for a model whose noise levels are shifted by `shift`."""
     sigmas = sigma_grid(config.rollout.num_steps, shift)
+    shards = device_mesh.Shards(mesh)
     return Recipe(
-        sigmas=tuple(float(s) for s in sigmas[:-1]),
-        num_timesteps=sizes.timesteps,
-        micro_batch=config.training.micro_batch_size,
-        chunk=chunk_size(config, device_mesh.batch_shards(mesh)),
-        anchor_every=config.harmonize.anchor_every,
-        num_rewards=len(config.rewards.train),
-        scalarized=config.advantages.scalarize != "none",
-        nft_beta=config.nft.beta,
-        kl_weight=config.nft.kl_weight,
-        clip=config.advantages.clip,
-        balancer=balancer,
-        rho=config.harmonize.rho,
-        smooth=config.harmonize.mode == "exact" and config.harmonize.smooth_exact,
-        old_schedule=rollout_decay(
-            config.rollout_policy.schedule,
-            rate=config.rollout_policy.rate,
-            cap=config.rollout_policy.cap,
-            delay=config.rollout_policy.delay,
+        objective=make_objective(config),
+        timesteps=Timesteps(tuple(float(s) for s in sigmas[:-1]), sizes.timesteps),
+        micro_batching=MicroBatching(
+            config.training.micro_batch_size,
+            chunk_size(config.training, config.harmonize, shards.count),
+            shards,
         ),
-        ema_decay=config.ema.decay,
-        shards=device_mesh.Shards(mesh),
+        harmonization=harmonization_of(
+            config.harmonize, config.advantages, balancer, len(config.rewards.train)
+        ),
+        averages=averages_of(config.rollout_policy, config.ema),
     )
 
 
-def balancer_of(config: ml_collections.ConfigDict) -> Any:
-    """The balancer with the settings that belong to it."""
-    harmonize = config.harmonize
-    settings: dict[str, Any] = {}
-    if harmonize.balancer == "marble":
-        settings = {
-            "normalize": harmonize.normalize,
-            "reward_weights": tuple(harmonize.reward_weights),
-            "alpha_floor": harmonize.alpha_floor,
-            "groups": group_indices(config),
-        }
-    elif harmonize.balancer == "fixed":
-        settings = {"alpha": tuple(harmonize.fixed_alpha), "normalize": harmonize.normalize}
-    elif harmonize.balancer == "equal":
-        settings = {"normalize": harmonize.normalize}
-    if harmonize.groups and harmonize.balancer != "marble":
-        raise InputError(
-            f"harmonize.groups: expected none with another balancer than marble; received "
-            f"{', '.join(harmonize.groups)} with {harmonize.balancer!r}"
-        )
-    for key, values, what in (
-        ("reward_weights", harmonize.reward_weights, "number"),
-        ("fixed_alpha", harmonize.fixed_alpha, "number"),
-        ("groups", harmonize.groups, "name"),
-    ):
-        if values and len(values) != len(config.rewards.train):
-            raise InputError(
-                f"harmonize.{key}: expected one {what} for each of {len(config.rewards.train)} rewards "
-                f"(--config.harmonize.{key}= for none); received {len(values)}"
-            )
-    return make_balancer(harmonize.balancer, **settings)
+def reward_schedule(config: ml_collections.ConfigDict) -> RewardSchedule:
+    """Which rewards of a configuration are active when."""
+    return reward_schedule_of(
+        config.reward_schedule,
+        tuple(config.rewards.train),
+        tuple(config.prompts.sources),
+        config.training.num_steps,
+    )
 
 
 def _check_weights(config: ml_collections.ConfigDict) -> None:
@@ -339,24 +242,6 @@ def _check_weights(config: ml_collections.ConfigDict) -> None:
             f"advantages.weights: expected one number for each of {count} rewards "
             f"(--config.advantages.weights= for none); received {len(weights)}"
         )
-
-
-def group_indices(config: ml_collections.ConfigDict) -> tuple[int, ...]:
-    """Index of each reward's group, groups counted by first appearance; empty for none."""
-    order = {name: index for index, name in enumerate(dict.fromkeys(config.harmonize.groups))}
-    return tuple(order[name] for name in config.harmonize.groups)
-
-
-def presence_of(config: ml_collections.ConfigDict) -> Presence:
-    """Which rewards teach when: the stages and the reward dropout of a configuration."""
-    scheduled, names = config.reward_schedule, tuple(config.rewards.train)
-    stages = parse_stages(
-        scheduled.stages, names, tuple(config.prompts.sources), config.training.num_steps
-    )
-    return Presence(
-        stages,
-        make_dropout(scheduled.dropout_targets, scheduled.dropout, scheduled.dropout_warmup, names),
-    )
 
 
 def load_model(
@@ -469,9 +354,9 @@ def build(config: ml_collections.ConfigDict) -> Run:
     """
     check(config)
     names = tuple(config.rewards.train)
-    balancer = balancer_of(config)
+    balancer = balancer_of(config.harmonize, names)
     mesh = make_mesh(config)
-    sizes = derive_sizes(config, device_mesh.batch_shards(mesh))
+    sizes = derive_sizes(config.rollout, config.training, device_mesh.batch_shards(mesh))
     spec = lora_spec(config)
     train_prompts = read_prompts(config.prompts.path, "train", tuple(config.prompts.sources))
     test_prompts = held_out_prompts(config)
@@ -551,7 +436,7 @@ def build(config: ml_collections.ConfigDict) -> Run:
         config.evaluation.images_per_prompt,
         partial(device_mesh.shard_batch, mesh),
     )
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config.training)
     recipe = make_recipe(config, sizes, mesh, balancer, shift)
     adapter = lora.init_adapter(
         stream_key(jax.random.key(config.seed), Stream.ADAPTER), pipeline.params, spec

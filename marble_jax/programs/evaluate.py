@@ -43,7 +43,7 @@ from marble_jax.storage.files import location
 from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir, jsonable
 
-POLICIES = ("base", "current", "old", "ema", "best")
+POLICIES = ("base", "current", "rollout", "ema", "best")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 

@@ -47,7 +47,7 @@ from marble_jax.version import VERSION
 from marble_jax.weights.component import open_component
 from marble_jax.weights.hub import HUB_NAME
 
-POLICIES = {"ema": "ema", "current": "current", "rollout": "old", "best": "best"}
+POLICIES = {"ema": "ema", "current": "current", "rollout": "rollout", "best": "best"}
 """Names of the policies outside, and the fields of the training state that hold them."""
 RECORD = "export.json"
 PROMPT = "a photo of a red apple on a wooden table"

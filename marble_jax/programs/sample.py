@@ -29,12 +29,14 @@ from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
+from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks.attention import over
 from marble_jax.programs import build
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
+from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.state import initial_state
 from marble_jax.types import Adapter, Conditioning
 from marble_jax.version import VERSION
@@ -78,7 +80,7 @@ def run_adapter(
       config: configuration of the run.
       workdir: the run.
       shapes: parameters or abstract parameters of its transformer.
-      policy: field of the state: "current", "old", "ema" or "best".
+      policy: field of the state: "current", "rollout", "ema" or "best".
       step: of the checkpoint; the newest if None.
 
     Raises:
@@ -87,7 +89,11 @@ def run_adapter(
     spec, count = build.lora_spec(config), len(config.rewards.train)
     adapter = lora.init_adapter(jax.random.key(0), shapes, spec)
     blank = initial_state(
-        adapter, build.make_optimizer(config), count, build.balancer_of(config).init(count), 0
+        adapter,
+        make_optimizer(config.training),
+        count,
+        balancer_of(config.harmonize, config.rewards.train).init(count),
+        0,
     )
     if not workdir.checkpoints.exists():
         raise InputError(

@@ -15,7 +15,7 @@ from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.sd3.flops import Work, decoder, transformer
 from marble_jax.families.sd3.pipeline import Pipeline
 from marble_jax.families.sd3.text import clip_length
-from marble_jax.programs.build import Sizes
+from marble_jax.training.batch_sizes import Sizes
 from marble_jax.types import Adapter
 
 
@@ -61,7 +61,7 @@ def step_work(
       decode: FLOPs of decoding one image.
     """
     harmonize, reference = config.harmonize, config.nft.kl_weight > 0
-    micro = sizes.samples / sizes.micro_steps
+    micro = sizes.samples / sizes.micro_batches
     signal = 2 * sample.forward + sample.backward
     anchor = reference * sample.base + (1 + reference) * sample.backward
     between = sizes.samples * (signal + reference * sample.base)
@@ -70,7 +70,7 @@ def step_work(
         solve = between + micro * (1 + reference) * sample.backward
     else:
         share = 1.0 if harmonize.mode == "exact" else 1 / harmonize.refresh_every
-        anchored = -(-sizes.micro_steps // harmonize.anchor_every)
+        anchored = -(-sizes.micro_batches // harmonize.anchor_every)
         solve = sizes.samples * signal + micro * anchored * anchor
     again = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}[config.model.remat]
     forward = sample.base if config.rollout.merge_adapter else sample.forward

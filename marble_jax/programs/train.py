@@ -30,10 +30,11 @@ from marble_jax.storage.images import save_png
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.guard import Guard, fresh_stream
-from marble_jax.training.loop import Hooks, Interrupted, Schedule, train
+from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.profile import Profiler, parse_steps
-from marble_jax.training.records import Events
+from marble_jax.training.records import MetricWriter
 from marble_jax.training.state import TrainState
+from marble_jax.training.stops import Interrupted
 from marble_jax.types import Scores
 
 PACKAGES = (
@@ -51,7 +52,7 @@ PACKAGES = (
 class Evaluations:
     """Evaluates states, compares with the base model, records, and keeps the best averaged adapter."""
 
-    def __init__(self, run: build.Run, workdir: Workdir, console: Console, events: Events):
+    def __init__(self, run: build.Run, workdir: Workdir, console: Console, events: MetricWriter):
         self._run, self._workdir, self._console, self._events = run, workdir, console, events
         self._deciding = deciding_rewards(run.config)
         self._base: Scores | None = None
@@ -248,7 +249,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
     distributed.broadcast_from_first(
         "run.json", lambda: workdir.write_json("run.json", _run_record(run, command))
     )
-    events = Events(
+    events = MetricWriter(
         str(workdir.events),
         config.logging.tensorboard and distributed.is_first(),
         config.logging.wandb if distributed.is_first() else "",
@@ -264,7 +265,7 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
 
         distributed.broadcast_from_first("record", write)
 
-    schedule = Schedule(
+    cadence = Cadence(
         config.training.num_steps,
         config.evaluation.every_steps,
         config.checkpoints.every_steps,
@@ -304,11 +305,11 @@ def train_run(config: ml_collections.ConfigDict, workdir_path: str, command: str
         Guard(training.non_finite, training.non_finite_patience, training.max_rollbacks, rollback),
     )
     try:
-        if done and schedule.evaluates(done):
+        if done and cadence.evaluates(done):
             state = evaluations(
                 state
             )  # a reward may have stopped the run during this very evaluation
-        state = train(state, run.turn, schedule, hooks, console)
+        state = train(state, run.iteration, cadence, hooks, console)
     except BaseException as error:
         distributed.exit_unless_agreed((Interrupted,), error)
         raise
@@ -422,7 +423,9 @@ def _announce(run: build.Run, workdir: Workdir, console: Console, resumed: int |
     devices = jax.devices()
     base = lora.num_parameters(run.pipeline.params)
     trained = lora.num_parameters(run.state.current)
-    held = trained * 4 * (2 + (config.nft.kl_weight > 0)) * run.recipe.chunk / 1e6
+    held = (
+        trained * 4 * (2 + (config.nft.kl_weight > 0)) * run.recipe.micro_batching.chunk_size / 1e6
+    )
     console.say(
         f"marble_jax: {config.name}, {method_name(config)}"
         + (f", resumed after step {resumed}" if resumed is not None else "")
@@ -453,7 +456,7 @@ def _announce(run: build.Run, workdir: Workdir, console: Console, resumed: int |
             "step",
             f"{config.rollout.prompts_per_step} prompts x {config.rollout.images_per_prompt} = {sizes.images} "
             f"images in {sizes.rollout_batches} batches, {sizes.timesteps} of {config.rollout.num_steps} "
-            f"timesteps: {sizes.samples} samples in {sizes.micro_steps} micro-steps",
+            f"timesteps: {sizes.samples} samples in {sizes.micro_batches} micro-batches",
         ),
         (
             "memory",

@@ -298,7 +298,7 @@ def _outcome_faults(records: Records) -> list[Alarm]:
 
 def _numeric_faults(records: Records) -> list[Alarm]:
     found = []
-    for key, word in (("nft/loss", "loss"), ("training/grad_norm", "gradient norm")):
+    for key, word in (("objective/loss", "loss"), ("training/grad_norm", "gradient norm")):
         series = records.series(key)
         broken = series.step[~np.isfinite(series.value)]
         if broken.size:

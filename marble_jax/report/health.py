@@ -76,8 +76,13 @@ def health(records: Records) -> str:
     learning = _metric_panels(
         records,
         (
-            ("nft/loss", "Training loss", "loss", False),
-            ("nft/kl", "Distance from the base model", "mean squared velocity difference", False),
+            ("objective/loss", "Training loss", "loss", False),
+            (
+                "objective/kl",
+                "Distance from the base model",
+                "mean squared velocity difference",
+                False,
+            ),
             ("training/grad_norm", "Gradient norm, before clipping", "norm", True),
             ("training/learning_rate", "Learning rate", "learning rate", False),
         ),

@@ -131,7 +131,7 @@ def steps(key, values):
             "Rewards hold the run up",
         ),
         (steps("harmonize/alpha/a", [0.5] * 10 + [0.001] * 10), "watch", "a has almost no weight"),
-        (steps("nft/loss", [1.0, None, 1.0]), "watch", "No number for the loss"),
+        (steps("objective/loss", [1.0, None, 1.0]), "watch", "No number for the loss"),
         (
             steps("training/grad_norm", [1.0] * 18 + [20.0] * 2),
             "alarm",
@@ -165,7 +165,7 @@ def test_a_steady_run_raises_nothing(tmp_path):
             "rollout/failed/a": 0.0,
             "rollout/zero_std_share/a": 0.1,
             "harmonize/alpha/a": 0.5,
-            "nft/loss": 1.0,
+            "objective/loss": 1.0,
             "training/grad_norm": 0.1,
         }
         for i in range(20)

@@ -57,20 +57,20 @@ def test_broken_line_inside_is_counted(tmp_path):
 
 
 def test_a_resumed_run_overwrites_its_repeated_steps(tmp_path):
-    lines = [{"step": s, "nft/loss": float(s)} for s in (0, 1, 2, 3)] + [
-        {"step": s, "nft/loss": 10.0 + s} for s in (2, 3, 4)
+    lines = [{"step": s, "objective/loss": float(s)} for s in (0, 1, 2, 3)] + [
+        {"step": s, "objective/loss": 10.0 + s} for s in (2, 3, 4)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     np.testing.assert_array_equal(
-        read_records(tmp_path).series("nft/loss").value, [0, 1, 12, 13, 14]
+        read_records(tmp_path).series("objective/loss").value, [0, 1, 12, 13, 14]
     )
 
 
 def test_not_a_number_in_a_record_is_missing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 0, "nft/loss": NaN}\n{"step": 1, "nft/loss": "high"}\n{"step": 2, "nft/loss": Infinity}\n'
+        '{"step": 0, "objective/loss": NaN}\n{"step": 1, "objective/loss": "high"}\n{"step": 2, "objective/loss": Infinity}\n'
     )
-    assert np.isnan(read_records(tmp_path).series("nft/loss").value).all()
+    assert np.isnan(read_records(tmp_path).series("objective/loss").value).all()
 
 
 def test_reward_names_without_run_json(tmp_path):
