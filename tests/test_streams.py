@@ -17,7 +17,7 @@ import toy_run
 from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.streams import Stream, stream_generator, stream_key
 from marble_jax.training import guard
-from marble_jax.training.iteration import Sampling, Turn
+from marble_jax.training.iteration import Iteration, Sampling
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
 
@@ -89,18 +89,20 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     sampling = Sampling(
         toy_run.PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ()
     )
-    turn = Turn(toy.base_params(), collector, sampling, steps, lambda tree: tree)
+    iteration = Iteration(toy.base_params(), collector, sampling, steps, lambda tree: tree)
     for _ in range(3):
         samples = sampling.draw(state.seed, int(state.step))
-        state, _ = turn.update(state, samples, turn.roll_out(state, samples, lambda count: None))
+        state, _ = iteration.update(
+            state, samples, iteration.roll_out(state, samples, lambda count: None)
+        )
     state = guard.fresh_stream(state, 1)
     samples = sampling.draw(state.seed, int(state.step))
-    turn.update(state, samples, turn.roll_out(state, samples, lambda count: None))
+    iteration.update(state, samples, iteration.roll_out(state, samples, lambda count: None))
     found = consumed.with_children()
-    micro_steps = toy.IMAGES // toy.MICRO_BATCH * toy.TIMESTEPS
+    micro_batches = toy.IMAGES // toy.MICRO_BATCH * toy.TIMESTEPS
     a_step = (
-        toy.IMAGES // 6 + 2 + micro_steps
-    )  # noise of two rollout batches, two orders, noise of micro-steps
+        toy.IMAGES // 6 + 2 + micro_batches
+    )  # noise of two rollout batches, two orders, noise of micro-batches
     assert len(consumed.keys) == 2 + 5 + 4 * a_step
     assert len(set(found)) == len(found)
 

@@ -1,4 +1,4 @@
-"""What taking the anchors at every 2nd, 4th, 8th micro-step does to a step's gradient, next to what chance does to it.
+"""What taking the anchors at every 2nd, 4th, 8th micro-batch does to a step's gradient, next to what chance does to it.
 
     python -m tools.anchors --workdir=runs/first
 
@@ -58,16 +58,15 @@ def main() -> None:
 
     updates = {every: compiled(run, every) for every in (1, *args.every)}
     print(
-        f"{args.workdir} after step {step}: {run.sizes.images} images, {run.sizes.micro_steps} micro-steps; "
+        f"{args.workdir} after step {step}: {run.sizes.images} images, {run.sizes.micro_batches} micro-batches; "
         f"median |difference| / |update| over {args.draws} draws (least to greatest)"
     )
     show(
         "rollout policy as in the run",
         {n: draws(update, state, batch, args.draws) for n, update in updates.items()},
     )
-    state = state.replace(
-        old=tree.scale(state.old, 0.0)
-    )  # placed like the old one: nothing is compiled anew
+    # Placed like the rollout policy it replaces: nothing is compiled anew.
+    state = state.replace(rollout=tree.scale(state.rollout, 0.0))
     show(
         "the base model as rollout policy",
         {n: draws(u, state, batch, args.draws) for n, u in updates.items()},
@@ -94,19 +93,20 @@ def show(title: str, taken: dict[int, list[Adapter]]) -> None:
 
 def rollouts(run: build.Run, state: TrainState, step: int) -> RolloutBatch:
     """The batch that the loop would train on next."""
-    turn = run.turn
-    samples = turn.sampling.draw(state.seed, step)
-    rollout = turn.collector(*turn.policy(state), samples, jax.random.key(step))
-    _, rows, valid = advantages_of(rollout.scores, samples.groups, turn.sampling)
-    return turn.batch(rollout, rows, valid)
+    iteration = run.iteration
+    samples = iteration.sampling.draw(state.seed, step)
+    policy = iteration.rollout_policy(state)
+    rollout = iteration.collector(*policy, samples, jax.random.key(step))
+    _, advantages, valid = advantages_of(rollout.scores, samples.groups, iteration.sampling)
+    return iteration.training_batch(rollout, advantages, valid)
 
 
 def compiled(run: build.Run, every: int) -> Update:
     """(state, number of the draw, batch) -> the update of an exact step, which plain gradient descent shows."""
     descent = optax.sgd(1.0)
-    step = jax.jit(
-        exact_step(dataclasses.replace(run.recipe, anchor_every=every), run.velocity, descent)
-    )
+    harmonization = dataclasses.replace(run.recipe.harmonization, anchor_every=every)
+    recipe = dataclasses.replace(run.recipe, harmonization=harmonization)
+    step = jax.jit(exact_step(recipe, run.velocity, descent))
     empty = descent.init(run.state.current)
 
     def update(state: TrainState, number: int, batch: RolloutBatch) -> Adapter:

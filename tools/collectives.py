@@ -141,7 +141,7 @@ def telling(name: str, results: Any) -> list[Any]:
         state_or_array = (
             state.opt_state,
             metrics["training/grad_norm"],
-            metrics["nft/loss"],
+            metrics["objective/loss"],
             state.alpha,
         )
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state_or_array)]
@@ -158,14 +158,14 @@ def measure(
     from marble_jax.distributed import device_mesh
     from marble_jax.plan import aot
     from marble_jax.plan.hlo_costs import by_reason, executed
-    from marble_jax.programs import build
+    from marble_jax.training.batch_sizes import derive_sizes
 
     mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     config = settings()
     jobs = aot.jobs(
         config,
         architecture(config),
-        build.derive_sizes(config, device_mesh.batch_shards(mesh)),
+        derive_sizes(config.rollout, config.training, device_mesh.batch_shards(mesh)),
         mesh,
     )
     found = {}

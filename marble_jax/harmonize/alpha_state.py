@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 
 @flax.struct.dataclass
 class AlphaState:
-    """What is remembered between solves.
+    """The alpha that steps between two solves reuse.
 
     Attributes:
       alpha: float32 [K] smoothed weights on the rewards, summing to 1 once there was a solve.
@@ -33,21 +36,16 @@ def init(num_rewards: int) -> AlphaState:
     )
 
 
-def due(state: AlphaState, every: int) -> jax.Array:
-    """Scalar bool: this optimiser step has to solve (none so far, or the last one is `every` steps old)."""
-    return jnp.logical_or(~state.solved, state.age >= every)
-
-
 def refresh(
     state: AlphaState,
-    alpha: jax.Array,
-    scale: jax.Array,
+    alpha: Float[Array, " k"],
+    scale: Float[Array, " k"],
     rho: float,
-    valid: jax.Array | None = None,
+    active: Bool[Array, " k"] | None = None,
 ) -> AlphaState:
     """Takes in a fresh solve: `alpha <- rho alpha + (1 - rho) alpha_new`; the first solve is taken as it is.
 
-    With `valid`, a reward that could not take part keeps its old alpha and scale, and the fresh alpha shares what
+    With `active`, a reward that could not take part keeps its old alpha and scale, and the fresh alpha shares what
     the absent rewards leave; otherwise one batch without a reward would starve it until the next solve. The first
     solve that a reward takes part in asks another question than those before it: its alpha is taken as it is, and the
     absent rewards keep their ratios and one share each in the whole. A solve in which no reward took part (all alpha
@@ -55,70 +53,90 @@ def refresh(
 
     Args:
       state: the state before.
-      alpha: [K] from the solve.
-      scale: [K] from the solve.
+      alpha: from the solve.
+      scale: from the solve.
       rho: weight of the old value, in [0, 1).
-      valid: bool [K] rewards that took part, or None to take alpha at face value as upstream does.
+      active: rewards that took part, or None to take alpha at face value as upstream does.
     """
-    took_part, known = jnp.ones_like(alpha, bool) if valid is None else valid, state.scale != 0
-    newcomer = jnp.zeros((), bool) if valid is None else jnp.any(valid & ~known)
-    nothing = jnp.zeros((), bool) if valid is None else ~jnp.any(alpha > 0)
-    solved, absent = jnp.where(took_part, alpha, 0.0), jnp.where(took_part, 0.0, state.alpha)
-    equal = jnp.sum(~took_part & known) / jnp.maximum(
-        jnp.sum(took_part | known), 1
-    )  # share of the absent, one each
-    fresh = jnp.where(
-        newcomer, _beside(solved, absent, equal), _beside(solved, absent, jnp.sum(absent))
-    )
-    mixed = jnp.where(state.solved & ~newcomer, rho * state.alpha + (1.0 - rho) * fresh, fresh)
+    if active is None:
+        smoothed = rho * state.alpha + (1.0 - rho) * alpha
+        return _taken_in(state, jnp.where(state.solved, smoothed, alpha), scale)
+    known = state.scale != 0
+    newcomer = jnp.any(active & ~known)
+    solved = jnp.where(active, alpha, 0.0)
+    absent = jnp.where(active, 0.0, state.alpha)
+    held_share = _beside(solved, absent, jnp.sum(absent))
+    # One share each: absent rewards that were solved for before, among all rewards that have been.
+    num_absent = jnp.sum(~active & known)
+    num_known = jnp.maximum(jnp.sum(active | known), 1)
+    equal_share = _beside(solved, absent, num_absent / num_known)
+    fresh = jnp.where(newcomer, equal_share, held_share)
+    smoothed = rho * state.alpha + (1.0 - rho) * fresh
+    mixed = jnp.where(state.solved & ~newcomer, smoothed, fresh)
+    taken_in = _taken_in(state, mixed, jnp.where(active, scale, state.scale))
+    # No reward took part: there was no solve to take in.
+    nothing = ~jnp.any(alpha > 0)
+    return jax.tree.map(lambda new, old: jnp.where(nothing, old, new), taken_in, state)
+
+
+def _taken_in(state: AlphaState, alpha: jax.Array, scale: jax.Array) -> AlphaState:
+    """The state after a solve, of age 0."""
     return AlphaState(
-        alpha=jnp.where(nothing, state.alpha, mixed).astype(jnp.float32),
-        scale=jnp.where(nothing | ~took_part, state.scale, scale).astype(jnp.float32),
-        solved=state.solved | ~nothing,
-        age=jnp.where(nothing, state.age, 0).astype(jnp.int32),
+        alpha=alpha.astype(jnp.float32),
+        scale=scale.astype(jnp.float32),
+        solved=jnp.ones_like(state.solved),
+        age=jnp.zeros_like(state.age),
     )
 
 
 def _beside(solved: jax.Array, absent: jax.Array, share: jax.Array) -> jax.Array:
     """The solve's weights beside those of absent rewards, which keep their ratios and get `share` of the whole."""
     held = jnp.sum(absent)
-    share = jnp.where(held > 0, share, 0.0)
-    return solved * (1.0 - share) + absent * (share / jnp.where(held > 0, held, 1.0))
+    any_held = held > 0
+    share = jnp.where(any_held, share, 0.0)
+    # The divisor is 1 where nothing is held: 0 / 0 must not enter.
+    ratio = share / jnp.where(any_held, held, 1.0)
+    return solved * (1.0 - share) + absent * ratio
 
 
 def advance(state: AlphaState) -> AlphaState:
     """One optimiser step later; to be called once at the end of every step."""
-    return state.replace(age=state.age + 1)
+    return dataclasses.replace(state, age=state.age + 1)
 
 
-def present_alpha(state: AlphaState, valid: jax.Array) -> jax.Array:
-    """The remembered alpha shared out among the rewards present in this step, uniform where they hold none of it.
+def active_alpha(state: AlphaState, active: Bool[Array, " k"]) -> Float[Array, " k"]:
+    """The remembered alpha shared out among the active rewards, uniform where they hold none of it.
 
-    A present reward that was never solved for takes an equal share, 1 / (number present); the others share the rest.
+    An active reward that was never solved for takes an equal share, 1 / (number active); the others share what that
+    leaves.
 
     Args:
       state: after at least one solve.
-      valid: bool [K].
+      active: rewards that have valid samples in this step.
 
     Returns:
-      float32 [K], 0 outside `valid`, summing to 1 unless no reward is present.
+      float32 [K], 0 outside `active`, summing to 1 unless no reward is.
     """
-    even = valid / jnp.maximum(jnp.sum(valid), 1)
-    known = valid & (state.scale != 0)
+    even = active / jnp.maximum(jnp.sum(active), 1)
+    known = active & (state.scale != 0)
     held = jnp.where(known, state.alpha, 0.0)
     total = jnp.sum(held)
-    rest = jnp.sum(jnp.where(known, even, 0.0))
-    shared = jnp.where(known, held / jnp.where(total > 0, total, 1.0) * rest, even)
-    return jnp.where(total > 0, shared, even).astype(jnp.float32)
+    any_held = total > 0
+    remaining = jnp.sum(jnp.where(known, even, 0.0))
+    # The divisor is 1 where nothing is held: the result is not used there, but must stay finite.
+    share = held / jnp.where(any_held, total, 1.0)
+    shared = jnp.where(known, share * remaining, even)
+    return jnp.where(any_held, shared, even).astype(jnp.float32)
 
 
-def present_weights(state: AlphaState, valid: jax.Array) -> jax.Array:
-    """Float32 [K] weights on raw gradients from `present_alpha`; 0 outside `valid`.
+def active_weights(state: AlphaState, active: Bool[Array, " k"]) -> Float[Array, " k"]:
+    """Float32 [K] weights on raw gradients from `active_alpha`; 0 outside `active`.
 
-    A reward that was never solved for has no scale of its own: it takes the mean of those present, or 1 (its gradient
-    as it is) if there is none.
+    A reward that was never solved for has no scale of its own: it takes the mean of those of the active rewards, or 1
+    (its gradient as it is) if none has one.
     """
-    known = valid & (state.scale != 0)
-    mean = jnp.sum(jnp.where(known, state.scale, 0.0)) / jnp.maximum(jnp.sum(known), 1)
-    scale = jnp.where(known, state.scale, jnp.where(jnp.any(known), mean, 1.0))
-    return present_alpha(state, valid) * scale
+    known = active & (state.scale != 0)
+    scales = jnp.where(known, state.scale, 0.0)
+    mean = jnp.sum(scales) / jnp.maximum(jnp.sum(known), 1)
+    fallback = jnp.where(jnp.any(known), mean, 1.0)
+    return active_alpha(state, active) * jnp.where(known, state.scale, fallback)

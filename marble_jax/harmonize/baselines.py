@@ -14,14 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from marble_jax.errors import InputError, one_of
+from marble_jax.errors import InputError
 from marble_jax.harmonize import qp
 from marble_jax.harmonize.balancers import (
     Balancer,
-    Fixed,
-    Marble,
     Solution,
-    WeightedSum,
     closed_form_status,
     inverse,
     mean_over,
@@ -221,43 +218,3 @@ class NashMTL(Rule):
         alpha = jnp.where(used, alpha, 0.0) * shorten
         length = jnp.sqrt(jnp.maximum(jnp.dot(alpha, _product(gram, alpha)), 1e-12))
         return alpha / length
-
-
-BALANCERS: dict[str, type[Balancer]] = {
-    "marble": Marble,
-    "equal": Fixed,
-    "fixed": Fixed,
-    "weighted_sum": WeightedSum,
-    "upgrad": UPGrad,
-    "pcgrad": PCGrad,
-    "cagrad": CAGrad,
-    "imtl": IMTLG,
-    "nash": NashMTL,
-}
-
-
-def make_balancer(name: str, **settings: Any) -> Balancer:
-    """A balancer by name.
-
-    Args:
-      name: one of BALANCERS.
-      **settings: attributes of its class; "equal" is "fixed" without an alpha.
-
-    Raises:
-      InputError: an unknown name, or a setting that the balancer does not have.
-    """
-    one_of("balancer", name, BALANCERS)
-    kind = BALANCERS[name]
-    known = [
-        field.name
-        for field in dataclasses.fields(kind)
-        if not (name == "equal" and field.name == "alpha")
-    ]
-    for setting in settings:
-        one_of(f"setting of the balancer {name!r}", setting, known)
-    if name == "fixed" and not settings.get("alpha"):
-        raise InputError(
-            "fixed alpha: expected one share a reward that sum to 1; received none "
-            "(balancer 'equal' has equal shares)"
-        )
-    return kind(**settings)

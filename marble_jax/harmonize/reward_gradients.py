@@ -1,19 +1,14 @@
-"""Every reward's policy gradient for about the price of one backward pass.
+"""Every reward's policy gradient for about the price of one backward pass, whatever the objective.
 
-The loss of a sample is affine in the optimality r, and P and N are common to all rewards. So its cotangent is
-`(r_k - 1/2) signal + anchor` (see `objectives.nft`): one direction that the advantage scales, and one that is the same
-for every reward. Samples do not interact in the network, so the per-sample pull-backs `S_n = J_n^T signal_n` and
-`A_n = J_n^T anchor_n` give every reward's gradient exactly, for any K, as a K x n matrix product:
+An objective names a few directions at a sample and their weights for every reward (`objectives.base`). Samples do not
+interact in the network, so the per-sample pull-backs `D_nj = J_n^T direction_j[n]` give every reward's gradient
+exactly, for any K, as a product of a [K, n J] and an [n J, parameters] matrix:
 
-    g_k = (1 / n_k) sum_n valid_kn ((r_kn - 1/2) S_n + A_n)
+    g_k = (1 / n_k) sum_n valid_nk sum_j mix_nkj D_nj
 
-A backward pass with a frozen base costs about as much as a forward pass, for each direction. The anchors, the pull to
-the rollout policy and the divergence from the base model, do not depend on the advantages and need no precision that
-the advantages lack: `anchors=False` leaves them out of a micro-step, and `anchor_scale` makes up for it in another,
-without bias.
-
-Because `g_k` is linear in the samples, the sums here are additive: adding the `RewardSums` of all micro-steps, devices
-and hosts and dividing once by the number of valid samples (`mean_gradients`) gives the gradients of the whole batch.
+A backward pass with a frozen base costs about as much as a forward pass, for each direction. Anchors and the divergence
+from the base model do not depend on the advantages and need no precision that the advantages lack: `anchors=False`
+leaves them out of a micro-batch, and `anchor_scale` makes up for it in another, without bias.
 
 The per-sample pull-back is a `vmap` of a `vjp` under `jit`; see `marble_jax.platform` for the compiler setting that
 this needs.
@@ -21,86 +16,230 @@ this needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
-from marble_jax import tree
 from marble_jax.errors import InputError
-from marble_jax.objectives import nft
+from marble_jax.harmonize.reward_sums import RewardSums, zero_sums
+from marble_jax.objectives.base import AdapterVelocity, Batch, Objective, Statistics
 from marble_jax.types import Adapter
-
-Velocity = Callable[[Adapter, jax.Array, jax.Array, Any], jax.Array]
-"""velocity(adapter, xt [n, ...], t [n], cond) -> [n, ...], with no interaction between samples."""
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
-class FlowBatch:
-    """A micro-batch of noised rollout latents.
+class _PulledBack:
+    """What n samples give.
 
     Attributes:
-      x0: [n, ...] clean latents of the rollout policy.
-      xt: [n, ...] the same at noise level `t`.
-      t: [n] noise level in (0, 1].
-      cond: pytree of conditioning, leaves [n, ...].
-      v_old: [n, ...] velocity of the rollout policy at `xt`.
-      v_ref: [n, ...] velocity of the base model at `xt`; None leaves the divergence out.
+      directions: adapter tree, leaves [n, J, ...]: signals, then anchors, then the divergence, as far as taken.
+      statistics: of the objective, leaves [n].
+      divergence: [n].
+      num_signals: how many of the J directions are signals.
     """
 
-    x0: jax.Array
-    xt: jax.Array
-    t: jax.Array
-    cond: Any
-    v_old: jax.Array
-    v_ref: jax.Array | None = None
+    directions: Adapter
+    statistics: Statistics
+    divergence: jax.Array
+    num_signals: int = flax.struct.field(pytree_node=False)
 
 
-@flax.struct.dataclass
-class RewardSums:
-    """Additive sums over samples from which whole-batch gradients and losses follow.
+def accumulate(
+    objective: Objective,
+    velocity: AdapterVelocity,
+    adapter: Adapter,
+    batch: Batch,
+    advantages: Float[Array, "n k"],
+    valid: Bool[Array, "n k"],
+    *,
+    chunk_size: int | None = None,
+    anchors: bool = True,
+    anchor_scale: float = 1.0,
+) -> RewardSums:
+    """Sums over a micro-batch of the policy gradients of K rewards, and of the divergence.
 
-    Attributes:
-      gradients: adapter tree, leaves [K, ...] float32: per-reward policy gradients summed over valid samples.
-      counts: float32 [K] number of valid samples.
-      losses: float32 [K] policy losses summed over valid samples.
-      kl_gradient: adapter tree, float32: gradient of the divergence summed over samples; zeros without `v_ref`.
-      kl: float32 scalar: divergence summed over samples.
-      num_samples: float32 scalar: samples that the divergence was taken at.
+    Inside, `velocity` is called on one sample at a time under `vmap`. Memory: as many adapter-sized arrays as
+    `chunk_size` times the number of directions, plus K for the sums.
+
+    Args:
+      objective: whose gradients.
+      velocity: pure function of (adapter, xt, sigma, cond).
+      adapter: pytree of trainable leaves.
+      batch: n samples, from `objective.prepare`.
+      advantages: of every sample under every reward.
+      valid: False where the reward does not apply.
+      chunk_size: samples pulled back together, a divisor of n; all n when None.
+      anchors: whether the terms that do not depend on advantages are included: anchors and the divergence.
+      anchor_scale: factor of the anchors, the inverse of the share of micro-batches that have them. (The divergence is
+        divided by its own number of samples.)
+
+    Returns:
+      RewardSums, to be added over micro-batches.
+
+    Raises:
+      InputError: `chunk_size` does not divide n.
     """
+    num_samples, num_rewards = advantages.shape
+    chunk_size = _resolve_chunk(num_samples, chunk_size)
+    pull_back = partial(_sample_pull_backs, objective, velocity, adapter, anchors=anchors)
 
-    gradients: Adapter
-    counts: jax.Array
-    losses: jax.Array
-    kl_gradient: Adapter
-    kl: jax.Array
-    num_samples: jax.Array
+    def add_chunk(sums: RewardSums, chunk: Any) -> tuple[RewardSums, None]:
+        samples, chunk_advantages, chunk_valid = chunk
+        pulled = jax.vmap(pull_back)(samples)
+        new = _chunk_sums(objective, pulled, chunk_advantages, chunk_valid, anchors, anchor_scale)
+        # The carry of a scan keeps its dtype: half-precision parts are added in float32.
+        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
+
+    whole = batch, advantages, valid
+    zeros = zero_sums(adapter, num_rewards)
+    if chunk_size == num_samples:
+        # A loop of one turn stays a loop in the compiled program, with all that a loop copies.
+        return add_chunk(zeros, whole)[0]
+    return jax.lax.scan(add_chunk, zeros, _chunks(whole, chunk_size))[0]
 
 
-@flax.struct.dataclass
-class RewardGradients:
-    """Whole-batch means: per-reward gradients (leaves [K, ...]), losses [K], and the divergence with its gradient."""
+def _sample_pull_backs(
+    objective: Objective,
+    velocity: AdapterVelocity,
+    adapter: Adapter,
+    sample: Batch,
+    *,
+    anchors: bool,
+) -> _PulledBack:
+    """Pulled-back directions of one sample, leaves [J, ...], with its statistics as scalars."""
+    one = jax.tree.map(lambda x: x[None], sample)
+    prediction, pull_back = jax.vjp(lambda a: objective.predict(partial(velocity, a), one), adapter)
+    directions = objective.directions(prediction, one)
+    cotangents = [*directions.signals]
+    divergence = jnp.zeros(1)
+    if anchors:
+        cotangents += directions.anchors
+    if anchors and directions.kl is not None:
+        cotangents.append(directions.kl.cotangent)
+        divergence = directions.kl.divergence
+    # The pull-back wants cotangents of the dtype that the network returned.
+    stacked = jnp.stack(cotangents).astype(prediction.dtype)
+    (pulled,) = jax.vmap(pull_back)(stacked)
+    statistics = jax.tree.map(lambda x: x[0], directions.statistics)
+    return _PulledBack(pulled, statistics, divergence[0], len(directions.signals))
 
-    gradients: Adapter
-    losses: jax.Array
-    kl_gradient: Adapter
-    kl: jax.Array
 
+def _chunk_sums(
+    objective: Objective,
+    pulled: _PulledBack,
+    advantages: Float[Array, "c k"],
+    valid: Bool[Array, "c k"],
+    anchors: bool,
+    anchor_scale: float,
+) -> RewardSums:
+    """Sums over the samples of a chunk."""
+    mix = _masked_mix(objective, advantages, pulled.statistics, valid)
+    signals, anchored = mix[..., : pulled.num_signals], mix[..., pulled.num_signals :]
+    mix = signals
+    if anchors:
+        mix = jnp.concatenate([signals, anchor_scale * anchored], axis=-1)
+    num_mixed = mix.shape[-1]
 
-def zero_sums(adapter: Adapter, num_rewards: int) -> RewardSums:
-    """The neutral element of `tree.add` on RewardSums."""
+    def rewards(leaf: jax.Array) -> jax.Array:
+        mixed = leaf[:, :num_mixed].astype(mix.dtype)
+        return jnp.einsum("ckj,cj...->k...", mix, mixed, precision=_HIGHEST)
+
+    def divergence(leaf: jax.Array) -> jax.Array:
+        # Behind the directions of the rewards lies that of the divergence, or nothing: then the sum is 0.
+        return jnp.sum(leaf[:, num_mixed:], axis=(0, 1))
+
+    losses = objective.losses(advantages, pulled.statistics)
     return RewardSums(
-        gradients=tree.zeros_like(adapter, num_rewards),
-        counts=jnp.zeros(num_rewards),
-        losses=jnp.zeros(num_rewards),
-        kl_gradient=tree.zeros_like(adapter),
-        kl=jnp.zeros(()),
-        num_samples=jnp.zeros(()),
+        gradients=jax.tree.map(rewards, pulled.directions),
+        counts=jnp.sum(valid.astype(mix.dtype), axis=0),
+        losses=jnp.sum(jnp.where(valid, losses, 0.0), axis=0),
+        kl_gradient=jax.tree.map(divergence, pulled.directions),
+        kl=jnp.sum(pulled.divergence),
+        num_samples=jnp.asarray(float(len(advantages) * anchors), jnp.float32),
     )
+
+
+def _masked_mix(
+    objective: Objective,
+    advantages: Float[Array, "n k"],
+    statistics: Statistics,
+    valid: Bool[Array, "n k"],
+) -> Float[Array, "n k j"]:
+    """The objective's weights, 0 where a reward does not apply."""
+    mix = objective.mix(advantages, statistics, valid)
+    # Masked here, once for every objective; a weight that is not finite must not come through either.
+    return jnp.where(valid[..., None], mix, 0.0)
+
+
+def combined_gradient(
+    objective: Objective,
+    velocity: AdapterVelocity,
+    adapter: Adapter,
+    batch: Batch,
+    advantages: Float[Array, "n k"],
+    valid: Bool[Array, "n k"],
+    sample_weights: Float[Array, " k"],
+    num_samples: int | None = None,
+) -> tuple[Adapter, dict[str, jax.Array]]:
+    """One ordinary backward pass whose gradient is exactly `sum_k w_k g_k + kl_weight grad KL`.
+
+    Every sample has one weight for each direction, the sum over rewards of what they give it: masks, clipping and
+    different numbers of valid samples included, whether or not the loss is affine in the advantage. This is what makes
+    an amortized step equal to a full step with the same weights.
+
+    Args:
+      objective: whose gradient.
+      velocity: pure function of (adapter, xt, sigma, cond).
+      adapter: pytree of trainable leaves.
+      batch: n samples, from `objective.prepare`.
+      advantages: of every sample under every reward.
+      valid: False where the reward does not apply.
+      sample_weights: weights on the rewards' gradients, each divided by the number of valid samples in the whole batch;
+        a negative weight is allowed. See `per_sample`.
+      num_samples: samples of the whole batch, over which the divergence is averaged; n when None.
+
+    Returns:
+      The gradient (same tree as `adapter`), to be summed over micro-batches, and a dict with `policy_loss` and `kl`
+      (this part's share of both, additive too).
+    """
+    total = len(advantages) if num_samples is None else num_samples
+    prediction, pull_back = jax.vjp(
+        lambda a: objective.predict(partial(velocity, a), batch), adapter
+    )
+    directions = objective.directions(prediction, batch)
+    mix = _masked_mix(objective, advantages, directions.statistics, valid)
+    weights = jnp.einsum("k,nkj->nj", sample_weights, mix, precision=_HIGHEST)
+    cotangent = _weighted(weights, (*directions.signals, *directions.anchors))
+    kl = jnp.zeros(())
+    if directions.kl is not None:
+        cotangent = cotangent + objective.kl_weight / total * directions.kl.cotangent
+        kl = jnp.sum(directions.kl.divergence) / total
+    (gradient,) = pull_back(cotangent.astype(prediction.dtype))
+    losses = objective.losses(advantages, directions.statistics)
+    policy_loss = jnp.sum(jnp.where(valid, sample_weights * losses, 0.0))
+    return gradient, {"policy_loss": policy_loss, "kl": kl}
+
+
+def per_sample(weights: Float[Array, " k"], counts: Float[Array, " k"]) -> Float[Array, " k"]:
+    """Weights of rewards divided by their numbers of valid samples; `counts` are those of the whole batch."""
+    return weights / jnp.maximum(counts, 1)
+
+
+def _weighted(
+    weights: Float[Array, "n j"], directions: tuple[Float[Array, " n *latent"], ...]
+) -> Float[Array, " n *latent"]:
+    """sum_j weights[:, j] * directions[j], sample by sample."""
+    total = jnp.zeros_like(directions[0])
+    for j, direction in enumerate(directions):
+        # A sample's weight is one number for all of its elements.
+        weight = weights[:, j].reshape((-1,) + (1,) * (direction.ndim - 1))
+        total = total + weight * direction
+    return total
 
 
 def _chunks(batch: Any, chunk_size: int) -> Any:
@@ -117,7 +256,8 @@ def _chunks(batch: Any, chunk_size: int) -> Any:
 
 
 def _resolve_chunk(num: int, chunk_size: int | None) -> int:
-    chunk_size = num if chunk_size is None else chunk_size
+    if chunk_size is None:
+        return num
     if chunk_size < 1 or num % chunk_size:
         divisors = [c for c in range(1, num + 1) if num % c == 0]
         best = min(divisors, key=lambda c: abs(c - chunk_size))
@@ -126,191 +266,3 @@ def _resolve_chunk(num: int, chunk_size: int | None) -> int:
             f"received {chunk_size} (nearest valid choice {best})"
         )
     return chunk_size
-
-
-def _sample_pull_backs(
-    velocity: Velocity,
-    adapter: Adapter,
-    sample: FlowBatch,
-    nft_beta: float,
-    clip: float,
-    anchors: bool,
-) -> tuple[Adapter, tuple[jax.Array, jax.Array, jax.Array]]:
-    """One sample's pulled-back signal, anchor and divergence, stacked in this order; its P, N and divergence."""
-    one = jax.tree.map(lambda x: x[None], sample)
-    v, pull_back = jax.vjp(lambda a: velocity(a, one.xt, one.t, one.cond), adapter)
-    parts = nft.directions(v, one.v_old, one.x0, one.xt, one.t, nft_beta)
-    positive, negative = nft.branch_errors(parts)
-    factor = 2.0 * one.t[0] * clip / v.size
-    signal, anchor = nft.signal_and_anchor(parts)
-    seeds, divergence = [factor * signal], jnp.zeros(1)
-    if anchors:
-        seeds.append(factor * anchor)
-    if anchors and sample.v_ref is not None:
-        divergence = nft.sample_kl(v, one.v_ref)
-        seeds.append(2.0 / v.size * (v.astype(parts.e.dtype) - one.v_ref))
-    (pulled,) = jax.vmap(pull_back)(jnp.stack(seeds).astype(v.dtype))
-    return pulled, (positive[0], negative[0], divergence[0])
-
-
-def accumulate(
-    velocity: Velocity,
-    adapter: Adapter,
-    batch: FlowBatch,
-    r: jax.Array,
-    valid: jax.Array,
-    *,
-    nft_beta: float,
-    clip: float = nft.ADVANTAGE_CLIP,
-    chunk_size: int | None = None,
-    anchors: bool = True,
-    anchor_scale: float = 1.0,
-) -> RewardSums:
-    """Sums over a micro-batch of the policy gradients of K rewards, and of the divergence.
-
-    Inside, `velocity` is called on one sample at a time under `vmap`. Memory: `chunk_size` x 3 (2 without `v_ref`, 1
-    without anchors) adapter-sized arrays for the pulled-back directions, plus K for the sums.
-
-    Args:
-      velocity: pure function of (adapter, xt, t, cond).
-      adapter: pytree of trainable leaves.
-      batch: n samples.
-      r: [n, K] optimality of every sample under every reward, in [0, 1].
-      valid: bool [n, K]; False where the reward does not apply.
-      nft_beta: mixing weight of the objective.
-      clip: `A_max`.
-      chunk_size: samples pulled back together, a divisor of n; all n when None.
-      anchors: whether the terms that do not depend on r are included: the loss at r = 1/2 and the divergence.
-      anchor_scale: factor of the loss at r = 1/2, the inverse of the share of micro-steps that have anchors. (The
-        divergence is divided by its own number of samples.)
-
-    Returns:
-      RewardSums, to be added over micro-steps.
-
-    Raises:
-      InputError: `chunk_size` does not divide n.
-    """
-    chunk_size = _resolve_chunk(batch.xt.shape[0], chunk_size)
-
-    def step(
-        sums: RewardSums, part: tuple[FlowBatch, jax.Array, jax.Array]
-    ) -> tuple[RewardSums, None]:
-        samples, r_part, valid_part = part
-        pulled, (positive, negative, divergence) = jax.vmap(
-            lambda sample: _sample_pull_backs(velocity, adapter, sample, nft_beta, clip, anchors)
-        )(samples)
-        mask = valid_part.astype(r_part.dtype)
-        mix = jnp.stack(
-            [jnp.where(valid_part, r_part - 0.5, 0.0), anchor_scale * mask][: 1 + anchors], axis=-1
-        )
-
-        def rewards(leaf: jax.Array) -> jax.Array:
-            return jnp.einsum(
-                "ckj,cj...->k...",
-                mix,
-                leaf[:, : mix.shape[-1]].astype(mix.dtype),
-                precision=_HIGHEST,
-            )
-
-        positive, negative = positive[:, None], negative[:, None]
-        each = clip / nft_beta * (r_part * positive + (1.0 - r_part) * negative)
-        new = RewardSums(
-            gradients=jax.tree.map(rewards, pulled),
-            counts=jnp.sum(mask, axis=0),
-            losses=jnp.sum(jnp.where(valid_part, each, 0.0), axis=0),
-            kl_gradient=jax.tree.map(lambda x: jnp.sum(x[:, 2:], axis=(0, 1)), pulled),
-            kl=jnp.sum(divergence),
-            num_samples=jnp.asarray(float(chunk_size * anchors), jnp.float32),
-        )
-        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
-
-    whole = batch, r.astype(jnp.promote_types(r.dtype, jnp.float32)), valid
-    zeros = zero_sums(adapter, r.shape[1])
-    if (
-        chunk_size == batch.xt.shape[0]
-    ):  # a loop of one turn stays a loop, with all that a loop copies
-        return step(zeros, whole)[0]
-    return jax.lax.scan(step, zeros, _chunks(whole, chunk_size))[0]
-
-
-def mean_gradients(sums: RewardSums) -> RewardGradients:
-    """Divides whole-batch sums by the number of valid samples of each reward; a reward without any has gradient 0."""
-    inverse = 1.0 / jnp.maximum(sums.counts, 1.0)
-    share = 1.0 / jnp.maximum(sums.num_samples, 1.0)
-    return RewardGradients(
-        gradients=jax.tree.map(
-            lambda x: x * inverse.reshape((-1,) + (1,) * (x.ndim - 1)), sums.gradients
-        ),
-        losses=sums.losses * inverse,
-        kl_gradient=tree.scale(sums.kl_gradient, share),
-        kl=sums.kl * share,
-    )
-
-
-def branch_weights(
-    weights: jax.Array, r: jax.Array, valid: jax.Array, counts: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Per-sample weights of P and N whose loss is exactly `sum_k weights[k] loss_k`.
-
-    The losses are affine in r with P and N in common, so any weighted sum of them, masks, clipping and different
-    numbers of valid samples included, is one loss with a weight for P and one for N at every sample. This is what
-    makes an amortized step equal to a full step with the same weights.
-
-    Args:
-      weights: [K] weights on the raw per-reward gradients; a negative weight is allowed.
-      r: [n, K] optimality.
-      valid: bool [n, K].
-      counts: [K] valid samples of the whole batch when n is only a part of it; taken from `valid` when None.
-
-    Returns:
-      Weights of P [n] and of N [n]; sum over samples, do not average.
-    """
-    counts = jnp.sum(valid, axis=0) if counts is None else counts
-    share = jnp.where(valid, weights / jnp.maximum(counts, 1), 0.0)
-    return jnp.sum(share * r, axis=1), jnp.sum(share * (1.0 - r), axis=1)
-
-
-def combined_gradient(
-    velocity: Velocity,
-    adapter: Adapter,
-    batch: FlowBatch,
-    positive_weight: jax.Array,
-    negative_weight: jax.Array,
-    *,
-    nft_beta: float,
-    clip: float = nft.ADVANTAGE_CLIP,
-    kl_weight: float = 0.0,
-    num_samples: int | None = None,
-) -> tuple[Adapter, dict[str, jax.Array]]:
-    """One ordinary backward pass of `clip / nft_beta * sum_n (p_n P_n + q_n N_n) + kl_weight * KL`.
-
-    Used in amortized steps, with the weights of `branch_weights` (exact) or, for a single combined advantage with
-    optimality r over n samples, with `r / n` and `(1 - r) / n`.
-
-    Args:
-      velocity: pure function of (adapter, xt, t, cond).
-      adapter: pytree of trainable leaves.
-      batch: n samples; `v_ref` is needed only for a positive `kl_weight`.
-      positive_weight: [n] weight p of the positive branch.
-      negative_weight: [n] weight q of the negative branch.
-      nft_beta: mixing weight of the objective.
-      clip: `A_max`.
-      kl_weight: weight of the divergence from the base model.
-      num_samples: samples of the whole batch, over which the divergence is averaged; n when None.
-
-    Returns:
-      The gradient (same tree as `adapter`), to be summed over micro-steps, and a dict with `policy_loss` and `kl`
-      (this part's share of both, additive too).
-    """
-    total = batch.xt.shape[0] if num_samples is None else num_samples
-
-    def loss(current: Adapter) -> tuple[jax.Array, dict[str, jax.Array]]:
-        v = velocity(current, batch.xt, batch.t, batch.cond)
-        positive, negative = nft.branches(v, batch.v_old, batch.x0, batch.xt, batch.t, nft_beta)
-        policy = clip / nft_beta * jnp.sum(positive_weight * positive + negative_weight * negative)
-        divergence = (
-            jnp.zeros(()) if batch.v_ref is None else jnp.sum(nft.sample_kl(v, batch.v_ref)) / total
-        )
-        return policy + kl_weight * divergence, {"policy_loss": policy, "kl": divergence}
-
-    return jax.grad(loss, has_aux=True)(adapter)

@@ -5,33 +5,41 @@ A decay of 1 keeps the slow copy, 0 replaces it: `slow <- decay slow + (1 - deca
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from marble_jax import tree
+from marble_jax.config import RolloutPolicySettings
 from marble_jax.errors import InputError, one_of
 from marble_jax.types import Adapter
 
 Decay = Callable[[jax.Array | int], jax.Array]
 """decay(step) -> float32 scalar in [0, 1]; `step` counts optimiser steps and may be traced."""
 
-_DEFAULTS = {
-    "copy": (0.0, 0.0, 0),
-    "linear_capped": (0.001, 0.95, 0),
-    "delayed_linear": (0.0075, 0.999, 75),
+
+@dataclasses.dataclass(frozen=True)
+class _Ramp:
+    """`min(rate (step - delay), cap)`, and 0 before `delay`; `delayed` says whether `delay` may be set."""
+
+    rate: float
+    cap: float
+    delay: int = 0
+    delayed: bool = False
+
+
+_RAMPS = {
+    "copy": _Ramp(rate=0.0, cap=0.0),
+    "linear_capped": _Ramp(rate=0.001, cap=0.95),
+    "delayed_linear": _Ramp(rate=0.0075, cap=0.999, delay=75, delayed=True),
 }
-ROLLOUT_DECAYS = tuple(_DEFAULTS)
+ROLLOUT_DECAYS = tuple(_RAMPS)
 
 
 def rollout_decay(
-    name: str,
-    *,
-    rate: float | None = None,
-    cap: float | None = None,
-    delay: int | None = None,
-    offset: int = 0,
+    name: str, *, rate: float | None = None, cap: float | None = None, delay: int | None = None
 ) -> Decay:
     """The decay of the rollout policy as a function of the optimiser step.
 
@@ -40,10 +48,9 @@ def rollout_decay(
 
     Args:
       name: one of ROLLOUT_DECAYS.
-      rate: slope per step in place of the schedule's own.
-      cap: largest decay in place of the schedule's own, in [0, 1].
+      rate: slope per step in place of the schedule's own; "copy" has none.
+      cap: largest decay in place of the schedule's own, in [0, 1]; "copy" has none.
       delay: steps before "delayed_linear" leaves zero, in place of its own; the others have none.
-      offset: steps taken off before the schedule is read, at least 0.
 
     Raises:
       InputError: unknown name, or a cap outside [0, 1].
@@ -53,31 +60,39 @@ def rollout_decay(
     one_of("rollout decay", name, ROLLOUT_DECAYS)
     if cap is not None and not 0.0 <= cap <= 1.0:
         raise InputError(f"rollout decay cap: expected a number in [0, 1]; received {cap}")
-    own_rate, own_cap, own_delay = _DEFAULTS[name]
-    delay = own_delay if delay is None or name != "delayed_linear" else delay
-    rate = own_rate if rate is None else rate
-    cap = own_cap if cap is None else cap
     if name == "copy":
         return lambda step: jnp.zeros((), jnp.float32)
+    ramp = _RAMPS[name]
+    if rate is not None:
+        ramp = dataclasses.replace(ramp, rate=rate)
+    if cap is not None:
+        ramp = dataclasses.replace(ramp, cap=cap)
+    if delay is not None and ramp.delayed:
+        ramp = dataclasses.replace(ramp, delay=delay)
 
     def decay(step: jax.Array | int) -> jax.Array:
-        elapsed = jnp.maximum(jnp.asarray(step, jnp.float32) - offset - delay, 0.0)
-        return jnp.minimum(rate * elapsed, cap)
+        elapsed = jnp.maximum(jnp.asarray(step, jnp.float32) - ramp.delay, 0.0)
+        return jnp.minimum(ramp.rate * elapsed, ramp.cap)
 
     return decay
 
 
-def ema_decay(step: jax.Array | int, decay: float, warmup_rate: float = 0.0) -> jax.Array:
+def rollout_decay_of(settings: RolloutPolicySettings) -> Decay:
+    """The decay of a run's rollout policy; errors as `rollout_decay`."""
+    return rollout_decay(
+        settings.schedule, rate=settings.rate, cap=settings.cap, delay=settings.delay
+    )
+
+
+def ema_decay(step: jax.Array | int, decay: float) -> jax.Array:
     """Decay of the evaluation average after the optimiser step that brought the count to `step`.
 
-    `min((1 + step) / (10 + step), decay)`, or `min(warmup_rate step, decay)` for a positive `warmup_rate`. The first
-    step (count 1) gives 2 / 11.
+    `min((1 + step) / (10 + step), decay)`: the first step (count 1) gives 2 / 11.
 
     Source: MARBLE's released EMA.
     """
     count = jnp.asarray(step, jnp.float32)
-    ramp = warmup_rate * count if warmup_rate > 0 else (1.0 + count) / (10.0 + count)
-    return jnp.minimum(ramp, decay)
+    return jnp.minimum((1.0 + count) / (10.0 + count), decay)
 
 
 def soft_update(slow: Adapter, current: Adapter, decay: jax.Array | float) -> Adapter:

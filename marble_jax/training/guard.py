@@ -1,11 +1,12 @@
-"""When numbers stop being numbers: how long a run puts up with it, and that they never reach a checkpoint.
+"""Numbers that are not finite: how long a run puts up with them, and that they never reach a checkpoint.
 
-A gradient that is not finite moves nothing (`update.finish`), so a state stays good through it. What is left to decide
-is when to give up, and what then; and to notice a state that is not finite all the same.
+A gradient that is not finite moves nothing (`policy_update.apply_update`), so a state stays good through it. What is
+left to decide is when to give up, and what then; and to notice a state that is not finite all the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,32 +25,25 @@ class NotFinite(InputError):
 @jax.jit
 def all_finite(state: TrainState) -> jax.Array:
     """Scalar bool: every number that training goes on from is finite. The best score is -inf before an evaluation."""
-    return tree.all_finite(
-        (
-            state.current,
-            state.old,
-            state.ema,
-            state.best,
-            state.opt_state,
-            state.alpha,
-            state.balancer,
-        )
-    )
+    policies = state.current, state.rollout, state.ema, state.best
+    return tree.all_finite((*policies, state.opt_state, state.alpha, state.balancer))
 
 
 def fresh_stream(state: TrainState, number: int) -> TrainState:
     """The state with other prompts, noise and timesteps from here on; different for every `number` from 1."""
 
-    def other(key: jax.Array) -> jax.Array:
-        return jax.random.key_data(
-            stream_key(jax.random.wrap_key_data(key), Stream.ROLLBACK, number)
-        )
+    def rekeyed(data: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(data)
+        return jax.random.key_data(stream_key(key, Stream.ROLLBACK, number))
 
-    return state.replace(key=jax.jit(other, out_shardings=state.key.sharding)(state.key))
+    # Placed like the key it replaces: an array that lies elsewhere would have the steps compiled anew.
+    return dataclasses.replace(
+        state, key=jax.jit(rekeyed, out_shardings=state.key.sharding)(state.key)
+    )
 
 
 class Guard:
-    """Looks at every step's outcome.
+    """Checks the outcome of every step.
 
     Args:
       policy: "skip" goes on for ever, "stop" ends the run, "rollback" goes back to the last good checkpoint.
@@ -66,7 +60,8 @@ class Guard:
         rollback: Callable[[str, int], TrainState],
     ):
         self._policy, self._patience, self._max_rollbacks = policy, patience, max_rollbacks
-        self._rollback, self._row, self._rollbacks = rollback, 0, 0
+        self._rollback = rollback
+        self._bad_in_a_row = self._num_rollbacks = 0
 
     def __call__(self, state: TrainState, record: Mapping[str, Any]) -> TrainState:
         """The state to go on from: `state`, or that of an earlier step.
@@ -76,22 +71,27 @@ class Guard:
           InputError: `state` is not.
         """
         good = bool(all_finite(state))
-        self._row = 0 if good and not record["training/skipped"] else self._row + 1
-        if good and (self._policy == "skip" or self._row < self._patience):
+        self._bad_in_a_row += 1
+        if good and not record["training/skipped"]:
+            self._bad_in_a_row = 0
+        if good and self._puts_up():
             return state
-        what = (
-            f"no finite gradient in {self._row} step(s) in a row"
-            if good
-            else "a state with numbers that are not"
-        )
-        what += f" after step {int(state.step)}"
-        if self._policy == "rollback" and self._rollbacks < self._max_rollbacks:
-            self._rollbacks, self._row = self._rollbacks + 1, 0
-            return self._rollback(what, self._rollbacks)
-        what += f" and {self._rollbacks} rollback(s)" if self._rollbacks else ""
+        problem = "a state with numbers that are not"
         if good:
-            raise NotFinite(f"training: expected finite numbers; received {what}")
+            problem = f"no finite gradient in {self._bad_in_a_row} step(s) in a row"
+        problem += f" after step {int(state.step)}"
+        if self._policy == "rollback" and self._num_rollbacks < self._max_rollbacks:
+            self._num_rollbacks += 1
+            self._bad_in_a_row = 0
+            return self._rollback(problem, self._num_rollbacks)
+        if self._num_rollbacks:
+            problem += f" and {self._num_rollbacks} rollback(s)"
+        if good:
+            raise NotFinite(f"training: expected finite numbers; received {problem}")
         raise InputError(
-            f"training: expected finite numbers; received {what}; it was not saved, the same command goes "
+            f"training: expected finite numbers; received {problem}; it was not saved, the same command goes "
             "on from the newest checkpoint"
         )
+
+    def _puts_up(self) -> bool:
+        return self._policy == "skip" or self._bad_in_a_row < self._patience

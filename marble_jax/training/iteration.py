@@ -1,4 +1,4 @@
-"""One optimiser step, from prompts to the updated state: rollout, scores, advantages, update."""
+"""One iteration of training, from prompts to the updated state: rollout, scores, advantages, update."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from marble_jax import distributed
 from marble_jax.objectives.advantages import Advantages, gdpo, per_reward, weighted_sum
@@ -20,7 +21,7 @@ from marble_jax.streams import Stream, stream_key
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.profile import phase
 from marble_jax.training.records import flat_metrics, score_metrics
-from marble_jax.training.reward_schedule import Presence
+from marble_jax.training.reward_schedule import RewardSchedule
 from marble_jax.training.rollout import Collector, Rollout
 from marble_jax.training.state import TrainState
 from marble_jax.training.step_schedule import Steps
@@ -29,7 +30,17 @@ from marble_jax.types import Adapter, Params, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Which prompts a step draws and how their scores become advantages."""
+    """Which prompts a step draws and how their scores become advantages.
+
+    Attributes:
+      prompts: of the run, by source.
+      prompts_per_step: distinct prompts a step.
+      images_per_prompt: size of a group.
+      scale: standard deviation that advantages are divided by: "global" or "group".
+      scalarize: "none", or the single advantage that is trained on: "weighted_sum" or "gdpo".
+      reward_weights: of a scalarized advantage, one a reward; empty for all 1.
+      reward_schedule: which rewards are active when.
+    """
 
     prompts: Mapping[str, list[Prompt]]
     prompts_per_step: int
@@ -37,12 +48,14 @@ class Sampling:
     scale: str
     scalarize: str
     reward_weights: tuple[float, ...]
-    presence: Presence = Presence()
+    reward_schedule: RewardSchedule = RewardSchedule()
 
     def prompts_of(self, step: int) -> Mapping[str, list[Prompt]]:
         """The prompts a step draws from, by source."""
-        sources = self.presence.sources(step)
-        return {name: self.prompts[name] for name in sources} if sources else self.prompts
+        sources = self.reward_schedule.sources(step)
+        if not sources:
+            return self.prompts
+        return {name: self.prompts[name] for name in sources}
 
     def draw(self, seed: int, step: int) -> Draw:
         """The samples of a step."""
@@ -52,36 +65,39 @@ class Sampling:
 
 
 def advantages_of(
-    scores: Scores, groups: np.ndarray, sampling: Sampling, mask: np.ndarray | None = None
-) -> tuple[Advantages, np.ndarray, np.ndarray]:
-    """Per-reward advantages, and the objective's columns [N, R] with their mask: one more when scalarized.
+    scores: Scores,
+    groups: Int[np.ndarray, " n"],
+    sampling: Sampling,
+    mask: Bool[np.ndarray, "n k"] | None = None,
+) -> tuple[Advantages, Float[np.ndarray, "n r"], Bool[np.ndarray, "n r"]]:
+    """Per-reward advantages, and those of all objectives with their mask: one more objective when scalarized.
 
     Args:
       scores: of the K rewards.
-      groups: [N] labels.
+      groups: labels, equal for images of one prompt.
       sampling: how scores become advantages.
-      mask: bool [N, K] valid scores that are trained on; all when None. It cuts the columns that are trained on: the
-        rewards', or when scalarized the last one. The rewards' columns then stay whole, to show what the update does to
-        every reward.
+      mask: valid scores that are trained on; all when None. It cuts the objectives that are trained on: the rewards',
+        or when scalarized the last one. The rewards' own then stay whole, to show what the update does to every reward.
     """
-    each = per_reward(scores.values, scores.valid, groups, sampling.scale)
+    rewards = per_reward(scores.values, scores.valid, groups, sampling.scale)
     mask = scores.valid if mask is None else mask
     if sampling.scalarize == "none":
-        return each, np.where(mask, each.values, 0), each.valid & mask
+        return rewards, np.where(mask, rewards.values, 0), rewards.valid & mask
     weights = np.asarray(sampling.reward_weights) if sampling.reward_weights else None
     if sampling.scalarize == "gdpo":
-        one = gdpo(scores.values, mask, groups, weights)
+        scalarized = gdpo(scores.values, mask, groups, weights)
     else:
-        one = per_reward(*weighted_sum(scores.values, mask, weights), groups, sampling.scale)
+        totals, valid = weighted_sum(scores.values, mask, weights)
+        scalarized = per_reward(totals, valid, groups, sampling.scale)
     return (
-        each,
-        np.concatenate([each.values, one.values], axis=1),
-        np.concatenate([each.valid, one.valid], axis=1),
+        rewards,
+        np.concatenate([rewards.values, scalarized.values], axis=1),
+        np.concatenate([rewards.valid, scalarized.valid], axis=1),
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class Iteration:
     """What every optimiser step does; the loop calls `roll_out`, then `update`.
 
     Attributes:
@@ -89,7 +105,7 @@ class Turn:
       collector: samples and scores.
       sampling: prompts and advantages.
       steps: the compiled optimiser steps.
-      place: puts a tree on every device.
+      replicate: puts a tree on every device.
       merge: folds an adapter into a copy of the weights, for sampling: faster, and exact up to rounding in the weights'
         dtype, so meant for float32. None leaves it beside them.
     """
@@ -98,21 +114,29 @@ class Turn:
     collector: Collector
     sampling: Sampling
     steps: Steps
-    place: Callable[[Any], Any]
+    replicate: Callable[[Any], Any]
     merge: Callable[[Params, Adapter], Params] | None = None
 
-    def policy(self, state: TrainState) -> tuple[Params, Adapter | None]:
+    def rollout_policy(self, state: TrainState) -> tuple[Params, Adapter | None]:
         """Weights of the rollout policy, and its adapter where that is not folded into them."""
-        return (
-            (self.params, state.old)
-            if self.merge is None
-            else (self.merge(self.params, state.old), None)
-        )
+        if self.merge is None:
+            return self.params, state.rollout
+        return self.merge(self.params, state.rollout), None
 
-    def batch(self, rollout: Rollout, rows: np.ndarray, valid: np.ndarray) -> RolloutBatch:
-        """What an update trains on, on every device; rows and mask [N, R] are those of `advantages_of`."""
-        rest = jnp.asarray(rollout.prompt), rollout.cond, jnp.asarray(rows), jnp.asarray(valid)
-        return RolloutBatch(rollout.x0, *self.place(rest))
+    def training_batch(
+        self,
+        rollout: Rollout,
+        advantages: Float[np.ndarray, "n r"],
+        valid: Bool[np.ndarray, "n r"],
+    ) -> RolloutBatch:
+        """What an update trains on, on every device; advantages and mask are those of `advantages_of`."""
+        on_host = (
+            jnp.asarray(rollout.prompt),
+            rollout.cond,
+            jnp.asarray(advantages),
+            jnp.asarray(valid),
+        )
+        return RolloutBatch(rollout.kept(self.steps.keeps), *self.replicate(on_host))
 
     def roll_out(
         self, state: TrainState, samples: Draw, progress: Callable[[int], None]
@@ -127,36 +151,36 @@ class Turn:
         Raises:
           RewardError: a reward failed and the run is not to go on without it.
         """
-        key = jax.random.wrap_key_data(jnp.asarray(distributed.to_host(state.key)))
-        key = stream_key(key, Stream.ROLLOUT_NOISE, int(state.step))
-        return self.collector(*self.policy(state), samples, key, progress)
+        run_key = jax.random.wrap_key_data(jnp.asarray(distributed.to_host(state.key)))
+        key = stream_key(run_key, Stream.ROLLOUT_NOISE, int(state.step))
+        return self.collector(*self.rollout_policy(state), samples, key, progress)
 
     def update(
         self, state: TrainState, samples: Draw, rollout: Rollout
     ) -> tuple[TrainState, dict[str, Any]]:
         """The state after the step, in place of `state`, and the step's flat record."""
-        seed, step, presence = state.seed, int(state.step), self.sampling.presence
+        step, schedule = int(state.step), self.sampling.reward_schedule
         names, scored = rollout.scores.names, rollout.scores.valid
-        mask = presence.mask(names, scored, seed, step)
-        each, rows, valid = advantages_of(rollout.scores, samples.groups, self.sampling, mask)
-        checksum = zlib.crc32(rows.tobytes() + valid.tobytes())
-        distributed.assert_equal(f"advantages of step {step + 1}, ", {"checksum": checksum})
-        batch = self.batch(rollout, rows, valid)
-        start = time.perf_counter()
-        program = self.steps.due(
-            bool(state.alpha.solved),
-            self.steps.every if presence.begins(step) else int(state.alpha.age),
+        mask = schedule.mask(names, scored, state.seed, step)
+        rewards, advantages, valid = advantages_of(
+            rollout.scores, samples.groups, self.sampling, mask
         )
+        # Each process reckons them from the scores; processes that differ would train apart from here on.
+        checksum = zlib.crc32(advantages.tobytes() + valid.tobytes())
+        distributed.assert_equal(f"advantages of step {step + 1}, ", {"checksum": checksum})
+        batch = self.training_batch(rollout, advantages, valid)
+        # Alpha is of other rewards where a stage begins, so it is solved for again.
+        age = self.steps.every if schedule.begins(step) else int(state.alpha.age)
+        program = self.steps.due(bool(state.alpha.solved), age)
+        start = time.perf_counter()
         with phase("train"):
             state, metrics = program(state, self.params, batch)
             trained_on = flat_metrics(metrics, names)
         seconds = rollout.seconds | {"train": time.perf_counter() - start}
-        return state, {
-            "step": step,
-            "time": time.time(),
-            **score_metrics(rollout.scores, each),
-            **presence.metrics(names, scored, mask),
-            **{f"rollout/{k}": v for k, v in rollout.health.items()},
-            **trained_on,
-            **{f"time/{k}_s": v for k, v in seconds.items()},
-        }
+        record: dict[str, Any] = {"step": step, "time": time.time()}
+        record |= score_metrics(rollout.scores, rewards)
+        record |= schedule.metrics(names, scored, mask)
+        record |= {f"rollout/{name}": value for name, value in rollout.health.items()}
+        record |= trained_on
+        record |= {f"time/{name}_s": value for name, value in seconds.items()}
+        return state, record

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from marble_jax import distributed
@@ -14,15 +14,17 @@ from marble_jax.console import Clock, Console
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import RewardError
 from marble_jax.training.guard import NotFinite
-from marble_jax.training.iteration import Turn
+from marble_jax.training.iteration import Iteration
 from marble_jax.training.profile import Profiler, phase
 from marble_jax.training.rollout import Rollout
 from marble_jax.training.state import TrainState
+from marble_jax.training.step_line import step_line
+from marble_jax.training.stops import Abandoned, Interrupted, StopRequests, stop_requests
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """When what happens.
+class Cadence:
+    """Optimiser steps after which a run is evaluated, saved and exported.
 
     Attributes:
       num_steps: optimiser steps of the run.
@@ -38,9 +40,9 @@ class Schedule:
 
     def evaluates(self, step: int) -> bool:
         """Whether the state after `step` steps is evaluated."""
-        return step in (0, self.num_steps) or bool(
-            self.evaluate_every and step % self.evaluate_every == 0
-        )
+        if step in (0, self.num_steps):
+            return True
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0
 
     def saves(self, step: int) -> bool:
         """Whether the state after `step` steps is saved."""
@@ -48,7 +50,9 @@ class Schedule:
 
     def exports(self, step: int) -> bool:
         """Whether the state after `step` steps is exported."""
-        return self.export_every > 0 and (step == self.num_steps or step % self.export_every == 0)
+        if self.export_every == 0:
+            return False
+        return step == self.num_steps or step % self.export_every == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +61,10 @@ class Hooks:
 
     Attributes:
       record: called with (step, flat record) after every optimiser step.
-      evaluate: called with the state after a step that `Schedule.evaluates` and a function to be called now and then,
+      evaluate: called with the state after a step that `Cadence.evaluates` and a function to be called now and then,
         which raises `Abandoned` when the run is to stop; returns the state.
       save: called with the state to save it.
-      export: called with the state after a step that `Schedule.exports`.
+      export: called with the state after a step that `Cadence.exports`.
       speed: figures that follow from a step's record, added to it.
       profiler: around every step.
       guard: called with the state after every step and its record; returns the state to go on from, which may be that
@@ -76,67 +80,15 @@ class Hooks:
     guard: Callable[[TrainState, Mapping[str, Any]], TrainState] = lambda state, record: state
 
 
-class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM or Ctrl-C, on any process) and its state is saved."""
-
-    def __init__(self, step: int, where: str = ""):
-        super().__init__(
-            f"stopped after step {step}{where and f' ({where})'}; the same command goes on from here"
-        )
-        self.step = step
-
-
-class Abandoned(Exception):
-    """A step or an evaluation was given up while its images were sampled, because the run is to stop."""
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT into a list instead of dying from them; a second one does."""
-    received: list[int] = []
-    before = {}
-
-    def handler(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, handler)
-    try:
-        yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-@contextmanager
-def saved_on_failure(
-    latest: Callable[[], tuple[TrainState, int]], save: Callable[[TrainState], None]
-) -> Iterator[None]:
-    """Saves the latest state when rewards or numbers stop the run; `latest` gives it and the step that was saved last."""
-    try:
-        yield
-    except (RewardError, NotFinite) as error:
-        state, saved = latest()
-        step = int(state.step)
-        if step == 0:
-            raise
-        if step != saved:
-            save(state)
-        raise type(error)(
-            f"{error}; saved after step {step}, the same command goes on from there"
-        ) from error
-
-
 def train(
-    state: TrainState, turn: Turn, schedule: Schedule, hooks: Hooks, console: Console
+    state: TrainState, iteration: Iteration, cadence: Cadence, hooks: Hooks, console: Console
 ) -> TrainState:
-    """Runs until `schedule.num_steps` optimiser steps are done.
+    """Runs until `cadence.num_steps` optimiser steps are done.
 
     Args:
       state: where to start.
-      turn: what a step does.
-      schedule: when what happens around the steps.
+      iteration: what a step does.
+      cadence: after which steps the run is evaluated, saved and exported.
       hooks: records, evaluations, checkpoints.
       console: the terminal.
 
@@ -147,96 +99,127 @@ def train(
       NotFinite: too many gradients were not finite; the state was saved.
       InputError: the state is not finite; it was not saved.
     """
+    with stop_requests() as stops:
+        run = _Run(state, iteration, cadence, hooks, console, stops)
+        with run.saved_on_failure():
+            if run.step == 0:
+                run.evaluate()
+            while run.step < cadence.num_steps and not stops.agreed():
+                if not run.one_step():
+                    break
+            # A signal can come after the last check, or while a step is sampled.
+            reason = stops.agreed()
+            if reason:
+                run.save_once()
+    if reason:
+        raise Interrupted(run.step, "" if distributed.is_single_process() else reason)
+    return run.state
 
-    def stopping() -> str:
-        """Whether to stop, as all processes agree: the signal, with the process that received it if there are several."""
-        return distributed.any_process(
-            "stop", ", ".join(signal.Signals(number).name for number in stops)
-        )
 
-    def give_way() -> None:
-        if stopping():
-            raise Abandoned
+class _Run:
+    """A run in progress: the latest state, the last step that was saved, and what is done around a step."""
 
-    def evaluated(state: TrainState, done: int) -> TrainState:
-        """One that is given up is made up for when the run goes on, but not after the last step."""
-        try:
-            return hooks.evaluate(state, give_way if done < schedule.num_steps else lambda: None)
-        except Abandoned:
-            return state
+    def __init__(
+        self,
+        state: TrainState,
+        iteration: Iteration,
+        cadence: Cadence,
+        hooks: Hooks,
+        console: Console,
+        stops: StopRequests,
+    ):
+        self.state = state
+        self._iteration, self._cadence, self._hooks = iteration, cadence, hooks
+        self._console, self._stops = console, stops
+        self._saved_step = self.step
+        self._clock = Clock(self.step, cadence.num_steps)
 
-    def rolled_out(state: TrainState, samples: Draw) -> Rollout | None:
-        """None when the run is to stop."""
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return int(self.state.step)
 
-        def progress(count: int) -> None:
-            bar.update(count)
-            give_way()
+    def one_step(self) -> bool:
+        """Takes an optimiser step with everything around it; False when the run is to stop before it."""
+        done = self.step + 1
+        with self._hooks.profiler.step(done):
+            record = self._trained_step()
+        if record is None:
+            return False
+        self.state = self._hooks.guard(self.state, record)
+        if self.step != done:
+            # Rolled back to a checkpoint: that step is the one that is saved.
+            self._saved_step = self.step
+            return True
+        if self._cadence.evaluates(done):
+            self.evaluate()
+        if self._cadence.saves(done) or self._stops.agreed():
+            self._save()
+        if self._cadence.exports(done):
+            self._hooks.export(self.state)
+        return True
 
-        what = f"step {int(state.step) + 1} rollout"
-        with phase("rollout"), console.bar(len(samples.prompts), what, "img") as bar:
+    def _trained_step(self) -> dict[str, Any] | None:
+        """Rollout and update; returns the step's record, or None when the rollout was given up."""
+        start, step = time.perf_counter(), self.step
+        samples = self._iteration.sampling.draw(self.state.seed, step)
+        rollout = self._rolled_out(samples)
+        if rollout is None:
+            return None
+        self.state, record = self._iteration.update(self.state, samples, rollout)
+        record["time/step_s"] = time.perf_counter() - start
+        record |= self._hooks.speed(record)
+        self._hooks.record(step, record)
+        left = self._clock.left(step + 1)
+        names = rollout.scores.names
+        self._console.say(step_line(record, names, self._cadence.num_steps, left))
+        return record
+
+    def _rolled_out(self, samples: Draw) -> Rollout | None:
+        """Images and scores of the step; None when the run is to stop."""
+        title = f"step {self.step + 1} rollout"
+        with phase("rollout"), self._console.bar(len(samples.prompts), title, "img") as bar:
+            progress = partial(self._sampled, bar)
             try:
-                return turn.roll_out(state, samples, progress)
+                return self._iteration.roll_out(self.state, samples, progress)
             except Abandoned:
                 return None
 
-    first = saved = int(state.step)
-    clock = Clock(first, schedule.num_steps)
-    with stop_requests() as stops, saved_on_failure(lambda: (state, saved), hooks.save):
-        if schedule.evaluates(first) and first == 0:
-            state = evaluated(state, first)
-        while (step := int(state.step)) < schedule.num_steps and not stopping():
-            done = step + 1
-            with hooks.profiler.step(done):
-                start = time.perf_counter()
-                samples = turn.sampling.draw(state.seed, step)
-                rollout = rolled_out(state, samples)
-                if rollout is None:
-                    break
-                state, record = turn.update(state, samples, rollout)
-                record["time/step_s"] = time.perf_counter() - start
-                record |= hooks.speed(record)
-                hooks.record(step, record)
-                console.say(
-                    step_line(record, rollout.scores.names, schedule.num_steps, clock.left(done))
-                )
-            state = hooks.guard(state, record)
-            if int(state.step) != done:
-                saved = int(state.step)
-                continue
-            if schedule.evaluates(done):
-                state = evaluated(state, done)
-            if schedule.saves(done) or stopping():
-                hooks.save(state)
-                saved = done
-            if schedule.exports(done):
-                hooks.export(state)
-        # A signal can come after that last check, or while a step is sampled.
-        where = stopping()
-        if where and saved != int(state.step):
-            hooks.save(state)
-    if where:
-        raise Interrupted(int(state.step), "" if distributed.is_single_process() else where)
-    return state
+    def _sampled(self, bar: Any, count: int) -> None:
+        bar.update(count)
+        self._stops.give_way()
+
+    def evaluate(self) -> None:
+        """An evaluation that is given up is made up for when the run goes on, but not after the last step."""
+        is_last = self.step >= self._cadence.num_steps
+        give_way = _never if is_last else self._stops.give_way
+        try:
+            self.state = self._hooks.evaluate(self.state, give_way)
+        except Abandoned:
+            return
+
+    def save_once(self) -> None:
+        """Saves the latest state unless it is saved."""
+        if self.step != self._saved_step:
+            self._save()
+
+    def _save(self) -> None:
+        self._hooks.save(self.state)
+        self._saved_step = self.step
+
+    @contextmanager
+    def saved_on_failure(self) -> Iterator[None]:
+        """Saves the latest state when rewards or numbers stop the run."""
+        try:
+            yield
+        except (RewardError, NotFinite) as error:
+            if self.step == 0:
+                raise
+            self.save_once()
+            raise type(error)(
+                f"{error}; saved after step {self.step}, the same command goes on from there"
+            ) from error
 
 
-def step_line(record: Mapping[str, Any], names: tuple[str, ...], total: int, left: str) -> str:
-    """One line a step: scores of the rollouts, gradient norm, worst cosine, seconds, time left."""
-    scores = " ".join(f"{n} {record[f'rollout/score_mean/{n}']:.3f}" for n in names)
-    cosine = (
-        f" worst cos {record['harmonize/worst_cos']:+.2f}"
-        if "harmonize/worst_cos" in record
-        else ""
-    )
-    lost = {n: record[f"rollout/failed_count/{n}"] for n in names}
-    failed = "".join(f"  {n} failed {count}" for n, count in lost.items() if count)
-    failed += "  update skipped, not finite" if record["training/skipped"] else ""
-    speed = f"{record['speed/images_per_s']:.3g} img/s " if "speed/images_per_s" in record else ""
-    if "speed/train_tflops_per_device" in record:
-        speed += f"train {record['speed/train_tflops_per_device']:.3g} TFLOP/s a device "
-    if "speed/train_mfu" in record:
-        speed += f"(MFU {record['speed/train_mfu']:.0%}) "
-    return (
-        f"step {record['step'] + 1}/{total}  {scores}{failed}  |g| {record['training/grad_norm']:.3f}{cosine}  "
-        f"{record['time/step_s']:.1f}s (rollout {record['time/rollout_s']:.1f} train {record['time/train_s']:.1f}) "
-        f"{speed}{left} left"
-    )
+def _never() -> None:
+    """Gives no way: the last evaluation is carried through."""

@@ -1,7 +1,7 @@
-"""From a batch of rollouts to micro-steps: which image meets which timestep and which noise.
+"""From a batch of rollouts to micro-batches: which image meets which timestep and which noise.
 
-Every image is trained on `num_timesteps` of its solver's timesteps, shuffled apart for each image, with one noise
-draw for each. Micro-step m = j * B + b takes the b-th slice of the images at their j-th timestep.
+Every image is trained at some of its solver's timesteps, shuffled apart for each image, with one noise draw for each.
+Micro-batch m = j * B + b takes the b-th slice of the images at their j-th timestep.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
-from marble_jax.flow.path import interpolate
 from marble_jax.flow.policy_sampler import PolicyVelocity
-from marble_jax.harmonize.reward_gradients import FlowBatch
+from marble_jax.objectives.base import Batch, Draws, FrozenPolicies, Objective, Velocity
 from marble_jax.streams import Stream, stream_key
+from marble_jax.training.recipe import Timesteps
 from marble_jax.types import Adapter, Conditioning, Params
 
 
@@ -27,14 +27,15 @@ class RolloutBatch:
     """One optimiser step's rollouts, with what every objective makes of them.
 
     Attributes:
-      x0: float32 [N, h, w, C] clean latents.
+      kept: pytree of leaves [N, ...], what the rollout kept of every image (`Objective.keeps`); clean latents are one
+        float32 array [N, *latent].
       prompt: int32 [N] index of each image's prompt in `cond`.
       cond: conditioning of the P distinct prompts.
       advantages: float32 [N, R] under every objective (the rewards, then the scalarized one if there is one).
       valid: bool [N, R]; an advantage that is not valid is 0.
     """
 
-    x0: jax.Array
+    kept: Any
     prompt: jax.Array
     cond: Conditioning
     advantages: jax.Array
@@ -42,113 +43,145 @@ class RolloutBatch:
 
 
 @flax.struct.dataclass
-class Schedule:
-    """Images in training order, cut into B slices of n: leaves [B, n, ...]; sigma is [T, B, n]."""
+class TrainingOrder:
+    """Images in training order, cut into B slices of n: leaves [B, n, ...]; timestep and sigma are [T, B, n]."""
 
-    x0: jax.Array
+    kept: Any
     prompt: jax.Array
     advantages: jax.Array
     valid: jax.Array
+    timestep: jax.Array
     sigma: jax.Array
     key: jax.Array
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of an optimiser step: timesteps times slices."""
+        return self.sigma.shape[0] * self.sigma.shape[1]
 
-def schedule(
+
+@flax.struct.dataclass
+class MicroBatch:
+    """Samples that are trained on at once.
+
+    Attributes:
+      samples: the objective's own n samples.
+      advantages: float32 [n, R] under every objective.
+      valid: bool [n, R].
+    """
+
+    samples: Batch
+    advantages: jax.Array
+    valid: jax.Array
+
+
+def training_order(
     batch: RolloutBatch,
     key: jax.Array,
     step: jax.Array | int,
-    sigmas: jax.Array,
-    num_timesteps: int,
-    micro_batch: int,
+    timesteps: Timesteps,
+    micro_batch_size: int,
     shards: Shards = SINGLE_DEVICE,
-) -> Schedule:
+) -> TrainingOrder:
     """Shuffles images and, for each, timesteps.
 
     Args:
-      batch: N images, N divisible by `micro_batch`.
+      batch: N images, N divisible by `micro_batch_size`.
       key: PRNG key of the run.
       step: optimiser steps done.
-      sigmas: [S] the solver's noise levels, without the trailing zero.
-      num_timesteps: T <= S timesteps per image.
-      micro_batch: n.
-      shards: the devices that share a micro-step. Every one of them needs all of `batch`: which images meet in a
-        micro-step is random, so that no device could keep to its own.
+      timesteps: noise levels, and how many of them an image is trained at.
+      micro_batch_size: n.
+      shards: the devices that share a micro-batch. Every one of them needs all of `batch`: which images meet in a
+        micro-batch is random, so that no device could keep to its own.
     """
-    num = batch.x0.shape[0]
-    order_key, time_key, noise_key = (
-        stream_key(key, stream, step)
-        for stream in (Stream.IMAGE_ORDER, Stream.TIMESTEP_ORDER, Stream.TRAINING_NOISE)
-    )
-    order = jax.random.permutation(order_key, num)
-    grid = jnp.broadcast_to(jnp.asarray(sigmas, jnp.float32), (num, len(sigmas)))
-    times = jax.random.permutation(time_key, grid, axis=1, independent=True)[:, :num_timesteps]
+    num, sigmas = batch.prompt.shape[0], jnp.asarray(timesteps.sigmas, jnp.float32)
+    order = jax.random.permutation(stream_key(key, Stream.IMAGE_ORDER, step), num)
+    grid = jnp.broadcast_to(jnp.arange(len(sigmas), dtype=jnp.int32), (num, len(sigmas)))
+    time_key = stream_key(key, Stream.TIMESTEP_ORDER, step)
+    shuffled = jax.random.permutation(time_key, grid, axis=1, independent=True)
+    num_slices = num // micro_batch_size
+    # Micro-batches run through timesteps first, so that axis leads; the images follow in their slices.
+    timestep = shuffled[:, : timesteps.num_trained].T.reshape(-1, num_slices, micro_batch_size)
 
     def cut(x: jax.Array) -> jax.Array:
-        return x[order].reshape(num // micro_batch, micro_batch, *x.shape[1:])
+        return x[order].reshape(num_slices, micro_batch_size, *x.shape[1:])
 
-    return Schedule(
-        x0=jax.vmap(shards.split)(cut(batch.x0)),
+    kept = jax.vmap(shards.split)(jax.tree.map(cut, batch.kept))
+    return TrainingOrder(
+        kept=kept,
         prompt=cut(batch.prompt),
         advantages=cut(batch.advantages),
         valid=cut(batch.valid),
-        sigma=times.T.reshape(num_timesteps, num // micro_batch, micro_batch),
-        key=noise_key,
+        timestep=timestep,
+        sigma=sigmas[timestep],
+        key=stream_key(key, Stream.TRAINING_NOISE, step),
     )
 
 
-def micro_step(
-    velocity: PolicyVelocity,
-    params: Params,
-    old: Adapter,
-    batch: RolloutBatch,
-    plan: Schedule,
+def frozen_policies(
+    velocity: PolicyVelocity, params: Params, rollout: Adapter, shards: Shards = SINGLE_DEVICE
+) -> FrozenPolicies:
+    """Velocities of the rollout policy and of the base model, on samples that are split over the devices."""
+
+    def frozen(adapter: Adapter | None) -> Velocity:
+        def at(xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
+            xt, sigma, cond = shards.split((xt, sigma, cond))
+            return jax.lax.stop_gradient(velocity(params, adapter, xt, sigma, cond))
+
+        return at
+
+    return FrozenPolicies(frozen(rollout), frozen(None))
+
+
+def micro_batch(
+    objective: Objective,
+    policies: FrozenPolicies,
+    order: TrainingOrder,
+    cond: Conditioning,
     index: jax.Array,
-    with_reference: bool,
+    anchors: bool,
     shards: Shards = SINGLE_DEVICE,
-) -> tuple[FlowBatch, jax.Array, jax.Array]:
-    """Noised latents of micro-step `index` with the rollout policy's and the base model's velocity there.
+) -> MicroBatch:
+    """Micro-batch `index` of an optimiser step, with what the objective prepares for it.
 
     Args:
-      velocity: the policy.
-      params: base weights.
-      old: the rollout policy.
-      batch: the step's rollouts.
-      plan: their schedule.
-      index: of the micro-step.
-      with_reference: whether the base model's velocity is wanted.
+      objective: what the samples are prepared for.
+      policies: the policies that are not trained.
+      order: images and timesteps in training order.
+      cond: conditioning of the step's distinct prompts.
+      index: of the micro-batch.
+      anchors: whether anchors and divergence are taken at it.
       shards: the devices that share the samples.
-
-    Returns:
-      FlowBatch of n samples, advantages [n, R] and valid [n, R].
     """
-    slices = plan.x0.shape[0]
-    part, time = index % slices, index // slices
-    x0, sigma = plan.x0[part], plan.sigma[time, part]
-    xt = interpolate(x0, jax.random.normal(jax.random.fold_in(plan.key, index), x0.shape), sigma)
-    x0, xt, sigma, prompt = shards.split((x0, xt, sigma, plan.prompt[part]))
-    cond = shards.split(jax.tree.map(lambda leaf: leaf[prompt], batch.cond))
-    v_old = velocity(params, old, xt, sigma, cond)
-    v_ref = velocity(params, None, xt, sigma, cond) if with_reference else None
-    v_old, v_ref = jax.lax.stop_gradient((v_old, v_ref))
-    return FlowBatch(x0, xt, sigma, cond, v_old, v_ref), plan.advantages[part], plan.valid[part]
-
-
-def num_micro_steps(plan: Schedule) -> int:
-    """Micro-steps of an optimiser step: timesteps times slices."""
-    return plan.sigma.shape[0] * plan.sigma.shape[1]
+    num_slices = order.prompt.shape[0]
+    part, time = index % num_slices, index // num_slices
+    kept = jax.tree.map(lambda leaf: leaf[part], order.kept)
+    timestep, sigma = order.timestep[time, part], order.sigma[time, part]
+    kept, timestep, sigma, prompt = shards.split((kept, timestep, sigma, order.prompt[part]))
+    draws = Draws(
+        kept=kept,
+        timestep=timestep,
+        sigma=sigma,
+        cond=shards.split(jax.tree.map(lambda leaf: leaf[prompt], cond)),
+        key=jax.random.fold_in(order.key, index),
+    )
+    samples = shards.split(objective.prepare(draws, policies, anchors))
+    return MicroBatch(samples, order.advantages[part], order.valid[part])
 
 
 def sum_over(body: Callable[[jax.Array], Any], indices: Sequence[int]) -> Any:
-    """sum of `body(m)`, a pytree, over the micro-steps `indices` in one compiled loop.
+    """sum of `body(m)`, a pytree, over the micro-batches `indices` in one compiled loop.
 
     `body` is traced once, for the shapes and for the loop: tracing a transformer takes seconds.
     """
     traced, shapes = jax.make_jaxpr(body, return_shape=True)(jnp.zeros((), jnp.int32))
     body_leaves = jaxpr_as_fun(traced)
     leaves, structure = jax.tree.flatten(shapes)
-    total, _ = jax.lax.scan(
-        lambda acc, m: ([x + y for x, y in zip(acc, body_leaves(m), strict=True)], None),
-        [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves],
-        jnp.asarray(list(indices), jnp.int32),
-    )
-    return jax.tree.unflatten(structure, total)
+    zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def add(sums: list[jax.Array], index: jax.Array) -> tuple[list[jax.Array], None]:
+        parts = body_leaves(index)
+        return [total + part for total, part in zip(sums, parts, strict=True)], None
+
+    sums, _ = jax.lax.scan(add, zeros, jnp.asarray(list(indices), jnp.int32))
+    return jax.tree.unflatten(structure, sums)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from marble_jax import distributed
 from marble_jax.errors import InputError
@@ -16,29 +17,43 @@ from marble_jax.types import Scores
 def flat_metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """Scalars under their key, [K] under `key/reward`, [K, K] (upper triangle) under `key/reward|other`."""
     record: dict[str, float] = {}
-    for key, value in metrics.items():
-        value = distributed.to_host(value).astype(np.float64)
-        if value.ndim == 0:
-            record[key] = float(value)
-        elif value.ndim == 1:
-            record |= {f"{key}/{name}": float(v) for name, v in zip(names, value, strict=True)}
+    for key, array in metrics.items():
+        values = distributed.to_host(array).astype(np.float64)
+        if values.ndim == 0:
+            record[key] = float(values)
+        elif values.ndim == 1:
+            record |= _of_rewards(key, values, names)
         else:
-            record |= {
-                f"{key}/{a}|{b}": float(value[i, j])
-                for i, a in enumerate(names)
-                for j, b in enumerate(names)
-                if i < j
-            }
+            record |= _of_pairs(key, values, names)
+    return record
+
+
+def _of_rewards(
+    key: str, values: Float[np.ndarray, " k"], names: Sequence[str]
+) -> dict[str, float]:
+    record = {}
+    for name, value in zip(names, values, strict=True):
+        record[f"{key}/{name}"] = float(value)
+    return record
+
+
+def _of_pairs(key: str, values: Float[np.ndarray, "k k"], names: Sequence[str]) -> dict[str, float]:
+    """Every pair of rewards once: the matrix is symmetric, its diagonal says nothing."""
+    record = {}
+    for i, first in enumerate(names):
+        for j, second in enumerate(names[i + 1 :], i + 1):
+            record[f"{key}/{first}|{second}"] = float(values[i, j])
     return record
 
 
 def score_metrics(scores: Scores, advantages: Advantages) -> dict[str, float]:
     """Mean and spread of the rollouts' scores, missing share, failed share of those it applies to and their number,
-    share of groups without a signal."""
+    share of groups without a signal. Means over nothing are NaN."""
     record: dict[str, float] = {}
     for k, name in enumerate(scores.names):
         valid = scores.values[scores.valid[:, k], k]
         failed = int(scores.failed[:, k].sum())
+        sizes = np.abs(advantages.values[advantages.valid[:, k], k])
         record |= {
             f"rollout/score_mean/{name}": float(valid.mean()) if valid.size else float("nan"),
             f"rollout/score_std/{name}": float(valid.std()) if valid.size else float("nan"),
@@ -46,17 +61,24 @@ def score_metrics(scores: Scores, advantages: Advantages) -> dict[str, float]:
             f"rollout/failed/{name}": failed / max(valid.size + failed, 1),
             f"rollout/failed_count/{name}": failed,
             f"rollout/zero_std_share/{name}": float(advantages.tied[k]),
-            f"advantages/abs_mean/{name}": float(
-                np.abs(advantages.values[advantages.valid[:, k], k]).mean()
-            )
-            if advantages.valid[:, k].any()
-            else float("nan"),
+            f"advantages/abs_mean/{name}": float(sizes.mean()) if sizes.size else float("nan"),
         }
     return record
 
 
-class Events:
-    """The same records as TensorBoard events and, if asked for, in wandb."""
+class MetricWriter:
+    """The same records as TensorBoard events and, if asked for, in wandb.
+
+    Args:
+      directory: of the events.
+      tensorboard: whether to write events.
+      wandb_project: project of a wandb run; empty for none.
+      name: of the wandb run.
+      config: flat configuration, shown in wandb.
+
+    Raises:
+      InputError: a package that this needs is not there.
+    """
 
     def __init__(
         self,
@@ -66,17 +88,8 @@ class Events:
         name: str,
         config: dict[str, Any],
     ):
-        self._writer = self._wandb = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            try:
-                self._writer = SummaryWriter(directory)
-            except ImportError as error:  # for a bucket, which it writes to in its own way
-                raise InputError(
-                    f"logging.tensorboard: expected the package that tensorboardX needs for {directory}; "
-                    f"received none ({error} --config.logging.tensorboard=false goes without)"
-                ) from error
+        self._writer = _summary_writer(directory) if tensorboard else None
+        self._wandb = None
         if wandb_project:
             try:
                 import wandb
@@ -88,11 +101,13 @@ class Events:
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Adds the record's numbers at `step`."""
-        numbers = {
-            k: v for k, v in record.items() if isinstance(v, (int, float)) and np.isfinite(v)
-        }
+        numbers = {}
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and np.isfinite(value):
+                numbers[key] = value
         if self._writer:
             for key, value in numbers.items():
+                # TensorBoard replaces a bar in a tag, with a warning.
                 self._writer.add_scalar(key.replace("|", "."), value, step)
         if self._wandb:
             self._wandb.log(numbers, step=step)
@@ -103,3 +118,16 @@ class Events:
             self._writer.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _summary_writer(directory: str) -> Any:
+    from tensorboardX import SummaryWriter
+
+    try:
+        return SummaryWriter(directory)
+    except ImportError as error:
+        # tensorboardX writes to a bucket in its own way, with a package of its own.
+        raise InputError(
+            f"logging.tensorboard: expected the package that tensorboardX needs for {directory}; "
+            f"received none ({error} --config.logging.tensorboard=false goes without)"
+        ) from error

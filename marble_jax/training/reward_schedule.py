@@ -1,4 +1,4 @@
-"""Which rewards teach on which samples of a step: schedules of stages, and reward dropout.
+"""Which rewards teach on which samples of a step: a curriculum of stages, and reward dropout.
 
 Both only take validity away. A reward outside its stage, or a sample it is to ignore, counts as missing, as if the
 reward did not apply there; scores are measured and logged all the same. Everything is a function of (seed, step), so
@@ -13,7 +13,9 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool
 
+from marble_jax.config import RewardScheduleSettings
 from marble_jax.errors import InputError, one_of
 from marble_jax.streams import Stream, stream_generator
 
@@ -58,19 +60,20 @@ class Dropout:
 
     def dropped(self, seed: int, step: int) -> tuple[str, ...]:
         """The targets that are dropped in a step."""
-        chance = self.probability * (min(step / self.warmup, 1.0) if self.warmup else 1.0)
+        chance = self.probability
+        if self.warmup:
+            chance = self.probability * min(step / self.warmup, 1.0)
         return tuple(name for name in self.targets if self._draw(seed, step, name) < chance)
 
     @staticmethod
     def _draw(seed: int, step: int, name: str) -> float:
-        return stream_generator(
-            seed, Stream.REWARD_DROPOUT, step, zlib.crc32(name.encode())
-        ).random()
+        number = zlib.crc32(name.encode())
+        return stream_generator(seed, Stream.REWARD_DROPOUT, step, number).random()
 
 
 @dataclasses.dataclass(frozen=True)
-class Presence:
-    """What takes part in which step; with neither stages nor dropout everything does.
+class RewardSchedule:
+    """Which rewards are active in which step; with neither stages nor dropout all of them are.
 
     Attributes:
       stages: in the order of the run, the first from step 0.
@@ -82,50 +85,89 @@ class Presence:
 
     def stage(self, step: int) -> Stage | None:
         """The stage that the step after `step` steps belongs to."""
-        return ([s for s in self.stages if s.first <= step] or [None])[-1]
+        current = None
+        for stage in self.stages:
+            if stage.first <= step:
+                current = stage
+        return current
 
     def begins(self, step: int) -> bool:
         """Whether that step is the first of a stage other than the first: what alpha knows is of other rewards."""
-        return any(s.first == step for s in self.stages[1:])
+        return any(stage.first == step for stage in self.stages[1:])
 
     def sources(self, step: int) -> tuple[str, ...]:
         """Prompt sources the step draws from; empty for all of the run."""
         stage = self.stage(step)
         return stage.sources if stage else ()
 
-    def mask(self, names: Sequence[str], valid: np.ndarray, seed: int, step: int) -> np.ndarray:
+    def mask(
+        self, names: Sequence[str], valid: Bool[np.ndarray, "n k"], seed: int, step: int
+    ) -> Bool[np.ndarray, "n k"]:
         """Which scores are trained on.
 
         Args:
           names: the K rewards.
-          valid: bool [N, K] scores that are there.
+          valid: scores that are there.
           seed: of the run.
           step: optimiser steps done.
 
         Returns:
-          bool [N, K], `valid` without what is taken away.
+          `valid` without what is taken away.
         """
-        kept, stage = np.array(valid, bool), self.stage(step)
+        kept = np.array(valid, bool)
+        stage = self.stage(step)
         if stage is not None:
-            kept &= np.array([name in stage.rewards for name in names])
+            kept &= _members(names, stage.rewards)
         if self.dropout is not None:
-            is_target = np.array([name in self.dropout.targets for name in names])
-            others = kept[:, ~is_target].any(axis=1, keepdims=True)
-            dropped = self.dropout.dropped(seed, step)
-            kept &= ~(others & np.array([name in dropped for name in names]))
+            is_target = _members(names, self.dropout.targets)
+            is_dropped = _members(names, self.dropout.dropped(seed, step))
+            # A dropped reward leaves the samples that a reward which cannot be dropped has a score on.
+            has_specialist = kept[:, ~is_target].any(axis=1, keepdims=True)
+            kept &= ~(has_specialist & is_dropped)
         return kept
 
     def metrics(
-        self, names: Sequence[str], valid: np.ndarray, mask: np.ndarray
+        self,
+        names: Sequence[str],
+        valid: Bool[np.ndarray, "n k"],
+        mask: Bool[np.ndarray, "n k"],
     ) -> dict[str, float]:
         """Share of each reward's scores that the step ignores; empty without stages and dropout."""
         if not self.stages and self.dropout is None:
             return {}
         ignored = (valid & ~mask).sum(axis=0) / np.maximum(valid.sum(axis=0), 1)
-        return {
-            f"advantages/ignored_share/{name}": float(share)
-            for name, share in zip(names, ignored, strict=True)
-        }
+        record = {}
+        for name, share in zip(names, ignored, strict=True):
+            record[f"advantages/ignored_share/{name}"] = float(share)
+        return record
+
+
+def _members(names: Sequence[str], chosen: Sequence[str]) -> Bool[np.ndarray, " k"]:
+    return np.array([name in chosen for name in names], bool)
+
+
+def reward_schedule_of(
+    settings: RewardScheduleSettings,
+    rewards: Sequence[str],
+    sources: Sequence[str],
+    num_steps: int,
+) -> RewardSchedule:
+    """Stages and reward dropout of a run.
+
+    Args:
+      settings: the section of settings.
+      rewards: the rewards that are trained on.
+      sources: the prompt sources of the run.
+      num_steps: optimiser steps of the run.
+
+    Raises:
+      InputError: as `parse_stages` and `make_dropout`.
+    """
+    stages = parse_stages(settings.stages, rewards, sources, num_steps)
+    dropout = make_dropout(
+        settings.dropout_targets, settings.dropout, settings.dropout_warmup, rewards
+    )
+    return RewardSchedule(stages, dropout)
 
 
 def parse_stages(
@@ -140,49 +182,71 @@ def parse_stages(
       InputError: another form, an unknown or repeated name, a reward without a stage, or a stage the run does not
         reach.
     """
+    parsed = [_parse(text, rewards, sources) for text in texts]
+    firsts = _first_steps([length for _, _, length in parsed], texts, num_steps)
     stages: list[Stage] = []
-    found = [_parse(text, rewards, sources) for text in texts]
-    lengths = [length for _, _, length in found]
-    if None in lengths and any(length is not None for length in lengths):
+    for text, first, (names, from_sources, _) in zip(texts, firsts, parsed, strict=True):
+        is_empty = bool(stages) and stages[-1].first == first
+        if first >= num_steps or is_empty:
+            raise InputError(
+                f"reward_schedule.stages: expected every stage to begin within training.num_steps = "
+                f"{num_steps}; received {text!r} after {first} steps"
+            )
+        stages.append(Stage(names, from_sources, first))
+    if stages:
+        _check_every_reward_has_a_stage(stages, rewards)
+    return tuple(stages)
+
+
+def _first_steps(lengths: Sequence[int | None], texts: Sequence[str], num_steps: int) -> list[int]:
+    """Optimiser steps done when each stage begins."""
+    known = [length for length in lengths if length is not None]
+    if not known:
+        return [number * num_steps // len(lengths) for number in range(len(lengths))]
+    if len(known) < len(lengths):
         raise InputError(
             f"reward_schedule.stages: expected steps for every stage or for none; received {tuple(texts)}"
         )
-    for i, (own, from_sources, _) in enumerate(found):
-        first = i * num_steps // len(found) if None in lengths else sum(lengths[:i])
-        if first >= num_steps or stages and stages[-1].first == first:
-            raise InputError(
-                f"reward_schedule.stages: expected every stage to begin within training.num_steps = "
-                f"{num_steps}; received {texts[i]!r} after {first} steps"
-            )
-        stages.append(Stage(own, from_sources, first))
-    for name in rewards if stages else ():
-        if not any(name in stage.rewards for stage in stages):
+    return [sum(known[:number]) for number in range(len(known))]
+
+
+def _check_every_reward_has_a_stage(stages: Sequence[Stage], rewards: Sequence[str]) -> None:
+    staged = {name for stage in stages for name in stage.rewards}
+    for name in rewards:
+        if name not in staged:
             raise InputError(
                 f"reward_schedule.stages: expected every reward of rewards.train in a stage; received none "
                 f"with {name!r}"
             )
-    return tuple(stages)
 
 
 def _parse(
     text: str, rewards: Sequence[str], sources: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...], int | None]:
+    """Rewards, prompt sources and number of steps of one stage; None where it does not say how long it is."""
     match = _STAGE.fullmatch(text)
-    if not match or match[3] is not None and int(match[3]) < 1:
+    length = int(match[3]) if match and match[3] is not None else None
+    if match is None or length == 0:
         raise InputError(
             f"reward_schedule.stages: expected {_FORM} with at least 1 step; received {text!r}"
         )
-    own, from_sources = (
-        tuple(p.strip() for p in part.split("+")) if part else () for part in (match[1], match[2])
-    )
-    for what, parts, choices in (("reward", own, rewards), ("source", from_sources, sources)):
-        for name in parts:
-            one_of(f"reward_schedule.stages: {what}", name, choices)
-        if len(set(parts)) < len(parts):
-            raise InputError(
-                f"reward_schedule.stages: expected every {what} once a stage; received {text!r}"
-            )
-    return own, from_sources, None if match[3] is None else int(match[3])
+    names = _parse_names("reward", match[1], rewards, text)
+    from_sources = _parse_names("source", match[2] or "", sources, text)
+    return names, from_sources, length
+
+
+def _parse_names(what: str, joined: str, choices: Sequence[str], text: str) -> tuple[str, ...]:
+    """The names of `name+name`, each one of `choices` and none twice."""
+    if not joined:
+        return ()
+    names = tuple(part.strip() for part in joined.split("+"))
+    for name in names:
+        one_of(f"reward_schedule.stages: {what}", name, choices)
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"reward_schedule.stages: expected every {what} once a stage; received {text!r}"
+        )
+    return names
 
 
 def make_dropout(
@@ -198,8 +262,9 @@ def make_dropout(
     if probability == 0:
         return None
     if not targets or set(targets) >= set(rewards):
+        received = ", ".join(targets) or "none"
         raise InputError(
-            "reward_schedule.dropout_targets: expected some of the rewards trained on, but not all; received "
-            f"{', '.join(targets) or 'none'}"
+            "reward_schedule.dropout_targets: expected some of the rewards trained on, but not all; "
+            f"received {received}"
         )
     return Dropout(tuple(targets), probability, warmup)

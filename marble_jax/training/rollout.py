@@ -1,10 +1,11 @@
-"""Rollouts of one optimiser step: sample a batch, hand it to the rewards, go on with the next, then collect."""
+"""Rollouts of one optimiser step: sample a batch, hand it to the rewards, sample the next one, then collect."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from marble_jax import distributed
 from marble_jax.batches import batch_indices
 from marble_jax.flow.policy_sampler import Sampler
+from marble_jax.objectives.base import Kept
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.scorer import Scorer, concatenate
 from marble_jax.training.profile import phase
@@ -21,10 +23,10 @@ from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """N sampled images and what the rewards say of them.
+    """N sampled images and their scores.
 
     Attributes:
-      x0: float32 [N, h, w, C] clean latents, on every device.
+      x0: float32 [N, *latent] clean latents, on every device.
       scores: of the training rewards.
       cond: conditioning of the P distinct draws.
       prompt: int32 [N] index of each image's prompt in `cond`.
@@ -40,6 +42,10 @@ class Rollout:
     health: dict[str, float]
     seconds: dict[str, float]
 
+    def kept(self, what: Kept) -> jax.Array:
+        """What an objective trains on, leaves [N, ...]: clean latents are kept of every image."""
+        return {Kept.CLEAN_LATENTS: self.x0}[what]
+
 
 @dataclasses.dataclass(frozen=True)
 class Collector:
@@ -48,9 +54,9 @@ class Collector:
     Attributes:
       sampler: compiled sampler of the rollout's solver.
       encode: prompts to conditioning.
-      decode: latents [n, h, w, C] to images [n, H, W, 3] in [0, 1].
+      decode: latents [n, *latent] to images [n, H, W, 3] in [0, 1].
       scorer: the training rewards.
-      latent_shape: (h, w, C).
+      latent_shape: of one image's latents.
       batch_size: images sampled at once.
       place: puts host arrays with a leading batch axis on the mesh.
       spread: puts a batch's latents whole on every device. They are small (302 MB for 1152 images of 512 px), every
@@ -61,9 +67,9 @@ class Collector:
     encode: Callable[[Sequence[str]], Conditioning]
     decode: Callable[[jax.Array], jax.Array]
     scorer: Scorer
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     batch_size: int
-    place: Callable[[object], object]
+    place: Callable[[Any], Any]
     spread: Callable[[jax.Array], jax.Array] = lambda latents: latents
 
     def __call__(
@@ -77,31 +83,50 @@ class Collector:
         """Images of every sample in `draw`, from noise drawn with `key`."""
         start, waited = time.perf_counter(), self.scorer.waited_seconds
         count = len(draw.prompts)
-        _, first = np.unique(draw.groups, return_index=True)
-        texts = [draw.prompts[i].text for i in first]
-        cond = distributed.run_on_all("prompts", lambda: self.encode(texts))
-        latents, pending, sums = [], [], []
+        cond = self._encoded(draw)
+        latents, pending, health = [], [], []
         for number, index in enumerate(batch_indices(count, self.batch_size)):
-            noise = jax.random.normal(
-                jax.random.fold_in(key, number), (self.batch_size, *self.latent_shape)
-            )
             group = draw.groups[index]
-            part = jax.tree.map(lambda leaf, group=group: leaf[group], cond)
-            x0 = self.sampler(params, adapter, self.place(part), self.place(noise))
-            images = self.decode(x0)
+            x0, images = self._sampled(
+                params, adapter, _rows(cond, group), jax.random.fold_in(key, number)
+            )
             pending.append(self.scorer.submit(images, [draw.prompts[i] for i in index]))
             latents.append(self.spread(x0))
             # Labels within the batch: a global one can be beyond the number of segments.
-            sums.append(
-                _image_health(x0, images, np.unique(group, return_inverse=True)[1].astype(np.int32))
-            )
+            _, label = np.unique(group, return_inverse=True)
+            health.append(_image_health(x0, images, label.astype(np.int32)))
+            # A last batch that was filled up has fewer images than samples.
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
         with phase("rewards"):
             scores = concatenate([p.result() for p in pending], count)
-        health = {name: float(np.mean([s[name] for s in sums])) for name in sums[0]}
         seconds = {"rollout": sampled - start, "rewards_wait": self.scorer.waited_seconds - waited}
-        return Rollout(jnp.concatenate(latents)[:count], scores, cond, draw.groups, health, seconds)
+        x0 = jnp.concatenate(latents)[:count]
+        return Rollout(x0, scores, cond, draw.groups, _mean_health(health), seconds)
+
+    def _encoded(self, draw: Draw) -> Conditioning:
+        """Conditioning of the P distinct draws, in the order of their labels."""
+        _, first = np.unique(draw.groups, return_index=True)
+        texts = [draw.prompts[i].text for i in first]
+        return distributed.run_on_all("prompts", lambda: self.encode(texts))
+
+    def _sampled(
+        self, params: Params, adapter: Adapter | None, cond: Conditioning, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Clean latents and images of one batch."""
+        noise = jax.random.normal(key, (self.batch_size, *self.latent_shape))
+        x0 = self.sampler(params, adapter, self.place(cond), self.place(noise))
+        return x0, self.decode(x0)
+
+
+def _rows(cond: Conditioning, index: np.ndarray) -> Conditioning:
+    return jax.tree.map(lambda leaf: leaf[index], cond)
+
+
+def _mean_health(batches_health: Sequence[dict[str, jax.Array]]) -> dict[str, float]:
+    """Means over batches, read once all of them are on their way: reading waits for the device."""
+    names = batches_health[0]
+    return {name: float(np.mean([batch[name] for batch in batches_health])) for name in names}
 
 
 @jax.jit
@@ -110,14 +135,13 @@ def _image_health(x0: jax.Array, images: jax.Array, group: jax.Array) -> dict[st
     size = group.shape[0]
     flat = images.reshape(size, -1)
     count = jax.ops.segment_sum(jnp.ones(size), group, size)
-    mean = jax.ops.segment_sum(flat, group, size) / jnp.maximum(count, 1)[:, None]
-    variance = (
-        jax.ops.segment_sum(jnp.square(flat - mean[group]), group, size)
-        / jnp.maximum(count, 1)[:, None]
-    )
-    diversity = jnp.sum(jnp.mean(jnp.sqrt(variance), axis=1) * (count > 1)) / jnp.maximum(
-        jnp.sum(count > 1), 1
-    )
+    divisor = jnp.maximum(count, 1)[:, None]
+    mean = jax.ops.segment_sum(flat, group, size) / divisor
+    squares = jax.ops.segment_sum(jnp.square(flat - mean[group]), group, size)
+    spread = jnp.mean(jnp.sqrt(squares / divisor), axis=1)
+    # A group of one has no spread to speak of, and there are as many segments as images, most of them empty.
+    several = count > 1
+    diversity = jnp.sum(spread * several) / jnp.maximum(jnp.sum(several), 1)
     return {
         "x0_norm": jnp.sqrt(jnp.mean(jnp.square(x0))),
         "brightness": jnp.mean(images),

@@ -24,7 +24,7 @@ class TrainState:
       step: int32 scalar, optimiser steps done.
       key: uint32 key data of the run's random key: that of the seed, until a rollback changes it.
       current: the adapter that is trained.
-      old: the adapter that samples rollouts.
+      rollout: the adapter that samples rollouts.
       ema: the averaged adapter that is evaluated and exported.
       opt_state: state of the optimiser.
       alpha: the remembered alpha and its age.
@@ -37,7 +37,7 @@ class TrainState:
     step: jax.Array
     key: jax.Array
     current: Adapter
-    old: Adapter
+    rollout: Adapter
     ema: Adapter
     opt_state: optax.OptState
     alpha: alpha_state.AlphaState
@@ -67,7 +67,7 @@ def initial_state(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(jax.random.key(seed)),
         current=adapter,
-        old=adapter,
+        rollout=adapter,
         ema=adapter,
         opt_state=optimizer.init(adapter),
         alpha=alpha_state.init(num_rewards),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import optax
 
 from marble_jax.errors import InputError
 from marble_jax.flow.policy_sampler import PolicyVelocity
+from marble_jax.objectives.base import Kept
 from marble_jax.training.micro_batches import RolloutBatch
+from marble_jax.training.policy_update import Metrics, Step
+from marble_jax.training.recipe import Recipe
 from marble_jax.training.state import TrainState
-from marble_jax.training.train_step import Metrics, Recipe, Step, amortized_step, exact_step
+from marble_jax.training.train_step import amortized_step, exact_step
 from marble_jax.training.upstream_step import upstream_step
 from marble_jax.types import Params
 
@@ -26,12 +28,14 @@ class Steps:
       refresh: solves for alpha again.
       between: reuses alpha.
       every: optimiser steps from one refresh to the next.
+      keeps: what the steps' objective needs of a rollout.
     """
 
     first: Step
     refresh: Step
     between: Step
     every: int
+    keeps: Kept = Kept.CLEAN_LATENTS
 
     def due(self, solved: bool, age: int) -> Step:
         """The step to run when there was a solve (or not) and the last one is `age` steps old."""
@@ -54,23 +58,24 @@ def make_steps(
     """
     if refresh_every < 1:
         raise InputError(f"harmonize.refresh_every: expected at least 1; received {refresh_every}")
-
-    def compiled(step: Step) -> Callable:
-        def train(
-            state: TrainState, params: Params, batch: RolloutBatch
-        ) -> tuple[TrainState, Metrics]:
-            with jax.named_scope("train"):
-                return step(state, params, batch)
-
-        return jax.jit(train, donate_argnums=0)
-
+    keeps = recipe.objective.keeps
     if mode == "upstream":
         first, refresh, between = (
-            compiled(upstream_step(recipe, velocity, optimizer, solved))
+            _compiled(upstream_step(recipe, velocity, optimizer, solved))
             for solved in ("all", "first", "none")
         )
-        return Steps(first, refresh, between, refresh_every)
-    exact = compiled(exact_step(recipe, velocity, optimizer))
+        return Steps(first, refresh, between, refresh_every, keeps)
+    exact = _compiled(exact_step(recipe, velocity, optimizer))
     if mode == "exact":
-        return Steps(exact, exact, exact, 1)
-    return Steps(exact, exact, compiled(amortized_step(recipe, velocity, optimizer)), refresh_every)
+        return Steps(exact, exact, exact, 1, keeps)
+    between = _compiled(amortized_step(recipe, velocity, optimizer))
+    return Steps(exact, exact, between, refresh_every, keeps)
+
+
+def _compiled(step: Step) -> Step:
+    def train(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+        # The name of the phase on the devices' lines of a profiler trace.
+        with jax.named_scope("train"):
+            return step(state, params, batch)
+
+    return jax.jit(train, donate_argnums=0)

@@ -24,7 +24,7 @@ def environment_stays(monkeypatch):
 
 
 def test_the_papers_recipe_on_sixteen_chips(capsys, tmp_path):
-    """48 x 24 images, 9 a chip; 192 micro-steps; memory, work and seconds on the terminal and in the file."""
+    """48 x 24 images, 9 a chip; 192 micro-batches; memory, work and seconds on the terminal and in the file."""
     file = tmp_path / "plan.json"
     assert main(["plan", f"--config={SD3}", "--devices=16", "--chip=v5e", f"--json={file}"]) == 0
     said = capsys.readouterr().out
@@ -33,7 +33,7 @@ def test_the_papers_recipe_on_sixteen_chips(capsys, tmp_path):
         "48 prompts x 24 = 1152 images",
         "27648 samples",
         "8 batches of 144, 9 a device",
-        "192 micro-steps of 144, 9 a device",
+        "192 micro-batches of 144, 9 a device",
         "every 10 steps, 3 samples a device",
         "base weights (bfloat16",
         "train, between",
@@ -43,7 +43,7 @@ def test_the_papers_recipe_on_sixteen_chips(capsys, tmp_path):
     ):
         assert part in said, part
     record = json.loads(file.read_text())
-    assert record["sizes"]["micro_steps"] == 192 and record["mesh"] == {
+    assert record["sizes"]["micro_batches"] == 192 and record["mesh"] == {
         "data": 16,
         "fsdp": 1,
         "tensor": 1,

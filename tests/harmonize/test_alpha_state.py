@@ -14,17 +14,6 @@ def _state(alpha, scale=None):
     return alpha_state.refresh(alpha_state.init(len(alpha)), alpha, scale, RHO)
 
 
-def test_solves_at_step_0_10_and_20():
-    state, solved = alpha_state.init(2), []
-    for step in range(25):
-        if bool(alpha_state.due(state, 10)):
-            solved.append(step)
-            state = alpha_state.refresh(state, jnp.array([0.5, 0.5]), jnp.ones(2), RHO)
-        state = alpha_state.advance(state)
-    assert solved == [0, 10, 20]
-    assert int(state.age) == 5
-
-
 def test_first_solve_is_taken_whole_and_later_ones_are_averaged():
     state = _state([0.2, 0.8])
     np.testing.assert_allclose(state.alpha, [0.2, 0.8])
@@ -61,12 +50,12 @@ def test_at_face_value_an_empty_solve_drags_alpha_down_as_upstream_does():
     np.testing.assert_allclose(after.alpha, [0.28, 0.42], rtol=1e-6)
 
 
-def test_present_alpha_is_shared_among_the_present():
+def test_active_alpha_is_shared_among_the_active():
     state = _state([0.5, 0.3, 0.2])
-    got = alpha_state.present_alpha(state, jnp.array([True, False, True]))
+    got = alpha_state.active_alpha(state, jnp.array([True, False, True]))
     np.testing.assert_allclose(got, [5 / 7, 0, 2 / 7], rtol=1e-6)
-    np.testing.assert_array_equal(alpha_state.present_alpha(state, jnp.zeros(3, bool)), 0)
-    got = alpha_state.present_alpha(_state([1.0, 0.0, 0.0]), jnp.array([False, True, True]))
+    np.testing.assert_array_equal(alpha_state.active_alpha(state, jnp.zeros(3, bool)), 0)
+    got = alpha_state.active_alpha(_state([1.0, 0.0, 0.0]), jnp.array([False, True, True]))
     np.testing.assert_allclose(got, [0, 0.5, 0.5])
 
 
@@ -82,18 +71,16 @@ def test_the_first_solve_of_a_new_stage_is_taken_as_it_is():
     )
     np.testing.assert_allclose(state.alpha, [0.125, 0.375, 0.05, 0.45], rtol=1e-6)
     np.testing.assert_allclose(state.scale, [2, 3, 4, 5])
+    np.testing.assert_allclose(alpha_state.active_alpha(state, ~first), [0, 0, 0.1, 0.9], rtol=1e-6)
     np.testing.assert_allclose(
-        alpha_state.present_alpha(state, ~first), [0, 0, 0.1, 0.9], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        alpha_state.present_alpha(state, first), [0.25, 0.75, 0, 0], rtol=1e-6
+        alpha_state.active_alpha(state, first), [0.25, 0.75, 0, 0], rtol=1e-6
     )
     # The second solve of the stage is averaged, among its own rewards.
     state = alpha_state.refresh(
         state, jnp.array([0, 0, 1.0, 0]), jnp.array([0, 0, 4.0, 5.0]), RHO, ~first
     )
     np.testing.assert_allclose(
-        alpha_state.present_alpha(state, ~first), [0, 0, 0.7 * 0.1 + 0.3, 0.63], rtol=1e-6
+        alpha_state.active_alpha(state, ~first), [0, 0, 0.7 * 0.1 + 0.3, 0.63], rtol=1e-6
     )
 
 
@@ -108,16 +95,16 @@ def test_a_reward_that_comes_late_is_taken_in_whole():
 def test_rewards_without_an_alpha_yet_take_equal_shares():
     state = _state([0.6, 0.4, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0])
     np.testing.assert_allclose(
-        alpha_state.present_alpha(state, jnp.array([False, False, True, True])), [0, 0, 0.5, 0.5]
+        alpha_state.active_alpha(state, jnp.array([False, False, True, True])), [0, 0, 0.5, 0.5]
     )
     np.testing.assert_allclose(
-        alpha_state.present_weights(state, jnp.array([False, False, True, True])), [0, 0, 0.5, 0.5]
+        alpha_state.active_weights(state, jnp.array([False, False, True, True])), [0, 0, 0.5, 0.5]
     )
     one_new = jnp.array([True, True, True, False])
     np.testing.assert_allclose(
-        alpha_state.present_alpha(state, one_new), [0.4, 0.8 / 3, 1 / 3, 0], rtol=1e-6
+        alpha_state.active_alpha(state, one_new), [0.4, 0.8 / 3, 1 / 3, 0], rtol=1e-6
     )
     np.testing.assert_allclose(
-        alpha_state.present_weights(state, one_new), [0.8, 3.2 / 3, 1, 0], rtol=1e-6
+        alpha_state.active_weights(state, one_new), [0.8, 3.2 / 3, 1, 0], rtol=1e-6
     )
-    np.testing.assert_array_equal(alpha_state.present_weights(state, jnp.zeros(4, bool)), 0)
+    np.testing.assert_array_equal(alpha_state.active_weights(state, jnp.zeros(4, bool)), 0)

@@ -1,7 +1,7 @@
 """The vmapped pull-back against a loop, at a size where jaxlib 0.10.2 was wrong on the CPU without `platform.prepare`.
 
 Measured: `vmap` over the 3 cotangents of a batched `vjp` is off by 8 % for every index but the first without the
-setting (4e-7 with it). The per-sample form that `gradients.accumulate` uses was right either way at this size; it is
+setting (4e-7 with it). The per-sample form that `reward_gradients.accumulate` uses was right either way at this size; it is
 held to the same standard because nothing but the size of a matrix product separates the two.
 """
 
@@ -15,6 +15,7 @@ from stacked_trees import stack, take
 import marble_jax  # noqa: F401  first, so that its compiler setting is in place
 from marble_jax import tree
 from marble_jax.harmonize import reward_gradients
+from marble_jax.objectives.nft import Nft, NftBatch
 
 NUM_REWARDS, NUM_SAMPLES, TOKENS, WIDTH, RANK, HEADS, BLOCKS = 3, 16, 128, 256, 16, 4, 2
 
@@ -50,8 +51,8 @@ def _toy(key):
     def normalise(x):
         return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
 
-    def velocity(base, adapter, xt, t, cond):
-        x = xt + t[:, None, None] + cond[:, None]
+    def velocity(base, adapter, xt, sigma, cond):
+        x = xt + sigma[:, None, None] + cond[:, None]
         for w, lora in zip(base, adapter):
             h = normalise(x)
             q, k, v = (dense(h, w[n], lora[n]).reshape(*h.shape[:2], HEADS, -1) for n in "qkv")
@@ -99,27 +100,28 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
     keys = jax.random.split(jax.random.key(0), 8)
     base, adapter, velocity = _toy(keys[0])
     shape = (NUM_SAMPLES, TOKENS, WIDTH)
-    batch = reward_gradients.FlowBatch(
+    batch = NftBatch(
         x0=jax.random.normal(keys[1], shape),
         xt=jax.random.normal(keys[2], shape),
-        t=jax.random.uniform(keys[3], (NUM_SAMPLES,), minval=0.1),
+        sigma=jax.random.uniform(keys[3], (NUM_SAMPLES,), minval=0.1),
         cond=jax.random.normal(keys[4], (NUM_SAMPLES, WIDTH)),
-        v_old=jax.random.normal(keys[5], shape),
+        v_rollout=jax.random.normal(keys[5], shape),
     )
-    r = jax.random.uniform(keys[6], (NUM_SAMPLES, NUM_REWARDS))
-    valid = jnp.ones_like(r, bool)
+    # Advantages in the range that is not clipped.
+    advantages = 10 * jax.random.uniform(keys[6], (NUM_SAMPLES, NUM_REWARDS)) - 5
+    valid = jnp.ones_like(advantages, bool)
+    objective = Nft(beta=0.1)
 
     @jax.jit
-    def fast(base, batch, r, valid):
+    def fast(base, batch, advantages, valid):
         return reward_gradients.accumulate(
-            partial(velocity, base), adapter, batch, r, valid, nft_beta=0.1
+            objective, partial(velocity, base), adapter, batch, advantages, valid
         )
 
     @jax.jit
-    def slow(base, batch, r, valid):
-        p, q = reward_gradients.branch_weights(jnp.ones(1), r, valid, jnp.ones(1))
+    def slow(base, batch, advantages, valid):
         return reward_gradients.combined_gradient(
-            partial(velocity, base), adapter, batch, p, q, nft_beta=0.1
+            objective, partial(velocity, base), adapter, batch, advantages, valid, jnp.ones(1)
         )[0]
 
     # One compilation, n * K calls: the reference sees a single sample and a single reward at a time.
@@ -128,9 +130,10 @@ def test_vmapped_pull_back_equals_a_loop_at_the_size_of_the_trap():
         one = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
         for k in range(NUM_REWARDS):
             total[k] = tree.add(
-                total[k], slow(base, one, r[n : n + 1, k : k + 1], valid[n : n + 1, k : k + 1])
+                total[k],
+                slow(base, one, advantages[n : n + 1, k : k + 1], valid[n : n + 1, k : k + 1]),
             )
-    got = fast(base, batch, r, valid).gradients
+    got = fast(base, batch, advantages, valid).gradients
     for k in range(NUM_REWARDS):
         assert _relative(take(got, k), total[k]) <= 1e-5, k
     np.testing.assert_allclose(tree.gram(got), tree.gram(stack(total)), rtol=1e-4)

@@ -16,7 +16,7 @@ from marble_jax import tree
 from marble_jax.distributed import device_mesh
 from marble_jax.plan import aot
 from marble_jax.plan.model_shapes import architecture
-from marble_jax.programs import build
+from marble_jax.training.batch_sizes import derive_sizes
 from tools.benchmark import ours
 from tools.benchmark.sizes import SIZES, make_problem
 
@@ -35,17 +35,13 @@ def middle(**changes):
 
 
 def gradients(problem, core):
-    """Gradients of the rewards at one micro-step, as sums over valid samples."""
+    """Gradients of the rewards at one micro-batch, as sums over valid samples."""
     batch = problem.batch(REWARDS)
     body = ours.with_inputs(problem, core, True)
     found = jax.jit(body)(
-        problem.params, problem.current, problem.old, batch, ours.make_plan(problem.size, batch)
+        problem.params, problem.current, problem.rollout, batch, ours.make_plan(problem.size, batch)
     )
-    return (
-        found["gradients"]
-        if isinstance(found, dict)
-        else ours.reward_gradients.mean_gradients(found).gradients
-    )
+    return found["gradients"] if isinstance(found, dict) else ours.mean_gradients(found).gradients
 
 
 def compare(got, want):
@@ -99,7 +95,9 @@ def test_a_whole_exact_step_compiles():
     config.model.update(dtype="bfloat16", attention="cudnn")
     config.harmonize.mode = "exact"
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-    jobs = aot.jobs(config, architecture(config), build.derive_sizes(config, 1), mesh)
+    jobs = aot.jobs(
+        config, architecture(config), derive_sizes(config.rollout, config.training, 1), mesh
+    )
     step, arguments = jobs["train, solving"]
     text = step.trace(*arguments).lower().compile().as_text()
     assert "fmhaSoftmaxBackward" in text

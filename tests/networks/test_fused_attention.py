@@ -27,6 +27,7 @@ from marble_jax.harmonize import reward_gradients
 from marble_jax.networks import fused_attention
 from marble_jax.networks.attention import attend, choose, over
 from marble_jax.networks.fused_attention import Flash, block_size, folded
+from marble_jax.objectives.nft import Nft, NftBatch
 
 HERE = Path(__file__).parent
 EMULATED = Flash("splash", interpret=True)
@@ -143,7 +144,7 @@ def test_a_mapped_axis_joins_the_batch():
 
 
 def exact(attention, remat="full", mesh=None):
-    """Gradients of three rewards by `gradients.accumulate` through a scanned and rematerialised model."""
+    """Gradients of three rewards by `reward_gradients.accumulate` through a scanned and rematerialised model."""
     model = MMDiT(SMALL, remat=remat, attention=attention, lora_scale=2.0)
     shapes = abstract_params(model)
     params = jax.tree_util.tree_map_with_path(
@@ -154,35 +155,39 @@ def exact(attention, remat="full", mesh=None):
     )
     adapter = jax.tree.map(lambda s: 0.2 * draw(*s.shape, seed=9), adapter)
     latents = [draw(4, 8, 8, 4, seed=s) for s in range(4)]
-    batch = reward_gradients.FlowBatch(
-        latents[0],
-        latents[1],
-        jnp.linspace(0.2, 0.9, 4),
-        {"embeds": draw(4, 5, 10), "pooled": draw(4, 6)},
-        latents[2],
-        latents[3],
+    batch = NftBatch(
+        xt=latents[1],
+        sigma=jnp.linspace(0.2, 0.9, 4),
+        cond={"embeds": draw(4, 5, 10), "pooled": draw(4, 6)},
+        x0=latents[0],
+        v_rollout=latents[2],
+        v_base=latents[3],
     )
-    r, valid = jax.nn.sigmoid(draw(3, 4)).T, jnp.arange(12).reshape(3, 4).T % 5 > 0
+    # The optimality r of these advantages is sigmoid(draw(3, 4)).
+    advantages, valid = (
+        10 * jax.nn.sigmoid(draw(3, 4)).T - 5,
+        jnp.arange(12).reshape(3, 4).T % 5 > 0,
+    )
     if mesh is not None:
         from marble_jax.distributed import device_mesh
 
         params, adapter = device_mesh.replicate(mesh, (params, adapter))
         batch = device_mesh.shard_batch(mesh, batch)
 
-    def step(params, adapter, batch, r, valid):
+    def step(params, adapter, batch, advantages, valid):
         return reward_gradients.accumulate(
+            Nft(beta=0.1),
             lambda a, *rest: velocity(model, params, a, *rest),
             adapter,
             batch,
-            r,
+            advantages,
             valid,
-            nft_beta=0.1,
             chunk_size=4 if mesh is not None else 2,
         )
 
-    lowered = jax.jit(step).lower(params, adapter, batch, r, valid)
+    lowered = jax.jit(step).lower(params, adapter, batch, advantages, valid)
     compiled = lowered.compile({"xla_backend_optimization_level": 0})  # for one run
-    return compiled(params, adapter, batch, r, valid), compiled.as_text()
+    return compiled(params, adapter, batch, advantages, valid), compiled.as_text()
 
 
 @pytest.fixture(scope="module")

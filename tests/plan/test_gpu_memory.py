@@ -11,7 +11,7 @@ import pytest
 from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.plan import aot, memory
 from marble_jax.plan.model_shapes import architecture
-from marble_jax.programs import build
+from marble_jax.training.batch_sizes import derive_sizes
 
 pytestmark = pytest.mark.gpu
 CONFIG = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sd3.py"))["get_config"]
@@ -28,7 +28,7 @@ def test_the_preset_for_this_card_fits_as_planned(capsys):
         )
     config = CONFIG("gpu_140gb" if chip.memory > 130e9 else "gpu_80gb")
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-    made, sizes = architecture(config), build.derive_sizes(config, 1)
+    made, sizes = architecture(config), derive_sizes(config.rollout, config.training, 1)
     planned = memory.total(memory.programs(config, made, sizes, mesh, 1)["train, solving"])
     program = aot.compile_program(
         "train, solving", *aot.jobs(config, made, sizes, mesh)["train, solving"]

@@ -13,6 +13,7 @@ from marble_jax.errors import InputError
 from marble_jax.plan import memory
 from marble_jax.plan.model_shapes import architecture
 from marble_jax.programs import build
+from marble_jax.training.batch_sizes import derive_sizes
 
 CONFIG = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sd3.py"))["get_config"]
 REWARDS = 12e9
@@ -39,7 +40,9 @@ def test_a_preset_fits_with_the_reward_models(preset, medium):
     (name, count), config = PRESETS[preset], CONFIG(preset)
     build.check(config, "gpu")
     mesh = device_mesh.abstract_mesh(count)
-    programs = memory.programs(config, medium, build.derive_sizes(config, count), mesh, 1)
+    programs = memory.programs(
+        config, medium, derive_sizes(config.rollout, config.training, count), mesh, 1
+    )
     most = max(
         memory.total(sources) + memory.total(memory.beside(config, medium, mesh, program))
         for program, sources in programs.items()
@@ -82,7 +85,7 @@ def test_another_number_of_devices_names_the_nearest_sizes(preset, devices, line
     if preset == "gpu_80gb":
         config.rollout.batch_size = 96
     with pytest.raises(InputError, match=line):
-        build.derive_sizes(config, devices)
+        derive_sizes(config.rollout, config.training, devices)
 
 
 def test_a_gpu_preset_says_so_on_a_cpu():

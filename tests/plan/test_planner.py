@@ -18,6 +18,7 @@ from marble_jax.plan.hlo import Collective, collectives
 from marble_jax.plan.model_shapes import architecture
 from marble_jax.programs import build
 from marble_jax.trainable.lora import num_parameters
+from marble_jax.training.batch_sizes import derive_sizes
 
 
 def config(path="stabilityai/stable-diffusion-3.5-medium", **changes):
@@ -106,7 +107,9 @@ def test_what_is_passed_to_a_program_is_exact(medium):
     chosen = config(harmonize__mode="amortized", model__remat="full")
     for fsdp, expected, whole in ((1, 2 * 2_469_663_936, 5e-3), (16, 2 * 2_469_663_936 / 16, 4e-2)):
         mesh = device_mesh.abstract_mesh(16, -1, fsdp)
-        found = memory.programs(chosen, medium, build.derive_sizes(chosen, 16), mesh)
+        found = memory.programs(
+            chosen, medium, derive_sizes(chosen.rollout, chosen.training, 16), mesh
+        )
         by_name = {s.name: s.bytes for s in found["train, between"]}
         assert by_name[memory.BASE] == pytest.approx(
             expected, rel=whole
@@ -125,7 +128,9 @@ def test_memory_follows_the_settings(medium):
         chosen = config(**{"harmonize__mode": "amortized", "model__remat": "full", **changes})
         mesh = device_mesh.abstract_mesh(devices, -1, 1)
         return memory.total(
-            memory.programs(chosen, medium, build.derive_sizes(chosen, devices), mesh)[name]
+            memory.programs(
+                chosen, medium, derive_sizes(chosen.rollout, chosen.training, devices), mesh
+            )[name]
         )
 
     assert total(model__remat="none") > total(model__remat="dots") > total()
@@ -134,7 +139,7 @@ def test_memory_follows_the_settings(medium):
     assert "train, between" not in memory.programs(
         config(harmonize__mode="exact"),
         medium,
-        build.derive_sizes(config(), 16),
+        derive_sizes(config().rollout, config().training, 16),
         device_mesh.abstract_mesh(16),
     )
     cached = config(prompts__embedding_cache="somewhere")
@@ -160,17 +165,24 @@ def test_memory_follows_the_settings(medium):
 def test_programs_accept_the_planned_arguments():
     chosen = config("embedded", **SMALL)
     mesh = device_mesh.make_mesh()
-    jobs = aot.jobs(chosen, architecture(chosen), build.derive_sizes(chosen, mesh.size), mesh)
+    jobs = aot.jobs(
+        chosen, architecture(chosen), derive_sizes(chosen.rollout, chosen.training, mesh.size), mesh
+    )
     assert list(jobs) == ["rollout", "decode", "train, solving", "train, between"]
     latents, images = (jax.eval_shape(f, *arguments) for f, arguments in list(jobs.values())[:2])
     assert latents.shape == (8, 8, 8, 16) and images.shape == (8, 64, 64, 3)
     step, arguments = jobs["train, between"]
     state, metrics = jax.eval_shape(step, *arguments)
-    assert jax.tree.structure(state) == jax.tree.structure(arguments[0]) and "nft/loss" in metrics
+    assert (
+        jax.tree.structure(state) == jax.tree.structure(arguments[0])
+        and "objective/loss" in metrics
+    )
     assert jobs["train, solving"][1] == arguments and jobs["train, solving"][0] is not step
     merged = config("embedded", **SMALL, rollout__merge_adapter=True)
     assert (
-        aot.jobs(merged, architecture(merged), build.derive_sizes(merged, 1), mesh)["rollout"][1][1]
+        aot.jobs(
+            merged, architecture(merged), derive_sizes(merged.rollout, merged.training, 1), mesh
+        )["rollout"][1][1]
         is None
     )
 

@@ -1,17 +1,16 @@
-"""From configuration to run: what is checked before anything is read, and what the sizes come to."""
+"""From configuration to run: what is checked before anything is read, and what is built."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 
 from marble_jax.config import default_config
 from marble_jax.errors import InputError
-from marble_jax.harmonize.balancers import Fixed, Marble
+from marble_jax.objectives.nft import Nft
 from marble_jax.programs import build
+from marble_jax.training.batch_sizes import Sizes
 
 
 def config(**changes):
@@ -24,42 +23,6 @@ def config(**changes):
             node = node[room]
         node[leaf] = value
     return made
-
-
-def test_the_papers_batch_arithmetic():
-    """48 prompts x 24 = 1152 images in 8 batches of 144; 24 of 25 timesteps: 27648 samples in 192 micro-steps."""
-    sizes = build.derive_sizes(config(), 8)
-    assert sizes == build.Sizes(1152, 8, 24, 27648, 192)
-
-
-def test_a_small_fraction_still_trains_one_timestep():
-    sizes = build.derive_sizes(config(rollout__num_steps=4, training__timestep_fraction=0.01), 1)
-    assert sizes.timesteps == 1 and sizes.micro_steps == 8
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "devices", "message"),
-    [
-        (
-            "rollout__batch_size",
-            100,
-            8,
-            "rollout.batch_size: .*1152 images a step .48 prompts x 24. that 8 device.*"
-            "received 100; nearest valid 96",
-        ),
-        (
-            "training__micro_batch_size",
-            145,
-            1,
-            "training.micro_batch_size: .*received 145; nearest valid 144",
-        ),
-        ("training__micro_batch_size", 36, 8, "received 36; nearest valid 32"),
-        ("rollout__batch_size", 144, 5, "5 device.* share evenly; received 144$"),
-    ],
-)
-def test_sizes_that_do_not_divide(name, size, devices, message):
-    with pytest.raises(InputError, match=message):
-        build.derive_sizes(config(**{name: size}), devices)
 
 
 @pytest.mark.parametrize(
@@ -149,64 +112,6 @@ def test_place_of(tmp_path):
         build.place_of("", "rewards")
 
 
-def test_balancers_get_their_settings():
-    weights = (1.0, 2.0, 1.0, 1.0, 1.0)
-    marble = build.balancer_of(
-        config(harmonize__reward_weights=weights, harmonize__alpha_floor=0.1)
-    )
-    assert (
-        isinstance(marble, Marble)
-        and marble.reward_weights == weights
-        and marble.alpha_floor == 0.1
-    )
-    alpha = (0.2,) * 5
-    fixed = build.balancer_of(config(harmonize__balancer="fixed", harmonize__fixed_alpha=alpha))
-    assert isinstance(fixed, Fixed) and fixed.alpha == alpha
-    for name in ("equal", "upgrad", "pcgrad", "cagrad", "imtl", "nash"):
-        assert build.balancer_of(config(harmonize__balancer=name))
-    with pytest.raises(InputError, match="fixed alpha: expected one share a reward"):
-        build.balancer_of(config(harmonize__balancer="fixed"))
-    with pytest.raises(
-        InputError, match="reward_weights: expected one number for each of 5 rewards .*; received 2"
-    ):
-        build.balancer_of(config(harmonize__reward_weights=(1.0, 1.0)))
-
-
-def test_groups_are_numbered_by_first_appearance():
-    groups = ("taste", "taste", "match", "own", "match")
-    assert build.balancer_of(config(harmonize__groups=groups)).groups == (0, 0, 1, 2, 1)
-    assert build.balancer_of(config()).groups == ()
-    with pytest.raises(
-        InputError, match="harmonize.groups: expected one name for each of 5 rewards .*; received 2"
-    ):
-        build.balancer_of(config(harmonize__groups=("a", "b")))
-    with pytest.raises(
-        InputError, match="groups: expected none with another balancer than marble; .*with 'equal'"
-    ):
-        build.balancer_of(config(harmonize__groups=groups, harmonize__balancer="equal"))
-
-
-def test_stages_and_dropout_of_a_configuration():
-    made = config(
-        training__num_steps=30,
-        reward_schedule__stages=("pickscore+hpsv2+clipscore@general", "ocr", "geneval"),
-        reward_schedule__dropout=0.5,
-        reward_schedule__dropout_targets=("pickscore",),
-        reward_schedule__dropout_warmup=7,
-    )
-    presence = build.presence_of(made)
-    assert [(s.rewards[0], s.sources, s.first) for s in presence.stages] == [
-        ("pickscore", ("general",), 0),
-        ("ocr", (), 10),
-        ("geneval", (), 20),
-    ]
-    assert (presence.dropout.targets, presence.dropout.probability, presence.dropout.warmup) == (
-        ("pickscore",),
-        0.5,
-        7,
-    )
-
-
 def test_held_out_prompts_may_come_from_other_sources():
     made = config(evaluation__num_prompts=6, prompts__path="embedded", prompts__sources=("ocr",))
     assert {p.source for p in build.held_out_prompts(made)} == {"ocr"}
@@ -220,40 +125,6 @@ def test_held_out_prompts_come_in_equal_shares():
     counts = {name: sum(p.source == name for p in prompts) for name in made.prompts.sources}
     assert sorted(counts.values()) == [3, 3, 4] and len(prompts) == 10
     assert prompts == build.held_out_prompts(made)
-
-
-def first_moves(**changes) -> list[float]:
-    """Sizes of AdamW's moves over three steps of a constant gradient: the learning rate, without weight decay."""
-    optimizer = build.make_optimizer(
-        config(
-            training__num_steps=2,
-            training__learning_rate=0.5,
-            training__weight_decay=0.0,
-            **changes,
-        )
-    )
-    params, moves = jnp.zeros(2), []
-    state = optimizer.init(params)
-    for _ in range(3):
-        updates, state = jax.jit(optimizer.update)(jnp.array([3.0, 4.0]), state, params)
-        moves.append(float(-updates[0]))
-    return moves
-
-
-def test_the_optimizer_follows_its_schedule():
-    np.testing.assert_allclose(first_moves(), [0.5, 0.5, 0.5], rtol=1e-4)
-    np.testing.assert_allclose(
-        first_moves(training__learning_rate_schedule="cosine", training__min_learning_rate_ratio=0.1),
-        [0.5, 0.275, 0.05],
-        rtol=1e-4,
-    )
-
-
-def test_the_gradient_is_clipped_before_adam():
-    optimizer = build.make_optimizer(config(training__clip_norm=1.0))
-    _, state = optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(jnp.zeros(2)), jnp.zeros(2))
-    mu = [leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "shape", None) == (2,)][0]
-    np.testing.assert_allclose(mu, 0.1 * np.array([0.6, 0.8]), rtol=1e-6)
 
 
 def test_a_run_of_the_embedded_pipeline():
@@ -281,19 +152,20 @@ def test_a_run_of_the_embedded_pipeline():
     )
     run = build.build(made)
     assert isinstance(run.config, ml_collections.ConfigDict)
-    assert run.sizes == build.Sizes(12, 1, 2, 24, 4)
+    assert run.sizes == Sizes(12, 1, 2, 24, 4)
     assert run.collector.latent_shape == run.evaluator.latent_shape == (8, 8, 16)
     assert run.collector.scorer.names == ("geneval",) and run.evaluator.scorer.names == (
         "geneval",
         "ocr",
     )
-    assert (run.recipe.num_rewards, run.recipe.micro_batch, run.recipe.chunk) == (1, 6, 6)
-    assert (
-        len(run.recipe.sigmas) == 4
-        and run.recipe.sigmas[0] == 1.0
-        and run.recipe.num_timesteps == 2
-    )
-    assert [float(run.recipe.old_schedule(s)) for s in (3, 4, 5)] == [0.0, 0.25, 0.5]
+    recipe = run.recipe
+    assert recipe.harmonization.num_rewards == 1
+    assert (recipe.micro_batching.size, recipe.micro_batching.chunk_size) == (6, 6)
+    assert len(recipe.timesteps.sigmas) == 4 and recipe.timesteps.sigmas[0] == 1.0
+    assert recipe.timesteps.num_trained == 2
+    assert recipe.objective == Nft(beta=0.1, clip=5.0, kl_weight=1e-4)
+    decay = recipe.averages.rollout_decay
+    assert [float(decay(s)) for s in (3, 4, 5)] == [0.0, 0.25, 0.5]
     assert int(run.state.step) == 0 and set(run.train_prompts) == {"general", "geneval", "ocr"}
     cond = run.collector.encode(["a red circle", "a star", "a red circle"])
     np.testing.assert_array_equal(cond["embeds"][0], cond["embeds"][2])

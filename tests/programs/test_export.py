@@ -22,11 +22,13 @@ from marble_jax.errors import InputError
 from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.flow.policy_sampler import make_sampler
+from marble_jax.harmonize.registry import balancer_of
 from marble_jax.programs import build, export, verify
 from marble_jax.programs.export import PeriodicExports, export_run, new_folder
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.images import save_png
 from marble_jax.storage.workdir import Workdir
+from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.state import initial_state
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +68,7 @@ def random_adapter(seed):
     )
 
 
-POLICIES = {"current": 1, "old": 2, "ema": 3, "best": 4}
+POLICIES = {"current": 1, "rollout": 2, "ema": 3, "best": 4}
 
 
 def smoke_config():
@@ -79,7 +81,11 @@ def smoke_config():
 
 def state_of(config, step, best_score=0.5):
     state = initial_state(
-        random_adapter(0), build.make_optimizer(config), 1, build.balancer_of(config).init(1), 0
+        random_adapter(0),
+        make_optimizer(config.training),
+        1,
+        balancer_of(config.harmonize, config.rewards.train).init(1),
+        0,
     )
     return state.replace(
         step=jnp.int32(step),
@@ -600,7 +606,7 @@ def test_training_goes_on_from_an_export(run, exported):
     built.collector.scorer.close()
     built.evaluator.scorer.close()
     wanted = lora.unstack(random_adapter(POLICIES["ema"]))
-    for policy in ("current", "old", "ema"):
+    for policy in ("current", "rollout", "ema"):
         for name, (a, b) in lora.unstack(getattr(built.state, policy)).items():
             np.testing.assert_allclose(a, wanted[name][0])
             np.testing.assert_allclose(b, wanted[name][1], rtol=1e-6)

@@ -8,8 +8,8 @@ from marble_jax.config import default_config
 from marble_jax.distributed.accelerators import ACCELERATORS, by_device_kind, by_name
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.flops import Work
-from marble_jax.programs.build import derive_sizes
 from marble_jax.programs.step_flops import speed, step_work
+from marble_jax.training.batch_sizes import derive_sizes
 
 SAMPLE = Work(base=10.0, forward=11.0, backward=13.0, recomputed=7.0, attention=2.0)
 
@@ -19,7 +19,7 @@ def made(**changes):
     for name, value in changes.items():
         room, _, leaf = name.partition("__")
         config[room][leaf] = value
-    return step_work(config, derive_sizes(config, 1), SAMPLE, 3.0)
+    return step_work(config, derive_sizes(config.rollout, config.training, 1), SAMPLE, 3.0)
 
 
 def test_the_papers_step_by_hand():
@@ -27,7 +27,7 @@ def test_the_papers_step_by_hand():
     work = made(harmonize__mode="amortized")
     assert work.rollout == 1152 * 25 * 11 and work.decode == 1152 * 3
     assert work.between == 27648 * (11 + 11 + 10 + 13)
-    # A solve has the base and two more directions in every eighth of 192 micro-steps of 144.
+    # A solve has the base and two more directions in every eighth of 192 micro-batches of 144.
     assert work.solve == 27648 * (11 + 11 + 13) + 24 * 144 * (10 + 2 * 13)
     assert work.solve_share == 0.1 and work.train == pytest.approx(
         0.1 * work.solve + 0.9 * work.between

@@ -25,25 +25,27 @@ def problem():
 
 @pytest.fixture(scope="module")
 def draws(problem):
-    """flow, r and valid of one micro-step, by K; the images and velocities are the same for every K."""
+    """flow, advantages and valid of one micro-step, by K; the images and velocities are the same for every K."""
     found = {}
     for k in (1, 5):
         batch = problem.batch(k)
         plan = ours.make_plan(problem.size, batch)
         if not found:
             flow, _, _ = jax.jit(lambda *a: ours.inputs(problem, *a, True), compiler_options=QUICK)(
-                problem.params, problem.old, batch, plan
+                problem.params, problem.rollout, batch, plan
             )
         found[k] = (
             flow,
-            ours.nft.optimality(plan.advantages[0], problem.size.clip),
+            plan.advantages[0],
             plan.valid[0],
         )
     return found
 
 
-def run(problem, core, flow, r, valid):
-    return jax.jit(core, compiler_options=QUICK)(problem.params, problem.current, flow, r, valid)
+def run(problem, core, flow, advantages, valid):
+    return jax.jit(core, compiler_options=QUICK)(
+        problem.params, problem.current, flow, advantages, valid
+    )
 
 
 def run_body(problem, body, params=None):
@@ -51,7 +53,7 @@ def run_body(problem, body, params=None):
     batch = problem.batch(1)
     params = problem.params if params is None else params
     return jax.jit(body, compiler_options=QUICK)(
-        params, problem.current, problem.old, batch, ours.make_plan(problem.size, batch)
+        params, problem.current, problem.rollout, batch, ours.make_plan(problem.size, batch)
     )
 
 
@@ -114,7 +116,7 @@ def test_more_seeds_leave_the_forward_pass_of_the_own_pull_back_alone(problem, d
     # The feed-forward's tanh is kept for its derivative, so it is in forward passes alone.
     forward = activations(
         lambda params, current, flow: ours.transformer.velocity(
-            problem.model, params, current, flow.xt, flow.t, flow.cond
+            problem.model, params, current, flow.xt, flow.sigma, flow.cond
         ),
         draws[5][0],
     )
@@ -122,7 +124,7 @@ def test_more_seeds_leave_the_forward_pass_of_the_own_pull_back_alone(problem, d
 
 
 def test_combined_step_is_the_weighted_sum_of_the_gradients(problem, draws, exact):
-    mean = ours.reward_gradients.mean_gradients(exact)
+    mean = ours.mean_gradients(exact)
     want = tree.add(
         tree.weighted_sum(jnp.full(5, 0.2), mean.gradients),
         tree.scale(mean.kl_gradient, problem.size.kl_weight),
@@ -131,11 +133,9 @@ def test_combined_step_is_the_weighted_sum_of_the_gradients(problem, draws, exac
 
 
 def test_weighted_sum_without_the_divergence(problem, draws, exact, weighted):
-    flow, r, valid = draws[1]
-    alone = run(problem, ours.weighted_sum(problem), flow.replace(v_ref=None), r, valid)
-    divergence = tree.scale(
-        ours.reward_gradients.mean_gradients(exact).kl_gradient, problem.size.kl_weight
-    )
+    flow, advantages, valid = draws[1]
+    alone = run(problem, ours.weighted_sum(problem), flow.replace(v_base=None), advantages, valid)
+    divergence = tree.scale(ours.mean_gradients(exact).kl_gradient, problem.size.kl_weight)
     assert float(tree.norm(divergence)) > 0.01 * float(tree.norm(alone))
     assert relative(tree.add(alone, divergence), weighted) <= 1e-5
 
@@ -144,7 +144,7 @@ def test_weighted_sum_without_the_divergence(problem, draws, exact, weighted):
 def test_weighted_sum_with_other_forward_passes(problem, weighted):
     """The passes without gradient in one call, and the rollout policy merged."""
     assert relative(run_body(problem, formulations.weighted_sum_batched(problem)), weighted) <= 1e-5
-    merged = lora.merge(problem.params, problem.old, problem.size.spec.scale)
+    merged = lora.merge(problem.params, problem.rollout, problem.size.spec.scale)
     got = run_body(problem, formulations.weighted_sum_merged(problem), (problem.params, merged))
     assert relative(got, weighted) <= 1e-4
 
@@ -152,13 +152,13 @@ def test_weighted_sum_with_other_forward_passes(problem, weighted):
 @pytest.mark.parametrize("batched", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_forward_passes(problem, draws, batched):
     flow = draws[1][0]
-    v, v_old, v_ref = run_body(problem, formulations.three_forwards(problem, batched))
-    scale = float(jnp.abs(v_ref).mean())
-    for got, want in ((v_old, flow.v_old), (v_ref, flow.v_ref)):
+    v, v_rollout, v_base = run_body(problem, formulations.three_forwards(problem, batched))
+    scale = float(jnp.abs(v_base).mean())
+    for got, want in ((v_rollout, flow.v_rollout), (v_base, flow.v_base)):
         assert float(jnp.abs(got - want).max()) <= 1e-5 * scale
     assert (
-        float(jnp.abs(v - v_old).mean()) > 1e-3 * scale
-        and float(jnp.abs(v_old - v_ref).mean()) > 1e-3 * scale
+        float(jnp.abs(v - v_rollout).mean()) > 1e-3 * scale
+        and float(jnp.abs(v_rollout - v_base).mean()) > 1e-3 * scale
     )
 
 
@@ -171,7 +171,7 @@ def test_a_program_adds_up_and_its_sums_are_solved(problem, exact):
     solve = ours.compile_solve(problem, step.sums, QUICK)
     assert relative(step().gradients, tree.scale(once.gradients, 2.0)) <= 1e-6
     assert float(step.sums.num_samples) == 2 * problem.size.num
-    mean = ours.reward_gradients.mean_gradients(exact)
+    mean = ours.mean_gradients(exact)
     update = tree.add(solve(), tree.scale(mean.kl_gradient, -problem.size.kl_weight))
     for k in range(5):  # the solve on the sums of one micro-step opposes no reward
         assert float(tree.vdot(update, take(mean.gradients, k))) > 0
@@ -195,13 +195,13 @@ def peer(request, problem, draws):
         plan, flow = ours.make_plan(problem.size, batch), draws[num_rewards][0]
         to = lambda x: torch.from_numpy(np.array(x))
         latents = lambda x: to(x).permute(0, 3, 1, 2).contiguous()
-        made.x0, made.t, made.embeds, made.pooled = (
+        made.x0, made.sigma, made.embeds, made.pooled = (
             latents(flow.x0),
-            to(flow.t),
+            to(flow.sigma),
             to(flow.cond.embeds),
             to(flow.cond.pooled),
         )
-        t = made.t[:, None, None, None]
+        t = made.sigma[:, None, None, None]
         made.noise = (latents(flow.xt) - (1 - t) * made.x0) / t
         made.advantages, made.valid = to(plan.advantages[0]), to(plan.valid[0])
         return made
@@ -217,7 +217,7 @@ def test_torch_weighted_sum(problem, weighted, peer):
 
 
 def test_torch_harmonised(problem, exact, peer):
-    mean, made = ours.reward_gradients.mean_gradients(exact), peer(5)
+    mean, made = ours.mean_gradients(exact), peer(5)
     made.harmonised()
     *rewards, divergence = (lora.stack(g, problem.params) for g in made.reward_gradients())
     for k, got in enumerate(rewards):

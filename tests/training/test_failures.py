@@ -17,8 +17,8 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward, RewardError
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.training import iteration
-from marble_jax.training.iteration import Sampling, Turn, advantages_of
-from marble_jax.training.loop import Hooks, Schedule, train
+from marble_jax.training.iteration import Iteration, Sampling, advantages_of
+from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
 from marble_jax.types import Conditioning
@@ -113,8 +113,8 @@ class Run:
         try:
             return train(
                 state,
-                Turn(toy.base_params(), collector, sampling, steps, lambda tree: tree),
-                Schedule(num_steps, 0, 50),
+                Iteration(toy.base_params(), collector, sampling, steps, lambda tree: tree),
+                Cadence(num_steps, 0, 50),
                 hooks,
                 Console(),
             )

@@ -13,8 +13,8 @@ import marble_jax  # noqa: F401
 from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.training.guard import Guard, NotFinite, all_finite, fresh_stream
-from marble_jax.training.iteration import Sampling, Turn
-from marble_jax.training.loop import Hooks, Schedule, train
+from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.step_schedule import Steps
 
 NUM_STEPS = 6
@@ -59,14 +59,14 @@ class Run:
             guard=Guard(policy, patience, max_rollbacks, rollback),
         )
         sampling = Sampling(PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ())
-        turn = Turn(
+        iteration = Iteration(
             toy.base_params(),
             collector,
             sampling,
             Steps(program, program, program, 1),
             lambda tree: tree,
         )
-        self._arguments = turn, Schedule(NUM_STEPS, 0, 2), hooks, Console()
+        self._arguments = iteration, Cadence(NUM_STEPS, 0, 2), hooks, Console()
 
     def save(self, state):
         assert bool(all_finite(state))
@@ -98,7 +98,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts():
 def test_all_finite_looks_at_everything_that_training_goes_on_from():
     state = _start()
     assert bool(all_finite(state)) and not np.isfinite(state.best_score)
-    for name in ("current", "old", "ema", "best", "opt_state"):
+    for name in ("current", "rollout", "ema", "best", "opt_state"):
         leaves, structure = jax.tree.flatten(getattr(state, name))
         worst = max(
             range(len(leaves)), key=lambda i: (leaves[i].dtype == jnp.float32, leaves[i].size)

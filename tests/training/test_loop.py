@@ -22,12 +22,13 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.trainable import lora
-from marble_jax.training.iteration import Sampling, Turn
-from marble_jax.training.loop import Hooks, Interrupted, Schedule, stop_requests, train
+from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.profile import Profiler
-from marble_jax.training.reward_schedule import Dropout, Presence, Stage
+from marble_jax.training.reward_schedule import Dropout, RewardSchedule, Stage
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
+from marble_jax.training.stops import Interrupted, stop_requests
 
 PROMPTS = {
     "general": [Prompt(f"a thing {i}", "general") for i in range(5)],
@@ -66,7 +67,7 @@ def _steps():
     return make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "amortized", 2)
 
 
-def _sampling(**presence):
+def _sampling(**schedule):
     return Sampling(
         PROMPTS,
         toy.PROMPTS,
@@ -74,7 +75,7 @@ def _sampling(**presence):
         "global",
         "none",
         (),
-        Presence(**presence),
+        RewardSchedule(**schedule),
     )
 
 
@@ -110,14 +111,14 @@ class Diary:
         return Hooks(self.record, self.evaluate, self.save)
 
 
-def _turn(**changes):
-    turn = Turn(toy.base_params(), _collector(), _sampling(), _steps(), lambda tree: tree)
-    return dataclasses.replace(turn, **changes)
+def _iteration(**changes):
+    iteration = Iteration(toy.base_params(), _collector(), _sampling(), _steps(), lambda tree: tree)
+    return dataclasses.replace(iteration, **changes)
 
 
 def _train(state, diary, num_steps=3, evaluate_every=2, checkpoint_every=2, **changes):
-    schedule = Schedule(num_steps, evaluate_every, checkpoint_every)
-    return train(state, _turn(**changes), schedule, diary.hooks, Console())
+    cadence = Cadence(num_steps, evaluate_every, checkpoint_every)
+    return train(state, _iteration(**changes), cadence, diary.hooks, Console())
 
 
 def _start():
@@ -158,8 +159,8 @@ def test_records_are_flat_and_complete(capsys):
         "time/rewards_wait_s",
         "time/train_s",
         "time/step_s",
-        "nft/loss",
-        "nft/kl",
+        "objective/loss",
+        "objective/kl",
         "training/grad_norm",
         "training/skipped",
         "rollout/diversity",
@@ -262,8 +263,8 @@ def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
     ):
         train(
             _start(),
-            _turn(collector=dataclasses.replace(_collector(), decode=decode)),
-            Schedule(3, 2, 2),
+            _iteration(collector=dataclasses.replace(_collector(), decode=decode)),
+            Cadence(3, 2, 2),
             diary.hooks,
             Console(),
         )
@@ -296,7 +297,7 @@ def test_a_signal_after_the_save_check_is_not_lost():
 
     diary = Diary()
     with pytest.raises(Interrupted, match="after step 1"):
-        train(_start(), _turn(), Late(), diary.hooks, Console())
+        train(_start(), _iteration(), Late(), diary.hooks, Console())
     assert diary.events == [("record", 0), ("save", 1)]
 
 
@@ -310,8 +311,8 @@ def test_a_signal_during_the_first_evaluation_stops_before_any_step():
     with pytest.raises(Interrupted, match="after step 0"):
         train(
             _start(),
-            _turn(),
-            Schedule(2, 0, 1),
+            _iteration(),
+            Cadence(2, 0, 1),
             Hooks(diary.record, evaluate, diary.save),
             Console(),
         )
@@ -322,9 +323,9 @@ def test_a_second_signal_is_not_caught():
     # A shell that starts a command in the background has it ignore SIGINT; the test needs Python's own handler.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with stop_requests() as received:
+        with stop_requests() as requests:
             os.kill(os.getpid(), signal.SIGINT)
-            assert received == [signal.SIGINT]
+            assert requests.received == [signal.SIGINT]
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -352,22 +353,22 @@ def test_merging_the_adapter_changes_rollouts_by_rounding_only():
     [(0, [0, 7], 7), (3, [0, 3, 6, 7], 7), (7, [0, 7], 7), (2, [0, 2], 2)],
 )
 def test_when_states_are_evaluated(every, evaluated, num_steps):
-    schedule = Schedule(num_steps, every, 1)
-    assert [s for s in range(num_steps + 1) if schedule.evaluates(s)] == evaluated
+    cadence = Cadence(num_steps, every, 1)
+    assert [s for s in range(num_steps + 1) if cadence.evaluates(s)] == evaluated
 
 
 @pytest.mark.parametrize(
     "every, saved", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (50, [5])]
 )
 def test_when_states_are_saved(every, saved):
-    schedule = Schedule(5, 0, every)
-    assert [s for s in range(1, 6) if schedule.saves(s)] == saved
+    cadence = Cadence(5, 0, every)
+    assert [s for s in range(1, 6) if cadence.saves(s)] == saved
 
 
 @pytest.mark.parametrize("every, exported", [(0, []), (2, [2, 4, 5]), (50, [5])])
 def test_when_states_are_exported(every, exported):
-    schedule = Schedule(5, 0, 1, every)
-    assert [s for s in range(1, 6) if schedule.exports(s)] == exported
+    cadence = Cadence(5, 0, 1, every)
+    assert [s for s in range(1, 6) if cadence.exports(s)] == exported
 
 
 def test_states_are_exported_after_they_are_saved():
@@ -378,7 +379,7 @@ def test_states_are_exported_after_they_are_saved():
         diary.save,
         lambda s: diary.events.append(("export", int(s.step))),
     )
-    train(_start(), _turn(), Schedule(2, 0, 2, 1), hooks, Console())
+    train(_start(), _iteration(), Cadence(2, 0, 2, 1), hooks, Console())
     assert diary.events == [
         ("evaluate", 0),
         ("record", 0),

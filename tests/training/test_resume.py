@@ -76,7 +76,7 @@ def test_the_state_that_is_restored_holds_everything(tmp_path):
         "step",
         "key",
         "current",
-        "old",
+        "rollout",
         "ema",
         "opt_state",
         "alpha",

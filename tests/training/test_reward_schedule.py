@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 
+from marble_jax.config import RewardScheduleSettings
 from marble_jax.errors import InputError
-from marble_jax.training.reward_schedule import Dropout, Presence, Stage, make_dropout, parse_stages
+from marble_jax.training.reward_schedule import (
+    Dropout,
+    RewardSchedule,
+    Stage,
+    make_dropout,
+    parse_stages,
+    reward_schedule_of,
+)
 
 NAMES = ("aesthetic", "alignment", "ocr", "geneval")
 SOURCES = ("general", "ocr", "geneval")
@@ -40,8 +48,8 @@ def test_stages_without_steps_share_the_run():
 
 
 def test_outside_its_stage_a_reward_is_missing_and_the_last_one_goes_on():
-    presence = Presence(stages("aesthetic+alignment@general:20", "ocr:20", "geneval:5"))
-    kept = {step: presence.mask(NAMES, VALID, 0, step) for step in (0, 19, 20, 40, 1000)}
+    schedule = RewardSchedule(stages("aesthetic+alignment@general:20", "ocr:20", "geneval:5"))
+    kept = {step: schedule.mask(NAMES, VALID, 0, step) for step in (0, 19, 20, 40, 1000)}
     for step, present in (
         (0, [1, 1, 0, 0]),
         (19, [1, 1, 0, 0]),
@@ -50,9 +58,9 @@ def test_outside_its_stage_a_reward_is_missing_and_the_last_one_goes_on():
         (1000, [0, 0, 0, 1]),
     ):
         np.testing.assert_array_equal(kept[step], VALID & np.array(present, bool))
-    assert [step for step in range(60) if presence.begins(step)] == [20, 40]
-    assert presence.sources(0) == ("general",) and presence.sources(25) == ()
-    assert presence.metrics(NAMES, VALID, kept[0]) == {
+    assert [step for step in range(60) if schedule.begins(step)] == [20, 40]
+    assert schedule.sources(0) == ("general",) and schedule.sources(25) == ()
+    assert schedule.metrics(NAMES, VALID, kept[0]) == {
         "advantages/ignored_share/aesthetic": 0.0,
         "advantages/ignored_share/alignment": 0.0,
         "advantages/ignored_share/ocr": 1.0,
@@ -61,31 +69,31 @@ def test_outside_its_stage_a_reward_is_missing_and_the_last_one_goes_on():
 
 
 def test_nothing_is_taken_away_by_default():
-    presence = Presence()
-    np.testing.assert_array_equal(presence.mask(NAMES, VALID, 0, 7), VALID)
+    schedule = RewardSchedule()
+    np.testing.assert_array_equal(schedule.mask(NAMES, VALID, 0, 7), VALID)
     assert (
-        not presence.begins(0)
-        and presence.sources(0) == ()
-        and presence.metrics(NAMES, VALID, VALID) == {}
+        not schedule.begins(0)
+        and schedule.sources(0) == ()
+        and schedule.metrics(NAMES, VALID, VALID) == {}
     )
 
 
 def test_a_dropped_reward_leaves_the_samples_of_specialists_alone():
     """Aesthetic is always dropped, alignment is no target: it keeps all, and being general it covers all images."""
-    presence = Presence(dropout=Dropout(("aesthetic", "alignment"), 1.0))
-    kept = presence.mask(NAMES, VALID, 0, 0)
+    schedule = RewardSchedule(dropout=Dropout(("aesthetic", "alignment"), 1.0))
+    kept = schedule.mask(NAMES, VALID, 0, 0)
     np.testing.assert_array_equal(kept[:, :2], np.array([[1, 1, 0, 0]] * 2).T)
     np.testing.assert_array_equal(kept[:, 2:], VALID[:, 2:])
-    assert presence.metrics(NAMES, VALID, kept)["advantages/ignored_share/aesthetic"] == 0.5
-    alone = Presence(dropout=Dropout(("aesthetic",), 1.0)).mask(NAMES, VALID, 0, 0)
+    assert schedule.metrics(NAMES, VALID, kept)["advantages/ignored_share/aesthetic"] == 0.5
+    alone = RewardSchedule(dropout=Dropout(("aesthetic",), 1.0)).mask(NAMES, VALID, 0, 0)
     np.testing.assert_array_equal(alone, np.hstack([np.zeros((4, 1), bool), VALID[:, 1:]]))
 
 
 def test_dropout_looks_at_the_rewards_of_the_stage_only():
-    presence = Presence(
+    schedule = RewardSchedule(
         stages("aesthetic+alignment+ocr", "geneval"), Dropout(("aesthetic", "alignment"), 1.0)
     )
-    np.testing.assert_array_equal(presence.mask(NAMES, VALID, 0, 0)[:, 0], [1, 1, 0, 1])
+    np.testing.assert_array_equal(schedule.mask(NAMES, VALID, 0, 0)[:, 0], [1, 1, 0, 1])
 
 
 def test_draws_are_a_function_of_seed_step_and_name():
@@ -171,3 +179,20 @@ def test_dropout_that_does_not_fit():
         InputError, match="dropout_targets: expected one of .*; received 'orc'; did you mean 'ocr'"
     ):
         make_dropout(("orc",), 0.0, 0, NAMES)
+
+
+def test_stages_and_dropout_of_settings():
+    settings = RewardScheduleSettings(
+        stages=("aesthetic+alignment@general", "ocr", "geneval"),
+        dropout=0.5,
+        dropout_targets=("aesthetic",),
+        dropout_warmup=7,
+    )
+    schedule = reward_schedule_of(settings, NAMES, SOURCES, 30)
+    assert [(s.rewards[0], s.sources, s.first) for s in schedule.stages] == [
+        ("aesthetic", ("general",), 0),
+        ("ocr", (), 10),
+        ("geneval", (), 20),
+    ]
+    assert schedule.dropout == Dropout(("aesthetic",), 0.5, 7)
+    assert reward_schedule_of(RewardScheduleSettings(), NAMES, SOURCES, 30) == RewardSchedule()

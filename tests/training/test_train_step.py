@@ -9,6 +9,7 @@ import pytest
 import toy_policy as toy
 
 import marble_jax  # noqa: F401
+from marble_jax.harmonize import alpha_state
 from marble_jax.training import train_step
 from marble_jax.training.step_schedule import make_steps
 
@@ -30,7 +31,7 @@ def _twin(state, made):
 def _assert_same_policies(state, torch_twin, twin):
     for found, expected in (
         (state.current, twin.current),
-        (state.old, twin.old),
+        (state.rollout, twin.rollout),
         (state.ema, twin.ema),
     ):
         toy.assert_close(found, torch_twin.arrays(expected))
@@ -58,7 +59,7 @@ def test_exact_steps_equal_the_torch_twin():
             fresh = np.where(present, fresh * (1 - twin.alpha[1]), twin.alpha)
         alpha = np.where(present, twin.smoothed(fresh), 0.0)
         weights = alpha / alpha.sum() * scale
-        total = sum(weights[k] * g for k, g in found.items()) + made.kl_weight * kl
+        total = sum(weights[k] * g for k, g in found.items()) + made.objective.kl_weight * kl
         norm = twin.finish(total)
         assert norm > toy.CLIP_NORM  # clipping is part of what is compared
 
@@ -83,8 +84,8 @@ def test_exact_steps_equal_the_torch_twin():
     assert _moved(start, state.current) > 5e-3
 
 
-def test_anchors_at_every_fourth_micro_step_are_three_times_as_strong():
-    """Nine micro-steps, of which 0, 4 and 8 have the loss at r = 1/2 and the divergence."""
+def test_anchors_at_every_fourth_micro_batch_are_three_times_as_strong():
+    """Nine micro-batches, of which 0, 4 and 8 have the loss at r = 1/2 and the divergence."""
     made, state, batch = toy.recipe(anchor_every=4), toy.new_state(), toy.new_batch()
     torch_twin, _ = _twin(state, made)
 
@@ -102,7 +103,9 @@ def test_anchors_at_every_fourth_micro_step_are_three_times_as_strong():
     for number, part in enumerate(parts):
         part["anchor"] = 3.0 * torch_twin.torch.ones(toy.MICRO_BATCH) * (number % 4 == 0)
     found, alpha, scale, kl = twin.harmonised(torch_twin.joined(parts))
-    twin.finish(sum(alpha[k] * scale[k] * g for k, g in found.items()) + made.kl_weight * kl)
+    twin.finish(
+        sum(alpha[k] * scale[k] * g for k, g in found.items()) + made.objective.kl_weight * kl
+    )
     step = jax.jit(train_step.exact_step(made, toy.velocity, toy.optimizer()))
     after, metrics = step(state, toy.base_params(), batch)
     np.testing.assert_allclose(metrics["harmonize/alpha"], alpha, atol=2e-4)
@@ -122,11 +125,15 @@ def test_exact_step_reports_losses_and_divergence_of_the_twin():
         each, divergence = twin.each(part, part["advantages"][:, k])
         mask = part["valid"][:, k]
         losses.append(float((each.detach() * mask).sum() / mask.sum()))
-    np.testing.assert_allclose(metrics["nft/loss_per_reward"], losses, rtol=1e-5)
-    np.testing.assert_allclose(metrics["nft/kl"], float(divergence.detach().mean()), rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/reward_loss"], losses, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["objective/kl"], float(divergence.detach().mean()), rtol=1e-5
+    )
     weights = np.asarray(metrics["harmonize/alpha"])
     _, _, scale, _ = twin.harmonised(part)
-    np.testing.assert_allclose(metrics["nft/loss"], np.sum(weights * scale * losses), rtol=1e-3)
+    np.testing.assert_allclose(
+        metrics["objective/loss"], np.sum(weights * scale * losses), rtol=1e-3
+    )
 
 
 def test_without_smoothing_the_fresh_alpha_is_used_and_the_average_remembered():
@@ -137,7 +144,9 @@ def test_without_smoothing_the_fresh_alpha_is_used_and_the_average_remembered():
     )
     torch_twin, twin = _twin(state, made)
     found, fresh, scale, kl = twin.harmonised(torch_twin.joined(twin.draws(state, batch)))
-    twin.finish(sum(fresh[k] * scale[k] * g for k, g in found.items()) + made.kl_weight * kl)
+    twin.finish(
+        sum(fresh[k] * scale[k] * g for k, g in found.items()) + made.objective.kl_weight * kl
+    )
     after, metrics = _step("exact", smooth=False)(state, toy.base_params(), batch)
     _assert_same_policies(after, torch_twin, twin)
     np.testing.assert_allclose(metrics["harmonize/alpha_solved"], fresh, atol=2e-4)
@@ -154,10 +163,14 @@ def test_amortized_step_is_the_exact_step_with_the_same_weights(absent):
     exact, full = _step("exact")(state, toy.base_params(), batch)
     held = exact.alpha.replace(age=jnp.asarray(4, jnp.int32))
     cheap, part = _step("amortized")(state.replace(alpha=held), toy.base_params(), batch)
-    for a, b in ((cheap.current, exact.current), (cheap.old, exact.old), (cheap.ema, exact.ema)):
+    for a, b in (
+        (cheap.current, exact.current),
+        (cheap.rollout, exact.rollout),
+        (cheap.ema, exact.ema),
+    ):
         toy.assert_close(a, b, rtol=1e-5, atol=1e-6)
     toy.assert_close(cheap.opt_state, exact.opt_state, rtol=1e-4, atol=1e-7)
-    for name in ("training/grad_norm", "nft/loss", "nft/kl"):
+    for name in ("training/grad_norm", "objective/loss", "objective/kl"):
         np.testing.assert_allclose(part[name], full[name], rtol=1e-5)
     assert int(cheap.alpha.age) == 5
     assert float(part["harmonize/refreshed"]) == 0 and float(full["harmonize/refreshed"]) == 1
@@ -177,13 +190,13 @@ def test_amortized_step_shares_alpha_out_among_the_rewards_present():
     )
     torch_twin, twin = _twin(state, made)
     found, _, _, kl = twin.harmonised(torch_twin.joined(twin.draws(state, batch)))
-    twin.finish(0.625 * 1.2 * found[0] + 0.375 * 0.9 * found[2] + made.kl_weight * kl)
+    twin.finish(0.625 * 1.2 * found[0] + 0.375 * 0.9 * found[2] + made.objective.kl_weight * kl)
     after, _ = _step("amortized")(state, toy.base_params(), batch)
     _assert_same_policies(after, torch_twin, twin)
 
 
-def test_scalarized_row_is_what_is_trained_on():
-    """Four rows: three rewards to look at, one advantage to train on; both steps equal the twin on that row."""
+def test_scalarized_objective_is_what_is_trained_on():
+    """Four objectives: three rewards to look at, one advantage to train on; both steps equal the twin on that one."""
     made, state, batch = toy.recipe(scalarized=True), toy.new_state(), toy.new_batch(objectives=4)
     torch_twin, twin = _twin(state, made)
     part = torch_twin.joined(twin.draws(state, batch))
@@ -191,7 +204,7 @@ def test_scalarized_row_is_what_is_trained_on():
     mask = part["valid"][:, 3]
     policy = twin.gradient((each * mask).sum() / mask.sum())
     found, _, _, kl = twin.harmonised(part)
-    norm = twin.finish(policy + made.kl_weight * kl)
+    norm = twin.finish(policy + made.objective.kl_weight * kl)
     for kind in ("exact", "amortized"):
         after, metrics = _step(kind, scalarized=True)(state, toy.base_params(), batch)
         _assert_same_policies(after, torch_twin, twin)
@@ -213,7 +226,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_reported(kind):
     assert float(metrics["training/skipped"]) == 1 and not np.isfinite(
         float(metrics["training/grad_norm"])
     )
-    for name in ("current", "old", "ema", "opt_state"):
+    for name in ("current", "rollout", "ema", "opt_state"):
         toy.assert_identical(getattr(after, name), getattr(state, name))
     toy.assert_identical(after.alpha.alpha, state.alpha.alpha)
     assert int(after.step) == int(state.step) + 1
@@ -259,6 +272,13 @@ def test_which_step_is_due():
         True,
         True,
     ]
+    solved, state = [], alpha_state.init(2)
+    for step in range(8):
+        if steps.due(bool(state.solved), int(state.age)) is steps.refresh:
+            solved.append(step)
+            state = alpha_state.refresh(state, jnp.array([0.5, 0.5]), jnp.ones(2), 0.7)
+        state = alpha_state.advance(state)
+    assert solved == [0, 3, 6] and int(state.age) == 2
     exact = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "exact", 3)
     assert all(exact.due(True, age) is exact.first for age in (1, 2, 3))
     upstream = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "upstream", 2)

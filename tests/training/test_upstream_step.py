@@ -40,21 +40,21 @@ def _combined(twin, part, alpha):
         np.asarray(alpha, np.float64)
     )
     each, divergence = twin.each(part, advantages)
-    return twin.gradient(each.mean() + twin.recipe.kl_weight * divergence.mean())
+    return twin.gradient(each.mean() + twin.recipe.objective.kl_weight * divergence.mean())
 
 
 def _solved(twin, part):
-    """Update of one micro-step that solves for alpha, with its fresh alpha; and that alpha."""
+    """Update of one micro-batch that solves for alpha, with its fresh alpha; and that alpha."""
     found, fresh, scale, kl = twin.harmonised(part)
     return sum(
         fresh[k] * scale[k] * g for k, g in found.items()
-    ) + twin.recipe.kl_weight * kl, fresh
+    ) + twin.recipe.objective.kl_weight * kl, fresh
 
 
 def _assert_same(after, twin):
     for found, expected in (
         (after.current, twin.current),
-        (after.old, twin.old),
+        (after.rollout, twin.rollout),
         (after.ema, twin.ema),
     ):
         toy.assert_close(found, torch_twin.arrays(expected))
@@ -79,7 +79,7 @@ def test_between_solves_alpha_acts_on_advantages_and_missing_counts_as_zero():
     )
 
 
-def test_a_refresh_solves_on_the_first_micro_step_only():
+def test_a_refresh_solves_on_the_first_micro_batch_only():
     state, batch = _solved_state(), toy.new_batch()
     twin = torch_twin.Twin(state, toy.recipe())
     parts = twin.draws(state, batch)
@@ -93,7 +93,7 @@ def test_a_refresh_solves_on_the_first_micro_step_only():
     assert int(after.alpha.age) == 1 and float(metrics["harmonize/refreshed"]) == 1
 
 
-def test_the_first_step_solves_on_every_micro_step_and_averages_alpha_along():
+def test_the_first_step_solves_on_every_micro_batch_and_averages_alpha_along():
     state, batch = toy.new_state(), toy.new_batch()
     twin = torch_twin.Twin(state, toy.recipe())
     parts = twin.draws(state, batch)

@@ -9,7 +9,7 @@ import pytest
 import toy_policy as toy
 from scipy.optimize import minimize
 
-from marble_jax.training.micro_batches import micro_step, num_micro_steps, schedule
+from marble_jax.training.micro_batches import frozen_policies, micro_batch, training_order
 
 torch = pytest.importorskip("torch")
 
@@ -58,9 +58,9 @@ class Twin:
     def __init__(self, state, recipe):
         self.recipe = recipe
         self.params = tensors(toy.base_params())
-        self.current, self.old, self.ema = (
+        self.current, self.rollout, self.ema = (
             tensors(state.current),
-            tensors(state.old),
+            tensors(state.rollout),
             tensors(state.ema),
         )
         self.leaves = [leaf.requires_grad_() for leaf in jax.tree.leaves(self.current)]
@@ -70,24 +70,27 @@ class Twin:
         self.alpha, self.step_count = None, 0
 
     def draws(self, state, batch):
-        """What the package draws for this step: a list of micro-steps, each a dict of float64 tensors."""
-        drawn = _draws(state.key, state.step, state.old, batch, self.recipe)
+        """What the package draws for this step: a list of micro-batches, each a dict of float64 tensors."""
+        drawn = _draws(state.key, state.step, state.rollout, batch, self.recipe)
         return [
             {name: torch.tensor(np.asarray(x[m], np.float64)) for name, x in drawn.items()}
-            for m in range(len(drawn["t"]))
+            for m in range(len(drawn["sigma"]))
         ]
 
     def errors(self, part):
         """P, N and the divergence of every sample."""
-        beta, t = self.recipe.nft_beta, part["t"].reshape(-1, 1, 1, 1)
-        arguments = (part["xt"], part["t"], (part["embeds"], part["pooled"]))
+        beta, sigma = self.recipe.objective.beta, part["sigma"].reshape(-1, 1, 1, 1)
+        arguments = (part["xt"], part["sigma"], (part["embeds"], part["pooled"]))
         with torch.no_grad():
-            v_old = velocity(self.params, self.old, *arguments)
+            v_rollout = velocity(self.params, self.rollout, *arguments)
             v_ref = velocity(self.params, None, *arguments)
         v = velocity(self.params, self.current, *arguments)
         sides = []
-        for mixed in (beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v):
-            error = part["xt"] - t * mixed - part["x0"]
+        for mixed in (
+            beta * v + (1 - beta) * v_rollout,
+            (1 + beta) * v_rollout - beta * v,
+        ):
+            error = part["xt"] - sigma * mixed - part["x0"]
             sides.append(
                 (error**2).flatten(1).mean(1)
                 / error.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
@@ -97,9 +100,9 @@ class Twin:
     def each(self, part, advantage):
         """The loss of every sample under an advantage [n], and its divergence."""
         positive, negative, divergence = self.errors(part)
-        clip = self.recipe.clip
+        clip = self.recipe.objective.clip
         r = (advantage / (2 * clip) + 0.5).clamp(0, 1)
-        return clip * (r * positive + (1 - r) * negative) / self.recipe.nft_beta, divergence
+        return clip * (r * positive + (1 - r) * negative) / self.recipe.objective.beta, divergence
 
     def gradient(self, loss):
         return torch.cat(
@@ -109,14 +112,17 @@ class Twin:
     def harmonised(self, part):
         """Gradients of the rewards valid in `part`, alpha of the solve [K], mean|g| / |g_k| [K], gradient of the KL."""
         found = {}
-        for k in range(self.recipe.num_rewards):
+        for k in range(self.recipe.harmonization.num_rewards):
             each, divergence = self.each(part, part["advantages"][:, k])
             mask = part["valid"][:, k]
             if mask.sum():
                 found[k] = self.gradient((each * mask).sum() / mask.sum())
         unit = torch.stack([g / g.norm() for g in found.values()])
         mean_norm = float(torch.stack([g.norm() for g in found.values()]).mean())
-        alpha, scale = np.zeros(self.recipe.num_rewards), np.zeros(self.recipe.num_rewards)
+        alpha, scale = (
+            np.zeros(self.recipe.harmonization.num_rewards),
+            np.zeros(self.recipe.harmonization.num_rewards),
+        )
         alpha[list(found)] = slsqp((unit @ unit.T).numpy())
         scale[list(found)] = [mean_norm / float(g.norm()) for g in found.values()]
         return found, alpha, scale, self.gradient(divergence.mean())
@@ -125,7 +131,8 @@ class Twin:
         self.alpha = (
             fresh
             if self.alpha is None
-            else self.recipe.rho * self.alpha + (1 - self.recipe.rho) * fresh
+            else self.recipe.harmonization.rho * self.alpha
+            + (1 - self.recipe.harmonization.rho) * fresh
         )
         return self.alpha
 
@@ -140,8 +147,8 @@ class Twin:
         self.step_count += 1
         count = self.step_count
         for slow, decay in (
-            (self.ema, min((1 + count) / (10 + count), self.recipe.ema_decay)),
-            (self.old, min(0.3 * count, 0.95)),
+            (self.ema, min((1 + count) / (10 + count), self.recipe.averages.ema_decay)),
+            (self.rollout, min(0.3 * count, 0.95)),
         ):
             for leaf, new in zip(jax.tree.leaves(slow), self.leaves):
                 leaf.copy_(decay * leaf + (1 - decay) * new.detach())
@@ -149,32 +156,31 @@ class Twin:
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _draws(key, step, old, batch, recipe):
-    """Every micro-step's inputs, stacked: leaves [M, n, ...]."""
-    plan = schedule(
+def _draws(key, step, rollout, batch, recipe):
+    """Every micro-batch's inputs, stacked: leaves [M, n, ...]."""
+    order = training_order(
         batch,
         jax.random.wrap_key_data(key),
         step,
-        recipe.sigmas,
-        recipe.num_timesteps,
-        recipe.micro_batch,
+        recipe.timesteps,
+        recipe.micro_batching.size,
     )
+    policies = frozen_policies(toy.velocity, toy.base_params(), rollout)
 
     def one(m):
-        flow, advantages, valid = micro_step(
-            toy.velocity, toy.base_params(), old, batch, plan, m, False
-        )
+        part = micro_batch(recipe.objective, policies, order, batch.cond, m, False)
+        flow = part.samples
         return {
             "x0": flow.x0,
             "xt": flow.xt,
-            "t": flow.t,
+            "sigma": flow.sigma,
             "embeds": flow.cond.embeds,
             "pooled": flow.cond.pooled,
-            "advantages": advantages,
-            "valid": valid,
+            "advantages": part.advantages,
+            "valid": part.valid,
         }
 
-    return jax.lax.map(one, jax.numpy.arange(num_micro_steps(plan)))
+    return jax.lax.map(one, jax.numpy.arange(order.num_micro_batches))
 
 
 def joined(parts):

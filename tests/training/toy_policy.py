@@ -9,18 +9,26 @@ import numpy as np
 import optax
 
 import marble_jax  # noqa: F401
+from marble_jax.distributed import device_mesh
 from marble_jax.harmonize.balancers import Marble
+from marble_jax.objectives.nft import Nft
 from marble_jax.trainable.averaging import rollout_decay
 from marble_jax.training.micro_batches import RolloutBatch
+from marble_jax.training.recipe import (
+    Harmonization,
+    MicroBatching,
+    PolicyAverages,
+    Recipe,
+    Timesteps,
+)
 from marble_jax.training.state import initial_state
-from marble_jax.training.train_step import Recipe
 from marble_jax.types import Conditioning
 
 LATENT, HIDDEN, RANK, SCALE = (2, 2, 3), 6, 2, 2.0
 REWARDS, PROMPTS, IMAGES, MICRO_BATCH, TIMESTEPS = 3, 3, 12, 4, 3
 SIGMAS = (1.0, 0.8, 0.55, 0.25)
 RATE, BETAS, EPSILON, DECAY, CLIP_NORM = 3e-3, (0.9, 0.95), 1e-6, 0.1, 0.5
-OLD_DECAY = rollout_decay("linear_capped", rate=0.3)
+ROLLOUT_DECAY = rollout_decay("linear_capped", rate=0.3)
 
 
 def velocity(params, adapter, xt, sigma, cond):
@@ -63,25 +71,25 @@ def new_adapter(seed, scale=0.3):
     }
 
 
-def recipe(**changes):
-    settings = dict(
-        sigmas=SIGMAS,
-        num_timesteps=TIMESTEPS,
-        micro_batch=MICRO_BATCH,
-        chunk=2,
-        anchor_every=1,
-        num_rewards=REWARDS,
-        scalarized=False,
-        nft_beta=0.1,
-        kl_weight=0.05,
-        clip=5.0,
-        balancer=Marble(),
-        rho=0.7,
-        smooth=True,
-        old_schedule=OLD_DECAY,
-        ema_decay=0.9,
+def recipe(
+    *,
+    objective=None,
+    micro_batch=MICRO_BATCH,
+    chunk=2,
+    shards=device_mesh.SINGLE_DEVICE,
+    **harmonization,
+):
+    """NFT, with a running average of alpha in exact steps; other keywords are those of `Harmonization`."""
+    if objective is None:
+        objective = Nft(beta=0.1, clip=5.0, kl_weight=0.05)
+    settings = {"balancer": Marble(), "num_rewards": REWARDS, "rho": 0.7, "smooth": True}
+    return Recipe(
+        objective=objective,
+        timesteps=Timesteps(SIGMAS, TIMESTEPS),
+        micro_batching=MicroBatching(micro_batch, chunk, shards),
+        harmonization=Harmonization(**settings | harmonization),
+        averages=PolicyAverages(ROLLOUT_DECAY, ema_decay=0.9),
     )
-    return Recipe(**settings | changes)
 
 
 def optimizer():
@@ -94,7 +102,9 @@ def optimizer():
 def new_state(adapter_seed=2, seed=5, num_rewards=REWARDS):
     """All policies apart from each other, as in the middle of training; no solve yet."""
     state = initial_state(new_adapter(adapter_seed), optimizer(), num_rewards, (), seed)
-    return state.replace(old=new_adapter(adapter_seed + 100), ema=new_adapter(adapter_seed + 200))
+    return state.replace(
+        rollout=new_adapter(adapter_seed + 100), ema=new_adapter(adapter_seed + 200)
+    )
 
 
 def new_batch(seed=3, objectives=REWARDS, absent=()):

@@ -18,15 +18,16 @@ from marble_jax.distributed import device_mesh, probe
 from marble_jax.distributed.cluster import find_cluster
 from marble_jax.errors import InputError
 from marble_jax.flow.policy_sampler import make_sampler
-from marble_jax.harmonize.baselines import make_balancer
+from marble_jax.harmonize.registry import make_balancer
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
-from marble_jax.training.iteration import Sampling, Turn
-from marble_jax.training.loop import Hooks, Interrupted, Schedule, train
+from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
+from marble_jax.training.stops import Interrupted
 
 SEEN = []
 """Images of every call of the host reward."""
@@ -91,10 +92,10 @@ def run(place, num_steps, broken):
         toy_run.PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ()
     )
     try:
-        turn = Turn(
+        iteration = Iteration(
             everywhere(jax.device_get(toy.base_params())), collector, sampling, steps, everywhere
         )
-        return train(state, turn, Schedule(num_steps, 0, 1), hooks, Console())
+        return train(state, iteration, Cadence(num_steps, 0, 1), hooks, Console())
     except BaseException as error:
         distributed.exit_unless_agreed((Interrupted,), error)
         raise

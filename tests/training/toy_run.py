@@ -22,8 +22,8 @@ from marble_jax.rewards.scorer import Scorer
 from marble_jax.storage import checkpoint
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
-from marble_jax.training.iteration import Sampling, Turn
-from marble_jax.training.loop import Hooks, Schedule, train
+from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
 from marble_jax.types import Conditioning
@@ -86,14 +86,14 @@ def run(place, say=print):
     collector, steps = programs()
     sampling = Sampling(PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ())
     try:
-        turn = Turn(
+        iteration = Iteration(
             toy.base_params(),
             collector,
             sampling,
             steps,
             lambda tree: jax.device_put(tree, jax.devices()[0]),
         )
-        return train(state, turn, Schedule(NUM_STEPS, 0, 1), hooks, Console())
+        return train(state, iteration, Cadence(NUM_STEPS, 0, 1), hooks, Console())
     finally:
         checkpoints.close()
 

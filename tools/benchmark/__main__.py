@@ -6,7 +6,7 @@
 
 Sizes: `embedded` is the shipped pipeline as configs/embedded.py trains it; `mid` fills two cores; `sd35m` is
 SD3.5-medium at 512 px with random weights in bfloat16, for a GPU (`--force` for another device). A micro-step is what
-one turn of the loop in `marble_jax.training.train_step` does: noise, v_old and v_ref, the current velocity with its
+one turn of the loop in `marble_jax.training.train_step` does: noise, v_rollout and v_base, the current velocity with its
 pull-backs, and the sums.
 
 Times are rows, in milliseconds:

@@ -128,7 +128,7 @@ def _add_forwards(problem: Problem, add: Callable) -> None:
     add("f.forwards.one_call", formulations.three_forwards(problem, batched=True))
     add("f.weighted_sum.old_and_ref_in_one_call", formulations.weighted_sum_batched(problem))
     merged = jax.jit(lora.merge, static_argnums=2)(
-        problem.params, problem.old, problem.size.spec.scale
+        problem.params, problem.rollout, problem.size.spec.scale
     )
     add(
         "f.weighted_sum.old_merged",

@@ -14,33 +14,32 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from marble_jax.families.sd3 import transformer
-from marble_jax.harmonize import reward_gradients
 from marble_jax.networks.lora_dense import COLLECTION, LoraDense
 from marble_jax.objectives import nft
+from marble_jax.objectives.nft import NftBatch
 from marble_jax.types import Adapter
 from tools.benchmark.ours import Body, Core, by_reward, inputs, weighted_sum
 from tools.benchmark.sizes import Problem
 
 
-def seeds_of(
-    problem: Problem, v: jax.Array, flow: reward_gradients.FlowBatch, anchors: bool
-) -> jax.Array:
+def seeds_of(problem: Problem, v: jax.Array, flow: NftBatch, anchors: bool) -> jax.Array:
     """[J, n, ...] cotangents of v: signal, and with anchors the loss at r = 1/2 and the divergence."""
-    parts = nft.directions(v, flow.v_old, flow.x0, flow.xt, flow.t, problem.size.nft_beta)
+    beta = problem.size.nft_beta
+    parts = nft.error_parts(v, flow.v_rollout, flow.x0, flow.xt, flow.sigma, beta)
     signal, anchor = nft.signal_and_anchor(parts)
     elements = v[0].size
-    factor = (2 * flow.t * problem.size.clip / elements).reshape((-1,) + (1,) * (v.ndim - 1))
+    factor = (2 * flow.sigma * problem.size.clip / elements).reshape((-1,) + (1,) * (v.ndim - 1))
     return jnp.stack(
-        [factor * signal, factor * anchor, 2 / elements * (v - flow.v_ref)]
+        [factor * signal, factor * anchor, 2 / elements * (v - flow.v_base)]
         if anchors
         else [factor * signal]
     )
 
 
-def mixes(r: jax.Array, valid: jax.Array, anchors: bool) -> jax.Array:
+def mixes(problem: Problem, advantages: jax.Array, valid: jax.Array, anchors: bool) -> jax.Array:
     """[J, K + 1, n] weight of every seed and sample in the K rewards' gradients and, last, the divergence's."""
     # Rewards before samples here: the own pull-back of `weighted_sums` gets a row for every reward.
-    r, valid = r.T, valid.T
+    r, valid = nft.optimality(advantages, problem.size.clip).T, valid.T
     mask, zeros = valid.astype(r.dtype), jnp.zeros_like(r[:1])
     signal = jnp.concatenate([jnp.where(valid, r - 0.5, 0), zeros])
     if not anchors:
@@ -48,9 +47,11 @@ def mixes(r: jax.Array, valid: jax.Array, anchors: bool) -> jax.Array:
     return jnp.stack([signal, jnp.concatenate([mask, zeros]), jnp.zeros_like(signal).at[-1].set(1)])
 
 
-def assemble(pulled: Adapter, r: jax.Array, valid: jax.Array, anchors: bool) -> dict[str, Adapter]:
+def assemble(
+    problem: Problem, pulled: Adapter, advantages: jax.Array, valid: jax.Array, anchors: bool
+) -> dict[str, Adapter]:
     """From per-sample pull-backs, leaves [n, J, ...], to the sums."""
-    mix = mixes(r, valid, anchors)
+    mix = mixes(problem, advantages, valid, anchors)
 
     def total(leaf: jax.Array) -> jax.Array:
         return jnp.einsum("jkn,nj...->k...", mix, leaf, precision=jax.lax.Precision.HIGHEST)
@@ -61,19 +62,19 @@ def assemble(pulled: Adapter, r: jax.Array, valid: jax.Array, anchors: bool) -> 
 def vmapped(problem: Problem, anchors: bool) -> Core:
     """`vmap` over samples of a pull-back that is a `vmap` over seeds."""
 
-    def core(params, current, flow, r, valid):
+    def core(params, current, flow, advantages, valid):
 
-        def one(sample: reward_gradients.FlowBatch) -> Adapter:
+        def one(sample: NftBatch) -> Adapter:
             alone = jax.tree.map(lambda x: x[None], sample)
             v, pull_back = jax.vjp(
                 lambda a: transformer.velocity(
-                    problem.model, params, a, alone.xt, alone.t, alone.cond
+                    problem.model, params, a, alone.xt, alone.sigma, alone.cond
                 ),
                 current,
             )
             return jax.vmap(pull_back)(seeds_of(problem, v, alone, anchors))[0]
 
-        return assemble(jax.vmap(one)(flow), r, valid, anchors)
+        return assemble(problem, jax.vmap(one)(flow), advantages, valid, anchors)
 
     return core
 
@@ -81,16 +82,16 @@ def vmapped(problem: Problem, anchors: bool) -> Core:
 def copied_adapters(problem: Problem, anchors: bool) -> Core:
     """A copy of the adapter for every sample, and one pull-back of the whole batch to all copies (a `vmap` over seeds)."""
 
-    def core(params, current, flow, r, valid):
+    def core(params, current, flow, advantages, valid):
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (problem.size.num, *x.shape)), current)
 
         def one(adapter: Adapter, xt: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
             alone = jax.tree.map(lambda x: x[None], (xt, t, cond))
             return transformer.velocity(problem.model, params, adapter, *alone)[0]
 
-        v, pull_back = jax.vjp(lambda a: jax.vmap(one)(a, flow.xt, flow.t, flow.cond), copies)
+        v, pull_back = jax.vjp(lambda a: jax.vmap(one)(a, flow.xt, flow.sigma, flow.cond), copies)
         pulled = jax.vmap(pull_back, out_axes=1)(seeds_of(problem, v, flow, anchors))[0]
-        return assemble(pulled, r, valid, anchors)
+        return assemble(problem, pulled, advantages, valid, anchors)
 
     return core
 
@@ -165,8 +166,8 @@ def _with_sums(mix: jax.Array) -> Callable:
 def weighted_sums(problem: Problem, anchors: bool) -> Core:
     """The LoRA product's own pull-back returns the weighted sums; per-sample gradients never exist."""
 
-    def core(params, current, flow, r, valid):
-        rows = r.shape[1] + 1
+    def core(params, current, flow, advantages, valid):
+        rows = advantages.shape[1] + 1
 
         def is_layer(node: Any) -> bool:
             return isinstance(node, dict) and set(node) == {"a", "b"}
@@ -191,7 +192,7 @@ def weighted_sums(problem: Problem, anchors: bool) -> Core:
                 v = problem.model.apply(
                     {"params": params, COLLECTION: joined},
                     flow.xt,
-                    flow.t * transformer.NUM_TRAIN_TIMESTEPS,
+                    flow.sigma * transformer.NUM_TRAIN_TIMESTEPS,
                     flow.cond.embeds,
                     flow.cond.pooled,
                 )
@@ -201,7 +202,7 @@ def weighted_sums(problem: Problem, anchors: bool) -> Core:
             v, pull_back = jax.vjp(lambda s: velocity(s, mix), sums)
             return pull_back(jnp.tensordot(chosen, seeds_of(problem, v, flow, anchors), 1))[0]
 
-        mix = mixes(r, valid, anchors)
+        mix = mixes(problem, advantages, valid, anchors)
         # Under the vmap over seeds only the backward pass has the axis: v depends on neither argument.
         pulled = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(pull)(mix, jnp.eye(len(mix))))
         return by_reward(jax.tree.map(lambda x: jnp.moveaxis(x, -3, 0), pulled))
@@ -209,22 +210,22 @@ def weighted_sums(problem: Problem, anchors: bool) -> Core:
     return core
 
 
-def stacked_policies(problem: Problem, current: Adapter, old: Adapter) -> Adapter:
+def stacked_policies(problem: Problem, current: Adapter, rollout: Adapter) -> Adapter:
     """Leaves [3, ...]: current, rollout and reference policy, the last one zeros."""
-    return jax.tree.map(lambda c, o: jnp.stack([c, o, jnp.zeros_like(o)]), current, old)
+    return jax.tree.map(lambda c, r: jnp.stack([c, r, jnp.zeros_like(r)]), current, rollout)
 
 
 def three_forwards(problem: Problem, batched: bool) -> Body:
     """Velocities of the three policies, without any gradient: three calls, or one call of three times the batch."""
 
-    def body(params, current, old, batch, plan):
-        flow, _, _ = inputs(problem, params, old, batch, plan, not batched)
+    def body(params, current, rollout, batch, plan):
+        flow, _, _ = inputs(problem, params, rollout, batch, plan, not batched)
         at = lambda adapter: transformer.velocity(
-            problem.model, params, adapter, flow.xt, flow.t, flow.cond
+            problem.model, params, adapter, flow.xt, flow.sigma, flow.cond
         )
         if not batched:
-            return jnp.stack([at(current), flow.v_old, flow.v_ref])
-        return jax.vmap(at)(stacked_policies(problem, current, old))
+            return jnp.stack([at(current), flow.v_rollout, flow.v_base])
+        return jax.vmap(at)(stacked_policies(problem, current, rollout))
 
     return body
 
@@ -232,16 +233,18 @@ def three_forwards(problem: Problem, batched: bool) -> Body:
 def weighted_sum_batched(problem: Problem) -> Body:
     """The weighted sum with the two passes that need no gradient in one call."""
 
-    def body(params, current, old, batch, plan):
-        flow, r, valid = inputs(problem, params, old, batch, plan, False)
-        both = jax.tree.map(lambda x: x[1:], stacked_policies(problem, current, old))
-        v_old, v_ref = jax.lax.stop_gradient(
+    def body(params, current, rollout, batch, plan):
+        flow, advantages, valid = inputs(problem, params, rollout, batch, plan, False)
+        both = jax.tree.map(lambda x: x[1:], stacked_policies(problem, current, rollout))
+        v_rollout, v_base = jax.lax.stop_gradient(
             jax.vmap(
-                lambda a: transformer.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond)
+                lambda a: transformer.velocity(
+                    problem.model, params, a, flow.xt, flow.sigma, flow.cond
+                )
             )(both)
         )
         return weighted_sum(problem)(
-            params, current, flow.replace(v_old=v_old, v_ref=v_ref), r, valid
+            params, current, flow.replace(v_rollout=v_rollout, v_base=v_base), advantages, valid
         )
 
     return body
@@ -250,12 +253,12 @@ def weighted_sum_batched(problem: Problem) -> Body:
 def weighted_sum_merged(problem: Problem) -> Body:
     """The weighted sum with the rollout policy folded into a second copy of the weights: `params` is the pair of both."""
 
-    def body(params, current, old, batch, plan):
+    def body(params, current, rollout, batch, plan):
         base, merged = params
-        flow, r, valid = inputs(problem, merged, None, batch, plan, False)
-        v_ref = jax.lax.stop_gradient(
-            transformer.velocity(problem.model, base, None, flow.xt, flow.t, flow.cond)
+        flow, advantages, valid = inputs(problem, merged, None, batch, plan, False)
+        v_base = jax.lax.stop_gradient(
+            transformer.velocity(problem.model, base, None, flow.xt, flow.sigma, flow.cond)
         )
-        return weighted_sum(problem)(base, current, flow.replace(v_ref=v_ref), r, valid)
+        return weighted_sum(problem)(base, current, flow.replace(v_base=v_base), advantages, valid)
 
     return body

@@ -1,4 +1,4 @@
-"""Our micro-steps, as `training.train_step` runs them: the three velocities inside, sums carried from one to the next."""
+"""Our micro-batches, as `training.train_step` runs them: the three velocities inside, sums carried from one to the next."""
 
 from __future__ import annotations
 
@@ -12,18 +12,27 @@ import jax.numpy as jnp
 
 from marble_jax import tree
 from marble_jax.families.sd3 import transformer
-from marble_jax.harmonize import reward_gradients
 from marble_jax.harmonize.balancers import Marble
+from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient, per_sample
+from marble_jax.harmonize.reward_sums import RewardSums, mean_gradients
 from marble_jax.objectives import nft
-from marble_jax.training.micro_batches import RolloutBatch, Schedule, micro_step, schedule
+from marble_jax.objectives.nft import NftBatch
+from marble_jax.training.micro_batches import (
+    RolloutBatch,
+    TrainingOrder,
+    frozen_policies,
+    micro_batch,
+    training_order,
+)
+from marble_jax.training.recipe import Timesteps
 from marble_jax.types import Adapter, Params
 from tools.benchmark.sizes import SIGMAS, Problem, Size
 
 Sums = Any
-Body = Callable[[Params, Adapter, Adapter, RolloutBatch, Schedule], Sums]
-"""(params, current, old, batch, plan) -> what a micro-step adds."""
-Core = Callable[[Params, Adapter, reward_gradients.FlowBatch, jax.Array, jax.Array], Sums]
-"""(params, current, flow, r [n, K], valid [n, K]) -> the same, from the rollout and reference velocities on."""
+Body = Callable[[Params, Adapter, Adapter, RolloutBatch, TrainingOrder], Sums]
+"""(params, current, rollout, batch, plan) -> what a micro-step adds."""
+Core = Callable[[Params, Adapter, NftBatch, jax.Array, jax.Array], Sums]
+"""(params, current, flow, advantages [n, K], valid [n, K]) -> the same, from the rollout and reference velocities on."""
 
 
 @dataclasses.dataclass
@@ -31,7 +40,7 @@ class Program:
     """A compiled micro-step that adds to sums it owns; calling it runs it once and waits.
 
     Attributes:
-      compiled: (sums, params, current, old, batch, plan) -> sums.
+      compiled: (sums, params, current, rollout, batch, plan) -> sums.
       sums: the carry, donated at every call.
       rest: the other arguments.
       bytes: temporary memory that the compiler reports, None where it does not.
@@ -65,7 +74,13 @@ def compile_program(
     """
     batch = problem.batch(num_rewards)
     plan = make_plan(problem.size, batch)
-    rest = (problem.params if params is None else params, problem.current, problem.old, batch, plan)
+    rest = (
+        problem.params if params is None else params,
+        problem.current,
+        problem.rollout,
+        batch,
+        plan,
+    )
     body = jax.jit(body, inline=True)  # traced once, not again for its shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, *rest))
     step = jax.jit(
@@ -78,55 +93,54 @@ def compile_program(
     )
 
 
-def make_plan(size: Size, batch: RolloutBatch) -> Schedule:
+def make_plan(size: Size, batch: RolloutBatch) -> TrainingOrder:
     """The draws of an optimiser step over `batch`."""
-    return schedule(batch, jax.random.key(7), 0, SIGMAS, len(SIGMAS), size.num)
+    timesteps = Timesteps(SIGMAS, len(SIGMAS))
+    return training_order(batch, jax.random.key(7), 0, timesteps, size.num)
 
 
 def inputs(
     problem: Problem,
     params: Params,
-    old: Adapter,
+    rollout: Adapter,
     batch: RolloutBatch,
-    plan: Schedule,
+    plan: TrainingOrder,
     reference: bool,
-) -> tuple[reward_gradients.FlowBatch, jax.Array, jax.Array]:
-    """Micro-step 1: noised latents with v_old (and v_ref), r [n, K], valid [n, K]."""
-    flow, advantages, valid = micro_step(
-        partial(transformer.velocity, problem.model),
-        params,
-        old,
-        batch,
+) -> tuple[NftBatch, jax.Array, jax.Array]:
+    """Micro-batch 1: noised latents with v_rollout (and v_base), advantages [n, K], valid [n, K]."""
+    velocity = partial(transformer.velocity, problem.model)
+    part = micro_batch(
+        problem.objective,
+        frozen_policies(velocity, params, rollout),
         plan,
+        batch.cond,
         jnp.int32(1),
         reference,
     )
-    return flow, nft.optimality(advantages, problem.size.clip), valid
+    return part.samples, part.advantages, part.valid
 
 
 def with_inputs(problem: Problem, core: Core, reference: bool) -> Body:
     """A whole micro-step: the two passes that need no gradient, then `core`."""
 
-    def body(params, current, old, batch, plan):
-        return core(params, current, *inputs(problem, params, old, batch, plan, reference))
+    def body(params, current, rollout, batch, plan):
+        return core(params, current, *inputs(problem, params, rollout, batch, plan, reference))
 
     return body
 
 
 def weighted_sum(problem: Problem) -> Core:
-    """One advantage, that of the first reward, for all: one backward pass. The divergence is there if v_ref is."""
-    size = problem.size
+    """One advantage, that of the first reward, for all: one backward pass. The divergence is there if v_base is."""
 
-    def core(params, current, flow, r, valid):
-        return reward_gradients.combined_gradient(
+    def core(params, current, flow, advantages, valid):
+        return combined_gradient(
+            problem.objective,
             partial(transformer.velocity, problem.model, params),
             current,
             flow,
-            r[:, 0] / size.num,
-            (1 - r[:, 0]) / size.num,
-            nft_beta=size.nft_beta,
-            clip=size.clip,
-            kl_weight=size.kl_weight * (flow.v_ref is not None),
+            advantages[:, :1],
+            jnp.ones((problem.size.num, 1), bool),
+            jnp.full(1, 1 / problem.size.num),
         )[0]
 
     return core
@@ -134,22 +148,18 @@ def weighted_sum(problem: Problem) -> Core:
 
 def combined(problem: Problem) -> Core:
     """Between the solves of the amortized mode: one backward pass with a weight for every reward."""
-    size = problem.size
 
-    def core(params, current, flow, r, valid):
-        positive, negative = reward_gradients.branch_weights(
-            jnp.full(r.shape[1], 1 / r.shape[1]), r, valid, jnp.sum(valid, axis=0)
-        )
-        return reward_gradients.combined_gradient(
+    def core(params, current, flow, advantages, valid):
+        num_rewards = advantages.shape[1]
+        weights = jnp.full(num_rewards, 1 / num_rewards)
+        return combined_gradient(
+            problem.objective,
             partial(transformer.velocity, problem.model, params),
             current,
             flow,
-            positive,
-            negative,
-            nft_beta=size.nft_beta,
-            clip=size.clip,
-            kl_weight=size.kl_weight,
-            num_samples=size.num,
+            advantages,
+            valid,
+            per_sample(weights, jnp.sum(valid, axis=0)),
         )[0]
 
     return core
@@ -157,18 +167,16 @@ def combined(problem: Problem) -> Core:
 
 def exact(problem: Problem, anchors: bool, chunk: int | None = None) -> Core:
     """Every reward's gradient, with or without the terms that no advantage scales."""
-    size = problem.size
 
-    def core(params, current, flow, r, valid):
-        return reward_gradients.accumulate(
+    def core(params, current, flow, advantages, valid):
+        return accumulate(
+            problem.objective,
             partial(transformer.velocity, problem.model, params),
             current,
             flow,
-            r,
+            advantages,
             valid,
-            nft_beta=size.nft_beta,
-            clip=size.clip,
-            chunk_size=chunk or size.chunk,
+            chunk_size=chunk or problem.size.chunk,
             anchors=anchors,
         )
 
@@ -176,26 +184,27 @@ def exact(problem: Problem, anchors: bool, chunk: int | None = None) -> Core:
 
 
 def reward_losses(
-    problem: Problem, v: jax.Array, flow: reward_gradients.FlowBatch, r: jax.Array, valid: jax.Array
+    problem: Problem, v: jax.Array, flow: NftBatch, advantages: jax.Array, valid: jax.Array
 ) -> jax.Array:
     """[K + 1] losses of the rewards, summed over valid samples, and the divergence."""
-    size = problem.size
-    positive, negative = nft.branches(v, flow.v_old, flow.x0, flow.xt, flow.t, size.nft_beta)
-    each = size.clip / size.nft_beta * (r * positive[:, None] + (1 - r) * negative[:, None])
-    return jnp.append(
-        jnp.sum(jnp.where(valid, each, 0), axis=0), jnp.sum(nft.sample_kl(v, flow.v_ref))
-    )
+    beta = problem.size.nft_beta
+    parts = nft.error_parts(v, flow.v_rollout, flow.x0, flow.xt, flow.sigma, beta)
+    losses = problem.objective.losses(advantages, nft.branch_errors(parts))
+    divergence = jnp.sum(nft.sample_kl(v, flow.v_base))
+    return jnp.append(jnp.sum(jnp.where(valid, losses, 0), axis=0), divergence)
 
 
 def separate(problem: Problem, together: bool = False) -> Core:
     """K + 1 backward passes through one forward pass, one after the other, or batched (`together`)."""
 
-    def core(params, current, flow, r, valid):
+    def core(params, current, flow, advantages, valid):
         v, pull_back = jax.vjp(
-            lambda a: transformer.velocity(problem.model, params, a, flow.xt, flow.t, flow.cond),
+            lambda a: transformer.velocity(
+                problem.model, params, a, flow.xt, flow.sigma, flow.cond
+            ),
             current,
         )
-        seeds = jax.jacrev(lambda u: reward_losses(problem, u, flow, r, valid))(v)
+        seeds = jax.jacrev(lambda u: reward_losses(problem, u, flow, advantages, valid))(v)
         pulled = (jax.vmap(pull_back) if together else partial(jax.lax.map, pull_back))(seeds)[0]
         return by_reward(pulled)
 
@@ -215,20 +224,20 @@ class Solve:
     """What an exact optimiser step does once: means, Gram matrix, alpha, the common update."""
 
     compiled: Callable
-    sums: reward_gradients.RewardSums
+    sums: RewardSums
 
     def __call__(self) -> Adapter:
         return jax.block_until_ready(self.compiled(self.sums))
 
 
 def compile_solve(
-    problem: Problem, sums: reward_gradients.RewardSums, options: dict[str, Any] | None = None
+    problem: Problem, sums: RewardSums, options: dict[str, Any] | None = None
 ) -> Solve:
     """Compiles the solve on the sums of an exact micro-step (copied: a program donates its own)."""
     balancer, sums = Marble(), jax.tree.map(jnp.copy, sums)
 
-    def solve(total: reward_gradients.RewardSums) -> Adapter:
-        mean = reward_gradients.mean_gradients(total)
+    def solve(total: RewardSums) -> Adapter:
+        mean = mean_gradients(total)
         solution = balancer(
             tree.gram(mean.gradients), total.counts > 0, balancer.init(len(total.counts))
         )

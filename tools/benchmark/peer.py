@@ -91,10 +91,10 @@ class Peer:
         def tensor(x: Any) -> torch.Tensor:
             return torch.from_numpy(np.array(x)).to(device)
 
-        self.x0 = tensor(batch.x0).permute(0, 3, 1, 2).contiguous()
+        self.x0 = tensor(batch.kept).permute(0, 3, 1, 2).contiguous()
         self.embeds, self.pooled = tensor(batch.cond.embeds), tensor(batch.cond.pooled)
         self.advantages, self.valid = tensor(batch.advantages), tensor(batch.valid)
-        self.t = torch.rand(self.size.num, device=device).clamp(min=0.1)
+        self.sigma = torch.rand(self.size.num, device=device).clamp(min=0.1)
         self.noise: torch.Tensor | None = None  # drawn at every call, unless a test sets it
         self.vectors: torch.Tensor | int = 0
 
@@ -107,18 +107,18 @@ class Peer:
         with half:
             return model(
                 hidden_states=xt,
-                timestep=self.t * 1000,
+                timestep=self.sigma * 1000,
                 encoder_hidden_states=self.embeds,
                 pooled_projections=self.pooled,
                 return_dict=False,
             )[0]
 
     def velocities(self, xt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """v, v_old, v_ref at xt."""
+        """v, v_rollout, v_base at xt."""
         raise NotImplementedError
 
     def errors(
-        self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor
+        self, xt: torch.Tensor, v: torch.Tensor, v_rollout: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """P and N of every sample."""
         raise NotImplementedError
@@ -126,10 +126,10 @@ class Peer:
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """P, N and the divergence of every sample."""
         noise = torch.randn_like(self.x0) if self.noise is None else self.noise
-        t = self.t[:, None, None, None]
+        t = self.sigma[:, None, None, None]
         xt = (1 - t) * self.x0 + t * noise
-        v, v_old, v_ref = self.velocities(xt)
-        return *self.errors(xt, v, v_old), ((v - v_ref) ** 2).mean(dim=(1, 2, 3))
+        v, v_rollout, v_base = self.velocities(xt)
+        return *self.errors(xt, v, v_rollout), ((v - v_base) ** 2).mean(dim=(1, 2, 3))
 
     def each(
         self, positive: torch.Tensor, negative: torch.Tensor, advantage: torch.Tensor
@@ -209,29 +209,29 @@ class Upstream(Peer):
     def __init__(self, problem: Problem, num_rewards: int, device: str):
         super().__init__(problem, num_rewards, device)
         self.model = get_peft_model(make_transformer(problem, device), adapter_config(self.size))
-        self.model.add_adapter("old", adapter_config(self.size))
-        for name, adapter in (("default", problem.current), ("old", problem.old)):
+        self.model.add_adapter("rollout", adapter_config(self.size))
+        for name, adapter in (("default", problem.current), ("rollout", problem.rollout)):
             fill_adapter(self.model, name, adapter)
         self.model.set_adapter("default")
         if self.size.dtype != "float32":
             self.autocast = torch.float16
 
     def velocities(self, xt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self.model.set_adapter("old")
+        self.model.set_adapter("rollout")
         with torch.no_grad():
-            v_old = self.predict(self.model, xt)
+            v_rollout = self.predict(self.model, xt)
         self.model.set_adapter("default")
         v = self.predict(self.model, xt)
         with torch.no_grad(), self.model.disable_adapter():
-            v_ref = self.predict(self.model, xt)
-        return v, v_old, v_ref
+            v_base = self.predict(self.model, xt)
+        return v, v_rollout, v_base
 
     def errors(
-        self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor
+        self, xt: torch.Tensor, v: torch.Tensor, v_rollout: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        beta, t = self.size.nft_beta, self.t[:, None, None, None]
+        beta, t = self.size.nft_beta, self.sigma[:, None, None, None]
         found = []
-        for mixed in (beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v):
+        for mixed in (beta * v + (1 - beta) * v_rollout, (1 + beta) * v_rollout - beta * v):
             clean = xt - t * mixed
             with torch.no_grad():
                 weight = (
@@ -256,33 +256,34 @@ class Tuned(Peer):
         super().__init__(problem, num_rewards, device)
         base = make_transformer(problem, device)
         adapted = {}
-        for name, adapter in (("current", problem.current), ("old", problem.old)):
+        for name, adapter in (("current", problem.current), ("rollout", problem.rollout)):
             adapted[name] = get_peft_model(copy.deepcopy(base), adapter_config(self.size))
             fill_adapter(adapted[name], "default", adapter)
-        self.model, old = adapted["current"], adapted["old"].merge_and_unload()
+        self.model, rollout = adapted["current"], adapted["rollout"].merge_and_unload()
         if self.size.dtype != "float32":
             self.autocast = torch.bfloat16
-            for network in (base, old, self.model):
+            for network in (base, rollout, self.model):
                 for name, parameter in network.named_parameters():
                     parameter.data = (
                         parameter.data if "lora_" in name else parameter.data.bfloat16()
                     )
         self.networks = tuple(
-            torch.compile(network) if compiled else network for network in (self.model, old, base)
+            torch.compile(network) if compiled else network
+            for network in (self.model, rollout, base)
         )
 
     def velocities(self, xt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        current, old, base = self.networks
+        current, rollout, base = self.networks
         with torch.inference_mode():
-            v_old, v_ref = self.predict(old, xt), self.predict(base, xt)
-        return self.predict(current, xt), v_old.clone(), v_ref.clone()
+            v_rollout, v_base = self.predict(rollout, xt), self.predict(base, xt)
+        return self.predict(current, xt), v_rollout.clone(), v_base.clone()
 
     def errors(
-        self, xt: torch.Tensor, v: torch.Tensor, v_old: torch.Tensor
+        self, xt: torch.Tensor, v: torch.Tensor, v_rollout: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        t = self.t[:, None, None, None]
-        error = xt - t * v_old.float() - self.x0
-        step = t * self.size.nft_beta * (v.float() - v_old)
+        t = self.sigma[:, None, None, None]
+        error = xt - t * v_rollout.float() - self.x0
+        step = t * self.size.nft_beta * (v.float() - v_rollout)
         found = []
         for difference in (error - step, error + step):
             weight = difference.detach().abs().mean(dim=(1, 2, 3)).clip(min=1e-5)

@@ -15,6 +15,7 @@ import numpy as np
 from marble_jax.config import default_config
 from marble_jax.families.sd3.config import SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
+from marble_jax.objectives.nft import Nft
 from marble_jax.trainable import lora
 from marble_jax.trainable.lora import LoraSpec
 from marble_jax.training.micro_batches import RolloutBatch
@@ -194,21 +195,26 @@ SIZES = {"tiny": tiny, "embedded": embedded, "mid": mid, "sd35m": sd35m}
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Random weights and rollouts of a size, with v != v_old != v_ref.
+    """Random weights and rollouts of a size, with v != v_rollout != v_base.
 
     Attributes:
       size: what it was made from.
       model: the transformer.
       params: frozen base weights.
       current: adapter that is trained.
-      old: adapter of the rollout policy.
+      rollout: adapter of the rollout policy.
     """
 
     size: Size
     model: MMDiT
     params: Params
     current: Adapter
-    old: Adapter
+    rollout: Adapter
+
+    @property
+    def objective(self) -> Nft:
+        """DiffusionNFT with the size's constants."""
+        return Nft(self.size.nft_beta, self.size.clip, self.size.kl_weight)
 
     def batch(self, num_rewards: int) -> RolloutBatch:
         """n rollouts with advantages under K rewards: clipped ones among them, a fifth missing, none missing for K = 1."""
@@ -223,7 +229,7 @@ class Problem:
             return jnp.asarray(draw.standard_normal(shape, np.float32))
 
         return RolloutBatch(
-            x0=normal(size.num, size.side, size.side, config.in_channels),
+            kept=normal(size.num, size.side, size.side, config.in_channels),
             prompt=jnp.arange(size.num, dtype=jnp.int32),
             cond=Conditioning(
                 normal(size.num, size.tokens, config.joint_attention_dim),

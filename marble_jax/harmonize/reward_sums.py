@@ -1,0 +1,74 @@
+"""Sums over samples from which every reward's gradient follows, and the means that they become.
+
+A reward's gradient is linear in the samples, so the sums are additive: adding those of all micro-batches, devices and
+hosts and dividing once by the number of valid samples gives the gradients of the whole batch.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from marble_jax import tree
+from marble_jax.types import Adapter
+
+
+@flax.struct.dataclass
+class RewardSums:
+    """Additive sums over samples from which whole-batch gradients and losses follow.
+
+    Attributes:
+      gradients: adapter tree, leaves [K, ...] float32: per-reward policy gradients summed over valid samples.
+      counts: float32 [K] number of valid samples.
+      losses: float32 [K] policy losses summed over valid samples.
+      kl_gradient: adapter tree, float32: gradient of the divergence summed over samples; zeros where it is left out.
+      kl: float32 scalar: divergence summed over samples.
+      num_samples: float32 scalar: samples that the divergence was taken at.
+    """
+
+    gradients: Adapter
+    counts: jax.Array
+    losses: jax.Array
+    kl_gradient: Adapter
+    kl: jax.Array
+    num_samples: jax.Array
+
+
+@flax.struct.dataclass
+class RewardGradients:
+    """Whole-batch means: per-reward gradients (leaves [K, ...]), losses [K], and the divergence with its gradient."""
+
+    gradients: Adapter
+    losses: jax.Array
+    kl_gradient: Adapter
+    kl: jax.Array
+
+
+def zero_sums(adapter: Adapter, num_rewards: int) -> RewardSums:
+    """The neutral element of `tree.add` on RewardSums."""
+    return RewardSums(
+        gradients=tree.zeros_like(adapter, num_rewards),
+        counts=jnp.zeros(num_rewards),
+        losses=jnp.zeros(num_rewards),
+        kl_gradient=tree.zeros_like(adapter),
+        kl=jnp.zeros(()),
+        num_samples=jnp.zeros(()),
+    )
+
+
+def mean_gradients(sums: RewardSums) -> RewardGradients:
+    """Divides whole-batch sums by the number of valid samples of each reward; a reward without any has gradient 0."""
+    inverse = 1.0 / jnp.maximum(sums.counts, 1.0)
+    share = 1.0 / jnp.maximum(sums.num_samples, 1.0)
+
+    def mean(leaf: jax.Array) -> jax.Array:
+        # Rewards are the first axis of a stacked leaf; its other axes are the adapter's.
+        return leaf * inverse.reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+    return RewardGradients(
+        gradients=jax.tree.map(mean, sums.gradients),
+        losses=sums.losses * inverse,
+        kl_gradient=tree.scale(sums.kl_gradient, share),
+        kl=sums.kl * share,
+    )

@@ -1,0 +1,184 @@
+"""What an objective is to the rest of the package: directions at a sample, and how rewards weigh them.
+
+The loss of reward k at sample n may depend on the advantage in any way, as long as it depends on the network through a
+few cotangents that all rewards share. An objective names these directions (`directions`) and the weight of each for
+every reward (`mix`); `harmonize` pulls a sample's directions back through the network once and has the gradients of
+all K rewards as a product of matrices:
+
+    g_k = (1 / n_k) sum_n sum_j mix[n, k, j] J_n^T direction_j[n]
+
+DiffusionNFT has two directions (signal and anchor), a policy gradient has one, the score of its log-probability. The
+K gradients then cost what one or two backward passes cost. Steps between two solves pull back one weighted sum of the
+directions a sample, which is the same gradient whether or not the loss is affine in the advantage.
+
+A micro-batch runs through `prepare` (everything that no gradient flows through), `predict`, `directions`, then `mix`
+and `losses`. All of them are pure, work on any number of samples, and know latents of any rank: [n, *latent].
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+from jaxtyping import Array, Bool, Float
+
+from marble_jax.types import Adapter
+
+Velocity = Callable[[jax.Array, jax.Array, Any], jax.Array]
+"""velocity(xt [n, *latent], sigma [n], cond) -> [n, *latent] of one policy, with no interaction between samples."""
+
+AdapterVelocity = Callable[[Adapter, jax.Array, jax.Array, Any], jax.Array]
+"""velocity(adapter, xt [n, *latent], sigma [n], cond) -> [n, *latent]: the same with the adapter left open."""
+
+Batch = Any
+"""An objective's own micro-batch: a pytree of leaves [n, ...] that `prepare` makes."""
+
+Statistics = Any
+"""An objective's own numbers of n samples: a pytree of leaves [n]."""
+
+
+class Kept(enum.Enum):
+    """What a rollout keeps of every image for the objective to train on."""
+
+    CLEAN_LATENTS = "clean latents"
+
+
+@flax.struct.dataclass
+class Draws:
+    """What an optimiser step draws for a micro-batch: n images, each at one of its timesteps.
+
+    Attributes:
+      kept: pytree of leaves [n, ...], what the rollout kept of the images (`Objective.keeps`); for clean latents one
+        float32 array [n, *latent].
+      timestep: int32 [n], index of the noise level among those of the rollout's solver.
+      sigma: float32 [n], that noise level, in (0, 1].
+      cond: pytree of conditioning, leaves [n, ...].
+      key: PRNG key of the micro-batch.
+    """
+
+    kept: Any
+    timestep: jax.Array
+    sigma: jax.Array
+    cond: Any
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenPolicies:
+    """Velocities of the policies that a step does not train; no gradient flows through them.
+
+    Attributes:
+      rollout: the policy that sampled the images.
+      base: the base model, without an adapter.
+    """
+
+    rollout: Velocity
+    base: Velocity
+
+
+@flax.struct.dataclass
+class FlowBatch:
+    """Points at which a policy's velocity is taken; objectives add fields of their own.
+
+    Attributes:
+      xt: [n, *latent] noised latents.
+      sigma: [n] noise level in (0, 1].
+      cond: pytree of conditioning, leaves [n, ...].
+    """
+
+    xt: jax.Array
+    sigma: jax.Array
+    cond: Any
+
+
+@flax.struct.dataclass
+class Divergence:
+    """Divergence of n samples from the base model.
+
+    Attributes:
+      cotangent: [n, *latent] of the prediction, for each sample's own divergence.
+      divergence: [n] >= 0.
+    """
+
+    cotangent: jax.Array
+    divergence: jax.Array
+
+
+@flax.struct.dataclass
+class Directions:
+    """Cotangents of the prediction at n samples, shared by all rewards.
+
+    Attributes:
+      signals: S arrays [n, *latent], whose weights depend on the advantage.
+      anchors: A arrays [n, *latent], whose weights do not. They may be taken at a part of the micro-batches, so much
+        stronger there, without bias.
+      statistics: what `mix` and `losses` read.
+      kl: divergence from the base model, a term of its own beside the rewards; None leaves it out.
+    """
+
+    signals: tuple[jax.Array, ...]
+    anchors: tuple[jax.Array, ...]
+    statistics: Statistics
+    kl: Divergence | None = None
+
+
+class Objective(abc.ABC):
+    """Interface of training objectives; a frozen dataclass of constants, found by name in `registry`.
+
+    Attributes:
+      keeps: what a rollout must keep.
+      kl_weight: weight of the divergence from the base model, a term of its own that no reward scales; 0 for none.
+    """
+
+    keeps: ClassVar[Kept] = Kept.CLEAN_LATENTS
+    kl_weight: float = 0.0
+
+    @abc.abstractmethod
+    def prepare(self, draws: Draws, policies: FrozenPolicies, anchors: bool) -> Batch:
+        """The micro-batch, with everything that no gradient flows through.
+
+        Args:
+          draws: images and noise levels.
+          policies: the other policies; each call is a forward pass of the network.
+          anchors: whether anchors and divergence are taken at this micro-batch; what only they need can be left out.
+        """
+
+    def predict(self, velocity: Velocity, batch: Batch) -> Float[Array, " n *latent"]:
+        """Output of the trained policy that directions are cotangents of: its velocity at the batch's points.
+
+        An objective with guidance in training combines several calls of `velocity` here.
+        """
+        return velocity(batch.xt, batch.sigma, batch.cond)
+
+    @abc.abstractmethod
+    def directions(self, prediction: Float[Array, " n *latent"], batch: Batch) -> Directions:
+        """Cotangents at n samples and the numbers that their weights follow from."""
+
+    @abc.abstractmethod
+    def mix(
+        self,
+        advantages: Float[Array, "n k"],
+        statistics: Statistics,
+        valid: Bool[Array, "n k"],
+    ) -> Float[Array, "n k j"]:
+        """Weights of the directions in every reward's gradient, summed over its samples.
+
+        Args:
+          advantages: of every sample under every reward.
+          statistics: from `directions`.
+          valid: False where a reward does not apply; the caller leaves these weights out whatever they are.
+
+        Returns:
+          Weights in the order of signals, then anchors: j runs over S + A.
+        """
+
+    @abc.abstractmethod
+    def losses(
+        self, advantages: Float[Array, "n k"], statistics: Statistics
+    ) -> Float[Array, "n k"]:
+        """Loss of every sample under every reward, for the records; a reward's loss is their mean."""

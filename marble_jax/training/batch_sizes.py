@@ -1,0 +1,77 @@
+"""Batch arithmetic of an optimiser step: what follows from prompts, images and timesteps, and what must divide what."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from marble_jax.config import HarmonizeSettings, RolloutSettings, TrainingSettings
+from marble_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers of an optimiser step, over all devices.
+
+    Attributes:
+      images: images sampled.
+      rollout_batches: batches that they are sampled in.
+      timesteps: timesteps that each of them is trained at.
+      samples: (image, timestep) pairs trained on.
+      micro_batches: micro-batches that the samples are cut into.
+    """
+
+    images: int
+    rollout_batches: int
+    timesteps: int
+    samples: int
+    micro_batches: int
+
+
+def derive_sizes(rollout: RolloutSettings, training: TrainingSettings, num_shards: int) -> Sizes:
+    """Checks that prompts, groups, batches and micro-batches fit together; all of them are at least 1.
+
+    Args:
+      rollout: how images are sampled.
+      training: how they are trained on.
+      num_shards: parts that a batch is split into, `device_mesh.batch_shards`.
+
+    Raises:
+      InputError: they do not; the message names the nearest size that does.
+    """
+    images = rollout.prompts_per_step * rollout.images_per_prompt
+    step = (
+        f"{images} images a step ({rollout.prompts_per_step} prompts x {rollout.images_per_prompt})"
+    )
+    _check_batch("rollout.batch_size", rollout.batch_size, images, step, num_shards)
+    _check_batch("training.micro_batch_size", training.micro_batch_size, images, step, num_shards)
+    timesteps = max(1, int(training.timestep_fraction * rollout.num_steps))
+    samples = images * timesteps
+    return Sizes(
+        images=images,
+        rollout_batches=images // rollout.batch_size,
+        timesteps=timesteps,
+        samples=samples,
+        micro_batches=samples // training.micro_batch_size,
+    )
+
+
+def _check_batch(name: str, size: int, images: int, step: str, num_shards: int) -> None:
+    """Raises InputError unless `size` divides the images of a step and splits evenly over the devices."""
+    if images % size == 0 and size % num_shards == 0:
+        return
+    fitting = [n for n in range(num_shards, images + 1, num_shards) if images % n == 0]
+    nearest = ""
+    if fitting:
+        nearest = f"; nearest valid {min(fitting, key=lambda n: abs(n - size))}"
+    raise InputError(
+        f"{name}: expected a divisor of the {step} that {num_shards} device(s) share evenly; "
+        f"received {size}{nearest}"
+    )
+
+
+def chunk_size(training: TrainingSettings, harmonize: HarmonizeSettings, num_shards: int) -> int:
+    """Samples pulled back together, over all devices: as many as `harmonize.chunk_size` allows and divide evenly."""
+    share = training.micro_batch_size // num_shards
+    largest = min(harmonize.chunk_size, share)
+    fitting = [size for size in range(1, largest + 1) if share % size == 0]
+    return num_shards * max(fitting)

@@ -1,0 +1,75 @@
+"""The end of every optimiser step: the optimiser moves the trained policy, and the other policies follow it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from marble_jax import tree
+from marble_jax.harmonize import alpha_state
+from marble_jax.trainable import averaging
+from marble_jax.training.micro_batches import RolloutBatch
+from marble_jax.training.recipe import PolicyAverages
+from marble_jax.training.state import TrainState
+from marble_jax.types import Adapter, Params
+
+Metrics = dict[str, jax.Array]
+"""Numbers of a step by record key: scalars, or [K] of the rewards, or [K, K] of their pairs."""
+
+Step = Callable[[TrainState, Params, RolloutBatch], tuple[TrainState, Metrics]]
+"""step(state, base weights, rollouts) -> state after an optimiser step, and its numbers."""
+
+
+def apply_update(
+    averages: PolicyAverages,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradient: Adapter,
+    alpha: alpha_state.AlphaState,
+    balancer: Any = None,
+) -> tuple[TrainState, Metrics]:
+    """Clips, steps the optimiser and moves the averaged and the rollout policy.
+
+    A non-finite gradient leaves everything as it was and is reported; the step counts all the same.
+
+    Args:
+      averages: how the other policies follow.
+      optimizer: steps `state.current`.
+      state: before the step.
+      gradient: of the whole step.
+      alpha: after this step's solve, if there was one.
+      balancer: the balancer's state after it; None leaves that as it is.
+    """
+    norm = tree.norm(gradient)
+    finite = jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.current)
+    step = state.step + 1
+
+    def keep(new: Any, old: Any) -> Any:
+        # A gradient that is not finite must not reach any number that training goes on from.
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    current = keep(optax.apply_updates(state.current, updates), state.current)
+    ema_decay = averaging.ema_decay(step, averages.ema_decay)
+    rollout_decay = averages.rollout_decay(step)
+    new = dataclasses.replace(
+        state,
+        step=step,
+        current=current,
+        opt_state=keep(opt_state, state.opt_state),
+        alpha=alpha_state.advance(keep(alpha, state.alpha)),
+        balancer=state.balancer if balancer is None else keep(balancer, state.balancer),
+        ema=keep(averaging.soft_update(state.ema, current, ema_decay), state.ema),
+        rollout=keep(averaging.soft_update(state.rollout, current, rollout_decay), state.rollout),
+    )
+    return new, {
+        "training/grad_norm": norm,
+        "training/skipped": 1.0 - finite,
+        "ema/decay": ema_decay,
+        "rollout_policy/decay": rollout_decay,
+    }
