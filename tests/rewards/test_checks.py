@@ -183,7 +183,9 @@ def test_batches_on_the_device_have_the_size_of_the_run():
         reward = Scripted("r", good, "device")
         check = run_check(reward, batch_size=size)
         assert reward.sizes == [size] and check.result.valid.sum() == valid and check.passed
-        assert run_check(Scripted("r", good, "device"), record(good), batch_size=size).status == "ok"
+        assert (
+            run_check(Scripted("r", good, "device"), record(good), batch_size=size).status == "ok"
+        )
     assert run_check(Scripted("r", lambda i, own: 1 / 0, "device"), batch_size=5).note.startswith(
         "5 of 5 golden"
     )
@@ -223,7 +225,9 @@ def test_records_on_disk(tmp_path):
     assert (
         golden_images.read_expected(tmp_path, SIDE) == golden_images.read_expected(None, SIDE) == {}
     )
-    rows = checks.recorded_scores([run_check(Scripted("a", good, applies=lambda prompt: "red" in prompt))])
+    rows = checks.recorded_scores(
+        [run_check(Scripted("a", good, applies=lambda prompt: "red" in prompt))]
+    )
     file = golden_images.write_expected(tmp_path, SIDE, rows)
     assert file.name == "golden.json" and golden_images.read_expected(tmp_path, SIDE)["a"][:2] == [
         1.0,
@@ -254,7 +258,9 @@ def test_records_on_disk(tmp_path):
 
 def test_speed_and_weights():
     reward = Scripted("r", good, "device")
-    assert throughput.weight_bytes(reward) == 60 and throughput.weight_bytes(Scripted("r", good)) == 0
+    assert (
+        throughput.weight_bytes(reward) == 60 and throughput.weight_bytes(Scripted("r", good)) == 0
+    )
     assert throughput.throughput(reward, SIDE, 4) > 0 and set(reward.sizes) == {4}
     host = Scripted("r", good, applies=lambda prompt: "sign" in prompt)
     assert throughput.throughput(host, SIDE, 3) > 0
@@ -272,11 +278,15 @@ def test_the_embedded_rewards_score_as_recorded():
     directory = place_of("embedded", "rewards")
     expected = golden_images.read_expected(directory, 64)
     assert set(expected) == {"alignment", "preference", "aesthetic", "ocr", "geneval", "judge"}
-    checks = checks.run_checks(load_rewards(directory, ["alignment", "ocr", "geneval"]), 64, expected)
-    assert [(f.name, f.status) for f in checks] == [
+    found = checks.run_checks(
+        load_rewards(directory, ["alignment", "ocr", "geneval"]), 64, expected
+    )
+    assert [(f.name, f.status) for f in found] == [
         ("alignment", "ok"),
         ("ocr", "ok"),
         ("geneval", "ok"),
     ]
     wrong = {"alignment": expected["preference"]}
-    assert checks.run_checks(load_rewards(directory, ["alignment"]), 64, wrong)[0].status == "differs"
+    assert (
+        checks.run_checks(load_rewards(directory, ["alignment"]), 64, wrong)[0].status == "differs"
+    )

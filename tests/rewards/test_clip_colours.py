@@ -77,7 +77,9 @@ def test_it_serves_the_judge(scene):
         "prompt": "",
         "include": [{"class": NAME, "count": 1, "color": "red"}],
     }
-    assert evaluate_image(image, detections[:1], metadata, lambda image, found: ["red"] * len(found)).strict
+    assert evaluate_image(
+        image, detections[:1], metadata, lambda image, found: ["red"] * len(found)
+    ).strict
     assert (
         len(COLOURS) == 10
         and TEMPLATES[1].format(colour="red", name="cat") == "a photo of a red-colored cat"

@@ -32,7 +32,9 @@ THREE = {"class": "cat", "count": 3}
 
 
 def both(metadata, *detections):
-    return evaluate_image(IMAGE, detections, metadata), evaluate_image(IMAGE, detections, metadata, upstream=True)
+    return evaluate_image(IMAGE, detections, metadata), evaluate_image(
+        IMAGE, detections, metadata, upstream=True
+    )
 
 
 def test_thresholds_and_cap():
@@ -41,7 +43,10 @@ def test_thresholds_and_cap():
     )
     assert [d.score for d in found["cat"]] == [0.31]
     assert (
-        filter_detections([seen("cat", score=0.9), seen("cat", score=0.91)], "counting")["cat"][0].score == 0.91
+        filter_detections([seen("cat", score=0.9), seen("cat", score=0.91)], "counting")["cat"][
+            0
+        ].score
+        == 0.91
     )
     many = filter_detections([seen("cat", score=0.5 + i / 100) for i in range(20)], "colors")["cat"]
     assert len(many) == 16 and many[0].score == 0.69 and many[-1].score == 0.54
@@ -56,7 +61,11 @@ def test_thresholds_and_cap():
         (0, 30, {"below"}),
         (-30, -30, {"left of", "above"}),
         (2, 2, set()),  # within the threshold of 0.1 * (10 + 10)
-        (-12, -7, {"left of"}),  # (-10, -5) beyond the threshold over |(12, 7)| = 13.9: dx = -0.72, dy = -0.36
+        (
+            -12,
+            -7,
+            {"left of"},
+        ),  # (-10, -5) beyond the threshold over |(12, 7)| = 13.9: dx = -0.72, dy = -0.36
         (-12, -8, {"left of"}),  # (-10, -6) over 14.4: dx = -0.69, dy = -0.42
         (-12, -10, {"left of", "above"}),  # (-10, -8) over 15.6: dx = -0.64, dy = -0.51
         (-6, -6, set()),  # (-4, -4) over 8.5: -0.47 on both axes
@@ -134,9 +143,9 @@ def test_colour_classifier_is_asked_once_per_group():
         calls.append(len(detections))
         return ["red"] * len(detections)
 
-    assert evaluate_image(IMAGE, [seen("cat")], wants("colors", RED_CAT), classify) == GenEvalResult(
-        1.0, True, True
-    )
+    assert evaluate_image(
+        IMAGE, [seen("cat")], wants("colors", RED_CAT), classify
+    ) == GenEvalResult(1.0, True, True)
     assert calls == [1]
 
 

@@ -32,7 +32,9 @@ def test_clean_images_exactly(scenes):
         assert named(found) == sorted((t.shape, t.ink) for t in scene.things)
         assert min(d.score for d in found) > 0.9
         if metadata:
-            assert geneval_rules.evaluate_image(image, found, metadata) == geneval_rules.GenEvalResult(1.0, True, True)
+            assert geneval_rules.evaluate_image(
+                image, found, metadata
+            ) == geneval_rules.GenEvalResult(1.0, True, True)
 
 
 def test_boxes_and_masks(world):
