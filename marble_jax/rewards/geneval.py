@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from marble_jax.errors import one_of
-from marble_jax.prompts.files import TAGS
+from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.rewards.base import Metadata, Reward
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
