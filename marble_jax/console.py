@@ -1,4 +1,4 @@
-"""What a run says on the terminal: progress bars where there is one, plain lines where there is none."""
+"""Output of a run: progress bars on a terminal, plain lines where there is none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import jax
 from tqdm import tqdm
+
+_GAP = "  "
 
 
 class Console:
@@ -24,7 +26,7 @@ class Console:
         self.bars = self.speaks and sys.stderr.isatty()
 
     def say(self, text: str = "") -> None:
-        """One or more whole lines."""
+        """Writes one or more whole lines, at once."""
         if self.speaks:
             # `print` would write into the middle of a bar that is on the screen.
             tqdm.write(text)
@@ -32,7 +34,13 @@ class Console:
             sys.stdout.flush()
 
     def bar(self, total: int, what: str, unit: str) -> tqdm:
-        """A bar with rate and remaining time, to be used as a context; silent without a terminal. Unit B: bytes."""
+        """Returns a progress bar with rate and remaining time, a context manager; it is silent without a terminal.
+
+        Args:
+          total: units of the whole.
+          what: name of the work.
+          unit: of the count; "B", for bytes, is shown with prefixes.
+        """
         return tqdm(
             total=total,
             desc=what,
@@ -44,7 +52,13 @@ class Console:
         )
 
     def table(self, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
-        """Aligned columns, the first to the left and the others to the right (or all left without a header)."""
+        """Writes aligned columns.
+
+        Args:
+          rows: their cells, as many in each.
+          header: names of the columns, under which all but the first are aligned to the right; without names all are
+            aligned to the left.
+        """
         lines = [tuple(row) for row in rows]
         if header:
             lines.insert(0, tuple(header))
@@ -57,9 +71,6 @@ class Console:
             if header and number == 0:
                 gaps = _GAP * (len(widths) - 1)
                 self.say("  " + "-" * (sum(widths) + len(gaps)))
-
-
-_GAP = "  "
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int], numbers: bool) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 
 from marble_jax.evaluation.judgements import ACCURACY, accuracy_name
 from marble_jax.evaluation.statistics import bootstrap, composite, gains, stratified, summary
-from marble_jax.prompts.files import TAGS, Prompt
+from marble_jax.prompts.files import Prompt
+from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.types import Scores
 
 PAPER_METRICS = (

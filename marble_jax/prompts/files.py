@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from marble_jax.errors import InputError, nearest
-
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RELATIONS = ("left of", "right of", "above", "below")
+from marble_jax.prompts.geneval_metadata import check_geneval, short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +34,24 @@ class Prompt:
 def read_text(path: Path | str, source: str) -> list[Prompt]:
     """Prompts of a text file: one a line, stripped, blank lines dropped.
 
+    Args:
+      path: the file, UTF-8.
+      source: name of the set.
+
     Raises:
       InputError: no such file, not UTF-8, or no prompt in it.
     """
-    return _some(path, [Prompt(line, source) for _, line in _lines(path)])
+    prompts = [Prompt(line, source) for _, line in _lines(path)]
+    _require_prompts(path, prompts)
+    return prompts
 
 
 def read_geneval(path: Path | str, source: str) -> list[Prompt]:
     """Prompts of a GenEval `*_metadata.jsonl` file, with the whole object as metadata.
+
+    Args:
+      path: the file, UTF-8.
+      source: name of the set.
 
     Raises:
       InputError: no such file, not UTF-8, no prompt in it, or a line that is not such an object.
@@ -54,13 +62,15 @@ def read_geneval(path: Path | str, source: str) -> list[Prompt]:
             data = json.loads(line)
         except ValueError as error:
             raise InputError(
-                f"{path}:{number}: expected a JSON object; received {_short(line)} ({error})"
+                f"{path}:{number}: expected a JSON object; received {short(line)} ({error})"
             ) from error
-        problem = _geneval_problem(data)
-        if problem:
-            raise InputError(f"{path}:{number}: {problem}")
+        try:
+            check_geneval(data)
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
         prompts.append(Prompt(data["prompt"].strip(), source, data))
-    return _some(path, prompts)
+    _require_prompts(path, prompts)
+    return prompts
 
 
 def read_file(path: Path | str, source: str = "") -> list[Prompt]:
@@ -74,9 +84,14 @@ def read_file(path: Path | str, source: str = "") -> list[Prompt]:
       InputError: as `read_text` and `read_geneval`.
     """
     path = Path(path)
-    stem = path.stem.removesuffix("_metadata")
-    source = source or (path.resolve().parent.name if stem in ("train", "test") else stem)
-    return read_geneval(path, source) if path.suffix == ".jsonl" else read_text(path, source)
+    if not source:
+        source = path.stem.removesuffix("_metadata")
+        # Named for its split, the file lies in a prompt directory, where the folder is named for the source.
+        if source in ("train", "test"):
+            source = path.resolve().parent.name
+    if path.suffix == ".jsonl":
+        return read_geneval(path, source)
+    return read_text(path, source)
 
 
 def read_directory(
@@ -100,37 +115,83 @@ def read_directory(
             f"prompt directory {directory}: expected a folder per source; received no such directory"
         )
     sources = {}
-    for folder in sorted(p for p in directory.iterdir() if p.is_dir()):
-        text, geneval = folder / f"{split}.txt", folder / f"{split}_metadata.jsonl"
-        if names is not None and folder.name not in names:
+    for name, folder in _folders(directory).items():
+        # What is not asked for is not looked at either: it may be malformed.
+        if names is not None and name not in names:
             continue
-        if text.exists() and geneval.exists():
-            raise InputError(f"{folder}: expected {text.name} or {geneval.name}; received both")
-        if text.exists():
-            sources[folder.name] = read_text(text, folder.name)
-        elif geneval.exists():
-            sources[folder.name] = read_geneval(geneval, folder.name)
-    absent = [name for name in names or () if name not in sources]
-    if absent:
-        present = sorted(p.name for p in directory.iterdir() if p.is_dir())
-        raise InputError(
-            f"prompt directory {directory}: expected {absent[0]}/{split}.txt or "
-            f"{absent[0]}/{split}_metadata.jsonl; received neither{nearest(absent[0], present)}"
-        )
-    if not sources:
-        files = [f.name for f in directory.glob("*/*") if f.is_file()]
-        splits = {name.removesuffix(".txt").removesuffix("_metadata.jsonl") for name in files}
+        file = _split_file(folder, split)
+        if file is not None:
+            sources[name] = read_file(file, name)
+    _require_sources(directory, split, sources, names or ())
+    return sources
+
+
+def _require_sources(
+    directory: Path, split: str, present: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Checks that there is a source with the split, and that all in `names` have it."""
+    for name in names:
+        if name not in present:
+            hint = nearest(name, _folders(directory))
+            raise InputError(
+                f"prompt directory {directory}: expected {name}/{split}.txt or "
+                f"{name}/{split}_metadata.jsonl; received neither{hint}"
+            )
+    if not present:
+        hint = nearest(split, _splits(directory))
         raise InputError(
             f"prompt directory {directory}: expected SOURCE/{split}.txt or SOURCE/{split}_metadata.jsonl; "
-            f"received neither{nearest(split, sorted(splits))}"
+            f"received neither{hint}"
         )
-    return sources
+
+
+def _folders(directory: Path) -> dict[str, Path]:
+    """Folders of a prompt directory by name, in alphabetical order."""
+    folders = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            folders[path.name] = path
+    return folders
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    """The file of a split in a source's folder; None without one.
+
+    Raises:
+      InputError: there are two.
+    """
+    text = folder / f"{split}.txt"
+    geneval = folder / f"{split}_metadata.jsonl"
+    if not geneval.exists():
+        return text if text.exists() else None
+    if text.exists():
+        raise InputError(f"{folder}: expected {text.name} or {geneval.name}; received both")
+    return geneval
+
+
+def _splits(directory: Path) -> list[str]:
+    """Names of the splits that a prompt directory has, in alphabetical order."""
+    splits = set()
+    for file in directory.glob("*/*"):
+        if file.is_file():
+            splits.add(file.name.removesuffix(".txt").removesuffix("_metadata.jsonl"))
+    return sorted(splits)
 
 
 def _lines(path: Path | str) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and stripped lines, blank ones left out."""
+    # Not `splitlines`, which also ends lines at characters that may stand within a prompt, such as U+2028.
+    lines = _content(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        stripped = line.strip()
+        if stripped:
+            yield number, stripped
+
+
+def _content(path: Path | str) -> str:
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
+        # Files from Windows may begin with a byte order mark, which would become part of the first prompt.
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: expected a prompt file; received {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -138,67 +199,8 @@ def _lines(path: Path | str) -> Iterator[tuple[int, str]]:
             f"{path}: expected UTF-8 text; received byte {error.object[error.start]:#04x} "
             f"at offset {error.start}"
         ) from error
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            yield number, line.strip()
 
 
-def _some(path: Path | str, prompts: list[Prompt]) -> list[Prompt]:
+def _require_prompts(path: Path | str, prompts: list[Prompt]) -> None:
     if not prompts:
         raise InputError(f"{path}: expected at least one prompt; received an empty file")
-    return prompts
-
-
-def _short(text: Any) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _keys(data: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, data)) or "no keys"
-
-
-def _geneval_problem(data: Any) -> str:
-    """What is wrong with a line of GenEval metadata, or an empty string."""
-    if not isinstance(data, dict):
-        return f"expected a JSON object; received {_short(data)}"
-    for key in ("tag", "include", "prompt"):
-        if key not in data:
-            return f"expected the key {key!r}; received {_keys(data)}{nearest(key, data)}"
-    if data["tag"] not in TAGS:
-        return f"tag: expected one of {', '.join(TAGS)}; received {_short(data['tag'])}{nearest(data['tag'], TAGS)}"
-    if not isinstance(data["prompt"], str) or not data["prompt"].strip():
-        return f"prompt: expected a text; received {_short(data['prompt'])}"
-    if not isinstance(data["include"], list) or not data["include"]:
-        return (
-            f"include: expected a list of at least one clause; received {_short(data['include'])}"
-        )
-    if not isinstance(data.get("exclude", []), list):
-        return f"exclude: expected a list of clauses; received {_short(data['exclude'])}"
-    for part in ("include", "exclude"):
-        for index, clause in enumerate(data.get(part, [])):
-            problem = _clause_problem(clause, index)
-            if problem:
-                return f"{part}[{index}]: {problem}"
-    return ""
-
-
-def _clause_problem(clause: Any, index: int) -> str:
-    """What is wrong with a clause, the `index`-th of its list, or an empty string."""
-    if not isinstance(clause, dict):
-        return f"expected an object; received {_short(clause)}"
-    for key in ("class", "count"):
-        if key not in clause:
-            return f"expected the key {key!r}; received {_keys(clause)}{nearest(key, clause)}"
-    if type(clause["count"]) is not int or clause["count"] < 1:
-        return f"count: expected a positive integer; received {_short(clause['count'])}"
-    if "position" in clause:
-        place = clause["position"]
-        if not isinstance(place, list) or len(place) != 2 or place[1] not in range(index):
-            return f"position: expected [relation, index of an earlier clause]; received {_short(place)}"
-        if place[0] not in RELATIONS:
-            return (
-                f"position: expected one of {', '.join(RELATIONS)}; received {_short(place[0])}"
-                f"{nearest(place[0], RELATIONS)}"
-            )
-    return ""

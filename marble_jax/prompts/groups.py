@@ -1,4 +1,4 @@
-"""Which prompts a training step draws, and how its images form groups.
+"""Prompts that a training step draws, and the groups that its images form.
 
 A step takes a share of its prompts from every source and asks for several images of each; the images of one draw
 are a group, within which they are compared. All of it is a pure function of (seed, step): nothing to save, nothing that
@@ -35,7 +35,7 @@ class Draw:
 def shares(
     sources: Sequence[str], num_prompts: int, weights: Mapping[str, float] | None = None
 ) -> dict[str, int]:
-    """How many of a step's prompts each source gives: in proportion to its weight, the largest fractions rounded up.
+    """Number of a step's prompts from each source, in proportion to its weight; the largest fractions are rounded up.
 
     Args:
       sources: names; ties in the fraction go to the earlier one.
@@ -49,25 +49,50 @@ def shares(
         raise InputError("prompt sources: expected at least one; received none")
     if num_prompts < 1:
         raise InputError(f"prompts per step: expected at least 1; received {num_prompts}")
-    weights = dict.fromkeys(sources, 1.0) if weights is None else dict(weights)
+    if weights is None:
+        weights = dict.fromkeys(sources, 1.0)
+    total = _total_weight(sources, weights)
+    exact = [num_prompts * weights[name] / total for name in sources]
+    counts = _rounded(exact, num_prompts)
+    return dict(zip(sources, counts))
+
+
+def _total_weight(sources: Sequence[str], weights: Mapping[str, float]) -> float:
+    """The sum of the sources' weights, which are looked at first."""
+    _check_weights(sources, weights)
+    total = sum(weights[name] for name in sources)
+    if total == 0:
+        raise InputError("source weights: expected one above 0; received only zeros")
+    return total
+
+
+def _check_weights(sources: Sequence[str], weights: Mapping[str, float]) -> None:
     for name in weights:
         one_of("source weights", name, sources)
     for name in sources:
         if name not in weights:
             raise InputError(f"source weights: expected a weight for {name!r}; received none")
+        # Written so that NaN, which compares as false, is refused.
         if not 0 <= weights[name] < float("inf"):
             raise InputError(
                 f"source weights: expected a number >= 0 for {name!r}; received {weights[name]}"
             )
-    total = sum(weights[name] for name in sources)
-    if total == 0:
-        raise InputError("source weights: expected one above 0; received only zeros")
-    exact = [num_prompts * weights[name] / total for name in sources]
-    counts = [int(x) for x in exact]
-    by_fraction = sorted(range(len(sources)), key=lambda i: (-round(exact[i] - counts[i], 9), i))
-    for i in by_fraction[: num_prompts - sum(counts)]:
-        counts[i] += 1
-    return dict(zip(sources, counts))
+
+
+def _rounded(exact: Sequence[float], total: int) -> list[int]:
+    """Integers next to `exact` that sum to `total`: the largest fractions are rounded up, earlier ones first."""
+    counts = [int(number) for number in exact]
+
+    def rank(index: int) -> tuple[float, int]:
+        fraction = exact[index] - counts[index]
+        # Rounded, so that fractions which differ by the error of the division are equal and the order decides.
+        return -round(fraction, 9), index
+
+    by_fraction = sorted(range(len(exact)), key=rank)
+    num_missing = total - sum(counts)
+    for index in by_fraction[:num_missing]:
+        counts[index] += 1
+    return counts
 
 
 def draw(
@@ -98,26 +123,28 @@ def draw(
         raise InputError(f"images_per_prompt: expected at least 1; received {images_per_prompt}")
     names = sorted(prompts)
     counts = shares(names, num_prompts, weights)
-    # A generator per source: a source's draw does not depend on the sizes of the others.
-    drawn = [
-        p
-        for i, name in enumerate(names)
-        for p in _take(
-            prompts[name], name, counts[name], stream_generator(seed, Stream.PROMPTS, step, i)
-        )
-    ]
+    drawn: list[Prompt] = []
+    for number, name in enumerate(names):
+        # A generator per source: a source's draw does not depend on the sizes of the others.
+        generator = stream_generator(seed, Stream.PROMPTS, step, number)
+        drawn += _draw_from(prompts[name], name, counts[name], generator)
+    # Shuffled, so that a micro-batch or a device holds prompts of every source.
     order = stream_generator(seed, Stream.PROMPT_ORDER, step).permutation(num_prompts)
-    picked = [drawn[i] for i in order for _ in range(images_per_prompt)]
+    samples: list[Prompt] = []
+    for index in order:
+        samples += [drawn[index]] * images_per_prompt
     groups = np.repeat(np.arange(num_prompts, dtype=np.int32), images_per_prompt)
-    return Draw(tuple(picked), groups, tuple(p.source for p in picked))
+    sources = tuple(prompt.source for prompt in samples)
+    return Draw(tuple(samples), groups, sources)
 
 
-def _take(
+def _draw_from(
     prompts: Sequence[Prompt], name: str, count: int, generator: np.random.Generator
 ) -> list[Prompt]:
-    if count and not prompts:
-        raise InputError(f"source {name!r}: expected at least one prompt; received none")
+    """`count` prompts of a source, none again before all have been drawn."""
     if not count:
         return []
+    if not prompts:
+        raise InputError(f"source {name!r}: expected at least one prompt; received none")
     order = generator.permutation(len(prompts))
     return [prompts[order[i % len(prompts)]] for i in range(count)]

@@ -75,7 +75,11 @@ _ENDS = (
 
 def texts() -> list[str]:
     """Every text there is to render: set phrases first, then pairs of words, none longer than 29 characters."""
-    return [*_PHRASES, *(f"{first} {second}" for first in _FIRST for second in _SECOND)]
+    pairs = []
+    for first in _FIRST:
+        for second in _SECOND:
+            pairs.append(f"{first} {second}")
+    return [*_PHRASES, *pairs]
 
 
 def split(
@@ -92,17 +96,24 @@ def split(
     rng = random.Random(seed)
     words = texts()
     rng.shuffle(words)
-    border = round(len(words) * min(0.4, max(0.1, num_test / max(1, num_train + num_test))))
-    return tuple(
-        _draw(rng, part, count, source)
-        for part, count in ((words[border:], num_train), (words[:border], num_test))
-    )
+    share = num_test / max(1, num_train + num_test)
+    # Within bounds, so that either split has texts enough to vary when the other is far larger.
+    share = min(0.4, max(0.1, share))
+    num_held_out = round(len(words) * share)
+    # Training first: the order in which the generator is used decides what a seed gives.
+    train = _draw(rng, words[num_held_out:], num_train, source)
+    test = _draw(rng, words[:num_held_out], num_test, source)
+    return train, test
 
 
 def _draw(rng: random.Random, words: list[str], count: int, source: str) -> list[Prompt]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[
-            f'{rng.choice(_STYLES)} {rng.choice(_SURFACES)} "{rng.choice(words)}", {rng.choice(_ENDS)}'
-        ] = None
-    return [Prompt(text, source) for text in found]
+    """`count` different prompts with texts out of `words`."""
+    # A dict as a set that keeps the order.
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        style = rng.choice(_STYLES)
+        surface = rng.choice(_SURFACES)
+        word = rng.choice(words)
+        end = rng.choice(_ENDS)
+        drawn[f'{style} {surface} "{word}", {end}'] = None
+    return [Prompt(text, source) for text in drawn]

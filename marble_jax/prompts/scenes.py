@@ -48,15 +48,15 @@ def split(
       seed: of the draw.
     """
     rng = random.Random(seed)
-    found: dict[str, None] = {}
-    while len(found) < num_train + num_test:
+    # A dict as a set that keeps the order.
+    drawn: dict[str, None] = {}
+    while len(drawn) < num_train + num_test:
+        scene = f"{rng.choice(_SUBJECTS)} {rng.choice(_PLACES)}"
+        parts = [scene, rng.choice(_STYLES), rng.choice(_DETAILS)]
         # The scene alone, with a style, or with a style and a detail: short and long prompts side by side.
-        parts = [
-            f"{rng.choice(_SUBJECTS)} {rng.choice(_PLACES)}",
-            rng.choice(_STYLES),
-            rng.choice(_DETAILS),
-        ]
-        found[", ".join(parts[: rng.choice((1, 2, 2, 3, 3, 3))])] = None
-    prompts = [Prompt(text, source) for text in found]
+        num_parts = rng.choice((1, 2, 2, 3, 3, 3))
+        text = ", ".join(parts[:num_parts])
+        drawn[text] = None
+    prompts = [Prompt(text, source) for text in drawn]
     rng.shuffle(prompts)
     return prompts[num_test:], prompts[:num_test]

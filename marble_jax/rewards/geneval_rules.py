@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from marble_jax.errors import one_of
-from marble_jax.prompts.files import TAGS
+from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.rewards.base import Metadata
 
 SCORE_THRESHOLD, SCORE_THRESHOLD_COUNTING = 0.3, 0.9

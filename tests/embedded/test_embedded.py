@@ -19,7 +19,8 @@ from marble_jax.families.sd3.transformer import velocity
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import solver_table
-from marble_jax.prompts.files import TAGS, read_directory, read_geneval
+from marble_jax.prompts.files import read_directory, read_geneval
+from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.rewards.registry import load_rewards
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))

@@ -11,7 +11,8 @@ from scipy import stats
 from marble_jax.evaluation.comparison import PAPER_METRICS, PAPER_ROWS, compare
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.statistics import bootstrap, composite, stratified
-from marble_jax.prompts.files import TAGS, Prompt
+from marble_jax.prompts.files import Prompt
+from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.rewards.base import Reward, score
 from marble_jax.rewards.geneval import GenEvalReward
 from marble_jax.rewards.geneval_rules import Detection

@@ -78,7 +78,7 @@ def test_every_gradient_equals_its_own_backward_pass(num_rewards):
     got = mean_gradients(_fast(adapter, batch, advantages, valid))
     for k in range(num_rewards):
         loss, want = _reference(adapter, batch, advantages[:, k], valid[:, k])
-        mine = tree.take(got.gradients, k)
+        mine = take(got.gradients, k)
         if not bool(valid[:, k].any()):
             assert float(tree.norm(mine)) == 0.0 and float(got.losses[k]) == 0.0
             continue
@@ -130,11 +130,11 @@ def test_anchors_are_the_loss_at_no_advantage(num_rewards):
             )
             assert float(tree.norm(anchor)) > 0.01 * float(tree.norm(whole))
             assert (
-                _relative(tree.take(signal.gradients, k), jax.tree.map(jnp.subtract, whole, anchor))
+                _relative(take(signal.gradients, k), jax.tree.map(jnp.subtract, whole, anchor))
                 <= 1e-5
             )
             thrice = jax.tree.map(lambda w, a: w + 2 * a, whole, anchor)
-            assert _relative(tree.take(tripled.gradients, k), thrice) <= 1e-5
+            assert _relative(take(tripled.gradients, k), thrice) <= 1e-5
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.prompts import files
+from marble_jax.prompts import geneval_metadata
 from marble_jax.prompts.files import Prompt, read_directory, read_geneval, read_text
 
 LINE = {
@@ -145,5 +145,5 @@ def test_malformed_geneval_names_file_and_line(tmp_path, line, message):
 def test_real_prompt_sets():
     found = read_directory(os.environ["MARBLE_JAX_TEST_PROMPTS"], "test")
     assert len(found["geneval"]) == 2212 and len({p.text for p in found["geneval"]}) == 553
-    assert {p.metadata["tag"] for p in found["geneval"]} == set(files.TAGS)
+    assert {p.metadata["tag"] for p in found["geneval"]} == set(geneval_metadata.TAGS)
     assert len(found["ocr"]) == 1018 and all('"' in p.text for p in found["ocr"])

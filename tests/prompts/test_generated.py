@@ -12,8 +12,9 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.prompts import composition, lettering
-from marble_jax.prompts.files import TAGS, read_directory, read_file, read_geneval
+from marble_jax.prompts.files import read_directory, read_file, read_geneval
 from marble_jax.prompts.generated import SOURCES, generate, write
+from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.rewards.geneval_rules import evaluate_image
 from marble_jax.rewards.ocr import OCRReward
 

@@ -198,8 +198,8 @@ def peer(request, problem, draws):
         made.x0, made.sigma, made.embeds, made.pooled = (
             latents(flow.x0),
             to(flow.sigma),
-            to(flow.cond.embeds),
-            to(flow.cond.pooled),
+            to(flow.cond["embeds"]),
+            to(flow.cond["pooled"]),
         )
         t = made.sigma[:, None, None, None]
         made.noise = (latents(flow.xt) - (1 - t) * made.x0) / t

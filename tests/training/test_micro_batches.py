@@ -92,8 +92,8 @@ def test_micro_batches_take_slices_in_order_with_prompts_velocities_and_fresh_no
         np.testing.assert_array_equal(flow.x0, order.kept[part])
         np.testing.assert_array_equal(flow.sigma, order.sigma[time, part])
         for leaf, whole in (
-            (flow.cond.embeds, batch.cond.embeds),
-            (flow.cond.pooled, batch.cond.pooled),
+            (flow.cond["embeds"], batch.cond["embeds"]),
+            (flow.cond["pooled"], batch.cond["pooled"]),
         ):
             np.testing.assert_array_equal(leaf, np.asarray(whole)[np.asarray(batch.prompt)[image]])
         np.testing.assert_array_equal(drawn.advantages, np.asarray(batch.advantages)[image])

@@ -116,7 +116,7 @@ def test_its_gradients_are_those_of_separate_passes(objective, shape, anchors):
     weights, total = jnp.array([0.5, -0.2, 1.3]), tree.zeros_like(adapter)
     for k in range(3):
         loss, want = separate(adapter, objective, batch, advantages[:, k], valid[:, k])
-        assert _relative(tree.take(got.gradients, k), want) <= 1e-5
+        assert _relative(take(got.gradients, k), want) <= 1e-5
         np.testing.assert_allclose(got.losses[k], loss, rtol=1e-5)
         total = tree.add(total, tree.scale(want, weights[k]))
     share = reward_gradients.per_sample(weights, valid.sum(axis=0))

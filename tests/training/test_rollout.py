@@ -11,7 +11,6 @@ from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.training.rollout import Collector
-from marble_jax.types import Conditioning
 
 
 class Brightness(Reward):
@@ -45,7 +44,7 @@ def scorer():
 
 def _encode(texts):
     numbers = jnp.asarray([[len(t), sum(map(ord, t)) % 97] for t in texts], jnp.float32)
-    return Conditioning(embeds=jnp.repeat(numbers[:, None], 3, axis=1), pooled=numbers)
+    return {"embeds": jnp.repeat(numbers[:, None], 3, axis=1), "pooled": numbers}
 
 
 def _draw(texts, images_per_prompt):
@@ -74,7 +73,7 @@ def _collector(scorer, batch_size, sampler, encode=_encode, placed=None):
 
 def _noisy(params, adapter, cond, noise):
     """Latents that tell which prompt they are of: its length, plus a little of the noise."""
-    return cond.pooled[:, :1, None, None] / 100 + 0.01 * noise
+    return cond["pooled"][:, :1, None, None] / 100 + 0.01 * noise
 
 
 TEXTS = ("a cat", 'a sign "go"', "two dogs and a bird", 'the word "stop" in red', "a cat")
@@ -115,10 +114,10 @@ def test_every_draw_is_encoded_once_and_conditions_its_images(scorer):
     )
     assert calls == [list(TEXTS)]  # equal texts of two draws are two groups
     np.testing.assert_array_equal(rollout.prompt, np.repeat(np.arange(5), 2))
-    np.testing.assert_array_equal(rollout.cond.pooled, _encode(TEXTS).pooled)
-    conds = [x for x in placed if isinstance(x, Conditioning)]
-    seen = np.concatenate([np.asarray(c.pooled) for c in conds])
-    np.testing.assert_array_equal(seen, np.asarray(_encode(TEXTS).pooled)[rollout.prompt])
+    np.testing.assert_array_equal(rollout.cond["pooled"], _encode(TEXTS)["pooled"])
+    conds = [x for x in placed if isinstance(x, dict)]
+    seen = np.concatenate([np.asarray(c["pooled"]) for c in conds])
+    np.testing.assert_array_equal(seen, np.asarray(_encode(TEXTS)["pooled"])[rollout.prompt])
     assert len(placed) == 6  # conditioning, noise and latents of two batches
 
 

@@ -174,8 +174,8 @@ def _draws(key, step, rollout, batch, recipe):
             "x0": flow.x0,
             "xt": flow.xt,
             "sigma": flow.sigma,
-            "embeds": flow.cond.embeds,
-            "pooled": flow.cond.pooled,
+            "embeds": flow.cond["embeds"],
+            "pooled": flow.cond["pooled"],
             "advantages": part.advantages,
             "valid": part.valid,
         }

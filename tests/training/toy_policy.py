@@ -22,7 +22,6 @@ from marble_jax.training.recipe import (
     Timesteps,
 )
 from marble_jax.training.state import initial_state
-from marble_jax.types import Conditioning
 
 LATENT, HIDDEN, RANK, SCALE = (2, 2, 3), 6, 2, 2.0
 REWARDS, PROMPTS, IMAGES, MICRO_BATCH, TIMESTEPS = 3, 3, 12, 4, 3
@@ -41,7 +40,7 @@ def velocity(params, adapter, xt, sigma, cond):
         )
 
     x = jnp.concatenate(
-        [xt.reshape(xt.shape[0], -1), sigma[:, None], cond.pooled, cond.embeds.mean(axis=1)], axis=1
+        [xt.reshape(xt.shape[0], -1), sigma[:, None], cond["pooled"], cond["embeds"].mean(axis=1)], axis=1
     )
     return dense("second", jnp.tanh(dense("first", x))).reshape(xt.shape)
 
@@ -118,7 +117,7 @@ def new_batch(seed=3, objectives=REWARDS, absent=()):
     # Drawn objective by objective: more of them leave the numbers of the first ones alone.
     drawn = 6.0 * rng.normal(size=(objectives, IMAGES)).T
     advantages = np.where(valid, drawn, 0.0)
-    cond = Conditioning(normal(rng, PROMPTS, 2, 3), normal(rng, PROMPTS, 2))
+    cond = {"embeds": normal(rng, PROMPTS, 2, 3), "pooled": normal(rng, PROMPTS, 2)}
     return RolloutBatch(
         normal(rng, IMAGES, *LATENT),
         jnp.asarray(prompt),

@@ -26,7 +26,6 @@ from marble_jax.training.iteration import Iteration, Sampling
 from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
-from marble_jax.types import Conditioning
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}
 NUM_STEPS = 12
@@ -41,10 +40,7 @@ def encode(texts):
     numbers = (
         np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
     )
-    return Conditioning(
-        embeds=jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)),
-        pooled=jnp.asarray(numbers[:, :2]),
-    )
+    return {"embeds": jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), "pooled": jnp.asarray(numbers[:, :2])}
 
 
 @functools.cache

@@ -193,8 +193,8 @@ def weighted_sums(problem: Problem, anchors: bool) -> Core:
                     {"params": params, COLLECTION: joined},
                     flow.xt,
                     flow.sigma * transformer.NUM_TRAIN_TIMESTEPS,
-                    flow.cond.embeds,
-                    flow.cond.pooled,
+                    flow.cond["embeds"],
+                    flow.cond["pooled"],
                 )
             return v.astype(jnp.float32)
 

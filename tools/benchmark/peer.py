@@ -92,7 +92,7 @@ class Peer:
             return torch.from_numpy(np.array(x)).to(device)
 
         self.x0 = tensor(batch.kept).permute(0, 3, 1, 2).contiguous()
-        self.embeds, self.pooled = tensor(batch.cond.embeds), tensor(batch.cond.pooled)
+        self.embeds, self.pooled = tensor(batch.cond["embeds"]), tensor(batch.cond["pooled"])
         self.advantages, self.valid = tensor(batch.advantages), tensor(batch.valid)
         self.sigma = torch.rand(self.size.num, device=device).clamp(min=0.1)
         self.noise: torch.Tensor | None = None  # drawn at every call, unless a test sets it

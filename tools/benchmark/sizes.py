@@ -19,7 +19,7 @@ from marble_jax.objectives.nft import Nft
 from marble_jax.trainable import lora
 from marble_jax.trainable.lora import LoraSpec
 from marble_jax.training.micro_batches import RolloutBatch
-from marble_jax.types import Adapter, Conditioning, Params
+from marble_jax.types import Adapter, Params
 
 ROOT = Path(__file__).parents[2]
 SIGMAS = (1.0, 0.9, 0.7, 0.4)
@@ -231,10 +231,7 @@ class Problem:
         return RolloutBatch(
             kept=normal(size.num, size.side, size.side, config.in_channels),
             prompt=jnp.arange(size.num, dtype=jnp.int32),
-            cond=Conditioning(
-                normal(size.num, size.tokens, config.joint_attention_dim),
-                normal(size.num, config.pooled_projection_dim),
-            ),
+            cond={"embeds": normal(size.num, size.tokens, config.joint_attention_dim), "pooled": normal(size.num, config.pooled_projection_dim)},
             advantages=jnp.asarray(np.where(valid, advantages, 0), jnp.float32),
             valid=jnp.asarray(valid),
         )

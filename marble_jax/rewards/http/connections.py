@@ -29,9 +29,9 @@ from marble_jax.version import VERSION
 log = logging.getLogger(__name__)
 
 LINGER_SECONDS = 2.0
-"""How long what a refused client still sends is thrown away, so that it gets to read why."""
+"""Seconds for which a refused client may go on to send, so that it gets to read why; its bytes are dropped."""
 ANSWER_SECONDS = 10.0
-"""How long a client may take to receive an answer."""
+"""Seconds that a client may take to receive an answer."""
 _TOO_MANY = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
     b'Content-Type: application/json\r\n\r\n{"error": "server: expected fewer connections at a time"}'
@@ -41,7 +41,7 @@ _TOO_MANY = (
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
-    """How a server works.
+    """Options of a server.
 
     Attributes:
       token: who sends another, or none, gets 401; empty lets everyone in.

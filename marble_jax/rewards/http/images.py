@@ -12,12 +12,12 @@ import numpy as np
 from marble_jax.rewards.http.parsing import ProtocolError, is_count, short
 
 FORMATS = ("png", "rgb8")
-"""How an image may be written, see `protocol`."""
+"""Formats of an image in a request, see `protocol`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a server accepts.
+    """Limits of a request that a server accepts.
 
     Attributes:
       body: bytes of a request.

@@ -35,7 +35,7 @@ _NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What the judge is asked and how its answer is read.
+    """The text that the judge is asked, and the place of the number in its answer.
 
     Attributes:
       prompt: the text, in which {prompt} stands for the image's prompt.
@@ -246,7 +246,7 @@ class JudgeReward(Reward):
 
 
 def _check_question(reward: str, question: Question) -> None:
-    """Raises InputError unless a judge can be asked this and its answer read."""
+    """Checks that a judge can be asked a question and its answer read."""
     if "{prompt}" not in question.prompt:
         raise InputError(
             f"reward {reward}: expected {{prompt}} in the judge's text; received "

@@ -23,7 +23,7 @@ ALLOWED = {
     ("numpy._core.multiarray", "scalar"),
     ("numpy._core.numeric", "_frombuffer"),
 }
-"""What NumPy's own pickles name: module and attribute."""
+"""Module and attribute of everything that NumPy's own pickles name."""
 
 
 def _as_bytes(text: str, encoding: str) -> bytes:
@@ -55,7 +55,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain(data: bytes) -> Any:
-    """What a pickle of plain containers, numbers and arrays holds.
+    """The value in a pickle of plain containers, numbers and arrays.
 
     Raises:
       RewardError: it names anything else, or is damaged.

@@ -40,7 +40,7 @@ class CallError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class CallPolicy:
-    """How long a call may take and how often it is made.
+    """Times, sizes and repetitions of a call.
 
     Attributes:
       connect_seconds: for a connection.
@@ -146,7 +146,7 @@ def _read(
 
 
 def reason(body: bytes, fallback: str) -> str:
-    """What an error answer says, in one line.
+    """The message of an error answer, in one line.
 
     Args:
       body: of the answer: `{"error": ...}`, `{"error": {"message": ...}}`, or text, whose first line counts.

@@ -1,4 +1,4 @@
-"""What a reward client and a reward server say to each other; anyone can write either side.
+"""The messages between a reward client and a reward server; anyone can write either side.
 
 `POST /score` with `Content-Type: application/x-marble-score` and, where the server has a token,
 `Authorization: Bearer TOKEN`. The body is

@@ -31,7 +31,7 @@ from marble_jax.types import Params
 log = logging.getLogger(__name__)
 
 PROTOCOLS = ("marble", "flow_grpo")
-"""What a client can speak: `protocol`, or the older servers' pickles."""
+"""Languages of a client: `protocol`, or the older servers' pickles."""
 
 _Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 """values [N], valid bool [N] and applies bool [N], as `Reward.score` returns them."""

@@ -32,7 +32,7 @@ from marble_jax.rewards.workers.threads import Expired, Pool
 log = logging.getLogger(__name__)
 
 ON_ERROR = ("mask", "fail", "retry")
-"""What may become of an error, see `HostScorer`."""
+"""Ways to deal with an error, see `HostScorer`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,14 +280,14 @@ class HostScorer:
 
 
 def num_attempts(on_error: str, retries: int = 1) -> int:
-    """How often a call is made at most."""
+    """Largest number of times that a call is made."""
     if on_error == "retry":
         return 1 + retries
     return 1
 
 
 def num_asked(result: Result) -> int:
-    """How many samples the reward applies to."""
+    """Number of samples that the reward applies to."""
     # A sample is neither valid nor failed exactly where the reward does not apply.
     applies = result.valid | result.failed
     return int(applies.sum())

@@ -25,7 +25,7 @@ from marble_jax.errors import InputError
 log = logging.getLogger(__name__)
 
 Engine = Callable[[Any], Any]
-"""What a process runs: an item in, an answer out."""
+"""The work of a process: an item in, an answer out."""
 _CHILD = (
     "import sys; from marble_jax.rewards.workers.processes import serve; serve(int(sys.argv[1]))"
 )
@@ -146,7 +146,7 @@ class Worker:
         self._process.wait()
 
     def _receive(self, seconds: float) -> tuple[bool, Any]:
-        """What the process sends: whether it went well, and the answer or why not."""
+        """The process's message: whether the call went well, and its answer or why not."""
         limit = self._start_timeout
         if self._engine_ready:
             limit = self._timeout
