@@ -31,11 +31,12 @@ PAPER_ROWS = {
 }
 """Source: MARBLE (arXiv 2605.06507), Table 1, SD3.5-medium at 512 px."""
 
+Intervals = dict[str, dict[str, float]]
+"""Mean, low, high and further figures by name."""
+
 
 def compare(scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The summary of an evaluation.
-
-    Images of one prompt are resampled together, so intervals speak of prompts, not of seeds.
+    """Returns the summary of an evaluation.
 
     Args:
       scores: by model, the first being what the others are compared with; all of N images and the same rewards.
@@ -46,75 +47,133 @@ def compare(scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> dict[str
       `geneval` {reward: {model: {tag or "overall": mean, low, high, count}}}, `composite` {model: number},
       `composite_of` (the rewards that count in it) and `paper`.
     """
+    reference, *challengers = scores
+    # Images of one prompt are resampled together, so intervals speak of prompts, not of seeds.
+    texts = [f"{prompt.source}\n{prompt.text}" for prompt in prompts]
+    _, groups = np.unique(texts, return_inverse=True)
+    by_model, gains_by_model = {}, {}
+    for model, model_scores in scores.items():
+        by_model[model] = _with_failures(model_scores, groups)
+    for model in challengers:
+        gains_by_model[model] = gains(scores[model], scores[reference], groups)
+    by_source = _by_source(scores, prompts, groups)
+    geneval = _geneval(scores, prompts, groups)
+    counted = _counted(scores[reference].names)
+    means = _means(by_model, geneval, counted)
+    return {
+        "scores": by_model,
+        "gains": gains_by_model,
+        "sources": by_source,
+        "geneval": geneval,
+        "composite": dict(zip(scores, composite(means).tolist())),
+        "composite_of": counted,
+        "paper": _paper(),
+    }
+
+
+def _with_failures(scores: Scores, groups: np.ndarray) -> Intervals:
+    """Returns `summary` with the number of failed scores of each reward."""
+    by_reward = summary(scores, groups)
+    num_failed = scores.failed.sum(axis=0)
+    for name, count in zip(scores.names, num_failed):
+        by_reward[name]["failed"] = int(count)
+    return by_reward
+
+
+def _by_source(
+    scores: Mapping[str, Scores], prompts: Sequence[Prompt], groups: np.ndarray
+) -> dict[str, dict[str, Intervals]]:
+    """Returns the summaries of each prompt set by itself, by source and model."""
+    sources = np.array([prompt.source for prompt in prompts])
+    summaries = {}
+    for source in np.unique(sources):
+        of_source = sources == source
+        by_model = {}
+        for model, model_scores in scores.items():
+            by_model[model] = summary(_rows(model_scores, of_source), groups[of_source])
+        summaries[str(source)] = by_model
+    return summaries
+
+
+def _rows(scores: Scores, mask: np.ndarray) -> Scores:
+    """Returns the scores of the images where `mask` is True."""
+    return Scores(scores.names, scores.values[mask], scores.valid[mask], scores.failed[mask])
+
+
+def _geneval(
+    scores: Mapping[str, Scores], prompts: Sequence[Prompt], groups: np.ndarray
+) -> dict[str, dict[str, Intervals]]:
+    """Returns GenEval's accuracies by kind of prompt, by reward and model."""
+    tags = np.array([prompt.metadata.get("tag", "") for prompt in prompts])
     names = next(iter(scores.values())).names
-    _, groups = np.unique([f"{p.source}\n{p.text}" for p in prompts], return_inverse=True)
-    sources = np.array([p.source for p in prompts])
-    reference = next(iter(scores.values()))
-    found: dict[str, Any] = {
-        "scores": {model: _with_failures(summary(s, groups), s) for model, s in scores.items()},
-        "gains": {
-            model: gains(s, reference, groups) for model, s in scores.items() if s is not reference
-        },
-        "sources": {
-            str(source): {
-                model: summary(_part(s, sources == source), groups[sources == source])
-                for model, s in scores.items()
-            }
-            for source in np.unique(sources)
-        },
-    }
-    tags = np.array([p.metadata.get("tag", "") for p in prompts])
-    found["geneval"] = {
-        name: {model: _by_tag(s, k, tags, groups) for model, s in scores.items()}
-        for k, name in enumerate(names)
-        if name.endswith(f"_{ACCURACY}")
-    }
-    counted = [name for name in names if accuracy_name(name) not in names]
-    means = [
-        [
-            found["geneval"][n][m]["overall"]["mean"]
-            if n in found["geneval"]
-            else found["scores"][m][n]["mean"]
-            for n in counted
-        ]
-        for m in scores
-    ]
-    found["composite"] = dict(zip(scores, composite(np.array(means)).tolist()))
-    found["composite_of"] = counted
-    found["paper"] = {
-        "metrics": list(PAPER_METRICS),
-        "rows": {k: list(v) for k, v in PAPER_ROWS.items()},
-        "composite": composite(np.array(list(PAPER_ROWS.values()))).tolist(),
-    }
-    return found
+    by_reward = {}
+    for k, name in enumerate(names):
+        if not name.endswith(f"_{ACCURACY}"):
+            continue
+        by_model = {}
+        for model, model_scores in scores.items():
+            by_model[model] = _by_tag(model_scores, k, tags, groups)
+        by_reward[name] = by_model
+    return by_reward
 
 
-def _with_failures(
-    found: dict[str, dict[str, float]], scores: Scores
-) -> dict[str, dict[str, float]]:
-    for name, failed in zip(scores.names, scores.failed.T):
-        found[name]["failed"] = int(failed.sum())
-    return found
+def _by_tag(scores: Scores, reward: int, tags: np.ndarray, groups: np.ndarray) -> Intervals:
+    """Returns one accuracy for each tag, and their mean, the benchmark's overall score.
 
-
-def _part(scores: Scores, rows: np.ndarray) -> Scores:
-    return Scores(scores.names, scores.values[rows], scores.valid[rows], scores.failed[rows])
-
-
-def _by_tag(
-    scores: Scores, reward: int, tags: np.ndarray, groups: np.ndarray
-) -> dict[str, dict[str, float]]:
-    """A GenEval column per tag, and their mean, the benchmark's overall score."""
+    Args:
+      scores: of N images.
+      reward: index of the accuracy among the rewards.
+      tags: [N] kinds of prompts; empty where a prompt has none.
+      groups: [N] as in `bootstrap`.
+    """
     values, valid = scores.values[:, reward], scores.valid[:, reward]
-    found = {}
+    by_tag = {}
     for tag in TAGS:
-        rows = valid & (tags == tag)
-        if rows.any():
-            found[tag] = _named(bootstrap(values[rows], groups=groups[rows]), rows)
+        of_tag = valid & (tags == tag)
+        if of_tag.any():
+            interval = bootstrap(values[of_tag], groups=groups[of_tag])
+            by_tag[tag] = _named(interval, of_tag)
+    # Prompts of other sources have no tag and are no part of the benchmark.
     tagged = valid & (tags != "")
-    found["overall"] = _named(stratified(values[tagged], tags[tagged], groups[tagged]), tagged)
-    return found
+    overall = stratified(values[tagged], tags[tagged], groups[tagged])
+    by_tag["overall"] = _named(overall, tagged)
+    return by_tag
 
 
-def _named(interval: tuple[float, float, float], rows: np.ndarray) -> dict[str, float]:
-    return dict(zip(("mean", "low", "high"), interval)) | {"count": int(rows.sum())}
+def _named(interval: tuple[float, float, float], mask: np.ndarray) -> dict[str, float]:
+    mean, low, high = interval
+    return {"mean": mean, "low": low, "high": high, "count": int(mask.sum())}
+
+
+def _counted(names: Sequence[str]) -> list[str]:
+    """Returns the rewards that count in the composite."""
+    # GenEval counts once, by its accuracy, as in the paper; its partial score is what is trained on.
+    return [name for name in names if accuracy_name(name) not in names]
+
+
+def _means(
+    by_model: Mapping[str, Intervals],
+    geneval: Mapping[str, Mapping[str, Intervals]],
+    rewards: Sequence[str],
+) -> np.ndarray:
+    """Returns float64 [models, rewards]; of GenEval's accuracy the benchmark's overall score."""
+    rows = []
+    for model, summaries in by_model.items():
+        row = []
+        for reward in rewards:
+            entry = summaries[reward]
+            if reward in geneval:
+                entry = geneval[reward][model]["overall"]
+            row.append(entry["mean"])
+        rows.append(row)
+    return np.array(rows)
+
+
+def _paper() -> dict[str, Any]:
+    """Returns the paper's own table, as JSON holds it, with the composite of its rows."""
+    means = np.array(list(PAPER_ROWS.values()))
+    return {
+        "metrics": list(PAPER_METRICS),
+        "rows": dict(zip(PAPER_ROWS, means.tolist())),
+        "composite": composite(means).tolist(),
+    }

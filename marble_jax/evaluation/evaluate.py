@@ -1,6 +1,6 @@
 """Scores of a policy on held-out prompts: the same prompts and the same noise every time, no prompt dropped.
 
-Image i starts from noise drawn with (seed, i) whatever the batch size, so two policies differ by their weights alone
+Image i starts from noise of (seed, i) whatever the batch size, so two policies differ by their weights alone
 and gains are paired. Several images of a prompt are not independent: `groups` says which belong together.
 """
 
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from marble_jax import distributed
@@ -24,7 +26,7 @@ from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Held-out prompts and how to draw and score their images.
+    """Held-out prompts and how to sample and score their images.
 
     Attributes:
       prompts: the held-out prompts.
@@ -36,7 +38,7 @@ class Evaluator:
       batch_size: images at once.
       seed: of the noise.
       num_images: images kept, spread evenly over the prompts.
-      images_per_prompt: images drawn of every prompt; image i is of prompt i modulo their number.
+      images_per_prompt: images sampled of every prompt; image i is of prompt i modulo their number.
       place: puts arrays with a leading batch axis on the devices.
     """
 
@@ -61,9 +63,9 @@ class Evaluator:
     def kept(self) -> list[int]:
         """Indices of the prompts whose images are kept."""
         count = min(self.num_images, len(self.prompts))
-        return (
-            sorted({int(i) for i in np.linspace(0, len(self.prompts) - 1, count)}) if count else []
-        )
+        positions = np.linspace(0, len(self.prompts) - 1, count)
+        # Rounded down, and each index once: with few prompts two positions may fall on one.
+        return sorted(set(positions.astype(int).tolist()))
 
     def __call__(
         self,
@@ -71,7 +73,7 @@ class Evaluator:
         adapter: Adapter | None,
         progress: Callable[[int], None] = lambda count: None,
     ) -> tuple[Scores, np.ndarray]:
-        """Draws and scores `images_per_prompt` images of every prompt.
+        """Samples and scores `images_per_prompt` images of every prompt.
 
         Args:
           params: base weights.
@@ -81,21 +83,46 @@ class Evaluator:
         Returns:
           Scores of all images, and the kept images uint8 [num_images, H, W, 3].
         """
-        pending, images, kept, groups = [], {}, set(self.kept), self.groups
-        key = jax.random.key(self.seed)
+        groups = self.groups
+        pending = []
+        images: dict[int, np.ndarray] = {}
         for index in batch_indices(len(groups), self.batch_size):
-            chosen = [self.prompts[groups[i]] for i in index]
-            noise = image_noise(key, index, self.latent_shape)
-            cond = distributed.run_on_all(
-                "prompts", lambda chosen=chosen: self.encode([p.text for p in chosen])
-            )
-            decoded = self.decode(self.sampler(params, adapter, *self.place((cond, noise))))
-            pending.append(self.scorer.submit(decoded, chosen))
-            for row, i in enumerate(index):
-                if int(i) in kept and int(i) not in images:
-                    images[int(i)] = to_uint8(distributed.to_host(decoded[row]))
+            prompts = [self.prompts[groups[i]] for i in index]
+            decoded = self._sample(params, adapter, index, prompts)
+            # Scores are collected after the last batch: host rewards run while the device goes on sampling.
+            pending.append(self.scorer.submit(decoded, prompts))
+            self._keep(images, decoded, index)
+            # The last batch repeats its last image to be full; an image counts once.
             progress(len(set(index.tolist())))
-        scores = concatenate([p.result() for p in pending], len(groups))
-        return scores, np.stack([images[i] for i in self.kept]) if kept else np.zeros(
-            (0, 1, 1, 3), np.uint8
-        )
+        results = [batch.result() for batch in pending]
+        return concatenate(results, len(groups)), self._stacked(images)
+
+    def _sample(
+        self,
+        params: Params,
+        adapter: Adapter | None,
+        index: np.ndarray,
+        prompts: Sequence[Prompt],
+    ) -> jax.Array:
+        """Returns images float [n, H, W, 3] of n prompts, from the noise that belongs to the images' numbers."""
+        noise = image_noise(jax.random.key(self.seed), index, self.latent_shape)
+        texts = [prompt.text for prompt in prompts]
+        # Text encoders may refuse a prompt on one process; the others must not go on to wait for it.
+        cond = distributed.run_on_all("prompts", partial(self.encode, texts))
+        cond, noise = self.place((cond, noise))
+        return self.decode(self.sampler(params, adapter, cond, noise))
+
+    def _keep(self, images: dict[int, np.ndarray], decoded: jax.Array, index: np.ndarray) -> None:
+        """Adds a batch's kept images to `images`, as uint8 [H, W, 3] by number."""
+        kept = set(self.kept)
+        for row, number in enumerate(index.tolist()):
+            if number not in kept or number in images:
+                continue
+            # All processes reach this line for the same rows: a sharded image is gathered by all of them.
+            images[number] = to_uint8(distributed.to_host(decoded[row]))
+
+    def _stacked(self, images: dict[int, np.ndarray]) -> np.ndarray:
+        """Returns uint8 [num_images, H, W, 3] in the order of the prompts."""
+        if not images:
+            return np.zeros((0, 1, 1, 3), np.uint8)
+        return np.stack([images[number] for number in self.kept])

@@ -42,39 +42,51 @@ class Judgement(Reward):
 
     def __init__(self, name: str, reward: GenEvalReward, verdicts: _Verdicts, field: str):
         super().__init__(name=name, kind="host")
-        self._reward, self._verdicts, self._field = reward, verdicts, field
+        self._reward = reward
+        self._verdicts = verdicts
+        self._field = field
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
-        """As for the reward itself."""
+        """Returns whether GenEval's reward applies to the prompt."""
         return self._reward.applies(prompt, metadata)
 
-    def score(self, params: Params, images, prompts: Sequence[str], metadata: Sequence[Metadata]):
+    def score(
+        self,
+        params: Params,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `Reward.score`."""
-        found = self._verdicts(images, prompts, metadata)
-        values = np.array(
-            [0.0 if v is None else float(getattr(v, self._field)) for v in found], np.float32
-        )
-        return values, np.array([v is not None for v in found], bool)
+        values = np.zeros(len(prompts), np.float32)
+        valid = np.zeros(len(prompts), bool)
+        for i, verdict in enumerate(self._verdicts(images, prompts, metadata)):
+            # Without a verdict the value stays 0 under a mask of False.
+            if verdict is not None:
+                values[i] = getattr(verdict, self._field)
+                valid[i] = True
+        return values, valid
 
 
 def accuracy_name(name: str) -> str:
-    """What the benchmark's accuracy is called beside the reward `name`."""
+    """Returns what the benchmark's accuracy is called beside the reward `name`."""
     return f"{name}_{ACCURACY}"
 
 
 def with_accuracy(rewards: Sequence[Reward]) -> list[Reward]:
-    """The rewards, and behind each GenEval reward its accuracy: the share of images that are right in all respects.
+    """Returns the rewards, and behind each GenEval reward its accuracy.
+
+    The accuracy is the share of images that are right in all respects.
 
     Source: Ghosh et al. 2023 (arXiv 2310.11513) reports this accuracy, counts being lower bounds.
     """
-    found: list[Reward] = []
+    columns: list[Reward] = []
     for reward in rewards:
-        if isinstance(reward, GenEvalReward):
-            verdicts = _Verdicts(reward)
-            found += [
-                Judgement(reward.name, reward, verdicts, "partial"),
-                Judgement(accuracy_name(reward.name), reward, verdicts, "correct"),
-            ]
-        else:
-            found.append(reward)
-    return found
+        if not isinstance(reward, GenEvalReward):
+            columns.append(reward)
+            continue
+        # One detector for both: looking at an image takes far longer than judging what was seen.
+        verdicts = _Verdicts(reward)
+        columns.append(Judgement(reward.name, reward, verdicts, "partial"))
+        columns.append(Judgement(accuracy_name(reward.name), reward, verdicts, "correct"))
+    return columns

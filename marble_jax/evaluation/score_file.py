@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ class ScoreFile:
     """
 
     def __init__(self, path: epath.PathLike):
-        """Reads what is there; a last line cut short by a kill is left out.
+        """Reads the lines that are on file; a last line cut short by a kill is left out.
 
         Raises:
           InputError: another line is not such an object.
@@ -33,87 +32,116 @@ class ScoreFile:
         self.path = epath.Path(path)
         self._scores: dict[int, dict[str, float | None]] = {}
         self._failed: dict[int, set[str]] = {}
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self._torn: str | None = None  # what is whole of a file that ends in half a line
-        for number, line in enumerate(lines, 1):
+        # The whole lines of a file that ends in half a line; None where the file is whole.
+        self._before_torn_line: str | None = None
+        if self.path.exists():
+            self._read(self.path.read_text().splitlines())
+
+    def _read(self, lines: Sequence[str]) -> None:
+        for line_number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
                 self._add(int(record["index"]), record["scores"], record.get("failed", ()))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                if number == len(lines):
-                    self._torn = "".join(f"{whole}\n" for whole in lines[:-1])
-                    break
+                # Lines are appended one after the other, so a kill can have cut the last one only.
+                if line_number == len(lines):
+                    self._before_torn_line = "\n".join([*lines[:-1], ""])
+                    return
                 raise InputError(
-                    f"{self.path}:{number}: expected an object with index and scores; received "
+                    f"{self.path}:{line_number}: expected an object with index and scores; received "
                     f"{line[:60]!r} ({type(error).__name__})"
                 ) from error
 
     def _add(self, index: int, scores: Mapping[str, float | None], failed: Iterable[str]) -> None:
-        failed = set(failed)
+        newly_failed = set(failed)
         self._scores.setdefault(index, {}).update(scores)
-        self._failed[index] = (self._failed.get(index, set()) - set(scores)) | failed
+        # A score that has been asked for again replaces its failure.
+        still_failed = self._failed.get(index, set()) - set(scores)
+        self._failed[index] = still_failed | newly_failed
+
+    def _lacks(self, index: int, name: str) -> bool:
+        """Returns whether an image has no score of a reward, or a failed one."""
+        if name not in self._scores.get(index, {}):
+            return True
+        return name in self._failed[index]
 
     def missing(self, names: Sequence[str], count: int) -> tuple[list[str], list[int]]:
-        """The rewards that lack a score of one of the first `count` images, and those images."""
-        lacking = {
-            i: [
-                n for n in names if n not in self._scores.get(i, {}) or n in self._failed.get(i, ())
-            ]
-            for i in range(count)
-        }
-        wanted = {n for lack in lacking.values() for n in lack}
-        return [n for n in names if n in wanted], [i for i, lack in lacking.items() if lack]
+        """Returns the rewards that lack a score of one of the first `count` images, and those images."""
+        rewards, images = set(), []
+        for index in range(count):
+            lacking = [name for name in names if self._lacks(index, name)]
+            if lacking:
+                rewards.update(lacking)
+                images.append(index)
+        return [name for name in names if name in rewards], images
 
     def known(self, count: int) -> set[str]:
-        """The rewards that have looked at each of the first `count` images, with or without success."""
-        return (
-            set.intersection(*(set(self._scores.get(i, ())) for i in range(count)))
-            if count
-            else set()
-        )
+        """Returns the rewards that have looked at each of the first `count` images, with or without success."""
+        if count == 0:
+            return set()
+        names = set(self._scores.get(0, ()))
+        for index in range(1, count):
+            names &= set(self._scores.get(index, ()))
+        return names
 
     def append(self, index: Sequence[int], prompts: Sequence[Prompt], scores: Scores) -> None:
-        """Adds scores of n images (the first n rows) with their prompts."""
+        """Adds scores of n images with their prompts.
+
+        Args:
+          index: numbers of the n images.
+          prompts: of the n images.
+          scores: of at least n images, of which the first n count: a batch may have been filled up.
+        """
         lines = []
         for row, (i, prompt) in enumerate(zip(index, prompts)):
-            values = {
-                name: float(f"{scores.values[row, k]:.8g}") if scores.valid[row, k] else None
-                for k, name in enumerate(scores.names)
-            }
-            failed = [name for k, name in enumerate(scores.names) if scores.failed[row, k]]
+            values, failed = _row(scores, row)
             self._add(i, values, failed)
             lines.append(_line(i, prompt, values, failed))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._torn is not None:
-            write_whole(self.path, self._torn)
-            self._torn = None
+        if self._before_torn_line is not None:
+            # Appended to half a line, the next one could not be read either.
+            write_whole(self.path, self._before_torn_line)
+            self._before_torn_line = None
         append(self.path, "".join(lines))
 
     def finish(self, prompts: Sequence[Prompt]) -> None:
         """Rewrites the file with one line an image, in order."""
-        write_whole(
-            self.path,
-            "".join(
-                _line(i, prompts[i], self._scores[i], sorted(self._failed[i]))
-                for i in sorted(self._scores)
-                if i < len(prompts)
-            ),
-        )
+        lines = []
+        for index in sorted(self._scores):
+            # An earlier run may have scored more prompts than this one asks for.
+            if index < len(prompts):
+                failed = sorted(self._failed[index])
+                lines.append(_line(index, prompts[index], self._scores[index], failed))
+        write_whole(self.path, "".join(lines))
 
     def scores(self, names: Sequence[str], count: int) -> Scores:
-        """Scores of the first `count` images; one that is not on file counts as failed."""
-        values, failed = (
-            np.full((count, len(names)), np.nan, np.float32),
-            np.zeros((count, len(names)), bool),
-        )
+        """Returns the scores of the first `count` images; one that is not on file counts as failed."""
+        values = np.full((count, len(names)), np.nan, np.float32)
+        failed = np.zeros((count, len(names)), bool)
         for i in range(count):
-            found = self._scores.get(i)
+            recorded = self._scores.get(i, {})
             for k, name in enumerate(names):
-                value = None if found is None else found.get(name)
-                values[i, k] = math.nan if value is None else value
-                failed[i, k] = found is None or name not in found or name in self._failed.get(i, ())
+                failed[i, k] = self._lacks(i, name)
+                value = recorded.get(name)
+                if value is not None:
+                    values[i, k] = value
         valid = np.isfinite(values)
+        # Missing scores are a mask; the numbers under it are zeros, so that nothing computed from them is NaN.
         return Scores(tuple(names), np.where(valid, values, np.float32(0)), valid, failed)
+
+
+def _row(scores: Scores, row: int) -> tuple[dict[str, float | None], list[str]]:
+    """Returns one image's scores by reward, None where there is none, and the names of those that failed."""
+    values: dict[str, float | None] = {}
+    failed = []
+    for k, name in enumerate(scores.names):
+        values[name] = None
+        if scores.valid[row, k]:
+            # A float32 has no more digits than eight, and its double would be written with many.
+            values[name] = float(f"{scores.values[row, k]:.8g}")
+        if scores.failed[row, k]:
+            failed.append(name)
+    return values, failed
 
 
 def _line(

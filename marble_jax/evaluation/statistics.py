@@ -8,12 +8,13 @@ from marble_jax.types import Scores
 
 RESAMPLES = 2000
 LEVEL = 0.95
+_NOT_A_NUMBER = (float("nan"),) * 3
 
 
 def bootstrap(
     values: np.ndarray, seed: int = 0, groups: np.ndarray | None = None
 ) -> tuple[float, float, float]:
-    """Mean and percentile interval (95 %, 2000 resamples) of the mean.
+    """Returns mean and percentile interval (95 %, 2000 resamples) of the mean.
 
     Args:
       values: [n] numbers; n = 0 gives NaN.
@@ -27,40 +28,55 @@ def bootstrap(
     """
     values = np.asarray(values, np.float64)
     if not values.size:
-        return (float("nan"),) * 3
-    return _percentiles(float(values.mean()), _resampled(values, seed, groups))
+        return _NOT_A_NUMBER
+    means = _resampled_means(values, seed, groups)
+    return _percentiles(float(values.mean()), means)
 
 
 def stratified(
     values: np.ndarray, strata: np.ndarray, groups: np.ndarray | None = None, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean over strata of the stratum means, with the interval of resampling inside each.
+    """Returns the mean over strata of the stratum means, with the interval of resampling inside each.
 
     Args:
       values: [n] numbers; n = 0 gives NaN.
       strata: [n] such as GenEval's tags, each of which counts the same.
       groups: as in `bootstrap`.
       seed: of the resampling.
+
+    Returns:
+      mean, low, high.
     """
     values = np.asarray(values, np.float64)
     if not values.size:
-        return (float("nan"),) * 3
-    parts = [strata == s for s in np.unique(strata)]
-    means = [
-        _resampled(values[p], seed + i, None if groups is None else groups[p])
-        for i, p in enumerate(parts)
-    ]
-    return _percentiles(float(np.mean([values[p].mean() for p in parts])), np.mean(means, axis=0))
+        return _NOT_A_NUMBER
+    stratum_means, resampled = [], []
+    for i, stratum in enumerate(np.unique(strata)):
+        inside = strata == stratum
+        stratum_means.append(values[inside].mean())
+        # A seed each: strata of one size would otherwise be resampled alike, as if they were correlated.
+        means = _resampled_means(values[inside], seed + i, select_groups(groups, inside))
+        resampled.append(means)
+    return _percentiles(float(np.mean(stratum_means)), np.mean(resampled, axis=0))
 
 
-def _resampled(values: np.ndarray, seed: int, groups: np.ndarray | None) -> np.ndarray:
-    """[RESAMPLES] means of values drawn with replacement, whole groups at a time."""
+def select_groups(groups: np.ndarray | None, mask: np.ndarray) -> np.ndarray | None:
+    """Returns the groups of the samples where `mask` is True; None without groups."""
+    if groups is None:
+        return None
+    return groups[mask]
+
+
+def _resampled_means(values: np.ndarray, seed: int, groups: np.ndarray | None) -> np.ndarray:
+    """Returns float64 [RESAMPLES], means of values drawn with replacement, whole groups at a time."""
     generator = np.random.default_rng(seed)
     if groups is None:
-        return values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+        index = generator.integers(len(values), size=(RESAMPLES, len(values)))
+        return values[index].mean(axis=1)
     _, group = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     index = generator.integers(len(sums), size=(RESAMPLES, len(sums)))
+    # Groups may differ in size, so a resample's number of values varies and is not n.
     return sums[index].sum(axis=1) / counts[index].sum(axis=1)
 
 
@@ -70,40 +86,52 @@ def _percentiles(mean: float, means: np.ndarray) -> tuple[float, float, float]:
     return mean, float(low), float(high)
 
 
-def _interval(values: np.ndarray, groups: np.ndarray | None = None) -> dict[str, float]:
+def _interval(values: np.ndarray, groups: np.ndarray | None) -> dict[str, float]:
     mean, low, high = bootstrap(values, groups=groups)
     return {"mean": mean, "low": low, "high": high}
 
 
 def summary(scores: Scores, groups: np.ndarray | None = None) -> dict[str, dict[str, float]]:
-    """Per reward: mean with interval and count over the samples it is valid on; `groups` as in `bootstrap`."""
-    found = {}
+    """Returns mean with interval and count of each reward over the samples it is valid on.
+
+    Args:
+      scores: of N images.
+      groups: [N] as in `bootstrap`.
+    """
+    by_reward = {}
     for k, name in enumerate(scores.names):
+        # Values where a score is not valid have no meaning and must not reach the mean.
         valid = scores.valid[:, k]
-        found[name] = _interval(scores.values[valid, k], None if groups is None else groups[valid])
-        found[name]["count"] = int(valid.sum())
-    return found
+        entry = _interval(scores.values[valid, k], select_groups(groups, valid))
+        entry["count"] = int(valid.sum())
+        by_reward[name] = entry
+    return by_reward
 
 
 def gains(
     scores: Scores, reference: Scores, groups: np.ndarray | None = None
 ) -> dict[str, dict[str, float]]:
-    """Per reward: mean paired difference to `reference` with interval, over samples valid in both."""
-    both = scores.valid & reference.valid
-    return {
-        name: _interval(
-            (scores.values[:, k] - reference.values[:, k])[both[:, k]],
-            None if groups is None else groups[both[:, k]],
-        )
-        for k, name in enumerate(scores.names)
-    }
-
-
-def composite(rows: np.ndarray) -> np.ndarray:
-    """Mean over columns of each row's z-score within its column, as the paper ranks models.
+    """Returns the mean paired difference to `reference` of each reward, with interval.
 
     Args:
-      rows: [models, metrics] means, NaN where a model has none.
+      scores: of N images.
+      reference: of N images from the same prompts and noise, with the same rewards.
+      groups: [N] as in `bootstrap`.
+    """
+    by_reward = {}
+    for k, name in enumerate(scores.names):
+        # A pair of which one score is missing has no difference.
+        paired = scores.valid[:, k] & reference.valid[:, k]
+        difference = scores.values[paired, k] - reference.values[paired, k]
+        by_reward[name] = _interval(difference, select_groups(groups, paired))
+    return by_reward
+
+
+def composite(means: np.ndarray) -> np.ndarray:
+    """Returns the mean over columns of each model's z-score within the column, as the paper ranks models.
+
+    Args:
+      means: [models, metrics], NaN where a model has none.
 
     Returns:
       [models], in units of the standard deviation among these models; NaN with fewer than two of them. Columns that
@@ -111,31 +139,44 @@ def composite(rows: np.ndarray) -> np.ndarray:
 
     Source: MARBLE (arXiv 2605.06507), composite of Table 1; ddof is ours to choose, as it scales all models alike.
     """
-    rows = np.asarray(rows, np.float64)
-    usable = (
-        np.isfinite(rows).all(axis=0) & (np.ptp(rows, axis=0) > 0)
-        if len(rows) > 1
-        else np.zeros(0, bool)
-    )
-    if not usable.any():
-        return np.full(len(rows), np.nan)
-    columns = rows[:, usable]
-    return ((columns - columns.mean(axis=0)) / columns.std(axis=0)).mean(axis=1).round(
-        9
-    ) + 0.0  # no negative zero
+    means = np.asarray(means, np.float64)
+    not_a_number = np.full(len(means), np.nan)
+    if len(means) < 2:
+        return not_a_number
+    complete = np.isfinite(means).all(axis=0)
+    # A column without spread has no z-scores and does not tell models apart.
+    counted = complete & (np.ptp(means, axis=0) > 0)
+    if not counted.any():
+        return not_a_number
+    columns = means[:, counted]
+    z_scores = (columns - columns.mean(axis=0)) / columns.std(axis=0)
+    # Rounded so that models that are alike get the same number; adding zero turns a negative zero into zero.
+    return z_scores.mean(axis=1).round(9) + 0.0
 
 
 def standardised_gain(scores: Scores, reference: Scores, names: tuple[str, ...]) -> float:
-    """Mean over rewards of the paired gain in units of the reference's standard deviation.
+    """Returns the mean over rewards of the paired gain in units of the reference's standard deviation.
 
-    Raw scales differ by orders of magnitude, so their mean would follow whichever is largest; rewards without a valid
-    sample or without spread are left out. 0 if none is left.
+    Raw scales differ by orders of magnitude, so their mean would follow whichever is largest.
+
+    Args:
+      scores: of N images.
+      reference: of N images from the same prompts and noise, with the same rewards.
+      names: of the rewards that count.
+
+    Returns:
+      The mean over those that have a sample valid in both and spread in the reference; 0 if there is none.
     """
     parts = []
     for k, name in enumerate(scores.names):
-        both = scores.valid[:, k] & reference.valid[:, k]
-        spread = reference.values[reference.valid[:, k], k].std() if both.any() else 0.0
-        if name in names and spread > 0:
-            difference = scores.values[both, k] - reference.values[both, k]
+        # Missing scores are masked on both sides, as in `gains`.
+        paired = scores.valid[:, k] & reference.valid[:, k]
+        if name not in names or not paired.any():
+            continue
+        spread = reference.values[reference.valid[:, k], k].std()
+        if spread > 0:
+            difference = scores.values[paired, k] - reference.values[paired, k]
             parts.append(float(difference.mean() / spread))
-    return float(np.mean(parts)) if parts else 0.0
+    if not parts:
+        return 0.0
+    return float(np.mean(parts))
