@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from marble_jax.distributed.channel import split_address
 from marble_jax.distributed.cluster_detection import Cluster, detect_cluster
+from marble_jax.distributed.rendezvous import split_address
 from marble_jax.errors import InputError, one_of
 
 MODES = ("auto", "off", "on")
