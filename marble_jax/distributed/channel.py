@@ -142,8 +142,10 @@ class Channel:
                 )
 
     def loss(self) -> str:
-        """Returns `lost`, after up to `NOTICE` seconds if nobody is: another process's end may be the cause of a failure
-        here and show a moment later."""
+        """Returns `lost`, after up to `NOTICE` seconds if nobody is lost yet.
+
+        A process that ended may be the cause of a failure here, and its end show a moment later.
+        """
         self._noticed.wait(NOTICE)
         return self.lost
 

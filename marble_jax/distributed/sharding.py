@@ -115,8 +115,9 @@ class ShardingRules:
         Raises:
           InputError: no rule names the parameter, or the rule has another number of axes.
         """
+        names: tuple[str, ...]
         if path[-1] in ("a", "b"):
-            # An adapter's factors share the outer axes of the kernel that they add to.
+            # An adapter's factors have the outer axes of the kernel that they add to.
             _, (inner, outer) = self.rule_of((*path[:-1], "kernel"))
             names = (inner, "rank") if path[-1] == "a" else ("rank", outer)
         else:
