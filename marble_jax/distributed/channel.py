@@ -122,9 +122,7 @@ class Channel:
 
     def _collect(self, contribution: dict[str, Any]) -> dict[str, Any]:
         """On process 0: what all processes contribute, sent back to each of them."""
-        contributions = [contribution]
-        for peer in self._peers:
-            contributions.append(self._next(peer))
+        contributions = [contribution, *map(self._next, self._peers)]
         refusals = [one["refusal"] for one in contributions]
         # A process that refuses may be at any exchange, so labels have to agree only where none does.
         if not any(refusals):

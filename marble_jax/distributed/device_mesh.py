@@ -61,11 +61,7 @@ def abstract_mesh(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) ->
 def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Sizes:
     """Returns the devices along each of `AXES`, of `count`; arguments and errors as `make_mesh`."""
     wanted = (data, fsdp, tensor)
-    fixed = math.prod(size for size in wanted if size != -1)
-    sizes = wanted
-    if wanted.count(-1) == 1 and fixed > 0 and count % fixed == 0:
-        data, fsdp, tensor = (count // fixed if size == -1 else size for size in wanted)
-        sizes = (data, fsdp, tensor)
+    sizes = _fill_in(count, wanted)
     if min(sizes) < 1 or math.prod(sizes) != count:
         received = " x ".join(map(str, wanted))
         nearest = " x ".join(map(str, _nearest_sizes(count, wanted)))
@@ -76,23 +72,38 @@ def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Si
     return sizes
 
 
+def _fill_in(count: int, wanted: Sizes) -> Sizes:
+    """The wanted sizes with what the others leave in place of a single -1; as they are where that does not divide."""
+    fixed = math.prod(size for size in wanted if size != -1)
+    if wanted.count(-1) != 1 or fixed <= 0 or count % fixed != 0:
+        return wanted
+    data, fsdp, tensor = (count // fixed if size == -1 else size for size in wanted)
+    return data, fsdp, tensor
+
+
 def _nearest_sizes(count: int, wanted: Sizes) -> Sizes:
-    """The sizes of a mesh of `count` devices that are nearest to the wanted ones, in ratios; -1 is near to any."""
+    """The sizes of a mesh of `count` devices that are nearest to the wanted ones."""
+    return min(_possible_sizes(count), key=lambda sizes: _distance(sizes, wanted))
 
-    def distance(sizes: Sizes) -> float:
-        total = 0.0
-        for size, want in zip(sizes, wanted, strict=True):
-            if want != -1:
-                total += abs(math.log(max(want, 1) / size))
-        return total
 
+def _distance(sizes: Sizes, wanted: Sizes) -> float:
+    """How far sizes are from the wanted ones, as a sum of logarithms of ratios; anything is near to -1."""
+    total = 0.0
+    for size, want in zip(sizes, wanted, strict=True):
+        if want != -1:
+            # Sizes below 1 have no logarithm; 1 is the nearest that has.
+            total += abs(math.log(max(want, 1) / size))
+    return total
+
+
+def _possible_sizes(count: int) -> list[Sizes]:
     divisors = [number for number in range(1, count + 1) if count % number == 0]
     candidates = []
     for tensor in divisors:
         for fsdp in divisors:
             if count % (fsdp * tensor) == 0:
                 candidates.append((count // (fsdp * tensor), fsdp, tensor))
-    return min(candidates, key=distance)
+    return candidates
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:

@@ -84,10 +84,8 @@ def _find(path: epath.Path, name: str, writer: str, patience: float) -> None:
 
 
 def _remove(path: epath.Path, token: str, created: list[epath.Path]) -> None:
-    if path.is_dir():
-        for file in list(path.iterdir()):
-            if file.name.startswith(token):
-                file.unlink(missing_ok=True)
+    for file in list(path.glob(f"{token}.*")):
+        file.unlink(missing_ok=True)
     for folder in created:
         try:
             folder.rmdir()

@@ -22,6 +22,11 @@ from marble_jax.distributed.rendezvous import rendezvous
 from marble_jax.errors import InputError
 
 Value = TypeVar("Value")
+_STATUSES: tuple[tuple[type[BaseException], int], ...] = (
+    (HostLost, LOST_STATUS),
+    (KeyboardInterrupt, 130),  # 128 + SIGINT, as shells have it
+    (InputError, 2),
+)
 _channel: Channel | None = None
 
 
@@ -115,12 +120,9 @@ def _end(channel: Channel, verb: str, error: BaseException) -> NoReturn:
 
 
 def _exit_status(error: BaseException) -> int:
-    if isinstance(error, HostLost):
-        return LOST_STATUS
-    if isinstance(error, KeyboardInterrupt):
-        return 130  # 128 + SIGINT, as shells have it
-    if isinstance(error, InputError):
-        return 2
+    for kind, status in _STATUSES:
+        if isinstance(error, kind):
+            return status
     return 1
 
 
@@ -201,10 +203,8 @@ def exchange(label: str, value: Any, refusal: str = "") -> list[Any]:
     try:
         return _channel.exchange(label, value, refusal)
     except Refused as error:
-        if len(set(error.lines)) == 1:
-            message = error.lines[0]
-        else:
-            message = first_reason(error.lines)
+        all_say_the_same = len(set(error.lines)) == 1
+        message = error.lines[0] if all_say_the_same else first_reason(error.lines)
         raise AgreedError(message) from None
 
 
@@ -289,15 +289,20 @@ def assert_equal(what: str, settings: Mapping[str, Any]) -> None:
     texts = {name: repr(value) for name, value in settings.items()}
     reference, *others = exchange(f"same {what}", texts)
     for process, received in enumerate(others, 1):
-        for name in sorted(set(reference) | set(received)):
-            if reference.get(name) != received.get(name):
-                values = " and ".join(
-                    f"{texts.get(name, 'none')} on process {i} ({_host_name(i)})"
-                    for i, texts in ((0, reference), (process, received))
-                )
-                raise InputError(
-                    f"{what}{name}: expected the same on every host; received {values}"
-                )
+        name = _first_difference(reference, received)
+        if name is not None:
+            raise InputError(
+                f"{what}{name}: expected the same on every host; received "
+                f"{reference.get(name, 'none')} on process 0 ({_host_name(0)}) and "
+                f"{received.get(name, 'none')} on process {process} ({_host_name(process)})"
+            )
+
+
+def _first_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    for name in sorted(set(one) | set(other)):
+        if one.get(name) != other.get(name):
+            return name
+    return None
 
 
 def _host_name(process: int) -> str:

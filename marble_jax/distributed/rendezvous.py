@@ -99,29 +99,31 @@ def split_address(address: str) -> tuple[str, int]:
 
 def _admit_all(meeting: _Meeting) -> Channel:
     """On process 0: takes the others in, and tells all of them how it went."""
-    try:
-        listener = listen(meeting.port)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"--coordinator: expected port {meeting.port} to be free on process 0 ({meeting.name}); received "
-            f"{reason}; choose another one"
-        ) from None
     arrived: dict[int, tuple[str, socket.socket]] = {}
     problem = ""
-    with listener:
+    with _open(meeting) as listener:
         while len(arrived) < meeting.count - 1 and not problem:
             problem = _admit_one(meeting, listener, arrived)
     connections = [connection for _, connection in arrived.values()]
     if problem:
         _answer(connections, LOST, problem)
         raise InputError(problem)
-    names = [meeting.name]
-    for index in range(1, meeting.count):
-        names.append(arrived[index][0])
+    others = sorted(arrived)
+    names = [meeting.name, *(arrived[index][0] for index in others)]
     _answer(connections, VALUE, names)
-    indexed = [(index, connection) for index, (_, connection) in arrived.items()]
+    indexed = [(index, arrived[index][1]) for index in others]
     return Channel(0, names, indexed, meeting.keepalive)
+
+
+def _open(meeting: _Meeting) -> socket.socket:
+    try:
+        return listen(meeting.port)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"--coordinator: expected port {meeting.port} to be free on process 0 ({meeting.name}); received "
+            f"{reason}; choose another one"
+        ) from None
 
 
 def _admit_one(
@@ -185,39 +187,44 @@ def _misfit(
 def _join(meeting: _Meeting) -> Channel:
     """On another process: knocks until process 0 opens, then waits until it says that all are there."""
     reason = ""
-    while (remaining := meeting.deadline - time.monotonic()) > 0:
+    while meeting.remaining() > 0:
         try:
-            connection = socket.create_connection(
-                (meeting.host, meeting.port), timeout=max(0.1, min(remaining, 10.0))
-            )
+            return _knock(meeting)
         except OSError as error:
-            reason = _reason(error.strerror or str(error), error)
-            time.sleep(min(RETRY, max(0.0, remaining)))
-            continue
-        answer = None
-        try:
-            answer = _say_hello(meeting, connection)
-        except OSError as error:
-            reason = _reason(str(error), error)
-        if answer is not None and answer[0] == VALUE:
-            return Channel(meeting.index, answer[1], [(0, connection)], meeting.keepalive)
-        connection.close()
-        if answer is not None and answer[0] == LOST:
-            raise InputError(answer[1])
-        reason = reason or "another program, or a process 0 that stopped, at that port"
-        time.sleep(RETRY)
+            reason = error.strerror or str(error) or type(error).__name__
+        time.sleep(min(RETRY, meeting.remaining()))
     raise InputError(
         f"--coordinator: expected process 0 at {meeting.host}:{meeting.port} within {meeting.timeout:g} s; received "
         f"none ({reason}): is process 0 running there, and is the port open between the hosts?"
     )
 
 
-def _reason(text: str, error: Exception) -> str:
-    return text or type(error).__name__
+def _knock(meeting: _Meeting) -> Channel:
+    """Tries once to reach process 0, and waits for all others if it is there.
+
+    Raises:
+      OSError: process 0 does not listen yet, or somebody else does.
+      InputError: process 0 says why the run cannot start.
+    """
+    seconds = max(0.1, min(meeting.remaining(), 10.0))
+    connection = socket.create_connection((meeting.host, meeting.port), timeout=seconds)
+    kind, value = None, None
+    try:
+        kind, value = _say_hello(meeting, connection)
+    finally:
+        if kind != VALUE:
+            connection.close()
+    if kind == LOST:
+        raise InputError(value)
+    return Channel(meeting.index, value, [(0, connection)], meeting.keepalive)
 
 
-def _say_hello(meeting: _Meeting, connection: socket.socket) -> tuple[bytes, Any] | None:
-    """Says which process this is, and returns the answer of process 0; None at the end of the connection."""
+def _say_hello(meeting: _Meeting, connection: socket.socket) -> tuple[bytes, Any]:
+    """Says which process this is, and returns the answer of process 0.
+
+    Raises:
+      OSError: the connection broke, or ended without an answer.
+    """
     hello = {
         "magic": _MAGIC,
         "process": meeting.index,
@@ -227,7 +234,10 @@ def _say_hello(meeting: _Meeting, connection: socket.socket) -> tuple[bytes, Any
     send(connection, VALUE, hello)
     # Process 0 gives up at a deadline of its own, and says so.
     connection.settimeout(meeting.remaining() + ANSWER)
-    return receive(connection)
+    answer = receive(connection)
+    if answer is None:
+        raise OSError("another program, or a process 0 that stopped, at that port")
+    return answer
 
 
 def _read_hello(connection: socket.socket) -> dict[str, Any] | None:
@@ -239,13 +249,13 @@ def _read_hello(connection: socket.socket) -> dict[str, Any] | None:
         return None
     if message is None:
         return None
-    hello = message[1]
-    if not isinstance(hello, dict) or hello.get("magic") != _MAGIC:
-        return None
-    for key, kind in _HELLO_TYPES:
-        if not isinstance(hello.get(key), kind):
-            return None
-    return hello
+    return message[1] if _is_hello(message[1]) else None
+
+
+def _is_hello(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("magic") != _MAGIC:
+        return False
+    return all(isinstance(value.get(key), kind) for key, kind in _HELLO_TYPES)
 
 
 def _answer(connections: Sequence[socket.socket], kind: bytes, value: Any) -> None:

@@ -118,7 +118,7 @@ class Peer:
 
 
 def listen(port: int) -> socket.socket:
-    """Returns a socket on every address of this host, as JAX's service has it, at a port that may just have been used."""
+    """Returns a socket on every address of this host, as JAX's service has it; its port may just have been in use."""
     # One socket for both versions of IP, where the system can: names of hosts resolve to either.
     dual_stack = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual_stack else socket.AF_INET
