@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from marble_jax.distributed.channel import split_address
 from marble_jax.distributed.cluster_detection import Cluster, detect_cluster
+from marble_jax.distributed.rendezvous import split_address
 from marble_jax.errors import InputError, one_of
 
 MODES = ("auto", "off", "on")
@@ -28,7 +28,7 @@ def find_cluster(
     num_processes: str = "",
     process_id: str = "",
     timeout: float = 300.0,
-    environ: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
     """Returns the processes that this one belongs to: by options, by JAX's or torchrun's variables, or by detection.
 
@@ -36,7 +36,7 @@ def find_cluster(
       mode: "auto" looks, "on" looks and insists, "off" does not look.
       coordinator, num_processes, process_id: the options as text; empty where not given.
       timeout: seconds the detection may wait for the coordinator's name to resolve.
-      environ: `os.environ` by default.
+      environ: environment variables.
 
     Returns:
       None for a process on its own.
@@ -53,7 +53,7 @@ def find_cluster(
     if mode == "off":
         _refuse_options(options)
         return None
-    cluster = _locate(options, os.environ if environ is None else environ, timeout)
+    cluster = _locate(options, environ, timeout)
     if mode == "on" and cluster is None:
         raise InputError(
             "--distributed=on: expected a TPU pod, SLURM, Open MPI, Kubernetes, "
@@ -78,29 +78,30 @@ def _locate(
     """The cluster by the first source that names one, also one of a single process."""
     if any(options.values()):
         return _explicit(options, "the command line")
-    if all(name in environ for name in JAX_VARIABLES):
+    if set(JAX_VARIABLES) <= set(environ):
         variables = {name: environ[name] for name in JAX_VARIABLES}
         return _explicit(variables, "JAX's variables", _jax_devices(environ))
-    if "WORLD_SIZE" in environ and "RANK" in environ:
+    if {"WORLD_SIZE", "RANK"} <= set(environ):
         return _torchrun(environ)
-    cluster = _detect(environ, timeout)
-    if cluster is None and {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= set(environ):
-        raise InputError(
-            "--distributed: expected the kubernetes package in this indexed Kubernetes job; "
-            f"received none (pip install 'jax[k8s]'); {ADVICE}"
-        )
-    return cluster
+    return _detect(environ, timeout)
 
 
 def _detect(environ: Mapping[str, str], timeout: float) -> Cluster | None:
+    """The cluster that is detected; a Kubernetes job that cannot be asked is no process on its own."""
     try:
-        return detect_cluster(environ, timeout)
+        cluster = detect_cluster(environ, timeout)
     except Exception as error:  # whatever the cluster's own interfaces raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"--distributed: expected the cluster to say who takes part; received {type(error).__name__}: "
             f"{lines[0]}; {ADVICE}"
         ) from error
+    if cluster is None and {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= set(environ):
+        raise InputError(
+            "--distributed: expected the kubernetes package in this indexed Kubernetes job; "
+            f"received none (pip install 'jax[k8s]'); {ADVICE}"
+        )
+    return cluster
 
 
 def _explicit(
@@ -152,11 +153,6 @@ def _torchrun(environ: Mapping[str, str]) -> Cluster:
     # Under torchrun's agent MASTER_PORT is taken by the agent's own store, so the next port is used.
     if port.isdigit() and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         port = str(int(port) + 1)
-    local_rank = environ.get("LOCAL_RANK", "")
-    local_devices = None
-    # Several processes on a host take one device each; one alone takes all of them.
-    if local_rank.isdigit() and environ.get("LOCAL_WORLD_SIZE", "") != "1":
-        local_devices = (int(local_rank),)
     return _explicit(
         {
             "MASTER_ADDR:MASTER_PORT": f"{environ['MASTER_ADDR']}:{port}",
@@ -164,5 +160,13 @@ def _torchrun(environ: Mapping[str, str]) -> Cluster:
             "RANK": environ["RANK"],
         },
         "torchrun's variables",
-        local_devices,
+        _torchrun_devices(environ),
     )
+
+
+def _torchrun_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    # Several processes on a host take one device each; one by itself takes all of them.
+    local_rank = environ.get("LOCAL_RANK", "")
+    if local_rank.isdigit() and environ.get("LOCAL_WORLD_SIZE", "") != "1":
+        return (int(local_rank),)
+    return None

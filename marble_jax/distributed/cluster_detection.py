@@ -99,13 +99,13 @@ def _open_mpi(environ: Mapping[str, str], timeout: float) -> Cluster | None:
 
 def _slurm(environ: Mapping[str, str], timeout: float) -> Cluster | None:
     """Tasks of `srun`; process 0 runs on the first host of a list such as `node[001-015],host2`."""
-    for name in _SLURM_VARIABLES:
-        if name not in environ:
-            return None
-    first = re.match(r"(?P<name>[^,\[]*)(\[(?P<number>[^,\-\]]*))?", environ["SLURM_STEP_NODELIST"])
-    host = ""
-    if first is not None:
-        host = first["name"] + (first["number"] or "")
+    if not set(_SLURM_VARIABLES) <= set(environ):
+        return None
+    # Either `name` or `prefix[number-...]` comes first in the list.
+    prefix, _, numbers = environ["SLURM_STEP_NODELIST"].partition("[")
+    host, comma, _ = prefix.partition(",")
+    if not comma:
+        host += re.split(r"[,\-\]]", numbers)[0]
     return Cluster(
         f"{host}:{_job_port(environ, int(environ['SLURM_JOB_ID']))}",
         int(environ["SLURM_NTASKS"]),
@@ -163,14 +163,16 @@ def _gce_tpu_pod(environ: Mapping[str, str], timeout: float) -> Cluster | None:
     endpoints = _metadata(environ, "worker-network-endpoints")
     if endpoints is None:
         raise RuntimeError("no worker-network-endpoints in the TPU's metadata")
-    hosts = []
-    for endpoint in endpoints.split(","):
-        # Either a host's name, or name:id:ip as older slices have it.
-        parts = endpoint.split(":")
-        if len(parts) not in (1, 3):
-            raise ValueError(f"unknown form of worker-network-endpoints: {endpoint}")
-        hosts.append(parts[-1])
+    hosts = [_endpoint_host(endpoint) for endpoint in endpoints.split(",")]
     return _tpu_pod(environ, hosts, int(worker), "a TPU pod", timeout)
+
+
+def _endpoint_host(endpoint: str) -> str:
+    # Either a host's name, or name:id:ip as older slices have it.
+    parts = endpoint.split(":")
+    if len(parts) not in (1, 3):
+        raise ValueError(f"unknown form of worker-network-endpoints: {endpoint}")
+    return parts[-1]
 
 
 def _tpu_pod(
@@ -193,11 +195,9 @@ def _tpu_setting(environ: Mapping[str, str], name: str) -> str | None:
     """A setting of the slice: a variable, or else a line such as `NAME: 'value'` of the metadata's `tpu-env`."""
     if name in environ:
         return environ[name]
-    for line in (_metadata(environ, "tpu-env") or "").split("\n"):
-        key, colon, value = line.partition(":")
-        if colon and key.strip() == name:
-            return value.strip().strip("'")
-    return None
+    settings = _metadata(environ, "tpu-env") or ""
+    line = re.search(rf"^\s*{name}\s*:(.*)$", settings, re.MULTILINE)
+    return None if line is None else line[1].strip().strip("'")
 
 
 def _metadata(environ: Mapping[str, str], key: str) -> str | None:
@@ -225,6 +225,21 @@ def _kubernetes_job(environ: Mapping[str, str], timeout: float) -> Cluster | Non
         import kubernetes
     except ImportError:
         return None
+    pod, job = _read_pod_and_job(kubernetes, environ)
+    if "JOB_COMPLETION_INDEX" not in environ:
+        raise RuntimeError('no JOB_COMPLETION_INDEX (the job needs completionMode: "Indexed")')
+    num_processes = job.spec.parallelism
+    process_id = int(environ["JOB_COMPLETION_INDEX"])
+    if num_processes == 1:
+        return Cluster("", 1, process_id, "Kubernetes")
+    host = f"{job.metadata.name}-0.{_kubernetes_subdomain(pod, job)}"
+    _wait_for_name(host, timeout)
+    port = environ.get("JAX_COORDINATOR_PORT") or KUBERNETES_PORT
+    return Cluster(f"{host}:{port}", num_processes, process_id, "Kubernetes")
+
+
+def _read_pod_and_job(kubernetes: Any, environ: Mapping[str, str]) -> tuple[Any, Any]:
+    """The pod that this process runs in and the job that it belongs to, from the cluster's interface."""
     kubernetes.config.load_incluster_config()
     namespace = NAMESPACE_FILE.read_text().strip()
     try:
@@ -237,16 +252,7 @@ def _kubernetes_job(environ: Mapping[str, str], timeout: float) -> Cluster | Non
             f"Kubernetes API: {error.status} {error.reason} (the service account has to be allowed to read "
             "pods and jobs)"
         ) from error
-    num_processes = job.spec.parallelism
-    if "JOB_COMPLETION_INDEX" not in environ:
-        raise RuntimeError('no JOB_COMPLETION_INDEX (the job needs completionMode: "Indexed")')
-    process_id = int(environ["JOB_COMPLETION_INDEX"])
-    if num_processes == 1:
-        return Cluster("", 1, process_id, "Kubernetes")
-    host = f"{job.metadata.name}-0.{_kubernetes_subdomain(pod, job)}"
-    _wait_for_name(host, timeout)
-    port = environ.get("JAX_COORDINATOR_PORT") or KUBERNETES_PORT
-    return Cluster(f"{host}:{port}", num_processes, process_id, "Kubernetes")
+    return pod, job
 
 
 def _kubernetes_pod(api: Any, namespace: str, environ: Mapping[str, str]) -> Any:

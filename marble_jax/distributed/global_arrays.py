@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 def device_put_global(tree: Any, sharding: Any) -> Any:
-    """`jax.device_put` over the devices of all processes, each of which holds the same host values.
+    """Returns `jax.device_put` over the devices of all processes, each of which holds the same host values.
 
     Nothing is sent: every process puts its own parts where they belong.
 
@@ -19,57 +20,63 @@ def device_put_global(tree: Any, sharding: Any) -> Any:
       sharding: of every leaf, or a tree of them.
     """
     one_for_all = isinstance(sharding, jax.sharding.Sharding)
-    if all(
-        s.is_fully_addressable for s in ([sharding] if one_for_all else jax.tree.leaves(sharding))
-    ):
+    shardings = [sharding] if one_for_all else jax.tree.leaves(sharding)
+    if all(leaf_sharding.is_fully_addressable for leaf_sharding in shardings):
         return jax.device_put(tree, sharding)
-    return jax.tree.map(
-        lambda leaf, *own: _device_put_leaf(leaf, own[0] if own else sharding),
-        tree,
-        *([] if one_for_all else [sharding]),
-    )
+    if one_for_all:
+        return jax.tree.map(lambda leaf: _device_put_leaf(leaf, sharding), tree)
+    return jax.tree.map(_device_put_leaf, tree, sharding)
 
 
 def _device_put_leaf(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jax.device_put(leaf, sharding)  # from one layout to another, between the devices
+        # No process holds all of it: from one layout to another, between the devices.
+        return jax.device_put(leaf, sharding)
     host = np.asarray(leaf)
+    # `jax.device_put` turns 64-bit numbers into 32-bit ones; the callback below would refuse them.
     host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays of all processes as host arrays; all of them have to ask for it."""
+    """Returns arrays of all processes as host arrays; all processes have to ask for them."""
+    return jax.tree.map(_leaf_to_host, tree)
 
-    def one(leaf: Any) -> np.ndarray:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return np.asarray(leaf)
-        return multihost_utils.process_allgather(leaf, tiled=True)
 
-    return jax.tree.map(one, tree)
+def _leaf_to_host(leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def row_processes(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> np.ndarray:
-    """int [N]: the process that answers for each row of an array; of several that hold it, the first."""
+    """Returns int [N]: the process that answers for each row of an array of that shape [N, ...].
+
+    Of several processes that hold a row, the first answers for it.
+    """
     processes = np.full(shape[0], jax.process_count())
-    for device, index in sharding.devices_indices_map(shape).items():
+    places: Iterable[tuple[Any, Any]] = sharding.devices_indices_map(shape).items()
+    for device, index in places:
         rows = index[0]
         processes[rows] = np.minimum(processes[rows], device.process_index)
     return processes
 
 
 def local_rows(array: jax.Array, processes: np.ndarray) -> np.ndarray:
-    """The rows of an array that this process answers for, in their order, read from its own devices.
+    """Returns the rows of an array that this process answers for, in their order, read from its own devices.
 
     Args:
-      array: split along its first axis only.
-      processes: from `row_processes`.
+      array: [N, ...], split along its first axis only.
+      processes: int [N], from `row_processes`.
     """
     rows = np.flatnonzero(processes == jax.process_index())
-    found = np.zeros((len(rows), *array.shape[1:]), array.dtype)
+    values = np.zeros((len(rows), *array.shape[1:]), array.dtype)
     for shard in array.addressable_shards:
         first, last, _ = shard.index[0].indices(array.shape[0])
+        # A shard may hold rows that another process answers for.
         inside = (rows >= first) & (rows < last)
         if inside.any():
-            found[inside] = np.asarray(shard.data)[rows[inside] - first]
-    return found
+            values[inside] = np.asarray(shard.data)[rows[inside] - first]
+    return values

@@ -1,4 +1,4 @@
-"""Whether all hosts of a run see one and the same directory, and can write to it.
+"""Probe of a directory: whether all hosts of a run see one and the same, and can write to it.
 
 Checkpoints are written by all hosts into one place. Where a host has a directory of its own under the same name
 nothing fails until a checkpoint is to be read again.
@@ -19,10 +19,12 @@ PATIENCE = 10.0
 
 
 def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> None:
-    """Every host leaves a file for every other to find; afterwards everything is as it was.
+    """Makes sure that all hosts share a directory: every host leaves a file for every other to find.
+
+    Afterwards everything is as it was.
 
     Args:
-      path: the directory; made for the time being where it is not there.
+      path: the directory; made for the time being where it does not exist.
       patience: seconds to wait for another host's file.
 
     Raises:
@@ -31,29 +33,27 @@ def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> 
     if distributed.is_single_process():
         return
     path = epath.Path(path)
-    made = (
-        [place for place in (path, *path.parents) if not place.exists()]
-        if distributed.is_first()
-        else []
-    )
+    created: list[epath.Path] = []
+    if distributed.is_first():
+        created = [folder for folder in (path, *path.parents) if not folder.exists()]
     token = distributed.broadcast_from_first("probe", lambda: f".probe-{secrets.token_hex(8)}")
+
+    def find_all() -> None:
+        for process in range(distributed.count()):
+            _find(path, f"{token}.{process}", f"process {process}", patience)
+
     try:
         distributed.broadcast_from_first("probe written", lambda: _write(path, f"{token}.0"))
+        # Before anybody else writes: on a host of its own directory a write would make the folder.
         distributed.run_on_all(
             "probe found", lambda: _find(path, f"{token}.0", "process 0", patience)
         )
         distributed.run_on_all(
             "probe answered", lambda: _write(path, f"{token}.{distributed.index()}")
         )
-        distributed.run_on_all(
-            "probe answers found",
-            lambda: [
-                _find(path, f"{token}.{i}", f"process {i}", patience)
-                for i in range(distributed.count())
-            ],
-        )
+        distributed.run_on_all("probe answers found", find_all)
     finally:
-        distributed.broadcast_from_first("probe removed", lambda: _remove(path, token, made))
+        distributed.broadcast_from_first("probe removed", lambda: _remove(path, token, created))
 
 
 def _write(path: epath.Path, name: str) -> None:
@@ -67,14 +67,15 @@ def _write(path: epath.Path, name: str) -> None:
 
 
 def _find(path: epath.Path, name: str, writer: str, patience: float) -> None:
-    end = time.monotonic() + patience
+    deadline = time.monotonic() + patience
     while True:
         try:
             if (path / name).read_text() == name:
                 return
         except OSError:
+            # Not visible here yet; file systems raise more kinds than "no such file" for it.
             pass
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise InputError(
                 f"workdir: expected a directory that all hosts share; received {path}, where what "
                 f"{writer} writes does not show"
@@ -82,12 +83,12 @@ def _find(path: epath.Path, name: str, writer: str, patience: float) -> None:
         time.sleep(0.2)
 
 
-def _remove(path: epath.Path, token: str, made: list[epath.Path]) -> None:
-    for file in list(path.iterdir()) if path.is_dir() else ():
-        if file.name.startswith(token):
-            file.unlink(missing_ok=True)
-    for place in made:
+def _remove(path: epath.Path, token: str, created: list[epath.Path]) -> None:
+    for file in list(path.glob(f"{token}.*")):
+        file.unlink(missing_ok=True)
+    for folder in created:
         try:
-            place.rmdir()
-        except OSError:  # not there, or no longer empty
+            folder.rmdir()
+        except OSError:
+            # Never made, or no longer empty: then its parents are not empty either.
             break

@@ -12,15 +12,21 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 
-from marble_jax.distributed.channel import LOST_STATUS, Channel, HostLost, Refused, meet
-from marble_jax.distributed.cluster import Cluster
+from marble_jax.distributed.channel import LOST_STATUS, Channel, HostLost, Refused
+from marble_jax.distributed.cluster_detection import Cluster
+from marble_jax.distributed.rendezvous import rendezvous
 from marble_jax.errors import InputError
 
 Value = TypeVar("Value")
+_STATUSES: tuple[tuple[type[BaseException], int], ...] = (
+    (HostLost, LOST_STATUS),
+    (KeyboardInterrupt, 130),  # 128 + SIGINT, as shells have it
+    (InputError, 2),
+)
 _channel: Channel | None = None
 
 
@@ -49,7 +55,7 @@ def process_group(
     if cluster is None:
         yield
         return
-    _channel = meet(
+    _channel = rendezvous(
         cluster.coordinator,
         cluster.num_processes,
         cluster.process_id,
@@ -72,8 +78,8 @@ def exit_unless_agreed(agreed: tuple[type[BaseException], ...], error: BaseExcep
     Bad input is made known first, and then all processes tidy up.
 
     Args:
-      agreed: what all processes raise together.
-      error: what was raised.
+      agreed: exceptions that all processes raise together.
+      error: the exception that was raised.
     """
     if _channel is None or isinstance(error, (AgreedError, *agreed)):
         return
@@ -87,28 +93,37 @@ def exit_unless_agreed(agreed: tuple[type[BaseException], ...], error: BaseExcep
     _end(_channel, "", error)
 
 
-def _end(channel: Channel, verb: str, error: BaseException) -> None:
+def _end(channel: Channel, verb: str, error: BaseException) -> NoReturn:
     """Says what happened and ends this process, whatever other threads wait for."""
-    said = str(error) or type(error).__name__
-    status = {HostLost: LOST_STATUS, KeyboardInterrupt: 130}.get(
-        type(error), 2 if isinstance(error, InputError) else 1
-    )
-    if status == 1 and channel.loss():  # a collective that broke because another process is gone
-        said, status = channel.lost, LOST_STATUS
+    message = str(error) or type(error).__name__
+    status = _exit_status(error)
+    if status == 1 and channel.loss():
+        # A collective breaks here when another process is gone, which is then the cause.
+        message = channel.lost
+        status = LOST_STATUS
     if status == 1:
         traceback.print_exception(error)
-        said = f"{type(error).__name__}: {said.splitlines()[0]}"
+        message = f"{type(error).__name__}: {message.splitlines()[0]}"
+    line = message
+    # Bad input and losses name their process already, or concern all of them.
+    if status not in (2, LOST_STATUS):
+        line = f"process {channel.index} ({channel.names[channel.index]}): {message}"
+    program = f"marble-jax {verb}" if verb else "marble-jax"
     try:
         sys.stdout.flush()
-        sys.stderr.write(f"marble-jax{' ' * bool(verb)}{verb}: process {channel.index}: {said}\n")
+        sys.stderr.write(f"{program}: process {channel.index}: {message}\n")
         sys.stderr.flush()
-        channel.leave(
-            said
-            if status in (2, LOST_STATUS)
-            else f"process {channel.index} ({channel.names[channel.index]}): {said}"
-        )
+        channel.leave(line)
     finally:
+        # Python's own way out would wait for threads that wait for processes that are gone.
         os._exit(status)
+
+
+def _exit_status(error: BaseException) -> int:
+    for kind, status in _STATUSES:
+        if isinstance(error, kind):
+            return status
+    return 1
 
 
 def start_jax(
@@ -116,20 +131,27 @@ def start_jax(
 ) -> None:
     """Starts JAX's distributed runtime; all processes have met, so nobody is waited for in vain.
 
+    Args:
+      cluster: from `cluster.find_cluster`; None starts nothing.
+      init_timeout: seconds the runtime may take to connect.
+      heartbeat_timeout: seconds after which a process that does not answer counts as dead.
+
     Raises:
-      InputError: it does not start.
+      InputError: the runtime does not start.
     """
     if cluster is None:
         return
-    jax.config.update(
-        "jax_enable_preemption_service", False
-    )  # SIGTERM is handled, and agreed on, by the loop
+    # SIGTERM is handled, and agreed on, by the training loop; JAX's service would take it away.
+    jax.config.update("jax_enable_preemption_service", False)
+    local_devices = None
+    if cluster.local_devices is not None:
+        local_devices = list(cluster.local_devices)
     try:
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.num_processes,
             cluster.process_id,
-            None if cluster.local_devices is None else list(cluster.local_devices),
+            local_devices,
             initialization_timeout=int(init_timeout),
             heartbeat_timeout_seconds=int(heartbeat_timeout),
         )
@@ -141,22 +163,22 @@ def start_jax(
 
 
 def is_single_process() -> bool:
-    """Whether this process is the whole run."""
+    """Returns whether this process is the whole run."""
     return _channel is None
 
 
 def is_first() -> bool:
-    """Whether this process writes and speaks."""
-    return _channel is None or _channel.index == 0
+    """Returns whether this process is the one that writes and speaks."""
+    return index() == 0
 
 
 def index() -> int:
-    """Of this process, from 0."""
+    """Returns the number of this process, from 0."""
     return 0 if _channel is None else _channel.index
 
 
 def count() -> int:
-    """Of all processes."""
+    """Returns the number of all processes."""
     return 1 if _channel is None else _channel.count
 
 
@@ -165,101 +187,126 @@ class AgreedError(InputError):
 
 
 def exchange(label: str, value: Any, refusal: str = "") -> list[Any]:
-    """Every process's value (anything JSON knows), in their order; a list of one for a process on its own.
+    """Returns every process's value, in their order; a list of one for a process on its own.
 
     Args:
-      label: what it is about.
-      value: of this process.
+      label: what the exchange is about; the same everywhere.
+      value: of this process; anything JSON knows.
       refusal: why this process cannot go on, if it cannot; the others may then be at any other exchange.
 
     Raises:
-      AgreedError: on every process, with the refusal of the first one that has one; it is named unless all say the same.
+      AgreedError: on every process, with the refusal of the first one that has one; that process is named unless all
+        say the same.
     """
     if _channel is None:
         return [value]
     try:
         return _channel.exchange(label, value, refusal)
     except Refused as error:
-        raise AgreedError(
-            error.lines[0] if len(set(error.lines)) == 1 else first_reason(error.lines)
-        ) from None
+        all_say_the_same = len(set(error.lines)) == 1
+        message = error.lines[0] if all_say_the_same else first_reason(error.lines)
+        raise AgreedError(message) from None
 
 
 def run_on_all(label: str, call: Callable[[], Value]) -> Value:
-    """Calls on every process; if it finds bad input on one of them, all raise.
+    """Returns the value of a call that every process makes; if one of them finds bad input, all raise.
+
+    Args:
+      label: what the call is about; the same everywhere.
+      call: without collectives over devices, as another process may have failed before them.
 
     Raises:
       InputError: with the line of the first process that failed, named where not all of them did.
     """
     if _channel is None:
         return call()
-    result, refusal = None, ""
+    refusal = ""
     try:
         result = call()
     except AgreedError:
         raise
     except (InputError, OSError) as error:
         refusal = _line(error)
+    # Raises where this process or another one refuses, so that there is a result after it.
     exchange(label, None, refusal)
     return result
 
 
 def broadcast_from_first(label: str, call: Callable[[], Value]) -> Value:
-    """The value of a call that only process 0 makes (anything JSON knows).
+    """Returns, on every process, the value of a call that only process 0 makes.
+
+    Args:
+      label: what the call is about; the same everywhere.
+      call: its value is anything JSON knows.
 
     Raises:
-      InputError: everywhere, if it fails there.
+      InputError: on every process, if the call fails.
     """
     if _channel is None:
         return call()
-    result, refusal = None, ""
-    if is_first():
-        try:
-            result = call()
-        except (InputError, OSError) as error:
-            refusal = _line(error)
-    found = exchange(label, result, refusal)
-    return result if is_first() else found[0]
+    if not is_first():
+        return exchange(label, None)[0]
+    value, refusal = None, ""
+    try:
+        value = call()
+    except (InputError, OSError) as error:
+        refusal = _line(error)
+    exchange(label, value, refusal)
+    # Process 0 keeps its own value, which JSON has not changed; a refusal was raised by the exchange.
+    return cast(Value, value)
 
 
 def any_process(label: str, reason: str) -> str:
-    """The first process's reason that is not empty, with its name where there are several; empty if there is none."""
-    return reason if _channel is None else first_reason(exchange(label, reason))
+    """Returns the first process's reason that is not empty, with its name where there are several processes.
+
+    Args:
+      label: what the reasons are about; the same everywhere.
+      reason: of this process; empty for none.
+    """
+    if _channel is None:
+        return reason
+    return first_reason(exchange(label, reason))
 
 
 def first_reason(reasons: list[str]) -> str:
-    """The first of all processes' reasons that is not empty, with the process's name."""
-    return next(
-        (f"process {i} ({_named(i)}): {reason}" for i, reason in enumerate(reasons) if reason), ""
-    )
+    """Returns the first of all processes' reasons that is not empty, with the process's name; empty without any."""
+    for process, reason in enumerate(reasons):
+        if reason:
+            return f"process {process} ({_host_name(process)}): {reason}"
+    return ""
 
 
 def assert_equal(what: str, settings: Mapping[str, Any]) -> None:
     """Makes sure that all processes mean the same run.
 
     Args:
-      what: in front of the name of what differs.
+      what: in front of the name of a setting that differs.
       settings: by name, anything JSON knows.
 
     Raises:
       InputError: everywhere, naming the first setting that differs, and where.
     """
-    mine = {name: repr(value) for name, value in settings.items()}
-    first, *others = exchange(f"same {what}", mine)
-    for index, other in enumerate(others, 1):
-        for name in sorted(set(first) | set(other)):
-            if first.get(name) != other.get(name):
-                received = [
-                    f"{values.get(name, 'none')} on process {i} ({_named(i)})"
-                    for i, values in ((0, first), (index, other))
-                ]
-                raise InputError(
-                    f"{what}{name}: expected the same on every host; received {' and '.join(received)}"
-                )
+    texts = {name: repr(value) for name, value in settings.items()}
+    reference, *others = exchange(f"same {what}", texts)
+    for process, received in enumerate(others, 1):
+        name = _first_difference(reference, received)
+        if name is not None:
+            raise InputError(
+                f"{what}{name}: expected the same on every host; received "
+                f"{reference.get(name, 'none')} on process 0 ({_host_name(0)}) and "
+                f"{received.get(name, 'none')} on process {process} ({_host_name(process)})"
+            )
 
 
-def _named(index: int) -> str:
-    return _channel.names[index]
+def _first_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    for name in sorted(set(one) | set(other)):
+        if one.get(name) != other.get(name):
+            return name
+    return None
+
+
+def _host_name(process: int) -> str:
+    return "this host" if _channel is None else _channel.names[process]
 
 
 def _line(error: Exception) -> str:

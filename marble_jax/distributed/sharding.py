@@ -115,8 +115,9 @@ class ShardingRules:
         Raises:
           InputError: no rule names the parameter, or the rule has another number of axes.
         """
+        names: tuple[str, ...]
         if path[-1] in ("a", "b"):
-            # An adapter's factors share the outer axes of the kernel that they add to.
+            # An adapter's factors have the outer axes of the kernel that they add to.
             _, (inner, outer) = self.rule_of((*path[:-1], "kernel"))
             names = (inner, "rank") if path[-1] == "a" else ("rank", outer)
         else:
@@ -147,10 +148,8 @@ class ShardingRules:
         wanted = self._wanted_axes(names)
         spec: list[str | None] = []
         for name, mesh_axis, length in zip(names, wanted, shape, strict=True):
-            # Heads are dealt out whole: a head on two devices would split the softmax's products.
-            whole_heads = name == "heads" and length % self.head_width == 0
-            units = length // self.head_width if whole_heads else length
-            spec.append(mesh_axis if _divides(mesh, mesh_axis, units) else None)
+            fits = _divides(mesh, mesh_axis, self._num_units(name, length))
+            spec.append(mesh_axis if fits else None)
         return PartitionSpec(*spec)
 
     def sharding_of(
@@ -180,7 +179,7 @@ class ShardingRules:
         for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
             num_bytes = leaf.size * leaf.dtype.itemsize
             spec = self.spec_of(mesh, path, tuple(leaf.shape))
-            num_parts = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
+            num_parts = math.prod(_num_devices(mesh, axis) for axis in spec)
             total += num_bytes
             device += num_bytes // num_parts
             if num_parts == 1 and self._would_split(mesh, path, len(leaf.shape)):
@@ -227,11 +226,15 @@ class ShardingRules:
         # Flax's signature allows None, which it returns for no names only.
         return tuple(nn.logical_to_mesh_axes(names, self.axes) or ())
 
+    def _num_units(self, name: str, length: int) -> int:
+        # Heads are dealt out whole: a head on two devices would split the products of its softmax.
+        if name == "heads" and length % self.head_width == 0:
+            return length // self.head_width
+        return length
+
     def _would_split(self, mesh: Mesh | AbstractMesh, path: Path, rank: int) -> bool:
-        for axis in self._wanted_axes(self.logical_axes(path, rank)):
-            if axis is not None and mesh.shape[axis] > 1:
-                return True
-        return False
+        wanted = self._wanted_axes(self.logical_axes(path, rank))
+        return any(_num_devices(mesh, axis) > 1 for axis in wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,10 +262,8 @@ class Gather:
         for name, leaf in by_path.items():
             spec = self.rules.spec_of(self.mesh, (*path, *name), leaf.shape)
             if "fsdp" in spec:
-                gathered = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
-                by_path[name] = jax.lax.with_sharding_constraint(
-                    leaf, NamedSharding(self.mesh, gathered)
-                )
+                gathered = NamedSharding(self.mesh, _without_fsdp(spec))
+                by_path[name] = jax.lax.with_sharding_constraint(leaf, gathered)
         return traverse_util.unflatten_dict(by_path)
 
 
@@ -274,5 +275,14 @@ def _first_match(rules: tuple[Rule, ...], name: str) -> Rule | None:
     return None
 
 
+def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+
+
 def _divides(mesh: Mesh | AbstractMesh, axis: str | None, units: int) -> bool:
-    return axis is not None and mesh.shape[axis] > 1 and units % mesh.shape[axis] == 0
+    num_devices = _num_devices(mesh, axis)
+    return num_devices > 1 and units % num_devices == 0
+
+
+def _num_devices(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
+    return 1 if axis is None else mesh.shape[axis]

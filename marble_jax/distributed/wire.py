@@ -12,34 +12,44 @@ from typing import Any
 
 VALUE, LOST, BYE = b"V", b"L", b"B"
 """Kinds of messages: a value, somebody is lost, a farewell."""
-_LARGEST = 1 << 26
+LARGEST = 1 << 26
+"""Bytes of a message at most; a longer one is another program's."""
+_HEAD = struct.Struct("!cI")  # kind, bytes of the body
+_READ = 1 << 16  # bytes asked for at a time
 
 
 def send(connection: socket.socket, kind: bytes, value: Any) -> None:
-    """Sends anything JSON knows. Raises OSError when nobody is there."""
+    """Sends anything JSON knows.
+
+    Raises:
+      OSError: nobody is there.
+    """
     body = json.dumps(value).encode()
-    connection.sendall(struct.pack("!cI", kind, len(body)) + body)
+    connection.sendall(_HEAD.pack(kind, len(body)) + body)
 
 
 def receive(connection: socket.socket) -> tuple[bytes, Any] | None:
-    """One message; None at the end of the connection or of something else than a message."""
-    head = _exactly(connection, 5)
+    """Returns one message; None at the end of the connection or for anything that is no message."""
+    head = _read_exactly(connection, _HEAD.size)
     if head is None:
         return None
-    kind, size = struct.unpack("!cI", head)
-    if kind not in (VALUE, LOST, BYE) or size > _LARGEST:
+    kind, size = _HEAD.unpack(head)
+    # Another program at this port may send anything, such as an HTTP request.
+    if kind not in (VALUE, LOST, BYE) or size > LARGEST:
         return None
-    body = _exactly(connection, size)
+    body = _read_exactly(connection, size)
+    if body is None:
+        return None
     try:
-        return None if body is None else (kind, json.loads(body))
+        return kind, json.loads(body)
     except ValueError:
         return None
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes | None:
+def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
     parts = bytearray()
     while len(parts) < size:
-        part = connection.recv(min(size - len(parts), 1 << 16))
+        part = connection.recv(min(size - len(parts), _READ))
         if not part:
             return None
         parts += part
@@ -56,8 +66,11 @@ class Peer:
     """
 
     def __init__(self, index: int, name: str, connection: socket.socket):
-        self.index, self.name, self._connection = index, name, connection
+        self.index = index
+        self.name = name
         self.messages: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
+        self._connection = connection
+        # The main thread and the reading threads of other peers may send at once.
         self._lock = threading.Lock()
 
     def __str__(self) -> str:
@@ -69,23 +82,29 @@ class Peer:
             with self._lock:
                 send(self._connection, kind, value)
         except OSError:
+            # The reading thread notices as well, and says it to those who wait.
             pass
 
-    def read(self, lost: Callable[[Peer, str], None]) -> None:
-        """Collects messages until the connection ends; `lost` is called unless it ends with a farewell."""
+    def read(self, on_loss: Callable[[Peer, str], None]) -> None:
+        """Collects messages until the connection ends.
+
+        Args:
+          on_loss: called with the line that says who is lost, unless the connection ends with a farewell.
+        """
         while True:
             try:
                 message = receive(self._connection)
             except OSError:
                 message = None
             if message is None:
-                lost(self, f"{self} ended, or cannot be reached any more")
+                on_loss(self, f"{self} ended, or cannot be reached any more")
                 return
-            if message[0] == LOST:
-                lost(self, message[1])
+            kind, value = message
+            if kind == LOST:
+                on_loss(self, value)
                 continue
             self.messages.put(message)
-            if message[0] == BYE:
+            if kind == BYE:
                 return
 
     def close(self) -> None:
@@ -93,23 +112,32 @@ class Peer:
         try:
             self._connection.shutdown(socket.SHUT_RDWR)
         except OSError:
+            # The other side was faster.
             pass
         self._connection.close()
 
 
 def listen(port: int) -> socket.socket:
-    """On every address of this host, as JAX's service does; the port may have been used a moment ago."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    return socket.create_server(
-        ("", port), family=family, backlog=256, dualstack_ipv6=family == socket.AF_INET6
-    )
+    """Returns a socket on every address of this host, as JAX's service has it; its port may just have been in use."""
+    # One socket for both versions of IP, where the system can: names of hosts resolve to either.
+    dual_stack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual_stack else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=256, dualstack_ipv6=dual_stack)
 
 
 def keep_alive(connection: socket.socket, seconds: float) -> None:
-    """Has the system find out when the other host is gone without a word."""
+    """Has the system find out when the other host is gone without a word.
+
+    Args:
+      connection: to the other host.
+      seconds: of silence until it counts as gone, about.
+    """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    step = max(1, int(seconds / 6))
-    for option, value in (("TCP_KEEPIDLE", 3 * step), ("TCP_KEEPINTVL", step), ("TCP_KEEPCNT", 3)):
+    # Half of the time without a word, then three questions over the other half.
+    interval = max(1, int(seconds / 6))
+    options = (("TCP_KEEPIDLE", 3 * interval), ("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", 3))
+    for option, value in options:
+        # Not every system has all of them.
         if hasattr(socket, option):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from marble_jax.distributed import channel
-from marble_jax.distributed.channel import HostLost, meet
+from marble_jax.distributed.channel import HostLost
+from marble_jax.distributed.rendezvous import rendezvous, split_address
 from marble_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def threads_do_not_end_the_process(monkeypatch):
 def met():
     """Three open channels."""
     address = f"127.0.0.1:{free_port()}"
-    found = of_each(range(3), lambda i: meet(address, 3, i, 20, name=f"host{i}"))
+    found = of_each(range(3), lambda i: rendezvous(address, 3, i, 20, name=f"host{i}"))
     yield found
     of_each(range(3), lambda i: found[i].close())
 
@@ -139,12 +140,12 @@ def test_nobody_at_the_coordinator():
         match=r"--coordinator: expected process 0 at 127.0.0.1:\d+ within 0.6 s; received "
         r"none \(Connection refused\): is process 0 running there",
     ):
-        meet(address, 2, 1, 0.6)
+        rendezvous(address, 2, 1, 0.6)
     with pytest.raises(
         InputError,
         match="expected process 0 at no.such.host.invalid:80 within 0.6 s; received none",
     ):
-        meet("no.such.host.invalid:80", 2, 1, 0.6)
+        rendezvous("no.such.host.invalid:80", 2, 1, 0.6)
 
 
 def test_a_stranger_at_the_coordinators_port():
@@ -157,12 +158,12 @@ def test_a_stranger_at_the_coordinators_port():
 
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(InputError, match="expected process 0 at .* received none"):
-            meet(f"127.0.0.1:{server.getsockname()[1]}", 2, 1, 1)
+            rendezvous(f"127.0.0.1:{server.getsockname()[1]}", 2, 1, 1)
 
 
 def test_who_is_missing_is_said_to_all():
     address = f"127.0.0.1:{free_port()}"
-    found = of_each([0, 2], lambda i: meet(address, 4, i, 1, name=f"host{i}"))
+    found = of_each([0, 2], lambda i: rendezvous(address, 4, i, 1, name=f"host{i}"))
     assert isinstance(found[0], InputError) and str(found[0]) == str(found[1])
     assert "expected 4 processes at port" in str(
         found[0]
@@ -174,7 +175,7 @@ def test_strangers_do_not_take_a_place():
 
     def one(i):
         if i < 2:
-            return meet(address, 2, i, 20)
+            return rendezvous(address, 2, i, 20)
         while True:
             try:
                 with socket.create_connection(
@@ -211,7 +212,7 @@ def test_strangers_do_not_take_a_place():
 def test_processes_that_do_not_fit_together(counts, indices, message):
     address = f"127.0.0.1:{free_port()}"
     found = of_each(
-        range(len(counts)), lambda k: meet(address, counts[k], indices[k], 20, name="abc"[k])
+        range(len(counts)), lambda k: rendezvous(address, counts[k], indices[k], 20, name="abc"[k])
     )
     assert all(isinstance(e, InputError) for e in found), found
     assert len({str(e) for e in found}) == 1
@@ -227,22 +228,23 @@ def test_a_port_that_is_taken():
             match=r"--coordinator: expected port \d+ to be free on process 0 .*; received Address already",
         ),
     ):
-        meet(f"localhost:{server.getsockname()[1]}", 2, 0, 1)
+        rendezvous(f"localhost:{server.getsockname()[1]}", 2, 0, 1)
 
 
 @pytest.mark.parametrize("address", ["host", "host:", "host:0", "host:99999", ":80", "host:port"])
 def test_addresses(address):
     with pytest.raises(InputError, match="--coordinator: expected HOST:PORT of process 0, such as"):
-        channel.split_address(address)
-    assert channel.split_address("[::1]:80") == ("::1", 80)
+        split_address(address)
+    assert split_address("[::1]:80") == ("::1", 80)
 
 
 ENDED = "ended, or cannot be reached any more"
 STUCK = """
 import sys, time
 from marble_jax.distributed import channel
+from marble_jax.distributed.rendezvous import rendezvous
 channel.GRACE = 0.5
-met = channel.meet(sys.argv[1], 3, int(sys.argv[2]), 60, name="host" + sys.argv[2])
+met = rendezvous(sys.argv[1], 3, int(sys.argv[2]), 60, name="host" + sys.argv[2])
 print("there", flush=True)
 time.sleep(100)
 """

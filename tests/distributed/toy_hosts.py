@@ -1,6 +1,7 @@
-"""What `marble_jax.distributed` does in one of several processes: `python toy_hosts.py COORDINATOR COUNT INDEX OWN SHARED`.
+"""What `marble_jax.distributed` does in one of several processes.
 
-Prints one JSON object. OWN is a directory of this process alone, SHARED one of all.
+`python toy_hosts.py COORDINATOR COUNT INDEX OWN SHARED` prints one JSON object. OWN is a directory of this process
+alone, SHARED one of all.
 """
 
 import json
