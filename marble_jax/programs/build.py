@@ -397,7 +397,9 @@ def load_model(
     )
 
 
-def attention_of(config: ml_collections.ConfigDict, mesh: Mesh | None) -> str | attention.Flash:
+def attention_of(
+    config: ml_collections.ConfigDict, mesh: Mesh | None
+) -> str | attention.FusedAttention:
     """The implementation of `model.attention` for batches that are split over the mesh."""
     if mesh is None:
         return config.model.attention

@@ -17,7 +17,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.sd3 import text, transformer
 from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.layer_names import load_mmdit
-from marble_jax.networks import autoencoder_kl, blip, clip, openclip, t5
+from marble_jax.networks import autoencoder_kl, blip, clip, t5
 from marble_jax.plan.model_shapes import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.programs import build
 from marble_jax.storage.files import read_json
@@ -61,7 +61,7 @@ def shapes() -> dict[str, tuple[str, dict]]:
         "text_encoder_3",
         t5.abstract_params(t5.T5Encoder(dataclasses.replace(T5_XXL, num_layers=2))),
     )
-    pair = openclip.abstract_params(
+    pair = clip.abstract_params(
         clip.CLIPModel(
             clip.CLIPConfig(shallow(clip.CLIPTextConfig()), shallow(clip.CLIPVisionConfig()))
         )

@@ -25,7 +25,7 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.text import load_tokenizer
 from marble_jax.networks import openclip
-from marble_jax.networks.clip import CLIPConfig, CLIPModel, load_clip
+from marble_jax.networks.clip import CLIPConfig, CLIPModel, abstract_params, load_clip
 from marble_jax.rewards.models.preprocess import Preprocess, prepare
 from marble_jax.types import Params
 from marble_jax.weights.key_map import load_params, path_entries
@@ -185,7 +185,7 @@ def _load(directory: Path, dtype: Any, weights: Sequence[str]) -> tuple[CLIPMode
         return *openclip.load_openclip(found, settings, dtype), True
     if has_config and (directory / "pytorch_model.bin").is_file():
         model = CLIPModel(CLIPConfig.from_dict(_read_json(directory / "config.json")), dtype)
-        shapes = openclip.abstract_params(model)
+        shapes = abstract_params(model)
         source = TorchPickleFile(directory / "pytorch_model.bin")
         return (
             model,
