@@ -1,7 +1,8 @@
 """CLIP pairs in OpenCLIP's layout, the one HPSv2.1 and the LAION models are published in.
 
 The networks are those of `networks.clip`; names, the packed query-key-value tensors and the orientation of the two
-projections differ. The shape is read from `open_clip_config.json`, or, for a file that comes alone, from the tensors themselves.
+projections differ. The shape is read from `open_clip_config.json`, or, for a file that comes alone, from the tensors
+themselves.
 
 Source: `open_clip/transformer.py` and `open_clip/model_configs/` of mlfoundations/open_clip.
 """

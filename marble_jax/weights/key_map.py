@@ -172,6 +172,7 @@ def _check_keys(
             f"{source.path}: expected tensor {missing[0]!r}{and_more(missing)}; received a file without it"
             f"{nearest(missing[0], unmapped)}"
         )
+    # Sorted, as sets have no order: the same file always gives the same message.
     extra = [key for key in sorted(unmapped) if not matches_any(key, ignore)]
     if extra:
         raise InputError(
