@@ -72,13 +72,17 @@ class ModelDirectory:
         opened: dict[str, SafetensorsDir | OrbaxTensors] = {}
         for part in self.formats.components:
             if part in self.folders and part in (wanted or self.folders):
-                source = open_component(self.root / part)
-                opened[part] = (
-                    OrbaxTensors(source, self.formats) if isinstance(source, OrbaxDir) else source
-                )
-        if len({type(component) for component in opened.values()}) > 1:
+                opened[part] = self._open(part)
+        # Published and ours together have no one layout to convert from, nor one to convert to.
+        if len(set(map(type, opened.values()))) > 1:
             raise InputError(f"{self.root}: expected components of one layout; received both")
         return opened
+
+    def _open(self, part: str) -> SafetensorsDir | OrbaxTensors:
+        source = open_component(self.root / part)
+        if isinstance(source, OrbaxDir):
+            return OrbaxTensors(source, self.formats)
+        return source
 
     def check_sizes(self) -> None:
         """Raises InputError when a file is not of the size that a manifest in the directory says."""
@@ -91,17 +95,16 @@ class ModelDirectory:
         Raises:
           InputError: the index names a folder that does not exist.
         """
-        files = {}
+        files = []
         for part in sorted(set(self.formats.carried) & set(self.folders)):
             if not (self.root / part).is_dir():
                 raise InputError(
                     f"{self.root / part}: expected the directory that {INDEX} names; received none"
                 )
-            files |= {f"{part}/{file.name}": file for file in _files_in(self.root / part)}
-        for file in _files_in(self.root):
-            if file.name.startswith("LICENSE"):
-                files[file.name] = file
-        return files
+            files += _files_in(self.root / part)
+        # A licence has to go wherever the weights go.
+        files += [file for file in _files_in(self.root) if file.name.startswith("LICENSE")]
+        return {file.relative_to(self.root).as_posix(): file for file in files}
 
     def skipped(self) -> list[str]:
         """Names in the directory that are no part of the model."""

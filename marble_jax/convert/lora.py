@@ -120,13 +120,15 @@ def combine(
             # Divided by the model's scale, which the model will multiply by.
             scaled = layer.b * np.float32(layer.scale * weight / scale)
             parts.setdefault(name, []).append((layer.a, scaled))
-    pairs = {}
-    for name, group in parts.items():
-        a = np.concatenate([pair[0] for pair in group], axis=1)
-        b = np.concatenate([pair[1] for pair in group])
-        pairs[name] = (a, b)
+    pairs = {name: _side_by_side(group) for name, group in parts.items()}
     paths = {layer.name: layer.path for layer in dense_layers(formats.lora.layers_at, shapes)}
     return adapters.stack(formats.lora.layers_at, _pad_ranks(pairs, paths), shapes)
+
+
+def _side_by_side(pairs: Sequence[Pair]) -> Pair:
+    """One pair whose product is the sum of the products of `pairs`."""
+    all_a, all_b = zip(*pairs, strict=True)
+    return np.concatenate(all_a, axis=1), np.concatenate(all_b, axis=0)
 
 
 def _pad_ranks(pairs: Mapping[str, Pair], paths: Mapping[str, tuple[str, ...]]) -> dict[str, Pair]:
@@ -236,18 +238,24 @@ def start_from(
                 f"lora.init: {lora.path}: expected only layers of lora.targets; received {name!r}; add "
                 "its suffix to lora.targets"
             )
-        if layer.rank != spec.rank:
-            raise InputError(
-                f"lora.init: {lora.path}: expected lora.rank = {spec.rank}; received rank {layer.rank} "
-                f"({name}); set lora.rank={layer.rank}"
-            )
-        if layer.alpha is not None and layer.alpha != spec.alpha:
-            raise InputError(
-                f"lora.init: {lora.path}: expected lora.alpha = {spec.alpha:g}; received alpha "
-                f"{layer.alpha:g} ({name}); set lora.alpha={layer.alpha:g}"
-            )
+        _check_start(lora.path, name, layer, spec)
+        # The model will multiply by the run's scale, in place of the file's.
         pairs[name] = layer.a, layer.b * np.float32(layer.scale / spec.scale)
     return adapters.stack(layers_at, pairs, shapes)
+
+
+def _check_start(path: str, name: str, layer: Layer, spec: adapters.LoraSpec) -> None:
+    """Raises InputError unless a layer has the run's rank, and its alpha where it says one."""
+    if layer.rank != spec.rank:
+        raise InputError(
+            f"lora.init: {path}: expected lora.rank = {spec.rank}; received rank {layer.rank} "
+            f"({name}); set lora.rank={layer.rank}"
+        )
+    if layer.alpha is not None and layer.alpha != spec.alpha:
+        raise InputError(
+            f"lora.init: {path}: expected lora.alpha = {spec.alpha:g}; received alpha "
+            f"{layer.alpha:g} ({name}); set lora.alpha={layer.alpha:g}"
+        )
 
 
 def _read_layers(
@@ -264,7 +272,9 @@ def _read_layers(
         parts = find_layer(source.path, stem, names, formats)
         a, b = _read_pair(source, stem, keys, parts, widths)
         rank = a.shape[0]
+        # A layer that holds q, k and v is three of ours, with one A between them.
         for part in parts:
+            # Two names of one layer, say with dots and with underscores, would otherwise overwrite each other.
             if part.name in layers:
                 raise InputError(
                     f"{source.path}: expected each layer once; received {part.name} twice, the second "
@@ -311,7 +321,7 @@ def _read_pair(
     # All layers that share a fused one have the same widths.
     inner, outer = widths[parts[0].name]
     expected_a, expected_b = (rank, inner), (outer * parts[0].parts, rank)
-    if a.shape != expected_a or b.shape != expected_b or rank == 0:
+    if (a.shape, b.shape) != (expected_a, expected_b) or rank == 0:
         raise InputError(
             f"{source.path}: {stem}: expected A {expected_a} and B {expected_b} for this "
             f"transformer; received {a.shape} and {b.shape}"

@@ -60,10 +60,15 @@ def split_key(path: object, key: str) -> tuple[str, str]:
     if match is not None:
         ending = match["letter"] or match["word"] or match["alpha"]
         return match["stem"], _PARTS[ending]
+    raise _not_a_lora(path, key)
+
+
+def _not_a_lora(path: object, key: str) -> InputError:
+    """The error for a key that is not a plain LoRA's, which says whose it is where that can be told."""
     for mark, method in _OTHER_METHODS.items():
         if mark in key:
-            raise InputError(f"{path}: expected a plain LoRA; received {method} (tensor {key!r})")
-    raise InputError(
+            return InputError(f"{path}: expected a plain LoRA; received {method} (tensor {key!r})")
+    return InputError(
         f"{path}: expected tensors named LAYER.lora_A.weight, LAYER.lora_B.weight or one of the older "
         f"styles; received {key!r}"
     )
@@ -83,34 +88,42 @@ def find_layer(
     Raises:
       InputError: no layer of this transformer.
     """
-    prefixes = (PEFT_PREFIX, *formats.lora.prefixes)
     name = stem
-    # Several prefixes may stand in front of each other: PEFT's before the one of the library that used it.
     while name not in names:
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if prefix is None:
+        shorter = _without_prefix(name, (PEFT_PREFIX, *formats.lora.prefixes))
+        if shorter == name:
             # Compared with names of the same style: dots and underscores would count as differences.
             dotted = "." in name
             close = nearest(name, [known for known in names if ("." in known) == dotted])
             raise InputError(
                 f"{path}: expected layers of this {formats.name} transformer; received {stem!r}{close}"
             )
-        name = name.removeprefix(prefix)
+        # Several prefixes may stand in front of each other: PEFT's before that of the library that used it.
+        name = shorter
     return names[name]
+
+
+def _without_prefix(name: str, prefixes: Iterable[str]) -> str:
+    """A name without the first of some prefixes that it has."""
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
 
 
 def check_architecture(path: object, keys: Iterable[str], formats: FileFormats) -> None:
     """Raises InputError when the keys give away another model, or a text encoder's LoRA."""
     keys = list(keys)
     for model, pattern in formats.lora.other_models.items():
-        for key in keys:
-            if pattern.search(key):
-                raise InputError(
-                    f"{path}: expected a LoRA for {formats.name}; received one for {model} (tensor {key!r})"
-                )
-    for key in keys:
-        if _TEXT_ENCODER.match(key):
+        foreign = list(filter(pattern.search, keys))
+        if foreign:
             raise InputError(
-                f"{path}: expected a LoRA of the transformer alone, as text encoders are not adapted here; "
-                f"received {key!r}"
+                f"{path}: expected a LoRA for {formats.name}; received one for {model} (tensor {foreign[0]!r})"
             )
+    # After the models: the text encoders of another model's LoRA are not what is wrong with it.
+    of_encoders = list(filter(_TEXT_ENCODER.match, keys))
+    if of_encoders:
+        raise InputError(
+            f"{path}: expected a LoRA of the transformer alone, as text encoders are not adapted here; "
+            f"received {of_encoders[0]!r}"
+        )

@@ -67,10 +67,13 @@ class LoraConfig:
                 f"{self.path}: init_lora_weights: expected a LoRA that leaves the base weights as they are; "
                 f"received {start!r}"
             )
-        for field in ("r", "lora_alpha"):
-            received = self.fields.get(field)
-            if finite_number(received) is None:
-                raise InputError(f"{self.path}: {field}: expected a number; received {received!r}")
+        self._check_number("r")
+        self._check_number("lora_alpha")
+
+    def _check_number(self, field: str) -> None:
+        received = self.fields.get(field)
+        if finite_number(received) is None:
+            raise InputError(f"{self.path}: {field}: expected a number; received {received!r}")
 
     def strength(self, name: str, rank: int) -> tuple[float, float]:
         """(alpha, scale of a @ b) of the layer `name`. Raises InputError unless its rank is the stated one."""
@@ -90,19 +93,23 @@ class LoraConfig:
         """The value of the first pattern of `field` that the end of a layer's name matches, or the default."""
         value = default
         for pattern, patterned in (self.fields.get(field) or {}).items():
-            try:
-                match = re.match(rf"(.*\.)?({pattern})$", name)
-            except re.error as error:
-                raise InputError(
-                    f"{self.path}: {field}: expected names or patterns; received {pattern!r}"
-                ) from error
-            if match:
+            # The first one that matches counts, as in PEFT's `get_pattern_key`.
+            if self._matches(field, pattern, name):
                 value = patterned
                 break
         number = finite_number(value)
         if number is None:
             raise InputError(f"{self.path}: {field}: expected numbers; received {value!r}")
         return number
+
+    def _matches(self, field: str, pattern: str, name: str) -> bool:
+        """Whether a pattern of `field` matches a layer's name, or the end of it after a dot."""
+        try:
+            return re.match(rf"(.*\.)?({pattern})$", name) is not None
+        except re.error as error:
+            raise InputError(
+                f"{self.path}: {field}: expected names or patterns; received {pattern!r}"
+            ) from error
 
 
 def find_lora(path: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
@@ -135,9 +142,14 @@ def _lora_in(folder: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
     inner = folder / "lora"
     if (inner / PEFT_CONFIG).is_file():
         return inner / PEFT_FILE, _read_config(inner / PEFT_CONFIG)
+    return _lora_file(_only_file(folder))
+
+
+def _only_file(folder: pathlib.Path) -> pathlib.Path:
+    """The one safetensors file of a directory, whatever it is called."""
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
-        return _lora_file(files[0])
+        return files[0]
     names = sorted(entry.name for entry in folder.iterdir())
     received = ", ".join(names[:6]) or "an empty directory"
     raise InputError(
@@ -176,19 +188,20 @@ def header_config(source: SafetensorsFile, formats: FileFormats) -> LoraConfig |
                 "written there; received none"
             )
         return None
-    # diffusers writes the fields of each component's LoRA under that component's prefix.
-    prefix = formats.lora.diffusers_prefix
-    fields = {}
     try:
-        for key, value in json.loads(text).items():
-            if key.startswith(prefix):
-                fields[key.removeprefix(prefix)] = value
+        fields = dict(json.loads(text).items())
     except (ValueError, AttributeError) as error:
         raise InputError(
             f"{source.path}: {HEADER_CONFIG}: expected a JSON object in the file's header; received "
             f"{type(error).__name__}"
         ) from error
-    return LoraConfig(source.path, fields)
+    # diffusers writes the fields of each component's LoRA under that component's prefix.
+    return LoraConfig(source.path, _under(formats.lora.diffusers_prefix, fields))
+
+
+def _under(prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields whose names have a prefix, without it."""
+    return {key.removeprefix(prefix): fields[key] for key in fields if key.startswith(prefix)}
 
 
 def finite_number(value: Any) -> float | None:

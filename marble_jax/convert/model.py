@@ -41,6 +41,8 @@ from marble_jax.version import VERSION
 from marble_jax.weights.formats import FileFormats
 
 LAYOUTS = ("orbax", "diffusers")
+_OTHER_LAYOUT = {"orbax": "diffusers", "diffusers": "orbax", "original": "orbax"}
+"""What a model is converted to unless the user says, by the kind it is of."""
 _SLACK = 32_000_000  # bytes for configs, tokenizers and what the file system takes for itself
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Where a config.json says the dtype of its weights: new and old versions of transformers."""
@@ -86,7 +88,7 @@ def convert(
     target = free_target(out)
     model = open_model(name, formats, revision, companion, components, ignore)
     if not layout:
-        layout = "diffusers" if model.kind == "orbax" else "orbax"
+        layout = _OTHER_LAYOUT[model.kind]
     conversion = Conversion(model, layout, dtype, shard_bytes, tuple(ignore))
     start = time.perf_counter()
     manifest = _run(conversion, target, console)
@@ -114,7 +116,7 @@ def _run(conversion: Conversion, target: pathlib.Path, console: Console) -> dict
                 bar.set_description(part)
                 began = time.perf_counter()
                 done[part] = conversion.write(partial, part, bar.update)
-                # After every component: a kill from here on costs the one that is being written.
+                # After every component: a kill from here on costs no more than the one that is being written.
                 record(partial, job, done)
                 console.say(conversion.component_line(part, time.perf_counter() - began))
         manifest = conversion.finish(partial, done)
@@ -211,13 +213,19 @@ class Conversion:
             # Half a component is of no use to a later run, and a full disk should not stay full.
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        config = dict(self.model.components[part].config)
-        for key in _DTYPE_KEYS:
-            if self.dtype != KEEP and key in config:
-                config[key] = self.dtype
-        write_json(directory / "config.json", config)
+        write_json(directory / "config.json", self._config(part))
         files["config.json"] = checksum(directory / "config.json")
         return {f"{part}/{file}": file_record for file, file_record in files.items()}
+
+    def _config(self, part: str) -> dict[str, Any]:
+        """A component's config, which says the dtype after the cast."""
+        config = dict(self.model.components[part].config)
+        if self.dtype == KEEP:
+            return config
+        for key in _DTYPE_KEYS:
+            if key in config:
+                config[key] = self.dtype
+        return config
 
     def _write_tensors(self, directory: pathlib.Path, part: str, progress: Progress) -> FileRecords:
         """Writes a component's tensors."""
@@ -240,21 +248,32 @@ class Conversion:
 
     def finish(self, partial: pathlib.Path, done: dict[str, FileRecords]) -> dict[str, Any]:
         """Copies and writes the small files, then the manifest, which is returned."""
-        model = self.model
-        files: FileRecords = {}
+        files = self._small_files(partial)
         for records in done.values():
             files |= records
-        for name, source in model.carried.items():
+        manifest = self._manifest(files)
+        write_json(partial / MANIFEST, manifest)
+        return manifest
+
+    def _small_files(self, partial: pathlib.Path) -> FileRecords:
+        """Copies the files that go along and writes the others; returns size and hash by file."""
+        files: FileRecords = {}
+        for name, source in self.model.carried.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / name)
-        for name, value in model.written.items():
-            write_json(partial / name, value)
-        for name in (*model.carried, *model.written):
             files[name] = checksum(partial / name)
+        for name, value in self.model.written.items():
+            write_json(partial / name, value)
+            files[name] = checksum(partial / name)
+        return files
+
+    def _manifest(self, files: FileRecords) -> dict[str, Any]:
+        """What the result is, what it came from, and every file with size and hash."""
+        model = self.model
         components = {}
         for part, plan in model.layouts.items():
             components[part] = {"tensors": len(plan.entries), "bytes": self.sizes[part]}
-        manifest = {
+        return {
             "format": "marble_jax model",
             "version": VERSION,
             "layout": self.layout,
@@ -266,5 +285,3 @@ class Conversion:
             "bytes": sum(self.sizes.values()),
             "files": dict(sorted(files.items())),
         }
-        write_json(partial / MANIFEST, manifest)
-        return manifest

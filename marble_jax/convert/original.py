@@ -39,6 +39,13 @@ class Piece:
     parts: int = 1
     swapped: bool = False
 
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Shape of the original tensor that the piece is cut from."""
+        if self.parts == 1:
+            return self.shape
+        return (self.parts * self.shape[0], *self.shape[1:])
+
     def cut(self, tensor: np.ndarray) -> np.ndarray:
         """The published tensor, from the original one."""
         if self.parts > 1:
@@ -115,10 +122,12 @@ class OriginalFile:
 
     Attributes:
       formats: of the family that the file is of.
+      layout: the family's layout of such files.
       components: by folder name.
     """
 
     formats: FileFormats
+    layout: SingleFile
     components: dict[str, OriginalComponent]
 
 
@@ -138,53 +147,61 @@ def open_original(
     file = SafetensorsFile(path)
     keys = [key for key in file.keys() if not matches_any(key, ignore)]
     family, layout = _recognize(file, keys, formats)
-    components = {}
+    original = OriginalFile(family, layout, {})
     for component, prefix in layout.prefixes(keys).items():
         names = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+        # A required component is opened without tensors as well: its error names the first that is missing.
         if names or component in layout.required:
-            shapes = TensorShapes(file, prefix, names, f"{family.article} {family.name}")
-            config = layout.config(component, shapes)
-            pieces = _pieces(file, family, layout, component, prefix, config, names)
-            components[component] = OriginalComponent(file, config, pieces)
-    _check_leftovers(file, keys, family, layout, components)
-    return OriginalFile(family, components)
+            opened = _open_component(file, original, component, prefix, names)
+            original.components[component] = opened
+    _check_leftovers(file, keys, original)
+    return original
+
+
+def _open_component(
+    file: SafetensorsFile, original: OriginalFile, component: str, prefix: str, names: Sequence[str]
+) -> OriginalComponent:
+    """One component of a file, from the tensors `names` under its prefix."""
+    family, layout = original.formats, original.layout
+    shapes = TensorShapes(file, prefix, names, f"{family.article} {family.name}")
+    config = layout.config(component, shapes)
+    pieces = _pieces(file, original, component, prefix, config, names)
+    return OriginalComponent(file, config, pieces)
 
 
 def _recognize(
     file: SafetensorsFile, keys: Sequence[str], formats: Sequence[FileFormats]
 ) -> tuple[FileFormats, SingleFile]:
     """The family whose layout a file has."""
-    candidates = {}
-    for family in formats:
-        if family.single_file is not None:
-            candidates[family.name] = (family, family.single_file)
-    for family, layout in candidates.values():
+    candidates = _single_files(formats)
+    for family, layout in candidates:
         if layout.recognizes(keys):
             return family, layout
     if len(candidates) != 1:
+        names = " or ".join(family.name for family, _ in candidates)
         raise InputError(
-            f"{file.path}: expected a single-file checkpoint of {' or '.join(candidates)}; received "
-            f"{len(keys)} tensors of none"
+            f"{file.path}: expected a single-file checkpoint of {names}; received {len(keys)} tensors of none"
         )
     # The only family there is says best what the file lacks: its errors name a tensor.
-    return next(iter(candidates.values()))
+    return candidates[0]
 
 
-def _check_leftovers(
-    file: SafetensorsFile,
-    keys: Sequence[str],
-    family: FileFormats,
-    layout: SingleFile,
-    components: Mapping[str, OriginalComponent],
-) -> None:
+def _single_files(formats: Sequence[FileFormats]) -> list[tuple[FileFormats, SingleFile]]:
+    """The families that have a single-file layout."""
+    candidates = []
+    for family in formats:
+        if family.single_file is not None:
+            candidates.append((family, family.single_file))
+    return candidates
+
+
+def _check_leftovers(file: SafetensorsFile, keys: Sequence[str], original: OriginalFile) -> None:
     """Raises InputError when a file holds tensors that no component is made of."""
-    used = set()
-    for component in components.values():
+    family, used = original.formats, set()
+    for component in original.components.values():
         used |= component.used()
-    extra = []
-    for key in keys:
-        if key not in used and not matches_any(key, layout.unused):
-            extra.append(key)
+    unread = [key for key in keys if key not in used]
+    extra = [key for key in unread if not matches_any(key, original.layout.unused)]
     if extra:
         raise InputError(
             f"{file.path}: expected only tensors of {family.article} {family.name} checkpoint; received "
@@ -194,29 +211,25 @@ def _check_leftovers(
 
 def _pieces(
     file: SafetensorsFile,
-    family: FileFormats,
-    layout: SingleFile,
+    original: OriginalFile,
     component: str,
     prefix: str,
     config: Mapping[str, Any],
     names: Sequence[str],
 ) -> dict[str, Piece]:
     """A component's tensors by published name, checked against the file's shapes."""
-    plan = family.layout(component, config, names)
+    plan = original.formats.layout(component, config, names)
     leaves = traverse_util.flatten_dict(dict(plan.shapes))
     present = set(names)
     pieces = {}
     for entry in plan.entries:
         shape = published_shape(entry, leaves[entry.path].shape)
-        original = layout.original(component, entry.key, config)
-        key = prefix + original.key
-        if original.key in present:
-            expected = shape
-            if original.parts > 1:
-                expected = (original.parts * shape[0], *shape[1:])
-            _check_shape(file, key, expected)
-            pieces[entry.key] = Piece(key, shape, original.part, original.parts, original.swapped)
-        elif original.identity:
+        tensor = original.layout.original(component, entry.key, config)
+        key = prefix + tensor.key
+        if tensor.key in present:
+            pieces[entry.key] = Piece(key, shape, tensor.part, tensor.parts, tensor.swapped)
+            _check_shape(file, key, pieces[entry.key])
+        elif tensor.identity:
             pieces[entry.key] = Piece(None, shape)
         else:
             raise InputError(
@@ -226,12 +239,11 @@ def _pieces(
     return pieces
 
 
-def _check_shape(file: SafetensorsFile, key: str, expected: tuple[int, ...]) -> None:
-    """Raises InputError unless a tensor has this shape, or is a 1x1 convolution of it."""
-    received = file.shape(key)
+def _check_shape(file: SafetensorsFile, key: str, piece: Piece) -> None:
+    """Raises InputError unless a tensor has the shape that a piece is cut from, or is a 1x1 convolution of it."""
+    received, expected = file.shape(key), piece.source_shape
     # Original autoencoders project with 1x1 convolutions what is published as matrices: the same numbers.
-    is_pointwise = len(expected) == 2 and received[2:] == (1, 1)
-    if received != expected and not (is_pointwise and received[:2] == expected):
+    if received not in (expected, (*expected, 1, 1)):
         raise InputError(
             f"{file.path}: tensor {key!r}: expected shape {expected}; received {received}"
         )

@@ -56,11 +56,7 @@ class Model:
                 tops.add(component.file(key))
         files = []
         for top in tops:
-            if top.is_file():
-                files.append(top)
-            else:
-                # A component in our layout names its checkpoint, which is a folder.
-                files += [path for path in top.rglob("*") if path.is_file()]
+            files += _files_below(top)
         return sorted(files)
 
     def folders(self) -> set[str]:
@@ -93,36 +89,44 @@ def open_model(
     Raises:
       InputError: no such model, or one of no family in `formats`.
     """
-    choices = dict.fromkeys(part for family in formats for part in family.components)
     for component in components:
-        one_of("--components", component, choices)
+        one_of("--components", component, _all_components(formats))
     if name.endswith(".safetensors"):
         model = _open_file(name, formats, revision, ignore)
     else:
         model = _open_directory(name, formats, revision, components)
     if companion:
         _complete(model, _open_directory(companion, [model.formats], None, components))
-    _select(model, components)
-    for component, source in model.components.items():
-        plan = model.formats.layout(component, source.config, source.keys())
-        match_entries(source, plan.entries, plan.shapes, (*plan.ignore, *ignore))
-        model.layouts[component] = plan
+    if components:
+        _select(model, components)
+    _check_layouts(model, ignore)
     _drop_absent_parts(model)
     return model
 
 
+def _all_components(formats: Sequence[FileFormats]) -> list[str]:
+    """Component folders of all families, each once."""
+    return list(dict.fromkeys(part for family in formats for part in family.components))
+
+
 def _select(model: Model, wanted: Sequence[str]) -> None:
-    """Keeps the components that are wanted, all if none is named, in the family's order or that of `wanted`."""
+    """Keeps the components that are wanted, in that order. Raises InputError when the model lacks one."""
+    selected = {}
     for component in wanted:
         if component not in model.components:
             raise InputError(
                 f"--components: expected components that {model.path} has; received {component!r}"
             )
-    selected = {}
-    for component in wanted or model.formats.components:
-        if component in model.components:
-            selected[component] = model.components[component]
+        selected[component] = model.components[component]
     model.components = selected
+
+
+def _check_layouts(model: Model, ignore: Sequence[str]) -> None:
+    """Adds the layout of each component, checked against its files."""
+    for component, source in model.components.items():
+        plan = model.formats.layout(component, source.config, source.keys())
+        match_entries(source, plan.entries, plan.shapes, (*plan.ignore, *ignore))
+        model.layouts[component] = plan
 
 
 def _drop_absent_parts(model: Model) -> None:
@@ -144,18 +148,18 @@ def _open_directory(
     name: str, formats: Sequence[FileFormats], revision: str | None, wanted: Sequence[str]
 ) -> Model:
     """A model directory, or the Hub model of that name; reads the components of `wanted` only, if there are some."""
+    # Which family a Hub model is of is known when its index has come down: the folders of all are asked for.
     folders = dict.fromkeys(folder for family in formats for folder in family.folders)
-    skipped = []
+    skipped: set[str] = set()
     if wanted:
-        weights = dict.fromkeys(part for family in formats for part in family.components)
-        skipped = [part for part in weights if part not in wanted]
-    directory = ModelDirectory(find_model(name, folders, skipped, revision), formats)
+        skipped = set(_all_components(formats)) - set(wanted)
+    directory = ModelDirectory(find_model(name, folders, sorted(skipped), revision), formats)
     components = directory.components(wanted)
     directory.check_sizes()
-    kind = "diffusers"
-    if any(isinstance(component, OrbaxTensors) for component in components.values()):
-        kind = "orbax"
-    model = Model(name, kind, directory.root, directory.formats, dict(components))
+    model = Model(name, "diffusers", directory.root, directory.formats, dict(components))
+    # One of them says it for all: a directory has one layout.
+    if OrbaxTensors in map(type, components.values()):
+        model.kind = "orbax"
     model.carried = directory.carried()
     model.skipped = directory.skipped()
     if directory.index is not None:
@@ -167,28 +171,33 @@ def _open_file(
     name: str, formats: Sequence[FileFormats], revision: str | None, ignore: Sequence[str]
 ) -> Model:
     """An original single file, on this machine or on the Hub."""
-    path = pathlib.Path(name)
-    if not path.is_file():
-        repository, _, file = name.rpartition("/")
-        if not HUB_NAME.fullmatch(repository):
-            raise InputError(
-                f"model: expected a file or a Hub name owner/model/file.safetensors; received {name!r}"
-            )
-        path = download(repository, [file], revision=revision) / file
+    path = _local_file(name, revision)
     original = open_original(path, formats, ignore)
     family = original.formats
     model = Model(name, "original", path, family, dict(original.components))
-    if family.single_file is not None:
-        model.written |= family.single_file.written
+    model.written |= original.layout.written
     index: dict[str, Any] = {
         "_class_name": family.pipeline,
         "_diffusers_version": family.diffusers_version,
     }
-    folders = model.folders()
     for part in family.folders:
-        index[part] = list(family.classes[part]) if part in folders else ABSENT
+        index[part] = family.index_entry(part)
+    # The parts that the file does not hold become absent ones once a companion had its chance.
     model.written[INDEX] = index
     return model
+
+
+def _local_file(name: str, revision: str | None) -> pathlib.Path:
+    """A file on this machine: `name` itself, or the Hub's file of that name, downloaded."""
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    repository, _, file = name.rpartition("/")
+    if not HUB_NAME.fullmatch(repository):
+        raise InputError(
+            f"model: expected a file or a Hub name owner/model/file.safetensors; received {name!r}"
+        )
+    return download(repository, [file], revision=revision) / file
 
 
 def _complete(model: Model, companion: Model) -> None:
@@ -197,25 +206,29 @@ def _complete(model: Model, companion: Model) -> None:
     index = model.written.setdefault(INDEX, {"_class_name": family.pipeline})
     stated = companion.written.get(INDEX, {})
     for part in model.components:
-        index.setdefault(part, list(family.classes[part]))
-    before = model.folders()
+        index.setdefault(part, family.index_entry(part))
+    lacking = companion.folders() - model.folders()
     for part in family.folders:
-        if part in before:
-            continue
-        files = _files_of(companion, part)
-        if part in companion.components:
-            model.components[part] = companion.components[part]
-        elif files:
-            model.carried |= files
-        else:
-            continue
-        index[part] = stated.get(part, list(family.classes[part]))
+        if part in lacking:
+            _take(model, companion, part)
+            index[part] = stated.get(part, family.index_entry(part))
+    # The family's order is the one that components are converted in, wherever they come from.
+    order = family.components.index
+    model.components = dict(sorted(model.components.items(), key=lambda item: order(item[0])))
 
 
-def _files_of(model: Model, part: str) -> dict[str, pathlib.Path]:
-    """Files of a carried folder, by their path in the result."""
-    files = {}
-    for name, file in model.carried.items():
+def _take(model: Model, companion: Model, part: str) -> None:
+    """Adds one part of `companion`: a component, or the files of a carried folder."""
+    if part in companion.components:
+        model.components[part] = companion.components[part]
+        return
+    for name, file in companion.carried.items():
         if name.startswith(f"{part}/"):
-            files[name] = file
-    return files
+            model.carried[name] = file
+
+
+def _files_below(top: pathlib.Path) -> list[pathlib.Path]:
+    """A file itself, or all files below a folder: a component in our layout names its checkpoint, which is one."""
+    if top.is_file():
+        return [top]
+    return [path for path in top.rglob("*") if path.is_file()]

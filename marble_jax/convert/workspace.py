@@ -30,24 +30,28 @@ def free_target(out: str) -> pathlib.Path:
     if not out or "://" in out:
         raise InputError(f"--out: expected a directory on this machine; received {out!r}")
     target = pathlib.Path(out).absolute()
-    if target.is_dir() and not any(target.iterdir()):
-        return target
-    # A link to nothing does not exist, and yet is something of the user's.
-    if target.exists() or target.is_symlink():
+    if _is_taken(target):
         raise InputError(f"--out: expected a new directory; received {target}, which exists")
     return target
+
+
+def _is_taken(target: pathlib.Path) -> bool:
+    """Whether a path holds something that is not to be replaced."""
+    if target.is_dir():
+        return bool(os.listdir(target))
+    # A link to nothing does not exist, and yet is something of the user's.
+    return target.exists() or target.is_symlink()
 
 
 def take_up(
     partial: pathlib.Path, job: Mapping[str, Any], console: Console
 ) -> dict[str, FileRecords]:
     """Returns the components that an earlier, killed run of the same job completed; clears what else it left."""
-    complete = {}
-    for part, files in _recorded(partial, job).items():
-        if _all_there(partial, files):
-            complete[part] = files
+    recorded = _recorded(partial, job)
+    complete = {part: recorded[part] for part in recorded if _all_there(partial, recorded[part])}
+    # What is left of a component that a kill cut short would be taken for a part of the result.
     for path in partial.iterdir():
-        if path.name != JOB and path.name not in complete:
+        if path.name not in (JOB, *complete):
             _remove(path)
     if complete:
         console.say(f"  resuming: {', '.join(complete)} complete already")

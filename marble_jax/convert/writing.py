@@ -134,7 +134,7 @@ def write_safetensors(
     ordered = sorted(keys, key=lambda key: -source.dtype(key).itemsize)
     shards = _shards(source, ordered, shard_bytes)
     files: FileRecords = {}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}.safetensors"
         if len(shards) > 1:

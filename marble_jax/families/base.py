@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.distributed.sharding import ShardingRules
-from marble_jax.networks.fused_attention import Flash
+from marble_jax.networks.fused_attention import FusedAttention
 from marble_jax.types import Adapter, Conditioning, Params
 from marble_jax.weights.formats import FileFormats
 
@@ -60,7 +60,7 @@ class NetworkOptions:
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1
-    attention: str | Flash = "xla"
+    attention: str | FusedAttention = "xla"
     lora_scale: float = 1.0
     gather: Callable[[tuple[str, ...], Params], Params] | None = None
 

@@ -1,4 +1,4 @@
-"""Softmax attention, norms and modulation shared by the transformer's blocks.
+"""Softmax attention, norms and modulation that the blocks of diffusion transformers share.
 
 Implementations of attention are interchangeable functions (q, k, v) -> out, chosen by name or passed as a callable:
 
@@ -24,19 +24,19 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from marble_jax.errors import one_of
-from marble_jax.networks.fused_attention import Flash, cudnn
+from marble_jax.networks.fused_attention import FusedAttention, cudnn
 from marble_jax.networks.lora_dense import LoraDense
 
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-EPS = 1e-6  # of every norm of the transformer
+EPS = 1e-6  # of the norms in diffusers' transformer blocks
 
 
 def _einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    logits = (
-        jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
-    return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+    # The product accumulates in float32, as the fused kernels do: a sum of half-precision products loses its tail.
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, v)
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -50,15 +50,15 @@ def _auto(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 IMPLEMENTATIONS: dict[str, AttentionFn] = {
     "xla": _xla,
     "einsum": _einsum,
-    "cudnn": Flash("cudnn"),
-    "splash": Flash("splash"),
+    "cudnn": FusedAttention("cudnn"),
+    "splash": FusedAttention("splash"),
     "auto": _auto,
 }
 FUSED = {"cudnn": "gpu", "splash": "tpu"}  # kernels, and the platform that each runs on
 
 
 def choose(name: str, dtype: Any, platform: str) -> str:
-    """What `name` comes to on a platform: itself, unless it is "auto".
+    """The implementation that `name` stands for on a platform: itself, unless it is "auto".
 
     Args:
       name: a key of `IMPLEMENTATIONS`.
@@ -67,13 +67,19 @@ def choose(name: str, dtype: Any, platform: str) -> str:
     """
     if name != "auto":
         return name
-    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
-        return "cudnn" if jax.default_backend() != "gpu" or has_cudnn(dtype) else "xla"
-    return "splash" if platform == "tpu" else "xla"
+    if platform == "tpu":
+        return "splash"
+    if platform != "gpu" or jnp.dtype(dtype).itemsize != 2:
+        return "xla"
+    # A plan for GPUs is made on any machine; only a GPU of this machine can be asked what it does.
+    if jax.default_backend() == "gpu" and not has_cudnn(dtype):
+        return "xla"
+    return "cudnn"
 
 
 def has_cudnn(dtype: Any) -> bool:
     """Whether this machine's cuDNN and GPU can do the fused kernel, which JAX asks them while it traces."""
+    # A shape that the kernel takes on every GPU that has it; tracing computes nothing.
     struct = jax.ShapeDtypeStruct((1, 128, 1, 64), dtype)
     try:
         jax.eval_shape(cudnn, struct, struct, struct)
@@ -82,11 +88,11 @@ def has_cudnn(dtype: Any) -> bool:
     return True
 
 
-def over(name: str, dtype: Any, mesh: Mesh) -> str | Flash:
+def over(name: str, dtype: Any, mesh: Mesh) -> str | FusedAttention:
     """The implementation for a batch that is split over a mesh.
 
-    A fused kernel of another platform gives way to what fits, so that a run of a TPU pod opens on a laptop; training
-    refuses it before (`compose.check`).
+    A fused kernel of another platform gives way to what fits, so that a run of a TPU pod opens on a laptop; the check
+    of a training configuration refuses it before.
 
     Args:
       name: a key of `IMPLEMENTATIONS`.
@@ -94,8 +100,13 @@ def over(name: str, dtype: Any, mesh: Mesh) -> str | Flash:
       mesh: the devices.
     """
     platform = mesh.devices.flat[0].platform
-    chosen = choose(name if FUSED.get(name, platform) == platform else "auto", dtype, platform)
-    return Flash(chosen, mesh) if chosen in FUSED else chosen
+    if FUSED.get(name, platform) != platform:
+        name = "auto"
+    chosen = choose(name, dtype, platform)
+    # XLA partitions what it compiles; a kernel has to be told its part of the batch.
+    if chosen in FUSED:
+        return FusedAttention(chosen, mesh)
+    return chosen
 
 
 def attend(
@@ -124,23 +135,27 @@ def attend(
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis with a learned scale, in float32; the result has the input's dtype.
 
-    Source: diffusers 0.42 `models/normalization.py` RMSNorm, eps 1e-6 as SD3.5 uses it on queries and keys.
+    Source: diffusers 0.42 `models/normalization.py` RMSNorm, eps 1e-6 as published models use it on queries and keys.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., d] -> [..., d]."""
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        # float32 throughout: squares of half-precision activations overflow float16 and lose bits in bfloat16.
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(mean_square + EPS)
         return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
     """Layer norm over the last axis without scale or bias, computed and returned in float32."""
     x = x.astype(jnp.float32)
+    # Two passes: E[x^2] - E[x]^2 cancels where the mean is large against the deviation.
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + EPS)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + EPS)
 
 
 def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
@@ -152,7 +167,9 @@ def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array, dtype: Any) 
       scale: [N, D].
       dtype: dtype of the result.
     """
-    scale, shift = scale.astype(jnp.float32)[:, None], shift.astype(jnp.float32)[:, None]
+    # [N, D] to [N, 1, D]: all tokens of a sample are modulated alike.
+    scale = scale.astype(jnp.float32)[:, None]
+    shift = shift.astype(jnp.float32)[:, None]
     return (normed * (1 + scale) + shift).astype(dtype)
 
 
@@ -172,7 +189,7 @@ class AdaLayerNorm(nn.Module):
     @nn.compact
     def __call__(self, temb: jax.Array) -> list[jax.Array]:
         """[N, D] -> `parts` arrays [N, D]."""
-        linear = LoraDense(
-            self.parts * temb.shape[-1], dtype=self.dtype, lora_scale=self.lora_scale, name="linear"
-        )
-        return jnp.split(linear(nn.silu(temb)), self.parts, axis=-1)
+        features = self.parts * temb.shape[-1]
+        linear = LoraDense(features, dtype=self.dtype, lora_scale=self.lora_scale, name="linear")
+        modulation = linear(nn.silu(temb))
+        return jnp.split(modulation, self.parts, axis=-1)

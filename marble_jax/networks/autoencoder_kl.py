@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,9 +25,15 @@ import jax.numpy as jnp
 from marble_jax.errors import InputError
 from marble_jax.types import Params
 from marble_jax.weights.component import load_component, open_component
-from marble_jax.weights.key_map import path_entries
+from marble_jax.weights.key_map import PlaceLeaf, path_entries
+from marble_jax.weights.published_config import config_from
 
-_EPS = 1e-6  # of every group norm, in every published AutoencoderKL
+_EPS = 1e-6  # of every group norm, in every published AutoencoderKL; configs do not say
+_BLOCK_TYPES = {
+    "down_block_types": "DownEncoderBlock2D",
+    "up_block_types": "UpDecoderBlock2D",
+}
+"""The kind of block that all levels of the published image autoencoders are made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +71,15 @@ class VAEConfig:
         Raises:
           InputError: the config asks for a block type or an activation this module does not have.
         """
-        for key, only in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            other = sorted({str(kind) for kind in values.get(key, ()) if kind != only})
-            if other:
-                raise InputError(
-                    f"VAE config {key}: expected only {only}; received {', '.join(other)}"
-                )
+        for key, only in _BLOCK_TYPES.items():
+            unknown = {str(kind) for kind in values.get(key, ())} - {only}
+            if unknown:
+                received = ", ".join(sorted(unknown))
+                raise InputError(f"VAE config {key}: expected only {only}; received {received}")
+        # Two names of one function: diffusers' own configs write the first, converted ones the second.
         if values.get("act_fn", "silu") not in ("silu", "swish"):
             raise InputError(f"VAE config act_fn: expected silu; received {values['act_fn']!r}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        chosen = {k: v for k, v in values.items() if k in known and v is not None}
-        if "block_out_channels" in chosen:
-            chosen["block_out_channels"] = tuple(chosen["block_out_channels"])
-        return cls(**chosen)
+        return config_from(cls, values)
 
 
 class ResnetBlock(nn.Module):
@@ -92,14 +91,14 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _conv3(self.features, self.dtype, "conv1")(
-            nn.silu(_norm(self.groups, self.dtype, "norm1")(x))
-        )
-        y = _conv3(self.features, self.dtype, "conv2")(
-            nn.silu(_norm(self.groups, self.dtype, "norm2")(y))
-        )
+        y = nn.silu(_norm(self.groups, self.dtype, "norm1")(x))
+        y = _conv3(self.features, self.dtype, "conv1")(y)
+        y = nn.silu(_norm(self.groups, self.dtype, "norm2")(y))
+        y = _conv3(self.features, self.dtype, "conv2")(y)
+        # Files have the shortcut only where the width changes.
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+            shortcut = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="conv_shortcut")
+            x = shortcut(x)
         return x + y
 
 
@@ -112,9 +111,14 @@ class SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         n, h, w, c = x.shape
-        y = _norm(self.groups, self.dtype, "group_norm")(x).reshape(n, h * w, 1, c)
-        q, k, v = (nn.Dense(c, dtype=self.dtype, name=f"to_{which}")(y) for which in "qkv")
-        y = nn.Dense(c, dtype=self.dtype, name="to_out.0")(jax.nn.dot_product_attention(q, k, v))
+        normed = _norm(self.groups, self.dtype, "group_norm")(x)
+        # Cells are the tokens [N, h * w, 1 head, C] of attention.
+        tokens = normed.reshape(n, h * w, 1, c)
+        q = nn.Dense(c, dtype=self.dtype, name="to_q")(tokens)
+        k = nn.Dense(c, dtype=self.dtype, name="to_k")(tokens)
+        v = nn.Dense(c, dtype=self.dtype, name="to_v")(tokens)
+        attended = jax.nn.dot_product_attention(q, k, v)
+        y = nn.Dense(c, dtype=self.dtype, name="to_out.0")(attended)
         return x + y.reshape(n, h, w, c)
 
 
@@ -134,15 +138,7 @@ class Encoder(nn.Module):
             for j in range(config.layers_per_block):
                 x = block(width, name=f"down_blocks.{i}.resnets.{j}")(x)
             if i < len(widths) - 1:
-                # Stride 2 without left padding: the window of an output cell starts at its own pixels.
-                x = nn.Conv(
-                    width,
-                    (3, 3),
-                    strides=2,
-                    padding=((0, 1), (0, 1)),
-                    dtype=self.dtype,
-                    name=f"down_blocks.{i}.downsamplers.0.conv",
-                )(x)
+                x = _halve(width, self.dtype, f"down_blocks.{i}.downsamplers.0.conv")(x)
         x = _middle(config, self.dtype, x)
         x = nn.silu(_norm(config.norm_num_groups, self.dtype, "conv_norm_out")(x))
         return _conv3(2 * config.latent_channels, self.dtype, "conv_out")(x)
@@ -162,10 +158,12 @@ class Decoder(nn.Module):
         x = _conv3(widths[0], self.dtype, "conv_in")(z)
         x = _middle(config, self.dtype, x)
         for i, width in enumerate(widths):
+            # The published decoders have one block more at each level than their encoders.
             for j in range(config.layers_per_block + 1):
                 x = block(width, name=f"up_blocks.{i}.resnets.{j}")(x)
             if i < len(widths) - 1:
-                x = _conv3(width, self.dtype, f"up_blocks.{i}.upsamplers.0.conv")(nearest_double(x))
+                x = nearest_double(x)
+                x = _conv3(width, self.dtype, f"up_blocks.{i}.upsamplers.0.conv")(x)
         x = nn.silu(_norm(config.norm_num_groups, self.dtype, "conv_norm_out")(x))
         return _conv3(config.out_channels, self.dtype, "conv_out")(x)
 
@@ -196,6 +194,7 @@ class AutoencoderKL(nn.Module):
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = jnp.split(moments, 2, axis=-1)
+        # Bounds of diffusers' DiagonalGaussianDistribution: exp of either is finite in float32.
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def reconstruct(self, z: jax.Array) -> jax.Array:
@@ -210,7 +209,7 @@ class AutoencoderKL(nn.Module):
 
 
 def load_vae(
-    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: PlaceLeaf | None = None
 ) -> tuple[AutoencoderKL, Params]:
     """The autoencoder and its parameters of a component directory (`place` as in `load_component`).
 
@@ -220,16 +219,18 @@ def load_vae(
     source = open_component(directory)
     model = AutoencoderKL(VAEConfig.from_dict(source.config), dtype)
     shapes = abstract_params(model)
-    return model, load_component(source, path_entries(shapes), shapes, dtype, place=place)
+    params = load_component(source, path_entries(shapes), shapes, dtype, place=place)
+    return model, params
 
 
 def abstract_params(model: AutoencoderKL) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
     config = model.config
-    image = jax.ShapeDtypeStruct(
-        (1, config.downsampling, config.downsampling, config.in_channels), jnp.float32
-    )
-    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    # One latent cell: no leaf's shape depends on the size of the image.
+    side = config.downsampling
+    image = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    return variables["params"]
 
 
 def encode(
@@ -247,32 +248,44 @@ def encode(
       [N, H/f, W/f, C] float32.
     """
     x = 2.0 * jnp.asarray(images, jnp.float32) - 1.0
-    mean, logvar = model.apply({"params": params}, x, method="moments")
+    # Any: flax types the result of `apply` by `__call__`, whatever the method.
+    moments: Any = model.apply({"params": params}, x, method="moments")
+    mean, logvar = moments
     z = mean.astype(jnp.float32)
     if key is not None:
-        z = z + jnp.exp(0.5 * logvar.astype(jnp.float32)) * jax.random.normal(
-            key, z.shape, jnp.float32
-        )
+        deviation = jnp.exp(0.5 * logvar.astype(jnp.float32))
+        z = z + deviation * jax.random.normal(key, z.shape, jnp.float32)
     return (z - model.config.shift_factor) * model.config.scaling_factor
 
 
 def decode(model: AutoencoderKL, params: Params, latents: jax.Array) -> jax.Array:
     """Images [N, f h, f w, 3], float32 in [0, 1], of latents [N, h, w, C] in the transformer's scale."""
-    z = jnp.asarray(latents, jnp.float32) / model.config.scaling_factor + model.config.shift_factor
-    y = model.apply({"params": params}, z, method="reconstruct").astype(jnp.float32)
+    config = model.config
+    z = jnp.asarray(latents, jnp.float32) / config.scaling_factor + config.shift_factor
+    # Any: as in `encode`.
+    decoded: Any = model.apply({"params": params}, z, method="reconstruct")
+    y = decoded.astype(jnp.float32)
+    # [-1, 1] to [0, 1]; a decoder overshoots at sharp edges.
     return jnp.clip(0.5 * y + 0.5, 0.0, 1.0)
 
 
 def nearest_double(x: jax.Array) -> jax.Array:
     """[N, h, w, C] to [N, 2h, 2w, C], every cell repeated twice along both sides."""
     n, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c)).reshape(
-        n, 2 * h, 2 * w, c
-    )
+    # Broadcast along a new axis behind each side, which the reshape then folds into it.
+    cells = x[:, :, None, :, None, :]
+    repeated = jnp.broadcast_to(cells, (n, h, 2, w, 2, c))
+    return repeated.reshape(n, 2 * h, 2 * w, c)
 
 
 def _conv3(features: int, dtype: Any, name: str) -> nn.Conv:
     return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
+
+
+def _halve(features: int, dtype: Any, name: str) -> nn.Conv:
+    # Stride 2 without left padding: the window of an output cell starts at its own pixels.
+    padding = ((0, 1), (0, 1))
+    return nn.Conv(features, (3, 3), strides=2, padding=padding, dtype=dtype, name=name)
 
 
 def _norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from marble_jax.errors import InputError, one_of
 from marble_jax.networks.clip import ACTIVATIONS
 from marble_jax.types import Params
-from marble_jax.weights.key_map import load_params, path_entries
+from marble_jax.weights.key_map import PlaceLeaf, load_params, path_entries
+from marble_jax.weights.published_config import check_heads, config_from
 from marble_jax.weights.safetensors_files import Tensors
 
 PREFIX = "blip."
+_TOWER = f"{PREFIX}visual_encoder."
 VISION_EPS = 1e-6
 VISION_HEAD_WIDTH = 64
 """Of every published BLIP image tower; the files do not say."""
@@ -47,17 +49,12 @@ class BlipTextConfig:
 
     def __post_init__(self) -> None:
         one_of("BLIP config hidden_act", self.hidden_act, ACTIVATIONS)
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"BLIP config num_attention_heads: expected a divisor of hidden_size {self.hidden_size}; "
-                f"received {self.num_attention_heads}"
-            )
+        check_heads("BLIP config", self.hidden_size, self.num_attention_heads)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlipTextConfig:
         """The config of a parsed med_config.json; keys that do not change the function are passed over."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in names})
+        return config_from(cls, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +79,21 @@ class Attention(nn.Module):
         self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
     ) -> jax.Array:
         n, t, d = x.shape
-        context = x if context is None else context
-        q, k, v = (
-            nn.Dense(d, dtype=self.dtype, name=f"self.{name}")(y).reshape(
-                n, y.shape[1], self.heads, -1
-            )
-            for name, y in (("query", x), ("key", context), ("value", context))
-        )
-        y = jax.nn.dot_product_attention(
-            q, k, v, mask=None if mask is None else mask[:, None, None]
-        )
-        return nn.Dense(d, dtype=self.dtype, name="output.dense")(y.reshape(n, t, d))
+        if context is None:
+            context = x
+
+        def dense(name: str) -> nn.Dense:
+            return nn.Dense(d, dtype=self.dtype, name=name)
+
+        s = context.shape[1]
+        q = dense("self.query")(x).reshape(n, t, self.heads, -1)
+        k = dense("self.key")(context).reshape(n, s, self.heads, -1)
+        v = dense("self.value")(context).reshape(n, s, self.heads, -1)
+        if mask is not None:
+            # bool [N, S] says which keys count, for every head and every query alike.
+            mask = mask[:, None, None]
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return dense("output.dense")(y.reshape(n, t, d))
 
 
 class TextLayer(nn.Module):
@@ -105,21 +106,21 @@ class TextLayer(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, image: jax.Array) -> jax.Array:
         config = self.config
 
+        activation = ACTIVATIONS[config.hidden_act]
+
         def normed(y: jax.Array, name: str) -> jax.Array:
-            return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name=f"{name}.LayerNorm")(
-                y
-            )
+            norm = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name=f"{name}.LayerNorm")
+            return norm(y)
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, name=name)
 
         attention = Attention(config.num_attention_heads, self.dtype, name="attention")
         x = normed(x + attention(x, mask=mask), "attention.output")
         crossattention = Attention(config.num_attention_heads, self.dtype, name="crossattention")
         x = normed(x + crossattention(x, image), "crossattention.output")
-        y = ACTIVATIONS[config.hidden_act](
-            nn.Dense(config.intermediate_size, dtype=self.dtype, name="intermediate.dense")(x)
-        )
-        return normed(
-            x + nn.Dense(config.hidden_size, dtype=self.dtype, name="output.dense")(y), "output"
-        )
+        y = activation(dense(config.intermediate_size, "intermediate.dense")(x))
+        return normed(x + dense(config.hidden_size, "output.dense")(y), "output")
 
 
 class TextTower(nn.Module):
@@ -131,18 +132,21 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array, image: jax.Array) -> jax.Array:
         config = self.config
-        x = nn.Embed(
+        words = nn.Embed(
             config.vocab_size,
             config.hidden_size,
             dtype=self.dtype,
             name="embeddings.word_embeddings",
-        )(ids)
-        x = x + nn.Embed(
+        )
+        positions = nn.Embed(
             config.max_position_embeddings,
             config.hidden_size,
             dtype=self.dtype,
             name="embeddings.position_embeddings",
-        )(jnp.arange(ids.shape[1]))
+        )
+        # BLIP's BERT has no embedding of token types.
+        x = words(ids)
+        x = x + positions(jnp.arange(ids.shape[1]))
         x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="embeddings.LayerNorm")(x)
         for i in range(config.num_hidden_layers):
             x = TextLayer(config, self.dtype, name=f"encoder.layer.{i}")(x, mask, image)
@@ -158,19 +162,19 @@ class VisionLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         n, t, d = x.shape
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, name=name)
+
         y = nn.LayerNorm(VISION_EPS, dtype=self.dtype, name="norm1")(x)
-        packed = nn.Dense(3 * d, dtype=self.dtype, name="attn.qkv")(y).reshape(
-            n, t, 3, -1, VISION_HEAD_WIDTH
-        )
-        y = jax.nn.dot_product_attention(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2]).reshape(
-            n, t, d
-        )
-        x = x + nn.Dense(d, dtype=self.dtype, name="attn.proj")(y)
+        # The file packs q, k and v in one layer, each with its heads side by side.
+        packed = dense(3 * d, "attn.qkv")(y).reshape(n, t, 3, -1, VISION_HEAD_WIDTH)
+        q, k, v = packed[:, :, 0], packed[:, :, 1], packed[:, :, 2]
+        y = jax.nn.dot_product_attention(q, k, v)
+        x = x + dense(d, "attn.proj")(y.reshape(n, t, d))
         y = nn.LayerNorm(VISION_EPS, dtype=self.dtype, name="norm2")(x)
-        y = ACTIVATIONS["gelu"](
-            nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="mlp.fc1")(y)
-        )
-        return x + nn.Dense(d, dtype=self.dtype, name="mlp.fc2")(y)
+        y = ACTIVATIONS["gelu"](dense(self.config.intermediate_size, "mlp.fc1")(y))
+        return x + dense(d, "mlp.fc2")(y)
 
 
 class VisionTower(nn.Module):
@@ -188,21 +192,22 @@ class VisionTower(nn.Module):
                 f"received {list(pixels.shape)}"
             )
         d, side = config.hidden_size, config.image_size // config.patch_size
-        patches = nn.Conv(
+        # A patch is one window of the convolution: stride and window are the patch's side.
+        patch_embedding = nn.Conv(
             d,
-            (config.patch_size,) * 2,
+            (config.patch_size, config.patch_size),
             strides=config.patch_size,
             padding="VALID",
             dtype=self.dtype,
             name="patch_embed.proj",
-        )(pixels).reshape(n, side * side, d)
-        first = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, d)).astype(
-            patches.dtype
         )
-        where = self.param(
-            "pos_embed", nn.initializers.normal(0.02), (1, side * side + 1, d)
-        ).astype(patches.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(first, (n, 1, d)), patches], axis=1) + where
+        patches = patch_embedding(pixels).reshape(n, side * side, d)
+        normal = nn.initializers.normal(0.02)
+        class_embedding = self.param("cls_token", normal, (1, 1, d))
+        positions = self.param("pos_embed", normal, (1, side * side + 1, d))
+        # One class token for all images, in front of the patches, where position 0 is.
+        class_token = jnp.broadcast_to(class_embedding.astype(patches.dtype), (n, 1, d))
+        x = jnp.concatenate([class_token, patches], axis=1) + positions.astype(patches.dtype)
         for i in range(config.num_hidden_layers):
             x = VisionLayer(config, self.dtype, name=f"blocks.{i}")(x)
         return nn.LayerNorm(VISION_EPS, dtype=self.dtype, name="norm")(x)
@@ -219,9 +224,8 @@ class BlipEncoder(nn.Module):
     def __call__(self, pixels: jax.Array, ids: jax.Array) -> jax.Array:
         image = VisionTower(self.vision, self.dtype, name=f"{PREFIX}visual_encoder")(pixels)
         mask = ids != self.text.pad_token_id
-        return TextTower(self.text, self.dtype, name=f"{PREFIX}text_encoder")(ids, mask, image)[
-            :, 0
-        ]
+        states = TextTower(self.text, self.dtype, name=f"{PREFIX}text_encoder")(ids, mask, image)
+        return states[:, 0]
 
 
 def vision_config(source: Tensors) -> BlipVisionConfig:
@@ -230,40 +234,46 @@ def vision_config(source: Tensors) -> BlipVisionConfig:
     Raises:
       InputError: a tensor that it is read from is missing.
     """
-    where = f"{PREFIX}visual_encoder."
-    found = {}
-    for name, rank in (
-        ("patch_embed.proj.weight", 4),
-        ("pos_embed", 3),
-        ("blocks.0.mlp.fc1.bias", 1),
-    ):
-        if where + name not in source.keys() or len(source.shape(where + name)) != rank:
-            raise InputError(
-                f"{source.path}: expected BLIP's tensor {where + name!r} of rank {rank}; received a file "
-                "without it"
-            )
-        found[name] = source.shape(where + name)
-    width, _, patch, _ = found["patch_embed.proj.weight"]
-    layers = [re.match(rf"{re.escape(where)}blocks\.(\d+)\.", key) for key in source.keys()]
+    width, _, patch, _ = _shape(source, "patch_embed.proj.weight", 4)
+    _, num_positions, _ = _shape(source, "pos_embed", 3)
+    (inner,) = _shape(source, "blocks.0.mlp.fc1.bias", 1)
     if width % VISION_HEAD_WIDTH:
         raise InputError(
             f"{source.path}: image tower: expected a multiple of {VISION_HEAD_WIDTH} as width; "
             f"received {width}"
         )
+    pattern = re.compile(rf"{re.escape(_TOWER)}blocks\.(\d+)\.")
+    layers = set()
+    for key in source.keys():
+        match = pattern.match(key)
+        if match is not None:
+            layers.add(int(match[1]))
+    # One position is the class token's, the others make a square.
+    side = round((num_positions - 1) ** 0.5)
     return BlipVisionConfig(
-        width,
-        found["blocks.0.mlp.fc1.bias"][0],
-        1 + max(int(m.group(1)) for m in layers if m),
-        round((found["pos_embed"][1] - 1) ** 0.5) * patch,
-        patch,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=1 + max(layers),
+        image_size=side * patch,
+        patch_size=patch,
     )
+
+
+def _shape(source: Tensors, name: str, rank: int) -> tuple[int, ...]:
+    """Shape of a tensor of the image tower. Raises InputError unless the file has it, with that rank."""
+    key = _TOWER + name
+    if key not in source.keys() or len(source.shape(key)) != rank:
+        raise InputError(
+            f"{source.path}: expected BLIP's tensor {key!r} of rank {rank}; received a file without it"
+        )
+    return source.shape(key)
 
 
 def load_blip(
     source: Tensors,
     text: BlipTextConfig,
     dtype: Any = jnp.float32,
-    place: Callable[..., Any] | None = None,
+    place: PlaceLeaf | None = None,
 ) -> tuple[BlipEncoder, Params]:
     """Model and parameters from an open `ImageReward.pt` (`place` as in `load_params`); its head is left aside.
 
@@ -273,7 +283,9 @@ def load_blip(
     vision = vision_config(source)
     model = BlipEncoder(text, vision, dtype)
     pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, 3), jnp.float32)
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), pixels, jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    )["params"]
-    return model, load_params(source, path_entries(shapes), shapes, dtype, _IGNORED, place)
+    # Two tokens: no leaf's shape depends on how many there are.
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), pixels, ids)
+    shapes = variables["params"]
+    params = load_params(source, path_entries(shapes), shapes, dtype, _IGNORED, place)
+    return model, params

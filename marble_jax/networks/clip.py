@@ -1,4 +1,4 @@
-"""CLIP: the text tower that conditions SD3, the vision tower, and the pair that compares images with prompts.
+"""CLIP: text tower, vision tower, and the pair that compares images with prompts.
 
 Both towers are the same pre-norm transformer; they differ in how the sequence starts, in the causal mask and in which
 position is pooled. Modules carry the names their tensors have in Hugging Face files, dots (and the misspelt
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from marble_jax.errors import InputError, one_of
 from marble_jax.types import Params
 from marble_jax.weights.component import OrbaxDir, load_component, open_component
-from marble_jax.weights.key_map import path_entries
+from marble_jax.weights.key_map import PlaceLeaf, path_entries
+from marble_jax.weights.published_config import check_heads, config_from
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -31,11 +32,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 BUFFERS = ("*.position_ids",)
 """Integer buffers 0, 1, 2, ... that older files hold; nothing to load."""
+# Two tokens: no leaf's shape depends on how many there are.
 _IDS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 LEGACY_EOS = 2
 """`eos_token_id` of configs written before the field was right: pool where the id is largest instead."""
-
-_Config = TypeVar("_Config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CLIPTextConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
         """The config of a parsed config.json; keys that do not change the network's function are passed over."""
-        return _known(cls, values)
+        return config_from(cls, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class CLIPVisionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
         """The config of a parsed config.json; keys that do not change the network's function are passed over."""
-        return _known(cls, values)
+        return config_from(cls, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +106,11 @@ class CLIPConfig:
 
 @flax.struct.dataclass
 class TextOutput:
-    """What the text tower gives.
+    """Output of the text tower.
 
     Attributes:
-      penultimate: [N, T, hidden_size] output of the last layer but one, before the final norm; SD3's token embeddings.
+      penultimate: [N, T, hidden_size] output of the last layer but one, before the final norm; the token embeddings
+        that diffusion models are conditioned on.
       last: [N, T, hidden_size] output of the last layer after the final norm.
       pooled: [N, projection_dim] projection of `last` at the end-of-text token.
     """
@@ -131,20 +132,21 @@ class TransformerLayer(nn.Module):
         config = self.config
         n, t, d = x.shape
         heads = config.num_attention_heads
+        activation = ACTIVATIONS[config.hidden_act]
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, name=name)
+
         y = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(x)
-        q, k, v = (
-            nn.Dense(d, dtype=self.dtype, name=f"self_attn.{which}_proj")(y).reshape(
-                n, t, heads, d // heads
-            )
-            for which in "qkv"
-        )
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(n, t, d)
-        x = x + nn.Dense(d, dtype=self.dtype, name="self_attn.out_proj")(y)
+        q = dense(d, "self_attn.q_proj")(y).reshape(n, t, heads, d // heads)
+        k = dense(d, "self_attn.k_proj")(y).reshape(n, t, heads, d // heads)
+        v = dense(d, "self_attn.v_proj")(y).reshape(n, t, heads, d // heads)
+        # No mask for padding: it follows the end-of-text token that is pooled, and causality hides it from that.
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + dense(d, "self_attn.out_proj")(y.reshape(n, t, d))
         y = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="layer_norm2")(x)
-        y = ACTIVATIONS[config.hidden_act](
-            nn.Dense(config.intermediate_size, dtype=self.dtype, name="mlp.fc1")(y)
-        )
-        return x + nn.Dense(d, dtype=self.dtype, name="mlp.fc2")(y)
+        y = activation(dense(config.intermediate_size, "mlp.fc1")(y))
+        return x + dense(d, "mlp.fc2")(y)
 
 
 class TextTower(nn.Module):
@@ -169,16 +171,15 @@ class TextTower(nn.Module):
             name="embeddings.position_embedding",
         )
         x = embed(ids) + positions(jnp.arange(ids.shape[1]))
+        # What a tower of one layer has before its last is the embedding.
         penultimate = x
         for i in range(config.num_hidden_layers):
             penultimate = x
             x = TransformerLayer(config, True, self.dtype, name=f"encoder.layers.{i}")(x)
         last = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
-        return (
-            penultimate,
-            last,
-            last[jnp.arange(ids.shape[0]), end_of_text(ids, config.eos_token_id)],
-        )
+        samples = jnp.arange(ids.shape[0])
+        pooled = last[samples, end_of_text(ids, config.eos_token_id)]
+        return penultimate, last, pooled
 
 
 class VisionTower(nn.Module):
@@ -197,26 +198,32 @@ class VisionTower(nn.Module):
                 f"CLIP pixels: expected [N, {config.image_size}, {config.image_size}, {config.num_channels}]; "
                 f"received {list(pixels.shape)}"
             )
-        patches = nn.Conv(
+        # A patch is one window of the convolution: stride and window are the patch's side.
+        patch_embedding = nn.Conv(
             d,
-            (config.patch_size,) * 2,
+            (config.patch_size, config.patch_size),
             strides=config.patch_size,
             padding="VALID",
             use_bias=False,
             dtype=self.dtype,
             name="embeddings.patch_embedding",
-        )(pixels).reshape(n, side * side, d)
-        first = self.param("embeddings.class_embedding", nn.initializers.normal(0.02), (d,)).astype(
-            patches.dtype
         )
-        x = jnp.concatenate([jnp.broadcast_to(first, (n, 1, d)), patches], axis=1)
-        x = x + nn.Embed(
+        patches = patch_embedding(pixels).reshape(n, side * side, d)
+        class_embedding = self.param(
+            "embeddings.class_embedding", nn.initializers.normal(0.02), (d,)
+        )
+        # One class token for all images, in front of the patches, where position 0 and the pooling expect it.
+        class_token = jnp.broadcast_to(class_embedding.astype(patches.dtype), (n, 1, d))
+        x = jnp.concatenate([class_token, patches], axis=1)
+        positions = nn.Embed(
             side * side + 1, d, dtype=self.dtype, name="embeddings.position_embedding"
-        )(jnp.arange(side * side + 1))
+        )
+        x = x + positions(jnp.arange(side * side + 1))
         x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(x)
         for i in range(config.num_hidden_layers):
             x = TransformerLayer(config, False, self.dtype, name=f"encoder.layers.{i}")(x)
-        return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(x[:, 0])
+        norm = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="post_layernorm")
+        return norm(x[:, 0])
 
 
 class CLIPTextEncoder(nn.Module):
@@ -250,7 +257,8 @@ class CLIPVisionEncoder(nn.Module):
         pooled = VisionTower(self.config, self.dtype, name="vision_model")(pixels)
         if not self.projected:
             return pooled
-        return _projection(self.config.projection_dim, self.dtype, "visual_projection")(pooled)
+        project = _projection(self.config.projection_dim, self.dtype, "visual_projection")
+        return project(pooled)
 
 
 class CLIPModel(nn.Module):
@@ -265,15 +273,18 @@ class CLIPModel(nn.Module):
         self.vision_model = VisionTower(config.vision, self.dtype)
         self.text_projection = _projection(config.projection_dim, self.dtype, None)
         self.visual_projection = _projection(config.projection_dim, self.dtype, None)
+        # log(1 / 0.07), rounded as in CLIP's configs; a file always brings its own.
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
     def text_features(self, ids: jax.Array) -> jax.Array:
         """Unit vectors [N, projection_dim], float32, of ids int32 [N, T]."""
-        return unit(self.text_projection(self.text_model(ids)[2]))
+        _, _, pooled = self.text_model(ids)
+        return unit(self.text_projection(pooled))
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
         """Unit vectors [N, projection_dim], float32, of normalised pixels [N, H, W, 3]."""
-        return unit(self.visual_projection(self.vision_model(pixels)))
+        pooled = self.vision_model(pixels)
+        return unit(self.visual_projection(pooled))
 
     def scale(self) -> jax.Array:
         """Factor from cosine to logit: exp(logit_scale)."""
@@ -285,7 +296,7 @@ class CLIPModel(nn.Module):
 
 
 def load_text_encoder(
-    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: PlaceLeaf | None = None
 ) -> tuple[CLIPTextEncoder, Params]:
     """Model and parameters of a `CLIPTextModelWithProjection` directory (`place` as in `load_component`).
 
@@ -299,11 +310,16 @@ def load_text_encoder(
 
 def abstract_text_params(model: CLIPTextEncoder) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
-    return jax.eval_shape(model.init, jax.random.key(0), _IDS)["params"]
+    return _abstract_params(model, _IDS)
+
+
+def abstract_params(model: CLIPModel) -> dict[str, Any]:
+    """Parameter tree of `jax.ShapeDtypeStruct` of a pair, without allocating anything."""
+    return _abstract_params(model, _IDS, _pixels(model.config.vision))
 
 
 def load_vision_encoder(
-    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: PlaceLeaf | None = None
 ) -> tuple[CLIPVisionEncoder, Params]:
     """Model and parameters of a `CLIPVisionModelWithProjection` directory, or of one without `visual_projection`.
 
@@ -312,12 +328,13 @@ def load_vision_encoder(
     """
     source = SafetensorsDir(directory)
     config = CLIPVisionConfig.from_dict(source.config)
-    model = CLIPVisionEncoder(config, "visual_projection.weight" in source.keys(), dtype)
+    projected = "visual_projection.weight" in source.keys()
+    model = CLIPVisionEncoder(config, projected, dtype)
     return model, _load(source, model, dtype, place, _pixels(config))
 
 
 def load_clip(
-    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: PlaceLeaf | None = None
 ) -> tuple[CLIPModel, Params]:
     """Model and parameters of a `CLIPModel` directory (`place` as in `load_component`).
 
@@ -336,7 +353,10 @@ def end_of_text(ids: jax.Array, eos_token_id: int) -> jax.Array:
     With the legacy id 2 of old configs, which is not the tokenizer's, the largest id marks it (end-of-text is the last
     word of CLIP's vocabulary). A row without the token pools position 0, as transformers does.
     """
-    return jnp.argmax(ids if eos_token_id == LEGACY_EOS else ids == eos_token_id, axis=-1)
+    # argmax takes the first of equal values: the first match, and position 0 where nothing matches.
+    if eos_token_id == LEGACY_EOS:
+        return jnp.argmax(ids, axis=-1)
+    return jnp.argmax(ids == eos_token_id, axis=-1)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -349,32 +369,28 @@ def _projection(features: int, dtype: Any, name: str | None) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=dtype, name=name)
 
 
-def _known(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in values.items() if k in names and v is not None})
-
-
 def _check(config: CLIPTextConfig | CLIPVisionConfig) -> None:
     one_of("CLIP config hidden_act", config.hidden_act, ACTIVATIONS)
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"CLIP config num_attention_heads: expected a divisor of hidden_size {config.hidden_size}; "
-            f"received {config.num_attention_heads}"
-        )
+    check_heads("CLIP config", config.hidden_size, config.num_attention_heads)
 
 
 def _pixels(config: CLIPVisionConfig) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        (1, config.image_size, config.image_size, config.num_channels), jnp.float32
-    )
+    """One image, which the position table ties to the config's size."""
+    side = config.image_size
+    return jax.ShapeDtypeStruct((1, side, side, config.num_channels), jnp.float32)
+
+
+def _abstract_params(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return variables["params"]
 
 
 def _load(
     source: SafetensorsDir | OrbaxDir,
     model: nn.Module,
     dtype: Any,
-    place: Callable[..., Any] | None,
+    place: PlaceLeaf | None,
     *inputs: jax.ShapeDtypeStruct,
 ) -> Params:
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    shapes = _abstract_params(model, *inputs)
     return load_component(source, path_entries(shapes), shapes, dtype, BUFFERS, place)

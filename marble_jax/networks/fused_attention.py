@@ -17,7 +17,8 @@ Nothing here is approximate: products are in the dtype of the input, sums and so
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ BLOCKS = (640, 512, 384, 256)  # tokens; larger ones do not fit next to each oth
 
 
 @dataclasses.dataclass(frozen=True)
-class Flash:
+class FusedAttention:
     """A fused kernel on given devices, as an attention function.
 
     Attributes:
@@ -65,8 +66,10 @@ class Flash:
         return folded(self.kernel, self.place)(q, k, v)
 
     def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """What runs on the samples of one device."""
-        return cudnn(q, k, v) if self.kind == "cudnn" else splash(q, k, v, self.interpret)
+        """The attention of the samples of one device."""
+        if self.kind == "cudnn":
+            return cudnn(q, k, v)
+        return splash(q, k, v, self.interpret)
 
     def place(self, kernel: Callable, q: jax.Array) -> Callable:
         """`kernel` over the mesh, each device with its own part of a batch shaped like `q`."""
@@ -78,15 +81,18 @@ class Flash:
 
     def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         """How [N, T, H, d] is split; an axis that does not divide is whole on every device."""
-        along = tuple(name for name in self.batch if name in self.mesh.shape)
-        batch = (
-            along
-            if shape[0] % int(np.prod([self.mesh.shape[name] for name in along])) == 0
-            else None
-        )
-        heads = (
-            self.heads if shape[2] % self.mesh.shape.get(self.heads, shape[2] + 1) == 0 else None
-        )
+        # Without a mesh nothing is split: the axes below have no devices.
+        sizes: Mapping[str, int] = {}
+        if self.mesh is not None:
+            sizes = self.mesh.shape
+        samples, _, num_heads, _ = shape
+        axes = tuple(name for name in self.batch if name in sizes)
+        batch: tuple[str, ...] | None = axes
+        if samples % math.prod(sizes[name] for name in axes):
+            batch = None
+        heads: str | None = self.heads
+        if self.heads not in sizes or num_heads % sizes[self.heads]:
+            heads = None
         return PartitionSpec(batch, None, heads, None)
 
 
@@ -116,12 +122,15 @@ def folded(
         mapped = custom_vmap(function)
 
         @mapped.def_vmap
-        def rule(size: int, batched: Any, *arrays: jax.Array) -> tuple[Any, Any]:
-            whole = [
-                x if has else jnp.broadcast_to(x, (size, *x.shape))
-                for x, has in zip(arrays, batched)
-            ]
-            out = mapped(*(x.reshape(size * x.shape[1], *x.shape[2:]) for x in whole))
+        def rule(size: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[Any, Any]:
+            joined = []
+            for x, is_mapped in zip(arrays, batched):
+                # The kernel wants the same batch everywhere: what all directions share is repeated for each.
+                if not is_mapped:
+                    x = jnp.broadcast_to(x, (size, *x.shape))
+                joined.append(x.reshape(size * x.shape[1], *x.shape[2:]))
+            out = mapped(*joined)
+            # The mapped axis is in front of the batch, so that a reshape takes them apart again.
             apart = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), out)
             return apart, jax.tree.map(lambda _: True, out)
 
@@ -131,18 +140,23 @@ def folded(
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return place(kernel, q)(q, k, v)
 
+    def pull_back(
+        q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        _, pull = jax.vjp(kernel, q, k, v)
+        return pull(cotangent)
+
     @with_rule
     def backward(
         q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array
     ) -> tuple[jax.Array, ...]:
-        return place(lambda q, k, v, cotangent: jax.vjp(kernel, q, k, v)[1](cotangent), q)(
-            q, k, v, cotangent
-        )
+        return place(pull_back, q)(q, k, v, cotangent)
 
     @jax.custom_vjp
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return forward(q, k, v)
 
+    # Queries, keys and values are all that is kept for the backward pass (see the module's docstring).
     attention.defvjp(
         lambda q, k, v: (forward(q, k, v), (q, k, v)), lambda kept, g: backward(*kept, g)
     )
@@ -157,15 +171,29 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """
     num_q, num_k = q.shape[1], k.shape[1]
     if num_q % 2 or num_k % 2:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    real = jnp.full(k.shape[:1], num_k, jnp.int32) if num_k % 2 else None
-    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=real, implementation="cudnn")
+        q, k, v = _even_tokens(q), _even_tokens(k), _even_tokens(v)
+    num_real = None
+    if num_k % 2:
+        num_real = jnp.full(k.shape[:1], num_k, jnp.int32)
+    out = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=num_real, implementation="cudnn"
+    )
     return out[:, :num_q]
+
+
+def _even_tokens(x: jax.Array) -> jax.Array:
+    """[N, T, H, d] with a token of zeros behind an odd number of them."""
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def block_size(tokens: int) -> int:
     """Tokens of a block of splash attention: the least padding, then the largest block."""
-    return min(BLOCKS, key=lambda block: (-(-tokens // block) * block, -block))
+    return min(BLOCKS, key=lambda block: (_whole_blocks(tokens, block), -block))
+
+
+def _whole_blocks(tokens: int, block: int) -> int:
+    """`tokens` rounded up to a multiple of `block`."""
+    return -(-tokens // block) * block
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
@@ -184,15 +212,18 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
 
     num_q, num_k, width = q.shape[1], k.shape[1], q.shape[-1]
     block_q, block_k = block_size(num_q), block_size(num_k)
-    padded_q, padded_k = -(-num_q // block_q) * block_q, -(-num_k // block_k) * block_k
+    padded_q, padded_k = _whole_blocks(num_q, block_q), _whole_blocks(num_k, block_k)
 
     def ready(x: jax.Array, length: int) -> jax.Array:
-        """[N, T, H, d] -> [N, H, length, d]."""
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
+        """[N, T, H, d] -> [N, H, length, d], the layout of the kernel."""
+        by_head = x.swapaxes(1, 2)
+        return jnp.pad(by_head, ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
 
     mask: Any = library.FullMask((padded_q, padded_k))
     if padded_k > num_k:
-        mask = library.NumpyMask(np.broadcast_to(np.arange(padded_k) < num_k, (padded_q, padded_k)))
+        # The same keys are real for every query; added queries may see what they like.
+        is_real = np.arange(padded_k) < num_k
+        mask = library.NumpyMask(np.broadcast_to(is_real, (padded_q, padded_k)))
     sizes = library.BlockSizes(
         block_q=block_q,
         block_kv=block_k,
@@ -207,6 +238,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
     kernel = library.make_splash_mha_single_device(
         library.MultiHeadMask([mask]), block_sizes=sizes, interpret=interpret
     )
+    # The kernel does not scale. In float32: the root of a head width need not be a power of two.
     scaled = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
     out = jax.vmap(kernel)(ready(scaled, padded_q), ready(k, padded_k), ready(v, padded_k))
     return out[:, :, :num_q].swapaxes(1, 2)

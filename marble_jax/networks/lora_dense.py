@@ -36,6 +36,7 @@ def _widen_forward(h: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Arr
 
 def _widen_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     h, b = kept
+    # `ro`, not `or` and a transpose: the contraction turns the narrow h, which is the point of this rule.
     return g @ b.T, jnp.einsum("...r,...o->ro", h, g)
 
 
@@ -64,18 +65,19 @@ class LoraDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        bias = (
-            self.param("bias", nn.initializers.zeros_init(), (self.features,))
-            if self.use_bias
-            else None
-        )
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = x @ kernel
         if self.has_variable(COLLECTION, "a"):
-            a, b = (self.get_variable(COLLECTION, name).astype(x.dtype) for name in ("a", "b"))
+            a: jax.Array = self.get_variable(COLLECTION, "a").astype(x.dtype)
+            b: jax.Array = self.get_variable(COLLECTION, "b").astype(x.dtype)
             # Scaled at the narrow waist: rank values a token instead of `features`.
             y = y + widen(self.lora_scale * (x @ a), b)
-        return y if bias is None else y + bias
+        if bias is None:
+            return y
+        return y + bias
 
 
 def check_adapter(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> None:
@@ -83,27 +85,39 @@ def check_adapter(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> None
 
     A leaf under a path that no layer reads would otherwise be ignored in silence.
     """
-    kernels = {
-        p[:-1]: v.shape
-        for p, v in traverse_util.flatten_dict(dict(params)).items()
-        if p[-1] == "kernel"
-    }
+    kernels = {}
+    for path, leaf in traverse_util.flatten_dict(dict(params)).items():
+        if path[-1] == "kernel":
+            kernels[path[:-1]] = tuple(leaf.shape)
     leaves = traverse_util.flatten_dict(dict(adapter))
     for path in leaves:
         module, name = path[:-1], "/".join(path)
         if module not in kernels:
-            close = nearest("/".join(module), ("/".join(k) for k in kernels))
+            close = nearest("/".join(module), ("/".join(known) for known in kernels))
             raise InputError(
                 f"adapter leaf {name}: expected the path of a dense layer; received an unknown one{close}"
             )
-        if path[-1] not in ("a", "b") or (*module, "b" if path[-1] == "a" else "a") not in leaves:
+        if path[-1] not in ("a", "b") or not _is_paired(path, leaves):
             raise InputError(
                 f"adapter leaf {name}: expected the pair 'a' and 'b'; received {path[-1]!r} alone"
             )
-        a, b, kernel = leaves[(*module, "a")].shape, leaves[(*module, "b")].shape, kernels[module]
-        # The rank is free, everything else is the kernel's; a leading axis stacks layers.
-        if (*a[:-1], b[-1]) != tuple(kernel) or b[:-2] != a[:-2] or a[-1] != b[-2]:
-            raise InputError(
-                f"adapter of {'/'.join(module)}: expected a [.., in, r], b [.., r, out] for kernel {tuple(kernel)}; "
-                f"received {a}, {b}"
-            )
+        a, b = leaves[(*module, "a")].shape, leaves[(*module, "b")].shape
+        _check_pair(module, a, b, kernels[module])
+
+
+def _is_paired(path: tuple[str, ...], leaves: Mapping[tuple[str, ...], Any]) -> bool:
+    """Whether both leaves of a layer's pair exist."""
+    module = path[:-1]
+    return (*module, "a") in leaves and (*module, "b") in leaves
+
+
+def _check_pair(
+    module: tuple[str, ...], a: tuple[int, ...], b: tuple[int, ...], kernel: tuple[int, ...]
+) -> None:
+    """Raises InputError unless the shapes of `a` and `b` fit each other and their kernel."""
+    # The rank is free, everything else is the kernel's; a leading axis stacks layers.
+    if (*a[:-1], b[-1]) != kernel or b[:-2] != a[:-2] or a[-1] != b[-2]:
+        raise InputError(
+            f"adapter of {'/'.join(module)}: expected a [.., in, r], b [.., r, out] for kernel {kernel}; "
+            f"received {a}, {b}"
+        )

@@ -1,7 +1,8 @@
 """CLIP pairs in OpenCLIP's layout, the one HPSv2.1 and the LAION models are published in.
 
-The networks are those of `networks.clip`; names, the packed query-key-value tensors and the two projections' orientation
-differ. The shape is read from `open_clip_config.json`, or, for a file that comes alone, from the tensors themselves.
+The networks are those of `networks.clip`; names, the packed query-key-value tensors and the orientation of the two
+projections differ. The shape is read from `open_clip_config.json`, or, for a file that comes alone, from the tensors
+themselves.
 
 Source: `open_clip/transformer.py` and `open_clip/model_configs/` of mlfoundations/open_clip.
 """
@@ -10,10 +11,9 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,9 +24,10 @@ from marble_jax.networks.clip import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    abstract_params,
 )
 from marble_jax.types import Params
-from marble_jax.weights.key_map import Entry, load_params, path_entries
+from marble_jax.weights.key_map import Entry, PlaceLeaf, load_params, path_entries
 from marble_jax.weights.safetensors_files import Tensors
 from marble_jax.weights.torch_pickle import open_weights
 
@@ -37,11 +38,17 @@ FILES = (
     "open_clip_pytorch_model.pt",
 )
 CONFIG = "open_clip_config.json"
-HEAD_WIDTH, HEAD_WIDTHS = 64, {1280: 80, 1408: 88, 1664: 104}
-"""Width of a vision head: 64, but for the towers of ViT-H, ViT-g and ViT-bigG."""
+HEAD_WIDTH = 64
+"""Width of a head, in text towers always."""
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+"""Width of a vision head by width of the tower, for ViT-H, ViT-g and ViT-bigG; no tensor shows it."""
 _IGNORED = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 """Buffers and numbers that old files hold beside the weights."""
-_PARTS = ("q", "k", "v")
+_PARTS = (
+    "q",
+    "k",
+    "v",
+)  # order of the thirds of a packed tensor, as torch's MultiheadAttention has them
 _RENAMED = (
     (r"text_model\.embeddings\.token_embedding\.", "token_embedding."),
     (r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
@@ -68,17 +75,18 @@ class Unpacked:
     """A file's tensors with each `in_proj_weight` and `in_proj_bias` cut into its thirds, `...[q]`, `[k]`, `[v]`."""
 
     def __init__(self, source: Tensors):
-        self._source, self.path = source, source.path
+        """The tensors of an open OpenCLIP file."""
+        self.path = source.path
+        self._source = source
         self._names: dict[str, tuple[str, int | None]] = {}
         for key in source.keys():
-            packed = (
-                key.endswith((".in_proj_weight", ".in_proj_bias")) and source.shape(key)[0] % 3 == 0
-            )
-            self._names |= (
-                {f"{key}[{p}]": (key, i) for i, p in enumerate(_PARTS)}
-                if packed
-                else {key: (key, None)}
-            )
+            # A damaged tensor that has no thirds stays whole, and is named as left over.
+            packed = key.endswith((".in_proj_weight", ".in_proj_bias"))
+            if packed and source.shape(key)[0] % 3 == 0:
+                for third, part in enumerate(_PARTS):
+                    self._names[f"{key}[{part}]"] = (key, third)
+            else:
+                self._names[key] = (key, None)
 
     def keys(self) -> list[str]:
         """Names after the cut."""
@@ -86,9 +94,11 @@ class Unpacked:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        name, part = self._names[key]
+        name, third = self._names[key]
         shape = self._source.shape(name)
-        return shape if part is None else (shape[0] // 3, *shape[1:])
+        if third is None:
+            return shape
+        return (shape[0] // 3, *shape[1:])
 
     def dtype(self, key: str) -> np.dtype:
         """Dtype of a tensor."""
@@ -96,12 +106,14 @@ class Unpacked:
 
     def read(self, key: str) -> np.ndarray:
         """A tensor, or its third."""
-        name, part = self._names[key]
+        name, third = self._names[key]
         tensor = self._source.read(name)
-        return tensor if part is None else np.split(tensor, 3)[part]
+        if third is None:
+            return tensor
+        return np.split(tensor, 3)[third]
 
     def release(self, key: str) -> None:
-        """Nothing: the other thirds may still be read."""
+        """Does nothing: the other thirds may still be read."""
 
     def file(self, key: str) -> pathlib.Path:
         """The file that holds a tensor."""
@@ -110,14 +122,16 @@ class Unpacked:
 
 def entries(shapes: Mapping[str, Any]) -> list[Entry]:
     """Key map of a `CLIPModel` for an `Unpacked` OpenCLIP file."""
-    found = []
+    renamed = []
     for entry in path_entries(shapes):
-        key = entry.key
+        key, transform = entry.key, entry.transform
         for pattern, name in _RENAMED:
             key = re.sub(pattern, name, key)
-        flat = key in ("text_projection", "visual.proj")  # plain matrices [in, out] there, as here
-        found.append(Entry(key, entry.path, "none" if flat else entry.transform))
-    return found
+        # Plain matrices [in, out] in these files, as here: not transposed.
+        if key in ("text_projection", "visual.proj"):
+            transform = "none"
+        renamed.append(Entry(key, entry.path, transform))
+    return renamed
 
 
 def config_of(settings: Mapping[str, Any]) -> CLIPConfig:
@@ -127,43 +141,45 @@ def config_of(settings: Mapping[str, Any]) -> CLIPConfig:
       InputError: a field is missing, or the model is not a plain pair of transformers.
     """
     try:
-        vision, text = settings["vision_cfg"], settings["text_cfg"]
-        if (
-            not isinstance(vision["layers"], int)
-            or "hf_model_name" in text
-            or "timm_model_name" in vision
-        ):
-            raise InputError(
-                f"{CONFIG}: expected a plain pair of transformers; received another kind of tower"
-            )
-        act = "quick_gelu" if settings.get("quick_gelu") else "gelu"
-        ratio = vision.get("mlp_ratio", 4.0), text.get("mlp_ratio", 4.0)
-        return CLIPConfig(
-            CLIPTextConfig(
-                vocab_size=text["vocab_size"],
-                hidden_size=text["width"],
-                intermediate_size=int(text["width"] * ratio[1]),
-                projection_dim=settings["embed_dim"],
-                num_hidden_layers=text["layers"],
-                num_attention_heads=text["heads"],
-                max_position_embeddings=text["context_length"],
-                hidden_act=act,
-                eos_token_id=LEGACY_EOS,
-            ),
-            CLIPVisionConfig(
-                hidden_size=vision["width"],
-                intermediate_size=int(vision["width"] * ratio[0]),
-                projection_dim=settings["embed_dim"],
-                num_hidden_layers=vision["layers"],
-                num_attention_heads=vision["width"] // vision.get("head_width", HEAD_WIDTH),
-                image_size=vision["image_size"],
-                patch_size=vision["patch_size"],
-                hidden_act=act,
-            ),
-            settings["embed_dim"],
-        )
+        return _config_of(settings, settings["vision_cfg"], settings["text_cfg"])
     except KeyError as error:
         raise InputError(f"{CONFIG} model_cfg: expected {error}; received none") from None
+
+
+def _config_of(
+    settings: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]
+) -> CLIPConfig:
+    """The shape by fields of each tower; a missing field is a KeyError."""
+    # ResNets list the layers of each stage; other text and vision libraries are named.
+    plain = isinstance(vision["layers"], int)
+    if not plain or "hf_model_name" in text or "timm_model_name" in vision:
+        raise InputError(
+            f"{CONFIG}: expected a plain pair of transformers; received another kind of tower"
+        )
+    activation = "quick_gelu" if settings.get("quick_gelu") else "gelu"
+    text_config = CLIPTextConfig(
+        vocab_size=text["vocab_size"],
+        hidden_size=text["width"],
+        intermediate_size=int(text["width"] * text.get("mlp_ratio", 4.0)),
+        projection_dim=settings["embed_dim"],
+        num_hidden_layers=text["layers"],
+        num_attention_heads=text["heads"],
+        max_position_embeddings=text["context_length"],
+        hidden_act=activation,
+        # OpenCLIP pools where the id is largest, which is what this id asks for.
+        eos_token_id=LEGACY_EOS,
+    )
+    vision_config = CLIPVisionConfig(
+        hidden_size=vision["width"],
+        intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+        projection_dim=settings["embed_dim"],
+        num_hidden_layers=vision["layers"],
+        num_attention_heads=vision["width"] // vision.get("head_width", HEAD_WIDTH),
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        hidden_act=activation,
+    )
+    return CLIPConfig(text_config, vision_config, settings["embed_dim"])
 
 
 def config_from_shapes(source: Tensors) -> CLIPConfig:
@@ -176,57 +192,67 @@ def config_from_shapes(source: Tensors) -> CLIPConfig:
       InputError: a tensor that the shape is read from is missing.
     """
 
-    def layers(prefix: str) -> int:
-        numbers = [
-            re.match(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.", k)
-            for k in source.keys()
-        ]
-        return 1 + max((int(m.group(1)) for m in numbers if m), default=-1)
+    width, _, patch, _ = _shape(source, "visual.conv1.weight", 4)
+    num_positions, _ = _shape(source, "visual.positional_embedding", 2)
+    # One position is the class token's, the others make a square.
+    side = round((num_positions - 1) ** 0.5)
+    (vision_inner,) = _shape(source, "visual.transformer.resblocks.0.mlp.c_fc.bias", 1)
+    vision = {
+        "image_size": side * patch,
+        "layers": _num_layers(source, "visual."),
+        "width": width,
+        "patch_size": patch,
+        "head_width": HEAD_WIDTHS.get(width, HEAD_WIDTH),
+        "mlp_ratio": vision_inner / width,
+    }
+    vocabulary, text_width = _shape(source, "token_embedding.weight", 2)
+    (text_inner,) = _shape(source, "transformer.resblocks.0.mlp.c_fc.bias", 1)
+    text = {
+        "context_length": _shape(source, "positional_embedding", 2)[0],
+        "vocab_size": vocabulary,
+        "width": text_width,
+        "heads": max(1, text_width // HEAD_WIDTH),
+        "layers": _num_layers(source, ""),
+        "mlp_ratio": text_inner / text_width,
+    }
+    _, embed_dim = _shape(source, "visual.proj", 2)
+    return config_of({"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text})
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        if key not in source.keys() or len(source.shape(key)) != rank:
-            raise InputError(
-                f"{source.path}: expected OpenCLIP's tensor {key!r} of rank {rank}; received a file "
-                "without it"
-            )
-        return source.shape(key)
 
-    width, _, patch, _ = shape("visual.conv1.weight", 4)
-    side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
-    vocabulary, text_width = shape("token_embedding.weight", 2)
-    return config_of(
-        {
-            "embed_dim": shape("visual.proj", 2)[1],
-            "vision_cfg": {
-                "image_size": side * patch,
-                "layers": layers("visual."),
-                "width": width,
-                "patch_size": patch,
-                "head_width": HEAD_WIDTHS.get(width, HEAD_WIDTH),
-                "mlp_ratio": shape("visual.transformer.resblocks.0.mlp.c_fc.bias", 1)[0] / width,
-            },
-            "text_cfg": {
-                "context_length": shape("positional_embedding", 2)[0],
-                "vocab_size": vocabulary,
-                "width": text_width,
-                "heads": max(1, text_width // HEAD_WIDTH),
-                "layers": layers(""),
-                "mlp_ratio": shape("transformer.resblocks.0.mlp.c_fc.bias", 1)[0] / text_width,
-            },
-        }
-    )
+def _num_layers(source: Tensors, prefix: str) -> int:
+    """Layers of the tower whose names begin with `prefix`."""
+    pattern = re.compile(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
+    layers = set()
+    for key in source.keys():
+        match = pattern.match(key)
+        if match is not None:
+            layers.add(int(match[1]))
+    return 1 + max(layers, default=-1)
+
+
+def _shape(source: Tensors, key: str, rank: int) -> tuple[int, ...]:
+    """Shape of a tensor. Raises InputError unless the file has it, with that rank."""
+    if key not in source.keys() or len(source.shape(key)) != rank:
+        raise InputError(
+            f"{source.path}: expected OpenCLIP's tensor {key!r} of rank {rank}; received a file "
+            "without it"
+        )
+    return source.shape(key)
 
 
 def find_weights(directory: pathlib.Path, names: Sequence[str] = FILES) -> pathlib.Path | None:
     """The first of `names` that the directory holds."""
-    return next((directory / name for name in names if (directory / name).is_file()), None)
+    for name in names:
+        if (directory / name).is_file():
+            return directory / name
+    return None
 
 
 def load_openclip(
     path: pathlib.Path | str,
     settings: Mapping[str, Any] | None = None,
     dtype: Any = jnp.float32,
-    place: Callable[..., Any] | None = None,
+    place: PlaceLeaf | None = None,
 ) -> tuple[CLIPModel, Params]:
     """Model and parameters of an OpenCLIP file.
 
@@ -240,18 +266,11 @@ def load_openclip(
       InputError: missing or malformed file, or tensors that do not fit the config.
     """
     source = open_weights(path)
-    config = config_from_shapes(source) if settings is None else config_of(settings)
+    if settings is None:
+        config = config_from_shapes(source)
+    else:
+        config = config_of(settings)
     model = CLIPModel(config, dtype)
     shapes = abstract_params(model)
-    return model, load_params(Unpacked(source), entries(shapes), shapes, dtype, _IGNORED, place)
-
-
-def abstract_params(model: CLIPModel) -> dict[str, Any]:
-    """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
-    vision = model.config.vision
-    pixels = jax.ShapeDtypeStruct(
-        (1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32
-    )
-    return jax.eval_shape(
-        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32), pixels
-    )["params"]
+    params = load_params(Unpacked(source), entries(shapes), shapes, dtype, _IGNORED, place)
+    return model, params

@@ -1,7 +1,8 @@
-"""The T5 v1.1 encoder, SD3's third text encoder.
+"""The T5 v1.1 encoder, as diffusion models use it to read prompts.
 
-Nothing masks the padding: SD3 lets pad tokens attend and be attended to. Scores are not divided by the square root of
-the head width; one table of relative-position biases, owned by block 0, is added in every block.
+Nothing masks the padding: pad tokens attend and are attended to, as where a pipeline passes no attention mask. Scores
+are not divided by the square root of the head width; one table of relative-position biases, owned by block 0, is added
+in every block.
 
 Modules carry the names their tensors have in Hugging Face files, dots included.
 
@@ -24,7 +25,8 @@ import numpy as np
 from marble_jax.errors import one_of
 from marble_jax.types import Params
 from marble_jax.weights.component import load_component, open_component
-from marble_jax.weights.key_map import Entry, path_entries
+from marble_jax.weights.key_map import Entry, PlaceLeaf, path_entries
+from marble_jax.weights.published_config import config_from
 
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")
 """Two names of one tensor: a file may hold either or both."""
@@ -67,17 +69,15 @@ class T5Config:
     @property
     def activation(self) -> str:
         """Key into `ACTIVATIONS`."""
-        return (
-            "gelu_new"
-            if self.feed_forward_proj == "gated-gelu"
-            else self.feed_forward_proj.removeprefix("gated-")
-        )
+        # transformers' own exception: the v1.1 configs say gelu and mean the tanh form.
+        if self.feed_forward_proj == "gated-gelu":
+            return "gelu_new"
+        return self.feed_forward_proj.removeprefix("gated-")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
         """The config of a parsed config.json; keys that do not change the network's function are passed over."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in names and v is not None})
+        return config_from(cls, values)
 
 
 class T5Block(nn.Module):
@@ -97,22 +97,20 @@ class T5Block(nn.Module):
 
         attention = "layer.0.SelfAttention"
         y = nn.RMSNorm(config.layer_norm_epsilon, dtype=self.dtype, name="layer.0.layer_norm")(x)
-        q, k, v = (
-            dense(config.num_heads * config.d_kv, f"{attention}.{which}")(y).reshape(shape)
-            for which in "qkv"
-        )
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias.astype(q.dtype), scale=1.0).reshape(
-            n, t, -1
-        )
-        x = x + dense(d, f"{attention}.o")(y)
+        inner = config.num_heads * config.d_kv
+        q = dense(inner, f"{attention}.q")(y).reshape(shape)
+        k = dense(inner, f"{attention}.k")(y).reshape(shape)
+        v = dense(inner, f"{attention}.v")(y).reshape(shape)
+        # Unscaled: T5's initialisation takes the place of the division by the root of the head width.
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias.astype(q.dtype), scale=1.0)
+        x = x + dense(d, f"{attention}.o")(y.reshape(n, t, -1))
 
         mlp = "layer.1.DenseReluDense"
         activation = ACTIVATIONS[config.activation]
         y = nn.RMSNorm(config.layer_norm_epsilon, dtype=self.dtype, name="layer.1.layer_norm")(x)
         if config.gated:
-            y = activation(dense(config.d_ff, f"{mlp}.wi_0")(y)) * dense(
-                config.d_ff, f"{mlp}.wi_1"
-            )(y)
+            gate = activation(dense(config.d_ff, f"{mlp}.wi_0")(y))
+            y = gate * dense(config.d_ff, f"{mlp}.wi_1")(y)
         else:
             y = activation(dense(config.d_ff, f"{mlp}.wi")(y))
         return x + dense(d, f"{mlp}.wo")(y)
@@ -144,16 +142,18 @@ class T5Encoder(nn.Module):
             config.relative_attention_num_buckets,
             config.relative_attention_max_distance,
         )
+        # [T, T, H] to [1, H, T, T]: attention adds the bias to scores of that layout, the same for every sample.
         bias = jnp.moveaxis(table(jnp.asarray(buckets)), -1, 0)[None]
         for i in range(config.num_layers):
             x = T5Block(config, self.dtype, name=f"encoder.block.{i}")(x, bias)
-        return nn.RMSNorm(
+        norm = nn.RMSNorm(
             config.layer_norm_epsilon, dtype=self.dtype, name="encoder.final_layer_norm"
-        )(x)
+        )
+        return norm(x)
 
 
 def load_t5(
-    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: Callable[..., Any] | None = None
+    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: PlaceLeaf | None = None
 ) -> tuple[T5Encoder, Params]:
     """Model and parameters of a `T5EncoderModel` directory (`place` as in `load_component`).
 
@@ -171,20 +171,24 @@ def load_t5(
 
 def abstract_params(model: T5Encoder) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
-    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))[
-        "params"
-    ]
+    # Two tokens: no leaf's shape depends on how many there are.
+    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), ids)
+    return variables["params"]
 
 
 def file_entries(shapes: Mapping[str, Any], keys: Collection[str]) -> tuple[list[Entry], list[str]]:
     """Key map for a file with these keys, and patterns of its tensors that the encoder has no use for."""
-    entries = path_entries(shapes)
-    if _TIED[0] not in keys and _TIED[1] in keys:
-        entries = [
-            dataclasses.replace(e, key=_TIED[1]) if e.key == _TIED[0] else e for e in entries
-        ]
-    used = {e.key for e in entries}
-    return entries, [*(k for k in _TIED if k not in used), "decoder.*", "lm_head.weight"]
+    used, unused = _TIED
+    # The first name is the network's; a file that holds the tensor under the second alone is read by that.
+    if used not in keys and unused in keys:
+        used, unused = unused, used
+    entries = []
+    for entry in path_entries(shapes):
+        if entry.key in _TIED:
+            entry = dataclasses.replace(entry, key=used)
+        entries.append(entry)
+    return entries, [unused, "decoder.*", "lm_head.weight"]
 
 
 def relative_buckets(length: int, num_buckets: int = 32, max_distance: int = 128) -> np.ndarray:
@@ -203,6 +207,7 @@ def relative_buckets(length: int, num_buckets: int = 32, max_distance: int = 128
     growth = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     growth = growth / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + growth.astype(np.int32), half - 1)
-    return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(
-        np.int32
-    )
+    # Near pairs have a bucket for each distance; keys after the query have the second half of the buckets.
+    within = np.where(distance < exact, distance, far)
+    first = np.where(offset > 0, half, 0)
+    return (first + within).astype(np.int32)

@@ -52,7 +52,7 @@ def size_of(settings: ModelSettings) -> Size:
     return Size(settings.height, settings.width, settings.num_frames)
 
 
-def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.Flash:
+def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.FusedAttention:
     """The implementation of attention for batches that are split over a mesh."""
     if mesh is None:
         return name

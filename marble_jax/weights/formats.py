@@ -33,6 +33,7 @@ class Layout:
 class DenseLayer(Protocol):
     """A dense layer under its published name: `path` of its module, `index` on the axis of a stacked run."""
 
+    # Properties, as the families' own classes are frozen and a Protocol's plain attributes can be set.
     @property
     def name(self) -> str: ...
     @property
@@ -117,3 +118,7 @@ class FileFormats:
     def folders(self) -> tuple[str, ...]:
         """All folders of a model, those with weights first."""
         return (*self.components, *self.carried)
+
+    def index_entry(self, folder: str) -> list[str]:
+        """Library and class of a folder, as model_index.json holds them."""
+        return list(self.classes[folder])

@@ -81,7 +81,7 @@ def path_entries(shapes: Mapping[str, Any]) -> list[Entry]:
 
 
 def floating_as(kind: Any, dtype: Any) -> np.dtype:
-    """Dtype that a leaf of dtype `kind` is to have: `dtype` if it is floating and a `dtype` is asked for, else `kind`."""
+    """`dtype` for a floating `kind`, and `kind` itself for any other, or where no `dtype` is asked for."""
     # ml_dtypes' bfloat16 is floating to JAX and not to NumPy.
     if dtype is None or not jnp.issubdtype(kind, jnp.floating):
         return np.dtype(kind)
@@ -172,6 +172,7 @@ def _check_keys(
             f"{source.path}: expected tensor {missing[0]!r}{and_more(missing)}; received a file without it"
             f"{nearest(missing[0], unmapped)}"
         )
+    # Sorted, as sets have no order: the same file always gives the same message.
     extra = [key for key in sorted(unmapped) if not matches_any(key, ignore)]
     if extra:
         raise InputError(

@@ -20,7 +20,7 @@ from marble_jax.families.sd3 import text, transformer
 from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.layer_names import load_mmdit
 from marble_jax.families.sd3.sharding_rules import ADAPTER, component_rules, transformer_rules
-from marble_jax.networks import autoencoder_kl, blip, clip, openclip, t5
+from marble_jax.networks import autoencoder_kl, blip, clip, t5
 from marble_jax.networks.sharding_rules import AUTOENCODER, REWARDS, TEXT_ENCODERS
 from marble_jax.families.sd3.published import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.programs import build
@@ -67,7 +67,7 @@ def shapes() -> dict[str, tuple[ShardingRules, dict]]:
         TEXT_ENCODERS,
         t5.abstract_params(t5.T5Encoder(dataclasses.replace(T5_XXL, num_layers=2))),
     )
-    pair = openclip.abstract_params(
+    pair = clip.abstract_params(
         clip.CLIPModel(
             clip.CLIPConfig(shallow(clip.CLIPTextConfig()), shallow(clip.CLIPVisionConfig()))
         )

@@ -26,14 +26,14 @@ from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
 from marble_jax.harmonize import reward_gradients
 from marble_jax.networks import fused_attention
 from marble_jax.networks.attention import attend, choose, over
-from marble_jax.networks.fused_attention import Flash, block_size, folded
+from marble_jax.networks.fused_attention import FusedAttention, block_size, folded
 from marble_jax.objectives.nft import Nft, NftBatch
 
 HERE = Path(__file__).parent
-EMULATED = Flash("splash", interpret=True)
+EMULATED = FusedAttention("splash", interpret=True)
 
 
-class StandIn(Flash):
+class StandIn(FusedAttention):
     """The way of the fused kernels through vmap, scan and mesh, with a kernel that compiles in no time."""
 
     def kernel(self, q, k, v):
@@ -238,12 +238,12 @@ def test_devices_run_the_kernel_on_their_own_samples_and_heads(plain, tmp_path):
 
 def test_what_does_not_divide_stays_whole():
     mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
-    placed = Flash("splash", mesh)
+    placed = FusedAttention("splash", mesh)
     assert placed.spec((8, 5, 4, 8)) == jax.sharding.PartitionSpec(
         ("data", "fsdp"), None, "tensor", None
     )
     assert placed.spec((1, 5, 3, 8)) == jax.sharding.PartitionSpec(None, None, None, None)
-    without = Flash("splash", jax.sharding.AbstractMesh((4, 1), ("data", "fsdp")))
+    without = FusedAttention("splash", jax.sharding.AbstractMesh((4, 1), ("data", "fsdp")))
     assert without.spec((8, 5, 4, 8)) == jax.sharding.PartitionSpec(
         ("data", "fsdp"), None, None, None
     )
@@ -316,10 +316,10 @@ platform.compile_elsewhere()
 import jax, jax.numpy as jnp, numpy as np, json
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from marble_jax.networks.fused_attention import Flash
+from marble_jax.networks.fused_attention import FusedAttention
 devices = list(topologies.get_topology_desc("v5e:2x2", platform="tpu").devices)
 mesh = Mesh(np.asarray(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"))
-attention = Flash("splash", mesh)
+attention = FusedAttention("splash", mesh)
 def step(q, k, v, cotangents):
     def one(q, k, v, cotangents):
         out, pull = jax.vjp(lambda *args: attention(*(x[None] for x in args)), q, k, v)

@@ -10,7 +10,7 @@ import pytest
 from test_fused_attention import assert_same, problem, pulled_back
 
 from marble_jax.networks.attention import attend, choose, has_cudnn
-from marble_jax.networks.fused_attention import Flash
+from marble_jax.networks.fused_attention import FusedAttention
 
 pytestmark = pytest.mark.gpu
 ERROR = 2e-2  # of bfloat16 with 8 bits, over sums of a thousand terms
@@ -35,15 +35,15 @@ def test_cudnn_agrees_with_the_reference(shape):
     want = pulled_back(
         partial(attend, implementation="einsum"), *(x.astype(jnp.float32) for x in half)
     )
-    got = jax.tree.map(lambda x: x.astype(jnp.float32), pulled_back(Flash("cudnn"), *half))
+    got = jax.tree.map(lambda x: x.astype(jnp.float32), pulled_back(FusedAttention("cudnn"), *half))
     assert_same(got, want, ERROR)
 
 
 def test_mapped_directions_are_those_of_a_loop():
     q, k, v, cotangents = (x.astype(jnp.bfloat16) for x in problem(2, 205, 205, 4, 64))
-    _, mapped = pulled_back(Flash("cudnn"), q, k, v, cotangents)
+    _, mapped = pulled_back(FusedAttention("cudnn"), q, k, v, cotangents)
     for sample in range(2):
-        _, pull = jax.vjp(Flash("cudnn"), *(x[sample : sample + 1] for x in (q, k, v)))
+        _, pull = jax.vjp(FusedAttention("cudnn"), *(x[sample : sample + 1] for x in (q, k, v)))
         for direction in range(3):
             alone = pull(cotangents[sample, direction][None])
             assert_same(

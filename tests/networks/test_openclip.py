@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from marble_jax.errors import InputError
-from marble_jax.networks import openclip
+from marble_jax.networks import clip, openclip
 from marble_jax.networks.clip import CLIPConfig, CLIPModel
 from marble_jax.networks.openclip import Unpacked, config_from_shapes, config_of, load_openclip
 from marble_jax.weights.safetensors_files import SafetensorsFile
@@ -39,7 +39,7 @@ TINY = {
 
 
 def count(config):
-    leaves = jax.tree.leaves(openclip.abstract_params(CLIPModel(config)))
+    leaves = jax.tree.leaves(clip.abstract_params(CLIPModel(config)))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
@@ -69,11 +69,11 @@ def test_published_models_have_their_published_size():
 def tensors(settings):
     """A file in OpenCLIP's layout with numbers that say where they are."""
     config, found, rng = config_of(settings), {}, np.random.default_rng(0)
-    leaves = openclip.entries(openclip.abstract_params(CLIPModel(config)))
+    leaves = openclip.entries(clip.abstract_params(CLIPModel(config)))
     flat = {
         tuple(k.key for k in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(
-            openclip.abstract_params(CLIPModel(config))
+            clip.abstract_params(CLIPModel(config))
         )[0]
     }
     for entry in leaves:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from marble_jax.errors import InputError, nearest
+from marble_jax.errors import InputError
+from marble_jax.weights.published_config import config_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +68,7 @@ class MMDiTConfig:
         Raises:
           InputError: an unknown key, or a value this implementation does not support.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        public = {key: value for key, value in config.items() if not key.startswith("_")}
-        for key in public.keys() - names:
-            raise InputError(
-                f"transformer config: expected SD3 fields; received {key!r}{nearest(key, names)}"
-            )
-        return cls(**public)
+        return config_from(cls, config, "transformer config: expected SD3 fields")
 
     @property
     def width(self) -> int:

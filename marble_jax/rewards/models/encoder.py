@@ -22,7 +22,7 @@ import numpy as np
 
 from marble_jax.errors import InputError
 from marble_jax.networks import openclip
-from marble_jax.networks.clip import CLIPConfig, CLIPModel, load_clip
+from marble_jax.networks.clip import CLIPConfig, CLIPModel, abstract_params, load_clip
 from marble_jax.rewards.models.preprocess import Preprocess, prepare
 from marble_jax.rewards.models.tokenizer import (
     Tokenize,
@@ -241,7 +241,7 @@ def _load_towers(
 def _load_pickle(directory: Path, pickle: Path, dtype: Any) -> tuple[CLIPModel, Params]:
     """Returns towers and weights of transformers' layout from before safetensors."""
     model = CLIPModel(CLIPConfig.from_dict(read_config(directory / "config.json")), dtype)
-    shapes = openclip.abstract_params(model)
+    shapes = abstract_params(model)
     # Older files hold the position numbers 0, 1, 2, ... as if they were weights.
     ignored = ("*.position_ids",)
     params = load_params(TorchPickleFile(pickle), path_entries(shapes), shapes, dtype, ignored)
