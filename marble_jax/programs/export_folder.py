@@ -13,13 +13,13 @@ import numpy as np
 from etils import epath
 
 from marble_jax.config import Settings
-from marble_jax.convert.lora import PEFT_CONFIG, PEFT_FILE
+from marble_jax.convert.lora_strength import PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.lora_files import Pairs, lora_files
 from marble_jax.errors import InputError
 from marble_jax.families.base import Family, Size
 from marble_jax.programs.locations import EMBEDDED
 from marble_jax.programs.model_card import Facts, model_card
-from marble_jax.report.records import read_records
+from marble_jax.report import read_records
 from marble_jax.storage.workdir import Workdir, jsonable
 from marble_jax.trainable import lora
 from marble_jax.types import Adapter

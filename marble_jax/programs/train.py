@@ -50,7 +50,7 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
     platform.keep_compilations()
     console, workdir = Console(), Workdir(workdir_path)
     existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(flatten(settings)))
-    probe.shared(workdir.path)
+    probe.check_shared_directory(workdir.path)
     run = distributed.run_on_all("build", lambda: build(settings))
     distributed.run_on_all("reward check", lambda: _check_rewards(run, console))
     if not existed:

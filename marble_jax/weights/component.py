@@ -48,6 +48,7 @@ class OrbaxDir:
 
     def groups(self) -> list[list[Path]]:
         """All paths, in the groups they are best read in."""
+        from marble_jax.storage.leaves import group_counts
 
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values()]
         paths = list(self.leaves)

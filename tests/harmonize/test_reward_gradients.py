@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import marble_jax  # noqa: F401
+from stacked_trees import take
+
 from marble_jax import tree
 from marble_jax.errors import InputError
 from marble_jax.harmonize import reward_gradients

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import toy_policy as toy
 
+from stacked_trees import take
+
 from marble_jax import tree
 from marble_jax.config import ObjectiveSettings, Settings
 from marble_jax.errors import InputError
