@@ -11,7 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
-    ("vocabulary", ("errors", "types", "version", "platform", "tree", "batches", "streams", "console", "")),
+    (
+        "vocabulary",
+        ("errors", "types", "version", "platform", "tree", "batches", "streams", "console", ""),
+    ),
     ("settings", ("config",)),
     ("ground", ("distributed", "storage", "weights")),
     ("networks", ("networks",)),
