@@ -40,21 +40,6 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, beyond_one)
 
 
-FILTERS = {2: "bilinear", 3: "bicubic"}
-
-
-def _bilinear(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1 - np.abs(x), 0)
-
-
-def _bicubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic with a = -1/2, the constant of Pillow and of torch's antialiased resize."""
-    x = np.abs(x)
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    return np.where(x < 1, near, np.where(x < 2, far, 0))
-
-
 FILTERS = {"bilinear": (_bilinear, 1.0), "bicubic": (_bicubic, 2.0)}
 PLACES = 22
 """Binary places of Pillow's weights on 8-bit images: 32 less 8 for the pixel and 2 for overshoot."""
