@@ -129,6 +129,7 @@ class EngineReader:
             self._pool.shutdown()
 
     def _read_one(self, image: np.ndarray) -> str | None:
+        # Waits for an engine that is free: none serves two images at a time.
         engine = self._engines.get()
         try:
             return engine(image)
@@ -222,6 +223,7 @@ class OCRReward(Reward):
         values, valid = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
         if not targets:
             return values, valid
+        # Reading is slow: only images of which a text is wanted.
         texts = self.reader.read(to_uint8(np.asarray(images)[list(targets)]))
         for (index, target), text in zip(targets.items(), texts, strict=True):
             if text is not None:

@@ -245,12 +245,7 @@ class Scorer:
         Raises:
           RewardError: on every process, if one of them has to stop.
         """
-        host_results: dict[str, Result] = {}
-        try:
-            if batch.host is not None:
-                host_results = batch.host.result(self._timeout)
-        except RewardError as error:
-            self._stop_reason = self._stop_reason or str(error)
+        host_results = self._collect_host(batch)
         reports = distributed.exchange("scores", self._report(batch, host_results))
         self._stop_reason = distributed.first_reason([report["stop"] for report in reports])
         if self._stop_reason:
@@ -262,11 +257,17 @@ class Scorer:
         stop_reason = distributed.any_process("scores", self._stop_reason)
         if stop_reason:
             raise RewardError(stop_reason)
-        reasons: Reasons = {}
-        # The first process that has a reason is heard: its entry is written last.
-        for report in reversed(reports):
-            reasons |= report["reasons"]
-        return results, reasons
+        return results, _first_reasons(reports)
+
+    def _collect_host(self, batch: _Batch) -> dict[str, Result]:
+        """Returns this process's part of the host rewards' scores; keeps the reason to stop for the others."""
+        if batch.host is None:
+            return {}
+        try:
+            return batch.host.result(self._timeout)
+        except RewardError as error:
+            self._stop_reason = self._stop_reason or str(error)
+            return {}
 
     def _collect_device(
         self, batch: _Batch, reports: Sequence[Mapping[str, Any]]
@@ -295,6 +296,15 @@ class Scorer:
             "reasons": self._reasons(),
             "scores": columns,
         }
+
+
+def _first_reasons(reports: Sequence[Mapping[str, Any]]) -> Reasons:
+    """Returns by reward the reason of the first process that has one."""
+    reasons: Reasons = {}
+    # Written last, the first process's entry stays.
+    for report in reversed(reports):
+        reasons |= report["reasons"]
+    return reasons
 
 
 def _put_together(
