@@ -122,10 +122,8 @@ def import_module(name: str, module_name: str, directory: Path | str | None) -> 
     Raises:
       InputError: no such module, or it does not import.
     """
-    # Last, so that a file of the user's cannot stand in for a library that happens to share its name.
-    for place in (directory, Path.cwd()):
-        if place is not None and str(place) not in sys.path:
-            sys.path.append(str(place))
+    _add_to_path(directory)
+    _add_to_path(Path.cwd())
     # The module may have been written since Python last listed these directories.
     importlib.invalidate_caches()
     try:
@@ -145,6 +143,12 @@ def import_module(name: str, module_name: str, directory: Path | str | None) -> 
         raise InputError(
             f"reward {name}: expected a module that imports; received {one_line(error)}"
         ) from error
+
+
+def _add_to_path(place: Path | str | None) -> None:
+    # Last, so that a file of the user's cannot stand in for a library that happens to share its name.
+    if place is not None and str(place) not in sys.path:
+        sys.path.append(str(place))
 
 
 def applies_rule(name: str, rule: str, directory: Path | str | None = None) -> Applies:

@@ -215,11 +215,7 @@ class OCRReward(Reward):
         metadata: Sequence[Metadata],
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Reward.score`; images of prompts without quoted text are not read."""
-        targets = {}
-        for index, prompt in enumerate(prompts):
-            target = quoted_text(prompt)
-            if target is not None:
-                targets[index] = target
+        targets = _targets(prompts)
         values, valid = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
         if not targets:
             return values, valid
@@ -230,6 +226,16 @@ class OCRReward(Reward):
                 values[index] = spelling_score(text, target)
             valid[index] = text is not None or self.upstream
         return values, valid
+
+
+def _targets(prompts: Sequence[str]) -> dict[int, str]:
+    """Returns what images should spell, by the index of their prompt; prompts without quoted text are left out."""
+    targets = {}
+    for index, prompt in enumerate(prompts):
+        target = quoted_text(prompt)
+        if target is not None:
+            targets[index] = target
+    return targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

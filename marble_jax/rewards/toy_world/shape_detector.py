@@ -70,7 +70,8 @@ def _star() -> list[Point]:
         if number % 2:
             radius = 0.48
         turn = math.pi * number / 5 - math.pi / 2
-        corners.append((radius * math.cos(turn), radius * math.sin(turn)))
+        x, y = radius * math.cos(turn), radius * math.sin(turn)
+        corners.append((x, y))
     return corners
 
 
@@ -125,9 +126,11 @@ class Template:
         down, right = (rows - top)[:, None], columns - left
         top = top[:, None]
         table = self.distance
-        upper = table[top, left] * (1 - right) + table[top, left + 1] * right
-        lower = table[top + 1, left] * (1 - right) + table[top + 1, left + 1] * right
-        distance = (upper * (1 - down) + lower * down) * radius
+        # Bilinear interpolation between the four nodes around a pixel.
+        not_right, not_down = 1 - right, 1 - down
+        upper = table[top, left] * not_right + table[top, left + 1] * right
+        lower = table[top + 1, left] * not_right + table[top + 1, left + 1] * right
+        distance = (upper * not_down + lower * down) * radius
         return np.clip(distance * SHARPEN + 0.5, 0, 1)
 
     @staticmethod
@@ -306,9 +309,10 @@ def _ink(image: np.ndarray, contrast: np.ndarray, core: np.ndarray) -> np.ndarra
 
 def _window(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]:
     """Returns a blob's bounding box with two pixels around it for its soft edges."""
-    top, bottom = max(rows[0] - 2, 0), min(rows[-1] + 3, shape[0])
-    left, right = max(columns[0] - 2, 0), min(columns[-1] + 3, shape[1])
-    return slice(top, bottom), slice(left, right)
+    top, left = rows[0] - 2, columns[0] - 2
+    bottom, right = rows[-1] + 3, columns[-1] + 3
+    # A slice may end beyond the image, but a negative start would count from its far side.
+    return slice(max(top, 0), min(bottom, shape[0])), slice(max(left, 0), min(right, shape[1]))
 
 
 def _coverage(
