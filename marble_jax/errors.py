@@ -27,3 +27,11 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> None:
         raise InputError(
             f"{what}: expected one of {expected}; received {value!r}{nearest(value, choices)}"
         )
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the kind of an error and the first line of its message, up to 200 characters of it."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -171,8 +171,11 @@ class Channel:
         self._noticed.set()
         for peer in self._peers:
             peer.send(LOST, line)
-        if self.index != 0:
-            return
+        if self.index == 0:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Waits until the others have closed their connections, `LINGER` seconds at most."""
         deadline = time.monotonic() + LINGER
         for reader in self._readers:
             reader.join(max(0.0, deadline - time.monotonic()))
@@ -213,14 +216,19 @@ class Channel:
                 return
             self.lost = line
         self._noticed.set()
+        if self.index == 0:
+            self._pass_on(lost_peer, line)
         for peer in self._peers:
-            if peer is not lost_peer and self.index == 0:
-                peer.send(LOST, line)
             # Wakes the main thread, whichever process it is waiting for.
             peer.messages.put((LOST, line))
         timer = threading.Timer(GRACE, self._end)
         timer.daemon = True
         timer.start()
+
+    def _pass_on(self, lost_peer: Peer, line: str) -> None:
+        for peer in self._peers:
+            if peer is not lost_peer:
+                peer.send(LOST, line)
 
     def _end(self) -> None:
         if self._closed:
@@ -229,3 +237,21 @@ class Channel:
         sys.stderr.flush()
         # The main thread may hang in a collective, which no exception of Python reaches.
         os._exit(LOST_STATUS)
+
+
+class SingleProcess:
+    """In place of a channel where this process is the whole run: what it exchanges comes straight back.
+
+    Attributes:
+      index: of this process.
+      count: of all processes.
+      names: host names by process.
+    """
+
+    index = 0
+    count = 1
+    names = ("this host",)
+
+    def exchange(self, label: str, value: Any, refusal: str = "") -> list[Any]:
+        """Returns a list of the value; arguments as those of a channel."""
+        return [value]

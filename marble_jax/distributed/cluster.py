@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from marble_jax.distributed.cluster_detection import Cluster, detect_cluster
 from marble_jax.distributed.rendezvous import split_address
-from marble_jax.errors import InputError, one_of
+from marble_jax.errors import InputError, first_line, one_of
 
 MODES = ("auto", "off", "on")
 JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -91,10 +91,9 @@ def _detect(environ: Mapping[str, str], timeout: float) -> Cluster | None:
     try:
         cluster = detect_cluster(environ, timeout)
     except Exception as error:  # whatever the cluster's own interfaces raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"--distributed: expected the cluster to say who takes part; received {type(error).__name__}: "
-            f"{lines[0]}; {ADVICE}"
+            "--distributed: expected the cluster to say who takes part; received "
+            f"{first_line(error)}; {ADVICE}"
         ) from error
     if cluster is None and {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= set(environ):
         raise InputError(

@@ -37,11 +37,6 @@ def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> 
     if distributed.is_first():
         created = [folder for folder in (path, *path.parents) if not folder.exists()]
     token = distributed.broadcast_from_first("probe", lambda: f".probe-{secrets.token_hex(8)}")
-
-    def find_all() -> None:
-        for process in range(distributed.count()):
-            _find(path, f"{token}.{process}", f"process {process}", patience)
-
     try:
         distributed.broadcast_from_first("probe written", lambda: _write(path, f"{token}.0"))
         # Before anybody else writes: on a host of its own directory a write would make the folder.
@@ -51,7 +46,7 @@ def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> 
         distributed.run_on_all(
             "probe answered", lambda: _write(path, f"{token}.{distributed.index()}")
         )
-        distributed.run_on_all("probe answers found", find_all)
+        distributed.run_on_all("probe answers found", lambda: _find_all(path, token, patience))
     finally:
         distributed.broadcast_from_first("probe removed", lambda: _remove(path, token, created))
 
@@ -64,6 +59,11 @@ def _write(path: epath.Path, name: str) -> None:
         raise InputError(
             f"workdir: expected a writable place; received {path} ({error.strerror or error})"
         ) from None
+
+
+def _find_all(path: epath.Path, token: str, patience: float) -> None:
+    for process in range(distributed.count()):
+        _find(path, f"{token}.{process}", f"process {process}", patience)
 
 
 def _find(path: epath.Path, name: str, writer: str, patience: float) -> None:

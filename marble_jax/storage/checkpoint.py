@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from marble_jax import distributed
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, first_line
 from marble_jax.storage.files import is_remote, read_json, write_whole
-from marble_jax.storage.leaves import first_line, quiet
+from marble_jax.storage.leaves import quiet
 from marble_jax.storage.manifest import MANIFEST, check_hashes, checksum, files_below, read_manifest
 
 ITEM = "default"

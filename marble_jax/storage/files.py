@@ -58,8 +58,10 @@ def append(path: epath.Path, text: str) -> None:
     """Adds text to a file."""
     if is_remote(path):
         # Nothing can be appended to in a bucket: the file is written anew.
-        before = path.read_bytes() if path.exists() else b""
-        write_whole(path, before + text.encode())
+        content = text.encode()
+        if path.exists():
+            content = path.read_bytes() + content
+        write_whole(path, content)
         return
     with path.open("a") as handle:
         handle.write(text)

@@ -101,10 +101,14 @@ class ImageFolder:
                     f"{self.path} holds images of other settings: {key}: expected {recorded!r} (its own); "
                     f"received {received!r}; choose another folder"
                 )
-        for i, (recorded, received) in enumerate(zip(record["prompts"], prompts)):
-            if recorded != received:
+        self._check_prompts(record["prompts"], prompts)
+
+    def _check_prompts(self, recorded: Sequence[str], prompts: Sequence[str]) -> None:
+        # Up to the end of the shorter list: images may be added, and a shorter job may come back.
+        for i, (expected, received) in enumerate(zip(recorded, prompts)):
+            if expected != received:
                 raise InputError(
-                    f"{self.path} holds images of other prompts: image {i}: expected {_short(recorded)} "
+                    f"{self.path} holds images of other prompts: image {i}: expected {_short(expected)} "
                     f"(its own); received {_short(received)}; choose another folder"
                 )
 
@@ -121,9 +125,11 @@ class ImageFolder:
         """Records settings and prompts, after `check`."""
         self.check(settings, prompts)
         record = self.record()
-        # A shorter list of prompts leaves those of the images behind it on record.
-        longer = [] if record is None else record["prompts"][len(prompts) :]
-        content = {"settings": dict(settings), "prompts": [*prompts, *longer]}
+        texts = list(prompts)
+        if record is not None:
+            # A shorter list of prompts leaves those of the images behind it on record.
+            texts += record["prompts"][len(prompts) :]
+        content = {"settings": dict(settings), "prompts": texts}
         if jsonable(content) != record:
             with writable(self.path):
                 Workdir(self.path).write_json(self._record.name, content)
@@ -134,8 +140,10 @@ class ImageFolder:
 
     def missing(self, count: int) -> list[int]:
         """Returns the numbers of those of the first `count` images that are not in the folder."""
+        if not self.path.exists():
+            return list(range(count))
         # One listing: asking for each image takes a request each in a bucket.
-        names = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+        names = {file.name for file in self.path.iterdir()}
         return [index for index in range(count) if self.file(index).name not in names]
 
     def save(self, index: int, image: np.ndarray, texts: Mapping[str, str]) -> None:

@@ -17,8 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from marble_jax.errors import InputError
-from marble_jax.storage.files import MOST_CHARACTERS
+from marble_jax.errors import InputError, first_line
 
 Path = tuple[str, ...]
 """Keys from the root of a nested dict to a leaf."""
@@ -198,11 +197,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the kind of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return f"{type(error).__name__}: {lines[0][:MOST_CHARACTERS]}"

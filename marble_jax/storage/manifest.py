@@ -96,13 +96,19 @@ def check_sizes(root: epath.PathLike) -> None:
     """
     for name, record in read_manifest(root).items():
         path = epath.Path(root) / name
-        # A folder in a file's place has a length as well.
-        size = None if path.is_dir() or not path.exists() else path.stat().length
+        size = _size_of(path)
         if size != record["bytes"]:
             received = "no such file" if size is None else f"{size} bytes"
             raise InputError(
                 f"{path}: expected {record['bytes']} bytes (its manifest); received {received}"
             )
+
+
+def _size_of(path: epath.Path) -> int | None:
+    # A folder in a file's place has a length as well.
+    if path.is_dir() or not path.exists():
+        return None
+    return path.stat().length
 
 
 def check_hashes(root: epath.PathLike, progress: Callable[[int], object] = _ignore) -> int:

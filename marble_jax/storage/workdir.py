@@ -90,11 +90,7 @@ class Workdir:
         if not (self.path / "config.json").exists():
             self._check_no_other_files()
             return False
-        recorded = self.config()
-        for key in config:
-            # A key that is younger than the run has its default there.
-            if key in KEYS and key not in recorded:
-                recorded[key] = jsonable(KEYS[key].default)
+        recorded = _with_defaults(self.config(), config)
         for key in sorted(set(config) | set(recorded)):
             if config.get(key) != recorded.get(key) and not may_change_on_resume(key, config):
                 raise InputError(
@@ -199,4 +195,12 @@ def _parse_record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    if not isinstance(record, dict) or "step" not in record:
+        return None
+    return record
+
+
+def _with_defaults(recorded: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the keys that are younger than its run, which have their defaults there."""
+    younger = [key for key in config if key in KEYS and key not in recorded]
+    return recorded | {key: jsonable(KEYS[key].default) for key in younger}
