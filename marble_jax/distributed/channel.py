@@ -128,9 +128,12 @@ class Channel:
         if not any(refusals):
             self._check_labels([one["label"] for one in contributions])
         answer = {"refusals": refusals, "values": [one["value"] for one in contributions]}
-        for peer in self._peers:
-            peer.send(VALUE, answer)
+        self._send_all(VALUE, answer)
         return answer
+
+    def _send_all(self, kind: bytes, value: Any) -> None:
+        for peer in self._peers:
+            peer.send(kind, value)
 
     def _check_labels(self, labels: list[str]) -> None:
         for index, label in enumerate(labels):
@@ -169,8 +172,7 @@ class Channel:
             self._closed = True
             self.lost = self.lost or line
         self._noticed.set()
-        for peer in self._peers:
-            peer.send(LOST, line)
+        self._send_all(LOST, line)
         if self.index == 0:
             self._linger()
 
@@ -184,8 +186,8 @@ class Channel:
         """Says farewell; nobody is missed after that."""
         with self._lock:
             self._closed = True
-        for peer in self._peers:
-            peer.send(BYE, None)
+        # All farewells before the first end of a connection, which could be taken for a loss.
+        self._send_all(BYE, None)
         for peer in self._peers:
             peer.close()
 

@@ -33,9 +33,8 @@ def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> 
     if distributed.is_single_process():
         return
     path = epath.Path(path)
-    created: list[epath.Path] = []
-    if distributed.is_first():
-        created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    # Asked on every process, and right on the first, which is the one that removes them.
+    created = _missing_folders(path)
     token = distributed.broadcast_from_first("probe", lambda: f".probe-{secrets.token_hex(8)}")
     try:
         distributed.broadcast_from_first("probe written", lambda: _write(path, f"{token}.0"))
@@ -49,6 +48,11 @@ def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> 
         distributed.run_on_all("probe answers found", lambda: _find_all(path, token, patience))
     finally:
         distributed.broadcast_from_first("probe removed", lambda: _remove(path, token, created))
+
+
+def _missing_folders(path: epath.Path) -> list[epath.Path]:
+    """The folders that have to be made for a path, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _write(path: epath.Path, name: str) -> None:

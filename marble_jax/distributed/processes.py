@@ -201,9 +201,14 @@ def exchange(label: str, value: Any, refusal: str = "") -> list[Any]:
     try:
         return _channel.exchange(label, value, refusal)
     except Refused as error:
-        all_say_the_same = len(set(error.lines)) == 1
-        message = error.lines[0] if all_say_the_same else first_reason(error.lines)
-        raise AgreedError(message) from None
+        raise AgreedError(_agreed_line(error.lines)) from None
+
+
+def _agreed_line(lines: list[str]) -> str:
+    # Where every process says the same, no process is the cause.
+    if len(set(lines)) == 1:
+        return lines[0]
+    return first_reason(lines)
 
 
 def run_on_all(label: str, call: Callable[[], Value]) -> Value:
@@ -218,16 +223,10 @@ def run_on_all(label: str, call: Callable[[], Value]) -> Value:
     """
     if is_single_process():
         return call()
-    refusal = ""
-    try:
-        result = call()
-    except AgreedError:
-        raise
-    except (InputError, OSError) as error:
-        refusal = _line(error)
-    # Raises where this process or another one refuses, so that there is a result after it.
+    value, refusal = _attempt(call)
     exchange(label, None, refusal)
-    return result
+    # A refusal was raised by the exchange, so that there is a value here.
+    return cast(Value, value)
 
 
 def broadcast_from_first(label: str, call: Callable[[], Value]) -> Value:
@@ -244,14 +243,21 @@ def broadcast_from_first(label: str, call: Callable[[], Value]) -> Value:
         return call()
     if not is_first():
         return exchange(label, None)[0]
-    value, refusal = None, ""
-    try:
-        value = call()
-    except (InputError, OSError) as error:
-        refusal = _line(error)
+    value, refusal = _attempt(call)
     exchange(label, value, refusal)
     # Process 0 keeps its own value, which JSON has not changed; a refusal was raised by the exchange.
     return cast(Value, value)
+
+
+def _attempt(call: Callable[[], Value]) -> tuple[Value | None, str]:
+    """The value of a call, and why this process cannot go on where the call finds bad input."""
+    try:
+        return call(), ""
+    except AgreedError:
+        # The others raise it as well, and are at no exchange that could be answered.
+        raise
+    except (InputError, OSError) as error:
+        return None, _line(error)
 
 
 def any_process(label: str, reason: str) -> str:

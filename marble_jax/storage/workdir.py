@@ -119,13 +119,8 @@ class Workdir:
           InputError: there is none, or both are damaged.
         """
         for name, section in (("config.json", None), ("run.json", "config")):
-            try:
-                content = json.loads((self.path / name).read_bytes())
-                config = content if section is None else content[section]
-            except (OSError, ValueError, KeyError, TypeError):
-                # Not there, or damaged in one of many ways: the next file may have it.
-                continue
-            if isinstance(config, dict):
+            config = _read_config(self.path / name, section)
+            if config is not None:
                 return config
         raise InputError(
             f"workdir: expected a JSON object in {self.path / 'config.json'}; received something else"
@@ -187,6 +182,16 @@ class Workdir:
             if file.exists():
                 lines = [json.dumps(record) for record in self.read(file) if record["step"] <= last]
                 self.write_text(file.name, "".join(f"{line}\n" for line in lines))
+
+
+def _read_config(file: epath.Path, section: str | None) -> dict[str, Any] | None:
+    """The configuration in a file, or in a section of its object; None where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_bytes())
+        config = content if section is None else content[section]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
