@@ -49,10 +49,15 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> None:
     )
 
 
-def one_line(error: BaseException) -> str:
-    """An error's type and the first line of its message."""
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """An error's type and the first line of its message.
+
+    Args:
+      error: what was raised.
+      limit: characters of the line at most; all of them when None.
+    """
     name = type(error).__name__
     lines = str(error).strip().splitlines()
     if not lines:
         return name
-    return f"{name}: {lines[0]}"
+    return f"{name}: {lines[0][:limit]}"
