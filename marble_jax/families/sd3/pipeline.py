@@ -40,7 +40,7 @@ _OPTIONAL = ("text_encoder_3", "tokenizer_3")
 
 Place = Callable[[str, tuple[str, ...], Any], Any]
 """Called with (component, leaf path, leaf); returns the array where it shall live. A leaf has `shape` and `dtype`, and
-indexing it reads no more than the part asked for (`weights.Leaf`)."""
+indexing it reads no more than the part asked for (`key_map.LazyLeaf`)."""
 
 
 @dataclasses.dataclass(frozen=True)
