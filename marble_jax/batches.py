@@ -30,7 +30,8 @@ def batch_indices(count: int, size: int) -> list[np.ndarray]:
     batches = []
     for start in range(0, count, size):
         unbounded = np.arange(start, start + size)
-        # The last sample again, not a wrap-around: what is repeated then lies behind `count` and can be cut off.
+        # The last sample again, not a wrap-around: what is repeated then lies behind `count` and
+        # can be cut off.
         batches.append(np.minimum(unbounded, count - 1))
     return batches
 

@@ -30,7 +30,8 @@ class Console:
         if self.speaks:
             # `print` would write into the middle of a bar that is on the screen.
             tqdm.write(text)
-            # Without a terminal Python buffers, and a log would end long before the place where a run was killed.
+            # Without a terminal Python buffers, and a log would end long before the place where a
+            # run was killed.
             sys.stdout.flush()
 
     def bar(self, total: int, what: str, unit: str) -> tqdm:

@@ -16,7 +16,8 @@ class InputError(ValueError):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the choice closest to `word`, or an empty string when none is close."""
     names = [str(choice) for choice in choices]
-    # Half of the letters in common: generous enough for a swapped word, and it still proposes nothing for nonsense.
+    # Half of the letters in common: generous enough for a swapped word, and it still proposes
+    # nothing for nonsense.
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
     if not close:
         return ""
@@ -39,7 +40,8 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> None:
         return
     names = []
     for choice in choices:
-        # An empty text stands for the default in some options and would be invisible in the message.
+        # An empty text stands for the default in some options and would be invisible in the
+        # message.
         names.append(str(choice) or "'' (the default)")
     expected = ", ".join(names)
     raise InputError(
@@ -47,10 +49,15 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> None:
     )
 
 
-def one_line(error: BaseException) -> str:
-    """An error's type and the first line of its message."""
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """An error's type and the first line of its message.
+
+    Args:
+      error: what was raised.
+      limit: characters of the line at most; all of them when None.
+    """
     name = type(error).__name__
     lines = str(error).strip().splitlines()
     if not lines:
         return name
-    return f"{name}: {lines[0]}"
+    return f"{name}: {lines[0][:limit]}"

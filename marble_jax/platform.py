@@ -96,7 +96,8 @@ def keep_compilations(directory: str = "") -> None:
     Args:
       directory: where; `~/.cache/marble_jax/xla` by default. JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) wins.
     """
-    # Inside the function: `prepare` has to run before JAX opens a backend, and this module is imported for it.
+    # Inside the function: `prepare` has to run before JAX opens a backend, and this module is
+    # imported for it.
     import jax
 
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds its options at run time

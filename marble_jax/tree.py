@@ -15,7 +15,8 @@ import jax.numpy as jnp
 Tree = Any
 """A pytree of arrays."""
 
-# Accelerators multiply float32 in fewer bits by default; a Gram matrix of nearly parallel gradients needs all of them.
+# Accelerators multiply float32 in fewer bits by default; a Gram matrix of nearly parallel gradients
+# needs all of them.
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -70,7 +71,8 @@ def vdot(x: Tree, y: Tree) -> jax.Array:
     """Inner product of two trees of the same structure: scalar, at least float32."""
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
-        # Widened before the product: half precision overflows at 65504, and the sum loses small terms.
+        # Widened before the product: half precision overflows at 65504, and the sum loses small
+        # terms.
         products = _wide(a) * _wide(b)
         return jnp.sum(products)
 
@@ -102,7 +104,8 @@ def gram(stacked: Tree) -> jax.Array:
 
     parts = jax.tree.map(one, stacked)
     total = jax.tree.reduce(jnp.add, parts)
-    # A matrix product need not be symmetric to the last bit, and the solvers rely on a symmetric matrix.
+    # A matrix product need not be symmetric to the last bit, and the solvers rely on a symmetric
+    # matrix.
     return 0.5 * (total + total.T)
 
 
@@ -119,7 +122,8 @@ def weighted_sum(weights: jax.Array, stacked: Tree) -> Tree:
     def one(leaf: jax.Array) -> jax.Array:
         # Broadcast over all axes of the leaf but the first, which is the index of the tree.
         keep = (weights != 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
-        # 0 * inf is NaN, so a tree of weight 0 is replaced before the product rather than multiplied away.
+        # 0 * inf is NaN, so a tree of weight 0 is replaced before the product rather than
+        # multiplied away.
         kept = jnp.where(keep, leaf, 0)
         factors = weights.astype(leaf.dtype)
         return jnp.einsum("k,k...->...", factors, kept, precision=_HIGHEST)

@@ -39,9 +39,9 @@ class LoadedPipeline:
     def encode_prompts(self, prompts, max_sequence_length):
         return self.text.encode(prompts, max_sequence_length)
 
-    def decode(self, latents, batch):
+    def decode(self, latents, batch, place=lambda part: part):
         """Images [N, H, W, 3]."""
-        return as_images(self._decoder(jnp.asarray(latents), batch))
+        return as_images(self._decoder(jnp.asarray(latents), batch, place))
 
 
 def load_pipeline(

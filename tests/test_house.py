@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "marble_jax"
 ROWS = (
-    ("vocabulary", ("errors", "types", "version", "platform", "tree", "batches", "streams", "console", "")),
+    (
+        "vocabulary",
+        (
+            "errors",
+            "types",
+            "version",
+            "platform",
+            "tree",
+            "batches",
+            "streams",
+            "console",
+            "policies",
+            "",
+        ),
+    ),
     ("settings", ("config",)),
     ("ground", ("distributed", "storage", "weights")),
     ("networks", ("networks",)),
@@ -99,6 +114,47 @@ def test_rooms_of_a_row_do_not_import_each_other_in_a_circle():
     while ready := {r for r in graph if r not in done and graph[r] <= done}:
         done |= ready
     assert done == set(graph), f"circle among {sorted(set(graph) - done)}"
+
+
+FAMILIES = sorted(
+    {name.split(".")[1] for name in MODULES if name.startswith("families.") and name.count(".") > 1}
+)
+
+
+def test_no_module_outside_a_family_imports_from_inside_one():
+    assert "sd3" in FAMILIES
+    for family in FAMILIES:
+        prefix = f"families.{family}"
+        strays = {
+            name
+            for name in MODULES
+            for other in inside(name)
+            if f"{other}.".startswith(f"{prefix}.") and not f"{name}.".startswith(f"{prefix}.")
+        }
+        assert not strays, family
+
+
+def test_no_module_outside_a_family_knows_what_it_is_made_of():
+    """The names of SD3's parts stand in its folder alone, in networks that are nobody's, and in the family's table."""
+    strays = []
+    for name, path in MODULES.items():
+        if name.startswith("families.sd3") or name == "families.registry":
+            continue
+        text = path.read_text(encoding="utf-8")
+        words = ["MMDiT", "mmdit", "StableDiffusion3", "SD3Transformer"]
+        if room(name) != "networks":
+            words += ["T5", "t5", "text_encoder_2"]
+        for word in words:
+            if re.search(rf"(?<![A-Za-z0-9_]){word}(?![A-Za-z0-9])", text):
+                strays.append((name, word))
+    assert not strays
+
+
+def test_harmonize_and_training_know_the_protocol_of_objectives_alone():
+    for name in MODULES:
+        if room(name) in ("harmonize", "training"):
+            known = {other for other in inside(name) if room(other) == "objectives"}
+            assert known <= {"objectives.base", "objectives.advantages"}, name
 
 
 @pytest.mark.parametrize(

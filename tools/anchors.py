@@ -23,8 +23,8 @@ import numpy as np
 import optax
 
 from marble_jax import platform, tree
-from marble_jax.programs import build
-from marble_jax.programs.sample import run_config
+from marble_jax.programs.build import Run, build
+from marble_jax.programs.run_state import run_settings
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.iteration import advantages_of
@@ -48,8 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     platform.keep_compilations()
     workdir = Workdir(args.workdir)
-    run = build.build(run_config(workdir))
-    checkpoints = Checkpoints(workdir.checkpoints, run.config.checkpoints.keep)
+    run = build(run_settings(workdir))
+    checkpoints = Checkpoints(workdir.checkpoints, run.settings.checkpoints.keep)
     step, state = checkpoints.restore(run.state)
     checkpoints.close()
     batch = rollouts(run, state, step)
@@ -66,7 +66,7 @@ def main() -> None:
         {n: draws(update, state, batch, args.draws) for n, update in updates.items()},
     )
     # Placed like the rollout policy it replaces: nothing is compiled anew.
-    state = state.replace(rollout=tree.scale(state.rollout, 0.0))
+    state = dataclasses.replace(state, rollout=tree.scale(state.rollout, 0.0))
     show(
         "the base model as rollout policy",
         {n: draws(u, state, batch, args.draws) for n, u in updates.items()},
@@ -91,7 +91,7 @@ def show(title: str, taken: dict[int, list[Adapter]]) -> None:
         print(f"    {name:26} {np.median(values):.4f} ({min(values):.4f} to {max(values):.4f})")
 
 
-def rollouts(run: build.Run, state: TrainState, step: int) -> RolloutBatch:
+def rollouts(run: Run, state: TrainState, step: int) -> RolloutBatch:
     """The batch that the loop would train on next."""
     iteration = run.iteration
     samples = iteration.sampling.draw(state.seed, step)
@@ -101,12 +101,12 @@ def rollouts(run: build.Run, state: TrainState, step: int) -> RolloutBatch:
     return iteration.training_batch(rollout, advantages, valid)
 
 
-def compiled(run: build.Run, every: int) -> Update:
+def compiled(run: Run, every: int) -> Update:
     """(state, number of the draw, batch) -> the update of an exact step, which plain gradient descent shows."""
     descent = optax.sgd(1.0)
     harmonization = dataclasses.replace(run.recipe.harmonization, anchor_every=every)
     recipe = dataclasses.replace(run.recipe, harmonization=harmonization)
-    step = jax.jit(exact_step(recipe, run.velocity, descent))
+    step = jax.jit(exact_step(recipe, run.networks.velocity, descent))
     empty = descent.init(run.state.current)
 
     def update(state: TrainState, number: int, batch: RolloutBatch) -> Adapter:

@@ -121,8 +121,7 @@ def combine(
             scaled = layer.b * np.float32(layer.scale * weight / scale)
             parts.setdefault(name, []).append((layer.a, scaled))
     pairs = {name: _side_by_side(group) for name, group in parts.items()}
-    paths = {layer.name: layer.path for layer in dense_layers(formats.lora.layers_at, shapes)}
-    return adapters.stack(formats.lora.layers_at, _pad_ranks(pairs, paths), shapes)
+    return adapters.stack(formats.lora.layers_at, _pad_ranks(pairs, shapes, formats), shapes)
 
 
 def _side_by_side(pairs: Sequence[Pair]) -> Pair:
@@ -131,8 +130,13 @@ def _side_by_side(pairs: Sequence[Pair]) -> Pair:
     return np.concatenate(all_a, axis=1), np.concatenate(all_b, axis=0)
 
 
-def _pad_ranks(pairs: Mapping[str, Pair], paths: Mapping[str, tuple[str, ...]]) -> dict[str, Pair]:
+def _pad_ranks(
+    pairs: Mapping[str, Pair], shapes: Mapping[str, Any], formats: FileFormats
+) -> dict[str, Pair]:
     """Pairs with the rank of the largest of their stacked run, which is one array of one rank; zeros add nothing."""
+    paths = {}
+    for layer in dense_layers(formats.lora.layers_at, shapes):
+        paths[layer.name] = layer.path
     ranks: dict[tuple[str, ...], int] = {}
     for name, (a, _) in pairs.items():
         path = paths[name]
@@ -251,7 +255,7 @@ def _check_start(path: str, name: str, layer: Layer, spec: adapters.LoraSpec) ->
             f"lora.init: {path}: expected lora.rank = {spec.rank}; received rank {layer.rank} "
             f"({name}); set lora.rank={layer.rank}"
         )
-    if layer.alpha is not None and layer.alpha != spec.alpha:
+    if layer.alpha not in (None, spec.alpha):
         raise InputError(
             f"lora.init: {path}: expected lora.alpha = {spec.alpha:g}; received alpha "
             f"{layer.alpha:g} ({name}); set lora.alpha={layer.alpha:g}"

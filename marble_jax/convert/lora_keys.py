@@ -46,8 +46,9 @@ def layer_names(
     """
     parts = dict(formats.lora.layer_parts(shapes))
     # kohya's files and those made after them write underscores, as module names in torch cannot hold dots.
-    underscored = {name.replace(".", "_"): group for name, group in parts.items()}
-    return parts | underscored
+    for name, group in list(parts.items()):
+        parts[name.replace(".", "_")] = group
+    return parts
 
 
 def split_key(path: object, key: str) -> tuple[str, str]:

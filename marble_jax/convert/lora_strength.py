@@ -182,11 +182,7 @@ def header_config(source: SafetensorsFile, formats: FileFormats) -> LoraConfig |
     """
     text = source.metadata.get(HEADER_CONFIG)
     if text is None:
-        if any(key.startswith(PEFT_PREFIX) for key in source.keys()):
-            raise InputError(
-                f"{source.path}: expected {PEFT_CONFIG} beside a PEFT file, as alpha, and so the strength, is "
-                "written there; received none"
-            )
+        _check_not_peft(source)
         return None
     try:
         fields = dict(json.loads(text).items())
@@ -197,6 +193,15 @@ def header_config(source: SafetensorsFile, formats: FileFormats) -> LoraConfig |
         ) from error
     # diffusers writes the fields of each component's LoRA under that component's prefix.
     return LoraConfig(source.path, _under(formats.lora.diffusers_prefix, fields))
+
+
+def _check_not_peft(source: SafetensorsFile) -> None:
+    """Raises InputError for a file of PEFT's, which means nothing without its configuration."""
+    if any(key.startswith(PEFT_PREFIX) for key in source.keys()):
+        raise InputError(
+            f"{source.path}: expected {PEFT_CONFIG} beside a PEFT file, as alpha, and so the strength, is "
+            "written there; received none"
+        )
 
 
 def _under(prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,9 +178,10 @@ def _recognize(
         if layout.recognizes(keys):
             return family, layout
     if len(candidates) != 1:
-        names = " or ".join(family.name for family, _ in candidates)
+        names = [family.name for family, _ in candidates]
         raise InputError(
-            f"{file.path}: expected a single-file checkpoint of {names}; received {len(keys)} tensors of none"
+            f"{file.path}: expected a single-file checkpoint of {' or '.join(names)}; received "
+            f"{len(keys)} tensors of none"
         )
     # The only family there is says best what the file lacks: its errors name a tensor.
     return candidates[0]
@@ -242,8 +243,11 @@ def _pieces(
 def _check_shape(file: SafetensorsFile, key: str, piece: Piece) -> None:
     """Raises InputError unless a tensor has the shape that a piece is cut from, or is a 1x1 convolution of it."""
     received, expected = file.shape(key), piece.source_shape
-    # Original autoencoders project with 1x1 convolutions what is published as matrices: the same numbers.
-    if received not in (expected, (*expected, 1, 1)):
+    allowed = [expected]
+    if len(expected) == 2:
+        # Original autoencoders project with 1x1 convolutions what is published as matrices: the same numbers.
+        allowed.append((*expected, 1, 1))
+    if received not in allowed:
         raise InputError(
             f"{file.path}: tensor {key!r}: expected shape {expected}; received {received}"
         )

@@ -39,6 +39,11 @@ class Accelerator:
     bandwidth: float
     devices_per_host: int
 
+    def matched_length(self, device_kind: str) -> int:
+        """Returns the length of the longest of `kinds` that a device kind begins with, in any case; 0 for none."""
+        lengths = [len(kind) for kind in self.kinds if device_kind.lower().startswith(kind.lower())]
+        return max(lengths, default=0)
+
 
 _TABLE = (
     # name, device kinds, backend, FLOP/s, memory, usable, bandwidth, devices of a host
@@ -70,10 +75,10 @@ def by_device_kind(device_kind: str) -> Accelerator | None:
     """Returns the accelerator that JAX reports as `device_kind`; None where the table has none."""
     best, longest = None, 0
     for accelerator in ACCELERATORS.values():
-        for kind in accelerator.kinds:
-            # The longest beginning decides: "TPU v5" of v5p also begins "TPU v5 lite" of v5e.
-            if device_kind.lower().startswith(kind.lower()) and len(kind) > longest:
-                best, longest = accelerator, len(kind)
+        # The longest beginning decides: "TPU v5" of v5p also begins "TPU v5 lite" of v5e.
+        matched = accelerator.matched_length(device_kind)
+        if matched > longest:
+            best, longest = accelerator, matched
     return best
 
 

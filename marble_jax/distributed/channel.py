@@ -128,9 +128,12 @@ class Channel:
         if not any(refusals):
             self._check_labels([one["label"] for one in contributions])
         answer = {"refusals": refusals, "values": [one["value"] for one in contributions]}
-        for peer in self._peers:
-            peer.send(VALUE, answer)
+        self._send_all(VALUE, answer)
         return answer
+
+    def _send_all(self, kind: bytes, value: Any) -> None:
+        for peer in self._peers:
+            peer.send(kind, value)
 
     def _check_labels(self, labels: list[str]) -> None:
         for index, label in enumerate(labels):
@@ -169,10 +172,12 @@ class Channel:
             self._closed = True
             self.lost = self.lost or line
         self._noticed.set()
-        for peer in self._peers:
-            peer.send(LOST, line)
-        if self.index != 0:
-            return
+        self._send_all(LOST, line)
+        if self.index == 0:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Waits until the others have closed their connections, `LINGER` seconds at most."""
         deadline = time.monotonic() + LINGER
         for reader in self._readers:
             reader.join(max(0.0, deadline - time.monotonic()))
@@ -181,8 +186,8 @@ class Channel:
         """Says farewell; nobody is missed after that."""
         with self._lock:
             self._closed = True
-        for peer in self._peers:
-            peer.send(BYE, None)
+        # All farewells before the first end of a connection, which could be taken for a loss.
+        self._send_all(BYE, None)
         for peer in self._peers:
             peer.close()
 
@@ -213,14 +218,19 @@ class Channel:
                 return
             self.lost = line
         self._noticed.set()
+        if self.index == 0:
+            self._pass_on(lost_peer, line)
         for peer in self._peers:
-            if peer is not lost_peer and self.index == 0:
-                peer.send(LOST, line)
             # Wakes the main thread, whichever process it is waiting for.
             peer.messages.put((LOST, line))
         timer = threading.Timer(GRACE, self._end)
         timer.daemon = True
         timer.start()
+
+    def _pass_on(self, lost_peer: Peer, line: str) -> None:
+        for peer in self._peers:
+            if peer is not lost_peer:
+                peer.send(LOST, line)
 
     def _end(self) -> None:
         if self._closed:
@@ -229,3 +239,21 @@ class Channel:
         sys.stderr.flush()
         # The main thread may hang in a collective, which no exception of Python reaches.
         os._exit(LOST_STATUS)
+
+
+class SingleProcess:
+    """In place of a channel where this process is the whole run: what it exchanges comes straight back.
+
+    Attributes:
+      index: of this process.
+      count: of all processes.
+      names: host names by process.
+    """
+
+    index = 0
+    count = 1
+    names = ("this host",)
+
+    def exchange(self, label: str, value: Any, refusal: str = "") -> list[Any]:
+        """Returns a list of the value; arguments as those of a channel."""
+        return [value]

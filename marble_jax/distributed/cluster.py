@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from marble_jax.distributed.cluster_detection import Cluster, detect_cluster
 from marble_jax.distributed.rendezvous import split_address
-from marble_jax.errors import InputError, one_of
+from marble_jax.errors import InputError, one_line, one_of
 
 MODES = ("auto", "off", "on")
 JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -91,10 +91,9 @@ def _detect(environ: Mapping[str, str], timeout: float) -> Cluster | None:
     try:
         cluster = detect_cluster(environ, timeout)
     except Exception as error:  # whatever the cluster's own interfaces raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"--distributed: expected the cluster to say who takes part; received {type(error).__name__}: "
-            f"{lines[0]}; {ADVICE}"
+            "--distributed: expected the cluster to say who takes part; received "
+            f"{one_line(error, 200)}; {ADVICE}"
         ) from error
     if cluster is None and {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= set(environ):
         raise InputError(
@@ -108,10 +107,8 @@ def _explicit(
     settings: Mapping[str, str], found_by: str, devices: tuple[int, ...] | None = None
 ) -> Cluster:
     """The cluster of three settings as text: address of process 0, number of processes, number of this one."""
-    for name, value in settings.items():
-        if not value:
-            others = ", ".join(other for other in settings if other != name)
-            raise InputError(f"{name}: expected together with {others}; received nothing")
+    _check_complete(settings)
+    # In the order of `--coordinator`, `--num_processes`, `--process_id`, whatever the settings are called.
     (_, address), (count_name, count), (index_name, index) = settings.items()
     split_address(address)
     num_processes = _number(count_name, count, 1)
@@ -121,6 +118,13 @@ def _explicit(
             f"{index_name}: expected 0 to {num_processes - 1} with {count_name}={count}; received {index}"
         )
     return Cluster(address, num_processes, process_id, found_by, devices)
+
+
+def _check_complete(settings: Mapping[str, str]) -> None:
+    for name, value in settings.items():
+        if not value:
+            others = ", ".join(other for other in settings if other != name)
+            raise InputError(f"{name}: expected together with {others}; received nothing")
 
 
 def _number(name: str, text: str, least: int) -> int:
@@ -149,19 +153,23 @@ def _torchrun(environ: Mapping[str, str]) -> Cluster:
                 f"{name}: expected as torchrun sets it, beside WORLD_SIZE={environ['WORLD_SIZE']}; "
                 f"received nothing; {ADVICE}"
             )
-    port = environ["MASTER_PORT"]
-    # Under torchrun's agent MASTER_PORT is taken by the agent's own store, so the next port is used.
-    if port.isdigit() and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        port = str(int(port) + 1)
     return _explicit(
         {
-            "MASTER_ADDR:MASTER_PORT": f"{environ['MASTER_ADDR']}:{port}",
+            "MASTER_ADDR:MASTER_PORT": f"{environ['MASTER_ADDR']}:{_torchrun_port(environ)}",
             "WORLD_SIZE": environ["WORLD_SIZE"],
             "RANK": environ["RANK"],
         },
         "torchrun's variables",
         _torchrun_devices(environ),
     )
+
+
+def _torchrun_port(environ: Mapping[str, str]) -> str:
+    port = environ["MASTER_PORT"]
+    # Under torchrun's agent MASTER_PORT is taken by the agent's own store, so the next port is used.
+    if port.isdigit() and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return str(int(port) + 1)
+    return port
 
 
 def _torchrun_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:

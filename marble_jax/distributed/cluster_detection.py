@@ -117,9 +117,11 @@ def _slurm(environ: Mapping[str, str], timeout: float) -> Cluster | None:
 
 def _job_port(environ: Mapping[str, str], job: int) -> str:
     """Port that follows from the number of a job, which all of its processes know."""
-    return environ.get("JAX_COORDINATOR_PORT") or str(
-        65536 - EPHEMERAL_PORTS + job % EPHEMERAL_PORTS
-    )
+    return _port(environ, str(65536 - EPHEMERAL_PORTS + job % EPHEMERAL_PORTS))
+
+
+def _port(environ: Mapping[str, str], default: str) -> str:
+    return environ.get("JAX_COORDINATOR_PORT") or default
 
 
 def _local_device(environ: Mapping[str, str], variable: str) -> tuple[int, ...] | None:
@@ -179,25 +181,28 @@ def _tpu_pod(
     environ: Mapping[str, str], hosts: list[str], worker: int, found_by: str, timeout: float
 ) -> Cluster:
     """Processes of one slice, or of several (Megascale), whose hosts are numbered slice by slice."""
-    num_slices = int(_tpu_setting(environ, "MEGASCALE_NUM_SLICES") or 1)
+    num_slices = int(_tpu_setting(environ, "MEGASCALE_NUM_SLICES", "1"))
     num_processes = len(hosts) * num_slices
     if num_processes == 1:
         return Cluster("", 1, 0, found_by)
-    slice_id = int(_tpu_setting(environ, "MEGASCALE_SLICE_ID") or 0)
-    coordinator = _tpu_setting(environ, "MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
+    slice_id = int(_tpu_setting(environ, "MEGASCALE_SLICE_ID", "0"))
+    coordinator = _tpu_setting(environ, "MEGASCALE_COORDINATOR_ADDRESS", hosts[0])
     host = coordinator.partition(":")[0]
     _wait_for_name(host, timeout)
-    port = environ.get("JAX_COORDINATOR_PORT") or TPU_PORT
+    port = _port(environ, TPU_PORT)
     return Cluster(f"{host}:{port}", num_processes, worker + slice_id * len(hosts), found_by)
 
 
-def _tpu_setting(environ: Mapping[str, str], name: str) -> str | None:
+def _tpu_setting(environ: Mapping[str, str], name: str, default: str) -> str:
     """A setting of the slice: a variable, or else a line such as `NAME: 'value'` of the metadata's `tpu-env`."""
     if name in environ:
-        return environ[name]
+        # Empty where there is one slice.
+        return environ[name] or default
     settings = _metadata(environ, "tpu-env") or ""
     line = re.search(rf"^\s*{name}\s*:(.*)$", settings, re.MULTILINE)
-    return None if line is None else line[1].strip().strip("'")
+    if line is None:
+        return default
+    return line[1].strip().strip("'") or default
 
 
 def _metadata(environ: Mapping[str, str], key: str) -> str | None:
@@ -234,7 +239,7 @@ def _kubernetes_job(environ: Mapping[str, str], timeout: float) -> Cluster | Non
         return Cluster("", 1, process_id, "Kubernetes")
     host = f"{job.metadata.name}-0.{_kubernetes_subdomain(pod, job)}"
     _wait_for_name(host, timeout)
-    port = environ.get("JAX_COORDINATOR_PORT") or KUBERNETES_PORT
+    port = _port(environ, KUBERNETES_PORT)
     return Cluster(f"{host}:{port}", num_processes, process_id, "Kubernetes")
 
 
@@ -273,8 +278,7 @@ def _kubernetes_pod(api: Any, namespace: str, environ: Mapping[str, str]) -> Any
 
 def _kubernetes_subdomain(pod: Any, job: Any) -> str:
     """Name of the headless service through which the pods of a job reach each other."""
-    kinds = [owner.kind for owner in pod.metadata.owner_references or () if owner.controller]
-    if kinds != ["Job"]:
+    if _controller_kind(pod) != "Job":
         raise RuntimeError(f"pod {pod.metadata.name} belongs to no Job or JobSet")
     jobset = (job.metadata.labels or {}).get("jobset.sigs.k8s.io/jobset-name")
     subdomain = jobset or pod.spec.subdomain
@@ -283,6 +287,14 @@ def _kubernetes_subdomain(pod: Any, job: Any) -> str:
             f"job {job.metadata.name} has no headless service (its pods need spec.subdomain, the name of one)"
         )
     return subdomain
+
+
+def _controller_kind(pod: Any) -> str:
+    # A pod has one controller at most among its owners.
+    for owner in pod.metadata.owner_references or ():
+        if owner.controller:
+            return owner.kind
+    return ""
 
 
 def _wait_for_name(host: str, timeout: float) -> None:

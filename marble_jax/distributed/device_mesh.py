@@ -74,7 +74,8 @@ def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Si
 
 def _fill_in(count: int, wanted: Sizes) -> Sizes:
     """The wanted sizes with what the others leave in place of a single -1; as they are where that does not divide."""
-    fixed = math.prod(size for size in wanted if size != -1)
+    # One -1 changes the sign of the product alone.
+    fixed = -math.prod(wanted)
     if wanted.count(-1) != 1 or fixed <= 0 or count % fixed != 0:
         return wanted
     data, fsdp, tensor = (count // fixed if size == -1 else size for size in wanted)

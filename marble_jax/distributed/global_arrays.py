@@ -19,11 +19,11 @@ def device_put_global(tree: Any, sharding: Any) -> Any:
       tree: arrays.
       sharding: of every leaf, or a tree of them.
     """
-    one_for_all = isinstance(sharding, jax.sharding.Sharding)
-    shardings = [sharding] if one_for_all else jax.tree.leaves(sharding)
+    # A sharding is a leaf, so that one for all is a tree as well.
+    shardings = jax.tree.leaves(sharding)
     if all(leaf_sharding.is_fully_addressable for leaf_sharding in shardings):
         return jax.device_put(tree, sharding)
-    if one_for_all:
+    if isinstance(sharding, jax.sharding.Sharding):
         return jax.tree.map(lambda leaf: _device_put_leaf(leaf, sharding), tree)
     return jax.tree.map(_device_put_leaf, tree, sharding)
 

@@ -33,15 +33,9 @@ def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> 
     if distributed.is_single_process():
         return
     path = epath.Path(path)
-    created: list[epath.Path] = []
-    if distributed.is_first():
-        created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    # Asked on every process, and right on the first, which is the one that removes them.
+    created = _missing_folders(path)
     token = distributed.broadcast_from_first("probe", lambda: f".probe-{secrets.token_hex(8)}")
-
-    def find_all() -> None:
-        for process in range(distributed.count()):
-            _find(path, f"{token}.{process}", f"process {process}", patience)
-
     try:
         distributed.broadcast_from_first("probe written", lambda: _write(path, f"{token}.0"))
         # Before anybody else writes: on a host of its own directory a write would make the folder.
@@ -51,9 +45,14 @@ def check_shared_directory(path: epath.PathLike, patience: float = PATIENCE) -> 
         distributed.run_on_all(
             "probe answered", lambda: _write(path, f"{token}.{distributed.index()}")
         )
-        distributed.run_on_all("probe answers found", find_all)
+        distributed.run_on_all("probe answers found", lambda: _find_all(path, token, patience))
     finally:
         distributed.broadcast_from_first("probe removed", lambda: _remove(path, token, created))
+
+
+def _missing_folders(path: epath.Path) -> list[epath.Path]:
+    """The folders that have to be made for a path, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _write(path: epath.Path, name: str) -> None:
@@ -64,6 +63,11 @@ def _write(path: epath.Path, name: str) -> None:
         raise InputError(
             f"workdir: expected a writable place; received {path} ({error.strerror or error})"
         ) from None
+
+
+def _find_all(path: epath.Path, token: str, patience: float) -> None:
+    for process in range(distributed.count()):
+        _find(path, f"{token}.{process}", f"process {process}", patience)
 
 
 def _find(path: epath.Path, name: str, writer: str, patience: float) -> None:

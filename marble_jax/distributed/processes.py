@@ -16,10 +16,10 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 
-from marble_jax.distributed.channel import LOST_STATUS, Channel, HostLost, Refused
+from marble_jax.distributed.channel import LOST_STATUS, Channel, HostLost, Refused, SingleProcess
 from marble_jax.distributed.cluster_detection import Cluster
 from marble_jax.distributed.rendezvous import rendezvous
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, one_line
 
 Value = TypeVar("Value")
 _STATUSES: tuple[tuple[type[BaseException], int], ...] = (
@@ -27,7 +27,7 @@ _STATUSES: tuple[tuple[type[BaseException], int], ...] = (
     (KeyboardInterrupt, 130),  # 128 + SIGINT, as shells have it
     (InputError, 2),
 )
-_channel: Channel | None = None
+_channel: Channel | SingleProcess = SingleProcess()
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def process_group(
     except BaseException as error:
         _end(_channel, verb, error)
     _channel.close()
-    _channel = None
+    _channel = SingleProcess()
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
@@ -81,7 +81,7 @@ def exit_unless_agreed(agreed: tuple[type[BaseException], ...], error: BaseExcep
       agreed: exceptions that all processes raise together.
       error: the exception that was raised.
     """
-    if _channel is None or isinstance(error, (AgreedError, *agreed)):
+    if isinstance(_channel, SingleProcess) or isinstance(error, (AgreedError, *agreed)):
         return
     if isinstance(error, InputError):
         try:
@@ -95,28 +95,31 @@ def exit_unless_agreed(agreed: tuple[type[BaseException], ...], error: BaseExcep
 
 def _end(channel: Channel, verb: str, error: BaseException) -> NoReturn:
     """Says what happened and ends this process, whatever other threads wait for."""
-    message = str(error) or type(error).__name__
-    status = _exit_status(error)
-    if status == 1 and channel.loss():
-        # A collective breaks here when another process is gone, which is then the cause.
-        message = channel.lost
-        status = LOST_STATUS
-    if status == 1:
-        traceback.print_exception(error)
-        message = f"{type(error).__name__}: {message.splitlines()[0]}"
-    line = message
-    # Bad input and losses name their process already, or concern all of them.
-    if status not in (2, LOST_STATUS):
-        line = f"process {channel.index} ({channel.names[channel.index]}): {message}"
-    program = f"marble-jax {verb}" if verb else "marble-jax"
+    status, message = _diagnose(channel, error)
     try:
         sys.stdout.flush()
+        program = " ".join(("marble-jax", verb)).strip()
         sys.stderr.write(f"{program}: process {channel.index}: {message}\n")
         sys.stderr.flush()
-        channel.leave(line)
+        # Bad input and losses name their process already, or concern all of them.
+        if status not in (2, LOST_STATUS):
+            message = f"process {channel.index} ({channel.names[channel.index]}): {message}"
+        channel.leave(message)
     finally:
         # Python's own way out would wait for threads that wait for processes that are gone.
         os._exit(status)
+
+
+def _diagnose(channel: Channel, error: BaseException) -> tuple[int, str]:
+    """Exit status and line for an error; the traceback is printed where nothing else explains it."""
+    status = _exit_status(error)
+    if status != 1:
+        return status, str(error) or type(error).__name__
+    if channel.loss():
+        # A collective breaks here when another process is gone, which is then the cause.
+        return LOST_STATUS, channel.lost
+    traceback.print_exception(error)
+    return status, one_line(error, 200)
 
 
 def _exit_status(error: BaseException) -> int:
@@ -143,15 +146,12 @@ def start_jax(
         return
     # SIGTERM is handled, and agreed on, by the training loop; JAX's service would take it away.
     jax.config.update("jax_enable_preemption_service", False)
-    local_devices = None
-    if cluster.local_devices is not None:
-        local_devices = list(cluster.local_devices)
     try:
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.num_processes,
             cluster.process_id,
-            local_devices,
+            cluster.local_devices,
             initialization_timeout=int(init_timeout),
             heartbeat_timeout_seconds=int(heartbeat_timeout),
         )
@@ -164,7 +164,7 @@ def start_jax(
 
 def is_single_process() -> bool:
     """Returns whether this process is the whole run."""
-    return _channel is None
+    return isinstance(_channel, SingleProcess)
 
 
 def is_first() -> bool:
@@ -174,12 +174,12 @@ def is_first() -> bool:
 
 def index() -> int:
     """Returns the number of this process, from 0."""
-    return 0 if _channel is None else _channel.index
+    return _channel.index
 
 
 def count() -> int:
     """Returns the number of all processes."""
-    return 1 if _channel is None else _channel.count
+    return _channel.count
 
 
 class AgreedError(InputError):
@@ -198,14 +198,17 @@ def exchange(label: str, value: Any, refusal: str = "") -> list[Any]:
       AgreedError: on every process, with the refusal of the first one that has one; that process is named unless all
         say the same.
     """
-    if _channel is None:
-        return [value]
     try:
         return _channel.exchange(label, value, refusal)
     except Refused as error:
-        all_say_the_same = len(set(error.lines)) == 1
-        message = error.lines[0] if all_say_the_same else first_reason(error.lines)
-        raise AgreedError(message) from None
+        raise AgreedError(_agreed_line(error.lines)) from None
+
+
+def _agreed_line(lines: list[str]) -> str:
+    # Where every process says the same, no process is the cause.
+    if len(set(lines)) == 1:
+        return lines[0]
+    return first_reason(lines)
 
 
 def run_on_all(label: str, call: Callable[[], Value]) -> Value:
@@ -218,18 +221,12 @@ def run_on_all(label: str, call: Callable[[], Value]) -> Value:
     Raises:
       InputError: with the line of the first process that failed, named where not all of them did.
     """
-    if _channel is None:
+    if is_single_process():
         return call()
-    refusal = ""
-    try:
-        result = call()
-    except AgreedError:
-        raise
-    except (InputError, OSError) as error:
-        refusal = _line(error)
-    # Raises where this process or another one refuses, so that there is a result after it.
+    value, refusal = _attempt(call)
     exchange(label, None, refusal)
-    return result
+    # A refusal was raised by the exchange, so that there is a value here.
+    return cast(Value, value)
 
 
 def broadcast_from_first(label: str, call: Callable[[], Value]) -> Value:
@@ -242,18 +239,25 @@ def broadcast_from_first(label: str, call: Callable[[], Value]) -> Value:
     Raises:
       InputError: on every process, if the call fails.
     """
-    if _channel is None:
+    if is_single_process():
         return call()
     if not is_first():
         return exchange(label, None)[0]
-    value, refusal = None, ""
-    try:
-        value = call()
-    except (InputError, OSError) as error:
-        refusal = _line(error)
+    value, refusal = _attempt(call)
     exchange(label, value, refusal)
     # Process 0 keeps its own value, which JSON has not changed; a refusal was raised by the exchange.
     return cast(Value, value)
+
+
+def _attempt(call: Callable[[], Value]) -> tuple[Value | None, str]:
+    """The value of a call, and why this process cannot go on where the call finds bad input."""
+    try:
+        return call(), ""
+    except AgreedError:
+        # The others raise it as well, and are at no exchange that could be answered.
+        raise
+    except (InputError, OSError) as error:
+        return None, _line(error)
 
 
 def any_process(label: str, reason: str) -> str:
@@ -263,7 +267,7 @@ def any_process(label: str, reason: str) -> str:
       label: what the reasons are about; the same everywhere.
       reason: of this process; empty for none.
     """
-    if _channel is None:
+    if is_single_process():
         return reason
     return first_reason(exchange(label, reason))
 
@@ -306,7 +310,7 @@ def _first_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str |
 
 
 def _host_name(process: int) -> str:
-    return "this host" if _channel is None else _channel.names[process]
+    return _channel.names[process]
 
 
 def _line(error: Exception) -> str:

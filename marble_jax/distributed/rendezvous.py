@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from marble_jax.distributed.channel import Channel
@@ -104,15 +104,13 @@ def _admit_all(meeting: _Meeting) -> Channel:
     with _open(meeting) as listener:
         while len(arrived) < meeting.count - 1 and not problem:
             problem = _admit_one(meeting, listener, arrived)
-    connections = [connection for _, connection in arrived.values()]
+    connections = {index: connection for index, (_, connection) in sorted(arrived.items())}
     if problem:
-        _answer(connections, LOST, problem)
+        _answer(connections.values(), LOST, problem)
         raise InputError(problem)
-    others = sorted(arrived)
-    names = [meeting.name, *(arrived[index][0] for index in others)]
-    _answer(connections, VALUE, names)
-    indexed = [(index, arrived[index][1]) for index in others]
-    return Channel(0, names, indexed, meeting.keepalive)
+    names = [meeting.name, *(arrived[index][0] for index in connections)]
+    _answer(connections.values(), VALUE, names)
+    return Channel(0, names, list(connections.items()), meeting.keepalive)
 
 
 def _open(meeting: _Meeting) -> socket.socket:
@@ -258,7 +256,7 @@ def _is_hello(value: Any) -> bool:
     return all(isinstance(value.get(key), kind) for key, kind in _HELLO_TYPES)
 
 
-def _answer(connections: Sequence[socket.socket], kind: bytes, value: Any) -> None:
+def _answer(connections: Iterable[socket.socket], kind: bytes, value: Any) -> None:
     for connection in connections:
         try:
             send(connection, kind, value)

@@ -115,11 +115,8 @@ class ShardingRules:
         Raises:
           InputError: no rule names the parameter, or the rule has another number of axes.
         """
-        names: tuple[str, ...]
         if path[-1] in ("a", "b"):
-            # An adapter's factors have the outer axes of the kernel that they add to.
-            _, (inner, outer) = self.rule_of((*path[:-1], "kernel"))
-            names = (inner, "rank") if path[-1] == "a" else ("rank", outer)
+            names = self._factor_axes(path)
         else:
             _, names = self.rule_of(path)
         if path[0].startswith(SCANNED_PREFIX):
@@ -189,10 +186,11 @@ class ShardingRules:
     def describe(self, mesh: Mesh | AbstractMesh, shapes: Mapping[str, Any]) -> str:
         """Returns `layout` in words; arguments and errors as `shardings`."""
         layout = self.layout(mesh, shapes)
-        split_axes = [axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1]
-        if not split_axes:
+        sizes = " x ".join(
+            f"{axis} {mesh.shape[axis]}" for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1
+        )
+        if not sizes:
             return "replicated"
-        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in split_axes)
         text = f"sharded over {sizes}: {layout.device / 1e9:.2f} of {layout.total / 1e9:.2f} GB a device"
         if layout.unsplit:
             megabytes = layout.unsplit / 1e6
@@ -220,6 +218,11 @@ class ShardingRules:
             return device_mesh.read_sharded(self.sharding_of(mesh, path, leaf.shape), leaf)
 
         return place
+
+    def _factor_axes(self, path: Path) -> tuple[str, ...]:
+        """Axes of a factor of an adapter, which has the outer ones of the kernel that it adds to."""
+        _, (inner, outer) = self.rule_of((*path[:-1], "kernel"))
+        return (inner, "rank") if path[-1] == "a" else ("rank", outer)
 
     def _wanted_axes(self, names: tuple[str, ...]) -> tuple[str | None, ...]:
         """Axes of the mesh by the table alone, whatever the lengths; Flax uses each of them once a parameter."""

@@ -38,7 +38,7 @@ class Evaluator:
       seed: of the noise.
       num_images: images kept, spread evenly over the prompts.
       images_per_prompt: images sampled of every prompt; image i is of prompt i modulo their number.
-      place: puts arrays with a leading batch axis on the devices.
+      shard_batch: puts arrays with a leading batch axis on the devices.
     """
 
     prompts: Sequence[Prompt]
@@ -51,7 +51,7 @@ class Evaluator:
     seed: int
     num_images: int
     images_per_prompt: int = 1
-    place: Callable[[Any], Any] = lambda tree: tree
+    shard_batch: Callable[[Any], Any] = lambda tree: tree
 
     @property
     def groups(self) -> np.ndarray:
@@ -108,7 +108,7 @@ class Evaluator:
         texts = [prompt.text for prompt in prompts]
         # Text encoders may refuse a prompt on one process; the others must not go on to wait for it.
         cond = distributed.run_on_all("prompts", partial(self.encode, texts))
-        cond, noise = self.place((cond, noise))
+        cond, noise = self.shard_batch((cond, noise))
         return self.decode(self.sampler(params, adapter, cond, noise))
 
     def _keep(self, images: dict[int, np.ndarray], decoded: jax.Array, index: np.ndarray) -> None:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from marble_jax.harmonize.gram import count_or_one, divide, even_shares, mean_over
+
 
 @flax.struct.dataclass
 class AlphaState:
@@ -68,15 +70,18 @@ def refresh(
     held_share = _beside(solved, absent, jnp.sum(absent))
     # One share each: absent rewards that were solved for before, among all rewards that have been.
     num_absent = jnp.sum(~active & known)
-    num_known = jnp.maximum(jnp.sum(active | known), 1)
-    equal_share = _beside(solved, absent, num_absent / num_known)
+    equal_share = _beside(solved, absent, num_absent / count_or_one(active | known))
     fresh = jnp.where(newcomer, equal_share, held_share)
     smoothed = rho * state.alpha + (1.0 - rho) * fresh
     mixed = jnp.where(state.solved & ~newcomer, smoothed, fresh)
     taken_in = _taken_in(state, mixed, jnp.where(active, scale, state.scale))
     # No reward took part: there was no solve to take in.
     nothing = ~jnp.any(alpha > 0)
-    return jax.tree.map(lambda new, old: jnp.where(nothing, old, new), taken_in, state)
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(nothing, old, new)
+
+    return jax.tree.map(keep, taken_in, state)
 
 
 def _taken_in(state: AlphaState, alpha: jax.Array, scale: jax.Array) -> AlphaState:
@@ -94,8 +99,7 @@ def _beside(solved: jax.Array, absent: jax.Array, share: jax.Array) -> jax.Array
     held = jnp.sum(absent)
     any_held = held > 0
     share = jnp.where(any_held, share, 0.0)
-    # The divisor is 1 where nothing is held: 0 / 0 must not enter.
-    ratio = share / jnp.where(any_held, held, 1.0)
+    ratio = divide(share, held, any_held)
     return solved * (1.0 - share) + absent * ratio
 
 
@@ -117,16 +121,17 @@ def active_alpha(state: AlphaState, active: Bool[Array, " k"]) -> Float[Array, "
     Returns:
       float32 [K], 0 outside `active`, summing to 1 unless no reward is.
     """
-    even = active / jnp.maximum(jnp.sum(active), 1)
+    even = even_shares(active)
     known = active & (state.scale != 0)
     held = jnp.where(known, state.alpha, 0.0)
     total = jnp.sum(held)
     any_held = total > 0
     remaining = jnp.sum(jnp.where(known, even, 0.0))
-    # The divisor is 1 where nothing is held: the result is not used there, but must stay finite.
-    share = held / jnp.where(any_held, total, 1.0)
+    share = divide(held, total, any_held)
+    # Newcomers take an even share, the others what that leaves.
     shared = jnp.where(known, share * remaining, even)
-    return jnp.where(any_held, shared, even).astype(jnp.float32)
+    alpha = jnp.where(any_held, shared, even)
+    return alpha.astype(jnp.float32)
 
 
 def active_weights(state: AlphaState, active: Bool[Array, " k"]) -> Float[Array, " k"]:
@@ -136,7 +141,7 @@ def active_weights(state: AlphaState, active: Bool[Array, " k"]) -> Float[Array,
     (its gradient as it is) if none has one.
     """
     known = active & (state.scale != 0)
-    scales = jnp.where(known, state.scale, 0.0)
-    mean = jnp.sum(scales) / jnp.maximum(jnp.sum(known), 1)
+    mean = mean_over(state.scale, known)
     fallback = jnp.where(jnp.any(known), mean, 1.0)
-    return active_alpha(state, active) * jnp.where(known, state.scale, fallback)
+    scale = jnp.where(known, state.scale, fallback)
+    return active_alpha(state, active) * scale

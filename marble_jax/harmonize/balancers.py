@@ -20,20 +20,23 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from marble_jax.errors import InputError
 from marble_jax.harmonize import qp
+from marble_jax.harmonize.gram import divide, inverse, lengths, mean_over, pairs, rescaled
 
 GRADIENT_EPSILON = 1e-12
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
 class Solution:
-    """What a balancer returns.
+    """Weights of one update.
 
     Attributes:
       weights: float32 [K] on the raw gradients; 0 where not `used`. Equal to `alpha * scale`.
-      alpha: float32 [K] shares of the rewards, summing to 1 unless no reward was usable; what is smoothed and logged.
+      alpha: float32 [K] shares of the rewards, summing to 1 unless no reward was usable; smoothed and logged.
       scale: float32 [K] from alpha to weights, e.g. `mean |g| / |g_k|`; 0 where not `used`.
       used: bool [K], rewards that took part.
       norms: float32 [K] gradient norms, 0 where not `used`.
@@ -54,34 +57,52 @@ class Solution:
     state: Any
 
 
-def usable(gram: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Screens the rewards: float32 Gram matrix [K, K] zeroed outside the usable ones, norms [K], and usable [K].
+def closed_form(
+    weights: Float[Array, " k"],
+    alpha: Float[Array, " k"],
+    scale: Float[Array, " k"],
+    used: Bool[Array, " k"],
+    norms: Float[Array, " k"],
+    state: Any,
+) -> Solution:
+    """The solution of a rule that solves nothing and cannot fail."""
+    return Solution(
+        weights=weights,
+        alpha=alpha,
+        scale=scale,
+        used=used,
+        norms=norms,
+        min_norm=jnp.zeros(()),
+        kkt_residual=jnp.zeros(()),
+        status=_closed_form_status(used),
+        state=state,
+    )
+
+
+def _closed_form_status(used: Bool[Array, " k"]) -> Int[Array, ""]:
+    """Status by the number of usable rewards, which is all that tells cases apart."""
+    count = jnp.sum(used)
+    several_or_one = jnp.where(count == 1, qp.ONE_VALID, qp.SOLVED)
+    status = jnp.where(count == 0, qp.NONE_VALID, several_or_one)
+    return status.astype(jnp.int32)
+
+
+def usable(
+    gram: Float[Array, "k k"], valid: Bool[Array, " k"]
+) -> tuple[Float[Array, "k k"], Float[Array, " k"], Bool[Array, " k"]]:
+    """Screens the rewards.
 
     A reward is usable when it is valid and its squared norm is finite and its norm above 1e-12.
+
+    Returns:
+      float32 Gram matrix zeroed outside the usable rewards, norms likewise, and which rewards are usable.
     """
-    square = jnp.diagonal(gram).astype(jnp.float32)
-    norms = jnp.sqrt(jnp.maximum(square, 0.0))
-    used = valid & jnp.isfinite(square) & (norms > GRADIENT_EPSILON)
-    both = used[:, None] & used[None]
-    return jnp.where(both, gram.astype(jnp.float32), 0.0), jnp.where(used, norms, 0.0), used
-
-
-def mean_over(values: jax.Array, used: jax.Array) -> jax.Array:
-    """Mean of the used entries, 0 when there is none."""
-    return jnp.sum(jnp.where(used, values, 0.0)) / jnp.maximum(jnp.sum(used), 1)
-
-
-def inverse(norms: jax.Array) -> jax.Array:
-    """1 / norm, and 0 for a norm of 0."""
-    return jnp.where(norms > 0, 1.0 / jnp.where(norms > 0, norms, 1.0), 0.0)
-
-
-def closed_form_status(used: jax.Array) -> jax.Array:
-    """Status of a rule that cannot fail: only the number of usable rewards tells cases apart."""
-    count = jnp.sum(used)
-    return jnp.where(
-        count == 0, qp.NONE_VALID, jnp.where(count == 1, qp.ONE_VALID, qp.SOLVED)
-    ).astype(jnp.int32)
+    gram = gram.astype(jnp.float32)
+    norms = lengths(gram)
+    used = valid & jnp.isfinite(norms) & (norms > GRADIENT_EPSILON)
+    # Zeroed and not multiplied by 0: a row that is not finite must go.
+    clean = jnp.where(pairs(used), gram, 0.0)
+    return clean, jnp.where(used, norms, 0.0), used
 
 
 class Balancer(abc.ABC):
@@ -92,17 +113,26 @@ class Balancer(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def __call__(self, gram: jax.Array, valid: jax.Array, state: Any = ()) -> Solution:
+    def __call__(
+        self, gram: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any = ()
+    ) -> Solution:
         """Weights for one update.
 
         Args:
-          gram: [K, K] inner products of the raw gradients; rows of rewards that are not valid may hold anything.
-          valid: bool [K].
+          gram: inner products of the raw gradients; rows of rewards that are not valid may hold anything.
+          valid: rewards that may take part.
           state: from `init` or the previous call.
         """
 
 
-def _row(name: str, values: tuple[float, ...], count: int) -> jax.Array:
+def _one_each(name: str, values: tuple[float, ...], count: int) -> Float[Array, " k"]:
+    """The values as an array, all 1 when there is none.
+
+    Raises:
+      InputError: another number of them than of rewards.
+    """
+    if not values:
+        return jnp.ones(count)
     if len(values) != count:
         raise InputError(
             f"{name}: expected one number for each of {count} rewards; received {len(values)}"
@@ -131,7 +161,7 @@ class Marble(Balancer):
     groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if any(not w > 0 for w in self.reward_weights):
+        if any(not weight > 0 for weight in self.reward_weights):
             raise InputError(
                 f"reward weights: expected numbers above 0; received {self.reward_weights}"
             )
@@ -140,57 +170,69 @@ class Marble(Balancer):
                 f"alpha floor: expected a number in [0, 1 / K]; received {self.alpha_floor}"
             )
 
-    def _membership(self, num_rewards: int) -> jax.Array:
+    def _membership(self, num_rewards: int) -> Float[Array, "g k"]:
+        """1 where a reward belongs to a group; without groups every reward is one."""
         if not self.groups:
             return jnp.eye(num_rewards, dtype=jnp.float32)
-        if len(self.groups) != num_rewards or sorted(set(self.groups)) != list(
-            range(max(self.groups) + 1)
-        ):
+        numbers = range(max(self.groups) + 1)
+        if len(self.groups) != num_rewards or sorted(set(self.groups)) != list(numbers):
             raise InputError(
                 f"reward groups: expected one index for each of {num_rewards} rewards, counting from 0 "
                 f"without gaps; received {self.groups}"
             )
-        return jnp.asarray(
-            [[float(own == g) for own in self.groups] for g in range(max(self.groups) + 1)],
-            jnp.float32,
-        )
+        group_of_reward = jnp.asarray(self.groups)
+        group = jnp.arange(len(numbers))
+        is_member = group[:, None] == group_of_reward[None]
+        return is_member.astype(jnp.float32)
 
-    def __call__(self, gram: jax.Array, valid: jax.Array, state: Any = ()) -> Solution:
+    def __call__(
+        self, gram: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any = ()
+    ) -> Solution:
+        """See `Balancer.__call__`."""
         num_rewards = gram.shape[0]
         gram, norms, used = usable(gram, valid)
         members = self._membership(num_rewards) * used
-        share = members / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), 1.0)
-        own_weights = (
-            jnp.ones(num_rewards)
-            if not self.reward_weights
-            else _row("reward weights", self.reward_weights, num_rewards)
-        )
-        grouped = jnp.einsum(
-            "gk,kl,hl->gh", share, gram, share, precision=jax.lax.Precision.HIGHEST
-        )
-        grouped, group_norms, group_used = usable(grouped, jnp.any(members > 0, axis=1))
-        group_weights = share @ own_weights
-        # A single usable gradient is taken as it is.
-        group_weights = jnp.where(jnp.sum(group_used) == 1, 1.0, group_weights)
-        factor = group_weights
+        is_member = members > 0
+        # A group without a usable member has no share to give out; its divisor is 1.
+        size = jnp.sum(members, axis=1, keepdims=True)
+        share = members / jnp.maximum(size, 1.0)
+        grouped = jnp.einsum("gk,kl,hl->gh", share, gram, share, precision=_HIGHEST)
+        grouped, group_norms, group_used = usable(grouped, jnp.any(is_member, axis=1))
+        factor = self._group_weights(share, group_used)
         if self.normalize:
             factor = factor * inverse(group_norms)
-        solved = qp.min_norm(grouped * factor[:, None] * factor[None], group_used, self.alpha_floor)
-        scale = factor * mean_over(group_norms, group_used) if self.normalize else factor
-        took_part = used & (jnp.where(group_used, 1.0, 0.0) @ members > 0)
-        alpha = jnp.where(took_part, solved.alpha @ share, 0.0)
-        scale = jnp.where(took_part, scale @ (members > 0), 0.0)
+        solved = qp.min_norm(rescaled(grouped, factor), group_used, self.alpha_floor)
+        if self.normalize:
+            group_scale = factor * mean_over(group_norms, group_used)
+        else:
+            group_scale = factor
+        # A usable reward whose group's mean vanishes leaves with its group.
+        num_groups = jnp.where(group_used, 1.0, 0.0) @ members
+        active = used & (num_groups > 0)
+        alpha = jnp.where(active, solved.alpha @ share, 0.0)
+        scale = jnp.where(active, group_scale @ is_member, 0.0)
+        # Rounding can leave a square slightly below 0.
+        min_norm = jnp.sqrt(jnp.maximum(solved.value, 0.0))
         return Solution(
             weights=alpha * scale,
             alpha=alpha,
             scale=scale,
-            used=took_part,
-            norms=jnp.where(took_part, norms, 0.0),
-            min_norm=jnp.sqrt(jnp.maximum(solved.value, 0.0)),
+            used=active,
+            norms=jnp.where(active, norms, 0.0),
+            min_norm=min_norm,
             kkt_residual=solved.kkt_residual,
             status=solved.status,
             state=state,
         )
+
+    def _group_weights(
+        self, share: Float[Array, "g k"], group_used: Bool[Array, " g"]
+    ) -> Float[Array, " g"]:
+        """Mean reward weight of each group's usable members."""
+        weights = _one_each("reward weights", self.reward_weights, share.shape[1])
+        # A single usable gradient is taken as it is.
+        alone = jnp.sum(group_used) == 1
+        return jnp.where(alone, 1.0, share @ weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,37 +248,33 @@ class Fixed(Balancer):
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        if self.alpha and (any(a < 0 for a in self.alpha) or abs(sum(self.alpha) - 1.0) > 1e-6):
+        if not self.alpha:
+            return
+        # Shares are written with a few digits, and three thirds must pass.
+        off = abs(sum(self.alpha) - 1.0)
+        if off > 1e-6 or any(share < 0 for share in self.alpha):
             raise InputError(
                 f"fixed alpha: expected numbers of at least 0 that sum to 1; received {self.alpha}"
             )
 
-    def __call__(self, gram: jax.Array, valid: jax.Array, state: Any = ()) -> Solution:
+    def __call__(
+        self, gram: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any = ()
+    ) -> Solution:
+        """See `Balancer.__call__`."""
         _, norms, used = usable(gram, valid)
-        own = (
-            _row("fixed alpha", self.alpha, gram.shape[0])
-            if self.alpha
-            else jnp.ones(gram.shape[0])
-        )
-        own = jnp.where(used, own, 0.0)
-        total = jnp.sum(own)
+        shares = _one_each("fixed alpha", self.alpha, gram.shape[0])
+        shares = jnp.where(used, shares, 0.0)
+        total = jnp.sum(shares)
+        has_share = total > 0
         # One usable reward is that gradient even if its own share is 0.
-        even = jnp.where(jnp.sum(used) == 1, used.astype(jnp.float32), 0.0)
-        alpha = jnp.where(total > 0, own / jnp.where(total > 0, total, 1.0), even)
-        scale = jnp.where(
-            used, mean_over(norms, used) * inverse(norms) if self.normalize else 1.0, 0.0
-        )
-        return Solution(
-            weights=alpha * scale,
-            alpha=alpha,
-            scale=scale,
-            used=used,
-            norms=norms,
-            min_norm=jnp.zeros(()),
-            kkt_residual=jnp.zeros(()),
-            status=closed_form_status(used),
-            state=state,
-        )
+        is_alone = jnp.sum(used) == 1
+        alone = jnp.where(is_alone, used, 0.0)
+        alpha = jnp.where(has_share, divide(shares, total, has_share), alone)
+        unmasked = jnp.ones_like(norms)
+        if self.normalize:
+            unmasked = mean_over(norms, used) * inverse(norms)
+        scale = jnp.where(used, unmasked, 0.0)
+        return closed_form(alpha * scale, alpha, scale, used, norms, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,29 +288,19 @@ class WeightedSum(Balancer):
     reward_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if any(w < 0 for w in self.reward_weights):
+        if any(weight < 0 for weight in self.reward_weights):
             raise InputError(
                 f"reward weights: expected numbers of at least 0; received {self.reward_weights}"
             )
 
-    def __call__(self, gram: jax.Array, valid: jax.Array, state: Any = ()) -> Solution:
+    def __call__(
+        self, gram: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any = ()
+    ) -> Solution:
+        """See `Balancer.__call__`."""
         _, norms, used = usable(gram, valid)
-        count = gram.shape[0]
-        own = (
-            _row("reward weights", self.reward_weights, count)
-            if self.reward_weights
-            else jnp.ones(count)
-        )
-        weights = jnp.where(used, own, 0.0)
+        weights = _one_each("reward weights", self.reward_weights, gram.shape[0])
+        weights = jnp.where(used, weights, 0.0)
         total = jnp.sum(weights)
-        return Solution(
-            weights=weights,
-            alpha=weights / jnp.where(total > 0, total, 1.0),
-            scale=jnp.where(used, total, 0.0),
-            used=used,
-            norms=norms,
-            min_norm=jnp.zeros(()),
-            kkt_residual=jnp.zeros(()),
-            status=closed_form_status(used),
-            state=state,
-        )
+        alpha = divide(weights, total, total > 0)
+        scale = jnp.where(used, total, 0.0)
+        return closed_form(weights, alpha, scale, used, norms, state)

@@ -13,16 +13,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from marble_jax.errors import InputError
 from marble_jax.harmonize import qp
 from marble_jax.harmonize.balancers import (
     Balancer,
     Solution,
-    closed_form_status,
-    inverse,
-    mean_over,
+    closed_form,
     usable,
+)
+from marble_jax.harmonize.gram import (
+    count_or_one,
+    divide,
+    even_shares,
+    inverse,
+    lengths,
+    mean_over,
+    pairs,
+    rescaled,
 )
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -30,6 +39,12 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     return jnp.dot(matrix, vector, precision=_HIGHEST)
+
+
+def _length(gram: Float[Array, "k k"], weights: Float[Array, " k"]) -> Float[Array, ""]:
+    """Length of the weighted sum, floored: it is divided by."""
+    square = jnp.dot(weights, _product(gram, weights))
+    return jnp.sqrt(jnp.maximum(square, 1e-12))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,33 +58,33 @@ class Rule(Balancer):
     normalize: bool = False
 
     @abc.abstractmethod
-    def combine(self, gram: jax.Array, used: jax.Array) -> jax.Array:
-        """Weights [K] on the scaled vectors, whose Gram matrix is 0 outside `used`."""
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+        """Weights on the scaled vectors, whose Gram matrix is 0 outside `used`."""
 
-    def __call__(self, gram: jax.Array, valid: jax.Array, state: Any = ()) -> Solution:
+    def __call__(
+        self, gram: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any = ()
+    ) -> Solution:
+        """See `Balancer.__call__`."""
         gram, norms, used = usable(gram, valid)
         length = mean_over(norms, used)
-        factor = inverse(norms) if self.normalize else jnp.where(used, inverse(length), 0.0)
-        weights = jnp.where(used, self.combine(gram * factor[:, None] * factor[None], used), 0.0)
-        weights = jnp.where(
-            jnp.all(jnp.isfinite(weights)), weights, used / jnp.maximum(jnp.sum(used), 1)
-        )
-        weights = jnp.where(jnp.sum(used) == 1, used.astype(jnp.float32), weights)
+        if self.normalize:
+            factor = inverse(norms)
+        else:
+            factor = jnp.where(used, inverse(length), 0.0)
+        combined = self.combine(rescaled(gram, factor), used)
+        weights = jnp.where(used, combined, 0.0)
+        # A rule that breaks down on rounding falls back on equal shares.
+        finite = jnp.all(jnp.isfinite(weights))
+        weights = jnp.where(finite, weights, even_shares(used))
+        # A single usable gradient is taken as it is, whatever the rule makes of it.
+        alone = jnp.sum(used) == 1
+        weights = jnp.where(alone, used.astype(jnp.float32), weights)
         raw = weights * factor * length
         total = jnp.sum(raw)
-        safe = jnp.abs(total) > 1e-30
-        alpha = jnp.where(safe, raw / jnp.where(safe, total, 1.0), 0.0)
-        return Solution(
-            weights=raw,
-            alpha=alpha,
-            scale=jnp.where(used, total, 0.0),
-            used=used,
-            norms=norms,
-            min_norm=jnp.zeros(()),
-            kkt_residual=jnp.zeros(()),
-            status=closed_form_status(used),
-            state=state,
-        )
+        # Weights of either sign can cancel: then there are no shares of their sum.
+        alpha = divide(raw, total, jnp.abs(total) > 1e-30)
+        scale = jnp.where(used, total, 0.0)
+        return closed_form(raw, alpha, scale, used, norms, state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +101,8 @@ class UPGrad(Rule):
     regularisation: float = 1e-4
     num_sweeps: int = 200
 
-    def combine(self, gram: jax.Array, used: jax.Array) -> jax.Array:
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+        """See `Rule.combine`."""
         size = gram.shape[0]
         matrix = gram + self.regularisation * jnp.eye(size)
         lower = jnp.eye(size) * used
@@ -94,13 +110,16 @@ class UPGrad(Rule):
         def update(index: jax.Array, weights: jax.Array) -> jax.Array:
             # Row i of `weights` solves: minimise w^T G w subject to w >= e_i. One coordinate of all rows at once.
             j = index % size
-            rest = _product(weights, matrix[:, j]) - weights[:, j] * matrix[j, j]
-            return weights.at[:, j].set(
-                jnp.maximum(lower[:, j], jnp.where(used[j], -rest / matrix[j, j], 0.0))
-            )
+            diagonal = matrix[j, j]
+            whole_slope = _product(weights, matrix[:, j])
+            slope = whole_slope - weights[:, j] * diagonal
+            # The column of a reward that is not used has only the regularisation in it.
+            minimiser = jnp.where(used[j], -slope / diagonal, 0.0)
+            column = jnp.maximum(lower[:, j], minimiser)
+            return weights.at[:, j].set(column)
 
         weights = jax.lax.fori_loop(0, self.num_sweeps * size, update, lower)
-        return jnp.sum(weights, axis=0) / jnp.maximum(jnp.sum(used), 1)
+        return jnp.sum(weights, axis=0) / count_or_one(used)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,25 +130,27 @@ class PCGrad(Rule):
     gradient itself, where the paper draws it; the projections are averaged, where the paper sums them.
     """
 
-    def combine(self, gram: jax.Array, used: jax.Array) -> jax.Array:
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+        """See `Rule.combine`."""
         size = gram.shape[0]
-        square = jnp.diagonal(gram)
+        # The divisor is 1 for a reward that is not used: its square is 0.
+        square = jnp.where(used, jnp.diagonal(gram), 1.0)
 
         def project(first: jax.Array) -> jax.Array:
             def visit(offset: jax.Array, weights: jax.Array) -> jax.Array:
                 j = (first + offset) % size
                 inner = _product(weights, gram[:, j])
                 conflicting = used[j] & (inner < 0)
-                return weights.at[j].add(
-                    jnp.where(conflicting, -inner / jnp.where(used[j], square[j], 1.0), 0.0)
-                )
+                step = jnp.where(conflicting, -inner / square[j], 0.0)
+                return weights.at[j].add(step)
 
-            return jax.lax.fori_loop(1, size, visit, jax.nn.one_hot(first, size))
+            start = jax.nn.one_hot(first, size)
+            return jax.lax.fori_loop(1, size, visit, start)
 
-        weights = jax.vmap(project)(jnp.arange(size))
-        return jnp.sum(jnp.where(used[:, None], weights, 0.0), axis=0) / jnp.maximum(
-            jnp.sum(used), 1
-        )
+        projections = jax.vmap(project)(jnp.arange(size))
+        # A reward that is not used has a row all the same: it starts as its own unit vector.
+        projections = jnp.where(used[:, None], projections, 0.0)
+        return jnp.sum(projections, axis=0) / count_or_one(used)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,17 +169,22 @@ class CAGrad(Rule):
         if not 0.0 <= self.c < 1.0:
             raise InputError(f"CAGrad radius c: expected a number in [0, 1); received {self.c}")
 
-    def combine(self, gram: jax.Array, used: jax.Array) -> jax.Array:
-        even = used / jnp.maximum(jnp.sum(used), 1)
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+        """See `Rule.combine`."""
+        even = even_shares(used)
         towards = _product(gram, even)
-        radius = self.c * jnp.sqrt(jnp.maximum(jnp.dot(even, towards), 0.0))
+        mean_square = jnp.maximum(jnp.dot(even, towards), 0.0)
+        radius = self.c * jnp.sqrt(mean_square)
 
         def dual(w: jax.Array) -> jax.Array:
-            return jnp.dot(w, towards) + radius * jnp.sqrt(jnp.dot(w, _product(gram, w)) + 1e-12)
+            # The root has no slope at 0; the constant keeps its gradient finite.
+            square = jnp.dot(w, _product(gram, w))
+            length = jnp.sqrt(square + 1e-12)
+            return jnp.dot(w, towards) + radius * length
 
         w = qp.minimise_on_simplex(dual, used)
-        length = jnp.sqrt(jnp.maximum(jnp.dot(w, _product(gram, w)), 1e-12))
-        return even + radius / length * w
+        factor = radius / _length(gram, w)
+        return even + factor * w
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,14 +194,14 @@ class IMTLG(Rule):
     Source: IMTL-G, "Towards Impartial Multi-task Learning" (ICLR 2021), solved with a pseudo-inverse as G w = norms.
     """
 
-    def combine(self, gram: jax.Array, used: jax.Array) -> jax.Array:
-        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0))
-        weights = _product(jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True), norms)
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+        """See `Rule.combine`."""
+        pseudo_inverse = jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True)
+        weights = _product(pseudo_inverse, lengths(gram))
         total = jnp.sum(weights)
-        even = used / jnp.maximum(jnp.sum(used), 1)
-        return jnp.where(
-            jnp.abs(total) > 1e-6, weights / jnp.where(jnp.abs(total) > 1e-6, total, 1.0), even
-        )
+        # Weights that nearly cancel say nothing: equal shares.
+        safe = jnp.abs(total) > 1e-6
+        return jnp.where(safe, divide(weights, total, safe), even_shares(used))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,25 +222,29 @@ class NashMTL(Rule):
     regularisation: float = 1e-6
     num_steps: int = 50
 
-    def combine(self, gram: jax.Array, used: jax.Array) -> jax.Array:
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+        """See `Rule.combine`."""
         size = gram.shape[0]
         # Rescaling a gradient rescales its weight inversely, so unit gradients lose nothing and condition best.
-        shorten = inverse(jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0)))
-        unit = gram * shorten[:, None] * shorten[None]
-        matrix = jnp.where(
-            used[:, None] & used[None], unit + self.regularisation * jnp.eye(size), jnp.eye(size)
-        )
+        shorten = inverse(lengths(gram))
+        identity = jnp.eye(size)
+        regular = rescaled(gram, shorten) + self.regularisation * identity
+        # Rewards that are not used get a problem of their own, 1 = 1 / alpha, apart from the others.
+        matrix = jnp.where(pairs(used), regular, identity)
 
         def newton(_: jax.Array, alpha: jax.Array) -> jax.Array:
             slope = _product(matrix, alpha) - 1.0 / alpha
             # In units of alpha the Hessian is D G D + I: no worse than the problem, however far alpha has spread.
-            step = alpha * jnp.linalg.solve(
-                matrix * alpha[:, None] * alpha[None] + jnp.eye(size), alpha * slope
-            )
-            decrement = jnp.sqrt(jnp.maximum(jnp.dot(slope, step), 0.0))
-            return alpha - step / (1.0 + jnp.where(decrement > 0.25, decrement, 0.0))
+            hessian = rescaled(matrix, alpha) + identity
+            solved = jnp.linalg.solve(hessian, alpha * slope)
+            step = alpha * solved
+            square = jnp.dot(slope, step)
+            decrement = jnp.sqrt(jnp.maximum(square, 0.0))
+            # Full steps near the solution, where they converge quadratically; damped ones keep alpha positive.
+            damping = jnp.where(decrement > 0.25, decrement, 0.0)
+            return alpha - step / (1.0 + damping)
 
-        alpha = jax.lax.fori_loop(0, self.num_steps, newton, jnp.full(size, 1.0 / size**0.5))
+        start = jnp.full(size, 1.0 / size**0.5)
+        alpha = jax.lax.fori_loop(0, self.num_steps, newton, start)
         alpha = jnp.where(used, alpha, 0.0) * shorten
-        length = jnp.sqrt(jnp.maximum(jnp.dot(alpha, _product(gram, alpha)), 1e-12))
-        return alpha / length
+        return alpha / _length(gram, alpha)

@@ -1,25 +1,31 @@
-"""What an update does to each reward, from the Gram matrix and the weights alone."""
+"""Effect of an update on each reward, from the Gram matrix and the weights alone."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from marble_jax.harmonize.gram import divide, inverse, pairs, rescaled
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def from_gram(
-    gram: jax.Array, weights: jax.Array, valid: jax.Array, alpha: jax.Array | None = None
+    gram: Float[Array, "k k"],
+    weights: Float[Array, " k"],
+    valid: Bool[Array, " k"],
+    alpha: Float[Array, " k"] | None = None,
 ) -> dict[str, jax.Array]:
     """Cosines, conflict and imbalance of one update.
 
     A reward conflicts when the update points against its gradient, i.e. a small step lowers its objective.
 
     Args:
-      gram: [K, K] inner products of the raw gradients.
-      weights: [K] weights of the update on the raw gradients; an unused row must have weight 0.
-      valid: bool [K], rows to report on. A row outside may still carry weight (a scalarized objective).
-      alpha: [K] shares for the entropy, left out when None.
+      gram: inner products of the raw gradients.
+      weights: of the update on the raw gradients; an unused row must have weight 0.
+      valid: rows to report on. A row outside may still carry weight (a scalarized objective).
+      alpha: shares for the entropy, left out when None.
 
     Returns:
       harmonize/cos_update [K]: cosine of the update with each gradient, 0 for a zero or invalid one.
@@ -30,38 +36,81 @@ def from_gram(
       harmonize/update_norm: length of the weighted sum.
       harmonize/alpha_entropy: -sum alpha log alpha in nats, log K at equal shares (with `alpha` only).
     """
-    square = jnp.diagonal(gram).astype(jnp.float32)
-    alive = jnp.isfinite(square) & (square > 0)
-    norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, square, 1.0)), 0.0)
-    inverse = jnp.where(alive, 1.0 / jnp.where(alive, norms, 1.0), 0.0)
-    both = alive[:, None] & alive[None]
-    # Cosines first, lengths after: the products of squared norms would leave the range of float32.
-    cosines = jnp.where(both, gram * inverse[:, None] * inverse[None], 0.0)
-    share = jnp.where(alive, weights * norms, 0.0)
-    largest = jnp.max(jnp.abs(share))
-    share = share / jnp.where(largest > 0, largest, 1.0)
-    along = jnp.dot(cosines, share, precision=_HIGHEST)
-    length = jnp.sqrt(jnp.maximum(jnp.dot(share, along, precision=_HIGHEST), 0.0))
+    norms, alive = _norms(gram)
+    cosines = _cosines(gram, norms, alive)
+    along, length, largest = _update(cosines, norms, alive, weights)
     shown = valid & alive
-    cos_update = jnp.where(shown & (length > 0), along / jnp.where(length > 0, length, 1.0), 0.0)
+    has_length = length > 0
+    # An update of length 0 has no direction, and its cosines are 0.
+    cos_update = divide(along, length, shown & has_length)
+    # Rounding can carry a cosine past 1.
     cos_update = jnp.clip(cos_update, -1.0, 1.0)
-    some = jnp.any(shown)
-    smallest = jnp.min(jnp.where(shown, norms, jnp.inf))
-    look = {
+    cos_pair = jnp.clip(cosines, -1.0, 1.0)
+    conflict = jnp.any(shown & (cos_update < 0))
+    metrics = {
         "harmonize/cos_update": cos_update,
-        "harmonize/cos_pair": jnp.where(
-            shown[:, None] & shown[None], jnp.clip(cosines, -1.0, 1.0), 0.0
-        ),
-        "harmonize/conflict": jnp.any(shown & (cos_update < 0)).astype(jnp.float32),
-        "harmonize/worst_cos": jnp.where(some, jnp.min(jnp.where(shown, cos_update, jnp.inf)), 0.0),
-        "harmonize/imbalance": jnp.where(
-            some, jnp.max(jnp.where(shown, norms, 0.0)) / smallest, 1.0
-        ),
+        "harmonize/cos_pair": jnp.where(pairs(shown), cos_pair, 0.0),
+        "harmonize/conflict": conflict.astype(jnp.float32),
+        "harmonize/worst_cos": _smallest(cos_update, shown),
+        "harmonize/imbalance": _imbalance(norms, shown),
         "harmonize/update_norm": length * largest,
     }
     if alpha is not None:
-        positive = alpha > 0
-        look["harmonize/alpha_entropy"] = -jnp.sum(
-            jnp.where(positive, alpha * jnp.log(jnp.where(positive, alpha, 1.0)), 0.0)
-        )
-    return look
+        metrics["harmonize/alpha_entropy"] = _entropy(alpha)
+    return metrics
+
+
+def _norms(gram: Float[Array, "k k"]) -> tuple[Float[Array, " k"], Bool[Array, " k"]]:
+    """Lengths of the gradients, 0 where one is not finite or zero, and which are neither."""
+    gram = gram.astype(jnp.float32)
+    square = jnp.diagonal(gram)
+    alive = jnp.isfinite(square) & (square > 0)
+    # The root of 1 stands in where there is no finite one.
+    norms = jnp.sqrt(jnp.where(alive, square, 1.0))
+    return jnp.where(alive, norms, 0.0), alive
+
+
+def _cosines(
+    gram: Float[Array, "k k"], norms: Float[Array, " k"], alive: Bool[Array, " k"]
+) -> Float[Array, "k k"]:
+    """Cosines of the gradients with each other, 0 where one of them is none."""
+    cosines = rescaled(gram, inverse(norms))
+    # A row that is not finite stays so under any factor.
+    return jnp.where(pairs(alive), cosines, 0.0)
+
+
+def _update(
+    cosines: Float[Array, "k k"],
+    norms: Float[Array, " k"],
+    alive: Bool[Array, " k"],
+    weights: Float[Array, " k"],
+) -> tuple[Float[Array, " k"], Float[Array, ""], Float[Array, ""]]:
+    """Inner products of the update with the unit gradients and its length, both over the largest share; that share."""
+    share = jnp.where(alive, weights * norms, 0.0)
+    largest = jnp.max(jnp.abs(share))
+    # Shares of order 1: products of squared norms would leave the range of float32.
+    share = divide(share, largest, largest > 0)
+    along = jnp.dot(cosines, share, precision=_HIGHEST)
+    square = jnp.dot(share, along, precision=_HIGHEST)
+    # Rounding can leave a square slightly below 0.
+    length = jnp.sqrt(jnp.maximum(square, 0.0))
+    return along, length, largest
+
+
+def _smallest(values: Float[Array, " k"], shown: Bool[Array, " k"]) -> Float[Array, ""]:
+    smallest = jnp.min(jnp.where(shown, values, jnp.inf))
+    return jnp.where(jnp.any(shown), smallest, 0.0)
+
+
+def _imbalance(norms: Float[Array, " k"], shown: Bool[Array, " k"]) -> Float[Array, ""]:
+    smallest = jnp.min(jnp.where(shown, norms, jnp.inf))
+    largest = jnp.max(jnp.where(shown, norms, 0.0))
+    return jnp.where(jnp.any(shown), largest / smallest, 1.0)
+
+
+def _entropy(alpha: Float[Array, " k"]) -> Float[Array, ""]:
+    positive = alpha > 0
+    # 0 log 0 is 0; the logarithm of 1 stands in for it.
+    logarithm = jnp.log(jnp.where(positive, alpha, 1.0))
+    terms = jnp.where(positive, alpha * logarithm, 0.0)
+    return -jnp.sum(terms)

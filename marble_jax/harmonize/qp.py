@@ -17,11 +17,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from marble_jax.harmonize.gram import count_or_one, divide, even_shares, pairs, rescaled
 
 SOLVED, NONE_VALID, ONE_VALID, INACCURATE = 0, 1, 2, 3
 STATUS_NAMES = ("solved", "none_valid", "one_valid", "inaccurate")
@@ -65,8 +68,11 @@ def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def kkt_residual(
-    gram: jax.Array, alpha: jax.Array, valid: jax.Array, floor: jax.Array | float = 0.0
-) -> jax.Array:
+    gram: Float[Array, "k k"],
+    alpha: Float[Array, " k"],
+    valid: Bool[Array, " k"],
+    floor: jax.Array | float = 0.0,
+) -> Float[Array, ""]:
     """Violation of the optimality conditions of the min-norm problem, 0 at a solution.
 
     At a solution `(G alpha)_k` equals one multiplier where `alpha_k > floor` and is no smaller where it sits on the
@@ -74,88 +80,154 @@ def kkt_residual(
     times that coordinate's distance from the floor, or the violation of the constraints, whichever is largest.
 
     Args:
-      gram: [K, K], scaled to a largest valid diagonal of 1 for a relative residual.
-      alpha: [K].
-      valid: bool [K].
+      gram: inner products, scaled to a largest valid diagonal of 1 for a relative residual.
+      alpha: weights.
+      valid: rewards that take part; what the others hold is left out.
       floor: lower bound of the valid alphas.
-
-    Returns:
-      Scalar.
     """
-    slope = _product(
-        jnp.where(valid[:, None] & valid[None], gram, 0.0), jnp.where(valid, alpha, 0.0)
-    )
+    # Rows of rewards that are not valid may hold anything.
+    gram = jnp.where(pairs(valid), gram, 0.0)
+    alpha = jnp.where(valid, alpha, 0.0)
+    slope = _product(gram, alpha)
     free = jnp.where(valid, alpha - floor, 0.0)
-    multiplier = jnp.sum(free * slope) / jnp.maximum(jnp.sum(free), 1e-30)
-    pinned = jnp.sum(free) <= 1e-6
-    multiplier = jnp.where(pinned, jnp.min(jnp.where(valid, slope, jnp.inf)), multiplier)
+    total_free = jnp.sum(free)
+    multiplier = jnp.sum(free * slope) / jnp.maximum(total_free, 1e-30)
+    # With every alpha on the floor no slope is the multiplier: the smallest one serves.
+    pinned = total_free <= 1e-6
+    smallest = jnp.min(jnp.where(valid, slope, jnp.inf))
+    multiplier = jnp.where(pinned, smallest, multiplier)
     gap = jnp.where(valid, slope - multiplier, 0.0)
-    infeasible = jnp.maximum(jnp.max(-free), jnp.abs(jnp.sum(jnp.where(valid, alpha, 0.0)) - 1.0))
-    return jnp.max(jnp.stack([jnp.max(-gap), jnp.max(gap * free), infeasible]))
+    total = jnp.sum(alpha)
+    off_the_simplex = jnp.abs(total - 1.0)
+    infeasible = jnp.maximum(jnp.max(-free), off_the_simplex)
+    violations = [jnp.max(-gap), jnp.max(gap * free), infeasible]
+    return jnp.max(jnp.stack(violations))
 
 
 def _normalised(gram: jax.Array, valid: jax.Array) -> jax.Array:
     """The valid block scaled to a largest diagonal of 1; a 1 on the diagonal elsewhere, where alpha is 0 anyway."""
-    both = valid[:, None] & valid[None]
-    gram = jnp.where(both, gram, 0.0)
+    gram = jnp.where(pairs(valid), gram, 0.0)
     largest = jnp.max(jnp.diagonal(gram))
     scaled = gram / jnp.where(largest > 0, largest, 1.0)
+    # Rounding in the sums of a Gram matrix need not be symmetric.
     return 0.5 * (scaled + scaled.T)
 
 
 def _project(b: jax.Array, valid: jax.Array) -> jax.Array:
     """Nearest point of the simplex on the valid coordinates."""
     # Far below every valid coordinate, an absent one is thresholded to exactly 0.
-    return _jaxopt().projection.projection_simplex(jnp.where(valid, b, -1e6))
+    lowered = jnp.where(valid, b, -1e6)
+    projection = _jaxopt().projection
+    return projection.projection_simplex(lowered)
+
+
+def _projected_gradient(
+    objective: Callable[[jax.Array], jax.Array], valid: jax.Array, **settings: Any
+) -> jax.Array:
+    """Minimiser over the simplex on the valid coordinates by jaxopt's projected gradient, from equal weights.
+
+    Args:
+      objective: smooth and convex.
+      valid: coordinates that may be above 0.
+      **settings: of the solver.
+    """
+    solver = _jaxopt().ProjectedGradient(
+        fun=objective,
+        projection=lambda b, _: _project(b, valid),
+        tol=1e-7,
+        # Nothing is differentiated through the solver.
+        implicit_diff=False,
+        jit=True,
+        **settings,
+    )
+    start = even_shares(valid).astype(jnp.float32)
+    solution = solver.run(start, None)
+    return jnp.where(valid, solution.params, 0.0)
 
 
 def _warm_start(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.Array:
     """Accelerated projected gradient on the simplex for 1/2 b^T matrix b + linear^T b."""
-    jaxopt = _jaxopt()
 
     def objective(b: jax.Array) -> jax.Array:
-        return 0.5 * jnp.dot(b, _product(matrix, b)) + jnp.dot(linear, b)
+        quadratic = jnp.dot(b, _product(matrix, b))
+        return 0.5 * quadratic + jnp.dot(linear, b)
 
-    bound = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
-    solver = jaxopt.ProjectedGradient(
-        fun=objective,
-        projection=lambda b, _: _project(b, valid),
+    # The largest row sum bounds the largest eigenvalue, and its inverse the step that still descends.
+    row_sums = jnp.sum(jnp.abs(matrix), axis=1)
+    bound = jnp.maximum(jnp.max(row_sums), 1e-30)
+    return _projected_gradient(
+        objective,
+        valid,
         acceleration=True,
-        stepsize=lambda _: 1.0 / jnp.maximum(bound, 1e-30),
+        stepsize=lambda _: 1.0 / bound,
         maxiter=_WARM_STEPS,
-        tol=1e-7,
-        implicit_diff=False,
-        jit=True,
     )
-    even = valid / jnp.maximum(jnp.sum(valid), 1)
-    return jnp.where(valid, solver.run(even.astype(jnp.float32), None).params, 0.0)
 
 
 def _equality_solution(matrix: jax.Array, linear: jax.Array, support: jax.Array) -> jax.Array:
     """Minimiser over the affine hull of a support: sum b = 1, b = 0 elsewhere; the shortest one when not unique."""
     size = matrix.shape[0]
     on = support.astype(matrix.dtype)
+    # The last row and column hold the multiplier of the constraint sum b = 1.
     system = jnp.zeros((size + 1, size + 1), matrix.dtype)
-    system = system.at[:size, :size].set(matrix * on[:, None] * on[None])
-    system = system.at[size, :size].set(on).at[:size, size].set(on)
+    system = system.at[:size, :size].set(rescaled(matrix, on))
+    system = system.at[size, :size].set(on)
+    system = system.at[:size, size].set(on)
     target = jnp.append(-linear * on, 1.0)
-    values, vectors = jnp.linalg.eigh(system)
-    usable = jnp.abs(values) > _RCOND * jnp.max(jnp.abs(values))
-    inverse = jnp.where(usable, 1.0 / jnp.where(usable, values, 1.0), 0.0)
-
-    def solve(rhs: jax.Array) -> jax.Array:
-        return _product(vectors, inverse * _product(vectors.T, rhs))
-
+    solve = _pseudo_inverse(system)
     x = solve(target)
-    x = x + solve(target - _product(system, x))
+    # One refinement: the eigenvectors of a nearly singular system are good to few digits.
+    missed = target - _product(system, x)
+    x = x + solve(missed)
     b = jnp.where(support, x[:size], 0.0)
-    # Directions the cut-off left out are nearly flat but can still slope (two almost equal gradients): an exact line
-    # search along what remains of the slope. The caller stops it at the boundary.
+    return _down_the_flat(matrix, linear, support, b)
+
+
+def _pseudo_inverse(system: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The shortest solution of a symmetric system as a function of its right-hand side."""
+    values, vectors = jnp.linalg.eigh(system)
+    sizes = jnp.abs(values)
+    largest = jnp.max(sizes)
+    # Directions below the cut-off are left out.
+    inverse = divide(jnp.ones_like(values), values, sizes > _RCOND * largest)
+
+    def solve(target: jax.Array) -> jax.Array:
+        coordinates = _product(vectors.T, target)
+        return _product(vectors, inverse * coordinates)
+
+    return solve
+
+
+def _down_the_flat(
+    matrix: jax.Array, linear: jax.Array, support: jax.Array, b: jax.Array
+) -> jax.Array:
+    """Follows what remains of the slope on a support after the directions that a pseudo-inverse leaves out.
+
+    Such directions are nearly flat but can still slope (two almost equal gradients): an exact line search. The caller
+    stops it at the boundary.
+    """
+    on = support.astype(matrix.dtype)
     slope = _product(matrix, b) + linear
-    rest = jnp.where(support, slope - jnp.sum(slope * on) / jnp.maximum(jnp.sum(on), 1.0), 0.0)
-    curvature = jnp.dot(rest, _product(matrix, rest))
-    length = jnp.dot(rest, rest) / jnp.maximum(curvature, 1e-9 * jnp.dot(rest, rest) + 1e-30)
-    return jnp.where(jnp.max(jnp.abs(rest)) > _SLOPE_ROUNDING, b - length * rest, b)
+    size = jnp.maximum(jnp.sum(on), 1.0)
+    mean = jnp.sum(slope * on) / size
+    # Less its mean the slope keeps sum b = 1, and outside the support nothing may move.
+    remainder = jnp.where(support, slope - mean, 0.0)
+    square = jnp.dot(remainder, remainder)
+    curvature = jnp.dot(remainder, _product(matrix, remainder))
+    length = square / jnp.maximum(curvature, 1e-9 * square + 1e-30)
+    steepest = jnp.max(jnp.abs(remainder))
+    return jnp.where(steepest > _SLOPE_ROUNDING, b - length * remainder, b)
+
+
+class _Walk(NamedTuple):
+    """State of the walk from face to face; `best` is the point of the least violation so far."""
+
+    count: jax.Array
+    b: jax.Array
+    support: jax.Array
+    best: jax.Array
+    best_violation: jax.Array
+    done: jax.Array
 
 
 def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.Array:
@@ -164,60 +236,88 @@ def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
 
     def violation(b: jax.Array) -> jax.Array:
         slope = _product(matrix, b) + linear
-        gap = jnp.where(valid, slope - jnp.dot(b, slope), 0.0)
+        multiplier = jnp.dot(b, slope)
+        gap = jnp.where(valid, slope - multiplier, 0.0)
         return jnp.maximum(jnp.max(-gap), jnp.max(gap * b))
 
-    def unfinished(carry: tuple[jax.Array, ...]) -> jax.Array:
-        return jnp.logical_and(~carry[-1], carry[0] < 20 * size + 20)
+    def unfinished(walk: _Walk) -> jax.Array:
+        # A walk visits few faces; rounding may have it go round in circles.
+        has_time = walk.count < 20 * size + 20
+        return ~walk.done & has_time
 
-    def move(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        count, b, support, best, best_violation, _ = carry
-        target = _equality_solution(matrix, linear, support)
-        # Longest feasible step towards the face's minimiser; the coordinate that blocks it leaves the support.
-        heading_out = support & (target < -_ZERO)
-        ratio = jnp.where(heading_out, b / jnp.where(heading_out, b - target, 1.0), jnp.inf)
-        blocked = jnp.any(heading_out)
-        length = jnp.where(blocked, jnp.clip(jnp.min(ratio), 0.0, 1.0), 1.0)
-        moved = jnp.maximum(b + length * (target - b), 0.0)
-        moved = moved / jnp.maximum(jnp.sum(moved), 1e-30)
-        leaves = jnp.zeros_like(support).at[jnp.argmin(ratio)].set(blocked)
-        moved = jnp.where(leaves, 0.0, moved)
+    def move(walk: _Walk) -> _Walk:
+        target = _equality_solution(matrix, linear, walk.support)
+        moved, leaves, blocked = _step_towards(walk.b, target, walk.support)
         # On the face's minimiser: optimal unless a coordinate has a smaller slope than the multiplier.
         slope = _product(matrix, moved) + linear
-        gap = jnp.where(valid, slope - jnp.dot(moved, slope), jnp.inf)
+        multiplier = jnp.dot(moved, slope)
+        gap = jnp.where(valid, slope - multiplier, jnp.inf)
         optimal = jnp.min(gap) >= -_SLOPE_ROUNDING
-        enters = jnp.zeros_like(support).at[jnp.argmin(gap)].set(~blocked & ~optimal)
+        enters = _only(jnp.argmin(gap), ~blocked & ~optimal, walk.support)
         amount = violation(moved)
-        better = amount < best_violation
-        return (
-            count + 1,
-            moved,
-            (support & ~leaves) | enters,
-            jnp.where(better, moved, best),
-            jnp.where(better, amount, best_violation),
-            ~blocked & optimal,
+        better = amount < walk.best_violation
+        return _Walk(
+            count=walk.count + 1,
+            b=moved,
+            support=(walk.support & ~leaves) | enters,
+            best=jnp.where(better, moved, walk.best),
+            best_violation=jnp.where(better, amount, walk.best_violation),
+            done=~blocked & optimal,
         )
 
     warm = _warm_start(matrix, linear, valid)
-    start = (
-        jnp.zeros((), jnp.int32),
-        warm,
-        valid & (warm > 1e-4),
-        warm,
-        violation(warm),
-        jnp.zeros((), bool),
+    start = _Walk(
+        count=jnp.zeros((), jnp.int32),
+        b=warm,
+        support=valid & (warm > 1e-4),
+        best=warm,
+        best_violation=violation(warm),
+        done=jnp.zeros((), bool),
     )
-    return jax.lax.while_loop(unfinished, move, start)[3]
+    end = jax.lax.while_loop(unfinished, move, start)
+    return end.best
+
+
+def _step_towards(
+    b: jax.Array, target: jax.Array, support: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Longest feasible step towards a face's minimiser.
+
+    Returns:
+      The new point, the coordinate that blocked the step and leaves the support (bool [K]), and whether one did.
+    """
+    heading_out = support & (target < -_ZERO)
+    # Only coordinates that leave the simplex limit the step; the divisor is 1 for the others.
+    distance = jnp.where(heading_out, b - target, 1.0)
+    ratio = jnp.where(heading_out, b / distance, jnp.inf)
+    blocked = jnp.any(heading_out)
+    longest = jnp.clip(jnp.min(ratio), 0.0, 1.0)
+    length = jnp.where(blocked, longest, 1.0)
+    step = length * (target - b)
+    moved = jnp.maximum(b + step, 0.0)
+    total = jnp.maximum(jnp.sum(moved), 1e-30)
+    leaves = _only(jnp.argmin(ratio), blocked, support)
+    # Rounding may leave the blocking coordinate a little above 0.
+    moved = jnp.where(leaves, 0.0, moved / total)
+    return moved, leaves, blocked
+
+
+def _only(index: jax.Array, value: jax.Array, like: jax.Array) -> jax.Array:
+    """`value` at one index, False elsewhere."""
+    nowhere = jnp.zeros_like(like)
+    return nowhere.at[index].set(value)
 
 
 @jax.jit
-def min_norm(gram: jax.Array, valid: jax.Array, floor: jax.Array | float = 0.0) -> MinNorm:
+def min_norm(
+    gram: Float[Array, "k k"], valid: Bool[Array, " k"], floor: jax.Array | float = 0.0
+) -> MinNorm:
     """Convex weights of the shortest combination of K vectors.
 
     Args:
-      gram: [K, K] inner products in any scale between about 1e-30 and 1e30. Rows of rewards that are not valid may
-        hold anything, non-finite numbers included.
-      valid: bool [K], rewards that take part.
+      gram: inner products in any scale between about 1e-30 and 1e30. Rows of rewards that are not valid may hold
+        anything, non-finite numbers included.
+      valid: rewards that take part.
       floor: smallest alpha of a valid reward, at least 0; taken as 1 / (number of valid rewards) where larger.
 
     Returns:
@@ -228,51 +328,67 @@ def min_norm(gram: jax.Array, valid: jax.Array, floor: jax.Array | float = 0.0) 
     """
     gram = jnp.asarray(gram, jnp.float32)
     count = jnp.sum(valid)
-    share = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
+    divisor = count_or_one(valid).astype(jnp.float32)
+    share = 1.0 / divisor
     even = jnp.where(valid, share, 0.0)
     floor = jnp.clip(jnp.asarray(floor, jnp.float32), 0.0, share)
     matrix = _normalised(gram, valid)
     finite = jnp.all(jnp.isfinite(matrix))
-    matrix = jnp.where(finite, matrix, jnp.eye(gram.shape[0], dtype=jnp.float32))
-    # A constant added to every entry adds a constant to the objective on the simplex. Taking out what all entries share
-    # spreads almost parallel gradients apart; the difference of close floats is exact.
-    both = valid[:, None] & valid[None]
-    shared = jnp.maximum(jnp.min(jnp.where(both, matrix, jnp.inf)), 0.0)
-    centred = _normalised(matrix - jnp.where(count > 0, shared, 0.0), valid)
-    # alpha = floor + rest * b moves the floor into a linear term and leaves b on the plain simplex.
-    rest = 1.0 - count * floor
+    # The identity stands in for what is not finite; its solution is not used.
+    identity = jnp.eye(len(gram), dtype=jnp.float32)
+    matrix = jnp.where(finite, matrix, identity)
+    centred = _spread_apart(matrix, valid)
+    # alpha = floor + remainder * b moves the floor into a linear term and leaves b on the plain simplex.
+    remainder = 1.0 - count * floor
     base = jnp.where(valid, floor, 0.0)
-    b = _simplex_qp(rest * centred, _product(centred, base), valid)
-    alpha = jnp.where(valid, base + jnp.maximum(rest, 0.0) * b, 0.0)
-    alpha = jnp.where(finite, alpha / jnp.maximum(jnp.sum(alpha), 1e-30), even)
-    residual = jnp.where(count > 1, kkt_residual(matrix, alpha, valid, floor), 0.0)
-    alpha = jnp.where(count > 1, alpha, even)
-    status = jnp.where(finite & (residual <= KKT_TOLERANCE), SOLVED, INACCURATE)
-    status = jnp.where(count == 1, ONE_VALID, jnp.where(count == 0, NONE_VALID, status))
-    clean = jnp.where(both, gram, 0.0)
+    b = _simplex_qp(remainder * centred, _product(centred, base), valid)
+    above = jnp.maximum(remainder, 0.0) * b
+    alpha = jnp.where(valid, base + above, 0.0)
+    total = jnp.maximum(jnp.sum(alpha), 1e-30)
+    alpha = jnp.where(finite, alpha / total, even)
+    residual = kkt_residual(matrix, alpha, valid, floor)
+    # With one reward or none there is nothing to solve.
+    several = count > 1
+    residual = jnp.where(several, residual, 0.0)
+    alpha = jnp.where(several, alpha, even)
+    # The value is in the units of the matrix that came, whose other rows may hold anything.
+    clean = jnp.where(pairs(valid), gram, 0.0)
+    value = jnp.dot(alpha, _product(clean, alpha))
+    accurate = finite & (residual <= KKT_TOLERANCE)
     return MinNorm(
         alpha=alpha,
         kkt_residual=residual,
-        value=jnp.dot(alpha, _product(clean, alpha)),
-        status=status.astype(jnp.int32),
+        value=value,
+        status=_status(count, accurate),
     )
+
+
+def _spread_apart(matrix: jax.Array, valid: jax.Array) -> jax.Array:
+    """The valid block less what all of its entries share, scaled to a largest diagonal of 1.
+
+    A constant added to every entry adds a constant to the objective on the simplex. Taking it out spreads almost
+    parallel gradients apart; the difference of close floats is exact.
+    """
+    smallest = jnp.min(jnp.where(pairs(valid), matrix, jnp.inf))
+    shared = jnp.maximum(smallest, 0.0)
+    # Without a valid reward the smallest of none is infinite.
+    shared = jnp.where(jnp.any(valid), shared, 0.0)
+    return _normalised(matrix - shared, valid)
+
+
+def _status(count: jax.Array, accurate: jax.Array) -> jax.Array:
+    """Index into STATUS_NAMES of a solve with `count` valid rewards."""
+    status = jnp.where(accurate, SOLVED, INACCURATE)
+    status = jnp.where(count == 1, ONE_VALID, status)
+    status = jnp.where(count == 0, NONE_VALID, status)
+    return status.astype(jnp.int32)
 
 
 def minimise_on_simplex(
-    objective: Callable[[jax.Array], jax.Array], valid: jax.Array, num_steps: int = 300
-) -> jax.Array:
-    """Minimiser [K] of a smooth convex function over the simplex on the valid coordinates, by projected gradient.
+    objective: Callable[[jax.Array], jax.Array], valid: Bool[Array, " k"], num_steps: int = 300
+) -> Float[Array, " k"]:
+    """Minimiser of a smooth convex function over the simplex on the valid coordinates, by projected gradient.
 
     For balancers whose objective is not quadratic; accurate to a few digits, unlike `min_norm`.
     """
-    jaxopt = _jaxopt()
-    solver = jaxopt.ProjectedGradient(
-        fun=objective,
-        projection=lambda w, _: _project(w, valid),
-        maxiter=num_steps,
-        tol=1e-7,
-        implicit_diff=False,
-        jit=True,
-    )
-    even = valid / jnp.maximum(jnp.sum(valid), 1)
-    return jnp.where(valid, solver.run(even.astype(jnp.float32), None).params, 0.0)
+    return _projected_gradient(objective, valid, maxiter=num_steps)

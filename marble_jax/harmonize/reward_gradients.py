@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from marble_jax.errors import InputError
+from marble_jax.flow.path import expand
 from marble_jax.harmonize.reward_sums import RewardSums, zero_sums
 from marble_jax.objectives.base import AdapterVelocity, Batch, Objective, Statistics
 from marble_jax.types import Adapter
@@ -92,8 +93,7 @@ def accumulate(
         samples, chunk_advantages, chunk_valid = chunk
         pulled = jax.vmap(pull_back)(samples)
         new = _chunk_sums(objective, pulled, chunk_advantages, chunk_valid, anchors, anchor_scale)
-        # The carry of a scan keeps its dtype: half-precision parts are added in float32.
-        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
+        return jax.tree.map(_add, sums, new), None
 
     whole = batch, advantages, valid
     zeros = zero_sums(adapter, num_rewards)
@@ -101,6 +101,11 @@ def accumulate(
         # A loop of one turn stays a loop in the compiled program, with all that a loop copies.
         return add_chunk(zeros, whole)[0]
     return jax.lax.scan(add_chunk, zeros, _chunks(whole, chunk_size))[0]
+
+
+def _add(total: jax.Array, part: jax.Array) -> jax.Array:
+    """Sum in the dtype of the total: the carry of a scan keeps its own, and half precision is added in float32."""
+    return total + part.astype(total.dtype)
 
 
 def _sample_pull_backs(
@@ -123,8 +128,8 @@ def _sample_pull_backs(
         cotangents.append(directions.kl.cotangent)
         divergence = directions.kl.divergence
     # The pull-back wants cotangents of the dtype that the network returned.
-    stacked = jnp.stack(cotangents).astype(prediction.dtype)
-    (pulled,) = jax.vmap(pull_back)(stacked)
+    stacked = jnp.stack(cotangents)
+    (pulled,) = jax.vmap(pull_back)(stacked.astype(prediction.dtype))
     statistics = jax.tree.map(lambda x: x[0], directions.statistics)
     return _PulledBack(pulled, statistics, divergence[0], len(directions.signals))
 
@@ -139,9 +144,10 @@ def _chunk_sums(
 ) -> RewardSums:
     """Sums over the samples of a chunk."""
     mix = _masked_mix(objective, advantages, pulled.statistics, valid)
-    signals, anchored = mix[..., : pulled.num_signals], mix[..., pulled.num_signals :]
+    signals, anchored = jnp.split(mix, [pulled.num_signals], axis=-1)
     mix = signals
     if anchors:
+        # Stronger where they are taken, as they are left out elsewhere.
         mix = jnp.concatenate([signals, anchor_scale * anchored], axis=-1)
     num_mixed = mix.shape[-1]
 
@@ -214,11 +220,14 @@ def combined_gradient(
     directions = objective.directions(prediction, batch)
     mix = _masked_mix(objective, advantages, directions.statistics, valid)
     weights = jnp.einsum("k,nkj->nj", sample_weights, mix, precision=_HIGHEST)
-    cotangent = _weighted(weights, (*directions.signals, *directions.anchors))
+    every_direction = (*directions.signals, *directions.anchors)
+    cotangent = _weighted(weights, every_direction)
     kl = jnp.zeros(())
     if directions.kl is not None:
-        cotangent = cotangent + objective.kl_weight / total * directions.kl.cotangent
-        kl = jnp.sum(directions.kl.divergence) / total
+        share = objective.kl_weight / total
+        cotangent = cotangent + share * directions.kl.cotangent
+        divergence = jnp.sum(directions.kl.divergence)
+        kl = divergence / total
     (gradient,) = pull_back(cotangent.astype(prediction.dtype))
     losses = objective.losses(advantages, directions.statistics)
     policy_loss = jnp.sum(jnp.where(valid, sample_weights * losses, 0.0))
@@ -237,7 +246,7 @@ def _weighted(
     total = jnp.zeros_like(directions[0])
     for j, direction in enumerate(directions):
         # A sample's weight is one number for all of its elements.
-        weight = weights[:, j].reshape((-1,) + (1,) * (direction.ndim - 1))
+        weight = expand(weights[:, j], direction)
         total = total + weight * direction
     return total
 
@@ -250,7 +259,9 @@ def _chunks(batch: Any, chunk_size: int) -> Any:
     """
 
     def deal(x: jax.Array) -> jax.Array:
-        return x.reshape((chunk_size, x.shape[0] // chunk_size) + x.shape[1:]).swapaxes(0, 1)
+        num_samples, *shape = x.shape
+        dealt = x.reshape(chunk_size, num_samples // chunk_size, *shape)
+        return dealt.swapaxes(0, 1)
 
     return jax.tree.map(deal, batch)
 

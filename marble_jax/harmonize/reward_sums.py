@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from marble_jax import tree
+from marble_jax.flow.path import expand
 from marble_jax.types import Adapter
 
 
@@ -64,7 +65,7 @@ def mean_gradients(sums: RewardSums) -> RewardGradients:
 
     def mean(leaf: jax.Array) -> jax.Array:
         # Rewards are the first axis of a stacked leaf; its other axes are the adapter's.
-        return leaf * inverse.reshape((-1,) + (1,) * (leaf.ndim - 1))
+        return leaf * expand(inverse, leaf)
 
     return RewardGradients(
         gradients=jax.tree.map(mean, sums.gradients),

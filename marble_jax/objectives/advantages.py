@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from marble_jax.errors import InputError, one_of
 
@@ -34,7 +35,8 @@ class Advantages:
 
 def _checked(
     values: np.ndarray, valid: np.ndarray, groups: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Float[np.ndarray, "n k"], Bool[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
+    """Scores with 0 where they are not valid, the mask, and the number of each sample's group."""
     values, valid = np.asarray(values, np.float64), np.asarray(valid, bool)
     groups = np.asarray(groups)
     fits = values.ndim == 2 and values.shape == valid.shape and groups.shape == values.shape[:1]
@@ -43,47 +45,65 @@ def _checked(
             "scores: expected values [N, K], valid [N, K] and groups [N]; received "
             f"{values.shape}, {valid.shape} and {groups.shape}"
         )
-    if not np.all(np.isfinite(values[valid])):
+    num_wrong = np.sum(~np.isfinite(values[valid]))
+    if num_wrong:
         raise InputError(
             "scores: expected finite numbers where valid (mask missing scores out); received "
-            f"{int(np.sum(~np.isfinite(values[valid])))} others"
+            f"{int(num_wrong)} others"
         )
-    return (
-        np.where(valid, values, 0.0),
-        valid,
-        np.unique(groups, return_inverse=True)[1].reshape(-1),
-    )
+    # Zeroed and not multiplied by 0: a missing score may be NaN.
+    values = np.where(valid, values, 0.0)
+    _, index = np.unique(groups, return_inverse=True)
+    return values, valid, index.reshape(-1)
 
 
 def _grouped(
-    values: np.ndarray, valid: np.ndarray, index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, mean and population standard deviation of the valid scores of every group, each [groups, K]."""
-    num_groups = int(index.max()) + 1 if index.size else 0
-    member = np.zeros((index.size, num_groups))
-    member[np.arange(index.size), index] = 1.0
-    count = member.T @ valid
-    mean = member.T @ (values * valid) / np.maximum(count, 1)
+    values: Float[np.ndarray, "n k"], valid: Bool[np.ndarray, "n k"], index: Int[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, "g k"], Float[np.ndarray, "g k"], Float[np.ndarray, "g k"]]:
+    """Count, mean and population standard deviation of the valid scores of every group."""
+    num_groups = len(np.unique(index))
+    member = np.zeros((num_groups, index.size))
+    member[index, np.arange(index.size)] = 1.0
+    # Membership as a matrix: sums over groups are then one product for all rewards.
+    count = member @ valid
+    # A group without a valid score has mean 0 and is not read.
+    divisor = np.maximum(count, 1)
+    mean = member @ (values * valid) / divisor
     centred = np.where(valid, values - mean[index], 0.0)
-    return count, mean, np.sqrt(member.T @ centred**2 / np.maximum(count, 1))
+    variance = member @ centred**2 / divisor
+    return count, mean, np.sqrt(variance)
+
+
+def _overall_std(
+    values: Float[np.ndarray, "n k"], valid: Bool[np.ndarray, "n k"]
+) -> Float[np.ndarray, " k"]:
+    """Population standard deviation of all valid scores of each reward around their mean."""
+    total = np.maximum(valid.sum(axis=0), 1)
+    mean = (values * valid).sum(axis=0) / total
+    centred = np.where(valid, values - mean, 0.0)
+    variance = (centred**2).sum(axis=0) / total
+    return np.sqrt(variance)
 
 
 def _constant(
-    values: np.ndarray, valid: np.ndarray, index: np.ndarray, num_groups: int
-) -> np.ndarray:
-    """Bool [groups, K]: the valid scores of the group are all the same number (or there is none)."""
+    values: Float[np.ndarray, "n k"],
+    valid: Bool[np.ndarray, "n k"],
+    index: Int[np.ndarray, " n"],
+    num_groups: int,
+) -> Bool[np.ndarray, "g k"]:
+    """Whether the valid scores of a group are all the same number (or there is none)."""
     shape = num_groups, values.shape[1]
     high, low = np.full(shape, -np.inf), np.full(shape, np.inf)
     # What is not valid must not widen a group's range: it counts as the neutral element.
     np.maximum.at(high, index, np.where(valid, values, -np.inf))
     np.minimum.at(low, index, np.where(valid, values, np.inf))
-    return ~(high > low)
+    return high <= low
 
 
 def per_reward(
-    values: np.ndarray,
-    valid: np.ndarray,
-    groups: np.ndarray,
+    values: Float[np.ndarray, "n k"],
+    valid: Bool[np.ndarray, "n k"],
+    groups: Shaped[np.ndarray, " n"],
     scale: str = "global",
     epsilon: float = STD_EPSILON,
 ) -> Advantages:
@@ -93,9 +113,9 @@ def per_reward(
     missing. Scores that are all equal give advantages of exactly 0, not noise over epsilon.
 
     Args:
-      values: [N, K] raw scores; anything where not valid.
-      valid: bool [N, K].
-      groups: [N] labels, equal for images of one prompt.
+      values: raw scores; anything where not valid.
+      valid: which scores are there.
+      groups: labels, equal for images of one prompt.
       scale: "global" divides by the population standard deviation of all valid scores of the reward in the batch
         (around their overall mean); "group" by that of the group.
       epsilon: added to the standard deviation.
@@ -111,33 +131,34 @@ def per_reward(
     if scale == "group":
         std = group_std[index]
     else:
-        total = np.maximum(valid.sum(axis=0), 1)
-        overall = (values * valid).sum(axis=0) / total
-        std = np.sqrt((np.where(valid, values - overall, 0.0) ** 2).sum(axis=0) / total)
+        std = _overall_std(values, valid)
     advantages = np.where(valid, (values - mean[index]) / (std + epsilon), 0.0)
     constant = _constant(values, valid, index, len(count))
     # The mean of equal floats can differ from them by rounding.
     advantages = np.where(constant[index], 0.0, advantages)
     several = count >= 2
-    tied = np.sum(several & constant, axis=0) / np.maximum(np.sum(several, axis=0), 1)
+    num_tied = np.sum(several & constant, axis=0)
+    tied = num_tied / np.maximum(np.sum(several, axis=0), 1)
     return Advantages(advantages.astype(np.float32), valid, tied)
 
 
 def weighted_sum(
-    values: np.ndarray, valid: np.ndarray, weights: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+    values: Float[np.ndarray, "n k"],
+    valid: Bool[np.ndarray, "n k"],
+    weights: Float[np.ndarray, " k"] | None = None,
+) -> tuple[Float[np.ndarray, "n 1"], Bool[np.ndarray, "n 1"]]:
     """One number per sample: the weighted mean over the rewards that are valid for it.
 
     Acts on raw scores (the scalarization that harmonisation is compared with; follow it by `per_reward`) or on
     advantages.
 
     Args:
-      values: [N, K].
-      valid: bool [N, K].
-      weights: [K], at least 0 and not all 0; all 1 when None.
+      values: of every reward.
+      valid: which of them are there.
+      weights: at least 0 and not all 0; all 1 when None.
 
     Returns:
-      values float64 [N, 1] (0 where nothing is valid) and valid bool [N, 1].
+      The means in float64, 0 where nothing is valid, and where something is.
 
     Raises:
       InputError: the wrong number of weights, a negative one, or all zero.
@@ -151,25 +172,26 @@ def weighted_sum(
             f"received {weights.tolist()}"
         )
     total = (valid * weights).sum(axis=1, keepdims=True)
-    weighted = np.where(valid, values * weights, 0.0).sum(axis=1, keepdims=True)
+    weighted = np.where(valid, values * weights, 0.0)
     # Nothing is valid where the weights add up to 0: any divisor but 0 will do there.
-    return weighted / np.where(total > 0, total, 1.0), total > 0
+    mean = weighted.sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
+    return mean, total > 0
 
 
 def gdpo(
-    values: np.ndarray,
-    valid: np.ndarray,
-    groups: np.ndarray,
-    weights: np.ndarray | None = None,
+    values: Float[np.ndarray, "n k"],
+    valid: Bool[np.ndarray, "n k"],
+    groups: Shaped[np.ndarray, " n"],
+    weights: Float[np.ndarray, " k"] | None = None,
     epsilon: float = STD_EPSILON,
 ) -> Advantages:
     """Decoupled normalisation: every reward normalised within its groups, averaged, then normalised over the batch.
 
     Args:
-      values: [N, K] raw scores.
-      valid: bool [N, K].
-      groups: [N] labels.
-      weights: [K] reward weights; all 1 when None.
+      values: raw scores.
+      valid: which of them are there.
+      groups: labels, equal for images of one prompt.
+      weights: of the rewards; all 1 when None.
       epsilon: added to both standard deviations.
 
     Returns:
@@ -178,10 +200,11 @@ def gdpo(
     Source: GDPO (arXiv 2601.05242). Deviation: rewards are averaged over those valid for a sample instead of summed,
     which the batch normalisation makes the same when none is missing.
     """
-    each = per_reward(values, valid, groups, "group", epsilon)
-    combined, present = weighted_sum(each.values, each.valid, weights)
-    kept = combined[present]
+    normalised = per_reward(values, valid, groups, "group", epsilon)
+    combined, active = weighted_sum(normalised.values, normalised.valid, weights)
+    kept = combined[active]
     if kept.size:
-        centred = np.where(present, combined - kept.mean(), 0.0)
+        centred = np.where(active, combined - kept.mean(), 0.0)
         combined = centred / (kept.std() + epsilon)
-    return Advantages(combined.astype(np.float32), present, np.mean(each.tied, keepdims=True))
+    tied = np.mean(normalised.tied, keepdims=True)
+    return Advantages(combined.astype(np.float32), active, tied)

@@ -88,7 +88,9 @@ def _sample_mean(x: jax.Array) -> jax.Array:
 def _normaliser(error: jax.Array) -> jax.Array:
     """Detached mean absolute error per sample [n], floored, summed in the widest float at hand."""
     widest = jax.dtypes.canonicalize_dtype(jnp.float64)
-    size = jnp.abs(jax.lax.stop_gradient(error).astype(widest))
+    # A weight and no part of the loss: no gradient flows through it.
+    detached = jax.lax.stop_gradient(error)
+    size = jnp.abs(detached.astype(widest))
     return jnp.maximum(_sample_mean(size), WEIGHT_FLOOR)
 
 
@@ -110,10 +112,14 @@ def error_parts(
       sigma: noise level in (0, 1].
       beta: mixing weight in (0, 1].
     """
-    v, v_rollout, x0, xt = _wide(v), _wide(jax.lax.stop_gradient(v_rollout)), _wide(x0), _wide(xt)
+    v, x0, xt = _wide(v), _wide(x0), _wide(xt)
+    v_rollout = _wide(jax.lax.stop_gradient(v_rollout))
     sigma = expand(_wide(sigma), v)
-    e = xt - sigma * v_rollout - x0
-    d = sigma * beta * (v - v_rollout)
+    estimate = xt - sigma * v_rollout
+    e = estimate - x0
+    # The only part that depends on the current policy: gradients flow through it alone.
+    step = v - v_rollout
+    d = sigma * beta * step
     return ErrorParts(e, d, _normaliser(e - d), _normaliser(e + d))
 
 
@@ -122,9 +128,16 @@ def branch_errors(parts: ErrorParts) -> BranchErrors:
 
     Source: DiffusionNFT (arXiv 2509.16117), with the self-normalised x0 loss of its released code.
     """
-    positive = _sample_mean(jnp.square(parts.e - parts.d)) / parts.w_pos.astype(parts.e.dtype)
-    negative = _sample_mean(jnp.square(parts.e + parts.d)) / parts.w_neg.astype(parts.e.dtype)
-    return BranchErrors(positive, negative)
+    w_pos, w_neg = _normalisers(parts)
+    positive = _sample_mean(jnp.square(parts.e - parts.d))
+    negative = _sample_mean(jnp.square(parts.e + parts.d))
+    return BranchErrors(positive / w_pos, negative / w_neg)
+
+
+def _normalisers(parts: ErrorParts) -> tuple[jax.Array, jax.Array]:
+    """Both normalisers in the dtype of the errors: they were summed in a wider one."""
+    dtype = parts.e.dtype
+    return parts.w_pos.astype(dtype), parts.w_neg.astype(dtype)
 
 
 def optimality(
@@ -137,6 +150,7 @@ def optimality(
       clip: the largest advantage that counts, > 0 (`A_max`).
     """
     advantage = jnp.clip(advantage, -clip, clip)
+    # Clipped again: rounding could carry the ends beyond [0, 1].
     return jnp.clip(advantage / (2.0 * clip) + 0.5, 0.0, 1.0)
 
 
@@ -144,7 +158,9 @@ def sample_kl(
     v: Float[Array, " n *latent"], v_base: Float[Array, " n *latent"]
 ) -> Float[Array, " n"]:
     """Mean squared distance of each sample's velocity from that of the base model."""
-    return _sample_mean(jnp.square(_wide(v) - _wide(jax.lax.stop_gradient(v_base))))
+    # The base model is fixed; a caller that differentiates must not move it.
+    away = _wide(v) - _wide(jax.lax.stop_gradient(v_base))
+    return _sample_mean(jnp.square(away))
 
 
 def signal_and_anchor(
@@ -157,12 +173,22 @@ def signal_and_anchor(
     samples of D elements is `2 sigma clip / (D m)` times this: differentiate `r |e - d|^2 / w_pos + (1 - r) |e + d|^2 /
     w_neg` and use dd/dv = sigma beta.
     """
-    positive = expand(1.0 / parts.w_pos.astype(parts.e.dtype), parts.e)
-    negative = expand(1.0 / parts.w_neg.astype(parts.e.dtype), parts.e)
+    w_pos, w_neg = _normalisers(parts)
+    positive = expand(1.0 / w_pos, parts.e)
+    negative = expand(1.0 / w_neg, parts.e)
     total, difference = negative + positive, negative - positive
     signal = -total * parts.e - difference * parts.d
     anchor = 0.5 * (difference * parts.e + total * parts.d)
     return signal, anchor
+
+
+def _divergence(prediction: jax.Array, v_base: jax.Array | None) -> Divergence | None:
+    """Divergence of a prediction from the base model with its cotangent; None without the base model's velocity."""
+    if v_base is None:
+        return None
+    away = _wide(prediction) - v_base
+    factor = 2.0 / prediction[0].size
+    return Divergence(factor * away, sample_kl(prediction, v_base))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +211,7 @@ class Nft(Objective):
         noise = jax.random.normal(draws.key, x0.shape)
         xt = interpolate(x0, noise, sigma)
         v_rollout = policies.rollout(xt, sigma, draws.cond)
+        # The base model is asked only where the divergence is taken: that is a forward pass of its own.
         v_base = None
         if anchors and self.kl_weight > 0:
             v_base = policies.base(xt, sigma, draws.cond)
@@ -195,12 +222,15 @@ class Nft(Objective):
         parts = error_parts(prediction, batch.v_rollout, batch.x0, batch.xt, batch.sigma, self.beta)
         num_elements = prediction[0].size
         signal, anchor = signal_and_anchor(parts)
-        factor = expand(2.0 * batch.sigma * self.clip / num_elements, prediction)
-        kl = None
-        if batch.v_base is not None:
-            away = prediction.astype(parts.e.dtype) - batch.v_base
-            kl = Divergence(2.0 / num_elements * away, sample_kl(prediction, batch.v_base))
-        return Directions((factor * signal,), (factor * anchor,), branch_errors(parts), kl)
+        # The loss of a sample averages over its elements.
+        slope = 2.0 * batch.sigma * self.clip / num_elements
+        factor = expand(slope, prediction)
+        return Directions(
+            signals=(factor * signal,),
+            anchors=(factor * anchor,),
+            statistics=branch_errors(parts),
+            kl=_divergence(prediction, batch.v_base),
+        )
 
     def mix(
         self,
@@ -210,6 +240,7 @@ class Nft(Objective):
     ) -> Float[Array, "n k 2"]:
         """`r - 1/2` of the signal and 1 of the anchor; see `Objective.mix`."""
         r = optimality(_wide(advantages), self.clip)
+        # Centred on no advantage: the rest of the loss is the anchor's, whatever the reward.
         return jnp.stack([r - 0.5, jnp.ones_like(r)], axis=-1)
 
     def losses(

@@ -109,7 +109,8 @@ def _position(choices: Sequence[int]) -> dict[str, Any]:
     first, second = _distinct(choices[0], choices[1])
     placed = _clause(CLASSES[first])
     placed["position"] = [RELATIONS[choices[2]], 0]
-    # The object that the first is placed relative to comes first: positions refer to earlier clauses.
+    # The object that the first is placed relative to comes first: positions refer to earlier
+    # clauses.
     return {"include": [_clause(CLASSES[second]), placed]}
 
 

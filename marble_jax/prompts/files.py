@@ -86,7 +86,8 @@ def read_file(path: Path | str, source: str = "") -> list[Prompt]:
     path = Path(path)
     if not source:
         source = path.stem.removesuffix("_metadata")
-        # Named for its split, the file lies in a prompt directory, where the folder is named for the source.
+        # Named for its split, the file lies in a prompt directory, where the folder is named for
+        # the source.
         if source in ("train", "test"):
             source = path.resolve().parent.name
     if path.suffix == ".jsonl":
@@ -180,7 +181,8 @@ def _splits(directory: Path) -> list[str]:
 
 def _lines(path: Path | str) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and stripped lines, blank ones left out."""
-    # Not `splitlines`, which also ends lines at characters that may stand within a prompt, such as U+2028.
+    # Not `splitlines`, which also ends lines at characters that may stand within a prompt, such as
+    # U+2028.
     lines = _content(path).split("\n")
     for number, line in enumerate(lines, 1):
         stripped = line.strip()
@@ -190,7 +192,8 @@ def _lines(path: Path | str) -> Iterator[tuple[int, str]]:
 
 def _content(path: Path | str) -> str:
     try:
-        # Files from Windows may begin with a byte order mark, which would become part of the first prompt.
+        # Files from Windows may begin with a byte order mark, which would become part of the first
+        # prompt.
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: expected a prompt file; received {error.strerror}") from error

@@ -110,7 +110,8 @@ def write(
 
 
 def _write_new(contents: Mapping[epath.Path, str]) -> None:
-    # All are looked at before the first is written, so that an error leaves the directory as it was.
+    # All are looked at before the first is written, so that an error leaves the directory as it
+    # was.
     for file in contents:
         if file.exists():
             raise InputError(

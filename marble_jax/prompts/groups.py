@@ -85,7 +85,8 @@ def _rounded(exact: Sequence[float], total: int) -> list[int]:
 
     def rank(index: int) -> tuple[float, int]:
         fraction = exact[index] - counts[index]
-        # Rounded, so that fractions which differ by the error of the division are equal and the order decides.
+        # Rounded, so that fractions which differ by the error of the division are equal and the
+        # order decides.
         return -round(fraction, 9), index
 
     by_fraction = sorted(range(len(exact)), key=rank)

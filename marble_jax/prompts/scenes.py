@@ -53,7 +53,8 @@ def split(
     while len(drawn) < num_train + num_test:
         scene = f"{rng.choice(_SUBJECTS)} {rng.choice(_PLACES)}"
         parts = [scene, rng.choice(_STYLES), rng.choice(_DETAILS)]
-        # The scene alone, with a style, or with a style and a detail: short and long prompts side by side.
+        # The scene alone, with a style, or with a style and a detail: short and long prompts side
+        # by side.
         num_parts = rng.choice((1, 2, 2, 3, 3, 3))
         text = ", ".join(parts[:num_parts])
         drawn[text] = None

@@ -19,10 +19,10 @@ from marble_jax.report.marks import slot_class
 from marble_jax.report.markup import element, px, void
 from marble_jax.report.scales import ticks
 
-WIDE_FROM = 500
+_WIDE_FROM = 500
 """Width in CSS pixels above which a chart is laid out for a desk, not for a phone."""
-_LABEL_LIMITS = {True: 18, False: 11}
-"""Characters of a label at a curve's end, when wide and when narrow."""
+_WIDE_LABEL, _NARROW_LABEL = 18, 11
+"""Characters of a label at a curve's end; a longer one would take the plot's room."""
 _LABEL_DISTANCE = 14.0
 """Pixels between the base lines of two labels: the height of their text."""
 
@@ -83,9 +83,6 @@ class Chart:
         return _svg(chart, frame, labels)
 
 
-# Values: what the axes have to hold.
-
-
 def _extent(chart: Chart) -> tuple[float, float] | None:
     """Returns the lower and upper end of the y axis, or None when no curve has a finite value."""
     if not any(curve.visible for curve in chart.curves):
@@ -142,7 +139,7 @@ def _x_range(chart: Chart) -> tuple[float, float]:
 
 def _end_labels(curves: Sequence[Curve], width: int) -> list[tuple[Curve, str]]:
     """Returns the curves whose label is drawn, with the label cut to what the width allows."""
-    limit = _LABEL_LIMITS[width > WIDE_FROM]
+    limit = _WIDE_LABEL if width > _WIDE_FROM else _NARROW_LABEL
     labels = []
     for curve in curves:
         if not curve.named or not curve.visible:
@@ -152,9 +149,6 @@ def _end_labels(curves: Sequence[Curve], width: int) -> list[tuple[Curve, str]]:
             text = text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
         labels.append((curve, text))
     return labels
-
-
-# Marks: what is drawn on the frame.
 
 
 def _svg(chart: Chart, frame: Frame, labels: Sequence[tuple[Curve, str]]) -> str:

@@ -18,7 +18,9 @@ from marble_jax.types import Params, Scores
 
 Metadata = Mapping[str, Any]
 Takes = Literal["images", "clips"]
-LAYOUTS = {"images": "[N, H, W, 3]", "clips": "[N, F, H, W, 3]"}
+IMAGES: Takes = "images"
+CLIPS: Takes = "clips"
+LAYOUTS = {IMAGES: "[N, H, W, 3]", CLIPS: "[N, F, H, W, 3]"}
 """Axes of what a reward takes; F are the frames of a clip."""
 
 
@@ -47,7 +49,7 @@ class Reward:
     name: str
     kind: Literal["device", "host"]
     params: Params = None
-    takes: Takes = "images"
+    takes: Takes = IMAGES
     needs_full_group: bool = False
 
     def networks(self) -> Sequence[SharedNetwork]:
@@ -96,9 +98,10 @@ class Result(NamedTuple):
 
 def check_takes(reward: Reward, images: Any) -> None:
     """Raises InputError unless `images` has the axes that the reward takes."""
-    received: Takes = "images"
+    received = IMAGES
+    # The axis of frames is all that tells a clip from an image.
     if np.ndim(images) == 5:
-        received = "clips"
+        received = CLIPS
     if reward.takes != received:
         raise InputError(
             f"reward {reward.name}: expected {reward.takes} {LAYOUTS[reward.takes]}; received {received} "

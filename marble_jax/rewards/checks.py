@@ -18,9 +18,9 @@ import numpy as np
 
 from marble_jax.errors import InputError, one_line
 from marble_jax.rewards import base
-from marble_jax.rewards.base import LAYOUTS, Metadata, Result, Reward, Takes
+from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Result, Reward, Takes
 from marble_jax.rewards.toy_world import golden_images
-from marble_jax.rewards.workers.host_scorer import HostScorer
+from marble_jax.rewards.workers.host_scorer import HostScorer, Pending
 
 TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
 """Largest difference from a recorded score: a share of the reward's spread over the golden images, and in itself."""
@@ -103,7 +103,7 @@ class Samples:
 
     def layout(self, takes: Takes) -> np.ndarray:
         """Returns the images as a reward takes them; as clips they have one frame."""
-        if takes == "clips":
+        if takes == CLIPS:
             return self.images[:, None]
         return self.images
 
@@ -135,24 +135,12 @@ def run_checks(
     samples = Samples.golden(side)
     results: dict[str, Result] = {}
     reasons: dict[str, str] = {}
-    scorers: list[HostScorer] = []
-    pending = []
-    try:
-        for takes in LAYOUTS:
-            host = [reward for reward in rewards if (reward.kind, reward.takes) == ("host", takes)]
-            if host:
-                scorers.append(HostScorer(host, len(rewards), "retry", ATTEMPTS - 1))
-                images = samples.layout(host[0].takes)
-                pending.append(scorers[-1].submit(images, samples.texts, samples.metadata))
+    with _HostChecks(rewards, samples) as host:
         for reward in rewards:
             if reward.kind == "device":
                 results[reward.name] = _score_on_device(reward, samples, batch_size, reasons)
-        for scorer, scores in zip(scorers, pending, strict=True):
-            results |= scores.result(timeout)
-            reasons |= scorer.errors
-    finally:
-        for scorer in scorers:
-            scorer.close()
+        results |= host.results(timeout)
+        reasons |= host.reasons()
     checked = []
     for reward in rewards:
         result = results[reward.name]
@@ -160,6 +148,45 @@ def run_checks(
         status, note = _judge(result, expected.get(reward.name), reason)
         checked.append(CheckResult(reward.name, reward.kind, status, note, result))
     return checked
+
+
+class _HostChecks:
+    """Scores of the samples by host rewards, under way; a scorer for those that take images, one for clips."""
+
+    def __init__(self, rewards: Sequence[Reward], samples: Samples):
+        self._scorers: list[HostScorer] = []
+        self._pending: list[Pending] = []
+        for takes in (IMAGES, CLIPS):
+            chosen = []
+            for reward in rewards:
+                if reward.kind == "host" and reward.takes == takes:
+                    chosen.append(reward)
+            # A thread for each: one that hangs must not keep the others from an answer.
+            scorer = HostScorer(chosen, max(1, len(chosen)), "retry", ATTEMPTS - 1)
+            self._scorers.append(scorer)
+            images = samples.layout(takes)
+            self._pending.append(scorer.submit(images, samples.texts, samples.metadata))
+
+    def __enter__(self) -> _HostChecks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for scorer in self._scorers:
+            scorer.close()
+
+    def results(self, timeout: float) -> dict[str, Result]:
+        """Waits for every reward, each call at most `timeout` seconds."""
+        results: dict[str, Result] = {}
+        for pending in self._pending:
+            results |= pending.result(timeout)
+        return results
+
+    def reasons(self) -> dict[str, str]:
+        """Returns why scores failed, by reward."""
+        reasons: dict[str, str] = {}
+        for scorer in self._scorers:
+            reasons |= scorer.errors
+        return reasons
 
 
 def _score_on_device(

@@ -119,6 +119,7 @@ def _question(name: str, options: JudgeOptions, context: BuildContext) -> Questi
     """Returns the preset's question with what the options change."""
     one_of(f"reward {name}: preset", options.preset, PRESETS)
     preset = PRESETS[options.preset]
+    # An option that an entry leaves out is None and keeps what the preset says.
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(preset):
         value = getattr(options, field.name)

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 
 from marble_jax.errors import InputError, nearest, one_line, one_of
-from marble_jax.rewards.base import Metadata, Reward, RewardError, Takes
+from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Reward, RewardError, Takes
 from marble_jax.rewards.ocr import quoted_text
 from marble_jax.rewards.registration import BuildContext, option, register_reward
 from marble_jax.types import Params
@@ -52,16 +52,16 @@ class Form:
     """
 
     call: Literal["pointwise", "batch", "group"]
-    takes: Takes = "images"
+    takes: Takes = IMAGES
 
 
 FORMS = {
     ("image", "prompt"): Form("pointwise"),
     ("images", "prompts"): Form("batch"),
     ("images", "prompt"): Form("group"),
-    ("clip", "prompt"): Form("pointwise", "clips"),
-    ("clips", "prompts"): Form("batch", "clips"),
-    ("clips", "prompt"): Form("group", "clips"),
+    ("clip", "prompt"): Form("pointwise", CLIPS),
+    ("clips", "prompts"): Form("batch", CLIPS),
+    ("clips", "prompt"): Form("group", CLIPS),
 }
 """Forms by the names of a function's first two parameters."""
 APPLIES: dict[str, Applies] = {
@@ -122,9 +122,8 @@ def import_module(name: str, module_name: str, directory: Path | str | None) -> 
     Raises:
       InputError: no such module, or it does not import.
     """
-    for place in (directory, Path.cwd()):
-        if place is not None and str(place) not in sys.path:
-            sys.path.append(str(place))
+    _add_to_path(directory)
+    _add_to_path(Path.cwd())
     # The module may have been written since Python last listed these directories.
     importlib.invalidate_caches()
     try:
@@ -144,6 +143,12 @@ def import_module(name: str, module_name: str, directory: Path | str | None) -> 
         raise InputError(
             f"reward {name}: expected a module that imports; received {one_line(error)}"
         ) from error
+
+
+def _add_to_path(place: Path | str | None) -> None:
+    # Last, so that a file of the user's cannot stand in for a library that happens to share its name.
+    if place is not None and str(place) not in sys.path:
+        sys.path.append(str(place))
 
 
 def applies_rule(name: str, rule: str, directory: Path | str | None = None) -> Applies:

@@ -70,6 +70,7 @@ class GenEvalReward(Reward):
         results: list[GenEvalResult | None] = [None] * len(prompts)
         if not asked:
             return results
+        # The detector is slow: it sees only images that have metadata.
         asked_images = to_uint8(np.asarray(images)[asked])
         detected = self.detector.detect(asked_images)
         for index, image, detections in zip(asked, asked_images, detected, strict=True):
@@ -115,6 +116,7 @@ class GenEvalOptions:
 def build_geneval(name: str, options: GenEvalOptions, context: BuildContext) -> GenEvalReward:
     """Builds GenEval over one of its detectors."""
     if options.detector == "shapes":
+        # Each detector is imported where it is asked for: one needs PyTorch, the other SciPy.
         from marble_jax.rewards.toy_world.shape_detector import ShapeDetector
 
         return GenEvalReward(name, ShapeDetector(), detector_colours, context.upstream_scoring)
@@ -122,9 +124,11 @@ def build_geneval(name: str, options: GenEvalOptions, context: BuildContext) -> 
     from marble_jax.rewards.models.clip_colours import ClipColours
     from marble_jax.rewards.models.mask2former import Mask2FormerDetector
 
+    # Required only with this detector, which the options alone cannot say.
     for needed in ("model", "clip"):
         if not getattr(options, needed):
             raise context.missing(name, needed)
+    # The colours' pair runs in the reward's worker thread, hence it is declared as a network of the host.
     folder = published.find_folder(name, context.directory, options.model, "mask2former")
     encoder = context.encoders.get(
         name, options.clip, options.tokenizer, options.dtype or context.dtype

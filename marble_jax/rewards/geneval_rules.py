@@ -92,6 +92,7 @@ def filter_detections(detections: Sequence[Detection], tag: str) -> dict[str, li
     if tag == "counting":
         threshold = SCORE_THRESHOLD_COUNTING
     objects: dict[str, list[Detection]] = {}
+    # Best first, before the cap: what is over 16 are the least certain ones.
     for detection in sorted(detections, key=lambda detection: -detection.score):
         same_class = objects.setdefault(detection.label, [])
         if detection.score > threshold and len(same_class) < MAX_OBJECTS:
@@ -107,6 +108,7 @@ def relative_position(a: Detection, b: Detection) -> set[str]:
     corners_a = np.asarray(a.box, np.float64).reshape(2, 2)
     corners_b = np.asarray(b.box, np.float64).reshape(2, 2)
     offset = corners_a.mean(axis=0) - corners_b.mean(axis=0)
+    # Per axis: wide objects have to be further apart sideways, tall ones upwards.
     extent = (corners_a[1] - corners_a[0]) + (corners_b[1] - corners_b[0])
     distance = np.maximum(np.abs(offset) - POSITION_THRESHOLD * extent, 0)
     if np.all(distance < 1e-3):

@@ -61,6 +61,7 @@ class JpegReward(Reward):
         metadata: Sequence[Metadata],
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Reward.score`."""
+        # `map` keeps the order, whichever image is done first.
         sizes_in_order = self._pool.map(jpeg_kilobytes, to_uint8(images))
         sizes = np.fromiter(sizes_in_order, np.float32, len(images))
         return sizes * np.float32(self.factor), np.ones(len(images), bool)
@@ -68,6 +69,7 @@ class JpegReward(Reward):
 
 def brightness(images: jax.Array) -> jax.Array:
     """Returns the mean luma [N] in [0, 1] of images [N, H, W, 3] in [0, 1]."""
+    # Full precision: accelerators would round the factors to ten bits.
     luma = jnp.dot(images, jnp.asarray(LUMA), precision="highest")
     return jnp.mean(luma, (1, 2))
 

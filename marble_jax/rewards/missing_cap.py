@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import Result, RewardError
 from marble_jax.rewards.workers.host_scorer import num_asked
@@ -48,6 +46,7 @@ class MissingCap:
         num_failed, total = int(result.failed.sum()), num_asked(result)
         if not total:
             return
+        # Negative for a batch better than allowed, which makes up for worse ones.
         excess = num_failed / total - self._share
         level = max(0.0, self._level.get(name, 0.0) + excess)
         self._level[name] = level
@@ -60,7 +59,8 @@ class MissingCap:
             raise RewardError(self._message(name, recent, reason))
 
     def _message(self, name: str, recent: list[tuple[int, int]], reason: str) -> str:
-        num_failed, total = np.sum(recent, axis=0).tolist()
+        failed_counts, totals = zip(*recent)
+        num_failed, total = sum(failed_counts), sum(totals)
         message = (
             f"reward {name}: expected at most {self._share:.0%} of its scores to fail; received "
             f"{num_failed} of {total} in the last {len(recent)} batch(es)"

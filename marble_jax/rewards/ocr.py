@@ -129,6 +129,7 @@ class EngineReader:
             self._pool.shutdown()
 
     def _read_one(self, image: np.ndarray) -> str | None:
+        # Waits for an engine that is free: none serves two images at a time.
         engine = self._engines.get()
         try:
             return engine(image)
@@ -214,20 +215,27 @@ class OCRReward(Reward):
         metadata: Sequence[Metadata],
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Reward.score`; images of prompts without quoted text are not read."""
-        targets = {}
-        for index, prompt in enumerate(prompts):
-            target = quoted_text(prompt)
-            if target is not None:
-                targets[index] = target
+        targets = _targets(prompts)
         values, valid = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
         if not targets:
             return values, valid
+        # Reading is slow: only images of which a text is wanted.
         texts = self.reader.read(to_uint8(np.asarray(images)[list(targets)]))
         for (index, target), text in zip(targets.items(), texts, strict=True):
             if text is not None:
                 values[index] = spelling_score(text, target)
             valid[index] = text is not None or self.upstream
         return values, valid
+
+
+def _targets(prompts: Sequence[str]) -> dict[int, str]:
+    """Returns what images should spell, by the index of their prompt; prompts without quoted text are left out."""
+    targets = {}
+    for index, prompt in enumerate(prompts):
+        target = quoted_text(prompt)
+        if target is not None:
+            targets[index] = target
+    return targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

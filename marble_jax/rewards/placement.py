@@ -23,18 +23,25 @@ def place_rewards(mesh: Mesh, rewards: Sequence[Reward]) -> None:
     """
     if mesh.size == 1:
         return
-    on_host = set()
-    for reward in rewards:
-        for network in reward.host_networks():
-            on_host.add(id(network))
+    on_host = _host_networks(rewards)
     placement = _Placement(mesh)
     for reward in rewards:
+        # A host reward's weights, if it has any, are for NumPy or PyTorch on this host.
         if reward.kind != "device" or reward.params is None:
             continue
         reward.params = placement.place(reward.params)
         for network in reward.networks():
             if id(network) not in on_host:
                 network.params = placement.place(network.params)
+
+
+def _host_networks(rewards: Sequence[Reward]) -> set[int]:
+    """Returns the identities of the networks that some reward runs on its host."""
+    identities = set()
+    for reward in rewards:
+        for network in reward.host_networks():
+            identities.add(id(network))
+    return identities
 
 
 class _Placement:
@@ -82,6 +89,7 @@ def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size:
             f"rollout.batch_size: expected a multiple of the {group} images a prompt, as {reward.name} "
             f"compares them; received {size}"
         )
+    # Along one row of this table lie the images of one prompt, which need one process.
     owners = distributed.row_processes(device_mesh.image_sharding(mesh, size), (size,))
     owners = owners.reshape(-1, group)
     if np.any(owners != owners[:, :1]):

@@ -140,7 +140,10 @@ def parse_options(kind: RewardKind, name: str, entry: Mapping[str, Any], source:
     fields = {field.name: field for field in dataclasses.fields(kind.options)}
     annotations = typing.get_type_hints(kind.options)
     values = {}
+    # Only what the entry names is checked: a default may lie outside the choices, as an empty dtype does.
     for key, value in entry.items():
+        if not fields:
+            raise InputError(f"{source}: option of {name}: expected none; received {key!r}")
         one_of(f"{source}: option of {name}", key, fields)
         values[key] = _checked(f"reward {name}: {key}", annotations[key], value)
         _check_range(f"reward {name}: {key}", fields[key].metadata, value)
@@ -159,16 +162,7 @@ def _checked(what: str, annotation: Any, value: Any) -> Any:
     Raises:
       InputError: another type than the field's.
     """
-    if isinstance(annotation, types.UnionType):
-        # `X | None`: null, as leaving the option out, keeps what stands elsewhere.
-        if value is None:
-            return None
-        annotation = annotation.__args__[0]
-    accepted: tuple[type, ...] = (annotation,)
-    if annotation is float:
-        accepted = (int, float)
-    if typing.get_origin(annotation) is tuple:
-        accepted = (list,)
+    accepted = _accepted_types(annotation)
     # To Python True is an int.
     is_other_bool = isinstance(value, bool) and bool not in accepted
     if not isinstance(value, accepted) or is_other_bool:
@@ -176,6 +170,19 @@ def _checked(what: str, annotation: Any, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return value
+
+
+def _accepted_types(annotation: Any) -> tuple[type, ...]:
+    """Returns the types of JSON that a field takes, the one to name in a message last."""
+    if isinstance(annotation, types.UnionType):
+        # `X | None`: null, as leaving the option out, keeps what stands elsewhere.
+        return (types.NoneType, *_accepted_types(annotation.__args__[0]))
+    # JSON has lists only, and writes 1 for 1.0.
+    if typing.get_origin(annotation) is tuple:
+        return (list,)
+    if annotation is float:
+        return (int, float)
+    return (annotation,)
 
 
 def _check_range(what: str, limits: Mapping[str, Any], value: Any) -> None:

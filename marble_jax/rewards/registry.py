@@ -104,6 +104,7 @@ def load_rewards(
     Raises:
       InputError: missing directory, file or folder; an unknown reward, kind or option; a reward named twice.
     """
+    # Functions alone need no directory, and none is asked for.
     entries: dict[str, Mapping[str, Any]] = dict(published.ENTRIES)
     if not all(is_function(name) for name in names):
         from_directory = entries_of(directory or "")
@@ -167,6 +168,7 @@ def find_kind(name: str, kind: str, context: BuildContext) -> RewardKind:
         import_module(kind, module_name, context.directory)
     else:
         one_of(f"{context.source}: kind of {name}", kind, BUILT_IN_KINDS)
+        # Imported only now: each kind brings its own heavy libraries.
         module_name = f"{__package__}.{BUILT_IN_KINDS[kind]}"
         importlib.import_module(module_name)
     registered = kinds_of(module_name)

@@ -135,15 +135,25 @@ class Scorer:
             base.check_takes(reward, images)
         texts = [prompt.text for prompt in prompts]
         metadata = [prompt.metadata for prompt in prompts]
+        # Devices first: they work while this thread copies images for the host rewards.
         device = {}
         for reward in self.rewards:
             if reward.kind == "device":
                 device[reward.name] = self._start(reward, images, texts, metadata)
+        return PendingScores(self, self._submit_to_host(device, images, texts, metadata))
+
+    def _submit_to_host(
+        self,
+        device: Mapping[str, _DeviceScores],
+        images: jax.Array,
+        texts: list[str],
+        metadata: list[Metadata],
+    ) -> _Batch:
+        """Hands the images of this host to the host rewards, beside what the devices are at."""
         if self._host is None:
-            return PendingScores(self, _Batch(device))
+            return _Batch(device)
         if distributed.is_single_process():
-            host = self._host.submit(np.asarray(images), texts, metadata)
-            return PendingScores(self, _Batch(device, host))
+            return _Batch(device, self._host.submit(np.asarray(images), texts, metadata))
         # Each host scores the images that its own devices hold: none is sent anywhere.
         processes = distributed.row_processes(images.sharding, images.shape)
         rows = np.flatnonzero(processes == jax.process_index()).tolist()
@@ -152,7 +162,7 @@ class Scorer:
             [texts[row] for row in rows],
             [metadata[row] for row in rows],
         )
-        return PendingScores(self, _Batch(device, host, processes))
+        return _Batch(device, host, processes)
 
     @property
     def waited_seconds(self) -> float:
@@ -235,16 +245,34 @@ class Scorer:
         Raises:
           RewardError: on every process, if one of them has to stop.
         """
-        host_results: dict[str, Result] = {}
-        try:
-            if batch.host is not None:
-                host_results = batch.host.result(self._timeout)
-        except RewardError as error:
-            self._stop_reason = self._stop_reason or str(error)
+        host_results = self._collect_host(batch)
         reports = distributed.exchange("scores", self._report(batch, host_results))
         self._stop_reason = distributed.first_reason([report["stop"] for report in reports])
         if self._stop_reason:
             raise RewardError(self._stop_reason)
+        results = self._collect_device(batch, reports)
+        for name in host_results:
+            results[name] = _put_together(name, reports, batch.processes)
+        # What went wrong on the device shows only now that it has been read.
+        stop_reason = distributed.any_process("scores", self._stop_reason)
+        if stop_reason:
+            raise RewardError(stop_reason)
+        return results, _first_reasons(reports)
+
+    def _collect_host(self, batch: _Batch) -> dict[str, Result]:
+        """Returns this process's part of the host rewards' scores; keeps the reason to stop for the others."""
+        if batch.host is None:
+            return {}
+        try:
+            return batch.host.result(self._timeout)
+        except RewardError as error:
+            self._stop_reason = self._stop_reason or str(error)
+            return {}
+
+    def _collect_device(
+        self, batch: _Batch, reports: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Result]:
+        """Returns the results of device rewards, read only where every process has started them."""
         not_started = set()
         for report in reports:
             not_started.update(report["not_started"])
@@ -254,17 +282,7 @@ class Scorer:
                 results[name] = base.all_failed(scores.applies)
             else:
                 results[name] = self._wait_for(name, scores)
-        for name in host_results:
-            results[name] = _put_together(name, reports, batch.processes)
-        # What went wrong on the device shows only now that it has been read.
-        stop_reason = distributed.any_process("scores", self._stop_reason)
-        if stop_reason:
-            raise RewardError(stop_reason)
-        reasons: Reasons = {}
-        # The first process that has a reason is heard: its entry is written last.
-        for report in reversed(reports):
-            reasons |= report["reasons"]
-        return results, reasons
+        return results
 
     def _report(self, batch: _Batch, host_results: Mapping[str, Result]) -> dict[str, Any]:
         """Returns what this process tells the others, in what JSON knows."""
@@ -278,6 +296,15 @@ class Scorer:
             "reasons": self._reasons(),
             "scores": columns,
         }
+
+
+def _first_reasons(reports: Sequence[Mapping[str, Any]]) -> Reasons:
+    """Returns by reward the reason of the first process that has one."""
+    reasons: Reasons = {}
+    # Written last, the first process's entry stays.
+    for report in reversed(reports):
+        reasons |= report["reasons"]
+    return reasons
 
 
 def _put_together(

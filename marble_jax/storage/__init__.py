@@ -1,1 +1,1 @@
-"""Disks and buckets: files, workdirs, sealed checkpoints."""
+"""Disks and buckets: files, workdirs, images, checkpoints with checksums."""

@@ -1,4 +1,4 @@
-"""Places on this machine or in a bucket (`gs://`, `s3://`): found out before anything is done, written to whole."""
+"""Files on this machine or in a bucket (`gs://`, `s3://`): reached before anything is done, written whole."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from marble_jax.errors import InputError, one_of
 
 BACKENDS = {"gs": "gcsfs", "s3": "s3fs"}
 """Package that opens a scheme; TensorFlow, where it is installed, opens both."""
+MOST_CHARACTERS = 200
+"""Of an error of another package, in ours."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is in a bucket."""
+    """Returns whether a path is in a bucket."""
     return "://" in os.fspath(path)
 
 
 def location(what: str, path: epath.PathLike) -> epath.Path:
-    """A place to read from or write to, which need not exist; one in a bucket is asked for at once.
+    """Returns a path to read from or write to, which need not exist; a bucket is asked for at once.
 
     Args:
       what: names the place in errors, such as "workdir".
@@ -42,10 +44,9 @@ def location(what: str, path: epath.PathLike) -> epath.Path:
             f"{what}: expected a package that opens {scheme}://; received none for {text} (pip install "
             f"{BACKENDS[scheme]})"
         ) from None
-    except (
-        Exception
-    ) as error:  # each package has its own for no such bucket, no permission and no network
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:
+        # Each package has errors of its own for no such bucket, no permission and no network.
+        reason = " ".join(str(error).split())[:MOST_CHARACTERS]
         raise InputError(
             f"{what}: expected a bucket that can be reached; received {text} ({type(error).__name__}: "
             f"{reason})"
@@ -54,9 +55,13 @@ def location(what: str, path: epath.PathLike) -> epath.Path:
 
 
 def append(path: epath.Path, text: str) -> None:
-    """Adds text to a file; in a bucket, where nothing can be appended to, by writing the file anew."""
+    """Adds text to a file."""
     if is_remote(path):
-        write_whole(path, (path.read_bytes() if path.exists() else b"") + text.encode())
+        # Nothing can be appended to in a bucket: the file is written anew.
+        content = text.encode()
+        if path.exists():
+            content = path.read_bytes() + content
+        write_whole(path, content)
         return
     with path.open("a") as handle:
         handle.write(text)
@@ -65,23 +70,33 @@ def append(path: epath.Path, text: str) -> None:
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file whole or not at all, and on the disk when this returns; makes its folder.
 
-    In a bucket an object appears when it is complete. Elsewhere a file beside the place is renamed onto it.
+    Args:
+      path: of the file.
+      content: text is written as UTF-8.
     """
-    path, content = epath.Path(path), content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if is_remote(path):
-        path.write_bytes(content)
+    file = epath.Path(path)
+    if isinstance(content, str):
+        content = content.encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(file):
+        # An object appears in a bucket when it is complete.
+        file.write_bytes(content)
         return
-    partial = path.parent / f".{path.name}.partial"
+    # A rename is whole or not at all, and the name beginning with a dot hides what a kill leaves behind.
+    partial = file.parent / f".{file.name}.partial"
     with partial.open("wb") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
-    partial.replace(path)
+    partial.replace(file)
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError when it is unreadable or something else."""
+    """Returns the JSON object in a file.
+
+    Raises:
+      InputError: the file is unreadable, no JSON, or holds something else than an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

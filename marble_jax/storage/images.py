@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,43 @@ from etils import epath
 
 from marble_jax.errors import InputError
 from marble_jax.storage.files import location, write_whole
-from marble_jax.storage.workdir import Workdir, jsonable
+from marble_jax.storage.workdir import Workdir, check_is_folder, jsonable
 
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 8, 256
 """Most images in a grid, and the longest side of each, in pixels."""
+SHOWN_CHARACTERS = 60
+"""Of a prompt in errors."""
+
+
+@contextlib.contextmanager
+def writable(path: epath.PathLike) -> Iterator[None]:
+    """A context in which an error of the file system is bad input: the folder cannot be written to, or is full.
+
+    Args:
+      path: names the folder in the error.
+
+    Raises:
+      InputError: in place of an `OSError` of the body.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--out: expected a place to write to; received {path} ({error.strerror or error})"
+        ) from error
 
 
 class ImageFolder:
     """A folder of images `00000.png`, `00001.png` and so on, all made the same way.
 
-    `settings.json` beside them says how, so that a job can go on where a kill stopped it and images of another making
-    never come between.
+    `settings.json` beside the images says how, so that a job can go on where a kill stopped it and images of another
+    making never come between.
+
+    Args:
+      path: of the folder, which need not exist.
+
+    Raises:
+      InputError: a bucket that cannot be reached.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -30,20 +57,18 @@ class ImageFolder:
         self._record = self.path / "settings.json"
 
     def record(self) -> dict[str, Any] | None:
-        """What `claim` wrote, or None for a place without.
+        """Returns the settings and prompts that `claim` wrote, or None for a folder without.
 
         Raises:
           InputError: the record is damaged.
         """
+        if not self._record.exists():
+            return None
         try:
-            content = json.loads(self._record.read_text()) if self._record.exists() else None
+            content = json.loads(self._record.read_text())
         except ValueError:
-            content = ()
-        if content is not None and not (
-            isinstance(content, dict)
-            and isinstance(content.get("settings"), dict)
-            and isinstance(content.get("prompts"), list)
-        ):
+            content = None
+        if not _is_record(content):
             raise InputError(
                 f"{self._record}: expected settings and prompts in JSON; received something else"
             )
@@ -62,50 +87,64 @@ class ImageFolder:
         Raises:
           InputError: the folder holds images of other settings or prompts, or of unknown ones, or is no folder.
         """
-        for place in (self.path, *self.path.parents):
-            if place.exists():
-                if not place.is_dir():
-                    raise InputError(f"--out: expected a folder; received the file {place}")
-                break
-        there, settings = self.record(), jsonable(dict(settings))
-        if there is None:
-            if self.path.exists() and any(p.name.endswith(".png") for p in self.path.iterdir()):
-                raise InputError(
-                    f"--out: expected a new folder or one made by this command; received {self.path} with "
-                    "images of unknown making"
-                )
+        check_is_folder("--out", self.path, "folder")
+        record = self.record()
+        if record is None:
+            self._check_no_images()
             return
-        for key in sorted(set(settings) if partial else set(settings) | set(there["settings"])):
-            own, given = there["settings"].get(key), settings.get(key)
-            if own != given:
+        wanted = jsonable(dict(settings))
+        keys = set(wanted) if partial else set(wanted) | set(record["settings"])
+        for key in sorted(keys):
+            recorded, received = record["settings"].get(key), wanted.get(key)
+            if recorded != received:
                 raise InputError(
-                    f"{self.path} holds images of other settings: {key}: expected {own!r} (its own); "
-                    f"received {given!r}; choose another folder"
+                    f"{self.path} holds images of other settings: {key}: expected {recorded!r} (its own); "
+                    f"received {received!r}; choose another folder"
                 )
-        for i, (own, given) in enumerate(zip(there["prompts"], prompts)):
-            if own != given:
+        self._check_prompts(record["prompts"], prompts)
+
+    def _check_prompts(self, recorded: Sequence[str], prompts: Sequence[str]) -> None:
+        # Up to the end of the shorter list: images may be added, and a shorter job may come back.
+        for i, (expected, received) in enumerate(zip(recorded, prompts)):
+            if expected != received:
                 raise InputError(
-                    f"{self.path} holds images of other prompts: image {i}: expected {_short(own)} "
-                    f"(its own); received {_short(given)}; choose another folder"
+                    f"{self.path} holds images of other prompts: image {i}: expected {_short(expected)} "
+                    f"(its own); received {_short(received)}; choose another folder"
                 )
+
+    def _check_no_images(self) -> None:
+        if not self.path.exists():
+            return
+        if any(file.name.endswith(".png") for file in self.path.iterdir()):
+            raise InputError(
+                f"--out: expected a new folder or one made by this command; received {self.path} with "
+                "images of unknown making"
+            )
 
     def claim(self, settings: Mapping[str, Any], prompts: Sequence[str]) -> None:
         """Records settings and prompts, after `check`."""
         self.check(settings, prompts)
-        there = (self.record() or {}).get("prompts", [])
-        content = {"settings": dict(settings), "prompts": [*prompts, *there[len(prompts) :]]}
-        if jsonable(content) != self.record():
+        record = self.record()
+        texts = list(prompts)
+        if record is not None:
+            # A shorter list of prompts leaves those of the images behind it on record.
+            texts += record["prompts"][len(prompts) :]
+        content = {"settings": dict(settings), "prompts": texts}
+        if jsonable(content) != record:
             with writable(self.path):
                 Workdir(self.path).write_json(self._record.name, content)
 
     def file(self, index: int) -> epath.Path:
-        """Where image `index` is."""
+        """Returns the path of image `index`."""
         return self.path / f"{index:05d}.png"
 
     def missing(self, count: int) -> list[int]:
-        """Which of the first `count` images are not there."""
-        names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
-        return [i for i in range(count) if self.file(i).name not in names]
+        """Returns the numbers of those of the first `count` images that are not in the folder."""
+        if not self.path.exists():
+            return list(range(count))
+        # One listing: asking for each image takes a request each in a bucket.
+        names = {file.name for file in self.path.iterdir()}
+        return [index for index in range(count) if self.file(index).name not in names]
 
     def save(self, index: int, image: np.ndarray, texts: Mapping[str, str]) -> None:
         """Writes image `index`, whole or not at all."""
@@ -113,53 +152,48 @@ class ImageFolder:
             save_png(self.file(index), image, texts)
 
     def read(self, index: int) -> np.ndarray:
-        """Image `index`, uint8 [H, W, 3].
+        """Returns image `index` as uint8 [H, W, 3].
 
         Raises:
-          InputError: it is not there or damaged.
+          InputError: the image is missing or damaged.
         """
         return read_image(self.file(index))
 
     def save_grids(self, count: int) -> list[epath.Path]:
-        """Writes the first `count` images as `grid.png`, `grid_001.png` and so on, 8 x 8 small ones each."""
-        from PIL import Image
+        """Writes the first `count` images as grids of 8 x 8 small ones each, and returns their paths.
 
+        The files are `grid.png`, `grid_001.png` and so on.
+        """
         files = []
         size = GRID_COLUMNS * GRID_ROWS
         for page, start in enumerate(range(0, count, size)):
-            cells = []
-            for i in range(start, min(start + size, count)):
-                image = Image.fromarray(self.read(i))
-                image.thumbnail((GRID_CELL, GRID_CELL))
-                cells.append(np.asarray(image))
-            files.append(self.path / (f"grid_{page:03d}.png" if page else "grid.png"))
+            cells = [self._small(index) for index in range(start, min(start + size, count))]
+            file = self.path / (f"grid_{page:03d}.png" if page else "grid.png")
             with writable(self.path):
-                save_png(files[-1], grid(cells, GRID_COLUMNS))
+                save_png(file, grid(cells, GRID_COLUMNS))
+            files.append(file)
         return files
 
+    def _small(self, index: int) -> np.ndarray:
+        from PIL import Image
 
-class writable:
-    """A context in which an error of the file system is bad input: the folder cannot be written to, or is full."""
+        image = Image.fromarray(self.read(index))
+        image.thumbnail((GRID_CELL, GRID_CELL))
+        return np.asarray(image)
 
-    def __init__(self, path: epath.PathLike):
-        self._path = path
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise InputError(
-                f"--out: expected a place to write to; received {self._path} "
-                f"({error.strerror or error})"
-            ) from error
+def _is_record(content: Any) -> bool:
+    if not isinstance(content, dict):
+        return False
+    settings, prompts = content.get("settings"), content.get("prompts")
+    return isinstance(settings, dict) and isinstance(prompts, list)
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:
-    """An image file as uint8 [H, W, 3].
+    """Returns an image file as uint8 [H, W, 3].
 
     Raises:
-      InputError: it is not there, or not a whole image.
+      InputError: the file is missing, or not a whole image.
     """
     from PIL import Image
 
@@ -173,7 +207,9 @@ def read_image(path: epath.PathLike) -> np.ndarray:
 
 
 def _short(text: str) -> str:
-    return repr(text) if len(text) <= 60 else repr(text[:57] + "...")
+    if len(text) <= SHOWN_CHARACTERS:
+        return repr(text)
+    return repr(text[: SHOWN_CHARACTERS - 3] + "...")
 
 
 def save_png(
@@ -190,6 +226,7 @@ def save_png(
 
     info = PngImagePlugin.PngInfo()
     for key, value in (texts or {}).items():
+        # International text, as prompts are in any script.
         info.add_itxt(key, value)
     buffer = io.BytesIO()
     Image.fromarray(to_uint8(image)).save(buffer, "PNG", pnginfo=info)

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, one_line
 
 Path = tuple[str, ...]
 """Keys from the root of a nested dict to a leaf."""
@@ -50,22 +50,28 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        """Writes some leaves after the others; Orbax would make all of them first."""
         args = args or [ocp.SaveArgs()] * len(values)
         start = 0
-        for group in group_counts([value.nbytes for value in values]):
-            part = slice(start, start + group)
+        for count in group_counts([value.nbytes for value in values]):
+            part = slice(start, start + count)
             arrays = [value.read() for value in values[part]]
             for future in await super().serialize(arrays, infos[part], args[part]):
                 future.result()
+            # Given back before the next ones are made: memory holds one group at a time.
             del arrays
-            start += group
+            start += count
         return []
 
 
 def group_counts(sizes: Iterable[int], limit: int = 64_000_000) -> list[int]:
-    """How many leaves in a row to take at once: up to `limit` bytes together, or one.
+    """Returns how many leaves in a row to take at once: up to `limit` bytes together, or one.
 
     Opening a checkpoint, and committing to it, costs some ten milliseconds, which small leaves share.
+
+    Args:
+      sizes: bytes of each leaf, in their order.
+      limit: bytes of a group at most, unless one leaf has more.
     """
     counts: list[int] = []
     total = 0
@@ -81,8 +87,11 @@ def group_counts(sizes: Iterable[int], limit: int = 64_000_000) -> list[int]:
 def save_leaves(path: epath.PathLike, leaves: Mapping[Path, Leaf]) -> None:
     """Writes a nested dict of leaves as one Orbax checkpoint, one leaf (or some small ones) in memory at a time.
 
-    Not compressed: weights hardly shrink, and the disk shall be what limits the speed.
+    Args:
+      path: of the checkpoint, which must not exist.
+      leaves: by path from the root of the dict.
     """
+    # Not compressed: weights hardly shrink, and the disk shall be what limits the speed.
     registry = ocp.type_handlers.create_type_handler_registry(
         (Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -92,7 +101,7 @@ def save_leaves(path: epath.PathLike, leaves: Mapping[Path, Leaf]) -> None:
 
 
 def leaf_shapes(path: epath.PathLike) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every leaf of an Orbax checkpoint, without reading arrays.
+    """Returns shape and dtype of every leaf of an Orbax checkpoint, without reading arrays.
 
     Raises:
       InputError: there is no complete checkpoint.
@@ -100,53 +109,75 @@ def leaf_shapes(path: epath.PathLike) -> dict[Path, jax.ShapeDtypeStruct]:
     try:
         with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(epath.Path(path).absolute()).item_metadata.tree
-        flat = {
-            tuple(str(k.key) for k in keys): meta
-            for keys, meta in jax.tree_util.tree_leaves_with_path(
-                tree, is_leaf=lambda node: not isinstance(node, dict)
-            )
-        }
-        return {key: jax.ShapeDtypeStruct(meta.shape, meta.dtype) for key, meta in flat.items()}
+        return _shapes_of(tree)
     except Exception as error:  # Orbax raises many kinds for damage; the cause stays attached
         raise InputError(
-            f"{path}: expected an Orbax checkpoint; received {first_line(error)}"
+            f"{path}: expected an Orbax checkpoint; received {one_line(error, 200)}"
         ) from error
 
 
+def _shapes_of(metadata: Any) -> dict[Path, jax.ShapeDtypeStruct]:
+    shapes = {}
+    # Orbax's metadata of a leaf is a tree of its own, so only dicts count as inner nodes.
+    leaves = jax.tree_util.tree_leaves_with_path(
+        metadata, is_leaf=lambda node: not isinstance(node, dict)
+    )
+    for keys, leaf in leaves:
+        path = tuple(str(key.key) for key in keys)
+        shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return shapes
+
+
 def read_leaves(path: epath.PathLike, paths: Iterable[Path]) -> dict[Path, np.ndarray]:
-    """Some leaves of an Orbax checkpoint, as host arrays.
+    """Returns some leaves of an Orbax checkpoint, as host arrays.
+
+    Args:
+      path: of the checkpoint.
+      paths: of the leaves, at least one.
 
     Raises:
       InputError: a leaf is missing or damaged.
     """
     paths = tuple(paths)
-    target = _nested({p: 0 for p in paths})
-    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     try:
-        with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(
-                epath.Path(path).absolute(),
-                args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True),
-            )
+        tree = _restore_some(path, paths)
     except Exception as error:  # see leaf_shapes
+        more = " and more" if len(paths) > 1 else ""
         raise InputError(
-            f"{path}: expected leaf {'/'.join(paths[0])!r}{' and more' if len(paths) > 1 else ''} intact; "
-            f"received {first_line(error)}"
+            f"{path}: expected leaf {'/'.join(paths[0])!r}{more} intact; received {one_line(error, 200)}"
         ) from error
-    found = {}
+    arrays = {}
     for keys in paths:
-        leaf = tree
-        for key in keys:
-            leaf = leaf.get(key) if isinstance(leaf, dict) else None
-        if not isinstance(leaf, np.ndarray):  # Orbax passes over what is not there
+        leaf = _at(tree, keys)
+        # Orbax passes over a leaf that is missing.
+        if not isinstance(leaf, np.ndarray):
             raise InputError(
                 f"{path}: expected leaf {'/'.join(keys)!r}; received a checkpoint without it"
             )
-        found[keys] = leaf
-    return found
+        arrays[keys] = leaf
+    return arrays
+
+
+def _restore_some(path: epath.PathLike, paths: tuple[Path, ...]) -> Any:
+    target = _nested(dict.fromkeys(paths, 0))
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(
+            epath.Path(path).absolute(),
+            args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
+        )
+
+
+def _at(tree: Any, keys: Path) -> Any:
+    """The node at a path of a nested dict; None where there is none."""
+    node = tree
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    """A nested dict of values by path."""
     tree: dict[str, Any] = {}
     for keys, value in flat.items():
         node = tree
@@ -166,9 +197,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """Kind of an error and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a folder consists of: every file with its size and SHA-256, in `manifest.json` beside them.
+"""Manifest of a folder: every file of it with its size and SHA-256, in `manifest.json` beside them.
 
 Folders are those of converted models and of checkpoints; the latter may be in a bucket.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,18 +17,30 @@ from marble_jax.errors import InputError
 from marble_jax.storage.files import is_remote, read_json, write_whole
 
 MANIFEST = "manifest.json"
+SHOWN_DIGITS = 16
+"""Digits of a hash in errors."""
 _CHUNK = 16_000_000  # bytes
 
-Folder = pathlib.Path | epath.Path
+
+def _ignore(num_bytes: int) -> None:
+    """Progress that nobody watches."""
 
 
-def checksum(path: Folder, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
-    """Makes sure a file is on the disk, and gives its size and SHA-256."""
-    path, digest, size = epath.Path(path), hashlib.sha256(), 0
+def checksum(path: epath.PathLike, progress: Callable[[int], object] = _ignore) -> dict[str, Any]:
+    """Makes sure a file is on the disk, and returns its `bytes` and `sha256`.
+
+    Args:
+      path: of the file.
+      progress: called with the number of bytes that were read, again and again.
+    """
+    file = epath.Path(path)
+    digest = hashlib.sha256()
+    size = 0
     # One buffer for all chunks: new memory costs more than reading the disk's cache does.
-    buffer = memoryview(bytearray(min(_CHUNK, max(path.stat().length, 1))))
-    with path.open("rb") as handle:
-        if not is_remote(path):
+    buffer = memoryview(bytearray(min(_CHUNK, max(file.stat().length, 1))))
+    with file.open("rb") as handle:
+        # A bucket keeps what it has confirmed, and has no descriptor to synchronise.
+        if not is_remote(file):
             os.fsync(handle.fileno())
         while count := handle.readinto(buffer):
             digest.update(buffer[:count])
@@ -38,9 +49,14 @@ def checksum(path: Folder, progress: Callable[[int], object] = lambda _: None) -
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def files_below(root: Folder, inner: str = "") -> Iterator[str]:
-    """Names of all files below a folder, relative to it."""
-    for path in sorted((root / inner).iterdir()):
+def files_below(root: epath.PathLike, inner: str = "") -> Iterator[str]:
+    """Yields the names of all files below a folder, relative to it, in order.
+
+    Args:
+      root: the folder.
+      inner: folder below it to begin at, with a `/` at its end.
+    """
+    for path in sorted((epath.Path(root) / inner).iterdir()):
         name = f"{inner}{path.name}"
         if path.is_dir():
             yield from files_below(root, f"{name}/")
@@ -48,32 +64,39 @@ def files_below(root: Folder, inner: str = "") -> Iterator[str]:
             yield name
 
 
-def write_json(path: Folder, value: Any) -> None:
+def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes a file whole or not at all."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_manifest(root: Folder) -> Mapping[str, Mapping[str, Any]]:
-    """Size and hash by file of a folder.
+def read_manifest(root: epath.PathLike) -> Mapping[str, Mapping[str, Any]]:
+    """Returns `bytes` and `sha256` by file of a folder.
 
     Raises:
       InputError: no manifest, or one that is not ours.
     """
-    files = read_json(root / MANIFEST).get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values()
-    ):
+    path = epath.Path(root) / MANIFEST
+    files = read_json(path).get("files")
+    if not isinstance(files, dict) or not all(map(_is_record, files.values())):
         raise InputError(
-            f"{root / MANIFEST}: expected 'files' with bytes and sha256 of each; received something else"
+            f"{path}: expected 'files' with bytes and sha256 of each; received something else"
         )
     return files
 
 
-def check_sizes(root: Folder) -> None:
-    """Raises InputError when a file of the manifest is missing or of another size; quick."""
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and {"bytes", "sha256"} <= set(value)
+
+
+def check_sizes(root: epath.PathLike) -> None:
+    """Compares sizes with a folder's manifest, which is quick.
+
+    Raises:
+      InputError: a file of the manifest is missing or of another size.
+    """
     for name, record in read_manifest(root).items():
         path = epath.Path(root) / name
-        size = path.stat().length if path.exists() and not path.is_dir() else None
+        size = _size_of(path)
         if size != record["bytes"]:
             received = "no such file" if size is None else f"{size} bytes"
             raise InputError(
@@ -81,19 +104,32 @@ def check_sizes(root: Folder) -> None:
             )
 
 
-def check_hashes(root: Folder, progress: Callable[[int], object] = lambda _: None) -> int:
-    """Reads every file of the manifest; returns how many bytes.
+def _size_of(path: epath.Path) -> int | None:
+    # A folder in a file's place has a length as well.
+    if path.is_dir() or not path.exists():
+        return None
+    return path.stat().length
+
+
+def check_hashes(root: epath.PathLike, progress: Callable[[int], object] = _ignore) -> int:
+    """Reads every file of a folder's manifest, and returns the number of bytes.
+
+    Args:
+      root: the folder.
+      progress: as in `checksum`.
 
     Raises:
       InputError: a file is missing, or its size or hash is another.
     """
     check_sizes(root)
-    files = read_manifest(root)
-    for name, record in files.items():
-        received = checksum(root / name, progress)["sha256"]
+    total = 0
+    for name, record in read_manifest(root).items():
+        path = epath.Path(root) / name
+        received = checksum(path, progress)["sha256"]
         if received != record["sha256"]:
             raise InputError(
-                f"{root / name}: expected SHA-256 {record['sha256'][:16]}... (its manifest); received "
-                f"{received[:16]}..."
+                f"{path}: expected SHA-256 {record['sha256'][:SHOWN_DIGITS]}... (its manifest); received "
+                f"{received[:SHOWN_DIGITS]}..."
             )
-    return sum(record["bytes"] for record in files.values())
+        total += record["bytes"]
+    return total

@@ -1,4 +1,4 @@
-"""The directory of a run: where its records, images and checkpoints live, and whose run it is.
+"""The directory of a run: the places of its records, images and checkpoints, and whose run it is.
 
 It may be in a bucket. Files are written whole, so a reader never sees half of one; records are appended a line at a
 time and cut back to the restored step on resume.
@@ -19,26 +19,41 @@ from marble_jax.storage.files import append, location, write_whole
 
 
 def jsonable(value: Any) -> Any:
-    """`value` as JSON knows it; tuples become lists, non-finite numbers null."""
+    """Returns a value as JSON knows it: tuples and arrays become lists, non-finite numbers null."""
     if isinstance(value, dict):
-        return {str(k): jsonable(v) for k, v in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    arrays = (np.ndarray, np.generic)
-    if (
-        isinstance(value, arrays)
-        or hasattr(value, "__jax_array__")
-        or hasattr(value, "addressable_shards")
-    ):
-        value = np.asarray(value).tolist()
-        return (
-            jsonable(value)
-            if isinstance(value, list)
-            else jsonable(float(value) if isinstance(value, float) else value)
-        )
+        return [jsonable(item) for item in value]
+    if _is_array(value):
+        return jsonable(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _is_array(value: Any) -> bool:
+    # JAX's arrays are known by what they can do, so that this module does without JAX.
+    if hasattr(value, "__jax_array__") or hasattr(value, "addressable_shards"):
+        return True
+    return isinstance(value, (np.ndarray, np.generic))
+
+
+def check_is_folder(what: str, path: epath.Path, noun: str = "directory") -> None:
+    """Makes sure that a path is a folder, or may become one.
+
+    Args:
+      what: names the path in errors.
+      path: the path, which need not exist.
+      noun: what is expected, in errors.
+
+    Raises:
+      InputError: the path is a file, or below one.
+    """
+    for place in (path, *path.parents):
+        if place.exists():
+            if place.is_dir():
+                return
+            raise InputError(f"{what}: expected a {noun}; received the file {place}")
 
 
 class Workdir:
@@ -62,7 +77,7 @@ class Workdir:
         self.report = self.path / "report.html"
 
     def check(self, config: dict[str, Any]) -> bool:
-        """Whether the directory holds this very run already; writes nothing.
+        """Returns whether the directory holds this very run already; writes nothing.
 
         Args:
           config: flat configuration of the run.
@@ -70,47 +85,43 @@ class Workdir:
         Raises:
           InputError: the place is not a directory, holds other files, or holds a run with another configuration.
         """
-        record, config = self.path / "config.json", jsonable(config)
-        for place in (self.path, *self.path.parents):
-            if place.exists():
-                if not place.is_dir():
-                    raise InputError(f"workdir: expected a directory; received the file {place}")
-                break
-        if not record.exists():
-            # A kill can leave the half-written record behind.
-            if self.path.exists() and any(
-                not p.name.endswith(".partial") for p in self.path.iterdir()
-            ):
-                raise InputError(
-                    f"workdir: expected an empty or new directory, or one made by train; received "
-                    f"{self.path} with other files in it"
-                )
+        config = jsonable(config)
+        check_is_folder("workdir", self.path)
+        if not (self.path / "config.json").exists():
+            self._check_no_other_files()
             return False
-        there = self.config()
-        # A key that is younger than the run has its default there.
-        there = {key: jsonable(KEYS[key].default) for key in config if key in KEYS} | there
-        for key in sorted(set(config) | set(there)):
-            if config.get(key) != there.get(key) and not may_change_on_resume(key, config):
+        recorded = _with_defaults(self.config(), config)
+        for key in sorted(set(config) | set(recorded)):
+            if config.get(key) != recorded.get(key) and not may_change_on_resume(key, config):
                 raise InputError(
-                    f"workdir {self.path} holds another run: {key}: expected {there.get(key)!r} (its own)"
+                    f"workdir {self.path} holds another run: {key}: expected {recorded.get(key)!r} (its own)"
                     f"; received {config.get(key)!r}; choose another --workdir"
                 )
         return True
 
+    def _check_no_other_files(self) -> None:
+        if not self.path.exists():
+            return
+        for file in self.path.iterdir():
+            # A kill can leave the half-written record of the configuration behind.
+            if not file.name.endswith(".partial"):
+                raise InputError(
+                    f"workdir: expected an empty or new directory, or one made by train; received "
+                    f"{self.path} with other files in it"
+                )
+
     def config(self) -> dict[str, Any]:
-        """The flat configuration of the run that is there; from run.json, which repeats it, if config.json is damaged.
+        """Returns the flat configuration of the run in this directory.
+
+        It is read from run.json, which repeats it, where config.json is damaged.
 
         Raises:
           InputError: there is none, or both are damaged.
         """
-        for name, inner in (("config.json", None), ("run.json", "config")):
-            try:
-                found = json.loads((self.path / name).read_bytes())
-                found = found if inner is None else found[inner]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if isinstance(found, dict):
-                return found
+        for name, section in (("config.json", None), ("run.json", "config")):
+            config = _read_config(self.path / name, section)
+            if config is not None:
+                return config
         raise InputError(
             f"workdir: expected a JSON object in {self.path / 'config.json'}; received something else"
         )
@@ -140,6 +151,7 @@ class Workdir:
         write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
+        """Writes a value as JSON, whole or not at all."""
         self.write_text(name, json.dumps(jsonable(value), indent=1) + "\n")
 
     def append(self, file: epath.Path, record: dict[str, Any]) -> None:
@@ -147,23 +159,53 @@ class Workdir:
         append(file, json.dumps(jsonable(record)) + "\n")
 
     def read(self, file: epath.Path) -> list[dict[str, Any]]:
-        """All whole lines of a record file; a last line cut short by a kill is left out."""
+        """Returns the records of all whole lines of a file; a last line cut short by a kill is left out."""
         if not file.exists():
             return []
         records = []
         for line in file.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(record, dict) or "step" not in record:
+            record = _parse_record(line)
+            # Nothing after a damaged line can be trusted.
+            if record is None:
                 break
             records.append(record)
         return records
 
     def truncate(self, step: int) -> None:
-        """Drops what a killed run recorded after the step it is resumed from (`step` optimiser steps are done)."""
-        for file, keep in ((self.metrics, step - 1), (self.evaluations, step)):
+        """Drops what a killed run recorded after the step that it is resumed from.
+
+        Args:
+          step: number of optimiser steps that are done.
+        """
+        # The record of a step is written with the step's number from 0, an evaluation with the number of steps done.
+        for file, last in ((self.metrics, step - 1), (self.evaluations, step)):
             if file.exists():
-                records = [r for r in self.read(file) if r["step"] <= keep]
-                self.write_text(file.name, "".join(json.dumps(r) + "\n" for r in records))
+                lines = [json.dumps(record) for record in self.read(file) if record["step"] <= last]
+                self.write_text(file.name, "".join(f"{line}\n" for line in lines))
+
+
+def _read_config(file: epath.Path, section: str | None) -> dict[str, Any] | None:
+    """The configuration in a file, or in a section of its object; None where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_bytes())
+        config = content if section is None else content[section]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of JSON; None for a damaged line."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or "step" not in record:
+        return None
+    return record
+
+
+def _with_defaults(recorded: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the keys that are younger than its run, which have their defaults there."""
+    younger = [key for key in config if key in KEYS and key not in recorded]
+    return recorded | {key: jsonable(KEYS[key].default) for key in younger}

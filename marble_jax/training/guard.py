@@ -70,6 +70,7 @@ class Guard:
           NotFinite: enough; `state` is good.
           InputError: `state` is not.
         """
+        # A skipped update keeps the state good; that it did is checked all the same before it may be saved.
         good = bool(all_finite(state))
         self._bad_in_a_row += 1
         if good and not record["training/skipped"]:
@@ -81,6 +82,7 @@ class Guard:
             problem = f"no finite gradient in {self._bad_in_a_row} step(s) in a row"
         problem += f" after step {int(state.step)}"
         if self._policy == "rollback" and self._num_rollbacks < self._max_rollbacks:
+            # The checkpoint is older than the bad steps, so patience starts anew.
             self._num_rollbacks += 1
             self._bad_in_a_row = 0
             return self._rollback(problem, self._num_rollbacks)

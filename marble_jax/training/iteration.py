@@ -81,9 +81,11 @@ def advantages_of(
     """
     rewards = per_reward(scores.values, scores.valid, groups, sampling.scale)
     mask = scores.valid if mask is None else mask
+    # The mask comes after the statistics: a reward's mean and deviation are those of all of its scores.
     if sampling.scalarize == "none":
         return rewards, np.where(mask, rewards.values, 0), rewards.valid & mask
     weights = np.asarray(sampling.reward_weights) if sampling.reward_weights else None
+    # Scalarized, it comes before: the rewards that are not trained on have no part in the one advantage.
     if sampling.scalarize == "gdpo":
         scalarized = gdpo(scores.values, mask, groups, weights)
     else:
@@ -151,6 +153,7 @@ class Iteration:
         Raises:
           RewardError: a reward failed and the run is not to go on without it.
         """
+        # On the host: a key on the training mesh would tie the noise to that mesh.
         run_key = jax.random.wrap_key_data(jnp.asarray(distributed.to_host(state.key)))
         key = stream_key(run_key, Stream.ROLLOUT_NOISE, int(state.step))
         return self.collector(*self.rollout_policy(state), samples, key, progress)
@@ -175,6 +178,7 @@ class Iteration:
         start = time.perf_counter()
         with phase("train"):
             state, metrics = program(state, self.params, batch)
+            # Reading the numbers waits for the step, so its seconds are those of the device.
             trained_on = flat_metrics(metrics, names)
         seconds = rollout.seconds | {"train": time.perf_counter() - start}
         record: dict[str, Any] = {"step": step, "time": time.time()}

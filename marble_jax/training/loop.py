@@ -102,6 +102,7 @@ def train(
     with stop_requests() as stops:
         run = _Run(state, iteration, cadence, hooks, console, stops)
         with run.saved_on_failure():
+            # Whoever restores a run makes up for an evaluation that it may have stopped in.
             if run.step == 0:
                 run.evaluate()
             while run.step < cadence.num_steps and not stops.agreed():
@@ -153,6 +154,7 @@ class _Run:
             return True
         if self._cadence.evaluates(done):
             self.evaluate()
+        # A machine that is taken away may not last until the next check.
         if self._cadence.saves(done) or self._stops.agreed():
             self._save()
         if self._cadence.exports(done):
@@ -187,6 +189,7 @@ class _Run:
 
     def _sampled(self, bar: Any, count: int) -> None:
         bar.update(count)
+        # Between batches of images, where a step can be given up without loss.
         self._stops.give_way()
 
     def evaluate(self) -> None:
@@ -213,6 +216,7 @@ class _Run:
         try:
             yield
         except (RewardError, NotFinite) as error:
+            # Nothing has been learnt yet: there is no state worth a checkpoint.
             if self.step == 0:
                 raise
             self.save_once()

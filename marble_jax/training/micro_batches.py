@@ -106,6 +106,7 @@ def training_order(
     def cut(x: jax.Array) -> jax.Array:
         return x[order].reshape(num_slices, micro_batch_size, *x.shape[1:])
 
+    # Slices are taken one after the other; the samples of each are split over the devices.
     kept = jax.vmap(shards.split)(jax.tree.map(cut, batch.kept))
     return TrainingOrder(
         kept=kept,
@@ -125,6 +126,7 @@ def frozen_policies(
 
     def frozen(adapter: Adapter | None) -> Velocity:
         def at(xt: jax.Array, sigma: jax.Array, cond: Any) -> jax.Array:
+            # Stated here too: what an objective reckons on the way need not keep the split.
             xt, sigma, cond = shards.split((xt, sigma, cond))
             return jax.lax.stop_gradient(velocity(params, adapter, xt, sigma, cond))
 
@@ -165,6 +167,7 @@ def micro_batch(
         cond=shards.split(jax.tree.map(lambda leaf: leaf[prompt], cond)),
         key=jax.random.fold_in(order.key, index),
     )
+    # Noise is drawn whole, the same on any number of devices, and split behind that.
     samples = shards.split(objective.prepare(draws, policies, anchors))
     return MicroBatch(samples, order.advantages[part], order.valid[part])
 
@@ -174,6 +177,7 @@ def sum_over(body: Callable[[jax.Array], Any], indices: Sequence[int]) -> Any:
 
     `body` is traced once, for the shapes and for the loop: tracing a transformer takes seconds.
     """
+    # A scan alone would trace it a second time to learn the shapes of its zeros.
     traced, shapes = jax.make_jaxpr(body, return_shape=True)(jnp.zeros((), jnp.int32))
     body_leaves = jaxpr_as_fun(traced)
     leaves, structure = jax.tree.flatten(shapes)

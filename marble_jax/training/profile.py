@@ -21,7 +21,7 @@ from marble_jax.storage.manifest import files_below
 
 
 def parse_steps(text: str) -> range:
-    """The steps of "3-5" or "4", counted from 1 as the step line does; none of an empty text.
+    """Steps of "3-5" or "4", counted from 1 as the step line does; none of an empty text.
 
     Raises:
       InputError: something else, or steps in the wrong order.
@@ -29,7 +29,11 @@ def parse_steps(text: str) -> range:
     if not text:
         return range(0)
     match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    first = last = 0
+    if match:
+        first = int(match[1])
+        last = int(match[2] or first)
+    # Steps in the wrong order, step 0, and what is no match at all.
     if not 1 <= first <= last:
         raise InputError(
             f"logging.profile_steps: expected steps such as 3-5 or 4, counted from 1; received {text!r}"
@@ -51,9 +55,12 @@ class Profiler:
     """
 
     def __init__(self, steps: range, directory: str | os.PathLike):
-        self._steps, self._directory, self._running = steps, str(directory), False
-        # The profiler writes to disks only.
-        self._local = tempfile.mkdtemp() if steps and is_remote(directory) else self._directory
+        self._steps, self._directory = steps, str(directory)
+        self._running = False
+        self._local = self._directory
+        if steps and is_remote(directory):
+            # The profiler writes to disks only.
+            self._local = tempfile.mkdtemp()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -68,6 +75,7 @@ class Profiler:
             with jax.profiler.StepTraceAnnotation("step", step_num=number):
                 yield
         except BaseException:
+            # A trace that is cut short tells more than none.
             self.stop()
             raise
         if self._running and number + 1 not in self._steps:
@@ -75,12 +83,13 @@ class Profiler:
 
     def stop(self) -> None:
         """Writes the trace under way, if there is one."""
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
-            if self._local != self._directory:
-                for name in files_below(epath.Path(self._local)):
-                    write_whole(
-                        epath.Path(self._directory) / name,
-                        (epath.Path(self._local) / name).read_bytes(),
-                    )
+        if not self._running:
+            return
+        self._running = False
+        jax.profiler.stop_trace()
+        if self._local == self._directory:
+            return
+        source, target = epath.Path(self._local), epath.Path(self._directory)
+        for name in files_below(source):
+            content = (source / name).read_bytes()
+            write_whole(target / name, content)

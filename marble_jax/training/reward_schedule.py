@@ -67,6 +67,7 @@ class Dropout:
 
     @staticmethod
     def _draw(seed: int, step: int, name: str) -> float:
+        # By its name, so that the draw does not depend on which other rewards there are.
         number = zlib.crc32(name.encode())
         return stream_generator(seed, Stream.REWARD_DROPOUT, step, number).random()
 
@@ -93,6 +94,7 @@ class RewardSchedule:
 
     def begins(self, step: int) -> bool:
         """Whether that step is the first of a stage other than the first: what alpha knows is of other rewards."""
+        # The first stage has no alpha of other rewards behind it.
         return any(stage.first == step for stage in self.stages[1:])
 
     def sources(self, step: int) -> tuple[str, ...]:

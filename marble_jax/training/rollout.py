@@ -90,6 +90,7 @@ class Collector:
             x0, images = self._sampled(
                 params, adapter, _rows(cond, group), jax.random.fold_in(key, number)
             )
+            # Host rewards work on this batch while the next one is sampled.
             pending.append(self.scorer.submit(images, [draw.prompts[i] for i in index]))
             latents.append(self.spread(x0))
             # Labels within the batch: a global one can be beyond the number of segments.
@@ -101,6 +102,7 @@ class Collector:
         with phase("rewards"):
             scores = concatenate([p.result() for p in pending], count)
         seconds = {"rollout": sampled - start, "rewards_wait": self.scorer.waited_seconds - waited}
+        # The last batch may have been filled up.
         x0 = jnp.concatenate(latents)[:count]
         return Rollout(x0, scores, cond, draw.groups, _mean_health(health), seconds)
 

@@ -49,7 +49,9 @@ class TrainState:
     @property
     def seed(self) -> int:
         """The key as one number, for prompts; at first the seed that it was made of."""
-        return int.from_bytes(np.asarray(self.key).astype(">u4").tobytes(), "big")
+        # Big-endian words, so that the key of a small seed is that seed on every machine.
+        words = np.asarray(self.key).astype(">u4")
+        return int.from_bytes(words.tobytes(), "big")
 
 
 def initial_state(
@@ -63,6 +65,7 @@ def initial_state(
 
     Every leaf has a buffer of its own, because steps are given the whole state to overwrite.
     """
+    no_score = jnp.asarray(-jnp.inf, jnp.float32)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(jax.random.key(seed)),
@@ -72,8 +75,9 @@ def initial_state(
         opt_state=optimizer.init(adapter),
         alpha=alpha_state.init(num_rewards),
         balancer=balancer_state,
-        best_score=jnp.asarray(-jnp.inf, jnp.float32),
+        best_score=no_score,
         best_step=jnp.zeros((), jnp.int32),
         best=adapter,
     )
+    # Three policies that share a buffer could not be donated.
     return jax.tree.map(jnp.copy, state)

@@ -65,6 +65,7 @@ def make_steps(
             for solved in ("all", "first", "none")
         )
         return Steps(first, refresh, between, refresh_every, keeps)
+    # The first step and the refreshes are one program, compiled once.
     exact = _compiled(exact_step(recipe, velocity, optimizer))
     if mode == "exact":
         return Steps(exact, exact, exact, 1, keeps)

@@ -52,6 +52,7 @@ def stop_requests() -> Iterator[StopRequests]:
 
     def handler(number: int, _: FrameType | None) -> None:
         requests.received.append(number)
+        # A second signal meets the handler that was there before, which ends the process.
         signal.signal(number, before[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,5 +60,5 @@ def stop_requests() -> Iterator[StopRequests]:
     try:
         yield requests
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for number in before:
+            signal.signal(number, before[number])

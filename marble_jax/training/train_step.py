@@ -139,6 +139,7 @@ def exact_step(
         sums = _whole_batch_sums(parts, harmonization.anchor_every)
         mean = mean_gradients(sums)
         gram = tree.gram(mean.gradients)
+        # A reward without a valid sample in the whole batch has no gradient to balance.
         active = sums.counts[:rewards] > 0
         solution = harmonization.balancer(gram[:rewards, :rewards], active, state.balancer)
         alpha = alpha_state.refresh(
@@ -225,6 +226,7 @@ def solution_metrics(solution: Solution) -> Metrics:
 def _reward_diagnostics(gram: jax.Array, weights: jax.Array, alpha: jax.Array) -> Metrics:
     """What the update does to every reward, without the row of a scalarized objective."""
     num_rewards, num_objectives = len(alpha), len(gram)
+    # A scalarized objective has no alpha of its own.
     padded = jnp.pad(alpha, (0, num_objectives - num_rewards))
     is_reward = jnp.arange(num_objectives) < num_rewards
     metrics = diagnostics.from_gram(gram, weights, is_reward, padded)
@@ -241,6 +243,7 @@ def amortized_step(
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         parts = MicroBatches(recipe, velocity, state, params, batch)
+        # Every image is a sample at each of its timesteps, valid at all of them or at none.
         counts = jnp.sum(batch.valid, axis=0) * recipe.timesteps.num_trained
         num_samples = len(batch.prompt) * recipe.timesteps.num_trained
         weights = alpha_state.active_weights(state.alpha, counts[:rewards] > 0)

@@ -77,6 +77,7 @@ def _solved_part(recipe: Recipe, parts: MicroBatches, state: TrainState, num_sol
     def solve(carry: Carry, index: jax.Array) -> tuple[Carry, None]:
         total, alpha, _ = carry
         part = parts.at(index)
+        # Upstream knows no scalarized objective beside the rewards.
         part = MicroBatch(part.samples, part.advantages[:, :rewards], part.valid[:, :rewards])
         # Reduced here and not after the loop: alpha is solved on this micro-batch alone.
         sums = parts.all_reduce(parts.reward_sums(part))
@@ -93,11 +94,14 @@ def _solved_part(recipe: Recipe, parts: MicroBatches, state: TrainState, num_sol
             "objective/loss": jnp.sum(solution.weights * mean.losses),
             "objective/kl": mean.kl,
         }
-        return (tree.add(total, tree.scale(combined, 1.0 / parts.count)), alpha, metrics), None
+        # Upstream adds up the gradients of micro-batches, each divided by their number.
+        total = tree.add(total, tree.scale(combined, 1.0 / parts.count))
+        return (total, alpha, metrics), None
 
     gradient = tree.zeros_like(state.current)
     first = jnp.zeros((), jnp.int32)
     shapes = jax.eval_shape(lambda: solve((gradient, state.alpha, {}), first)[0][2])
+    # A scan wants its carry whole from the start; the numbers of the last turn stay.
     no_metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     indices = jnp.arange(num_solves, dtype=jnp.int32)
     carry, _ = jax.lax.scan(solve, (gradient, state.alpha, no_metrics), indices)

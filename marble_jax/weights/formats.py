@@ -86,7 +86,7 @@ class FileFormats:
     """Names and layouts of a family's files.
 
     Attributes:
-      name: of the family in messages, such as "SD3".
+      name: of the family in messages.
       article: of `name`, "a" or "an".
       pipeline: `_class_name` of its model_index.json.
       diffusers_version: oldest version of diffusers that has the pipeline.

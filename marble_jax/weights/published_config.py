@@ -50,7 +50,7 @@ def config_from(
 
 
 def check_heads(what: str, width: int, heads: int) -> None:
-    """Raises InputError unless a width divides into heads; `what` begins the message, such as "CLIP config"."""
+    """Raises InputError unless a width divides into heads; `what` begins the message, such as "X config"."""
     if width % heads:
         raise InputError(
             f"{what} num_attention_heads: expected a divisor of hidden_size {width}; received {heads}"

@@ -43,7 +43,7 @@ class TensorShapes:
     """
 
     def __init__(self, file: SafetensorsFile, prefix: str, names: Iterable[str], model: str):
-        """The tensors `names` of a file; `model` says in messages what the file should be ("an SD3")."""
+        """The tensors `names` of a file; `model`, with its article, says in messages what the file should be."""
         self.names = set(names)
         self._file = file
         self._prefix = prefix

@@ -23,7 +23,7 @@ from marble_jax.families.sd3.sharding_rules import ADAPTER, component_rules, tra
 from marble_jax.networks import autoencoder_kl, blip, clip, t5
 from marble_jax.networks.sharding_rules import AUTOENCODER, REWARDS, TEXT_ENCODERS
 from marble_jax.families.sd3.published import CLIP_G, CLIP_L, T5_XXL, VAE
-from marble_jax.programs import build
+from marble_jax.programs.locations import resolve_path
 from marble_jax.storage.files import read_json
 
 MESHES = ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8))
@@ -38,7 +38,7 @@ def shallow(config):
 def shapes() -> dict[str, tuple[ShardingRules, dict]]:
     """(sharding rules, abstract parameters) by name, in published sizes, and the embedded transformer."""
     own = MMDiTConfig.from_dict(
-        read_json(build.place_of("embedded", "pipeline") / "transformer" / "config.json")
+        read_json(resolve_path("embedded", "pipeline") / "transformer" / "config.json")
     )
     found = {
         name: (
@@ -201,7 +201,7 @@ def in_eight_devices() -> dict[str, float]:
     """Runs in a process with eight devices: the embedded transformer read straight into its shards."""
     from marble_jax.weights import key_map
 
-    directory = build.place_of("embedded", "pipeline") / "transformer"
+    directory = resolve_path("embedded", "pipeline") / "transformer"
     mesh = device_mesh.make_mesh(1, 8, 1)
     counted, whole = [0], key_map.copy
 
@@ -250,7 +250,7 @@ def in_eight_devices() -> dict[str, float]:
 
 def texts_in_eight_devices() -> dict[str, float]:
     """The text encoders split over a host's devices: how far conditioning is from theirs, and bytes on a device."""
-    root = build.place_of("embedded", "pipeline")
+    root = resolve_path("embedded", "pipeline")
     prompts = ["a red star", 'the word "go" on a green field', ""]
     whole = text.load_text_encoders(root)
     split = text.load_text_encoders(

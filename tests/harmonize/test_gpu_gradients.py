@@ -14,8 +14,9 @@ from stacked_trees import take
 
 from marble_jax import tree
 from marble_jax.distributed import device_mesh
+from marble_jax.config import settings_of
 from marble_jax.plan import aot
-from marble_jax.plan.model_shapes import architecture
+from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.training.batch_sizes import derive_sizes
 from tools.benchmark import ours
 from tools.benchmark.sizes import SIZES, make_problem
@@ -95,9 +96,9 @@ def test_a_whole_exact_step_compiles():
     config.model.update(dtype="bfloat16", attention="cudnn")
     config.harmonize.mode = "exact"
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-    jobs = aot.jobs(
-        config, architecture(config), derive_sizes(config.rollout, config.training, 1), mesh
-    )
+    settings = settings_of(config)
+    sizes = derive_sizes(settings.rollout, settings.training, 1)
+    jobs = aot.jobs(settings, model_shapes(settings), sizes, mesh)
     step, arguments = jobs["train, solving"]
     text = step.trace(*arguments).lower().compile().as_text()
     assert "fmhaSoftmaxBackward" in text

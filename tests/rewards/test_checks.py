@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.programs.build import place_of
+from marble_jax.programs.locations import resolve_path
 from marble_jax.rewards import checks, throughput
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.geneval import GenEvalReward
@@ -275,7 +275,7 @@ def test_speed_and_weights():
 def test_the_embedded_rewards_score_as_recorded():
     """After training them anew: marble-jax reward check --path=embedded --write."""
     pytest.importorskip("rapidocr")
-    directory = place_of("embedded", "rewards")
+    directory = resolve_path("embedded", "rewards")
     expected = golden_images.read_expected(directory, 64)
     assert set(expected) == {"alignment", "preference", "aesthetic", "ocr", "geneval", "judge"}
     found = checks.run_checks(

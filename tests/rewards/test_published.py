@@ -161,9 +161,11 @@ def test_openclip_config_and_safetensors(root, paths, references):
 
 def test_one_tower_is_run_once_a_batch(root, clip, references, monkeypatch):
     encoder = ClipEncoder.load(root / "clip")
-    calls, run = [], encoder._pixels
+    calls, run = [], encoder._compiled_image_features
     monkeypatch.setattr(
-        encoder, "_pixels", lambda params, pixels: calls.append(len(pixels)) or run(params, pixels)
+        encoder,
+        "_compiled_image_features",
+        lambda params, pixels: calls.append(len(pixels)) or run(params, pixels),
     )
     head = root / "sac+logos+ava1-l14-linearMSE.pth"
     rewards = [

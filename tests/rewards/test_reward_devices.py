@@ -12,29 +12,31 @@ def scores() -> dict[str, dict[str, object]]:
     """Runs in a process with eight devices: by mesh, gaps to one device and what the devices hold of the images."""
     import jax
     import numpy as np
-    from marble_jax.families.sd3.pipeline import load_pipeline
+    from loaded_pipeline import load_pipeline
 
     from marble_jax import distributed
     from marble_jax.distributed import device_mesh
-    from marble_jax.programs import build
+    from marble_jax.programs.locations import read_prompts, resolve_path
+    from marble_jax.programs.open_model import decode_size
+    from marble_jax.rewards.placement import place_rewards
     from marble_jax.rewards.registry import load_rewards
     from marble_jax.rewards.scorer import Scorer
 
     names = ("alignment", "preference", "aesthetic", "judge", "ocr", "geneval")
-    pipeline = load_pipeline(build.place_of("embedded", "pipeline"), text_encoders=False)
-    prompts = [p for part in build.read_prompts("embedded", "test").values() for p in part[:8]][:16]
+    pipeline = load_pipeline(resolve_path("embedded", "pipeline"), text_encoders=False)
+    prompts = [p for part in read_prompts("embedded", "test").values() for p in part[:8]][:16]
     latents = jax.random.normal(jax.random.key(0), (16, *pipeline.latent_shape(64, 64)))
 
     def scored(mesh):
         sharding = device_mesh.image_sharding(mesh, 16)
         images = pipeline.decode(
             latents,
-            build.decode_size(16, mesh),
+            decode_size(16, mesh),
             lambda part: distributed.device_put_global(part, sharding),
         )
         images = distributed.device_put_global(images, sharding)
-        rewards = load_rewards(build.place_of("embedded", "rewards"), names)
-        build.place_rewards(mesh, rewards)
+        rewards = load_rewards(resolve_path("embedded", "rewards"), names)
+        place_rewards(mesh, rewards)
         scorer = Scorer(rewards)
         try:
             return images, scorer.submit(images, prompts).result()

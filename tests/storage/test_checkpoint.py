@@ -15,7 +15,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.storage import checkpoint
-from marble_jax.storage.checkpoint import SEALED, Checkpoints
+from marble_jax.storage.checkpoint import HAS_MANIFEST, Checkpoints
 
 
 def state_of(step):
@@ -157,7 +157,7 @@ def without_manifest(place, step):
             {k: v for k, v in json.loads(notes.read_text()).items() if k != "custom_metadata"}
         )
     )
-    assert SEALED not in notes.read_text()
+    assert HAS_MANIFEST not in notes.read_text()
 
 
 def test_one_that_never_had_a_manifest_is_tried(place):

@@ -19,7 +19,7 @@ from marble_jax.evaluation.score_file import ScoreFile
 from marble_jax.programs.export import new_folder
 from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_report
-from marble_jax.storage.checkpoint import Checkpoints, _problem_in
+from marble_jax.storage.checkpoint import Checkpoints, problem_in
 from marble_jax.storage.files import append, is_remote, location, write_whole
 from marble_jax.storage.images import ImageFolder, read_image, save_png
 from marble_jax.storage.manifest import files_below
@@ -120,15 +120,13 @@ def test_a_checkpoint_is_checked_where_it_is(bucket, tmp_path):
     for name in files_below(tmp_path):
         write_whole(f"{bucket}/checkpoints/{name}", (tmp_path / name).read_bytes())
     place = epath.Path(f"{bucket}/checkpoints/1")
-    assert _problem_in(place) == ""
+    assert problem_in(place) == ""
     file = place / next(name for name in files_below(place) if name.startswith("default/d/"))
     file.write_bytes(file.read_bytes()[:-1])
-    assert f"{file}: expected" in _problem_in(place) and "bytes (its manifest)" in _problem_in(
-        place
-    )
+    assert f"{file}: expected" in problem_in(place) and "bytes (its manifest)" in problem_in(place)
     (place / "manifest.json").unlink()
     (place / "commit_success.txt").unlink()
-    assert "expected a complete checkpoint; received one without commit_success.txt" in _problem_in(
+    assert "expected a complete checkpoint; received one without commit_success.txt" in problem_in(
         place
     )
     assert Checkpoints(f"{bucket}/checkpoints").steps() == [1]

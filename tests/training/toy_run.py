@@ -95,7 +95,7 @@ def run(place, say=print):
 
 
 def stall_at(place, step):
-    """Makes the sealing of one checkpoint never end."""
+    """Makes the checksums of one checkpoint never end."""
     checksum = checkpoint.checksum
 
     def stalling(path):

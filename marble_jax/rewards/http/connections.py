@@ -189,7 +189,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         deadline = time.monotonic() + self.server.options.read_seconds
         self.rfile = io.BufferedReader(_Arrival(self.connection, deadline))
         self._answered = False
-        # The base class sets these from the request line and reads them for an answer, which may come before.
+        # The base class sets these from the request line and reads them for an answer, which may
+        # come before.
         self.requestline = ""
         self.request_version = self.protocol_version
         self.command = ""
@@ -264,7 +265,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return True
         sent = self.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         expected = f"Bearer {token}".encode()
-        # Takes as long for every wrong token, so that the time does not tell how much of it is right.
+        # Takes as long for every wrong token, so that the time does not tell how much of it is
+        # right.
         return hmac.compare_digest(sent, expected)
 
     def _body_length(self) -> int:

@@ -40,7 +40,8 @@ def encode_png(image: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    # The least compression: higher levels take several times as long for a few per cent of the bytes.
+    # The least compression: higher levels take several times as long for a few per cent of the
+    # bytes.
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 

@@ -79,11 +79,13 @@ def post(url: str, body: bytes, headers: Mapping[str, str], policy: CallPolicy) 
     connection = _connection(url, policy.connect_seconds)
     try:
         connection.connect()
-        # Kept, since `connection` lets go of its socket when the answer says that it will be closed.
+        # Kept, since `connection` lets go of its socket when the answer says that it will be
+        # closed.
         wire = connection.sock
         wire.settimeout(policy.answer_seconds)
         connection.request("POST", path, body, dict(headers))
-        # A time of 0 would make the socket one that never waits, so a deadline that has passed is a short time.
+        # A time of 0 would make the socket one that never waits, so a deadline that has passed is a
+        # short time.
         wire.settimeout(max(0.01, deadline - time.monotonic()))
         answer = connection.getresponse()
         received = _read(url, answer, wire, deadline, policy.max_answer_bytes)
@@ -131,7 +133,8 @@ def _read(
       TimeoutError: there is no time left.
     """
     received = bytearray()
-    # `read1` gives what has arrived; `read` would wait for the whole body, each byte of which renews the time-out.
+    # `read1` gives what has arrived; `read` would wait for the whole body, each byte of which
+    # renews the time-out.
     while chunk := answer.read1(_CHUNK):
         received += chunk
         if len(received) > max_bytes:

@@ -155,7 +155,8 @@ def _decode_images(
         end = start + _num_bytes(what, entry, len(body) - start)
         image = decode_image(what, entry, body[start:end], limits, len(entries))
         images.append(image)
-        # Checked at once, not at the end: what is held in memory stays within the limit on all pixels.
+        # Checked at once, not at the end: what is held in memory stays within the limit on all
+        # pixels.
         if image.shape != images[0].shape:
             raise ProtocolError(
                 400,

@@ -151,7 +151,8 @@ class RewardServer(ConnectionServer):
             raise ProtocolError(
                 504, f"reward {reward.name}: expected scores within {seconds:g} s; received none"
             ) from None
-        # A reward is foreign code: whatever it raises, even on its way out of the program, costs one answer.
+        # A reward is foreign code: whatever it raises, even on its way out of the program, costs
+        # one answer.
         except (Exception, SystemExit) as error:
             reason = one_line(error)
             log.warning("reward %s failed: %s", reward.name, reason)
@@ -170,7 +171,8 @@ class RewardServer(ConnectionServer):
 
     def _score_on_device(self, reward: Reward, images: np.ndarray, request: Request) -> base.Result:
         count = len(images)
-        # Filled up to a power of two: programs are compiled for few batch sizes, not for each that a client sends.
+        # Filled up to a power of two: programs are compiled for few batch sizes, not for each that
+        # a client sends.
         padded_size = 1 << (count - 1).bit_length()
         rows = np.arange(padded_size) % count
         prompts = [request.prompts[i] for i in rows]

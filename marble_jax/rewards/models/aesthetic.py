@@ -60,12 +60,13 @@ def fold_head(source: Tensors, prefix: str = "") -> dict[str, np.ndarray]:
     """
     names = [f"{prefix}layers.{position}" for position in LAYERS]
     _check_tensors(source, names, prefix)
-    width = source.read(f"{names[0]}.weight").shape[-1]
+    first_weight, _ = _read_layer(source, names[0])
+    width = first_weight.shape[-1]
+    # The map of no layer at all, to which one after the other is applied.
     weight: np.ndarray = np.eye(width)
     bias: np.ndarray = np.zeros(width)
     for name in names:
-        layer_weight = source.read(f"{name}.weight").astype(np.float64)
-        layer_bias = source.read(f"{name}.bias").astype(np.float64)
+        layer_weight, layer_bias = _read_layer(source, name)
         chains = layer_weight.ndim == 2 and layer_weight.shape[1] == weight.shape[0]
         if not chains or layer_bias.shape != layer_weight.shape[:1]:
             raise InputError(
@@ -79,6 +80,13 @@ def fold_head(source: Tensors, prefix: str = "") -> dict[str, np.ndarray]:
             f"{source.path}: {names[-1]}: expected one output; received {weight.shape[0]}"
         )
     return {"weight": weight[0].astype(np.float32), "bias": bias[0].astype(np.float32)}
+
+
+def _read_layer(source: Tensors, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns weight [out, in] and bias [out] of a layer in float64, in which five products lose nothing."""
+    weight = source.read(f"{name}.weight")
+    bias = source.read(f"{name}.bias")
+    return weight.astype(np.float64), bias.astype(np.float64)
 
 
 def _check_tensors(source: Tensors, names: Sequence[str], prefix: str) -> None:

@@ -46,7 +46,9 @@ class ClipColours:
         for index, detection in enumerate(detections):
             pixels[index] = self.preprocess.on_host(cut_out(image, detection))
         features = self.encoder.pixel_features(pixels)[: len(detections)]
-        similarities = features @ self._heads(detections[0].label).T
+        # All are of one class, hence one set of texts.
+        head = self._heads(detections[0].label)
+        similarities = features @ head.T
         return [COLOURS[index] for index in similarities.argmax(-1)]
 
     def _head(self, name: str) -> np.ndarray:

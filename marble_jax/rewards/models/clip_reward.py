@@ -89,8 +89,10 @@ class CLIPReward(Reward):
 
     def _scaled_cosine(self, params: Params, features: jax.Array, texts: jax.Array) -> jax.Array:
         """Returns scores [N] of unit vectors [N, D] of images and of their prompts."""
+        # Both are unit vectors.
         cosine = jnp.sum(features * texts, -1)
-        return cosine * self.formula.factor(self.encoder.logit_scale(params))
+        scale = self.encoder.logit_scale(params)
+        return cosine * self.formula.factor(scale)
 
     def score(
         self,

@@ -70,6 +70,7 @@ class ImageReward(Reward):
             )
         super().__init__(name=name, kind="device", params={"blip": params, "head": head})
         self.model, self.tokenize = model, tokenize
+        # Not from a preprocessor_config.json, which the published folder does not have.
         self.preprocess = Preprocess(model.vision.image_size, crop="round")
         self._score = jax.jit(self._standardised)
 
@@ -100,6 +101,7 @@ class ImageReward(Reward):
         beside = directory
         if tokenizer is not None and not has_tokenizer(directory):
             beside = Path(tokenizer)
+        # The order of the added words is that of their rows in the embedding.
         tokenize = load_tokenize(beside, MAX_TOKENS, "BertTokenizer", special=SPECIAL)
         return cls(name, model, params, fold_head(source, "mlp."), tokenize)
 
@@ -116,6 +118,7 @@ class ImageReward(Reward):
         metadata: Sequence[Metadata],
     ) -> tuple[jax.Array, jax.Array]:
         """See `Reward.score`."""
+        # Prompts are tokenized anew each time: with the image in the network there is nothing to keep for a text.
         ids = jnp.asarray(self.tokenize(prompts), jnp.int32)
         values = self._score(params, prepare(images, self.preprocess), ids)
         return values, jnp.ones(values.shape, bool)

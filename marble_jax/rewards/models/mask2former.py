@@ -189,7 +189,9 @@ class Mask2FormerDetector:
             device = "cpu"
             if torch.cuda.is_available():
                 device = "cuda"
-        return cls(model.eval().to(device), **options)
+        # Evaluation mode: dropout would make scores random.
+        model = model.eval()
+        return cls(model.to(device), **options)
 
     def detect(self, images: np.ndarray) -> list[list[Detection] | None]:
         """See `geneval_rules.Detector.detect`; raises what PyTorch raises, such as running out of memory."""
@@ -224,7 +226,8 @@ class Mask2FormerDetector:
         import torch
 
         # Channels first, PyTorch's layout.
-        images = images.to(self.model.device).permute(0, 3, 1, 2).float()
+        images = images.to(self.model.device)
+        images = images.permute(0, 3, 1, 2).float()
         height, width = images.shape[2:]
         short_edge, long_edge = self._edges
         factor = min(short_edge / min(height, width), long_edge / max(height, width))
@@ -243,7 +246,9 @@ class Mask2FormerDetector:
         Args:
           classes: logits [queries, 81], no-object last.
         """
-        likelihoods = classes.softmax(-1)[:, :-1].flatten()
+        # Without no-object, which is last.
+        of_classes = classes.softmax(-1)[:, :-1]
+        likelihoods = of_classes.flatten()
         likely, pairs = likelihoods.topk(min(MAX_DETECTIONS, likelihoods.numel()))
         # Masks only lower a score: what is below the threshold already needs none.
         above = likely > self.min_score
@@ -260,7 +265,8 @@ class Mask2FormerDetector:
         """
         inside = masks > 0
         # Mean confidence over the pixels inside; 1e-6 keeps an empty mask at 0.
-        confidence = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        total = (masks.sigmoid() * inside).sum((1, 2))
+        confidence = total / (inside.sum((1, 2)) + 1e-6)
         scores = (likely * confidence).tolist()
         detections = []
         for label, score, mask in zip(labels.tolist(), scores, inside.cpu().numpy()):
@@ -297,7 +303,9 @@ def _resized_masks(
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
     """Returns the tight box of a mask bool [H, W] with some True."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+    # A pixel is a square: the last one ends where the next would begin.
+    right, bottom = columns[-1] + 1, rows[-1] + 1
+    return float(columns[0]), float(rows[0]), float(right), float(bottom)
 
 
 def _check_loading(directory: Path, loading: Mapping[str, Any]) -> None:
@@ -308,8 +316,9 @@ def _check_loading(directory: Path, loading: Mapping[str, Any]) -> None:
         ("misshapen", "mismatched_keys"),
     ):
         if loading[key]:
+            first = sorted(loading[key])[0]
             raise InputError(
-                f"{directory}: expected exactly the network's tensors; {problem}: {sorted(loading[key])[0]}"
+                f"{directory}: expected exactly the network's tensors; {problem}: {first}"
             )
 
 

@@ -40,21 +40,6 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, beyond_one)
 
 
-FILTERS = {2: "bilinear", 3: "bicubic"}
-
-
-def _bilinear(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1 - np.abs(x), 0)
-
-
-def _bicubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic with a = -1/2, the constant of Pillow and of torch's antialiased resize."""
-    x = np.abs(x)
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    return np.where(x < 1, near, np.where(x < 2, far, 0))
-
-
 FILTERS = {"bilinear": (_bilinear, 1.0), "bicubic": (_bicubic, 2.0)}
 PLACES = 22
 """Binary places of Pillow's weights on 8-bit images: 32 less 8 for the pixel and 2 for overshoot."""
@@ -76,10 +61,13 @@ def _weights(size_in: int, size_out: int, method: str) -> np.ndarray:
     stretch = max(scale, 1.0)
     reach = radius * stretch
     centres = (np.arange(size_out) + 0.5) * scale
-    first = np.maximum((centres - reach + 0.5).astype(int), 0)
-    last = np.minimum((centres + reach + 0.5).astype(int), size_in)
+    first = (centres - reach + 0.5).astype(int)
+    last = (centres + reach + 0.5).astype(int)
+    first, last = np.maximum(first, 0), np.minimum(last, size_in)
     taps = np.arange(size_in)
-    weights = kernel((taps[None] + 0.5 - centres[:, None]) / stretch)
+    # [size_out, size_in]: how far each tap is from each centre.
+    distances = taps[None] + 0.5 - centres[:, None]
+    weights = kernel(distances / stretch)
     # Taps are cut off by whole pixels, as Pillow does, and what remains is made to sum to 1.
     within = (taps >= first[:, None]) & (taps < last[:, None])
     weights = np.where(within, weights, 0)
@@ -101,7 +89,8 @@ def _digits(size_in: int, size_out: int, method: str) -> np.ndarray:
     """Returns float32 [3, size_out, size_in]: Pillow's whole-number weights in digits of DIGIT bits, lowest first."""
     weights = _weights(size_in, size_out, method) * 2**PLACES
     # Rounded half away from zero, as a cast in C after adding the half.
-    whole = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int64)
+    half = np.copysign(0.5, weights)
+    whole = np.trunc(weights + half).astype(np.int64)
     low_bits = 2**DIGIT - 1
     low = whole & low_bits
     middle = whole >> DIGIT & low_bits
@@ -226,8 +215,9 @@ class Preprocess:
             )
         height, width, top, left = self.frame(image.shape[0], image.shape[1])
         resampling = Image.Resampling[self.method.upper()]
-        resized = np.asarray(Image.fromarray(image).resize((width, height), resampling), np.float32)
-        pixels = resized[top : top + self.size, left : left + self.size] / 255
+        resized = Image.fromarray(image).resize((width, height), resampling)
+        pixels: np.ndarray = np.asarray(resized, np.float32)
+        pixels = pixels[top : top + self.size, left : left + self.size] / 255
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return (pixels - mean) / std
 

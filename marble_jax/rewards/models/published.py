@@ -94,6 +94,7 @@ def find_folder(reward: str, directory: Path | None, name: str, kind: str) -> Pa
     Raises:
       InputError: it is nowhere, or the Hub refuses; the message says where it was looked for.
     """
+    # What lies in the directory wins over the Hub: a run without network needs no other setting.
     places = _places(reward, directory, name, kind)
     for path in places:
         if path.is_dir():

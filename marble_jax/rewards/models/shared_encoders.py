@@ -9,6 +9,8 @@ from marble_jax.rewards.models import published
 from marble_jax.rewards.models.encoder import ClipEncoder
 from marble_jax.rewards.models.tokenizer import has_tokenizer
 
+_Key = tuple[Path, str, tuple[str, ...]]
+
 
 class SharedEncoders:
     """Loads CLIP pairs by folder and keeps them for the next reward that names the same one."""
@@ -16,7 +18,8 @@ class SharedEncoders:
     def __init__(self, directory: Path | None):
         """Starts without any pair; folders are looked for in `directory`, where there is one."""
         self._directory = directory
-        self._loaded: dict[tuple[Path, str, tuple[str, ...]], ClipEncoder] = {}
+        # By folder, dtype and preferred files: with other files the same folder is another pair.
+        self._loaded: dict[_Key, ClipEncoder] = {}
 
     def get(
         self,

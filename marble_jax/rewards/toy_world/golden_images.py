@@ -115,7 +115,8 @@ def draw(ground: str, things: Sequence[Thing], side: int) -> np.ndarray:
         # Mean over the nodes of a pixel: what share of it the thing covers.
         in_pixels = inside.reshape(side, OVERSAMPLE, side, OVERSAMPLE)
         share = in_pixels.mean((1, 3))[..., None]
-        image = image * (1 - share) + np.array(INKS[thing.ink]) * share
+        ink = np.array(INKS[thing.ink])
+        image = image * (1 - share) + ink * share
     return np.round(image).astype(np.uint8)
 
 
@@ -147,7 +148,8 @@ def samples(side: int) -> tuple[np.ndarray, list[Prompt]]:
         # Partners are neighbours, 2 k and 2 k + 1: they differ in the last bit.
         partner = number ^ 1
         prompts += [prompt, SCENES[partner][2]]
-    return np.repeat(np.stack(images), 2, axis=0).astype(np.float32) / 255, prompts
+    twice = np.repeat(np.stack(images), 2, axis=0)
+    return twice.astype(np.float32) / 255, prompts
 
 
 Expected = dict[str, list[float | None]]
@@ -163,6 +165,7 @@ def read_expected(directory: Path | None, side: int) -> Expected:
     if directory is None or not (directory / FILE).exists():
         return {}
     file = directory / FILE
+    # Whatever is wrong with the file, the way out is the same: write it anew.
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         size, scores = record["size"], record["scores"]
@@ -206,6 +209,7 @@ def write_expected(
 
 
 def _six_digits(value: float | None) -> float | None:
+    """Returns a score rounded to six digits, as much as machines agree on."""
     if value is None:
         return None
     return float(f"{value:.6g}")

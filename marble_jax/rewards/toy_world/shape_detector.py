@@ -70,7 +70,8 @@ def _star() -> list[Point]:
         if number % 2:
             radius = 0.48
         turn = math.pi * number / 5 - math.pi / 2
-        corners.append((radius * math.cos(turn), radius * math.sin(turn)))
+        x, y = radius * math.cos(turn), radius * math.sin(turn)
+        corners.append((x, y))
     return corners
 
 
@@ -125,15 +126,18 @@ class Template:
         down, right = (rows - top)[:, None], columns - left
         top = top[:, None]
         table = self.distance
-        upper = table[top, left] * (1 - right) + table[top, left + 1] * right
-        lower = table[top + 1, left] * (1 - right) + table[top + 1, left + 1] * right
-        distance = (upper * (1 - down) + lower * down) * radius
+        # Bilinear interpolation between the four nodes around a pixel.
+        not_right, not_down = 1 - right, 1 - down
+        upper = table[top, left] * not_right + table[top, left + 1] * right
+        lower = table[top + 1, left] * not_right + table[top + 1, left + 1] * right
+        distance = (upper * not_down + lower * down) * radius
         return np.clip(distance * SHARPEN + 0.5, 0, 1)
 
     @staticmethod
     def _nodes(number: int, centre: float, template_centre: float, radius: float) -> np.ndarray:
         """Returns float64 [number]: where the centres of pixels lie among the table's nodes, along one axis."""
-        places = (np.arange(number) + 0.5 - centre) / radius + template_centre
+        from_centre = np.arange(number) + 0.5 - centre
+        places = from_centre / radius + template_centre
         nodes = (places + REACH) / (2 * REACH) * (GRID - 1)
         # Just below the last node, so that every place has a next one to interpolate to.
         return np.clip(nodes, 0, GRID - 1.001)
@@ -147,7 +151,8 @@ def template(shape: str) -> Template:
     # Area and centre of mass of a polygon, by the shoelace formula.
     cross = corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1]
     area = cross.sum() / 2
-    centroid = ((corners + following) * cross[:, None]).sum(0) / (6 * area)
+    moment = ((corners + following) * cross[:, None]).sum(0)
+    centroid = moment / (6 * area)
     nodes = np.linspace(-REACH, REACH, GRID)
     # [y, x, 1, 2]: the third axis is for the edges of the outline.
     points = np.stack(np.meshgrid(nodes, nodes), -1)[:, :, None]
@@ -161,7 +166,8 @@ def _distance_to_edges(
 ) -> np.ndarray:
     """Returns float64 [y, x]: how far each point is from the nearest edge."""
     edges = following - corners
-    share = ((points - corners) * edges).sum(-1) / (edges**2).sum(-1)
+    along = ((points - corners) * edges).sum(-1)
+    share = along / (edges**2).sum(-1)
     # Beyond its ends the nearest point of an edge is a corner.
     share = np.clip(share, 0, 1)
     nearest = points - corners - share[..., None] * edges
@@ -175,7 +181,8 @@ def _is_inside(points: np.ndarray, corners: np.ndarray, following: np.ndarray) -
     straddles = (corners[:, 1] > y) != (following[:, 1] > y)
     # A level edge straddles no ray; the 1 only keeps the division from failing.
     rise = np.where(edges[:, 1] == 0, 1, edges[:, 1])
-    crossing_x = corners[:, 0] + (y - corners[:, 1]) * edges[:, 0] / rise
+    above_corner = y - corners[:, 1]
+    crossing_x = corners[:, 0] + above_corner * edges[:, 0] / rise
     crossings = straddles & (x < crossing_x)
     return crossings.sum(-1) % 2 == 1
 
@@ -237,16 +244,18 @@ class ShapeDetector:
             * _ramp(best - second, MARGIN_RANGE)
             * _ramp(spread, SPREAD_RANGE)
         )
-        colour = min(INKS, key=lambda name: float(np.sum((blob.ink - INKS[name]) ** 2)))
-        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-        return Detection(self.SHAPES[order[0]], score, box, blob.core, colour)
+        # A pixel is a square: the last one ends where the next would begin.
+        right, bottom = columns[-1] + 1, rows[-1] + 1
+        box = (float(columns[0]), float(rows[0]), float(right), float(bottom))
+        return Detection(self.SHAPES[order[0]], score, box, blob.core, _colour_name(blob.ink))
 
     def _overlaps(self, coverage: np.ndarray) -> list[float]:
         """Returns intersection over union of a blob's coverage with each shape drawn in its place."""
         height, width = coverage.shape
         area = coverage.sum()
-        x = coverage.sum(0) @ (np.arange(width) + 0.5) / area
-        y = coverage.sum(1) @ (np.arange(height) + 0.5) / area
+        x_of_pixels, y_of_pixels = np.arange(width) + 0.5, np.arange(height) + 0.5
+        x = coverage.sum(0) @ x_of_pixels / area
+        y = coverage.sum(1) @ y_of_pixels / area
         # As steep as the shapes are drawn; the centre of mass above is that of the soft edges, which are unbiased.
         coverage = np.clip((coverage - 0.5) * SHARPEN + 0.5, 0, 1)
         area = coverage.sum()
@@ -254,8 +263,19 @@ class ShapeDetector:
         for shape in self.SHAPES:
             ideal = template(shape).draw(np.array([x, y]), area, height, width)
             union = np.maximum(coverage, ideal).sum()
-            overlaps.append(np.minimum(coverage, ideal).sum() / union)
+            intersection = np.minimum(coverage, ideal).sum()
+            overlaps.append(intersection / union)
         return overlaps
+
+
+def _colour_name(ink: np.ndarray) -> str:
+    """Returns the name of the ink nearest to a colour [3]."""
+
+    def distance(name: str) -> float:
+        difference = ink - INKS[name]
+        return float(np.sum(difference**2))
+
+    return min(INKS, key=distance)
 
 
 def _blobs(image: np.ndarray, plain: np.ndarray) -> list[_Blob]:
@@ -289,9 +309,10 @@ def _ink(image: np.ndarray, contrast: np.ndarray, core: np.ndarray) -> np.ndarra
 
 def _window(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]:
     """Returns a blob's bounding box with two pixels around it for its soft edges."""
-    top, bottom = max(rows[0] - 2, 0), min(rows[-1] + 3, shape[0])
-    left, right = max(columns[0] - 2, 0), min(columns[-1] + 3, shape[1])
-    return slice(top, bottom), slice(left, right)
+    top, left = rows[0] - 2, columns[0] - 2
+    bottom, right = rows[-1] + 3, columns[-1] + 3
+    # A slice may end beyond the image, but a negative start would count from its far side.
+    return slice(max(top, 0), min(bottom, shape[0])), slice(max(left, 0), min(right, shape[1]))
 
 
 def _coverage(
@@ -314,5 +335,6 @@ def _coverage(
     direction = blob.ink - plain
     offset = image[window] - plain
     coverage = np.clip(offset @ direction / (direction @ direction), 0, 1) * ~neighbours
-    distance = np.sum((offset - coverage[..., None] * direction)[blob.core[window]] ** 2, -1)
+    from_line = offset - coverage[..., None] * direction
+    distance = np.sum(from_line[blob.core[window]] ** 2, -1)
     return coverage, math.sqrt(np.mean(distance))

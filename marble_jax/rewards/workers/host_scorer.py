@@ -92,7 +92,8 @@ class Pending:
         start = time.perf_counter()
         try:
             for reward, future in self._futures.items():
-                # What an earlier call collected is final: a call given up then may have come back since.
+                # What an earlier call collected is final: a call given up then may have come back
+                # since.
                 if reward.name not in self._results:
                     result = self._scorer._collect(reward, future, self._batch, timeout)
                     self._results[reward.name] = result
@@ -226,7 +227,8 @@ class HostScorer:
         """One call of the reward; None when it raised."""
         try:
             return score(reward, batch.images, batch.prompts, batch.metadata)
-        # A reward is foreign code: whatever it raises, even on its way out of the program, the samples are missing.
+        # A reward is foreign code: whatever it raises, even on its way out of the program, the
+        # samples are missing.
         except (Exception, SystemExit) as error:
             reason = one_line(error)
             if self._on_error == "fail":

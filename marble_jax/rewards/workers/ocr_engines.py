@@ -48,7 +48,8 @@ class RapidEngine:
     def __call__(self, image: np.ndarray) -> str:
         """The text in an image uint8 [H, W, 3], RGB."""
         result = self._engine(_bgr(image, self._scale))
-        # Which fields a result has depends on the steps that ran, and they are None where nothing was read.
+        # Which fields a result has depends on the steps that ran, and they are None where nothing
+        # was read.
         texts = getattr(result, "txts", None)
         scores = getattr(result, "scores", None)
         return _joined(texts or (), scores or ())

@@ -94,7 +94,8 @@ class Worker:
 
     def _start(self) -> None:
         self._connection, child_end = Pipe()
-        # The child finds modules where this process does; an empty entry stands for the working directory.
+        # The child finds modules where this process does; an empty entry stands for the working
+        # directory.
         search_path = os.pathsep.join(entry or "." for entry in sys.path)
         # Closed here once the child has its copy: otherwise its death would not end the connection.
         with child_end:
@@ -156,7 +157,8 @@ class Worker:
             reason = f"no answer within {limit:g} s"
         except (EOFError, OSError):
             reason = "the process ended"
-        # An engine that could not be made would fail again; only one that has worked is worth another process.
+        # An engine that could not be made would fail again; only one that has worked is worth
+        # another process.
         if self._engine_ready:
             self._restart(reason)
         return False, reason

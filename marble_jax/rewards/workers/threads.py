@@ -41,7 +41,8 @@ class Pool:
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._name = name
-        # When each call that runs began, and the thread it runs in; a call that was given up is no longer here.
+        # When each call that runs began, and the thread it runs in; a call that was given up is no
+        # longer here.
         self._running: dict[Future, tuple[float, threading.Thread]] = {}
         self._lost = 0
         self._closed = False
@@ -133,7 +134,8 @@ class Pool:
         # Even what ends a program: it is for whoever collects the call.
         except BaseException as raised:
             error = raised
-        # The error's traceback refers to this frame, which would keep the images alive as long as the error.
+        # The error's traceback refers to this frame, which would keep the images alive as long as
+        # the error.
         del call, arguments
         with self._lock:
             given_up = self._running.pop(future, None) is None
