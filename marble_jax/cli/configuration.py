@@ -88,11 +88,7 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
     """
     file = Path(path)
     if not file.is_file():
-        # Without the folder there is nothing beside the file, and no name to propose.
-        neighbours = [str(neighbour) for neighbour in file.parent.glob("*.py")]
-        raise InputError(
-            f"--config: expected a configuration file; received {path!r}{nearest(path, neighbours)}"
-        )
+        raise _no_file(file, path)
     try:
         config = _run(file, preset)
     except InputError:
@@ -113,6 +109,14 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
     for name in flatten(config):
         known(name)
     return config
+
+
+def _no_file(file: Path, path: str) -> InputError:
+    # Without the folder there is nothing beside the file, and no name to propose.
+    neighbours = [str(neighbour) for neighbour in file.parent.glob("*.py")]
+    return InputError(
+        f"--config: expected a configuration file; received {path!r}{nearest(path, neighbours)}"
+    )
 
 
 def _run(file: Path, preset: str) -> Any:

@@ -68,10 +68,9 @@ def _run(verb: str, options: Sequence[str]) -> int:
         )
     # Verbs import what they need, so that `report` works where there is no JAX.
     module = importlib.import_module(f"marble_jax.cli.{verb}")
-    for option in HELP:
-        if option in options:
-            print(module.help_text())
-            return 0
+    if not set(HELP).isdisjoint(options):
+        print(module.help_text())
+        return 0
     return module.run(options)
 
 

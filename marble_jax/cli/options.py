@@ -122,9 +122,9 @@ def check_either(verb: str, values: Mapping[str, Any], first: str, second: str) 
     raise InputError(f"{verb}: expected either --{first} or --{second}; received {received}")
 
 
-def word_list(text: str) -> tuple[str, ...]:
-    """Words separated by commas, without the empty ones."""
-    words = [word.strip() for word in text.split(",")]
+def word_list(text: str, separator: str = ",") -> tuple[str, ...]:
+    """Words between separators, without spaces around them and without the empty ones."""
+    words = [word.strip() for word in text.split(separator)]
     return tuple(word for word in words if word)
 
 

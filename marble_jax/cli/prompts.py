@@ -81,8 +81,12 @@ def _described(prompts: Sequence[Prompt]) -> str:
     if tags:
         counts = [f"{tag} {count}" for tag, count in sorted(tags.items())]
         parts.append(", ".join(counts))
-    # A text to render stands between two quotation marks.
-    quoted = sum(text.count('"') >= 2 for text in texts)
+    quoted = sum(_has_quotation(text) for text in texts)
     if quoted:
         parts.append(f"{quoted} with quoted text")
     return "; ".join(parts)
+
+
+def _has_quotation(text: str) -> bool:
+    """Whether a prompt has a text to render, which stands between two quotation marks."""
+    return text.count('"') >= 2

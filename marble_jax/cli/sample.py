@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from marble_jax.cli.options import boolean, check_either, refuse_config, split, whole_number
+from marble_jax.cli.options import (
+    boolean,
+    check_either,
+    refuse_config,
+    split,
+    whole_number,
+    word_list,
+)
 from marble_jax.cli.sampling_options import (
     RENAMED_OPTIONS,
     SAMPLING_HELP,
@@ -75,11 +82,11 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prompts(values: Mapping[str, str]) -> list[str]:
-    """Texts of `--file` or of `--prompts`, which | separates."""
+def _prompts(values: Mapping[str, str]) -> Sequence[str]:
+    """Texts of `--file` or of `--prompts`."""
     from marble_jax.prompts.files import read_file
 
     if values["file"]:
         return [prompt.text for prompt in read_file(values["file"])]
-    texts = [text.strip() for text in values["prompts"].split("|")]
-    return [text for text in texts if text]
+    # A prompt may well hold commas.
+    return word_list(values["prompts"], "|")

@@ -276,6 +276,7 @@ class MemoryModel:
     def state(self) -> list[Source]:
         """What a train step is given besides rollouts."""
         megabytes = self.adapter / 1e6
+        # All four adapters lie on every device: they are small beside the weights that fsdp splits.
         adapters = f"{NUM_POLICIES} x {megabytes:.0f} MB float32"
         return [
             self.base(),
@@ -344,6 +345,7 @@ class MemoryModel:
     def decoder(self) -> Source:
         """Weights and activations of the decoder."""
         batch = self.settings.rollout.batch_size
+        # The autoencoder takes a few images at a time, over all axes of the mesh.
         count = decode_size(batch, self.mesh) // device_mesh.image_shards(self.mesh, batch)
         size, networks = self.shapes.size, self.shapes.networks
         pixels = size.num_frames * size.height * size.width

@@ -37,6 +37,7 @@ def plan(settings: Settings, request: Request, console: Console) -> dict[str, An
       InputError: settings that do not fit each other or the devices; the message names the nearest that do.
     """
     accelerator, count = _devices(request)
+    # Before the work: a compile takes minutes.
     if request.file and not Path(request.file).resolve().parent.is_dir():
         raise InputError(
             f"--json: expected a file in a folder that is there; received {request.file!r}"
@@ -76,6 +77,7 @@ def _reckon(
     # Devices of an unknown kind are taken for one host's.
     devices_per_host = mesh.size
     if accelerator is not None:
+        # The last host of a small run is not full.
         devices_per_host = min(mesh.size, accelerator.devices_per_host)
     resident = {}
     for name in sources:
@@ -110,6 +112,7 @@ def _devices(request: Request) -> tuple[Accelerator | None, int]:
     if not request.topology:
         return accelerator, request.devices or 1
     sliced, count = aot.check_topology(request.topology)
+    # Said twice is fine as long as both say the same.
     if accelerator not in (None, sliced):
         raise InputError(
             f"--chip: expected {sliced.name}, as in --topology={request.topology}; received {request.chip}"

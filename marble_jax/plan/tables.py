@@ -74,6 +74,7 @@ def _step_line(planned: Plan) -> str:
 def _rollout_line(planned: Plan) -> str:
     mesh, batch = planned.mesh, planned.settings.rollout.batch_size
     shards = device_mesh.batch_shards(mesh)
+    # Images are split over tensor, too, unlike samples.
     decoded = decode_size(batch, mesh) // device_mesh.image_shards(mesh, batch)
     return (
         f"{planned.sizes.rollout_batches} batches of {batch}, {batch // shards} a device; decoded "
@@ -101,6 +102,7 @@ def _train_line(planned: Plan) -> str:
 
 def _hosts_line(settings: Settings) -> str:
     readers = "OCR, GenEval"
+    # A function is the user's own, and gets images as those two do.
     functions = [name for name in settings.rewards.train if is_function(name)]
     if functions:
         readers += f", {joined(functions)}"
@@ -135,6 +137,7 @@ def show_memory(planned: Plan, console: Console) -> None:
 
 def _names(sources: dict[str, list[memory.Source]]) -> list[str]:
     """Names of all sources, in order of first appearance."""
+    # A dict keeps the order in which names were added, and each of them once.
     names: dict[str, None] = {}
     for parts in sources.values():
         for part in parts:
@@ -189,6 +192,7 @@ def show_flops(planned: Plan, request: Request, console: Console) -> dict[str, f
     ]
     accelerator = planned.accelerator
     heading = "\nwork of an optimiser step, on average over steps"
+    # Seconds need the peak of a known chip.
     if accelerator is None:
         console.say(heading)
         rows = [phase.cells(planned.mesh.size) for phase in phases]
