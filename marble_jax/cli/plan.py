@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from marble_jax import platform
 from marble_jax.cli.configuration import load_settings
@@ -53,11 +53,7 @@ def run(argv: Sequence[str]) -> int:
     platform.compile_elsewhere()
     values, config_args = split(argv, OPTIONS)
     settings = load_settings(config_args)
-    utilisation = number(values, "utilisation", 0)
-    if not 0 < utilisation <= 1:
-        raise InputError(
-            f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}"
-        )
+    utilisation = _utilisation(values)
     # Names in the plan hold a comma, which separates the option's words.
     programs = []
     for name in word_list(values["programs"]):
@@ -78,3 +74,17 @@ def run(argv: Sequence[str]) -> int:
     )
     plan(settings, request, Console())
     return 0
+
+
+def _utilisation(values: Mapping[str, str]) -> float:
+    """The share of the peak that products are taken to run at.
+
+    Raises:
+      InputError: not a number in (0, 1].
+    """
+    utilisation = number(values, "utilisation", 0)
+    if not 0 < utilisation <= 1:
+        raise InputError(
+            f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}"
+        )
+    return utilisation

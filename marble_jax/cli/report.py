@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from marble_jax.cli.options import refuse_config, split, word_list
 from marble_jax.errors import InputError
@@ -22,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       InputError: options that are wrong, or a directory that is no run.
     """
-    from marble_jax.report import read_records, summarise, write_report
+    from marble_jax.report import read_records, write_report
     from marble_jax.storage.workdir import Workdir
 
     values, config_args = split(argv, {"workdir": None, "compare": ""})
@@ -31,9 +32,22 @@ def run(argv: Sequence[str]) -> int:
     read_records(values["workdir"])
     workdir = Workdir(values["workdir"])
     for compared in word_list(values["compare"]):
-        path = Workdir(compared).path
-        if not (path / "metrics.jsonl").exists():
-            raise InputError(f"--compare: expected the workdir of a run; received {compared!r}")
-        workdir.write_json(f"compare/{path.name}.json", summarise(read_records(compared)))
+        name, summary = _summary(compared)
+        workdir.write_json(f"compare/{name}.json", summary)
     print(f"report: {write_report(values['workdir'])}")
     return 0
+
+
+def _summary(compared: str) -> tuple[str, dict[str, Any]]:
+    """The name of a run that is compared, and its figures.
+
+    Raises:
+      InputError: not the workdir of a run.
+    """
+    from marble_jax.report import read_records, summarise
+    from marble_jax.storage.workdir import Workdir
+
+    path = Workdir(compared).path
+    if not (path / "metrics.jsonl").exists():
+        raise InputError(f"--compare: expected the workdir of a run; received {compared!r}")
+    return path.name, summarise(read_records(compared))

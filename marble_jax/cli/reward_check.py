@@ -54,8 +54,7 @@ def run(values: Mapping[str, str], settings: Settings | None) -> int:
     for reward, result in zip(rewards, results):
         rate = throughput.throughput(reward, size, batch, timeout)
         rows.append(_row(reward, result, rate))
-    for name, problem in problems.items():
-        rows.append((name, "not loaded", "-", "-", "-", "-", "-", problem))
+    rows += _rows_of_problems(problems)
     console.say(
         f"{len(rows)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
         f"(own prompts, then each other's), speed in batches of {batch}; {throughput.peak_memory()}"
@@ -111,6 +110,14 @@ def _row(reward: Reward, result: CheckResult, rate: float) -> tuple[str, ...]:
         result.kind,
         result.note,
     )
+
+
+def _rows_of_problems(problems: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Lines of the table for rewards that do not load."""
+    rows: list[tuple[str, ...]] = []
+    for name, problem in problems.items():
+        rows.append((name, "not loaded", "-", "-", "-", "-", "-", problem))
+    return rows
 
 
 def _record(

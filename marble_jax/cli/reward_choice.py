@@ -80,7 +80,14 @@ def load_one_by_one(choice: RewardChoice) -> tuple[list[Reward], dict[str, str]]
         if len(choice.names) == 1:
             raise
         reason = error
-    # One bad reward must not hide what is wrong with the others.
+    rewards, problems = _load_each(choice)
+    if not rewards:
+        raise reason
+    return rewards, problems
+
+
+def _load_each(choice: RewardChoice) -> tuple[list[Reward], dict[str, str]]:
+    """Loads each reward by itself: one that is bad must not hide what is wrong with the others."""
     rewards: list[Reward] = []
     problems: dict[str, str] = {}
     for name in choice.names:
@@ -88,6 +95,4 @@ def load_one_by_one(choice: RewardChoice) -> tuple[list[Reward], dict[str, str]]
             rewards += load_rewards(choice.directory, [name])
         except InputError as error:
             problems[name] = str(error)
-    if not rewards:
-        raise reason
     return rewards, problems
