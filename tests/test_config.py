@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from marble_jax.cli.options import load_config
+from marble_jax.cli.configuration import load_config
 from marble_jax.config import KEYS, check, default_config, describe, flatten
 from marble_jax.errors import InputError
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from marble_jax.cli.options import split, word_list
+from marble_jax.cli.options import refuse_config, split, word_list
 from marble_jax.errors import InputError
 
 OPTIONS = {
@@ -22,10 +22,12 @@ OPTIONS = {
     "ignore": "",
     "check": "",
 }
+# Bytes of a unit as disks are sold: powers of ten.
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def help_text() -> str:
+    """Returns what `--help` prints."""
     return """usage: marble-jax convert --model=MODEL --out=DIR [--to=orbax|diffusers] [--dtype=keep]
        marble-jax convert --check=DIR
 
@@ -47,37 +49,33 @@ def help_text() -> str:
 
 
 def run(argv: Sequence[str]) -> int:
-    values, rest = split(argv, OPTIONS)
-    if rest:
-        raise InputError(f"convert: expected no --config; received {rest[0]}")
-    os.environ.setdefault(
-        "JAX_PLATFORMS", "cpu"
-    )  # files to files: no accelerator is to be claimed for it
-    from marble_jax.console import Console
+    """Runs the verb; returns the exit status.
 
-    console = Console()
+    Raises:
+      InputError: options that are wrong, a model that cannot be converted, or files unlike their manifest.
+    """
+    values, config_args = split(argv, OPTIONS)
+    refuse_config("convert: expected no --config", config_args)
+    # From files to files: no accelerator is to be claimed for it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if values["check"]:
-        from marble_jax.storage.manifest import check_hashes, read_manifest
-
-        root = Path(values["check"])
-        with console.bar(
-            sum(r["bytes"] for r in read_manifest(root).values()), "check", "B"
-        ) as bar:
-            size = check_hashes(root, bar.update)
-        console.say(
-            f"{root}: {len(read_manifest(root))} files, {size / 1e9:.3f} GB, as in its manifest"
-        )
+        _check_files(Path(values["check"]))
         return 0
     for name in ("model", "out"):
         if not values[name]:
             raise InputError(f"--{name}: expected a value; received none")
+    _convert(values)
+    return 0
+
+
+def _convert(values: Mapping[str, str]) -> None:
+    from marble_jax.console import Console
     from marble_jax.convert.model import convert
     from marble_jax.families.registry import families
     from marble_jax.programs.locations import resolve_path
 
-    model = str(resolve_path(values["model"], "pipeline"))
     convert(
-        model,
+        str(resolve_path(values["model"], "pipeline")),
         values["out"],
         [family.formats for family in families()],
         layout=values["to"],
@@ -87,12 +85,33 @@ def run(argv: Sequence[str]) -> int:
         revision=values["revision"] or None,
         shard_bytes=_bytes(values["shard"]),
         ignore=word_list(values["ignore"]),
-        console=console,
+        console=Console(),
     )
-    return 0
+
+
+def _check_files(root: Path) -> None:
+    """Prints that every file of a folder is as in its manifest.
+
+    Raises:
+      InputError: one is not.
+    """
+    from marble_jax.console import Console
+    from marble_jax.storage.manifest import check_hashes, read_manifest
+
+    console = Console()
+    files = read_manifest(root)
+    size = sum(record["bytes"] for record in files.values())
+    with console.bar(size, "check", "B") as bar:
+        check_hashes(root, bar.update)
+    console.say(f"{root}: {len(files)} files, {size / 1e9:.3f} GB, as in its manifest")
 
 
 def _bytes(text: str) -> int:
+    """Bytes of a size such as `10GB`; a number without a unit is bytes.
+
+    Raises:
+      InputError: no such size, or none at all.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kb|mb|gb|)", text.lower())
     if not match or float(match[1]) <= 0:
         raise InputError(f"--shard: expected a size such as 500MB or 10GB; received {text!r}")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from marble_jax.cli.options import boolean, number, split, word_list
-from marble_jax.cli.sample import HOW, HOW_HELP, RENAMED, settings_of
-from marble_jax.errors import InputError
+from marble_jax.cli.options import boolean, refuse_config, split, whole_number, word_list
+from marble_jax.cli.sampling_options import (
+    RENAMED_OPTIONS,
+    SAMPLING_HELP,
+    SAMPLING_OPTIONS,
+    sampling_settings,
+)
 
 OPTIONS = {
     "models": None,
@@ -17,7 +21,7 @@ OPTIONS = {
     "rewards": "",
     "out": None,
     "seed": "1234",
-    **HOW,
+    **SAMPLING_OPTIONS,
     "num_workers": "2",
     "num_images": "24",
     "skip_generation": "false",
@@ -25,12 +29,17 @@ OPTIONS = {
 }
 
 
+RENAMED = RENAMED_OPTIONS | {"num_pictures": "--num_images=N"}
+"""Earlier names of options, and what to write instead."""
+
+
 def help_text() -> str:
+    """Returns what `--help` prints."""
     return f"""usage: marble-jax evaluate --models=NAME=PLACE,NAME=PLACE --prompts=FILES --out=DIR
 
   --models=...       each NAME=PLACE[:POLICY][+LORA[:weight]]; a PLACE is a diffusers-layout directory, a hub id or
-                     'embedded', or the workdir of a training run (policies: ema, best, current, rollout, base). The first
-                     model is the one that the others' gains are measured against:
+                     'embedded', or the workdir of a training run (policies: ema, best, current, rollout, base). The
+                     first model is the one that the others' gains are measured against:
                      --models=base=embedded,marble=runs/first,best=runs/first:best,lora=embedded+lora_dir:0.8
   --prompts=...      files (one prompt a line, or GenEval metadata in .jsonl), directories with SOURCE/test files,
                      'embedded' or 'generated'; several separated by commas
@@ -42,44 +51,43 @@ def help_text() -> str:
                      it stopped
   --skip_generation  score images that are there          --no_score  draw images only
   --seed=1234        image i starts from noise of (seed, i), the same for every model
-{HOW_HELP}
+{SAMPLING_HELP}
   --num_workers=2    threads for rewards on the host
-  --num_images=24  prompts shown on the page"""
+  --num_images=24    prompts shown on the page"""
 
 
 def run(argv: Sequence[str]) -> int:
-    for switch in ("skip_generation", "no_score"):
-        argv = [f"--{switch}=true" if a in (f"--{switch}", f"-{switch}") else a for a in argv]
-    values, rest = split(argv, OPTIONS, RENAMED | {"num_pictures": "--num_images=N"})
-    if rest:
-        raise InputError(f"evaluate: expected no --config; received {rest[0]}")
-    draw, score = (not boolean(name, values[name]) for name in ("skip_generation", "no_score"))
-    counts = {
-        name: number(values, name, int, least)
-        for name, least in (
-            ("num_prompts", 0),
-            ("images", 1),
-            ("num_workers", 1),
-            ("num_images", 0),
-        )
-    }
-    rewards = word_list(values["rewards"])
-    settings = settings_of(values)
+    """Runs the verb; returns the exit status.
+
+    Raises:
+      InputError: options that are wrong, or that do not go together.
+    """
+    values, config_args = split(argv, OPTIONS, RENAMED)
+    refuse_config("evaluate: expected no --config", config_args)
+    draw = not boolean("skip_generation", values["skip_generation"])
+    score = not boolean("no_score", values["no_score"])
+    num_prompts = whole_number(values, "num_prompts", 0)
+    images = whole_number(values, "images", 1)
+    num_workers = whole_number(values, "num_workers", 1)
+    num_images = whole_number(values, "num_images", 0)
+    settings = sampling_settings(values)
+    # JAX and the networks are imported once the options are known to be right.
     from marble_jax.programs.evaluate import evaluate
     from marble_jax.programs.evaluation_request import Request, parse_models
 
-    evaluate(
-        Request(
-            parse_models(values["models"]),
-            values["prompts"],
-            rewards_path=values["rewards_path"],
-            rewards=rewards,
-            settings=settings,
-            draw=draw,
-            score=score,
-            command=" ".join(["marble-jax", "evaluate", *argv]),
-            **counts,
-        ),
-        values["out"],
+    request = Request(
+        parse_models(values["models"]),
+        values["prompts"],
+        num_prompts=num_prompts,
+        images=images,
+        rewards_path=values["rewards_path"],
+        rewards=word_list(values["rewards"]),
+        settings=settings,
+        draw=draw,
+        score=score,
+        num_workers=num_workers,
+        num_images=num_images,
+        command=" ".join(["marble-jax", "evaluate", *argv]),
     )
+    evaluate(request, values["out"])
     return 0

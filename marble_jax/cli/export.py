@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from marble_jax.cli.options import boolean, split
+from marble_jax.cli.options import boolean, refuse_config, split
 from marble_jax.errors import InputError, one_of
 from marble_jax.policies import TRAINED_POLICIES, check_policy
 
@@ -19,10 +19,14 @@ OPTIONS = {
     "prompt": "",
     "overwrite": "false",
 }
-DTYPES = ("float32", "bfloat16", "float16")
+RENAMED = {"which": "--policy=NAME"}
+"""Earlier names of options, and what to write instead."""
+
+MERGED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def help_text() -> str:
+    """Returns what `--help` prints."""
     return """usage: marble-jax export --workdir=RUN --out=DIR [--policy=ema] [--merge] [--verify]
 
   --workdir=RUN      a training run, finished or not
@@ -39,25 +43,24 @@ def help_text() -> str:
 
 
 def run(argv: Sequence[str]) -> int:
-    values, rest = split(argv, OPTIONS, {"which": "--policy=NAME"})
-    if rest:
-        raise InputError(f"export: expected no --config (a run brings its own); received {rest[0]}")
+    """Runs the verb; returns the exit status.
+
+    Raises:
+      InputError: options that are wrong, or a run that cannot be exported.
+    """
+    values, config_args = split(argv, OPTIONS, RENAMED)
+    refuse_config("export: expected no --config (a run brings its own)", config_args)
     check_policy("--policy", values["policy"], TRAINED_POLICIES)
     merge = boolean("merge", values["merge"])
     if values["dtype"]:
-        one_of("--dtype", values["dtype"], DTYPES)
-        if not merge:
-            raise InputError(
-                f"--dtype: expected with --merge, whose weights it is of; received {values['dtype']!r} "
-                "alone"
-            )
-    if values["step"] and not values["step"].isdigit():
-        raise InputError(f"--step: expected the number of a step; received {values['step']!r}")
+        _check_dtype(values["dtype"], merge)
+    step = _step(values["step"])
+    # JAX and the networks are imported once the options are known to be right.
     from marble_jax.programs.export import ExportOptions, export_run
 
     options = ExportOptions(
         policy=values["policy"],
-        step=int(values["step"]) if values["step"] else None,
+        step=step,
         merge=merge,
         dtype=values["dtype"] or None,
         verify=boolean("verify", values["verify"]),
@@ -66,3 +69,25 @@ def run(argv: Sequence[str]) -> int:
     )
     export_run(values["workdir"], values["out"], options)
     return 0
+
+
+def _check_dtype(dtype: str, merge: bool) -> None:
+    """Raises InputError for an unknown dtype, or one without the merged weights that it is of."""
+    one_of("--dtype", dtype, MERGED_DTYPES)
+    if not merge:
+        raise InputError(
+            f"--dtype: expected with --merge, whose weights it is of; received {dtype!r} alone"
+        )
+
+
+def _step(text: str) -> int | None:
+    """The number of a step; None, for the newest checkpoint, without a text.
+
+    Raises:
+      InputError: not a number.
+    """
+    if not text:
+        return None
+    if not text.isdigit():
+        raise InputError(f"--step: expected the number of a step; received {text!r}")
+    return int(text)

@@ -22,29 +22,28 @@ VERBS = {
 }
 
 
+HELP = ("-h", "--help", "-help")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C, 143 stopped by a signal
-    with its state saved."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print("usage: marble-jax VERB [options]     (marble-jax VERB --help for its options)\n")
-        for verb, meaning in VERBS.items():
-            print(f"  {verb:8} {meaning}")
+    """Runs one verb.
+
+    Args:
+      argv: the verb and its options; those of this process if None.
+
+    Returns:
+      The exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C, 143 stopped by a signal with the state saved.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+    if not argv or argv[0] in (*HELP, "help"):
+        _print_verbs()
         return 0
-    verb, *rest = argv
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # tokenizers are all that is used of it
+    verb, *options = argv
+    # Nothing but its tokenizers is used of transformers, which otherwise complains that PyTorch is not there.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        if verb not in VERBS:
-            raise InputError(
-                f"verb: expected one of {', '.join(VERBS)}; received {verb!r}{nearest(verb, VERBS)}"
-            )
-        module = importlib.import_module(f"marble_jax.cli.{verb}")
-        if any(a in ("-h", "--help", "-help") for a in rest):
-            print(module.help_text())
-            return 0
-        return module.run(rest) or 0
+        return _run(verb, options)
     except InputError as error:
         print(f"marble-jax {verb}: {error}", file=sys.stderr)
         return 2
@@ -52,8 +51,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"marble-jax {verb}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        # Whoever read the output has gone. Python would fail once more when it flushes the rest on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run(verb: str, options: Sequence[str]) -> int:
+    """Runs a verb, or prints its help.
+
+    Raises:
+      InputError: an unknown verb, or whatever the verb finds wrong.
+    """
+    if verb not in VERBS:
+        raise InputError(
+            f"verb: expected one of {', '.join(VERBS)}; received {verb!r}{nearest(verb, VERBS)}"
+        )
+    # Verbs import what they need, so that `report` works where there is no JAX.
+    module = importlib.import_module(f"marble_jax.cli.{verb}")
+    if not set(HELP).isdisjoint(options):
+        print(module.help_text())
+        return 0
+    return module.run(options)
+
+
+def _print_verbs() -> None:
+    print("usage: marble-jax VERB [options]     (marble-jax VERB --help for its options)\n")
+    for verb, meaning in VERBS.items():
+        print(f"  {verb:8} {meaning}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,11 @@
-"""Reading the command line: `--config=FILE[:preset] --config.a.b=value --name=value`.
-
-ml_collections does the parsing; what it finds wrong is put in one line that names the nearest valid key.
-"""
+"""Options of a command line: `--name=value`, their numbers and switches, and what is wrong with them in one line."""
 
 from __future__ import annotations
 
-import ast
 import re
-import runpy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
-
-from marble_jax.config import KEYS, Settings, check, flatten, known, settings_of
 from marble_jax.errors import InputError, nearest, one_of
 
 
@@ -32,7 +22,7 @@ def split(
       renamed: earlier names of options, and what to write instead.
 
     Returns:
-      Option values, and the remaining `--config...` arguments.
+      Option values, and the `--config...` arguments.
 
     Raises:
       InputError: an unknown, renamed, repeated or missing option, or a stray word.
@@ -49,13 +39,23 @@ def split(
         if name in values:
             raise InputError(f"--{name}: expected once; received twice")
         values[name] = value
+    return _with_defaults(values, options), config_args
+
+
+def _with_defaults(values: Mapping[str, str], options: Mapping[str, str | None]) -> dict[str, str]:
+    """Values of all options.
+
+    Raises:
+      InputError: a required option without a value.
+    """
+    complete = dict(values)
     for name, default in options.items():
         if name in values:
             continue
         if default is None:
             raise InputError(f"--{name}: expected a value; received none")
-        values[name] = default
-    return values, config_args
+        complete[name] = default
+    return complete
 
 
 def _take(arguments: list[str], options: Mapping[str, str | None]) -> tuple[str, str]:
@@ -67,141 +67,109 @@ def _take(arguments: list[str], options: Mapping[str, str | None]) -> tuple[str,
     name, value = match.groups()
     if value is not None:
         return name, value
+    # A switch stands alone: the next word is an option of its own.
     if options.get(name) == "false":
         return name, "true"
+    # One dash may begin a value, such as a negative number.
     if not arguments or arguments[0].startswith("--"):
         raise InputError(f"--{name}: expected a value; received none")
     return name, arguments.pop(0)
 
 
-def _check_name(
-    name: str, options: Mapping[str, str | None], renamed: Mapping[str, str]
-) -> None:
+def _check_name(name: str, options: Mapping[str, str | None], renamed: Mapping[str, str]) -> None:
+    """Raises InputError, naming today's or the nearest option, unless `name` is an option."""
     if name in renamed:
         raise InputError(
             f"--{name}: expected {renamed[name]}, as it is called now; received its earlier name"
         )
     if name not in options:
-        known = ", ".join(f"--{option}" for option in options)
+        expected = ", ".join(f"--{option}" for option in options)
         raise InputError(
-            f"option: expected one of --config, {known}; received "
+            f"option: expected one of --config, {expected}; received "
             f"--{name}{nearest(name, [*options, 'config'])}"
         )
 
 
-def word_list(text: str) -> tuple[str, ...]:
-    """Words separated by commas, without the empty ones."""
-    words = [word.strip() for word in text.split(",")]
+def refuse_config(expected: str, config_args: Sequence[str]) -> None:
+    """Refuses a configuration given to a verb that takes none.
+
+    Args:
+      expected: beginning of the message, such as "convert: expected no --config".
+      config_args: `--config...` arguments, as from `split`.
+
+    Raises:
+      InputError: there are some.
+    """
+    if config_args:
+        raise InputError(f"{expected}; received {config_args[0]}")
+
+
+def check_either(verb: str, values: Mapping[str, Any], first: str, second: str) -> None:
+    """Checks that one of two options is given, and not both.
+
+    Args:
+      verb: name of the verb, for the message.
+      values: values by option; an empty one is not given.
+      first: name of an option.
+      second: name of the other one.
+
+    Raises:
+      InputError: neither or both are given.
+    """
+    if bool(values[first]) != bool(values[second]):
+        return
+    received = "both" if values[first] else "neither"
+    raise InputError(f"{verb}: expected either --{first} or --{second}; received {received}")
+
+
+def word_list(text: str, separator: str = ",") -> tuple[str, ...]:
+    """Words between separators, without spaces around them and without the empty ones."""
+    words = [word.strip() for word in text.split(separator)]
     return tuple(word for word in words if word)
 
 
-def load_settings(arguments: Sequence[str]) -> Settings:
-    """Settings of `--config=FILE[:preset]` with its overrides; see `load_config`."""
-    return settings_of(load_config(arguments))
-
-
-def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """The locked configuration of `--config=FILE[:preset]` with its `--config.key=value` overrides.
+def boolean(name: str, text: str) -> bool:
+    """A switch's value.
 
     Raises:
-      InputError: no such file or preset, an unknown key, a value of the wrong type or outside its range.
+      InputError: neither "true" nor "false", in letters of either case.
     """
-    files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
-    if len(files) != 1:
-        raise InputError(
-            f"--config: expected one configuration file (such as configs/embedded.py); received "
-            f"{len(files)}"
-        )
-    config = _read(*files[0].partition(":")[::2])
-    overrides = {}  # the last one of a key wins; left to absl, tuples given twice would be joined
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name != "--config":
-            key = name.removeprefix("--config.")
-            known(key)
-            overrides[name] = _as_tuple(value) if isinstance(KEYS[key].default, tuple) else value
-    flags_given = [f"{name}={value}" for name, value in overrides.items()]
-    values = flags.FlagValues()
-    argv = ["marble-jax", *flags_given]
-    config_flags.DEFINE_config_dict(
-        "config", config, flag_values=values, lock_config=True, sys_argv=argv
-    )
-    try:
-        values(argv)
-    except Exception as error:  # absl wraps whatever a value raises, differently for every type
-        raise InputError(_explain(error, flags_given)) from error
-    check(flatten(config))
-    return config
-
-
-def _read(path: str, preset: str) -> ml_collections.ConfigDict:
-    """What `get_config` of a configuration file returns for a preset."""
-    file = Path(path)
-    if not file.is_file():
-        beside = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise InputError(
-            f"--config: expected a configuration file; received {path!r}{nearest(path, beside)}"
-        )
-    try:
-        namespace = runpy.run_path(str(file))
-        config = namespace["get_config"](*([preset] if preset else []))
-    except InputError:
-        raise
-    except Exception as error:  # whatever the user's file raises; the cause stays attached
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}: expected a file with get_config(preset) that runs; received {type(error).__name__}: "
-            f"{reason}"
-        ) from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise InputError(
-            f"{path}: expected get_config to return a ConfigDict; received {type(config).__name__}"
-        )
-    for key in flatten(config):
-        known(key)
-    return config
-
-
-def _as_tuple(text: str) -> str:
-    """A tuple as Python writes it, also from plain words: `a,b` is `('a', 'b')`."""
-    try:
-        value = ast.literal_eval(text) if text.strip() else ()
-    except (ValueError, SyntaxError):
-        value = tuple(word.strip() for word in text.split(",") if word.strip())
-    return repr(tuple(value) if isinstance(value, (tuple, list)) else (value,))
-
-
-def _explain(error: Exception, arguments: Sequence[str]) -> str:
-    text = " ".join(str(error).split())
-    for argument in reversed(arguments):
-        name, _, value = argument.partition("=")
-        if name.removeprefix("--") in text or repr(value) in text:
-            key = KEYS[name.removeprefix("--config.")]
-            return (
-                f"{name}: expected {type(key.default).__name__} ({key.meaning}); received {value!r}"
-            )
-    return f"--config: expected values of the keys' types; received {type(error).__name__}: {text[:200]}"
-
-
-def boolean(name: str, text: str) -> bool:
-    """A switch's value."""
     one_of(f"--{name}", text.lower(), ("true", "false"))
     return text.lower() == "true"
 
 
-def number(values: Mapping[str, str], name: str, kind: type, least: float) -> float | int:
-    """An option's number.
+def whole_number(values: Mapping[str, str], name: str, least: int) -> int:
+    """Returns an option's whole number.
 
     Raises:
-      InputError: not a number of the kind (int or float), or one below `least`.
+      InputError: not a whole number, or one below `least`.
     """
     try:
-        value = kind(values[name])
+        value = int(values[name])
     except ValueError:
-        value = None
-    if value is None or not least <= value < float("inf"):
-        raise InputError(
-            f"--{name}: expected {'a whole number' if kind is int else 'a number'} of at least {least}; "
-            f"received {values[name]!r}"
-        )
+        raise _not_a_number("a whole number", values, name, least) from None
+    if value < least:
+        raise _not_a_number("a whole number", values, name, least)
     return value
+
+
+def number(values: Mapping[str, str], name: str, least: float) -> float:
+    """Returns an option's finite number.
+
+    Raises:
+      InputError: not a number, one that is not finite, or one below `least`.
+    """
+    try:
+        value = float(values[name])
+    except ValueError:
+        raise _not_a_number("a number", values, name, least) from None
+    # NaN fails every comparison, so the range is asked for and not what lies outside of it.
+    if not least <= value < float("inf"):
+        raise _not_a_number("a number", values, name, least)
+    return value
+
+
+def _not_a_number(expected: str, values: Mapping[str, str], name: str, least: float) -> InputError:
+    return InputError(
+        f"--{name}: expected {expected} of at least {least}; received {values[name]!r}"
+    )

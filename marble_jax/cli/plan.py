@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from marble_jax import platform
-from marble_jax.cli.options import load_settings, number, split, word_list
+from marble_jax.cli.configuration import load_settings
+from marble_jax.cli.options import number, split, whole_number, word_list
 from marble_jax.errors import InputError, one_of
 
 OPTIONS = {
@@ -22,9 +23,11 @@ PROGRAMS = {
     "solving": "train, solving",
     "between": "train, between",
 }
+"""Short name of a program -> its name in the plan."""
 
 
 def help_text() -> str:
+    """Returns what `--help` prints."""
     return """usage: marble-jax plan --config=FILE[:preset] [--config.key=value ...] [options]
 
   Batches and groups, what runs where, memory a device by source, FLOPs and seconds of a step. Reads no weights and
@@ -41,31 +44,47 @@ def help_text() -> str:
 
 
 def run(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit status.
+
+    Raises:
+      InputError: options that are wrong, or settings that do not fit each other or the devices.
+    """
+    # Before anything asks JAX for a device: a plan must not claim one.
     platform.compile_elsewhere()
     values, config_args = split(argv, OPTIONS)
     settings = load_settings(config_args)
-    utilisation = number(values, "utilisation", float, 0)
-    if not 0 < utilisation <= 1:
-        raise InputError(
-            f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}"
-        )
-    chosen = word_list(values["programs"])
-    for name in chosen:
+    utilisation = _utilisation(values)
+    # Names in the plan hold a comma, which separates the option's words.
+    programs = []
+    for name in word_list(values["programs"]):
         one_of("--programs", name, PROGRAMS)
+        programs.append(PROGRAMS[name])
+    num_devices = whole_number(values, "devices", 0)
     from marble_jax.console import Console
     from marble_jax.plan.planner import plan
     from marble_jax.plan.request import Request
 
-    plan(
-        settings,
-        Request(
-            number(values, "devices", int, 0),
-            values["topology"],
-            values["chip"],
-            utilisation,
-            values["json"],
-            tuple(PROGRAMS[name] for name in chosen),
-        ),
-        Console(),
+    request = Request(
+        devices=num_devices,
+        topology=values["topology"],
+        chip=values["chip"],
+        utilisation=utilisation,
+        file=values["json"],
+        programs=tuple(programs),
     )
+    plan(settings, request, Console())
     return 0
+
+
+def _utilisation(values: Mapping[str, str]) -> float:
+    """The share of the peak that products are taken to run at.
+
+    Raises:
+      InputError: not a number in (0, 1].
+    """
+    utilisation = number(values, "utilisation", 0)
+    if not 0 < utilisation <= 1:
+        raise InputError(
+            f"--utilisation: expected a share in (0, 1]; received {values['utilisation']!r}"
+        )
+    return utilisation

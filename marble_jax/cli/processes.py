@@ -32,24 +32,28 @@ HELP = """  --distributed=auto       several processes as one run: auto takes wh
 
 
 def cluster_of(values: Mapping[str, str]) -> tuple[Cluster | None, float, float]:
-    """The cluster that the options or the surroundings name (None: one process), and both time-outs in seconds.
+    """Returns the cluster that a run is part of, and its time-outs.
+
+    Args:
+      values: values of `OPTIONS`.
+
+    Returns:
+      The cluster that the options or the surroundings name (None: one process), and both time-outs in seconds:
+      for the others to come, and for a host that does not answer.
 
     Raises:
       InputError: see `find_cluster`.
     """
     from marble_jax.distributed.cluster import find_cluster
 
-    init, heartbeat = (
-        number(values, name, float, 1) for name in ("init_timeout", "heartbeat_timeout")
+    # Both are checked whether or not there is more than one process.
+    init_timeout = number(values, "init_timeout", 1)
+    heartbeat_timeout = number(values, "heartbeat_timeout", 1)
+    cluster = find_cluster(
+        values["distributed"],
+        values["coordinator"],
+        values["num_processes"],
+        values["process_id"],
+        init_timeout,
     )
-    return (
-        find_cluster(
-            values["distributed"],
-            values["coordinator"],
-            values["num_processes"],
-            values["process_id"],
-            init,
-        ),
-        init,
-        heartbeat,
-    )
+    return cluster, init_timeout, heartbeat_timeout

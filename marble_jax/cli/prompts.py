@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from marble_jax.cli.options import number, split
-from marble_jax.errors import InputError
+from marble_jax.cli.options import check_either, number, refuse_config, split, whole_number
+from marble_jax.prompts.files import Prompt, read_directory, read_file
+from marble_jax.prompts.generated import SPLITS, generate, write
 
 OPTIONS = {"out": "", "check": "", "seed": "0", "scale": "1"}
 
 
 def help_text() -> str:
+    """Returns what `--help` prints."""
     return """usage: marble-jax prompts (--out=DIR | --check=PLACE)
 
   --out=DIR       write the ready-made sets as DIR/SOURCE/{train,test} files: general scenes, texts to render (ocr) and
@@ -23,48 +26,67 @@ def help_text() -> str:
 
 
 def run(argv: Sequence[str]) -> int:
-    from marble_jax.prompts.files import read_directory, read_file
-    from marble_jax.prompts.generated import SPLITS, generate, write
+    """Runs the verb; returns the exit status.
 
-    values, rest = split(argv, OPTIONS)
-    if rest:
-        raise InputError(f"prompts: expected no --config; received {rest[0]}")
-    if bool(values["out"]) == bool(values["check"]):
-        received = "both" if values["out"] else "neither"
-        raise InputError(f"prompts: expected either --out or --check; received {received}")
+    Raises:
+      InputError: options that are wrong, files that exist already, or malformed ones.
+    """
+    values, config_args = split(argv, OPTIONS)
+    refuse_config("prompts: expected no --config", config_args)
+    check_either("prompts", values, "out", "check")
     if values["out"]:
-        seed, scale = number(values, "seed", int, 0), number(values, "scale", float, 0)
-        found = {name: generate(name, seed=seed, scale=scale) for name in SPLITS}
-        files = write(values["out"], found)
-        for file, prompts in zip(
-            files, (p for by_source in found.values() for p in by_source.values())
-        ):
-            print(f"{file}: {_described(prompts)}")
-        return 0
-    from pathlib import Path
-
-    if not Path(values["check"]).is_dir():
-        print(f"{values['check']}: {_described(read_file(values['check']))}")
-        return 0
-    place = Path(values["check"])
-    present = [
-        name
-        for name in SPLITS
-        if [*place.glob(f"*/{name}.txt"), *place.glob(f"*/{name}_metadata.jsonl")]
-    ]
-    for name in present or SPLITS:
-        for source, prompts in read_directory(place, name).items():
-            print(f"{source} {name}: {_described(prompts)}")
+        _write_sets(values)
+    elif Path(values["check"]).is_dir():
+        _describe_directory(Path(values["check"]))
+    else:
+        file = values["check"]
+        print(f"{file}: {_described(read_file(file))}")
     return 0
 
 
-def _described(prompts) -> str:
-    texts = [p.text for p in prompts]
-    tags = Counter(p.metadata["tag"] for p in prompts if "tag" in p.metadata)
-    quoted = sum(text.count('"') >= 2 for text in texts)
+def _write_sets(values: Mapping[str, str]) -> None:
+    """Writes the ready-made sets and prints what is in each file."""
+    seed = whole_number(values, "seed", 0)
+    scale = number(values, "scale", 0)
+    sets = {split_name: generate(split_name, seed=seed, scale=scale) for split_name in SPLITS}
+    files = iter(write(values["out"], sets))
+    # `write` returns its files in the order of the sets.
+    for by_source in sets.values():
+        for prompts in by_source.values():
+            print(f"{next(files)}: {_described(prompts)}")
+
+
+def _describe_directory(directory: Path) -> None:
+    """Prints what is in every prompt file of a directory."""
+    present = [name for name in SPLITS if _has_split(directory, name)]
+    # Reading a split that is not there says what was expected.
+    for name in present or SPLITS:
+        for source, prompts in read_directory(directory, name).items():
+            print(f"{source} {name}: {_described(prompts)}")
+
+
+def _has_split(directory: Path, name: str) -> bool:
+    """Whether one of the sources has a file of a split."""
+    for pattern in (f"*/{name}.txt", f"*/{name}_metadata.jsonl"):
+        if any(directory.glob(pattern)):
+            return True
+    return False
+
+
+def _described(prompts: Sequence[Prompt]) -> str:
+    """Counts of prompts, in words."""
+    texts = [prompt.text for prompt in prompts]
     parts = [f"{len(texts)} prompts", f"{len(set(texts))} different"]
+    tags = Counter(prompt.metadata["tag"] for prompt in prompts if "tag" in prompt.metadata)
     if tags:
-        parts.append(", ".join(f"{tag} {count}" for tag, count in sorted(tags.items())))
+        counts = [f"{tag} {count}" for tag, count in sorted(tags.items())]
+        parts.append(", ".join(counts))
+    quoted = sum(_has_quotation(text) for text in texts)
     if quoted:
         parts.append(f"{quoted} with quoted text")
     return "; ".join(parts)
+
+
+def _has_quotation(text: str) -> bool:
+    """Whether a prompt has a text to render, which stands between two quotation marks."""
+    return text.count('"') >= 2

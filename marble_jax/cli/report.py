@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from marble_jax.cli.options import split
+from marble_jax.cli.options import refuse_config, split, word_list
 from marble_jax.errors import InputError
 
 
 def help_text() -> str:
+    """Returns what `--help` prints."""
     return """usage: marble-jax report --workdir=DIR [--compare=DIR,DIR]
 
   Writes DIR/report.html from the records of a (finished or running) run.
@@ -16,20 +18,36 @@ def help_text() -> str:
 
 
 def run(argv: Sequence[str]) -> int:
-    from marble_jax.report import read_records, summarise, write_report
+    """Runs the verb; returns the exit status.
+
+    Raises:
+      InputError: options that are wrong, or a directory that is no run.
+    """
+    from marble_jax.report import read_records, write_report
     from marble_jax.storage.workdir import Workdir
 
-    values, rest = split(argv, {"workdir": None, "compare": ""})
-    if rest:
-        raise InputError(f"report: expected --workdir and --compare alone; received {rest[0]}")
-    read_records(
-        values["workdir"]
-    )  # a directory that is no run is refused before anything is written to it
+    values, config_args = split(argv, {"workdir": None, "compare": ""})
+    refuse_config("report: expected --workdir and --compare alone", config_args)
+    # A directory that is no run is refused before anything is written to it.
+    read_records(values["workdir"])
     workdir = Workdir(values["workdir"])
-    for other in filter(None, values["compare"].split(",")):
-        path = Workdir(other).path
-        if not (path / "metrics.jsonl").exists():
-            raise InputError(f"--compare: expected the workdir of a run; received {other!r}")
-        workdir.write_json(f"compare/{path.name}.json", summarise(read_records(other)))
+    for compared in word_list(values["compare"]):
+        name, summary = _summary(compared)
+        workdir.write_json(f"compare/{name}.json", summary)
     print(f"report: {write_report(values['workdir'])}")
     return 0
+
+
+def _summary(compared: str) -> tuple[str, dict[str, Any]]:
+    """The name of a run that is compared, and its figures.
+
+    Raises:
+      InputError: not the workdir of a run.
+    """
+    from marble_jax.report import read_records, summarise
+    from marble_jax.storage.workdir import Workdir
+
+    path = Workdir(compared).path
+    if not (path / "metrics.jsonl").exists():
+        raise InputError(f"--compare: expected the workdir of a run; received {compared!r}")
+    return path.name, summarise(read_records(compared))

@@ -6,14 +6,17 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from marble_jax.cli.options import load_settings, split
+from marble_jax.cli.configuration import load_settings
+from marble_jax.cli.options import split
 from marble_jax.cli.processes import HELP, OPTIONS, cluster_of
-from marble_jax.config import describe, flatten
+from marble_jax.config import Settings, describe, flatten
 from marble_jax.version import VERSION
 
 
 def help_text() -> str:
+    """Returns what `--help` prints."""
     return (
         "usage: marble-jax train --config=FILE[:preset] --workdir=DIR [--config.key=value ...]\n\n"
         "  The same command again resumes.\n\n"
@@ -24,35 +27,45 @@ def help_text() -> str:
 
 
 def run(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit status.
+
+    Raises:
+      InputError: options that are wrong, or settings that a run cannot begin with.
+    """
     values, config_args = split(argv, {"workdir": None, **OPTIONS})
     cluster, init_timeout, heartbeat_timeout = cluster_of(values)
     from marble_jax import distributed
 
     with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout):
-        from marble_jax.programs.run_record import PACKAGES
+        # JAX is imported inside of the group, so that whatever is wrong with one process ends all of them.
         from marble_jax.programs.train import train_run
         from marble_jax.training.loop import Interrupted
 
-        settings = distributed.run_on_all(
-            "configuration", lambda: load_settings(config_args)
-        )
+        settings = distributed.run_on_all("configuration", lambda: load_settings(config_args))
         if cluster is not None:
-            versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-            distributed.assert_equal(
-                "",
-                {f"config.{name}": value for name, value in flatten(settings).items()}
-                | versions
-                | {
-                    "--workdir": values["workdir"],
-                    "marble_jax": VERSION,
-                    "python": ".".join(platform.python_version_tuple()[:2]),
-                },
-            )
+            distributed.assert_equal("", _shared_values(settings, values["workdir"]))
             distributed.start_jax(cluster, init_timeout, heartbeat_timeout)
+        command = " ".join(["marble-jax", "train", *argv])
         try:
-            train_run(settings, values["workdir"], " ".join(["marble-jax", "train", *argv]))
+            train_run(settings, values["workdir"], command)
         except Interrupted as stop:
+            # Every process stops; one line is enough.
             if distributed.is_first():
                 print(f"marble-jax train: {stop}", file=sys.stderr)
             return 143
     return 0
+
+
+def _shared_values(settings: Settings, workdir: str) -> dict[str, Any]:
+    """What has to be the same on every host of a run, by the name that a message gives it."""
+    from marble_jax.programs.run_record import PACKAGES
+
+    shared = {f"config.{name}": value for name, value in flatten(settings).items()}
+    for package in PACKAGES:
+        shared[package] = importlib.metadata.version(package)
+    shared["--workdir"] = workdir
+    shared["marble_jax"] = VERSION
+    # A patch release of Python computes nothing otherwise.
+    major, minor, _ = platform.python_version_tuple()
+    shared["python"] = f"{major}.{minor}"
+    return shared

@@ -17,6 +17,7 @@ class PromptSettings:
         "'embedded'",
         "path",
     )
+    # The same embeddings either way: only where they are kept differs.
     embedding_cache: str = key(
         "",
         "folder for text embeddings, filled before training so that no text encoder stays in memory; "
@@ -38,6 +39,7 @@ class RolloutSettings:
     )
     images_per_prompt: int = key(24, "size of a group", "images, >= 2", "paper")
     batch_size: int = key(144, "images sampled at once, over all devices", "images, >= 1", "paper")
+    # A second-order solver needs fewer steps than the Euler solver of evaluations.
     num_steps: int = key(25, "solver steps", "steps, >= 1", "paper")
     solver: str = key("dpm2", "ODE solver", "euler|dpm1|dpm2|ddim", "paper")
     integer_timesteps: bool = key(
@@ -68,6 +70,8 @@ class RewardSettings:
         False,
         "score OCR and GenEval by the rules of MARBLE's released code instead of the published ones",
     )
+    # What follows decides what becomes of failures and how fast scores come, not which scores a sound reward gives:
+    # a run that a reward stopped can go on under other rules.
     on_error: str = key(
         "mask",
         "what a failed reward does: its samples are missing, the run stops, or one retry",

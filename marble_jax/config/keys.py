@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from typing import Any
 
 from marble_jax.errors import InputError, one_of
 
 INTERVAL = re.compile(r"([\[(])([\d.]+), ([\d.]+)(?:/K)?([\])])")
+"""A range such as `[0, 1)` in a unit. One up to `1/K` is held to 1 here, as the number of rewards is another key's."""
+
 BOUND = re.compile(r"(>=?) ([\d.]+)")
+"""A range without an upper end, such as `>= 1`, in a unit."""
+
+_ABOVE = {"[": operator.ge, "(": operator.gt, ">=": operator.ge, ">": operator.gt}
+_BELOW = {"]": operator.le, ")": operator.lt}
+
+# A whole number is a fine float; the other kinds are taken as they are.
+_ACCEPTED = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +47,55 @@ class Key:
 def key(
     default: Any, meaning: str, unit: str = "-", source: str = "ours", resumable: bool = False
 ) -> Any:
-    """A dataclass field that carries its `Key`; arguments as there."""
+    """Returns a dataclass field that carries its `Key`; arguments as there."""
     described = Key(default, meaning, unit, source, resumable)
     return dataclasses.field(default=default, metadata={"key": described})
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A range of numbers.
+
+    Attributes:
+      text: the range in words, for messages: "in [0, 1)" or ">= 1".
+      low: lower end.
+      high: upper end.
+      above: test of a number against the lower end, `operator.ge` or `operator.gt`.
+      below: test of a number against the upper end, `operator.le` or `operator.lt`.
+    """
+
+    text: str
+    low: float
+    high: float
+    above: Any
+    below: Any
+
+    def contains(self, number: float) -> bool:
+        """Whether a number lies in the range; NaN lies in none."""
+        return self.above(number, self.low) and self.below(number, self.high)
+
+
+def range_of(unit: str) -> Range | None:
+    """Returns the range that a key's unit names; None where it names none."""
+    interval = INTERVAL.search(unit)
+    if interval is not None:
+        opening, low, high, closing = interval.groups()
+        text = f"in {interval.group()}"
+        return Range(text, float(low), float(high), _ABOVE[opening], _BELOW[closing])
+    bound = BOUND.search(unit)
+    if bound is not None:
+        sign, least = bound.groups()
+        return Range(bound.group(), float(least), float("inf"), _ABOVE[sign], operator.le)
+    return None
+
+
 def check_value(name: str, key: Key, value: Any) -> None:
-    """Holds a value against its key.
+    """Checks a value against its key.
 
     Args:
       name: dotted name, for the message.
-      key: what the table says of it.
-      value: what was given.
+      key: what the table says of the key.
+      value: value that was given.
 
     Raises:
       InputError: a value of another kind than the default, none of the choices, or outside the range.
@@ -57,48 +104,44 @@ def check_value(name: str, key: Key, value: Any) -> None:
     if "|" in key.unit:
         one_of(f"config.{name}", value, key.unit.split("|"))
         return
-    ranged = _range_of(key)
-    if ranged is None:
+    allowed = range_of(key.unit)
+    if allowed is None:
         return
     numbers = value if isinstance(value, (tuple, list)) else (value,)
-    if not all(_inside(number, ranged) for number in numbers):
-        preposition = "in " if ranged.re is INTERVAL else ""
-        raise InputError(
-            f"config.{name}: expected a number {preposition}{ranged.group()} ({key.meaning}); "
-            f"received {value!r}"
-        )
+    for number in numbers:
+        if not allowed.contains(number):
+            raise InputError(
+                f"config.{name}: expected a number {allowed.text} ({key.meaning}); "
+                f"received {value!r}"
+            )
 
 
 def _check_kind(name: str, key: Key, value: Any) -> None:
     """Raises InputError unless `value` is of the kind of the key's default."""
     if isinstance(key.default, tuple):
-        part_kind: Any = str if _range_of(key) is None else (float, int)
-        fits = isinstance(value, (tuple, list)) and all(_is_a(part, part_kind) for part in value)
-        expected = f"tuple of {'texts' if part_kind is str else 'numbers'}"
+        # The default may be empty: a tuple with a range holds numbers, any other texts.
+        kind: type = str
+        expected = "tuple of texts"
+        if range_of(key.unit) is not None:
+            kind, expected = float, "tuple of numbers"
+        fits = _is_tuple_of(value, kind)
     else:
-        # A whole number is a fine float; a switch is no number, although Python takes it for one.
-        kind: Any = (float, int) if isinstance(key.default, float) else type(key.default)
-        fits = _is_a(value, kind) and isinstance(value, bool) == isinstance(key.default, bool)
-        expected = type(key.default).__name__
+        kind = type(key.default)
+        expected = kind.__name__
+        fits = _is_a(value, kind)
     if not fits:
         raise InputError(f"config.{name}: expected {expected} ({key.meaning}); received {value!r}")
 
 
-def _is_a(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool) or kind is str)
+def _is_tuple_of(value: Any, kind: type) -> bool:
+    # Records are JSON, which has lists alone.
+    if not isinstance(value, (tuple, list)):
+        return False
+    return all(_is_a(part, kind) for part in value)
 
 
-def _range_of(key: Key) -> re.Match[str] | None:
-    """The range that a key's unit names."""
-    return INTERVAL.search(key.unit) or BOUND.search(key.unit)
-
-
-def _inside(number: float, ranged: re.Match[str]) -> bool:
-    """Whether a number lies in a range; NaN lies in none."""
-    if ranged.re is BOUND:
-        sign, least = ranged.groups()
-        return number >= float(least) if sign == ">=" else number > float(least)
-    opening, low, high, closing = ranged.groups()
-    above = number >= float(low) if opening == "[" else number > float(low)
-    below = number <= float(high) if closing == "]" else number < float(high)
-    return above and below
+def _is_a(value: Any, kind: type) -> bool:
+    # A switch is no number, although Python takes it for one.
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, _ACCEPTED[kind])

@@ -17,6 +17,7 @@ class AdvantageSettings:
         "global|group",
         "paper",
     )
+    # The constant is part of the loss: optimality is A / (2 A_max) + 1/2.
     clip: float = key(5.0, "A_max: advantages are clipped to [-clip, clip]", "> 0", "paper")
     scalarize: str = key(
         "none",
@@ -69,9 +70,11 @@ class HarmonizeSettings:
         "('amortized', the paper's), or as upstream does ('upstream')",
         "exact|amortized|upstream",
     )
+    # The best of 5, 10 and 20 in the paper's ablation.
     refresh_every: int = key(
         10, "N: optimiser steps between solves of the amortized mode", "steps, >= 1", "paper"
     )
+    # The best of 0.1, 0.3, 0.5, 0.7 and 0.9 in the paper's ablation.
     rho: float = key(0.7, "weight of the old alpha in its running average", "[0, 1)", "paper")
     smooth_exact: bool = key(False, "apply the running average in exact mode too")
     normalize: bool = key(True, "solve on unit gradients", "-", "paper")
@@ -89,12 +92,14 @@ class HarmonizeSettings:
         (), "alpha of the 'fixed' balancer, one a reward, sum 1", "[0, 1]", "paper"
     )
     alpha_floor: float = key(0.0, "least alpha of every reward", "[0, 1/K]", "paper")
+    # Other chunks give the same sums, up to rounding.
     chunk_size: int = key(
         8,
         "samples whose per-sample adapter gradients are held at once, a device",
         "samples, >= 1",
         resumable=True,
     )
+    # These terms need no precision that the advantages lack: a share of them, weighted up, has the same mean.
     anchor_every: int = key(
         8,
         "a solve takes the terms that no advantage scales (pull to the rollout policy, divergence "

@@ -16,6 +16,7 @@ class ModelSettings:
         "diffusers-layout directory, hub id, or 'embedded' for the shipped tiny pipeline",
         "path",
     )
+    # Of the frozen network alone: adapters, optimiser and the solve for alpha are float32 whatever is said here.
     dtype: str = key("bfloat16", "matmul dtype of the transformer", "bfloat16|float32")
     attention: str = key(
         "xla",
@@ -66,6 +67,7 @@ class LoraSettings:
 class MeshSettings:
     """The devices of a run and what they split."""
 
+    # All of them may change on resumption: a checkpoint holds whole arrays, whatever devices wrote it.
     data: int = key(
         -1,
         "devices that split the batch alone; -1, here or for one of the next two: all that are left",

@@ -18,6 +18,7 @@ class EvaluationSettings:
     images_per_prompt: int = key(
         1, "images of each; intervals resample whole prompts", "images, >= 1"
     )
+    # How often is free on resumption; which images are compared with the base model's is not.
     every_steps: int = key(
         10,
         "steps between evaluations; 0: only before and after",
@@ -31,6 +32,7 @@ class EvaluationSettings:
         1234, "seed of the evaluation noise, the same at every evaluation", "integer, >= 0"
     )
     num_images: int = key(12, "fixed prompts whose images are kept", "images, >= 0")
+    # Rewards that were trained on rise by being exploited, too: others say whether images became better.
     best: str = key(
         "heldout",
         "rewards whose mean standardised gain on held-out prompts makes the best policy: those never "
@@ -84,4 +86,5 @@ class LoggingSettings:
         "steps",
         resumable=True,
     )
+    # Off unless asked for: it sends the run's figures to another machine.
     wandb: str = key("", "wandb project; empty: off", resumable=True)

@@ -19,10 +19,10 @@ RENAMED_KEYS = {
     "policies.ema_decay": "ema.decay",
     "evaluation.num_pictures": "evaluation.num_images",
 }
-"""Earlier key -> what it is called now, for messages."""
+"""Earlier key -> name of today, for messages."""
 
 RENAMED_VALUES = {
     "harmonize.mode": {"amortised": "amortized", "faithful": "upstream"},
     "export.policy": {"old": "rollout"},
 }
-"""Key -> earlier value -> today's."""
+"""Key -> earlier value -> value of today."""

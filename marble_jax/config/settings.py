@@ -28,6 +28,7 @@ class Settings:
     """Settings of a run; the defaults are the paper's recipe for SD3.5."""
 
     name: str = key("sd3", "name of the run, shown in the report", resumable=True)
+    # The one seed: every random stream is derived from it, from the step and from the stream's name.
     seed: int = key(42, "seed of prompts, noise, adapters and timesteps", "integer, >= 0", "paper")
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()

@@ -15,7 +15,7 @@ from marble_jax.errors import InputError, nearest
 
 
 def _keys(section: Any, prefix: str = "") -> dict[str, Key]:
-    """Every key of a section, and of the sections inside it, by dotted name."""
+    """Returns every key of a section, and of the sections inside it, by dotted name."""
     keys: dict[str, Key] = {}
     for field in dataclasses.fields(section):
         name = prefix + field.name
@@ -31,7 +31,7 @@ KEYS: dict[str, Key] = _keys(Settings())
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The table's defaults as a nested ConfigDict; tuples stay tuples."""
+    """Returns the table's defaults as a nested ConfigDict; tuples stay tuples."""
     tree: dict[str, Any] = {}
     for name, key in KEYS.items():
         *sections, leaf = name.split(".")
@@ -43,13 +43,15 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def flatten(config: ml_collections.ConfigDict | Settings, prefix: str = "") -> dict[str, Any]:
-    """`{"a.b": value}` of a nested configuration or of settings."""
-    if isinstance(config, ml_collections.ConfigDict):
-        items = list(config.items())
-    else:
-        items = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    """Returns `{"a.b": value}` of a nested configuration or of settings.
+
+    Args:
+      config: configuration, settings, or a section of either.
+      prefix: what stands before the names, with its dot.
+    """
     flat: dict[str, Any] = {}
-    for name, value in items:
+    for name, value in _items(config):
+        # A tuple is a value: only sections have keys of their own.
         if isinstance(value, ml_collections.ConfigDict) or dataclasses.is_dataclass(value):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
@@ -57,16 +59,23 @@ def flatten(config: ml_collections.ConfigDict | Settings, prefix: str = "") -> d
     return flat
 
 
+def _items(config: Any) -> list[tuple[str, Any]]:
+    """Names and values of one level of a configuration or of settings."""
+    if isinstance(config, ml_collections.ConfigDict):
+        return list(config.items())
+    return [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+
+
 def settings_of(config: ml_collections.ConfigDict) -> Settings:
-    """Checked settings of a configuration; see `settings_from_flat`."""
+    """Returns the checked settings of a configuration; see `settings_from_flat`."""
     return settings_from_flat(flatten(config))
 
 
 def settings_from_flat(flat: Mapping[str, Any]) -> Settings:
-    """Settings of flat values.
+    """Returns the settings that flat values make.
 
     Args:
-      flat: a value for every key; lists count as tuples, as JSON has no others.
+      flat: a value for every key, by dotted name; lists count as tuples, as JSON has no others.
 
     Raises:
       InputError: see `check`.
@@ -76,6 +85,7 @@ def settings_from_flat(flat: Mapping[str, Any]) -> Settings:
 
 
 def _section(defaults: Any, flat: Mapping[str, Any], prefix: str) -> Any:
+    """Returns a section with the values whose names begin with `prefix`."""
     values = {}
     for field in dataclasses.fields(defaults):
         name = prefix + field.name
@@ -90,15 +100,20 @@ def _as_kind(value: Any, default: Any) -> Any:
     """A value that has passed `check`, in the type of its key's default."""
     if isinstance(default, tuple):
         return tuple(value)
-    return float(value) if isinstance(default, float) else value
+    # A float given as a whole number is a float in records, too.
+    if isinstance(default, float):
+        return float(value)
+    return value
 
 
 def check(flat: Mapping[str, Any]) -> None:
-    """Holds a flat configuration against the table.
+    """Checks a flat configuration against the table.
 
     Raises:
-      InputError: an unknown or missing key, or a value that is not of its default's kind or outside its range.
+      InputError: an unknown, renamed or missing key, or a value that is renamed, not of its default's kind or outside
+        its range.
     """
+    # Names first: a misspelt key would otherwise be answered with the one that is then missing.
     for name in flat:
         known(name)
     for name, key in KEYS.items():
@@ -110,6 +125,7 @@ def check(flat: Mapping[str, Any]) -> None:
 
 
 def _check_renamed_value(name: str, value: Any) -> None:
+    """Raises InputError, naming today's value, for one that was called otherwise earlier."""
     renamed = RENAMED_VALUES.get(name, {})
     if isinstance(value, str) and value in renamed:
         raise InputError(
@@ -126,15 +142,23 @@ def may_change_on_resume(name: str, flat: Mapping[str, Any]) -> bool:
       name: dotted name; an unknown one may not change.
       flat: the configuration.
     """
+    if name not in KEYS:
+        return False
     if name == "training.num_steps":
-        follows = flat.get("training.learning_rate_schedule") == "cosine"
-        shared = any(":" not in stage for stage in flat.get("reward_schedule.stages", ()))
-        return not follows and not shared
-    return name in KEYS and KEYS[name].resumable
+        return not _steps_scale_schedules(flat)
+    return KEYS[name].resumable
+
+
+def _steps_scale_schedules(flat: Mapping[str, Any]) -> bool:
+    """Whether the learning rate or the rewards of a step depend on how many steps there are."""
+    if flat.get("training.learning_rate_schedule") == "cosine":
+        return True
+    # Stages without a length share the steps evenly.
+    return any(":" not in stage for stage in flat.get("reward_schedule.stages", ()))
 
 
 def describe() -> str:
-    """Every key with default, meaning, unit and source, one a line, for `--help`."""
+    """Returns every key with default, meaning, unit and source, for `--help`."""
     lines = []
     for name, key in KEYS.items():
         lines.append(f"  {name} = {key.default!r}\n      {key.meaning} [{key.unit}; {key.source}]")

@@ -11,6 +11,7 @@ from marble_jax.config.keys import key
 class TrainingSettings:
     """The optimiser and its steps."""
 
+    # A finished run can be made longer, unless something follows the number of steps (`table.may_change_on_resume`).
     num_steps: int = key(1000, "optimiser steps", "steps, >= 1", resumable=True)
     micro_batch_size: int = key(
         144,
@@ -36,6 +37,7 @@ class TrainingSettings:
     beta2: float = key(0.999, "AdamW second moment decay", "[0, 1)", "paper")
     epsilon: float = key(1e-8, "AdamW epsilon", "> 0", "paper")
     clip_norm: float = key(1.0, "global norm the update's gradient is clipped to", "> 0", "paper")
+    # Rules for steps that went wrong; one that went right does not depend on them.
     non_finite: str = key(
         "stop",
         "a gradient that is not finite moves nothing; after some in a row 'stop' saves and ends the "
@@ -64,6 +66,7 @@ class RolloutPolicySettings:
     )
     rate: float = key(0.001, "slope of the schedule", "1/step, >= 0", "paper")
     cap: float = key(0.95, "largest decay of the schedule", "[0, 1)", "paper")
+    # DiffusionNFT's schedule of this shape; MARBLE does not use it.
     delay: int = key(75, "steps before 'delayed_linear' leaves zero", "steps, >= 0", "NFT")
 
 

@@ -1,4 +1,4 @@
-"""Compiles a run's programs for a TPU slice that is not here, and reads what the compiler says of them.
+"""Ahead-of-time compilation of a run's programs for a TPU slice that this machine need not have.
 
 `libtpu` holds the compiler of the chips, and `jax.experimental.topologies` describes a slice by name; no TPU is needed.
 The programs and the shardings are those that training uses (`programs.build`, `training.step_schedule`,
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import re
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,26 +36,46 @@ from marble_jax.training.batch_sizes import Sizes
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.state import TrainState
-from marble_jax.types import Conditioning
 
 SLICES = ("v5e", "v5p", "v6e")
+"""Kinds of chips that `--topology` compiles for."""
+
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+){1,2})")
 _OUT_OF_MEMORY = re.compile(r"total memory required for [^(]*\(([\d.]+)([KMGT])\)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What the compiler says of one program, a device.
+# The compiler's letters for powers of two, in gigabytes.
+_UNITS = {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}
+
+Abstract = Any
+"""A `jax.ShapeDtypeStruct` with a sharding, in the place of the array that it describes."""
+
+
+class Job(NamedTuple):
+    """One program of a run, ready to compile.
 
     Attributes:
-      name: of the program.
+      function: jitted function.
+      arguments: pytrees of `Abstract` leaves, each with the sharding that it has in a run.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of one program; bytes and FLOPs are those of one device.
+
+    Attributes:
+      name: key of the program in `jobs`.
       needed: bytes of HBM: arguments, temporaries, code, and results that do not overwrite arguments.
       arguments: bytes of arguments; None where the program did not fit and the compiler gave up.
       temporaries: bytes of everything in between; None likewise.
-      flops: by XLA's cost analysis, loop bodies counted once; None likewise.
-      bytes: read and written, by the same analysis; None likewise.
-      collectives: by kind.
-      seconds: it took to compile.
+      flops: FLOPs by XLA's cost analysis, loop bodies counted once; None likewise.
+      bytes: bytes read and written, by the same analysis; None likewise.
+      collectives: exchanges between devices, by kind.
+      seconds: seconds that the compilation took.
     """
 
     name: str
@@ -68,32 +89,32 @@ class Program:
 
 
 def check_topology(name: str) -> tuple[Accelerator, int]:
-    """The chip and the number of chips of a slice such as `v5e:4x4`.
+    """Returns the chip and the number of chips of a slice such as `v5e:4x4`.
 
     Raises:
       InputError: not the name of a slice, or no libtpu to compile with.
     """
     match = _NAME.fullmatch(name)
-    kind = match[1] if match else name.partition(":")[0]
-    if not match or kind not in SLICES:
-        close = nearest(kind, SLICES) if kind not in SLICES else ""
+    kind = name.partition(":")[0]
+    if match is None or kind not in SLICES:
+        hint = ""
+        if kind not in SLICES:
+            hint = nearest(kind, SLICES)
         raise InputError(
             f"--topology: expected a slice of {', '.join(SLICES)} with its shape in chips, such as "
-            f"v5e:4x4 or v5p:2x2x4; received {name!r}{close}"
+            f"v5e:4x4 or v5p:2x2x4; received {name!r}{hint}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "--topology: expected the package libtpu, which holds the compiler of TPUs; received none "
             "(pip install libtpu, or marble-jax[tpu])"
         )
-    count = 1
-    for side in match[2].split("x"):
-        count *= int(side)
-    return ACCELERATORS[kind], count
+    sides = match[2].split("x")
+    return ACCELERATORS[kind], math.prod(int(side) for side in sides)
 
 
 def slice_devices(name: str) -> list[Any]:
-    """The devices of a slice, to compile for.
+    """Returns the devices of a slice, to compile for.
 
     Raises:
       InputError: a shape that the chips do not come in.
@@ -102,7 +123,8 @@ def slice_devices(name: str) -> list[Any]:
 
     try:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:  # jaxlib's exception for everything
+    except Exception as error:
+        # jaxlib raises the same exception, whose base class is all that is public, for whatever is wrong.
         reason = " ".join(str(error).split())[:160]
         raise InputError(
             f"--topology: expected a shape made of whole hosts, such as v5e:4x4 or v5p:2x2x4; received "
@@ -110,77 +132,92 @@ def slice_devices(name: str) -> list[Any]:
         ) from None
 
 
-def jobs(
-    settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh
-) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
-    """The compiled functions of a run by name, each with the shapes of its arguments where they lie."""
-    model = _Shardings(settings, shapes, mesh)
-    networks = model.networks
+def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> dict[str, Job]:
+    """Returns the compiled functions of a run by name, each with the shapes and shardings of its arguments.
+
+    Args:
+      settings: settings of the run.
+      shapes: its model.
+      sizes: its batch arithmetic.
+      mesh: its devices; they only have to be described.
+    """
+    abstract = _AbstractArguments(settings, shapes, mesh)
+    networks = abstract.networks
     rollout = settings.rollout
     levels = networks.levels(rollout.num_steps, shapes.latent)
     sampler = make_sampler(networks.velocity, rollout.solver, levels, rollout.integer_timesteps)
     recipe = make_recipe(settings, sizes, mesh, networks, shapes.latent)
     optimizer = make_optimizer(settings.training)
     steps = build_steps(settings, recipe, networks, optimizer)
-    state = model.state()
-    batch, decoded = rollout.batch_size, decode_size(rollout.batch_size, mesh)
+    state = abstract.state()
+    # A merged policy is a copy of the weights and needs no adapter.
     policy = None if rollout.merge_adapter else state.rollout
-    noise = model.sharded((batch, *shapes.latent), jnp.float32)
-    latents = jax.ShapeDtypeStruct(
-        (decoded, *shapes.latent),
-        jnp.float32,
-        sharding=device_mesh.image_sharding(mesh, batch),
-    )
-    train = (state, model.params, model.rollouts(sizes))
+    conditioning = abstract.conditioning(rollout.batch_size)
+    noise = abstract.sharded((rollout.batch_size, *shapes.latent), jnp.float32)
+    latents = abstract.decoded_latents()
+    train = (state, abstract.params, abstract.rollouts(sizes))
     programs = {
-        "rollout": (sampler, (model.params, policy, model.conditioning(batch), noise)),
-        "decode": (jax.jit(networks.decode_latents), (model.decoder_params, latents)),
-        "train, solving": (steps.refresh, train),
+        "rollout": Job(sampler, (abstract.params, policy, conditioning, noise)),
+        "decode": Job(jax.jit(networks.decode_latents), (abstract.decoder_params, latents)),
+        "train, solving": Job(steps.refresh, train),
     }
     if steps.between is not steps.refresh:
-        programs["train, between"] = (steps.between, train)
+        programs["train, between"] = Job(steps.between, train)
     return programs
 
 
-class _Shardings:
-    """Shapes of what a run's programs are given, each where it lies on the mesh."""
+class _AbstractArguments:
+    """What a run's programs are given, as shapes with shardings.
+
+    Attributes:
+      networks: networks of the run, computed as on the mesh.
+      params: weights of the transformer, split as in a run.
+      decoder_params: weights of the autoencoder, whole on every device.
+    """
 
     def __init__(self, settings: Settings, shapes: ModelShapes, mesh: Mesh):
-        self._settings, self._shapes = settings, shapes
+        self._settings, self._shapes, self._mesh = settings, shapes, mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._batch = NamedSharding(mesh, device_mesh.BATCH)
         rules = shapes.networks.sharding_rules
         scale = settings.lora.alpha / settings.lora.rank
         options = network_options(settings.model, scale, mesh, rules.gather(mesh))
         self.networks = shapes.networks.with_options(options)
-        layouts = rules.shardings(mesh, shapes.networks.params)
-        self.params = jax.tree.map(
-            lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-            shapes.networks.params,
-            layouts,
-        )
+        shardings = rules.shardings(mesh, shapes.networks.params)
+        self.params = jax.tree.map(_sharded_like, shapes.networks.params, shardings)
         self.decoder_params = jax.tree.map(self._whole, shapes.networks.decoder_params)
 
-    def _whole(self, leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._replicated)
+    def _whole(self, leaf: Any) -> Abstract:
+        """A leaf that every device holds whole."""
+        return _sharded_like(leaf, self._replicated)
 
-    def replicated(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def replicated(self, shape: tuple[int, ...], dtype: Any) -> Abstract:
         """An array that every device holds whole."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
-    def sharded(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        """An array whose samples are split over the devices."""
+    def sharded(self, shape: tuple[int, ...], dtype: Any) -> Abstract:
+        """An array whose samples, its first axis, are split over the devices."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch)
 
-    def conditioning(self, count: int, sharded: bool = True) -> Conditioning:
-        """Conditioning of `count` samples, or of prompts that every device holds."""
+    def conditioning(self, count: int) -> dict[str, Abstract]:
+        """Conditioning of `count` samples, split over the devices."""
+        arrays = self._conditioning_shapes(count)
+        return {name: self.sharded(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
+
+    def _conditioning_shapes(self, count: int) -> dict[str, Any]:
         length = self._settings.model.max_sequence_length
-        place = self.sharded if sharded else self.replicated
-        arrays = self.networks.conditioning_shapes(count, length)
-        return {name: place(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
+        return self.networks.conditioning_shapes(count, length)
+
+    def decoded_latents(self) -> Abstract:
+        """Latents that the autoencoder turns into images at once, which tensor splits, too."""
+        batch = self._settings.rollout.batch_size
+        count = decode_size(batch, self._mesh)
+        sharding = device_mesh.image_sharding(self._mesh, batch)
+        shape = (count, *self._shapes.latent)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
     def state(self) -> TrainState:
-        """The training state."""
+        """The training state, as every process keeps it: whole on every device."""
 
         def new_state() -> TrainState:
             zeros = jax.tree.map(
@@ -191,29 +228,42 @@ class _Shardings:
         return jax.tree.map(self._whole, jax.eval_shape(new_state))
 
     def rollouts(self, sizes: Sizes) -> RolloutBatch:
-        """The rollouts of a step."""
-        count, settings = sizes.images, self._settings
-        scalarized = settings.advantages.scalarize != "none"
-        columns = len(settings.rewards.train) + scalarized
+        """The rollouts of a step, whole on every device: a train step takes its own samples out of them."""
+        count, rollout = sizes.images, self._settings.rollout
+        conditioning = self._conditioning_shapes(rollout.prompts_per_step)
+        # A scalarized advantage is a column behind the rewards'.
+        scalarized = self._settings.advantages.scalarize != "none"
+        num_columns = len(self._settings.rewards.train) + scalarized
         return RolloutBatch(
-            self.replicated((count, *self._shapes.latent), jnp.float32),
-            self.replicated((count,), jnp.int32),
-            self.conditioning(settings.rollout.prompts_per_step, sharded=False),
-            self.replicated((count, columns), jnp.float32),
-            self.replicated((count, columns), jnp.bool_),
+            kept=self.replicated((count, *self._shapes.latent), jnp.float32),
+            prompt=self.replicated((count,), jnp.int32),
+            cond=jax.tree.map(self._whole, conditioning),
+            advantages=self.replicated((count, num_columns), jnp.float32),
+            valid=self.replicated((count, num_columns), jnp.bool_),
         )
 
 
-def compile_program(name: str, function: Callable, arguments: tuple[Any, ...]) -> Program:
-    """Compiles for the devices that the arguments' shardings name.
+def _sharded_like(leaf: Any, sharding: Any) -> Abstract:
+    """The shape and dtype of a leaf, with a sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def compile_program(name: str, job: Job) -> Program:
+    """Compiles a program for the devices that the shardings of its arguments name.
+
+    Args:
+      name: name of the program, for the result.
+      job: the function and its arguments.
 
     Raises:
       RuntimeError: the compiler failed for another reason than memory.
     """
     start = time.perf_counter()
-    platform = next(iter(jax.tree.leaves(arguments)[0].sharding.device_set)).platform
+    devices = jax.tree.leaves(job.arguments)[0].sharding.device_set
+    platform = next(iter(devices)).platform
+    # Without a platform JAX lowers for the one that it runs on.
     elsewhere = None if platform == jax.default_backend() else (platform,)
-    lowered = function.trace(*arguments).lower(lowering_platforms=elsewhere)
+    lowered = job.function.trace(*job.arguments).lower(lowering_platforms=elsewhere)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -221,34 +271,31 @@ def compile_program(name: str, function: Callable, arguments: tuple[Any, ...]) -
         if needed is None:
             raise
         return Program(name, needed, None, None, None, None, (), time.perf_counter() - start)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    needed = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    # Results that overwrite arguments take no memory of their own.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    held = memory.argument_size_in_bytes + results
+    working = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Program(
-        name,
-        float(needed),
-        float(memory.argument_size_in_bytes),
-        float(memory.temp_size_in_bytes),
-        cost.get("flops"),
-        cost.get("bytes accessed"),
-        collectives(compiled.as_text()),
-        time.perf_counter() - start,
+        name=name,
+        needed=float(held + working),
+        arguments=float(memory.argument_size_in_bytes),
+        temporaries=float(memory.temp_size_in_bytes),
+        flops=cost.get("flops"),
+        bytes=cost.get("bytes accessed"),
+        collectives=collectives(compiled.as_text()),
+        seconds=time.perf_counter() - start,
     )
 
 
 def out_of_memory(message: str) -> float | None:
-    """Bytes that a program would have needed, of the compiler's complaint; None for another complaint."""
+    """Bytes that a program would have needed, by the compiler's complaint; None for another complaint."""
     match = _OUT_OF_MEMORY.search(message)
-    return (
-        float(match[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[match[2]]
-        if match
-        else None
-    )
+    if match is None:
+        return None
+    amount, unit = match.groups()
+    return float(amount) * GIB * _UNITS[unit]
 
 
 def as_record(programs: Mapping[str, Program]) -> dict[str, Any]:

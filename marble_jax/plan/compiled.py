@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from marble_jax.config import Settings
 from marble_jax.console import Console, duration
+from marble_jax.families.base import Family
 from marble_jax.plan import aot, memory
+from marble_jax.plan.hlo import Collective
 from marble_jax.plan.hlo_costs import reason_of
 from marble_jax.plan.planned import Plan
 from marble_jax.plan.request import Request
@@ -18,31 +21,33 @@ GB = 1e9
 
 
 def compile_jobs(
-    jobs: dict[str, Any], planned: Plan, request: Request, console: Console
+    jobs: Mapping[str, aot.Job], planned: Plan, request: Request, console: Console
 ) -> dict[str, aot.Program]:
-    """Compiles the programs and says what the compiler says of each."""
+    """Compiles the programs that were asked for, prints what the compiler says of each and returns it by name."""
+    version = importlib.metadata.version("libtpu")
     console.say(
-        f"\ncompiling for {request.topology} with libtpu {importlib.metadata.version('libtpu')}, jax "
-        f"{jax.__version__}; GB a chip"
+        f"\ncompiling for {request.topology} with libtpu {version}, jax {jax.__version__}; GB a chip"
     )
     programs: dict[str, aot.Program] = {}
-    for name, (function, arguments) in jobs.items():
+    for name, job in jobs.items():
         if request.programs and name not in request.programs:
             continue
-        programs[name] = aot.compile_program(name, function, arguments)
-        _announce(programs[name], memory.total(planned.sources[name]), planned, console)
+        program = aot.compile_program(name, job)
+        programs[name] = program
+        _announce(program, memory.total(planned.sources[name]), planned.shapes.family, console)
     return programs
 
 
-def _announce(program: aot.Program, reckoned: float, planned: Plan, console: Console) -> None:
-    """Prints what the compiler says of one program, beside what was reckoned by source."""
+def _announce(program: aot.Program, reckoned: float, family: Family, console: Console) -> None:
+    """Prints what the compiler says of one program, beside the bytes that were reckoned by source."""
     parts = ""
     if program.arguments is not None and program.temporaries is not None:
         arguments, temporaries = program.arguments / GB, program.temporaries / GB
         parts = f" (arguments {arguments:.2f}, temporaries {temporaries:.2f})"
+    difference = reckoned / program.needed - 1
     console.say(
         f"  {program.name}: {program.needed / GB:.2f} GB{parts}; by source {reckoned / GB:.2f} "
-        f"({reckoned / program.needed - 1:+.0%}); compiled in {duration(program.seconds)}"
+        f"({difference:+.0%}); compiled in {duration(program.seconds)}"
     )
     if program.flops is not None and program.bytes is not None:
         console.say(
@@ -50,29 +55,49 @@ def _announce(program: aot.Program, reckoned: float, planned: Plan, console: Con
             f"{program.bytes / GB:.3g} GB read and written"
         )
     for collective in program.collectives:
-        looped = " in a loop" if collective.looped else ""
-        origin = collective.origin or "the compiler"
-        reason = reason_of(collective.kind, collective.origin, planned.shapes.family)
-        console.say(
-            f"    {collective.kind} x {collective.count}{looped}: {collective.bytes / 1e6:.4g} MB, "
-            f"the largest from {origin} ({reason or 'not explained'})"
-        )
+        console.say(_collective_line(collective, family))
+
+
+def _collective_line(collective: Collective, family: Family) -> str:
+    """Collectives of one kind with the reason for the largest."""
+    looped = " in a loop" if collective.looped else ""
+    origin = collective.origin or "the compiler"
+    reason = reason_of(collective.kind, collective.origin, family) or "not explained"
+    return (
+        f"    {collective.kind} x {collective.count}{looped}: {collective.bytes / 1e6:.4g} MB, "
+        f"the largest from {origin} ({reason})"
+    )
 
 
 def judge(
-    programs: dict[str, aot.Program], planned: Plan, count: int, console: Console
+    programs: Mapping[str, aot.Program], planned: Plan, count: int, console: Console
 ) -> dict[str, Any]:
-    """Says whether the program that takes most fits a device, and what would help if not."""
-    assert planned.accelerator is not None  # a topology names its chip
+    """Prints whether the program that takes most fits a device, and what would help if it does not.
+
+    Args:
+      programs: compiled programs by name.
+      planned: the plan, for a known accelerator.
+      count: devices of the run.
+      console: where the verdict goes.
+
+    Returns:
+      The verdict and the programs as plain values, for JSON.
+    """
+    # A topology names its chip.
+    assert planned.accelerator is not None
+    usable = planned.accelerator.usable
     resident = {name: memory.total(planned.resident[name]) for name in programs}
     largest = max(programs.values(), key=lambda program: program.needed + resident[program.name])
-    beside, usable = resident[largest.name], planned.accelerator.usable
+    beside = resident[largest.name]
     free = usable - largest.needed - beside
     fits = free >= 0
+    answer, margin = "does not fit", "too much"
+    if fits:
+        answer, margin = "fits", "left for reward models"
     verdict = (
-        f"{'fits' if fits else 'does not fit'}: {largest.name} needs {largest.needed / GB:.2f} GB and "
+        f"{answer}: {largest.name} needs {largest.needed / GB:.2f} GB and "
         f"{beside / GB:.2f} GB lie beside it, of {usable / GB:.2f} GB a chip: {abs(free) / GB:.2f} GB "
-        f"{'left for reward models' if fits else 'too much'}"
+        f"{margin}"
     )
     console.say(verdict)
     if not fits:
@@ -89,14 +114,13 @@ def judge(
 
 
 def _hints(settings: Settings, count: int) -> list[str]:
-    """Settings that take less memory, the most telling first."""
+    """Settings that take less memory, the most effective first."""
     hints = []
     if settings.model.remat != "full":
         hints.append("--config.model.remat=full (about a third more time)")
     if settings.mesh.fsdp < count:
-        hints.append(
-            f"--config.mesh.fsdp={count} (base weights sharded; the same mathematics)"
-        )
+        hints.append(f"--config.mesh.fsdp={count} (base weights sharded; the same mathematics)")
+    # A device needs a sample of its own, so a micro-batch has at least as many as there are devices.
     if settings.training.micro_batch_size > count:
         hints.append(
             f"--config.training.micro_batch_size={count} (the same mathematics, smaller products)"

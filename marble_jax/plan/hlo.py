@@ -14,22 +14,29 @@ KINDS = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-_LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
+"""Operations that move numbers between devices."""
+
+IN_LOOP = "while/body"
+"""Part of the origin of every instruction in the body of a loop."""
+
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
-IN_LOOP = "while/body"  # in the origin of what stands in the body of a loop
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+# Types whose names do not say their width in bits as `f32` does. Numbers of 8 bits have many names (f8e4m3fn, ...).
 _BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
+_EIGHT_BITS = "f8"
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind and place.
+    """Collectives of one kind, either all inside loops or all outside.
 
     Attributes:
-      kind: such as "all-reduce".
+      kind: operation, such as "all-reduce".
       looped: whether they stand in the body of a loop, which runs them many times.
       count: instructions in the program's text.
-      bytes: of their results on one device, each instruction once.
+      bytes: bytes of their results on one device, each instruction once.
       origin: where the largest comes from, by JAX's names.
     """
 
@@ -41,46 +48,72 @@ class Collective:
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-    """Every collective of an HLO text, the largest kinds first."""
-    found: dict[tuple[str, bool], list[tuple[int, str]]] = {}
+    """Returns every collective of an HLO text, the kinds that move most first."""
+    instructions: dict[tuple[str, bool], list[tuple[int, str]]] = {}
     for line in text.splitlines():
-        match = _LINE.match(line)
+        match = _COLLECTIVE.match(line)
         if not match:
             continue
-        size = result_bytes(match[2], match[1], bool(match[3]))
+        result, kind, start = match.groups()
+        size = result_bytes(kind, result, start is not None)
         origin = origin_of(line)
-        found.setdefault((match[2], IN_LOOP in origin), []).append((size, origin))
-    rows = [
-        Collective(kind, looped, len(each), sum(size for size, _ in each), max(each)[1])
-        for (kind, looped), each in found.items()
-    ]
-    return tuple(sorted(rows, key=lambda row: -row.bytes))
+        instructions.setdefault((kind, IN_LOOP in origin), []).append((size, origin))
+    rows = []
+    for (kind, looped), members in instructions.items():
+        total = sum(size for size, _ in members)
+        _, largest_origin = max(members)
+        rows.append(Collective(kind, looped, len(members), total, largest_origin))
+    rows.sort(key=lambda row: -row.bytes)
+    return tuple(rows)
 
 
 def origin_of(line: str) -> str:
     """Where an instruction comes from, by JAX's names; empty where the compiler put it there."""
-    found = _OP_NAME.search(line)
-    return found[1] if found else ""
+    match = _OP_NAME.search(line)
+    if match is None:
+        return ""
+    return match[1]
 
 
 def result_bytes(kind: str, result: str, started: bool) -> int:
     """Bytes of a collective's result.
 
     Args:
-      kind: such as "all-reduce".
-      result: its type in the text.
-      started: whether it is the start of an asynchronous one.
+      kind: operation, such as "all-reduce".
+      result: type of the result in the text.
+      started: whether the instruction is the start of an asynchronous collective.
     """
-    shapes = [_size(*shape) for shape in _SHAPE.findall(result) if shape[1] or not started]
+    sizes = []
+    for dtype, sides in _SHAPE.findall(result):
+        # Scalars in the tuple of a start are its counters, and no data.
+        if sides or not started:
+            sizes.append(_size(dtype, sides))
     if started and kind != "all-reduce":
-        shapes = shapes[
-            len(shapes) // 2 :
-        ]  # an asynchronous start gives its operands, then its results
-    return sum(shapes)
+        # The tuple of a start lists its operands and then its results; an all-reduce's lists results alone.
+        sizes = sizes[len(sizes) // 2 :]
+    return sum(sizes)
 
 
-def _size(kind: str, sides: str) -> int:
-    width = _BYTES.get(kind) or (1 if kind.startswith("f8") else int(kind[1:]) // 8)
-    for side in filter(None, sides.split(",")):
-        width *= int(side)
-    return width
+def whole_numbers(text: str) -> list[int]:
+    """Numbers separated by commas, such as the sides of a shape or axes; none for an empty text."""
+    if not text:
+        return []
+    return [int(number) for number in text.split(",")]
+
+
+def _size(dtype: str, sides: str) -> int:
+    """Bytes of an array of a type with these sides."""
+    size = _width(dtype)
+    for side in whole_numbers(sides):
+        size *= side
+    return size
+
+
+def _width(dtype: str) -> int:
+    """Bytes of one number of a type."""
+    if dtype in _BYTES:
+        return _BYTES[dtype]
+    if dtype.startswith(_EIGHT_BITS):
+        return 1
+    bits = int(dtype[1:])
+    return bits // 8

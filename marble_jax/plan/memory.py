@@ -37,6 +37,7 @@ DECODER_ARRAYS = 4  # of the decoder's largest activation
 LANES = 128  # a TPU pads the last axis of an array to this
 FLOAT32 = 4  # bytes
 
+# Names of the parts, as the table and the record show them.
 BASE, ADAPTERS, OPTIMISER, ROLLOUTS = (
     "base weights",
     "adapters x policies",
@@ -54,7 +55,13 @@ SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Bytes of one source on one device, and what they are."""
+    """One part of a device's memory.
+
+    Attributes:
+      name: name of the part, the same in every program.
+      bytes: bytes on one device.
+      note: what the bytes are, in words.
+    """
 
     name: str
     bytes: float
@@ -62,7 +69,7 @@ class Source:
 
 
 def weight_bytes(shapes: ModelShapes, mesh: Mesh | AbstractMesh) -> float:
-    """Bytes of the base weights on a device."""
+    """Returns bytes of the base weights on a device."""
     networks = shapes.networks
     return networks.sharding_rules.layout(mesh, networks.params).device
 
@@ -74,14 +81,14 @@ def program_sources(
     mesh: Mesh | AbstractMesh,
     pad: int = LANES,
 ) -> dict[str, list[Source]]:
-    """Sources of every program, under the names of `aot.jobs`.
+    """Returns what every program holds on a device, under the names of `aot.jobs`.
 
     Args:
-      settings: of the run.
-      shapes: of its model.
+      settings: settings of the run.
+      shapes: shapes of its model.
       sizes: its batch arithmetic.
       mesh: its devices.
-      pad: what the last axis of attention's scores is padded to.
+      pad: multiple that the last axis of attention's scores is padded to.
     """
     model = MemoryModel(settings, shapes, sizes, mesh, pad)
     sources = {
@@ -101,36 +108,74 @@ def resident_sources(
     program: str,
     devices_per_host: int = 1,
 ) -> list[Source]:
-    """What lies on a device while a program runs and is no argument of it, reward models apart.
+    """Returns what lies on a device while a program runs and is no argument of it, reward models apart.
 
     Args:
-      settings: of the run.
-      shapes: of its model.
+      settings: settings of the run.
+      shapes: shapes of its model.
       mesh: its devices.
       program: a key of `program_sources`.
       devices_per_host: devices of one host, which share its text encoders.
     """
-    adapter = FLOAT32 * lora.num_parameters(shapes.adapter)
-    weights = weight_bytes(shapes, mesh)
-    merged = settings.rollout.merge_adapter
-    state = (NUM_POLICIES + NUM_MOMENTS) * adapter
-    autoencoder = FLOAT32 * lora.num_parameters(shapes.networks.decoder_params)
-    transformer = "transformer, and the merged copy" if merged else "transformer"
-    resident: dict[str, float] = {}
     if program == "rollout":
-        # The rollout policy is an argument, unless it is folded into a copy of the weights.
-        resident["the rest of the state"] = state if merged else state - adapter
-        resident[transformer] = weights if merged else 0
-        resident["VAE"] = autoencoder
+        resident = _beside_rollout(settings, shapes, mesh)
     elif program == "decode":
-        resident["the rest of the state"] = state
-        resident[transformer] = (1 + merged) * weights
+        resident = _beside_decode(settings, shapes, mesh)
     else:
-        resident["VAE"] = autoencoder
+        resident = {"VAE": _autoencoder_bytes(shapes)}
     if not settings.prompts.embedding_cache:
-        size = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
-        resident["text encoders"] = size * shapes.encoder_parameters / devices_per_host
-    return [Source(name, size, "") for name, size in resident.items() if size]
+        itemsize = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
+        resident["text encoders"] = itemsize * shapes.encoder_parameters / devices_per_host
+    sources = []
+    for name, size in resident.items():
+        if size:
+            sources.append(Source(name, size, ""))
+    return sources
+
+
+def _beside_rollout(
+    settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh
+) -> dict[str, float]:
+    """Bytes beside the program that samples."""
+    state = _state_bytes(shapes)
+    if settings.rollout.merge_adapter:
+        # The program's weights are the merged copy; those that it was made of stay for training.
+        return {
+            "the rest of the state": state,
+            "transformer, and the merged copy": weight_bytes(shapes, mesh),
+            "VAE": _autoencoder_bytes(shapes),
+        }
+    # The rollout policy, one adapter of the state, is an argument of the program.
+    return {
+        "the rest of the state": state - _adapter_bytes(shapes),
+        "VAE": _autoencoder_bytes(shapes),
+    }
+
+
+def _beside_decode(
+    settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh
+) -> dict[str, float]:
+    """Bytes beside the program that decodes."""
+    weights = weight_bytes(shapes, mesh)
+    name, copies = "transformer", 1
+    if settings.rollout.merge_adapter:
+        name, copies = "transformer, and the merged copy", 2
+    return {"the rest of the state": _state_bytes(shapes), name: copies * weights}
+
+
+def _adapter_bytes(shapes: ModelShapes) -> float:
+    """Bytes of one adapter, which is float32 whatever the base weights are."""
+    return FLOAT32 * lora.num_parameters(shapes.adapter)
+
+
+def _state_bytes(shapes: ModelShapes) -> float:
+    """Bytes of the training state: the adapters of all policies, and AdamW's moments."""
+    return (NUM_POLICIES + NUM_MOMENTS) * _adapter_bytes(shapes)
+
+
+def _autoencoder_bytes(shapes: ModelShapes) -> float:
+    """Bytes of the whole autoencoder, in float32."""
+    return FLOAT32 * lora.num_parameters(shapes.networks.decoder_params)
 
 
 class MemoryModel:
@@ -147,65 +192,82 @@ class MemoryModel:
         self.settings, self.shapes, self.sizes, self.mesh = settings, shapes, sizes, mesh
         self.transformer, self.pad = shapes.transformer, pad
         self.itemsize = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
-        self.adapter = FLOAT32 * lora.num_parameters(shapes.adapter)
+        self.adapter = _adapter_bytes(shapes)
         self.latent = FLOAT32 * math.prod(shapes.latent)
         self.cond = self.itemsize * self.transformer.conditioning_size
         scalarized = settings.advantages.scalarize != "none"
         self.num_objectives = len(settings.rewards.train) + scalarized
         self.tokens = self.transformer.tokens + self.transformer.text_tokens
-        # One array of both token streams, of one sample.
+        # The unit of most estimates: one array of both token streams, of one sample.
         self.stream = self.tokens * self.transformer.width * self.itemsize
         self.image_stream = self.transformer.tokens * self.transformer.width * self.itemsize
 
     def share(self, count: int) -> int:
-        """Samples of `count` on one device."""
+        """Samples of a batch of `count` that lie on one device."""
         return NamedSharding(self.mesh, device_mesh.BATCH).shard_shape((count,))[0]
 
     def scores(self, tokens: int, itemsize: int) -> float:
-        """Attention's scores of one sample over `tokens`, numbers of `itemsize` bytes; a fused kernel has none."""
+        """Bytes of attention's scores of one sample; a fused kernel never holds them.
+
+        Args:
+          tokens: tokens that attend to each other.
+          itemsize: bytes of a score.
+        """
         attention = self.settings.model.attention
         if attention == "cudnn":
             return 0.0
         if attention == "splash":
-            # The kernel's own buffers, counted once: with the scores in float32.
+            # The kernel has buffers around it instead. The caller adds scores in float32 and in the compute dtype;
+            # the buffers are there once.
             if itemsize != FLOAT32:
                 return 0.0
             return SPLASH_ARRAYS * tokens * self.transformer.width * self.itemsize
+        # Rounded up: a TPU pads the last axis to whole lanes.
         padded = -(-tokens // self.pad) * self.pad
         return self.transformer.num_heads * tokens * padded * itemsize
 
     def forward(self, count: int) -> float:
-        """A block's forward pass of `count` samples."""
+        """Bytes of a block's forward pass of `count` samples."""
         return count * (self.scores(self.tokens, FLOAT32) + FORWARD_ARRAYS * self.stream)
 
     def backward(self, count: int, cotangents: int = 1) -> float:
-        """A block's backward pass of `count` samples with `cotangents` for each."""
+        """Bytes of a block's backward pass of `count` samples with `cotangents` for each."""
         kept_scores = self.scores(self.tokens, self.itemsize)
         if self.transformer.num_second_attentions:
             kept_scores += self.scores(self.transformer.tokens, self.itemsize)
-        each = self.scores(self.tokens, FLOAT32) + BLOCK_ARRAYS * self.stream
-        return count * (kept_scores + cotangents * each)
+        # The forward pass is kept once; every cotangent goes through the block with arrays of its own.
+        pulled_back = self.scores(self.tokens, FLOAT32) + BLOCK_ARRAYS * self.stream
+        return count * (kept_scores + cotangents * pulled_back)
 
     def saved(self, count: int) -> Source:
         """What all blocks keep for the backward pass of `count` samples."""
         layers = self.transformer.num_layers
-        second = self.transformer.num_second_attentions
         inputs = layers * self.stream
         if self.settings.model.remat == "full":
             return Source(SAVED, count * inputs, f"inputs of {layers} blocks")
         if self.settings.model.remat == "dots":
-            products = DOTS_ARRAYS * layers * self.stream
-            products += SECOND_DOTS_ARRAYS * second * self.image_stream
-            return Source(SAVED, count * (inputs + products), "products with weights")
+            kept = inputs + self._kept_products()
+            return Source(SAVED, count * kept, "products with weights")
+        kept = self._kept_scores() + KEPT_ARRAYS * inputs
+        return Source(SAVED, count * kept, "everything (model.remat=none)")
+
+    def _kept_products(self) -> float:
+        """Bytes of the products with weights that all blocks keep of one sample."""
+        joint = DOTS_ARRAYS * self.transformer.num_layers * self.stream
+        second = SECOND_DOTS_ARRAYS * self.transformer.num_second_attentions * self.image_stream
+        return joint + second
+
+    def _kept_scores(self) -> float:
+        """Bytes of attention's scores that all blocks keep of one sample."""
         # Softmax keeps its scores in float32 and in the compute dtype.
         joint = self.scores(self.tokens, FLOAT32) + self.scores(self.tokens, self.itemsize)
         image_tokens = self.transformer.tokens
         image = self.scores(image_tokens, FLOAT32) + self.scores(image_tokens, self.itemsize)
-        kept = layers * joint + second * image + KEPT_ARRAYS * inputs
-        return Source(SAVED, count * kept, "everything (model.remat=none)")
+        second = self.transformer.num_second_attentions
+        return self.transformer.num_layers * joint + second * image
 
     def base(self) -> Source:
-        """Base weights, with how they lie."""
+        """Base weights, and how they are split."""
         params = self.shapes.networks.params
         dtype = jax.tree.leaves(params)[0].dtype
         described = self.shapes.networks.sharding_rules.describe(self.mesh, params)
@@ -214,6 +276,7 @@ class MemoryModel:
     def state(self) -> list[Source]:
         """What a train step is given besides rollouts."""
         megabytes = self.adapter / 1e6
+        # All four adapters lie on every device: they are small beside the weights that fsdp splits.
         adapters = f"{NUM_POLICIES} x {megabytes:.0f} MB float32"
         return [
             self.base(),
@@ -225,7 +288,9 @@ class MemoryModel:
         """Sources of the program that samples a batch."""
         rollout = self.settings.rollout
         count = self.share(rollout.batch_size)
-        policy = 0 if rollout.merge_adapter else self.adapter
+        policy = self.adapter
+        if rollout.merge_adapter:
+            policy = 0
         batch = count * (self.cond + self.latent)
         return [
             self.base(),
@@ -237,15 +302,14 @@ class MemoryModel:
     def rollouts(self) -> Source:
         """What the rollouts hand to training, and the copies of it that training makes."""
         images = self.sizes.images
+        # Every device holds all latents, and copies its own into training order.
         latents = (images + self.share(images)) * self.latent
         conditioning = 2 * self.settings.rollout.prompts_per_step * self.cond
-        note = (
-            "all latents and conditioning of the prompts, and the device's own in training order"
-        )
+        note = "all latents and conditioning of the prompts, and the device's own in training order"
         return Source(ROLLOUTS, latents + conditioning, note)
 
     def between(self) -> list[Source]:
-        """Sources of a train step that reuses alpha, besides what it is given."""
+        """Sources of a train step that reuses alpha, its arguments apart."""
         count = self.share(self.settings.training.micro_batch_size)
         return [
             Source(SUMS, 2 * self.adapter, "one gradient and its sum"),
@@ -254,11 +318,13 @@ class MemoryModel:
         ]
 
     def solving(self) -> list[Source]:
-        """Sources of a train step that takes every reward's gradient, besides what it is given."""
+        """Sources of a train step that takes every reward's gradient, its arguments apart."""
         shards = device_mesh.batch_shards(self.mesh)
         chunk = self.share(chunk_size(self.settings.training, self.settings.harmonize, shards))
+        # The signal, the pull to the rollout policy, and the divergence from the base where that counts.
         directions = 2 + (self.settings.nft.kl_weight > 0)
         micro_batch = self.share(self.settings.training.micro_batch_size)
+        # Backward passes go chunk by chunk; the velocities that need no gradient take a whole micro-batch.
         block = max(self.backward(chunk, directions), self.forward(micro_batch))
         sums = SUMS_HELD * (self.num_objectives + 1) * self.adapter
         return [
@@ -279,6 +345,7 @@ class MemoryModel:
     def decoder(self) -> Source:
         """Weights and activations of the decoder."""
         batch = self.settings.rollout.batch_size
+        # The autoencoder takes a few images at a time, over all axes of the mesh.
         count = decode_size(batch, self.mesh) // device_mesh.image_shards(self.mesh, batch)
         size, networks = self.shapes.size, self.shapes.networks
         pixels = size.num_frames * size.height * size.width

@@ -21,10 +21,10 @@ class ModelShapes:
     """A run's model as shapes.
 
     Attributes:
-      family: of the model.
+      family: family of the model.
       networks: transformer and autoencoder, with shapes in place of weights.
       adapter: the adapter, as shapes.
-      size: of the images.
+      size: size of the images.
       latent: shape of one sample's latents.
       transformer: sizes of the transformer at one sample.
       encoder_parameters: numbers in the text encoders.
@@ -40,7 +40,7 @@ class ModelShapes:
 
 
 def model_shapes(settings: Settings) -> ModelShapes:
-    """The shapes of a run's model.
+    """Returns the shapes of a run's model.
 
     Raises:
       InputError: neither a local directory with config files nor a published name; a size that does not fit.
@@ -52,6 +52,7 @@ def model_shapes(settings: Settings) -> ModelShapes:
     spec = lora.lora_spec(settings.lora, family)
 
     def new_adapter() -> Adapter:
+        # Traced for its shapes alone, so that any key does.
         return lora.init_adapter(jax.random.key(0), family.layers_at, networks.params, spec)
 
     size = size_of(model)

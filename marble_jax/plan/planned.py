@@ -18,14 +18,14 @@ class Plan:
     """What is known of a run before it starts.
 
     Attributes:
-      settings: of the run, with the attention that its devices get.
-      shapes: its model.
+      settings: settings of the run, with the attention that its devices get.
+      shapes: shapes of its model.
       sizes: its batch arithmetic.
       mesh: its devices, real or abstract.
-      accelerator: what they are; None for an unknown kind.
-      flops: of a step.
-      sources: memory by source, for each program.
-      resident: what lies beside each program.
+      accelerator: kind of the devices; None for an unknown one.
+      flops: FLOPs of an optimiser step.
+      sources: memory of a device by source, for each program.
+      resident: what lies on a device beside each program.
     """
 
     settings: Settings

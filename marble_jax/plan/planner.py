@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from marble_jax.config import Settings, flatten
+from marble_jax.config import MeshSettings, Settings, flatten
 from marble_jax.console import Console
 from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.distributed.accelerators import Accelerator
@@ -20,23 +20,31 @@ from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.plan.planned import Plan
 from marble_jax.plan.request import Request
 from marble_jax.programs.check_settings import check_settings
-from marble_jax.programs.step_flops import step_flops
+from marble_jax.programs.step_flops import step_flops_of
 from marble_jax.training.batch_sizes import derive_sizes
 from marble_jax.types import DTYPES
 
 
 def plan(settings: Settings, request: Request, console: Console) -> dict[str, Any]:
-    """Says what a run comes to, and returns the same as a record.
+    """Prints what a run comes to, and returns the same as plain values.
+
+    Args:
+      settings: settings of the run.
+      request: what is to be planned.
+      console: where the tables go.
 
     Raises:
       InputError: settings that do not fit each other or the devices; the message names the nearest that do.
     """
     accelerator, count = _devices(request)
+    # Before the work: a compile takes minutes.
     if request.file and not Path(request.file).resolve().parent.is_dir():
         raise InputError(
             f"--json: expected a file in a folder that is there; received {request.file!r}"
         )
-    check_settings(settings, accelerator.backend if accelerator else "")
+    # Without a chip the settings have to fit this machine.
+    backend = accelerator.backend if accelerator else ""
+    check_settings(settings, backend)
     planned = _reckon(settings, request, accelerator, count)
     tables.show_sizes(planned, request, console)
     tables.show_memory(planned, console)
@@ -54,25 +62,22 @@ def plan(settings: Settings, request: Request, console: Console) -> dict[str, An
 def _reckon(
     settings: Settings, request: Request, accelerator: Accelerator | None, count: int
 ) -> Plan:
-    """All figures of a plan."""
+    """Returns all figures of a plan."""
+    # A TPU pads the last axis of an array to whole lanes.
+    pad = 1
     if accelerator is not None:
         settings = _with_attention(settings, accelerator.backend)
-    sides = settings.mesh
-    mesh: Any = device_mesh.abstract_mesh(count, sides.data, sides.fsdp, sides.tensor)
-    if request.topology:
-        devices = aot.slice_devices(request.topology)
-        mesh = device_mesh.make_mesh(sides.data, sides.fsdp, sides.tensor, devices)
+        if accelerator.backend == "tpu":
+            pad = memory.LANES
+    mesh = _mesh(settings.mesh, request, count)
     sizes = derive_sizes(settings.rollout, settings.training, device_mesh.batch_shards(mesh))
     shapes = model_shapes(settings)
-    sample = shapes.networks.sample_flops(
-        shapes.adapter, shapes.size, settings.model.max_sequence_length
-    )
-    flops = step_flops(settings, sizes, sample, shapes.networks.decoder_flops(shapes.size))
-    on_tpu = accelerator is not None and accelerator.backend == "tpu"
-    pad = memory.LANES if on_tpu else 1
+    flops = step_flops_of(settings, sizes, shapes.networks, shapes.adapter)
     sources = memory.program_sources(settings, shapes, sizes, mesh, pad)
+    # Devices of an unknown kind are taken for one host's.
     devices_per_host = mesh.size
     if accelerator is not None:
+        # The last host of a small run is not full.
         devices_per_host = min(mesh.size, accelerator.devices_per_host)
     resident = {}
     for name in sources:
@@ -80,19 +85,34 @@ def _reckon(
     return Plan(settings, shapes, sizes, mesh, accelerator, flops, sources, resident)
 
 
+def _mesh(settings: MeshSettings, request: Request, count: int) -> Any:
+    """Returns the mesh of a run: of the topology's devices, or of `count` that are only counted."""
+    if not request.topology:
+        return device_mesh.abstract_mesh(count, settings.data, settings.fsdp, settings.tensor)
+    devices = aot.slice_devices(request.topology)
+    return device_mesh.make_mesh(settings.data, settings.fsdp, settings.tensor, devices)
+
+
 def _with_attention(settings: Settings, backend: str) -> Settings:
-    """The settings with the attention that "auto" means on a backend."""
+    """Returns the settings with the attention that "auto" means on a backend."""
     model = settings.model
     attention = choose(model.attention, DTYPES[model.dtype], backend)
     return dataclasses.replace(settings, model=dataclasses.replace(model, attention=attention))
 
 
 def _devices(request: Request) -> tuple[Accelerator | None, int]:
-    """What the devices are, and how many."""
-    accelerator = accelerators.by_name(request.chip) if request.chip else None
+    """Returns what the devices are (None for an unknown kind), and how many.
+
+    Raises:
+      InputError: an unknown chip, or a chip or number of devices other than the topology's.
+    """
+    accelerator = None
+    if request.chip:
+        accelerator = accelerators.by_name(request.chip)
     if not request.topology:
         return accelerator, request.devices or 1
     sliced, count = aot.check_topology(request.topology)
+    # Said twice is fine as long as both say the same.
     if accelerator not in (None, sliced):
         raise InputError(
             f"--chip: expected {sliced.name}, as in --topology={request.topology}; received {request.chip}"
@@ -110,6 +130,7 @@ def _record(
 ) -> dict[str, Any]:
     """Plain values of a plan, for JSON."""
     settings, shapes = planned.settings, planned.shapes
+    chip = planned.accelerator.name if planned.accelerator else None
     sample = shapes.networks.sample_flops(
         shapes.adapter, shapes.size, settings.model.max_sequence_length
     )
@@ -118,7 +139,7 @@ def _record(
         "devices": count,
         "mesh": dict(planned.mesh.shape),
         "topology": request.topology,
-        "chip": planned.accelerator.name if planned.accelerator else None,
+        "chip": chip,
         "sizes": dataclasses.asdict(planned.sizes),
         "step_flops": dataclasses.asdict(planned.flops),
         "sample_flops": dataclasses.asdict(sample),
@@ -130,8 +151,13 @@ def _record(
 
 
 def _write(file: str, record: dict[str, Any]) -> None:
-    """Writes the record whole or not at all."""
+    """Writes the record whole or not at all.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
     target = Path(file)
+    # Beside the target, as only a rename within one file system replaces a file at once.
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -10,11 +10,11 @@ class Request:
     """What is to be planned.
 
     Attributes:
-      devices: how many; 0 for those of the topology.
+      devices: number of devices; 0 for that of the topology, or one.
       topology: slice to compile for, such as `v5e:4x4`; empty for none.
-      chip: what the devices are; empty for that of the topology, or unknown.
-      utilisation: share of the peak at which products are assumed to run, recomputation included.
-      file: where the record goes as JSON; empty for nowhere.
+      chip: kind of the devices, such as `v5e`; empty for that of the topology, or unknown.
+      utilisation: share of the peak, in (0, 1], at which products are assumed to run, recomputation included.
+      file: JSON file that the record goes to; empty for none.
       programs: names of the programs to compile; empty for all.
     """
 

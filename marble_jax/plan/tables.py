@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from marble_jax.config import Settings
 from marble_jax.console import Console, duration, joined, quantity
 from marble_jax.distributed import device_mesh
 from marble_jax.plan import memory
@@ -15,33 +18,37 @@ from marble_jax.training.batch_sizes import chunk_size
 
 GB = 1e9
 
+EVERYWHERE = (
+    "samples split over data x fsdp, images to decode and score over all axes; base weights as "
+    "below, autoencoder and rewards with a network whole; adapters, optimiser and the solve for "
+    "alpha on every device alike"
+)
+"""What holds for every run, whatever its settings."""
+
+FLOPS_COLUMNS = ("phase", "PFLOP", "+ recomputed", "TFLOP a device")
+
 
 def show_sizes(planned: Plan, request: Request, console: Console) -> None:
     """Prints the run's sizes and what runs where."""
-    accelerator = planned.accelerator
-    what = accelerator.name if accelerator else "a device of unknown kind"
-    where = f" ({request.topology})" if request.topology else ""
     settings = planned.settings
-    console.say(
-        f"marble_jax plan: {settings.name}, {method_name(settings)}, on {planned.mesh.size} x "
-        f"{what}{where}"
-    )
-    console.table(
-        [
-            ("mesh", " x ".join(f"{name} {size}" for name, size in planned.mesh.shape.items())),
-            ("model", _model_line(planned)),
-            ("step", _step_line(planned)),
-            ("rollout", _rollout_line(planned)),
-            ("train", _train_line(planned)),
-            (
-                "everywhere",
-                "samples split over data x fsdp, images to decode and score over all axes; base weights as "
-                "below, autoencoder and rewards with a network whole; adapters, optimiser and the solve for "
-                "alpha on every device alike",
-            ),
-            ("hosts", _hosts_line(planned)),
-        ]
-    )
+    chip = "a device of unknown kind"
+    if planned.accelerator is not None:
+        chip = planned.accelerator.name
+    if request.topology:
+        chip += f" ({request.topology})"
+    title = f"{settings.name}, {method_name(settings)}"
+    console.say(f"marble_jax plan: {title}, on {planned.mesh.size} x {chip}")
+    sides = [f"{axis} {size}" for axis, size in planned.mesh.shape.items()]
+    rows = [
+        ("mesh", " x ".join(sides)),
+        ("model", _model_line(planned)),
+        ("step", _step_line(planned)),
+        ("rollout", _rollout_line(planned)),
+        ("train", _train_line(planned)),
+        ("everywhere", EVERYWHERE),
+        ("hosts", _hosts_line(settings)),
+    ]
+    console.table(rows)
 
 
 def _model_line(planned: Plan) -> str:
@@ -67,6 +74,7 @@ def _step_line(planned: Plan) -> str:
 def _rollout_line(planned: Plan) -> str:
     mesh, batch = planned.mesh, planned.settings.rollout.batch_size
     shards = device_mesh.batch_shards(mesh)
+    # Images are split over tensor, too, unlike samples.
     decoded = decode_size(batch, mesh) // device_mesh.image_shards(mesh, batch)
     return (
         f"{planned.sizes.rollout_batches} batches of {batch}, {batch // shards} a device; decoded "
@@ -83,27 +91,24 @@ def _train_line(planned: Plan) -> str:
         "exact": "every step",
         "amortized": f"every {every} steps",
         "upstream": f"one micro-batch every {every} steps",
-    }[settings.harmonize.mode]
+    }
+    solved = solves[settings.harmonize.mode]
     chunk = chunk_size(settings.training, settings.harmonize, shards) // shards
     return (
         f"{planned.sizes.micro_batches} micro-batches of {micro_batch}, {micro_batch // shards} a device; "
-        f"gradients of every reward {solves}, {chunk} samples a device at a time"
+        f"gradients of every reward {solved}, {chunk} samples a device at a time"
     )
 
 
-def _hosts_line(planned: Plan) -> str:
-    settings = planned.settings
+def _hosts_line(settings: Settings) -> str:
     readers = "OCR, GenEval"
+    # A function is the user's own, and gets images as those two do.
     functions = [name for name in settings.rewards.train if is_function(name)]
     if functions:
         readers += f", {joined(functions)}"
+    texts = "text encoders stay, split over each host's devices (prompts.embedding_cache takes them away)"
     if settings.prompts.embedding_cache:
         texts = "text embeddings from disk, text encoders only to fill it"
-    else:
-        texts = (
-            "text encoders stay, split over each host's devices (prompts.embedding_cache takes "
-            "them away)"
-        )
     return (
         f"every host runs the same command; rewards that read images ({readers}) in "
         f"{settings.rewards.num_workers} threads; {texts}"
@@ -112,26 +117,27 @@ def _hosts_line(planned: Plan) -> str:
 
 def show_memory(planned: Plan, console: Console) -> None:
     """Prints the memory of a device by source, a column a program."""
-    programs = list(planned.sources)
     rows = [_source_row(planned, name) for name in _names(planned.sources)]
-    totals = {name: memory.total(planned.sources[name]) for name in programs}
-    resident = {name: memory.total(planned.resident[name]) for name in programs}
-    rows.append(("the program", *(f"{totals[name] / GB:.2f}" for name in programs)))
-    beside = joined(_names(planned.resident))
-    rows.append((f"beside it ({beside})", *(f"{resident[name] / GB:.2f}" for name in programs)))
+    programs = _totals(planned.sources)
+    resident = _totals(planned.resident)
+    together = [mine + beside for mine, beside in zip(programs, resident)]
     label = "in all"
-    if planned.accelerator:
-        usable = planned.accelerator.usable / GB
-        label += f", of {usable:.2f} that a program can have on a {planned.accelerator.name}"
-    rows.append((label, *(f"{(totals[name] + resident[name]) / GB:.2f}" for name in programs)))
+    if planned.accelerator is not None:
+        usable = _gigabytes(planned.accelerator.usable)
+        label += f", of {usable} that a program can have on a {planned.accelerator.name}"
+    resident_names = joined(_names(planned.resident))
+    rows.append(_bytes_row("the program", programs))
+    rows.append(_bytes_row(f"beside it ({resident_names})", resident))
+    rows.append(_bytes_row(label, together))
     console.say(
         "\nmemory a device by source, GB (1e9 bytes), reward models apart; activations are estimates"
     )
-    console.table(rows, ("source", *programs))
+    console.table(rows, ("source", *planned.sources))
 
 
 def _names(sources: dict[str, list[memory.Source]]) -> list[str]:
     """Names of all sources, in order of first appearance."""
+    # A dict keeps the order in which names were added, and each of them once.
     names: dict[str, None] = {}
     for parts in sources.values():
         for part in parts:
@@ -139,59 +145,102 @@ def _names(sources: dict[str, list[memory.Source]]) -> list[str]:
     return list(names)
 
 
+def _totals(sources: dict[str, list[memory.Source]]) -> list[float]:
+    """Bytes of every program."""
+    return [memory.total(parts) for parts in sources.values()]
+
+
+def _bytes_row(label: str, sizes: list[float]) -> tuple[str, ...]:
+    """One row of the table of memory."""
+    cells = [_gigabytes(size) for size in sizes]
+    return label, *cells
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / GB:.2f}"
+
+
 def _source_row(planned: Plan, name: str) -> tuple[str, ...]:
-    """One source in every program, under the note of where it is largest."""
-    cells, largest = [], None
+    """One source in every program; its note is that of the program where the source is largest."""
+    cells = []
+    largest: memory.Source | None = None
     for parts in planned.sources.values():
-        source = next((part for part in parts if part.name == name), None)
+        by_name = {part.name: part for part in parts}
+        source = by_name.get(name)
         if source is None:
             cells.append("-")
             continue
-        cells.append(f"{source.bytes / GB:.2f}")
+        cells.append(_gigabytes(source.bytes))
         if largest is None or source.bytes > largest.bytes:
             largest = source
-    note = largest.note if largest else ""
-    return f"{name} ({note})", *cells
+    # Every name was taken from one of the programs.
+    assert largest is not None
+    return f"{name} ({largest.note})", *cells
 
 
 def show_flops(planned: Plan, request: Request, console: Console) -> dict[str, float]:
-    """Prints the FLOPs of a step; returns seconds by phase, where the device's peak is known."""
-    flops, count = planned.flops, planned.mesh.size
-    phases = {"rollout": flops.rollout, "decode": flops.decode, "train": flops.train}
-    recomputed = {"rollout": 0.0, "decode": 0.0, "train": flops.recomputed}
+    """Prints the FLOPs of an optimiser step.
+
+    Returns:
+      Seconds by phase and of the whole "step"; empty where the device's peak is not known.
+    """
+    flops = planned.flops
+    phases = [
+        _Phase("rollout", flops.rollout, 0.0),
+        _Phase("decode", flops.decode, 0.0),
+        _Phase("train", flops.train, flops.recomputed),
+    ]
     accelerator = planned.accelerator
-    seconds: dict[str, float] = {}
-    rows = []
-    for name, work in phases.items():
-        row = _flops_row(name, work, recomputed[name], count)
-        if accelerator:
-            executed = (work + recomputed[name]) / count
-            seconds[name] = executed / (accelerator.flops * request.utilisation)
-            share = work / count / accelerator.flops / seconds[name]
-            row = (*row, f"{seconds[name]:.1f}", f"{share:.0%}")
-        rows.append(row)
     heading = "\nwork of an optimiser step, on average over steps"
-    columns: tuple[str, ...] = ("phase", "PFLOP", "+ recomputed", "TFLOP a device")
-    if not accelerator:
+    # Seconds need the peak of a known chip.
+    if accelerator is None:
         console.say(heading)
-        console.table(rows, columns)
-        return seconds
-    whole = sum(seconds.values())
-    work = sum(phases.values())
-    mfu = work / count / accelerator.flops / whole
-    row = _flops_row("step", work, flops.recomputed, count)
-    rows.append((*row, f"{whole:.1f}", f"{mfu:.0%}"))
-    seconds["step"] = whole
+        rows = [phase.cells(planned.mesh.size) for phase in phases]
+        console.table(rows, FLOPS_COLUMNS)
+        return {}
+    peak = planned.mesh.size * accelerator.flops
     console.say(
         f"{heading}; seconds if products run at {request.utilisation:.0%} of the peak of "
         f"{accelerator.flops / 1e12:.0f} TFLOP/s, rewards and transfers apart"
     )
-    console.table(rows, (*columns, "seconds", "MFU"))
-    console.say(
-        f"  {planned.sizes.images / whole:.2f} images/s, 1000 steps in {duration(1000 * whole)}"
-    )
+    rows = []
+    seconds: dict[str, float] = {}
+    for phase in phases:
+        # Devices execute what rematerialisation adds, too; MFU leaves it out.
+        executed = phase.flops + phase.recomputed
+        seconds[phase.name] = executed / (peak * request.utilisation)
+        rows.append(phase.timed_cells(planned.mesh.size, seconds[phase.name], peak))
+    seconds["step"] = sum(seconds.values())
+    step = _Phase("step", sum(phase.flops for phase in phases), flops.recomputed)
+    rows.append(step.timed_cells(planned.mesh.size, seconds["step"], peak))
+    console.table(rows, (*FLOPS_COLUMNS, "seconds", "MFU"))
+    images = planned.sizes.images / seconds["step"]
+    console.say(f"  {images:.2f} images/s, 1000 steps in {duration(1000 * seconds['step'])}")
     return seconds
 
 
-def _flops_row(name: str, work: float, recomputed: float, count: int) -> tuple[str, ...]:
-    return name, f"{work / 1e15:.1f}", f"{recomputed / 1e15:.1f}", f"{work / count / 1e12:.0f}"
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """A part of an optimiser step, over all devices.
+
+    Attributes:
+      name: name of the part.
+      flops: FLOPs that the method asks for.
+      recomputed: FLOPs that rematerialisation adds.
+    """
+
+    name: str
+    flops: float
+    recomputed: float
+
+    def cells(self, num_devices: int) -> tuple[str, ...]:
+        """The phase's row of the table."""
+        device = self.flops / num_devices
+        petaflops = f"{self.flops / 1e15:.1f}"
+        recomputed = f"{self.recomputed / 1e15:.1f}"
+        return self.name, petaflops, recomputed, f"{device / 1e12:.0f}"
+
+    def timed_cells(self, num_devices: int, seconds: float, peak: float) -> tuple[str, ...]:
+        """The phase's row with its seconds, and its share of a peak in FLOP/s over all devices (MFU)."""
+        share = self.flops / seconds / peak
+        return *self.cells(num_devices), f"{seconds:.1f}", f"{share:.0%}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from marble_jax.cli.options import load_config
+from marble_jax.cli.configuration import load_config
 from marble_jax.errors import InputError
 from marble_jax.storage.workdir import Workdir
 from tools.experiments import fronts, results, runner, table

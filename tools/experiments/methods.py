@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marble_jax.cli.options import load_config
+from marble_jax.cli.configuration import load_config
 from marble_jax.config import flatten
 from marble_jax.errors import InputError, one_of
 from marble_jax.storage.workdir import jsonable

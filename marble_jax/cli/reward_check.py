@@ -1,0 +1,144 @@
+"""`marble-jax reward check`: scores golden images with every reward and says which of them work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from marble_jax import platform
+from marble_jax.cli.options import boolean, number, whole_number
+from marble_jax.cli.reward_choice import RewardChoice, chosen_rewards, load_one_by_one
+from marble_jax.config import Settings
+from marble_jax.console import Console
+from marble_jax.errors import InputError
+from marble_jax.programs.locations import EMBEDDED
+from marble_jax.rewards import checks, throughput
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.checks import CheckResult
+from marble_jax.rewards.toy_world import golden_images
+
+OPTIONS = {
+    "path": "",
+    "rewards": "",
+    "size": "",
+    "batch": "16",
+    "timeout": "120",
+    "write": "false",
+}
+COLUMNS = ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", "")
+
+# Pixels of golden images where nobody says otherwise: the size that a reward will be used at.
+EMBEDDED_SIZE = 64
+PUBLISHED_SIZE = 512
+
+
+def run(values: Mapping[str, str], settings: Settings | None) -> int:
+    """Runs the check; returns the exit status.
+
+    Raises:
+      InputError: options that are wrong, rewards of which none loads, or a reward that does not pass.
+    """
+    batch = whole_number(values, "batch", 1)
+    timeout = number(values, "timeout", 0.1)
+    write = boolean("write", values["write"])
+    size = _size(values, settings)
+    platform.keep_compilations()
+    console = Console()
+    choice = chosen_rewards(values, settings)
+    rewards, problems = load_one_by_one(choice)
+    # Scores that are about to be recorded are not held against an earlier record.
+    expected: golden_images.Expected = {}
+    if not write:
+        expected = golden_images.read_expected(choice.directory, size)
+    results = checks.run_checks(rewards, size, expected, timeout)
+    rows = []
+    for reward, result in zip(rewards, results):
+        rate = throughput.throughput(reward, size, batch, timeout)
+        rows.append(_row(reward, result, rate))
+    rows += _rows_of_problems(problems)
+    console.say(
+        f"{len(rows)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
+        f"(own prompts, then each other's), speed in batches of {batch}; {throughput.peak_memory()}"
+    )
+    console.table(rows, COLUMNS)
+    not_passed = _not_passed(results, problems)
+    if write:
+        _record(choice, size, results, not_passed, console)
+    if not_passed:
+        raise InputError(f"check: expected every reward to pass; received {', '.join(not_passed)}")
+    return 0
+
+
+def _size(values: Mapping[str, str], settings: Settings | None) -> int:
+    """Pixels of the golden images.
+
+    Raises:
+      InputError: not a number, or one below 16.
+    """
+    if values["size"]:
+        return whole_number(values, "size", 16)
+    # A run's rewards see images of the run's size.
+    if settings is not None:
+        return settings.model.height
+    if values["path"] == EMBEDDED:
+        return EMBEDDED_SIZE
+    return PUBLISHED_SIZE
+
+
+def _not_passed(results: Sequence[CheckResult], problems: Mapping[str, str]) -> list[str]:
+    """Names of rewards that something speaks against, with their status."""
+    names = []
+    for result in results:
+        if not result.passed:
+            names.append(f"{result.name} ({result.status})")
+    for name in problems:
+        names.append(f"{name} (not loaded)")
+    return names
+
+
+def _row(reward: Reward, result: CheckResult, rate: float) -> tuple[str, ...]:
+    """One line of the table; `rate` is in images a second."""
+    megabytes = throughput.weight_bytes(reward) / 1e6
+    # Rewards without a network on a device have no weights.
+    weights = f"{megabytes:.3g}" if megabytes else "-"
+    return (
+        result.name,
+        result.status,
+        f"{result.mean(own_prompts=True):.4g}",
+        f"{result.mean(own_prompts=False):.4g}",
+        f"{rate:.3g}",
+        weights,
+        result.kind,
+        result.note,
+    )
+
+
+def _rows_of_problems(problems: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Lines of the table for rewards that do not load."""
+    rows: list[tuple[str, ...]] = []
+    for name, problem in problems.items():
+        rows.append((name, "not loaded", "-", "-", "-", "-", "-", problem))
+    return rows
+
+
+def _record(
+    choice: RewardChoice,
+    size: int,
+    results: Sequence[CheckResult],
+    not_passed: Sequence[str],
+    console: Console,
+) -> None:
+    """Writes the scores as the expected ones beside the rewards; functions without a directory have no such place.
+
+    Raises:
+      InputError: a reward failed, and has no scores.
+    """
+    if choice.directory is None:
+        return
+    statuses = {result.status for result in results}
+    # Any other status comes with scores, which may be just what is to be recorded.
+    if "failed" in statuses:
+        raise InputError(
+            f"--write: expected scores of every reward; received {', '.join(not_passed)}"
+        )
+    file = golden_images.write_expected(choice.directory, size, checks.recorded_scores(results))
+    console.say(f"expected scores: {file}")

@@ -1,0 +1,87 @@
+"""`marble-jax reward serve`: scores other machines' images until a signal comes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+
+from marble_jax import platform
+from marble_jax.cli.options import number, whole_number
+from marble_jax.cli.reward_choice import chosen_rewards, load_chosen
+from marble_jax.config import Settings
+from marble_jax.console import Console
+from marble_jax.errors import InputError
+from marble_jax.rewards.http.access import read_token
+from marble_jax.rewards.http.connections import ServerOptions
+from marble_jax.rewards.http.images import Limits
+from marble_jax.rewards.http.server import RewardServer
+
+OPTIONS = {
+    "path": "",
+    "rewards": "",
+    "host": "127.0.0.1",
+    "port": "8810",
+    "token": "",
+    "token_file": "",
+    "workers": "2",
+    "timeout": "300",
+    "max_mb": "64",
+    "max_images": "256",
+    "max_side": "2048",
+}
+
+
+def run(values: Mapping[str, str], settings: Settings | None) -> int:
+    """Runs the server until SIGTERM or SIGINT; returns the exit status.
+
+    Raises:
+      InputError: options that are wrong, a reward that does not load, or an address that cannot be listened at.
+    """
+    # Port 0 lets the system choose a free one.
+    port = whole_number(values, "port", 0)
+    workers = whole_number(values, "workers", 1)
+    # Loading rewards takes long: options that are wrong are refused first.
+    limits = Limits(
+        body=10**6 * whole_number(values, "max_mb", 1),
+        images=whole_number(values, "max_images", 1),
+        side=whole_number(values, "max_side", 1),
+    )
+    timeout = number(values, "timeout", 0.1)
+    token = _token(values)
+    platform.keep_compilations()
+    rewards = load_chosen(chosen_rewards(values, settings))
+    options = ServerOptions(token=token, workers=workers, score_seconds=timeout, limits=limits)
+    access = "with" if token else "without"
+    names = ", ".join([reward.name for reward in rewards])
+    with _stop_signals() as stop, RewardServer(rewards, values["host"], port, options) as server:
+        Console().say(f"serving {names} at {server.url} ({access} a token); Ctrl-C stops")
+        stop.wait()
+    return 0
+
+
+def _token(values: Mapping[str, str]) -> str:
+    """The token that clients have to know; empty for none.
+
+    Raises:
+      InputError: a token given twice, or a file without one.
+    """
+    if values["token"] and values["token_file"]:
+        raise InputError("serve: expected --token or --token_file; received both")
+    return values["token"] or read_token("server", "", values["token_file"])
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set while the context lasts; their handlers come back after it."""
+    # The handler only sets an event: a server that is closed inside of one could wait for itself.
+    stop = threading.Event()
+    handlers = {}
+    for which in (signal.SIGTERM, signal.SIGINT):
+        handlers[which] = signal.signal(which, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        for which, handler in handlers.items():
+            signal.signal(which, handler)

@@ -1,0 +1,86 @@
+"""Options of the verbs that draw images, `sample` and `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from marble_jax.cli.options import number, whole_number, word_list
+from marble_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from marble_jax.programs.policy_source import SamplingSettings
+
+SAMPLING_OPTIONS = {
+    "steps": "40",
+    "solver": "euler",
+    "guidance": "1.0",
+    "negative": "",
+    "size": "",
+    "max_sequence_length": "",
+    "omit_text_encoders": "",
+    "batch": "8",
+    "embedding_cache": "",
+}
+"""Options about how images are drawn, with their defaults; `seed` has another default for each verb."""
+
+RENAMED_OPTIONS = {
+    "tokens": "--max_sequence_length=N",
+    "t5": "--omit_text_encoders=text_encoder_3 (to leave T5 out)",
+}
+"""Earlier names of options, and what to write instead."""
+
+SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
+  --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
+  --size=HEIGHTxWIDTH  in pixels; the run's or the model's own unless given
+  --max_sequence_length=N  tokens a prompt of the long text encoder (the run's own, or the model's)
+  --omit_text_encoders=text_encoder_3  text encoders left out: SD3's T5 then gives zeros, as in diffusers, and its
+                     weights are never read
+  --embedding_cache=DIR  keep text embeddings there; all texts are then encoded first, and no text encoder is in
+                     memory while images are drawn
+  --batch=8          images at once"""
+
+
+def sampling_settings(values: Mapping[str, str]) -> SamplingSettings:
+    """Returns how images are drawn.
+
+    Args:
+      values: values of `SAMPLING_OPTIONS` and of "seed".
+
+    Raises:
+      InputError: a value that is not of its kind.
+    """
+    from marble_jax.programs.policy_source import SamplingSettings
+
+    # Without a value the run or the model decides.
+    length = None
+    if values["max_sequence_length"]:
+        length = whole_number(values, "max_sequence_length", 1)
+    return SamplingSettings(
+        seed=whole_number(values, "seed", 0),
+        num_steps=whole_number(values, "steps", 1),
+        solver=values["solver"],
+        guidance=number(values, "guidance", 0),
+        negative=values["negative"],
+        size=_size(values["size"]),
+        max_sequence_length=length,
+        omit_text_encoders=word_list(values["omit_text_encoders"]),
+        batch=whole_number(values, "batch", 1),
+        embedding_cache=values["embedding_cache"],
+    )
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    """(height, width) of `HEIGHTxWIDTH`; None for an empty text.
+
+    Raises:
+      InputError: not two whole numbers.
+    """
+    if not text:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not height.isdigit() or not width.isdigit():
+        raise InputError(
+            f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received {text!r}"
+        )
+    return int(height), int(width)
