@@ -364,7 +364,3 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
         """The published layers that a leaf of `shape` of the module at `path` holds, in stacking order."""
-
-    @abc.abstractmethod
-    def abstract_params(self, config: Mapping[str, Any]) -> Params:
-        """Shapes of the transformer's parameters, from its config.json."""

@@ -25,7 +25,7 @@ from marble_jax.console import Console, quantity
 from marble_jax.convert.lora_files import merge_transformer
 from marble_jax.convert.writing import KEEP
 from marble_jax.errors import InputError
-from marble_jax.families.base import Family
+from marble_jax.families.base import Family, NetworkOptions
 from marble_jax.programs.export_folder import (
     exported_pairs,
     facts_of,
@@ -42,7 +42,6 @@ from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter
-from marble_jax.weights.component import open_component
 
 PROMPT = "a photo of a red apple on a wooden table"
 """What a verification draws when the run has no images of its own."""
@@ -94,7 +93,7 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
     with new_folder(location("--out", out), options.overwrite) as folder:
         root, family = locate(settings.model)
         spec = lora.lora_spec(settings.lora, family)
-        shapes = family.abstract_params(open_component(root / "transformer").config)
+        shapes = family.outline(root, NetworkOptions()).params
         adapter, step = restore_policy(
             settings, workdir, family, shapes, options.policy, options.step
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -165,7 +166,9 @@ def _with_best(state: TrainState, score: float) -> TrainState:
     )
     # A copy: steps overwrite the state they are given, buffers that it shares included.
     best = jax.tree.map(jnp.copy, state.ema)
-    return state.replace(best_score=best_score, best_step=best_step, best=best)
+    return dataclasses.replace(
+        state, best_score=best_score, best_step=best_step, best=best
+    )
 
 
 def _failures(scores: Scores) -> dict[str, int]:

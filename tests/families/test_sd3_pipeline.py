@@ -324,7 +324,7 @@ def test_dtype_and_placement(saved):
     assert seen == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     assert half.encode_prompts(["a"], 4)["embeds"].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(half.vae_params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.decoder_params)} == {jnp.dtype("float32")}
     assert half.model.dtype == jnp.bfloat16 and half.model.remat == "full"
     assert half.scheduler.shift == 3.0
 
@@ -448,7 +448,7 @@ def test_networks_that_do_not_fit_each_other(ours):
             ours.directory,
             NetworkOptions(),
             (wider, ours.params),
-            (ours.vae, ours.vae_params),
+            (ours.vae, ours.decoder_params),
             ours.scheduler,
             ours.num_clip_tokens,
         )
