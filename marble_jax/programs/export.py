@@ -109,6 +109,7 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
             dtype = options.dtype or KEEP
             merge_transformer(root, target, pairs, spec.scale, family.formats, console, dtype)
         checks = None
+        # Before the folder takes its place: what does not verify never shows up there.
         if options.verify:
             drawing = _drawing(options, root, family, facts)
             checks = verify(folder, drawing, adapter, console)
@@ -192,6 +193,7 @@ class PeriodicExports:
         step, policy = int(state.step), settings.export.policy
         trained = step
         if policy == "best":
+            # The best policy is older than the state, which keeps it with its own step.
             if not np.isfinite(state.best_score):
                 raise InputError(
                     "export.policy: expected one that the run has; received 'best' before any evaluation"
@@ -201,16 +203,22 @@ class PeriodicExports:
         pairs = exported_pairs(family, adapter, self._shapes, spec)
         facts = facts_of(settings, family, self._workdir, pairs, policy, trained)
         target = self.folder / f"step_{step:06d}"
+        # A resumed run comes by a step again.
         with new_folder(target, overwrite=True) as folder:
             write_lora(folder, pairs, facts, family)
             write_card(folder, facts)
-        for old in self.steps()[: -settings.export.keep]:
-            (self.folder / f"step_{old:06d}").rmtree()
+        for surplus in self.steps()[: -settings.export.keep]:
+            (self.folder / f"step_{surplus:06d}").rmtree()
         return target
 
     def steps(self) -> list[int]:
         """Steps of the exports that are there."""
         if not self.folder.exists():
             return []
-        matches = [_STEP.fullmatch(path.name) for path in self.folder.iterdir()]
-        return sorted(int(match[1]) for match in matches if match)
+        steps = []
+        for path in self.folder.iterdir():
+            # Folders that are being filled, or were left behind by a kill, have other names.
+            match = _STEP.fullmatch(path.name)
+            if match is not None:
+                steps.append(int(match[1]))
+        return sorted(steps)

@@ -168,9 +168,10 @@ class Block(nn.Module):
         x = x + gate[:, None] * attended
         if self.dual:
             shift2, scale2, gate2 = second
+            gate2 = gate2[:, None]
             # The same normed tokens as above, not those that the joint attention has changed.
             attended2, _ = attention("attn2")(modulate(normed, shift2, scale2, dtype))
-            x = x + gate2[:, None] * attended2
+            x = x + gate2 * attended2
         x = x + feed_forward(x, shift_ff, scale_ff, gate_ff, "ff")
         # The last block has no text output: nothing reads the text stream behind it.
         if c_attended is not None:

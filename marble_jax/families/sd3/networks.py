@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError
 from marble_jax.families.base import (
@@ -117,14 +119,16 @@ class SD3Networks(Networks):
         self,
         params: Params,
         adapter: Adapter | None,
-        xt: jax.Array,
-        sigma: jax.Array | float,
+        xt: Float[Array, "n h w c"],
+        sigma: Float[ArrayLike, " n"] | Float[ArrayLike, ""],
         cond: Conditioning,
-    ) -> jax.Array:
+    ) -> Float[Array, "n h w c"]:
         """See `Networks.velocity`; latents are [N, h, w, C]."""
         return velocity(self.model, params, adapter, xt, sigma, cond)
 
-    def decode_latents(self, decoder_params: Params, latents: jax.Array) -> jax.Array:
+    def decode_latents(
+        self, decoder_params: Params, latents: Float[Array, "n h w c"]
+    ) -> Float[Array, "n 1 height width 3"]:
         """See `Networks.decode_latents`; an image is a clip of one frame."""
         images = autoencoder_kl.decode(self.vae, decoder_params, latents)
         # [N, H, W, 3] to [N, 1, H, W, 3].
@@ -164,7 +168,9 @@ class SD3Networks(Networks):
         side = self.model.config.sample_size * self._cell
         return Size(side, side)
 
-    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+    def levels(
+        self, num_steps: int, latent_shape: tuple[int, ...]
+    ) -> Float[np.ndarray, " levels"]:
         """See `Networks.levels`; SD3's shift does not depend on the size."""
         return sigma_grid(num_steps, self.scheduler.shift, self.scheduler.num_train_timesteps)
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError, one_of
@@ -207,7 +208,7 @@ def velocity(
     params: Params,
     adapter: Adapter | None,
     xt: Float[Array, "n h w c"],
-    sigma: Float[Array, " #n"] | Float[Array, ""] | float,
+    sigma: Float[ArrayLike, " n"] | Float[ArrayLike, ""],
     cond: Conditioning,
 ) -> Float[Array, "n h w v"]:
     """Flow velocity `noise - x0` as a pure function.
