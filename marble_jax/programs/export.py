@@ -53,7 +53,7 @@ class ExportOptions:
     """How a run is exported.
 
     Attributes:
-      policy: one of `types.TRAINED_POLICIES`.
+      policy: one of `policies.TRAINED_POLICIES`.
       step: of the checkpoint; the newest if None.
       merge: also write the merged transformer.
       dtype: of the merged weights, "float32" and so on; the base model's own if None.

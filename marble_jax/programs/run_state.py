@@ -54,7 +54,7 @@ def restore_policy(
       workdir: the run.
       family: of its model.
       shapes: parameters or abstract parameters of its transformer.
-      policy: one of `types.TRAINED_POLICIES`.
+      policy: one of `policies.TRAINED_POLICIES`.
       step: of the checkpoint; the newest if None.
 
     Raises:

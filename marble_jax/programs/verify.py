@@ -175,16 +175,15 @@ def _failure(reading: Reading, difference: float, strength: float) -> str:
     limit, spread = TOLERANCE, STRENGTH_TOLERANCE
     if reading.rounded:
         limit, spread = ROUNDED_TOLERANCE, ROUNDED_STRENGTH_TOLERANCE
-    # Written so that a strength that is not a number is wrong.
-    wrong_strength = not abs(strength - 1) <= spread
-    if difference <= limit and not wrong_strength:
+    # False for a strength that is not a number.
+    if difference <= limit and abs(strength - 1) <= spread:
         return ""
-    if not wrong_strength:
-        return f"{reading.name} drew as if there were no LoRA"
-    return (
-        f"{reading.name} drew another one (largest difference {difference:.4f}, "
-        f"strength {strength:.2f})"
-    )
+    if abs(strength) > spread:
+        return (
+            f"{reading.name} drew another one (largest difference {difference:.4f}, "
+            f"strength {strength:.2f})"
+        )
+    return f"{reading.name} drew as if there were no LoRA"
 
 
 def _our_images(drawing: Drawing, adapter: Adapter) -> OurImages:
