@@ -214,11 +214,6 @@ class ToyFamily(Family):
     def layers_at(self, path, shape):
         return layers_at(path, shape)
 
-    def abstract_params(self, config):
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), new_params(0)
-        )
-
 
 def _read(folder, place, component):
     leaves = {}

@@ -58,7 +58,7 @@ def test_a_published_model_needs_no_files(medium):
         3.0,
     )
     assert medium.encoder_parameters == pytest.approx(123.65e6 + 694.66e6 + 4762.3e6, rel=1e-3)
-    assert sum(s.size for s in jax.tree.leaves(medium.vae_params)) == pytest.approx(
+    assert sum(s.size for s in jax.tree.leaves(medium.decoder_params)) == pytest.approx(
         83.8e6, rel=1e-3
     )
 
@@ -76,7 +76,7 @@ def test_a_directory_is_what_its_files_hold():
 
     made = architecture(config("embedded", **SMALL))
     assert num_parameters(made.params) == stored("transformer")
-    assert num_parameters(made.vae_params) == stored("vae")
+    assert num_parameters(made.decoder_params) == stored("vae")
     assert made.encoder_parameters == stored("text_encoder", "text_encoder_2", "text_encoder_3")
     assert (made.latent, made.tokens, made.text_tokens, made.shift) == (
         (8, 8, 16),
