@@ -12,6 +12,7 @@ import toy_policy as toy
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward, RewardError
@@ -75,7 +76,7 @@ def _encode(texts):
 @functools.cache
 def _programs():
     steps = make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "exact", 1)
-    return make_sampler(toy.velocity, 2, "euler", 1.0), steps
+    return make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)), steps
 
 
 class Run:

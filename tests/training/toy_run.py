@@ -15,6 +15,7 @@ import toy_policy as toy
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
@@ -47,7 +48,7 @@ def encode(texts):
 def programs():
     scorer = Scorer([Brightness(name="one", kind="device"), Brightness(name="two", kind="device")])
     collector = Collector(
-        make_sampler(toy.velocity, 2, "euler", 1.0),
+        make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)),
         encode,
         jax.nn.sigmoid,
         scorer,
