@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from marble_jax.families.base import Networks
 from marble_jax.batches import batches_of
+from marble_jax.families.base import Networks
 
 
 class Decoder:

@@ -15,7 +15,6 @@ from marble_jax.training.profile import parse_steps
 from marble_jax.training.reward_schedule import RewardSchedule, reward_schedule_of
 from marble_jax.types import DTYPES
 
-
 _NEEDS = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}
 """What each fused kernel needs, in words."""
 

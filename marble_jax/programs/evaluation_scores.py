@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.batches import batch_indices
 from marble_jax.console import Console
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.score_file import ScoreFile
-from marble_jax.batches import batch_indices
 from marble_jax.programs.evaluation_request import Request
 from marble_jax.programs.locations import resolve_path
 from marble_jax.prompts.files import Prompt

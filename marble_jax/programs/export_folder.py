@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 
 from marble_jax.config import Settings
-from marble_jax.convert.lora_strength import PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.lora_files import Pairs, lora_files
+from marble_jax.convert.lora_strength import PEFT_CONFIG, PEFT_FILE
 from marble_jax.errors import InputError
 from marble_jax.families.base import Family, Size
 from marble_jax.programs.locations import EMBEDDED

@@ -11,10 +11,10 @@ import pytest
 from sd3_lora import LoraSpec, init_adapter, merge, num_parameters, stack
 
 from marble_jax.errors import InputError
-from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
-from marble_jax.families.sd3.layer_names import crop_table, entries, load_mmdit
 from marble_jax.families.sd3.blocks import Block
+from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.embedders import PatchEmbed, TimeTextEmbed, position_table
+from marble_jax.families.sd3.layer_names import crop_table, entries, load_mmdit
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
 from marble_jax.networks.attention import IMPLEMENTATIONS, attend
 from marble_jax.weights.key_map import save_params

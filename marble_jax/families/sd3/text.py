@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.batches import batches_of
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
 from marble_jax.networks.tokenizers import load_tokenizer
 from marble_jax.storage.files import read_json
-from marble_jax.batches import batches_of
 from marble_jax.types import Params
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
