@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,7 +12,19 @@ import numpy as np
 import pytest
 
 from marble_jax.cli.configuration import load_config
-from marble_jax.config import KEYS, check, default_config, describe, flatten
+from marble_jax.config import (
+    KEYS,
+    Settings,
+    check,
+    default_config,
+    describe,
+    flatten,
+    may_change_on_resume,
+    settings_from_flat,
+    settings_of,
+)
+from marble_jax.config.keys import range_of
+from marble_jax.config.renamed import RENAMED_KEYS, RENAMED_VALUES
 from marble_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +155,98 @@ def test_files_load_for_every_preset(path, preset):
 def test_what_the_table_does_not_allow(name, value, message):
     with pytest.raises(InputError, match=message):
         check({**flatten(default_config()), name: value})
+
+
+EARLIER_KEYS = {
+    "model.resolution": "config.model.height and config.model.width",
+    "model.t5": "config.model.omit_text_encoders",
+    "advantages.scalarise": "config.advantages.scalarize",
+    "policies.ema_decay": "config.ema.decay",
+    "policies.rate": "config.rollout_policy.rate",
+    "training.schedule": "config.training.learning_rate_schedule",
+    "evaluation.num_pictures": "config.evaluation.num_images",
+}
+
+
+@pytest.mark.parametrize("name", RENAMED_KEYS)
+def test_earlier_names_of_keys_are_answered_with_todays(name):
+    message = f"config.{name}: expected config.{RENAMED_KEYS[name]}, as it is called now; received its earlier name"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        check({**flatten(default_config()), name: 1})
+    for known_name in re.findall(r"[a-z_]+\.[a-z_0-9]+", RENAMED_KEYS[name].replace("config.", "")):
+        assert known_name in KEYS
+    assert name not in KEYS and EARLIER_KEYS.get(name, "") in message
+
+
+def test_keys_that_were_renamed_are_on_the_list():
+    assert set(EARLIER_KEYS) <= set(RENAMED_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("name", "earlier", "today"),
+    [
+        ("harmonize.mode", "amortised", "amortized"),
+        ("harmonize.mode", "faithful", "upstream"),
+        ("export.policy", "old", "rollout"),
+    ],
+)
+def test_earlier_values_are_answered_with_todays(name, earlier, today):
+    message = f"config.{name}: expected '{today}', as it is called now; received '{earlier}'"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        check({**flatten(default_config()), name: earlier})
+    check({**flatten(default_config()), name: today})
+
+
+def test_every_earlier_value_has_one_of_today():
+    for name, values in RENAMED_VALUES.items():
+        choices = KEYS[name].unit.split("|")
+        assert set(values.values()) <= set(choices) and not set(values) & set(choices)
+
+
+@pytest.mark.parametrize(
+    ("unit", "inside", "outside"),
+    [
+        ("steps, >= 1", (1, 1e9, float("inf")), (0.999, float("nan"))),
+        ("> 0", (1e-30,), (0, -1, float("nan"))),
+        ("[0, 1)", (0, 0.999), (-1e-9, 1)),
+        ("(0, 1]", (1e-9, 1), (0, 1.001)),
+        ("[0, 1/K]", (0, 0.5), (-0.1, 1.1)),
+    ],
+)
+def test_ranges(unit, inside, outside):
+    allowed = range_of(unit)
+    assert all(allowed.contains(number) for number in inside)
+    assert not any(allowed.contains(number) for number in outside)
+
+
+def test_units_without_a_range():
+    assert range_of("-") is None and range_of("path") is None and range_of("a|b") is None
+
+
+def test_settings_have_the_kinds_of_the_table():
+    flat = flatten(default_config())
+    flat |= {"nft.beta": 1, "rewards.train": ["ocr"], "harmonize.fixed_alpha": [1]}
+    settings = settings_from_flat(flat)
+    assert settings.nft.beta == 1.0 and type(settings.nft.beta) is float
+    assert settings.rewards.train == ("ocr",) and settings.harmonize.fixed_alpha == (1,)
+    assert settings_from_flat(flatten(settings)) == settings
+    assert settings_of(default_config()) == Settings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.nft.beta = 0.5
+
+
+def test_what_may_change_on_resume():
+    flat = flatten(default_config())
+    assert may_change_on_resume("logging.wandb", flat) and not may_change_on_resume("seed", flat)
+    assert not may_change_on_resume("no.such", flat)
+    assert may_change_on_resume("training.num_steps", flat)
+    for changes in (
+        {"training.learning_rate_schedule": "cosine"},
+        {"reward_schedule.stages": ("ocr", "geneval")},
+    ):
+        assert not may_change_on_resume("training.num_steps", flat | changes)
+    counted = {"reward_schedule.stages": ("ocr:5", "geneval:5")}
+    assert may_change_on_resume("training.num_steps", flat | counted)
 
 
 def test_a_key_left_out():

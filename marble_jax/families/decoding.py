@@ -25,7 +25,7 @@ class Decoder:
 
     def __call__(
         self,
-        latents: Float[Array, "n *latent"],
+        latents: Float[Array, " n *latent"],
         batch: int,
         place: Callable[[jax.Array], jax.Array] = lambda part: part,
     ) -> Float[Array, "n frames height width 3"]:

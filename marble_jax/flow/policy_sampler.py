@@ -62,7 +62,7 @@ def make_sampler(
 
 def image_noise(
     key: jax.Array, numbers: Sequence[int] | Int[np.ndarray, " n"], shape: tuple[int, ...]
-) -> Float[Array, "n *latent"]:
+) -> Float[Array, " n *latent"]:
     """Returns standard normal noise float32 that belongs to the images' numbers, whatever batch they are drawn in.
 
     Args:

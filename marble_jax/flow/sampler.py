@@ -20,11 +20,11 @@ VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 def sample(
     velocity_fn: VelocityFn,
-    noise: Float[Array, "n *latent"],
+    noise: Float[Array, " n *latent"],
     sigmas: Float[np.ndarray, " levels"],
     table: SolverTable,
     network_sigmas: Float[np.ndarray, " steps"] | None = None,
-) -> Float[Array, "n *latent"]:
+) -> Float[Array, " n *latent"]:
     """Integrates noise down to the last noise level.
 
     The state is float32 throughout, whatever the dtype of the noise or of the velocity.

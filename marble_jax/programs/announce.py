@@ -86,9 +86,7 @@ def _evaluation_line(run: Run) -> str:
     )
 
 
-def announce_gains(
-    run: Run, workdir: Workdir, console: Console, step: int, seconds: float
-) -> None:
+def announce_gains(run: Run, workdir: Workdir, console: Console, step: int, seconds: float) -> None:
     """Prints the table of gains over the base model, if there is an evaluation besides it.
 
     Args:

@@ -171,9 +171,7 @@ def _with_best(state: TrainState, score: float) -> TrainState:
     best_step = distributed.device_put_global(step, state.best_step.sharding)
     # A copy: steps overwrite the state they are given, buffers that it shares included.
     best = jax.tree.map(jnp.copy, state.ema)
-    return dataclasses.replace(
-        state, best_score=best_score, best_step=best_step, best=best
-    )
+    return dataclasses.replace(state, best_score=best_score, best_step=best_step, best=best)
 
 
 def _failures(scores: Scores) -> dict[str, int]:

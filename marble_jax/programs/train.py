@@ -148,9 +148,7 @@ class Session:
             str(workdir.events), tensorboard, wandb, settings.name, flatten(settings)
         )
         self._evaluations = RunEvaluations(run, workdir, console, self._writer)
-        self._exports = PeriodicExports(
-            settings, run.family, workdir, run.networks.params, console
-        )
+        self._exports = PeriodicExports(settings, run.family, workdir, run.networks.params, console)
         self._flops = step_flops_of(settings, run.sizes, run.networks, run.state.current)
         self._accelerator = accelerators.by_device_kind(jax.devices()[0].device_kind)
         # Kept as shapes: the steps overwrite the state itself.

@@ -210,9 +210,7 @@ def unstack(layers_at: LayersAt, adapter: Adapter) -> dict[str, Factors]:
     return pairs
 
 
-def stack(
-    layers_at: LayersAt, pairs: Mapping[str, Factors], shapes: Mapping[str, Any]
-) -> Adapter:
+def stack(layers_at: LayersAt, pairs: Mapping[str, Factors], shapes: Mapping[str, Any]) -> Adapter:
     """Inverse of `unstack`: an adapter from (a [in, r], b [r, out]) by published layer name.
 
     Layers of a run that `pairs` lacks get zeros, as in `init_adapter`.

@@ -19,8 +19,8 @@ from marble_jax.convert.lora_files import lora_files
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.layer_names import load_mmdit
-from marble_jax.programs import evaluate
-from marble_jax.programs.sample import Source
+from marble_jax.programs.evaluation_request import evaluation_prompts, parse_models
+from marble_jax.programs.policy_source import PolicySource
 from marble_jax.rewards.registry import FILE, entries_of
 from marble_jax.storage.images import ImageFolder, read_image
 
@@ -139,7 +139,10 @@ def test_a_killed_job_goes_on_with_the_same_images(sampled, tmp_path, capsys, mo
             "--negative=blue",
             "other settings: negative: expected 'a cross' .its own.; received 'blue'",
         ),
-        ("--t5=false", "other settings: t5: expected True .its own.; received False"),
+        (
+            "--omit_text_encoders=text_encoder_3",
+            "other settings: omit_text_encoders: expected .* .its own.; received .*text_encoder_3",
+        ),
         ("--lora=", "other settings: adapter: expected '[0-9a-f]{16}' .its own.; received ''"),
         (
             "--prompts=a red star|fog",
@@ -192,7 +195,23 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
             ["--prompts=a", "--images=0"],
             "--images: expected a whole number of at least 1; received '0'",
         ),
-        (["--prompts=a", "--t5=maybe"], "--t5: expected one of true, false; received 'maybe'"),
+        (
+            ["--prompts=a", "--t5=maybe"],
+            "--t5: expected --omit_text_encoders=text_encoder_3, as it is called now; received "
+            "its earlier name",
+        ),
+        (
+            ["--prompts=a", "--tokens=12"],
+            "--tokens: expected --max_sequence_length=N, as it is called now; received its earlier name",
+        ),
+        (
+            ["--prompts=a", "--policy=old"],
+            "--policy: expected 'rollout', as the policy is called now; received 'old'",
+        ),
+        (
+            ["--prompts=a", "--omit_text_encoders=text_encoder"],
+            "omit_text_encoders: expected one of text_encoder_3; received 'text_encoder'",
+        ),
         (["--prompts=a", "--lora=/nowhere"], "nowhere"),
         (["--prompts= | "], "prompts: expected at least one; received none"),
     ):
@@ -389,6 +408,10 @@ def test_evaluate_refuses_before_it_writes(refused, prompts, tmp_path):
         ),
         (["--models="], "--models: expected at least one NAME=PLACE; received none"),
         (["--images=x"], "--images: expected a whole number of at least 1; received 'x'"),
+        (
+            ["--num_pictures=3"],
+            "--num_pictures: expected --num_images=N, as it is called now; received its earlier name",
+        ),
     ):
         models = (
             [] if any(a.startswith("--models") for a in arguments) else ["--models=base=embedded"]
@@ -406,16 +429,16 @@ def test_models_by_name(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    found = evaluate.parse_models(
+    models = parse_models(
         f"embedded, tuned={run}:best,{run},two=embedded+a.safetensors+dir:0.5,"
         "stabilityai/stable-diffusion-3.5-medium"
     )
-    assert found == {
-        "embedded": Source("embedded"),
-        "tuned": Source("", str(run), "best"),
-        "run": Source("", str(run), "ema"),
-        "two": Source("embedded", loras="a.safetensors,dir:0.5"),
-        "stable-diffusion-3.5-medium": Source("stabilityai/stable-diffusion-3.5-medium"),
+    assert models == {
+        "embedded": PolicySource("embedded"),
+        "tuned": PolicySource("", str(run), "best"),
+        "run": PolicySource("", str(run), "ema"),
+        "two": PolicySource("embedded", loras="a.safetensors,dir:0.5"),
+        "stable-diffusion-3.5-medium": PolicySource("stabilityai/stable-diffusion-3.5-medium"),
     }
 
 
@@ -433,11 +456,17 @@ def test_models_by_name(tmp_path):
             r"--models: expected NAME=PLACE\[:POLICY\]\[\+LORA\]; received 'a=embedded\+'",
         ),
         ("a=embedded:ema", "--models: expected a training run before ':ema'; received 'embedded'"),
+        (
+            "a={run}:old",
+            "--models: policy: expected 'rollout', as the policy is called now; received 'old'",
+        ),
     ],
 )
-def test_bad_models(text, message):
+def test_bad_models(text, message, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    text = text.format(run=tmp_path)
     with pytest.raises(InputError, match=message):
-        evaluate.parse_models(text)
+        parse_models(text)
 
 
 def test_prompts_in_the_formats_users_have():
@@ -448,13 +477,14 @@ def test_prompts_in_the_formats_users_have():
         DATA / "ocr" / "test.txt",
         DATA / "drawbench" / "test.txt",
     ]
-    found = evaluate.read_prompts(",".join(map(str, files)))
+    prompts = evaluation_prompts(",".join(map(str, files)))
     counts = {
-        source: sum(p.source == source for p in found) for source in ("drawbench", "geneval", "ocr")
+        source: sum(p.source == source for p in prompts)
+        for source in ("drawbench", "geneval", "ocr")
     }
     assert counts == {"drawbench": 1000, "geneval": 2212, "ocr": 1018}
-    assert evaluate.read_prompts(str(DATA)) == found
-    few = evaluate.read_prompts(str(DATA), num_prompts=90, images=2)
+    assert evaluation_prompts(str(DATA)) == prompts
+    few = evaluation_prompts(str(DATA), num_prompts=90, images=2)
     assert len(few) == 180 and few[0] == few[1] and {p.source for p in few} == set(counts)
     assert len({p.metadata["tag"] for p in few if p.metadata}) == 6
 
@@ -463,4 +493,4 @@ def test_no_prompts():
     with pytest.raises(
         InputError, match="--prompts: expected a file, a directory, .*; received none"
     ):
-        evaluate.read_prompts(" , ")
+        evaluation_prompts(" , ")

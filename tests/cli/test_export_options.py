@@ -15,8 +15,20 @@ from marble_jax.cli.main import main
             "--workdir: expected a training run (with config.json); received /nowhere",
         ),
         (
-            ["--workdir=x", "--out=y", "--which=emma"],
-            "--which: expected one of ema, current, rollout, best; received 'emma'; did you mean 'ema'?",
+            ["--workdir=x", "--out=y", "--policy=emma"],
+            "--policy: expected one of ema, current, rollout, best; received 'emma'; did you mean 'ema'?",
+        ),
+        (
+            ["--workdir=x", "--out=y", "--policy=old"],
+            "--policy: expected 'rollout', as the policy is called now; received 'old'",
+        ),
+        (
+            ["--workdir=x", "--out=y", "--policy=base"],
+            "--policy: expected one of ema, current, rollout, best; received 'base'",
+        ),
+        (
+            ["--workdir=x", "--out=y", "--which=ema"],
+            "--which: expected --policy=NAME, as it is called now; received its earlier name",
         ),
         (
             ["--workdir=x", "--out=y", "--merge", "--dtype=int8"],
@@ -38,7 +50,7 @@ from marble_jax.cli.main import main
             ["--workdir=x", "--out=y", "--config=z"],
             "export: expected no --config (a run brings its own); received --con",
         ),
-        (["--workdir=x", "--out=y", "--whihc=ema"], "received --whihc; did you mean 'which'?"),
+        (["--workdir=x", "--out=y", "--polciy=ema"], "received --polciy; did you mean 'policy'?"),
     ],
 )
 def test_bad_input(refused, tmp_path, monkeypatch, arguments, message):

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from marble_jax.cli.options import boolean, load_config, split
+from marble_jax.cli.configuration import load_config, load_settings
+from marble_jax.cli.options import (
+    boolean,
+    check_either,
+    number,
+    refuse_config,
+    split,
+    whole_number,
+    word_list,
+)
+from marble_jax.config import settings_of
 from marble_jax.errors import InputError
 
 FILE = str(Path(__file__).parents[2] / "configs" / "embedded.py")
@@ -52,6 +62,58 @@ def test_boolean():
         boolean("grid", "maybe")
 
 
+def test_earlier_names_of_options_are_answered_with_todays():
+    options, renamed = {"policy": "ema"}, {"which": "--policy=NAME"}
+    with pytest.raises(
+        InputError,
+        match="^--which: expected --policy=NAME, as it is called now; received its earlier name$",
+    ):
+        split(["--which=best"], options, renamed)
+    assert split(["--policy=best"], options, renamed) == ({"policy": "best"}, [])
+
+
+def test_numbers():
+    assert whole_number({"n": "7"}, "n", 7) == 7 and type(whole_number({"n": "7"}, "n", 0)) is int
+    assert number({"n": "7"}, "n", 0) == 7.0 and type(number({"n": "7"}, "n", 0)) is float
+    assert number({"n": "1e-3"}, "n", 0) == 1e-3
+
+
+@pytest.mark.parametrize("text", ["x", "", "2.5", "-1", "1e3"])
+def test_what_is_no_whole_number(text):
+    with pytest.raises(
+        InputError, match=f"^--n: expected a whole number of at least 0; received '{text}'$"
+    ):
+        whole_number({"n": text}, "n", 0)
+
+
+@pytest.mark.parametrize("text", ["x", "", "0.05", "nan", "inf", "-inf"])
+def test_what_is_no_number(text):
+    with pytest.raises(
+        InputError, match=f"^--n: expected a number of at least 0.1; received '{text}'$"
+    ):
+        number({"n": text}, "n", 0.1)
+
+
+def test_one_of_two_options():
+    check_either("verb", {"a": "x", "b": ""}, "a", "b")
+    check_either("verb", {"a": "", "b": "x"}, "a", "b")
+    with pytest.raises(InputError, match="^verb: expected either --a or --b; received both$"):
+        check_either("verb", {"a": "x", "b": "y"}, "a", "b")
+    with pytest.raises(InputError, match="^verb: expected either --a or --b; received neither$"):
+        check_either("verb", {"a": "", "b": ""}, "a", "b")
+
+
+def test_verbs_without_a_configuration():
+    refuse_config("verb: expected no --config", [])
+    with pytest.raises(InputError, match="^verb: expected no --config; received --config=f.py$"):
+        refuse_config("verb: expected no --config", ["--config=f.py"])
+
+
+def test_lists_of_words():
+    assert word_list(" a, b,,c ") == ("a", "b", "c") and word_list("") == ()
+    assert word_list("a, b | c", "|") == ("a, b", "c")
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
@@ -89,6 +151,12 @@ def test_the_last_override_wins_and_the_others_stay():
     assert twice.rewards.train == ("ocr",)
 
 
+def test_settings_are_those_of_the_configuration():
+    arguments = [SMOKE, "--config.nft.beta=1"]
+    settings = load_settings(arguments)
+    assert settings == settings_of(load_config(arguments)) and settings.nft.beta == 1.0
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -120,6 +188,15 @@ def test_the_last_override_wins_and_the_others_stay():
             "config.harmonize.fixed_alpha: expected tuple of numbers",
         ),
         (f"--config={FILE}", "--config: expected one configuration file .*; received 2"),
+        (
+            "--config.model.t5=false",
+            "config.model.t5: expected config.model.omit_text_encoders, as it is "
+            "called now; received its earlier name",
+        ),
+        (
+            "--config.harmonize.mode=amortised",
+            "config.harmonize.mode: expected 'amortized', as it is called now; received 'amortised'",
+        ),
     ],
 )
 def test_bad_overrides(argument, message):

@@ -50,10 +50,9 @@ def test_the_papers_recipe_on_sixteen_chips(capsys, tmp_path):
     }
     assert record["memory"]["train, between"]["base weights"]["bytes"] == 2 * 2_469_663_936
     # 28800 forward passes of 2.24 TFLOP, at 40 % of 16 x 197 TFLOP/s.
-    assert record["work_flop"]["rollout"] == pytest.approx(28800 * record["sample_flop"]["forward"])
-    assert record["seconds"]["rollout"] == pytest.approx(
-        record["work_flop"]["rollout"] / (16 * 197e12 * 0.4)
-    )
+    rollout = record["step_flops"]["rollout"]
+    assert rollout == pytest.approx(28800 * record["sample_flops"]["forward"])
+    assert record["seconds"]["rollout"] == pytest.approx(rollout / (16 * 197e12 * 0.4))
 
 
 def test_one_device_of_unknown_kind(capsys):

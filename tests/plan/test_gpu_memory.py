@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from marble_jax.config import settings_of
 from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.plan import aot, memory
-from marble_jax.plan.model_shapes import architecture
+from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.training.batch_sizes import derive_sizes
 
 pytestmark = pytest.mark.gpu
@@ -26,17 +27,17 @@ def test_the_preset_for_this_card_fits_as_planned(capsys):
         pytest.skip(
             f"needs a GPU of 80 GB in the table of chips; this one is {jax.devices()[0].device_kind}"
         )
-    config = CONFIG("gpu_140gb" if chip.memory > 130e9 else "gpu_80gb")
+    settings = settings_of(CONFIG("gpu_140gb" if chip.memory > 130e9 else "gpu_80gb"))
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-    made, sizes = architecture(config), derive_sizes(config.rollout, config.training, 1)
-    planned = memory.total(memory.programs(config, made, sizes, mesh, 1)["train, solving"])
-    program = aot.compile_program(
-        "train, solving", *aot.jobs(config, made, sizes, mesh)["train, solving"]
-    )
-    beside = memory.total(memory.beside(config, made, mesh, "train, solving"))
+    shapes, sizes = model_shapes(settings), derive_sizes(settings.rollout, settings.training, 1)
+    sources = memory.program_sources(settings, shapes, sizes, mesh, 1)
+    planned = memory.total(sources["train, solving"])
+    job = aot.jobs(settings, shapes, sizes, mesh)["train, solving"]
+    program = aot.compile_program("train, solving", job)
+    beside = memory.total(memory.resident_sources(settings, shapes, mesh, "train, solving"))
     with capsys.disabled():
         print(
-            f"\n{config.name}: compiled {program.needed / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB, beside it "
+            f"\n{settings.name}: compiled {program.needed / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB, beside it "
             f"{beside / 1e9:.2f} GB, usable {chip.usable / 1e9:.2f} GB; compiled in {program.seconds:.0f} s"
         )
     assert program.needed + beside < chip.usable

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from marble_jax.config import flatten
+from marble_jax.config import flatten, settings_of
 from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.errors import InputError
 from marble_jax.plan import memory
-from marble_jax.plan.model_shapes import architecture
-from marble_jax.programs import build
+from marble_jax.plan.model_shapes import model_shapes
+from marble_jax.programs.check_settings import check_settings
 from marble_jax.training.batch_sizes import derive_sizes
 
 CONFIG = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sd3.py"))["get_config"]
@@ -32,35 +32,34 @@ HOW_MUCH_AT_ONCE = {
 
 @pytest.fixture(scope="module")
 def medium():
-    return architecture(CONFIG("exact"))
+    return model_shapes(settings_of(CONFIG("exact")))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_fits_with_the_reward_models(preset, medium):
-    (name, count), config = PRESETS[preset], CONFIG(preset)
-    build.check(config, "gpu")
+    (name, count), settings = PRESETS[preset], settings_of(CONFIG(preset))
+    check_settings(settings, "gpu")
     mesh = device_mesh.abstract_mesh(count)
-    programs = memory.programs(
-        config, medium, derive_sizes(config.rollout, config.training, count), mesh, 1
-    )
-    most = max(
-        memory.total(sources) + memory.total(memory.beside(config, medium, mesh, program))
-        for program, sources in programs.items()
-    )
+    sizes = derive_sizes(settings.rollout, settings.training, count)
+    programs = memory.program_sources(settings, medium, sizes, mesh, 1)
+    most = 0.0
+    for program, sources in programs.items():
+        resident = memory.resident_sources(settings, medium, mesh, program)
+        most = max(most, memory.total(sources) + memory.total(resident))
     usable = accelerators.by_name(name).usable
     assert most + REWARDS < usable and most > 0.5 * usable  # no card is left half empty
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_changes_nothing_but_how_much_is_done_at_once(preset):
-    recipe, found = flatten(CONFIG("exact")), flatten(CONFIG(preset))
-    assert {name for name in found if found[name] != recipe[name]} <= HOW_MUCH_AT_ONCE
-    assert found["harmonize.mode"] == "exact"
-    images = found["rollout.prompts_per_step"] * found["rollout.images_per_prompt"]
+    recipe, chosen = flatten(CONFIG("exact")), flatten(CONFIG(preset))
+    assert {name for name in chosen if chosen[name] != recipe[name]} <= HOW_MUCH_AT_ONCE
+    assert chosen["harmonize.mode"] == "exact"
+    images = chosen["rollout.prompts_per_step"] * chosen["rollout.images_per_prompt"]
     assert (
         images == 48 * 24
-        and found["lora.rank"] == 32
-        and found["model.height"] == found["model.width"] == 512
+        and chosen["lora.rank"] == 32
+        and chosen["model.height"] == chosen["model.width"] == 512
     )
 
 
@@ -85,7 +84,8 @@ def test_another_number_of_devices_names_the_nearest_sizes(preset, devices, line
     if preset == "gpu_80gb":
         config.rollout.batch_size = 96
     with pytest.raises(InputError, match=line):
-        derive_sizes(config.rollout, config.training, devices)
+        settings = settings_of(config)
+        derive_sizes(settings.rollout, settings.training, devices)
 
 
 def test_a_gpu_preset_says_so_on_a_cpu():
@@ -94,4 +94,4 @@ def test_a_gpu_preset_says_so_on_a_cpu():
         match="model.attention: expected 'xla', as cudnn needs a GPU and bfloat16; received "
         "'cudnn' on cpu in bfloat16 .'auto' takes what fits",
     ):
-        build.check(CONFIG("gpu_80gb"), "cpu")
+        check_settings(settings_of(CONFIG("gpu_80gb")), "cpu")

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from marble_jax.plan.hlo_costs import EXPLANATIONS, Exchange, by_reason, executed, reason_of
+from marble_jax.families.sd3.family import FAMILY
+from marble_jax.plan.hlo_costs import by_reason, explanations, program_costs, reason_of
 
 ROOT = Path(__file__).parents[2]
 TEXT = """HloModule jit_f, entry_computation_layout={()->f32[2]}
@@ -52,16 +53,34 @@ ENTRY %main (q: f32[4,8]) -> f32[2] {
 
 
 def test_bodies_of_loops_count_as_often_as_they_run():
-    found = executed(TEXT)
-    assert found.flops == 15 * 2 * (4 * 2) * 8 + 2 * (6 * 6 * 7) * (3 * 3 * 2)
-    assert [(e.kind, e.times, e.bytes, e.looped) for e in found.exchanges] == [
+    costs = program_costs(TEXT, FAMILY)
+    assert costs.flops == 15 * 2 * (4 * 2) * 8 + 2 * (6 * 6 * 7) * (3 * 3 * 2)
+    assert [(e.kind, e.times, e.bytes, e.looped) for e in costs.exchanges] == [
         ("all-gather", 15, 4 * 16 * 4, True),
         ("all-reduce", 3, 24, True),
         ("all-reduce", 1, 8, False),
     ]
-    assert [bool(e.reason) for e in found.exchanges] == [True, False, True]
-    assert [row[2:] for row in by_reason(found.exchanges)] == [(1, 15, 3840), (1, 3, 72), (1, 1, 8)]
-    assert executed("nothing").exchanges == ()
+    assert [bool(e.reason) for e in costs.exchanges] == [True, False, True]
+    totals = by_reason(costs.exchanges)
+    assert [(t.instructions, t.times, t.bytes) for t in totals] == [
+        (1, 15, 3840),
+        (1, 3, 72),
+        (1, 1, 8),
+    ]
+    assert program_costs("nothing", FAMILY).exchanges == ()
+
+
+def test_exchanges_of_one_reason_are_summed():
+    again = """  %y2 = f32[2]{0} all-reduce(%q), to_apply=%sum, metadata={op_name="jit(f)/train/reduce_sum"}
+"""
+    twice = TEXT.replace("  ROOT %z", f"{again}  ROOT %z")
+    totals = by_reason(program_costs(twice, FAMILY).exchanges)
+    assert [(t.kind, t.instructions, t.times, t.bytes) for t in totals][-1] == (
+        "all-reduce",
+        2,
+        2,
+        16,
+    )
 
 
 def test_a_program_of_xla():
@@ -69,22 +88,20 @@ def test_a_program_of_xla():
         return jax.lax.fori_loop(0, 7, lambda i, y: y @ x, x)
 
     struct = jax.ShapeDtypeStruct((32, 32), jnp.float32)
-    assert executed(jax.jit(f).lower(struct).compile().as_text()).flops == 7 * 2 * 32**3
+    text = jax.jit(f).lower(struct).compile().as_text()
+    assert program_costs(text, FAMILY).flops == 7 * 2 * 32**3
 
 
 def test_what_should_not_be_there_is_not_explained():
-    assert (
-        reason_of("all-reduce", "jit(train)/train/while/body/closed_call/add") == ""
-    )  # gradients in the loop
+    looped = "jit(train)/train/while/body/"
+    # Gradients that are summed in the loop.
+    assert reason_of("all-reduce", f"{looped}closed_call/add", FAMILY) == ""
+    # All rollouts.
     for kind in ("all-reduce", "all-gather"):
-        assert reason_of(kind, "jit(train)/train/gather") == ""  # all rollouts
-    assert (
-        reason_of("all-to-all", "jit(train)/train/while/body/blocks_0/attn/to_q/dot_general") == ""
-    )
-    assert Exchange(
-        "all-reduce", 1, 4, "jit(train)/train/while/body/MMDiT/block_2/ff/net_2/dot_general"
-    ).reason
-    assert all(why for *_, why in EXPLANATIONS)
+        assert reason_of(kind, "jit(train)/train/gather", FAMILY) == ""
+    assert reason_of("all-to-all", f"{looped}blocks_0/attn/to_q/dot_general", FAMILY) == ""
+    assert reason_of("all-reduce", f"{looped}MMDiT/block_2/ff/net_2/dot_general", FAMILY)
+    assert all(explanation.reason for explanation in explanations(FAMILY))
 
 
 def collectives(*arguments):
@@ -100,8 +117,8 @@ def collectives(*arguments):
     return json.loads(done.stdout.splitlines()[-1]), done.returncode == 0
 
 
-def check(found):
-    for name, row in found.items():
+def check(record):
+    for name, row in record.items():
         assert not row["unexplained"], (name, row["unexplained"])
         program, _, mesh = name.rpartition(" ")
         assert row["share"] < (1.3 if mesh == "1x1x8" and program != "decode" else 1.05), (
@@ -112,19 +129,19 @@ def check(found):
 
 def test_a_sharded_step_shares_its_work_and_agrees():
     """Data, fsdp and tensor at once; the other meshes and programs are in the slow test."""
-    found, explained = collectives("--mesh=1x1x1,2x2x2", "--programs=between")
-    assert explained and len(found) == 2
-    check(found)
-    kinds = {kind for kind, *_ in found["train, between 2x2x2"]["exchanges"]}
-    assert kinds == {"all-gather", "all-reduce"} and not found["train, between 1x1x1"]["exchanges"]
+    record, explained = collectives("--mesh=1x1x1,2x2x2", "--programs=between")
+    assert explained and len(record) == 2
+    check(record)
+    kinds = {kind for kind, *_ in record["train, between 2x2x2"]["exchanges"]}
+    assert kinds == {"all-gather", "all-reduce"} and not record["train, between 1x1x1"]["exchanges"]
 
 
 @pytest.mark.slow
 def test_every_program_on_every_mesh():
-    found, explained = collectives("--mesh=1x1x1,2x1x1,4x1x1,8x1x1,4x2x1,2x2x2,1x1x8")
-    assert explained and len(found) == 7 * 4
-    check(found)
-    solo = found["train, solving 8x1x1"]["exchanges"]
+    record, explained = collectives("--mesh=1x1x1,2x1x1,4x1x1,8x1x1,4x2x1,2x2x2,1x1x8")
+    assert explained and len(record) == 7 * 4
+    check(record)
+    solo = record["train, solving 8x1x1"]["exchanges"]
     assert [(kind, times) for kind, _, _, times, _ in solo] == [
         ("all-reduce", 1)
     ]  # once an optimiser step

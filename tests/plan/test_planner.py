@@ -9,25 +9,25 @@ import jax.numpy as jnp
 import pytest
 import safetensors
 
-from marble_jax.config import default_config
+from marble_jax.config import default_config, settings_of
 from marble_jax.distributed import device_mesh
 from marble_jax.distributed.accelerators import GIB
 from marble_jax.errors import InputError
 from marble_jax.plan import aot, memory
 from marble_jax.plan.hlo import Collective, collectives
-from marble_jax.plan.model_shapes import architecture
-from marble_jax.programs import build
+from marble_jax.plan.model_shapes import model_shapes
+from marble_jax.programs.locations import resolve_path
 from marble_jax.trainable.lora import num_parameters
 from marble_jax.training.batch_sizes import derive_sizes
 
 
-def config(path="stabilityai/stable-diffusion-3.5-medium", **changes):
-    made = default_config()
-    made.model.path = path
+def settings_with(path="stabilityai/stable-diffusion-3.5-medium", **changes):
+    config = default_config()
+    config.model.path = path
     for name, value in changes.items():
-        room, _, leaf = name.partition("__")
-        made[room][leaf] = value
-    return made
+        section, _, leaf = name.partition("__")
+        config[section][leaf] = value
+    return settings_of(config)
 
 
 SMALL = {
@@ -45,26 +45,28 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def medium():
-    return architecture(config())
+    return model_shapes(settings_with())
 
 
 def test_a_published_model_needs_no_files(medium):
-    assert num_parameters(medium.params) == 2_243_171_520 + 226_492_416  # with the positional table
+    # With the positional table.
+    assert num_parameters(medium.networks.params) == 2_243_171_520 + 226_492_416
     assert num_parameters(medium.adapter) == 18_776_064
-    assert (medium.latent, medium.tokens, medium.text_tokens, medium.shift) == (
+    transformer = medium.transformer
+    shift = medium.networks.scheduler.shift
+    assert (medium.latent, transformer.tokens, transformer.text_tokens, shift) == (
         (64, 64, 16),
         1024,
         205,
         3.0,
     )
     assert medium.encoder_parameters == pytest.approx(123.65e6 + 694.66e6 + 4762.3e6, rel=1e-3)
-    assert sum(s.size for s in jax.tree.leaves(medium.decoder_params)) == pytest.approx(
-        83.8e6, rel=1e-3
-    )
+    decoder = jax.tree.leaves(medium.networks.decoder_params)
+    assert sum(leaf.size for leaf in decoder) == pytest.approx(83.8e6, rel=1e-3)
 
 
 def test_a_directory_is_what_its_files_hold():
-    root = build.place_of("embedded", "pipeline")
+    root = resolve_path("embedded", "pipeline")
 
     def stored(*names):
         """Numbers in the files of components, from their headers."""
@@ -74,17 +76,20 @@ def test_a_directory_is_what_its_files_hold():
                 count += sum(math.prod(handle.get_slice(key).get_shape()) for key in handle.keys())
         return count
 
-    made = architecture(config("embedded", **SMALL))
-    assert num_parameters(made.params) == stored("transformer")
-    assert num_parameters(made.decoder_params) == stored("vae")
-    assert made.encoder_parameters == stored("text_encoder", "text_encoder_2", "text_encoder_3")
-    assert (made.latent, made.tokens, made.text_tokens, made.shift) == (
+    shapes = model_shapes(settings_with("embedded", **SMALL))
+    assert num_parameters(shapes.networks.params) == stored("transformer")
+    assert num_parameters(shapes.networks.decoder_params) == stored("vae")
+    assert shapes.encoder_parameters == stored("text_encoder", "text_encoder_2", "text_encoder_3")
+    transformer, shift = shapes.transformer, shapes.networks.scheduler.shift
+    assert (shapes.latent, transformer.tokens, transformer.text_tokens, shift) == (
         (8, 8, 16),
         16,
         14 + 12,
         1.5,
     )
-    without = architecture(config("embedded", **SMALL, model__t5=False))
+    without = model_shapes(
+        settings_with("embedded", **SMALL, model__omit_text_encoders=("text_encoder_3",))
+    )
     assert without.encoder_parameters == stored("text_encoder", "text_encoder_2")
 
 
@@ -94,58 +99,52 @@ def test_models_and_resolutions_that_do_not_fit():
         match="model.path: expected a local directory.*stable-diffusion-3.5-large.*"
         "did you mean 'stable-diffusion-3.5-medium'",
     ):
-        architecture(config("me/stable-difusion-3.5-medium"))
+        model_shapes(settings_with("me/stable-difusion-3.5-medium"))
     with pytest.raises(
         InputError,
         match="model.height: expected a multiple of 16 .*received 500 .nearest.* 496",
     ):
-        architecture(config(model__height=500))
+        model_shapes(settings_with(model__height=500))
 
 
 def test_what_is_passed_to_a_program_is_exact(medium):
     """The parts that are no estimates, against shapes: weights over fsdp, four adapters, two moments."""
-    chosen = config(harmonize__mode="amortized", model__remat="full")
+    settings = settings_with(harmonize__mode="amortized", model__remat="full")
+    sizes = derive_sizes(settings.rollout, settings.training, 16)
     for fsdp, expected, whole in ((1, 2 * 2_469_663_936, 5e-3), (16, 2 * 2_469_663_936 / 16, 4e-2)):
         mesh = device_mesh.abstract_mesh(16, -1, fsdp)
-        found = memory.programs(
-            chosen, medium, derive_sizes(chosen.rollout, chosen.training, 16), mesh
-        )
-        by_name = {s.name: s.bytes for s in found["train, between"]}
-        assert by_name[memory.BASE] == pytest.approx(
-            expected, rel=whole
-        )  # biases and norms stay whole
+        programs = memory.program_sources(settings, medium, sizes, mesh)
+        by_name = {s.name: s.bytes for s in programs["train, between"]}
+        # Biases and norms stay whole.
+        assert by_name[memory.BASE] == pytest.approx(expected, rel=whole)
         assert (
             by_name[memory.ADAPTERS] == 4 * 4 * 18_776_064
             and by_name[memory.OPTIMISER] == 2 * 4 * 18_776_064
         )
-        solving = {s.name: s.bytes for s in found["train, solving"]}
+        solving = {s.name: s.bytes for s in programs["train, solving"]}
         assert solving[memory.SAMPLES] == 3 * 3 * 4 * 18_776_064  # chunks of 3, three directions
         assert by_name[memory.SAVED] == 24 * 9 * 1229 * 1536 * 2
 
 
 def test_memory_follows_the_settings(medium):
     def total(name="train, between", devices=16, **changes):
-        chosen = config(**{"harmonize__mode": "amortized", "model__remat": "full", **changes})
-        mesh = device_mesh.abstract_mesh(devices, -1, 1)
-        return memory.total(
-            memory.programs(
-                chosen, medium, derive_sizes(chosen.rollout, chosen.training, devices), mesh
-            )[name]
+        settings = settings_with(
+            **{"harmonize__mode": "amortized", "model__remat": "full", **changes}
         )
+        mesh = device_mesh.abstract_mesh(devices, -1, 1)
+        sizes = derive_sizes(settings.rollout, settings.training, devices)
+        return memory.total(memory.program_sources(settings, medium, sizes, mesh)[name])
 
     assert total(model__remat="none") > total(model__remat="dots") > total()
     assert total(training__micro_batch_size=16) < total()
     assert total("rollout", rollout__batch_size=16) < total("rollout")
-    assert "train, between" not in memory.programs(
-        config(harmonize__mode="exact"),
-        medium,
-        derive_sizes(config().rollout, config().training, 16),
-        device_mesh.abstract_mesh(16),
-    )
-    cached = config(prompts__embedding_cache="somewhere")
+    exact = settings_with(harmonize__mode="exact")
     mesh = device_mesh.abstract_mesh(16)
+    sizes = derive_sizes(exact.rollout, exact.training, 16)
+    assert "train, between" not in memory.program_sources(exact, medium, sizes, mesh)
+    cached = settings_with(prompts__embedding_cache="somewhere")
     names = {
-        name: {s.name for s in memory.beside(cached, medium, mesh, name)}
+        name: {s.name for s in memory.resident_sources(cached, medium, mesh, name)}
         for name in ("rollout", "decode", "train, solving")
     }
     assert names == {
@@ -154,46 +153,52 @@ def test_memory_follows_the_settings(medium):
         "decode": {"the rest of the state", "transformer"},
     }
     for devices in (1, 4):
-        (encoders,) = (
-            s
-            for s in memory.beside(config(), medium, mesh, "train, solving", devices)
-            if "encoders" in s.name
-        )
+        resident = memory.resident_sources(settings_with(), medium, mesh, "train, solving", devices)
+        (encoders,) = (source for source in resident if "encoders" in source.name)
         assert encoders.bytes == 2 * medium.encoder_parameters / devices
 
 
+def test_a_merged_rollout_policy_is_a_copy_of_the_weights(medium):
+    merged = settings_with(rollout__merge_adapter=True, prompts__embedding_cache="somewhere")
+    mesh = device_mesh.abstract_mesh(16)
+    weights = memory.weight_bytes(medium, mesh)
+    copies = "transformer, and the merged copy"
+    rollout = {s.name: s.bytes for s in memory.resident_sources(merged, medium, mesh, "rollout")}
+    decode = {s.name: s.bytes for s in memory.resident_sources(merged, medium, mesh, "decode")}
+    assert rollout[copies] == weights and decode[copies] == 2 * weights
+    assert rollout["the rest of the state"] == decode["the rest of the state"]
+
+
 def test_programs_accept_the_planned_arguments():
-    chosen = config("embedded", **SMALL)
+    settings = settings_with("embedded", **SMALL)
     mesh = device_mesh.make_mesh()
-    jobs = aot.jobs(
-        chosen, architecture(chosen), derive_sizes(chosen.rollout, chosen.training, mesh.size), mesh
-    )
+    sizes = derive_sizes(settings.rollout, settings.training, mesh.size)
+    jobs = aot.jobs(settings, model_shapes(settings), sizes, mesh)
     assert list(jobs) == ["rollout", "decode", "train, solving", "train, between"]
-    latents, images = (jax.eval_shape(f, *arguments) for f, arguments in list(jobs.values())[:2])
-    assert latents.shape == (8, 8, 8, 16) and images.shape == (8, 64, 64, 3)
+    latents, clips = (jax.eval_shape(f, *arguments) for f, arguments in list(jobs.values())[:2])
+    assert latents.shape == (8, 8, 8, 16) and clips.shape == (8, 1, 64, 64, 3)
     step, arguments = jobs["train, between"]
     state, metrics = jax.eval_shape(step, *arguments)
     assert (
         jax.tree.structure(state) == jax.tree.structure(arguments[0])
         and "objective/loss" in metrics
     )
-    assert jobs["train, solving"][1] == arguments and jobs["train, solving"][0] is not step
-    merged = config("embedded", **SMALL, rollout__merge_adapter=True)
-    assert (
-        aot.jobs(
-            merged, architecture(merged), derive_sizes(merged.rollout, merged.training, 1), mesh
-        )["rollout"][1][1]
-        is None
-    )
+    solving = jobs["train, solving"]
+    assert solving.arguments == arguments and solving.function is not step
+    merged = settings_with("embedded", **SMALL, rollout__merge_adapter=True)
+    sizes = derive_sizes(merged.rollout, merged.training, 1)
+    rollout = aot.jobs(merged, model_shapes(merged), sizes, mesh)["rollout"]
+    assert rollout.arguments[1] is None
 
 
 def test_what_the_compiler_says_of_a_program():
     struct = jax.ShapeDtypeStruct(
         (256, 256), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
     )
-    found = aot.compile_program("product", jax.jit(lambda x, y: x @ y), (struct, struct))
-    assert found.arguments == 2 * 4 * 256**2 and found.needed >= 3 * 4 * 256**2
-    assert found.flops == pytest.approx(2 * 256**3) and found.collectives == ()
+    job = aot.Job(jax.jit(lambda x, y: x @ y), (struct, struct))
+    program = aot.compile_program("product", job)
+    assert program.arguments == 2 * 4 * 256**2 and program.needed >= 3 * 4 * 256**2
+    assert program.flops == pytest.approx(2 * 256**3) and program.collectives == ()
 
 
 def test_out_of_memory():

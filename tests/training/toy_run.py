@@ -41,7 +41,10 @@ def encode(texts):
     numbers = (
         np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
     )
-    return {"embeds": jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), "pooled": jnp.asarray(numbers[:, :2])}
+    return {
+        "embeds": jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)),
+        "pooled": jnp.asarray(numbers[:, :2]),
+    }
 
 
 @functools.cache

@@ -63,7 +63,8 @@ class SD3Family(Family):
         "attn.to_add_out",
     )
     tensor_parallel_modules = (
-        r"attn2?|ff|ff_context|norm1|norm1_context|norm_out|time_text_embed|blocks?_\d+|\w+_embedder"
+        r"attn2?|ff|ff_context|norm1|norm1_context|norm_out|"
+        r"time_text_embed|blocks?_\d+|\w+_embedder"
     )
     gathered_tables = "pos_embed"
     formats = SD3_FORMATS

@@ -168,9 +168,7 @@ class SD3Networks(Networks):
         side = self.model.config.sample_size * self._cell
         return Size(side, side)
 
-    def levels(
-        self, num_steps: int, latent_shape: tuple[int, ...]
-    ) -> Float[np.ndarray, " levels"]:
+    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> Float[np.ndarray, " levels"]:
         """See `Networks.levels`; SD3's shift does not depend on the size."""
         return sigma_grid(num_steps, self.scheduler.shift, self.scheduler.num_train_timesteps)
 
