@@ -14,7 +14,7 @@ import math
 import mmap
 import pathlib
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +42,7 @@ _STEMS = ("diffusion_pytorch_model", "model")
 _MAX_HEADER = 100_000_000
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """Named tensors in a published layout, whatever they are stored in.
 
