@@ -103,7 +103,7 @@ def train(
         run = _Run(state, iteration, cadence, hooks, console, stops)
         with run.saved_on_failure():
             # Whoever restores a run makes up for an evaluation that it may have stopped in.
-            if run.step == 0:
+            if run.step == 0 and cadence.evaluates(0):
                 run.evaluate()
             while run.step < cadence.num_steps and not stops.agreed():
                 if not run.one_step():

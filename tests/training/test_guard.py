@@ -42,7 +42,7 @@ class Run:
 
         def program(state, params, batch):
             factor = np.nan if bad(state) else 1.0
-            state, metrics = steps.first(state, params, batch.replace(x0=batch.x0 * factor))
+            state, metrics = steps.first(state, params, batch.replace(kept=batch.kept * factor))
             return after(state), metrics
 
         def rollback(why, number):
@@ -86,7 +86,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts():
     kept = _copy(before)
     batch = _batch(4)
     after, metrics = step(
-        before, toy.base_params(), batch.replace(x0=batch.x0.at[0, 0].set(np.nan))
+        before, toy.base_params(), batch.replace(kept=batch.kept.at[0, 0].set(np.nan))
     )
     assert metrics["training/skipped"] == 1 and bool(all_finite(after))
     assert int(after.step) == 2 and int(after.alpha.age) == int(kept.alpha.age) + 1

@@ -221,7 +221,7 @@ def test_scalarized_objective_is_what_is_trained_on():
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_reported(kind):
     state, batch = toy.new_state(), toy.new_batch()
     state, _ = _step("exact")(state, toy.base_params(), batch)
-    broken = batch.replace(x0=batch.x0.at[7, 0, 0, 0].set(jnp.nan))
+    broken = batch.replace(kept=batch.kept.at[7, 0, 0, 0].set(jnp.nan))
     after, metrics = _step(kind)(state, toy.base_params(), broken)
     assert float(metrics["training/skipped"]) == 1 and not np.isfinite(
         float(metrics["training/grad_norm"])
