@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -166,10 +165,10 @@ class Networks(abc.ABC):
         self,
         params: Params,
         adapter: Adapter | None,
-        xt: Float[Array, "n *latent"],
+        xt: Float[Array, " n *latent"],
         sigma: Float[ArrayLike, " n"] | Float[ArrayLike, ""],
         cond: Conditioning,
-    ) -> Float[Array, "n *latent"]:
+    ) -> Float[Array, " n *latent"]:
         """Flow velocity `noise - x0` as a pure function.
 
         Args:
@@ -185,7 +184,7 @@ class Networks(abc.ABC):
 
     @abc.abstractmethod
     def decode_latents(
-        self, decoder_params: Params, latents: Float[Array, "n *latent"]
+        self, decoder_params: Params, latents: Float[Array, " n *latent"]
     ) -> Float[Array, "n frames height width 3"]:
         """Returns clips float32 in [0, 1] of clean latents, as a pure function of weights and latents."""
 
@@ -213,9 +212,7 @@ class Networks(abc.ABC):
         """The size that the model was made for."""
 
     @abc.abstractmethod
-    def levels(
-        self, num_steps: int, latent_shape: tuple[int, ...]
-    ) -> Float[np.ndarray, " levels"]:
+    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> Float[np.ndarray, " levels"]:
         """Noise levels float32 [num_steps + 1] that the model samples at, from near 1 down to 0."""
 
     @abc.abstractmethod

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from marble_jax.families.base import Networks
 from marble_jax.batches import batches_of
+from marble_jax.families.base import Networks
 
 
 class Decoder:
@@ -25,7 +25,7 @@ class Decoder:
 
     def __call__(
         self,
-        latents: Float[Array, "n *latent"],
+        latents: Float[Array, " n *latent"],
         batch: int,
         place: Callable[[jax.Array], jax.Array] = lambda part: part,
     ) -> Float[Array, "n frames height width 3"]:

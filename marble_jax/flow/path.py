@@ -17,7 +17,7 @@ Level = Float[ArrayLike, " n"] | Float[ArrayLike, ""]
 """Noise level of n samples, or one for all of them."""
 
 
-def expand(sigma: Level, like: Float[Array, "n *latent"]) -> jax.Array:
+def expand(sigma: Level, like: Float[Array, " n *latent"]) -> jax.Array:
     """Returns a noise level with trailing axes of length 1, ready to broadcast against `like`; a scalar as it is."""
     level = jnp.asarray(sigma)
     if level.ndim == 0:
@@ -28,15 +28,15 @@ def expand(sigma: Level, like: Float[Array, "n *latent"]) -> jax.Array:
 
 
 def interpolate(
-    x0: Float[Array, "n *latent"], noise: Float[Array, "n *latent"], sigma: Level
-) -> Float[Array, "n *latent"]:
+    x0: Float[Array, " n *latent"], noise: Float[Array, " n *latent"], sigma: Level
+) -> Float[Array, " n *latent"]:
     """Returns the point at noise level `sigma` between clean latents and noise."""
     level = expand(sigma, x0)
     return (1.0 - level) * x0 + level * noise
 
 
 def clean_estimate(
-    xt: Float[Array, "n *latent"], velocity: Float[Array, "n *latent"], sigma: Level
-) -> Float[Array, "n *latent"]:
+    xt: Float[Array, " n *latent"], velocity: Float[Array, " n *latent"], sigma: Level
+) -> Float[Array, " n *latent"]:
     """Returns the clean latents that a velocity at `xt` implies: `xt - sigma velocity`."""
     return xt - expand(sigma, xt) * velocity

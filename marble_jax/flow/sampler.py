@@ -20,11 +20,11 @@ VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 def sample(
     velocity_fn: VelocityFn,
-    noise: Float[Array, "n *latent"],
+    noise: Float[Array, " n *latent"],
     sigmas: Float[np.ndarray, " levels"],
     table: SolverTable,
     network_sigmas: Float[np.ndarray, " steps"] | None = None,
-) -> Float[Array, "n *latent"]:
+) -> Float[Array, " n *latent"]:
     """Integrates noise down to the last noise level.
 
     The state is float32 throughout, whatever the dtype of the noise or of the velocity.
@@ -93,7 +93,7 @@ def guided(
     if guidance_scale <= 1.0:
         return lambda x, sigma: velocity(x, sigma, cond)
     # The negative prompt first, as in diffusers' batches.
-    both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, cond)
+    both = jax.tree.map(_one_behind_another, negative, cond)
 
     def velocity_fn(x: jax.Array, sigma: jax.Array) -> jax.Array:
         doubled = jnp.concatenate([x, x])
@@ -103,3 +103,7 @@ def guided(
         return away + guidance_scale * (towards - away)
 
     return velocity_fn
+
+
+def _one_behind_another(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.concatenate([first, second])

@@ -135,9 +135,7 @@ def build(settings: Settings) -> Run:
     rewards = _load_rewards(settings, mesh)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
     texts = [prompt.text for prompt in itertools.chain(*train_prompts.values(), test_prompts)]
-    encode = text_embeddings(
-        root, family, settings.model, settings.prompts.embedding_cache, texts
-    )
+    encode = text_embeddings(root, family, settings.model, settings.prompts.embedding_cache, texts)
     networks = open_networks(root, family, settings.model, spec.scale, mesh)
     imaging = _Imaging(
         networks,
@@ -311,9 +309,7 @@ def build_steps(
 ) -> Steps:
     """Returns the compiled steps of a run."""
     harmonize = settings.harmonize
-    return make_steps(
-        recipe, networks.velocity, optimizer, harmonize.mode, harmonize.refresh_every
-    )
+    return make_steps(recipe, networks.velocity, optimizer, harmonize.mode, harmonize.refresh_every)
 
 
 def _first_state(

@@ -63,11 +63,13 @@ class RunEvaluations:
         distributed.broadcast_from_first(
             "evaluation", lambda: self._write(step, "ema", scores, images, gain, seconds)
         )
-        words = " ".join(f"{name} {gain[name]['mean']:+.3f}" for name in scores.names)
+        words = []
+        for name in scores.names:
+            words.append(f"{name} {gain[name]['mean']:+.3f}")
         num_prompts = len(self._run.evaluator.prompts)
         self._console.say(
             f"evaluation after step {step} ({num_prompts} held-out prompts, {duration(seconds)}): "
-            f"gain {words}"
+            f"gain {' '.join(words)}"
         )
         score = standardised_gain(scores, base, self._deciding)
         # False for a score that is not a number: such a policy is never the best.
@@ -171,9 +173,7 @@ def _with_best(state: TrainState, score: float) -> TrainState:
     best_step = distributed.device_put_global(step, state.best_step.sharding)
     # A copy: steps overwrite the state they are given, buffers that it shares included.
     best = jax.tree.map(jnp.copy, state.ema)
-    return dataclasses.replace(
-        state, best_score=best_score, best_step=best_step, best=best
-    )
+    return dataclasses.replace(state, best_score=best_score, best_step=best_step, best=best)
 
 
 def _failures(scores: Scores) -> dict[str, int]:

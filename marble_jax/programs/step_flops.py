@@ -49,9 +49,7 @@ class StepFlops:
         return self.between
 
 
-def step_flops(
-    settings: Settings, sizes: Sizes, sample: SampleFlops, decode: float
-) -> StepFlops:
+def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: float) -> StepFlops:
     """FLOPs of a step.
 
     Args:

@@ -332,7 +332,8 @@ def test_dtype_and_placement(saved):
 def test_latent_shape(ours):
     assert ours.latent_shape(16, 24) == (8, 12, 4)
     with pytest.raises(
-        InputError, match=r"image width: expected a multiple of 4 up to the model's \d+ pixels; received 18 .nearest valid 16."
+        InputError,
+        match=r"image width: expected a multiple of 4 up to the model's \d+ pixels; received 18 .nearest valid 16.",
     ):
         ours.latent_shape(16, 18)
 

@@ -120,9 +120,7 @@ class ToyNetworks(Networks):
 
     def transformer_shape(self, size, max_sequence_length):
         tokens = self.latent_shape(size)[0]
-        return TransformerShape(
-            tokens, 0, WIDTH, 1, 1, 0, max_sequence_length * (WORDS + 1)
-        )
+        return TransformerShape(tokens, 0, WIDTH, 1, 1, 0, max_sequence_length * (WORDS + 1))
 
     def sample_flops(self, adapter, size, max_sequence_length):
         tokens = self.latent_shape(size)[0]

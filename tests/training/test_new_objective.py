@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_policy as toy
-
 from stacked_trees import take
 
 from marble_jax import tree

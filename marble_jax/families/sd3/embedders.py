@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -16,11 +15,12 @@ from jaxtyping import Array, Float
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks.lora_dense import LoraDense
 
-NUM_FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+NUM_FREQUENCIES = 256
+"""Width of the sinusoidal timestep embedding."""
 
 
 def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
-    """Returns float32 cosines, then sines, of 128 frequencies 10000^(-k/128) times the timestep on the 0..1000 scale."""
+    """Returns float32 cosines, then sines, of a timestep on the 0..1000 scale at 128 frequencies 10000^(-k/128)."""
     half = NUM_FREQUENCIES // 2
     # float32 whatever the compute dtype: bfloat16 does not hold every integer up to 1000.
     timestep = timestep.astype(jnp.float32)[:, None]
@@ -37,7 +37,8 @@ def position_table(config: MMDiTConfig, side: int) -> Float[Array, "1 patches d"
     quarter = config.width // 4
     # The whole table covers the side that the model was made for, however many patches it has.
     step = config.sample_size / config.patch_size / config.pos_embed_max_size
-    cells = (jnp.arange(side) + (config.pos_embed_max_size - side) // 2) * step
+    first = (config.pos_embed_max_size - side) // 2
+    cells = (jnp.arange(side) + first) * step
     angles = cells[:, None] * 10000.0 ** (-jnp.arange(quarter) / quarter)
     line = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     # [side, side, D / 2] each: the column varies along the second axis, the row along the first.
