@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from marble_jax.weights.key_map import Entry
 from marble_jax.weights.single_file import SingleFile
@@ -30,6 +30,7 @@ class Layout:
     ignore: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class DenseLayer(Protocol):
     """A dense layer under its published name: `path` of its module, `index` on the axis of a stacked run."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Float
 
 from marble_jax.families.base import Layer
 from marble_jax.families.sd3.config import MMDiTConfig
@@ -96,7 +97,9 @@ def load_mmdit(
     return model, load_component(source, entries(whole), whole, param_dtype, place=put)
 
 
-def crop_table(table: np.ndarray, side: int) -> np.ndarray:
+def crop_table(
+    table: Float[np.ndarray, "1 patches d"], side: int
+) -> Float[np.ndarray, "1 cropped d"]:
     """Centre [1, side * side, D] of a positional table [1, P * P, D]; P - side is even."""
     whole = round(table.shape[1] ** 0.5)
     start = (whole - side) // 2

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from marble_jax.batches import batches_of
 from marble_jax.errors import InputError
@@ -160,7 +161,7 @@ class SD3TextEncoders(TextEncoders):
         return jax.tree.map(put_together, *parts)
 
 
-def assemble(first: TextOutput, second: TextOutput, third: jax.Array) -> Conditioning:
+def assemble(first: TextOutput, second: TextOutput, third: Float[Array, "n s d"]) -> Conditioning:
     """SD3's conditioning from its three text encoders' outputs.
 
     Args:
