@@ -54,9 +54,9 @@ def _checked(sigmas: np.ndarray) -> np.ndarray:
 
 
 def first_order(sigmas: Float[np.ndarray, " levels"]) -> SolverTable:
-    """Returns the table of Euler's method, `x + (tau - sigma) v`.
+    """Returns the table of Euler: a step from sigma to tau is `x + (tau - sigma) v`.
 
-    For deterministic runs DDIM and first-order DPM-Solver are the same step.
+    Deterministic DDIM and the first-order DPM-Solver are the same step.
 
     Args:
       sigmas: [N + 1] strictly decreasing noise levels in [0, 1].

@@ -327,9 +327,9 @@ def _usage_of_single_files(spec: LoraSpec) -> str:
     other_strength = ""
     if (spec.rank, spec.alpha) != UPSTREAM_STRENGTH:
         other_strength = " (not this adapter's: use its `--lora_hf_path`)"
-    return f"""\
-ComfyUI and other readers of single files: take `pytorch_lora_weights.safetensors`, strength 1. alpha / rank =
-{spec.scale:g} is part of its matrices, as these readers (and diffusers) run a file without alpha at alpha = rank.
+    return f"""ComfyUI and other readers of single files: take `pytorch_lora_weights.safetensors`, strength 1.
+alpha / rank = {spec.scale:g} is part of its matrices, as these readers (and diffusers) run a file without alpha
+at alpha = rank.
 `adapter_model.safetensors` is PEFT's: its strength is in `adapter_config.json`, and without that file it acts at
 1/{spec.scale:g} of its strength. `lora/` holds PEFT's files once more, for `evaluation.py --checkpoint_path` of
 MARBLE, which assumes rank 32 and alpha 64{other_strength}.

@@ -1,4 +1,4 @@
-"""A family that is one folder and one registration trains, samples, evaluates, exports and resumes."""
+"""A family of one folder and one registration trains, samples, evaluates, exports and resumes through the verbs."""
 
 from __future__ import annotations
 

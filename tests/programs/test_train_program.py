@@ -31,7 +31,7 @@ def scores_of(values):
 
 @pytest.fixture
 def make(tmp_path):
-    """make(gains): evaluations in which step i has the gains gains[i] over the base model, and the steps asked for."""
+    """make(gains): evaluations whose step i gains gains[i] over the base model, and how often it was asked."""
 
     def call(gains, best="train", heldout=("heldout",)):
         asked = []

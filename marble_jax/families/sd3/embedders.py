@@ -20,7 +20,7 @@ NUM_FREQUENCIES = 256
 
 
 def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
-    """Returns float32 cosines, then sines, of a timestep on the 0..1000 scale at 128 frequencies 10000^(-k/128)."""
+    """Returns float32 cosines, then sines, of 128 frequencies 10000^(-k/128) times a timestep of 0..1000."""
     half = NUM_FREQUENCIES // 2
     # float32 whatever the compute dtype: bfloat16 does not hold every integer up to 1000.
     timestep = timestep.astype(jnp.float32)[:, None]
