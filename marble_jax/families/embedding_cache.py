@@ -32,7 +32,8 @@ MEMORY_BYTES = 1 << 30
 """Host memory for conditioning at hand; the longest unused goes first."""
 
 _HASHES = "hashes.json"
-_FORMAT = 2  # of the files; part of their names
+_FORMAT = 2
+"""Version of the files, and part of their names: another one makes other files."""
 
 Value = dict[str, np.ndarray]
 """Conditioning of one text: named arrays without the sample axis."""
@@ -96,9 +97,12 @@ class EmbeddingCache:
                 f"embedding cache: expected a writable folder; received {cache} "
                 f"({error.strerror or error})"
             ) from None
-        self._key = json.dumps([_FORMAT, identity, self._length, self._dtype.name]).encode()
-        folder = cache / hashlib.sha256(self._key).hexdigest()[:24]
+        key = json.dumps([_FORMAT, identity, self._length, self._dtype.name])
+        self._key = key.encode()
+        digest = hashlib.sha256(self._key).hexdigest()
+        folder = cache / digest[:24]
         if folder.exists():
+            # Listed once: looking for each text on a network disk takes longer than encoding it.
             for file in folder.iterdir():
                 if file.name.endswith(".npz"):
                     self._stored.add(file.name.removesuffix(".npz"))
@@ -106,14 +110,13 @@ class EmbeddingCache:
 
     def _identity(self, hashes: epath.Path) -> str:
         """Hash of the files that the conditioning depends on; `hashes` remembers those of files seen before."""
-        try:
-            known = json.loads(hashes.read_text()) if hashes.exists() else {}
-        except ValueError:
-            known = {}
+        known = _read_hashes(hashes)
         components = self._family.text_components(self._root, self._omit)
         identity, files = content_hash(self._root, components, known)
-        if any(known.get(path) != entry for path, entry in files.items()):
-            _write(hashes, json.dumps(known | files).encode())
+        # Hashes of other models stay; written only when some are new, as runs share the file.
+        merged = known | files
+        if merged != known:
+            _write(hashes, json.dumps(merged).encode())
         return identity
 
     def missing(self, texts: Iterable[str]) -> list[str]:
@@ -142,11 +145,12 @@ class EmbeddingCache:
         wanted = self.missing(texts)
         done = 0
         while done < len(wanted):
-            part = wanted[done : done + self.load().prompt_batch]
+            batch_size = self.load().prompt_batch
+            part = wanted[done : done + batch_size]
             values = self._encode(part)
             if self._cache is not None and done == 0:
                 # The first batch tells how large a value is.
-                size = sum(array.nbytes for array in values[part[0]].values())
+                size = _num_bytes(values[part[0]])
                 self._check_space(size * (len(wanted) - len(part)))
             done += len(part)
             progress(len(part))
@@ -199,13 +203,15 @@ class EmbeddingCache:
             elif text not in new:
                 values[text] = self._read(text)
         while new:
-            batch = new[: self.load().prompt_batch]
-            values |= self._encode(batch)
-            new = new[len(batch) :]
+            batch_size = self.load().prompt_batch
+            values |= self._encode(new[:batch_size])
+            new = new[batch_size:]
         return values
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Value]:
-        cond = jax.device_get(self.load().encode(texts, self._length))
+        """Encodes texts, and keeps what comes of it in memory and on disk."""
+        cond = self.load().encode(texts, self._length)
+        cond = jax.device_get(cond)
         values: dict[str, Value] = {}
         for i, text in enumerate(texts):
             # Copies: a row of the batch would keep the whole batch in memory.
@@ -228,11 +234,17 @@ class EmbeddingCache:
             self._bytes -= _num_bytes(oldest)
 
     def _name(self, text: str) -> str:
+        """Name of a text's file: a hash, as a text may be longer than a name and hold any character."""
+        # A text read from a damaged file may hold half a surrogate pair, which is no valid UTF-8.
         encoded = text.encode("utf-8", "surrogatepass")
         return hashlib.sha256(self._key + b"\n" + encoded).hexdigest()
 
+    def _file(self, text: str) -> epath.Path:
+        return self._folder / f"{self._name(text)}.npz"
+
     def _store(self, text: str, value: Value) -> None:
-        file = self._folder / f"{self._name(text)}.npz"
+        """Writes a value to disk. Raises InputError where that fails."""
+        file = self._file(text)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             _write(file, _to_bytes(value))
@@ -244,11 +256,13 @@ class EmbeddingCache:
         self._stored.add(self._name(text))
 
     def _read(self, text: str) -> Value:
-        file = self._folder / f"{self._name(text)}.npz"
+        """Reads a value from disk. Raises InputError where its file is damaged."""
+        file = self._file(text)
         try:
             with file.open("rb") as handle:
                 return _from_bytes(handle)
-        except Exception as error:  # zip, format and file errors come in many kinds
+        except Exception as error:
+            # Zip, format and file errors come in many kinds.
             raise InputError(
                 f"embedding cache: expected a readable {file}; received {type(error).__name__} (delete "
                 "the file and start again)"
@@ -265,6 +279,16 @@ class EmbeddingCache:
                 f"embedding cache: expected {needed / 1e9:.1f} GB of free space in {place}; received "
                 f"{free / 1e9:.1f} GB"
             )
+
+
+def _read_hashes(file: epath.Path) -> dict[str, Any]:
+    """Hashes of files seen before; none where the record is missing or damaged, as it only saves time."""
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        return {}
 
 
 def _num_bytes(value: Value) -> int:
@@ -294,6 +318,7 @@ def _from_bytes(handle: Any) -> Value:
 
 def _write(file: epath.Path, content: bytes) -> None:
     """Writes a file whole or not at all, also when several processes write it at once."""
+    # With the process in its name: two that write the same file must not share a partial one.
     partial = file.parent / f".{file.name}.{os.getpid()}.partial"
     try:
         partial.write_bytes(content)

@@ -15,7 +15,7 @@ one, `Family.layers_at`."""
 
 
 def kernel_shapes(shapes: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Shape of the kernel of every module that has one, by the module's path."""
+    """Returns the shape of the kernel of every module that has one, by the module's path."""
     kernels = {}
     for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
         if path[-1] == "kernel":
@@ -24,7 +24,7 @@ def kernel_shapes(shapes: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int,
 
 
 def dense_layers(layers_at: LayersAt, shapes: Mapping[str, Any]) -> list[DenseLayer]:
-    """Every dense layer, the ones an adapter can target, in tree order.
+    """Returns every dense layer, the ones an adapter can target, in tree order.
 
     Args:
       layers_at: names the layers.
@@ -33,7 +33,8 @@ def dense_layers(layers_at: LayersAt, shapes: Mapping[str, Any]) -> list[DenseLa
     layers = []
     for path, shape in kernel_shapes(shapes).items():
         for layer in layers_at(path, shape):
-            stacked = layer.index is not None
-            if len(shape) == 2 + stacked:  # a convolution has more axes
+            # [in, out], and [layers, in, out] in a stacked run; a convolution has more axes.
+            num_axes = 2 if layer.index is None else 3
+            if len(shape) == num_axes:
                 layers.append(layer)
     return layers

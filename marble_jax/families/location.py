@@ -9,7 +9,8 @@ from marble_jax.errors import InputError
 from marble_jax.families.registry import family_of
 from marble_jax.weights.hub import HUB_NAME, download
 
-_SECOND_COPIES = ("*.fp16*",)  # weights that are there in full precision too
+_SECOND_COPIES = ("*.fp16*",)
+"""Files of weights that are there in full precision too."""
 
 
 def find_model(
@@ -39,5 +40,7 @@ def find_model(
     # repository often holds all weights a second time in single files.
     index = download(str(name), ["model_index.json"], [], revision)
     folders = family_of(index).components(omit_text_encoders)
-    wanted = ["model_index.json", *(f"{folder}/*" for folder in folders)]
+    wanted = ["model_index.json"]
+    for folder in folders:
+        wanted.append(f"{folder}/*")
     return download(str(name), wanted, list(_SECOND_COPIES), revision)

@@ -24,17 +24,17 @@ def register_family(family: Family) -> None:
 
 
 def pipeline_classes() -> tuple[str, ...]:
-    """Pipeline classes of all known families."""
+    """Returns the pipeline classes of all known families."""
     return tuple(dict.fromkeys((*BUILT_IN, *_registered)))
 
 
 def families() -> tuple[Family, ...]:
-    """All known families."""
+    """Returns all known families."""
     return tuple(family_of_class(name) for name in pipeline_classes())
 
 
 def family_of_class(name: str, where: str = "model") -> Family:
-    """The family of a pipeline class.
+    """Returns the family of a pipeline class.
 
     Args:
       name: class in diffusers.
@@ -45,17 +45,18 @@ def family_of_class(name: str, where: str = "model") -> Family:
     """
     if name not in _registered:
         if name not in BUILT_IN:
-            expected = ", ".join(pipeline_classes())
+            known = pipeline_classes()
             raise InputError(
-                f"{where}: expected a model of one of the families {expected}; received {name!r}"
-                f"{nearest(name, pipeline_classes())}"
+                f"{where}: expected a model of one of the families {', '.join(known)}; received "
+                f"{name!r}{nearest(name, known)}"
             )
+        # Imported now and not at the top: a family's networks are heavy, and a run has one.
         register_family(importlib.import_module(BUILT_IN[name]).FAMILY)
     return _registered[name]
 
 
 def family_of(root: Path) -> Family:
-    """The family of a model on disk.
+    """Returns the family of a model on disk.
 
     Args:
       root: directory with model_index.json.
@@ -66,15 +67,16 @@ def family_of(root: Path) -> Family:
     file = root / "model_index.json"
     name = read_json(file).get("_class_name")
     if not isinstance(name, str):
+        expected = ", ".join(pipeline_classes())
+        received = "none" if name is None else repr(name)
         raise InputError(
-            f"{file}: expected _class_name to be one of {', '.join(pipeline_classes())}; "
-            f"received {'none' if name is None else repr(name)}"
+            f"{file}: expected _class_name to be one of {expected}; received {received}"
         )
     return family_of_class(name, f"{file}: _class_name")
 
 
 def family_of_published(name: str, known: Sequence[Family] = ()) -> Family:
-    """The family that publishes a model of this name.
+    """Returns the family that publishes a model of this name.
 
     Args:
       name: hub id, or the last part of one.
@@ -83,12 +85,13 @@ def family_of_published(name: str, known: Sequence[Family] = ()) -> Family:
     Raises:
       InputError: none does; the message lists the published models.
     """
-    last = name.rstrip("/").rpartition("/")[2]
-    asked = tuple(known) or families()
-    for family in asked:
+    # Without the owner: copies under another one have the same shapes.
+    _, _, last = name.rstrip("/").rpartition("/")
+    published: list[str] = []
+    for family in tuple(known) or families():
         if last in family.published_models:
             return family
-    published = [model for family in asked for model in family.published_models]
+        published += family.published_models
     raise InputError(
         f"model.path: expected a local directory, 'embedded' or one of the published "
         f"{', '.join(published)}; received {name!r}{nearest(last, published)}"

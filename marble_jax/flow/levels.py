@@ -16,7 +16,8 @@ def shifted(u: np.ndarray | float, shift: float) -> np.ndarray | float:
 
     Source: Esser et al. 2024 (arXiv 2403.03206), eq. 23.
     """
-    return shift * u / (1.0 + (shift - 1.0) * u)
+    denominator = 1.0 + (shift - 1.0) * u
+    return shift * u / denominator
 
 
 def sigma_grid(
@@ -47,7 +48,9 @@ def sigma_grid(
     smallest = shifted(1.0 / num_train_timesteps, shift)
     unshifted = np.linspace(1.0, smallest, num_steps)
     sigmas = shifted(unshifted, shift)
-    return np.append(sigmas, 0.0).astype(np.float32)
+    # A last step goes all the way to clean latents, which the training range does not hold.
+    levels = np.append(sigmas, 0.0)
+    return levels.astype(np.float32)
 
 
 def truncated(

@@ -43,7 +43,8 @@ def make_sampler(
     network_sigmas = None
     if integer_timesteps:
         # The network is not called at the last level.
-        network_sigmas = truncated(sigmas[:-1])
+        start_levels = sigmas[:-1]
+        network_sigmas = truncated(start_levels)
 
     @jax.jit
     def run(
@@ -76,5 +77,8 @@ def image_noise(
         # A key for each image, not one for the batch: an image keeps its noise when it is drawn again among others.
         return jax.random.fold_in(stream, number)
 
+    def draw(one_key: jax.Array) -> jax.Array:
+        return jax.random.normal(one_key, shape)
+
     keys = jax.vmap(image_key)(jnp.asarray(numbers))
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return jax.vmap(draw)(keys)

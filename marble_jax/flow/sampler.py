@@ -93,7 +93,7 @@ def guided(
     if guidance_scale <= 1.0:
         return lambda x, sigma: velocity(x, sigma, cond)
     # The negative prompt first, as in diffusers' batches.
-    both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, cond)
+    both = jax.tree.map(_one_behind_another, negative, cond)
 
     def velocity_fn(x: jax.Array, sigma: jax.Array) -> jax.Array:
         doubled = jnp.concatenate([x, x])
@@ -103,3 +103,7 @@ def guided(
         return away + guidance_scale * (towards - away)
 
     return velocity_fn
+
+
+def _one_behind_another(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.concatenate([first, second])

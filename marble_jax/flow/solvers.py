@@ -43,7 +43,8 @@ def _checked(sigmas: np.ndarray) -> np.ndarray:
     sigmas = np.asarray(sigmas, np.float64)
     enough = sigmas.ndim == 1 and sigmas.size >= 2
     # Written so that a level that is not a number fails too.
-    decreasing = enough and bool(np.all(np.diff(sigmas) < 0))
+    steps = np.diff(sigmas)
+    decreasing = enough and bool(np.all(steps < 0))
     if not decreasing or sigmas[0] > 1 or sigmas[-1] < 0:
         raise InputError(
             "noise levels: expected [N + 1] strictly decreasing values within [0, 1]; "
@@ -88,8 +89,9 @@ def correction_weights(sigmas: Float[np.ndarray, " levels"]) -> Float[np.ndarray
         # The step before would start at lambda = -infinity.
         first = 2
     for i in range(first, num_steps - 1):
-        step_before = _half_log_snr(sigmas[i]) - _half_log_snr(sigmas[i - 1])
-        step = _half_log_snr(sigmas[i + 1]) - _half_log_snr(sigmas[i])
+        here = _half_log_snr(sigmas[i])
+        step_before = here - _half_log_snr(sigmas[i - 1])
+        step = _half_log_snr(sigmas[i + 1]) - here
         weights[i] = step / (2.0 * step_before)
     return weights
 
@@ -107,11 +109,10 @@ def dpm2(sigmas: Float[np.ndarray, " levels"]) -> SolverTable:
     """
     base = first_order(sigmas)
     weights = correction_weights(sigmas)
-    return SolverTable(
-        state=base.state,
-        current=base.current * (1.0 + weights),
-        previous=-base.current * weights,
-    )
+    # Extrapolates the estimate: m + w (m - m_before) in place of m.
+    current = base.current * (1.0 + weights)
+    previous = -base.current * weights
+    return SolverTable(base.state, current, previous)
 
 
 SOLVERS = {"euler": first_order, "ddim": first_order, "dpm1": first_order, "dpm2": dpm2}

@@ -58,7 +58,9 @@ def _model_line(run: Run) -> str:
     settings = run.settings
     base = quantity(num_parameters(run.networks.params))
     adapter = quantity(num_parameters(run.state.current))
-    start = f", from {settings.lora.init}" if settings.lora.init else ""
+    start = ""
+    if settings.lora.init:
+        start = f", from {settings.lora.init}"
     return (
         f"{settings.model.path}: transformer {base} {settings.model.dtype}, adapter {adapter} (rank "
         f"{settings.lora.rank}{start}), {run.size} px"
@@ -69,17 +71,22 @@ def _memory_line(run: Run) -> str:
     # Adapters are float32 whatever the compute dtype.
     adapter_bytes = 4 * num_parameters(run.state.current)
     # Signal and anchor, and the divergence where there is one.
-    num_directions = 2 + (run.recipe.objective.kl_weight > 0)
-    held = adapter_bytes * num_directions * run.recipe.micro_batching.chunk_size / 1e6
+    num_directions = 2
+    if run.recipe.objective.kl_weight > 0:
+        num_directions = 3
+    gradient_bytes = adapter_bytes * num_directions * run.recipe.micro_batching.chunk_size
+    num_rewards = len(run.settings.rewards.train)
     return (
-        f"per-sample adapter gradients up to {held:.0f} MB at a time, "
-        f"{len(run.settings.rewards.train)} accumulators of {adapter_bytes / 1e6:.1f} MB"
+        f"per-sample adapter gradients up to {gradient_bytes / 1e6:.0f} MB at a time, "
+        f"{num_rewards} accumulators of {adapter_bytes / 1e6:.1f} MB"
     )
 
 
 def _evaluation_line(run: Run) -> str:
     evaluation, evaluator = run.settings.evaluation, run.evaluator
-    every = f", every {evaluation.every_steps} steps" if evaluation.every_steps else ""
+    every = ""
+    if evaluation.every_steps:
+        every = f", every {evaluation.every_steps} steps"
     return (
         f"{len(evaluator.prompts)} held-out prompts x {evaluator.images_per_prompt}, "
         f"{evaluation.num_steps} steps of {evaluation.solver}{every}"

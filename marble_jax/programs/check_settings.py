@@ -6,7 +6,7 @@ import importlib.util
 
 import jax
 
-from marble_jax.config import ModelSettings, Settings, check, flatten
+from marble_jax.config import LoggingSettings, ModelSettings, Settings, check, flatten
 from marble_jax.errors import InputError
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks import attention
@@ -31,6 +31,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     """
     check(flatten(settings))
     _check_rewards(settings)
+    _check_alpha_floor(settings)
     _check_weights(settings)
     # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
@@ -38,10 +39,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     make_objective(settings)
     parse_steps(settings.logging.profile_steps)
     _check_attention(settings.model, backend or jax.default_backend())
-    if settings.logging.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError(
-            "logging.wandb: expected the package wandb; received none (pip install wandb)"
-        )
+    _check_wandb(settings.logging)
 
 
 def run_reward_schedule(settings: Settings) -> RewardSchedule:
@@ -66,11 +64,19 @@ def _check_rewards(settings: Settings) -> None:
             raise InputError(
                 f"rewards.heldout: expected rewards that are not trained on; received {name!r}"
             )
-    floor = settings.harmonize.alpha_floor
+
+
+def _check_alpha_floor(settings: Settings) -> None:
+    floor, count = settings.harmonize.alpha_floor, len(settings.rewards.train)
     # Weights of K rewards that sum to 1 cannot all be above 1/K.
-    if floor > 1 / len(rewards.train):
+    if floor > 1 / count:
+        raise InputError(f"harmonize.alpha_floor: expected at most 1/{count}; received {floor}")
+
+
+def _check_wandb(logging: LoggingSettings) -> None:
+    if logging.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError(
-            f"harmonize.alpha_floor: expected at most 1/{len(rewards.train)}; received {floor}"
+            "logging.wandb: expected the package wandb; received none (pip install wandb)"
         )
 
 
@@ -102,10 +108,9 @@ def _check_attention(model: ModelSettings, backend: str) -> None:
             f"model.attention: expected {fitting!r}, as {chosen} needs {needs}; received {chosen!r} on "
             f"{backend} in {model.dtype} ('auto' takes what fits)"
         )
-    if chosen != "cudnn" or jax.default_backend() != backend:
-        return
-    # On this very machine the library can be tried.
-    if not attention.has_cudnn(dtype):
+    # On this very machine the library can be tried; a plan may be for another one.
+    can_try = chosen == "cudnn" and jax.default_backend() == backend
+    if can_try and not attention.has_cudnn(dtype):
         raise InputError(
             "model.attention: expected a GPU of compute capability 8.0 and a cuDNN that JAX finds for "
             "'cudnn'; received neither or one (pip install nvidia-cudnn-cu12 or -cu13, or 'xla')"

@@ -142,19 +142,25 @@ def _summarize(
 
 def _announce(summary: Mapping[str, Any], console: Console) -> None:
     """Prints the means of every reward and model."""
+    console.say("\nmeans with 95 % bootstrap intervals over prompts:")
+    console.table(_rows(summary), ("reward", *summary["scores"]))
+
+
+def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table of means: rewards, GenEval's tags, and what they come to."""
     models = list(summary["scores"])
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in summary["scores"][models[0]]:
         cells = [_mean_with_interval(summary["scores"][model][name]) for model in models]
         rows.append((name, *cells))
     for name, by_model in summary["geneval"].items():
         cells = [shown(by_model[model]["overall"]["mean"]) for model in models]
         rows.append((f"{name}, mean of tags", *cells))
+    # The composite compares models.
     if len(models) > 1:
         cells = [f"{summary['composite'][model]:+.3f}" for model in models]
         rows.append(("composite (mean z-score)", *cells))
-    console.say("\nmeans with 95 % bootstrap intervals over prompts:")
-    console.table(rows, ("reward", *models))
+    return rows
 
 
 def _mean_with_interval(entry: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from marble_jax.errors import InputError
@@ -142,11 +142,7 @@ def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list
             "--prompts: expected a file, a directory, 'embedded' or 'generated'; received none"
         )
     if num_prompts:
-        counts = shares(sorted(by_source), num_prompts)
-        # Evenly from each source and not the first ones: files come sorted by kind.
-        for name, count in counts.items():
-            indices = _spread(len(by_source[name]), count)
-            by_source[name] = [by_source[name][i] for i in indices]
+        by_source = _in_equal_shares(by_source, num_prompts)
     prompts: list[Prompt] = []
     for name in sorted(by_source):
         for prompt in by_source[name]:
@@ -161,15 +157,30 @@ def _prompts_by_source(text: str) -> dict[str, list[Prompt]]:
         place = place.strip()
         if not place:
             continue
-        file = Path(place).expanduser()
-        # A file that happens to be called like a shipped set does not hide it.
-        if place not in (EMBEDDED, generated.NAME) and file.is_file():
-            prompts = read_file(file)
-            by_source.setdefault(prompts[0].source, []).extend(prompts)
-            continue
-        for source, prompts in read_prompts(place, "test").items():
+        for source, prompts in _prompts_at(place).items():
             by_source.setdefault(source, []).extend(prompts)
     return by_source
+
+
+def _prompts_at(place: str) -> dict[str, list[Prompt]]:
+    """The prompts of a file, a directory or a shipped set, by source."""
+    file = Path(place).expanduser()
+    # A file that happens to be called like a shipped set does not hide it.
+    if place not in (EMBEDDED, generated.NAME) and file.is_file():
+        prompts = read_file(file)
+        return {prompts[0].source: prompts}
+    return read_prompts(place, "test")
+
+
+def _in_equal_shares(
+    by_source: Mapping[str, Sequence[Prompt]], num_prompts: int
+) -> dict[str, list[Prompt]]:
+    """At most `num_prompts` prompts, evenly from each source and not the first ones: files come sorted by kind."""
+    chosen = {}
+    for name, count in shares(sorted(by_source), num_prompts).items():
+        indices = _spread(len(by_source[name]), count)
+        chosen[name] = [by_source[name][i] for i in indices]
+    return chosen
 
 
 def _spread(total: int, count: int) -> list[int]:

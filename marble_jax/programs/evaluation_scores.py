@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from marble_jax.evaluation.score_file import ScoreFile
 from marble_jax.programs.evaluation_request import Request
 from marble_jax.programs.locations import resolve_path
 from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.base import Reward
 from marble_jax.rewards.function import is_function
 from marble_jax.rewards.registry import entries_of, load_rewards
 from marble_jax.rewards.scorer import Scorer
@@ -51,26 +53,38 @@ def score_models(
     """Scores the images that lack a score; returns the names of all columns."""
     path = resolve_path(request.rewards_path, "rewards")
     wanted = request.rewards or tuple(entries_of(path))
+    # GenEval's graded score brings the share of images that are right in all respects.
     rewards = with_accuracy(load_rewards(path, wanted, request.num_workers))
     names = [reward.name for reward in rewards]
     for model in request.models:
-        file = ScoreFile(workdir.path / model / "scores.jsonl")
-        lacking, missing = file.missing(names, len(prompts))
-        if not missing:
-            console.say(f"{model}: 0 images to score")
-            continue
-        console.say(f"{model}: {len(missing)} images to score by {', '.join(lacking)}")
-        chosen = [reward for reward in rewards if reward.name in lacking]
-        scorer = Scorer(chosen, request.num_workers, "retry")
-        size = min(request.settings.batch, len(missing))
-        try:
-            with console.bar(len(missing), f"scores of {model}", "img") as bar:
-                _score_images(scorer, file, workdir, model, prompts, missing, size, bar)
-        finally:
-            scorer.close()
-        with writable(workdir.path):
-            file.finish(prompts)
+        _score_model(request, workdir, model, rewards, prompts, console)
     return names
+
+
+def _score_model(
+    request: Request,
+    workdir: Workdir,
+    model: str,
+    rewards: Sequence[Reward],
+    prompts: Sequence[Prompt],
+    console: Console,
+) -> None:
+    """Scores what lacks a score of one model."""
+    file = ScoreFile(workdir.path / model / "scores.jsonl")
+    names = [reward.name for reward in rewards]
+    lacking, missing = file.missing(names, len(prompts))
+    if not missing:
+        console.say(f"{model}: 0 images to score")
+        return
+    console.say(f"{model}: {len(missing)} images to score by {', '.join(lacking)}")
+    # What another call has scored already is not scored again.
+    chosen = [reward for reward in rewards if reward.name in lacking]
+    scorer = Scorer(chosen, request.num_workers, "retry")
+    size = min(request.settings.batch, len(missing))
+    with closing(scorer), console.bar(len(missing), f"scores of {model}", "img") as bar:
+        _score_images(scorer, file, workdir, model, prompts, missing, size, bar)
+    with writable(workdir.path):
+        file.finish(prompts)
 
 
 def _score_images(

@@ -72,7 +72,7 @@ class ExportOptions:
 
 
 def export_run(path: str, out: str, options: ExportOptions) -> None:
-    """Exports a policy of a training run.
+    """Exports a policy of a training run as one folder.
 
     Args:
       path: workdir of the run.
@@ -147,6 +147,18 @@ def _say_how_to_open(console: Console, out: str, family: Family, merged: bool) -
     console.table(rows)
 
 
+def _trained_steps(state: TrainState, policy: str) -> int:
+    """Steps that a state's policy was trained for. Raises InputError for the best policy before there is one."""
+    if policy != "best":
+        return int(state.step)
+    if not np.isfinite(state.best_score):
+        raise InputError(
+            "export.policy: expected one that the run has; received 'best' before any evaluation"
+        )
+    # The best policy is older than the state that keeps it.
+    return int(state.best_step)
+
+
 class PeriodicExports:
     """Exports of a run while it trains: `exports/step_000100` beside the checkpoints.
 
@@ -191,14 +203,7 @@ class PeriodicExports:
         """
         settings, family = self._settings, self._family
         step, policy = int(state.step), settings.export.policy
-        trained = step
-        if policy == "best":
-            # The best policy is older than the state, which keeps it with its own step.
-            if not np.isfinite(state.best_score):
-                raise InputError(
-                    "export.policy: expected one that the run has; received 'best' before any evaluation"
-                )
-            trained = int(state.best_step)
+        trained = _trained_steps(state, policy)
         spec = lora.lora_spec(settings.lora, family)
         pairs = exported_pairs(family, adapter, self._shapes, spec)
         facts = facts_of(settings, family, self._workdir, pairs, policy, trained)

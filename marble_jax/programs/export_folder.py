@@ -139,11 +139,16 @@ def write_lora(folder: epath.Path, pairs: Pairs, facts: Facts, family: Family) -
         (folder / name).write_bytes(content)
     (folder / "lora").mkdir()
     for name in (PEFT_CONFIG, PEFT_FILE):
-        try:
-            # One file under two names, where the file system can.
-            os.link(folder / name, folder / "lora" / name)
-        except (OSError, TypeError):
-            (folder / name).copy(folder / "lora" / name)
+        _link(folder / name, folder / "lora" / name)
+
+
+def _link(file: epath.Path, copy: epath.Path) -> None:
+    """Makes one file stand under two names, twice where the file system cannot."""
+    try:
+        os.link(file, copy)
+    except (OSError, TypeError):
+        # A bucket's path is no path for the operating system.
+        file.copy(copy)
 
 
 def write_card(folder: epath.Path, facts: Facts, checks: Mapping[str, Any] | None = None) -> None:

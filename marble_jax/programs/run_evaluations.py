@@ -63,11 +63,13 @@ class RunEvaluations:
         distributed.broadcast_from_first(
             "evaluation", lambda: self._write(step, "ema", scores, images, gain, seconds)
         )
-        words = " ".join(f"{name} {gain[name]['mean']:+.3f}" for name in scores.names)
+        words = []
+        for name in scores.names:
+            words.append(f"{name} {gain[name]['mean']:+.3f}")
         num_prompts = len(self._run.evaluator.prompts)
         self._console.say(
             f"evaluation after step {step} ({num_prompts} held-out prompts, {duration(seconds)}): "
-            f"gain {words}"
+            f"gain {' '.join(words)}"
         )
         score = standardised_gain(scores, base, self._deciding)
         # False for a score that is not a number: such a policy is never the best.

@@ -78,11 +78,18 @@ def fill_folder(
     with console.bar(len(missing), what, "img") as bar:
         for start in range(0, len(missing), batch):
             numbers = missing[start : start + batch]
-            images = sampler.draw([prompts[i] for i in numbers], numbers)
-            for number, image in zip(numbers, images, strict=True):
-                folder.save(number, image, sampler.texts(number, prompts[number]))
+            _draw(folder, sampler, prompts, numbers)
             bar.update(len(numbers))
     return len(missing)
+
+
+def _draw(
+    folder: ImageFolder, sampler: ImageSampler, prompts: Sequence[str], numbers: Sequence[int]
+) -> None:
+    """Draws and saves the images of some numbers."""
+    images = sampler.draw([prompts[i] for i in numbers], numbers)
+    for number, image in zip(numbers, images, strict=True):
+        folder.save(number, image, sampler.texts(number, prompts[number]))
 
 
 def _claim(folder: ImageFolder, sampler: ImageSampler, prompts: Sequence[str]) -> None:

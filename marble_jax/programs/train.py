@@ -57,12 +57,7 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
     # Only now: settings that cannot be built must not claim a workdir.
     if not existed:
         distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
-    checkpoints = Checkpoints(
-        workdir.checkpoints,
-        settings.checkpoints.keep,
-        settings.checkpoints.keep_every,
-        console.say,
-    )
+    checkpoints = _open_checkpoints(settings, workdir, console)
     state, restored = _restore(run, checkpoints)
     done = int(state.step)
     if existed:
@@ -86,6 +81,11 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
         seconds = time.perf_counter() - start
         announce_gains(run, workdir, console, int(state.step), seconds)
     console.say(f"report: {session.report}")
+
+
+def _open_checkpoints(settings: Settings, workdir: Workdir, console: Console) -> Checkpoints:
+    kept = settings.checkpoints
+    return Checkpoints(workdir.checkpoints, kept.keep, kept.keep_every, console.say)
 
 
 def _check_rewards(run: Run, console: Console) -> None:

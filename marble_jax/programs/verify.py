@@ -138,6 +138,25 @@ def verify(
             f"--verify: expected an adapter that changes a pixel by {LEAST_EFFECT} or more; received one "
             f"without effect (largest change {effect:.1g})"
         )
+    readers, failures = _compare(folder, drawing, ours, console)
+    if failures:
+        raise InputError(
+            f"--verify: expected the trainer's image within {TOLERANCE} a pixel at strength 1; "
+            f"received: {'; '.join(failures)}; nothing was written"
+        )
+    return {
+        "prompt": drawing.prompt,
+        "seed": SEED,
+        "num_steps": NUM_STEPS,
+        "effect": effect,
+        "readers": readers,
+    }
+
+
+def _compare(
+    folder: epath.Path, drawing: Drawing, ours: OurImages, console: Console
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Difference and strength of every reader, and what is wrong with those that draw another image."""
     readers: dict[str, dict[str, float]] = {}
     failures = []
     # All of them, so that one run tells every reader that fails.
@@ -151,18 +170,7 @@ def verify(
         failure = _failure(reading, difference, strength)
         if failure:
             failures.append(failure)
-    if failures:
-        raise InputError(
-            f"--verify: expected the trainer's image within {TOLERANCE} a pixel at strength 1; "
-            f"received: {'; '.join(failures)}; nothing was written"
-        )
-    return {
-        "prompt": drawing.prompt,
-        "seed": SEED,
-        "num_steps": NUM_STEPS,
-        "effect": effect,
-        "readers": readers,
-    }
+    return readers, failures
 
 
 def _strength(change: np.ndarray, expected: np.ndarray) -> float:

@@ -130,7 +130,9 @@ def init_adapter(
     kernels = kernel_shapes(shapes)
     leaves: dict[tuple[str, ...], jax.Array] = {}
     targets = target_layers(layers_at, shapes, spec.targets)
-    for path in dict.fromkeys(layer.path for layer in targets):
+    paths = [layer.path for layer in targets]
+    # A run's layers share one path.
+    for path in dict.fromkeys(paths):
         *run, inner, outer = kernels[path]
         layers = layers_at(path, kernels[path])
         a = _initial_factor(key, layers, inner, spec.rank)
@@ -152,7 +154,8 @@ def _initial_factor(
     keys = []
     for layer in layers:
         # A checksum, as Python's own hash of a string is another one in every process.
-        keys.append(jax.random.fold_in(key, zlib.crc32(layer.name.encode())))
+        number = zlib.crc32(layer.name.encode())
+        keys.append(jax.random.fold_in(key, number))
 
     def draw(layer_key: jax.Array) -> jax.Array:
         return jax.random.normal(layer_key, (inner, rank), jnp.float32)
@@ -174,8 +177,7 @@ def merge(params: Params, adapter: Adapter, scale: float) -> Params:
     check_adapter(params, adapter)
     leaves = traverse_util.flatten_dict(dict(params))
     factors = traverse_util.flatten_dict(dict(adapter))
-    # Every path comes twice, with `a` and with `b`.
-    for path in dict.fromkeys(path[:-1] for path in factors):
+    for path in _modules(factors):
         kernel = leaves[(*path, "kernel")]
         a = jnp.asarray(factors[(*path, "a")], jnp.float32)
         b = jnp.asarray(factors[(*path, "b")], jnp.float32)
@@ -189,7 +191,10 @@ def merge(params: Params, adapter: Adapter, scale: float) -> Params:
 
 def num_parameters(adapter: Adapter) -> int:
     """Number of values in an adapter (or any pytree), abstract or not."""
-    return sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    count = 0
+    for leaf in jax.tree.leaves(adapter):
+        count += leaf.size
+    return count
 
 
 def unstack(layers_at: LayersAt, adapter: Adapter) -> dict[str, Factors]:
@@ -200,9 +205,9 @@ def unstack(layers_at: LayersAt, adapter: Adapter) -> dict[str, Factors]:
     """
     leaves = traverse_util.flatten_dict(jax.device_get(dict(adapter)))
     pairs: dict[str, Factors] = {}
-    # Every path comes twice, with `a` and with `b`.
-    for path in dict.fromkeys(path[:-1] for path in leaves):
-        a, b = np.asarray(leaves[(*path, "a")]), np.asarray(leaves[(*path, "b")])
+    for path in _modules(leaves):
+        a = np.asarray(leaves[(*path, "a")])
+        b = np.asarray(leaves[(*path, "b")])
         for layer in layers_at(path, a.shape):
             pairs[layer.name] = (a, b)
             if layer.index is not None:
@@ -240,7 +245,8 @@ def stack(layers_at: LayersAt, pairs: Mapping[str, Factors], shapes: Mapping[str
             # Zeros where no layer of the run writes: these stay inert, as in `init_adapter`.
             stacked = leaves.setdefault((*layer.path, leaf), np.zeros(shape, np.float32))
             _write(stacked, layer, leaf, value)
-    return traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, leaves))
+    on_device = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(on_device)
 
 
 def _write(stacked: np.ndarray, layer: DenseLayer, leaf: str, value: np.ndarray) -> None:
@@ -256,8 +262,20 @@ def _write(stacked: np.ndarray, layer: DenseLayer, leaf: str, value: np.ndarray)
     slot[...] = value
 
 
+def _modules(leaves: Mapping[tuple[str, ...], Any]) -> list[tuple[str, ...]]:
+    """Paths of the modules that an adapter's leaves belong to."""
+    paths = {}
+    for path in leaves:
+        # Every module comes twice, with `a` and with `b`; a set would have another order in every process.
+        paths[path[:-1]] = True
+    return list(paths)
+
+
 def _matches_any(name: str, targets: Sequence[str]) -> bool:
-    return any(_matches(name, target) for target in targets)
+    for target in targets:
+        if _matches(name, target):
+            return True
+    return False
 
 
 def _matches(name: str, target: str) -> bool:

@@ -114,7 +114,8 @@ def test_patch_embedding(pair, size):
     torch = pytest.importorskip("torch")
     theirs, _, params, _ = pair
     xt = inputs(TINY, height=size[0], width=size[1])[0]
-    out = PatchEmbed(TINY, TINY.pos_embed_max_size).apply({"params": params["pos_embed"]}, xt)
+    embed = PatchEmbed(TINY, TINY.pos_embed_max_size)
+    out = embed.apply({"params": params["pos_embed"]}, jnp.asarray(xt))
     with torch.no_grad():
         assert_close(out, theirs.pos_embed(torch.from_numpy(xt.transpose(0, 3, 1, 2).copy())))
 
@@ -130,7 +131,9 @@ def test_time_text_embedding(pair):
     theirs, _, params, _ = pair
     _, sigma, cond = inputs(TINY)
     out = TimeTextEmbed(TINY.width).apply(
-        {"params": params["time_text_embed"]}, sigma * 1000, cond["pooled"]
+        {"params": params["time_text_embed"]},
+        jnp.asarray(sigma * 1000),
+        jnp.asarray(cond["pooled"]),
     )
     with torch.no_grad():
         assert_close(
@@ -350,11 +353,9 @@ def test_depth_does_not_change_the_program():
         config = dataclasses.replace(TINY, num_layers=layers)
         model = MMDiT(config)
         shapes = abstract_params(model)
-        return len(
-            str(
-                jax.make_jaxpr(lambda p: velocity(model, p, None, *inputs(config)))(shapes)
-            ).splitlines()
-        )
+        xt, sigma, cond = jax.tree.map(jnp.asarray, inputs(config))
+        program = jax.make_jaxpr(lambda p: velocity(model, p, None, xt, sigma, cond))(shapes)
+        return len(str(program).splitlines())
 
     assert equations(30) == equations(5)
 

@@ -186,10 +186,10 @@ def test_guidance_mixes_and_switches_off_at_one():
         return x + cond["c"]
 
     x, cond, negative = jnp.ones((2, 3)), {"c": jnp.full((2, 1), 5.0)}, {"c": jnp.full((2, 1), 2.0)}
-    np.testing.assert_allclose(
-        sampler.guided(velocity, cond, negative, 4.0)(x, 0.5), 1 + 2 + 4 * (5 - 2)
-    )
-    np.testing.assert_allclose(sampler.guided(velocity, cond, None, 1.0)(x, 0.5), 6.0)
+    sigma = jnp.float32(0.5)
+    guided = sampler.guided(velocity, cond, negative, 4.0)
+    np.testing.assert_allclose(guided(x, sigma), 1 + 2 + 4 * (5 - 2))
+    np.testing.assert_allclose(sampler.guided(velocity, cond, None, 1.0)(x, sigma), 6.0)
     assert calls == [4, 2]
 
 

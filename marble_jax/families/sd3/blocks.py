@@ -76,10 +76,11 @@ class Attention(nn.Module):
             v = jnp.concatenate([v, text_v], axis=1)
         out = attend(q, k, v, self.implementation)
         out = out.reshape(*out.shape[:2], -1)
-        attended = dense("to_out_0", out[:, : x.shape[1]])
+        num_image_tokens = x.shape[1]
+        attended = dense("to_out_0", out[:, :num_image_tokens])
         if c is None or not self.text_out:
             return attended, None
-        return attended, dense("to_add_out", out[:, x.shape[1] :])
+        return attended, dense("to_add_out", out[:, num_image_tokens:])
 
 
 class FeedForward(nn.Module):

@@ -45,6 +45,7 @@ class MMDiTConfig:
     qk_norm: str | None = None
 
     def __post_init__(self) -> None:
+        # A list in JSON; a config is hashed as an attribute of flax modules.
         object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
         if self.caption_projection_dim != self.width:
             raise InputError(
@@ -84,12 +85,15 @@ class MMDiTConfig:
     def runs(self) -> tuple[tuple[int, int, bool], ...]:
         """(first block, number of blocks, dual) of each stacked run; the last block is not among them."""
         runs: list[tuple[int, int, bool]] = []
-        for i in range(self.num_layers - 1):
-            dual = i in self.dual_attention_layers
-            if runs and runs[-1][2] == dual:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1, dual)
-            else:
-                runs.append((i, 1, dual))
+        first = 0
+        # The last block drops the text stream, so that it cannot be stacked with others.
+        end = self.num_layers - 1
+        for block in range(1, end + 1):
+            dual = first in self.dual_attention_layers
+            # A run ends where the kind of block changes: stacked blocks have the same parameters.
+            if block == end or (block in self.dual_attention_layers) != dual:
+                runs.append((first, block - first, dual))
+                first = block
         return tuple(runs)
 
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks.lora_dense import LoraDense
 
-NUM_FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+NUM_FREQUENCIES = 256
+"""Width of the sinusoidal timestep embedding."""
 
 
 def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
@@ -36,7 +37,8 @@ def position_table(config: MMDiTConfig, side: int) -> Float[Array, "1 patches d"
     quarter = config.width // 4
     # The whole table covers the side that the model was made for, however many patches it has.
     step = config.sample_size / config.patch_size / config.pos_embed_max_size
-    cells = (jnp.arange(side) + (config.pos_embed_max_size - side) // 2) * step
+    first = (config.pos_embed_max_size - side) // 2
+    cells = (jnp.arange(side) + first) * step
     angles = cells[:, None] * 10000.0 ** (-jnp.arange(quarter) / quarter)
     line = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     # [side, side, D / 2] each: the column varies along the second axis, the row along the first.

@@ -39,7 +39,8 @@ REQUIRED = (
     "scheduler",
 )
 OPTIONAL = ("text_encoder_3", "tokenizer_3")
-DEFAULT_SEQUENCE_LENGTH = 256  # T5 tokens of diffusers' pipeline
+DEFAULT_SEQUENCE_LENGTH = 256
+"""T5 tokens of diffusers' pipeline."""
 
 
 class SD3Family(Family):
@@ -73,7 +74,8 @@ class SD3Family(Family):
         transformer="SD3Transformer2DModel",
         tag="stable-diffusion-3",
         without_text=(*text.COMPONENTS, *text.TOKENIZERS),
-        latents_to_torch=(0, 3, 1, 2),  # channels first
+        # Channels first.
+        latents_to_torch=(0, 3, 1, 2),
         conditioning={"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"},
     )
 
@@ -91,7 +93,7 @@ class SD3Family(Family):
         """See `Family.open`."""
         index = read_json(root / "model_index.json")
         for name in REQUIRED:
-            if (index.get(name) or [None])[-1] is None:
+            if text.component_class(index, name) is None:
                 raise InputError(
                     f"{root / 'model_index.json'}: expected a component {name!r}; received none"
                 )
@@ -136,25 +138,19 @@ class SD3Family(Family):
 
     def num_encoder_parameters(self, model: Path | str, omit: Sequence[str] = ()) -> int:
         """See `Family.num_encoder_parameters`."""
-        third: t5.T5Config | None = published.T5_XXL
-        if isinstance(model, Path):
-            first, second = (
-                clip.CLIPTextConfig.from_dict(read_json(model / name / "config.json"))
-                for name in text.COMPONENTS[:2]
-            )
-            third = None
-            if text.has_t5(model):
-                third = t5.T5Config.from_dict(read_json(model / text.T5 / "config.json"))
-        else:
-            first, second = published.CLIP_L, published.CLIP_G
-        shapes = [clip.abstract_text_params(clip.CLIPTextEncoder(c)) for c in (first, second)]
+        clips, third = _encoder_configs(model)
+        shapes = [clip.abstract_text_params(clip.CLIPTextEncoder(config)) for config in clips]
         if third is not None and text.T5 not in omit:
             shapes.append(t5.abstract_params(t5.T5Encoder(third)))
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        count = 0
+        for leaf in jax.tree.leaves(shapes):
+            count += leaf.size
+        return count
 
     def default_sequence_length(self, root: Path) -> int:
         """T5 tokens of a prompt: as many as diffusers takes, or fewer where the tokenizer says so."""
         file = root / text.TOKENIZERS[2] / "tokenizer_config.json"
+        # Without T5 its tokens are zeros, and as many.
         if not file.exists():
             return DEFAULT_SEQUENCE_LENGTH
         known = read_json(file).get("model_max_length", DEFAULT_SEQUENCE_LENGTH)
@@ -184,9 +180,24 @@ class SD3Family(Family):
         return layer_names.layers_at(path, shape)
 
 
+def _encoder_configs(
+    model: Path | str,
+) -> tuple[list[clip.CLIPTextConfig], t5.T5Config | None]:
+    """Configs of a model's two CLIP text encoders and of T5, None without one."""
+    if not isinstance(model, Path):
+        return [published.CLIP_L, published.CLIP_G], published.T5_XXL
+    clips = []
+    for name in text.COMPONENTS[:2]:
+        clips.append(clip.CLIPTextConfig.from_dict(read_json(model / name / "config.json")))
+    if not text.has_t5(model):
+        return clips, None
+    return clips, t5.T5Config.from_dict(read_json(model / text.T5 / "config.json"))
+
+
 def _last_part(name: str) -> str:
     """Name of a published model without its owner."""
-    return name.rstrip("/").rpartition("/")[2]
+    _, _, last = name.rstrip("/").rpartition("/")
+    return last
 
 
 FAMILY = SD3Family()

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Float
 
 from marble_jax.families.base import Layer
 from marble_jax.families.sd3.config import MMDiTConfig
@@ -30,11 +31,11 @@ def layers_at(path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
     parts = [_DOTTED.get(part, part) for part in path]
     if kind == "blocks":
         # A stacked run: its first axis counts blocks from the number in its name.
-        first = int(number)
-        return [
-            Layer(".".join((f"transformer_blocks.{first + i}", *parts[1:])), path, i)
-            for i in range(shape[0])
-        ]
+        layers = []
+        for index in range(shape[0]):
+            parts[0] = f"transformer_blocks.{int(number) + index}"
+            layers.append(Layer(".".join(parts), path, index))
+        return layers
     if kind == "block":
         parts[0] = f"transformer_blocks.{number}"
     return [Layer(".".join(parts), path, None)]
@@ -50,12 +51,13 @@ def entries(shapes: Mapping[str, Any]) -> list[Entry]:
     for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():
         leaf_name = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
         for layer in layers_at(path[:-1], leaf.shape):
-            rank = len(leaf.shape)
+            num_axes = len(leaf.shape)
             if layer.index is not None:
-                rank -= 1  # without the axis of the stacked run
+                # A published tensor is one layer's, without the axis of the stacked run.
+                num_axes -= 1
             transform = "none"
             if path[-1] == "kernel":
-                transform = {2: "linear", 4: "conv"}[rank]
+                transform = {2: "linear", 4: "conv"}[num_axes]
             result.append(Entry(f"{layer.name}.{leaf_name}", path, transform, layer.index))
     return result
 
@@ -88,15 +90,20 @@ def load_mmdit(
 
     def put(path: tuple[str, ...], leaf: Any) -> Any:
         if path == ("pos_embed", "pos_embed") and model.table_side is not None:
+            # Cropped before it is placed: the whole table need not fit on a device.
             leaf = crop_table(np.asarray(leaf), model.side)
         return jnp.asarray(leaf) if place is None else place(path, leaf)
 
     return model, load_component(source, entries(whole), whole, param_dtype, place=put)
 
 
-def crop_table(table: np.ndarray, side: int) -> np.ndarray:
+def crop_table(
+    table: Float[np.ndarray, "1 patches d"], side: int
+) -> Float[np.ndarray, "1 cropped d"]:
     """Centre [1, side * side, D] of a positional table [1, P * P, D]; P - side is even."""
     whole = round(table.shape[1] ** 0.5)
     start = (whole - side) // 2
-    square = table.reshape(whole, whole, -1)[start : start + side, start : start + side]
-    return np.ascontiguousarray(square).reshape(1, side * side, -1)
+    square = table.reshape(whole, whole, -1)
+    centre = square[start : start + side, start : start + side]
+    # A copy: a view would keep the whole table in memory.
+    return np.ascontiguousarray(centre).reshape(1, side * side, -1)

@@ -9,7 +9,7 @@ Source: diffusers 0.42 (`loaders/peft.py`), kohya sd-scripts and ComfyUI for the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from marble_jax.families.layers import dense_layers
@@ -34,11 +34,8 @@ def layer_parts(shapes: Mapping[str, Any]) -> dict[str, tuple[LayerPart, ...]]:
     """
     names = [layer.name for layer in dense_layers(layers_at, shapes)]
     parts: dict[str, tuple[LayerPart, ...]] = {name: (LayerPart(name),) for name in names}
-    blocks = set()
-    for name in names:
-        if name.startswith("transformer_blocks."):
-            blocks.add(name.split(".")[1])
-    config = {"num_layers": len(blocks)}
+    # Names of the last block's layers depend on which one that is.
+    config = {"num_layers": _count_blocks(names)}
     for name in names:
         tensor = original_tensor("transformer", f"{name}.weight", config)
         original = tensor.key.removesuffix(".weight")
@@ -47,8 +44,18 @@ def layer_parts(shapes: Mapping[str, Any]) -> dict[str, tuple[LayerPart, ...]]:
             # One layer has the same name in both repositories and is not to be counted twice.
             parts[original] = (part,)
         else:
+            # A fused layer is made of three of ours.
             parts[original] = (*parts.get(original, ()), part)
     return parts
+
+
+def _count_blocks(names: Iterable[str]) -> int:
+    """Number of different blocks that layers of these names are in."""
+    blocks = set()
+    for name in names:
+        if name.startswith("transformer_blocks."):
+            blocks.add(name.split(".")[1])
+    return len(blocks)
 
 
 LORA_NAMES = LoraNames(

@@ -145,6 +145,7 @@ class SD3Networks(Networks):
         largest = patch * self.model.side
         for name, pixels in zip(names, (size.height, size.width)):
             if pixels % patch or not 0 < pixels <= largest:
+                # The nearest multiple that is neither zero nor beyond the table of positions.
                 cells = max(round(pixels / patch), 1)
                 best = min(cells * patch, largest)
                 raise InputError(
@@ -187,7 +188,9 @@ class SD3Networks(Networks):
         """See `Networks.transformer_shape`."""
         config = self.model.config
         height, width, _ = self.latent_shape(size)
+        # The two CLIPs share their tokens, side by side; T5's come behind them.
         text_tokens = self.num_clip_tokens + max_sequence_length
+        conditioning_size = text_tokens * config.joint_attention_dim + config.pooled_projection_dim
         return TransformerShape(
             tokens=height * width // config.patch_size**2,
             text_tokens=text_tokens,
@@ -195,8 +198,7 @@ class SD3Networks(Networks):
             num_heads=config.num_attention_heads,
             num_layers=config.num_layers,
             num_second_attentions=len(config.dual_attention_layers),
-            conditioning_size=text_tokens * config.joint_attention_dim
-            + config.pooled_projection_dim,
+            conditioning_size=conditioning_size,
         )
 
     def sample_flops(self, adapter: Adapter, size: Size, max_sequence_length: int) -> SampleFlops:
@@ -226,9 +228,14 @@ class SD3Networks(Networks):
 
 def transformer_options(options: NetworkOptions) -> dict[str, Any]:
     """Fields of `MMDiT` that options stand for."""
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    fields = {}
+    for field in dataclasses.fields(options):
+        # Every option goes by the same name in `MMDiT`.
+        fields[field.name] = getattr(options, field.name)
+    return fields
 
 
 def shapes_in(params: Params, dtype: Any) -> Params:
     """Shapes of parameters in the dtype that they have in memory."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), params)
+    dtype = jnp.dtype(dtype)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)

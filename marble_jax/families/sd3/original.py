@@ -35,7 +35,8 @@ _SCHEDULER = {
     "shift": 3.0,
 }
 """Sigma grid of every published SD3 and SD3.5 model. Source: scheduler/scheduler_config.json of their repositories."""
-_HEAD = 64  # width of a head, in every published MMDiT and CLIP; only norms of queries and keys would show it
+_HEAD = 64
+"""Width of a head in every published MMDiT and CLIP; only norms of queries and keys would show it."""
 
 _GLOBAL = {
     "pos_embed.pos_embed": "pos_embed",
@@ -111,6 +112,7 @@ def original_tensor(component: str, key: str, config: Mapping[str, Any]) -> Orig
 
 
 def _transformer_tensor(key: str, num_layers: int) -> OriginalTensor:
+    """Where a published tensor of the transformer lies."""
     if key in _GLOBAL:
         return OriginalTensor(_GLOBAL[key])
     module, _, leaf = key.rpartition(".")
@@ -129,6 +131,8 @@ def _transformer_tensor(key: str, num_layers: int) -> OriginalTensor:
 
 
 def _vae_name(key: str, num_levels: int) -> str:
+    """Original name of a published tensor of the autoencoder."""
+    # In turn: a resnet's name is made of its block's rule and that of its own layers.
     for pattern, name in _VAE_RULES:
         key = re.sub(pattern, name, key)
 
@@ -145,9 +149,9 @@ def _recognizes(keys: Iterable[str]) -> bool:
 
 def _component_prefixes(keys: Iterable[str]) -> Mapping[str, str]:
     """Prefixes by component; files of the transformer alone are published with its prefix and without."""
-    bare = any(key.startswith("joint_blocks.") for key in keys)
-    if bare:
-        return {**_PREFIXES, "transformer": ""}
+    for key in keys:
+        if key.startswith("joint_blocks."):
+            return {**_PREFIXES, "transformer": ""}
     return _PREFIXES
 
 
@@ -163,6 +167,7 @@ def _transformer_config(shapes: TensorShapes) -> dict[str, Any]:
     patch = shapes["x_embedder.proj.weight"]
     width, text_width = shapes["context_embedder.weight"]
     head, qk_norm = _HEAD, None
+    # Only SD3.5 has these norms; a norm is as wide as a head.
     if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes.names:
         qk_norm = "rms_norm"
         head = shapes["joint_blocks.0.x_block.attn.ln_q.weight"][0]
@@ -214,6 +219,7 @@ def _vae_config(shapes: TensorShapes) -> dict[str, Any]:
 def _clip_config(shapes: TensorShapes) -> dict[str, Any]:
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     projection = width
+    # CLIP-L comes without one: the identity, see `original_tensor`.
     if "text_projection.weight" in shapes.names:
         projection = shapes["text_projection.weight"][0]
     return {
@@ -228,6 +234,7 @@ def _clip_config(shapes: TensorShapes) -> dict[str, Any]:
         "layer_norm_eps": 1e-5,
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "projection_dim": projection,
+        # As in the published configs: 2 stands for the largest id in a prompt (`clip.LEGACY_EOS`).
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,

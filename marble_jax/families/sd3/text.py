@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from marble_jax.batches import batches_of
 from marble_jax.errors import InputError
@@ -29,7 +30,8 @@ from marble_jax.types import Params
 COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 T5 = COMPONENTS[2]
-CLIP_LENGTH = 77  # tokens of a published CLIP text encoder
+CLIP_LENGTH = 77
+"""Tokens of a published CLIP text encoder."""
 
 Clip = tuple[CLIPTextEncoder, Params]
 LoadedT5 = tuple[T5Encoder, Params]
@@ -115,6 +117,7 @@ class SD3TextEncoders(TextEncoders):
         ids: list[np.ndarray | None] = []
         for tokenizer, length in zip(self.tokenizers, lengths, strict=True):
             if tokenizer is None:
+                # T5 is left out.
                 ids.append(None)
                 continue
             encoded = tokenizer(
@@ -143,16 +146,22 @@ class SD3TextEncoders(TextEncoders):
             raise InputError(
                 f"max_sequence_length: expected 1 or more; received {max_sequence_length}"
             )
+        # A rollout has every prompt many times, and the encoders are large.
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         ids = self.tokenize(list(rows), max_sequence_length)
         parts = []
         for batch in batches_of(ids, len(rows), self.prompt_batch):
             parts.append(self._embed(self.params, batch, length=max_sequence_length))
         index = np.asarray([rows[prompt] for prompt in prompts])
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
+
+        def put_together(*leaves: jax.Array) -> jax.Array:
+            # The index also drops what fills up the last batch.
+            return jnp.concatenate(leaves)[index]
+
+        return jax.tree.map(put_together, *parts)
 
 
-def assemble(first: TextOutput, second: TextOutput, third: jax.Array) -> Conditioning:
+def assemble(first: TextOutput, second: TextOutput, third: Float[Array, "n s d"]) -> Conditioning:
     """SD3's conditioning from its three text encoders' outputs.
 
     Args:
@@ -165,7 +174,8 @@ def assemble(first: TextOutput, second: TextOutput, third: jax.Array) -> Conditi
     """
     both = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
     # T5 is wider than both CLIPs together; the transformer was trained with zeros in between.
-    both = jnp.pad(both, ((0, 0), (0, 0), (0, third.shape[-1] - both.shape[-1])))
+    num_zeros = third.shape[-1] - both.shape[-1]
+    both = jnp.pad(both, ((0, 0), (0, 0), (0, num_zeros)))
     embeds = jnp.concatenate([both, third.astype(both.dtype)], axis=1)
     pooled = jnp.concatenate([first.pooled, second.pooled], axis=-1)
     return {"embeds": embeds, "pooled": pooled}
@@ -174,10 +184,13 @@ def assemble(first: TextOutput, second: TextOutput, third: jax.Array) -> Conditi
 def _embed(
     modules: Sequence[Any], width: int, params: Sequence[Params], ids: Sequence[Any], length: int
 ) -> Conditioning:
+    """Conditioning of token ids, in one compiled program."""
     first = modules[0].apply({"params": params[0]}, ids[0])
     second = modules[1].apply({"params": params[1]}, ids[1])
     if modules[2] is None:
-        third = jnp.zeros((first.penultimate.shape[0], length, width), first.penultimate.dtype)
+        # Zeros in place of T5's tokens, as in diffusers: attended like all others.
+        count, dtype = len(first.penultimate), first.penultimate.dtype
+        third = jnp.zeros((count, length, width), dtype)
     else:
         third = modules[2].apply({"params": params[2]}, ids[2])
     return assemble(first, second, third)
@@ -209,7 +222,7 @@ def load_text_encoders(
     # The cheap parts first: what is missing shows before gigabytes are read.
     tokenizers: list[Any] = []
     for name in TOKENIZERS[: len(names)]:
-        tokenizers.append(load_tokenizer(root / name, (index.get(name) or [None])[-1]))
+        tokenizers.append(load_tokenizer(root / name, component_class(index, name)))
     clip_l, clip_g = COMPONENTS[:2]
     clips = (
         load_text_encoder(root / clip_l, dtype, place(clip_l)),
@@ -240,7 +253,14 @@ def encoders_present(root: pathlib.Path, omit: Sequence[str] = ()) -> tuple[str,
 
 def has_t5(root: pathlib.Path) -> bool:
     """Whether a model comes with its third text encoder."""
-    return (read_json(root / "model_index.json").get(T5) or [None])[-1] is not None
+    return component_class(read_json(root / "model_index.json"), T5) is not None
+
+
+def component_class(index: Mapping[str, Any], component: str) -> str | None:
+    """Returns the class that a model_index.json names for a component; None for one that the model comes without."""
+    # [library, class]; both are null in a model that was saved without the component.
+    entry = index.get(component) or [None]
+    return entry[-1]
 
 
 def clip_length(root: pathlib.Path) -> int:
