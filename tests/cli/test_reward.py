@@ -113,7 +113,8 @@ def test_functions_need_no_directory(here):
     config = here / "mine.py"
     config.write_text(
         "from marble_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
-        "    config.rewards.train = ('marble_test_cli:red',)\n    config.model.height = config.model.width = 32\n    return config\n"
+        "    config.rewards.train = ('marble_test_cli:red',)\n"
+        "    config.model.height = config.model.width = 32\n    return config\n"
     )
     assert main(["reward", "check", f"--config={config}"]) == 0
 
