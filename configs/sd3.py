@@ -6,8 +6,8 @@
 attention projections. The paper reports, after training: GenEval 0.94, OCR 0.96, PickScore 22.83, CLIPScore 0.286,
 HPSv2.1 0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project yet: the weights are gated, and a run takes
 eight large accelerators. `model.path` is a diffusers directory or hub id (log in first). `rewards.path` is a directory
-with the reward models as published (`marble_jax/rewards/models/published.py` lists them), 'hub' fetches them. The prompts are
-the ready-made sets (`marble-jax prompts --out=DIR` writes them down); `prompts.path=DIR` takes your own,
+with the reward models as published (`marble_jax/rewards/models/published.py` lists them), 'hub' fetches them. The
+prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes them down); `prompts.path=DIR` takes your own,
 SOURCE/{train,test} files for general, ocr and geneval. Their text embeddings, 1.7 MB each, are computed once and kept
 in `prompts.embedding_cache`: T5 never meets training.
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
 Tree = Any
 """A pytree of arrays."""
 

@@ -14,6 +14,7 @@ import sd3_lora as lora
 import toy_policy as toy
 import toy_run
 
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.streams import Stream, stream_generator, stream_key
 from marble_jax.training import guard
@@ -75,7 +76,7 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     image_noise(run_key, range(5), toy.LATENT)
     built = toy_run.programs()[0]
     collector = Collector(
-        make_sampler(toy.velocity, 2, "euler", 1.0),
+        make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)),
         toy_run.encode,
         jax.nn.sigmoid,
         built.scorer,

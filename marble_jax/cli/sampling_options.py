@@ -26,7 +26,7 @@ SAMPLING_OPTIONS = {
 
 RENAMED_OPTIONS = {
     "tokens": "--max_sequence_length=N",
-    "t5": "--omit_text_encoders=text_encoder_3 (to leave T5 out)",
+    "t5": "--omit_text_encoders=text_encoder_3",
 }
 """Earlier names of options, and what to write instead."""
 
@@ -34,7 +34,7 @@ SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
   --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
   --size=HEIGHTxWIDTH  in pixels; the run's or the model's own unless given
   --max_sequence_length=N  tokens a prompt of the long text encoder (the run's own, or the model's)
-  --omit_text_encoders=text_encoder_3  text encoders left out: SD3's T5 then gives zeros, as in diffusers, and its
+  --omit_text_encoders=text_encoder_3  text encoders left out: their part is zeros, as in diffusers, and their
                      weights are never read
   --embedding_cache=DIR  keep text embeddings there; all texts are then encoded first, and no text encoder is in
                      memory while images are drawn

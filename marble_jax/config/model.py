@@ -38,7 +38,7 @@ class ModelSettings:
         128, "tokens a prompt, of the family's long text encoder", "tokens, >= 1", "paper"
     )
     omit_text_encoders: tuple[str, ...] = key(
-        (), "text encoders left out, by component name, such as text_encoder_3 (SD3's T5)"
+        (), "text encoders left out, by component name, such as text_encoder_3"
     )
 
 

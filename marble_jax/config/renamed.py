@@ -4,7 +4,7 @@ from __future__ import annotations
 
 RENAMED_KEYS = {
     "model.resolution": "model.height and config.model.width",
-    "model.t5": "model.omit_text_encoders (text_encoder_3 leaves T5 out)",
+    "model.t5": "model.omit_text_encoders",
     "advantages.scalarise": "advantages.scalarize",
     "advantages.stages": "reward_schedule.stages",
     "advantages.dropout": "reward_schedule.dropout",

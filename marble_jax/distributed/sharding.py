@@ -204,7 +204,7 @@ class ShardingRules:
     def place_over_host(self) -> Callable[[Path, Any], jax.Array] | None:
         """Returns what splits weights over the devices of this host, where every host runs the network for itself.
 
-        Text encoders are the larger part of a model (T5-XXL alone takes 9.5 GB), and a device that held them whole
+        Text encoders are the larger part of a model (one alone can take 9.5 GB), and a device that held them whole
         would have little room for anything else.
 
         Returns:

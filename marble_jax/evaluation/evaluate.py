@@ -33,7 +33,7 @@ class Evaluator:
       encode: prompts to conditioning.
       decode: latents [n, h, w, C] to images [n, H, W, 3].
       scorer: every reward, the held-out ones too.
-      latent_shape: (h, w, C).
+      latent_shape: of one image's latents.
       batch_size: images at once.
       seed: of the noise.
       num_images: images kept, spread evenly over the prompts.
@@ -46,7 +46,7 @@ class Evaluator:
     encode: Callable[[Sequence[str]], Conditioning]
     decode: Callable[[jax.Array], jax.Array]
     scorer: Scorer
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     batch_size: int
     seed: int
     num_images: int

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.networks.fused_attention import FusedAttention
@@ -164,10 +165,10 @@ class Networks(abc.ABC):
         self,
         params: Params,
         adapter: Adapter | None,
-        xt: jax.Array,
-        sigma: jax.Array | float,
+        xt: Float[Array, " n *latent"],
+        sigma: Float[ArrayLike, " n"] | Float[ArrayLike, ""],
         cond: Conditioning,
-    ) -> jax.Array:
+    ) -> Float[Array, " n *latent"]:
         """Flow velocity `noise - x0` as a pure function.
 
         Args:
@@ -182,12 +183,14 @@ class Networks(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode_latents(self, decoder_params: Params, latents: jax.Array) -> jax.Array:
-        """Clips float32 [N, F, H, W, 3] in [0, 1] of clean latents [N, *latent], as a pure function."""
+    def decode_latents(
+        self, decoder_params: Params, latents: Float[Array, " n *latent"]
+    ) -> Float[Array, "n frames height width 3"]:
+        """Returns clips float32 in [0, 1] of clean latents, as a pure function of weights and latents."""
 
     @property
     def decoder_only_params(self) -> Params:
-        """What decoding reads of `decoder_params`."""
+        """The part of `decoder_params` that decoding reads."""
         return self.decoder_params
 
     @abc.abstractmethod
@@ -209,7 +212,7 @@ class Networks(abc.ABC):
         """The size that the model was made for."""
 
     @abc.abstractmethod
-    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> Float[np.ndarray, " levels"]:
         """Noise levels float32 [num_steps + 1] that the model samples at, from near 1 down to 0."""
 
     @abc.abstractmethod
@@ -364,7 +367,3 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
         """The published layers that a leaf of `shape` of the module at `path` holds, in stacking order."""
-
-    @abc.abstractmethod
-    def abstract_params(self, config: Mapping[str, Any]) -> Params:
-        """Shapes of the transformer's parameters, from its config.json."""

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from marble_jax.families.base import Networks
 from marble_jax.batches import batches_of
+from marble_jax.families.base import Networks
 
 
 class Decoder:
@@ -24,11 +25,11 @@ class Decoder:
 
     def __call__(
         self,
-        latents: jax.Array,
+        latents: Float[Array, " n *latent"],
         batch: int,
         place: Callable[[jax.Array], jax.Array] = lambda part: part,
-    ) -> jax.Array:
-        """Clips of latents.
+    ) -> Float[Array, "n frames height width 3"]:
+        """Returns clips of latents.
 
         Args:
           latents: [N, *latent].
@@ -41,10 +42,13 @@ class Decoder:
         parts = []
         for part in batches_of(latents, len(latents), batch):
             parts.append(self._decode(self._params, place(part)))
+        # The last part repeats a sample until it is full.
         return jnp.concatenate(parts)[: len(latents)]
 
 
-def as_images(clips: jax.Array) -> jax.Array:
-    """Images [N, H, W, 3] of clips [N, 1, H, W, 3]."""
+def as_images(
+    clips: Float[Array, "n 1 height width 3"],
+) -> Float[Array, "n height width 3"]:
+    """Returns the images that clips of one frame are."""
     # Rewards and files take images as they are; a clip of one frame is one.
     return clips[:, 0]

@@ -274,7 +274,7 @@ def _num_bytes(value: Value) -> int:
 def _to_bytes(value: Value) -> bytes:
     """A value as the content of an .npz file, each array as bytes under `name:dtype`."""
     buffer = io.BytesIO()
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, array in value.items():
         # NumPy's own format does not know bfloat16.
         arrays[f"{name}:{array.dtype.name}"] = array.view(np.uint8)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float
 
 from marble_jax.errors import InputError
 
 NUM_TRAIN_TIMESTEPS = 1000
+"""Timesteps that noise levels in [0, 1] are scaled to where a network takes them. Source: as for `sigma_grid`."""
 
 
 def shifted(u: np.ndarray | float, shift: float) -> np.ndarray | float:
-    """Moves uniform noise levels towards 1: `shift u / (1 + (shift - 1) u)`; 0 and 1 stay."""
+    """Moves uniform noise levels towards 1: `shift u / (1 + (shift - 1) u)`; 0 and 1 stay.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), eq. 23.
+    """
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
 def sigma_grid(
     num_steps: int, shift: float, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
-) -> np.ndarray:
+) -> Float[np.ndarray, " levels"]:
     """Noise levels of a sampling run, from 1 down to the smallest one, with a trailing 0.
 
     The smallest level is shifted twice, as in the reference scheduler: once when the training range is set up and
@@ -40,14 +45,19 @@ def sigma_grid(
     if not shift > 0:
         raise InputError(f"schedule shift: expected a number above 0; received {shift}")
     smallest = shifted(1.0 / num_train_timesteps, shift)
-    sigmas = shifted(np.linspace(1.0, smallest, num_steps), shift)
+    unshifted = np.linspace(1.0, smallest, num_steps)
+    sigmas = shifted(unshifted, shift)
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
-def truncated(sigmas: np.ndarray, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> np.ndarray:
-    """The levels a network sees when its timestep is the integer part of `1000 sigma`, as in upstream rollouts.
+def truncated(
+    sigmas: Float[np.ndarray, " n"], num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
+) -> Float[np.ndarray, " n"]:
+    """Returns the levels a network sees when its timestep is the integer part of `1000 sigma`, as in upstream rollouts.
 
     Training uses the exact levels, so the two differ by less than one unit of the timestep.
     """
-    whole = np.floor(np.asarray(sigmas, np.float32) * np.float32(num_train_timesteps))
+    # In float32, as upstream computes them: rounding decides what a product next to an integer is cut to.
+    timesteps = np.asarray(sigmas, np.float32) * np.float32(num_train_timesteps)
+    whole = np.floor(timesteps)
     return (whole / num_train_timesteps).astype(np.float32)

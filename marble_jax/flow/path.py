@@ -2,33 +2,41 @@
 
 `xt = (1 - sigma) x0 + sigma noise`, velocity `v = noise - x0`, hence `x0 = xt - sigma v`. Noise levels are sigma in
 [0, 1] with 1 pure noise; arrays are [n, ...] and sigma is a scalar or [n].
+
+Source: rectified flow (Liu et al. 2022, arXiv 2209.03003), in the notation of Esser et al. 2024 (arXiv 2403.03206).
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+Level = Float[ArrayLike, " n"] | Float[ArrayLike, ""]
+"""Noise level of n samples, or one for all of them."""
 
 
-def expand(sigma: jax.Array, like: jax.Array) -> jax.Array:
-    """A scalar or [n] noise level with trailing axes of length 1, ready to broadcast against `like` [n, ...]."""
-    sigma = jnp.asarray(sigma)
-    return (
-        sigma if sigma.ndim == 0 else sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
-    )
+def expand(sigma: Level, like: Float[Array, " n *latent"]) -> jax.Array:
+    """Returns a noise level with trailing axes of length 1, ready to broadcast against `like`; a scalar as it is."""
+    level = jnp.asarray(sigma)
+    if level.ndim == 0:
+        return level
+    # [n] would broadcast against the last axis of the latents, not the first.
+    trailing = (1,) * (like.ndim - level.ndim)
+    return level.reshape(level.shape + trailing)
 
 
-def interpolate(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The point at noise level `sigma` between clean latents and noise."""
-    sigma = expand(sigma, x0)
-    return (1.0 - sigma) * x0 + sigma * noise
+def interpolate(
+    x0: Float[Array, " n *latent"], noise: Float[Array, " n *latent"], sigma: Level
+) -> Float[Array, " n *latent"]:
+    """Returns the point at noise level `sigma` between clean latents and noise."""
+    level = expand(sigma, x0)
+    return (1.0 - level) * x0 + level * noise
 
 
-def target_velocity(x0: jax.Array, noise: jax.Array) -> jax.Array:
-    """The velocity of the path, constant in sigma: `noise - x0`."""
-    return noise - x0
-
-
-def clean_estimate(xt: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The clean latents a velocity implies: `xt - sigma velocity`."""
+def clean_estimate(
+    xt: Float[Array, " n *latent"], velocity: Float[Array, " n *latent"], sigma: Level
+) -> Float[Array, " n *latent"]:
+    """Returns the clean latents that a velocity at `xt` implies: `xt - sigma velocity`."""
     return xt - expand(sigma, xt) * velocity

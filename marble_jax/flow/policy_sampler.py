@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from marble_jax.flow.levels import truncated
 from marble_jax.flow.sampler import sample
@@ -22,25 +23,36 @@ Sampler = Callable[[Params, Adapter | None, Conditioning, jax.Array], jax.Array]
 
 
 def make_sampler(
-    velocity: PolicyVelocity, solver: str, sigmas: np.ndarray, integer_timesteps: bool = False
+    velocity: PolicyVelocity,
+    solver: str,
+    sigmas: Float[np.ndarray, " levels"],
+    integer_timesteps: bool = False,
 ) -> Sampler:
-    """A compiled sampler.
+    """Builds a compiled sampler.
 
     Args:
       velocity: the policy as a function.
       solver: "euler", "dpm1", "dpm2" or "ddim".
       sigmas: [N + 1] noise levels of the model, decreasing to 0.
       integer_timesteps: truncate the timestep that the network sees, as upstream's rollouts do.
+
+    Raises:
+      InputError: an unknown solver, or levels that it cannot use.
     """
     table = solver_table(solver, sigmas)
-    network_sigmas = truncated(sigmas[:-1]) if integer_timesteps else None
+    network_sigmas = None
+    if integer_timesteps:
+        # The network is not called at the last level.
+        network_sigmas = truncated(sigmas[:-1])
 
     @jax.jit
     def run(
         params: Params, adapter: Adapter | None, cond: Conditioning, noise: jax.Array
     ) -> jax.Array:
         def velocity_at(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return velocity(params, adapter, x, jnp.broadcast_to(sigma, x.shape[:1]), cond)
+            # All samples of a rollout are at the same level; a policy takes one for each.
+            levels = jnp.broadcast_to(sigma, x.shape[:1])
+            return velocity(params, adapter, x, levels, cond)
 
         with jax.named_scope("rollout"):
             return sample(velocity_at, noise, sigmas, table, network_sigmas)
@@ -49,9 +61,9 @@ def make_sampler(
 
 
 def image_noise(
-    key: jax.Array, numbers: Sequence[int] | np.ndarray, shape: tuple[int, ...]
-) -> jax.Array:
-    """Noise [n, *latent] that belongs to the images' numbers, whatever batch they are drawn in.
+    key: jax.Array, numbers: Sequence[int] | Int[np.ndarray, " n"], shape: tuple[int, ...]
+) -> Float[Array, " n *latent"]:
+    """Returns standard normal noise float32 that belongs to the images' numbers, whatever batch they are drawn in.
 
     Args:
       key: PRNG key of all images.
@@ -59,5 +71,10 @@ def image_noise(
       shape: of one sample's latents.
     """
     stream = stream_key(key, Stream.IMAGE_NOISE)
-    keys = jax.vmap(lambda i: jax.random.fold_in(stream, i))(jnp.asarray(numbers))
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+    def image_key(number: jax.Array) -> jax.Array:
+        # A key for each image, not one for the batch: an image keeps its noise when it is drawn again among others.
+        return jax.random.fold_in(stream, number)
+
+    keys = jax.vmap(image_key)(jnp.asarray(numbers))
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

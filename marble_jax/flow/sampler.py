@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError
 from marble_jax.flow.path import clean_estimate
@@ -19,11 +20,11 @@ VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 def sample(
     velocity_fn: VelocityFn,
-    noise: jax.Array,
-    sigmas: np.ndarray,
+    noise: Float[Array, " n *latent"],
+    sigmas: Float[np.ndarray, " levels"],
     table: SolverTable,
-    network_sigmas: np.ndarray | None = None,
-) -> jax.Array:
+    network_sigmas: Float[np.ndarray, " steps"] | None = None,
+) -> Float[Array, " n *latent"]:
     """Integrates noise down to the last noise level.
 
     The state is float32 throughout, whatever the dtype of the noise or of the velocity.
@@ -33,7 +34,7 @@ def sample(
       noise: [n, ...] standard normal.
       sigmas: [N + 1] noise levels, the ones `table` was made from.
       table: coefficients of the solver.
-      network_sigmas: [N] levels handed to the network where they differ from `sigmas[:-1]` (`schedule.truncated`).
+      network_sigmas: [N] levels handed to the network where they differ from `sigmas[:-1]` (`levels.truncated`).
 
     Returns:
       float32 [n, ...], clean latents when the last level is 0.
@@ -43,23 +44,30 @@ def sample(
     """
     if len(sigmas) != table.num_steps + 1:
         raise InputError(
-            f"noise levels: expected {table.num_steps + 1} for a solver table of {table.num_steps} steps; "
-            f"received {len(sigmas)}"
+            f"noise levels: expected {table.num_steps + 1} for a solver table of {table.num_steps} "
+            f"steps; received {len(sigmas)}"
         )
     levels = np.asarray(sigmas[:-1], np.float32)
-    seen = levels if network_sigmas is None else np.asarray(network_sigmas, np.float32)
+    network_levels = levels
+    if network_sigmas is not None:
+        network_levels = np.asarray(network_sigmas, np.float32)
+    # Coefficients are made in float64 on the host; the state that they multiply is float32.
     columns = [np.asarray(c, np.float32) for c in (table.state, table.current, table.previous)]
 
     def step(
-        carry: tuple[jax.Array, ...], row: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, ...], None]:
-        x, before = carry
-        sigma, sigma_seen, a, b, c = row
-        estimate = clean_estimate(x, velocity_fn(x, sigma_seen).astype(jnp.float32), sigma)
-        return (a * x + b * estimate + c * before, estimate), None
+        carry: tuple[jax.Array, jax.Array], row: Any
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x, previous = carry
+        sigma, network_sigma, a, b, c = row
+        velocity = velocity_fn(x, network_sigma).astype(jnp.float32)
+        estimate = clean_estimate(x, velocity, sigma)
+        x = a * x + b * estimate + c * previous
+        return (x, estimate), None
 
     x = noise.astype(jnp.float32)
-    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), (levels, seen, *columns))
+    # The first step has no estimate before it; its coefficient is zero.
+    carry = (x, jnp.zeros_like(x))
+    (x, _), _ = jax.lax.scan(step, carry, (levels, network_levels, *columns))
     return x
 
 
@@ -69,7 +77,7 @@ def guided(
     negative: Any,
     guidance_scale: float,
 ) -> VelocityFn:
-    """Classifier-free guidance as a velocity function: `v_neg + guidance_scale (v_cond - v_neg)`.
+    """Builds the velocity function of classifier-free guidance: `v_neg + guidance_scale (v_cond - v_neg)`.
 
     Up to a scale of 1 guidance is off and the network runs once per step on `cond` alone; above it one call on the
     doubled batch serves both.
@@ -84,12 +92,14 @@ def guided(
     """
     if guidance_scale <= 1.0:
         return lambda x, sigma: velocity(x, sigma, cond)
+    # The negative prompt first, as in diffusers' batches.
     both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, cond)
 
     def velocity_fn(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        away, towards = jnp.split(
-            velocity(jnp.concatenate([x, x]), sigma, both).astype(jnp.float32), 2
-        )
+        doubled = jnp.concatenate([x, x])
+        # float32 before the difference is scaled: in bfloat16 the scale would multiply its rounding error.
+        velocities = velocity(doubled, sigma, both).astype(jnp.float32)
+        away, towards = jnp.split(velocities, 2)
         return away + guidance_scale * (towards - away)
 
     return velocity_fn

@@ -222,7 +222,7 @@ def _down_the_flat(
 class _Walk(NamedTuple):
     """State of the walk from face to face; `best` is the point of the least violation so far."""
 
-    count: jax.Array
+    num_moves: jax.Array
     b: jax.Array
     support: jax.Array
     best: jax.Array
@@ -242,7 +242,7 @@ def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
 
     def unfinished(walk: _Walk) -> jax.Array:
         # A walk visits few faces; rounding may have it go round in circles.
-        has_time = walk.count < 20 * size + 20
+        has_time = walk.num_moves < 20 * size + 20
         return ~walk.done & has_time
 
     def move(walk: _Walk) -> _Walk:
@@ -257,7 +257,7 @@ def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
         amount = violation(moved)
         better = amount < walk.best_violation
         return _Walk(
-            count=walk.count + 1,
+            num_moves=walk.num_moves + 1,
             b=moved,
             support=(walk.support & ~leaves) | enters,
             best=jnp.where(better, moved, walk.best),
@@ -267,7 +267,7 @@ def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
 
     warm = _warm_start(matrix, linear, valid)
     start = _Walk(
-        count=jnp.zeros((), jnp.int32),
+        num_moves=jnp.zeros((), jnp.int32),
         b=warm,
         support=valid & (warm > 1e-4),
         best=warm,

@@ -19,9 +19,7 @@ def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
       InputError: missing or unreadable directory.
     """
     if not directory.is_dir():
-        raise InputError(
-            f"{directory}: expected a tokenizer directory; received no such directory"
-        )
+        raise InputError(f"{directory}: expected a tokenizer directory; received no such directory")
     import transformers  # slow to import
 
     if kind is None or not hasattr(transformers, kind):
@@ -30,7 +28,9 @@ def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
             kind = "PreTrainedTokenizerFast"
     try:
         return getattr(transformers, kind).from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # whatever a damaged file makes the library raise; the cause stays attached
+    except (
+        Exception
+    ) as error:  # whatever a damaged file makes the library raise; the cause stays attached
         raise InputError(
             f"{directory}: expected the files of a {kind}; received {type(error).__name__}"
         ) from error

@@ -18,35 +18,39 @@ FILES = "config.json metrics.jsonl evaluation.jsonl tensorboard/ samples/ checkp
 
 def announce_start(run: Run, workdir: Workdir, console: Console, resumed: int | None) -> None:
     """Prints what the run is: devices, model, rewards, sizes of a step, memory."""
-    settings, sizes = run.settings, run.sizes
-    line = f"marble_jax: {settings.name}, {method_name(settings)}"
+    settings = run.settings
+    title = f"marble_jax: {settings.name}, {method_name(settings)}"
     if resumed is not None:
-        line += f", resumed after step {resumed}"
-    console.say(line)
-    rollout, rewards = settings.rollout, settings.rewards
-    devices = jax.devices()
-    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+        title += f", resumed after step {resumed}"
+    console.say(title)
+    rewards = settings.rewards
     layout = run.networks.sharding_rules.describe(run.mesh, run.networks.params)
     heldout = joined(rewards.heldout)
-    console.table(
-        [
-            (
-                "devices",
-                f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}",
-            ),
-            ("model", _model_line(run)),
-            ("base weights", layout),
-            ("rewards", f"{joined(rewards.train)}; never trained on: {heldout}"),
-            (
-                "step",
-                f"{rollout.prompts_per_step} prompts x {rollout.images_per_prompt} = {sizes.images} "
-                f"images in {sizes.rollout_batches} batches, {sizes.timesteps} of {rollout.num_steps} "
-                f"timesteps: {sizes.samples} samples in {sizes.micro_batches} micro-batches",
-            ),
-            ("memory", _memory_line(run)),
-            ("evaluation", _evaluation_line(run)),
-            ("workdir", f"{workdir.path}: {FILES}"),
-        ]
+    rows = [
+        ("devices", _device_line(run)),
+        ("model", _model_line(run)),
+        ("base weights", layout),
+        ("rewards", f"{joined(rewards.train)}; never trained on: {heldout}"),
+        ("step", _step_line(run)),
+        ("memory", _memory_line(run)),
+        ("evaluation", _evaluation_line(run)),
+        ("workdir", f"{workdir.path}: {FILES}"),
+    ]
+    console.table(rows)
+
+
+def _device_line(run: Run) -> str:
+    devices = jax.devices()
+    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    return f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}"
+
+
+def _step_line(run: Run) -> str:
+    sizes, rollout = run.sizes, run.settings.rollout
+    return (
+        f"{rollout.prompts_per_step} prompts x {rollout.images_per_prompt} = {sizes.images} "
+        f"images in {sizes.rollout_batches} batches, {sizes.timesteps} of {rollout.num_steps} "
+        f"timesteps: {sizes.samples} samples in {sizes.micro_batches} micro-batches"
     )
 
 
@@ -62,6 +66,7 @@ def _model_line(run: Run) -> str:
 
 
 def _memory_line(run: Run) -> str:
+    # Adapters are float32 whatever the compute dtype.
     adapter_bytes = 4 * num_parameters(run.state.current)
     # Signal and anchor, and the divergence where there is one.
     num_directions = 2 + (run.recipe.objective.kl_weight > 0)
@@ -81,9 +86,7 @@ def _evaluation_line(run: Run) -> str:
     )
 
 
-def announce_gains(
-    run: Run, workdir: Workdir, console: Console, step: int, seconds: float
-) -> None:
+def announce_gains(run: Run, workdir: Workdir, console: Console, step: int, seconds: float) -> None:
     """Prints the table of gains over the base model, if there is an evaluation besides it.
 
     Args:
@@ -94,6 +97,7 @@ def announce_gains(
       seconds: that the command took.
     """
     records = workdir.read(workdir.evaluations)
+    # The first is that of the base model.
     if len(records) < 2:
         return
     base, last = records[0], records[-1]
@@ -114,9 +118,11 @@ def _gain_row(
 ) -> tuple[str, ...]:
     """One reward's means before and after, its gain, and whether that is clear."""
     gain = last["gain"][name]
+    # JSON has no NaN: a mean over nothing is null.
     if gain["mean"] is None:
         return label, "-", "-", "no valid sample", "", ""
     before, after = base["scores"][name], last["scores"][name]
+    # A gain is clear where its whole interval is on one side of zero.
     verdict = "not clear"
     if gain["low"] > 0:
         verdict = "up"

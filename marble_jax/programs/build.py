@@ -51,7 +51,7 @@ from marble_jax.training.recipe import (
 from marble_jax.training.rollout import Collector
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.step_schedule import Steps, make_steps
-from marble_jax.types import Adapter
+from marble_jax.types import Adapter, Conditioning
 
 
 @dataclasses.dataclass
@@ -135,37 +135,16 @@ def build(settings: Settings) -> Run:
     rewards = _load_rewards(settings, mesh)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
     texts = [prompt.text for prompt in itertools.chain(*train_prompts.values(), test_prompts)]
-    encode = text_embeddings(
-        root, family, settings.model, settings.prompts.embedding_cache, texts
-    )
+    encode = text_embeddings(root, family, settings.model, settings.prompts.embedding_cache, texts)
     networks = open_networks(root, family, settings.model, spec.scale, mesh)
-    latent_shape = networks.latent_shape(size_of(settings.model))
-    decode = _image_decoder(networks, mesh)
-    rollout, evaluation = settings.rollout, settings.evaluation
-    collector = Collector(
-        _sampler(networks, rollout.solver, rollout.num_steps, latent_shape, settings),
+    imaging = _Imaging(
+        networks,
+        networks.latent_shape(size_of(settings.model)),
         encode,
-        decode,
-        _scorer(settings.rewards, rewards[: len(settings.rewards.train)]),
-        latent_shape,
-        rollout.batch_size,
-        partial(device_mesh.shard_batch, mesh),
-        partial(device_mesh.replicate, mesh),
+        _image_decoder(networks, mesh),
+        mesh,
     )
-    evaluator = Evaluator(
-        test_prompts,
-        _sampler(networks, evaluation.solver, evaluation.num_steps, latent_shape),
-        encode,
-        decode,
-        _scorer(settings.rewards, rewards),
-        latent_shape,
-        rollout.batch_size,
-        evaluation.seed,
-        evaluation.num_images,
-        evaluation.images_per_prompt,
-        partial(device_mesh.shard_batch, mesh),
-    )
-    recipe = make_recipe(settings, sizes, mesh, networks, latent_shape)
+    recipe = make_recipe(settings, sizes, mesh, networks, imaging.latent_shape)
     optimizer = make_optimizer(settings.training)
     steps = build_steps(settings, recipe, networks, optimizer)
     state = _first_state(settings, family, networks, spec, recipe, optimizer)
@@ -177,12 +156,72 @@ def build(settings: Settings) -> Run:
         networks,
         spec,
         train_prompts,
-        collector,
-        evaluator,
+        _collector(settings, imaging, rewards[: len(settings.rewards.train)]),
+        _evaluator(settings, imaging, rewards, test_prompts),
         recipe,
         optimizer,
         steps,
         device_mesh.replicate(mesh, state),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Imaging:
+    """What rollouts and evaluations share: everything between a prompt and its image but the sampler.
+
+    Attributes:
+      networks: of the model.
+      latent_shape: of one sample.
+      encode: prompts to conditioning.
+      decode: latents to images.
+      mesh: the devices.
+    """
+
+    networks: Networks
+    latent_shape: tuple[int, ...]
+    encode: Callable[[Sequence[str]], Conditioning]
+    decode: Callable[[jax.Array], jax.Array]
+    mesh: Mesh
+
+    def sampler(self, solver: str, num_steps: int, integer_timesteps: bool = False) -> Sampler:
+        """A compiled sampler of the model."""
+        sigmas = self.networks.levels(num_steps, self.latent_shape)
+        return make_sampler(self.networks.velocity, solver, sigmas, integer_timesteps)
+
+
+def _collector(settings: Settings, imaging: _Imaging, rewards: Sequence[Reward]) -> Collector:
+    """What samples and scores rollouts, with the rewards trained on."""
+    rollout = settings.rollout
+    return Collector(
+        # Rollouts may see truncated timesteps, as upstream's do; evaluations never.
+        imaging.sampler(rollout.solver, rollout.num_steps, rollout.integer_timesteps),
+        imaging.encode,
+        imaging.decode,
+        _scorer(settings.rewards, rewards),
+        imaging.latent_shape,
+        rollout.batch_size,
+        partial(device_mesh.shard_batch, imaging.mesh),
+        partial(device_mesh.replicate, imaging.mesh),
+    )
+
+
+def _evaluator(
+    settings: Settings, imaging: _Imaging, rewards: Sequence[Reward], prompts: Sequence[Prompt]
+) -> Evaluator:
+    """What samples and scores held-out prompts, with all rewards."""
+    evaluation = settings.evaluation
+    return Evaluator(
+        prompts,
+        imaging.sampler(evaluation.solver, evaluation.num_steps),
+        imaging.encode,
+        imaging.decode,
+        _scorer(settings.rewards, rewards),
+        imaging.latent_shape,
+        settings.rollout.batch_size,
+        evaluation.seed,
+        evaluation.num_images,
+        evaluation.images_per_prompt,
+        partial(device_mesh.shard_batch, imaging.mesh),
     )
 
 
@@ -195,6 +234,7 @@ def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
         chosen.num_workers,
         upstream=chosen.upstream_scoring,
     )
+    # Rewards that are only evaluated never see the groups of a rollout.
     for reward in rewards[: len(chosen.train)]:
         check_groups(
             reward, mesh, rollout.prompts_per_step, rollout.images_per_prompt, rollout.batch_size
@@ -218,25 +258,13 @@ def _image_decoder(networks: Networks, mesh: Mesh) -> Callable[[jax.Array], jax.
     decoder = Decoder(networks)
 
     def decode(latents: jax.Array) -> jax.Array:
+        # A batch may have fewer images than there are devices; then it lies on some of them.
         layout = device_mesh.image_sharding(mesh, len(latents))
         place = partial(distributed.device_put_global, sharding=layout)
         clips = decoder(latents, decode_size(len(latents), mesh), place)
         return place(as_images(clips))
 
     return decode
-
-
-def _sampler(
-    networks: Networks,
-    solver: str,
-    num_steps: int,
-    latent_shape: tuple[int, ...],
-    rollouts_of: Settings | None = None,
-) -> Sampler:
-    """A compiled sampler; that of rollouts may see truncated timesteps, as upstream's does."""
-    truncate = rollouts_of is not None and rollouts_of.rollout.integer_timesteps
-    sigmas = networks.levels(num_steps, latent_shape)
-    return make_sampler(networks.velocity, solver, sigmas, truncate)
 
 
 def make_recipe(
@@ -246,7 +274,7 @@ def make_recipe(
     networks: Networks,
     latent_shape: tuple[int, ...],
 ) -> Recipe:
-    """What an optimiser step of a run does.
+    """Returns what an optimiser step of a run does.
 
     Args:
       settings: of the run.
@@ -257,6 +285,7 @@ def make_recipe(
     """
     names = settings.rewards.train
     shards = device_mesh.Shards(mesh)
+    balancer = balancer_of(settings.harmonize, names)
     levels = networks.levels(settings.rollout.num_steps, latent_shape)
     # The last level is clean: nothing is trained there.
     trained = tuple(float(sigma) for sigma in levels[:-1])
@@ -266,10 +295,7 @@ def make_recipe(
         timesteps=Timesteps(trained, sizes.timesteps),
         micro_batching=MicroBatching(settings.training.micro_batch_size, chunk, shards),
         harmonization=harmonization_of(
-            settings.harmonize,
-            settings.advantages,
-            balancer_of(settings.harmonize, names),
-            len(names),
+            settings.harmonize, settings.advantages, balancer, len(names)
         ),
         averages=averages_of(settings.rollout_policy, settings.ema),
     )
@@ -281,11 +307,9 @@ def build_steps(
     networks: Networks,
     optimizer: optax.GradientTransformation,
 ) -> Steps:
-    """The compiled steps of a run."""
+    """Returns the compiled steps of a run."""
     harmonize = settings.harmonize
-    return make_steps(
-        recipe, networks.velocity, optimizer, harmonize.mode, harmonize.refresh_every
-    )
+    return make_steps(recipe, networks.velocity, optimizer, harmonize.mode, harmonize.refresh_every)
 
 
 def _first_state(
@@ -300,6 +324,7 @@ def _first_state(
     key = stream_key(jax.random.key(settings.seed), Stream.ADAPTER)
     adapter: Adapter = lora.init_adapter(key, family.layers_at, networks.params, spec)
     if settings.lora.init:
+        # Read against the new adapter: it says which layers the run adapts, and at which rank.
         start = read_lora(settings.lora.init, networks.params, family.formats)
         adapter = start_from(start, adapter, networks.params, family.formats, spec)
     num_rewards = recipe.harmonization.num_rewards

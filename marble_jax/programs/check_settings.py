@@ -15,6 +15,9 @@ from marble_jax.training.profile import parse_steps
 from marble_jax.training.reward_schedule import RewardSchedule, reward_schedule_of
 from marble_jax.types import DTYPES
 
+_NEEDS = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}
+"""What each fused kernel needs, in words."""
+
 
 def check_settings(settings: Settings, backend: str = "") -> None:
     """Checks values against the table of keys, against each other and against the machine.
@@ -29,6 +32,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     check(flatten(settings))
     _check_rewards(settings)
     _check_weights(settings)
+    # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
     run_reward_schedule(settings)
     make_objective(settings)
@@ -41,7 +45,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
 
 
 def run_reward_schedule(settings: Settings) -> RewardSchedule:
-    """Which rewards of a run are active when."""
+    """Returns which rewards of a run are active at which step."""
     return reward_schedule_of(
         settings.reward_schedule,
         settings.rewards.train,
@@ -51,6 +55,7 @@ def run_reward_schedule(settings: Settings) -> RewardSchedule:
 
 
 def _check_rewards(settings: Settings) -> None:
+    """Raises InputError for rewards or sources that are missing or do not fit each other."""
     rewards = settings.rewards
     if not rewards.train:
         raise InputError("rewards.train: expected at least one reward; received none")
@@ -62,6 +67,7 @@ def _check_rewards(settings: Settings) -> None:
                 f"rewards.heldout: expected rewards that are not trained on; received {name!r}"
             )
     floor = settings.harmonize.alpha_floor
+    # Weights of K rewards that sum to 1 cannot all be above 1/K.
     if floor > 1 / len(rewards.train):
         raise InputError(
             f"harmonize.alpha_floor: expected at most 1/{len(rewards.train)}; received {floor}"
@@ -86,10 +92,11 @@ def _check_weights(settings: Settings) -> None:
 def _check_attention(model: ModelSettings, backend: str) -> None:
     """Raises InputError where the attention that was chosen does not run on a backend."""
     chosen, dtype = model.attention, DTYPES[model.dtype]
+    # What is not fused runs everywhere.
     wrong_backend = attention.FUSED.get(chosen, backend) != backend
     wrong_dtype = chosen == "cudnn" and model.dtype != "bfloat16"
     if wrong_backend or wrong_dtype:
-        needs = "a GPU and bfloat16" if chosen == "cudnn" else "a TPU"
+        needs = _NEEDS[chosen]
         fitting = attention.choose("auto", dtype, backend)
         raise InputError(
             f"model.attention: expected {fitting!r}, as {chosen} needs {needs}; received {chosen!r} on "

@@ -34,7 +34,7 @@ from marble_jax.storage.workdir import Workdir
 
 
 def evaluate(request: Request, out: str) -> dict[str, Any] | None:
-    """Draws, scores and compares; returns the summary, or None where scores are still missing.
+    """Draws, scores and compares models; returns the summary, or None where scores are still missing.
 
     Raises:
       InputError: bad input, before anything is written; or images or scores that are missing.
@@ -44,14 +44,17 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     prompts = evaluation_prompts(request.prompts, request.num_prompts, request.images)
     rewards = reward_entries(request) if request.score else {}
     samplers = _samplers(request)
+    # Everything is checked before the first write: a mistake leaves the folder as it was.
     record = new_record(request, workdir, prompts, rewards)
     _check_folders(request, workdir, samplers, prompts)
     write_record(workdir, record)
     write_prompts(workdir, prompts)
     _draw(request, workdir, samplers, prompts, record, console)
-    del samplers  # the memory is the rewards' now
+    # Models and rewards may not fit into memory together.
+    del samplers
     if request.score:
         columns = score_models(request, workdir, prompts, console)
+        # Rewards of earlier calls keep their columns, in front.
         record["columns"] = list(dict.fromkeys([*record.get("columns", ()), *columns]))
         write_record(workdir, record)
     summary = _summarize(list(request.models), record.get("columns", ()), workdir, prompts)
@@ -83,6 +86,7 @@ def _check_folders(
     for name in request.models:
         folder = ImageFolder(workdir.path / name)
         if name in samplers:
+            # Images may be missing here: they are drawn next.
             folder.check(samplers[name].plan(), texts, partial=True)
             continue
         missing = folder.missing(len(prompts))
@@ -91,7 +95,8 @@ def _check_folders(
                 f"--skip_generation: expected {len(prompts)} images of {name!r} in {folder.path}; "
                 f"received {len(prompts) - len(missing)}, without {folder.file(missing[0]).name}"
             )
-        folder.check((folder.record() or {}).get("settings", {}), texts)
+        record = folder.record() or {}
+        folder.check(record.get("settings", {}), texts)
 
 
 def _draw(
@@ -107,8 +112,11 @@ def _draw(
     for name, sampler in samplers.items():
         folder = ImageFolder(workdir.path / name)
         fill_folder(folder, sampler, texts, request.settings.batch, console, name)
-        trained = [] if sampler.run is None else list(sampler.run.rewards.train)
+        trained: list[str] = []
+        if sampler.run is not None:
+            trained += sampler.run.rewards.train
         record["models"][name] |= {"origin": sampler.origin, "trained": trained}
+        # Closed before the next model is read: two may not fit into memory.
         sampler.close()
         write_record(workdir, record)
 
@@ -117,8 +125,11 @@ def _summarize(
     models: Sequence[str], names: Sequence[str], workdir: Workdir, prompts: Sequence[Prompt]
 ) -> dict[str, Any] | None:
     """Writes `summary.json` of the rewards that have looked at every image of every model (failures are counted)."""
-    files = {model: ScoreFile(workdir.path / model / "scores.jsonl") for model in models}
-    complete = set.intersection(*(file.known(len(prompts)) for file in files.values()))
+    files = {}
+    complete = set(names)
+    for model in models:
+        files[model] = ScoreFile(workdir.path / model / "scores.jsonl")
+        complete &= files[model].known(len(prompts))
     names = [name for name in names if name in complete]
     if not names:
         return None
@@ -147,6 +158,7 @@ def _announce(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def _mean_with_interval(entry: Mapping[str, Any]) -> str:
+    """A mean and its interval; a dash where no image has a valid score."""
     if not entry["count"]:
         return "-"
     return f"{shown(entry['mean'])} ({entry['low']:.4f} to {entry['high']:.4f})"

@@ -19,7 +19,7 @@ RECORD, PROMPTS = "evaluation.json", "prompts.jsonl"
 def new_record(
     request: Request, workdir: Workdir, prompts: Sequence[Prompt], rewards: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The record of an evaluation, with what earlier calls put into its folder; writes nothing.
+    """Returns the record of an evaluation, with what earlier calls put into its folder; writes nothing.
 
     Args:
       request: what is asked for.
@@ -37,20 +37,12 @@ def new_record(
     else:
         _check_prompts(workdir, prompts)
     _check_rewards(workdir, earlier.get("rewards", {}), rewards)
-    models = {}
-    for name, source in request.models.items():
-        model = earlier.get("models", {}).get(name, {})
-        asked = dataclasses.asdict(source)
-        if model.get("source", asked) != asked:
-            raise InputError(
-                f"--models: expected the {name!r} of {workdir.path} ({model['source']}); received {asked}"
-            )
-        models[name] = model | {"source": asked}
     settings = earlier.get("settings", {})
+    # A call that only scores does not know how the images were drawn.
     if request.draw:
         settings = jsonable(dataclasses.asdict(request.settings))
     return earlier | {
-        "models": models,
+        "models": _models(request, workdir, earlier.get("models", {})),
         "rewards": {**earlier.get("rewards", {}), **rewards},
         "prompts": request.prompts,
         "images": request.images,
@@ -58,6 +50,22 @@ def new_record(
         "command": request.command,
         "settings": settings,
     }
+
+
+def _models(
+    request: Request, workdir: Workdir, earlier: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Entries of the models asked for. Raises InputError where a name would mean another model than before."""
+    models = {}
+    for name, source in request.models.items():
+        model = earlier.get(name, {})
+        asked = dataclasses.asdict(source)
+        if model.get("source", asked) != asked:
+            raise InputError(
+                f"--models: expected the {name!r} of {workdir.path} ({model['source']}); received {asked}"
+            )
+        models[name] = model | {"source": asked}
+    return models
 
 
 def write_record(workdir: Workdir, record: Mapping[str, Any]) -> None:
@@ -89,6 +97,7 @@ def _earlier_record(workdir: Workdir) -> dict[str, Any] | None:
 
 
 def _check_empty(workdir: Workdir) -> None:
+    """Raises InputError where a folder that no evaluation made would be written to."""
     path = workdir.path
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"--out: expected a new folder or one made by evaluate; received {path}")
@@ -107,6 +116,7 @@ def _check_prompts(workdir: Workdir, prompts: Sequence[Prompt]) -> None:
                 f"--out: {workdir.path} holds an evaluation of other prompts: line {number} of "
                 f"{PROMPTS}: expected {expected[:80]}; received {received[:80]}"
             )
+    # The lines compared above are the shorter of the two.
     if lines and len(lines) != len(prompts):
         raise InputError(
             f"--out: {workdir.path} holds an evaluation of other prompts: expected {len(lines)} "
@@ -117,6 +127,7 @@ def _check_prompts(workdir: Workdir, prompts: Sequence[Prompt]) -> None:
 def _check_rewards(workdir: Workdir, earlier: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raises InputError where a name would mean another reward than before."""
     for name, entry in asked.items():
+        # As it was after a round through JSON, where a tuple is a list.
         if name in earlier and earlier[name] != jsonable(entry):
             raise InputError(
                 f"--rewards_path: expected the {name!r} that {workdir.path} was scored with "
@@ -125,6 +136,7 @@ def _check_rewards(workdir: Workdir, earlier: Mapping[str, Any], asked: Mapping[
 
 
 def _line(prompt: Prompt) -> str:
+    """A prompt as one line of `prompts.jsonl`."""
     return json.dumps(
         {"prompt": prompt.text, "source": prompt.source, "metadata": dict(prompt.metadata)}
     )

@@ -77,13 +77,11 @@ def parse_models(text: str) -> dict[str, PolicySource]:
 def _parse_model(item: str) -> tuple[str, PolicySource]:
     """One model of `--models`."""
     name, separator, value = item.partition("=")
-    place, *loras = (value if separator else item).split("+")
+    if not separator:
+        value = item
+    place, *loras = value.split("+")
     path, policy = _split_policy(place)
-    if separator:
-        name = name.strip()
-    else:
-        last = path.rstrip("/").rpartition("/")[2]
-        name = re.sub(r"[^\w.-]+", "-", last).lstrip("-._")
+    name = name.strip() if separator else _name_of(path)
     if not _NAME.fullmatch(name):
         raise InputError(
             "--models: expected NAME=PLACE with a name of letters, digits, '.', '-' and '_'; "
@@ -91,17 +89,26 @@ def _parse_model(item: str) -> tuple[str, PolicySource]:
         )
     if not path or not all(loras):
         raise InputError(f"--models: expected NAME=PLACE[:POLICY][+LORA]; received {item!r}")
-    folder = location("--models", path)
-    is_run = (folder / "config.json").exists() and not (folder / "model_index.json").exists()
+    is_run = _is_run(path)
     if policy and not is_run:
         raise InputError(f"--models: expected a training run before ':{policy}'; received {path!r}")
-    source = PolicySource(
-        model="" if is_run else path,
-        workdir=path if is_run else "",
-        policy=policy or "ema",
-        loras=",".join(loras),
-    )
-    return name, source
+    added = ",".join(loras)
+    if not is_run:
+        return name, PolicySource(model=path, loras=added)
+    return name, PolicySource(workdir=path, policy=policy or "ema", loras=added)
+
+
+def _name_of(path: str) -> str:
+    """The last part of a path or hub id, as a name."""
+    last = path.rstrip("/").rpartition("/")[2]
+    # The name becomes a folder's: no dot or dash at its beginning.
+    return re.sub(r"[^\w.-]+", "-", last).lstrip("-._")
+
+
+def _is_run(path: str) -> bool:
+    """Whether a place is the workdir of a training run: some model folders have a config.json too."""
+    folder = location("--models", path)
+    return (folder / "config.json").exists() and not (folder / "model_index.json").exists()
 
 
 def _split_policy(place: str) -> tuple[str, str]:
@@ -111,6 +118,7 @@ def _split_policy(place: str) -> tuple[str, str]:
         return place, ""
     if policy in POLICIES:
         return path, policy
+    # A word behind a run's workdir is meant as a policy; behind anything else it is part of a path, as in gs://x.
     if re.fullmatch(r"[a-z]+", policy) and (location("--models", path) / "config.json").exists():
         check_policy("--models: policy", policy)
     return place, ""
@@ -147,13 +155,16 @@ def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list
 
 
 def _prompts_by_source(text: str) -> dict[str, list[Prompt]]:
+    """The prompts of all places named, by source; a source of two places has the prompts of both."""
     by_source: dict[str, list[Prompt]] = {}
     for place in text.split(","):
         place = place.strip()
         if not place:
             continue
-        if place not in (EMBEDDED, generated.NAME) and Path(place).expanduser().is_file():
-            prompts = read_file(Path(place).expanduser())
+        file = Path(place).expanduser()
+        # A file that happens to be called like a shipped set does not hide it.
+        if place not in (EMBEDDED, generated.NAME) and file.is_file():
+            prompts = read_file(file)
             by_source.setdefault(prompts[0].source, []).extend(prompts)
             continue
         for source, prompts in read_prompts(place, "test").items():

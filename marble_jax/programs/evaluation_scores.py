@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.batches import batch_indices
 from marble_jax.console import Console
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.score_file import ScoreFile
-from marble_jax.batches import batch_indices
 from marble_jax.programs.evaluation_request import Request
 from marble_jax.programs.locations import resolve_path
 from marble_jax.prompts.files import Prompt
@@ -22,18 +22,21 @@ from marble_jax.rewards.scorer import Scorer
 from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
 
-UNDER_WAY = 2  # batches that host rewards score while the next one is read
+UNDER_WAY = 2
+"""Batches that host rewards score while the next one is read."""
 
 
 def reward_entries(request: Request) -> dict[str, Any]:
-    """The entries of the rewards asked for, by name, each with the directory it is from.
+    """Returns the entries of the rewards asked for, by name, each with the directory it is from.
 
     Raises:
       InputError: a reward that is neither in the directory nor known to the package.
     """
     path = resolve_path(request.rewards_path, "rewards")
     entries: dict[str, Any] = {}
-    if not request.rewards or not all(is_function(name) for name in request.rewards):
+    only_functions = bool(request.rewards) and all(map(is_function, request.rewards))
+    # Functions need no directory, and there may be none.
+    if not only_functions:
         entries = entries_of(path)
     names = request.rewards or tuple(entries)
     # What has no entry is refused now, not after hours of drawing, unless the registry knows it.
@@ -45,7 +48,7 @@ def reward_entries(request: Request) -> dict[str, Any]:
 def score_models(
     request: Request, workdir: Workdir, prompts: Sequence[Prompt], console: Console
 ) -> list[str]:
-    """Scores what lacks a score; returns the names of all columns."""
+    """Scores the images that lack a score; returns the names of all columns."""
     path = resolve_path(request.rewards_path, "rewards")
     wanted = request.rewards or tuple(entries_of(path))
     rewards = with_accuracy(load_rewards(path, wanted, request.num_workers))
@@ -53,10 +56,10 @@ def score_models(
     for model in request.models:
         file = ScoreFile(workdir.path / model / "scores.jsonl")
         lacking, missing = file.missing(names, len(prompts))
-        by = f" by {', '.join(lacking)}" if missing else ""
-        console.say(f"{model}: {len(missing)} images to score{by}")
         if not missing:
+            console.say(f"{model}: 0 images to score")
             continue
+        console.say(f"{model}: {len(missing)} images to score by {', '.join(lacking)}")
         chosen = [reward for reward in rewards if reward.name in lacking]
         scorer = Scorer(chosen, request.num_workers, "retry")
         size = min(request.settings.batch, len(missing))
@@ -85,6 +88,7 @@ def _score_images(
     under_way: deque[tuple[list[int], Any]] = deque()
 
     def collect() -> None:
+        """Waits for the oldest batch, and writes it."""
         numbers, pending = under_way.popleft()
         scores = pending.result()
         with writable(workdir.path):
@@ -93,7 +97,9 @@ def _score_images(
 
     for rows in batch_indices(len(missing), size):
         numbers = [missing[row] for row in rows]
-        images = np.stack([folder.read(i) for i in numbers]).astype(np.float32) / 255
+        # From the 8-bit files: scores do not depend on whether images were drawn in this call.
+        pixels = np.stack([folder.read(i) for i in numbers])
+        images = pixels.astype(np.float32) / 255
         pending = scorer.submit(jnp.asarray(images), [prompts[i] for i in numbers])
         # The last batch repeats an image until it is full; each is written once.
         under_way.append((list(dict.fromkeys(numbers)), pending))

@@ -25,7 +25,7 @@ from marble_jax.console import Console, quantity
 from marble_jax.convert.lora_files import merge_transformer
 from marble_jax.convert.writing import KEEP
 from marble_jax.errors import InputError
-from marble_jax.families.base import Family
+from marble_jax.families.base import Family, NetworkOptions
 from marble_jax.programs.export_folder import (
     exported_pairs,
     facts_of,
@@ -42,7 +42,6 @@ from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter
-from marble_jax.weights.component import open_component
 
 PROMPT = "a photo of a red apple on a wooden table"
 """What a verification draws when the run has no images of its own."""
@@ -54,7 +53,7 @@ class ExportOptions:
     """How a run is exported.
 
     Attributes:
-      policy: one of `types.TRAINED_POLICIES`.
+      policy: one of `policies.TRAINED_POLICIES`.
       step: of the checkpoint; the newest if None.
       merge: also write the merged transformer.
       dtype: of the merged weights, "float32" and so on; the base model's own if None.
@@ -94,7 +93,7 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
     with new_folder(location("--out", out), options.overwrite) as folder:
         root, family = locate(settings.model)
         spec = lora.lora_spec(settings.lora, family)
-        shapes = family.abstract_params(open_component(root / "transformer").config)
+        shapes = family.outline(root, NetworkOptions()).params
         adapter, step = restore_policy(
             settings, workdir, family, shapes, options.policy, options.step
         )
@@ -110,6 +109,7 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
             dtype = options.dtype or KEEP
             merge_transformer(root, target, pairs, spec.scale, family.formats, console, dtype)
         checks = None
+        # Before the folder takes its place: what does not verify never shows up there.
         if options.verify:
             drawing = _drawing(options, root, family, facts)
             checks = verify(folder, drawing, adapter, console)
@@ -193,6 +193,7 @@ class PeriodicExports:
         step, policy = int(state.step), settings.export.policy
         trained = step
         if policy == "best":
+            # The best policy is older than the state, which keeps it with its own step.
             if not np.isfinite(state.best_score):
                 raise InputError(
                     "export.policy: expected one that the run has; received 'best' before any evaluation"
@@ -202,16 +203,22 @@ class PeriodicExports:
         pairs = exported_pairs(family, adapter, self._shapes, spec)
         facts = facts_of(settings, family, self._workdir, pairs, policy, trained)
         target = self.folder / f"step_{step:06d}"
+        # A resumed run comes by a step again.
         with new_folder(target, overwrite=True) as folder:
             write_lora(folder, pairs, facts, family)
             write_card(folder, facts)
-        for old in self.steps()[: -settings.export.keep]:
-            (self.folder / f"step_{old:06d}").rmtree()
+        for surplus in self.steps()[: -settings.export.keep]:
+            (self.folder / f"step_{surplus:06d}").rmtree()
         return target
 
     def steps(self) -> list[int]:
         """Steps of the exports that are there."""
         if not self.folder.exists():
             return []
-        matches = [_STEP.fullmatch(path.name) for path in self.folder.iterdir()]
-        return sorted(int(match[1]) for match in matches if match)
+        steps = []
+        for path in self.folder.iterdir():
+            # Folders that are being filled, or were left behind by a kill, have other names.
+            match = _STEP.fullmatch(path.name)
+            if match is not None:
+                steps.append(int(match[1]))
+        return sorted(steps)

@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 
 from marble_jax.config import Settings
-from marble_jax.convert.lora_strength import PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.lora_files import Pairs, lora_files
+from marble_jax.convert.lora_strength import PEFT_CONFIG, PEFT_FILE
 from marble_jax.errors import InputError
 from marble_jax.families.base import Family, Size
 from marble_jax.programs.locations import EMBEDDED
@@ -40,39 +40,56 @@ def new_folder(target: epath.Path, overwrite: bool = False) -> Iterator[epath.Pa
     Raises:
       InputError: there is something already that is not to be replaced, or the place cannot be written.
     """
-    partial, old = (target.parent / f".{target.name}.{ending}" for ending in ("partial", "old"))
-    if old.exists() and not target.exists():  # a kill came between the two renames below
+    partial = target.parent / f".{target.name}.partial"
+    old = target.parent / f".{target.name}.old"
+    if old.exists() and not target.exists():
+        # A kill came between the two renames of `_put_in_place`.
         old.rename(target)
-    if target.exists():
-        empty = target.is_dir() and not any(target.iterdir())
-        if not empty and not overwrite:
-            raise InputError(
-                f"{target}: expected a new folder; received one that exists (--overwrite replaces it)"
-            )
-        if not empty and not (target / RECORD).exists():
-            raise InputError(
-                f"{target}: expected an earlier export to overwrite (with {RECORD}); received something "
-                "else, which is left alone"
-            )
+    _check_place(target, overwrite)
     try:
-        for place in (partial, old):
-            if place.exists():
-                place.rmtree()
+        # What an earlier kill left behind.
+        _remove(partial)
+        _remove(old)
         partial.mkdir(parents=True)
         yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        if old.exists():
-            old.rmtree()
+        _put_in_place(partial, target, old)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
             f"{target}: expected a writable place with room; received {reason}"
         ) from error
     finally:
-        if partial.exists():
-            partial.rmtree()
+        _remove(partial)
+
+
+def _check_place(target: epath.Path, overwrite: bool) -> None:
+    """Raises InputError where something stands that is not to be replaced."""
+    if not target.exists():
+        return
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(
+            f"{target}: expected a new folder; received one that exists (--overwrite replaces it)"
+        )
+    if not (target / RECORD).exists():
+        raise InputError(
+            f"{target}: expected an earlier export to overwrite (with {RECORD}); received something "
+            "else, which is left alone"
+        )
+
+
+def _put_in_place(partial: epath.Path, target: epath.Path, old: epath.Path) -> None:
+    """Puts a filled folder where an earlier one may stand, which is out of the way for as short as can be."""
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    _remove(old)
+
+
+def _remove(folder: epath.Path) -> None:
+    if folder.exists():
+        folder.rmtree()
 
 
 def facts_of(
@@ -80,10 +97,17 @@ def facts_of(
 ) -> Facts:
     """What is said about an export in its card and its record."""
     model = settings.model
-    on_hub = HUB_NAME.fullmatch(model.path) is not None and not epath.Path(model.path).is_dir()
+    folder = epath.Path(model.path)
+    # A relative path may look like a hub id.
+    on_hub = HUB_NAME.fullmatch(model.path) is not None and not folder.is_dir()
+    # Of a path only the last part is told: the rest is about the machine that the run was on.
+    base = model.path if on_hub else folder.name
+    num_values = 0
+    for a, b in pairs.values():
+        num_values += a.size + b.size
     return Facts(
         name=settings.name,
-        base=model.path if on_hub else epath.Path(model.path).name,
+        base=base,
         on_hub=on_hub,
         embedded=model.path == EMBEDDED,
         diffusers=family.diffusers,
@@ -91,7 +115,7 @@ def facts_of(
         step=step,
         spec=lora.lora_spec(settings.lora, family),
         num_layers=len(pairs),
-        num_values=sum(a.size + b.size for a, b in pairs.values()),
+        num_values=num_values,
         size=Size(model.height, model.width, model.num_frames),
         max_sequence_length=model.max_sequence_length,
         records=read_records(workdir.path),
@@ -109,12 +133,14 @@ def exported_pairs(
 
 def write_lora(folder: epath.Path, pairs: Pairs, facts: Facts, family: Family) -> None:
     """Writes the files of the adapter into an existing folder."""
+    # PEFT reads the name of a base model as a hub id.
     base = facts.base if facts.on_hub else None
     for name, content in lora_files(pairs, facts.spec, family.formats, base).items():
         (folder / name).write_bytes(content)
     (folder / "lora").mkdir()
     for name in (PEFT_CONFIG, PEFT_FILE):
-        try:  # one file under two names, where the file system can
+        try:
+            # One file under two names, where the file system can.
             os.link(folder / name, folder / "lora" / name)
         except (OSError, TypeError):
             (folder / name).copy(folder / "lora" / name)

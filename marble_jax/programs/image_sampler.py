@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from marble_jax.config import Settings
+from marble_jax.batches import batch_indices
+from marble_jax.config import ModelSettings, Settings
 from marble_jax.console import Console
 from marble_jax.convert.lora import add_loras
 from marble_jax.distributed import device_mesh
@@ -23,7 +24,7 @@ from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.programs.locations import resolve_path
-from marble_jax.programs.open_model import check_omitted
+from marble_jax.programs.open_model import check_omitted, size_of
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.programs.run_state import restore_policy, run_settings
@@ -33,8 +34,8 @@ from marble_jax.types import Adapter, Conditioning, Params
 from marble_jax.version import VERSION
 from marble_jax.weights.content_hash import content_hash
 
-DECODE_BATCH = 8  # images that the autoencoder works on at once
-
+DECODE_BATCH = 8
+"""Images that the autoencoder works on at once; its activations are large."""
 _SIZE_OPTIONS = ("--size: height", "--size: width", "--size: frames")
 
 
@@ -66,19 +67,17 @@ class ImageSampler:
         self._workdir: Workdir | None = None
         self.run: Settings | None = None
         self.origin = source.model
-        path, omit = source.model, settings.omit_text_encoders
-        # A plain model has no settings of its own: exact on a CPU, as it is published elsewhere.
-        self._dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        self._attention = "auto"
+        model = _plain_model(source.model)
         if source.workdir:
             self._workdir = Workdir(source.workdir)
             self.run = run_settings(self._workdir)
-            model = self.run.model
-            path, omit = model.path, (*omit, *model.omit_text_encoders)
-            self._dtype, self._attention = model.dtype, model.attention
             self.origin = f"{source.workdir} {source.policy}"
+            model = self.run.model
+        self._dtype, self._attention = model.dtype, model.attention
+        # A name that both leave out counts once.
+        omit = (*settings.omit_text_encoders, *model.omit_text_encoders)
         self._omit = tuple(dict.fromkeys(omit))
-        self.root = find_model(resolve_path(path, "pipeline"), self._omit)
+        self.root = find_model(resolve_path(model.path, "pipeline"), self._omit)
         self.family = family_of(self.root)
         check_omitted(self.family, self._omit, "--omit_text_encoders")
         self._length = self._sequence_length()
@@ -92,7 +91,7 @@ class ImageSampler:
         self._texts: EmbeddingCache | None = None
 
     def _sequence_length(self) -> int:
-        """Tokens a prompt: as asked for, as the run has them, or as the model has them."""
+        """Tokens a prompt: as many as are asked for, as the run has, or as the model has."""
         if self._settings.max_sequence_length is not None:
             return self._settings.max_sequence_length
         if self.run is not None:
@@ -112,7 +111,9 @@ class ImageSampler:
         )
         if not settings.embedding_cache or not texts:
             return
-        wanted = [*texts, settings.negative] if settings.guided else list(texts)
+        wanted = list(texts)
+        if settings.guided:
+            wanted.append(settings.negative)
         missing = len(self._texts.missing(wanted))
         with console.bar(missing, "text embeddings", "prompt") as bar:
             self._texts.fill(wanted, bar.update)
@@ -140,6 +141,7 @@ class ImageSampler:
         if self._source.loras:
             self.origin += f" with {self._source.loras}"
         if adapter is not None:
+            # Small enough to lie whole on every device.
             adapter = device_mesh.replicate(self._mesh, adapter)
         self._adapter = adapter
         self.size = self._size(networks)
@@ -147,6 +149,7 @@ class ImageSampler:
         self._latents = self._compiled(networks)
         if draws and not self._settings.embedding_cache and self._texts is not None:
             self._texts.load()
+        # Last: a call that failed half way starts again.
         self._networks = networks
 
     def _restored(self, networks: Networks) -> tuple[Networks, Adapter | None]:
@@ -162,13 +165,12 @@ class ImageSampler:
 
     def _size(self, networks: Networks) -> Size:
         """The size asked for, the run's, or the model's own."""
-        default = networks.default_size
+        size = networks.default_size
         if self.run is not None:
-            model = self.run.model
-            default = Size(model.height, model.width, model.num_frames)
-        size = default
+            size = size_of(self.run.model)
         if self._settings.size is not None:
-            size = Size(*self._settings.size, default.num_frames)
+            height, width = self._settings.size
+            size = Size(height, width, size.num_frames)
         networks.check_size(size, _SIZE_OPTIONS)
         return size
 
@@ -203,7 +205,7 @@ class ImageSampler:
     def record(
         self, known: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All that decides what an image looks like, and file hashes that make the next call quick.
+        """Returns all that decides what an image looks like, and file hashes that make the next call quick.
 
         The weights count by their contents, not by their place.
         """
@@ -219,12 +221,13 @@ class ImageSampler:
         return record | self.plan(), files | text_files
 
     def plan(self) -> dict[str, Any]:
-        """The part of `record` that is known before any weights are read."""
+        """Returns the part of `record` that is known before any weights are read."""
         settings = self._settings
         return {
             "seed": settings.seed,
             "steps": settings.num_steps,
             "solver": settings.solver,
+            # Every scale that switches guidance off draws the same image, whatever the negative prompt.
             "guidance": max(settings.guidance, 1.0),
             "negative": settings.negative if settings.guided else "",
             "max_sequence_length": self._length,
@@ -238,6 +241,7 @@ class ImageSampler:
             return ""
         digest = hashlib.sha256()
         for path, leaf in jax.tree.leaves_with_path(self._adapter):
+            # With its path: the same values under other layers are another adapter.
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()[:16]
@@ -248,27 +252,30 @@ class ImageSampler:
         Returns:
           float32 [n, H, W, 3] in [0, 1].
         """
-        assert self._networks is not None and self._decoder is not None and self._texts is not None
         count = len(numbers)
-        # Filled up by repeating the last one, so that every batch has one compiled shape.
-        num_batches = -(-count // self._batch)
-        rows = np.minimum(np.arange(num_batches * self._batch), count - 1)
         images = []
-        for part in np.split(rows, num_batches):
-            cond = self._texts([texts[i] for i in part])
-            negative = None
-            if self._settings.guided:
-                negative = self._texts([self._settings.negative] * len(part))
-            key = jax.random.key(self._settings.seed)
-            noise = image_noise(key, [numbers[i] for i in part], self._latent_shape)
-            cond, negative, noise = device_mesh.shard_batch(self._mesh, (cond, negative, noise))
-            latents = self._latents(self._networks.params, self._adapter, cond, negative, noise)
-            at_once = min(len(part), max(self._mesh.size, DECODE_BATCH))
-            images.append(np.asarray(as_images(self._decoder(latents, at_once))))
+        for part in batch_indices(count, self._batch):
+            images.append(self._draw_batch([texts[i] for i in part], [numbers[i] for i in part]))
+        # The last batch repeats an image until it is full.
         return np.concatenate(images)[:count]
 
+    def _draw_batch(self, texts: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
+        """Images of one batch of the compiled size."""
+        assert self._networks is not None and self._decoder is not None and self._texts is not None
+        cond = self._texts(texts)
+        negative = None
+        if self._settings.guided:
+            negative = self._texts([self._settings.negative] * len(texts))
+        key = jax.random.key(self._settings.seed)
+        noise = image_noise(key, numbers, self._latent_shape)
+        cond, negative, noise = device_mesh.shard_batch(self._mesh, (cond, negative, noise))
+        latents = self._latents(self._networks.params, self._adapter, cond, negative, noise)
+        # At least one on every device.
+        at_once = min(len(texts), max(self._mesh.size, DECODE_BATCH))
+        return np.asarray(as_images(self._decoder(latents, at_once)))
+
     def texts(self, number: int, prompt: str) -> dict[str, str]:
-        """What is written into the file of image `number`."""
+        """Returns what is written into the file of image `number`."""
         settings = self._settings
         written = {
             "prompt": prompt,
@@ -283,3 +290,12 @@ class ImageSampler:
         if settings.guided:
             written["negative prompt"] = settings.negative
         return written
+
+
+def _plain_model(path: str) -> ModelSettings:
+    """How a model is computed that no run has settings for."""
+    dtype = "bfloat16"
+    if jax.default_backend() == "cpu":
+        # As published models run elsewhere, and a CPU gains nothing from half precision.
+        dtype = "float32"
+    return ModelSettings(path=path, dtype=dtype, attention="auto")

@@ -38,9 +38,10 @@ def resolve_path(path: str, kind: str) -> Path:
 
 
 def reward_directory(settings: RewardSettings) -> Path | None:
-    """The directory of a run's rewards; None where there is none and all rewards are functions."""
+    """Returns the directory of a run's rewards; None where there is none and all rewards are functions."""
     names = (*settings.train, *settings.heldout)
-    if not settings.path and all(is_function(name) for name in names):
+    # A path that is given is read even so: it may hold records that scores are compared with.
+    if not settings.path and all(map(is_function, names)):
         return None
     return resolve_path(settings.path, "rewards")
 
@@ -55,7 +56,7 @@ def read_prompts(
       split: "train" or "test".
       sources: those wanted; all when None.
     """
-    wanted = None if sources is None else tuple(sources)
+    wanted = sources if sources is None else tuple(sources)
     if path == generated.NAME:
         return generated.generate(split, wanted)
     return read_directory(resolve_path(path, "prompts"), split, wanted)
@@ -66,6 +67,7 @@ def held_out_prompts(prompts: PromptSettings, evaluation: EvaluationSettings) ->
     sources = evaluation.sources or prompts.sources
     by_source = read_prompts(prompts.path, "test", sources)
     chosen: list[Prompt] = []
+    # Sources in alphabetical order: the same prompts in the same order, however a run lists its sources.
     for name, count in shares(sorted(by_source), evaluation.num_prompts).items():
         chosen += by_source[name][:count]
     return chosen

@@ -15,6 +15,11 @@ from marble_jax.report.records import Records, step_of
 from marble_jax.trainable.lora import LoraSpec
 
 NUM_IMAGES = 4
+UPSTREAM_STRENGTH = (32, 64.0)
+"""Rank and alpha that MARBLE's `evaluation.py --checkpoint_path` takes for granted."""
+
+_TAGS_BEFORE = ("lora", "diffusers", "peft")
+_TAGS_AFTER = ("text-to-image", "reinforcement-learning", "marble")
 _POLICIES = {
     "ema": "averaged policy, the one that is evaluated",
     "current": "policy that the optimiser updates",
@@ -25,7 +30,7 @@ _POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a card says besides the records.
+    """What a card says, with the records of the run.
 
     Attributes:
       name: of the run.
@@ -57,11 +62,36 @@ class Facts:
     max_sequence_length: int
     records: Records
 
+    @property
+    def by_stability(self) -> bool:
+        """Whether the base model is one of Stability AI's."""
+        return self.on_hub and self.base.startswith("stabilityai/")
+
+    @property
+    def base_link(self) -> str:
+        """The base model in Markdown, as a link where it is on the hub."""
+        return f"[{self.base}](https://huggingface.co/{self.base})"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownImages:
+    """One prompt's images in a card.
+
+    Attributes:
+      prompt: the text.
+      before: name of the base model's image in the folder.
+      after: name of the exported policy's image in the folder.
+    """
+
+    prompt: str
+    before: str
+    after: str
+
 
 def model_card(
     facts: Facts, checks: Mapping[str, Any] | None, merged: bool
 ) -> tuple[str, dict[str, epath.Path]]:
-    """The text, and the images it shows: {name in the folder: file}.
+    """Returns the text of a card, and the images it shows: {name in the folder: file}.
 
     Args:
       facts: what to say.
@@ -69,7 +99,10 @@ def model_card(
       merged: whether the folder holds merged weights.
     """
     evaluation = evaluation_of(facts)
-    shown, images = _images(facts, evaluation)
+    shown: list[ShownImages] = []
+    files: dict[str, epath.Path] = {}
+    if evaluation is not None:
+        shown, files = _images(facts, step_of(evaluation))
     parts = [
         _header(facts, shown),
         _introduction(facts),
@@ -79,171 +112,191 @@ def model_card(
         _verified(checks),
         _licence(facts),
     ]
-    return "\n".join(part for part in parts if part), images
+    return "\n".join(part for part in parts if part), files
 
 
 def evaluation_of(facts: Facts) -> dict[str, Any] | None:
-    """The newest evaluation of trained weights up to the exported step."""
-    found = [e for e in facts.records.trained if step_of(e) <= facts.step]
-    return found[-1] if found else None
+    """Returns the newest evaluation of trained weights up to the exported step."""
+    newest = None
+    for evaluation in facts.records.trained:
+        if step_of(evaluation) <= facts.step:
+            newest = evaluation
+    return newest
 
 
-def _header(facts: Facts, shown: list[tuple[str, str, str]]) -> str:
+def _header(facts: Facts, shown: list[ShownImages]) -> str:
+    """What the hub reads: YAML between two lines of dashes."""
     lines = ["---"]
     if facts.on_hub:
         lines += [f"base_model: {facts.base}", "base_model_relation: adapter"]
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image"]
     if facts.embedded:
         lines.append("license: apache-2.0")
-    elif facts.on_hub and facts.base.startswith("stabilityai/"):
+    elif facts.by_stability:
         lines += [
             "license: other",
             "license_name: stabilityai-ai-community",
             f"license_link: https://huggingface.co/{facts.base}/blob/main/LICENSE.md",
         ]
-    lines += [
-        "tags:",
-        *(
-            f"- {tag}"
-            for tag in (
-                "lora",
-                "diffusers",
-                "peft",
-                facts.diffusers.tag,
-                "text-to-image",
-                "reinforcement-learning",
-                "marble",
-            )
-        ),
-    ]
+    lines.append("tags:")
+    for tag in (*_TAGS_BEFORE, facts.diffusers.tag, *_TAGS_AFTER):
+        lines.append(f"- {tag}")
     if shown:
         lines.append("widget:")
-        for prompt, _, after in shown:
-            lines += [f"- text: {json.dumps(prompt)}", "  output:", f"    url: {after}"]
+    for images in shown:
+        # A prompt may hold anything; a JSON string is a YAML string too.
+        text = json.dumps(images.prompt)
+        lines += [f"- text: {text}", "  output:", f"    url: {images.after}"]
     return "\n".join([*lines, "---", ""])
 
 
 def _introduction(facts: Facts) -> str:
-    run = facts.records.run
-    base = (
-        f"[{facts.base}](https://huggingface.co/{facts.base})"
-        if facts.on_hub
-        else ("the pipeline that ships with marble_jax" if facts.embedded else f"`{facts.base}`")
-    )
+    """What the adapter is, and how it was trained."""
+    records, spec = facts.records, facts.spec
     lines = [
         f"# {facts.name}",
         "",
-        f"LoRA adapter for {base}: rank {facts.spec.rank}, alpha {facts.spec.alpha:g}, {facts.num_layers} layers, "
-        f"{facts.num_values:,} values. Trained with reinforcement learning on several rewards at once (MARBLE, "
-        "arXiv 2605.06507, by marble_jax), without classifier-free guidance.",
+        f"LoRA adapter for {_base_in_words(facts)}: rank {spec.rank}, alpha {spec.alpha:g}, "
+        f"{facts.num_layers} layers, {facts.num_values:,} values. Trained with reinforcement learning "
+        "on several rewards at once (MARBLE, arXiv 2605.06507, by marble_jax), without "
+        "classifier-free guidance.",
         "",
         f"- policy: {facts.policy}, the {_POLICIES[facts.policy]}; after step {facts.step}",
     ]
-    if run.get("method"):
-        lines.append(f"- method: {run['method']}")
-    if facts.records.rewards:
-        lines.append(f"- rewards: {', '.join(facts.records.rewards)}")
-    if facts.records.heldout:
-        lines.append(f"- measured, never trained on: {', '.join(facts.records.heldout)}")
+    if records.run.get("method"):
+        lines.append(f"- method: {records.run['method']}")
+    if records.rewards:
+        lines.append(f"- rewards: {', '.join(records.rewards)}")
+    if records.heldout:
+        lines.append(f"- measured, never trained on: {', '.join(records.heldout)}")
+    targets = ", ".join(f"`{target}`" for target in spec.targets)
     lines += [
         f"- size: {facts.size} px; tokens a prompt: {facts.max_sequence_length}",
-        f"- adapted layers: {', '.join(f'`{t}`' for t in facts.spec.targets)}",
+        f"- adapted layers: {targets}",
         "",
     ]
     return "\n".join(lines)
 
 
+def _base_in_words(facts: Facts) -> str:
+    if facts.on_hub:
+        return facts.base_link
+    if facts.embedded:
+        return "the pipeline that ships with marble_jax"
+    return f"`{facts.base}`"
+
+
 def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
+    """The table of scores before and after."""
     records = facts.records
     if evaluation is None or records.base is None:
         return "## Results\n\nNot evaluated.\n"
-    config = records.run.get("config") or {}
-    how = ", ".join(
-        text + str(config[key])
-        for key, text in (
-            ("evaluation.solver", ""),
-            ("evaluation.num_steps", "steps: "),
-            ("evaluation.seed", "seed: "),
+    evaluated_policy = ""
+    if facts.policy not in ("ema", "best") or step_of(evaluation) != facts.step:
+        evaluated_policy = (
+            f" These are the scores of the averaged policy after step {step_of(evaluation)}."
         )
-        if key in config
-    )
-    of = (
-        ""
-        if facts.policy in ("ema", "best") and step_of(evaluation) == facts.step
-        else (f" These are the scores of the averaged policy after step {step_of(evaluation)}.")
-    )
     lines = [
         "## Results",
         "",
-        f"{evaluation.get('num_prompts', '?')} held-out prompts, the same noise before and after ({how}); gain "
-        f"with 95 % bootstrap interval over the prompts.{of}",
+        f"{evaluation.get('num_prompts', '?')} held-out prompts, the same noise before and after "
+        f"({_sampling(records)}); gain with 95 % bootstrap interval over the prompts."
+        f"{evaluated_policy}",
         "",
         "| reward | base model | with the adapter | gain | prompts |",
         "|---|---|---|---|---|",
     ]
     for name in records.names:
-        before, after = records.score(records.base, name), records.score(evaluation, name)
-        gain = records.score(evaluation, name, "gain")
-        label = name + (" (never trained on)" if name in records.heldout else "")
-        change = (
-            "-"
-            if math.isnan(gain.mean)
-            else f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-        )
-        count = "-" if math.isnan(after.count) else f"{after.count:.0f}"
-        lines.append(
-            f"| {label} | {_figure(before.mean)} | {_figure(after.mean)} | {change} | {count} |"
-        )
+        lines.append(_result_row(records, evaluation, name))
     return "\n".join([*lines, ""])
 
 
-def _images(
-    facts: Facts, evaluation: dict[str, Any] | None
-) -> tuple[list[tuple[str, str, str]], dict[str, epath.Path]]:
-    """(prompt, name before, name after) of the images shown, and the files by name."""
-    shown, files = [], {}
-    for number, strip in enumerate(facts.records.strips if evaluation else ()):
-        steps = dict(strip.images)
-        if 0 in steps and step_of(evaluation) in steps and len(shown) < NUM_IMAGES:
-            before, after = (f"images/{number:02d}_{when}.png" for when in ("before", "after"))
-            files |= {before: steps[0], after: steps[step_of(evaluation)]}
-            shown.append((strip.prompt, before, after))
+def _sampling(records: Records) -> str:
+    """How the images of evaluations are sampled, as far as the record says so."""
+    config = records.run.get("config") or {}
+    labels = {
+        "evaluation.solver": "",
+        "evaluation.num_steps": "steps: ",
+        "evaluation.seed": "seed: ",
+    }
+    parts = []
+    for key, label in labels.items():
+        if key in config:
+            parts.append(f"{label}{config[key]}")
+    return ", ".join(parts)
+
+
+def _result_row(records: Records, evaluation: dict[str, Any], name: str) -> str:
+    """One reward's line of the table."""
+    before = records.score(records.base, name)
+    after = records.score(evaluation, name)
+    gain = records.score(evaluation, name, "gain")
+    label, change, count = name, "-", "-"
+    if name in records.heldout:
+        label = f"{name} (never trained on)"
+    if not math.isnan(gain.mean):
+        change = f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+    if not math.isnan(after.count):
+        count = f"{after.count:.0f}"
+    return f"| {label} | {_figure(before.mean)} | {_figure(after.mean)} | {change} | {count} |"
+
+
+def _images(facts: Facts, step: int) -> tuple[list[ShownImages], dict[str, epath.Path]]:
+    """The first prompts that have images both of the base model and after `step`, and the files by name."""
+    shown: list[ShownImages] = []
+    files: dict[str, epath.Path] = {}
+    for number, strip in enumerate(facts.records.strips):
+        by_step = dict(strip.images)
+        if len(shown) == NUM_IMAGES:
+            break
+        if 0 not in by_step or step not in by_step:
+            continue
+        before, after = f"images/{number:02d}_before.png", f"images/{number:02d}_after.png"
+        files[before], files[after] = by_step[0], by_step[step]
+        shown.append(ShownImages(strip.prompt, before, after))
     return shown, files
 
 
-def _strip(shown: list[tuple[str, str, str]]) -> str:
+def _strip(shown: list[ShownImages]) -> str:
+    """The table of images."""
     if not shown:
         return ""
     rows = ["| prompt | base model | with the adapter |", "|---|---|---|"]
-    for prompt, before, after in shown:
-        text = " ".join(prompt.replace("|", "\\|").split())
-        rows.append(f"| {text} | ![before]({before}) | ![after]({after}) |")
+    for images in shown:
+        # A bar or the end of a line would end the cell.
+        text = " ".join(images.prompt.replace("|", "\\|").split())
+        rows.append(f"| {text} | ![before]({images.before}) | ![after]({images.after}) |")
     return "\n".join(["## Images", "", "Same prompt, same noise.", "", *rows, ""])
 
 
 def _usage(facts: Facts, merged: bool) -> str:
-    base = facts.base
-    opening = ""
+    """How each library opens the folder."""
+    parts = [_usage_of_lora(facts)]
+    if merged:
+        parts.append(_usage_of_merged(facts))
+    parts.append(_usage_of_single_files(facts.spec))
+    return "\n".join(parts)
+
+
+def _usage_of_lora(facts: Facts) -> str:
+    pipeline, size = facts.diffusers.pipeline, facts.size
+    opening, place = "", f'"{facts.base}"'
     if facts.embedded:
-        opening, place = (
-            "from importlib.resources import files\n",
-            'str(files("marble_jax") / "embedded/pipeline")',
-        )
-    else:
-        place = f'"{base}"'
+        opening = "from importlib.resources import files\n"
+        place = 'str(files("marble_jax") / "embedded/pipeline")'
     call = (
-        f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={facts.size.height}, '
-        f"width={facts.size.width}, max_sequence_length={facts.max_sequence_length}).images[0]"
+        f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={size.height}, '
+        f"width={size.width}, max_sequence_length={facts.max_sequence_length}).images[0]"
     )
-    text = f"""## Use
+    return f"""## Use
 
 `DIR` is this folder, or its name on the hub.
 
 ```python
 {opening}import torch
-from diffusers import {facts.diffusers.pipeline}
+from diffusers import {pipeline}
 
-pipe = {facts.diffusers.pipeline}.from_pretrained({place}, torch_dtype=torch.bfloat16)
+pipe = {pipeline}.from_pretrained({place}, torch_dtype=torch.bfloat16)
 pipe.load_lora_weights("DIR", weight_name="pytorch_lora_weights.safetensors")
 {call}
 ```
@@ -256,63 +309,69 @@ from peft import PeftModel
 pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "DIR").merge_and_unload()
 ```
 """
-    if merged:
-        text += f"""
-Merged weights, without any LoRA code:
+
+
+def _usage_of_merged(facts: Facts) -> str:
+    transformer = facts.diffusers.transformer
+    return f"""Merged weights, without any LoRA code:
 
 ```python
-from diffusers import {facts.diffusers.transformer}
+from diffusers import {transformer}
 
-pipe.transformer = {facts.diffusers.transformer}.from_pretrained("DIR", subfolder="transformer", torch_dtype=torch.bfloat16)
+pipe.transformer = {transformer}.from_pretrained("DIR", subfolder="transformer", torch_dtype=torch.bfloat16)
 ```
 """
-    fits = (facts.spec.rank, facts.spec.alpha) == (32, 64.0)
-    return (
-        text
-        + f"""
-ComfyUI and other readers of single files: take `pytorch_lora_weights.safetensors`, strength 1. alpha / rank =
-{facts.spec.scale:g} is part of its matrices, as these readers (and diffusers) run a file without alpha at alpha = rank.
+
+
+def _usage_of_single_files(spec: LoraSpec) -> str:
+    other_strength = ""
+    if (spec.rank, spec.alpha) != UPSTREAM_STRENGTH:
+        other_strength = " (not this adapter's: use its `--lora_hf_path`)"
+    return f"""ComfyUI and other readers of single files: take `pytorch_lora_weights.safetensors`, strength 1.
+alpha / rank = {spec.scale:g} is part of its matrices, as these readers (and diffusers) run a file without alpha
+at alpha = rank.
 `adapter_model.safetensors` is PEFT's: its strength is in `adapter_config.json`, and without that file it acts at
-1/{facts.spec.scale:g} of its strength. `lora/` holds PEFT's files once more, for `evaluation.py --checkpoint_path` of
-MARBLE, which assumes rank 32 and alpha 64{"" if fits else " (not this adapter's: use its `--lora_hf_path`)"}.
+1/{spec.scale:g} of its strength. `lora/` holds PEFT's files once more, for `evaluation.py --checkpoint_path` of
+MARBLE, which assumes rank 32 and alpha 64{other_strength}.
 """
-    )
 
 
 def _verified(checks: Mapping[str, Any] | None) -> str:
+    """The table of a verification; empty if there was none."""
     if not checks:
         return ""
     lines = [
         "## Verified",
         "",
-        f"One prompt drawn in {checks['num_steps']} steps in float32 and compared with the trainer's own image, "
-        f"which the adapter changes by up to {checks['effect']:.3f} a pixel (of 1). Strength is the share of that "
-        "change that the reader makes: 1 is right.",
+        f"One prompt drawn in {checks['num_steps']} steps in float32 and compared with the trainer's "
+        f"own image, which the adapter changes by up to {checks['effect']:.3f} a pixel (of 1). "
+        "Strength is the share of that change that the reader makes: 1 is right.",
         "",
         "| read by | largest difference a pixel | strength |",
         "|---|---|---|",
     ]
-    lines += [
-        f"| {name} | {c['difference']:.2g} | {c['strength']:.3f} |"
-        for name, c in checks["readers"].items()
-    ]
+    for name, check in checks["readers"].items():
+        lines.append(f"| {name} | {check['difference']:.2g} | {check['strength']:.3f} |")
     return "\n".join([*lines, ""])
 
 
 def _licence(facts: Facts) -> str:
+    """The licence of the base model, as far as it is known."""
     if facts.embedded:
         return "## Licence\n\nApache-2.0, as the pipeline it was trained on.\n"
-    if facts.on_hub and facts.base.startswith("stabilityai/"):
+    if facts.by_stability:
         return (
             "## Licence\n\nDerived from a Stability AI model: the Stability AI Community License of "
-            f"[{facts.base}](https://huggingface.co/{facts.base}) applies to this adapter and to what is made with "
-            "it.\n"
+            f"{facts.base_link} applies to this adapter and to what is made with it.\n"
         )
     return (
-        "## Licence\n\nAn adapter is derived from its base model; the licence of the base model applies. Add it as "
-        "`license:` at the top before publishing.\n"
+        "## Licence\n\nAn adapter is derived from its base model; the licence of the base model "
+        "applies. Add it as `license:` at the top before publishing.\n"
     )
 
 
 def _figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
+    """Four decimals; a dash for what was not measured."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.4f}"

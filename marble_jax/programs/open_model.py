@@ -22,7 +22,8 @@ from marble_jax.networks import attention
 from marble_jax.programs.locations import resolve_path
 from marble_jax.types import DTYPES
 
-DECODED_AT_ONCE = 32  # images that the autoencoder turns from latents to pixels together
+DECODED_AT_ONCE = 32
+"""Images that the autoencoder turns from latents to pixels together; its activations are large."""
 SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
 
 
@@ -33,6 +34,7 @@ def locate(settings: ModelSettings) -> tuple[Path, Family]:
       InputError: no such model, one of no family, or a text encoder to leave out that the family needs.
     """
     path = resolve_path(settings.path, "pipeline")
+    # The hub's index tells the family, and that tells which text encoders may be left out: checked after.
     root = find_model(path, settings.omit_text_encoders)
     family = family_of(root)
     check_omitted(family, settings.omit_text_encoders, "model.omit_text_encoders")
@@ -62,6 +64,7 @@ def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.Fu
 def decode_size(count: int, mesh: Any) -> int:
     """Images decoded at once, over all devices, of `count` in a batch."""
     shards = device_mesh.image_shards(mesh, count)
+    # The same number on every device that holds images, one at least.
     return min(count, shards * max(1, DECODED_AT_ONCE // shards))
 
 
@@ -87,6 +90,7 @@ def open_networks(
     Raises:
       InputError: missing or malformed files, or a size that the model cannot draw.
     """
+    # Shapes first: a size that does not fit shows before gigabytes are read, and rules need the head's width.
     outline = family.outline(root, NetworkOptions())
     outline.check_size(size_of(settings), SIZE_KEYS)
     transformer = outline.sharding_rules
@@ -109,8 +113,11 @@ def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family
       InputError: neither a local directory with config files nor a published name; a size that does not fit.
     """
     path = resolve_path(settings.path, "pipeline")
-    model: Path | str = path if path.is_dir() else settings.path
-    family = family_of(path) if path.is_dir() else family_of_published(settings.path)
+    model: Path | str
+    if path.is_dir():
+        model, family = path, family_of(path)
+    else:
+        model, family = settings.path, family_of_published(settings.path)
     networks = family.outline(model, network_options(settings, lora_scale))
     networks.check_size(size_of(settings), SIZE_KEYS)
     return family, networks, model
@@ -141,6 +148,7 @@ def text_embeddings(
             folder=folder,
         )
         if not folder:
+            # What is missing of the encoders shows now, not at the first rollout.
             cache.load()
             return cache
         missing, console = len(cache.missing(texts)), Console()
@@ -156,5 +164,6 @@ def text_embeddings(
     def ready_on_first() -> EmbeddingCache | None:
         return ready() if distributed.is_first() else None
 
+    # One process encodes, and the others read what it wrote.
     first = distributed.run_on_all("text embeddings", ready_on_first)
     return first or ready()

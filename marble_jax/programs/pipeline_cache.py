@@ -28,7 +28,7 @@ class PipelineCache:
     def networks(
         self, family: Family, root: Path, dtype: str, attention: str, mesh: Mesh
     ) -> tuple[Networks, Decoder]:
-        """The networks in `root`, whole on every device, with their decoder."""
+        """Returns the networks in `root`, whole on every device, with their decoder."""
         key = (root, dtype, attention)
         if key == self._key and self._networks is not None and self._decoder is not None:
             return self._networks, self._decoder
@@ -56,10 +56,11 @@ class PipelineCache:
         omit: tuple[str, ...],
         folder: str,
     ) -> EmbeddingCache:
-        """Conditioning by the text encoders in `root`; those of other models leave memory."""
+        """Returns the conditioning by the text encoders in `root`; those of other models leave memory."""
         key = (root, max_sequence_length, dtype, omit, folder)
-        for other, cache in self._texts.items():
-            if other != key:
+        for cached_key, cache in self._texts.items():
+            # The conditioning that is computed already stays at hand: it is small.
+            if cached_key != key:
                 cache.release()
         if key not in self._texts:
             self._texts[key] = EmbeddingCache(

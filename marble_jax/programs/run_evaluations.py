@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -52,6 +53,7 @@ class RunEvaluations:
           give_way: called after every batch of images; what it raises comes through, and nothing is on record.
         """
         step = int(state.step)
+        # All processes have to agree on what is left to do.
         recorded = distributed.broadcast_from_first("evaluations", self._recorded_steps)
         base = self._base_scores(0 in recorded, give_way)
         if step == 0 or step in recorded:
@@ -62,12 +64,16 @@ class RunEvaluations:
             "evaluation", lambda: self._write(step, "ema", scores, images, gain, seconds)
         )
         words = " ".join(f"{name} {gain[name]['mean']:+.3f}" for name in scores.names)
+        num_prompts = len(self._run.evaluator.prompts)
         self._console.say(
-            f"evaluation after step {step} ({len(self._run.evaluator.prompts)} held-out prompts, "
-            f"{duration(seconds)}): gain {words}"
+            f"evaluation after step {step} ({num_prompts} held-out prompts, {duration(seconds)}): "
+            f"gain {words}"
         )
         score = standardised_gain(scores, base, self._deciding)
-        return _with_best(state, score) if score > float(state.best_score) else state
+        # False for a score that is not a number: such a policy is never the best.
+        if score > float(state.best_score):
+            return _with_best(state, score)
+        return state
 
     def _recorded_steps(self) -> list[int]:
         """Steps of the evaluations that are on record."""
@@ -109,6 +115,7 @@ class RunEvaluations:
         start, run = time.perf_counter(), self._run
         params: Params = run.networks.params
         if adapter is not None and run.settings.rollout.merge_adapter:
+            # As rollouts draw: merged weights round otherwise than a sum of two products.
             params, adapter = lora.merge(params, adapter, run.spec.scale), None
         with self._console.bar(len(run.evaluator.groups), what, "img") as bar:
 
@@ -150,9 +157,9 @@ class RunEvaluations:
         if failed:
             record["failed"] = failed
         self._workdir.append(self._workdir.evaluations, record)
-        means = {
-            f"evaluation/score/{name}": entry["mean"] for name, entry in record["scores"].items()
-        }
+        means = {}
+        for name, entry in record["scores"].items():
+            means[f"evaluation/score/{name}"] = entry["mean"]
         self._writer.write(step, means)
 
 
@@ -160,12 +167,11 @@ def _with_best(state: TrainState, score: float) -> TrainState:
     """The state with its averaged policy as the best one."""
     # Placed like what they replace: an array that lies elsewhere would have the steps compiled anew.
     best_score = distributed.device_put_global(np.float32(score), state.best_score.sharding)
-    best_step = distributed.device_put_global(
-        np.int32(int(state.step)), state.best_step.sharding
-    )
+    step = np.int32(int(state.step))
+    best_step = distributed.device_put_global(step, state.best_step.sharding)
     # A copy: steps overwrite the state they are given, buffers that it shares included.
     best = jax.tree.map(jnp.copy, state.ema)
-    return state.replace(best_score=best_score, best_step=best_step, best=best)
+    return dataclasses.replace(state, best_score=best_score, best_step=best_step, best=best)
 
 
 def _failures(scores: Scores) -> dict[str, int]:
@@ -189,9 +195,12 @@ def _as_record(scores: Scores) -> dict[str, Any]:
 
 def _read_scores(file: epath.Path) -> dict[str, Any] | None:
     """The record of scores in a file; None where there is none, or a damaged one."""
+    if not file.exists():
+        return None
     try:
-        record = json.loads(file.read_bytes()) if file.exists() else None
+        record = json.loads(file.read_bytes())
     except ValueError:
+        # A kill while it was written: the scores are taken anew.
         return None
     fields = {"names", "values", "valid", "failed"}
     if not isinstance(record, dict) or not fields <= set(record):

@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def run_record(settings: Settings, command: str) -> dict[str, Any]:
-    """The record of a run.
+    """Returns the record of a run.
 
     Args:
       settings: of the run.
@@ -52,13 +52,15 @@ def run_record(settings: Settings, command: str) -> dict[str, Any]:
 
 
 def method_name(settings: Settings) -> str:
-    """`MARBLE, amortized`, `weighted sum` and so on."""
+    """Returns the method in words: `MARBLE, amortized`, `weighted sum` and so on."""
     harmonize, schedule = settings.harmonize, settings.reward_schedule
     if settings.advantages.scalarize != "none":
+        # One advantage has one gradient: there is nothing to balance.
         parts = [settings.advantages.scalarize.replace("_", " ")]
+    elif harmonize.balancer == "marble":
+        parts = ["MARBLE", harmonize.mode]
     else:
-        balancer = "MARBLE" if harmonize.balancer == "marble" else harmonize.balancer
-        parts = [balancer, harmonize.mode]
+        parts = [harmonize.balancer, harmonize.mode]
     if settings.objective.name != "nft":
         parts.append(settings.objective.name)
     if schedule.stages:
@@ -69,7 +71,7 @@ def method_name(settings: Settings) -> str:
 
 
 def deciding_rewards(rewards: RewardSettings, best: str) -> tuple[str, ...]:
-    """Names of the rewards that choose the best policy.
+    """Returns the names of the rewards that choose the best policy.
 
     Args:
       rewards: of the run.
@@ -83,7 +85,7 @@ def deciding_rewards(rewards: RewardSettings, best: str) -> tuple[str, ...]:
 
 
 def differences_from_upstream(settings: Settings) -> list[str]:
-    """What this configuration does differently from upstream's code, a sentence each."""
+    """Returns what a configuration does differently from upstream's code, a sentence each."""
     differences = []
     if settings.harmonize.mode != "upstream":
         differences += [

@@ -21,7 +21,7 @@ from marble_jax.types import Adapter
 
 
 def run_settings(workdir: Workdir) -> Settings:
-    """The settings that a run was started with.
+    """Returns the settings that a run was started with.
 
     A key that is younger than the run has its default; one that no longer exists is passed over.
 
@@ -47,14 +47,14 @@ def restore_policy(
     policy: str,
     step: int | None = None,
 ) -> tuple[Adapter, int]:
-    """A policy's adapter from a checkpoint, and the step it is of.
+    """Returns a policy's adapter from a checkpoint, and the step that the adapter is of.
 
     Args:
       settings: of the run.
       workdir: the run.
       family: of its model.
       shapes: parameters or abstract parameters of its transformer.
-      policy: one of `types.TRAINED_POLICIES`.
+      policy: one of `policies.TRAINED_POLICIES`.
       step: of the checkpoint; the newest if None.
 
     Raises:
@@ -65,7 +65,9 @@ def restore_policy(
             f"--workdir: expected a run with a checkpoint; received {workdir.path}, which has none yet"
         )
     spec = lora.lora_spec(settings.lora, family)
-    blank = blank_state(settings, lora.init_adapter(jax.random.key(0), family.layers_at, shapes, spec))
+    # Only its shapes count: the checkpoint overwrites every value.
+    adapter = lora.init_adapter(jax.random.key(0), family.layers_at, shapes, spec)
+    blank = blank_state(settings, adapter)
     checkpoints = Checkpoints(workdir.checkpoints, say=Console().say)
     try:
         step, state = checkpoints.restore(blank, step)
@@ -73,6 +75,7 @@ def restore_policy(
         checkpoints.close()
     if policy != "best":
         return getattr(state, policy), step
+    # Its score is minus infinity until an evaluation was better than none.
     if not np.isfinite(state.best_score):
         raise InputError(
             f"policy: expected one that the run has; received 'best' of {workdir.path}, where no "
@@ -82,9 +85,9 @@ def restore_policy(
 
 
 def blank_state(settings: Settings, adapter: Adapter) -> TrainState:
-    """A training state of a run's shapes, to restore a checkpoint into."""
+    """Returns a training state of a run's shapes, to restore a checkpoint into."""
     names = settings.rewards.train
     balancer = balancer_of(settings.harmonize, names)
-    return initial_state(
-        adapter, make_optimizer(settings.training), len(names), balancer.init(len(names)), 0
-    )
+    balancer_state = balancer.init(len(names))
+    optimizer = make_optimizer(settings.training)
+    return initial_state(adapter, optimizer, len(names), balancer_state, seed=0)

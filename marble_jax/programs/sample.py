@@ -65,6 +65,7 @@ def fill_folder(
     Raises:
       InputError: the folder holds images of another making, or cannot be written to.
     """
+    # Before any weights are read: what does not fit shows at once.
     folder.check(sampler.plan(), prompts, partial=True)
     missing = folder.missing(len(prompts))
     sampler.prepare([prompts[i] for i in missing], console)
@@ -90,6 +91,7 @@ def _claim(folder: ImageFolder, sampler: ImageSampler, prompts: Sequence[str]) -
     known = _read_hashes(hashes)
     record, files = sampler.record(known)
     folder.claim(record, prompts)
+    # Written once: another call may read while this one draws.
     if files != known:
         with writable(folder.path):
             Workdir(folder.path).write_json(_HASHES, files)
@@ -97,8 +99,12 @@ def _claim(folder: ImageFolder, sampler: ImageSampler, prompts: Sequence[str]) -
 
 def _read_hashes(file: epath.Path) -> dict[str, Any]:
     """Hashes of an earlier call; none where the file is missing or damaged, as they only save time."""
+    if not file.exists():
+        return {}
     try:
-        hashes = json.loads(file.read_text()) if file.exists() else {}
+        hashes = json.loads(file.read_text())
     except ValueError:
         return {}
-    return hashes if isinstance(hashes, dict) else {}
+    if not isinstance(hashes, dict):
+        return {}
+    return hashes

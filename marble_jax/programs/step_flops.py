@@ -44,12 +44,12 @@ class StepFlops:
 
     def trained(self, solved: bool) -> float:
         """Training, of a step that solved for alpha or did not."""
-        return self.solve if solved else self.between
+        if solved:
+            return self.solve
+        return self.between
 
 
-def step_flops(
-    settings: Settings, sizes: Sizes, sample: SampleFlops, decode: float
-) -> StepFlops:
+def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: float) -> StepFlops:
     """FLOPs of a step.
 
     Args:
@@ -59,27 +59,36 @@ def step_flops(
       decode: FLOPs of decoding one image.
     """
     harmonize = settings.harmonize
-    reference = settings.nft.kl_weight > 0
+    # 1 where the divergence from the base model is part of the loss: one more network call and one more direction.
+    reference = int(settings.nft.kl_weight > 0)
     micro_batch = sizes.samples / sizes.micro_batches
     # The rollout policy's velocity and the current one, and one cotangent pulled back.
     signal = 2 * sample.forward + sample.backward
     # The base model's velocity, and the cotangents that no advantage scales.
     anchor = reference * sample.base + (1 + reference) * sample.backward
     between = sizes.samples * (signal + reference * sample.base)
-    if harmonize.mode == "upstream":
+    solve_share = 1.0
+    if harmonize.mode != "exact":
         solve_share = 1 / harmonize.refresh_every
+    if harmonize.mode == "upstream":
+        # Alpha is solved on one micro-batch of the step.
         solve = between + micro_batch * (1 + reference) * sample.backward
     else:
-        solve_share = 1.0 if harmonize.mode == "exact" else 1 / harmonize.refresh_every
+        # Anchors are pulled back in every so many micro-batches, the first among them.
         num_anchored = -(-sizes.micro_batches // harmonize.anchor_every)
         solve = sizes.samples * signal + micro_batch * num_anchored * anchor
     recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}
-    forward = sample.base if settings.rollout.merge_adapter else sample.forward
+    forward = sample.forward
+    if settings.rollout.merge_adapter:
+        # A merged policy has no low-rank products.
+        forward = sample.base
+    if solve_share == 1:
+        between = solve
     return StepFlops(
         rollout=sizes.images * settings.rollout.num_steps * forward,
         decode=sizes.images * decode,
         solve=solve,
-        between=solve if solve_share == 1 else between,
+        between=between,
         recomputed=sizes.samples * recomputed[settings.model.remat],
         solve_share=solve_share,
     )

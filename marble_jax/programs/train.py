@@ -49,12 +49,14 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
     start = time.perf_counter()
     platform.keep_compilations()
     console, workdir = Console(), Workdir(workdir_path)
-    existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(flatten(settings)))
+    config = flatten(settings)
+    existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(config))
     probe.check_shared_directory(workdir.path)
     run = distributed.run_on_all("build", lambda: build(settings))
     distributed.run_on_all("reward check", lambda: _check_rewards(run, console))
+    # Only now: settings that cannot be built must not claim a workdir.
     if not existed:
-        distributed.broadcast_from_first("claim", lambda: workdir.claim(flatten(settings)))
+        distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
     checkpoints = Checkpoints(
         workdir.checkpoints,
         settings.checkpoints.keep,
@@ -64,7 +66,9 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
     state, restored = _restore(run, checkpoints)
     done = int(state.step)
     if existed:
-        distributed.broadcast_from_first("claim", lambda: workdir.claim(flatten(settings)))
+        # Later than for a new workdir: a checkpoint that does not fit leaves the record of the run as it was.
+        distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
+        # Records beyond the checkpoint would come twice.
         distributed.broadcast_from_first("cut", lambda: workdir.truncate(done))
     announce_start(run, workdir, console, done if existed else None)
     if done == settings.training.num_steps:
@@ -74,6 +78,7 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
     record = run_record(settings, command)
     distributed.broadcast_from_first("run.json", lambda: workdir.write_json("run.json", record))
     if settings.training.non_finite == "rollback" and not restored:
+        # There must be something to roll back to.
         checkpoints.save(0, state)
     session = Session(run, workdir, console, checkpoints)
     state = session.train(state, done)
@@ -88,8 +93,10 @@ def _check_rewards(run: Run, console: Console) -> None:
     settings = run.settings
     if not settings.rewards.check:
         return
-    # Scores on record follow the published rules, not those of upstream's code.
-    directory = None if settings.rewards.upstream_scoring else reward_directory(settings.rewards)
+    directory = reward_directory(settings.rewards)
+    if settings.rewards.upstream_scoring:
+        # Scores on record follow the published rules, not those of upstream's code: nothing to compare with.
+        directory = None
     remarks = before_training(
         run.evaluator.scorer.rewards,
         settings.model.height,
@@ -107,10 +114,12 @@ def _restore(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, bool]:
     Raises:
       InputError: the checkpoint is beyond the number of steps asked for.
     """
-    state, latest = run.state, checkpoints.latest()
+    state = run.state
+    latest = checkpoints.latest()
     if latest is not None:
         _, state = checkpoints.restore(run.state, latest)
-    done, wanted = int(state.step), run.settings.training.num_steps
+    done = int(state.step)
+    wanted = run.settings.training.num_steps
     if done > wanted:
         raise InputError(
             f"training.num_steps: expected at least the {done} steps this workdir has done; received "
@@ -130,18 +139,16 @@ class Session:
         self._run, self._workdir, self._console = run, workdir, console
         self._checkpoints = checkpoints
         self.report = ""
-        settings, first = run.settings, distributed.is_first()
+        settings = run.settings
+        # One process writes for all.
+        tensorboard, wandb = False, ""
+        if distributed.is_first():
+            tensorboard, wandb = settings.logging.tensorboard, settings.logging.wandb
         self._writer = MetricWriter(
-            str(workdir.events),
-            settings.logging.tensorboard and first,
-            settings.logging.wandb if first else "",
-            settings.name,
-            flatten(settings),
+            str(workdir.events), tensorboard, wandb, settings.name, flatten(settings)
         )
         self._evaluations = RunEvaluations(run, workdir, console, self._writer)
-        self._exports = PeriodicExports(
-            settings, run.family, workdir, run.networks.params, console
-        )
+        self._exports = PeriodicExports(settings, run.family, workdir, run.networks.params, console)
         self._flops = step_flops_of(settings, run.sizes, run.networks, run.state.current)
         self._accelerator = accelerators.by_device_kind(jax.devices()[0].device_kind)
         # Kept as shapes: the steps overwrite the state itself.
@@ -179,8 +186,16 @@ class Session:
         )
 
     def _hooks(self) -> Hooks:
-        training, logging = self._run.settings.training, self._run.settings.logging
-        profiled = parse_steps(logging.profile_steps) if distributed.is_first() else range(0)
+        training = self._run.settings.training
+        profiled = range(0)
+        if distributed.is_first():
+            profiled = parse_steps(self._run.settings.logging.profile_steps)
+        guard = Guard(
+            training.non_finite,
+            training.non_finite_patience,
+            training.max_rollbacks,
+            self._roll_back,
+        )
         return Hooks(
             record=self._record,
             evaluate=self._evaluations,
@@ -188,15 +203,12 @@ class Session:
             export=self._exports,
             speed=self._speed,
             profiler=Profiler(profiled, self._workdir.path / "profile"),
-            guard=Guard(
-                training.non_finite,
-                training.non_finite_patience,
-                training.max_rollbacks,
-                self._roll_back,
-            ),
+            guard=guard,
         )
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
+        """Puts the figures of a step on record."""
+
         def write() -> None:
             self._workdir.append(self._workdir.metrics, values)
             self._writer.write(step, values)
@@ -231,7 +243,8 @@ class Session:
             return "none before the first evaluation"
         try:
             return str(write_report(str(workdir.path)))
-        except Exception as error:  # whatever goes wrong in drawing; the records are safe
+        except Exception as error:
+            # Whatever goes wrong in drawing: the records are safe.
             return (
                 f"not written ({type(error).__name__}: {error}); marble-jax report "
                 f"--workdir={workdir.path} tries again"

@@ -32,7 +32,7 @@ TOLERANCE = 1e-2
 """Largest difference of a pixel, of 1, between our image and another library's."""
 STRENGTH_TOLERANCE = 0.05
 ROUNDED_TOLERANCE, ROUNDED_STRENGTH_TOLERANCE = 5e-2, 0.25
-"""The same for weights that were merged and then rounded to 16 bits: rounding moves every weight by up to 1/256."""
+"""Tolerances for weights that were merged and then rounded to 16 bits: rounding moves every weight by up to 1/256."""
 LEAST_EFFECT = 1e-3
 """Largest change of a pixel below which an adapter counts as without effect."""
 PACKAGES = ("torch", "diffusers", "peft")
@@ -138,11 +138,12 @@ def verify(
             f"--verify: expected an adapter that changes a pixel by {LEAST_EFFECT} or more; received one "
             f"without effect (largest change {effect:.1g})"
         )
-    readers, failures = {}, []
+    readers: dict[str, dict[str, float]] = {}
+    failures = []
+    # All of them, so that one run tells every reader that fails.
     for reading in _readings(folder, drawing, ours):
         difference = float(np.abs(reading.adapted - ours.adapted).max())
-        moved = np.vdot(reading.adapted - reading.base, ours.change)
-        strength = float(moved / np.vdot(ours.change, ours.change))
+        strength = _strength(reading.adapted - reading.base, ours.change)
         readers[reading.name] = {"difference": difference, "strength": strength}
         console.say(
             f"  {reading.name:10} largest difference {difference:.5f}  strength {strength:.3f}"
@@ -164,26 +165,32 @@ def verify(
     }
 
 
+def _strength(change: np.ndarray, expected: np.ndarray) -> float:
+    """Projection of a reader's change on ours, 1 when they are equal."""
+    return float(np.vdot(change, expected) / np.vdot(expected, expected))
+
+
 def _failure(reading: Reading, difference: float, strength: float) -> str:
     """What is wrong with another library's image; empty where nothing is."""
     limit, spread = TOLERANCE, STRENGTH_TOLERANCE
     if reading.rounded:
         limit, spread = ROUNDED_TOLERANCE, ROUNDED_STRENGTH_TOLERANCE
-    wrong_strength = not abs(strength - 1) <= spread
-    if difference <= limit and not wrong_strength:
+    # False for a strength that is not a number.
+    if difference <= limit and abs(strength - 1) <= spread:
         return ""
-    if not wrong_strength:
-        return f"{reading.name} drew as if there were no LoRA"
-    return (
-        f"{reading.name} drew another one (largest difference {difference:.4f}, "
-        f"strength {strength:.2f})"
-    )
+    if abs(strength) > spread:
+        return (
+            f"{reading.name} drew another one (largest difference {difference:.4f}, "
+            f"strength {strength:.2f})"
+        )
+    return f"{reading.name} drew as if there were no LoRA"
 
 
 def _our_images(drawing: Drawing, adapter: Adapter) -> OurImages:
     """Draws with the trainer's own networks."""
     family, root = drawing.family, drawing.model
     networks = family.open(root, NetworkOptions(lora_scale=drawing.lora_scale))
+    # Without the optional ones, which may be most of the model: the adapter does not reach them.
     encoders = family.open_text_encoders(root, jnp.float32, family.optional_text_encoders)
     shape = networks.latent_shape(drawing.size)
     sampler = make_sampler(networks.velocity, "euler", networks.levels(NUM_STEPS, shape))
@@ -219,11 +226,13 @@ def _readings(folder: epath.Path, drawing: Drawing, ours: OurImages) -> Iterator
     for name, read in readers.items():
         try:
             opened = read()
-        except Exception as error:  # whatever a library makes of the folder is the finding; the cause stays attached
+        except Exception as error:
+            # Whatever a library makes of the folder is the finding; the cause stays attached.
             raise InputError(
                 f"--verify: expected {name} to open the export; received {_reason(error)}"
             ) from error
         yield Reading(name, False, base, draw())
+        # The next reader starts from the base model again; diffusers' loader returns nothing to unload by.
         if opened is None:
             pipe.unload_lora_weights()
         else:
@@ -233,6 +242,7 @@ def _readings(folder: epath.Path, drawing: Drawing, ours: OurImages) -> Iterator
         merged = transformer_class.from_pretrained(str(folder), subfolder="transformer")
         pipe.register_modules(transformer=merged.to(torch.float32))
         stored = SafetensorsDir(Path(folder / "transformer"))
+        # Drawn in float32 like the others, from weights that may have been rounded when they were written.
         rounded = any(stored.dtype(key) != np.float32 for key in stored.keys())
         yield Reading("merged", rounded, base, draw())
 
@@ -241,7 +251,8 @@ def _base_pipeline(drawing: Drawing) -> Any:
     """The base model in diffusers, in float32 and without text encoders."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # diffusers' imports chat through it
+    # Before diffusers is imported, whose imports chat through it.
+    transformers.utils.logging.set_verbosity_error()
     import diffusers
     import torch
 
@@ -252,7 +263,8 @@ def _base_pipeline(drawing: Drawing) -> Any:
         pipe = getattr(diffusers, names.pipeline).from_pretrained(
             str(drawing.model), local_files_only=True, **dict.fromkeys(names.without_text)
         )
-    except Exception as error:  # whatever a library makes of the folder; the cause stays attached
+    except Exception as error:
+        # Whatever a library makes of the folder; the cause stays attached.
         raise InputError(
             f"--verify: expected a base model that diffusers opens; received {_reason(error)}"
         ) from error
@@ -287,4 +299,5 @@ def _drawer(pipe: Any, drawing: Drawing, ours: OurImages) -> Callable[[], np.nda
 
 
 def _reason(error: Exception) -> str:
+    """Another library's error in one line, cut where it goes on and on."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

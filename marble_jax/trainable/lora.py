@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Array, Float
 
 from marble_jax.config import LoraSettings
 from marble_jax.errors import InputError, nearest
@@ -28,7 +29,8 @@ from marble_jax.networks.lora_dense import check_adapter
 from marble_jax.types import Adapter, Params
 from marble_jax.weights.formats import DenseLayer
 
-_BLOCK = re.compile(r"^\w+\.\d+\.")  # the part of a layer's name that says which block it is in
+# The part of a layer's name that says which block it is in.
+_BLOCK = re.compile(r"^\w+\.\d+\.")
 
 Factors = tuple[np.ndarray, np.ndarray]
 """One layer's `a` [in, r] and `b` [r, out]."""
@@ -55,6 +57,7 @@ class LoraSpec:
             )
         if self.rank < 1:
             raise InputError(f"adapter rank: expected at least 1; received {self.rank}")
+        # A list from a configuration could not be hashed with the frozen record.
         object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
@@ -64,11 +67,11 @@ class LoraSpec:
 
     def matches(self, layer: DenseLayer) -> bool:
         """Whether a layer is adapted."""
-        return any(_matches(layer.name, target) for target in self.targets)
+        return _matches_any(layer.name, self.targets)
 
 
 def lora_spec(settings: LoraSettings, family: Family) -> LoraSpec:
-    """The adapter that a run's settings ask for; without targets it adapts the family's own."""
+    """Returns the adapter that a run's settings ask for; without targets it adapts the family's default ones."""
     targets = settings.targets or family.default_targets
     return LoraSpec(settings.rank, settings.alpha, tuple(targets))
 
@@ -88,17 +91,22 @@ def target_layers(
     """
     layers = dense_layers(layers_at, shapes)
     for target in targets:
-        if not any(_matches(layer.name, target) for layer in layers):
-            suffixes = sorted({_BLOCK.sub("", layer.name) for layer in layers})
-            raise InputError(
-                "adapter target: expected the end of a dense layer's name; received "
-                f"{target!r}{nearest(target, suffixes)}"
-            )
-    chosen = []
+        _check_target(target, layers)
+    return [layer for layer in layers if _matches_any(layer.name, targets)]
+
+
+def _check_target(target: str, layers: Sequence[DenseLayer]) -> None:
+    """Raises InputError unless a target is the end of some layer's name."""
+    suffixes = set()
     for layer in layers:
-        if any(_matches(layer.name, target) for target in targets):
-            chosen.append(layer)
-    return chosen
+        if _matches(layer.name, target):
+            return
+        # Suggested without its block's number: a target usually means all blocks.
+        suffixes.add(_BLOCK.sub("", layer.name))
+    raise InputError(
+        "adapter target: expected the end of a dense layer's name; received "
+        f"{target!r}{nearest(target, sorted(suffixes))}"
+    )
 
 
 def init_adapter(
@@ -123,20 +131,33 @@ def init_adapter(
     leaves: dict[tuple[str, ...], jax.Array] = {}
     targets = target_layers(layers_at, shapes, spec.targets)
     for path in dict.fromkeys(layer.path for layer in targets):
-        *stack, inner, outer = kernels[path]
+        *run, inner, outer = kernels[path]
         layers = layers_at(path, kernels[path])
-        keys = [jax.random.fold_in(key, zlib.crc32(layer.name.encode())) for layer in layers]
-
-        def draw(layer_key: jax.Array, inner: int = inner) -> jax.Array:
-            return jax.random.normal(layer_key, (inner, spec.rank), jnp.float32)
-
-        a = jax.vmap(draw)(jnp.stack(keys)) / spec.rank
+        a = _initial_factor(key, layers, inner, spec.rank)
         adapted = jnp.asarray([spec.matches(layer) for layer in layers])
         # Layers of the run that no target names stay inert: zero factors have zero gradients.
         a = jnp.where(adapted[:, None, None], a, 0.0)
-        leaves[(*path, "a")] = a if stack else a[0]
-        leaves[(*path, "b")] = jnp.zeros((*stack, spec.rank, outer), jnp.float32)
+        if not run:
+            # A module outside the runs is a single layer without a stacked axis.
+            a = a[0]
+        leaves[(*path, "a")] = a
+        leaves[(*path, "b")] = jnp.zeros((*run, spec.rank, outer), jnp.float32)
     return traverse_util.unflatten_dict(leaves)
+
+
+def _initial_factor(
+    key: jax.Array, layers: Sequence[DenseLayer], inner: int, rank: int
+) -> Float[Array, "layers inner rank"]:
+    """Initial `a` of the layers of one module, of standard deviation 1/rank."""
+    keys = []
+    for layer in layers:
+        # A checksum, as Python's own hash of a string is another one in every process.
+        keys.append(jax.random.fold_in(key, zlib.crc32(layer.name.encode())))
+
+    def draw(layer_key: jax.Array) -> jax.Array:
+        return jax.random.normal(layer_key, (inner, rank), jnp.float32)
+
+    return jax.vmap(draw)(jnp.stack(keys)) / rank
 
 
 def merge(params: Params, adapter: Adapter, scale: float) -> Params:
@@ -153,12 +174,14 @@ def merge(params: Params, adapter: Adapter, scale: float) -> Params:
     check_adapter(params, adapter)
     leaves = traverse_util.flatten_dict(dict(params))
     factors = traverse_util.flatten_dict(dict(adapter))
-    for path in {path[:-1] for path in factors}:
+    # Every path comes twice, with `a` and with `b`.
+    for path in dict.fromkeys(path[:-1] for path in factors):
         kernel = leaves[(*path, "kernel")]
         a = jnp.asarray(factors[(*path, "a")], jnp.float32)
         b = jnp.asarray(factors[(*path, "b")], jnp.float32)
         # Highest precision: what is rounded here is rounded in every product with the kernel.
         delta = jnp.matmul(a, b, precision="highest")
+        # The sum is float32 too, and rounded once: a half-precision sum would lose small changes.
         merged = jnp.asarray(kernel, jnp.float32) + scale * delta
         leaves[(*path, "kernel")] = merged.astype(kernel.dtype)
     return traverse_util.unflatten_dict(leaves)
@@ -177,19 +200,17 @@ def unstack(layers_at: LayersAt, adapter: Adapter) -> dict[str, Factors]:
     """
     leaves = traverse_util.flatten_dict(jax.device_get(dict(adapter)))
     pairs: dict[str, Factors] = {}
+    # Every path comes twice, with `a` and with `b`.
     for path in dict.fromkeys(path[:-1] for path in leaves):
         a, b = np.asarray(leaves[(*path, "a")]), np.asarray(leaves[(*path, "b")])
         for layer in layers_at(path, a.shape):
-            if layer.index is None:
-                pairs[layer.name] = (a, b)
-            else:
+            pairs[layer.name] = (a, b)
+            if layer.index is not None:
                 pairs[layer.name] = (a[layer.index], b[layer.index])
     return pairs
 
 
-def stack(
-    layers_at: LayersAt, pairs: Mapping[str, Factors], shapes: Mapping[str, Any]
-) -> Adapter:
+def stack(layers_at: LayersAt, pairs: Mapping[str, Factors], shapes: Mapping[str, Any]) -> Adapter:
     """Inverse of `unstack`: an adapter from (a [in, r], b [r, out]) by published layer name.
 
     Layers of a run that `pairs` lacks get zeros, as in `init_adapter`.
@@ -214,17 +235,29 @@ def stack(
         layer = layers[name]
         *run, inner, outer = kernels[layer.path]
         rank = a.shape[-1]
-        for leaf, value, shape in (("a", a, (inner, rank)), ("b", b, (rank, outer))):
-            zeros = np.zeros((*run, *shape), np.float32)
-            whole = leaves.setdefault((*layer.path, leaf), zeros)
-            slot = whole if layer.index is None else whole[layer.index]
-            if slot.shape != np.shape(value):
-                raise InputError(
-                    f"adapter layer {name}, {leaf}: expected shape {slot.shape}; received "
-                    f"{np.shape(value)}"
-                )
-            slot[...] = value
-    return traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+        factors = {"a": (a, (*run, inner, rank)), "b": (b, (*run, rank, outer))}
+        for leaf, (value, shape) in factors.items():
+            # Zeros where no layer of the run writes: these stay inert, as in `init_adapter`.
+            stacked = leaves.setdefault((*layer.path, leaf), np.zeros(shape, np.float32))
+            _write(stacked, layer, leaf, value)
+    return traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, leaves))
+
+
+def _write(stacked: np.ndarray, layer: DenseLayer, leaf: str, value: np.ndarray) -> None:
+    """Writes one layer's factor into the leaf of its module. Raises InputError where it does not fit."""
+    slot = stacked
+    if layer.index is not None:
+        slot = stacked[layer.index]
+    if slot.shape != np.shape(value):
+        raise InputError(
+            f"adapter layer {layer.name}, {leaf}: expected shape {slot.shape}; received "
+            f"{np.shape(value)}"
+        )
+    slot[...] = value
+
+
+def _matches_any(name: str, targets: Sequence[str]) -> bool:
+    return any(_matches(name, target) for target in targets)
 
 
 def _matches(name: str, target: str) -> bool:

@@ -60,5 +60,5 @@ def stop_requests() -> Iterator[StopRequests]:
     try:
         yield requests
     finally:
-        for number in before:
-            signal.signal(number, before[number])
+        for caught, previous in before.items():
+            signal.signal(caught, previous)

@@ -197,7 +197,7 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
         ),
         (
             ["--prompts=a", "--t5=maybe"],
-            "--t5: expected --omit_text_encoders=text_encoder_3 .to leave T5 out., as it is called now; received "
+            "--t5: expected --omit_text_encoders=text_encoder_3, as it is called now; received "
             "its earlier name",
         ),
         (

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marble_jax.families.formats import registered_formats
 from safetensors.numpy import save_file
 
 import marble_jax
 from marble_jax.convert.original import open_original
 from marble_jax.convert.sources import open_model
 from marble_jax.errors import InputError
-from marble_jax.families.formats import registered_formats
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.weights import hub
 

@@ -462,7 +462,8 @@ def test_text_encoders(tmp_path, key):
     [
         (
             {FIRST.replace("to_q", "to_x") + ".lora_A.weight": SMALL},
-            r"expected layers of this SD3 transformer; received 'transformer.transformer_blocks.0.attn.to_x'; did you mean",
+            r"expected layers of this SD3 transformer; received 'transformer.transformer_blocks.0.attn.to_x'; "
+            "did you mean",
         ),
         (
             {"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": SMALL},
@@ -616,5 +617,6 @@ def test_bad_peft_configurations(tmp_path, change, match):
 def test_as_lora_keeps_the_scale():
     adapter = adapters.stack({n: (a.T, b.T) for n, (a, b) in PAIRS.items()}, SHAPES)
     assert_same(
-        deltas(combine([(as_lora("run", adapter, SD3_FORMATS, 2.0), 0.5)], SHAPES, SD3_FORMATS)), expected()
+        deltas(combine([(as_lora("run", adapter, SD3_FORMATS, 2.0), 0.5)], SHAPES, SD3_FORMATS)),
+        expected(),
     )

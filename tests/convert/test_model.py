@@ -93,7 +93,7 @@ def test_our_layout_loads_as_the_directory_it_came_from(stored):
     assert ours.model == plain.model and ours.scheduler == plain.scheduler
     for one, other in (
         (ours.params, plain.params),
-        (ours.vae_params, plain.vae_params),
+        (ours.decoder_params, plain.decoder_params),
         (ours.text.params, plain.text.params),
     ):
         assert jax.tree.structure(one) == jax.tree.structure(other)

@@ -280,8 +280,9 @@ QKV = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
     [
         (
             {"model.diffusion_model.joint_blocks.0.x_block.other": np.zeros(2)},
-            "sd3.safetensors: expected only tensors of an SD3 checkpoint; received 'model.diffusion_model.joint_blocks.0.x_b"
-            r"lock.other'; did you mean .* \(--ignore=PATTERN passes over it\)",
+            "sd3.safetensors: expected only tensors of an SD3 checkpoint; received "
+            r"'model.diffusion_model.joint_blocks.0.x_block.other'; "
+            r"did you mean .* \(--ignore=PATTERN passes over it\)",
         ),
         ({"model_ema.decay": np.zeros(1), "x": np.zeros(1)}, r"received '.*' \(and 1 more\)"),
         (

@@ -19,10 +19,10 @@ from marble_jax.errors import InputError
 from marble_jax.families.sd3 import text, transformer
 from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.layer_names import load_mmdit
+from marble_jax.families.sd3.published import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.families.sd3.sharding_rules import ADAPTER, component_rules, transformer_rules
 from marble_jax.networks import autoencoder_kl, blip, clip, t5
 from marble_jax.networks.sharding_rules import AUTOENCODER, REWARDS, TEXT_ENCODERS
-from marble_jax.families.sd3.published import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.programs.locations import resolve_path
 from marble_jax.storage.files import read_json
 

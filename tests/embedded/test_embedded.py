@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marble_jax.families.sd3.pipeline import load_pipeline
+from loaded_pipeline import load_pipeline
 
 from marble_jax.families.sd3.transformer import velocity
 from marble_jax.flow.levels import sigma_grid

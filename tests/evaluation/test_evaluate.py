@@ -23,7 +23,9 @@ PROMPTS = [Prompt(text, "general") for text in TEXTS]
 def _velocity(params, adapter, xt, sigma, cond):
     shift = 0.0 if adapter is None else adapter
     return (
-        jnp.tanh(params * xt + sigma[:, None, None, None]) + cond["pooled"][:, :, None, None] + shift
+        jnp.tanh(params * xt + sigma[:, None, None, None])
+        + cond["pooled"][:, :, None, None]
+        + shift
     )
 
 

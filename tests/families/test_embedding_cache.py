@@ -92,9 +92,7 @@ def test_after_fill_no_encoder_is_needed(model, tmp_path):
     def forbidden():
         pytest.fail("the encoders were loaded")
 
-    later = EmbeddingCache(
-        FAMILY, model, 4, jnp.float32, folder=tmp_path / "cache", load=forbidden
-    )
+    later = EmbeddingCache(FAMILY, model, 4, jnp.float32, folder=tmp_path / "cache", load=forbidden)
     assert later.fill(TEXTS) == 0
     np.testing.assert_array_equal(later(TEXTS)["embeds"], encoders.encode(TEXTS, 4)["embeds"])
 

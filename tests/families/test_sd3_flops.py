@@ -40,7 +40,10 @@ def unscanned():
     model = MMDiT(UNSCANNED, attention="einsum")
     params, adapter = shapes(UNSCANNED, LoraSpec(16, 16.0))
     struct = jax.ShapeDtypeStruct
-    cond = {"embeds": struct((NUM, TEXT, UNSCANNED.joint_attention_dim), jnp.float32), "pooled": struct((NUM, UNSCANNED.pooled_projection_dim), jnp.float32)}
+    cond = {
+        "embeds": struct((NUM, TEXT, UNSCANNED.joint_attention_dim), jnp.float32),
+        "pooled": struct((NUM, UNSCANNED.pooled_projection_dim), jnp.float32),
+    }
     xt, sigma = struct((NUM, SIDE, SIDE, 16), jnp.float32), struct((NUM,), jnp.float32)
 
     def forward(adapter, params, xt, sigma, cond):

@@ -324,7 +324,7 @@ def test_dtype_and_placement(saved):
     assert seen == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     assert half.encode_prompts(["a"], 4)["embeds"].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(half.vae_params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.decoder_params)} == {jnp.dtype("float32")}
     assert half.model.dtype == jnp.bfloat16 and half.model.remat == "full"
     assert half.scheduler.shift == 3.0
 
@@ -332,7 +332,8 @@ def test_dtype_and_placement(saved):
 def test_latent_shape(ours):
     assert ours.latent_shape(16, 24) == (8, 12, 4)
     with pytest.raises(
-        InputError, match=r"image width: expected a multiple of 4 up to the model's \d+ pixels; received 18 .nearest valid 16."
+        InputError,
+        match=r"image width: expected a multiple of 4 up to the model's \d+ pixels; received 18 .nearest valid 16.",
     ):
         ours.latent_shape(16, 18)
 
@@ -423,10 +424,11 @@ def test_malformed_files(broken):
 
 
 def test_networks_that_do_not_fit_each_other(ours):
-    encoders = list(zip(ours.text.modules, ours.text.params, strict=True))
+    first, second, third = zip(ours.text.modules, ours.text.params, strict=True)
 
-    def text(width=32, pooled=20, encoders=encoders):
-        return SD3TextEncoders(ours.directory, encoders, ours.text.tokenizers, width, pooled)
+    def text(width=32, pooled=20, t5=third):
+        tokenizers = ours.text.tokenizers
+        return SD3TextEncoders(ours.directory, (first, second), t5, tokenizers, width, pooled)
 
     with pytest.raises(
         InputError, match="pooled CLIP width: expected the transformer's 24; received 20"
@@ -437,7 +439,7 @@ def test_networks_that_do_not_fit_each_other(ours):
     ):
         text(width=40)
     with pytest.raises(InputError, match="joint CLIP width: expected at most 24; received 28"):
-        text(width=24, encoders=[*encoders[:2], None])
+        text(width=24, t5=None)
     wider = ours.model.clone(
         config=type(ours.model.config)(**{**vars(ours.model.config), "in_channels": 8})
     )
@@ -448,7 +450,7 @@ def test_networks_that_do_not_fit_each_other(ours):
             ours.directory,
             NetworkOptions(),
             (wider, ours.params),
-            (ours.vae, ours.vae_params),
+            (ours.vae, ours.decoder_params),
             ours.scheduler,
             ours.num_clip_tokens,
         )

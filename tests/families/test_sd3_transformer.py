@@ -11,10 +11,10 @@ import pytest
 from sd3_lora import LoraSpec, init_adapter, merge, num_parameters, stack
 
 from marble_jax.errors import InputError
-from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
-from marble_jax.families.sd3.layer_names import crop_table, entries, load_mmdit
 from marble_jax.families.sd3.blocks import Block
+from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.embedders import PatchEmbed, TimeTextEmbed, position_table
+from marble_jax.families.sd3.layer_names import crop_table, entries, load_mmdit
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
 from marble_jax.networks.attention import IMPLEMENTATIONS, attend
 from marble_jax.weights.key_map import save_params
@@ -69,7 +69,10 @@ def inputs(config, num=2, height=8, width=12, tokens=5):
     """Latents, sigma and conditioning; non-square, as are all images here."""
     rng = np.random.default_rng(3)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    cond = {"embeds": draw(num, tokens, config.joint_attention_dim), "pooled": draw(num, config.pooled_projection_dim)}
+    cond = {
+        "embeds": draw(num, tokens, config.joint_attention_dim),
+        "pooled": draw(num, config.pooled_projection_dim),
+    }
     return (
         draw(num, height, width, config.in_channels),
         np.asarray([0.913349, 0.0089286][:num], np.float32),
@@ -132,7 +135,9 @@ def test_time_text_embedding(pair):
     with torch.no_grad():
         assert_close(
             out,
-            theirs.time_text_embed(torch.from_numpy(sigma * 1000), torch.from_numpy(cond["pooled"])),
+            theirs.time_text_embed(
+                torch.from_numpy(sigma * 1000), torch.from_numpy(cond["pooled"])
+            ),
         )
 
 

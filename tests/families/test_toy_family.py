@@ -1,4 +1,4 @@
-"""A family that is one folder and one registration trains, samples, evaluates, exports and resumes through the verbs."""
+"""A family of one folder and one registration trains, samples, evaluates, exports and resumes through the verbs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from marble_jax.families.registry import family_of, register_family
 from marble_jax.storage.images import read_image
 
 PROMPTS = ("a red thing", "a dark blue thing", "two green things", "nothing at all")
-CONFIG = '''
+CONFIG = """
 from marble_jax.config import default_config
 
 def get_config(preset=""):
@@ -35,7 +35,7 @@ def get_config(preset=""):
     config.export.every_steps = 0
     config.logging.tensorboard = False
     return config
-'''
+"""
 REWARDS = """
 def bright(image, prompt, metadata):
     return float(image.mean())

@@ -120,9 +120,7 @@ class ToyNetworks(Networks):
 
     def transformer_shape(self, size, max_sequence_length):
         tokens = self.latent_shape(size)[0]
-        return TransformerShape(
-            tokens, 0, WIDTH, 1, 1, 0, max_sequence_length * (WORDS + 1)
-        )
+        return TransformerShape(tokens, 0, WIDTH, 1, 1, 0, max_sequence_length * (WORDS + 1))
 
     def sample_flops(self, adapter, size, max_sequence_length):
         tokens = self.latent_shape(size)[0]
@@ -213,11 +211,6 @@ class ToyFamily(Family):
 
     def layers_at(self, path, shape):
         return layers_at(path, shape)
-
-    def abstract_params(self, config):
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), new_params(0)
-        )
 
 
 def _read(folder, place, component):

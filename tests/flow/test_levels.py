@@ -75,11 +75,15 @@ def test_equals_diffusers(num_steps):
     diffusers = pytest.importorskip("diffusers")
     reference = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     reference.set_timesteps(num_steps)
-    np.testing.assert_allclose(levels.sigma_grid(num_steps, 3.0), reference.sigmas.numpy(), rtol=2e-6)
+    np.testing.assert_allclose(
+        levels.sigma_grid(num_steps, 3.0), reference.sigmas.numpy(), rtol=2e-6
+    )
 
 
 def test_smallest_level_does_not_depend_on_the_number_of_steps():
-    np.testing.assert_allclose([levels.sigma_grid(n, 3.0)[-2] for n in (2, 10, 500)], 3 / 336, rtol=1e-4)
+    np.testing.assert_allclose(
+        [levels.sigma_grid(n, 3.0)[-2] for n in (2, 10, 500)], 3 / 336, rtol=1e-4
+    )
 
 
 def test_truncated_levels_are_whole_timesteps():

@@ -19,7 +19,8 @@ def _velocity(params, adapter, xt, sigma, cond):
     assert sigma.shape == xt.shape[:1]
     shift = 0.0 if adapter is None else adapter
     return (
-        jnp.tanh(params * xt + sigma[:, None, None, None] + cond["pooled"][:, :, None, None]) + shift
+        jnp.tanh(params * xt + sigma[:, None, None, None] + cond["pooled"][:, :, None, None])
+        + shift
     )
 
 

@@ -13,8 +13,8 @@ import pytest
 from stacked_trees import take
 
 from marble_jax import tree
-from marble_jax.distributed import device_mesh
 from marble_jax.config import settings_of
+from marble_jax.distributed import device_mesh
 from marble_jax.plan import aot
 from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.training.batch_sizes import derive_sizes

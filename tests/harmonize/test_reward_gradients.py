@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import nft_reference
 import numpy as np
 import pytest
-
-import marble_jax  # noqa: F401
 from stacked_trees import take
 
+import marble_jax  # noqa: F401
 from marble_jax import tree
 from marble_jax.errors import InputError
 from marble_jax.harmonize import reward_gradients

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ml_collections
 import numpy as np
 import pytest
 
-from marble_jax.config import default_config
+from marble_jax.config import Settings, default_config, settings_of
 from marble_jax.errors import InputError
 from marble_jax.objectives.nft import Nft
-from marble_jax.programs import build
+from marble_jax.programs import build, check_settings, locations, open_model
 from marble_jax.training.batch_sizes import Sizes
 
 
@@ -23,6 +22,11 @@ def config(**changes):
             node = node[room]
         node[leaf] = value
     return made
+
+
+def held_out_prompts(made):
+    settings = settings_of(made)
+    return locations.held_out_prompts(settings.prompts, settings.evaluation)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +70,20 @@ def config(**changes):
     ],
 )
 def test_check(changes, message, monkeypatch):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(check_settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=message):
-        build.check(config(**changes))
+        check_settings.check_settings(settings_of(config(**changes)))
 
 
 def test_build_checks_before_it_reads(monkeypatch):
-    for reader in ("read_directory", "find_model", "load_rewards", "load_pipeline"):
-        monkeypatch.setattr(build, reader, lambda *a, **k: pytest.fail("something was read"))
+    readers = (
+        (locations, "read_directory"),
+        (open_model, "find_model"),
+        (build, "load_rewards"),
+        (build, "open_networks"),
+    )
+    for module, reader in readers:
+        monkeypatch.setattr(module, reader, lambda *a, **k: pytest.fail("something was read"))
     for changes, message in (
         ({"nft__beta": 0.0}, "config.nft.beta"),
         ({"mesh__data": 3}, "mesh: expected data x fsdp"),
@@ -83,48 +93,50 @@ def test_build_checks_before_it_reads(monkeypatch):
         ({}, "prompts.path: expected a directory or 'embedded'; received nothing"),
     ):
         with pytest.raises(InputError, match=message):
-            build.build(config(**changes))
+            build.build(settings_of(config(**changes)))
 
 
 def test_names_are_looked_up_before_weights_are_read(monkeypatch):
-    monkeypatch.setattr(build, "load_pipeline", lambda *a, **k: pytest.fail("the model was read"))
+    monkeypatch.setattr(build, "open_networks", lambda *a, **k: pytest.fail("the model was read"))
     base = {"prompts__path": "embedded", "rewards__path": "embedded"}
     with pytest.raises(
         InputError, match="model: expected a directory or a Hub name .*; received '/nowhere/at/all'"
     ):
-        build.build(config(**base, model__path="/nowhere/at/all"))
+        build.build(settings_of(config(**base, model__path="/nowhere/at/all")))
     with pytest.raises(
         InputError, match="reward: expected one of .*received 'pikscore'; did you mean 'pickscore'"
     ):
-        build.build(config(**base, model__path="embedded", rewards__train=("ocr", "pikscore")))
+        made = config(**base, model__path="embedded", rewards__train=("ocr", "pikscore"))
+        build.build(settings_of(made))
     with pytest.raises(
         InputError, match="model.path: expected a directory or 'embedded'; received nothing"
     ):
-        build.build(config(**base))
+        build.build(settings_of(config(**base)))
 
 
-def test_place_of(tmp_path):
-    assert (build.place_of("embedded", "pipeline") / "model_index.json").is_file()
-    assert build.place_of(str(tmp_path), "rewards") == tmp_path
+def test_resolve_path(tmp_path):
+    resolve_path = locations.resolve_path
+    assert (resolve_path("embedded", "pipeline") / "model_index.json").is_file()
+    assert resolve_path(str(tmp_path), "rewards") == tmp_path
     with pytest.raises(
         InputError, match="rewards.path: expected a directory or 'embedded'; received nothing"
     ):
-        build.place_of("", "rewards")
+        resolve_path("", "rewards")
 
 
 def test_held_out_prompts_may_come_from_other_sources():
     made = config(evaluation__num_prompts=6, prompts__path="embedded", prompts__sources=("ocr",))
-    assert {p.source for p in build.held_out_prompts(made)} == {"ocr"}
+    assert {p.source for p in held_out_prompts(made)} == {"ocr"}
     made.evaluation.sources = ("general", "geneval")
-    assert {p.source for p in build.held_out_prompts(made)} == {"general", "geneval"}
+    assert {p.source for p in held_out_prompts(made)} == {"general", "geneval"}
 
 
 def test_held_out_prompts_come_in_equal_shares():
     made = config(evaluation__num_prompts=10, prompts__path="embedded")
-    prompts = build.held_out_prompts(made)
+    prompts = held_out_prompts(made)
     counts = {name: sum(p.source == name for p in prompts) for name in made.prompts.sources}
     assert sorted(counts.values()) == [3, 3, 4] and len(prompts) == 10
-    assert prompts == build.held_out_prompts(made)
+    assert prompts == held_out_prompts(made)
 
 
 def test_a_run_of_the_embedded_pipeline():
@@ -150,8 +162,8 @@ def test_a_run_of_the_embedded_pipeline():
         rollout_policy__delay=3,
         rollout_policy__rate=0.25,
     )
-    run = build.build(made)
-    assert isinstance(run.config, ml_collections.ConfigDict)
+    run = build.build(settings_of(made))
+    assert isinstance(run.settings, Settings)
     assert run.sizes == Sizes(12, 1, 2, 24, 4)
     assert run.collector.latent_shape == run.evaluator.latent_shape == (8, 8, 16)
     assert run.collector.scorer.names == ("geneval",) and run.evaluator.scorer.names == (
@@ -173,10 +185,11 @@ def test_a_run_of_the_embedded_pipeline():
     run.evaluator.scorer.close()
     with pytest.raises(
         InputError,
-        match="model.height, model.width: expected at most the model's 256 pixels; received 512 x 512",
+        match="model.height: expected a multiple of 16 up to the model's 256 pixels; received 512 "
+        r"\(nearest valid 256\)",
     ):
         made.model.height = made.model.width = 512
-        build.build(made)
+        build.build(settings_of(made))
 
 
 def test_text_embeddings_leave_no_encoder_in_memory(tmp_path, capsys):
@@ -187,20 +200,27 @@ def test_text_embeddings_leave_no_encoder_in_memory(tmp_path, capsys):
         model__max_sequence_length=6,
         prompts__embedding_cache=str(tmp_path),
     )
-    root, texts = build.place_of("embedded", "pipeline"), ["a red star", "fog", "a red star"]
-    encode = build.text_embeddings(made, root, texts)
+    root, family = open_model.locate(settings_of(made).model)
+    texts = ["a red star", "fog", "a red star"]
+
+    def text_embeddings():
+        settings = settings_of(made)
+        folder = settings.prompts.embedding_cache
+        return open_model.text_embeddings(root, family, settings.model, folder, texts)
+
+    encode = text_embeddings()
     assert "text embeddings: 2 of 2 prompts to encode" in capsys.readouterr().out
     assert not encode.loaded and len(list(tmp_path.glob("*/*.npz"))) == 2
-    again = build.text_embeddings(made, root, texts)
+    again = text_embeddings()
     np.testing.assert_array_equal(again(texts)["embeds"], encode(texts)["embeds"])
     assert not again.loaded and not encode.loaded and capsys.readouterr().out == ""
     made.prompts.embedding_cache = ""
-    kept = build.text_embeddings(made, root, texts)
+    kept = text_embeddings()
     assert kept.loaded
     np.testing.assert_array_equal(kept(texts)["embeds"], encode(texts)["embeds"])
 
 
 def test_ready_made_prompts_need_no_directory():
     made = config(prompts__path="generated", evaluation__num_prompts=9)
-    assert {p.source for p in build.held_out_prompts(made)} == {"general", "ocr", "geneval"}
-    assert len(build.read_prompts("generated", "train", ("ocr",))["ocr"]) == 6000
+    assert {p.source for p in held_out_prompts(made)} == {"general", "ocr", "geneval"}
+    assert len(locations.read_prompts("generated", "train", ("ocr",))["ocr"]) == 6000

@@ -13,18 +13,22 @@ import numpy as np
 import pytest
 import sd3_lora as lora
 from etils import epath
-from marble_jax.families.sd3.pipeline import load_pipeline
+from loaded_pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
-from marble_jax.config import flatten
+from marble_jax.config import flatten, settings_of
 from marble_jax.console import Console
 from marble_jax.errors import InputError
+from marble_jax.families.base import Size
 from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.families.sd3.family import FAMILY
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.harmonize.registry import balancer_of
-from marble_jax.programs import build, export, verify
-from marble_jax.programs.export import PeriodicExports, export_run, new_folder
+from marble_jax.policies import TRAINED_POLICIES
+from marble_jax.programs import build, export, export_folder, verify
+from marble_jax.programs.export import ExportOptions, PeriodicExports
+from marble_jax.programs.export_folder import new_folder
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.images import save_png
 from marble_jax.storage.workdir import Workdir
@@ -71,6 +75,10 @@ def random_adapter(seed):
 POLICIES = {"current": 1, "rollout": 2, "ema": 3, "best": 4}
 
 
+def export_run(path, out, **options):
+    export.export_run(path, out, ExportOptions(**options))
+
+
 def smoke_config():
     config = runpy.run_path(str(ROOT / "configs" / "embedded.py"))["get_config"]("smoke")
     config.lora.update(rank=SPEC.rank, alpha=SPEC.alpha)
@@ -80,11 +88,12 @@ def smoke_config():
 
 
 def state_of(config, step, best_score=0.5):
+    settings = settings_of(config)
     state = initial_state(
         random_adapter(0),
-        make_optimizer(config.training),
+        make_optimizer(settings.training),
         1,
-        balancer_of(config.harmonize, config.rewards.train).init(1),
+        balancer_of(settings.harmonize, settings.rewards.train).init(1),
         0,
     )
     return state.replace(
@@ -147,15 +156,12 @@ def ours():
     """Noise [1, h, w, C] and our image of it without and with the averaged adapter.
 
     T5 is left out: its part of the conditioning knows no adapter."""
-    pipeline = load_pipeline(BASE, text_encoder_3=False, lora_scale=SPEC.scale)
+    pipeline = load_pipeline(BASE, omit=("text_encoder_3",), lora_scale=SPEC.scale)
     noise = (
         np.random.default_rng(5).normal(size=(1, *pipeline.latent_shape(64, 64))).astype(np.float32)
     )
-
-    def velocity(params, adapter, xt, sigma, cond):
-        return transformer.velocity(pipeline.model, params, adapter, xt, sigma, cond)
-
-    sampler = make_sampler(velocity, STEPS, "euler", pipeline.scheduler.shift)
+    sigmas = pipeline.levels(STEPS, pipeline.latent_shape(64, 64))
+    sampler = make_sampler(pipeline.velocity, "euler", sigmas)
     cond = pipeline.encode_prompts([PROMPT], TOKENS)
     images = [
         np.asarray(pipeline.decode(sampler(pipeline.params, adapter, cond, jnp.asarray(noise)), 1))
@@ -302,15 +308,15 @@ def pairs_in(folder):
     return {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
 
 
-@pytest.mark.parametrize("which, field", export.POLICIES.items())
-def test_policies(run, tmp_path, which, field):
-    export_run(str(run), str(tmp_path / "out"), which)
+@pytest.mark.parametrize("policy", TRAINED_POLICIES)
+def test_policies(run, tmp_path, policy):
+    export_run(str(run), str(tmp_path / "out"), policy=policy)
     found = pairs_in(tmp_path / "out")
-    for name, (a, b) in lora.unstack(random_adapter(POLICIES[field])).items():
+    for name, (a, b) in lora.unstack(random_adapter(POLICIES[policy])).items():
         np.testing.assert_array_equal(found[f"{name}.lora_A.weight"], a.T)
         np.testing.assert_array_equal(found[f"{name}.lora_B.weight"], b.T)
     record = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert (record["policy"], record["step"]) == (which, 6 if which == "best" else 7)
+    assert (record["policy"], record["step"]) == (policy, 6 if policy == "best" else 7)
     assert record["lora"]["rank"] == SPEC.rank and record["verified"] is None
 
 
@@ -327,7 +333,8 @@ def test_only_targets_are_written():
     spec = lora.LoraSpec(4, 12.0, ("transformer_blocks.1.attn.to_q",))
     adapter = lora.init_adapter(jax.random.key(0), SHAPES, spec)
     assert len(lora.unstack(adapter)) > 1
-    assert set(export.exported_pairs(adapter, SHAPES, spec)) == {"transformer_blocks.1.attn.to_q"}
+    pairs = export_folder.exported_pairs(FAMILY, adapter, SHAPES, spec)
+    assert set(pairs) == {"transformer_blocks.1.attn.to_q"}
 
 
 def test_the_folder_and_its_card(exported):
@@ -377,7 +384,8 @@ def test_cards_for_other_base_models(run, path, base, said):
 
     config = smoke_config()
     config.model.path = path
-    facts = export.facts_of(config, Workdir(str(run)), {}, "current", 7)
+    settings = settings_of(config)
+    facts = export_folder.facts_of(settings, FAMILY, Workdir(str(run)), {}, "current", 7)
     text, _ = model_card(facts, None, merged=False)
     card = ModelCard(text)
     assert card.data.to_dict().get("base_model") == base and said in text
@@ -395,19 +403,20 @@ def test_a_run_without_records_has_a_card(tmp_path):
     workdir.claim(flatten(config))
     from marble_jax.programs.model_card import model_card
 
-    text, images = model_card(export.facts_of(config, workdir, {}, "ema", 0), None, merged=False)
+    facts = export_folder.facts_of(settings_of(config), FAMILY, workdir, {}, "ema", 0)
+    text, images = model_card(facts, None, merged=False)
     assert "Not evaluated." in text and images == {}
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """Our side of a verification of the averaged policy is drawn once for all tests."""
-    kept, draw = {}, verify._our_images
+    kept, draw = [], verify._our_images
 
     def once(drawing, adapter):
         if not kept:
-            kept.update(draw(drawing, adapter))
-        return kept
+            kept.append(draw(drawing, adapter))
+        return kept[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "_our_images", once)
@@ -421,7 +430,7 @@ def needs_verification():
 
 def test_verification_says_what_it_saw(run, drawn, tmp_path, capsys):
     needs_verification()
-    export_run(str(run), str(tmp_path / "out"), merge=True, verified=True)
+    export_run(str(run), str(tmp_path / "out"), merge=True, verify=True)
     lines = capsys.readouterr().out
     for reader in ("diffusers", "PEFT", "merged"):
         assert f"{reader:10} largest difference 0.0" in lines
@@ -471,24 +480,23 @@ def test_verification_finds_what_users_suffer_from(
     needs_verification()
     write = export.write_lora
 
-    def damaged(folder, pairs, facts):
-        write(folder, pairs, facts)
+    def damaged(folder, pairs, facts, family):
+        write(folder, pairs, facts, family)
         damage(folder)
 
     monkeypatch.setattr(export, "write_lora", damaged)
     with pytest.raises(InputError, match=message) as error:
-        export_run(str(run), str(tmp_path / "out"), verified=True)
+        export_run(str(run), str(tmp_path / "out"), verify=True)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_without_effect_is_not_verified(tmp_path, monkeypatch):
     needs_verification()
-    image = np.full((1, 64, 64, 3), 0.5, np.float32)
-    monkeypatch.setattr(
-        verify, "_our_images", lambda drawing, adapter: {"base": image, "with": image + 1e-4}
-    )
-    drawing = verify.Drawing(BASE, PROMPT, 64, 64, TOKENS, SPEC.scale)
+    image = np.full((1, 1, 64, 64, 3), 0.5, np.float32)
+    ours = verify.OurImages(np.zeros((1, 8, 8, 16)), {}, image, image + 1e-4)
+    monkeypatch.setattr(verify, "_our_images", lambda drawing, adapter: ours)
+    drawing = verify.Drawing(BASE, FAMILY, PROMPT, Size(64, 64), TOKENS, SPEC.scale)
     blank = lora.init_adapter(jax.random.key(0), SHAPES, SPEC)
     with pytest.raises(
         InputError,
@@ -499,11 +507,11 @@ def test_an_adapter_without_effect_is_not_verified(tmp_path, monkeypatch):
 
 def test_a_base_that_diffusers_cannot_open(exported, tmp_path):
     needs_verification()
-    drawing = verify.Drawing(tmp_path, PROMPT, 64, 64, TOKENS, SPEC.scale)
+    drawing = verify.Drawing(tmp_path, FAMILY, PROMPT, Size(64, 64), TOKENS, SPEC.scale)
     with pytest.raises(
         InputError, match="--verify: expected a base model that diffusers opens; received "
     ):
-        next(verify._their_images(epath.Path(exported), drawing, {}))
+        next(verify._readings(epath.Path(exported), drawing, None))
 
 
 def test_verification_needs_its_libraries(run, tmp_path, monkeypatch):
@@ -514,7 +522,7 @@ def test_verification_needs_its_libraries(run, tmp_path, monkeypatch):
         InputError,
         match=r"expected the packages torch, diffusers, peft; received no peft \(pip insta",
     ):
-        export_run(str(run), str(tmp_path / "out"), verified=True)
+        export_run(str(run), str(tmp_path / "out"), verify=True)
 
 
 def test_places_that_are_taken(run, exported, tmp_path):
@@ -548,7 +556,7 @@ def test_overwriting_replaces_the_whole_folder(run, tmp_path):
     (tmp_path / "out").mkdir()  # an empty one is free
     export_run(str(run), str(tmp_path / "out"))
     (tmp_path / "out" / "stale").write_text("x")
-    export_run(str(run), str(tmp_path / "out"), "current", overwrite=True)
+    export_run(str(run), str(tmp_path / "out"), policy="current", overwrite=True)
     assert {
         str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
     } == (FILES | {"images/00_before.png", "images/00_after.png"})
@@ -579,7 +587,7 @@ def test_periodic_exports(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     config, workdir = smoke_config(), Workdir(str(tmp_path / "run"))
     config.export.update(keep=2)
-    exports = PeriodicExports(config, workdir, SHAPES, Console())
+    exports = PeriodicExports(settings_of(config), FAMILY, workdir, SHAPES, Console())
     for step in (2, 4, 6, 6, 8):  # a resumed run comes by a step again
         exports(state_of(config, step))
     assert exports.steps() == [6, 8]
@@ -589,6 +597,7 @@ def test_periodic_exports(run, tmp_path, capsys):
     np.testing.assert_array_equal(found["transformer_blocks.0.attn.to_q.lora_A.weight"], a.T)
     assert "export: " in capsys.readouterr().out
     config.export.policy = "best"
+    exports = PeriodicExports(settings_of(config), FAMILY, workdir, SHAPES, Console())
     exports(state_of(config, 10, best_score=-np.inf))
     assert (
         "export after step 10 failed, training goes on: export.policy: expected one that the run has"
@@ -602,7 +611,7 @@ def test_training_goes_on_from_an_export(run, exported):
     """`lora.init` of a build: all policies start as the exported one, whatever the seed."""
     config = smoke_config()
     config.seed, config.lora.init = 77, str(exported)
-    built = build.build(config)
+    built = build.build(settings_of(config))
     built.collector.scorer.close()
     built.evaluator.scorer.close()
     wanted = lora.unstack(random_adapter(POLICIES["ema"]))
@@ -614,4 +623,4 @@ def test_training_goes_on_from_an_export(run, exported):
     with pytest.raises(
         InputError, match=r"lora.init: .*expected lora.rank = 8; received rank 4 .*set lora.rank=4"
     ):
-        build.build(config)
+        build.build(settings_of(config))

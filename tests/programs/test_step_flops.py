@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 
-from marble_jax.config import default_config
+from marble_jax.config import default_config, settings_of
 from marble_jax.distributed.accelerators import ACCELERATORS, by_device_kind, by_name
 from marble_jax.errors import InputError
-from marble_jax.families.sd3.flops import Work
-from marble_jax.programs.step_flops import speed, step_work
+from marble_jax.families.base import SampleFlops
+from marble_jax.programs.step_flops import speed, step_flops
 from marble_jax.training.batch_sizes import derive_sizes
 
-SAMPLE = Work(base=10.0, forward=11.0, backward=13.0, recomputed=7.0, attention=2.0)
+SAMPLE = SampleFlops(base=10.0, forward=11.0, backward=13.0, recomputed=7.0, attention=2.0)
 
 
 def made(**changes):
@@ -19,7 +19,9 @@ def made(**changes):
     for name, value in changes.items():
         room, _, leaf = name.partition("__")
         config[room][leaf] = value
-    return step_work(config, derive_sizes(config.rollout, config.training, 1), SAMPLE, 3.0)
+    settings = settings_of(config)
+    sizes = derive_sizes(settings.rollout, settings.training, 1)
+    return step_flops(settings, sizes, SAMPLE, 3.0)
 
 
 def test_the_papers_step_by_hand():

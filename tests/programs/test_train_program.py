@@ -5,12 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
+from marble_jax.config import EvaluationSettings, RewardSettings, RolloutSettings, Settings
 from marble_jax.console import Console
-from marble_jax.programs.train import Evaluations
+from marble_jax.programs.run_evaluations import RunEvaluations
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.state import initial_state
 from marble_jax.types import Scores
@@ -31,7 +31,7 @@ def scores_of(values):
 
 @pytest.fixture
 def make(tmp_path):
-    """make(gains): evaluations in which step i has the gains gains[i] over the base model, and how often it was asked."""
+    """make(gains): evaluations whose step i gains gains[i] over the base model, and how often it was asked."""
 
     def call(gains, best="train", heldout=("heldout",)):
         asked = []
@@ -45,20 +45,18 @@ def make(tmp_path):
 
         evaluate.groups, evaluate.kept = np.arange(4), [0]
         evaluate.prompts = [SimpleNamespace(text=f"a thing {i}") for i in range(4)]
-        config = ml_collections.ConfigDict(
-            {
-                "rewards": {"train": ("large", "small"), "heldout": heldout},
-                "evaluation": {"best": best},
-                "rollout": {"merge_adapter": False},
-            }
+        settings = Settings(
+            rewards=RewardSettings(train=("large", "small"), heldout=heldout),
+            evaluation=EvaluationSettings(best=best),
+            rollout=RolloutSettings(merge_adapter=False),
         )
         run = SimpleNamespace(
-            config=config,
+            settings=settings,
             evaluator=evaluate,
             spec=SimpleNamespace(scale=1.0),
-            pipeline=SimpleNamespace(params={}),
+            networks=SimpleNamespace(params={}),
         )
-        return Evaluations(run, Workdir(str(tmp_path)), Console(), Nothing()), asked
+        return RunEvaluations(run, Workdir(str(tmp_path)), Console(), Nothing()), asked
 
     return call
 

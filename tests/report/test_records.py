@@ -68,7 +68,8 @@ def test_a_resumed_run_overwrites_its_repeated_steps(tmp_path):
 
 def test_not_a_number_in_a_record_is_missing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 0, "objective/loss": NaN}\n{"step": 1, "objective/loss": "high"}\n{"step": 2, "objective/loss": Infinity}\n'
+        '{"step": 0, "objective/loss": NaN}\n{"step": 1, "objective/loss": "high"}\n'
+        '{"step": 2, "objective/loss": Infinity}\n'
     )
     assert np.isnan(read_records(tmp_path).series("objective/loss").value).all()
 

@@ -59,9 +59,7 @@ def test_the_methods_are_what_their_names_say(planned):
         ("dropout", "none"),
     ):
         assert config[name]["advantages.scalarize"] == scalarize
-    up, level = (
-        config[name]["advantages.weights"] for name in ("upweighted", "weighted_sum")
-    )
+    up, level = (config[name]["advantages.weights"] for name in ("upweighted", "weighted_sum"))
     np.testing.assert_allclose(np.array(up) / (level or 1), [1, 1, 1, 2, 2])
     assert config["unit_weights"]["harmonize.reward_weights"] == []
     assert (

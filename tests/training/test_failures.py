@@ -12,6 +12,7 @@ import toy_policy as toy
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward, RewardError
@@ -69,13 +70,16 @@ def _encode(texts):
     numbers = (
         np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
     )
-    return {"embeds": jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), "pooled": jnp.asarray(numbers[:, :2])}
+    return {
+        "embeds": jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)),
+        "pooled": jnp.asarray(numbers[:, :2]),
+    }
 
 
 @functools.cache
 def _programs():
     steps = make_steps(toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "exact", 1)
-    return make_sampler(toy.velocity, 2, "euler", 1.0), steps
+    return make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)), steps
 
 
 class Run:

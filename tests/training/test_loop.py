@@ -17,6 +17,7 @@ from toy_run import Brightness, encode
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
@@ -52,7 +53,7 @@ def _collector():
         [Brightness(name="brightness", kind="device"), Redness(name="redness", kind="device")]
     )
     return Collector(
-        sampler=make_sampler(toy.velocity, 2, "euler", 1.0),
+        sampler=make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)),
         encode=encode,
         decode=jax.nn.sigmoid,
         scorer=scorer,
@@ -249,7 +250,7 @@ def test_a_signal_in_a_step_that_is_saved_anyway_saves_once():
 
 
 def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
-    """It comes in the first of the two batches of step 2: the state after step 1 is saved; the rest equals the whole."""
+    """It comes in the first of two batches of step 2: the state after step 1 is saved; the rest equals the whole."""
     diary, decoded = Diary(), []
 
     def decode(latents):

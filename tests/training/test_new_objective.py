@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_policy as toy
-
 from stacked_trees import take
 
 from marble_jax import tree
 from marble_jax.config import ObjectiveSettings, Settings
 from marble_jax.errors import InputError
-from marble_jax.flow.path import interpolate, target_velocity
+from marble_jax.flow.path import interpolate
 from marble_jax.harmonize import reward_gradients
 from marble_jax.harmonize.reward_sums import mean_gradients
 from marble_jax.objectives import registry
@@ -38,7 +37,7 @@ class WeightedFlowMatching(Objective):
     def prepare(self, draws, policies, anchors):
         noise = jax.random.normal(draws.key, draws.kept.shape)
         xt = interpolate(draws.kept, noise, draws.sigma)
-        return TargetBatch(xt, draws.sigma, draws.cond, target_velocity(draws.kept, noise))
+        return TargetBatch(xt, draws.sigma, draws.cond, noise - draws.kept)
 
     def directions(self, prediction, batch):
         error = prediction - batch.target

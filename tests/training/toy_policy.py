@@ -40,7 +40,8 @@ def velocity(params, adapter, xt, sigma, cond):
         )
 
     x = jnp.concatenate(
-        [xt.reshape(xt.shape[0], -1), sigma[:, None], cond["pooled"], cond["embeds"].mean(axis=1)], axis=1
+        [xt.reshape(xt.shape[0], -1), sigma[:, None], cond["pooled"], cond["embeds"].mean(axis=1)],
+        axis=1,
     )
     return dense("second", jnp.tanh(dense("first", x))).reshape(xt.shape)
 

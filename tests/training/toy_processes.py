@@ -17,6 +17,7 @@ from marble_jax.console import Console
 from marble_jax.distributed import device_mesh, probe
 from marble_jax.distributed.cluster import find_cluster
 from marble_jax.errors import InputError
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.harmonize.registry import make_balancer
 from marble_jax.rewards.base import Reward
@@ -58,7 +59,7 @@ def run(place, num_steps, broken):
         on_error="fail" if broken else "mask",
     )
     collector = Collector(
-        make_sampler(toy.velocity, 2, "euler", 1.0),
+        make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)),
         toy_run.encode,
         jax.nn.sigmoid,
         scorer,

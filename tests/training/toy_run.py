@@ -15,6 +15,7 @@ import toy_policy as toy
 
 import marble_jax  # noqa: F401
 from marble_jax.console import Console
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
@@ -40,14 +41,17 @@ def encode(texts):
     numbers = (
         np.array([[len(t), sum(map(ord, t)) % 7, ord(t[-1]) % 5] for t in texts], np.float32) / 10
     )
-    return {"embeds": jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)), "pooled": jnp.asarray(numbers[:, :2])}
+    return {
+        "embeds": jnp.asarray(np.repeat(numbers[:, None], 2, axis=1)),
+        "pooled": jnp.asarray(numbers[:, :2]),
+    }
 
 
 @functools.cache
 def programs():
     scorer = Scorer([Brightness(name="one", kind="device"), Brightness(name="two", kind="device")])
     collector = Collector(
-        make_sampler(toy.velocity, 2, "euler", 1.0),
+        make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)),
         encode,
         jax.nn.sigmoid,
         scorer,

@@ -6,8 +6,8 @@
 
 Sizes: `embedded` is the shipped pipeline as configs/embedded.py trains it; `mid` fills two cores; `sd35m` is
 SD3.5-medium at 512 px with random weights in bfloat16, for a GPU (`--force` for another device). A micro-step is what
-one turn of the loop in `marble_jax.training.train_step` does: noise, v_rollout and v_base, the current velocity with its
-pull-backs, and the sums.
+one turn of the loop in `marble_jax.training.train_step` does: noise, v_rollout and v_base, the current velocity with
+its pull-backs, and the sums.
 
 Times are rows, in milliseconds:
 
@@ -25,8 +25,8 @@ Times are rows, in milliseconds:
   torch.upstream.*       diffusers and PEFT as upstream's trainer runs them; harmonised is K = 5
   torch.tuned.*          with the rollout policy merged, inference mode, float32 losses; torch.compiled.* compiled too
 
-TFLOP/s and MFU count what the mathematics asks for (`marble_jax.families.sd3.flops`), not what is computed again. Memory is
-what the compiler reserves for temporaries (ours) or PyTorch's peak allocation (on a GPU).
+TFLOP/s and MFU count what the mathematics asks for (`marble_jax.families.sd3.flops`), not what is computed again.
+Memory is what the compiler reserves for temporaries (ours) or PyTorch's peak allocation (on a GPU).
 """
 
 from __future__ import annotations

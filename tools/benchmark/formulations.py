@@ -80,7 +80,7 @@ def vmapped(problem: Problem, anchors: bool) -> Core:
 
 
 def copied_adapters(problem: Problem, anchors: bool) -> Core:
-    """A copy of the adapter for every sample, and one pull-back of the whole batch to all copies (a `vmap` over seeds)."""
+    """A copy of the adapter for every sample, and one pull-back of the whole batch to all (a `vmap` over seeds)."""
 
     def core(params, current, flow, advantages, valid):
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (problem.size.num, *x.shape)), current)
@@ -251,7 +251,7 @@ def weighted_sum_batched(problem: Problem) -> Body:
 
 
 def weighted_sum_merged(problem: Problem) -> Body:
-    """The weighted sum with the rollout policy folded into a second copy of the weights: `params` is the pair of both."""
+    """The weighted sum, the rollout policy folded into a second copy of the weights: `params` is the pair of both."""
 
     def body(params, current, rollout, batch, plan):
         base, merged = params

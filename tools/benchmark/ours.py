@@ -1,4 +1,4 @@
-"""Our micro-batches, as `training.train_step` runs them: the three velocities inside, sums carried from one to the next."""
+"""Our micro-batches, as `training.train_step` runs them: three velocities inside, sums carried to the next."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Sums = Any
 Body = Callable[[Params, Adapter, Adapter, RolloutBatch, TrainingOrder], Sums]
 """(params, current, rollout, batch, plan) -> what a micro-step adds."""
 Core = Callable[[Params, Adapter, NftBatch, jax.Array, jax.Array], Sums]
-"""(params, current, flow, advantages [n, K], valid [n, K]) -> the same, from the rollout and reference velocities on."""
+"""(params, current, flow, advantages [n, K], valid [n, K]) -> the same, from the other two velocities on."""
 
 
 @dataclasses.dataclass

@@ -217,7 +217,7 @@ class Problem:
         return Nft(self.size.nft_beta, self.size.clip, self.size.kl_weight)
 
     def batch(self, num_rewards: int) -> RolloutBatch:
-        """n rollouts with advantages under K rewards: clipped ones among them, a fifth missing, none missing for K = 1."""
+        """n rollouts with advantages under K rewards: some clipped, a fifth missing, none missing for K = 1."""
         size, config = self.size, self.size.config
         draw = np.random.default_rng(num_rewards)
         advantages = draw.normal(size=(size.num, num_rewards)) * 3
@@ -231,7 +231,10 @@ class Problem:
         return RolloutBatch(
             kept=normal(size.num, size.side, size.side, config.in_channels),
             prompt=jnp.arange(size.num, dtype=jnp.int32),
-            cond={"embeds": normal(size.num, size.tokens, config.joint_attention_dim), "pooled": normal(size.num, config.pooled_projection_dim)},
+            cond={
+                "embeds": normal(size.num, size.tokens, config.joint_attention_dim),
+                "pooled": normal(size.num, config.pooled_projection_dim),
+            },
             advantages=jnp.asarray(np.where(valid, advantages, 0), jnp.float32),
             valid=jnp.asarray(valid),
         )

@@ -1,4 +1,4 @@
-"""The blocks of the MMDiT: joint attention of image and text tokens, feed-forward, modulation by the conditioning vector.
+"""The blocks of the MMDiT: joint attention of image and text tokens, feed-forward, modulation by a conditioning vector.
 
 Source: diffusers 0.42 `JointTransformerBlock`, `JointAttnProcessor2_0`; Esser et al. 2024 (arXiv 2403.03206).
 Deviation: layer norm and modulation are computed in float32 whatever the compute dtype.
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks.attention import (
@@ -25,7 +26,7 @@ from marble_jax.networks.lora_dense import LoraDense
 
 
 class Attention(nn.Module):
-    """Attention of the image tokens, jointly with the text tokens when these are given.
+    """Attention of the image tokens, jointly with the text tokens when there are some.
 
     Attributes:
       config: architecture.
@@ -43,37 +44,42 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, c: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """x [N, Tx, D], c [N, Tc, D] or None -> outputs of the same shapes (None without text output)."""
+        self, x: Float[Array, "n tx d"], c: Float[Array, "n tc d"] | None = None
+    ) -> tuple[Float[Array, "n tx d"], Float[Array, "n tc d"] | None]:
+        """Returns what the image tokens `x` and the text tokens `c` read; None without text output."""
 
         def dense(name: str, y: jax.Array) -> jax.Array:
-            return LoraDense(
+            layer = LoraDense(
                 self.config.width, dtype=self.dtype, lora_scale=self.lora_scale, name=name
-            )(y)
+            )
+            return layer(y)
 
-        def heads(y: jax.Array, names: str, norms: str) -> list[jax.Array]:
-            split = [
-                dense(names.format(n), y).reshape(*y.shape[:2], -1, self.config.attention_head_dim)
-                for n in "qkv"
-            ]
+        def heads(y: jax.Array, layers: str, norms: str) -> list[jax.Array]:
+            """Queries, keys and values [N, T, H, d] of one stream."""
+            split = []
+            for letter in "qkv":
+                projected = dense(layers.format(letter), y)
+                split.append(projected.reshape(*y.shape[:2], -1, self.config.attention_head_dim))
             if self.config.qk_norm == "rms_norm":
-                split[:2] = [
-                    RMSNorm(name=norms.format(n))(part)
-                    for n, part in zip("qk", split, strict=False)
-                ]
+                # Values stay as they are: the norm bounds the logits, in which they have no part.
+                for i, letter in enumerate("qk"):
+                    norm = RMSNorm(name=norms.format(letter))
+                    split[i] = norm(split[i])
             return split
 
-        qkv = heads(x, "to_{}", "norm_{}")
+        q, k, v = heads(x, "to_{}", "norm_{}")
         if c is not None:
-            text = heads(c, "add_{}_proj", "norm_added_{}")
-            qkv = [jnp.concatenate(pair, axis=1) for pair in zip(qkv, text, strict=True)]
-        out = attend(*qkv, self.implementation)
+            # Image tokens come first, so that the outputs of both streams can be cut apart below.
+            text_q, text_k, text_v = heads(c, "add_{}_proj", "norm_added_{}")
+            q = jnp.concatenate([q, text_q], axis=1)
+            k = jnp.concatenate([k, text_k], axis=1)
+            v = jnp.concatenate([v, text_v], axis=1)
+        out = attend(q, k, v, self.implementation)
         out = out.reshape(*out.shape[:2], -1)
         attended = dense("to_out_0", out[:, : x.shape[1]])
-        return attended, dense(
-            "to_add_out", out[:, x.shape[1] :]
-        ) if c is not None and self.text_out else None
+        if c is None or not self.text_out:
+            return attended, None
+        return attended, dense("to_add_out", out[:, x.shape[1] :])
 
 
 class FeedForward(nn.Module):
@@ -88,11 +94,14 @@ class FeedForward(nn.Module):
     lora_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, T, D] -> [N, T, D]."""
+    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+        """Returns the layer's output, token by token."""
+        width = x.shape[-1]
         options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        y = nn.gelu(LoraDense(4 * x.shape[-1], name="net_0_proj", **options)(x), approximate=True)
-        return LoraDense(x.shape[-1], name="net_2", **options)(y)
+        expand = LoraDense(4 * width, name="net_0_proj", **options)
+        contract = LoraDense(width, name="net_2", **options)
+        y = nn.gelu(expand(x), approximate=True)
+        return contract(y)
 
 
 class Block(nn.Module):
@@ -115,8 +124,17 @@ class Block(nn.Module):
     lora_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, streams: tuple[jax.Array, jax.Array], temb: jax.Array):
-        """((x [N, Tx, D], c [N, Tc, D]), temb [N, D]) -> ((x, c), None); the None is the scan's empty output."""
+    def __call__(
+        self,
+        streams: tuple[Float[Array, "n tx d"], Float[Array, "n tc d"]],
+        temb: Float[Array, "n d"],
+    ) -> tuple[tuple[Float[Array, "n tx d"], Float[Array, "n tc d"]], None]:
+        """Returns the image and text streams after the block, and None: the scan's empty output.
+
+        Args:
+          streams: image tokens and text tokens.
+          temb: conditioning vector.
+        """
         x, c = streams
         dtype = x.dtype
 
@@ -131,16 +149,16 @@ class Block(nn.Module):
         def feed_forward(
             y: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array, name: str
         ) -> jax.Array:
-            y = FeedForward(self.dtype, self.lora_scale, name=name)(
-                modulate(layer_norm(y), shift, scale, dtype)
-            )
+            layer = FeedForward(self.dtype, self.lora_scale, name=name)
+            y = layer(modulate(layer_norm(y), shift, scale, dtype))
+            # [N, D] to [N, 1, D]: all tokens of a sample are gated alike.
             return gate[:, None] * y
 
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = ada(
-            9 if self.dual else 6, "norm1"
-        )
+        num_parts = 9 if self.dual else 6
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = ada(num_parts, "norm1")
         if self.last:
-            c_scale, c_shift = ada(2, "norm1_context")  # this variant's order, unlike the others
+            # The norm of a stream that ends here has (scale, shift), in this order, and no gates.
+            c_scale, c_shift = ada(2, "norm1_context")
         else:
             c_shift, c_scale, c_gate, c_shift_ff, c_scale_ff, c_gate_ff = ada(6, "norm1_context")
         normed = layer_norm(x)
@@ -150,9 +168,13 @@ class Block(nn.Module):
         x = x + gate[:, None] * attended
         if self.dual:
             shift2, scale2, gate2 = second
-            x = x + gate2[:, None] * attention("attn2")(modulate(normed, shift2, scale2, dtype))[0]
+            gate2 = gate2[:, None]
+            # The same normed tokens as above, not those that the joint attention has changed.
+            attended2, _ = attention("attn2")(modulate(normed, shift2, scale2, dtype))
+            x = x + gate2 * attended2
         x = x + feed_forward(x, shift_ff, scale_ff, gate_ff, "ff")
-        if not self.last:
+        # The last block has no text output: nothing reads the text stream behind it.
+        if c_attended is not None:
             c = c + c_gate[:, None] * c_attended
             c = c + feed_forward(c, c_shift_ff, c_scale_ff, c_gate_ff, "ff_context")
         return (x, c), None

@@ -12,7 +12,7 @@ from marble_jax.weights.published_config import config_from
 
 @dataclasses.dataclass(frozen=True)
 class MMDiTConfig:
-    """Architecture, with the field names and defaults of a diffusers `SD3Transformer2DModel` config.
+    """Architecture of an MMDiT, with the field names and defaults of a diffusers `SD3Transformer2DModel` config.
 
     Attributes:
       sample_size: latent side the positional coordinates are scaled to.
@@ -44,7 +44,7 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
         if self.caption_projection_dim != self.width:
             raise InputError(
@@ -74,6 +74,11 @@ class MMDiTConfig:
     def width(self) -> int:
         """Width of both token streams."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def velocity_channels(self) -> int:
+        """Latent channels of the velocity."""
+        return self.out_channels or self.in_channels
 
     @property
     def runs(self) -> tuple[tuple[int, int, bool], ...]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks.lora_dense import LoraDense
@@ -18,29 +18,30 @@ from marble_jax.networks.lora_dense import LoraDense
 NUM_FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 
 
-def timestep_embedding(timestep: jax.Array) -> jax.Array:
-    """[N] on the 0..1000 scale -> float32 [N, 256]: cosines, then sines, of 128 frequencies 10000^(-k/128)."""
+def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
+    """Returns float32 cosines, then sines, of 128 frequencies 10000^(-k/128) times a timestep of 0..1000."""
     half = NUM_FREQUENCIES // 2
-    angles = timestep.astype(jnp.float32)[:, None] * jnp.exp(
-        -math.log(10000) * jnp.arange(half) / half
-    )
+    # float32 whatever the compute dtype: bfloat16 does not hold every integer up to 1000.
+    timestep = timestep.astype(jnp.float32)[:, None]
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / half)
+    angles = timestep * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def position_table(config: MMDiTConfig, side: int) -> jax.Array:
-    """Sinusoidal table [1, side * side, D] of the central patches, for models that start without a checkpoint.
+def position_table(config: MMDiTConfig, side: int) -> Float[Array, "1 patches d"]:
+    """Returns the sinusoidal table of the `side` x `side` central patches, for models that start without a checkpoint.
 
     The first half of the channels encodes the column, the second the row. A published table is loaded, not rebuilt.
     """
     quarter = config.width // 4
+    # The whole table covers the side that the model was made for, however many patches it has.
     step = config.sample_size / config.patch_size / config.pos_embed_max_size
     cells = (jnp.arange(side) + (config.pos_embed_max_size - side) // 2) * step
     angles = cells[:, None] * 10000.0 ** (-jnp.arange(quarter) / quarter)
     line = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    column, row = (
-        jnp.broadcast_to(line, (side, *line.shape)),
-        jnp.broadcast_to(line[:, None], (side, *line.shape)),
-    )
+    # [side, side, D / 2] each: the column varies along the second axis, the row along the first.
+    column = jnp.broadcast_to(line, (side, *line.shape))
+    row = jnp.broadcast_to(line[:, None], (side, *line.shape))
     return jnp.concatenate([column, row], axis=-1).reshape(1, side * side, -1)
 
 
@@ -58,18 +59,19 @@ class PatchEmbed(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        """[N, h, w, C] -> [N, (h/p)(w/p), D], row by row."""
+    def __call__(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n patches d"]:
+        """Returns the (h/p)(w/p) tokens of latents, row by row."""
         p = self.config.patch_size
-        tokens = nn.Conv(self.config.width, (p, p), (p, p), "VALID", dtype=self.dtype, name="proj")(
-            latents
-        )
+        proj = nn.Conv(self.config.width, (p, p), (p, p), "VALID", dtype=self.dtype, name="proj")
+        tokens = proj(latents)
         table = self.param("pos_embed", lambda _: position_table(self.config, self.side))
         table = table.reshape(self.side, self.side, -1)
         rows, columns = tokens.shape[1:3]
+        # Smaller images lie in the centre of the table, as in training.
         top, left = (self.side - rows) // 2, (self.side - columns) // 2
         # The table keeps its own dtype up to the sum, which a float32 table makes exact as in the published model.
-        tokens = (tokens + table[top : top + rows, left : left + columns]).astype(self.dtype)
+        positions = table[top : top + rows, left : left + columns]
+        tokens = (tokens + positions).astype(self.dtype)
         return tokens.reshape(tokens.shape[0], rows * columns, -1)
 
 
@@ -87,11 +89,11 @@ class TwoLayer(nn.Module):
     lora_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, in] -> [N, features]."""
+    def __call__(self, x: Float[Array, "n inner"]) -> Float[Array, "n features"]:
+        """Returns the embedding of N vectors."""
         options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        x = nn.silu(LoraDense(self.features, name="linear_1", **options)(x))
-        return LoraDense(self.features, name="linear_2", **options)(x)
+        hidden = nn.silu(LoraDense(self.features, name="linear_1", **options)(x))
+        return LoraDense(self.features, name="linear_2", **options)(hidden)
 
 
 class TimeTextEmbed(nn.Module):
@@ -108,8 +110,11 @@ class TimeTextEmbed(nn.Module):
     lora_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
-        """[N] on the 0..1000 scale, [N, P] -> [N, features]."""
+    def __call__(
+        self, timestep: Float[Array, " n"], pooled: Float[Array, "n p"]
+    ) -> Float[Array, "n features"]:
+        """Returns the conditioning vector of timesteps on the 0..1000 scale and pooled text embeddings."""
         sizes = (self.features, self.dtype, self.lora_scale)
         time = TwoLayer(*sizes, name="timestep_embedder")(timestep_embedding(timestep))
-        return time + TwoLayer(*sizes, name="text_embedder")(pooled)
+        text = TwoLayer(*sizes, name="text_embedder")(pooled)
+        return time + text

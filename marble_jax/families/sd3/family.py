@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.networks import autoencoder_kl, clip, t5
 from marble_jax.networks.autoencoder_kl import AutoencoderKL, VAEConfig, load_vae
 from marble_jax.storage.files import read_json
-from marble_jax.types import Params
 
 REQUIRED = (
     "transformer",
@@ -64,7 +63,8 @@ class SD3Family(Family):
         "attn.to_add_out",
     )
     tensor_parallel_modules = (
-        r"attn2?|ff|ff_context|norm1|norm1_context|norm_out|time_text_embed|blocks?_\d+|\w+_embedder"
+        r"attn2?|ff|ff_context|norm1|norm1_context|norm_out|"
+        r"time_text_embed|blocks?_\d+|\w+_embedder"
     )
     gathered_tables = "pos_embed"
     formats = SD3_FORMATS
@@ -182,10 +182,6 @@ class SD3Family(Family):
     def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
         """See `Family.layers_at`."""
         return layer_names.layers_at(path, shape)
-
-    def abstract_params(self, config: Mapping[str, Any]) -> Params:
-        """See `Family.abstract_params`."""
-        return abstract_params(MMDiT(MMDiTConfig.from_dict(config)))
 
 
 def _last_part(name: str) -> str:

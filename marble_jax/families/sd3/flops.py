@@ -10,6 +10,7 @@ XLA's own cost analysis counts the body of a loop once, however often it runs, s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,25 @@ from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks.autoencoder_kl import VAEConfig
 from marble_jax.types import Adapter, Params
 
+# Modules by what their inputs are: one vector a sample, text tokens, or the input of a block.
 _VECTOR = ("time_text_embed", "norm_out", "norm1", "norm1_context")
 _TEXT = ("context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
 _INPUT_SIDE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+@dataclasses.dataclass
+class _Flops:
+    """FLOPs of a group of products at one sample.
+
+    Attributes:
+      forward: of the forward pass.
+      backward: of the gradient of one cotangent in the adapter.
+      in_blocks: the part of `forward` that lies in blocks.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    in_blocks: float = 0.0
 
 
 def transformer(
@@ -41,43 +58,69 @@ def transformer(
       tokens: image tokens of a sample.
       text_tokens: text tokens of a sample.
     """
-    seen = {"image": tokens, "text": text_tokens, "vector": 1}
-    base = backward = blocks = 0.0
+    positions = {"image": tokens, "text": text_tokens, "vector": 1}
+    base = _base_products(config, params, positions)
+    attention = _attention_products(config, tokens, text_tokens)
+    low_rank = _low_rank_products(config, adapter, positions)
+    return SampleFlops(
+        base=base.forward + attention.forward,
+        forward=base.forward + attention.forward + low_rank.forward,
+        backward=base.backward + attention.backward + low_rank.backward,
+        recomputed=base.in_blocks + attention.forward + low_rank.forward,
+        attention=attention.forward,
+    )
+
+
+def _base_products(config: MMDiTConfig, params: Params, positions: Mapping[str, int]) -> _Flops:
+    """Products with the base weights, at `positions` of a stream a sample."""
+    flops = _Flops()
     for path, leaf in _kernels(params).items():
         if _dropped(config, path):
             continue
         stream = _stream(path)
-        product = 2.0 * seen[stream] * float(np.prod(leaf.shape))
-        base += product
+        product = 2.0 * positions[stream] * float(np.prod(leaf.shape))
+        flops.forward += product
         if _in_block(path):
-            blocks += product
+            flops.in_blocks += product
+            # Modulation is made from timestep and text alone, where nothing is trained.
             if stream != "vector":
-                backward += product * _share_below(path, leaf.shape)
+                flops.backward += product * _share_below(path, leaf.shape)
         elif path[0] == "proj_out":
-            backward += product
-    attention = backward_attention = 0.0
+            flops.backward += product
+    return flops
+
+
+def _attention_products(config: MMDiTConfig, tokens: int, text_tokens: int) -> _Flops:
+    """Products of queries with keys, and of their weights with values."""
+    flops = _Flops()
+    both = tokens + text_tokens
     for block in range(config.num_layers):
-        last, dual = block == config.num_layers - 1, block in config.dual_attention_layers
-        both = tokens + text_tokens
-        joint = 4.0 * (tokens if last else both) * both * config.width
-        second = 4.0 * tokens**2 * config.width * dual
-        attention += joint + second
-        backward_attention += 2 * (joint + (second if block else 0))
-    low_rank = low_rank_back = 0.0
+        # The last block's text queries are dropped, its text keys and values are not.
+        num_queries = tokens if block == config.num_layers - 1 else both
+        joint = 4.0 * num_queries * both * config.width
+        second = 0.0
+        if block in config.dual_attention_layers:
+            second = 4.0 * tokens**2 * config.width
+        flops.forward += joint + second
+        # Each product has two gradients. Below the first block's second attention nothing is trained.
+        flops.backward += 2 * (joint + (second if block else 0))
+    return flops
+
+
+def _low_rank_products(
+    config: MMDiTConfig, adapter: Adapter, positions: Mapping[str, int]
+) -> _Flops:
+    """Products with the adapter's factors, at `positions` of a stream a sample."""
+    flops = _Flops()
     for path, leaf in traverse_util.flatten_dict(dict(adapter)).items():
-        if not _dropped(config, path):
-            product = 2.0 * seen[_stream(path)] * float(np.prod(leaf.shape))
-            low_rank += product
-            low_rank_back += product * (
-                1 + (_share_below(path, leaf.shape) if path[-1] == "a" else 1)
-            )
-    return SampleFlops(
-        base + attention,
-        base + attention + low_rank,
-        backward + backward_attention + low_rank_back,
-        blocks + attention + low_rank,
-        attention,
-    )
+        if _dropped(config, path):
+            continue
+        product = 2.0 * positions[_stream(path)] * float(np.prod(leaf.shape))
+        flops.forward += product
+        # The input of `b` is the output of `a`, which is always trained.
+        below = _share_below(path, leaf.shape) if path[-1] == "a" else 1
+        flops.backward += product * (1 + below)
+    return flops
 
 
 def decoder(config: VAEConfig, params: Params, height: int, width: int) -> float:
@@ -90,21 +133,34 @@ def decoder(config: VAEConfig, params: Params, height: int, width: int) -> float
       width: latent cells.
     """
     cells = height * width
-    total = 4.0 * cells**2 * config.block_out_channels[-1] * config.mid_block_add_attention
+    total = 0.0
+    if config.mid_block_add_attention:
+        total = 4.0 * cells**2 * config.block_out_channels[-1]
     for path, leaf in _kernels(params).items():
-        if path[0] not in ("decoder", "post_quant_conv"):
-            continue
-        doublings = config.downsampling.bit_length() - 1 if path[-2] == "conv_out" else 0
-        if len(path) > 1 and path[1].startswith("up_blocks."):
-            doublings = int(path[1].split(".")[1]) + ("upsamplers" in path[1])
-        total += 2.0 * cells * 4.0**doublings * float(np.prod(leaf.shape))
+        if path[0] in ("decoder", "post_quant_conv"):
+            # Each doubling of the sides has four times the cells.
+            scale = 4.0 ** _doublings(config, path)
+            total += 2.0 * cells * scale * float(np.prod(leaf.shape))
     return total
 
 
+def _doublings(config: VAEConfig, path: tuple[str, ...]) -> int:
+    """How often the latents' sides were doubled where a decoder's kernel works."""
+    if len(path) > 1 and path[1].startswith("up_blocks."):
+        # A block's convolution after upsampling works on the larger side already.
+        return int(path[1].split(".")[1]) + ("upsamplers" in path[1])
+    if path[-2] == "conv_out":
+        return config.downsampling.bit_length() - 1
+    return 0
+
+
 def _kernels(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    return {
-        p: leaf for p, leaf in traverse_util.flatten_dict(dict(params)).items() if p[-1] == "kernel"
-    }
+    """The kernels among parameters, by path."""
+    kernels = {}
+    for path, leaf in traverse_util.flatten_dict(dict(params)).items():
+        if path[-1] == "kernel":
+            kernels[path] = leaf
+    return kernels
 
 
 def _in_block(path: tuple[str, ...]) -> bool:
@@ -113,9 +169,12 @@ def _in_block(path: tuple[str, ...]) -> bool:
 
 def _stream(path: tuple[str, ...]) -> str:
     """Which tokens a product runs over."""
-    if any(part in _VECTOR for part in path):
+    parts = set(path)
+    if parts.intersection(_VECTOR):
         return "vector"
-    return "text" if any(part in _TEXT for part in path) else "image"
+    if parts.intersection(_TEXT):
+        return "text"
+    return "image"
 
 
 def _dropped(config: MMDiTConfig, path: tuple[str, ...]) -> bool:
@@ -125,8 +184,13 @@ def _dropped(config: MMDiTConfig, path: tuple[str, ...]) -> bool:
 
 def _share_below(path: tuple[str, ...], shape: tuple[int, ...]) -> float:
     """Share of a product's layers whose input has something trained below it: not in the first block's attention."""
-    first = path[0] in ("blocks_0", "block_0") and (
-        "attn2" in path or any(p in _INPUT_SIDE for p in path)
-    )
+    first_run = path[0] in ("blocks_0", "block_0")
+    if not first_run or not _reads_block_input(path):
+        return 1.0
     layers = shape[0] if path[0].startswith("blocks_") else 1
-    return (layers - 1) / layers if first else 1.0
+    return (layers - 1) / layers
+
+
+def _reads_block_input(path: tuple[str, ...]) -> bool:
+    """Whether a layer works on its block's own input, or on nothing but layers that do."""
+    return "attn2" in path or not set(path).isdisjoint(_INPUT_SIDE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from marble_jax.families.sd3 import layer_names, transformer
@@ -38,7 +38,7 @@ CLASSES = {
 
 
 def layout(component: str, config: Mapping[str, Any], keys: Collection[str] = ()) -> Layout:
-    """The layout of a component with this config.json.
+    """Returns the layout of a component with this config.json.
 
     Args:
       component: one of `COMPONENTS`.
@@ -48,19 +48,39 @@ def layout(component: str, config: Mapping[str, Any], keys: Collection[str] = ()
     Raises:
       InputError: a config this package does not support.
     """
-    if component == "transformer":
-        mmdit = transformer.MMDiT(MMDiTConfig.from_dict(config))
-        shapes = transformer.abstract_params(mmdit)
-        return Layout(tuple(layer_names.entries(shapes)), shapes)
-    if component == "vae":
-        vae = autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig.from_dict(config))
-        shapes = autoencoder_kl.abstract_params(vae)
-        return Layout(tuple(path_entries(shapes)), shapes)
     if component == "text_encoder_3":
-        t5_encoder = t5.T5Encoder(t5.T5Config.from_dict(config))
-        shapes = t5.abstract_params(t5_encoder)
-        entries, ignore = t5.file_entries(shapes, keys)
-        return Layout(tuple(entries), shapes, tuple(ignore))
-    clip_encoder = clip.CLIPTextEncoder(clip.CLIPTextConfig.from_dict(config))
-    shapes = clip.abstract_text_params(clip_encoder)
+        return _t5_layout(config, keys)
+    return _LAYOUTS[component](config)
+
+
+def _transformer_layout(config: Mapping[str, Any]) -> Layout:
+    mmdit = transformer.MMDiT(MMDiTConfig.from_dict(config))
+    shapes = transformer.abstract_params(mmdit)
+    return Layout(tuple(layer_names.entries(shapes)), shapes)
+
+
+def _vae_layout(config: Mapping[str, Any]) -> Layout:
+    vae = autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig.from_dict(config))
+    shapes = autoencoder_kl.abstract_params(vae)
+    return Layout(tuple(path_entries(shapes)), shapes)
+
+
+def _clip_layout(config: Mapping[str, Any]) -> Layout:
+    encoder = clip.CLIPTextEncoder(clip.CLIPTextConfig.from_dict(config))
+    shapes = clip.abstract_text_params(encoder)
     return Layout(tuple(path_entries(shapes)), shapes, clip.BUFFERS)
+
+
+def _t5_layout(config: Mapping[str, Any], keys: Collection[str]) -> Layout:
+    encoder = t5.T5Encoder(t5.T5Config.from_dict(config))
+    shapes = t5.abstract_params(encoder)
+    entries, ignore = t5.file_entries(shapes, keys)
+    return Layout(tuple(entries), shapes, tuple(ignore))
+
+
+_LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
+    "transformer": _transformer_layout,
+    "vae": _vae_layout,
+    "text_encoder": _clip_layout,
+    "text_encoder_2": _clip_layout,
+}

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.base import (
     Conditioning,
@@ -70,8 +71,7 @@ class SD3Networks(Networks):
 
     Attributes:
       model: the transformer.
-      vae: the autoencoder.
-      vae_params: its parameters.
+      vae: the autoencoder; `decoder_params` holds all its parameters, of which decoding reads the decoder's.
       scheduler: the shipped sigma-grid settings.
       num_clip_tokens: CLIP tokens of a prompt.
     """
@@ -92,7 +92,7 @@ class SD3Networks(Networks):
         """
         self.directory, self.options = directory, options
         self.model, self.params = transformer
-        self.vae, self.vae_params = vae
+        self.vae, self.decoder_params = vae
         self.scheduler = scheduler
         self.num_clip_tokens = num_clip_tokens
         expected, received = self.model.config.in_channels, self.vae.config.latent_channels
@@ -101,44 +101,37 @@ class SD3Networks(Networks):
                 f"{directory}: VAE latent channels: expected the transformer's {expected}; "
                 f"received {received}"
             )
-
-    @property
-    def decoder_params(self) -> Params:
-        """Parameters of the whole autoencoder; decoding reads its decoder."""
-        return self.vae_params
+        self.sharding_rules = transformer_rules(self.model.config.attention_head_dim)
+        # Activations are largest at full resolution, where the last upsampling has the channels of the level before.
+        widths = self.vae.config.block_out_channels
+        self.largest_activation = widths[min(1, len(widths) - 1)]
 
     @property
     def decoder_only_params(self) -> Params:
         """See `Networks.decoder_only_params`."""
-        used = ("decoder", "post_quant_conv")
-        return {name: part for name, part in self.vae_params.items() if name in used}
-
-    @property
-    def sharding_rules(self) -> ShardingRules:
-        """See `Networks.sharding_rules`."""
-        return transformer_rules(self.model.config.attention_head_dim)
-
-    @property
-    def largest_activation(self) -> int:
-        """Channels of the decoder at full resolution, where its activations are largest."""
-        widths = self.vae.config.block_out_channels
-        # The last upsampling has the channels of the level before it.
-        return widths[1] if len(widths) > 1 else widths[0]
+        used = {}
+        for name in ("decoder", "post_quant_conv"):
+            if name in self.decoder_params:
+                used[name] = self.decoder_params[name]
+        return used
 
     def velocity(
         self,
         params: Params,
         adapter: Adapter | None,
-        xt: jax.Array,
-        sigma: jax.Array | float,
+        xt: Float[Array, "n h w c"],
+        sigma: Float[ArrayLike, " n"] | Float[ArrayLike, ""],
         cond: Conditioning,
-    ) -> jax.Array:
+    ) -> Float[Array, "n h w c"]:
         """See `Networks.velocity`; latents are [N, h, w, C]."""
         return velocity(self.model, params, adapter, xt, sigma, cond)
 
-    def decode_latents(self, decoder_params: Params, latents: jax.Array) -> jax.Array:
+    def decode_latents(
+        self, decoder_params: Params, latents: Float[Array, "n h w c"]
+    ) -> Float[Array, "n 1 height width 3"]:
         """See `Networks.decode_latents`; an image is a clip of one frame."""
         images = autoencoder_kl.decode(self.vae, decoder_params, latents)
+        # [N, H, W, 3] to [N, 1, H, W, 3].
         return images[:, None]
 
     @property
@@ -175,7 +168,7 @@ class SD3Networks(Networks):
         side = self.model.config.sample_size * self._cell
         return Size(side, side)
 
-    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+    def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> Float[np.ndarray, " levels"]:
         """See `Networks.levels`; SD3's shift does not depend on the size."""
         return sigma_grid(num_steps, self.scheduler.shift, self.scheduler.num_train_timesteps)
 
@@ -216,7 +209,7 @@ class SD3Networks(Networks):
     def decoder_flops(self, size: Size) -> float:
         """See `Networks.decoder_flops`."""
         height, width, _ = self.latent_shape(size)
-        return flops.decoder(self.vae.config, self.vae_params, height, width)
+        return flops.decoder(self.vae.config, self.decoder_params, height, width)
 
     def with_options(self, options: NetworkOptions) -> SD3Networks:
         """See `Networks.with_options`."""
@@ -225,7 +218,7 @@ class SD3Networks(Networks):
             self.directory,
             options,
             (model, self.params),
-            (self.vae, self.vae_params),
+            (self.vae, self.decoder_params),
             self.scheduler,
             self.num_clip_tokens,
         )

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.batches import batches_of
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
 from marble_jax.networks.tokenizers import load_tokenizer
 from marble_jax.storage.files import read_json
-from marble_jax.batches import batches_of
 from marble_jax.types import Params
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -31,7 +31,8 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 T5 = COMPONENTS[2]
 CLIP_LENGTH = 77  # tokens of a published CLIP text encoder
 
-Encoder = tuple[CLIPTextEncoder | T5Encoder, Params]
+Clip = tuple[CLIPTextEncoder, Params]
+LoadedT5 = tuple[T5Encoder, Params]
 
 
 class SD3TextEncoders(TextEncoders):
@@ -50,7 +51,8 @@ class SD3TextEncoders(TextEncoders):
     def __init__(
         self,
         directory: pathlib.Path,
-        encoders: Sequence[Encoder | None],
+        clips: tuple[Clip, Clip],
+        t5: LoadedT5 | None,
         tokenizers: Sequence[Any],
         width: int,
         pooled_width: int,
@@ -62,8 +64,10 @@ class SD3TextEncoders(TextEncoders):
           InputError: encoders whose widths do not fit each other or the transformer.
         """
         self.directory = directory
-        self.modules = tuple(None if pair is None else pair[0] for pair in encoders)
-        self.params = tuple(None if pair is None else pair[1] for pair in encoders)
+        (first, first_params), (second, second_params) = clips
+        third, third_params = t5 or (None, None)
+        self.modules = (first, second, third)
+        self.params = (first_params, second_params, third_params)
         self.tokenizers = tuple(tokenizers)
         self.width = width
         self.prompt_batch = prompt_batch
@@ -73,11 +77,13 @@ class SD3TextEncoders(TextEncoders):
         self._embed = jax.jit(embed, static_argnames="length")
 
     def _check(self, pooled_width: int) -> None:
-        first, second, third = (module and module.config for module in self.modules)
-        if third is not None and third.d_model != self.width:
+        """Raises InputError for encoders that do not fit each other or the transformer."""
+        first, second = self.modules[0].config, self.modules[1].config
+        t5 = self.modules[2]
+        if t5 is not None and t5.config.d_model != self.width:
             raise InputError(
                 f"{self.directory}: text_encoder_3 width: expected the transformer's {self.width}; "
-                f"received {third.d_model}"
+                f"received {t5.config.d_model}"
             )
         pooled = first.projection_dim + second.projection_dim
         if pooled != pooled_width:
@@ -204,15 +210,21 @@ def load_text_encoders(
     tokenizers: list[Any] = []
     for name in TOKENIZERS[: len(names)]:
         tokenizers.append(load_tokenizer(root / name, (index.get(name) or [None])[-1]))
-    loaders: tuple[Callable[..., Any], ...] = (load_text_encoder, load_text_encoder, load_t5)
-    encoders: list[Encoder | None] = []
-    for name, load in zip(names, loaders, strict=False):
-        encoders.append(load(root / name, dtype, place(name)))
-    absent = [None] * (len(COMPONENTS) - len(names))
+    clip_l, clip_g = COMPONENTS[:2]
+    clips = (
+        load_text_encoder(root / clip_l, dtype, place(clip_l)),
+        load_text_encoder(root / clip_g, dtype, place(clip_g)),
+    )
+    t5 = None
+    if T5 in names:
+        t5 = load_t5(root / T5, dtype, place(T5))
+    else:
+        tokenizers.append(None)
     return SD3TextEncoders(
         root,
-        [*encoders, *absent],
-        [*tokenizers, *absent],
+        clips,
+        t5,
+        tokenizers,
         config["joint_attention_dim"],
         config["pooled_projection_dim"],
         prompt_batch,

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.families.base import Conditioning
@@ -77,8 +79,12 @@ class MMDiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents: jax.Array, timestep: jax.Array, embeds: jax.Array, pooled: jax.Array
-    ) -> jax.Array:
+        self,
+        latents: Float[Array, "n h w c"],
+        timestep: Float[Array, " n"],
+        embeds: Float[Array, "n t e"],
+        pooled: Float[Array, "n p"],
+    ) -> Float[Array, "n h w v"]:
         """Velocity of noisy latents.
 
         Args:
@@ -95,8 +101,8 @@ class MMDiT(nn.Module):
         """
         config = self.config
         self._check(latents.shape)
-        x = PatchEmbed(config, self.side, self.dtype, name="pos_embed")(latents)
         low_rank = {"dtype": self.dtype, "lora_scale": self.lora_scale}
+        x = PatchEmbed(config, self.side, self.dtype, name="pos_embed")(latents)
         temb = TimeTextEmbed(config.width, name="time_text_embed", **low_rank)(timestep, pooled)
         c = LoraDense(config.width, name="context_embedder", **low_rank)(embeds)
         # Under a scan the recomputation cannot be merged with the forward pass, so the barrier would only cost time.
@@ -111,39 +117,48 @@ class MMDiT(nn.Module):
                 length=length,
                 unroll=min(self.unroll, length),
             )
-            (x, c), _ = run(config, dual, name=f"blocks_{first}", **options)((x, c), temb)
+            blocks = run(config, dual, name=f"blocks_{first}", **options)
+            (x, c), _ = blocks((x, c), temb)
         final = config.num_layers - 1
         last = self._block(prevent_cse=True)
         dual = final in config.dual_attention_layers
-        (x, _), _ = last(config, dual, last=True, name=f"block_{final}", **options)((x, c), temb)
+        last_block = last(config, dual, last=True, name=f"block_{final}", **options)
+        (x, _), _ = last_block((x, c), temb)
         scale, shift = AdaLayerNorm(2, name="norm_out", **low_rank)(temb)
         x = modulate(layer_norm(x), shift, scale, self.dtype)
-        p, channels = config.patch_size, config.out_channels or config.in_channels
-        x = LoraDense(p * p * channels, name="proj_out", **low_rank)(x)
-        num, height, width = latents.shape[:3]
-        x = x.reshape(num, height // p, width // p, p, p, channels)
-        return jnp.einsum("nhwpqc->nhpwqc", x).reshape(num, height, width, channels)
+        num_values = config.patch_size**2 * config.velocity_channels
+        x = LoraDense(num_values, name="proj_out", **low_rank)(x)
+        return self._unpatch(x, latents.shape)
+
+    def _unpatch(self, tokens: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Puts tokens [N, (h/p)(w/p), p p C] together to an array [N, h, w, C]."""
+        p, channels = self.config.patch_size, self.config.velocity_channels
+        num, height, width = shape[:3]
+        cells = tokens.reshape(num, height // p, width // p, p, p, channels)
+        # A token's values are rows, columns and channels of its patch: rows go beside rows of patches.
+        cells = jnp.einsum("nhwpqc->nhpwqc", cells)
+        return cells.reshape(num, height, width, channels)
 
     def _block(self, prevent_cse: bool) -> Any:
         """The class of a block, with gathering and rematerialisation."""
-        block, policy = Block, REMAT_POLICIES[self.remat]
-        if self.gather is not None and not self.is_initializing():
-            block = nn.map_variables(
-                block,
-                "params",
-                lambda found: {
-                    "params": checkpoint_name(self.gather(("block_0",), found["params"]), GATHERED)
-                },
-            )
-            if self.remat == "none":
-                policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        elif self.remat == "none":
+        block: Any = Block
+        policy: Any = REMAT_POLICIES[self.remat]
+        # Parameters that are only being made lie whole.
+        gather = None if self.is_initializing() else self.gather
+        if gather is None and self.remat == "none":
             return block
+        if gather is not None:
+            block = _gathered_block(gather)
+            if self.remat == "none":
+                # A backward pass gathers weights once more: kept, those of all blocks would be whole at a time.
+                policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
         return nn.remat(block, prevent_cse=prevent_cse, policy=policy)
 
     def _check(self, shape: tuple[int, ...]) -> None:
+        """Raises InputError for options or latents that the model cannot take."""
         one_of("remat", self.remat, REMAT_POLICIES)
         p, whole = self.config.patch_size, self.config.pos_embed_max_size
+        # An even difference, so that the table that is stored has the same centre as the whole one.
         if not 0 < self.side <= whole or (whole - self.side) % 2:
             parity = "odd" if whole % 2 else "even"
             raise InputError(
@@ -153,33 +168,50 @@ class MMDiT(nn.Module):
             raise InputError(
                 f"latents: expected [N, h, w, {self.config.in_channels}]; received {list(shape)}"
             )
-        if any(side % p or side // p > self.side for side in shape[1:3]):
-            raise InputError(
-                f"latents: expected sides divisible by {p} and up to {p * self.side}; received {shape[1]} x {shape[2]}"
-            )
+        for side in shape[1:3]:
+            if side % p or side // p > self.side:
+                raise InputError(
+                    f"latents: expected sides divisible by {p} and up to {p * self.side}; "
+                    f"received {shape[1]} x {shape[2]}"
+                )
+
+
+def _gathered_block(gather: Callable[[tuple[str, ...], Params], Params]) -> Any:
+    """The class of a block that puts its weights together from several devices when it is called."""
+
+    def whole(collections: dict[str, Params]) -> dict[str, Params]:
+        # Every block is split in the same way: the last one's name stands for all.
+        params = gather(("block_0",), collections["params"])
+        return {"params": checkpoint_name(params, GATHERED)}
+
+    return nn.map_variables(Block, "params", whole)
 
 
 def abstract_params(model: MMDiT) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
     p, config = model.config.patch_size, model.config
-    latents, text = (1, p, p, config.in_channels), (1, 1, config.joint_attention_dim)
-    inputs = (latents, (1,), text, (1, config.pooled_projection_dim))
+    # One patch and one text token: no parameter's shape depends on how many there are.
+    inputs = (
+        (1, p, p, config.in_channels),
+        (1,),
+        (1, 1, config.joint_attention_dim),
+        (1, config.pooled_projection_dim),
+    )
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
-    init = model.clone(
-        attention="xla"
-    ).init  # has no parameters, and a fused one cannot be traced everywhere
-    return jax.eval_shape(init, jax.random.key(0), *structs)["params"]
+    # Attention has no parameters, and a fused one cannot be traced everywhere.
+    plain = model.clone(attention="xla")
+    return jax.eval_shape(plain.init, jax.random.key(0), *structs)["params"]
 
 
 def velocity(
     model: MMDiT,
     params: Params,
     adapter: Adapter | None,
-    xt: jax.Array,
-    sigma: jax.Array | float,
+    xt: Float[Array, "n h w c"],
+    sigma: Float[ArrayLike, " n"] | Float[ArrayLike, ""],
     cond: Conditioning,
-) -> jax.Array:
-    """Flow velocity as a pure function.
+) -> Float[Array, "n h w v"]:
+    """Flow velocity `noise - x0` as a pure function.
 
     Args:
       model: the transformer.
@@ -195,19 +227,22 @@ def velocity(
     Raises:
       InputError: adapter leaves that no layer reads or that do not fit; see also `MMDiT`.
     """
-    if (
-        model.gather is not None
-    ):  # blocks do so themselves; of the positional table only the centre is read
-        outside = {
-            name: part
-            for name, part in params.items()
-            if not name.startswith(("block", "pos_embed"))
-        }
-        params = {**params, **model.gather((), outside)}
+    if model.gather is not None:
+        params = {**params, **model.gather((), _outside_blocks(params))}
     variables = {"params": params}
     if adapter is not None:
         check_adapter(params, adapter)
         variables[COLLECTION] = adapter
     timestep = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32) * NUM_TRAIN_TIMESTEPS, xt.shape[:1])
-    velocity = model.apply(variables, xt, timestep, cond["embeds"], cond["pooled"])
-    return velocity.astype(jnp.float32)
+    output: Any = model.apply(variables, xt, timestep, cond["embeds"], cond["pooled"])
+    return output.astype(jnp.float32)
+
+
+def _outside_blocks(params: Params) -> Params:
+    """Parameters that are put together before the first block."""
+    outside = {}
+    for name, part in params.items():
+        # Blocks gather their own, and of the positional table only the centre is read.
+        if not name.startswith(("block", "pos_embed")):
+            outside[name] = part
+    return outside
