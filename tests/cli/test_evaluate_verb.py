@@ -177,7 +177,7 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
         ),
         (
             ["--prompts=a", "--size=50x64"],
-            "image size: expected positive multiples of 16 .*; received 50 x 64",
+            "--size: height: expected a multiple of 16 up to the model's .* pixels; received 50 .nearest valid 48",
         ),
         (
             ["--prompts=a", "--size=big"],
@@ -185,7 +185,7 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
         ),
         (
             ["--prompts=a", "--size=4096x64"],
-            "--size: expected at most the model's .* pixels; received 4096 x 64",
+            "--size: height: expected a multiple of 16 up to the model's .* pixels; received 4096 .nearest valid 256",
         ),
         (
             ["--prompts=a", "--guidance=-1"],

@@ -171,6 +171,6 @@ def test_a_run_of_two_processes_leaves_what_one_leaves(folder, tmp_path):
     assert [len(r) for r in rows] == [3, 3]
     for one, two in zip(*rows):
         for key in (
-            k for k in one if k.split("/")[0] in ("rollout", "training", "nft", "advantages")
+            k for k in one if k.split("/")[0] in ("rollout", "training", "objective", "advantages")
         ):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key

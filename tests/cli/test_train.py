@@ -120,7 +120,7 @@ def workdir(tmp_path):
         ),
         (
             [*HOST_ONLY, "--config.model.height=60"],
-            "image size: expected positive multiples of 16 .*received 60",
+            "model.height: expected a multiple of 16 up to the model's 256 pixels; received 60 .nearest valid 64",
         ),
     ],
 )
@@ -310,8 +310,9 @@ def test_metrics_are_named_room_name_reward(finished):
                 "rollout",
                 "advantages",
                 "harmonize",
-                "nft",
-                "policies",
+                "objective",
+                "rollout_policy",
+                "ema",
                 "training",
                 "time",
                 "speed",
