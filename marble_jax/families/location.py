@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from marble_jax.errors import InputError
 from marble_jax.families.registry import family_of
-from marble_jax.weights.hub import HUB_NAME, download
-
-_SECOND_COPIES = ("*.fp16*",)
-"""Files of weights that are there in full precision too."""
+from marble_jax.weights import hub
 
 
 def find_model(
@@ -29,18 +25,10 @@ def find_model(
     Raises:
       InputError: no such directory, and not a hub model that can be had (unknown, gated, of no family, no network).
     """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if not HUB_NAME.fullmatch(str(name)):
-        raise InputError(
-            f"model: expected a directory or a Hub name owner/model; received {str(name)!r}"
-        )
     # The index says of which family the model is, and the family which folders matter: the root of such a
     # repository often holds all weights a second time in single files.
-    index = download(str(name), ["model_index.json"], [], revision)
+    index = hub.find_model(name, (), revision=revision)
+    if index == Path(name):
+        return index
     folders = family_of(index).components(omit_text_encoders)
-    wanted = ["model_index.json"]
-    for folder in folders:
-        wanted.append(f"{folder}/*")
-    return download(str(name), wanted, list(_SECOND_COPIES), revision)
+    return hub.find_model(name, folders, revision=revision)
