@@ -37,7 +37,7 @@ def help_text() -> str:
                       .DIR.partial, and the same command goes on from the last complete component
   --to=LAYOUT         orbax (ours; --config.model.path takes it) or diffusers; default: the other one
   --dtype=keep        keep (bit for bit), float32, bfloat16 or float16
-  --components=A,B    transformer, vae, text_encoder, text_encoder_2, text_encoder_3; default: all there are
+  --components=A,B    folders of the model, such as transformer,vae,text_encoder; default: all there are
   --companion=DIR     directory or hub id for the parts a single file lacks (tokenizers, text encoders)
   --revision=NAME     branch, tag or commit of a hub id
   --shard=10GB        largest safetensors file
