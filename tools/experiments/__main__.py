@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from marble_jax.cli.options import boolean, number, split
+from marble_jax.cli.options import boolean, split, whole_number
 from marble_jax.errors import InputError
 from marble_jax.storage.files import write_whole
 from tools.experiments import fronts, results, runner, table
@@ -68,14 +68,14 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     ]
     overrides = [a for a in config_args if not a.startswith("--config=")]
     if values["steps"]:
-        overrides.append(f"--config.training.num_steps={number(values, 'steps', int, 1)}")
-    num_jobs = number(values, "jobs", int, 1)
+        overrides.append(f"--config.training.num_steps={whole_number(values, 'steps', 1)}")
+    num_jobs = whole_number(values, "jobs", 1)
     if num_jobs > 2:
         raise InputError(f"--jobs: expected 1 or 2; received {num_jobs}")
     methods = choose(values["suite"], [n for n in values["methods"].split(",") if n])
     out = Path(values["out"])
     target = Path(values["results"]) if values["results"] else out
-    everything = jobs(METHODS, number(values, "seeds", int, 1), out, files[-1], overrides)
+    everything = jobs(METHODS, whole_number(values, "seeds", 1), out, files[-1], overrides)
     names = {method.name for method in methods}
     planned = [job for job in everything if names & set(job.methods)]
     config = planned[0].config
