@@ -14,6 +14,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.families import embedding_cache as module
+from marble_jax.families.base import TextEncoders
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.sd3.family import FAMILY
 from marble_jax.weights import content_hash
@@ -22,7 +23,7 @@ EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded" / "pipe
 TEXTS = ["a cat", "two dogs", "", "a cat", "fog"]
 
 
-class Encoders:
+class Encoders(TextEncoders):
     """Encoders whose values spell the text; counts the texts they were asked for."""
 
     prompt_batch = 2
