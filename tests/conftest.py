@@ -1,5 +1,6 @@
 """Environment of the tests: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs."""
 
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -16,6 +17,20 @@ _CACHE = (
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--check-shapes",
+        action="store_true",
+        help="check the shapes in signatures of the mathematics at every call",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--check-shapes"):
+        # Before anything of the package is imported.
+        importlib.import_module("shape_checks").install()
 
 
 @pytest.fixture(scope="session")

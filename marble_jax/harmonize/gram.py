@@ -29,7 +29,7 @@ def mean_over(values: Float[Array, " k"], mask: Bool[Array, " k"]) -> Float[Arra
 
 
 def divide(
-    numerator: Float[Array, "*k"], denominator: Float[Array, "*k"], defined: Bool[Array, "*k"]
+    numerator: Float[Array, "*k"], denominator: Float[Array, "*#k"], defined: Bool[Array, "*#k"]
 ) -> Float[Array, "*k"]:
     """Quotient where it is defined, 0 elsewhere."""
     # Divided by 1 where the quotient is not used: x / 0 would still raise the alarm of a NaN checker.

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from marble_jax.config import Settings
 from marble_jax.distributed import device_mesh
+from marble_jax.objectives.registry import make_objective
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.programs.open_model import decode_size
 from marble_jax.trainable import lora
@@ -322,7 +323,7 @@ class MemoryModel:
         shards = device_mesh.batch_shards(self.mesh)
         chunk = self.share(chunk_size(self.settings.training, self.settings.harmonize, shards))
         # The signal, the pull to the rollout policy, and the divergence from the base where that counts.
-        directions = 2 + (self.settings.nft.kl_weight > 0)
+        directions = 2 + (make_objective(self.settings).kl_weight > 0)
         micro_batch = self.share(self.settings.training.micro_batch_size)
         # Backward passes go chunk by chunk; the velocities that need no gradient take a whole micro-batch.
         block = max(self.backward(chunk, directions), self.forward(micro_batch))

@@ -12,6 +12,7 @@ from typing import Any
 from marble_jax.config import Settings
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.base import Networks, SampleFlops
+from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.open_model import size_of
 from marble_jax.training.batch_sizes import Sizes
 from marble_jax.types import Adapter
@@ -60,7 +61,7 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
     """
     harmonize = settings.harmonize
     # 1 where the divergence from the base model is part of the loss: one more network call and one more direction.
-    reference = int(settings.nft.kl_weight > 0)
+    reference = int(make_objective(settings).kl_weight > 0)
     micro_batch = sizes.samples / sizes.micro_batches
     # The rollout policy's velocity and the current one, and one cotangent pulled back.
     signal = 2 * sample.forward + sample.backward

@@ -276,8 +276,11 @@ def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
 def test_a_signal_after_the_save_check_is_not_lost():
     """It comes when the loop looks whether another step is due: nothing was saved on schedule, so it is saved now."""
 
-    class Late:
+    class Late(Cadence):
         checked = False
+
+        def __init__(self):
+            """Nothing is fixed: how many steps there are depends on when it is asked."""
 
         def evaluates(self, step):
             return False
