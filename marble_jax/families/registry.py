@@ -65,6 +65,10 @@ def family_of(root: Path) -> Family:
       InputError: no such file, no class in it, or one of no family.
     """
     file = root / "model_index.json"
+    if not file.is_file():
+        raise InputError(
+            f"{root}: expected a model's directory, with a model_index.json; received none"
+        )
     name = read_json(file).get("_class_name")
     if not isinstance(name, str):
         expected = ", ".join(pipeline_classes())

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from marble_jax.families.formats import registered_formats
 from safetensors.numpy import save_file
 
 import marble_jax
 from marble_jax.convert.original import open_original
 from marble_jax.convert.sources import open_model
 from marble_jax.errors import InputError
+from marble_jax.families.registry import families
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.weights import hub
 
@@ -41,7 +41,7 @@ BOTH = (OTHER, SD3_FORMATS)
 
 
 def test_every_registered_family_is_complete():
-    for family in registered_formats():
+    for family in [family.formats for family in families()]:
         assert set(family.classes) == set(family.folders)
         assert set(family.stems) == set(family.components) and family.adapted in family.components
         assert family.lora.diffusers_prefix in family.lora.prefixes

@@ -18,7 +18,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from marble_jax.families.formats import registered_formats
 from marble_jax.families.sd3.pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
@@ -26,6 +25,7 @@ from marble_jax.cli.main import main
 from marble_jax.convert import model as converting
 from marble_jax.convert import writing
 from marble_jax.errors import InputError
+from marble_jax.families.registry import families
 from marble_jax.weights.component import OrbaxDir, load_component
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
@@ -35,7 +35,9 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3
 
 def convert(name, out, *arguments, **options):
     """Converts a model of any family."""
-    return converting.convert(name, out, registered_formats(), *arguments, **options)
+    return converting.convert(
+        name, out, [family.formats for family in families()], *arguments, **options
+    )
 
 
 @pytest.fixture(scope="module")

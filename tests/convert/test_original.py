@@ -8,13 +8,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from marble_jax.families.formats import registered_formats
 from marble_jax.families.sd3.pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
 from marble_jax.convert import model as converting
 from marble_jax.convert.original import open_original
 from marble_jax.errors import InputError
+from marble_jax.families.registry import families
 from marble_jax.families.sd3.layer_names import load_mmdit
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
@@ -23,7 +23,9 @@ LAYERS, WIDTH, HEAD, TEXT, POOLED, SIDE = 3, 128, 64, 160, 96, 6
 
 def convert(name, out, *arguments, **options):
     """Converts a model of any family."""
-    return converting.convert(name, out, registered_formats(), *arguments, **options)
+    return converting.convert(
+        name, out, [family.formats for family in families()], *arguments, **options
+    )
 
 
 def linear(name, out, into):
@@ -264,7 +266,9 @@ def test_a_companion_brings_the_tokenizers(converted, file, tmp_path):
 def test_the_published_kinds_are_told_apart(tmp_path, duals, qk_norm):
     """SD3-medium, SD3.5-large and SD3.5-medium; the transformer alone, without its prefix."""
     save_file(draw(transformer_shapes(duals, qk_norm)), tmp_path / "model.safetensors")
-    original = open_original(tmp_path / "model.safetensors", registered_formats())
+    original = open_original(
+        tmp_path / "model.safetensors", [family.formats for family in families()]
+    )
     assert list(original.components) == ["transformer"] and original.formats.name == "SD3"
     config = original.components["transformer"].config
     assert config["dual_attention_layers"] == list(duals)

@@ -362,7 +362,7 @@ def test_missing_pieces(broken, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         InputError,
-        match="model_index.json: expected a readable JSON file; received FileNotFoundError",
+        match="empty: expected a model's directory, with a model_index.json; received none",
     ):
         load_pipeline(tmp_path / "empty")
     shutil.rmtree(broken / "text_encoder_2")
