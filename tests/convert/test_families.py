@@ -41,7 +41,7 @@ BOTH = (OTHER, SD3_FORMATS)
 
 
 def test_every_registered_family_is_complete():
-    for family in [family.formats for family in families()]:
+    for family in (family.formats for family in families()):
         assert set(family.classes) == set(family.folders)
         assert set(family.stems) == set(family.components) and family.adapted in family.components
         assert family.lora.diffusers_prefix in family.lora.prefixes

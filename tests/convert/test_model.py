@@ -18,7 +18,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from marble_jax.families.sd3.pipeline import load_pipeline
+from loaded_pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
 from marble_jax.cli.main import main

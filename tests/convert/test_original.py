@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from marble_jax.families.sd3.pipeline import load_pipeline
+from loaded_pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
 from marble_jax.convert import model as converting
