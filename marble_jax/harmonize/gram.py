@@ -29,9 +29,9 @@ def mean_over(values: Float[Array, " k"], mask: Bool[Array, " k"]) -> Float[Arra
 
 
 def divide(
-    numerator: Float[Array, "*k"], denominator: Float[Array, "*k"], defined: Bool[Array, "*k"]
-) -> Float[Array, "*k"]:
-    """Quotient where it is defined, 0 elsewhere."""
+    numerator: Float[Array, "..."], denominator: Float[Array, "..."], defined: Bool[Array, "..."]
+) -> Float[Array, "..."]:
+    """Quotient where it is defined, 0 elsewhere; shapes broadcast."""
     # Divided by 1 where the quotient is not used: x / 0 would still raise the alarm of a NaN checker.
     divisor = jnp.where(defined, denominator, 1.0)
     quotient = numerator / divisor

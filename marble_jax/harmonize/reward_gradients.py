@@ -22,7 +22,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from marble_jax.errors import InputError
 from marble_jax.flow.path import expand
@@ -234,7 +234,7 @@ def combined_gradient(
     return gradient, {"policy_loss": policy_loss, "kl": kl}
 
 
-def per_sample(weights: Float[Array, " k"], counts: Float[Array, " k"]) -> Float[Array, " k"]:
+def per_sample(weights: Float[Array, " k"], counts: Num[Array, " k"]) -> Float[Array, " k"]:
     """Weights of rewards divided by their numbers of valid samples; `counts` are those of the whole batch."""
     return weights / jnp.maximum(counts, 1)
 

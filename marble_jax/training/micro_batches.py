@@ -177,15 +177,21 @@ def sum_over(body: Callable[[jax.Array], Any], indices: Sequence[int]) -> Any:
 
     `body` is traced once, for the shapes and for the loop: tracing a transformer takes seconds.
     """
-    # A scan alone would trace it a second time to learn the shapes of its zeros.
-    traced, shapes = jax.make_jaxpr(body, return_shape=True)(jnp.zeros((), jnp.int32))
+    structures = []
+
+    def leaves_of(index: jax.Array) -> list[jax.Array]:
+        leaves, structure = jax.tree.flatten(body(index))
+        structures.append(structure)
+        return leaves
+
+    # A scan alone would have `body` traced a second time to learn the shapes of its zeros.
+    traced = jax.make_jaxpr(leaves_of)(jnp.zeros((), jnp.int32))
     body_leaves = jaxpr_as_fun(traced)
-    leaves, structure = jax.tree.flatten(shapes)
-    zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in traced.out_avals]
 
     def add(sums: list[jax.Array], index: jax.Array) -> tuple[list[jax.Array], None]:
         parts = body_leaves(index)
         return [total + part for total, part in zip(sums, parts, strict=True)], None
 
     sums, _ = jax.lax.scan(add, zeros, jnp.asarray(list(indices), jnp.int32))
-    return jax.tree.unflatten(structure, sums)
+    return jax.tree.unflatten(structures[0], sums)

@@ -1,7 +1,7 @@
 """The vmapped pull-back against a loop, at a size where jaxlib 0.10.2 was wrong on the CPU without `platform.prepare`.
 
 Measured: `vmap` over the 3 cotangents of a batched `vjp` is off by 8 % for every index but the first without the
-setting (4e-7 with it). The per-sample form that `reward_gradients.accumulate` uses was right either way at this size; it is
+setting (4e-7 with it). The per-sample form of `reward_gradients.accumulate` was right either way at this size; it is
 held to the same standard because nothing but the size of a matrix product separates the two.
 """
 

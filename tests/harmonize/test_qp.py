@@ -148,7 +148,7 @@ def test_a_floor_above_equal_shares_means_equal_shares():
 
 def test_the_solution_does_not_depend_on_the_scale_or_on_jit():
     g = np.random.default_rng(5).normal(size=(5, 8)).astype(np.float32)
-    gram, valid = g @ g.T, jnp.ones(5, bool)
+    gram, valid = jnp.asarray(g @ g.T), jnp.ones(5, bool)
     want = qp.min_norm(gram, valid)
     np.testing.assert_allclose(qp.min_norm(gram * 2.0**80, valid).alpha, want.alpha, atol=1e-6)
     with jax.disable_jit():

@@ -44,7 +44,7 @@ def test_per_reward_matches_the_twin(scale):
 
 def test_hand_computed():
     """Two groups (1, 3) and (10, 10); around 6 the four deviate by 5, 3, 4 and 4, so the std is sqrt(16.5)."""
-    scores, groups = [[1], [3], [10], [10]], ["a", "a", "b", "b"]
+    scores, groups = np.array([[1.0], [3], [10], [10]]), np.array(["a", "a", "b", "b"])
     got = advantages.per_reward(scores, np.ones((4, 1), bool), groups)
     np.testing.assert_allclose(
         got.values[:, 0], [-1 / (16.5**0.5 + 1e-4), 1 / (16.5**0.5 + 1e-4), 0, 0], rtol=1e-6
@@ -65,7 +65,9 @@ def test_what_is_missing_does_not_touch_the_rest():
 
 def test_a_single_valid_score_is_neutral_and_an_empty_group_missing():
     valid = np.array([True, False, True, True, False, False])[:, None]
-    got = advantages.per_reward([[7], [9], [1], [3], [5], [5]], valid, [0, 0, 1, 1, 2, 2])
+    got = advantages.per_reward(
+        np.array([[7.0], [9], [1], [3], [5], [5]]), valid, np.array([0, 0, 1, 1, 2, 2])
+    )
     assert got.values[0, 0] == 0 and got.valid[0, 0]
     np.testing.assert_array_equal(got.valid, valid)
     np.testing.assert_array_equal(got.tied, [0.0])
@@ -90,12 +92,12 @@ def test_an_empty_batch_and_an_absent_reward():
 def test_weighted_sum_is_a_mean_over_what_is_there():
     valid = np.array([[True, True], [True, False], [False, False]])
     values, present = advantages.weighted_sum(
-        [[2.0, 5.0], [4.0, np.nan], [9.0, 9.0]], valid, [1.0, 2.0]
+        np.array([[2.0, 5.0], [4.0, np.nan], [9.0, 9.0]]), valid, np.array([1.0, 2.0])
     )
     np.testing.assert_allclose(values, [[4.0], [4.0], [0.0]])
     np.testing.assert_array_equal(present, [[True], [True], [False]])
     np.testing.assert_allclose(
-        advantages.weighted_sum([[2.0, 5.0]], np.ones((1, 2), bool))[0], [[3.5]]
+        advantages.weighted_sum(np.array([[2.0, 5.0]]), np.ones((1, 2), bool))[0], [[3.5]]
     )
 
 
@@ -118,7 +120,7 @@ def test_gdpo_keeps_apart_what_a_sum_of_scores_confuses():
 
 def test_gdpo_ignores_missing_scores():
     values, valid, groups = _scores()
-    got = advantages.gdpo(np.where(valid, values, np.nan), valid, groups, [1.0, 0.0, 1.0])
+    got = advantages.gdpo(np.where(valid, values, np.nan), valid, groups, np.array([1.0, 0.0, 1.0]))
     np.testing.assert_array_equal(got.valid[:, 0], valid[:, 0] | valid[:, 2])
     assert np.isfinite(got.values).all()
 
@@ -143,15 +145,21 @@ def test_gdpo_ignores_missing_scores():
             "advantage scale: expected one of global, group; received 'batch'",
         ),
         (
-            lambda: advantages.weighted_sum(np.zeros((3, 2)), np.ones((3, 2), bool), [1.0]),
+            lambda: advantages.weighted_sum(
+                np.zeros((3, 2)), np.ones((3, 2), bool), np.array([1.0])
+            ),
             "reward weights: expected 2 numbers",
         ),
         (
-            lambda: advantages.weighted_sum(np.zeros((3, 2)), np.ones((3, 2), bool), [0.0, 0.0]),
+            lambda: advantages.weighted_sum(
+                np.zeros((3, 2)), np.ones((3, 2), bool), np.array([0.0, 0.0])
+            ),
             "not all 0",
         ),
         (
-            lambda: advantages.weighted_sum(np.zeros((3, 2)), np.ones((3, 2), bool), [-1.0, 2.0]),
+            lambda: advantages.weighted_sum(
+                np.zeros((3, 2)), np.ones((3, 2), bool), np.array([-1.0, 2.0])
+            ),
             "at least 0",
         ),
     ],

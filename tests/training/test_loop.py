@@ -249,7 +249,7 @@ def test_a_signal_in_a_step_that_is_saved_anyway_saves_once():
 
 
 def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
-    """It comes in the first of the two batches of step 2: the state after step 1 is saved; the rest equals the whole."""
+    """It comes in the first of two batches of step 2: the state after step 1 is saved; the rest equals the whole."""
     diary, decoded = Diary(), []
 
     def decode(latents):
