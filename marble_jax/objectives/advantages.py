@@ -102,7 +102,7 @@ def _constant(
 
 def per_reward(
     values: Float[np.ndarray, "n k"],
-    valid: Bool[np.ndarray, "n k"],
+    valid: Bool[np.ndarray, "_ k"],
     groups: Shaped[np.ndarray, " n"],
     scale: str = "global",
     epsilon: float = STD_EPSILON,
@@ -114,7 +114,7 @@ def per_reward(
 
     Args:
       values: raw scores; anything where not valid.
-      valid: which scores are there.
+      valid: which scores are there; another number of samples than in `values` is refused below.
       groups: labels, equal for images of one prompt.
       scale: "global" divides by the population standard deviation of all valid scores of the reward in the batch
         (around their overall mean); "group" by that of the group.
@@ -145,7 +145,7 @@ def per_reward(
 def weighted_sum(
     values: Float[np.ndarray, "n k"],
     valid: Bool[np.ndarray, "n k"],
-    weights: Float[np.ndarray, " k"] | None = None,
+    weights: Float[np.ndarray, " _"] | None = None,
 ) -> tuple[Float[np.ndarray, "n 1"], Bool[np.ndarray, "n 1"]]:
     """One number per sample: the weighted mean over the rewards that are valid for it.
 
