@@ -264,6 +264,9 @@ def main(arguments: list[str]) -> int:
     meshes = [tuple(int(side) for side in name.split("x")) for name in names]
     wanted = tuple(options.pop("programs", "rollout,decode,solving,between").split(","))
     flags = {name for name in ("run", "time", "json") if options.pop(name, None) is not None}
+    if "help" in options:
+        print(__doc__)
+        return 0
     if options or any(len(sides) != 3 for sides in meshes):
         sys.exit(__doc__)
     prepare(max(math.prod(sides) for sides in meshes), "time" in flags)

@@ -290,7 +290,7 @@ def table(record: Mapping[str, Any]) -> str:
                 if name in record["versions"]
             ),
             "",
-            "| micro-step | ms (quartiles) | TFLOP/s | MFU | GB |",
+            "| micro-batch | ms (quartiles) | TFLOP/s | MFU | GB |",
             "|---|---|---|---|---|",
         ]
     for name, entry in record["times"].items():

@@ -153,7 +153,7 @@ class Shards:
     """How a compiled step deals its samples out to the devices of a mesh.
 
     Sums over samples are taken per device first, as arrays with a leading axis of devices that is split over them:
-    adding to such an array needs no exchange, so that a loop over micro-steps has none, and `all_reduce` after the
+    adding to such an array needs no exchange, so that a loop over micro-batchs has none, and `all_reduce` after the
     loop is the one place where gradients are reduced. A sum without that axis would be reduced in every turn of the
     loop.
 

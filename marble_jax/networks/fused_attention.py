@@ -9,7 +9,7 @@ be partitioned by the compiler. So both are run the same way here:
   samples of a device stay on it;
 * over a mesh with several devices each device runs the kernel on its own samples and heads (`shard_map`);
 * the backward pass keeps queries, keys and values alone and starts with a forward pass, which costs some 2 % of a
-  micro-step and saves the output and statistics of every block.
+  micro-batch and saves the output and statistics of every block.
 
 Nothing here is approximate: products are in the dtype of the input, sums and softmax in float32.
 """

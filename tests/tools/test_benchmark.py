@@ -1,4 +1,4 @@
-"""Every micro-step that tools/benchmark times computes the same gradients; its statistics on numbers done by hand."""
+"""Every micro-batch that tools/benchmark times computes the same gradients; its statistics on numbers done by hand."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def draws(problem):
-    """flow, advantages and valid of one micro-step, by K; the images and velocities are the same for every K."""
+    """flow, advantages and valid of one micro-batch, by K; the images and velocities are the same for every K."""
     found = {}
     for k in (1, 5):
         batch = problem.batch(k)
@@ -49,7 +49,7 @@ def run(problem, core, flow, advantages, valid):
 
 
 def run_body(problem, body, params=None):
-    """A whole micro-step with K = 1, the velocities of the other policies included."""
+    """A whole micro-batch with K = 1, the velocities of the other policies included."""
     batch = problem.batch(1)
     params = problem.params if params is None else params
     return jax.jit(body, compiler_options=QUICK)(
@@ -173,13 +173,13 @@ def test_a_program_adds_up_and_its_sums_are_solved(problem, exact):
     assert float(step.sums.num_samples) == 2 * problem.size.num
     mean = ours.mean_gradients(exact)
     update = tree.add(solve(), tree.scale(mean.kl_gradient, -problem.size.kl_weight))
-    for k in range(5):  # the solve on the sums of one micro-step opposes no reward
+    for k in range(5):  # the solve on the sums of one micro-batch opposes no reward
         assert float(tree.vdot(update, take(mean.gradients, k))) > 0
 
 
 @pytest.fixture(scope="module", params=["Upstream", "Tuned"])
 def peer(request, problem, draws):
-    """The PyTorch side on the draws of our micro-step."""
+    """The PyTorch side on the draws of our micro-batch."""
     for name in ("torch", "diffusers", "peft"):
         pytest.importorskip(name)
     import torch
@@ -267,7 +267,7 @@ def test_rounds_are_interleaved_and_end_in_time():
 
 
 def test_averages_of_micro_steps_by_hand():
-    size = SIZES["tiny"]()  # anchors at 2 of 6 micro-steps; 1 of 4 by anchor_every alone
+    size = SIZES["tiny"]()  # anchors at 2 of 6 micro-batchs; 1 of 4 by anchor_every alone
     times = {
         name: [1.0]
         for name in (

@@ -1,11 +1,11 @@
-"""Times a training micro-step: ours by every method, and the same one in PyTorch, interleaved in one process.
+"""Times a training micro-batch: ours by every method, and the same one in PyTorch, interleaved in one process.
 
     python -m tools.benchmark --size=mid --json=mid.json
     python -m tools.benchmark --size=embedded --formulations --no-torch
     python -m tools.benchmark --size=mid --only='weighted_sum*,combined_k5,exact_k5*,solve_k5,torch.*' --seconds=300
 
 Sizes: `embedded` is the shipped pipeline as configs/embedded.py trains it; `mid` fills two cores; `sd35m` is
-SD3.5-medium at 512 px with random weights in bfloat16, for a GPU (`--force` for another device). A micro-step is what
+SD3.5-medium at 512 px with random weights in bfloat16, for a GPU (`--force` for another device). A micro-batch is what
 one turn of the loop in `marble_jax.training.train_step` does: noise, v_rollout and v_base, the current velocity with
 its pull-backs, and the sums.
 
@@ -18,7 +18,7 @@ Times are rows, in milliseconds:
   exact_kK.signal        without the terms that no advantage scales
   exact_kK               their average as training mixes them by default (one in anchor_every)
   solve_kK               once an optimiser step: Gram matrix, alpha, update
-  exact_kK.step          average micro-step of a whole optimiser step, solve included
+  exact_kK.step          average micro-batch of a whole optimiser step, solve included
   separate_kK            K + 1 backward passes through one forward pass
   f.*                    formulations that training does not use (`--formulations`); .rolled has one block in a turn of
                          the scan where the size has several

@@ -1,4 +1,4 @@
-"""Which micro-steps are timed, what is made of their times, and which ratios are stated."""
+"""Which micro-batchs are timed, what is made of their times, and which ratios are stated."""
 
 from __future__ import annotations
 
@@ -175,10 +175,10 @@ def add_peer(
 
 
 def mixtures(size: Size) -> dict[str, dict[str, float]]:
-    """Shares of what an average micro-step of several kinds is made of, by name.
+    """Shares of what an average micro-batch of several kinds is made of, by name.
 
-    `exact_k5` is what training runs by default, one micro-step with anchors and anchor_every - 1 without. `.step` is an
-    average micro-step of a whole optimiser step: its own number of anchors, and a share of the one solve.
+    `exact_k5` is what training runs by default: one micro-batch with anchors, anchor_every - 1 without. `.step` is an
+    average micro-batch of a whole optimiser step: its own number of anchors, and a share of the one solve.
     """
     every, share, steps = size.anchor_every, size.anchored_share, size.micro_steps
     shares = {
@@ -207,7 +207,7 @@ def mixtures(size: Size) -> dict[str, dict[str, float]]:
 
 
 def derive(size: Size, times: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """Times of the average micro-steps of `mixtures` whose parts were timed; round by round."""
+    """Times of the average micro-batchs of `mixtures` whose parts were timed; round by round."""
     return {
         name: measure.mixture(times, parts)
         for name, parts in mixtures(size).items()
@@ -218,7 +218,7 @@ def derive(size: Size, times: Mapping[str, list[float]]) -> dict[str, list[float
 def flops(problem: Problem) -> dict[str, float]:
     """FLOPs that a row asks for, by name; what rematerialisation and a solve add is not counted.
 
-    A micro-step has the current and the rollout velocity forward, that of the base model where a divergence is taken,
+    A micro-batch has the current and the rollout velocity forward, that of the base model where a divergence is taken,
     and one backward pass for each cotangent, with the base weights frozen.
     """
     size = problem.size

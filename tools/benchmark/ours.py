@@ -30,14 +30,14 @@ from tools.benchmark.sizes import SIGMAS, Problem, Size
 
 Sums = Any
 Body = Callable[[Params, Adapter, Adapter, RolloutBatch, TrainingOrder], Sums]
-"""(params, current, rollout, batch, plan) -> what a micro-step adds."""
+"""(params, current, rollout, batch, plan) -> what a micro-batch adds."""
 Core = Callable[[Params, Adapter, NftBatch, jax.Array, jax.Array], Sums]
 """(params, current, flow, advantages [n, K], valid [n, K]) -> the same, from the other two velocities on."""
 
 
 @dataclasses.dataclass
 class Program:
-    """A compiled micro-step that adds to sums it owns; calling it runs it once and waits.
+    """A compiled micro-batch that adds to sums it owns; calling it runs it once and waits.
 
     Attributes:
       compiled: (sums, params, current, rollout, batch, plan) -> sums.
@@ -63,7 +63,7 @@ def compile_program(
     params: Params | None = None,
     options: dict[str, Any] | None = None,
 ) -> Program:
-    """Compiles `sums + body(...)` for K rewards, with the sums donated as in the loop over micro-steps.
+    """Compiles `sums + body(...)` for K rewards, with the sums donated as in the loop over micro-batchs.
 
     Args:
       problem: weights and rollouts.
@@ -121,7 +121,7 @@ def inputs(
 
 
 def with_inputs(problem: Problem, core: Core, reference: bool) -> Body:
-    """A whole micro-step: the two passes that need no gradient, then `core`."""
+    """A whole micro-batch: the two passes that need no gradient, then `core`."""
 
     def body(params, current, rollout, batch, plan):
         return core(params, current, *inputs(problem, params, rollout, batch, plan, reference))
@@ -233,7 +233,7 @@ class Solve:
 def compile_solve(
     problem: Problem, sums: RewardSums, options: dict[str, Any] | None = None
 ) -> Solve:
-    """Compiles the solve on the sums of an exact micro-step (copied: a program donates its own)."""
+    """Compiles the solve on the sums of an exact micro-batch (copied: a program donates its own)."""
     balancer, sums = Marble(), jax.tree.map(jnp.copy, sums)
 
     def solve(total: RewardSums) -> Adapter:

@@ -1,4 +1,4 @@
-"""The same micro-step in PyTorch: diffusers' transformer with PEFT adapters, the loss written from the formulas.
+"""The same micro-batch in PyTorch: diffusers' transformer with PEFT adapters, the loss written from the formulas.
 
 `Upstream` runs it as upstream's trainer does: one model whose adapters are switched and switched off for the three
 passes, full precision weights under autocast on a GPU, normalisers and therefore losses in float64. `Tuned` is what we
@@ -74,7 +74,7 @@ def fill_adapter(model: torch.nn.Module, name: str, adapter: Any) -> None:
 
 
 class Peer:
-    """A torch micro-step on the rollouts of `problem.batch(K)`; gradients are added up over calls.
+    """A torch micro-batch on the rollouts of `problem.batch(K)`; gradients are added up over calls.
 
     Args:
       problem: sizes, weights and rollouts.

@@ -150,7 +150,7 @@ def table(record: Mapping[str, Any]) -> str:
             else ""
         ),
         "",
-        f"{'milliseconds a micro-step':44s} {'median':>9s} {'q1':>9s} {'q3':>9s} {'memory MB':>10s} "
+        f"{'milliseconds a micro-batch':44s} {'median':>9s} {'q1':>9s} {'q3':>9s} {'memory MB':>10s} "
         f"{'TFLOP/s':>8s} {'MFU':>4s}",
     ]
     for name, entry in record["times"].items():

@@ -1,4 +1,4 @@
-"""What is measured: shapes of a micro-step, and one of random weights and rollouts."""
+"""What is measured: shapes of a micro-batch, and one of random weights and rollouts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIGMAS = (1.0, 0.9, 0.7, 0.4)
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Shapes and settings of a micro-step.
+    """Shapes and settings of a micro-batch.
 
     Attributes:
       name: of the size.
@@ -38,7 +38,7 @@ class Size:
       rank: of the adapter.
       alpha: of the adapter.
       chunk: samples whose per-sample gradients are held at once.
-      anchor_every: micro-steps from one with anchors to the next.
+      anchor_every: micro-batchs from one with anchors to the next.
       micro_steps: of an optimiser step, over which one solve is spread.
       dtype: compute dtype, and dtype of the frozen weights.
       remat: what the backward pass recomputes.
@@ -76,7 +76,7 @@ class Size:
 
     @property
     def anchored_share(self) -> float:
-        """Share of an optimiser step's micro-steps that have anchors, as `training.train_step` chooses them."""
+        """Share of an optimiser step's micro-batchs that have anchors, as `training.train_step` chooses them."""
         return len(range(0, self.micro_steps, self.anchor_every)) / self.micro_steps
 
 
