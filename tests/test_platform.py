@@ -1,5 +1,6 @@
 """When the compiler setting is made, and that it is made for this very process."""
 
+import importlib.metadata
 import os
 
 import marble_jax
@@ -12,7 +13,7 @@ def test_only_the_affected_releases_need_it():
 
 
 def test_the_flag_is_appended_once_and_keeps_what_was_there(monkeypatch):
-    monkeypatch.setattr(platform.importlib.metadata, "version", lambda _: "0.10.2")
+    monkeypatch.setattr(platform, "jaxlib_version", lambda: "0.10.2")
     environ = {"XLA_FLAGS": "--xla_a=1", "JAX_PLATFORMS": "cpu"}
     assert platform.prepare(environ)
     assert environ["XLA_FLAGS"] == "--xla_a=1 " + platform.FUSION_FLAG
@@ -22,21 +23,19 @@ def test_the_flag_is_appended_once_and_keeps_what_was_there(monkeypatch):
 
 
 def test_other_releases_machines_without_jaxlib_and_tpus_are_left_alone(monkeypatch):
-    def missing(_):
-        raise platform.importlib.metadata.PackageNotFoundError
-
     environ = {}
-    for version in (lambda _: "0.9.2", missing):
-        monkeypatch.setattr(platform.importlib.metadata, "version", version)
+    for version in ("0.9.2", ""):
+        monkeypatch.setattr(platform, "jaxlib_version", lambda version=version: version)
         assert not platform.prepare(environ)
-    monkeypatch.setattr(platform.importlib.metadata, "version", lambda _: "0.10.2")
+    monkeypatch.setattr(platform, "jaxlib_version", lambda: "0.10.2")
     monkeypatch.setattr(platform.importlib.util, "find_spec", lambda name: object())
     assert not platform.prepare(environ) and environ == {}
     assert platform.prepare({"JAX_PLATFORMS": "cpu"})
 
 
 def test_importing_the_package_has_made_the_setting():
-    version = platform.importlib.metadata.version("jaxlib")
+    version = importlib.metadata.version("jaxlib")
+    assert platform.jaxlib_version() == version
     libtpu = (
         platform.importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from marble_jax import platform
-from marble_jax.cli.configuration import load_settings
 from marble_jax.cli.options import number, split, whole_number, word_list
 from marble_jax.errors import InputError, one_of
 
@@ -49,6 +48,8 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       InputError: options that are wrong, or settings that do not fit each other or the devices.
     """
+    from marble_jax.cli.configuration import load_settings
+
     # Before anything asks JAX for a device: a plan must not claim one.
     platform.compile_elsewhere()
     values, config_args = split(argv, OPTIONS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from marble_jax.cli.configuration import load_settings
 from marble_jax.cli.options import check_either, split
 from marble_jax.errors import one_of
 
@@ -41,6 +40,8 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       InputError: options that are wrong, rewards that do not load, or, of a check, rewards that do not pass.
     """
+    from marble_jax.cli.configuration import load_settings
+
     name, *arguments = argv or [""]
     one_of("reward", name, ACTIONS)
     # Imported here, as both need JAX and the help does not.

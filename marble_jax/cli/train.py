@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from marble_jax.cli.configuration import load_settings
 from marble_jax.cli.options import split
 from marble_jax.cli.processes import HELP, OPTIONS, cluster_of
 from marble_jax.config import Settings, describe, flatten
@@ -32,6 +30,8 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       InputError: options that are wrong, or settings that a run cannot begin with.
     """
+    from marble_jax.cli.configuration import load_settings
+
     values, config_args = split(argv, {"workdir": None, **OPTIONS})
     cluster, init_timeout, heartbeat_timeout = cluster_of(values)
     from marble_jax import distributed
@@ -58,11 +58,10 @@ def run(argv: Sequence[str]) -> int:
 
 def _shared_values(settings: Settings, workdir: str) -> dict[str, Any]:
     """What has to be the same on every host of a run, by the name that a message gives it."""
-    from marble_jax.programs.run_record import PACKAGES
+    from marble_jax.programs.run_record import package_versions
 
-    shared = {f"config.{name}": value for name, value in flatten(settings).items()}
-    for package in PACKAGES:
-        shared[package] = importlib.metadata.version(package)
+    shared: dict[str, Any] = {f"config.{name}": value for name, value in flatten(settings).items()}
+    shared |= package_versions()
     shared["--workdir"] = workdir
     shared["marble_jax"] = VERSION
     # A patch release of Python computes nothing otherwise.

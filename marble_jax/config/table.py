@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-import ml_collections
+from typing import TYPE_CHECKING, Any
 
 from marble_jax.config.keys import Key, check_value
 from marble_jax.config.renamed import RENAMED_KEYS, RENAMED_VALUES
 from marble_jax.config.settings import Settings
 from marble_jax.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import ml_collections
 
 
 def _keys(section: Any, prefix: str = "") -> dict[str, Key]:
@@ -32,6 +33,8 @@ KEYS: dict[str, Key] = _keys(Settings())
 
 def default_config() -> ml_collections.ConfigDict:
     """Returns the table's defaults as a nested ConfigDict; tuples stay tuples."""
+    import ml_collections  # half of the start of a verb: its help does without
+
     tree: dict[str, Any] = {}
     for name, key in KEYS.items():
         *sections, leaf = name.split(".")
@@ -52,7 +55,7 @@ def flatten(config: ml_collections.ConfigDict | Settings, prefix: str = "") -> d
     flat: dict[str, Any] = {}
     for name, value in _items(config):
         # A tuple is a value: only sections have keys of their own.
-        if isinstance(value, ml_collections.ConfigDict) or dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) or hasattr(value, "items"):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
@@ -61,9 +64,9 @@ def flatten(config: ml_collections.ConfigDict | Settings, prefix: str = "") -> d
 
 def _items(config: Any) -> list[tuple[str, Any]]:
     """Names and values of one level of a configuration or of settings."""
-    if isinstance(config, ml_collections.ConfigDict):
-        return list(config.items())
-    return [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    if dataclasses.is_dataclass(config):
+        return [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    return list(config.items())
 
 
 def settings_of(config: ml_collections.ConfigDict) -> Settings:

@@ -24,6 +24,11 @@ PACKAGES = (
 """Libraries whose versions are on record, and that all hosts of a run share."""
 
 
+def package_versions() -> dict[str, str]:
+    """Returns the installed versions of the libraries that a run depends on, by name."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
 def run_record(settings: Settings, command: str) -> dict[str, Any]:
     """Returns the record of a run.
 
@@ -39,7 +44,7 @@ def run_record(settings: Settings, command: str) -> dict[str, Any]:
         "heldout_rewards": list(settings.rewards.heldout),
         "num_steps": settings.training.num_steps,
         "config": flatten(settings),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": package_versions(),
         "hardware": {
             "device": devices[0].device_kind,
             "devices": len(devices),
