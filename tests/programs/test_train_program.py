@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from marble_jax.config import EvaluationSettings, RewardSettings, RolloutSettings, Settings
@@ -61,13 +62,11 @@ def make(tmp_path):
     return call
 
 
-class Optimizer:
-    def init(self, adapter):
-        return ()
+OPTIMIZER = optax.identity()
 
 
 def after(step, state=None):
-    state = state or initial_state({"step": jnp.zeros((), jnp.int32)}, Optimizer(), 2, (), 0)
+    state = state or initial_state({"step": jnp.zeros((), jnp.int32)}, OPTIMIZER, 2, (), 0)
     return state.replace(
         step=jnp.asarray(step, jnp.int32), ema={"step": jnp.asarray(step, jnp.int32)}
     )

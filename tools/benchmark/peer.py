@@ -22,6 +22,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 
+from marble_jax.families.sd3.family import FAMILY
 from marble_jax.families.sd3.layer_names import entries
 from marble_jax.trainable import lora
 from marble_jax.weights.key_map import save_params
@@ -53,7 +54,7 @@ def adapter_config(size: Size) -> LoraConfig:
     return LoraConfig(
         r=size.rank,
         lora_alpha=size.alpha,
-        target_modules=list(lora.ATTENTION_TARGETS),
+        target_modules=list(FAMILY.default_targets),
         init_lora_weights="gaussian",
     )
 
@@ -65,7 +66,7 @@ def fill_adapter(model: torch.nn.Module, name: str, adapter: Any) -> None:
         for key, module in model.named_modules()
         if hasattr(module, "lora_A")
     }
-    pairs = lora.unstack(adapter)
+    pairs = lora.unstack(FAMILY.layers_at, adapter)
     assert set(layers) == set(pairs)
     with torch.no_grad():
         for key, (a, b) in pairs.items():

@@ -14,6 +14,7 @@ import numpy as np
 
 from marble_jax.config import default_config
 from marble_jax.families.sd3.config import SD35_MEDIUM, MMDiTConfig
+from marble_jax.families.sd3.family import FAMILY
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.objectives.nft import Nft
 from marble_jax.trainable import lora
@@ -72,7 +73,7 @@ class Size:
     @property
     def spec(self) -> LoraSpec:
         """The adapter's shape."""
-        return LoraSpec(self.rank, self.alpha)
+        return LoraSpec(self.rank, self.alpha, FAMILY.default_targets)
 
     @property
     def anchored_share(self) -> float:
@@ -268,7 +269,7 @@ def make_problem(size: Size) -> Problem:
 
     params = jax.tree_util.tree_map_with_path(fill, shapes)
     adapter = jax.eval_shape(
-        lambda key: lora.init_adapter(key, shapes, size.spec), jax.random.key(0)
+        lambda key: lora.init_adapter(key, FAMILY.layers_at, shapes, size.spec), jax.random.key(0)
     )
 
     def low_rank(seed: int) -> Adapter:
