@@ -108,6 +108,23 @@ def gram(stacked: Tree) -> jax.Array:
     return 0.5 * (total + total.T)
 
 
+def products(one: Tree, other: Tree) -> jax.Array:
+    """Matrix [K, L] of inner products of the K trees in a stacked tree with the L trees in another.
+
+    Args:
+      one: leaves [K, ...].
+      other: leaves [L, ...].
+    """
+
+    def of_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+        rows = _wide(a).reshape(a.shape[0], -1)
+        columns = _wide(b).reshape(b.shape[0], -1)
+        return jnp.einsum("kp,lp->kl", rows, columns, precision=_HIGHEST)
+
+    parts = jax.tree.map(of_leaf, one, other)
+    return jax.tree.reduce(jnp.add, parts)
+
+
 def weighted_sum(weights: jax.Array, stacked: Tree) -> Tree:
     """sum_k weights[k] * tree_k, without the leading axis.
 

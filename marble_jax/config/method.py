@@ -77,6 +77,19 @@ class HarmonizeSettings:
     # The best of 0.1, 0.3, 0.5, 0.7 and 0.9 in the paper's ablation.
     rho: float = key(0.7, "weight of the old alpha in its running average", "[0, 1)", "paper")
     smooth_exact: bool = key(False, "apply the running average in exact mode too")
+    # One step's cosines are mostly those of its errors where a step has few samples.
+    gram: str = key(
+        "step",
+        "inner products that are solved on: those of this step's gradients ('step'), or with "
+        "cosines cleaned of noise by pairs of steps ('cleaned')",
+        "step|cleaned",
+    )
+    window: float = key(
+        10.0,
+        "about how many steps that take per-reward gradients the pairs of steps reach back",
+        "steps, >= 1",
+    )
+    shrinkage: float = key(0.5, "weight of this step's cosines beside the cleaned ones", "[0, 1]")
     normalize: bool = key(True, "solve on unit gradients", "-", "paper")
     reward_weights: tuple[float, ...] = key(
         (), "one weight a reward, applied to unit gradients; empty: all one", "> 0", "paper"

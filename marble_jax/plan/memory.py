@@ -39,10 +39,11 @@ LANES = 128  # a TPU pads the last axis of an array to this
 FLOAT32 = 4  # bytes
 
 # Names of the parts, as the table and the record show them.
-BASE, ADAPTERS, OPTIMISER, ROLLOUTS = (
+BASE, ADAPTERS, OPTIMISER, HISTORY, ROLLOUTS = (
     "base weights",
     "adapters x policies",
     "optimiser",
+    "history",
     "rollouts of the step",
 )
 SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
@@ -138,7 +139,7 @@ def _beside_rollout(
     settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh
 ) -> dict[str, float]:
     """Bytes beside the program that samples."""
-    state = _state_bytes(shapes)
+    state = _state_bytes(settings, shapes)
     if settings.rollout.merge_adapter:
         # The program's weights are the merged copy; those that it was made of stay for training.
         return {
@@ -161,7 +162,7 @@ def _beside_decode(
     name, copies = "transformer", 1
     if settings.rollout.merge_adapter:
         name, copies = "transformer, and the merged copy", 2
-    return {"the rest of the state": _state_bytes(shapes), name: copies * weights}
+    return {"the rest of the state": _state_bytes(settings, shapes), name: copies * weights}
 
 
 def _adapter_bytes(shapes: ModelShapes) -> float:
@@ -169,9 +170,15 @@ def _adapter_bytes(shapes: ModelShapes) -> float:
     return FLOAT32 * lora.num_parameters(shapes.adapter)
 
 
-def _state_bytes(shapes: ModelShapes) -> float:
-    """Bytes of the training state: the adapters of all policies, and AdamW's moments."""
-    return (NUM_POLICIES + NUM_MOMENTS) * _adapter_bytes(shapes)
+def _state_bytes(settings: Settings, shapes: ModelShapes) -> float:
+    """Bytes of the training state: the adapters of all policies, AdamW's moments, and the history."""
+    num_adapters = NUM_POLICIES + NUM_MOMENTS + _history_adapters(settings)
+    return num_adapters * _adapter_bytes(shapes)
+
+
+def _history_adapters(settings: Settings) -> int:
+    """Adapters that the history holds: earlier gradients, one a reward, and the last update."""
+    return len(settings.rewards.train) + 1
 
 
 def _autoencoder_bytes(shapes: ModelShapes) -> float:
@@ -279,10 +286,16 @@ class MemoryModel:
         megabytes = self.adapter / 1e6
         # All four adapters lie on every device: they are small beside the weights that fsdp splits.
         adapters = f"{NUM_POLICIES} x {megabytes:.0f} MB float32"
+        kept = _history_adapters(self.settings)
         return [
             self.base(),
             Source(ADAPTERS, NUM_POLICIES * self.adapter, adapters),
             Source(OPTIMISER, NUM_MOMENTS * self.adapter, "AdamW's moments, float32"),
+            Source(
+                HISTORY,
+                kept * self.adapter,
+                "gradients of earlier steps, one a reward, and the last update, float32",
+            ),
         ]
 
     def rollout_program(self) -> list[Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -125,7 +126,10 @@ def conflict(records: Records) -> str:
         include=(0.0,),
     )
     first_name, _ = entries[0]
-    caption = "Above zero the update improves the reward to first order; in the shaded part it makes it worse."
+    caption = (
+        "Above zero the update improves the reward to first order on the samples of its own step; in the shaded part "
+        "it makes it worse there. The next section has other samples."
+    )
     caption += blocks.smoothing_note(records, f"harmonize/cos_update/{first_name}")
     figure = blocks.figure("The update's cosine with each reward's gradient", caption, chart)
     tables = element("div", _cosine_table(records, entries), _pairs(records), class_="beside")
@@ -141,7 +145,7 @@ def _conflict_lead(records: Records) -> str:
     num_conflicts = int((flags.finite > 0).sum())
     share = percent(flags.mean())
     lead = (
-        "The update moved against at least one reward's own gradient in "
+        "In sample, the update moved against at least one reward's own gradient in "
         f"<b>{num_conflicts} of {num_checked}</b> checked steps ({share})."
     )
     worst = records.series("harmonize/worst_cos").mean()
@@ -175,8 +179,24 @@ def _pairs(records: Records) -> str:
     cosines = _pair_means(records)
     if not np.isfinite(cosines).any():
         return ""
+    caption = (
+        "Mean cosine between two rewards' gradients of one step, over the run: blue pull together, "
+        "orange pull apart"
+    )
+    return cosine_table(records, records.rewards, cosines, caption)
+
+
+def cosine_table(records: Records, names: Sequence[str], cosines: np.ndarray, caption: str) -> str:
+    """Returns cosines of pairs of rewards as a table with shaded cells.
+
+    Args:
+      records: of the run.
+      names: of K rewards.
+      cosines: float64 [K, K]; NaN where there is none.
+      caption: markup above the table.
+    """
     head, rows = [""], []
-    for name, row in zip(records.rewards, cosines):
+    for name, row in zip(names, cosines):
         # Turned on its side, or long names would make the columns wider than their numbers.
         head.append(element("span", escape(name), class_="turned"))
         cells = [_shaded(cosine) for cosine in row.tolist()]
@@ -184,12 +204,7 @@ def _pairs(records: Records) -> str:
     # A gradient's cosine with itself says nothing.
     for i, cells in enumerate(rows):
         cells[i + 1] = element("span", class_="cell self", aria_label="itself")
-    return blocks.table(
-        head,
-        rows,
-        kind="heat",
-        caption="Mean cosine between two rewards' gradients over the run: blue pull together, orange pull apart",
-    )
+    return blocks.table(head, rows, kind="heat", caption=caption)
 
 
 def _pair_means(records: Records) -> np.ndarray:

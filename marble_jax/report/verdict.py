@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from html import escape
 
-from marble_jax.report import blocks, findings
+from marble_jax.report import blocks, findings, fresh_samples
 from marble_jax.report.alarms import Alarm, alarms
 from marble_jax.report.findings import Outcome
 from marble_jax.report.formatting import data, decimals_for, percent, spaced_percent, with_minus
@@ -91,11 +91,19 @@ def _gradient_tiles(records: Records) -> list[tuple[str, str]]:
     tiles = []
     conflict_rate = records.series("harmonize/conflict").mean()
     if math.isfinite(conflict_rate):
-        tiles.append((percent(conflict_rate), "of checked steps moved against a reward"))
+        tiles.append(
+            (percent(conflict_rate), "of checked steps moved against a reward on their own samples")
+        )
     worst = records.series("harmonize/worst_cos").mean()
     if math.isfinite(worst):
         shown = with_minus(f"{worst:+.2f}")
-        tiles.append((shown, "mean worst cosine of the update with a reward"))
+        tiles.append((shown, "mean worst cosine of the update with a reward, likewise"))
+    judged = fresh_samples.judgements(records)
+    if any(judgement.mean_update.bounded for judgement in judged):
+        against = len(fresh_samples.opposed(judged))
+        tiles.append(
+            (f"{against} of {len(judged)}", "rewards opposed by the mean update on other samples")
+        )
     return tiles
 
 

@@ -12,6 +12,7 @@ import optax
 
 from marble_jax import tree
 from marble_jax.harmonize import alpha_state
+from marble_jax.harmonize.history import History
 from marble_jax.trainable import averaging
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.recipe import PolicyAverages
@@ -32,6 +33,7 @@ def apply_update(
     gradient: Adapter,
     alpha: alpha_state.AlphaState,
     balancer: Any = None,
+    history: History | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Clips, steps the optimiser and moves the averaged and the rollout policy.
 
@@ -44,6 +46,7 @@ def apply_update(
       gradient: of the whole step.
       alpha: after this step's solve, if there was one.
       balancer: the balancer's state after it; None leaves that as it is.
+      history: with this step's gradients; None for a step that takes none.
     """
     norm = tree.norm(gradient)
     finite = jnp.isfinite(norm)
@@ -54,6 +57,8 @@ def apply_update(
         # A gradient that is not finite must not reach any number that training goes on from.
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
+    history = state.history if history is None else history
+    history = dataclasses.replace(history, update=gradient)
     current = keep(optax.apply_updates(state.current, updates), state.current)
     ema_decay = averaging.ema_decay(step, averages.ema_decay)
     rollout_decay = averages.rollout_decay(step)
@@ -64,6 +69,7 @@ def apply_update(
         opt_state=keep(opt_state, state.opt_state),
         alpha=alpha_state.advance(keep(alpha, state.alpha)),
         balancer=state.balancer if balancer is None else keep(balancer, state.balancer),
+        history=keep(history, state.history),
         ema=keep(averaging.soft_update(state.ema, current, ema_decay), state.ema),
         rollout=keep(averaging.soft_update(state.rollout, current, rollout_decay), state.rollout),
     )
@@ -73,3 +79,8 @@ def apply_update(
         "ema/decay": ema_decay,
         "rollout_policy/decay": rollout_decay,
     }
+
+
+def mean_update(opt_state: optax.OptState) -> Adapter | None:
+    """Adam's first moment: the running mean of updates that it follows; None for an optimiser without one."""
+    return optax.tree_utils.tree_get(opt_state, "mu")

@@ -54,6 +54,9 @@ class Harmonization:
       scalarized: whether a single advantage, objective K, is trained on instead of the K rewards'.
       rho: weight of the old alpha in its running average.
       smooth: whether a solve's update uses the running average instead of the fresh alpha.
+      cleaned: whether alpha is solved for on cosines that pairs of steps cleaned of noise.
+      window: about how many solves those pairs reach back.
+      shrinkage: weight of the step's own cosines among them, in [0, 1].
       anchor_every: exact steps take the terms that do not depend on advantages at every such micro-batch.
     """
 
@@ -62,6 +65,9 @@ class Harmonization:
     scalarized: bool = False
     rho: float = 0.7
     smooth: bool = False
+    cleaned: bool = False
+    window: float = 10.0
+    shrinkage: float = 0.5
     anchor_every: int = 1
 
     @property
@@ -84,6 +90,9 @@ def harmonization_of(
         rho=harmonize.rho,
         # Amortized steps reuse the running average, so a solve between them takes the fresh alpha.
         smooth=harmonize.mode == "exact" and harmonize.smooth_exact,
+        cleaned=harmonize.gram == "cleaned",
+        window=harmonize.window,
+        shrinkage=harmonize.shrinkage,
         anchor_every=harmonize.anchor_every,
     )
 

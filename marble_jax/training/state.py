@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from marble_jax.harmonize import alpha_state
+from marble_jax.harmonize import alpha_state, history
 from marble_jax.types import Adapter
 
 
@@ -29,6 +29,7 @@ class TrainState:
       opt_state: state of the optimiser.
       alpha: the remembered alpha and its age.
       balancer: state of the balancer, possibly empty.
+      history: earlier steps' gradients and update, which this step's are compared with.
       best_score: float32 scalar, best mean standardised gain at an evaluation; -inf before the first.
       best_step: int32 scalar, the step of that evaluation.
       best: the averaged adapter at that evaluation.
@@ -42,6 +43,7 @@ class TrainState:
     opt_state: optax.OptState
     alpha: alpha_state.AlphaState
     balancer: Any
+    history: history.History
     best_score: jax.Array
     best_step: jax.Array
     best: Adapter
@@ -75,6 +77,7 @@ def initial_state(
         opt_state=optimizer.init(adapter),
         alpha=alpha_state.init(num_rewards),
         balancer=balancer_state,
+        history=history.init(adapter, num_rewards),
         best_score=no_score,
         best_step=jnp.zeros((), jnp.int32),
         best=adapter,

@@ -20,8 +20,9 @@ import optax
 
 from marble_jax import tree
 from marble_jax.flow.policy_sampler import PolicyVelocity
-from marble_jax.harmonize import alpha_state, diagnostics
-from marble_jax.harmonize.balancers import Solution
+from marble_jax.harmonize import alpha_state, diagnostics, history, out_of_sample
+from marble_jax.harmonize.balancers import Solution, usable
+from marble_jax.harmonize.cleaned_solve import cleaned_solve
 from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient, per_sample
 from marble_jax.harmonize.reward_sums import RewardGradients, RewardSums, mean_gradients
 from marble_jax.training.micro_batches import (
@@ -33,7 +34,7 @@ from marble_jax.training.micro_batches import (
     sum_over,
     training_order,
 )
-from marble_jax.training.policy_update import Metrics, Step, apply_update
+from marble_jax.training.policy_update import Metrics, Step, apply_update, mean_update
 from marble_jax.training.recipe import Harmonization, Recipe
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter, Params
@@ -141,7 +142,20 @@ def exact_step(
         gram = tree.gram(mean.gradients)
         # A reward without a valid sample in the whole batch has no gradient to balance.
         active = sums.counts[:rewards] > 0
-        solution = harmonization.balancer(gram[:rewards, :rewards], active, state.balancer)
+        reward_gram = gram[:rewards, :rewards]
+        past, comparison = _beside_history(harmonization, state, mean.gradients, gram, active)
+        if harmonization.cleaned:
+            solution = cleaned_solve(
+                harmonization.balancer,
+                reward_gram,
+                active,
+                state.balancer,
+                past,
+                state.alpha,
+                harmonization.shrinkage,
+            )
+        else:
+            solution = harmonization.balancer(reward_gram, active, state.balancer)
         alpha = alpha_state.refresh(
             state.alpha, solution.alpha, solution.scale, harmonization.rho, solution.used
         )
@@ -149,13 +163,32 @@ def exact_step(
         update = tree.weighted_sum(weights, mean.gradients)
         gradient = tree.add(update, tree.scale(mean.kl_gradient, recipe.objective.kl_weight))
         state, metrics = apply_update(
-            recipe.averages, optimizer, state, gradient, alpha, solution.state
+            recipe.averages, optimizer, state, gradient, alpha, solution.state, past
         )
         metrics |= _solve_metrics(mean, weights, solution, alpha, rewards)
         metrics |= _reward_diagnostics(gram, weights, alpha.alpha)
-        return state, metrics
+        return state, metrics | comparison
 
     return step
+
+
+def _beside_history(
+    harmonization: Harmonization,
+    state: TrainState,
+    gradients: Adapter,
+    gram: jax.Array,
+    active: jax.Array,
+) -> tuple[history.History, Metrics]:
+    """The history with this step's gradients, and how they compare with what it held before."""
+    rewards = harmonization.num_rewards
+    # A scalarized objective has no part in this: the rewards are what is compared.
+    of_rewards = jax.tree.map(lambda leaf: leaf[:rewards], gradients)
+    _, norms, used = usable(gram[:rewards, :rewards], active)
+    comparison = out_of_sample.metrics(
+        state.history, of_rewards, norms, used, mean_update(state.opt_state)
+    )
+    past = history.observe(state.history, of_rewards, norms, used, harmonization.window)
+    return past, comparison
 
 
 def _whole_batch_sums(parts: MicroBatches, anchor_every: int) -> RewardSums:

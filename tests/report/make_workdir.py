@@ -68,6 +68,22 @@ def evaluation(step: int, num_steps: int, policy: str, rng: np.random.Generator)
     return record | ({"gain": gain} if policy == "ema" else {})
 
 
+def out_of_sample(step: int) -> dict:
+    """Cosines with earlier steps, from a generator of their own; the averaged update works against the last reward."""
+    rng = np.random.default_rng(step)
+    row = {}
+    for i, name in enumerate(REWARDS):
+        row[f"out_of_sample/own_cosine/{name}"] = 0.08 - 0.01 * i + 0.01 * float(rng.normal())
+        row[f"out_of_sample/cos_update/{name}"] = 0.03 - 0.01 * i + 0.01 * float(rng.normal())
+        row[f"out_of_sample/cos_mean_update/{name}"] = 0.07 - 0.03 * i + 0.01 * float(rng.normal())
+        for j in range(i):
+            row[f"out_of_sample/cos_pair/{REWARDS[j]}|{name}"] = 0.02 + 0.005 * float(rng.normal())
+    for key, of in (("", "cos_update"), ("_mean", "cos_mean_update")):
+        worst = min(row[f"out_of_sample/{of}/{name}"] for name in REWARDS)
+        row |= {f"out_of_sample/worst_cos{key}": worst, f"out_of_sample/conflict{key}": worst < 0}
+    return row
+
+
 def metrics(step: int, num_steps: int, rng: np.random.Generator, refresh_every: int) -> dict:
     progress = 1 - np.exp(-3 * step / num_steps)
     row = {"step": step, "time": 1.7e9 + 41.0 * step}
@@ -111,6 +127,8 @@ def metrics(step: int, num_steps: int, rng: np.random.Generator, refresh_every: 
                     + 0.05 * rng.normal()
                     - (0.25 if (j, i) == (1, 4) else 0)
                 )
+    if refreshed and step:
+        row |= out_of_sample(step)
     if refreshed:
         worst = min(row[f"harmonize/cos_update/{name}"] for name in REWARDS)
         row |= {

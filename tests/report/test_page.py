@@ -22,6 +22,7 @@ SECTIONS = [
     "compare",
     "alpha",
     "conflict",
+    "fresh",
     "norms",
     "health",
     "time",

@@ -1,0 +1,213 @@
+"""Signal and noise of the rewards' gradients, from steps next to each other; no backward pass is added.
+
+A reward's gradient is its true gradient plus the error of finite samples, `u_k = s_k + n_k`. Within a step all rewards
+are scored on the same images, so their errors are correlated, and inner products of one step hold more of that than of
+the signal. Errors of different steps are independent: products between steps have the signals' products as their mean,
+
+    E <u_i(t), u_j(t')> = <s_i, s_j>   for t != t'.
+
+The history keeps a decayed sum of earlier unit gradients, K adapters in all, and a running mean of their products with
+every new step's. Unit gradients, so that a long one does not outweigh the others: the diagonal is then the share of a
+reward's gradient that is signal.
+
+It also keeps the last update, which this step's gradients, taken on fresh samples, can judge: an update is built to
+agree with the gradients that it is made of, and only those of other samples tell whether it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from marble_jax import tree
+from marble_jax.harmonize.gram import divide, inverse, pairs, rescaled
+from marble_jax.types import Adapter
+
+RELIABLE = 1.0
+"""Standard errors by which a reward's signal must exceed 0 to count."""
+
+
+@flax.struct.dataclass
+class History:
+    """What is kept of earlier steps. Sums are decayed: a step of age `a` counts `decay ** a`.
+
+    Attributes:
+      gradients: adapter tree, leaves [K, ...] float32: sum of earlier unit gradients.
+      counts: float32 [K], how many.
+      products: float32 [K, K], sum of the products of every step's unit gradients with those before it.
+      num_pairs: float32 [K, K], how many pairs of steps are in it.
+      squares: float32 [K], sum over steps of the pairs' mean own product squared, times their number.
+      square_pairs: float32 [K], sum over steps of the number of pairs squared.
+      update: adapter tree, the gradient that the optimiser was last given; zeros before the first step.
+    """
+
+    gradients: Adapter
+    counts: jax.Array
+    products: jax.Array
+    num_pairs: jax.Array
+    squares: jax.Array
+    square_pairs: jax.Array
+    update: Adapter
+
+
+@flax.struct.dataclass
+class Signal:
+    """What pairs of steps say about the true gradients.
+
+    Attributes:
+      share: float32 [K], own product of a reward's unit gradients of different steps, which is their cosine: 1 without
+        noise, 0 without signal. NaN while there is no pair.
+      error: float32 [K], standard error of `share`; infinite with one step's pairs.
+      products: float32 [K, K], products between steps, symmetric, `share` on the diagonal; NaN without a pair.
+      reliable: bool [K], the share exceeds its own error.
+    """
+
+    share: jax.Array
+    error: jax.Array
+    products: jax.Array
+    reliable: jax.Array
+
+
+def init(adapter: Adapter, num_rewards: int) -> History:
+    """History before the first step."""
+    per_reward = jnp.zeros(num_rewards)
+    per_pair = jnp.zeros((num_rewards, num_rewards))
+    return History(
+        gradients=tree.zeros_like(adapter, num_rewards),
+        counts=per_reward,
+        products=per_pair,
+        num_pairs=per_pair,
+        squares=per_reward,
+        square_pairs=per_reward,
+        update=tree.zeros_like(adapter),
+    )
+
+
+def observe(
+    history: History,
+    gradients: Adapter,
+    norms: Float[Array, " k"],
+    active: Bool[Array, " k"],
+    window: float,
+) -> History:
+    """The history after a step's gradients.
+
+    A reward that is not active leaves its part as it was.
+
+    Args:
+      history: of earlier steps.
+      gradients: raw ones of this step, leaves [K, ...]; those of rewards that are not active may hold anything.
+      norms: their lengths.
+      active: rewards with a finite gradient above 0.
+      window: steps, at least 1; sums decay by `1 - 1 / window` a step, so that this is about how many they hold.
+    """
+    decay = 1.0 - 1.0 / window
+    unit = jnp.where(active, inverse(norms), 0.0)
+    new = _scaled(gradients, unit)
+    # Row i, column j: this step's gradient of i with the earlier ones of j.
+    with_earlier = tree.products(new, history.gradients)
+    new_products = 0.5 * (with_earlier + with_earlier.T)
+    counts = jnp.where(active, history.counts, 0.0)
+    new_pairs = 0.5 * (counts[:, None] + counts[None])
+    both = pairs(active)
+
+    def decayed(mask: jax.Array, total: jax.Array, addend: jax.Array, factor: float) -> jax.Array:
+        return jnp.where(mask, factor * total + addend, total)
+
+    own = jnp.diagonal(new_products)
+    own_square = divide(jnp.square(own), counts, counts > 0)
+
+    def extended(total: jax.Array, addend: jax.Array) -> jax.Array:
+        mask = active.reshape((-1,) + (1,) * (total.ndim - 1))
+        return jnp.where(mask, decay * total + addend, total)
+
+    return dataclasses.replace(
+        history,
+        gradients=jax.tree.map(extended, history.gradients, new),
+        counts=decayed(active, history.counts, jnp.ones_like(counts), decay),
+        products=decayed(both, history.products, new_products, decay),
+        num_pairs=decayed(both, history.num_pairs, new_pairs, decay),
+        squares=decayed(active, history.squares, own_square, decay),
+        # Weights of a mean enter its error squared.
+        square_pairs=decayed(active, history.square_pairs, jnp.square(counts), decay**2),
+    )
+
+
+def _scaled(stacked: Adapter, factors: Float[Array, " k"]) -> Adapter:
+    """Every tree of a stack times its factor; a factor of 0 leaves zeros whatever the tree holds."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        factor = factors.reshape((-1,) + (1,) * (leaf.ndim - 1))
+        # 0 times a number that is not finite would not be 0.
+        return jnp.where(factor != 0, leaf * factor, 0.0)
+
+    return jax.tree.map(one, stacked)
+
+
+def signal(history: History) -> Signal:
+    """What the pairs of steps in a history say."""
+    known = history.num_pairs > 0
+    products = divide(history.products, history.num_pairs, known)
+    share, weight = jnp.diagonal(products), jnp.diagonal(history.num_pairs)
+    known_share = jnp.diagonal(known)
+    mean_square = divide(history.squares, weight, known_share)
+    variance = jnp.maximum(mean_square - jnp.square(share), 0.0)
+    # 1 / effective number of steps, 1 with a single one, which has no spread to judge its error by.
+    concentration = divide(history.square_pairs, jnp.square(weight), known_share)
+    several = known_share & (concentration < 1.0 - 1e-6)
+    error = jnp.sqrt(divide(variance * concentration, 1.0 - concentration, several))
+    return Signal(
+        share=jnp.where(known_share, share, jnp.nan),
+        error=jnp.where(several, error, jnp.inf),
+        products=jnp.where(known, products, jnp.nan),
+        reliable=several & (share > RELIABLE * error),
+    )
+
+
+def cosines(signal: Signal) -> Float[Array, "k k"]:
+    """Cosines of the true gradients, in [-1, 1] with 1 on the diagonal; NaN where a reward is not reliable."""
+    length = jnp.sqrt(jnp.where(signal.reliable, signal.share, 1.0))
+    cosine = rescaled(signal.products, 1.0 / length)
+    # Noise can carry an estimate past 1.
+    cosine = jnp.clip(cosine, -1.0, 1.0)
+    return jnp.where(pairs(signal.reliable), cosine, jnp.nan)
+
+
+def cleaned_gram(
+    gram: Float[Array, "k k"], signal: Signal, shrinkage: float
+) -> Float[Array, "k k"]:
+    """Gram matrix with the norms of this step's gradients and cosines that are freed of noise.
+
+    Cosines are `shrinkage` times this step's plus `1 - shrinkage` times those of the signal; eigenvalues below 0, which
+    only noise brings, are cut off. A pair with a reward that is not reliable keeps this step's cosine.
+
+    Args:
+      gram: inner products of this step's gradients; rows that are not finite or zero stay as they are.
+      signal: from `signal`.
+      shrinkage: in [0, 1]; 1 returns `gram` up to rounding.
+    """
+    square = jnp.diagonal(gram)
+    alive = jnp.isfinite(square) & (square > 0)
+    norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, square, 1.0)), 0.0)
+    in_sample = rescaled(jnp.where(pairs(alive), gram, 0.0), inverse(norms))
+    clean = cosines(signal)
+    known = jnp.isfinite(clean)
+    mixed = shrinkage * in_sample + (1.0 - shrinkage) * jnp.where(known, clean, 0.0)
+    mixed = jnp.where(known, mixed, in_sample)
+    mixed = jnp.where(jnp.eye(len(gram), dtype=bool), 1.0, mixed)
+    nearest = _positive_part(mixed)
+    return jnp.where(pairs(alive), rescaled(nearest, norms), gram)
+
+
+def _positive_part(matrix: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """The matrix without its negative eigenvalues, scaled back to a diagonal of 1."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    positive = jnp.maximum(values, 0.0)
+    product = jnp.einsum(
+        "ki,i,li->kl", vectors, positive, vectors, precision=jax.lax.Precision.HIGHEST
+    )
+    return rescaled(product, inverse(jnp.sqrt(jnp.maximum(jnp.diagonal(product), 0.0))))

@@ -1,0 +1,93 @@
+"""What earlier steps' updates do to each reward on samples that they were not made of.
+
+An update is a combination of the very gradients that in-sample cosines compare it with, errors of finite samples and
+all; however little signal there is, it agrees with them. This step's gradients come from other samples.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from marble_jax import tree
+from marble_jax.harmonize.gram import divide, inverse, pairs
+from marble_jax.harmonize.history import History
+from marble_jax.types import Adapter
+
+
+def metrics(
+    history: History,
+    gradients: Adapter,
+    norms: Float[Array, " k"],
+    active: Bool[Array, " k"],
+    mean_update: Adapter | None,
+) -> dict[str, jax.Array]:
+    """Cosines of this step's gradients with what earlier steps left.
+
+    Args:
+      history: of the steps before this one.
+      gradients: of this step, leaves [K, ...]; those of rewards that are not active may hold anything.
+      norms: their lengths.
+      active: rewards with a finite gradient above 0.
+      mean_update: the running mean of updates that the optimiser follows, before this step; None for one without.
+
+    Returns:
+      out_of_sample/own_cosine [K]: mean cosine of a reward's gradient with its own of earlier steps, the share of it
+        that is signal (1: no noise, 0: nothing else).
+      out_of_sample/cos_pair [K, K]: mean cosine of a reward's gradient with another's of earlier steps, both ways.
+      out_of_sample/cos_update [K]: cosine of the last update with each gradient of this step.
+      out_of_sample/worst_cos, out_of_sample/conflict: the smallest of them, and 1.0 if it is negative.
+      out_of_sample/cos_mean_update [K], worst_cos_mean, conflict_mean: the same of `mean_update`.
+
+      NaN where there is nothing to compare with.
+    """
+    unit = jnp.where(active, inverse(norms), 0.0)
+    with_earlier = tree.products(gradients, history.gradients)
+    # An absent gradient may hold anything, also what 0 times it does not remove.
+    with_earlier = jnp.where(active[:, None], with_earlier, 0.0) * unit[:, None]
+    compared = active & (history.counts > 0)
+    mean_cosine = divide(with_earlier, history.counts[None], history.counts[None] > 0)
+    symmetric = 0.5 * (mean_cosine + mean_cosine.T)
+    found = {
+        "out_of_sample/own_cosine": jnp.where(compared, jnp.diagonal(symmetric), jnp.nan),
+        "out_of_sample/cos_pair": jnp.where(pairs(compared), symmetric, jnp.nan),
+    }
+    cosines = _cosines(gradients, unit, active, history.update)
+    found |= _judged(cosines, "cos_update", "worst_cos", "conflict")
+    if mean_update is not None:
+        cosines = _cosines(gradients, unit, active, mean_update)
+        found |= _judged(cosines, "cos_mean_update", "worst_cos_mean", "conflict_mean")
+    return found
+
+
+def _cosines(
+    gradients: Adapter,
+    unit: Float[Array, " k"],
+    active: Bool[Array, " k"],
+    update: Adapter,
+) -> Float[Array, " k"]:
+    """Cosine of an update with each gradient; NaN for an absent one and for an update of 0."""
+    stacked = jax.tree.map(lambda leaf: leaf[None], update)
+    along = tree.products(gradients, stacked)[:, 0]
+    length = tree.norm(update)
+    defined = active & (length > 0)
+    cosine = divide(jnp.where(active, along, 0.0) * unit, length, defined)
+    # Rounding can carry a cosine past 1.
+    return jnp.where(defined, jnp.clip(cosine, -1.0, 1.0), jnp.nan)
+
+
+def _judged(
+    cosines: Float[Array, " k"], name: str, worst_name: str, conflict_name: str
+) -> dict[str, jax.Array]:
+    """The cosines with the smallest and whether that is negative; NaN if there is none."""
+    # All NaN stays NaN, without a warning of an empty minimum.
+    defined = jnp.isfinite(cosines)
+    smallest = jnp.min(jnp.where(defined, cosines, jnp.inf))
+    worst = jnp.where(jnp.any(defined), smallest, jnp.nan)
+    conflict = jnp.where(jnp.isfinite(worst), (worst < 0).astype(jnp.float32), jnp.nan)
+    return {
+        f"out_of_sample/{name}": cosines,
+        f"out_of_sample/{worst_name}": worst,
+        f"out_of_sample/{conflict_name}": conflict,
+    }
