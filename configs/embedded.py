@@ -20,6 +20,9 @@ PRESETS = {
     "": WEIGHTED,
     "exact": WEIGHTED | {"harmonize.mode": "exact"},
     "amortized": WEIGHTED | {"harmonize.mode": "amortized"},
+    # Alpha of cosines cleaned of noise, averaged over some ten steps.
+    "cleaned": WEIGHTED
+    | {"harmonize.gram": "cleaned", "harmonize.smooth_exact": True, "harmonize.rho": 0.9},
     "upstream": WEIGHTED
     | {
         "harmonize.mode": "upstream",
