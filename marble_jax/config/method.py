@@ -90,6 +90,12 @@ class HarmonizeSettings:
         "steps, >= 1",
     )
     shrinkage: float = key(0.5, "weight of this step's cosines beside the cleaned ones", "[0, 1]")
+    unit: str = key(
+        "gradient",
+        "length that a cleaned solve gives a gradient, which normalize then makes 1: its own ('gradient'), or "
+        "that of its signal ('signal'), so that a noisy reward weighs more",
+        "gradient|signal",
+    )
     normalize: bool = key(True, "solve on unit gradients", "-", "paper")
     reward_weights: tuple[float, ...] = key(
         (), "one weight a reward, applied to unit gradients; empty: all one", "> 0", "paper"

@@ -177,6 +177,19 @@ def cosines(signal: Signal) -> Float[Array, "k k"]:
     return jnp.where(pairs(signal.reliable), cosine, jnp.nan)
 
 
+def signal_lengths(signal: Signal, active: Bool[Array, " k"]) -> Float[Array, " k"]:
+    """Lengths of the true gradients as shares of those of this step's, in (0, 1].
+
+    A signal that its own error hides is taken to be as long as the error allows. All are 1 as long as an active reward
+    has no error yet: lengths would be compared with what is none.
+    """
+    square = jnp.clip(jnp.maximum(signal.share, signal.error), 0.0, 1.0)
+    known = jnp.isfinite(signal.error) & (square > 0)
+    usable = jnp.all(known | ~active)
+    length = jnp.sqrt(jnp.where(known, square, 1.0))
+    return jnp.where(usable, length, 1.0)
+
+
 def cleaned_gram(
     gram: Float[Array, "k k"], signal: Signal, shrinkage: float
 ) -> Float[Array, "k k"]:

@@ -33,6 +33,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     _check_rewards(settings)
     _check_alpha_floor(settings)
     _check_weights(settings)
+    _check_cleaning(settings)
     # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
     run_reward_schedule(settings)
@@ -71,6 +72,30 @@ def _check_alpha_floor(settings: Settings) -> None:
     # Weights of K rewards that sum to 1 cannot all be above 1/K.
     if floor > 1 / count:
         raise InputError(f"harmonize.alpha_floor: expected at most 1/{count}; received {floor}")
+
+
+def _check_cleaning(settings: Settings) -> None:
+    """Raises InputError where alpha is asked for on cleaned cosines and nothing solves on them."""
+    harmonize = settings.harmonize
+    if harmonize.gram == "step":
+        if harmonize.unit != "gradient":
+            raise InputError(
+                f"harmonize.unit: expected 'gradient' with harmonize.gram=step, which knows no signals; received "
+                f"{harmonize.unit!r} (--config.harmonize.gram=cleaned solves on signals)"
+            )
+        return
+    reasons = {
+        "harmonize.mode=upstream": harmonize.mode == "upstream",
+        f"harmonize.balancer={harmonize.balancer}": harmonize.balancer in ("equal", "fixed"),
+        f"advantages.scalarize={settings.advantages.scalarize}": settings.advantages.scalarize
+        != "none",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(
+                f"harmonize.gram: expected 'step' with {reason}, which does not solve on the whole batch's "
+                "gradients; received 'cleaned'"
+            )
 
 
 def _check_wandb(logging: LoggingSettings) -> None:

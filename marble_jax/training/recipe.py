@@ -57,6 +57,7 @@ class Harmonization:
       cleaned: whether alpha is solved for on cosines that pairs of steps cleaned of noise.
       window: about how many solves those pairs reach back.
       shrinkage: weight of the step's own cosines among them, in [0, 1].
+      unit_signals: whether a cleaned solve takes gradients to be as long as their signals.
       anchor_every: exact steps take the terms that do not depend on advantages at every such micro-batch.
     """
 
@@ -68,6 +69,7 @@ class Harmonization:
     cleaned: bool = False
     window: float = 10.0
     shrinkage: float = 0.5
+    unit_signals: bool = False
     anchor_every: int = 1
 
     @property
@@ -93,6 +95,7 @@ def harmonization_of(
         cleaned=harmonize.gram == "cleaned",
         window=harmonize.window,
         shrinkage=harmonize.shrinkage,
+        unit_signals=harmonize.unit == "signal",
         anchor_every=harmonize.anchor_every,
     )
 

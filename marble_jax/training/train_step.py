@@ -153,6 +153,7 @@ def exact_step(
                 past,
                 state.alpha,
                 harmonization.shrinkage,
+                harmonization.unit_signals,
             )
         else:
             solution = harmonization.balancer(reward_gram, active, state.balancer)

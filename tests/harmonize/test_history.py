@@ -216,6 +216,48 @@ def test_cleaned_solve_finds_the_alpha_of_the_planted_signal():
     np.testing.assert_allclose(same.alpha, in_sample, atol=2e-4)
 
 
+def test_unit_signals_even_out_what_rewards_gain_by_their_true_gradients():
+    """The expected update is the shortest combination of unit signals: the same cosine with every signal in use."""
+    cosines = np.array([[1.0, 0.5, 0.2], [0.5, 1.0, 0.1], [0.2, 0.1, 1.0]])
+    share = np.array([0.2, 0.05, 0.01])
+    products = cosines * np.sqrt(np.outer(share, share))
+    state = _planted()[0].replace(
+        products=jnp.asarray(products, jnp.float32),
+        num_pairs=jnp.ones((K, K)),
+        squares=jnp.asarray(share**2 * 1.01, jnp.float32),
+        square_pairs=jnp.full(K, 0.1),
+    )
+    norms = np.array([2.0, 1.0, 3.0])
+    # Errors of this step are not correlated: its own cosines are all near 0.
+    gram = jnp.asarray(np.diag(norms**2), jnp.float32)
+    none, everyone = alpha_state.init(K), jnp.ones(K, bool)
+    found = cleaned_solve(Marble(), gram, everyone, (), state, none, 0.0, True)
+    # <update, s_i> for gradients with signals of length norm * sqrt(share).
+    lengths = norms * np.sqrt(share)
+    expected_update = np.asarray(found.weights) * lengths
+    gained = cosines @ expected_update
+    in_use = np.asarray(found.alpha) > 1e-4
+    assert in_use.sum() >= 2
+    np.testing.assert_allclose(gained[in_use], gained[in_use].mean(), rtol=1e-3)
+    assert np.all(gained >= gained[in_use].mean() * 0.999)
+    np.testing.assert_allclose(found.norms, norms, rtol=1e-6)
+
+
+def test_signals_have_no_length_before_every_error_is_known():
+    found = history.Signal(
+        share=jnp.array([0.04, jnp.nan]),
+        error=jnp.array([0.01, jnp.inf]),
+        products=jnp.ones((2, 2)),
+        reliable=jnp.array([True, False]),
+    )
+    np.testing.assert_array_equal(history.signal_lengths(found, jnp.ones(2, bool)), [1.0, 1.0])
+    lengths = history.signal_lengths(found, jnp.array([True, False]))
+    np.testing.assert_allclose(lengths[0], 0.2, rtol=1e-6)
+    hidden = found.replace(share=jnp.array([0.04, -0.3]), error=jnp.array([0.01, 0.09]))
+    lengths = history.signal_lengths(hidden, jnp.ones(2, bool))
+    np.testing.assert_allclose(lengths, [0.2, 0.3], rtol=1e-6)
+
+
 def test_a_reward_below_its_own_error_keeps_its_last_share():
     state, _, _, gradients = _planted()
     # Reward 1 has products of either sign from one step to the next.

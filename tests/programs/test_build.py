@@ -58,6 +58,18 @@ def held_out_prompts(made):
             {"reward_schedule__dropout": 0.5},
             "reward_schedule.dropout_targets: expected some of the rewards .*; received none",
         ),
+        (
+            {"harmonize__unit": "signal"},
+            "harmonize.unit: expected 'gradient' with harmonize.gram=step, .*received 'signal'",
+        ),
+        (
+            {"harmonize__gram": "cleaned", "harmonize__mode": "upstream"},
+            "harmonize.gram: expected 'step' with harmonize.mode=upstream, .*received 'cleaned'",
+        ),
+        (
+            {"harmonize__gram": "cleaned", "advantages__scalarize": "gdpo"},
+            "harmonize.gram: expected 'step' with advantages.scalarize=gdpo, .*received 'cleaned'",
+        ),
         ({"logging__wandb": "project"}, "logging.wandb: expected the package wandb; received none"),
         (
             {"rollout_policy__schedule": "linear"},
