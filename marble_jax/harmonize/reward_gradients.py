@@ -60,7 +60,7 @@ def accumulate(
     *,
     chunk_size: int | None = None,
     anchors: bool = True,
-    anchor_scale: float = 1.0,
+    anchor_scale: jax.Array | float = 1.0,
 ) -> RewardSums:
     """Sums over a micro-batch of the policy gradients of K rewards, and of the divergence.
 
@@ -140,7 +140,7 @@ def _chunk_sums(
     advantages: Float[Array, "c k"],
     valid: Bool[Array, "c k"],
     anchors: bool,
-    anchor_scale: float,
+    anchor_scale: jax.Array | float,
 ) -> RewardSums:
     """Sums over the samples of a chunk."""
     mix = _masked_mix(objective, advantages, pulled.statistics, valid)
@@ -191,6 +191,7 @@ def combined_gradient(
     valid: Bool[Array, "n k"],
     sample_weights: Float[Array, " k"],
     num_samples: int | None = None,
+    signals: bool = True,
 ) -> tuple[Adapter, dict[str, jax.Array]]:
     """One ordinary backward pass whose gradient is exactly `sum_k w_k g_k + kl_weight grad KL`.
 
@@ -207,7 +208,9 @@ def combined_gradient(
       valid: False where the reward does not apply.
       sample_weights: weights on the rewards' gradients, each divided by the number of valid samples in the whole batch;
         a negative weight is allowed. See `per_sample`.
-      num_samples: samples of the whole batch, over which the divergence is averaged; n when None.
+      num_samples: samples of the whole batch at which the divergence is taken, over which it is averaged; n when None.
+      signals: whether the terms that depend on advantages are included; without them the gradient is that of anchors
+        and divergence alone.
 
     Returns:
       The gradient (same tree as `adapter`), to be summed over micro-batches, and a dict with `policy_loss` and `kl`
@@ -220,6 +223,8 @@ def combined_gradient(
     directions = objective.directions(prediction, batch)
     mix = _masked_mix(objective, advantages, directions.statistics, valid)
     weights = jnp.einsum("k,nkj->nj", sample_weights, mix, precision=_HIGHEST)
+    if not signals:
+        weights = weights.at[:, : len(directions.signals)].set(0.0)
     every_direction = (*directions.signals, *directions.anchors)
     cotangent = _weighted(weights, every_direction)
     kl = jnp.zeros(())

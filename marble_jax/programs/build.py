@@ -329,4 +329,5 @@ def _first_state(
         adapter = start_from(start, adapter, networks.params, family.formats, spec)
     num_rewards = recipe.harmonization.num_rewards
     balancer = recipe.harmonization.balancer.init(num_rewards)
-    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed)
+    adaptive = settings.harmonize.anchor_error > 0
+    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed, adaptive)

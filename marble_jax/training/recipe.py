@@ -57,7 +57,8 @@ class Harmonization:
       cleaned: whether alpha is solved for on cosines that pairs of steps cleaned of noise.
       window: about how many solves those pairs reach back.
       shrinkage: weight of the step's own cosines among them, in [0, 1].
-      anchor_every: exact steps take the terms that do not depend on advantages at every such micro-batch.
+      anchor_every: one micro-batch in so many has the terms that do not depend on advantages, at least.
+      anchor_error: relative error of the update that more of them are taken for; 0 for no more.
     """
 
     balancer: Balancer
@@ -69,6 +70,7 @@ class Harmonization:
     window: float = 10.0
     shrinkage: float = 0.5
     anchor_every: int = 1
+    anchor_error: float = 0.0
 
     @property
     def num_objectives(self) -> int:
@@ -94,6 +96,7 @@ def harmonization_of(
         window=harmonize.window,
         shrinkage=harmonize.shrinkage,
         anchor_every=harmonize.anchor_every,
+        anchor_error=harmonize.anchor_error,
     )
 
 
