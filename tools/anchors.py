@@ -6,10 +6,12 @@
 The anchor is the part of the objective that no advantage scales: the pull to the rollout policy and the divergence. It
 vanishes where the trained policy is the rollout policy and grows with the distance between them. That distance is
 stated as the rollout policy's lag: the mean age, in optimiser steps, of the policies that it is an average of. The tool
-goes on from the run's newest checkpoint for as many optimiser steps as the greatest lag, which is written nowhere, and
-then puts the policies of that many steps ago (between whole steps: a mixture) in the rollout policy's place, which
-draws the images, too. `0.06` is what `configs/embedded.py` has after 60 steps; the paper's schedule
-(`rollout_policy.rate=0.001`, `cap=0.95`) comes to 1 after 500 steps, 10 after 918 and 19 in the end.
+takes the policies of as many steps before the run's newest checkpoint as the greatest lag from its checkpoints
+(`checkpoints.every_steps=1 checkpoints.keep=11`) or, where these are not all there, goes on from the newest one for as
+many steps, which is written nowhere. It then puts the policy of so many steps ago (between whole steps: a mixture) in
+the rollout policy's place, which draws the images, too. `0.06` is what `configs/embedded.py` has after 60 steps, which
+comes to 1 in the end; the paper's schedule (`rollout_policy.rate=0.001`, `cap=0.95`) comes to 1 after 500 steps, 10
+after 918 and 19 in the end.
 
 A layout is `micro-batch size:anchor_every`. By default there are two: the run's own, and that of SD3's recipe, images
 in eight slices with anchors at one micro-batch in eight. For each lag and layout the tool takes the update g of an
@@ -87,14 +89,12 @@ def main() -> None:
             (training.micro_batch_size, harmonize.anchor_every),
             (run.sizes.images // 8, 8),
         ]
-    checkpoints = Checkpoints(workdir.checkpoints, run.settings.checkpoints.keep)
-    step, state = checkpoints.restore(run.state)
-    checkpoints.close()
+    history, state = last_policies(run, workdir, math.ceil(max(args.lags)))
+    step = int(state.step)
     lag = rollout_lag(rollout_decay_of(run.settings.rollout_policy), step)
-    print(f"{args.workdir} after step {step}: its rollout policy is {lag:.3g} steps behind")
-    history, state = go_on(run, state, math.ceil(max(args.lags)))
     print(
-        f"{run.sizes.images} images, {args.draws} draws; policies of steps {step} to {state.step}"
+        f"{args.workdir} after step {step}, whose own rollout policy is {lag:.3g} steps behind: "
+        f"{run.sizes.images} images, {args.draws} draws"
     )
     updates = {
         layout: (_compiled(run, *layout), _compiled(run, layout[0], 1)) for layout in layouts
@@ -128,7 +128,20 @@ def _layout(parser: argparse.ArgumentParser, text: str, images: int) -> Layout:
     return int(size), int(every)
 
 
-def go_on(run: Run, state: TrainState, num_steps: int) -> tuple[list[Adapter], TrainState]:
+def last_policies(run: Run, workdir: Workdir, num_steps: int) -> tuple[list[Adapter], TrainState]:
+    """Trained policies after each of a run's last `num_steps` steps and before them, oldest first, and its state."""
+    checkpoints = Checkpoints(workdir.checkpoints, run.settings.checkpoints.keep)
+    newest, state = checkpoints.restore(run.state)
+    wanted = range(newest - num_steps, newest)
+    if set(wanted) <= set(checkpoints.steps()):
+        history = [checkpoints.restore(run.state, step)[1].current for step in wanted]
+        checkpoints.close()
+        return [*history, _copied(state.current)], state
+    checkpoints.close()
+    return _go_on(run, state, num_steps)
+
+
+def _go_on(run: Run, state: TrainState, num_steps: int) -> tuple[list[Adapter], TrainState]:
     """The run's next optimiser steps, as its loop takes them; returns the policies, oldest first, and the state."""
     iteration, console = run.iteration, Console()
     history = [_copied(state.current)]
@@ -231,7 +244,7 @@ def _compiled(run: Run, size: int, every: int) -> Update:
 
     def update(state: TrainState, number: int, batch: RolloutBatch) -> Adapter:
         key = jax.random.key_data(jax.random.key(number))
-        after, _ = step(state.replace(key=key, opt_state=empty), run.pipeline.params, batch)
+        after, _ = step(state.replace(key=key, opt_state=empty), run.networks.params, batch)
         return jax.tree.map(jnp.subtract, state.current, after.current)
 
     return update

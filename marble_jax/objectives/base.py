@@ -119,12 +119,15 @@ class Directions:
         stronger there, without bias.
       statistics: what `mix` and `losses` read.
       kl: divergence from the base model, a term of its own beside the rewards; None leaves it out.
+      gap: [n] mean squared distance of the prediction from the rollout policy's, for the records; None where the
+        objective does not know it.
     """
 
     signals: tuple[jax.Array, ...]
     anchors: tuple[jax.Array, ...]
     statistics: Statistics
     kl: Divergence | None = None
+    gap: jax.Array | None = None
 
 
 class Objective(abc.ABC):

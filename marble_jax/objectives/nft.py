@@ -157,8 +157,8 @@ def optimality(
 def sample_kl(
     v: Float[Array, " n *latent"], v_base: Float[Array, " n *latent"]
 ) -> Float[Array, " n"]:
-    """Mean squared distance of each sample's velocity from that of the base model."""
-    # The base model is fixed; a caller that differentiates must not move it.
+    """Mean squared distance of each sample's velocity from that of the base model, or of another fixed policy."""
+    # The other policy is fixed; a caller that differentiates must not move it.
     away = _wide(v) - _wide(jax.lax.stop_gradient(v_base))
     return _sample_mean(jnp.square(away))
 
@@ -230,6 +230,7 @@ class Nft(Objective):
             anchors=(factor * anchor,),
             statistics=branch_errors(parts),
             kl=_divergence(prediction, batch.v_base),
+            gap=sample_kl(prediction, batch.v_rollout),
         )
 
     def mix(

@@ -131,10 +131,10 @@ class MicroBatches:
         sample_weights: jax.Array,
         num_samples: int,
         signals: bool = True,
-    ) -> tuple[Adapter, Metrics]:
+    ) -> tuple[Adapter, dict[str, Any]]:
         """One backward pass at a micro-batch, device by device; see `reward_gradients.combined_gradient`."""
 
-        def of_shard(shard: MicroBatch) -> tuple[Adapter, Metrics]:
+        def of_shard(shard: MicroBatch) -> tuple[Adapter, dict[str, Any]]:
             return combined_gradient(
                 self._objective,
                 self._velocity,
@@ -196,6 +196,7 @@ def exact_step(
             recipe.averages, optimizer, state, gradient, alpha, solution.state, past
         )
         metrics |= _solve_metrics(mean, weights, solution, alpha, rewards)
+        metrics |= sums.velocities.metrics()
         metrics |= _reward_diagnostics(gram, weights, alpha.alpha)
         if adaptive:
             spread = anchor_spread(state.anchor_spread, moments, metrics["training/grad_norm"])
@@ -370,7 +371,7 @@ def amortized_step(
         # The mean over the samples that have it, a random part of all, has no bias.
         with_divergence = num_samples * count // parts.count
 
-        def gradient_at(index: jax.Array, divergence: bool) -> tuple[Adapter, Metrics]:
+        def gradient_at(index: jax.Array, divergence: bool) -> tuple[Adapter, dict[str, Any]]:
             part = parts.at(index, divergence)
             return parts.combined_gradient(part, sample_weights, with_divergence)
 
@@ -380,6 +381,7 @@ def amortized_step(
             sums = tree.add(sums, others)
         gradient, losses = parts.all_reduce(sums)
         state, metrics = apply_update(recipe.averages, optimizer, state, gradient, state.alpha)
+        metrics |= losses["velocities"].metrics()
         return state, metrics | {
             "objective/loss": losses["policy_loss"],
             "objective/kl": losses["kl"],

@@ -140,6 +140,23 @@ def test_exact_step_reports_losses_and_divergence_of_the_twin():
     )
 
 
+@pytest.mark.parametrize("kind", ["exact", "amortized"])
+def test_velocities_on_record_are_those_of_the_twin(kind):
+    """Mean squared distance from the rollout policy, and mean square, over all samples of the step."""
+    made, state, batch = toy.recipe(), toy.new_state(), toy.new_batch()
+    torch_twin, twin = _twin(state, made)
+    part = torch_twin.joined(twin.draws(state, batch))
+    arguments = (part["xt"], part["sigma"], (part["embeds"], part["pooled"]))
+    current, rollout = (
+        torch_twin.velocity(twin.params, adapter, *arguments).detach().numpy()
+        for adapter in (twin.current, twin.rollout)
+    )
+    _, metrics = _step(kind)(state, toy.base_params(), batch)
+    expected = np.mean((current - rollout) ** 2)
+    np.testing.assert_allclose(metrics["objective/velocity_gap"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/velocity_square"], np.mean(current**2), rtol=1e-5)
+
+
 def test_without_smoothing_the_fresh_alpha_is_used_and_the_average_remembered():
     made, state, batch = toy.recipe(smooth=False), toy.new_state(), toy.new_batch()
     remembered = jnp.asarray([0.8, 0.1, 0.1])
