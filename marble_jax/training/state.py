@@ -52,6 +52,17 @@ class TrainState:
     anchor_spread: jax.Array | None = None
 
     @property
+    def last_spread(self) -> jax.Array:
+        """`anchor_spread` where it is there.
+
+        Raises:
+          ValueError: the state was made for a fixed spacing.
+        """
+        if self.anchor_spread is None:
+            raise ValueError("state: expected one of adaptive anchors; received a fixed spacing's")
+        return self.anchor_spread
+
+    @property
     def seed(self) -> int:
         """The key as one number, for prompts; at first the seed that it was made of."""
         # Big-endian words, so that the key of a small seed is that seed on every machine.

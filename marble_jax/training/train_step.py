@@ -199,7 +199,7 @@ def exact_step(
         metrics |= sums.velocities.metrics()
         metrics |= _reward_diagnostics(gram, weights, alpha.alpha)
         if adaptive:
-            spread = anchor_spread(state.anchor_spread, moments, metrics["training/grad_norm"])
+            spread = anchor_spread(state.last_spread, moments, metrics["training/grad_norm"])
             state = dataclasses.replace(state, anchor_spread=spread)
             metrics |= {
                 "harmonize/anchored_share": moments.count / parts.count,
@@ -259,7 +259,7 @@ def _adaptive_sums(
     """
     harmonization = recipe.harmonization
     fewest = fewest_anchored(parts.count, harmonization.anchor_every)
-    count = count_for_error(state.anchor_spread, harmonization.anchor_error, parts.count, fewest)
+    count = count_for_error(state.last_spread, harmonization.anchor_error, parts.count, fewest)
     order = parts.anchored_first(count)
     scale = parts.count / count
     # What the anchors weigh in the update, as far as it is known before the solve.
