@@ -26,6 +26,7 @@ class Stream(enum.Enum):
     IMAGE_ORDER = "order of pictures in training"
     TIMESTEP_ORDER = "order of each picture's timesteps"
     TRAINING_NOISE = "noise that clean latents are mixed with"
+    ANCHORS = "micro-batches that have anchors"
     IMAGE_NOISE = "noise of pictures that are not trained on"
 
     @property

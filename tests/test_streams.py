@@ -102,8 +102,8 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     found = consumed.with_children()
     micro_batches = toy.IMAGES // toy.MICRO_BATCH * toy.TIMESTEPS
     a_step = (
-        toy.IMAGES // 6 + 2 + micro_batches
-    )  # noise of two rollout batches, two orders, noise of micro-batches
+        toy.IMAGES // 6 + 2 + 1 + micro_batches
+    )  # noise of two rollout batches, two orders, the anchors' start, noise of micro-batches
     assert len(consumed.keys) == 2 + 5 + 4 * a_step
     assert len(set(found)) == len(found)
 

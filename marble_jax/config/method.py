@@ -122,8 +122,17 @@ class HarmonizeSettings:
     anchor_every: int = key(
         8,
         "a solve takes the terms that no advantage scales (pull to the rollout policy, divergence "
-        "from the base) at every n-th micro-batch, n times as strong; 1: at all",
+        "from the base) at one micro-batch in n, n times as strong, other slices of images from "
+        "timestep to timestep and from step to step; so do steps between solves the divergence; 1: at all",
         "micro-batches, >= 1",
+    )
+    anchor_error: float = key(
+        0.0,
+        "relative error of a solve's update, |with the sampled terms - with all of them| / |update|, "
+        "that more micro-batches than one in anchor_every have these terms for; measured by their "
+        "variance between micro-batches, averaged over steps, at the price of one more backward pass "
+        "where they are taken; 0: no more",
+        "[0, 1)",
     )
 
 

@@ -18,6 +18,14 @@ class ModelSettings:
     )
     # Of the frozen network alone: adapters, optimiser and the solve for alpha are float32 whatever is said here.
     dtype: str = key("bfloat16", "matmul dtype of the transformer", "bfloat16|float32")
+    # The difference of two policies' velocities is what training turns on, and rounding is most of it early on.
+    stream_dtype: str = key(
+        "compute",
+        "dtype of the token streams between layers and of the head: that of model.dtype ('compute') or "
+        "float32, which makes the difference of two policies' velocities two to three times as exact "
+        "beside bfloat16, and the streams twice as large",
+        "compute|float32",
+    )
     attention: str = key(
         "xla",
         "attention implementation: cudnn is fused and needs a GPU and bfloat16, splash is fused and "

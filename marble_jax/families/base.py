@@ -51,6 +51,7 @@ class NetworkOptions:
 
     Attributes:
       dtype: of weights and matrix products.
+      stream_dtype: of token streams between layers and of the head; that of matrix products when None.
       remat: what a backward pass recomputes: "none", "full" or "dots".
       unroll: blocks in one iteration of the loop over equal ones.
       attention: implementation by name, or a fused kernel made for a mesh.
@@ -59,6 +60,7 @@ class NetworkOptions:
     """
 
     dtype: Any = jnp.float32
+    stream_dtype: Any = None
     remat: str = "none"
     unroll: int = 1
     attention: str | FusedAttention = "xla"

@@ -26,8 +26,14 @@ from jaxtyping import Array, Bool, Float, Num
 
 from marble_jax.errors import InputError
 from marble_jax.flow.path import expand
-from marble_jax.harmonize.reward_sums import RewardSums, zero_sums
-from marble_jax.objectives.base import AdapterVelocity, Batch, Objective, Statistics
+from marble_jax.harmonize.reward_sums import RewardSums, VelocitySums, zero_sums
+from marble_jax.objectives.base import (
+    AdapterVelocity,
+    Batch,
+    Directions,
+    Objective,
+    Statistics,
+)
 from marble_jax.types import Adapter
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -41,12 +47,14 @@ class _PulledBack:
       directions: adapter tree, leaves [n, J, ...]: signals, then anchors, then the divergence, as far as taken.
       statistics: of the objective, leaves [n].
       divergence: [n].
+      velocities: sums over each sample alone, leaves [n].
       num_signals: how many of the J directions are signals.
     """
 
     directions: Adapter
     statistics: Statistics
     divergence: jax.Array
+    velocities: VelocitySums
     num_signals: int = flax.struct.field(pytree_node=False)
 
 
@@ -60,7 +68,7 @@ def accumulate(
     *,
     chunk_size: int | None = None,
     anchors: bool = True,
-    anchor_scale: float = 1.0,
+    anchor_scale: jax.Array | float = 1.0,
 ) -> RewardSums:
     """Sums over a micro-batch of the policy gradients of K rewards, and of the divergence.
 
@@ -131,7 +139,8 @@ def _sample_pull_backs(
     stacked = jnp.stack(cotangents)
     (pulled,) = jax.vmap(pull_back)(stacked.astype(prediction.dtype))
     statistics = jax.tree.map(lambda x: x[0], directions.statistics)
-    return _PulledBack(pulled, statistics, divergence[0], len(directions.signals))
+    velocities = _velocity_sums(prediction, directions)
+    return _PulledBack(pulled, statistics, divergence[0], velocities, len(directions.signals))
 
 
 def _chunk_sums(
@@ -140,7 +149,7 @@ def _chunk_sums(
     advantages: Float[Array, "c k"],
     valid: Bool[Array, "c k"],
     anchors: bool,
-    anchor_scale: float,
+    anchor_scale: jax.Array | float,
 ) -> RewardSums:
     """Sums over the samples of a chunk."""
     mix = _masked_mix(objective, advantages, pulled.statistics, valid)
@@ -167,7 +176,19 @@ def _chunk_sums(
         kl_gradient=jax.tree.map(divergence, pulled.directions),
         kl=jnp.sum(pulled.divergence),
         num_samples=jnp.asarray(float(len(advantages) * anchors), jnp.float32),
+        velocities=jax.tree.map(jnp.sum, pulled.velocities),
     )
+
+
+def _velocity_sums(prediction: Float[Array, " n *latent"], directions: Directions) -> VelocitySums:
+    """Sums over samples for the records."""
+    wide = prediction.astype(jnp.float32)
+    gap = jnp.asarray(jnp.nan)
+    if directions.gap is not None:
+        gap = jnp.sum(directions.gap)
+    num_samples = len(prediction)
+    square = jnp.sum(jnp.square(wide)) / prediction[0].size
+    return VelocitySums(gap, square, jnp.asarray(float(num_samples), jnp.float32))
 
 
 def _masked_mix(
@@ -191,7 +212,8 @@ def combined_gradient(
     valid: Bool[Array, "n k"],
     sample_weights: Float[Array, " k"],
     num_samples: int | None = None,
-) -> tuple[Adapter, dict[str, jax.Array]]:
+    signals: bool = True,
+) -> tuple[Adapter, dict[str, Any]]:
     """One ordinary backward pass whose gradient is exactly `sum_k w_k g_k + kl_weight grad KL`.
 
     Every sample has one weight for each direction, the sum over rewards of what they give it: masks, clipping and
@@ -207,11 +229,13 @@ def combined_gradient(
       valid: False where the reward does not apply.
       sample_weights: weights on the rewards' gradients, each divided by the number of valid samples in the whole batch;
         a negative weight is allowed. See `per_sample`.
-      num_samples: samples of the whole batch, over which the divergence is averaged; n when None.
+      num_samples: samples of the whole batch at which the divergence is taken, over which it is averaged; n when None.
+      signals: whether the terms that depend on advantages are included; without them the gradient is that of anchors
+        and divergence alone.
 
     Returns:
       The gradient (same tree as `adapter`), to be summed over micro-batches, and a dict with `policy_loss` and `kl`
-      (this part's share of both, additive too).
+      (this part's share of both, additive too) and `velocities` (VelocitySums).
     """
     total = len(advantages) if num_samples is None else num_samples
     prediction, pull_back = jax.vjp(
@@ -220,6 +244,8 @@ def combined_gradient(
     directions = objective.directions(prediction, batch)
     mix = _masked_mix(objective, advantages, directions.statistics, valid)
     weights = jnp.einsum("k,nkj->nj", sample_weights, mix, precision=_HIGHEST)
+    if not signals:
+        weights = weights.at[:, : len(directions.signals)].set(0.0)
     every_direction = (*directions.signals, *directions.anchors)
     cotangent = _weighted(weights, every_direction)
     kl = jnp.zeros(())
@@ -231,7 +257,8 @@ def combined_gradient(
     (gradient,) = pull_back(cotangent.astype(prediction.dtype))
     losses = objective.losses(advantages, directions.statistics)
     policy_loss = jnp.sum(jnp.where(valid, sample_weights * losses, 0.0))
-    return gradient, {"policy_loss": policy_loss, "kl": kl}
+    velocities = _velocity_sums(prediction, directions)
+    return gradient, {"policy_loss": policy_loss, "kl": kl, "velocities": velocities}
 
 
 def per_sample(weights: Float[Array, " k"], counts: Num[Array, " k"]) -> Float[Array, " k"]:

@@ -16,6 +16,29 @@ from marble_jax.types import Adapter
 
 
 @flax.struct.dataclass
+class VelocitySums:
+    """Sums over samples of squared velocities, for the records: float32 scalars.
+
+    Attributes:
+      gap: mean squared distance of the trained policy's velocity from the rollout policy's; NaN where the objective
+        does not know it.
+      square: mean square of the trained policy's velocity.
+      num_samples: how many samples there were.
+    """
+
+    gap: jax.Array
+    square: jax.Array
+    num_samples: jax.Array
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Means over samples, by record key."""
+        return {
+            "objective/velocity_gap": self.gap / self.num_samples,
+            "objective/velocity_square": self.square / self.num_samples,
+        }
+
+
+@flax.struct.dataclass
 class RewardSums:
     """Additive sums over samples from which whole-batch gradients and losses follow.
 
@@ -26,6 +49,7 @@ class RewardSums:
       kl_gradient: adapter tree, float32: gradient of the divergence summed over samples; zeros where it is left out.
       kl: float32 scalar: divergence summed over samples.
       num_samples: float32 scalar: samples that the divergence was taken at.
+      velocities: what is known of the velocities themselves.
     """
 
     gradients: Adapter
@@ -34,6 +58,7 @@ class RewardSums:
     kl_gradient: Adapter
     kl: jax.Array
     num_samples: jax.Array
+    velocities: VelocitySums
 
 
 @flax.struct.dataclass
@@ -55,6 +80,7 @@ def zero_sums(adapter: Adapter, num_rewards: int) -> RewardSums:
         kl_gradient=tree.zeros_like(adapter),
         kl=jnp.zeros(()),
         num_samples=jnp.zeros(()),
+        velocities=VelocitySums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())),
     )
 
 

@@ -119,12 +119,15 @@ class Directions:
         stronger there, without bias.
       statistics: what `mix` and `losses` read.
       kl: divergence from the base model, a term of its own beside the rewards; None leaves it out.
+      gap: [n] mean squared distance of the prediction from the rollout policy's, for the records; None where the
+        objective does not know it.
     """
 
     signals: tuple[jax.Array, ...]
     anchors: tuple[jax.Array, ...]
     statistics: Statistics
     kl: Divergence | None = None
+    gap: jax.Array | None = None
 
 
 class Objective(abc.ABC):
@@ -139,13 +142,14 @@ class Objective(abc.ABC):
     kl_weight: float = 0.0
 
     @abc.abstractmethod
-    def prepare(self, draws: Draws, policies: FrozenPolicies, anchors: bool) -> Batch:
+    def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> Batch:
         """The micro-batch, with everything that no gradient flows through.
 
         Args:
           draws: images and noise levels.
           policies: the other policies; each call is a forward pass of the network.
-          anchors: whether anchors and divergence are taken at this micro-batch; what only they need can be left out.
+          divergence: whether the divergence from the base model is taken at this micro-batch; what only it needs can be
+            left out.
         """
 
     def predict(self, velocity: Velocity, batch: Batch) -> Float[Array, " n *latent"]:

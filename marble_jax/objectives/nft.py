@@ -157,8 +157,8 @@ def optimality(
 def sample_kl(
     v: Float[Array, " n *latent"], v_base: Float[Array, " n *latent"]
 ) -> Float[Array, " n"]:
-    """Mean squared distance of each sample's velocity from that of the base model."""
-    # The base model is fixed; a caller that differentiates must not move it.
+    """Mean squared distance of each sample's velocity from that of the base model, or of another fixed policy."""
+    # The other policy is fixed; a caller that differentiates must not move it.
     away = _wide(v) - _wide(jax.lax.stop_gradient(v_base))
     return _sample_mean(jnp.square(away))
 
@@ -205,7 +205,7 @@ class Nft(Objective):
     clip: float = ADVANTAGE_CLIP
     kl_weight: float = 0.0
 
-    def prepare(self, draws: Draws, policies: FrozenPolicies, anchors: bool) -> NftBatch:
+    def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> NftBatch:
         """Noises clean latents; see `Objective.prepare`."""
         x0, sigma = draws.kept, draws.sigma
         noise = jax.random.normal(draws.key, x0.shape)
@@ -213,7 +213,7 @@ class Nft(Objective):
         v_rollout = policies.rollout(xt, sigma, draws.cond)
         # The base model is asked only where the divergence is taken: that is a forward pass of its own.
         v_base = None
-        if anchors and self.kl_weight > 0:
+        if divergence and self.kl_weight > 0:
             v_base = policies.base(xt, sigma, draws.cond)
         return NftBatch(xt, sigma, draws.cond, x0, v_rollout, v_base)
 
@@ -230,6 +230,7 @@ class Nft(Objective):
             anchors=(factor * anchor,),
             statistics=branch_errors(parts),
             kl=_divergence(prediction, batch.v_base),
+            gap=sample_kl(prediction, batch.v_rollout),
         )
 
     def mix(

@@ -209,6 +209,10 @@ class MemoryModel:
         # The unit of most estimates: one array of both token streams, of one sample.
         self.stream = self.tokens * self.transformer.width * self.itemsize
         self.image_stream = self.transformer.tokens * self.transformer.width * self.itemsize
+        # The same between blocks, where it may be wider.
+        self.carried = self.stream
+        if settings.model.stream_dtype == "float32":
+            self.carried = self.tokens * self.transformer.width * FLOAT32
 
     def share(self, count: int) -> int:
         """Samples of a batch of `count` that lie on one device."""
@@ -250,13 +254,13 @@ class MemoryModel:
     def saved(self, count: int) -> Source:
         """What all blocks keep for the backward pass of `count` samples."""
         layers = self.transformer.num_layers
-        inputs = layers * self.stream
+        inputs = layers * self.carried
         if self.settings.model.remat == "full":
             return Source(SAVED, count * inputs, f"inputs of {layers} blocks")
         if self.settings.model.remat == "dots":
             kept = inputs + self._kept_products()
             return Source(SAVED, count * kept, "products with weights")
-        kept = self._kept_scores() + KEPT_ARRAYS * inputs
+        kept = self._kept_scores() + inputs + (KEPT_ARRAYS - 1) * layers * self.stream
         return Source(SAVED, count * kept, "everything (model.remat=none)")
 
     def _kept_products(self) -> float:

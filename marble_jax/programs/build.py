@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,7 @@ from marble_jax.training.recipe import (
     harmonization_of,
 )
 from marble_jax.training.rollout import Collector
+from marble_jax.training.rounding import marks
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.step_schedule import Steps, make_steps
 from marble_jax.types import Adapter, Conditioning
@@ -116,6 +117,18 @@ class Run:
             self.steps,
             partial(device_mesh.replicate, self.mesh),
             merge,
+            self._rounding_marks(),
+        )
+
+    def _rounding_marks(self) -> Callable[[Mapping[str, float]], dict[str, float]]:
+        """What marks the figures of a record that rounding makes."""
+        model = self.settings.model
+        shape = self.networks.transformer_shape(self.size, model.max_sequence_length)
+        return partial(
+            marks,
+            dtype=model.dtype,
+            stream_dtype=model.stream_dtype,
+            num_blocks=shape.num_layers,
         )
 
 
@@ -329,4 +342,5 @@ def _first_state(
         adapter = start_from(start, adapter, networks.params, family.formats, spec)
     num_rewards = recipe.harmonization.num_rewards
     balancer = recipe.harmonization.balancer.init(num_rewards)
-    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed)
+    adaptive = settings.harmonize.anchor_error > 0
+    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed, adaptive)

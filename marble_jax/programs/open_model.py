@@ -68,12 +68,20 @@ def decode_size(count: int, mesh: Any) -> int:
     return min(count, shards * max(1, DECODED_AT_ONCE // shards))
 
 
+def stream_dtype_of(settings: ModelSettings) -> Any:
+    """Dtype of the token streams; None for that of matrix products."""
+    if settings.stream_dtype == "compute":
+        return None
+    return DTYPES[settings.stream_dtype]
+
+
 def network_options(
     settings: ModelSettings, lora_scale: float, mesh: Mesh | None = None, gather: Any = None
 ) -> NetworkOptions:
     """How a run computes its transformer."""
     return NetworkOptions(
         dtype=DTYPES[settings.dtype],
+        stream_dtype=stream_dtype_of(settings),
         remat=settings.remat,
         unroll=settings.unroll,
         attention=attention_of(settings.attention, settings.dtype, mesh),

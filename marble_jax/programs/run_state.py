@@ -90,4 +90,5 @@ def blank_state(settings: Settings, adapter: Adapter) -> TrainState:
     balancer = balancer_of(settings.harmonize, names)
     balancer_state = balancer.init(len(names))
     optimizer = make_optimizer(settings.training)
-    return initial_state(adapter, optimizer, len(names), balancer_state, seed=0)
+    adaptive = settings.harmonize.anchor_error > 0
+    return initial_state(adapter, optimizer, len(names), balancer_state, 0, adaptive)

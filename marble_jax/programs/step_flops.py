@@ -14,6 +14,7 @@ from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.base import Networks, SampleFlops
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.open_model import size_of
+from marble_jax.training.anchor_spacing import fewest_anchored
 from marble_jax.training.batch_sizes import Sizes
 from marble_jax.types import Adapter
 
@@ -67,7 +68,11 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
     signal = 2 * sample.forward + sample.backward
     # The base model's velocity, and the cotangents that no advantage scales.
     anchor = reference * sample.base + (1 + reference) * sample.backward
-    between = sizes.samples * (signal + reference * sample.base)
+    # One micro-batch in so many has anchors and divergence, at least; `anchor_error` may ask for more.
+    num_anchored = fewest_anchored(sizes.micro_batches, harmonize.anchor_every)
+    if harmonize.mode == "upstream":
+        num_anchored = sizes.micro_batches
+    between = sizes.samples * signal + micro_batch * num_anchored * reference * sample.base
     solve_share = 1.0
     if harmonize.mode != "exact":
         solve_share = 1 / harmonize.refresh_every
@@ -75,8 +80,6 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
         # Alpha is solved on one micro-batch of the step.
         solve = between + micro_batch * (1 + reference) * sample.backward
     else:
-        # Anchors are pulled back in every so many micro-batches, the first among them.
-        num_anchored = -(-sizes.micro_batches // harmonize.anchor_every)
         solve = sizes.samples * signal + micro_batch * num_anchored * anchor
     recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}
     forward = sample.forward

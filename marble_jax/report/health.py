@@ -45,10 +45,20 @@ _DRIFTS = (
 _LEARNING = (
     Metric("objective/loss", "Training loss", "loss"),
     Metric("objective/kl", "Distance from the base model", "mean squared velocity difference"),
+    Metric(
+        "objective/velocity_gap",
+        "Distance from the rollout policy",
+        "mean squared velocity difference",
+    ),
     Metric("training/grad_norm", "Gradient norm, before clipping", "norm", log=True),
     # A schedule has no noise to take the mean of, and a mean would round its corners.
     Metric("training/learning_rate", "Learning rate", "learning rate", smooth=False),
 )
+_ROUNDED = {
+    "rounding/kl": "the distance from the base model",
+    "rounding/velocity_gap": "the distance from the rollout policy",
+    "rounding/loss": "what the losses say of the policy rather than of the images",
+}
 _CALM = (
     "No alarm. Looked at: diversity, brightness, latent norm, constant or failing "
     "rewards, waiting for rewards, groups without spread, starved weights, "
@@ -96,6 +106,7 @@ def health(records: Records) -> str:
         _ties(records),
         _shares(records),
         metric_panels(records, _LEARNING),
+        _rounding_note(records),
     )
 
 
@@ -110,6 +121,27 @@ def _alarm_list(raised: Sequence[Alarm]) -> str:
         words = element("p", escape(alarm.text))
         entries.append(element("li", heading, words, class_=alarm.level))
     return element("ul", *entries, class_="alarms")
+
+
+def _rounding_note(records: Records) -> str:
+    """Returns which of the figures above lie below the rounding of the compute dtype, and when; "" for none."""
+    parts = []
+    for key, words in _ROUNDED.items():
+        marked = records.series(key)
+        steps = marked.step[marked.value == 1]
+        # Before the first update all policies are the same, whatever the dtype.
+        if not (steps > 0).any():
+            continue
+        last = int(steps.max())
+        parts.append(f"{words} in {len(steps)} of {len(marked)} step(s), the last of them {last}")
+    if not parts:
+        return ""
+    floor = records.series("rounding/floor").last()
+    text = (
+        f"Below the rounding of the compute dtype, and no figure to read: {'; '.join(parts)}. Two policies that are "
+        f"all but equal differ by up to {short(floor)} there, as a mean squared velocity difference."
+    )
+    return element("p", escape(text), class_="rounding")
 
 
 def _ties(records: Records) -> str:

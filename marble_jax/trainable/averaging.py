@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from marble_jax import tree
 from marble_jax.config import RolloutPolicySettings
@@ -82,6 +83,25 @@ def rollout_decay_of(settings: RolloutPolicySettings) -> Decay:
     return rollout_decay(
         settings.schedule, rate=settings.rate, cap=settings.cap, delay=settings.delay
     )
+
+
+def rollout_lag(decay: Decay, steps: int) -> float:
+    """Optimiser steps that the rollout policy is behind the trained one after `steps` of them.
+
+    It is an average of the policies after every step so far; this is their mean age. A decay of d after every step
+    makes it `d / (1 - d)` in the long run.
+
+    Args:
+      decay: of the rollout policy.
+      steps: optimiser steps done.
+    """
+    # All decays at once: one by one they would be as many small programs.
+    decays = jnp.broadcast_to(decay(jnp.arange(1, steps + 1)), steps)
+    lag = 0.0
+    for step_decay in np.asarray(decays, np.float64):
+        # Everything in the average is a step older, and the newest policy has age 0.
+        lag = float(step_decay) * (lag + 1.0)
+    return lag
 
 
 def ema_decay(step: jax.Array | int, decay: float) -> jax.Array:

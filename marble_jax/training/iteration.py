@@ -110,6 +110,7 @@ class Iteration:
       replicate: puts a tree on every device.
       merge: folds an adapter into a copy of the weights, for sampling: faster, and exact up to rounding in the weights'
         dtype, so meant for float32. None leaves it beside them.
+      rounding: marks the figures of a record that lie below the rounding of the compute dtype; see `rounding.marks`.
     """
 
     params: Params
@@ -118,6 +119,7 @@ class Iteration:
     steps: Steps
     replicate: Callable[[Any], Any]
     merge: Callable[[Params, Adapter], Params] | None = None
+    rounding: Callable[[Mapping[str, float]], dict[str, float]] = lambda record: {}
 
     def rollout_policy(self, state: TrainState) -> tuple[Params, Adapter | None]:
         """Weights of the rollout policy, and its adapter where that is not folded into them."""
@@ -185,6 +187,6 @@ class Iteration:
         record |= score_metrics(rollout.scores, rewards)
         record |= schedule.metrics(names, scored, mask)
         record |= {f"rollout/{name}": value for name, value in rollout.health.items()}
-        record |= trained_on
+        record |= trained_on | self.rounding(trained_on)
         record |= {f"time/{name}_s": value for name, value in seconds.items()}
         return state, record

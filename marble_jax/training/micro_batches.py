@@ -55,9 +55,19 @@ class TrainingOrder:
     key: jax.Array
 
     @property
+    def num_timesteps(self) -> int:
+        """Timesteps that every image is trained at."""
+        return self.sigma.shape[0]
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of the images."""
+        return self.sigma.shape[1]
+
+    @property
     def num_micro_batches(self) -> int:
         """Micro-batches of an optimiser step: timesteps times slices."""
-        return self.sigma.shape[0] * self.sigma.shape[1]
+        return self.num_timesteps * self.num_slices
 
 
 @flax.struct.dataclass
@@ -141,7 +151,7 @@ def micro_batch(
     order: TrainingOrder,
     cond: Conditioning,
     index: jax.Array,
-    anchors: bool,
+    divergence: bool,
     shards: Shards = SINGLE_DEVICE,
 ) -> MicroBatch:
     """Micro-batch `index` of an optimiser step, with what the objective prepares for it.
@@ -152,7 +162,7 @@ def micro_batch(
       order: images and timesteps in training order.
       cond: conditioning of the step's distinct prompts.
       index: of the micro-batch.
-      anchors: whether anchors and divergence are taken at it.
+      divergence: whether the divergence from the base model is taken at it.
       shards: the devices that share the samples.
     """
     num_slices = order.prompt.shape[0]
@@ -168,15 +178,26 @@ def micro_batch(
         key=jax.random.fold_in(order.key, index),
     )
     # Noise is drawn whole, the same on any number of devices, and split behind that.
-    samples = shards.split(objective.prepare(draws, policies, anchors))
+    samples = shards.split(objective.prepare(draws, policies, divergence))
     return MicroBatch(samples, order.advantages[part], order.valid[part])
 
 
-def sum_over(body: Callable[[jax.Array], Any], indices: Sequence[int]) -> Any:
+def sum_over(
+    body: Callable[[jax.Array], Any],
+    indices: Sequence[int] | jax.Array,
+    bounds: tuple[jax.Array | int, jax.Array | int] | None = None,
+) -> Any:
     """sum of `body(m)`, a pytree, over the micro-batches `indices` in one compiled loop.
 
     `body` is traced once, for the shapes and for the loop: tracing a transformer takes seconds.
+
+    Args:
+      body: function of a micro-batch's index.
+      indices: numbers, or an int32 array that may be traced.
+      bounds: first place in `indices` and the one behind the last, which may be traced; all of them when None.
     """
+    if not isinstance(indices, jax.Array):
+        indices = jnp.asarray(list(indices), jnp.int32)
     # A scan alone would trace it a second time to learn the shapes of its zeros.
     traced, shapes = jax.make_jaxpr(body, return_shape=True)(jnp.zeros((), jnp.int32))
     body_leaves = jaxpr_as_fun(traced)
@@ -187,5 +208,9 @@ def sum_over(body: Callable[[jax.Array], Any], indices: Sequence[int]) -> Any:
         parts = body_leaves(index)
         return [total + part for total, part in zip(sums, parts, strict=True)], None
 
-    sums, _ = jax.lax.scan(add, zeros, jnp.asarray(list(indices), jnp.int32))
+    if bounds is None:
+        sums, _ = jax.lax.scan(add, zeros, indices)
+    else:
+        # A scan would want to know the number of its turns when it is compiled.
+        sums = jax.lax.fori_loop(*bounds, lambda place, sums: add(sums, indices[place])[0], zeros)
     return jax.tree.unflatten(structure, sums)

@@ -58,7 +58,8 @@ class Harmonization:
       window: about how many solves those pairs reach back.
       shrinkage: weight of the step's own cosines among them, in [0, 1].
       unit_signals: whether a cleaned solve takes gradients to be as long as their signals.
-      anchor_every: exact steps take the terms that do not depend on advantages at every such micro-batch.
+      anchor_every: one micro-batch in so many has the terms that do not depend on advantages, at least.
+      anchor_error: relative error of the update that more of them are taken for; 0 for no more.
     """
 
     balancer: Balancer
@@ -71,6 +72,7 @@ class Harmonization:
     shrinkage: float = 0.5
     unit_signals: bool = False
     anchor_every: int = 1
+    anchor_error: float = 0.0
 
     @property
     def num_objectives(self) -> int:
@@ -97,6 +99,7 @@ def harmonization_of(
         shrinkage=harmonize.shrinkage,
         unit_signals=harmonize.unit == "signal",
         anchor_every=harmonize.anchor_every,
+        anchor_error=harmonize.anchor_error,
     )
 
 

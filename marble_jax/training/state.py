@@ -33,6 +33,8 @@ class TrainState:
       best_score: float32 scalar, best mean standardised gain at an evaluation; -inf before the first.
       best_step: int32 scalar, the step of that evaluation.
       best: the averaged adapter at that evaluation.
+      anchor_spread: float32 scalar, what `training.anchor_spacing` remembers of the anchors; None where their spacing
+        is fixed.
     """
 
     step: jax.Array
@@ -47,6 +49,18 @@ class TrainState:
     best_score: jax.Array
     best_step: jax.Array
     best: Adapter
+    anchor_spread: jax.Array | None = None
+
+    @property
+    def last_spread(self) -> jax.Array:
+        """`anchor_spread` where it is there.
+
+        Raises:
+          ValueError: the state was made for a fixed spacing.
+        """
+        if self.anchor_spread is None:
+            raise ValueError("state: expected one of adaptive anchors; received a fixed spacing's")
+        return self.anchor_spread
 
     @property
     def seed(self) -> int:
@@ -62,6 +76,7 @@ def initial_state(
     num_rewards: int,
     balancer_state: Any,
     seed: int,
+    adaptive_anchors: bool = False,
 ) -> TrainState:
     """The state before the first step: all three policies are the same new adapter.
 
@@ -81,6 +96,7 @@ def initial_state(
         best_score=no_score,
         best_step=jnp.zeros((), jnp.int32),
         best=adapter,
+        anchor_spread=jnp.zeros((), jnp.float32) if adaptive_anchors else None,
     )
     # Three policies that share a buffer could not be donated.
     return jax.tree.map(jnp.copy, state)

@@ -54,11 +54,16 @@ def make_steps(
     """Steps of "exact", "amortized" or "upstream"; the training state is donated to each.
 
     Raises:
-      InputError: refresh_every below 1.
+      InputError: refresh_every below 1, or an error of anchors for upstream's steps, which leave none out.
     """
     if refresh_every < 1:
         raise InputError(f"harmonize.refresh_every: expected at least 1; received {refresh_every}")
     keeps = recipe.objective.keeps
+    if mode == "upstream" and recipe.harmonization.anchor_error > 0:
+        raise InputError(
+            "harmonize.anchor_error: expected 0 with harmonize.mode=upstream, which takes every term "
+            f"at every micro-batch; received {recipe.harmonization.anchor_error}"
+        )
     if mode == "upstream":
         first, refresh, between = (
             _compiled(upstream_step(recipe, velocity, optimizer, solved))

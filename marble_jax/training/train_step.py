@@ -11,6 +11,7 @@ Its per-reward companions then cost nothing and show what it does to each reward
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,14 @@ from marble_jax.harmonize.balancers import Solution, usable
 from marble_jax.harmonize.cleaned_solve import cleaned_solve
 from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient, per_sample
 from marble_jax.harmonize.reward_sums import RewardGradients, RewardSums, mean_gradients
+from marble_jax.training.anchor_spacing import (
+    AnchorMoments,
+    anchor_spread,
+    anchored_first,
+    count_for_error,
+    expected_error,
+    fewest_anchored,
+)
 from marble_jax.training.micro_batches import (
     MicroBatch,
     RolloutBatch,
@@ -64,9 +73,10 @@ class MicroBatches:
         self._velocity, self._adapter = partial(velocity, params), state.current
         self._policies = frozen_policies(velocity, params, state.rollout, self._shards)
         self._cond = batch.cond
+        self._key, self._step = jax.random.wrap_key_data(state.key), state.step
         self._order: TrainingOrder = training_order(
             batch,
-            jax.random.wrap_key_data(state.key),
+            self._key,
             state.step,
             recipe.timesteps,
             recipe.micro_batching.size,
@@ -78,14 +88,25 @@ class MicroBatches:
         """Micro-batches of the step."""
         return self._order.num_micro_batches
 
-    def at(self, index: jax.Array, anchors: bool = True) -> MicroBatch:
-        """Micro-batch `index`; `anchors` as in `Objective.prepare`."""
+    def anchored_first(self, count: jax.Array | int) -> jax.Array:
+        """All micro-batches, the `count` with anchors first; see `anchor_spacing.anchored_first`."""
+        order = self._order
+        return anchored_first(self._key, self._step, order.num_timesteps, order.num_slices, count)
+
+    def at(self, index: jax.Array, divergence: bool = True) -> MicroBatch:
+        """Micro-batch `index`; `divergence` as in `Objective.prepare`."""
         return micro_batch(
-            self._objective, self._policies, self._order, self._cond, index, anchors, self._shards
+            self._objective,
+            self._policies,
+            self._order,
+            self._cond,
+            index,
+            divergence,
+            self._shards,
         )
 
     def reward_sums(
-        self, part: MicroBatch, anchors: bool = True, anchor_scale: float = 1.0
+        self, part: MicroBatch, anchors: bool = True, anchor_scale: jax.Array | float = 1.0
     ) -> RewardSums:
         """Sums of every objective's gradient at a micro-batch, device by device; see `accumulate`."""
 
@@ -105,11 +126,15 @@ class MicroBatches:
         return self._shards.map_shards(of_shard, part)
 
     def combined_gradient(
-        self, part: MicroBatch, sample_weights: jax.Array, num_samples: int
-    ) -> tuple[Adapter, Metrics]:
+        self,
+        part: MicroBatch,
+        sample_weights: jax.Array,
+        num_samples: int,
+        signals: bool = True,
+    ) -> tuple[Adapter, dict[str, Any]]:
         """One backward pass at a micro-batch, device by device; see `reward_gradients.combined_gradient`."""
 
-        def of_shard(shard: MicroBatch) -> tuple[Adapter, Metrics]:
+        def of_shard(shard: MicroBatch) -> tuple[Adapter, dict[str, Any]]:
             return combined_gradient(
                 self._objective,
                 self._velocity,
@@ -119,6 +144,7 @@ class MicroBatches:
                 shard.valid,
                 sample_weights,
                 num_samples,
+                signals,
             )
 
         return self._shards.map_shards(of_shard, part)
@@ -134,10 +160,14 @@ def exact_step(
     """The step that takes every reward's gradient over the whole batch and solves for alpha."""
     harmonization = recipe.harmonization
     rewards = harmonization.num_rewards
+    adaptive = harmonization.anchor_error > 0
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         parts = MicroBatches(recipe, velocity, state, params, batch)
-        sums = _whole_batch_sums(parts, harmonization.anchor_every)
+        if adaptive:
+            sums, moments = _adaptive_sums(recipe, parts, state, batch)
+        else:
+            sums = _whole_batch_sums(parts, harmonization.anchor_every)
         mean = mean_gradients(sums)
         gram = tree.gram(mean.gradients)
         # A reward without a valid sample in the whole batch has no gradient to balance.
@@ -167,7 +197,15 @@ def exact_step(
             recipe.averages, optimizer, state, gradient, alpha, solution.state, past
         )
         metrics |= _solve_metrics(mean, weights, solution, alpha, rewards)
+        metrics |= sums.velocities.metrics()
         metrics |= _reward_diagnostics(gram, weights, alpha.alpha)
+        if adaptive:
+            spread = anchor_spread(state.last_spread, moments, metrics["training/grad_norm"])
+            state = dataclasses.replace(state, anchor_spread=spread)
+            metrics |= {
+                "harmonize/anchored_share": moments.count / parts.count,
+                "harmonize/anchor_error": expected_error(spread, parts.count, moments.count),
+            }
         return state, metrics | comparison
 
     return step
@@ -193,23 +231,69 @@ def _beside_history(
 
 
 def _whole_batch_sums(parts: MicroBatches, anchor_every: int) -> RewardSums:
-    """Sums over all micro-batches and devices, with anchors at every `anchor_every`-th micro-batch."""
-    anchored = range(0, parts.count, anchor_every)
-    others = sorted(set(range(parts.count)) - set(anchored))
-    scale = parts.count / len(anchored)
+    """Sums over all micro-batches and devices, with anchors at one micro-batch in `anchor_every`."""
+    count = fewest_anchored(parts.count, anchor_every)
+    order = parts.anchored_first(count)
 
     def with_anchors(index: jax.Array) -> RewardSums:
-        return parts.reward_sums(parts.at(index), anchor_scale=scale)
-
-    def without(index: jax.Array) -> RewardSums:
-        return parts.reward_sums(parts.at(index, anchors=False), anchors=False)
+        return parts.reward_sums(parts.at(index), anchor_scale=parts.count / count)
 
     # Two loops of two programs: a branch inside one loop would hold the memory of both.
-    sums = sum_over(with_anchors, anchored)
-    if others:
-        sums = tree.add(sums, sum_over(without, others))
+    sums = sum_over(with_anchors, order[:count])
+    if count < parts.count:
+        sums = tree.add(sums, sum_over(partial(_signal_sums, parts), order[count:]))
     # The one exchange between devices of a step's gradients.
     return parts.all_reduce(sums)
+
+
+def _signal_sums(parts: MicroBatches, index: jax.Array) -> RewardSums:
+    """Sums at a micro-batch without anchors and divergence."""
+    return parts.reward_sums(parts.at(index, divergence=False), anchors=False)
+
+
+def _adaptive_sums(
+    recipe: Recipe, parts: MicroBatches, state: TrainState, batch: RolloutBatch
+) -> tuple[RewardSums, AnchorMoments]:
+    """Sums as `_whole_batch_sums`, with anchors at as many micro-batches as their last spread asks for.
+
+    How many that are follows from earlier steps alone: a count that looked at this step's anchors would be biased.
+    """
+    harmonization = recipe.harmonization
+    fewest = fewest_anchored(parts.count, harmonization.anchor_every)
+    count = count_for_error(state.last_spread, harmonization.anchor_error, parts.count, fewest)
+    order = parts.anchored_first(count)
+    scale = parts.count / count
+    # What the anchors weigh in the update, as far as it is known before the solve.
+    sample_weights, num_samples = _sample_weights(recipe, state, batch)
+
+    def with_anchors(index: jax.Array) -> tuple[RewardSums, Adapter, jax.Array]:
+        part = parts.at(index)
+        sums = parts.reward_sums(part, anchor_scale=scale)
+        shares = parts.combined_gradient(part, sample_weights, num_samples, signals=False)
+        # Reduced here and not after the loop: the norm is that of all devices' samples.
+        share, _ = parts.all_reduce(shares)
+        return sums, share, tree.vdot(share, share)
+
+    sums, total, squares = sum_over(with_anchors, order, (0, count))
+    others = sum_over(partial(_signal_sums, parts), order, (count, parts.count))
+    moments = AnchorMoments(squares, tree.norm(total), count)
+    return parts.all_reduce(tree.add(sums, others)), moments
+
+
+def _sample_weights(
+    recipe: Recipe, state: TrainState, batch: RolloutBatch
+) -> tuple[jax.Array, int]:
+    """The remembered weights on the rewards' gradients, each over its number of valid samples, and that of all samples.
+
+    Every image is a sample at each of its timesteps, valid at all of them or at none.
+    """
+    rewards = recipe.harmonization.num_rewards
+    counts = jnp.sum(batch.valid, axis=0) * recipe.timesteps.num_trained
+    num_samples = len(batch.prompt) * recipe.timesteps.num_trained
+    weights = alpha_state.active_weights(state.alpha, counts[:rewards] > 0)
+    if recipe.harmonization.scalarized:
+        weights = _scalarized_weights(rewards)
+    return per_sample(weights, counts), num_samples
 
 
 def _update_weights(
@@ -272,24 +356,33 @@ def _reward_diagnostics(gram: jax.Array, weights: jax.Array, alpha: jax.Array) -
 def amortized_step(
     recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation
 ) -> Step:
-    """The step in between solves: one backward pass with the cached coefficients."""
-    rewards = recipe.harmonization.num_rewards
+    """The step in between solves: one backward pass with the cached coefficients.
+
+    Anchors are part of that pass and cost nothing; the divergence asks the base model and is taken where a solve would
+    take it, at one micro-batch in `anchor_every`.
+    """
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
         parts = MicroBatches(recipe, velocity, state, params, batch)
-        # Every image is a sample at each of its timesteps, valid at all of them or at none.
-        counts = jnp.sum(batch.valid, axis=0) * recipe.timesteps.num_trained
-        num_samples = len(batch.prompt) * recipe.timesteps.num_trained
-        weights = alpha_state.active_weights(state.alpha, counts[:rewards] > 0)
-        if recipe.harmonization.scalarized:
-            weights = _scalarized_weights(rewards)
-        sample_weights = per_sample(weights, counts)
+        sample_weights, num_samples = _sample_weights(recipe, state, batch)
+        count = parts.count
+        if recipe.objective.kl_weight > 0:
+            count = fewest_anchored(parts.count, recipe.harmonization.anchor_every)
+        order = parts.anchored_first(count)
+        # The mean over the samples that have it, a random part of all, has no bias.
+        with_divergence = num_samples * count // parts.count
 
-        def gradient_at(index: jax.Array) -> tuple[Adapter, Metrics]:
-            return parts.combined_gradient(parts.at(index), sample_weights, num_samples)
+        def gradient_at(index: jax.Array, divergence: bool) -> tuple[Adapter, dict[str, Any]]:
+            part = parts.at(index, divergence)
+            return parts.combined_gradient(part, sample_weights, with_divergence)
 
-        gradient, losses = parts.all_reduce(sum_over(gradient_at, range(parts.count)))
+        sums = sum_over(partial(gradient_at, divergence=True), order[:count])
+        if count < parts.count:
+            others = sum_over(partial(gradient_at, divergence=False), order[count:])
+            sums = tree.add(sums, others)
+        gradient, losses = parts.all_reduce(sums)
         state, metrics = apply_update(recipe.averages, optimizer, state, gradient, state.alpha)
+        metrics |= losses["velocities"].metrics()
         return state, metrics | {
             "objective/loss": losses["policy_loss"],
             "objective/kl": losses["kl"],

@@ -14,6 +14,8 @@ Source: the released code of MARBLE (arXiv 2605.06507).
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -59,6 +61,7 @@ def upstream_step(
             metrics = {
                 "objective/loss": losses["policy_loss"],
                 "objective/kl": losses["kl"],
+                **losses["velocities"].metrics(),
             } | metrics
         state, update_metrics = apply_update(recipe.averages, optimizer, state, gradient, alpha)
         return state, metrics | update_metrics | {
@@ -93,6 +96,7 @@ def _solved_part(recipe: Recipe, parts: MicroBatches, state: TrainState, num_sol
         metrics |= {
             "objective/loss": jnp.sum(solution.weights * mean.losses),
             "objective/kl": mean.kl,
+            **sums.velocities.metrics(),
         }
         # Upstream adds up the gradients of micro-batches, each divided by their number.
         total = tree.add(total, tree.scale(combined, 1.0 / parts.count))
@@ -110,12 +114,12 @@ def _solved_part(recipe: Recipe, parts: MicroBatches, state: TrainState, num_sol
 
 def _combined_part(
     recipe: Recipe, parts: MicroBatches, alpha: jax.Array, first: int
-) -> tuple[Adapter, Metrics]:
+) -> tuple[Adapter, dict[str, Any]]:
     """The micro-batches from `first` on, with one combined advantage for all rewards."""
     rewards = recipe.harmonization.num_rewards
     num_samples = parts.count * recipe.micro_batching.size
 
-    def gradient_at(index: jax.Array) -> tuple[Adapter, Metrics]:
+    def gradient_at(index: jax.Array) -> tuple[Adapter, dict[str, Any]]:
         part = parts.at(index)
         # A missing advantage is 0 and counts: every sample is valid under the combined one.
         advantage = part.advantages[:, :rewards] @ alpha

@@ -1,5 +1,6 @@
 """The transformer against diffusers and PEFT on tiny random weights, from the embeddings up to the whole model."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from sd3_lora import LoraSpec, init_adapter, merge, num_parameters, stack
 
+from marble_jax.config import default_config, settings_of
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.blocks import Block
 from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
@@ -17,6 +19,7 @@ from marble_jax.families.sd3.embedders import PatchEmbed, TimeTextEmbed, positio
 from marble_jax.families.sd3.layer_names import crop_table, entries, load_mmdit
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
 from marble_jax.networks.attention import IMPLEMENTATIONS, attend
+from marble_jax.programs.open_model import network_options
 from marble_jax.weights.key_map import save_params
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
@@ -181,6 +184,51 @@ def test_bfloat16_stays_near_float32(pair):
     low, low_params = load_mmdit(path, jnp.bfloat16, dtype=jnp.bfloat16)
     want = run_velocity(model, params, None, *inputs(TINY))
     assert_close(run_velocity(low, low_params, None, *inputs(TINY)), want, 0.03)
+
+
+def test_float32_streams_make_a_difference_more_exact_in_bfloat16(pair, tmp_path):
+    """Diffusers in float32 on the weights that bfloat16 holds is the truth: of the velocity of a base model, and of its
+    difference from one whose attention was moved by 2 % of a weight's size, which bfloat16 alone rounds away."""
+    torch = pytest.importorskip("torch")
+    theirs, num = copy.deepcopy(pair[0]), 64
+    rng = np.random.default_rng(5)
+    xt, _, cond = inputs(TINY, num=num, height=8, width=8)
+    arguments = (xt, rng.uniform(0.05, 1, num).astype(np.float32), cond)
+    truth, found = [], {None: [], jnp.float32: []}
+    for number in range(2):
+        with torch.no_grad():
+            for name, tensor in theirs.named_parameters():
+                if number and name.endswith("attn.to_v.weight"):
+                    tensor.mul_(1 + 2.0**-5)
+                tensor.copy_(tensor.bfloat16().float())
+        truth.append(torch_velocity(theirs, *arguments).astype(np.float64))
+        theirs.save_pretrained(tmp_path / str(number))
+        for streams, velocities in found.items():
+            low, params = load_mmdit(
+                tmp_path / str(number), jnp.bfloat16, dtype=jnp.bfloat16, stream_dtype=streams
+            )
+            velocities.append(np.asarray(run_velocity(low, params, None, *arguments), np.float64))
+
+    def error(velocities, of):
+        return np.linalg.norm(of(velocities) - of(truth)) / np.linalg.norm(of(truth))
+
+    for of, shrinks in ((lambda v: v[0], 0.9), (lambda v: v[1] - v[0], 0.75)):
+        rounded, streams = (error(velocities, of) for velocities in found.values())
+        assert 0 < streams < shrinks * rounded
+
+
+def test_streams_are_those_of_the_products_unless_told_otherwise(pair):
+    _, model, params, _ = pair
+    wide = model.clone(stream_dtype=jnp.float32)
+    np.testing.assert_array_equal(
+        run_velocity(wide, params, None, *inputs(TINY)),
+        run_velocity(model, params, None, *inputs(TINY)),
+    )
+    settings = settings_of(default_config()).model
+    assert network_options(settings, 1.0).stream_dtype is None
+    settings = dataclasses.replace(settings, stream_dtype="float32")
+    options = network_options(settings, 1.0)
+    assert options.stream_dtype == jnp.float32 and options.dtype == jnp.bfloat16
 
 
 def test_cropped_table_gives_the_same_velocity(pair):

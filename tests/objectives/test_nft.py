@@ -165,9 +165,9 @@ def test_the_divergence_comes_with_its_cotangent():
     np.testing.assert_array_equal(got.divergence, nft.sample_kl(v, v_base))
 
 
-@pytest.mark.parametrize("anchors", [False, True])
+@pytest.mark.parametrize("divergence", [False, True])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])
-def test_the_base_model_is_asked_only_where_the_divergence_is_taken(anchors, kl_weight):
+def test_the_base_model_is_asked_only_where_the_divergence_is_taken(divergence, kl_weight):
     asked = []
 
     def policy(name):
@@ -176,8 +176,8 @@ def test_the_base_model_is_asked_only_where_the_divergence_is_taken(anchors, kl_
     sigma = jnp.array([0.25, 1.0])
     draws = Draws(jnp.ones((2, 3, 1)), jnp.zeros(2, jnp.int32), sigma, None, jax.random.key(0))
     policies = FrozenPolicies(rollout=policy("rollout"), base=policy("base"))
-    batch = Nft(kl_weight=kl_weight).prepare(draws, policies, anchors)
-    assert asked == ["rollout", "base"] if anchors and kl_weight else ["rollout"]
+    batch = Nft(kl_weight=kl_weight).prepare(draws, policies, divergence)
+    assert asked == ["rollout", "base"] if divergence and kl_weight else ["rollout"]
     assert (batch.v_base is None) == (asked == ["rollout"])
     noise = jax.random.normal(jax.random.key(0), (2, 3, 1))
     want = (1 - sigma)[:, None, None] + sigma[:, None, None] * noise

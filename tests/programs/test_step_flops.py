@@ -25,11 +25,11 @@ def made(**changes):
 
 
 def test_the_papers_step_by_hand():
-    """1152 images x 25 network calls; 27648 samples: rollout, current and base forward, one backward pass."""
+    """1152 images x 25 network calls; 27648 samples: rollout and current forward, one backward pass."""
     work = made(harmonize__mode="amortized")
     assert work.rollout == 1152 * 25 * 11 and work.decode == 1152 * 3
-    assert work.between == 27648 * (11 + 11 + 10 + 13)
-    # A solve has the base and two more directions in every eighth of 192 micro-batches of 144.
+    # The base model is asked at one in eight of 192 micro-batches of 144; a solve has two more directions there.
+    assert work.between == 27648 * (11 + 11 + 13) + 24 * 144 * 10
     assert work.solve == 27648 * (11 + 11 + 13) + 24 * 144 * (10 + 2 * 13)
     assert work.solve_share == 0.1 and work.train == pytest.approx(
         0.1 * work.solve + 0.9 * work.between
@@ -45,6 +45,7 @@ def test_modes_and_options():
     alone = made(harmonize__mode="exact", nft__kl_weight=0.0, harmonize__anchor_every=1)
     assert alone.solve == 27648 * (11 + 11 + 2 * 13)
     upstream = made(harmonize__mode="upstream")
+    assert upstream.between == 27648 * (11 + 11 + 10 + 13)
     assert (
         upstream.solve - upstream.between == 144 * 2 * 13
     )  # one micro-step has two directions more

@@ -253,6 +253,23 @@ def test_failures_and_the_share_of_waiting_are_on_the_page(full):
     assert "13\N{NO-BREAK SPACE}% of a step is spent waiting for rewards" in page.text["time"]
 
 
+def test_figures_below_rounding_are_named(tmp_path):
+    """Three steps: the first has no distance in any dtype, the last one reads two figures that rounding makes."""
+    rows = []
+    for step in range(3):
+        marked = {"rounding/kl": float(step == 0), "rounding/velocity_gap": 1.0}
+        distances = {"objective/kl": 1e-3 * step, "objective/velocity_gap": 1e-6}
+        marks = {"rounding/floor": 2.5e-5, "rounding/loss": 1.0}
+        rows.append({"step": step} | distances | marked | marks)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = load(tmp_path).text["health"]
+    assert "Distance from the rollout policy" in text
+    assert "the distance from the rollout policy in 3 of 3 step(s), the last of them 2" in text
+    assert "what the losses say of the policy" in text and "2.5e" in text
+    # Of the base model there is nothing to say: only the step before the first update is marked.
+    assert "the distance from the base model in" not in text
+
+
 def test_other_runs_stand_beside_this_one(full):
     _, page = full
     assert "weighted_sum" in page.text["compare"] and "this run" in page.text["compare"]

@@ -284,6 +284,7 @@ def test_averages_of_micro_steps_by_hand():
         "weighted_sum": [8.0],
         "weighted_sum.no_kl": [4.0],
         "combined_k5": [10.0],
+        "combined_k5.no_kl": [5.0],
         "exact_k5.anchors": [12.0],
         "exact_k5.signal": [6.0],
         "solve_k5": [3.0],
@@ -292,11 +293,18 @@ def test_averages_of_micro_steps_by_hand():
     assert derived["weighted_sum.kl_every_4"] == 5.0
     assert derived["exact_k5"] == 7.5
     assert derived["exact_k5.step"] == pytest.approx(12 / 3 + 6 * 2 / 3 + 3 / 6)
-    assert derived["amortized_k5"] == pytest.approx(0.9 * 10 + 0.1 * 7.5)
-    assert derived["amortized_k5.step"] == pytest.approx(0.9 * 10 + 0.1 * 8.5)
+    assert derived["weighted_sum.step"] == pytest.approx(8 / 3 + 4 * 2 / 3)
+    assert derived["combined_k5.kl_every_4"] == 10 / 4 + 5 * 3 / 4
+    assert derived["amortized_k5"] == pytest.approx(0.9 * 6.25 + 0.1 * 7.5)
+    assert derived["amortized_k5.step"] == pytest.approx(0.9 * (10 / 3 + 10 / 3) + 0.1 * 8.5)
     found = cases.ratios(
         size, {**times, **cases.derive(size, times), "torch.tuned.weighted_sum": [20.0]}
     )
+    assert list(found)[:3] == [
+        "exact_k5 / weighted_sum.kl_every_4",
+        "exact_k5.step / weighted_sum.step",
+        "amortized_k5 / weighted_sum.kl_every_4",
+    ]
     assert found["exact_k5.anchors / weighted_sum"]["median"] == pytest.approx(8 / 12)
     assert found["exact_k5 / weighted_sum.kl_every_4"]["median"] == pytest.approx(5 / 7.5)
     assert found["weighted_sum / torch.tuned.weighted_sum"]["median"] == 2.5
@@ -312,11 +320,12 @@ def test_rows_that_were_not_timed_are_left_out():
     assert cases.chooser("")("exact_k5.anchors")
     times = {"weighted_sum": [8.0], "weighted_sum.no_kl": [4.0], "exact_k5.signal": [6.0]}
     derived = cases.derive(SIZES["tiny"](), times)
-    assert set(derived) == {"weighted_sum.kl_every_4"}
+    assert set(derived) == {"weighted_sum.kl_every_4", "weighted_sum.step"}
     assert set(cases.ratios(SIZES["tiny"](), {**times, **derived})) == {
         "weighted_sum.no_kl / weighted_sum",
         "exact_k5.signal / weighted_sum",
         "weighted_sum.kl_every_4 / weighted_sum",
+        "weighted_sum.step / weighted_sum",
         "exact_k5.signal / weighted_sum.kl_every_4",
     }
 

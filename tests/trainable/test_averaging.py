@@ -59,3 +59,16 @@ def test_soft_update_keeps_dtype():
 def test_bad_input(name, settings, message):
     with pytest.raises(InputError, match=message):
         averaging.rollout_decay(name, **settings)
+
+
+@pytest.mark.parametrize(("name", "cap", "steps"), [("copy", None, 7), ("linear_capped", 0.3, 40)])
+def test_lag_is_the_mean_age_of_the_policies_in_the_rollout_policy(name, cap, steps):
+    """Each policy's number takes the place of its weights; the average then tells how old it is."""
+    decay = averaging.rollout_decay(name, rate=0.02, cap=cap)
+    slow = {"number": jnp.zeros(())}
+    for step in range(1, steps + 1):
+        slow = averaging.soft_update(slow, {"number": jnp.float32(step)}, decay(step))
+    lag = averaging.rollout_lag(decay, steps)
+    assert lag == pytest.approx(steps - float(slow["number"]), abs=1e-4)
+    if name == "copy":
+        assert lag == 0 and averaging.rollout_lag(decay, 0) == 0

@@ -126,9 +126,9 @@ def test_without_a_reference_the_base_model_is_not_evaluated():
         return toy.velocity(params, adapter, *rest)
 
     policies = frozen_policies(counted, toy.base_params(), toy.new_adapter(7))
-    for objective, anchors in ((OBJECTIVE, False), (Nft(kl_weight=0.0), True)):
+    for objective, divergence in ((OBJECTIVE, False), (Nft(kl_weight=0.0), True)):
         index = jnp.asarray(0)
-        drawn = micro_batch(objective, policies, order, batch.cond, index, anchors)
+        drawn = micro_batch(objective, policies, order, batch.cond, index, divergence)
         assert drawn.samples.v_base is None
     assert calls == [False, False]
 
@@ -137,3 +137,10 @@ def test_sum_over_adds_a_range():
     total = sum_over(lambda m: {"m": m, "square": (m * m).astype(jnp.float32)}, range(2, 6))
     assert int(total["m"]) == 2 + 3 + 4 + 5 and float(total["square"]) == 4 + 9 + 16 + 25
     assert int(sum_over(lambda m: m + 1, [])) == 0
+
+
+def test_sum_over_adds_between_bounds_that_are_known_only_when_it_runs():
+    numbers = jnp.asarray([7, 1, 4, 9], jnp.int32)
+    between = jax.jit(lambda first, last: sum_over(lambda m: m * m, numbers, (first, last)))
+    assert int(between(1, 3)) == 1 + 16 and int(between(0, 4)) == 49 + 1 + 16 + 81
+    assert int(between(2, 2)) == 0

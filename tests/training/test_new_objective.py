@@ -34,7 +34,7 @@ class WeightedFlowMatching(Objective):
 
     bound: float = 4.0
 
-    def prepare(self, draws, policies, anchors):
+    def prepare(self, draws, policies, divergence):
         noise = jax.random.normal(draws.key, draws.kept.shape)
         xt = interpolate(draws.kept, noise, draws.sigma)
         return TargetBatch(xt, draws.sigma, draws.cond, noise - draws.kept)

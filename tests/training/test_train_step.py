@@ -10,6 +10,7 @@ import toy_policy as toy
 
 import marble_jax  # noqa: F401
 from marble_jax.harmonize import alpha_state
+from marble_jax.streams import Stream, stream_key
 from marble_jax.training import train_step
 from marble_jax.training.step_schedule import make_steps
 
@@ -85,7 +86,7 @@ def test_exact_steps_equal_the_torch_twin():
 
 
 def test_anchors_at_every_fourth_micro_batch_are_three_times_as_strong():
-    """Nine micro-batches, of which 0, 4 and 8 have the loss at r = 1/2 and the divergence."""
+    """Nine micro-batches, of which three have the loss at r = 1/2 and the divergence: one a slice, one a timestep."""
     made, state, batch = toy.recipe(anchor_every=4), toy.new_state(), toy.new_batch()
     torch_twin, _ = _twin(state, made)
 
@@ -100,8 +101,11 @@ def test_anchors_at_every_fourth_micro_batch_are_three_times_as_strong():
     twin = Twin(state, made)
     parts = twin.draws(state, batch)
     assert len(parts) == 9
+    start_key = stream_key(jax.random.wrap_key_data(state.key), Stream.ANCHORS, 0)
+    timestep, image_slice = divmod(int(jax.random.randint(start_key, (), 0, 9)), 3)
+    anchored = [(timestep + i) % 3 * 3 + (image_slice + i) % 3 for i in range(3)]
     for number, part in enumerate(parts):
-        part["anchor"] = 3.0 * torch_twin.torch.ones(toy.MICRO_BATCH) * (number % 4 == 0)
+        part["anchor"] = 3.0 * torch_twin.torch.ones(toy.MICRO_BATCH) * (number in anchored)
     found, alpha, scale, kl = twin.harmonised(torch_twin.joined(parts))
     twin.finish(
         sum(alpha[k] * scale[k] * g for k, g in found.items()) + made.objective.kl_weight * kl
@@ -134,6 +138,23 @@ def test_exact_step_reports_losses_and_divergence_of_the_twin():
     np.testing.assert_allclose(
         metrics["objective/loss"], np.sum(weights * scale * losses), rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("kind", ["exact", "amortized"])
+def test_velocities_on_record_are_those_of_the_twin(kind):
+    """Mean squared distance from the rollout policy, and mean square, over all samples of the step."""
+    made, state, batch = toy.recipe(), toy.new_state(), toy.new_batch()
+    torch_twin, twin = _twin(state, made)
+    part = torch_twin.joined(twin.draws(state, batch))
+    arguments = (part["xt"], part["sigma"], (part["embeds"], part["pooled"]))
+    current, rollout = (
+        torch_twin.velocity(twin.params, adapter, *arguments).detach().numpy()
+        for adapter in (twin.current, twin.rollout)
+    )
+    _, metrics = _step(kind)(state, toy.base_params(), batch)
+    expected = np.mean((current - rollout) ** 2)
+    np.testing.assert_allclose(metrics["objective/velocity_gap"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/velocity_square"], np.mean(current**2), rtol=1e-5)
 
 
 def test_without_smoothing_the_fresh_alpha_is_used_and_the_average_remembered():

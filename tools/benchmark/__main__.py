@@ -12,8 +12,10 @@ its pull-backs, and the sums.
 Times are rows, in milliseconds:
 
   weighted_sum           one advantage, one backward pass, three forward passes
-  weighted_sum.no_kl     the same without the reference policy; .kl_every_N is the average with it every Nth time
-  combined_k5            between solves of the amortized mode; amortized_k5 is nine of these and one of exact_k5
+  weighted_sum.no_kl     the same without the reference policy; .kl_every_N is the average with it every Nth time, as
+                         seldom as exact_kK has it: like against like
+  combined_k5            between solves of the amortized mode, .no_kl and .kl_every_N likewise; amortized_k5 is nine of
+                         the latter and one of exact_k5
   exact_kK.anchors       gradients of K rewards with everything in them (anchor_every = 1)
   exact_kK.signal        without the terms that no advantage scales
   exact_kK               their average as training mixes them by default (one in anchor_every)

@@ -133,11 +133,15 @@ class Block(nn.Module):
         """Returns the image and text streams after the block, and None: the scan's empty output.
 
         Args:
-          streams: image tokens and text tokens.
+          streams: image tokens and text tokens; the results have their dtype.
           temb: conditioning vector.
         """
         x, c = streams
-        dtype = x.dtype
+        dtype = self.dtype
+
+        def gated(gate: jax.Array, y: jax.Array) -> jax.Array:
+            # [N, D] to [N, 1, D]: all tokens of a sample are gated alike, in the dtype of the streams.
+            return gate.astype(x.dtype)[:, None] * y.astype(x.dtype)
 
         def ada(parts: int, name: str) -> list[jax.Array]:
             return AdaLayerNorm(parts, self.dtype, self.lora_scale, name=name)(temb)
@@ -152,8 +156,7 @@ class Block(nn.Module):
         ) -> jax.Array:
             layer = FeedForward(self.dtype, self.lora_scale, name=name)
             y = layer(modulate(layer_norm(y), shift, scale, dtype))
-            # [N, D] to [N, 1, D]: all tokens of a sample are gated alike.
-            return gate[:, None] * y
+            return gated(gate, y)
 
         num_parts = 9 if self.dual else 6
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = ada(num_parts, "norm1")
@@ -166,16 +169,15 @@ class Block(nn.Module):
         attended, c_attended = attention("attn")(
             modulate(normed, shift, scale, dtype), modulate(layer_norm(c), c_shift, c_scale, dtype)
         )
-        x = x + gate[:, None] * attended
+        x = x + gated(gate, attended)
         if self.dual:
             shift2, scale2, gate2 = second
-            gate2 = gate2[:, None]
             # The same normed tokens as above, not those that the joint attention has changed.
             attended2, _ = attention("attn2")(modulate(normed, shift2, scale2, dtype))
-            x = x + gate2 * attended2
+            x = x + gated(gate2, attended2)
         x = x + feed_forward(x, shift_ff, scale_ff, gate_ff, "ff")
         # The last block has no text output: nothing reads the text stream behind it.
         if c_attended is not None:
-            c = c + c_gate[:, None] * c_attended
+            c = c + gated(c_gate, c_attended)
             c = c + feed_forward(c, c_shift_ff, c_scale_ff, c_gate_ff, "ff_context")
         return (x, c), None
