@@ -7,12 +7,13 @@
     OUT/summary.json         means, intervals, gains, GenEval's tags, composite
     OUT/index.html           all of it to look at
 
-Generation and scoring may run apart, on different machines; each goes on where a kill stopped it. Scores are those of
-the 8-bit images on disk, so it does not matter when they are taken.
+All models are drawn the same way (`shared_settings`). Generation and scoring may run apart, on different machines; each
+goes on where a kill stopped it. Scores are those of the 8-bit images on disk: it does not matter when they are taken.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from marble_jax.programs.evaluation_scores import reward_entries, score_models
 from marble_jax.programs.image_sampler import ImageSampler
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.sample import fill_folder
+from marble_jax.programs.shared_settings import SharedSettings, check_alike, shared_settings
 from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_comparison
 from marble_jax.storage.images import ImageFolder, writable
@@ -43,10 +45,16 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     console, workdir = Console(), Workdir(out, "--out")
     prompts = evaluation_prompts(request.prompts, request.num_prompts, request.images)
     rewards = reward_entries(request) if request.score else {}
+    shared = None
+    if request.draw:
+        shared = shared_settings(request.models, request.settings, request.stated)
+        request = dataclasses.replace(request, settings=shared.settings)
     samplers = _samplers(request)
     # Everything is checked before the first write: a mistake leaves the folder as it was.
-    record = new_record(request, workdir, prompts, rewards)
+    record = new_record(request, workdir, prompts, rewards, shared)
     _check_folders(request, workdir, samplers, prompts)
+    if shared is not None:
+        _announce_settings(shared, console)
     write_record(workdir, record)
     write_prompts(workdir, prompts)
     _draw(request, workdir, samplers, prompts, record, console)
@@ -83,6 +91,7 @@ def _check_folders(
 ) -> None:
     """Raises InputError where a model's folder holds other images, or lacks some that are not to be drawn."""
     texts = [prompt.text for prompt in prompts]
+    drawn = {}
     for name in request.models:
         folder = ImageFolder(workdir.path / name)
         if name in samplers:
@@ -96,7 +105,23 @@ def _check_folders(
                 f"received {len(prompts) - len(missing)}, without {folder.file(missing[0]).name}"
             )
         record = folder.record() or {}
-        folder.check(record.get("settings", {}), texts)
+        drawn[name] = record.get("settings", {})
+        folder.check(drawn[name], texts)
+    # Images that are drawn now are alike; those of several earlier calls may not be.
+    if drawn:
+        check_alike(drawn)
+
+
+def _announce_settings(shared: SharedSettings, console: Console) -> None:
+    """Prints how all models are drawn, and for which of them that is not how they were made."""
+    settings = shared.settings
+    console.say(
+        f"all models: {shared.size} px, {settings.max_sequence_length} text tokens, "
+        f"{settings.num_steps} steps of {settings.solver}, guidance {settings.guidance:g}, "
+        f"{settings.dtype}; size: {shared.origins['size']}"
+    )
+    for name, size in shared.native_sizes.items():
+        console.say(f"{name}: its own size is {size} px")
 
 
 def _draw(
