@@ -65,7 +65,9 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
         # Rewards of earlier calls keep their columns, in front.
         record["columns"] = list(dict.fromkeys([*record.get("columns", ()), *columns]))
         write_record(workdir, record)
-    summary = _summarize(list(request.models), record.get("columns", ()), workdir, prompts)
+    trained = [name for model in record["models"].values() for name in model.get("trained", ())]
+    scored = record.get("columns", ())
+    summary = _summarize(list(request.models), scored, trained, workdir, prompts)
     if summary is not None:
         _announce(summary, console)
     console.say(f"page: {write_comparison(str(workdir.path), request.num_images)}")
@@ -147,7 +149,11 @@ def _draw(
 
 
 def _summarize(
-    models: Sequence[str], names: Sequence[str], workdir: Workdir, prompts: Sequence[Prompt]
+    models: Sequence[str],
+    names: Sequence[str],
+    trained: Sequence[str],
+    workdir: Workdir,
+    prompts: Sequence[Prompt],
 ) -> dict[str, Any] | None:
     """Writes `summary.json` of the rewards that have looked at every image of every model (failures are counted)."""
     files = {}
@@ -159,7 +165,7 @@ def _summarize(
     if not names:
         return None
     scores = {model: file.scores(names, len(prompts)) for model, file in files.items()}
-    summary = compare(scores, prompts)
+    summary = compare(scores, prompts, trained)
     with writable(workdir.path):
         workdir.write_json("summary.json", summary)
     return summary
@@ -185,6 +191,25 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if len(models) > 1:
         cells = [f"{summary['composite'][model]:+.3f}" for model in models]
         rows.append(("composite (mean z-score)", *cells))
+    for which, by_model in summary["joint"].items():
+        rows += _joint_rows(which, by_model, models)
+    return rows
+
+
+def _joint_rows(
+    which: str, by_model: Mapping[str, Any], models: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Rows of the shares of images above, and below, the first model's on all rewards of a set at once."""
+    rows = []
+    for rate, words in (("domination", "images above"), ("collapse", "images below")):
+        # The first model is what the others are compared with.
+        cells = ["-"]
+        for model in models[1:]:
+            share = by_model[model][rate]
+            cell = f"{share['mean']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
+            cells.append(cell if by_model[model]["count"] else "-")
+        if by_model:
+            rows.append((f"{words} {models[0]} on {which} rewards", *cells))
     return rows
 
 

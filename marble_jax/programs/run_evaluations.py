@@ -15,6 +15,7 @@ from etils import epath
 
 from marble_jax import distributed
 from marble_jax.console import Console, duration
+from marble_jax.evaluation.joint_rates import joint_rates, reward_sets
 from marble_jax.evaluation.statistics import gains, standardised_gain, summary
 from marble_jax.programs.build import Run
 from marble_jax.programs.run_record import deciding_rewards
@@ -60,8 +61,9 @@ class RunEvaluations:
             return state
         scores, images, seconds = self._scores(state.ema, f"step {step} evaluation", give_way)
         gain = gains(scores, base, self._run.evaluator.groups)
+        compared = {"gain": gain, "joint": self._joint(scores, base)}
         distributed.broadcast_from_first(
-            "evaluation", lambda: self._write(step, "ema", scores, images, gain, seconds)
+            "evaluation", lambda: self._write(step, "ema", scores, images, compared, seconds)
         )
         words = []
         for name in scores.names:
@@ -76,6 +78,13 @@ class RunEvaluations:
         if score > float(state.best_score):
             return _with_best(state, score)
         return state
+
+    def _joint(self, scores: Scores, base: Scores) -> dict[str, Any]:
+        """Shares of images above, and below, the base model's on all rewards at once, by set of rewards."""
+        rates = {}
+        for which, names in reward_sets(scores.names, self._run.settings.rewards.train).items():
+            rates[which] = joint_rates(scores, base, names, self._run.evaluator.groups)
+        return rates
 
     def _recorded_steps(self) -> list[int]:
         """Steps of the evaluations that are on record."""
@@ -99,7 +108,7 @@ class RunEvaluations:
 
         def write() -> None:
             if not on_record:
-                self._write(0, "base", scores, images, None, seconds)
+                self._write(0, "base", scores, images, {}, seconds)
             self._workdir.write_json(BASE_SCORES, _as_record(scores))
 
         distributed.broadcast_from_first("evaluation", write)
@@ -134,10 +143,19 @@ class RunEvaluations:
         policy: str,
         scores: Scores,
         images: np.ndarray,
-        gain: dict[str, Any] | None,
+        compared: dict[str, Any],
         seconds: float,
     ) -> None:
-        """Puts an evaluation on record: images first, so that a record never names images that are not there."""
+        """Puts an evaluation on record: images first, so that a record never names images that are not there.
+
+        Args:
+          step: optimiser steps done.
+          policy: whose images these are.
+          scores: of them.
+          images: that are kept.
+          compared: `gain` and `joint` over the base model; empty for the base model itself.
+          seconds: it took.
+        """
         evaluator = self._run.evaluator
         folder = self._workdir.samples / f"step_{step:06d}"
         shown = []
@@ -153,8 +171,7 @@ class RunEvaluations:
             "scores": summary(scores, evaluator.groups),
             "seconds": seconds,
         }
-        if gain is not None:
-            record["gain"] = gain
+        record |= compared
         failed = _failures(scores)
         if failed:
             record["failed"] = failed

@@ -20,6 +20,7 @@ PAGE_NAME = "index.html"
 _SECTIONS = (
     ("scores", "Scores"),
     ("gains", "Gains"),
+    ("joint", "All at once"),
     ("geneval", "GenEval"),
     ("sources", "Sources"),
     ("paper", "The paper's table"),
@@ -191,6 +192,7 @@ def render(comparison: Comparison, num_images: int = 24) -> str:
     sections = [
         comparison_tables.scores(comparison),
         comparison_tables.gains(comparison),
+        comparison_tables.joint(comparison),
         comparison_tables.geneval(comparison),
         comparison_tables.sources(comparison),
         comparison_tables.paper(comparison),

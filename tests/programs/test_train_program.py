@@ -113,6 +113,9 @@ def test_the_base_model_is_evaluated_once_and_what_a_kill_left_is_completed(make
         evaluations(after(2))
         assert asked == [None]  # anew, but not on record twice
     records = Workdir(str(tmp_path)).read(tmp_path / "evaluation.jsonl")
+    assert "joint" not in records[0] and set(records[1]["joint"]) <= {"all", "trained"}
+    # No reward falls on any image, and two gain.
+    assert records[1]["joint"]["all"]["domination"]["mean"] == 1.0
     assert [(r["step"], r["policy"]) for r in records] == [(0, "base"), (1, "ema"), (2, "ema")]
 
 
