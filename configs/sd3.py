@@ -18,7 +18,7 @@ computed: 48 prompts x 24 images, fused attention, nothing recomputed in the bac
 `--devices=8` for the third: 37, 73 and 40 GB a GPU, and the reward models take some 12 GB more.
 """
 
-from marble_jax.config import default_config
+from marble_jax.config import UPSTREAM, default_config
 from marble_jax.errors import one_of
 
 PRESETS = (
@@ -59,8 +59,8 @@ def get_config(preset: str = PRESETS[0]):
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)
     elif preset == "upstream":
-        config.rollout.integer_timesteps = True
-        config.rewards.upstream_scoring = True
+        config.update_from_flattened_dict(dict(UPSTREAM))
+        config.harmonize.upstream_ranks = 16
     elif preset == "weighted_sum":
         config.advantages.scalarize = "weighted_sum"
     return config
