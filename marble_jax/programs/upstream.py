@@ -69,6 +69,11 @@ def check_upstream(settings: Settings) -> None:
             "rollout.prompt_draws=batch: expected rollout.batch_size to be a multiple of "
             f"rollout.images_per_prompt = {rollout.images_per_prompt}; received {rollout.batch_size}"
         )
+    if is_upstream(settings) and settings.harmonize.gram != "step":
+        raise InputError(
+            "harmonize.gram: expected 'step' with harmonize.mode=upstream, which solves on single "
+            f"micro-batches; received {settings.harmonize.gram!r}"
+        )
     scalarized = settings.advantages.scalarize != "none"
     if is_upstream(settings) and scalarized and settings.reward_schedule.dropout:
         raise InputError(

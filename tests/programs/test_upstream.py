@@ -144,6 +144,11 @@ def test_evaluations_see_the_timesteps_that_are_asked_for():
             "reward_schedule.dropout: expected 0 with harmonize.mode=upstream and advantages.scalarize",
         ),
         (
+            "embedded.py:upstream",
+            {"harmonize__gram": "cleaned"},
+            "harmonize.gram: expected 'step' with harmonize.mode=upstream, .*; received 'cleaned'",
+        ),
+        (
             "embedded.py",
             {"advantages__mode": "positive"},
             "config.advantages.mode: expected one of all, positive_only, .*; received 'positive'; did you "
