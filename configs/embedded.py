@@ -6,7 +6,7 @@ A preset is a row of the table below: what it changes. '' is MARBLE; `only_*` tr
 others, on images of its own prompts where it does not apply to all; `smoke` takes a few seconds, for tests.
 """
 
-from marble_jax.config import default_config
+from marble_jax.config import UPSTREAM, default_config
 from marble_jax.errors import one_of
 
 SOURCES = ("general", "ocr", "geneval")
@@ -23,12 +23,8 @@ PRESETS = {
     # Alpha of cosines cleaned of noise, averaged over some ten steps.
     "cleaned": WEIGHTED
     | {"harmonize.gram": "cleaned", "harmonize.smooth_exact": True, "harmonize.rho": 0.9},
-    "upstream": WEIGHTED
-    | {
-        "harmonize.mode": "upstream",
-        "rollout.integer_timesteps": True,
-        "rewards.upstream_scoring": True,
-    },
+    # Without reward weights, as upstream's own; 9 samples of a micro-batch to a device, as there.
+    "upstream": {**UPSTREAM, "harmonize.upstream_ranks": 8},
     "weighted_sum": {
         "advantages.scalarize": "weighted_sum",
         "advantages.weights": SUM_WEIGHTS,

@@ -3,13 +3,15 @@
     marble-jax train --config=configs/sd3.py:sd3_multi_reward_pareto_5r_alpha_ema --workdir=gs://bucket/run
 
 48 prompts x 24 images a step, 25 dpm2 steps without guidance, 24 timesteps trained on, LoRA rank 32 on the eight
-attention projections. The paper reports, after training: GenEval 0.94, OCR 0.96, PickScore 22.83, CLIPScore 0.286,
-HPSv2.1 0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project yet: the weights are gated, and a run takes
-eight large accelerators. `model.path` is a diffusers directory or hub id (log in first). `rewards.path` is a directory
+attention projections. The presets under upstream's names are this project's amortized mode with these numbers;
+`upstream` is the released code's own step, of which `marble_jax/training/upstream_step.py` lists what it does
+otherwise. The paper reports, after training: GenEval 0.94, OCR 0.96, PickScore 22.83, CLIPScore 0.286, HPSv2.1
+0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project yet: the weights are gated, and a run takes eight
+large accelerators. `model.path` is a diffusers directory or hub id (log in first). `rewards.path` is a directory
 with the reward models as published (`marble_jax/rewards/models/published.py` lists them), 'hub' fetches them. The
-prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes them down); `prompts.path=DIR` takes your own,
-SOURCE/{train,test} files for general, ocr and geneval. Their text embeddings, 1.7 MB each, are computed once and kept
-in `prompts.embedding_cache`: T5 never meets training.
+prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes them down); `prompts.path=DIR` takes your
+own, SOURCE/{train,test} files for general, ocr and geneval. Their text embeddings, 1.7 MB each, are computed once
+and kept in `prompts.embedding_cache`: T5 never meets training.
 
 `gpu_80gb`, `gpu_140gb` and `gpu_8x80gb` are the exact mode of the same recipe for one GPU of 80 GB (A100, H100), one of
 140 GB (H200) and eight of 80 GB. They differ from each other in how much is computed at once and in nothing that is
@@ -18,7 +20,7 @@ computed: 48 prompts x 24 images, fused attention, nothing recomputed in the bac
 `--devices=8` for the third: 37, 73 and 40 GB a GPU, and the reward models take some 12 GB more.
 """
 
-from marble_jax.config import default_config
+from marble_jax.config import UPSTREAM, default_config
 from marble_jax.errors import one_of
 
 PRESETS = (
@@ -59,8 +61,8 @@ def get_config(preset: str = PRESETS[0]):
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)
     elif preset == "upstream":
-        config.rollout.integer_timesteps = True
-        config.rewards.upstream_scoring = True
+        config.update_from_flattened_dict(dict(UPSTREAM))
+        config.harmonize.upstream_ranks = 16
     elif preset == "weighted_sum":
         config.advantages.scalarize = "weighted_sum"
     return config

@@ -22,6 +22,9 @@ OPTIONS = {
     "out": None,
     "seed": "1234",
     **SAMPLING_OPTIONS,
+    # Without them, how the first training run evaluates.
+    "steps": "",
+    "solver": "",
     "num_workers": "2",
     "num_images": "24",
     "skip_generation": "false",
@@ -39,8 +42,11 @@ def help_text() -> str:
 
   --models=...       each NAME=PLACE[:POLICY][+LORA[:weight]]; a PLACE is a diffusers-layout directory, a hub id or
                      'embedded', or the workdir of a training run (policies: ema, best, current, rollout, base). The
-                     first model is the one that the others' gains are measured against:
-                     --models=base=embedded,marble=runs/first,best=runs/first:best,lora=embedded+lora_dir:0.8
+                     first model is the one that the others' gains are measured against. RUN:base, the model that a
+                     run started from, is the baseline that is drawn as the run is:
+                     --models=base=runs/first:base,marble=runs/first,best=runs/first:best,lora=embedded+lora_dir:0.8
+                     All models share size, text length, text encoders, dtype, solver, steps and guidance: as stated
+                     below, else as the first run has them; without a run, as the models have them, if they agree
   --prompts=...      files (one prompt a line, or GenEval metadata in .jsonl), directories with SOURCE/test files,
                      'embedded' or 'generated'; several separated by commas
   --num_prompts=0    at most so many, in equal shares of the sources; 0: all
@@ -70,7 +76,9 @@ def run(argv: Sequence[str]) -> int:
     images = whole_number(values, "images", 1)
     num_workers = whole_number(values, "num_workers", 1)
     num_images = whole_number(values, "num_images", 0)
-    settings = sampling_settings(values)
+    stated = frozenset(name for name in ("steps", "solver") if values[name])
+    defaults = {name: SAMPLING_OPTIONS[name] for name in ("steps", "solver") if name not in stated}
+    settings = sampling_settings({**values, **defaults})
     # JAX and the networks are imported once the options are known to be right.
     from marble_jax.programs.evaluate import evaluate
     from marble_jax.programs.evaluation_request import Request, parse_models
@@ -83,6 +91,7 @@ def run(argv: Sequence[str]) -> int:
         rewards_path=values["rewards_path"],
         rewards=word_list(values["rewards"]),
         settings=settings,
+        stated=stated,
         draw=draw,
         score=score,
         num_workers=num_workers,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from marble_jax.cli.options import number, whole_number, word_list
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, one_of
 
 if TYPE_CHECKING:
     from marble_jax.programs.policy_source import SamplingSettings
@@ -19,6 +19,7 @@ SAMPLING_OPTIONS = {
     "size": "",
     "max_sequence_length": "",
     "omit_text_encoders": "",
+    "dtype": "",
     "batch": "8",
     "embedding_cache": "",
 }
@@ -36,6 +37,7 @@ SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
   --max_sequence_length=N  tokens a prompt of the long text encoder (the run's own, or the model's)
   --omit_text_encoders=text_encoder_3  text encoders left out: their part is zeros, as in diffusers, and their
                      weights are never read
+  --dtype=float32|bfloat16  of the transformer (the run's own, or float32 on a CPU and bfloat16 elsewhere)
   --embedding_cache=DIR  keep text embeddings there; all texts are then encoded first, and no text encoder is in
                      memory while images are drawn
   --batch=8          images at once"""
@@ -52,6 +54,9 @@ def sampling_settings(values: Mapping[str, str]) -> SamplingSettings:
     """
     from marble_jax.programs.policy_source import SamplingSettings
 
+    if values["dtype"]:
+        # The names of `types.DTYPES`, which would import JAX here.
+        one_of("--dtype", values["dtype"], ("float32", "bfloat16"))
     # Without a value the run or the model decides.
     length = None
     if values["max_sequence_length"]:
@@ -65,6 +70,7 @@ def sampling_settings(values: Mapping[str, str]) -> SamplingSettings:
         size=_size(values["size"]),
         max_sequence_length=length,
         omit_text_encoders=word_list(values["omit_text_encoders"]),
+        dtype=values["dtype"] or None,
         batch=whole_number(values, "batch", 1),
         embedding_cache=values["embedding_cache"],
     )

@@ -33,9 +33,11 @@ from marble_jax.config.table import (
     settings_of,
 )
 from marble_jax.config.training import EmaSettings, RolloutPolicySettings, TrainingSettings
+from marble_jax.config.upstream import UPSTREAM
 
 __all__ = [
     "KEYS",
+    "UPSTREAM",
     "AdvantageSettings",
     "CheckpointSettings",
     "EmaSettings",

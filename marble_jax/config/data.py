@@ -41,6 +41,12 @@ class RolloutSettings:
     batch_size: int = key(144, "images sampled at once, over all devices", "images, >= 1", "paper")
     # A second-order solver needs fewer steps than the Euler solver of evaluations.
     num_steps: int = key(25, "solver steps", "steps, >= 1", "paper")
+    prompt_draws: str = key(
+        "step",
+        "prompts that differ: all of a step's, as far as there are enough, or those of a rollout batch, "
+        "so that one may come twice in a step, as upstream has it",
+        "step|batch",
+    )
     solver: str = key("dpm2", "ODE solver", "euler|dpm1|dpm2|ddim", "paper")
     integer_timesteps: bool = key(
         False, "truncate the network's timestep to an integer, as upstream does"

@@ -19,6 +19,28 @@ class AdvantageSettings:
     )
     # The constant is part of the loss: optimality is A / (2 A_max) + 1/2.
     clip: float = key(5.0, "A_max: advantages are clipped to [-clip, clip]", "> 0", "paper")
+    mode: str = key(
+        "all",
+        "part of an advantage that is trained on, after the clip: all of it, its positive or negative "
+        "side (0 for the other), 1 for what is positive and 0 for the rest, or its sign",
+        "all|positive_only|negative_only|one_only|binary",
+        "paper",
+    )
+    # Upstream's name; over the samples of a device's micro-batch there, which few samples make noisy.
+    r_normalize_mean: bool = key(
+        False,
+        "normalise optimality r = A / (2 clip) + 1/2 to mean 1/2 and standard deviation 1, cut off to "
+        "[0, 1]: over a reward's valid samples of the step, in mode=upstream over each device's samples "
+        "of a micro-batch",
+        "-",
+        "paper",
+    )
+    groups: str = key(
+        "draw",
+        "images whose mean an advantage is measured against: those of one draw of a prompt, or of equal "
+        "prompts in a step, drawn together or not, as upstream has it",
+        "draw|prompt",
+    )
     scalarize: str = key(
         "none",
         "one advantage instead of K: 'weighted_sum' of scores (DiffusionNFT) or 'gdpo' (sum of "
@@ -44,8 +66,9 @@ class RewardScheduleSettings:
     )
     dropout: float = key(
         0.0,
-        "probability, for a step and a target, that the reward ignores the samples on which rewards "
-        "that are no targets have scores; 0: off",
+        "probability, for a step and a target (with harmonize.mode=upstream for each of the step's "
+        "timesteps), that the reward ignores the samples on which rewards that are no targets have "
+        "scores; 0: off",
         "[0, 1]",
         "paper",
     )
@@ -67,7 +90,7 @@ class HarmonizeSettings:
     mode: str = key(
         "exact",
         "when per-reward gradients are taken: every step ('exact'), every refresh_every steps "
-        "('amortized', the paper's), or as upstream does ('upstream')",
+        "('amortized': the paper's schedule, on the whole batch), or as upstream's code does ('upstream')",
         "exact|amortized|upstream",
     )
     # The best of 5, 10 and 20 in the paper's ablation.
@@ -106,6 +129,12 @@ class HarmonizeSettings:
         "its alpha; empty: every reward by itself",
         "-",
         "paper",
+    )
+    upstream_ranks: int = key(
+        1,
+        "with mode=upstream: devices among which a micro-batch is shared out there (16 in its recipe), "
+        "each of which averages a reward over its own valid samples before devices are averaged",
+        "devices, >= 1",
     )
     fixed_alpha: tuple[float, ...] = key(
         (), "alpha of the 'fixed' balancer, one a reward, sum 1", "[0, 1]", "paper"

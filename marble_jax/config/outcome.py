@@ -28,6 +28,9 @@ class EvaluationSettings:
     )
     num_steps: int = key(40, "solver steps", "steps, >= 1", "paper")
     solver: str = key("euler", "ODE solver", "euler|dpm1|dpm2|ddim", "paper")
+    integer_timesteps: bool = key(
+        False, "truncate the network's timestep to an integer, as upstream's evaluations do"
+    )
     seed: int = key(
         1234, "seed of the evaluation noise, the same at every evaluation", "integer, >= 0"
     )
@@ -38,6 +41,13 @@ class EvaluationSettings:
         "rewards whose mean standardised gain on held-out prompts makes the best policy: those never "
         "trained on (if none, as 'train'), those trained on, or all",
         "heldout|train|all",
+    )
+    best_by: str = key(
+        "standardised_gain",
+        "number that makes the best policy: mean gain over the base model in standard deviations, or, as "
+        "upstream has it, the mean of raw scores, in which the reward with the largest scale decides, "
+        "the base model included",
+        "standardised_gain|raw_mean",
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from marble_jax.evaluation.joint_rates import joint_summary, reward_sets
 from marble_jax.evaluation.judgements import ACCURACY, accuracy_name
 from marble_jax.evaluation.statistics import bootstrap, composite, gains, stratified, summary
 from marble_jax.prompts.files import Prompt
@@ -35,15 +36,19 @@ Intervals = dict[str, dict[str, float]]
 """Mean, low, high and further figures by name."""
 
 
-def compare(scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> dict[str, Any]:
+def compare(
+    scores: Mapping[str, Scores], prompts: Sequence[Prompt], trained: Sequence[str] = ()
+) -> dict[str, Any]:
     """Returns the summary of an evaluation.
 
     Args:
       scores: by model, the first being what the others are compared with; all of N images and the same rewards.
       prompts: the N images' prompts.
+      trained: rewards that some of the models were trained on.
 
     Returns:
-      `scores` and `gains` {model: {reward: mean, low, high, ...}}, `sources` {source: {model: {reward: ...}}},
+      `scores` and `gains` {model: {reward: mean, low, high, ...}}, `joint` {"all" or "trained": {model: joint rates
+      over the first model, see `joint_rates`}}, `sources` {source: {model: {reward: ...}}},
       `geneval` {reward: {model: {tag or "overall": mean, low, high, count}}}, `composite` {model: number},
       `composite_of` (the rewards that count in it) and `paper`.
     """
@@ -56,6 +61,7 @@ def compare(scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> dict[str
         by_model[model] = _with_failures(model_scores, groups)
     for model in challengers:
         gains_by_model[model] = gains(scores[model], scores[reference], groups)
+    sets = reward_sets(_graded(scores[reference].names), trained)
     by_source = _by_source(scores, prompts, groups)
     geneval = _geneval(scores, prompts, groups)
     counted = _counted(scores[reference].names)
@@ -63,6 +69,7 @@ def compare(scores: Mapping[str, Scores], prompts: Sequence[Prompt]) -> dict[str
     return {
         "scores": by_model,
         "gains": gains_by_model,
+        "joint": joint_summary(scores, sets, groups),
         "sources": by_source,
         "geneval": geneval,
         "composite": dict(zip(scores, composite(means).tolist())),
@@ -143,6 +150,12 @@ def _by_tag(scores: Scores, reward: int, tags: np.ndarray, groups: np.ndarray) -
 def _named(interval: tuple[float, float, float], mask: np.ndarray) -> dict[str, float]:
     mean, low, high = interval
     return {"mean": mean, "low": low, "high": high, "count": int(mask.sum())}
+
+
+def _graded(names: Sequence[str]) -> list[str]:
+    """Returns the rewards without GenEval's accuracy, which is a coarser view of the score beside it."""
+    accuracies = {accuracy_name(name) for name in names}
+    return [name for name in names if name not in accuracies]
 
 
 def _counted(names: Sequence[str]) -> list[str]:

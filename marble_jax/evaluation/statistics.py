@@ -180,3 +180,24 @@ def standardised_gain(scores: Scores, reference: Scores, names: tuple[str, ...])
     if not parts:
         return 0.0
     return float(np.mean(parts))
+
+
+def raw_mean(scores: Scores, names: tuple[str, ...]) -> float:
+    """Returns the mean over rewards of the mean raw score, in which the reward with the largest scale decides.
+
+    Args:
+      scores: of N images.
+      names: of the rewards that count.
+
+    Returns:
+      The mean over all of them; a reward without a valid score counts as 0. 0 without a reward.
+
+    Source: the choice of the best checkpoint in the released code of MARBLE (arXiv 2605.06507).
+    """
+    means = []
+    for k, name in enumerate(scores.names):
+        if name not in names:
+            continue
+        valid = scores.values[scores.valid[:, k], k]
+        means.append(float(valid.mean(dtype=np.float64)) if valid.size else 0.0)
+    return float(np.mean(means)) if means else 0.0

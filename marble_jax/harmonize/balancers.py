@@ -150,15 +150,17 @@ class Marble(Balancer):
       alpha_floor: smallest alpha of a usable reward (or group), capped at 1 / their number.
       groups: index of the group of each reward, empty for no groups. A group enters the solve as the mean of its
         usable members' gradients, with the mean of their weights, and its alpha is shared evenly among them.
+      every_member: a group's mean runs over all of its members, one that is not usable as gradient 0, and all of them
+        share its alpha, as in the released code.
 
-    Source: MARBLE (arXiv 2605.06507). Upstream counts an unusable member of a group as a zero gradient in the
-    group's mean; here the mean runs over the usable ones.
+    Source: MARBLE (arXiv 2605.06507). Deviation: without `every_member`, a group's mean runs over the usable ones.
     """
 
     normalize: bool = True
     reward_weights: tuple[float, ...] = ()
     alpha_floor: float = 0.0
     groups: tuple[int, ...] = ()
+    every_member: bool = False
 
     def __post_init__(self) -> None:
         if any(not weight > 0 for weight in self.reward_weights):
@@ -191,12 +193,15 @@ class Marble(Balancer):
         """See `Balancer.__call__`."""
         num_rewards = gram.shape[0]
         gram, norms, used = usable(gram, valid)
-        members = self._membership(num_rewards) * used
+        members = self._membership(num_rewards)
+        if not self.every_member:
+            members = members * used
         is_member = members > 0
         # A group without a usable member has no share to give out; its divisor is 1.
         size = jnp.sum(members, axis=1, keepdims=True)
         share = members / jnp.maximum(size, 1.0)
         grouped = jnp.einsum("gk,kl,hl->gh", share, gram, share, precision=_HIGHEST)
+        # A member that is not usable is a row of zeros: a group of such members alone is not usable either.
         grouped, group_norms, group_used = usable(grouped, jnp.any(is_member, axis=1))
         factor = self._group_weights(share, group_used)
         if self.normalize:
@@ -209,7 +214,9 @@ class Marble(Balancer):
         # A usable reward whose group's mean vanishes leaves with its group.
         num_groups = jnp.where(group_used, 1.0, 0.0) @ members
         active = used & (num_groups > 0)
-        alpha = jnp.where(active, solved.alpha @ share, 0.0)
+        has_share = num_groups > 0 if self.every_member else active
+        alpha = jnp.where(has_share, solved.alpha @ share, 0.0)
+        # A share on a reward without a gradient moves nothing; steps between solves read it.
         scale = jnp.where(active, group_scale @ is_member, 0.0)
         # Rounding can leave a square slightly below 0.
         min_norm = jnp.sqrt(jnp.maximum(solved.value, 0.0))
@@ -228,7 +235,7 @@ class Marble(Balancer):
     def _group_weights(
         self, share: Float[Array, "g k"], group_used: Bool[Array, " g"]
     ) -> Float[Array, " g"]:
-        """Mean reward weight of each group's usable members."""
+        """Mean reward weight of the members that share each group's alpha."""
         weights = _one_each("reward weights", self.reward_weights, share.shape[1])
         # A single usable gradient is taken as it is.
         alone = jnp.sum(group_used) == 1

@@ -118,6 +118,23 @@ def announce_gains(run: Run, workdir: Workdir, console: Console, step: int, seco
         f"bootstrap interval ({duration(seconds)} in all):"
     )
     console.table(rows, ("reward", "before", "after", "gain", "images", ""))
+    for rates in last.get("joint", {}).values():
+        console.say(_joint_line(rates))
+
+
+def _joint_line(rates: Mapping[str, Any]) -> str:
+    """Shares of images that are above, and below, the base model's on all rewards of a set at once."""
+    names = rates["rewards"]
+    if not rates["count"]:
+        return f"no image with scores of {joined(names)}"
+    shares = []
+    for rate, words in (("domination", "above"), ("collapse", "below")):
+        share = rates[rate]
+        shares.append(f"{share['mean']:.1%} {words} ({share['low']:.1%} to {share['high']:.1%})")
+    return (
+        f"against the base model's image on all of {joined(names)} at once: {', '.join(shares)} of "
+        f"{rates['count']} images"
+    )
 
 
 def _gain_row(

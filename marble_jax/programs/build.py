@@ -21,8 +21,9 @@ from marble_jax.families.base import Family, Networks, Size
 from marble_jax.families.decoding import Decoder, as_images
 from marble_jax.flow.policy_sampler import Sampler, make_sampler
 from marble_jax.harmonize.registry import balancer_of
+from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.objectives.registry import make_objective
-from marble_jax.programs.check_settings import check_settings, run_reward_schedule
+from marble_jax.programs.check_settings import check_settings
 from marble_jax.programs.locations import held_out_prompts, read_prompts, reward_directory
 from marble_jax.programs.open_model import (
     decode_size,
@@ -30,6 +31,12 @@ from marble_jax.programs.open_model import (
     open_networks,
     size_of,
     text_embeddings,
+)
+from marble_jax.programs.upstream import (
+    advantage_shape,
+    is_upstream,
+    step_reward_schedule,
+    upstream_rules,
 )
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
@@ -101,19 +108,10 @@ class Run:
         merge = None
         if settings.rollout.merge_adapter:
             merge = jax.jit(partial(lora.merge, scale=self.spec.scale))
-        sampling = Sampling(
-            self.train_prompts,
-            settings.rollout.prompts_per_step,
-            settings.rollout.images_per_prompt,
-            settings.advantages.scale,
-            settings.advantages.scalarize,
-            settings.advantages.weights,
-            run_reward_schedule(settings),
-        )
         return Iteration(
             self.networks.params,
             self.collector,
-            sampling,
+            _sampling(settings, self.train_prompts, self.sizes),
             self.steps,
             partial(device_mesh.replicate, self.mesh),
             merge,
@@ -178,6 +176,27 @@ def build(settings: Settings) -> Run:
     )
 
 
+def _sampling(settings: Settings, train_prompts: dict[str, list[Prompt]], sizes: Sizes) -> Sampling:
+    """Which prompts a step draws and how their scores become advantages."""
+    rollout, advantages = settings.rollout, settings.advantages
+    shape = advantage_shape(settings)
+    # Upstream's step shapes advantages itself, after it has combined them.
+    if is_upstream(settings):
+        shape = AdvantageShape()
+    return Sampling(
+        train_prompts,
+        rollout.prompts_per_step,
+        rollout.images_per_prompt,
+        advantages.scale,
+        advantages.scalarize,
+        advantages.weights,
+        step_reward_schedule(settings),
+        shape,
+        merge_groups=advantages.groups == "prompt",
+        draws_per_step=sizes.rollout_batches if rollout.prompt_draws == "batch" else 1,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Imaging:
     """What rollouts and evaluations share: everything between a prompt and its image but the sampler.
@@ -206,7 +225,6 @@ def _collector(settings: Settings, imaging: _Imaging, rewards: Sequence[Reward])
     """What samples and scores rollouts, with the rewards trained on."""
     rollout = settings.rollout
     return Collector(
-        # Rollouts may see truncated timesteps, as upstream's do; evaluations never.
         imaging.sampler(rollout.solver, rollout.num_steps, rollout.integer_timesteps),
         imaging.encode,
         imaging.decode,
@@ -225,7 +243,7 @@ def _evaluator(
     evaluation = settings.evaluation
     return Evaluator(
         prompts,
-        imaging.sampler(evaluation.solver, evaluation.num_steps),
+        imaging.sampler(evaluation.solver, evaluation.num_steps, evaluation.integer_timesteps),
         imaging.encode,
         imaging.decode,
         _scorer(settings.rewards, rewards),
@@ -322,7 +340,14 @@ def build_steps(
 ) -> Steps:
     """Returns the compiled steps of a run."""
     harmonize = settings.harmonize
-    return make_steps(recipe, networks.velocity, optimizer, harmonize.mode, harmonize.refresh_every)
+    return make_steps(
+        recipe,
+        networks.velocity,
+        optimizer,
+        harmonize.mode,
+        harmonize.refresh_every,
+        upstream_rules(settings),
+    )
 
 
 def _first_state(

@@ -11,8 +11,9 @@ from marble_jax.errors import InputError
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks import attention
 from marble_jax.objectives.registry import make_objective
+from marble_jax.programs.run_rewards import run_reward_schedule
+from marble_jax.programs.upstream import check_upstream
 from marble_jax.training.profile import parse_steps
-from marble_jax.training.reward_schedule import RewardSchedule, reward_schedule_of
 from marble_jax.types import DTYPES
 
 _NEEDS = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}
@@ -37,20 +38,11 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
     run_reward_schedule(settings)
+    check_upstream(settings)
     make_objective(settings)
     parse_steps(settings.logging.profile_steps)
     _check_attention(settings.model, backend or jax.default_backend())
     _check_wandb(settings.logging)
-
-
-def run_reward_schedule(settings: Settings) -> RewardSchedule:
-    """Returns which rewards of a run are active at which step."""
-    return reward_schedule_of(
-        settings.reward_schedule,
-        settings.rewards.train,
-        settings.prompts.sources,
-        settings.training.num_steps,
-    )
 
 
 def _check_rewards(settings: Settings) -> None:

@@ -7,12 +7,13 @@
     OUT/summary.json         means, intervals, gains, GenEval's tags, composite
     OUT/index.html           all of it to look at
 
-Generation and scoring may run apart, on different machines; each goes on where a kill stopped it. Scores are those of
-the 8-bit images on disk, so it does not matter when they are taken.
+All models are drawn the same way (`shared_settings`). Generation and scoring may run apart, on different machines; each
+goes on where a kill stopped it. Scores are those of the 8-bit images on disk: it does not matter when they are taken.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from marble_jax.programs.evaluation_scores import reward_entries, score_models
 from marble_jax.programs.image_sampler import ImageSampler
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.sample import fill_folder
+from marble_jax.programs.shared_settings import SharedSettings, check_alike, shared_settings
 from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_comparison
 from marble_jax.storage.images import ImageFolder, writable
@@ -43,10 +45,16 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     console, workdir = Console(), Workdir(out, "--out")
     prompts = evaluation_prompts(request.prompts, request.num_prompts, request.images)
     rewards = reward_entries(request) if request.score else {}
+    shared = None
+    if request.draw:
+        shared = shared_settings(request.models, request.settings, request.stated)
+        request = dataclasses.replace(request, settings=shared.settings)
     samplers = _samplers(request)
     # Everything is checked before the first write: a mistake leaves the folder as it was.
-    record = new_record(request, workdir, prompts, rewards)
+    record = new_record(request, workdir, prompts, rewards, shared)
     _check_folders(request, workdir, samplers, prompts)
+    if shared is not None:
+        _announce_settings(shared, console)
     write_record(workdir, record)
     write_prompts(workdir, prompts)
     _draw(request, workdir, samplers, prompts, record, console)
@@ -57,7 +65,9 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
         # Rewards of earlier calls keep their columns, in front.
         record["columns"] = list(dict.fromkeys([*record.get("columns", ()), *columns]))
         write_record(workdir, record)
-    summary = _summarize(list(request.models), record.get("columns", ()), workdir, prompts)
+    trained = [name for model in record["models"].values() for name in model.get("trained", ())]
+    scored = record.get("columns", ())
+    summary = _summarize(list(request.models), scored, trained, workdir, prompts)
     if summary is not None:
         _announce(summary, console)
     console.say(f"page: {write_comparison(str(workdir.path), request.num_images)}")
@@ -83,6 +93,7 @@ def _check_folders(
 ) -> None:
     """Raises InputError where a model's folder holds other images, or lacks some that are not to be drawn."""
     texts = [prompt.text for prompt in prompts]
+    drawn = {}
     for name in request.models:
         folder = ImageFolder(workdir.path / name)
         if name in samplers:
@@ -96,7 +107,23 @@ def _check_folders(
                 f"received {len(prompts) - len(missing)}, without {folder.file(missing[0]).name}"
             )
         record = folder.record() or {}
-        folder.check(record.get("settings", {}), texts)
+        drawn[name] = record.get("settings", {})
+        folder.check(drawn[name], texts)
+    # Images that are drawn now are alike; those of several earlier calls may not be.
+    if drawn:
+        check_alike(drawn)
+
+
+def _announce_settings(shared: SharedSettings, console: Console) -> None:
+    """Prints how all models are drawn, and for which of them that is not how they were made."""
+    settings = shared.settings
+    console.say(
+        f"all models: {shared.size} px, {settings.max_sequence_length} text tokens, "
+        f"{settings.num_steps} steps of {settings.solver}, guidance {settings.guidance:g}, "
+        f"{settings.dtype}; size: {shared.origins['size']}"
+    )
+    for name, size in shared.native_sizes.items():
+        console.say(f"{name}: its own size is {size} px")
 
 
 def _draw(
@@ -122,7 +149,11 @@ def _draw(
 
 
 def _summarize(
-    models: Sequence[str], names: Sequence[str], workdir: Workdir, prompts: Sequence[Prompt]
+    models: Sequence[str],
+    names: Sequence[str],
+    trained: Sequence[str],
+    workdir: Workdir,
+    prompts: Sequence[Prompt],
 ) -> dict[str, Any] | None:
     """Writes `summary.json` of the rewards that have looked at every image of every model (failures are counted)."""
     files = {}
@@ -134,7 +165,7 @@ def _summarize(
     if not names:
         return None
     scores = {model: file.scores(names, len(prompts)) for model, file in files.items()}
-    summary = compare(scores, prompts)
+    summary = compare(scores, prompts, trained)
     with writable(workdir.path):
         workdir.write_json("summary.json", summary)
     return summary
@@ -160,6 +191,25 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if len(models) > 1:
         cells = [f"{summary['composite'][model]:+.3f}" for model in models]
         rows.append(("composite (mean z-score)", *cells))
+    for which, by_model in summary["joint"].items():
+        rows += _joint_rows(which, by_model, models)
+    return rows
+
+
+def _joint_rows(
+    which: str, by_model: Mapping[str, Any], models: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """Rows of the shares of images above, and below, the first model's on all rewards of a set at once."""
+    rows = []
+    for rate, words in (("domination", "images above"), ("collapse", "images below")):
+        # The first model is what the others are compared with.
+        cells = ["-"]
+        for model in models[1:]:
+            share = by_model[model][rate]
+            cell = f"{share['mean']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
+            cells.append(cell if by_model[model]["count"] else "-")
+        if by_model:
+            rows.append((f"{words} {models[0]} on {which} rewards", *cells))
     return rows
 
 

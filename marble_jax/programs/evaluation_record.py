@@ -9,6 +9,7 @@ from typing import Any
 
 from marble_jax.errors import InputError
 from marble_jax.programs.evaluation_request import Request
+from marble_jax.programs.shared_settings import SharedSettings
 from marble_jax.prompts.files import Prompt
 from marble_jax.storage.images import writable
 from marble_jax.storage.workdir import Workdir, jsonable
@@ -17,7 +18,11 @@ RECORD, PROMPTS = "evaluation.json", "prompts.jsonl"
 
 
 def new_record(
-    request: Request, workdir: Workdir, prompts: Sequence[Prompt], rewards: Mapping[str, Any]
+    request: Request,
+    workdir: Workdir,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, Any],
+    shared: SharedSettings | None = None,
 ) -> dict[str, Any]:
     """Returns the record of an evaluation, with what earlier calls put into its folder; writes nothing.
 
@@ -26,6 +31,7 @@ def new_record(
       workdir: the folder.
       prompts: of every image.
       rewards: entries of the rewards asked for, by name.
+      shared: how images are drawn; None where they are not drawn in this call.
 
     Raises:
       InputError: the folder holds something else, or an evaluation of other prompts, models or rewards.
@@ -37,19 +43,27 @@ def new_record(
     else:
         _check_prompts(workdir, prompts)
     _check_rewards(workdir, earlier.get("rewards", {}), rewards)
-    settings = earlier.get("settings", {})
     # A call that only scores does not know how the images were drawn.
-    if request.draw:
-        settings = jsonable(dataclasses.asdict(request.settings))
-    return earlier | {
-        "models": _models(request, workdir, earlier.get("models", {})),
-        "rewards": {**earlier.get("rewards", {}), **rewards},
-        "prompts": request.prompts,
-        "images": request.images,
-        "num_images": len(prompts),
-        "command": request.command,
-        "settings": settings,
-    }
+    drawing = {}
+    if shared is not None:
+        drawing = {
+            "settings": jsonable(dataclasses.asdict(shared.settings)),
+            "settings_from": dict(shared.origins),
+            "native_sizes": dict(shared.native_sizes),
+        }
+    return (
+        {"settings": {}}
+        | earlier
+        | {
+            "models": _models(request, workdir, earlier.get("models", {})),
+            "rewards": {**earlier.get("rewards", {}), **rewards},
+            "prompts": request.prompts,
+            "images": request.images,
+            "num_images": len(prompts),
+            "command": request.command,
+        }
+        | drawing
+    )
 
 
 def _models(

@@ -30,7 +30,8 @@ class Request:
       images: images of each prompt.
       rewards_path: directory with rewards.json, or "embedded".
       rewards: names; empty: all of the directory.
-      settings: how images are drawn.
+      settings: how images are drawn; what it leaves open is settled for all models alike, see `shared_settings`.
+      stated: which of "steps" and "solver" are asked for; the others of them are settled, too.
       draw: whether images are drawn; they are expected to be there otherwise.
       score: whether they are scored.
       num_workers: threads for host rewards.
@@ -45,6 +46,7 @@ class Request:
     rewards_path: str = EMBEDDED
     rewards: tuple[str, ...] = ()
     settings: SamplingSettings = SamplingSettings()
+    stated: frozenset[str] = frozenset()
     draw: bool = True
     score: bool = True
     num_workers: int = 2

@@ -36,7 +36,7 @@ from marble_jax.weights.content_hash import content_hash
 
 DECODE_BATCH = 8
 """Images that the autoencoder works on at once; its activations are large."""
-_SIZE_OPTIONS = ("--size: height", "--size: width", "--size: frames")
+SIZE_OPTIONS = ("--size: height", "--size: width", "--size: frames")
 
 
 class ImageSampler:
@@ -67,13 +67,13 @@ class ImageSampler:
         self._workdir: Workdir | None = None
         self.run: Settings | None = None
         self.origin = source.model
-        model = _plain_model(source.model)
+        model = plain_model(source.model)
         if source.workdir:
             self._workdir = Workdir(source.workdir)
             self.run = run_settings(self._workdir)
             self.origin = f"{source.workdir} {source.policy}"
             model = self.run.model
-        self._dtype, self._attention = model.dtype, model.attention
+        self._dtype, self._attention = settings.dtype or model.dtype, model.attention
         # A name that both leave out counts once.
         omit = (*settings.omit_text_encoders, *model.omit_text_encoders)
         self._omit = tuple(dict.fromkeys(omit))
@@ -171,7 +171,9 @@ class ImageSampler:
         if self._settings.size is not None:
             height, width = self._settings.size
             size = Size(height, width, size.num_frames)
-        networks.check_size(size, _SIZE_OPTIONS)
+        if self._settings.num_frames is not None:
+            size = Size(size.height, size.width, self._settings.num_frames)
+        networks.check_size(size, SIZE_OPTIONS)
         return size
 
     def _compiled(self, networks: Networks) -> Any:
@@ -223,7 +225,11 @@ class ImageSampler:
     def plan(self) -> dict[str, Any]:
         """Returns the part of `record` that is known before any weights are read."""
         settings = self._settings
-        return {
+        known: dict[str, Any] = {}
+        # Without one the model decides, once it is open.
+        if settings.size is not None:
+            known["size"] = list(settings.size)
+        return known | {
             "seed": settings.seed,
             "steps": settings.num_steps,
             "solver": settings.solver,
@@ -292,7 +298,7 @@ class ImageSampler:
         return written
 
 
-def _plain_model(path: str) -> ModelSettings:
+def plain_model(path: str) -> ModelSettings:
     """How a model is computed that no run has settings for."""
     dtype = "bfloat16"
     if jax.default_backend() == "cpu":

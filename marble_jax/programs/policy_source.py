@@ -35,6 +35,8 @@ class SamplingSettings:
       size: (height, width) in pixels; the run's, or the model's own when None.
       max_sequence_length: tokens a prompt; the run's, or the model's own when None.
       omit_text_encoders: component names of text encoders to leave out, besides those that a run leaves out.
+      dtype: of the transformer's weights and products; the run's, or what suits the machine when None.
+      num_frames: of a clip; the run's, or the model's own when None.
       batch: images at once.
       embedding_cache: folder of text embeddings; with one, no text encoder is in memory while images are drawn.
     """
@@ -47,6 +49,8 @@ class SamplingSettings:
     size: tuple[int, int] | None = None
     max_sequence_length: int | None = None
     omit_text_encoders: tuple[str, ...] = ()
+    dtype: str | None = None
+    num_frames: int | None = None
     batch: int = 8
     embedding_cache: str = ""
 

@@ -15,9 +15,10 @@ from etils import epath
 
 from marble_jax import distributed
 from marble_jax.console import Console, duration
-from marble_jax.evaluation.statistics import gains, standardised_gain, summary
+from marble_jax.evaluation.joint_rates import joint_rates, reward_sets
+from marble_jax.evaluation.statistics import gains, raw_mean, standardised_gain, summary
 from marble_jax.programs.build import Run
-from marble_jax.programs.run_record import deciding_rewards
+from marble_jax.programs.run_rewards import deciding_rewards
 from marble_jax.storage.images import save_png
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
@@ -41,6 +42,7 @@ class RunEvaluations:
     def __init__(self, run: Run, workdir: Workdir, console: Console, writer: MetricWriter):
         self._run, self._workdir, self._console, self._writer = run, workdir, console, writer
         self._deciding = deciding_rewards(run.settings.rewards, run.settings.evaluation.best)
+        self._by_raw_mean = run.settings.evaluation.best_by == "raw_mean"
         self._base: Scores | None = None
 
     def __call__(
@@ -56,12 +58,15 @@ class RunEvaluations:
         # All processes have to agree on what is left to do.
         recorded = distributed.broadcast_from_first("evaluations", self._recorded_steps)
         base = self._base_scores(0 in recorded, give_way)
-        if step == 0 or step in recorded:
+        if step == 0:
+            return self._with_base_as_best(state, base)
+        if step in recorded:
             return state
         scores, images, seconds = self._scores(state.ema, f"step {step} evaluation", give_way)
         gain = gains(scores, base, self._run.evaluator.groups)
+        compared = {"gain": gain, "joint": self._joint(scores, base)}
         distributed.broadcast_from_first(
-            "evaluation", lambda: self._write(step, "ema", scores, images, gain, seconds)
+            "evaluation", lambda: self._write(step, "ema", scores, images, compared, seconds)
         )
         words = []
         for name in scores.names:
@@ -71,11 +76,27 @@ class RunEvaluations:
             f"evaluation after step {step} ({num_prompts} held-out prompts, {duration(seconds)}): "
             f"gain {' '.join(words)}"
         )
-        score = standardised_gain(scores, base, self._deciding)
+        if self._by_raw_mean:
+            score = raw_mean(scores, self._deciding)
+        else:
+            score = standardised_gain(scores, base, self._deciding)
         # False for a score that is not a number: such a policy is never the best.
         if score > float(state.best_score):
             return _with_best(state, score)
         return state
+
+    def _with_base_as_best(self, state: TrainState, base: Scores) -> TrainState:
+        """The state before the first step, its policy the best so far where raw scores decide, as upstream has it."""
+        if not self._by_raw_mean or np.isfinite(float(state.best_score)):
+            return state
+        return _with_best(state, raw_mean(base, self._deciding))
+
+    def _joint(self, scores: Scores, base: Scores) -> dict[str, Any]:
+        """Shares of images above, and below, the base model's on all rewards at once, by set of rewards."""
+        rates = {}
+        for which, names in reward_sets(scores.names, self._run.settings.rewards.train).items():
+            rates[which] = joint_rates(scores, base, names, self._run.evaluator.groups)
+        return rates
 
     def _recorded_steps(self) -> list[int]:
         """Steps of the evaluations that are on record."""
@@ -99,7 +120,7 @@ class RunEvaluations:
 
         def write() -> None:
             if not on_record:
-                self._write(0, "base", scores, images, None, seconds)
+                self._write(0, "base", scores, images, {}, seconds)
             self._workdir.write_json(BASE_SCORES, _as_record(scores))
 
         distributed.broadcast_from_first("evaluation", write)
@@ -134,10 +155,19 @@ class RunEvaluations:
         policy: str,
         scores: Scores,
         images: np.ndarray,
-        gain: dict[str, Any] | None,
+        compared: dict[str, Any],
         seconds: float,
     ) -> None:
-        """Puts an evaluation on record: images first, so that a record never names images that are not there."""
+        """Puts an evaluation on record: images first, so that a record never names images that are not there.
+
+        Args:
+          step: optimiser steps done.
+          policy: whose images these are.
+          scores: of them.
+          images: that are kept.
+          compared: `gain` and `joint` over the base model; empty for the base model itself.
+          seconds: it took.
+        """
         evaluator = self._run.evaluator
         folder = self._workdir.samples / f"step_{step:06d}"
         shown = []
@@ -153,8 +183,7 @@ class RunEvaluations:
             "scores": summary(scores, evaluator.groups),
             "seconds": seconds,
         }
-        if gain is not None:
-            record["gain"] = gain
+        record |= compared
         failed = _failures(scores)
         if failed:
             record["failed"] = failed

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from marble_jax.config import RewardSettings, Settings, flatten
-from marble_jax.console import joined
+from marble_jax.config import Settings, flatten
+from marble_jax.programs.upstream import differences_from_upstream
 
 PACKAGES = (
     "jax",
@@ -68,47 +68,12 @@ def method_name(settings: Settings) -> str:
         parts = [harmonize.balancer, harmonize.mode]
     if settings.objective.name != "nft":
         parts.append(settings.objective.name)
+    if settings.advantages.mode != "all":
+        parts.append(f"{settings.advantages.mode} advantages")
+    if settings.advantages.r_normalize_mean:
+        parts.append("r normalised")
     if schedule.stages:
         parts.append(f"{len(schedule.stages)} stages")
     if schedule.dropout:
         parts.append("reward dropout")
     return ", ".join(parts)
-
-
-def deciding_rewards(rewards: RewardSettings, best: str) -> tuple[str, ...]:
-    """Returns the names of the rewards that choose the best policy.
-
-    Args:
-      rewards: of the run.
-      best: "train", "heldout" (as "train" where there are none) or "all": `evaluation.best`.
-    """
-    if best == "all":
-        return rewards.train + rewards.heldout
-    if best == "heldout" and rewards.heldout:
-        return rewards.heldout
-    return rewards.train
-
-
-def differences_from_upstream(settings: Settings) -> list[str]:
-    """Returns what a configuration does differently from upstream's code, a sentence each."""
-    differences = []
-    if settings.harmonize.mode != "upstream":
-        differences += [
-            "alpha is solved on the whole batch of an optimiser step, not on one micro-batch",
-            "steps between solves weigh gradients, not advantages: a missing reward stays missing, and the "
-            "factor mean|g|/|g_k| is kept",
-        ]
-    if not settings.rollout.integer_timesteps:
-        differences.append(
-            "rollouts see exact timesteps, as training does; upstream truncates them to integers"
-        )
-    if not settings.rewards.upstream_scoring:
-        differences.append(
-            "a failed reward is missing, never 0, and GenEval's partial score stays in [0, 1]"
-        )
-    deciding = joined(deciding_rewards(settings.rewards, settings.evaluation.best))
-    differences += [
-        "resume restores every policy, the optimiser, alpha and the random state",
-        f"the best policy is chosen by standardised gain ({deciding}), not by the mean of raw scores",
-    ]
-    return differences

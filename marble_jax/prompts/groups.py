@@ -2,7 +2,7 @@
 
 A step takes a share of its prompts from every source and asks for several images of each; the images of one draw
 are a group, within which they are compared. All of it is a pure function of (seed, step): nothing to save, nothing that
-depends on how many devices there are. Two draws of equal texts are two groups.
+depends on how many devices there are. Two draws of equal texts are two groups, unless they are merged.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ class Draw:
     prompts: tuple[Prompt, ...]
     groups: np.ndarray
     sources: tuple[str, ...]
+
+    def groups_of_equal_prompts(self) -> np.ndarray:
+        """int32 [N]: labels that are the same for all images of prompts that are equal but for case and spaces."""
+        texts = [" ".join(prompt.text.lower().split()) for prompt in self.prompts]
+        _, label = np.unique(texts, return_inverse=True)
+        return label.astype(np.int32)
 
 
 def shares(
@@ -103,11 +109,13 @@ def draw(
     num_prompts: int,
     images_per_prompt: int,
     weights: Mapping[str, float] | None = None,
+    num_draws: int = 1,
 ) -> Draw:
     """The samples of a step.
 
     Every source gives the first prompts of a fresh permutation of its own, which starts again where the source has
-    too few; the draws of all sources are then shuffled.
+    too few; the draws of all sources are then shuffled. With several draws, each gives its part of the prompts in
+    this way, so that two of them may give the same prompt.
 
     Args:
       prompts: by source, as from `files.read_directory`.
@@ -116,10 +124,15 @@ def draw(
       num_prompts: groups in the step.
       images_per_prompt: samples in a group.
       weights: see `shares`.
+      num_draws: parts of the prompts that are drawn apart, a divisor of `num_prompts`.
 
     Raises:
-      InputError: as `shares`, an empty source that should give prompts, or images_per_prompt below 1.
+      InputError: as `shares`, an empty source that should give prompts, images_per_prompt below 1, or a number of
+        prompts that the draws do not divide.
     """
+    if num_draws > 1:
+        parts = _parts(prompts, seed, step, num_prompts, num_draws, weights)
+        return _repeated(parts, images_per_prompt)
     if images_per_prompt < 1:
         raise InputError(f"images_per_prompt: expected at least 1; received {images_per_prompt}")
     names = sorted(prompts)
@@ -131,10 +144,40 @@ def draw(
         drawn += _draw_from(prompts[name], name, counts[name], generator)
     # Shuffled, so that a micro-batch or a device holds prompts of every source.
     order = stream_generator(seed, Stream.PROMPT_ORDER, step).permutation(num_prompts)
+    return _repeated([drawn[index] for index in order], images_per_prompt)
+
+
+def _parts(
+    prompts: Mapping[str, Sequence[Prompt]],
+    seed: int,
+    step: int,
+    num_prompts: int,
+    num_draws: int,
+    weights: Mapping[str, float] | None,
+) -> list[Prompt]:
+    """The prompts of a step whose parts are drawn apart, part by part."""
+    if num_prompts % num_draws:
+        raise InputError(
+            f"prompts per step: expected a multiple of {num_draws} draws; received {num_prompts}"
+        )
+    names, chosen = sorted(prompts), []
+    counts = shares(names, num_prompts // num_draws, weights)
+    for part in range(num_draws):
+        drawn: list[Prompt] = []
+        for number, name in enumerate(names):
+            generator = stream_generator(seed, Stream.PROMPTS, step, number, part)
+            drawn += _draw_from(prompts[name], name, counts[name], generator)
+        order = stream_generator(seed, Stream.PROMPT_ORDER, step, part).permutation(len(drawn))
+        chosen += [drawn[index] for index in order]
+    return chosen
+
+
+def _repeated(prompts: Sequence[Prompt], images_per_prompt: int) -> Draw:
+    """Every prompt as a group of images."""
     samples: list[Prompt] = []
-    for index in order:
-        samples += [drawn[index]] * images_per_prompt
-    groups = np.repeat(np.arange(num_prompts, dtype=np.int32), images_per_prompt)
+    for prompt in prompts:
+        samples += [prompt] * images_per_prompt
+    groups = np.repeat(np.arange(len(prompts), dtype=np.int32), images_per_prompt)
     sources = tuple(prompt.source for prompt in samples)
     return Draw(tuple(samples), groups, sources)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from marble_jax.report import blocks
+from marble_jax.report import blocks, joint_rates
 from marble_jax.report.evaluation_record import Comparison
 from marble_jax.report.formatting import data, decimals_for
 from marble_jax.report.intervals import Interval, narrowest, number, reach
@@ -162,6 +162,27 @@ def gains(comparison: Comparison) -> str:
         f"Gains over {reference}",
         element("div", blocks.panels(panels), class_="gain-panels"),
         lead=lead,
+    )
+
+
+def joint(comparison: Comparison) -> str:
+    """Returns the shares of images that are above, and below, the first model's on all rewards at once; "" without."""
+    tables = []
+    for which, by_model in (comparison.summary.get("joint") or {}).items():
+        rates = {model: by_model[model] for model in comparison.challengers if model in by_model}
+        labels = {model: model_label(comparison, model) for model in rates}
+        if rates:
+            tables.append(
+                joint_rates.table("Model", labels, rates, joint_rates.caption(which, rates))
+            )
+    if not tables:
+        return ""
+    reference = escape(comparison.reference)
+    return blocks.section(
+        "joint",
+        "All rewards at once",
+        *tables,
+        lead=joint_rates.lead(f"<b>{reference}</b>'s image"),
     )
 
 

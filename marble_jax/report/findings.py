@@ -148,7 +148,16 @@ def summarise(records: Records) -> dict[str, Any]:
         "conflict_rate": _plain(records.series("harmonize/conflict").mean()),
         "worst_cos": _plain(records.series("harmonize/worst_cos").mean()),
         "gain": gains,
+        "joint": joint(records),
     }
+
+
+def joint(records: Records) -> dict[str, Any]:
+    """Returns the last evaluation's joint rates over the base model by set of rewards; empty without any."""
+    if not records.trained:
+        return {}
+    rates = records.trained[-1].get("joint")
+    return rates if isinstance(rates, dict) else {}
 
 
 def _plain(value: float) -> float | None:

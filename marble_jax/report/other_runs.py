@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from marble_jax.report import blocks, findings
+from marble_jax.report import blocks, findings, joint_rates
 from marble_jax.report.formatting import data, decimals_for, text
 from marble_jax.report.intervals import Interval, narrowest, number, reach
 from marble_jax.report.marks import interval_bar
@@ -64,9 +64,19 @@ def _conflict_table(summaries: Sequence[dict[str, Any]]) -> str:
                 text(summary.get("method", "")),
                 data(100 * conflict_rate, 0, unit="&nbsp;%"),
                 data(worst_cosine, 2, signed=True),
+                joint_rates.pair(summary.get("joint"), "trained"),
+                joint_rates.pair(summary.get("joint"), "all"),
             )
         )
-    return blocks.table(("Run", "Method", "Steps against a reward", "Mean worst cosine"), rows)
+    head = (
+        "Run",
+        "Method",
+        "Steps against a reward",
+        "Mean worst cosine",
+        "Images above / below base on all trained rewards",
+        "on all evaluated rewards",
+    )
+    return blocks.table(head, rows)
 
 
 def _forest(

@@ -20,6 +20,7 @@ PAGE_NAME = "index.html"
 _SECTIONS = (
     ("scores", "Scores"),
     ("gains", "Gains"),
+    ("joint", "All at once"),
     ("geneval", "GenEval"),
     ("sources", "Sources"),
     ("paper", "The paper's table"),
@@ -95,7 +96,7 @@ def setup(comparison: Comparison) -> str:
         "setup",
         "Set-up",
         _model_table(comparison),
-        _settings_table(comparison.settings),
+        _settings_table(comparison),
         _reward_table(record.get("rewards") or {}),
         command,
     )
@@ -111,17 +112,21 @@ def _model_table(comparison: Comparison) -> str:
     return blocks.table(("Model", "What it is", "Trained on"), rows, kind="config")
 
 
-def _settings_table(settings: Mapping[str, Any]) -> str:
+def _settings_table(comparison: Comparison) -> str:
+    """Returns how the images of all models were drawn, and where each of these settings comes from."""
+    origins = comparison.record.get("settings_from") or {}
     rows = []
-    for name, value in settings.items():
-        if value in ("", None):
+    for name, value in comparison.settings.items():
+        if value in ("", None, []):
             continue
         label = escape(str(name)).replace("_", " ")
-        rows.append((label, text(value)))
+        # The option is called otherwise than the setting.
+        origin = origins.get({"num_steps": "steps"}.get(name, name), "")
+        rows.append((label, text(value), escape(str(origin))))
     if not rows:
         return ""
-    table = blocks.table(("Setting", "Value"), rows, kind="config")
-    return blocks.fold("How images were drawn", table)
+    heading = element("h3", "How the images of all models were drawn")
+    return heading + blocks.table(("Setting", "Value", "From"), rows, kind="config")
 
 
 def _reward_table(rewards: Mapping[str, Any]) -> str:
@@ -142,13 +147,27 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("Prompts", str(record.get("prompts", ""))),
     ]
     if settings:
-        guidance = number(settings.get("guidance"))
-        sampler = (
-            f"{settings.get('num_steps')} steps of {settings.get('solver')}, guidance "
-            f"{guidance:g}, seed {settings.get('seed')}"
-        )
-        facts.append(("Sampler", sampler))
+        facts.append(("All models drawn with", _drawing(settings)))
+    native = comparison.record.get("native_sizes") or {}
+    for model, size in native.items():
+        facts.append((f"Own size of {model}", f"{size} px, not drawn at"))
     return facts
+
+
+def _drawing(settings: Mapping[str, Any]) -> str:
+    """Returns in a line how images were drawn; what older evaluations do not have on record is left out."""
+    parts = []
+    if settings.get("size"):
+        height, width = settings["size"]
+        parts.append(f"{height} x {width} px")
+    parts.append(f"{settings.get('num_steps')} steps of {settings.get('solver')}")
+    parts.append(f"guidance {number(settings.get('guidance')):g}")
+    if settings.get("max_sequence_length"):
+        parts.append(f"{settings['max_sequence_length']} text tokens")
+    if settings.get("dtype"):
+        parts.append(str(settings["dtype"]))
+    parts.append(f"seed {settings.get('seed')}")
+    return ", ".join(parts)
 
 
 def _header(comparison: Comparison) -> str:
@@ -173,6 +192,7 @@ def render(comparison: Comparison, num_images: int = 24) -> str:
     sections = [
         comparison_tables.scores(comparison),
         comparison_tables.gains(comparison),
+        comparison_tables.joint(comparison),
         comparison_tables.geneval(comparison),
         comparison_tables.sources(comparison),
         comparison_tables.paper(comparison),

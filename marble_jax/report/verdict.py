@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from html import escape
 
-from marble_jax.report import blocks, findings, fresh_samples
+from marble_jax.report import blocks, findings, fresh_samples, joint_rates
 from marble_jax.report.alarms import Alarm, alarms
 from marble_jax.report.findings import Outcome
 from marble_jax.report.formatting import data, decimals_for, percent, spaced_percent, with_minus
@@ -177,7 +177,8 @@ def before_after(records: Records) -> str:
         "<i>Images</i> counts those to which the reward applies.",
         class_="small",
     )
-    return blocks.section("before-after", title, table, note)
+    rates = joint_rates.run_table(findings.joint(records))
+    return blocks.section("before-after", title, table, note, rates)
 
 
 def _outcome_row(records: Records, outcome: Outcome) -> tuple[str, ...]:

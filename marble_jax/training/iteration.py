@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from marble_jax import distributed
+from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.objectives.advantages import Advantages, gdpo, per_reward, weighted_sum
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import Draw, draw
@@ -40,6 +41,9 @@ class Sampling:
       scalarize: "none", or the single advantage that is trained on: "weighted_sum" or "gdpo".
       reward_weights: of a scalarized advantage, one a reward; empty for all 1.
       reward_schedule: which rewards are active when.
+      shape: what is made of advantages before they are trained on.
+      merge_groups: whether images of equal prompts are one group, also where the prompt was drawn twice.
+      draws_per_step: into how many parts a step's prompts are drawn, each without regard to the others.
     """
 
     prompts: Mapping[str, list[Prompt]]
@@ -49,6 +53,9 @@ class Sampling:
     scalarize: str
     reward_weights: tuple[float, ...]
     reward_schedule: RewardSchedule = RewardSchedule()
+    shape: AdvantageShape = AdvantageShape()
+    merge_groups: bool = False
+    draws_per_step: int = 1
 
     def prompts_of(self, step: int) -> Mapping[str, list[Prompt]]:
         """The prompts a step draws from, by source."""
@@ -60,8 +67,19 @@ class Sampling:
     def draw(self, seed: int, step: int) -> Draw:
         """The samples of a step."""
         return draw(
-            self.prompts_of(step), seed, step, self.prompts_per_step, self.images_per_prompt
+            self.prompts_of(step),
+            seed,
+            step,
+            self.prompts_per_step,
+            self.images_per_prompt,
+            num_draws=self.draws_per_step,
         )
+
+    def groups(self, samples: Draw) -> Int[np.ndarray, " n"]:
+        """Labels of the images that advantages are measured among."""
+        if self.merge_groups:
+            return samples.groups_of_equal_prompts()
+        return samples.groups
 
 
 def advantages_of(
@@ -83,19 +101,27 @@ def advantages_of(
     mask = scores.valid if mask is None else mask
     # The mask comes after the statistics: a reward's mean and deviation are those of all of its scores.
     if sampling.scalarize == "none":
-        return rewards, np.where(mask, rewards.values, 0), rewards.valid & mask
+        valid = rewards.valid & mask
+        return rewards, _shaped(sampling.shape, np.where(mask, rewards.values, 0), valid), valid
     weights = np.asarray(sampling.reward_weights) if sampling.reward_weights else None
     # Scalarized, it comes before: the rewards that are not trained on have no part in the one advantage.
     if sampling.scalarize == "gdpo":
         scalarized = gdpo(scores.values, mask, groups, weights)
     else:
-        totals, valid = weighted_sum(scores.values, mask, weights)
-        scalarized = per_reward(totals, valid, groups, sampling.scale)
-    return (
-        rewards,
-        np.concatenate([rewards.values, scalarized.values], axis=1),
-        np.concatenate([rewards.valid, scalarized.valid], axis=1),
-    )
+        totals, has_total = weighted_sum(scores.values, mask, weights)
+        scalarized = per_reward(totals, has_total, groups, sampling.scale)
+    values = np.concatenate([rewards.values, scalarized.values], axis=1)
+    valid = np.concatenate([rewards.valid, scalarized.valid], axis=1)
+    return rewards, _shaped(sampling.shape, values, valid), valid
+
+
+def _shaped(
+    shape: AdvantageShape, values: Float[np.ndarray, "n r"], valid: Bool[np.ndarray, "n r"]
+) -> Float[np.ndarray, "n r"]:
+    """Advantages of a step as they are trained on."""
+    if shape.is_identity:
+        return values
+    return np.asarray(shape(jnp.asarray(values), jnp.asarray(valid)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +194,7 @@ class Iteration:
         names, scored = rollout.scores.names, rollout.scores.valid
         mask = schedule.mask(names, scored, state.seed, step)
         rewards, advantages, valid = advantages_of(
-            rollout.scores, samples.groups, self.sampling, mask
+            rollout.scores, self.sampling.groups(samples), self.sampling, mask
         )
         # Each process reckons them from the scores; processes that differ would train apart from here on.
         checksum = zlib.crc32(advantages.tobytes() + valid.tobytes())

@@ -42,8 +42,9 @@ class Stage:
 class Dropout:
     """Now and then a reward leaves the samples of others alone.
 
-    At each step every target is dropped with some probability, independently. A dropped reward ignores the samples on
-    which a reward that is no target has a score: specialists then have these samples to themselves.
+    At each step (under upstream's rules at each of its timesteps) every target is dropped with some probability,
+    independently. A dropped reward ignores the samples on which a reward that is no target has a score: specialists
+    then have these samples to themselves.
 
     Attributes:
       targets: rewards that may be dropped.
@@ -51,7 +52,8 @@ class Dropout:
       warmup: steps over which the probability rises linearly from 0; 0 for none.
 
     Source: reward dropout in the released code of MARBLE (arXiv 2605.06507), `max * min(step / warmup, 1)`.
-    Deviation: a target's draw is seeded by (seed, step, its name), there by 1000 step + its number alone.
+    Deviation: a target's draw is seeded by (seed, step, its name); there by 1000 step + the number of the timestep, so
+    that a step has as many draws as timesteps (`training.upstream_rules`).
     """
 
     targets: tuple[str, ...]

@@ -30,7 +30,7 @@ class TrainState:
       alpha: the remembered alpha and its age.
       balancer: state of the balancer, possibly empty.
       history: earlier steps' gradients and update, which this step's are compared with.
-      best_score: float32 scalar, best mean standardised gain at an evaluation; -inf before the first.
+      best_score: float32 scalar, best score of an evaluation (`evaluation.best_by`); -inf before the first.
       best_step: int32 scalar, the step of that evaluation.
       best: the averaged adapter at that evaluation.
       anchor_spread: float32 scalar, what `training.anchor_spacing` remembers of the anchors; None where their spacing

@@ -15,7 +15,8 @@ from marble_jax.training.policy_update import Metrics, Step
 from marble_jax.training.recipe import Recipe
 from marble_jax.training.state import TrainState
 from marble_jax.training.train_step import amortized_step, exact_step
-from marble_jax.training.upstream_step import upstream_step
+from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules
+from marble_jax.training.upstream_step import solves, upstream_step
 from marble_jax.types import Params
 
 
@@ -50,8 +51,9 @@ def make_steps(
     optimizer: optax.GradientTransformation,
     mode: str,
     refresh_every: int,
+    rules: UpstreamRules = PLAIN_RULES,
 ) -> Steps:
-    """Steps of "exact", "amortized" or "upstream"; the training state is donated to each.
+    """Steps of "exact", "amortized" or "upstream"; the training state is donated to each. `rules` are of the last.
 
     Raises:
       InputError: refresh_every below 1, or an error of anchors for upstream's steps, which leave none out.
@@ -64,9 +66,12 @@ def make_steps(
             "harmonize.anchor_error: expected 0 with harmonize.mode=upstream, which takes every term "
             f"at every micro-batch; received {recipe.harmonization.anchor_error}"
         )
+    if mode == "upstream" and not solves(recipe):
+        only = _compiled(upstream_step(recipe, velocity, optimizer, "none", rules))
+        return Steps(only, only, only, refresh_every, keeps)
     if mode == "upstream":
         first, refresh, between = (
-            _compiled(upstream_step(recipe, velocity, optimizer, solved))
+            _compiled(upstream_step(recipe, velocity, optimizer, solved, rules))
             for solved in ("all", "first", "none")
         )
         return Steps(first, refresh, between, refresh_every, keeps)

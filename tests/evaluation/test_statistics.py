@@ -7,7 +7,13 @@ import pytest
 from scipy import stats
 
 import marble_jax  # noqa: F401
-from marble_jax.evaluation.statistics import bootstrap, gains, standardised_gain, summary
+from marble_jax.evaluation.statistics import (
+    bootstrap,
+    gains,
+    raw_mean,
+    standardised_gain,
+    summary,
+)
 from marble_jax.types import Scores
 
 
@@ -147,3 +153,12 @@ def test_rewards_without_a_valid_sample_or_without_spread_are_left_out():
         expected, rel=1e-6
     )
     assert standardised_gain(scores, reference, ("flat", "none")) == 0
+
+
+def test_raw_means_are_of_valid_scores_and_of_the_chosen_rewards():
+    """a: (1 + 3) / 2; b has none, which counts as 0; c is not asked for."""
+    scores = _scores(
+        [[1, 3, 99], [7, 7, 7], [5, 5, 5]], [[1, 1, 0], [0, 0, 0], [1, 1, 1]], ("a", "b", "c")
+    )
+    assert raw_mean(scores, ("a", "b")) == pytest.approx(1.0)
+    assert raw_mean(scores, ()) == 0

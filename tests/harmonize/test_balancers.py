@@ -81,6 +81,34 @@ def test_floor():
     np.testing.assert_allclose(_solve(Marble(alpha_floor=0.9), g).alpha, 1 / 3, rtol=1e-5)
 
 
+def test_with_every_member_a_group_counts_those_without_a_gradient_as_zero():
+    """Groups (0, 1) and (2, 3); rewards 1 and 2 have no valid sample. As in the released code, by NumPy and SciPy."""
+    g = _gradients(3)
+    valid = np.array([True, False, False, True])
+    zeroed = np.where(valid[:, None], g, 0.0)
+    means = np.stack([zeroed[:2].mean(0), zeroed[2:].mean(0)])
+    norms = np.linalg.norm(means, axis=1)
+    unit = means / norms[:, None]
+    # The shortest mix of two unit vectors is the one in the middle.
+    share = np.array([0.5, 0.5])
+    update = norms.mean() * share @ unit
+    got = _solve(Marble(groups=(0, 0, 1, 1), every_member=True), g, valid)
+    np.testing.assert_allclose(np.asarray(got.weights) @ zeroed, update, rtol=1e-4)
+    np.testing.assert_allclose(got.alpha, [0.25] * 4, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(got.weights) != 0, valid)
+    usable = _solve(Marble(groups=(0, 0, 1, 1)), g, valid)
+    np.testing.assert_allclose(usable.alpha, [0.5, 0, 0, 0.5], atol=1e-4)
+    # A group without any gradient leaves, and the other's mean is the update as it is, alpha 1 split over both.
+    alone = _solve(
+        Marble(groups=(0, 0, 1, 1), every_member=True), g, np.array([True, False, False, False])
+    )
+    np.testing.assert_allclose(np.asarray(alone.weights) @ zeroed, zeroed[0] / 2, rtol=1e-4)
+    np.testing.assert_allclose(alone.alpha, [0.5, 0.5, 0, 0], atol=1e-6)
+    with_all = _solve(Marble(groups=(0, 0, 1, 1), every_member=True), g)
+    without = _solve(Marble(groups=(0, 0, 1, 1)), g)
+    np.testing.assert_array_equal(with_all.weights, without.weights)
+
+
 def test_groups_enter_as_the_mean_of_their_usable_members():
     g = np.array([[2.0, 0.0], [0.0, 2.0], [-1.0, 3.0], [np.nan, 0.0]])
     got = _solve(Marble(groups=(0, 0, 1, 1)), g)

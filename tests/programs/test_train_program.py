@@ -34,7 +34,7 @@ def scores_of(values):
 def make(tmp_path):
     """make(gains): evaluations whose step i gains gains[i] over the base model, and how often it was asked."""
 
-    def call(gains, best="train", heldout=("heldout",)):
+    def call(gains, best="train", heldout=("heldout",), best_by="standardised_gain"):
         asked = []
 
         def evaluate(params, adapter, progress):
@@ -48,7 +48,7 @@ def make(tmp_path):
         evaluate.prompts = [SimpleNamespace(text=f"a thing {i}") for i in range(4)]
         settings = Settings(
             rewards=RewardSettings(train=("large", "small"), heldout=heldout),
-            evaluation=EvaluationSettings(best=best),
+            evaluation=EvaluationSettings(best=best, best_by=best_by),
             rollout=RolloutSettings(merge_adapter=False),
         )
         run = SimpleNamespace(
@@ -95,6 +95,18 @@ def test_the_best_policy_has_the_largest_standardised_gain(make, best, heldout, 
     assert float(state.best_score) == pytest.approx(gain, rel=1e-5)
 
 
+def test_by_raw_means_the_largest_scale_decides_and_the_base_model_takes_part(make):
+    """Base scores have the mean 0: step 1 loses 5 of the reward on the scale of 100 for two deviations of the other,
+    step 2 gains 20 of it. The unweighted mean of two rewards is -2.4 and 10."""
+    evaluations, _ = make({1: (-5.0, 0.2, 0.0), 2: (20.0, 0.0, 0.0)}, best_by="raw_mean")
+    state = evaluations(after(0))
+    assert (int(state.best_step), float(state.best_score)) == (0, 0.0)
+    state = evaluations(after(1, state))
+    assert (int(state.best_step), int(state.best["step"])) == (0, 0)
+    state = evaluations(after(2, state))
+    assert (int(state.best_step), float(state.best_score)) == (2, 10.0)
+
+
 def test_the_base_model_is_evaluated_once_and_what_a_kill_left_is_completed(make, tmp_path):
     gains = {1: (1.0, 0.1, 0.0), 2: (2.0, 0.2, 0.0)}
     evaluations, asked = make(gains)
@@ -113,6 +125,9 @@ def test_the_base_model_is_evaluated_once_and_what_a_kill_left_is_completed(make
         evaluations(after(2))
         assert asked == [None]  # anew, but not on record twice
     records = Workdir(str(tmp_path)).read(tmp_path / "evaluation.jsonl")
+    assert "joint" not in records[0] and set(records[1]["joint"]) <= {"all", "trained"}
+    # No reward falls on any image, and two gain.
+    assert records[1]["joint"]["all"]["domination"]["mean"] == 1.0
     assert [(r["step"], r["policy"]) for r in records] == [(0, "base"), (1, "ema"), (2, "ema")]
 
 

@@ -65,6 +65,47 @@ def test_no_repeats_within_a_step_while_a_source_lasts_and_all_get_drawn():
     )  # of 73; two independent draws from each source over 40 steps give 60 on average
 
 
+def test_parts_drawn_apart_may_give_a_prompt_twice_and_have_equal_shares():
+    """3 parts of 6 prompts: two of each source in each part, never twice in a part, but of 3 signs 6 are drawn."""
+    d = draw(POOL, seed=4, step=2, num_prompts=18, images_per_prompt=2, num_draws=3)
+    np.testing.assert_array_equal(d.groups, np.repeat(np.arange(18), 2))
+    for part in range(3):
+        drawn = d.prompts[12 * part : 12 * part + 12 : 2]
+        assert len({p.text for p in drawn}) == 6
+        assert collections.Counter(p.source for p in drawn) == dict.fromkeys(POOL, 2)
+    signs = [p.text for p in d.prompts[::2] if p.source == "ocr"]
+    assert len(signs) == 6 > len(set(signs))
+    again = draw(POOL, seed=4, step=2, num_prompts=18, images_per_prompt=2, num_draws=3)
+    assert again.prompts == d.prompts
+    whole = draw(POOL, seed=4, step=2, num_prompts=18, images_per_prompt=2)
+    assert draw(POOL, 4, 2, 18, 2, num_draws=1).prompts == whole.prompts
+    # Of 50 prompts, two parts of many steps meet in one as often as chance has it: 2 * 2 / 50 for each pair.
+    met = 0
+    for step in range(300):
+        texts = [p.text for p in draw(POOL, 0, step, 18, 1, num_draws=3).prompts]
+        general = [text for text in texts if text.startswith("general")]
+        met += len(general) - len(set(general))
+    assert 300 * 3 * 4 / 50 * 0.7 < met < 300 * 3 * 4 / 50 * 1.3
+    with pytest.raises(InputError, match="prompts per step: expected a multiple of 4 draws"):
+        draw(POOL, 0, 0, 6, 1, num_draws=4)
+
+
+def test_groups_of_equal_prompts_merge_draws():
+    texts = ("A cat", "two  dogs", "a cat ", "Two dogs", "fog")
+    prompts = {"x": [Prompt(text, "x") for text in texts]}
+    d = draw(prompts, 0, 0, 5, 2)
+    labels = d.groups_of_equal_prompts()
+    by_label = collections.defaultdict(set)
+    for prompt, label in zip(d.prompts, labels):
+        by_label[int(label)].add(prompt.text)
+    assert sorted(map(sorted, by_label.values())) == [
+        ["A cat", "a cat "],
+        ["Two dogs", "two  dogs"],
+        ["fog"],
+    ]
+    assert len(labels) == 10 and labels.dtype == np.int32
+
+
 def test_weights_and_unweighted_sources():
     d = draw(
         POOL | {"empty": []}, 0, 0, 4, 1, weights={"general": 3, "ocr": 1, "geneval": 0, "empty": 0}

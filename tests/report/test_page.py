@@ -118,6 +118,27 @@ def test_numbers_of_the_table_are_those_of_the_records(full):
             assert float(text) == pytest.approx(value, abs=0.51 * 10.0**-decimals)
 
 
+def test_shares_of_images_that_gained_on_all_rewards(full, tmp_path):
+    _, page = full
+    assert "All rewards at once" not in page.text["before-after"]
+    root = make_workdir(tmp_path / "run", images=False)
+    file = root / "evaluation.jsonl"
+    *before, last = [json.loads(line) for line in file.read_text().splitlines()]
+    shares = {
+        "domination": {"mean": 0.236, "low": 0.2, "high": 0.28},
+        "collapse": {"mean": 0.051, "low": 0.04, "high": 0.07},
+        "difference": {"mean": 0.185, "low": 0.14, "high": 0.23},
+    }
+    last["joint"] = {"trained": {"rewards": ["geneval", HOSTILE], "count": 1840} | shares}
+    file.write_text("".join(json.dumps(e) + "\n" for e in [*before, last]))
+    page = load(root)
+    words = next(row[1] for row in page.rows if "1,840" in row[1])
+    text = " ".join(words).replace("\xa0", " ")
+    assert "the rewards that were trained on: geneval, <script>" in text
+    assert "23.6 % 20.0 to 28.0 5.1 % 4.0 to 7.0 +18.5 % +14.0 to +23.0 1,840" in text
+    assert "24 % / 5 %" in page.text["compare"].replace("\xa0", " ")
+
+
 def test_nothing_outside_the_file_is_asked_for(full):
     root, page = full
     for tag, attrs in page.tags:

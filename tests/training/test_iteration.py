@@ -1,9 +1,14 @@
 """How the scores of a step become the objectives it trains on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import marble_jax  # noqa: F401
+from marble_jax.objectives.advantage_shape import AdvantageShape
+from marble_jax.prompts.files import Prompt
+from marble_jax.prompts.groups import Draw
 from marble_jax.training.iteration import Sampling, advantages_of
 from marble_jax.types import Scores
 
@@ -27,6 +32,37 @@ def _by_hand(values, valid, std=None):
         if member.any():
             out[member] = (values[member] - values[member].mean()) / (std + 1e-4)
     return out
+
+
+def test_images_of_a_prompt_drawn_twice_are_measured_against_one_mean():
+    """Prompt 0 is drawn as groups 0 and 1: its mean is that of six images; as draws they are two groups."""
+    prompts = (Prompt("a cat", "x"),) * 3 + (Prompt("A  cat", "x"),) * 3
+    samples = Draw(prompts, GROUPS.astype(np.int32), ("x",) * 6)
+    apart = _sampling()
+    together = dataclasses.replace(apart, merge_groups=True)
+    values = VALUES[:, 0].astype(float)
+    expected = (values - values.mean()) / (values.std() + 1e-4)
+    found = advantages_of(SCORES, together.groups(samples), together)[1]
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
+    drawn = advantages_of(SCORES, apart.groups(samples), apart)[1]
+    np.testing.assert_allclose(drawn[:, 0], _by_hand(values, VALID[:, 0]), rtol=1e-5)
+
+
+def test_advantages_are_shaped_over_the_valid_samples_of_a_step():
+    """Signs, then r brought to mean 1/2 and deviation 1 over the valid samples of each reward."""
+    sampling = dataclasses.replace(
+        _sampling(), shape=AdvantageShape("binary", 5.0, r_normalize_mean=True)
+    )
+    each, rows, valid = advantages_of(SCORES, GROUPS, sampling)
+    plain = advantages_of(SCORES, GROUPS, _sampling())[1]
+    np.testing.assert_array_equal(each.values, plain)
+    for k in range(2):
+        own = valid[:, k]
+        r = np.sign(plain[own, k].astype(float)) / 10 + 0.5
+        r = np.clip((r - r.mean()) / (r.std(ddof=1) + 1e-4) + 0.5, 0, 1)
+        np.testing.assert_allclose(rows[own, k] / 10 + 0.5, r, atol=1e-5)
+        assert np.all(rows[~own, k] == 0)
+    assert sampling.shape.clip == 5.0 and not np.array_equal(rows, plain)
 
 
 def test_objectives_are_the_rewards():

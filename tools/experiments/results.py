@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from marble_jax.report.intervals import number
 from marble_jax.report.reading import read_records
 from marble_jax.report.records import Records
 from marble_jax.storage.files import write_whole
@@ -38,8 +39,19 @@ def _table(
     return found
 
 
+def _joint(rates: dict[str, Any]) -> dict[str, Any]:
+    """Joint rates of the last evaluation over the base model on one set of rewards, with their intervals."""
+    found: dict[str, Any] = {"rewards": rates["rewards"], "count": rates["count"]}
+    for rate in ("domination", "collapse", "difference"):
+        found[rate] = {end: _rounded(number(value)) for end, value in rates[rate].items()}
+    return found
+
+
 def run_result(job: Job) -> dict[str, Any]:
     """What one finished run came to.
+
+    `joint` holds the shares of held-out images above (domination) and below (collapse) the base model's image on all
+    rewards of a set at once: "trained" are those the run trained on, "all" those that were evaluated.
 
     `conflict_rate` is the share of the steps looked at in which the update pointed against a reward, `worst_cos` the
     mean over these steps of the smallest cosine with a reward's gradient, `least_cos` the smallest of all. They are
@@ -64,6 +76,7 @@ def run_result(job: Job) -> dict[str, Any]:
         },
         "after": {n: v["mean"] for n, v in _table(records, last, "scores", ("mean",)).items()},
         "gain": _table(records, last, "gain", ("mean", "low", "high")),
+        "joint": {which: _joint(rates) for which, rates in last.get("joint", {}).items()},
         "conflict_rate": _rounded(float(conflict.mean())) if looked else None,
         "worst_cos": _rounded(float(cosine.mean()), 4) if looked else None,
         "least_cos": _rounded(float(cosine.min()), 4) if looked else None,

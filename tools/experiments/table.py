@@ -17,6 +17,9 @@ HEADINGS = {
     "balancers": "Balancers from the literature, exact mode",
 }
 
+SETS = {"trained": "all {} trained rewards", "all": "all evaluated rewards"}
+"""Sets of rewards that joint rates are on record for, and what a table calls them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -29,6 +32,8 @@ class Row:
       trained: the rewards it trains on.
       gain: float64 [S, C] paired gain over the base model on held-out prompts; NaN where there is none.
       clear: int8 [S, C] 1 or -1 where the run's own interval over prompts lies above or below 0.
+      joint: by set of rewards, float64 [S, 2]: shares of images above and below the base model's on all of the set;
+        NaN where a run has no such set on record.
       conflict_rate: [S], NaN for a single reward.
       worst_cos: [S], likewise.
       least_cos: [S], likewise.
@@ -41,6 +46,7 @@ class Row:
     trained: tuple[str, ...]
     gain: np.ndarray
     clear: np.ndarray
+    joint: dict[str, np.ndarray]
     conflict_rate: np.ndarray
     worst_cos: np.ndarray
     least_cos: np.ndarray
@@ -66,6 +72,12 @@ def t_interval(values: np.ndarray) -> tuple[float, float]:
 
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
+
+
+def _joint(run: dict[str, Any], which: str) -> list[float]:
+    """Shares of a run's images above and below the base model's on all rewards of a set."""
+    rates = run.get("joint", {}).get(which, {})
+    return [_number(rates.get(rate, {}).get("mean")) for rate in ("domination", "collapse")]
 
 
 def columns(results: dict[str, Any]) -> tuple[str, ...]:
@@ -104,6 +116,7 @@ def rows(results: dict[str, Any], suite: str | None = None) -> list[Row]:
                 tuple(runs[0]["trained"]),
                 np.array([gain(run, "mean") for run in runs]),
                 np.where(low > 0, 1, np.where(high < 0, -1, 0)),
+                {which: np.array([_joint(run, which) for run in runs]) for which in SETS},
                 each("conflict_rate"),
                 each("worst_cos"),
                 each("least_cos"),
@@ -141,6 +154,22 @@ def shown(mean: float, half: float = float("nan"), digits: int = 4) -> str:
     return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
+def joint_cell(row: Row, which: str) -> str:
+    """`12.3 ± 4.5 / 6.7 ± 8.9 %`: images above and below the base model's on all rewards of a set, over seeds."""
+    cells = []
+    for shares in 100 * row.joint[which].T:
+        mean, half = t_interval(shares)
+        if not np.isfinite(mean):
+            return "-"
+        cells.append(f"{mean:.1f}" + (f" ± {half:.1f}" if np.isfinite(half) else ""))
+    return " / ".join(cells) + " %"
+
+
+def joint_sets(found: Sequence[Row]) -> list[str]:
+    """The sets of rewards on which some method has joint rates on record; results of earlier runs have none."""
+    return [which for which in SETS if any(np.isfinite(row.joint[which]).any() for row in found)]
+
+
 def verdict(row: Row, rewards: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
     """In how many seeds all rewards have gone up, and in how many that is clear within the run."""
     index = [names.index(name) for name in rewards]
@@ -159,6 +188,7 @@ def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Gains, composite, verdict and diagnostics, a row a method."""
     rewards = max((row.trained for row in found), key=len)
+    sets = joint_sets(found)
     header = [
         "method",
         "seeds",
@@ -166,6 +196,7 @@ def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
         "composite",
         f"all {len(rewards)} up",
         "clearly",
+        *(f"above / below base on {SETS[which].format(len(rewards))}" for which in sets),
         "conflict rate",
         "worst cosine: mean (least)",
         "minutes",
@@ -180,6 +211,11 @@ def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
                 *(shown(*t_interval(row.gain[:, c])) for c in range(len(names))),
                 shown(middle, half, 2),
                 *verdict(row, rewards, names),
+                *(
+                    # A method that trains on fewer rewards has another, easier set.
+                    "-" if which == "trained" and row.trained != rewards else joint_cell(row, which)
+                    for which in sets
+                ),
                 f"{100 * conflict:.0f} %" if np.isfinite(conflict) else "-",
                 f"{cosine:+.2f} ({row.least_cos.min():+.2f})" if np.isfinite(cosine) else "-",
                 f"{row.seconds.mean() / 60:.1f}",
@@ -190,14 +226,22 @@ def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 def differences_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Gain of each method minus that of the first row, paired by seed: the same prompts and starting noise."""
-    first, body = found[0], []
+    first, body, sets = found[0], [], joint_sets(found)
     for row in found[1:]:
         both = [s for s in row.seeds if s in first.seeds]
         if both:
             own, other = ([r.seeds.index(s) for s in both] for r in (row, first))
             gap = row.gain[own] - first.gain[other]
-            body.append([row.title, *(shown(*t_interval(gap[:, c])) for c in range(len(names)))])
-    return _grid([f"minus {first.title}", *names], body)
+            cells = [shown(*t_interval(gap[:, c])) for c in range(len(names))]
+            for which in sets:
+                # Above minus below: what remains of both is not chance.
+                net, net_of_first = (r.joint[which] @ [1, -1] for r in (row, first))
+                comparable = which == "all" or row.trained == first.trained
+                points = 100 * (net[own] - net_of_first[other]) if comparable else np.array([])
+                cells.append(shown(*t_interval(points), 1))
+            body.append([row.title, *cells])
+    heads = [f"above - below on {SETS[which].format(len(first.trained))}, points" for which in sets]
+    return _grid([f"minus {first.title}", *names, *heads], body)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -216,10 +260,13 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "`composite`: the paper's, mean over the columns of z-scores among the rows of its table; its ± is over seeds. "
         "`all up`: seeds in which every reward gained; `clearly`: seeds in which every gain's own bootstrap interval "
-        "over prompts lies above 0. `conflict rate`: share of the steps looked at in which the update pointed against "
-        "a reward's gradient. `worst cosine`: smallest cosine of the update with a reward's gradient, mean over steps "
-        "(and the least of all). Only steps that solve for alpha are looked at, on what they solve on. `minutes`: "
-        "of optimiser steps, compilation included, with other runs beside them.",
+        "over prompts lies above 0. `above / below base`: share of held-out images that are at least as high as the "
+        "base model's image of the same prompt and noise on every reward that applies and higher on one (joint "
+        "domination), and of those for which the reverse holds (joint collapse, arXiv 2605.13155); of models that "
+        "differ by chance both are alike. `conflict rate`: share of the steps looked at in which the update pointed "
+        "against a reward's gradient. `worst cosine`: smallest cosine of the update with a reward's gradient, mean "
+        "over steps (and the least of all). Only steps that solve for alpha are looked at, on what they solve on. "
+        "`minutes`: of optimiser steps, compilation included, with other runs beside them.",
         "",
     ]
     if results["missing"]:

@@ -1,0 +1,255 @@
+"""One way of drawing for all models of an evaluation, so that they differ by their weights alone.
+
+What is stated on the command line holds for every model. What is not is that of the first training run among the
+models, or, where there is none, of the models themselves. Models that would be drawn in different ways are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from marble_jax.console import joined
+from marble_jax.errors import InputError
+from marble_jax.families.base import Family, NetworkOptions, Size
+from marble_jax.families.location import find_model
+from marble_jax.families.registry import family_of
+from marble_jax.programs.image_sampler import SIZE_OPTIONS, plain_model
+from marble_jax.programs.locations import resolve_path
+from marble_jax.programs.open_model import check_omitted, size_of
+from marble_jax.programs.policy_source import PolicySource, SamplingSettings
+from marble_jax.programs.run_state import run_settings
+from marble_jax.storage.workdir import Workdir
+
+SHARED = {
+    "size": "--size=HEIGHTxWIDTH",
+    "steps": "--steps=N",
+    "solver": "--solver=NAME",
+    "guidance": "--guidance=SCALE",
+    "negative": "--negative=TEXT",
+    "max_sequence_length": "--max_sequence_length=N",
+    "omit_text_encoders": "--omit_text_encoders=NAME",
+    "dtype": "--dtype=NAME",
+}
+"""What all models of an evaluation share, by its name in the record of an image folder -> the option that states it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSettings:
+    """How a model would be drawn if it were alone.
+
+    Attributes:
+      is_run: whether a training run says so; a plain model follows the run that it is compared with.
+      size: of its images.
+      max_sequence_length: tokens a prompt.
+      omit_text_encoders: text encoders left out.
+      dtype: of the transformer.
+      num_steps: solver steps of a run's evaluations; None for a plain model.
+      solver: of a run's evaluations; None for a plain model.
+    """
+
+    is_run: bool
+    size: Size
+    max_sequence_length: int
+    omit_text_encoders: tuple[str, ...]
+    dtype: str
+    num_steps: int | None = None
+    solver: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedSettings:
+    """How every model of an evaluation is drawn.
+
+    Attributes:
+      settings: nothing in it is left to a model.
+      origins: of each setting that may be stated, where it comes from, in words.
+      native_sizes: models that were made for another size -> that size, in words.
+    """
+
+    settings: SamplingSettings
+    origins: Mapping[str, str]
+    native_sizes: Mapping[str, str]
+
+    @property
+    def size(self) -> Size:
+        """Of every image."""
+        height_and_width, num_frames = self.settings.size, self.settings.num_frames
+        assert height_and_width is not None and num_frames is not None
+        return Size(*height_and_width, num_frames)
+
+
+def shared_settings(
+    models: Mapping[str, PolicySource], asked: SamplingSettings, stated: frozenset[str]
+) -> SharedSettings:
+    """Settles how all models are drawn; reads settings and config files, no weights.
+
+    Args:
+      models: by name, the first being the reference.
+      asked: what the command line says; None, or a default that is not `stated`, is to be settled.
+      stated: which of "steps" and "solver" the command line says.
+
+    Raises:
+      InputError: no such model or run, a size that a model cannot draw, or models that would be drawn differently.
+    """
+    shared = settle(_own_settings(models, asked), asked, stated)
+    for source in models.values():
+        root, family = _located(source, shared.settings.omit_text_encoders)
+        family.outline(root, NetworkOptions()).check_size(shared.size, SIZE_OPTIONS)
+    return shared
+
+
+def _own_settings(
+    models: Mapping[str, PolicySource], asked: SamplingSettings
+) -> dict[str, OwnSettings]:
+    """How each model would be drawn alone; plain models leave out the text encoders that the first run does."""
+    runs = {}
+    for name, source in models.items():
+        if source.workdir:
+            runs[name] = _of_run(source, asked)
+    omit = asked.omit_text_encoders
+    for settings in runs.values():
+        omit = settings.omit_text_encoders
+        break
+    own = {}
+    for name, source in models.items():
+        # Only now: a model from the hub comes without the text encoders that nobody will use.
+        own[name] = runs[name] if name in runs else _of_plain_model(source, omit)
+    return own
+
+
+def _of_run(source: PolicySource, asked: SamplingSettings) -> OwnSettings:
+    run = run_settings(Workdir(source.workdir))
+    return OwnSettings(
+        is_run=True,
+        size=size_of(run.model),
+        max_sequence_length=run.model.max_sequence_length,
+        omit_text_encoders=_omitted(asked.omit_text_encoders, run.model.omit_text_encoders),
+        dtype=run.model.dtype,
+        num_steps=run.evaluation.num_steps,
+        solver=run.evaluation.solver,
+    )
+
+
+def _of_plain_model(source: PolicySource, omit: tuple[str, ...]) -> OwnSettings:
+    root, family = _located(source, omit)
+    return OwnSettings(
+        is_run=False,
+        size=family.outline(root, NetworkOptions()).default_size,
+        max_sequence_length=family.default_sequence_length(root),
+        omit_text_encoders=omit,
+        dtype=plain_model(source.model).dtype,
+    )
+
+
+def _omitted(stated: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
+    """Text encoders that a model does without: what is stated and what it leaves out itself, each once."""
+    return tuple(dict.fromkeys((*stated, *own)))
+
+
+def _located(source: PolicySource, omit: tuple[str, ...]) -> tuple[Path, Family]:
+    """Directory and family of a source's model."""
+    path = source.model
+    if source.workdir:
+        path = run_settings(Workdir(source.workdir)).model.path
+    root = find_model(resolve_path(path, "pipeline"), omit)
+    family = family_of(root)
+    check_omitted(family, omit, "--omit_text_encoders")
+    return root, family
+
+
+def settle(
+    own: Mapping[str, OwnSettings], asked: SamplingSettings, stated: frozenset[str]
+) -> SharedSettings:
+    """The settings that models share, from how each would be drawn alone.
+
+    Args:
+      own: by model.
+      asked: as in `shared_settings`.
+      stated: likewise.
+
+    Raises:
+      InputError: two training runs, or without a run two models, that would be drawn differently.
+    """
+    runs = {name: model for name, model in own.items() if model.is_run}
+    # Plain models follow the runs; among themselves they have to agree.
+    deciding = runs or own
+    name, first = next(iter(deciding.items()))
+    settled: dict[str, Any] = {"num_frames": _agreed(deciding, "size", "num_frames")}
+    origins = dict.fromkeys(SHARED, "command line or default")
+    whose = f"the training run {name!r}" if runs else f"the model {name!r}"
+    if asked.size is None:
+        height, width = _agreed(deciding, "size", "height"), _agreed(deciding, "size", "width")
+        settled["size"], origins["size"] = (height, width), whose
+    if asked.max_sequence_length is None:
+        settled["max_sequence_length"] = _agreed(deciding, "max_sequence_length")
+        origins["max_sequence_length"] = whose
+    if asked.dtype is None:
+        settled["dtype"], origins["dtype"] = _agreed(deciding, "dtype"), whose
+    # What a run leaves out was never trained with: stating others cannot bring it back.
+    settled["omit_text_encoders"] = _agreed(deciding, "omit_text_encoders")
+    if set(settled["omit_text_encoders"]) != set(asked.omit_text_encoders):
+        origins["omit_text_encoders"] = whose
+    # How many steps, and which, is a choice of the evaluation: a second run follows the first.
+    if first.num_steps is not None and "steps" not in stated:
+        settled["num_steps"], origins["steps"] = first.num_steps, f"evaluations of {whose}"
+    if first.solver is not None and "solver" not in stated:
+        settled["solver"], origins["solver"] = first.solver, f"evaluations of {whose}"
+    settings = dataclasses.replace(asked, **settled)
+    return SharedSettings(settings, origins, _other_sizes(own, settings))
+
+
+def _agreed(models: Mapping[str, OwnSettings], setting: str, part: str = "") -> Any:
+    """A setting, or a part of it, that is the same for all models.
+
+    Raises:
+      InputError: it is not.
+    """
+    values = {}
+    for name, model in models.items():
+        value = getattr(model, setting)
+        values[name] = getattr(value, part) if part else value
+    first, *others = values.values()
+    if all(value == first for value in others):
+        return first
+    listed = []
+    for name, model in models.items():
+        value = getattr(model, setting)
+        words = joined(value) if isinstance(value, tuple) else str(value)
+        listed.append(f"{words} of {name!r}")
+    # Frames have no option of their own.
+    choice = "" if part == "num_frames" else f", or {SHARED[setting]}"
+    raise InputError(
+        f"--models: expected one {setting} for all models{choice}; received {', '.join(listed)}"
+    )
+
+
+def _other_sizes(own: Mapping[str, OwnSettings], settings: SamplingSettings) -> dict[str, str]:
+    """Models whose own size is not the shared one."""
+    sizes = {}
+    for name, model in own.items():
+        if (model.size.height, model.size.width) != settings.size:
+            sizes[name] = str(model.size)
+    return sizes
+
+
+def check_alike(records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks images that were drawn earlier.
+
+    Args:
+      records: by model, the settings on record of its images.
+
+    Raises:
+      InputError: images of two models were drawn in different ways.
+    """
+    first, *others = records
+    for name in others:
+        for setting in (*SHARED, "seed"):
+            expected, received = records[first].get(setting), records[name].get(setting)
+            if expected != received:
+                raise InputError(
+                    f"--skip_generation: expected images of all models drawn alike; received {setting} "
+                    f"{expected!r} of {first!r} and {received!r} of {name!r}"
+                )

@@ -1,0 +1,119 @@
+"""Models of one evaluation are drawn alike: as stated, else as the first run, else as they agree, else not at all."""
+
+import dataclasses
+
+import pytest
+
+from marble_jax.errors import InputError
+from marble_jax.families.base import Size
+from marble_jax.programs.policy_source import SamplingSettings
+from marble_jax.programs.shared_settings import OwnSettings, check_alike, settle
+
+RUN = OwnSettings(True, Size(64, 48), 12, ("text_encoder_3",), "float32", 6, "dpm2")
+PLAIN = OwnSettings(False, Size(256, 256), 256, ("text_encoder_3",), "bfloat16")
+ASKED = SamplingSettings()
+NOTHING: frozenset[str] = frozenset()
+
+
+def _settled(own, asked=ASKED, stated=NOTHING):
+    found = settle(own, asked, stated).settings
+    return {
+        "size": found.size,
+        "length": found.max_sequence_length,
+        "omitted": found.omit_text_encoders,
+        "dtype": found.dtype,
+        "steps": found.num_steps,
+        "solver": found.solver,
+        "frames": found.num_frames,
+    }
+
+
+def test_a_plain_model_is_drawn_as_the_first_run_is_wherever_it_stands():
+    expected = {
+        "size": (64, 48),
+        "length": 12,
+        "omitted": ("text_encoder_3",),
+        "dtype": "float32",
+        "steps": 6,
+        "solver": "dpm2",
+        "frames": 1,
+    }
+    other = dataclasses.replace(RUN, num_steps=9, solver="euler")
+    for own in ({"base": PLAIN, "run": RUN}, {"run": RUN, "base": PLAIN, "later": other}):
+        assert _settled(own) == expected
+    shared = settle({"base": PLAIN, "run": RUN}, ASKED, NOTHING)
+    assert shared.size == Size(64, 48) and shared.native_sizes == {"base": "256 x 256"}
+    assert shared.origins["size"] == "the training run 'run'"
+    assert shared.origins["solver"] == "evaluations of the training run 'run'"
+    assert shared.origins["guidance"] == "command line or default"
+
+
+def test_what_is_stated_holds_for_all():
+    asked = SamplingSettings(
+        num_steps=3, size=(32, 32), max_sequence_length=7, dtype="bfloat16", guidance=4.5
+    )
+    differing = dataclasses.replace(RUN, size=Size(32, 32), max_sequence_length=9, dtype="bfloat16")
+    found = _settled({"run": RUN, "other": differing, "base": PLAIN}, asked, frozenset({"steps"}))
+    assert found == {
+        "size": (32, 32),
+        "length": 7,
+        "omitted": ("text_encoder_3",),
+        "dtype": "bfloat16",
+        "steps": 3,
+        "solver": "dpm2",
+        "frames": 1,
+    }
+    origins = settle({"run": RUN, "base": PLAIN}, asked, frozenset({"steps"})).origins
+    assert origins["size"] == origins["steps"] == "command line or default"
+
+
+def test_models_without_a_run_keep_their_own_where_they_agree():
+    found = _settled({"a": PLAIN, "b": PLAIN})
+    assert found["size"] == (256, 256) and found["length"] == 256
+    assert (found["steps"], found["solver"]) == (40, "euler")
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            {"a": PLAIN, "b": dataclasses.replace(PLAIN, size=Size(64, 64))},
+            "--models: expected one size for all models, or --size=HEIGHTxWIDTH; received "
+            "256 x 256 of 'a', 64 x 64 of 'b'$",
+        ),
+        (
+            {"r": RUN, "s": dataclasses.replace(RUN, size=Size(64, 64))},
+            "expected one size .* received 64 x 48 of 'r', 64 x 64 of 's'$",
+        ),
+        (
+            {"r": RUN, "s": dataclasses.replace(RUN, max_sequence_length=77), "p": PLAIN},
+            "expected one max_sequence_length for all models, or --max_sequence_length=N; received "
+            "12 of 'r', 77 of 's'$",
+        ),
+        (
+            {"r": RUN, "s": dataclasses.replace(RUN, dtype="bfloat16")},
+            "expected one dtype for all models, or --dtype=NAME; received float32 of 'r', bfloat16 of 's'$",
+        ),
+        (
+            {"r": RUN, "s": dataclasses.replace(RUN, omit_text_encoders=())},
+            "expected one omit_text_encoders .*; received text_encoder_3 of 'r', none of 's'$",
+        ),
+        (
+            {"r": RUN, "s": dataclasses.replace(RUN, size=Size(64, 48, 17))},
+            "expected one size for all models; received 64 x 48 of 'r', 17 x 64 x 48 of 's'$",
+        ),
+    ],
+)
+def test_a_mixture_is_refused(own, message):
+    with pytest.raises(InputError, match=message):
+        settle(own, ASKED, NOTHING)
+
+
+def test_images_that_were_drawn_differently_are_not_compared():
+    drawn = {"size": [64, 64], "steps": 40, "dtype": "float32", "seed": 3, "weights": "aa"}
+    check_alike({"a": drawn, "b": drawn | {"weights": "bb", "adapter": "cc"}})
+    for setting, value in (("size", [32, 32]), ("steps", 20), ("dtype", "bfloat16"), ("seed", 4)):
+        with pytest.raises(
+            InputError, match=f"drawn alike; received {setting} .* of 'a' and .* of 'b'"
+        ):
+            check_alike({"a": drawn, "b": drawn | {setting: value}})
