@@ -1,0 +1,185 @@
+"""Directions against the truth: the cosine of what one half of the steps says with the mean gradients of the other half.
+
+A direction solved on a step's gradients is judged by gradients that had no part in it. The truth is itself a mean of
+finitely many steps, so that all cosines are too short by its own cosine with the signal, which is stated beside them;
+their signs and their order are not touched by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from tools.harmony import bootstrap, signal
+from tools.harmony.rows import Row
+from tools.harmony.steps import Steps
+
+NUM_WINDOWS = 128
+"""Sets of steps that are averaged over, drawn at random: at a fixed policy their order does not matter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """A row's directions in one half of the steps, by their inner products.
+
+    Attributes:
+      along: float64 [T, U, K] with every reward's gradient in every step of the other half.
+      gram: float64 [T, T] with each other.
+    """
+
+    along: np.ndarray
+    gram: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Two parts of the steps: what is judged, and what it is judged by.
+
+    Attributes:
+      steps: whose directions are judged.
+      others: whose mean gradients are the truth.
+      between: float64 [T, R, U, R] inner products of the two.
+    """
+
+    steps: Steps
+    others: Steps
+    between: np.ndarray
+
+
+def splits(steps: Steps) -> tuple[Split, Split]:
+    """Both halves, each judged by the other."""
+    first, second = steps.halves()
+    half = len(first)
+    between = steps.cross[:half, :, half : 2 * half]
+    return Split(first, second, between), Split(second, first, between.transpose(2, 3, 0, 1))
+
+
+def directions(row: Row, split: Split) -> Directions:
+    """A row's directions in the judged half."""
+    steps, others = split.steps, split.others
+    weights = row.weights(steps, others)
+    # A weight of 0 keeps out what is not finite.
+    weights = np.where(steps.active, weights, 0.0)
+    between = np.where(steps.active[:, :, None, None] & others.active[None, None], split.between, 0)
+    within = np.where(steps.active[:, :, None, None] & steps.active[None, None], steps.cross, 0)
+    along = np.einsum("tr,truk->tuk", weights, between, optimize=True)
+    gram = np.einsum("tr,trsq,sq->ts", weights, within, weights, optimize=True)
+    return Directions(along[:, :, : steps.num_rewards], gram)
+
+
+def windows(
+    length: int, multiplicity: np.ndarray, rng: np.random.Generator
+) -> Float[np.ndarray, "w t"]:
+    """Sets of `length` different steps as rows of 0 and 1, or every step on its own for a length of 1.
+
+    Args:
+      length: steps a set.
+      multiplicity: how often each step is drawn; it is chosen that much more often, and never twice into a set.
+      rng: decides the sets.
+    """
+    num_steps = len(multiplicity)
+    if length == 1:
+        return np.repeat(np.eye(num_steps), multiplicity, axis=0)
+    drawn = np.flatnonzero(multiplicity)
+    share = multiplicity[drawn] / multiplicity.sum()
+    # Fewer different steps than a set has room for: all of them.
+    size = min(length, len(drawn))
+    sets = np.zeros((NUM_WINDOWS, num_steps))
+    for chosen in sets:
+        chosen[rng.choice(drawn, size, replace=False, p=share)] = 1.0
+    return sets
+
+
+def cosines(
+    made: Directions,
+    others: Steps,
+    length: int,
+    rng: np.random.Generator,
+    multiplicity: np.ndarray | None = None,
+    truth_multiplicity: np.ndarray | None = None,
+) -> Float[np.ndarray, "w k"]:
+    """Cosines of directions averaged over `length` steps with the mean gradients of the other half; NaN for a reward
+    that the other half does not have."""
+    if multiplicity is None:
+        multiplicity = np.ones(len(made.gram), int)
+    if truth_multiplicity is None:
+        truth_multiplicity = np.ones(len(others), int)
+    sets = windows(length, multiplicity, rng)
+    square = np.diagonal(_truth_gram(others, truth_multiplicity))[: others.num_rewards]
+    number = truth_multiplicity @ others.active[:, : others.num_rewards]
+    summed = np.einsum("u,tuk->tk", truth_multiplicity, made.along)
+    along = sets @ summed / np.where(number > 0, number, 1)
+    length_squared = np.einsum("wt,ts,ws->w", sets, made.gram, sets, optimize=True)
+    has_length = (length_squared > 0)[:, None] & (square > 0)
+    divisor = np.sqrt(np.where(has_length, np.outer(length_squared, np.maximum(square, 0.0)), 1.0))
+    return np.where(has_length, along / divisor, np.nan)
+
+
+def _truth_gram(others: Steps, multiplicity: np.ndarray) -> Float[np.ndarray, "r r"]:
+    """Inner products of the mean gradients."""
+    weights = multiplicity[:, None] * others.active
+    number = weights.sum(axis=0)
+    masked = np.where(others.active[:, :, None, None] & others.active[None, None], others.cross, 0)
+    total = np.einsum("ti,tiuj,uj->ij", weights, masked, weights, optimize=True)
+    divisor = np.where(number > 0, number, 1)
+    return total / np.outer(divisor, divisor)
+
+
+def truth_cosines(others: Steps) -> Float[np.ndarray, " k"]:
+    """Cosine of each reward's mean gradient with its signal, as far as pairs of steps tell; NaN where they do not."""
+    square = np.diagonal(_truth_gram(others, np.ones(len(others), int)))
+    own = np.diagonal(signal.signal_gram(others))
+    known = (own > 0) & (square > 0)
+    share = np.where(known, own, np.nan) / np.where(square > 0, square, 1.0)
+    return np.sqrt(np.minimum(share, 1.0))[: others.num_rewards]
+
+
+def figures(
+    taken: Sequence[Float[np.ndarray, "w k"]],
+) -> Float[np.ndarray, "2+k"]:
+    """Mean worst cosine, share of directions that oppose a reward, and mean cosine of each reward."""
+    every = np.concatenate(taken)
+    worst = np.nanmin(every, axis=1)
+    opposing = np.mean(worst < 0)
+    return np.array([worst.mean(), opposing, *np.nanmean(every, axis=0)])
+
+
+def judge(row: Row, steps: Steps, lengths: Sequence[int] = (1, 8)) -> dict[int, dict]:
+    """A row's figures with intervals, for directions averaged over each of `lengths` steps.
+
+    Returns:
+      By length: "worst_cosine" and "opposing" (share of directions that oppose a reward), each with its interval, and
+      "cosines" by reward.
+    """
+    parts = splits(steps)
+    made = [directions(row, split) for split in parts]
+    judged = {}
+    for length in lengths:
+        if length > len(parts[0].steps):
+            continue
+
+        def draw(rng: np.random.Generator, length: int = length) -> np.ndarray:
+            drawn = [bootstrap.multiplicities(len(split.steps), rng) for split in parts]
+            # One draw decides a half's directions and, where it is the truth, its mean.
+            taken = [
+                cosines(made[i], parts[i].others, length, rng, drawn[i], drawn[1 - i])
+                for i in range(2)
+            ]
+            return figures(taken)
+
+        rng = np.random.default_rng(1)
+        point = figures([cosines(made[i], parts[i].others, length, rng) for i in range(2)])
+        deviation = bootstrap.spread(draw)
+        by_reward = {
+            name: bootstrap.interval(point[2 + k], deviation[2 + k], -1.0, 1.0)
+            for k, name in enumerate(steps.rewards)
+        }
+        judged[length] = {
+            "worst_cosine": bootstrap.interval(point[0], deviation[0], -1.0, 1.0),
+            "opposing": bootstrap.interval(point[1], deviation[1], 0.0, 1.0),
+            "cosines": by_reward,
+        }
+    return judged
