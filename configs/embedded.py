@@ -30,6 +30,8 @@ PRESETS = {
         "advantages.scalarize": "weighted_sum",
         "advantages.weights": SUM_WEIGHTS,
     },
+    # Upstream's sum: scores as they are, each with weight one, so that the reward with the widest scores rules.
+    "weighted_sum_raw": {"advantages.scalarize": "weighted_sum"},
     "upweighted": {
         "advantages.scalarize": "weighted_sum",
         "advantages.weights": (25.0, 8.6, 1.9, 6.0, 5.4),

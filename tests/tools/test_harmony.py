@@ -126,7 +126,9 @@ def test_directions_are_judged_by_the_other_half(steps):
 def test_halves_share_no_step(steps):
     """What a half says is judged by nothing that it holds: the own noise of a direction never meets itself."""
     for split in out_of_sample.splits(steps):
-        np.testing.assert_allclose(split.between, np.broadcast_to(S[None, :, None], split.between.shape), atol=1e-6)
+        np.testing.assert_allclose(
+            split.between, np.broadcast_to(S[None, :, None], split.between.shape), atol=1e-6
+        )
 
 
 def test_windows():

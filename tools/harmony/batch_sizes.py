@@ -29,7 +29,7 @@ def update_cosines(
 ) -> tuple[Float[np.ndarray, "t u"], Float[np.ndarray, "t u"]]:
     """Worst cosine of every unit's update with its own gradients, and 1 where that is negative.
 
-    A reward without a valid sample in the unit is left out. NaN where no reward has one, or where the row has no update.
+    A reward without a valid sample in the unit is left out. NaN where no reward has one, or the row has no update.
     """
     num_steps, num_units, num_objectives, _ = units.gram.shape
     gram = units.gram.reshape(-1, num_objectives, num_objectives)

@@ -1,4 +1,4 @@
-"""Directions against the truth: the cosine of what one half of the steps says with the mean gradients of the other half.
+"""Directions of one half of the steps against the truth, the mean gradients of the other half.
 
 A direction solved on a step's gradients is judged by gradients that had no part in it. The truth is itself a mean of
 finitely many steps, so that all cosines are too short by its own cosine with the signal, which is stated beside them;
@@ -139,8 +139,8 @@ def truth_cosines(others: Steps) -> Float[np.ndarray, " k"]:
 
 def figures(
     taken: Sequence[Float[np.ndarray, "w k"]],
-) -> Float[np.ndarray, "2+k"]:
-    """Mean worst cosine, share of directions that oppose a reward, and mean cosine of each reward."""
+) -> Float[np.ndarray, " m"]:
+    """Mean worst cosine, share of directions that oppose a reward, and mean cosine of each of K rewards: [2 + K]."""
     every = np.concatenate(taken)
     worst = np.nanmin(every, axis=1)
     opposing = np.mean(worst < 0)

@@ -22,12 +22,13 @@ from marble_jax.training.state import TrainState
 from marble_jax.types import Scores
 
 POLICIES = ("current", "rollout", "base")
-"""Where gradients are taken. `current`: the trained policy, on images of the run's rollout policy, as the run's next step
-would take them; `rollout`: the rollout policy, on its own images; `base`: the base model with a new adapter, on its own."""
+"""Where gradients are taken. `current`: the trained policy, on images of the run's rollout policy, as the run's next
+step would take them; `rollout`: the rollout policy, on its own images; `base`: the base model with a new adapter, on
+its own images."""
 
 SUMS = ("raw_sum", "std_sum", "gdpo")
-"""The single advantages that are taken beside the rewards': of the sum of raw scores, of the sum of scores each over its
-standard deviation, and GDPO's."""
+"""The single advantages that are taken beside the rewards': of the sum of raw scores, of the sum of scores each over
+its standard deviation in the step, and GDPO's."""
 
 
 @dataclasses.dataclass(frozen=True)

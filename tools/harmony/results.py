@@ -63,7 +63,7 @@ def _by_number(table: dict[int, Any]) -> dict[str, Any]:
 
 
 def signal_figures(steps: Steps) -> dict[str, Any]:
-    """Own-cosines, pair cosines in sample and of the signal, correlations of the advantages, and how true the truth is."""
+    """Own-cosines, pair cosines in sample and of the signal, correlations of advantages, and how true the truth is."""
     estimates = {
         "own": signal.own_cosines,
         "signal": signal.pair_cosines,

@@ -1,8 +1,8 @@
 """What is compared: rules that turn a step's gradients into one direction, as rows of the tables.
 
 A rule sees Gram matrices of all R objectives, the K rewards and then `policy.SUMS`, and returns weights [R] on their
-gradients. A new row is a function and an entry in `rows`: of single Gram matrices (`of_grams`), or of a sequence of steps
-with everything between them (`Steps`), for rules that remember.
+gradients. A new row is a function and an entry in `rows`: of single Gram matrices (`of_grams`), or of a sequence of
+steps with everything between them (`Steps`), for rules that remember.
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def averaged_alpha(steps: Steps, others: Steps) -> np.ndarray:
     """MARBLE with the mean alpha of the last steps, on this step's unit gradients."""
     solution = _in_sample(steps)
     alpha = np.asarray(solution.alpha, np.float64)
-    averaged = np.stack([alpha[max(0, t + 1 - MEMORY) : t + 1].mean(axis=0) for t in range(len(alpha))])
+    averaged = np.stack(
+        [alpha[max(0, t + 1 - MEMORY) : t + 1].mean(axis=0) for t in range(len(alpha))]
+    )
     return _padded(averaged * solution.scale)
 
 

@@ -2,8 +2,8 @@
 
 A step's gradient is `s + n`: the true gradient of its reward at this policy, and the error of finitely many samples.
 Errors of different steps are independent, so that an inner product across two steps has the signal's for its
-expectation, `E<g_i^t, g_j^u> = <s_i, s_j>`, while one inside a step also has that of the errors, which all rewards share
-because they score the same images.
+expectation, `E<g_i^t, g_j^u> = <s_i, s_j>`, while one inside a step also has that of the errors, which all rewards
+share because they score the same images.
 """
 
 from __future__ import annotations

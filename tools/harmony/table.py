@@ -37,7 +37,9 @@ def _figure(entry: dict[str, Any] | None, percent: bool = False) -> str:
     """Returns `+0.06 ±0.01`, or in percent `56 ±3 %`."""
     if not entry or entry.get("mean") is None:
         return "-"
-    mean, low, high = (math.nan if entry.get(k) is None else entry[k] for k in ("mean", "low", "high"))
+    mean, low, high = (
+        math.nan if entry.get(k) is None else entry[k] for k in ("mean", "low", "high")
+    )
     # An interval that was cut to its range is stated by its longer side.
     width = max(mean - low, high - mean)
     if percent:
@@ -57,7 +59,9 @@ def _grid(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str
         )
         return "  " + "  ".join([first, *others]).rstrip()
 
-    return "\n".join([title, line(head), "  " + "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, body)])
+    return "\n".join(
+        [title, line(head), "  " + "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, body)]
+    )
 
 
 def _signal(figures: dict[str, Any]) -> str:
@@ -113,7 +117,11 @@ def _batch_sizes(rows: Sequence[dict[str, Any]]) -> str:
     head = ["update of one unit", *sizes[:-1], f"{sizes[-1]} (step)"]
     tables = []
     for kind, title, percent in (
-        ("opposing", "Units whose update opposes a reward of the same unit, by samples a unit", True),
+        (
+            "opposing",
+            "Units whose update opposes a reward of the same unit, by samples a unit",
+            True,
+        ),
         ("worst_cosine", "Worst cosine of the update with a reward of the same unit", False),
     ):
         body = [
