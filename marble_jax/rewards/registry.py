@@ -6,8 +6,8 @@
      "geneval": {"kind": "geneval", "detector": "shapes"}}
 
 `model` is a folder beside the file or a Hub name, `head` a file. Rewards that name the same model share it. The
-published models (`published.ENTRIES`) and the statistics of an image (`STATISTICS`) need no entry and no file; a name
-`module:function` needs no entry either. Each kind's options stand beside its class, see `registration`.
+published models (`published.ENTRIES`) need no entry and no file; a name `module:function` needs no entry either. Each
+kind's options stand beside its class, see `registration`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,6 @@ BUILT_IN_KINDS = {
     "function": "function",
 }
 """Modules of `marble_jax.rewards` that register each kind; imported when an entry asks for it."""
-STATISTICS: dict[str, dict[str, Any]] = {
-    kind: {"kind": kind} for kind, module in BUILT_IN_KINDS.items() if module == "image_statistics"
-}
-"""Entries of the rewards that are formulas of the image, each under the name of its kind."""
 
 Entries = Mapping[str, Mapping[str, Any]]
 
@@ -109,7 +105,7 @@ def load_rewards(
       InputError: missing directory, file or folder; an unknown reward, kind or option; a reward named twice.
     """
     # Functions alone need no directory, and none is asked for.
-    entries: dict[str, Mapping[str, Any]] = STATISTICS | published.ENTRIES
+    entries: dict[str, Mapping[str, Any]] = dict(published.ENTRIES)
     if not all(is_function(name) for name in names):
         from_directory = entries_of(directory or "")
         # The directory's own names come first in error messages, and win.

@@ -80,7 +80,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         claim(
             folder,
-            describe(policy, values["workdir"], values["policy"], smallest, anchors),
+            describe(policy, str(workdir.path.resolve()), values["policy"], smallest, anchors),
         )
         collect(policy, folder, num_steps, smallest, anchors, _say)
     finally:

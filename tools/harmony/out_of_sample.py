@@ -23,15 +23,17 @@ NUM_WINDOWS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-    """A row's directions in one half of the steps, by their inner products.
+    """A row's directions in one half of the steps, by their inner products, and the truth they are judged by.
 
     Attributes:
-      along: float64 [T, U, K] with every reward's gradient in every step of the other half.
+      along: float64 [U, T, K] with every reward's gradient in every step of the other half.
       gram: float64 [T, T] with each other.
+      truth: float64 [K, U, U] inner products of the rewards' gradients in the other half, each with its own.
     """
 
     along: np.ndarray
     gram: np.ndarray
+    truth: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +67,11 @@ def directions(row: Row, split: Split) -> Directions:
     weights = np.where(steps.active, weights, 0.0)
     between = np.where(steps.active[:, :, None, None] & others.active[None, None], split.between, 0)
     within = np.where(steps.active[:, :, None, None] & steps.active[None, None], steps.cross, 0)
-    along = np.einsum("tr,truk->tuk", weights, between, optimize=True)
+    rewards = range(steps.num_rewards)
+    along = np.einsum("tr,truk->utk", weights, between)[:, :, rewards]
     gram = np.einsum("tr,trsq,sq->ts", weights, within, weights, optimize=True)
-    return Directions(along[:, :, : steps.num_rewards], gram)
+    truth = np.stack([own_products(others, k) for k in rewards])
+    return Directions(along, gram, truth)
 
 
 def windows(
@@ -87,15 +91,22 @@ def windows(
     share = multiplicity[drawn] / multiplicity.sum()
     # Fewer different steps than a set has room for: all of them.
     size = min(length, len(drawn))
+    # The largest of log-weights plus Gumbel noise are draws without replacement, all sets at once.
+    keys = np.log(share) + rng.gumbel(size=(NUM_WINDOWS, len(drawn)))
+    chosen = drawn[np.argsort(-keys, axis=1)[:, :size]]
     sets = np.zeros((NUM_WINDOWS, num_steps))
-    for chosen in sets:
-        chosen[rng.choice(drawn, size, replace=False, p=share)] = 1.0
+    np.put_along_axis(sets, chosen, 1.0, axis=1)
     return sets
+
+
+def own_products(steps: Steps, objective: int) -> Float[np.ndarray, "t t"]:
+    """Inner products of an objective's gradients in all steps, 0 where it is not active."""
+    active = steps.active[:, objective]
+    return np.where(np.outer(active, active), steps.cross[:, objective, :, objective], 0.0)
 
 
 def cosines(
     made: Directions,
-    others: Steps,
     length: int,
     rng: np.random.Generator,
     multiplicity: np.ndarray | None = None,
@@ -106,35 +117,26 @@ def cosines(
     if multiplicity is None:
         multiplicity = np.ones(len(made.gram), int)
     if truth_multiplicity is None:
-        truth_multiplicity = np.ones(len(others), int)
+        truth_multiplicity = np.ones(made.truth.shape[1], int)
     sets = windows(length, multiplicity, rng)
-    square = np.diagonal(_truth_gram(others, truth_multiplicity))[: others.num_rewards]
-    number = truth_multiplicity @ others.active[:, : others.num_rewards]
-    summed = np.einsum("u,tuk->tk", truth_multiplicity, made.along)
-    along = sets @ summed / np.where(number > 0, number, 1)
-    length_squared = np.einsum("wt,ts,ws->w", sets, made.gram, sets, optimize=True)
-    has_length = (length_squared > 0)[:, None] & (square > 0)
-    divisor = np.sqrt(np.where(has_length, np.outer(length_squared, np.maximum(square, 0.0)), 1.0))
-    return np.where(has_length, along / divisor, np.nan)
-
-
-def _truth_gram(others: Steps, multiplicity: np.ndarray) -> Float[np.ndarray, "r r"]:
-    """Inner products of the mean gradients."""
-    weights = multiplicity[:, None] * others.active
-    number = weights.sum(axis=0)
-    masked = np.where(others.active[:, :, None, None] & others.active[None, None], others.cross, 0)
-    total = np.einsum("ti,tiuj,uj->ij", weights, masked, weights, optimize=True)
-    divisor = np.where(number > 0, number, 1)
-    return total / np.outer(divisor, divisor)
+    # Sums over steps stand for means: a cosine knows no length.
+    truth_squared = made.truth @ truth_multiplicity @ truth_multiplicity
+    along = sets @ np.tensordot(truth_multiplicity, made.along, axes=1)
+    direction_squared = np.sum((sets @ made.gram) * sets, axis=1)
+    product = np.outer(np.maximum(direction_squared, 0.0), np.maximum(truth_squared, 0.0))
+    return np.where(product > 0, along / np.sqrt(np.where(product > 0, product, 1.0)), np.nan)
 
 
 def truth_cosines(others: Steps) -> Float[np.ndarray, " k"]:
     """Cosine of each reward's mean gradient with its signal, as far as pairs of steps tell; NaN where they do not."""
-    square = np.diagonal(_truth_gram(others, np.ones(len(others), int)))
-    own = np.diagonal(signal.signal_gram(others))
-    known = (own > 0) & (square > 0)
-    share = np.where(known, own, np.nan) / np.where(square > 0, square, 1.0)
-    return np.sqrt(np.minimum(share, 1.0))[: others.num_rewards]
+    found = []
+    for k in range(others.num_rewards):
+        number = others.active[:, k].sum()
+        square = own_products(others, k).sum() / max(number, 1) ** 2
+        own = signal.signal_gram(others)[k, k]
+        known = own > 0 and square > 0
+        found.append(np.sqrt(min(own / square, 1.0)) if known else np.nan)
+    return np.array(found)
 
 
 def figures(
@@ -142,9 +144,16 @@ def figures(
 ) -> Float[np.ndarray, " m"]:
     """Mean worst cosine, share of directions that oppose a reward, and mean cosine of each of K rewards: [2 + K]."""
     every = np.concatenate(taken)
-    worst = np.nanmin(every, axis=1)
-    opposing = np.mean(worst < 0)
-    return np.array([worst.mean(), opposing, *np.nanmean(every, axis=0)])
+    known = np.isfinite(every)
+    # A rule may have no direction in a step, for want of a valid sample.
+    directed = known.any(axis=1)
+    if not directed.any():
+        return np.full(2 + every.shape[1], np.nan)
+    worst = np.where(known, every, np.inf).min(axis=1)[directed]
+    number = known.sum(axis=0)
+    total = np.where(known, every, 0.0).sum(axis=0)
+    by_reward = np.where(number > 0, total / np.maximum(number, 1), np.nan)
+    return np.array([worst.mean(), np.mean(worst < 0), *by_reward])
 
 
 def judge(row: Row, steps: Steps, lengths: Sequence[int] = (1, 8)) -> dict[int, dict]:
@@ -164,14 +173,11 @@ def judge(row: Row, steps: Steps, lengths: Sequence[int] = (1, 8)) -> dict[int, 
         def draw(rng: np.random.Generator, length: int = length) -> np.ndarray:
             drawn = [bootstrap.multiplicities(len(split.steps), rng) for split in parts]
             # One draw decides a half's directions and, where it is the truth, its mean.
-            taken = [
-                cosines(made[i], parts[i].others, length, rng, drawn[i], drawn[1 - i])
-                for i in range(2)
-            ]
+            taken = [cosines(made[i], length, rng, drawn[i], drawn[1 - i]) for i in range(2)]
             return figures(taken)
 
         rng = np.random.default_rng(1)
-        point = figures([cosines(made[i], parts[i].others, length, rng) for i in range(2)])
+        point = figures([cosines(one, length, rng) for one in made])
         deviation = bootstrap.spread(draw)
         by_reward = {
             name: bootstrap.interval(point[2 + k], deviation[2 + k], -1.0, 1.0)

@@ -43,7 +43,7 @@ def analyse(
             table = _by_number(batch_sizes.by_size(row, steps))
             sizes.append({"name": row.name, "title": row.title, "units": table})
     sizes.sort(key=lambda entry: batch_sizes.ROWS.index(entry["name"]))
-    return {
+    measurement = {
         "policy": description["policy"],
         "step": description["step"],
         "anchors": description["anchors"],
@@ -55,6 +55,7 @@ def analyse(
         "out_of_sample": out,
         "batch_sizes": sizes,
     }
+    return jsonable(measurement)
 
 
 def _by_number(table: dict[int, Any]) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def add_to_workdir(workdir: Workdir, measurement: dict[str, Any]) -> None:
             )
         measurements = list(recorded["measurements"])
     measurement = jsonable(measurement)
+    # A measurement takes the place of an earlier one of the same thing.
     kept = [entry for entry in measurements if not _same(entry, measurement, _IDENTITY)]
     write_json(file, {"version": VERSION, "measurements": [*kept, measurement]})
 
