@@ -216,6 +216,10 @@ def test_products_match_numpy():
     np.testing.assert_allclose(products(gradients), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_short_vectors_have_the_inner_products_of_the_gradients(steps):
+    np.testing.assert_allclose(products(steps.vectors()), steps.cross, atol=1e-6)
+
+
 def test_unit_sizes():
     assert unit_sizes(9, 72, 432) == (9, 18, 36, 72, 144, 432)
     assert unit_sizes(72, 72, 72) == (72,)

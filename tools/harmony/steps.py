@@ -54,6 +54,17 @@ class Steps:
         index = np.arange(len(self))
         return self.cross[index, :, index, :]
 
+    def vectors(self) -> Float[np.ndarray, "t r m"]:
+        """Short vectors with the inner products of the gradients, M = T R, for rules that want gradients to add up."""
+        num_steps, num_objectives = self.cross.shape[:2]
+        size = num_steps * num_objectives
+        both = self.active[:, :, None, None] & self.active[None, None]
+        gram = np.where(both, self.cross, 0.0).reshape(size, size)
+        values, basis = np.linalg.eigh(gram)
+        # Rounding can leave an eigenvalue slightly below 0.
+        rows = basis * np.sqrt(np.maximum(values, 0.0))
+        return rows.reshape(num_steps, num_objectives, size)
+
     def take(self, index: Sequence[int] | np.ndarray) -> Steps:
         """Some of the steps, in the order asked for."""
         index = np.asarray(index)
