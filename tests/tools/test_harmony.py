@@ -232,6 +232,7 @@ def test_one_over_the_standard_deviation():
     values = np.array([[1.0, 5.0, 0.0], [3.0, 5.0, 9.0]])
     valid = np.array([[True, True, False], [True, True, True]])
     np.testing.assert_allclose(one_over_std(values, valid), [1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(one_over_std(values[:1], valid[:1]), [1.0, 1.0, 1.0])
 
 
 def folder_of(path, steps=6):

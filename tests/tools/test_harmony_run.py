@@ -4,18 +4,23 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
 import small_run  # noqa: E402
 
+from marble_jax import tree  # noqa: E402
 from marble_jax.cli.configuration import load_config  # noqa: E402
 from marble_jax.config import flatten  # noqa: E402
+from marble_jax.programs.run_state import blank_state  # noqa: E402
 from marble_jax.report import write_report  # noqa: E402
+from marble_jax.storage.checkpoint import Checkpoints  # noqa: E402
 from marble_jax.storage.workdir import Workdir  # noqa: E402
 from tools.harmony import collect  # noqa: E402
 from tools.harmony.__main__ import main  # noqa: E402
+from tools.harmony.policy import open_policy  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +85,27 @@ def test_other_rewards_than_the_run_s(workdir, tmp_path, capsys):
     assert main([*arguments, "--rewards=brightness"]) == 2
     assert "expected a folder of the same measurement (rewards" in capsys.readouterr().err
     assert main([*arguments, "--policy=current"]) == 2
+
+
+def test_policies_are_those_of_the_checkpoint(workdir, tmp_path):
+    config = json.loads((workdir / "config.json").read_text())
+    trained = Workdir(tmp_path / "run")
+    trained.claim(config)
+    policy = open_policy(trained, "base")
+    base, settings = policy.state.current, policy.run.settings
+    policy.close()
+    saved = blank_state(settings, base).replace(
+        step=jnp.asarray(7, jnp.int32), current=tree.scale(base, 2.0), rollout=tree.scale(base, 3.0)
+    )
+    checkpoints = Checkpoints(trained.checkpoints, keep=1)
+    checkpoints.save(7, saved)
+    checkpoints.close()
+    for name, factors in (("current", (2.0, 3.0)), ("rollout", (3.0, 3.0)), ("base", (1.0, 1.0))):
+        opened = open_policy(trained, name)
+        opened.close()
+        assert (opened.step, int(opened.state.step)) == ((0, 0) if name == "base" else (7, 7))
+        for factor, found in zip(factors, (opened.state.current, opened.state.rollout)):
+            np.testing.assert_array_equal(tree.norm(found), tree.norm(tree.scale(base, factor)))
 
 
 def test_a_run_without_a_checkpoint_has_no_trained_policy(workdir, tmp_path, capsys):

@@ -157,10 +157,15 @@ def objectives(
 def one_over_std(
     values: Float[np.ndarray, "n k"], valid: Bool[np.ndarray, "n k"]
 ) -> Float[np.ndarray, " k"]:
-    """1 / the standard deviation of each reward's valid scores; 0 for a reward without any, or with equal ones."""
+    """1 / the standard deviation of each reward's valid scores; 0 for a reward without any, or with equal ones.
+
+    All 1 where every reward is like that: there is nothing to weigh.
+    """
     weights = np.zeros(values.shape[1])
     for k in range(values.shape[1]):
         own = np.asarray(values[valid[:, k], k], np.float64)
         if own.size and own.std() > STD_EPSILON:
             weights[k] = 1.0 / own.std()
+    if not weights.any():
+        return np.ones_like(weights)
     return weights
