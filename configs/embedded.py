@@ -17,7 +17,8 @@ OPPOSED = (*REWARDS, "jpeg_compressibility")
 WEIGHTED = {"harmonize.reward_weights": (0.5, 0.7, 1.7, 1.0, 0.8)}
 # One over the standard deviation of the base model's scores: every reward has the same say in a sum.
 SUM_WEIGHTS = (25.0, 8.6, 1.9, 3.0, 2.7)
-OPPOSED_SUM_WEIGHT = 1.0
+# The same of the JPEG score, whose unit is half a megabyte.
+OPPOSED_SUM_WEIGHT = 1800.0
 PRESETS = {
     "": WEIGHTED,
     "exact": WEIGHTED | {"harmonize.mode": "exact"},

@@ -150,7 +150,7 @@ def _out_of_sample(measurement: Mapping[str, Any]) -> str:
     head = ["Direction"]
     for length in lengths:
         steps = "one step" if length == "1" else f"mean of {length} steps"
-        head += [f"{steps}: opposes one", "worst cosine"]
+        head += [f"{steps}: opposes one", "worst cosine", "gain"]
     body = []
     for row in rows:
         cells = [escape(str(row.get("title")))]
@@ -159,10 +159,13 @@ def _out_of_sample(measurement: Mapping[str, Any]) -> str:
             cells.append(_percent_cell(Interval.from_record(entry.get("opposing"))))
             worst = Interval.from_record(entry.get("worst_cosine"))
             cells.append(blocks.interval_cell(worst, 3, signed=True))
+            gain = Interval.from_record(entry.get("worst_cosine_gain"))
+            cells.append(blocks.interval_cell(gain, 3, signed=True))
         body.append(cells)
     caption = (
         "Out of sample: directions of one half of the steps against every reward's mean gradient over <i>the other "
-        "half</i>, which had no part in them. The optimiser follows directions averaged over several steps."
+        "half</i>, which had no part in them. Gain: in worst cosine over the sum of scores, each over its standard "
+        "deviation, paired by steps. The optimiser follows directions averaged over several steps."
     )
     return blocks.table(head, body, caption=caption)
 

@@ -18,7 +18,12 @@ def unit(share, cosine):
 
 
 def window(share, cosine):
-    return {"opposing": interval(share), "worst_cosine": interval(cosine), "cosines": {}}
+    return {
+        "opposing": interval(share),
+        "worst_cosine": interval(cosine),
+        "worst_cosine_gain": interval(0.011),
+        "cosines": {},
+    }
 
 
 def measurement(policy="base", step=0, title="sum of raw scores"):
@@ -51,7 +56,7 @@ def test_the_panel_says_what_is_noise_and_what_was_measured_out_of_sample(root):
     assert "batch-sizes" not in load(root).sections
     write(root, measurement(), measurement("current", 60))
     page = load(root)
-    assert page.sections.index("batch-sizes") == page.sections.index("conflict") + 1
+    assert page.sections.index("batch-sizes") == page.sections.index("norms") - 1
     words = page.text["batch-sizes"]
     assert (
         f"opposes a reward in 56{PERCENT} of the mini-batches of 9 samples and in 0{PERCENT} of "
@@ -67,8 +72,8 @@ def test_the_panel_says_what_is_noise_and_what_was_measured_out_of_sample(root):
         f"sum of raw scores|56{PERCENT}|\N{MINUS SIGN}0.10|0{PERCENT}|+0.22",
         f"MARBLE|0{PERCENT}|+0.43|0{PERCENT}|+0.35",
     ]
-    assert "one step: opposes one|worst cosine|mean of 8 steps: opposes one" in texts[3]
-    assert f"17{PERCENT}|15{PERCENT} to 19{PERCENT}|+0.046|+0.026| to |+0.066|0" in texts[4]
+    assert "one step: opposes one|worst cosine|gain|mean of 8 steps: opposes one" in texts[3]
+    assert f"17{PERCENT}|15{PERCENT} to 19{PERCENT}|+0.046|+0.026| to |+0.066|+0.011" in texts[4]
     assert len(texts) == 10
 
 

@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from marble_jax.config import HarmonizeSettings
 from marble_jax.errors import InputError
+from marble_jax.harmonize.balancers import Marble
 from marble_jax.harmonize.registry import BALANCERS
 from marble_jax.storage.workdir import Workdir
 from tools.harmony import batch_sizes, bootstrap, out_of_sample, results, rows, signal, table
 from tools.harmony.__main__ import main
+from tools.harmony.cleaned import cleaned_weights
 from tools.harmony.collect import DESCRIPTION, claim, measured, save, step_file
 from tools.harmony.policy import SUMS, one_over_std
 from tools.harmony.steps import products, read_steps, steps_of
@@ -108,7 +111,10 @@ def test_directions_are_judged_by_the_other_half(steps):
     made = {row.name: row for row in rows.rows()}
     weights = {"mean": np.array([1, 1, 1, 0, 0, 0]) / 3, "raw_sum": np.eye(6)[3]}
     for name, w in weights.items():
-        judged = out_of_sample.judge(made[name], steps, (1, 4, 99))
+        judged = {
+            length: out_of_sample.described(judgement, judgement, REWARDS)
+            for length, judgement in out_of_sample.judge(made[name], steps, (1, 4, 99)).items()
+        }
         assert set(judged) == {1, 4}
         for length in (1, 4):
             norm = np.sqrt(w @ S @ w + w @ N @ w / length)
@@ -119,6 +125,9 @@ def test_directions_are_judged_by_the_other_half(steps):
             worst = judged[length]["worst_cosine"]
             assert worst["mean"] == pytest.approx(expected.min(), abs=1e-6)
             assert judged[length]["opposing"]["mean"] == float(expected.min() < 0)
+            # Against itself there is nothing to gain, in any draw.
+            gain = judged[length]["worst_cosine_gain"]
+            assert gain == {"mean": 0.0, "low": 0.0, "high": 0.0}
     truth = out_of_sample.truth_cosines(steps.halves()[1])
     np.testing.assert_allclose(truth, np.sqrt(np.diagonal(S) / np.diagonal(S + N / HALF))[:3])
 
@@ -163,11 +172,38 @@ def test_the_oracle_balances_the_signal_and_the_solve_in_sample_the_noise():
     gradients[:, 3:, 0] = 1.0
     first, second = steps_of(REWARDS, gradients).halves()
     made = {row.name: row for row in rows.rows()}
-    for name, share in (("marble", 1 / 3), ("marble_averaged", 1 / 3), ("oracle", 1 / 2)):
+    for name, share in (
+        ("marble", 1 / 3),
+        ("marble_averaged", 1 / 3),
+        ("oracle", 1 / 2),
+    ):
         weights = made[name].weights(first, second)
         assert weights.shape == (4, 6) and not weights[:, 3:].any()
         np.testing.assert_allclose(weights[:, 2], share, atol=0.01, err_msg=name)
         np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
+    # All gradients are of one length and one share of signal, 1 / 26 of the square.
+    scaled = made["oracle_scaled"].weights(first, second)
+    np.testing.assert_allclose(scaled[:, 2], 26**0.5 / 2, rtol=1e-3)
+
+
+def test_the_cleaned_solve_finds_what_the_oracle_knows():
+    """The same rewards: steps after the first few tell that a and b are one."""
+    gradients = np.zeros((16, 6, 2 + 3 * 16), np.float32)
+    gradients[:, 0:2, 0] = 1.0
+    gradients[:, 2, 1] = 1.0
+    for t in range(16):
+        gradients[t, :3, 2 + 3 * t : 5 + 3 * t] = 5 * np.eye(3)
+    steps = steps_of(REWARDS, gradients)
+    settings = HarmonizeSettings(shrinkage=0.0)
+    weights = cleaned_weights(steps, Marble(), settings)
+    np.testing.assert_allclose(weights[0, 2], 1 / 3, atol=0.01)
+    np.testing.assert_allclose(weights[4:, 2], 1 / 2, atol=0.01)
+    in_sample = cleaned_weights(steps, Marble(), HarmonizeSettings(shrinkage=1.0))
+    np.testing.assert_allclose(in_sample[:, 2], 1 / 3, atol=0.01)
+    averaged = cleaned_weights(
+        steps, Marble(), HarmonizeSettings(shrinkage=0.0, smooth_exact=True, rho=0.9)
+    )
+    assert np.all(np.diff(averaged[3:, 2]) > 0) and 1 / 3 < averaged[-1, 2] < 1 / 2
 
 
 def test_conflict_by_batch_size_by_hand():

@@ -77,4 +77,4 @@ def _over_steps(values: Float[np.ndarray, "t u"], least: float, most: float) -> 
         return mean(bootstrap.multiplicities(len(values), rng))
 
     point = float(mean(np.ones(len(values))))
-    return bootstrap.interval(point, float(bootstrap.spread(draw)), least, most)
+    return bootstrap.interval(point, float(bootstrap.spread(bootstrap.drawn(draw))), least, most)

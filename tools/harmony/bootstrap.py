@@ -21,23 +21,22 @@ def multiplicities(num_steps: int, rng: np.random.Generator) -> Multiplicity:
     return np.bincount(rng.integers(num_steps, size=num_steps), minlength=num_steps)
 
 
-def spread(
-    figure: Callable[[np.random.Generator], Float[np.ndarray, "*s"]], draws: int = DRAWS
-) -> Float[np.ndarray, "*s"]:
-    """Standard deviation of a figure over draws; NaN where it was undefined in most of them.
-
-    Args:
-      figure: of one draw, from a generator that decides it.
-      draws: number of draws.
-    """
+def drawn(
+    figure: Callable[[np.random.Generator], Float[np.ndarray, " ..."]], draws: int = DRAWS
+) -> Float[np.ndarray, "d ..."]:
+    """A figure of every draw. The draws are the same for all figures that ask the generator for the same numbers."""
     rng = np.random.default_rng(0)
-    values = np.stack([figure(rng) for _ in range(draws)])
+    return np.stack([figure(rng) for _ in range(draws)])
+
+
+def spread(values: Float[np.ndarray, "d ..."]) -> Float[np.ndarray, " ..."]:
+    """Standard deviation over draws; NaN where a figure was undefined in most of them."""
     known = np.isfinite(values)
     number = known.sum(axis=0)
     mean = np.where(known, values, 0.0).sum(axis=0) / np.maximum(number, 1)
     deviation = np.where(known, values - mean, 0.0)
     variance = (deviation**2).sum(axis=0) / np.maximum(number - 1, 1)
-    return np.where(number > draws / 2, np.sqrt(variance), np.nan)
+    return np.where(number > len(values) / 2, np.sqrt(variance), np.nan)
 
 
 def interval(

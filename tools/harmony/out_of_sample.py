@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -156,13 +157,22 @@ def figures(
     return np.array([worst.mean(), np.mean(worst < 0), *by_reward])
 
 
-def judge(row: Row, steps: Steps, lengths: Sequence[int] = (1, 8)) -> dict[int, dict]:
-    """A row's figures with intervals, for directions averaged over each of `lengths` steps.
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """A row's `figures` for directions averaged over one number of steps.
 
-    Returns:
-      By length: "worst_cosine" and "opposing" (share of directions that oppose a reward), each with its interval, and
-      "cosines" by reward.
+    Attributes:
+      point: float64 [2 + K] of the steps as they are.
+      draws: float64 [D, 2 + K] of the steps drawn again, the same draws for all rows.
     """
+
+    point: np.ndarray
+    draws: np.ndarray
+
+
+def judge(row: Row, steps: Steps, lengths: Sequence[int]) -> dict[int, Judgement]:
+    """Judges a row's directions averaged over each of `lengths` steps, by that length; those longer than a half of
+    the steps are left out."""
     parts = splits(steps)
     made = [directions(row, split) for split in parts]
     judged = {}
@@ -178,14 +188,25 @@ def judge(row: Row, steps: Steps, lengths: Sequence[int] = (1, 8)) -> dict[int, 
 
         rng = np.random.default_rng(1)
         point = figures([cosines(one, length, rng) for one in made])
-        deviation = bootstrap.spread(draw)
-        by_reward = {
-            name: bootstrap.interval(point[2 + k], deviation[2 + k], -1.0, 1.0)
-            for k, name in enumerate(steps.rewards)
-        }
-        judged[length] = {
-            "worst_cosine": bootstrap.interval(point[0], deviation[0], -1.0, 1.0),
-            "opposing": bootstrap.interval(point[1], deviation[1], 0.0, 1.0),
-            "cosines": by_reward,
-        }
+        judged[length] = Judgement(point, bootstrap.drawn(draw))
     return judged
+
+
+def described(
+    judgement: Judgement, reference: Judgement | None, rewards: Sequence[str]
+) -> dict[str, Any]:
+    """A judgement as JSON, with intervals: "worst_cosine", "opposing" (share of directions that oppose a reward) and
+    "cosines" by reward; with a reference row also "worst_cosine_gain" over it, paired by draws."""
+    point, deviation = judgement.point, bootstrap.spread(judgement.draws)
+    entry: dict[str, Any] = {
+        "worst_cosine": bootstrap.interval(point[0], deviation[0], -1.0, 1.0),
+        "opposing": bootstrap.interval(point[1], deviation[1], 0.0, 1.0),
+        "cosines": {
+            name: bootstrap.interval(point[2 + k], deviation[2 + k], -1.0, 1.0)
+            for k, name in enumerate(rewards)
+        },
+    }
+    if reference is not None:
+        gain = bootstrap.spread(judgement.draws - reference.draws)
+        entry["worst_cosine_gain"] = bootstrap.interval(point[0] - reference.point[0], gain[0])
+    return entry

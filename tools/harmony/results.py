@@ -12,7 +12,7 @@ from marble_jax.errors import InputError
 from marble_jax.storage.files import read_json, write_whole
 from marble_jax.storage.workdir import Workdir, jsonable
 from tools.harmony import batch_sizes, bootstrap, out_of_sample, signal
-from tools.harmony.rows import rows
+from tools.harmony.rows import Row, rows
 from tools.harmony.steps import Steps
 
 FILE = "harmony.json"
@@ -20,25 +20,21 @@ FILE = "harmony.json"
 VERSION = 1
 LENGTHS = (1, 8)
 """Steps that directions are averaged over."""
+REFERENCE = "std_sum"
+"""Row that the others are compared with, step by step: the sum that one would train on otherwise."""
 _IDENTITY = ("policy", "step", "anchors", "rewards")
 
 
-def analyse(
-    steps: Steps, description: dict[str, Any], say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def analyse(steps: Steps, description: dict[str, Any]) -> dict[str, Any]:
     """Returns a measurement's figures.
 
     Args:
       steps: the measured steps.
       description: of the folder, as `collect.describe` writes it.
-      say: told of every row.
     """
     made = rows(description.get("reward_weights") or ())
-    out, sizes = [], []
+    sizes = []
     for row in made:
-        say(f"{row.title}")
-        judged = out_of_sample.judge(row, steps, LENGTHS)
-        out.append({"name": row.name, "title": row.title, "windows": _by_number(judged)})
         if row.name in batch_sizes.ROWS:
             table = _by_number(batch_sizes.by_size(row, steps))
             sizes.append({"name": row.name, "title": row.title, "units": table})
@@ -52,10 +48,25 @@ def analyse(
         "samples": description["samples"],
         "time": time.time(),
         "signal": signal_figures(steps),
-        "out_of_sample": out,
+        "out_of_sample": directions(made, steps),
         "batch_sizes": sizes,
     }
     return jsonable(measurement)
+
+
+def directions(made: Sequence[Row], steps: Steps) -> list[dict[str, Any]]:
+    """Every row against the truth, with its gain over REFERENCE."""
+    judged = {row.name: out_of_sample.judge(row, steps, LENGTHS) for row in made}
+    entries = []
+    for row in made:
+        windows = {}
+        for length, judgement in judged[row.name].items():
+            reference = None
+            if row.name != REFERENCE and REFERENCE in judged:
+                reference = judged[REFERENCE][length]
+            windows[length] = out_of_sample.described(judgement, reference, steps.rewards)
+        entries.append({"name": row.name, "title": row.title, "windows": _by_number(windows)})
+    return entries
 
 
 def _by_number(table: dict[int, Any]) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def signal_figures(steps: Steps) -> dict[str, Any]:
             return estimate(steps, bootstrap.multiplicities(len(steps), rng))
 
         point[name] = estimate(steps)
-        deviation[name] = bootstrap.spread(draw)
+        deviation[name] = bootstrap.spread(bootstrap.drawn(draw))
     first, second = steps.halves()
     truth = np.stack([out_of_sample.truth_cosines(half) for half in (first, second)])
     own, pairs = {}, []

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from marble_jax.config import HarmonizeSettings
 from marble_jax.harmonize.balancers import Balancer, Marble, Solution
 from marble_jax.harmonize.registry import make_balancer
 from tools.harmony import signal
+from tools.harmony.cleaned import cleaned_weights
 from tools.harmony.policy import SUMS
 from tools.harmony.steps import Steps
 
@@ -95,7 +97,15 @@ def rows(reward_weights: Sequence[float] = ()) -> tuple[Row, ...]:
             of_steps=averaged_alpha,
         )
     )
+    for name, smooth, title in (
+        ("cleaned", False, "MARBLE, cleaned cosines"),
+        ("cleaned_averaged", True, "MARBLE, cleaned cosines, alpha averaged"),
+    ):
+        made.append(Row(name, title, of_steps=_cleaned(HarmonizeSettings(smooth_exact=smooth))))
     made.append(Row("oracle", "alpha solved on the truth", of_steps=oracle))
+    made.append(
+        Row("oracle_scaled", "the same, on gradients of unit signal", of_steps=oracle_scaled)
+    )
     return tuple(made)
 
 
@@ -146,16 +156,44 @@ def averaged_alpha(steps: Steps, others: Steps) -> np.ndarray:
     return _padded(averaged * solution.scale)
 
 
+def _cleaned(settings: HarmonizeSettings) -> StepsRule:
+    """MARBLE with `harmonize.gram=cleaned` and these settings."""
+
+    def rule(steps: Steps, others: Steps) -> np.ndarray:
+        return _padded(cleaned_weights(steps, Marble(), settings))
+
+    return rule
+
+
 def oracle(steps: Steps, others: Steps) -> np.ndarray:
     """One alpha for all steps, solved on the signal of the other half, on this step's unit gradients.
 
-    What a better estimate of the Gram matrix could reach at most, with the update still a sum of one step's gradients.
+    What a better estimate of the cosines could reach, with the update still a sum of one step's unit gradients.
     """
-    cosines = signal.pair_cosines(others)[: steps.num_rewards, : steps.num_rewards]
-    gram = positive_part(np.nan_to_num(cosines))
-    everything = np.ones((1, steps.num_rewards), bool)
-    alpha = np.asarray(solve(Marble(), gram[None], everything).alpha[0], np.float64)
-    return _padded(alpha * _in_sample(steps).scale)
+    return _padded(_true_alpha(others) * _in_sample(steps).scale)
+
+
+def oracle_scaled(steps: Steps, others: Steps) -> np.ndarray:
+    """The same alpha on gradients that are divided by the lengths of their signals instead of by their own.
+
+    Unit gradients have signals of unequal length: the less signal a reward's gradient has, the less of it an update
+    gets for the same alpha.
+    """
+    share = signal.own_cosines(others)[: steps.num_rewards]
+    # A reward without a measurable signal is taken as it is.
+    length = np.sqrt(np.where(share > 0, share, 1.0))
+    return _padded(_true_alpha(others) * _in_sample(steps).scale / length)
+
+
+def _true_alpha(others: Steps) -> Float[np.ndarray, " k"]:
+    """MARBLE's alpha on the cosines of the signals."""
+    cosines = signal.pair_cosines(others)[: others.num_rewards, : others.num_rewards]
+    # Estimates may exceed 1, or be missing.
+    gram = np.clip(np.nan_to_num(cosines), -1.0, 1.0)
+    np.fill_diagonal(gram, 1.0)
+    everything = np.ones((1, others.num_rewards), bool)
+    solution = solve(Marble(), positive_part(gram)[None], everything)
+    return np.asarray(solution.alpha[0], np.float64)
 
 
 def _in_sample(steps: Steps) -> Solution:

@@ -90,19 +90,23 @@ def _out_of_sample(measurement: dict[str, Any]) -> str:
     head, body = ["direction"], []
     for length in lengths:
         steps = "one step" if length == "1" else f"mean of {length}"
-        head += [f"{steps}: worst cosine", "opposes one"]
+        head += [f"{steps}: worst cosine", "opposes one", "gain"]
     head += measurement["rewards"]
     for row in measurement["out_of_sample"]:
         cells = [row["title"]]
         for length in lengths:
             judged = row["windows"][length]
-            cells += [_figure(judged["worst_cosine"]), _figure(judged["opposing"], percent=True)]
+            cells += [
+                _figure(judged["worst_cosine"]),
+                _figure(judged["opposing"], percent=True),
+                _figure(judged.get("worst_cosine_gain")),
+            ]
         longest = row["windows"][lengths[-1]]["cosines"]
         cells += [_short(longest[name]) for name in measurement["rewards"]]
         body.append(cells)
     return _grid(
-        "Directions against the truth, the mean gradients of the other half of the steps; by reward: "
-        f"{'one step' if lengths[-1] == '1' else f'mean of {lengths[-1]} steps'}",
+        "Directions against the truth, the mean gradients of the other half of the steps\n"
+        "  (gain: in worst cosine over the sum of scores / std, paired; by reward: cosines of the last)",
         head,
         body,
     )
