@@ -11,11 +11,14 @@ from marble_jax.errors import one_of
 
 SOURCES = ("general", "ocr", "geneval")
 REWARDS = ("alignment", "preference", "aesthetic", "ocr", "geneval")
+OPPOSED = (*REWARDS, "jpeg_compressibility")
 # Where the hull's unit gradients are long, the update leans less: aesthetics, which clean images of the wrong thing
 # please too, steers less than alignment.
 WEIGHTED = {"harmonize.reward_weights": (0.5, 0.7, 1.7, 1.0, 0.8)}
 # One over the standard deviation of the base model's scores: every reward has the same say in a sum.
 SUM_WEIGHTS = (25.0, 8.6, 1.9, 3.0, 2.7)
+# The same of the JPEG score, whose unit is half a megabyte.
+OPPOSED_SUM_WEIGHT = 1800.0
 PRESETS = {
     "": WEIGHTED,
     "exact": WEIGHTED | {"harmonize.mode": "exact"},
@@ -29,6 +32,8 @@ PRESETS = {
         "advantages.scalarize": "weighted_sum",
         "advantages.weights": SUM_WEIGHTS,
     },
+    # Upstream's sum: scores as they are, each with weight one, so that the reward with the widest scores rules.
+    "weighted_sum_raw": {"advantages.scalarize": "weighted_sum"},
     "upweighted": {
         "advantages.scalarize": "weighted_sum",
         "advantages.weights": (25.0, 8.6, 1.9, 6.0, 5.4),
@@ -42,6 +47,13 @@ PRESETS = {
             "ocr@ocr",
             "geneval@geneval",
         ),
+    },
+    # A reward that the others do not want, on every prompt: images that compress well are plain.
+    "opposed": {"rewards.train": OPPOSED},
+    "opposed_sum": {
+        "rewards.train": OPPOSED,
+        "advantages.scalarize": "weighted_sum",
+        "advantages.weights": (*SUM_WEIGHTS, OPPOSED_SUM_WEIGHT),
     },
     "equal": {"harmonize.balancer": "equal", "harmonize.normalize": False},
     "dropout": WEIGHTED

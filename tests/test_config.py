@@ -262,6 +262,7 @@ def test_the_embedded_presets_evaluate_the_same_images_on_the_same_rewards():
     made = {
         p: load_config([f"--config={path}:{p}"]) for p in presets(path) if p not in ("", "smoke")
     }
+    opposed = made.pop("opposed"), made.pop("opposed_sum")
     for preset, config in made.items():
         assert sorted((*config.rewards.train, *config.rewards.heldout)) == [
             "aesthetic",
@@ -290,3 +291,8 @@ def test_the_embedded_presets_evaluate_the_same_images_on_the_same_rewards():
         made["upweighted"].advantages.weights, made["weighted_sum"].advantages.weights
     )
     np.testing.assert_allclose(ratio, (1, 1, 1, 2, 2))
+    assert not made["weighted_sum_raw"].advantages.weights
+    for config in opposed:
+        trained = (*made["exact"].rewards.train, "jpeg_compressibility")
+        assert (tuple(config.rewards.train), tuple(config.rewards.heldout)) == (trained, ("judge",))
+    assert opposed[1].advantages.weights[:5] == made["weighted_sum"].advantages.weights

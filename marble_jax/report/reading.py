@@ -215,6 +215,14 @@ def _summaries(directory: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
     return summaries
 
 
+def _measurements(workdir: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
+    """Returns what `tools.harmony` measured at the run's policies; none where it was not asked to."""
+    measurements = _json_object(workdir / "harmony.json", flaws).get("measurements")
+    if not isinstance(measurements, list):
+        return []
+    return [entry for entry in measurements if isinstance(entry, dict)]
+
+
 def read_records(workdir: epath.PathLike) -> Records:
     """Reads what a training workdir holds so far.
 
@@ -235,6 +243,7 @@ def read_records(workdir: epath.PathLike) -> Records:
     evaluations = _evaluations(root, flaws)
     compare = _summaries(root / "compare", flaws)
     strips = _strips(root / "samples", flaws)
+    measurements = _measurements(root, flaws)
     rewards, heldout = _reward_names(run, rows, evaluations)
     return Records(
         workdir=root,
@@ -246,4 +255,5 @@ def read_records(workdir: epath.PathLike) -> Records:
         rewards=rewards,
         heldout=heldout,
         flaws=tuple(flaws),
+        harmony=tuple(measurements),
     )

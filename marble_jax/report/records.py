@@ -131,6 +131,7 @@ class Records:
       rewards: names of the trained rewards, in the order of the run.
       heldout: names of the rewards that are measured and never trained.
       flaws: one sentence for each thing that could not be read.
+      harmony: measurements of gradients at fixed policies, of `harmony.json`.
     """
 
     workdir: epath.Path
@@ -142,6 +143,7 @@ class Records:
     rewards: tuple[str, ...]
     heldout: tuple[str, ...]
     flaws: tuple[str, ...]
+    harmony: tuple[dict[str, Any], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

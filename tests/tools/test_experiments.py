@@ -52,6 +52,7 @@ def test_the_methods_are_what_their_names_say(planned):
         )
     for name, scalarize in (
         ("weighted_sum", "weighted_sum"),
+        ("weighted_sum_raw", "weighted_sum"),
         ("upweighted", "weighted_sum"),
         ("gdpo", "gdpo"),
         ("sequential", "weighted_sum"),
@@ -61,6 +62,7 @@ def test_the_methods_are_what_their_names_say(planned):
         assert config[name]["advantages.scalarize"] == scalarize
     up, level = (config[name]["advantages.weights"] for name in ("upweighted", "weighted_sum"))
     np.testing.assert_allclose(np.array(up) / (level or 1), [1, 1, 1, 2, 2])
+    assert config["weighted_sum_raw"]["advantages.weights"] == []
     assert config["unit_weights"]["harmonize.reward_weights"] == []
     assert (
         config["dropout"]["reward_schedule.dropout"] > 0

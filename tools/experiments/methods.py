@@ -45,6 +45,7 @@ METHODS = (
     Method("amortized", "MARBLE, amortized", "main", "amortized"),
     Method("upstream", "MARBLE, upstream", "main", "upstream"),
     Method("weighted_sum", "weighted sum", "main", "weighted_sum"),
+    Method("weighted_sum_raw", "weighted sum of raw scores", "main", "weighted_sum_raw"),
     Method("equal", "equal alpha", "main", "equal"),
     Method("upweighted", "weighted sum, specialists x 2", "main", "upweighted"),
     Method("gdpo", "GDPO", "main", "gdpo"),
