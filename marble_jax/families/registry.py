@@ -8,6 +8,7 @@ from pathlib import Path
 
 from marble_jax.errors import InputError, nearest
 from marble_jax.families.base import Family
+from marble_jax.families.model_index import name_without_owner
 from marble_jax.storage.files import read_json
 
 BUILT_IN = {
@@ -89,8 +90,7 @@ def family_of_published(name: str, known: Sequence[Family] = ()) -> Family:
     Raises:
       InputError: none does; the message lists the published models.
     """
-    # Without the owner: copies under another one have the same shapes.
-    _, _, last = name.rstrip("/").rpartition("/")
+    last = name_without_owner(name)
     published: list[str] = []
     for family in tuple(known) or families():
         if last in family.published_models:
