@@ -129,6 +129,7 @@ def _drawing(options: ExportOptions, root: Path, family: Family, facts: Facts) -
         facts.size,
         facts.max_sequence_length,
         facts.spec.scale,
+        facts.embedded_guidance,
     )
 
 

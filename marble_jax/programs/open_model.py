@@ -25,6 +25,7 @@ from marble_jax.types import DTYPES
 DECODED_AT_ONCE = 32
 """Images that the autoencoder turns from latents to pixels together; its activations are large."""
 SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
+GUIDANCE_KEY = "model.embedded_guidance"
 
 
 def locate(settings: ModelSettings) -> tuple[Path, Family]:
@@ -77,8 +78,9 @@ def network_options(
         remat=settings.remat,
         unroll=settings.unroll,
         attention=attention_of(settings.attention, settings.dtype, mesh),
-        lora_scale=lora_scale,
         gather=gather,
+        lora_scale=lora_scale,
+        embedded_guidance=settings.embedded_guidance or None,
     )
 
 
@@ -88,11 +90,13 @@ def open_networks(
     """Opens a run's networks, the transformer's weights laid out over the mesh.
 
     Raises:
-      InputError: missing or malformed files, or a size that the model cannot draw.
+      InputError: missing or malformed files, a size that the model cannot draw, or a guidance scale that it does not
+        take or lacks.
     """
     # Shapes first: a size that does not fit shows before gigabytes are read, and rules need the head's width.
     outline = family.outline(root, NetworkOptions())
     outline.check_size(size_of(settings), SIZE_KEYS)
+    outline.check_guidance(settings.embedded_guidance or None, GUIDANCE_KEY)
     transformer = outline.sharding_rules
 
     def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
@@ -110,7 +114,8 @@ def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family
       The family, its networks, and what `Family.outline` was given: a directory or a published name.
 
     Raises:
-      InputError: neither a local directory with config files nor a published name; a size that does not fit.
+      InputError: neither a local directory with config files nor a published name; a size or a guidance scale that
+        does not fit.
     """
     path = resolve_path(settings.path, "pipeline")
     model: Path | str
@@ -120,6 +125,7 @@ def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family
         model, family = settings.path, family_of_published(settings.path)
     networks = family.outline(model, network_options(settings, lora_scale))
     networks.check_size(size_of(settings), SIZE_KEYS)
+    networks.check_guidance(settings.embedded_guidance or None, GUIDANCE_KEY)
     return family, networks, model
 
 

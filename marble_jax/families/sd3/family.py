@@ -76,7 +76,7 @@ class SD3Family(Family):
         tag="stable-diffusion-3",
         without_text=(*text.COMPONENTS, *text.TOKENIZERS),
         # Channels first.
-        latents_to_torch=(0, 3, 1, 2),
+        pack_latents=lambda latents: latents.transpose(0, 3, 1, 2),
         conditioning={"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"},
     )
 

@@ -230,8 +230,9 @@ def transformer_options(options: NetworkOptions) -> dict[str, Any]:
     """Fields of `MMDiT` that options stand for."""
     fields = {}
     for field in dataclasses.fields(options):
-        # Every option goes by the same name in `MMDiT`.
-        fields[field.name] = getattr(options, field.name)
+        # Every option goes by the same name in `MMDiT`, which has no guidance embedding.
+        if field.name != "embedded_guidance":
+            fields[field.name] = getattr(options, field.name)
     return fields
 
 
