@@ -193,5 +193,6 @@ SINGLE_FILE = SingleFile(
     config=_config,
     original=original_tensor,
     unused=_UNUSED,
-    written={"scheduler/scheduler_config.json": _SCHEDULER},
+    # The same for all of them, whatever their configs.
+    written=lambda configs: {"scheduler/scheduler_config.json": _SCHEDULER},
 )
