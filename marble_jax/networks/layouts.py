@@ -17,11 +17,22 @@ def autoencoder_layout(config: Mapping[str, Any]) -> Layout:
     return Layout(tuple(path_entries(shapes)), shapes)
 
 
-def clip_text_layout(config: Mapping[str, Any]) -> Layout:
-    """Returns the layout of a CLIP text encoder with a projection. Raises InputError for an unsupported config."""
-    encoder = clip.CLIPTextEncoder(clip.CLIPTextConfig.from_dict(config))
+def clip_text_layout(
+    config: Mapping[str, Any], keys: Collection[str] = (), projected: bool = True
+) -> Layout:
+    """Returns the layout of a CLIP text encoder.
+
+    Args:
+      config: contents of its config.json.
+      keys: names of its published tensors, which tell whether the tower has a prefix.
+      projected: whether it has a projection.
+
+    Raises:
+      InputError: a config that is not supported.
+    """
+    encoder = clip.CLIPTextEncoder(clip.CLIPTextConfig.from_dict(config), projected=projected)
     shapes = clip.abstract_text_params(encoder)
-    return Layout(tuple(path_entries(shapes)), shapes, clip.BUFFERS)
+    return Layout(tuple(clip.text_entries(shapes, keys)), shapes, clip.BUFFERS)
 
 
 def t5_layout(config: Mapping[str, Any], keys: Collection[str]) -> Layout:
