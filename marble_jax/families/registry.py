@@ -13,6 +13,7 @@ from marble_jax.storage.files import read_json
 
 BUILT_IN = {
     "StableDiffusion3Pipeline": "marble_jax.families.sd3.family",
+    "FluxPipeline": "marble_jax.families.flux1.family",
 }
 """Pipeline class -> module whose `FAMILY` opens its models; imported when a model asks for it."""
 
