@@ -8,6 +8,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from tiny_tokenizers import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
 from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.families.flux1.family import FAMILY
@@ -115,3 +116,69 @@ def random_adapter(params, spec=SPEC, seed: int = 0):
     return jax.tree.map(
         lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), jax.eval_shape(new)
     )
+
+
+def build_pipeline(directory, guidance_embeds: bool = True):
+    """A tiny torch pipeline with random weights, saved in `directory`; images are multiples of four pixels."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    first = clip_tokenizer(directory.parent / f"{directory.name}_clip", "<|endoftext|>")
+    second = t5_tokenizer()
+    config = dataclasses.replace(
+        DEV, joint_attention_dim=32, pooled_projection_dim=12, guidance_embeds=guidance_embeds
+    )
+    scheduler = {"shift": 3.0, "use_dynamic_shifting": True} if guidance_embeds else {}
+    pipeline = diffusers.FluxPipeline(
+        transformer=diffusers.FluxTransformer2DModel(**dataclasses.asdict(config)),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                vocab_size=len(first),
+                hidden_size=12,
+                intermediate_size=24,
+                # Another width than the pooled output's, which a projection would show.
+                projection_dim=8,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=CLIP_LENGTH,
+                bos_token_id=first.bos_token_id,
+                eos_token_id=first.eos_token_id,
+                pad_token_id=first.pad_token_id,
+            )
+        ),
+        tokenizer=first,
+        text_encoder_2=transformers.T5EncoderModel(
+            transformers.T5Config(
+                vocab_size=len(second),
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+            )
+        ),
+        tokenizer_2=second,
+    )
+    randomise(pipeline.transformer)
+    networks = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    with torch.no_grad():
+        for parameter in (p for network in networks for p in network.eval().parameters()):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    pipeline.save_pretrained(directory)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -154,6 +154,7 @@ class Networks(abc.ABC):
       decoder_params: weights of the autoencoder's decoder, likewise.
       sharding_rules: how the transformer's parameters are split over a mesh.
       largest_activation: numbers in the decoder's largest activation, of one pixel of one frame.
+      longest_prompt: tokens a prompt at most; None for any number.
     """
 
     directory: Path | None
@@ -162,6 +163,7 @@ class Networks(abc.ABC):
     decoder_params: Params
     sharding_rules: ShardingRules
     largest_activation: int
+    longest_prompt: int | None = None
 
     @abc.abstractmethod
     def velocity(
@@ -218,6 +220,19 @@ class Networks(abc.ABC):
             raise InputError(
                 f"{name}: expected none, as this model does not take a guidance scale as an input; "
                 f"received {embedded_guidance:g}"
+            )
+
+    def check_sequence_length(self, max_sequence_length: int, name: str) -> None:
+        """Raises InputError for more tokens a prompt than the model takes.
+
+        Args:
+          max_sequence_length: tokens a prompt.
+          name: of the setting, for the message.
+        """
+        longest = self.longest_prompt
+        if longest is not None and max_sequence_length > longest:
+            raise InputError(
+                f"{name}: expected at most {longest} tokens; received {max_sequence_length}"
             )
 
     @abc.abstractmethod

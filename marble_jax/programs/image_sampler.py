@@ -140,6 +140,7 @@ class ImageSampler:
             self.family, self.root, self._dtype, self._attention, self._mesh
         )
         networks.check_guidance(self._embedded_guidance, "--embedded_guidance")
+        networks.check_sequence_length(self._length, "--max_sequence_length")
         networks = networks.with_guidance(self._embedded_guidance)
         networks, adapter = self._restored(networks)
         adapter = add_loras(

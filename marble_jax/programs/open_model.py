@@ -25,7 +25,6 @@ from marble_jax.types import DTYPES
 DECODED_AT_ONCE = 32
 """Images that the autoencoder turns from latents to pixels together; its activations are large."""
 SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
-GUIDANCE_KEY = "model.embedded_guidance"
 
 
 def locate(settings: ModelSettings) -> tuple[Path, Family]:
@@ -90,13 +89,11 @@ def open_networks(
     """Opens a run's networks, the transformer's weights laid out over the mesh.
 
     Raises:
-      InputError: missing or malformed files, a size that the model cannot draw, or a guidance scale that it does not
-        take or lacks.
+      InputError: missing or malformed files, or a size, guidance scale or length that the model does not take.
     """
     # Shapes first: a size that does not fit shows before gigabytes are read, and rules need the head's width.
     outline = family.outline(root, NetworkOptions())
-    outline.check_size(size_of(settings), SIZE_KEYS)
-    outline.check_guidance(settings.embedded_guidance or None, GUIDANCE_KEY)
+    _check_settings(outline, settings)
     transformer = outline.sharding_rules
 
     def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
@@ -114,8 +111,8 @@ def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family
       The family, its networks, and what `Family.outline` was given: a directory or a published name.
 
     Raises:
-      InputError: neither a local directory with config files nor a published name; a size or a guidance scale that
-        does not fit.
+      InputError: neither a local directory with config files nor a published name; a size, guidance scale or length
+        that does not fit.
     """
     path = resolve_path(settings.path, "pipeline")
     model: Path | str
@@ -124,9 +121,15 @@ def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family
     else:
         model, family = settings.path, family_of_published(settings.path)
     networks = family.outline(model, network_options(settings, lora_scale))
-    networks.check_size(size_of(settings), SIZE_KEYS)
-    networks.check_guidance(settings.embedded_guidance or None, GUIDANCE_KEY)
+    _check_settings(networks, settings)
     return family, networks, model
+
+
+def _check_settings(networks: Networks, settings: ModelSettings) -> None:
+    """Raises InputError for a size, a guidance scale or a length of prompts that a model does not take."""
+    networks.check_size(size_of(settings), SIZE_KEYS)
+    networks.check_guidance(settings.embedded_guidance or None, "model.embedded_guidance")
+    networks.check_sequence_length(settings.max_sequence_length, "model.max_sequence_length")
 
 
 def text_embeddings(

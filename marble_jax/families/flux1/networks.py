@@ -20,7 +20,7 @@ from marble_jax.families.base import (
     Size,
     TransformerShape,
 )
-from marble_jax.families.flux1 import flops
+from marble_jax.families.flux1 import flops, text
 from marble_jax.families.flux1.config import PATCH
 from marble_jax.families.flux1.levels import SchedulerConfig, sigma_levels
 from marble_jax.families.flux1.sharding_rules import transformer_rules
@@ -41,6 +41,8 @@ class FluxNetworks(Networks):
       vae: the autoencoder; `decoder_params` holds all its parameters, of which decoding reads the decoder's.
       scheduler: settings of the noise levels.
     """
+
+    longest_prompt = text.MAX_SEQUENCE_LENGTH
 
     def __init__(
         self,

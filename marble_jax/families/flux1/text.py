@@ -127,7 +127,7 @@ class FluxTextEncoders(TextEncoders):
         check_prompts(prompts, max_sequence_length)
         if max_sequence_length > MAX_SEQUENCE_LENGTH:
             raise InputError(
-                f"max_sequence_length: expected at most {MAX_SEQUENCE_LENGTH} for FLUX.1; received "
+                f"max_sequence_length: expected at most {MAX_SEQUENCE_LENGTH} tokens; received "
                 f"{max_sequence_length}"
             )
         return encode_each_once(
