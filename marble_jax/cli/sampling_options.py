@@ -33,8 +33,7 @@ RENAMED_OPTIONS = {
 
 SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
   --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
-  --embedded_guidance=3.5  guidance scale as an input of the model, for guidance-distilled models such as
-                     FLUX.1-dev (the run's own)
+  --embedded_guidance=3.5  guidance scale as an input of the model, for guidance-distilled models (the run's own)
   --size=HEIGHTxWIDTH  in pixels; the run's or the model's own unless given
   --max_sequence_length=N  tokens a prompt of the long text encoder (the run's own, or the model's)
   --omit_text_encoders=text_encoder_3  text encoders left out: their part is zeros, as in diffusers, and their

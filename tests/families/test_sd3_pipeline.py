@@ -333,8 +333,8 @@ def test_missing_pieces(broken, tmp_path):
         ("model_index.json", {"vae": [None, None]}, "expected a component 'vae'; received none"),
         (
             "model_index.json",
-            {"_class_name": "FluxPipeline"},
-            "_class_name: expected a model of one of the families StableDiffusion3Pipeline.*; received 'FluxPipeline'",
+            {"_class_name": "Flux2Pipeline"},
+            "_class_name: expected a model of one of the families StableDiffusion3Pipeline.*; received 'Flux2Pipeline'",
         ),
         (
             "scheduler/scheduler_config.json",
