@@ -24,12 +24,23 @@ MODELS = {
 }
 # (attention, mesh.fsdp, prompts x images a step, rollout batch, micro-batch, chunk a device)
 PLACES = {
-    "80gb": ("cudnn", 1, (24, 12), 48, 12, 4),
+    "80gb": ("cudnn", 1, (24, 12), 16, 12, 4),
     "8x80gb": ("cudnn", 1, (48, 24), 384, 96, 4),
-    "v5p_16": ("splash", 1, (48, 24), 384, 96, 4),
+    "v5p_16": ("splash", 1, (48, 24), 576, 192, 4),
     "v6e_16": ("splash", 16, (48, 24), 576, 64, 2),
 }
-PRESETS = ("flux1_dev", "flux1_schnell", *(f"{m}_{p}" for m in MODELS for p in PLACES))
+PRESETS = (
+    "flux1_dev",
+    "flux1_schnell",
+    "flux1_dev_80gb",
+    "flux1_dev_8x80gb",
+    "flux1_dev_v5p_16",
+    "flux1_dev_v6e_16",
+    "flux1_schnell_80gb",
+    "flux1_schnell_8x80gb",
+    "flux1_schnell_v5p_16",
+    "flux1_schnell_v6e_16",
+)
 
 
 def get_config(preset: str = PRESETS[0]):

@@ -69,7 +69,7 @@ def test_packing_is_that_of_the_pipeline(size):
 
 def test_packing_by_hand():
     """A token of two channels: both rows of the first channel, then those of the second."""
-    cells = np.asarray([[[1, 5], [2, 6]], [[3, 7], [4, 8]]])[None]
+    cells = np.asarray([[[1.0, 5], [2, 6]], [[3, 7], [4, 8]]])[None]
     assert pack(cells).tolist() == [[[1, 2, 3, 4, 5, 6, 7, 8]]]
 
 
@@ -111,7 +111,9 @@ def test_time_guidance_text_embedding(pair, dtype):
     embed = TimeGuidanceTextEmbed(DEV.width, jnp.dtype(dtype))
     guidance = jnp.full(2, GUIDANCE)
     own = jax.tree.map(lambda leaf: leaf.astype(dtype), params["time_text_embed"])
-    out = embed.apply({"params": own}, sigma, guidance, jnp.asarray(cond["pooled"], dtype))
+    out = embed.apply(
+        {"params": own}, jnp.asarray(sigma), guidance, jnp.asarray(cond["pooled"], dtype)
+    )
     with torch.no_grad():
         want = theirs.time_text_embed.to(kind)(
             torch.from_numpy(sigma).to(kind) * 1000,

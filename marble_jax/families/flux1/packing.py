@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from marble_jax.families.flux1.config import PATCH
 
 
-def pack(latents: Float[ArrayLike, "n h w c"]) -> Float[Array, "n tokens values"]:
+def pack(latents: Float[ArrayLike, "n h w c"]) -> Float[ArrayLike, "n tokens values"]:
     """Tokens [N, (h/2)(w/2), 4 C] of latents [N, h, w, C], row by row.
 
     A token's numbers are ordered by channel, then row, then column of its cells, as in published weights. Works on
@@ -30,12 +30,13 @@ def pack(latents: Float[ArrayLike, "n h w c"]) -> Float[Array, "n tokens values"
 
 
 def unpack(
-    tokens: Float[Array, "n tokens values"], height: int, width: int
-) -> Float[Array, "n h w c"]:
+    tokens: Float[ArrayLike, "n tokens values"], height: int, width: int
+) -> Float[ArrayLike, "n h w c"]:
     """Latents [N, height, width, C] of tokens; inverse of `pack`."""
-    num, _, values = tokens.shape
+    array: Any = tokens
+    num, _, values = array.shape
     rows, columns, channels = height // PATCH, width // PATCH, values // PATCH**2
-    squares = tokens.reshape(num, rows, columns, channels, PATCH, PATCH)
+    squares = array.reshape(num, rows, columns, channels, PATCH, PATCH)
     # [N, rows, columns, C, dy, dx] to [N, rows, dy, columns, dx, C].
     squares = squares.transpose(0, 1, 4, 2, 5, 3)
     return squares.reshape(num, height, width, channels)

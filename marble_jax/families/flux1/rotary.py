@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from marble_jax.families.flux1.config import FluxConfig
@@ -18,11 +19,13 @@ from marble_jax.families.flux1.config import FluxConfig
 THETA = 10000.0
 """Base of the frequencies."""
 
-Tables = tuple[np.ndarray, np.ndarray]
+Tables = tuple[Float[ArrayLike, "t d"], Float[ArrayLike, "t d"]]
 """Cosines and sines float32 [T, d] of the angles of every token, each angle twice: for both numbers of its pair."""
 
 
-def rotary_tables(config: FluxConfig, num_text: int, rows: int, columns: int) -> Tables:
+def rotary_tables(
+    config: FluxConfig, num_text: int, rows: int, columns: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tables of text tokens followed by the tokens of an image.
 
     Angles are float64, as their float32 error grows with the coordinate.
