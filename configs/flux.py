@@ -1,4 +1,29 @@
-"""FLUX.1."""
+"""FLUX.1 at 512 px: LoRA of rank 64 on attention, MARBLE in amortized mode, on one machine or a slice of TPUs.
+
+    marble-jax train --config=configs/flux.py:flux1_dev_8x80gb --workdir=runs/flux
+
+FLUX.1-dev takes the guidance scale 3.5 as an input, in training as in sampling; FLUX.1-schnell takes none. Rollouts are
+short: 10 dpm2 steps (6 timesteps trained on) for dev with 512 tokens of T5, 4 Euler steps (all trained on) for schnell
+with 256. Rewards, balancing and prompts are those of configs/sd3.py. Not run by this project yet: a run takes large
+accelerators. `model.path` is a diffusers directory or hub id; dev is gated (log in first).
+
+`flux1_dev` and `flux1_schnell` are for eight GPUs of 80 GB. `marble-jax plan --config=configs/flux.py:PRESET` with the
+options below says, in GB of the largest program and what lies beside it on a device (the reward models take some 12 GB
+more) and seconds of a step at 40 % of the peak, rewards apart:
+
+| preset               | options of plan           | GB of usable  | images a step | s a step |
+|----------------------|---------------------------|---------------|---------------|----------|
+| flux1_dev_80gb       | --devices=1 --chip=h100   | 44.9 of 64.4  | 24 x 12       | 636      |
+| flux1_dev_8x80gb     | --devices=8 --chip=h100   | 45.3 of 64.4  | 48 x 24       | 318      |
+| flux1_dev_v5p_16     | --devices=16 --chip=v5p   | 46.7 of 102.8 | 48 x 24       | 343      |
+| flux1_dev_v6e_16     | --devices=16 --chip=v6e   | 18.5 of 33.5  | 48 x 24       | 171      |
+| flux1_schnell_80gb   | --devices=1 --chip=h100   | 43.9 of 64.4  | 24 x 12       | 314      |
+| flux1_schnell_8x80gb | --devices=8 --chip=h100   | 44.2 of 64.4  | 48 x 24       | 157      |
+| flux1_schnell_v5p_16 | --devices=16 --chip=v5p   | 45.4 of 102.8 | 48 x 24       | 169      |
+| flux1_schnell_v6e_16 | --devices=16 --chip=v6e   | 17.7 of 33.5  | 48 x 24       | 85       |
+
+On v6e-16 the weights are split over all chips (`mesh.fsdp=16`); elsewhere every device holds the 23.8 GB.
+"""
 
 from marble_jax.config import default_config
 from marble_jax.errors import one_of
@@ -22,7 +47,7 @@ MODELS = {
         "evaluation.solver": "euler",
     },
 }
-# (attention, mesh.fsdp, prompts x images a step, rollout batch, micro-batch, chunk a device)
+# Where it runs: (attention, mesh.fsdp, prompts x images a step, rollout batch, micro-batch, chunk a device)
 PLACES = {
     "80gb": ("cudnn", 1, (24, 12), 16, 12, 4),
     "8x80gb": ("cudnn", 1, (48, 24), 384, 96, 4),
