@@ -96,6 +96,8 @@ class TransformerShape:
       num_layers: blocks.
       num_second_attentions: blocks with another attention over the image tokens alone.
       conditioning_size: numbers of a sample's conditioning.
+      parallel_widths: width, in token widths, of what a block computes beside its attention and holds meanwhile: the
+        hidden layer of a feed-forward in parallel; 0 where the feed-forward comes after.
     """
 
     tokens: int
@@ -105,6 +107,7 @@ class TransformerShape:
     num_layers: int
     num_second_attentions: int
     conditioning_size: int
+    parallel_widths: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
