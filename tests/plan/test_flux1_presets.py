@@ -51,6 +51,15 @@ def test_a_preset_fits_with_the_reward_models(model, place, shapes):
         assert needed + REWARDS < accelerator.usable, program
 
 
+def test_the_estimate_of_a_rollout_is_near_the_compilers(shapes):
+    """Weights over 16 chips: libtpu 0.0.52 gave the rollout of this preset 10.74 GB a chip (v6e:4x4)."""
+    settings = settings_of(CONFIG("flux1_dev_v6e_16"))
+    mesh = device_mesh.abstract_mesh(16, settings.mesh.data, settings.mesh.fsdp)
+    sizes = derive_sizes(settings.rollout, settings.training, 16)
+    programs = memory.program_sources(settings, shapes["flux1_dev"], sizes, mesh)
+    assert memory.total(programs["rollout"]) == pytest.approx(10.74e9, rel=0.1)
+
+
 def test_what_the_presets_ask_for(shapes):
     """512 px and rank 64 on attention; a guidance scale where there is an embedding for it."""
     for name, guidance, tokens in (("flux1_dev", 3.5, 512), ("flux1_schnell", 0.0, 256)):

@@ -162,6 +162,8 @@ class FluxNetworks(Networks):
             num_layers=config.num_layers + config.num_single_layers,
             num_second_attentions=0,
             conditioning_size=conditioning_size + config.pooled_projection_dim,
+            # The hidden layer of a single block's feed-forward.
+            parallel_widths=4,
         )
 
     def sample_flops(self, adapter: Adapter, size: Size, max_sequence_length: int) -> SampleFlops:
