@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from marble_jax.cli.options import boolean, refuse_config, split
+from marble_jax.cli.options import boolean, refuse_config, split, word_list
 from marble_jax.errors import InputError, one_of
 from marble_jax.policies import TRAINED_POLICIES, check_policy
 
@@ -13,6 +13,7 @@ OPTIONS = {
     "out": None,
     "policy": "ema",
     "step": "",
+    "styles": "",
     "merge": "false",
     "dtype": "",
     "verify": "false",
@@ -34,6 +35,7 @@ def help_text() -> str:
                      model card (README.md); it appears when it is complete, and not at all on an error
   --policy=ema       policy: ema (averaged, the one that is evaluated), current, rollout or best
   --step=N           checkpoint of that step (the newest)
+  --styles=kohya,comfyui  also DIR/kohya.safetensors and so on, under the names of the model's original repository
   --merge            also DIR/transformer, whole weights for from_pretrained of the transformer's class in diffusers
   --dtype=float32    of the merged weights: float32, bfloat16 or float16 (the base model's own)
   --verify           open the result with diffusers, PEFT and merged, draw an image with each and compare with ours;
@@ -61,6 +63,7 @@ def run(argv: Sequence[str]) -> int:
     options = ExportOptions(
         policy=values["policy"],
         step=step,
+        styles=word_list(values["styles"]),
         merge=merge,
         dtype=values["dtype"] or None,
         verify=boolean("verify", values["verify"]),

@@ -16,6 +16,7 @@ SAMPLING_OPTIONS = {
     "solver": "euler",
     "guidance": "1.0",
     "negative": "",
+    "embedded_guidance": "",
     "size": "",
     "max_sequence_length": "",
     "omit_text_encoders": "",
@@ -33,6 +34,7 @@ RENAMED_OPTIONS = {
 
 SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
   --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
+  --embedded_guidance=3.5  guidance scale as an input of the model, for guidance-distilled models (the run's own)
   --size=HEIGHTxWIDTH  in pixels; the run's or the model's own unless given
   --max_sequence_length=N  tokens a prompt of the long text encoder (the run's own, or the model's)
   --omit_text_encoders=text_encoder_3  text encoders left out: their part is zeros, as in diffusers, and their
@@ -67,6 +69,7 @@ def sampling_settings(values: Mapping[str, str]) -> SamplingSettings:
         solver=values["solver"],
         guidance=number(values, "guidance", 0),
         negative=values["negative"],
+        embedded_guidance=_embedded_guidance(values),
         size=_size(values["size"]),
         max_sequence_length=length,
         omit_text_encoders=word_list(values["omit_text_encoders"]),
@@ -74,6 +77,22 @@ def sampling_settings(values: Mapping[str, str]) -> SamplingSettings:
         batch=whole_number(values, "batch", 1),
         embedding_cache=values["embedding_cache"],
     )
+
+
+def _embedded_guidance(values: Mapping[str, str]) -> float | None:
+    """The guidance scale as an input of the model; None, for the run's or none, without a value.
+
+    Raises:
+      InputError: not a number above 0.
+    """
+    if not values["embedded_guidance"]:
+        return None
+    guidance = number(values, "embedded_guidance", 0)
+    if guidance == 0:
+        raise InputError(
+            "--embedded_guidance: expected a scale above 0, or no such option for none; received 0"
+        )
+    return guidance
 
 
 def _size(text: str) -> tuple[int, int] | None:

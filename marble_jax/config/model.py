@@ -45,6 +45,12 @@ class ModelSettings:
     max_sequence_length: int = key(
         128, "tokens a prompt, of the family's long text encoder", "tokens, >= 1", "paper"
     )
+    embedded_guidance: float = key(
+        0.0,
+        "guidance scale that a guidance-distilled model takes as an input, such as 3.5; 0: none, for a "
+        "model that takes none",
+        ">= 0",
+    )
     omit_text_encoders: tuple[str, ...] = key(
         (), "text encoders left out, by component name, such as text_encoder_3"
     )

@@ -276,7 +276,7 @@ def _read_layers(
         parts = find_layer(source.path, stem, names, formats)
         a, b = _read_pair(source, stem, keys, parts, widths)
         rank = a.shape[0]
-        # A layer that holds q, k and v is three of ours, with one A between them.
+        # A layer that holds q, k and v is several of ours, with one A between them.
         for part in parts:
             # Two names of one layer, say with dots and with underscores, would otherwise overwrite each other.
             if part.name in layers:
@@ -322,9 +322,9 @@ def _read_pair(
     a = _read_matrix(source, keys["a"])
     b = _read_matrix(source, keys["b"])
     rank = a.shape[0]
-    # All layers that share a fused one have the same widths.
+    # Any of the layers that share a fused one tells its widths.
     inner, outer = widths[parts[0].name]
-    expected_a, expected_b = (rank, inner), (outer * parts[0].parts, rank)
+    expected_a, expected_b = (rank, inner), (outer * parts[0].parts // parts[0].span, rank)
     if (a.shape, b.shape) != (expected_a, expected_b) or rank == 0:
         raise InputError(
             f"{source.path}: {stem}: expected A {expected_a} and B {expected_b} for this "
@@ -378,7 +378,8 @@ def _read_scalar(source: SafetensorsFile, key: str) -> float:
 
 def _part_of_rows(b: np.ndarray, part: LayerPart) -> np.ndarray:
     """Rows of B that are one of our layers, in our order."""
-    rows = np.split(b, part.parts)[part.part]
+    height = b.shape[0] // part.parts
+    rows = b[part.part * height : (part.part + part.span) * height]
     if not part.swapped:
         return rows
     first, second = np.split(rows, 2)

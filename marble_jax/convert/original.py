@@ -28,8 +28,9 @@ class Piece:
     Attributes:
       key: the original tensor, with its prefix; None for an identity matrix that the file leaves out.
       shape: of the published tensor; a 1x1 convolution is published as a matrix.
-      part: which of `parts` equal parts of the rows it is.
+      part: the first of the `parts` equal parts of the rows that it is made of.
       parts: 1 for all of the rows.
+      span: how many parts it is made of.
       swapped: whether the two halves of the rows change places.
     """
 
@@ -37,6 +38,7 @@ class Piece:
     shape: tuple[int, ...]
     part: int = 0
     parts: int = 1
+    span: int = 1
     swapped: bool = False
 
     @property
@@ -44,14 +46,13 @@ class Piece:
         """Shape of the original tensor that the piece is cut from."""
         if self.parts == 1:
             return self.shape
-        return (self.parts * self.shape[0], *self.shape[1:])
+        return (self.parts * self.shape[0] // self.span, *self.shape[1:])
 
     def cut(self, tensor: np.ndarray) -> np.ndarray:
         """The published tensor, from the original one."""
         if self.parts > 1:
             rows = tensor.shape[0] // self.parts
-            first = self.part * rows
-            tensor = tensor[first : first + rows]
+            tensor = tensor[self.part * rows : (self.part + self.span) * rows]
         if self.swapped:
             half = tensor.shape[0] // 2
             tensor = np.concatenate([tensor[half:], tensor[:half]])
@@ -228,7 +229,8 @@ def _pieces(
         tensor = original.layout.original(component, entry.key, config)
         key = prefix + tensor.key
         if tensor.key in present:
-            pieces[entry.key] = Piece(key, shape, tensor.part, tensor.parts, tensor.swapped)
+            rows = (tensor.part, tensor.parts, tensor.span)
+            pieces[entry.key] = Piece(key, shape, *rows, tensor.swapped)
             _check_shape(file, key, pieces[entry.key])
         elif tensor.identity:
             pieces[entry.key] = Piece(None, shape)

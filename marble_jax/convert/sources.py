@@ -175,7 +175,8 @@ def _open_file(
     original = open_original(path, formats, ignore)
     family = original.formats
     model = Model(name, "original", path, family, dict(original.components))
-    model.written |= original.layout.written
+    configs = {part: component.config for part, component in original.components.items()}
+    model.written |= original.layout.written(configs)
     index: dict[str, Any] = {
         "_class_name": family.pipeline,
         "_diffusers_version": family.diffusers_version,

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from marble_jax.distributed.sharding import ShardingRules
+from marble_jax.errors import InputError
 from marble_jax.networks.fused_attention import FusedAttention
 from marble_jax.types import Adapter, Conditioning, Params
 from marble_jax.weights.formats import FileFormats
@@ -47,7 +48,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkOptions:
-    """How a transformer is computed; none of it changes what is computed.
+    """How a transformer is computed; nothing but the last two changes what is computed.
 
     Attributes:
       dtype: of weights and matrix products.
@@ -55,8 +56,9 @@ class NetworkOptions:
       remat: what a backward pass recomputes: "none", "full" or "dots".
       unroll: blocks in one iteration of the loop over equal ones.
       attention: implementation by name, or a fused kernel made for a mesh.
-      lora_scale: alpha / rank of the adapter.
       gather: puts a layer's weights together from the devices they are split over; None where they lie whole.
+      lora_scale: alpha / rank of the adapter.
+      embedded_guidance: guidance scale that a guidance-distilled model takes as an input; None for other models.
     """
 
     dtype: Any = jnp.float32
@@ -64,8 +66,9 @@ class NetworkOptions:
     remat: str = "none"
     unroll: int = 1
     attention: str | FusedAttention = "xla"
-    lora_scale: float = 1.0
     gather: Callable[[tuple[str, ...], Params], Params] | None = None
+    lora_scale: float = 1.0
+    embedded_guidance: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,8 @@ class TransformerShape:
       num_layers: blocks.
       num_second_attentions: blocks with another attention over the image tokens alone.
       conditioning_size: numbers of a sample's conditioning.
+      parallel_widths: width, in token widths, of what a block computes beside its attention and holds meanwhile: the
+        hidden layer of a feed-forward in parallel; 0 where the feed-forward comes after.
     """
 
     tokens: int
@@ -104,6 +109,7 @@ class TransformerShape:
     num_layers: int
     num_second_attentions: int
     conditioning_size: int
+    parallel_widths: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +159,7 @@ class Networks(abc.ABC):
       decoder_params: weights of the autoencoder's decoder, likewise.
       sharding_rules: how the transformer's parameters are split over a mesh.
       largest_activation: numbers in the decoder's largest activation, of one pixel of one frame.
+      longest_prompt: tokens a prompt at most; None for any number.
     """
 
     directory: Path | None
@@ -161,6 +168,7 @@ class Networks(abc.ABC):
     decoder_params: Params
     sharding_rules: ShardingRules
     largest_activation: int
+    longest_prompt: int | None = None
 
     @abc.abstractmethod
     def velocity(
@@ -204,6 +212,34 @@ class Networks(abc.ABC):
           names: of the settings for height, width and frames, for the message.
         """
 
+    def check_guidance(self, embedded_guidance: float | None, name: str) -> None:
+        """Raises InputError for a guidance scale that the model does not take as an input, or for none where it does.
+
+        Most models take none; families of guidance-distilled ones say otherwise.
+
+        Args:
+          embedded_guidance: guidance scale; None for none.
+          name: of the setting, for the message.
+        """
+        if embedded_guidance is not None:
+            raise InputError(
+                f"{name}: expected none, as this model does not take a guidance scale as an input; "
+                f"received {embedded_guidance:g}"
+            )
+
+    def check_sequence_length(self, max_sequence_length: int, name: str) -> None:
+        """Raises InputError for more tokens a prompt than the model takes.
+
+        Args:
+          max_sequence_length: tokens a prompt.
+          name: of the setting, for the message.
+        """
+        longest = self.longest_prompt
+        if longest is not None and max_sequence_length > longest:
+            raise InputError(
+                f"{name}: expected at most {longest} tokens; received {max_sequence_length}"
+            )
+
     @abc.abstractmethod
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         """Shape of one sample's latents. Raises InputError for a size off the grid."""
@@ -241,6 +277,11 @@ class Networks(abc.ABC):
         """The same networks for an adapter of another scale."""
         return self.with_options(dataclasses.replace(self.options, lora_scale=scale))
 
+    def with_guidance(self, embedded_guidance: float | None) -> Networks:
+        """The same networks for another guidance scale as an input; see `check_guidance`."""
+        options = dataclasses.replace(self.options, embedded_guidance=embedded_guidance)
+        return self.with_options(options)
+
 
 @dataclasses.dataclass(frozen=True)
 class DiffusersNames:
@@ -251,7 +292,7 @@ class DiffusersNames:
       transformer: class of the transformer.
       tag: of its models on the Hugging Face Hub.
       without_text: components that may be left out where embeddings are given.
-      latents_to_torch: axes of our latents [N, ...] in the order of diffusers'.
+      pack_latents: our latents [N, *latent] as the pipeline takes them.
       conditioning: name of each conditioning array -> argument of the pipeline.
     """
 
@@ -259,7 +300,7 @@ class DiffusersNames:
     transformer: str
     tag: str
     without_text: tuple[str, ...]
-    latents_to_torch: tuple[int, ...]
+    pack_latents: Callable[[np.ndarray], np.ndarray]
     conditioning: Mapping[str, str]
 
 

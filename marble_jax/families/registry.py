@@ -8,10 +8,12 @@ from pathlib import Path
 
 from marble_jax.errors import InputError, nearest
 from marble_jax.families.base import Family
+from marble_jax.families.model_index import name_without_owner
 from marble_jax.storage.files import read_json
 
 BUILT_IN = {
     "StableDiffusion3Pipeline": "marble_jax.families.sd3.family",
+    "FluxPipeline": "marble_jax.families.flux1.family",
 }
 """Pipeline class -> module whose `FAMILY` opens its models; imported when a model asks for it."""
 
@@ -89,8 +91,7 @@ def family_of_published(name: str, known: Sequence[Family] = ()) -> Family:
     Raises:
       InputError: none does; the message lists the published models.
     """
-    # Without the owner: copies under another one have the same shapes.
-    _, _, last = name.rstrip("/").rpartition("/")
+    last = name_without_owner(name)
     published: list[str] = []
     for family in tuple(known) or families():
         if last in family.published_models:

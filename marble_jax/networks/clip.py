@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,89 +19,25 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from marble_jax.errors import InputError, one_of
+from marble_jax.errors import InputError
+from marble_jax.networks.clip_config import (
+    ACTIVATIONS,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
 from marble_jax.types import Params
 from marble_jax.weights.component import OrbaxDir, load_component, open_component
-from marble_jax.weights.key_map import PlaceLeaf, path_entries
-from marble_jax.weights.published_config import check_heads, config_from
+from marble_jax.weights.key_map import Entry, PlaceLeaf, path_entries
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
 BUFFERS = ("*.position_ids",)
 """Integer buffers 0, 1, 2, ... that older files hold; nothing to load."""
 # Two tokens: no leaf's shape depends on how many there are.
 _IDS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+_TOWER = "text_model."
 LEGACY_EOS = 2
 """`eos_token_id` of configs written before the field was right: pool where the id is largest instead."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
-    """Shape of a text tower; names and defaults are those of its config.json, which may leave defaults out."""
-
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
-        """The config of a parsed config.json; keys that do not change the network's function are passed over."""
-        return config_from(cls, values)
-
-
-@dataclasses.dataclass(frozen=True)
-class CLIPVisionConfig:
-    """Shape of a vision tower; names and defaults are those of its config.json."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
-        """The config of a parsed config.json; keys that do not change the network's function are passed over."""
-        return config_from(cls, values)
-
-
-@dataclasses.dataclass(frozen=True)
-class CLIPConfig:
-    """Both towers and the width of the space they meet in."""
-
-    text: CLIPTextConfig
-    vision: CLIPVisionConfig
-    projection_dim: int = 512
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
-        """The config of a parsed `CLIPModel` config.json; the towers' own `projection_dim` does not count there."""
-        return cls(
-            CLIPTextConfig.from_dict(values.get("text_config") or {}),
-            CLIPVisionConfig.from_dict(values.get("vision_config") or {}),
-            values.get("projection_dim", 512),
-        )
 
 
 @flax.struct.dataclass
@@ -112,7 +48,8 @@ class TextOutput:
       penultimate: [N, T, hidden_size] output of the last layer but one, before the final norm; the token embeddings
         that diffusion models are conditioned on.
       last: [N, T, hidden_size] output of the last layer after the final norm.
-      pooled: [N, projection_dim] projection of `last` at the end-of-text token.
+      pooled: [N, projection_dim] projection of `last` at the end-of-text token; `last` itself there, [N, hidden_size],
+        in an encoder without projection.
     """
 
     penultimate: jax.Array
@@ -227,14 +164,23 @@ class VisionTower(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """`CLIPTextModelWithProjection`: ids int32 [N, T] to `TextOutput`."""
+    """`CLIPTextModelWithProjection`: ids int32 [N, T] to `TextOutput`.
+
+    Attributes:
+      config: the tower's shape.
+      dtype: of the computation.
+      projected: False for `CLIPTextModel`, which has no projection; what is pooled is then [N, hidden_size].
+    """
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
+    projected: bool = True
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> TextOutput:
         penultimate, last, pooled = TextTower(self.config, self.dtype, name="text_model")(ids)
+        if not self.projected:
+            return TextOutput(penultimate, last, pooled)
         project = _projection(self.config.projection_dim, self.dtype, "text_projection")
         return TextOutput(penultimate, last, project(pooled))
 
@@ -296,16 +242,38 @@ class CLIPModel(nn.Module):
 
 
 def load_text_encoder(
-    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: PlaceLeaf | None = None
+    directory: pathlib.Path | str,
+    dtype: Any = jnp.float32,
+    place: PlaceLeaf | None = None,
+    projected: bool = True,
 ) -> tuple[CLIPTextEncoder, Params]:
-    """Model and parameters of a `CLIPTextModelWithProjection` directory (`place` as in `load_component`).
+    """Model and parameters of a text encoder's directory.
+
+    Args:
+      directory: of a `CLIPTextModelWithProjection`, or of a `CLIPTextModel`.
+      dtype: of weights and computation.
+      place: as in `load_component`.
+      projected: False for a `CLIPTextModel`.
 
     Raises:
       InputError: missing or malformed directory, config or weights.
     """
     source = open_component(directory)
-    model = CLIPTextEncoder(CLIPTextConfig.from_dict(source.config), dtype)
-    return model, _load(source, model, dtype, place, _IDS)
+    model = CLIPTextEncoder(CLIPTextConfig.from_dict(source.config), dtype, projected)
+    shapes = abstract_text_params(model)
+    entries = text_entries(shapes, source.keys())
+    return model, load_component(source, entries, shapes, dtype, BUFFERS, place)
+
+
+def text_entries(shapes: Mapping[str, Any], keys: Collection[str]) -> list[Entry]:
+    """Key map of a text encoder for a file with these keys.
+
+    transformers writes the tower of a `CLIPTextModel` under `text_model.` up to version 4, and from 5 on without.
+    """
+    entries = path_entries(shapes)
+    if not keys or any(key.startswith(_TOWER) for key in keys):
+        return entries
+    return [dataclasses.replace(entry, key=entry.key.removeprefix(_TOWER)) for entry in entries]
 
 
 def abstract_text_params(model: CLIPTextEncoder) -> dict[str, Any]:
@@ -367,11 +335,6 @@ def unit(x: jax.Array) -> jax.Array:
 
 def _projection(features: int, dtype: Any, name: str | None) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=dtype, name=name)
-
-
-def _check(config: CLIPTextConfig | CLIPVisionConfig) -> None:
-    one_of("CLIP config hidden_act", config.hidden_act, ACTIVATIONS)
-    check_heads("CLIP config", config.hidden_size, config.num_attention_heads)
 
 
 def _pixels(config: CLIPVisionConfig) -> jax.ShapeDtypeStruct:

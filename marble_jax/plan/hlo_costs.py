@@ -63,7 +63,8 @@ def explanations(family: Family) -> tuple[Explanation, ...]:
         Explanation(
             "all-gather",
             ALWAYS,
-            r"/(squeeze|dynamic_slice|sharding_constraint|gathered)",
+            # An argument that is put together whole goes by its own name.
+            r"/(squeeze|dynamic_slice|sharding_constraint|gathered)|^params\[",
             "base weights of one layer, split over fsdp, put together where they are used",
         ),
         Explanation(

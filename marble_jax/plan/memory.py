@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from marble_jax.config import Settings
 from marble_jax.distributed import device_mesh
+from marble_jax.distributed.sharding import SCANNED_PREFIX
 from marble_jax.objectives.registry import make_objective
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.programs.open_model import decode_size
@@ -240,7 +242,8 @@ class MemoryModel:
 
     def forward(self, count: int) -> float:
         """Bytes of a block's forward pass of `count` samples."""
-        return count * (self.scores(self.tokens, FLOAT32) + FORWARD_ARRAYS * self.stream)
+        arrays = (FORWARD_ARRAYS + self.transformer.parallel_widths) * self.stream
+        return count * (self.scores(self.tokens, FLOAT32) + arrays) + self.gathered()
 
     def backward(self, count: int, cotangents: int = 1) -> float:
         """Bytes of a block's backward pass of `count` samples with `cotangents` for each."""
@@ -248,8 +251,22 @@ class MemoryModel:
         if self.transformer.num_second_attentions:
             kept_scores += self.scores(self.transformer.tokens, self.itemsize)
         # The forward pass is kept once; every cotangent goes through the block with arrays of its own.
-        pulled_back = self.scores(self.tokens, FLOAT32) + BLOCK_ARRAYS * self.stream
-        return count * (kept_scores + cotangents * pulled_back)
+        arrays = (BLOCK_ARRAYS + self.transformer.parallel_widths) * self.stream
+        pulled_back = self.scores(self.tokens, FLOAT32) + arrays
+        return count * (kept_scores + cotangents * pulled_back) + self.gathered()
+
+    def gathered(self) -> float:
+        """Bytes of the largest block's weights, put together from several devices; 0 where every device has them."""
+        if self.mesh.shape["fsdp"] == 1:
+            return 0.0
+        blocks: dict[str, float] = {}
+        params = traverse_util.flatten_dict(dict(self.shapes.networks.params))
+        for path, leaf in params.items():
+            if path[0].startswith(SCANNED_PREFIX):
+                # The first axis counts the blocks of a run.
+                own = leaf.size // leaf.shape[0] * leaf.dtype.itemsize
+                blocks[path[0]] = blocks.get(path[0], 0.0) + own
+        return max(blocks.values(), default=0.0)
 
     def saved(self, count: int) -> Source:
         """What all blocks keep for the backward pass of `count` samples."""

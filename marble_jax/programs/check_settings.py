@@ -77,7 +77,6 @@ def _check_cleaning(settings: Settings) -> None:
             )
         return
     reasons = {
-        "harmonize.mode=upstream": harmonize.mode == "upstream",
         f"harmonize.balancer={harmonize.balancer}": harmonize.balancer in ("equal", "fixed"),
         f"advantages.scalarize={settings.advantages.scalarize}": settings.advantages.scalarize
         != "none",

@@ -3,6 +3,7 @@
     pytorch_lora_weights.safetensors            diffusers' load_lora_weights, ComfyUI
     adapter_config.json, adapter_model.*        PEFT, upstream's evaluation.py --lora_hf_path
     lora/                                       the same two, where upstream's evaluation.py --checkpoint_path looks
+    kohya.safetensors, comfyui.safetensors      the names of the model's original repository, when asked for
     transformer/                                merged weights for from_pretrained, when asked for
     README.md, images/, export.json             model card with metrics and images; the same for programs
 
@@ -23,8 +24,9 @@ from marble_jax import distributed, platform
 from marble_jax.config import Settings
 from marble_jax.console import Console, quantity
 from marble_jax.convert.lora_files import merge_transformer
+from marble_jax.convert.lora_styles import STYLES, styled_lora
 from marble_jax.convert.writing import KEEP
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, one_of
 from marble_jax.families.base import Family, NetworkOptions
 from marble_jax.programs.export_folder import (
     exported_pairs,
@@ -55,6 +57,7 @@ class ExportOptions:
     Attributes:
       policy: one of `policies.TRAINED_POLICIES`.
       step: of the checkpoint; the newest if None.
+      styles: keys of `convert.lora_styles.STYLES`; a file of that name is written for each.
       merge: also write the merged transformer.
       dtype: of the merged weights, "float32" and so on; the base model's own if None.
       verify: open the result with other libraries and compare, before it takes its place.
@@ -64,6 +67,7 @@ class ExportOptions:
 
     policy: str = "ema"
     step: int | None = None
+    styles: tuple[str, ...] = ()
     merge: bool = False
     dtype: str | None = None
     verify: bool = False
@@ -85,6 +89,8 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
     """
     if options.verify:
         check_packages()
+    for style in options.styles:
+        one_of("--styles", style, STYLES)
     if options.merge and "://" in out:
         raise InputError(f"--merge: expected an --out on this machine; received {out!r}")
     platform.keep_compilations()
@@ -104,6 +110,9 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
             f"{spec.alpha:g}, {len(pairs)} layers, {quantity(facts.num_values)} values"
         )
         write_lora(folder, pairs, facts, family)
+        for style in options.styles:
+            content = styled_lora(pairs, spec, family.formats, shapes, style)
+            (folder / f"{style}.safetensors").write_bytes(content)
         if options.merge:
             target = Path(folder / "transformer")
             dtype = options.dtype or KEEP
@@ -129,6 +138,7 @@ def _drawing(options: ExportOptions, root: Path, family: Family, facts: Facts) -
         facts.size,
         facts.max_sequence_length,
         facts.spec.scale,
+        facts.embedded_guidance,
     )
 
 

@@ -118,6 +118,7 @@ def facts_of(
         num_values=num_values,
         size=Size(model.height, model.width, model.num_frames),
         max_sequence_length=model.max_sequence_length,
+        embedded_guidance=model.embedded_guidance or None,
         records=read_records(workdir.path),
     )
 

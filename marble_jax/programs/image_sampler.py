@@ -81,6 +81,7 @@ class ImageSampler:
         self.family = family_of(self.root)
         check_omitted(self.family, self._omit, "--omit_text_encoders")
         self._length = self._sequence_length()
+        self._embedded_guidance = self._guidance_input()
         self._mesh = device_mesh.make_mesh()
         # Every device draws: a batch is a multiple of their number.
         devices = self._mesh.size
@@ -97,6 +98,14 @@ class ImageSampler:
         if self.run is not None:
             return self.run.model.max_sequence_length
         return self.family.default_sequence_length(self.root)
+
+    def _guidance_input(self) -> float | None:
+        """Guidance scale as an input of the model: the one asked for, the run's, or none."""
+        if self._settings.embedded_guidance is not None:
+            return self._settings.embedded_guidance
+        if self.run is not None:
+            return self.run.model.embedded_guidance or None
+        return None
 
     def prepare(self, texts: Sequence[str], console: Console) -> None:
         """Before `open`: with an embedding cache, encodes all texts and lets go of the text encoders."""
@@ -130,6 +139,9 @@ class ImageSampler:
         networks, self._decoder = self._pipelines.networks(
             self.family, self.root, self._dtype, self._attention, self._mesh
         )
+        networks.check_guidance(self._embedded_guidance, "--embedded_guidance")
+        networks.check_sequence_length(self._length, "--max_sequence_length")
+        networks = networks.with_guidance(self._embedded_guidance)
         networks, adapter = self._restored(networks)
         adapter = add_loras(
             self._source.loras,
@@ -225,11 +237,11 @@ class ImageSampler:
     def plan(self) -> dict[str, Any]:
         """Returns the part of `record` that is known before any weights are read."""
         settings = self._settings
-        known: dict[str, Any] = {}
+        plan: dict[str, Any] = {}
         # Without one the model decides, once it is open.
         if settings.size is not None:
-            known["size"] = list(settings.size)
-        return known | {
+            plan["size"] = list(settings.size)
+        plan |= {
             "seed": settings.seed,
             "steps": settings.num_steps,
             "solver": settings.solver,
@@ -240,6 +252,10 @@ class ImageSampler:
             "omit_text_encoders": list(self._omit),
             "dtype": self._dtype,
         }
+        # Only where it counts: folders of other models say nothing of it.
+        if self._embedded_guidance is not None:
+            plan["embedded_guidance"] = self._embedded_guidance
+        return plan
 
     def _digest(self) -> str:
         """Hash of the adapter's values; empty without one."""
@@ -295,6 +311,8 @@ class ImageSampler:
         }
         if settings.guided:
             written["negative prompt"] = settings.negative
+        if self._embedded_guidance is not None:
+            written["embedded guidance"] = f"{self._embedded_guidance:g}"
         return written
 
 

@@ -45,6 +45,7 @@ class Facts:
       num_values: numbers in the adapter.
       size: of the images in training.
       max_sequence_length: tokens a prompt in training.
+      embedded_guidance: guidance scale that the model took as an input in training; None for a model that takes none.
       records: of the run.
     """
 
@@ -60,6 +61,7 @@ class Facts:
     num_values: int
     size: Size
     max_sequence_length: int
+    embedded_guidance: float | None
     records: Records
 
     @property
@@ -280,12 +282,13 @@ def _usage(facts: Facts, merged: bool) -> str:
 
 def _usage_of_lora(facts: Facts) -> str:
     pipeline, size = facts.diffusers.pipeline, facts.size
+    guidance = facts.embedded_guidance or 1.0
     opening, place = "", f'"{facts.base}"'
     if facts.embedded:
         opening = "from importlib.resources import files\n"
         place = 'str(files("marble_jax") / "embedded/pipeline")'
     call = (
-        f'image = pipe("...", num_inference_steps=40, guidance_scale=1.0, height={size.height}, '
+        f'image = pipe("...", num_inference_steps=40, guidance_scale={guidance}, height={size.height}, '
         f"width={size.width}, max_sequence_length={facts.max_sequence_length}).images[0]"
     )
     return f"""## Use

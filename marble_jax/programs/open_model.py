@@ -85,8 +85,9 @@ def network_options(
         remat=settings.remat,
         unroll=settings.unroll,
         attention=attention_of(settings.attention, settings.dtype, mesh),
-        lora_scale=lora_scale,
         gather=gather,
+        lora_scale=lora_scale,
+        embedded_guidance=settings.embedded_guidance or None,
     )
 
 
@@ -96,11 +97,11 @@ def open_networks(
     """Opens a run's networks, the transformer's weights laid out over the mesh.
 
     Raises:
-      InputError: missing or malformed files, or a size that the model cannot draw.
+      InputError: missing or malformed files, or a size, guidance scale or length that the model does not take.
     """
     # Shapes first: a size that does not fit shows before gigabytes are read, and rules need the head's width.
     outline = family.outline(root, NetworkOptions())
-    outline.check_size(size_of(settings), SIZE_KEYS)
+    _check_settings(outline, settings)
     transformer = outline.sharding_rules
 
     def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
@@ -118,7 +119,8 @@ def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family
       The family, its networks, and what `Family.outline` was given: a directory or a published name.
 
     Raises:
-      InputError: neither a local directory with config files nor a published name; a size that does not fit.
+      InputError: neither a local directory with config files nor a published name; a size, guidance scale or length
+        that does not fit.
     """
     path = resolve_path(settings.path, "pipeline")
     model: Path | str
@@ -127,8 +129,15 @@ def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family
     else:
         model, family = settings.path, family_of_published(settings.path)
     networks = family.outline(model, network_options(settings, lora_scale))
-    networks.check_size(size_of(settings), SIZE_KEYS)
+    _check_settings(networks, settings)
     return family, networks, model
+
+
+def _check_settings(networks: Networks, settings: ModelSettings) -> None:
+    """Raises InputError for a size, a guidance scale or a length of prompts that a model does not take."""
+    networks.check_size(size_of(settings), SIZE_KEYS)
+    networks.check_guidance(settings.embedded_guidance or None, "model.embedded_guidance")
+    networks.check_sequence_length(settings.max_sequence_length, "model.max_sequence_length")
 
 
 def text_embeddings(

@@ -32,6 +32,7 @@ class SamplingSettings:
       solver: name of the solver.
       guidance: classifier-free guidance scale; 1 or less is off.
       negative: the negative prompt, used with guidance.
+      embedded_guidance: guidance scale as an input of a guidance-distilled model; the run's, or none when None.
       size: (height, width) in pixels; the run's, or the model's own when None.
       max_sequence_length: tokens a prompt; the run's, or the model's own when None.
       omit_text_encoders: component names of text encoders to leave out, besides those that a run leaves out.
@@ -46,6 +47,7 @@ class SamplingSettings:
     solver: str = "euler"
     guidance: float = 1.0
     negative: str = ""
+    embedded_guidance: float | None = None
     size: tuple[int, int] | None = None
     max_sequence_length: int | None = None
     omit_text_encoders: tuple[str, ...] = ()

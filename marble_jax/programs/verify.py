@@ -50,6 +50,7 @@ class Drawing:
       size: of the image.
       max_sequence_length: tokens a prompt. Optional text encoders are left out, as the adapter does not reach them.
       lora_scale: alpha / rank.
+      embedded_guidance: guidance scale as an input of the model; None for a model that takes none.
     """
 
     model: Path
@@ -58,6 +59,7 @@ class Drawing:
     size: Size
     max_sequence_length: int
     lora_scale: float
+    embedded_guidance: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,9 @@ def _failure(reading: Reading, difference: float, strength: float) -> str:
 def _our_images(drawing: Drawing, adapter: Adapter) -> OurImages:
     """Draws with the trainer's own networks."""
     family, root = drawing.family, drawing.model
-    networks = family.open(root, NetworkOptions(lora_scale=drawing.lora_scale))
+    guidance = drawing.embedded_guidance
+    options = NetworkOptions(lora_scale=drawing.lora_scale, embedded_guidance=guidance)
+    networks = family.open(root, options)
     # Without the optional ones, which may be most of the model: the adapter does not reach them.
     encoders = family.open_text_encoders(root, jnp.float32, family.optional_text_encoders)
     shape = networks.latent_shape(drawing.size)
@@ -285,7 +289,9 @@ def _drawer(pipe: Any, drawing: Drawing, ours: OurImages) -> Callable[[], np.nda
     import torch
 
     names = drawing.family.diffusers
-    noise = torch.tensor(ours.noise).permute(*names.latents_to_torch)
+    noise = torch.tensor(names.pack_latents(ours.noise))
+    # One argument of diffusers' for both: the scale as an input, and classifier-free guidance, which is off at 1.
+    guidance = drawing.embedded_guidance or 1.0
     cond = {}
     for name, argument in names.conditioning.items():
         cond[argument] = torch.tensor(ours.cond[name])
@@ -294,7 +300,7 @@ def _drawer(pipe: Any, drawing: Drawing, ours: OurImages) -> Callable[[], np.nda
         images = pipe(
             latents=noise,
             num_inference_steps=NUM_STEPS,
-            guidance_scale=1.0,
+            guidance_scale=guidance,
             height=drawing.size.height,
             width=drawing.size.width,
             output_type="np",

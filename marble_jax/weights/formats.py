@@ -49,14 +49,16 @@ class LayerPart:
 
     Attributes:
       name: our layer's published name.
-      part: which of `parts` equal parts of the output it is.
-      parts: 3 for q, k and v in one layer, else 1.
+      part: the first of the `parts` equal parts of the output that it is made of.
+      parts: 3 for q, k and v in one layer, 1 where the layer is not fused.
+      span: how many parts it is made of.
       swapped: whether the two halves of the output are ours in the other order.
     """
 
     name: str
     part: int = 0
     parts: int = 1
+    span: int = 1
     swapped: bool = False
 
 

@@ -1,8 +1,8 @@
 """The layout of an original single-file checkpoint: several components in one file, under names of its own.
 
-A published tensor is often only a part of an original one: a third of a fused query-key-value matrix, or the same rows
-with their halves swapped. `SingleFile` says which, tensor by tensor, and reads the configs, which such files do not
-hold, off the shapes.
+A published tensor is often only a part of an original one: some rows of a fused matrix, such as its queries, or the
+same rows with their halves swapped. `SingleFile` says which, tensor by tensor, and reads the configs, which such files
+do not hold, off the shapes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class OriginalTensor:
 
     Attributes:
       key: the original tensor, without the component's prefix.
-      part: which of `parts` equal parts of its rows the published tensor is.
-      parts: 3 for a fused query-key-value matrix, else 1.
+      part: the first of the `parts` equal parts of its rows that the published tensor is made of.
+      parts: 3 for a fused query-key-value matrix, 1 where the tensor is not fused.
+      span: how many parts the published tensor is made of.
       swapped: whether the two halves of the rows change places.
       identity: whether a file may leave the tensor out where it is an identity matrix.
     """
@@ -31,6 +32,7 @@ class OriginalTensor:
     key: str
     part: int = 0
     parts: int = 1
+    span: int = 1
     swapped: bool = False
     identity: bool = False
 
@@ -84,7 +86,8 @@ class SingleFile:
       config: (component, shapes of its tensors) -> contents of its config.json.
       original: (component, published name, config) -> where the tensor lies.
       unused: patterns of tensors that no network reads.
-      written: small JSON files that a file of weights lacks, by their path in the model directory.
+      written: (contents of config.json by component) -> small JSON files that a file of weights lacks, by their path
+        in the model directory.
     """
 
     recognizes: Callable[[Iterable[str]], bool]
@@ -93,4 +96,4 @@ class SingleFile:
     config: Callable[[str, TensorShapes], dict[str, Any]]
     original: Callable[[str, str, Mapping[str, Any]], OriginalTensor]
     unused: tuple[str, ...]
-    written: Mapping[str, Any]
+    written: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]]

@@ -50,10 +50,10 @@ def test_every_registered_family_is_complete():
 def test_the_index_tells_the_family(tmp_path):
     assert open_model(str(EMBEDDED), BOTH, components=["vae"]).formats is SD3_FORMATS
     (tmp_path / "text_encoder").mkdir()
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
     with pytest.raises(
         InputError,
-        match="expected a OtherPipeline or StableDiffusion3Pipeline; received FluxPipeline",
+        match="expected a OtherPipeline or StableDiffusion3Pipeline; received Flux2Pipeline",
     ):
         open_model(str(tmp_path), BOTH)
 

@@ -207,8 +207,8 @@ NORM = "text_model.final_layer_norm.weight"
             "expected a model directory with model_index.json or one of trans",
         ),
         (
-            lambda d: (d / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-            "model_index.json: expected a StableDiffusion3Pipeline; received FluxPipeline",
+            lambda d: (d / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}'),
+            "model_index.json: expected a StableDiffusion3Pipeline or FluxPipeline; received Flux2Pipeline",
         ),
         (
             lambda d: (d / "model_index.json").write_text(

@@ -10,7 +10,7 @@ from sd3_lora import LoraSpec, init_adapter
 from marble_jax.families.sd3 import flops
 from marble_jax.families.sd3.config import SD35_MEDIUM, MMDiTConfig
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
-from marble_jax.networks import autoencoder_kl
+from marble_jax.networks import autoencoder_flops, autoencoder_kl
 
 # Every run has one block, so that XLA's analysis, which counts the body of a loop once, sees all of it.
 UNSCANNED = MMDiTConfig(
@@ -91,7 +91,7 @@ def test_decoder_against_xla():
     )
     # XLA does not count products with the zeros around an image: about 1/12 of a 3 x 3 window at a side of 16.
     assert compiled.cost_analysis()["flops"] == pytest.approx(
-        flops.decoder(model.config, params, 16, 12), rel=0.1
+        autoencoder_flops.decoder(model.config, params, 16, 12), rel=0.1
     )
 
 

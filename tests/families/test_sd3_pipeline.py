@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from loaded_pipeline import load_pipeline
+from tiny_tokenizers import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
 from marble_jax.errors import InputError
 from marble_jax.families.base import NetworkOptions, Size
@@ -30,64 +31,11 @@ PROMPTS = [
     "a red cat!",
     'sign saying "AB"',
 ]
-CLIP_LENGTH = 16
 
 
 def relative_error(got, want) -> float:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.abs(got - want).max() / np.abs(want).max())
-
-
-def clip_tokenizer(directory, pad: str):
-    """Byte-level BPE with a few merges; "!" has id 0, so that it can be the pad token as in the second encoder."""
-    transformers, tokenizers = (
-        pytest.importorskip("transformers"),
-        pytest.importorskip("tokenizers"),
-    )
-    directory.mkdir()
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    merges = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>"), ("o", "n</w>")]
-    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    (directory / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (directory / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n"
-    )
-    return transformers.CLIPTokenizer.from_pretrained(
-        str(directory), pad_token=pad, model_max_length=CLIP_LENGTH
-    )
-
-
-def t5_tokenizer():
-    """Unigram over words and characters, pad 0, end of sequence 1, unknown 2."""
-    transformers, tokenizers = (
-        pytest.importorskip("transformers"),
-        pytest.importorskip("tokenizers"),
-    )
-    pieces = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", -20.0),
-        ("▁red", -2.0),
-        ("▁cat", -2.0),
-        ("▁a", -2.0),
-    ]
-    pieces += [("▁", -6.0)]
-    pieces += [(c, -8.0) for c in 'abcdefghijklmnopqrstuvwxyzAB!"']
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False)
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=32,
-    )
 
 
 def build(directory):
@@ -385,8 +333,8 @@ def test_missing_pieces(broken, tmp_path):
         ("model_index.json", {"vae": [None, None]}, "expected a component 'vae'; received none"),
         (
             "model_index.json",
-            {"_class_name": "FluxPipeline"},
-            "_class_name: expected a model of one of the families StableDiffusion3Pipeline.*; received 'FluxPipeline'",
+            {"_class_name": "Flux2Pipeline"},
+            "_class_name: expected a model of one of the families StableDiffusion3Pipeline.*; received 'Flux2Pipeline'",
         ),
         (
             "scheduler/scheduler_config.json",

@@ -122,8 +122,8 @@ def test_a_class_of_no_family_is_refused_with_the_list(toy, place, capsys):
     index.write_text(json.dumps({"_class_name": "ToyPipelin"}))
     with pytest.raises(
         InputError,
-        match="_class_name: expected a model of one of the families StableDiffusion3Pipeline, ToyPipeline; "
-        "received 'ToyPipelin'; did you mean 'ToyPipeline'",
+        match="_class_name: expected a model of one of the families StableDiffusion3Pipeline, FluxPipeline, "
+        "ToyPipeline; received 'ToyPipelin'; did you mean 'ToyPipeline'",
     ):
         family_of(place / "model")
     index.write_text("{}")

@@ -176,7 +176,9 @@ class ToyFamily(Family):
     tensor_parallel_modules = "expand"
     gathered_tables = "none"
     formats = FORMATS
-    diffusers = DiffusersNames("ToyPipeline", "ToyTransformer", "toy", (), (0, 1, 2), {})
+    diffusers = DiffusersNames(
+        "ToyPipeline", "ToyTransformer", "toy", (), lambda latents: latents, {}
+    )
 
     def components(self, omit=()):
         return ("transformer", "decoder", "text_encoder")

@@ -63,10 +63,6 @@ def held_out_prompts(made):
             "harmonize.unit: expected 'gradient' with harmonize.gram=step, .*received 'signal'",
         ),
         (
-            {"harmonize__gram": "cleaned", "harmonize__mode": "upstream"},
-            "harmonize.gram: expected 'step' with harmonize.mode=upstream, .*received 'cleaned'",
-        ),
-        (
             {"harmonize__gram": "cleaned", "advantages__scalarize": "gdpo"},
             "harmonize.gram: expected 'step' with advantages.scalarize=gdpo, .*received 'cleaned'",
         ),

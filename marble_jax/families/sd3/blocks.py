@@ -23,6 +23,7 @@ from marble_jax.networks.attention import (
     modulate,
 )
 from marble_jax.networks.lora_dense import LoraDense
+from marble_jax.networks.transformer_layers import FeedForward
 
 
 class Attention(nn.Module):
@@ -81,28 +82,6 @@ class Attention(nn.Module):
         if c is None or not self.text_out:
             return attended, None
         return attended, dense("to_add_out", out[:, num_image_tokens:])
-
-
-class FeedForward(nn.Module):
-    """Dense to four times the width, tanh-approximated GELU, Dense back.
-
-    Attributes:
-      dtype: compute dtype.
-      lora_scale: alpha / rank.
-    """
-
-    dtype: Any = jnp.float32
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
-        """Returns the layer's output, token by token."""
-        width = x.shape[-1]
-        options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        expand = LoraDense(4 * width, name="net_0_proj", **options)
-        contract = LoraDense(width, name="net_2", **options)
-        y = nn.gelu(expand(x), approximate=True)
-        return contract(y)
 
 
 class Block(nn.Module):

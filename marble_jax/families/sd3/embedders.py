@@ -5,7 +5,6 @@ Source: diffusers 0.42 `PatchEmbed`, `CombinedTimestepTextProjEmbeddings`.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,20 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from marble_jax.families.sd3.config import MMDiTConfig
-from marble_jax.networks.lora_dense import LoraDense
-
-NUM_FREQUENCIES = 256
-"""Width of the sinusoidal timestep embedding."""
-
-
-def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
-    """Returns float32 cosines, then sines, of 128 frequencies 10000^(-k/128) times a timestep of 0..1000."""
-    half = NUM_FREQUENCIES // 2
-    # float32 whatever the compute dtype: bfloat16 does not hold every integer up to 1000.
-    timestep = timestep.astype(jnp.float32)[:, None]
-    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / half)
-    angles = timestep * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+from marble_jax.networks.transformer_layers import TwoLayer, timestep_embedding
 
 
 def position_table(config: MMDiTConfig, side: int) -> Float[Array, "1 patches d"]:
@@ -75,27 +61,6 @@ class PatchEmbed(nn.Module):
         positions = table[top : top + rows, left : left + columns]
         tokens = (tokens + positions).astype(self.dtype)
         return tokens.reshape(tokens.shape[0], rows * columns, -1)
-
-
-class TwoLayer(nn.Module):
-    """Dense, SiLU, Dense: the embedders of the conditioning vector.
-
-    Attributes:
-      features: width of both layers.
-      dtype: compute dtype.
-      lora_scale: alpha / rank.
-    """
-
-    features: int
-    dtype: Any = jnp.float32
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n inner"]) -> Float[Array, "n features"]:
-        """Returns the embedding of N vectors."""
-        options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        hidden = nn.silu(LoraDense(self.features, name="linear_1", **options)(x))
-        return LoraDense(self.features, name="linear_2", **options)(hidden)
 
 
 class TimeTextEmbed(nn.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
+from marble_jax.families.model_index import component_class, name_without_owner
 from marble_jax.families.sd3 import layer_names, published, text
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS
@@ -75,7 +76,7 @@ class SD3Family(Family):
         tag="stable-diffusion-3",
         without_text=(*text.COMPONENTS, *text.TOKENIZERS),
         # Channels first.
-        latents_to_torch=(0, 3, 1, 2),
+        pack_latents=lambda latents: latents.transpose(0, 3, 1, 2),
         conditioning={"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"},
     )
 
@@ -93,7 +94,7 @@ class SD3Family(Family):
         """See `Family.open`."""
         index = read_json(root / "model_index.json")
         for name in REQUIRED:
-            if text.component_class(index, name) is None:
+            if component_class(index, name) is None:
                 raise InputError(
                     f"{root / 'model_index.json'}: expected a component {name!r}; received none"
                 )
@@ -122,7 +123,7 @@ class SD3Family(Family):
             num_clip_tokens = text.clip_length(model)
             directory: Path | None = model
         else:
-            transformer = published.TRANSFORMERS[_last_part(model)]
+            transformer = published.TRANSFORMERS[name_without_owner(model)]
             vae, scheduler = published.VAE, SchedulerConfig(published.SHIFT)
             num_clip_tokens, directory = text.CLIP_LENGTH, None
         mmdit = MMDiT(transformer, **transformer_options(options))
@@ -192,12 +193,6 @@ def _encoder_configs(
     if not text.has_t5(model):
         return clips, None
     return clips, t5.T5Config.from_dict(read_json(model / text.T5 / "config.json"))
-
-
-def _last_part(name: str) -> str:
-    """Name of a published model without its owner."""
-    _, _, last = name.rstrip("/").rpartition("/")
-    return last
 
 
 FAMILY = SD3Family()

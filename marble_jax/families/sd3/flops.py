@@ -19,7 +19,6 @@ from flax import traverse_util
 
 from marble_jax.families.base import SampleFlops
 from marble_jax.families.sd3.config import MMDiTConfig
-from marble_jax.networks.autoencoder_kl import VAEConfig
 from marble_jax.types import Adapter, Params
 
 # Modules by what their inputs are: one vector a sample, text tokens, or the input of a block.
@@ -121,37 +120,6 @@ def _low_rank_products(
         below = _share_below(path, leaf.shape) if path[-1] == "a" else 1
         flops.backward += product * (1 + below)
     return flops
-
-
-def decoder(config: VAEConfig, params: Params, height: int, width: int) -> float:
-    """FLOPs of decoding one image from latents of `height` x `width` cells.
-
-    Args:
-      config: architecture.
-      params: the autoencoder's parameters, or their shapes; the encoder's do not count.
-      height: latent cells.
-      width: latent cells.
-    """
-    cells = height * width
-    total = 0.0
-    if config.mid_block_add_attention:
-        total = 4.0 * cells**2 * config.block_out_channels[-1]
-    for path, leaf in _kernels(params).items():
-        if path[0] in ("decoder", "post_quant_conv"):
-            # Each doubling of the sides has four times the cells.
-            scale = 4.0 ** _doublings(config, path)
-            total += 2.0 * cells * scale * float(np.prod(leaf.shape))
-    return total
-
-
-def _doublings(config: VAEConfig, path: tuple[str, ...]) -> int:
-    """How often the latents' sides were doubled where a decoder's kernel works."""
-    if len(path) > 1 and path[1].startswith("up_blocks."):
-        # A block's convolution after upsampling works on the larger side already.
-        return int(path[1].split(".")[1]) + ("upsamplers" in path[1])
-    if path[-2] == "conv_out":
-        return config.downsampling.bit_length() - 1
-    return 0
 
 
 def _kernels(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

@@ -7,9 +7,8 @@ from typing import Any
 
 from marble_jax.families.sd3 import layer_names, transformer
 from marble_jax.families.sd3.config import MMDiTConfig
-from marble_jax.networks import autoencoder_kl, clip, t5
+from marble_jax.networks.layouts import autoencoder_layout, clip_text_layout, t5_layout
 from marble_jax.weights.formats import Layout
-from marble_jax.weights.key_map import path_entries
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Directories that hold weights."""
@@ -49,7 +48,7 @@ def layout(component: str, config: Mapping[str, Any], keys: Collection[str] = ()
       InputError: a config this package does not support.
     """
     if component == "text_encoder_3":
-        return _t5_layout(config, keys)
+        return t5_layout(config, keys)
     return _LAYOUTS[component](config)
 
 
@@ -59,28 +58,9 @@ def _transformer_layout(config: Mapping[str, Any]) -> Layout:
     return Layout(tuple(layer_names.entries(shapes)), shapes)
 
 
-def _vae_layout(config: Mapping[str, Any]) -> Layout:
-    vae = autoencoder_kl.AutoencoderKL(autoencoder_kl.VAEConfig.from_dict(config))
-    shapes = autoencoder_kl.abstract_params(vae)
-    return Layout(tuple(path_entries(shapes)), shapes)
-
-
-def _clip_layout(config: Mapping[str, Any]) -> Layout:
-    encoder = clip.CLIPTextEncoder(clip.CLIPTextConfig.from_dict(config))
-    shapes = clip.abstract_text_params(encoder)
-    return Layout(tuple(path_entries(shapes)), shapes, clip.BUFFERS)
-
-
-def _t5_layout(config: Mapping[str, Any], keys: Collection[str]) -> Layout:
-    encoder = t5.T5Encoder(t5.T5Config.from_dict(config))
-    shapes = t5.abstract_params(encoder)
-    entries, ignore = t5.file_entries(shapes, keys)
-    return Layout(tuple(entries), shapes, tuple(ignore))
-
-
 _LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "transformer": _transformer_layout,
-    "vae": _vae_layout,
-    "text_encoder": _clip_layout,
-    "text_encoder_2": _clip_layout,
+    "vae": autoencoder_layout,
+    "text_encoder": clip_text_layout,
+    "text_encoder_2": clip_text_layout,
 }

@@ -39,7 +39,7 @@ def layer_parts(shapes: Mapping[str, Any]) -> dict[str, tuple[LayerPart, ...]]:
     for name in names:
         tensor = original_tensor("transformer", f"{name}.weight", config)
         original = tensor.key.removesuffix(".weight")
-        part = LayerPart(name, tensor.part, tensor.parts, tensor.swapped)
+        part = LayerPart(name, tensor.part, tensor.parts, tensor.span, tensor.swapped)
         if original == name:
             # One layer has the same name in both repositories and is not to be counted twice.
             parts[original] = (part,)

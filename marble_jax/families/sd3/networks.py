@@ -25,7 +25,7 @@ from marble_jax.families.sd3 import flops
 from marble_jax.families.sd3.sharding_rules import transformer_rules
 from marble_jax.families.sd3.transformer import MMDiT, velocity
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS, sigma_grid
-from marble_jax.networks import autoencoder_kl
+from marble_jax.networks import autoencoder_flops, autoencoder_kl
 from marble_jax.networks.autoencoder_kl import AutoencoderKL
 from marble_jax.storage.files import read_json
 from marble_jax.types import Adapter, Params
@@ -211,7 +211,7 @@ class SD3Networks(Networks):
     def decoder_flops(self, size: Size) -> float:
         """See `Networks.decoder_flops`."""
         height, width, _ = self.latent_shape(size)
-        return flops.decoder(self.vae.config, self.decoder_params, height, width)
+        return autoencoder_flops.decoder(self.vae.config, self.decoder_params, height, width)
 
     def with_options(self, options: NetworkOptions) -> SD3Networks:
         """See `Networks.with_options`."""
@@ -230,8 +230,9 @@ def transformer_options(options: NetworkOptions) -> dict[str, Any]:
     """Fields of `MMDiT` that options stand for."""
     fields = {}
     for field in dataclasses.fields(options):
-        # Every option goes by the same name in `MMDiT`.
-        fields[field.name] = getattr(options, field.name)
+        # Every option goes by the same name in `MMDiT`, which has no guidance embedding.
+        if field.name != "embedded_guidance":
+            fields[field.name] = getattr(options, field.name)
     return fields
 
 

@@ -14,6 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from marble_jax.families.sd3.layouts import CLASSES
+from marble_jax.networks.original_files import (
+    autoencoder_config,
+    autoencoder_name,
+    clip_text_config,
+    t5_config,
+)
 from marble_jax.weights.single_file import OriginalTensor, SingleFile, TensorShapes
 
 _PREFIXES = {
@@ -36,7 +42,7 @@ _SCHEDULER = {
 }
 """Sigma grid of every published SD3 and SD3.5 model. Source: scheduler/scheduler_config.json of their repositories."""
 _HEAD = 64
-"""Width of a head in every published MMDiT and CLIP; only norms of queries and keys would show it."""
+"""Width of a head in every published MMDiT; only norms of queries and keys would show it."""
 
 _GLOBAL = {
     "pos_embed.pos_embed": "pos_embed",
@@ -78,19 +84,6 @@ _FUSED = {
     "attn2.to_v": ("x_block.attn2.qkv", 2),
 }
 """The original layer and which third of its rows."""
-_VAE_RULES = (
-    (r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)", r"encoder.down.\1.block.\2"),
-    (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0", r"encoder.down.\1.downsample"),
-    (r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)", r"decoder.up.\1.block.\2"),
-    (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0", r"decoder.up.\1.upsample"),
-    (r"mid_block\.resnets\.0", "mid.block_1"),
-    (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
-    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-    ("conv_norm_out", "norm_out"),
-    ("conv_shortcut", "nin_shortcut"),
-)
 
 
 def original_tensor(component: str, key: str, config: Mapping[str, Any]) -> OriginalTensor:
@@ -105,7 +98,7 @@ def original_tensor(component: str, key: str, config: Mapping[str, Any]) -> Orig
     if component == "transformer":
         return _transformer_tensor(key, config["num_layers"])
     if component == "vae":
-        return OriginalTensor(_vae_name(key, len(config["block_out_channels"])))
+        return OriginalTensor(autoencoder_name(key, len(config["block_out_channels"])))
     # CLIP-L is published without a projection, and diffusers' class has one: the identity stands in.
     identity = component == "text_encoder" and key == "text_projection.weight"
     return OriginalTensor(key, identity=identity)
@@ -128,19 +121,6 @@ def _transformer_tensor(key: str, num_layers: int) -> OriginalTensor:
     # The last block's text stream ends in a norm of the final layer's kind, and is swapped like it.
     swapped = name == "norm1_context.linear" and number == num_layers - 1
     return OriginalTensor(f"joint_blocks.{number}.{_BLOCK[name]}.{leaf}", swapped=swapped)
-
-
-def _vae_name(key: str, num_levels: int) -> str:
-    """Original name of a published tensor of the autoencoder."""
-    # In turn: a resnet's name is made of its block's rule and that of its own layers.
-    for pattern, name in _VAE_RULES:
-        key = re.sub(pattern, name, key)
-
-    def from_finest(match: re.Match[str]) -> str:
-        return f"decoder.up.{num_levels - 1 - int(match[1])}"
-
-    # The original numbers the decoder's resolutions from the finest, diffusers from the coarsest.
-    return re.sub(r"^decoder\.up\.(\d+)", from_finest, key)
 
 
 def _recognizes(keys: Iterable[str]) -> bool:
@@ -190,86 +170,12 @@ def _transformer_config(shapes: TensorShapes) -> dict[str, Any]:
 
 
 def _vae_config(shapes: TensorShapes) -> dict[str, Any]:
-    num_levels = shapes.count(r"encoder\.down\.(\d+)\.")
-    widths = []
-    for level in range(num_levels):
-        widths.append(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0])
-    return {
-        "_class_name": CLASSES["vae"][1],
-        "act_fn": "silu",
-        "sample_size": 1024,
-        "norm_num_groups": 32,
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "block_out_channels": widths,
-        "layers_per_block": shapes.count(r"encoder\.down\.0\.block\.(\d+)\."),
-        "down_block_types": ["DownEncoderBlock2D"] * num_levels,
-        "up_block_types": ["UpDecoderBlock2D"] * num_levels,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes.names,
-        "force_upcast": True,
-        "use_quant_conv": "quant_conv.weight" in shapes.names,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes.names,
-        # Source: vae/config.json of stabilityai/stable-diffusion-3-medium-diffusers.
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-    }
+    # Source: vae/config.json of stabilityai/stable-diffusion-3-medium-diffusers.
+    return autoencoder_config(shapes, scaling_factor=1.5305, shift_factor=0.0609)
 
 
 def _clip_config(shapes: TensorShapes) -> dict[str, Any]:
-    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
-    projection = width
-    # CLIP-L comes without one: the identity, see `original_tensor`.
-    if "text_projection.weight" in shapes.names:
-        projection = shapes["text_projection.weight"][0]
-    return {
-        "architectures": [CLASSES["text_encoder"][1]],
-        "model_type": "clip_text_model",
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": shapes.count(r"text_model\.encoder\.layers\.(\d+)\."),
-        "num_attention_heads": max(1, width // _HEAD),
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
-        "projection_dim": projection,
-        # As in the published configs: 2 stands for the largest id in a prompt (`clip.LEGACY_EOS`).
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    }
-
-
-def _t5_config(shapes: TensorShapes) -> dict[str, Any]:
-    vocabulary, width = shapes["shared.weight"]
-    first = "encoder.block.0.layer"
-    buckets, heads = shapes[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
-    gated = f"{first}.1.DenseReluDense.wi_0.weight" in shapes.names
-    inner, feed_forward, activation = "wi", "relu", "relu"
-    if gated:
-        inner, feed_forward, activation = "wi_0", "gated-gelu", "gelu_new"
-    return {
-        "architectures": [CLASSES["text_encoder_3"][1]],
-        "model_type": "t5",
-        "vocab_size": vocabulary,
-        "d_model": width,
-        "d_kv": shapes[f"{first}.0.SelfAttention.q.weight"][0] // heads,
-        "num_heads": heads,
-        "d_ff": shapes[f"{first}.1.DenseReluDense.{inner}.weight"][0],
-        "num_layers": shapes.count(r"encoder\.block\.(\d+)\."),
-        "layer_norm_epsilon": 1e-6,
-        "feed_forward_proj": feed_forward,
-        "dense_act_fn": activation,
-        "is_gated_act": gated,
-        "is_encoder_decoder": False,
-        "use_cache": False,
-        "relative_attention_num_buckets": buckets,
-        "relative_attention_max_distance": 128,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
-    }
+    return clip_text_config(shapes, CLASSES["text_encoder"][1])
 
 
 _CONFIGS: dict[str, Callable[[TensorShapes], dict[str, Any]]] = {
@@ -277,7 +183,7 @@ _CONFIGS: dict[str, Callable[[TensorShapes], dict[str, Any]]] = {
     "vae": _vae_config,
     "text_encoder": _clip_config,
     "text_encoder_2": _clip_config,
-    "text_encoder_3": _t5_config,
+    "text_encoder_3": t5_config,
 }
 
 SINGLE_FILE = SingleFile(
@@ -287,5 +193,6 @@ SINGLE_FILE = SingleFile(
     config=_config,
     original=original_tensor,
     unused=_UNUSED,
-    written={"scheduler/scheduler_config.json": _SCHEDULER},
+    # The same for all of them, whatever their configs.
+    written=lambda configs: {"scheduler/scheduler_config.json": _SCHEDULER},
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from marble_jax.batches import batches_of
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, TextEncoders
+from marble_jax.families.model_index import component_class
+from marble_jax.families.prompt_encoding import check_prompts, encode_each_once, token_ids
 from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
 from marble_jax.networks.tokenizers import load_tokenizer
@@ -120,10 +121,7 @@ class SD3TextEncoders(TextEncoders):
                 # T5 is left out.
                 ids.append(None)
                 continue
-            encoded = tokenizer(
-                list(prompts), padding="max_length", max_length=length, truncation=True
-            )
-            ids.append(np.asarray(encoded.input_ids, np.int32))
+            ids.append(token_ids(tokenizer, prompts, length))
         return tuple(ids)
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Conditioning:
@@ -140,25 +138,13 @@ class SD3TextEncoders(TextEncoders):
         Raises:
           InputError: no prompts, or a length below 1.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise InputError(f"prompts: expected a list of one or more texts; received {prompts!r}")
-        if max_sequence_length < 1:
-            raise InputError(
-                f"max_sequence_length: expected 1 or more; received {max_sequence_length}"
-            )
-        # A rollout has every prompt many times, and the encoders are large.
-        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        ids = self.tokenize(list(rows), max_sequence_length)
-        parts = []
-        for batch in batches_of(ids, len(rows), self.prompt_batch):
-            parts.append(self._embed(self.params, batch, length=max_sequence_length))
-        index = np.asarray([rows[prompt] for prompt in prompts])
-
-        def put_together(*leaves: jax.Array) -> jax.Array:
-            # The index also drops what fills up the last batch.
-            return jnp.concatenate(leaves)[index]
-
-        return jax.tree.map(put_together, *parts)
+        check_prompts(prompts, max_sequence_length)
+        return encode_each_once(
+            prompts,
+            self.prompt_batch,
+            functools.partial(self.tokenize, max_sequence_length=max_sequence_length),
+            lambda ids: self._embed(self.params, ids, length=max_sequence_length),
+        )
 
 
 def assemble(first: TextOutput, second: TextOutput, third: Float[Array, "n s d"]) -> Conditioning:
@@ -254,13 +240,6 @@ def encoders_present(root: pathlib.Path, omit: Sequence[str] = ()) -> tuple[str,
 def has_t5(root: pathlib.Path) -> bool:
     """Whether a model comes with its third text encoder."""
     return component_class(read_json(root / "model_index.json"), T5) is not None
-
-
-def component_class(index: Mapping[str, Any], component: str) -> str | None:
-    """Returns the class that a model_index.json names for a component; None for one that the model comes without."""
-    # [library, class]; both are null in a model that was saved without the component.
-    entry = index.get(component) or [None]
-    return entry[-1]
 
 
 def clip_length(root: pathlib.Path) -> int:

@@ -13,13 +13,11 @@ Deviation: layer norm and modulation are computed in float32 whatever the comput
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -30,17 +28,9 @@ from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.embedders import PatchEmbed, TimeTextEmbed
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS
 from marble_jax.networks.attention import AdaLayerNorm, AttentionFn, layer_norm, modulate
+from marble_jax.networks.block_remat import REMAT_POLICIES, GatherParams, wrapped_block
 from marble_jax.networks.lora_dense import COLLECTION, LoraDense, check_adapter
 from marble_jax.types import Adapter, Params
-
-GATHERED = "gathered"
-"""Name of weights that were put together from several devices; a backward pass gathers them again, never keeps them."""
-
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class MMDiT(nn.Module):
@@ -73,7 +63,7 @@ class MMDiT(nn.Module):
     unroll: int = 1
     lora_scale: float = 1.0
     table_side: int | None = None
-    gather: Callable[[tuple[str, ...], Params], Params] | None = None
+    gather: GatherParams | None = None
 
     @property
     def side(self) -> int:
@@ -147,18 +137,10 @@ class MMDiT(nn.Module):
 
     def _block(self, prevent_cse: bool) -> Any:
         """The class of a block, with gathering and rematerialisation."""
-        block: Any = Block
-        policy: Any = REMAT_POLICIES[self.remat]
         # Parameters that are only being made lie whole.
         gather = None if self.is_initializing() else self.gather
-        if gather is None and self.remat == "none":
-            return block
-        if gather is not None:
-            block = _gathered_block(gather)
-            if self.remat == "none":
-                # A backward pass gathers weights once more: kept, those of all blocks would be whole at a time.
-                policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        return nn.remat(block, prevent_cse=prevent_cse, policy=policy)
+        # Every block is split in the same way: the last one's name stands for all.
+        return wrapped_block(Block, "block_0", self.remat, gather, prevent_cse)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         """Raises InputError for options or latents that the model cannot take."""
@@ -180,17 +162,6 @@ class MMDiT(nn.Module):
                     f"latents: expected sides divisible by {p} and up to {p * self.side}; "
                     f"received {shape[1]} x {shape[2]}"
                 )
-
-
-def _gathered_block(gather: Callable[[tuple[str, ...], Params], Params]) -> Any:
-    """The class of a block that puts its weights together from several devices when it is called."""
-
-    def whole(collections: dict[str, Params]) -> dict[str, Params]:
-        # Every block is split in the same way: the last one's name stands for all.
-        params = gather(("block_0",), collections["params"])
-        return {"params": checkpoint_name(params, GATHERED)}
-
-    return nn.map_variables(Block, "params", whole)
 
 
 def abstract_params(model: MMDiT) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""FLUX.1 at 512 px: LoRA of rank 64 on attention, MARBLE in amortized mode, on one machine or a slice of TPUs.
+
+    marble-jax train --config=configs/flux.py:flux1_dev_8x80gb --workdir=runs/flux
+
+FLUX.1-dev takes the guidance scale 3.5 as an input, in training as in sampling; FLUX.1-schnell takes none. Rollouts are
+short: 10 dpm2 steps (6 timesteps trained on) for dev with 512 tokens of T5, 4 Euler steps (all trained on) for schnell
+with 256. Rewards, balancing and prompts are those of configs/sd3.py. Not run by this project yet: a run takes large
+accelerators. `model.path` is a diffusers directory or hub id; dev is gated (log in first).
+
+`flux1_dev` and `flux1_schnell` are for eight GPUs of 80 GB. `marble-jax plan --config=configs/flux.py:PRESET` with the
+options below says, in GB of the largest program and what lies beside it on a device (the reward models take some 12 GB
+more) and seconds of a step at 40 % of the peak, rewards apart:
+
+| preset               | options of plan           | GB of usable  | images a step | s a step |
+|----------------------|---------------------------|---------------|---------------|----------|
+| flux1_dev_80gb       | --devices=1 --chip=h100   | 47.8 of 64.4  | 24 x 12       | 636      |
+| flux1_dev_8x80gb     | --devices=8 --chip=h100   | 48.2 of 64.4  | 48 x 24       | 318      |
+| flux1_dev_v5p_16     | --devices=16 --chip=v5p   | 49.7 of 102.8 | 48 x 24       | 343      |
+| flux1_dev_v6e_16     | --devices=16 --chip=v6e   | 18.9 of 33.5  | 48 x 24       | 171      |
+| flux1_schnell_80gb   | --devices=1 --chip=h100   | 46.8 of 64.4  | 24 x 12       | 314      |
+| flux1_schnell_8x80gb | --devices=8 --chip=h100   | 47.0 of 64.4  | 48 x 24       | 157      |
+| flux1_schnell_v5p_16 | --devices=16 --chip=v5p   | 48.3 of 102.8 | 48 x 24       | 169      |
+| flux1_schnell_v6e_16 | --devices=16 --chip=v6e   | 18.4 of 33.5  | 48 x 24       | 85       |
+
+On v6e-16 the weights are split over all chips (`mesh.fsdp=16`); elsewhere every device holds the 23.8 GB. The TPU
+compiler (`--topology=v6e:4x4`, libtpu 0.0.52) gave the rollout of flux1_dev_v6e_16 10.74 GB a chip, by source 10.57.
+"""
+
+from marble_jax.config import default_config
+from marble_jax.errors import one_of
+
+MODELS = {
+    "flux1_dev": {
+        "model.path": "black-forest-labs/FLUX.1-dev",
+        "model.embedded_guidance": 3.5,
+        "model.max_sequence_length": 512,
+        "rollout.num_steps": 10,
+        "training.timestep_fraction": 0.6,
+        "evaluation.num_steps": 28,
+    },
+    "flux1_schnell": {
+        "model.path": "black-forest-labs/FLUX.1-schnell",
+        "model.max_sequence_length": 256,
+        "rollout.num_steps": 4,
+        "rollout.solver": "euler",
+        "training.timestep_fraction": 1.0,
+        "evaluation.num_steps": 4,
+        "evaluation.solver": "euler",
+    },
+}
+# Where it runs: (attention, mesh.fsdp, prompts x images a step, rollout batch, micro-batch, chunk a device)
+PLACES = {
+    "80gb": ("cudnn", 1, (24, 12), 16, 12, 4),
+    "8x80gb": ("cudnn", 1, (48, 24), 384, 96, 4),
+    "v5p_16": ("splash", 1, (48, 24), 576, 192, 4),
+    "v6e_16": ("splash", 16, (48, 24), 576, 64, 1),
+}
+PRESETS = (
+    "flux1_dev",
+    "flux1_schnell",
+    "flux1_dev_80gb",
+    "flux1_dev_8x80gb",
+    "flux1_dev_v5p_16",
+    "flux1_dev_v6e_16",
+    "flux1_schnell_80gb",
+    "flux1_schnell_8x80gb",
+    "flux1_schnell_v5p_16",
+    "flux1_schnell_v6e_16",
+)
+
+
+def get_config(preset: str = PRESETS[0]):
+    one_of("preset of configs/flux.py", preset, PRESETS)
+    model = next(name for name in MODELS if preset.startswith(name))
+    place = preset.removeprefix(model).removeprefix("_") or "8x80gb"
+    attention, fsdp, (prompts, images), batch, micro_batch, chunk = PLACES[place]
+    config = default_config()
+    config.name = preset
+    config.lora.update(rank=64, alpha=128.0)
+    config.prompts.path = "generated"
+    config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
+    config.rewards.path = "hub"
+    config.harmonize.update(mode="amortized", chunk_size=chunk)
+    config.mesh.fsdp = fsdp
+    config.model.update(attention=attention, remat="full")
+    config.rollout.update(prompts_per_step=prompts, images_per_prompt=images, batch_size=batch)
+    config.training.micro_batch_size = micro_batch
+    config.update_from_flattened_dict(MODELS[model])
+    return config

@@ -1,0 +1,62 @@
+"""Blocks of a transformer that recompute in the backward pass, and that gather weights split over devices.
+
+A block is wrapped where it is called, so that the weights of no more than one are whole at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from marble_jax.types import Params
+
+GatherParams = Callable[[tuple[str, ...], Params], Params]
+"""(path in front of the parameters, parameters split over devices) -> the same parameters, whole."""
+
+GATHERED = "gathered"
+"""Name of weights that were put together from several devices; a backward pass gathers them again, never keeps them."""
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a backward pass keeps of a block's forward pass: everything, its input alone, its products with weights."""
+
+
+def wrapped_block(
+    block: type[nn.Module], name: str, remat: str, gather: GatherParams | None, prevent_cse: bool
+) -> Any:
+    """Returns the class of a block, with gathering and rematerialisation.
+
+    Args:
+      block: class of the block.
+      name: first part of the path of one block of its kind, by which `gather` knows how it is split.
+      remat: a key of `REMAT_POLICIES`.
+      gather: puts a block's weights together; None where they lie whole.
+      prevent_cse: whether the compiler could merge the recomputation with the forward pass; not under a scan.
+    """
+    if gather is None and remat == "none":
+        return block
+    wrapped: Any = block
+    policy: Any = REMAT_POLICIES[remat]
+    if gather is not None:
+        wrapped = _gathered_block(block, name, gather)
+        if remat == "none":
+            # A backward pass gathers weights once more: kept, those of all blocks would be whole at a time.
+            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    return nn.remat(wrapped, prevent_cse=prevent_cse, policy=policy)
+
+
+def _gathered_block(block: type[nn.Module], name: str, gather: GatherParams) -> Any:
+    """The class of a block that puts its weights together from several devices when it is called."""
+
+    def whole(collections: dict[str, Params]) -> dict[str, Params]:
+        params = gather((name,), collections["params"])
+        return {"params": checkpoint_name(params, GATHERED)}
+
+    return nn.map_variables(block, "params", whole)

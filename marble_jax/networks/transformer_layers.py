@@ -1,0 +1,71 @@
+"""Layers that diffusion transformers of several families share: embedders of the conditioning vector, feed-forward.
+
+Source: diffusers 0.42 `Timesteps`, `TimestepEmbedding`, `PixArtAlphaTextProjection`, `FeedForward`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from marble_jax.networks.lora_dense import LoraDense
+
+NUM_FREQUENCIES = 256
+"""Width of the sinusoidal timestep embedding."""
+
+
+def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
+    """Returns float32 cosines, then sines, of 128 frequencies 10000^(-k/128) times a timestep of 0..1000."""
+    half = NUM_FREQUENCIES // 2
+    # float32 whatever the compute dtype: bfloat16 does not hold every integer up to 1000.
+    timestep = timestep.astype(jnp.float32)[:, None]
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / half)
+    angles = timestep * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TwoLayer(nn.Module):
+    """Dense, SiLU, Dense: the embedders of the conditioning vector.
+
+    Attributes:
+      features: width of both layers.
+      dtype: compute dtype.
+      lora_scale: alpha / rank of the adapter.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n inner"]) -> Float[Array, "n features"]:
+        """Returns the embedding of N vectors."""
+        options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
+        hidden = nn.silu(LoraDense(self.features, name="linear_1", **options)(x))
+        return LoraDense(self.features, name="linear_2", **options)(hidden)
+
+
+class FeedForward(nn.Module):
+    """Dense to four times the width, tanh-approximated GELU, Dense back.
+
+    Attributes:
+      dtype: compute dtype.
+      lora_scale: alpha / rank of the adapter.
+    """
+
+    dtype: Any = jnp.float32
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+        """Returns the layer's output, token by token."""
+        width = x.shape[-1]
+        options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
+        expand = LoraDense(4 * width, name="net_0_proj", **options)
+        contract = LoraDense(width, name="net_2", **options)
+        y = nn.gelu(expand(x), approximate=True)
+        return contract(y)
