@@ -84,7 +84,7 @@ def _original_layers(
     layers: dict[str, list[LayerPart]] = {}
     seen: set[str] = set()
     # Every layer comes under its published name first and under its original one, if that is another, afterwards.
-    for name, parts in reversed(formats.lora.layer_parts(shapes).items()):
+    for name, parts in reversed(list(formats.lora.layer_parts(shapes).items())):
         adapted = [part for part in parts if part.name in pairs and part.name not in seen]
         if adapted:
             layers[name] = adapted

@@ -119,11 +119,16 @@ class DoubleBlock(nn.Module):
         """Returns the image and text streams after the block, and None: the scan's empty output.
 
         Args:
-          streams: image tokens and text tokens.
+          streams: image tokens and text tokens; the results have their dtype.
           temb: conditioning vector.
           tables: rotary tables of text and image tokens.
         """
         x, c = streams
+        dtype = self.dtype
+
+        def gated(gate: jax.Array, y: jax.Array) -> jax.Array:
+            # [N, D] to [N, 1, D]: all tokens of a sample are gated alike, in the dtype of the streams.
+            return gate.astype(x.dtype)[:, None] * y.astype(x.dtype)
 
         def modulation(name: str) -> list[jax.Array]:
             return AdaLayerNorm(6, self.dtype, self.lora_scale, name=name)(temb)
@@ -132,22 +137,21 @@ class DoubleBlock(nn.Module):
             y: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array, name: str
         ) -> jax.Array:
             layer = FeedForward(self.dtype, self.lora_scale, name=name)
-            return gate[:, None] * layer(modulate(layer_norm(y), shift, scale, y.dtype))
+            return gated(gate, layer(modulate(layer_norm(y), shift, scale, dtype)))
 
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation("norm1")
         c_shift, c_scale, c_gate, c_shift_ff, c_scale_ff, c_gate_ff = modulation("norm1_context")
         attention = Attention(self.config, self.dtype, self.attention, self.lora_scale, name="attn")
         attended, c_attended = attention(
-            modulate(layer_norm(x), shift, scale, x.dtype),
+            modulate(layer_norm(x), shift, scale, dtype),
             tables,
-            modulate(layer_norm(c), c_shift, c_scale, c.dtype),
+            modulate(layer_norm(c), c_shift, c_scale, dtype),
         )
         # The text tokens that went in come out.
         assert c_attended is not None
-        # [N, D] to [N, 1, D]: all tokens of a sample are gated alike.
-        x = x + gate[:, None] * attended
+        x = x + gated(gate, attended)
         x = x + feed_forward(x, shift_ff, scale_ff, gate_ff, "ff")
-        c = c + c_gate[:, None] * c_attended
+        c = c + gated(c_gate, c_attended)
         c = c + feed_forward(c, c_shift_ff, c_scale_ff, c_gate_ff, "ff_context")
         return (x, c), None
 
@@ -174,18 +178,20 @@ class SingleBlock(nn.Module):
         """Returns the stream after the block, and None: the scan's empty output.
 
         Args:
-          x: text tokens, then image tokens.
+          x: text tokens, then image tokens; the result has their dtype.
           temb: conditioning vector.
           tables: rotary tables of these tokens.
         """
         width = self.config.width
         low_rank = {"dtype": self.dtype, "lora_scale": self.lora_scale}
         shift, scale, gate = AdaLayerNorm(3, self.dtype, self.lora_scale, name="norm")(temb)
-        normed = modulate(layer_norm(x), shift, scale, x.dtype)
+        normed = modulate(layer_norm(x), shift, scale, self.dtype)
         expand = LoraDense(4 * width, name="proj_mlp", **low_rank)
         hidden = nn.gelu(expand(normed), approximate=True)
         attention = Attention(self.config, self.dtype, self.attention, self.lora_scale, name="attn")
         attended, _ = attention(normed, tables)
         both = jnp.concatenate([attended, hidden], axis=-1)
-        # [N, D] to [N, 1, D]: all tokens of a sample are gated alike.
-        return x + gate[:, None] * LoraDense(width, name="proj_out", **low_rank)(both), None
+        projected = LoraDense(width, name="proj_out", **low_rank)(both)
+        # [N, D] to [N, 1, D]: all tokens of a sample are gated alike, in the dtype of the stream.
+        gated = gate.astype(x.dtype)[:, None] * projected.astype(x.dtype)
+        return x + gated, None

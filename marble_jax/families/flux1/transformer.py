@@ -81,6 +81,8 @@ class FluxTransformer(nn.Module):
     Attributes:
       config: architecture.
       dtype: compute dtype of matrix products and token streams; norms, modulation and softmax are float32.
+      stream_dtype: dtype of the token streams between layers and of the head (last modulation and projection); `dtype`
+        when None.
       remat: what a block keeps for its backward pass: everything ("none"), its products with weights ("dots") or its
         input alone ("full").
       attention: "xla", "cudnn", "splash", "einsum" or a function; see `marble_jax.networks.attention`.
@@ -94,6 +96,7 @@ class FluxTransformer(nn.Module):
 
     config: FluxConfig
     dtype: Any = jnp.float32
+    stream_dtype: Any = None
     remat: str = "none"
     attention: str | AttentionFn = "xla"
     unroll: int = 1
@@ -118,7 +121,7 @@ class FluxTransformer(nn.Module):
           pooled: [N, pooled_projection_dim].
 
         Returns:
-          [N, h, w, C] in `dtype`.
+          [N, h, w, C] in `stream_dtype`, or `dtype` without one.
 
         Raises:
           InputError: latents that do not divide into tokens; an unknown option; a guidance scale that is missing, or
@@ -130,9 +133,12 @@ class FluxTransformer(nn.Module):
         num, height, width = latents.shape[:3]
         num_text = embeds.shape[1]
         tables = rotary_tables(config, num_text, height // PATCH, width // PATCH)
-        low_rank = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        x = LoraDense(config.width, name="x_embedder", **low_rank)(pack(latents))
+        low_rank: dict[str, Any] = {"dtype": self.dtype, "lora_scale": self.lora_scale}
+        tokens = jnp.asarray(pack(latents))
+        x = LoraDense(config.width, name="x_embedder", **low_rank)(tokens)
         c = LoraDense(config.width, name="context_embedder", **low_rank)(embeds)
+        stream_dtype = self.dtype if self.stream_dtype is None else self.stream_dtype
+        x, c = x.astype(stream_dtype), c.astype(stream_dtype)
         guidance = None
         if self.embedded_guidance is not None:
             guidance = jnp.full(num, self.embedded_guidance, jnp.float32)
@@ -144,10 +150,11 @@ class FluxTransformer(nn.Module):
         both, _ = single(jnp.concatenate([c, x], axis=1), temb, tables)
         # Of the text tokens nothing is asked.
         x = both[:, num_text:]
-        scale, shift = AdaLayerNorm(2, name="norm_out", **low_rank)(temb)
-        x = modulate(layer_norm(x), shift, scale, self.dtype)
-        x = LoraDense(config.in_channels, name="proj_out", **low_rank)(x)
-        return unpack(x, height, width)
+        head = low_rank | {"dtype": stream_dtype}
+        scale, shift = AdaLayerNorm(2, name="norm_out", **head)(temb)
+        x = modulate(layer_norm(x), shift, scale, stream_dtype)
+        x = LoraDense(config.in_channels, name="proj_out", **head)(x)
+        return jnp.asarray(unpack(x, height, width))
 
     def _run(self, block: type[nn.Module], kind: str, length: int) -> Any:
         """A run of equal blocks, as one scan over their stacked parameters."""
