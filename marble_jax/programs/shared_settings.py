@@ -28,6 +28,7 @@ SHARED = {
     "steps": "--steps=N",
     "solver": "--solver=NAME",
     "guidance": "--guidance=SCALE",
+    "embedded_guidance": "--embedded_guidance=SCALE",
     "negative": "--negative=TEXT",
     "max_sequence_length": "--max_sequence_length=N",
     "omit_text_encoders": "--omit_text_encoders=NAME",
@@ -46,6 +47,7 @@ class OwnSettings:
       max_sequence_length: tokens a prompt.
       omit_text_encoders: text encoders left out.
       dtype: of the transformer.
+      embedded_guidance: guidance scale as an input of the model; None for none.
       num_steps: solver steps of a run's evaluations; None for a plain model.
       solver: of a run's evaluations; None for a plain model.
     """
@@ -57,6 +59,7 @@ class OwnSettings:
     dtype: str
     num_steps: int | None = None
     solver: str | None = None
+    embedded_guidance: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,7 @@ def _of_run(source: PolicySource, asked: SamplingSettings) -> OwnSettings:
         dtype=run.model.dtype,
         num_steps=run.evaluation.num_steps,
         solver=run.evaluation.solver,
+        embedded_guidance=run.model.embedded_guidance or None,
     )
 
 
@@ -186,6 +190,9 @@ def settle(
     if asked.max_sequence_length is None:
         settled["max_sequence_length"] = _agreed(deciding, "max_sequence_length")
         origins["max_sequence_length"] = whose
+    if asked.embedded_guidance is None:
+        settled["embedded_guidance"] = _agreed(deciding, "embedded_guidance")
+        origins["embedded_guidance"] = whose
     if asked.dtype is None:
         settled["dtype"], origins["dtype"] = _agreed(deciding, "dtype"), whose
     # What a run leaves out was never trained with: stating others cannot bring it back.

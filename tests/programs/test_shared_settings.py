@@ -67,6 +67,13 @@ def test_what_is_stated_holds_for_all():
     assert origins["size"] == origins["steps"] == "command line or default"
 
 
+def test_a_plain_model_takes_the_guidance_input_of_the_run():
+    run = dataclasses.replace(RUN, embedded_guidance=3.5)
+    assert settle({"base": PLAIN, "run": run}, ASKED, NOTHING).settings.embedded_guidance == 3.5
+    stated = SamplingSettings(embedded_guidance=2.0)
+    assert settle({"base": PLAIN, "run": run}, stated, NOTHING).settings.embedded_guidance == 2.0
+
+
 def test_models_without_a_run_keep_their_own_where_they_agree():
     found = _settled({"a": PLAIN, "b": PLAIN})
     assert found["size"] == (256, 256) and found["length"] == 256
@@ -93,6 +100,11 @@ def test_models_without_a_run_keep_their_own_where_they_agree():
         (
             {"r": RUN, "s": dataclasses.replace(RUN, dtype="bfloat16")},
             "expected one dtype for all models, or --dtype=NAME; received float32 of 'r', bfloat16 of 's'$",
+        ),
+        (
+            {"r": RUN, "s": dataclasses.replace(RUN, embedded_guidance=3.5)},
+            "expected one embedded_guidance for all models, or --embedded_guidance=SCALE; received "
+            "None of 'r', 3.5 of 's'$",
         ),
         (
             {"r": RUN, "s": dataclasses.replace(RUN, omit_text_encoders=())},
