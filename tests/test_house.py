@@ -16,6 +16,7 @@ ROWS = (
         "vocabulary",
         (
             "errors",
+            "validation",
             "types",
             "version",
             "platform",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from marble_jax.cli.options import check_either, number, refuse_config, split, whole_number
-from marble_jax.prompts.files import Prompt, read_directory, read_file
+from marble_jax.prompts.files import Prompt, read_directory, read_file, split_of
 from marble_jax.prompts.generated import SPLITS, generate, write
 
 OPTIONS = {"out": "", "check": "", "seed": "0", "scale": "1"}
@@ -67,10 +67,7 @@ def _describe_directory(directory: Path) -> None:
 
 def _has_split(directory: Path, name: str) -> bool:
     """Whether one of the sources has a file of a split."""
-    for pattern in (f"*/{name}.txt", f"*/{name}_metadata.jsonl"):
-        if any(directory.glob(pattern)):
-            return True
-    return False
+    return any(split_of(file) == name for file in directory.glob("*/*"))
 
 
 def _described(prompts: Sequence[Prompt]) -> str:

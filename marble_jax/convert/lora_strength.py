@@ -9,7 +9,6 @@ Source: PEFT 0.21 (`LoraConfig`, `get_pattern_key`), diffusers 0.42 for the head
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -19,12 +18,15 @@ from typing import Any
 from marble_jax.convert.lora_keys import PEFT_PREFIX
 from marble_jax.errors import InputError
 from marble_jax.storage.files import read_json
+from marble_jax.validation import parse_json_object
 from marble_jax.weights.formats import FileFormats
-from marble_jax.weights.hub import HUB_NAME, download
+from marble_jax.weights.hub import HUB_NAME, cache_hint, download
 from marble_jax.weights.safetensors_files import SafetensorsFile
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PICKLE = "adapter_model.bin"
+"""What older versions of PEFT wrote in place of `PEFT_FILE`."""
 HEADER_CONFIG = "lora_adapter_metadata"
 """Where diffusers (new versions only) keeps the LoraConfig in the header of its file."""
 
@@ -135,14 +137,25 @@ def _lora_in(folder: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
     """The weights file of a directory, and PEFT's configuration where there is one."""
     # PEFT's pair before diffusers' file, as it alone always says alpha; an export of ours has both.
     if (folder / PEFT_CONFIG).is_file():
-        return folder / PEFT_FILE, _read_config(folder / PEFT_CONFIG)
+        return _peft_pair(folder)
     if (folder / DIFFUSERS_FILE).is_file():
         return folder / DIFFUSERS_FILE, None
     # Where upstream's training keeps PEFT's pair.
     inner = folder / "lora"
     if (inner / PEFT_CONFIG).is_file():
-        return inner / PEFT_FILE, _read_config(inner / PEFT_CONFIG)
+        return _peft_pair(inner)
     return _lora_file(_only_file(folder))
+
+
+def _peft_pair(folder: pathlib.Path) -> tuple[pathlib.Path, LoraConfig]:
+    """PEFT's weights with their configuration."""
+    config = _read_config(folder / PEFT_CONFIG)
+    if not (folder / PEFT_FILE).is_file() and (folder / PEFT_PICKLE).is_file():
+        raise InputError(
+            f"{folder}: expected {PEFT_FILE}; received {PEFT_PICKLE}, a pickle (load it with PEFT and save "
+            "it again: save_pretrained(..., safe_serialization=True))"
+        )
+    return folder / PEFT_FILE, config
 
 
 def _only_file(folder: pathlib.Path) -> pathlib.Path:
@@ -152,9 +165,18 @@ def _only_file(folder: pathlib.Path) -> pathlib.Path:
         return files[0]
     names = sorted(entry.name for entry in folder.iterdir())
     received = ", ".join(names[:6]) or "an empty directory"
+    # PEFT saves an adapter that has a name into a folder of that name.
+    named = sorted(path.parent.name for path in folder.glob(f"*/{PEFT_CONFIG}"))
+    hint = cache_hint(folder)
+    if named:
+        hint = f" (its adapters are in subfolders: pass {', '.join(f'{folder / name}' for name in named[:3])})"
+    elif PEFT_PICKLE in names:
+        hint = (
+            f" ({PEFT_PICKLE} is a pickle: re-save it as safetensors, with {PEFT_CONFIG} beside it)"
+        )
     raise InputError(
         f"{folder}: expected {PEFT_CONFIG} with {PEFT_FILE}, {DIFFUSERS_FILE} or one other .safetensors "
-        f"file; received {received}"
+        f"file; received {received}{hint}"
     )
 
 
@@ -184,13 +206,7 @@ def header_config(source: SafetensorsFile, formats: FileFormats) -> LoraConfig |
     if text is None:
         _check_not_peft(source)
         return None
-    try:
-        fields = dict(json.loads(text).items())
-    except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"{source.path}: {HEADER_CONFIG}: expected a JSON object in the file's header; received "
-            f"{type(error).__name__}"
-        ) from error
+    fields = parse_json_object(text, f"{source.path}: {HEADER_CONFIG} in the file's header")
     # diffusers writes the fields of each component's LoRA under that component's prefix.
     return LoraConfig(source.path, _under(formats.lora.diffusers_prefix, fields))
 

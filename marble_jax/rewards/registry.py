@@ -13,7 +13,6 @@ kind's options stand beside its class, see `registration`.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from marble_jax.rewards.registration import (
     kinds_of,
     parse_options,
 )
+from marble_jax.storage.files import read_json
+from marble_jax.validation import validated
 
 FILE = "rewards.json"
 BUILT_IN_KINDS = {
@@ -65,23 +66,10 @@ def entries_of(directory: Path | str) -> dict[str, dict[str, Any]]:
             f"rewards.path: expected a directory with {FILE}; received {str(directory)!r}"
         )
     file = directory / FILE
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    # A link to nothing is a file that the user meant to be there.
+    if not file.exists() and not file.is_symlink():
         return dict(published.ENTRIES)
-    except ValueError as error:
-        raise InputError(f"{file}: expected JSON; received an error at {error}") from None
-    if not _is_object_of_objects(entries):
-        raise InputError(
-            f"{file}: expected an object of objects, by reward; received something else"
-        )
-    return entries
-
-
-def _is_object_of_objects(entries: Any) -> bool:
-    if not isinstance(entries, dict):
-        return False
-    return all(isinstance(entry, dict) for entry in entries.values())
+    return validated(dict[str, dict[str, Any]], read_json(file), file)
 
 
 def load_rewards(

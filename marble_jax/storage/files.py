@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 from etils import epath
 
 from marble_jax.errors import InputError, one_of
+from marble_jax.storage.file_kinds import SHOWN_BYTES, kind_of_content
+from marble_jax.validation import parse_json_object
 
 BACKENDS = {"gs": "gcsfs", "s3": "s3fs"}
 """Package that opens a scheme; TensorFlow, where it is installed, opens both."""
+MOST_JSON_BYTES = 1 << 26
+"""Of a JSON file; the largest index of published weights has a thousandth of it."""
 MOST_CHARACTERS = 200
 """Of an error of another package, in ours."""
 
@@ -91,20 +94,35 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     partial.replace(file)
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
+def read_json_or_empty(path: epath.PathLike) -> dict[str, Any]:
+    """Returns the JSON object in a file; an empty one where it is missing or damaged, as it only saves time."""
+    try:
+        return read_json(path)
+    except InputError:
+        return {}
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
     Raises:
-      InputError: the file is unreadable, no JSON, or holds something else than an object.
+      InputError: the file is unreadable, too large, no JSON that `validation.parse_json` lets through, or holds
+        something else than an object.
     """
+    file = epath.Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Asked for first: whatever calls itself JSON is not read into memory by the gigabyte.
+        size = file.stat().length
+        content = b"" if size > MOST_JSON_BYTES else file.read_bytes()
     except OSError as error:
         raise InputError(
             f"{path}: expected a readable JSON file; received {type(error).__name__}"
         ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: expected valid JSON; received an error at {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object; received a {type(content).__name__}")
-    return content
+    if size > MOST_JSON_BYTES:
+        raise InputError(
+            f"{path}: expected a JSON file of at most {MOST_JSON_BYTES} bytes; received {size}"
+        )
+    other = kind_of_content(content[:SHOWN_BYTES])
+    if other:
+        raise InputError(f"{path}: expected valid JSON; received {other}")
+    return parse_json_object(content, path)

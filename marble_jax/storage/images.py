@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ import numpy as np
 from etils import epath
 
 from marble_jax.errors import InputError
-from marble_jax.storage.files import location, write_whole
+from marble_jax.storage.files import location, read_json, write_whole
 from marble_jax.storage.workdir import Workdir, check_is_folder, jsonable
+from marble_jax.validation import validated
 
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 8, 256
 """Most images in a grid, and the longest side of each, in pixels."""
@@ -64,14 +64,9 @@ class ImageFolder:
         """
         if not self._record.exists():
             return None
-        try:
-            content = json.loads(self._record.read_text())
-        except ValueError:
-            content = None
-        if not _is_record(content):
-            raise InputError(
-                f"{self._record}: expected settings and prompts in JSON; received something else"
-            )
+        content = read_json(self._record)
+        for field, kind in (("settings", dict[str, Any]), ("prompts", list[str])):
+            validated(kind, content.get(field), f"{self._record}: {field}")
         return content
 
     def check(
@@ -180,13 +175,6 @@ class ImageFolder:
         image = Image.fromarray(self.read(index))
         image.thumbnail((GRID_CELL, GRID_CELL))
         return np.asarray(image)
-
-
-def _is_record(content: Any) -> bool:
-    if not isinstance(content, dict):
-        return False
-    settings, prompts = content.get("settings"), content.get("prompts")
-    return isinstance(settings, dict) and isinstance(prompts, list)
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:

@@ -15,7 +15,8 @@ from etils import epath
 
 from marble_jax.config import KEYS, may_change_on_resume
 from marble_jax.errors import InputError
-from marble_jax.storage.files import append, location, write_whole
+from marble_jax.storage.files import append, location, read_json_or_empty, write_whole
+from marble_jax.validation import Natural, parse_json, validated
 
 
 def jsonable(value: Any) -> Any:
@@ -186,21 +187,18 @@ class Workdir:
 
 def _read_config(file: epath.Path, section: str | None) -> dict[str, Any] | None:
     """The configuration in a file, or in a section of its object; None where it is missing or damaged."""
-    try:
-        content = json.loads(file.read_bytes())
-        config = content if section is None else content[section]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return config if isinstance(config, dict) else None
+    content: Any = read_json_or_empty(file)
+    if section is not None:
+        content = content.get(section)
+    return content if isinstance(content, dict) and content else None
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     """The record in a line of JSON; None for a damaged line."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or "step" not in record:
+        record = parse_json(line, "record", lenient=True)
+        validated(Natural, record["step"], "step")
+    except (InputError, KeyError, TypeError):
         return None
     return record
 

@@ -558,7 +558,7 @@ def test_bad_files(tmp_path):
     refused(
         tmp_path,
         GOOD,
-        "lora_adapter_metadata: expected a JSON object in the file's header; received JSONDecode",
+        "lora_adapter_metadata in the file's header: expected valid JSON; received an error at",
         metadata={"lora_adapter_metadata": "{"},
     )
     refused(

@@ -165,7 +165,7 @@ def test_what_is_wrong_is_one_line(folder, tmp_path):
         {},
     )
     (tmp_path / "rewards.json").write_text("[")
-    refused("rewards.json: expected JSON; received an error at", ["ocr"])
+    refused("rewards.json: expected valid JSON; received an error at", ["ocr"])
     with pytest.raises(
         InputError, match="rewards.path: expected a directory with rewards.json; received '.*none'"
     ):

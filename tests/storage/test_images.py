@@ -95,9 +95,7 @@ def test_places_that_are_no_album(tmp_path):
         ImageFolder(tmp_path / "holiday.png" / "below").claim(SETTINGS, PROMPTS)
     for content in ("{", "[]", '{"settings": 3, "prompts": []}'):
         (tmp_path / "settings.json").write_text(content)
-        with pytest.raises(
-            InputError, match="settings.json: expected settings and prompts in JSON; received"
-        ):
+        with pytest.raises(InputError, match="settings.json: .*expected .*; received"):
             ImageFolder(tmp_path).claim(SETTINGS, PROMPTS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["holiday.png", "settings.json"]
 

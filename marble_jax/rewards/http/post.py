@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-import json
 import socket
 import ssl
 import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from marble_jax.errors import one_line
+from marble_jax.errors import InputError, one_line
+from marble_jax.validation import parse_json_object
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which the same call may succeed."""
@@ -156,10 +156,10 @@ def reason(body: bytes, fallback: str) -> str:
       fallback: for a body that says nothing.
     """
     try:
-        text = json.loads(body)["error"]
+        text = parse_json_object(body, "answer")["error"]
         if isinstance(text, dict):
             text = text["message"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, KeyError):
         text = body.decode("utf-8", "replace").strip().partition("\n")[0]
     line = " ".join(str(text).split())
     return line[:200] or fallback

@@ -45,8 +45,8 @@ from marble_jax.rewards.http.parsing import (
     is_count,
     is_number,
     parse_object,
-    short,
 )
+from marble_jax.validation import short
 
 CONTENT_TYPE = "application/x-marble-score"
 VERSION = 1

@@ -21,9 +21,10 @@ from marble_jax.rewards.base import Reward
 from marble_jax.rewards.http import protocol
 from marble_jax.rewards.http.access import is_loopback
 from marble_jax.rewards.http.connections import DEFAULT_OPTIONS, ConnectionServer, ServerOptions
-from marble_jax.rewards.http.parsing import ProtocolError, short
+from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.rewards.http.protocol import Request
 from marble_jax.rewards.workers.threads import Expired, Pool
+from marble_jax.validation import short
 from marble_jax.version import VERSION
 
 log = logging.getLogger(__name__)

@@ -130,8 +130,14 @@ class ClipEncoder:
         clean = None
         if is_openclip:
             clean = openclip_text
-        length = model.config.text.max_position_embeddings
-        tokenize = load_tokenize(beside, length, clean=clean)
+        text = model.config.text
+        tokenize = load_tokenize(
+            beside,
+            text.max_position_embeddings,
+            clean=clean,
+            vocab_size=text.vocab_size,
+            end_id=text.eos_token_id,
+        )
         config = read_config(directory / "preprocessor_config.json")
         if not config:
             config = read_config(beside / "preprocessor_config.json")

@@ -62,6 +62,7 @@ _TOKENIZER = (
     "merges.txt",
     "special_tokens_map.json",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 FILES: dict[str, tuple[str, ...]] = {
     "clip": ("config.json", "open_clip_config.json", *_TOKENIZER),

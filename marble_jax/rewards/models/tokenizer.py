@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.errors import InputError
-from marble_jax.networks.tokenizers import load_tokenizer
+from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer
 from marble_jax.storage.files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
@@ -42,6 +42,8 @@ def load_tokenize(
     kind: str = "CLIPTokenizer",
     clean: Callable[[str], str] | None = None,
     special: Sequence[str] = (),
+    vocab_size: int | None = None,
+    end_id: int | None = None,
 ) -> Tokenize:
     """Returns the tokenizer of a Hugging Face directory as a function, padding and truncating to `length` tokens.
 
@@ -51,14 +53,18 @@ def load_tokenize(
       kind: class of the tokenizer where tokenizer_config.json does not name it.
       clean: applied to each prompt first.
       special: words added to the vocabulary, in this order.
+      vocab_size: words of the encoder that reads the ids; not checked when None.
+      end_id: id that ends a text for the encoder, see `check_tokenizer`.
 
     Raises:
-      InputError: missing or unreadable tokenizer.
+      InputError: missing or unreadable tokenizer, or one of another encoder.
     """
     config = read_config(directory / "tokenizer_config.json")
     tokenizer = load_tokenizer(directory, config.get("tokenizer_class", kind))
     if special:
         tokenizer.add_tokens(list(special), special_tokens=True)
+    if vocab_size is not None:
+        check_tokenizer(tokenizer, directory, vocab_size, end_id)
 
     def tokenize(prompts: Sequence[str]) -> np.ndarray:
         texts = list(prompts)
