@@ -9,6 +9,7 @@ from pathlib import Path
 from marble_jax.cli.options import check_either, number, refuse_config, split, whole_number
 from marble_jax.prompts.files import Prompt, read_directory, read_file, split_of
 from marble_jax.prompts.generated import SPLITS, generate, write
+from marble_jax.prompts.quotations import quoted_text
 
 OPTIONS = {"out": "", "check": "", "seed": "0", "scale": "1"}
 
@@ -78,12 +79,7 @@ def _described(prompts: Sequence[Prompt]) -> str:
     if tags:
         counts = [f"{tag} {count}" for tag, count in sorted(tags.items())]
         parts.append(", ".join(counts))
-    quoted = sum(_has_quotation(text) for text in texts)
+    quoted = sum(quoted_text(text) is not None for text in texts)
     if quoted:
         parts.append(f"{quoted} with quoted text")
     return "; ".join(parts)
-
-
-def _has_quotation(text: str) -> bool:
-    """Whether a prompt has a text to render, which stands between two quotation marks."""
-    return text.count('"') >= 2

@@ -31,8 +31,8 @@ from typing import Any, Literal
 import numpy as np
 
 from marble_jax.errors import InputError, nearest, one_line, one_of
+from marble_jax.prompts.quotations import quoted_text
 from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Reward, RewardError, Takes
-from marble_jax.rewards.ocr import quoted_text
 from marble_jax.rewards.registration import BuildContext, option, register_reward
 from marble_jax.types import Params
 

@@ -14,13 +14,12 @@ from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
 from marble_jax.families.model_index import component_class, name_without_owner
+from marble_jax.families.scheduler import SchedulerConfig, read_scheduler
 from marble_jax.families.sd3 import layer_names, published, text
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.networks import (
-    SchedulerConfig,
     SD3Networks,
-    read_scheduler,
     shapes_in,
     transformer_options,
 )
