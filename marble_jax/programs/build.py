@@ -16,6 +16,7 @@ from marble_jax import distributed
 from marble_jax.config import RewardSettings, Settings
 from marble_jax.convert.lora import read_lora, start_from
 from marble_jax.distributed import device_mesh
+from marble_jax.errors import InputError, nearest
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.base import Family, Networks, Size
 from marble_jax.families.decoding import Decoder, as_images
@@ -270,8 +271,21 @@ def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
         check_groups(
             reward, mesh, rollout.prompts_per_step, rollout.images_per_prompt, rollout.batch_size
         )
+    _check_sources(settings, rewards)
     place_rewards(mesh, rewards)
     return rewards
+
+
+def _check_sources(settings: Settings, rewards: Sequence[Reward]) -> None:
+    """Raises InputError for a reward that is for a source of prompts which the run does not have."""
+    known = sorted({*settings.prompts.sources, *settings.evaluation.sources})
+    for reward in rewards:
+        for source in reward.sources:
+            if source not in known:
+                raise InputError(
+                    f"rewards: sources of {reward.name}: expected some of prompts.sources "
+                    f"({', '.join(known)}); received {source!r}{nearest(source, known)}"
+                )
 
 
 def _scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:

@@ -181,8 +181,11 @@ class RunEvaluations:
         shown = []
         for number, (index, image) in enumerate(zip(evaluator.kept, images, strict=True)):
             prompt = evaluator.prompts[index].text
-            save_png(folder / f"{number:02d}.png", image, {"prompt": prompt, "step": str(step)})
             shown.append({"prompt": prompt, "seed": index})
+            # Of an image that is none there is nothing to show; its scores are missing and counted.
+            if not np.isfinite(image).all():
+                continue
+            save_png(folder / f"{number:02d}.png", image, {"prompt": prompt, "step": str(step)})
         self._workdir.write_json("samples/prompts.json", shown)
         record: dict[str, Any] = {
             "step": step,

@@ -5,7 +5,8 @@
      "ocr": {"kind": "ocr", "detect": false, "scale": 3},
      "geneval": {"kind": "geneval", "detector": "shapes"}}
 
-`model` is a folder beside the file or a Hub name, `head` a file. Rewards that name the same model share it. The
+`model` is a folder beside the file or a Hub name, `head` a file. Rewards that name the same model share it. An entry
+of any kind may say `"sources": ["ocr"]`, the sources of the prompts that its reward is for. The
 published models (`published.ENTRIES`) need no entry and no file; a name `module:function` needs no entry either. Each
 kind's options stand beside its class, see `registration`.
 """
@@ -135,9 +136,20 @@ def build_reward(name: str, entries: Entries, context: BuildContext) -> Reward:
     if name not in entries:
         return FunctionReward(name, load_function(name, context.directory))
     entry = dict(entries[name])
-    kind = find_kind(name, str(entry.pop("kind", None)), context)
+    kind = find_kind(name, validated_kind(name, entry.pop("kind", None), context), context)
+    # Which prompts a reward is for is no matter of its kind.
+    sources = validated(
+        tuple[str, ...], entry.pop("sources", []), f"{context.source}: sources of {name}"
+    )
     options = parse_options(kind, name, entry, context.source)
-    return kind.build(name, options, context)
+    reward = kind.build(name, options, context)
+    reward.sources = sources
+    return reward
+
+
+def validated_kind(name: str, kind: Any, context: BuildContext) -> str:
+    """Returns the kind that an entry names. Raises InputError for anything but a text."""
+    return validated(str, kind, f"{context.source}: kind of {name}")
 
 
 def find_kind(name: str, kind: str, context: BuildContext) -> RewardKind:

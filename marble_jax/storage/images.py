@@ -209,9 +209,17 @@ def save_png(
       path: target; its folder is made.
       image: uint8 [H, W, 3], or float in [0, 1].
       texts: PNG text chunks, such as prompt and seed.
+
+    Raises:
+      InputError: an image with NaN or infinity.
     """
     from PIL import Image, PngImagePlugin
 
+    if not np.isfinite(image).all():
+        raise InputError(
+            f"{path}: expected an image of finite numbers; received NaN or infinity (weights or a LoRA that "
+            "overflow: float32 and a smaller strength tell which)"
+        )
     info = PngImagePlugin.PngInfo()
     for key, value in (texts or {}).items():
         # International text, as prompts are in any script.
@@ -226,7 +234,9 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images
-    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+    # NaN has no grey: whoever shows or scores an image asks for finite numbers first.
+    finite = np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=0.0)
+    return np.round(np.clip(finite, 0, 1) * 255).astype(np.uint8)
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:

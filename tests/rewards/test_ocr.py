@@ -164,6 +164,15 @@ def test_reward_reads_only_quoted_and_masks_failures():
     assert not valid.any() and not values.any()
 
 
+def test_a_broken_image_has_no_score_of_any_host_reward():
+    images = np.zeros((4, 2, 2, 3), np.float32)
+    images[0], images[1, 0, 0, 0], images[2, 1, 1, 2] = np.nan, np.inf, -np.inf
+    result = base.score(OCRReward("ocr", Lines(*["ab"] * 4)), images, ['"AB"'] * 4, [{}] * 4)
+    np.testing.assert_array_equal(result.valid, [False, False, False, True])
+    np.testing.assert_array_equal(result.failed, [True, True, True, False])
+    np.testing.assert_array_equal(result.values, [0, 0, 0, 1])
+
+
 def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(
