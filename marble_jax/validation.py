@@ -209,6 +209,11 @@ def _expected(problem: Mapping[str, Any]) -> str:
     return re.sub(r"^a (?=[aeiou])", "an ", text)
 
 
+def is_digits(text: str) -> bool:
+    """Returns whether a text is a number in the digits 0 to 9; `str.isdigit` also takes `²`, which `int` does not."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
 def short(value: Any) -> str:
     """A value for an error line: at most 80 characters, whatever it is."""
     try:

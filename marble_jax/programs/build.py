@@ -12,7 +12,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from marble_jax import distributed
+from marble_jax import distributed, platform
 from marble_jax.config import RewardSettings, Settings
 from marble_jax.convert.lora import read_lora, start_from
 from marble_jax.distributed import device_mesh
@@ -138,10 +138,12 @@ def build(settings: Settings) -> Run:
       InputError: whatever in the settings, or in the files they name, does not fit.
     """
     check_settings(settings)
+    platform.check_backend()
     mesh = device_mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     sizes = derive_sizes(settings.rollout, settings.training, device_mesh.batch_shards(mesh))
     train_prompts = read_prompts(settings.prompts.path, "train", settings.prompts.sources)
     test_prompts = held_out_prompts(settings.prompts, settings.evaluation)
+    _check_held_out(train_prompts, test_prompts)
     root, family = locate(settings.model)
     spec = lora.lora_spec(settings.lora, family)
     rewards = _load_rewards(settings, mesh)
@@ -255,6 +257,22 @@ def _evaluator(
         evaluation.images_per_prompt,
         partial(device_mesh.shard_batch, imaging.mesh),
     )
+
+
+def _check_held_out(
+    train_prompts: Mapping[str, Sequence[Prompt]], test_prompts: Sequence[Prompt]
+) -> None:
+    """Raises InputError where the held-out prompts of a source are those trained on: they would hold nothing out."""
+    by_source: dict[str, list[str]] = {}
+    for prompt in test_prompts:
+        by_source.setdefault(prompt.source, []).append(prompt.text)
+    trained = {prompt.text for prompt in itertools.chain(*train_prompts.values())}
+    for source, texts in sorted(by_source.items()):
+        if trained.issuperset(texts):
+            raise InputError(
+                f"prompts: expected test prompts of {source} that are not trained on; received {len(texts)} "
+                "that all are training prompts"
+            )
 
 
 def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
