@@ -160,6 +160,8 @@ def find_lora(path: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
     Raises:
       InputError: no such file; several that could be meant; a configuration of more than a plain LoRA.
     """
+    # As a configuration file writes it.
+    path = path.expanduser()
     if path.is_file():
         return _lora_file(path)
     if not path.exists() and HUB_NAME.fullmatch(str(path)):

@@ -30,7 +30,7 @@ def free_target(out: str) -> pathlib.Path:
     """The directory that `--out` names. Raises InputError unless it is on this machine, and new or empty."""
     if not out or "://" in out:
         raise InputError(f"--out: expected a directory on this machine; received {out!r}")
-    target = pathlib.Path(out).absolute()
+    target = pathlib.Path(out).expanduser().absolute()
     if _is_taken(target):
         raise InputError(f"--out: expected a new directory; received {target}, which exists")
     return target

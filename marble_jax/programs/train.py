@@ -46,11 +46,23 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
       InputError: whatever does not fit, before anything is written to the workdir.
       Interrupted: stopped by a signal, state saved.
     """
+    workdir = Workdir(workdir_path)
+    try:
+        _train_run(settings, workdir, command)
+    finally:
+        if distributed.is_first():
+            workdir.let_go()
+
+
+def _train_run(settings: Settings, workdir: Workdir, command: str) -> None:
     start = time.perf_counter()
     platform.keep_compilations()
-    console, workdir = Console(), Workdir(workdir_path)
+    console = Console()
     config = flatten(settings)
     existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(config))
+    if existed:
+        # A run that is there is held before anything of it is read: another process may be writing.
+        distributed.broadcast_from_first("lock", lambda: workdir.hold(console.say))
     probe.check_shared_directory(workdir.path)
     run = distributed.run_on_all("build", lambda: build(settings))
     distributed.run_on_all("reward check", lambda: _check_rewards(run, console))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from etils import epath
 
 from marble_jax.config import KEYS, may_change_on_resume
 from marble_jax.errors import InputError
+from marble_jax.storage import lock
 from marble_jax.storage.files import append, location, read_json_or_empty, write_whole
 from marble_jax.validation import Natural, parse_json, validated
 
@@ -104,8 +106,8 @@ class Workdir:
         if not self.path.exists():
             return
         for file in self.path.iterdir():
-            # A kill can leave the half-written record of the configuration behind.
-            if not file.name.endswith(".partial"):
+            # A kill can leave the half-written record of the configuration behind, and the lock.
+            if not file.name.endswith(".partial") and file.name != lock.NAME:
                 raise InputError(
                     f"workdir: expected an empty or new directory, or one made by train; received "
                     f"{self.path} with other files in it"
@@ -137,8 +139,8 @@ class Workdir:
           InputError: as `check`, or the place is not writable.
         """
         existed = self.check(config)
+        self.hold()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
         except OSError as error:
             reason = error.strerror or error
@@ -146,6 +148,27 @@ class Workdir:
                 f"workdir: expected a writable place; received {self.path} ({reason})"
             ) from None
         return existed
+
+    def hold(self, say: Callable[[str], object] = print) -> None:
+        """Makes this process the one that writes to the directory, until `let_go` or its end.
+
+        Args:
+          say: called with a line where a dead process is taken over from.
+
+        Raises:
+          InputError: another process writes to it, or the place is not writable.
+        """
+        try:
+            lock.hold(self.path, say)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(
+                f"workdir: expected a writable place; received {self.path} ({reason})"
+            ) from None
+
+    def let_go(self) -> None:
+        """Lets another process write to the directory."""
+        lock.let_go(self.path)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole or not at all."""

@@ -83,7 +83,7 @@ def find_model(
     Raises:
       InputError: no such directory, and not a Hub model that can be had (unknown, gated, or no network).
     """
-    path = pathlib.Path(name)
+    path = pathlib.Path(name).expanduser()
     if path.is_dir():
         return path
     if not HUB_NAME.fullmatch(str(name)):
