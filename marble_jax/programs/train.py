@@ -87,7 +87,7 @@ def _train_run(settings: Settings, workdir: Workdir, command: str) -> None:
     if settings.training.non_finite == "rollback" and not restored:
         # There must be something to roll back to.
         checkpoints.save(0, state)
-    session = Session(run, workdir, console, checkpoints)
+    session = Session(run, workdir, console, checkpoints, done)
     state = session.train(state, done)
     if distributed.is_first():
         seconds = time.perf_counter() - start
@@ -147,7 +147,9 @@ class Session:
       report: where the report is, once training ended.
     """
 
-    def __init__(self, run: Run, workdir: Workdir, console: Console, checkpoints: Checkpoints):
+    def __init__(
+        self, run: Run, workdir: Workdir, console: Console, checkpoints: Checkpoints, done: int
+    ):
         self._run, self._workdir, self._console = run, workdir, console
         self._checkpoints = checkpoints
         self.report = ""
@@ -157,7 +159,13 @@ class Session:
         if distributed.is_first():
             tensorboard, wandb = settings.logging.tensorboard, settings.logging.wandb
         self._writer = MetricWriter(
-            str(workdir.events), tensorboard, wandb, settings.name, flatten(settings)
+            str(workdir.events),
+            tensorboard,
+            wandb,
+            settings.name,
+            flatten(settings),
+            done,
+            console.say,
         )
         self._evaluations = RunEvaluations(run, workdir, console, self._writer)
         self._exports = PeriodicExports(settings, run.family, workdir, run.networks.params, console)

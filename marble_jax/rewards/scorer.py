@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,13 +78,17 @@ class PendingScores:
     def __init__(self, scorer: Scorer, batch: _Batch):
         self._scorer, self._batch = scorer, batch
 
-    def result(self) -> Scores:
+    def result(self, poll: Callable[[], object] | None = None) -> Scores:
         """Waits for every reward; rewards in the run's order.
+
+        Args:
+          poll: called now and then while host rewards are waited for; what it raises ends the waiting. With several
+            processes it is not called, as the others would wait on.
 
         Raises:
           RewardError: as `host_scorer.Pending.result`, or a reward failed too often.
         """
-        return self._scorer._collect(self._batch)
+        return self._scorer._collect(self._batch, poll)
 
 
 class Scorer:
@@ -234,11 +238,11 @@ class Scorer:
             return self._device_reasons
         return self._device_reasons | self._host.errors
 
-    def _collect(self, batch: _Batch) -> Scores:
+    def _collect(self, batch: _Batch, poll: Callable[[], object] | None) -> Scores:
         # Whatever a reward makes of a broken image is no score of it.
         finite = distributed.to_host(batch.finite)
         if distributed.is_single_process():
-            results, reasons = self._collect_here(batch)
+            results, reasons = self._collect_here(batch, poll)
         else:
             results, reasons = self._collect_from_all(batch)
         for name, result in results.items():
@@ -252,10 +256,12 @@ class Scorer:
             self._cap.add(name, result, reason)
         return base.stack({name: results[name] for name in self.names})
 
-    def _collect_here(self, batch: _Batch) -> tuple[dict[str, Result], Reasons]:
+    def _collect_here(
+        self, batch: _Batch, poll: Callable[[], object] | None
+    ) -> tuple[dict[str, Result], Reasons]:
         results = {name: self._wait_for(name, scores) for name, scores in batch.device.items()}
         if batch.host is not None:
-            results |= batch.host.result(self._timeout)
+            results |= batch.host.result(self._timeout, poll)
         return results, self._reasons()
 
     def _collect_from_all(self, batch: _Batch) -> tuple[dict[str, Result], Reasons]:
