@@ -232,7 +232,8 @@ class HostScorer:
             return score(reward, batch.images, batch.prompts, batch.metadata)
         # A reward is foreign code: whatever it raises, even on its way out of the program, the
         # samples are missing.
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            # Ctrl-C comes to the main thread alone: this one was raised by the reward itself.
             reason = one_line(error)
             if self._on_error == "fail":
                 raise RewardError(
