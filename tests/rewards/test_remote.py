@@ -212,6 +212,7 @@ def test_the_unifiedreward_preset(tmp_path):
 def test_a_judge_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "ask.txt").write_text('Is it {prompt}? Answer {"reason": ..., "rating": 0 to 2}')
     (tmp_path / "key").write_text("sk-1")
+    (tmp_path / "key").chmod(0o600)
 
     def answer(request, text, image):
         assert (

@@ -31,6 +31,10 @@ class Expired(Exception):
     """A call was given up because it ran longer than it may."""
 
 
+class TooManyLost(RewardError):
+    """So many calls hang that there is no use in waiting for others."""
+
+
 class Pool:
     """Runs calls in `workers` threads at a time."""
 
@@ -181,7 +185,7 @@ class Pool:
         for future in late:
             future.set_exception(Expired(f"no answer within {seconds:g} s"))
         if lost > MAX_LOST:
-            raise RewardError(
+            raise TooManyLost(
                 f"rewards: expected calls to return; received {lost} that hang at the same time"
             )
         return max(0.0, first + seconds - now)
