@@ -27,6 +27,7 @@ from marble_jax.rewards.models.preprocess import Preprocess, prepare
 from marble_jax.rewards.models.tokenizer import (
     Tokenize,
     has_tokenizer,
+    image_settings,
     load_tokenize,
     openclip_text,
     read_config,
@@ -138,9 +139,7 @@ class ClipEncoder:
             vocab_size=text.vocab_size,
             end_id=text.eos_token_id,
         )
-        config = read_config(directory / "preprocessor_config.json")
-        if not config:
-            config = read_config(beside / "preprocessor_config.json")
+        config = image_settings(directory) or image_settings(beside)
         return cls(model, params, tokenize, config)
 
     def preprocess(self, **overrides: Any) -> Preprocess:

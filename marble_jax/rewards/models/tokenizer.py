@@ -13,9 +13,23 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer
 from marble_jax.storage.files import read_json
+from marble_jax.validation import short, validated
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
+IMAGE_KEYS = {
+    "size",
+    "crop_size",
+    "resample",
+    "image_mean",
+    "image_std",
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "do_normalize",
+    "rescale_factor",
+}
+"""Settings of an image processor that decide what the tower sees."""
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 """N prompts -> int32 [N, T], padded and truncated to one length T."""
 
@@ -34,6 +48,31 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     return read_json(path)
+
+
+def image_settings(directory: Path) -> dict[str, Any]:
+    """Returns how a published folder says that images are prepared; empty where it says nothing.
+
+    Old versions of transformers write preprocessor_config.json, new ones an object in processor_config.json (and read
+    that one first).
+
+    Raises:
+      InputError: a damaged file, or two that say different things.
+    """
+    path = directory / "processor_config.json"
+    settings = read_config(path).get("image_processor")
+    if settings is not None:
+        settings = validated(dict[str, Any], settings, f"{path}: image_processor")
+    older = read_config(directory / "preprocessor_config.json")
+    if not settings:
+        return older
+    for key in sorted(set(settings) & set(older) & IMAGE_KEYS):
+        if settings[key] != older[key]:
+            raise InputError(
+                f"{directory}: expected one answer to {key}; received {short(settings[key])} in "
+                f"processor_config.json and {short(older[key])} in preprocessor_config.json"
+            )
+    return {**older, **settings}
 
 
 def load_tokenize(
