@@ -61,3 +61,16 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
     if not lines:
         return name
     return f"{name}: {lines[0][:limit]}"
+
+
+def printable(text: str) -> str:
+    """A text with its control characters as escapes: names of files may hold what moves a terminal's cursor."""
+    if text.isprintable():
+        return text
+    shown = []
+    for character in text:
+        if character.isprintable():
+            shown.append(character)
+        else:
+            shown.append(character.encode("unicode_escape").decode())
+    return "".join(shown)

@@ -16,6 +16,7 @@ ROWS = (
         "vocabulary",
         (
             "errors",
+            "validation",
             "types",
             "version",
             "platform",
@@ -45,7 +46,7 @@ LIBRARIES = {
     "ml_collections": {"config", "programs", "plan", "cli"},
     "rapidocr": {"rewards.workers.ocr_engines"},
     "paddleocr": {"rewards.workers.ocr_engines"},
-    "tensorboardX": {"training.records"},
+    "tensorboardX": {"training.event_file"},
     "torch": {"programs.verify", "weights.torch_pickle", "rewards.models.mask2former"},
     "diffusers": {"programs.verify"},
     "peft": {"programs.verify"},

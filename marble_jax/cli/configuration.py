@@ -6,6 +6,7 @@ ml_collections does the parsing; what it finds wrong is put in one line that nam
 from __future__ import annotations
 
 import ast
+import os
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +41,12 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     for argument in arguments:
         option, _, value = argument.partition("=")
         if option == "--config":
-            files.append(value)
+            files.append(os.path.expanduser(value))
             continue
-        overrides[option.removeprefix("--config.")] = value
+        name = option.removeprefix("--config.")
+        if name in KEYS and KEYS[name].unit == "path":
+            value = os.path.expanduser(value)
+        overrides[name] = value
     if len(files) != 1:
         raise InputError(
             f"--config: expected one configuration file (such as configs/embedded.py); received "
@@ -94,8 +98,8 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
     except InputError:
         # The file's own message, such as for an unknown preset.
         raise
-    except Exception as error:
-        # Whatever the user's file raises; the cause stays attached.
+    except (Exception, SystemExit) as error:
+        # Whatever the user's file raises, also on its way out of the program; the cause stays attached.
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path}: expected a file with get_config(preset) that runs; received {type(error).__name__}: "

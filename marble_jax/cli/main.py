@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from marble_jax.errors import InputError, nearest
+from marble_jax.errors import InputError, nearest, printable
 
 VERBS = {
     "train": "train adapters on several rewards",
@@ -42,18 +42,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *options = argv
     # Nothing but its tokenizers is used of transformers, which otherwise complains that PyTorch is not there.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    _show_what_the_terminal_can()
     try:
         return _run(verb, options)
     except InputError as error:
-        print(f"marble-jax {verb}: {error}", file=sys.stderr)
-        return 2
+        return _refuse(verb, str(error))
     except KeyboardInterrupt:
         print(f"marble-jax {verb}: stopped", file=sys.stderr)
         return 130
+    except MemoryError:
+        return _refuse(verb, "expected input that fits into memory; received more")
+    except RecursionError:
+        return _refuse(verb, "expected input of a depth that people write; received a deeper one")
     except BrokenPipeError:
         # Whoever read the output has gone. Python would fail once more when it flushes the rest on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A disk that is full or out of reach, a file that may not be read.
+        place = error.filename or "a file"
+        return _refuse(
+            verb, f"{place}: expected to read or write it; received {error.strerror or error}"
+        )
+
+
+def _show_what_the_terminal_can() -> None:
+    """Has both streams show a character that the terminal lacks as its number, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse(verb: str, line: str) -> int:
+    """Prints what is wrong, as one line without control characters; returns the exit status."""
+    print(f"marble-jax {printable(verb)}: {printable(line)}", file=sys.stderr)
+    return 2
 
 
 def _run(verb: str, options: Sequence[str]) -> int:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from marble_jax.errors import InputError, nearest, one_of
+
+_HOME = re.compile(r"(^|[,=+])(~[\w.-]*)(?=/|,|$)")
+"""A tilde, perhaps with a user's name, at the beginning of a path; several paths are separated by commas."""
+_TEXTS = ("negative", "prompt", "token")
+"""Options that are no paths."""
 
 
 def split(
@@ -38,8 +44,15 @@ def split(
         _check_name(name, options, renamed or {})
         if name in values:
             raise InputError(f"--{name}: expected once; received twice")
-        values[name] = value
+        values[name] = _with_home(name, value)
     return _with_defaults(values, options), config_args
+
+
+def _with_home(name: str, value: str) -> str:
+    """A value with this user's home in place of each `~` that begins a path, which no shell expands behind `=`."""
+    if name in _TEXTS:
+        return value
+    return _HOME.sub(lambda match: match[1] + os.path.expanduser(match[2]), value)
 
 
 def _with_defaults(values: Mapping[str, str], options: Mapping[str, str | None]) -> dict[str, str]:

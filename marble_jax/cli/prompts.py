@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from marble_jax.cli.options import check_either, number, refuse_config, split, whole_number
-from marble_jax.prompts.files import Prompt, read_directory, read_file
+from marble_jax.prompts.files import Prompt, read_directory, read_file, split_of
 from marble_jax.prompts.generated import SPLITS, generate, write
+from marble_jax.prompts.quotations import quoted_text
 
 OPTIONS = {"out": "", "check": "", "seed": "0", "scale": "1"}
 
@@ -67,10 +68,7 @@ def _describe_directory(directory: Path) -> None:
 
 def _has_split(directory: Path, name: str) -> bool:
     """Whether one of the sources has a file of a split."""
-    for pattern in (f"*/{name}.txt", f"*/{name}_metadata.jsonl"):
-        if any(directory.glob(pattern)):
-            return True
-    return False
+    return any(split_of(file) == name for file in directory.glob("*/*"))
 
 
 def _described(prompts: Sequence[Prompt]) -> str:
@@ -81,12 +79,7 @@ def _described(prompts: Sequence[Prompt]) -> str:
     if tags:
         counts = [f"{tag} {count}" for tag, count in sorted(tags.items())]
         parts.append(", ".join(counts))
-    quoted = sum(_has_quotation(text) for text in texts)
+    quoted = sum(quoted_text(text) is not None for text in texts)
     if quoted:
         parts.append(f"{quoted} with quoted text")
     return "; ".join(parts)
-
-
-def _has_quotation(text: str) -> bool:
-    """Whether a prompt has a text to render, which stands between two quotation marks."""
-    return text.count('"') >= 2

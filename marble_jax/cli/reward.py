@@ -30,7 +30,11 @@ serve: answers POST /score and GET /health; the format is described in marble_ja
   --host=127.0.0.1 --port=8810   any other than a loopback address needs a token
   --token_file=FILE  (or --token=TEXT, which other users of this machine can see) clients have to know it
   --workers=2        requests scored at the same time
+  --waiting=256 --queue_timeout=40   whole requests that wait for a worker besides, and for how many seconds
+  --connections=1024 of clients that know the token
+  --batch=0          images scored at once; 0 takes a request as it is
   --timeout=300      seconds a request's scores may take
+  --tls_cert=FILE --tls_key=FILE   speak TLS; clients name a certificate of their own authority by ca_file
   --max_mb=64 --max_images=256 --max_side=2048   of a request; pixels of an image's side"""
 
 

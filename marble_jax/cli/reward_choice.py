@@ -12,7 +12,7 @@ from marble_jax.errors import InputError
 from marble_jax.programs.locations import resolve_path
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.function import is_function
-from marble_jax.rewards.registry import entries_of, load_rewards
+from marble_jax.rewards.registry import FILE, entries_of, load_rewards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,12 @@ def chosen_rewards(values: Mapping[str, str], settings: Settings | None) -> Rewa
     if not path and names and _are_functions(names):
         return RewardChoice(None, names)
     directory = resolve_path(path, "rewards")
-    return RewardChoice(directory, names or tuple(entries_of(directory)))
+    names = names or tuple(entries_of(directory))
+    if not names:
+        raise InputError(
+            f"{directory / FILE}: expected at least one reward; received an empty object"
+        )
+    return RewardChoice(directory, names)
 
 
 def _are_functions(names: Sequence[str]) -> bool:

@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout):
         # JAX is imported inside of the group, so that whatever is wrong with one process ends all of them.
         from marble_jax.programs.train import train_run
-        from marble_jax.training.loop import Interrupted
+        from marble_jax.training.stops import Interrupted, held_to_deadline
 
         settings = distributed.run_on_all("configuration", lambda: load_settings(config_args))
         if cluster is not None:
@@ -47,7 +47,8 @@ def run(argv: Sequence[str]) -> int:
             distributed.start_jax(cluster, init_timeout, heartbeat_timeout)
         command = " ".join(["marble-jax", "train", *argv])
         try:
-            train_run(settings, values["workdir"], command)
+            with held_to_deadline():
+                train_run(settings, values["workdir"], command)
         except Interrupted as stop:
             # Every process stops; one line is enough.
             if distributed.is_first():

@@ -12,6 +12,7 @@ from marble_jax.storage.files import read_json
 from marble_jax.storage.manifest import MANIFEST, check_sizes
 from marble_jax.weights.component import OrbaxDir, open_component
 from marble_jax.weights.formats import FileFormats
+from marble_jax.weights.hub import cache_hint
 from marble_jax.weights.safetensors_files import SafetensorsDir
 
 INDEX = "model_index.json"
@@ -60,7 +61,7 @@ class ModelDirectory:
         components = ", ".join(self.formats.components)
         return InputError(
             f"{self.root}: expected a model directory with {INDEX} or one of {components}; "
-            f"received {received}"
+            f"received {received}{cache_hint(self.root)}"
         )
 
     def components(self, wanted: Sequence[str]) -> dict[str, SafetensorsDir | OrbaxTensors]:

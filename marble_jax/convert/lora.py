@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,13 @@ import numpy as np
 from flax import traverse_util
 
 from marble_jax.convert.lora_keys import check_architecture, find_layer, layer_names, split_key
-from marble_jax.convert.lora_strength import LoraConfig, find_lora, finite_number, header_config
+from marble_jax.convert.lora_strength import (
+    LoraConfig,
+    check_strength,
+    find_lora,
+    finite_number,
+    header_config,
+)
 from marble_jax.errors import InputError
 from marble_jax.families.layers import dense_layers
 from marble_jax.trainable import lora as adapters
@@ -86,7 +93,22 @@ def read_lora(path: str, shapes: Mapping[str, Any], formats: FileFormats) -> Lor
     check_architecture(file, keys, formats)
     if config is None:
         config = header_config(source, formats)
-    return Lora(str(path), _read_layers(source, shapes, formats, config))
+    lora = Lora(str(path), _read_layers(source, shapes, formats, config))
+    _check_effect(lora)
+    return lora
+
+
+def _check_effect(lora: Lora) -> None:
+    """Raises InputError for a LoRA that changes no weight: drawing with it would show the base model in silence."""
+    reasons = set()
+    for layer in lora.layers.values():
+        if layer.scale and layer.a.any() and layer.b.any():
+            return
+        reasons.add("alpha 0" if not layer.scale else "a matrix of zeros in every layer")
+    raise InputError(
+        f"{lora.path}: expected a LoRA that changes something; received {' and '.join(sorted(reasons))} (not "
+        "trained yet, or saved before its first step)"
+    )
 
 
 def as_lora(path: str, adapter: Adapter, formats: FileFormats, scale: float) -> Lora:
@@ -116,6 +138,7 @@ def combine(
     """
     parts: dict[str, list[Pair]] = {}
     for lora, weight in loras:
+        check_strength(f"weight of {lora.path}", weight)
         for name, layer in lora.layers.items():
             # Divided by the model's scale, which the model will multiply by.
             scaled = layer.b * np.float32(layer.scale * weight / scale)
@@ -157,8 +180,16 @@ def named_loras(text: str) -> list[tuple[str, float]]:
       InputError: an empty path, or a weight that is not a number.
     """
     loras = []
-    for item in text.split(","):
-        name, weight = _named_lora(item.strip())
+    items = [item.strip() for item in text.split(",")]
+    for earlier, item in zip(items, items[1:]):
+        # 0,5 for 0.5 would be a weight of 0 and a path of 5.
+        if re.fullmatch(r"\d+", item) and re.search(r":[-+]?\d*$", earlier):
+            if not pathlib.Path(item).exists():
+                raise InputError(
+                    f"--lora: expected a weight with a point, such as 0.5; received {earlier + ',' + item!r}"
+                )
+    for item in items:
+        name, weight = _named_lora(item)
         if not name:
             raise InputError(
                 f"--lora: expected PATH[:weight], separated by commas; received {text!r}"
@@ -343,6 +374,7 @@ def _layer_strength(
     """(alpha, scale) of a layer: by its own tensor, else by the configuration, else at strength 1 without an alpha."""
     if "alpha" in keys:
         alpha = _read_scalar(source, keys["alpha"])
+        check_strength(f"{source.path}: alpha of {name} over its rank {rank}", alpha / rank)
         return alpha, alpha / rank
     if config is not None:
         return config.strength(name, rank)
@@ -352,6 +384,9 @@ def _layer_strength(
 def _read_matrix(source: SafetensorsFile, key: str) -> np.ndarray:
     """A tensor as float32 [rows, columns], in the file's layout."""
     raw = source.read(key)
+    # A 1x1 convolution is a matrix.
+    if raw.ndim in (3, 4) and set(raw.shape[2:]) == {1}:
+        raw = raw.reshape(raw.shape[:2])
     # "V" is what NumPy calls the dtypes of ml_dtypes, bfloat16 among them.
     if raw.dtype.kind not in "fV" or raw.ndim != 2:
         raise InputError(

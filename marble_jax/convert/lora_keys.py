@@ -21,6 +21,13 @@ _ENDING = re.compile(
     r"|(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<word>down|up)\.weight"
     r"|(?:\.lora)?\.(?P<alpha>alpha))"
 )
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_module)\."
+    r"|(?<=_)_?(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)_"
+)
+"""What torch.compile, FSDP, activation checkpointing and DeepSpeed put between the parts of a name, in both styles."""
+_PREFIXES = ("lycoris_", "module.", "dit.", "unet.", "network.", "model.")
+"""Prefixes of trainers, whatever the model: LyCORIS, data parallel modules, attributes of their own."""
 _PARTS = {"A": "a", "B": "b", "down": "a", "up": "b", "alpha": "alpha"}
 _OTHER_METHODS = {
     "dora_scale": "DoRA",
@@ -89,9 +96,9 @@ def find_layer(
     Raises:
       InputError: no layer of this transformer.
     """
-    name = stem
+    name = _WRAPPERS.sub("", stem)
     while name not in names:
-        shorter = _without_prefix(name, (PEFT_PREFIX, *formats.lora.prefixes))
+        shorter = _without_prefix(name, (PEFT_PREFIX, *formats.lora.prefixes, *_PREFIXES))
         if shorter == name:
             # Compared with names of the same style: dots and underscores would count as differences.
             dotted = "." in name

@@ -9,22 +9,26 @@ Source: PEFT 0.21 (`LoraConfig`, `get_pattern_key`), diffusers 0.42 for the head
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
 
 from marble_jax.convert.lora_keys import PEFT_PREFIX
 from marble_jax.errors import InputError
 from marble_jax.storage.files import read_json
+from marble_jax.validation import parse_json_object, short, validated_fields
 from marble_jax.weights.formats import FileFormats
-from marble_jax.weights.hub import HUB_NAME, download
+from marble_jax.weights.hub import HUB_NAME, cache_hint, download
 from marble_jax.weights.safetensors_files import SafetensorsFile
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PICKLE = "adapter_model.bin"
+"""What older versions of PEFT wrote in place of `PEFT_FILE`."""
 HEADER_CONFIG = "lora_adapter_metadata"
 """Where diffusers (new versions only) keeps the LoraConfig in the header of its file."""
 
@@ -37,8 +41,22 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
 }
 """Values of a plain LoRA's fields, the usual one first; PEFT's versions differ in which fields they write."""
-_OTHER_STARTS = ("pissa", "olora", "loftq", "corda")
-"""Initialisations that change the base weights, so that the file alone is not what was trained."""
+_PLAIN_STARTS = (None, True, False, "", "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base weights as they are. Others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) move a part of
+them into the adapter, so that the file alone is not what was trained."""
+MOST_STRENGTH = 1000.0
+"""Of alpha / rank and of a weight; the largest in use are about a hundred."""
+_MOST_PATTERNS, _MOST_CHARACTERS, _MOST_QUANTIFIERS = 4096, 256, 4
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
+_UNBOUNDED = re.compile(r"\(\?(?!:)|\\[1-9]")
+_QUANTIFIER = re.compile(r"(?<!\\)(?<!\()[*+?{]")
+_FIELDS: dict[str, Any] = {
+    "r": Annotated[int, Ge(0), Le(1 << 20)],
+    "lora_alpha": float,
+    "use_rslora": bool | None,
+    "rank_pattern": dict[str, Annotated[int, Ge(1)]] | None,
+    "alpha_pattern": dict[str, float] | None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +79,18 @@ class LoraConfig:
                 raise InputError(
                     f"{self.path}: {field}: expected {plain[0]!r}, a plain LoRA; received {received!r}"
                 )
-        start = str(self.fields.get("init_lora_weights", ""))
-        if start.startswith(_OTHER_STARTS):
+        start = self.fields.get("init_lora_weights")
+        if start not in _PLAIN_STARTS:
             raise InputError(
                 f"{self.path}: init_lora_weights: expected a LoRA that leaves the base weights as they are; "
                 f"received {start!r}"
             )
-        self._check_number("r")
-        self._check_number("lora_alpha")
-
-    def _check_number(self, field: str) -> None:
-        received = self.fields.get(field)
-        if finite_number(received) is None:
-            raise InputError(f"{self.path}: {field}: expected a number; received {received!r}")
+        for field in ("r", "lora_alpha"):
+            if field not in self.fields:
+                raise InputError(f"{self.path}: {field}: expected a number; received none")
+        validated_fields(_FIELDS, self.fields, self.path)
+        for field in ("rank_pattern", "alpha_pattern"):
+            _check_patterns(f"{self.path}: {field}", self.fields.get(field) or {})
 
     def strength(self, name: str, rank: int) -> tuple[float, float]:
         """(alpha, scale of a @ b) of the layer `name`. Raises InputError unless its rank is the stated one."""
@@ -84,6 +101,7 @@ class LoraConfig:
                 f"rank {rank}"
             )
         alpha = self._value("alpha_pattern", name, self.fields["lora_alpha"])
+        check_strength(f"{self.path}: alpha of {name} over its rank {rank}", alpha / rank)
         # rsLoRA divides by the root of the rank. Source: Kalajdzievski 2023 (arXiv 2312.03732).
         if self.fields.get("use_rslora"):
             return alpha, alpha / math.sqrt(rank)
@@ -97,10 +115,7 @@ class LoraConfig:
             if self._matches(field, pattern, name):
                 value = patterned
                 break
-        number = finite_number(value)
-        if number is None:
-            raise InputError(f"{self.path}: {field}: expected numbers; received {value!r}")
-        return number
+        return float(value)
 
     def _matches(self, field: str, pattern: str, name: str) -> bool:
         """Whether a pattern of `field` matches a layer's name, or the end of it after a dot."""
@@ -112,12 +127,41 @@ class LoraConfig:
             ) from error
 
 
+def check_strength(what: str, strength: float) -> None:
+    """Raises InputError for a strength that no LoRA has; `what` names it."""
+    if not abs(strength) <= MOST_STRENGTH:
+        raise InputError(
+            f"{what}: expected a strength of at most {MOST_STRENGTH:g}; received {strength:g}"
+        )
+
+
+def _check_patterns(what: str, patterns: Mapping[str, Any]) -> None:
+    """Raises InputError for patterns that could take for ever to match; they come with the file.
+
+    A repeated group, a backward reference or many repetitions in a row is what makes a pattern take exponential time.
+    """
+    if len(patterns) > _MOST_PATTERNS:
+        raise InputError(
+            f"{what}: expected at most {_MOST_PATTERNS} patterns; received {len(patterns)}"
+        )
+    for pattern in patterns:
+        count = len(_QUANTIFIER.findall(pattern))
+        dangerous = _REPEATED_GROUP.search(pattern) or _UNBOUNDED.search(pattern)
+        if dangerous or count > _MOST_QUANTIFIERS or len(pattern) > _MOST_CHARACTERS:
+            raise InputError(
+                f"{what}: expected names, or patterns without repeated groups and with at most "
+                f"{_MOST_QUANTIFIERS} repetitions; received {short(pattern)}"
+            )
+
+
 def find_lora(path: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
     """The weights file that a path or Hub name stands for, and PEFT's configuration where there is one.
 
     Raises:
       InputError: no such file; several that could be meant; a configuration of more than a plain LoRA.
     """
+    # As a configuration file writes it.
+    path = path.expanduser()
     if path.is_file():
         return _lora_file(path)
     if not path.exists() and HUB_NAME.fullmatch(str(path)):
@@ -135,14 +179,25 @@ def _lora_in(folder: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
     """The weights file of a directory, and PEFT's configuration where there is one."""
     # PEFT's pair before diffusers' file, as it alone always says alpha; an export of ours has both.
     if (folder / PEFT_CONFIG).is_file():
-        return folder / PEFT_FILE, _read_config(folder / PEFT_CONFIG)
+        return _peft_pair(folder)
     if (folder / DIFFUSERS_FILE).is_file():
         return folder / DIFFUSERS_FILE, None
     # Where upstream's training keeps PEFT's pair.
     inner = folder / "lora"
     if (inner / PEFT_CONFIG).is_file():
-        return inner / PEFT_FILE, _read_config(inner / PEFT_CONFIG)
+        return _peft_pair(inner)
     return _lora_file(_only_file(folder))
+
+
+def _peft_pair(folder: pathlib.Path) -> tuple[pathlib.Path, LoraConfig]:
+    """PEFT's weights with their configuration."""
+    config = _read_config(folder / PEFT_CONFIG)
+    if not (folder / PEFT_FILE).is_file() and (folder / PEFT_PICKLE).is_file():
+        raise InputError(
+            f"{folder}: expected {PEFT_FILE}; received {PEFT_PICKLE}, a pickle (load it with PEFT and save "
+            "it again: save_pretrained(..., safe_serialization=True))"
+        )
+    return folder / PEFT_FILE, config
 
 
 def _only_file(folder: pathlib.Path) -> pathlib.Path:
@@ -152,9 +207,18 @@ def _only_file(folder: pathlib.Path) -> pathlib.Path:
         return files[0]
     names = sorted(entry.name for entry in folder.iterdir())
     received = ", ".join(names[:6]) or "an empty directory"
+    # PEFT saves an adapter that has a name into a folder of that name.
+    named = sorted(path.parent.name for path in folder.glob(f"*/{PEFT_CONFIG}"))
+    hint = cache_hint(folder)
+    if named:
+        hint = f" (its adapters are in subfolders: pass {', '.join(f'{folder / name}' for name in named[:3])})"
+    elif PEFT_PICKLE in names:
+        hint = (
+            f" ({PEFT_PICKLE} is a pickle: re-save it as safetensors, with {PEFT_CONFIG} beside it)"
+        )
     raise InputError(
         f"{folder}: expected {PEFT_CONFIG} with {PEFT_FILE}, {DIFFUSERS_FILE} or one other .safetensors "
-        f"file; received {received}"
+        f"file; received {received}{hint}"
     )
 
 
@@ -184,13 +248,7 @@ def header_config(source: SafetensorsFile, formats: FileFormats) -> LoraConfig |
     if text is None:
         _check_not_peft(source)
         return None
-    try:
-        fields = dict(json.loads(text).items())
-    except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"{source.path}: {HEADER_CONFIG}: expected a JSON object in the file's header; received "
-            f"{type(error).__name__}"
-        ) from error
+    fields = parse_json_object(text, f"{source.path}: {HEADER_CONFIG} in the file's header")
     # diffusers writes the fields of each component's LoRA under that component's prefix.
     return LoraConfig(source.path, _under(formats.lora.diffusers_prefix, fields))
 

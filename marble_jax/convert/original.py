@@ -16,7 +16,13 @@ from flax import traverse_util
 
 from marble_jax.errors import InputError, nearest
 from marble_jax.weights.formats import FileFormats
-from marble_jax.weights.key_map import and_more, matches_any, published_shape
+from marble_jax.weights.key_map import (
+    and_more,
+    check_dtype,
+    matches_any,
+    published_shape,
+    refuse_companions,
+)
 from marble_jax.weights.safetensors_files import SafetensorsFile
 from marble_jax.weights.single_file import SingleFile, TensorShapes
 
@@ -155,7 +161,7 @@ def open_original(
         if names or component in layout.required:
             opened = _open_component(file, original, component, prefix, names)
             original.components[component] = opened
-    _check_leftovers(file, keys, original)
+    _check_leftovers(file, keys, original, ignore)
     return original
 
 
@@ -197,12 +203,18 @@ def _single_files(formats: Sequence[FileFormats]) -> list[tuple[FileFormats, Sin
     return candidates
 
 
-def _check_leftovers(file: SafetensorsFile, keys: Sequence[str], original: OriginalFile) -> None:
-    """Raises InputError when a file holds tensors that no component is made of."""
+def _check_leftovers(
+    file: SafetensorsFile, keys: Sequence[str], original: OriginalFile, ignore: Sequence[str]
+) -> None:
+    """Raises InputError when a file holds tensors that no component is made of.
+
+    Among those that are passed over none may belong to a weight that is read.
+    """
     family, used = original.formats, set()
     for component in original.components.values():
         used |= component.used()
     unread = [key for key in keys if key not in used]
+    refuse_companions(file, used, set(file.keys()) - used, ignore)
     extra = [key for key in unread if not matches_any(key, original.layout.unused)]
     if extra:
         raise InputError(
@@ -231,6 +243,7 @@ def _pieces(
         if tensor.key in present:
             rows = (tensor.part, tensor.parts, tensor.span)
             pieces[entry.key] = Piece(key, shape, *rows, tensor.swapped)
+            check_dtype(file, key, leaves[entry.path].dtype)
             _check_shape(file, key, pieces[entry.key])
         elif tensor.identity:
             pieces[entry.key] = Piece(None, shape)

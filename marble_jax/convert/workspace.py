@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import pathlib
 import shutil
@@ -19,7 +18,9 @@ from typing import Any
 from marble_jax.console import Console
 from marble_jax.convert.writing import FileRecords
 from marble_jax.errors import InputError
+from marble_jax.storage.files import read_json_or_empty
 from marble_jax.storage.manifest import write_json
+from marble_jax.validation import validated
 
 JOB = ".convert.json"
 """Record of the job in the directory; the result does not have it."""
@@ -29,7 +30,7 @@ def free_target(out: str) -> pathlib.Path:
     """The directory that `--out` names. Raises InputError unless it is on this machine, and new or empty."""
     if not out or "://" in out:
         raise InputError(f"--out: expected a directory on this machine; received {out!r}")
-    target = pathlib.Path(out).absolute()
+    target = pathlib.Path(out).expanduser().absolute()
     if _is_taken(target):
         raise InputError(f"--out: expected a new directory; received {target}, which exists")
     return target
@@ -73,12 +74,12 @@ def record(partial: pathlib.Path, job: Mapping[str, Any], done: Mapping[str, Fil
 
 def _recorded(partial: pathlib.Path, job: Mapping[str, Any]) -> dict[str, FileRecords]:
     """Components that the record of the same job names; none for another job."""
+    # No record, or a damaged one: nothing is known to be complete, and the conversion starts afresh.
+    content = read_json_or_empty(partial / JOB)
     try:
-        content = json.loads((partial / JOB).read_text(encoding="utf-8"))
-        if content["job"] == job:
-            return content["done"]
-    except (OSError, ValueError, KeyError, TypeError):
-        # No record, or a damaged one: nothing is known to be complete, and the conversion starts afresh.
+        if content.get("job") == job:
+            return validated(dict[str, dict[str, dict[str, Any]]], content.get("done"), JOB)
+    except InputError:
         pass
     return {}
 

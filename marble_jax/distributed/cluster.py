@@ -6,16 +6,45 @@ SLURM, Open MPI or Kubernetes.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from marble_jax.distributed.cluster_detection import Cluster, detect_cluster
-from marble_jax.distributed.rendezvous import split_address
+from marble_jax.distributed.rendezvous import split_address, with_brackets
 from marble_jax.errors import InputError, one_line, one_of
+from marble_jax.validation import is_digits
 
 MODES = ("auto", "off", "on")
 JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 TORCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+_SETS = {
+    "JAX": JAX_VARIABLES,
+    "torchrun": TORCH_VARIABLES,
+    "srun": (
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_JOB_ID",
+        "SLURM_STEP_NODELIST",
+        "SLURM_LOCALID",
+    ),
+    "mpirun of Open MPI 4": (
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_MCA_orte_hnp_uri",
+    ),
+    "a launcher that says where process 0 is": ("PMI_SIZE", "PMI_RANK", "JAX_COORDINATOR_ADDRESS"),
+}
+"""Variables that belong together, by who sets them."""
+_COUNTS = (
+    "JAX_NUM_PROCESSES",
+    "WORLD_SIZE",
+    "SLURM_NTASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+)
+"""Variables that say how many processes there are."""
 ADVICE = (
     "--coordinator=HOST:PORT --num_processes=N --process_id=I say it outright, --distributed=off runs one "
     "process alone"
@@ -78,12 +107,59 @@ def _locate(
     """The cluster by the first source that names one, also one of a single process."""
     if any(options.values()):
         return _explicit(options, "the command line")
-    if set(JAX_VARIABLES) <= set(environ):
+    if _all_set(JAX_VARIABLES, environ):
         variables = {name: environ[name] for name in JAX_VARIABLES}
         return _explicit(variables, "JAX's variables", _jax_devices(environ))
-    if {"WORLD_SIZE", "RANK"} <= set(environ):
+    if _all_set(("WORLD_SIZE", "RANK"), environ):
         return _torchrun(environ)
-    return _detect(environ, timeout)
+    cluster = _detect(environ, timeout)
+    if cluster is None:
+        _refuse_parts(environ)
+        return None
+    return _with_jax_variables(cluster, environ)
+
+
+def _all_set(names: Sequence[str], environ: Mapping[str, str]) -> bool:
+    return all(environ.get(name) for name in names)
+
+
+def _refuse_parts(environ: Mapping[str, str]) -> None:
+    """Refuses part of a set of variables: every host would take itself for the whole run, in one workdir.
+
+    Raises:
+      InputError: some variables of a set are there and others are missing; the message names both.
+    """
+    for found_by, names in _SETS.items():
+        present = [name for name in names if environ.get(name)]
+        missing = [name for name in names if not environ.get(name)]
+        # A launcher that says that there is one process is right without the rest.
+        is_alone = any(environ.get(name) == "1" for name in names if name in _COUNTS)
+        if present and missing and not is_alone:
+            raise InputError(
+                f"{', '.join(missing)}: expected beside {present[0]}={environ[present[0]]}, as {found_by} "
+                f"sets them; received nothing; {ADVICE}"
+            )
+
+
+def _with_jax_variables(cluster: Cluster, environ: Mapping[str, str]) -> Cluster:
+    """A detected cluster with what JAX's variables say otherwise, as `jax.distributed.initialize` reads them."""
+    address, count, index = (environ.get(name, "") for name in JAX_VARIABLES)
+    if not (address or count or index):
+        return cluster
+    if address:
+        split_address(address)
+        cluster = dataclasses.replace(cluster, coordinator=address)
+    if count:
+        number = _number(JAX_VARIABLES[1], count, 1)
+        cluster = dataclasses.replace(cluster, num_processes=number)
+    if index:
+        number = _number(JAX_VARIABLES[2], index, 0)
+        cluster = dataclasses.replace(cluster, process_id=number)
+    if cluster.process_id >= cluster.num_processes:
+        raise InputError(
+            f"{JAX_VARIABLES[2]}: expected 0 to {cluster.num_processes - 1}; received {cluster.process_id}"
+        )
+    return cluster
 
 
 def _detect(environ: Mapping[str, str], timeout: float) -> Cluster | None:
@@ -128,16 +204,18 @@ def _check_complete(settings: Mapping[str, str]) -> None:
 
 
 def _number(name: str, text: str, least: int) -> int:
-    if not text.isdigit() or int(text) < least:
+    # JAX reads its variables with `int`, which passes over blanks.
+    digits = text.strip()
+    if not is_digits(digits) or not least <= int(digits) < 2**31:
         raise InputError(f"{name}: expected a number >= {least}; received {text!r}")
-    return int(text)
+    return int(digits)
 
 
 def _jax_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     listed = environ.get("JAX_LOCAL_DEVICE_IDS", "")
-    if not listed.replace(",", "").isdigit():
+    if not listed.strip():
         return None
-    return tuple(int(device) for device in listed.split(","))
+    return tuple(_number("JAX_LOCAL_DEVICE_IDS", device, 0) for device in listed.split(","))
 
 
 def _torchrun(environ: Mapping[str, str]) -> Cluster:
@@ -145,7 +223,7 @@ def _torchrun(environ: Mapping[str, str]) -> Cluster:
 
     Source: `torch.distributed.run` and `rendezvous.py` (TORCHELASTIC_USE_AGENT_STORE).
     """
-    if environ["WORLD_SIZE"] == "1":
+    if environ["WORLD_SIZE"].strip() == "1":
         return Cluster("localhost:1", 1, 0, "torchrun's variables")
     for name in TORCH_VARIABLES:
         if not environ.get(name):
@@ -155,7 +233,9 @@ def _torchrun(environ: Mapping[str, str]) -> Cluster:
             )
     return _explicit(
         {
-            "MASTER_ADDR:MASTER_PORT": f"{environ['MASTER_ADDR']}:{_torchrun_port(environ)}",
+            "MASTER_ADDR:MASTER_PORT": (
+                f"{with_brackets(environ['MASTER_ADDR'])}:{_torchrun_port(environ)}"
+            ),
             "WORLD_SIZE": environ["WORLD_SIZE"],
             "RANK": environ["RANK"],
         },
@@ -165,9 +245,9 @@ def _torchrun(environ: Mapping[str, str]) -> Cluster:
 
 
 def _torchrun_port(environ: Mapping[str, str]) -> str:
-    port = environ["MASTER_PORT"]
+    port = environ["MASTER_PORT"].strip()
     # Under torchrun's agent MASTER_PORT is taken by the agent's own store, so the next port is used.
-    if port.isdigit() and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if is_digits(port) and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return str(int(port) + 1)
     return port
 
@@ -175,6 +255,6 @@ def _torchrun_port(environ: Mapping[str, str]) -> str:
 def _torchrun_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     # Several processes on a host take one device each; one by itself takes all of them.
     local_rank = environ.get("LOCAL_RANK", "")
-    if local_rank.isdigit() and environ.get("LOCAL_WORLD_SIZE", "") != "1":
+    if is_digits(local_rank) and environ.get("LOCAL_WORLD_SIZE", "") != "1":
         return (int(local_rank),)
     return None

@@ -20,14 +20,14 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from marble_jax.platform import PCI_DEVICES, has_tpu_chips
+
 EPHEMERAL_PORTS = 4096
 """Ports from 65536 - 4096 on that a job's number is spread over, so that jobs on one host rarely meet at one port."""
 TPU_PORT = "8482"
 KUBERNETES_PORT = "55527"
 """Ports of the coordinator where nothing tells jobs apart."""
 NAMESPACE_FILE = pathlib.Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-PCI_DEVICES = pathlib.Path("/sys/bus/pci/devices")
-GOOGLE_PCI_VENDOR = "0x1ae0"
 METADATA_ATTEMPTS = 6
 _SLURM_VARIABLES = (
     "SLURM_JOB_ID",
@@ -85,7 +85,7 @@ def _open_mpi(environ: Mapping[str, str], timeout: float) -> Cluster | None:
     address = re.search(r"tcp://(?P<v4>.+?)[,:]|tcp6://\[(?P<v6>.+?)[,\]]", uri)
     if address is None:
         raise RuntimeError("no address of the launcher in OMPI_MCA_orte_hnp_uri")
-    host = address["v4"] or address["v6"]
+    host = address["v4"] or f"[{address['v6']}]"
     # Numbers of jobs are multiples of 2^12.
     job = int(uri.partition(".")[0]) // 2**12
     return Cluster(
@@ -139,10 +139,7 @@ def _on_tpu_host(environ: Mapping[str, str]) -> bool:
 
 
 def _has_tpu_chips() -> bool:
-    for vendor in PCI_DEVICES.glob("*/vendor"):
-        if vendor.read_text().strip() == GOOGLE_PCI_VENDOR:
-            return True
-    return False
+    return has_tpu_chips(PCI_DEVICES)
 
 
 def _gke_tpu_pod(environ: Mapping[str, str], timeout: float) -> Cluster | None:

@@ -15,6 +15,7 @@ from typing import Any
 from marble_jax.distributed.channel import Channel
 from marble_jax.distributed.wire import LOST, VALUE, listen, receive, send
 from marble_jax.errors import InputError
+from marble_jax.validation import is_digits
 
 RETRY = 0.25
 """Seconds between two attempts to reach process 0."""
@@ -89,12 +90,26 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
       InputError: another form.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    host, _, port = address.strip().rpartition(":")
+    if not host or not is_digits(port) or not 0 < int(port) < 65536:
         raise InputError(
             f"--coordinator: expected HOST:PORT of process 0, such as 10.0.0.2:8476; received {address!r}"
         )
-    return host.strip("[]"), int(port)
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    # Without brackets the last part of an IPv6 address would be taken for the port.
+    if ":" in host and not is_bracketed:
+        raise InputError(
+            f"--coordinator: expected [ADDRESS]:PORT for an IPv6 address, such as [fd00::2]:8476; received "
+            f"{address!r}"
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def with_brackets(host: str) -> str:
+    """Returns a host as it stands in front of a port: an IPv6 address in brackets."""
+    if ":" in host and not host.startswith("["):
+        return f"[{host}]"
+    return host
 
 
 def _admit_all(meeting: _Meeting) -> Channel:

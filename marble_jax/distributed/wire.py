@@ -10,6 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from marble_jax.errors import InputError
+from marble_jax.validation import parse_json
+
 VALUE, LOST, BYE = b"V", b"L", b"B"
 """Kinds of messages: a value, somebody is lost, a farewell."""
 LARGEST = 1 << 26
@@ -41,8 +44,9 @@ def receive(connection: socket.socket) -> tuple[bytes, Any] | None:
     if body is None:
         return None
     try:
-        return kind, json.loads(body)
-    except ValueError:
+        # Scores among them may be NaN.
+        return kind, parse_json(body, "message", lenient=True)
+    except InputError:
         return None
 
 

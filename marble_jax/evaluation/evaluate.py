@@ -93,7 +93,7 @@ class Evaluator:
             self._keep(images, decoded, index)
             # The last batch repeats its last image to be full; an image counts once.
             progress(len(set(index.tolist())))
-        results = [batch.result() for batch in pending]
+        results = [batch.result(lambda: progress(0)) for batch in pending]
         return concatenate(results, len(groups)), self._stacked(images)
 
     def _sample(

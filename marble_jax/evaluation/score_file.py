@@ -13,6 +13,7 @@ from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.storage.files import append, write_whole
 from marble_jax.types import Scores
+from marble_jax.validation import Natural, parse_json_object, validated
 
 
 class ScoreFile:
@@ -39,18 +40,21 @@ class ScoreFile:
 
     def _read(self, lines: Sequence[str]) -> None:
         for line_number, line in enumerate(lines, 1):
+            where = f"{self.path}:{line_number}"
             try:
-                record = json.loads(line)
-                self._add(int(record["index"]), record["scores"], record.get("failed", ()))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                record = parse_json_object(line, where)
+                index = validated(Natural, record.get("index"), f"{where}: index")
+                scores = validated(
+                    dict[str, float | None], record.get("scores"), f"{where}: scores"
+                )
+                failed = validated(list[str], record.get("failed", []), f"{where}: failed")
+            except InputError:
                 # Lines are appended one after the other, so a kill can have cut the last one only.
                 if line_number == len(lines):
                     self._before_torn_line = "\n".join([*lines[:-1], ""])
                     return
-                raise InputError(
-                    f"{self.path}:{line_number}: expected an object with index and scores; received "
-                    f"{line[:60]!r} ({type(error).__name__})"
-                ) from error
+                raise
+            self._add(index, scores, failed)
 
     def _add(self, index: int, scores: Mapping[str, float | None], failed: Iterable[str]) -> None:
         newly_failed = set(failed)

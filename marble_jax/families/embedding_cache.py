@@ -26,6 +26,7 @@ from etils import epath
 from marble_jax.distributed.sharding import HEAD_WIDTH
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, Family, TextEncoders
+from marble_jax.storage.files import read_json_or_empty
 from marble_jax.weights.content_hash import content_hash
 
 MEMORY_BYTES = 1 << 30
@@ -110,7 +111,7 @@ class EmbeddingCache:
 
     def _identity(self, hashes: epath.Path) -> str:
         """Hash of the files that the conditioning depends on; `hashes` remembers those of files seen before."""
-        known = _read_hashes(hashes)
+        known = read_json_or_empty(hashes)
         components = self._family.text_components(self._root, self._omit)
         identity, files = content_hash(self._root, components, known)
         # Hashes of other models stay; written only when some are new, as runs share the file.
@@ -279,16 +280,6 @@ class EmbeddingCache:
                 f"embedding cache: expected {needed / 1e9:.1f} GB of free space in {place}; received "
                 f"{free / 1e9:.1f} GB"
             )
-
-
-def _read_hashes(file: epath.Path) -> dict[str, Any]:
-    """Hashes of files seen before; none where the record is missing or damaged, as it only saves time."""
-    if not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError:
-        return {}
 
 
 def _num_bytes(value: Value) -> int:

@@ -10,6 +10,7 @@ from marble_jax.errors import InputError, nearest
 from marble_jax.families.base import Family
 from marble_jax.families.model_index import name_without_owner
 from marble_jax.storage.files import read_json
+from marble_jax.weights.hub import cache_hint
 
 BUILT_IN = {
     "StableDiffusion3Pipeline": "marble_jax.families.sd3.family",
@@ -70,6 +71,7 @@ def family_of(root: Path) -> Family:
     if not file.is_file():
         raise InputError(
             f"{root}: expected a model's directory, with a model_index.json; received none"
+            f"{cache_hint(root)}"
         )
     name = read_json(file).get("_class_name")
     if not isinstance(name, str):

@@ -265,8 +265,9 @@ def decode(model: AutoencoderKL, params: Params, latents: jax.Array) -> jax.Arra
     # Any: as in `encode`.
     decoded: Any = model.apply({"params": params}, z, method="reconstruct")
     y = decoded.astype(jnp.float32)
-    # [-1, 1] to [0, 1]; a decoder overshoots at sharp edges.
-    return jnp.clip(0.5 * y + 0.5, 0.0, 1.0)
+    # [-1, 1] to [0, 1]; a decoder overshoots at sharp edges. Infinity is no edge: it stays a number that is none.
+    images = jnp.clip(0.5 * y + 0.5, 0.0, 1.0)
+    return jnp.where(jnp.isfinite(y), images, jnp.nan)
 
 
 def nearest_double(x: jax.Array) -> jax.Array:

@@ -1,36 +1,192 @@
-"""Tokenizers of text encoders, as transformers reads them from a component directory."""
+"""Tokenizers of text encoders, as transformers reads them from a component directory, checked against their encoder.
+
+A directory whose files did not all come down opens all the same in transformers: with a vocabulary of two words, in
+which every prompt is alike. So the files have to be there, and what they make has to fit the encoder behind it.
+"""
 
 from __future__ import annotations
 
 import pathlib
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from marble_jax.errors import InputError
+from marble_jax.storage.file_kinds import kind_of_file
+from marble_jax.storage.files import read_json
+from marble_jax.validation import Positive, short, validated
+
+COMPLETE = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("vocab.txt",),
+)
+"""Files that make a tokenizer, each set by itself."""
+_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = {*_SMALL_FILES, *(name for group in COMPLETE for name in group)}
+GOLDEN_TEXT = "a red circle"
+"""A text that every tokenizer of English gives back."""
+_FEWER_WORDS = 50
+"""Encoders pad their tables, to 128 words say: up to a 50th of a table may be without a word."""
+_LETTERS = 256
+"""Words from which on a vocabulary spells English: with a word for every byte, say."""
+_LEGACY_END = 2
+"""`eos_token_id` of CLIP configs from before the field was right: the largest id ends a text."""
 
 
 def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
-    """The transformers tokenizer of a component directory.
+    """The transformers tokenizer of a component directory; code in the directory is never run.
 
     Args:
       directory: holds the tokenizer's files.
       kind: its class in transformers, as model_index.json names it; unknown names are resolved from the files.
 
     Raises:
-      InputError: missing or unreadable directory.
+      InputError: missing or unreadable directory, files that are missing, or a tokenizer with code of its own.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: expected a tokenizer directory; received no such directory")
+    _check_files(directory)
     import transformers  # slow to import
 
-    if kind is None or not hasattr(transformers, kind):
-        kind = "AutoTokenizer"
-        if (directory / "tokenizer.json").is_file():
-            kind = "PreTrainedTokenizerFast"
+    kind = _known_class(directory, kind, transformers)
     try:
-        return getattr(transformers, kind).from_pretrained(str(directory), local_files_only=True)
-    except (
-        Exception
-    ) as error:  # whatever a damaged file makes the library raise; the cause stays attached
+        # Asked whether to run code that a model brings along, transformers would put the question to the terminal.
+        return getattr(transformers, kind).from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    # Whatever a damaged file makes the library raise; the cause stays attached. A panic of its Rust part is no
+    # Exception.
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise InputError(
             f"{directory}: expected the files of a {kind}; received {type(error).__name__}"
         ) from error
+
+
+def check_tokenizer(
+    tokenizer: Any, directory: pathlib.Path, vocab_size: int, end_id: int | None = None
+) -> None:
+    """Checks a tokenizer against the text encoder that reads its ids.
+
+    Args:
+      tokenizer: of transformers.
+      directory: its own, for messages.
+      vocab_size: words of the encoder's table.
+      end_id: id that ends a text for the encoder (2: the largest one does); None where it does not ask.
+
+    Raises:
+      InputError: another vocabulary, special ids that the encoder does not have, or a text that does not come back.
+    """
+    words = len(tokenizer)
+    fewest = vocab_size - max(vocab_size // _FEWER_WORDS, 32)
+    if not fewest <= words <= vocab_size:
+        raise InputError(
+            f"{directory}: expected a tokenizer of about the text encoder's {vocab_size} words; received "
+            f"{words} (are all of its files there?)"
+        )
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
+        number = getattr(tokenizer, name, None)
+        if number is not None and not 0 <= number < vocab_size:
+            raise InputError(
+                f"{directory}: {name}: expected 0 to {vocab_size - 1}; received {number}"
+            )
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"{directory}: pad_token: expected one, as prompts are filled up; received none"
+        )
+    _check_end(tokenizer, directory, words, end_id)
+    # A toy's alphabet need not have these letters.
+    if words >= _LETTERS:
+        _check_round_trip(tokenizer, directory)
+
+
+def _check_end(tokenizer: Any, directory: pathlib.Path, words: int, end_id: int | None) -> None:
+    """Raises InputError unless texts end with the id that the encoder looks for."""
+    if end_id is None:
+        return
+    expected = words - 1 if end_id == _LEGACY_END else end_id
+    if tokenizer.eos_token_id != expected:
+        raise InputError(
+            f"{directory}: eos_token_id: expected the text encoder's {expected}; received "
+            f"{tokenizer.eos_token_id}"
+        )
+
+
+def _check_round_trip(tokenizer: Any, directory: pathlib.Path) -> None:
+    ids = tokenizer(GOLDEN_TEXT).input_ids
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    # The ends of words are spaces to some, `</w>`, `##` or a bar to others.
+    letters = re.sub(r"</w>|[^a-z]", "", text.lower())
+    if letters != GOLDEN_TEXT.replace(" ", ""):
+        raise InputError(
+            f"{directory}: expected a tokenizer that gives {GOLDEN_TEXT!r} back; received {short(text)}"
+        )
+
+
+def max_length(config: Mapping[str, Any], default: int, what: object) -> int:
+    """The most tokens of a text by a tokenizer_config.json; many say a number beyond any text.
+
+    Args:
+      config: its contents.
+      default: where it says nothing.
+      what: names the file in the error.
+
+    Raises:
+      InputError: no number of at least 1.
+    """
+    length = config.get("model_max_length")
+    if length is None:
+        return default
+    number = validated(Positive, length, f"{what}: model_max_length")
+    if number < 1:
+        raise InputError(f"{what}: model_max_length: expected at least 1; received {short(length)}")
+    return int(number)
+
+
+def _check_files(directory: pathlib.Path) -> None:
+    """Raises InputError unless a directory holds a tokenizer's files, whole."""
+    if not directory.is_dir():
+        raise InputError(f"{directory}: expected a tokenizer directory; received no such directory")
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    if not any(set(group) <= set(names) for group in COMPLETE):
+        expected = ", or ".join(" with ".join(group) for group in COMPLETE)
+        raise InputError(
+            f"{directory}: expected {expected}; received {', '.join(names) or 'an empty directory'}"
+        )
+    for name in names:
+        # Weights may lie beside them, in formats of their own.
+        if name not in _FILES:
+            continue
+        other = kind_of_file(directory / name)
+        if other:
+            raise InputError(
+                f"{directory / name}: expected a file of a tokenizer; received {other}"
+            )
+        if name in _SMALL_FILES:
+            read_json(directory / name)
+
+
+def _known_class(directory: pathlib.Path, kind: str | None, transformers: Any) -> str:
+    """A class of transformers for a directory's files: the one that is named, where transformers has it."""
+    if _is_tokenizer_class(transformers, kind):
+        assert kind is not None
+        return kind
+    if (directory / "tokenizer.json").is_file():
+        return "PreTrainedTokenizerFast"
+    config = {}
+    if (directory / "tokenizer_config.json").is_file():
+        config = read_json(directory / "tokenizer_config.json")
+    if "auto_map" in config:
+        raise InputError(
+            f"{directory}: expected a tokenizer class of transformers; received {short(kind)} with code of "
+            "its own, which is not run"
+        )
+    return "AutoTokenizer"
+
+
+def _is_tokenizer_class(transformers: Any, kind: Any) -> bool:
+    if not isinstance(kind, str) or "Tokenizer" not in kind:
+        return False
+    return isinstance(getattr(transformers, kind, None), type)

@@ -146,16 +146,19 @@ def weighted_sum(
     values: Float[np.ndarray, "n k"],
     valid: Bool[np.ndarray, "n k"],
     weights: Float[np.ndarray, " _"] | None = None,
+    groups: Shaped[np.ndarray, " n"] | None = None,
 ) -> tuple[Float[np.ndarray, "n 1"], Bool[np.ndarray, "n 1"]]:
     """One number per sample: the weighted mean over the rewards that are valid for it.
 
     Acts on raw scores (the scalarization that harmonisation is compared with; follow it by `per_reward`) or on
-    advantages.
+    advantages. With groups a score that is missing where others of its group have one counts as their mean: it then
+    says nothing about its sample, whose number would otherwise move by how large that reward's scores are.
 
     Args:
       values: of every reward.
       valid: which of them are there.
       weights: at least 0 and not all 0; all 1 when None.
+      groups: labels, equal for images of one prompt; None leaves missing scores out.
 
     Returns:
       The means in float64, 0 where nothing is valid, and where something is.
@@ -171,11 +174,26 @@ def weighted_sum(
             f"reward weights: expected {count} numbers of at least 0, not all 0; "
             f"received {weights.tolist()}"
         )
+    # A sample without any score of its own stays missing.
+    has_score = np.any(valid & (weights > 0), axis=1, keepdims=True)
+    if groups is not None:
+        values, valid = _filled_up(values, valid, groups)
     total = (valid * weights).sum(axis=1, keepdims=True)
     weighted = np.where(valid, values * weights, 0.0)
     # Nothing is valid where the weights add up to 0: any divisor but 0 will do there.
     mean = weighted.sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
-    return mean, total > 0
+    return np.where(has_score, mean, 0.0), np.asarray(has_score)
+
+
+def _filled_up(
+    values: Float[np.ndarray, "n k"],
+    valid: Bool[np.ndarray, "n k"],
+    groups: Shaped[np.ndarray, " n"],
+) -> tuple[Float[np.ndarray, "n k"], Bool[np.ndarray, "n k"]]:
+    """Scores with their group's mean in place of missing ones, where the group has any."""
+    values, valid, index = _checked(values, valid, groups)
+    count, mean, _ = _grouped(values, valid, index)
+    return np.where(valid, values, mean[index]), count[index] > 0
 
 
 def gdpo(
@@ -201,7 +219,7 @@ def gdpo(
     which the batch normalisation makes the same when none is missing.
     """
     normalised = per_reward(values, valid, groups, "group", epsilon)
-    combined, active = weighted_sum(normalised.values, normalised.valid, weights)
+    combined, active = weighted_sum(normalised.values, normalised.valid, weights, groups)
     kept = combined[active]
     if kept.size:
         centred = np.where(active, combined - kept.mean(), 0.0)

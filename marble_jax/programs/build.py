@@ -12,10 +12,11 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from marble_jax import distributed
+from marble_jax import distributed, platform
 from marble_jax.config import RewardSettings, Settings
 from marble_jax.convert.lora import read_lora, start_from
 from marble_jax.distributed import device_mesh
+from marble_jax.errors import InputError, nearest
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.base import Family, Networks, Size
 from marble_jax.families.decoding import Decoder, as_images
@@ -137,10 +138,12 @@ def build(settings: Settings) -> Run:
       InputError: whatever in the settings, or in the files they name, does not fit.
     """
     check_settings(settings)
+    platform.check_backend()
     mesh = device_mesh.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     sizes = derive_sizes(settings.rollout, settings.training, device_mesh.batch_shards(mesh))
     train_prompts = read_prompts(settings.prompts.path, "train", settings.prompts.sources)
     test_prompts = held_out_prompts(settings.prompts, settings.evaluation)
+    _check_held_out(train_prompts, test_prompts)
     root, family = locate(settings.model)
     spec = lora.lora_spec(settings.lora, family)
     rewards = _load_rewards(settings, mesh)
@@ -256,6 +259,22 @@ def _evaluator(
     )
 
 
+def _check_held_out(
+    train_prompts: Mapping[str, Sequence[Prompt]], test_prompts: Sequence[Prompt]
+) -> None:
+    """Raises InputError where the held-out prompts of a source are those trained on: they would hold nothing out."""
+    by_source: dict[str, list[str]] = {}
+    for prompt in test_prompts:
+        by_source.setdefault(prompt.source, []).append(prompt.text)
+    trained = {prompt.text for prompt in itertools.chain(*train_prompts.values())}
+    for source, texts in sorted(by_source.items()):
+        if trained.issuperset(texts):
+            raise InputError(
+                f"prompts: expected test prompts of {source} that are not trained on; received {len(texts)} "
+                "that all are training prompts"
+            )
+
+
 def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
     """The rewards trained on, then those only evaluated, on the devices."""
     chosen, rollout = settings.rewards, settings.rollout
@@ -270,8 +289,21 @@ def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
         check_groups(
             reward, mesh, rollout.prompts_per_step, rollout.images_per_prompt, rollout.batch_size
         )
+    _check_sources(settings, rewards)
     place_rewards(mesh, rewards)
     return rewards
+
+
+def _check_sources(settings: Settings, rewards: Sequence[Reward]) -> None:
+    """Raises InputError for a reward that is for a source of prompts which the run does not have."""
+    known = sorted({*settings.prompts.sources, *settings.evaluation.sources})
+    for reward in rewards:
+        for source in reward.sources:
+            if source not in known:
+                raise InputError(
+                    f"rewards: sources of {reward.name}: expected some of prompts.sources "
+                    f"({', '.join(known)}); received {source!r}{nearest(source, known)}"
+                )
 
 
 def _scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:

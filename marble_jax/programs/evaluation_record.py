@@ -11,10 +11,17 @@ from marble_jax.errors import InputError
 from marble_jax.programs.evaluation_request import Request
 from marble_jax.programs.shared_settings import SharedSettings
 from marble_jax.prompts.files import Prompt
+from marble_jax.storage.files import read_json
 from marble_jax.storage.images import writable
 from marble_jax.storage.workdir import Workdir, jsonable
+from marble_jax.validation import validated_fields
 
 RECORD, PROMPTS = "evaluation.json", "prompts.jsonl"
+_FIELDS: dict[str, Any] = {
+    "models": dict[str, dict[str, Any]],
+    "rewards": dict[str, dict[str, Any]],
+    "settings": dict[str, Any],
+}
 
 
 def new_record(
@@ -101,13 +108,10 @@ def _earlier_record(workdir: Workdir) -> dict[str, Any] | None:
     file = workdir.path / RECORD
     if not file.exists():
         return None
-    try:
-        record = json.loads(file.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("models"), dict):
+    record = read_json(file)
+    if not isinstance(record.get("models"), dict):
         raise InputError(f"{file}: expected the record of an evaluation; received something else")
-    return record
+    return record | validated_fields(_FIELDS, record, file)
 
 
 def _check_empty(workdir: Workdir) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,18 +14,27 @@ from etils import epath
 
 from marble_jax import distributed
 from marble_jax.console import Console, duration
+from marble_jax.errors import InputError
 from marble_jax.evaluation.joint_rates import joint_rates, reward_sets
 from marble_jax.evaluation.statistics import gains, raw_mean, standardised_gain, summary
 from marble_jax.programs.build import Run
 from marble_jax.programs.run_rewards import deciding_rewards
+from marble_jax.storage.files import read_json
 from marble_jax.storage.images import save_png
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.records import MetricWriter
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter, Params, Scores
+from marble_jax.validation import validated_fields
 
 BASE_SCORES = "base_scores.json"
+_SCORE_FIELDS = {
+    "names": list[str],
+    "values": list[list[float]],
+    "valid": list[list[bool]],
+    "failed": list[list[bool]],
+}
 
 
 class RunEvaluations:
@@ -173,8 +181,11 @@ class RunEvaluations:
         shown = []
         for number, (index, image) in enumerate(zip(evaluator.kept, images, strict=True)):
             prompt = evaluator.prompts[index].text
-            save_png(folder / f"{number:02d}.png", image, {"prompt": prompt, "step": str(step)})
             shown.append({"prompt": prompt, "seed": index})
+            # Of an image that is none there is nothing to show; its scores are missing and counted.
+            if not np.isfinite(image).all():
+                continue
+            save_png(folder / f"{number:02d}.png", image, {"prompt": prompt, "step": str(step)})
         self._workdir.write_json("samples/prompts.json", shown)
         record: dict[str, Any] = {
             "step": step,
@@ -229,17 +240,19 @@ def _read_scores(file: epath.Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        record = json.loads(file.read_bytes())
-    except ValueError:
+        record = validated_fields(_SCORE_FIELDS, read_json(file), file)
+    except InputError:
         # A kill while it was written: the scores are taken anew.
         return None
-    fields = {"names", "values", "valid", "failed"}
-    if not isinstance(record, dict) or not fields <= set(record):
+    if set(record) != set(_SCORE_FIELDS):
         return None
     # One row an image, one number a reward: another shape is no record of these scores.
-    for row in record["values"]:
-        if len(row) != len(record["names"]):
+    for field in ("values", "valid", "failed"):
+        if len(record[field]) != len(record["values"]):
             return None
+        for row in record[field]:
+            if len(row) != len(record["names"]):
+                return None
     return record
 
 

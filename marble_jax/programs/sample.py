@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
-
-from etils import epath
 
 from marble_jax import platform
 from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.programs.image_sampler import ImageSampler
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
+from marble_jax.storage.files import read_json_or_empty
 from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
 
@@ -95,23 +92,10 @@ def _draw(
 def _claim(folder: ImageFolder, sampler: ImageSampler, prompts: Sequence[str]) -> None:
     """Writes down what the folder's images are of, and the hashes of the files that say so."""
     hashes = folder.path / _HASHES
-    known = _read_hashes(hashes)
+    known = read_json_or_empty(hashes)
     record, files = sampler.record(known)
     folder.claim(record, prompts)
     # Written once: another call may read while this one draws.
     if files != known:
         with writable(folder.path):
             Workdir(folder.path).write_json(_HASHES, files)
-
-
-def _read_hashes(file: epath.Path) -> dict[str, Any]:
-    """Hashes of an earlier call; none where the file is missing or damaged, as they only save time."""
-    if not file.exists():
-        return {}
-    try:
-        hashes = json.loads(file.read_text())
-    except ValueError:
-        return {}
-    if not isinstance(hashes, dict):
-        return {}
-    return hashes

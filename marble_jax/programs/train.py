@@ -46,11 +46,23 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
       InputError: whatever does not fit, before anything is written to the workdir.
       Interrupted: stopped by a signal, state saved.
     """
+    workdir = Workdir(workdir_path)
+    try:
+        _train_run(settings, workdir, command)
+    finally:
+        if distributed.is_first():
+            workdir.let_go()
+
+
+def _train_run(settings: Settings, workdir: Workdir, command: str) -> None:
     start = time.perf_counter()
     platform.keep_compilations()
-    console, workdir = Console(), Workdir(workdir_path)
+    console = Console()
     config = flatten(settings)
     existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(config))
+    if existed:
+        # A run that is there is held before anything of it is read: another process may be writing.
+        distributed.broadcast_from_first("lock", lambda: workdir.hold(console.say))
     probe.check_shared_directory(workdir.path)
     run = distributed.run_on_all("build", lambda: build(settings))
     distributed.run_on_all("reward check", lambda: _check_rewards(run, console))
@@ -75,7 +87,7 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
     if settings.training.non_finite == "rollback" and not restored:
         # There must be something to roll back to.
         checkpoints.save(0, state)
-    session = Session(run, workdir, console, checkpoints)
+    session = Session(run, workdir, console, checkpoints, done)
     state = session.train(state, done)
     if distributed.is_first():
         seconds = time.perf_counter() - start
@@ -135,7 +147,9 @@ class Session:
       report: where the report is, once training ended.
     """
 
-    def __init__(self, run: Run, workdir: Workdir, console: Console, checkpoints: Checkpoints):
+    def __init__(
+        self, run: Run, workdir: Workdir, console: Console, checkpoints: Checkpoints, done: int
+    ):
         self._run, self._workdir, self._console = run, workdir, console
         self._checkpoints = checkpoints
         self.report = ""
@@ -145,7 +159,13 @@ class Session:
         if distributed.is_first():
             tensorboard, wandb = settings.logging.tensorboard, settings.logging.wandb
         self._writer = MetricWriter(
-            str(workdir.events), tensorboard, wandb, settings.name, flatten(settings)
+            str(workdir.events),
+            tensorboard,
+            wandb,
+            settings.name,
+            flatten(settings),
+            done,
+            console.say,
         )
         self._evaluations = RunEvaluations(run, workdir, console, self._writer)
         self._exports = PeriodicExports(settings, run.family, workdir, run.networks.params, console)

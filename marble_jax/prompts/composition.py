@@ -16,7 +16,7 @@ from typing import Any
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.prompts.files import Prompt
-from marble_jax.prompts.geneval_metadata import RELATIONS, TAGS
+from marble_jax.prompts.geneval_metadata import COLOURS, RELATIONS, TAGS
 
 CLASSES = tuple(
     """
@@ -28,7 +28,6 @@ toilet|tv|laptop|computer mouse|tv remote|computer keyboard|cell phone|microwave
 clock|vase|scissors|teddy bear|hair drier|toothbrush""".replace("\n", "").split("|")
 )
 """COCO's 80 classes in their order, the person first."""
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 # People have no colour in the benchmark.
 _COLOURED = CLASSES[1:]

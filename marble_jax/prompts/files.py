@@ -1,4 +1,4 @@
-"""Prompt files in the formats users have: one prompt a line, or GenEval's metadata, one JSON object a line.
+"""Prompt files in the formats users have: one prompt a line, lists, tables, or GenEval's metadata.
 
 A prompt directory holds a folder per source with a file per split: `general/train.txt`, `ocr/test.txt`,
 `geneval/test_metadata.jsonl`. The sources' names are free; their order is alphabetical.
@@ -7,13 +7,20 @@ A prompt directory holds a folder per source with a file per split: `general/tra
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from marble_jax.errors import InputError, nearest
-from marble_jax.prompts.geneval_metadata import check_geneval, short
+from marble_jax.prompts.geneval_metadata import short
+from marble_jax.prompts.prompt_text import check_prompt
+from marble_jax.prompts.structured import Record, format_of, records_of
+from marble_jax.storage.file_kinds import SHOWN_BYTES, kind_of_content
+
+SPLIT_SUFFIXES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".yaml", ".yml")
+"""Endings of the files of a prompt directory; YAML is refused when it is read."""
+MOST_BYTES = 1 << 28
+"""Of a prompt file; a million prompts have less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +46,9 @@ def read_text(path: Path | str, source: str) -> list[Prompt]:
       source: name of the set.
 
     Raises:
-      InputError: no such file, not UTF-8, or no prompt in it.
+      InputError: no such file, not UTF-8, a line that is no prompt, or no prompt at all.
     """
-    prompts = [Prompt(line, source) for _, line in _lines(path)]
-    _require_prompts(path, prompts)
-    return prompts
+    return _prompts(path, source, _text_records(_content(path)))
 
 
 def read_geneval(path: Path | str, source: str) -> list[Prompt]:
@@ -56,32 +61,25 @@ def read_geneval(path: Path | str, source: str) -> list[Prompt]:
     Raises:
       InputError: no such file, not UTF-8, no prompt in it, or a line that is not such an object.
     """
-    prompts = []
-    for number, line in _lines(path):
-        try:
-            data = json.loads(line)
-        except ValueError as error:
+    prompts = _structured(path, source, "jsonl", _content(path))
+    for number, prompt in enumerate(prompts, 1):
+        if "include" not in prompt.metadata:
             raise InputError(
-                f"{path}:{number}: expected a JSON object; received {short(line)} ({error})"
-            ) from error
-        try:
-            check_geneval(data)
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
-        prompts.append(Prompt(data["prompt"].strip(), source, data))
-    _require_prompts(path, prompts)
+                f"{path}: entry {number}: expected GenEval's object with 'include'; received "
+                f"{short(prompt.text)} without it"
+            )
     return prompts
 
 
 def read_file(path: Path | str, source: str = "") -> list[Prompt]:
-    """Prompts of one file: GenEval metadata if its name ends in `.jsonl`, else one prompt a line.
+    """Prompts of one file in any of `structured.FORMATS`, told by its name and its content.
 
     Args:
       path: the file.
       source: name of the set; by default the folder's name for `train` and `test` files, else the file's own.
 
     Raises:
-      InputError: as `read_text` and `read_geneval`.
+      InputError: no such file, not UTF-8, another format, a line that is no prompt, or no prompt at all.
     """
     path = Path(path)
     if not source:
@@ -90,9 +88,45 @@ def read_file(path: Path | str, source: str = "") -> list[Prompt]:
         # the source.
         if source in ("train", "test"):
             source = path.resolve().parent.name
-    if path.suffix == ".jsonl":
-        return read_geneval(path, source)
-    return read_text(path, source)
+    content = _content(path)
+    try:
+        kind = format_of(path.suffix, content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if kind == "text":
+        return _prompts(path, source, _text_records(content))
+    return _structured(path, source, kind, content)
+
+
+def _structured(path: Path | str, source: str, kind: str, content: str) -> list[Prompt]:
+    try:
+        records = list(records_of(kind, content))
+    except InputError as error:
+        # What begins with the number of a line goes on as `FILE:LINE`.
+        separator = ":" if str(error)[:1].isdigit() else ": "
+        raise InputError(f"{path}{separator}{error}") from None
+    return _prompts(path, source, records)
+
+
+def _text_records(content: str) -> Iterator[Record]:
+    # Not `splitlines`, which also ends lines at characters that may stand within a prompt, such as
+    # U+2028.
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            yield number, line, {}
+
+
+def _prompts(path: Path | str, source: str, records: Iterable[Record]) -> list[Prompt]:
+    """Checked prompts of a file's records."""
+    prompts = []
+    for number, text, metadata in records:
+        try:
+            prompts.append(Prompt(check_prompt(text), source, metadata))
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+    if not prompts:
+        raise InputError(f"{path}: expected at least one prompt; received an empty file")
+    return prompts
 
 
 def read_directory(
@@ -101,14 +135,14 @@ def read_directory(
     """The prompts of one split, by source in alphabetical order.
 
     Args:
-      directory: with a folder per source, each holding `{split}.txt` or `{split}_metadata.jsonl`; folders without
-        the split are passed over.
+      directory: with a folder per source, each holding `{split}.txt`, `{split}_metadata.jsonl` or the split in
+        another of the formats; folders without it are passed over.
       split: "train" or "test".
       names: sources to read; None reads all that have the split.
 
     Raises:
       InputError: no such directory, no source with the split, a source asked for that is not there, a source with
-        both files, or a malformed file.
+        two files, or a malformed file.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -161,49 +195,52 @@ def _split_file(folder: Path, split: str) -> Path | None:
     Raises:
       InputError: there are two.
     """
-    text = folder / f"{split}.txt"
-    geneval = folder / f"{split}_metadata.jsonl"
-    if not geneval.exists():
-        return text if text.exists() else None
-    if text.exists():
-        raise InputError(f"{folder}: expected {text.name} or {geneval.name}; received both")
-    return geneval
+    files = [file for file in sorted(folder.iterdir()) if split_of(file) == split]
+    if not files:
+        return None
+    if len(files) > 1:
+        raise InputError(
+            f"{folder}: expected one file of {split}; received {files[0].name} and {files[1].name}"
+        )
+    return files[0]
+
+
+def split_of(file: Path) -> str:
+    """Returns the split that a file of a prompt directory is for, by its name; empty for other files."""
+    # Also what is not read, such as YAML: reading it says so, where passing over it would lose a source.
+    if file.suffix.lower() not in SPLIT_SUFFIXES or file.name.startswith(".") or not file.is_file():
+        return ""
+    return file.stem.removesuffix("_metadata")
 
 
 def _splits(directory: Path) -> list[str]:
     """Names of the splits that a prompt directory has, in alphabetical order."""
-    splits = set()
-    for file in directory.glob("*/*"):
-        if file.is_file():
-            splits.add(file.name.removesuffix(".txt").removesuffix("_metadata.jsonl"))
-    return sorted(splits)
-
-
-def _lines(path: Path | str) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and stripped lines, blank ones left out."""
-    # Not `splitlines`, which also ends lines at characters that may stand within a prompt, such as
-    # U+2028.
-    lines = _content(path).split("\n")
-    for number, line in enumerate(lines, 1):
-        stripped = line.strip()
-        if stripped:
-            yield number, stripped
+    return sorted({split_of(file) for file in directory.glob("*/*")} - {""})
 
 
 def _content(path: Path | str) -> str:
+    file = Path(path)
     try:
         # Files from Windows may begin with a byte order mark, which would become part of the first
         # prompt.
-        return Path(path).read_text(encoding="utf-8-sig")
+        if file.stat().st_size > MOST_BYTES:
+            raise InputError(
+                f"{path}: expected a prompt file of at most {MOST_BYTES} bytes; received "
+                f"{file.stat().st_size}"
+            )
+        raw = file.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: expected a prompt file; received {error.strerror}") from error
+    other = kind_of_content(raw[:SHOWN_BYTES])
+    if other and raw:
+        raise InputError(f"{path}: expected a prompt file; received {other}")
+    try:
+        content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}: expected UTF-8 text; received byte {error.object[error.start]:#04x} "
+            f"{path}:{line}: expected UTF-8 text; received byte {raw[error.start]:#04x} "
             f"at offset {error.start}"
         ) from error
-
-
-def _require_prompts(path: Path | str, prompts: list[Prompt]) -> None:
-    if not prompts:
-        raise InputError(f"{path}: expected at least one prompt; received an empty file")
+    # Ends of lines of Windows and of old Macs.
+    return content.replace("\r\n", "\n").replace("\r", "\n")

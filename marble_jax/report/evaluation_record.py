@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from etils import epath
 from marble_jax.errors import InputError
 from marble_jax.report.intervals import Interval
 from marble_jax.report.reading import parsed_json
+from marble_jax.validation import parse_json_object
 
 _NO_INTERVAL: dict[str, Any] = {}
 
@@ -79,10 +79,21 @@ class Comparison:
         return Interval.from_record(by_reward.get(reward))
 
 
-def _prompts(path: epath.Path) -> list[dict[str, Any]]:
-    if not path.exists():
+def _prompts(path: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
+    """Returns the prompt of every image; an empty object for a line that cannot be read, so that numbers stay."""
+    if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    prompts, damaged = [], []
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    for line_number, line in enumerate(lines, 1):
+        try:
+            prompts.append(parse_json_object(line, path.name))
+        except InputError:
+            prompts.append({})
+            damaged.append(line_number)
+    if damaged:
+        flaws.append(f"{path.name}: {len(damaged)} unreadable line(s) (the first is {damaged[0]}).")
+    return prompts
 
 
 def _json_or_empty(path: epath.Path, flaws: list[str]) -> Any:
@@ -111,5 +122,5 @@ def read_comparison(path: epath.PathLike) -> Comparison:
         raise InputError(f"evaluation: expected a folder with evaluation.json; received {root}")
     # Not there before scoring: the page then shows the images alone.
     summary = _json_or_empty(root / "summary.json", flaws)
-    prompts = _prompts(root / "prompts.jsonl")
+    prompts = _prompts(root / "prompts.jsonl", flaws)
     return Comparison(root, record, summary, prompts, flaws)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +12,13 @@ from marble_jax.errors import InputError
 from marble_jax.report.intervals import number
 from marble_jax.report.records import Records, Strip, step_of
 from marble_jax.storage.files import location
+from marble_jax.validation import parse_json
 
 _STEP_DIRECTORY = re.compile(r"^step_(\d+)$")
 _PREFIXES_OF_REWARDS = ("rollout/score_mean/", "harmonize/alpha/")
 _SHOWN_LINES = 5
+MOST_STEPS = 2**53
+"""Step of a record at most: what every JSON reader holds exactly."""
 
 
 def parsed_json(path: epath.Path) -> tuple[Any, str]:
@@ -34,8 +35,10 @@ def parsed_json(path: epath.Path) -> tuple[Any, str]:
     try:
         # A damaged byte costs a character of one text, not the whole file.
         text = path.read_bytes().decode("utf-8", "replace")
-        return json.loads(text), ""
-    except (ValueError, OSError) as error:
+        return parse_json(text, path.name, lenient=True), ""
+    except InputError as error:
+        return None, f"{path.name} could not be read ({str(error).removeprefix(f'{path.name}: ')})"
+    except OSError as error:
         return None, f"{path.name} could not be read ({type(error).__name__})"
 
 
@@ -57,12 +60,14 @@ def _json_object(path: epath.Path, flaws: list[str]) -> dict[str, Any]:
 def _step_record(line: str) -> dict[str, Any] | None:
     """Returns a line's object if it holds a step, else None."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = parse_json(line, "record", lenient=True)
+    except InputError:
         return None
     if not isinstance(record, dict):
         return None
-    if not math.isfinite(number(record.get("step"))):
+    step = number(record.get("step"))
+    # No run takes more steps than an index of an array can count, and NaN is no step at all.
+    if not 0 <= step <= MOST_STEPS or step != int(step):
         return None
     return record
 

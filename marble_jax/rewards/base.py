@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.errors import InputError
@@ -44,6 +45,7 @@ class Reward:
       params: frozen weights handed to `score` by default; None for rewards without any.
       takes: "images" [N, H, W, 3] or "clips" [N, F, H, W, 3].
       needs_full_group: an image's score depends on the other images of its prompt, which have to be in its batch.
+      sources: sources of the prompts that the reward is for; empty for all prompts that it applies to.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Reward:
     params: Params = None
     takes: Takes = IMAGES
     needs_full_group: bool = False
+    sources: tuple[str, ...] = ()
 
     def networks(self) -> Sequence[SharedNetwork]:
         """Returns the networks whose weights are part of `params`; they move to the devices with it."""
@@ -136,6 +139,33 @@ def to_result(values: Any, valid: Any, applies: np.ndarray) -> Result:
     return Result(np.where(valid, values, np.float32(0)), valid, applies & ~valid)
 
 
+def without_broken_images(result: Result, finite: np.ndarray) -> Result:
+    """Returns a Result in which images that hold NaN or infinity have failed, whatever a reward made of them.
+
+    Args:
+      result: of N images.
+      finite: bool [N], from `finite_images`.
+    """
+    failed = result.failed | (result.valid & ~finite)
+    valid = result.valid & finite
+    return Result(np.where(valid, result.values, np.float32(0)), valid, failed)
+
+
+def of_sources(result: Result, asked: np.ndarray) -> Result:
+    """Returns a Result in which the reward applies only where `asked`, bool [N], is True."""
+    valid = result.valid & asked
+    return Result(np.where(valid, result.values, np.float32(0)), valid, result.failed & asked)
+
+
+def finite_images(images: Any) -> Any:
+    """Returns bool [N]: which of N images or clips hold nothing but finite numbers; traceable."""
+    library: Any = jnp
+    if isinstance(images, np.ndarray):
+        # No way to a device and back for what lies on the host.
+        library = np
+    return library.isfinite(images).all(axis=tuple(range(1, images.ndim)))
+
+
 def all_failed(applies: np.ndarray) -> Result:
     """Returns the Result of a call that gave nothing: failed wherever the reward applies."""
     return to_result(np.zeros(applies.shape), np.zeros(applies.shape, bool), applies)
@@ -159,7 +189,8 @@ def score(
     values, valid, *narrower = reward.score(params, images, prompts, metadata)
     for narrow in narrower:
         applies = applies & np.asarray(narrow, bool)
-    return to_result(values, valid, applies)
+    finite = np.asarray(finite_images(images))
+    return without_broken_images(to_result(values, valid, applies), finite)
 
 
 def stack(results: Mapping[str, Result]) -> Scores:

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import dataclasses
+import ssl
 from pathlib import Path
 from typing import Any
 
-from marble_jax.errors import InputError, one_of
+from marble_jax.errors import InputError, one_line, one_of
 from marble_jax.rewards.function import Applies, applies_rule
 from marble_jax.rewards.http.access import read_token
 from marble_jax.rewards.http.calls import Replicas
@@ -31,6 +32,10 @@ class CallOptions:
     timeout: float = option(60.0, "seconds for a whole call", above=0)
     connect_timeout: float = option(5.0, "seconds for a connection", above=0)
     retries: int = option(3, "further attempts after the first", least=0)
+    patience: float = option(
+        100.0, "seconds to go on asking a server that is busy, whatever retries says", least=0
+    )
+    ca_file: str = option("", "certificates of authorities to trust besides the system's")
     pause: float = option(0.5, "seconds before the first of them; doubles with each", least=0)
     max_in_flight: int = option(4, "calls at the same time, over all servers", least=1)
     applies: str = option(
@@ -74,10 +79,26 @@ def _replicas(name: str, options: CallOptions, path: str) -> Replicas:
         connect_seconds=options.connect_timeout,
         answer_seconds=options.timeout,
         retries=options.retries,
+        patience_seconds=options.patience,
+        ca_file=_certificates(name, options.ca_file),
         pause_seconds=options.pause,
         max_in_flight=options.max_in_flight,
     )
     return Replicas(name, list(options.urls), path, token, policy)
+
+
+def _certificates(name: str, file: str) -> str:
+    """A file of certificates. Raises InputError where it holds none."""
+    if not file:
+        return ""
+    path = Path(file).expanduser()
+    try:
+        ssl.create_default_context(cafile=str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"reward {name}: ca_file: expected certificates in PEM; received {path} ({one_line(error)})"
+        ) from None
+    return str(path)
 
 
 def _applies(name: str, options: CallOptions, context: BuildContext) -> Applies | None:

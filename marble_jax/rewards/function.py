@@ -31,8 +31,8 @@ from typing import Any, Literal
 import numpy as np
 
 from marble_jax.errors import InputError, nearest, one_line, one_of
+from marble_jax.prompts.quotations import quoted_text
 from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Reward, RewardError, Takes
-from marble_jax.rewards.ocr import quoted_text
 from marble_jax.rewards.registration import BuildContext, option, register_reward
 from marble_jax.types import Params
 
@@ -138,8 +138,8 @@ def import_module(name: str, module_name: str, directory: Path | str | None) -> 
         raise InputError(
             f"reward {name}: expected a module that imports; it lacks {error.name}"
         ) from error
-    # Whatever the user's module raises; the cause stays attached.
-    except Exception as error:
+    # Whatever the user's module raises, also on its way out of the program; the cause stays attached.
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"reward {name}: expected a module that imports; received {one_line(error)}"
         ) from error
@@ -220,7 +220,7 @@ class FunctionReward(Reward):
         try:
             return bool(self._applies(prompt, metadata))
         # Foreign code: whatever it raises.
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(f"reward {self.name}: applies raised {one_line(error)}") from error
 
     def score(
@@ -255,13 +255,13 @@ class FunctionReward(Reward):
         """
         # What a call that raised leaves behind is NaN, a failure; None would say that it does not apply.
         answers: list[Any] = [np.nan] * len(prompts)
-        errors = []
+        errors: list[BaseException] = []
         parts = self._parts(prompts)
         for part in parts:
             try:
                 part_answers = self._call(part, images, prompts, metadata)
             # Foreign code: whatever it raises.
-            except Exception as error:
+            except (Exception, SystemExit, KeyboardInterrupt) as error:
                 errors.append(error)
                 continue
             for index, answer in zip(part, part_answers, strict=True):

@@ -53,6 +53,15 @@ class GenEvalReward(Reward):
         """True where the metadata says what to include."""
         return isinstance(metadata, Mapping) and "include" in metadata
 
+    def unknown_classes(self, metadata: Metadata) -> list[str]:
+        """Returns the classes of a prompt's clauses that the detector does not know; images of it have no score."""
+        known = getattr(self.detector, "labels", None)
+        if known is None:
+            return []
+        clauses = [*metadata["include"], *metadata.get("exclude", ())]
+        labels = {clause["class"] for clause in clauses}
+        return sorted(labels - set(known))
+
     def results(
         self, images: Any, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> list[GenEvalResult | None]:
@@ -65,7 +74,8 @@ class GenEvalReward(Reward):
         """
         asked = []
         for index, (prompt, mapping) in enumerate(zip(prompts, metadata, strict=True)):
-            if self.applies(prompt, mapping):
+            # What the detector has no word for would count as not there, whatever the image shows.
+            if self.applies(prompt, mapping) and not self.unknown_classes(mapping):
                 asked.append(index)
         results: list[GenEvalResult | None] = [None] * len(prompts)
         if not asked:

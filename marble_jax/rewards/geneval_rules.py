@@ -52,7 +52,10 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects; called from one thread at a time."""
+    """Finds objects; called from one thread at a time.
+
+    Where it has an attribute `labels`, these are the classes that it knows: an object of another one is never found.
+    """
 
     def detect(self, images: np.ndarray) -> list[list[Detection] | None]:
         """Detections of every class in `images` uint8 [N, H, W, 3]; None where detection failed."""

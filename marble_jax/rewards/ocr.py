@@ -1,11 +1,14 @@
 """How well an image spells the text its prompt quotes.
 
-The target is what stands between the prompt's first two straight double quotes; what a reader finds in the image is
-compared with it by edit distance, after spaces and case are dropped. Prompts without quoted text have no OCR score.
+The target is what stands between the prompt's first two quotation marks (`prompts.quotations`); what a reader finds in
+the image is compared with it by edit distance, after spaces and case are dropped. Prompts without quoted text have no
+OCR score.
 
-Source: `flow_grpo/ocr.py` of aim-uofa/MARBLE. Three deviations: a target of nothing but spaces is missing (there a
-division by zero); a reader that fails makes the sample missing (there a score of 0, kept under `upstream`); the
-reader gets its channels in the order it was trained on (there red and blue are swapped).
+Source: `flow_grpo/ocr.py` of aim-uofa/MARBLE. Deviations, of which `upstream` keeps the last two: a target of nothing
+but spaces is missing (there a division by zero); the reader gets its channels in the order it was trained on (there red
+and blue are swapped); a reader that fails makes the sample missing (there a score of 0); texts are compared by what
+they look like, and an unmatched mark quotes nothing (there characters are compared as they are stored, and a single
+mark quotes the rest).
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import queue
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
+from marble_jax.prompts.quotations import quoted_text
 from marble_jax.rewards.base import Metadata, Reward
 from marble_jax.rewards.registration import BuildContext, option, register_reward
 from marble_jax.rewards.workers.ocr_engines import PaddleEngine, RapidEngine
@@ -26,18 +31,16 @@ from marble_jax.rewards.workers.processes import ProcessPool
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 
-
-def quoted_text(prompt: str) -> str | None:
-    """Returns what an image of `prompt` should spell, or None if that is nothing.
-
-    The text between the first and the second `"`, or all that follows a single one. None without a quotation mark,
-    with nothing quoted, and with only spaces quoted.
-    """
-    _, _, after_mark = prompt.partition('"')
-    text, _, _ = after_mark.partition('"')
-    if not text.replace(" ", ""):
-        return None
-    return text
+_LOOKALIKES = {
+    ord(character): plain
+    for plain, characters in {
+        "'": "\u2018\u2019\u201a\u201b\u02bc\u02b9\u2032\u00b4`",
+        '"': "\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb",
+        "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
+    }.items()
+    for character in characters
+}
+"""Apostrophes, quotation marks and dashes that compatibility forms keep apart and recognisers do not."""
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -53,24 +56,39 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def spelling_score(recognised: str, target: str) -> float:
+def spelling_score(recognised: str, target: str, upstream: bool = False) -> float:
     """Returns 1 - d / len(target) in [0, 1], where d is 0 if the target is contained, else the capped edit distance.
 
-    ASCII spaces and case do not count.
+    Spaces and case do not count, nor how a character is stored: composed or not, full-width, as a ligature, with a
+    typographic apostrophe.
 
     Args:
       recognised: text found in the image.
       target: text that should be there; not only spaces.
+      upstream: drop ASCII spaces and case alone, as MARBLE's released code.
     """
-    recognised, target = _normalised(recognised), _normalised(target)
+    form = _upstream_form if upstream else _plain_form
+    recognised, target = form(recognised), form(target)
     if target in recognised:
         return 1.0
     distance = min(edit_distance(recognised, target), len(target))
     return 1.0 - distance / len(target)
 
 
-def _normalised(text: str) -> str:
+def _upstream_form(text: str) -> str:
     return text.replace(" ", "").lower()
+
+
+def _plain_form(text: str) -> str:
+    """A text as it is compared: what looks the same is the same."""
+    # Twice, as folding the case of a composed letter may decompose it.
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    letters = []
+    for character in folded.translate(_LOOKALIKES):
+        # White space of every kind, and what takes no room.
+        if not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf"):
+            letters.append(character)
+    return "".join(letters) or text.casefold()
 
 
 class Reader(Protocol):
@@ -205,7 +223,7 @@ class OCRReward(Reward):
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """True for prompts that quote some text."""
-        return quoted_text(prompt) is not None
+        return quoted_text(prompt, self.upstream) is not None
 
     def score(
         self,
@@ -215,7 +233,7 @@ class OCRReward(Reward):
         metadata: Sequence[Metadata],
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Reward.score`; images of prompts without quoted text are not read."""
-        targets = _targets(prompts)
+        targets = _targets(prompts, self.upstream)
         values, valid = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
         if not targets:
             return values, valid
@@ -223,16 +241,16 @@ class OCRReward(Reward):
         texts = self.reader.read(to_uint8(np.asarray(images)[list(targets)]))
         for (index, target), text in zip(targets.items(), texts, strict=True):
             if text is not None:
-                values[index] = spelling_score(text, target)
+                values[index] = spelling_score(text, target, self.upstream)
             valid[index] = text is not None or self.upstream
         return values, valid
 
 
-def _targets(prompts: Sequence[str]) -> dict[int, str]:
+def _targets(prompts: Sequence[str], upstream: bool) -> dict[int, str]:
     """Returns what images should spell, by the index of their prompt; prompts without quoted text are left out."""
     targets = {}
     for index, prompt in enumerate(prompts):
-        target = quoted_text(prompt)
+        target = quoted_text(prompt, upstream)
         if target is not None:
             targets[index] = target
     return targets

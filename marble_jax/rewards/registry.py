@@ -5,7 +5,8 @@
      "ocr": {"kind": "ocr", "detect": false, "scale": 3},
      "geneval": {"kind": "geneval", "detector": "shapes"}}
 
-`model` is a folder beside the file or a Hub name, `head` a file. Rewards that name the same model share it. The
+`model` is a folder beside the file or a Hub name, `head` a file. Rewards that name the same model share it. An entry
+of any kind may say `"sources": ["ocr"]`, the sources of the prompts that its reward is for. The
 published models (`published.ENTRIES`) need no entry and no file; a name `module:function` needs no entry either. Each
 kind's options stand beside its class, see `registration`.
 """
@@ -13,7 +14,6 @@ kind's options stand beside its class, see `registration`.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from marble_jax.rewards.registration import (
     kinds_of,
     parse_options,
 )
+from marble_jax.storage.files import read_json
+from marble_jax.validation import validated
 
 FILE = "rewards.json"
 BUILT_IN_KINDS = {
@@ -65,23 +67,10 @@ def entries_of(directory: Path | str) -> dict[str, dict[str, Any]]:
             f"rewards.path: expected a directory with {FILE}; received {str(directory)!r}"
         )
     file = directory / FILE
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    # A link to nothing is a file that the user meant to be there.
+    if not file.exists() and not file.is_symlink():
         return dict(published.ENTRIES)
-    except ValueError as error:
-        raise InputError(f"{file}: expected JSON; received an error at {error}") from None
-    if not _is_object_of_objects(entries):
-        raise InputError(
-            f"{file}: expected an object of objects, by reward; received something else"
-        )
-    return entries
-
-
-def _is_object_of_objects(entries: Any) -> bool:
-    if not isinstance(entries, dict):
-        return False
-    return all(isinstance(entry, dict) for entry in entries.values())
+    return validated(dict[str, dict[str, Any]], read_json(file), file)
 
 
 def load_rewards(
@@ -147,9 +136,20 @@ def build_reward(name: str, entries: Entries, context: BuildContext) -> Reward:
     if name not in entries:
         return FunctionReward(name, load_function(name, context.directory))
     entry = dict(entries[name])
-    kind = find_kind(name, str(entry.pop("kind", None)), context)
+    kind = find_kind(name, validated_kind(name, entry.pop("kind", None), context), context)
+    # Which prompts a reward is for is no matter of its kind.
+    sources = validated(
+        tuple[str, ...], entry.pop("sources", []), f"{context.source}: sources of {name}"
+    )
     options = parse_options(kind, name, entry, context.source)
-    return kind.build(name, options, context)
+    reward = kind.build(name, options, context)
+    reward.sources = sources
+    return reward
+
+
+def validated_kind(name: str, kind: Any, context: BuildContext) -> str:
+    """Returns the kind that an entry names. Raises InputError for anything but a text."""
+    return validated(str, kind, f"{context.source}: kind of {name}")
 
 
 def find_kind(name: str, kind: str, context: BuildContext) -> RewardKind:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,11 +59,15 @@ class _Batch:
 
     Attributes:
       device: by device reward.
+      finite: bool [N], images without NaN and infinity; may still be on its way.
+      asked: by reward that is for some sources of prompts, bool [N].
       host: of the host rewards, if there are any.
       processes: int [N], which process scores which image on its host; None with one process.
     """
 
     device: Mapping[str, _DeviceScores]
+    finite: Any
+    asked: Mapping[str, np.ndarray]
     host: Pending | None = None
     processes: np.ndarray | None = None
 
@@ -74,13 +78,17 @@ class PendingScores:
     def __init__(self, scorer: Scorer, batch: _Batch):
         self._scorer, self._batch = scorer, batch
 
-    def result(self) -> Scores:
+    def result(self, poll: Callable[[], object] | None = None) -> Scores:
         """Waits for every reward; rewards in the run's order.
+
+        Args:
+          poll: called now and then while host rewards are waited for; what it raises ends the waiting. With several
+            processes it is not called, as the others would wait on.
 
         Raises:
           RewardError: as `host_scorer.Pending.result`, or a reward failed too often.
         """
-        return self._scorer._collect(self._batch)
+        return self._scorer._collect(self._batch, poll)
 
 
 class Scorer:
@@ -133,6 +141,7 @@ class Scorer:
         """
         for reward in self.rewards:
             base.check_takes(reward, images)
+        finite = _finite_images(images)
         texts = [prompt.text for prompt in prompts]
         metadata = [prompt.metadata for prompt in prompts]
         # Devices first: they work while this thread copies images for the host rewards.
@@ -140,20 +149,30 @@ class Scorer:
         for reward in self.rewards:
             if reward.kind == "device":
                 device[reward.name] = self._start(reward, images, texts, metadata)
-        return PendingScores(self, self._submit_to_host(device, images, texts, metadata))
+        batch = _Batch(device, finite, self._asked(prompts))
+        return PendingScores(self, self._submit_to_host(batch, images, texts, metadata))
+
+    def _asked(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """Which images each reward is for, for rewards that are for some sources of prompts."""
+        asked = {}
+        for reward in self.rewards:
+            if reward.sources:
+                asked[reward.name] = np.array([p.source in reward.sources for p in prompts], bool)
+        return asked
 
     def _submit_to_host(
         self,
-        device: Mapping[str, _DeviceScores],
+        batch: _Batch,
         images: jax.Array,
         texts: list[str],
         metadata: list[Metadata],
     ) -> _Batch:
         """Hands the images of this host to the host rewards, beside what the devices are at."""
         if self._host is None:
-            return _Batch(device)
+            return batch
         if distributed.is_single_process():
-            return _Batch(device, self._host.submit(np.asarray(images), texts, metadata))
+            host = self._host.submit(np.asarray(images), texts, metadata)
+            return dataclasses.replace(batch, host=host)
         # Each host scores the images that its own devices hold: none is sent anywhere.
         processes = distributed.row_processes(images.sharding, images.shape)
         rows = np.flatnonzero(processes == jax.process_index()).tolist()
@@ -162,7 +181,7 @@ class Scorer:
             [texts[row] for row in rows],
             [metadata[row] for row in rows],
         )
-        return _Batch(device, host, processes)
+        return dataclasses.replace(batch, host=host, processes=processes)
 
     @property
     def waited_seconds(self) -> float:
@@ -219,22 +238,30 @@ class Scorer:
             return self._device_reasons
         return self._device_reasons | self._host.errors
 
-    def _collect(self, batch: _Batch) -> Scores:
+    def _collect(self, batch: _Batch, poll: Callable[[], object] | None) -> Scores:
+        # Whatever a reward makes of a broken image is no score of it.
+        finite = distributed.to_host(batch.finite)
         if distributed.is_single_process():
-            results, reasons = self._collect_here(batch)
+            results, reasons = self._collect_here(batch, poll)
         else:
             results, reasons = self._collect_from_all(batch)
         for name, result in results.items():
+            result = base.without_broken_images(result, finite)
+            if name in batch.asked:
+                result = base.of_sources(result, batch.asked[name])
+            results[name] = result
             reason = ""
             if result.failed.any():
-                reason = reasons.get(name, "")
+                reason = reasons.get(name, "images with numbers that are not finite")
             self._cap.add(name, result, reason)
         return base.stack({name: results[name] for name in self.names})
 
-    def _collect_here(self, batch: _Batch) -> tuple[dict[str, Result], Reasons]:
+    def _collect_here(
+        self, batch: _Batch, poll: Callable[[], object] | None
+    ) -> tuple[dict[str, Result], Reasons]:
         results = {name: self._wait_for(name, scores) for name, scores in batch.device.items()}
         if batch.host is not None:
-            results |= batch.host.result(self._timeout)
+            results |= batch.host.result(self._timeout, poll)
         return results, self._reasons()
 
     def _collect_from_all(self, batch: _Batch) -> tuple[dict[str, Result], Reasons]:
@@ -296,6 +323,9 @@ class Scorer:
             "reasons": self._reasons(),
             "scores": columns,
         }
+
+
+_finite_images = jax.jit(base.finite_images)
 
 
 def _first_reasons(reports: Sequence[Mapping[str, Any]]) -> Reasons:

@@ -26,9 +26,10 @@ from etils import epath
 
 from marble_jax import distributed
 from marble_jax.errors import InputError, one_line
-from marble_jax.storage.files import is_remote, read_json, write_whole
+from marble_jax.storage.files import check_no_pattern, is_remote, plain_path, read_json, write_whole
 from marble_jax.storage.leaves import quiet
 from marble_jax.storage.manifest import MANIFEST, check_hashes, checksum, files_below, read_manifest
+from marble_jax.validation import is_digits, short
 
 ITEM = "default"
 FINAL_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -60,6 +61,7 @@ class Checkpoints:
     ):
         if keep < 1:
             raise InputError(f"checkpoints.keep: expected at least 1; received {keep}")
+        check_no_pattern("checkpoints", path)
         # Orbax refuses relative paths; in a bucket there are none.
         self._path = epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
         self._keep = keep
@@ -78,7 +80,7 @@ class Checkpoints:
         if not self._path.exists():
             return []
         # Unfinished and damaged checkpoints have names that are no numbers.
-        return sorted(int(place.name) for place in self._path.iterdir() if place.name.isdigit())
+        return sorted(int(place.name) for place in self._path.iterdir() if is_digits(place.name))
 
     def latest(self) -> int | None:
         """Returns the newest intact step, or None without any checkpoint; says which ones are passed over.
@@ -157,15 +159,25 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             with quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                return step, checkpointer.restore(
-                    self._path / str(step) / ITEM, args=ocp.args.StandardRestore(target)
+                restored = checkpointer.restore(
+                    plain_path(self._path / str(step) / ITEM),
+                    args=ocp.args.StandardRestore(target),
                 )
-        except (ValueError, KeyError, TypeError) as error:
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise many kinds, also for files that changed since
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
                 f"checkpoint {self._path}/{step}: expected the state of this configuration; received "
-                f"another one ({lines[0]})"
+                f"another one ({lines[0][:200]})"
             ) from error
+        inner = getattr(restored, "step", step)
+        if int(inner) != step:
+            raise InputError(
+                f"checkpoint {self._path}/{step}: expected the state of step {step}; received that of step "
+                f"{int(inner)}"
+            )
+        return step, restored
 
     def _check(self, step: int | None) -> int:
         """The step, if its checkpoint is intact."""
@@ -211,7 +223,8 @@ class Checkpoints:
             # A damaged checkpoint in its place could not be saved again, and would count as the newest one.
             for step in [step for step, problem in self._problems.items() if problem]:
                 self._put_aside(step)
-            self._manager = ocp.CheckpointManager(self._path, options=self._options())
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(plain_path(self._path), options=self._options())
         return self._manager
 
     def _options(self) -> ocp.CheckpointManagerOptions:
@@ -237,7 +250,7 @@ class Checkpoints:
             if aside.exists():
                 aside.rmtree()
             (self._path / str(step)).rename(aside)
-        self._problems.pop(step)
+        self._problems.pop(step, None)
 
     def _add_manifest(self) -> None:
         """Called by Orbax on the first process when all files are there, before the checkpoint becomes visible."""
@@ -249,7 +262,7 @@ class Checkpoints:
         for name in files_below(place):
             if name not in FINAL_FILES:
                 files[name] = checksum(place / name)
-        _write_manifest(place, files)
+        _write_manifest(place, files, self._saving)
 
     def _add_final_files(self) -> None:
         """Adds to the manifest what Orbax wrote after it."""
@@ -260,7 +273,13 @@ class Checkpoints:
         for name in FINAL_FILES:
             if (place / name).exists():
                 files[name] = checksum(place / name)
-        _write_manifest(place, files)
+        _write_manifest(place, files, self._saving)
+        # Sealed is not readable: what cannot be read back does not count as saved.
+        try:
+            read_back(place / ITEM)
+        except Exception as error:
+            self._put_aside(self._saving)
+            raise OSError(f"it cannot be read back: {one_line(error, 200)}") from error
 
     def _finish_save(self, manager: ocp.CheckpointManager) -> None:
         """Waits for the save under way."""
@@ -300,6 +319,7 @@ def problem_in(place: epath.Path) -> str:
 
 def _check_intact(place: epath.Path) -> None:
     if (place / MANIFEST).exists():
+        _check_listing(place)
         check_hashes(place)
         # A kill between the manifest and its second writing leaves this file without a checksum.
         read_json(place / FINAL_FILES[0])
@@ -313,9 +333,60 @@ def _check_intact(place: epath.Path) -> None:
     _read_everything(place / ITEM)
 
 
-def _write_manifest(place: epath.Path, files: Mapping[str, Any]) -> None:
+def _check_listing(place: epath.Path) -> None:
+    """Raises InputError unless a manifest is of this step and lists every file of the checkpoint."""
+    step = read_json(place / MANIFEST).get("step", place.name)
+    if str(step) != place.name:
+        raise InputError(
+            f"{place / MANIFEST}: expected the state of step {place.name}; received that of step {short(step)}"
+        )
+    listed = set(read_manifest(place))
+    for name in files_below(place):
+        # The last files are listed when the manifest is written again, which a kill can come before.
+        if name not in listed and name not in (MANIFEST, *FINAL_FILES):
+            raise InputError(
+                f"{place / name}: expected a file of its manifest; received another one"
+            )
+
+
+def _write_manifest(place: epath.Path, files: Mapping[str, Any], step: int) -> None:
     # Without an end of line: cut anywhere, it is no JSON.
-    write_whole(place / MANIFEST, json.dumps({"files": files}, indent=1))
+    write_whole(place / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
+
+
+def read_back(place: epath.Path) -> None:
+    """Reads the smallest array of a checkpoint, in this process alone.
+
+    That is cheap, and finds a checkpoint whose parts were not put together: then no array can be read.
+
+    Raises:
+      Exception: of many kinds, where it cannot be read.
+    """
+    place = plain_path(place)
+    options = _alone("read_back")
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        metadata = checkpointer.metadata(place).item_metadata
+        if metadata is None:
+            raise OSError("no metadata that can be read")
+        leaves, structure = jax.tree.flatten(metadata.tree)
+        sizes = [int(np.prod(leaf.shape)) for leaf in leaves]
+        smallest = int(np.argmin(sizes))
+        target = jax.tree.unflatten(
+            structure, [0 if index == smallest else ocp.PLACEHOLDER for index in range(len(leaves))]
+        )
+        arguments = ocp.RestoreArgs(restore_type=np.ndarray)
+        restore_args = jax.tree.unflatten(structure, [arguments] * len(leaves))
+        checkpointer.restore(place, args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+
+
+def _alone(key: str) -> ocp.options.MultiprocessingOptions:
+    """Options for one process that reads by itself: Orbax would otherwise wait for the others, which do not."""
+    return ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=key,
+    )
 
 
 def _read_everything(place: epath.Path) -> None:
@@ -323,12 +394,8 @@ def _read_everything(place: epath.Path) -> None:
 
     That finds missing and most shortened files, not bytes that changed: arrays have no checksums.
     """
-    # Orbax would otherwise wait for the other processes, which do not read.
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix="trial",
-    )
+    place = plain_path(place)
+    options = _alone("trial")
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     with quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         metadata = checkpointer.metadata(place).item_metadata

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+import re
+import tempfile
 from typing import Any
 
 from etils import epath
 
 from marble_jax.errors import InputError, one_of
+from marble_jax.storage.file_kinds import SHOWN_BYTES, kind_of_content
+from marble_jax.validation import parse_json_object
 
+_PATTERN = re.compile(r"[\[*?]")
 BACKENDS = {"gs": "gcsfs", "s3": "s3fs"}
 """Package that opens a scheme; TensorFlow, where it is installed, opens both."""
+MOST_JSON_BYTES = 1 << 26
+"""Of a JSON file; the largest index of published weights has a thousandth of it."""
 MOST_CHARACTERS = 200
 """Of an error of another package, in ours."""
 
@@ -32,8 +39,11 @@ def location(what: str, path: epath.PathLike) -> epath.Path:
       InputError: an unknown scheme, a package that is not installed, or a bucket that cannot be reached.
     """
     text = os.fspath(path)
+    if "\x00" in text:
+        raise InputError(f"{what}: expected a path; received {text!r}")
     if not is_remote(text):
-        return epath.Path(text)
+        # No shell expands a tilde behind an equals sign.
+        return epath.Path(os.path.expanduser(text))
     scheme = text.partition("://")[0]
     one_of(f"{what}: scheme of {text}", scheme, BACKENDS)
     try:
@@ -52,6 +62,57 @@ def location(what: str, path: epath.PathLike) -> epath.Path:
             f"{reason})"
         ) from error
     return place
+
+
+def check_no_pattern(what: str, path: epath.PathLike) -> None:
+    """Refuses a place in a bucket whose path is a pattern: Orbax looks for its own files with one, and finds others.
+
+    A checkpoint below such a folder would be written, and could never be read again. On this machine `plain_path` finds
+    a way around.
+
+    Args:
+      what: names the place in errors.
+      path: where a checkpoint is to be written.
+
+    Raises:
+      InputError: a `[`, `*` or `?` in the path.
+    """
+    text = os.fspath(path)
+    if is_remote(text) and _PATTERN.search(text):
+        raise InputError(
+            f"{what}: expected a path without '[', '*' and '?', as checkpoints below it could not be read "
+            f"again; received {text}"
+        )
+
+
+def plain_path(path: epath.PathLike) -> epath.Path:
+    """Returns the same place by an absolute path that is no pattern, for Orbax, which takes every path for one.
+
+    Where a folder's name holds `[`, `*` or `?`, that is a link among this user's temporary files.
+
+    Args:
+      path: whose parent folder exists.
+    """
+    text = os.fspath(path)
+    if is_remote(text):
+        return epath.Path(text)
+    absolute = os.path.abspath(text)
+    if not _PATTERN.search(absolute):
+        return epath.Path(absolute)
+    parent, name = os.path.split(absolute)
+    digest = hashlib.sha256(os.path.realpath(parent).encode()).hexdigest()
+    # The same on every host, as Orbax has its processes agree on paths; only this user may have made it.
+    links = os.path.join(tempfile.gettempdir(), f"marble_jax-{os.getuid()}")
+    os.makedirs(links, mode=0o700, exist_ok=True)
+    if os.stat(links).st_uid != os.getuid():
+        raise InputError(f"{links}: expected a folder of this user; received another's")
+    link = os.path.join(links, digest[:24])
+    try:
+        os.symlink(os.path.realpath(parent), link)
+    except FileExistsError:
+        # Of this very folder: the name is its hash.
+        pass
+    return epath.Path(link) / name
 
 
 def append(path: epath.Path, text: str) -> None:
@@ -91,20 +152,35 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     partial.replace(file)
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
+def read_json_or_empty(path: epath.PathLike) -> dict[str, Any]:
+    """Returns the JSON object in a file; an empty one where it is missing or damaged, as it only saves time."""
+    try:
+        return read_json(path)
+    except InputError:
+        return {}
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
     Raises:
-      InputError: the file is unreadable, no JSON, or holds something else than an object.
+      InputError: the file is unreadable, too large, no JSON that `validation.parse_json` lets through, or holds
+        something else than an object.
     """
+    file = epath.Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Asked for first: whatever calls itself JSON is not read into memory by the gigabyte.
+        size = file.stat().length
+        content = b"" if size > MOST_JSON_BYTES else file.read_bytes()
     except OSError as error:
         raise InputError(
             f"{path}: expected a readable JSON file; received {type(error).__name__}"
         ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: expected valid JSON; received an error at {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object; received a {type(content).__name__}")
-    return content
+    if size > MOST_JSON_BYTES:
+        raise InputError(
+            f"{path}: expected a JSON file of at most {MOST_JSON_BYTES} bytes; received {size}"
+        )
+    other = kind_of_content(content[:SHOWN_BYTES])
+    if other:
+        raise InputError(f"{path}: expected valid JSON; received {other}")
+    return parse_json_object(content, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ import numpy as np
 from etils import epath
 
 from marble_jax.errors import InputError
-from marble_jax.storage.files import location, write_whole
+from marble_jax.storage.files import location, read_json, write_whole
 from marble_jax.storage.workdir import Workdir, check_is_folder, jsonable
+from marble_jax.validation import validated
 
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 8, 256
 """Most images in a grid, and the longest side of each, in pixels."""
@@ -64,14 +64,9 @@ class ImageFolder:
         """
         if not self._record.exists():
             return None
-        try:
-            content = json.loads(self._record.read_text())
-        except ValueError:
-            content = None
-        if not _is_record(content):
-            raise InputError(
-                f"{self._record}: expected settings and prompts in JSON; received something else"
-            )
+        content = read_json(self._record)
+        for field, kind in (("settings", dict[str, Any]), ("prompts", list[str])):
+            validated(kind, content.get(field), f"{self._record}: {field}")
         return content
 
     def check(
@@ -182,13 +177,6 @@ class ImageFolder:
         return np.asarray(image)
 
 
-def _is_record(content: Any) -> bool:
-    if not isinstance(content, dict):
-        return False
-    settings, prompts = content.get("settings"), content.get("prompts")
-    return isinstance(settings, dict) and isinstance(prompts, list)
-
-
 def read_image(path: epath.PathLike) -> np.ndarray:
     """Returns an image file as uint8 [H, W, 3].
 
@@ -221,9 +209,17 @@ def save_png(
       path: target; its folder is made.
       image: uint8 [H, W, 3], or float in [0, 1].
       texts: PNG text chunks, such as prompt and seed.
+
+    Raises:
+      InputError: an image with NaN or infinity.
     """
     from PIL import Image, PngImagePlugin
 
+    if not np.isfinite(image).all():
+        raise InputError(
+            f"{path}: expected an image of finite numbers; received NaN or infinity (weights or a LoRA that "
+            "overflow: float32 and a smaller strength tell which)"
+        )
     info = PngImagePlugin.PngInfo()
     for key, value in (texts or {}).items():
         # International text, as prompts are in any script.
@@ -238,7 +234,9 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images
-    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+    # NaN has no grey: whoever shows or scores an image asks for finite numbers first.
+    finite = np.nan_to_num(images, nan=0.0, posinf=1.0, neginf=0.0)
+    return np.round(np.clip(finite, 0, 1) * 255).astype(np.uint8)
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from marble_jax.errors import InputError, one_line
+from marble_jax.storage.files import plain_path
 
 Path = tuple[str, ...]
 """Keys from the root of a nested dict to a leaf."""
@@ -90,6 +91,9 @@ def save_leaves(path: epath.PathLike, leaves: Mapping[Path, Leaf]) -> None:
     Args:
       path: of the checkpoint, which must not exist.
       leaves: by path from the root of the dict.
+
+    Raises:
+      InputError: what was written cannot be read back.
     """
     # Not compressed: weights hardly shrink, and the disk shall be what limits the speed.
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -97,7 +101,10 @@ def save_leaves(path: epath.PathLike, leaves: Mapping[Path, Leaf]) -> None:
     )
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     with quiet(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(epath.Path(path).absolute(), args=ocp.args.PyTreeSave(_nested(leaves)))
+        checkpointer.save(plain_path(path), args=ocp.args.PyTreeSave(_nested(leaves)))
+    # Sealed is not readable: what cannot be read back is not written.
+    smallest = min(leaves, key=lambda keys: leaves[keys].nbytes)
+    read_leaves(path, [smallest])
 
 
 def leaf_shapes(path: epath.PathLike) -> dict[Path, jax.ShapeDtypeStruct]:
@@ -108,7 +115,7 @@ def leaf_shapes(path: epath.PathLike) -> dict[Path, jax.ShapeDtypeStruct]:
     """
     try:
         with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(epath.Path(path).absolute()).item_metadata.tree
+            tree = checkpointer.metadata(plain_path(path)).item_metadata.tree
         return _shapes_of(tree)
     except Exception as error:  # Orbax raises many kinds for damage; the cause stays attached
         raise InputError(
@@ -163,7 +170,7 @@ def _restore_some(path: epath.PathLike, paths: tuple[Path, ...]) -> Any:
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(
-            epath.Path(path).absolute(),
+            plain_path(path),
             args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True),
         )
 

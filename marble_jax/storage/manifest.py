@@ -15,6 +15,7 @@ from etils import epath
 
 from marble_jax.errors import InputError
 from marble_jax.storage.files import is_remote, read_json, write_whole
+from marble_jax.validation import Natural, short, validated
 
 MANIFEST = "manifest.json"
 SHOWN_DIGITS = 16
@@ -76,16 +77,16 @@ def read_manifest(root: epath.PathLike) -> Mapping[str, Mapping[str, Any]]:
       InputError: no manifest, or one that is not ours.
     """
     path = epath.Path(root) / MANIFEST
-    files = read_json(path).get("files")
-    if not isinstance(files, dict) or not all(map(_is_record, files.values())):
-        raise InputError(
-            f"{path}: expected 'files' with bytes and sha256 of each; received something else"
-        )
+    files = validated(dict[str, dict[str, Any]], read_json(path).get("files"), f"{path}: files")
+    for name, record in files.items():
+        where = f"{path}: files[{name!r}]"
+        parts = name.split("/")
+        # Compared with files of the folder alone, wherever a name would lead.
+        if "" in parts or ".." in parts or "." in parts:
+            raise InputError(f"{where}: expected a name below the folder; received {short(name)}")
+        validated(Natural, record.get("bytes"), f"{where}: bytes")
+        validated(str, record.get("sha256"), f"{where}: sha256")
     return files
-
-
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and {"bytes", "sha256"} <= set(value)
 
 
 def check_sizes(root: epath.PathLike) -> None:

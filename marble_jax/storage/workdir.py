@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from etils import epath
 
 from marble_jax.config import KEYS, may_change_on_resume
 from marble_jax.errors import InputError
-from marble_jax.storage.files import append, location, write_whole
+from marble_jax.storage import lock
+from marble_jax.storage.files import append, location, read_json_or_empty, write_whole
+from marble_jax.validation import Natural, parse_json, validated
 
 
 def jsonable(value: Any) -> Any:
@@ -103,8 +106,8 @@ class Workdir:
         if not self.path.exists():
             return
         for file in self.path.iterdir():
-            # A kill can leave the half-written record of the configuration behind.
-            if not file.name.endswith(".partial"):
+            # A kill can leave the half-written record of the configuration behind, and the lock.
+            if not file.name.endswith(".partial") and file.name != lock.NAME:
                 raise InputError(
                     f"workdir: expected an empty or new directory, or one made by train; received "
                     f"{self.path} with other files in it"
@@ -136,8 +139,8 @@ class Workdir:
           InputError: as `check`, or the place is not writable.
         """
         existed = self.check(config)
+        self.hold()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
         except OSError as error:
             reason = error.strerror or error
@@ -145,6 +148,27 @@ class Workdir:
                 f"workdir: expected a writable place; received {self.path} ({reason})"
             ) from None
         return existed
+
+    def hold(self, say: Callable[[str], object] = print) -> None:
+        """Makes this process the one that writes to the directory, until `let_go` or its end.
+
+        Args:
+          say: called with a line where a dead process is taken over from.
+
+        Raises:
+          InputError: another process writes to it, or the place is not writable.
+        """
+        try:
+            lock.hold(self.path, say)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(
+                f"workdir: expected a writable place; received {self.path} ({reason})"
+            ) from None
+
+    def let_go(self) -> None:
+        """Lets another process write to the directory."""
+        lock.let_go(self.path)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole or not at all."""
@@ -186,21 +210,18 @@ class Workdir:
 
 def _read_config(file: epath.Path, section: str | None) -> dict[str, Any] | None:
     """The configuration in a file, or in a section of its object; None where it is missing or damaged."""
-    try:
-        content = json.loads(file.read_bytes())
-        config = content if section is None else content[section]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return config if isinstance(config, dict) else None
+    content: Any = read_json_or_empty(file)
+    if section is not None:
+        content = content.get(section)
+    return content if isinstance(content, dict) and content else None
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     """The record in a line of JSON; None for a damaged line."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or "step" not in record:
+        record = parse_json(line, "record", lenient=True)
+        validated(Natural, record["step"], "step")
+    except (InputError, KeyError, TypeError):
         return None
     return record
 

@@ -108,7 +108,7 @@ def advantages_of(
     if sampling.scalarize == "gdpo":
         scalarized = gdpo(scores.values, mask, groups, weights)
     else:
-        totals, has_total = weighted_sum(scores.values, mask, weights)
+        totals, has_total = weighted_sum(scores.values, mask, weights, groups)
         scalarized = per_reward(totals, has_total, groups, sampling.scale)
     values = np.concatenate([rewards.values, scalarized.values], axis=1)
     valid = np.concatenate([rewards.valid, scalarized.valid], axis=1)

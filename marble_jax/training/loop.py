@@ -11,6 +11,7 @@ from typing import Any
 
 from marble_jax import distributed
 from marble_jax.console import Clock, Console
+from marble_jax.errors import InputError, one_line
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import RewardError
 from marble_jax.training.guard import NotFinite
@@ -20,6 +21,10 @@ from marble_jax.training.rollout import Rollout
 from marble_jax.training.state import TrainState
 from marble_jax.training.step_line import step_line
 from marble_jax.training.stops import Abandoned, Interrupted, StopRequests, stop_requests
+
+
+class RecordError(InputError):
+    """What a run writes down could not be written; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,7 @@ def train(
         is taken away leaves half a minute.
       RewardError: a reward failed and the run is not to go on without it; the state before the step was saved.
       NotFinite: too many gradients were not finite; the state was saved.
+      RecordError: the records cannot be written; the state was saved if it could be.
       InputError: the state is not finite; it was not saved.
     """
     with stop_requests() as stops:
@@ -171,11 +177,22 @@ class _Run:
         self.state, record = self._iteration.update(self.state, samples, rollout)
         record["time/step_s"] = time.perf_counter() - start
         record |= self._hooks.speed(record)
-        self._hooks.record(step, record)
+        self._record(step, record)
         left = self._clock.left(step + 1)
         names = rollout.scores.names
         self._console.say(step_line(record, names, self._cadence.num_steps, left))
         return record
+
+    def _record(self, step: int, record: dict[str, Any]) -> None:
+        """Puts a step on record.
+
+        Raises:
+          RecordError: the place of the records is full, or out of reach.
+        """
+        try:
+            self._hooks.record(step, record)
+        except (OSError, InputError) as error:
+            raise RecordError(_disk_line("the record of a step", error)) from error
 
     def _rolled_out(self, samples: Draw) -> Rollout | None:
         """Images and scores of the step; None when the run is to stop."""
@@ -215,14 +232,28 @@ class _Run:
         """Saves the latest state when rewards or numbers stop the run."""
         try:
             yield
-        except (RewardError, NotFinite) as error:
+        except OSError as error:
+            line = _disk_line("what a run writes down", error)
+            raise RecordError(f"{line}{self._save_before(error)}") from error
+        except (RewardError, NotFinite, RecordError) as error:
             # Nothing has been learnt yet: there is no state worth a checkpoint.
             if self.step == 0:
                 raise
+            raise type(error)(f"{error}{self._save_before(error)}") from error
+
+    def _save_before(self, error: Exception) -> str:
+        """Saves the latest state before a run ends with an error; returns what is to be said of it."""
+        try:
             self.save_once()
-            raise type(error)(
-                f"{error}; saved after step {self.step}, the same command goes on from there"
-            ) from error
+        except Exception as problem:  # where the disk is full, it may be so for the state as well
+            return f"; not saved after step {self.step}: {one_line(problem, 200)}"
+        return f"; saved after step {self.step}, the same command goes on from there"
+
+
+def _disk_line(what: str, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"workdir: expected room for {what}; received {error.strerror or error}"
+    return str(error)
 
 
 def _never() -> None:

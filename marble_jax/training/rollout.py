@@ -100,7 +100,8 @@ class Collector:
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
         with phase("rewards"):
-            scores = concatenate([p.result() for p in pending], count)
+            # A reward that hangs does not keep a run from stopping.
+            scores = concatenate([p.result(lambda: progress(0)) for p in pending], count)
         seconds = {"rollout": sampled - start, "rewards_wait": self.scorer.waited_seconds - waited}
         # The last batch may have been filled up.
         x0 = jnp.concatenate(latents)[:count]

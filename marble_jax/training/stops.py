@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from marble_jax import distributed
+
+GRACE = 27.0
+"""Seconds between SIGTERM and the end of a process that does not stop by itself."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a process that ended on SIGTERM, as shells have it."""
+
+
+class _Deadline:
+    """Ends this process `GRACE` seconds after SIGTERM, whatever it is waiting for: a machine is taken away after 30.
+
+    Attributes:
+      covers_all: whether it holds beyond the loop: until the command has ended.
+    """
+
+    def __init__(self) -> None:
+        self.covers_all = False
+        self._timer: threading.Timer | None = None
+
+    def begin(self) -> None:
+        """Counts from now, unless it counts already."""
+        if self._timer is None:
+            self._timer = threading.Timer(GRACE, _end)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def cancel(self) -> None:
+        """Stops counting, unless the command as a whole is held to it."""
+        if self._timer is not None and not self.covers_all:
+            self._timer.cancel()
+            self._timer = None
+
+
+_deadline = _Deadline()
+
+
+@contextmanager
+def held_to_deadline() -> Iterator[None]:
+    """A command that ends in time after SIGTERM, with all that it closes: its process is ended otherwise."""
+    _deadline.covers_all = True
+    try:
+        yield
+    finally:
+        _deadline.covers_all = False
+        _deadline.cancel()
 
 
 class Interrupted(Exception):
@@ -44,6 +91,16 @@ class StopRequests:
             raise Abandoned
 
 
+def _end() -> None:
+    sys.stderr.write(
+        f"marble-jax: expected to stop within {GRACE:g} s of SIGTERM; received no end of what was under way: "
+        "ended, the same command goes on from the newest checkpoint\n"
+    )
+    sys.stderr.flush()
+    # The main thread may hang in a reward, a socket or a file system: no exception of Python reaches it.
+    os._exit(TERMINATED)
+
+
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
     """Collects SIGTERM and SIGINT instead of dying from them; a second one does."""
@@ -52,6 +109,8 @@ def stop_requests() -> Iterator[StopRequests]:
 
     def handler(number: int, _: FrameType | None) -> None:
         requests.received.append(number)
+        if number == signal.SIGTERM:
+            _deadline.begin()
         # A second signal meets the handler that was there before, which ends the process.
         signal.signal(number, before[number])
 
@@ -60,5 +119,6 @@ def stop_requests() -> Iterator[StopRequests]:
     try:
         yield requests
     finally:
+        _deadline.cancel()
         for caught, previous in before.items():
             signal.signal(caught, previous)

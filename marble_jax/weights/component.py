@@ -81,8 +81,15 @@ class OrbaxDir:
             raise InputError(f"{where}: expected only the leaves of this config; received {name!r}")
         for path, abstract in expected.items():
             shape, received = tuple(abstract.shape), tuple(self.leaves[path].shape)
+            name = "/".join(path)
+            dtype = self.leaves[path].dtype
+            if jnp.issubdtype(abstract.dtype, jnp.floating) and not jnp.issubdtype(
+                dtype, jnp.floating
+            ):
+                raise InputError(
+                    f"{where}: leaf {name!r}: expected floating-point numbers; received {dtype}"
+                )
             if received != shape:
-                name = "/".join(path)
                 raise InputError(
                     f"{where}: leaf {name!r}: expected shape {shape}; received {received}"
                 )
@@ -100,7 +107,14 @@ def open_component(
     Raises:
       InputError: missing or malformed directory.
     """
-    if (pathlib.Path(directory) / PARAMS).is_dir():
+    folder = pathlib.Path(directory)
+    if (folder / PARAMS).is_dir():
+        published = sorted(path.name for path in folder.glob("*.safetensors*"))
+        if published:
+            raise InputError(
+                f"{folder}: expected one checkpoint; received {PARAMS} and {published[0]}; remove the one "
+                "that is out of date"
+            )
         return OrbaxDir(directory)
     return SafetensorsDir(directory, variant)
 

@@ -51,6 +51,21 @@ def download(
     return pathlib.Path(local)
 
 
+def cache_hint(folder: pathlib.Path) -> str:
+    """Returns what to do about the folder of a download cache, which has the model below `snapshots`; empty for others.
+
+    Args:
+      folder: given as a model's directory.
+    """
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir():
+        return ""
+    inner = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+    if not inner:
+        return " (the folder of a download cache without any snapshot: download the model again)"
+    return f" (the folder of a download cache: pass {snapshots / inner[-1]})"
+
+
 def find_model(
     name: pathlib.Path | str,
     folders: Iterable[str],
@@ -68,7 +83,7 @@ def find_model(
     Raises:
       InputError: no such directory, and not a Hub model that can be had (unknown, gated, or no network).
     """
-    path = pathlib.Path(name)
+    path = pathlib.Path(name).expanduser()
     if path.is_dir():
         return path
     if not HUB_NAME.fullmatch(str(name)):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,15 @@ _KERNELS = {2: "linear", 4: "conv"}
 """Transform of a kernel by its rank."""
 _TORCH_WEIGHTS = ("kernel", "scale", "embedding")
 """Leaves that torch calls `weight`."""
+
+_QUANTISATION_MARKS = ("scaled_fp8",)
+"""Tensors that say of a whole file that its weights are scaled (ComfyUI)."""
+_COMPANION = re.compile(
+    r"(weight[._])?(scale|zero|absmax|quant|nested|bitsandbytes|SCB|CB$|qzeros|qweight|g_idx|amax)|"
+    r"\w+_(scale|scales|zero_point|zeros|amax|scale_inv)$|comfy_quant|weight_format"
+)
+"""Names of tensors beside a weight that scale or shift it: fp8 of ComfyUI, compressed-tensors, torchao; bitsandbytes;
+GPTQ and AWQ."""
 
 Path = tuple[str, ...]
 """Keys from the root of a parameter tree to a leaf."""
@@ -144,6 +154,7 @@ def match_entries(
     _check_keys(source, groups, ignore)
     for path, group in groups.items():
         for entry in group:
+            check_dtype(source, entry.key, leaves[path].dtype)
             expected = published_shape(entry, leaves[path].shape)
             received = source.shape(entry.key)
             if received != expected:
@@ -167,6 +178,7 @@ def _check_keys(
     present = set(source.keys())
     missing = sorted(mapped - present)
     unmapped = present - mapped
+    refuse_companions(source, mapped, unmapped, ignore)
     if missing:
         raise InputError(
             f"{source.path}: expected tensor {missing[0]!r}{and_more(missing)}; received a file without it"
@@ -179,6 +191,53 @@ def _check_keys(
             f"{source.file(extra[0])}: expected only the tensors of this config; received {extra[0]!r}"
             f"{and_more(extra)}"
         )
+
+
+def check_dtype(source: Tensors, key: str, wanted: Any) -> None:
+    """Raises InputError for integers in place of floating-point weights; `wanted` is the dtype of the leaf."""
+    received = source.dtype(key)
+    if jnp.issubdtype(wanted, jnp.floating) and not jnp.issubdtype(received, jnp.floating):
+        raise InputError(
+            f"{source.file(key)}: tensor {key!r}: expected floating-point numbers; received {received}, as "
+            "in quantised weights (take the original checkpoint, or dequantise it)"
+        )
+
+
+def refuse_companions(
+    source: Tensors, used: Collection[str], unused: Iterable[str], ignore: Sequence[str] = ()
+) -> None:
+    """Refuses tensors that give a weight its meaning, such as the scale of a quantised one, also where ignored.
+
+    Args:
+      source: the file, for messages.
+      used: names of the tensors that are read.
+      unused: names of all others.
+      ignore: `fnmatch` patterns of tensors to pass over.
+
+    Raises:
+      InputError: one of `unused` belongs to one of `used`.
+    """
+    modules = {key.removesuffix(".weight") for key in used if key.endswith(".weight")}
+    for key in sorted(unused):
+        part = _part_of_module(key, modules)
+        known = part is not None and _COMPANION.match(part) is not None
+        # Whatever its name: beside a weight that is read it changes what the weight means. Adapters are a choice.
+        passed_over = part is not None and "lora_" not in part and matches_any(key, ignore)
+        if known or passed_over or key.rpartition(".")[2] in _QUANTISATION_MARKS:
+            raise InputError(
+                f"{source.file(key)}: expected weights that mean what they say; received {key!r}, which "
+                "changes what the weight beside it means, as the scales of quantised weights do (take the "
+                "original checkpoint, or dequantise it)"
+            )
+
+
+def _part_of_module(key: str, modules: Collection[str]) -> str | None:
+    """What stands behind the name of a module in a tensor's name; None where it is in none of them."""
+    end = len(key)
+    while (end := key.rfind(".", 0, end)) > 0:
+        if key[:end] in modules:
+            return key[end + 1 :]
+    return None
 
 
 class LazyLeaf:

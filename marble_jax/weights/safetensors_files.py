@@ -9,7 +9,6 @@ Source: safetensors format description (8-byte little-endian header length, JSON
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import mmap
 import pathlib
@@ -20,7 +19,9 @@ import ml_dtypes
 import numpy as np
 
 from marble_jax.errors import InputError
+from marble_jax.storage.file_kinds import kind_of_file
 from marble_jax.storage.files import read_json
+from marble_jax.validation import Natural, parse_json_object, short, validated
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -33,11 +34,17 @@ DTYPES: dict[str, np.dtype] = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
 """Dtypes by the names of safetensors headers."""
-_STEMS = ("diffusion_pytorch_model", "model")
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+"""Beginning of the names of diffusers' own components; transformers' begin with "model"."""
+_STEMS = (DIFFUSERS_STEM, "model")
+_FIELDS = {"dtype", "shape", "data_offsets"}
 # Bytes. No published header comes near; a damaged length must not make Python read gigabytes of "JSON".
 _MAX_HEADER = 100_000_000
 
@@ -124,37 +131,62 @@ class SafetensorsFile:
             head = handle.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
-                raise self._corrupt(f"a complete header; received {size} bytes")
+                other = kind_of_file(self.path)
+                received = f"{size} bytes, {other}" if other else f"{size} bytes"
+                raise self._corrupt(f"a complete header; received {received}")
             return handle.read(length), 8 + length
 
     def _parse_header(self, text: bytes) -> tuple[dict[str, str], dict[str, _Extent]]:
         """Returns the metadata and the extents by tensor name."""
+        header = parse_json_object(text, f"{self.path}: header")
+        metadata = header.pop("__metadata__", None) or {}
+        where = f"{self.path}: header"
+        metadata = validated(dict[str, str], metadata, f"{where}: __metadata__")
+        for key, record in header.items():
+            if not isinstance(record, dict) or not _FIELDS <= set(record):
+                raise InputError(
+                    f"{where}: tensor {short(key)}: expected dtype, shape and data_offsets; received "
+                    f"{short(record)}"
+                )
+        # Column by column: one call each, whatever the number of tensors.
+        dtypes = self._column(header, "dtype", str)
+        shapes = self._column(header, "shape", tuple[Natural, ...])
+        offsets = self._column(header, "data_offsets", tuple[Natural, Natural])
         extents = {}
-        try:
-            header = json.loads(text)
-            metadata = header.pop("__metadata__", {})
-            for key, record in header.items():
-                first, last = record["data_offsets"]
-                extents[key] = _Extent(record["dtype"], tuple(record["shape"]), first, last)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self._corrupt(f"a JSON header; received {type(error).__name__}") from error
+        for key in header:
+            first, last = offsets[key]
+            if dtypes[key] not in DTYPES:
+                raise InputError(
+                    f"{self.path}: tensor {key!r}: expected a dtype of {', '.join(DTYPES)}; received "
+                    f"{short(dtypes[key])}"
+                )
+            extents[key] = _Extent(dtypes[key], shapes[key], first, last)
         return metadata, extents
 
+    def _column(self, header: dict[str, Any], field: str, kind: Any) -> dict[str, Any]:
+        """One field of every tensor's entry."""
+        values = {key: record[field] for key, record in header.items()}
+        return validated(dict[str, kind], values, f"{self.path}: header: {field}")
+
     def _check_extents(self) -> int:
-        """Returns the end of the last tensor, in bytes from the beginning of the data."""
+        """Returns the end of the last tensor, in bytes from the beginning of the data.
+
+        Tensors lie one behind the other: bytes that belong to two of them, or to none, are a damaged header.
+        """
         end = 0
-        for key, extent in self._extents.items():
-            if extent.dtype not in DTYPES:
-                expected = ", ".join(DTYPES)
-                raise InputError(
-                    f"{self.path}: tensor {key!r}: expected a dtype of {expected}; received {extent.dtype}"
-                )
+        by_place = sorted(self._extents.items(), key=lambda item: (item[1].first, item[1].last))
+        for key, extent in by_place:
             length = extent.last - extent.first
-            if extent.first < 0 or length != extent.nbytes:
+            if length != extent.nbytes:
                 raise self._corrupt(
                     f"tensor {key!r} of shape {extent.shape} {extent.dtype}; received {length} bytes"
                 )
-            end = max(end, extent.last)
+            if extent.first != end:
+                raise self._corrupt(
+                    f"tensor {key!r} to begin at byte {end} of the data, behind the one before; "
+                    f"received {extent.first}"
+                )
+            end = extent.last
         return end
 
     def _corrupt(self, detail: str) -> InputError:
@@ -199,7 +231,9 @@ class SafetensorsDir:
     """A component directory of a diffusers or transformers model: `config.json` and its safetensors, single or sharded.
 
     Accepted names: `diffusion_pytorch_model` or `model`, then `.safetensors` or `.safetensors.index.json` with its
-    shards; with a variant (`fp16`) in its usual place. Files without a variant win unless `variant` asks for one.
+    shards; with a variant (`fp16`) in its usual place. Files without a variant win unless `variant` asks for one. Of a
+    whole file and an index of diffusers' the index counts, as in diffusers; other complete checkpoints beside each
+    other are refused, as which one is up to date cannot be told.
 
     Attributes:
       path: the directory.
@@ -247,18 +281,44 @@ class SafetensorsDir:
         # Plain files first: a directory with both holds full precision in those without a variant.
         tags = ("", ".fp16") if variant is None else (f".{variant}",)
         for tag in tags:
-            for stem in _STEMS:
-                single = f"{stem}{tag}.safetensors"
-                if (self.path / single).is_file():
-                    return {single: []}
-                index = self.path / f"{stem}.safetensors.index{tag}.json"
-                if index.is_file():
-                    return _indexed(index)
-        wanted = " or ".join(f"{stem}{tags[0]}.safetensors" for stem in _STEMS)
+            found = [stem for stem in _STEMS if _checkpoint_names(self.path, stem, tag)]
+            if len(found) > 1:
+                self._refuse_several(_checkpoint_names(self.path, found[0], tag)[0], found[1], tag)
+            if found:
+                return self._checkpoint(found[0], tag)
+        raise self._without_weights(tags[0])
+
+    def _checkpoint(self, stem: str, tag: str) -> dict[str, list[str]]:
+        """The checkpoint of one stem and variant, whole or in shards; both may be there."""
+        names = _checkpoint_names(self.path, stem, tag)
+        single, index = f"{stem}{tag}.safetensors", f"{stem}.safetensors.index{tag}.json"
+        if index not in names:
+            return {single: []}
+        # Saving in shards leaves an older single file behind. diffusers reads the index then, transformers the
+        # single file, so that only in diffusers' own components one of the two is the one that is meant.
+        if single in names and stem != DIFFUSERS_STEM:
+            raise InputError(
+                f"{self.path}: expected one checkpoint; received {single} and {index}; remove the one that "
+                "is out of date"
+            )
+        return _indexed(self.path / index)
+
+    def _refuse_several(self, first: str, stem: str, tag: str) -> None:
+        second = _checkpoint_names(self.path, stem, tag)[0]
+        raise InputError(
+            f"{self.path}: expected one checkpoint; received {first} and {second}; remove the one that is "
+            "out of date"
+        )
+
+    def _without_weights(self, tag: str) -> InputError:
+        wanted = " or ".join(f"{stem}{tag}.safetensors" for stem in _STEMS)
         names = sorted(entry.name for entry in self.path.iterdir())
         received = ", ".join(names) or "an empty directory"
-        raise InputError(
-            f"{self.path}: expected {wanted} (or its sharded index); received {received}"
+        hint = ""
+        if any(name.endswith((".bin", ".pt", ".ckpt", ".msgpack", ".h5")) for name in names):
+            hint = "; re-save the weights as safetensors (save_pretrained of diffusers or transformers)"
+        return InputError(
+            f"{self.path}: expected {wanted} (or its sharded index); received {received}{hint}"
         )
 
     def keys(self) -> list[str]:
@@ -288,12 +348,24 @@ class SafetensorsDir:
         return self._files[key].path
 
 
+def _checkpoint_names(folder: pathlib.Path, stem: str, tag: str) -> list[str]:
+    """Those files of a stem and variant that hold a checkpoint or list its shards."""
+    names = (f"{stem}{tag}.safetensors", f"{stem}.safetensors.index{tag}.json")
+    return [name for name in names if (folder / name).is_file()]
+
+
 def _indexed(index: pathlib.Path) -> dict[str, list[str]]:
     """Tensor names by shard, shards in the order of their names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index}: expected an object 'weight_map'; received none")
+    weight_map = validated(dict[str, str], weight_map, f"{index}: weight_map")
     shards: dict[str, list[str]] = {}
     for key, name in weight_map.items():
+        # A name with a folder in it would read files from outside of the component.
+        if name != pathlib.PurePath(name).name or "\\" in name or name in ("", ".", ".."):
+            raise InputError(
+                f"{index}: weight_map: expected names of files beside it; received {short(name)}"
+            )
         shards.setdefault(name, []).append(key)
     return dict(sorted(shards.items()))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.errors import InputError
+from marble_jax.storage.file_kinds import kind_of_file
 from marble_jax.weights.safetensors_files import DTYPES, SafetensorsFile, Tensors
 
 SUFFIXES = (".bin", ".pt", ".pth")
@@ -62,9 +63,13 @@ class TorchPickleFile:
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # whatever a damaged or malicious file makes torch raise; the cause stays attached
+            # These two are what such files are.
+            other = kind_of_file(self.path)
+            if other.startswith(("a ZIP", "a Python pickle")):
+                other = ""
             raise InputError(
                 f"{self.path}: expected a file of tensors that opens with weights_only; received "
-                f"{type(error).__name__}"
+                f"{other or type(error).__name__}"
             ) from error
         return content, torch.Tensor
 

@@ -152,6 +152,7 @@ def test_bad_command_lines(refused, here):
 def test_serve_until_a_signal(here):
     """In a process of its own: it says where it is, answers, and ends with status 0."""
     (here / "token").write_text("t0k\n")
+    (here / "token").chmod(0o600)
     command = [
         sys.executable,
         "-m",

@@ -48,7 +48,64 @@ def test_tasks_of_slurm():
     fixed = find_cluster(environ=SLURM | {"JAX_COORDINATOR_PORT": "1234"})
     assert fixed.coordinator == "node007:1234"
     incomplete = {name: value for name, value in SLURM.items() if name != "SLURM_LOCALID"}
-    assert find_cluster(environ=incomplete) is None
+    with pytest.raises(
+        InputError,
+        match="^SLURM_LOCALID: expected beside SLURM_PROCID=5, as srun sets them; received",
+    ):
+        find_cluster(environ=incomplete)
+    # A shell of the batch script, which starts one process.
+    assert find_cluster(environ=incomplete | {"SLURM_NTASKS": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    "environ, missing",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"),
+        ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK"),
+        ({"RANK": "1", "MASTER_ADDR": "a"}, "MASTER_PORT, WORLD_SIZE"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "1"}, "JAX_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_part_of_a_set_is_refused(environ, missing):
+    with pytest.raises(InputError, match=f"^{missing}.*: expected beside .*; received nothing"):
+        find_cluster(environ=environ)
+    assert find_cluster("off", environ=environ) is None
+
+
+def test_one_process_needs_no_whole_set():
+    for environ in ({"WORLD_SIZE": "1"}, {"JAX_NUM_PROCESSES": "1"}, {"JAX_PROCESS_ID": ""}, {}):
+        assert find_cluster(environ=environ) is None
+
+
+def test_jax_reads_its_variables_with_blanks_and_over_a_detected_cluster():
+    environ = {
+        "JAX_COORDINATOR_ADDRESS": "host:1234",
+        "JAX_NUM_PROCESSES": " 2",
+        "JAX_PROCESS_ID": "1 ",
+        "JAX_LOCAL_DEVICE_IDS": "0, 2",
+    }
+    assert find_cluster(environ=environ) == Cluster("host:1234", 2, 1, "JAX's variables", (0, 2))
+    with pytest.raises(
+        InputError, match="JAX_LOCAL_DEVICE_IDS: expected a number >= 0; received 'x'"
+    ):
+        find_cluster(environ=environ | {"JAX_LOCAL_DEVICE_IDS": "0,x"})
+    found = find_cluster(environ=SLURM | {"JAX_COORDINATOR_ADDRESS": "other:99"})
+    assert (found.coordinator, found.num_processes, found.process_id) == ("other:99", 8, 5)
+
+
+def test_addresses_of_ipv6():
+    torch = {"MASTER_PORT": "29500", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "1"}
+    for address in ("::1", "[::1]"):
+        assert find_cluster(environ=torch | {"MASTER_ADDR": address}).coordinator == "[::1]:29500"
+    for address in ("::1:29500", "fd00::2"):
+        with pytest.raises(InputError, match=r"expected \[ADDRESS\]:PORT for an IPv6 address"):
+            find_cluster(coordinator=address, num_processes="2", process_id="0", environ={})
+    for number in ("\u00b2", "", "-1", "1e3", "99999"):
+        with pytest.raises(InputError, match="expected HOST:PORT"):
+            find_cluster(coordinator=f"h:{number}", num_processes="2", process_id="0", environ={})
 
 
 def test_a_cluster_that_does_not_say_who_takes_part():
@@ -81,7 +138,7 @@ def test_processes_of_open_mpi():
     assert find_cluster(environ=OPEN_MPI) == Cluster(f"10.96.0.1:{port}", 4, 3, "Open MPI", (1,))
     uri = "1314521088.0;tcp6://[fe80::b9b:ac5d:9cf0:b858,2620:10d:c083:150e::3000:2]:43370"
     found = find_cluster(environ=OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri})
-    assert found.coordinator == f"fe80::b9b:ac5d:9cf0:b858:{1314521088 // 4096 % 4096 + 61440}"
+    assert found.coordinator == f"[fe80::b9b:ac5d:9cf0:b858]:{1314521088 // 4096 % 4096 + 61440}"
     assert find_cluster(environ=SLURM | OPEN_MPI).found_by == "Open MPI"
     with pytest.raises(InputError, match="RuntimeError: no address of the launcher in OMPI_MCA"):
         find_cluster(environ=OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;usock"})

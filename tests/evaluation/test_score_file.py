@@ -102,7 +102,5 @@ def test_a_image_without_scores_counts_as_failed(tmp_path):
 )
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "s").write_text(f'{line}\n{{"index": 1, "scores": {{}}}}\n')
-    with pytest.raises(
-        InputError, match="s:1: expected an object with index and scores; received "
-    ):
+    with pytest.raises(InputError, match="s:1: (index|scores|failed)?.*expected .*; received "):
         ScoreFile(tmp_path / "s")

@@ -167,3 +167,63 @@ def test_gdpo_ignores_missing_scores():
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+RNG = np.random.default_rng(7)
+GROUPS = np.repeat(np.arange(12), 24)
+# Two rewards of different size, as aesthetic and alignment scores are.
+SCORES = RNG.standard_normal((len(GROUPS), 2)) * [0.3, 0.02] + [7.4, 0.18]
+
+
+def scalarized(method, valid):
+    if method == "gdpo":
+        return advantages.gdpo(SCORES, valid, GROUPS)
+    totals, known = advantages.weighted_sum(SCORES, valid, None, GROUPS)
+    return advantages.per_reward(totals, known, GROUPS)
+
+
+@pytest.mark.parametrize("method", ["weighted_sum", "gdpo"])
+@pytest.mark.parametrize("reward", [0, 1])
+def test_a_failed_score_moves_no_scalarized_advantage(method, reward):
+    """30 % failures of one reward: no bias of the samples concerned, nor of the others."""
+    whole = scalarized(method, np.ones(SCORES.shape, bool)).values[:, 0]
+    of_failed, of_others = [], []
+    for seed in range(60):
+        failed = np.random.default_rng(seed).random(len(GROUPS)) < 0.3
+        valid = np.ones(SCORES.shape, bool)
+        valid[failed, reward] = False
+        got = scalarized(method, valid)
+        assert got.valid.all()
+        of_failed.append((got.values[failed, 0]).mean())
+        of_others.append((got.values[~failed, 0] - whole[~failed]).mean())
+    # Without the group's mean in place of a missing score: -1.3 and +1.3.
+    assert abs(np.mean(of_failed)) < 0.03 and abs(np.mean(of_others)) < 0.03
+
+
+@pytest.mark.parametrize("method", ["weighted_sum", "gdpo"])
+def test_without_failures_within_a_group_nothing_changes(method):
+    valid = np.ones(SCORES.shape, bool)
+    # A reward that does not apply to some prompts is missing for whole groups.
+    valid[GROUPS < 4, 1] = False
+    got = scalarized(method, valid).values
+    if method == "gdpo":
+        normalised = advantages.per_reward(SCORES, valid, GROUPS, "group")
+        combined, _ = advantages.weighted_sum(normalised.values, normalised.valid)
+        want = (combined - combined.mean()) / (combined.std() + advantages.STD_EPSILON)
+        assert np.array_equal(got, want.astype(np.float32))
+    else:
+        totals, known = advantages.weighted_sum(SCORES, valid)
+        assert np.array_equal(got, advantages.per_reward(totals, known, GROUPS).values)
+
+
+def test_a_missing_score_counts_as_its_group_s_mean():
+    """By hand: weights 1 and 3, the second reward missing at the first sample, whose group has 4 and 8 there."""
+    values = np.array([[2.0, 99.0], [0.0, 4.0], [1.0, 8.0]])
+    valid = np.array([[True, False], [True, True], [True, True]])
+    totals, known = advantages.weighted_sum(values, valid, np.array([1.0, 3.0]), np.zeros(3))
+    assert totals[:, 0].tolist() == [(2 + 3 * 6) / 4, (0 + 3 * 4) / 4, (1 + 3 * 8) / 4]
+    assert known.all()
+    totals, known = advantages.weighted_sum(
+        values, valid & [[False], [True], [True]], None, np.zeros(3)
+    )
+    assert known[:, 0].tolist() == [False, True, True] and totals[0, 0] == 0

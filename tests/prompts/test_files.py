@@ -67,7 +67,7 @@ def test_directory_by_source_and_split(tmp_path):
         read_directory(tmp_path, "tests")
     write(tmp_path / "geneval/train.txt", "x")
     with pytest.raises(
-        InputError, match="expected train.txt or train_metadata.jsonl; received both"
+        InputError, match="expected one file of train; received train.txt and train_metadata.jsonl"
     ):
         read_directory(tmp_path, "train")
 
@@ -89,7 +89,7 @@ def test_missing_and_empty(tmp_path):
         read_geneval(write(tmp_path / "e.jsonl", ""), "x")
     (tmp_path / "l.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(
-        InputError, match="l.txt: expected UTF-8 text; received byte 0xe9 at offset 3"
+        InputError, match="l.txt:1: expected UTF-8 text; received byte 0xe9 at offset 3"
     ):
         read_text(tmp_path / "l.txt", "x")
 
@@ -99,7 +99,7 @@ def test_missing_and_empty(tmp_path):
     [
         ("{broken", "expected a JSON object; received '{broken'"),
         ("[1]", r"expected a JSON object; received \[1\]"),
-        ("{}", "expected the key 'tag'; received no keys"),
+        ("{}", "expected the key 'prompt', or GenEval's 'tag', .*; received no keys"),
         (
             {"tag": "counting", "includes": [], "prompt": "x"},
             "expected the key 'include'; .*did you mean 'includes'",
@@ -109,6 +109,34 @@ def test_missing_and_empty(tmp_path):
             "tag: expected one of .*received 'count'; did you mean 'counting'",
         ),
         (LINE | {"prompt": " "}, "prompt: expected a text"),
+        (
+            LINE | {"excludes": []},
+            "expected the keys .*received 'excludes'; did you mean 'exclude'",
+        ),
+        (LINE | {"include": [{"class": "", "count": 1}]}, "class: expected the name of an object"),
+        (LINE | {"include": [{"class": ["cat"], "count": 1}]}, "class: expected the name"),
+        (LINE | {"include": [{"class": "cat", "count": True}]}, "count: expected a positive"),
+        (
+            LINE | {"include": [{"class": "cat", "count": 1, "colour": "red"}]},
+            "expected only the keys class, count, color, position; received 'colour'; did you mean 'color'",
+        ),
+        (
+            LINE | {"include": [{"class": "cat", "count": 1, "color": "crimson"}]},
+            "color: expected one of red, .*received 'crimson'",
+        ),
+        (LINE | {"include": [{"class": "cat", "count": 1, "color": 3}]}, "color: expected one of"),
+        (
+            LINE
+            | {
+                "include": [LINE["include"][0], LINE["include"][1] | {"position": ["above", False]}]
+            },
+            "index of an earlier clause",
+        ),
+        (
+            LINE
+            | {"include": [LINE["include"][0], LINE["include"][1] | {"position": ["above", 0.0]}]},
+            "index of an earlier clause",
+        ),
         (LINE | {"include": []}, "include: expected a list of at least one clause"),
         (LINE | {"include": [3]}, r"include\[0\]: expected an object; received 3"),
         (LINE | {"exclude": {}}, "exclude: expected a list of clauses"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 from endpoint import Endpoint
@@ -86,7 +87,7 @@ def test_giving_up():
     pauses = []
     with Endpoint(script(BUSY)) as server:
         with pytest.raises(RewardError, match=r": 503 server: too many \(attempt 3 of 3\)"):
-            replicas(server.url, pauses=pauses, retries=2).call(b"", "a/b")
+            replicas(server.url, pauses=pauses, retries=2, patience_seconds=0).call(b"", "a/b")
         assert len(server.bodies) == 3 and len(pauses) == 2
     with pytest.raises(RewardError, match="ConnectionRefusedError"):
         replicas(closed_port(), retries=0).call(b"", "a/b")
@@ -224,6 +225,9 @@ def test_loopback():
 def test_tokens(tmp_path, monkeypatch):
     file = tmp_path / "token"
     file.write_text("from-file\n")
+    with pytest.raises(InputError, match="for its owner alone; received .* of mode 644 .chmod 600"):
+        read_token("r", "", str(file))
+    file.chmod(0o600)
     monkeypatch.setenv("MARBLE_TEST_TOKEN", " from-env ")
     assert (
         read_token("r", "", ""),
@@ -246,3 +250,39 @@ def test_tokens(tmp_path, monkeypatch):
     file.write_text("two\nlines")
     with pytest.raises(InputError, match="expected a token in .*; received other text"):
         read_token("r", "", str(file))
+
+
+def test_a_busy_server_is_asked_for_as_long_as_there_is_patience():
+    pauses = []
+    with Endpoint(script(*[BUSY] * 8, OK)) as server:
+        client = replicas(server.url, pauses=pauses, retries=1, pause_seconds=0.1)
+        assert client.call(b"", "a/b") == b"fine"
+    # They grow, and vary by half.
+    assert len(pauses) == 8 and pauses[-1] > pauses[0]
+    pauses.clear()
+    with Endpoint(script(BUSY)) as server, pytest.raises(RewardError, match="503"):
+        replicas(server.url, pauses=pauses, retries=1, patience_seconds=50.0).call(b"", "a/b")
+    assert 50 < sum(pauses) < 50 + 30
+
+
+def test_headers_that_drip_do_not_outlast_a_call():
+    release = threading.Event()
+
+    def dripping(number, handler, body):
+        for letter in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000:
+            try:
+                handler.wfile.write(bytes([letter]))
+                handler.wfile.flush()
+            except OSError:
+                return
+            if release.wait(0.05):
+                return
+
+    start = time.monotonic()
+    with (
+        Endpoint(dripping) as server,
+        pytest.raises(CallError, match="an answer within 0.5 s; received none"),
+    ):
+        post(server.url, b"", {}, CallPolicy(answer_seconds=0.5))
+    assert time.monotonic() - start < 5
+    release.set()

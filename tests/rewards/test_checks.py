@@ -251,7 +251,7 @@ def test_records_on_disk(tmp_path):
         file.write_text(damage)
         with pytest.raises(
             InputError,
-            match="golden.json: expected scores of the golden images; received something",
+            match="golden.json: .*expected .*; received .* .*write it anew with marble-jax reward check --write",
         ):
             golden_images.read_expected(tmp_path, SIDE)
 

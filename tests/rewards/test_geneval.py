@@ -175,6 +175,18 @@ def test_reward_masks():
     assert reward.results(np.zeros((1, 8, 8, 3)), ["a"], [{}]) == [None]
 
 
+def test_a_class_that_the_detector_does_not_know_is_missing_and_never_0():
+    detector = Fixed([seen("cat")], [seen("cat")])
+    detector.labels = ("cat", "dog")
+    unknown = wants("single_object", {"class": "unicorn", "count": 1})
+    forbidden = wants("single_object", CAT) | {"exclude": [{"class": "unicorn", "count": 1}]}
+    metadata = [wants("single_object", CAT), unknown, forbidden, wants("single_object", CAT)]
+    images = np.zeros((4, 8, 8, 3), np.float32)
+    result = base.score(GenEvalReward("geneval", detector), images, ["a"] * 4, metadata)
+    np.testing.assert_array_equal(result.valid, [True, False, False, True])
+    np.testing.assert_array_equal(result.failed, [False, True, True, False])
+
+
 def test_upstream_reward_uses_marbles_score():
     reward = GenEvalReward("geneval", Fixed([seen("cat")] * 3), upstream=True)
     assert (

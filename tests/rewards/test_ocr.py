@@ -4,17 +4,18 @@ import os
 import random
 import sys
 import types
+import unicodedata
 
 import numpy as np
 import pytest
 
 from marble_jax.errors import InputError
+from marble_jax.prompts.quotations import quoted_text
 from marble_jax.rewards import base
 from marble_jax.rewards.ocr import (
     OCRReward,
     RapidReader,
     edit_distance,
-    quoted_text,
     spelling_score,
 )
 from marble_jax.rewards.workers.ocr_engines import PaddleEngine
@@ -37,7 +38,22 @@ class Lines:
     [
         ('a sign "Hello World" here', "Hello World"),
         ('two "a" and "b"', "a"),
-        ('only "one mark', "one mark"),
+        ('only "one mark', None),
+        ('a 24" monitor', None),
+        ('a 5" by 7" photo', None),
+        ('a 5 " x 7 " photo', None),
+        ('a 24" screen that says "HI"', "HI"),
+        ('unmatched "mark and \u201cOPEN\u201d', "OPEN"),
+        ("a sign \u201cOPEN\u201d", "OPEN"),
+        ("ein Schild \u201eOFFEN\u201c", "OFFEN"),
+        ("en skylt \u201d\u00d6PPET\u201d", "\u00d6PPET"),
+        ("un panneau \u00ab OUVERT \u00bb", " OUVERT "),
+        ("\u5199\u7740\u300c\u4f60\u597d\u300d", "\u4f60\u597d"),
+        ('\u5199\u7740"\u4f60\u597d"\u7684\u724c\u5b50', "\u4f60\u597d"),
+        ("a sign \u2018DON\u2019T\u2019 here", "DON\u2019T"),
+        ("the dog\u2019s and the cats\u2019 toys", None),
+        ('a "24" on a door', "24"),
+        ('Route 66 "DINER"', "DINER"),
         ('empty "" then "x"', None),
         ('spaces "   "', None),
         ('ends "', None),
@@ -48,6 +64,20 @@ class Lines:
 )
 def test_quoted_text(prompt, target):
     assert quoted_text(prompt) == target
+
+
+@pytest.mark.parametrize(
+    "prompt,target",
+    [
+        ('only "one mark', "one mark"),
+        ('a 5" by 7" photo', " by 7"),
+        ("\u201cOPEN\u201d", None),
+        ('empty "" then "x"', None),
+        ('a sign "Hello World" here', "Hello World"),
+    ],
+)
+def test_quoted_text_of_upstream(prompt, target):
+    assert quoted_text(prompt, upstream=True) == target
 
 
 @pytest.mark.parametrize(
@@ -78,6 +108,40 @@ def test_edit_distance(a, b, distance):
 )
 def test_spelling_score(recognised, target, score):
     assert spelling_score(recognised, target) == pytest.approx(score)
+    assert spelling_score(recognised, target, upstream=True) == pytest.approx(score)
+
+
+def decomposed(text):
+    return unicodedata.normalize("NFD", text)
+
+
+@pytest.mark.parametrize(
+    "recognised,target,upstream",
+    [
+        ("CAF\u00c9 M\u00dcNCHEN", decomposed("CAF\u00c9 M\u00dcNCHEN"), 9 / 13),
+        (decomposed("caf\u00e9"), "CAF\u00c9", 0.5),
+        ("HELLO\uff01", "HELLO!", 5 / 6),
+        ("KA", "\uff2b\uff21", 0.0),
+        ("AB", "A\u00a0B", 2 / 3),
+        ("HELLOWORLD", "HELLO\u3000WORLD", 10 / 11),
+        ("A\tB\nC", "ABC", 1 / 3),
+        ("AB", "A\u200bB\ufeff", 0.5),
+        ("don't", "don\u2019t", 0.8),
+        ("A-B", "A \u2013 B", 2 / 3),
+        ("\ufb01n", "fin", 1 / 3),
+        ("STRASSE", "stra\u00dfe", 4 / 6),
+        ("100 km", "100 \u339e", 0.6),
+    ],
+)
+def test_texts_that_look_the_same_spell_the_same(recognised, target, upstream):
+    assert spelling_score(recognised, target) == 1.0
+    assert spelling_score(recognised, target, upstream=True) == pytest.approx(upstream, abs=0.3)
+    assert spelling_score(recognised, target, upstream=True) < 1
+
+
+def test_another_letter_is_another_text():
+    assert spelling_score("CAFE", "CAF\u00c9") == 0.75
+    assert spelling_score("\u200b", "AB") == 0
 
 
 def test_reward_reads_only_quoted_and_masks_failures():
@@ -98,6 +162,15 @@ def test_reward_reads_only_quoted_and_masks_failures():
     assert upstream.values[2] == 0
     values, valid = OCRReward("ocr", Lines()).score(None, images[:1], ["plain"], [{}])
     assert not valid.any() and not values.any()
+
+
+def test_a_broken_image_has_no_score_of_any_host_reward():
+    images = np.zeros((4, 2, 2, 3), np.float32)
+    images[0], images[1, 0, 0, 0], images[2, 1, 1, 2] = np.nan, np.inf, -np.inf
+    result = base.score(OCRReward("ocr", Lines(*["ab"] * 4)), images, ['"AB"'] * 4, [{}] * 4)
+    np.testing.assert_array_equal(result.valid, [False, False, False, True])
+    np.testing.assert_array_equal(result.failed, [True, True, True, False])
+    np.testing.assert_array_equal(result.values, [0, 0, 0, 1])
 
 
 def test_missing_package_is_one_line(monkeypatch):

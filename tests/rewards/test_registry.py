@@ -73,6 +73,17 @@ def test_a_file_overrides_the_published_entry(folder, tmp_path):
     assert list(entries_of(tmp_path)) == ["clipscore", "half"]
 
 
+def test_an_entry_of_any_kind_may_be_for_some_sources(tmp_path):
+    (tmp_path / "rewards.json").write_text(
+        json.dumps({"light": {"kind": "brightness", "sources": ["ocr", "general"]}})
+    )
+    (light,) = load_rewards(tmp_path, ["light"])
+    assert light.sources == ("ocr", "general")
+    (tmp_path / "rewards.json").write_text('{"light": {"kind": "brightness", "sources": "ocr"}}')
+    with pytest.raises(InputError, match="sources of light: expected an array; received 'ocr'"):
+        load_rewards(tmp_path, ["light"])
+
+
 def test_formulas_need_no_directory():
     plus, minus, colourful = load_rewards(
         "hub", ["jpeg_incompressibility", "jpeg_compressibility", "colourfulness"]
@@ -165,7 +176,7 @@ def test_what_is_wrong_is_one_line(folder, tmp_path):
         {},
     )
     (tmp_path / "rewards.json").write_text("[")
-    refused("rewards.json: expected JSON; received an error at", ["ocr"])
+    refused("rewards.json: expected valid JSON; received an error at", ["ocr"])
     with pytest.raises(
         InputError, match="rewards.path: expected a directory with rewards.json; received '.*none'"
     ):

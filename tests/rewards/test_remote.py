@@ -105,7 +105,9 @@ def test_a_batch_that_fails_is_missing_alone(tmp_path, caplog):
     "answer, message",
     [
         (b'{"scores": [1, 2]}', "answer: expected 3 scores; received 2"),
-        (b"<html>", "answer: expected a JSON object"),
+        (b"<html>", "answer: expected valid JSON; received an error at Expecting value"),
+        (b"[" * 100_000, "answer: expected JSON nested at most 64 deep"),
+        (b"[1]", "answer: expected a JSON object; received a list"),
         (b'{"scores": [1, 2, "x"]}', "answer: expected numbers or null as scores; received 'x'"),
     ],
 )
@@ -210,6 +212,7 @@ def test_the_unifiedreward_preset(tmp_path):
 def test_a_judge_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "ask.txt").write_text('Is it {prompt}? Answer {"reason": ..., "rating": 0 to 2}')
     (tmp_path / "key").write_text("sk-1")
+    (tmp_path / "key").chmod(0o600)
 
     def answer(request, text, image):
         assert (

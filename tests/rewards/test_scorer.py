@@ -43,6 +43,37 @@ def scores(reward, **settings):
 GOOD, ODD = np.array([1.0, 2, 3, 4]), np.array([1.0, np.nan, np.inf, np.inf])
 
 
+def answer_of(kind):
+    """Scores of the four images; a host reward is not asked about the one that it does not apply to."""
+    return np.array(GOOD) if kind == "device" else GOOD[[0, 1, 3]]
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_a_broken_image_has_no_score(kind):
+    scorer = Scorer([Scripted("r", answer_of(kind), kind=kind)])
+    images = IMAGES.at[0, 0, 0, 0].set(jnp.nan).at[3, 1, 1, 2].set(jnp.inf)
+    try:
+        got = scorer.submit(images, PROMPTS).result()
+    finally:
+        scorer.close()
+    np.testing.assert_array_equal(got.failed[:, 0], [True, False, False, True])
+    np.testing.assert_array_equal(got.values[:, 0], [0, 2, 0, 0])
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_a_reward_for_some_sources_applies_to_their_prompts_alone(kind):
+    reward = Scripted("r", answer_of(kind), kind=kind)
+    reward.sources = ("ocr",)
+    prompts = [Prompt("a", "ocr"), Prompt("b", "general"), Prompt("skip", "ocr"), Prompt("d", "x")]
+    scorer = Scorer([reward])
+    try:
+        got = scorer.submit(IMAGES, prompts).result()
+    finally:
+        scorer.close()
+    np.testing.assert_array_equal(got.valid[:, 0], [True, False, False, False])
+    assert not got.failed.any()
+
+
 @pytest.mark.parametrize(
     "answer, failed",
     [

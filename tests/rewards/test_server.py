@@ -15,10 +15,13 @@ import pytest
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.http import protocol, server
+from marble_jax.rewards.http.calls import Replicas
 from marble_jax.rewards.http.connections import ServerOptions
 from marble_jax.rewards.http.images import Limits
 from marble_jax.rewards.http.protocol import CONTENT_TYPE, Request
+from marble_jax.rewards.http.remote import RemoteReward
 from marble_jax.rewards.http.server import RewardServer
+from marble_jax.rewards.workers import threads
 
 IMAGES = (
     np.arange(3, dtype=np.uint8)[:, None, None, None] * 100 + np.zeros((1, 4, 4, 3), np.uint8)
@@ -299,17 +302,89 @@ def test_more_requests_than_are_allowed_in_memory():
         assert send(running, token="")[0] == 200
 
 
-def test_more_connections_than_threads():
-    with RewardServer([Mean()], options=ServerOptions(connections=1, read_seconds=20)) as running:
-        with socket.create_connection(running.server_address[:2], timeout=20) as held:
-            held.sendall(b"GET /hea")
-            received = raw(running, b"GET /health HTTP/1.1\r\n\r\n")
-            assert (
-                received.startswith(b"HTTP/1.1 503")
-                and b"expected fewer connections at a time" in received
-            )
-            held.sendall(b"lth HTTP/1.1\r\n\r\n")
-            assert held.recv(4096).startswith(b"HTTP/1.1 200")
+def test_connections_that_show_no_token_keep_nobody_out():
+    with RewardServer([Mean()], options=ServerOptions(idle=4, token=TOKEN)) as running:
+        silent = []
+        for _ in range(40):
+            silent.append(socket.create_connection(running.server_address[:2], timeout=20))
+        assert send(running)[0] == 200
+        # The oldest have made room.
+        assert silent[0].recv(4096) == b""
+        for connection in silent:
+            connection.close()
+
+
+def test_more_clients_that_know_the_token_than_are_allowed():
+    reward = Mean()
+    with RewardServer([reward], options=ServerOptions(connections=1)) as running:
+        waiting = threading.Thread(target=lambda: send(running, prompts=("wait",), token=""))
+        waiting.start()
+        assert reward.inside.acquire(timeout=20)
+        status, answer = send(running, token="")
+        assert status == 503 and "expected fewer connections at a time" in answer["error"]
+        reward.gate.set()
+        waiting.join()
+
+
+def test_slow_bodies_take_no_place_from_whole_ones():
+    options = ServerOptions(workers=1, waiting=0, read_seconds=20)
+    head = f"POST /score HTTP/1.1\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 500\r\n\r\nab"
+    with RewardServer([Mean()], options=options) as running:
+        slow = [socket.create_connection(running.server_address[:2], timeout=20) for _ in range(8)]
+        for connection in slow:
+            connection.sendall(head.encode())
+        assert send(running, token="")[0] == 200
+        for connection in slow:
+            connection.close()
+
+
+def test_bytes_of_all_requests_are_bounded():
+    with RewardServer([Mean()], options=ServerOptions(memory=300)) as running:
+        status, answer = send(running, token="")
+        assert status == 503 and "expected fewer requests at a time" in answer["error"]
+        assert running._held_bytes == 0
+
+
+def test_a_healthy_server_loses_no_score_of_sixteen_hosts():
+    """16 clients of 4 calls at a time, default settings on both sides: queued, and nothing is missing."""
+
+    class Slow(Mean):
+        def score(self, params, images, prompts, metadata):
+            time.sleep(0.005 * len(images))
+            return images.mean((1, 2, 3)), np.ones(len(images), bool)
+
+    images = np.zeros((48, 4, 4, 3), np.float32)
+    with RewardServer([Slow()]) as running:
+        results = []
+
+        def host():
+            reward = RemoteReward("mean", Replicas("mean", [running.url], "/score"))
+            results.append(reward.score(None, images, ["a"] * 48, [{}] * 48)[1].all())
+
+        hosts = [threading.Thread(target=host) for _ in range(16)]
+        for thread in hosts:
+            thread.start()
+        for thread in hosts:
+            thread.join()
+    assert results == [True] * 16
+
+
+def test_a_server_whose_calls_hang_says_that_it_is_broken(monkeypatch):
+    monkeypatch.setattr(threads, "MAX_LOST", 2)
+    reward = Mean()
+    with RewardServer([reward], options=ServerOptions(workers=1, score_seconds=0.05)) as running:
+        for _ in range(4):
+            send(running, prompts=("wait",), token="")
+        assert running.broken.is_set()
+        assert send(running, "GET", "/health", token="")[1]["status"] == "broken"
+        reward.gate.set()
+
+
+def test_requests_are_cut_into_batches():
+    reward = Mean()
+    with RewardServer([reward], options=ServerOptions(batch=2)) as running:
+        assert send(running, token="")[0] == 200
+    assert reward.sizes == [2, 1]
 
 
 def test_a_reward_that_hangs_costs_one_answer():

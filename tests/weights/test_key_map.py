@@ -256,10 +256,43 @@ def test_truncated_file(tmp_path):
 @pytest.mark.parametrize(
     "header, data, message",
     [
-        (b"{not json", b"", "expected a JSON header; received JSONDecodeError"),
-        (b"\x80\x80", b"", "expected a JSON header; received UnicodeDecodeError"),
-        ([1], b"", "expected a JSON header; received "),
-        ({"w": {"dtype": "F32"}}, b"", "expected a JSON header; received KeyError"),
+        (b"{not json", b"", "header: expected valid JSON; received an error at Expecting property"),
+        (b"\x80\x80", b"", "header: expected valid JSON; received an error at 'utf-8' codec"),
+        (b"[" * 100_000, b"", "header: expected JSON nested at most 64 deep"),
+        ([1], b"", "header: expected a JSON object; received a list"),
+        (
+            {"w": {"dtype": "F32"}},
+            b"",
+            "tensor 'w': expected dtype, shape and data_offsets; received {'dtype': 'F32'}",
+        ),
+        (
+            {"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
+            b"1234",
+            r"dtype\['w'\]: expected a string; received \['F32'\]",
+        ),
+        (
+            {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2, 4]}},
+            b"1234",
+            r"data_offsets\['w'\]: expected .* received \[0, 2, 4\]",
+        ),
+        (
+            {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}},
+            b"1234",
+            r"data_offsets\['w'\]\[0\]: expected an integer; received 0.0",
+        ),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                "b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]},
+            },
+            b"123456",
+            "expected tensor 'b' to begin at byte 4 of the data, behind the one before; received 2",
+        ),
+        (
+            {"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+            b"12345678",
+            "expected tensor 'b' to begin at byte 0 of the data.* received 4",
+        ),
         (
             {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
             b"1234",
@@ -268,12 +301,12 @@ def test_truncated_file(tmp_path):
         (
             {"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
             b"",
-            "expected tensor 'w' of shape",
+            r"data_offsets\['w'\]\[0\]: expected a number >= 0; received -4",
         ),
         (
             {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}},
             b"1",
-            "'w': expected a dtype of .*received F4",
+            "'w': expected a dtype of .*received 'F4'",
         ),
     ],
 )

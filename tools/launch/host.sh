@@ -15,6 +15,23 @@ read -r -a marble <<< "${MARBLE:-marble-jax}"
 port="${REWARD_PORT:-8810}"
 server="" training="" stopped=""
 
+# The server again whenever it ends by itself: a reward took it along, or its calls hang (status 75).
+serve() {
+  local child=""
+  trap 'if [ -n "$child" ]; then kill "$child" 2> /dev/null; fi; exit 0' TERM
+  while true; do
+    "${marble[@]}" reward serve --host=127.0.0.1 --port="$port" "${reward[@]}" &
+    child=$!
+    wait "$child"
+    local status=$?
+    case $status in
+      0 | 2 | 130 | 143) exit "$status" ;; # it was told to end, or can never start
+    esac
+    echo "host.sh: the reward server ended with status $status, starting it again" >&2
+    sleep 1
+  done
+}
+
 end_server() { if [ -n "$server" ]; then kill "$server" 2> /dev/null; fi; }
 stop() { stopped=yes; if [ -n "$training" ]; then kill -TERM "$training" 2> /dev/null; fi; }
 trap end_server EXIT
@@ -23,7 +40,7 @@ if [ -n "${PID_FILE:-}" ]; then echo $$ > "$PID_FILE"; fi
 
 if [ -n "${REWARD_ARGS:-}" ]; then
   read -r -a reward <<< "$REWARD_ARGS"
-  "${marble[@]}" reward serve --host=127.0.0.1 --port="$port" "${reward[@]}" &
+  serve &
   server=$!
   for _ in $(seq 600); do
     if (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then break; fi

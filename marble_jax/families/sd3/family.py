@@ -14,13 +14,12 @@ from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
 from marble_jax.families.model_index import component_class, name_without_owner
+from marble_jax.families.scheduler import SchedulerConfig, read_scheduler
 from marble_jax.families.sd3 import layer_names, published, text
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.networks import (
-    SchedulerConfig,
     SD3Networks,
-    read_scheduler,
     shapes_in,
     transformer_options,
 )
@@ -28,6 +27,7 @@ from marble_jax.families.sd3.sharding_rules import component_rules
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.networks import autoencoder_kl, clip, t5
 from marble_jax.networks.autoencoder_kl import AutoencoderKL, VAEConfig, load_vae
+from marble_jax.networks.tokenizers import max_length
 from marble_jax.storage.files import read_json
 
 REQUIRED = (
@@ -154,8 +154,8 @@ class SD3Family(Family):
         # Without T5 its tokens are zeros, and as many.
         if not file.exists():
             return DEFAULT_SEQUENCE_LENGTH
-        known = read_json(file).get("model_max_length", DEFAULT_SEQUENCE_LENGTH)
-        return min(int(known), DEFAULT_SEQUENCE_LENGTH)
+        known = max_length(read_json(file), DEFAULT_SEQUENCE_LENGTH, file)
+        return min(known, DEFAULT_SEQUENCE_LENGTH)
 
     def component_rules(self, component: str, head_width: int) -> ShardingRules:
         """See `Family.component_rules`."""

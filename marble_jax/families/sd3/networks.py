@@ -21,49 +21,14 @@ from marble_jax.families.base import (
     Size,
     TransformerShape,
 )
+from marble_jax.families.scheduler import SchedulerConfig
 from marble_jax.families.sd3 import flops
 from marble_jax.families.sd3.sharding_rules import transformer_rules
 from marble_jax.families.sd3.transformer import MMDiT, velocity
-from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS, sigma_grid
+from marble_jax.flow.levels import sigma_grid
 from marble_jax.networks import autoencoder_flops, autoencoder_kl
 from marble_jax.networks.autoencoder_kl import AutoencoderKL
-from marble_jax.storage.files import read_json
 from marble_jax.types import Adapter, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """What a flow-matching scheduler config says about the model.
-
-    Attributes:
-      shift: of the sigma grid, s(u) = shift u / (1 + (shift - 1) u).
-      num_train_timesteps: steps of the training grid; the grid's smallest u is its inverse.
-    """
-
-    shift: float = 1.0
-    num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
-
-
-def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
-    """The scheduler's settings of a model.
-
-    Args:
-      directory: with scheduler_config.json.
-
-    Raises:
-      InputError: a missing file, or a grid that depends on the size of the image.
-    """
-    path = directory / "scheduler_config.json"
-    config = read_json(path)
-    if config.get("use_dynamic_shifting"):
-        raise InputError(
-            f"{path}: use_dynamic_shifting: expected false (a static shift); received true"
-        )
-    defaults = SchedulerConfig()
-    return SchedulerConfig(
-        config.get("shift", defaults.shift),
-        config.get("num_train_timesteps", defaults.num_train_timesteps),
-    )
 
 
 class SD3Networks(Networks):

@@ -24,7 +24,7 @@ from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once, token_ids
 from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
-from marble_jax.networks.tokenizers import load_tokenizer
+from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer, max_length
 from marble_jax.storage.files import read_json
 from marble_jax.types import Params
 
@@ -74,7 +74,7 @@ class SD3TextEncoders(TextEncoders):
         self.tokenizers = tuple(tokenizers)
         self.width = width
         self.prompt_batch = prompt_batch
-        self.clip_length = int(self.tokenizers[0].model_max_length)
+        self.clip_length = clip_length(directory)
         self._check(pooled_width)
         embed = functools.partial(_embed, self.modules, width)
         self._embed = jax.jit(embed, static_argnames="length")
@@ -214,9 +214,13 @@ def load_text_encoders(
         load_text_encoder(root / clip_l, dtype, place(clip_l)),
         load_text_encoder(root / clip_g, dtype, place(clip_g)),
     )
+    for (encoder, _), tokenizer, name in zip(clips, tokenizers, TOKENIZERS):
+        shape = encoder.config
+        check_tokenizer(tokenizer, root / name, shape.vocab_size, shape.eos_token_id)
     t5 = None
     if T5 in names:
         t5 = load_t5(root / T5, dtype, place(T5))
+        check_tokenizer(tokenizers[2], root / TOKENIZERS[2], t5[0].config.vocab_size)
     else:
         tokenizers.append(None)
     return SD3TextEncoders(
@@ -244,5 +248,5 @@ def has_t5(root: pathlib.Path) -> bool:
 
 def clip_length(root: pathlib.Path) -> int:
     """CLIP tokens of a prompt of a model, without loading its tokenizer."""
-    config = read_json(root / TOKENIZERS[0] / "tokenizer_config.json")
-    return int(config.get("model_max_length", CLIP_LENGTH))
+    file = root / TOKENIZERS[0] / "tokenizer_config.json"
+    return max_length(read_json(file), CLIP_LENGTH, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import stat
 from pathlib import Path
 
 from marble_jax.errors import InputError
@@ -31,11 +32,21 @@ def read_token(reward: str, variable: str, file: str) -> str:
     if file:
         expected = f"a token in {file}"
         try:
-            text = Path(file).expanduser().read_text(encoding="utf-8")
+            path = Path(file).expanduser()
+            text = path.read_text(encoding="utf-8")
+            mode = path.stat().st_mode
         except (OSError, ValueError) as error:
             raise InputError(
                 f"reward {reward}: expected {expected}; received {type(error).__name__}"
             ) from None
+        # Readable by others it is no secret; a pipe of this process's own has no mode of that kind.
+        if stat.S_ISREG(mode) and mode & (
+            stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH
+        ):
+            raise InputError(
+                f"reward {reward}: expected a token file for its owner alone; received {file} of mode "
+                f"{stat.S_IMODE(mode):o} (chmod 600 {file})"
+            )
         return _token_in(text, reward, expected)
     return ""
 

@@ -88,16 +88,26 @@ class Replicas:
         headers = {"Content-Type": content_type, "Connection": "close"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        num_attempts = self.policy.retries + 1
-        for attempt in range(num_attempts):
+        patience = self.policy.patience_seconds
+        patient_until = time.monotonic() + patience
+        failures, attempt = 0, 0
+        while True:
             try:
                 return self._try(attempt, body, headers)
             except CallError as error:
                 problem = error
-            if not problem.transient or attempt == self.policy.retries:
+            attempt += 1
+            # A server that is busy is well, and loses no score; attempts count against one that is not.
+            failures += not problem.is_busy
+            has_patience = patience > 0 and time.monotonic() < patient_until
+            if failures > self.policy.retries or not problem.transient:
                 break
-            self._wait_for_replica(attempt, problem)
-        raise RewardError(f"{problem} (attempt {attempt + 1} of {num_attempts})") from problem
+            if attempt > self.policy.retries and not has_patience:
+                break
+            patience -= self._wait_for_replica(attempt - 1, problem)
+        raise RewardError(
+            f"{problem} (attempt {attempt} of {max(attempt, self.policy.retries + 1)})"
+        ) from problem
 
     def map(
         self, function: Callable[[Item], Answer], items: Sequence[Item]
@@ -132,16 +142,18 @@ class Replicas:
                     replica.down_until = time.monotonic() + pause
                 raise
 
-    def _wait_for_replica(self, attempt: int, problem: CallError) -> None:
-        """Pauses before another attempt, unless a replica is up."""
+    def _wait_for_replica(self, attempt: int, problem: CallError) -> float:
+        """Pauses before another attempt, unless a replica is up; returns the seconds."""
         now = time.monotonic()
         if any(replica.down_until <= now for replica in self._replicas):
-            return
-        pause = max(problem.pause_seconds, self._pause(attempt))
-        self._sleep(min(MAX_PAUSE_SECONDS, pause))
+            return 0.0
+        pause = min(MAX_PAUSE_SECONDS, max(problem.pause_seconds, self._pause(attempt)))
+        self._sleep(pause)
+        return pause
 
     def _pause(self, attempt: int) -> float:
-        growing = min(MAX_PAUSE_SECONDS, self.policy.pause_seconds * 2**attempt)
+        # Bounded before it is a power: a patient client may come to a thousand attempts.
+        growing = min(MAX_PAUSE_SECONDS, self.policy.pause_seconds * 2 ** min(attempt, 16))
         # Clients that failed together should not come back together.
         return growing * random.uniform(0.5, 1.5)
 

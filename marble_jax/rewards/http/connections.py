@@ -1,6 +1,7 @@
 """Connections to a reward server: one request each, with bounds on everything that a client can cost.
 
-Bounded are connections, the bytes of a request and the seconds for it to arrive. Whatever goes wrong is answered with
+Bounded are connections, the bytes of all requests and the seconds for each to arrive; a client that has not shown the
+token keeps no place from one that has. Whatever goes wrong is answered with
 a status and one line of JSON. What the answers are is up to the server, see `server.RewardServer`.
 """
 
@@ -14,16 +15,17 @@ import json
 import logging
 import socket
 import socketserver
+import ssl
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from marble_jax.errors import one_line
 from marble_jax.rewards.http import protocol
 from marble_jax.rewards.http.images import DEFAULT_LIMITS, Limits
 from marble_jax.rewards.http.parsing import ProtocolError
-from marble_jax.rewards.http.protocol import Request
 from marble_jax.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -32,11 +34,8 @@ LINGER_SECONDS = 2.0
 """Seconds for which a refused client may go on to send, so that it gets to read why; its bytes are dropped."""
 ANSWER_SECONDS = 10.0
 """Seconds that a client may take to receive an answer."""
-_TOO_MANY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-    b'Content-Type: application/json\r\n\r\n{"error": "server: expected fewer connections at a time"}'
-)
-"""The answer to a connection for which there is no thread."""
+_CHUNK = 1 << 18
+"""Bytes read at a time: they are counted as they arrive."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +45,32 @@ class ServerOptions:
     Attributes:
       token: who sends another, or none, gets 401; empty lets everyone in.
       workers: requests scored at the same time.
-      waiting: requests held in memory besides those; more get 503.
-      connections: open connections; more get 503.
-      read_seconds: for a whole request to arrive, from the first byte of the connection.
+      waiting: whole requests that wait for a worker besides those; more get 503.
+      connections: open connections of clients that know the token; more get 503.
+      idle: connections that have not shown it yet; the oldest of more is closed.
+      memory: bytes of requests held at a time; what is beyond gets 503.
+      header_seconds: for the head of a request to arrive.
+      read_seconds: for a whole request to arrive.
+      queue_seconds: for a worker to come free; then 503, after which the client asks again.
       score_seconds: for its scores, once their making has begun.
+      batch: images scored at once; 0 takes a request as it is.
       limits: of a request.
+      tls: speaks TLS with its certificate; None speaks plain HTTP.
     """
 
     token: str = ""
     workers: int = 2
-    waiting: int = 6
-    connections: int = 64
+    waiting: int = 256
+    connections: int = 1024
+    idle: int = 128
+    memory: int = 2 * 2**30
+    header_seconds: float = 10.0
     read_seconds: float = 30.0
+    queue_seconds: float = 40.0
     score_seconds: float = 300.0
+    batch: int = 0
     limits: Limits = DEFAULT_LIMITS
+    tls: ssl.SSLContext | None = None
 
 
 DEFAULT_OPTIONS = ServerOptions()
@@ -78,7 +89,10 @@ class ConnectionServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
           OSError, OverflowError: the address cannot be bound.
         """
         self.options = options
-        self._connected = threading.BoundedSemaphore(options.connections)
+        self._known = threading.BoundedSemaphore(options.connections)
+        self._idle: dict[int, socket.socket] = {}
+        self._lock = threading.Lock()
+        self._held_bytes = 0
         self.address_family = socket.AF_INET
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
@@ -96,8 +110,12 @@ class ConnectionServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """
         raise NotImplementedError
 
-    def score(self, request: Request) -> bytes:
-        """The answer to a request.
+    def score(self, body: bytes, is_gone: Callable[[], bool]) -> bytes:
+        """The answer to the body of a request.
+
+        Args:
+          body: as it came.
+          is_gone: whether the client has hung up, so that its scores need not be made.
 
         Raises:
           ProtocolError: there are no scores; with the status to answer.
@@ -112,36 +130,93 @@ class ConnectionServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.server_port = port
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for the connection, or a refusal when there are too many."""
-        if not self._connected.acquire(blocking=False):
-            self._refuse(request)
-            return
+        """A thread for the connection; where too many show no token, the oldest of them makes room."""
+        oldest = None
+        with self._lock:
+            if len(self._idle) >= self.options.idle:
+                oldest = self._idle.pop(next(iter(self._idle)))
+            self._idle[id(request)] = request
+        if oldest is not None:
+            _hang_up(oldest)
         try:
             super().process_request(request, client_address)
-        # No thread was started, so none will give the place back.
+        # No thread was started, so none will take it out.
         except BaseException:
-            self._connected.release()
+            self._forget(request)
             raise
 
-    def _refuse(self, connection: socket.socket) -> None:
-        try:
-            # In the thread that accepts connections, which a client must not hold up.
-            connection.settimeout(1)
-            connection.sendall(_TOO_MANY)
-        except OSError:
-            pass
-        self.shutdown_request(connection)
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Runs in the connection's thread; with TLS the handshake comes first."""
+        if self.options.tls is not None:
+            request.settimeout(self.options.header_seconds)
+            try:
+                request = self.options.tls.wrap_socket(request, server_side=True)
+            except OSError:
+                # No TLS, or none in time: nobody that could be answered.
+                return
+        super().finish_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Runs in the connection's thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._connected.release()
+            self._forget(request)
+
+    def _forget(self, request: Any) -> None:
+        with self._lock:
+            self._idle.pop(id(request), None)
+
+    @contextmanager
+    def known(self, request: Any) -> Iterator[None]:
+        """A context for a connection whose client has shown the token: it makes no room for others.
+
+        Raises:
+          ProtocolError: there are too many.
+        """
+        if not self._known.acquire(blocking=False):
+            raise ProtocolError(503, "server: expected fewer connections at a time")
+        self._forget(request)
+        try:
+            yield
+        finally:
+            self._known.release()
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[int], None]]:
+        """A context with a function that counts bytes of a request as they arrive.
+
+        Raises:
+          ProtocolError: (by the function) all requests together hold too many.
+        """
+        count = 0
+
+        def hold(size: int) -> None:
+            nonlocal count
+            with self._lock:
+                if self._held_bytes + size > self.options.memory:
+                    raise ProtocolError(503, "server: expected fewer requests at a time")
+                self._held_bytes += size
+            count += size
+
+        try:
+            yield hold
+        finally:
+            with self._lock:
+                self._held_bytes -= count
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Logs connections that break in odd places, which are no event, where nobody has to see them."""
         log.debug("connection from %s broke", client_address, exc_info=True)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """Ends a connection, and with it the reading of its thread."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        # It was ended already.
+        pass
 
 
 class _SlowClient(Exception):
@@ -153,14 +228,14 @@ class _Arrival(io.RawIOBase):
 
     def __init__(self, connection: socket.socket, deadline: float):
         self._connection = connection
-        self._deadline = deadline
+        self.deadline = deadline
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         # A socket's own time-out begins anew with every byte; a client could drip for ever.
-        left = self._deadline - time.monotonic()
+        left = self.deadline - time.monotonic()
         if left <= 0:
             raise _SlowClient
         self._connection.settimeout(left)
@@ -186,8 +261,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        deadline = time.monotonic() + self.server.options.read_seconds
-        self.rfile = io.BufferedReader(_Arrival(self.connection, deadline))
+        options = self.server.options
+        # The head first; the body has a time of its own once the client is known.
+        self._seconds = min(options.header_seconds, options.read_seconds)
+        self._arrival = _Arrival(self.connection, time.monotonic() + self._seconds)
+        self.rfile = io.BufferedReader(self._arrival)
         self._answered = False
         # The base class sets these from the request line and reads them for an answer, which may
         # come before.
@@ -199,8 +277,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.handle_one_request()
         except _SlowClient:
-            seconds = self.server.options.read_seconds
-            self._refuse(408, f"request: expected within {seconds:g} s; received only part of it")
+            self._refuse(
+                408, f"request: expected within {self._seconds:g} s; received only part of it"
+            )
         # The client went away.
         except ConnectionError:
             pass
@@ -228,11 +307,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Answers `/score`."""
         try:
             length = self._body_length()
-            # Before the body is read: it is what takes memory.
-            with self.server.admitted():
-                body = self._read_body(length)
-                request = protocol.decode_request(body, self.server.options.limits)
-                scores = self.server.score(request)
+            with self.server.known(self.request), self.server.held() as hold:
+                # A place is for whole bodies: a slow client keeps nobody from it.
+                body = self._read_body(length, hold)
+                with self.server.admitted():
+                    scores = self.server.score(body, self._is_gone)
         except ProtocolError as error:
             self._refuse(error.status, str(error))
         else:
@@ -300,11 +379,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not self._authorised():
             raise ProtocolError(401, "token: expected the server's; received another or none")
 
-    def _read_body(self, length: int) -> bytes:
-        body = self.rfile.read(length)
-        if len(body) < length:
-            raise ProtocolError(400, f"body: expected {length} bytes; received {len(body)}")
-        return body
+    def _read_body(self, length: int, hold: Callable[[int], None]) -> bytes:
+        self._seconds = self.server.options.read_seconds
+        self._arrival.deadline = time.monotonic() + self._seconds
+        body = bytearray()
+        while len(body) < length:
+            chunk = self.rfile.read(min(_CHUNK, length - len(body)))
+            if not chunk:
+                raise ProtocolError(400, f"body: expected {length} bytes; received {len(body)}")
+            hold(len(chunk))
+            body += chunk
+        return bytes(body)
+
+    def _is_gone(self) -> bool:
+        """Whether the client has hung up; with TLS that shows only when the answer is sent."""
+        if isinstance(self.connection, ssl.SSLSocket):
+            return False
+        try:
+            self.connection.settimeout(0)
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            # Nothing to read, and nobody gone.
+            return False
+        except OSError:
+            return True
 
     def _refuse(self, status: int, message: str) -> None:
         self._answer(status, json.dumps({"error": message}).encode())

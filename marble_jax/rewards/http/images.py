@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from marble_jax.rewards.http.parsing import ProtocolError, is_count, short
+from marble_jax.rewards.http.parsing import ProtocolError, is_count
+from marble_jax.validation import short
 
 FORMATS = ("png", "rgb8")
 """Formats of an image in a request, see `protocol`."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,13 +23,18 @@ from marble_jax.errors import InputError
 from marble_jax.rewards.base import Metadata, Reward, RewardError
 from marble_jax.rewards.http.calls import Replicas, require_an_answer
 from marble_jax.rewards.http.images import encode_png
-from marble_jax.rewards.http.parsing import short
+from marble_jax.rewards.http.judge_answers import field_number, last_field, last_match
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
+from marble_jax.validation import parse_json_object, short
 
 PATH = "/chat/completions"
 """Of the endpoint, after its address."""
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_LABEL = (
+    r"[\s*_`\"']*(?:[(\[][^)\]\n]{0,40}[)\]])?[\s*_`\"']*(?:[:=\uff1a]|\bis\b)[^\w\n]*\n?[^\w\n]*"
+)
+"""Behind the word "score": marks of Markdown, the range in brackets, a colon."""
+_NUMBER = r"(\d+(?:[.,]\d+)?)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Question:
         "Rate from 1 to 10 how well the image shows what this text asks for. Judge objects, counts, "
         "colours, positions and written words.\nText: {prompt}\nAnswer with one line: Score: <number>"
     )
-    pattern: str = rf"[Ss]core:\W*{_NUMBER}"
+    pattern: str = rf"(?i:\bscore){_LABEL}{_NUMBER}"
     field: str = ""
     low: float = 1.0
     high: float = 10.0
@@ -71,7 +75,7 @@ PRESETS = {
             "one overall rating from 1 to 5.\nEnd with a line of the form\nFinal Score: <number>\n\n"
             "Caption: {prompt}"
         ),
-        pattern=rf"Final Score:\W*{_NUMBER}",
+        pattern=rf"(?i:final score){_LABEL}{_NUMBER}",
         low=1.0,
         high=5.0,
         side=512,
@@ -81,68 +85,29 @@ PRESETS = {
 answer without a number scores 0. The wording is ours; the model's own goes into `prompt`."""
 
 
-def read_number(text: str, question: Question) -> float:
+def read_number(text: str, question: Question, whole: bool = True) -> float:
     """The number in a judge's answer.
 
     Args:
       text: the answer.
       question: which says where the number is and what its range is.
+      whole: whether the answer ended by itself and was not cut off at its most tokens.
 
     Raises:
-      RewardError: there is none in the range.
+      RewardError: there is none in the range, or it cannot be told which one is meant.
     """
     if question.field:
-        answer = _last_field(text, question.field)
+        received = last_field(text, question.field)
+        value = field_number(received, question.high)
     else:
-        answer = _last_match(text, question.pattern)
-    value = _as_number(answer)
+        value, received = last_match(text, question.pattern, question.high, whole)
     # NaN, which stands for no number, is in no range.
     if not question.low <= value <= question.high:
-        received = short(answer)
-        if answer is None:
-            received = short(text)
         raise RewardError(
             f"answer: expected a number from {question.low:g} to {question.high:g}; received "
-            f"{received}"
+            f"{short(received or text[-200:])}"
         )
     return value
-
-
-def _last_field(text: str, field: str) -> Any:
-    """The value of a key in the last JSON object that has it; None without one."""
-    # Models like to talk around the object, and may show an example of it first.
-    objects = re.findall(r"\{[^{}]*\}", text)
-    for candidate in reversed(objects):
-        try:
-            value = json.loads(candidate).get(field)
-        except ValueError:
-            continue
-        if value is not None:
-            return value
-    return None
-
-
-def _last_match(text: str, pattern: str) -> str | None:
-    """The first group of a pattern's last match; None without one."""
-    matches = re.findall(pattern, text)
-    if not matches:
-        return None
-    last = matches[-1]
-    # Patterns of several groups match tuples.
-    if isinstance(last, str):
-        return last
-    return last[0]
-
-
-def _as_number(value: Any) -> float:
-    """A number or its text; NaN for anything else."""
-    # Python takes true for 1.
-    if value is None or isinstance(value, bool):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
 
 
 class JudgeReward(Reward):
@@ -212,15 +177,17 @@ class JudgeReward(Reward):
         request = json.dumps(self._request(image, prompt)).encode()
         body = self._replicas.call(request, "application/json")
         try:
-            text = json.loads(body)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            text = None
+            choice = parse_json_object(body, "answer")["choices"][0]
+            text = choice["message"]["content"]
+            whole = choice.get("finish_reason") != "length"
+        except (InputError, KeyError, TypeError, IndexError, AttributeError):
+            text, whole = None, False
         # Also null, which endpoints send where the model only called a tool.
         if not isinstance(text, str):
             raise RewardError(
                 f"answer: expected choices[0].message.content; received {short(body)}"
             )
-        return read_number(text, self._question) / self._question.high
+        return read_number(text, self._question, whole) / self._question.high
 
     def _request(self, image: np.ndarray, prompt: str) -> dict[str, Any]:
         """The JSON of a chat request with one message, of an image and a text."""

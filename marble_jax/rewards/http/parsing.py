@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import reprlib
 from typing import Any, TypeGuard
+
+from marble_jax.errors import InputError
+from marble_jax.validation import parse_json_object
 
 
 class ProtocolError(Exception):
@@ -31,28 +32,9 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
       ProtocolError: it is none.
     """
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ProtocolError(
-            400, f"{what}: expected a JSON object; received one nested too deeply"
-        ) from None
-    # Also text that is not UTF-8, and numbers with more digits than Python converts.
-    except ValueError as error:
-        problem = " ".join(str(error).split())[:120]
-        raise ProtocolError(400, f"{what}: expected a JSON object; received {problem}") from None
-    if not isinstance(value, dict):
-        raise ProtocolError(400, f"{what}: expected a JSON object; received {type(value).__name__}")
-    return value
-
-
-def _refuse_constant(name: str) -> float:
-    """Python would read NaN and Infinity, which other languages do not."""
-    raise ValueError(f"{name}, which is no JSON")
-
-
-def short(value: Any) -> str:
-    """A value as text for an error line, at most 80 characters."""
-    return reprlib.repr(value)[:80]
+        return parse_json_object(data, what)
+    except InputError as error:
+        raise ProtocolError(400, str(error)) from None
 
 
 def is_count(value: Any) -> TypeGuard[int]:

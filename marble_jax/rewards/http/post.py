@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-import json
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from marble_jax.errors import one_line
+from marble_jax.errors import InputError, one_line
+from marble_jax.validation import parse_json_object
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which the same call may succeed."""
@@ -30,12 +31,16 @@ class CallError(Exception):
     Attributes:
       transient: whether the same call may succeed later.
       pause_seconds: how long the server asks to wait.
+      is_busy: whether the server is well and has too much to do.
     """
 
-    def __init__(self, message: str, transient: bool, pause_seconds: float = 0.0):
+    def __init__(
+        self, message: str, transient: bool, pause_seconds: float = 0.0, is_busy: bool = False
+    ):
         super().__init__(message)
         self.transient = transient
         self.pause_seconds = pause_seconds
+        self.is_busy = is_busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,9 @@ class CallPolicy:
       pause_seconds: before the first of them; doubles with each, and varies by half.
       max_in_flight: calls at the same time, over all replicas.
       max_answer_bytes: size of an answer.
+      patience_seconds: for a server that is busy (429, 503), however many attempts that takes; a run waits for a
+        reward's scores for `rewards.timeout`, of which this leaves some for the answer.
+      ca_file: certificates of authorities to trust besides the system's; empty for none.
     """
 
     connect_seconds: float = 5.0
@@ -57,6 +65,8 @@ class CallPolicy:
     pause_seconds: float = 0.5
     max_in_flight: int = 4
     max_answer_bytes: int = 16 * 2**20
+    patience_seconds: float = 100.0
+    ca_file: str = ""
 
 
 DEFAULT_POLICY = CallPolicy()
@@ -76,9 +86,13 @@ def post(url: str, body: bytes, headers: Mapping[str, str], policy: CallPolicy) 
     """
     deadline = time.monotonic() + policy.answer_seconds
     path = urlsplit(url).path or "/"
-    connection = _connection(url, policy.connect_seconds)
+    connection = _connection(url, policy)
+    watch = threading.Timer(policy.answer_seconds, _cut, [connection])
+    watch.daemon = True
     try:
         connection.connect()
+        # Times of a socket begin anew with every byte: a server that drips its headers would outlast them all.
+        watch.start()
         # Kept, since `connection` lets go of its socket when the answer says that it will be
         # closed.
         wire = connection.sock
@@ -94,9 +108,15 @@ def post(url: str, body: bytes, headers: Mapping[str, str], policy: CallPolicy) 
         raise CallError(
             f"{url}: expected an answer within {policy.answer_seconds:g} s; received none", True
         ) from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if time.monotonic() >= deadline:
+            raise CallError(
+                f"{url}: expected an answer within {policy.answer_seconds:g} s; received none",
+                True,
+            ) from None
         raise CallError(f"{url}: {one_line(error)}", True) from None
     finally:
+        watch.cancel()
         connection.close()
     if missing:
         raise CallError(f"{url}: expected {missing} bytes more; received a broken connection", True)
@@ -105,16 +125,31 @@ def post(url: str, body: bytes, headers: Mapping[str, str], policy: CallPolicy) 
             f"{url}: {answer.status} {reason(received, answer.reason)}",
             answer.status in TRANSIENT_STATUSES,
             _retry_after(answer),
+            answer.status in (429, 503),
         )
     return received
 
 
-def _connection(url: str, seconds: float) -> http.client.HTTPConnection:
+def _cut(connection: http.client.HTTPConnection) -> None:
+    """Ends a connection from another thread, whatever is being waited for."""
+    wire = connection.sock
+    if wire is not None:
+        try:
+            wire.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # It has ended by itself.
+            pass
+
+
+def _connection(url: str, policy: CallPolicy) -> http.client.HTTPConnection:
     """A connection to the server of an address, not yet open."""
+    seconds = policy.connect_seconds
     parts = urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme == "https":
         context = ssl.create_default_context()
+        if policy.ca_file:
+            context.load_verify_locations(policy.ca_file)
         return http.client.HTTPSConnection(host, parts.port, timeout=seconds, context=context)
     return http.client.HTTPConnection(host, parts.port, timeout=seconds)
 
@@ -156,10 +191,10 @@ def reason(body: bytes, fallback: str) -> str:
       fallback: for a body that says nothing.
     """
     try:
-        text = json.loads(body)["error"]
+        text = parse_json_object(body, "answer")["error"]
         if isinstance(text, dict):
             text = text["message"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, KeyError):
         text = body.decode("utf-8", "replace").strip().partition("\n")[0]
     line = " ".join(str(text).split())
     return line[:200] or fallback

@@ -45,8 +45,8 @@ from marble_jax.rewards.http.parsing import (
     is_count,
     is_number,
     parse_object,
-    short,
 )
+from marble_jax.validation import short
 
 CONTENT_TYPE = "application/x-marble-score"
 VERSION = 1
@@ -102,11 +102,7 @@ def decode_request(body: bytes, limits: Limits) -> Request:
       ProtocolError: with the status to answer.
     """
     header, start = _read_header(body)
-    version, reward = header.get("version"), header.get("reward")
-    if version != VERSION:
-        raise ProtocolError(400, f"header: expected version {VERSION}; received {short(version)}")
-    if not isinstance(reward, str):
-        raise ProtocolError(400, f"header: expected a reward's name; received {short(reward)}")
+    reward = _reward_in(header)
     prompts = _list_of(header, "prompts", str, "texts")
     metadata = _list_of(header, "metadata", dict, "objects")
     entries = _list_of(header, "images", dict, "objects")
@@ -123,6 +119,22 @@ def decode_request(body: bytes, limits: Limits) -> Request:
             413, f"images: expected at most {limits.images}; received {len(entries)}"
         )
     return Request(reward, _decode_images(entries, body, start, limits), prompts, metadata)
+
+
+def reward_of(body: bytes) -> str:
+    """The reward that a request is for, without its images. Raises ProtocolError for a malformed head."""
+    header, _ = _read_header(body)
+    return _reward_in(header)
+
+
+def _reward_in(header: Mapping[str, Any]) -> str:
+    version, reward = header.get("version"), header.get("reward")
+    # By type: true is equal to 1.
+    if type(version) is not int or version != VERSION:
+        raise ProtocolError(400, f"header: expected version {VERSION}; received {short(version)}")
+    if not isinstance(reward, str):
+        raise ProtocolError(400, f"header: expected a reward's name; received {short(reward)}")
+    return reward
 
 
 def _read_header(body: bytes) -> tuple[dict[str, Any], int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,16 +22,29 @@ from marble_jax.rewards.base import Reward
 from marble_jax.rewards.http import protocol
 from marble_jax.rewards.http.access import is_loopback
 from marble_jax.rewards.http.connections import DEFAULT_OPTIONS, ConnectionServer, ServerOptions
-from marble_jax.rewards.http.parsing import ProtocolError, short
+from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.rewards.http.protocol import Request
-from marble_jax.rewards.workers.threads import Expired, Pool
+from marble_jax.rewards.workers.threads import Expired, Pool, TooManyLost
+from marble_jax.validation import short
 from marble_jax.version import VERSION
 
 log = logging.getLogger(__name__)
 
 
+class _OwnFault(Exception):
+    """A fault of the server's, not of the reward's."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
 class RewardServer(ConnectionServer):
-    """Serves rewards until closed; a context manager."""
+    """Serves rewards until closed; a context manager.
+
+    Attributes:
+      broken: set when so many calls hang that the process is of no use any more.
+    """
 
     def __init__(
         self,
@@ -56,6 +70,7 @@ class RewardServer(ConnectionServer):
                 f"received {host!r} without a token"
             )
         self._rewards = {reward.name: reward for reward in rewards}
+        self.broken = threading.Event()
         self._pool = Pool(options.workers, "reward server")
         self._places = threading.BoundedSemaphore(options.workers + options.waiting)
         self._num_requests = 0
@@ -83,7 +98,8 @@ class RewardServer(ConnectionServer):
         # The colons of an IPv6 address would be taken for the port's.
         if ":" in host:
             host = f"[{host}]"
-        return f"http://{host}:{self.server_port}"
+        scheme = "http" if self.options.tls is None else "https"
+        return f"{scheme}://{host}:{self.server_port}"
 
     def close(self) -> None:
         """Stops answering and ends the threads; calls that hang are left behind."""
@@ -101,6 +117,8 @@ class RewardServer(ConnectionServer):
         status = "ok"
         if num_hanging:
             status = "degraded"
+        if self.broken.is_set():
+            status = "broken"
         return {
             "status": status,
             "version": VERSION,
@@ -112,7 +130,7 @@ class RewardServer(ConnectionServer):
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """A context for one request in memory.
+        """A context for one whole request that waits for a worker.
 
         Raises:
           ProtocolError: there are too many.
@@ -130,20 +148,23 @@ class RewardServer(ConnectionServer):
                 self._num_requests -= 1
             self._places.release()
 
-    def score(self, request: Request) -> bytes:
-        """The answer to a request.
+    def score(self, body: bytes, is_gone: Callable[[], bool] = lambda: False) -> bytes:
+        """See `ConnectionServer.score`. Requests are scored in the order in which they came.
 
         Raises:
-          ProtocolError: no such reward, or the reward failed or took too long.
+          ProtocolError: a malformed request, no such reward, or the reward failed or took too long.
         """
-        reward = self._rewards.get(request.reward)
+        # The head is looked at here; images are decompressed by the worker, so that those that wait stay small.
+        name = protocol.reward_of(body)
+        reward = self._rewards.get(name)
         if reward is None:
             raise ProtocolError(
                 404,
                 f"reward: expected one of {', '.join(sorted(self._rewards))}; received "
-                f"{short(request.reward)}{nearest(request.reward, self._rewards)}",
+                f"{short(name)}{nearest(name, self._rewards)}",
             )
-        future = self._pool.submit(self._score, reward, request)
+        came = time.monotonic()
+        future = self._pool.submit(self._decode_and_score, reward, body, came, is_gone)
         seconds = self.options.score_seconds
         try:
             return self._pool.result(future, seconds)
@@ -151,23 +172,56 @@ class RewardServer(ConnectionServer):
             raise ProtocolError(
                 504, f"reward {reward.name}: expected scores within {seconds:g} s; received none"
             ) from None
+        except ProtocolError:
+            raise
+        except _OwnFault as fault:
+            raise fault.error from fault
+        except TooManyLost as error:
+            # Threads that hang cannot be ended; a new process can.
+            self.broken.set()
+            raise ProtocolError(503, f"reward {reward.name}: {one_line(error)}"[:300]) from None
         # A reward is foreign code: whatever it raises, even on its way out of the program, costs
         # one answer.
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             reason = one_line(error)
             log.warning("reward %s failed: %s", reward.name, reason)
             raise ProtocolError(500, f"reward {reward.name}: {reason}"[:300]) from None
 
-    def _score(self, reward: Reward, request: Request) -> bytes:
+    def _decode_and_score(
+        self, reward: Reward, body: bytes, came: float, is_gone: Callable[[], bool]
+    ) -> bytes:
         """The answer of a reward, in a worker thread."""
+        waited = time.monotonic() - came
+        # Nobody would read the answer: a client that gave up asks again.
+        if is_gone() or waited > self.options.queue_seconds:
+            raise ProtocolError(
+                503, f"server: expected a free worker within {self.options.queue_seconds:g} s"
+            )
+        try:
+            request = protocol.decode_request(body, self.options.limits)
+        except ProtocolError:
+            raise
+        except Exception as error:
+            raise _OwnFault(error) from error
+        return self._score(reward, request)
+
+    def _score(self, reward: Reward, request: Request) -> bytes:
+        batch = self.options.batch
+        # Scores of a group depend on all of its images, which a cut would take apart.
+        if not batch or reward.needs_full_group:
+            batch = len(request.images)
+        results = []
+        for start in range(0, len(request.images), batch):
+            results.append(self._score_part(reward, _part(request, start, start + batch)))
+        values, valid, failed = (np.concatenate(column) for column in zip(*results))
+        # A sample is neither valid nor failed exactly where the reward does not apply.
+        return protocol.encode_scores(values, valid, valid | failed)
+
+    def _score_part(self, reward: Reward, request: Request) -> base.Result:
         images = request.images.astype(np.float32) / 255
         if reward.kind == "host":
-            result = base.score(reward, images, request.prompts, request.metadata)
-        else:
-            result = self._score_on_device(reward, images, request)
-        # A sample is neither valid nor failed exactly where the reward does not apply.
-        applies = result.valid | result.failed
-        return protocol.encode_scores(result.values, result.valid, applies)
+            return base.score(reward, images, request.prompts, request.metadata)
+        return self._score_on_device(reward, images, request)
 
     def _score_on_device(self, reward: Reward, images: np.ndarray, request: Request) -> base.Result:
         count = len(images)
@@ -184,3 +238,13 @@ class RewardServer(ConnectionServer):
             result.valid[:count],
             result.failed[:count],
         )
+
+
+def _part(request: Request, start: int, end: int) -> Request:
+    """Some images of a request, with their prompts and metadata."""
+    return Request(
+        request.reward,
+        request.images[start:end],
+        request.prompts[start:end],
+        request.metadata[start:end],
+    )

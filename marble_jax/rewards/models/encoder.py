@@ -27,6 +27,7 @@ from marble_jax.rewards.models.preprocess import Preprocess, prepare
 from marble_jax.rewards.models.tokenizer import (
     Tokenize,
     has_tokenizer,
+    image_settings,
     load_tokenize,
     openclip_text,
     read_config,
@@ -130,11 +131,15 @@ class ClipEncoder:
         clean = None
         if is_openclip:
             clean = openclip_text
-        length = model.config.text.max_position_embeddings
-        tokenize = load_tokenize(beside, length, clean=clean)
-        config = read_config(directory / "preprocessor_config.json")
-        if not config:
-            config = read_config(beside / "preprocessor_config.json")
+        text = model.config.text
+        tokenize = load_tokenize(
+            beside,
+            text.max_position_embeddings,
+            clean=clean,
+            vocab_size=text.vocab_size,
+            end_id=text.eos_token_id,
+        )
+        config = image_settings(directory) or image_settings(beside)
         return cls(model, params, tokenize, config)
 
     def preprocess(self, **overrides: Any) -> Preprocess:

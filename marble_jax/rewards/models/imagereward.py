@@ -102,7 +102,13 @@ class ImageReward(Reward):
         if tokenizer is not None and not has_tokenizer(directory):
             beside = Path(tokenizer)
         # The order of the added words is that of their rows in the embedding.
-        tokenize = load_tokenize(beside, MAX_TOKENS, "BertTokenizer", special=SPECIAL)
+        tokenize = load_tokenize(
+            beside,
+            MAX_TOKENS,
+            "BertTokenizer",
+            special=SPECIAL,
+            vocab_size=config.vocab_size,
+        )
         return cls(name, model, params, fold_head(source, "mlp."), tokenize)
 
     def _standardised(self, params: Params, pixels: jax.Array, ids: jax.Array) -> jax.Array:

@@ -145,6 +145,11 @@ class Mask2FormerDetector:
         self._edges = short_edge, long_edge
         self._lock = threading.Lock()
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """See `geneval_rules.Detector.labels`."""
+        return COCO
+
     @classmethod
     def load(
         cls, directory: Path | str, device: str | None = None, **options: Any
@@ -177,7 +182,10 @@ class Mask2FormerDetector:
         network_class: Any = Mask2FormerForUniversalSegmentation
         try:
             model, loading = network_class.from_pretrained(
-                str(directory), local_files_only=True, output_loading_info=True
+                str(directory),
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         # Whatever a damaged file makes the library raise; the cause stays attached.
         except Exception as error:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.errors import InputError, one_of
+from marble_jax.validation import Count, Positive, short, validated
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -245,12 +246,15 @@ class Preprocess:
           **overrides: fields to replace, for scorers that depart from their own model's file.
 
         Raises:
-          InputError: another filter than bilinear or bicubic, or another crop.
+          InputError: another filter than bilinear or bicubic, another crop, or a step that is switched off.
         """
+        _check_switches(config)
         resample = config.get("resample", 3)
-        if resample not in PIL_FILTERS:
+        # By type: 3.0 and true are equal to numbers.
+        if type(resample) is not int or resample not in PIL_FILTERS:
             raise InputError(
-                f"preprocessor_config.json resample: expected 2 (bilinear) or 3 (bicubic); received {resample}"
+                f"preprocessor_config.json resample: expected 2 (bilinear) or 3 (bicubic); received "
+                f"{short(resample)}"
             )
         edge = _edge(config.get("size", size), "shortest_edge", size)
         crop = _edge(config.get("crop_size", size), "height", size)
@@ -265,17 +269,48 @@ class Preprocess:
             size=size,
             resize_to=edge,
             method=PIL_FILTERS[resample],
-            mean=tuple(config.get("image_mean", CLIP_MEAN)),
-            std=tuple(config.get("image_std", CLIP_STD)),
+            mean=_channels(config, "image_mean", CLIP_MEAN, float),
+            std=_channels(config, "image_std", CLIP_STD, Positive),
         )
         return cls(**{**fields, **overrides})
 
 
 def _edge(size: Any, key: str, default: int) -> int:
-    """Returns an edge in pixels from a number, or from a mapping that has it under `key` or as its height."""
+    """Returns an edge in pixels from a number, or from a mapping that has it under `key` or as its height.
+
+    Raises:
+      InputError: no number of pixels, or a height and a width that differ.
+    """
+    what = "preprocessor_config.json size"
     if isinstance(size, Mapping):
-        return size.get(key, size.get("height", default))
-    return size
+        if size.get("height", 0) != size.get("width", size.get("height", 0)):
+            raise InputError(f"{what}: expected a square; received {short(dict(size))}")
+        size = size.get(key, size.get("height", default))
+    return validated(Count, default if size is None else size, what)
+
+
+def _channels(
+    config: Mapping[str, Any], key: str, default: tuple[float, float, float], kind: Any
+) -> tuple[float, float, float]:
+    """Three numbers of a setting, one a channel."""
+    value = config.get(key)
+    if value is None:
+        return default
+    return validated(tuple[kind, kind, kind], value, f"preprocessor_config.json {key}")
+
+
+def _check_switches(config: Mapping[str, Any]) -> None:
+    """Raises InputError where a step that is always taken here is switched off, or another scale is asked for."""
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if config.get(key, True) is not True and config.get(key) is not None:
+            raise InputError(
+                f"preprocessor_config.json {key}: expected true; received {short(config[key])}"
+            )
+    factor = config.get("rescale_factor")
+    if factor is not None and abs(validated(Positive, factor, "rescale_factor") * 255 - 1) > 1e-3:
+        raise InputError(
+            f"preprocessor_config.json rescale_factor: expected 1/255; received {short(factor)}"
+        )
 
 
 prepare = jax.jit(lambda images, preprocess: preprocess(images), static_argnames="preprocess")

@@ -62,6 +62,7 @@ _TOKENIZER = (
     "merges.txt",
     "special_tokens_map.json",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 FILES: dict[str, tuple[str, ...]] = {
     "clip": ("config.json", "open_clip_config.json", *_TOKENIZER),
@@ -116,8 +117,8 @@ def find_folder(reward: str, directory: Path | None, name: str, kind: str) -> Pa
 def _places(reward: str, directory: Path | None, name: str, kind: str) -> list[Path]:
     """Returns where a folder may lie, in the order in which it is looked for."""
     if directory is None:
-        return [Path(name)]
-    places = [directory / name, directory / Path(name).name]
+        return [Path(name).expanduser()]
+    places = [directory / Path(name).expanduser(), directory / Path(name).name]
     # A folder under the reward's name holds its model, never the tokenizer of another.
     if kind != "tokenizer" and HUB_NAME.fullmatch(name):
         places.append(directory / reward)

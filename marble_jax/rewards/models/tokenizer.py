@@ -11,11 +11,25 @@ from typing import Any
 import numpy as np
 
 from marble_jax.errors import InputError
-from marble_jax.networks.tokenizers import load_tokenizer
+from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer
 from marble_jax.storage.files import read_json
+from marble_jax.validation import short, validated
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
+IMAGE_KEYS = {
+    "size",
+    "crop_size",
+    "resample",
+    "image_mean",
+    "image_std",
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "do_normalize",
+    "rescale_factor",
+}
+"""Settings of an image processor that decide what the tower sees."""
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 """N prompts -> int32 [N, T], padded and truncated to one length T."""
 
@@ -36,12 +50,39 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def image_settings(directory: Path) -> dict[str, Any]:
+    """Returns how a published folder says that images are prepared; empty where it says nothing.
+
+    Old versions of transformers write preprocessor_config.json, new ones an object in processor_config.json (and read
+    that one first).
+
+    Raises:
+      InputError: a damaged file, or two that say different things.
+    """
+    path = directory / "processor_config.json"
+    settings = read_config(path).get("image_processor")
+    if settings is not None:
+        settings = validated(dict[str, Any], settings, f"{path}: image_processor")
+    older = read_config(directory / "preprocessor_config.json")
+    if not settings:
+        return older
+    for key in sorted(set(settings) & set(older) & IMAGE_KEYS):
+        if settings[key] != older[key]:
+            raise InputError(
+                f"{directory}: expected one answer to {key}; received {short(settings[key])} in "
+                f"processor_config.json and {short(older[key])} in preprocessor_config.json"
+            )
+    return {**older, **settings}
+
+
 def load_tokenize(
     directory: Path,
     length: int,
     kind: str = "CLIPTokenizer",
     clean: Callable[[str], str] | None = None,
     special: Sequence[str] = (),
+    vocab_size: int | None = None,
+    end_id: int | None = None,
 ) -> Tokenize:
     """Returns the tokenizer of a Hugging Face directory as a function, padding and truncating to `length` tokens.
 
@@ -51,14 +92,18 @@ def load_tokenize(
       kind: class of the tokenizer where tokenizer_config.json does not name it.
       clean: applied to each prompt first.
       special: words added to the vocabulary, in this order.
+      vocab_size: words of the encoder that reads the ids; not checked when None.
+      end_id: id that ends a text for the encoder, see `check_tokenizer`.
 
     Raises:
-      InputError: missing or unreadable tokenizer.
+      InputError: missing or unreadable tokenizer, or one of another encoder.
     """
     config = read_config(directory / "tokenizer_config.json")
     tokenizer = load_tokenizer(directory, config.get("tokenizer_class", kind))
     if special:
         tokenizer.add_tokens(list(special), special_tokens=True)
+    if vocab_size is not None:
+        check_tokenizer(tokenizer, directory, vocab_size, end_id)
 
     def tokenize(prompts: Sequence[str]) -> np.ndarray:
         texts = list(prompts)

@@ -17,7 +17,8 @@ import numpy as np
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.toy_world.shape_detector import INKS
-from marble_jax.storage.files import write_whole
+from marble_jax.storage.files import read_json, write_whole
+from marble_jax.validation import Count, validated
 
 FILE = "golden.json"
 OVERSAMPLE = 4
@@ -167,29 +168,19 @@ def read_expected(directory: Path | None, side: int) -> Expected:
     file = directory / FILE
     # Whatever is wrong with the file, the way out is the same: write it anew.
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        size, scores = record["size"], record["scores"]
-        whole = all(map(_is_row, scores.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(
-            f"{file}: expected scores of the golden images; received something else (write it anew with "
-            "marble-jax reward check --write)"
-        )
+        record = read_json(file)
+        size = validated(Count, record.get("size"), f"{file}: size")
+        scores = validated(dict[str, list[float | None]], record.get("scores"), f"{file}: scores")
+        for name, row in scores.items():
+            if len(row) != 2 * COUNT:
+                raise InputError(
+                    f"{file}: scores[{name!r}]: expected {2 * COUNT} numbers; received {len(row)}"
+                )
+    except InputError as error:
+        raise InputError(f"{error} (write it anew with marble-jax reward check --write)") from None
     if size != side:
         return {}
     return scores
-
-
-def _is_row(row: Any) -> bool:
-    """Whether a row of the file has a score, or null, for each sample."""
-    if not isinstance(row, list) or len(row) != 2 * COUNT:
-        return False
-    for value in row:
-        if value is not None and not isinstance(value, (int, float)):
-            return False
-    return True
 
 
 def write_expected(

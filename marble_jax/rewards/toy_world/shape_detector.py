@@ -218,6 +218,11 @@ class ShapeDetector:
 
     SHAPES = ("circle", "square", "triangle", "star", "cross")
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """See `geneval_rules.Detector.labels`."""
+        return self.SHAPES
+
     def detect(self, images: np.ndarray) -> list[list[Detection] | None]:
         """See `geneval_rules.Detector.detect`; never fails."""
         return [self.detect_one(image) for image in images]

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -77,11 +77,14 @@ class Pending:
         self._futures = dict(futures)
         self._results: dict[str, Result] = {}
 
-    def result(self, timeout: float | None = None) -> dict[str, Result]:
+    def result(
+        self, timeout: float | None = None, poll: Callable[[], object] | None = None
+    ) -> dict[str, Result]:
         """Waits for the scores.
 
         Args:
           timeout: seconds a call may run; None is for ever. What runs longer has failed.
+          poll: called now and then; what it raises ends the waiting.
 
         Returns:
           One Result per host reward, in the scorer's order.
@@ -95,7 +98,7 @@ class Pending:
                 # What an earlier call collected is final: a call given up then may have come back
                 # since.
                 if reward.name not in self._results:
-                    result = self._scorer._collect(reward, future, self._batch, timeout)
+                    result = self._scorer._collect(reward, future, self._batch, timeout, poll)
                     self._results[reward.name] = result
         finally:
             self._scorer._account(waited=time.perf_counter() - start)
@@ -229,7 +232,8 @@ class HostScorer:
             return score(reward, batch.images, batch.prompts, batch.metadata)
         # A reward is foreign code: whatever it raises, even on its way out of the program, the
         # samples are missing.
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            # Ctrl-C comes to the main thread alone: this one was raised by the reward itself.
             reason = one_line(error)
             if self._on_error == "fail":
                 raise RewardError(
@@ -239,22 +243,32 @@ class HostScorer:
             return None
 
     def _collect(
-        self, reward: Reward, future: Future[Result], batch: Batch, timeout: float | None
+        self,
+        reward: Reward,
+        future: Future[Result],
+        batch: Batch,
+        timeout: float | None,
+        poll: Callable[[], object] | None,
     ) -> Result:
         """Waits for one reward's scores and counts them."""
-        result = self._wait(reward, future, batch, timeout)
+        result = self._wait(reward, future, batch, timeout, poll)
         with self._lock:
             self._applicable[reward.name] += num_asked(result)
             self._failed[reward.name] += int(result.failed.sum())
         return result
 
     def _wait(
-        self, reward: Reward, future: Future[Result], batch: Batch, timeout: float | None
+        self,
+        reward: Reward,
+        future: Future[Result],
+        batch: Batch,
+        timeout: float | None,
+        poll: Callable[[], object] | None,
     ) -> Result:
         """Result of a call, which is begun anew when it hangs and may be tried again."""
         for attempt in range(self._num_attempts):
             try:
-                return self._pool.result(future, timeout)
+                return self._pool.result(future, timeout, poll)
             except Expired as error:
                 if self._on_error == "fail":
                     raise RewardError(

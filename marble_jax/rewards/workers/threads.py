@@ -20,12 +20,19 @@ from marble_jax.rewards.base import RewardError
 MAX_LOST = 64
 """Threads that may hang at the same time; each costs little, but a reward that loses so many is of no use."""
 
+POLL_SECONDS = 0.5
+"""Between two looks at whether waiting still is wanted."""
+
 _Task = tuple[Future, Callable[..., Any], tuple[Any, ...]]
 """A call with its arguments, and where its result goes."""
 
 
 class Expired(Exception):
     """A call was given up because it ran longer than it may."""
+
+
+class TooManyLost(RewardError):
+    """So many calls hang that there is no use in waiting for others."""
 
 
 class Pool:
@@ -67,13 +74,19 @@ class Pool:
         self._queue.put((future, call, arguments))
         return future
 
-    def result(self, future: Future, seconds: float | None = None) -> Any:
+    def result(
+        self,
+        future: Future,
+        seconds: float | None = None,
+        poll: Callable[[], object] | None = None,
+    ) -> Any:
         """Waits for a call.
 
         Args:
           future: from `submit`.
           seconds: how long a call may run, counted from when it began; None is for ever. Time in the queue does not
             count: calls ahead that run out of it are given up as well.
+          poll: called now and then; what it raises ends the waiting, and the call is left behind.
 
         Raises:
           Expired: the call ran longer.
@@ -84,6 +97,9 @@ class Pool:
             until_next = None
             if seconds is not None:
                 until_next = self._expire(seconds)
+            if poll is not None:
+                poll()
+                until_next = POLL_SECONDS if until_next is None else min(until_next, POLL_SECONDS)
             concurrent.futures.wait([future], until_next)
         return future.result()
 
@@ -169,7 +185,7 @@ class Pool:
         for future in late:
             future.set_exception(Expired(f"no answer within {seconds:g} s"))
         if lost > MAX_LOST:
-            raise RewardError(
+            raise TooManyLost(
                 f"rewards: expected calls to return; received {lost} that hang at the same time"
             )
         return max(0.0, first + seconds - now)

@@ -1,0 +1,219 @@
+"""Prompt files that are JSON, JSON lines, CSV or TSV, whatever they are called: which format, and the prompts in it.
+
+What a file is shows in its content as well as in its name: a list saved as `prompts.txt` is a list all the same, and
+none of its brackets is a prompt.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from marble_jax.errors import InputError
+from marble_jax.prompts.geneval_metadata import check_geneval, short
+from marble_jax.validation import parse_json
+
+FORMATS = (
+    "one prompt a line, a JSON list or JSON lines of texts or of objects with 'prompt', GenEval metadata, "
+    "CSV or TSV with a column 'prompt'"
+)
+"""The formats that are read, for messages."""
+KEYS = ("prompt", "text", "caption")
+"""Keys and columns of a prompt, in the order in which they are looked for."""
+Record = tuple[int, Any, Mapping[str, Any]]
+"""Line number from 1, prompt and what comes with it."""
+
+_YAML = re.compile(r"\A(---\s*$|%YAML|[A-Za-z_][\w -]*:\s*(\||>)?[-+]?\s*$)", re.MULTILINE)
+_HEADER_CELL = re.compile(r"[\w #./()-]{1,40}")
+
+
+def format_of(suffix: str, content: str) -> str:
+    """Returns what a prompt file is: "text", "json", "jsonl", "csv" or "tsv".
+
+    Args:
+      suffix: ending of its name, with the dot.
+      content: its text.
+
+    Raises:
+      InputError: a format that is not read; the message does not name the file.
+    """
+    suffix = suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return "jsonl"
+    if suffix in (".json", ".csv", ".tsv"):
+        return suffix[1:]
+    lines = [line for line in content.split("\n") if line.strip()]
+    if suffix in (".yaml", ".yml") or _is_yaml(content.strip(), lines):
+        raise InputError(f"expected {FORMATS}; received YAML")
+    if suffix in (".xml", ".html", ".htm", ".toml", ".ini", ".parquet", ".xlsx", ".py", ".csv.gz"):
+        raise InputError(f"expected {FORMATS}; received a {suffix} file")
+    return _format_by_content(content.strip(), lines)
+
+
+def _is_yaml(content: str, lines: list[str]) -> bool:
+    if _YAML.match(content):
+        return True
+    # A list of YAML, or of Markdown, whose dashes are no part of the prompts.
+    return len(lines) > 1 and all(line.lstrip().startswith("- ") for line in lines)
+
+
+def _format_by_content(content: str, lines: list[str]) -> str:
+    if _is_json(content):
+        return "json"
+    if lines and all(line.lstrip().startswith(("{", "[")) for line in lines):
+        if all(map(_is_json, lines)):
+            return "jsonl"
+    if lines:
+        for name, separator in (("tsv", "\t"), ("csv", ","), ("csv", ";")):
+            if _is_header(lines[0].split(separator)):
+                return name
+    # Half of a list is no list, and yet its lines are no prompts.
+    if content.startswith(("[\n", "{\n", '["', '[{"', '{"')):
+        raise InputError(f"expected {FORMATS}; received what begins like JSON and is none")
+    return "text"
+
+
+def _is_json(text: str) -> bool:
+    if not text.startswith(("[", "{")):
+        return False
+    try:
+        parse_json(text, "")
+    except InputError as error:
+        # JSON that is not let through is JSON: reading it says what is wrong.
+        return "valid JSON" not in str(error)
+    return True
+
+
+def _is_header(cells: list[str]) -> bool:
+    names = [cell.strip().strip('"').lower() for cell in cells]
+    if len(names) < 2 or not set(names) & set(KEYS):
+        return False
+    return all(_HEADER_CELL.fullmatch(name) for name in names)
+
+
+def records_of(kind: str, content: str) -> Iterator[Record]:
+    """Yields the prompts of a structured file; arguments as from and for `format_of`.
+
+    Raises:
+      InputError: the file is malformed; the message begins with the number of the line, where it is known.
+    """
+    if kind == "json":
+        yield from _json_records(content)
+    elif kind == "jsonl":
+        yield from _json_line_records(content)
+    else:
+        yield from _table_records(content, kind)
+
+
+def _json_records(content: str) -> Iterator[Record]:
+    try:
+        value = parse_json(content, "file")
+    except InputError as error:
+        raise InputError(str(error).removeprefix("file: ")) from None
+    if isinstance(value, dict):
+        # A list under a name, alone or beside what describes it.
+        for name in ("prompts", *KEYS, "data"):
+            if isinstance(value.get(name), list):
+                value = value[name]
+                break
+    if not isinstance(value, list):
+        raise InputError(f"expected {FORMATS}; received a JSON {type(value).__name__}")
+    for number, entry in enumerate(value, 1):
+        try:
+            prompt, metadata = _of_entry(entry)
+        except InputError as error:
+            raise InputError(f"entry {number}: {error}") from None
+        yield number, prompt, metadata
+
+
+def _json_line_records(content: str) -> Iterator[Record]:
+    for number, line in enumerate(content.split("\n"), 1):
+        line = line.strip()
+        if not line:
+            continue
+        try:
+            entry = parse_json(line, "")
+        except InputError as error:
+            reason = str(error).removeprefix(": ")
+            raise InputError(
+                f"{number}: expected a JSON object; received {short(line)} ({reason})"
+            ) from None
+        try:
+            prompt, metadata = _of_entry(entry)
+        except InputError as error:
+            raise InputError(f"{number}: {error}") from None
+        yield number, prompt, metadata
+
+
+def _of_entry(entry: Any) -> tuple[Any, Mapping[str, Any]]:
+    """(prompt, metadata) of a JSON value: a text, an object with a prompt, or GenEval's object."""
+    if isinstance(entry, str):
+        return entry, {}
+    # GenEval's objects have keys that no other kind has; one of them is enough to hold it to all rules.
+    if not isinstance(entry, dict) or {"tag", "include", "exclude"} & set(entry):
+        check_geneval(entry)
+        return entry["prompt"], entry
+    for name in KEYS:
+        if name in entry:
+            if not isinstance(entry[name], str):
+                raise InputError(f"{name}: expected a text; received {short(entry[name])}")
+            return entry[name], {key: value for key, value in entry.items() if key != name}
+    received = ", ".join(map(repr, entry)) or "no keys"
+    raise InputError(
+        f"expected the key 'prompt', or GenEval's 'tag', 'include' and 'prompt'; received {received[:80]}"
+    )
+
+
+def _table_records(content: str, kind: str) -> Iterator[Record]:
+    rows = _rows(content, kind)
+    try:
+        header = [name.strip().lower() for name in next(rows)[1]]
+    except StopIteration:
+        return
+    columns = [header.index(name) for name in KEYS if name in header]
+    if not columns:
+        raise InputError(
+            f"1: expected a header with a column 'prompt'; received {short(', '.join(header))}"
+        )
+    for number, row in rows:
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(row) != len(header):
+            raise InputError(
+                f"{number}: expected {len(header)} columns, as in the header; received {len(row)}"
+            )
+        yield number, row[columns[0]], {}
+
+
+def _rows(content: str, kind: str) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers and cells."""
+    separator = "\t"
+    if kind == "csv":
+        first = content.split("\n", 1)[0]
+        separator = max((",", ";", "\t"), key=first.count)
+    quoting: dict[str, Any] = {"strict": True}
+    if kind == "tsv" and not _is_quoted(content):
+        # PartiPrompts: quotation marks in a cell are part of it.
+        quoting = {"quoting": csv.QUOTE_NONE}
+    reader = csv.reader(content.split("\n"), delimiter=separator, **quoting)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(
+                f"{reader.line_num}: expected {kind.upper()}; received {error}"
+            ) from None
+        yield reader.line_num, row
+
+
+def _is_quoted(content: str) -> bool:
+    """Whether cells of a TSV are quoted as in CSV, with quotation marks inside of them doubled."""
+    try:
+        list(csv.reader(content.split("\n"), delimiter="\t", strict=True))
+    except csv.Error:
+        return False
+    return re.search(r'(^|\t)"[^"\t]*("|"")[^\t]*"(\t|$)', content, re.MULTILINE) is not None

@@ -1,0 +1,138 @@
+"""Full disks, trackers that break and rewards that hang: one line, the state saved if it can be, and an end in time."""
+
+import errno
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from marble_jax.rewards.workers.threads import Pool
+from marble_jax.training import records, stops
+from marble_jax.training.event_file import EventFile
+from marble_jax.training.records import MetricWriter
+
+
+def events_in(file):
+    """(step, {tag: value}) of the records of an event file, read by its format: length, checksum, data, checksum."""
+    from tensorboardX.proto import event_pb2
+
+    content, found, place = file.read_bytes(), [], 0
+    while place < len(content):
+        (length,) = struct.unpack("<Q", content[place : place + 8])
+        event = event_pb2.Event.FromString(content[place + 12 : place + 12 + length])
+        found.append((event.step, {v.tag: v.simple_value for v in event.summary.value}))
+        place += 16 + length
+    return found
+
+
+def test_events_are_on_the_disk_when_they_are_written(tmp_path):
+    writer = EventFile(str(tmp_path / "a"))
+    writer.add(3, {"loss": 0.5, "cos/a|b": -1.0})
+    (file,) = (tmp_path / "a").iterdir()
+    assert events_in(file) == [(0, {}), (3, {"loss": 0.5, "cos/a.b": -1.0})]
+    writer.close()
+    later = EventFile(str(tmp_path / "a"), first_step=2)
+    later.close()
+    newest = max((tmp_path / "a").iterdir(), key=lambda path: path.name)
+    assert [step for step, _ in events_in(newest)] == [0, 2]
+
+
+class Full:
+    """Takes some writes, then the disk is full."""
+
+    def __init__(self, left):
+        self.left, self.written = left, []
+
+    def add(self, step, numbers):
+        if not self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.left -= 1
+        self.written.append(step)
+
+    def close(self):
+        self.written.append("closed")
+
+
+def test_a_tracker_that_breaks_is_given_up_with_one_line(monkeypatch):
+    full, said = Full(2), []
+    monkeypatch.setattr(records, "EventFile", lambda *_: full)
+    writer = MetricWriter("", True, "", "run", {}, say=said.append)
+    for step in range(1000):
+        writer.write(step, {"a": 1.0})
+    writer.close()
+    assert full.written == [0, 1]
+    assert said == [
+        "TensorBoard is given up, the records are not: OSError: [Errno 28] No space left on device"
+    ]
+
+
+def test_an_event_file_that_cannot_begin_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    said = []
+    writer = MetricWriter(str(tmp_path / "file" / "events"), True, "", "run", {}, say=said.append)
+    writer.write(1, {"a": 1.0})
+    writer.close()
+    assert len(said) == 1 and said[0].startswith("TensorBoard is given up")
+
+
+def test_waiting_for_a_reward_ends_when_it_is_no_longer_wanted():
+    hanging = threading.Event()
+    pool = Pool(1, "test")
+    future = pool.submit(hanging.wait)
+    start = time.monotonic()
+
+    def poll():
+        if time.monotonic() - start > 0.2:
+            raise stops.Abandoned
+
+    with pytest.raises(stops.Abandoned):
+        pool.result(future, 100.0, poll)
+    assert time.monotonic() - start < 5
+    hanging.set()
+    pool.close()
+
+
+CHILD = """
+import sys, threading, time
+from marble_jax.training import stops
+stops.GRACE = 1.0
+with stops.held_to_deadline():
+    with stops.stop_requests():
+        print("ready", flush=True)
+        try:
+            time.sleep(100) if sys.argv[1] == "loop" else time.sleep(1)
+        except BaseException:
+            pass
+    # What is closed after the loop hangs as well.
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("where", ["loop", "close"])
+def test_sigterm_ends_the_process_whatever_it_waits_for(where):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 143 and time.monotonic() - start < 10
+    assert said.count("\n") == 1 and "expected to stop within 1 s of SIGTERM" in said
+
+
+def test_a_run_that_stops_by_itself_is_not_ended(monkeypatch):
+    monkeypatch.setattr(stops, "GRACE", 0.3)
+    monkeypatch.setattr(stops, "_end", lambda: pytest.fail("ended"))
+    with stops.stop_requests() as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.agreed() == "SIGTERM"
+    time.sleep(0.5)
