@@ -1,4 +1,4 @@
-"""Sharding rules of the networks that belong to no model family: autoencoder, CLIP, T5, BLIP and reward heads.
+"""Sharding rules of the networks that belong to no model family: autoencoders, CLIP, T5, BLIP and reward heads.
 
 `marble_jax.distributed.sharding` says what a rule and a logical axis are. Text encoders are split over the devices of
 a host; the autoencoder and the reward networks are small beside their activations, so that gathering their weights
@@ -42,13 +42,26 @@ CLIP_RULES: tuple[Rule, ...] = (
     (r"logit_scale", ()),
 )
 """Of CLIP, and of OpenCLIP, whose parameters have the same names here."""
+_WAN_CODER = r"(en|de)coder/"
+_WAN_BLOCK = _WAN_CODER + r"(mid_block|down_blocks|up_blocks)\.[^/]+/"
+AUTOENCODER_WAN_RULES: tuple[Rule, ...] = (
+    (
+        _WAN_CODER
+        + r"(.+/)?(conv(1|2|_in|_out|_shortcut)|time_conv)/kernel|(post_)?quant_conv/kernel",
+        ("time", "height", "width", "inputs", "outputs"),
+    ),
+    (_WAN_BLOCK + r"(resample\.1|to_qkv|proj)/kernel", ("height", "width", "inputs", "outputs")),
+    (_WAN_BLOCK + r"norm/gamma", ("vector", "stack", "stack")),
+    (_WAN_CODER + r"(.+/)?norm(1|2|_out)/gamma", ("vector", "stack", "stack", "stack")),
+    (_WAN_CODER + r".+/bias|(post_)?quant_conv/bias", ("vector",)),
+)
 T5_RULES: tuple[Rule, ...] = (
     (_T5_LAYER + r"0\.SelfAttention\.[qkv]/kernel", ("embed", "heads")),
     (_T5_LAYER + r"0\.SelfAttention\.o/kernel", ("heads", "embed")),
     (_T5_LAYER + r"1\.DenseReluDense\.wi(_\d)?/kernel", ("embed", "mlp")),
     (_T5_LAYER + r"1\.DenseReluDense\.wo/kernel", ("mlp", "embed")),
     (
-        r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias/embedding",
+        _T5_LAYER + r"0\.SelfAttention\.relative_attention_bias/embedding",
         ("positions", "features"),
     ),
     (_T5_LAYER + r"\d\.layer_norm/scale|encoder\.final_layer_norm/scale", ("vector",)),
@@ -93,6 +106,7 @@ HEAD_RULES: tuple[Rule, ...] = (
 """Of a reward's head on a network's features: one affine map."""
 
 AUTOENCODER = ShardingRules("autoencoder", AUTOENCODER_KL_RULES, REPLICATED_AXES)
+VIDEO_AUTOENCODER = ShardingRules("video autoencoder", AUTOENCODER_WAN_RULES, REPLICATED_AXES)
 TEXT_ENCODERS = ShardingRules("text encoder", (*CLIP_RULES, *T5_RULES), SHARDED_AXES)
 # A reward with a head keeps its network one level down, under `clip` or `blip`.
 REWARDS = ShardingRules(

@@ -87,7 +87,14 @@ class T5Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Returns the tokens [N, T, d_model] after the block.
+
+        Args:
+          x: tokens.
+          bias: [1, H, T, T] added to the scores.
+          mask: bool [N, 1, 1, T], the tokens that are attended to; None for all.
+        """
         config = self.config
         n, t, d = x.shape
         shape = (n, t, config.num_heads, config.d_kv)
@@ -102,7 +109,7 @@ class T5Block(nn.Module):
         k = dense(inner, f"{attention}.k")(y).reshape(shape)
         v = dense(inner, f"{attention}.v")(y).reshape(shape)
         # Unscaled: T5's initialisation takes the place of the division by the root of the head width.
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias.astype(q.dtype), scale=1.0)
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias.astype(q.dtype), mask=mask, scale=1.0)
         x = x + dense(d, f"{attention}.o")(y.reshape(n, t, -1))
 
         mlp = "layer.1.DenseReluDense"
@@ -131,25 +138,31 @@ class T5Encoder(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         config = self.config
         x = nn.Embed(config.vocab_size, config.d_model, dtype=self.dtype, name="shared")(ids)
-        table = nn.Embed(
-            config.relative_attention_num_buckets,
-            config.num_heads,
-            dtype=self.dtype,
-            name="encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
-        )
-        buckets = relative_buckets(
-            ids.shape[1],
-            config.relative_attention_num_buckets,
-            config.relative_attention_max_distance,
-        )
-        # [T, T, H] to [1, H, T, T]: attention adds the bias to scores of that layout, the same for every sample.
-        bias = jnp.moveaxis(table(jnp.asarray(buckets)), -1, 0)[None]
+        bias = position_bias(config, self.dtype, 0, ids.shape[1])
         for i in range(config.num_layers):
             x = T5Block(config, self.dtype, name=f"encoder.block.{i}")(x, bias)
         norm = nn.RMSNorm(
             config.layer_norm_epsilon, dtype=self.dtype, name="encoder.final_layer_norm"
         )
         return norm(x)
+
+
+def position_bias(config: T5Config, dtype: Any, block: int, length: int) -> jax.Array:
+    """Returns what the table of a block adds to the scores of `length` tokens, [1, H, T, T].
+
+    Called inside a module, whose child the table is.
+    """
+    table = nn.Embed(
+        config.relative_attention_num_buckets,
+        config.num_heads,
+        dtype=dtype,
+        name=f"encoder.block.{block}.layer.0.SelfAttention.relative_attention_bias",
+    )
+    buckets = relative_buckets(
+        length, config.relative_attention_num_buckets, config.relative_attention_max_distance
+    )
+    # [T, T, H] to [1, H, T, T]: attention adds the bias to scores of that layout, the same for every sample.
+    return jnp.moveaxis(table(jnp.asarray(buckets)), -1, 0)[None]
 
 
 def load_t5(
