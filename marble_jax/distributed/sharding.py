@@ -45,7 +45,9 @@ SHARDED_AXES: MeshAxes = (
     ("features", None),  # of what comes into a network and goes out of it
     ("positions", None),
     ("stack", None),  # an axis of length 1
-    ("height", None),  # of a convolution's window
+    ("parts", None),  # shift, scale and gate, each of the model's width
+    ("time", None),  # of a convolution's window
+    ("height", None),
     ("width", None),
     ("inputs", None),  # channels
     ("outputs", None),

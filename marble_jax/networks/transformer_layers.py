@@ -6,8 +6,10 @@ Source: diffusers 0.42 `Timesteps`, `TimestepEmbedding`, `PixArtAlphaTextProject
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -28,44 +30,53 @@ def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def tanh_gelu(x: jax.Array) -> jax.Array:
+    """Returns GELU in its tanh approximation."""
+    return nn.gelu(x, approximate=True)
+
+
 class TwoLayer(nn.Module):
-    """Dense, SiLU, Dense: the embedders of the conditioning vector.
+    """Dense, activation, Dense: the embedders of the conditioning vector, and of text tokens.
 
     Attributes:
       features: width of both layers.
       dtype: compute dtype.
       lora_scale: alpha / rank of the adapter.
+      activation: between the layers.
     """
 
     features: int
     dtype: Any = jnp.float32
     lora_scale: float = 1.0
+    activation: Callable[[jax.Array], jax.Array] = nn.silu
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n inner"]) -> Float[Array, "n features"]:
-        """Returns the embedding of N vectors."""
+    def __call__(self, x: Float[Array, "n *tokens inner"]) -> Float[Array, "n *tokens features"]:
+        """Returns the embedding of N vectors, or of N sequences of them."""
         options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        hidden = nn.silu(LoraDense(self.features, name="linear_1", **options)(x))
+        hidden = self.activation(LoraDense(self.features, name="linear_1", **options)(x))
         return LoraDense(self.features, name="linear_2", **options)(hidden)
 
 
 class FeedForward(nn.Module):
-    """Dense to four times the width, tanh-approximated GELU, Dense back.
+    """Dense to a larger width, tanh-approximated GELU, Dense back.
 
     Attributes:
       dtype: compute dtype.
       lora_scale: alpha / rank of the adapter.
+      hidden: the larger width; None for four times the tokens'.
     """
 
     dtype: Any = jnp.float32
     lora_scale: float = 1.0
+    hidden: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
         """Returns the layer's output, token by token."""
         width = x.shape[-1]
         options = {"dtype": self.dtype, "lora_scale": self.lora_scale}
-        expand = LoraDense(4 * width, name="net_0_proj", **options)
+        hidden = 4 * width if self.hidden is None else self.hidden
+        expand = LoraDense(hidden, name="net_0_proj", **options)
         contract = LoraDense(width, name="net_2", **options)
-        y = nn.gelu(expand(x), approximate=True)
-        return contract(y)
+        return contract(tanh_gelu(expand(x)))

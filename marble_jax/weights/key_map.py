@@ -24,18 +24,21 @@ from marble_jax.weights.safetensors_files import Tensors
 # Rows of a matrix that is transposed at a time: source and target lines of a strip fit the cache together.
 _STRIP = 128
 
-# Torch keeps Linear as [out, in] and Conv2d as [out, in, height, width]; flax takes [in, out] and [h, w, in, out].
+# Torch keeps Linear as [out, in], Conv2d as [out, in, height, width] and Conv3d as [out, in, time, height, width]; flax
+# takes [in, out], [h, w, in, out] and [t, h, w, in, out].
 _AXES_TO_LEAF: dict[str, tuple[int, ...] | None] = {
     "none": None,
     "linear": (1, 0),
     "conv": (2, 3, 1, 0),
+    "conv3d": (2, 3, 4, 1, 0),
 }
 _AXES_TO_FILE: dict[str, tuple[int, ...] | None] = {
     "none": None,
     "linear": (1, 0),
     "conv": (3, 2, 0, 1),
+    "conv3d": (4, 3, 0, 1, 2),
 }
-_KERNELS = {2: "linear", 4: "conv"}
+_KERNELS = {2: "linear", 4: "conv", 5: "conv3d"}
 """Transform of a kernel by its rank."""
 _TORCH_WEIGHTS = ("kernel", "scale", "embedding")
 """Leaves that torch calls `weight`."""
@@ -62,7 +65,8 @@ class Entry:
     Attributes:
       key: name in the file.
       path: path of the leaf in the parameter tree.
-      transform: "none", "linear" ([out, in] -> [in, out]) or "conv" ([out, in, h, w] -> [h, w, in, out]).
+      transform: "none", "linear" ([out, in] -> [in, out]), "conv" ([out, in, h, w] -> [h, w, in, out]) or "conv3d"
+        ([out, in, t, h, w] -> [t, h, w, in, out]).
       index: position on axis 0 of a leaf that stacks the layers of a scanned run; None: the leaf is this one tensor.
     """
 
@@ -76,7 +80,8 @@ def path_entries(shapes: Mapping[str, Any]) -> list[Entry]:
     """Entries of a network whose module names spell the file's names, layer by layer and without stacking.
 
     The key is the module path joined with dots, plus the leaf: `kernel`, `scale` and `embedding` are torch's `weight`,
-    any other leaf keeps its name; a kernel of rank 2 is a Linear, of rank 4 a Conv2d. Module names may hold dots.
+    any other leaf keeps its name; a kernel of rank 2 is a Linear, of rank 4 a Conv2d, of rank 5 a Conv3d. Module names
+    may hold dots.
     """
     entries = []
     for path, leaf in traverse_util.flatten_dict(dict(shapes)).items():

@@ -31,13 +31,14 @@ from marble_jax.families.flux1.config import FLUX1_DEV, FLUX1_SCHNELL, FluxConfi
 from marble_jax.families.flux1.family import FAMILY
 from marble_jax.families.flux1.layer_names import entries, load_transformer
 from marble_jax.families.flux1.packing import pack, unpack
-from marble_jax.families.flux1.rotary import rotary_tables, rotate
+from marble_jax.families.flux1.rotary import rotary_tables
 from marble_jax.families.flux1.transformer import (
     FluxTransformer,
     TimeGuidanceTextEmbed,
     abstract_params,
     velocity,
 )
+from marble_jax.networks.rotary import rotate
 from marble_jax.trainable import lora
 from marble_jax.trainable.lora import LoraSpec, merge, num_parameters
 from marble_jax.weights.key_map import save_params

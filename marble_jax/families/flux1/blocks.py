@@ -17,7 +17,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from marble_jax.families.flux1.config import FluxConfig
-from marble_jax.families.flux1.rotary import Tables, rotate
 from marble_jax.networks.attention import (
     AdaLayerNorm,
     AttentionFn,
@@ -27,6 +26,7 @@ from marble_jax.networks.attention import (
     modulate,
 )
 from marble_jax.networks.lora_dense import LoraDense
+from marble_jax.networks.rotary import Tables, rotate
 from marble_jax.networks.transformer_layers import FeedForward
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]

@@ -1,0 +1,59 @@
+"""Rotary position embeddings: tables made on the host, and queries and keys turned by them.
+
+A token has a coordinate on each of several axes (a row and a column, say, and a frame). Each axis turns pairs of
+neighbouring numbers of a head, the first axis the first numbers and so on, by angles coordinate * 10000^(-2k/width) for
+the k-th pair of an axis that has `width` numbers of the head.
+
+Source: Su et al. 2021 (arXiv 2104.09864); diffusers 0.42 `get_1d_rotary_pos_embed`, `apply_rotary_emb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
+
+THETA = 10000.0
+"""Base of the frequencies."""
+
+Tables = tuple[Float[ArrayLike, "t d"], Float[ArrayLike, "t d"]]
+"""Cosines and sines float32 [T, d] of the angles of every token, each angle twice: for both numbers of its pair."""
+
+
+def rotary_tables(
+    coordinates: Shaped[np.ndarray, "t axes"], widths: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tables of T tokens.
+
+    Angles are float64, as their float32 error grows with the coordinate.
+
+    Args:
+      coordinates: of every token on every axis.
+      widths: numbers of a head that each axis turns, even.
+    """
+    angles = []
+    for axis, width in enumerate(widths):
+        frequencies = THETA ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+        angles.append(np.outer(coordinates[:, axis].astype(np.float64), frequencies))
+    pairs = np.repeat(np.concatenate(angles, axis=1), 2, axis=1)
+    return np.cos(pairs).astype(np.float32), np.sin(pairs).astype(np.float32)
+
+
+def rotate(x: Float[Array, "n t h d"], tables: Tables) -> Float[Array, "n t h d"]:
+    """Queries or keys turned pair by pair, in float32 and then in their own dtype.
+
+    Args:
+      x: queries or keys.
+      tables: of the T tokens.
+    """
+    # [T, d] to [T, 1, d]: all heads are turned alike.
+    cosine, sine = (jnp.asarray(table)[:, None] for table in tables)
+    wide = x.astype(jnp.float32)
+    # The other number of each pair (a, b), as (-b, a). Shifted whole, not reshaped to pairs: an axis of length 2
+    # would take a whole register a pair on a TPU.
+    is_first = np.arange(x.shape[-1]) % 2 == 0
+    other = jnp.where(is_first, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+    return (wide * cosine + other * sine).astype(x.dtype)
