@@ -32,7 +32,7 @@ RENAMED_OPTIONS = {
 }
 """Earlier names of options, and what to write instead."""
 
-SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim)
+SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim, unipc)
   --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
   --embedded_guidance=3.5  guidance scale as an input of the model, for guidance-distilled models (the run's own)
   --size=HEIGHTxWIDTH  in pixels; the run's or the model's own unless given

@@ -47,7 +47,7 @@ class RolloutSettings:
         "so that one may come twice in a step, as upstream has it",
         "step|batch",
     )
-    solver: str = key("dpm2", "ODE solver", "euler|dpm1|dpm2|ddim", "paper")
+    solver: str = key("dpm2", "ODE solver", "euler|dpm1|dpm2|ddim|unipc", "paper")
     integer_timesteps: bool = key(
         False, "truncate the network's timestep to an integer, as upstream does"
     )

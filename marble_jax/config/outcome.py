@@ -27,7 +27,7 @@ class EvaluationSettings:
         resumable=True,
     )
     num_steps: int = key(40, "solver steps", "steps, >= 1", "paper")
-    solver: str = key("euler", "ODE solver", "euler|dpm1|dpm2|ddim", "paper")
+    solver: str = key("euler", "ODE solver", "euler|dpm1|dpm2|ddim|unipc", "paper")
     integer_timesteps: bool = key(
         False, "truncate the network's timestep to an integer, as upstream's evaluations do"
     )

@@ -27,20 +27,21 @@ def make_sampler(
     solver: str,
     sigmas: Float[np.ndarray, " levels"],
     integer_timesteps: bool = False,
+    network_sigmas: Float[np.ndarray, " steps"] | None = None,
 ) -> Sampler:
     """Builds a compiled sampler.
 
     Args:
       velocity: the policy as a function.
-      solver: "euler", "dpm1", "dpm2" or "ddim".
+      solver: "euler", "dpm1", "dpm2", "ddim" or "unipc".
       sigmas: [N + 1] noise levels of the model, decreasing to 0.
       integer_timesteps: truncate the timestep that the network sees, as upstream's rollouts do.
+      network_sigmas: [N] levels that the network is told without it; None for those of `sigmas`.
 
     Raises:
       InputError: an unknown solver, or levels that it cannot use.
     """
     table = solver_table(solver, sigmas)
-    network_sigmas = None
     if integer_timesteps:
         # The network is not called at the last level.
         start_levels = sigmas[:-1]

@@ -51,6 +51,8 @@ def sample(
     network_levels = levels
     if network_sigmas is not None:
         network_levels = np.asarray(network_sigmas, np.float32)
+    if table.corrector is not None:
+        return _sample_corrected(velocity_fn, noise, levels, network_levels, table)
     # Coefficients are made in float64 on the host; the state that they multiply is float32.
     columns = [np.asarray(c, np.float32) for c in (table.state, table.current, table.previous)]
 
@@ -68,6 +70,35 @@ def sample(
     # The first step has no estimate before it; its coefficient is zero.
     carry = (x, jnp.zeros_like(x))
     (x, _), _ = jax.lax.scan(step, carry, (levels, network_levels, *columns))
+    return x
+
+
+def _sample_corrected(
+    velocity_fn: VelocityFn,
+    noise: Float[Array, " n *latent"],
+    levels: np.ndarray,
+    network_levels: np.ndarray,
+    table: SolverTable,
+) -> Float[Array, " n *latent"]:
+    """`sample` with a predictor-corrector, whose state is corrected once the network was called at it."""
+    columns = [
+        np.asarray(c, np.float32)
+        for c in (table.state, table.current, table.previous, table.corrector)
+    ]
+
+    def step(carry: tuple[jax.Array, ...], row: Any) -> tuple[tuple[jax.Array, ...], None]:
+        predicted, corrected, previous, before = carry
+        sigma, network_sigma, a, b, c, (p, q, r, s) = row
+        velocity = velocity_fn(predicted, network_sigma).astype(jnp.float32)
+        estimate = clean_estimate(predicted, velocity, sigma)
+        corrected = p * corrected + q * previous + r * before + s * estimate
+        predicted = a * corrected + b * estimate + c * previous
+        return (predicted, corrected, estimate, previous), None
+
+    x = noise.astype(jnp.float32)
+    # The first steps have no estimates before them; their coefficients are zero.
+    carry = (x, x, jnp.zeros_like(x), jnp.zeros_like(x))
+    (x, *_), _ = jax.lax.scan(step, carry, (levels, network_levels, *columns))
     return x
 
 

@@ -173,7 +173,7 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
         ([f"--file={broken}"], f"{broken}:17: expected a JSON object; received"),
         (
             ["--prompts=a", "--solver=heun"],
-            "--solver: expected one of euler, ddim, dpm1, dpm2; received 'heun'",
+            "--solver: expected one of euler, ddim, dpm1, dpm2, unipc; received 'heun'",
         ),
         (
             ["--prompts=a", "--size=50x64"],

@@ -154,6 +154,90 @@ def test_euler_equals_diffusers():
     np.testing.assert_allclose(got, x.numpy(), atol=1e-5)
 
 
+def flow_unipc(shift, num_steps):
+    """diffusers' UniPC scheduler as Wan's pipeline sets it up."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    scheduler.set_timesteps(num_steps)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("shift", "num_steps"), [(3.0, 1), (3.0, 2), (3.0, 3), (5.0, 10), (8.0, 25)]
+)
+def test_unipc_equals_diffusers(shift, num_steps):
+    """With a velocity that bends, so that predictor and corrector differ at every step."""
+    torch = pytest.importorskip("torch")
+    scheduler = flow_unipc(shift, num_steps)
+    sigmas = scheduler.sigmas.numpy()
+    x = torch.tensor(_noise(), dtype=torch.float64)
+    for t, sigma in zip(scheduler.timesteps, sigmas):
+        v = torch.tensor(_velocity(x.numpy(), float(sigma)))
+        x = scheduler.step(v, t, x).prev_sample
+    table = solvers.solver_table("unipc", sigmas)
+    got = sampler.sample(
+        lambda z, s: _velocity(z, s, jnp), jnp.asarray(_noise(), jnp.float32), sigmas, table
+    )
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, x.numpy(), atol=1e-5)
+    if num_steps > 2:
+        other = sampler.sample(
+            lambda z, s: _velocity(z, s, jnp),
+            jnp.asarray(_noise(), jnp.float32),
+            sigmas,
+            solvers.dpm2(sigmas),
+        )
+        assert np.abs(np.asarray(got) - np.asarray(other)).max() > 1e-4
+
+
+def test_unipc_by_hand():
+    """Levels whose steps in half-log-SNR are all log 4, and a = 1 - sigma at the end of each."""
+    sigmas = np.array([0.8, 0.5, 0.2, 0.0])
+    table = solvers.unipc(sigmas)
+    share = 1 - 0.25  # 1 - e^-h
+    np.testing.assert_allclose(table.state, [0.625, 0.4, 0])
+    # The second step is second order: m + (m - m_before) / 2, as the step before was as long.
+    np.testing.assert_allclose(table.current, [0.5 * share, 0.8 * share * 1.5, 1])
+    np.testing.assert_allclose(table.previous, [0, -0.4 * share, 0])
+    np.testing.assert_allclose(
+        table.corrector[:2], [[1, 0, 0, 0], [0.625, 0.25 * share, 0, 0.25 * share]]
+    )
+    # What the second-order corrector is exact for: constant, linear and quadratic data in half-log-SNR, with
+    # x' = r x + a * integral of e^(l - l') times the data over the step.
+    h = np.log(4.0)
+    points = np.array([0.0, -h, h])  # of m_i, m_{i-1} and m_{i+1}
+    for power in range(3):
+        integral = [1 - np.exp(-h), h - (1 - np.exp(-h)), h**2 - 2 * (h - (1 - np.exp(-h)))][power]
+        np.testing.assert_allclose(table.corrector[2, 1:] @ points**power, 0.8 * integral)
+
+
+def test_unipc_from_pure_noise_and_its_order():
+    """A level of 1 is taken for a little less; halving the step cuts the error by more than four."""
+    sigmas = levels.sigma_grid(8, 3.0)
+    assert sigmas[0] == 1 and np.isfinite(solvers.unipc(sigmas).corrector).all()
+
+    def grid(num_steps):
+        return 1 / (1 + np.exp(np.linspace(-2.0, 2.0, num_steps + 1)))
+
+    def run(num_steps):
+        sigmas, x = grid(num_steps), _noise()
+        table, y, m1, m2 = solvers.unipc(sigmas), x, 0.0, 0.0
+        for i in range(num_steps):
+            m = x - sigmas[i] * _velocity(x, sigmas[i])
+            p, q, r, s = table.corrector[i]
+            y = p * y + q * m1 + r * m2 + s * m
+            x = table.state[i] * y + table.current[i] * m + table.previous[i] * m1
+            m1, m2 = m, m1
+        return x
+
+    exact = _dpm2(_noise(), grid(2560))
+    errors = [np.abs(run(n) - exact).max() for n in (10, 20)]
+    assert 4 < errors[0] / errors[1] < 12
+
+
 def test_the_network_can_be_shown_other_levels_than_the_solver_uses():
     sigmas = levels.sigma_grid(3, 3.0)
     seen = sampler.sample(

@@ -73,7 +73,7 @@ def held_out_prompts(made):
         ),
         (
             {"rollout__solver": "heun"},
-            "rollout.solver: expected one of euler, dpm1, dpm2, ddim; received 'heun'",
+            "rollout.solver: expected one of euler, dpm1, dpm2, ddim, unipc; received 'heun'",
         ),
     ],
 )
