@@ -28,14 +28,16 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 def help_text() -> str:
     """Returns what `--help` prints."""
-    return """usage: marble-jax convert --model=MODEL --out=DIR [--to=orbax|diffusers] [--dtype=keep]
+    return """usage: marble-jax convert --model=MODEL --out=DIR [--to=orbax|diffusers|original] [--dtype=keep]
        marble-jax convert --check=DIR
 
   --model=MODEL       a diffusers directory, a directory this verb made, an original single file such as
-                      sd3.5_medium.safetensors, a hub id (owner/model, owner/model/file.safetensors), or 'embedded'
+                      sd3.5_medium.safetensors, an original folder (of Wan), a hub id (owner/model,
+                      owner/model/file.safetensors), or 'embedded'
   --out=DIR           the result; must not exist. It appears when it is complete: a kill leaves nothing behind but
                       .DIR.partial, and the same command goes on from the last complete component
-  --to=LAYOUT         orbax (ours; --config.model.path takes it) or diffusers; default: the other one
+  --to=LAYOUT         orbax (ours; --config.model.path takes it), diffusers, or original (Wan's own repository's
+                      folder, with pickles); default: the other one of the first two
   --dtype=keep        keep (bit for bit), float32, bfloat16 or float16
   --components=A,B    component folders, such as transformer,vae,text_encoder; default: all there are
   --companion=DIR     directory or hub id for the parts a single file lacks (tokenizers, text encoders)

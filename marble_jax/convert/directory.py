@@ -130,6 +130,8 @@ def _family_by_index(
     pipeline = index.get("_class_name")
     for family in formats:
         if family.pipeline == pipeline:
+            if family.check_index is not None:
+                family.check_index(root / INDEX, index)
             return family
     expected = " or ".join(family.pipeline for family in formats)
     raise InputError(f"{root / INDEX}: expected a {expected}; received {pipeline}")

@@ -17,6 +17,12 @@ from typing import Any
 
 from marble_jax.console import Console, duration
 from marble_jax.convert.directory import ABSENT, INDEX
+from marble_jax.convert.original_folder import (
+    check_has_folder,
+    original_names,
+    original_path,
+    write_component,
+)
 from marble_jax.convert.sources import Model, open_model
 from marble_jax.convert.workspace import (
     JOB,
@@ -40,7 +46,7 @@ from marble_jax.storage.manifest import MANIFEST, checksum, write_json
 from marble_jax.version import VERSION
 from marble_jax.weights.formats import FileFormats
 
-LAYOUTS = ("orbax", "diffusers")
+LAYOUTS = ("orbax", "diffusers", "original")
 _OTHER_LAYOUT = {"orbax": "diffusers", "diffusers": "orbax", "original": "orbax"}
 """What a model is converted to unless the user says, by the kind it is of."""
 _SLACK = 32_000_000  # bytes for configs, tokenizers and what the file system takes for itself
@@ -67,7 +73,8 @@ def convert(
       name: what to convert, see `open_model`.
       out: directory to make; it must not exist yet, or be empty.
       formats: of the families that the model may be of.
-      layout: "orbax" (ours) or "diffusers"; by default the one that `name` does not have.
+      layout: "orbax" (ours), "diffusers" or "original" (the folder of the family's own repository); by default "orbax"
+        for what is not ours, and "diffusers" for what is.
       dtype: of floating tensors, of `CHOICES`; "keep" leaves every bit as it is.
       components: the ones wanted; all that the model has without it.
       companion: where to take missing parts from.
@@ -89,6 +96,8 @@ def convert(
     model = open_model(name, formats, revision, companion, components, ignore)
     if not layout:
         layout = _OTHER_LAYOUT[model.kind]
+    if layout == "original":
+        check_has_folder(model.formats)
     conversion = Conversion(model, layout, dtype, shard_bytes, tuple(ignore))
     start = time.perf_counter()
     manifest = _run(conversion, target, console)
@@ -165,7 +174,7 @@ class Conversion:
 
     Attributes:
       model: what is converted.
-      layout: of the result, "orbax" or "diffusers".
+      layout: of the result, "orbax", "diffusers" or "original".
       dtype: of floating tensors, of `CHOICES`.
       shard_bytes: largest safetensors file.
       ignore: patterns of tensors that were passed over.
@@ -206,6 +215,8 @@ class Conversion:
 
     def write(self, partial: pathlib.Path, part: str, progress: Progress) -> FileRecords:
         """Writes one component with its config; returns size and hash by file."""
+        if self.layout == "original":
+            return self._write_original(partial, part, progress)
         directory = partial / part
         try:
             files = self._write_tensors(directory, part, progress)
@@ -216,6 +227,22 @@ class Conversion:
         write_json(directory / "config.json", self._config(part))
         files["config.json"] = checksum(directory / "config.json")
         return {f"{part}/{file}": file_record for file, file_record in files.items()}
+
+    def _write_original(self, partial: pathlib.Path, part: str, progress: Progress) -> FileRecords:
+        """Writes the file of one component in its original layout, which has no config of its own."""
+        component, plan = self.model.components[part], self.model.layouts[part]
+        keys = [entry.key for entry in plan.entries]
+        names = original_names(self.model.formats, part, keys, component.config)
+        return write_component(
+            partial,
+            self.model.formats,
+            part,
+            component,
+            names,
+            self.dtype,
+            self.shard_bytes,
+            progress,
+        )
 
     def _config(self, part: str) -> dict[str, Any]:
         """A component's config, which says the dtype after the cast."""
@@ -258,14 +285,29 @@ class Conversion:
     def _small_files(self, partial: pathlib.Path) -> FileRecords:
         """Copies the files that go along and writes the others; returns size and hash by file."""
         files: FileRecords = {}
-        for name, source in self.model.carried.items():
+        carried, written = self._small()
+        for name, source in carried.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / name)
             files[name] = checksum(partial / name)
-        for name, value in self.model.written.items():
+        for name, value in written.items():
             write_json(partial / name, value)
             files[name] = checksum(partial / name)
         return files
+
+    def _small(self) -> tuple[dict[str, pathlib.Path], dict[str, Any]]:
+        """Files to copy and JSON contents to write, by their path in the result."""
+        model = self.model
+        folder = model.formats.original_folder
+        if self.layout != "original" or folder is None:
+            return model.carried, model.written
+        carried = {}
+        for name, source in model.carried.items():
+            path = original_path(name, model.formats)
+            if path is not None:
+                carried[path] = source
+        configs = {part: component.config for part, component in model.components.items()}
+        return carried, dict(folder.written(configs))
 
     def _manifest(self, files: FileRecords) -> dict[str, Any]:
         """What the result is, what it came from, and every file with size and hash."""

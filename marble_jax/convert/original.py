@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from marble_jax.weights.key_map import (
     published_shape,
     refuse_companions,
 )
-from marble_jax.weights.safetensors_files import SafetensorsFile
+from marble_jax.weights.safetensors_files import SafetensorsFile, Tensors
 from marble_jax.weights.single_file import SingleFile, TensorShapes
 
 
@@ -73,9 +73,7 @@ class OriginalComponent:
       config: what its config.json would hold.
     """
 
-    def __init__(
-        self, source: SafetensorsFile, config: dict[str, Any], pieces: Mapping[str, Piece]
-    ):
+    def __init__(self, source: Tensors, config: dict[str, Any], pieces: Mapping[str, Piece]):
         """The component that `pieces`, by published name, make up."""
         self.path = source.path
         self.config = config
@@ -106,8 +104,8 @@ class OriginalComponent:
         return self._source.dtype(name)
 
     def file(self, key: str) -> pathlib.Path:
-        """The file."""
-        return self.path
+        """The file that the tensor is cut from."""
+        return self._source.file(self._pieces[key].key or min(self.used()))
 
     def release(self, key: str) -> None:
         """Lets go of the original tensor's pages."""
@@ -159,20 +157,36 @@ def open_original(
         names = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
         # A required component is opened without tensors as well: its error names the first that is missing.
         if names or component in layout.required:
-            opened = _open_component(file, original, component, prefix, names)
+            opened = open_component(file, family, layout, component, names, prefix)
             original.components[component] = opened
-    _check_leftovers(file, keys, original, ignore)
+    check_leftovers(file, keys, family, layout, original.components.values(), ignore)
     return original
 
 
-def _open_component(
-    file: SafetensorsFile, original: OriginalFile, component: str, prefix: str, names: Sequence[str]
+def open_component(
+    file: Tensors,
+    family: FileFormats,
+    layout: SingleFile,
+    component: str,
+    names: Sequence[str],
+    prefix: str = "",
 ) -> OriginalComponent:
-    """One component of a file, from the tensors `names` under its prefix."""
-    family, layout = original.formats, original.layout
+    """Opens one component of an original file.
+
+    Args:
+      file: the tensors.
+      family: that the file is of.
+      layout: of its tensors.
+      component: folder of the component.
+      names: of the component's tensors, without prefix.
+      prefix: in front of them in the file.
+
+    Raises:
+      InputError: tensors that are missing or of the wrong shape.
+    """
     shapes = TensorShapes(file, prefix, names, f"{family.article} {family.name}")
     config = layout.config(component, shapes)
-    pieces = _pieces(file, original, component, prefix, config, names)
+    pieces = _pieces(file, family, layout, component, prefix, config, names)
     return OriginalComponent(file, config, pieces)
 
 
@@ -203,19 +217,24 @@ def _single_files(formats: Sequence[FileFormats]) -> list[tuple[FileFormats, Sin
     return candidates
 
 
-def _check_leftovers(
-    file: SafetensorsFile, keys: Sequence[str], original: OriginalFile, ignore: Sequence[str]
+def check_leftovers(
+    file: Tensors,
+    keys: Sequence[str],
+    family: FileFormats,
+    layout: SingleFile,
+    components: Iterable[OriginalComponent],
+    ignore: Sequence[str] = (),
 ) -> None:
-    """Raises InputError when a file holds tensors that no component is made of.
+    """Raises InputError when a file holds tensors that none of its components is made of.
 
     Among those that are passed over none may belong to a weight that is read.
     """
-    family, used = original.formats, set()
-    for component in original.components.values():
+    used: set[str] = set()
+    for component in components:
         used |= component.used()
     unread = [key for key in keys if key not in used]
     refuse_companions(file, used, set(file.keys()) - used, ignore)
-    extra = [key for key in unread if not matches_any(key, original.layout.unused)]
+    extra = [key for key in unread if not matches_any(key, layout.unused)]
     if extra:
         raise InputError(
             f"{file.path}: expected only tensors of {family.article} {family.name} checkpoint; received "
@@ -224,21 +243,22 @@ def _check_leftovers(
 
 
 def _pieces(
-    file: SafetensorsFile,
-    original: OriginalFile,
+    file: Tensors,
+    family: FileFormats,
+    layout: SingleFile,
     component: str,
     prefix: str,
     config: Mapping[str, Any],
     names: Sequence[str],
 ) -> dict[str, Piece]:
     """A component's tensors by published name, checked against the file's shapes."""
-    plan = original.formats.layout(component, config, names)
+    plan = family.layout(component, config, names)
     leaves = traverse_util.flatten_dict(dict(plan.shapes))
     present = set(names)
     pieces = {}
     for entry in plan.entries:
         shape = published_shape(entry, leaves[entry.path].shape)
-        tensor = original.layout.original(component, entry.key, config)
+        tensor = layout.original(component, entry.key, config)
         key = prefix + tensor.key
         if tensor.key in present:
             rows = (tensor.part, tensor.parts, tensor.span)
@@ -255,7 +275,7 @@ def _pieces(
     return pieces
 
 
-def _check_shape(file: SafetensorsFile, key: str, piece: Piece) -> None:
+def _check_shape(file: Tensors, key: str, piece: Piece) -> None:
     """Raises InputError unless a tensor has the shape that a piece is cut from, or is a 1x1 convolution of it."""
     received, expected = file.shape(key), piece.source_shape
     allowed = [expected]

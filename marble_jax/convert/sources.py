@@ -1,4 +1,4 @@
-"""Where a conversion reads from: a diffusers directory, a directory in our layout, or an original single file.
+"""Where a conversion reads from: a diffusers directory, one in our layout, an original folder or an original file.
 
 Each becomes a `Model`: components that give their tensors under the published names, and the files that go along.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from marble_jax.convert.directory import ABSENT, INDEX, ModelDirectory
 from marble_jax.convert.orbax_tensors import OrbaxTensors
 from marble_jax.convert.original import OriginalComponent, open_original
+from marble_jax.convert.original_folder import carried_files, family_of_folder, open_folder
 from marble_jax.errors import InputError, one_of
 from marble_jax.weights.formats import FileFormats, Layout
 from marble_jax.weights.hub import HUB_NAME, download, find_model
@@ -78,8 +79,8 @@ def open_model(
     """Opens whatever `name` names, and checks every tensor's name and shape.
 
     Args:
-      name: a diffusers directory, a directory of ours, an original `.safetensors`, or their Hub names (`owner/model`,
-        `owner/model/file.safetensors`).
+      name: a diffusers directory, a directory of ours, an original folder on this machine, an original `.safetensors`,
+        or their Hub names (`owner/model`, `owner/model/file.safetensors`).
       formats: of the families that the model may be of.
       revision: branch, tag or commit of a Hub model.
       companion: a directory or Hub model to take the parts from that `name` does not have.
@@ -94,9 +95,9 @@ def open_model(
     if name.endswith(".safetensors"):
         model = _open_file(name, formats, revision, ignore)
     else:
-        model = _open_directory(name, formats, revision, components)
+        model = _open_directory(name, formats, revision, components, ignore)
     if companion:
-        _complete(model, _open_directory(companion, [model.formats], None, components))
+        _complete(model, _open_directory(companion, [model.formats], None, components, ignore))
     if components:
         _select(model, components)
     _check_layouts(model, ignore)
@@ -145,9 +146,16 @@ def _drop_absent_parts(model: Model) -> None:
 
 
 def _open_directory(
-    name: str, formats: Sequence[FileFormats], revision: str | None, wanted: Sequence[str]
+    name: str,
+    formats: Sequence[FileFormats],
+    revision: str | None,
+    wanted: Sequence[str],
+    ignore: Sequence[str],
 ) -> Model:
     """A model directory, or the Hub model of that name; reads the components of `wanted` only, if there are some."""
+    original = family_of_folder(pathlib.Path(name), formats)
+    if original is not None:
+        return _open_original_folder(name, original, wanted, ignore)
     # Which family a Hub model is of is known when its index has come down: the folders of all are asked for.
     folders = dict.fromkeys(folder for family in formats for folder in family.folders)
     skipped: set[str] = set()
@@ -167,6 +175,32 @@ def _open_directory(
     return model
 
 
+def _open_original_folder(
+    name: str, family: FileFormats, wanted: Sequence[str], ignore: Sequence[str]
+) -> Model:
+    """A whole model in its original layout."""
+    root = pathlib.Path(name)
+    components = open_folder(root, family, wanted, ignore)
+    model = Model(name, "original", root, family, dict(components))
+    assert family.original_folder is not None
+    configs = {part: component.config for part, component in components.items()}
+    model.written |= family.original_folder.layout.written(configs)
+    model.carried = carried_files(root, family)
+    model.written[INDEX] = _new_index(family)
+    return model
+
+
+def _new_index(family: FileFormats) -> dict[str, Any]:
+    """Contents of model_index.json of a whole model; parts that are not there become absent in the end."""
+    index: dict[str, Any] = {
+        "_class_name": family.pipeline,
+        "_diffusers_version": family.diffusers_version,
+    }
+    for part in family.folders:
+        index[part] = family.index_entry(part)
+    return index
+
+
 def _open_file(
     name: str, formats: Sequence[FileFormats], revision: str | None, ignore: Sequence[str]
 ) -> Model:
@@ -177,14 +211,8 @@ def _open_file(
     model = Model(name, "original", path, family, dict(original.components))
     configs = {part: component.config for part, component in original.components.items()}
     model.written |= original.layout.written(configs)
-    index: dict[str, Any] = {
-        "_class_name": family.pipeline,
-        "_diffusers_version": family.diffusers_version,
-    }
-    for part in family.folders:
-        index[part] = family.index_entry(part)
     # The parts that the file does not hold become absent ones once a companion had its chance.
-    model.written[INDEX] = index
+    model.written[INDEX] = _new_index(family)
     return model
 
 

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from marble_jax.weights.key_map import Entry
-from marble_jax.weights.single_file import SingleFile
+from marble_jax.weights.single_file import OriginalFolder, SingleFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,9 @@ class FileFormats:
         empty where there are no published files, and tell which of two names a tied tensor goes by.
       lora: names of layers in LoRA files.
       single_file: the original single-file layout; None if the family has none.
+      original_folder: the original layout of a whole model; None if the family has none of several files.
+      check_index: (model_index.json, its contents) -> None; raises InputError for models of the same pipeline class
+        that are more than `components`. None where there are none such.
     """
 
     name: str
@@ -116,6 +120,8 @@ class FileFormats:
     layout: Callable[[str, Mapping[str, Any], Collection[str]], Layout]
     lora: LoraNames
     single_file: SingleFile | None = None
+    original_folder: OriginalFolder | None = None
+    check_index: Callable[[pathlib.Path, Mapping[str, Any]], None] | None = None
 
     @property
     def folders(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from marble_jax.errors import InputError, nearest
-from marble_jax.weights.safetensors_files import SafetensorsFile
+from marble_jax.weights.safetensors_files import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TensorShapes:
       names: of the tensors, without the prefix.
     """
 
-    def __init__(self, file: SafetensorsFile, prefix: str, names: Iterable[str], model: str):
+    def __init__(self, file: Tensors, prefix: str, names: Iterable[str], model: str):
         """The tensors `names` of a file; `model`, with its article, says in messages what the file should be."""
         self.names = set(names)
         self._file = file
@@ -96,4 +96,21 @@ class SingleFile:
     config: Callable[[str, TensorShapes], dict[str, Any]]
     original: Callable[[str, str, Mapping[str, Any]], OriginalTensor]
     unused: tuple[str, ...]
+    written: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OriginalFolder:
+    """A family's original layout of a whole model: a folder with a file for each component.
+
+    Attributes:
+      files: name of each component's file; `.safetensors` may be sharded, anything else is a pickle of torch's.
+      carried: folder of the files of each carried folder.
+      layout: names and configs of the components' tensors, which have no prefix here.
+      written: (contents of config.json by component) -> small JSON files, by their path in the folder.
+    """
+
+    files: Mapping[str, str]
+    carried: Mapping[str, str]
+    layout: SingleFile
     written: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]]

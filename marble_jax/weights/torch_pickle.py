@@ -1,4 +1,4 @@
-"""Published weights that were saved by `torch.save`: `.bin`, `.pt` and `.pth` files, read as tensors and nothing else.
+"""Weights saved by `torch.save`: `.bin`, `.pt` and `.pth` files, read as tensors and nothing else, and written.
 
 Such a file is a pickle, and a pickle can run code. torch's `weights_only` mode rebuilds tensors and plain containers
 and refuses the rest; files are opened in no other mode. This is the package's one door to torch for weights.
@@ -122,6 +122,31 @@ def _named_tensors(content: Any, tensor_class: type) -> dict[str, Any]:
     if not all(key.startswith("module.") for key in tensors):
         return tensors
     return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def save_weights(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes named tensors as a file that `torch.load` reads, for programs that take no safetensors.
+
+    Raises:
+      InputError: no torch.
+    """
+    try:
+        import torch  # optional
+    except ImportError as error:
+        raise InputError(
+            f"{path}: expected the package torch to write a pickled file; received none (pip install torch)"
+        ) from error
+    content = {}
+    for name, array in tensors.items():
+        # torch takes no read-only memory, and no scalar of NumPy.
+        array = np.array(array, order="C")
+        carrier = _CARRIERS.get(array.dtype.name)
+        if carrier is None:
+            content[name] = torch.from_numpy(array)
+        else:
+            bits = torch.from_numpy(array.view(carrier))
+            content[name] = bits.view(getattr(torch, array.dtype.name))
+    torch.save(content, path)
 
 
 def open_weights(path: pathlib.Path | str) -> Tensors:
