@@ -160,6 +160,7 @@ class Networks(abc.ABC):
       sharding_rules: how the transformer's parameters are split over a mesh.
       largest_activation: numbers in the decoder's largest activation, of one pixel of one frame.
       longest_prompt: tokens a prompt at most; None for any number.
+      pipeline_solver: what the model's pipeline in diffusers samples with, as `flow.solvers` calls it.
     """
 
     directory: Path | None
@@ -169,6 +170,7 @@ class Networks(abc.ABC):
     sharding_rules: ShardingRules
     largest_activation: int
     longest_prompt: int | None = None
+    pipeline_solver: str = "euler"
 
     @abc.abstractmethod
     def velocity(
@@ -253,6 +255,12 @@ class Networks(abc.ABC):
     def levels(self, num_steps: int, latent_shape: tuple[int, ...]) -> Float[np.ndarray, " levels"]:
         """Noise levels float32 [num_steps + 1] that the model samples at, from near 1 down to 0."""
 
+    def network_levels(
+        self, num_steps: int, latent_shape: tuple[int, ...]
+    ) -> Float[np.ndarray, " steps"] | None:
+        """Levels float32 [num_steps] that the model's pipeline tells the network; None where they are `levels`."""
+        return None
+
     @abc.abstractmethod
     def conditioning_shapes(self, count: int, max_sequence_length: int) -> dict[str, Any]:
         """Shapes and dtypes (`jax.ShapeDtypeStruct`) of the conditioning of `count` samples."""
@@ -294,6 +302,7 @@ class DiffusersNames:
       without_text: components that may be left out where embeddings are given.
       pack_latents: our latents [N, *latent] as the pipeline takes them.
       conditioning: name of each conditioning array -> argument of the pipeline.
+      num_frames: argument of the pipeline for the frames of a clip; None for pipelines of images.
     """
 
     pipeline: str
@@ -302,6 +311,7 @@ class DiffusersNames:
     without_text: tuple[str, ...]
     pack_latents: Callable[[np.ndarray], np.ndarray]
     conditioning: Mapping[str, str]
+    num_frames: str | None = None
 
 
 class Family(abc.ABC):

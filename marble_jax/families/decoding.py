@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from marble_jax.batches import batches_of
+from marble_jax.errors import InputError
 from marble_jax.families.base import Networks
 
 
@@ -47,8 +48,10 @@ class Decoder:
 
 
 def as_images(
-    clips: Float[Array, "n 1 height width 3"],
+    clips: Float[Array, "n frames height width 3"],
 ) -> Float[Array, "n height width 3"]:
-    """Returns the images that clips of one frame are."""
+    """Returns the images that clips of one frame are. Raises InputError for clips of more."""
+    if clips.shape[1] != 1:
+        raise InputError(f"frames: expected 1, as images are drawn here; received {clips.shape[1]}")
     # Rewards and files take images as they are; a clip of one frame is one.
     return clips[:, 0]

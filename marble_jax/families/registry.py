@@ -15,6 +15,7 @@ from marble_jax.weights.hub import cache_hint
 BUILT_IN = {
     "StableDiffusion3Pipeline": "marble_jax.families.sd3.family",
     "FluxPipeline": "marble_jax.families.flux1.family",
+    "WanPipeline": "marble_jax.families.wan.family",
 }
 """Pipeline class -> module whose `FAMILY` opens its models; imported when a model asks for it."""
 

@@ -192,6 +192,7 @@ class ImageSampler:
         """A compiled function (params, adapter, cond, negative cond or None, noise) -> latents."""
         settings = self._settings
         sigmas = networks.levels(settings.num_steps, self._latent_shape)
+        network_sigmas = networks.network_levels(settings.num_steps, self._latent_shape)
         table = solver_table(settings.solver, sigmas)
 
         @jax.jit
@@ -206,7 +207,7 @@ class ImageSampler:
                 return networks.velocity(params, adapter, x, sigma, c)
 
             guided_velocity = guided(velocity, cond, negative, settings.guidance)
-            return sample(guided_velocity, noise, sigmas, table)
+            return sample(guided_velocity, noise, sigmas, table, network_sigmas)
 
         return latents
 

@@ -205,7 +205,13 @@ def _our_images(drawing: Drawing, adapter: Adapter) -> OurImages:
     # Without the optional ones, which may be most of the model: the adapter does not reach them.
     encoders = family.open_text_encoders(root, jnp.float32, family.optional_text_encoders)
     shape = networks.latent_shape(drawing.size)
-    sampler = make_sampler(networks.velocity, "euler", networks.levels(NUM_STEPS, shape))
+    # As the pipeline of the other library samples.
+    sampler = make_sampler(
+        networks.velocity,
+        networks.pipeline_solver,
+        networks.levels(NUM_STEPS, shape),
+        network_sigmas=networks.network_levels(NUM_STEPS, shape),
+    )
     cond = encoders.encode([drawing.prompt], drawing.max_sequence_length)
     noise = image_noise(jax.random.key(SEED), [0], shape)
     decoder = Decoder(networks)
@@ -295,18 +301,20 @@ def _drawer(pipe: Any, drawing: Drawing, ours: OurImages) -> Callable[[], np.nda
     cond = {}
     for name, argument in names.conditioning.items():
         cond[argument] = torch.tensor(ours.cond[name])
+    size = {"height": drawing.size.height, "width": drawing.size.width}
+    if names.num_frames is not None:
+        size[names.num_frames] = drawing.size.num_frames
 
     def draw() -> np.ndarray:
         images = pipe(
             latents=noise,
             num_inference_steps=NUM_STEPS,
             guidance_scale=guidance,
-            height=drawing.size.height,
-            width=drawing.size.width,
             output_type="np",
+            **size,
             **cond,
         )[0]
-        # Image pipelines return [N, H, W, 3]; ours are clips of one frame.
+        # Image pipelines return [N, H, W, 3]; ours are clips, of one frame then.
         return np.asarray(images).reshape(ours.base.shape)
 
     return draw
