@@ -5,8 +5,8 @@ padded; their own hidden states come out as zeros.
 
 Modules carry the names their tensors have in Hugging Face files, dots included.
 
-Source: Chung et al. 2023 (arXiv 2304.09151); transformers 5 `UMT5EncoderModel`; diffusers 0.42
-`WanPipeline._get_t5_prompt_embeds` for the zeros.
+Source: Chung et al. 2023 (arXiv 2304.09151); transformers 5 `UMT5EncoderModel`; diffusers 0.42 (`pipelines/wan`) for
+the zeros.
 """
 
 from __future__ import annotations

@@ -208,7 +208,8 @@ NORM = "text_model.final_layer_norm.weight"
         ),
         (
             lambda d: (d / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}'),
-            "model_index.json: expected a StableDiffusion3Pipeline or FluxPipeline; received Flux2Pipeline",
+            "model_index.json: expected a StableDiffusion3Pipeline or FluxPipeline or WanPipeline; "
+            "received Flux2Pipeline",
         ),
         (
             lambda d: (d / "model_index.json").write_text(

@@ -123,7 +123,7 @@ def test_a_class_of_no_family_is_refused_with_the_list(toy, place, capsys):
     with pytest.raises(
         InputError,
         match="_class_name: expected a model of one of the families StableDiffusion3Pipeline, FluxPipeline, "
-        "ToyPipeline; received 'ToyPipelin'; did you mean 'ToyPipeline'",
+        "WanPipeline, ToyPipeline; received 'ToyPipelin'; did you mean 'ToyPipeline'",
     ):
         family_of(place / "model")
     index.write_text("{}")

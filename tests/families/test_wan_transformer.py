@@ -162,6 +162,9 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference(pair):
     ours = relative_error(run_velocity(low, low_params, None, xt, sigma, cond), exact)
     other = relative_error(torch_velocity(half, xt, sigma, cond, torch.bfloat16), exact)
     assert ours < 0.03 and ours <= 1.2 * other
+    # A float32 stream between the layers, and a float32 head.
+    wide = low.clone(stream_dtype=jnp.float32)
+    assert relative_error(run_velocity(wide, low_params, None, xt, sigma, cond), exact) < ours
 
 
 def test_weights_round_trip_bit_for_bit(pair):

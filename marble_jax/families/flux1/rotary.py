@@ -11,7 +11,9 @@ from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.networks import rotary
 
 
-def rotary_tables(config: FluxConfig, num_text: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(
+    config: FluxConfig, num_text: int, rows: int, columns: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tables of text tokens followed by the tokens of an image.
 
     Args:

@@ -28,7 +28,13 @@ NUM_MODULATIONS = 6
 
 
 class AffineLayerNorm(nn.Module):
-    """Layer norm with learned scale and bias, computed in float32; the result has the input's dtype."""
+    """Layer norm with learned scale and bias, computed in float32.
+
+    Attributes:
+      dtype: of the result.
+    """
+
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
@@ -36,7 +42,7 @@ class AffineLayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
         normed = layer_norm(x) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
-        return normed.astype(x.dtype)
+        return normed.astype(self.dtype)
 
 
 def modulation_table(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -119,7 +125,7 @@ class WanBlock(nn.Module):
         """Returns the stream after the block, and None: the scan's empty output.
 
         Args:
-          x: tokens of the clip.
+          x: tokens of the clip; the result has their dtype.
           text: embedded text tokens.
           shared: modulation that all blocks share, float32.
           tables: rotary tables of the clip's tokens.
@@ -132,14 +138,14 @@ class WanBlock(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = jnp.moveaxis(modulation, 1, 0)
         attention = (config, self.dtype, self.attention, self.lora_scale)
 
-        normed = modulate(layer_norm(x), shift, scale, x.dtype)
+        normed = modulate(layer_norm(x), shift, scale, self.dtype)
         attended = Attention(*attention, name="attn1")(normed, tables=tables)
         x = _gated_sum(x, attended, gate)
 
-        normed = AffineLayerNorm(name="norm2")(x)
-        x = x + Attention(*attention, name="attn2")(normed, text)
+        normed = AffineLayerNorm(self.dtype, name="norm2")(x)
+        x = x + Attention(*attention, name="attn2")(normed, text).astype(x.dtype)
 
-        normed = modulate(layer_norm(x), ff_shift, ff_scale, x.dtype)
+        normed = modulate(layer_norm(x), ff_shift, ff_scale, self.dtype)
         feed_forward = FeedForward(self.dtype, self.lora_scale, config.ffn_dim, name="ffn")
         return _gated_sum(x, feed_forward(normed), ff_gate), None
 

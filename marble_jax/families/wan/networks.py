@@ -172,7 +172,7 @@ class WanNetworks(Networks):
         return {"embeds": jax.ShapeDtypeStruct(embeds, self.options.dtype)}
 
     def transformer_shape(self, size: Size, max_sequence_length: int) -> TransformerShape:
-        """See `Networks.transformer_shape`; text is attended to in every block, but by an attention of its own."""
+        """See `Networks.transformer_shape`; text has an attention of its own, so that its tokens are an upper bound."""
         config = self.model.config
         return TransformerShape(
             tokens=_num_tokens(self.latent_shape(size)),

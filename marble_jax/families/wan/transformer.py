@@ -78,6 +78,8 @@ class WanTransformer(nn.Module):
     Attributes:
       config: architecture.
       dtype: compute dtype of matrix products and token streams; norms, modulation and softmax are float32.
+      stream_dtype: dtype of the token stream between layers and of the head (last modulation and projection); `dtype`
+        when None.
       remat: what a block keeps for its backward pass: everything ("none"), its products with weights ("dots") or its
         input alone ("full").
       attention: "xla", "cudnn", "splash", "einsum" or a function; see `marble_jax.networks.attention`.
@@ -90,6 +92,7 @@ class WanTransformer(nn.Module):
 
     config: WanConfig
     dtype: Any = jnp.float32
+    stream_dtype: Any = None
     remat: str = "none"
     attention: str | AttentionFn = "xla"
     unroll: int = 1
@@ -111,7 +114,7 @@ class WanTransformer(nn.Module):
           embeds: [N, K, text_dim]; all tokens are attended, the zeros beyond a prompt's end too.
 
         Returns:
-          [N, f, h, w, C] in `dtype`.
+          [N, f, h, w, C] in `stream_dtype`, or `dtype` without one.
 
         Raises:
           InputError: latents that do not divide into tokens, or too many of them; an unknown option.
@@ -125,14 +128,16 @@ class WanTransformer(nn.Module):
         )
         temb, modulation, text = embed(sigma, embeds)
         x = PatchEmbedding(config.width, self.dtype, name="patch_embedding")(latents)
+        stream_dtype = self.dtype if self.stream_dtype is None else self.stream_dtype
+        x = x.astype(stream_dtype)
         x, _ = self._blocks()(x, text, modulation, tables)
         table = self.param("scale_shift_table", modulation_table, (1, 2, config.width))
         # Of the conditioning vector itself, which passes no activation and no projection here.
         shift, scale = jnp.moveaxis(table.astype(jnp.float32) + temb[:, None], 1, 0)
-        x = modulate(layer_norm(x), shift, scale, self.dtype)
+        x = modulate(layer_norm(x), shift, scale, stream_dtype)
         head = LoraDense(
             PATCH[0] * PATCH[1] * PATCH[2] * config.in_channels,
-            dtype=self.dtype,
+            dtype=stream_dtype,
             lora_scale=self.lora_scale,
             name="proj_out",
         )
