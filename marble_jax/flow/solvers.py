@@ -151,16 +151,17 @@ def unipc(sigmas: Float[np.ndarray, " levels"]) -> SolverTable:
         # (1 - e^-h) of the data's share at the next level.
         grow = -(1.0 - sigmas[i + 1]) * np.expm1(-step)
         state[i] = sigmas[i + 1] / sigmas[i]
-        is_second_order = 0 < i < num_steps - 1
+        # The step before, backwards, in units of this one; none for a first-order step.
+        before: float | None = None
         weight = 0.0
-        if is_second_order:
-            before = (lambdas[i - 1] - lambdas[i]) / step
+        if 0 < i < num_steps - 1:
+            before = float((lambdas[i - 1] - lambdas[i]) / step)
             weight = 0.5 / before
         # m_i + weight (m_{i-1} - m_i) in place of m_i.
         current[i] = grow * (1.0 - weight)
         previous[i] = grow * weight
         if i + 1 < num_steps:
-            first, last = _corrector_weights(step, before if is_second_order else None)
+            first, last = _corrector_weights(step, before)
             # m_i + first (m_{i-1} - m_i) + last (m_{i+1} - m_i) in place of m_i.
             new, old = grow * last, grow * first
             corrector[i + 1] = (state[i], grow - old - new, old, new)

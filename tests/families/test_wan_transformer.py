@@ -16,6 +16,7 @@ from wan_models import (
     TARGETS,
     TINY,
     assert_close,
+    channels_first,
     inputs,
     random_adapter,
     reference,
@@ -88,12 +89,12 @@ def test_rotation_by_hand():
 def test_patches(pair):
     torch = pytest.importorskip("torch")
     theirs, _, params, _ = pair
-    latents = inputs()[0]
+    latents = jnp.asarray(inputs()[0])
     grid = token_grid(latents.shape[1:])
     np.testing.assert_array_equal(unpatchify(patchify(latents), grid), latents)
     got = PatchEmbedding(TINY.width).apply({"params": params["patch_embedding"]}, latents)
     with torch.no_grad():
-        want = theirs.patch_embedding(torch.from_numpy(np.moveaxis(latents, -1, 1).copy()))
+        want = theirs.patch_embedding(torch.from_numpy(channels_first(latents)))
     assert_close(got, want.flatten(2).transpose(1, 2))
 
 
@@ -102,7 +103,8 @@ def test_condition_embedder(pair):
     theirs, _, params, _ = pair
     _, sigma, cond = inputs()
     embed = ConditionEmbedder(TINY.width)
-    got = embed.apply({"params": params["condition_embedder"]}, sigma, cond["embeds"])
+    arrays = (jnp.asarray(sigma), jnp.asarray(cond["embeds"]))
+    got = embed.apply({"params": params["condition_embedder"]}, *arrays)
     with torch.no_grad():
         temb, modulation, text, _ = theirs.condition_embedder(
             torch.from_numpy(sigma) * 1000, torch.from_numpy(cond["embeds"])
@@ -317,7 +319,7 @@ def test_a_fused_kernel_sees_queries_of_the_clip_and_keys_of_text(pair):
         seen.append((q.shape, k.shape))
         return jax.nn.dot_product_attention(q, k, v)
 
-    xt, sigma, cond = inputs()
+    xt, sigma, cond = jax.tree.map(jnp.asarray, inputs())
     out = velocity(model.clone(attention=kernel), params, None, xt, sigma, cond)
     assert_close(out, run_velocity(model, params, None, xt, sigma, cond))
     assert set(seen) == {((2, 18, 2, 16), (2, 18, 2, 16)), ((2, 18, 2, 16), (2, 5, 2, 16))}
