@@ -364,7 +364,7 @@ def test_numbers_that_float16_cannot_hold(encoder, tmp_path):
         ),
         (
             ["--model=embedded", "--out=x", "--to=flax"],
-            "--to: expected one of .*orbax, diffusers; received 'flax'",
+            "--to: expected one of .*orbax, diffusers, original; received 'flax'",
         ),
         (
             ["--model=embedded", "--out=x", "--shard=large"],
