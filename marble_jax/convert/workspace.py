@@ -50,9 +50,13 @@ def take_up(
     """Returns the components that an earlier, killed run of the same job completed; clears what else it left."""
     recorded = _recorded(partial, job)
     complete = {part: recorded[part] for part in recorded if _all_there(partial, recorded[part])}
+    # Folders of components, or the files of a folder that holds all of them.
+    kept = {JOB}
+    for files in complete.values():
+        kept.update(name.split("/")[0] for name in files)
     # What is left of a component that a kill cut short would be taken for a part of the result.
     for path in partial.iterdir():
-        if path.name not in (JOB, *complete):
+        if path.name not in kept:
             _remove(path)
     if complete:
         console.say(f"  resuming: {', '.join(complete)} complete already")

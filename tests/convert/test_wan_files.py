@@ -174,6 +174,28 @@ def test_dtypes_and_shards_of_the_original_folder(original_world, tmp_path):
     np.testing.assert_array_equal(got, want.astype(got.dtype))
 
 
+def test_a_killed_conversion_to_the_original_folder_goes_on(original_world, tmp_path, monkeypatch):
+    """With the last complete component: its file stays although it has no folder of its own."""
+    root, _ = original_world
+    write, written = converting.Conversion.write, []
+
+    def killed(self, partial, part, progress):
+        if part == "text_encoder" and part not in written:
+            written.append(part)
+            raise KeyboardInterrupt
+        written.append(part)
+        return write(self, partial, part, progress)
+
+    monkeypatch.setattr(converting.Conversion, "write", killed)
+    arguments = (str(root / "model"), str(tmp_path / "out"), ALL, "original")
+    with pytest.raises(KeyboardInterrupt):
+        converting.convert(*arguments)
+    converting.convert(*arguments)
+    assert written == ["transformer", "vae", "text_encoder", "text_encoder"]
+    for name in ("diffusion_pytorch_model.safetensors", *PICKLES):
+        assert (tmp_path / "out" / name).stat().st_size == (root / "original" / name).stat().st_size
+
+
 def test_damaged_original_folders(original_world, tmp_path):
     torch = pytest.importorskip("torch")
     root, _ = original_world

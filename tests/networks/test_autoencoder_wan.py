@@ -94,8 +94,9 @@ def decoded_by_diffusers(theirs, config, array):
 
 
 def assert_close(got, want, tolerance=1e-5):
+    """In the Euclidean norm."""
     assert got.shape == want.shape
-    assert np.abs(np.asarray(got) - want).max() <= tolerance * np.abs(want).max()
+    assert np.linalg.norm(np.asarray(got) - want) <= tolerance * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("frames, names", [(1, BOTH[:1]), (9, BOTH)])
