@@ -217,5 +217,7 @@ def test_a_wan_lora_is_refused_by_the_image_families(tmp_path):
 
     save_file(STYLES["diffusers"][0], tmp_path / "x.safetensors")
     shapes = flux_params(FluxTransformer(FluxConfig()))
-    with pytest.raises(InputError, match="expected a LoRA for FLUX.1; received one for"):
+    with pytest.raises(
+        InputError, match="expected a LoRA for FLUX.1; received one for PixArt, Wan"
+    ):
         read_lora(str(tmp_path / "x.safetensors"), shapes, FLUX1_FORMATS)

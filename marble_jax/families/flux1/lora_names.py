@@ -20,7 +20,7 @@ from marble_jax.weights.formats import LayerPart, LoraNames
 _OTHER_MODELS = {
     # FLUX.1 has 19 double blocks; SD3's models have 24 and 38 of the same name.
     "SD3": re.compile(
-        r"joint_blocks|[._]attn2[._]|(?<!single_)transformer_blocks[._](19|2\d|3\d)[._]"
+        r"joint_blocks|_blocks[._]\d+[._]attn2[._]|(?<!single_)transformer_blocks[._](19|2\d|3\d)[._]"
     ),
     "SDXL or SD 1.5": re.compile(r"(input|output|down|up)_blocks|mid(dle)?_block"),
     "PixArt, Wan or another transformer": re.compile(

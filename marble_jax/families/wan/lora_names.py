@@ -17,12 +17,13 @@ from marble_jax.families.wan.original import original_layer
 from marble_jax.weights.formats import LayerPart, LoraNames
 
 _OTHER_MODELS = {
-    "Wan image to video": re.compile(
-        r"[._](k_img|v_img|add_k_proj|add_v_proj)[._]|img_emb|image_embedder"
-    ),
     "SD3": re.compile(r"joint_blocks|(?<!single_)transformer_blocks[._]\d+[._](attn2?|ff)[._]"),
     "FLUX.1": re.compile(r"single_transformer_blocks|single_blocks|double_blocks"),
     "SDXL or SD 1.5": re.compile(r"(input|output|down|up)_blocks|mid(dle)?_block"),
+    # After the others, some of whose layers have such names too.
+    "Wan image to video": re.compile(
+        r"[._](k_img|v_img|add_k_proj|add_v_proj)[._]|img_emb|image_embedder"
+    ),
 }
 
 
