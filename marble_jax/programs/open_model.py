@@ -102,6 +102,11 @@ def open_networks(
     # Shapes first: a size that does not fit shows before gigabytes are read, and rules need the head's width.
     outline = family.outline(root, NetworkOptions())
     _check_settings(outline, settings)
+    if settings.num_frames != 1:
+        # Rewards and files take images: of a clip only the first frame would be seen.
+        raise InputError(
+            f"{SIZE_KEYS[2]}: expected 1, as runs train on images; received {settings.num_frames}"
+        )
     transformer = outline.sharding_rules
 
     def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
