@@ -9,7 +9,6 @@ import shutil
 import numpy as np
 import pytest
 from flax import traverse_util
-from marble_jax.families.wan.levels import SchedulerConfig, read_scheduler
 from safetensors.numpy import save_file
 from wan_models import TINY, build_pipeline, reference
 
@@ -20,6 +19,7 @@ from marble_jax.families.base import NetworkOptions
 from marble_jax.families.registry import families, family_of
 from marble_jax.families.wan.config import WAN21_1_3B, WanConfig
 from marble_jax.families.wan.formats import WAN_FORMATS
+from marble_jax.families.wan.levels import SchedulerConfig, read_scheduler
 from marble_jax.families.wan.original import original_tensor
 from marble_jax.families.wan.transformer import WanTransformer, abstract_params
 from marble_jax.networks.autoencoder_wan_config import WanVAEConfig
