@@ -308,6 +308,7 @@ def test_metrics_are_named_room_name_reward(finished):
                 "rollout",
                 "advantages",
                 "harmonize",
+                "out_of_sample",
                 "objective",
                 "rollout_policy",
                 "ema",
