@@ -309,6 +309,7 @@ def test_metrics_are_named_room_name_reward(finished):
                 "advantages",
                 "harmonize",
                 "out_of_sample",
+                "rounding",
                 "objective",
                 "rollout_policy",
                 "ema",
