@@ -86,10 +86,10 @@ def parse_json(
 
 
 def parse_json_object(
-    text: bytes | str, what: object, error: type[Exception] = InputError
+    text: bytes | str, what: object, error: type[Exception] = InputError, lenient: bool = False
 ) -> dict[str, Any]:
     """Returns a JSON object; arguments and errors as of `parse_json`."""
-    value = parse_json(text, what, error)
+    value = parse_json(text, what, error, lenient)
     if not isinstance(value, dict):
         raise error(f"{what}: expected a JSON object; received a {type(value).__name__}")
     return value

@@ -66,7 +66,8 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
       InputError: a missing file, another scheduler, or a grid that is not the static one.
     """
     path = directory / "scheduler_config.json"
-    config = read_json(path)
+    # Other schedulers write infinities, and are named rather than their numbers.
+    config = read_json(path, lenient=True)
     _check_grid(path, config)
     defaults = SchedulerConfig()
     shift = validated(_Shift, config.get("shift", defaults.shift), f"{path}: shift")
@@ -80,11 +81,16 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
     return SchedulerConfig(shift, timesteps)
 
 
-def _check_grid(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Raises InputError for the class or a setting of another grid."""
+def check_class(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError for the config of another scheduler."""
     name = config.get("_class_name", CLASS)
     if name != CLASS:
         raise InputError(f"{path}: _class_name: expected {CLASS}; received {short(name)}")
+
+
+def _check_grid(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError for the class or a setting of another grid."""
+    check_class(path, config)
     for key, value in config.items():
         if key.startswith("_") or key in _READ or key in _WITHOUT_EFFECT:
             continue

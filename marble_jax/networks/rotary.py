@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Shaped
 THETA = 10000.0
 """Base of the frequencies."""
 
-Tables = tuple[Float[ArrayLike, "t d"], Float[ArrayLike, "t d"]]
-"""Cosines and sines float32 [T, d] of the angles of every token, each angle twice: for both numbers of its pair."""
+Tables = tuple[Float[ArrayLike, "t head"], Float[ArrayLike, "t head"]]
+"""Cosines and sines float32 [T, head] of the angles of every token, each angle twice: for both numbers of its pair."""
 
 
 def rotary_tables(
@@ -42,14 +42,14 @@ def rotary_tables(
     return np.cos(pairs).astype(np.float32), np.sin(pairs).astype(np.float32)
 
 
-def rotate(x: Float[Array, "n t h d"], tables: Tables) -> Float[Array, "n t h d"]:
+def rotate(x: Float[Array, "n t h head"], tables: Tables) -> Float[Array, "n t h head"]:
     """Queries or keys turned pair by pair, in float32 and then in their own dtype.
 
     Args:
       x: queries or keys.
       tables: of the T tokens.
     """
-    # [T, d] to [T, 1, d]: all heads are turned alike.
+    # [T, head] to [T, 1, head]: all heads are turned alike.
     cosine, sine = (jnp.asarray(table)[:, None] for table in tables)
     wide = x.astype(jnp.float32)
     # The other number of each pair (a, b), as (-b, a). Shifted whole, not reshaped to pairs: an axis of length 2

@@ -160,8 +160,12 @@ def read_json_or_empty(path: epath.PathLike) -> dict[str, Any]:
         return {}
 
 
-def read_json(path: epath.PathLike) -> dict[str, Any]:
+def read_json(path: epath.PathLike, lenient: bool = False) -> dict[str, Any]:
     """Returns the JSON object in a file.
+
+    Args:
+      path: of the file.
+      lenient: as in `validation.parse_json`.
 
     Raises:
       InputError: the file is unreadable, too large, no JSON that `validation.parse_json` lets through, or holds
@@ -183,4 +187,4 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     other = kind_of_content(content[:SHOWN_BYTES])
     if other:
         raise InputError(f"{path}: expected valid JSON; received {other}")
-    return parse_json_object(content, path)
+    return parse_json_object(content, path, lenient=lenient)

@@ -11,11 +11,13 @@ from marble_jax.cli.main import main
 
 @pytest.fixture
 def contents():
-    """contents(path): every file below `path`, by name."""
+    """contents(path): every file below `path`, by name, but the lock that whoever looks at a workdir holds."""
 
     def call(path: Path) -> dict[str, bytes]:
         return {
-            str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+            str(p.relative_to(path)): p.read_bytes()
+            for p in sorted(path.rglob("*"))
+            if p.is_file() and p.name != ".lock"
         }
 
     return call

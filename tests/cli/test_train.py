@@ -308,6 +308,8 @@ def test_metrics_are_named_room_name_reward(finished):
                 "rollout",
                 "advantages",
                 "harmonize",
+                "out_of_sample",
+                "rounding",
                 "objective",
                 "rollout_policy",
                 "ema",

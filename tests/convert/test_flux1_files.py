@@ -23,6 +23,7 @@ from marble_jax.families.flux1.levels import DEV_SCHEDULER, SCHNELL_SCHEDULER, r
 from marble_jax.families.flux1.original import SINGLE_FILE, original_tensor
 from marble_jax.families.registry import families, family_of
 from marble_jax.weights.safetensors_files import SafetensorsDir
+from marble_jax.weights.single_file import TensorShapes
 
 ALL = [family.formats for family in families()]
 WIDTH = 3072
@@ -271,7 +272,7 @@ def test_files_that_are_not_whole(tmp_path):
 def test_the_published_config_is_read_off_the_shapes():
     """Whatever a file's shapes are made of: here an object that only knows them."""
 
-    class Shapes(dict):
+    class Shapes(dict, TensorShapes):
         names = property(lambda self: set(self))
 
         def count(self, pattern):

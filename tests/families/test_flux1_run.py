@@ -56,8 +56,9 @@ def place(tmp_path_factory):
     build_pipeline(root / "schnell", guidance_embeds=False)
     folder = root / "prompts" / "general"
     folder.mkdir(parents=True)
-    for split in ("train", "test"):
-        (folder / f"{split}.txt").write_text("\n".join(PROMPTS))
+    (folder / "train.txt").write_text("\n".join(PROMPTS))
+    # Of other words: prompts that are trained on tell nothing when held out.
+    (folder / "test.txt").write_text("\n".join(f"a painting of {text}" for text in PROMPTS))
     (root / "flux1_rewards.py").write_text(REWARDS)
     (root / "flux.py").write_text(CONFIG.format(root=str(root)))
     sys.path.insert(0, str(root))

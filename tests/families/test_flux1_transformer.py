@@ -182,7 +182,7 @@ def test_the_guidance_scale_counts(pair):
     _, model, params, _ = pair
     one, other = (
         run_velocity(model.clone(embedded_guidance=scale), params, None, *inputs(DEV))
-        for scale in (1.0, 4)
+        for scale in (1.0, 4.0)
     )
     assert relative_error(one, other) > 0.01
 

@@ -59,10 +59,11 @@ def toy(monkeypatch):
 def place(tmp_path, monkeypatch):
     """A folder with a model, prompts, rewards and a configuration."""
     toy_family.write_model(tmp_path / "model")
-    for split in ("train", "test"):
-        folder = tmp_path / "prompts" / "general"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{split}.txt").write_text("\n".join(PROMPTS))
+    folder = tmp_path / "prompts" / "general"
+    folder.mkdir(parents=True)
+    (folder / "train.txt").write_text("\n".join(PROMPTS))
+    # Of other words: prompts that are trained on tell nothing when held out.
+    (folder / "test.txt").write_text("\n".join(f"{text} again" for text in PROMPTS))
     (tmp_path / "toy_family_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
     names = {"model": str(tmp_path / "model"), "prompts": str(tmp_path / "prompts")}

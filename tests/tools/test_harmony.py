@@ -208,29 +208,28 @@ def test_the_cleaned_solve_finds_what_the_oracle_knows():
 
 def test_conflict_by_batch_size_by_hand():
     """One unit whose mean opposes b (cosines 2/3 and -1/3 of an update of length 3/2), one that has no b at all."""
-    gram = np.zeros((1, 2, 5, 5))
-    gram[0, :, :2, :2] = [[16.0, -4.0], [-4.0, 1.0]]
-    gram[0, 0, 1, 1] = 4.0
-    gram[0, :, 2, 2] = 1.0
-    counts = np.ones((1, 2, 5))
-    counts[0, 1, 1] = 0
-    units = Units(gram, counts)
+    gram = np.zeros((2, 5, 5))
+    gram[:, :2, :2] = [[16.0, -4.0], [-4.0, 1.0]]
+    gram[0, 1, 1] = 4.0
+    gram[:, 2, 2] = 1.0
+    counts = np.ones((2, 5))
+    counts[1, 1] = 0
     made = {row.name: row for row in rows.rows()}
-    worst, conflict = batch_sizes.update_cosines(made["mean"], units, 2)
+    worst, conflict = batch_sizes.update_cosines(made["mean"], gram, counts, 2)
     # (a + b) / 2: along a 16 - 4, along b -4 + 4.
     square = 16 - 8 + 4
-    np.testing.assert_allclose(worst, [[0 / 2 / np.sqrt(square), 1.0]], atol=1e-6)
-    gram[0, 0, 1, 1] = 1.44
-    worst, conflict = batch_sizes.update_cosines(made["mean"], units, 2)
+    np.testing.assert_allclose(worst, [0 / 2 / np.sqrt(square), 1.0], atol=1e-6)
+    gram[0, 1, 1] = 1.44
+    worst, conflict = batch_sizes.update_cosines(made["mean"], gram, counts, 2)
     expected = (-4 + 1.44) / 1.2 / np.sqrt(16 - 8 + 1.44)
-    np.testing.assert_allclose(worst, [[expected, 1.0]], atol=1e-6)
-    np.testing.assert_array_equal(conflict, [[1.0, 0.0]])
-    worst, conflict = batch_sizes.update_cosines(made["marble"], units, 2)
+    np.testing.assert_allclose(worst, [expected, 1.0], atol=1e-6)
+    np.testing.assert_array_equal(conflict, [1.0, 0.0])
+    worst, conflict = batch_sizes.update_cosines(made["marble"], gram, counts, 2)
     assert worst.min() >= 0 and not conflict.any()
     # The single advantage has no inner product with a reward here; where it is missing there is no update.
-    counts[0, 0, 2] = 0
-    worst, _ = batch_sizes.update_cosines(made["raw_sum"], units, 2)
-    assert np.isnan(worst[0, 0]) and worst[0, 1] == 0
+    counts[0, 2] = 0
+    worst, _ = batch_sizes.update_cosines(made["raw_sum"], gram, counts, 2)
+    assert np.isnan(worst[0]) and worst[1] == 0
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():

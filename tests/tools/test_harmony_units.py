@@ -20,7 +20,9 @@ OBJECTIVES, SMALLEST, SAMPLES = 4, 2, toy.IMAGES * toy.TIMESTEPS
 
 def losses(recipe, state, batch, index, anchors):
     """Sum of each objective's losses over every unit of a micro-batch as a function of the adapter, and the counts."""
-    part = MicroBatches(recipe, toy.velocity, state, toy.base_params(), batch).at(index)
+    part = MicroBatches(recipe, toy.velocity, state, toy.base_params(), batch).at(
+        jnp.asarray(index, jnp.int32)
+    )
     objective, samples = recipe.objective, part.samples
 
     def of(adapter):

@@ -44,7 +44,7 @@ def test_every_micro_batch_is_as_likely_and_every_slice_as_often(num_timesteps, 
     assert count == len(range(0, total, every))
     times = np.zeros(total, int)
     for start in range(total):
-        places = np.asarray(anchored_at(np.arange(count), start, num_timesteps, num_slices, count))
+        places = np.asarray(anchored_at(jnp.arange(count), start, num_timesteps, num_slices, count))
         walk = _by_hand(start, num_timesteps, num_slices, count)
         assert [divmod(int(place), num_slices) for place in places] == walk
         assert len(set(places.tolist())) == count
@@ -127,7 +127,7 @@ def test_the_mean_over_all_starts_is_the_step_with_every_anchor(kind, count):
     whole = _gradients(kind, 9)(state, batch, jnp.arange(9))
     taken = []
     for start in range(9):
-        anchored = np.asarray(anchored_at(np.arange(count), start, 3, 3, count))
+        anchored = np.asarray(anchored_at(jnp.arange(count), start, 3, 3, count))
         others = np.setdiff1d(np.arange(9), anchored)
         order = jnp.asarray([*anchored, *others], jnp.int32)
         taken.append(_gradients(kind, count)(state, batch, order))

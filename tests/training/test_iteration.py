@@ -83,7 +83,9 @@ def test_weighted_sum_adds_an_objective_from_raw_scores(weights):
     np.testing.assert_array_equal(rows[:, :2], plain)
     np.testing.assert_array_equal(each.values, plain)
     w = np.array(weights or (1.0, 1.0))
-    one = (np.where(VALID, VALUES, 0) * w).sum(1) / (VALID * w).sum(1)
+    # A missing score counts as the mean of its group's: (0.5 + 0.1) / 2 in group 0, 0.9 in group 1.
+    filled = np.array([[1.0, 2.0, 6.0, 3.0, 3.0, 9.0], [0.5, 0.1, 0.3, 0.9, 0.9, 0.9]]).T
+    one = filled @ w / w.sum()
     np.testing.assert_allclose(rows[:, 2], _by_hand(one, np.ones(6, bool)), rtol=1e-5)
     assert rows.shape == valid.shape == (6, 3) and valid[:, 2].all()
 
@@ -97,7 +99,8 @@ def test_gdpo_adds_an_objective_from_advantages_normalised_in_their_groups():
             scores = VALUES[member, k].astype(float)
             within[member, k] = (scores - scores.mean()) / (scores.std() + 1e-4)
     w = np.array([1.0, 2.0])
-    mixed = (within * VALID * w).sum(1) / (VALID * w).sum(1)
+    # A missing score counts as its group's mean, which is 0 once a group is normalised.
+    mixed = within @ w / w.sum()
     np.testing.assert_allclose(
         rows[:, 2], (mixed - mixed.mean()) / (mixed.std() + 1e-4), rtol=1e-4, atol=1e-5
     )

@@ -119,9 +119,10 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
         InputError, match="checkpoint: expected one of none saved yet in .*; received None"
     ):
         checkpoints.restore(toy.new_state())
-    state = toy.new_state()
+    one = jnp.ones((), jnp.int32)
+    state = toy.new_state().replace(step=one)
     checkpoints.save(1, state)
-    checkpoints.save(1, toy.new_state(seed=6))  # there already: left alone
+    checkpoints.save(1, toy.new_state(seed=6).replace(step=one))  # there already: left alone
     checkpoints.wait()
     assert checkpoints.latest() == 1
     toy.assert_identical(checkpoints.restore(state)[1].key, state.key)

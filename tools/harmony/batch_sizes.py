@@ -18,44 +18,51 @@ from marble_jax.harmonize import diagnostics
 from tools.harmony import bootstrap
 from tools.harmony.rows import Row
 from tools.harmony.steps import Steps
-from tools.harmony.units import Units
 
 ROWS = ("raw_sum", "std_sum", "mean", "gdpo", "marble")
 """Rows of the table."""
 
 
+@jax.jit
+@jax.vmap
+def _diagnosed(gram: jax.Array, weights: jax.Array, shown: jax.Array) -> dict[str, jax.Array]:
+    return diagnostics.from_gram(gram, weights, shown)
+
+
 def update_cosines(
-    row: Row, units: Units, num_rewards: int
-) -> tuple[Float[np.ndarray, "t u"], Float[np.ndarray, "t u"]]:
+    row: Row, gram: Float[np.ndarray, "b r r"], counts: Float[np.ndarray, "b r"], num_rewards: int
+) -> tuple[Float[np.ndarray, " b"], Float[np.ndarray, " b"]]:
     """Worst cosine of every unit's update with its own gradients, and 1 where that is negative.
 
     A reward without a valid sample in the unit is left out. NaN where no reward has one, or the row has no update.
     """
-    num_steps, num_units, num_objectives, _ = units.gram.shape
-    gram = units.gram.reshape(-1, num_objectives, num_objectives)
     square = np.einsum("brr->br", gram)
-    active = (units.counts.reshape(-1, num_objectives) > 0) & (square > 0)
+    active = (counts > 0) & (square > 0)
     assert row.of_grams is not None, row.name
     weights = row.of_grams(gram, active)
-    is_reward = jnp.arange(num_objectives) < num_rewards
-
-    def one(gram: jax.Array, weights: jax.Array, active: jax.Array) -> dict[str, jax.Array]:
-        return diagnostics.from_gram(gram, weights, is_reward & active)
-
+    shown = active & (np.arange(active.shape[1]) < num_rewards)
     metrics = jax.device_get(
-        jax.jit(jax.vmap(one))(jnp.asarray(gram), jnp.asarray(weights), jnp.asarray(active))
+        _diagnosed(jnp.asarray(gram), jnp.asarray(weights), jnp.asarray(shown))
     )
-    defined = active[:, :num_rewards].any(axis=1) & (weights != 0).any(axis=1)
+    defined = shown.any(axis=1) & (weights != 0).any(axis=1)
     worst = np.where(defined, metrics["harmonize/worst_cos"], np.nan)
     conflict = np.where(defined, metrics["harmonize/conflict"], np.nan)
-    return worst.reshape(num_steps, num_units), conflict.reshape(num_steps, num_units)
+    return worst, conflict
 
 
 def by_size(row: Row, steps: Steps) -> dict[int, dict[str, Any]]:
     """Mean worst cosine and share of units whose update opposes a reward, with intervals over steps, by size."""
+    sizes = list(steps.units)
+    num_objectives = steps.active.shape[1]
+    grams = [steps.units[n].gram.reshape(-1, num_objectives, num_objectives) for n in sizes]
+    counts = [steps.units[n].counts.reshape(-1, num_objectives) for n in sizes]
+    # Units of all sizes at once: a rule is compiled for one number of matrices.
+    found = update_cosines(row, np.concatenate(grams), np.concatenate(counts), steps.num_rewards)
+    ends = np.cumsum([len(gram) for gram in grams])[:-1]
     table = {}
-    for size, units in steps.units.items():
-        worst, conflict = update_cosines(row, units, steps.num_rewards)
+    for number, size in enumerate(sizes):
+        worst, conflict = (np.split(values, ends)[number] for values in found)
+        worst, conflict = (values.reshape(len(steps), -1) for values in (worst, conflict))
         table[size] = {
             "worst_cosine": _over_steps(worst, -1.0, 1.0),
             "opposing": _over_steps(conflict, 0.0, 1.0),

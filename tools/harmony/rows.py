@@ -8,6 +8,7 @@ steps with everything between them (`Steps`), for rules that remember.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -123,11 +124,17 @@ def _one_objective(number: int) -> GramRule:
 
 def solve(balancer: Balancer, grams: np.ndarray, active: np.ndarray) -> Solution:
     """Solutions for B matrices [B, K, K], each from the balancer's first state; leaves [B, ...]."""
+    return jax.device_get(_solver(balancer)(jnp.asarray(grams), jnp.asarray(active)))
+
+
+@functools.cache
+def _solver(balancer: Balancer) -> Callable[[jax.Array, jax.Array], Solution]:
+    """The compiled balancer: it is asked again for every half and every table."""
 
     def one(gram: jax.Array, valid: jax.Array) -> Solution:
         return balancer(gram, valid, balancer.init(len(valid)))
 
-    return jax.device_get(jax.jit(jax.vmap(one))(jnp.asarray(grams), jnp.asarray(active)))
+    return jax.jit(jax.vmap(one))
 
 
 def balanced(balancer: Balancer) -> GramRule:

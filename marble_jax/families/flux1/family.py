@@ -25,6 +25,7 @@ from marble_jax.families.flux1.transformer import FluxTransformer, abstract_para
 from marble_jax.families.model_index import component_class, name_without_owner
 from marble_jax.networks import autoencoder_kl, clip, t5
 from marble_jax.networks.autoencoder_kl import AutoencoderKL, VAEConfig, load_vae
+from marble_jax.networks.tokenizers import max_length
 from marble_jax.storage.files import read_json
 
 COMPONENTS = ("transformer", "vae", *text.COMPONENTS, *text.TOKENIZERS, "scheduler")
@@ -139,9 +140,10 @@ class FluxFamily(Family):
 
     def default_sequence_length(self, root: Path) -> int:
         """T5 tokens of a prompt: as many as diffusers takes, or fewer where the tokenizer says so."""
-        config = read_json(root / text.TOKENIZERS[1] / "tokenizer_config.json")
-        known = config.get("model_max_length", text.MAX_SEQUENCE_LENGTH)
-        return min(int(known), text.MAX_SEQUENCE_LENGTH)
+        file = root / text.TOKENIZERS[1] / "tokenizer_config.json"
+        return min(
+            max_length(read_json(file), text.MAX_SEQUENCE_LENGTH, file), text.MAX_SEQUENCE_LENGTH
+        )
 
     def component_rules(self, component: str, head_width: int) -> ShardingRules:
         """See `Family.component_rules`."""

@@ -18,8 +18,10 @@ import numpy as np
 from jaxtyping import Float
 
 from marble_jax.errors import InputError
+from marble_jax.families.scheduler import check_class
 from marble_jax.flow.levels import shifted
 from marble_jax.storage.files import read_json
+from marble_jax.validation import validated
 
 _UNSUPPORTED: Mapping[str, Any] = {
     "time_shift_type": "exponential",
@@ -77,7 +79,8 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
       InputError: a missing file, or levels of a kind that FLUX.1 does not have.
     """
     path = directory / "scheduler_config.json"
-    config = read_json(path)
+    config = read_json(path, lenient=True)
+    check_class(path, config)
     for key, only in _UNSUPPORTED.items():
         received = config.get(key)
         if received not in (None, only):
@@ -86,7 +89,9 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
     for field in dataclasses.fields(SchedulerConfig):
         # null stands for the default.
         if config.get(field.name) is not None:
-            chosen[field.name] = config[field.name]
+            kind = bool if isinstance(field.default, bool) else type(field.default)
+            value = validated(kind, config[field.name], f"{path}: {field.name}")
+            chosen[field.name] = value
     scheduler = SchedulerConfig(**chosen)
     if not scheduler.shift > 0:
         raise InputError(f"{path}: shift: expected a number above 0; received {scheduler.shift}")

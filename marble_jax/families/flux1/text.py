@@ -23,7 +23,7 @@ from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once, token_ids
 from marble_jax.networks.clip import CLIPTextEncoder, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
-from marble_jax.networks.tokenizers import load_tokenizer
+from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer, max_length
 from marble_jax.storage.files import read_json
 from marble_jax.types import Params
 
@@ -99,7 +99,8 @@ class FluxTextEncoders(TextEncoders):
     @property
     def clip_length(self) -> int:
         """Tokens of a CLIP prompt."""
-        return int(self.tokenizers[0].model_max_length)
+        file = self.directory / TOKENIZERS[0] / "tokenizer_config.json"
+        return max_length(read_json(file), self.modules[0].config.max_position_embeddings, file)
 
     def tokenize(
         self, prompts: Sequence[str], max_sequence_length: int
@@ -196,4 +197,7 @@ def load_text_encoders(
     clip_l, t5_xxl = COMPONENTS
     clip = load_text_encoder(root / clip_l, dtype, place(clip_l), projected=False)
     t5 = load_t5(root / t5_xxl, dtype, place(t5_xxl))
+    shape = clip[0].config
+    check_tokenizer(clip_tokens, root / TOKENIZERS[0], shape.vocab_size, shape.eos_token_id)
+    check_tokenizer(t5_tokens, root / TOKENIZERS[1], t5[0].config.vocab_size)
     return FluxTextEncoders(root, clip, t5, (clip_tokens, t5_tokens), config, prompt_batch)
