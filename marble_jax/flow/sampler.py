@@ -73,6 +73,10 @@ def sample(
     return x
 
 
+_Corrected = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Predicted and corrected state, and the last two clean estimates."""
+
+
 def _sample_corrected(
     velocity_fn: VelocityFn,
     noise: Float[Array, " n *latent"],
@@ -86,7 +90,7 @@ def _sample_corrected(
         for c in (table.state, table.current, table.previous, table.corrector)
     ]
 
-    def step(carry: tuple[jax.Array, ...], row: Any) -> tuple[tuple[jax.Array, ...], None]:
+    def step(carry: _Corrected, row: Any) -> tuple[_Corrected, None]:
         predicted, corrected, previous, before = carry
         sigma, network_sigma, a, b, c, (p, q, r, s) = row
         velocity = velocity_fn(predicted, network_sigma).astype(jnp.float32)
@@ -97,9 +101,10 @@ def _sample_corrected(
 
     x = noise.astype(jnp.float32)
     # The first steps have no estimates before them; their coefficients are zero.
-    carry = (x, x, jnp.zeros_like(x), jnp.zeros_like(x))
-    (x, *_), _ = jax.lax.scan(step, carry, (levels, network_levels, *columns))
-    return x
+    carry: _Corrected = (x, x, jnp.zeros_like(x), jnp.zeros_like(x))
+    rows: Any = (levels, network_levels, *columns)
+    last, _ = jax.lax.scan(step, carry, rows)
+    return last[0]
 
 
 def guided(

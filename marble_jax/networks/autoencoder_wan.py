@@ -127,7 +127,8 @@ def encode(
     _check_frames(model, clips.shape[1])
     # Any: flax types the result of `apply` by `__call__`, whatever the method.
     moments: Any = model.apply({"params": params}, _to_signal(clips), method="moments")
-    return _scaled(model.config, *moments, key)
+    mean, logvar = moments
+    return _scaled(model.config, mean, logvar, key)
 
 
 def encode_stream(

@@ -51,8 +51,8 @@ AUTOENCODER_WAN_RULES: tuple[Rule, ...] = (
         ("time", "height", "width", "inputs", "outputs"),
     ),
     (_WAN_BLOCK + r"(resample\.1|to_qkv|proj)/kernel", ("height", "width", "inputs", "outputs")),
-    (_WAN_BLOCK + r"norm/gamma", ("vector", "stack", "stack")),
-    (_WAN_CODER + r"(.+/)?norm(1|2|_out)/gamma", ("vector", "stack", "stack", "stack")),
+    (_WAN_BLOCK + r"norm/gamma", ("vector", "height", "width")),
+    (_WAN_CODER + r"(.+/)?norm(1|2|_out)/gamma", ("vector", "time", "height", "width")),
     (_WAN_CODER + r".+/bias|(post_)?quant_conv/bias", ("vector",)),
 )
 T5_RULES: tuple[Rule, ...] = (

@@ -236,7 +236,8 @@ def test_a_second_transformer_is_refused_before_anything_is_written(original_wor
 
 def test_our_layout_keeps_every_dtype(original_world, tmp_path):
     root, _ = original_world
-    shapes = abstract_params(WanTransformer(ONE_HEAD))
+    written = json.loads((root / "model" / "transformer" / "config.json").read_text())
+    shapes = abstract_params(WanTransformer(WanConfig.from_dict(written)))
     networks = family_of(root / "model").open(root / "model", NetworkOptions())
     leaves = traverse_util.flatten_dict(networks.params)
     assert {path: leaf.shape for path, leaf in leaves.items()} == {

@@ -408,7 +408,6 @@ def test_config_errors(change, message):
         ({"remat": "ful"}, (1, 1, 4, 4, 4), "remat: expected one of none, full, dots"),
         ({"attention": "flash"}, (1, 1, 4, 4, 4), "attention: expected one of xla, einsum"),
         ({}, (1, 1, 5, 4, 4), "sides divisible by 2, as a token is 2 x 2 cells; received 5 x 4"),
-        ({}, (1, 4, 4, 4), r"latents: expected \[N, f, h, w, 4\]; received \[1, 4, 4, 4\]"),
         ({}, (1, 9, 2, 2, 4), "at most 8 frames of tokens, the positions .*; received 9"),
         ({}, (1, 1, 2, 18, 4), "at most 8 columns of tokens, .*; received 9"),
     ],

@@ -34,7 +34,7 @@ def layer_parts(shapes: Mapping[str, Any]) -> dict[str, tuple[LayerPart, ...]]:
       shapes: parameters or abstract parameters of the transformer.
     """
     names = [layer.name for layer in dense_layers(layers_at, shapes)]
-    parts = {name: (LayerPart(name),) for name in names}
+    parts: dict[str, tuple[LayerPart, ...]] = {name: (LayerPart(name),) for name in names}
     for name in names:
         parts[original_layer(name)] = (LayerPart(name),)
     return parts
