@@ -61,7 +61,7 @@ T5_RULES: tuple[Rule, ...] = (
     (_T5_LAYER + r"1\.DenseReluDense\.wi(_\d)?/kernel", ("embed", "mlp")),
     (_T5_LAYER + r"1\.DenseReluDense\.wo/kernel", ("mlp", "embed")),
     (
-        _T5_LAYER + r"0\.SelfAttention\.relative_attention_bias/embedding",
+        r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.relative_attention_bias/embedding",
         ("positions", "features"),
     ),
     (_T5_LAYER + r"\d\.layer_norm/scale|encoder\.final_layer_norm/scale", ("vector",)),
