@@ -21,8 +21,16 @@ from marble_jax.families.sd3.config import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, 
 from marble_jax.families.sd3.layer_names import load_mmdit
 from marble_jax.families.sd3.published import CLIP_G, CLIP_L, T5_XXL, VAE
 from marble_jax.families.sd3.sharding_rules import ADAPTER, component_rules, transformer_rules
-from marble_jax.networks import autoencoder_kl, blip, clip, t5
-from marble_jax.networks.sharding_rules import AUTOENCODER, REWARDS, TEXT_ENCODERS
+from marble_jax.families.wan import transformer as wan_transformer
+from marble_jax.families.wan.config import WAN21_1_3B
+from marble_jax.families.wan.sharding_rules import transformer_rules as wan_rules
+from marble_jax.networks import autoencoder_kl, autoencoder_wan, blip, clip, t5
+from marble_jax.networks.sharding_rules import (
+    AUTOENCODER,
+    REWARDS,
+    TEXT_ENCODERS,
+    VIDEO_AUTOENCODER,
+)
 from marble_jax.programs.locations import resolve_path
 from marble_jax.storage.files import read_json
 
@@ -66,6 +74,16 @@ def shapes() -> dict[str, tuple[ShardingRules, dict]]:
     found["t5"] = (
         TEXT_ENCODERS,
         t5.abstract_params(t5.T5Encoder(dataclasses.replace(T5_XXL, num_layers=2))),
+    )
+    found["wan"] = (
+        wan_rules(WAN21_1_3B.attention_head_dim),
+        wan_transformer.abstract_params(wan_transformer.WanTransformer(WAN21_1_3B)),
+    )
+    found["wan-vae"] = (
+        VIDEO_AUTOENCODER,
+        autoencoder_wan.abstract_params(
+            autoencoder_wan.AutoencoderWan(autoencoder_wan.WanVAEConfig())
+        ),
     )
     pair = clip.abstract_params(
         clip.CLIPModel(
@@ -120,7 +138,7 @@ def test_every_component_of_a_pipeline_has_rules():
 def test_shards_divide_and_heads_stay_whole(sizes):
     mesh = device_mesh.abstract_mesh(8, *sizes)
     for name, (rules, tree) in shapes().items():
-        width = 32 if name == "embedded" else 64
+        width = {"embedded": 32, "wan": 128}.get(name, 64)
         assert rules.head_width == width
         lie = leaves_of(rules.shardings(mesh, tree))
         for path, shape in leaves(tree).items():
