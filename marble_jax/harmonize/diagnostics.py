@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from marble_jax.harmonize.gram import divide, inverse, pairs, rescaled
+from marble_jax.harmonize.gram import divide, finite_lengths, pair_cosines, pairs
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -36,8 +36,8 @@ def from_gram(
       harmonize/update_norm: length of the weighted sum.
       harmonize/alpha_entropy: -sum alpha log alpha in nats, log K at equal shares (with `alpha` only).
     """
-    norms, alive = _norms(gram)
-    cosines = _cosines(gram, norms, alive)
+    norms, alive = finite_lengths(gram.astype(jnp.float32))
+    cosines = pair_cosines(gram, norms, alive)
     along, length, largest = _update(cosines, norms, alive, weights)
     shown = valid & alive
     has_length = length > 0
@@ -58,25 +58,6 @@ def from_gram(
     if alpha is not None:
         metrics["harmonize/alpha_entropy"] = _entropy(alpha)
     return metrics
-
-
-def _norms(gram: Float[Array, "k k"]) -> tuple[Float[Array, " k"], Bool[Array, " k"]]:
-    """Lengths of the gradients, 0 where one is not finite or zero, and which are neither."""
-    gram = gram.astype(jnp.float32)
-    square = jnp.diagonal(gram)
-    alive = jnp.isfinite(square) & (square > 0)
-    # The root of 1 stands in where there is no finite one.
-    norms = jnp.sqrt(jnp.where(alive, square, 1.0))
-    return jnp.where(alive, norms, 0.0), alive
-
-
-def _cosines(
-    gram: Float[Array, "k k"], norms: Float[Array, " k"], alive: Bool[Array, " k"]
-) -> Float[Array, "k k"]:
-    """Cosines of the gradients with each other, 0 where one of them is none."""
-    cosines = rescaled(gram, inverse(norms))
-    # A row that is not finite stays so under any factor.
-    return jnp.where(pairs(alive), cosines, 0.0)
 
 
 def _update(

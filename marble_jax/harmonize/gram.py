@@ -49,6 +49,24 @@ def lengths(gram: Float[Array, "k k"]) -> Float[Array, " k"]:
     return jnp.sqrt(jnp.maximum(square, 0.0))
 
 
+def finite_lengths(gram: Float[Array, "k k"]) -> tuple[Float[Array, " k"], Bool[Array, " k"]]:
+    """Norms of the vectors, 0 where one is not finite or zero, and which are neither."""
+    square = jnp.diagonal(gram)
+    alive = jnp.isfinite(square) & (square > 0)
+    # The root of 1 stands in where there is no finite one.
+    norms = jnp.sqrt(jnp.where(alive, square, 1.0))
+    return jnp.where(alive, norms, 0.0), alive
+
+
+def pair_cosines(
+    gram: Float[Array, "k k"], norms: Float[Array, " k"], alive: Bool[Array, " k"]
+) -> Float[Array, "k k"]:
+    """Cosines of the vectors with each other, 0 where one of them is none; norms are those of `finite_lengths`."""
+    cosines = rescaled(gram, inverse(norms))
+    # A row that is not finite stays so under any factor.
+    return jnp.where(pairs(alive), cosines, 0.0)
+
+
 def rescaled(gram: Float[Array, "k k"], factor: Float[Array, " k"]) -> Float[Array, "k k"]:
     """Gram matrix of the vectors times their factors."""
     # One factor after the other: their product could leave the range of float32.

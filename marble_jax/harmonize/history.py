@@ -24,7 +24,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from marble_jax import tree
-from marble_jax.harmonize.gram import divide, inverse, pairs, rescaled
+from marble_jax.harmonize.gram import (
+    divide,
+    finite_lengths,
+    inverse,
+    lengths,
+    pair_cosines,
+    pairs,
+    rescaled,
+)
 from marble_jax.types import Adapter
 
 RELIABLE = 1.0
@@ -87,47 +95,66 @@ def init(adapter: Adapter, num_rewards: int) -> History:
     )
 
 
-def observe(
+@flax.struct.dataclass
+class NewStep:
+    """A step's gradients beside those that a history holds.
+
+    Attributes:
+      unit: adapter tree, leaves [K, ...]: unit gradients; zeros of rewards that are not active.
+      active: bool [K], rewards with a finite gradient above 0.
+      with_earlier: float32 [K, K], products of this step's unit gradients (rows) with the sums of earlier ones.
+    """
+
+    unit: Adapter
+    active: jax.Array
+    with_earlier: jax.Array
+
+
+def new_step(
     history: History,
     gradients: Adapter,
     norms: Float[Array, " k"],
     active: Bool[Array, " k"],
-    window: float,
-) -> History:
-    """The history after a step's gradients.
-
-    A reward that is not active leaves its part as it was.
+) -> NewStep:
+    """A step's gradients, to be compared with a history and taken into it.
 
     Args:
       history: of earlier steps.
       gradients: raw ones of this step, leaves [K, ...]; those of rewards that are not active may hold anything.
       norms: their lengths.
       active: rewards with a finite gradient above 0.
+    """
+    unit = _scaled(gradients, jnp.where(active, inverse(norms), 0.0))
+    return NewStep(unit, active, tree.products(unit, history.gradients))
+
+
+def observe(history: History, step: NewStep, window: float) -> History:
+    """The history after a step. A reward that is not active leaves its part as it was.
+
+    Args:
+      history: the one that the step was made for.
+      step: from `new_step`.
       window: steps, at least 1; sums decay by `1 - 1 / window` a step, so that this is about how many they hold.
     """
-    decay = 1.0 - 1.0 / window
-    unit = jnp.where(active, inverse(norms), 0.0)
-    new = _scaled(gradients, unit)
-    # Row i, column j: this step's gradient of i with the earlier ones of j.
-    with_earlier = tree.products(new, history.gradients)
-    new_products = 0.5 * (with_earlier + with_earlier.T)
+    decay, active = 1.0 - 1.0 / window, step.active
+    new_products = 0.5 * (step.with_earlier + step.with_earlier.T)
     counts = jnp.where(active, history.counts, 0.0)
     new_pairs = 0.5 * (counts[:, None] + counts[None])
-    both = pairs(active)
+    own = jnp.diagonal(new_products)
+    own_square = divide(jnp.square(own), counts, counts > 0)
 
     def decayed(mask: jax.Array, total: jax.Array, addend: jax.Array, factor: float) -> jax.Array:
         return jnp.where(mask, factor * total + addend, total)
 
-    own = jnp.diagonal(new_products)
-    own_square = divide(jnp.square(own), counts, counts > 0)
-
     def extended(total: jax.Array, addend: jax.Array) -> jax.Array:
+        # Rewards are the first axis of a stacked leaf.
         mask = active.reshape((-1,) + (1,) * (total.ndim - 1))
-        return jnp.where(mask, decay * total + addend, total)
+        return decayed(mask, total, addend, decay)
 
+    both = pairs(active)
     return dataclasses.replace(
         history,
-        gradients=jax.tree.map(extended, history.gradients, new),
+        gradients=jax.tree.map(extended, history.gradients, step.unit),
         counts=decayed(active, history.counts, jnp.ones_like(counts), decay),
         products=decayed(both, history.products, new_products, decay),
         num_pairs=decayed(both, history.num_pairs, new_pairs, decay),
@@ -203,10 +230,8 @@ def cleaned_gram(
       signal: from `signal`.
       shrinkage: in [0, 1]; 1 returns `gram` up to rounding.
     """
-    square = jnp.diagonal(gram)
-    alive = jnp.isfinite(square) & (square > 0)
-    norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, square, 1.0)), 0.0)
-    in_sample = rescaled(jnp.where(pairs(alive), gram, 0.0), inverse(norms))
+    norms, alive = finite_lengths(gram)
+    in_sample = pair_cosines(gram, norms, alive)
     clean = cosines(signal)
     known = jnp.isfinite(clean)
     mixed = shrinkage * in_sample + (1.0 - shrinkage) * jnp.where(known, clean, 0.0)
@@ -223,4 +248,4 @@ def _positive_part(matrix: Float[Array, "k k"]) -> Float[Array, "k k"]:
     product = jnp.einsum(
         "ki,i,li->kl", vectors, positive, vectors, precision=jax.lax.Precision.HIGHEST
     )
-    return rescaled(product, inverse(jnp.sqrt(jnp.maximum(jnp.diagonal(product), 0.0))))
+    return rescaled(product, inverse(lengths(product)))

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from marble_jax import tree
-from marble_jax.harmonize.gram import divide, inverse, pairs
-from marble_jax.harmonize.history import History
+from marble_jax.harmonize.gram import divide, pairs
+from marble_jax.harmonize.history import History, NewStep
 from marble_jax.types import Adapter
 
 
-def metrics(
-    history: History,
-    gradients: Adapter,
-    norms: Float[Array, " k"],
-    active: Bool[Array, " k"],
-    mean_update: Adapter | None,
-) -> dict[str, jax.Array]:
+def metrics(history: History, step: NewStep, mean_update: Adapter | None) -> dict[str, jax.Array]:
     """Cosines of this step's gradients with what earlier steps left.
 
     Args:
       history: of the steps before this one.
-      gradients: of this step, leaves [K, ...]; those of rewards that are not active may hold anything.
-      norms: their lengths.
-      active: rewards with a finite gradient above 0.
+      step: this one, beside that history.
       mean_update: the running mean of updates that the optimiser follows, before this step; None for one without.
 
     Returns:
@@ -42,37 +34,27 @@ def metrics(
 
       NaN where there is nothing to compare with.
     """
-    unit = jnp.where(active, inverse(norms), 0.0)
-    with_earlier = tree.products(gradients, history.gradients)
-    # An absent gradient may hold anything, also what 0 times it does not remove.
-    with_earlier = jnp.where(active[:, None], with_earlier, 0.0) * unit[:, None]
-    compared = active & (history.counts > 0)
-    mean_cosine = divide(with_earlier, history.counts[None], history.counts[None] > 0)
+    compared = step.active & (history.counts > 0)
+    mean_cosine = divide(step.with_earlier, history.counts[None], history.counts[None] > 0)
     symmetric = 0.5 * (mean_cosine + mean_cosine.T)
     found = {
         "out_of_sample/own_cosine": jnp.where(compared, jnp.diagonal(symmetric), jnp.nan),
         "out_of_sample/cos_pair": jnp.where(pairs(compared), symmetric, jnp.nan),
     }
-    cosines = _cosines(gradients, unit, active, history.update)
-    found |= _judged(cosines, "cos_update", "worst_cos", "conflict")
+    found |= _judged(_cosines(step, history.update), "cos_update", "worst_cos", "conflict")
     if mean_update is not None:
-        cosines = _cosines(gradients, unit, active, mean_update)
+        cosines = _cosines(step, mean_update)
         found |= _judged(cosines, "cos_mean_update", "worst_cos_mean", "conflict_mean")
     return found
 
 
-def _cosines(
-    gradients: Adapter,
-    unit: Float[Array, " k"],
-    active: Bool[Array, " k"],
-    update: Adapter,
-) -> Float[Array, " k"]:
+def _cosines(step: NewStep, update: Adapter) -> Float[Array, " k"]:
     """Cosine of an update with each gradient; NaN for an absent one and for an update of 0."""
     stacked = jax.tree.map(lambda leaf: leaf[None], update)
-    along = tree.products(gradients, stacked)[:, 0]
+    along = tree.products(step.unit, stacked)[:, 0]
     length = tree.norm(update)
-    defined = active & (length > 0)
-    cosine = divide(jnp.where(active, along, 0.0) * unit, length, defined)
+    defined = step.active & (length > 0)
+    cosine = divide(along, length, defined)
     # Rounding can carry a cosine past 1.
     return jnp.where(defined, jnp.clip(cosine, -1.0, 1.0), jnp.nan)
 

@@ -223,10 +223,9 @@ def _beside_history(
     # A scalarized objective has no part in this: the rewards are what is compared.
     of_rewards = jax.tree.map(lambda leaf: leaf[:rewards], gradients)
     _, norms, used = usable(gram[:rewards, :rewards], active)
-    comparison = out_of_sample.metrics(
-        state.history, of_rewards, norms, used, mean_update(state.opt_state)
-    )
-    past = history.observe(state.history, of_rewards, norms, used, harmonization.window)
+    new = history.new_step(state.history, of_rewards, norms, used)
+    comparison = out_of_sample.metrics(state.history, new, mean_update(state.opt_state))
+    past = history.observe(state.history, new, harmonization.window)
     return past, comparison
 
 

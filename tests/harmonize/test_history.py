@@ -25,13 +25,18 @@ def _empty(num_rewards=K):
     return history.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()}, num_rewards)
 
 
+def _observe(state, gradients, norms, active, window):
+    """The history after a step of raw gradients."""
+    return history.observe(state, history.new_step(state, gradients, norms, active), window)
+
+
 def _observed(steps, active=None):
     """History after raw gradients [T, K, P]; `active` is bool [T, K]."""
     state = _empty()
     for t, rows in enumerate(steps):
         mask = np.ones(K, bool) if active is None else active[t]
         norms = jnp.asarray(np.linalg.norm(rows, axis=1), jnp.float32)
-        state = history.observe(state, _unflat(rows), norms, jnp.asarray(mask), WINDOW)
+        state = _observe(state, _unflat(rows), norms, jnp.asarray(mask), WINDOW)
     return state
 
 
@@ -116,7 +121,7 @@ def _planted():
     mixing = np.linalg.cholesky(shared)
     adapter = {"w": jnp.zeros(dimension)}
     state = history.init(adapter, K)
-    observe = jax.jit(history.observe, static_argnums=4)
+    observe = jax.jit(_observe, static_argnums=4)
     for _ in range(300):
         errors = mixing @ rng.normal(size=(K, dimension)) / np.sqrt(dimension)
         gradients = (signals + errors).astype(np.float32)
@@ -145,7 +150,7 @@ def test_planted_signal_is_found_under_correlated_noise():
 def test_noise_alone_is_seldom_reliable():
     """One standard error is exceeded by chance in 16 % of the cases, not more often."""
     rng = np.random.default_rng(5)
-    observe = jax.jit(history.observe, static_argnums=4)
+    observe = jax.jit(_observe, static_argnums=4)
     count, trials = 0, 60
     for _ in range(trials):
         state = history.init({"w": jnp.zeros(200)}, 2)
@@ -297,9 +302,8 @@ def test_out_of_sample_cosines_are_those_of_numpy():
     broken = now.copy()
     broken[2] = np.inf
     active = jnp.array([True, True, False])
-    found = out_of_sample.metrics(
-        state, _unflat(broken), jnp.asarray(norms, jnp.float32), active, mean_tree
-    )
+    step = history.new_step(state, _unflat(broken), jnp.asarray(norms, jnp.float32), active)
+    found = out_of_sample.metrics(state, step, mean_tree)
     decay, unit = 1 - 1 / WINDOW, _unit(steps)
     weights = decay ** np.array([2, 1, 0])
     before = np.einsum("t,tkp->kp", weights, unit[:3]) / weights.sum()
@@ -323,9 +327,8 @@ def test_out_of_sample_cosines_are_those_of_numpy():
 
 def test_before_the_first_step_there_is_nothing_to_compare_with():
     rows = np.random.default_rng(7).normal(size=(K, 14))
-    found = out_of_sample.metrics(
-        _empty(), _unflat(rows), jnp.ones(K), jnp.ones(K, bool), mean_update=None
-    )
+    step = history.new_step(_empty(), _unflat(rows), jnp.ones(K), jnp.ones(K, bool))
+    found = out_of_sample.metrics(_empty(), step, mean_update=None)
     assert set(found) == {
         "out_of_sample/own_cosine",
         "out_of_sample/cos_pair",

@@ -39,7 +39,8 @@ def cleaned_weights(
         stacked = {"all": gradients}
         gram = tree.gram(stacked)
         _, norms, used = usable(gram, active)
-        past = history.observe(past, stacked, norms, used, settings.window)
+        new = history.new_step(past, stacked, norms, used)
+        past = history.observe(past, new, settings.window)
         solution = cleaned_solve(balancer, gram, active, (), past, alpha, settings.shrinkage)
         alpha = alpha_state.refresh(
             alpha, solution.alpha, solution.scale, settings.rho, solution.used
