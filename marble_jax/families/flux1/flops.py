@@ -7,37 +7,15 @@ rematerialisation adds.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-
-import numpy as np
-from flax import traverse_util
-
 from marble_jax.families.base import SampleFlops
 from marble_jax.families.flux1.config import FluxConfig
+from marble_jax.families.transformer_flops import Path, adapter_products, weight_products
 from marble_jax.types import Adapter, Params
 
 # Modules by what their inputs are: one vector a sample, or text tokens.
 _VECTOR = ("time_text_embed", "norm_out", "norm1", "norm1_context", "norm")
 _TEXT = ("context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
 _INPUT_SIDE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-
-Path = tuple[str, ...]
-
-
-@dataclasses.dataclass
-class _Flops:
-    """FLOPs of a group of products at one sample.
-
-    Attributes:
-      forward: of the forward pass.
-      backward: of the gradient of one cotangent in the adapter.
-      in_blocks: the part of `forward` that lies in blocks.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    in_blocks: float = 0.0
 
 
 def transformer(
@@ -56,11 +34,11 @@ def transformer(
       text_tokens: text tokens of a sample.
     """
     positions = {"image": tokens, "text": text_tokens, "both": tokens + text_tokens, "vector": 1}
-    base = _base_products(params, positions)
+    base = weight_products(params, positions, _stream, _share_below_weights)
     # Queries with keys, and their weights with values, in every block.
     num_blocks = config.num_layers + config.num_single_layers
     attention = num_blocks * 4.0 * positions["both"] ** 2 * config.width
-    low_rank = _low_rank_products(adapter, positions)
+    low_rank = adapter_products(adapter, positions, _stream, _share_below)
     return SampleFlops(
         base=base.forward + attention,
         forward=base.forward + attention + low_rank.forward,
@@ -69,37 +47,6 @@ def transformer(
         recomputed=base.in_blocks + attention + low_rank.forward,
         attention=attention,
     )
-
-
-def _base_products(params: Params, positions: Mapping[str, int]) -> _Flops:
-    """Products with the base weights, at `positions` of a stream a sample."""
-    flops = _Flops()
-    for path, leaf in traverse_util.flatten_dict(dict(params)).items():
-        if path[-1] != "kernel":
-            continue
-        stream = _stream(path)
-        product = 2.0 * positions[stream] * float(np.prod(leaf.shape))
-        flops.forward += product
-        if path[0].startswith("blocks_"):
-            flops.in_blocks += product
-            # Modulation is made from vectors alone, where nothing is trained.
-            if stream != "vector":
-                flops.backward += product * _share_below(path, leaf.shape)
-        elif path[0] == "proj_out":
-            flops.backward += product
-    return flops
-
-
-def _low_rank_products(adapter: Adapter, positions: Mapping[str, int]) -> _Flops:
-    """Products with the adapter's factors, at `positions` of a stream a sample."""
-    flops = _Flops()
-    for path, leaf in traverse_util.flatten_dict(dict(adapter)).items():
-        product = 2.0 * positions[_stream(path)] * float(np.prod(leaf.shape))
-        flops.forward += product
-        # The input of `b` is the output of `a`, which is always trained.
-        below = _share_below(path, leaf.shape) if path[-1] == "a" else 1
-        flops.backward += product * (1 + below)
-    return flops
 
 
 def _stream(path: Path) -> str:
@@ -117,3 +64,8 @@ def _share_below(path: Path, shape: tuple[int, ...]) -> float:
     if path[0] != "blocks_double" or set(path).isdisjoint(_INPUT_SIDE):
         return 1.0
     return (shape[0] - 1) / shape[0]
+
+
+def _share_below_weights(path: Path, shape: tuple[int, ...]) -> float:
+    """The same for a base weight: modulation is made from vectors alone, where nothing is trained."""
+    return 0.0 if _stream(path) == "vector" else _share_below(path, shape)

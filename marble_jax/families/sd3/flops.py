@@ -10,36 +10,17 @@ XLA's own cost analysis counts the body of a loop once, however often it runs, s
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-from flax import traverse_util
+import functools
 
 from marble_jax.families.base import SampleFlops
 from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.families.transformer_flops import Flops, Path, adapter_products, weight_products
 from marble_jax.types import Adapter, Params
 
 # Modules by what their inputs are: one vector a sample, text tokens, or the input of a block.
 _VECTOR = ("time_text_embed", "norm_out", "norm1", "norm1_context")
 _TEXT = ("context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
 _INPUT_SIDE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-
-
-@dataclasses.dataclass
-class _Flops:
-    """FLOPs of a group of products at one sample.
-
-    Attributes:
-      forward: of the forward pass.
-      backward: of the gradient of one cotangent in the adapter.
-      in_blocks: the part of `forward` that lies in blocks.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    in_blocks: float = 0.0
 
 
 def transformer(
@@ -58,9 +39,10 @@ def transformer(
       text_tokens: text tokens of a sample.
     """
     positions = {"image": tokens, "text": text_tokens, "vector": 1}
-    base = _base_products(config, params, positions)
+    dropped = functools.partial(_dropped, config)
+    base = weight_products(params, positions, _stream, _share_below_weights, dropped)
     attention = _attention_products(config, tokens, text_tokens)
-    low_rank = _low_rank_products(config, adapter, positions)
+    low_rank = adapter_products(adapter, positions, _stream, _share_below, dropped)
     return SampleFlops(
         base=base.forward + attention.forward,
         forward=base.forward + attention.forward + low_rank.forward,
@@ -70,28 +52,9 @@ def transformer(
     )
 
 
-def _base_products(config: MMDiTConfig, params: Params, positions: Mapping[str, int]) -> _Flops:
-    """Products with the base weights, at `positions` of a stream a sample."""
-    flops = _Flops()
-    for path, leaf in _kernels(params).items():
-        if _dropped(config, path):
-            continue
-        stream = _stream(path)
-        product = 2.0 * positions[stream] * float(np.prod(leaf.shape))
-        flops.forward += product
-        if _in_block(path):
-            flops.in_blocks += product
-            # Modulation is made from timestep and text alone, where nothing is trained.
-            if stream != "vector":
-                flops.backward += product * _share_below(path, leaf.shape)
-        elif path[0] == "proj_out":
-            flops.backward += product
-    return flops
-
-
-def _attention_products(config: MMDiTConfig, tokens: int, text_tokens: int) -> _Flops:
+def _attention_products(config: MMDiTConfig, tokens: int, text_tokens: int) -> Flops:
     """Products of queries with keys, and of their weights with values."""
-    flops = _Flops()
+    flops = Flops()
     both = tokens + text_tokens
     for block in range(config.num_layers):
         # The last block's text queries are dropped, its text keys and values are not.
@@ -106,36 +69,7 @@ def _attention_products(config: MMDiTConfig, tokens: int, text_tokens: int) -> _
     return flops
 
 
-def _low_rank_products(
-    config: MMDiTConfig, adapter: Adapter, positions: Mapping[str, int]
-) -> _Flops:
-    """Products with the adapter's factors, at `positions` of a stream a sample."""
-    flops = _Flops()
-    for path, leaf in traverse_util.flatten_dict(dict(adapter)).items():
-        if _dropped(config, path):
-            continue
-        product = 2.0 * positions[_stream(path)] * float(np.prod(leaf.shape))
-        flops.forward += product
-        # The input of `b` is the output of `a`, which is always trained.
-        below = _share_below(path, leaf.shape) if path[-1] == "a" else 1
-        flops.backward += product * (1 + below)
-    return flops
-
-
-def _kernels(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """The kernels among parameters, by path."""
-    kernels = {}
-    for path, leaf in traverse_util.flatten_dict(dict(params)).items():
-        if path[-1] == "kernel":
-            kernels[path] = leaf
-    return kernels
-
-
-def _in_block(path: tuple[str, ...]) -> bool:
-    return path[0].startswith("block")
-
-
-def _stream(path: tuple[str, ...]) -> str:
+def _stream(path: Path) -> str:
     """Which tokens a product runs over."""
     parts = set(path)
     if parts.intersection(_VECTOR):
@@ -145,12 +79,12 @@ def _stream(path: tuple[str, ...]) -> str:
     return "image"
 
 
-def _dropped(config: MMDiTConfig, path: tuple[str, ...]) -> bool:
+def _dropped(config: MMDiTConfig, path: Path) -> bool:
     """The text queries of the last block: attended with, and never looked at."""
     return path[0] == f"block_{config.num_layers - 1}" and "add_q_proj" in path
 
 
-def _share_below(path: tuple[str, ...], shape: tuple[int, ...]) -> float:
+def _share_below(path: Path, shape: tuple[int, ...]) -> float:
     """Share of a product's layers whose input has something trained below it: not in the first block's attention."""
     first_run = path[0] in ("blocks_0", "block_0")
     if not first_run or not _reads_block_input(path):
@@ -159,6 +93,11 @@ def _share_below(path: tuple[str, ...], shape: tuple[int, ...]) -> float:
     return (layers - 1) / layers
 
 
-def _reads_block_input(path: tuple[str, ...]) -> bool:
+def _share_below_weights(path: Path, shape: tuple[int, ...]) -> float:
+    """The same for a base weight: modulation is made from timestep and text alone, where nothing is trained."""
+    return 0.0 if _stream(path) == "vector" else _share_below(path, shape)
+
+
+def _reads_block_input(path: Path) -> bool:
     """Whether a layer works on its block's own input, or on nothing but layers that do."""
     return "attn2" in path or not set(path).isdisjoint(_INPUT_SIDE)

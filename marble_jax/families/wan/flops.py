@@ -7,13 +7,8 @@ rematerialisation adds.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-
-import numpy as np
-from flax import traverse_util
-
 from marble_jax.families.base import SampleFlops
+from marble_jax.families.transformer_flops import Path, adapter_products, weight_products
 from marble_jax.families.wan.config import WanConfig
 from marble_jax.types import Adapter, Params
 
@@ -21,23 +16,6 @@ _RUN = "blocks_all"
 _VECTOR = ("time_embedder", "time_proj")
 _KEYS_AND_VALUES = ("to_k", "to_v")
 _INPUT_SIDE = ("to_q", "to_k", "to_v")
-
-Path = tuple[str, ...]
-
-
-@dataclasses.dataclass
-class _Flops:
-    """FLOPs of a group of products at one sample.
-
-    Attributes:
-      forward: of the forward pass.
-      backward: of the gradient of one cotangent in the adapter.
-      in_blocks: the part of `forward` that lies in blocks.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    in_blocks: float = 0.0
 
 
 def transformer(
@@ -56,12 +34,12 @@ def transformer(
       text_tokens: text tokens of a sample.
     """
     positions = {"clip": tokens, "text": text_tokens, "vector": 1}
-    base = _base_products(params, positions)
+    base = weight_products(params, positions, _stream, _share_below)
     # Queries with keys, and their weights with values: of the clip's tokens, then of text.
     to_itself = config.num_layers * 4.0 * tokens**2 * config.width
     to_text = config.num_layers * 4.0 * tokens * text_tokens * config.width
     attention = to_itself + to_text
-    low_rank = _low_rank_products(adapter, positions)
+    low_rank = adapter_products(adapter, positions, _stream, _share_below)
     return SampleFlops(
         base=base.forward + attention,
         forward=base.forward + attention + low_rank.forward,
@@ -70,40 +48,6 @@ def transformer(
         recomputed=base.in_blocks + attention + low_rank.forward,
         attention=attention,
     )
-
-
-def _base_products(params: Params, positions: Mapping[str, int]) -> _Flops:
-    """Products with the base weights, at `positions` of a stream a sample."""
-    flops = _Flops()
-    for path, leaf in traverse_util.flatten_dict(dict(params)).items():
-        if path[-1] != "kernel":
-            continue
-        stream = _stream(path)
-        product = 2.0 * positions[stream] * float(np.prod(leaf.shape))
-        flops.forward += product
-        if path[0] == _RUN:
-            flops.in_blocks += product
-            # Keys and values of text are made of embeddings that nothing trained has touched.
-            if stream == "clip":
-                flops.backward += product * _share_below(path, leaf.shape)
-        elif path[0] == "proj_out":
-            flops.backward += product
-    return flops
-
-
-def _low_rank_products(adapter: Adapter, positions: Mapping[str, int]) -> _Flops:
-    """Products with the adapter's factors, at `positions` of a stream a sample."""
-    flops = _Flops()
-    for path, leaf in traverse_util.flatten_dict(dict(adapter)).items():
-        stream = _stream(path)
-        product = 2.0 * positions[stream] * float(np.prod(leaf.shape))
-        flops.forward += product
-        # The input of `b` is the output of `a`, which is always trained.
-        below = 1.0
-        if path[-1] == "a":
-            below = _share_below(path, leaf.shape) if stream == "clip" else 0.0
-        flops.backward += product * (1 + below)
-    return flops
 
 
 def _stream(path: Path) -> str:
@@ -117,7 +61,12 @@ def _stream(path: Path) -> str:
 
 
 def _share_below(path: Path, shape: tuple[int, ...]) -> float:
-    """Share of a product's layers whose input has something trained below it: not in the first self-attention."""
+    """Share of a product's layers whose input has something trained below it: not in the first self-attention.
+
+    Keys and values of text are made of embeddings, and modulation of noise levels, that nothing trained has touched.
+    """
+    if _stream(path) != "clip":
+        return 0.0
     if path[0] != _RUN or "attn1" not in path or set(path).isdisjoint(_INPUT_SIDE):
         return 1.0
     return (shape[0] - 1) / shape[0]
