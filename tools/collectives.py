@@ -71,10 +71,12 @@ def small_shapes(settings: Any) -> Any:
     """A transformer of three blocks with eight heads, and an autoencoder, as shapes."""
     import jax
 
+    from marble_jax.families.scheduler import SchedulerConfig
     from marble_jax.families.sd3 import transformer
     from marble_jax.families.sd3.config import MMDiTConfig
     from marble_jax.families.sd3.family import FAMILY
-    from marble_jax.families.sd3.networks import SchedulerConfig, SD3Networks, transformer_options
+    from marble_jax.families.sd3.networks import SD3Networks
+    from marble_jax.families.transformer_module import module_fields
     from marble_jax.networks import autoencoder_kl
     from marble_jax.plan.model_shapes import ModelShapes
     from marble_jax.programs.open_model import network_options, size_of
@@ -97,7 +99,7 @@ def small_shapes(settings: Any) -> Any:
     )
     spec = lora.lora_spec(settings.lora, FAMILY)
     options = network_options(settings.model, spec.scale)
-    model = transformer.MMDiT(config, **transformer_options(options))
+    model = transformer.MMDiT(config, **module_fields(options))
     params = transformer.abstract_params(model)
     vae = autoencoder_kl.AutoencoderKL(
         autoencoder_kl.VAEConfig(

@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from marble_jax.networks.lora_dense import COLLECTION
 from marble_jax.types import Params
 
 GatherParams = Callable[[tuple[str, ...], Params], Params]
@@ -50,6 +51,25 @@ def wrapped_block(
             # A backward pass gathers weights once more: kept, those of all blocks would be whole at a time.
             policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     return nn.remat(wrapped, prevent_cse=prevent_cse, policy=policy)
+
+
+def run_of_blocks(block: Any, length: int, unroll: int, num_shared: int) -> Any:
+    """Returns the class of a run of equal blocks: one scan, with parameters and adapters stacked on axis 0.
+
+    Args:
+      block: class of a block, from `wrapped_block`; called on the token streams and what all blocks share.
+      length: blocks of the run.
+      unroll: blocks in one turn of the scan; no more than there are.
+      num_shared: arguments behind the token streams, the same for every block.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, COLLECTION: 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * num_shared,
+        length=length,
+        unroll=min(unroll, length),
+    )
 
 
 def _gathered_block(block: type[nn.Module], name: str, gather: GatherParams) -> Any:

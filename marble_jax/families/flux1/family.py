@@ -18,11 +18,12 @@ from marble_jax.families.flux1 import layer_names, published, text
 from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.families.flux1.formats import FLUX1_FORMATS
 from marble_jax.families.flux1.levels import read_scheduler
-from marble_jax.families.flux1.networks import FluxNetworks, transformer_options
+from marble_jax.families.flux1.networks import FluxNetworks
 from marble_jax.families.flux1.packing import pack
 from marble_jax.families.flux1.sharding_rules import component_rules
 from marble_jax.families.flux1.transformer import FluxTransformer, abstract_params
 from marble_jax.families.model_index import component_class, name_without_owner
+from marble_jax.families.transformer_module import module_fields, shapes_in
 from marble_jax.networks import autoencoder_kl, clip, t5
 from marble_jax.networks.autoencoder_kl import AutoencoderKL, VAEConfig, load_vae
 from marble_jax.networks.tokenizers import max_length
@@ -97,7 +98,7 @@ class FluxFamily(Family):
             root / "transformer",
             options.dtype,
             put("transformer"),
-            **transformer_options(options),
+            **module_fields(options, takes_guidance=True),
         )
         vae = load_vae(root / "vae", decoder_dtype, put("vae"))
         return FluxNetworks(root, options, transformer, vae, scheduler)
@@ -112,13 +113,9 @@ class FluxFamily(Family):
         else:
             config, scheduler = published.MODELS[name_without_owner(model)]
             vae, directory = published.VAE, None
-        transformer = FluxTransformer(config, **transformer_options(options))
+        transformer = FluxTransformer(config, **module_fields(options, takes_guidance=True))
         autoencoder = AutoencoderKL(vae)
-        dtype = jnp.dtype(options.dtype)
-        # Shapes in the dtype that weights have in memory.
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(transformer)
-        )
+        shapes = shapes_in(abstract_params(transformer), options.dtype)
         decoder = (autoencoder, autoencoder_kl.abstract_params(autoencoder))
         return FluxNetworks(directory, options, (transformer, shapes), decoder, scheduler)
 

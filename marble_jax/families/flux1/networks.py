@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -15,7 +14,6 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import (
     Conditioning,
     NetworkOptions,
-    Networks,
     SampleFlops,
     Size,
     TransformerShape,
@@ -25,7 +23,8 @@ from marble_jax.families.flux1.config import PATCH
 from marble_jax.families.flux1.levels import SchedulerConfig, sigma_levels
 from marble_jax.families.flux1.sharding_rules import transformer_rules
 from marble_jax.families.flux1.transformer import FluxTransformer, check_guidance, velocity
-from marble_jax.networks import autoencoder_flops, autoencoder_kl
+from marble_jax.families.image_networks import ImageNetworks
+from marble_jax.families.transformer_module import module_fields
 from marble_jax.networks.autoencoder_kl import AutoencoderKL
 from marble_jax.types import Adapter, Params
 
@@ -33,7 +32,7 @@ DEFAULT_SIDE = 128
 """Latent cells of an image's side in diffusers' pipeline unless it is told otherwise."""
 
 
-class FluxNetworks(Networks):
+class FluxNetworks(ImageNetworks):
     """Transformer and autoencoder of one FLUX.1 model.
 
     Attributes:
@@ -57,29 +56,14 @@ class FluxNetworks(Networks):
         Raises:
           InputError: an autoencoder that does not fit the transformer.
         """
-        self.directory, self.options = directory, options
-        self.model, self.params = transformer
-        self.vae, self.decoder_params = vae
-        self.scheduler = scheduler
+        rules = transformer_rules(transformer[0].config.attention_head_dim)
+        super().__init__(directory, options, transformer, vae, scheduler, rules)
         expected, received = self.model.config.latent_channels, self.vae.config.latent_channels
         if expected != received:
             raise InputError(
                 f"{directory}: VAE latent channels: expected the transformer's in_channels / {PATCH**2} = "
                 f"{expected}; received {received}"
             )
-        self.sharding_rules = transformer_rules(self.model.config.attention_head_dim)
-        # Activations are largest at full resolution, where the last upsampling has the channels of the level before.
-        widths = self.vae.config.block_out_channels
-        self.largest_activation = widths[min(1, len(widths) - 1)]
-
-    @property
-    def decoder_only_params(self) -> Params:
-        """See `Networks.decoder_only_params`."""
-        used = {}
-        for name in ("decoder", "post_quant_conv"):
-            if name in self.decoder_params:
-                used[name] = self.decoder_params[name]
-        return used
 
     def velocity(
         self,
@@ -91,19 +75,6 @@ class FluxNetworks(Networks):
     ) -> Float[Array, "n h w c"]:
         """See `Networks.velocity`; latents are [N, h, w, C]."""
         return velocity(self.model, params, adapter, xt, sigma, cond)
-
-    def decode_latents(
-        self, decoder_params: Params, latents: Float[Array, "n h w c"]
-    ) -> Float[Array, "n 1 height width 3"]:
-        """See `Networks.decode_latents`; an image is a clip of one frame."""
-        images = autoencoder_kl.decode(self.vae, decoder_params, latents)
-        # [N, H, W, 3] to [N, 1, H, W, 3].
-        return images[:, None]
-
-    @property
-    def _cell(self) -> int:
-        """Pixels of a latent cell along one side."""
-        return self.vae.config.downsampling
 
     def check_size(self, size: Size, names: tuple[str, str, str]) -> None:
         """See `Networks.check_size`."""
@@ -123,12 +94,6 @@ class FluxNetworks(Networks):
     def check_guidance(self, embedded_guidance: float | None, name: str) -> None:
         """See `Networks.check_guidance`."""
         check_guidance(self.model.config, embedded_guidance, name)
-
-    def latent_shape(self, size: Size) -> tuple[int, ...]:
-        """(h, w, C) of the latents of an image."""
-        self.check_size(size, ("image height", "image width", "frames"))
-        height, width = size.height // self._cell, size.width // self._cell
-        return height, width, self.vae.config.latent_channels
 
     @property
     def default_size(self) -> Size:
@@ -173,14 +138,9 @@ class FluxNetworks(Networks):
             self.model.config, self.params, adapter, tokens, max_sequence_length
         )
 
-    def decoder_flops(self, size: Size) -> float:
-        """See `Networks.decoder_flops`."""
-        height, width, _ = self.latent_shape(size)
-        return autoencoder_flops.decoder(self.vae.config, self.decoder_params, height, width)
-
     def with_options(self, options: NetworkOptions) -> FluxNetworks:
         """See `Networks.with_options`."""
-        model = self.model.clone(**transformer_options(options))
+        model = self.model.clone(**module_fields(options, takes_guidance=True))
         return FluxNetworks(
             self.directory,
             options,
@@ -194,8 +154,3 @@ def _num_tokens(latent_shape: tuple[int, ...]) -> int:
     """Image tokens of one sample's latents."""
     height, width, _ = latent_shape
     return (height // PATCH) * (width // PATCH)
-
-
-def transformer_options(options: NetworkOptions) -> dict[str, Any]:
-    """Fields of `FluxTransformer` that options stand for: every option goes by the same name in it."""
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}

@@ -26,9 +26,15 @@ from marble_jax.families.flux1.packing import pack, unpack
 from marble_jax.families.flux1.rotary import rotary_tables
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS
 from marble_jax.networks.attention import AdaLayerNorm, AttentionFn, layer_norm, modulate
-from marble_jax.networks.block_remat import REMAT_POLICIES, GatherParams, wrapped_block
-from marble_jax.networks.lora_dense import COLLECTION, LoraDense, check_adapter
+from marble_jax.networks.block_remat import (
+    REMAT_POLICIES,
+    GatherParams,
+    run_of_blocks,
+    wrapped_block,
+)
+from marble_jax.networks.lora_dense import LoraDense
 from marble_jax.networks.transformer_layers import TwoLayer, timestep_embedding
+from marble_jax.networks.velocity import adapted_velocity
 from marble_jax.types import Adapter, Params
 
 
@@ -162,14 +168,7 @@ class FluxTransformer(nn.Module):
         gather = None if self.is_initializing() else self.gather
         # Under a scan the recomputation cannot be merged with the forward pass, so the barrier would only cost time.
         wrapped = wrapped_block(block, f"block_{kind}", self.remat, gather, prevent_cse=False)
-        run = nn.scan(
-            wrapped,
-            variable_axes={"params": 0, COLLECTION: 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=length,
-            unroll=min(self.unroll, length),
-        )
+        run = run_of_blocks(wrapped, length, self.unroll, num_shared=2)
         return run(
             self.config,
             self.dtype,
@@ -252,17 +251,5 @@ def velocity(
     Raises:
       InputError: adapter leaves that no layer reads or that do not fit; see also `FluxTransformer`.
     """
-    if model.gather is not None:
-        params = {**params, **model.gather((), _outside_blocks(params))}
-    variables = {"params": params}
-    if adapter is not None:
-        check_adapter(params, adapter)
-        variables[COLLECTION] = adapter
     levels = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), xt.shape[:1])
-    output: Any = model.apply(variables, xt, levels, cond["embeds"], cond["pooled"])
-    return output.astype(jnp.float32)
-
-
-def _outside_blocks(params: Params) -> Params:
-    """Parameters that are put together before the first block; blocks gather their own."""
-    return {name: part for name, part in params.items() if not name.startswith("blocks_")}
+    return adapted_velocity(model, params, adapter, xt, levels, cond["embeds"], cond["pooled"])

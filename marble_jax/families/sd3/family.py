@@ -18,13 +18,10 @@ from marble_jax.families.scheduler import SchedulerConfig, read_scheduler
 from marble_jax.families.sd3 import layer_names, published, text
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS
-from marble_jax.families.sd3.networks import (
-    SD3Networks,
-    shapes_in,
-    transformer_options,
-)
+from marble_jax.families.sd3.networks import SD3Networks
 from marble_jax.families.sd3.sharding_rules import component_rules
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
+from marble_jax.families.transformer_module import module_fields, shapes_in
 from marble_jax.networks import autoencoder_kl, clip, t5
 from marble_jax.networks.autoencoder_kl import AutoencoderKL, VAEConfig, load_vae
 from marble_jax.networks.tokenizers import max_length
@@ -109,7 +106,7 @@ class SD3Family(Family):
             root / "transformer",
             options.dtype,
             put("transformer"),
-            **transformer_options(options),
+            **module_fields(options),
         )
         vae = load_vae(root / "vae", decoder_dtype, put("vae"))
         return SD3Networks(root, options, transformer, vae, scheduler, num_clip_tokens)
@@ -126,7 +123,7 @@ class SD3Family(Family):
             transformer = published.TRANSFORMERS[name_without_owner(model)]
             vae, scheduler = published.VAE, SchedulerConfig(published.SHIFT)
             num_clip_tokens, directory = text.CLIP_LENGTH, None
-        mmdit = MMDiT(transformer, **transformer_options(options))
+        mmdit = MMDiT(transformer, **module_fields(options))
         autoencoder = AutoencoderKL(vae)
         return SD3Networks(
             directory,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -16,22 +14,22 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import (
     Conditioning,
     NetworkOptions,
-    Networks,
     SampleFlops,
     Size,
     TransformerShape,
 )
+from marble_jax.families.image_networks import ImageNetworks
 from marble_jax.families.scheduler import SchedulerConfig
 from marble_jax.families.sd3 import flops
 from marble_jax.families.sd3.sharding_rules import transformer_rules
 from marble_jax.families.sd3.transformer import MMDiT, velocity
+from marble_jax.families.transformer_module import module_fields
 from marble_jax.flow.levels import sigma_grid
-from marble_jax.networks import autoencoder_flops, autoencoder_kl
 from marble_jax.networks.autoencoder_kl import AutoencoderKL
 from marble_jax.types import Adapter, Params
 
 
-class SD3Networks(Networks):
+class SD3Networks(ImageNetworks):
     """MMDiT and autoencoder of one SD3 model.
 
     Attributes:
@@ -55,10 +53,8 @@ class SD3Networks(Networks):
         Raises:
           InputError: an autoencoder that does not fit the transformer.
         """
-        self.directory, self.options = directory, options
-        self.model, self.params = transformer
-        self.vae, self.decoder_params = vae
-        self.scheduler = scheduler
+        rules = transformer_rules(transformer[0].config.attention_head_dim)
+        super().__init__(directory, options, transformer, vae, scheduler, rules)
         self.num_clip_tokens = num_clip_tokens
         expected, received = self.model.config.in_channels, self.vae.config.latent_channels
         if expected != received:
@@ -66,19 +62,6 @@ class SD3Networks(Networks):
                 f"{directory}: VAE latent channels: expected the transformer's {expected}; "
                 f"received {received}"
             )
-        self.sharding_rules = transformer_rules(self.model.config.attention_head_dim)
-        # Activations are largest at full resolution, where the last upsampling has the channels of the level before.
-        widths = self.vae.config.block_out_channels
-        self.largest_activation = widths[min(1, len(widths) - 1)]
-
-    @property
-    def decoder_only_params(self) -> Params:
-        """See `Networks.decoder_only_params`."""
-        used = {}
-        for name in ("decoder", "post_quant_conv"):
-            if name in self.decoder_params:
-                used[name] = self.decoder_params[name]
-        return used
 
     def velocity(
         self,
@@ -90,19 +73,6 @@ class SD3Networks(Networks):
     ) -> Float[Array, "n h w c"]:
         """See `Networks.velocity`; latents are [N, h, w, C]."""
         return velocity(self.model, params, adapter, xt, sigma, cond)
-
-    def decode_latents(
-        self, decoder_params: Params, latents: Float[Array, "n h w c"]
-    ) -> Float[Array, "n 1 height width 3"]:
-        """See `Networks.decode_latents`; an image is a clip of one frame."""
-        images = autoencoder_kl.decode(self.vae, decoder_params, latents)
-        # [N, H, W, 3] to [N, 1, H, W, 3].
-        return images[:, None]
-
-    @property
-    def _cell(self) -> int:
-        """Pixels of a latent cell along one side."""
-        return self.vae.config.downsampling
 
     def check_size(self, size: Size, names: tuple[str, str, str]) -> None:
         """See `Networks.check_size`."""
@@ -121,12 +91,6 @@ class SD3Networks(Networks):
             raise InputError(
                 f"{names[2]}: expected 1, as Stable Diffusion 3 draws images; received {size.num_frames}"
             )
-
-    def latent_shape(self, size: Size) -> tuple[int, ...]:
-        """(h, w, C) of the latents of an image."""
-        self.check_size(size, ("image height", "image width", "frames"))
-        height, width = size.height // self._cell, size.width // self._cell
-        return height, width, self.vae.config.latent_channels
 
     @property
     def default_size(self) -> Size:
@@ -173,14 +137,9 @@ class SD3Networks(Networks):
             self.model.config, self.params, adapter, shape.tokens, shape.text_tokens
         )
 
-    def decoder_flops(self, size: Size) -> float:
-        """See `Networks.decoder_flops`."""
-        height, width, _ = self.latent_shape(size)
-        return autoencoder_flops.decoder(self.vae.config, self.decoder_params, height, width)
-
     def with_options(self, options: NetworkOptions) -> SD3Networks:
         """See `Networks.with_options`."""
-        model = self.model.clone(**transformer_options(options))
+        model = self.model.clone(**module_fields(options))
         return SD3Networks(
             self.directory,
             options,
@@ -189,19 +148,3 @@ class SD3Networks(Networks):
             self.scheduler,
             self.num_clip_tokens,
         )
-
-
-def transformer_options(options: NetworkOptions) -> dict[str, Any]:
-    """Fields of `MMDiT` that options stand for."""
-    fields = {}
-    for field in dataclasses.fields(options):
-        # Every option goes by the same name in `MMDiT`, which has no guidance embedding.
-        if field.name != "embedded_guidance":
-            fields[field.name] = getattr(options, field.name)
-    return fields
-
-
-def shapes_in(params: Params, dtype: Any) -> Params:
-    """Shapes of parameters in the dtype that they have in memory."""
-    dtype = jnp.dtype(dtype)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)

@@ -28,8 +28,14 @@ from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.embedders import PatchEmbed, TimeTextEmbed
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS
 from marble_jax.networks.attention import AdaLayerNorm, AttentionFn, layer_norm, modulate
-from marble_jax.networks.block_remat import REMAT_POLICIES, GatherParams, wrapped_block
-from marble_jax.networks.lora_dense import COLLECTION, LoraDense, check_adapter
+from marble_jax.networks.block_remat import (
+    REMAT_POLICIES,
+    GatherParams,
+    run_of_blocks,
+    wrapped_block,
+)
+from marble_jax.networks.lora_dense import LoraDense
+from marble_jax.networks.velocity import adapted_velocity
 from marble_jax.types import Adapter, Params
 
 
@@ -104,14 +110,7 @@ class MMDiT(nn.Module):
         block = self._block(prevent_cse=False)
         options = {"attention": self.attention, **low_rank}
         for first, length, dual in config.runs:
-            run = nn.scan(
-                block,
-                variable_axes={"params": 0, COLLECTION: 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=length,
-                unroll=min(self.unroll, length),
-            )
+            run = run_of_blocks(block, length, self.unroll, num_shared=1)
             blocks = run(config, dual, name=f"blocks_{first}", **options)
             (x, c), _ = blocks((x, c), temb)
         final = config.num_layers - 1
@@ -204,22 +203,8 @@ def velocity(
     Raises:
       InputError: adapter leaves that no layer reads or that do not fit; see also `MMDiT`.
     """
-    if model.gather is not None:
-        params = {**params, **model.gather((), _outside_blocks(params))}
-    variables = {"params": params}
-    if adapter is not None:
-        check_adapter(params, adapter)
-        variables[COLLECTION] = adapter
     timestep = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32) * NUM_TRAIN_TIMESTEPS, xt.shape[:1])
-    output: Any = model.apply(variables, xt, timestep, cond["embeds"], cond["pooled"])
-    return output.astype(jnp.float32)
-
-
-def _outside_blocks(params: Params) -> Params:
-    """Parameters that are put together before the first block."""
-    outside = {}
-    for name, part in params.items():
-        # Blocks gather their own, and of the positional table only the centre is read.
-        if not name.startswith(("block", "pos_embed")):
-            outside[name] = part
-    return outside
+    # Of the positional table only the centre is read, and it gathers that by itself.
+    own = ("block", "pos_embed")
+    inputs = (xt, timestep, cond["embeds"], cond["pooled"])
+    return adapted_velocity(model, params, adapter, *inputs, not_gathered=own)

@@ -15,12 +15,13 @@ from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
 from marble_jax.families.model_index import component_class, name_without_owner
+from marble_jax.families.transformer_module import module_fields
 from marble_jax.families.wan import layer_names, published, text
 from marble_jax.families.wan.config import WanConfig
 from marble_jax.families.wan.formats import WAN_FORMATS
 from marble_jax.families.wan.index import check_index
 from marble_jax.families.wan.levels import read_scheduler
-from marble_jax.families.wan.networks import WanNetworks, transformer_options
+from marble_jax.families.wan.networks import WanNetworks
 from marble_jax.families.wan.sharding_rules import component_rules
 from marble_jax.families.wan.transformer import WanTransformer, abstract_params
 from marble_jax.networks import autoencoder_wan, umt5
@@ -97,7 +98,7 @@ class WanFamily(Family):
             root / "transformer",
             options.dtype,
             put("transformer"),
-            **transformer_options(options),
+            **module_fields(options),
         )
         vae = load_wan_vae(root / "vae", decoder_dtype, put("vae"))
         return WanNetworks(root, options, transformer, vae, scheduler)
@@ -115,7 +116,7 @@ class WanFamily(Family):
         else:
             config = published.MODELS[name_without_owner(model)]
             vae, scheduler = published.VAE, published.SCHEDULER
-        transformer = WanTransformer(config, **transformer_options(options))
+        transformer = WanTransformer(config, **module_fields(options))
         # Shapes in the dtypes that weights have in memory.
         shapes = abstract_params(transformer, jnp.dtype(options.dtype))
         autoencoder = AutoencoderWan(vae)

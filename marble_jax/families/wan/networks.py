@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -20,6 +19,7 @@ from marble_jax.families.base import (
     Size,
     TransformerShape,
 )
+from marble_jax.families.transformer_module import module_fields
 from marble_jax.families.wan import flops, text
 from marble_jax.families.wan.config import PATCH
 from marble_jax.families.wan.levels import SchedulerConfig, network_levels, sigma_levels
@@ -200,7 +200,7 @@ class WanNetworks(Networks):
 
     def with_options(self, options: NetworkOptions) -> WanNetworks:
         """See `Networks.with_options`."""
-        model = self.model.clone(**transformer_options(options))
+        model = self.model.clone(**module_fields(options))
         return WanNetworks(
             self.directory,
             options,
@@ -214,11 +214,3 @@ def _num_tokens(latent_shape: tuple[int, ...]) -> int:
     """Tokens of one sample's latents."""
     frames, rows, columns = token_grid(latent_shape)
     return frames * rows * columns
-
-
-def transformer_options(options: NetworkOptions) -> dict[str, Any]:
-    """Fields of `WanTransformer` that options stand for: every option but one goes by the same name in it."""
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    # Wan has no guidance embedding; `Networks.check_guidance` refuses a scale for one.
-    del fields["embedded_guidance"]
-    return fields
