@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_tokenizers import t5_tokenizer
+from transformer_checks import random_leaves
 
 from marble_jax.families.wan.config import WanConfig
 from marble_jax.families.wan.layer_names import layers_at
@@ -88,26 +89,9 @@ def torch_velocity(model, xt, sigma, cond, dtype=None):
     return channels_last(out.float().numpy())
 
 
-def relative_error(got, want) -> float:
-    """Relative error in the Euclidean norm."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def assert_close(got, want, tolerance: float = 1e-5) -> None:
-    assert relative_error(got, want) <= tolerance
-
-
 def random_adapter(params, spec=SPEC, seed: int = 0):
-    """Adapter with both leaves random: a fresh one would be the identity."""
-
-    def new():
-        return lora.init_adapter(jax.random.key(0), layers_at, params, spec)
-
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), jax.eval_shape(new)
+    return random_leaves(
+        lambda: lora.init_adapter(jax.random.key(0), layers_at, params, spec), seed
     )
 
 

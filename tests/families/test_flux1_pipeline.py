@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flux1_models import GUIDANCE, assert_close, build_pipeline
+from flux1_models import GUIDANCE, build_pipeline
 from loaded_pipeline import load_pipeline
+from transformer_checks import assert_close
 
 from marble_jax.errors import InputError
 from marble_jax.families.base import NetworkOptions, Size

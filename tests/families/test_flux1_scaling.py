@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from flux1_models import DEV, GUIDANCE, assert_close, inputs
+from flux1_models import DEV, GUIDANCE, inputs
+from transformer_checks import assert_close
 
 from marble_jax.distributed import device_mesh
 from marble_jax.families.flux1 import flops

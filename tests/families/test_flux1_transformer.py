@@ -15,14 +15,20 @@ from flux1_models import (
     SCHNELL,
     SIZES,
     SPEC,
-    assert_close,
     guidance_of,
     inputs,
     random_adapter,
     reference,
-    relative_error,
     token_ids,
     torch_velocity,
+)
+from transformer_checks import (
+    QUICK,
+    assert_close,
+    assert_published,
+    assert_saved_bit_for_bit,
+    gradient_of,
+    relative_error,
 )
 
 from marble_jax.errors import InputError
@@ -41,10 +47,7 @@ from marble_jax.families.flux1.transformer import (
 from marble_jax.networks.rotary import rotate
 from marble_jax.trainable import lora
 from marble_jax.trainable.lora import LoraSpec, merge, num_parameters
-from marble_jax.weights.key_map import save_params
-from marble_jax.weights.safetensors_files import SafetensorsDir
 
-QUICK = {"xla_backend_optimization_level": 0}  # these programs are compiled for one run each
 run_velocity = jax.jit(velocity, static_argnums=0, compiler_options=QUICK)
 
 
@@ -207,10 +210,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference(pair):
 
 def test_weights_round_trip_bit_for_bit(pair):
     _, _, params, path = pair
-    saved, source = save_params(params, entries(params)), SafetensorsDir(path)
-    assert saved.keys() == set(source.keys())
-    for key in source.keys():
-        np.testing.assert_array_equal(saved[key], source.read(key))
+    assert_saved_bit_for_bit(params, entries, path)
 
 
 @pytest.mark.parametrize(
@@ -219,21 +219,8 @@ def test_weights_round_trip_bit_for_bit(pair):
     ids=["dev", "schnell"],
 )
 def test_published_sizes(config, tensors, parameters):
-    """Counts, and names and shapes of all tensors, against diffusers' model without memory."""
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    from flax import traverse_util
-
-    from marble_jax.weights.key_map import published_shape
-
     shapes = abstract_params(FluxTransformer(config))
-    leaves = traverse_util.flatten_dict(shapes)
-    ours = {
-        entry.key: published_shape(entry, leaves[entry.path].shape) for entry in entries(shapes)
-    }
-    assert len(ours) == tensors and num_parameters(shapes) == parameters
-    with torch.device("meta"):
-        theirs = diffusers.FluxTransformer2DModel(**dataclasses.asdict(config))
-    assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert_published(shapes, entries, "FluxTransformer2DModel", config, tensors, parameters)
 
 
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -310,13 +297,7 @@ def test_new_adapter_is_the_identity(pair):
     np.testing.assert_array_equal(run_velocity(model, params, adapter, *inputs(DEV)), want)
 
 
-def gradient(model, params, adapter, xt, sigma, cond):
-    """Of a scalar of the velocity, over the adapter."""
-    return jax.grad(lambda a: jnp.sum(jnp.sin(velocity(model, params, a, xt, sigma, cond))))(
-        adapter
-    )
-
-
+gradient = gradient_of(velocity)
 run_gradient = jax.jit(gradient, static_argnums=0, compiler_options=QUICK)
 
 

@@ -10,6 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sd3_lora import LoraSpec, init_adapter, merge, num_parameters, stack
+from transformer_checks import (
+    QUICK,
+    assert_close,
+    assert_saved_bit_for_bit,
+    gradient_of,
+    random_leaves,
+)
 
 from marble_jax.config import default_config, settings_of
 from marble_jax.errors import InputError
@@ -20,8 +27,6 @@ from marble_jax.families.sd3.layer_names import crop_table, entries, load_mmdit
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
 from marble_jax.networks.attention import IMPLEMENTATIONS, attend
 from marble_jax.programs.open_model import network_options
-from marble_jax.weights.key_map import save_params
-from marble_jax.weights.safetensors_files import SafetensorsDir
 
 TINY = MMDiTConfig(
     sample_size=16, in_channels=3, num_layers=5, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=10,
@@ -34,7 +39,6 @@ VARIANTS = {
     "alternating": dataclasses.replace(TINY, dual_attention_layers=(1, 4), out_channels=2),
 }
 SPEC = LoraSpec(rank=3, alpha=6.0)
-QUICK = {"xla_backend_optimization_level": 0}  # these programs are compiled for one run each
 run_velocity = jax.jit(velocity, static_argnums=0, compiler_options=QUICK)
 
 
@@ -96,20 +100,8 @@ def torch_velocity(model, xt, sigma, cond):
     return out.numpy().transpose(0, 2, 3, 1)
 
 
-def assert_close(ours, theirs, tolerance=1e-5):
-    """Relative error in the Euclidean norm."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
-
-
 def random_adapter(params, spec=SPEC, seed=0):
-    """Adapter with both leaves random: a fresh one would be the identity."""
-    adapter = jax.eval_shape(lambda key: init_adapter(key, params, spec), jax.random.key(0))
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), adapter
-    )
+    return random_leaves(lambda: init_adapter(jax.random.key(0), params, spec), seed)
 
 
 @pytest.mark.parametrize("size", [(8, 12), (24, 6)])
@@ -241,10 +233,7 @@ def test_cropped_table_gives_the_same_velocity(pair):
 
 def test_weights_round_trip_bit_for_bit(pair):
     _, _, params, path = pair
-    saved, source = save_params(params, entries(params)), SafetensorsDir(path)
-    assert saved.keys() == set(source.keys())
-    for key in source.keys():
-        np.testing.assert_array_equal(saved[key], source.read(key))
+    assert_saved_bit_for_bit(params, entries, path)
 
 
 @pytest.mark.parametrize(
@@ -311,13 +300,7 @@ def test_new_adapter_is_the_identity(pair):
     np.testing.assert_array_equal(run_velocity(model, params, adapter, *inputs(TINY)), want)
 
 
-def gradient(model, params, adapter, xt, sigma, cond):
-    """Of a scalar of the velocity, over the adapter."""
-    return jax.grad(lambda a: jnp.sum(jnp.sin(velocity(model, params, a, xt, sigma, cond))))(
-        adapter
-    )
-
-
+gradient = gradient_of(velocity)
 run_gradient = jax.jit(gradient, static_argnums=0, compiler_options=QUICK)
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from loaded_pipeline import load_pipeline
+from transformer_checks import assert_close
 from wan_models import (
     TARGETS,
-    assert_close,
     build_pipeline,
     channels_first,
     channels_last,

@@ -10,17 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from transformer_checks import (
+    QUICK,
+    assert_close,
+    assert_published,
+    assert_saved_bit_for_bit,
+    gradient_of,
+    relative_error,
+)
 from wan_models import (
     SIZES,
     SPEC,
     TARGETS,
     TINY,
-    assert_close,
     channels_first,
     inputs,
     random_adapter,
     reference,
-    relative_error,
     torch_velocity,
 )
 
@@ -42,10 +48,7 @@ from marble_jax.families.wan.transformer import (
 from marble_jax.networks.rotary import rotate
 from marble_jax.trainable import lora
 from marble_jax.trainable.lora import LoraSpec, merge, num_parameters
-from marble_jax.weights.key_map import published_shape, save_params
-from marble_jax.weights.safetensors_files import SafetensorsDir
 
-QUICK = {"xla_backend_optimization_level": 0}  # these programs are compiled for one run each
 run_velocity = jax.jit(velocity, static_argnums=0, compiler_options=QUICK)
 
 
@@ -171,10 +174,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference(pair):
 
 def test_weights_round_trip_bit_for_bit(pair):
     _, _, params, path = pair
-    saved, source = save_params(params, entries(params)), SafetensorsDir(path)
-    assert saved.keys() == set(source.keys())
-    for key in source.keys():
-        np.testing.assert_array_equal(saved[key], source.read(key))
+    assert_saved_bit_for_bit(params, entries, path)
 
 
 @pytest.mark.parametrize(
@@ -183,17 +183,8 @@ def test_weights_round_trip_bit_for_bit(pair):
     ids=["1.3B", "14B"],
 )
 def test_published_sizes(config, tensors, parameters):
-    """Counts, and names and shapes of all tensors, against diffusers' model without memory."""
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     shapes = abstract_params(WanTransformer(config))
-    leaves = traverse_util.flatten_dict(shapes)
-    ours = {
-        entry.key: published_shape(entry, leaves[entry.path].shape) for entry in entries(shapes)
-    }
-    assert len(ours) == tensors and num_parameters(shapes) == parameters
-    with torch.device("meta"):
-        theirs = diffusers.WanTransformer3DModel(**dataclasses.asdict(config))
-    assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert_published(shapes, entries, "WanTransformer3DModel", config, tensors, parameters)
 
 
 FEED_FORWARD = ("ffn.net.0.proj", "ffn.net.2")
@@ -262,13 +253,7 @@ def test_merged_equals_unmerged(pair):
     assert_close(run_velocity(model, merged, None, *inputs()), want)
 
 
-def gradient(model, params, adapter, xt, sigma, cond):
-    """Of a scalar of the velocity, over the adapter."""
-    return jax.grad(lambda a: jnp.sum(jnp.sin(velocity(model, params, a, xt, sigma, cond))))(
-        adapter
-    )
-
-
+gradient = gradient_of(velocity)
 run_gradient = jax.jit(gradient, static_argnums=0, compiler_options=QUICK)
 
 
