@@ -80,6 +80,20 @@ METHODS = (
         (("harmonize.normalize", "False"),),
     ),
     Method(
+        "cleaned",
+        "exact, cleaned of noise over 20 steps, alpha averaged",
+        "ablations",
+        "cleaned",
+        (("harmonize.window", "20"),),
+    ),
+    Method(
+        "cleaned_signal",
+        "the same, on gradients of unit signal",
+        "ablations",
+        "cleaned",
+        (("harmonize.window", "20"), ("harmonize.unit", "signal")),
+    ),
+    Method(
         "solve_micro",
         "a solve a step, on one micro-batch (upstream's step, N = 1)",
         "ablations",
