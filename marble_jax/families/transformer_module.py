@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +25,15 @@ def module_fields(options: NetworkOptions, takes_guidance: bool = False) -> dict
     if not takes_guidance:
         del fields["embedded_guidance"]
     return fields
+
+
+def plainly_compiled(model: nn.Module) -> nn.Module:
+    """Returns a transformer module with the same parameters, traced in the quickest way.
+
+    Attention has no parameters, and a fused one cannot be traced everywhere; what is recomputed or unrolled changes no
+    parameter either.
+    """
+    return model.clone(attention="xla", remat="none", unroll=1)
 
 
 def shapes_in(params: Params, dtype: Any) -> Params:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from marble_jax.errors import InputError
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.types import Params
 from marble_jax.weights.component import load_component, open_component
 from marble_jax.weights.key_map import PlaceLeaf, path_entries
@@ -229,8 +230,7 @@ def abstract_params(model: AutoencoderKL) -> dict[str, Any]:
     # One latent cell: no leaf's shape depends on the size of the image.
     side = config.downsampling
     image = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return variables["params"]
+    return parameter_shapes(model, image)
 
 
 def encode(

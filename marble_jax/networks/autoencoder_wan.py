@@ -27,6 +27,7 @@ from marble_jax.errors import InputError
 from marble_jax.networks.autoencoder_wan_coders import Decoder, Encoder
 from marble_jax.networks.autoencoder_wan_config import WanVAEConfig
 from marble_jax.networks.causal_conv import STREAM, CausalConv
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.types import Params
 from marble_jax.weights.component import load_component, open_component
 from marble_jax.weights.key_map import PlaceLeaf, path_entries
@@ -102,8 +103,7 @@ def abstract_params(model: AutoencoderWan) -> dict[str, Any]:
     # One latent cell: no leaf's shape depends on the size of the clip.
     side = config.scale_factor_spatial
     image = jax.ShapeDtypeStruct((1, 1, side, side, config.in_channels), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return variables["params"]
+    return parameter_shapes(model, image)
 
 
 def encode(

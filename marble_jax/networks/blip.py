@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.networks.clip import ACTIVATIONS
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.types import Params
 from marble_jax.weights.key_map import PlaceLeaf, load_params, path_entries
 from marble_jax.weights.published_config import check_heads, config_from
@@ -285,7 +286,6 @@ def load_blip(
     pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, 3), jnp.float32)
     # Two tokens: no leaf's shape depends on how many there are.
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), pixels, ids)
-    shapes = variables["params"]
+    shapes = parameter_shapes(model, pixels, ids)
     params = load_params(source, path_entries(shapes), shapes, dtype, _IGNORED, place)
     return model, params

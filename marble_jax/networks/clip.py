@@ -26,6 +26,7 @@ from marble_jax.networks.clip_config import (
     CLIPTextConfig,
     CLIPVisionConfig,
 )
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.types import Params
 from marble_jax.weights.component import OrbaxDir, load_component, open_component
 from marble_jax.weights.key_map import Entry, PlaceLeaf, path_entries
@@ -278,12 +279,12 @@ def text_entries(shapes: Mapping[str, Any], keys: Collection[str]) -> list[Entry
 
 def abstract_text_params(model: CLIPTextEncoder) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
-    return _abstract_params(model, _IDS)
+    return parameter_shapes(model, _IDS)
 
 
 def abstract_params(model: CLIPModel) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct` of a pair, without allocating anything."""
-    return _abstract_params(model, _IDS, _pixels(model.config.vision))
+    return parameter_shapes(model, _IDS, _pixels(model.config.vision))
 
 
 def load_vision_encoder(
@@ -343,11 +344,6 @@ def _pixels(config: CLIPVisionConfig) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, side, side, config.num_channels), jnp.float32)
 
 
-def _abstract_params(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, Any]:
-    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    return variables["params"]
-
-
 def _load(
     source: SafetensorsDir | OrbaxDir,
     model: nn.Module,
@@ -355,5 +351,5 @@ def _load(
     place: PlaceLeaf | None,
     *inputs: jax.ShapeDtypeStruct,
 ) -> Params:
-    shapes = _abstract_params(model, *inputs)
+    shapes = parameter_shapes(model, *inputs)
     return load_component(source, path_entries(shapes), shapes, dtype, BUFFERS, place)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.errors import one_of
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.types import Params
 from marble_jax.weights.component import load_component, open_component
 from marble_jax.weights.key_map import Entry, PlaceLeaf, path_entries
@@ -186,8 +187,7 @@ def abstract_params(model: T5Encoder) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct`, without allocating anything."""
     # Two tokens: no leaf's shape depends on how many there are.
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), ids)
-    return variables["params"]
+    return parameter_shapes(model, ids)
 
 
 def file_entries(shapes: Mapping[str, Any], keys: Collection[str]) -> tuple[list[Entry], list[str]]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from marble_jax.errors import InputError
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.networks.t5 import T5Block, T5Config, file_entries, position_bias
 from marble_jax.types import Params
 from marble_jax.weights.component import load_component, open_component
@@ -109,5 +110,4 @@ def abstract_params(model: UMT5Encoder) -> dict[str, Any]:
     # Two tokens: no leaf's shape depends on how many there are.
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
-    variables = jax.eval_shape(model.init, jax.random.key(0), ids, mask)
-    return variables["params"]
+    return parameter_shapes(model, ids, mask)

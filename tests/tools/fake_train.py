@@ -69,6 +69,8 @@ if not done:
     evaluation(0, "base")
 for step in range(done, steps):
     look = {"harmonize/conflict": step % 2, "harmonize/worst_cos": 0.5 - step} if step < 2 else {}
+    if step < 2:
+        look |= {"out_of_sample/conflict": step % 2, "out_of_sample/worst_cos": -step / 2}
     with metrics.open("a") as file:
         file.write(json.dumps({"step": step, "time/step_s": 2.0 + step} | look) + "\n")
     if plan.get("stop_after", {}).get(workdir.name) == step + 1 and not done:

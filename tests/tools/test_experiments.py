@@ -233,6 +233,12 @@ def test_the_result_of_a_run(bench):
         -0.5,
         2,
     )
+    assert got["out_of_sample"] == {
+        "conflict": 0.5,
+        "worst_cos": -0.25,
+        "conflict_mean": None,
+        "worst_cos_mean": None,
+    }
     assert (got["seconds"], got["seconds_per_step"]) == (14.0, 3.5)
     share = {"mean": 0.25, "low": 0.1, "high": 0.5}
     assert got["joint"] == {
@@ -261,7 +267,7 @@ def test_results_are_written_and_read_back(bench, tmp_path):
 def made_results():
     """Three methods, two seeds, by hand: method c trains on one reward and has one seed."""
 
-    def run(method, seed, gains, lows, trained=("a", "b"), conflict=0.0, cosine=0.5):
+    def run(method, seed, gains, lows, trained=("a", "b"), conflict=0.0, cosine=0.5, later=None):
         gain = {
             n: {"mean": g, "low": low, "high": g + (g - low)}
             for n, g, low in zip("abj", gains, lows, strict=True)
@@ -276,12 +282,19 @@ def made_results():
             "conflict_rate": conflict,
             "worst_cos": cosine,
             "least_cos": cosine,
+            "out_of_sample": later or {},
             "seconds": 60.0,
         }
 
+    def later(*values):
+        names = ("conflict", "worst_cos", "conflict_mean", "worst_cos_mean")
+        return dict(zip(names, values, strict=True))
+
     runs = {
-        "p-1": run("p", 1, (1.0, 2.0, 0.1), (0.5, 1.0, 0.0)),
-        "p-2": run("p", 2, (3.0, 2.0, 0.3), (2.5, -1.0, 0.2), cosine=0.3),
+        "p-1": run("p", 1, (1.0, 2.0, 0.1), (0.5, 1.0, 0.0), later=later(0.25, -0.02, 0.0, 0.1)),
+        "p-2": run(
+            "p", 2, (3.0, 2.0, 0.3), (2.5, -1.0, 0.2), cosine=0.3, later=later(0.35, 0.03, 0.5, 0.2)
+        ),
         "q-1": run("q", 1, (5.0, -2.0, 0.2), (4.0, -3.0, 0.1), conflict=0.5, cosine=-0.25),
         "q-2": run("q", 2, (7.0, 4.0, 0.2), (6.0, 3.0, 0.1), conflict=1.0, cosine=-0.75),
         "c-1": run("c", 1, (0.0, 9.0, 0.5), (-1.0, 8.0, 0.4), ("b",), None, None),
@@ -376,13 +389,14 @@ def test_the_page():
     assert "| j (never trained) |" in head and "all 2 up" in head
     p = next(line for line in lines if line.startswith("| P |"))
     assert (
-        "| 2 | +2.0000 ± 12.7062 | +2.0000 ± 0.0000 |" in p and "| 0 % | +0.40 (+0.30) | 1.0 |" in p
+        "| 2 | +2.0000 ± 12.7062 | +2.0000 ± 0.0000 |" in p
+        and "| 0 % | +0.40 (+0.30) | 30 %, +0.005 | 25 %, +0.150 | 1.0 |" in p
     )
     q = next(line for line in lines if line.startswith("| Q |"))
     assert "| 75 % | -0.50 (-0.75) |" in q
     c = next(line for line in lines if line.startswith("| C |"))
     assert c.startswith("| C | 1 | +0.0000 | +9.0000 | +0.5000 |") and c.endswith(
-        "| 0/1 | 0/1 | - | - | 1.0 |"
+        "| 0/1 | 0/1 | - | - | - | - | 1.0 |"
     )
     at = lines.index("| minus P | a | b | j |")
     assert lines[at + 2].startswith("| Q | +4.0000 ± 0.0000 | -1.0000 ± 38.1186 |")
@@ -464,6 +478,17 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     Workdir(str(out / "equal-1")).claim({"seed": 5})  # somebody's other run, under a name of ours
     assert main([*argv, "--collect"], FAKE) == 0
     assert json.loads((out / "results.json").read_text())["runs"] == found["runs"]
+    # Folders that are gone, and their results on record: nothing is trained again, and the table stays.
+    elsewhere = [a for a in argv if not a.startswith("--out=")]
+    elsewhere += [f"--out={tmp_path / 'empty'}", f"--results={tmp_path / 'kept'}"]
+    assert main(elsewhere, FAKE) == 0 and Path(f"{plan}.calls").read_text() == calls
+    assert "4 runs are on record in" in capsys.readouterr().out
+    assert json.loads((tmp_path / "kept" / "results.json").read_text())["runs"] == found["runs"]
+    other = [*elsewhere, "--collect", "--config.nft.beta=0.5"]
+    assert main(other, FAKE) == 0  # another configuration: not these runs
+    said = capsys.readouterr().out
+    assert "of other configurations, left out: exact-1, gdpo-1, exact-2, gdpo-2" in said
+    assert json.loads((tmp_path / "kept" / "results.json").read_text())["runs"] == {}
     assert main([*argv, "--list"], FAKE) == 0 and "GDPO" in capsys.readouterr().out
 
 

@@ -2,7 +2,8 @@
 
     python -m tools.experiments --suite=main --seeds=3 --steps=60 --jobs=2 --out=runs/experiments
 
-The same command again skips what is finished and goes on with the rest. See HELP for the options.
+The same command again skips what is finished, in --out or on record in --results, and goes on with the rest. See HELP
+for the options.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ HELP = f"""usage: python -m tools.experiments [options] [--config=FILE] [--confi
   --steps=N         optimiser steps of every run (those of the configuration file)
   --jobs=1          runs at a time, 1 or 2, each on its share of the cores
   --out=runs/experiments    the runs' folders, logs/, and unless --results says otherwise what they come to
-  --results=DIR     results.json, table.md and fronts.svg, of these methods and all others finished in --out
+  --results=DIR     results.json, table.md and fronts.svg, of these methods and all others finished in --out; runs
+                    that results.json has already, with the same configuration, are not trained again
   --pairs={fronts.PAIRS}
                     rewards against each other in fronts.svg
   --list            names the methods and their runs
@@ -88,19 +90,25 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
                 own = ", ".join(job.name for job in planned if method.name in job.methods)
                 print(f"{suite:10} {method.name:16} {method.title:52} {own}")
         return 0
+    on_record = target / "results.json"
+    kept, others = results.kept_results(on_record, everything)
     if boolean("dry_run", values["dry_run"]):
         for job in planned:
-            print(
-                ("# finished: " if runner.finished(job) else "")
-                + shlex.join([*train, *job.arguments])
-            )
+            done = job.name in kept or runner.finished(job)
+            print(("# finished: " if done else "") + shlex.join([*train, *job.arguments]))
         return 0
+    if kept:
+        _say(f"{len(kept)} runs are on record in {on_record}")
+    if others:
+        _say(f"runs in {on_record} of other configurations, left out: {', '.join(others)}")
     failed = []
     if not boolean("collect", values["collect"]):
-        failed = runner.run(planned, num_jobs, out / "logs", train, say=_say)
-    there = [job for job in everything if job in planned or _is_there(job)]
-    found = results.collect(there, shlex.join(["python", "-m", "tools.experiments", *argv]))
-    results.write_json(target / "results.json", found)
+        missing = [job for job in planned if job.name not in kept]
+        failed = runner.run(missing, num_jobs, out / "logs", train, say=_say)
+    there = [job for job in everything if job in planned or job.name in kept or _is_there(job)]
+    command = shlex.join(["python", "-m", "tools.experiments", *argv])
+    found = results.collect(there, command, kept)
+    results.write_json(on_record, found)
     write_whole(target / "table.md", table.markdown(found))
     written = ["results.json", "table.md"]
     if (main_rows := table.rows(found, "main")) and pairs:

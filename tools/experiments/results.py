@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from marble_jax.errors import InputError
 from marble_jax.report.intervals import number
 from marble_jax.report.reading import read_records
 from marble_jax.report.records import Records
-from marble_jax.storage.files import write_whole
+from marble_jax.storage.files import read_json, write_whole
 from tools.experiments.methods import METHODS, Job
 from tools.experiments.runner import finished
 
@@ -47,6 +48,19 @@ def _joint(rates: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+OUT_OF_SAMPLE = ("conflict", "worst_cos", "conflict_mean", "worst_cos_mean")
+"""Against gradients of samples that an update was not made from: one update's, then those of a mean of updates."""
+
+
+def _out_of_sample(records: Records) -> dict[str, float | None]:
+    """Means over steps of what the updates are to the gradients of later steps."""
+    found: dict[str, float | None] = {}
+    for name in OUT_OF_SAMPLE:
+        values = records.series(f"out_of_sample/{name}").finite
+        found[name] = _rounded(float(values.mean()), 4) if values.size else None
+    return found
+
+
 def run_result(job: Job) -> dict[str, Any]:
     """What one finished run came to.
 
@@ -55,7 +69,8 @@ def run_result(job: Job) -> dict[str, Any]:
 
     `conflict_rate` is the share of the steps looked at in which the update pointed against a reward, `worst_cos` the
     mean over these steps of the smallest cosine with a reward's gradient, `least_cos` the smallest of all. They are
-    null for a run on a single reward, whose update has nothing to conflict with.
+    null for a run on a single reward, whose update has nothing to conflict with. `out_of_sample` holds the same of
+    updates, and of means of updates, against the gradients of steps that come later.
     """
     records = read_records(job.workdir)
     last = records.trained[-1]
@@ -81,6 +96,7 @@ def run_result(job: Job) -> dict[str, Any]:
         "worst_cos": _rounded(float(cosine.mean()), 4) if looked else None,
         "least_cos": _rounded(float(cosine.min()), 4) if looked else None,
         "steps_looked_at": looked,
+        "out_of_sample": _out_of_sample(records) if len(records.rewards) > 1 else {},
         "seconds": _rounded(float(seconds.sum()), 4),
         "seconds_per_step": _rounded(float(np.median(seconds)), 4) if seconds.size else None,
         "config_hash": config_hash(job.config),
@@ -90,16 +106,68 @@ def run_result(job: Job) -> dict[str, Any]:
     }
 
 
-def collect(jobs: Sequence[Job], command: str) -> dict[str, Any]:
+SHARED = ("versions", "hardware")
+"""Facts that stand once where all runs share them."""
+
+
+def kept_results(path: Path, jobs: Sequence[Job]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Results of earlier collections for jobs of the same name and configuration whose folder is no more.
+
+    Args:
+      path: results.json; nothing is kept where it is not there.
+      jobs: whose results are looked for.
+
+    Returns:
+      The results by run, and the names of runs in the file that were made with other configurations.
+
+    Raises:
+      InputError: no file of results.
+    """
+    if not path.exists():
+        return {}, []
+    content = read_json(path)
+    earlier = content.get("runs")
+    if not isinstance(earlier, dict):
+        raise InputError(
+            f"{path}: runs: expected results by run; received {type(earlier).__name__}"
+        )
+    shared = {key: content[key] for key in SHARED if key in content}
+    kept = {}
+    others = dict.fromkeys(earlier)
+    for job in jobs:
+        run = earlier.get(job.name)
+        if run is None or run.get("config_hash") != config_hash(job.config):
+            continue
+        del others[job.name]
+        # A folder knows more than its result.
+        if not job.workdir.exists():
+            # The methods that a run stands for may be other ones today.
+            kept[job.name] = {**shared, **run, "methods": list(job.methods)}
+    return kept, list(others)
+
+
+def collect(
+    jobs: Sequence[Job], command: str, kept: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Every finished run's result; versions and hardware stand once where all runs share them.
+
+    Args:
+      jobs: runs, finished or not.
+      command: that makes these results.
+      kept: results of earlier collections, for runs whose folder is no more.
 
     Raises:
       InputError: a folder holds a run with another configuration.
     """
-    runs = {job.name: run_result(job) for job in jobs if finished(job)}
+    runs = {}
+    for job in jobs:
+        if finished(job):
+            runs[job.name] = run_result(job)
+        elif kept and job.name in kept:
+            runs[job.name] = dict(kept[job.name])
     shared = {}
-    for key in ("versions", "hardware"):
-        values = [run[key] for run in runs.values()]
+    for key in SHARED:
+        values = [run.get(key) for run in runs.values()]
         if values and all(value == values[0] for value in values):
             shared[key] = values[0]
             for run in runs.values():

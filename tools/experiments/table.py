@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.evaluation.statistics import composite
+from tools.experiments.results import OUT_OF_SAMPLE
 
 HEADINGS = {
     "main": "Methods",
@@ -37,6 +38,7 @@ class Row:
       conflict_rate: [S], NaN for a single reward.
       worst_cos: [S], likewise.
       least_cos: [S], likewise.
+      out_of_sample: [S, 4] means over steps, in the order of `results.OUT_OF_SAMPLE`; NaN where not on record.
       seconds: [S] of all optimiser steps.
     """
 
@@ -50,6 +52,7 @@ class Row:
     conflict_rate: np.ndarray
     worst_cos: np.ndarray
     least_cos: np.ndarray
+    out_of_sample: np.ndarray
     seconds: np.ndarray
 
 
@@ -78,6 +81,11 @@ def _joint(run: dict[str, Any], which: str) -> list[float]:
     """Shares of a run's images above and below the base model's on all rewards of a set."""
     rates = run.get("joint", {}).get(which, {})
     return [_number(rates.get(rate, {}).get("mean")) for rate in ("domination", "collapse")]
+
+
+def _later(run: dict[str, Any]) -> list[float]:
+    """What a run's updates are to later steps' gradients; results of earlier versions have no such field: NaN."""
+    return [_number(run.get("out_of_sample", {}).get(name)) for name in OUT_OF_SAMPLE]
 
 
 def columns(results: dict[str, Any]) -> tuple[str, ...]:
@@ -120,6 +128,7 @@ def rows(results: dict[str, Any], suite: str | None = None) -> list[Row]:
                 each("conflict_rate"),
                 each("worst_cos"),
                 each("least_cos"),
+                np.array([_later(run) for run in runs]),
                 each("seconds"),
             )
         )
@@ -177,6 +186,15 @@ def verdict(row: Row, rewards: Sequence[str], names: Sequence[str]) -> tuple[str
     return f"{up.sum()}/{len(up)}", f"{clear.sum()}/{len(clear)}"
 
 
+def later_cells(row: Row) -> tuple[str, str]:
+    """`38 %, -0.02` of single updates and of means of updates, against gradients of steps that come later."""
+    means = row.out_of_sample.mean(axis=0)
+    if not np.isfinite(means).all():
+        return "-", "-"
+    single, mean = means[:2], means[2:]
+    return tuple(f"{100 * share:.0f} %, {cosine:+.3f}" for share, cosine in (single, mean))
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -199,6 +217,8 @@ def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
         *(f"above / below base on {SETS[which].format(len(rewards))}" for which in sets),
         "conflict rate",
         "worst cosine: mean (least)",
+        "next step: conflict, worst cosine",
+        "mean update, later steps: conflict, worst cosine",
         "minutes",
     ]
     body = []
@@ -218,6 +238,7 @@ def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
                 ),
                 f"{100 * conflict:.0f} %" if np.isfinite(conflict) else "-",
                 f"{cosine:+.2f} ({row.least_cos.min():+.2f})" if np.isfinite(cosine) else "-",
+                *later_cells(row),
                 f"{row.seconds.mean() / 60:.1f}",
             ]
         )
@@ -265,7 +286,10 @@ def markdown(results: dict[str, Any]) -> str:
         "domination), and of those for which the reverse holds (joint collapse, arXiv 2605.13155); of models that "
         "differ by chance both are alike. `conflict rate`: share of the steps looked at in which the update pointed "
         "against a reward's gradient. `worst cosine`: smallest cosine of the update with a reward's gradient, mean "
-        "over steps (and the least of all). Only steps that solve for alpha are looked at, on what they solve on. "
+        "over steps (and the least of all). Only steps that solve for alpha are looked at, on what they solve on: this "
+        "is in sample. `next step`: the same of an update with the gradients of the step after it, on samples that it "
+        "was not made from; `mean update`: of the mean of a window of updates, which is what Adam follows, with the "
+        "gradients of later steps. "
         "`minutes`: of optimiser steps, compilation included, with other runs beside them.",
         "",
     ]

@@ -24,6 +24,7 @@ from marble_jax.families.flux1.blocks import DoubleBlock, SingleBlock
 from marble_jax.families.flux1.config import PATCH, FluxConfig
 from marble_jax.families.flux1.packing import pack, unpack
 from marble_jax.families.flux1.rotary import rotary_tables
+from marble_jax.families.transformer_module import plainly_compiled
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS
 from marble_jax.networks.attention import AdaLayerNorm, AttentionFn, layer_norm, modulate
 from marble_jax.networks.block_remat import (
@@ -33,6 +34,7 @@ from marble_jax.networks.block_remat import (
     wrapped_block,
 )
 from marble_jax.networks.lora_dense import LoraDense
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.networks.transformer_layers import TwoLayer, timestep_embedding
 from marble_jax.networks.velocity import adapted_velocity
 from marble_jax.types import Adapter, Params
@@ -220,11 +222,10 @@ def abstract_params(model: FluxTransformer) -> dict[str, Any]:
         (1, config.pooled_projection_dim),
     )
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
-    # Attention has no parameters, and a fused one cannot be traced everywhere; nor does a parameter depend on how
-    # strong the guidance is.
+    # No parameter depends on how strong the guidance is.
     guidance = 1.0 if config.guidance_embeds else None
-    plain = model.clone(attention="xla", embedded_guidance=guidance)
-    return jax.eval_shape(plain.init, jax.random.key(0), *structs)["params"]
+    plain = plainly_compiled(model).clone(embedded_guidance=guidance)
+    return parameter_shapes(plain, *structs)
 
 
 def velocity(

@@ -26,6 +26,7 @@ from marble_jax.families.base import Conditioning
 from marble_jax.families.sd3.blocks import Block
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.embedders import PatchEmbed, TimeTextEmbed
+from marble_jax.families.transformer_module import plainly_compiled
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS
 from marble_jax.networks.attention import AdaLayerNorm, AttentionFn, layer_norm, modulate
 from marble_jax.networks.block_remat import (
@@ -35,6 +36,7 @@ from marble_jax.networks.block_remat import (
     wrapped_block,
 )
 from marble_jax.networks.lora_dense import LoraDense
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.networks.velocity import adapted_velocity
 from marble_jax.types import Adapter, Params
 
@@ -174,9 +176,7 @@ def abstract_params(model: MMDiT) -> dict[str, Any]:
         (1, config.pooled_projection_dim),
     )
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
-    # Attention has no parameters, and a fused one cannot be traced everywhere.
-    plain = model.clone(attention="xla")
-    return jax.eval_shape(plain.init, jax.random.key(0), *structs)["params"]
+    return parameter_shapes(plainly_compiled(model), *structs)
 
 
 def velocity(

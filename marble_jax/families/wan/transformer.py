@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.families.base import Conditioning
+from marble_jax.families.transformer_module import plainly_compiled
 from marble_jax.families.wan.blocks import NUM_MODULATIONS, WanBlock, modulation_table
 from marble_jax.families.wan.config import PATCH, WanConfig
 from marble_jax.families.wan.patches import PatchEmbedding, token_grid, unpatchify
@@ -34,6 +35,7 @@ from marble_jax.networks.block_remat import (
     wrapped_block,
 )
 from marble_jax.networks.lora_dense import LoraDense
+from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.networks.transformer_layers import TwoLayer, tanh_gelu, timestep_embedding
 from marble_jax.networks.velocity import adapted_velocity
 from marble_jax.types import Adapter, Params
@@ -179,9 +181,7 @@ def abstract_params(model: WanTransformer, dtype: Any = jnp.float32) -> dict[str
     latents = (1, *PATCH, config.in_channels)
     inputs = (latents, (1,), (1, 1, config.text_dim))
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
-    # Attention has no parameters, and a fused one cannot be traced everywhere.
-    plain = model.clone(attention="xla")
-    shapes = jax.eval_shape(plain.init, jax.random.key(0), *structs)["params"]
+    shapes = parameter_shapes(plainly_compiled(model), *structs)
 
     def typed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = {key.key for key in path}
