@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SAMPLING_OPTIONS = {
     "steps": "40",
     "solver": "euler",
-    "guidance": "1.0",
+    "guidance": "",
     "negative": "",
     "embedded_guidance": "",
     "size": "",
@@ -34,8 +34,9 @@ RENAMED_OPTIONS = {
 
 SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim, unipc)
   --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
+                     (both the run's own, or no guidance)
   --embedded_guidance=3.5  guidance scale as an input of the model, for guidance-distilled models (the run's own)
-  --size=HEIGHTxWIDTH  in pixels; the run's or the model's own unless given
+  --size=HEIGHTxWIDTH  in pixels, or FRAMESxHEIGHTxWIDTH for clips; the run's or the model's own unless given
   --max_sequence_length=N  tokens a prompt of the long text encoder (the run's own, or the model's)
   --omit_text_encoders=text_encoder_3  text encoders left out: their part is zeros, as in diffusers, and their
                      weights are never read
@@ -63,18 +64,20 @@ def sampling_settings(values: Mapping[str, str]) -> SamplingSettings:
     length = None
     if values["max_sequence_length"]:
         length = whole_number(values, "max_sequence_length", 1)
+    size, num_frames = _size(values["size"])
     return SamplingSettings(
         seed=whole_number(values, "seed", 0),
         num_steps=whole_number(values, "steps", 1),
         solver=values["solver"],
-        guidance=number(values, "guidance", 0),
+        guidance=number(values, "guidance", 0) if values["guidance"] else None,
         negative=values["negative"],
         embedded_guidance=_embedded_guidance(values),
-        size=_size(values["size"]),
+        size=size,
         max_sequence_length=length,
         omit_text_encoders=word_list(values["omit_text_encoders"]),
         dtype=values["dtype"] or None,
         batch=whole_number(values, "batch", 1),
+        num_frames=num_frames,
         embedding_cache=values["embedding_cache"],
     )
 
@@ -95,17 +98,19 @@ def _embedded_guidance(values: Mapping[str, str]) -> float | None:
     return guidance
 
 
-def _size(text: str) -> tuple[int, int] | None:
-    """(height, width) of `HEIGHTxWIDTH`; None for an empty text.
+def _size(text: str) -> tuple[tuple[int, int] | None, int | None]:
+    """(height, width) and frames of `HEIGHTxWIDTH` or `FRAMESxHEIGHTxWIDTH`; None for each that is not given.
 
     Raises:
-      InputError: not two whole numbers.
+      InputError: not two or three whole numbers.
     """
     if not text:
-        return None
-    height, _, width = text.lower().partition("x")
-    if not height.isdigit() or not width.isdigit():
+        return None, None
+    numbers = text.lower().split("x")
+    if len(numbers) not in (2, 3) or not all(number.isdigit() for number in numbers):
         raise InputError(
-            f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received {text!r}"
+            f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512, or FRAMESxHEIGHTxWIDTH, such as "
+            f"17x240x416; received {text!r}"
         )
-    return int(height), int(width)
+    *frames, height, width = map(int, numbers)
+    return (height, width), frames[0] if frames else None

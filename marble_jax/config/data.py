@@ -51,11 +51,23 @@ class RolloutSettings:
     integer_timesteps: bool = key(
         False, "truncate the network's timestep to an integer, as upstream does"
     )
+    guidance_scale: float = key(
+        1.0,
+        "classifier-free guidance of rollouts and of the run's evaluations, on above 1; what is trained is "
+        "the velocity under the prompt alone",
+        ">= 0",
+    )
+    negative_prompt: str = key("", "what guidance leads away from; without guidance unused")
     merge_adapter: bool = key(
         False,
         "fold the adapter into a copy of the weights for sampling: faster, exact only with float32 "
         "weights",
     )
+
+    @property
+    def guided(self) -> bool:
+        """Whether rollouts and evaluations are drawn with classifier-free guidance."""
+        return self.guidance_scale > 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,13 +25,13 @@ from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Held-out prompts and how to sample and score their images.
+    """Held-out prompts and how to draw and score their samples, which are images or clips.
 
     Attributes:
       prompts: the held-out prompts.
       sampler: compiled sampler of the evaluation's solver.
       encode: prompts to conditioning.
-      decode: latents [n, h, w, C] to images [n, H, W, 3].
+      decode: latents [n, *latent] to images [n, H, W, 3] or clips [n, F, H, W, 3].
       scorer: every reward, the held-out ones too.
       latent_shape: of one image's latents.
       batch_size: images at once.
@@ -71,7 +71,7 @@ class Evaluator:
         params: Params,
         adapter: Adapter | None,
         progress: Callable[[int], None] = lambda count: None,
-    ) -> tuple[Scores, np.ndarray]:
+    ) -> tuple[Scores, list[np.ndarray | None]]:
         """Samples and scores `images_per_prompt` images of every prompt.
 
         Args:
@@ -80,11 +80,12 @@ class Evaluator:
           progress: called with the number of images of every finished batch.
 
         Returns:
-          Scores of all images, and the kept images uint8 [num_images, H, W, 3].
+          Scores of all images, and of every kept prompt its image uint8 [H, W, 3] or clip [F, H, W, 3]; None in place
+          of one with numbers that are not finite, of which there is nothing to show.
         """
         groups = self.groups
         pending = []
-        images: dict[int, np.ndarray] = {}
+        images: dict[int, np.ndarray | None] = {}
         for index in batch_indices(len(groups), self.batch_size):
             prompts = [self.prompts[groups[i]] for i in index]
             decoded = self._sample(params, adapter, index, prompts)
@@ -94,7 +95,7 @@ class Evaluator:
             # The last batch repeats its last image to be full; an image counts once.
             progress(len(set(index.tolist())))
         results = [batch.result(lambda: progress(0)) for batch in pending]
-        return concatenate(results, len(groups)), self._stacked(images)
+        return concatenate(results, len(groups)), [images[number] for number in self.kept]
 
     def _sample(
         self,
@@ -103,7 +104,7 @@ class Evaluator:
         index: np.ndarray,
         prompts: Sequence[Prompt],
     ) -> jax.Array:
-        """Returns images float [n, H, W, 3] of n prompts, from the noise that belongs to the images' numbers."""
+        """Returns images or clips of n prompts, float, from the noise that belongs to the samples' numbers."""
         noise = image_noise(jax.random.key(self.seed), index, self.latent_shape)
         texts = [prompt.text for prompt in prompts]
         # Text encoders may refuse a prompt on one process; the others must not go on to wait for it.
@@ -111,17 +112,15 @@ class Evaluator:
         cond, noise = self.shard_batch((cond, noise))
         return self.decode(self.sampler(params, adapter, cond, noise))
 
-    def _keep(self, images: dict[int, np.ndarray], decoded: jax.Array, index: np.ndarray) -> None:
-        """Adds a batch's kept images to `images`, as uint8 [H, W, 3] by number."""
+    def _keep(
+        self, images: dict[int, np.ndarray | None], decoded: jax.Array, index: np.ndarray
+    ) -> None:
+        """Adds a batch's kept images to `images`, as uint8 by number, None for one that is not finite."""
         kept = set(self.kept)
         for row, number in enumerate(index.tolist()):
             if number not in kept or number in images:
                 continue
             # All processes reach this line for the same rows: a sharded image is gathered by all of them.
-            images[number] = to_uint8(distributed.to_host(decoded[row]))
-
-    def _stacked(self, images: dict[int, np.ndarray]) -> np.ndarray:
-        """Returns uint8 [num_images, H, W, 3] in the order of the prompts."""
-        if not images:
-            return np.zeros((0, 1, 1, 3), np.uint8)
-        return np.stack([images[number] for number in self.kept])
+            image = distributed.to_host(decoded[row])
+            # 8 bits have no NaN: it would come out as black.
+            images[number] = to_uint8(image) if np.isfinite(image).all() else None

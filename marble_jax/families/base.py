@@ -200,6 +200,10 @@ class Networks(abc.ABC):
     ) -> Float[Array, "n frames height width 3"]:
         """Returns clips float32 in [0, 1] of clean latents, as a pure function of weights and latents."""
 
+    def frames_decoded_at_once(self, num_frames: int) -> int:
+        """Frames of a clip of `num_frames` whose activations the decoder holds together: all, unless it streams."""
+        return num_frames
+
     @property
     def decoder_only_params(self) -> Params:
         """The part of `decoder_params` that decoding reads."""
@@ -329,6 +333,7 @@ class Family(abc.ABC):
       gathered_tables: pattern of the flax modules that hold tables split over `fsdp`.
       formats: how its files are laid out and what other libraries call its layers.
       diffusers: what its models are called in diffusers.
+      frames_per_second: of its clips; None for a family that draws images alone.
     """
 
     name: str
@@ -342,6 +347,7 @@ class Family(abc.ABC):
     gathered_tables: str
     formats: FileFormats
     diffusers: DiffusersNames
+    frames_per_second: int | None = None
 
     @abc.abstractmethod
     def components(self, omit: Sequence[str] = ()) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from etils import epath
 from marble_jax.distributed.sharding import HEAD_WIDTH
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, Family, TextEncoders
+from marble_jax.families.trimmed_rows import Trimmed, trim
 from marble_jax.storage.files import read_json_or_empty
 from marble_jax.weights.content_hash import content_hash
 
@@ -36,8 +37,8 @@ _HASHES = "hashes.json"
 _FORMAT = 2
 """Version of the files, and part of their names: another one makes other files."""
 
-Value = dict[str, np.ndarray]
-"""Conditioning of one text: named arrays without the sample axis."""
+Value = dict[str, Trimmed]
+"""Conditioning of one text: named arrays without the sample axis, nor rows of zeros at their end."""
 
 
 class EmbeddingCache:
@@ -190,7 +191,7 @@ class EmbeddingCache:
         cond = {}
         for name in values[texts[0]]:
             # Stacked on the host and repeated on the device: a prompt's images share one copy on the way there.
-            stacked = np.stack([values[text][name] for text in rows])
+            stacked = np.stack([values[text][name].whole() for text in rows])
             cond[name] = jnp.asarray(stacked)[index]
         return cond
 
@@ -215,8 +216,7 @@ class EmbeddingCache:
         cond = jax.device_get(cond)
         values: dict[str, Value] = {}
         for i, text in enumerate(texts):
-            # Copies: a row of the batch would keep the whole batch in memory.
-            values[text] = {name: np.array(array[i]) for name, array in cond.items()}
+            values[text] = {name: trim(array[i]) for name, array in cond.items()}
         for text, value in values.items():
             if self._cache is not None:
                 self._store(text, value)
@@ -287,12 +287,17 @@ def _num_bytes(value: Value) -> int:
 
 
 def _to_bytes(value: Value) -> bytes:
-    """A value as the content of an .npz file, each array as bytes under `name:dtype`."""
+    """A value as the content of an .npz file, each array as bytes under `name:dtype`, or `name:dtype:rows` if cut."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {}
-    for name, array in value.items():
+    for name, trimmed in value.items():
+        array = trimmed.array
+        key = f"{name}:{array.dtype.name}"
+        # Without rows to add, files are as they were before rows were cut.
+        if trimmed.rows > len(array):
+            key += f":{trimmed.rows}"
         # NumPy's own format does not know bfloat16.
-        arrays[f"{name}:{array.dtype.name}"] = array.view(np.uint8)
+        arrays[key] = array.view(np.uint8)
     np.savez(buffer, **arrays)
     return buffer.getvalue()
 
@@ -302,8 +307,9 @@ def _from_bytes(handle: Any) -> Value:
     value = {}
     with np.load(handle, allow_pickle=False) as data:
         for key in data.files:
-            name, _, dtype = key.partition(":")
-            value[name] = data[key].view(jnp.dtype(dtype))
+            name, dtype, *rows = key.split(":")
+            array = data[key].view(jnp.dtype(dtype))
+            value[name] = Trimmed(array, int(rows[0])) if rows else trim(array)
     return value
 
 

@@ -1,4 +1,4 @@
-"""Sampling images from a policy: noise to latents to pixels, one compiled program per batch shape."""
+"""Sampling from a policy: noise to latents, one compiled program per batch shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from marble_jax.flow.levels import truncated
-from marble_jax.flow.sampler import sample
+from marble_jax.flow.sampler import extrapolated, sample
 from marble_jax.flow.solvers import solver_table
 from marble_jax.streams import Stream, stream_key
 from marble_jax.types import Adapter, Conditioning, Params
@@ -28,7 +28,8 @@ def make_sampler(
     sigmas: Float[np.ndarray, " levels"],
     integer_timesteps: bool = False,
     network_sigmas: Float[np.ndarray, " steps"] | None = None,
-) -> Sampler:
+    guidance_scale: float = 1.0,
+) -> Callable[..., jax.Array]:
     """Builds a compiled sampler.
 
     Args:
@@ -36,25 +37,45 @@ def make_sampler(
       solver: "euler", "dpm1", "dpm2", "ddim" or "unipc".
       sigmas: [N + 1] noise levels of the model, decreasing to 0.
       integer_timesteps: truncate the timestep that the network sees, as upstream's rollouts do.
-      network_sigmas: [N] levels that the network is told without it; None for those of `sigmas`.
+      network_sigmas: [N] levels that the model's own pipeline tells the network; None for those of `sigmas`.
+      guidance_scale: of classifier-free guidance, on above 1.
+
+    Returns:
+      A `Sampler`; with guidance it takes one more argument, the conditioning [1, ...] of the negative prompt.
 
     Raises:
       InputError: an unknown solver, or levels that it cannot use.
     """
     table = solver_table(solver, sigmas)
-    if integer_timesteps:
+    # Levels that a pipeline truncates itself are whole already, and cut in float64.
+    if integer_timesteps and network_sigmas is None:
         # The network is not called at the last level.
         start_levels = sigmas[:-1]
         network_sigmas = truncated(start_levels)
 
     @jax.jit
     def run(
-        params: Params, adapter: Adapter | None, cond: Conditioning, noise: jax.Array
+        params: Params,
+        adapter: Adapter | None,
+        cond: Conditioning,
+        noise: jax.Array,
+        negative: Conditioning | None = None,
     ) -> jax.Array:
-        def velocity_at(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        def conditional(x: jax.Array, sigma: jax.Array, c: Conditioning) -> jax.Array:
             # All samples of a rollout are at the same level; a policy takes one for each.
             levels = jnp.broadcast_to(sigma, x.shape[:1])
-            return velocity(params, adapter, x, levels, cond)
+            return velocity(params, adapter, x, levels, c)
+
+        def velocity_at(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            if negative is None or guidance_scale <= 1:
+                return conditional(x, sigma, cond)
+            # One network call after the other: a doubled batch would move samples between devices.
+            repeated = jax.tree.map(
+                lambda leaf: jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:])), negative
+            )
+            away = conditional(x, sigma, repeated).astype(jnp.float32)
+            towards = conditional(x, sigma, cond).astype(jnp.float32)
+            return extrapolated(away, towards, guidance_scale)
 
         with jax.named_scope("rollout"):
             return sample(velocity_at, noise, sigmas, table, network_sigmas)

@@ -136,9 +136,14 @@ def guided(
         # float32 before the difference is scaled: in bfloat16 the scale would multiply its rounding error.
         velocities = velocity(doubled, sigma, both).astype(jnp.float32)
         away, towards = jnp.split(velocities, 2)
-        return away + guidance_scale * (towards - away)
+        return extrapolated(away, towards, guidance_scale)
 
     return velocity_fn
+
+
+def extrapolated(away: jax.Array, towards: jax.Array, guidance_scale: float) -> jax.Array:
+    """Velocity [n, ...] of classifier-free guidance, from those of the negative prompt and of the prompt."""
+    return away + guidance_scale * (towards - away)
 
 
 def _one_behind_another(first: jax.Array, second: jax.Array) -> jax.Array:

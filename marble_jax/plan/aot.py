@@ -33,6 +33,7 @@ from marble_jax.programs.build import build_steps, make_recipe
 from marble_jax.programs.open_model import decode_size, network_options
 from marble_jax.programs.run_state import blank_state
 from marble_jax.training.batch_sizes import Sizes
+from marble_jax.training.latent_layout import is_split, split_layout
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.state import TrainState
@@ -144,8 +145,14 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     abstract = _AbstractArguments(settings, shapes, mesh)
     networks = abstract.networks
     rollout = settings.rollout
-    levels = networks.levels(rollout.num_steps, shapes.latent)
-    sampler = make_sampler(networks.velocity, rollout.solver, levels, rollout.integer_timesteps)
+    sampler = make_sampler(
+        networks.velocity,
+        rollout.solver,
+        networks.levels(rollout.num_steps, shapes.latent),
+        rollout.integer_timesteps,
+        networks.network_levels(rollout.num_steps, shapes.latent),
+        rollout.guidance_scale,
+    )
     recipe = make_recipe(settings, sizes, mesh, networks, shapes.latent)
     optimizer = make_optimizer(settings.training)
     steps = build_steps(settings, recipe, networks, optimizer)
@@ -156,8 +163,11 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     noise = abstract.sharded((rollout.batch_size, *shapes.latent), jnp.float32)
     latents = abstract.decoded_latents()
     train = (state, abstract.params, abstract.rollouts(sizes))
+    drawing: tuple[Any, ...] = (abstract.params, policy, conditioning, noise)
+    if rollout.guided:
+        drawing += (abstract.negative_conditioning(),)
     programs = {
-        "rollout": Job(sampler, (abstract.params, policy, conditioning, noise)),
+        "rollout": Job(sampler, drawing),
         "decode": Job(jax.jit(networks.decode_latents), (abstract.decoder_params, latents)),
         "train, solving": Job(steps.refresh, train),
     }
@@ -204,6 +214,10 @@ class _AbstractArguments:
         arrays = self._conditioning_shapes(count)
         return {name: self.sharded(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
 
+    def negative_conditioning(self) -> dict[str, Abstract]:
+        """Conditioning of the negative prompt, whole on every device."""
+        return jax.tree.map(self._whole, self._conditioning_shapes(1))
+
     def _conditioning_shapes(self, count: int) -> dict[str, Any]:
         length = self._settings.model.max_sequence_length
         return self.networks.conditioning_shapes(count, length)
@@ -211,7 +225,8 @@ class _AbstractArguments:
     def decoded_latents(self) -> Abstract:
         """Latents that the autoencoder turns into images at once, which tensor splits, too."""
         batch = self._settings.rollout.batch_size
-        count = decode_size(batch, self._mesh)
+        frames = self.networks.frames_decoded_at_once(self._shapes.size.num_frames)
+        count = decode_size(batch, self._mesh, frames)
         sharding = device_mesh.image_sharding(self._mesh, batch)
         shape = (count, *self._shapes.latent)
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
@@ -228,18 +243,25 @@ class _AbstractArguments:
         return jax.tree.map(self._whole, jax.eval_shape(new_state))
 
     def rollouts(self, sizes: Sizes) -> RolloutBatch:
-        """The rollouts of a step, whole on every device: a train step takes its own samples out of them."""
+        """The rollouts of a step: but for large latents, whole on every device, which takes its own samples out."""
         count, rollout = sizes.images, self._settings.rollout
+        shape = (count, *self._shapes.latent)
+        kept = self.replicated(shape, jnp.float32)
+        split = is_split(count, self._shapes.latent, device_mesh.batch_shards(self._mesh))
+        if split:
+            shape = (sizes.rollout_batches, rollout.batch_size, *self._shapes.latent)
+            kept = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split_layout(self._mesh))
         conditioning = self._conditioning_shapes(rollout.prompts_per_step)
         # A scalarized advantage is a column behind the rewards'.
         scalarized = self._settings.advantages.scalarize != "none"
         num_columns = len(self._settings.rewards.train) + scalarized
         return RolloutBatch(
-            kept=self.replicated((count, *self._shapes.latent), jnp.float32),
+            kept=kept,
             prompt=self.replicated((count,), jnp.int32),
             cond=jax.tree.map(self._whole, conditioning),
             advantages=self.replicated((count, num_columns), jnp.float32),
             valid=self.replicated((count, num_columns), jnp.bool_),
+            is_split=split,
         )
 
 

@@ -32,6 +32,7 @@ def announce_start(run: Run, workdir: Workdir, console: Console, resumed: int | 
         ("base weights", layout),
         ("rewards", f"{joined(rewards.train)}; never trained on: {heldout}"),
         ("step", _step_line(run)),
+        ("sampling", _sampling_line(run)),
         ("memory", _memory_line(run)),
         ("evaluation", _evaluation_line(run)),
         ("workdir", f"{workdir.path}: {FILES}"),
@@ -52,6 +53,24 @@ def _step_line(run: Run) -> str:
         f"images in {sizes.rollout_batches} batches, {sizes.timesteps} of {rollout.num_steps} "
         f"timesteps: {sizes.samples} samples in {sizes.micro_batches} micro-batches"
     )
+
+
+def _sampling_line(run: Run) -> str:
+    """Solver, guidance and frames of rollouts, as far as they decide what a sample looks like."""
+    rollout = run.settings.rollout
+    guidance = "no guidance"
+    if rollout.guided:
+        guidance = (
+            f"guidance {rollout.guidance_scale:g} away from {rollout.negative_prompt!r}, in evaluations "
+            "too; trained without"
+        )
+    told = ""
+    if run.networks.network_levels(rollout.num_steps, run.collector.latent_shape) is not None:
+        told = ", whole timesteps as the model's pipeline"
+    split = ""
+    if run.collector.stack is not None:
+        split = "; latents split over the devices"
+    return f"{rollout.num_steps} steps of {rollout.solver}{told}, {guidance}{split}"
 
 
 def _model_line(run: Run) -> str:

@@ -12,22 +12,20 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from marble_jax import distributed, platform
+from marble_jax import platform
 from marble_jax.config import RewardSettings, Settings
 from marble_jax.convert.lora import read_lora, start_from
 from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError, nearest
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.base import Family, Networks, Size
-from marble_jax.families.decoding import Decoder, as_images
-from marble_jax.flow.policy_sampler import Sampler, make_sampler
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.check_settings import check_settings
+from marble_jax.programs.imaging import Imaging, make_decoder
 from marble_jax.programs.locations import held_out_prompts, read_prompts, reward_directory
 from marble_jax.programs.open_model import (
-    decode_size,
     locate,
     open_networks,
     size_of,
@@ -48,6 +46,7 @@ from marble_jax.streams import Stream, stream_key
 from marble_jax.trainable import lora
 from marble_jax.training.batch_sizes import Sizes, chunk_size, derive_sizes
 from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.latent_layout import is_split, make_stack
 from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.recipe import (
     MicroBatching,
@@ -60,7 +59,7 @@ from marble_jax.training.rollout import Collector
 from marble_jax.training.rounding import marks
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.step_schedule import Steps, make_steps
-from marble_jax.types import Adapter, Conditioning
+from marble_jax.types import Adapter
 
 
 @dataclasses.dataclass
@@ -149,14 +148,17 @@ def build(settings: Settings) -> Run:
     rewards = _load_rewards(settings, mesh)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
     texts = [prompt.text for prompt in itertools.chain(*train_prompts.values(), test_prompts)]
+    if settings.rollout.guided:
+        texts.append(settings.rollout.negative_prompt)
     encode = text_embeddings(root, family, settings.model, settings.prompts.embedding_cache, texts)
     networks = open_networks(root, family, settings.model, spec.scale, mesh)
-    imaging = _Imaging(
+    imaging = Imaging(
         networks,
         networks.latent_shape(size_of(settings.model)),
         encode,
-        _image_decoder(networks, mesh),
+        make_decoder(networks, size_of(settings.model), mesh),
         mesh,
+        settings.rollout,
     )
     recipe = make_recipe(settings, sizes, mesh, networks, imaging.latent_shape)
     optimizer = make_optimizer(settings.training)
@@ -200,33 +202,11 @@ def _sampling(settings: Settings, train_prompts: dict[str, list[Prompt]], sizes:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Imaging:
-    """What rollouts and evaluations share: everything between a prompt and its image but the sampler.
-
-    Attributes:
-      networks: of the model.
-      latent_shape: of one sample.
-      encode: prompts to conditioning.
-      decode: latents to images.
-      mesh: the devices.
-    """
-
-    networks: Networks
-    latent_shape: tuple[int, ...]
-    encode: Callable[[Sequence[str]], Conditioning]
-    decode: Callable[[jax.Array], jax.Array]
-    mesh: Mesh
-
-    def sampler(self, solver: str, num_steps: int, integer_timesteps: bool = False) -> Sampler:
-        """A compiled sampler of the model."""
-        sigmas = self.networks.levels(num_steps, self.latent_shape)
-        return make_sampler(self.networks.velocity, solver, sigmas, integer_timesteps)
-
-
-def _collector(settings: Settings, imaging: _Imaging, rewards: Sequence[Reward]) -> Collector:
+def _collector(settings: Settings, imaging: Imaging, rewards: Sequence[Reward]) -> Collector:
     """What samples and scores rollouts, with the rewards trained on."""
-    rollout = settings.rollout
+    rollout, shards = settings.rollout, device_mesh.batch_shards(imaging.mesh)
+    num_samples = rollout.prompts_per_step * rollout.images_per_prompt
+    split = is_split(num_samples, imaging.latent_shape, shards)
     return Collector(
         imaging.sampler(rollout.solver, rollout.num_steps, rollout.integer_timesteps),
         imaging.encode,
@@ -236,11 +216,12 @@ def _collector(settings: Settings, imaging: _Imaging, rewards: Sequence[Reward])
         rollout.batch_size,
         partial(device_mesh.shard_batch, imaging.mesh),
         partial(device_mesh.replicate, imaging.mesh),
+        make_stack(imaging.mesh) if split else None,
     )
 
 
 def _evaluator(
-    settings: Settings, imaging: _Imaging, rewards: Sequence[Reward], prompts: Sequence[Prompt]
+    settings: Settings, imaging: Imaging, rewards: Sequence[Reward], prompts: Sequence[Prompt]
 ) -> Evaluator:
     """What samples and scores held-out prompts, with all rewards."""
     evaluation = settings.evaluation
@@ -314,20 +295,6 @@ def _scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:
         settings.max_missing_share,
         settings.timeout,
     )
-
-
-def _image_decoder(networks: Networks, mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Latents to images, decoded and kept where a batch's images are scored."""
-    decoder = Decoder(networks)
-
-    def decode(latents: jax.Array) -> jax.Array:
-        # A batch may have fewer images than there are devices; then it lies on some of them.
-        layout = device_mesh.image_sharding(mesh, len(latents))
-        place = partial(distributed.device_put_global, sharding=layout)
-        clips = decoder(latents, decode_size(len(latents), mesh), place)
-        return place(as_images(clips))
-
-    return decode
 
 
 def make_recipe(

@@ -12,8 +12,10 @@ import numpy as np
 
 from marble_jax.batches import batch_indices
 from marble_jax.console import Console
+from marble_jax.errors import InputError
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.score_file import ScoreFile
+from marble_jax.families.base import Size
 from marble_jax.programs.evaluation_request import Request
 from marble_jax.programs.locations import resolve_path
 from marble_jax.prompts.files import Prompt
@@ -112,7 +114,7 @@ def _score_images(
     for rows in batch_indices(len(missing), size):
         numbers = [missing[row] for row in rows]
         # From the 8-bit files: scores do not depend on whether images were drawn in this call.
-        pixels = np.stack([folder.read(i) for i in numbers])
+        pixels = _read_alike(folder, numbers)
         images = pixels.astype(np.float32) / 255
         pending = scorer.submit(jnp.asarray(images), [prompts[i] for i in numbers])
         # The last batch repeats an image until it is full; each is written once.
@@ -121,3 +123,25 @@ def _score_images(
             collect()
     while under_way:
         collect()
+
+
+def _read_alike(folder: ImageFolder, numbers: Sequence[int]) -> np.ndarray:
+    """Images uint8 [n, H, W, 3], or clips [n, F, H, W, 3], of a folder.
+
+    Raises:
+      InputError: one is missing or damaged, or not of the first one's size and frames.
+    """
+    samples = [folder.read(i) for i in numbers]
+    for number, sample in zip(numbers, samples, strict=True):
+        if sample.shape != samples[0].shape:
+            raise InputError(
+                f"{folder.file(number)}: expected {_size(samples[0])}, as of {folder.file(numbers[0]).name}; "
+                f"received {_size(sample)}"
+            )
+    return np.stack(samples)
+
+
+def _size(sample: np.ndarray) -> str:
+    """Frames and size of an image [H, W, 3] or a clip [F, H, W, 3], in words."""
+    *frames, height, width, _ = sample.shape
+    return str(Size(height, width, *frames)) + " px"

@@ -16,7 +16,7 @@ from marble_jax.convert.lora import add_loras
 from marble_jax.distributed import device_mesh
 from marble_jax.errors import one_of
 from marble_jax.families.base import Networks, Size
-from marble_jax.families.decoding import Decoder, as_images
+from marble_jax.families.decoding import Decoder, as_samples
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of
@@ -35,7 +35,7 @@ from marble_jax.version import VERSION
 from marble_jax.weights.content_hash import content_hash
 
 DECODE_BATCH = 8
-"""Images that the autoencoder works on at once; its activations are large."""
+"""Frames that the autoencoder works on at once; its activations are large."""
 SIZE_OPTIONS = ("--size: height", "--size: width", "--size: frames")
 
 
@@ -62,7 +62,7 @@ class ImageSampler:
           InputError: no such model or run, or settings that do not fit it.
         """
         one_of("--solver", settings.solver, SOLVERS)
-        self._source, self._settings = source, settings
+        self._source = source
         self._pipelines = pipelines or PipelineCache()
         self._workdir: Workdir | None = None
         self.run: Settings | None = None
@@ -73,6 +73,7 @@ class ImageSampler:
             self.run = run_settings(self._workdir)
             self.origin = f"{source.workdir} {source.policy}"
             model = self.run.model
+        self._settings = settings.guided_as(self.run.rollout if self.run else None)
         self._dtype, self._attention = settings.dtype or model.dtype, model.attention
         # A name that both leave out counts once.
         omit = (*settings.omit_text_encoders, *model.omit_text_encoders)
@@ -98,6 +99,11 @@ class ImageSampler:
         if self.run is not None:
             return self.run.model.max_sequence_length
         return self.family.default_sequence_length(self.root)
+
+    @property
+    def _guidance_scale(self) -> float:
+        """Classifier-free guidance scale, 1 for none."""
+        return max(self._settings.guidance or 1.0, 1.0)
 
     def _guidance_input(self) -> float | None:
         """Guidance scale as an input of the model: the one asked for, the run's, or none."""
@@ -157,6 +163,7 @@ class ImageSampler:
             adapter = device_mesh.replicate(self._mesh, adapter)
         self._adapter = adapter
         self.size = self._size(networks)
+        self._frames_at_once = networks.frames_decoded_at_once(self.size.num_frames)
         self._latent_shape = networks.latent_shape(self.size)
         self._latents = self._compiled(networks)
         if draws and not self._settings.embedding_cache and self._texts is not None:
@@ -206,7 +213,7 @@ class ImageSampler:
             def velocity(x: jax.Array, sigma: jax.Array, c: Conditioning) -> jax.Array:
                 return networks.velocity(params, adapter, x, sigma, c)
 
-            guided_velocity = guided(velocity, cond, negative, settings.guidance)
+            guided_velocity = guided(velocity, cond, negative, self._guidance_scale)
             return sample(guided_velocity, noise, sigmas, table, network_sigmas)
 
         return latents
@@ -233,6 +240,8 @@ class ImageSampler:
             "adapter": self._digest(),
             "size": [self.size.height, self.size.width],
         }
+        if self.size.num_frames > 1:
+            record["num_frames"] = self.size.num_frames
         return record | self.plan(), files | text_files
 
     def plan(self) -> dict[str, Any]:
@@ -242,12 +251,15 @@ class ImageSampler:
         # Without one the model decides, once it is open.
         if settings.size is not None:
             plan["size"] = list(settings.size)
+        # Folders of images say nothing of frames.
+        if settings.num_frames is not None and settings.num_frames > 1:
+            plan["num_frames"] = settings.num_frames
         plan |= {
             "seed": settings.seed,
             "steps": settings.num_steps,
             "solver": settings.solver,
             # Every scale that switches guidance off draws the same image, whatever the negative prompt.
-            "guidance": max(settings.guidance, 1.0),
+            "guidance": self._guidance_scale,
             "negative": settings.negative if settings.guided else "",
             "max_sequence_length": self._length,
             "omit_text_encoders": list(self._omit),
@@ -273,7 +285,7 @@ class ImageSampler:
         """Images of n texts, each from the noise that belongs to its number; after `prepare` and `open`.
 
         Returns:
-          float32 [n, H, W, 3] in [0, 1].
+          Images float32 [n, H, W, 3] or clips [n, F, H, W, 3], in [0, 1].
         """
         count = len(numbers)
         images = []
@@ -294,8 +306,8 @@ class ImageSampler:
         cond, negative, noise = device_mesh.shard_batch(self._mesh, (cond, negative, noise))
         latents = self._latents(self._networks.params, self._adapter, cond, negative, noise)
         # At least one on every device.
-        at_once = min(len(texts), max(self._mesh.size, DECODE_BATCH))
-        return np.asarray(as_images(self._decoder(latents, at_once)))
+        at_once = min(len(texts), max(self._mesh.size, DECODE_BATCH // self._frames_at_once))
+        return np.asarray(as_samples(self._decoder(latents, at_once)))
 
     def texts(self, number: int, prompt: str) -> dict[str, str]:
         """Returns what is written into the file of image `number`."""
@@ -306,10 +318,13 @@ class ImageSampler:
             "model": self.origin,
             "steps": str(settings.num_steps),
             "solver": settings.solver,
-            "guidance": f"{settings.guidance:g}",
+            "guidance": f"{self._guidance_scale:g}",
             "size": f"{self.size.height}x{self.size.width}",
             "software": f"marble_jax {VERSION}",
         }
+        if self.size.num_frames > 1:
+            written["frames"] = str(self.size.num_frames)
+            written["frames per second"] = str(self.family.frames_per_second)
         if settings.guided:
             written["negative prompt"] = settings.negative
         if self._embedded_guidance is not None:

@@ -152,6 +152,20 @@ def _header(facts: Facts, shown: list[ShownImages]) -> str:
     return "\n".join([*lines, "---", ""])
 
 
+def _guidance(records: Records) -> float:
+    """Classifier-free guidance scale of the run's samples; 1 for none."""
+    config = records.run.get("config") or {}
+    return max(float(config.get("rollout.guidance_scale") or 1.0), 1.0)
+
+
+def _guidance_words(records: Records) -> str:
+    """What the run's samples were guided by."""
+    scale = _guidance(records)
+    if scale > 1:
+        return f"on samples with classifier-free guidance {scale:g}"
+    return "without classifier-free guidance"
+
+
 def _introduction(facts: Facts) -> str:
     """What the adapter is, and how it was trained."""
     records, spec = facts.records, facts.spec
@@ -160,8 +174,7 @@ def _introduction(facts: Facts) -> str:
         "",
         f"LoRA adapter for {_base_in_words(facts)}: rank {spec.rank}, alpha {spec.alpha:g}, "
         f"{facts.num_layers} layers, {facts.num_values:,} values. Trained with reinforcement learning "
-        "on several rewards at once (MARBLE, arXiv 2605.06507, by marble_jax), without "
-        "classifier-free guidance.",
+        f"on several rewards at once (MARBLE, arXiv 2605.06507, by marble_jax), {_guidance_words(records)}.",
         "",
         f"- policy: {facts.policy}, the {_POLICIES[facts.policy]}; after step {facts.step}",
     ]
@@ -282,14 +295,19 @@ def _usage(facts: Facts, merged: bool) -> str:
 
 def _usage_of_lora(facts: Facts) -> str:
     pipeline, size = facts.diffusers.pipeline, facts.size
-    guidance = facts.embedded_guidance or 1.0
+    guidance = facts.embedded_guidance or _guidance(facts.records)
     opening, place = "", f'"{facts.base}"'
     if facts.embedded:
         opening = "from importlib.resources import files\n"
         place = 'str(files("marble_jax") / "embedded/pipeline")'
+    # Pipelines of clips return frames and take their number; those of images know neither.
+    result, sample, frames = "image", "images", ""
+    if facts.diffusers.num_frames is not None:
+        result, sample = "frames", "frames"
+        frames = f"{facts.diffusers.num_frames}={size.num_frames}, "
     call = (
-        f'image = pipe("...", num_inference_steps=40, guidance_scale={guidance}, height={size.height}, '
-        f"width={size.width}, max_sequence_length={facts.max_sequence_length}).images[0]"
+        f'{result} = pipe("...", num_inference_steps=40, guidance_scale={guidance}, {frames}height={size.height}, '
+        f"width={size.width}, max_sequence_length={facts.max_sequence_length}).{sample}[0]"
     )
     return f"""## Use
 

@@ -23,7 +23,7 @@ from marble_jax.programs.locations import resolve_path
 from marble_jax.types import DTYPES
 
 DECODED_AT_ONCE = 32
-"""Images that the autoencoder turns from latents to pixels together; its activations are large."""
+"""Frames that the autoencoder turns from latents to pixels together; its activations are large."""
 SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
 
 
@@ -61,11 +61,17 @@ def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.Fu
     return attention.over(name, DTYPES[dtype], mesh)
 
 
-def decode_size(count: int, mesh: Any) -> int:
-    """Images decoded at once, over all devices, of `count` in a batch."""
+def decode_size(count: int, mesh: Any, frames: int = 1) -> int:
+    """Samples decoded at once, over all devices.
+
+    Args:
+      count: samples in a batch.
+      mesh: the devices.
+      frames: of a sample, as many as the decoder holds together.
+    """
     shards = device_mesh.image_shards(mesh, count)
-    # The same number on every device that holds images, one at least.
-    return min(count, shards * max(1, DECODED_AT_ONCE // shards))
+    # The same number on every device that holds samples, one at least.
+    return min(count, shards * max(1, DECODED_AT_ONCE // frames // shards))
 
 
 def stream_dtype_of(settings: ModelSettings) -> Any:
@@ -102,11 +108,6 @@ def open_networks(
     # Shapes first: a size that does not fit shows before gigabytes are read, and rules need the head's width.
     outline = family.outline(root, NetworkOptions())
     _check_settings(outline, settings)
-    if settings.num_frames != 1:
-        # Rewards and files take images: of a clip only the first frame would be seen.
-        raise InputError(
-            f"{SIZE_KEYS[2]}: expected 1, as runs train on images; received {settings.num_frames}"
-        )
     transformer = outline.sharding_rules
 
     def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:

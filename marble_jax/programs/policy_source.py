@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from marble_jax.config import RolloutSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +34,8 @@ class SamplingSettings:
       seed: image i starts from noise of (seed, i).
       num_steps: solver steps.
       solver: name of the solver.
-      guidance: classifier-free guidance scale; 1 or less is off.
-      negative: the negative prompt, used with guidance.
+      guidance: classifier-free guidance scale; 1 or less is off. The run's, or off when None.
+      negative: the negative prompt, used with guidance; the run's where its guidance is used and this is empty.
       embedded_guidance: guidance scale as an input of a guidance-distilled model; the run's, or none when None.
       size: (height, width) in pixels; the run's, or the model's own when None.
       max_sequence_length: tokens a prompt; the run's, or the model's own when None.
@@ -45,7 +49,7 @@ class SamplingSettings:
     seed: int = 0
     num_steps: int = 40
     solver: str = "euler"
-    guidance: float = 1.0
+    guidance: float | None = None
     negative: str = ""
     embedded_guidance: float | None = None
     size: tuple[int, int] | None = None
@@ -59,4 +63,13 @@ class SamplingSettings:
     @property
     def guided(self) -> bool:
         """Whether guidance is on."""
-        return self.guidance > 1
+        return self.guidance is not None and self.guidance > 1
+
+    def guided_as(self, rollout: RolloutSettings | None) -> SamplingSettings:
+        """The same settings with the guidance of a run's samples, or with none, where no other is asked for."""
+        if self.guidance is not None:
+            return self
+        if rollout is None:
+            return dataclasses.replace(self, guidance=1.0)
+        negative = self.negative or rollout.negative_prompt
+        return dataclasses.replace(self, guidance=rollout.guidance_scale, negative=negative)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from marble_jax.evaluation.statistics import gains, raw_mean, standardised_gain,
 from marble_jax.programs.build import Run
 from marble_jax.programs.run_rewards import deciding_rewards
 from marble_jax.storage.files import read_json
-from marble_jax.storage.images import save_png
+from marble_jax.storage.images import save_sample
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.records import MetricWriter
@@ -141,7 +141,7 @@ class RunEvaluations:
 
     def _scores(
         self, adapter: Adapter | None, what: str, give_way: Callable[[], None]
-    ) -> tuple[Scores, np.ndarray, float]:
+    ) -> tuple[Scores, list[np.ndarray | None], float]:
         """Scores and kept images of a policy, and the seconds they took."""
         start, run = time.perf_counter(), self._run
         params: Params = run.networks.params
@@ -162,7 +162,7 @@ class RunEvaluations:
         step: int,
         policy: str,
         scores: Scores,
-        images: np.ndarray,
+        images: Sequence[np.ndarray | None],
         compared: dict[str, Any],
         seconds: float,
     ) -> None:
@@ -172,20 +172,22 @@ class RunEvaluations:
           step: optimiser steps done.
           policy: whose images these are.
           scores: of them.
-          images: that are kept.
+          images: that are kept, or clips; None in place of one that is not finite.
           compared: `gain` and `joint` over the base model; empty for the base model itself.
           seconds: it took.
         """
         evaluator = self._run.evaluator
         folder = self._workdir.samples / f"step_{step:06d}"
+        frames_per_second = self._run.family.frames_per_second
         shown = []
         for number, (index, image) in enumerate(zip(evaluator.kept, images, strict=True)):
             prompt = evaluator.prompts[index].text
             shown.append({"prompt": prompt, "seed": index})
             # Of an image that is none there is nothing to show; its scores are missing and counted.
-            if not np.isfinite(image).all():
+            if image is None:
                 continue
-            save_png(folder / f"{number:02d}.png", image, {"prompt": prompt, "step": str(step)})
+            texts = {"prompt": prompt, "step": str(step)}
+            save_sample(folder / f"{number:02d}.png", image, texts, frames_per_second)
         self._workdir.write_json("samples/prompts.json", shown)
         record: dict[str, Any] = {
             "step": step,

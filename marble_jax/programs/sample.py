@@ -86,7 +86,8 @@ def _draw(
     """Draws and saves the images of some numbers."""
     images = sampler.draw([prompts[i] for i in numbers], numbers)
     for number, image in zip(numbers, images, strict=True):
-        folder.save(number, image, sampler.texts(number, prompts[number]))
+        texts = sampler.texts(number, prompts[number])
+        folder.save(number, image, texts, sampler.family.frames_per_second)
 
 
 def _claim(folder: ImageFolder, sampler: ImageSampler, prompts: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from marble_jax.storage.workdir import Workdir
 
 SHARED = {
     "size": "--size=HEIGHTxWIDTH",
+    "num_frames": "--size=FRAMESxHEIGHTxWIDTH",
     "steps": "--steps=N",
     "solver": "--solver=NAME",
     "guidance": "--guidance=SCALE",
@@ -48,6 +49,8 @@ class OwnSettings:
       omit_text_encoders: text encoders left out.
       dtype: of the transformer.
       embedded_guidance: guidance scale as an input of the model; None for none.
+      guidance: classifier-free guidance scale of a run's samples; 1 for a plain model.
+      negative: the negative prompt that goes with it.
       num_steps: solver steps of a run's evaluations; None for a plain model.
       solver: of a run's evaluations; None for a plain model.
     """
@@ -60,6 +63,8 @@ class OwnSettings:
     num_steps: int | None = None
     solver: str | None = None
     embedded_guidance: float | None = None
+    guidance: float = 1.0
+    negative: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +139,8 @@ def _of_run(source: PolicySource, asked: SamplingSettings) -> OwnSettings:
         num_steps=run.evaluation.num_steps,
         solver=run.evaluation.solver,
         embedded_guidance=run.model.embedded_guidance or None,
+        guidance=run.rollout.guidance_scale,
+        negative=run.rollout.negative_prompt if run.rollout.guided else "",
     )
 
 
@@ -181,9 +188,17 @@ def settle(
     # Plain models follow the runs; among themselves they have to agree.
     deciding = runs or own
     name, first = next(iter(deciding.items()))
-    settled: dict[str, Any] = {"num_frames": _agreed(deciding, "size", "num_frames")}
+    settled: dict[str, Any] = {}
     origins = dict.fromkeys(SHARED, "command line or default")
     whose = f"the training run {name!r}" if runs else f"the model {name!r}"
+    if asked.num_frames is None:
+        settled["num_frames"], origins["num_frames"] = (
+            _agreed(deciding, "size", "num_frames"),
+            whose,
+        )
+    if asked.guidance is None:
+        settled["guidance"], origins["guidance"] = _agreed(deciding, "guidance"), whose
+        settled["negative"] = asked.negative or _agreed(deciding, "negative")
     if asked.size is None:
         height, width = _agreed(deciding, "size", "height"), _agreed(deciding, "size", "width")
         settled["size"], origins["size"] = (height, width), whose
@@ -226,10 +241,9 @@ def _agreed(models: Mapping[str, OwnSettings], setting: str, part: str = "") -> 
         value = getattr(model, setting)
         words = joined(value) if isinstance(value, tuple) else str(value)
         listed.append(f"{words} of {name!r}")
-    # Frames have no option of their own.
-    choice = "" if part == "num_frames" else f", or {SHARED[setting]}"
+    choice = SHARED["num_frames" if part == "num_frames" else setting]
     raise InputError(
-        f"--models: expected one {setting} for all models{choice}; received {', '.join(listed)}"
+        f"--models: expected one {setting} for all models, or {choice}; received {', '.join(listed)}"
     )
 
 
@@ -237,7 +251,8 @@ def _other_sizes(own: Mapping[str, OwnSettings], settings: SamplingSettings) -> 
     """Models whose own size is not the shared one."""
     sizes = {}
     for name, model in own.items():
-        if (model.size.height, model.size.width) != settings.size:
+        own_size = (model.size.height, model.size.width)
+        if own_size != settings.size or model.size.num_frames != settings.num_frames:
             sizes[name] = str(model.size)
     return sizes
 

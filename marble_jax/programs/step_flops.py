@@ -88,8 +88,10 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
         forward = sample.base
     if solve_share == 1:
         between = solve
+    # Guidance asks the network about the negative prompt, too.
+    calls = settings.rollout.num_steps * (2 if settings.rollout.guided else 1)
     return StepFlops(
-        rollout=sizes.images * settings.rollout.num_steps * forward,
+        rollout=sizes.images * calls * forward,
         decode=sizes.images * decode,
         solve=solve,
         between=between,

@@ -19,6 +19,9 @@ from marble_jax.report.records import Records, Series, step_of
 DIVERSITY_ALARM, DIVERSITY_WATCH = 0.5, 0.75
 BRIGHTNESS_ALARM, BRIGHTNESS_WATCH = 0.20, 0.10
 X0_NORM_ALARM, X0_NORM_WATCH = 0.25, 0.10
+MOTION_ALARM, MOTION_WATCH = 0.5, 0.75
+RISEN = 0.1
+"""Rise of a mean score, in standard deviations of a step's scores, from which a reward counts as risen."""
 FAILED_ALARM = 0.05
 WAIT_WATCH = 0.10
 """Share of a step's time, spent waiting for rewards, from which it is worth a look."""
@@ -126,7 +129,7 @@ def _past_peak(records: Records, outcome: Outcome) -> list[Alarm]:
 
 
 def _drifts(records: Records) -> list[Alarm]:
-    return _diversity(records) + _brightness(records) + _latent_norm(records)
+    return _diversity(records) + _brightness(records) + _latent_norm(records) + _freezing(records)
 
 
 def _diversity(records: Records) -> list[Alarm]:
@@ -174,6 +177,37 @@ def _latent_norm(records: Records) -> list[Alarm]:
         f"({drift.relative:+.0%}); the VAE was never trained far from its usual range."
     )
     return [Alarm(level, "Latent norm is drifting", text)]
+
+
+def _freezing(records: Records) -> list[Alarm]:
+    """Returns what tells of clips that come to a stand, which any reward of single frames may pay for."""
+    drift = records.series("rollout/motion").drift()
+    # Clips that never moved cannot freeze.
+    if drift is None or drift.start <= 0:
+        return []
+    if drift.end >= MOTION_WATCH * drift.start:
+        return []
+    level, title = "watch", "Clips move less"
+    if drift.end <= MOTION_ALARM * drift.start:
+        level, title = "alarm", "Clips are freezing"
+    text = (
+        f"Neighbouring frames differed by {drift.start:.3g} at the start and by {drift.end:.3g} now "
+        f"({drift.relative:+.0%})."
+    )
+    risen = [name for name in records.rewards if _has_risen(records, name)]
+    if risen:
+        verb = "has" if len(risen) == 1 else "have"
+        text += f" Meanwhile {findings.listing(risen)} {verb} risen: rewards of single frames pay for stills."
+    return [Alarm(level, title, text)]
+
+
+def _has_risen(records: Records, name: str) -> bool:
+    """Whether a reward's mean score on rollouts is clearly higher than at the start."""
+    drift = records.series(f"rollout/score_mean/{name}").drift()
+    spread = records.series(f"rollout/score_std/{name}").median()
+    if drift is None or not math.isfinite(spread):
+        return False
+    return drift.end - drift.start > RISEN * spread
 
 
 def _reward_faults(records: Records, name: str) -> list[Alarm]:

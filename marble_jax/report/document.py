@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from marble_jax.report.clips import inline_clip, is_clip
 from marble_jax.report.formatting import has_value, text
 from marble_jax.report.markup import Attribute, element, items, open_tag
 
@@ -109,13 +110,18 @@ def facts(entries: Iterable[tuple[str, Any]]) -> str:
 def inline(path: epath.Path, words: str, flaws: list[str]) -> str:
     """Returns one PNG as an `<img>` with its bytes inside; large ones are scaled down and stored as JPEG.
 
+    An animated PNG moves on the page, see `inline_clip`.
+
     Args:
       path: the file.
       words: what it shows, plain text.
       flaws: gets a sentence if the file cannot be read.
     """
     try:
-        kind, content, (width, height) = _embeddable(path.read_bytes())
+        raw = path.read_bytes()
+        if is_clip(raw):
+            return inline_clip(raw, words)
+        kind, content, (width, height) = _embeddable(raw)
     # Pillow raises many kinds for a damaged or half-written file; the page must still be made.
     except Exception as error:
         flaws.append(f"{path.parent.name}/{path.name} could not be read ({type(error).__name__}).")

@@ -41,6 +41,8 @@ _DRIFTS = (
     ),
     Metric("rollout/brightness", "Brightness", "mean, 0 black to 1 white"),
     Metric("rollout/x0_norm", "Size of the latents", "norm of x0"),
+    # Of clips alone: without a record of it there is no panel.
+    Metric("rollout/motion", "Motion", "mean difference of neighbouring frames"),
 )
 _LEARNING = (
     Metric("objective/loss", "Training loss", "loss"),
@@ -60,7 +62,7 @@ _ROUNDED = {
     "rounding/loss": "what the losses say of the policy rather than of the images",
 }
 _CALM = (
-    "No alarm. Looked at: diversity, brightness, latent norm, constant or failing "
+    "No alarm. Looked at: diversity, brightness, latent norm, motion of clips, constant or failing "
     "rewards, waiting for rewards, groups without spread, starved weights, "
     "missing losses, rising gradient norms, held-out losses, rewards past their peak."
 )

@@ -158,8 +158,11 @@ def _drawing(settings: Mapping[str, Any]) -> str:
     """Returns in a line how images were drawn; what older evaluations do not have on record is left out."""
     parts = []
     if settings.get("size"):
-        height, width = settings["size"]
-        parts.append(f"{height} x {width} px")
+        size = list(settings["size"])
+        # Of clips their frames come first.
+        if number(settings.get("num_frames")) > 1:
+            size.insert(0, settings["num_frames"])
+        parts.append(" x ".join(map(str, size)) + " px")
     parts.append(f"{settings.get('num_steps')} steps of {settings.get('solver')}")
     parts.append(f"guidance {number(settings.get('guidance')):g}")
     if settings.get("max_sequence_length"):

@@ -1,4 +1,4 @@
-"""Images as files: PNG with its prompt inside, grids, and folders of numbered images of one making."""
+"""Images and clips as files: PNG with its prompt inside, grids, and folders of numbered samples of one making."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import numpy as np
 from etils import epath
 
 from marble_jax.errors import InputError
+from marble_jax.storage.clips import animated_png, frames_of, spread_frames
 from marble_jax.storage.files import location, read_json, write_whole
 from marble_jax.storage.workdir import Workdir, check_is_folder, jsonable
 from marble_jax.validation import validated
 
 GRID_COLUMNS, GRID_ROWS, GRID_CELL = 8, 8, 256
 """Most images in a grid, and the longest side of each, in pixels."""
+GRID_FRAMES = 4
+"""Frames of a clip that a grid shows, side by side."""
 SHOWN_CHARACTERS = 60
 """Of a prompt in errors."""
 
@@ -40,7 +43,7 @@ def writable(path: epath.PathLike) -> Iterator[None]:
 
 
 class ImageFolder:
-    """A folder of images `00000.png`, `00001.png` and so on, all made the same way.
+    """A folder of images or clips `00000.png`, `00001.png` and so on, all made the same way.
 
     `settings.json` beside the images says how, so that a job can go on where a kill stopped it and images of another
     making never come between.
@@ -141,57 +144,121 @@ class ImageFolder:
         names = {file.name for file in self.path.iterdir()}
         return [index for index in range(count) if self.file(index).name not in names]
 
-    def save(self, index: int, image: np.ndarray, texts: Mapping[str, str]) -> None:
-        """Writes image `index`, whole or not at all."""
+    def save(
+        self,
+        index: int,
+        sample: np.ndarray,
+        texts: Mapping[str, str],
+        frames_per_second: int | None = None,
+    ) -> None:
+        """Writes image or clip `index`, whole or not at all; arguments as for `save_sample`."""
         with writable(self.path):
-            save_png(self.file(index), image, texts)
+            save_sample(self.file(index), sample, texts, frames_per_second)
 
     def read(self, index: int) -> np.ndarray:
-        """Returns image `index` as uint8 [H, W, 3].
+        """Returns image `index` as uint8 [H, W, 3], or clip `index` as uint8 [F, H, W, 3].
 
         Raises:
-          InputError: the image is missing or damaged.
+          InputError: the file is missing or damaged.
         """
-        return read_image(self.file(index))
+        frames = read_frames(self.file(index))
+        return frames[0] if len(frames) == 1 else frames
 
     def save_grids(self, count: int) -> list[epath.Path]:
-        """Writes the first `count` images as grids of 8 x 8 small ones each, and returns their paths.
+        """Writes the first `count` samples as grids of 8 x 8 small images each, and returns their paths.
 
-        The files are `grid.png`, `grid_001.png` and so on.
+        The files are `grid.png`, `grid_001.png` and so on. Of a clip some frames stand side by side.
         """
+        if count == 0:
+            return []
         files = []
-        size = GRID_COLUMNS * GRID_ROWS
+        num_frames = len(self._small(0))
+        columns = GRID_COLUMNS // num_frames * num_frames
+        size = columns * GRID_ROWS // num_frames
         for page, start in enumerate(range(0, count, size)):
-            cells = [self._small(index) for index in range(start, min(start + size, count))]
+            cells = []
+            for index in range(start, min(start + size, count)):
+                cells += self._small(index)
             file = self.path / (f"grid_{page:03d}.png" if page else "grid.png")
             with writable(self.path):
-                save_png(file, grid(cells, GRID_COLUMNS))
+                save_png(file, grid(cells, columns))
             files.append(file)
         return files
 
-    def _small(self, index: int) -> np.ndarray:
+    def _small(self, index: int) -> list[np.ndarray]:
+        """The image of a sample, or some frames of it, as small images."""
         from PIL import Image
 
-        image = Image.fromarray(self.read(index))
-        image.thumbnail((GRID_CELL, GRID_CELL))
-        return np.asarray(image)
+        frames = read_frames(self.file(index))
+        images = []
+        for number in spread_frames(len(frames), GRID_FRAMES):
+            image = Image.fromarray(frames[number])
+            image.thumbnail((GRID_CELL, GRID_CELL))
+            images.append(np.asarray(image))
+        return images
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:
-    """Returns an image file as uint8 [H, W, 3].
+    """Returns an image file as uint8 [H, W, 3], of a clip the first frame.
 
     Raises:
       InputError: the file is missing, or not a whole image.
+    """
+    return read_frames(path)[0]
+
+
+def read_frames(path: epath.PathLike) -> np.ndarray:
+    """Returns a file as frames uint8 [F, H, W, 3], of which an image has one.
+
+    Raises:
+      InputError: the file is missing, or not a whole image or clip.
     """
     from PIL import Image
 
     try:
         with epath.Path(path).open("rb") as handle, Image.open(handle) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+            return frames_of(image)
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise InputError(
             f"{path}: expected a whole image; received {type(error).__name__}"
         ) from error
+
+
+def save_sample(
+    path: epath.PathLike,
+    sample: np.ndarray,
+    texts: Mapping[str, str] | None = None,
+    frames_per_second: int | None = None,
+) -> None:
+    """Writes an image as PNG, or a clip as animated PNG, whole or not at all.
+
+    Args:
+      path: target; its folder is made.
+      sample: image [H, W, 3] or clip [F, H, W, 3], uint8 or float in [0, 1].
+      texts: PNG text chunks, such as prompt and seed.
+      frames_per_second: of clips; images need none.
+
+    Raises:
+      InputError: a sample with NaN or infinity, or a clip without frames per second.
+    """
+    if np.ndim(sample) == 3:
+        save_png(path, sample, texts)
+        return
+    _check_finite(path, sample)
+    if frames_per_second is None:
+        raise InputError(
+            f"{path}: expected an image; received a clip of no known frames per second"
+        )
+    write_whole(path, animated_png(to_uint8(sample), frames_per_second, texts))
+
+
+def _check_finite(path: epath.PathLike, sample: np.ndarray) -> None:
+    """Raises InputError for a sample with NaN or infinity, which would be written as black or white."""
+    if not np.isfinite(sample).all():
+        raise InputError(
+            f"{path}: expected an image of finite numbers; received NaN or infinity (weights or a LoRA that "
+            "overflow: float32 and a smaller strength tell which)"
+        )
 
 
 def _short(text: str) -> str:
@@ -215,11 +282,7 @@ def save_png(
     """
     from PIL import Image, PngImagePlugin
 
-    if not np.isfinite(image).all():
-        raise InputError(
-            f"{path}: expected an image of finite numbers; received NaN or infinity (weights or a LoRA that "
-            "overflow: float32 and a smaller strength tell which)"
-        )
+    _check_finite(path, image)
     info = PngImagePlugin.PngInfo()
     for key, value in (texts or {}).items():
         # International text, as prompts are in any script.

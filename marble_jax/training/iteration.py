@@ -159,14 +159,15 @@ class Iteration:
         advantages: Float[np.ndarray, "n r"],
         valid: Bool[np.ndarray, "n r"],
     ) -> RolloutBatch:
-        """What an update trains on, on every device; advantages and mask are those of `advantages_of`."""
+        """What an update trains on, on the devices; advantages and mask are those of `advantages_of`."""
         on_host = (
             jnp.asarray(rollout.prompt),
             rollout.cond,
             jnp.asarray(advantages),
             jnp.asarray(valid),
         )
-        return RolloutBatch(rollout.kept(self.steps.keeps), *self.replicate(on_host))
+        kept = rollout.kept(self.steps.keeps)
+        return RolloutBatch(kept, *self.replicate(on_host), is_split=rollout.is_split)
 
     def roll_out(
         self, state: TrainState, samples: Draw, progress: Callable[[int], None]

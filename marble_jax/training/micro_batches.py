@@ -7,6 +7,7 @@ Micro-batch m = j * B + b takes the b-th slice of the images at their j-th times
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -28,11 +29,13 @@ class RolloutBatch:
 
     Attributes:
       kept: pytree of leaves [N, ...], what the rollout kept of every image (`Objective.keeps`); clean latents are one
-        float32 array [N, *latent].
+        float32 array [N, *latent]. Where `is_split`, leaves are [batches, n, ...] with N = batches * n or a little more
+        for a last batch that was filled up.
       prompt: int32 [N] index of each image's prompt in `cond`.
       cond: conditioning of the P distinct prompts.
       advantages: float32 [N, R] under every objective (the rewards, then the scalarized one if there is one).
       valid: bool [N, R]; an advantage that is not valid is 0.
+      is_split: whether what is kept is split over the devices, see `latent_layout`; all else is whole on each.
     """
 
     kept: Any
@@ -40,11 +43,16 @@ class RolloutBatch:
     cond: Conditioning
     advantages: jax.Array
     valid: jax.Array
+    is_split: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
 class TrainingOrder:
-    """Images in training order, cut into B slices of n: leaves [B, n, ...]; timestep and sigma are [T, B, n]."""
+    """Images in training order, cut into B slices of n: leaves [B, n, ...]; timestep and sigma are [T, B, n].
+
+    What is kept of them may be as the rollout left it, [batches, m, ...]; `rows` [B, n] then says which row of its
+    batches, counted through, each image is.
+    """
 
     kept: Any
     prompt: jax.Array
@@ -53,6 +61,7 @@ class TrainingOrder:
     timestep: jax.Array
     sigma: jax.Array
     key: jax.Array
+    rows: jax.Array | None = None
 
     @property
     def num_timesteps(self) -> int:
@@ -116,10 +125,15 @@ def training_order(
     def cut(x: jax.Array) -> jax.Array:
         return x[order].reshape(num_slices, micro_batch_size, *x.shape[1:])
 
-    # Slices are taken one after the other; the samples of each are split over the devices.
-    kept = jax.vmap(shards.split)(jax.tree.map(cut, batch.kept))
+    if batch.is_split:
+        # Put into order, all of it would lie on every device for a while.
+        kept, rows = batch.kept, cut(jnp.arange(num))
+    else:
+        # Slices are taken one after the other; the samples of each are split over the devices.
+        kept, rows = jax.vmap(shards.split)(jax.tree.map(cut, batch.kept)), None
     return TrainingOrder(
         kept=kept,
+        rows=rows,
         prompt=cut(batch.prompt),
         advantages=cut(batch.advantages),
         valid=cut(batch.valid),
@@ -167,7 +181,10 @@ def micro_batch(
     """
     num_slices = order.prompt.shape[0]
     part, time = index % num_slices, index // num_slices
-    kept = jax.tree.map(lambda leaf: leaf[part], order.kept)
+    if order.rows is None:
+        kept = jax.tree.map(lambda leaf: leaf[part], order.kept)
+    else:
+        kept = jax.tree.map(partial(_from_batches, rows=order.rows[part]), order.kept)
     timestep, sigma = order.timestep[time, part], order.sigma[time, part]
     kept, timestep, sigma, prompt = shards.split((kept, timestep, sigma, order.prompt[part]))
     draws = Draws(
@@ -180,6 +197,12 @@ def micro_batch(
     # Noise is drawn whole, the same on any number of devices, and split behind that.
     samples = shards.split(objective.prepare(draws, policies, divergence))
     return MicroBatch(samples, order.advantages[part], order.valid[part])
+
+
+def _from_batches(leaf: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows [n, ...] of batches [batches, m, ...], counted through; the devices exchange these alone."""
+    size = leaf.shape[1]
+    return leaf[rows // size, rows % size]
 
 
 def sum_over(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,23 +18,27 @@ from marble_jax.batches import batch_indices
 from marble_jax.flow.policy_sampler import Sampler
 from marble_jax.objectives.base import Kept
 from marble_jax.prompts.groups import Draw
-from marble_jax.rewards.scorer import Scorer, concatenate
+from marble_jax.rewards.scorer import PendingScores, Scorer, concatenate
 from marble_jax.training.profile import phase
 from marble_jax.types import Adapter, Conditioning, Params, Scores
+
+MAX_WAITING_BYTES = 8 << 30
+"""Host memory for samples whose scores are not collected yet: clips of a whole step may be many times as much."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """N sampled images and their scores.
+    """N samples, which are images or clips, and their scores.
 
     Attributes:
-      x0: float32 [N, *latent] clean latents, on every device.
+      x0: float32 clean latents: [N, *latent] on every device, or where `is_split` [batches, n, *latent], each batch
+        split over the devices.
       scores: of the training rewards.
       cond: conditioning of the P distinct draws.
-      prompt: int32 [N] index of each image's prompt in `cond`.
-      health: x0 norm (root mean square), brightness (mean pixel) and diversity (mean standard deviation of a pixel
-        within a group), each a float.
+      prompt: int32 [N] index of each sample's prompt in `cond`.
+      health: see `sample_health`.
       seconds: {"rollout", "rewards_wait"}.
+      is_split: see `latent_layout`.
     """
 
     x0: jax.Array
@@ -41,9 +47,10 @@ class Rollout:
     prompt: np.ndarray
     health: dict[str, float]
     seconds: dict[str, float]
+    is_split: bool = False
 
     def kept(self, what: Kept) -> jax.Array:
-        """What an objective trains on, leaves [N, ...]: clean latents are kept of every image."""
+        """What an objective trains on, clean latents of every sample, laid out as `x0`."""
         return {Kept.CLEAN_LATENTS: self.x0}[what]
 
 
@@ -54,13 +61,15 @@ class Collector:
     Attributes:
       sampler: compiled sampler of the rollout's solver.
       encode: prompts to conditioning.
-      decode: latents [n, *latent] to images [n, H, W, 3] in [0, 1].
+      decode: latents [n, *latent] to images [n, H, W, 3] or clips [n, F, H, W, 3], in [0, 1].
       scorer: the training rewards.
-      latent_shape: of one image's latents.
-      batch_size: images sampled at once.
+      latent_shape: of one sample's latents.
+      batch_size: samples drawn at once.
       place: puts host arrays with a leading batch axis on the mesh.
       spread: puts a batch's latents whole on every device. They are small (302 MB for 1152 images of 512 px), every
         device trains on images of all, and while the next batch is sampled nobody waits for it.
+      stack: puts the latents of all batches together where they are too large for that (1 GB for 1152 clips of
+        33 x 240 x 416, 4 GB of 33 x 480 x 832): [batches, n, *latent], still split over the devices. None spreads.
     """
 
     sampler: Sampler
@@ -71,6 +80,7 @@ class Collector:
     batch_size: int
     place: Callable[[Any], Any]
     spread: Callable[[jax.Array], jax.Array] = lambda latents: latents
+    stack: Callable[[Sequence[jax.Array]], jax.Array] | None = None
 
     def __call__(
         self,
@@ -80,32 +90,37 @@ class Collector:
         key: jax.Array,
         progress: Callable[[int], None] = lambda count: None,
     ) -> Rollout:
-        """Images of every sample in `draw`, from noise drawn with `key`."""
+        """Draws and scores every sample of `draw`, from noise drawn with `key`."""
         start, waited = time.perf_counter(), self.scorer.waited_seconds
         count = len(draw.prompts)
         cond = self._encoded(draw)
-        latents, pending, health = [], [], []
+        latents, health = [], []
+        scores_under_way = _UnderWay(lambda: progress(0))
         for number, index in enumerate(batch_indices(count, self.batch_size)):
             group = draw.groups[index]
-            x0, images = self._sampled(
+            x0, samples = self._sampled(
                 params, adapter, _rows(cond, group), jax.random.fold_in(key, number)
             )
             # Host rewards work on this batch while the next one is sampled.
-            pending.append(self.scorer.submit(images, [draw.prompts[i] for i in index]))
-            latents.append(self.spread(x0))
+            pending = self.scorer.submit(samples, [draw.prompts[i] for i in index])
+            scores_under_way.add(pending, samples.nbytes // jax.process_count())
+            latents.append(x0 if self.stack is not None else self.spread(x0))
             # Labels within the batch: a global one can be beyond the number of segments.
             _, label = np.unique(group, return_inverse=True)
-            health.append(_image_health(x0, images, label.astype(np.int32)))
-            # A last batch that was filled up has fewer images than samples.
+            health.append(sample_health(x0, samples, label.astype(np.int32)))
+            # A last batch that was filled up repeats a sample.
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
         with phase("rewards"):
-            # A reward that hangs does not keep a run from stopping.
-            scores = concatenate([p.result(lambda: progress(0)) for p in pending], count)
+            scores = concatenate(scores_under_way.results(), count)
         seconds = {"rollout": sampled - start, "rewards_wait": self.scorer.waited_seconds - waited}
-        # The last batch may have been filled up.
-        x0 = jnp.concatenate(latents)[:count]
-        return Rollout(x0, scores, cond, draw.groups, _mean_health(health), seconds)
+        if self.stack is None:
+            # The last batch may have been filled up.
+            x0 = jnp.concatenate(latents)[:count]
+        else:
+            x0 = self.stack(latents)
+        split = self.stack is not None
+        return Rollout(x0, scores, cond, draw.groups, _mean_health(health), seconds, split)
 
     def _encoded(self, draw: Draw) -> Conditioning:
         """Conditioning of the P distinct draws, in the order of their labels."""
@@ -116,7 +131,7 @@ class Collector:
     def _sampled(
         self, params: Params, adapter: Adapter | None, cond: Conditioning, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Clean latents and images of one batch."""
+        """Clean latents of one batch, and its images or clips."""
         noise = jax.random.normal(key, (self.batch_size, *self.latent_shape))
         x0 = self.sampler(params, adapter, self.place(cond), self.place(noise))
         return x0, self.decode(x0)
@@ -132,9 +147,67 @@ def _mean_health(batches_health: Sequence[dict[str, jax.Array]]) -> dict[str, fl
     return {name: float(np.mean([batch[name] for batch in batches_health])) for name in names}
 
 
+class _UnderWay:
+    """Scores of batches that are not collected yet: as many batches as the memory of a host may hold.
+
+    Args:
+      poll: called now and then while scores are waited for: a reward that hangs does not keep a run from stopping.
+    """
+
+    def __init__(self, poll: Callable[[], object]):
+        self._poll = poll
+        self._waiting: deque[tuple[PendingScores, int]] = deque()
+        self._bytes = 0
+        self._done: list[Scores] = []
+
+    def add(self, pending: PendingScores, num_bytes: int) -> None:
+        """Takes the next batch, of so many bytes on a host; waits for the oldest ones where they are too many."""
+        self._waiting.append((pending, num_bytes))
+        self._bytes += num_bytes
+        # The newest may be large alone.
+        while self._bytes > MAX_WAITING_BYTES and len(self._waiting) > 1:
+            self._collect()
+
+    def results(self) -> list[Scores]:
+        """Waits for all batches; their scores in order."""
+        while self._waiting:
+            self._collect()
+        return self._done
+
+    def _collect(self) -> None:
+        pending, num_bytes = self._waiting.popleft()
+        self._done.append(pending.result(self._poll))
+        self._bytes -= num_bytes
+
+
 @jax.jit
-def _image_health(x0: jax.Array, images: jax.Array, group: jax.Array) -> dict[str, jax.Array]:
-    """x0 norm, brightness and within-group diversity of one batch."""
+def sample_health(x0: jax.Array, samples: jax.Array, group: jax.Array) -> dict[str, jax.Array]:
+    """Figures of one batch that tell when samples degenerate.
+
+    Args:
+      x0: [n, *latent] clean latents.
+      samples: images [n, H, W, 3] or clips [n, F, H, W, 3].
+      group: int32 [n], labels in [0, n) of samples of one prompt.
+
+    Returns:
+      `x0_norm` (root mean square), `brightness` (mean pixel), `diversity` (mean standard deviation of a pixel within a
+      group) and, of clips, `motion` (mean absolute difference of a pixel between neighbouring frames).
+    """
+    health = {
+        "x0_norm": jnp.sqrt(jnp.mean(jnp.square(x0))),
+        "brightness": jnp.mean(samples),
+    }
+    if samples.ndim == 4:
+        return health | {"diversity": _diversity(samples, group)}
+    # Frame by frame: sums over groups of whole clips would lie on every device.
+    frames = jnp.moveaxis(samples, 1, 0)
+    diversity = jax.lax.map(functools.partial(_diversity, group=group), frames)
+    motion = jnp.mean(jnp.abs(samples[:, 1:] - samples[:, :-1]))
+    return health | {"diversity": jnp.mean(diversity), "motion": motion}
+
+
+def _diversity(images: jax.Array, group: jax.Array) -> jax.Array:
+    """Mean standard deviation of a pixel of images [n, H, W, 3] within a group."""
     size = group.shape[0]
     flat = images.reshape(size, -1)
     count = jax.ops.segment_sum(jnp.ones(size), group, size)
@@ -144,9 +217,4 @@ def _image_health(x0: jax.Array, images: jax.Array, group: jax.Array) -> dict[st
     spread = jnp.mean(jnp.sqrt(squares / divisor), axis=1)
     # A group of one has no spread to speak of, and there are as many segments as images, most of them empty.
     several = count > 1
-    diversity = jnp.sum(spread * several) / jnp.maximum(jnp.sum(several), 1)
-    return {
-        "x0_norm": jnp.sqrt(jnp.mean(jnp.square(x0))),
-        "brightness": jnp.mean(images),
-        "diversity": diversity,
-    }
+    return jnp.sum(spread * several) / jnp.maximum(jnp.sum(several), 1)

@@ -68,6 +68,8 @@ class WanFamily(Family):
         conditioning={"embeds": "prompt_embeds"},
         num_frames="num_frames",
     )
+    # Source: the example of diffusers' `WanPipeline`, and the models' own code.
+    frames_per_second = 16
 
     def components(self, omit: Sequence[str] = ()) -> tuple[str, ...]:
         """See `Family.components`; the text encoder cannot be left out."""

@@ -96,6 +96,10 @@ class WanNetworks(Networks):
         """See `Networks.decode_latents`; latent frame by latent frame, which bounds memory."""
         return autoencoder_wan.decode_stream(self.vae, decoder_params, latents)
 
+    def frames_decoded_at_once(self, num_frames: int) -> int:
+        """Those of one latent frame, as the decoder streams."""
+        return min(num_frames, self._chunk)
+
     @property
     def _cell(self) -> int:
         """Pixels of a latent cell along one side."""

@@ -1,0 +1,84 @@
+"""What a run's rollouts and evaluations share: everything between a prompt and its sample but solver and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from marble_jax import distributed
+from marble_jax.config import RolloutSettings
+from marble_jax.distributed import device_mesh
+from marble_jax.families.base import Networks, Size
+from marble_jax.families.decoding import Decoder, as_samples
+from marble_jax.flow.policy_sampler import Sampler, make_sampler
+from marble_jax.programs.open_model import decode_size
+from marble_jax.types import Adapter, Conditioning, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Imaging:
+    """A run's model, ready to sample with.
+
+    Attributes:
+      networks: of the model.
+      latent_shape: of one sample.
+      encode: prompts to conditioning.
+      decode: latents to images or clips.
+      mesh: the devices.
+      rollout: whose guidance evaluations have, too.
+    """
+
+    networks: Networks
+    latent_shape: tuple[int, ...]
+    encode: Callable[[Sequence[str]], Conditioning]
+    decode: Callable[[jax.Array], jax.Array]
+    mesh: Mesh
+    rollout: RolloutSettings
+
+    def sampler(self, solver: str, num_steps: int, integer_timesteps: bool = False) -> Sampler:
+        """A compiled sampler of the model, with the run's guidance."""
+        run = make_sampler(
+            self.networks.velocity,
+            solver,
+            self.networks.levels(num_steps, self.latent_shape),
+            integer_timesteps,
+            self.networks.network_levels(num_steps, self.latent_shape),
+            self.rollout.guidance_scale,
+        )
+        if not self.rollout.guided:
+            return run
+
+        def sample(
+            params: Params, adapter: Adapter | None, cond: Conditioning, noise: jax.Array
+        ) -> jax.Array:
+            return run(params, adapter, cond, noise, self._negative)
+
+        return sample
+
+    @functools.cached_property
+    def _negative(self) -> Conditioning:
+        """Conditioning [1, ...] of the negative prompt, on every device."""
+        texts = [self.rollout.negative_prompt]
+        cond = distributed.run_on_all("negative prompt", lambda: self.encode(texts))
+        return device_mesh.replicate(self.mesh, cond)
+
+
+def make_decoder(networks: Networks, size: Size, mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Latents to images or clips, decoded and kept where a batch's samples are scored."""
+    decoder = Decoder(networks)
+    frames = networks.frames_decoded_at_once(size.num_frames)
+
+    def decode(latents: jax.Array) -> jax.Array:
+        # A batch may have fewer samples than there are devices; then it lies on some of them.
+        count = len(latents)
+        layout = device_mesh.image_sharding(mesh, count)
+        place = functools.partial(distributed.device_put_global, sharding=layout)
+        at_once = decode_size(count, mesh, frames)
+        clips = decoder(latents, at_once, place, device_mesh.image_shards(mesh, count))
+        return place(as_samples(clips))
+
+    return decode
