@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from marble_jax.families.base import NetworkOptions, Size
-from marble_jax.families.decoding import Decoder, as_images
+from marble_jax.families.decoding import Decoder, as_samples
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of
 
@@ -41,7 +41,7 @@ class LoadedPipeline:
 
     def decode(self, latents, batch, place=lambda part: part):
         """Images [N, H, W, 3]."""
-        return as_images(self._decoder(jnp.asarray(latents), batch, place))
+        return as_samples(self._decoder(jnp.asarray(latents), batch, place))
 
 
 def load_pipeline(

@@ -247,7 +247,7 @@ class _AbstractArguments:
         count, rollout = sizes.images, self._settings.rollout
         shape = (count, *self._shapes.latent)
         kept = self.replicated(shape, jnp.float32)
-        split = is_split(count, self._shapes.latent, device_mesh.batch_shards(self._mesh))
+        split = is_split(count, self._shapes.latent, self._mesh)
         if split:
             shape = (sizes.rollout_batches, rollout.batch_size, *self._shapes.latent)
             kept = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split_layout(self._mesh))

@@ -22,10 +22,9 @@ from marble_jax.distributed import device_mesh
 from marble_jax.distributed.sharding import SCANNED_PREFIX
 from marble_jax.objectives.registry import make_objective
 from marble_jax.plan.model_shapes import ModelShapes
-from marble_jax.programs.open_model import decode_size
+from marble_jax.plan.sample_memory import decoder_bytes, latent_bytes
 from marble_jax.trainable import lora
 from marble_jax.training.batch_sizes import Sizes, chunk_size
-from marble_jax.training.latent_layout import is_split
 from marble_jax.types import DTYPES
 
 NUM_POLICIES = 4  # current, rollout, averaged and best adapter
@@ -37,7 +36,6 @@ DOTS_ARRAYS = 9  # arrays of both streams that a block keeps under remat=dots
 SECOND_DOTS_ARRAYS = 4  # arrays of the image tokens that a second attention keeps under remat=dots
 SUMS_HELD = 3  # sums of gradients alive at once: of the loop, of its body, and of the loop before
 SPLASH_ARRAYS = 13  # arrays [tokens, width] around the TPU's fused kernel: padded to blocks and lanes, statistics
-DECODER_ARRAYS = 4  # of the decoder's largest activation
 LANES = 128  # a TPU pads the last axis of an array to this
 FLOAT32 = 4  # bytes
 
@@ -337,19 +335,8 @@ class MemoryModel:
 
     def rollouts(self) -> Source:
         """What the rollouts hand to training, and the copies of it that training makes."""
-        images = self.sizes.images
+        latents, note = latent_bytes(self.settings, self.shapes, self.sizes, self.mesh)
         conditioning = 2 * self.settings.rollout.prompts_per_step * self.cond
-        if is_split(images, self.shapes.latent, device_mesh.batch_shards(self.mesh)):
-            # Every device takes a whole micro-batch from all others before it keeps its own part.
-            micro_batch = self.settings.training.micro_batch_size
-            latents = (self.share(images) + micro_batch) * self.latent
-            note = (
-                "the device's own latents, those of a micro-batch, and conditioning of the prompts"
-            )
-            return Source(ROLLOUTS, latents + conditioning, note)
-        # Every device holds all latents, and copies its own into training order.
-        latents = (images + self.share(images)) * self.latent
-        note = "all latents and conditioning of the prompts, and the device's own in training order"
         return Source(ROLLOUTS, latents + conditioning, note)
 
     def between(self) -> list[Source]:
@@ -388,25 +375,7 @@ class MemoryModel:
 
     def decoder(self) -> Source:
         """Weights and activations of the decoder."""
-        batch = self.settings.rollout.batch_size
-        # The autoencoder takes a few images at a time, over all axes of the mesh.
-        size, networks = self.shapes.size, self.shapes.networks
-        frames = networks.frames_decoded_at_once(size.num_frames)
-        shards = device_mesh.image_shards(self.mesh, batch)
-        count = decode_size(batch, self.mesh, frames) // shards
-        pixels = frames * size.height * size.width
-        activations = DECODER_ARRAYS * count * pixels * networks.largest_activation * FLOAT32
-        weights = FLOAT32 * lora.num_parameters(networks.decoder_only_params)
-        if size.num_frames == 1:
-            note = f"weights and activations of {count} images, float32"
-            return Source(DECODER, weights + activations, note)
-        # Parts of the batch, and the whole that they are put together to.
-        clips = 2 * (batch // shards) * FLOAT32 * 3 * size.num_frames * size.height * size.width
-        note = (
-            f"weights, activations of {count} clip(s) at {frames} frames, and the batch's "
-            f"{batch // shards} decoded clip(s) twice, float32"
-        )
-        return Source(DECODER, weights + activations + clips, note)
+        return Source(DECODER, *decoder_bytes(self.settings, self.shapes, self.mesh))
 
 
 def total(sources: list[Source]) -> float:

@@ -204,9 +204,9 @@ def _sampling(settings: Settings, train_prompts: dict[str, list[Prompt]], sizes:
 
 def _collector(settings: Settings, imaging: Imaging, rewards: Sequence[Reward]) -> Collector:
     """What samples and scores rollouts, with the rewards trained on."""
-    rollout, shards = settings.rollout, device_mesh.batch_shards(imaging.mesh)
+    rollout = settings.rollout
     num_samples = rollout.prompts_per_step * rollout.images_per_prompt
-    split = is_split(num_samples, imaging.latent_shape, shards)
+    split = is_split(num_samples, imaging.latent_shape, imaging.mesh)
     return Collector(
         imaging.sampler(rollout.solver, rollout.num_steps, rollout.integer_timesteps),
         imaging.encode,

@@ -12,26 +12,26 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from marble_jax.distributed.device_mesh import BATCH_AXES
+from marble_jax.distributed.device_mesh import BATCH_AXES, batch_shards
 
 WHOLE_BYTES = 512 << 20
 """Most bytes of a step's latents that lie whole on every device. 1152 images of 512 px take 302 MB."""
 FLOAT32 = 4
 
 
-def is_split(num_samples: int, latent_shape: Sequence[int], num_shards: int) -> bool:
+def is_split(num_samples: int, latent_shape: Sequence[int], mesh: Mesh | AbstractMesh) -> bool:
     """Whether the latents of a step stay split over the devices.
 
     Args:
       num_samples: of a step.
       latent_shape: of one sample.
-      num_shards: parts that a batch is split into.
+      mesh: the devices.
     """
-    if num_shards == 1:
+    if FLOAT32 * num_samples * math.prod(latent_shape) <= WHOLE_BYTES:
         return False
-    return FLOAT32 * num_samples * math.prod(latent_shape) > WHOLE_BYTES
+    return batch_shards(mesh) > 1
 
 
 def split_layout(mesh: Mesh) -> NamedSharding:

@@ -98,6 +98,7 @@ def test_results_do_not_depend_on_the_batch_size_and_no_prompt_is_dropped(scorer
         scores.values[quoted, 1], [len(p.text) for p in PROMPTS if '"' in p.text]
     )
     assert not scores.failed.any()
+    kept_images = np.stack(kept_images)
     assert kept_images.dtype == np.uint8 and kept_images.shape == (3, 2, 2, 3)
     expected = np.stack([images[i] for i in (0, 3, 6)]) * 255
     assert np.abs(kept_images - expected).max() <= 0.5 + 1e-3
@@ -155,3 +156,37 @@ def test_kept_images_are_spread_over_the_prompts(scorer, num_images, kept):
     assert evaluator.kept == kept
     if num_images in (0, 50):
         assert len(evaluator(0.5, None)[1]) == len(kept)
+
+
+def test_of_an_image_that_is_not_finite_nothing_is_kept(scorer):
+    """In 8 bits it would be black; its scores have failed."""
+
+    def decode(latents):
+        return jnp.where(jnp.mean(latents) > -9, jax.nn.sigmoid(latents), 0).at[-1].set(jnp.nan)
+
+    evaluator = dataclasses.replace(_evaluator(scorer, 7), decode=decode)
+    scores, kept_images = evaluator(0.5, None)
+    assert [image is None for image in kept_images] == [False, False, True]
+    assert scores.failed[-1, 0] and not scores.failed[:-1].any()
+
+
+class Motion(Reward):
+    def score(self, params, images, prompts, metadata):
+        return jnp.abs(images[:, 1:] - images[:, :-1]).mean((1, 2, 3, 4)), jnp.ones(len(prompts))
+
+
+def test_clips_are_scored_and_kept_as_clips():
+    scorer = Scorer([Motion(name="motion", kind="device", takes="clips")])
+
+    def decode(latents):
+        frames = jax.nn.sigmoid(latents)[:, None]
+        return jnp.concatenate([frames, 0.5 * frames], axis=1)
+
+    evaluator = dataclasses.replace(_evaluator(scorer, 4), decode=decode)
+    scores, kept_clips = evaluator(0.5, None)
+    stills = np.stack(_evaluator(scorer, 4).kept)
+    assert len(kept_clips) == len(stills) and kept_clips[0].shape == (2, 2, 2, 3)
+    assert kept_clips[0].dtype == np.uint8
+    half = np.abs(kept_clips[0][0] / 2 - kept_clips[0][1]).max()
+    assert half <= 1
+    assert scores.values[0, 0] == pytest.approx(kept_clips[0][0].mean() / 255 / 2, abs=2e-3)

@@ -94,3 +94,29 @@ def test_one_program_serves_all_weights_and_one_more_the_base_model():
 def test_an_unknown_solver_is_refused():
     with pytest.raises(InputError, match="solver: expected"):
         make_sampler(_velocity, "heun", sigma_grid(2, 1.0))
+
+
+def test_guidance_leads_away_from_the_negative_prompt():
+    """v_neg + g (v_cond - v_neg), the negative prompt the same for all samples."""
+    sigmas = sigma_grid(4, 3.0)
+    run = make_sampler(_velocity, "euler", sigmas, guidance_scale=2.5)
+    negative = {"embeds": jnp.zeros((1, 1, 1)), "pooled": jnp.full((1, 1), 0.3)}
+    found = run(0.7, None, COND, jnp.asarray(NOISE), negative)
+    levels, x = sigmas.astype(np.float64), NOISE.astype(np.float64)
+    for here, there in zip(levels[:-1], levels[1:]):
+        away = np.tanh(0.7 * x + here + 0.3)
+        towards = _numpy_velocity(0.7, 0.0, x, here)
+        x = x + (there - here) * (away + 2.5 * (towards - away))
+    np.testing.assert_allclose(found, x, atol=1e-5)
+    plain = make_sampler(_velocity, "euler", sigmas)(0.7, None, COND, jnp.asarray(NOISE))
+    assert np.abs(plain - found).max() > 0.1
+
+
+def test_levels_that_the_pipeline_tells_the_network_stay():
+    """They are whole timesteps already, cut in float64; integer timesteps do not cut them again."""
+    sigmas = sigma_grid(6, 3.0).astype(np.float64)
+    told = np.float32([0.999, 0.93, 0.85, 0.74, 0.55, 0.21])
+    for integer in (False, True):
+        run = make_sampler(_velocity, "euler", sigma_grid(6, 3.0), integer, told)
+        found = run(0.7, None, COND, jnp.asarray(NOISE))
+        np.testing.assert_allclose(found, _euler(sigmas, told), atol=1e-5)

@@ -45,7 +45,7 @@ def test_a_plain_model_is_drawn_as_the_first_run_is_wherever_it_stands():
     assert shared.size == Size(64, 48) and shared.native_sizes == {"base": "256 x 256"}
     assert shared.origins["size"] == "the training run 'run'"
     assert shared.origins["solver"] == "evaluations of the training run 'run'"
-    assert shared.origins["guidance"] == "command line or default"
+    assert shared.origins["guidance"] == "the training run 'run'"
 
 
 def test_what_is_stated_holds_for_all():
@@ -65,6 +65,22 @@ def test_what_is_stated_holds_for_all():
     }
     origins = settle({"run": RUN, "base": PLAIN}, asked, frozenset({"steps"})).origins
     assert origins["size"] == origins["steps"] == "command line or default"
+
+
+def test_a_plain_model_is_guided_as_the_run_is():
+    run = dataclasses.replace(RUN, guidance=4.5, negative="ugly")
+    found = settle({"base": PLAIN, "run": run}, ASKED, NOTHING).settings
+    assert (found.guidance, found.negative) == (4.5, "ugly") and found.guided
+    found = settle({"run": run}, SamplingSettings(guidance=1.0), NOTHING).settings
+    assert (found.guidance, found.negative) == (1.0, "") and not found.guided
+
+
+def test_frames_are_stated_or_the_run_s():
+    run = dataclasses.replace(RUN, size=Size(64, 48, 17))
+    shared = settle({"base": PLAIN, "run": run}, ASKED, NOTHING)
+    assert shared.size == Size(64, 48, 17)
+    stated = SamplingSettings(size=(32, 32), num_frames=5)
+    assert settle({"run": run, "other": RUN}, stated, NOTHING).size == Size(32, 32, 5)
 
 
 def test_a_plain_model_takes_the_guidance_input_of_the_run():
@@ -112,7 +128,12 @@ def test_models_without_a_run_keep_their_own_where_they_agree():
         ),
         (
             {"r": RUN, "s": dataclasses.replace(RUN, size=Size(64, 48, 17))},
-            "expected one size for all models; received 64 x 48 of 'r', 17 x 64 x 48 of 's'$",
+            "expected one size for all models, or --size=FRAMESxHEIGHTxWIDTH; received 64 x 48 of 'r', "
+            "17 x 64 x 48 of 's'$",
+        ),
+        (
+            {"r": RUN, "s": dataclasses.replace(RUN, guidance=4.5)},
+            "expected one guidance for all models, or --guidance=SCALE; received 1.0 of 'r', 4.5 of 's'$",
         ),
     ],
 )

@@ -121,6 +121,8 @@ def steps(key, values):
             "Images are getting darker",
         ),
         (steps("rollout/x0_norm", [1.0] * 10 + [1.3] * 10), "alarm", "Latent norm is drifting"),
+        (steps("rollout/motion", [0.08] * 10 + [0.04] * 10), "alarm", "Clips are freezing"),
+        (steps("rollout/motion", [0.08] * 10 + [0.055] * 10), "watch", "Clips move less"),
         (steps("rollout/score_std/a", [0.1] * 10 + [0.0] * 10), "alarm", "a is constant"),
         (steps("rollout/missing_share/b", [1.0] * 6), "alarm", "b never applied"),
         (steps("rollout/failed/b", [0.0] * 9 + [0.02]), "watch", "b failed at times"),
@@ -143,6 +145,24 @@ def steps(key, values):
 def test_alarms(tmp_path, rows, level, title):
     found = alarms(write(tmp_path, rows))
     assert [(a.level, a.title) for a in found] == [(level, title)]
+
+
+def test_rewards_that_rise_while_clips_freeze_are_named(tmp_path):
+    """Reward a rises by half a standard deviation of its scores, b stays where it is within a tenth."""
+    rows = [
+        {
+            "step": i,
+            "rollout/motion": 0.1 - 0.004 * i,
+            "rollout/score_mean/a": 0.01 * i,
+            "rollout/score_std/a": 0.3,
+            "rollout/score_mean/b": 0.5 + 0.001 * i,
+            "rollout/score_std/b": 0.3,
+        }
+        for i in range(20)
+    ]
+    (alarm,) = alarms(write(tmp_path, rows))
+    assert (alarm.level, alarm.title) == ("alarm", "Clips are freezing")
+    assert "Meanwhile a has risen" in alarm.text
 
 
 def test_failures_in_evaluations_are_told(tmp_path):

@@ -1,17 +1,22 @@
 """The page as a reader's browser sees it: parsed, not matched as text."""
 
+import base64
 import html.parser
+import io
 import json
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from etils import epath
 from make_workdir import HELDOUT, HOSTILE, PROMPTS, REWARDS, make_workdir
+from PIL import Image
 
 from marble_jax.errors import InputError
 from marble_jax.report import read_records, write_report
+from marble_jax.storage.images import save_sample
 
 VOID = {"meta", "link", "img", "br", "input"}
 SECTIONS = [
@@ -192,6 +197,29 @@ def test_large_images_are_scaled_down(tmp_path):
     assert images and all(
         i["src"].startswith("data:image/jpeg;base64,") and i["width"] == "320" for i in images
     )
+
+
+@pytest.mark.parametrize("side, kind", [(24, "png"), (400, "webp")])
+def test_clips_move_and_stand_as_strips_in_print(tmp_path, side, kind):
+    """Small ones are the files themselves; large ones are made small, moving and still."""
+    root = make_workdir(tmp_path / "run", done=20, compare=False)
+    clip = np.zeros((5, side, side, 3), np.uint8)
+    for number, frame in enumerate(clip):
+        frame[:, : 2 + number] = 200
+    for file in (root / "samples").glob("step_*/00.png"):
+        save_sample(file, clip, {}, 16)
+    page = load(root)
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    moving = [attrs for attrs in images if attrs.get("class") == "moving"]
+    assert moving and all(i["alt"] and i["width"] == str(min(side, 320)) for i in moving)
+    for image in moving:
+        assert image["src"].startswith(f"data:image/{kind};base64,")
+        raw = base64.b64decode(image["src"].partition(",")[2])
+        with Image.open(io.BytesIO(raw)) as shown:
+            assert shown.n_frames == 5 and shown.size == (min(side, 320),) * 2
+    strips = [attrs for tag, attrs in page.tags if tag == "span" and attrs.get("class") == "frames"]
+    still = [attrs for attrs in images if attrs.get("alt") == ""]
+    assert len(strips) == len(moving) and len(still) == 4 * len(moving)
 
 
 def test_charts_have_words_and_tables_have_heads(full):

@@ -10,7 +10,8 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.training.rollout import Collector
+from marble_jax.training import rollout as rollout_module
+from marble_jax.training.rollout import Collector, sample_health
 
 
 class Brightness(Reward):
@@ -176,3 +177,53 @@ def test_diversity_leaves_out_groups_of_which_a_batch_holds_one_image(scorer):
         None, None, _draw(TEXTS[:2], 3), jax.random.key(0)
     ).health
     assert health["diversity"] == pytest.approx((0.1 + 0.0 + 0.3) / 3, abs=1e-6)
+
+
+def test_health_of_clips():
+    """Against NumPy in float64: diversity over all pixels of all frames, motion between neighbours."""
+    rng = np.random.default_rng(0)
+    clips = rng.random((6, 5, 4, 3, 3))
+    group = np.array([0, 0, 0, 1, 1, 2])
+    found = sample_health(
+        jnp.asarray(clips, jnp.float32), jnp.asarray(clips, jnp.float32), jnp.asarray(group)
+    )
+    spreads = [clips[group == label].std(axis=0).mean() for label in (0, 1)]
+    assert found["diversity"] == pytest.approx(np.mean(spreads), rel=1e-5)
+    motion = np.abs(np.diff(clips, axis=1)).mean()
+    assert found["motion"] == pytest.approx(motion, rel=1e-5)
+    assert found["brightness"] == pytest.approx(clips.mean(), rel=1e-5)
+    images = sample_health(
+        jnp.asarray(clips[:, 0], jnp.float32),
+        jnp.asarray(clips[:, 0], jnp.float32),
+        jnp.asarray(group),
+    )
+    assert "motion" not in images
+
+
+def test_no_more_batches_wait_for_scores_than_a_host_may_hold(scorer, monkeypatch):
+    """Ten samples of 24 bytes in five batches, of which two fit: the third one waits for the first."""
+    events = []
+    submit = scorer.submit
+
+    class Told:
+        def __init__(self, number, pending):
+            self.number, self.pending = number, pending
+
+        def result(self, poll):
+            events.append(f"collected {self.number}")
+            return self.pending.result(poll)
+
+    def told(samples, prompts):
+        number = sum(event.startswith("drawn") for event in events)
+        events.append(f"drawn {number}")
+        return Told(number, submit(samples, prompts))
+
+    monkeypatch.setattr(scorer, "submit", told)
+    collect = _collector(scorer, 2, _noisy)
+    plain = collect(None, None, _draw(TEXTS, 2), jax.random.key(0)).scores
+    assert events == [f"drawn {i}" for i in range(5)] + [f"collected {i}" for i in range(5)]
+    events.clear()
+    monkeypatch.setattr(rollout_module, "MAX_WAITING_BYTES", 2 * 2 * 24)
+    scores = collect(None, None, _draw(TEXTS, 2), jax.random.key(0)).scores
+    assert events[:5] == ["drawn 0", "drawn 1", "drawn 2", "collected 0", "drawn 3"]
+    np.testing.assert_array_equal(scores.values, plain.values)

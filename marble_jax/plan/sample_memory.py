@@ -1,0 +1,61 @@
+"""Memory of a device for the samples of a step: their latents, their decoder, and clips that it makes of them."""
+
+from __future__ import annotations
+
+import math
+
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from marble_jax.config import Settings
+from marble_jax.distributed import device_mesh
+from marble_jax.plan.model_shapes import ModelShapes
+from marble_jax.programs.open_model import decode_size
+from marble_jax.trainable import lora
+from marble_jax.training.batch_sizes import Sizes
+from marble_jax.training.latent_layout import is_split
+
+DECODER_ARRAYS = 4  # of the decoder's largest activation
+FLOAT32 = 4  # bytes
+CHANNELS = 3  # of a pixel
+
+
+def latent_bytes(
+    settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh | AbstractMesh
+) -> tuple[float, str]:
+    """Returns bytes of the latents that a train step is given, with the copies it makes, and what they are."""
+    images = sizes.images
+    latent = FLOAT32 * math.prod(shapes.latent)
+    share = NamedSharding(mesh, device_mesh.BATCH).shard_shape((images,))[0]
+    if is_split(images, shapes.latent, mesh):
+        # Every device takes a whole micro-batch from all others before it keeps its own part.
+        micro_batch = settings.training.micro_batch_size
+        note = "the device's own latents, those of a micro-batch, and conditioning of the prompts"
+        return (share + micro_batch) * latent, note
+    # Every device holds all latents, and copies its own into training order.
+    note = "all latents and conditioning of the prompts, and the device's own in training order"
+    return (images + share) * latent, note
+
+
+def decoder_bytes(
+    settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh
+) -> tuple[float, str]:
+    """Returns bytes of the decoder's weights and activations, and of clips that they make; and what they are."""
+    batch, size, networks = settings.rollout.batch_size, shapes.size, shapes.networks
+    # The autoencoder takes a few samples at a time, over all axes of the mesh.
+    frames = networks.frames_decoded_at_once(size.num_frames)
+    shards = device_mesh.image_shards(mesh, batch)
+    count = decode_size(batch, mesh, frames) // shards
+    pixels = size.height * size.width
+    activations = DECODER_ARRAYS * count * frames * pixels * networks.largest_activation * FLOAT32
+    weights = FLOAT32 * lora.num_parameters(networks.decoder_only_params)
+    if size.num_frames == 1:
+        note = f"weights and activations of {count} images, float32"
+        return weights + activations, note
+    # The parts of the batch, and the whole that they are put together to.
+    share = batch // shards
+    clips = 2 * share * size.num_frames * pixels * CHANNELS * FLOAT32
+    note = (
+        f"weights, activations of {count} clips at {frames} frames, and {share} decoded clips twice, "
+        "float32"
+    )
+    return weights + activations + clips, note
