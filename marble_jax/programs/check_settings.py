@@ -32,6 +32,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     """
     check(flatten(settings))
     _check_rewards(settings)
+    _check_guidance(settings)
     _check_alpha_floor(settings)
     _check_weights(settings)
     _check_cleaning(settings)
@@ -57,6 +58,16 @@ def _check_rewards(settings: Settings) -> None:
             raise InputError(
                 f"rewards.heldout: expected rewards that are not trained on; received {name!r}"
             )
+
+
+def _check_guidance(settings: Settings) -> None:
+    """Raises InputError for a negative prompt that nothing would read."""
+    rollout = settings.rollout
+    if rollout.negative_prompt and not rollout.guided:
+        raise InputError(
+            "rollout.negative_prompt: expected none without guidance (--config.rollout.guidance_scale above "
+            f"1 turns it on); received {rollout.negative_prompt!r}"
+        )
 
 
 def _check_alpha_floor(settings: Settings) -> None:

@@ -210,6 +210,7 @@ def refused(capsys, *arguments):
         ),
         ("model.max_sequence_length=600", "model.max_sequence_length: expected at most 512 tokens"),
         ("model.path=embedded", "model.num_frames: expected 1, as Stable Diffusion 3 draws images"),
+        ("rollout.negative_prompt=ugly", "rollout.negative_prompt: expected none without guidance"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(place, capsys, change, message):
