@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from marble_jax import distributed
-from marble_jax.batches import batch_indices
+from marble_jax.batches import UnderWay, batch_indices
 from marble_jax.flow.policy_sampler import Sampler, image_noise
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.scorer import Scorer, concatenate
@@ -84,18 +84,20 @@ class Evaluator:
           of one with numbers that are not finite, of which there is nothing to show.
         """
         groups = self.groups
-        pending = []
+        under_way: UnderWay[Scores] = UnderWay(lambda: progress(0))
         images: dict[int, np.ndarray | None] = {}
         for index in batch_indices(len(groups), self.batch_size):
             prompts = [self.prompts[groups[i]] for i in index]
             decoded = self._sample(params, adapter, index, prompts)
             # Scores are collected after the last batch: host rewards run while the device goes on sampling.
-            pending.append(self.scorer.submit(decoded, prompts))
+            under_way.add(
+                self.scorer.submit(decoded, prompts), decoded.nbytes // jax.process_count()
+            )
             self._keep(images, decoded, index)
             # The last batch repeats its last image to be full; an image counts once.
             progress(len(set(index.tolist())))
-        results = [batch.result(lambda: progress(0)) for batch in pending]
-        return concatenate(results, len(groups)), [images[number] for number in self.kept]
+        scores = concatenate(under_way.results(), len(groups))
+        return scores, [images[number] for number in self.kept]
 
     def _sample(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,16 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax import distributed
-from marble_jax.batches import batch_indices
+from marble_jax.batches import UnderWay, batch_indices
 from marble_jax.flow.policy_sampler import Sampler
 from marble_jax.objectives.base import Kept
 from marble_jax.prompts.groups import Draw
-from marble_jax.rewards.scorer import PendingScores, Scorer, concatenate
+from marble_jax.rewards.scorer import Scorer, concatenate
 from marble_jax.training.profile import phase
 from marble_jax.types import Adapter, Conditioning, Params, Scores
-
-MAX_WAITING_BYTES = 8 << 30
-"""Host memory for samples whose scores are not collected yet: clips of a whole step may be many times as much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +91,8 @@ class Collector:
         count = len(draw.prompts)
         cond = self._encoded(draw)
         latents, health = [], []
-        scores_under_way = _UnderWay(lambda: progress(0))
+        # A reward that hangs does not keep a run from stopping.
+        under_way: UnderWay[Scores] = UnderWay(lambda: progress(0))
         for number, index in enumerate(batch_indices(count, self.batch_size)):
             group = draw.groups[index]
             x0, samples = self._sampled(
@@ -103,7 +100,7 @@ class Collector:
             )
             # Host rewards work on this batch while the next one is sampled.
             pending = self.scorer.submit(samples, [draw.prompts[i] for i in index])
-            scores_under_way.add(pending, samples.nbytes // jax.process_count())
+            under_way.add(pending, samples.nbytes // jax.process_count())
             latents.append(x0 if self.stack is not None else self.spread(x0))
             # Labels within the batch: a global one can be beyond the number of segments.
             _, label = np.unique(group, return_inverse=True)
@@ -112,7 +109,7 @@ class Collector:
             progress(len(np.unique(index)))
         sampled = time.perf_counter()
         with phase("rewards"):
-            scores = concatenate(scores_under_way.results(), count)
+            scores = concatenate(under_way.results(), count)
         seconds = {"rollout": sampled - start, "rewards_wait": self.scorer.waited_seconds - waited}
         if self.stack is None:
             # The last batch may have been filled up.
@@ -145,39 +142,6 @@ def _mean_health(batches_health: Sequence[dict[str, jax.Array]]) -> dict[str, fl
     """Means over batches, read once all of them are on their way: reading waits for the device."""
     names = batches_health[0]
     return {name: float(np.mean([batch[name] for batch in batches_health])) for name in names}
-
-
-class _UnderWay:
-    """Scores of batches that are not collected yet: as many batches as the memory of a host may hold.
-
-    Args:
-      poll: called now and then while scores are waited for: a reward that hangs does not keep a run from stopping.
-    """
-
-    def __init__(self, poll: Callable[[], object]):
-        self._poll = poll
-        self._waiting: deque[tuple[PendingScores, int]] = deque()
-        self._bytes = 0
-        self._done: list[Scores] = []
-
-    def add(self, pending: PendingScores, num_bytes: int) -> None:
-        """Takes the next batch, of so many bytes on a host; waits for the oldest ones where they are too many."""
-        self._waiting.append((pending, num_bytes))
-        self._bytes += num_bytes
-        # The newest may be large alone.
-        while self._bytes > MAX_WAITING_BYTES and len(self._waiting) > 1:
-            self._collect()
-
-    def results(self) -> list[Scores]:
-        """Waits for all batches; their scores in order."""
-        while self._waiting:
-            self._collect()
-        return self._done
-
-    def _collect(self) -> None:
-        pending, num_bytes = self._waiting.popleft()
-        self._done.append(pending.result(self._poll))
-        self._bytes -= num_bytes
 
 
 @jax.jit

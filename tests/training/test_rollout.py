@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import marble_jax  # noqa: F401
+from marble_jax import batches
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
-from marble_jax.training import rollout as rollout_module
 from marble_jax.training.rollout import Collector, sample_health
 
 
@@ -223,7 +222,7 @@ def test_no_more_batches_wait_for_scores_than_a_host_may_hold(scorer, monkeypatc
     plain = collect(None, None, _draw(TEXTS, 2), jax.random.key(0)).scores
     assert events == [f"drawn {i}" for i in range(5)] + [f"collected {i}" for i in range(5)]
     events.clear()
-    monkeypatch.setattr(rollout_module, "MAX_WAITING_BYTES", 2 * 2 * 24)
+    monkeypatch.setattr(batches, "MAX_WAITING_BYTES", 2 * 2 * 24)
     scores = collect(None, None, _draw(TEXTS, 2), jax.random.key(0)).scores
     assert events[:5] == ["drawn 0", "drawn 1", "drawn 2", "collected 0", "drawn 3"]
     np.testing.assert_array_equal(scores.values, plain.values)
