@@ -47,8 +47,9 @@ def help_text() -> str:
   --prompts=A|B      prompts, separated by |
   --file=FILE        one prompt a line, or GenEval metadata (.jsonl)
   --images=1         images of each prompt
-  --out=DIR          where 00000.png, 00001.png ... (prompt, seed and settings inside) and grid.png go. The same command
-                     again draws what is missing; a folder with images of other settings is refused
+  --out=DIR          where 00000.png, 00001.png ... (prompt, seed and settings inside; clips are animated PNG, which
+                     is lossless) and grid.png go. The same command again draws what is missing; a folder with images
+                     of other settings is refused
   --seed=0           image i starts from noise of (seed, i), whatever the batch
 {SAMPLING_HELP}
   --grid=true"""

@@ -75,9 +75,12 @@ def _rollout_line(planned: Plan) -> str:
     mesh, batch = planned.mesh, planned.settings.rollout.batch_size
     shards = device_mesh.batch_shards(mesh)
     # Images are split over tensor, too, unlike samples.
-    decoded = decode_size(batch, mesh) // device_mesh.image_shards(mesh, batch)
+    shapes, rollout = planned.shapes, planned.settings.rollout
+    frames = shapes.networks.frames_decoded_at_once(shapes.size.num_frames)
+    decoded = decode_size(batch, mesh, frames) // device_mesh.image_shards(mesh, batch)
+    guidance = f", guidance {rollout.guidance_scale:g}" if rollout.guided else ""
     return (
-        f"{planned.sizes.rollout_batches} batches of {batch}, {batch // shards} a device; decoded "
+        f"{planned.sizes.rollout_batches} batches of {batch}, {batch // shards} a device{guidance}; decoded "
         f"{decoded} a device at a time"
     )
 

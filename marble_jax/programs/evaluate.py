@@ -2,7 +2,7 @@
 
     OUT/evaluation.json      what was asked for
     OUT/prompts.jsonl        prompt i with its source and metadata
-    OUT/MODEL/00000.png      image i of a model, and settings.json
+    OUT/MODEL/00000.png      image or clip i of a model, and settings.json
     OUT/MODEL/scores.jsonl   its scores
     OUT/summary.json         means, intervals, gains, GenEval's tags, composite
     OUT/index.html           all of it to look at

@@ -1,4 +1,4 @@
-"""Images of prompts from a model, or from a policy of a training run, as files."""
+"""Images or clips of prompts from a model, or from a policy of a training run, as files."""
 
 from __future__ import annotations
 

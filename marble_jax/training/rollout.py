@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -164,8 +163,9 @@ def sample_health(x0: jax.Array, samples: jax.Array, group: jax.Array) -> dict[s
     if samples.ndim == 4:
         return health | {"diversity": _diversity(samples, group)}
     # Frame by frame: sums over groups of whole clips would lie on every device.
-    frames = jnp.moveaxis(samples, 1, 0)
-    diversity = jax.lax.map(functools.partial(_diversity, group=group), frames)
+    diversity = jax.lax.map(
+        lambda frame: _diversity(samples[:, frame], group), jnp.arange(samples.shape[1])
+    )
     motion = jnp.mean(jnp.abs(samples[:, 1:] - samples[:, :-1]))
     return health | {"diversity": jnp.mean(diversity), "motion": motion}
 
