@@ -26,6 +26,7 @@ from marble_jax.programs.check_settings import check_settings
 from marble_jax.programs.imaging import Imaging, make_decoder
 from marble_jax.programs.locations import held_out_prompts, read_prompts, reward_directory
 from marble_jax.programs.open_model import (
+    check_model,
     locate,
     open_networks,
     size_of,
@@ -144,6 +145,7 @@ def build(settings: Settings) -> Run:
     test_prompts = held_out_prompts(settings.prompts, settings.evaluation)
     _check_held_out(train_prompts, test_prompts)
     root, family = locate(settings.model)
+    check_model(root, family, settings.model)
     spec = lora.lora_spec(settings.lora, family)
     rewards = _load_rewards(settings, mesh)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.

@@ -105,10 +105,8 @@ def open_networks(
     Raises:
       InputError: missing or malformed files, or a size, guidance scale or length that the model does not take.
     """
-    # Shapes first: a size that does not fit shows before gigabytes are read, and rules need the head's width.
-    outline = family.outline(root, NetworkOptions())
-    _check_settings(outline, settings)
-    transformer = outline.sharding_rules
+    # Shapes first: rules need the head's width.
+    transformer = check_model(root, family, settings).sharding_rules
 
     def place(component: str, path: tuple[str, ...], leaf: Any) -> jax.Array:
         rules = family.component_rules(component, transformer.head_width)
@@ -116,6 +114,17 @@ def open_networks(
 
     options = network_options(settings, lora_scale, mesh, transformer.gather(mesh))
     return family.open(root, options, place)
+
+
+def check_model(root: Path, family: Family, settings: ModelSettings) -> Networks:
+    """Checks a run's settings against its model before gigabytes are read; returns the networks as shapes.
+
+    Raises:
+      InputError: missing or malformed config files, or a size, guidance scale or length that the model does not take.
+    """
+    outline = family.outline(root, NetworkOptions())
+    _check_settings(outline, settings)
+    return outline
 
 
 def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family, Networks, Any]:

@@ -169,8 +169,8 @@ def test_the_report_shows_clips(place, run, monkeypatch):
     assert main(["report", f"--workdir={run}"]) == 0
     page = (run / "report.html").read_text()
     moving = re.findall(r'<img class="moving"[^>]*src="data:image/png;base64,', page)
-    # Base and trained of two prompts, and four frames of each for print.
-    assert len(moving) == 4 and page.count('class="frames"') == 4
+    # Of two prompts base, first step and second, each with four frames for print.
+    assert len(moving) == 6 and page.count('class="frames"') == 6
     assert "Motion" in page
 
 
@@ -209,14 +209,18 @@ def refused(capsys, *arguments):
             "model.num_frames: expected at most 29, as the model has positions",
         ),
         ("model.max_sequence_length=600", "model.max_sequence_length: expected at most 512 tokens"),
-        ("model.path=embedded", "model.num_frames: expected 1, as Stable Diffusion 3 draws images"),
+        (
+            "model.path=embedded model.width=32",
+            "model.num_frames: expected 1, as Stable Diffusion 3 draws images; received 5",
+        ),
         ("rollout.negative_prompt=ugly", "rollout.negative_prompt: expected none without guidance"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(place, capsys, change, message):
     workdir = place / "refused"
     config = f"--config={place / 'wan.py'}"
-    line = refused(capsys, "train", config, f"--workdir={workdir}", f"--config.{change}")
+    changes = [f"--config.{item}" for item in change.split()]
+    line = refused(capsys, "train", config, f"--workdir={workdir}", *changes)
     assert message in line
     assert not workdir.exists()
 
