@@ -27,6 +27,10 @@ class Stream(enum.Enum):
     TIMESTEP_ORDER = "order of each picture's timesteps"
     TRAINING_NOISE = "noise that clean latents are mixed with"
     ANCHORS = "micro-batches that have anchors"
+    STEP_NOISE = "noise along the way of rollouts"
+    WINDOWS = "steps of rollouts that have noise"
+    UPDATE_PARTS = "images of the updates that share a rollout"
+    LATER_UPDATES = "numbers of a rollout's later updates"
     IMAGE_NOISE = "noise of pictures that are not trained on"
 
     @property

@@ -47,7 +47,35 @@ class RolloutSettings:
         "so that one may come twice in a step, as upstream has it",
         "step|batch",
     )
-    solver: str = key("dpm2", "ODE solver", "euler|dpm1|dpm2|ddim|unipc", "paper")
+    solver: str = key(
+        "dpm2",
+        "solver: of the ODE, or with noise along the way, which policy gradients need: 'flow_sde' (Flow-GRPO), "
+        "'dance_sde' (DanceGRPO) or 'cps' (coefficients-preserving sampling)",
+        "euler|dpm1|dpm2|ddim|unipc|flow_sde|dance_sde|cps",
+        "paper",
+    )
+    noise_level: float = key(
+        0.7, "strength of the noise of a stochastic solver; at most 1 for cps", "> 0"
+    )
+    window_size: int = key(
+        0,
+        "steps of a stochastic solver that have noise and are trained on, one after the other; 0: all that "
+        "window_range allows",
+        "steps, >= 0",
+    )
+    window_range: float = key(
+        0.99,
+        "share of the steps, from the first on, that have noise: int(share * N); the last step has none by "
+        "default",
+        "(0, 1]",
+    )
+    window_schedule: str = key(
+        "random",
+        "where in the range a smaller window begins: at its first step, drawn for every optimiser step, or moving "
+        "on by one step every window_every optimiser steps",
+        "fixed|random|sliding",
+    )
+    window_every: int = key(25, "optimiser steps that a sliding window stays", "steps, >= 1")
     integer_timesteps: bool = key(
         False, "truncate the network's timestep to an integer, as upstream does"
     )

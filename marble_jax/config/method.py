@@ -43,9 +43,9 @@ class AdvantageSettings:
     )
     scalarize: str = key(
         "none",
-        "one advantage instead of K: 'weighted_sum' of scores (DiffusionNFT) or 'gdpo' (sum of "
-        "normalised advantages)",
-        "none|weighted_sum|gdpo",
+        "one advantage instead of K: that of the 'weighted_sum' of scores (DiffusionNFT, Flow-GRPO), the "
+        "'advantage_sum' of the rewards' own (MixGRPO), or that sum normalised again over the batch ('gdpo')",
+        "none|weighted_sum|advantage_sum|gdpo",
     )
     weights: tuple[float, ...] = key(
         (), "one weight a reward, of a scalarized advantage; empty: all one", "> 0"
@@ -169,7 +169,13 @@ class HarmonizeSettings:
 class ObjectiveSettings:
     """Which objective is trained."""
 
-    name: str = key("nft", "objective by its registered name: nft is DiffusionNFT's", "-", "paper")
+    name: str = key(
+        "nft",
+        "objective by its registered name: nft is DiffusionNFT's, policy_gradient that of Flow-GRPO and its "
+        "relatives, awm advantage-weighted matching",
+        "-",
+        "paper",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,4 +190,43 @@ class NftSettings:
     )
     kl_weight: float = key(
         1e-4, "weight of the squared distance to the base model's velocity", ">= 0", "paper"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradientSettings:
+    """Constants of the policy-gradient objective."""
+
+    form: str = key(
+        "ppo",
+        "ratio of densities: of mean log-probabilities ('ppo', Flow-GRPO's), or centred and alike at all steps "
+        "('guard', GRPO-Guard's)",
+        "ppo|guard",
+    )
+    clip_range: float = key(
+        0.0,
+        "a ratio counts within 1 +- clip_range; 0: no clip, as with one update a rollout, whose ratio is 1",
+        "[0, 1)",
+    )
+    kl_weight: float = key(
+        0.0, "weight of the divergence of a step's mean from the base model's", ">= 0"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AwmSettings:
+    """Constants of advantage-weighted matching."""
+
+    weighting: str = key(
+        "sigma_huber",
+        "of a sample's mean squared error: none, times its noise level or the level's square, a root of the error, "
+        "or a root times the level",
+        "uniform|sigma|sigma_squared|huber|sigma_huber",
+    )
+    power: float = key(0.25, "exponent of the roots", "(0, 1]")
+    rollout_weight: float = key(
+        0.0, "weight of the squared distance to the rollout policy's velocity", ">= 0"
+    )
+    kl_weight: float = key(
+        0.0, "weight of the squared distance to the base model's velocity", ">= 0"
     )

@@ -8,9 +8,11 @@ from marble_jax.config.data import PromptSettings, RewardSettings, RolloutSettin
 from marble_jax.config.keys import key
 from marble_jax.config.method import (
     AdvantageSettings,
+    AwmSettings,
     HarmonizeSettings,
     NftSettings,
     ObjectiveSettings,
+    PolicyGradientSettings,
     RewardScheduleSettings,
 )
 from marble_jax.config.model import LoraSettings, MeshSettings, ModelSettings
@@ -40,6 +42,8 @@ class Settings:
     harmonize: HarmonizeSettings = HarmonizeSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     nft: NftSettings = NftSettings()
+    policy_gradient: PolicyGradientSettings = PolicyGradientSettings()
+    awm: AwmSettings = AwmSettings()
     training: TrainingSettings = TrainingSettings()
     rollout_policy: RolloutPolicySettings = RolloutPolicySettings()
     ema: EmaSettings = EmaSettings()

@@ -21,9 +21,16 @@ class TrainingSettings:
     )
     timestep_fraction: float = key(
         0.99,
-        "share of an image's timesteps trained on: int(fraction * N)",
+        "share of an image's timesteps trained on: int(fraction * N); of the steps with noise of a stochastic "
+        "solver, rounded up",
         "(0, 1]",
         "paper",
+    )
+    updates_per_rollout: int = key(
+        1,
+        "updates that share an optimiser step's images, each on its own part of them; the learning rate's schedule "
+        "and the averaged policy count every one",
+        ">= 1",
     )
     learning_rate: float = key(3e-4, "AdamW step size", ">= 0", "paper")
     learning_rate_schedule: str = key(

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 from marble_jax.flow.levels import truncated
 from marble_jax.flow.sampler import extrapolated, sample
 from marble_jax.flow.solvers import solver_table
+from marble_jax.flow.stochastic import StochasticTable
+from marble_jax.flow.trajectory import Transitions, sample_transitions, table_rows
 from marble_jax.streams import Stream, stream_key
 from marble_jax.types import Adapter, Conditioning, Params
 
@@ -81,6 +83,70 @@ def make_sampler(
             return sample(velocity_at, noise, sigmas, table, network_sigmas)
 
     return run
+
+
+TransitionSampler = Callable[
+    [Params, Adapter | None, Conditioning, jax.Array, jax.Array, int],
+    tuple[jax.Array, Transitions],
+]
+"""sampler(params, adapter or None, cond of n samples, noise [n, *latent], PRNG key, first step of the window) -> clean
+latents float32 [n, *latent] and what is kept of the window."""
+
+
+def make_transition_sampler(
+    velocity: PolicyVelocity,
+    table: StochasticTable,
+    window_size: int,
+    network_sigmas: Float[np.ndarray, " steps"] | None = None,
+) -> TransitionSampler:
+    """Builds a compiled sampler with noise along the way, one program wherever its window begins.
+
+    Args:
+      velocity: the policy as a function.
+      table: of the solver, with noise at every step.
+      window_size: steps that have noise and are kept.
+      network_sigmas: [N] levels that the network is told; None for those of the table.
+    """
+
+    @jax.jit
+    def run(
+        params: Params,
+        adapter: Adapter | None,
+        cond: Conditioning,
+        noise: jax.Array,
+        key: jax.Array,
+        rows: jax.Array,
+        start: jax.Array,
+    ) -> tuple[jax.Array, Transitions]:
+        def velocity_at(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            levels = jnp.broadcast_to(sigma, x.shape[:1])
+            return velocity(params, adapter, x, levels, cond)
+
+        with jax.named_scope("rollout"):
+            return sample_transitions(
+                velocity_at,
+                noise,
+                table.sigmas,
+                rows,
+                key,
+                start,
+                window_size,
+                table.has_density,
+                network_sigmas,
+            )
+
+    def sampler(
+        params: Params,
+        adapter: Adapter | None,
+        cond: Conditioning,
+        noise: jax.Array,
+        key: jax.Array,
+        start: int,
+    ) -> tuple[jax.Array, Transitions]:
+        rows = table_rows(table.in_window(start, window_size))
+        return run(params, adapter, cond, noise, key, rows, np.int32(start))
+
+    return sampler
 
 
 def image_noise(

@@ -47,7 +47,7 @@ def step_mean(
       state: coefficient of the state.
       current: coefficient of the clean estimate.
     """
-    estimate = clean_estimate(x, velocity, jnp.asarray(sigma, jnp.float32))
+    estimate = clean_estimate(x, velocity, sigma)
     return expand(state, x) * x + expand(current, x) * estimate
 
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from marble_jax.errors import InputError
 from marble_jax.flow.path import expand
-from marble_jax.harmonize.reward_sums import RewardSums, VelocitySums, zero_sums
+from marble_jax.harmonize.reward_sums import RecordSums, RewardSums, zero_sums
 from marble_jax.objectives.base import (
     AdapterVelocity,
     Batch,
@@ -47,14 +47,14 @@ class _PulledBack:
       directions: adapter tree, leaves [n, J, ...]: signals, then anchors, then the divergence, as far as taken.
       statistics: of the objective, leaves [n].
       divergence: [n].
-      velocities: sums over each sample alone, leaves [n].
+      records: sums over each sample alone, leaves [n].
       num_signals: how many of the J directions are signals.
     """
 
     directions: Adapter
     statistics: Statistics
     divergence: jax.Array
-    velocities: VelocitySums
+    records: RecordSums
     num_signals: int = flax.struct.field(pytree_node=False)
 
 
@@ -104,7 +104,7 @@ def accumulate(
         return jax.tree.map(_add, sums, new), None
 
     whole = batch, advantages, valid
-    zeros = zero_sums(adapter, num_rewards)
+    zeros = zero_sums(adapter, num_rewards, objective.reports)
     if chunk_size == num_samples:
         # A loop of one turn stays a loop in the compiled program, with all that a loop copies.
         return add_chunk(zeros, whole)[0]
@@ -139,8 +139,8 @@ def _sample_pull_backs(
     stacked = jnp.stack(cotangents)
     (pulled,) = jax.vmap(pull_back)(stacked.astype(prediction.dtype))
     statistics = jax.tree.map(lambda x: x[0], directions.statistics)
-    velocities = _velocity_sums(prediction, directions)
-    return _PulledBack(pulled, statistics, divergence[0], velocities, len(directions.signals))
+    records = _record_sums(objective, prediction, directions)
+    return _PulledBack(pulled, statistics, divergence[0], records, len(directions.signals))
 
 
 def _chunk_sums(
@@ -176,11 +176,13 @@ def _chunk_sums(
         kl_gradient=jax.tree.map(divergence, pulled.directions),
         kl=jnp.sum(pulled.divergence),
         num_samples=jnp.asarray(float(len(advantages) * anchors), jnp.float32),
-        velocities=jax.tree.map(jnp.sum, pulled.velocities),
+        records=jax.tree.map(jnp.sum, pulled.records),
     )
 
 
-def _velocity_sums(prediction: Float[Array, " n *latent"], directions: Directions) -> VelocitySums:
+def _record_sums(
+    objective: Objective, prediction: Float[Array, " n *latent"], directions: Directions
+) -> RecordSums:
     """Sums over samples for the records."""
     wide = prediction.astype(jnp.float32)
     gap = jnp.asarray(jnp.nan)
@@ -188,7 +190,9 @@ def _velocity_sums(prediction: Float[Array, " n *latent"], directions: Direction
         gap = jnp.sum(directions.gap)
     num_samples = len(prediction)
     square = jnp.sum(jnp.square(wide)) / prediction[0].size
-    return VelocitySums(gap, square, jnp.asarray(float(num_samples), jnp.float32))
+    count = jnp.asarray(float(num_samples), jnp.float32)
+    reported = jax.tree.map(jnp.sum, objective.reported(directions.statistics))
+    return RecordSums(gap, square, count, reported)
 
 
 def _masked_mix(
@@ -235,7 +239,7 @@ def combined_gradient(
 
     Returns:
       The gradient (same tree as `adapter`), to be summed over micro-batches, and a dict with `policy_loss` and `kl`
-      (this part's share of both, additive too) and `velocities` (VelocitySums).
+      (this part's share of both, additive too) and `records` (RecordSums).
     """
     total = len(advantages) if num_samples is None else num_samples
     prediction, pull_back = jax.vjp(
@@ -257,8 +261,8 @@ def combined_gradient(
     (gradient,) = pull_back(cotangent.astype(prediction.dtype))
     losses = objective.losses(advantages, directions.statistics)
     policy_loss = jnp.sum(jnp.where(valid, sample_weights * losses, 0.0))
-    velocities = _velocity_sums(prediction, directions)
-    return gradient, {"policy_loss": policy_loss, "kl": kl, "velocities": velocities}
+    records = _record_sums(objective, prediction, directions)
+    return gradient, {"policy_loss": policy_loss, "kl": kl, "records": records}
 
 
 def per_sample(weights: Float[Array, " k"], counts: Num[Array, " k"]) -> Float[Array, " k"]:

@@ -6,6 +6,8 @@ hosts and dividing once by the number of valid samples gives the gradients of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -16,26 +18,26 @@ from marble_jax.types import Adapter
 
 
 @flax.struct.dataclass
-class VelocitySums:
-    """Sums over samples of squared velocities, for the records: float32 scalars.
+class RecordSums:
+    """Sums over samples for the records: float32 scalars.
 
     Attributes:
       gap: mean squared distance of the trained policy's velocity from the rollout policy's; NaN where the objective
         does not know it.
       square: mean square of the trained policy's velocity.
       num_samples: how many samples there were.
+      reported: the objective's own numbers, by name.
     """
 
     gap: jax.Array
     square: jax.Array
     num_samples: jax.Array
+    reported: dict[str, jax.Array]
 
     def metrics(self) -> dict[str, jax.Array]:
         """Means over samples, by record key."""
-        return {
-            "objective/velocity_gap": self.gap / self.num_samples,
-            "objective/velocity_square": self.square / self.num_samples,
-        }
+        named = {"velocity_gap": self.gap, "velocity_square": self.square, **self.reported}
+        return {f"objective/{name}": total / self.num_samples for name, total in named.items()}
 
 
 @flax.struct.dataclass
@@ -49,7 +51,7 @@ class RewardSums:
       kl_gradient: adapter tree, float32: gradient of the divergence summed over samples; zeros where it is left out.
       kl: float32 scalar: divergence summed over samples.
       num_samples: float32 scalar: samples that the divergence was taken at.
-      velocities: what is known of the velocities themselves.
+      records: what the records say of the samples.
     """
 
     gradients: Adapter
@@ -58,7 +60,7 @@ class RewardSums:
     kl_gradient: Adapter
     kl: jax.Array
     num_samples: jax.Array
-    velocities: VelocitySums
+    records: RecordSums
 
 
 @flax.struct.dataclass
@@ -71,8 +73,9 @@ class RewardGradients:
     kl: jax.Array
 
 
-def zero_sums(adapter: Adapter, num_rewards: int) -> RewardSums:
-    """The neutral element of `tree.add` on RewardSums."""
+def zero_sums(adapter: Adapter, num_rewards: int, reports: Sequence[str] = ()) -> RewardSums:
+    """The neutral element of `tree.add` on RewardSums; `reports` are the names of an objective's own numbers."""
+    zero = jnp.zeros(())
     return RewardSums(
         gradients=tree.zeros_like(adapter, num_rewards),
         counts=jnp.zeros(num_rewards),
@@ -80,7 +83,7 @@ def zero_sums(adapter: Adapter, num_rewards: int) -> RewardSums:
         kl_gradient=tree.zeros_like(adapter),
         kl=jnp.zeros(()),
         num_samples=jnp.zeros(()),
-        velocities=VelocitySums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())),
+        records=RecordSums(zero, zero, zero, dict.fromkeys(reports, zero)),
     )
 
 

@@ -167,13 +167,7 @@ def weighted_sum(
       InputError: the wrong number of weights, a negative one, or all zero.
     """
     values, valid = np.asarray(values, np.float64), np.asarray(valid, bool)
-    count = values.shape[1]
-    weights = np.ones(count) if weights is None else np.asarray(weights, np.float64)
-    if weights.shape != (count,) or np.any(weights < 0) or not np.any(weights > 0):
-        raise InputError(
-            f"reward weights: expected {count} numbers of at least 0, not all 0; "
-            f"received {weights.tolist()}"
-        )
+    weights = _checked_weights(weights, values.shape[1])
     # A sample without any score of its own stays missing.
     has_score = np.any(valid & (weights > 0), axis=1, keepdims=True)
     if groups is not None:
@@ -194,6 +188,52 @@ def _filled_up(
     values, valid, index = _checked(values, valid, groups)
     count, mean, _ = _grouped(values, valid, index)
     return np.where(valid, values, mean[index]), count[index] > 0
+
+
+def advantage_sum(
+    values: Float[np.ndarray, "n k"],
+    valid: Bool[np.ndarray, "n k"],
+    groups: Shaped[np.ndarray, " n"],
+    weights: Float[np.ndarray, " k"] | None = None,
+    scale: str = "global",
+) -> Advantages:
+    """Sum of the rewards' own advantages, each times its weight; a missing one counts as 0, its group's mean.
+
+    Args:
+      values: raw scores.
+      valid: which of them are there.
+      groups: labels, equal for images of one prompt.
+      weights: of the rewards; all 1 when None.
+      scale: see `per_reward`.
+
+    Returns:
+      Advantages with one column; `tied` is the share averaged over the rewards.
+
+    Raises:
+      InputError: another number of weights, a negative one, or all zero; see also `per_reward`.
+
+    Source: MixGRPO (arXiv 2507.21802), aggregation by advantage.
+    """
+    own = per_reward(values, valid, groups, scale)
+    weights = _checked_weights(weights, own.values.shape[1])
+    weighted = np.where(own.valid, own.values.astype(np.float64) * weights, 0.0)
+    has_score = np.any(own.valid & (weights > 0), axis=1, keepdims=True)
+    total = np.where(has_score, weighted.sum(axis=1, keepdims=True), 0.0)
+    tied = np.mean(own.tied, keepdims=True)
+    return Advantages(total.astype(np.float32), np.asarray(has_score), tied)
+
+
+def _checked_weights(
+    weights: Float[np.ndarray, " k"] | None, count: int
+) -> Float[np.ndarray, " k"]:
+    """Weights of `count` rewards, all 1 when None. Raises InputError for another number, a negative one, or all 0."""
+    weights = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape != (count,) or np.any(weights < 0) or not np.any(weights > 0):
+        raise InputError(
+            f"reward weights: expected {count} numbers of at least 0, not all 0; "
+            f"received {weights.tolist()}"
+        )
+    return weights
 
 
 def gdpo(

@@ -46,6 +46,28 @@ class Kept(enum.Enum):
     """What a rollout keeps of every image for the objective to train on."""
 
     CLEAN_LATENTS = "clean latents"
+    TRANSITIONS = "states at steps with noise"
+
+
+@flax.struct.dataclass
+class SolverSteps:
+    """Coefficients of the rollout's stochastic solver at n samples, float32 [n] each; see `flow.stochastic`.
+
+    Attributes:
+      sigma: noise level before the step.
+      state: of the state in the step's mean.
+      current: of the clean estimate in it.
+      noise: standard deviation of the step.
+      diffusion: what a difference of means is measured in by the divergence from the base model.
+      length: noise level before the step minus that behind it.
+    """
+
+    sigma: jax.Array
+    state: jax.Array
+    current: jax.Array
+    noise: jax.Array
+    diffusion: jax.Array
+    length: jax.Array
 
 
 @flax.struct.dataclass
@@ -53,12 +75,13 @@ class Draws:
     """What an optimiser step draws for a micro-batch: n images, each at one of its timesteps.
 
     Attributes:
-      kept: pytree of leaves [n, ...], what the rollout kept of the images (`Objective.keeps`); for clean latents one
-        float32 array [n, *latent].
+      kept: pytree of leaves [n, ...], what the rollout kept of the images (`Objective.keeps`): for clean latents one
+        float32 array [n, *latent], for transitions `flow.trajectory.Transitions`.
       timestep: int32 [n], index of the noise level among those of the rollout's solver.
       sigma: float32 [n], that noise level, in (0, 1].
       cond: pytree of conditioning, leaves [n, ...].
       key: PRNG key of the micro-batch.
+      steps: of the rollout's solver at these timesteps; None for a solver without noise.
     """
 
     kept: Any
@@ -66,6 +89,7 @@ class Draws:
     sigma: jax.Array
     cond: Any
     key: jax.Array
+    steps: SolverSteps | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +165,16 @@ class Objective(abc.ABC):
     keeps: ClassVar[Kept] = Kept.CLEAN_LATENTS
     kl_weight: float = 0.0
 
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Names of the objective's own numbers in the records, which `reported` gives."""
+        return ()
+
+    @property
+    def rollout_passes(self) -> int:
+        """Calls of the rollout policy at a sample, beside that of the trained policy."""
+        return 1
+
     @abc.abstractmethod
     def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> Batch:
         """The micro-batch, with everything that no gradient flows through.
@@ -186,3 +220,7 @@ class Objective(abc.ABC):
         self, advantages: Float[Array, "n k"], statistics: Statistics
     ) -> Float[Array, "n k"]:
         """Loss of every sample under every reward, for the records; a reward's loss is their mean."""
+
+    def reported(self, statistics: Statistics) -> dict[str, Float[Array, " n"]]:
+        """The objective's own numbers of n samples by the names in `reports`; records hold their means."""
+        return {}

@@ -26,7 +26,6 @@ from marble_jax.config import Settings
 from marble_jax.distributed import device_mesh
 from marble_jax.distributed.accelerators import ACCELERATORS, GIB, Accelerator
 from marble_jax.errors import InputError, nearest
-from marble_jax.flow.policy_sampler import make_sampler
 from marble_jax.plan.hlo import Collective, collectives
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.programs.build import build_steps, make_recipe
@@ -145,14 +144,7 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     abstract = _AbstractArguments(settings, shapes, mesh)
     networks = abstract.networks
     rollout = settings.rollout
-    sampler = make_sampler(
-        networks.velocity,
-        rollout.solver,
-        networks.levels(rollout.num_steps, shapes.latent),
-        rollout.integer_timesteps,
-        networks.network_levels(rollout.num_steps, shapes.latent),
-        rollout.guidance_scale,
-    )
+    sampler = _rollout_sampler(rollout, networks, shapes.latent)
     recipe = make_recipe(settings, sizes, mesh, networks, shapes.latent)
     optimizer = make_optimizer(settings.training)
     steps = build_steps(settings, recipe, networks, optimizer)
@@ -164,6 +156,8 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     latents = abstract.decoded_latents()
     train = (state, abstract.params, abstract.rollouts(sizes))
     drawing: tuple[Any, ...] = (abstract.params, policy, conditioning, noise)
+    if is_stochastic(rollout):
+        drawing += (abstract.noise_key(), jnp.int32(0))
     if rollout.guided:
         drawing += (abstract.negative_conditioning(),)
     programs = {

@@ -19,12 +19,15 @@ from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError, nearest
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.base import Family, Networks, Size
+from marble_jax.flow.guided_policy import guided_policy
+from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.programs.imaging import Imaging, make_decoder
 from marble_jax.programs.locations import held_out_prompts, read_prompts, reward_directory
+from marble_jax.programs.noisy_rollouts import timesteps_of, trains_guided
 from marble_jax.programs.open_model import (
     check_model,
     locate,
@@ -45,14 +48,20 @@ from marble_jax.rewards.registry import load_rewards
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.streams import Stream, stream_key
 from marble_jax.trainable import lora
-from marble_jax.training.batch_sizes import Sizes, chunk_size, derive_sizes
+from marble_jax.training.batch_sizes import (
+    Sizes,
+    chunk_size,
+    derive_sizes,
+    is_stochastic,
+    kept_shape,
+    window_of,
+)
 from marble_jax.training.iteration import Iteration, Sampling
 from marble_jax.training.latent_layout import is_split, make_stack
 from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.recipe import (
     MicroBatching,
     Recipe,
-    Timesteps,
     averages_of,
     harmonization_of,
 )
@@ -60,7 +69,7 @@ from marble_jax.training.rollout import Collector
 from marble_jax.training.rounding import marks
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.step_schedule import Steps, make_steps
-from marble_jax.types import Adapter
+from marble_jax.types import Adapter, Conditioning
 
 
 @dataclasses.dataclass
@@ -81,6 +90,7 @@ class Run:
       optimizer: of the adapter.
       steps: the compiled optimiser steps.
       state: before the first step.
+      negative: conditioning of the negative prompt, where the policy that is trained is guided.
     """
 
     settings: Settings
@@ -96,6 +106,7 @@ class Run:
     optimizer: optax.GradientTransformation
     steps: Steps
     state: TrainState
+    negative: Conditioning | None = None
 
     @property
     def size(self) -> Size:
@@ -117,6 +128,8 @@ class Run:
             partial(device_mesh.replicate, self.mesh),
             merge,
             self._rounding_marks(),
+            window_of(settings.rollout) if is_stochastic(settings.rollout) else None,
+            self.negative,
         )
 
     def _rounding_marks(self) -> Callable[[Mapping[str, float]], dict[str, float]]:
@@ -180,6 +193,7 @@ def build(settings: Settings) -> Run:
         optimizer,
         steps,
         device_mesh.replicate(mesh, state),
+        imaging.negative if trains_guided(settings) else None,
     )
 
 
@@ -208,9 +222,9 @@ def _collector(settings: Settings, imaging: Imaging, rewards: Sequence[Reward]) 
     """What samples and scores rollouts, with the rewards trained on."""
     rollout = settings.rollout
     num_samples = rollout.prompts_per_step * rollout.images_per_prompt
-    split = is_split(num_samples, imaging.latent_shape, imaging.mesh)
+    split = is_split(num_samples, kept_shape(rollout, imaging.latent_shape), imaging.mesh)
     return Collector(
-        imaging.sampler(rollout.solver, rollout.num_steps, rollout.integer_timesteps),
+        imaging.rollout_sampler(),
         imaging.encode,
         imaging.decode,
         _scorer(settings.rewards, rewards),
@@ -318,18 +332,16 @@ def make_recipe(
     names = settings.rewards.train
     shards = device_mesh.Shards(mesh)
     balancer = balancer_of(settings.harmonize, names)
-    levels = networks.levels(settings.rollout.num_steps, latent_shape)
-    # The last level is clean: nothing is trained there.
-    trained = tuple(float(sigma) for sigma in levels[:-1])
     chunk = chunk_size(settings.training, settings.harmonize, shards.count)
     return Recipe(
         objective=make_objective(settings),
-        timesteps=Timesteps(trained, sizes.timesteps),
+        timesteps=timesteps_of(settings.rollout, sizes, networks, latent_shape),
         micro_batching=MicroBatching(settings.training.micro_batch_size, chunk, shards),
         harmonization=harmonization_of(
             settings.harmonize, settings.advantages, balancer, len(names)
         ),
         averages=averages_of(settings.rollout_policy, settings.ema),
+        updates=settings.training.updates_per_rollout,
     )
 
 
@@ -341,9 +353,12 @@ def build_steps(
 ) -> Steps:
     """Returns the compiled steps of a run."""
     harmonize = settings.harmonize
+    velocity: PolicyVelocity = networks.velocity
+    if trains_guided(settings):
+        velocity = guided_policy(velocity, settings.rollout.guidance_scale)
     return make_steps(
         recipe,
-        networks.velocity,
+        velocity,
         optimizer,
         harmonize.mode,
         harmonize.refresh_every,

@@ -11,6 +11,7 @@ from marble_jax.errors import InputError
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks import attention
 from marble_jax.objectives.registry import make_objective
+from marble_jax.programs.noisy_rollouts import check_noisy_rollouts, check_objective_mode
 from marble_jax.programs.run_rewards import run_reward_schedule
 from marble_jax.programs.upstream import check_upstream
 from marble_jax.training.profile import parse_steps
@@ -41,6 +42,8 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     run_reward_schedule(settings)
     check_upstream(settings)
     make_objective(settings)
+    check_noisy_rollouts(settings)
+    check_objective_mode(settings)
     parse_steps(settings.logging.profile_steps)
     _check_attention(settings.model, backend or jax.default_backend())
     _check_wandb(settings.logging)

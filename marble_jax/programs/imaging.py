@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,8 +15,18 @@ from marble_jax.config import RolloutSettings
 from marble_jax.distributed import device_mesh
 from marble_jax.families.base import Networks, Size
 from marble_jax.families.decoding import Decoder, as_samples
-from marble_jax.flow.policy_sampler import Sampler, make_sampler
+from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
+from marble_jax.flow.policy_sampler import (
+    PolicyVelocity,
+    Sampler,
+    make_sampler,
+    make_transition_sampler,
+)
+from marble_jax.flow.trajectory import Transitions
+from marble_jax.programs.noisy_rollouts import network_levels_of, stochastic_of
 from marble_jax.programs.open_model import decode_size
+from marble_jax.training.batch_sizes import is_stochastic, window_of
+from marble_jax.training.rollout import NoisyPath, NoisySampler
 from marble_jax.types import Adapter, Conditioning, Params
 
 
@@ -55,12 +66,41 @@ class Imaging:
         def sample(
             params: Params, adapter: Adapter | None, cond: Conditioning, noise: jax.Array
         ) -> jax.Array:
-            return run(params, adapter, cond, noise, self._negative)
+            return run(params, adapter, cond, noise, self.negative)
+
+        return sample
+
+    def rollout_sampler(self) -> Sampler | NoisySampler:
+        """The sampler of the run's rollouts; a `NoisySampler` where its solver is a stochastic one."""
+        rollout = self.rollout
+        if not is_stochastic(rollout):
+            return self.sampler(rollout.solver, rollout.num_steps, rollout.integer_timesteps)
+        velocity: PolicyVelocity = self.networks.velocity
+        if rollout.guided:
+            velocity = guided_policy(velocity, rollout.guidance_scale)
+        run = make_transition_sampler(
+            velocity,
+            stochastic_of(rollout, self.networks, self.latent_shape),
+            window_of(rollout).size,
+            network_levels_of(rollout, self.networks, self.latent_shape),
+        )
+
+        def sample(
+            params: Params,
+            adapter: Adapter | None,
+            cond: Conditioning,
+            noise: jax.Array,
+            path: NoisyPath,
+        ) -> tuple[jax.Array, Transitions]:
+            own: Any = cond
+            if rollout.guided:
+                own = GuidedConditioning(cond, repeated(self.negative, len(noise)))
+            return run(params, adapter, own, noise, path.key, path.start)
 
         return sample
 
     @functools.cached_property
-    def _negative(self) -> Conditioning:
+    def negative(self) -> Conditioning:
         """Conditioning [1, ...] of the negative prompt, on every device."""
         texts = [self.rollout.negative_prompt]
         cond = distributed.run_on_all("negative prompt", lambda: self.encode(texts))

@@ -62,10 +62,11 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
     """
     harmonize = settings.harmonize
     # 1 where the divergence from the base model is part of the loss: one more network call and one more direction.
-    reference = int(make_objective(settings).kl_weight > 0)
+    objective = make_objective(settings)
+    reference = int(objective.kl_weight > 0)
     micro_batch = sizes.samples / sizes.micro_batches
-    # The rollout policy's velocity and the current one, and one cotangent pulled back.
-    signal = 2 * sample.forward + sample.backward
+    # The trained policy's velocity, the rollout policy's where it is asked, and one cotangent pulled back.
+    signal = (1 + objective.rollout_passes) * sample.forward + sample.backward
     # The base model's velocity, and the cotangents that no advantage scales.
     anchor = reference * sample.base + (1 + reference) * sample.backward
     # One micro-batch in so many has anchors and divergence, at least; `anchor_error` may ask for more.

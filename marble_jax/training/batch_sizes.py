@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from marble_jax.config import HarmonizeSettings, RolloutSettings, TrainingSettings
 from marble_jax.errors import InputError
+from marble_jax.flow.stochastic import STOCHASTIC_SOLVERS, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,8 @@ def derive_sizes(rollout: RolloutSettings, training: TrainingSettings, num_shard
     )
     _check_batch("rollout.batch_size", rollout.batch_size, images, step, num_shards)
     _check_batch("training.micro_batch_size", training.micro_batch_size, images, step, num_shards)
-    timesteps = max(1, int(training.timestep_fraction * rollout.num_steps))
+    _check_updates(training, images)
+    timesteps = trained_timesteps(rollout, training)
     samples = images * timesteps
     return Sizes(
         images=images,
@@ -52,6 +55,53 @@ def derive_sizes(rollout: RolloutSettings, training: TrainingSettings, num_shard
         timesteps=timesteps,
         samples=samples,
         micro_batches=samples // training.micro_batch_size,
+    )
+
+
+def is_stochastic(rollout: RolloutSettings) -> bool:
+    """Whether rollouts have noise along the way."""
+    return rollout.solver in STOCHASTIC_SOLVERS
+
+
+def window_of(rollout: RolloutSettings) -> Window:
+    """Steps of a stochastic rollout that have noise; `check_window` says whether they can."""
+    end = max(1, int(rollout.window_range * rollout.num_steps))
+    return Window(
+        size=rollout.window_size or end,
+        first=0,
+        end=end,
+        schedule=rollout.window_schedule,
+        every=rollout.window_every,
+    )
+
+
+def kept_shape(rollout: RolloutSettings, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what a rollout keeps of one sample: its clean latents, or the states at the steps of a window."""
+    if not is_stochastic(rollout):
+        return latent_shape
+    return (window_of(rollout).size + 1, *latent_shape)
+
+
+def trained_timesteps(rollout: RolloutSettings, training: TrainingSettings) -> int:
+    """Timesteps that an image is trained at."""
+    if is_stochastic(rollout):
+        # The last step is no part of a window by default: rounded down, the share would take one more away.
+        return math.ceil(training.timestep_fraction * window_of(rollout).size)
+    return max(1, int(training.timestep_fraction * rollout.num_steps))
+
+
+def _check_updates(training: TrainingSettings, images: int) -> None:
+    """Raises InputError unless the images of a step can be dealt out to its updates in whole micro-batches."""
+    updates, size = training.updates_per_rollout, training.micro_batch_size
+    if images % (updates * size) == 0:
+        return
+    fitting = [n for n in range(1, images // size + 1) if images % (n * size) == 0]
+    nearest = ""
+    if fitting:
+        nearest = f" (nearest valid choice {min(fitting, key=lambda n: abs(n - updates))})"
+    raise InputError(
+        f"training.updates_per_rollout: expected a number of parts of the {images} images of a step that "
+        f"training.micro_batch_size = {size} divides; received {updates}{nearest}"
     )
 
 

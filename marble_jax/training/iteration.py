@@ -14,19 +14,26 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from marble_jax import distributed
+from marble_jax.flow.stochastic import Window
 from marble_jax.objectives.advantage_shape import AdvantageShape
-from marble_jax.objectives.advantages import Advantages, gdpo, per_reward, weighted_sum
+from marble_jax.objectives.advantages import (
+    Advantages,
+    advantage_sum,
+    gdpo,
+    per_reward,
+    weighted_sum,
+)
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import Draw, draw
-from marble_jax.streams import Stream, stream_key
+from marble_jax.streams import Stream, stream_generator, stream_key
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.profile import phase
 from marble_jax.training.records import flat_metrics, score_metrics
 from marble_jax.training.reward_schedule import RewardSchedule
-from marble_jax.training.rollout import Collector, Rollout
+from marble_jax.training.rollout import Collector, NoisyPath, Rollout
 from marble_jax.training.state import TrainState
 from marble_jax.training.step_schedule import Steps
-from marble_jax.types import Adapter, Params, Scores
+from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Sampling:
       prompts_per_step: distinct prompts a step.
       images_per_prompt: size of a group.
       scale: standard deviation that advantages are divided by: "global" or "group".
-      scalarize: "none", or the single advantage that is trained on: "weighted_sum" or "gdpo".
+      scalarize: "none", or the single advantage that is trained on: "weighted_sum", "advantage_sum" or "gdpo".
       reward_weights: of a scalarized advantage, one a reward; empty for all 1.
       reward_schedule: which rewards are active when.
       shape: what is made of advantages before they are trained on.
@@ -107,6 +114,8 @@ def advantages_of(
     # Scalarized, it comes before: the rewards that are not trained on have no part in the one advantage.
     if sampling.scalarize == "gdpo":
         scalarized = gdpo(scores.values, mask, groups, weights)
+    elif sampling.scalarize == "advantage_sum":
+        scalarized = advantage_sum(scores.values, mask, groups, weights, sampling.scale)
     else:
         totals, has_total = weighted_sum(scores.values, mask, weights, groups)
         scalarized = per_reward(totals, has_total, groups, sampling.scale)
@@ -137,6 +146,8 @@ class Iteration:
       merge: folds an adapter into a copy of the weights, for sampling: faster, and exact up to rounding in the weights'
         dtype, so meant for float32. None leaves it beside them.
       rounding: marks the figures of a record that lie below the rounding of the compute dtype; see `rounding.marks`.
+      window: steps of rollouts that have noise; None for a solver of the ODE.
+      negative: conditioning of the negative prompt, where the policy that is trained is guided.
     """
 
     params: Params
@@ -146,6 +157,8 @@ class Iteration:
     replicate: Callable[[Any], Any]
     merge: Callable[[Params, Adapter], Params] | None = None
     rounding: Callable[[Mapping[str, float]], dict[str, float]] = lambda record: {}
+    window: Window | None = None
+    negative: Conditioning | None = None
 
     def rollout_policy(self, state: TrainState) -> tuple[Params, Adapter | None]:
         """Weights of the rollout policy, and its adapter where that is not folded into them."""
@@ -167,7 +180,16 @@ class Iteration:
             jnp.asarray(valid),
         )
         kept = rollout.kept(self.steps.keeps)
-        return RolloutBatch(kept, *self.replicate(on_host), is_split=rollout.is_split)
+        prompt, cond, values, mask = self.replicate(on_host)
+        return RolloutBatch(
+            kept=kept,
+            prompt=prompt,
+            cond=cond,
+            advantages=values,
+            valid=mask,
+            negative=self.negative,
+            is_split=rollout.is_split,
+        )
 
     def roll_out(
         self, state: TrainState, samples: Draw, progress: Callable[[int], None]
@@ -184,8 +206,13 @@ class Iteration:
         """
         # On the host: a key on the training mesh would tie the noise to that mesh.
         run_key = jax.random.wrap_key_data(jnp.asarray(distributed.to_host(state.key)))
-        key = stream_key(run_key, Stream.ROLLOUT_NOISE, int(state.step))
-        return self.collector(*self.rollout_policy(state), samples, key, progress)
+        step = int(state.step)
+        key = stream_key(run_key, Stream.ROLLOUT_NOISE, step)
+        path = None
+        if self.window is not None:
+            start = self.window.start(step, stream_generator(state.seed, Stream.WINDOWS, step))
+            path = NoisyPath(stream_key(run_key, Stream.STEP_NOISE, step), start)
+        return self.collector(*self.rollout_policy(state), samples, key, progress, path)
 
     def update(
         self, state: TrainState, samples: Draw, rollout: Rollout

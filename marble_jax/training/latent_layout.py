@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,10 @@ def split_layout(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
-def make_stack(mesh: Mesh) -> Callable[[Sequence[jax.Array]], jax.Array]:
-    """Returns a function that puts batches [n, *latent] together as [batches, n, *latent], each sample where it is."""
-    return jax.jit(lambda batches: jnp.stack(batches), out_shardings=split_layout(mesh))
+def make_stack(mesh: Mesh) -> Callable[[Sequence[Any]], Any]:
+    """Returns a function that puts batches, leaves [n, ...], together as [batches, n, ...], each sample where it is."""
+
+    def stack(batches: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *batches)
+
+    return jax.jit(stack, out_shardings=split_layout(mesh))

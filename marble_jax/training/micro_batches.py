@@ -13,11 +13,22 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
+from marble_jax.flow.guided_policy import GuidedConditioning, repeated
 from marble_jax.flow.policy_sampler import PolicyVelocity
-from marble_jax.objectives.base import Batch, Draws, FrozenPolicies, Objective, Velocity
+from marble_jax.flow.stochastic import StochasticTable
+from marble_jax.flow.trajectory import Transitions
+from marble_jax.objectives.base import (
+    Batch,
+    Draws,
+    FrozenPolicies,
+    Objective,
+    SolverSteps,
+    Velocity,
+)
 from marble_jax.streams import Stream, stream_key
 from marble_jax.training.recipe import Timesteps
 from marble_jax.types import Adapter, Conditioning, Params
@@ -29,12 +40,14 @@ class RolloutBatch:
 
     Attributes:
       kept: pytree of leaves [N, ...], what the rollout kept of every image (`Objective.keeps`); clean latents are one
-        float32 array [N, *latent]. Where `is_split`, leaves are [batches, n, ...] with N = batches * n or a little more
-        for a last batch that was filled up.
+        float32 array [N, *latent], transitions are `Transitions`. Where `is_split`, leaves are [batches, n, ...] with
+        N = batches * n or a little more for a last batch that was filled up.
       prompt: int32 [N] index of each image's prompt in `cond`.
       cond: conditioning of the P distinct prompts.
       advantages: float32 [N, R] under every objective (the rewards, then the scalarized one if there is one).
       valid: bool [N, R]; an advantage that is not valid is 0.
+      negative: conditioning [1, ...] of the negative prompt, where the policy that is trained is guided; else None.
+      rows: int32 [N], the row of what is kept, counted through its batches, that each image is; in order when None.
       is_split: whether what is kept is split over the devices, see `latent_layout`; all else is whole on each.
     """
 
@@ -43,6 +56,8 @@ class RolloutBatch:
     cond: Conditioning
     advantages: jax.Array
     valid: jax.Array
+    negative: Conditioning | None = None
+    rows: jax.Array | None = None
     is_split: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -51,7 +66,8 @@ class TrainingOrder:
     """Images in training order, cut into B slices of n: leaves [B, n, ...]; timestep and sigma are [T, B, n].
 
     What is kept of them may be as the rollout left it, [batches, m, ...]; `rows` [B, n] then says which row of its
-    batches, counted through, each image is.
+    batches, counted through, each image is. `steps` are the rollout solver's coefficients by timestep, leaves [N];
+    None for a solver of the ODE.
     """
 
     kept: Any
@@ -60,6 +76,7 @@ class TrainingOrder:
     valid: jax.Array
     timestep: jax.Array
     sigma: jax.Array
+    steps: SolverSteps | None
     key: jax.Array
     rows: jax.Array | None = None
 
@@ -114,33 +131,56 @@ def training_order(
         micro-batch is random, so that no device could keep to its own.
     """
     num, sigmas = batch.prompt.shape[0], jnp.asarray(timesteps.sigmas, jnp.float32)
+    rows = jnp.arange(num) if batch.rows is None else batch.rows
     order = jax.random.permutation(stream_key(key, Stream.IMAGE_ORDER, step), num)
-    grid = jnp.broadcast_to(jnp.arange(len(sigmas), dtype=jnp.int32), (num, len(sigmas)))
+    choices = jnp.arange(timesteps.num_choices, dtype=jnp.int32)
+    grid = jnp.broadcast_to(choices, (num, timesteps.num_choices))
     time_key = stream_key(key, Stream.TIMESTEP_ORDER, step)
     shuffled = jax.random.permutation(time_key, grid, axis=1, independent=True)
     num_slices = num // micro_batch_size
     # Micro-batches run through timesteps first, so that axis leads; the images follow in their slices.
-    timestep = shuffled[:, : timesteps.num_trained].T.reshape(-1, num_slices, micro_batch_size)
+    trained = shuffled[:, : timesteps.num_trained]
+    if isinstance(batch.kept, Transitions):
+        # Steps are counted from the window's first, which is every image's own.
+        starts = batch.kept.start.reshape(-1)[rows]
+        trained = trained + starts[order][:, None]
+    timestep = trained.T.reshape(-1, num_slices, micro_batch_size)
 
     def cut(x: jax.Array) -> jax.Array:
         return x[order].reshape(num_slices, micro_batch_size, *x.shape[1:])
 
     if batch.is_split:
         # Put into order, all of it would lie on every device for a while.
-        kept, rows = batch.kept, cut(jnp.arange(num))
+        kept, ordered_rows = batch.kept, cut(rows)
     else:
         # Slices are taken one after the other; the samples of each are split over the devices.
-        kept, rows = jax.vmap(shards.split)(jax.tree.map(cut, batch.kept)), None
+        kept, ordered_rows = jax.vmap(shards.split)(jax.tree.map(cut, batch.kept)), None
     return TrainingOrder(
         kept=kept,
-        rows=rows,
+        rows=ordered_rows,
         prompt=cut(batch.prompt),
         advantages=cut(batch.advantages),
         valid=cut(batch.valid),
         timestep=timestep,
         sigma=sigmas[timestep],
+        steps=_solver_steps(timesteps.stochastic),
         key=stream_key(key, Stream.TRAINING_NOISE, step),
     )
+
+
+def _solver_steps(table: StochasticTable | None) -> SolverSteps | None:
+    """A stochastic solver's coefficients by timestep, leaves [N]."""
+    if table is None:
+        return None
+    columns = {
+        "sigma": table.sigmas[:-1],
+        "state": table.state,
+        "current": table.current,
+        "noise": table.noise,
+        "diffusion": table.diffusion,
+        "length": -np.diff(table.sigmas),
+    }
+    return SolverSteps(**{name: jnp.asarray(c, jnp.float32) for name, c in columns.items()})
 
 
 def frozen_policies(
@@ -167,6 +207,7 @@ def micro_batch(
     index: jax.Array,
     divergence: bool,
     shards: Shards = SINGLE_DEVICE,
+    negative: Conditioning | None = None,
 ) -> MicroBatch:
     """Micro-batch `index` of an optimiser step, with what the objective prepares for it.
 
@@ -178,6 +219,7 @@ def micro_batch(
       index: of the micro-batch.
       divergence: whether the divergence from the base model is taken at it.
       shards: the devices that share the samples.
+      negative: see `RolloutBatch`.
     """
     num_slices = order.prompt.shape[0]
     part, time = index % num_slices, index // num_slices
@@ -187,12 +229,16 @@ def micro_batch(
         kept = jax.tree.map(partial(_from_batches, rows=order.rows[part]), order.kept)
     timestep, sigma = order.timestep[time, part], order.sigma[time, part]
     kept, timestep, sigma, prompt = shards.split((kept, timestep, sigma, order.prompt[part]))
+    own_cond: Any = jax.tree.map(lambda leaf: leaf[prompt], cond)
+    if negative is not None:
+        own_cond = GuidedConditioning(own_cond, repeated(negative, len(sigma)))
     draws = Draws(
         kept=kept,
         timestep=timestep,
         sigma=sigma,
-        cond=shards.split(jax.tree.map(lambda leaf: leaf[prompt], cond)),
+        cond=shards.split(own_cond),
         key=jax.random.fold_in(order.key, index),
+        steps=jax.tree.map(lambda column: column[timestep], order.steps),
     )
     # Noise is drawn whole, the same on any number of devices, and split behind that.
     samples = shards.split(objective.prepare(draws, policies, divergence))

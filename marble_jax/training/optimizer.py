@@ -12,7 +12,10 @@ def make_optimizer(training: TrainingSettings) -> optax.GradientTransformation:
     rate: optax.ScalarOrSchedule = training.learning_rate
     if training.learning_rate_schedule == "cosine":
         rate = optax.cosine_decay_schedule(
-            training.learning_rate, training.num_steps, training.min_learning_rate_ratio
+            training.learning_rate,
+            # The optimiser counts updates, of which a step may have several.
+            training.num_steps * training.updates_per_rollout,
+            training.min_learning_rate_ratio,
         )
     adamw = optax.adamw(
         rate,

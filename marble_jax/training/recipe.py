@@ -11,6 +11,7 @@ from marble_jax.config import (
     RolloutPolicySettings,
 )
 from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
+from marble_jax.flow.stochastic import StochasticTable
 from marble_jax.harmonize.balancers import Balancer
 from marble_jax.objectives.base import Objective
 from marble_jax.trainable.averaging import Decay, rollout_decay_of
@@ -23,10 +24,19 @@ class Timesteps:
     Attributes:
       sigmas: the rollout solver's noise levels without the trailing zero.
       num_trained: how many of them every image is trained at.
+      stochastic: coefficients of a rollout solver with noise at every step; None for a solver of the ODE.
+      window: steps with noise that a rollout keeps, out of which images are trained at; 0 for a solver of the ODE.
     """
 
     sigmas: tuple[float, ...]
     num_trained: int
+    stochastic: StochasticTable | None = dataclasses.field(default=None, compare=False)
+    window: int = 0
+
+    @property
+    def num_choices(self) -> int:
+        """Timesteps out of which an image's are drawn."""
+        return self.window or len(self.sigmas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +141,7 @@ class Recipe:
       micro_batching: in which portions.
       harmonization: how rewards share the update.
       averages: how the other policies follow.
+      updates: updates that share a rollout, each on a part of its images.
     """
 
     objective: Objective
@@ -138,3 +149,4 @@ class Recipe:
     micro_batching: MicroBatching
     harmonization: Harmonization
     averages: PolicyAverages
+    updates: int = 1

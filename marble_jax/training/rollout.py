@@ -13,7 +13,9 @@ import numpy as np
 
 from marble_jax import distributed
 from marble_jax.batches import UnderWay, batch_indices
+from marble_jax.errors import InputError
 from marble_jax.flow.policy_sampler import Sampler
+from marble_jax.flow.trajectory import Transitions
 from marble_jax.objectives.base import Kept
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.scorer import Scorer, concatenate
@@ -22,12 +24,33 @@ from marble_jax.types import Adapter, Conditioning, Params, Scores
 
 
 @dataclasses.dataclass(frozen=True)
+class NoisyPath:
+    """Noise along the way of a batch's rollouts.
+
+    Attributes:
+      key: PRNG key of it.
+      start: first step that has it.
+    """
+
+    key: jax.Array
+    start: int
+
+
+NoisySampler = Callable[
+    [Params, Adapter | None, Conditioning, jax.Array, NoisyPath], tuple[jax.Array, Transitions]
+]
+"""sampler(params, adapter or None, cond of n samples, noise [n, *latent], path) -> clean latents float32 [n, *latent],
+and the steps that have noise."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     """N samples, which are images or clips, and their scores.
 
     Attributes:
-      x0: float32 clean latents: [N, *latent] on every device, or where `is_split` [batches, n, *latent], each batch
-        split over the devices.
+      latents: pytree of what is kept to train on: float32 clean latents, or `Transitions` of rollouts with noise along
+        the way. Leaves are [N, ...] on every device, or where `is_split` [batches, n, ...], each batch split over the
+        devices.
       scores: of the training rewards.
       cond: conditioning of the P distinct draws.
       prompt: int32 [N] index of each sample's prompt in `cond`.
@@ -36,7 +59,7 @@ class Rollout:
       is_split: see `latent_layout`.
     """
 
-    x0: jax.Array
+    latents: Any
     scores: Scores
     cond: Conditioning
     prompt: np.ndarray
@@ -44,9 +67,18 @@ class Rollout:
     seconds: dict[str, float]
     is_split: bool = False
 
-    def kept(self, what: Kept) -> jax.Array:
-        """What an objective trains on, clean latents of every sample, laid out as `x0`."""
-        return {Kept.CLEAN_LATENTS: self.x0}[what]
+    def kept(self, what: Kept) -> Any:
+        """What an objective trains on, as `latents` are laid out.
+
+        Raises:
+          InputError: rollouts of this solver keep something else.
+        """
+        has = Kept.TRANSITIONS if isinstance(self.latents, Transitions) else Kept.CLEAN_LATENTS
+        if has is not what:
+            raise InputError(
+                f"rollout.solver: expected one that keeps {what.value}; received one that keeps {has.value}"
+            )
+        return self.latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +86,7 @@ class Collector:
     """Samples and scores the draws of a step.
 
     Attributes:
-      sampler: compiled sampler of the rollout's solver.
+      sampler: compiled sampler of the rollout's solver; a `NoisySampler` is one that is called with a path.
       encode: prompts to conditioning.
       decode: latents [n, *latent] to images [n, H, W, 3] or clips [n, F, H, W, 3], in [0, 1].
       scorer: the training rewards.
@@ -67,7 +99,7 @@ class Collector:
         33 x 240 x 416, 4 GB of 33 x 480 x 832): [batches, n, *latent], still split over the devices. None spreads.
     """
 
-    sampler: Sampler
+    sampler: Sampler | NoisySampler
     encode: Callable[[Sequence[str]], Conditioning]
     decode: Callable[[jax.Array], jax.Array]
     scorer: Scorer
@@ -75,7 +107,7 @@ class Collector:
     batch_size: int
     place: Callable[[Any], Any]
     spread: Callable[[jax.Array], jax.Array] = lambda latents: latents
-    stack: Callable[[Sequence[jax.Array]], jax.Array] | None = None
+    stack: Callable[[Sequence[Any]], Any] | None = None
 
     def __call__(
         self,
@@ -84,8 +116,18 @@ class Collector:
         draw: Draw,
         key: jax.Array,
         progress: Callable[[int], None] = lambda count: None,
+        path: NoisyPath | None = None,
     ) -> Rollout:
-        """Draws and scores every sample of `draw`, from noise drawn with `key`."""
+        """Draws and scores every sample of `draw`.
+
+        Args:
+          params: base weights.
+          adapter: the policy; None is what the weights are.
+          draw: the samples' prompts.
+          key: PRNG key of the noise that rollouts start from.
+          progress: called with the number of samples that are done; what it raises goes through.
+          path: of rollouts with noise along the way; None for a solver of the ODE.
+        """
         start, waited = time.perf_counter(), self.scorer.waited_seconds
         count = len(draw.prompts)
         cond = self._encoded(draw)
@@ -94,13 +136,16 @@ class Collector:
         under_way: UnderWay[Scores] = UnderWay(lambda: progress(0))
         for number, index in enumerate(batch_indices(count, self.batch_size)):
             group = draw.groups[index]
-            x0, samples = self._sampled(
-                params, adapter, _rows(cond, group), jax.random.fold_in(key, number)
+            own_path = None
+            if path is not None:
+                own_path = NoisyPath(jax.random.fold_in(path.key, number), path.start)
+            x0, kept, samples = self._sampled(
+                params, adapter, _rows(cond, group), jax.random.fold_in(key, number), own_path
             )
             # Host rewards work on this batch while the next one is sampled.
             pending = self.scorer.submit(samples, [draw.prompts[i] for i in index])
             under_way.add(pending, samples.nbytes // jax.process_count())
-            latents.append(x0 if self.stack is not None else self.spread(x0))
+            latents.append(kept if self.stack is not None else self.spread(kept))
             # Labels within the batch: a global one can be beyond the number of segments.
             _, label = np.unique(group, return_inverse=True)
             health.append(sample_health(x0, samples, label.astype(np.int32)))
@@ -112,11 +157,11 @@ class Collector:
         seconds = {"rollout": sampled - start, "rewards_wait": self.scorer.waited_seconds - waited}
         if self.stack is None:
             # The last batch may have been filled up.
-            x0 = jnp.concatenate(latents)[:count]
+            whole = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *latents)
         else:
-            x0 = self.stack(latents)
+            whole = self.stack(latents)
         split = self.stack is not None
-        return Rollout(x0, scores, cond, draw.groups, _mean_health(health), seconds, split)
+        return Rollout(whole, scores, cond, draw.groups, _mean_health(health), seconds, split)
 
     def _encoded(self, draw: Draw) -> Conditioning:
         """Conditioning of the P distinct draws, in the order of their labels."""
@@ -125,12 +170,22 @@ class Collector:
         return distributed.run_on_all("prompts", lambda: self.encode(texts))
 
     def _sampled(
-        self, params: Params, adapter: Adapter | None, cond: Conditioning, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Clean latents of one batch, and its images or clips."""
+        self,
+        params: Params,
+        adapter: Adapter | None,
+        cond: Conditioning,
+        key: jax.Array,
+        path: NoisyPath | None,
+    ) -> tuple[jax.Array, Any, jax.Array]:
+        """Clean latents of one batch, what is kept of it, and its images or clips."""
         noise = jax.random.normal(key, (self.batch_size, *self.latent_shape))
-        x0 = self.sampler(params, adapter, self.place(cond), self.place(noise))
-        return x0, self.decode(x0)
+        drawn = (params, adapter, self.place(cond), self.place(noise))
+        sampler: Any = self.sampler
+        if path is None:
+            x0 = sampler(*drawn)
+            return x0, x0, self.decode(x0)
+        x0, transitions = sampler(*drawn, path)
+        return x0, transitions, self.decode(x0)
 
 
 def _rows(cond: Conditioning, index: np.ndarray) -> Conditioning:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import optax
@@ -13,6 +14,7 @@ from marble_jax.objectives.base import Kept
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.policy_update import Metrics, Step
 from marble_jax.training.recipe import Recipe
+from marble_jax.training.several_updates import several_updates
 from marble_jax.training.state import TrainState
 from marble_jax.training.train_step import amortized_step, exact_step
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules
@@ -75,11 +77,15 @@ def make_steps(
             for solved in ("all", "first", "none")
         )
         return Steps(first, refresh, between, refresh_every, keeps)
+
+    def compiled(make: Callable[..., Step]) -> Step:
+        return _compiled(several_updates(recipe, lambda own: make(own, velocity, optimizer)))
+
     # The first step and the refreshes are one program, compiled once.
-    exact = _compiled(exact_step(recipe, velocity, optimizer))
+    exact = compiled(exact_step)
     if mode == "exact":
         return Steps(exact, exact, exact, 1, keeps)
-    between = _compiled(amortized_step(recipe, velocity, optimizer))
+    between = compiled(amortized_step)
     return Steps(exact, exact, between, refresh_every, keeps)
 
 

@@ -72,7 +72,7 @@ class MicroBatches:
         self._chunk_size = recipe.micro_batching.chunk_size // self._shards.count
         self._velocity, self._adapter = partial(velocity, params), state.current
         self._policies = frozen_policies(velocity, params, state.rollout, self._shards)
-        self._cond = batch.cond
+        self._cond, self._negative = batch.cond, batch.negative
         self._key, self._step = jax.random.wrap_key_data(state.key), state.step
         self._order: TrainingOrder = training_order(
             batch,
@@ -103,6 +103,7 @@ class MicroBatches:
             index,
             divergence,
             self._shards,
+            self._negative,
         )
 
     def reward_sums(
@@ -197,7 +198,7 @@ def exact_step(
             recipe.averages, optimizer, state, gradient, alpha, solution.state, past
         )
         metrics |= _solve_metrics(mean, weights, solution, alpha, rewards)
-        metrics |= sums.velocities.metrics()
+        metrics |= sums.records.metrics()
         metrics |= _reward_diagnostics(gram, weights, alpha.alpha)
         if adaptive:
             spread = anchor_spread(state.last_spread, moments, metrics["training/grad_norm"])
@@ -381,7 +382,7 @@ def amortized_step(
             sums = tree.add(sums, others)
         gradient, losses = parts.all_reduce(sums)
         state, metrics = apply_update(recipe.averages, optimizer, state, gradient, state.alpha)
-        metrics |= losses["velocities"].metrics()
+        metrics |= losses["records"].metrics()
         return state, metrics | {
             "objective/loss": losses["policy_loss"],
             "objective/kl": losses["kl"],

@@ -123,6 +123,20 @@ class WeightedSamples(Objective):
     inner: Objective
     kl_weight: float = 0.0
 
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """See `Objective.reports`."""
+        return self.inner.reports
+
+    @property
+    def rollout_passes(self) -> int:
+        """See `Objective.rollout_passes`."""
+        return self.inner.rollout_passes
+
+    def reported(self, statistics: tuple[Statistics, Any]) -> dict[str, Float[Array, " n"]]:
+        """See `Objective.reported`; weights have no part in it."""
+        return self.inner.reported(statistics[0])
+
     def prepare(self, draws: Draws, policies: FrozenPolicies, anchors: bool) -> WeightedBatch:
         """See `Objective.prepare`; all weights are 1."""
         samples = self.inner.prepare(draws, policies, anchors)

@@ -110,7 +110,7 @@ def upstream_step(
             metrics = {
                 "objective/loss": losses["policy_loss"],
                 "objective/kl": losses["kl"],
-                **losses["velocities"].metrics(),
+                **losses["records"].metrics(),
             } | metrics
         state, update_metrics = apply_update(recipe.averages, optimizer, state, gradient, alpha)
         return state, metrics | update_metrics | sampled.metrics(batch) | {
@@ -230,7 +230,7 @@ def _solved_part(
         metrics |= {
             "objective/loss": jnp.sum(solution.weights * mean.losses),
             "objective/kl": mean.kl,
-            **sums.velocities.metrics(),
+            **sums.records.metrics(),
         }
         # Upstream adds up the gradients of micro-batches, each divided by their number.
         total = tree.add(total, tree.scale(combined, 1.0 / parts.count))

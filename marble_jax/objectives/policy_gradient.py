@@ -1,0 +1,285 @@
+"""Policy gradients at the noisy steps of a rollout, of every reward from one pull-back.
+
+A rollout with a stochastic solver takes steps with a density. The loss of reward k at a step is a function of its
+advantage and of one number that all rewards share, the logarithm of the ratio of the trained policy's density to that
+of the policy that sampled the step. Its derivative in the velocity is therefore one cotangent a sample, times a weight
+for every reward: clip and masks change the weights, and the K gradients stay exact.
+
+Two forms of the ratio:
+
+* `ppo`: the log-probabilities' difference, means over elements. Source: Flow-GRPO (arXiv 2505.05470); without the
+  constants for `cps` (arXiv 2509.05952).
+* `guard`: `mean(eps (m - m_rollout))`, with the noise eps that was drawn and the means m of both policies, and the loss
+  divided by the length of the step. It has mean 0 wherever the policies are, and all steps weigh about the same.
+  Source: GRPO-Guard (arXiv 2510.22319), for each sample by itself.
+
+With one update for each rollout the trained policy is the one that sampled: the ratio is 1, nothing can be clipped, and
+the rollout policy is not asked. Whether training and sampling then agree shows in the distance between a step's
+log-probability now and when it was sampled, which is on record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from marble_jax.errors import InputError
+from marble_jax.flow.path import expand
+from marble_jax.flow.trajectory import Transitions, log_density, step_mean
+from marble_jax.objectives.base import (
+    Directions,
+    Divergence,
+    Draws,
+    FlowBatch,
+    FrozenPolicies,
+    Kept,
+    Objective,
+    SolverSteps,
+)
+from marble_jax.objectives.registry import register_objective
+
+FORMS = ("ppo", "guard")
+
+
+@flax.struct.dataclass
+class StepBatch(FlowBatch):
+    """Steps of rollouts: `xt` is the state before a step.
+
+    Attributes:
+      after: float32 [n, *latent] the state behind the step.
+      steps: coefficients of the steps.
+      sampled_log_prob: float32 [n] log-probability of the step when it was sampled.
+      v_rollout: [n, *latent] velocity of the rollout policy at `xt`; None where it is not needed.
+      v_base: [n, *latent] velocity of the base model at `xt`; None leaves the divergence out.
+    """
+
+    after: jax.Array
+    steps: SolverSteps
+    sampled_log_prob: jax.Array
+    v_rollout: jax.Array | None = None
+    v_base: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class StepStatistics:
+    """Numbers of n steps, [n] each.
+
+    Attributes:
+      log_ratio: logarithm of the ratio of densities, trained policy over rollout policy.
+      scale: factor of the loss.
+      log_prob_gap: absolute distance of the step's log-probability from that when it was sampled.
+    """
+
+    log_ratio: jax.Array
+    scale: jax.Array
+    log_prob_gap: jax.Array
+
+
+def step_batch(draws: Draws) -> StepBatch:
+    """The step that each sample draws, out of those that its rollout kept."""
+    kept: Transitions = draws.kept
+    assert draws.steps is not None
+    place = draws.timestep - kept.start
+    rows = jnp.arange(len(place))
+    return StepBatch(
+        xt=kept.states[rows, place],
+        sigma=draws.sigma,
+        cond=draws.cond,
+        after=kept.states[rows, place + 1],
+        steps=draws.steps,
+        sampled_log_prob=kept.log_prob[rows, place],
+    )
+
+
+def _mean_of(velocity: Float[Array, " n *latent"], batch: StepBatch) -> Float[Array, " n *latent"]:
+    """Mean of every step under the policy with this velocity."""
+    steps = batch.steps
+    wide = velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
+    return step_mean(batch.xt, wide, steps.sigma, steps.state, steps.current)
+
+
+def _sample_mean(x: Float[Array, " n *latent"]) -> Float[Array, " n"]:
+    return jnp.mean(x.reshape(x.shape[0], -1), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradient(Objective):
+    """Clipped policy gradient `mean_n scale max(-A rho, -A clip(rho, 1 +- clip_range)) + kl_weight KL`.
+
+    Attributes:
+      form: of the ratio: "ppo" or "guard".
+      has_density: whether log-probabilities have scale and constants; not those of the solver "cps".
+      on_policy: whether every rollout has one update, so that the ratio is 1.
+      clip_range: the ratio counts within 1 +- clip_range, > 0; 0 clips nothing.
+      advantage_clip: the largest advantage that counts, > 0 (`A_max`).
+      kl_weight: weight of the divergence of a step's mean from the base model's, >= 0.
+    """
+
+    form: str = "ppo"
+    has_density: bool = True
+    on_policy: bool = True
+    clip_range: float = 0.0
+    advantage_clip: float = 5.0
+    kl_weight: float = 0.0
+
+    keeps: ClassVar[Kept] = Kept.TRANSITIONS
+
+    @property
+    def _asks_rollout_policy(self) -> bool:
+        return self.form == "guard" and not self.on_policy
+
+    @property
+    def rollout_passes(self) -> int:
+        """See `Objective.rollout_passes`."""
+        return int(self._asks_rollout_policy)
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """See `Objective.reports`."""
+        return ("ratio", "outside_clip_range", "log_prob_gap", "step_kl")
+
+    def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> StepBatch:
+        """The steps of a rollout; see `Objective.prepare`."""
+        batch = step_batch(draws)
+        at = (batch.xt, batch.sigma, batch.cond)
+        if self._asks_rollout_policy:
+            batch = dataclasses.replace(batch, v_rollout=policies.rollout(*at))
+        if divergence and self.kl_weight > 0:
+            batch = dataclasses.replace(batch, v_base=policies.base(*at))
+        return batch
+
+    def directions(self, prediction: Float[Array, " n *latent"], batch: StepBatch) -> Directions:
+        """The log-ratio's cotangent as the one signal; see `Objective.directions`."""
+        steps = batch.steps
+        mean = _mean_of(prediction, batch)
+        error = batch.after - mean
+        log_prob = log_density(error, steps.noise, self.has_density)
+        gap = jnp.abs(log_prob - batch.sampled_log_prob)
+        # How the mean follows the velocity, over the elements that a log-ratio averages over.
+        slope = -steps.current * steps.sigma / prediction[0].size
+        if self.form == "guard":
+            signal, log_ratio = self._guarded(mean, error, slope, batch)
+            scale = 1.0 / steps.length
+        else:
+            signal = expand(self._density_slope(slope, steps), error) * error
+            log_ratio = log_prob - batch.sampled_log_prob
+            scale = jnp.ones_like(log_prob)
+        if self.on_policy:
+            # The policy that samples is the one that is trained; what rounding makes of that is the gap's to tell.
+            log_ratio = jnp.zeros_like(log_ratio)
+        return Directions(
+            signals=(signal,),
+            anchors=(),
+            statistics=StepStatistics(log_ratio, scale, gap),
+            kl=_divergence(mean, slope, batch),
+        )
+
+    def _density_slope(self, slope: Float[Array, " n"], steps: SolverSteps) -> Float[Array, " n"]:
+        """Derivative of the log-probability in the velocity, for each unit of the step's error."""
+        if self.has_density:
+            return slope / jnp.square(steps.noise)
+        return 2.0 * slope
+
+    def _guarded(
+        self,
+        mean: Float[Array, " n *latent"],
+        error: Float[Array, " n *latent"],
+        slope: Float[Array, " n"],
+        batch: StepBatch,
+    ) -> tuple[Float[Array, " n *latent"], Float[Array, " n"]]:
+        """Cotangent and value of `mean(eps (m - m_rollout))`, eps being what was drawn."""
+        std = expand(batch.steps.noise, mean)
+        if batch.v_rollout is None:
+            return expand(slope, mean) * error / std, jnp.zeros(len(mean))
+        mean_of_rollout = _mean_of(batch.v_rollout, batch)
+        drawn = (batch.after - mean_of_rollout) / std
+        return expand(slope, mean) * drawn, _sample_mean(drawn * (mean - mean_of_rollout))
+
+    def mix(
+        self, advantages: Float[Array, "n k"], statistics: StepStatistics, valid: Bool[Array, "n k"]
+    ) -> Float[Array, "n k 1"]:
+        """`-A rho scale`, 0 where the clip holds the ratio; see `Objective.mix`."""
+        clipped = self._clipped(advantages)
+        ratio = jnp.exp(statistics.log_ratio)[:, None]
+        weights = -clipped * ratio * statistics.scale[:, None]
+        if self.clip_range > 0:
+            # A ratio that has gone the way its advantage asks for, far enough, is asked no further.
+            above = (clipped > 0) & (ratio > 1.0 + self.clip_range)
+            below = (clipped < 0) & (ratio < 1.0 - self.clip_range)
+            weights = jnp.where(above | below, 0.0, weights)
+        return weights[..., None]
+
+    def losses(
+        self, advantages: Float[Array, "n k"], statistics: StepStatistics
+    ) -> Float[Array, "n k"]:
+        """The clipped loss of every sample; see `Objective.losses`."""
+        clipped = self._clipped(advantages)
+        ratio = jnp.exp(statistics.log_ratio)[:, None]
+        loss = -clipped * ratio
+        if self.clip_range > 0:
+            held = jnp.clip(ratio, 1.0 - self.clip_range, 1.0 + self.clip_range)
+            loss = jnp.maximum(loss, -clipped * held)
+        return loss * statistics.scale[:, None]
+
+    def reported(self, statistics: StepStatistics) -> dict[str, Float[Array, " n"]]:
+        """Ratio, whether it is outside the clip's range, log-probability gap and divergence from the rollout policy."""
+        log_ratio = statistics.log_ratio
+        ratio = jnp.exp(log_ratio)
+        outside = jnp.zeros_like(ratio)
+        if self.clip_range > 0:
+            outside = (jnp.abs(ratio - 1.0) > self.clip_range).astype(ratio.dtype)
+        return {
+            "ratio": ratio,
+            "outside_clip_range": outside,
+            "log_prob_gap": statistics.log_prob_gap,
+            # Its mean over steps of the rollout policy is the divergence, and no sample's is below 0.
+            "step_kl": ratio - 1.0 - log_ratio,
+        }
+
+    def _clipped(self, advantages: Float[Array, "n k"]) -> Float[Array, "n k"]:
+        return jnp.clip(advantages, -self.advantage_clip, self.advantage_clip)
+
+
+def _divergence(
+    mean: Float[Array, " n *latent"], slope: Float[Array, " n"], batch: StepBatch
+) -> Divergence | None:
+    """Divergence of the steps' means from the base model's, `mean |m - m_base|^2 / (2 diffusion^2)`.
+
+    Source: Flow-GRPO (arXiv 2505.05470), which divides by the diffusion and not by the noise of the step.
+    """
+    if batch.v_base is None:
+        return None
+    away = mean - _mean_of(batch.v_base, batch)
+    variance = jnp.square(batch.steps.diffusion)
+    cotangent = expand(slope / variance, away) * away
+    return Divergence(cotangent, _sample_mean(jnp.square(away)) / (2.0 * variance))
+
+
+def from_settings(settings: Any) -> PolicyGradient:
+    """The objective of a run: its own section, the clip of advantages, and how its rollouts are made.
+
+    Raises:
+      InputError: a clip that can never hold, as every rollout has one update.
+    """
+    own, updates = settings.policy_gradient, settings.training.updates_per_rollout
+    if own.clip_range > 0 and updates == 1:
+        raise InputError(
+            "policy_gradient.clip_range: expected 0 with training.updates_per_rollout=1, as the policy that is "
+            f"trained is the one that sampled and no ratio leaves 1; received {own.clip_range:g}"
+        )
+    return PolicyGradient(
+        form=own.form,
+        has_density=settings.rollout.solver != "cps",
+        on_policy=updates == 1,
+        clip_range=own.clip_range,
+        advantage_clip=settings.advantages.clip,
+        kl_weight=own.kl_weight,
+    )
+
+
+register_objective("policy_gradient", from_settings)
