@@ -15,23 +15,28 @@ import importlib.util
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marble_jax.config import Settings
+from marble_jax.config import RolloutSettings, Settings
 from marble_jax.distributed import device_mesh
 from marble_jax.distributed.accelerators import ACCELERATORS, GIB, Accelerator
 from marble_jax.errors import InputError, nearest
+from marble_jax.families.base import Networks
+from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
+from marble_jax.flow.policy_sampler import PolicyVelocity, make_sampler, make_transition_sampler
+from marble_jax.flow.trajectory import Transitions
 from marble_jax.plan.hlo import Collective, collectives
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.programs.build import build_steps, make_recipe
+from marble_jax.programs.noisy_rollouts import network_levels_of, stochastic_of, trains_guided
 from marble_jax.programs.open_model import decode_size, network_options
 from marble_jax.programs.run_state import blank_state
-from marble_jax.training.batch_sizes import Sizes
+from marble_jax.training.batch_sizes import Sizes, is_stochastic, kept_shape, window_of
 from marble_jax.training.latent_layout import is_split, split_layout
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.optimizer import make_optimizer
@@ -144,7 +149,6 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     abstract = _AbstractArguments(settings, shapes, mesh)
     networks = abstract.networks
     rollout = settings.rollout
-    sampler = _rollout_sampler(rollout, networks, shapes.latent)
     recipe = make_recipe(settings, sizes, mesh, networks, shapes.latent)
     optimizer = make_optimizer(settings.training)
     steps = build_steps(settings, recipe, networks, optimizer)
@@ -157,17 +161,44 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     train = (state, abstract.params, abstract.rollouts(sizes))
     drawing: tuple[Any, ...] = (abstract.params, policy, conditioning, noise)
     if is_stochastic(rollout):
-        drawing += (abstract.noise_key(), jnp.int32(0))
+        drawing += (abstract.noise_key(),)
     if rollout.guided:
         drawing += (abstract.negative_conditioning(),)
     programs = {
-        "rollout": Job(sampler, drawing),
+        "rollout": Job(_rollout_sampler(rollout, networks, shapes.latent), drawing),
         "decode": Job(jax.jit(networks.decode_latents), (abstract.decoder_params, latents)),
         "train, solving": Job(steps.refresh, train),
     }
     if steps.between is not steps.refresh:
         programs["train, between"] = Job(steps.between, train)
     return programs
+
+
+def _rollout_sampler(
+    rollout: RolloutSettings, networks: Networks, latent_shape: tuple[int, ...]
+) -> Callable[..., Any]:
+    """A run's rollouts as one compiled function of arrays; with noise along the way, in the first window."""
+    told = network_levels_of(rollout, networks, latent_shape)
+    if not is_stochastic(rollout):
+        levels = networks.levels(rollout.num_steps, latent_shape)
+        scale = rollout.guidance_scale
+        return make_sampler(networks.velocity, rollout.solver, levels, False, told, scale)
+    window = window_of(rollout)
+    velocity: PolicyVelocity = networks.velocity
+    if rollout.guided:
+        velocity = guided_policy(velocity, rollout.guidance_scale)
+    table = stochastic_of(rollout, networks, latent_shape)
+    run = make_transition_sampler(velocity, table, window.size, told)
+
+    @jax.jit
+    def sample(
+        params: Any, policy: Any, cond: Any, noise: Any, key: Any, negative: Any = None
+    ) -> Any:
+        if negative is not None:
+            cond = GuidedConditioning(cond, repeated(negative, len(noise)))
+        return run(params, policy, cond, noise, key, window.first)
+
+    return sample
 
 
 class _AbstractArguments:
@@ -208,6 +239,11 @@ class _AbstractArguments:
         arrays = self._conditioning_shapes(count)
         return {name: self.sharded(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
 
+    def noise_key(self) -> Abstract:
+        """Key of the noise along the way of a batch."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return self.replicated(key.shape, key.dtype)
+
     def negative_conditioning(self) -> dict[str, Abstract]:
         """Conditioning of the negative prompt, whole on every device."""
         return jax.tree.map(self._whole, self._conditioning_shapes(1))
@@ -239,12 +275,21 @@ class _AbstractArguments:
     def rollouts(self, sizes: Sizes) -> RolloutBatch:
         """The rollouts of a step: but for large latents, whole on every device, which takes its own samples out."""
         count, rollout = sizes.images, self._settings.rollout
-        shape = (count, *self._shapes.latent)
-        kept = self.replicated(shape, jnp.float32)
-        split = is_split(count, self._shapes.latent, self._mesh)
+        own = kept_shape(rollout, self._shapes.latent)
+        split = is_split(count, own, self._mesh)
+        samples: tuple[int, ...] = (count,)
+        sharding = self._replicated
         if split:
-            shape = (sizes.rollout_batches, rollout.batch_size, *self._shapes.latent)
-            kept = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split_layout(self._mesh))
+            samples = (sizes.rollout_batches, rollout.batch_size)
+            sharding = split_layout(self._mesh)
+
+        def array(shape: tuple[int, ...], dtype: Any) -> Abstract:
+            return jax.ShapeDtypeStruct((*samples, *shape), dtype, sharding=sharding)
+
+        kept: Any = array(own, jnp.float32)
+        if is_stochastic(rollout):
+            log_prob = array((window_of(rollout).size,), jnp.float32)
+            kept = Transitions(kept, array((), jnp.int32), log_prob)
         conditioning = self._conditioning_shapes(rollout.prompts_per_step)
         # A scalarized advantage is a column behind the rewards'.
         scalarized = self._settings.advantages.scalarize != "none"
@@ -255,6 +300,7 @@ class _AbstractArguments:
             cond=jax.tree.map(self._whole, conditioning),
             advantages=self.replicated((count, num_columns), jnp.float32),
             valid=self.replicated((count, num_columns), jnp.bool_),
+            negative=self.negative_conditioning() if trains_guided(self._settings) else None,
             is_split=split,
         )
 

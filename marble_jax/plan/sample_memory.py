@@ -11,7 +11,7 @@ from marble_jax.distributed import device_mesh
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.programs.open_model import decode_size
 from marble_jax.trainable import lora
-from marble_jax.training.batch_sizes import Sizes
+from marble_jax.training.batch_sizes import Sizes, kept_shape
 from marble_jax.training.latent_layout import is_split
 
 DECODER_ARRAYS = 4  # of the decoder's largest activation
@@ -24,15 +24,19 @@ def latent_bytes(
 ) -> tuple[float, str]:
     """Returns bytes of the latents that a train step is given, with the copies it makes, and what they are."""
     images = sizes.images
-    latent = FLOAT32 * math.prod(shapes.latent)
+    kept = kept_shape(settings.rollout, shapes.latent)
+    latent = FLOAT32 * math.prod(kept)
+    what = "latents"
+    if kept != shapes.latent:
+        what = f"latents at {kept[0]} levels"
     share = NamedSharding(mesh, device_mesh.BATCH).shard_shape((images,))[0]
-    if is_split(images, shapes.latent, mesh):
+    if is_split(images, kept, mesh):
         # Every device takes a whole micro-batch from all others before it keeps its own part.
         micro_batch = settings.training.micro_batch_size
-        note = "the device's own latents, those of a micro-batch, and conditioning of the prompts"
+        note = f"the device's own {what}, those of a micro-batch, and conditioning of the prompts"
         return (share + micro_batch) * latent, note
     # Every device holds all latents, and copies its own into training order.
-    note = "all latents and conditioning of the prompts, and the device's own in training order"
+    note = f"all {what} and conditioning of the prompts, and the device's own in training order"
     return (images + share) * latent, note
 
 

@@ -65,12 +65,13 @@ def test_objectives_are_found_by_name(objective):
     unknown = Settings(objective=ObjectiveSettings("flow_maching"))
     with pytest.raises(
         InputError,
-        match="objective.name: expected one of flow_matching, nft; received 'flow_maching'; "
+        match="objective.name: expected one of awm, flow_matching, nft, policy_gradient; received 'flow_maching'; "
         "did you mean 'flow_matching'",
     ):
         make_objective(unknown)
     with pytest.raises(
-        InputError, match="expected a name besides flow_matching, nft; received 'nft'"
+        InputError,
+        match="expected a name besides awm, flow_matching, nft, policy_gradient; received 'nft'",
     ):
         register_objective("nft", lambda settings: objective)
 
