@@ -13,6 +13,9 @@ prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes them down
 own, SOURCE/{train,test} files for general, ocr and geneval. Their text embeddings, 1.7 MB each, are computed once
 and kept in `prompts.embedding_cache`: T5 never meets training.
 
+`flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train the same model with other objectives, with their papers'
+settings and one advantage of the sum of scores; with `_marble` behind the name, every reward has its own gradient.
+
 `gpu_80gb`, `gpu_140gb` and `gpu_8x80gb` are the exact mode of the same recipe for one GPU of 80 GB (A100, H100), one of
 140 GB (H200) and eight of 80 GB. They differ from each other in how much is computed at once and in nothing that is
 computed: 48 prompts x 24 images, fused attention, nothing recomputed in the backward pass. What they take,
@@ -20,7 +23,7 @@ computed: 48 prompts x 24 images, fused attention, nothing recomputed in the bac
 `--devices=8` for the third: 37, 73 and 40 GB a GPU, and the reward models take some 12 GB more.
 """
 
-from marble_jax.config import UPSTREAM, default_config
+from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, UPSTREAM, default_config
 from marble_jax.errors import one_of
 
 PRESETS = (
@@ -32,6 +35,8 @@ PRESETS = (
     "gpu_80gb",
     "gpu_140gb",
     "gpu_8x80gb",
+    *POLICY_GRADIENTS,
+    *(f"{name}_marble" for name in POLICY_GRADIENTS),
 )
 GPUS = {  # (rollout.batch_size, training.micro_batch_size, harmonize.chunk_size a device)
     "gpu_80gb": (144, 72, 8),
@@ -65,4 +70,10 @@ def get_config(preset: str = PRESETS[0]):
         config.harmonize.upstream_ranks = 16
     elif preset == "weighted_sum":
         config.advantages.scalarize = "weighted_sum"
+    published = preset.removesuffix("_marble")
+    if published in POLICY_GRADIENTS:
+        config.harmonize.mode = "exact"
+        config.update_from_flattened_dict(dict(POLICY_GRADIENTS[published]))
+    if preset.endswith("_marble"):
+        config.update_from_flattened_dict(dict(HARMONIZED))
     return config

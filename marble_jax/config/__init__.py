@@ -8,9 +8,11 @@ from marble_jax.config.data import PromptSettings, RewardSettings, RolloutSettin
 from marble_jax.config.keys import Key
 from marble_jax.config.method import (
     AdvantageSettings,
+    AwmSettings,
     HarmonizeSettings,
     NftSettings,
     ObjectiveSettings,
+    PolicyGradientSettings,
     RewardScheduleSettings,
 )
 from marble_jax.config.model import LoraSettings, MeshSettings, ModelSettings
@@ -20,6 +22,7 @@ from marble_jax.config.outcome import (
     ExportSettings,
     LoggingSettings,
 )
+from marble_jax.config.policy_gradients import HARMONIZED, POLICY_GRADIENTS
 from marble_jax.config.settings import Settings
 from marble_jax.config.table import (
     KEYS,
@@ -36,9 +39,12 @@ from marble_jax.config.training import EmaSettings, RolloutPolicySettings, Train
 from marble_jax.config.upstream import UPSTREAM
 
 __all__ = [
+    "HARMONIZED",
     "KEYS",
+    "POLICY_GRADIENTS",
     "UPSTREAM",
     "AdvantageSettings",
+    "AwmSettings",
     "CheckpointSettings",
     "EmaSettings",
     "EvaluationSettings",
@@ -51,6 +57,7 @@ __all__ = [
     "ModelSettings",
     "NftSettings",
     "ObjectiveSettings",
+    "PolicyGradientSettings",
     "PromptSettings",
     "RewardScheduleSettings",
     "RewardSettings",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,11 +87,12 @@ def make_sampler(
 
 
 TransitionSampler = Callable[
-    [Params, Adapter | None, Conditioning, jax.Array, jax.Array, int],
+    [Params, Adapter | None, Any, jax.Array, jax.Array, int],
     tuple[jax.Array, Transitions],
 ]
 """sampler(params, adapter or None, cond of n samples, noise [n, *latent], PRNG key, first step of the window) -> clean
-latents float32 [n, *latent] and what is kept of the window."""
+latents float32 [n, *latent] and what is kept of the window. The conditioning is what the policy takes: of one prompt a
+sample, or a `GuidedConditioning`."""
 
 
 def make_transition_sampler(
@@ -112,7 +114,7 @@ def make_transition_sampler(
     def run(
         params: Params,
         adapter: Adapter | None,
-        cond: Conditioning,
+        cond: Any,
         noise: jax.Array,
         key: jax.Array,
         rows: jax.Array,
@@ -138,7 +140,7 @@ def make_transition_sampler(
     def sampler(
         params: Params,
         adapter: Adapter | None,
-        cond: Conditioning,
+        cond: Any,
         noise: jax.Array,
         key: jax.Array,
         start: int,

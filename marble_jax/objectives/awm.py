@@ -97,6 +97,11 @@ class AdvantageWeightedMatching(Objective):
     kl_weight: float = 0.0
 
     @property
+    def num_anchors(self) -> int:
+        """See `Objective.num_anchors`."""
+        return int(self.rollout_weight > 0)
+
+    @property
     def rollout_passes(self) -> int:
         """See `Objective.rollout_passes`."""
         return int(self.rollout_weight > 0)

@@ -171,6 +171,11 @@ class Objective(abc.ABC):
         return ()
 
     @property
+    def num_anchors(self) -> int:
+        """Anchors among the directions at a sample, beside its one signal."""
+        return 1
+
+    @property
     def rollout_passes(self) -> int:
         """Calls of the rollout policy at a sample, beside that of the trained policy."""
         return 1

@@ -134,6 +134,11 @@ class PolicyGradient(Objective):
         return self.form == "guard" and not self.on_policy
 
     @property
+    def num_anchors(self) -> int:
+        """See `Objective.num_anchors`."""
+        return 0
+
+    @property
     def rollout_passes(self) -> int:
         """See `Objective.rollout_passes`."""
         return int(self._asks_rollout_policy)

@@ -23,6 +23,7 @@ from marble_jax.distributed.sharding import SCANNED_PREFIX
 from marble_jax.objectives.registry import make_objective
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.plan.sample_memory import decoder_bytes, latent_bytes
+from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.trainable import lora
 from marble_jax.training.batch_sizes import Sizes, chunk_size
 from marble_jax.types import DTYPES
@@ -333,6 +334,11 @@ class MemoryModel:
             Source(BLOCK, self.forward(count), "one block, forward"),
         ]
 
+    @property
+    def prompts_trained(self) -> int:
+        """Prompts that the network is differentiated at for a sample: a guided policy has the negative one, too."""
+        return 2 if trains_guided(self.settings) else 1
+
     def rollouts(self) -> Source:
         """What the rollouts hand to training, and the copies of it that training makes."""
         latents, note = latent_bytes(self.settings, self.shapes, self.sizes, self.mesh)
@@ -344,7 +350,7 @@ class MemoryModel:
         count = self.share(self.settings.training.micro_batch_size)
         return [
             Source(SUMS, 2 * self.adapter, "one gradient and its sum"),
-            self.saved(count),
+            self.saved(count * self.prompts_trained),
             Source(BLOCK, self.backward(count), f"{count} samples, backward"),
         ]
 
@@ -352,8 +358,9 @@ class MemoryModel:
         """Sources of a train step that takes every reward's gradient, its arguments apart."""
         shards = device_mesh.batch_shards(self.mesh)
         chunk = self.share(chunk_size(self.settings.training, self.settings.harmonize, shards))
-        # The signal, the pull to the rollout policy, and the divergence from the base where that counts.
-        directions = 2 + (make_objective(self.settings).kl_weight > 0)
+        # The signal, anchors such as the pull to the rollout policy, and the divergence from the base where that counts.
+        objective = make_objective(self.settings)
+        directions = 1 + objective.num_anchors + (objective.kl_weight > 0)
         micro_batch = self.share(self.settings.training.micro_batch_size)
         # Backward passes go chunk by chunk; the velocities that need no gradient take a whole micro-batch.
         block = max(self.backward(chunk, directions), self.forward(micro_batch))
@@ -369,7 +376,7 @@ class MemoryModel:
                 chunk * directions * self.adapter,
                 f"{chunk} samples x {directions} directions",
             ),
-            self.saved(chunk),
+            self.saved(chunk * self.prompts_trained),
             Source(BLOCK, block, f"{chunk} samples x {directions} cotangents"),
         ]
 

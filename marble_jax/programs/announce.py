@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 
+from marble_jax.config import RolloutSettings
 from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.programs.build import Run
+from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.programs.run_record import method_name
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable.lora import num_parameters
+from marble_jax.training.batch_sizes import is_stochastic, window_of
 
 FILES = "config.json metrics.jsonl evaluation.jsonl tensorboard/ samples/ checkpoints/ report.html"
 
@@ -62,7 +65,7 @@ def _sampling_line(run: Run) -> str:
     if rollout.guided:
         guidance = (
             f"guidance {rollout.guidance_scale:g} away from {rollout.negative_prompt!r}, in evaluations "
-            "too; trained without"
+            f"too; trained {'with it' if trains_guided(run.settings) else 'without'}"
         )
     told = ""
     if run.networks.network_levels(rollout.num_steps, run.collector.latent_shape) is not None:
@@ -70,7 +73,20 @@ def _sampling_line(run: Run) -> str:
     split = ""
     if run.collector.stack is not None:
         split = "; latents split over the devices"
-    return f"{rollout.num_steps} steps of {rollout.solver}{told}, {guidance}{split}"
+    return (
+        f"{rollout.num_steps} steps of {rollout.solver}{_noise(rollout)}{told}, {guidance}{split}"
+    )
+
+
+def _noise(rollout: RolloutSettings) -> str:
+    """Strength of the noise of a stochastic solver, and at which steps it is."""
+    if not is_stochastic(rollout):
+        return ""
+    window = window_of(rollout)
+    where = f"steps 1 to {window.end}"
+    if window.num_starts > 1:
+        where = f"{window.size} steps within {where} ({window.schedule})"
+    return f", noise {rollout.noise_level:g} at {where}"
 
 
 def _model_line(run: Run) -> str:

@@ -13,6 +13,7 @@ from marble_jax.config import Settings
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.base import Networks, SampleFlops
 from marble_jax.objectives.registry import make_objective
+from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.programs.open_model import size_of
 from marble_jax.training.anchor_spacing import fewest_anchored
 from marble_jax.training.batch_sizes import Sizes
@@ -68,7 +69,7 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
     # The trained policy's velocity, the rollout policy's where it is asked, and one cotangent pulled back.
     signal = (1 + objective.rollout_passes) * sample.forward + sample.backward
     # The base model's velocity, and the cotangents that no advantage scales.
-    anchor = reference * sample.base + (1 + reference) * sample.backward
+    anchor = reference * sample.base + (objective.num_anchors + reference) * sample.backward
     # One micro-batch in so many has anchors and divergence, at least; `anchor_error` may ask for more.
     num_anchored = fewest_anchored(sizes.micro_batches, harmonize.anchor_every)
     if harmonize.mode == "upstream":
@@ -82,6 +83,8 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
         solve = between + micro_batch * (1 + reference) * sample.backward
     else:
         solve = sizes.samples * signal + micro_batch * num_anchored * anchor
+    # A guided policy is the network at two prompts, in every pass of training.
+    prompts = 2 if trains_guided(settings) else 1
     recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}
     forward = sample.forward
     if settings.rollout.merge_adapter:
@@ -94,9 +97,9 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
     return StepFlops(
         rollout=sizes.images * calls * forward,
         decode=sizes.images * decode,
-        solve=solve,
-        between=between,
-        recomputed=sizes.samples * recomputed[settings.model.remat],
+        solve=prompts * solve,
+        between=prompts * between,
+        recomputed=prompts * sizes.samples * recomputed[settings.model.remat],
         solve_share=solve_share,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 
 from marble_jax import distributed, platform
+from marble_jax.agreement import became_regression, disagreement
 from marble_jax.config import Settings, flatten
 from marble_jax.console import Console
 from marble_jax.distributed import accelerators, probe
@@ -153,6 +155,8 @@ class Session:
         self._run, self._workdir, self._console = run, workdir, console
         self._checkpoints = checkpoints
         self.report = ""
+        self._gaps: list[float] = []
+        self._told: set[str] = set()
         settings = run.settings
         # One process writes for all.
         tensorboard, wandb = False, ""
@@ -234,6 +238,20 @@ class Session:
             self._writer.write(step, values)
 
         distributed.broadcast_from_first("record", write)
+        self._watch_policies(values)
+
+    def _watch_policies(self, values: Mapping[str, Any]) -> None:
+        """Says once where policies agree that should not, or do not that should."""
+        gap = values.get("objective/velocity_gap")
+        self._gaps.append(math.nan if gap is None else gap)
+        clip_range = self._run.settings.policy_gradient.clip_range
+        for kind, text in (
+            ("apart", disagreement(values, clip_range)),
+            ("alike", became_regression(self._gaps)),
+        ):
+            if text and kind not in self._told:
+                self._told.add(kind)
+                self._console.say(f"warning: {text}")
 
     def _speed(self, record: Mapping[str, Any]) -> dict[str, float]:
         images, devices = self._run.sizes.images, jax.device_count()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from marble_jax import agreement
 from marble_jax.report import findings
 from marble_jax.report.findings import Outcome
 from marble_jax.report.intervals import Interval, number
@@ -56,6 +57,7 @@ def alarms(records: Records) -> tuple[Alarm, ...]:
     for name in records.rewards:
         raised += _reward_faults(records, name)
     raised += _failed_evaluations(records)
+    raised += _policies_alike_or_apart(records)
     raised += _missing_numbers(records)
     raised += _risen_norm(records)
     raised += _waits(records)
@@ -302,6 +304,29 @@ def _failures(evaluation: dict[str, Any]) -> dict[str, float]:
     if not isinstance(counts, dict):
         return {}
     return {name: number(count) for name, count in counts.items() if number(count) > 0}
+
+
+def _policies_alike_or_apart(records: Records) -> list[Alarm]:
+    """Policies that agree where they must not, or do not where they must."""
+    raised = []
+    alike = agreement.became_regression(records.series("objective/velocity_gap").value.tolist())
+    if alike:
+        raised.append(
+            Alarm("alarm", "The rollout policy is the trained one", f"In this run {alike}.")
+        )
+    config = records.run.get("config")
+    recorded = math.nan
+    if isinstance(config, dict):
+        recorded = number(config.get("policy_gradient.clip_range"))
+    clip_range = recorded if math.isfinite(recorded) else 0.0
+    for series in map(records.series, ("objective/log_prob_gap_first", "objective/log_prob_gap")):
+        if not series.finite.size:
+            continue
+        apart = agreement.disagreement({"objective/log_prob_gap": series.finite.max()}, clip_range)
+        if apart:
+            raised.append(Alarm("alarm", "Training and rollout disagree", f"At worst, {apart}."))
+        break
+    return raised
 
 
 def _missing_numbers(records: Records) -> list[Alarm]:

@@ -52,6 +52,15 @@ _LEARNING = (
         "Distance from the rollout policy",
         "mean squared velocity difference",
     ),
+    Metric("objective/ratio", "Ratio of densities, trained over rollout policy", "ratio"),
+    Metric("objective/outside_clip_range", "Samples outside the clip's range", "share"),
+    Metric("objective/step_kl", "Divergence of a step from the rollout policy", "nats an element"),
+    Metric(
+        "objective/log_prob_gap",
+        "Log-probability in training minus that in sampling, in size",
+        "nats an element",
+        log=True,
+    ),
     Metric("training/grad_norm", "Gradient norm, before clipping", "norm", log=True),
     # A schedule has no noise to take the mean of, and a mean would round its corners.
     Metric("training/learning_rate", "Learning rate", "learning rate", smooth=False),
@@ -62,8 +71,8 @@ _ROUNDED = {
     "rounding/loss": "what the losses say of the policy rather than of the images",
 }
 _CALM = (
-    "No alarm. Looked at: diversity, brightness, latent norm, motion of clips, constant or failing "
-    "rewards, waiting for rewards, groups without spread, starved weights, "
+    "No alarm. Looked at: policies that should agree or differ, diversity, brightness, latent norm, motion "
+    "of clips, constant or failing rewards, waiting for rewards, groups without spread, starved weights, "
     "missing losses, rising gradient norms, held-out losses, rewards past their peak."
 )
 

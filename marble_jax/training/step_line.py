@@ -18,7 +18,7 @@ def step_line(record: Mapping[str, Any], names: Sequence[str], total: int, left:
     scores = " ".join(f"{name} {record[f'rollout/score_mean/{name}']:.3f}" for name in names)
     parts = [
         f"step {record['step'] + 1}/{total}  {scores}{_trouble(record, names)}",
-        f"|g| {record['training/grad_norm']:.3f}{_worst_cosine(record)}",
+        f"|g| {record['training/grad_norm']:.3f}{_worst_cosine(record)}{_ratio(record)}",
         f"{_seconds(record)} {_speed(record)}{left} left",
     ]
     return "  ".join(parts)
@@ -41,6 +41,14 @@ def _worst_cosine(record: Mapping[str, Any]) -> str:
     if "harmonize/worst_cos" not in record:
         return ""
     return f" worst cos {record['harmonize/worst_cos']:+.2f}"
+
+
+def _ratio(record: Mapping[str, Any]) -> str:
+    """Ratio of densities at a rollout's first update, which is 1 where training and sampling agree."""
+    ratio = record.get("objective/ratio_first", record.get("objective/ratio"))
+    if ratio is None:
+        return ""
+    return f" ratio {ratio:.6f}"
 
 
 def _seconds(record: Mapping[str, Any]) -> str:

@@ -129,6 +129,11 @@ class WeightedSamples(Objective):
         return self.inner.reports
 
     @property
+    def num_anchors(self) -> int:
+        """See `Objective.num_anchors`."""
+        return self.inner.num_anchors
+
+    @property
     def rollout_passes(self) -> int:
         """See `Objective.rollout_passes`."""
         return self.inner.rollout_passes
