@@ -24,6 +24,7 @@ ROWS = (
             "batches",
             "streams",
             "console",
+            "agreement",
             "policies",
             "",
         ),

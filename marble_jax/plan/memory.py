@@ -358,7 +358,7 @@ class MemoryModel:
         """Sources of a train step that takes every reward's gradient, its arguments apart."""
         shards = device_mesh.batch_shards(self.mesh)
         chunk = self.share(chunk_size(self.settings.training, self.settings.harmonize, shards))
-        # The signal, anchors such as the pull to the rollout policy, and the divergence from the base where that counts.
+        # The signal, the anchors, and the divergence from the base where that counts.
         objective = make_objective(self.settings)
         directions = 1 + objective.num_anchors + (objective.kl_weight > 0)
         micro_batch = self.share(self.settings.training.micro_batch_size)

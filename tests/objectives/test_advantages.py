@@ -227,3 +227,19 @@ def test_a_missing_score_counts_as_its_group_s_mean():
         values, valid & [[False], [True], [True]], None, np.zeros(3)
     )
     assert known[:, 0].tolist() == [False, True, True] and totals[0, 0] == 0
+
+
+def test_the_sum_of_advantages_is_not_the_advantage_of_the_sum():
+    """By hand: every reward centred and over its own deviation first; a missing score counts as its group's mean."""
+    values = np.array([[1.0, 10.0], [3.0, 30.0], [5.0, 0.0], [9.0, 20.0]])
+    valid = np.array([[True, True], [True, True], [True, False], [True, True]])
+    groups = np.array([0, 0, 1, 1])
+    found = advantages.advantage_sum(values, valid, groups, np.array([2.0, 1.0]))
+    first = np.array([-1.0, 1.0, -2.0, 2.0]) / (np.std(values[:, 0]) + 1e-4)
+    second = np.array([-10.0, 10.0, 0.0, 0.0]) / (np.std([10.0, 30.0, 20.0]) + 1e-4)
+    np.testing.assert_allclose(found.values[:, 0], 2 * first + second, rtol=1e-6)
+    assert found.valid.all()
+    only_missing = advantages.advantage_sum(values, valid, groups, np.array([0.0, 1.0]))
+    assert only_missing.valid[:, 0].tolist() == [True, True, False, True]
+    with pytest.raises(InputError, match="reward weights: expected 2 numbers"):
+        advantages.advantage_sum(values, valid, groups, np.array([0.0, 0.0]))

@@ -1,0 +1,173 @@
+"""Training with a policy gradient from rollouts to records: windows, kept steps, and the ratio of the first update."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_policy as toy
+import toy_run
+from test_policy_gradient_step import GRID, TABLE, recipe_of
+
+from marble_jax import agreement
+from marble_jax.errors import InputError
+from marble_jax.flow.policy_sampler import make_sampler, make_transition_sampler
+from marble_jax.flow.stochastic import Window
+from marble_jax.rewards.scorer import Scorer
+from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.rollout import Collector
+from marble_jax.training.step_schedule import make_steps
+
+WINDOW = Window(size=2, first=0, end=4, schedule="random")
+
+
+@functools.cache
+def sampler():
+    run = make_transition_sampler(toy.velocity, TABLE, WINDOW.size)
+
+    def noisy(params, adapter, cond, noise, path):
+        return run(params, adapter, cond, noise, path.key, path.start)
+
+    return noisy
+
+
+@functools.cache
+def iteration(updates):
+    rewards = [toy_run.Brightness(name=name, kind="device") for name in ("one", "two", "three")]
+    collector = Collector(
+        sampler(), toy_run.encode, jax.nn.sigmoid, Scorer(rewards), toy.LATENT, 6, lambda tree: tree
+    )
+    recipe = recipe_of(updates, on_policy=updates == 1)
+    return Iteration(
+        toy.base_params(),
+        collector,
+        Sampling(toy_run.PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ()),
+        make_steps(recipe, toy.velocity, toy.optimizer(), "exact", 1),
+        lambda tree: tree,
+        window=WINDOW,
+    )
+
+
+def on_policy_state():
+    state = toy.new_state()
+    return state.replace(rollout=jax.tree.map(jnp.copy, state.current))
+
+
+def rolled_out(state, updates=1):
+    run = iteration(updates)
+    samples = run.sampling.draw(state.seed, int(state.step))
+    return samples, run.roll_out(state, samples, lambda count: None)
+
+
+def test_rollouts_keep_the_steps_of_a_window_that_is_drawn_for_every_step():
+    state = on_policy_state()
+    starts = set()
+    for step in range(8):
+        _, rollout = rolled_out(state.replace(step=jnp.asarray(step, jnp.int32)))
+        kept = rollout.latents
+        assert kept.states.shape == (toy.IMAGES, 3, *toy.LATENT)
+        assert kept.log_prob.shape == (toy.IMAGES, 2)
+        # One window for all images of a step.
+        start = set(np.asarray(kept.start).tolist())
+        assert len(start) == 1
+        starts |= start
+    assert starts == {0, 1, 2}
+
+
+def test_rollouts_with_noise_are_their_own_and_repeat():
+    state = on_policy_state()
+    one, same = (rolled_out(state)[1].latents for _ in range(2))
+    toy.assert_identical(one, same)
+    # Images of both batches have noise of their own along the way: no two steps draw the same.
+    errors = []
+    for place in range(2):
+        step = int(one.start[0]) + place
+        before, after = one.states[:, place], one.states[:, place + 1]
+        errors.append(np.asarray(after - TABLE.state[step] * before).reshape(toy.IMAGES, -1))
+    rows = np.concatenate(errors)
+    assert len(np.unique(rows.round(4), axis=0)) == len(rows)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_steps_of_training_have_the_ratio_one_at_the_first_update(updates):
+    state = on_policy_state()
+    run = iteration(updates)
+    before = state.current
+    for step in range(2):
+        samples, rollout = rolled_out(state, updates)
+        state, record = run.update(jax.tree.map(jnp.copy, state), samples, rollout)
+        # As the schedule "copy" has it: the next rollouts are those of the policy now.
+        state = state.replace(rollout=jax.tree.map(jnp.copy, state.current))
+        first = record.get("objective/ratio_first", record["objective/ratio"])
+        assert abs(first - 1) < 1e-5
+        assert agreement.first_gap(record) < 1e-5
+        assert agreement.disagreement(record, 0.01) == ""
+        assert int(state.step) == step + 1
+    if updates == 2:
+        # The second update is away from the policy that sampled.
+        assert record["objective/step_kl"] > 0 and record["objective/ratio"] != 1
+    moved = max(
+        float(jnp.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.current))
+    )
+    assert moved > 1e-3
+
+
+def test_a_policy_that_did_not_sample_is_told():
+    """The current policy trains on rollouts of another one, as if it were its own."""
+    state = toy.new_state()
+    samples, rollout = rolled_out(state)
+    _, record = iteration(1).update(jax.tree.map(jnp.copy, state), samples, rollout)
+    told = agreement.disagreement(record, 0.0)
+    assert "training and rollout disagree" in told and "\n" not in told
+
+
+def test_an_objective_of_steps_refuses_rollouts_that_keep_none():
+    state = on_policy_state()
+    run = iteration(1)
+    collector = Collector(
+        make_sampler(toy.velocity, "euler", GRID),
+        toy_run.encode,
+        jax.nn.sigmoid,
+        run.collector.scorer,
+        toy.LATENT,
+        6,
+        lambda tree: tree,
+    )
+    samples = run.sampling.draw(state.seed, 0)
+    rollout = collector(toy.base_params(), state.rollout, samples, jax.random.key(0))
+    with pytest.raises(InputError, match="expected one that keeps states at steps with noise"):
+        rollout.kept(run.steps.keeps)
+
+
+@pytest.mark.parametrize(
+    "gaps, wrong",
+    [
+        ([0.0] * 21, True),
+        ([math.nan] + [0.0] * 20, True),
+        ([0.0] * 20, False),
+        ([0.0] * 20 + [1e-12], False),
+        ([math.nan] * 40, False),
+        ([], False),
+    ],
+)
+def test_a_policy_that_never_leaves_the_rollout_policy_is_told(gaps, wrong):
+    assert ("weighted regression" in agreement.became_regression(gaps)) == wrong
+
+
+@pytest.mark.parametrize(
+    "record, clip_range, wrong",
+    [
+        ({"objective/log_prob_gap": 2e-3}, 0.0, True),
+        ({"objective/log_prob_gap": 5e-4}, 0.0, False),
+        ({"objective/log_prob_gap": 5e-6}, 1e-5, True),
+        ({"objective/log_prob_gap": 5e-7}, 1e-5, False),
+        # Of several updates, the first is the one that tells.
+        ({"objective/log_prob_gap": 1.0, "objective/log_prob_gap_first": 1e-7}, 1e-5, False),
+        ({}, 0.0, False),
+    ],
+)
+def test_how_far_training_and_rollout_may_be_apart(record, clip_range, wrong):
+    assert bool(agreement.disagreement(record, clip_range)) == wrong
