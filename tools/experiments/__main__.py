@@ -21,7 +21,7 @@ from tools.experiments.methods import METHODS, SUITES, Job, choose, jobs
 
 HELP = f"""usage: python -m tools.experiments [options] [--config=FILE] [--config.key=value ...]
 
-  --suite=main|sweeps|ablations|balancers|all   which methods (main)
+  --suite=main|sweeps|ablations|balancers|objectives|all   which methods (main)
   --methods=a,b     only these, whatever the suite
   --seeds=3         runs a method, seeds 1, 2, ...
   --steps=N         optimiser steps of every run (those of the configuration file)

@@ -12,7 +12,7 @@ from marble_jax.config import flatten
 from marble_jax.errors import InputError, one_of
 from marble_jax.storage.workdir import jsonable
 
-SUITES = ("main", "sweeps", "ablations", "balancers")
+SUITES = ("main", "sweeps", "ablations", "balancers", "objectives")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,16 @@ METHODS = (
             ("imtl", "IMTL-G"),
             ("nash", "Nash-MTL"),
         )
+    ),
+    *(
+        Method(f"{name}{behind}", f"{title}, {how}", "objectives", f"{name}{behind}")
+        for name, title in (
+            ("flow_grpo", "Flow-GRPO"),
+            ("flow_grpo_fast", "Flow-GRPO-Fast"),
+            ("grpo_guard", "GRPO-Guard"),
+            ("awm", "advantage-weighted matching"),
+        )
+        for behind, how in (("", "weighted sum"), ("_marble", "MARBLE"))
     ),
 )
 

@@ -16,6 +16,7 @@ HEADINGS = {
     "sweeps": "Sweeps of N and rho, amortized",
     "ablations": "Ablations",
     "balancers": "Balancers from the literature, exact mode",
+    "objectives": "Other objectives",
 }
 
 SETS = {"trained": "all {} trained rewards", "all": "all evaluated rewards"}
