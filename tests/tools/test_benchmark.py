@@ -437,3 +437,21 @@ def test_flops_of_rows_by_hand(problem):
     )
     entry = record.times_record({"a": [0.5, 0.25, 0.25]}, {}, {"a": 1e12}, 16e12)["a"]
     assert (entry["tflops"], entry["mfu"]) == (4.0, 0.25)
+
+
+def test_rows_of_the_policy_gradient_have_the_gradients_of_every_reward(problem):
+    """Each reward alone, as the one advantage of a weighted sum."""
+    from tools.benchmark.policy_gradient import of_steps
+
+    steps = of_steps(problem)
+    batch = steps.batch(5)
+    arguments = (steps.params, steps.rollout, batch, ours.make_plan(steps.size, batch))
+    drawn = jax.jit(lambda *a: ours.inputs(steps, *a, False), compiler_options=QUICK)(*arguments)
+    samples, advantages, valid = drawn
+    together = run(steps, ours.exact(steps, False), samples, advantages, valid)
+    alone = jax.jit(ours.weighted_sum(steps), compiler_options=QUICK)
+    for k in range(5):
+        masked = jnp.where(valid[:, k : k + 1], advantages[:, k : k + 1], 0.0)
+        want = alone(steps.params, steps.current, samples, masked, jnp.ones_like(masked, bool))
+        got = jax.tree.map(lambda leaf, k=k: leaf[k] / steps.size.num, together.gradients)
+        assert relative(got, want) <= 1e-5, k

@@ -22,6 +22,7 @@ Times are rows, in milliseconds:
   solve_kK               once an optimiser step: Gram matrix, alpha, update
   exact_kK.step          average micro-batch of a whole optimiser step, solve included
   separate_kK            K + 1 backward passes through one forward pass
+  pg.*                   a policy gradient with one update a rollout: of one advantage, and of every reward's
   f.*                    formulations that training does not use (`--formulations`); .rolled has one block in a turn of
                          the scan where the size has several
   torch.upstream.*       diffusers and PEFT as upstream's trainer runs them; harmonised is K = 5

@@ -11,7 +11,7 @@ import jax
 
 from marble_jax.families.sd3.flops import transformer
 from marble_jax.trainable import lora
-from tools.benchmark import formulations, measure, ours
+from tools.benchmark import formulations, measure, ours, policy_gradient
 from tools.benchmark.sizes import Problem, Size
 
 REWARDS = (1, 5, 20)
@@ -49,12 +49,16 @@ def our_cases(
     size, cases = problem.size, Cases({}, {}, {})
 
     def add(
-        name: str, body: ours.Body, num_rewards: int = 1, params: Any = None
+        name: str,
+        body: ours.Body,
+        num_rewards: int = 1,
+        params: Any = None,
+        of: Problem = problem,
     ) -> ours.Program | None:
         if not wanted(name):
             return None
         say(f"compiling {name}")
-        program = ours.compile_program(problem, body, num_rewards, params)
+        program = ours.compile_program(of, body, num_rewards, params)
         program()
         cases.ours[name] = program
         if program.bytes is not None:
@@ -77,6 +81,13 @@ def our_cases(
             say(f"compiling solve_k{k}")
             cases.ours[f"solve_k{k}"] = ours.compile_solve(problem, anchored.sums)
             cases.ours[f"solve_k{k}"]()
+    steps = policy_gradient.of_steps(problem)
+    for name, core, num_rewards in (
+        ("pg.weighted_sum", ours.weighted_sum(steps), 1),
+        ("pg.exact_k5", ours.exact(steps, anchors=False), 5),
+        ("pg.exact_k20", ours.exact(steps, anchors=False), 20),
+    ):
+        add(name, ours.with_inputs(steps, core, False), num_rewards, of=steps)
     for k in separate_counts(size):
         step(f"separate_k{k}", ours.separate(problem), k)
     if formulation:
@@ -246,6 +257,9 @@ def flops(problem: Problem) -> dict[str, float]:
             f"torch.{side}.weighted_sum": whole,
             f"torch.{side}.harmonised": whole + 5 * sample.backward,
         }
+    # A policy gradient with one update a rollout asks neither other policy.
+    own = sample.forward + sample.backward
+    found |= dict.fromkeys(("pg.weighted_sum", "pg.exact_k5", "pg.exact_k20"), own)
     found = {name: size.num * count for name, count in found.items()}
     mixed = {
         name: sum(share * found[part] for part, share in parts.items())
@@ -280,6 +294,8 @@ def ratios(size: Size, times: Mapping[str, list[float]]) -> dict[str, dict[str, 
         ("exact_k20", "exact_k5"),
         ("exact_k20.anchors", "exact_k5.anchors"),
         ("exact_k5", "separate_k5"),
+        ("pg.exact_k5", "pg.weighted_sum"),
+        ("pg.exact_k20", "pg.exact_k5"),
     ]
     pairs += [
         ("f.forwards.one_call", "f.forwards.three_calls"),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from marble_jax import tree
 from marble_jax.families.sd3 import transformer
+from marble_jax.flow.trajectory import Transitions
 from marble_jax.harmonize.balancers import Marble
 from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient, per_sample
 from marble_jax.harmonize.reward_sums import RewardSums, mean_gradients
@@ -26,6 +27,7 @@ from marble_jax.training.micro_batches import (
 )
 from marble_jax.training.recipe import Timesteps
 from marble_jax.types import Adapter, Params
+from tools.benchmark import policy_gradient
 from tools.benchmark.sizes import SIGMAS, Problem, Size
 
 Sums = Any
@@ -96,6 +98,8 @@ def compile_program(
 def make_plan(size: Size, batch: RolloutBatch) -> TrainingOrder:
     """The draws of an optimiser step over `batch`."""
     timesteps = Timesteps(SIGMAS, len(SIGMAS))
+    if isinstance(batch.kept, Transitions):
+        timesteps = policy_gradient.timesteps()
     return training_order(batch, jax.random.key(7), 0, timesteps, size.num)
 
 
