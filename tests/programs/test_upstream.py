@@ -10,6 +10,7 @@ import pytest
 
 from marble_jax.cli.configuration import load_config
 from marble_jax.config import Settings, settings_of
+from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError
 from marble_jax.programs import build
 from marble_jax.programs.check_settings import check_settings
@@ -105,7 +106,7 @@ def test_evaluations_see_the_timesteps_that_are_asked_for():
         encode=None,
         decode=None,
         latent_shape=(),
-        mesh=None,
+        mesh=device_mesh.make_mesh(),
     )
     for file in ("embedded.py", "embedded.py:upstream"):
         rewards = [Reward(name="brightness", kind="device")]
