@@ -234,7 +234,7 @@ class ImageSampler:
         weights, files = content_hash(self.root, self.family.network_components, known)
         components = self.family.text_components(self.root, self._omit)
         text, text_files = content_hash(self.root, components, known)
-        record = {
+        record: dict[str, Any] = {
             "weights": weights[:16],
             "text_encoders": text[:16],
             "adapter": self._digest(),

@@ -179,8 +179,8 @@ class Iteration:
             jnp.asarray(advantages),
             jnp.asarray(valid),
         )
-        kept = rollout.kept(self.steps.keeps)
         prompt, cond, values, mask = self.replicate(on_host)
+        kept = rollout.kept(self.steps.keeps)
         return RolloutBatch(
             kept=kept,
             prompt=prompt,
