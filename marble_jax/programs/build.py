@@ -158,9 +158,10 @@ def build(settings: Settings) -> Run:
     test_prompts = held_out_prompts(settings.prompts, settings.evaluation)
     _check_held_out(train_prompts, test_prompts)
     root, family = locate(settings.model)
-    check_model(root, family, settings.model)
     spec = lora.lora_spec(settings.lora, family)
     rewards = _load_rewards(settings, mesh)
+    # A size that does not fit shows before text encoders are read.
+    check_model(root, family, settings.model)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
     texts = [prompt.text for prompt in itertools.chain(*train_prompts.values(), test_prompts)]
     if settings.rollout.guided:
