@@ -116,6 +116,15 @@ class RewardSettings:
         False,
         "score OCR and GenEval by the rules of MARBLE's released code instead of the published ones",
     )
+    frames: str = key(
+        "",
+        "frames of a clip that rewards of images see, unless their entry says otherwise: all, first, every:K (frames "
+        "0, K, 2 K, ...) or count:M (M evenly spread, first and last included); without a choice they refuse clips; "
+        "no meaning for images",
+    )
+    frame_reduction: str = key(
+        "mean", "how a reward of images makes one score of a clip's frames", "mean|min"
+    )
     # What follows decides what becomes of failures and how fast scores come, not which scores a sound reward gives:
     # a run that a reward stopped can go on under other rules.
     on_error: str = key(

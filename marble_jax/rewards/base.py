@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.errors import InputError
+from marble_jax.rewards import frames
+from marble_jax.rewards.frames import CHOICES, FrameChoice, PixelBatch, Reduction
 from marble_jax.types import Params, Scores
 
 Metadata = Mapping[str, Any]
 Takes = Literal["images", "clips"]
 IMAGES: Takes = "images"
 CLIPS: Takes = "clips"
-LAYOUTS = {IMAGES: "[N, H, W, 3]", CLIPS: "[N, F, H, W, 3]"}
-"""Axes of what a reward takes; F are the frames of a clip."""
 
 
 class RewardError(InputError):
@@ -43,7 +43,11 @@ class Reward:
       name: key of the reward in configs, records and logs.
       kind: "device" (jax arrays) or "host" (NumPy arrays, called from a worker thread, hence thread-safe).
       params: frozen weights handed to `score` by default; None for rewards without any.
-      takes: "images" [N, H, W, 3] or "clips" [N, F, H, W, 3].
+      takes: "images" [N, H, W, 3] or "clips" [N, F, H, W, 3]; an image is a clip of one frame.
+      min_frames: frames that a clip needs at least, for a reward that takes clips.
+      frames: which frames of a clip it sees; None for all of them if it takes clips, else for no choice, without which
+        clips are refused.
+      reduction: how a reward that takes images makes one score of a clip's frames: "mean" or "min".
       needs_full_group: an image's score depends on the other images of its prompt, which have to be in its batch.
       sources: sources of the prompts that the reward is for; empty for all prompts that it applies to.
     """
@@ -52,6 +56,9 @@ class Reward:
     kind: Literal["device", "host"]
     params: Params = None
     takes: Takes = IMAGES
+    min_frames: int = 1
+    frames: FrameChoice | None = None
+    reduction: Reduction = "mean"
     needs_full_group: bool = False
     sources: tuple[str, ...] = ()
 
@@ -99,17 +106,64 @@ class Result(NamedTuple):
     failed: np.ndarray
 
 
-def check_takes(reward: Reward, images: Any) -> None:
-    """Raises InputError unless `images` has the axes that the reward takes."""
-    received = IMAGES
-    # The axis of frames is all that tells a clip from an image.
-    if np.ndim(images) == 5:
-        received = CLIPS
-    if reward.takes != received:
+def check_frames(reward: Reward, num_frames: int) -> tuple[int, ...]:
+    """Returns the frames that a reward sees of clips of `num_frames`.
+
+    Raises:
+      InputError: a reward of images has no choice of frames, or there are too few for the choice or for the reward.
+    """
+    what = f"reward {reward.name}"
+    indices = tuple(range(num_frames))
+    if reward.frames is not None and num_frames > 1:
+        indices = reward.frames.indices(f"{what}: frames", num_frames)
+    elif reward.takes == IMAGES and num_frames > 1:
         raise InputError(
-            f"reward {reward.name}: expected {reward.takes} {LAYOUTS[reward.takes]}; received {received} "
-            f"{LAYOUTS[received]}"
+            f"{what}: expected a choice of frames, as it takes images and is given clips: rewards.frames, or "
+            f"frames of its entry, one of {CHOICES}; received none for clips of {num_frames} frames"
         )
+    if reward.takes == CLIPS and len(indices) < reward.min_frames:
+        of_them = ""
+        if len(indices) < num_frames:
+            of_them = f" of {num_frames} ({reward.frames})"
+        raise InputError(
+            f"{what}: expected clips of at least {reward.min_frames} frames; received "
+            f"{len(indices)}{of_them}"
+        )
+    return indices
+
+
+def call(
+    reward: Reward,
+    params: Params,
+    batch: PixelBatch,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
+) -> tuple[Any, ...]:
+    """Returns `Reward.score` of images or clips, whichever of them the reward takes.
+
+    Raises:
+      InputError: see `check_frames`.
+    """
+    indices = check_frames(reward, batch.num_frames)
+    if reward.takes == CLIPS:
+        return reward.score(params, batch.clips(indices), prompts, metadata)
+    if batch.num_frames == 1:
+        return reward.score(params, batch.images(), prompts, metadata)
+
+    def score_images(
+        images: Any, texts: Sequence[str], mappings: Sequence[Metadata]
+    ) -> tuple[Any, ...]:
+        return reward.score(params, images, texts, mappings)
+
+    return frames.score_frames(
+        score_images,
+        batch,
+        indices,
+        reward.reduction,
+        reward.needs_full_group,
+        prompts,
+        metadata,
+    )
 
 
 def applicable(reward: Reward, prompts: Sequence[str], metadata: Sequence[Metadata]) -> np.ndarray:
@@ -178,7 +232,7 @@ def score(
     metadata: Sequence[Metadata],
     params: Params = None,
 ) -> Result:
-    """Scores a batch with one reward, here and now; `params` replaces the reward's own when given."""
+    """Scores images or clips with one reward, here and now; `params` replaces the reward's own when given."""
     applies = applicable(reward, prompts, metadata)
     if not applies.any():
         return all_failed(applies)
@@ -186,7 +240,7 @@ def score(
         images = np.asarray(images, np.float32)
     if params is None:
         params = reward.params
-    values, valid, *narrower = reward.score(params, images, prompts, metadata)
+    values, valid, *narrower = call(reward, params, PixelBatch(images), prompts, metadata)
     for narrow in narrower:
         applies = applies & np.asarray(narrow, bool)
     finite = np.asarray(finite_images(images))

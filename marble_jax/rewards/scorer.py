@@ -19,6 +19,7 @@ from marble_jax.errors import InputError, one_line
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Metadata, Result, Reward, RewardError
+from marble_jax.rewards.frames import PixelBatch
 from marble_jax.rewards.missing_cap import MissingCap
 from marble_jax.rewards.workers.host_scorer import (
     HostScorer,
@@ -134,13 +135,16 @@ class Scorer:
     def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> PendingScores:
         """Hands over float32 images [N, H, W, 3], or clips [N, F, H, W, 3], in [0, 1] with their N prompts.
 
+        An image is a clip of one frame, and the other way round.
+
         Raises:
-          InputError: a reward that takes clips received images, or the other way round.
+          InputError: a reward that takes images has no choice of frames, or clips have too few frames for a reward.
           RewardError: a device reward failed under on_error "fail". With several processes `result` raises it, when
             all of them know.
         """
+        pixels = PixelBatch(images)
         for reward in self.rewards:
-            base.check_takes(reward, images)
+            base.check_frames(reward, pixels.num_frames)
         finite = _finite_images(images)
         texts = [prompt.text for prompt in prompts]
         metadata = [prompt.metadata for prompt in prompts]
@@ -148,7 +152,7 @@ class Scorer:
         device = {}
         for reward in self.rewards:
             if reward.kind == "device":
-                device[reward.name] = self._start(reward, images, texts, metadata)
+                device[reward.name] = self._start(reward, pixels, texts, metadata)
         batch = _Batch(device, finite, self._asked(prompts))
         return PendingScores(self, self._submit_to_host(batch, images, texts, metadata))
 
@@ -196,13 +200,13 @@ class Scorer:
             self._host.close()
 
     def _start(
-        self, reward: Reward, images: jax.Array, texts: list[str], metadata: list[Metadata]
+        self, reward: Reward, pixels: PixelBatch, texts: list[str], metadata: list[Metadata]
     ) -> _DeviceScores:
         """Sets a device reward to work; nothing valid when it raises."""
         applies = base.applicable(reward, texts, metadata)
         for _ in range(num_attempts(self._on_error)):
             try:
-                values, valid = reward.score(reward.params, images, texts, metadata)
+                values, valid = base.call(reward, reward.params, pixels, texts, metadata)
                 return _DeviceScores(values, valid, applies)
             # A reward is foreign code: whatever it raises, the samples are missing.
             except Exception as error:

@@ -54,7 +54,7 @@ class HostScorerStats:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """N images float32 [N, H, W, 3] with prompts and metadata."""
+    """N images float32 [N, H, W, 3] or clips [N, F, H, W, 3] with prompts and metadata."""
 
     images: np.ndarray
     prompts: Sequence[str]
@@ -170,7 +170,7 @@ class HostScorer:
         """Hands over a batch; returns at once.
 
         Args:
-          images: float in [0, 1] or uint8 [N, H, W, 3], not to be changed until collected.
+          images: float in [0, 1] or uint8 [N, H, W, 3], or clips [N, F, H, W, 3]; not to be changed until collected.
           prompts: N texts.
           metadata: N mappings.
 
