@@ -19,6 +19,8 @@ OPTIONS = {
     "images": "1",
     "rewards_path": "embedded",
     "rewards": "",
+    "frames": "",
+    "frame_reduction": "mean",
     "out": None,
     "seed": "1234",
     **SAMPLING_OPTIONS,
@@ -53,6 +55,8 @@ def help_text() -> str:
   --images=1         images of each prompt
   --rewards_path=DIR with rewards.json, or 'embedded'
   --rewards=A,B      rewards, trained on or not; all of the directory unless given. More can be added later
+  --frames=CHOICE    frames of clips that rewards of images see: all, first, every:K or count:M;
+                     --frame_reduction=mean or min makes one score of theirs
   --out=DIR          images, scores.jsonl of each model, summary.json and index.html; the same command goes on where
                      it stopped
   --skip_generation  score images that are there          --no_score  draw images only
@@ -90,6 +94,8 @@ def run(argv: Sequence[str]) -> int:
         images=images,
         rewards_path=values["rewards_path"],
         rewards=word_list(values["rewards"]),
+        frames=values["frames"],
+        frame_reduction=values["frame_reduction"],
         settings=settings,
         stated=stated,
         draw=draw,

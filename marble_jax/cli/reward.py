@@ -19,10 +19,13 @@ def help_text() -> str:
 
   --path=DIR         directory with rewards.json, or 'embedded'
   --rewards=a,b      rewards of it, or functions as module:function; all of them by default
+  --frames=CHOICE    frames of clips that rewards of images see: all, first, every:K or count:M (the run's own with
+                     --config); --frame_reduction=mean or min makes one score of theirs
 
 check: loads each reward, scores images whose scores (or whose order) are known, measures speed; 2 if one is broken
   --size=PIXELS      of the golden images (the run's own with --config; 64 for 'embedded', else 512)
-  --batch=16         images at once when the speed is measured
+  --num_frames=N     of golden clips, for rewards that take clips (the run's own with --config, else 5)
+  --batch=16         images, or clips, at once when the speed is measured
   --timeout=120      seconds a call may take
   --write            record the scores as the expected ones, in golden.json beside rewards.json
 
@@ -35,7 +38,7 @@ serve: answers POST /score and GET /health; the format is described in marble_ja
   --batch=0          images scored at once; 0 takes a request as it is
   --timeout=300      seconds a request's scores may take
   --tls_cert=FILE --tls_key=FILE   speak TLS; clients name a certificate of their own authority by ca_file
-  --max_mb=64 --max_images=256 --max_side=2048   of a request; pixels of an image's side"""
+  --max_mb=64 --max_images=256 --max_side=2048   of a request, every frame counted; pixels of an image's side"""
 
 
 def run(argv: Sequence[str]) -> int:

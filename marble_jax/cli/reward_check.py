@@ -14,12 +14,15 @@ from marble_jax.programs.locations import EMBEDDED
 from marble_jax.rewards import checks, throughput
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.checks import CheckResult
-from marble_jax.rewards.toy_world import golden_images
+from marble_jax.rewards.toy_world import golden_clips, golden_images
 
 OPTIONS = {
     "path": "",
     "rewards": "",
+    "frames": "",
+    "frame_reduction": "",
     "size": "",
+    "num_frames": "",
     "batch": "16",
     "timeout": "120",
     "write": "false",
@@ -41,6 +44,7 @@ def run(values: Mapping[str, str], settings: Settings | None) -> int:
     timeout = number(values, "timeout", 0.1)
     write = boolean("write", values["write"])
     size = _size(values, settings)
+    num_frames = _num_frames(values, settings)
     platform.keep_compilations()
     console = Console()
     choice = chosen_rewards(values, settings)
@@ -49,15 +53,16 @@ def run(values: Mapping[str, str], settings: Settings | None) -> int:
     expected: golden_images.Expected = {}
     if not write:
         expected = golden_images.read_expected(choice.directory, size)
-    results = checks.run_checks(rewards, size, expected, timeout)
+    results = checks.run_checks(rewards, size, expected, timeout, num_frames=num_frames)
     rows = []
     for reward, result in zip(rewards, results):
-        rate = throughput.throughput(reward, size, batch, timeout)
+        rate = throughput.throughput(reward, size, batch, timeout, num_frames)
         rows.append(_row(reward, result, rate))
     rows += _rows_of_problems(problems)
     console.say(
         f"{len(rows)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
-        f"(own prompts, then each other's), speed in batches of {batch}; {throughput.peak_memory()}"
+        f"{_and_clips(results)}(own prompts, then each other's), speed in batches of {batch}; "
+        f"{throughput.peak_memory()}"
     )
     console.table(rows, COLUMNS)
     not_passed = _not_passed(results, problems)
@@ -82,6 +87,27 @@ def _size(values: Mapping[str, str], settings: Settings | None) -> int:
     if values["path"] == EMBEDDED:
         return EMBEDDED_SIZE
     return PUBLISHED_SIZE
+
+
+def _num_frames(values: Mapping[str, str], settings: Settings | None) -> int:
+    """Frames of the golden clips.
+
+    Raises:
+      InputError: not a number, or one below 1.
+    """
+    if values["num_frames"]:
+        return whole_number(values, "num_frames", 1)
+    if settings is not None:
+        return settings.model.num_frames
+    return golden_clips.NUM_FRAMES
+
+
+def _and_clips(results: Sequence[CheckResult]) -> str:
+    """The lengths of golden clips that rewards were given, in words; nothing where all take images."""
+    lengths = sorted({result.num_frames for result in results} - {0})
+    if not lengths:
+        return ""
+    return f"or clips of {', '.join(str(length) for length in lengths)} frames "
 
 
 def _not_passed(results: Sequence[CheckResult], problems: Mapping[str, str]) -> list[str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from marble_jax.cli.options import word_list
 from marble_jax.config import Settings
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, one_of
 from marble_jax.programs.locations import resolve_path
 from marble_jax.rewards.base import Reward
+from marble_jax.rewards.frames import REDUCTIONS, parse_frames
 from marble_jax.rewards.function import is_function
 from marble_jax.rewards.registry import FILE, entries_of, load_rewards
 
@@ -22,22 +23,27 @@ class RewardChoice:
     Attributes:
       directory: directory of the rewards; None where all are functions and none was given.
       names: names in `rewards.json`, or functions as module:function.
+      frames: which frames of clips rewards of images see; empty for no choice.
+      frame_reduction: how these make one score of them.
     """
 
     directory: Path | None
     names: tuple[str, ...]
+    frames: str = ""
+    frame_reduction: str = "mean"
 
 
 def chosen_rewards(values: Mapping[str, str], settings: Settings | None) -> RewardChoice:
     """Returns the rewards that options name, of a directory or of a run's settings.
 
     Args:
-      values: values of the options "path" and "rewards".
+      values: values of the options "path", "rewards", "frames" and "frame_reduction".
       settings: settings of a run; None with a path.
 
     Raises:
-      InputError: no such directory, or a malformed `rewards.json`.
+      InputError: no such directory, a malformed `rewards.json`, or no such choice of frames.
     """
+    frames, reduction = _frames(values, settings)
     names = word_list(values["rewards"])
     path = values["path"]
     if settings is not None:
@@ -46,14 +52,27 @@ def chosen_rewards(values: Mapping[str, str], settings: Settings | None) -> Rewa
         names = names or (*settings.rewards.train, *settings.rewards.heldout)
     # Functions are imported by name and need no directory.
     if not path and names and _are_functions(names):
-        return RewardChoice(None, names)
+        return RewardChoice(None, names, frames, reduction)
     directory = resolve_path(path, "rewards")
     names = names or tuple(entries_of(directory))
     if not names:
         raise InputError(
             f"{directory / FILE}: expected at least one reward; received an empty object"
         )
-    return RewardChoice(directory, names)
+    return RewardChoice(directory, names, frames, reduction)
+
+
+def _frames(values: Mapping[str, str], settings: Settings | None) -> tuple[str, str]:
+    """Returns the choice of frames, and how their scores become one, of options or else of settings."""
+    frames, reduction = "", "mean"
+    if settings is not None:
+        frames, reduction = settings.rewards.frames, settings.rewards.frame_reduction
+    frames = values["frames"] or frames
+    if frames:
+        parse_frames("--frames", frames)
+    reduction = values["frame_reduction"] or reduction
+    one_of("--frame_reduction", reduction, REDUCTIONS)
+    return frames, reduction
 
 
 def _are_functions(names: Sequence[str]) -> bool:
@@ -66,7 +85,16 @@ def load_chosen(choice: RewardChoice) -> list[Reward]:
     Raises:
       InputError: one of them does not load.
     """
-    return load_rewards(choice.directory, choice.names)
+    return _load(choice, choice.names)
+
+
+def _load(choice: RewardChoice, names: Sequence[str]) -> list[Reward]:
+    return load_rewards(
+        choice.directory,
+        names,
+        frames=choice.frames,
+        frame_reduction=choice.frame_reduction,
+    )
 
 
 def load_one_by_one(choice: RewardChoice) -> tuple[list[Reward], dict[str, str]]:
@@ -97,7 +125,7 @@ def _load_each(choice: RewardChoice) -> tuple[list[Reward], dict[str, str]]:
     problems: dict[str, str] = {}
     for name in choice.names:
         try:
-            rewards += load_rewards(choice.directory, [name])
+            rewards += _load(choice, [name])
         except InputError as error:
             problems[name] = str(error)
     return rewards, problems

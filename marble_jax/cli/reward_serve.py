@@ -24,6 +24,8 @@ BROKEN_STATUS = 75
 OPTIONS = {
     "path": "",
     "rewards": "",
+    "frames": "",
+    "frame_reduction": "",
     "host": "127.0.0.1",
     "port": "8810",
     "token": "",

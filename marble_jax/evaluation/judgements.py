@@ -41,7 +41,9 @@ class Judgement(Reward):
     """One field of GenEval's verdict as a host reward."""
 
     def __init__(self, name: str, reward: GenEvalReward, verdicts: _Verdicts, field: str):
-        super().__init__(name=name, kind="host")
+        # The verdict on a clip is made of the same frames as the score that it stands for.
+        frames, reduction = reward.frames, reward.reduction
+        super().__init__(name=name, kind="host", frames=frames, reduction=reduction)
         self._reward = reward
         self._verdicts = verdicts
         self._field = field

@@ -42,7 +42,7 @@ from marble_jax.programs.upstream import (
     upstream_rules,
 )
 from marble_jax.prompts.files import Prompt
-from marble_jax.rewards.base import Reward
+from marble_jax.rewards.base import Reward, check_frames
 from marble_jax.rewards.placement import check_groups, place_rewards
 from marble_jax.rewards.registry import load_rewards
 from marble_jax.rewards.scorer import Scorer
@@ -281,7 +281,11 @@ def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
         (*chosen.train, *chosen.heldout),
         chosen.num_workers,
         upstream=chosen.upstream_scoring,
+        frames=chosen.frames,
+        frame_reduction=chosen.frame_reduction,
     )
+    for reward in rewards:
+        check_frames(reward, settings.model.num_frames)
     # Rewards that are only evaluated never see the groups of a rollout.
     for reward in rewards[: len(chosen.train)]:
         check_groups(

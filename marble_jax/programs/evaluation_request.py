@@ -30,6 +30,8 @@ class Request:
       images: images of each prompt.
       rewards_path: directory with rewards.json, or "embedded".
       rewards: names; empty: all of the directory.
+      frames: which frames of clips rewards of images see, unless their entry says otherwise; empty for no choice.
+      frame_reduction: how they make one score of them.
       settings: how images are drawn; what it leaves open is settled for all models alike, see `shared_settings`.
       stated: which of "steps" and "solver" are asked for; the others of them are settled, too.
       draw: whether images are drawn; they are expected to be there otherwise.
@@ -45,6 +47,8 @@ class Request:
     images: int = 1
     rewards_path: str = EMBEDDED
     rewards: tuple[str, ...] = ()
+    frames: str = ""
+    frame_reduction: str = "mean"
     settings: SamplingSettings = SamplingSettings()
     stated: frozenset[str] = frozenset()
     draw: bool = True

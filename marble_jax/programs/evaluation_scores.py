@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,8 +46,22 @@ def reward_entries(request: Request) -> dict[str, Any]:
     names = request.rewards or tuple(entries)
     # What has no entry is refused now, not after hours of drawing, unless the registry knows it.
     without_entry = [name for name in names if name not in entries]
-    load_rewards(path, without_entry, request.num_workers)
-    return {name: entries.get(name, {}) | {"path": str(path)} for name in names}
+    _load(request, path, without_entry)
+    # What decides a score stands in the record: scores of other frames are others.
+    about: dict[str, Any] = {"path": str(path)}
+    if request.frames:
+        about |= {"default_frames": request.frames, "default_reduction": request.frame_reduction}
+    return {name: entries.get(name, {}) | about for name in names}
+
+
+def _load(request: Request, path: Path | str, names: Sequence[str]) -> list[Reward]:
+    return load_rewards(
+        path,
+        names,
+        request.num_workers,
+        frames=request.frames,
+        frame_reduction=request.frame_reduction,
+    )
 
 
 def score_models(
@@ -56,7 +71,7 @@ def score_models(
     path = resolve_path(request.rewards_path, "rewards")
     wanted = request.rewards or tuple(entries_of(path))
     # GenEval's graded score brings the share of images that are right in all respects.
-    rewards = with_accuracy(load_rewards(path, wanted, request.num_workers))
+    rewards = with_accuracy(_load(request, path, wanted))
     names = [reward.name for reward in rewards]
     for model in request.models:
         _score_model(request, workdir, model, rewards, prompts, console)

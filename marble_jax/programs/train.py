@@ -117,6 +117,7 @@ def _check_rewards(run: Run, console: Console) -> None:
         directory,
         settings.rollout.batch_size,
         settings.rewards.timeout,
+        settings.model.num_frames,
     )
     for remark in remarks:
         console.say(remark)

@@ -18,8 +18,8 @@ import numpy as np
 
 from marble_jax.errors import InputError, one_line
 from marble_jax.rewards import base
-from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Result, Reward, Takes
-from marble_jax.rewards.toy_world import golden_images
+from marble_jax.rewards.base import CLIPS, Metadata, Result, Reward
+from marble_jax.rewards.toy_world import golden_clips, golden_images
 from marble_jax.rewards.workers.host_scorer import HostScorer, Pending
 
 TOLERANCE, LEAST_TOLERANCE = 0.05, 1e-3
@@ -47,6 +47,7 @@ class CheckResult:
         which mean that it may not.
       note: the reason, in one line.
       result: its scores of the golden samples.
+      num_frames: of the golden clips it was given; 0 for images.
     """
 
     name: str
@@ -54,13 +55,15 @@ class CheckResult:
     status: Status
     note: str
     result: Result
+    num_frames: int = 0
 
     @property
     def broken(self) -> bool:
         """Whether the reward must not be trained on."""
-        # A host reward may well be constant on images as plain as these: an OCR engine that reads none of them.
+        # A host reward may well be constant on images as plain as these: an OCR engine that reads none of them. So may
+        # a reward of clips, as what is as slow as in a long golden clip counts as still.
         if self.status == "constant":
-            return self.kind == "device"
+            return self.kind == "device" and not self.num_frames
         return self.status in BROKEN
 
     @property
@@ -82,34 +85,50 @@ class CheckResult:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images float32 [N, H, W, 3] in [0, 1] with their N texts and metadata."""
+    """Images float32 [N, H, W, 3] or clips [N, F, H, W, 3] in [0, 1] with their N texts and metadata."""
 
-    images: np.ndarray
+    pixels: np.ndarray
     texts: list[str]
     metadata: list[Metadata]
 
     @classmethod
-    def golden(cls, side: int) -> Samples:
-        """Returns the golden samples at a size in pixels."""
-        images, prompts = golden_images.samples(side)
+    def golden(cls, side: int, num_frames: int = 0) -> Samples:
+        """Returns the golden images at a size in pixels; clips of them where there is a number of frames."""
+        if num_frames > 1:
+            pixels, prompts = golden_clips.samples(side, num_frames)
+        else:
+            pixels, prompts = golden_images.samples(side)
+        if num_frames == 1:
+            pixels = pixels[:, None]
         texts = [prompt.text for prompt in prompts]
-        return cls(images, texts, [prompt.metadata for prompt in prompts])
+        return cls(pixels, texts, [prompt.metadata for prompt in prompts])
 
     def select(self, index: np.ndarray) -> Samples:
         """Returns the samples int [n], in their order, perhaps repeated."""
         numbers = index.tolist()
         texts = [self.texts[number] for number in numbers]
-        return Samples(self.images[index], texts, [self.metadata[number] for number in numbers])
-
-    def layout(self, takes: Takes) -> np.ndarray:
-        """Returns the images as a reward takes them; as clips they have one frame."""
-        if takes == CLIPS:
-            return self.images[:, None]
-        return self.images
+        return Samples(self.pixels[index], texts, [self.metadata[number] for number in numbers])
 
     def applicable(self, reward: Reward) -> np.ndarray:
         """Returns bool [N]: which samples the reward applies to."""
         return base.applicable(reward, self.texts, self.metadata)
+
+
+def golden_frames(reward: Reward, num_frames: int) -> int:
+    """Returns the frames of the golden clips that a reward is given; 0 for images, where it takes these.
+
+    Args:
+      reward: that is checked.
+      num_frames: of the clips that it is for.
+    """
+    if reward.takes == CLIPS:
+        return max(num_frames, reward.min_frames)
+    return 0
+
+
+def is_on_record(num_frames: int) -> bool:
+    """Whether scores of golden clips of so many frames, 0 for images, are comparable with recorded ones."""
+    return num_frames in (0, golden_clips.NUM_FRAMES)
 
 
 def run_checks(
@@ -118,8 +137,11 @@ def run_checks(
     expected: Mapping[str, Sequence[float | None]],
     timeout: float = 120.0,
     batch_size: int = 0,
+    num_frames: int = 1,
 ) -> list[CheckResult]:
     """Scores the golden samples with every reward, host rewards beside those on the device.
+
+    Rewards that take images score images, whatever frames of clips they are to see later.
 
     Args:
       rewards: with distinct names.
@@ -128,44 +150,50 @@ def run_checks(
       timeout: seconds a call of a host reward may take.
       batch_size: on the device the samples are cut or filled up to it, so that a program is compiled that the run
         needs anyway; 0 takes them as they are.
+      num_frames: of clips, for rewards that take them.
 
     Returns:
       A result for each reward, in order.
     """
-    samples = Samples.golden(side)
+    lengths = {reward.name: golden_frames(reward, num_frames) for reward in rewards}
+    samples = {length: Samples.golden(side, length) for length in set(lengths.values())}
     results: dict[str, Result] = {}
     reasons: dict[str, str] = {}
-    with _HostChecks(rewards, samples) as host:
+    with _HostChecks(rewards, lengths, samples) as host:
         for reward in rewards:
             if reward.kind == "device":
-                results[reward.name] = _score_on_device(reward, samples, batch_size, reasons)
+                own = samples[lengths[reward.name]]
+                results[reward.name] = _score_on_device(reward, own, batch_size, reasons)
         results |= host.results(timeout)
         reasons |= host.reasons()
     checked = []
     for reward in rewards:
         result = results[reward.name]
         reason = reasons.get(reward.name, "no number")
-        status, note = _judge(result, expected.get(reward.name), reason)
-        checked.append(CheckResult(reward.name, reward.kind, status, note, result))
+        length = lengths[reward.name]
+        recorded = expected.get(reward.name) if is_on_record(length) else None
+        status, note = _judge(result, recorded, reason)
+        checked.append(CheckResult(reward.name, reward.kind, status, note, result, length))
     return checked
 
 
 class _HostChecks:
-    """Scores of the samples by host rewards, under way; a scorer for those that take images, one for clips."""
+    """Scores of the samples by host rewards, under way; a scorer for those that take images, one a length of clips."""
 
-    def __init__(self, rewards: Sequence[Reward], samples: Samples):
+    def __init__(
+        self, rewards: Sequence[Reward], lengths: Mapping[str, int], samples: Mapping[int, Samples]
+    ):
         self._scorers: list[HostScorer] = []
         self._pending: list[Pending] = []
-        for takes in (IMAGES, CLIPS):
+        for length, own in samples.items():
             chosen = []
             for reward in rewards:
-                if reward.kind == "host" and reward.takes == takes:
+                if reward.kind == "host" and lengths[reward.name] == length:
                     chosen.append(reward)
             # A thread for each: one that hangs must not keep the others from an answer.
             scorer = HostScorer(chosen, max(1, len(chosen)), "retry", ATTEMPTS - 1)
             self._scorers.append(scorer)
-            images = samples.layout(takes)
-            self._pending.append(scorer.submit(images, samples.texts, samples.metadata))
+            self._pending.append(scorer.submit(own.pixels, own.texts, own.metadata))
 
     def __enter__(self) -> _HostChecks:
         return self
@@ -201,8 +229,7 @@ def _score_on_device(
     batch = samples.select(index)
     num_scored = min(len(index), count)
     try:
-        images = jnp.asarray(batch.layout(reward.takes))
-        result = base.score(reward, images, batch.texts, batch.metadata)
+        result = base.score(reward, jnp.asarray(batch.pixels), batch.texts, batch.metadata)
     # A reward is foreign code: whatever it raises is what the check is about.
     except Exception as error:
         reasons[reward.name] = one_line(error)
@@ -282,9 +309,12 @@ def _compare(
 
 
 def recorded_scores(checked: Sequence[CheckResult]) -> dict[str, list[float | None]]:
-    """Returns the scores as `golden_images.write_expected` takes them."""
+    """Returns the scores as `golden_images.write_expected` takes them; those that no later check could be held against
+    are left out."""
     scores: dict[str, list[float | None]] = {}
     for check in checked:
+        if not is_on_record(check.num_frames):
+            continue
         row: list[float | None] = []
         for value, valid in zip(check.result.values, check.result.valid, strict=True):
             row.append(float(value) if valid else None)
@@ -293,13 +323,18 @@ def recorded_scores(checked: Sequence[CheckResult]) -> dict[str, list[float | No
 
 
 def before_training(
-    rewards: Sequence[Reward], side: int, directory: Path | None, batch_size: int, timeout: float
+    rewards: Sequence[Reward],
+    side: int,
+    directory: Path | None,
+    batch_size: int,
+    timeout: float,
+    num_frames: int = 1,
 ) -> list[str]:
     """Checks rewards at the start of a run.
 
     Args:
       rewards: of the run.
-      side, batch_size, timeout: see `run_checks`.
+      side, batch_size, timeout, num_frames: see `run_checks`.
       directory: where recorded scores may lie; None to do without.
 
     Returns:
@@ -310,7 +345,7 @@ def before_training(
     """
     expected = golden_images.read_expected(directory, side)
     remarks = []
-    for check in run_checks(rewards, side, expected, timeout, batch_size):
+    for check in run_checks(rewards, side, expected, timeout, batch_size, num_frames):
         if check.broken:
             raise InputError(
                 f"reward {check.name}: expected sound scores of the golden images; received a reward "

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from marble_jax.errors import InputError, one_line, one_of
+from marble_jax.rewards.base import CLIPS, IMAGES, Takes
 from marble_jax.rewards.function import Applies, applies_rule
 from marble_jax.rewards.http.access import read_token
 from marble_jax.rewards.http.calls import Replicas
@@ -41,6 +42,9 @@ class CallOptions:
     applies: str = option(
         "all", "prompts it is asked about: all, quoted, geneval or module:function"
     )
+    takes: str = option(
+        IMAGES, "what is sent: images, or clips, each as a whole", choices=(IMAGES, CLIPS)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class RemoteOptions(CallOptions):
     """Options of the kind "remote"."""
 
     reward: str = option("", "its name at the server; the same by default")
-    batch_size: int = option(16, "images a call", least=1)
+    batch_size: int = option(16, "images a call, every frame of a clip counted", least=1)
     format: str = option("png", "of images: png or rgb8")
     protocol: str = option("marble", "this project's, or flow_grpo, of the older PyTorch servers")
     field: str = option("scores", "under flow_grpo, the field of the answer that holds the scores")
@@ -61,7 +65,7 @@ class JudgeOptions(CallOptions):
 
     max_in_flight: int = option(8, "calls at the same time, over all servers", least=1)
     model: str = option("", "its name at the endpoint")
-    preset: str = option("", "question to start from")
+    preset: str = option("", "question to start from; 'clip' by default where it takes clips")
     prompt: str | None = option(None, "text of the question, with {prompt} for the image's prompt")
     prompt_file: str = option("", "file beside rewards.json that holds the text")
     pattern: str | None = option(None, "regular expression whose first group is the number")
@@ -125,6 +129,7 @@ def build_remote(name: str, options: RemoteOptions, context: BuildContext) -> Re
         applies,
         pickle_field,
         options.allow_pickle,
+        cast(Takes, options.takes),
     )
 
 
@@ -133,13 +138,18 @@ def build_judge(name: str, options: JudgeOptions, context: BuildContext) -> Judg
     """Builds a reward that a vision-language model behind an OpenAI-compatible endpoint gives."""
     applies = _applies(name, options, context)
     replicas = _replicas(name, options, PATH)
-    return JudgeReward(name, replicas, options.model, _question(name, options, context), applies)
+    question = _question(name, options, context)
+    takes = cast(Takes, options.takes)
+    return JudgeReward(name, replicas, options.model, question, applies, takes)
 
 
 def _question(name: str, options: JudgeOptions, context: BuildContext) -> Question:
     """Returns the preset's question with what the options change."""
     one_of(f"reward {name}: preset", options.preset, PRESETS)
     preset = PRESETS[options.preset]
+    # The question about one image would be asked of all frames.
+    if options.takes == CLIPS and not options.preset:
+        preset = PRESETS["clip"]
     # An option that an entry leaves out is None and keeps what the preset says.
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(preset):

@@ -142,8 +142,7 @@ class PixelBatch:
         if not self.is_clips:
             return self.pixels
         if frames not in self._folded:
-            chosen = self.clips(frames)
-            self._folded[frames] = _fold(chosen)
+            self._folded[frames] = _fold(self.pixels, frames)
         return self._folded[frames]
 
     def clips(self, frames: tuple[int, ...] | None = None) -> Any:
@@ -168,22 +167,24 @@ def _choose_on_device(clips: jax.Array, frames: tuple[int, ...]) -> jax.Array:
     return jnp.take(clips, np.array(frames), axis=1)
 
 
-def _fold(clips: Any) -> Any:
-    """Returns clips [N, F, H, W, 3] as images [N * F, H, W, 3]; every device keeps the frames of its clips."""
-    shape = (-1, *clips.shape[2:])
+def _fold(clips: Any, frames: tuple[int, ...]) -> Any:
+    """Returns frames of clips [N, F, H, W, 3] as images; every device keeps those of its clips."""
     if isinstance(clips, np.ndarray):
-        return clips.reshape(shape)
+        return clips[:, list(frames)].reshape(-1, *clips.shape[2:])
     sharding = None
     # A tracer lies nowhere yet.
     if not isinstance(clips, jax.core.Tracer) and isinstance(clips.sharding, NamedSharding):
         first_axis = PartitionSpec(*clips.sharding.spec[:1])
         sharding = NamedSharding(clips.sharding.mesh, first_axis)
-    return _fold_on_device(clips, sharding)
+    return _fold_on_device(clips, frames, sharding)
 
 
-@functools.partial(jax.jit, static_argnames="sharding")
-def _fold_on_device(clips: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    images = clips.reshape(-1, *clips.shape[2:])
+@functools.partial(jax.jit, static_argnames=("frames", "sharding"))
+def _fold_on_device(
+    clips: jax.Array, frames: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
+    chosen = jnp.take(clips, np.array(frames), axis=1)
+    images = chosen.reshape(-1, *clips.shape[2:])
     if sharding is None:
         return images
     return jax.lax.with_sharding_constraint(images, sharding)

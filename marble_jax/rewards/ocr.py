@@ -25,6 +25,7 @@ import numpy as np
 
 from marble_jax.prompts.quotations import quoted_text
 from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.rewards.frames import FrameChoice
 from marble_jax.rewards.registration import BuildContext, option, register_reward
 from marble_jax.rewards.workers.ocr_engines import PaddleEngine, RapidEngine
 from marble_jax.rewards.workers.processes import ProcessPool
@@ -282,3 +283,16 @@ def build_ocr(name: str, options: OCROptions, context: BuildContext) -> OCRRewar
             options.timeout,
         )
     return OCRReward(name, reader, context.upstream_scoring)
+
+
+VIDEO_FRAMES = FrameChoice("count", 3)
+"""Frames that are read of a clip where nothing else is said. Flow-GRPO's video OCR reads every fourth and takes the
+mean, as "frames": "every:4" does."""
+
+
+@register_reward("video_ocr", OCROptions)
+def build_video_ocr(name: str, options: OCROptions, context: BuildContext) -> OCRReward:
+    """Builds the reward with a choice of frames of its own: mean, or smallest, of the first, middle and last frame."""
+    reward = build_ocr(name, options, context)
+    reward.frames = VIDEO_FRAMES
+    return reward

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 _REQUIRED: Any = dataclasses.MISSING
+COMMON = ("kind", "sources", "frames", "frame_reduction")
+"""Keys of an entry that are no matter of its kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,16 @@ def register_reward(kind: str, options: type = NoOptions) -> Callable[[Build], B
     Args:
       kind: name in `rewards.json`; modules do not share their names.
       options: frozen dataclass whose fields come from `option`.
+
+    Raises:
+      InputError: an option with a name that means something in every entry.
     """
+    for field in dataclasses.fields(options):
+        if field.name in COMMON:
+            raise InputError(
+                f"kind {kind}: expected options by other names than {', '.join(COMMON)}; received "
+                f"{field.name!r}"
+            )
 
     def register(build: Build) -> Build:
         of_module = _KINDS.setdefault(build.__module__, {})

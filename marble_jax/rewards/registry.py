@@ -6,9 +6,11 @@
      "geneval": {"kind": "geneval", "detector": "shapes"}}
 
 `model` is a folder beside the file or a Hub name, `head` a file. Rewards that name the same model share it. An entry
-of any kind may say `"sources": ["ocr"]`, the sources of the prompts that its reward is for. The
-published models (`published.ENTRIES`) need no entry and no file; a name `module:function` needs no entry either. Each
-kind's options stand beside its class, see `registration`.
+of any kind may say `"sources": ["ocr"]`, the sources of the prompts that its reward is for, and `"frames": "count:3"`
+with `"frame_reduction": "min"`, how it scores clips (`frames`) where that is not as `rewards.frames` has it. The
+published models and the rewards of clips that need none (`published.ENTRIES`, `published.CLIP_ENTRIES`) need no entry
+and no file; a name `module:function` needs no entry either. Each kind's options stand beside its class, see
+`registration`.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from marble_jax.errors import InputError, nearest, one_of
-from marble_jax.rewards.base import Reward
+from marble_jax.rewards.base import CLIPS, IMAGES, Reward
+from marble_jax.rewards.frames import REDUCTIONS, FrameChoice, Reduction, parse_frames
 from marble_jax.rewards.function import FunctionReward, import_module, is_function, load_function
 from marble_jax.rewards.models import published
 from marble_jax.rewards.models.shared_encoders import SharedEncoders
@@ -44,6 +47,14 @@ BUILT_IN_KINDS = {
     "jpeg_incompressibility": "image_statistics",
     "brightness": "image_statistics",
     "colourfulness": "image_statistics",
+    "video_ocr": "ocr",
+    "motion": "video.clip_statistics",
+    "smoothness": "video.clip_statistics",
+    "flicker": "video.clip_statistics",
+    "motion_as_told": "video.motion_as_told",
+    "feature_consistency": "video.feature_consistency",
+    "block_dynamic_degree": "video.block_metrics",
+    "block_motion_smoothness": "video.block_metrics",
     "remote": "external",
     "openai": "external",
     "function": "function",
@@ -79,6 +90,8 @@ def load_rewards(
     num_workers: int = 2,
     dtype: Any = "float32",
     upstream: bool = False,
+    frames: str = "",
+    frame_reduction: str = "mean",
 ) -> list[Reward]:
     """Builds the rewards `names` of a directory.
 
@@ -89,19 +102,59 @@ def load_rewards(
       num_workers: images a host reward works on at the same time.
       dtype: of the networks on the device, unless an entry says otherwise.
       upstream: score OCR and GenEval as MARBLE's released code does where our rules differ.
+      frames: which frames of a clip rewards that take images see, unless their entry says otherwise; empty for no
+        choice, without which they refuse clips. It has no meaning for images.
+      frame_reduction: how they make one score of a clip's frames.
 
     Raises:
       InputError: missing directory, file or folder; an unknown reward, kind or option; a reward named twice.
     """
+    default = _frame_choice("rewards.frames", frames)
+    one_of("rewards.frame_reduction", frame_reduction, REDUCTIONS)
     # Functions alone need no directory, and none is asked for.
-    entries: dict[str, Mapping[str, Any]] = dict(published.ENTRIES)
+    entries: dict[str, Mapping[str, Any]] = {**published.ENTRIES, **published.CLIP_ENTRIES}
     if not all(is_function(name) for name in names):
         from_directory = entries_of(directory or "")
         # The directory's own names come first in error messages, and win.
         entries = {**from_directory, **entries, **from_directory}
     context = _context(directory, num_workers, str(dtype), upstream)
     _check_names(names, entries, context.source)
-    return [build_reward(name, entries, context) for name in names]
+    rewards = [build_reward(name, entries, context) for name in names]
+    for reward in rewards:
+        _set_frames(reward, entries.get(reward.name, {}), context.source, default, frame_reduction)
+    return rewards
+
+
+def _frame_choice(what: str, text: str) -> FrameChoice | None:
+    return parse_frames(what, text) if text else None
+
+
+def _set_frames(
+    reward: Reward,
+    entry: Mapping[str, Any],
+    source: str,
+    default: FrameChoice | None,
+    default_reduction: str,
+) -> None:
+    """Sets which frames of clips a reward sees, by its entry or else by the default.
+
+    Raises:
+      InputError: an entry that names no choice, or a reduction for a reward that scores clips as such.
+    """
+    what = f"{source}: frames of {reward.name}"
+    own = _frame_choice(what, validated(str, entry.get("frames", ""), what))
+    what = f"{source}: frame_reduction of {reward.name}"
+    reduction = validated(str, entry.get("frame_reduction", ""), what)
+    if reduction and reward.takes == CLIPS:
+        raise InputError(f"{what}: expected none, as it takes clips; received {reduction!r}")
+    if reduction:
+        one_of(what, reduction, REDUCTIONS)
+    # A kind may bring a choice of its own, which an entry replaces and the default does not.
+    chosen = own or reward.frames
+    if reward.takes == IMAGES:
+        chosen = chosen or default
+        reward.reduction = cast(Reduction, reduction or default_reduction)
+    reward.frames = chosen
 
 
 def _context(
@@ -137,7 +190,9 @@ def build_reward(name: str, entries: Entries, context: BuildContext) -> Reward:
         return FunctionReward(name, load_function(name, context.directory))
     entry = dict(entries[name])
     kind = find_kind(name, validated_kind(name, entry.pop("kind", None), context), context)
-    # Which prompts a reward is for is no matter of its kind.
+    # Which prompts a reward is for is no matter of its kind, nor is which frames of clips it sees (`_set_frames`).
+    entry.pop("frames", None)
+    entry.pop("frame_reduction", None)
     sources = validated(
         tuple[str, ...], entry.pop("sources", []), f"{context.source}: sources of {name}"
     )

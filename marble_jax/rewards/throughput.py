@@ -13,15 +13,17 @@ import numpy as np
 
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Reward
-from marble_jax.rewards.checks import Samples
+from marble_jax.rewards.checks import Samples, golden_frames
 from marble_jax.rewards.workers.host_scorer import HostScorer
 
 MIN_SECONDS = 1.0
 """For which the throughput is measured."""
 
 
-def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.0) -> float:
-    """Returns images per second in batches of golden images; NaN where the reward fails.
+def throughput(
+    reward: Reward, side: int, batch_size: int, timeout: float = 120.0, num_frames: int = 1
+) -> float:
+    """Returns images, or clips, per second in batches of golden ones; NaN where the reward fails.
 
     Counts images that the reward applies to; what is compiled or loaded on first use is not counted.
 
@@ -30,8 +32,9 @@ def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.
       side: pixels of the images.
       batch_size: images at once.
       timeout: seconds a call of a host reward may take.
+      num_frames: of clips, for a reward that takes them.
     """
-    samples = Samples.golden(side)
+    samples = Samples.golden(side, golden_frames(reward, num_frames))
     asked = np.flatnonzero(samples.applicable(reward))
     if not asked.size:
         return float("nan")
@@ -42,7 +45,7 @@ def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.
                 return batch_size * _rounds_per_second(
                     lambda: _score_on_host(scorer, reward, batch, timeout)
                 )
-        images = jnp.asarray(batch.layout(reward.takes))
+        images = jnp.asarray(batch.pixels)
         return batch_size * _rounds_per_second(
             lambda: base.score(reward, images, batch.texts, batch.metadata)
         )
@@ -52,7 +55,7 @@ def throughput(reward: Reward, side: int, batch_size: int, timeout: float = 120.
 
 
 def _score_on_host(scorer: HostScorer, reward: Reward, batch: Samples, timeout: float) -> None:
-    pending = scorer.submit(batch.layout(reward.takes), batch.texts, batch.metadata)
+    pending = scorer.submit(batch.pixels, batch.texts, batch.metadata)
     pending.result(timeout)
 
 

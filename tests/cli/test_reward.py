@@ -109,6 +109,30 @@ def test_check_goes_on_past_a_reward_that_does_not_load(here, capsys):
     assert main(["reward", "check", f"--path={here}", "--rewards=lost", "--size=16"]) == 2
 
 
+def test_clip_rewards_are_checked_on_clips(here, capsys):
+    (here / "rewards.json").write_text(
+        json.dumps(
+            {
+                "told": {"kind": "motion_as_told"},
+                "still": {"kind": "flicker"},
+                "red": {"kind": "brightness"},
+            }
+        )
+    )
+    command = ["reward", "check", f"--path={here}", "--size=32", "--batch=2", "--frames=count:3"]
+    assert main([*command, "--write"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "12 golden images of 32 px or clips of 5 frames (own prompts" in lines[0]
+    assert lines[3].split()[:2] == ["told", "ok"]
+    assert set(json.loads((here / "golden.json").read_text())["scores"]) == {"told", "still", "red"}
+    assert main([*command, "--rewards=told,still"]) == 0
+    assert "as on record" in capsys.readouterr().out
+    # Of another length nothing is on record.
+    assert main([*command, "--rewards=told", "--num_frames=9"]) == 0
+    shown = capsys.readouterr().out
+    assert "clips of 9 frames" in shown and "as on record" not in shown
+
+
 def test_functions_need_no_directory(here):
     config = here / "mine.py"
     config.write_text(
@@ -134,6 +158,17 @@ def test_bad_command_lines(refused, here):
     )
     assert "received 'rd'; did you mean 'red'?" in refused(
         "reward", "check", f"--path={here}", "--rewards=rd"
+    )
+    check = ("reward", "check", f"--path={here}", "--rewards=red")
+    assert (
+        "--frames: expected one of all, first, every:K, count:M; received 'firs'; did you mean 'first'?"
+        in refused(*check, "--frames=firs")
+    )
+    assert "--frame_reduction: expected one of mean, min; received 'max'" in refused(
+        *check, "--frame_reduction=max"
+    )
+    assert "--num_frames: expected a whole number of at least 1; received '0'" in refused(
+        *check, "--num_frames=0"
     )
     serve = ("reward", "serve", f"--path={here}", "--rewards=red")
     assert "--port: expected a whole number of at least 0; received 'x'" in refused(

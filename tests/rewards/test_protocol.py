@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import struct
@@ -35,6 +36,40 @@ def test_a_request_arrives_as_it_was_sent(image_format):
         REQUEST.prompts,
         REQUEST.metadata,
     )
+
+
+@pytest.mark.parametrize("image_format", ["png", "rgb8"])
+def test_clips_arrive_as_they_were_sent(image_format):
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
+    request = Request("r", clips, ["a", "b"], [{"n": 1}, {}])
+    sent = encode_request(request, image_format)
+    got = decode_request(sent, Limits())
+    np.testing.assert_array_equal(got.images, clips)
+    assert (got.prompts, got.metadata) == (request.prompts, request.metadata)
+    assert b'"version": 2, "frames": 3' in sent
+
+
+def test_clips_of_one_frame_go_to_servers_of_version_1():
+    as_clips = dataclasses.replace(REQUEST, images=IMAGES[:, None])
+    assert encode_request(as_clips) == encode_request(REQUEST)
+    assert b'"version": 1' in encode_request(REQUEST) and b"frames" not in encode_request(REQUEST)
+
+
+def test_version_2_by_hand():
+    pixels = bytes(range(24))
+    image = {"format": "rgb8", "bytes": 12, "height": 1, "width": 4}
+    header = json.dumps(
+        {
+            "version": 2,
+            "frames": 2,
+            "reward": "r",
+            "prompts": ["p"],
+            "metadata": [{}],
+            "images": [image, image],
+        }
+    ).encode()
+    got = decode_request(len(header).to_bytes(4, "big") + header + pixels, Limits())
+    np.testing.assert_array_equal(got.images, np.arange(24, dtype=np.uint8).reshape(1, 2, 1, 4, 3))
 
 
 def test_the_format_by_hand():
@@ -135,7 +170,25 @@ def bare(entries):
             400,
             "header: expected valid JSON; received an error at Exceeds",
         ),
-        (body(version=2), 400, "header: expected version 1; received 2"),
+        (body(version=3), 400, "header: expected version 1 or 2; received 3"),
+        (body(version=True), 400, "header: expected version 1 or 2; received True"),
+        (body(version=2), 400, "header: expected frames of a clip, at least 1; received None"),
+        (
+            body(version=2, frames=0),
+            400,
+            "header: expected frames of a clip, at least 1; received 0",
+        ),
+        (
+            body(version=2, frames=1.0),
+            400,
+            "header: expected frames of a clip, at least 1; received 1.0",
+        ),
+        (
+            body(version=2, frames=2),
+            400,
+            "header: expected as many prompts, metadata, times 2 frames, and images; received 1, 1 and 1",
+        ),
+        (body(version=2, frames=2**62), 400, "times 4611686018427387904 frames, and images"),
         (body(reward=None), 400, "header: expected a reward's name; received None"),
         (body(prompts="p"), 400, "header: expected prompts as a list of texts; received 'p'"),
         (body(prompts=[1]), 400, "header: expected prompts as a list of texts; received \\[1\\]"),

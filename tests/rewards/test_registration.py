@@ -17,7 +17,7 @@ from marble_jax.rewards import base, checks
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.function import FunctionReward
 from marble_jax.rewards.placement import place_rewards
-from marble_jax.rewards.registration import kinds_of
+from marble_jax.rewards.registration import kinds_of, option, register_reward
 from marble_jax.rewards.registry import BUILT_IN_KINDS, load_rewards
 from marble_jax.rewards.scorer import Scorer
 
@@ -178,35 +178,98 @@ def level(image, prompt, metadata):
     return image.mean()
 
 
-def test_a_function_of_clips_takes_clips():
+@pytest.mark.parametrize("pixels, length", [(CLIPS, 3), (CLIPS[:, :1], 1), (CLIPS[:, 0], 1)])
+def test_a_function_of_clips_takes_clips(pixels, length):
     reward = FunctionReward("motion", motion)
     assert reward.takes == "clips" and FunctionReward("level", level).takes == "images"
     scorer = Scorer([reward])
-    np.testing.assert_array_equal(scorer.submit(CLIPS, PROMPTS).result().values, [[3], [3]])
+    scores = scorer.submit(pixels, PROMPTS).result()
+    np.testing.assert_array_equal(scores.values, [[length], [length]])
     scorer.close()
+
+
+ENTRY = {"kind": "brightness"}
+
+
+def load_two(folder, entry, **settings):
+    """Rewards of an entry, and of one without any word about frames."""
+    content = {"one": entry, "two": ENTRY}
+    (folder / "rewards.json").write_text(json.dumps(content))
+    return load_rewards(folder, ["one", "two"], **settings)
+
+
+def test_frames_by_default_and_by_entry(folder):
+    entry = ENTRY | {"frames": "count:3", "frame_reduction": "min"}
+    one, two = load_two(folder, entry, frames="every:2")
+    assert (str(one.frames), one.reduction) == ("count:3", "min")
+    assert (str(two.frames), two.reduction) == ("every:2", "mean")
+    one, two = load_two(
+        folder, ENTRY | {"frame_reduction": "mean"}, frames="all", frame_reduction="min"
+    )
+    assert (str(one.frames), one.reduction, two.reduction) == ("all", "mean", "min")
+    assert load_two(folder, ENTRY)[1].frames is None
+
+
+def test_rewards_of_clips_see_all_frames_unless_their_entry_chooses(folder):
+    flicker = {"kind": "flicker"}
+    assert load_two(folder, flicker, frames="first")[0].frames is None
+    assert str(load_two(folder, flicker | {"frames": "every:3"})[0].frames) == "every:3"
+    (ocr,) = load_rewards(None, ["video_ocr"], frames="first")
+    # Its own choice stands where nobody names another for it.
+    assert str(ocr.frames) == "count:3" and ocr.takes == "images"
+    ocr.reader.close()
 
 
 @pytest.mark.parametrize(
-    "function, batch, message",
+    "entry, message",
     [
         (
-            motion,
-            CLIPS[:, 0],
-            r"reward r: expected clips \[N, F, H, W, 3\]; received images \[N, H, W, 3\]",
+            {"frames": "evry:2"},
+            "frames of one: expected one of all, first, .*; received 'evry:2'; did you mean",
         ),
         (
-            level,
-            CLIPS,
-            r"reward r: expected images \[N, H, W, 3\]; received clips \[N, F, H, W, 3\]",
+            {"frames": "every:0"},
+            "frames of one: expected every: and a whole number K of at least 1",
         ),
+        ({"frames": 3}, "frames of one: expected a string; received 3"),
+        (
+            {"frame_reduction": "men"},
+            "frame_reduction of one: expected one of mean, min; received 'men'.*'mean'",
+        ),
+        (
+            {"kind": "motion", "frame_reduction": "min"},
+            "frame_reduction of one: expected none, as it takes clips; received 'min'",
+        ),
+        ({"frame": "all"}, "option of one: expected none; received 'frame'"),
     ],
 )
-def test_the_scorer_refuses_what_a_reward_does_not_take(function, batch, message):
-    scorer = Scorer([FunctionReward("r", function)])
+def test_entries_that_choose_no_frames(folder, entry, message):
     with pytest.raises(InputError, match=message) as caught:
-        scorer.submit(batch, PROMPTS)
-    scorer.close()
+        load_two(folder, ENTRY | entry)
     assert "\n" not in str(caught.value)
+
+
+def test_defaults_that_choose_no_frames(folder):
+    with pytest.raises(
+        InputError, match="rewards.frames: expected one of all, .*; received 'some'"
+    ):
+        load_two(folder, ENTRY, frames="some")
+    with pytest.raises(
+        InputError, match="rewards.frame_reduction: expected one of mean, min; received 'max'"
+    ):
+        load_two(folder, ENTRY, frames="all", frame_reduction="max")
+
+
+def test_options_do_not_take_the_names_of_common_keys():
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        frames: int = option(3, "number of frames")
+
+    with pytest.raises(
+        InputError,
+        match="kind mine: expected options by other names than kind, .*received 'frames'",
+    ):
+        register_reward("mine", Options)
 
 
 def test_golden_images_are_clips_of_one_frame():
@@ -264,3 +327,22 @@ def test_shared_networks_are_placed_once_and_stay_on_the_host_where_it_runs_them
     assert rewards[0].params["clip"] is rewards[1].params["clip"] is one.params
     assert two.params is on_host and rewards[2].params["clip"] is not on_host
     np.testing.assert_array_equal(rewards[2].params["clip"]["tower"]["w"], 2 * np.ones(3))
+
+
+def test_golden_clips_have_the_frames_of_the_run():
+    def length(clip, prompt, metadata):
+        assert "direction" in metadata and prompt.count("still") + prompt.count("moving") == 1
+        return clip.std() + len(clip)
+
+    rewards = [
+        FunctionReward("length", length),
+        *load_rewards(None, ["motion", "motion_as_told", "smoothness"]),
+    ]
+    checked = checks.run_checks(rewards, 32, {}, num_frames=7)
+    assert [check.status for check in checked] == ["ok"] * 4
+    assert [check.num_frames for check in checked] == [7] * 4
+    assert 7 < checked[0].result.values.min() < 8
+    # Recorded scores are of another length.
+    assert checks.recorded_scores(checked) == {}
+    told = checked[2]
+    assert told.mean(own_prompts=True) > 0.9 and told.mean(own_prompts=False) < 0.2

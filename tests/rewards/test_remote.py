@@ -119,6 +119,107 @@ def test_nonsense_is_an_error(tmp_path, answer, message):
         run(load(tmp_path, kind="remote", urls=[server.url]), 3)
 
 
+CLIPS = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 4, 3), np.uint8)
+
+
+def run_clips(reward):
+    return base.score(reward, CLIPS.astype(np.float32) / 255, PROMPTS, METADATA)
+
+
+class ClipMean(Mean):
+    """Mean of a clip's last frame plus the metadata's number."""
+
+    def __init__(self):
+        super().__init__("mine")
+        self.takes = "clips"
+        self.min_frames = 2
+
+    def score(self, params, images, prompts, metadata):
+        assert images.shape[1:] == (3, 4, 4, 3)
+        return super().score(params, images[:, -1], prompts, metadata)
+
+
+@pytest.mark.parametrize("image_format", ["png", "rgb8"])
+def test_whole_clips_through_the_server(tmp_path, image_format):
+    mean = ClipMean()
+    with RewardServer([mean]) as server:
+        remote = load(
+            tmp_path,
+            kind="remote",
+            urls=[server.url],
+            takes="clips",
+            batch_size=7,
+            format=image_format,
+        )
+        got, want = run_clips(remote), run_clips(mean)
+        for a, b in zip(got, want):
+            np.testing.assert_array_equal(a, b)
+        # Seven images are two clips of three frames.
+        assert sorted(mean.sizes[:3]) == [1, 2, 2]
+        with pytest.raises(
+            RewardError, match="400 reward mine: expected clips of at least 2 frames; received 1"
+        ):
+            run(remote)
+
+
+def test_frames_of_clips_through_a_server_of_images(tmp_path):
+    mean = Mean()
+    with RewardServer([mean]) as server:
+        entry = {"kind": "remote", "urls": [server.url]}
+        remote = load(tmp_path, **entry, frames="count:2", frame_reduction="min")
+        mean.frames = remote.frames
+        mean.reduction = "min"
+        got, want = run_clips(remote), run_clips(mean)
+        for a, b in zip(got, want):
+            np.testing.assert_array_equal(a, b)
+        # The server makes frames of clips as well, if it was told which.
+        whole = run_clips(load(tmp_path, **entry, takes="clips"))
+        np.testing.assert_array_equal(whole.values, want.values)
+        mean.frames = None
+        with pytest.raises(
+            RewardError, match="400 reward mine: expected a choice of frames, .* 3 frames"
+        ):
+            run_clips(load(tmp_path, **entry, takes="clips"))
+
+
+def test_a_clip_for_a_server_of_version_1(tmp_path):
+    """What the server of an earlier release answers; no use in asking again."""
+
+    def reply(number, handler, body):
+        return 400, {}, b'{"error": "header: expected version 1; received 2"}'
+
+    with Endpoint(reply) as server:
+        remote = load(tmp_path, kind="remote", urls=[server.url], takes="clips", batch_size=99)
+        message = "reward mine: expected a server of protocol version 2, which takes clips; received one of version 1"
+        with pytest.raises(RewardError, match=message) as caught:
+            run_clips(remote)
+        assert len(server.bodies) == 1 and "\n" not in str(caught.value)
+
+
+def test_a_judge_sees_the_frames_of_a_clip_together(tmp_path):
+    asked = []
+
+    def reply(number, handler, body):
+        (message,) = json.loads(body)["messages"]
+        *images, text = message["content"]
+        frames = []
+        for image in images:
+            data = image["image_url"]["url"].partition(",")[2]
+            frames.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+        number = [
+            n for n, clip in enumerate(CLIPS) if np.array_equal(clip[[0, 2]], np.stack(frames))
+        ][0]
+        asked.append(text["text"])
+        return 200, {}, chat(f"Score: {number + 1}" if number != 2 else "no idea")
+
+    with Endpoint(reply) as server:
+        entry = {"kind": "openai", "urls": [server.url], "model": "j", "takes": "clips"}
+        got = run_clips(load(tmp_path, **entry, frames="count:2"))
+    np.testing.assert_allclose(got.values, [0.1, 0.2, 0, 0.4, 0.5], rtol=1e-6)
+    np.testing.assert_array_equal(got.failed, [False, False, True, False, False])
+    assert all(text.startswith("You see frames of one video clip, in order.") for text in asked)
+
+
 def chat(text):
     """An OpenAI-compatible answer, as vLLM gives it."""
     return json.dumps(
@@ -373,6 +474,20 @@ URL = {"urls": ["http://127.0.0.1:1"]}
     "entry, message",
     [
         ({"kind": "remot"}, "kind of mine: expected one of .*; did you mean 'remote'"),
+        (
+            {"kind": "remote", **URL, "takes": "clip"},
+            "takes of mine: expected one of images, clips; received 'clip'; did you mean 'clips'",
+        ),
+        (
+            {
+                "kind": "remote",
+                **URL,
+                "takes": "clips",
+                "protocol": "flow_grpo",
+                "allow_pickle": True,
+            },
+            "reward mine: expected takes images with the protocol flow_grpo, which knows no clips; received clips",
+        ),
         ({"kind": "remote"}, "reward mine: expected urls as a list of addresses; received \\[\\]"),
         (
             {"kind": "remote", "urls": "http://a"},

@@ -14,6 +14,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.rewards.base import Reward
+from marble_jax.rewards.frames import FrameChoice
 from marble_jax.rewards.http import protocol, server
 from marble_jax.rewards.http.calls import Replicas
 from marble_jax.rewards.http.connections import ServerOptions
@@ -133,6 +134,24 @@ def test_device_rewards_see_few_batch_sizes(shared):
             answer["scores"], [0, 100 / 255, 200 / 255][: len(prompts)], rtol=1e-6
         )
     assert reward.sizes == [1, 4]
+
+
+@pytest.mark.parametrize("reward", ["mean", "device"])
+def test_clips_for_a_reward_of_images(shared, reward):
+    running, rewards = shared
+    clips = np.stack([IMAGES, IMAGES[::-1]], 1)
+    body = protocol.encode_request(Request(reward, clips, ["a", "b", "c"], [{}] * 3))
+    status, answer = send(running, body=body, reward=reward)
+    assert status == 400 and "expected a choice of frames" in answer["error"]
+    (own,) = (candidate for candidate in rewards if candidate.name == reward)
+    own.frames = FrameChoice("all")
+    try:
+        status, answer = send(running, body=body, reward=reward)
+    finally:
+        own.frames = None
+    # Levels 0, 100 and 200, and the same backwards.
+    assert status == 200
+    np.testing.assert_allclose(answer["scores"], [100 / 255] * 3, rtol=1e-6)
 
 
 def test_health(shared):

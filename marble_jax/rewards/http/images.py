@@ -22,7 +22,7 @@ class Limits:
 
     Attributes:
       body: bytes of a request.
-      images: images of a request.
+      images: images of a request, every frame of a clip counted.
       side: pixels of an image's height and width.
       pixels: pixels of all images of a request; in float32 each takes 12 bytes.
     """

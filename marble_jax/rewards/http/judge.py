@@ -3,9 +3,10 @@
     {"kind": "openai", "urls": ["http://127.0.0.1:17140/v1"], "model": "UnifiedReward-7b-v1.5",
      "preset": "unifiedreward"}
 
-One request an image: the image as a PNG data URL and a text made from the prompt. The number in the answer is found
-by a regular expression or in a field of a JSON object; one outside the range, or none, makes the image's score
-missing, never 0.
+One request an image: the image as a PNG data URL and a text made from the prompt. With `"takes": "clips"` one request a
+clip: its frames, or those that `"frames": "count:4"` chooses, as so many images in order, and the text. The number in
+the answer is found by a regular expression or in a field of a JSON object; one outside the range, or none, makes the
+score missing, never 0.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.errors import InputError
-from marble_jax.rewards.base import Metadata, Reward, RewardError
+from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Reward, RewardError, Takes
 from marble_jax.rewards.http.calls import Replicas, require_an_answer
 from marble_jax.rewards.http.images import encode_png
 from marble_jax.rewards.http.judge_answers import field_number, last_field, last_match
@@ -67,6 +68,13 @@ class Question:
 
 PRESETS = {
     "": Question(),
+    "clip": Question(
+        prompt=(
+            "You see frames of one video clip, in order. Rate from 1 to 10 how well the clip shows what this text "
+            "asks for. Judge objects, counts, colours, positions, written words, and what moves, where to and how "
+            "fast.\nText: {prompt}\nAnswer with one line: Score: <number>"
+        )
+    ),
     "unifiedreward": Question(
         prompt=(
             "You see an image that was generated from a caption. Judge how well it agrees with the caption "
@@ -120,6 +128,7 @@ class JudgeReward(Reward):
         model: str,
         question: Question = PRESETS[""],
         applies: Callable[[str, Metadata], bool] | None = None,
+        takes: Takes = IMAGES,
     ):
         """Builds the reward; calls nobody.
 
@@ -129,11 +138,12 @@ class JudgeReward(Reward):
           model: name of the model there.
           question: what it is asked.
           applies: which prompts it is asked about.
+          takes: "images", or "clips" to show a clip's frames together.
 
         Raises:
           InputError: a text without {prompt}, a pattern without a group, or an empty range.
         """
-        super().__init__(name=name, kind="host")
+        super().__init__(name=name, kind="host", takes=takes)
         if not model:
             raise InputError(
                 f"reward {name}: expected model, its name at the endpoint; received none"
@@ -160,11 +170,11 @@ class JudgeReward(Reward):
         """See `Reward.score`; values in [low / high, 1].
 
         Raises:
-          Exception: no image got a number; the last reason.
+          Exception: no image, or clip, got a number; the last reason.
         """
         items = list(zip(to_uint8(images), prompts, strict=True))
         ratings = self._replicas.map(self._rate, items)
-        require_an_answer(self.name, ratings, "on %d of %d images")
+        require_an_answer(self.name, ratings, f"on %d of %d {self.takes}")
         values = np.full(len(ratings), np.nan)
         for index, rating in enumerate(ratings):
             if not isinstance(rating, Exception):
@@ -172,9 +182,10 @@ class JudgeReward(Reward):
         return values, np.isfinite(values)
 
     def _rate(self, item: tuple[np.ndarray, str]) -> float:
-        """The judge's rating of one image, over the highest possible one."""
-        image, prompt = item
-        request = json.dumps(self._request(image, prompt)).encode()
+        """The judge's rating of one image or clip, over the highest possible one."""
+        pixels, prompt = item
+        frames = pixels if self.takes == CLIPS else pixels[None]
+        request = json.dumps(self._request(frames, prompt)).encode()
         body = self._replicas.call(request, "application/json")
         try:
             choice = parse_json_object(body, "answer")["choices"][0]
@@ -189,8 +200,8 @@ class JudgeReward(Reward):
             )
         return read_number(text, self._question, whole) / self._question.high
 
-    def _request(self, image: np.ndarray, prompt: str) -> dict[str, Any]:
-        """The JSON of a chat request with one message, of an image and a text."""
+    def _image_url(self, image: np.ndarray) -> dict[str, Any]:
+        """An image uint8 [H, W, 3] as part of a message."""
         side = self._question.side
         if side:
             from PIL import Image
@@ -198,12 +209,14 @@ class JudgeReward(Reward):
             resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
             image = np.asarray(resized)
         address = "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
+        return {"type": "image_url", "image_url": {"url": address}}
+
+    def _request(self, frames: np.ndarray, prompt: str) -> dict[str, Any]:
+        """The JSON of a chat request with one message, of images [F, H, W, 3] and a text."""
         # Not `format`: prompts of one's own ask for JSON, with braces.
         text = self._question.prompt.replace("{prompt}", prompt)
-        content = [
-            {"type": "image_url", "image_url": {"url": address}},
-            {"type": "text", "text": text},
-        ]
+        content = [self._image_url(image) for image in frames]
+        content.append({"type": "text", "text": text})
         return {
             "model": self._model,
             "temperature": self._question.temperature,

@@ -15,11 +15,15 @@ and the header
 An image is a PNG of 8-bit grey or RGB, or bare 8-bit RGB in rows from the top ("rgb8", height x width x 3 bytes); all
 images of a request have one size. Metadata is what came with the prompt, GenEval's object for instance, or {}.
 
+Version 2 is for clips: it adds `"frames": F`, and lists F images for each of the N prompts, the frames of the first
+clip in order, then those of the second. Neither format loses anything. Servers of this project speak both versions, and
+clients send version 2 only where F is more than 1, so that images go to servers of version 1 as well.
+
 The answer to a request that could be understood is `200` with a JSON object
 
     {"scores": [0.75, null, null], "applies": [true, true, false]}
 
-one entry per image: a number; null where the reward failed on the image; and, where `applies` (which may be left
+one entry per image or clip: a number; null where the reward failed on it; and, where `applies` (which may be left
 out) is false, null because there is nothing to score. Anything else is answered with a 4xx or 5xx and
 `{"error": "one line"}`. `GET /health` answers 200 with `{"status": "ok"}` and, to who has the token, `rewards` and
 how busy the server is.
@@ -49,13 +53,14 @@ from marble_jax.rewards.http.parsing import (
 from marble_jax.validation import short
 
 CONTENT_TYPE = "application/x-marble-score"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Versions that are understood: of images, and of clips."""
 _LENGTH = struct.Struct(">I")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """N images uint8 [N, H, W, 3] with prompts and metadata, for one reward."""
+    """N images uint8 [N, H, W, 3], or clips [N, F, H, W, 3], with prompts and metadata, for one reward."""
 
     reward: str
     images: np.ndarray
@@ -75,12 +80,16 @@ def encode_request(request: Request, image_format: str = "png") -> bytes:
     """
     parts: list[bytes] = []
     entries: list[dict[str, Any]] = []
-    for image in request.images:
+    num_frames = num_frames_of(request.images)
+    for image in request.images.reshape(-1, *request.images.shape[-3:]):
         entry, data = encode_image(image, image_format)
         entries.append(entry)
         parts.append(data)
+    version: dict[str, Any] = {"version": 1}
+    if num_frames > 1:
+        version = {"version": 2, "frames": num_frames}
     header = {
-        "version": VERSION,
+        **version,
         "reward": request.reward,
         "prompts": request.prompts,
         "metadata": [dict(metadata) for metadata in request.metadata],
@@ -95,6 +104,13 @@ def encode_request(request: Request, image_format: str = "png") -> bytes:
     return b"".join([_LENGTH.pack(len(text)), text, *parts])
 
 
+def num_frames_of(images: np.ndarray) -> int:
+    """Returns the frames of each of N images [N, H, W, 3], which is 1, or of N clips [N, F, H, W, 3]."""
+    if images.ndim == 5:
+        return images.shape[1]
+    return 1
+
+
 def decode_request(body: bytes, limits: Limits) -> Request:
     """Reads a request; nothing is decompressed before its size is known to be within the limits.
 
@@ -106,10 +122,12 @@ def decode_request(body: bytes, limits: Limits) -> Request:
     prompts = _list_of(header, "prompts", str, "texts")
     metadata = _list_of(header, "metadata", dict, "objects")
     entries = _list_of(header, "images", dict, "objects")
-    if not len(prompts) == len(metadata) == len(entries):
+    num_frames = _frames_in(header)
+    if len(prompts) != len(metadata) or len(prompts) * num_frames != len(entries):
+        times = f", times {num_frames} frames," if num_frames > 1 else ""
         raise ProtocolError(
             400,
-            "header: expected as many prompts, metadata and images; received "
+            f"header: expected as many prompts, metadata{times} and images; received "
             f"{len(prompts)}, {len(metadata)} and {len(entries)}",
         )
     if not entries:
@@ -118,7 +136,10 @@ def decode_request(body: bytes, limits: Limits) -> Request:
         raise ProtocolError(
             413, f"images: expected at most {limits.images}; received {len(entries)}"
         )
-    return Request(reward, _decode_images(entries, body, start, limits), prompts, metadata)
+    images = _decode_images(entries, body, start, limits)
+    if header["version"] == 2:
+        images = images.reshape(len(prompts), num_frames, *images.shape[1:])
+    return Request(reward, images, prompts, metadata)
 
 
 def reward_of(body: bytes) -> str:
@@ -130,11 +151,23 @@ def reward_of(body: bytes) -> str:
 def _reward_in(header: Mapping[str, Any]) -> str:
     version, reward = header.get("version"), header.get("reward")
     # By type: true is equal to 1.
-    if type(version) is not int or version != VERSION:
-        raise ProtocolError(400, f"header: expected version {VERSION}; received {short(version)}")
+    if type(version) is not int or version not in VERSIONS:
+        raise ProtocolError(400, f"header: expected version 1 or 2; received {short(version)}")
     if not isinstance(reward, str):
         raise ProtocolError(400, f"header: expected a reward's name; received {short(reward)}")
     return reward
+
+
+def _frames_in(header: Mapping[str, Any]) -> int:
+    """The frames of each clip of a request; 1 for images."""
+    if header["version"] == 1:
+        return 1
+    num_frames = header.get("frames")
+    if not is_count(num_frames) or num_frames < 1:
+        raise ProtocolError(
+            400, f"header: expected frames of a clip, at least 1; received {short(num_frames)}"
+        )
+    return num_frames
 
 
 def _read_header(body: bytes) -> tuple[dict[str, Any], int]:

@@ -3,8 +3,9 @@
     {"kind": "remote", "urls": ["http://127.0.0.1:8810", "http://10.0.0.2:8810"], "token_env": "REWARD_TOKEN"}
 
 Images travel as 8-bit PNG (or bare bytes), so a reward that looks at unrounded pixels scores a little differently
-than beside the sampler. With `"protocol": "flow_grpo"` the client speaks the pickles of the older PyTorch servers, if
-`allow_pickle` says so.
+than beside the sampler. With `"takes": "clips"` the server is sent whole clips (version 2 of the protocol) and gives
+each a score; else it is sent the frames that `rewards.frames` chooses, as images. With `"protocol": "flow_grpo"` the
+client speaks the pickles of the older PyTorch servers, if `allow_pickle` says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.errors import InputError, one_of
-from marble_jax.rewards.base import Metadata, Reward, RewardError
+from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Reward, RewardError, Takes
 from marble_jax.rewards.http import protocol
 from marble_jax.rewards.http.calls import Replicas, require_an_answer
 from marble_jax.rewards.http.images import FORMATS
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 PROTOCOLS = ("marble", "flow_grpo")
 """Languages of a client: `protocol`, or the older servers' pickles."""
 
+_OF_VERSION_1 = "expected version 1;"
+"""In what a server that knows no clips answers to one."""
 _Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 """values [N], valid bool [N] and applies bool [N], as `Reward.score` returns them."""
 
@@ -50,6 +53,7 @@ class RemoteReward(Reward):
         applies: Callable[[str, Metadata], bool] | None = None,
         pickle_field: str = "",
         allow_pickle: bool = False,
+        takes: Takes = IMAGES,
     ):
         """Builds the reward; calls nobody.
 
@@ -57,17 +61,23 @@ class RemoteReward(Reward):
           name: key of the reward.
           replicas: the servers.
           reward: its name there; `name` by default.
-          batch_size: images a call.
+          batch_size: images a call, every frame of a clip counted; at least one clip.
           image_format: "png" or "rgb8".
           applies: which prompts the server is asked about; it can narrow that further.
           pickle_field: speak the pickle protocol of the older servers, and take the scores from this field of the
             answer: "scores" (GenEval) or "outputs" (UnifiedReward); empty speaks `protocol`.
           allow_pickle: has to be True for pickles.
+          takes: "images", or "clips" to send clips as they are.
 
         Raises:
-          InputError: a pickle protocol without consent, or an unknown image format.
+          InputError: a pickle protocol without consent or with clips, or an unknown image format.
         """
         one_of(f"reward {name}: format", image_format, FORMATS)
+        if pickle_field and takes == CLIPS:
+            raise InputError(
+                f"reward {name}: expected takes images with the protocol flow_grpo, which knows no clips; "
+                f"received {takes}"
+            )
         if pickle_field and not allow_pickle:
             raise InputError(
                 f"reward {name}: expected allow_pickle: true for the protocol flow_grpo, whose answers "
@@ -79,7 +89,7 @@ class RemoteReward(Reward):
                 "use servers you trust",
                 name,
             )
-        super().__init__(name=name, kind="host")
+        super().__init__(name=name, kind="host", takes=takes)
         self._replicas = replicas
         self._reward = reward or name
         self._batch_size = batch_size
@@ -103,9 +113,10 @@ class RemoteReward(Reward):
         """
         images = to_uint8(images)
         count = len(prompts)
+        size = max(1, self._batch_size // protocol.num_frames_of(images))
         parts = []
-        for start in range(0, count, self._batch_size):
-            parts.append(slice(start, start + self._batch_size))
+        for start in range(0, count, size):
+            parts.append(slice(start, start + size))
         ask = self._ask
         if self._pickle_field:
             ask = self._ask_by_pickle
@@ -127,7 +138,15 @@ class RemoteReward(Reward):
     def _ask(self, request: Request) -> _Columns:
         """One call in this project's protocol."""
         message = protocol.encode_request(request, self._format)
-        answer = self._replicas.call(message, protocol.CONTENT_TYPE)
+        try:
+            answer = self._replicas.call(message, protocol.CONTENT_TYPE)
+        except RewardError as error:
+            if protocol.num_frames_of(request.images) > 1 and _OF_VERSION_1 in str(error):
+                raise RewardError(
+                    f"reward {self.name}: expected a server of protocol version 2, which takes clips; received "
+                    f"one of version 1, which takes images (takes: images sends it frames)"
+                ) from error
+            raise
         try:
             return protocol.decode_scores(answer, len(request.prompts))
         except ProtocolError as error:

@@ -203,6 +203,11 @@ class RewardServer(ConnectionServer):
             raise
         except Exception as error:
             raise _OwnFault(error) from error
+        try:
+            base.check_frames(reward, protocol.num_frames_of(request.images))
+        except InputError as error:
+            # Sent to a reward that cannot take it: no fault of either's, and no use in asking again.
+            raise ProtocolError(400, str(error)) from None
         return self._score(reward, request)
 
     def _score(self, reward: Reward, request: Request) -> bytes:
@@ -241,7 +246,7 @@ class RewardServer(ConnectionServer):
 
 
 def _part(request: Request, start: int, end: int) -> Request:
-    """Some images of a request, with their prompts and metadata."""
+    """Some images or clips of a request, with their prompts and metadata."""
     return Request(
         request.reward,
         request.images[start:end],

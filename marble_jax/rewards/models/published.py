@@ -54,6 +54,18 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "colourfulness": {"kind": "colourfulness"},
 }
 """What a name means where no rewards.json says otherwise."""
+CLIP_ENTRIES: dict[str, dict[str, Any]] = {
+    "motion": {"kind": "motion"},
+    "motion_as_told": {"kind": "motion_as_told"},
+    "smoothness": {"kind": "smoothness"},
+    "flicker": {"kind": "flicker"},
+    "feature_consistency": {"kind": "feature_consistency", "model": _OPENAI_L},
+    "video_ocr": {"kind": "video_ocr", "engine": "rapidocr", "processes": True},
+    "block_dynamic_degree": {"kind": "block_dynamic_degree"},
+    "block_motion_smoothness": {"kind": "block_motion_smoothness"},
+}
+"""The same for rewards of clips: known by name, but not among what is scored where no names are given, as most of them
+refuse images."""
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
