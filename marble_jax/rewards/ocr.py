@@ -291,7 +291,7 @@ mean, as "frames": "every:4" does."""
 
 
 @register_reward("video_ocr", OCROptions)
-def build_video_ocr(name: str, options: OCROptions, context: BuildContext) -> OCRReward:
+def build_video_ocr(name: str, options: OCROptions, context: BuildContext) -> Reward:
     """Builds the reward with a choice of frames of its own: mean, or smallest, of the first, middle and last frame."""
     reward = build_ocr(name, options, context)
     reward.frames = VIDEO_FRAMES

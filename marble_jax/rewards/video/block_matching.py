@@ -77,6 +77,10 @@ def _shifted(padded: jax.Array, shift: jax.Array, shape: tuple[int, ...], margin
     return jax.lax.dynamic_slice(padded, start, shape)
 
 
+_Best = tuple[jax.Array, jax.Array, jax.Array]
+"""Of each pixel so far: least cost [N, H, W], its shift [N, H, W, 2] and what lies there [N, H, W, 3]."""
+
+
 @functools.partial(jax.jit, static_argnames=("radius", "symmetric"))
 def best_shifts(
     first: jax.Array, second: jax.Array, radius: int, symmetric: bool = False
@@ -99,9 +103,7 @@ def best_shifts(
     padded_second = jnp.pad(second, margins, mode="edge")
     shape = first.shape
 
-    def compare(
-        best: tuple[jax.Array, ...], shift: jax.Array
-    ) -> tuple[tuple[jax.Array, ...], None]:
+    def compare(best: _Best, shift: jax.Array) -> tuple[_Best, None]:
         least, chosen, seen = best
         there = _shifted(padded_second, shift, shape, radius)
         here = first
