@@ -24,6 +24,8 @@ HELP = """  --distributed=auto       several processes as one run: auto takes wh
                            does; off is one process
   --coordinator=HOST:PORT --num_processes=N --process_id=I
                            say it outright: where process 0 is, how many there are, and which one this is, from 0
+                           MARBLE_JAX_SECRET, the same on every host, keeps others out; unless it is set, process 0
+                           leaves a secret in the workdir until all have met
   --init_timeout=300       seconds to wait for the others
   --heartbeat_timeout=100  seconds after which a host that does not answer counts as dead
 
@@ -47,8 +49,8 @@ def cluster_of(values: Mapping[str, str]) -> tuple[Cluster | None, float, float]
     from marble_jax.distributed.cluster import find_cluster
 
     # Both are checked whether or not there is more than one process.
-    init_timeout = number(values, "init_timeout", 1)
-    heartbeat_timeout = number(values, "heartbeat_timeout", 1)
+    init_timeout = number(values, "init_timeout", 1, 1e6)
+    heartbeat_timeout = number(values, "heartbeat_timeout", 1, 1e6)
     cluster = find_cluster(
         values["distributed"],
         values["coordinator"],

@@ -36,7 +36,12 @@ def run(argv: Sequence[str]) -> int:
     cluster, init_timeout, heartbeat_timeout = cluster_of(values)
     from marble_jax import distributed
 
-    with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout):
+    secret = None
+    if cluster is not None:
+        from marble_jax.distributed.secret import secret_of
+
+        secret = secret_of(values["workdir"])
+    with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout, secret):
         # JAX is imported inside of the group, so that whatever is wrong with one process ends all of them.
         from marble_jax.programs.train import train_run
         from marble_jax.training.stops import Interrupted, held_to_deadline

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from marble_jax.distributed.wire import BYE, LOST, VALUE, Peer, keep_alive
+from marble_jax.validation import short
 
 GRACE = 10.0
 """Seconds between the loss of a process and the end of one that does not notice by itself."""
@@ -115,19 +116,21 @@ class Channel:
             answer = self._collect(contribution)
         else:
             self._peers[0].send(VALUE, contribution)
-            answer = self._next(self._peers[0])
+            answer = self._next_object(self._peers[0], {"refusals": list, "values": list})
         if any(answer["refusals"]):
             raise Refused(answer["refusals"])
         return answer["values"]
 
     def _collect(self, contribution: dict[str, Any]) -> dict[str, Any]:
         """On process 0: what all processes contribute, sent back to each of them."""
-        contributions = [contribution, *map(self._next, self._peers)]
+        contributions = [contribution]
+        for peer in self._peers:
+            contributions.append(self._next_object(peer, {"label": str, "refusal": str}))
         refusals = [one["refusal"] for one in contributions]
         # A process that refuses may be at any exchange, so labels have to agree only where none does.
         if not any(refusals):
             self._check_labels([one["label"] for one in contributions])
-        answer = {"refusals": refusals, "values": [one["value"] for one in contributions]}
+        answer = {"refusals": refusals, "values": [one.get("value") for one in contributions]}
         self._send_all(VALUE, answer)
         return answer
 
@@ -190,6 +193,18 @@ class Channel:
         self._send_all(BYE, None)
         for peer in self._peers:
             peer.close()
+
+    def _next_object(self, peer: Peer, fields: dict[str, type]) -> dict[str, Any]:
+        """The next value of a process, an object with these fields.
+
+        Raises:
+          HostLost: as `_next`, or the value is something else.
+        """
+        value = self._next(peer)
+        for name, kind in fields.items():
+            if not isinstance(value, dict) or not isinstance(value.get(name), kind):
+                self.fail(f"expected {name} from {peer}; received {short(value)}")
+        return value
 
     def _next(self, peer: Peer) -> Any:
         """The next value of a process, waiting for it.

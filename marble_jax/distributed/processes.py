@@ -19,6 +19,7 @@ import jax
 from marble_jax.distributed.channel import LOST_STATUS, Channel, HostLost, Refused, SingleProcess
 from marble_jax.distributed.cluster_detection import Cluster
 from marble_jax.distributed.rendezvous import rendezvous
+from marble_jax.distributed.secret import Secret
 from marble_jax.errors import InputError, one_line
 
 Value = TypeVar("Value")
@@ -36,6 +37,7 @@ def process_group(
     verb: str,
     init_timeout: float = 300.0,
     heartbeat_timeout: float = 100.0,
+    secret: Secret | None = None,
 ) -> Iterator[None]:
     """Runs the body as one process of `cluster`; `start_jax` in it, before anything touches a device.
 
@@ -47,6 +49,7 @@ def process_group(
       verb: for messages.
       init_timeout: seconds to wait for the other processes.
       heartbeat_timeout: seconds after which a process that does not answer counts as dead.
+      secret: of the run, which keeps others out.
 
     Raises:
       InputError: the processes did not find each other.
@@ -61,6 +64,7 @@ def process_group(
         cluster.process_id,
         init_timeout,
         heartbeat_timeout,
+        secret=secret,
     )
     try:
         yield

@@ -7,16 +7,18 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
-from marble_jax.errors import InputError
 from marble_jax.validation import parse_json
 
 VALUE, LOST, BYE = b"V", b"L", b"B"
 """Kinds of messages: a value, somebody is lost, a farewell."""
 LARGEST = 1 << 26
 """Bytes of a message at most; a longer one is another program's."""
+MOST_LINE = 2000
+"""Characters of a line about a loss."""
 _HEAD = struct.Struct("!cI")  # kind, bytes of the body
 _READ = 1 << 16  # bytes asked for at a time
 
@@ -31,28 +33,71 @@ def send(connection: socket.socket, kind: bytes, value: Any) -> None:
     connection.sendall(_HEAD.pack(kind, len(body)) + body)
 
 
-def receive(connection: socket.socket) -> tuple[bytes, Any] | None:
-    """Returns one message; None at the end of the connection or for anything that is no message."""
-    head = _read_exactly(connection, _HEAD.size)
+def receive(
+    connection: socket.socket, largest: int = LARGEST, deadline: float | None = None
+) -> tuple[bytes, Any] | None:
+    """Returns one message; None at the end of the connection or for anything that is no message.
+
+    Args:
+      connection: the socket.
+      largest: bytes of the message at most.
+      deadline: `time.monotonic()` by which the whole message is there, however slowly it comes; None for no end.
+
+    Raises:
+      OSError: the connection broke, or the deadline has passed.
+    """
+    head = _read_exactly(connection, _HEAD.size, deadline)
     if head is None:
         return None
-    kind, size = _HEAD.unpack(head)
-    # Another program at this port may send anything, such as an HTTP request.
-    if kind not in (VALUE, LOST, BYE) or size > LARGEST:
+    try:
+        size = _size_in(head, largest)
+    except ValueError:
         return None
-    body = _read_exactly(connection, size)
+    body = _read_exactly(connection, size, deadline)
     if body is None:
         return None
     try:
-        # Scores among them may be NaN.
-        return kind, parse_json(body, "message", lenient=True)
-    except InputError:
+        return unpack(head + body, largest)
+    except ValueError:
         return None
 
 
-def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
+def unpack(data: bytes, largest: int = LARGEST) -> tuple[bytes, Any] | None:
+    """Returns the message that some bytes are; None while they are only the beginning of one.
+
+    Raises:
+      ValueError: no message begins like this, or it is larger than `largest` bytes.
+    """
+    if len(data) < _HEAD.size:
+        # Enough to tell a stranger, who may say no more than this.
+        if data and data[:1] not in (VALUE, LOST, BYE):
+            raise ValueError("no message")
+        return None
+    size = _size_in(data[: _HEAD.size], largest)
+    body = data[_HEAD.size :]
+    if len(body) < size:
+        return None
+    # Scores among the values may be NaN.
+    return data[:1], parse_json(body[:size], "message", lenient=True)
+
+
+def _size_in(head: bytes, largest: int) -> int:
+    """Bytes of the body behind a head. Raises ValueError for what is no head."""
+    kind, size = _HEAD.unpack(head)
+    # Another program at this port may send anything, such as an HTTP request.
+    if kind not in (VALUE, LOST, BYE) or size > largest:
+        raise ValueError("no message")
+    return size
+
+
+def _read_exactly(
+    connection: socket.socket, size: int, deadline: float | None = None
+) -> bytes | None:
     parts = bytearray()
     while len(parts) < size:
+        if deadline is not None:
+            # Of the whole, not of each part: a byte now and then would hold it up for ever.
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
         part = connection.recv(min(size - len(parts), _READ))
         if not part:
             return None
@@ -105,7 +150,7 @@ class Peer:
                 return
             kind, value = message
             if kind == LOST:
-                on_loss(self, value)
+                on_loss(self, str(value)[:MOST_LINE])
                 continue
             self.messages.put(message)
             if kind == BYE:
