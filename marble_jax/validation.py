@@ -30,12 +30,20 @@ MOST_SIZE = 1 << 24
 
 Count = Annotated[int, Ge(1), Le(MOST_SIZE)]
 """A size of at least 1."""
+Width = Annotated[int, Ge(1), Le(1 << 17)]
+"""A width, a number of channels or of heads; the largest published one is T5-11B's 65536."""
+Side = Annotated[int, Ge(1), Le(1 << 13)]
+"""Rows or columns of an image, of latents or of a table of positions."""
 Layers = Annotated[int, Ge(1), Le(MOST_LAYERS)]
 """A number of layers."""
 Natural = Annotated[int, Ge(0), Le(2**53)]
 """A whole number of at least 0 that every JSON reader holds exactly."""
 Positive = Annotated[float, Gt(0)]
 """A finite number above 0."""
+Shift = Annotated[float, Gt(0), Le(1000)]
+"""Of a grid of noise levels towards noise; published models have 1 to 16."""
+Epsilon = Annotated[float, Gt(0), Le(1)]
+"""What a norm adds to a variance."""
 Share = Annotated[float, Ge(0), Le(1)]
 """A number in [0, 1]."""
 Id = Annotated[int, Ge(-1), Lt(MOST_SIZE)]

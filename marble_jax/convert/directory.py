@@ -8,6 +8,7 @@ from typing import Any
 
 from marble_jax.convert.orbax_tensors import OrbaxTensors
 from marble_jax.errors import InputError
+from marble_jax.families.model_index import component_class
 from marble_jax.storage.files import read_json
 from marble_jax.storage.manifest import MANIFEST, check_sizes
 from marble_jax.weights.component import OrbaxDir, open_component
@@ -52,8 +53,7 @@ class ModelDirectory:
         if self.index is None:
             # A directory without index may hold some of the components: a transformer that was trained, say.
             return (self.root / folder).is_dir()
-        library_and_class = self.index.get(folder) or ABSENT
-        return library_and_class[-1] is not None
+        return component_class(self.index, folder) is not None
 
     def _without_components(self) -> InputError:
         names = sorted(path.name for path in self.root.iterdir())

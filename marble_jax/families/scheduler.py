@@ -11,14 +11,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-from annotated_types import Gt, Le
+from typing import Any
 
 from marble_jax.errors import InputError
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS
 from marble_jax.storage.files import read_json
-from marble_jax.validation import short, validated
+from marble_jax.validation import Shift, short, validated
 
 CLASS = "FlowMatchEulerDiscreteScheduler"
 _OTHER_GRIDS = (
@@ -40,7 +38,6 @@ _WITHOUT_EFFECT = (
 )
 """Settings that only a dynamic shift reads."""
 _READ = ("shift", "num_train_timesteps")
-_Shift = Annotated[float, Gt(0), Le(1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
     config = read_json(path, lenient=True)
     _check_grid(path, config)
     defaults = SchedulerConfig()
-    shift = validated(_Shift, config.get("shift", defaults.shift), f"{path}: shift")
+    shift = validated(Shift, config.get("shift", defaults.shift), f"{path}: shift")
     timesteps = config.get("num_train_timesteps", defaults.num_train_timesteps)
     # By type: true and 1000.0 are equal to numbers.
     if type(timesteps) is not int or timesteps != NUM_TRAIN_TIMESTEPS:

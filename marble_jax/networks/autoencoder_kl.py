@@ -16,15 +16,18 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import MaxLen, MinLen
 
 from marble_jax.errors import InputError
 from marble_jax.networks.parameter_shapes import parameter_shapes
+from marble_jax.storage.files import part_of, place_of
 from marble_jax.types import Params
+from marble_jax.validation import Layers, Positive, Width, short, validated
 from marble_jax.weights.component import load_component, open_component
 from marble_jax.weights.key_map import PlaceLeaf, path_entries
 from marble_jax.weights.published_config import config_from
@@ -50,15 +53,28 @@ class VAEConfig:
 
     in_channels: int = 3
     out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
+    latent_channels: Width = 4
+    block_out_channels: Annotated[tuple[Width, ...], MinLen(1), MaxLen(8)] = (64,)
+    layers_per_block: Layers = 1
+    norm_num_groups: Width = 32
+    scaling_factor: Positive = 0.18215
     shift_factor: float = 0.0
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) != 3:
+                raise InputError(
+                    f"VAE config {name}: expected 3, of colour images; received {getattr(self, name)}"
+                )
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise InputError(
+                    "VAE config norm_num_groups: expected a divisor of every block_out_channels "
+                    f"{list(self.block_out_channels)}; received {self.norm_num_groups}"
+                )
 
     @property
     def downsampling(self) -> int:
@@ -72,15 +88,20 @@ class VAEConfig:
         Raises:
           InputError: the config asks for a block type or an activation this module does not have.
         """
+        what = f"{place_of(values)}VAE config"
         for key, only in _BLOCK_TYPES.items():
-            unknown = {str(kind) for kind in values.get(key, ())} - {only}
+            kinds = validated(list[str], values.get(key, []), f"{what} {key}")
+            unknown = set(kinds) - {only}
             if unknown:
                 received = ", ".join(sorted(unknown))
-                raise InputError(f"VAE config {key}: expected only {only}; received {received}")
+                raise InputError(f"{what} {key}: expected only {only}; received {received}")
         # Two names of one function: diffusers' own configs write the first, converted ones the second.
         if values.get("act_fn", "silu") not in ("silu", "swish"):
-            raise InputError(f"VAE config act_fn: expected silu; received {values['act_fn']!r}")
-        return config_from(cls, values)
+            raise InputError(f"{what} act_fn: expected silu; received {short(values['act_fn'])}")
+        # diffusers writes null for autoencoders that have no shift.
+        if values.get("shift_factor", 0) is None:
+            values = part_of(values, {**values, "shift_factor": 0.0})
+        return config_from(cls, values, "VAE config")
 
 
 class ResnetBlock(nn.Module):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MaxLen, MinLen
 
 from marble_jax.errors import InputError
+from marble_jax.validation import Layers, Positive, Width
 from marble_jax.weights.published_config import config_from
 
 _MEAN = (
@@ -39,15 +42,15 @@ class WanVAEConfig:
       scale_factor_spatial: pixels of a latent cell along one side.
     """
 
-    base_dim: int = 96
-    decoder_base_dim: int | None = None
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    base_dim: Width = 96
+    decoder_base_dim: Width | None = None
+    z_dim: Width = 16
+    dim_mult: Annotated[tuple[Width, ...], MinLen(1), MaxLen(8)] = (1, 2, 4, 4)
+    num_res_blocks: Layers = 2
     attn_scales: tuple[float, ...] = ()
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: tuple[float, ...] = _MEAN
-    latents_std: tuple[float, ...] = _STD
+    latents_std: tuple[Positive, ...] = _STD
     is_residual: bool = False
     in_channels: int = 3
     out_channels: int = 3
@@ -99,7 +102,7 @@ class WanVAEConfig:
         Raises:
           InputError: the config of another autoencoder, or lists that do not fit each other.
         """
-        return config_from(cls, values)
+        return config_from(cls, values, "VAE config")
 
     @property
     def encoder_widths(self) -> tuple[int, ...]:

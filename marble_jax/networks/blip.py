@@ -21,6 +21,7 @@ from marble_jax.errors import InputError, one_of
 from marble_jax.networks.clip import ACTIVATIONS
 from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.types import Params
+from marble_jax.validation import Count, Epsilon, Id, Layers, Width
 from marble_jax.weights.key_map import PlaceLeaf, load_params, path_entries
 from marble_jax.weights.published_config import check_heads, config_from
 from marble_jax.weights.safetensors_files import Tensors
@@ -38,15 +39,15 @@ _IGNORED = ("*.position_ids", "blip.vision_proj.*", "blip.text_proj.*", "mlp.*")
 class BlipTextConfig:
     """Shape of the text encoder; names and defaults are those of `med_config.json`."""
 
-    vocab_size: int = 30524
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 512
+    vocab_size: Count = 30524
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Width = 12
+    max_position_embeddings: Width = 512
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
+    layer_norm_eps: Epsilon = 1e-12
+    pad_token_id: Id = 0
 
     def __post_init__(self) -> None:
         one_of("BLIP config hidden_act", self.hidden_act, ACTIVATIONS)
@@ -55,7 +56,7 @@ class BlipTextConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlipTextConfig:
         """The config of a parsed med_config.json; keys that do not change the function are passed over."""
-        return config_from(cls, values)
+        return config_from(cls, values, "BLIP config")
 
 
 @dataclasses.dataclass(frozen=True)

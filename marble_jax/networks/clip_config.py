@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 
-from marble_jax.errors import one_of
+from marble_jax.errors import InputError, one_of
+from marble_jax.storage.files import part_of, place_of
+from marble_jax.validation import Count, Epsilon, Id, Layers, Side, Width, validated
 from marble_jax.weights.published_config import check_heads, config_from
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -24,16 +26,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class CLIPTextConfig:
     """Shape of a text tower; names and defaults are those of its config.json, which may leave defaults out."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    vocab_size: Count = 49408
+    hidden_size: Width = 512
+    intermediate_size: Width = 2048
+    projection_dim: Width = 512
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Width = 8
+    max_position_embeddings: Width = 77
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
+    layer_norm_eps: Epsilon = 1e-5
+    eos_token_id: Id = 49407
 
     def __post_init__(self) -> None:
         _check(self)
@@ -41,31 +43,40 @@ class CLIPTextConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
         """The config of a parsed config.json; keys that do not change the network's function are passed over."""
-        return config_from(cls, values)
+        return config_from(cls, values, "CLIP text config")
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
     """Shape of a vision tower; names and defaults are those of its config.json."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    projection_dim: Width = 512
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Width = 12
     num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
+    image_size: Side = 224
+    patch_size: Side = 32
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.num_channels != 3:
+            raise InputError(
+                f"CLIP config num_channels: expected 3, of colour images; received {self.num_channels}"
+            )
+        if self.patch_size > self.image_size:
+            raise InputError(
+                f"CLIP config patch_size: expected at most image_size {self.image_size}; received "
+                f"{self.patch_size}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
         """The config of a parsed config.json; keys that do not change the network's function are passed over."""
-        return config_from(cls, values)
+        return config_from(cls, values, "CLIP vision config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +90,16 @@ class CLIPConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
         """The config of a parsed `CLIPModel` config.json; the towers' own `projection_dim` does not count there."""
+        place = place_of(values)
+        towers = []
+        for name in ("text_config", "vision_config"):
+            fields = validated(dict[str, Any] | None, values.get(name), f"{place}{name}") or {}
+            towers.append(part_of(values, fields))
+        text, vision = towers
         return cls(
-            CLIPTextConfig.from_dict(values.get("text_config") or {}),
-            CLIPVisionConfig.from_dict(values.get("vision_config") or {}),
-            values.get("projection_dim", 512),
+            CLIPTextConfig.from_dict(text),
+            CLIPVisionConfig.from_dict(vision),
+            validated(Width, values.get("projection_dim", 512), f"{place}projection_dim"),
         )
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Gt, Le
 
 from marble_jax.errors import InputError
 from marble_jax.networks.clip import (
@@ -27,6 +28,7 @@ from marble_jax.networks.clip import (
     abstract_params,
 )
 from marble_jax.types import Params
+from marble_jax.validation import Count, Layers, Side, Width, validated, validated_fields
 from marble_jax.weights.key_map import Entry, PlaceLeaf, load_params, path_entries
 from marble_jax.weights.safetensors_files import Tensors
 from marble_jax.weights.torch_pickle import open_weights
@@ -69,6 +71,24 @@ _RENAMED = (
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
 """From names as transformers has them."""
+
+
+_Ratio = Annotated[float, Gt(0), Le(64)]
+_FIELDS: Mapping[str, Any] = {"embed_dim": Width, "quick_gelu": bool}
+_TOWER_FIELDS: Mapping[str, Any] = {"layers": Layers, "width": Width, "mlp_ratio": _Ratio}
+_VISION_FIELDS: Mapping[str, Any] = {
+    **_TOWER_FIELDS,
+    "head_width": Width,
+    "image_size": Side,
+    "patch_size": Side,
+}
+_TEXT_FIELDS: Mapping[str, Any] = {
+    **_TOWER_FIELDS,
+    "heads": Width,
+    "vocab_size": Count,
+    "context_length": Width,
+}
+"""Fields of a `model_cfg` that are read, with their types and ranges."""
 
 
 class Unpacked:
@@ -140,8 +160,12 @@ def config_of(settings: Mapping[str, Any]) -> CLIPConfig:
     Raises:
       InputError: a field is missing, or the model is not a plain pair of transformers.
     """
+    what = f"{CONFIG} model_cfg"
     try:
-        return _config_of(settings, settings["vision_cfg"], settings["text_cfg"])
+        towers = []
+        for name in ("vision_cfg", "text_cfg"):
+            towers.append(validated(dict[str, Any], settings[name], f"{what}: {name}"))
+        return _config_of(settings, *towers)
     except KeyError as error:
         raise InputError(f"{CONFIG} model_cfg: expected {error}; received none") from None
 
@@ -151,11 +175,15 @@ def _config_of(
 ) -> CLIPConfig:
     """The shape by fields of each tower; a missing field is a KeyError."""
     # ResNets list the layers of each stage; other text and vision libraries are named.
-    plain = isinstance(vision["layers"], int)
+    plain = not isinstance(vision["layers"], list)
     if not plain or "hf_model_name" in text or "timm_model_name" in vision:
         raise InputError(
             f"{CONFIG}: expected a plain pair of transformers; received another kind of tower"
         )
+    what = f"{CONFIG} model_cfg"
+    settings = {**settings, **validated_fields(_FIELDS, settings, what)}
+    vision = {**vision, **validated_fields(_VISION_FIELDS, vision, f"{what}: vision_cfg")}
+    text = {**text, **validated_fields(_TEXT_FIELDS, text, f"{what}: text_cfg")}
     activation = "quick_gelu" if settings.get("quick_gelu") else "gelu"
     text_config = CLIPTextConfig(
         vocab_size=text["vocab_size"],

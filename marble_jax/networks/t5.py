@@ -15,16 +15,18 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 
-from marble_jax.errors import one_of
+from marble_jax.errors import InputError, one_of
 from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.types import Params
+from marble_jax.validation import Count, Epsilon, Layers, Width
 from marble_jax.weights.component import load_component, open_component
 from marble_jax.weights.key_map import Entry, PlaceLeaf, path_entries
 from marble_jax.weights.published_config import config_from
@@ -48,19 +50,26 @@ class T5Config:
       feed_forward_proj: an activation, with `gated-` before it for v1.1 models; `gated-gelu` means the tanh form.
     """
 
-    vocab_size: int = 32128
-    d_model: int = 512
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_layers: int = 6
-    num_heads: int = 8
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    vocab_size: Count = 32128
+    d_model: Width = 512
+    d_kv: Width = 64
+    d_ff: Width = 2048
+    num_layers: Layers = 6
+    num_heads: Width = 8
+    relative_attention_num_buckets: Annotated[int, Ge(4), Le(1 << 16)] = 32
+    relative_attention_max_distance: Width = 128
+    layer_norm_epsilon: Epsilon = 1e-6
     feed_forward_proj: str = "relu"
 
     def __post_init__(self) -> None:
         one_of("T5 config feed_forward_proj", self.activation, ACTIVATIONS)
+        # A fourth of the buckets are for one distance each; farther ones share the others by logarithm.
+        exact = self.relative_attention_num_buckets // 4
+        if self.relative_attention_max_distance <= exact:
+            raise InputError(
+                f"T5 config relative_attention_max_distance: expected more than {exact}, a fourth of the "
+                f"buckets; received {self.relative_attention_max_distance}"
+            )
 
     @property
     def gated(self) -> bool:
@@ -78,7 +87,7 @@ class T5Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
         """The config of a parsed config.json; keys that do not change the network's function are passed over."""
-        return config_from(cls, values)
+        return config_from(cls, values, "T5 config")
 
 
 class T5Block(nn.Module):

@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from marble_jax.errors import InputError
 from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.networks.t5 import T5Block, T5Config, file_entries, position_bias
+from marble_jax.storage.files import place_of
 from marble_jax.types import Params
+from marble_jax.validation import Count, Layers, Width, short
 from marble_jax.weights.component import load_component, open_component
 from marble_jax.weights.key_map import PlaceLeaf
 from marble_jax.weights.published_config import config_from
@@ -35,10 +37,10 @@ MODEL_TYPE = "umt5"
 class UMT5Config(T5Config):
     """Shape of the encoder; names and defaults are those of its config.json."""
 
-    vocab_size: int = 250112
-    d_ff: int = 1024
-    num_layers: int = 8
-    num_heads: int = 6
+    vocab_size: Count = 250112
+    d_ff: Width = 1024
+    num_layers: Layers = 8
+    num_heads: Width = 6
     feed_forward_proj: str = "gated-gelu"
 
     @classmethod
@@ -51,9 +53,10 @@ class UMT5Config(T5Config):
         received = values.get("model_type", MODEL_TYPE)
         if received != MODEL_TYPE:
             raise InputError(
-                f"text encoder config: expected model_type {MODEL_TYPE}; received {received!r}"
+                f"{place_of(values)}text encoder config: expected model_type {MODEL_TYPE}; received "
+                f"{short(received)}"
             )
-        return config_from(cls, values)
+        return config_from(cls, values, "T5 config")
 
 
 class UMT5Encoder(nn.Module):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -152,6 +153,30 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     partial.replace(file)
 
 
+class JsonFile(dict[str, Any]):
+    """The JSON object in a file, which knows its file for messages.
+
+    Attributes:
+      file: path of the file.
+    """
+
+    def __init__(self, content: Mapping[str, Any], file: object):
+        super().__init__(content)
+        self.file = file
+
+
+def place_of(values: Mapping[str, Any]) -> str:
+    """`FILE: ` for what was read from a file, to begin a message with; an empty text for other mappings."""
+    if isinstance(values, JsonFile):
+        return f"{values.file}: "
+    return ""
+
+
+def part_of(values: Mapping[str, Any], part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns an object that stands inside of `values`, or is made of it, with the file of that."""
+    return JsonFile(part, values.file) if isinstance(values, JsonFile) else part
+
+
 def read_json_or_empty(path: epath.PathLike) -> dict[str, Any]:
     """Returns the JSON object in a file; an empty one where it is missing or damaged, as it only saves time."""
     try:
@@ -160,7 +185,7 @@ def read_json_or_empty(path: epath.PathLike) -> dict[str, Any]:
         return {}
 
 
-def read_json(path: epath.PathLike, lenient: bool = False) -> dict[str, Any]:
+def read_json(path: epath.PathLike, lenient: bool = False) -> JsonFile:
     """Returns the JSON object in a file.
 
     Args:
@@ -187,4 +212,4 @@ def read_json(path: epath.PathLike, lenient: bool = False) -> dict[str, Any]:
     other = kind_of_content(content[:SHOWN_BYTES])
     if other:
         raise InputError(f"{path}: expected valid JSON; received {other}")
-    return parse_json_object(content, path, lenient=lenient)
+    return JsonFile(parse_json_object(content, path, lenient=lenient), path)

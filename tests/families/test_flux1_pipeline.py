@@ -277,7 +277,7 @@ def test_bad_requests(ours):
         (
             "scheduler/scheduler_config.json",
             {"shift": 0.0},
-            "shift: expected a number above 0; received 0.0",
+            "shift: expected a number > 0; received 0.0",
         ),
         (
             "tokenizer/tokenizer_config.json",

@@ -329,7 +329,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
         (SCHEDULER, {"use_flow_sigmas": False}, "use_flow_sigmas: expected True; received False"),
         (SCHEDULER, {"prediction_type": "epsilon"}, "expected 'flow_prediction'; received 'eps"),
         (SCHEDULER, {"solver_order": 3}, "solver_order: expected 2; received 3"),
-        (SCHEDULER, {"flow_shift": 0.0}, "flow_shift: expected a number above 0; received 0.0"),
+        (SCHEDULER, {"flow_shift": 0.0}, "flow_shift: expected a number > 0; received 0.0"),
         (SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting: expected False"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from marble_jax.errors import InputError
+from marble_jax.validation import Layers, Natural, Width
 from marble_jax.weights.published_config import config_from
 
 PATCH = 2
@@ -32,16 +33,16 @@ class FluxConfig:
     """
 
     patch_size: int = 1
-    in_channels: int = 64
-    out_channels: int | None = None
-    num_layers: int = 19
-    num_single_layers: int = 38
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 4096
-    pooled_projection_dim: int = 768
+    in_channels: Width = 64
+    out_channels: Width | None = None
+    num_layers: Layers = 19
+    num_single_layers: Layers = 38
+    attention_head_dim: Width = 128
+    num_attention_heads: Width = 24
+    joint_attention_dim: Width = 4096
+    pooled_projection_dim: Width = 768
     guidance_embeds: bool = False
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    axes_dims_rope: tuple[Natural, ...] = (16, 56, 56)
 
     def __post_init__(self) -> None:
         # A list in JSON; a config is hashed as an attribute of flax modules.
@@ -76,7 +77,7 @@ class FluxConfig:
         Raises:
           InputError: an unknown key, or a value this implementation does not support.
         """
-        return config_from(cls, config, "transformer config: expected FLUX.1 fields")
+        return config_from(cls, config, "transformer config", "FLUX.1 fields")
 
     @property
     def width(self) -> int:

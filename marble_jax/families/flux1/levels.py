@@ -12,16 +12,17 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 from jaxtyping import Float
 
 from marble_jax.errors import InputError
 from marble_jax.families.scheduler import check_class
 from marble_jax.flow.levels import shifted
 from marble_jax.storage.files import read_json
-from marble_jax.validation import validated
+from marble_jax.validation import Count, Shift, short, validated
 
 _UNSUPPORTED: Mapping[str, Any] = {
     "time_shift_type": "exponential",
@@ -33,6 +34,17 @@ _UNSUPPORTED: Mapping[str, Any] = {
     "stochastic_sampling": False,
 }
 """Settings of other models' schedulers that change the levels, and the one value each has here."""
+
+
+_Mu = Annotated[float, Ge(-7), Le(7)]
+_KINDS: Mapping[str, Any] = {
+    "shift": Shift,
+    "base_shift": _Mu,
+    "max_shift": _Mu,
+    "base_image_seq_len": Count,
+    "max_image_seq_len": Count,
+}
+"""Types and ranges of the settings that are numbers; mu is the logarithm of a shift."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +96,20 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
     for key, only in _UNSUPPORTED.items():
         received = config.get(key)
         if received not in (None, only):
-            raise InputError(f"{path}: {key}: expected {only!r}; received {received!r}")
+            raise InputError(f"{path}: {key}: expected {only!r}; received {short(received)}")
     chosen = {}
     for field in dataclasses.fields(SchedulerConfig):
         # null stands for the default.
         if config.get(field.name) is not None:
-            kind = bool if isinstance(field.default, bool) else type(field.default)
+            kind = _KINDS.get(field.name, type(field.default))
             value = validated(kind, config[field.name], f"{path}: {field.name}")
             chosen[field.name] = value
     scheduler = SchedulerConfig(**chosen)
-    if not scheduler.shift > 0:
-        raise InputError(f"{path}: shift: expected a number above 0; received {scheduler.shift}")
+    if scheduler.max_image_seq_len <= scheduler.base_image_seq_len:
+        raise InputError(
+            f"{path}: max_image_seq_len: expected more than base_image_seq_len "
+            f"{scheduler.base_image_seq_len}; received {scheduler.max_image_seq_len}"
+        )
     return scheduler
 
 

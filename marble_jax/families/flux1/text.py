@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, TextEncoders
+from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once, token_ids
 from marble_jax.networks.clip import CLIPTextEncoder, load_text_encoder
@@ -52,7 +53,7 @@ class FluxTextEncoders(TextEncoders):
         clip: tuple[CLIPTextEncoder, Params],
         t5: tuple[T5Encoder, Params],
         tokenizers: tuple[Any, Any],
-        config: Mapping[str, Any],
+        config: FluxConfig,
         prompt_batch: int = 8,
     ):
         """Puts loaded encoders together (`load_text_encoders` is the usual way).
@@ -76,7 +77,7 @@ class FluxTextEncoders(TextEncoders):
         self._check(config)
         self._embed = jax.jit(functools.partial(_embed, self.modules))
 
-    def _check(self, config: Mapping[str, Any]) -> None:
+    def _check(self, config: FluxConfig) -> None:
         """Raises InputError for encoders that do not fit the transformer or their tokenizers."""
         clip, t5 = self.modules
         widths = (
@@ -84,10 +85,11 @@ class FluxTextEncoders(TextEncoders):
             (COMPONENTS[1], "joint_attention_dim", t5.config.d_model),
         )
         for component, field, received in widths:
-            if received != config[field]:
+            expected = getattr(config, field)
+            if received != expected:
                 raise InputError(
                     f"{self.directory}: {component} width: expected the transformer's {field} "
-                    f"{config[field]}; received {received}"
+                    f"{expected}; received {received}"
                 )
         positions = clip.config.max_position_embeddings
         if self.clip_length > positions:
@@ -188,7 +190,7 @@ def load_text_encoders(
       InputError: a missing or malformed component, or encoders that do not fit.
     """
     check_encoders(root)
-    config = read_json(root / "transformer" / "config.json")
+    config = FluxConfig.from_dict(read_json(root / "transformer" / "config.json"))
     index = read_json(root / "model_index.json")
     # The cheap parts first: what is missing shows before gigabytes are read.
     clip_tokens, t5_tokens = (

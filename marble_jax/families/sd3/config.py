@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from marble_jax.errors import InputError
+from marble_jax.validation import Count, Layers, Natural, Side, Width
 from marble_jax.weights.published_config import config_from
 
 
@@ -30,18 +31,18 @@ class MMDiTConfig:
       qk_norm: "rms_norm" or None.
     """
 
-    sample_size: int = 128
-    patch_size: int = 2
-    in_channels: int = 16
-    num_layers: int = 18
-    attention_head_dim: int = 64
-    num_attention_heads: int = 18
-    joint_attention_dim: int = 4096
-    caption_projection_dim: int = 1152
-    pooled_projection_dim: int = 2048
-    out_channels: int | None = 16
-    pos_embed_max_size: int = 96
-    dual_attention_layers: tuple[int, ...] = ()
+    sample_size: Side = 128
+    patch_size: Side = 2
+    in_channels: Width = 16
+    num_layers: Layers = 18
+    attention_head_dim: Width = 64
+    num_attention_heads: Width = 18
+    joint_attention_dim: Width = 4096
+    caption_projection_dim: Count = 1152
+    pooled_projection_dim: Width = 2048
+    out_channels: Width | None = 16
+    pos_embed_max_size: Side = 96
+    dual_attention_layers: tuple[Natural, ...] = ()
     qk_norm: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class MMDiTConfig:
         Raises:
           InputError: an unknown key, or a value this implementation does not support.
         """
-        return config_from(cls, config, "transformer config: expected SD3 fields")
+        return config_from(cls, config, "transformer config", "SD3 fields")
 
     @property
     def width(self) -> int:

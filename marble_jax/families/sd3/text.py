@@ -22,6 +22,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once, token_ids
+from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
 from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer, max_length
@@ -202,7 +203,7 @@ def load_text_encoders(
     Raises:
       InputError: a missing or malformed component, or encoders that do not fit.
     """
-    config = read_json(root / "transformer" / "config.json")
+    config = MMDiTConfig.from_dict(read_json(root / "transformer" / "config.json"))
     index = read_json(root / "model_index.json")
     names = encoders_present(root, omit)
     # The cheap parts first: what is missing shows before gigabytes are read.
@@ -228,8 +229,8 @@ def load_text_encoders(
         clips,
         t5,
         tokenizers,
-        config["joint_attention_dim"],
-        config["pooled_projection_dim"],
+        config.joint_attention_dim,
+        config.pooled_projection_dim,
         prompt_batch,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from marble_jax.errors import InputError
 from marble_jax.networks.attention import EPS
 from marble_jax.networks.transformer_layers import NUM_FREQUENCIES
+from marble_jax.validation import Layers, Width
 from marble_jax.weights.published_config import config_from
 
 PATCH = (1, 2, 2)
@@ -45,20 +46,20 @@ class WanConfig:
     """
 
     patch_size: tuple[int, ...] = PATCH
-    num_attention_heads: int = 40
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int | None = 16
-    text_dim: int = 4096
+    num_attention_heads: Width = 40
+    attention_head_dim: Width = 128
+    in_channels: Width = 16
+    out_channels: Width | None = 16
+    text_dim: Width = 4096
     freq_dim: int = NUM_FREQUENCIES
-    ffn_dim: int = 13824
-    num_layers: int = 40
+    ffn_dim: Width = 13824
+    num_layers: Layers = 40
     cross_attn_norm: bool = True
     qk_norm: str = "rms_norm_across_heads"
     eps: float = EPS
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
-    rope_max_seq_len: int = 1024
+    rope_max_seq_len: Width = 1024
     pos_embed_seq_len: int | None = None
 
     def __post_init__(self) -> None:
@@ -110,7 +111,7 @@ class WanConfig:
         Raises:
           InputError: an unknown key, or a value this implementation does not support.
         """
-        return config_from(cls, config, "transformer config: expected Wan fields")
+        return config_from(cls, config, "transformer config", "Wan fields")
 
     @property
     def width(self) -> int:

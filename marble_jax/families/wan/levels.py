@@ -20,6 +20,7 @@ from jaxtyping import Float
 from marble_jax.errors import InputError
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS, shifted, sigma_grid
 from marble_jax.storage.files import read_json
+from marble_jax.validation import Shift, short, validated
 
 UNIPC, EULER = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
 CLASSES = (UNIPC, EULER)
@@ -91,19 +92,21 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
     config = read_json(path)
     kind = config.get("_class_name")
     if kind not in CLASSES:
-        raise InputError(f"{path}: expected _class_name {' or '.join(CLASSES)}; received {kind}")
+        expected = " or ".join(CLASSES)
+        raise InputError(f"{path}: expected _class_name {expected}; received {short(kind)}")
     for key, only in _REQUIRED[kind].items():
         if config.get(key) != only:
-            raise InputError(f"{path}: {key}: expected {only!r}; received {config.get(key)!r}")
+            received = short(config.get(key))
+            raise InputError(f"{path}: {key}: expected {only!r}; received {received}")
     for key, only in _ONLY[kind].items():
         received = config.get(key)
         if received not in (None, only):
-            raise InputError(f"{path}: {key}: expected {only!r}; received {received!r}")
+            raise InputError(f"{path}: {key}: expected {only!r}; received {short(received)}")
     # Both classes leave levels unshifted unless they are told otherwise.
     received = config.get(SHIFT_KEYS[kind])
-    shift = 1.0 if received is None else float(received)
-    if not shift > 0:
-        raise InputError(f"{path}: {SHIFT_KEYS[kind]}: expected a number above 0; received {shift}")
+    shift = 1.0
+    if received is not None:
+        shift = validated(Shift, received, f"{path}: {SHIFT_KEYS[kind]}")
     return SchedulerConfig(kind, shift)
 
 

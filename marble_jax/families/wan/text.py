@@ -11,7 +11,7 @@ import functools
 import html
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once
+from marble_jax.families.wan.config import WanConfig
 from marble_jax.networks.tokenizers import load_tokenizer
 from marble_jax.networks.umt5 import UMT5Encoder, load_umt5
 from marble_jax.storage.files import read_json
@@ -52,7 +53,7 @@ class WanTextEncoders(TextEncoders):
         directory: pathlib.Path,
         encoder: tuple[UMT5Encoder, Params],
         tokenizer: Any,
-        config: Mapping[str, Any],
+        config: WanConfig,
         prompt_batch: int = 8,
     ):
         """Puts a loaded encoder together with its tokenizer (`load_text_encoders` is the usual way).
@@ -71,7 +72,7 @@ class WanTextEncoders(TextEncoders):
         self.module, self.params = encoder
         self.tokenizer = tokenizer
         self.prompt_batch = prompt_batch
-        expected, received = config["text_dim"], self.module.config.d_model
+        expected, received = config.text_dim, self.module.config.d_model
         if received != expected:
             raise InputError(
                 f"{directory}: {COMPONENT} width: expected the transformer's text_dim {expected}; received "
@@ -197,7 +198,7 @@ def load_text_encoders(
       InputError: a missing or malformed component, or an encoder that does not fit.
     """
     check_encoder(root)
-    config = read_json(root / "transformer" / "config.json")
+    config = WanConfig.from_dict(read_json(root / "transformer" / "config.json"))
     index = read_json(root / "model_index.json")
     # The cheap part first: what is missing shows before gigabytes are read.
     tokenizer = load_tokenizer(root / TOKENIZER, component_class(index, TOKENIZER))
