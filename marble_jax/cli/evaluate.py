@@ -77,8 +77,8 @@ def run(argv: Sequence[str]) -> int:
     draw = not boolean("skip_generation", values["skip_generation"])
     score = not boolean("no_score", values["no_score"])
     num_prompts = whole_number(values, "num_prompts", 0)
-    images = whole_number(values, "images", 1)
-    num_workers = whole_number(values, "num_workers", 1)
+    images = whole_number(values, "images", 1, 1_000_000)
+    num_workers = whole_number(values, "num_workers", 1, 1024)
     num_images = whole_number(values, "num_images", 0)
     stated = frozenset(name for name in ("steps", "solver") if values[name])
     defaults = {name: SAMPLING_OPTIONS[name] for name in ("steps", "solver") if name not in stated}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from marble_jax.cli.options import boolean, refuse_config, split, word_list
 from marble_jax.errors import InputError, one_of
 from marble_jax.policies import TRAINED_POLICIES, check_policy
+from marble_jax.validation import is_digits, short
 
 OPTIONS = {
     "workdir": None,
@@ -91,6 +92,6 @@ def _step(text: str) -> int | None:
     """
     if not text:
         return None
-    if not text.isdigit():
-        raise InputError(f"--step: expected the number of a step; received {text!r}")
+    if not is_digits(text):
+        raise InputError(f"--step: expected the number of a step; received {short(text)}")
     return int(text)

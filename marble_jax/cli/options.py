@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from marble_jax.errors import InputError, nearest, one_of
+from marble_jax.validation import is_digits, short
 
 _HOME = re.compile(r"(^|[,=+])(~[\w.-]*)(?=/|,|$)")
 """A tilde, perhaps with a user's name, at the beginning of a path; several paths are separated by commas."""
@@ -151,38 +152,50 @@ def boolean(name: str, text: str) -> bool:
     return text.lower() == "true"
 
 
-def whole_number(values: Mapping[str, str], name: str, least: int) -> int:
-    """Returns an option's whole number.
+MOST = 2**31 - 1
+"""Largest number of an option, unless it is said otherwise."""
+
+
+def whole_number(values: Mapping[str, str], name: str, least: int, most: int = MOST) -> int:
+    """Returns an option's whole number, in the digits 0 to 9.
 
     Raises:
-      InputError: not a whole number, or one below `least`.
+      InputError: not a whole number, or one outside of `least` to `most`.
     """
-    try:
-        value = int(values[name])
-    except ValueError:
-        raise _not_a_number("a whole number", values, name, least) from None
-    if value < least:
-        raise _not_a_number("a whole number", values, name, least)
+    text = values[name].strip()
+    if not is_digits(text.removeprefix("-")):
+        raise _not_a_number("a whole number", values, name, least, most)
+    value = int(text)
+    if not least <= value <= most:
+        raise _not_a_number("a whole number", values, name, least, most)
     return value
 
 
-def number(values: Mapping[str, str], name: str, least: float) -> float:
+def number(values: Mapping[str, str], name: str, least: float, most: float = MOST) -> float:
     """Returns an option's finite number.
 
     Raises:
-      InputError: not a number, one that is not finite, or one below `least`.
+      InputError: not a number, one that is not finite, or one outside of `least` to `most`.
     """
+    text = values[name]
     try:
-        value = float(values[name])
+        # Python would also read 1_0, and digits of other scripts.
+        value = float(text) if text.isascii() and "_" not in text else float("nan")
     except ValueError:
-        raise _not_a_number("a number", values, name, least) from None
+        raise _not_a_number("a number", values, name, least, most) from None
     # NaN fails every comparison, so the range is asked for and not what lies outside of it.
-    if not least <= value < float("inf"):
-        raise _not_a_number("a number", values, name, least)
+    if not least <= value <= most:
+        raise _not_a_number("a number", values, name, least, most)
     return value
 
 
-def _not_a_number(expected: str, values: Mapping[str, str], name: str, least: float) -> InputError:
+def _not_a_number(
+    expected: str, values: Mapping[str, str], name: str, least: float, most: float
+) -> InputError:
+    end = "" if most == MOST else f" and at most {most}"
+    # A number that is only too large would otherwise be answered with a bound that it keeps.
+    if is_digits(values[name]) and int(values[name]) > most:
+        end = f" and at most {most}"
     return InputError(
-        f"--{name}: expected {expected} of at least {least}; received {values[name]!r}"
+        f"--{name}: expected {expected} of at least {least}{end}; received {short(values[name])}"
     )

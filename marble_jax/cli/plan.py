@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     for name in word_list(values["programs"]):
         one_of("--programs", name, PROGRAMS)
         programs.append(PROGRAMS[name])
-    num_devices = whole_number(values, "devices", 0)
+    num_devices = whole_number(values, "devices", 0, 65536)
     from marble_jax.console import Console
     from marble_jax.plan.planner import plan
     from marble_jax.plan.request import Request

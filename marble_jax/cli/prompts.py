@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from marble_jax.cli.options import check_either, number, refuse_config, split, whole_number
+from marble_jax.config.keys import MOST_SEED
 from marble_jax.prompts.files import Prompt, read_directory, read_file, split_of
 from marble_jax.prompts.generated import SPLITS, generate, write
 from marble_jax.prompts.quotations import quoted_text
@@ -47,8 +48,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _write_sets(values: Mapping[str, str]) -> None:
     """Writes the ready-made sets and prints what is in each file."""
-    seed = whole_number(values, "seed", 0)
-    scale = number(values, "scale", 0)
+    seed = whole_number(values, "seed", 0, MOST_SEED)
+    scale = number(values, "scale", 0, 1000)
     sets = {split_name: generate(split_name, seed=seed, scale=scale) for split_name in SPLITS}
     files = iter(write(values["out"], sets))
     # `write` returns its files in the order of the sets.

@@ -40,8 +40,8 @@ def run(values: Mapping[str, str], settings: Settings | None) -> int:
     Raises:
       InputError: options that are wrong, rewards of which none loads, or a reward that does not pass.
     """
-    batch = whole_number(values, "batch", 1)
-    timeout = number(values, "timeout", 0.1)
+    batch = whole_number(values, "batch", 1, 65536)
+    timeout = number(values, "timeout", 0.1, 1e6)
     write = boolean("write", values["write"])
     size = _size(values, settings)
     num_frames = _num_frames(values, settings)
@@ -80,7 +80,7 @@ def _size(values: Mapping[str, str], settings: Settings | None) -> int:
       InputError: not a number, or one below 16.
     """
     if values["size"]:
-        return whole_number(values, "size", 16)
+        return whole_number(values, "size", 16, 8192)
     # A run's rewards see images of the run's size.
     if settings is not None:
         return settings.model.height

@@ -51,15 +51,15 @@ def run(values: Mapping[str, str], settings: Settings | None) -> int:
       InputError: options that are wrong, a reward that does not load, or an address that cannot be listened at.
     """
     # Port 0 lets the system choose a free one.
-    port = whole_number(values, "port", 0)
-    workers = whole_number(values, "workers", 1)
+    port = whole_number(values, "port", 0, 65535)
+    workers = whole_number(values, "workers", 1, 1024)
     # Loading rewards takes long: options that are wrong are refused first.
     limits = Limits(
-        body=10**6 * whole_number(values, "max_mb", 1),
+        body=10**6 * whole_number(values, "max_mb", 1, 4000),
         images=whole_number(values, "max_images", 1),
-        side=whole_number(values, "max_side", 1),
+        side=whole_number(values, "max_side", 1, 32768),
     )
-    timeout = number(values, "timeout", 0.1)
+    timeout = number(values, "timeout", 0.1, 1e6)
     token = _token(values)
     platform.keep_compilations()
     rewards = load_chosen(chosen_rewards(values, settings))
@@ -68,7 +68,7 @@ def run(values: Mapping[str, str], settings: Settings | None) -> int:
         workers=workers,
         waiting=whole_number(values, "waiting", 0),
         connections=whole_number(values, "connections", 1),
-        queue_seconds=number(values, "queue_timeout", 0.1),
+        queue_seconds=number(values, "queue_timeout", 0.1, 1e6),
         score_seconds=timeout,
         batch=whole_number(values, "batch", 0),
         limits=limits,

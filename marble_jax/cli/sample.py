@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
     check_either("sample", values, "prompts", "file")
     check_policy("--policy", values["policy"])
     prompts = _prompts(values)
-    num_images = whole_number(values, "images", 1)
+    num_images = whole_number(values, "images", 1, 1_000_000)
     with_grid = boolean("grid", values["grid"])
     settings = sampling_settings(values)
     # JAX and the networks are imported once the options are known to be right.

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from marble_jax.cli.options import number, whole_number, word_list
+from marble_jax.config.keys import MOST_SEED
 from marble_jax.errors import InputError, one_of
+from marble_jax.validation import is_digits, short
 
 if TYPE_CHECKING:
     from marble_jax.programs.policy_source import SamplingSettings
 
+_MOST_PIXELS = 16384
+_MOST_FRAMES = 100_000
 SAMPLING_OPTIONS = {
     "steps": "40",
     "solver": "euler",
@@ -63,20 +67,20 @@ def sampling_settings(values: Mapping[str, str]) -> SamplingSettings:
     # Without a value the run or the model decides.
     length = None
     if values["max_sequence_length"]:
-        length = whole_number(values, "max_sequence_length", 1)
+        length = whole_number(values, "max_sequence_length", 1, 65536)
     size, num_frames = _size(values["size"])
     return SamplingSettings(
-        seed=whole_number(values, "seed", 0),
-        num_steps=whole_number(values, "steps", 1),
+        seed=whole_number(values, "seed", 0, MOST_SEED),
+        num_steps=whole_number(values, "steps", 1, 10_000),
         solver=values["solver"],
-        guidance=number(values, "guidance", 0) if values["guidance"] else None,
+        guidance=number(values, "guidance", 0, 1000) if values["guidance"] else None,
         negative=values["negative"],
         embedded_guidance=_embedded_guidance(values),
         size=size,
         max_sequence_length=length,
         omit_text_encoders=word_list(values["omit_text_encoders"]),
         dtype=values["dtype"] or None,
-        batch=whole_number(values, "batch", 1),
+        batch=whole_number(values, "batch", 1, 65536),
         num_frames=num_frames,
         embedding_cache=values["embedding_cache"],
     )
@@ -90,7 +94,7 @@ def _embedded_guidance(values: Mapping[str, str]) -> float | None:
     """
     if not values["embedded_guidance"]:
         return None
-    guidance = number(values, "embedded_guidance", 0)
+    guidance = number(values, "embedded_guidance", 0, 1000)
     if guidance == 0:
         raise InputError(
             "--embedded_guidance: expected a scale above 0, or no such option for none; received 0"
@@ -107,10 +111,16 @@ def _size(text: str) -> tuple[tuple[int, int] | None, int | None]:
     if not text:
         return None, None
     numbers = text.lower().split("x")
-    if len(numbers) not in (2, 3) or not all(number.isdigit() for number in numbers):
+    if len(numbers) not in (2, 3) or not all(map(is_digits, numbers)):
         raise InputError(
             f"--size: expected HEIGHTxWIDTH in pixels, such as 512x512, or FRAMESxHEIGHTxWIDTH, such as "
-            f"17x240x416; received {text!r}"
+            f"17x240x416; received {short(text)}"
         )
     *frames, height, width = map(int, numbers)
+    if not 0 < min(height, width) <= max(height, width) <= _MOST_PIXELS:
+        raise InputError(
+            f"--size: expected 1 to {_MOST_PIXELS} pixels a side; received {short(text)}"
+        )
+    if frames and not 0 < frames[0] <= _MOST_FRAMES:
+        raise InputError(f"--size: expected 1 to {_MOST_FRAMES} frames; received {short(text)}")
     return (height, width), frames[0] if frames else None

@@ -40,7 +40,7 @@ class RolloutSettings:
     images_per_prompt: int = key(24, "size of a group", "images, >= 2", "paper")
     batch_size: int = key(144, "images sampled at once, over all devices", "images, >= 1", "paper")
     # A second-order solver needs fewer steps than the Euler solver of evaluations.
-    num_steps: int = key(25, "solver steps", "steps, >= 1", "paper")
+    num_steps: int = key(25, "solver steps", "steps, [1, 10000]", "paper")
     prompt_draws: str = key(
         "step",
         "prompts that differ: all of a step's, as far as there are enough, or those of a rollout batch, "
@@ -143,7 +143,7 @@ class RewardSettings:
     timeout: float = key(
         120.0,
         "longest a call of a host reward may take before it counts as failed",
-        "s, > 0",
+        "s, (0, 1000000]",
         resumable=True,
     )
     check: bool = key(
@@ -151,4 +151,4 @@ class RewardSettings:
         "score golden images first, and do not start with a reward that is broken",
         resumable=True,
     )
-    num_workers: int = key(2, "host threads for host rewards", "threads, >= 1", resumable=True)
+    num_workers: int = key(2, "host threads for host rewards", "threads, [1, 1024]", resumable=True)

@@ -8,12 +8,22 @@ import re
 from typing import Any
 
 from marble_jax.errors import InputError, one_of
+from marble_jax.validation import short
 
 INTERVAL = re.compile(r"([\[(])([\d.]+), ([\d.]+)(?:/K)?([\])])")
 """A range such as `[0, 1)` in a unit. One up to `1/K` is held to 1 here, as the number of rewards is another key's."""
 
 BOUND = re.compile(r"(>=?) ([\d.]+)")
 """A range without an upper end, such as `>= 1`, in a unit."""
+
+MOST_SEED = 2**32 - 1
+"""Largest seed: JAX's keys hold 32 bits of it, and one beyond would make the numbers of another."""
+SEED_UNIT = f"integer, [0, {MOST_SEED}]"
+MOST_WHOLE = 2**31 - 1
+"""Largest whole number that is no seed."""
+LEAST_FLOAT, MOST_FLOAT = 1.2e-38, 3.4e38
+"""What float32, in which runs compute, holds; below it a number would be 0."""
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _ABOVE = {"[": operator.ge, "(": operator.gt, ">=": operator.ge, ">": operator.gt}
 _BELOW = {"]": operator.le, ")": operator.lt}
@@ -101,6 +111,8 @@ def check_value(name: str, key: Key, value: Any) -> None:
       InputError: a value of another kind than the default, none of the choices, or outside the range.
     """
     _check_kind(name, key, value)
+    for part in value if isinstance(value, (tuple, list)) else (value,):
+        _check_part(name, key, part)
     if "|" in key.unit:
         one_of(f"config.{name}", value, key.unit.split("|"))
         return
@@ -114,6 +126,26 @@ def check_value(name: str, key: Key, value: Any) -> None:
                 f"config.{name}: expected a number {allowed.text} ({key.meaning}); "
                 f"received {value!r}"
             )
+
+
+def _check_part(name: str, key: Key, part: Any) -> None:
+    """Raises InputError for numbers that a run cannot compute with, and for texts that would break a line."""
+    if isinstance(part, str):
+        if _CONTROL.search(part):
+            raise InputError(
+                f"config.{name}: expected text without control characters ({key.meaning}); received {part!r}"
+            )
+        return
+    # As a float key may be given a whole number, beyond what a float holds even.
+    whole = isinstance(part, int) and not isinstance(key.default, (float, tuple))
+    if whole and not -MOST_WHOLE <= part <= MOST_SEED:
+        expected = f"a whole number of at most {MOST_WHOLE}"
+    elif not whole and part and not LEAST_FLOAT <= abs(part) <= MOST_FLOAT:
+        # Also infinity, and NaN, which is in no range.
+        expected = f"a finite number that float32 holds, up to {MOST_FLOAT:g}"
+    else:
+        return
+    raise InputError(f"config.{name}: expected {expected} ({key.meaning}); received {short(part)}")
 
 
 def _check_kind(name: str, key: Key, value: Any) -> None:

@@ -189,7 +189,7 @@ class NftSettings:
         "paper",
     )
     kl_weight: float = key(
-        1e-4, "weight of the squared distance to the base model's velocity", ">= 0", "paper"
+        1e-4, "weight of the squared distance to the base model's velocity", "[0, 1000000]", "paper"
     )
 
 

@@ -39,17 +39,17 @@ class ModelSettings:
         "take longer to compile",
         ">= 1",
     )
-    height: int = key(512, "height of the images", "pixels, >= 1", "paper")
-    width: int = key(512, "width of the images", "pixels, >= 1", "paper")
-    num_frames: int = key(1, "frames of a clip; an image has one", "frames, >= 1")
+    height: int = key(512, "height of the images", "pixels, [1, 16384]", "paper")
+    width: int = key(512, "width of the images", "pixels, [1, 16384]", "paper")
+    num_frames: int = key(1, "frames of a clip; an image has one", "frames, [1, 16384]")
     max_sequence_length: int = key(
-        128, "tokens a prompt, of the family's long text encoder", "tokens, >= 1", "paper"
+        128, "tokens a prompt, of the family's long text encoder", "tokens, [1, 65536]", "paper"
     )
     embedded_guidance: float = key(
         0.0,
         "guidance scale that a guidance-distilled model takes as an input, such as 3.5; 0: none, for a "
         "model that takes none",
-        ">= 0",
+        "[0, 1000]",
     )
     omit_text_encoders: tuple[str, ...] = key(
         (), "text encoders left out, by component name, such as text_encoder_3"
@@ -61,7 +61,7 @@ class LoraSettings:
     """The adapter that is trained."""
 
     rank: int = key(32, "rank of every adapter", ">= 1", "paper")
-    alpha: float = key(64.0, "adapter output is scaled by alpha / rank", "> 0", "paper")
+    alpha: float = key(64.0, "adapter output is scaled by alpha / rank", "(0, 1000000]", "paper")
     targets: tuple[str, ...] = key(
         (),
         "adapted modules, by the end of their diffusers name; empty: the family's attention "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from marble_jax.config.keys import key
+from marble_jax.config.keys import SEED_UNIT, key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,12 @@ class EvaluationSettings:
         "paper",
         resumable=True,
     )
-    num_steps: int = key(40, "solver steps", "steps, >= 1", "paper")
+    num_steps: int = key(40, "solver steps", "steps, [1, 10000]", "paper")
     solver: str = key("euler", "ODE solver", "euler|dpm1|dpm2|ddim|unipc", "paper")
     integer_timesteps: bool = key(
         False, "truncate the network's timestep to an integer, as upstream's evaluations do"
     )
-    seed: int = key(
-        1234, "seed of the evaluation noise, the same at every evaluation", "integer, >= 0"
-    )
+    seed: int = key(1234, "seed of the evaluation noise, the same at every evaluation", SEED_UNIT)
     num_images: int = key(12, "fixed prompts whose images are kept", "images, >= 0")
     # Rewards that were trained on rise by being exploited, too: others say whether images became better.
     best: str = key(

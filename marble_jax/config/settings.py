@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from marble_jax.config.data import PromptSettings, RewardSettings, RolloutSettings
-from marble_jax.config.keys import key
+from marble_jax.config.keys import SEED_UNIT, key
 from marble_jax.config.method import (
     AdvantageSettings,
     AwmSettings,
@@ -31,7 +31,7 @@ class Settings:
 
     name: str = key("sd3", "name of the run, shown in the report", resumable=True)
     # The one seed: every random stream is derived from it, from the step and from the stream's name.
-    seed: int = key(42, "seed of prompts, noise, adapters and timesteps", "integer, >= 0", "paper")
+    seed: int = key(42, "seed of prompts, noise, adapters and timesteps", SEED_UNIT, "paper")
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
     prompts: PromptSettings = PromptSettings()

@@ -30,19 +30,19 @@ class TrainingSettings:
         1,
         "updates that share an optimiser step's images, each on its own part of them; the learning rate's schedule "
         "and the averaged policy count every one",
-        ">= 1",
+        "[1, 1000]",
     )
-    learning_rate: float = key(3e-4, "AdamW step size", ">= 0", "paper")
+    learning_rate: float = key(3e-4, "AdamW step size", "[0, 10]", "paper")
     learning_rate_schedule: str = key(
         "constant", "learning rate over steps", "constant|cosine", "paper"
     )
     min_learning_rate_ratio: float = key(
         0.0, "last learning rate over the first, with cosine", "[0, 1]", "paper"
     )
-    weight_decay: float = key(1e-4, "AdamW decoupled weight decay", ">= 0", "paper")
+    weight_decay: float = key(1e-4, "AdamW decoupled weight decay", "[0, 1000]", "paper")
     beta1: float = key(0.9, "AdamW first moment decay", "[0, 1)", "paper")
     beta2: float = key(0.999, "AdamW second moment decay", "[0, 1)", "paper")
-    epsilon: float = key(1e-8, "AdamW epsilon", "> 0", "paper")
+    epsilon: float = key(1e-8, "AdamW epsilon", "(0, 1]", "paper")
     clip_norm: float = key(1.0, "global norm the update's gradient is clipped to", "> 0", "paper")
     # Rules for steps that went wrong; one that went right does not depend on them.
     non_finite: str = key(
@@ -71,7 +71,7 @@ class RolloutPolicySettings:
         "copy|linear_capped|delayed_linear",
         "paper",
     )
-    rate: float = key(0.001, "slope of the schedule", "1/step, >= 0", "paper")
+    rate: float = key(0.001, "slope of the schedule", "1/step, [0, 1000]", "paper")
     cap: float = key(0.95, "largest decay of the schedule", "[0, 1)", "paper")
     # DiffusionNFT's schedule of this shape; MARBLE does not use it.
     delay: int = key(75, "steps before 'delayed_linear' leaves zero", "steps, >= 0", "NFT")
