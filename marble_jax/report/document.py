@@ -18,6 +18,8 @@ from marble_jax.report.formatting import has_value, text
 from marble_jax.report.markup import Attribute, element, items, open_tag
 
 _HERE = pathlib.Path(__file__).parent
+_MOST_PIXELS = 1 << 26
+"""Of a file at all: a few bytes can stand for far more."""
 MAX_PIXELS = 320
 """Longer side of an embedded image: what a card shows on a dense screen."""
 
@@ -141,12 +143,14 @@ def _embeddable(raw: bytes) -> tuple[str, bytes, tuple[int, int]]:
     """Returns kind, bytes and (width, height) of an image that is small enough for a page.
 
     Raises:
-      Exception: whatever Pillow raises for what is no image, and ValueError for another kind than PNG.
+      Exception: whatever Pillow raises for what is no PNG, and ValueError for a huge one.
     """
     # Imported here, since reading records for a summary needs no images.
     from PIL import Image
 
-    with Image.open(io.BytesIO(raw)) as stored:
+    with Image.open(io.BytesIO(raw), formats=("PNG",)) as stored:
+        if stored.width * stored.height > _MOST_PIXELS:
+            raise ValueError("more pixels than any image has")
         stored.load()
         if max(stored.size) > MAX_PIXELS:
             # JPEG has no transparency and no palette.
@@ -155,8 +159,6 @@ def _embeddable(raw: bytes) -> tuple[str, bytes, tuple[int, int]]:
             buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=86, optimize=True)
             return "jpeg", buffer.getvalue(), small.size
-        if stored.format != "PNG":
-            raise ValueError("not a PNG")
         return "png", raw, stored.size
 
 

@@ -12,9 +12,12 @@ def number(value: Any) -> float:
     """Returns `value` as a float; NaN for null, text and anything else that is not a finite number."""
     if not isinstance(value, (bool, int, float)):
         return math.nan
-    if not math.isfinite(value):
+    try:
+        plain = float(value)
+    except OverflowError:
+        # JSON's whole numbers have no end.
         return math.nan
-    return float(value)
+    return plain if math.isfinite(plain) else math.nan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ def caption(which: str, rates: Mapping[str, Mapping[str, Any]]) -> str:
     """
     names: list[str] = []
     for record in rates.values():
-        names = [escape(str(name)) for name in record.get("rewards") or ()]
+        names = [escape(name) for name in _names(record)]
     words = _SETS.get(which, escape(which))
     return f"On {words}: {', '.join(names)}"
 
@@ -68,11 +68,17 @@ def run_table(joint: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     labels = {}
     for which, record in joint.items():
-        names = ", ".join(escape(str(name)) for name in record.get("rewards") or ())
+        names = ", ".join(escape(name) for name in _names(record))
         labels[which] = f"{_SETS.get(which, escape(which))}: {names}"
     heading = element("h3", "All rewards at once")
     words = element("p", lead("the base model's image"), class_="small")
     return heading + table("Rewards", labels, joint, "") + words
+
+
+def _names(record: Mapping[str, Any]) -> list[str]:
+    """The rewards that a record's rates are about."""
+    recorded = record.get("rewards")
+    return [str(name) for name in recorded] if isinstance(recorded, list) else []
 
 
 def pair(joint: Any, which: str) -> str:

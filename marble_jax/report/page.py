@@ -49,8 +49,12 @@ _SECTIONS = (
 
 
 def _moment(seconds: float) -> str:
-    # UTC, so that a page does not change with the place where it is made.
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    try:
+        # UTC, so that a page does not change with the place where it is made.
+        moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    except (OverflowError, OSError, ValueError):
+        # Beyond the year 9999: no time of this clock.
+        return f"{seconds:g} s"
     return moment.strftime("%Y-%m-%d %H:%M UTC")
 
 

@@ -9,12 +9,14 @@ from typing import Any
 from etils import epath
 
 from marble_jax.errors import InputError
+from marble_jax.report import forms
+from marble_jax.report.forms import well_formed
 from marble_jax.report.intervals import number
 from marble_jax.report.records import Records, Strip, step_of
 from marble_jax.storage.files import location
 from marble_jax.validation import parse_json
 
-_STEP_DIRECTORY = re.compile(r"^step_(\d+)$")
+_STEP_DIRECTORY = re.compile(r"^step_([0-9]{1,15})$")
 _PREFIXES_OF_REWARDS = ("rollout/score_mean/", "harmonize/alpha/")
 _SHOWN_LINES = 5
 MOST_STEPS = 2**53
@@ -113,7 +115,7 @@ def _step_directories(samples: epath.Path) -> list[tuple[int, epath.Path, set[st
     directories = []
     for child in samples.iterdir():
         match = _STEP_DIRECTORY.match(child.name)
-        if match:
+        if match and child.is_dir():
             # Listed once: asking a bucket for every single image would take a request each.
             names = {file.name for file in child.iterdir()}
             directories.append((int(match.group(1)), child, names))
@@ -183,7 +185,7 @@ def _reward_names(
 
 def _run(workdir: epath.Path, flaws: list[str]) -> dict[str, Any]:
     """Returns `run.json`, with the configuration from `config.json` where it has none."""
-    run = _json_object(workdir / "run.json", flaws)
+    run = well_formed(_json_object(workdir / "run.json", flaws), forms.RUN, "run.json", flaws)
     if not run.get("config"):
         config = _json_or_none(workdir / "config.json", flaws)
         if isinstance(config, dict):
@@ -202,7 +204,9 @@ def _metrics(workdir: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
 def _evaluations(workdir: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
     # One step may hold evaluations of several policies; of one policy the later line counts, as above.
     by_step_and_policy = {}
-    for evaluation in _step_records(workdir / "evaluation.jsonl", flaws):
+    for record in _step_records(workdir / "evaluation.jsonl", flaws):
+        where = f"evaluation.jsonl, step {step_of(record)}"
+        evaluation = well_formed(record, forms.EVALUATION, where, flaws)
         key = (step_of(evaluation), str(evaluation.get("policy")))
         by_step_and_policy[key] = evaluation
     return [by_step_and_policy[key] for key in sorted(by_step_and_policy)]
@@ -216,7 +220,7 @@ def _summaries(directory: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
     for file in sorted(directory.glob("*.json")):
         summary = _json_or_none(file, flaws)
         if isinstance(summary, dict):
-            summaries.append(summary)
+            summaries.append(well_formed(summary, forms.SUMMARY, f"compare/{file.name}", flaws))
     return summaries
 
 

@@ -13,6 +13,7 @@ from etils import epath
 from marble_jax.errors import InputError
 from marble_jax.storage.clips import animated_png, frames_of, spread_frames
 from marble_jax.storage.files import location, read_json, write_whole
+from marble_jax.storage.png_files import opened_png
 from marble_jax.storage.workdir import Workdir, check_is_folder, jsonable
 from marble_jax.validation import validated
 
@@ -58,6 +59,7 @@ class ImageFolder:
     def __init__(self, path: epath.PathLike):
         self.path = location("--out", path)
         self._record = self.path / "settings.json"
+        self._shape: tuple[int, ...] | None = None
 
     def record(self) -> dict[str, Any] | None:
         """Returns the settings and prompts that `claim` wrote, or None for a folder without.
@@ -159,10 +161,18 @@ class ImageFolder:
         """Returns image `index` as uint8 [H, W, 3], or clip `index` as uint8 [F, H, W, 3].
 
         Raises:
-          InputError: the file is missing or damaged.
+          InputError: the sample is missing, damaged or of another size than the first one that was read.
         """
         frames = read_frames(self.file(index))
-        return frames[0] if len(frames) == 1 else frames
+        sample = frames[0] if len(frames) == 1 else frames
+        if self._shape is None:
+            self._shape = sample.shape
+        if sample.shape != self._shape:
+            raise InputError(
+                f"{self.file(index)}: expected the size of the others in its folder, {self._shape[:-1]}; "
+                f"received {sample.shape[:-1]}"
+            )
+        return sample
 
     def save_grids(self, count: int) -> list[epath.Path]:
         """Writes the first `count` samples as grids of 8 x 8 small images each, and returns their paths.
@@ -202,7 +212,7 @@ def read_image(path: epath.PathLike) -> np.ndarray:
     """Returns an image file as uint8 [H, W, 3], of a clip the first frame.
 
     Raises:
-      InputError: the file is missing, or not a whole image.
+      InputError: the file is missing, not a whole image, or one that `opened_png` refuses.
     """
     return read_frames(path)[0]
 
@@ -211,17 +221,10 @@ def read_frames(path: epath.PathLike) -> np.ndarray:
     """Returns a file as frames uint8 [F, H, W, 3], of which an image has one.
 
     Raises:
-      InputError: the file is missing, or not a whole image or clip.
+      InputError: the file is missing, not a whole image or clip, or one that `opened_png` refuses.
     """
-    from PIL import Image
-
-    try:
-        with epath.Path(path).open("rb") as handle, Image.open(handle) as image:
-            return frames_of(image)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise InputError(
-            f"{path}: expected a whole image; received {type(error).__name__}"
-        ) from error
+    with opened_png(path) as image:
+        return frames_of(image)
 
 
 def save_sample(
