@@ -205,6 +205,7 @@ def _named_lora(item: str) -> tuple[str, float]:
         return item, 1.0
     weight = finite_number(tail)
     if weight is not None:
+        check_strength(f"--lora: weight of {path}", weight)
         return path, weight
     # A path may hold a colon of its own, if there is a file of that name.
     if pathlib.Path(item).exists():

@@ -72,7 +72,9 @@ class JudgeOptions(CallOptions):
     field: str | None = option(None, "instead, the number's key in the answer's JSON object")
     low: float | None = option(None, "smallest number")
     high: float | None = option(None, "largest number, which the score is divided by")
-    side: int | None = option(None, "pixels that images are resized to; 0 leaves them", least=0)
+    side: int | None = option(
+        None, "pixels that images are resized to; 0 leaves them", least=0, most=8192
+    )
     max_tokens: int | None = option(None, "of the answer", least=0)
     temperature: float | None = option(None, "of sampling", least=0)
 

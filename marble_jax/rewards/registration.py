@@ -16,7 +16,6 @@ beside `rewards.json`, in the working directory and among what is installed.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.rewards.base import Reward
+from marble_jax.validation import short, validated
 
 if TYPE_CHECKING:
     from marble_jax.rewards.models.shared_encoders import SharedEncoders
@@ -87,6 +87,7 @@ def option(
     choices: Sequence[str] = (),
     least: float | None = None,
     above: float | None = None,
+    most: float = 1e6,
 ) -> Any:
     """Returns a field of an options dataclass.
 
@@ -96,8 +97,15 @@ def option(
       choices: the values it may have; empty for any.
       least: smallest number allowed.
       above: number it has to exceed.
+      most: largest number, of an option with one of the two.
     """
-    limits = {"meaning": meaning, "choices": tuple(choices), "least": least, "above": above}
+    limits = {
+        "meaning": meaning,
+        "choices": tuple(choices),
+        "least": least,
+        "above": above,
+        "most": most,
+    }
     return dataclasses.field(default=default, metadata=limits)
 
 
@@ -173,33 +181,15 @@ def _checked(what: str, annotation: Any, value: Any) -> Any:
     Raises:
       InputError: another type than the field's.
     """
-    accepted = _accepted_types(annotation)
-    # To Python True is an int.
-    is_other_bool = isinstance(value, bool) and bool not in accepted
-    if not isinstance(value, accepted) or is_other_bool:
-        raise InputError(f"{what}: expected {accepted[-1].__name__}; received {value!r}")
-    if isinstance(value, list):
-        return tuple(value)
-    return value
-
-
-def _accepted_types(annotation: Any) -> tuple[type, ...]:
-    """Returns the types of JSON that a field takes, the one to name in a message last."""
-    if isinstance(annotation, types.UnionType):
-        # `X | None`: null, as leaving the option out, keeps what stands elsewhere.
-        return (types.NoneType, *_accepted_types(annotation.__args__[0]))
-    # JSON has lists only, and writes 1 for 1.0.
-    if typing.get_origin(annotation) is tuple:
-        return (list,)
-    if annotation is float:
-        return (int, float)
-    return (annotation,)
+    return validated(annotation, value, what)
 
 
 def _check_range(what: str, limits: Mapping[str, Any], value: Any) -> None:
     least, above = limits["least"], limits["above"]
     if value is None:
         return
+    if (least is not None or above is not None) and value > limits["most"]:
+        raise InputError(f"{what}: expected at most {limits['most']:g}; received {short(value)}")
     if least is not None and not value >= least:
         raise InputError(f"{what}: expected >= {least}; received {value!r}")
     if above is not None and not value > above:

@@ -109,14 +109,14 @@ def test_a_kind_of_ones_own_is_a_file(folder):
             {"gain": 1, "step": 2},
             "option of mine: expected one of gain, steps, mode, .*received 'step'; did you mean 'steps'",
         ),
-        ({"gain": "1"}, "reward mine: gain: expected float; received '1'"),
-        ({"gain": True}, "reward mine: gain: expected float; received True"),
-        ({"gain": 1, "steps": 1.5}, "reward mine: steps: expected int; received 1.5"),
+        ({"gain": "1"}, "reward mine: gain: expected a number; received '1'"),
+        ({"gain": True}, "reward mine: gain: expected a number; received True"),
+        ({"gain": 1, "steps": 1.5}, "reward mine: steps: expected an integer; received 1.5"),
         ({"gain": 1, "steps": 0}, "reward mine: steps: expected >= 1; received 0"),
         ({"gain": 1, "limit": 0}, "reward mine: limit: expected more than 0; received 0"),
-        ({"gain": 1, "limit": "x"}, "reward mine: limit: expected float; received 'x'"),
-        ({"gain": 1, "names": "a"}, "reward mine: names: expected list; received 'a'"),
-        ({"gain": 1, "on": 1}, "reward mine: on: expected bool; received 1"),
+        ({"gain": 1, "limit": "x"}, "reward mine: limit: expected a number; received 'x'"),
+        ({"gain": 1, "names": "a"}, "reward mine: names: expected an array; received 'a'"),
+        ({"gain": 1, "on": 1}, "reward mine: on: expected a boolean; received 1"),
         (
             {"gain": 1, "mode": "exakt"},
             "mode of mine: expected one of fast, exact; received 'exakt'; did you mean 'exact'",
@@ -151,7 +151,7 @@ def test_kinds_that_lead_nowhere(folder, kind, message):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"kind": "ocr", "detect": "no"}, "reward mine: detect: expected bool; received 'no'"),
+        ({"kind": "ocr", "detect": "no"}, "reward mine: detect: expected a boolean; received 'no'"),
         ({"kind": "ocr", "scale": 0}, "reward mine: scale: expected >= 1; received 0"),
         ({"kind": "brightness", "x": 1}, "option of mine: expected none; received 'x'"),
         (

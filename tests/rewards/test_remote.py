@@ -491,7 +491,7 @@ URL = {"urls": ["http://127.0.0.1:1"]}
         ({"kind": "remote"}, "reward mine: expected urls as a list of addresses; received \\[\\]"),
         (
             {"kind": "remote", "urls": "http://a"},
-            "reward mine: urls: expected list; received 'http://a'",
+            "reward mine: urls: expected an array; received 'http://a'",
         ),
         (
             {"kind": "remote", **URL, "token": "x"},
@@ -503,11 +503,11 @@ URL = {"urls": ["http://127.0.0.1:1"]}
         ),
         (
             {"kind": "remote", **URL, "batch_size": 2.5},
-            "reward mine: batch_size: expected int; received 2.5",
+            "reward mine: batch_size: expected an integer; received 2.5",
         ),
         (
             {"kind": "remote", **URL, "retries": True},
-            "reward mine: retries: expected int; received True",
+            "reward mine: retries: expected an integer; received True",
         ),
         (
             {"kind": "remote", **URL, "timeout": 0},
