@@ -27,4 +27,5 @@ def component_class(index: Mapping[str, Any], component: str) -> str | None:
 def name_without_owner(name: str) -> str:
     """Returns the last part of a Hub name: copies under another owner are the same model."""
     _, _, last = name.rstrip("/").rpartition("/")
-    return last
+    # A revision of it may stand behind.
+    return last.partition("@")[0]

@@ -24,7 +24,7 @@ from marble_jax.storage.workdir import Workdir, jsonable
 from marble_jax.trainable import lora
 from marble_jax.types import Adapter
 from marble_jax.version import VERSION
-from marble_jax.weights.hub import HUB_NAME
+from marble_jax.weights.hub import HUB_NAME, without_revision
 
 RECORD = "export.json"
 
@@ -101,7 +101,7 @@ def facts_of(
     # A relative path may look like a hub id.
     on_hub = HUB_NAME.fullmatch(model.path) is not None and not folder.is_dir()
     # Of a path only the last part is told: the rest is about the machine that the run was on.
-    base = model.path if on_hub else folder.name
+    base = without_revision(model.path) if on_hub else folder.name
     num_values = 0
     for a, b in pairs.values():
         num_values += a.size + b.size

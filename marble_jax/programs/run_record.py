@@ -10,6 +10,7 @@ import jax
 
 from marble_jax.config import Settings, flatten
 from marble_jax.programs.upstream import differences_from_upstream
+from marble_jax.weights.hub import commits
 
 PACKAGES = (
     "jax",
@@ -45,6 +46,7 @@ def run_record(settings: Settings, command: str) -> dict[str, Any]:
         "num_steps": settings.training.num_steps,
         "config": flatten(settings),
         "versions": package_versions(),
+        "downloads": commits(),
         "hardware": {
             "device": devices[0].device_kind,
             "devices": len(devices),

@@ -257,7 +257,9 @@ def _readings(folder: epath.Path, drawing: Drawing, ours: OurImages) -> Iterator
             opened.unload()
     if (folder / "transformer").exists():
         transformer_class = getattr(diffusers, drawing.family.diffusers.transformer)
-        merged = transformer_class.from_pretrained(str(folder), subfolder="transformer")
+        merged = transformer_class.from_pretrained(
+            str(folder), subfolder="transformer", local_files_only=True, use_safetensors=True
+        )
         pipe.register_modules(transformer=merged.to(torch.float32))
         stored = SafetensorsDir(Path(folder / "transformer"))
         # Drawn in float32 like the others, from weights that may have been rounded when they were written.
@@ -279,7 +281,10 @@ def _base_pipeline(drawing: Drawing) -> Any:
     names = drawing.family.diffusers
     try:
         pipe = getattr(diffusers, names.pipeline).from_pretrained(
-            str(drawing.model), local_files_only=True, **dict.fromkeys(names.without_text)
+            str(drawing.model),
+            local_files_only=True,
+            trust_remote_code=False,
+            **dict.fromkeys(names.without_text),
         )
     except Exception as error:
         # Whatever a library makes of the folder; the cause stays attached.

@@ -8,8 +8,30 @@ from collections.abc import Iterable, Sequence
 
 from marble_jax.errors import InputError
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-"""What a Hub name looks like: owner/model."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
+"""What a Hub name looks like: owner/model, or owner/model@revision for a branch, tag or commit of it."""
+
+_commits: dict[str, str] = {}
+
+
+def commits() -> dict[str, str]:
+    """Returns the commit of every Hub model that this process has used, by owner/model."""
+    return dict(_commits)
+
+
+def without_revision(name: str) -> str:
+    """Returns owner/model of a Hub name."""
+    return name.partition("@")[0]
+
+
+def _pinned(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Owner/model and the revision that is asked for, in the name or beside it. Raises InputError for two of them."""
+    model, _, pinned = name.partition("@")
+    if pinned and revision and pinned != revision:
+        raise InputError(
+            f"model {name!r}: expected one revision; received {pinned!r} and {revision!r}"
+        )
+    return model, pinned or revision
 
 
 def download(
@@ -18,7 +40,7 @@ def download(
     """The local copy of some files of a Hub model; what is in the cache is not fetched again.
 
     Args:
-      name: owner/model.
+      name: owner/model, or owner/model@revision.
       patterns: `fnmatch` patterns of the files wanted.
       skipped: of those, the ones not wanted.
       revision: branch, tag or commit.
@@ -28,9 +50,10 @@ def download(
     """
     from huggingface_hub import errors, snapshot_download  # needed for downloads only
 
+    model, revision = _pinned(name, revision)
     try:
         local = snapshot_download(
-            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(skipped)
+            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(skipped)
         )
     except errors.GatedRepoError as error:
         raise InputError(
@@ -48,7 +71,11 @@ def download(
             f"model {name!r}: expected a directory, a cached Hub model or a reachable Hub; received no such "
             f"directory and {type(error).__name__}"
         ) from error
-    return pathlib.Path(local)
+    path = pathlib.Path(local)
+    # A branch moves on: what was used is on record by its commit, after which the cache names the folder.
+    if path.parent.name == "snapshots":
+        _commits[model] = path.name
+    return path
 
 
 def cache_hint(folder: pathlib.Path) -> str:
@@ -75,7 +102,7 @@ def find_model(
     """The local directory of a model: `name` itself if it exists, else the Hub model of that name, downloaded.
 
     Args:
-      name: a directory, or owner/model.
+      name: a directory, owner/model, or owner/model@revision.
       folders: component folders to download with `model_index.json`.
       skipped: of those, the ones not wanted.
       revision: branch, tag or commit of a Hub model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -170,6 +171,26 @@ def test_hashes_are_kept_and_noticed_when_stale(model, monkeypatch):
     (model / "text_encoder_3" / "file").write_text("longer than before")
     assert identity(model, known=hashes)[0] != first
     assert identity(model, ("text_encoder_3",), hashes)[0] != first
+
+
+def test_another_file_of_the_same_size_and_time_is_noticed(model):
+    """As `cp -p`, `tar` and images of containers make it, and by its samples alone where no other sign is left."""
+    file = model / "text_encoder_3" / "file"
+    content = bytes(100_000)
+    file.write_bytes(content)
+    first, hashes = identity(model)
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    other = model / "other"
+    # In the second of the samples.
+    other.write_bytes(content[:6300] + b"x" + content[6301:])
+    other.rename(file)
+    os.utime(file, ns=times)
+    assert file.stat().st_mtime_ns == times[1]
+    assert identity(model, known=hashes)[0] != first
+    (record,) = [entry for path, entry in hashes.items() if path == str(file.resolve())]
+    now = file.stat()
+    record[0][2:4] = [now.st_ctime_ns, now.st_ino]
+    assert identity(model, known=hashes)[0] != first
 
 
 def test_memory_is_bounded_and_what_left_comes_back(model, tmp_path):
