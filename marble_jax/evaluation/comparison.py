@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from marble_jax.evaluation.joint_rates import joint_summary, reward_sets
+from marble_jax.evaluation.joint_rates import joint_summary, reward_sets, wilson
 from marble_jax.evaluation.judgements import ACCURACY, accuracy_name
-from marble_jax.evaluation.statistics import bootstrap, composite, gains, stratified, summary
+from marble_jax.evaluation.statistics import composite, gains, stratified, summary
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.types import Scores
@@ -80,10 +80,21 @@ def compare(
 
 def _with_failures(scores: Scores, groups: np.ndarray) -> Intervals:
     """Returns `summary` with the number of failed scores of each reward."""
-    by_reward = summary(scores, groups)
+    by_reward = _summary(scores, groups)
     num_failed = scores.failed.sum(axis=0)
     for name, count in zip(scores.names, num_failed):
         by_reward[name]["failed"] = int(count)
+    return by_reward
+
+
+def _summary(scores: Scores, groups: np.ndarray) -> Intervals:
+    """Returns `summary`, with Wilson's interval for accuracies: that of a bootstrap vanishes at a share of 0 or 1."""
+    by_reward = summary(scores, groups)
+    for k, name in enumerate(scores.names):
+        if name.endswith(f"_{ACCURACY}"):
+            valid = scores.valid[:, k]
+            _, low, high = wilson(scores.values[valid, k] > 0, groups[valid])
+            by_reward[name] |= {"low": low, "high": high}
     return by_reward
 
 
@@ -97,7 +108,7 @@ def _by_source(
         of_source = sources == source
         by_model = {}
         for model, model_scores in scores.items():
-            by_model[model] = summary(_rows(model_scores, of_source), groups[of_source])
+            by_model[model] = _summary(_rows(model_scores, of_source), groups[of_source])
         summaries[str(source)] = by_model
     return summaries
 
@@ -138,7 +149,7 @@ def _by_tag(scores: Scores, reward: int, tags: np.ndarray, groups: np.ndarray) -
     for tag in TAGS:
         of_tag = valid & (tags == tag)
         if of_tag.any():
-            interval = bootstrap(values[of_tag], groups=groups[of_tag])
+            interval = wilson(values[of_tag] > 0, groups[of_tag])
             by_tag[tag] = _named(interval, of_tag)
     # Prompts of other sources have no tag and are no part of the benchmark.
     tagged = valid & (tags != "")

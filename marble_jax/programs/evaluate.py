@@ -31,6 +31,7 @@ from marble_jax.programs.sample import fill_folder
 from marble_jax.programs.shared_settings import SharedSettings, check_alike, shared_settings
 from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_comparison
+from marble_jax.report.comparison_tables import COMPOSITE_MODELS
 from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
 
@@ -187,8 +188,8 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name, by_model in summary["geneval"].items():
         cells = [shown(by_model[model]["overall"]["mean"]) for model in models]
         rows.append((f"{name}, mean of tags", *cells))
-    # The composite compares models.
-    if len(models) > 1:
+    # Of two models the z-scores are +1 and -1 whatever the scores are.
+    if len(models) >= COMPOSITE_MODELS:
         cells = [f"{summary['composite'][model]:+.3f}" for model in models]
         rows.append(("composite (mean z-score)", *cells))
     for which, by_model in summary["joint"].items():

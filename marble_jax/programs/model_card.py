@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ NUM_IMAGES = 4
 UPSTREAM_STRENGTH = (32, 64.0)
 """Rank and alpha that MARBLE's `evaluation.py --checkpoint_path` takes for granted."""
 
+_MARKUP = re.compile(r"[&<>\\`*_{}\[\]#|~!$@^=]")
+"""Characters that mean something to Markdown or HTML, apart from what begins a line, where no such text stands."""
 _TAGS_BEFORE = ("lora", "diffusers", "peft")
 _TAGS_AFTER = ("text-to-image", "reinforcement-learning", "marble")
 _POLICIES = {
@@ -147,7 +150,7 @@ def _header(facts: Facts, shown: list[ShownImages]) -> str:
         lines.append("widget:")
     for images in shown:
         # A prompt may hold anything; a JSON string is a YAML string too.
-        text = json.dumps(images.prompt)
+        text = json.dumps(images.prompt, ensure_ascii=False)
         lines += [f"- text: {text}", "  output:", f"    url: {images.after}"]
     return "\n".join([*lines, "---", ""])
 
@@ -170,7 +173,7 @@ def _introduction(facts: Facts) -> str:
     """What the adapter is, and how it was trained."""
     records, spec = facts.records, facts.spec
     lines = [
-        f"# {facts.name}",
+        f"# {plain(facts.name)}",
         "",
         f"LoRA adapter for {_base_in_words(facts)}: rank {spec.rank}, alpha {spec.alpha:g}, "
         f"{facts.num_layers} layers, {facts.num_values:,} values. Trained with reinforcement learning "
@@ -179,12 +182,12 @@ def _introduction(facts: Facts) -> str:
         f"- policy: {facts.policy}, the {_POLICIES[facts.policy]}; after step {facts.step}",
     ]
     if records.run.get("method"):
-        lines.append(f"- method: {records.run['method']}")
+        lines.append(f"- method: {plain(records.run['method'])}")
     if records.rewards:
-        lines.append(f"- rewards: {', '.join(records.rewards)}")
+        lines.append(f"- rewards: {', '.join(map(plain, records.rewards))}")
     if records.heldout:
-        lines.append(f"- measured, never trained on: {', '.join(records.heldout)}")
-    targets = ", ".join(f"`{target}`" for target in spec.targets)
+        lines.append(f"- measured, never trained on: {', '.join(map(plain, records.heldout))}")
+    targets = ", ".join(_code(target) for target in spec.targets)
     lines += [
         f"- size: {facts.size} px; tokens a prompt: {facts.max_sequence_length}",
         f"- adapted layers: {targets}",
@@ -198,7 +201,7 @@ def _base_in_words(facts: Facts) -> str:
         return facts.base_link
     if facts.embedded:
         return "the pipeline that ships with marble_jax"
-    return f"`{facts.base}`"
+    return _code(facts.base)
 
 
 def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
@@ -218,7 +221,7 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
         f"({_sampling(records)}); gain with 95 % bootstrap interval over the prompts."
         f"{evaluated_policy}",
         "",
-        "| reward | base model | with the adapter | gain | prompts |",
+        "| reward | base model | with the adapter | gain | images with a score |",
         "|---|---|---|---|---|",
     ]
     for name in records.names:
@@ -237,7 +240,7 @@ def _sampling(records: Records) -> str:
     parts = []
     for key, label in labels.items():
         if key in config:
-            parts.append(f"{label}{config[key]}")
+            parts.append(f"{label}{plain(config[key])}")
     return ", ".join(parts)
 
 
@@ -246,9 +249,9 @@ def _result_row(records: Records, evaluation: dict[str, Any], name: str) -> str:
     before = records.score(records.base, name)
     after = records.score(evaluation, name)
     gain = records.score(evaluation, name, "gain")
-    label, change, count = name, "-", "-"
+    label, change, count = plain(name), "-", "-"
     if name in records.heldout:
-        label = f"{name} (never trained on)"
+        label += " (never trained on)"
     if not math.isnan(gain.mean):
         change = f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
     if not math.isnan(after.count):
@@ -278,9 +281,9 @@ def _strip(shown: list[ShownImages]) -> str:
         return ""
     rows = ["| prompt | base model | with the adapter |", "|---|---|---|"]
     for images in shown:
-        # A bar or the end of a line would end the cell.
-        text = " ".join(images.prompt.replace("|", "\\|").split())
-        rows.append(f"| {text} | ![before]({images.before}) | ![after]({images.after}) |")
+        rows.append(
+            f"| {plain(images.prompt)} | ![before]({images.before}) | ![after]({images.after}) |"
+        )
     return "\n".join(["## Images", "", "Same prompt, same noise.", "", *rows, ""])
 
 
@@ -296,7 +299,8 @@ def _usage(facts: Facts, merged: bool) -> str:
 def _usage_of_lora(facts: Facts) -> str:
     pipeline, size = facts.diffusers.pipeline, facts.size
     guidance = facts.embedded_guidance or _guidance(facts.records)
-    opening, place = "", f'"{facts.base}"'
+    # In the quotes of JSON, which are Python's, too.
+    opening, place = "", json.dumps(facts.base)
     if facts.embedded:
         opening = "from importlib.resources import files\n"
         place = 'str(files("marble_jax") / "embedded/pipeline")'
@@ -372,7 +376,7 @@ def _verified(checks: Mapping[str, Any] | None) -> str:
         "|---|---|---|",
     ]
     for name, check in checks["readers"].items():
-        lines.append(f"| {name} | {check['difference']:.2g} | {check['strength']:.3f} |")
+        lines.append(f"| {plain(name)} | {check['difference']:.2g} | {check['strength']:.3f} |")
     return "\n".join([*lines, ""])
 
 
@@ -389,6 +393,28 @@ def _licence(facts: Facts) -> str:
         "## Licence\n\nAn adapter is derived from its base model; the licence of the base model "
         "applies. Add it as `license:` at the top before publishing.\n"
     )
+
+
+def plain(value: Any) -> str:
+    """Returns text for Markdown that shows as it is, in one line: no markup, no link, no image, no end of a cell.
+
+    Names and prompts come from whoever wrote them, and the card is published.
+    """
+    text = " ".join(str(value).split())
+    text = _MARKUP.sub(lambda match: f"&#{ord(match[0])};", text)
+    # What would become a link without any markup.
+    return re.sub(r"(?i)\b(https?|ftp|mailto|www)([:.])", _unlinked, text)
+
+
+def _code(value: str) -> str:
+    """Returns text as a code span, which nothing in it ends."""
+    text = " ".join(value.split()).replace("`", "'")
+    # A bar would end the cell of a table, also inside of a span.
+    return f"`{text}`".replace("|", "\\|")
+
+
+def _unlinked(match: re.Match[str]) -> str:
+    return f"{match[1]}&#{ord(match[2])};"
 
 
 def _figure(value: float) -> str:

@@ -272,7 +272,7 @@ def _ties(records: Records, name: str) -> list[Alarm]:
 
 
 def _starved(records: Records, name: str) -> list[Alarm]:
-    alpha = records.series(f"harmonize/alpha/{name}").recent()
+    alpha = records.series(f"{records.alpha_key}/{name}").recent()
     # A single reward has all the weight, whatever a record says.
     if not alpha.size or len(records.rewards) < 2:
         return []

@@ -63,6 +63,10 @@ def _models_table(
     return blocks.table(head, rows, kind="models", caption=caption)
 
 
+COMPOSITE_MODELS = 3
+"""Models from which on their composite says something."""
+
+
 def scores(comparison: Comparison) -> str:
     """Returns means with intervals, rewards down and models across, and the composite."""
     title = "Scores"
@@ -73,11 +77,14 @@ def scores(comparison: Comparison) -> str:
     rows = [_score_row(comparison, reward) for reward in comparison.columns]
     rows += _overall_rows(comparison)
     note = ""
-    # The composite of one model is not a number: it ranks models among themselves.
-    if len(comparison.models) > 1:
+    # Of two models the z-scores are +1 and -1 whatever the scores are: a composite ranks three or more.
+    if len(comparison.models) >= COMPOSITE_MODELS:
         rows.append(_composite_row(comparison))
         note = _composite_note(comparison)
-    caption = "Mean with its 95&nbsp;% bootstrap interval over prompts, in each reward's own units; higher is better"
+    caption = (
+        "Mean with its 95&nbsp;% interval (bootstrap over prompts; Wilson's for accuracies), in each reward's own "
+        "units; higher is better"
+    )
     table = _models_table(comparison, "Reward", rows, caption)
     return blocks.section("scores", title, *verdicts, table, note)
 

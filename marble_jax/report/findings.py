@@ -149,6 +149,26 @@ def summarise(records: Records) -> dict[str, Any]:
         "worst_cos": _plain(records.series("harmonize/worst_cos").mean()),
         "gain": gains,
         "joint": joint(records),
+        "setting": setting(records),
+    }
+
+
+def setting(records: Records) -> dict[str, Any]:
+    """Returns what two runs have to share for their gains to be comparable; None for what is not on record."""
+    config = records.run.get("config")
+    config = config if isinstance(config, dict) else {}
+    last = records.trained[-1] if records.trained else {}
+    done = None
+    if records.last_step is not None:
+        # Steps count from 0.
+        done = records.last_step + 1
+    return {
+        "steps": done,
+        "prompts a step": config.get("rollout.prompts_per_step"),
+        "images a prompt": config.get("rollout.images_per_prompt"),
+        "seed": config.get("seed"),
+        "evaluated prompts": last.get("num_prompts"),
+        "evaluation seed": config.get("evaluation.seed"),
     }
 
 

@@ -37,6 +37,7 @@ SUMMARY: Mapping[str, Form] = {
     "method": WORDS,
     "gain": {"*": {}},
     "joint": _JOINT,
+    "setting": {},
 }
 """Of `run.json`, a line of `evaluation.jsonl` and a file in `compare`."""
 

@@ -23,7 +23,7 @@ FULL_SHADE = 0.6
 def weights(records: Records) -> str:
     """Returns alpha over time with the steps at which it was solved."""
     title = "Weights of the rewards (alpha)"
-    entries = blocks.per_reward(records, "harmonize/alpha")
+    entries = blocks.per_reward(records, records.alpha_key)
     if not entries:
         message = "No alpha on record yet, or the method does not use one."
         return blocks.section("alpha", title, blocks.absent(message))
@@ -46,8 +46,10 @@ def weights(records: Records) -> str:
         references=[(uniform, f"equal, {uniform:.2g}")],
         rug=rug,
     )
-    caption = "Lines: the alpha in use, after smoothing."
-    caption += _refresh_note(records, refreshes, marked) + _evenness_note(records, len(entries))
+    caption = (
+        "Lines: the alpha that each update used; between solves that is their running average."
+    )
+    caption += _refresh_note(records, refreshes, marked) + _evenness_note(entries)
     table = blocks.fold("Alpha as a table", _alpha_table(records, entries))
     figure = blocks.figure("Alpha over time", caption, chart, table, heights=(320, 280))
     return blocks.section("alpha", title, figure)
@@ -84,12 +86,15 @@ def _refresh_note(records: Records, refreshes: np.ndarray, marked: bool) -> str:
     return ""
 
 
-def _evenness_note(records: Records, num_rewards: int) -> str:
-    entropy = records.series("harmonize/alpha_entropy").last()
+def _evenness_note(entries: list[tuple[str, Series]]) -> str:
+    """Returns how even the last alpha is, of what is drawn."""
+    last = np.array([series.last() for _, series in entries])
     # A single weight has no evenness: its entropy's maximum is 0.
-    if not math.isfinite(entropy) or num_rewards < 2:
+    if not np.isfinite(last).all() or len(last) < 2:
         return ""
-    evenness = entropy / math.log(num_rewards)
+    positive = last[last > 0]
+    entropy = -float(np.sum(positive * np.log(positive)))
+    evenness = entropy / math.log(len(last))
     return f" Evenness (entropy over its maximum) last: {percent(evenness)}."
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 from marble_jax.report import blocks, findings, joint_rates
-from marble_jax.report.formatting import data, decimals_for, text
+from marble_jax.report.formatting import NOT_ON_RECORD, data, decimals_for, text
 from marble_jax.report.intervals import Interval, narrowest, number, reach
 from marble_jax.report.marks import interval_bar
+from marble_jax.report.markup import element
 from marble_jax.report.records import Records
 
 
@@ -28,6 +30,8 @@ def comparison(records: Records) -> str:
         "compare",
         "Beside other runs",
         _conflict_table(summaries),
+        _settings_table(summaries),
+        _warning(summaries),
         blocks.panels(panels),
         lead=(
             "Gains over the base model with 95&nbsp;% intervals; within one reward all runs share a scale, and "
@@ -35,6 +39,54 @@ def comparison(records: Records) -> str:
             "The comparison is fair only if the runs share prompts, seeds and number of steps."
         ),
     )
+
+
+def _settings(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a summary says of its run's size and seeds; empty for one of an earlier version."""
+    setting = summary.get("setting")
+    return setting if isinstance(setting, dict) else {}
+
+
+def _setting_names(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    names: dict[str, None] = {}
+    for summary in summaries:
+        names.update(dict.fromkeys(map(str, _settings(summary))))
+    return list(names)
+
+
+def _settings_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """Returns steps, prompts and seeds of each run."""
+    names = _setting_names(summaries)
+    rows = []
+    for summary in summaries:
+        cells = [_setting_cell(_settings(summary).get(name)) for name in names]
+        rows.append((text(summary.get("name", "unnamed")), *cells))
+    return blocks.table(("Run", *map(escape, names)), rows)
+
+
+def _setting_cell(value: Any) -> str:
+    return NOT_ON_RECORD if value is None else escape(str(value))
+
+
+def _warning(summaries: Sequence[dict[str, Any]]) -> str:
+    """Returns a line about settings in which the runs differ, or that are not on record; "" where all agree."""
+    differing, unknown = [], False
+    for name in _setting_names(summaries):
+        values = [_settings(summary).get(name) for summary in summaries]
+        known = [value for value in values if value is not None]
+        unknown = unknown or len(known) < len(values)
+        if any(value != known[0] for value in known):
+            differing.append(escape(name))
+    sentences = []
+    if differing:
+        sentences.append(
+            f"<b>These runs differ in {', '.join(differing)}</b>: their gains are not like for like."
+        )
+    if unknown:
+        sentences.append("Some of it is not on record: compare such runs anew to have it.")
+    if not sentences:
+        return ""
+    return element("p", " ".join(sentences), class_="small")
 
 
 def _gains(summary: dict[str, Any]) -> dict[str, Any]:

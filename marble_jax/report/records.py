@@ -178,6 +178,25 @@ class Records:
         return int(asked)
 
     @property
+    def alpha_key(self) -> str:
+        """Beginning of the keys of the alpha that updates used.
+
+        Exact runs of earlier versions have a running average under `harmonize/alpha`, which none of their updates used.
+        """
+        config = self.run.get("config")
+        if not isinstance(config, dict) or config.get("harmonize.mode") != "exact":
+            return "harmonize/alpha"
+        solved = any(key.startswith("harmonize/alpha_solved/") for key in self.last_row)
+        if config.get("harmonize.smooth_exact") or not solved:
+            return "harmonize/alpha"
+        return "harmonize/alpha_solved"
+
+    @property
+    def last_row(self) -> dict[str, Any]:
+        """The record of the last step; empty before the first."""
+        return self.rows[-1] if self.rows else {}
+
+    @property
     def base(self) -> dict[str, Any] | None:
         """The last evaluation of the base model, or None."""
         latest = None

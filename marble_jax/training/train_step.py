@@ -197,9 +197,11 @@ def exact_step(
         state, metrics = apply_update(
             recipe.averages, optimizer, state, gradient, alpha, solution.state, past
         )
-        metrics |= _solve_metrics(mean, weights, solution, alpha, rewards)
+        used = _used_alpha(harmonization, solution, alpha)
+        metrics |= _solve_metrics(mean, weights, solution, used, rewards)
+        metrics["harmonize/alpha_age"] = alpha.age
         metrics |= sums.records.metrics()
-        metrics |= _reward_diagnostics(gram, weights, alpha.alpha)
+        metrics |= _reward_diagnostics(gram, weights, used)
         if adaptive:
             spread = anchor_spread(state.last_spread, moments, metrics["training/grad_norm"])
             state = dataclasses.replace(state, anchor_spread=spread)
@@ -307,6 +309,18 @@ def _update_weights(
     return solution.weights
 
 
+def _used_alpha(
+    harmonization: Harmonization, solution: Solution, alpha: alpha_state.AlphaState
+) -> jax.Array:
+    """Alpha [K] that the update of a solve used, for the records: not the average that only later steps would use."""
+    if harmonization.scalarized:
+        # None was used.
+        return alpha.alpha
+    if harmonization.smooth:
+        return alpha_state.active_alpha(alpha, solution.used)
+    return solution.alpha
+
+
 def _scalarized_weights(num_rewards: int) -> jax.Array:
     """All weight on the last objective, the single advantage; the rewards are only watched."""
     return jnp.concatenate([jnp.zeros(num_rewards), jnp.ones(1)])
@@ -316,7 +330,7 @@ def _solve_metrics(
     mean: RewardGradients,
     weights: jax.Array,
     solution: Solution,
-    alpha: alpha_state.AlphaState,
+    alpha: jax.Array,
     num_rewards: int,
 ) -> Metrics:
     # A weight of 0 removes a reward altogether, also one whose loss is not finite.
@@ -325,9 +339,8 @@ def _solve_metrics(
         "objective/loss": jnp.sum(losses),
         "objective/kl": mean.kl,
         "objective/reward_loss": mean.losses[:num_rewards],
-        "harmonize/alpha": alpha.alpha,
+        "harmonize/alpha": alpha,
         "harmonize/refreshed": jnp.ones(()),
-        "harmonize/alpha_age": alpha.age,
     } | solution_metrics(solution)
 
 

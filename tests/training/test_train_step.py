@@ -1,5 +1,6 @@
 """A whole optimiser step against a PyTorch twin, and steps in between solves against full ones."""
 
+import dataclasses
 import functools
 
 import jax
@@ -138,6 +139,23 @@ def test_exact_step_reports_losses_and_divergence_of_the_twin():
     np.testing.assert_allclose(
         metrics["objective/loss"], np.sum(weights * scale * losses), rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_alpha_on_record_is_the_one_that_the_update_used(smooth):
+    """Without smoothing that is the solve: the average beside it is for steps that do not solve."""
+    state, batch = toy.new_state(), toy.new_batch()
+    average = jnp.asarray(np.eye(toy.REWARDS, dtype=np.float32)[0])
+    known = dataclasses.replace(
+        state.alpha, alpha=average, scale=jnp.ones(toy.REWARDS), solved=jnp.asarray(True)
+    )
+    state = dataclasses.replace(state, alpha=known)
+    after, metrics = _step("exact", smooth=smooth)(state, toy.base_params(), batch)
+    used, solved = metrics["harmonize/alpha"], metrics["harmonize/alpha_solved"]
+    assert not np.allclose(after.alpha.alpha, solved, atol=1e-2)
+    np.testing.assert_allclose(used, after.alpha.alpha if smooth else solved, atol=1e-6)
+    entropy = -np.sum(used * np.log(np.where(used > 0, used, 1)))
+    np.testing.assert_allclose(metrics["harmonize/alpha_entropy"], entropy, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["exact", "amortized"])
