@@ -31,7 +31,7 @@ MOST_SIZE = 1 << 24
 Count = Annotated[int, Ge(1), Le(MOST_SIZE)]
 """A size of at least 1."""
 Width = Annotated[int, Ge(1), Le(1 << 17)]
-"""A width, a number of channels or of heads; the largest published one is T5-11B's 65536."""
+"""A width, a number of channels or of heads; the largest published one is 65536."""
 Side = Annotated[int, Ge(1), Le(1 << 13)]
 """Rows or columns of an image, of latents or of a table of positions."""
 Layers = Annotated[int, Ge(1), Le(MOST_LAYERS)]

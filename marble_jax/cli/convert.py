@@ -9,6 +9,7 @@ from pathlib import Path
 
 from marble_jax.cli.options import refuse_config, split, word_list
 from marble_jax.errors import InputError
+from marble_jax.validation import short
 
 OPTIONS = {
     "model": "",
@@ -23,6 +24,7 @@ OPTIONS = {
     "check": "",
 }
 # Bytes of a unit as disks are sold: powers of ten.
+_MOST_BYTES = 10**18
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -114,7 +116,7 @@ def _bytes(text: str) -> int:
     Raises:
       InputError: no such size, or none at all.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kb|mb|gb|)", text.lower())
-    if not match or float(match[1]) <= 0:
-        raise InputError(f"--shard: expected a size such as 500MB or 10GB; received {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(kb|mb|gb|)", text.lower())
+    if not match or not 0 < float(match[1]) * _UNITS[match[2]] <= _MOST_BYTES:
+        raise InputError(f"--shard: expected a size such as 500MB or 10GB; received {short(text)}")
+    return max(1, int(float(match[1]) * _UNITS[match[2]]))

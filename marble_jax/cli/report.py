@@ -8,6 +8,9 @@ from typing import Any
 from marble_jax.cli.options import refuse_config, split, word_list
 from marble_jax.errors import InputError
 
+_RECORDS = ("run.json", "config.json", "metrics.jsonl")
+"""One of them is there as soon as a run has begun."""
+
 
 def help_text() -> str:
     """Returns what `--help` prints."""
@@ -31,6 +34,11 @@ def run(argv: Sequence[str]) -> int:
     # A directory that is no run is refused before anything is written to it.
     read_records(values["workdir"])
     workdir = Workdir(values["workdir"])
+    if not any((workdir.path / name).exists() for name in _RECORDS):
+        raise InputError(
+            f"report workdir: expected the directory of a training run, with {' or '.join(_RECORDS)}; received "
+            f"{values['workdir']!r} without"
+        )
     for compared in word_list(values["compare"]):
         name, summary = _summary(compared)
         workdir.write_json(f"compare/{name}.json", summary)

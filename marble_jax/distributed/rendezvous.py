@@ -15,7 +15,7 @@ from contextlib import closing
 from typing import Any
 
 from marble_jax.distributed.channel import Channel
-from marble_jax.distributed.secret import GivenSecret, Secret, challenge, is_proof, proof
+from marble_jax.distributed.secret import VARIABLE, GivenSecret, Secret, challenge, is_proof, proof
 from marble_jax.distributed.waiting_room import MAGIC, WaitingRoom
 from marble_jax.distributed.wire import LOST, VALUE, listen, receive, send
 from marble_jax.errors import InputError
@@ -236,7 +236,9 @@ def _knock(meeting: _Meeting) -> Channel:
     # Read anew each time: the file may be an earlier run's until process 0 has made its own.
     secret = meeting.secret.read()
     if secret is None:
-        raise OSError(f"no secret in {meeting.secret} yet")
+        raise OSError(
+            f"no secret in {meeting.secret}: all hosts have to share the workdir, or {VARIABLE}"
+        )
     seconds = max(0.1, min(meeting.remaining(), 10.0))
     connection = socket.create_connection((meeting.host, meeting.port), timeout=seconds)
     kind, value = None, None

@@ -16,7 +16,6 @@ from typing import Protocol
 from etils import epath
 
 from marble_jax.errors import InputError
-from marble_jax.storage.files import is_remote, location
 
 VARIABLE = "MARBLE_JAX_SECRET"
 FILE = ".secret.partial"
@@ -67,8 +66,10 @@ class WorkdirSecret:
     """
 
     def __init__(self, workdir: epath.PathLike):
-        self._folder = location("workdir", workdir)
+        # Whether such a place can be, the run finds out itself: nothing is asked of it before it is used.
+        self._folder = epath.Path(os.path.expanduser(os.fspath(workdir)))
         self._file = self._folder / FILE
+        self._is_remote = "://" in os.fspath(workdir)
         self._made_folder = False
         self._text: str | None = None
 
@@ -85,7 +86,7 @@ class WorkdirSecret:
         try:
             self._made_folder = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
-            if is_remote(self._file):
+            if self._is_remote:
                 self._file.write_text(self._text)
                 return
             # One that a kill left behind may be open to others.
@@ -98,6 +99,11 @@ class WorkdirSecret:
                 f"workdir: expected a writable place; received {self._folder} "
                 f"({error.strerror or error})"
             ) from None
+        # Whatever the library of a bucket raises where it cannot be reached; the cause stays attached.
+        except Exception as error:
+            raise InputError(
+                f"workdir: expected a writable place; received {self._folder} ({type(error).__name__})"
+            ) from error
 
     def read(self) -> str | None:
         """Returns the secret that is in the file now; None without one."""
@@ -105,16 +111,17 @@ class WorkdirSecret:
             return self._text
         try:
             return self._file.read_text() or None
-        except (OSError, ValueError):
+        # Also what the library of a bucket raises.
+        except Exception:
             return None
 
     def forget(self) -> None:
         """Removes the file, and the folder if it was made for it."""
         try:
             self._file.unlink(missing_ok=True)
-            if self._made_folder and not is_remote(self._folder):
+            if self._made_folder and not self._is_remote:
                 self._folder.rmdir()
-        except OSError:
+        except Exception:
             # Somebody else's by now, or out of reach: what is left says nothing once all have met.
             pass
 

@@ -36,9 +36,9 @@ class ScoreFile:
         # The whole lines of a file that ends in half a line; None where the file is whole.
         self._before_torn_line: str | None = None
         if self.path.exists():
-            self._read(self.path.read_text().splitlines())
+            self._read(self.path.read_bytes().splitlines())
 
-    def _read(self, lines: Sequence[str]) -> None:
+    def _read(self, lines: Sequence[bytes]) -> None:
         for line_number, line in enumerate(lines, 1):
             where = f"{self.path}:{line_number}"
             try:
@@ -51,7 +51,8 @@ class ScoreFile:
             except InputError:
                 # Lines are appended one after the other, so a kill can have cut the last one only.
                 if line_number == len(lines):
-                    self._before_torn_line = "\n".join([*lines[:-1], ""])
+                    # What was parsed above is UTF-8.
+                    self._before_torn_line = b"\n".join([*lines[:-1], b""]).decode()
                     return
                 raise
             self._add(index, scores, failed)

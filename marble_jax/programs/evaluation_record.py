@@ -126,7 +126,8 @@ def _check_prompts(workdir: Workdir, prompts: Sequence[Prompt]) -> None:
     file = workdir.path / PROMPTS
     if not file.exists():
         return
-    lines = file.read_text().splitlines()
+    # Bytes that are no text make another line, which is then told.
+    lines = file.read_bytes().decode("utf-8", "replace").splitlines()
     for number, (expected, prompt) in enumerate(zip(lines, prompts), 1):
         received = _line(prompt)
         if expected != received:

@@ -93,7 +93,7 @@ def _evenness_note(entries: list[tuple[str, Series]]) -> str:
     if not np.isfinite(last).all() or len(last) < 2:
         return ""
     positive = last[last > 0]
-    entropy = -float(np.sum(positive * np.log(positive)))
+    entropy = max(0.0, -float(np.sum(positive * np.log(positive))))
     evenness = entropy / math.log(len(last))
     return f" Evenness (entropy over its maximum) last: {percent(evenness)}."
 

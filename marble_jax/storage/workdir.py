@@ -17,7 +17,7 @@ from etils import epath
 from marble_jax.config import KEYS, may_change_on_resume
 from marble_jax.errors import InputError
 from marble_jax.storage import lock
-from marble_jax.storage.files import append, location, read_json_or_empty, write_whole
+from marble_jax.storage.files import append, location, read_json, read_json_or_empty, write_whole
 from marble_jax.validation import Natural, parse_json, validated
 
 
@@ -126,7 +126,8 @@ class Workdir:
             if config is not None:
                 return config
         raise InputError(
-            f"workdir: expected a JSON object in {self.path / 'config.json'}; received something else"
+            f"workdir: expected a JSON object in {self.path / 'config.json'}; received "
+            f"{_what_is_wrong(self.path / 'config.json')}"
         )
 
     def claim(self, config: dict[str, Any]) -> bool:
@@ -206,6 +207,15 @@ class Workdir:
             if file.exists():
                 lines = [json.dumps(record) for record in self.read(file) if record["step"] <= last]
                 self.write_text(file.name, "".join(f"{line}\n" for line in lines))
+
+
+def _what_is_wrong(file: epath.Path) -> str:
+    """What a damaged configuration is instead of a JSON object."""
+    try:
+        read_json(file)
+    except InputError as error:
+        return f"a damaged one ({str(error).removeprefix(f'{file}: ')})"
+    return "something else"
 
 
 def _read_config(file: epath.Path, section: str | None) -> dict[str, Any] | None:

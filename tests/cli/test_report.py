@@ -53,6 +53,13 @@ def test_bad_input(refused, run, tmp_path):
     assert "--compare: expected the workdir of a run" in refused(
         "report", f"--workdir={run}", f"--compare={nowhere}"
     )
+    nowhere.mkdir()
+    (nowhere / "thesis.tex").write_text("")
+    assert "expected the directory of a training run, with run.json or" in refused(
+        "report", f"--workdir={nowhere}"
+    )
+    assert [path.name for path in nowhere.iterdir()] == ["thesis.tex"]
+    shutil.rmtree(nowhere)
     assert "received --config=x" in refused("report", f"--workdir={run}", "--config=x")
     assert "did you mean 'workdir'?" in refused("report", "--wokdir=x")
     assert not nowhere.exists() and not (run / "compare" / "nowhere.json").exists()

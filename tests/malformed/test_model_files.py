@@ -325,7 +325,7 @@ def test_schedulers_of_other_families(tmp_path, read, usual, change, words):
 
 TOKENIZER_FILES = [
     ("tokenizer.json", None, "tokenizer.json"),
-    ("tokenizer.json", "", "Tokenizer"),
+    ("tokenizer.json", "", "empty"),
     ("tokenizer.json", "{}", "Tokenizer"),
     ("tokenizer.json", "[]", "Tokenizer"),
     ("tokenizer.json", "5", "Tokenizer"),

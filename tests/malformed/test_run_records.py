@@ -10,6 +10,10 @@ from attempts import ACCEPTED, DAMAGED, changed, check, line_of, run
 from make_workdir import REWARDS, make_workdir
 
 from marble_jax.evaluation.score_file import ScoreFile
+from marble_jax.programs.evaluation_record import new_record
+from marble_jax.programs.evaluation_request import Request
+from marble_jax.programs.policy_source import PolicySource
+from marble_jax.prompts.files import Prompt
 from marble_jax.storage.workdir import Workdir
 
 MENTIONS = "Not readable"
@@ -84,6 +88,37 @@ def test_values_of_run_json_that_are_shown_as_they_are(workdir, change):
 
 
 FILES = ("run.json", "compare/weighted_sum.json", "samples/prompts.json")
+
+
+REQUEST = {"models": {}, "rewards": {}, "settings": {}}
+EVALUATION_FILES = [
+    ("evaluation.json", json.dumps(REQUEST), ACCEPTED),
+    *[("evaluation.json", *DAMAGED[kind]) for kind in DAMAGED if kind not in ("missing", "loop")],
+    ("evaluation.json", "{}", "evaluation"),
+    ("evaluation.json", json.dumps(REQUEST | {"models": []}), "evaluation"),
+    ("evaluation.json", json.dumps(REQUEST | {"models": {"a": 5}}), "models"),
+    ("evaluation.json", json.dumps(REQUEST | {"rewards": 5}), "rewards"),
+    ("evaluation.json", json.dumps(REQUEST | {"rewards": {"a": []}}), "rewards"),
+    ("evaluation.json", json.dumps(REQUEST | {"settings": []}), "settings"),
+    ("prompts.jsonl", b"\xff\xfe\n", "prompts"),
+    ("prompts.jsonl", "5\n", "prompts"),
+    ("prompts.jsonl", "{\n", "prompts"),
+    ("thesis.tex", "x", "a new folder"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), EVALUATION_FILES)
+def test_folders_of_evaluations(tmp_path, name, content, words):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    if name == "prompts.jsonl":
+        (folder / "evaluation.json").write_text(json.dumps(REQUEST))
+    request = Request({"a": PolicySource("embedded")}, "general")
+    with changed(folder / name, content):
+        line = line_of(
+            lambda: new_record(request, Workdir(folder), [Prompt("a", "general")], {"r": {}})
+        )
+    check(line, words)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGED if kind != "loop"])

@@ -263,7 +263,7 @@ def test_adapter_tensors(adapter, name):
         ("a:1e39", "1e+39 & strength"),
         ("a:inf", "inf"),
         ("run:0,5", "5"),
-        (",,", "LoRA"),
+        (",,", "--lora"),
         ("a:²", "²"),
     ],
 )

@@ -22,7 +22,9 @@ CONFIG = {
 
 @pytest.fixture
 def workdir(tmp_path):
-    root = make_workdir(tmp_path / "run", num_steps=12, images=False, compare=False)
+    root = make_workdir(
+        tmp_path / "run", num_steps=12, evaluate_every=6, images=False, compare=False
+    )
     change(root, CONFIG)
     return root
 

@@ -17,7 +17,7 @@ from marble_jax.rewards.http.connections import ServerOptions
 from marble_jax.rewards.http.server import RewardServer
 from marble_jax.rewards.registry import load_rewards
 
-TOKEN = "a token of some length"
+TOKEN = "a-token-of-some-length"
 IMAGES = np.linspace(0, 1, 2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3)
 
 
