@@ -192,10 +192,18 @@ def number(values: Mapping[str, str], name: str, least: float, most: float = MOS
 def _not_a_number(
     expected: str, values: Mapping[str, str], name: str, least: float, most: float
 ) -> InputError:
-    end = "" if most == MOST else f" and at most {most}"
-    # A number that is only too large would otherwise be answered with a bound that it keeps.
-    if is_digits(values[name]) and int(values[name]) > most:
-        end = f" and at most {most}"
+    # The largest number is told where it is what is in the way.
+    end = f" and at most {most:.10g}" if _is_finite_above(values[name], most) else ""
     return InputError(
         f"--{name}: expected {expected} of at least {least}{end}; received {short(values[name])}"
     )
+
+
+def _is_finite_above(text: str, most: float) -> bool:
+    if text.isascii() and text.isdigit():
+        # Of any length: longer ones than Python converts are above everything.
+        return len(text) > 19 or int(text) > most
+    try:
+        return most < float(text) < float("inf")
+    except ValueError:
+        return False

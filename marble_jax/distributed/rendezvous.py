@@ -281,8 +281,8 @@ def _say_hello(meeting: _Meeting, connection: socket.socket, secret: str) -> tup
     # Somebody else at that port cannot send this process away, either.
     if not is_proof(answer.get("proof"), secret, nonce, kind, value):
         raise OSError(_STRANGER)
-    expected: type = list if kind == VALUE else str
-    if not isinstance(value, expected) or (kind == VALUE and len(value) != meeting.count):
+    names_all = isinstance(value, list) and len(value) == meeting.count
+    if not (names_all if kind == VALUE else isinstance(value, str)):
         raise OSError(_STRANGER)
     return kind, value
 

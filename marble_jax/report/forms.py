@@ -14,7 +14,7 @@ Form = Any
 
 NUMBER = int | float
 WORDS = str | int | float
-_JOINT = {"*": {}}
+_JOINT: Form = {"*": {}}
 
 RUN: Mapping[str, Form] = {
     "name": WORDS,

@@ -94,6 +94,24 @@ def test_what_is_no_number(text):
         number({"n": text}, "n", 0.1)
 
 
+@pytest.mark.parametrize("text", ["²", "\u0661", "\uff11", "1_0", "+1" * 20])
+def test_digits_are_those_from_0_to_9(text):
+    """`int` and `float` read digits of other scripts, and underscores between them."""
+    for read in (whole_number, number):
+        with pytest.raises(InputError, match="^--n: expected a .*number of at least 0; received"):
+            read({"n": text}, "n", 0)
+
+
+def test_numbers_that_are_too_large():
+    with pytest.raises(InputError, match="of at least 1 and at most 4096; received '5000'$"):
+        whole_number({"n": "5000"}, "n", 1, 4096)
+    with pytest.raises(InputError, match="of at least 0 and at most 10; received '1e300'$"):
+        number({"n": "1e300"}, "n", 0, 10)
+    with pytest.raises(InputError, match="at most 2147483647; received '999999999999999999"):
+        whole_number({"n": "9" * 400}, "n", 0)
+    assert whole_number({"n": "4096"}, "n", 1, 4096) == 4096
+
+
 def test_one_of_two_options():
     check_either("verb", {"a": "x", "b": ""}, "a", "b")
     check_either("verb", {"a": "", "b": "x"}, "a", "b")

@@ -1,4 +1,4 @@
-"""No case of the corpus may take longer than a minute."""
+"""No case of the corpus may hang; on a quiet machine each takes a second at most."""
 
 import signal
 import sys
@@ -8,16 +8,19 @@ import pytest
 
 # The made-up run lies with the tests of its report.
 sys.path.append(str(Path(__file__).parents[1] / "report"))
+SECONDS = 300
 
-SECONDS = 60
+
+class Hangs(BaseException):
+    """Raised in the middle of a case that takes far too long; no `except Exception` of the package stops it."""
 
 
 @pytest.fixture(autouse=True)
 def time_limit():
-    """Raises in the middle of a case that hangs."""
+    """Ends a case that hangs."""
 
     def late(*_):
-        raise TimeoutError(f"still busy after {SECONDS} s")
+        raise Hangs(f"still busy after {SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
