@@ -19,30 +19,26 @@ WEIGHTED = {"harmonize.reward_weights": (0.5, 0.7, 1.7, 1.0, 0.8)}
 SUM_WEIGHTS = (25.0, 8.6, 1.9, 3.0, 2.7)
 # The same of the JPEG score, whose unit is half a megabyte.
 OPPOSED_SUM_WEIGHT = 1800.0
-EMBEDDED_SUM = {"advantages.scalarize": "weighted_sum", "advantages.weights": SUM_WEIGHTS}
+SUM = {"advantages.scalarize": "weighted_sum", "advantages.weights": SUM_WEIGHTS}
 ON_STEPS = {
     "objective.name": "policy_gradient",
     "rollout.solver": "flow_sde",
     "rollout_policy.schedule": "copy",
     "training.timestep_fraction": 1.0,
 }
-OTHER_OBJECTIVES = {
-    "flow_grpo": ON_STEPS | {"training.updates_per_rollout": 2, "policy_gradient.clip_range": 1e-3},
-    "flow_grpo_fast": ON_STEPS
-    | {
-        "rollout.solver": "cps",
-        "rollout.noise_level": 0.8,
-        "rollout.window_size": 2,
-        "rollout.window_range": 0.5,
-    },
-    "grpo_guard": ON_STEPS
-    | {
-        "policy_gradient.form": "guard",
-        "training.updates_per_rollout": 2,
-        "policy_gradient.clip_range": 1e-4,
-    },
-    "awm": {"objective.name": "awm", "rollout_policy.schedule": "copy"},
+FLOW_GRPO = ON_STEPS | {"training.updates_per_rollout": 2, "policy_gradient.clip_range": 1e-3}
+FLOW_GRPO_FAST = ON_STEPS | {
+    "rollout.solver": "cps",
+    "rollout.noise_level": 0.8,
+    "rollout.window_size": 2,
+    "rollout.window_range": 0.5,
 }
+GRPO_GUARD = ON_STEPS | {
+    "policy_gradient.form": "guard",
+    "training.updates_per_rollout": 2,
+    "policy_gradient.clip_range": 1e-4,
+}
+AWM = {"objective.name": "awm", "rollout_policy.schedule": "copy"}
 PRESETS = {
     "": WEIGHTED,
     "exact": WEIGHTED | {"harmonize.mode": "exact"},
@@ -52,10 +48,7 @@ PRESETS = {
     | {"harmonize.gram": "cleaned", "harmonize.smooth_exact": True, "harmonize.rho": 0.9},
     # Without reward weights, as upstream's own; 9 samples of a micro-batch to a device, as there.
     "upstream": {**UPSTREAM, "harmonize.upstream_ranks": 8},
-    "weighted_sum": {
-        "advantages.scalarize": "weighted_sum",
-        "advantages.weights": SUM_WEIGHTS,
-    },
+    "weighted_sum": SUM,
     # Upstream's sum: scores as they are, each with weight one, so that the reward with the widest scores rules.
     "weighted_sum_raw": {"advantages.scalarize": "weighted_sum"},
     "upweighted": {
@@ -99,8 +92,14 @@ PRESETS = {
         "evaluation.sources": SOURCES,
     },
     # Other objectives, each on the sum of scores and with MARBLE. The pipeline has no guidance, and six steps.
-    **{name: EMBEDDED_SUM | changes for name, changes in OTHER_OBJECTIVES.items()},
-    **{f"{name}_marble": WEIGHTED | changes for name, changes in OTHER_OBJECTIVES.items()},
+    "flow_grpo": SUM | FLOW_GRPO,
+    "flow_grpo_marble": WEIGHTED | FLOW_GRPO,
+    "flow_grpo_fast": SUM | FLOW_GRPO_FAST,
+    "flow_grpo_fast_marble": WEIGHTED | FLOW_GRPO_FAST,
+    "grpo_guard": SUM | GRPO_GUARD,
+    "grpo_guard_marble": WEIGHTED | GRPO_GUARD,
+    "awm": SUM | AWM,
+    "awm_marble": WEIGHTED | AWM,
     "smoke": {
         "rollout.prompts_per_step": 3,
         "rollout.images_per_prompt": 4,

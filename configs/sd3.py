@@ -35,8 +35,14 @@ PRESETS = (
     "gpu_80gb",
     "gpu_140gb",
     "gpu_8x80gb",
-    *POLICY_GRADIENTS,
-    *(f"{name}_marble" for name in POLICY_GRADIENTS),
+    "flow_grpo",
+    "flow_grpo_marble",
+    "flow_grpo_fast",
+    "flow_grpo_fast_marble",
+    "grpo_guard",
+    "grpo_guard_marble",
+    "awm",
+    "awm_marble",
 )
 GPUS = {  # (rollout.batch_size, training.micro_batch_size, harmonize.chunk_size a device)
     "gpu_80gb": (144, 72, 8),

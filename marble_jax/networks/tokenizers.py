@@ -175,7 +175,7 @@ def _known_class(directory: pathlib.Path, kind: str | None, transformers: Any) -
         return kind
     if (directory / "tokenizer.json").is_file():
         return "PreTrainedTokenizerFast"
-    config = {}
+    config: dict[str, Any] = {}
     if (directory / "tokenizer_config.json").is_file():
         config = read_json(directory / "tokenizer_config.json")
     if "auto_map" in config:
