@@ -180,7 +180,7 @@ def test_every_tensor_counts(tmp_path):
 def test_configs():
     quick = config_of({**TINY, "quick_gelu": True})
     assert quick.text.hidden_act == "quick_gelu" and config_of(TINY).vision.hidden_act == "gelu"
-    assert dataclasses.replace(config_of(VIT_H).vision, image_size=8).num_attention_heads == 16
+    assert dataclasses.replace(config_of(VIT_H).vision, image_size=28).num_attention_heads == 16
     with pytest.raises(
         InputError, match="open_clip_config.json model_cfg: expected 'embed_dim'; received none"
     ):

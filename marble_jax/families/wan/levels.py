@@ -96,8 +96,8 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
         raise InputError(f"{path}: expected _class_name {expected}; received {short(kind)}")
     for key, only in _REQUIRED[kind].items():
         if config.get(key) != only:
-            received = short(config.get(key))
-            raise InputError(f"{path}: {key}: expected {only!r}; received {received}")
+            shown = short(config.get(key))
+            raise InputError(f"{path}: {key}: expected {only!r}; received {shown}")
     for key, only in _ONLY[kind].items():
         received = config.get(key)
         if received not in (None, only):
