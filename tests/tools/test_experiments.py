@@ -507,3 +507,15 @@ def test_bad_options(argv, message, capsys):
     assert main([f"--config={FILE}", *argv], ("false",)) == 2
     captured = capsys.readouterr()
     assert re.search(message, captured.err) and len(captured.err.splitlines()) == 1
+
+
+def test_a_result_on_record_is_that_of_todays_configuration():
+    """Keys that came later count as having had their default; a changed default, or a key that is gone, does not."""
+    config = {"name": "x", "seed": 3, "nft.beta": 0.1, "harmonize.rho": 0.7}
+    same = results._same_config
+    assert same({"nft.beta": 0.1, "harmonize.rho": 0.7}, config)
+    assert same({"nft.beta": 0.1}, config)
+    assert not same({"nft.beta": 0.1}, config | {"harmonize.rho": 0.6})
+    assert not same({"nft.beta": 0.2, "harmonize.rho": 0.7}, config)
+    assert not same({"nft.beta": 0.1, "nft.gone": 1}, config)
+    assert not same(None, config)

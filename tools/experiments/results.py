@@ -11,19 +11,35 @@ from typing import Any
 
 import numpy as np
 
+from marble_jax.config import KEYS
 from marble_jax.errors import InputError
 from marble_jax.report.intervals import number
 from marble_jax.report.reading import read_records
 from marble_jax.report.records import Records
 from marble_jax.storage.files import read_json, write_whole
+from marble_jax.storage.workdir import jsonable
 from tools.experiments.methods import METHODS, Job
 from tools.experiments.runner import finished
 
 
 def config_hash(config: dict[str, Any]) -> str:
     """12 hex digits of SHA-256 over a flat configuration without its name and seed: one for all seeds of a method."""
-    own = {key: value for key, value in config.items() if key not in ("name", "seed")}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+    own = json.dumps(_own_config(config), sort_keys=True)
+    return hashlib.sha256(own.encode()).hexdigest()[:12]
+
+
+def _own_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A flat configuration without its name and seed: one for all seeds of a method."""
+    return {key: value for key, value in config.items() if key not in ("name", "seed")}
+
+
+def _same_config(recorded: Any, config: dict[str, Any]) -> bool:
+    """Whether a run on record has a configuration: keys that were not there yet count as having their default."""
+    own = _own_config(config)
+    if not isinstance(recorded, dict) or not set(recorded) <= set(own):
+        return False
+    defaults = jsonable({name: key.default for name, key in KEYS.items()})
+    return all(recorded.get(key, defaults[key]) == value for key, value in own.items())
 
 
 def _rounded(value: float, digits: int = 6) -> float | None:
@@ -99,6 +115,7 @@ def run_result(job: Job) -> dict[str, Any]:
         "out_of_sample": _out_of_sample(records) if len(records.rewards) > 1 else {},
         "seconds": _rounded(float(seconds.sum()), 4),
         "seconds_per_step": _rounded(float(np.median(seconds)), 4) if seconds.size else None,
+        "config": _own_config(job.config),
         "config_hash": config_hash(job.config),
         "command": records.run.get("command"),
         "versions": records.run.get("versions"),
@@ -132,17 +149,21 @@ def kept_results(path: Path, jobs: Sequence[Job]) -> tuple[dict[str, dict[str, A
             f"{path}: runs: expected results by run; received {type(earlier).__name__}"
         )
     shared = {key: content[key] for key in SHARED if key in content}
+    shared_config = content.get("config", {})
     kept = {}
     others = dict.fromkeys(earlier)
     for job in jobs:
         run = earlier.get(job.name)
-        if run is None or run.get("config_hash") != config_hash(job.config):
+        if run is None:
+            continue
+        config = shared_config | run.get("config", {})
+        if not config or not _same_config(config, job.config):
             continue
         del others[job.name]
         # A folder knows more than its result.
         if not job.workdir.exists():
             # The methods that a run stands for may be other ones today.
-            kept[job.name] = {**shared, **run, "methods": list(job.methods)}
+            kept[job.name] = {**shared, **run, "config": config, "methods": list(job.methods)}
     return kept, list(others)
 
 
@@ -172,6 +193,10 @@ def collect(
             shared[key] = values[0]
             for run in runs.values():
                 del run[key]
+    shared["config"] = _shared_config([run["config"] for run in runs.values()])
+    for run in runs.values():
+        own = run["config"].items()
+        run["config"] = {key: value for key, value in own if key not in shared["config"]}
     wanted = {name for job in jobs for name in job.methods}
     return {
         "command": command,
@@ -184,6 +209,18 @@ def collect(
         ],
         "missing": [job.name for job in jobs if job.name not in runs],
         "runs": runs,
+    }
+
+
+def _shared_config(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all configurations have in common."""
+    if not configs:
+        return {}
+    first, *others = configs
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in other and other[key] == value for other in others)
     }
 
 
