@@ -1,0 +1,125 @@
+"""Wan2.1-T2V-1.3B: LoRA of rank 32 on its attention, MARBLE in amortized mode, on pictures or on clips.
+
+    marble-jax train --config=configs/wan.py:240p_8x80gb --workdir=runs/wan
+
+`picture` draws 480 x 832 px, `240p` clips of 17 frames of 240 x 416, `480p` clips of 33 frames of 480 x 832. Rollouts
+take 10 dpm2 steps with guidance 4.5, without which the base model blurs; four of the ten noise levels are trained on,
+as a step's time is nearly all in the network. Rewards of images see three frames of a clip, OCR reads the first, middle
+and last one, and `motion` keeps clips from freezing; smoothness, flicker and a dynamic degree are only evaluated. Prompts
+are the ready-made sets. Not run by this project yet: a run takes large accelerators. `model.path` is a diffusers
+directory or hub id (Apache-2.0).
+
+`picture`, `240p` and `480p` are for eight GPUs of 80 GB. `marble-jax plan --config=configs/wan.py:PRESET` with the
+options below says, in GB of the largest program and what lies beside it on a device (the reward models take some 12 GB
+more) and seconds of a step at 40 % of the peak, rewards apart:
+
+| preset         | options of plan           | GB of usable  | samples a step | s a step |
+|----------------|---------------------------|---------------|----------------|----------|
+| picture_80gb   | --devices=1 --chip=h100   | 43.4 of 64.4  | 24 x 12        | 130      |
+| picture_8x80gb | --devices=8 --chip=h100   | 14.8 of 64.4  | 48 x 24        | 65       |
+| picture_v5p_16 | --devices=16 --chip=v5p   | 11.7 of 102.8 | 48 x 24        | 70       |
+| picture_v6e_16 | --devices=16 --chip=v6e   | 9.2 of 33.5   | 48 x 24        | 35       |
+| 240p_80gb      | --devices=1 --chip=h100   | 16.0 of 64.4  | 24 x 12        | 173      |
+| 240p_8x80gb    | --devices=8 --chip=h100   | 15.9 of 64.4  | 48 x 24        | 86       |
+| 240p_v5p_16    | --devices=16 --chip=v5p   | 12.5 of 102.8 | 48 x 24        | 93       |
+| 240p_v6e_16    | --devices=16 --chip=v6e   | 9.5 of 33.5   | 48 x 24        | 47       |
+| 480p_80gb      | --devices=1 --chip=h100   | 46.1 of 64.4  | 12 x 12        | 1076     |
+| 480p_8x80gb    | --devices=8 --chip=h100   | 15.1 of 64.4  | 24 x 24        | 538      |
+| 480p_v5p_16    | --devices=16 --chip=v5p   | 18.4 of 102.8 | 24 x 24        | 581      |
+| 480p_v6e_16    | --devices=16 --chip=v6e   | 11.1 of 33.5  | 24 x 24        | 290      |
+
+At 480p the weights are split over all devices but on the single GPU (`mesh.fsdp`); elsewhere every device holds them.
+"""
+
+from marble_jax.config import default_config
+from marble_jax.errors import one_of
+
+IMAGE_REWARDS = ("pickscore", "hpsv2", "clipscore")
+# What a clip is drawn as: (frames, height, width, rewards trained on, rewards only evaluated).
+SAMPLES = {
+    "picture": (1, 480, 832, (*IMAGE_REWARDS, "ocr"), ("aesthetic", "imagereward")),
+    "240p": (
+        17,
+        240,
+        416,
+        (*IMAGE_REWARDS, "video_ocr", "motion"),
+        ("smoothness", "flicker", "block_dynamic_degree"),
+    ),
+    "480p": (
+        33,
+        480,
+        832,
+        (*IMAGE_REWARDS, "video_ocr", "motion"),
+        ("smoothness", "flicker", "block_dynamic_degree"),
+    ),
+}
+# Where it runs: (attention, mesh.fsdp, prompts x images a step, rollout batch, micro-batch, chunk a device)
+PLACES = {
+    ("picture", "80gb"): ("cudnn", 1, (24, 12), 48, 24, 8),
+    ("picture", "8x80gb"): ("cudnn", 1, (48, 24), 384, 192, 8),
+    ("picture", "v5p_16"): ("splash", 1, (48, 24), 576, 192, 4),
+    ("picture", "v6e_16"): ("splash", 1, (48, 24), 576, 64, 2),
+    ("240p", "80gb"): ("cudnn", 1, (24, 12), 48, 24, 8),
+    ("240p", "8x80gb"): ("cudnn", 1, (48, 24), 384, 192, 8),
+    ("240p", "v5p_16"): ("splash", 1, (48, 24), 576, 192, 4),
+    ("240p", "v6e_16"): ("splash", 1, (48, 24), 192, 64, 2),
+    ("480p", "80gb"): ("cudnn", 1, (12, 12), 8, 4, 2),
+    ("480p", "8x80gb"): ("cudnn", 8, (24, 24), 64, 32, 2),
+    ("480p", "v5p_16"): ("splash", 16, (24, 24), 64, 64, 2),
+    ("480p", "v6e_16"): ("splash", 16, (24, 24), 32, 16, 1),
+}
+PRESETS = (
+    "picture",
+    "240p",
+    "480p",
+    "picture_80gb",
+    "picture_8x80gb",
+    "picture_v5p_16",
+    "picture_v6e_16",
+    "240p_80gb",
+    "240p_8x80gb",
+    "240p_v5p_16",
+    "240p_v6e_16",
+    "480p_80gb",
+    "480p_8x80gb",
+    "480p_v5p_16",
+    "480p_v6e_16",
+)
+
+
+def get_config(preset: str = PRESETS[0]):
+    one_of("preset of configs/wan.py", preset, PRESETS)
+    sample = next(name for name in SAMPLES if preset.startswith(name))
+    place = preset.removeprefix(sample).removeprefix("_") or "8x80gb"
+    frames, height, width, rewards, heldout = SAMPLES[sample]
+    attention, fsdp, (prompts, images), batch, micro_batch, chunk = PLACES[sample, place]
+    config = default_config()
+    config.name = preset
+    config.model.update(
+        path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        num_frames=frames,
+        height=height,
+        width=width,
+        max_sequence_length=512,
+        attention=attention,
+        remat="full",
+    )
+    config.lora.update(rank=32, alpha=64.0)
+    config.prompts.update(
+        path="generated",
+        sources=("general", "ocr"),
+        embedding_cache="~/.cache/marble_jax/embeddings",
+    )
+    config.rewards.update(path="hub", train=rewards, heldout=heldout, frames="count:3")
+    config.rollout.update(
+        prompts_per_step=prompts,
+        images_per_prompt=images,
+        batch_size=batch,
+        num_steps=10,
+        guidance_scale=4.5,
+    )
+    config.training.update(micro_batch_size=micro_batch, timestep_fraction=0.4, learning_rate=1e-4)
+    config.harmonize.update(mode="amortized", chunk_size=chunk)
+    config.evaluation.update(num_steps=25, solver="unipc")
+    config.mesh.fsdp = fsdp
+    return config
