@@ -5,9 +5,9 @@
 `picture` draws 480 x 832 px, `240p` clips of 17 frames of 240 x 416, `480p` clips of 33 frames of 480 x 832. Rollouts
 take 10 dpm2 steps with guidance 4.5, without which the base model blurs; four of the ten noise levels are trained on,
 as a step's time is nearly all in the network. Rewards of images see three frames of a clip, OCR reads the first, middle
-and last one, and `motion` keeps clips from freezing; smoothness, flicker and a dynamic degree are only evaluated. Prompts
-are the ready-made sets. Not run by this project yet: a run takes large accelerators. `model.path` is a diffusers
-directory or hub id (Apache-2.0).
+and last one, and `motion` keeps clips from freezing; smoothness, flicker and a dynamic degree are only evaluated. The
+prompts are the ready-made sets. Not run by this project yet: a run takes large accelerators. `model.path` is a
+diffusers directory or hub id (Apache-2.0).
 
 `picture`, `240p` and `480p` are for eight GPUs of 80 GB. `marble-jax plan --config=configs/wan.py:PRESET` with the
 options below says, in GB of the largest program and what lies beside it on a device (the reward models take some 12 GB
