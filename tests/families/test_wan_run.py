@@ -112,6 +112,7 @@ def test_two_steps_on_clips_change_the_policy(run):
     assert kept.shape == (5, 16, 32, 3)
 
 
+@pytest.mark.slow
 def test_a_run_on_images_sees_images(place):
     """The same model at one frame, with rewards of images, with guidance."""
     workdir = place / "run_picture"
@@ -175,6 +176,7 @@ def test_the_report_shows_clips(place, run, monkeypatch):
     assert "Motion" in page
 
 
+@pytest.mark.slow
 def test_the_export_of_a_run_on_clips_is_verified(place, run):
     """By diffusers and PEFT, on clips."""
     pytest.importorskip("peft")
