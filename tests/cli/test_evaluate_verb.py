@@ -181,7 +181,7 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
         ),
         (
             ["--prompts=a", "--size=big"],
-            "--size: expected HEIGHTxWIDTH in pixels, such as 512x512; received 'big'",
+            "--size: expected HEIGHTxWIDTH in pixels, such as 512x512, or FRAMESxHEIGHTxWIDTH",
         ),
         (
             ["--prompts=a", "--size=4096x64"],

@@ -73,7 +73,8 @@ def held_out_prompts(made):
         ),
         (
             {"rollout__solver": "heun"},
-            "rollout.solver: expected one of euler, dpm1, dpm2, ddim, unipc; received 'heun'",
+            "rollout.solver: expected one of euler, dpm1, dpm2, ddim, unipc, flow_sde, dance_sde, cps; "
+            "received 'heun'",
         ),
     ],
 )
