@@ -139,7 +139,12 @@ def test_bfloat16_stays_near_float32(pair):
 
 def test_config_defaults_and_downsampling():
     config = autoencoder_kl.VAEConfig.from_dict(
-        {"shift_factor": None, "block_out_channels": [8, 8, 8], "sample_size": 64}
+        {
+            "shift_factor": None,
+            "block_out_channels": [8, 8, 8],
+            "norm_num_groups": 8,
+            "sample_size": 64,
+        }
     )
     assert config.shift_factor == 0.0 and config.downsampling == 4 and config.use_quant_conv
 

@@ -55,7 +55,9 @@ def test_a_cut_file_is_no_clip(tmp_path, share):
     save_sample(file, clip_of(), None, 16)
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(InputError, match=r"clip.png: expected a whole image; received"):
+    with pytest.raises(
+        InputError, match=r"clip.png: expected a whole PNG image; received a damaged"
+    ):
         read_frames(file)
 
 
@@ -69,8 +71,9 @@ def test_a_folder_gives_clips_and_images_back(tmp_path):
     grid = read_image(file)
     assert grid.shape == (8, 8 * 12, 3)
     np.testing.assert_array_equal(grid[:, 3 * 12 : 4 * 12], clip_of(9)[8])
-    folder.save(0, clip_of(1), {}, 16)
-    np.testing.assert_array_equal(folder.read(0), clip_of(1)[0])
+    images = ImageFolder(tmp_path / "images")
+    images.save(0, clip_of(1), {}, 16)
+    np.testing.assert_array_equal(images.read(0), clip_of(1)[0])
 
 
 @pytest.mark.parametrize(
