@@ -388,7 +388,7 @@ def test_config_ignores_private_keys():
         ({"patch_size": 2}, "expected patch_size 1; received 2"),
         ({"in_channels": 6}, "expected in_channels divisible by 4; received 6"),
         ({"out_channels": 8}, "expected out_channels null or in_channels = 16; received 8"),
-        ({"num_single_layers": 0}, r"expected num_layers and num_single_layers of 1 or more"),
+        ({"num_single_layers": 0}, "num_single_layers: expected a number >= 1; received 0"),
         ({"axes_dims_rope": [4, 6, 8]}, r"three even numbers that add up to 16; received \[4, 6, 8\]"),
         ({"axes_dims_rope": [4, 5, 7]}, r"three even numbers that add up to 16; received \[4, 5, 7\]"),
     ],

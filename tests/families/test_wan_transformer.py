@@ -378,7 +378,7 @@ def test_config_ignores_private_keys():
         ({"cross_attn_norm": False}, "expected cross_attn_norm True; received False"),
         ({"eps": 1e-5}, "expected eps 1e-06; received 1e-05"),
         ({"freq_dim": 128}, "expected freq_dim 256; received 128"),
-        ({"num_layers": 0}, "expected num_layers of 1 or more; received 0"),
+        ({"num_layers": 0}, "num_layers: expected a number >= 1; received 0"),
         ({"attention_head_dim": 7}, "expected an even attention_head_dim of 6 or more; received 7"),
     ],
 )  # fmt: skip

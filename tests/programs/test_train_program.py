@@ -56,6 +56,7 @@ def make(tmp_path):
             evaluator=evaluate,
             spec=SimpleNamespace(scale=1.0),
             networks=SimpleNamespace(params={}),
+            family=SimpleNamespace(frames_per_second=None),
         )
         return RunEvaluations(run, Workdir(str(tmp_path)), Console(), Nothing()), asked
 
