@@ -32,7 +32,7 @@ def config_from(
         type takes the file's list.
       values: contents of the file; where `storage.files.read_json` read it, messages name the file.
       what: names the config in messages, such as "transformer config".
-      expected: refuses unknown keys, except those that begin with "_", as what is not these "fields of this model"; None passes
+      expected: refuses unknown keys, except those that begin with "_", as what is not one of these; None passes
         unknown keys over.
 
     Raises:

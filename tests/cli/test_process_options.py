@@ -107,10 +107,12 @@ def test_a_workdir_that_is_not_shared(folder, tmp_path):
     places = [tmp_path / "a", tmp_path / "b"]
     for place in places:
         place.mkdir()
+    # Without one that is given, they would have to share the workdir to find each other at all.
+    secrets = ["a secret of twenty letters"] * 2
     everybody(
         r"process 1 \(.*\): workdir: expected a directory that all hosts share; received run, where what process "
         "0 writes does not show$"
-    )(refusals(pair([small.command(folder, "run")] * 2, cwd=places)))
+    )(refusals(pair([small.command(folder, "run")] * 2, cwd=places, MARBLE_JAX_SECRET=secrets)))
     assert [list(place.iterdir()) for place in places] == [[], []]
 
 

@@ -359,7 +359,7 @@ def test_the_folder_and_its_card(exported):
     assert "| geneval | 0.2500 | 0.7500 | +0.5000 [+0.6500, +0.8500] | 8 |" in card.text
     assert "scores of the averaged policy after step 6" in card.text
     assert (
-        r"| two \| red circles | ![before](images/00_before.png) | ![after](images/00_after.png) |"
+        "| two &#124; red circles | ![before](images/00_before.png) | ![after](images/00_after.png) |"
         in card.text
     )
     assert "rank 4, alpha 12, 39 layers" in card.text and 'subfolder="transformer"' in card.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +13,7 @@ from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError
 from marble_jax.programs import build
 from marble_jax.programs.check_settings import check_settings
+from marble_jax.programs.imaging import Imaging
 from marble_jax.programs.upstream import (
     ALWAYS,
     differences_from_upstream,
@@ -101,14 +101,16 @@ def test_advantages_are_shaped_once():
 
 def test_evaluations_see_the_timesteps_that_are_asked_for():
     asked = []
-    imaging = SimpleNamespace(
-        sampler=lambda *arguments: asked.append(arguments),
-        encode=None,
-        decode=None,
-        latent_shape=(),
-        mesh=device_mesh.make_mesh(),
-    )
+
+    class Asked(Imaging):
+        """A model whose samplers are only asked for."""
+
+        def sampler(self, *arguments):
+            asked.append(arguments)
+
     for file in ("embedded.py", "embedded.py:upstream"):
+        rollout = _settings(file).rollout
+        imaging = Asked(None, (), None, None, device_mesh.make_mesh(), rollout)
         rewards = [Reward(name="brightness", kind="device")]
         build._evaluator(_settings(file), imaging, rewards, ()).scorer.close()
         build._collector(_settings(file), imaging, rewards).scorer.close()
