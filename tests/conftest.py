@@ -1,5 +1,6 @@
 """Environment of the tests: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -18,6 +19,9 @@ _CACHE = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+MOST_BYTES = 4 << 30
+"""Memory of a process from which on compiled programs are given up."""
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -31,6 +35,23 @@ def pytest_configure(config):
     if config.getoption("--check-shapes"):
         # Before anything of the package is imported.
         importlib.import_module("shape_checks").install()
+
+
+def _resident_bytes():
+    """Memory of this process; 0 where the system does not say."""
+    statistics = pathlib.Path("/proc/self/statm")
+    if not statistics.exists():
+        return 0
+    return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_do_not_pile_up():
+    """Gives up compiled programs between files once they fill memory: a whole run has thousands, and two processes."""
+    yield
+    if _resident_bytes() > MOST_BYTES:
+        importlib.import_module("jax").clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
