@@ -1,5 +1,6 @@
 """Environment of the tests: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs."""
 
+import ctypes
 import gc
 import importlib
 import importlib.util
@@ -52,6 +53,10 @@ def compiled_programs_do_not_pile_up():
     if _resident_bytes() > MOST_BYTES:
         importlib.import_module("jax").clear_caches()
         gc.collect()
+        # The C library keeps what was freed unless it is told.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @pytest.fixture(scope="session")
