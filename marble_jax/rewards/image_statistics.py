@@ -7,7 +7,7 @@ fault elsewhere, and one that raises them too far shows what over-optimisation l
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.rewards.base import Metadata, Reward
+from marble_jax.rewards.formula import FormulaReward
 from marble_jax.rewards.registration import BuildContext, NoOptions, register_reward
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
@@ -91,26 +92,6 @@ def colourfulness(images: jax.Array) -> jax.Array:
 def _length(vectors: jax.Array) -> jax.Array:
     """Returns the lengths [N] of vectors [2, N]."""
     return jnp.sqrt(jnp.sum(vectors**2, 0))
-
-
-class FormulaReward(Reward):
-    """A formula of the images alone. A device reward."""
-
-    def __init__(self, name: str, formula: Callable[[jax.Array], jax.Array]):
-        """Builds the reward from a function of images [N, H, W, 3] in [0, 1] to scores [N]."""
-        super().__init__(name=name, kind="device")
-        self._score = jax.jit(formula)
-
-    def score(
-        self,
-        params: Params,
-        images: Any,
-        prompts: Sequence[str],
-        metadata: Sequence[Metadata],
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `Reward.score`."""
-        values = self._score(jnp.asarray(images, jnp.float32))
-        return values, jnp.ones(values.shape, bool)
 
 
 @register_reward("jpeg_compressibility")

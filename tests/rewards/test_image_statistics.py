@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from marble_jax.rewards import base
-from marble_jax.rewards.image_statistics import FormulaReward, JpegReward, brightness, colourfulness
+from marble_jax.rewards.formula import FormulaReward
+from marble_jax.rewards.image_statistics import JpegReward, brightness, colourfulness
 
 
 @pytest.fixture(scope="module")

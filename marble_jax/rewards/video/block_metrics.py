@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from marble_jax.rewards.base import CLIPS
+from marble_jax.rewards.formula import FormulaReward
 from marble_jax.rewards.registration import BuildContext, NoOptions, option, register_reward
 from marble_jax.rewards.video.block_matching import (
     best_shifts,
@@ -22,7 +24,6 @@ from marble_jax.rewards.video.block_matching import (
     reduction_factor,
     search_radius,
 )
-from marble_jax.rewards.video.clip_statistics import ClipFormulaReward
 
 COMPARED_FPS = 8.0
 """Frames a second between which motion is looked at."""
@@ -102,15 +103,13 @@ def _eight_bit(frames: jax.Array) -> jax.Array:
 @register_reward("block_dynamic_degree", DynamicOptions)
 def build_dynamic_degree(
     name: str, options: DynamicOptions, context: BuildContext
-) -> ClipFormulaReward:
+) -> FormulaReward:
     """Builds the share of clips that move, as a score of 1 or 0 for each."""
     formula = functools.partial(dynamic_degree, fps=options.fps)
-    return ClipFormulaReward(name, formula, 2)
+    return FormulaReward(name, formula, CLIPS, 2)
 
 
 @register_reward("block_motion_smoothness")
-def build_motion_smoothness(
-    name: str, options: NoOptions, context: BuildContext
-) -> ClipFormulaReward:
+def build_motion_smoothness(name: str, options: NoOptions, context: BuildContext) -> FormulaReward:
     """Builds the agreement of dropped frames with their interpolation."""
-    return ClipFormulaReward(name, motion_smoothness, 3)
+    return FormulaReward(name, motion_smoothness, CLIPS, 3)

@@ -6,15 +6,12 @@ smoothness and flicker and the least motion, which is why they belong together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from marble_jax.rewards.base import CLIPS, Metadata, Reward
+from marble_jax.rewards.base import CLIPS
+from marble_jax.rewards.formula import FormulaReward
 from marble_jax.rewards.registration import BuildContext, NoOptions, register_reward
-from marble_jax.types import Params
 
 _SPACE_AND_CHANNELS = (-3, -2, -1)
 
@@ -48,45 +45,19 @@ def flicker(clips: jax.Array) -> jax.Array:
     return (255 - jnp.mean(difference, 1)) / 255
 
 
-class ClipFormulaReward(Reward):
-    """A formula of the clips alone. A device reward."""
-
-    def __init__(self, name: str, formula: Callable[[jax.Array], jax.Array], min_frames: int):
-        """Builds the reward.
-
-        Args:
-          name: key of the reward.
-          formula: from clips float32 [N, F, H, W, 3] in [0, 1] to scores [N].
-          min_frames: that the formula needs.
-        """
-        super().__init__(name=name, kind="device", takes=CLIPS, min_frames=min_frames)
-        self._score = jax.jit(formula)
-
-    def score(
-        self,
-        params: Params,
-        images: Any,
-        prompts: Sequence[str],
-        metadata: Sequence[Metadata],
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `Reward.score`."""
-        values = self._score(jnp.asarray(images, jnp.float32))
-        return values, jnp.ones(values.shape, bool)
-
-
 @register_reward("motion")
-def build_motion(name: str, options: NoOptions, context: BuildContext) -> ClipFormulaReward:
+def build_motion(name: str, options: NoOptions, context: BuildContext) -> FormulaReward:
     """Builds the amount of motion."""
-    return ClipFormulaReward(name, motion, 2)
+    return FormulaReward(name, motion, CLIPS, 2)
 
 
 @register_reward("smoothness")
-def build_smoothness(name: str, options: NoOptions, context: BuildContext) -> ClipFormulaReward:
+def build_smoothness(name: str, options: NoOptions, context: BuildContext) -> FormulaReward:
     """Builds the negative second difference."""
-    return ClipFormulaReward(name, smoothness, 3)
+    return FormulaReward(name, smoothness, CLIPS, 3)
 
 
 @register_reward("flicker")
-def build_flicker(name: str, options: NoOptions, context: BuildContext) -> ClipFormulaReward:
+def build_flicker(name: str, options: NoOptions, context: BuildContext) -> FormulaReward:
     """Builds VBench's formula of flicker."""
-    return ClipFormulaReward(name, flicker, 2)
+    return FormulaReward(name, flicker, CLIPS, 2)
