@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,9 @@ Params = Any
 
 Conditioning = Mapping[str, jax.Array]
 """Named arrays [N, ...] that a velocity is conditioned on; which ones, the model's family decides."""
+
+PolicyVelocity = Callable[[Params, Adapter | None, jax.Array, jax.Array, Conditioning], jax.Array]
+"""velocity(params, adapter or None, xt [n, *latent], sigma [n], cond) -> float32 [n, *latent]."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Compute dtypes by the name that settings give them."""

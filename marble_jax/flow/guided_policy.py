@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.flow.sampler import extrapolated
-from marble_jax.types import Adapter, Conditioning, Params
+from marble_jax.types import Adapter, Conditioning, Params, PolicyVelocity
 
 
 @flax.struct.dataclass
@@ -44,6 +43,7 @@ def guided_policy(velocity: PolicyVelocity, guidance_scale: float) -> PolicyVelo
         sigma: Float[Array, " n"],
         cond: GuidedConditioning,
     ) -> Float[Array, " n *latent"]:
+        # One network call after the other: a doubled batch would move samples between devices.
         away = velocity(params, adapter, xt, sigma, cond.negative).astype(jnp.float32)
         towards = velocity(params, adapter, xt, sigma, cond.prompt).astype(jnp.float32)
         return extrapolated(away, towards, guidance_scale)

@@ -27,6 +27,11 @@ def expand(sigma: Level, like: Float[Array, " n *latent"]) -> jax.Array:
     return level.reshape(level.shape + trailing)
 
 
+def sample_mean(x: Float[Array, " n *latent"]) -> Float[Array, " n"]:
+    """Returns the mean over the elements of each of n samples."""
+    return jnp.mean(x.reshape(x.shape[0], -1), axis=1)
+
+
 def interpolate(
     x0: Float[Array, " n *latent"], noise: Float[Array, " n *latent"], sigma: Level
 ) -> Float[Array, " n *latent"]:

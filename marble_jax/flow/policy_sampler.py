@@ -10,16 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.levels import truncated
-from marble_jax.flow.sampler import extrapolated, sample
+from marble_jax.flow.sampler import VelocityFn, sample
 from marble_jax.flow.solvers import solver_table
 from marble_jax.flow.stochastic import StochasticTable
 from marble_jax.flow.trajectory import Transitions, sample_transitions, table_rows
 from marble_jax.streams import Stream, stream_key
-from marble_jax.types import Adapter, Conditioning, Params
-
-PolicyVelocity = Callable[[Params, Adapter | None, jax.Array, jax.Array, Conditioning], jax.Array]
-"""velocity(params, adapter or None, xt [n, *latent], sigma [n], cond) -> float32 [n, *latent]."""
+from marble_jax.types import Adapter, Conditioning, Params, PolicyVelocity
 
 Sampler = Callable[[Params, Adapter | None, Conditioning, jax.Array], jax.Array]
 """sampler(params, adapter or None, cond of n samples, noise [n, *latent]) -> clean latents float32 [n, *latent]."""
@@ -64,26 +62,29 @@ def make_sampler(
         noise: jax.Array,
         negative: Conditioning | None = None,
     ) -> jax.Array:
-        def conditional(x: jax.Array, sigma: jax.Array, c: Conditioning) -> jax.Array:
-            # All samples of a rollout are at the same level; a policy takes one for each.
-            levels = jnp.broadcast_to(sigma, x.shape[:1])
-            return velocity(params, adapter, x, levels, c)
-
-        def velocity_at(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            if negative is None or guidance_scale <= 1:
-                return conditional(x, sigma, cond)
-            # One network call after the other: a doubled batch would move samples between devices.
-            repeated = jax.tree.map(
-                lambda leaf: jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:])), negative
-            )
-            away = conditional(x, sigma, repeated).astype(jnp.float32)
-            towards = conditional(x, sigma, cond).astype(jnp.float32)
-            return extrapolated(away, towards, guidance_scale)
-
+        policy: PolicyVelocity = velocity
+        own_cond: Any = cond
+        if negative is not None and guidance_scale > 1:
+            policy = guided_policy(velocity, guidance_scale)
+            own_cond = GuidedConditioning(cond, repeated(negative, len(noise)))
+        velocity_at = _at_one_level(policy, params, adapter, own_cond)
         with jax.named_scope("rollout"):
             return sample(velocity_at, noise, sigmas, table, network_sigmas)
 
     return run
+
+
+def _at_one_level(
+    velocity: PolicyVelocity, params: Params, adapter: Adapter | None, cond: Any
+) -> VelocityFn:
+    """A policy's velocity at samples that all are at the same level, as those of a rollout are."""
+
+    def velocity_at(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        # A policy takes one level for each.
+        levels = jnp.broadcast_to(sigma, x.shape[:1])
+        return velocity(params, adapter, x, levels, cond)
+
+    return velocity_at
 
 
 TransitionSampler = Callable[
@@ -120,10 +121,7 @@ def make_transition_sampler(
         rows: jax.Array,
         start: jax.Array,
     ) -> tuple[jax.Array, Transitions]:
-        def velocity_at(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            levels = jnp.broadcast_to(sigma, x.shape[:1])
-            return velocity(params, adapter, x, levels, cond)
-
+        velocity_at = _at_one_level(velocity, params, adapter, cond)
         with jax.named_scope("rollout"):
             return sample_transitions(
                 velocity_at,

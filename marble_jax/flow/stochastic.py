@@ -56,11 +56,6 @@ class StochasticTable:
         """N."""
         return len(self.state)
 
-    @property
-    def slope(self) -> Rows:
-        """Derivative of a step's mean in the velocity: the clean estimate moves by `-t` for each unit of it."""
-        return -self.current * self.sigmas[:-1]
-
     def in_window(self, start: int, size: int) -> StochasticTable:
         """Returns the table with noise at `size` steps from step `start` on, and Euler's steps elsewhere."""
         step = np.arange(self.num_steps)

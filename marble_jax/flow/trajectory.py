@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from marble_jax.flow.path import clean_estimate, expand
+from marble_jax.flow.path import clean_estimate, expand, sample_mean
 from marble_jax.flow.sampler import VelocityFn
 from marble_jax.flow.stochastic import StochasticTable
 
@@ -65,7 +65,7 @@ def log_density(
 
     Source: Flow-GRPO (arXiv 2505.05470) for the mean over elements; arXiv 2509.05952 for the form without constants.
     """
-    square = jnp.mean(jnp.square(error).reshape(error.shape[0], -1), axis=1)
+    square = sample_mean(jnp.square(error))
     if not has_density:
         return -square
     scaled = square / (2.0 * jnp.square(std))

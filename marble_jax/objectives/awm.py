@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from marble_jax.flow.path import expand, interpolate
+from marble_jax.flow.path import expand, interpolate, sample_mean
 from marble_jax.objectives.base import (
     Directions,
-    Divergence,
     Draws,
     FlowBatch,
     FrozenPolicies,
     Objective,
 )
 from marble_jax.objectives.registry import register_objective
+from marble_jax.objectives.velocity_distance import sample_kl, velocity_divergence, wide
 
 WEIGHTINGS = ("uniform", "sigma", "sigma_squared", "huber", "sigma_huber")
 ROOT_FLOOR = 1e-10
@@ -74,10 +74,6 @@ def weighted_error(
     return factor * value, factor * base ** (power - 1.0)
 
 
-def _sample_mean(x: Float[Array, " n *latent"]) -> Float[Array, " n"]:
-    return jnp.mean(x.reshape(x.shape[0], -1), axis=1)
-
-
 @dataclasses.dataclass(frozen=True)
 class AdvantageWeightedMatching(Objective):
     """`mean_n A / A_max w(|v - target|^2) + rollout_weight |v - v_rollout|^2 + kl_weight |v - v_base|^2`.
@@ -122,9 +118,8 @@ class AdvantageWeightedMatching(Objective):
         self, prediction: Float[Array, " n *latent"], batch: MatchingBatch
     ) -> Directions:
         """The weighted error's cotangent as the signal; the pull to the rollout policy as an anchor."""
-        wide = prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32))
-        away = wide - batch.target
-        error = _sample_mean(jnp.square(away))
+        away = wide(prediction) - batch.target
+        error = sample_mean(jnp.square(away))
         value, slope = weighted_error(error, batch.sigma, self.weighting, self.power)
         # Derivative of a mean of squares over the elements.
         per_element = 2.0 / prediction[0].size
@@ -132,13 +127,10 @@ class AdvantageWeightedMatching(Objective):
         anchors: tuple[jax.Array, ...] = ()
         gap = None
         if batch.v_rollout is not None:
-            apart = wide - batch.v_rollout
+            apart = wide(prediction) - batch.v_rollout
             anchors = (self.rollout_weight * per_element * apart,)
-            gap = _sample_mean(jnp.square(apart))
-        divergence = None
-        if batch.v_base is not None:
-            apart = wide - batch.v_base
-            divergence = Divergence(per_element * apart, _sample_mean(jnp.square(apart)))
+            gap = sample_kl(prediction, batch.v_rollout)
+        divergence = velocity_divergence(prediction, batch.v_base)
         return Directions((signal,), anchors, (value, gap), divergence, gap)
 
     def mix(

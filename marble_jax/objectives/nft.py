@@ -22,16 +22,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from marble_jax.flow.path import expand, interpolate
+from marble_jax.flow.path import expand, interpolate, sample_mean
 from marble_jax.objectives.base import (
     Directions,
-    Divergence,
     Draws,
     FlowBatch,
     FrozenPolicies,
     Objective,
 )
 from marble_jax.objectives.registry import register_objective
+from marble_jax.objectives.velocity_distance import sample_kl, velocity_divergence, wide
 
 ADVANTAGE_CLIP = 5.0
 WEIGHT_FLOOR = 1e-5
@@ -77,21 +77,13 @@ class NftBatch(FlowBatch):
     v_base: jax.Array | None = None
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _sample_mean(x: jax.Array) -> jax.Array:
-    return jnp.mean(x.reshape(x.shape[0], -1), axis=1)
-
-
 def _normaliser(error: jax.Array) -> jax.Array:
     """Detached mean absolute error per sample [n], floored, summed in the widest float at hand."""
     widest = jax.dtypes.canonicalize_dtype(jnp.float64)
     # A weight and no part of the loss: no gradient flows through it.
     detached = jax.lax.stop_gradient(error)
     size = jnp.abs(detached.astype(widest))
-    return jnp.maximum(_sample_mean(size), WEIGHT_FLOOR)
+    return jnp.maximum(sample_mean(size), WEIGHT_FLOOR)
 
 
 def error_parts(
@@ -112,9 +104,9 @@ def error_parts(
       sigma: noise level in (0, 1].
       beta: mixing weight in (0, 1].
     """
-    v, x0, xt = _wide(v), _wide(x0), _wide(xt)
-    v_rollout = _wide(jax.lax.stop_gradient(v_rollout))
-    sigma = expand(_wide(sigma), v)
+    v, x0, xt = wide(v), wide(x0), wide(xt)
+    v_rollout = wide(jax.lax.stop_gradient(v_rollout))
+    sigma = expand(wide(sigma), v)
     estimate = xt - sigma * v_rollout
     e = estimate - x0
     # The only part that depends on the current policy: gradients flow through it alone.
@@ -129,8 +121,8 @@ def branch_errors(parts: ErrorParts) -> BranchErrors:
     Source: DiffusionNFT (arXiv 2509.16117), with the self-normalised x0 loss of its released code.
     """
     w_pos, w_neg = _normalisers(parts)
-    positive = _sample_mean(jnp.square(parts.e - parts.d))
-    negative = _sample_mean(jnp.square(parts.e + parts.d))
+    positive = sample_mean(jnp.square(parts.e - parts.d))
+    negative = sample_mean(jnp.square(parts.e + parts.d))
     return BranchErrors(positive / w_pos, negative / w_neg)
 
 
@@ -154,15 +146,6 @@ def optimality(
     return jnp.clip(advantage / (2.0 * clip) + 0.5, 0.0, 1.0)
 
 
-def sample_kl(
-    v: Float[Array, " n *latent"], v_base: Float[Array, " n *latent"]
-) -> Float[Array, " n"]:
-    """Mean squared distance of each sample's velocity from that of the base model, or of another fixed policy."""
-    # The other policy is fixed; a caller that differentiates must not move it.
-    away = _wide(v) - _wide(jax.lax.stop_gradient(v_base))
-    return _sample_mean(jnp.square(away))
-
-
 def signal_and_anchor(
     parts: ErrorParts,
 ) -> tuple[Float[Array, " n *latent"], Float[Array, " n *latent"]]:
@@ -180,15 +163,6 @@ def signal_and_anchor(
     signal = -total * parts.e - difference * parts.d
     anchor = 0.5 * (difference * parts.e + total * parts.d)
     return signal, anchor
-
-
-def _divergence(prediction: jax.Array, v_base: jax.Array | None) -> Divergence | None:
-    """Divergence of a prediction from the base model with its cotangent; None without the base model's velocity."""
-    if v_base is None:
-        return None
-    away = _wide(prediction) - v_base
-    factor = 2.0 / prediction[0].size
-    return Divergence(factor * away, sample_kl(prediction, v_base))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +203,7 @@ class Nft(Objective):
             signals=(factor * signal,),
             anchors=(factor * anchor,),
             statistics=branch_errors(parts),
-            kl=_divergence(prediction, batch.v_base),
+            kl=velocity_divergence(prediction, batch.v_base),
             gap=sample_kl(prediction, batch.v_rollout),
         )
 
@@ -240,7 +214,7 @@ class Nft(Objective):
         valid: Bool[Array, "n k"],
     ) -> Float[Array, "n k 2"]:
         """`r - 1/2` of the signal and 1 of the anchor; see `Objective.mix`."""
-        r = optimality(_wide(advantages), self.clip)
+        r = optimality(wide(advantages), self.clip)
         # Centred on no advantage: the rest of the loss is the anchor's, whatever the reward.
         return jnp.stack([r - 0.5, jnp.ones_like(r)], axis=-1)
 
@@ -248,7 +222,7 @@ class Nft(Objective):
         self, advantages: Float[Array, "n k"], statistics: BranchErrors
     ) -> Float[Array, "n k"]:
         """`clip / beta (r P + (1 - r) N)`; see `Objective.losses`."""
-        r = optimality(_wide(advantages), self.clip)
+        r = optimality(wide(advantages), self.clip)
         # Branch errors belong to samples, r to samples and rewards.
         positive, negative = statistics.positive[:, None], statistics.negative[:, None]
         return self.clip / self.beta * (r * positive + (1.0 - r) * negative)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from marble_jax.errors import InputError
-from marble_jax.flow.path import expand
+from marble_jax.flow.path import expand, sample_mean
 from marble_jax.flow.trajectory import Transitions, log_density, step_mean
 from marble_jax.objectives.base import (
     Directions,
@@ -42,6 +42,7 @@ from marble_jax.objectives.base import (
     SolverSteps,
 )
 from marble_jax.objectives.registry import register_objective
+from marble_jax.objectives.velocity_distance import wide
 
 FORMS = ("ppo", "guard")
 
@@ -99,12 +100,7 @@ def step_batch(draws: Draws) -> StepBatch:
 def _mean_of(velocity: Float[Array, " n *latent"], batch: StepBatch) -> Float[Array, " n *latent"]:
     """Mean of every step under the policy with this velocity."""
     steps = batch.steps
-    wide = velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
-    return step_mean(batch.xt, wide, steps.sigma, steps.state, steps.current)
-
-
-def _sample_mean(x: Float[Array, " n *latent"]) -> Float[Array, " n"]:
-    return jnp.mean(x.reshape(x.shape[0], -1), axis=1)
+    return step_mean(batch.xt, wide(velocity), steps.sigma, steps.state, steps.current)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +199,7 @@ class PolicyGradient(Objective):
             return expand(slope, mean) * error / std, jnp.zeros(len(mean))
         mean_of_rollout = _mean_of(batch.v_rollout, batch)
         drawn = (batch.after - mean_of_rollout) / std
-        return expand(slope, mean) * drawn, _sample_mean(drawn * (mean - mean_of_rollout))
+        return expand(slope, mean) * drawn, sample_mean(drawn * (mean - mean_of_rollout))
 
     def mix(
         self, advantages: Float[Array, "n k"], statistics: StepStatistics, valid: Bool[Array, "n k"]
@@ -262,7 +258,7 @@ def _divergence(
     away = mean - _mean_of(batch.v_base, batch)
     variance = jnp.square(batch.steps.diffusion)
     cotangent = expand(slope / variance, away) * away
-    return Divergence(cotangent, _sample_mean(jnp.square(away)) / (2.0 * variance))
+    return Divergence(cotangent, sample_mean(jnp.square(away)) / (2.0 * variance))
 
 
 def from_settings(settings: Any) -> PolicyGradient:

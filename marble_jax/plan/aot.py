@@ -28,7 +28,7 @@ from marble_jax.distributed.accelerators import ACCELERATORS, GIB, Accelerator
 from marble_jax.errors import InputError, nearest
 from marble_jax.families.base import Networks
 from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
-from marble_jax.flow.policy_sampler import PolicyVelocity, make_sampler, make_transition_sampler
+from marble_jax.flow.policy_sampler import make_sampler, make_transition_sampler
 from marble_jax.flow.trajectory import Transitions
 from marble_jax.plan.hlo import Collective, collectives
 from marble_jax.plan.model_shapes import ModelShapes
@@ -41,6 +41,7 @@ from marble_jax.training.latent_layout import is_split, split_layout
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.state import TrainState
+from marble_jax.types import PolicyVelocity
 
 SLICES = ("v5e", "v5p", "v6e")
 """Kinds of chips that `--topology` compiles for."""

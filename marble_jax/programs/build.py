@@ -20,7 +20,6 @@ from marble_jax.errors import InputError, nearest
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.base import Family, Networks, Size
 from marble_jax.flow.guided_policy import guided_policy
-from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.objectives.registry import make_objective
@@ -69,7 +68,7 @@ from marble_jax.training.rollout import Collector
 from marble_jax.training.rounding import marks
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.step_schedule import Steps, make_steps
-from marble_jax.types import Adapter, Conditioning
+from marble_jax.types import Adapter, Conditioning, PolicyVelocity
 
 
 @dataclasses.dataclass

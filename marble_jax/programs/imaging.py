@@ -17,7 +17,6 @@ from marble_jax.families.base import Networks, Size
 from marble_jax.families.decoding import Decoder, as_samples
 from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.policy_sampler import (
-    PolicyVelocity,
     Sampler,
     make_sampler,
     make_transition_sampler,
@@ -27,7 +26,7 @@ from marble_jax.programs.noisy_rollouts import network_levels_of, stochastic_of
 from marble_jax.programs.open_model import decode_size
 from marble_jax.training.batch_sizes import is_stochastic, window_of
 from marble_jax.training.rollout import NoisyPath, NoisySampler
-from marble_jax.types import Adapter, Conditioning, Params
+from marble_jax.types import Adapter, Conditioning, Params, PolicyVelocity
 
 
 @dataclasses.dataclass(frozen=True)

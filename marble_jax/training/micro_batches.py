@@ -18,7 +18,6 @@ from jax.extend.core import jaxpr_as_fun
 
 from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
 from marble_jax.flow.guided_policy import GuidedConditioning, repeated
-from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.flow.stochastic import StochasticTable
 from marble_jax.flow.trajectory import Transitions
 from marble_jax.objectives.base import (
@@ -31,7 +30,7 @@ from marble_jax.objectives.base import (
 )
 from marble_jax.streams import Stream, stream_key
 from marble_jax.training.recipe import Timesteps
-from marble_jax.types import Adapter, Conditioning, Params
+from marble_jax.types import Adapter, Conditioning, Params, PolicyVelocity
 
 
 @flax.struct.dataclass

@@ -9,7 +9,6 @@ import jax
 import optax
 
 from marble_jax.errors import InputError
-from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.objectives.base import Kept
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.policy_update import Metrics, Step
@@ -19,7 +18,7 @@ from marble_jax.training.state import TrainState
 from marble_jax.training.train_step import amortized_step, exact_step
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules
 from marble_jax.training.upstream_step import solves, upstream_step
-from marble_jax.types import Params
+from marble_jax.types import Params, PolicyVelocity
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import optax
 
 from marble_jax import tree
-from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.harmonize import alpha_state, diagnostics, history, out_of_sample
 from marble_jax.harmonize.balancers import Solution, usable
 from marble_jax.harmonize.cleaned_solve import cleaned_solve
@@ -46,7 +45,7 @@ from marble_jax.training.micro_batches import (
 from marble_jax.training.policy_update import Metrics, Step, apply_update, mean_update
 from marble_jax.training.recipe import Harmonization, Recipe
 from marble_jax.training.state import TrainState
-from marble_jax.types import Adapter, Params
+from marble_jax.types import Adapter, Params, PolicyVelocity
 
 
 class MicroBatches:

@@ -52,7 +52,6 @@ import jax.numpy as jnp
 import optax
 
 from marble_jax import tree
-from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.harmonize import alpha_state, diagnostics
 from marble_jax.harmonize.balancers import Fixed
 from marble_jax.harmonize.reward_sums import mean_gradients
@@ -62,7 +61,7 @@ from marble_jax.training.recipe import Recipe
 from marble_jax.training.state import TrainState
 from marble_jax.training.train_step import MicroBatches, solution_metrics
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules, WeightedSamples
-from marble_jax.types import Adapter, Params
+from marble_jax.types import Adapter, Params, PolicyVelocity
 
 Carry = tuple[Adapter, alpha_state.AlphaState, Metrics]
 """Gradient so far, alpha, and the numbers of the last solve."""

@@ -18,13 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError
-from marble_jax.flow.policy_sampler import PolicyVelocity
 from marble_jax.harmonize.reward_gradients import accumulate
 from marble_jax.training.micro_batches import MicroBatch, RolloutBatch
 from marble_jax.training.recipe import Recipe
 from marble_jax.training.state import TrainState
 from marble_jax.training.train_step import MicroBatches
-from marble_jax.types import Params
+from marble_jax.types import Params, PolicyVelocity
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 Sums = tuple[jax.Array, jax.Array]
