@@ -22,11 +22,16 @@ more) and seconds of a step at 40 % of the peak, rewards apart:
 | flux1_schnell_v5p_16 | --devices=16 --chip=v5p   | 48.3 of 102.8 | 48 x 24       | 169      |
 | flux1_schnell_v6e_16 | --devices=16 --chip=v6e   | 18.4 of 33.5  | 48 x 24       | 85       |
 
+`flux1_dev_flow_grpo`, `_flow_grpo_fast`, `_grpo_guard` and `_awm` train dev on eight GPUs of 80 GB with other
+objectives and one advantage of the sum of scores, and with `_marble` behind the name on every reward's own gradient.
+Flow-GRPO's are its published settings for FLUX.1-dev: 6 steps, noise 0.9 (Fast 0.8), no divergence, LoRA on attention
+and feed-forward; the other two have their constants of SD3.5-medium, as none are published for FLUX.1.
+
 On v6e-16 the weights are split over all chips (`mesh.fsdp=16`); elsewhere every device holds the 23.8 GB. The TPU
 compiler (`--topology=v6e:4x4`, libtpu 0.0.52) gave the rollout of flux1_dev_v6e_16 10.74 GB a chip, by source 10.57.
 """
 
-from marble_jax.config import default_config
+from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, default_config
 from marble_jax.errors import one_of
 
 MODELS = {
@@ -55,6 +60,24 @@ PLACES = {
     "v5p_16": ("splash", 1, (48, 24), 576, 192, 4),
     "v6e_16": ("splash", 16, (48, 24), 576, 64, 1),
 }
+# What Flow-GRPO publishes for FLUX.1-dev where it is not what it publishes for SD3.5-medium.
+SHORT = {
+    "rollout.num_steps": 6,
+    "rollout.guidance_scale": 1.0,
+    "training.timestep_fraction": 1.0,
+    "policy_gradient.kl_weight": 0.0,
+    "lora.targets": (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
+}
+ON_FLUX = {
+    "flow_grpo": SHORT | {"rollout.noise_level": 0.9},
+    "flow_grpo_fast": SHORT,
+    "grpo_guard": SHORT | {"rollout.noise_level": 0.9},
+    "awm": {},
+}
 PRESETS = (
     "flux1_dev",
     "flux1_schnell",
@@ -66,13 +89,23 @@ PRESETS = (
     "flux1_schnell_8x80gb",
     "flux1_schnell_v5p_16",
     "flux1_schnell_v6e_16",
+    "flux1_dev_flow_grpo",
+    "flux1_dev_flow_grpo_marble",
+    "flux1_dev_flow_grpo_fast",
+    "flux1_dev_flow_grpo_fast_marble",
+    "flux1_dev_grpo_guard",
+    "flux1_dev_grpo_guard_marble",
+    "flux1_dev_awm",
+    "flux1_dev_awm_marble",
 )
 
 
 def get_config(preset: str = PRESETS[0]):
     one_of("preset of configs/flux.py", preset, PRESETS)
     model = next(name for name in MODELS if preset.startswith(name))
-    place = preset.removeprefix(model).removeprefix("_") or "8x80gb"
+    rest = preset.removeprefix(model).removeprefix("_")
+    objective = rest.removesuffix("_marble")
+    place = rest if rest in PLACES else "8x80gb"
     attention, fsdp, (prompts, images), batch, micro_batch, chunk = PLACES[place]
     config = default_config()
     config.name = preset
@@ -86,4 +119,9 @@ def get_config(preset: str = PRESETS[0]):
     config.rollout.update(prompts_per_step=prompts, images_per_prompt=images, batch_size=batch)
     config.training.micro_batch_size = micro_batch
     config.update_from_flattened_dict(MODELS[model])
+    if objective in POLICY_GRADIENTS:
+        config.harmonize.mode = "exact"
+        config.update_from_flattened_dict(dict(POLICY_GRADIENTS[objective]) | ON_FLUX[objective])
+    if rest.endswith("_marble"):
+        config.update_from_flattened_dict(dict(HARMONIZED))
     return config

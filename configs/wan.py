@@ -28,10 +28,16 @@ more) and seconds of a step at 40 % of the peak, rewards apart:
 | 480p_v5p_16    | --devices=16 --chip=v5p   | 18.4 of 102.8 | 24 x 24        | 581      |
 | 480p_v6e_16    | --devices=16 --chip=v6e   | 11.1 of 33.5  | 24 x 24        | 290      |
 
+`flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train clips of 33 frames of 240 x 416 on eight GPUs of 80 GB with
+other objectives and one advantage of the sum of scores, and with `_marble` behind the name on every reward's own
+gradient. Flow-GRPO's are its published settings for this model: 20 steps, guidance 4.5 in rollouts and training, clip
+1e-3, divergence 0.004, learning rate 1e-4; Fast and GRPO-Guard keep their constants of SD3.5-medium in 20 steps, as
+advantage-weighted matching does in 14: none are published for Wan.
+
 At 480p the weights are split over all devices but on the single GPU (`mesh.fsdp`); elsewhere every device holds them.
 """
 
-from marble_jax.config import default_config
+from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, default_config
 from marble_jax.errors import one_of
 
 IMAGE_REWARDS = ("pickscore", "hpsv2", "clipscore")
@@ -40,6 +46,13 @@ SAMPLES = {
     "picture": (1, 480, 832, (*IMAGE_REWARDS, "ocr"), ("aesthetic", "imagereward")),
     "240p": (
         17,
+        240,
+        416,
+        (*IMAGE_REWARDS, "video_ocr", "motion"),
+        ("smoothness", "flicker", "block_dynamic_degree"),
+    ),
+    "240p_33": (
+        33,
         240,
         416,
         (*IMAGE_REWARDS, "video_ocr", "motion"),
@@ -63,10 +76,23 @@ PLACES = {
     ("240p", "8x80gb"): ("cudnn", 1, (48, 24), 384, 192, 8),
     ("240p", "v5p_16"): ("splash", 1, (48, 24), 576, 192, 4),
     ("240p", "v6e_16"): ("splash", 1, (48, 24), 192, 64, 2),
+    ("240p_33", "8x80gb"): ("cudnn", 1, (48, 24), 192, 96, 4),
     ("480p", "80gb"): ("cudnn", 1, (12, 12), 8, 4, 2),
     ("480p", "8x80gb"): ("cudnn", 8, (24, 24), 64, 32, 2),
     ("480p", "v5p_16"): ("splash", 16, (24, 24), 64, 64, 2),
     ("480p", "v6e_16"): ("splash", 16, (24, 24), 32, 16, 1),
+}
+# What differs from the settings for SD3.5-medium; the guidance is the same for all, as the base model needs it.
+ON_CLIPS = {
+    "flow_grpo": {
+        "rollout.num_steps": 20,
+        "policy_gradient.clip_range": 1e-3,
+        "policy_gradient.kl_weight": 0.004,
+        "training.timestep_fraction": 1.0,
+    },
+    "flow_grpo_fast": {"rollout.num_steps": 20, "training.timestep_fraction": 1.0},
+    "grpo_guard": {"rollout.num_steps": 20, "training.timestep_fraction": 1.0},
+    "awm": {},
 }
 PRESETS = (
     "picture",
@@ -84,13 +110,25 @@ PRESETS = (
     "480p_8x80gb",
     "480p_v5p_16",
     "480p_v6e_16",
+    "flow_grpo",
+    "flow_grpo_marble",
+    "flow_grpo_fast",
+    "flow_grpo_fast_marble",
+    "grpo_guard",
+    "grpo_guard_marble",
+    "awm",
+    "awm_marble",
 )
 
 
 def get_config(preset: str = PRESETS[0]):
     one_of("preset of configs/wan.py", preset, PRESETS)
-    sample = next(name for name in SAMPLES if preset.startswith(name))
-    place = preset.removeprefix(sample).removeprefix("_") or "8x80gb"
+    objective = preset.removesuffix("_marble")
+    if objective in POLICY_GRADIENTS:
+        sample, place = "240p_33", "8x80gb"
+    else:
+        sample = next(name for name in SAMPLES if preset.startswith(name))
+        place = preset.removeprefix(sample).removeprefix("_") or "8x80gb"
     frames, height, width, rewards, heldout = SAMPLES[sample]
     attention, fsdp, (prompts, images), batch, micro_batch, chunk = PLACES[sample, place]
     config = default_config()
@@ -122,4 +160,11 @@ def get_config(preset: str = PRESETS[0]):
     config.harmonize.update(mode="amortized", chunk_size=chunk)
     config.evaluation.update(num_steps=25, solver="unipc")
     config.mesh.fsdp = fsdp
+    if objective in POLICY_GRADIENTS:
+        config.harmonize.mode = "exact"
+        config.update_from_flattened_dict(
+            dict(POLICY_GRADIENTS[objective]) | ON_CLIPS[objective]
+        )
+    if preset.endswith("_marble"):
+        config.update_from_flattened_dict(dict(HARMONIZED))
     return config
