@@ -17,14 +17,15 @@ from marble_jax.config import (
     Settings,
     check,
     default_config,
-    describe,
     flatten,
+    keys_meant,
     may_change_on_resume,
+    sections,
     settings_from_flat,
     settings_of,
 )
 from marble_jax.config.keys import range_of
-from marble_jax.config.renamed import RENAMED_KEYS, RENAMED_VALUES
+from marble_jax.config.renamed import FOREIGN_KEYS, RENAMED_KEYS, RENAMED_VALUES
 from marble_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -63,10 +64,22 @@ def test_the_defaults_pass():
     check(flatten(default_config()))
 
 
-def test_help_names_every_key_with_its_default():
-    text = describe()
-    for name, key in KEYS.items():
-        assert f"  {name} = {key.default!r}\n      {key.meaning} [{key.unit}; {key.source}]" in text
+def test_sections_have_every_key_once():
+    names = [name for group in sections().values() for name in group]
+    assert sorted(names) == sorted(KEYS) and sections()["run"] == ["name", "seed"]
+
+
+@pytest.mark.parametrize("name", FOREIGN_KEYS)
+def test_names_of_other_libraries_lead_to_keys(name):
+    """No such name is a key, and what it leads to is one, or an option."""
+    assert name not in KEYS and keys_meant(f"train.{name}") == tuple(FOREIGN_KEYS[name].split())
+    assert all(key in KEYS or key.startswith("--") for key in keys_meant(name))
+
+
+def test_a_key_without_its_section_is_found_where_there_is_one():
+    assert keys_meant("chunk_size") == keys_meant("solve.chunk_size") == ("harmonize.chunk_size",)
+    assert keys_meant("every_steps") == keys_meant("nonsense") == ()
+    assert keys_meant("nft.beta") == ("nft.beta",) and keys_meant("seed") == ("seed",)
 
 
 @pytest.mark.parametrize("name", [n for n in KEYS if n != "name"])

@@ -16,7 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from marble_jax.cli.options import word_list
+from marble_jax.cli.kinds import word_list
 from marble_jax.config import KEYS, Settings, check, flatten, known, settings_of
 from marble_jax.errors import InputError, nearest
 
@@ -30,7 +30,7 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """The locked configuration of `--config=FILE[:preset]` with its `--config.key=value` overrides.
 
     Args:
-      arguments: all of them `--config...`, as from `options.split`.
+      arguments: all of them `--config...`, as from `parsing.parse`.
 
     Raises:
       InputError: no such file or preset, an unknown key, a value of the wrong type or outside its range.

@@ -2,76 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 
-from marble_jax.cli.options import boolean, refuse_config, split, word_list
+from marble_jax.cli.kinds import Place, Switch, Words
+from marble_jax.cli.options import Option, Verb
 from marble_jax.errors import InputError, one_of
 from marble_jax.policies import TRAINED_POLICIES, check_policy
-from marble_jax.validation import is_digits, short
-
-OPTIONS = {
-    "workdir": None,
-    "out": None,
-    "policy": "ema",
-    "step": "",
-    "styles": "",
-    "merge": "false",
-    "dtype": "",
-    "verify": "false",
-    "prompt": "",
-    "overwrite": "false",
-}
-RENAMED = {"which": "--policy=NAME"}
-"""Earlier names of options, and what to write instead."""
 
 MERGED_DTYPES = ("float32", "bfloat16", "float16")
+VERB = Verb(
+    about="Writes a run's adapter as a folder that diffusers' load_lora_weights, PEFT, ComfyUI and upstream's "
+    "evaluation open, with a model card. It appears when it is complete, and not at all on an error.",
+    usage=("--workdir=RUN --out=DIR [--policy=ema] [--merge] [--verify]",),
+    options=(
+        Option("workdir", "a training run, finished or not", Place(), "RUN", required=True),
+        Option("out", "new folder", Place(), "DIR", required=True, aliases=("output_dir",)),
+        Option(
+            "policy",
+            "ema (averaged, the one that is evaluated), current, rollout or best",
+            default="ema",
+        ),
+        Option("step", "checkpoint of that step; the newest unless given", shown="N"),
+        Option(
+            "styles",
+            "also DIR/kohya.safetensors and so on (kohya, comfyui), under the names of the model's original "
+            "repository",
+            Words(),
+            "A,B",
+        ),
+        Option(
+            "merge",
+            "also DIR/transformer, whole weights for from_pretrained of the transformer's class in diffusers",
+            Switch(),
+        ),
+        Option(
+            "dtype",
+            "of the merged weights: float32, bfloat16 or float16; the base model's own unless given",
+            shown="NAME",
+            aliases=("torch_dtype",),
+        ),
+        Option(
+            "verify",
+            "open the result with diffusers, PEFT and merged, draw an image with each and compare with ours; "
+            "status 2 when it differs or the LoRA has no effect (needs torch, diffusers and peft)",
+            Switch(),
+        ),
+        Option("prompt", "what to draw for that; a prompt of the run's own unless given"),
+        Option("overwrite", "replace an earlier export at DIR", Switch()),
+    ),
+    no_config="a run brings its own",
+    renamed={"which": "--policy=NAME"},
+)
 
 
-def help_text() -> str:
-    """Returns what `--help` prints."""
-    return """usage: marble-jax export --workdir=RUN --out=DIR [--policy=ema] [--merge] [--verify]
-
-  --workdir=RUN      a training run, finished or not
-  --out=DIR          new folder for diffusers' load_lora_weights, PEFT, ComfyUI and upstream's evaluation, with a
-                     model card (README.md); it appears when it is complete, and not at all on an error
-  --policy=ema       policy: ema (averaged, the one that is evaluated), current, rollout or best
-  --step=N           checkpoint of that step (the newest)
-  --styles=kohya,comfyui  also DIR/kohya.safetensors and so on, under the names of the model's original repository
-  --merge            also DIR/transformer, whole weights for from_pretrained of the transformer's class in diffusers
-  --dtype=float32    of the merged weights: float32, bfloat16 or float16 (the base model's own)
-  --verify           open the result with diffusers, PEFT and merged, draw an image with each and compare with ours;
-                     status 2 when it differs or the LoRA has no effect (needs torch, diffusers and peft)
-  --prompt=TEXT      what to draw for that (a prompt of the run's own)
-  --overwrite        replace an earlier export at DIR"""
-
-
-def run(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status.
 
     Raises:
       InputError: options that are wrong, or a run that cannot be exported.
     """
-    values, config_args = split(argv, OPTIONS, RENAMED)
-    refuse_config("export: expected no --config (a run brings its own)", config_args)
-    check_policy("--policy", values["policy"], TRAINED_POLICIES)
-    merge = boolean("merge", values["merge"])
-    if values["dtype"]:
-        _check_dtype(values["dtype"], merge)
-    step = _step(values["step"])
+    check_policy("--policy", options.policy, TRAINED_POLICIES)
+    if options.dtype:
+        _check_dtype(options.dtype, options.merge)
+    step = _step(options.step)
     # JAX and the networks are imported once the options are known to be right.
     from marble_jax.programs.export import ExportOptions, export_run
 
-    options = ExportOptions(
-        policy=values["policy"],
+    choices = ExportOptions(
+        policy=options.policy,
         step=step,
-        styles=word_list(values["styles"]),
-        merge=merge,
-        dtype=values["dtype"] or None,
-        verify=boolean("verify", values["verify"]),
-        overwrite=boolean("overwrite", values["overwrite"]),
-        prompt=values["prompt"],
+        styles=options.styles,
+        merge=options.merge,
+        dtype=options.dtype or None,
+        verify=options.verify,
+        overwrite=options.overwrite,
+        prompt=options.prompt,
     )
-    export_run(values["workdir"], values["out"], options)
+    export_run(options.workdir, options.out, choices)
     return 0
 
 
@@ -90,6 +97,8 @@ def _step(text: str) -> int | None:
     Raises:
       InputError: not a number.
     """
+    from marble_jax.validation import is_digits, short
+
     if not text:
         return None
     if not is_digits(text):

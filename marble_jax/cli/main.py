@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from marble_jax.errors import InputError, nearest, printable
+from marble_jax.errors import InputError, nearest, one_of, printable
+from marble_jax.version import VERSION
+
+if TYPE_CHECKING:
+    from marble_jax.cli.options import Verb
 
 VERBS = {
     "train": "train adapters on several rewards",
@@ -19,8 +25,9 @@ VERBS = {
     "prompts": "write the ready-made prompt sets, or look through prompt files",
     "plan": "sizes, memory, work and a compile for a TPU slice, without running",
     "convert": "checkpoints of diffusers and Stability to our layout and back",
+    "completion": "completion of verbs and options for bash, zsh or tcsh",
 }
-
+"""Verb -> what it does. Each is a module with `VERB`, or `ACTIONS` by name, and `run(options)`."""
 
 HELP = ("-h", "--help", "-help")
 
@@ -36,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         argv = sys.argv[1:]
-    if not argv or argv[0] in (*HELP, "help"):
-        _print_verbs()
-        return 0
-    verb, *options = argv
+    verb, *options = argv or ["help"]
     # Nothing but its tokenizers is used of transformers, which otherwise complains that PyTorch is not there.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _show_what_the_terminal_can()
     try:
-        return _run(verb, options)
+        status = _run(verb, options)
+        # What a pipe has not taken yet would otherwise fail on the way out of Python.
+        sys.stdout.flush()
+        return status
     except InputError as error:
         return _refuse(verb, str(error))
     except KeyboardInterrupt:
@@ -75,7 +82,9 @@ def _show_what_the_terminal_can() -> None:
 
 def _refuse(verb: str, line: str) -> int:
     """Prints what is wrong, as one line without control characters; returns the exit status."""
-    print(f"marble-jax {printable(verb)}: {printable(line)}", file=sys.stderr)
+    # A reader of both streams that has gone has no use for the line either.
+    with contextlib.suppress(BrokenPipeError):
+        print(f"marble-jax {printable(verb)}: {printable(line)}", file=sys.stderr)
     return 2
 
 
@@ -85,22 +94,93 @@ def _run(verb: str, options: Sequence[str]) -> int:
     Raises:
       InputError: an unknown verb, or whatever the verb finds wrong.
     """
+    if verb in ("--version", "-version", "version"):
+        print(f"marble-jax {VERSION}")
+        return 0
+    if verb in HELP or verb == "help":
+        return _help(options)
+    if verb.startswith("--help="):
+        return _help([verb.removeprefix("--help="), *options])
     if verb not in VERBS:
         raise InputError(
             f"verb: expected one of {', '.join(VERBS)}; received {verb!r}{nearest(verb, VERBS)}"
         )
+    topics = _help_topics(options)
+    words = [word for word in options if word not in HELP and not word.startswith("--help=")]
+    if topics:
+        _print_help(verb, words, topics[0])
+        return 0
     # Verbs import what they need, so that `report` works where there is no JAX.
     module = importlib.import_module(f"marble_jax.cli.{verb}")
-    if not set(HELP).isdisjoint(options):
-        print(module.help_text())
+    from marble_jax.cli.parsing import parse
+
+    if not hasattr(module, "ACTIONS"):
+        return module.run(parse(verb, module.VERB, options))
+    action, *options = options or [""]
+    one_of(verb, action, module.ACTIONS)
+    values = parse(f"{verb} {action}", module.ACTIONS[action], options)
+    values.action = action
+    return module.run(values)
+
+
+def _help_topics(options: Sequence[str]) -> list[str]:
+    """Topics that help is asked for among the words behind a verb; "" is the short one."""
+    topics = []
+    for word in options:
+        if word in HELP:
+            topics.append("")
+        elif word.startswith("--help="):
+            topics.append(word.removeprefix("--help="))
+    return topics
+
+
+def _help(words: Sequence[str]) -> int:
+    """Prints the help of what the words name: nothing, a verb, or a section or key of the configuration.
+
+    Raises:
+      InputError: no such thing.
+    """
+    if not words:
+        _print_verbs()
         return 0
-    return module.run(options)
+    topic, *rest = words
+    if topic in VERBS:
+        _print_help(topic, rest, "")
+        return 0
+    from marble_jax.cli.help import config_help, config_topics
+
+    topics = [*VERBS, *config_topics()]
+    if topic not in topics:
+        raise InputError(
+            f"help: expected a verb, a section of the configuration or one of its keys; received "
+            f"{topic!r}{nearest(topic, topics)}"
+        )
+    print(config_help(topic))
+    return 0
+
+
+def _print_help(verb: str, words: Sequence[str], topic: str) -> None:
+    """Prints the help of a verb; of one of its actions, or else of all, where it has some."""
+    from marble_jax.cli.help import verb_help
+
+    module = importlib.import_module(f"marble_jax.cli.{verb}")
+    verbs: dict[str, Verb] = {verb: getattr(module, "VERB", None)}
+    if hasattr(module, "ACTIONS"):
+        actions = [word for word in words if word in module.ACTIONS] or module.ACTIONS
+        verbs = {f"{verb} {action}": module.ACTIONS[action] for action in actions}
+    print("\n\n".join(verb_help(name, each, topic) for name, each in verbs.items()))
 
 
 def _print_verbs() -> None:
-    print("usage: marble-jax VERB [options]     (marble-jax VERB --help for its options)\n")
+    print("usage: marble-jax VERB [options]\n")
     for verb, meaning in VERBS.items():
-        print(f"  {verb:8} {meaning}")
+        print(f"  {verb:10} {meaning}")
+    print(
+        "\n"
+        "  marble-jax VERB --help         its options; --help=all for everything that is said of them\n"
+        "  marble-jax help SECTION        keys of the configuration: model, rewards, harmonize, ...\n"
+        "  marble-jax --version"
+    )
 
 
 if __name__ == "__main__":

@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from marble_jax.cli.options import check_either, number, refuse_config, split, whole_number
-from marble_jax.config.keys import MOST_SEED
-from marble_jax.prompts.files import Prompt, read_directory, read_file, split_of
-from marble_jax.prompts.generated import SPLITS, generate, write
-from marble_jax.prompts.quotations import quoted_text
+from marble_jax.cli.kinds import MOST_SEED, Number, Place, Whole
+from marble_jax.cli.options import Option, Verb, check_either
 
-OPTIONS = {"out": "", "check": "", "seed": "0", "scale": "1"}
+if TYPE_CHECKING:
+    from marble_jax.prompts.files import Prompt
+
+VERB = Verb(
+    about="Writes the ready-made prompt sets, or says what prompt files hold.",
+    usage=("--out=DIR [--seed=0] [--scale=1]", "--check=PLACE"),
+    options=(
+        Option(
+            "out",
+            "write the ready-made sets as DIR/SOURCE/{train,test} files: general scenes, texts to render (ocr) and "
+            "GenEval's compositions; training and test share no prompt. A run uses them without files, too: "
+            "--config.prompts.path=generated",
+            Place(),
+            "DIR",
+            aliases=("output_dir",),
+        ),
+        Option("seed", "of the sets", Whole(0, MOST_SEED), default="0"),
+        Option(
+            "scale",
+            "multiplies their sizes (6000 training and 600 test prompts each)",
+            Number(0, 1000),
+            default="1",
+        ),
+        Option(
+            "check",
+            "read a prompt file, or a directory with SOURCE/{train,test} files, and say what is in it",
+            Place(),
+            "PLACE",
+        ),
+    ),
+)
 
 
-def help_text() -> str:
-    """Returns what `--help` prints."""
-    return """usage: marble-jax prompts (--out=DIR | --check=PLACE)
-
-  --out=DIR       write the ready-made sets as DIR/SOURCE/{train,test} files: general scenes, texts to render (ocr) and
-                  GenEval's compositions; training and test share no prompt. A run uses them without files, too:
-                  --config.prompts.path=generated
-  --seed=0        of the sets
-  --scale=1       multiplies their sizes (6000 training and 600 test prompts each)
-  --check=PLACE   read a prompt file, or a directory with SOURCE/{train,test} files, and say what is in it"""
-
-
-def run(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status.
 
     Raises:
       InputError: options that are wrong, files that exist already, or malformed ones.
     """
-    values, config_args = split(argv, OPTIONS)
-    refuse_config("prompts: expected no --config", config_args)
-    check_either("prompts", values, "out", "check")
-    if values["out"]:
-        _write_sets(values)
-    elif Path(values["check"]).is_dir():
-        _describe_directory(Path(values["check"]))
+    from marble_jax.prompts.files import read_file
+
+    check_either("prompts", options, "out", "check")
+    if options.out:
+        _write_sets(options)
+    elif Path(options.check).is_dir():
+        _describe_directory(Path(options.check))
     else:
-        file = values["check"]
-        print(f"{file}: {_described(read_file(file))}")
+        print(f"{options.check}: {_described(read_file(options.check))}")
     return 0
 
 
-def _write_sets(values: Mapping[str, str]) -> None:
+def _write_sets(options: argparse.Namespace) -> None:
     """Writes the ready-made sets and prints what is in each file."""
-    seed = whole_number(values, "seed", 0, MOST_SEED)
-    scale = number(values, "scale", 0, 1000)
-    sets = {split_name: generate(split_name, seed=seed, scale=scale) for split_name in SPLITS}
-    files = iter(write(values["out"], sets))
+    from marble_jax.prompts.generated import SPLITS, generate, write
+
+    sets = {
+        split_name: generate(split_name, seed=options.seed, scale=options.scale)
+        for split_name in SPLITS
+    }
+    files = iter(write(options.out, sets))
     # `write` returns its files in the order of the sets.
     for by_source in sets.values():
         for prompts in by_source.values():
@@ -60,6 +79,9 @@ def _write_sets(values: Mapping[str, str]) -> None:
 
 def _describe_directory(directory: Path) -> None:
     """Prints what is in every prompt file of a directory."""
+    from marble_jax.prompts.files import read_directory
+    from marble_jax.prompts.generated import SPLITS
+
     present = [name for name in SPLITS if _has_split(directory, name)]
     # Reading a split that is not there says what was expected.
     for name in present or SPLITS:
@@ -69,11 +91,15 @@ def _describe_directory(directory: Path) -> None:
 
 def _has_split(directory: Path, name: str) -> bool:
     """Whether one of the sources has a file of a split."""
+    from marble_jax.prompts.files import split_of
+
     return any(split_of(file) == name for file in directory.glob("*/*"))
 
 
 def _described(prompts: Sequence[Prompt]) -> str:
     """Counts of prompts, in words."""
+    from marble_jax.prompts.quotations import quoted_text
+
     texts = [prompt.text for prompt in prompts]
     parts = [f"{len(texts)} prompts", f"{len(set(texts))} different"]
     tags = Counter(prompt.metadata["tag"] for prompt in prompts if "tag" in prompt.metadata)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from typing import Any
 
-from marble_jax.cli.options import refuse_config, split, word_list
+from marble_jax.cli.kinds import Place, Words
+from marble_jax.cli.options import Option, Verb
 from marble_jax.errors import InputError
 
 _RECORDS = ("run.json", "config.json", "metrics.jsonl")
 """One of them is there as soon as a run has begun."""
+VERB = Verb(
+    about="Writes DIR/report.html from the records of a (finished or running) run.",
+    usage=("--workdir=DIR [--compare=DIR,DIR]",),
+    options=(
+        Option("workdir", "a training run", Place(), "DIR", required=True),
+        Option(
+            "compare",
+            "other runs, whose gains and conflict rates are shown beside this one's (kept in DIR/compare)",
+            Words(),
+            "DIR,DIR",
+        ),
+    ),
+    no_config="a run brings its own",
+)
 
 
-def help_text() -> str:
-    """Returns what `--help` prints."""
-    return """usage: marble-jax report --workdir=DIR [--compare=DIR,DIR]
-
-  Writes DIR/report.html from the records of a (finished or running) run.
-  --compare: other runs, whose gains and conflict rates are shown beside this one's (kept in DIR/compare)"""
-
-
-def run(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status.
 
     Raises:
@@ -29,20 +36,18 @@ def run(argv: Sequence[str]) -> int:
     from marble_jax.report import read_records, write_report
     from marble_jax.storage.workdir import Workdir
 
-    values, config_args = split(argv, {"workdir": None, "compare": ""})
-    refuse_config("report: expected --workdir and --compare alone", config_args)
     # A directory that is no run is refused before anything is written to it.
-    read_records(values["workdir"])
-    workdir = Workdir(values["workdir"])
+    read_records(options.workdir)
+    workdir = Workdir(options.workdir)
     if not any((workdir.path / name).exists() for name in _RECORDS):
         raise InputError(
             f"report workdir: expected the directory of a training run, with {' or '.join(_RECORDS)}; received "
-            f"{values['workdir']!r} without"
+            f"{options.workdir!r} without"
         )
-    for compared in word_list(values["compare"]):
+    for compared in options.compare:
         name, summary = _summary(compared)
         workdir.write_json(f"compare/{name}.json", summary)
-    print(f"report: {write_report(values['workdir'])}")
+    print(f"report: {write_report(options.workdir)}")
     return 0
 
 

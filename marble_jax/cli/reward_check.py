@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 
 from marble_jax import platform
-from marble_jax.cli.options import boolean, number, whole_number
 from marble_jax.cli.reward_choice import RewardChoice, chosen_rewards, load_one_by_one
 from marble_jax.config import Settings
 from marble_jax.console import Console
@@ -16,17 +16,6 @@ from marble_jax.rewards.base import Reward
 from marble_jax.rewards.checks import CheckResult
 from marble_jax.rewards.toy_world import golden_clips, golden_images
 
-OPTIONS = {
-    "path": "",
-    "rewards": "",
-    "frames": "",
-    "frame_reduction": "",
-    "size": "",
-    "num_frames": "",
-    "batch": "16",
-    "timeout": "120",
-    "write": "false",
-}
 COLUMNS = ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", "")
 
 # Pixels of golden images where nobody says otherwise: the size that a reward will be used at.
@@ -34,69 +23,58 @@ EMBEDDED_SIZE = 64
 PUBLISHED_SIZE = 512
 
 
-def run(values: Mapping[str, str], settings: Settings | None) -> int:
+def run(options: argparse.Namespace, settings: Settings | None) -> int:
     """Runs the check; returns the exit status.
 
     Raises:
       InputError: options that are wrong, rewards of which none loads, or a reward that does not pass.
     """
-    batch = whole_number(values, "batch", 1, 65536)
-    timeout = number(values, "timeout", 0.1, 1e6)
-    write = boolean("write", values["write"])
-    size = _size(values, settings)
-    num_frames = _num_frames(values, settings)
+    size = _size(options, settings)
+    num_frames = _num_frames(options, settings)
     platform.keep_compilations()
     console = Console()
-    choice = chosen_rewards(values, settings)
+    choice = chosen_rewards(options, settings)
     rewards, problems = load_one_by_one(choice)
     # Scores that are about to be recorded are not held against an earlier record.
     expected: golden_images.Expected = {}
-    if not write:
+    if not options.write:
         expected = golden_images.read_expected(choice.directory, size)
-    results = checks.run_checks(rewards, size, expected, timeout, num_frames=num_frames)
+    results = checks.run_checks(rewards, size, expected, options.timeout, num_frames=num_frames)
     rows = []
     for reward, result in zip(rewards, results):
-        rate = throughput.throughput(reward, size, batch, timeout, num_frames)
+        rate = throughput.throughput(reward, size, options.batch, options.timeout, num_frames)
         rows.append(_row(reward, result, rate))
     rows += _rows_of_problems(problems)
     console.say(
         f"{len(rows)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
-        f"{_and_clips(results)}(own prompts, then each other's), speed in batches of {batch}; "
+        f"{_and_clips(results)}(own prompts, then each other's), speed in batches of {options.batch}; "
         f"{throughput.peak_memory()}"
     )
     console.table(rows, COLUMNS)
     not_passed = _not_passed(results, problems)
-    if write:
+    if options.write:
         _record(choice, size, results, not_passed, console)
     if not_passed:
         raise InputError(f"check: expected every reward to pass; received {', '.join(not_passed)}")
     return 0
 
 
-def _size(values: Mapping[str, str], settings: Settings | None) -> int:
-    """Pixels of the golden images.
-
-    Raises:
-      InputError: not a number, or one below 16.
-    """
-    if values["size"]:
-        return whole_number(values, "size", 16, 8192)
+def _size(options: argparse.Namespace, settings: Settings | None) -> int:
+    """Pixels of the golden images."""
+    if options.size:
+        return options.size
     # A run's rewards see images of the run's size.
     if settings is not None:
         return settings.model.height
-    if values["path"] == EMBEDDED:
+    if options.rewards_path == EMBEDDED:
         return EMBEDDED_SIZE
     return PUBLISHED_SIZE
 
 
-def _num_frames(values: Mapping[str, str], settings: Settings | None) -> int:
-    """Frames of the golden clips.
-
-    Raises:
-      InputError: not a number, or one below 1.
-    """
-    if values["num_frames"]:
-        return whole_number(values, "num_frames", 1)
+def _num_frames(options: argparse.Namespace, settings: Settings | None) -> int:
+    """Frames of the golden clips."""
+    if options.num_frames:
+        return options.num_frames
     if settings is not None:
         return settings.model.num_frames
     return golden_clips.NUM_FRAMES

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from marble_jax.cli.options import word_list
 from marble_jax.config import Settings
 from marble_jax.errors import InputError, one_of
 from marble_jax.programs.locations import resolve_path
@@ -33,19 +33,19 @@ class RewardChoice:
     frame_reduction: str = "mean"
 
 
-def chosen_rewards(values: Mapping[str, str], settings: Settings | None) -> RewardChoice:
+def chosen_rewards(options: argparse.Namespace, settings: Settings | None) -> RewardChoice:
     """Returns the rewards that options name, of a directory or of a run's settings.
 
     Args:
-      values: values of the options "path", "rewards", "frames" and "frame_reduction".
+      options: with the values of "rewards_path", "rewards", "frames" and "frame_reduction".
       settings: settings of a run; None with a path.
 
     Raises:
       InputError: no such directory, a malformed `rewards.json`, or no such choice of frames.
     """
-    frames, reduction = _frames(values, settings)
-    names = word_list(values["rewards"])
-    path = values["path"]
+    frames, reduction = _frames(options, settings)
+    names = options.rewards
+    path = options.rewards_path
     if settings is not None:
         path = settings.rewards.path
         # A run's own rewards, where the options pick none of them.
@@ -62,15 +62,15 @@ def chosen_rewards(values: Mapping[str, str], settings: Settings | None) -> Rewa
     return RewardChoice(directory, names, frames, reduction)
 
 
-def _frames(values: Mapping[str, str], settings: Settings | None) -> tuple[str, str]:
+def _frames(options: argparse.Namespace, settings: Settings | None) -> tuple[str, str]:
     """Returns the choice of frames, and how their scores become one, of options or else of settings."""
     frames, reduction = "", "mean"
     if settings is not None:
         frames, reduction = settings.rewards.frames, settings.rewards.frame_reduction
-    frames = values["frames"] or frames
+    frames = options.frames or frames
     if frames:
         parse_frames("--frames", frames)
-    reduction = values["frame_reduction"] or reduction
+    reduction = options.frame_reduction or reduction
     one_of("--frame_reduction", reduction, REDUCTIONS)
     return frames, reduction
 

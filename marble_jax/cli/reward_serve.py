@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import signal
 import ssl
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from marble_jax import platform
-from marble_jax.cli.options import number, whole_number
 from marble_jax.cli.reward_choice import chosen_rewards, load_chosen
 from marble_jax.config import Settings
 from marble_jax.console import Console
@@ -21,65 +21,37 @@ from marble_jax.rewards.http.server import RewardServer
 
 BROKEN_STATUS = 75
 """Exit status of a server whose calls hang: start it again. Source: EX_TEMPFAIL of sysexits.h."""
-OPTIONS = {
-    "path": "",
-    "rewards": "",
-    "frames": "",
-    "frame_reduction": "",
-    "host": "127.0.0.1",
-    "port": "8810",
-    "token": "",
-    "token_file": "",
-    "workers": "2",
-    "waiting": "256",
-    "connections": "1024",
-    "batch": "0",
-    "queue_timeout": "40",
-    "tls_cert": "",
-    "tls_key": "",
-    "timeout": "300",
-    "max_mb": "64",
-    "max_images": "256",
-    "max_side": "2048",
-}
 
 
-def run(values: Mapping[str, str], settings: Settings | None) -> int:
+def run(options: argparse.Namespace, settings: Settings | None) -> int:
     """Runs the server until SIGTERM or SIGINT; returns the exit status.
 
     Raises:
       InputError: options that are wrong, a reward that does not load, or an address that cannot be listened at.
     """
-    # Port 0 lets the system choose a free one.
-    port = whole_number(values, "port", 0, 65535)
-    workers = whole_number(values, "workers", 1, 1024)
-    # Loading rewards takes long: options that are wrong are refused first.
-    limits = Limits(
-        body=10**6 * whole_number(values, "max_mb", 1, 4000),
-        images=whole_number(values, "max_images", 1),
-        side=whole_number(values, "max_side", 1, 32768),
-    )
-    timeout = number(values, "timeout", 0.1, 1e6)
-    token = _token(values)
+    # Loading rewards takes long: what is wrong with the token is said first.
+    token = _token(options)
     platform.keep_compilations()
-    rewards = load_chosen(chosen_rewards(values, settings))
-    options = ServerOptions(
+    rewards = load_chosen(chosen_rewards(options, settings))
+    how = ServerOptions(
         token=token,
-        workers=workers,
-        waiting=whole_number(values, "waiting", 0),
-        connections=whole_number(values, "connections", 1),
-        queue_seconds=number(values, "queue_timeout", 0.1, 1e6),
-        score_seconds=timeout,
-        batch=whole_number(values, "batch", 0),
-        limits=limits,
-        tls=_tls(values["tls_cert"], values["tls_key"]),
+        workers=options.workers,
+        waiting=options.waiting,
+        connections=options.connections,
+        queue_seconds=options.queue_timeout,
+        score_seconds=options.timeout,
+        batch=options.batch,
+        limits=Limits(
+            body=10**6 * options.max_mb, images=options.max_images, side=options.max_side
+        ),
+        tls=_tls(options.tls_cert, options.tls_key),
     )
     access = "with" if token else "without"
     names = ", ".join([reward.name for reward in rewards])
     console = Console()
-    with _stop_signals() as stop, RewardServer(rewards, values["host"], port, options) as server:
+    with _stop_signals() as stop, RewardServer(rewards, options.host, options.port, how) as server:
         console.say(f"serving {names} at {server.url} ({access} a token); Ctrl-C stops")
-        if token and options.tls is None and not is_loopback(values["host"]):
+        if token and how.tls is None and not is_loopback(options.host):
             console.say(
                 "the token comes unencrypted: --tls_cert and --tls_key, or a tunnel, hide it"
             )
@@ -114,15 +86,15 @@ def _tls(certificate: str, key: str) -> ssl.SSLContext | None:
     return context
 
 
-def _token(values: Mapping[str, str]) -> str:
+def _token(options: argparse.Namespace) -> str:
     """The token that clients have to know; empty for none.
 
     Raises:
       InputError: a token given twice, or a file without one.
     """
-    if values["token"] and values["token_file"]:
+    if options.token and options.token_file:
         raise InputError("serve: expected --token or --token_file; received both")
-    return values["token"] or read_token("server", "", values["token_file"])
+    return options.token or read_token("server", "", options.token_file)
 
 
 @contextlib.contextmanager

@@ -2,74 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Sequence
 
-from marble_jax.cli.options import (
-    boolean,
-    check_either,
-    refuse_config,
-    split,
-    whole_number,
-    word_list,
-)
+from marble_jax.cli.kinds import MOST_SEED, Place, Switch, Whole, Words
+from marble_jax.cli.options import Option, Verb, check_either
 from marble_jax.cli.sampling_options import (
+    ELSEWHERE,
     RENAMED_OPTIONS,
-    SAMPLING_HELP,
     SAMPLING_OPTIONS,
     sampling_settings,
 )
 from marble_jax.policies import check_policy
 
-OPTIONS = {
-    "model": "",
-    "workdir": "",
-    "policy": "ema",
-    "lora": "",
-    "prompts": "",
-    "file": "",
-    "images": "1",
-    "out": None,
-    "seed": "0",
-    **SAMPLING_OPTIONS,
-    "grid": "true",
-}
+VERB = Verb(
+    about="Draws images from a model or a training run. The same command again draws what is missing; a folder with "
+    "images of other settings is refused.",
+    usage=(
+        "(--model=DIR | --workdir=RUN) (--prompts='one|another' | --prompts_path=FILE) --out=DIR",
+    ),
+    options=(
+        Option(
+            "model",
+            "diffusers-layout directory, hub id, or 'embedded'",
+            Place(),
+            "DIR",
+            aliases=("pretrained_model_name_or_path",),
+        ),
+        Option("workdir", "a training run; its model with its adapter", Place(), "RUN"),
+        Option(
+            "policy", "of --workdir, which is base, current, rollout, ema or best", default="ema"
+        ),
+        Option(
+            "lora",
+            "LoRAs to add, with weights (1 unless given): a PEFT directory, an exported folder, or a .safetensors "
+            "file of diffusers, kohya or ComfyUI",
+            Place(),
+            "A[:w],B[:w]",
+        ),
+        Option("prompts", "prompts, separated by |", Words("|"), "'A|B'", aliases=("prompt",)),
+        Option(
+            "prompts_path",
+            "one prompt a line, or GenEval metadata (.jsonl)",
+            Place(),
+            "FILE",
+            aliases=("file",),
+        ),
+        Option(
+            "images",
+            "images of each prompt",
+            Whole(1, 1_000_000),
+            default="1",
+            aliases=("images_per_prompt", "num_images_per_prompt"),
+        ),
+        Option(
+            "out",
+            "folder of 00000.png and so on (prompt, seed and settings inside; clips are animated PNG, which is "
+            "lossless) and grid.png",
+            Place(),
+            "DIR",
+            required=True,
+            aliases=("output_dir",),
+        ),
+        Option(
+            "seed",
+            "image i starts from noise of (seed, i), whatever the batch",
+            Whole(0, MOST_SEED),
+            default="0",
+        ),
+        Option("grid", "without grid.png", Switch(), default="true"),
+        *SAMPLING_OPTIONS,
+    ),
+    no_config="a run brings its own",
+    renamed=RENAMED_OPTIONS,
+    elsewhere=ELSEWHERE,
+)
 
 
-def help_text() -> str:
-    """Returns what `--help` prints."""
-    return f"""usage: marble-jax sample (--model=DIR | --workdir=RUN) (--prompts='one|another' | --file=FILE) --out=DIR
-
-  --model=DIR        diffusers-layout directory, hub id, or 'embedded'
-  --workdir=RUN      a training run; its model with its adapter
-  --policy=ema       with --workdir: base, current, rollout, ema or best
-  --lora=A[:w],B[:w] LoRAs to add, with weights (1 unless given): a PEFT directory, an exported folder, or a
-                     .safetensors file of diffusers, kohya or ComfyUI
-  --prompts=A|B      prompts, separated by |
-  --file=FILE        one prompt a line, or GenEval metadata (.jsonl)
-  --images=1         images of each prompt
-  --out=DIR          where 00000.png, 00001.png ... (prompt, seed and settings inside; clips are animated PNG, which
-                     is lossless) and grid.png go. The same command again draws what is missing; a folder with images
-                     of other settings is refused
-  --seed=0           image i starts from noise of (seed, i), whatever the batch
-{SAMPLING_HELP}
-  --grid=true"""
-
-
-def run(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status.
 
     Raises:
       InputError: options that are wrong, or that do not go together.
     """
-    values, config_args = split(argv, OPTIONS, RENAMED_OPTIONS)
-    refuse_config("sample: expected no --config (a run brings its own)", config_args)
-    check_either("sample", values, "model", "workdir")
-    check_either("sample", values, "prompts", "file")
-    check_policy("--policy", values["policy"])
-    prompts = _prompts(values)
-    num_images = whole_number(values, "images", 1, 1_000_000)
-    with_grid = boolean("grid", values["grid"])
-    settings = sampling_settings(values)
+    check_either("sample", options, "model", "workdir")
+    check_either("sample", options, "prompts", "prompts_path")
+    check_policy("--policy", options.policy)
+    prompts = _prompts(options)
+    settings = sampling_settings(options)
     # JAX and the networks are imported once the options are known to be right.
     from marble_jax.programs.policy_source import PolicySource
     from marble_jax.programs.sample import sample_images
@@ -77,17 +97,16 @@ def run(argv: Sequence[str]) -> int:
     repeated = []
     for prompt in prompts:
         # The images of a prompt stand together, in files as in the grid.
-        repeated += [prompt] * num_images
-    source = PolicySource(values["model"], values["workdir"], values["policy"], values["lora"])
-    sample_images(repeated, values["out"], source, settings, with_grid)
+        repeated += [prompt] * options.images
+    source = PolicySource(options.model, options.workdir, options.policy, options.lora)
+    sample_images(repeated, options.out, source, settings, options.grid)
     return 0
 
 
-def _prompts(values: Mapping[str, str]) -> Sequence[str]:
-    """Texts of `--file` or of `--prompts`."""
+def _prompts(options: argparse.Namespace) -> Sequence[str]:
+    """Texts of `--prompts_path` or of `--prompts`."""
     from marble_jax.prompts.files import read_file
 
-    if values["file"]:
-        return [prompt.text for prompt in read_file(values["file"])]
-    # A prompt may well hold commas.
-    return word_list(values["prompts"], "|")
+    if options.prompts_path:
+        return [prompt.text for prompt in read_file(options.prompts_path)]
+    return options.prompts

@@ -2,104 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
 from typing import TYPE_CHECKING
 
-from marble_jax.cli.options import number, whole_number, word_list
-from marble_jax.config.keys import MOST_SEED
+from marble_jax.cli.kinds import Number, Place, Whole, Words
+from marble_jax.cli.options import Option
 from marble_jax.errors import InputError, one_of
-from marble_jax.validation import is_digits, short
 
 if TYPE_CHECKING:
     from marble_jax.programs.policy_source import SamplingSettings
 
 _MOST_PIXELS = 16384
 _MOST_FRAMES = 100_000
-SAMPLING_OPTIONS = {
-    "steps": "40",
-    "solver": "euler",
-    "guidance": "",
-    "negative": "",
-    "embedded_guidance": "",
-    "size": "",
-    "max_sequence_length": "",
-    "omit_text_encoders": "",
-    "dtype": "",
-    "batch": "8",
-    "embedding_cache": "",
-}
-"""Options about how images are drawn, with their defaults; `seed` has another default for each verb."""
+GROUP = "drawing"
+"""Heading of these options, and their topic of the help."""
+DTYPES = ("float32", "bfloat16")
+"""The names of `types.DTYPES`, which would import JAX here."""
+SAMPLING_OPTIONS = (
+    Option(
+        "steps",
+        "solver steps",
+        Whole(1, 10_000),
+        default="40",
+        aliases=("num_inference_steps", "num_steps"),
+        group=GROUP,
+    ),
+    Option("solver", "euler, dpm1, dpm2, ddim or unipc", default="euler", group=GROUP),
+    Option(
+        "guidance",
+        "classifier-free guidance scale, on above 1; the run's own, or none, unless given. What diffusers' FLUX.1 "
+        "calls guidance_scale is --embedded_guidance here",
+        Number(0, 1000),
+        "SCALE",
+        aliases=("guidance_scale", "true_cfg_scale"),
+        group=GROUP,
+    ),
+    Option(
+        "negative",
+        "what guidance leads away from; the run's own unless given",
+        aliases=("negative_prompt",),
+        group=GROUP,
+    ),
+    Option(
+        "size",
+        "in pixels, or FRAMESxHEIGHTxWIDTH for clips; the run's or the model's own unless given",
+        shown="HEIGHTxWIDTH",
+        group=GROUP,
+    ),
+    Option(
+        "batch",
+        "images at once",
+        Whole(1, 65536),
+        default="8",
+        aliases=("batch_size",),
+        group=GROUP,
+    ),
+    Option(
+        "dtype",
+        "of the transformer, float32 or bfloat16; the run's own, or float32 on a CPU and bfloat16 elsewhere",
+        shown="NAME",
+        aliases=("torch_dtype",),
+        group=GROUP,
+        rare=True,
+    ),
+    Option(
+        "embedded_guidance",
+        "guidance scale as an input of the model, for guidance-distilled models, such as 3.5; the run's own unless "
+        "given",
+        Number(0, 1000),
+        "SCALE",
+        group=GROUP,
+        rare=True,
+    ),
+    Option(
+        "max_sequence_length",
+        "tokens a prompt of the long text encoder; the run's own, or the model's",
+        Whole(1, 65536),
+        "N",
+        group=GROUP,
+        rare=True,
+    ),
+    Option(
+        "omit_text_encoders",
+        "text encoders left out, such as text_encoder_3: their part is zeros, as in diffusers, and their weights are "
+        "never read",
+        Words(),
+        "A,B",
+        group=GROUP,
+        rare=True,
+    ),
+    Option(
+        "embedding_cache",
+        "keep text embeddings there; all texts are then encoded first, and no text encoder is in memory while images "
+        "are drawn",
+        Place(),
+        "DIR",
+        group=GROUP,
+        rare=True,
+    ),
+)
+"""Options about how images are drawn; `seed` has another default for each verb."""
 
 RENAMED_OPTIONS = {
     "tokens": "--max_sequence_length=N",
     "t5": "--omit_text_encoders=text_encoder_3",
 }
 """Earlier names of options, and what to write instead."""
-
-SAMPLING_HELP = """  --steps=40 --solver=euler (euler, dpm1, dpm2, ddim, unipc)
-  --guidance=1.0     classifier-free guidance scale; above 1 it is on, with --negative='' as the negative prompt
-                     (both the run's own, or no guidance)
-  --embedded_guidance=3.5  guidance scale as an input of the model, for guidance-distilled models (the run's own)
-  --size=HEIGHTxWIDTH  in pixels, or FRAMESxHEIGHTxWIDTH for clips; the run's or the model's own unless given
-  --max_sequence_length=N  tokens a prompt of the long text encoder (the run's own, or the model's)
-  --omit_text_encoders=text_encoder_3  text encoders left out: their part is zeros, as in diffusers, and their
-                     weights are never read
-  --dtype=float32|bfloat16  of the transformer (the run's own, or float32 on a CPU and bfloat16 elsewhere)
-  --embedding_cache=DIR  keep text embeddings there; all texts are then encoded first, and no text encoder is in
-                     memory while images are drawn
-  --batch=8          images at once"""
+ELSEWHERE = {
+    "height": "--size=HEIGHTxWIDTH",
+    "width": "--size=HEIGHTxWIDTH",
+    "resolution": "--size=HEIGHTxWIDTH",
+    "num_frames": "--size=FRAMESxHEIGHTxWIDTH",
+    "scheduler": "--solver=NAME",
+    "lora_scale": "--lora=PATH:weight",
+    "weight_name": "--lora=DIR/FILE.safetensors",
+}
+"""What other programs call something, and what to write here."""
 
 
-def sampling_settings(values: Mapping[str, str]) -> SamplingSettings:
+def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
     """Returns how images are drawn.
 
     Args:
-      values: values of `SAMPLING_OPTIONS` and of "seed".
+      options: values of `SAMPLING_OPTIONS` and of "seed".
 
     Raises:
-      InputError: a value that is not of its kind.
+      InputError: values that are not of their kind.
     """
     from marble_jax.programs.policy_source import SamplingSettings
 
-    if values["dtype"]:
-        # The names of `types.DTYPES`, which would import JAX here.
-        one_of("--dtype", values["dtype"], ("float32", "bfloat16"))
-    # Without a value the run or the model decides.
-    length = None
-    if values["max_sequence_length"]:
-        length = whole_number(values, "max_sequence_length", 1, 65536)
-    size, num_frames = _size(values["size"])
-    return SamplingSettings(
-        seed=whole_number(values, "seed", 0, MOST_SEED),
-        num_steps=whole_number(values, "steps", 1, 10_000),
-        solver=values["solver"],
-        guidance=number(values, "guidance", 0, 1000) if values["guidance"] else None,
-        negative=values["negative"],
-        embedded_guidance=_embedded_guidance(values),
-        size=size,
-        max_sequence_length=length,
-        omit_text_encoders=word_list(values["omit_text_encoders"]),
-        dtype=values["dtype"] or None,
-        batch=whole_number(values, "batch", 1, 65536),
-        num_frames=num_frames,
-        embedding_cache=values["embedding_cache"],
-    )
-
-
-def _embedded_guidance(values: Mapping[str, str]) -> float | None:
-    """The guidance scale as an input of the model; None, for the run's or none, without a value.
-
-    Raises:
-      InputError: not a number above 0.
-    """
-    if not values["embedded_guidance"]:
-        return None
-    guidance = number(values, "embedded_guidance", 0, 1000)
-    if guidance == 0:
+    if options.dtype:
+        one_of("--dtype", options.dtype, DTYPES)
+    if options.embedded_guidance == 0:
         raise InputError(
             "--embedded_guidance: expected a scale above 0, or no such option for none; received 0"
         )
-    return guidance
+    size, num_frames = _size(options.size)
+    return SamplingSettings(
+        seed=options.seed,
+        num_steps=options.steps,
+        solver=options.solver,
+        guidance=options.guidance,
+        negative=options.negative,
+        embedded_guidance=options.embedded_guidance,
+        size=size,
+        max_sequence_length=options.max_sequence_length,
+        omit_text_encoders=options.omit_text_encoders,
+        dtype=options.dtype or None,
+        batch=options.batch,
+        num_frames=num_frames,
+        embedding_cache=options.embedding_cache,
+    )
 
 
 def _size(text: str) -> tuple[tuple[int, int] | None, int | None]:
@@ -108,6 +161,8 @@ def _size(text: str) -> tuple[tuple[int, int] | None, int | None]:
     Raises:
       InputError: not two or three whole numbers.
     """
+    from marble_jax.validation import is_digits, short
+
     if not text:
         return None, None
     numbers = text.lower().split("x")

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from marble_jax.cli.options import split
-from marble_jax.cli.processes import HELP, OPTIONS, cluster_of
-from marble_jax.config import Settings, describe, flatten
+from marble_jax.cli.kinds import Place
+from marble_jax.cli.options import Option, Verb
+from marble_jax.cli.processes import GROUP, NOTE, OPTIONS, cluster_of
 from marble_jax.version import VERSION
 
+if TYPE_CHECKING:
+    from marble_jax.config import Settings
 
-def help_text() -> str:
-    """Returns what `--help` prints."""
-    return (
-        "usage: marble-jax train --config=FILE[:preset] --workdir=DIR [--config.key=value ...]\n\n"
-        "  The same command again resumes.\n\n"
-        + HELP
-        + "\n\n  Keys, with the defaults of the paper's recipe:\n\n"
-        + describe()
-    )
+VERB = Verb(
+    about="Trains an adapter on several rewards. The same command again resumes.",
+    usage=("--config=FILE[:preset] --workdir=DIR [--config.key=value ...]",),
+    options=(
+        Option(
+            "workdir",
+            "records, checkpoints, exports and report.html go there; a directory or a bucket",
+            Place(),
+            "DIR",
+            required=True,
+        ),
+        *OPTIONS,
+    ),
+    config=True,
+    groups={GROUP: NOTE},
+)
 
 
-def run(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status.
 
     Raises:
@@ -32,28 +41,27 @@ def run(argv: Sequence[str]) -> int:
     """
     from marble_jax.cli.configuration import load_settings
 
-    values, config_args = split(argv, {"workdir": None, **OPTIONS})
-    cluster, init_timeout, heartbeat_timeout = cluster_of(values)
+    cluster = cluster_of(options)
+    init_timeout, heartbeat_timeout = options.init_timeout, options.heartbeat_timeout
     from marble_jax import distributed
 
     secret = None
     if cluster is not None:
         from marble_jax.distributed.secret import secret_of
 
-        secret = secret_of(values["workdir"])
+        secret = secret_of(options.workdir)
     with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout, secret):
         # JAX is imported inside of the group, so that whatever is wrong with one process ends all of them.
         from marble_jax.programs.train import train_run
         from marble_jax.training.stops import Interrupted, held_to_deadline
 
-        settings = distributed.run_on_all("configuration", lambda: load_settings(config_args))
+        settings = distributed.run_on_all("configuration", lambda: load_settings(options.config))
         if cluster is not None:
-            distributed.assert_equal("", _shared_values(settings, values["workdir"]))
+            distributed.assert_equal("", _shared_values(settings, options.workdir))
             distributed.start_jax(cluster, init_timeout, heartbeat_timeout)
-        command = " ".join(["marble-jax", "train", *argv])
         try:
             with held_to_deadline():
-                train_run(settings, values["workdir"], command)
+                train_run(settings, options.workdir, options.command)
         except Interrupted as stop:
             # Every process stops; one line is enough.
             if distributed.is_first():
@@ -64,6 +72,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _shared_values(settings: Settings, workdir: str) -> dict[str, Any]:
     """What has to be the same on every host of a run, by the name that a message gives it."""
+    from marble_jax.config import flatten
     from marble_jax.programs.run_record import package_versions
 
     shared: dict[str, Any] = {f"config.{name}": value for name, value in flatten(settings).items()}

@@ -1,4 +1,4 @@
-"""Earlier spellings of keys and values, answered with the ones that count today."""
+"""Earlier spellings of keys and values, and other libraries' names, answered with the ones that count here."""
 
 from __future__ import annotations
 
@@ -26,3 +26,70 @@ RENAMED_VALUES = {
     "export.policy": {"old": "rollout"},
 }
 """Key -> earlier value -> value of today."""
+
+FOREIGN_KEYS = {
+    "adam_beta1": "training.beta1",
+    "adam_beta2": "training.beta2",
+    "adam_epsilon": "training.epsilon",
+    "adam_weight_decay": "training.weight_decay",
+    "adv_clip_max": "advantages.clip",
+    "algorithm": "objective.name",
+    "batch_size": "rollout.batch_size training.micro_batch_size",
+    "checkpointing_steps": "checkpoints.every_steps",
+    "checkpoints_total_limit": "checkpoints.keep",
+    "clip_grad_norm": "training.clip_norm",
+    "ema_decay": "ema.decay",
+    "epochs": "training.num_steps",
+    "eval_freq": "evaluation.every_steps",
+    "eval_num_steps": "evaluation.num_steps",
+    "eval_steps": "evaluation.every_steps evaluation.num_steps",
+    "gradient_accumulation_steps": "training.micro_batch_size",
+    "gradient_checkpointing": "model.remat",
+    "group_size": "rollout.images_per_prompt",
+    "init_lora_path": "lora.init",
+    "kl_beta": "nft.kl_weight",
+    "lora_alpha": "lora.alpha",
+    "lora_path": "lora.init",
+    "lora_rank": "lora.rank",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.learning_rate_schedule",
+    "lr_scheduler_type": "training.learning_rate_schedule",
+    "max_epochs": "training.num_steps",
+    "max_grad_norm": "training.clip_norm",
+    "max_steps": "training.num_steps",
+    "max_train_steps": "training.num_steps",
+    "mixed_precision": "model.dtype",
+    "model_name_or_path": "model.path",
+    "num_epochs": "training.num_steps",
+    "num_generations": "rollout.images_per_prompt",
+    "num_image_per_prompt": "rollout.images_per_prompt",
+    "num_images_per_prompt": "rollout.images_per_prompt",
+    "num_inference_steps": "rollout.num_steps evaluation.num_steps",
+    "num_train_epochs": "training.num_steps",
+    "output_dir": "--workdir",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "pretrained_model_name_or_path": "model.path",
+    "prompt_fn": "prompts.path",
+    "report_to": "logging.wandb logging.tensorboard",
+    "resolution": "model.height model.width",
+    "resume_from": "--workdir",
+    "resume_from_checkpoint": "--workdir",
+    "reward_fn": "rewards.train",
+    "reward_funcs": "rewards.train",
+    "rewards_path": "rewards.path",
+    "run_name": "name",
+    "save_dir": "--workdir",
+    "save_freq": "checkpoints.every_steps",
+    "save_steps": "checkpoints.every_steps",
+    "save_total_limit": "checkpoints.keep",
+    "sde_type": "rollout.solver",
+    "target_modules": "lora.targets",
+    "torch_dtype": "model.dtype",
+    "train_batch_size": "training.micro_batch_size",
+    "wandb_project": "logging.wandb",
+    "warmup_steps": "training.learning_rate_schedule",
+}
+"""What other libraries of training call something -> the keys here, or the option; several are separated by spaces.
+
+Source: diffusers' and PEFT's training scripts, transformers' TrainingArguments, TRL, Flow-GRPO's configurations.
+"""

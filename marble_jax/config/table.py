@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from marble_jax.config.keys import Key, check_value
-from marble_jax.config.renamed import RENAMED_KEYS, RENAMED_VALUES
+from marble_jax.config.renamed import FOREIGN_KEYS, RENAMED_KEYS, RENAMED_VALUES
 from marble_jax.config.settings import Settings
 from marble_jax.errors import InputError, nearest
 
@@ -160,12 +160,28 @@ def _steps_scale_schedules(flat: Mapping[str, Any]) -> bool:
     return any(":" not in stage for stage in flat.get("reward_schedule.stages", ()))
 
 
-def describe() -> str:
-    """Returns every key with default, meaning, unit and source, for `--help`."""
-    lines = []
-    for name, key in KEYS.items():
-        lines.append(f"  {name} = {key.default!r}\n      {key.meaning} [{key.unit}; {key.source}]")
-    return "\n".join(lines)
+def sections() -> dict[str, list[str]]:
+    """Returns the names of the keys of every section; keys outside of all are those of the section "run"."""
+    found: dict[str, list[str]] = {}
+    for name in KEYS:
+        section, dot, _ = name.partition(".")
+        found.setdefault(section if dot else "run", []).append(name)
+    return found
+
+
+def keys_meant(name: str) -> tuple[str, ...]:
+    """Returns the keys (or the option, with its dashes) that a name means that is none.
+
+    Args:
+      name: a key without its section, or what another library calls something; `train.lr` counts as `lr`.
+    """
+    leaf = name.rpartition(".")[2]
+    if name in KEYS:
+        return (name,)
+    if leaf in FOREIGN_KEYS:
+        return tuple(FOREIGN_KEYS[leaf].split())
+    same = [key for key in KEYS if key.rpartition(".")[2] == leaf]
+    return tuple(same) if len(same) == 1 else ()
 
 
 def known(name: str) -> None:
@@ -176,6 +192,8 @@ def known(name: str) -> None:
             "earlier name"
         )
     if name not in KEYS:
+        meant = " or ".join(repr(key) for key in keys_meant(name))
+        hint = f"; did you mean {meant}?" if meant else nearest(name, KEYS)
         raise InputError(
-            f"config.{name}: expected a configuration key; received an unknown one{nearest(name, KEYS)}"
+            f"config.{name}: expected a configuration key; received an unknown one{hint}"
         )

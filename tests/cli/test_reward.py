@@ -149,7 +149,9 @@ def test_bad_command_lines(refused, here):
         in refused("reward", "chek")
     )
     assert "expected one of check, serve; received ''" in refused("reward")
-    assert "expected either --config or --path; received neither" in refused("reward", "check")
+    assert "expected either --config or --rewards_path; received neither" in refused(
+        "reward", "check"
+    )
     assert "rewards.path: expected a directory with rewards.json" in refused(
         "reward", "check", "--path=/nowhere"
     )

@@ -39,7 +39,7 @@ def options_of(command):
     from marble_jax.cli.processes import OPTIONS
 
     names = [re.match(r"--([\w.]+)=", word)[1] for word in command[command.index("train") + 1 :]]
-    assert set(names) <= {*OPTIONS, "config", "workdir"}
+    assert set(names) <= {*(option.name for option in OPTIONS), "config", "workdir"}
     return names
 
 
@@ -147,14 +147,14 @@ def test_a_slurm_job(tmp_path):
         PATH=f"{tmp_path}:{os.environ['PATH']}",
         SLURM_JOB_NUM_NODES="2",
         SLURM_JOB_ID="17",
-        REWARD_ARGS="--path=rewards --rewards=geneval",
+        REWARD_ARGS="--rewards_path=rewards --rewards=geneval",
     )
     assert done.returncode == 75, done.stderr
     assert sorted((tmp_path / "asked").read_text().splitlines()) == [
         "scontrol requeue 17",
         "srun --kill-on-bad-exit=0 marble-jax train --distributed=on --config=c.py --workdir=/a b",
         "srun --overlap --ntasks=2 --ntasks-per-node=1 --gpus-per-task=0 marble-jax reward serve --host=127.0.0.1 "
-        "--port=8810 --path=rewards --rewards=geneval",
+        "--port=8810 --rewards_path=rewards --rewards=geneval",
     ]
     header = (LAUNCH / "slurm.sbatch").read_text()
     assert re.findall(
@@ -229,7 +229,7 @@ while true; do sleep 0.1; done
         env=os.environ
         | {
             "MARBLE": marble,
-            "REWARD_ARGS": "--path=rewards",
+            "REWARD_ARGS": "--rewards_path=rewards",
             "REWARD_PORT": port,
             "PID_FILE": str(tmp_path / "pid"),
         },

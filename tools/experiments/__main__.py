@@ -2,8 +2,8 @@
 
     python -m tools.experiments --suite=main --seeds=3 --steps=60 --jobs=2 --out=runs/experiments
 
-The same command again skips what is finished, in --out or on record in --results, and goes on with the rest. See HELP
-for the options.
+The same command again skips what is finished, in --out or on record in --results, and goes on with the rest. `--help`
+prints the options.
 """
 
 from __future__ import annotations
@@ -13,48 +13,69 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from marble_jax.cli.options import boolean, split, whole_number
+from marble_jax.cli.help import verb_help
+from marble_jax.cli.kinds import Place, Switch, Whole, Words
+from marble_jax.cli.options import Option, Verb
+from marble_jax.cli.parsing import parse
 from marble_jax.errors import InputError
 from marble_jax.storage.files import write_whole
 from tools.experiments import fronts, results, runner, table
 from tools.experiments.methods import METHODS, SUITES, Job, choose, jobs
 
-HELP = f"""usage: python -m tools.experiments [options] [--config=FILE] [--config.key=value ...]
-
-  --suite=main|sweeps|ablations|balancers|objectives|all   which methods (main)
-  --methods=a,b     only these, whatever the suite
-  --seeds=3         runs a method, seeds 1, 2, ...
-  --steps=N         optimiser steps of every run (those of the configuration file)
-  --jobs=1          runs at a time, 1 or 2, each on its share of the cores
-  --out=runs/experiments    the runs' folders, logs/, and unless --results says otherwise what they come to
-  --results=DIR     results.json, table.md and fronts.svg, of these methods and all others finished in --out; runs
-                    that results.json has already, with the same configuration, are not trained again
-  --pairs={fronts.PAIRS}
-                    rewards against each other in fronts.svg
-  --list            names the methods and their runs
-  --dry_run         prints the commands
-  --collect         trains nothing: results of what is finished
-  --config=configs/embedded.py, --config.key=value   the file with the presets, and keys that change in all runs
-"""
-OPTIONS = {
-    "suite": "main",
-    "methods": "",
-    "seeds": "3",
-    "steps": "",
-    "jobs": "1",
-    "out": "runs/experiments",
-    "results": "",
-    "pairs": fronts.PAIRS,
-    "list": "false",
-    "dry_run": "false",
-    "collect": "false",
-}
+VERB = Verb(
+    about="Trains the embedded pipeline with many methods and seeds, and compares what they come to.",
+    usage=("[options] [--config=FILE] [--config.key=value ...]",),
+    options=(
+        Option(
+            "suite",
+            "which methods: main, sweeps, ablations, balancers, objectives or all",
+            default="main",
+        ),
+        Option("methods", "only these, whatever the suite", Words(), "A,B"),
+        Option("seeds", "runs a method, seeds 1, 2, ...", Whole(1), default="3"),
+        Option(
+            "steps",
+            "optimiser steps of every run (those of the configuration file)",
+            Whole(1),
+            "N",
+        ),
+        Option(
+            "jobs",
+            "runs at a time, 1 or 2, each on its share of the cores",
+            Whole(1),
+            default="1",
+        ),
+        Option(
+            "out",
+            "the runs' folders, logs/, and unless --results says otherwise what they come to",
+            Place(),
+            default="runs/experiments",
+        ),
+        Option(
+            "results",
+            "results.json, table.md and fronts.svg, of these methods and all others finished in --out; runs that "
+            "results.json has already, with the same configuration, are not trained again",
+            Place(),
+            "DIR",
+        ),
+        Option("pairs", "rewards against each other in fronts.svg", default=fronts.PAIRS),
+        Option("list", "names the methods and their runs", Switch()),
+        Option("dry_run", "prints the commands", Switch()),
+        Option("collect", "trains nothing: results of what is finished", Switch()),
+    ),
+    config=True,
+    notes="--config=FILE is the file with the presets, configs/embedded.py unless given; keys change in all runs.",
+)
 
 
 def main(argv: Sequence[str], train: Sequence[str] = runner.TRAIN) -> int:
     """Returns the exit status: 0 all runs are there, 1 some are not, 2 bad input."""
     if any(a in ("-h", "--help") for a in argv):
-        print(HELP, end="")
+        print(
+            verb_help("experiments", VERB).replace(
+                "marble-jax experiments", "python -m tools.experiments"
+            )
+        )
         return 0
     try:
         return _main(argv, train)
@@ -64,27 +85,27 @@ def main(argv: Sequence[str], train: Sequence[str] = runner.TRAIN) -> int:
 
 
 def _main(argv: Sequence[str], train: Sequence[str]) -> int:
-    values, config_args = split(argv, OPTIONS)
-    files = [a.split("=", 1)[1] for a in config_args if a.startswith("--config=")] or [
+    options = parse("experiments", VERB, argv)
+    files = [a.split("=", 1)[1] for a in options.config if a.startswith("--config=")] or [
         "configs/embedded.py"
     ]
-    overrides = [a for a in config_args if not a.startswith("--config=")]
-    if values["steps"]:
-        overrides.append(f"--config.training.num_steps={whole_number(values, 'steps', 1)}")
-    num_jobs = whole_number(values, "jobs", 1)
+    overrides = [a for a in options.config if not a.startswith("--config=")]
+    if options.steps:
+        overrides.append(f"--config.training.num_steps={options.steps}")
+    num_jobs = options.jobs
     if num_jobs > 2:
         raise InputError(f"--jobs: expected 1 or 2; received {num_jobs}")
-    methods = choose(values["suite"], [n for n in values["methods"].split(",") if n])
-    out = Path(values["out"])
-    target = Path(values["results"]) if values["results"] else out
-    everything = jobs(METHODS, whole_number(values, "seeds", 1), out, files[-1], overrides)
+    methods = choose(options.suite, options.methods)
+    out = Path(options.out)
+    target = Path(options.results) if options.results else out
+    everything = jobs(METHODS, options.seeds, out, files[-1], overrides)
     names = {method.name for method in methods}
     planned = [job for job in everything if names & set(job.methods)]
     config = planned[0].config
     pairs = fronts.parse_pairs(
-        values["pairs"], [*config["rewards.train"], *config["rewards.heldout"]]
+        options.pairs, [*config["rewards.train"], *config["rewards.heldout"]]
     )
-    if boolean("list", values["list"]):
+    if options.list:
         for suite in SUITES:
             for method in (m for m in METHODS if m.suite == suite and m in methods):
                 own = ", ".join(job.name for job in planned if method.name in job.methods)
@@ -92,7 +113,7 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
         return 0
     on_record = target / "results.json"
     kept, others = results.kept_results(on_record, everything)
-    if boolean("dry_run", values["dry_run"]):
+    if options.dry_run:
         for job in planned:
             done = job.name in kept or runner.finished(job)
             print(("# finished: " if done else "") + shlex.join([*train, *job.arguments]))
@@ -102,7 +123,7 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     if others:
         _say(f"runs in {on_record} of other configurations, left out: {', '.join(others)}")
     failed = []
-    if not boolean("collect", values["collect"]):
+    if not options.collect:
         missing = [job for job in planned if job.name not in kept]
         failed = runner.run(missing, num_jobs, out / "logs", train, say=_say)
     there = [job for job in everything if job in planned or job.name in kept or _is_there(job)]

@@ -2,17 +2,21 @@
 
     python -m tools.harmony --workdir=runs/first --policy=base --steps=48 --out=runs/harmony/base
 
-Nothing is trained. See HELP for the options, and `marble_jax report` for the page that shows the result.
+Nothing is trained. `--help` prints the options, and `marble_jax report` for the page that shows the result.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from marble_jax import platform
-from marble_jax.cli.options import boolean, refuse_config, split, whole_number, word_list
+from marble_jax.cli.help import ALL, verb_help
+from marble_jax.cli.kinds import Place, Switch, Whole, Words
+from marble_jax.cli.options import Option, Verb
+from marble_jax.cli.parsing import parse
 from marble_jax.errors import InputError
 from marble_jax.storage.files import read_json
 from marble_jax.storage.workdir import Workdir
@@ -21,40 +25,63 @@ from tools.harmony.collect import DESCRIPTION, claim, collect, describe, measure
 from tools.harmony.policy import POLICIES, open_policy
 from tools.harmony.steps import read_steps
 
-HELP = f"""usage: python -m tools.harmony --workdir=RUN --out=DIR [options]
-
-  --workdir=RUN     a training run, in part or whole
-  --out=DIR         the measured steps (some MB each), table.txt and harmony.json; the same command goes on after a kill
-  --policy=current  where gradients are taken: {", ".join(POLICIES)}
-                    current: the trained policy, on images of the run's rollout policy; rollout: the rollout policy, on
-                    its own; base: the base model with a new adapter, on its own
-  --checkpoint=N    optimiser step of the checkpoint (the newest)
-  --steps=48        steps to measure, each with other prompts, noise and timesteps
-  --unit=9          samples of the smallest mini-batch in the table by mini-batch size
-  --anchors         with the part of the objective that no advantage scales, at every sample
-  --rewards=a,b     measured instead of the run's own
-  --to_report=true  adds the result to RUN/{results.FILE}, which `marble-jax report` shows
-"""
-OPTIONS: dict[str, str | None] = {
-    "workdir": None,
-    "out": None,
-    "policy": "current",
-    "checkpoint": "",
-    "steps": "48",
-    "unit": "9",
-    "anchors": "false",
-    "rewards": "",
-    "to_report": "true",
-}
+VERB = Verb(
+    about="Measures signal and noise of a run's per-reward gradients at a fixed policy. Nothing is trained.",
+    usage=("--workdir=RUN --out=DIR [options]",),
+    options=(
+        Option("workdir", "a training run, in part or whole", Place(), "RUN", required=True),
+        Option(
+            "out",
+            "the measured steps (some MB each), table.txt and harmony.json; the same command goes on after a kill",
+            Place(),
+            "DIR",
+            required=True,
+        ),
+        Option(
+            "policy",
+            f"where gradients are taken, {', '.join(POLICIES)}: the trained policy, on images of the run's rollout "
+            "policy; the rollout policy, on its own; the base model with a new adapter, on its own",
+            default="current",
+        ),
+        Option("checkpoint", "optimiser step of the checkpoint (the newest)", Whole(1), "N"),
+        Option(
+            "steps",
+            "steps to measure, each with other prompts, noise and timesteps",
+            Whole(4),
+            default="48",
+        ),
+        Option(
+            "unit",
+            "samples of the smallest mini-batch in the table by mini-batch size",
+            Whole(1),
+            default="9",
+        ),
+        Option(
+            "anchors",
+            "with the part of the objective that no advantage scales, at every sample",
+            Switch(),
+        ),
+        Option("rewards", "measured instead of the run's own", Words(), "A,B"),
+        Option(
+            "to_report",
+            f"does not add the result to RUN/{results.FILE}, which `marble-jax report` shows",
+            Switch(),
+            default="true",
+        ),
+    ),
+    no_config="a run has its own",
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     if any(word in ("-h", "--help") for word in argv):
-        print(HELP, end="")
+        print(
+            verb_help("harmony", VERB, ALL).replace("marble-jax harmony", "python -m tools.harmony")
+        )
         return 0
     try:
-        _main(argv)
+        _main(parse("harmony", VERB, argv), argv)
     except InputError as error:
         print(f"harmony: {error}", file=sys.stderr)
         return 2
@@ -64,25 +91,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _main(argv: Sequence[str]) -> None:
-    values, config_args = split(argv, OPTIONS)
-    refuse_config("harmony: expected no --config, a run has its own", config_args)
-    num_steps = whole_number(values, "steps", 4)
-    smallest = whole_number(values, "unit", 1)
-    checkpoint = None
-    if values["checkpoint"]:
-        checkpoint = whole_number(values, "checkpoint", 1)
-    anchors = boolean("anchors", values["anchors"])
-    to_report = boolean("to_report", values["to_report"])
-    workdir, folder = Workdir(values["workdir"]), Path(values["out"])
+def _main(options: argparse.Namespace, argv: Sequence[str]) -> None:
+    workdir, folder = Workdir(options.workdir), Path(options.out)
+    num_steps = options.steps
     platform.keep_compilations()
-    policy = open_policy(workdir, values["policy"], checkpoint, word_list(values["rewards"]))
+    policy = open_policy(workdir, options.policy, options.checkpoint, options.rewards)
     try:
         claim(
             folder,
-            describe(policy, str(workdir.path.resolve()), values["policy"], smallest, anchors),
+            describe(
+                policy, str(workdir.path.resolve()), options.policy, options.unit, options.anchors
+            ),
         )
-        collect(policy, folder, num_steps, smallest, anchors, _say)
+        collect(policy, folder, num_steps, options.unit, options.anchors, _say)
     finally:
         policy.close()
     if len(measured(folder)) > num_steps:
@@ -93,7 +114,7 @@ def _main(argv: Sequence[str]) -> None:
     written = table.text(measurement)
     (folder / "table.txt").write_text(written + "\n", encoding="utf-8")
     print(written)
-    if to_report:
+    if options.to_report:
         results.add_to_workdir(workdir, measurement)
 
 

@@ -2,7 +2,7 @@
 # One host of a run: `marble-jax train "$@"`, a reward server beside it, and new starts after another host was lost.
 # The other launchers call this on every host.
 #
-#   REWARD_ARGS  arguments of `marble-jax reward serve`, such as "--path=rewards --rewards=geneval"; empty: no server.
+#   REWARD_ARGS  arguments of `marble-jax reward serve`, such as "--rewards_path=rewards --rewards=geneval"; empty: no server.
 #                It listens on 127.0.0.1, and rewards.json asks it as {"kind": "remote", "urls": ["http://127.0.0.1:8810"]}:
 #                every host has its own images scored by its own server.
 #   REWARD_PORT  its port (8810)
