@@ -26,7 +26,6 @@ ROWS = (
             "console",
             "agreement",
             "policies",
-            "",
         ),
     ),
     ("settings", ("config",)),
@@ -34,16 +33,17 @@ ROWS = (
     ("networks", ("networks",)),
     ("mechanisms", ("flow", "prompts")),
     ("families", ("families",)),
-    ("methods", ("objectives", "harmonize", "trainable", "rewards", "convert")),
+    ("methods", ("objectives", "harmonize", "balancing", "trainable", "rewards", "convert")),
     ("procedures", ("training", "evaluation", "report")),
     ("programs", ("programs", "plan")),
     ("command line", ("cli", "__main__")),
+    ("front door", ("",)),
 )
 ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}
 LIBRARIES = {
     "jaxopt": {"harmonize.qp"},
     "orbax": {"storage"},
-    "optax": {"training", "programs.build"},
+    "optax": {"training", "programs.build", "balancing"},
     "ml_collections": {"config", "programs", "plan", "cli"},
     "rapidocr": {"rewards.workers.ocr_engines"},
     "paddleocr": {"rewards.workers.ocr_engines"},

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from marble_jax.errors import InputError
 from marble_jax.flow.path import expand
+from marble_jax.harmonize.pull_back import mix_directions, resolve_chunk, sum_over_chunks
 from marble_jax.harmonize.reward_sums import RecordSums, RewardSums, zero_sums
 from marble_jax.objectives.base import (
     AdapterVelocity,
@@ -94,26 +94,16 @@ def accumulate(
       InputError: `chunk_size` does not divide n.
     """
     num_samples, num_rewards = advantages.shape
-    chunk_size = _resolve_chunk(num_samples, chunk_size)
+    chunk_size = resolve_chunk(num_samples, chunk_size)
     pull_back = partial(_sample_pull_backs, objective, velocity, adapter, anchors=anchors)
 
-    def add_chunk(sums: RewardSums, chunk: Any) -> tuple[RewardSums, None]:
+    def chunk_sums(chunk: Any) -> RewardSums:
         samples, chunk_advantages, chunk_valid = chunk
         pulled = jax.vmap(pull_back)(samples)
-        new = _chunk_sums(objective, pulled, chunk_advantages, chunk_valid, anchors, anchor_scale)
-        return jax.tree.map(_add, sums, new), None
+        return _chunk_sums(objective, pulled, chunk_advantages, chunk_valid, anchors, anchor_scale)
 
-    whole = batch, advantages, valid
     zeros = zero_sums(adapter, num_rewards, objective.reports)
-    if chunk_size == num_samples:
-        # A loop of one turn stays a loop in the compiled program, with all that a loop copies.
-        return add_chunk(zeros, whole)[0]
-    return jax.lax.scan(add_chunk, zeros, _chunks(whole, chunk_size))[0]
-
-
-def _add(total: jax.Array, part: jax.Array) -> jax.Array:
-    """Sum in the dtype of the total: the carry of a scan keeps its own, and half precision is added in float32."""
-    return total + part.astype(total.dtype)
+    return sum_over_chunks(chunk_sums, (batch, advantages, valid), zeros, chunk_size)
 
 
 def _sample_pull_backs(
@@ -160,17 +150,14 @@ def _chunk_sums(
         mix = jnp.concatenate([signals, anchor_scale * anchored], axis=-1)
     num_mixed = mix.shape[-1]
 
-    def rewards(leaf: jax.Array) -> jax.Array:
-        mixed = leaf[:, :num_mixed].astype(mix.dtype)
-        return jnp.einsum("ckj,cj...->k...", mix, mixed, precision=_HIGHEST)
-
     def divergence(leaf: jax.Array) -> jax.Array:
         # Behind the directions of the rewards lies that of the divergence, or nothing: then the sum is 0.
         return jnp.sum(leaf[:, num_mixed:], axis=(0, 1))
 
+    rewarded = jax.tree.map(lambda leaf: leaf[:, :num_mixed], pulled.directions)
     losses = objective.losses(advantages, pulled.statistics)
     return RewardSums(
-        gradients=jax.tree.map(rewards, pulled.directions),
+        gradients=mix_directions(mix, rewarded),
         counts=jnp.sum(valid.astype(mix.dtype), axis=0),
         losses=jnp.sum(jnp.where(valid, losses, 0.0), axis=0),
         kl_gradient=jax.tree.map(divergence, pulled.directions),
@@ -280,31 +267,3 @@ def _weighted(
         weight = expand(weights[:, j], direction)
         total = total + weight * direction
     return total
-
-
-def _chunks(batch: Any, chunk_size: int) -> Any:
-    """Deals the leading axis of every leaf out: [n, ...] -> [n / chunk_size, chunk_size, ...].
-
-    Every n / chunk_size-th sample makes a chunk, so that where samples are split over devices in blocks, each device
-    has its share of every chunk.
-    """
-
-    def deal(x: jax.Array) -> jax.Array:
-        num_samples, *shape = x.shape
-        dealt = x.reshape(chunk_size, num_samples // chunk_size, *shape)
-        return dealt.swapaxes(0, 1)
-
-    return jax.tree.map(deal, batch)
-
-
-def _resolve_chunk(num: int, chunk_size: int | None) -> int:
-    if chunk_size is None:
-        return num
-    if chunk_size < 1 or num % chunk_size:
-        divisors = [c for c in range(1, num + 1) if num % c == 0]
-        best = min(divisors, key=lambda c: abs(c - chunk_size))
-        raise InputError(
-            f"gradient chunk size: expected a divisor of the {num} samples of a micro-batch; "
-            f"received {chunk_size} (nearest valid choice {best})"
-        )
-    return chunk_size
