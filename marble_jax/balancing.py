@@ -315,6 +315,16 @@ def balance(
 def _solve(
     rule: Balancer, products: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any
 ) -> BalanceInfo:
+    """What a balancer makes of a Gram matrix."""
+    if type(rule).__hash__ is None:
+        # A balancer of the user's that cannot name a compiled program.
+        return _solved(rule, products, valid, state)
+    return _compiled_solve(rule, products, valid, state)
+
+
+def _solved(
+    rule: Balancer, products: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any
+) -> BalanceInfo:
     solution = rule(products, valid, state)
     effect = diagnostics.from_gram(products, solution.weights, valid)
     return BalanceInfo(
@@ -334,6 +344,10 @@ def _solve(
         status=solution.status,
         state=solution.state,
     )
+
+
+# A solve is hundreds of small operations, slow one by one where the caller compiles nothing.
+_compiled_solve = jax.jit(_solved, static_argnums=0)
 
 
 @flax.struct.dataclass

@@ -96,3 +96,17 @@ class LoggingSettings:
     )
     # Off unless asked for: it sends the run's figures to another machine.
     wandb: str = key("", "wandb project; empty: off", resumable=True)
+    wandb_entity: str = key(
+        "", "user or team of the wandb project; empty: your own", resumable=True
+    )
+    wandb_tags: tuple[str, ...] = key((), "tags of the wandb run", resumable=True)
+    wandb_mode: str = key(
+        "online",
+        "whether wandb sends figures at once, keeps them in WORKDIR/wandb for `wandb sync`, or is off",
+        "online|offline|disabled",
+        resumable=True,
+    )
+    trackio: str = key("", "trackio project; empty: off", resumable=True)
+    images: bool = key(
+        True, "send the fixed prompts' images and clips to trackers too", resumable=True
+    )

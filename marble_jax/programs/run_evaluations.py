@@ -23,8 +23,9 @@ from marble_jax.storage.files import read_json
 from marble_jax.storage.images import save_sample
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
-from marble_jax.training.records import MetricWriter
+from marble_jax.training.metric_writer import MetricWriter
 from marble_jax.training.state import TrainState
+from marble_jax.training.trackers import Shown
 from marble_jax.types import Adapter, Params, Scores
 from marble_jax.validation import validated_fields
 
@@ -180,6 +181,7 @@ class RunEvaluations:
         folder = self._workdir.samples / f"step_{step:06d}"
         frames_per_second = self._run.family.frames_per_second
         shown = []
+        tracked = {}
         for number, (index, image) in enumerate(zip(evaluator.kept, images, strict=True)):
             prompt = evaluator.prompts[index].text
             shown.append({"prompt": prompt, "seed": index})
@@ -188,6 +190,7 @@ class RunEvaluations:
                 continue
             texts = {"prompt": prompt, "step": str(step)}
             save_sample(folder / f"{number:02d}.png", image, texts, frames_per_second)
+            tracked[f"samples/{number:02d}"] = Shown(prompt, image, frames_per_second or 1)
         self._workdir.write_json("samples/prompts.json", shown)
         record: dict[str, Any] = {
             "step": step,
@@ -201,10 +204,8 @@ class RunEvaluations:
         if failed:
             record["failed"] = failed
         self._workdir.append(self._workdir.evaluations, record)
-        means = {}
-        for name, entry in record["scores"].items():
-            means[f"evaluation/score/{name}"] = entry["mean"]
-        self._writer.write(step, means)
+        rewards = self._run.settings.rewards.train
+        self._writer.write_evaluation(step, record, tracked, rewards)
 
 
 def _with_best(state: TrainState, score: float) -> TrainState:

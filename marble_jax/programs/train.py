@@ -22,14 +22,15 @@ from marble_jax.programs.locations import reward_directory
 from marble_jax.programs.run_evaluations import RunEvaluations
 from marble_jax.programs.run_record import run_record
 from marble_jax.programs.step_flops import speed, step_flops_of
+from marble_jax.programs.tracked_run import tracked_run
 from marble_jax.report import write_report
 from marble_jax.rewards.checks import before_training
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.guard import Guard, fresh_stream
 from marble_jax.training.loop import Cadence, Hooks, train
+from marble_jax.training.metric_writer import MetricWriter
 from marble_jax.training.profile import Profiler, parse_steps
-from marble_jax.training.records import MetricWriter
 from marble_jax.training.state import TrainState
 from marble_jax.training.stops import Interrupted
 
@@ -160,18 +161,15 @@ class Session:
         self._told: set[str] = set()
         settings = run.settings
         # One process writes for all.
-        tensorboard, wandb = False, ""
+        self._writer = MetricWriter.silent()
         if distributed.is_first():
-            tensorboard, wandb = settings.logging.tensorboard, settings.logging.wandb
-        self._writer = MetricWriter(
-            str(workdir.events),
-            tensorboard,
-            wandb,
-            settings.name,
-            flatten(settings),
-            done,
-            console.say,
-        )
+            self._writer = MetricWriter(
+                str(workdir.events),
+                settings.logging,
+                tracked_run(settings, workdir),
+                done,
+                console.say,
+            )
         self._evaluations = RunEvaluations(run, workdir, console, self._writer)
         self._exports = PeriodicExports(settings, run.family, workdir, run.networks.params, console)
         self._flops = step_flops_of(settings, run.sizes, run.networks, run.state.current)
@@ -190,16 +188,19 @@ class Session:
           done: its steps.
         """
         cadence = self._cadence()
+        finished = False
         try:
             if done and cadence.evaluates(done):
                 # A reward may have stopped the run during this very evaluation.
                 state = self._evaluations(state)
-            return train(state, self._run.iteration, cadence, self._hooks(), self._console)
+            state = train(state, self._run.iteration, cadence, self._hooks(), self._console)
+            finished = True
+            return state
         except BaseException as error:
             distributed.exit_unless_agreed((Interrupted,), error)
             raise
         finally:
-            self._close()
+            self._close(hurried=not finished)
 
     def _cadence(self) -> Cadence:
         settings = self._run.settings
@@ -268,9 +269,9 @@ class Session:
         )
         return fresh_stream(state, number)
 
-    def _close(self) -> None:
+    def _close(self, hurried: bool) -> None:
         self._checkpoints.close()
-        self._writer.close()
+        self._writer.close(hurried)
         self._run.collector.scorer.close()
         self._run.evaluator.scorer.close()
         self.report = distributed.broadcast_from_first("report", self._write_report)

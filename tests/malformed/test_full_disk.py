@@ -10,10 +10,11 @@ import pytest
 from attempts import refusal, run
 from make_workdir import make_workdir
 
+from marble_jax.config import LoggingSettings
 from marble_jax.errors import InputError
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.workdir import Workdir
-from marble_jax.training.records import MetricWriter
+from marble_jax.training.metric_writer import MetricWriter
 
 MEGABYTE = 1 << 20
 
@@ -75,7 +76,7 @@ def test_events_and_records(disk):
     said = []
     workdir = Workdir(disk / "run")
     workdir.claim({})
-    writer = MetricWriter(str(workdir.events), True, "", "run", {}, say=said.append)
+    writer = MetricWriter(str(workdir.events), LoggingSettings(), say=said.append)
     ballast = fill(disk)
     for step in range(3000):
         writer.write(step, {"loss": 0.5, "norm": 1.0})

@@ -11,10 +11,11 @@ import time
 
 import pytest
 
+from marble_jax.config import LoggingSettings
 from marble_jax.rewards.workers.threads import Pool
-from marble_jax.training import records, stops
+from marble_jax.training import metric_writer, stops
 from marble_jax.training.event_file import EventFile
-from marble_jax.training.records import MetricWriter
+from marble_jax.training.metric_writer import MetricWriter
 
 
 def events_in(file):
@@ -54,14 +55,14 @@ class Full:
         self.left -= 1
         self.written.append(step)
 
-    def close(self):
+    def close(self, seconds):
         self.written.append("closed")
 
 
 def test_a_tracker_that_breaks_is_given_up_with_one_line(monkeypatch):
     full, said = Full(2), []
-    monkeypatch.setattr(records, "EventFile", lambda *_: full)
-    writer = MetricWriter("", True, "", "run", {}, say=said.append)
+    monkeypatch.setattr(metric_writer, "EventFile", lambda *_: full)
+    writer = MetricWriter("", LoggingSettings(), say=said.append)
     for step in range(1000):
         writer.write(step, {"a": 1.0})
     writer.close()
@@ -74,7 +75,8 @@ def test_a_tracker_that_breaks_is_given_up_with_one_line(monkeypatch):
 def test_an_event_file_that_cannot_begin_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     said = []
-    writer = MetricWriter(str(tmp_path / "file" / "events"), True, "", "run", {}, say=said.append)
+    directory = str(tmp_path / "file" / "events")
+    writer = MetricWriter(directory, LoggingSettings(), say=said.append)
     writer.write(1, {"a": 1.0})
     writer.close()
     assert len(said) == 1 and said[0].startswith("TensorBoard is given up")
