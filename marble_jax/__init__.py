@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 from marble_jax import platform as _platform
 
 if TYPE_CHECKING:
+    from marble_jax.api.loras import read_lora
+    from marble_jax.api.runs import Interrupted, Run, train
+    from marble_jax.api.sampling import sample
+    from marble_jax.api.settings import load_settings
     from marble_jax.balancing import (
         BalanceInfo,
         balance,
@@ -21,31 +25,49 @@ if TYPE_CHECKING:
         per_objective_gradients,
         weighted_sample_gradients,
     )
+    from marble_jax.config import Settings
+    from marble_jax.errors import InputError
 
 _platform.prepare()
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "BalanceInfo": "balancing",
-    "balance": "balancing",
-    "balanced": "balancing",
-    "losses_and_gradients": "balancing",
-    "min_norm": "balancing",
-    "per_objective_gradients": "balancing",
-    "weighted_sample_gradients": "balancing",
-}
-"""Public names, and the modules that they are imported from."""
-
 __all__ = [
     "BalanceInfo",
+    "InputError",
+    "Interrupted",
+    "Run",
+    "Settings",
     "balance",
     "balanced",
+    "load_settings",
     "losses_and_gradients",
     "min_norm",
     "per_objective_gradients",
+    "read_lora",
+    "sample",
+    "train",
     "weighted_sample_gradients",
 ]
+
+_HOMES = {
+    "BalanceInfo": "balancing",
+    "InputError": "errors",
+    "Interrupted": "api.runs",
+    "Run": "api.runs",
+    "Settings": "config",
+    "balance": "balancing",
+    "balanced": "balancing",
+    "load_settings": "api.settings",
+    "losses_and_gradients": "balancing",
+    "min_norm": "balancing",
+    "per_objective_gradients": "balancing",
+    "read_lora": "api.loras",
+    "sample": "api.sampling",
+    "train": "api.runs",
+    "weighted_sample_gradients": "balancing",
+}
+"""Public names, and the modules that they are imported from."""
 
 
 def __getattr__(name: str) -> Any:

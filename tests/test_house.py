@@ -37,6 +37,7 @@ ROWS = (
     ("procedures", ("training", "evaluation", "report")),
     ("programs", ("programs", "plan")),
     ("command line", ("cli", "__main__")),
+    ("Python interface", ("api",)),
     ("front door", ("",)),
 )
 ROW = {room: number for number, (_, rooms) in enumerate(ROWS) for room in rooms}

@@ -103,7 +103,10 @@ def _end() -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Collects SIGTERM and SIGINT instead of dying from them; a second one does."""
+    """Collects SIGTERM and SIGINT instead of dying from them; a second one does.
+
+    In another thread than the main one, where Python lets nobody handle signals, they are left as they are.
+    """
     requests = StopRequests()
     before: dict[int, Any] = {}
 
@@ -114,7 +117,10 @@ def stop_requests() -> Iterator[StopRequests]:
         # A second signal meets the handler that was there before, which ends the process.
         signal.signal(number, before[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    caught_here: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        caught_here = ()
+    for number in caught_here:
         before[number] = signal.signal(number, handler)
     try:
         yield requests
