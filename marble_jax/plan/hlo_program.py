@@ -1,0 +1,173 @@
+"""Computations and instructions of an optimised HLO text, and how often one run of the program runs each of them.
+
+The body of a loop counts as often as it runs, which XLA's own cost analysis does not do; the compiler notes in the
+text how often that is. A loop of unknown length counts once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from marble_jax.plan.hlo import whole_numbers
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)$")
+_CALLED = re.compile(
+    r"(body|condition|to_apply|calls|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%?[\w.-]+)"
+)
+_TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:"?(\d+)"?\}')
+_SIDES = re.compile(r"\w+\[([\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.-]+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
+_GROUPS = re.compile(r"batch_group_count=(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction of a computation.
+
+    Attributes:
+      name: its name, unique in the program.
+      result: type of its result, with layout.
+      operation: its operation, such as "fusion".
+      arguments: text behind the operation's bracket: operands, then attributes.
+      is_root: whether its result is that of its computation.
+    """
+
+    name: str
+    result: str
+    operation: str
+    arguments: str
+    is_root: bool = False
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it reads."""
+        # Operands end at the first bracket; the attributes behind it name computations with the same sign.
+        return _OPERAND.findall(self.arguments.split("), ", 1)[0])
+
+    @property
+    def callees(self) -> list[tuple[str, str]]:
+        """Role and name of every computation that it calls; a reduction's sum of two numbers is none."""
+        called = []
+        for role, names in _CALLED.findall(self.arguments):
+            # The `to_apply` of a reduction adds two numbers; that of a call is a part of the program.
+            if role == "to_apply" and self.operation != "call":
+                continue
+            for name in names.strip("{}").split(","):
+                called.append((role, name.strip().lstrip("%")))
+        return called
+
+    @property
+    def trips(self) -> int:
+        """How often the body runs, of a loop; 1 where that is not known or it is no loop."""
+        count = _TRIPS.search(self.arguments)
+        if self.operation != "while" or count is None:
+            return 1
+        return int(count[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class HloProgram:
+    """Computations of a text.
+
+    Attributes:
+      computations: instructions by the name of their computation.
+      entry: the computation that runs first; empty where there is none.
+    """
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    def types(self) -> dict[str, str]:
+        """Type of every instruction's result, by the instruction's name."""
+        types = {}
+        for body in self.computations.values():
+            for instruction in body:
+                types[instruction.name] = instruction.result
+        return types
+
+    def runs(self, into_fusions: bool = True) -> Iterator[tuple[str, int]]:
+        """Yields every computation with how often it runs, once for each place that it is called from.
+
+        Args:
+          into_fusions: whether what a fusion is made of is a computation of its own, too.
+        """
+        waiting: list[tuple[str, int]] = []
+        if self.entry:
+            waiting.append((self.entry, 1))
+        while waiting:
+            name, times = waiting.pop()
+            yield name, times
+            for instruction in self.computations[name]:
+                if instruction.operation == "fusion" and not into_fusions:
+                    continue
+                for role, callee in instruction.callees:
+                    # Pieces of a kernel's own configuration match the pattern of a call, too.
+                    if callee in self.computations:
+                        often = instruction.trips if role == "body" else 1
+                        waiting.append((callee, times * often))
+
+
+def parse_program(text: str) -> HloProgram:
+    """Reads the computations of an HLO text."""
+    computations: dict[str, list[Instruction]] = {}
+    entry = ""
+    body: list[Instruction] | None = None
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        # An instruction with a nested bracket can look like the head of a computation, but for its " = ".
+        if head is not None and " = " not in line.split("(", 1)[0]:
+            body = computations.setdefault(head[2], [])
+            if head[1]:
+                entry = head[2]
+            continue
+        match = _INSTRUCTION.match(line)
+        if match is not None and body is not None:
+            root, *parts = match.groups()
+            body.append(Instruction(*parts, is_root=root is not None))
+    return HloProgram(computations, entry)
+
+
+def product_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
+    """FLOPs of a matrix product or convolution: two for each product of numbers; 0 for any other operation.
+
+    Args:
+      instruction: any.
+      types: type of every instruction's result, by the instruction's name.
+    """
+    operands = instruction.operands
+    if instruction.operation == "dot":
+        summed = 1
+        left = sides_of(types[operands[0]])
+        for axis in whole_numbers(captured(_CONTRACTED, instruction.arguments)):
+            summed *= left[axis]
+    elif instruction.operation == "convolution":
+        kernel = sides_of(types[operands[1]])
+        labels = captured(_LABELS, instruction.arguments)
+        # A number of the output sums over every axis of the kernel but the output's channels.
+        summed = math.prod(kernel) // kernel[labels.index("o")]
+        groups = captured(_GROUPS, instruction.arguments)
+        # Of a batch in groups, the kernel meets one group alone.
+        summed //= int(groups or 1)
+    else:
+        return 0.0
+    return 2.0 * math.prod(sides_of(instruction.result)) * summed
+
+
+def sides_of(shape: str) -> list[int]:
+    """Sides of the first array of a type."""
+    return whole_numbers(captured(_SIDES, shape))
+
+
+def captured(pattern: re.Pattern[str], text: str) -> str:
+    """What the pattern's group matches in a text; empty where the pattern does not match."""
+    match = pattern.search(text)
+    if match is None:
+        return ""
+    return match[1]
