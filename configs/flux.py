@@ -66,6 +66,8 @@ SHORT = {
     "rollout.guidance_scale": 1.0,
     "training.timestep_fraction": 1.0,
     "policy_gradient.kl_weight": 0.0,
+    # The adapter is three times as large as that of attention alone.
+    "harmonize.chunk_size": 2,
     "lora.targets": (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),

@@ -162,9 +162,7 @@ def get_config(preset: str = PRESETS[0]):
     config.mesh.fsdp = fsdp
     if objective in POLICY_GRADIENTS:
         config.harmonize.mode = "exact"
-        config.update_from_flattened_dict(
-            dict(POLICY_GRADIENTS[objective]) | ON_CLIPS[objective]
-        )
+        config.update_from_flattened_dict(dict(POLICY_GRADIENTS[objective]) | ON_CLIPS[objective])
     if preset.endswith("_marble"):
         config.update_from_flattened_dict(dict(HARMONIZED))
     return config

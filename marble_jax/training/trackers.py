@@ -15,7 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -68,6 +68,7 @@ class Table:
     rows: Sequence[Sequence[str | float | None]]
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where figures, images and tables go besides the records; methods raise whatever goes wrong."""
 

@@ -25,6 +25,7 @@ PLACES = {
     "v5p_16": ("v5p", 16),
     "v6e_16": ("v6e", 16),
 }
+OTHER_OBJECTIVES = ("flow_grpo", "flow_grpo_fast_marble", "grpo_guard_marble", "awm")
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +39,25 @@ def shapes():
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("model", ["flux1_dev", "flux1_schnell"])
 def test_a_preset_fits_with_the_reward_models(model, place, shapes):
-    (name, count), settings = PLACES[place], settings_of(CONFIG(f"{model}_{place}"))
+    settings = settings_of(CONFIG(f"{model}_{place}"))
+    _check_it_fits(settings, shapes[model], *PLACES[place])
+
+
+@pytest.mark.parametrize("objective", OTHER_OBJECTIVES)
+def test_a_preset_of_another_objective_fits_with_the_reward_models(objective):
+    settings = settings_of(CONFIG(f"flux1_dev_{objective}"))
+    _check_it_fits(settings, model_shapes(settings), "h100", 8)
+
+
+def _check_it_fits(settings, shapes, name, count):
     accelerator = accelerators.by_name(name)
     check_settings(settings, accelerator.backend)
     mesh = device_mesh.abstract_mesh(count, settings.mesh.data, settings.mesh.fsdp)
     sizes = derive_sizes(settings.rollout, settings.training, count)
     pad = memory.LANES if accelerator.backend == "tpu" else 1
-    programs = memory.program_sources(settings, shapes[model], sizes, mesh, pad)
+    programs = memory.program_sources(settings, shapes, sizes, mesh, pad)
     for program, sources in programs.items():
-        resident = memory.resident_sources(settings, shapes[model], mesh, program)
+        resident = memory.resident_sources(settings, shapes, mesh, program)
         needed = memory.total(sources) + memory.total(resident)
         assert needed + REWARDS < accelerator.usable, program
 
