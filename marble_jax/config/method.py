@@ -152,7 +152,8 @@ class HarmonizeSettings:
         8,
         "a solve takes the terms that no advantage scales (pull to the rollout policy, divergence "
         "from the base) at one micro-batch in n, n times as strong, other slices of images from "
-        "timestep to timestep and from step to step; so do steps between solves the divergence; 1: at all",
+        "timestep to timestep and from step to step; so do steps between solves the divergence; 1: at all, "
+        "as mode=upstream always does",
         "micro-batches, >= 1",
     )
     anchor_error: float = key(
