@@ -1,6 +1,6 @@
 """The shipped tiny pipeline on five rewards: minutes on two CPU cores.
 
-    marble-jax train --config=configs/embedded.py --workdir=runs/first
+    marble-jax train --config=embedded --workdir=runs/first
 
 A preset is a row of the table below: what it changes. '' is MARBLE; `only_*` train on one reward and evaluate the
 others, on images of its own prompts where it does not apply to all; `smoke` takes a few seconds, for tests.
@@ -116,6 +116,36 @@ PRESETS = {
         "evaluation.num_images": 3,
         "checkpoints.every_steps": 1,
     },
+}
+ABOUT = {
+    "": "MARBLE on five rewards, solved at every step; with the reward weights of this pipeline",
+    "exact": "the same, said outright",
+    "amortized": "a solve every five steps and alpha averaged, as the paper has it",
+    "cleaned": "alpha of cosines cleaned of noise, averaged over some ten steps",
+    "upstream": "the released code's own step, peculiarities included",
+    "weighted_sum": "one advantage of a sum of scores, each over its standard deviation",
+    "weighted_sum_raw": "one advantage of the plain sum of scores, as upstream's baseline has it",
+    "upweighted": "the weighted sum with twice the weight on OCR and GenEval",
+    "gdpo": "one advantage, the normalised sum of the rewards' own (GDPO)",
+    "sequential": "one reward group after the other, each on its own prompts",
+    "opposed": "MARBLE with a sixth reward that the others do not want",
+    "opposed_sum": "the weighted sum with that sixth reward",
+    "equal": "equal alpha without normalised gradients, the paper's ablation",
+    "dropout": "MARBLE with half of three rewards left out at random",
+    "only_alignment": "one reward alone: CLIP alignment",
+    "only_preference": "one reward alone: preference",
+    "only_aesthetic": "one reward alone: aesthetics",
+    "only_ocr": "one reward alone: OCR, on its own prompts",
+    "only_geneval": "one reward alone: GenEval, on its own prompts",
+    "flow_grpo": "Flow-GRPO on the weighted sum: two clipped updates a rollout",
+    "flow_grpo_marble": "Flow-GRPO with a gradient of every reward",
+    "flow_grpo_fast": "Flow-GRPO-Fast on the weighted sum: noise in a window of two steps",
+    "flow_grpo_fast_marble": "Flow-GRPO-Fast with a gradient of every reward",
+    "grpo_guard": "GRPO-Guard on the weighted sum",
+    "grpo_guard_marble": "GRPO-Guard with a gradient of every reward",
+    "awm": "advantage-weighted matching on the weighted sum",
+    "awm_marble": "advantage-weighted matching with a gradient of every reward",
+    "smoke": "three small steps, seconds of training: for tests and first tries",
 }
 
 

@@ -1,13 +1,13 @@
 """FLUX.1 at 512 px: LoRA of rank 64 on attention, MARBLE in amortized mode, on one machine or a slice of TPUs.
 
-    marble-jax train --config=configs/flux.py:flux1_dev_8x80gb --workdir=runs/flux
+    marble-jax train --config=flux:flux1_dev_8x80gb --workdir=runs/flux
 
 FLUX.1-dev takes the guidance scale 3.5 as an input, in training as in sampling; FLUX.1-schnell takes none. Rollouts are
 short: 10 dpm2 steps (6 timesteps trained on) for dev with 512 tokens of T5, 4 Euler steps (all trained on) for schnell
 with 256. Rewards, balancing and prompts are those of configs/sd3.py. Not run by this project yet: a run takes large
 accelerators. `model.path` is a diffusers directory or hub id; dev is gated (log in first).
 
-`flux1_dev` and `flux1_schnell` are for eight GPUs of 80 GB. `marble-jax plan --config=configs/flux.py:PRESET` with the
+`flux1_dev` and `flux1_schnell` are for eight GPUs of 80 GB. `marble-jax plan --config=flux:PRESET` with the
 options below says, in GB of the largest program and what lies beside it on a device (the reward models take some 12 GB
 more) and seconds of a step at 40 % of the peak, rewards apart:
 
@@ -100,6 +100,18 @@ PRESETS = (
     "flux1_dev_awm",
     "flux1_dev_awm_marble",
 )
+ABOUT = {
+    "flux1_dev": "FLUX.1-dev on eight GPUs of 80 GB",
+    "flux1_schnell": "FLUX.1-schnell on eight GPUs of 80 GB",
+    "flux1_dev_80gb": "FLUX.1-dev on one GPU of 80 GB, fewer images a step",
+    "flux1_dev_8x80gb": "FLUX.1-dev on eight GPUs of 80 GB",
+    "flux1_dev_v5p_16": "FLUX.1-dev on 16 chips of TPU v5p",
+    "flux1_dev_v6e_16": "FLUX.1-dev on 16 chips of TPU v6e, weights split",
+    "flux1_schnell_80gb": "FLUX.1-schnell on one GPU of 80 GB, fewer images a step",
+    "flux1_schnell_8x80gb": "FLUX.1-schnell on eight GPUs of 80 GB",
+    "flux1_schnell_v5p_16": "FLUX.1-schnell on 16 chips of TPU v5p",
+    "flux1_schnell_v6e_16": "FLUX.1-schnell on 16 chips of TPU v6e, weights split",
+}
 
 
 def get_config(preset: str = PRESETS[0]):

@@ -1,6 +1,6 @@
 """The paper's SD3.5-medium recipe (MARBLE, arXiv 2605.06507), under upstream's preset names.
 
-    marble-jax train --config=configs/sd3.py:sd3_multi_reward_pareto_5r_alpha_ema --workdir=gs://bucket/run
+    marble-jax train --config=sd3:sd3_multi_reward_pareto_5r_alpha_ema --workdir=gs://bucket/run
 
 48 prompts x 24 images a step, 25 dpm2 steps without guidance, 24 timesteps trained on, LoRA rank 32 on the eight
 attention projections. The presets under upstream's names are this project's amortized mode with these numbers;
@@ -19,7 +19,7 @@ settings and one advantage of the sum of scores; with `_marble` behind the name,
 `gpu_80gb`, `gpu_140gb` and `gpu_8x80gb` are the exact mode of the same recipe for one GPU of 80 GB (A100, H100), one of
 140 GB (H200) and eight of 80 GB. They differ from each other in how much is computed at once and in nothing that is
 computed: 48 prompts x 24 images, fused attention, nothing recomputed in the backward pass. What they take,
-`marble-jax plan --config=configs/sd3.py:gpu_80gb --devices=1 --chip=h100` says, with `--chip=h200` for the second and
+`marble-jax plan --config=sd3:gpu_80gb --devices=1 --chip=h100` says, with `--chip=h200` for the second and
 `--devices=8` for the third: 37, 73 and 40 GB a GPU, and the reward models take some 12 GB more.
 """
 
@@ -44,6 +44,24 @@ PRESETS = (
     "awm",
     "awm_marble",
 )
+ABOUT = {
+    "sd3_multi_reward_pareto_5r_alpha_ema": "the paper's recipe, amortized: a solve every ten steps",
+    "sd3_ablation_equal_alpha": "the paper's ablation: equal alpha without normalised gradients",
+    "upstream": "the released code's own step, peculiarities included",
+    "exact": "the paper's sizes with a solve at every step",
+    "weighted_sum": "the paper's sizes with one advantage of a sum of scores",
+    "gpu_80gb": "the exact mode on one GPU of 80 GB (A100, H100)",
+    "gpu_140gb": "the exact mode on one GPU of 140 GB (H200)",
+    "gpu_8x80gb": "the exact mode on eight GPUs of 80 GB",
+    "flow_grpo": "Flow-GRPO on a sum of scores, with its paper's settings",
+    "flow_grpo_marble": "Flow-GRPO with a gradient of every reward",
+    "flow_grpo_fast": "Flow-GRPO-Fast on a sum of scores",
+    "flow_grpo_fast_marble": "Flow-GRPO-Fast with a gradient of every reward",
+    "grpo_guard": "GRPO-Guard on a sum of scores",
+    "grpo_guard_marble": "GRPO-Guard with a gradient of every reward",
+    "awm": "advantage-weighted matching on a sum of scores",
+    "awm_marble": "advantage-weighted matching with a gradient of every reward",
+}
 GPUS = {  # (rollout.batch_size, training.micro_batch_size, harmonize.chunk_size a device)
     "gpu_80gb": (144, 72, 8),
     "gpu_140gb": (288, 72, 18),

@@ -1,6 +1,6 @@
 """Wan2.1-T2V-1.3B: LoRA of rank 32 on its attention, MARBLE in amortized mode, on pictures or on clips.
 
-    marble-jax train --config=configs/wan.py:240p_8x80gb --workdir=runs/wan
+    marble-jax train --config=wan:240p_8x80gb --workdir=runs/wan
 
 `picture` draws 480 x 832 px, `240p` clips of 17 frames of 240 x 416, `480p` clips of 33 frames of 480 x 832. Rollouts
 take 10 dpm2 steps with guidance 4.5, without which the base model blurs; four of the ten noise levels are trained on,
@@ -9,7 +9,7 @@ and last one, and `motion` keeps clips from freezing; smoothness, flicker and a 
 prompts are the ready-made sets. Not run by this project yet: a run takes large accelerators. `model.path` is a
 diffusers directory or hub id (Apache-2.0).
 
-`picture`, `240p` and `480p` are for eight GPUs of 80 GB. `marble-jax plan --config=configs/wan.py:PRESET` with the
+`picture`, `240p` and `480p` are for eight GPUs of 80 GB. `marble-jax plan --config=wan:PRESET` with the
 options below says, in GB of the largest program and what lies beside it on a device (the reward models take some 12 GB
 more) and seconds of a step at 40 % of the peak, rewards apart:
 
@@ -119,6 +119,23 @@ PRESETS = (
     "awm",
     "awm_marble",
 )
+ABOUT = {
+    "picture": "pictures of 480 x 832, on eight GPUs of 80 GB",
+    "240p": "clips of 17 frames of 240 x 416, on eight GPUs of 80 GB",
+    "480p": "clips of 33 frames of 480 x 832, on eight GPUs of 80 GB",
+    "picture_80gb": "pictures of 480 x 832, on one GPU of 80 GB, fewer a step",
+    "picture_8x80gb": "pictures of 480 x 832, on eight GPUs of 80 GB",
+    "picture_v5p_16": "pictures of 480 x 832, on 16 chips of TPU v5p",
+    "picture_v6e_16": "pictures of 480 x 832, on 16 chips of TPU v6e",
+    "240p_80gb": "clips of 17 frames of 240 x 416, on one GPU of 80 GB, fewer a step",
+    "240p_8x80gb": "clips of 17 frames of 240 x 416, on eight GPUs of 80 GB",
+    "240p_v5p_16": "clips of 17 frames of 240 x 416, on 16 chips of TPU v5p",
+    "240p_v6e_16": "clips of 17 frames of 240 x 416, on 16 chips of TPU v6e",
+    "480p_80gb": "clips of 33 frames of 480 x 832, on one GPU of 80 GB, fewer a step",
+    "480p_8x80gb": "clips of 33 frames of 480 x 832, on eight GPUs of 80 GB",
+    "480p_v5p_16": "clips of 33 frames of 480 x 832, on 16 chips of TPU v5p",
+    "480p_v6e_16": "clips of 33 frames of 480 x 832, on 16 chips of TPU v6e",
+}
 
 
 def get_config(preset: str = PRESETS[0]):

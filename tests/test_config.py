@@ -25,6 +25,7 @@ from marble_jax.config import (
     settings_of,
 )
 from marble_jax.config.keys import range_of
+from marble_jax.config.presets import described_presets, title_of
 from marble_jax.config.renamed import FOREIGN_KEYS, RENAMED_KEYS, RENAMED_VALUES
 from marble_jax.errors import InputError
 
@@ -99,6 +100,13 @@ def test_defaults_become_a_tree_and_back():
 def test_every_configuration_file_is_covered():
     assert {"embedded.py"} <= {path.name for path in FILES}
     assert "smoke" in presets(ROOT / "configs" / "embedded.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_preset_is_described(path):
+    about = described_presets(path)
+    assert list(about) == list(presets(path))
+    assert all(10 < len(line) < 100 for line in about.values()) and len(title_of(path)) > 20
 
 
 @pytest.mark.parametrize(("path", "preset"), ALL, ids=[f"{p.stem}:{s}" for p, s in ALL])

@@ -1,4 +1,4 @@
-"""The configuration of a command line: `--config=FILE[:preset] --config.a.b=value`.
+"""The configuration of a command line: `--config=PRESET --config.a.b=value`, or `--config=FILE[:PRESET]`.
 
 ml_collections does the parsing; what it finds wrong is put in one line that names the nearest valid key.
 """
@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from marble_jax.cli.kinds import word_list
 from marble_jax.config import KEYS, Settings, check, flatten, known, settings_of
+from marble_jax.config.presets import preset_files
 from marble_jax.errors import InputError, nearest
 
 
@@ -49,8 +50,7 @@ def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
         overrides[name] = value
     if len(files) != 1:
         raise InputError(
-            f"--config: expected one configuration file (such as configs/embedded.py); received "
-            f"{len(files)}"
+            f"--config: expected one configuration file (such as embedded); received {len(files)}"
         )
     path, _, preset = files[0].partition(":")
     config = _read(path, preset)
@@ -92,7 +92,10 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
     """
     file = Path(path)
     if not file.is_file():
-        raise _no_file(file, path)
+        # A file of that path wins over the preset that ships under the same name.
+        if path not in preset_files():
+            raise _no_file(file, path)
+        file = preset_files()[path]
     try:
         config = _run(file, preset)
     except InputError:
@@ -116,10 +119,13 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
 
 
 def _no_file(file: Path, path: str) -> InputError:
-    # Without the folder there is nothing beside the file, and no name to propose.
-    neighbours = [str(neighbour) for neighbour in file.parent.glob("*.py")]
+    ships = preset_files()
+    hint = f"; did you mean {file.stem!r}?"
+    if file.stem not in ships or not path.endswith(".py"):
+        # Without the folder there is nothing beside the file, and no name to propose.
+        hint = nearest(path, [*ships, *map(str, file.parent.glob("*.py"))])
     return InputError(
-        f"--config: expected a configuration file; received {path!r}{nearest(path, neighbours)}"
+        f"--config: expected a configuration file or a preset that ships; received {path!r}{hint}"
     )
 
 

@@ -96,10 +96,10 @@ def _whole(name: str, verb: Verb, brief: bool) -> str:
         rows = [(left, _begin(meaning)) for left, meaning in _rows(shown, aliases=False)]
         if verb.config:
             rows = _config_rows() + rows
-        lines += ["", *_columns(rows)] if rows else []
+        lines += ["", *columns(rows)] if rows else []
         return "\n".join([*lines, *_what_else(verb, groups)])
     if verb.config:
-        lines += ["", *_columns(_config_rows())]
+        lines += ["", *columns(_config_rows())]
     for group, options in groups.items():
         lines += _group(group, verb, options)
     if verb.notes:
@@ -143,7 +143,7 @@ def _group(group: str, verb: Verb, options: Sequence[Option]) -> list[str]:
     lines = [""]
     if group:
         lines += [f"{group}:"]
-    lines += _columns(_rows(options))
+    lines += columns(_rows(options))
     if group in verb.groups:
         lines += ["", *_paragraphs(verb.groups[group], _INDENT)]
     return lines
@@ -152,8 +152,9 @@ def _group(group: str, verb: Verb, options: Sequence[Option]) -> list[str]:
 def _config_rows() -> list[tuple[str, str]]:
     return [
         (
-            "--config=FILE[:preset]",
-            "a file with get_config(preset), such as configs/embedded.py:smoke",
+            "--config=PRESET",
+            "one that ships, such as sd3:gpu_80gb (marble-jax presets lists them), or FILE[:PRESET], a file with "
+            "get_config",
         ),
         (
             "--config.KEY=VALUE",
@@ -178,9 +179,14 @@ def _rows(options: Sequence[Option], aliases: bool = True) -> list[tuple[str, st
     return rows
 
 
-def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Options to the left and their meanings to the right."""
-    left = min(_MOST_LEFT, max(len(option) for option, _ in rows))
+def columns(rows: Sequence[tuple[str, str]], most: int = _MOST_LEFT) -> list[str]:
+    """Returns lines with names to the left and their meanings to the right, wrapped to `width`.
+
+    Args:
+      rows: names and meanings.
+      most: columns of a name at most for its meaning to begin on the same line.
+    """
+    left = min(most, max(len(option) for option, _ in rows))
     start = len(_INDENT) + left + 2
     lines = []
     for option, meaning in rows:

@@ -1,4 +1,4 @@
-"""`marble-jax plan --config=FILE[:preset] [--devices=N | --topology=v5e:4x4]`: what a run comes to, without running."""
+"""`marble-jax plan --config=PRESET [--devices=N | --topology=v5e:4x4]`: what a run comes to, without running."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROGRAMS = {
 VERB = Verb(
     about="What a run comes to: batches and groups, what runs where, memory a device by source, FLOPs and seconds of a "
     "step. Reads no weights and needs no accelerator; settings that do not fit are refused with the nearest that do.",
-    usage=("--config=FILE[:preset] [--config.key=value ...] [options]",),
+    usage=("--config=PRESET [--config.key=value ...] [options]",),
     options=(
         Option(
             "devices",

@@ -39,7 +39,7 @@ _CHOICE = (
 _CHECK = Verb(
     about="Loads each reward, scores images whose scores (or whose order) are known, and measures speed; status 2 if "
     "one is broken.",
-    usage=("(--config=FILE[:preset] | --rewards_path=DIR) [--rewards=A,B] [options]",),
+    usage=("(--config=PRESET | --rewards_path=DIR) [--rewards=A,B] [options]",),
     options=(
         *_CHOICE,
         Option(
@@ -74,9 +74,7 @@ _LIMITS = "limits"
 _SERVE = Verb(
     about="Scores other machines' images until a signal comes: answers POST /score and GET /health; the format is "
     "described in marble_jax/rewards/http/protocol.py.",
-    usage=(
-        "(--config=FILE[:preset] | --rewards_path=DIR) [--rewards=A,B] [--host=127.0.0.1] [options]",
-    ),
+    usage=("(--config=PRESET | --rewards_path=DIR) [--rewards=A,B] [--host=127.0.0.1] [options]",),
     options=(
         *_CHOICE,
         # Port 0 lets the system choose a free one.

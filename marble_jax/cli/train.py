@@ -1,4 +1,4 @@
-"""`marble-jax train --config=FILE[:preset] --workdir=DIR [--config.key=value ...]`."""
+"""`marble-jax train --config=PRESET --workdir=DIR [--config.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 VERB = Verb(
     about="Trains an adapter on several rewards. The same command again resumes.",
-    usage=("--config=FILE[:preset] --workdir=DIR [--config.key=value ...]",),
+    usage=("--config=PRESET --workdir=DIR [--config.key=value ...]",),
     options=(
         Option(
             "workdir",

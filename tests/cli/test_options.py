@@ -335,7 +335,7 @@ def test_bad_overrides(argument, message):
 
 def test_bad_files(tmp_path):
     with pytest.raises(
-        InputError, match="--config: expected a configuration file; .*embeded.py'; did you mean"
+        InputError, match="--config: expected a configuration file or .*embeded.py'; did you mean"
     ):
         load_config([f"--config={FILE.replace('embedded', 'embeded')}"])
     with pytest.raises(
