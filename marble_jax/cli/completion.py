@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from typing import Any
 
 from marble_jax.cli.kinds import Place, Switch
 from marble_jax.cli.options import Option, Verb
@@ -90,7 +91,7 @@ def _escaped(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def _files() -> dict[str, str]:
+def _files() -> Any:
     import shtab
 
     return shtab.FILE

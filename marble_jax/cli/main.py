@@ -165,8 +165,10 @@ def _print_help(verb: str, words: Sequence[str], topic: str) -> None:
     from marble_jax.cli.help import verb_help
 
     module = importlib.import_module(f"marble_jax.cli.{verb}")
-    verbs: dict[str, Verb] = {verb: getattr(module, "VERB", None)}
-    if hasattr(module, "ACTIONS"):
+    verbs: dict[str, Verb]
+    if hasattr(module, "VERB"):
+        verbs = {verb: module.VERB}
+    else:
         actions = [word for word in words if word in module.ACTIONS] or module.ACTIONS
         verbs = {f"{verb} {action}": module.ACTIONS[action] for action in actions}
     print("\n\n".join(verb_help(name, each, topic) for name, each in verbs.items()))

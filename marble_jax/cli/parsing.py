@@ -20,10 +20,7 @@ _CONFIG = "config"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are `InputError`s, and that leaves `--help` to the caller."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, add_help=False, allow_abbrev=False, **kwargs)
+    """An argparse parser whose complaints are `InputError`s."""
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError in place of argparse's own text and exit."""
@@ -49,7 +46,7 @@ class _Read(argparse.Action):
 
 def parser_of(verb: Verb) -> Parser:
     """Returns the argparse parser of a verb's options."""
-    parser = Parser()
+    parser = Parser(add_help=False, allow_abbrev=False)
     add_options(parser, verb)
     return parser
 
@@ -111,7 +108,9 @@ class _Words:
 
     def taken(self, argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
         """Options as `--name=value`, arguments of the configuration in the same form, and words beside them."""
-        given, config, beside = [], [], []
+        given: list[str] = []
+        config: list[str] = []
+        beside: list[str] = []
         waiting = list(argv)
         while waiting:
             if not waiting[0].startswith("-") and len(beside) < self._verb.words:
