@@ -136,7 +136,7 @@ def _help_topics(options: Sequence[str]) -> list[str]:
 
 
 def _help(words: Sequence[str]) -> int:
-    """Prints the help of what the words name: nothing, a verb, or a section or key of the configuration.
+    """Prints the help of what the words name: nothing, a verb, a guide, or a section or key of the configuration.
 
     Raises:
       InputError: no such thing.
@@ -148,16 +148,35 @@ def _help(words: Sequence[str]) -> int:
     if topic in VERBS:
         _print_help(topic, rest, "")
         return 0
+    print(_page(topic))
+    return 0
+
+
+def _page(topic: str) -> str:
+    """A guide, the list of them, or keys of the configuration.
+
+    Raises:
+      InputError: no such topic.
+    """
+    from marble_jax.cli.guides import guide_files, guide_list, guide_text
     from marble_jax.cli.help import config_help, config_topics
 
-    topics = [*VERBS, *config_topics()]
+    guides = guide_files()
+    page = topic.replace("-", "_")
+    if topic == "guides":
+        return guide_list()
+    if page in guides:
+        text = guide_text(guides[page])
+        if page in config_topics():
+            text += f"\n\nThe keys of this name: marble-jax train --help={page}"
+        return text
+    topics = [*VERBS, "guides", *guides, *config_topics()]
     if topic not in topics:
         raise InputError(
-            f"help: expected a verb, a section of the configuration or one of its keys; received "
+            f"help: expected a verb, a guide, a section of the configuration or one of its keys; received "
             f"{topic!r}{nearest(topic, topics)}"
         )
-    print(config_help(topic))
-    return 0
+    return config_help(topic)
 
 
 def _print_help(verb: str, words: Sequence[str], topic: str) -> None:
@@ -175,13 +194,17 @@ def _print_help(verb: str, words: Sequence[str], topic: str) -> None:
 
 
 def _print_verbs() -> None:
+    from marble_jax.cli.guides import guide_files
+
     print("usage: marble-jax VERB [options]\n")
     for verb, meaning in VERBS.items():
         print(f"  {verb:10} {meaning}")
+    print(f"\nguides: {', '.join(guide_files())}")
     print(
         "\n"
         "  marble-jax VERB --help         its options; --help=all for everything that is said of them\n"
-        "  marble-jax help SECTION        keys of the configuration: model, rewards, harmonize, ...\n"
+        "  marble-jax help GUIDE          one of the guides; marble-jax help guides for what they are about\n"
+        "  marble-jax help SECTION        keys of the configuration: model, lora, training, ...\n"
         "  marble-jax --version"
     )
 

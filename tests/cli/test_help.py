@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from marble_jax.cli.guides import guide_files
 from marble_jax.cli.help import ALL, SECTIONS, verb_help
 from marble_jax.cli.main import VERBS, main
+from marble_jax.cli.parsing import parse
 from marble_jax.config import KEYS, sections
+from marble_jax.config.presets import preset_files
 from marble_jax.version import VERSION
 
 
@@ -95,6 +100,35 @@ def test_topics(capsys):
 
 def test_the_sections_are_those_of_the_table():
     assert list(SECTIONS) == list(sections())
+
+
+def test_guides_are_printed_as_they_stand(capsys):
+    listed = said(capsys, "help", "guides")
+    assert guide_files()
+    for name, file in guide_files().items():
+        text = file.read_text()
+        assert text.startswith("# ") and name not in VERBS and re.fullmatch("[a-z0-9_]+", name)
+        assert re.search(rf"^  {name} .*{re.escape(text.split()[1])}", listed, re.MULTILINE)
+        assert said(capsys, "help", name.replace("_", "-")).startswith(text.rstrip())
+    assert all(name in said(capsys) for name in guide_files())
+
+
+def test_every_command_and_key_in_a_guide_and_in_the_readme_is_one():
+    """What a reader copies is understood: verbs, options, presets that ship, and keys."""
+    readme = Path(__file__).parents[2] / "README.md"
+    for file in (readme, *guide_files().values()):
+        text = file.read_text().replace("\\\n", " ")
+        for called in set(re.findall(r"--config\.([a-z_]+\.[a-z_0-9]+)\b", text)):
+            assert called in KEYS, (file.name, called)
+        for called in set(re.findall(r"--config=([a-z0-9]+)[:\s`]", text)):
+            assert called in preset_files(), (file.name, called)
+        for line in re.findall(r"^marble-jax +(.*?)(?: #.*)?$", text, re.MULTILINE):
+            words = shlex.split(line, comments=True)
+            name = words.pop(0)
+            if f"{name} {words[0] if words else ''}" in DECLARED:
+                name = f"{name} {words.pop(0)}"
+            if name not in ("help", "--version"):
+                parse(name, DECLARED[name], [w for w in words if not w.startswith("--help")])
 
 
 def test_topics_that_are_not_there(refused):
