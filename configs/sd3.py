@@ -21,6 +21,11 @@ settings and one advantage of the sum of scores; with `_marble` behind the name,
 computed: 48 prompts x 24 images, fused attention, nothing recomputed in the backward pass. What they take,
 `marble-jax plan --config=sd3:gpu_80gb --devices=1 --chip=h100` says, with `--chip=h200` for the second and
 `--devices=8` for the third: 37, 73 and 40 GB a GPU, and the reward models take some 12 GB more.
+
+`gpu_48gb` (L40S) and `gpu_24gb` (L4, A10G, RTX 4090) are for single smaller cards: fewer images a step, 24 prompts x 12
+and 12 x 12, less at once, and more recomputed in the backward pass. By plan they take 23.2 and 12.3 GB. `gpu_24gb` has
+room for one reward model beside that: PickScore, with OCR and GenEval on the host. Others can be served from another
+machine (`marble-jax reward serve`).
 """
 
 from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, UPSTREAM, default_config
@@ -35,6 +40,8 @@ PRESETS = (
     "gpu_80gb",
     "gpu_140gb",
     "gpu_8x80gb",
+    "gpu_48gb",
+    "gpu_24gb",
     "flow_grpo",
     "flow_grpo_marble",
     "flow_grpo_fast",
@@ -53,6 +60,8 @@ ABOUT = {
     "gpu_80gb": "the exact mode on one GPU of 80 GB (A100, H100)",
     "gpu_140gb": "the exact mode on one GPU of 140 GB (H200)",
     "gpu_8x80gb": "the exact mode on eight GPUs of 80 GB",
+    "gpu_48gb": "the exact mode on one GPU of 48 GB (L40S), a quarter of the images a step",
+    "gpu_24gb": "the exact mode on one GPU of 24 GB (RTX 4090), an eighth of the images, three rewards",
     "flow_grpo": "Flow-GRPO on a sum of scores, with its paper's settings",
     "flow_grpo_marble": "Flow-GRPO with a gradient of every reward",
     "flow_grpo_fast": "Flow-GRPO-Fast on a sum of scores",
@@ -66,6 +75,12 @@ GPUS = {  # (rollout.batch_size, training.micro_batch_size, harmonize.chunk_size
     "gpu_80gb": (144, 72, 8),
     "gpu_140gb": (288, 72, 18),
     "gpu_8x80gb": (576, 144, 9),
+    "gpu_48gb": (16, 24, 8),
+    "gpu_24gb": (6, 24, 6),
+}
+SMALL_GPUS = {  # (rollout.prompts_per_step, rollout.images_per_prompt, model.remat)
+    "gpu_48gb": (24, 12, "dots"),
+    "gpu_24gb": (12, 12, "full"),
 }
 
 
@@ -87,6 +102,11 @@ def get_config(preset: str = PRESETS[0]):
         config.rollout.batch_size, config.training.micro_batch_size, config.harmonize.chunk_size = (
             GPUS[preset]
         )
+    if preset in SMALL_GPUS:
+        prompts, images, config.model.remat = SMALL_GPUS[preset]
+        config.rollout.update(prompts_per_step=prompts, images_per_prompt=images)
+    if preset == "gpu_24gb":
+        config.rewards.train = ("pickscore", "ocr", "geneval")
     if preset == "sd3_ablation_equal_alpha":
         config.harmonize.update(balancer="equal", normalize=False)
     elif preset == "upstream":

@@ -28,7 +28,8 @@ VERB = Verb(
         ),
         Option(
             "chip",
-            "what they are: v4, v5e, v5p, v6e, a100, h100, h200 (for seconds, MFU and HBM)",
+            "what they are (for seconds, MFU and memory): v4, v5e, v5p, v6e, v7x, a100, h100, h200, b200, l4, a10g, "
+            "l40s, rtx4090, rtx5090",
             shown="NAME",
         ),
         Option(

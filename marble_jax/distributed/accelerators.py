@@ -1,9 +1,11 @@
 """Accelerators whose peak is known: what a device can compute and hold.
 
-Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (peak compute per chip in bf16, HBM capacity and bandwidth);
-NVIDIA's data sheets of the A100 80GB SXM, H100 SXM and H200 SXM (dense bf16 tensor-core rate, without sparsity).
-`usable` of a TPU is what the XLA:TPU compiler of libtpu 0.0.51 has to give to a program ("exceeds available HBM
-(15.75G)"); of a GPU, three quarters of the memory, which is what JAX allocates unless told otherwise.
+Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x (peak compute per chip in bf16, HBM capacity and
+bandwidth); NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX), L4, L40S and A10G, and its
+architecture papers of the RTX 4090 and 5090 (dense bf16 tensor-core rate with float32 sums, without sparsity; float32
+without tensor cores). A TPU multiplies float32 in six bf16 passes. A chip of v7x is two JAX devices, each with half of
+it. `usable` of a TPU is what the XLA:TPU compiler of libtpu 0.0.51 (of v7x, 0.0.42) has to give to a program ("exceeds
+available HBM (15.75G)"); of a GPU, three quarters of the memory, which is what JAX allocates unless told otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ class Accelerator:
       kinds: beginnings of the device kinds that JAX reports for it.
       backend: "tpu" or "gpu".
       flops: peak dense bfloat16 FLOP/s.
+      float32: peak FLOP/s of products in full float32.
       memory: bytes of HBM.
       usable: bytes of it that a program can have.
       bandwidth: bytes/s of HBM.
@@ -34,40 +37,48 @@ class Accelerator:
     kinds: tuple[str, ...]
     backend: str
     flops: float
+    float32: float
     memory: float
     usable: float
     bandwidth: float
     devices_per_host: int
 
     def matched_length(self, device_kind: str) -> int:
-        """Returns the length of the longest of `kinds` that a device kind begins with, in any case; 0 for none."""
-        lengths = [len(kind) for kind in self.kinds if device_kind.lower().startswith(kind.lower())]
+        """Returns the length of the longest of `kinds` that a device kind begins with, in any case; 0 for none.
+
+        A kind ends where a word does: an L40 is no L4.
+        """
+        given = device_kind.lower()
+        lengths = [len(kind) for kind in self.kinds if _begins_with(given, kind.lower())]
         return max(lengths, default=0)
 
 
+def _begins_with(text: str, words: str) -> bool:
+    return text.startswith(words) and not text[len(words) : len(words) + 1].isalnum()
+
+
+_A100 = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB")
+_V5E, _V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e")
+_H200 = 141e9
+# name, device kinds, backend, FLOP/s, FLOP/s in float32, memory, usable, bandwidth, devices of a host
+# fmt: off
 _TABLE = (
-    # name, device kinds, backend, FLOP/s, memory, usable, bandwidth, devices of a host
-    Accelerator("v4", ("TPU v4",), "tpu", 275e12, 32 * GIB, 30.5 * GIB, 1.228e12, 4),
-    Accelerator(
-        "v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197e12, 16 * GIB, 15.75 * GIB, 0.819e12, 4
-    ),
-    Accelerator("v5p", ("TPU v5p", "TPU v5"), "tpu", 459e12, 96 * GIB, 95.73 * GIB, 2.765e12, 4),
-    Accelerator(
-        "v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32 * GIB, 31.24 * GIB, 1.640e12, 4
-    ),
-    Accelerator(
-        "a100",
-        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"),
-        "gpu",
-        312e12,
-        80 * GIB,
-        60 * GIB,
-        2.039e12,
-        8,
-    ),
-    Accelerator("h100", ("NVIDIA H100",), "gpu", 989e12, 80 * GIB, 60 * GIB, 3.35e12, 8),
-    Accelerator("h200", ("NVIDIA H200",), "gpu", 989e12, 141e9, 0.75 * 141e9, 4.8e12, 8),
+    Accelerator("v4", ("TPU v4",), "tpu", 275e12, 275e12 / 6, 32 * GIB, 30.5 * GIB, 1.228e12, 4),
+    Accelerator("v5e", _V5E, "tpu", 197e12, 197e12 / 6, 16 * GIB, 15.75 * GIB, 0.819e12, 4),
+    Accelerator("v5p", ("TPU v5p", "TPU v5"), "tpu", 459e12, 459e12 / 6, 96 * GIB, 95.73 * GIB, 2.765e12, 4),
+    Accelerator("v6e", _V6E, "tpu", 918e12, 918e12 / 6, 32 * GIB, 31.24 * GIB, 1.640e12, 4),
+    Accelerator("v7x", ("TPU7x",), "tpu", 1153.5e12, 1153.5e12 / 6, 96 * GIB, 94.75 * GIB, 3.69e12, 8),
+    Accelerator("a100", _A100, "gpu", 312e12, 19.5e12, 80 * GIB, 60 * GIB, 2.039e12, 8),
+    Accelerator("h100", ("NVIDIA H100",), "gpu", 989e12, 67e12, 80 * GIB, 60 * GIB, 3.35e12, 8),
+    Accelerator("h200", ("NVIDIA H200",), "gpu", 989e12, 67e12, _H200, 0.75 * _H200, 4.8e12, 8),
+    Accelerator("b200", ("NVIDIA B200",), "gpu", 2250e12, 75e12, 180e9, 135e9, 7.7e12, 8),
+    Accelerator("l4", ("NVIDIA L4",), "gpu", 121e12, 30.3e12, 24 * GIB, 18 * GIB, 0.3e12, 8),
+    Accelerator("a10g", ("NVIDIA A10G",), "gpu", 70e12, 35e12, 24 * GIB, 18 * GIB, 0.6e12, 8),
+    Accelerator("l40s", ("NVIDIA L40S",), "gpu", 362e12, 91.6e12, 48 * GIB, 36 * GIB, 0.864e12, 8),
+    Accelerator("rtx4090", ("NVIDIA GeForce RTX 4090",), "gpu", 165e12, 82.6e12, 24 * GIB, 18 * GIB, 1.008e12, 1),
+    Accelerator("rtx5090", ("NVIDIA GeForce RTX 5090",), "gpu", 209.5e12, 104.8e12, 32 * GIB, 24 * GIB, 1.792e12, 1),
 )
+# fmt: on
 ACCELERATORS = {accelerator.name: accelerator for accelerator in _TABLE}
 
 

@@ -20,6 +20,8 @@ REWARDS = 12e9
 """Bytes of the paper's reward models in float32 (two CLIP-H of 986 M parameters, one CLIP-L of 428 M, a detector on
 the host) with the activations of a batch."""
 PRESETS = {"gpu_80gb": ("h100", 1), "gpu_140gb": ("h200", 1), "gpu_8x80gb": ("a100", 8)}
+SMALL = {"gpu_48gb": ("l40s", REWARDS, 24 * 12), "gpu_24gb": ("rtx4090", 4.5e9, 12 * 12)}
+"""Preset -> the card, bytes of the reward models that are on it (PickScore alone on the smallest), images a step."""
 HOW_MUCH_AT_ONCE = {
     "name",
     "model.attention",
@@ -35,9 +37,9 @@ def medium():
     return model_shapes(settings_of(CONFIG("exact")))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_fits_with_the_reward_models(preset, medium):
-    (name, count), settings = PRESETS[preset], settings_of(CONFIG(preset))
+def largest(preset, count, medium):
+    """Bytes of the largest program of a preset with all that lies beside it on a device."""
+    settings = settings_of(CONFIG(preset))
     check_settings(settings, "gpu")
     mesh = device_mesh.abstract_mesh(count)
     sizes = derive_sizes(settings.rollout, settings.training, count)
@@ -46,6 +48,13 @@ def test_a_preset_fits_with_the_reward_models(preset, medium):
     for program, sources in programs.items():
         resident = memory.resident_sources(settings, medium, mesh, program)
         most = max(most, memory.total(sources) + memory.total(resident))
+    return most
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fits_with_the_reward_models(preset, medium):
+    name, count = PRESETS[preset]
+    most = largest(preset, count, medium)
     usable = accelerators.by_name(name).usable
     assert most + REWARDS < usable and most > 0.5 * usable  # no card is left half empty
 
@@ -61,6 +70,20 @@ def test_a_preset_changes_nothing_but_how_much_is_done_at_once(preset):
         and chosen["lora.rank"] == 32
         and chosen["model.height"] == chosen["model.width"] == 512
     )
+
+
+@pytest.mark.parametrize("preset", SMALL)
+def test_a_preset_of_a_small_card_fits_with_its_reward_models(preset, medium):
+    name, rewards, images = SMALL[preset]
+    most = largest(preset, 1, medium)
+    usable = accelerators.by_name(name).usable
+    assert most + rewards < usable and most > 0.5 * usable
+    recipe, chosen = flatten(CONFIG("exact")), flatten(CONFIG(preset))
+    smaller = {"rollout.prompts_per_step", "rollout.images_per_prompt"}
+    fewer = {"rewards.train"} if preset == "gpu_24gb" else set()
+    changed = {key for key in chosen if chosen[key] != recipe[key]}
+    assert changed <= HOW_MUCH_AT_ONCE | smaller | fewer
+    assert chosen["rollout.prompts_per_step"] * chosen["rollout.images_per_prompt"] == images
 
 
 @pytest.mark.parametrize(
