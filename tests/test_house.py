@@ -52,6 +52,9 @@ LIBRARIES = {
     "torch": {"programs.verify", "weights.torch_pickle", "rewards.models.mask2former"},
     "diffusers": {"programs.verify"},
     "peft": {"programs.verify"},
+    "pyarrow": {"prompts.parquet_files"},
+    "wandb": set(),
+    "trackio": set(),
     "matplotlib": set(),
 }
 

@@ -13,8 +13,8 @@ class PromptSettings:
 
     path: str = key(
         "",
-        "directory with SOURCE/{train,test} prompt files, 'generated' for the ready-made sets, or "
-        "'embedded'",
+        "directory with SOURCE/{train,test} prompt files, also hf://datasets/OWNER/NAME[@REVISION] of the "
+        "Hub, 'generated' for the ready-made sets, or 'embedded'",
         "path",
     )
     # The same embeddings either way: only where they are kept differs.

@@ -81,6 +81,15 @@ class ExportSettings:
     )
     policy: str = key("ema", "exported policy", "ema|current|rollout|best", resumable=True)
     keep: int = key(3, "exports kept", "exports, >= 1", resumable=True)
+    # Off unless asked for: it sends the weights to another machine.
+    push_to_hub: str = key(
+        "",
+        "USER/NAME of a Hub repository that every export is uploaded to, each as a commit; empty: none",
+        resumable=True,
+    )
+    private: bool = key(
+        False, "whether that repository is private, where it is new", resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from marble_jax.errors import InputError
 from marble_jax.policies import POLICIES, check_policy
 from marble_jax.programs.locations import EMBEDDED, read_prompts
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.prompts import generated
-from marble_jax.prompts.files import Prompt, read_file
+from marble_jax.prompts.files import Prompt, is_prompt_file, read_file
 from marble_jax.prompts.groups import shares
 from marble_jax.storage.files import location
 
@@ -134,8 +133,8 @@ def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list
     """The prompts of an evaluation, each repeated for its images.
 
     Args:
-      text: files (one prompt a line, or GenEval's `.jsonl`) or directories with SOURCE/test files, separated by commas;
-        or 'embedded' or 'generated'.
+      text: files (one prompt a line, GenEval's `.jsonl`, or a table's FILE#COLUMN) or directories with SOURCE/test
+        files, separated by commas, each perhaps on the Hub by its `hf://` path; or 'embedded' or 'generated'.
       num_prompts: at most so many, in equal shares of the sources, evenly from each; 0: all.
       images: images of each prompt.
 
@@ -170,10 +169,9 @@ def _prompts_by_source(text: str) -> dict[str, list[Prompt]]:
 
 def _prompts_at(place: str) -> dict[str, list[Prompt]]:
     """The prompts of a file, a directory or a shipped set, by source."""
-    file = Path(place).expanduser()
     # A file that happens to be called like a shipped set does not hide it.
-    if place not in (EMBEDDED, generated.NAME) and file.is_file():
-        prompts = read_file(file)
+    if place not in (EMBEDDED, generated.NAME) and is_prompt_file(place):
+        prompts = read_file(place)
         return {prompts[0].source: prompts}
     return read_prompts(place, "test")
 

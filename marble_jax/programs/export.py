@@ -38,12 +38,14 @@ from marble_jax.programs.export_folder import (
 from marble_jax.programs.model_card import Facts
 from marble_jax.programs.open_model import locate
 from marble_jax.programs.run_state import restore_policy, run_settings
+from marble_jax.programs.uploads import Uploads
 from marble_jax.programs.verify import Drawing, check_packages, verify
 from marble_jax.storage.files import location
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter
+from marble_jax.weights.hub_upload import push_folder, ready_repository
 
 PROMPT = "a photo of a red apple on a wooden table"
 """What a verification draws when the run has no images of its own."""
@@ -63,6 +65,8 @@ class ExportOptions:
       verify: open the result with other libraries and compare, before it takes its place.
       overwrite: replace an earlier export.
       prompt: what to draw for the verification; one of the run's if empty.
+      push_to_hub: USER/NAME of the Hub repository that the folder is uploaded to; empty for none.
+      private: whether that repository is, where it is new.
     """
 
     policy: str = "ema"
@@ -73,6 +77,8 @@ class ExportOptions:
     verify: bool = False
     overwrite: bool = False
     prompt: str = ""
+    push_to_hub: str = ""
+    private: bool = False
 
 
 def export_run(path: str, out: str, options: ExportOptions) -> None:
@@ -84,8 +90,8 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
       options: what and how.
 
     Raises:
-      InputError: no such run, checkpoint or policy; a place that is taken; a verification that failed. `out` is then
-        as it was.
+      InputError: no such run, checkpoint or policy; a place that is taken; a verification that failed, or a Hub
+        repository that may not be written. `out` is then as it was; it is complete where the upload itself failed.
     """
     if options.verify:
         check_packages()
@@ -96,6 +102,8 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
     platform.keep_compilations()
     console, workdir = Console(), Workdir(path)
     settings = run_settings(workdir)
+    if options.push_to_hub:
+        _check_push(options, out)
     with new_folder(location("--out", out), options.overwrite) as folder:
         root, family = locate(settings.model)
         spec = lora.lora_spec(settings.lora, family)
@@ -123,7 +131,17 @@ def export_run(path: str, out: str, options: ExportOptions) -> None:
             drawing = _drawing(options, root, family, facts)
             checks = verify(folder, drawing, adapter, console)
         write_card(folder, facts, checks)
+    if options.push_to_hub:
+        message = f"{options.policy} after step {step} of {settings.name}"
+        console.say(f"Hub: {push_folder(Path(out), options.push_to_hub, message)}")
     _say_how_to_open(console, out, family, options.merge)
+
+
+def _check_push(options: ExportOptions, out: str) -> None:
+    """Makes the repository ready, before the work whose result goes there."""
+    if "://" in out:
+        raise InputError(f"--push_to_hub: expected an --out on this machine; received {out!r}")
+    ready_repository(options.push_to_hub, options.private)
 
 
 def _drawing(options: ExportOptions, root: Path, family: Family, facts: Facts) -> Drawing:
@@ -186,6 +204,10 @@ class PeriodicExports:
         self._settings, self._family = settings, family
         self._workdir, self._shapes, self._console = workdir, shapes, console
         self.folder = workdir.path / "exports"
+        self._uploads: Uploads | None = None
+        if settings.export.push_to_hub and distributed.is_first():
+            hub = settings.export.push_to_hub, settings.export.private
+            self._uploads = Uploads(*hub, console.say)
 
     def __call__(self, state: TrainState) -> None:
         """Exports a state on the first process; a disk without room is said and does not stop the training."""
@@ -195,7 +217,10 @@ class PeriodicExports:
         if not distributed.is_first():
             return
         try:
-            self._console.say(f"export: {self.write(state, adapter)}")
+            folder = self.write(state, adapter)
+            self._console.say(f"export: {folder}")
+            if self._uploads is not None:
+                self._uploads.push(folder, f"{policy} after step {int(state.step)}")
         except InputError as error:
             self._console.say(
                 f"export after step {int(state.step)} failed, training goes on: {error}"
@@ -225,6 +250,11 @@ class PeriodicExports:
         for surplus in self.steps()[: -settings.export.keep]:
             (self.folder / f"step_{surplus:06d}").rmtree()
         return target
+
+    def close(self, hurried: bool = False) -> None:
+        """Waits for the last upload; not for long where the run is being stopped."""
+        if self._uploads is not None:
+            self._uploads.close(hurried)
 
     def steps(self) -> list[int]:
         """Steps of the exports that are there."""

@@ -12,6 +12,7 @@ from marble_jax.errors import InputError
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
+from marble_jax.prompts.hub_sets import is_on_hub, local_copy
 from marble_jax.rewards.function import is_function
 
 EMBEDDED = "embedded"
@@ -24,7 +25,7 @@ def resolve_path(path: str, kind: str) -> Path:
     """Finds the directory of a model, prompts or rewards.
 
     Args:
-      path: a path, in which `~` is this user's home, or "embedded".
+      path: a path, in which `~` is this user's home, or "embedded"; prompts may lie on the Hub, at an `hf://` path.
       kind: "pipeline", "prompts" or "rewards": a folder of the embedded pipeline.
 
     Raises:
@@ -34,6 +35,8 @@ def resolve_path(path: str, kind: str) -> Path:
         return Path(str(resources.files("marble_jax") / "embedded" / kind))
     if not path:
         raise InputError(f"{_KEYS[kind]}: expected a directory or 'embedded'; received nothing")
+    if kind == "prompts" and is_on_hub(path):
+        return local_copy(path)
     return Path(os.path.expanduser(path))
 
 
@@ -52,7 +55,8 @@ def read_prompts(
     """Reads the prompts of a split, by source.
 
     Args:
-      path: a directory with SOURCE/SPLIT files, "embedded", or "generated" for the sets that need no files.
+      path: a directory with SOURCE/SPLIT files, also of the Hub by `hf://` path, "embedded", or "generated" for the
+        sets that need no files.
       split: "train" or "test".
       sources: those wanted; all when None.
     """

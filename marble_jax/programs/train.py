@@ -272,6 +272,7 @@ class Session:
     def _close(self, hurried: bool) -> None:
         self._checkpoints.close()
         self._writer.close(hurried)
+        self._exports.close(hurried)
         self._run.collector.scorer.close()
         self._run.evaluator.scorer.close()
         self.report = distributed.broadcast_from_first("report", self._write_report)

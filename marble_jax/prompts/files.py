@@ -7,17 +7,30 @@ A prompt directory holds a folder per source with a file per split: `general/tra
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from marble_jax.errors import InputError, nearest
 from marble_jax.prompts.geneval_metadata import short
+from marble_jax.prompts.hub_sets import is_on_hub, local_copy
+from marble_jax.prompts.parquet_files import parquet_records
 from marble_jax.prompts.prompt_text import check_prompt
-from marble_jax.prompts.structured import Record, format_of, records_of
+from marble_jax.prompts.structured import PARQUET, TABLES, Record, format_of, records_of
 from marble_jax.storage.file_kinds import SHOWN_BYTES, kind_of_content
 
-SPLIT_SUFFIXES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".yaml", ".yml")
+SPLIT_SUFFIXES = (
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".yaml",
+    ".yml",
+)
 """Endings of the files of a prompt directory; YAML is refused when it is read."""
 MOST_BYTES = 1 << 28
 """Of a prompt file; a million prompts have less."""
@@ -75,32 +88,69 @@ def read_file(path: Path | str, source: str = "") -> list[Prompt]:
     """Prompts of one file in any of `structured.FORMATS`, told by its name and its content.
 
     Args:
-      path: the file.
+      path: the file, or its `hf://` path. `FILE#COLUMN` names the column of a table.
       source: name of the set; by default the folder's name for `train` and `test` files, else the file's own.
 
     Raises:
       InputError: no such file, not UTF-8, another format, a line that is no prompt, or no prompt at all.
     """
-    path = Path(path)
+    path, column = _file_and_column(path)
     if not source:
         source = path.stem.removesuffix("_metadata")
         # Named for its split, the file lies in a prompt directory, where the folder is named for
         # the source.
         if source in ("train", "test"):
-            source = path.resolve().parent.name
+            # Links are not followed: the files of a download cache have other names.
+            source = Path(os.path.abspath(path)).parent.name
+    if path.suffix.lower() == PARQUET:
+        return _read_parquet(path, source, column)
     content = _content(path)
     try:
         kind = format_of(path.suffix, content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if column and kind not in TABLES:
+        raise InputError(
+            f"{path}: expected a column ({column!r}) with a table alone, of CSV, TSV or Parquet; received "
+            f"a file of {kind}"
+        )
     if kind == "text":
         return _prompts(path, source, _text_records(content))
-    return _structured(path, source, kind, content)
+    return _structured(path, source, kind, content, column)
 
 
-def _structured(path: Path | str, source: str, kind: str, content: str) -> list[Prompt]:
+def is_prompt_file(place: str) -> bool:
+    """Returns whether a place is a file as `read_file` takes it, and not a directory or nothing."""
+    return _file_and_column(place)[0].is_file()
+
+
+def _file_and_column(place: Path | str) -> tuple[Path, str]:
+    """The local file of `FILE[#COLUMN]`, downloaded if it is on the Hub, and the column."""
+    if isinstance(place, str) and is_on_hub(place):
+        path = local_copy(place)
+    else:
+        path = Path(place).expanduser()
+    name, mark, column = path.name.rpartition("#")
+    # A file may well have the sign in its name.
+    if not mark or path.exists():
+        return path, ""
+    return path.with_name(name), column
+
+
+def _read_parquet(path: Path, source: str, column: str) -> list[Prompt]:
+    _check_size(path)
     try:
-        records = list(records_of(kind, content))
+        records = list(parquet_records(path, column))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return _prompts(path, source, records)
+
+
+def _structured(
+    path: Path | str, source: str, kind: str, content: str, column: str = ""
+) -> list[Prompt]:
+    try:
+        records = list(records_of(kind, content, column))
     except InputError as error:
         # What begins with the number of a line goes on as `FILE:LINE`.
         separator = ":" if str(error)[:1].isdigit() else ": "
@@ -144,6 +194,8 @@ def read_directory(
       InputError: no such directory, no source with the split, a source asked for that is not there, a source with
         two files, or a malformed file.
     """
+    if isinstance(directory, str) and is_on_hub(directory):
+        directory = local_copy(directory)
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(
@@ -220,14 +272,8 @@ def _splits(directory: Path) -> list[str]:
 
 def _content(path: Path | str) -> str:
     file = Path(path)
+    _check_size(file)
     try:
-        # Files from Windows may begin with a byte order mark, which would become part of the first
-        # prompt.
-        if file.stat().st_size > MOST_BYTES:
-            raise InputError(
-                f"{path}: expected a prompt file of at most {MOST_BYTES} bytes; received "
-                f"{file.stat().st_size}"
-            )
         raw = file.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: expected a prompt file; received {error.strerror}") from error
@@ -235,6 +281,8 @@ def _content(path: Path | str) -> str:
     if other and raw:
         raise InputError(f"{path}: expected a prompt file; received {other}")
     try:
+        # Files from Windows may begin with a byte order mark, which would become part of the first
+        # prompt.
         content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
@@ -244,3 +292,15 @@ def _content(path: Path | str) -> str:
         ) from error
     # Ends of lines of Windows and of old Macs.
     return content.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_size(file: Path) -> None:
+    """Raises InputError where there is no file, or one that is too large."""
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise InputError(f"{file}: expected a prompt file; received {error.strerror}") from error
+    if size > MOST_BYTES:
+        raise InputError(
+            f"{file}: expected a prompt file of at most {MOST_BYTES} bytes; received {size}"
+        )

@@ -17,9 +17,11 @@ from marble_jax.validation import parse_json
 
 FORMATS = (
     "one prompt a line, a JSON list or JSON lines of texts or of objects with 'prompt', GenEval metadata, "
-    "CSV or TSV with a column 'prompt'"
+    "CSV, TSV or Parquet with a column 'prompt' (or FILE#COLUMN)"
 )
 """The formats that are read, for messages."""
+TABLES = ("csv", "tsv")
+PARQUET = ".parquet"
 KEYS = ("prompt", "text", "caption")
 """Keys and columns of a prompt, in the order in which they are looked for."""
 Record = tuple[int, Any, Mapping[str, Any]]
@@ -47,7 +49,7 @@ def format_of(suffix: str, content: str) -> str:
     lines = [line for line in content.split("\n") if line.strip()]
     if suffix in (".yaml", ".yml") or _is_yaml(content.strip(), lines):
         raise InputError(f"expected {FORMATS}; received YAML")
-    if suffix in (".xml", ".html", ".htm", ".toml", ".ini", ".parquet", ".xlsx", ".py", ".csv.gz"):
+    if suffix in (".xml", ".html", ".htm", ".toml", ".ini", ".xlsx", ".py", ".csv.gz"):
         raise InputError(f"expected {FORMATS}; received a {suffix} file")
     return _format_by_content(content.strip(), lines)
 
@@ -93,8 +95,13 @@ def _is_header(cells: list[str]) -> bool:
     return all(_HEADER_CELL.fullmatch(name) for name in names)
 
 
-def records_of(kind: str, content: str) -> Iterator[Record]:
-    """Yields the prompts of a structured file; arguments as from and for `format_of`.
+def records_of(kind: str, content: str, column: str = "") -> Iterator[Record]:
+    """Yields the prompts of a structured file.
+
+    Args:
+      kind: from `format_of`.
+      content: its text.
+      column: of the prompts in a table; one of KEYS when empty.
 
     Raises:
       InputError: the file is malformed; the message begins with the number of the line, where it is known.
@@ -104,7 +111,7 @@ def records_of(kind: str, content: str) -> Iterator[Record]:
     elif kind == "jsonl":
         yield from _json_line_records(content)
     else:
-        yield from _table_records(content, kind)
+        yield from _table_records(content, kind, column)
 
 
 def _json_records(content: str) -> Iterator[Record]:
@@ -166,16 +173,17 @@ def _of_entry(entry: Any) -> tuple[Any, Mapping[str, Any]]:
     )
 
 
-def _table_records(content: str, kind: str) -> Iterator[Record]:
+def _table_records(content: str, kind: str, column: str) -> Iterator[Record]:
     rows = _rows(content, kind)
     try:
         header = [name.strip().lower() for name in next(rows)[1]]
     except StopIteration:
         return
-    columns = [header.index(name) for name in KEYS if name in header]
+    names = (column.strip().lower(),) if column else KEYS
+    columns = [header.index(name) for name in names if name in header]
     if not columns:
         raise InputError(
-            f"1: expected a header with a column 'prompt'; received {short(', '.join(header))}"
+            f"1: expected a header with a column {names[0]!r}; received {short(', '.join(header))}"
         )
     for number, row in rows:
         if not any(cell.strip() for cell in row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,44 @@ from marble_jax.errors import InputError
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
 """What a Hub name looks like: owner/model, or owner/model@revision for a branch, tag or commit of it."""
 
+SCHEME = "hf://"
+_URL = re.compile(r"hf://(datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?(?:/(.*))?")
+_NOUNS = {"model": "model", "dataset": "data set"}
+
 _commits: dict[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class HubPath:
+    """A place in a repository of the Hub, as `hf://` names it.
+
+    Attributes:
+      name: owner/name, with @revision where one is named.
+      kind: "model" or "dataset".
+      inside: path of a file or folder in the repository; empty for all of it.
+    """
+
+    name: str
+    kind: str
+    inside: str
+
+
+def hub_path(text: str) -> HubPath:
+    """Reads `hf://datasets/OWNER/NAME[@REVISION][/PATH]`, or the same without `datasets/` for a model.
+
+    Raises:
+      InputError: it is written otherwise.
+    """
+    match = _URL.fullmatch(text)
+    inside = (match[4] or "").strip("/") if match else ""
+    misplaced = match is not None and not match[1] and match[2].startswith("datasets/")
+    if match is None or misplaced or ".." in inside.split("/"):
+        raise InputError(
+            f"Hub path: expected hf://datasets/OWNER/NAME[@REVISION][/PATH]; received {text!r}"
+        )
+    kind = "dataset" if match[1] else "model"
+    name = match[2] if match[3] is None else f"{match[2]}@{match[3]}"
+    return HubPath(name, kind, inside)
 
 
 def commits() -> dict[str, str]:
@@ -35,40 +73,52 @@ def _pinned(name: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def download(
-    name: str, patterns: Sequence[str], skipped: Sequence[str] = (), revision: str | None = None
+    name: str,
+    patterns: Sequence[str],
+    skipped: Sequence[str] = (),
+    revision: str | None = None,
+    kind: str = "model",
 ) -> pathlib.Path:
-    """The local copy of some files of a Hub model; what is in the cache is not fetched again.
+    """The local copy of some files of a Hub repository; what is in the cache is not fetched again.
 
     Args:
       name: owner/model, or owner/model@revision.
       patterns: `fnmatch` patterns of the files wanted.
       skipped: of those, the ones not wanted.
       revision: branch, tag or commit.
+      kind: "model" or "dataset".
 
     Raises:
-      InputError: an unknown or gated model, or no network.
+      InputError: an unknown or gated repository, or no network.
     """
     from huggingface_hub import errors, snapshot_download  # needed for downloads only
 
     model, revision = _pinned(name, revision)
+    noun = _NOUNS[kind]
+    # Models are asked for as ever: the library's default.
+    of_kind = {} if kind == "model" else {"repo_type": kind}
     try:
         local = snapshot_download(
-            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(skipped)
+            model,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(skipped),
+            **of_kind,
         )
     except errors.GatedRepoError as error:
         raise InputError(
-            f"model {name!r}: expected access to a gated Hub model; received a refusal (accept its licence on "
+            f"{noun} {name!r}: expected access to a gated Hub {noun}; received a refusal (accept its licence on "
             "huggingface.co and log in with `hf auth login`)"
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        place = "a directory or a Hub model"
+        place = f"a directory or a Hub {noun}"
         if revision:
             place = f"{place} at revision {revision!r}"
-        raise InputError(f"model {name!r}: expected {place}; received neither") from error
+        raise InputError(f"{noun} {name!r}: expected {place}; received neither") from error
     # The transport's own errors change between releases; the cause stays attached.
     except Exception as error:
         raise InputError(
-            f"model {name!r}: expected a directory, a cached Hub model or a reachable Hub; received no such "
+            f"{noun} {name!r}: expected a directory, a cached Hub {noun} or a reachable Hub; received no such "
             f"directory and {type(error).__name__}"
         ) from error
     path = pathlib.Path(local)
