@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from marble_jax.api.loras import read_lora
     from marble_jax.api.runs import Interrupted, Run, train
     from marble_jax.api.sampling import sample
-    from marble_jax.api.settings import load_settings
+    from marble_jax.api.settings import load_settings, presets
     from marble_jax.balancing import (
         BalanceInfo,
         balance,
@@ -44,6 +44,7 @@ __all__ = [
     "losses_and_gradients",
     "min_norm",
     "per_objective_gradients",
+    "presets",
     "read_lora",
     "sample",
     "train",
@@ -62,6 +63,7 @@ _HOMES = {
     "losses_and_gradients": "balancing",
     "min_norm": "balancing",
     "per_objective_gradients": "balancing",
+    "presets": "api.settings",
     "read_lora": "api.loras",
     "sample": "api.sampling",
     "train": "api.runs",

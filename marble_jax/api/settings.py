@@ -7,7 +7,17 @@ from typing import Any
 
 from marble_jax.cli.configuration import load_config
 from marble_jax.config import KEYS, Settings, flatten, known, settings_from_flat
+from marble_jax.config.presets import described_presets, preset_files
 from marble_jax.errors import InputError
+
+
+def presets() -> dict[str, str]:
+    """The presets that come with the package: what each is for, in a line, by the name that `load_settings` takes."""
+    lines = {}
+    for name, file in preset_files().items():
+        for preset, about in described_presets(file).items():
+            lines[f"{name}:{preset}" if preset else name] = about
+    return lines
 
 
 def load_settings(config: str | Settings, changes: Mapping[str, Any] | None = None) -> Settings:

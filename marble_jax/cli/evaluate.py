@@ -49,7 +49,8 @@ VERB = Verb(
         ),
         Option(
             "prompts_path",
-            "files (one prompt a line, or GenEval metadata in .jsonl), directories with SOURCE/test files, "
+            'files (one prompt a line, {"prompt": ...} or GenEval metadata in .jsonl, a column of .csv or .parquet as '
+            "FILE#COLUMN), directories with SOURCE/test files, either of the Hub as hf://datasets/OWNER/NAME/..., "
             "'embedded' or 'generated'; several separated by commas",
             Place(),
             "FILES",

@@ -49,6 +49,14 @@ VERB = Verb(
         ),
         Option("prompt", "what to draw for that; a prompt of the run's own unless given"),
         Option("overwrite", "replace an earlier export at DIR", Switch()),
+        Option(
+            "push_to_hub",
+            "also upload the folder to that repository of the Hugging Face Hub, which is made if need be "
+            "(log in with `hf auth login`; for exports while a run trains: config.export.push_to_hub)",
+            shown="USER/NAME",
+            aliases=("hub_model_id",),
+        ),
+        Option("private", "with --push_to_hub, a new repository is private", Switch()),
     ),
     no_config="a run brings its own",
     renamed={"which": "--policy=NAME"},
@@ -65,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dtype:
         _check_dtype(options.dtype, options.merge)
     step = _step(options.step)
+    if options.private and not options.push_to_hub:
+        raise InputError("--private: expected with --push_to_hub; received it alone")
     # JAX and the networks are imported once the options are known to be right.
     from marble_jax.programs.export import ExportOptions, export_run
 
@@ -77,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
         verify=options.verify,
         overwrite=options.overwrite,
         prompt=options.prompt,
+        push_to_hub=options.push_to_hub,
+        private=options.private,
     )
     export_run(options.workdir, options.out, choices)
     return 0

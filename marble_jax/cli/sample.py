@@ -35,15 +35,16 @@ VERB = Verb(
         ),
         Option(
             "lora",
-            "LoRAs to add, with weights (1 unless given): a PEFT directory, an exported folder, or a .safetensors "
-            "file of diffusers, kohya or ComfyUI",
+            "LoRAs to add, with weights (1 unless given): a PEFT directory, an exported folder, a .safetensors file "
+            "of diffusers, kohya or ComfyUI, or a hub id (owner/name) of one of these",
             Place(),
             "A[:w],B[:w]",
         ),
         Option("prompts", "prompts, separated by |", Words("|"), "'A|B'", aliases=("prompt",)),
         Option(
             "prompts_path",
-            "one prompt a line, or GenEval metadata (.jsonl)",
+            'one prompt a line, {"prompt": ...} or GenEval metadata a line (.jsonl), or a table\'s column (.csv, .tsv, '
+            ".parquet; FILE#COLUMN); also hf://datasets/OWNER/NAME/FILE of the Hub",
             Place(),
             "FILE",
             aliases=("file",),

@@ -1,0 +1,96 @@
+"""Settings, sampling and runs by Python: what is taken, and what is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+import marble_jax
+from marble_jax.api.sampling import _KINDS, sampling_settings
+from marble_jax.errors import InputError
+from marble_jax.programs.policy_source import SamplingSettings
+
+
+def test_presets_are_what_settings_are_made_of():
+    presets = marble_jax.presets()
+    assert {"embedded", "embedded:smoke", "sd3"} <= set(presets)
+    assert all(presets.values())
+    settings = marble_jax.load_settings("embedded:smoke")
+    assert settings.training.num_steps == 3 and settings.name == "embedded-smoke"
+
+
+def test_changes_are_values_of_python():
+    base = marble_jax.load_settings("embedded:smoke")
+    changed = marble_jax.load_settings(
+        base, {"training.num_steps": 7, "rewards.train": ["ocr"], "training.learning_rate": 1}
+    )
+    assert changed.training.num_steps == 7 and changed.rewards.train == ("ocr",)
+    assert changed.training.learning_rate == 1.0 and changed.model == base.model
+    assert base.training.num_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "line"),
+    [
+        ("embeded", {}, "expected a configuration file.*did you mean 'embedded'"),
+        ("embedded:smok", {}, "did you mean 'smoke'"),
+        (3, {}, "config: expected the name of a preset, a path or Settings; received int"),
+        ("embedded", {"training.num_step": 1}, "did you mean 'training.num_steps'"),
+        ("embedded", {"training.num_steps": "3"}, "expected int .*; received '3'"),
+        ("embedded", {"training.num_steps": -3}, "expected a number >= 1"),
+        ("embedded", {"rewards.train": "ocr"}, "expected tuple of texts"),
+    ],
+)
+def test_settings_that_are_none(config, changes, line):
+    with pytest.raises(InputError, match=line) as caught:
+        marble_jax.load_settings(config, changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_sampling_setting_has_a_kind():
+    assert set(_KINDS) == set(SamplingSettings.__dataclass_fields__)
+    assert sampling_settings() == SamplingSettings()
+    assert sampling_settings(size=[64, 32], num_steps=3, guidance=2).size == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"steps": 3}, "sampling setting: expected one of seed, num_steps.*received 'steps'"),
+        ({"num_steps": 0}, "num_steps: expected a number >= 1; received 0"),
+        ({"num_steps": True}, "num_steps: expected an integer; received True"),
+        ({"seed": 2**32}, "seed: expected a number <= "),
+        ({"size": (64,)}, "size"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"dtype": "float8"}, "dtype: expected one of float32, bfloat16"),
+    ],
+)
+def test_sampling_settings_that_are_none(settings, line):
+    with pytest.raises(InputError, match=line):
+        sampling_settings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "line"),
+    [
+        ([], {}, r"prompts: expected a text or several; received \[\]"),
+        ([3], {}, r"received \[3\]"),
+        ("a cat", {"images": 0}, "images: expected a number >= 1"),
+        ("a cat", {"solver": "heun"}, "expected one of euler"),
+        ("a cat", {"model": "/nowhere"}, "model: expected a directory or a Hub name"),
+    ],
+)
+def test_samples_that_are_none(prompts, options, line):
+    with pytest.raises(InputError, match=line):
+        marble_jax.sample(prompts, **options)
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"expected a training run \(with config.json\)"):
+        marble_jax.Run(tmp_path)
+
+
+def test_a_lora_of_nothing_is_refused(tmp_path):
+    with pytest.raises(
+        InputError, match="LoRA: expected a directory, a .safetensors file or a hub"
+    ):
+        marble_jax.read_lora(str(tmp_path / "none"))
