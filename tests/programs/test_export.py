@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import sd3_lora as lora
 from etils import epath
+from hub_server import TOKEN, served
+from huggingface_hub import constants
 from loaded_pipeline import load_pipeline
 from safetensors.numpy import load_file, save_file
 
@@ -581,6 +583,28 @@ def test_a_kill_between_the_two_renames_is_undone(tmp_path):
         assert (tmp_path / "out" / "export.json").read_text() == "old"
     assert (tmp_path / "out" / "export.json").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_goes_to_the_hub_when_it_is_complete(run, tmp_path, monkeypatch, capsys):
+    with served() as (hub, root):
+        monkeypatch.setattr(constants, "ENDPOINT", root)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        options = {"push_to_hub": "me/lora", "private": True}
+        with pytest.raises(InputError, match="--push_to_hub: expected to write .*no valid token"):
+            export_run(str(run), str(tmp_path / "out"), **options)
+        # Refused before anything was written.
+        assert not list(tmp_path.iterdir()) and not hub.files
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        export_run(str(run), str(tmp_path / "out"), **options)
+        files, (message,) = hub.files["model", "me/lora"], hub.messages["model", "me/lora"]
+    there = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert set(files) == set(map(str, there)) and "pytorch_lora_weights.safetensors" in files
+    assert all((tmp_path / "out" / name).read_bytes() == files[name] for name in files)
+    assert message.startswith("ema after step ") and f"Hub: {root}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--push_to_hub: expected an --out on this machine"):
+        export_run(str(run), "gs://bucket/out", **options)
 
 
 def test_periodic_exports(run, tmp_path, capsys):
