@@ -14,7 +14,7 @@ from marble_jax.config import Settings
 from marble_jax.errors import InputError, one_of
 from marble_jax.policies import TRAINED_POLICIES, check_policy
 from marble_jax.programs.evaluate import evaluate
-from marble_jax.programs.evaluation_request import Request
+from marble_jax.programs.evaluation_request import Request, check_model_name
 from marble_jax.programs.export import ExportOptions, export_run
 from marble_jax.programs.locations import EMBEDDED
 from marble_jax.programs.pipeline_cache import PipelineCache
@@ -152,6 +152,11 @@ class Run:
             check_policy("policies", policy)
             sources[policy] = self._source(policy)
         for name, model in (models or {}).items():
+            check_model_name(name, f"{name}={model}")
+            if name in sources:
+                raise InputError(
+                    f"models: expected another name than a policy's; received {name!r}"
+                )
             sources[name] = PolicySource(model=model)
         if not sources:
             raise InputError("policies: expected at least one policy or model; received none")

@@ -87,11 +87,7 @@ def _parse_model(item: str) -> tuple[str, PolicySource]:
     place, *loras = value.split("+")
     path, policy = _split_policy(place)
     name = name.strip() if separator else _name_of(path)
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            "--models: expected NAME=PLACE with a name of letters, digits, '.', '-' and '_'; "
-            f"received {item!r}"
-        )
+    check_model_name(name, item)
     if not path or not all(loras):
         raise InputError(f"--models: expected NAME=PLACE[:POLICY][+LORA]; received {item!r}")
     is_run = _is_run(path)
@@ -101,6 +97,23 @@ def _parse_model(item: str) -> tuple[str, PolicySource]:
     if not is_run:
         return name, PolicySource(model=path, loras=added)
     return name, PolicySource(workdir=path, policy=policy or "ema", loras=added)
+
+
+def check_model_name(name: str, item: str) -> None:
+    """Checks the name of a model, which becomes a folder's.
+
+    Args:
+      name: of the model.
+      item: what was given, for the message.
+
+    Raises:
+      InputError: a name of other characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            "--models: expected NAME=PLACE with a name of letters, digits, '.', '-' and '_'; "
+            f"received {item!r}"
+        )
 
 
 def _name_of(path: str) -> str:

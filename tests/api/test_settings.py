@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import marble_jax
+from marble_jax.api import runs, sampling
 from marble_jax.api.sampling import _KINDS, sampling_settings
+from marble_jax.config import Settings
 from marble_jax.errors import InputError
 from marble_jax.programs.policy_source import SamplingSettings
 
@@ -94,3 +98,56 @@ def test_a_lora_of_nothing_is_refused(tmp_path):
         InputError, match="LoRA: expected a directory, a .safetensors file or a hub"
     ):
         marble_jax.read_lora(str(tmp_path / "none"))
+
+
+class _Sampler:
+    """Stands in for a model that is open: draws the number of every sample, as an image or a clip."""
+
+    shape: tuple[int, ...] = ()
+
+    def __init__(self, source, settings, pipelines=None):
+        self.source, self.settings = source, settings
+
+    def prepare(self, texts, console):
+        assert texts == ["a cat", "a cat", "a dog", "a dog", "a bird", "a bird"]
+
+    def open(self):
+        pass
+
+    def draw(self, texts, numbers):
+        assert len(texts) == len(numbers) <= self.settings.batch
+        ones = np.ones((len(texts), *self.shape))
+        return ones * np.array(list(numbers)).reshape(-1, *[1] * len(self.shape)) / 255
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (2, 4, 6, 3)], ids=["images", "clips"])
+def test_images_are_pillows_and_clips_are_arrays(monkeypatch, shape):
+    monkeypatch.setattr(sampling, "ImageSampler", _Sampler)
+    monkeypatch.setattr(_Sampler, "shape", shape)
+    samples = marble_jax.sample(["a cat", "a dog", "a bird"], images=2, batch=4)
+    assert len(samples) == 6
+    for number, sample in enumerate(samples):
+        assert isinstance(sample, Image.Image if len(shape) == 3 else np.ndarray)
+        array = np.asarray(sample)
+        assert array.dtype == np.uint8 and array.shape == shape
+        np.testing.assert_array_equal(array, number)
+
+
+def test_names_of_compared_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "run_settings", lambda _: Settings())
+    run = marble_jax.Run(tmp_path)
+    assert repr(run) == f"Run({str(tmp_path)!r})"
+    for models, line in (
+        ({"a/b": "x"}, "a name of letters, digits"),
+        ({"ema": "x"}, "models: expected another name than a policy's; received 'ema'"),
+    ):
+        with pytest.raises(InputError, match=line):
+            run.evaluate(tmp_path / "out", models=models)
+    with pytest.raises(InputError, match="policies: expected one of base, ema"):
+        run.evaluate(tmp_path / "out", policies=("emma",))
+    with pytest.raises(InputError, match="policies: expected at least one"):
+        run.evaluate(tmp_path / "out", policies=())
+    with pytest.raises(InputError, match="export option: expected one of policy"):
+        run.export(tmp_path / "out", polcy="ema")
+    with pytest.raises(InputError, match="policy: expected one of"):
+        run.export(tmp_path / "out", policy="base")
