@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,11 @@ class MetricWriter:
         self._harmony: dict[str, float] = {}
         if logging.tensorboard:
             self._start("TensorBoard", lambda: EventFile(directory, first_step))
-        for name in SERVICES if run is not None else ():
+        if run is None:
+            return
+        for name in SERVICES:
             if getattr(logging, name):
-                self._start(name, lambda name=name: service(name, logging, run))  # type: ignore[misc]
+                self._start(name, partial(service, name, logging, run))
 
     @classmethod
     def silent(cls) -> MetricWriter:

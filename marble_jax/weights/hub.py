@@ -95,15 +95,13 @@ def download(
 
     model, revision = _pinned(name, revision)
     noun = _NOUNS[kind]
-    # Models are asked for as ever: the library's default.
-    of_kind = {} if kind == "model" else {"repo_type": kind}
     try:
         local = snapshot_download(
             model,
             revision=revision,
             allow_patterns=list(patterns),
             ignore_patterns=list(skipped),
-            **of_kind,
+            repo_type=kind,
         )
     except errors.GatedRepoError as error:
         raise InputError(
