@@ -100,7 +100,8 @@ def test_the_hub_is_asked_for_what_is_not_there(folder, monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     asked = []
 
-    def download(name, *, revision, allow_patterns, ignore_patterns):
+    def download(name, *, revision, allow_patterns, ignore_patterns, repo_type):
+        assert repo_type == "model"
         asked.append((name, tuple(allow_patterns)))
         return str(folder / "clip-vit-large-patch14")
 
