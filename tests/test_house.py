@@ -34,7 +34,7 @@ ROWS = (
     ("mechanisms", ("flow", "prompts")),
     ("families", ("families",)),
     ("methods", ("objectives", "harmonize", "balancing", "trainable", "rewards", "convert")),
-    ("procedures", ("training", "evaluation", "report")),
+    ("procedures", ("training", "evaluation", "report", "rating")),
     ("programs", ("programs", "plan")),
     ("command line", ("cli", "__main__")),
     ("Python interface", ("api",)),

@@ -22,6 +22,7 @@ VERBS = {
     "report": "write a run's report.html from its records",
     "reward": "check rewards on golden images, or serve them to other machines",
     "evaluate": "compare models: images, scores and a page",
+    "rate": "let people grade the images of several models on a blind page",
     "presets": "list the configurations that ship, print one or write it to a file",
     "prompts": "write the ready-made prompt sets, or look through prompt files",
     "plan": "sizes, memory, work and a compile for a TPU slice, without running",

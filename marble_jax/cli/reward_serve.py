@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import ssl
-import threading
-from collections.abc import Iterator
 
 from marble_jax import platform
 from marble_jax.cli.reward_choice import chosen_rewards, load_chosen
+from marble_jax.cli.signals import stop_signals
 from marble_jax.config import Settings
 from marble_jax.console import Console
 from marble_jax.errors import InputError, one_line
@@ -49,7 +46,7 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     access = "with" if token else "without"
     names = ", ".join([reward.name for reward in rewards])
     console = Console()
-    with _stop_signals() as stop, RewardServer(rewards, options.host, options.port, how) as server:
+    with stop_signals() as stop, RewardServer(rewards, options.host, options.port, how) as server:
         console.say(f"serving {names} at {server.url} ({access} a token); Ctrl-C stops")
         if token and how.tls is None and not is_loopback(options.host):
             console.say(
@@ -95,18 +92,3 @@ def _token(options: argparse.Namespace) -> str:
     if options.token and options.token_file:
         raise InputError("serve: expected --token or --token_file; received both")
     return options.token or read_token("server", "", options.token_file)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set while the context lasts; their handlers come back after it."""
-    # The handler only sets an event: a server that is closed inside of one could wait for itself.
-    stop = threading.Event()
-    handlers = {}
-    for which in (signal.SIGTERM, signal.SIGINT):
-        handlers[which] = signal.signal(which, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        for which, handler in handlers.items():
-            signal.signal(which, handler)

@@ -22,7 +22,12 @@ from marble_jax.console import Console, shown
 from marble_jax.errors import InputError
 from marble_jax.evaluation.comparison import compare
 from marble_jax.evaluation.score_file import ScoreFile
-from marble_jax.programs.evaluation_record import new_record, write_prompts, write_record
+from marble_jax.programs.evaluation_record import (
+    new_record,
+    read_evaluation,
+    write_prompts,
+    write_record,
+)
 from marble_jax.programs.evaluation_request import Request, evaluation_prompts
 from marble_jax.programs.evaluation_scores import reward_entries, score_models
 from marble_jax.programs.image_sampler import ImageSampler
@@ -34,6 +39,7 @@ from marble_jax.report import write_comparison
 from marble_jax.report.comparison_tables import COMPOSITE_MODELS
 from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
+from marble_jax.types import Scores
 
 
 def evaluate(request: Request, out: str) -> dict[str, Any] | None:
@@ -66,9 +72,7 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
         # Rewards of earlier calls keep their columns, in front.
         record["columns"] = list(dict.fromkeys([*record.get("columns", ()), *columns]))
         write_record(workdir, record)
-    trained = [name for model in record["models"].values() for name in model.get("trained", ())]
-    scored = record.get("columns", ())
-    summary = _summarize(list(request.models), scored, trained, workdir, prompts)
+    summary = _summarize(list(request.models), record, workdir, prompts)
     if summary is not None:
         _announce(summary, console)
     console.say(f"page: {write_comparison(str(workdir.path), request.num_images)}")
@@ -149,14 +153,36 @@ def _draw(
         write_record(workdir, record)
 
 
+def add_scores(workdir: Workdir, scores: Mapping[str, Scores], num_images: int = 24) -> None:
+    """Adds scores from elsewhere, such as people's votes, to an evaluation, and writes its summary and page anew.
+
+    Args:
+      workdir: the evaluation's folder.
+      scores: by model, of all images; those of a reward that is there already are replaced.
+      num_images: prompts shown on the page.
+
+    Raises:
+      InputError: it is no evaluation, or cannot be written to.
+    """
+    record, prompts = read_evaluation(workdir, "evaluation")
+    with writable(workdir.path):
+        for model, of_model in scores.items():
+            file = ScoreFile(workdir.path / model / "scores.jsonl")
+            file.append(range(len(prompts)), prompts, of_model)
+            file.finish(prompts)
+    names = next(iter(scores.values())).names
+    record["columns"] = list(dict.fromkeys([*record.get("columns", ()), *names]))
+    write_record(workdir, record)
+    _summarize(list(record["models"]), record, workdir, prompts)
+    write_comparison(str(workdir.path), num_images)
+
+
 def _summarize(
-    models: Sequence[str],
-    names: Sequence[str],
-    trained: Sequence[str],
-    workdir: Workdir,
-    prompts: Sequence[Prompt],
+    models: Sequence[str], record: Mapping[str, Any], workdir: Workdir, prompts: Sequence[Prompt]
 ) -> dict[str, Any] | None:
     """Writes `summary.json` of the rewards that have looked at every image of every model (failures are counted)."""
+    trained = [name for model in record["models"].values() for name in model.get("trained", ())]
+    names = record.get("columns", ())
     files = {}
     complete = set(names)
     for model in models:

@@ -14,7 +14,7 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.storage.files import read_json
 from marble_jax.storage.images import writable
 from marble_jax.storage.workdir import Workdir, jsonable
-from marble_jax.validation import validated_fields
+from marble_jax.validation import parse_json_object, validated, validated_fields
 
 RECORD, PROMPTS = "evaluation.json", "prompts.jsonl"
 _FIELDS: dict[str, Any] = {
@@ -101,6 +101,40 @@ def write_prompts(workdir: Workdir, prompts: Sequence[Prompt]) -> None:
         return
     with writable(workdir.path):
         workdir.write_text(PROMPTS, "".join(_line(prompt) + "\n" for prompt in prompts))
+
+
+def read_evaluation(workdir: Workdir, what: str) -> tuple[dict[str, Any], list[Prompt]]:
+    """Returns the record of an evaluation, and the prompt of every image.
+
+    Args:
+      workdir: its folder.
+      what: names it in errors.
+
+    Raises:
+      InputError: it is no such folder, or what is in it is damaged.
+    """
+    record = _earlier_record(workdir)
+    if record is None or not record["models"]:
+        raise InputError(f"{what}: expected a folder made by evaluate; received {workdir.path}")
+    file = workdir.path / PROMPTS
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(
+            f"{file}: expected the prompts of an evaluation; received {error.strerror or error}"
+        ) from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        where = f"{file}:{number}"
+        content = parse_json_object(line, where)
+        kinds = {"prompt": str, "source": str, "metadata": dict[str, Any]}
+        values = [
+            validated(kind, content.get(key), f"{where}: {key}") for key, kind in kinds.items()
+        ]
+        prompts.append(Prompt(*values))
+    if not prompts:
+        raise InputError(f"{file}: expected at least one prompt; received none")
+    return record, prompts
 
 
 def _earlier_record(workdir: Workdir) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ import socketserver
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -82,8 +82,18 @@ class ConnectionServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], options: ServerOptions):
+    def __init__(
+        self,
+        address: tuple[str, int],
+        options: ServerOptions,
+        handler: type[ConnectionHandler] | None = None,
+    ):
         """Binds the address; `serve_forever` answers.
+
+        Args:
+          address: host and port.
+          options: how it works.
+          handler: answers a connection; None scores.
 
         Raises:
           OSError, OverflowError: the address cannot be bound.
@@ -96,7 +106,7 @@ class ConnectionServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.address_family = socket.AF_INET
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, _Handler)
+        super().__init__(address, handler or ConnectionHandler)
 
     def health(self) -> dict[str, Any]:
         """The answer to `/health` for who may know."""
@@ -250,10 +260,17 @@ def _is_length(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 16
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """One connection with one request."""
+class ConnectionHandler(http.server.BaseHTTPRequestHandler):
+    """One connection with one request.
+
+    Attributes:
+      body_path: path that bodies may be sent to.
+      body_type: media type of the bodies.
+    """
 
     server: ConnectionServer
+    body_path = "/score"
+    body_type = protocol.CONTENT_TYPE
     # HTTP/1.1, so that clients that ask before they send a body get an answer.
     protocol_version = "HTTP/1.1"
     server_version = f"marble-jax/{VERSION}"
@@ -277,7 +294,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.handle_one_request()
         except _SlowClient:
-            self._refuse(
+            self.refuse(
                 408, f"request: expected within {self._seconds:g} s; received only part of it"
             )
         # The client went away.
@@ -286,7 +303,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         # A fault of ours costs one answer, not the server.
         except Exception as error:
             log.exception("reward server: %s", one_line(error))
-            self._refuse(500, "server: an error of its own; its log has more")
+            self.refuse(500, "server: an error of its own; its log has more")
 
     def finish(self) -> None:
         self._linger()
@@ -295,27 +312,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answers `/health`."""
         if self.path != "/health":
-            self._refuse(404, f"path: expected /health; received {self.path[:80]!r}")
+            self.refuse(404, f"path: expected /health; received {self.path[:80]!r}")
             return
         health: dict[str, Any] = {"status": "ok"}
         # What is served, and how busy it is, is not for everyone.
-        if self._authorised():
+        if self.authorised():
             health = self.server.health()
-        self._answer(200, json.dumps(health).encode())
+        self.answer(200, json.dumps(health).encode())
 
     def do_POST(self) -> None:
         """Answers `/score`."""
         try:
-            length = self._body_length()
+            length = self.body_length()
             with self.server.known(self.request), self.server.held() as hold:
                 # A place is for whole bodies: a slow client keeps nobody from it.
-                body = self._read_body(length, hold)
+                body = self.read_body(length, hold)
                 with self.server.admitted():
                     scores = self.server.score(body, self._is_gone)
         except ProtocolError as error:
-            self._refuse(error.status, str(error))
+            self.refuse(error.status, str(error))
         else:
-            self._answer(200, scores)
+            self.answer(200, scores)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answers, in our form, what the base class finds wrong with a request."""
@@ -323,7 +340,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         # The base class says "not implemented" of methods that we do not allow.
         if code == 501:
             code = 405
-        self._refuse(code, text[:200])
+        self.refuse(code, text[:200])
 
     def log_message(self, format: str, *args: Any) -> None:
         """Logs requests for debugging alone."""
@@ -332,13 +349,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def handle_expect_100(self) -> bool:
         """Says whether the body is wanted before it is sent."""
         try:
-            self._body_length()
+            self.body_length()
         except ProtocolError as error:
-            self._refuse(error.status, str(error))
+            self.refuse(error.status, str(error))
             return False
         return super().handle_expect_100()
 
-    def _authorised(self) -> bool:
+    def authorised(self) -> bool:
+        """Returns whether the client has shown the token, if there is one."""
         token = self.server.options.token
         if not token:
             return True
@@ -348,7 +366,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         # right.
         return hmac.compare_digest(sent, expected)
 
-    def _body_length(self) -> int:
+    def body_length(self) -> int:
         """The length of a body that will be read, after everything that can be wrong without reading it.
 
         Raises:
@@ -356,9 +374,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """
         self._check_access()
         kind = self.headers.get_content_type()
-        if kind != protocol.CONTENT_TYPE:
+        if kind != self.body_type:
             raise ProtocolError(
-                415, f"Content-Type: expected {protocol.CONTENT_TYPE}; received {kind[:80]}"
+                415, f"Content-Type: expected {self.body_type}; received {kind[:80]}"
             )
         length = self.headers.get("Content-Length")
         # Chunks come without a length, so what they add up to is known too late.
@@ -374,12 +392,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return int(length)
 
     def _check_access(self) -> None:
-        if self.path != "/score":
-            raise ProtocolError(404, f"path: expected /score; received {self.path[:80]!r}")
-        if not self._authorised():
+        if self.path != self.body_path:
+            raise ProtocolError(
+                404, f"path: expected {self.body_path}; received {self.path[:80]!r}"
+            )
+        if not self.authorised():
             raise ProtocolError(401, "token: expected the server's; received another or none")
 
-    def _read_body(self, length: int, hold: Callable[[int], None]) -> bytes:
+    def read_body(self, length: int, hold: Callable[[int], None]) -> bytes:
+        """Returns a body of `length` bytes, which `hold` counts as they arrive.
+
+        Raises:
+          ProtocolError: it ends early, or there is no room.
+        """
         self._seconds = self.server.options.read_seconds
         self._arrival.deadline = time.monotonic() + self._seconds
         body = bytearray()
@@ -404,11 +429,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             return True
 
-    def _refuse(self, status: int, message: str) -> None:
-        self._answer(status, json.dumps({"error": message}).encode())
+    def refuse(self, status: int, message: str) -> None:
+        """Answers one line that says what is wrong."""
+        self.answer(status, json.dumps({"error": message}).encode())
 
-    def _answer(self, status: int, data: bytes) -> None:
-        """Sends the answer, a JSON object; the first one of a connection counts."""
+    def answer(
+        self,
+        status: int,
+        data: bytes,
+        content_type: str = "application/json",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Sends the answer; the first one of a connection counts."""
         # A refusal may be followed by an error while the connection is taken down.
         if self._answered:
             return
@@ -416,9 +448,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.connection.settimeout(ANSWER_SECONDS)
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(data)))
             self.send_header("Connection", "close")
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
             if status in (429, 503):
                 self.send_header("Retry-After", "1")
             if status == 401:
