@@ -1,7 +1,7 @@
 """A headless browser and axe-core for tests of pages; what needs them is skipped where they are not at hand.
 
-A browser is any Chromium or Chrome on the path; `pip install playwright axe-playwright-python` brings what drives it and
-the accessibility checker.
+A browser is any Chromium or Chrome on the path; `pip install playwright axe-playwright-python` brings what drives it
+and the accessibility checker.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ Arguments named as markup (cells, captions, bodies) are used as they are: text f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 from marble_jax.report import charts, smoothing
@@ -67,8 +68,20 @@ def table(
     body = "".join([_table_row(row) for row in rows])
     title = element("caption", caption) if caption else ""
     content = [title, element("thead", element("tr", columns)), element("tbody", body)]
-    # A wide table scrolls sideways by itself, so that the page does not on a narrow screen.
-    return element("div", element("table", *content, class_=kind), class_="scroll")
+    # A wide table scrolls sideways by itself, so that the page does not on a narrow screen; with a keyboard, too.
+    return element(
+        "div",
+        element("table", *content, class_=kind),
+        class_="scroll",
+        role="group",
+        aria_label=f"Table: {plain(caption) or plain(', '.join(head))}",
+        tabindex=0,
+    )
+
+
+def plain(markup: str) -> str:
+    """Returns the text of a piece of markup."""
+    return unescape(re.sub(r"<[^>]*>", "", markup))
 
 
 def _table_row(cells: Sequence[str]) -> str:

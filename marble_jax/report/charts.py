@@ -8,6 +8,7 @@ it once wide and once narrow.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -23,6 +24,10 @@ _WIDE_FROM = 500
 """Width in CSS pixels above which a chart is laid out for a desk, not for a phone."""
 _WIDE_LABEL, _NARROW_LABEL = 18, 11
 """Characters of a label at a curve's end; a longer one would take the plot's room."""
+_WIDE_DIGITS = 6
+"""Characters of a y tick that a wide chart has room for: those below each other begin alike."""
+_STEP_DIGIT, _STEP_GAP = 7.0, 8.0
+"""Pixels of a digit below the step axis, and between two numbers."""
 _LABEL_DISTANCE = 14.0
 """Pixels between the base lines of two labels: the height of their text."""
 
@@ -62,25 +67,57 @@ class Chart:
 
     def draw(self, width: int, height: int) -> str:
         """Returns the `<svg>` text at a size in CSS pixels, or "" when there is nothing to draw."""
-        chart = self
-        if self.log:
-            positive = [curve.positive() for curve in self.curves]
-            chart = dataclasses.replace(self, curves=positive)
-        extent = _extent(chart)
-        if extent is None:
-            return ""
-        labels = _end_labels(chart.curves, width)
-        num_letters = max((len(text) for _, text in labels), default=0)
-        frame = make_frame(
-            _x_range(chart),
-            extent,
-            width=width,
-            height=height,
-            log=self.log,
-            y_title=bool(self.y_label),
-            num_letters=num_letters,
-        )
-        return _svg(chart, frame, labels)
+        least_digits = _WIDE_DIGITS if width > _WIDE_FROM else 2
+        return draw_alike([self], width, height, least_digits)[0]
+
+    def drawable(self) -> Chart:
+        """Returns the chart with what its axis cannot show as gaps."""
+        if not self.log:
+            return self
+        positive = [curve.positive() for curve in self.curves]
+        return dataclasses.replace(self, curves=positive)
+
+
+def draw_alike(
+    panels: Sequence[Chart], width: int, height: int, least_digits: int = 2
+) -> list[str]:
+    """Returns the `<svg>` text of neighbouring charts, whose step axes begin and end at the same places.
+
+    Args:
+      panels: the charts; of one without anything to draw the text is "".
+      width: of each in CSS pixels.
+      height: of each in CSS pixels.
+      least_digits: characters of a y tick that there is room for at least.
+    """
+    charts = [chart.drawable() for chart in panels]
+    # The axis begins right of the ticks' texts, which are longer in some charts than in others.
+    for chart in charts:
+        frame = _frame(chart, width, height, least_digits)
+        if frame is not None:
+            least_digits = max(least_digits, frame.num_digits)
+    drawn = []
+    for chart in charts:
+        frame = _frame(chart, width, height, least_digits)
+        drawn.append("" if frame is None else _svg(chart, frame, _end_labels(chart.curves, width)))
+    return drawn
+
+
+def _frame(chart: Chart, width: int, height: int, least_digits: int) -> Frame | None:
+    """Returns where a chart's data lie, or None when there is nothing to draw."""
+    extent = _extent(chart)
+    if extent is None:
+        return None
+    labels = _end_labels(chart.curves, width)
+    return make_frame(
+        _x_range(chart),
+        extent,
+        width=width,
+        height=height,
+        log=chart.log,
+        y_title=bool(chart.y_label),
+        num_letters=max((len(text) for _, text in labels), default=0),
+        least_digits=least_digits,
+    )
 
 
 def _extent(chart: Chart) -> tuple[float, float] | None:
@@ -220,24 +257,33 @@ def _grid(frame: Frame) -> str:
 
 
 def _steps(frame: Frame) -> str:
-    length = frame.right - frame.left
-    about = max(2, int(length) // 90)
     parts = []
-    for step in ticks(frame.x.lo, frame.x.hi, about):
-        # On a short run round numbers may be halves, and there is no half step.
-        if step != int(step):
-            continue
+    for step in _shown_steps(frame):
+        x = frame.x(step)
+        text = f"{step:,.0f}"
         parts.append(
             element(
                 "text",
-                f"{step:,.0f}",
+                text,
                 class_="tick",
-                x=px(frame.x(step)),
+                x=px(x),
                 y=frame.height - 19,
                 text_anchor="middle",
             )
         )
     return "".join(parts)
+
+
+def _shown_steps(frame: Frame) -> list[float]:
+    """Returns the steps whose numbers stand below the axis: round ones, and the last one of all."""
+    length = frame.right - frame.left
+    about = max(2, int(length) // 90)
+    # On a short run round numbers may be halves, and there is no half step.
+    steps = [step for step in ticks(frame.x.lo, frame.x.hi, about) if step == int(step)]
+    last = math.floor(frame.x.hi)
+    room = _STEP_DIGIT * len(f"{last:,}") + _STEP_GAP
+    steps = [step for step in steps if frame.x(last) - frame.x(step) >= room]
+    return [*steps, last]
 
 
 def _x_title(chart: Chart, frame: Frame) -> str:

@@ -33,6 +33,11 @@ class Frame:
     y_ticks: tuple[tuple[float, str], ...]
 
     @property
+    def num_digits(self) -> int:
+        """Characters of the longest tick's text."""
+        return max([0, *(len(text) for _, text in self.y_ticks)])
+
+    @property
     def left(self) -> float:
         """The left edge of the plot."""
         return self.x.start
@@ -74,6 +79,7 @@ def make_frame(
     log: bool = False,
     y_title: bool = False,
     num_letters: int = 0,
+    least_digits: int = 2,
 ) -> Frame:
     """Returns the frame whose margins hold the ticks' texts on the left and the curves' labels on the right.
 
@@ -85,11 +91,10 @@ def make_frame(
       log: logarithmic y axis.
       y_title: whether there is a title above the y axis.
       num_letters: length of the longest label; 0 without labels.
+      least_digits: characters of a tick's text that there is room for at least, so that neighbours have one axis.
     """
     y_ticks = _y_ticks(y_range, log, height)
-    num_digits = 2
-    for _, text in y_ticks:
-        num_digits = max(num_digits, len(text))
+    num_digits = max([least_digits, *(len(text) for _, text in y_ticks)])
     left = 12 + _DIGIT_WIDTH * num_digits
     # Without labels there is still half of the last step's number to the right of the plot.
     label_width: float = 6

@@ -79,15 +79,10 @@ _CALM = (
 
 def metric_panels(records: Records, metrics: Sequence[Metric]) -> str:
     """Returns one panel a metric; "" when none is on record."""
-    panels = []
-    any_drawn = False
-    for metric in metrics:
-        svg = _metric_chart(records, metric).draw(blocks.PANEL, 180)
-        any_drawn = any_drawn or bool(svg)
-        panels.append((metric.title, svg))
-    if not any_drawn:
+    drawn = charts.draw_alike([_metric_chart(records, m) for m in metrics], blocks.PANEL, 180)
+    if not any(drawn):
         return ""
-    return blocks.panels(panels)
+    return blocks.panels(zip([metric.title for metric in metrics], drawn))
 
 
 def _metric_chart(records: Records, metric: Metric) -> charts.Chart:

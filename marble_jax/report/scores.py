@@ -21,13 +21,12 @@ def curves(records: Records) -> str:
     A panel shows the evaluated mean with its interval, the base model's level, and the training rollouts behind.
     """
     title = "Scores over training"
+    names = records.names
+    drawn = charts.draw_alike([_chart(records, name) for name in names], blocks.PANEL, 210)
     panels = []
-    any_drawn = False
-    for name in records.names:
-        svg = _chart(records, name).draw(blocks.PANEL, 210)
-        any_drawn = any_drawn or bool(svg)
+    for name, svg in zip(names, drawn, strict=True):
         panels.append((blocks.reward_label(records, name, solid=True), svg))
-    if not any_drawn:
+    if not any(drawn):
         return blocks.section("curves", title, blocks.absent("No scores on record yet."))
     lead = (
         "Coloured marks and band: evaluation on fixed prompts with its 95&nbsp;% interval. Thin dark line: mean "

@@ -246,7 +246,7 @@ def test_what_is_no_whole_png_is_refused():
 
 _SERVE = """
 import sys, threading
-from test_server import *
+from test_rating_server import *
 votes = VoteFile(sys.argv[1], Ballot(MODELS, TEXTS))
 server = RatingServer(Ballot(MODELS, TEXTS), votes, image, ServerOptions(token=TOKEN))
 print(server.server_port, flush=True)
