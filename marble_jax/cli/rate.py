@@ -61,7 +61,7 @@ VERB = Verb(
         ),
         Option(
             "kind",
-            "grades: 1 to 5 for every image; pairs: which of two is better",
+            "grades (1 to 5 for every image) or pairs (which of two is better)",
             default="grades",
         ),
         Option(
@@ -97,12 +97,14 @@ VERB = Verb(
             Switch(),
             default="true",
         ),
-        Option("count_only", "no page: count the votes that are there", Switch()),
+        Option("count_only", "count the votes that are there, without a page", Switch()),
         *_drawing(),
     ),
     renamed=RENAMED_OPTIONS,
     elsewhere=ELSEWHERE,
-    groups={_GROUP: "With --models the images are drawn first, as evaluate draws them, into --out."},
+    groups={
+        _GROUP: "With --models the images are drawn first, as evaluate draws them, into --out."
+    },
 )
 
 
