@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 from tqdm import tqdm
 
 _GAP = "  "
+_SHORT_SECONDS = 2.0
+"""Of work that needs no bar."""
+_REDRAW_SECONDS = 0.5
 
 
 class Console:
@@ -18,9 +23,11 @@ class Console:
     Attributes:
       speaks: whether this process writes at all.
       bars: whether it draws progress bars.
+      verbose: whether lines may be as long as what they have to say.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, verbose: bool = False) -> None:
+        self.verbose = verbose
         self.speaks = jax.process_index() == 0
         # A bar redraws itself; in a log file every redraw would be a line.
         self.bars = self.speaks and sys.stderr.isatty()
@@ -51,6 +58,48 @@ class Console:
             disable=not self.bars,
             dynamic_ncols=True,
         )
+
+    @contextlib.contextmanager
+    def waiting(self, seconds: float | None, what: str) -> Iterator[None]:
+        """A context that shows how long work without steps of its own goes on; silent without a terminal.
+
+        Args:
+          seconds: that it took before, against which a bar grows; None for a count of seconds alone.
+          what: name of the work.
+        """
+        if not self.bars:
+            yield
+            return
+        done = threading.Event()
+        counter = threading.Thread(target=self._count, args=(seconds, what, done), daemon=True)
+        counter.start()
+        try:
+            yield
+        finally:
+            done.set()
+            counter.join()
+
+    def _count(self, seconds: float | None, what: str, done: threading.Event) -> None:
+        # Work that is over before anyone could read of it draws nothing.
+        if done.wait(_SHORT_SECONDS):
+            return
+        form = "{desc}: {elapsed}"
+        if seconds is not None:
+            form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, took {total_fmt}s before"
+        start = time.perf_counter() - _SHORT_SECONDS
+        with tqdm(
+            total=None if seconds is None else max(1, round(seconds)),
+            desc=what,
+            leave=False,
+            dynamic_ncols=True,
+            bar_format=form,
+        ) as bar:
+            while not done.wait(_REDRAW_SECONDS):
+                bar.n = time.perf_counter() - start
+                if bar.total is not None:
+                    # Longer than before: the bar stays full.
+                    bar.n = min(bar.n, bar.total)
+                bar.refresh()
 
     def table(self, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Writes aligned columns.
@@ -86,7 +135,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numbers: bool) -> str:
 
 
 class Clock:
-    """Seconds left, from the steps done so far in this session."""
+    """Seconds left, from the steps done so far in this session, without what happens once."""
 
     def __init__(self, first: int, last: int):
         """Starts the clock.
@@ -99,12 +148,17 @@ class Clock:
         self._last = last
         self._start = time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Leaves out seconds that later steps do not take, such as compiling."""
+        self._start += seconds
+
     def left(self, done: int) -> str:
         """Remaining time once `done` steps are complete, as text."""
         steps = done - self._first
         if steps <= 0:
             return "?"
-        seconds_per_step = (time.perf_counter() - self._start) / steps
+        # Compilers may run beside each other: what is left out can be more than has passed.
+        seconds_per_step = max(0.0, time.perf_counter() - self._start) / steps
         return duration(seconds_per_step * (self._last - done))
 
 

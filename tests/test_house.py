@@ -23,6 +23,7 @@ ROWS = (
             "tree",
             "batches",
             "streams",
+            "compiling",
             "console",
             "agreement",
             "policies",

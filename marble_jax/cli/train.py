@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
-from marble_jax.cli.kinds import Place
+from marble_jax.cli.kinds import Place, Switch
 from marble_jax.cli.options import Option, Verb
 from marble_jax.cli.processes import GROUP, NOTE, OPTIONS, cluster_of
 from marble_jax.version import VERSION
@@ -26,6 +26,7 @@ VERB = Verb(
             "DIR",
             required=True,
         ),
+        Option("verbose", "all figures in every step's line, however long it gets", Switch()),
         *OPTIONS,
     ),
     config=True,
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
             distributed.start_jax(cluster, init_timeout, heartbeat_timeout)
         try:
             with held_to_deadline():
-                train_run(settings, options.workdir, options.command)
+                train_run(settings, options.workdir, options.command, options.verbose)
         except Interrupted as stop:
             # Every process stops; one line is enough.
             if distributed.is_first():

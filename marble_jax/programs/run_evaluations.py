@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from marble_jax import distributed
+from marble_jax.compiling import compile_clock
 from marble_jax.console import Console, duration
 from marble_jax.errors import InputError
 from marble_jax.evaluation.joint_rates import joint_rates, reward_sets
@@ -53,6 +54,7 @@ class RunEvaluations:
         self._deciding = deciding_rewards(run.settings.rewards, run.settings.evaluation.best)
         self._by_raw_mean = run.settings.evaluation.best_by == "raw_mean"
         self._base: Scores | None = None
+        self._compiled = 0.0
 
     def __call__(
         self, state: TrainState, give_way: Callable[[], None] = lambda: None
@@ -82,7 +84,7 @@ class RunEvaluations:
             words.append(f"{name} {gain[name]['mean']:+.3f}")
         num_prompts = len(self._run.evaluator.prompts)
         self._console.say(
-            f"evaluation after step {step} ({num_prompts} held-out prompts, {duration(seconds)}): "
+            f"evaluation after step {step} ({num_prompts} held-out prompts, {self._took(seconds)}): "
             f"gain {' '.join(words)}"
         )
         if self._by_raw_mean:
@@ -136,7 +138,7 @@ class RunEvaluations:
         self._base = scores
         self._console.say(
             f"evaluation of the base model: {len(self._run.evaluator.prompts)} held-out prompts, "
-            f"{duration(seconds)}"
+            f"{self._took(seconds)}"
         )
         return scores
 
@@ -145,6 +147,7 @@ class RunEvaluations:
     ) -> tuple[Scores, list[np.ndarray | None], float]:
         """Scores and kept images of a policy, and the seconds they took."""
         start, run = time.perf_counter(), self._run
+        compile_clock.lap()
         params: Params = run.networks.params
         if adapter is not None and run.settings.rollout.merge_adapter:
             # As rollouts draw: merged weights round otherwise than a sum of two products.
@@ -156,7 +159,14 @@ class RunEvaluations:
                 give_way()
 
             scores, images = run.evaluator(params, adapter, progress)
+        self._compiled = compile_clock.lap()
         return scores, images, time.perf_counter() - start
+
+    def _took(self, seconds: float) -> str:
+        """Seconds of the last evaluation in words, and of its compiling where that is much of them."""
+        if self._compiled < 0.1 * seconds or self._compiled < 1:
+            return duration(seconds)
+        return f"{duration(seconds)}, {duration(self._compiled)} of it compiling"
 
     def _write(
         self,
@@ -191,6 +201,8 @@ class RunEvaluations:
             texts = {"prompt": prompt, "step": str(step)}
             save_sample(folder / f"{number:02d}.png", image, texts, frames_per_second)
             tracked[f"samples/{number:02d}"] = Shown(prompt, image, frames_per_second or 1)
+        of_images = [_scores_of_image(scores, index) for index in evaluator.kept]
+        self._workdir.write_json(f"samples/{folder.name}/scores.json", of_images)
         self._workdir.write_json("samples/prompts.json", shown)
         record: dict[str, Any] = {
             "step": step,
@@ -206,6 +218,16 @@ class RunEvaluations:
         self._workdir.append(self._workdir.evaluations, record)
         rewards = self._run.settings.rewards.train
         self._writer.write_evaluation(step, record, tracked, rewards)
+
+
+def _scores_of_image(scores: Scores, index: int) -> dict[str, float | None]:
+    """Scores of one image by reward, None where it has none. The first image of prompt i is image i."""
+    row = {}
+    for k, name in enumerate(scores.names):
+        # A float32 has no more digits than eight, and its double would be written with many.
+        value = float(f"{scores.values[index, k]:.8g}")
+        row[name] = value if scores.valid[index, k] else None
+    return row
 
 
 def _with_best(state: TrainState, score: float) -> TrainState:

@@ -35,7 +35,7 @@ from marble_jax.training.state import TrainState
 from marble_jax.training.stops import Interrupted
 
 
-def train_run(settings: Settings, workdir_path: str, command: str) -> None:
+def train_run(settings: Settings, workdir_path: str, command: str, verbose: bool = False) -> None:
     """Trains in `workdir_path`; goes on where an earlier run there stopped.
 
     With several processes all of them call this with the same arguments; the first one writes.
@@ -44,6 +44,7 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
       settings: of the run.
       workdir_path: its directory.
       command: as it was called, for the record.
+      verbose: whether step lines may be longer than a hundred columns.
 
     Raises:
       InputError: whatever does not fit, before anything is written to the workdir.
@@ -51,16 +52,15 @@ def train_run(settings: Settings, workdir_path: str, command: str) -> None:
     """
     workdir = Workdir(workdir_path)
     try:
-        _train_run(settings, workdir, command)
+        _train_run(settings, workdir, command, Console(verbose))
     finally:
         if distributed.is_first():
             workdir.let_go()
 
 
-def _train_run(settings: Settings, workdir: Workdir, command: str) -> None:
+def _train_run(settings: Settings, workdir: Workdir, command: str, console: Console) -> None:
     start = time.perf_counter()
     platform.keep_compilations()
-    console = Console()
     config = flatten(settings)
     existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(config))
     if existed:

@@ -6,15 +6,16 @@ Arguments named as markup (cells, captions, bodies) are used as they are: text f
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape, unescape
 from typing import Any
 
 from marble_jax.report import charts, smoothing
 from marble_jax.report.curves import Curve
-from marble_jax.report.formatting import data
-from marble_jax.report.intervals import Interval
+from marble_jax.report.formatting import data, short
+from marble_jax.report.intervals import Interval, number
 from marble_jax.report.marks import swatch
 from marble_jax.report.markup import element
 from marble_jax.report.records import Records, Series
@@ -64,7 +65,8 @@ def table(
       caption: markup above the table.
       kind: class that the style sheet knows.
     """
-    columns = "".join([element("th", cell, scope="col") for cell in head])
+    # A column without a title is headed by nothing, and no title to a screen reader.
+    columns = "".join([element("th", cell, scope="col") if cell else "<td></td>" for cell in head])
     body = "".join([_table_row(row) for row in rows])
     title = element("caption", caption) if caption else ""
     content = [title, element("thead", element("tr", columns)), element("tbody", body)]
@@ -100,6 +102,19 @@ def interval_cell(interval: Interval, decimals: int, *, signed: bool = False) ->
     low = data(interval.low, decimals, signed=signed)
     high = data(interval.high, decimals, signed=signed)
     return mean + element("span", f"{low} to {high}", class_="range")
+
+
+def image_scores(scores: Mapping[str, Any]) -> str:
+    """Returns the scores of one image in small print, a line a reward; "" without one that is on record."""
+    lines = []
+    for name, score in scores.items():
+        value = number(score)
+        # A reward that does not apply to the prompt, or failed, has nothing to show.
+        if math.isfinite(value):
+            lines.append(element("dt", escape(str(name))) + element("dd", short(value)))
+    if not lines:
+        return ""
+    return element("dl", *[element("div", line) for line in lines], class_="points")
 
 
 def fold(summary: str, *body: str) -> str:

@@ -26,6 +26,7 @@ class Comparison:
       summary: `summary.json`; empty before scoring.
       prompts: text, source and metadata of every image.
       flaws: what could not be read, a sentence each.
+      image_scores: scores by reward of every image of a model, by model and number.
     """
 
     path: epath.Path
@@ -33,6 +34,9 @@ class Comparison:
     summary: Mapping[str, Any]
     prompts: Sequence[Mapping[str, Any]]
     flaws: list[str]
+    image_scores: Mapping[str, Mapping[int, Mapping[str, Any]]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def models(self) -> list[str]:
@@ -96,6 +100,25 @@ def _prompts(path: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
     return prompts
 
 
+def _image_scores(path: epath.Path) -> dict[int, dict[str, Any]]:
+    """Returns the scores of every image that has some; a line that cannot be read has none.
+
+    That a score is missing shows in the tables, which are made from the same file.
+    """
+    if not path.is_file():
+        return {}
+    scores: dict[int, dict[str, Any]] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            record = parse_json_object(line, path.name, lenient=True)
+        except InputError:
+            continue
+        index, of_image = record.get("index"), record.get("scores")
+        if isinstance(index, int) and isinstance(of_image, dict):
+            scores.setdefault(index, {}).update(of_image)
+    return scores
+
+
 def _json_or_empty(path: epath.Path, flaws: list[str]) -> Any:
     """Returns the file's JSON value; an empty object where there is none."""
     value, problem = parsed_json(path)
@@ -123,4 +146,5 @@ def read_comparison(path: epath.PathLike) -> Comparison:
     # Not there before scoring: the page then shows the images alone.
     summary = _json_or_empty(root / "summary.json", flaws)
     prompts = _prompts(root / "prompts.jsonl", flaws)
-    return Comparison(root, record, summary, prompts, flaws)
+    by_model = {str(model): _image_scores(root / str(model) / "scores.jsonl") for model in models}
+    return Comparison(root, record, summary, prompts, flaws, by_model)

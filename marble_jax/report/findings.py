@@ -9,6 +9,7 @@ from typing import Any
 
 from marble_jax.report.intervals import Interval, number
 from marble_jax.report.records import Records, step_of
+from marble_jax.report.run_curves import recorded_curves
 
 _KINDS = ("up", "unclear", "down", "unknown")
 
@@ -132,7 +133,7 @@ def _heldout_sentence(names: dict[str, list[str]]) -> str:
 
 
 def summarise(records: Records) -> dict[str, Any]:
-    """Returns the few numbers by which runs compare; the format of `compare/*.json`. Numbers not on record are None."""
+    """Returns numbers and curves by which runs compare, the format of `compare/*.json`; None where not on record."""
     gains = {}
     for outcome in outcomes(records):
         if outcome.kind == "unknown":
@@ -150,6 +151,7 @@ def summarise(records: Records) -> dict[str, Any]:
         "gain": gains,
         "joint": joint(records),
         "setting": setting(records),
+        "curves": recorded_curves(records),
     }
 
 

@@ -38,6 +38,7 @@ SUMMARY: Mapping[str, Form] = {
     "gain": {"*": {}},
     "joint": _JOINT,
     "setting": {},
+    "curves": {"*": {}},
 }
 """Of `run.json`, a line of `evaluation.jsonl` and a file in `compare`."""
 

@@ -208,7 +208,7 @@ def cosine_table(records: Records, names: Sequence[str], cosines: np.ndarray, ca
         rows.append([blocks.reward_label(records, name, tag=False, solid=True), *cells])
     # A gradient's cosine with itself says nothing.
     for i, cells in enumerate(rows):
-        cells[i + 1] = element("span", class_="cell self", aria_label="itself")
+        cells[i + 1] = element("span", class_="cell self", role="img", aria_label="itself")
     return blocks.table(head, rows, kind="heat", caption=caption)
 
 

@@ -60,6 +60,56 @@
     svg.addEventListener("pointerleave", leave);
   });
 
+  // Images of a prompt are enlarged together, side by side; without this script they stay as they are.
+  var shown = document.createElement("dialog"), leaveButton = document.createElement("button"), large = document.createElement("div"), words = document.createElement("p");
+  shown.setAttribute("aria-label", "Enlarged images");
+  leaveButton.textContent = "Close";
+  large.className = "large";
+  shown.append(leaveButton, words, large);
+  document.body.appendChild(shown);
+  leaveButton.addEventListener("click", function () { shown.close(); });
+  shown.addEventListener("click", function (event) { if (event.target === shown) shown.close(); });
+
+  function enlarge(image) {
+    var figure = image.closest("figure"), caption = figure.querySelector("figcaption");
+    words.textContent = caption ? caption.textContent : image.alt;
+    large.textContent = "";
+    Array.from(image.closest(".pair, .row").children).forEach(function (cell) {
+      var copy = cell.cloneNode(true), frames = copy.querySelector(".frames");
+      if (frames) frames.remove();
+      copy.querySelectorAll("img").forEach(function (img) {
+        ["role", "tabindex"].forEach(function (name) { img.removeAttribute(name); });
+        img.loading = "eager";
+        if (img.width < 200) img.classList.add("tiny");
+        img.removeAttribute("width"); img.removeAttribute("height");
+      });
+      large.appendChild(copy);
+    });
+    large.style.setProperty("--shown", large.children.length);
+    shown.showModal();
+  }
+
+  document.querySelectorAll(".pair img, .timeline .row img").forEach(function (image) {
+    if (image.closest(".frames")) return;
+    image.tabIndex = 0;
+    image.setAttribute("role", "button");
+    image.addEventListener("click", function () { enlarge(image); });
+    image.addEventListener("keydown", function (event) {
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); enlarge(image); }
+    });
+  });
+
+  // Only what scrolls is a stop for the Tab key.
+  function stops() {
+    document.querySelectorAll(".scroll").forEach(function (box) {
+      if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    });
+  }
+  stops();
+  window.addEventListener("resize", stops);
+  document.querySelectorAll("details").forEach(function (fold) { fold.addEventListener("toggle", stops); });
+
   window.addEventListener("beforeprint", function () {
     document.querySelectorAll("details").forEach(function (fold) { fold.open = true; });
   });

@@ -12,6 +12,7 @@ from marble_jax.report.intervals import Interval, narrowest, number, reach
 from marble_jax.report.marks import interval_bar
 from marble_jax.report.markup import element
 from marble_jax.report.records import Records
+from marble_jax.report.run_curves import run_panels
 
 
 def comparison(records: Records) -> str:
@@ -33,6 +34,7 @@ def comparison(records: Records) -> str:
         _settings_table(summaries),
         _warning(summaries),
         blocks.panels(panels),
+        run_panels(records, summaries),
         lead=(
             "Gains over the base model with 95&nbsp;% intervals; within one reward all runs share a scale, and "
             "the upright line is zero. "

@@ -19,6 +19,8 @@ from marble_jax.validation import parse_json
 _STEP_DIRECTORY = re.compile(r"^step_([0-9]{1,15})$")
 _PREFIXES_OF_REWARDS = ("rollout/score_mean/", "harmonize/alpha/")
 _SHOWN_LINES = 5
+SCORES = "scores.json"
+"""Of the images beside it, in the order of `prompts.json`."""
 MOST_STEPS = 2**53
 """Step of a record at most: what every JSON reader holds exactly."""
 
@@ -123,7 +125,12 @@ def _step_directories(samples: epath.Path) -> list[tuple[int, epath.Path, set[st
     return directories
 
 
-def _strip(index: int, entry: Any, directories: list[tuple[int, epath.Path, set[str]]]) -> Strip:
+def _strip(
+    index: int,
+    entry: Any,
+    directories: list[tuple[int, epath.Path, set[str]]],
+    scores: dict[int, list[Any]],
+) -> Strip:
     """Returns the prompt at `index` of `prompts.json` with its images."""
     recorded = entry if isinstance(entry, dict) else {"prompt": entry}
     seed = recorded.get("seed")
@@ -134,7 +141,11 @@ def _strip(index: int, entry: Any, directories: list[tuple[int, epath.Path, set[
     for step, directory, names in directories:
         if file_name in names:
             images.append((step, directory / file_name))
-    return Strip(str(recorded.get("prompt", "")), seed, tuple(images))
+    of_image = {}
+    for step, entries in scores.items():
+        if index < len(entries) and isinstance(entries[index], dict):
+            of_image[step] = entries[index]
+    return Strip(str(recorded.get("prompt", "")), seed, tuple(images), of_image)
 
 
 def _strips(samples: epath.Path, flaws: list[str]) -> tuple[Strip, ...]:
@@ -145,7 +156,13 @@ def _strips(samples: epath.Path, flaws: list[str]) -> tuple[Strip, ...]:
     if not isinstance(prompts, list):
         return ()
     directories = _step_directories(samples)
-    return tuple(_strip(index, entry, directories) for index, entry in enumerate(prompts))
+    scores = {}
+    for step, directory, names in directories:
+        # Runs of earlier versions have none.
+        if SCORES in names:
+            entries = _json_or_none(directory / SCORES, flaws)
+            scores[step] = entries if isinstance(entries, list) else []
+    return tuple(_strip(index, entry, directories, scores) for index, entry in enumerate(prompts))
 
 
 def _rewards_in_metrics(rows: Iterable[dict[str, Any]]) -> list[str]:

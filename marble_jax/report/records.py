@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -110,11 +111,13 @@ class Strip:
       prompt: the text, untrusted.
       seed: seed of the initial noise, or None when it was not recorded.
       images: (step, file) in increasing step; files may be damaged or still being written.
+      scores: by step, of the image by reward; None for a reward without one.
     """
 
     prompt: str
     seed: int | None
     images: tuple[tuple[int, epath.Path], ...]
+    scores: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,8 @@ def _card(comparison: Comparison, index: int) -> str:
     for model in comparison.models:
         shown = _image(comparison, model, index, prompt)
         caption = element("span", escape(model), class_="when")
-        cells.append(element("div", shown, caption))
+        points = blocks.image_scores(comparison.image_scores.get(model, {}).get(index, {}))
+        cells.append(element("div", shown, caption, points))
     seed = comparison.settings.get("seed")
     mark = ""
     if seed is not None:

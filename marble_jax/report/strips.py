@@ -85,7 +85,7 @@ def _timeline(strip: Strip, flaws: list[str]) -> str:
     return element(
         "figure",
         element("figcaption", escape(strip.prompt)),
-        element("div", row, class_="scroll"),
+        element("div", row, class_="scroll", role="group", aria_label="Steps", tabindex=0),
         class_="timeline",
     )
 
@@ -104,4 +104,5 @@ def _image_at(strip: Strip, image: Image, flaws: list[str]) -> str:
     # Step 0 is evaluated before the first update, when the adapter is still zero.
     moment = "base" if step == 0 else f"step {step:,}"
     embedded = document.inline(path, f"Step {step}: {strip.prompt}", flaws)
-    return element("div", embedded, element("span", moment, class_="when"))
+    points = blocks.image_scores(strip.scores.get(step, {}))
+    return element("div", embedded, element("span", moment, class_="when"), points)

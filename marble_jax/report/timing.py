@@ -7,6 +7,7 @@ import math
 from marble_jax.report import blocks, findings
 from marble_jax.report.formatting import data, duration, percent
 from marble_jax.report.health import Metric, metric_panels
+from marble_jax.report.intervals import number
 from marble_jax.report.markup import element
 from marble_jax.report.records import Records
 
@@ -30,7 +31,7 @@ def time_spent(records: Records) -> str:
     recorded = _recorded(phases)
     # Shares of the phases' own sum, which is not the step's median where medians do not add up.
     whole = sum(seconds for _, _, seconds in recorded) or step_seconds
-    table = _table(recorded, whole, step_seconds)
+    table = _table(recorded, whole, step_seconds) + _beside_steps(records)
     panel = metric_panels(records, _STEP_SECONDS)
     return blocks.section(
         "time",
@@ -75,6 +76,29 @@ def _table(recorded: list[tuple[str, str, float]], whole: float, step_seconds: f
         rows.append((key + label, data(seconds, 2, unit=_SECONDS), percent(seconds / whole)))
     rows.append(("<b>One step</b>", data(step_seconds, 2, unit=_SECONDS), ""))
     return blocks.table(("Phase", "Seconds (median step)", "Share"), rows)
+
+
+def _beside_steps(records: Records) -> str:
+    """Returns a table of what does not belong to a step alone: compiling, evaluations, checkpoints; "" without any."""
+    evaluations = []
+    for evaluation in records.evaluations:
+        seconds = number(evaluation.get("seconds"))
+        if math.isfinite(seconds):
+            evaluations.append(seconds)
+    rows = []
+    for label, seconds in (
+        ("Compiling, in steps", records.series("time/compile_s").finite.tolist()),
+        ("Evaluations", evaluations),
+        (
+            "Saving checkpoints, while the run waits",
+            records.series("time/checkpoint_s").finite.tolist(),
+        ),
+    ):
+        if seconds:
+            rows.append((label, str(len(seconds)), duration(max(seconds)), duration(sum(seconds))))
+    if not rows:
+        return ""
+    return blocks.table(("Beside the steps", "Times", "Longest", "In all"), rows)
 
 
 def _lead(records: Records, phases: dict[str, float], whole: float) -> str:

@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from marble_jax import distributed
-from marble_jax.console import Clock, Console
+from marble_jax.compiling import compile_clock
+from marble_jax.console import Clock, Console, duration
 from marble_jax.errors import InputError, one_line
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import RewardError
@@ -19,8 +20,11 @@ from marble_jax.training.iteration import Iteration
 from marble_jax.training.profile import Profiler, phase
 from marble_jax.training.rollout import Rollout
 from marble_jax.training.state import TrainState
-from marble_jax.training.step_line import step_line
+from marble_jax.training.step_line import WIDTH, step_line
 from marble_jax.training.stops import Abandoned, Interrupted, StopRequests, stop_requests
+
+_NAMED_SECONDS = 0.5
+"""Of compiling in a step, from which on they are on record."""
 
 
 class RecordError(InputError):
@@ -139,7 +143,11 @@ class _Run:
         self._iteration, self._cadence, self._hooks = iteration, cadence, hooks
         self._console, self._stops = console, stops
         self._saved_step = self.step
-        self._clock = Clock(self.step, cadence.num_steps)
+        self._clock: Clock | None = None
+        self._first_step = self.step
+        # Seconds of what is done between two steps, for the record of the next one.
+        self._between: dict[str, float] = {}
+        self._train_seconds: float | None = None
 
     @property
     def step(self) -> int:
@@ -170,17 +178,49 @@ class _Run:
     def _trained_step(self) -> dict[str, Any] | None:
         """Rollout and update; returns the step's record, or None when the rollout was given up."""
         start, step = time.perf_counter(), self.step
+        is_first = self._clock is None
+        # What was compiled between the steps is not this one's.
+        compile_clock.lap()
+        if self._clock is None:
+            # Only now: the evaluation before the first step comes once.
+            self._clock = Clock(step, self._cadence.num_steps)
+            self._console.say("the first step compiles the programs of rollout and training")
         samples = self._iteration.sampling.draw(self.state.seed, step)
         rollout = self._rolled_out(samples)
         if rollout is None:
             return None
-        self.state, record = self._iteration.update(self.state, samples, rollout)
+        rollout_compiled = compile_clock.lap()
+        record = self._updated(samples, rollout)
         record["time/step_s"] = time.perf_counter() - start
-        record |= self._hooks.speed(record)
+        train_compiled = compile_clock.lap()
+        compiled = rollout_compiled + train_compiled
+        # What the next one is measured against does not compile.
+        self._train_seconds = max(0.0, record["time/train_s"] - train_compiled)
+        # Small programs are made now and then; their seconds are those of the step.
+        if compiled >= _NAMED_SECONDS:
+            record["time/compile_s"] = compiled
+            self._clock.leave_out(compiled)
+        record |= self._hooks.speed(record) | self._between
+        self._between = {}
         self._record(step, record)
+        if is_first:
+            self._console.say(
+                f"compiled in {duration(compiled)} (rollout {duration(rollout_compiled)}, training "
+                f"{duration(train_compiled)}); later steps do not"
+            )
         left = self._clock.left(step + 1)
         names = rollout.scores.names
-        self._console.say(step_line(record, names, self._cadence.num_steps, left))
+        width = None if self._console.verbose else WIDTH
+        self._console.say(step_line(record, names, self._cadence.num_steps, left, width))
+        return record
+
+    def _updated(self, samples: Draw, rollout: Rollout) -> dict[str, Any]:
+        """The update of a step, with a bar where it is long; returns its record."""
+        title = f"step {self.step + 1} training"
+        if self._train_seconds is None:
+            title += " (compiling)"
+        with self._console.waiting(self._train_seconds, title):
+            self.state, record = self._iteration.update(self.state, samples, rollout)
         return record
 
     def _record(self, step: int, record: dict[str, Any]) -> None:
@@ -197,6 +237,8 @@ class _Run:
     def _rolled_out(self, samples: Draw) -> Rollout | None:
         """Images and scores of the step; None when the run is to stop."""
         title = f"step {self.step + 1} rollout"
+        if self._train_seconds is None and self.step == self._first_step:
+            title += " (compiling)"
         with phase("rollout"), self._console.bar(len(samples.prompts), title, "img") as bar:
             progress = partial(self._sampled, bar)
             try:
@@ -224,7 +266,10 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
+        start = time.perf_counter()
         self._hooks.save(self.state)
+        # Writing goes on beside the next step; these are the seconds for which the run stands still.
+        self._between["time/checkpoint_s"] = time.perf_counter() - start
         self._saved_step = self.step
 
     @contextmanager
