@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def open_browser():
             yield browser
         finally:
             browser.close()
+
+
+def until(page, expression, seconds=10):
+    """Waits until an expression is true; asked for from outside, as a page's own policy forbids `eval` in it."""
+    deadline = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(20)
 
 
 def serious_faults(page):

@@ -3,6 +3,7 @@
 "geneval":  {"kind": "remote", "urls": ["http://10.0.0.7:8810"], "token_env": "REWARD_TOKEN", "batch_size": 32}
 "judge":    {"kind": "openai", "urls": ["http://127.0.0.1:17140/v1"], "model": "UnifiedReward-7b-v1.5",
              "preset": "unifiedreward"}
+"hpsv3":    {"kind": "hpsv3", "device": "cuda"}
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from marble_jax.rewards.base import CLIPS, IMAGES, Takes
 from marble_jax.rewards.function import Applies, applies_rule
 from marble_jax.rewards.http.access import read_token
 from marble_jax.rewards.http.calls import Replicas
-from marble_jax.rewards.http.judge import PATH, PRESETS, JudgeReward, Question
+from marble_jax.rewards.http.judge import PATH, JudgeReward
+from marble_jax.rewards.http.judge_numbers import SharedAnswers
+from marble_jax.rewards.http.judge_questions import MEAN, PRESETS, Question
 from marble_jax.rewards.http.post import CallPolicy
 from marble_jax.rewards.http.remote import PROTOCOLS, RemoteReward
 from marble_jax.rewards.registration import BuildContext, option, register_reward
@@ -70,8 +73,23 @@ class JudgeOptions(CallOptions):
     prompt_file: str = option("", "file beside rewards.json that holds the text")
     pattern: str | None = option(None, "regular expression whose first group is the number")
     field: str | None = option(None, "instead, the number's key in the answer's JSON object")
+    numbers: dict[str, str] | None = option(
+        None,
+        "patterns of several numbers by name, each of which is a reward ENTRY_NAME; empty for a key of JSON",
+    )
+    number: str = option("", "the one of numbers that this entry is, or mean for all of them")
+    answer: str | None = option(None, "number, or probability of an expected answer's token")
+    expected: tuple[str, ...] | None = option(None, "answers whose probability is the score")
+    against: tuple[str, ...] | None = option(
+        None, "answers it is weighed against, p / (p + q); none for p itself"
+    )
+    questions: str | None = option(
+        None, "key of the prompts' metadata with [question, answer] pairs, asked one by one"
+    )
+    combine: str | None = option(None, "mean or geometric mean over these")
     low: float | None = option(None, "smallest number")
-    high: float | None = option(None, "largest number, which the score is divided by")
+    high: float | None = option(None, "largest number, whose score is 1")
+    zero: float | None = option(None, "number whose score is 0")
     side: int | None = option(
         None, "pixels that images are resized to; 0 leaves them", least=0, most=8192
     )
@@ -141,8 +159,31 @@ def build_judge(name: str, options: JudgeOptions, context: BuildContext) -> Judg
     applies = _applies(name, options, context)
     replicas = _replicas(name, options, PATH)
     question = _question(name, options, context)
+    _check_number(name, options.number, question)
+    shared = None
+    if options.number:
+        # Rewards of one answer share its endpoint, and with it how many calls are made at a time.
+        judge = repr((options.urls, options.model))
+        shared = context.answers.setdefault(judge, SharedAnswers(replicas))
+        replicas = shared.replicas
     takes = cast(Takes, options.takes)
-    return JudgeReward(name, replicas, options.model, question, applies, takes)
+    return JudgeReward(
+        name, replicas, options.model, question, applies, takes, shared, options.number
+    )
+
+
+def _check_number(name: str, number: str, question: Question) -> None:
+    """Checks that a judge's answer has the number that an entry is of.
+
+    Raises:
+      InputError: it has several, of which the entry names none, or it has no such number.
+    """
+    if number and not question.numbers:
+        raise InputError(
+            f"reward {name}: number: expected with numbers, or a preset that has some; received {number!r}"
+        )
+    if question.numbers:
+        one_of(f"reward {name}: number", number, (*question.numbers, MEAN))
 
 
 def _question(name: str, options: JudgeOptions, context: BuildContext) -> Question:

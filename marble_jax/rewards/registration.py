@@ -45,6 +45,7 @@ class BuildContext:
       dtype: of networks on the device, unless an entry names its own.
       upstream_scoring: score OCR and GenEval as MARBLE's released code does.
       encoders: CLIP pairs, each loaded once for all rewards that name it.
+      answers: of judges, by endpoint and model, for the rewards that read the same ones.
     """
 
     directory: Path | None
@@ -53,6 +54,7 @@ class BuildContext:
     dtype: str
     upstream_scoring: bool
     encoders: SharedEncoders
+    answers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def missing(self, name: str, option: str) -> InputError:
         """Returns the error for an option that the reward `name` needs and its entry lacks."""

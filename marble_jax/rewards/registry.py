@@ -24,6 +24,7 @@ from marble_jax.errors import InputError, nearest, one_of
 from marble_jax.rewards.base import CLIPS, IMAGES, Reward
 from marble_jax.rewards.frames import REDUCTIONS, FrameChoice, Reduction, parse_frames
 from marble_jax.rewards.function import FunctionReward, import_module, is_function, load_function
+from marble_jax.rewards.http.judge_numbers import expand
 from marble_jax.rewards.models import published
 from marble_jax.rewards.models.shared_encoders import SharedEncoders
 from marble_jax.rewards.registration import (
@@ -57,6 +58,7 @@ BUILT_IN_KINDS = {
     "block_motion_smoothness": "video.block_metrics",
     "remote": "external",
     "openai": "external",
+    "hpsv3": "hpsv3",
     "function": "function",
 }
 """Modules of `marble_jax.rewards` that register each kind; imported when an entry asks for it."""
@@ -66,6 +68,8 @@ Entries = Mapping[str, Mapping[str, Any]]
 
 def entries_of(directory: Path | str) -> dict[str, dict[str, Any]]:
     """Returns the entries of a directory's `rewards.json`; the published models without such a file, or for "hub".
+
+    A judge of several numbers comes as an entry for each, see `judge_numbers`.
 
     Raises:
       InputError: missing directory, or a file that does not hold objects by name.
@@ -81,7 +85,7 @@ def entries_of(directory: Path | str) -> dict[str, dict[str, Any]]:
     # A link to nothing is a file that the user meant to be there.
     if not file.exists() and not file.is_symlink():
         return dict(published.ENTRIES)
-    return validated(dict[str, dict[str, Any]], read_json(file), file)
+    return expand(validated(dict[str, dict[str, Any]], read_json(file), file), file)
 
 
 def load_rewards(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from web_browser import DESK, PHONE, open_browser, serious_faults
+from web_browser import DESK, PHONE, open_browser, serious_faults, until
 
 from marble_jax.rating.anonymous_png import anonymous_png
 from marble_jax.rating.ballot import PAIRS, Ballot
@@ -68,7 +68,7 @@ def open_page(browser, url, name, view):
 
 def saved(page, votes, count):
     """Waits until so many votes are on file."""
-    page.wait_for_function("unsent.length === 0 && !sending")
+    until(page, "unsent.length === 0 && !sending")
     assert len(list(votes.items())) == count
 
 
@@ -92,14 +92,14 @@ def test_a_keyboard_alone_is_enough_and_a_reload_loses_nothing(browser, serve):
     grades = {(s.models[0], s.question): v for s, v in votes.items()}
     assert [grades[m, q] for m in shown for q in ballot.questions] == [1, 2, 3, 4, 5, 1]
     page.keyboard.press("Enter")
-    page.wait_for_function("current && current.task === 1")
+    until(page, "current && current.task === 1")
     page.keyboard.press("4")
     saved(page, votes, 7)
     page.reload()
     page.wait_for_selector(SHOWN)
     assert page.evaluate("current.task") == 1 and page.locator(":checked").count() == 1
     page.keyboard.press("Backspace")
-    page.wait_for_function("current && current.task === 0")
+    until(page, "current && current.task === 0")
     assert page.locator(":checked").count() == 6
     assert not page.errors
     page.context.close()
@@ -131,7 +131,7 @@ def test_pairs_to_the_end(browser, serve):
     page = open_page(browser, server.url, "Cy", DESK | {"color_scheme": "dark"})
     assert serious_faults(page) == []
     for number, key in enumerate("123"):
-        page.wait_for_function(f"current && current.task === {number}")
+        until(page, f"current && current.task === {number}")
         page.wait_for_selector("fieldset :focus")
         page.keyboard.press(key)
         page.keyboard.press("Enter")
@@ -154,7 +154,7 @@ def test_votes_wait_for_a_server_that_is_away(browser, serve):
     page.wait_for_selector("#status.bad")
     assert "1 vote(s) not sent yet" in page.text_content("#status")
     _, votes = serve(ballot, server.server_port)
-    page.wait_for_function("unsent.length === 0 && !sending")
+    until(page, "unsent.length === 0 && !sending")
     assert [value for _, value in votes.items()] == [2]
     page.context.close()
 

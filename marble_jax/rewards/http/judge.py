@@ -6,7 +6,9 @@
 One request an image: the image as a PNG data URL and a text made from the prompt. With `"takes": "clips"` one request a
 clip: its frames, or those that `"frames": "count:4"` chooses, as so many images in order, and the text. The number in
 the answer is found by a regular expression or in a field of a JSON object; one outside the range, or none, makes the
-score missing, never 0.
+score missing, never 0. Several named numbers of one answer are a reward each (`judge_numbers`). With
+`"answer": "probability"` the score is that of an expected answer at the first token, also over the questions that a
+prompt's metadata has (`judge_probability`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,72 +26,22 @@ from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Reward, RewardError
 from marble_jax.rewards.http.calls import Replicas, require_an_answer
 from marble_jax.rewards.http.images import encode_png
 from marble_jax.rewards.http.judge_answers import field_number, last_field, last_match
+from marble_jax.rewards.http.judge_numbers import SharedAnswers
+from marble_jax.rewards.http.judge_probability import (
+    TOP,
+    combined,
+    first_token,
+    has_questions,
+    probability,
+    questions_of,
+)
+from marble_jax.rewards.http.judge_questions import MEAN, PRESETS, Question, check_question
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
 from marble_jax.validation import parse_json_object, short
 
 PATH = "/chat/completions"
 """Of the endpoint, after its address."""
-_LABEL = (
-    r"[\s*_`\"']*(?:[(\[][^)\]\n]{0,40}[)\]])?[\s*_`\"']*(?:[:=\uff1a]|\bis\b)[^\w\n]*\n?[^\w\n]*"
-)
-"""Behind the word "score": marks of Markdown, the range in brackets, a colon."""
-_NUMBER = r"(\d+(?:[.,]\d+)?)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """The text that the judge is asked, and the place of the number in its answer.
-
-    Attributes:
-      prompt: the text, in which {prompt} stands for the image's prompt.
-      pattern: regular expression whose first group is the number; the last match counts.
-      field: instead of `pattern`, the key of the number in the answer's JSON object.
-      low: least number of the range.
-      high: largest number of the range; the score is the number over `high`.
-      side: pixels that images are resized to, bicubic; 0 leaves them.
-      max_tokens: length of the answer.
-      temperature: of sampling; 0 takes the likeliest token.
-    """
-
-    prompt: str = (
-        "Rate from 1 to 10 how well the image shows what this text asks for. Judge objects, counts, "
-        "colours, positions and written words.\nText: {prompt}\nAnswer with one line: Score: <number>"
-    )
-    pattern: str = rf"(?i:\bscore){_LABEL}{_NUMBER}"
-    field: str = ""
-    low: float = 1.0
-    high: float = 10.0
-    side: int = 0
-    max_tokens: int = 512
-    temperature: float = 0.0
-
-
-PRESETS = {
-    "": Question(),
-    "clip": Question(
-        prompt=(
-            "You see frames of one video clip, in order. Rate from 1 to 10 how well the clip shows what this text "
-            "asks for. Judge objects, counts, colours, positions, written words, and what moves, where to and how "
-            "fast.\nText: {prompt}\nAnswer with one line: Score: <number>"
-        )
-    ),
-    "unifiedreward": Question(
-        prompt=(
-            "You see an image that was generated from a caption. Judge how well it agrees with the caption "
-            "(objects, attributes, relations, written words) and how good it looks (clarity, composition, freedom "
-            "from artefacts). Name the caption's elements, say for each whether the image shows it, then give "
-            "one overall rating from 1 to 5.\nEnd with a line of the form\nFinal Score: <number>\n\n"
-            "Caption: {prompt}"
-        ),
-        pattern=rf"(?i:final score){_LABEL}{_NUMBER}",
-        low=1.0,
-        high=5.0,
-        side=512,
-    ),
-}
-"""Source of "unifiedreward": image size, tag, range and divisor of `unifiedreward_scorer.py` in flow_grpo, where an
-answer without a number scores 0. The wording is ours; the model's own goes into `prompt`."""
 
 
 def read_number(text: str, question: Question, whole: bool = True) -> float:
@@ -129,6 +80,8 @@ class JudgeReward(Reward):
         question: Question = PRESETS[""],
         applies: Callable[[str, Metadata], bool] | None = None,
         takes: Takes = IMAGES,
+        shared: SharedAnswers | None = None,
+        number: str = "",
     ):
         """Builds the reward; calls nobody.
 
@@ -139,6 +92,8 @@ class JudgeReward(Reward):
           question: what it is asked.
           applies: which prompts it is asked about.
           takes: "images", or "clips" to show a clip's frames together.
+          shared: answers that other rewards read as well.
+          number: the one of `question.numbers` that is the score, or "mean" of them all; empty for a single number.
 
         Raises:
           InputError: a text without {prompt}, a pattern without a group, or an empty range.
@@ -148,14 +103,19 @@ class JudgeReward(Reward):
             raise InputError(
                 f"reward {name}: expected model, its name at the endpoint; received none"
             )
-        _check_question(name, question)
+        check_question(name, question)
         self._replicas = replicas
+        self._shared = shared
+        self._read = _readings(question, number)
         self._model = model
         self._question = question
         self._applies = applies
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """Whether the configuration has the judge asked about a prompt."""
+        # A judge that is asked what the metadata says has nothing to ask without.
+        if self._question.questions and not has_questions(metadata, self._question.questions):
+            return False
         if self._applies is None:
             return True
         return bool(self._applies(prompt, metadata))
@@ -167,12 +127,12 @@ class JudgeReward(Reward):
         prompts: Sequence[str],
         metadata: Sequence[Metadata],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Reward.score`; values in [low / high, 1].
+        """See `Reward.score`; values from that of the lowest number to 1, or probabilities.
 
         Raises:
           Exception: no image, or clip, got a number; the last reason.
         """
-        items = list(zip(to_uint8(images), prompts, strict=True))
+        items = list(zip(to_uint8(images), prompts, metadata, strict=True))
         ratings = self._replicas.map(self._rate, items)
         require_an_answer(self.name, ratings, f"on %d of %d {self.takes}")
         values = np.full(len(ratings), np.nan)
@@ -181,24 +141,56 @@ class JudgeReward(Reward):
                 values[index] = rating
         return values, np.isfinite(values)
 
-    def _rate(self, item: tuple[np.ndarray, str]) -> float:
-        """The judge's rating of one image or clip, over the highest possible one."""
-        pixels, prompt = item
+    def _rate(self, item: tuple[np.ndarray, str, Metadata]) -> float:
+        """The judge's score of one image or clip."""
+        pixels, prompt, metadata = item
         frames = pixels if self.takes == CLIPS else pixels[None]
-        request = json.dumps(self._request(frames, prompt)).encode()
-        body = self._replicas.call(request, "application/json")
+        images = [self._image_url(frame) for frame in frames]
+        # Not `format`: prompts of one's own ask for JSON, with braces.
+        text = self._question.prompt.replace("{prompt}", prompt)
+        if not self._question.questions:
+            return self._asked(images, text, self._question.expected)
+        probabilities = []
+        for question, answer in questions_of(metadata, self._question.questions):
+            asked = text.replace("{question}", question)
+            probabilities.append(self._asked(images, asked, (answer,)))
+        return combined(probabilities, self._question.combine)
+
+    def _asked(self, images: Sequence[dict[str, Any]], text: str, expected: Sequence[str]) -> float:
+        """The score that the answer to one request comes to."""
+        request = json.dumps(self._request(images, text)).encode()
+        if self._shared is None:
+            return self._value(self._replicas.call(request, "application/json"), expected)
+        body = self._shared.call(
+            request, lambda made: self._replicas.call(made, "application/json")
+        )
+        try:
+            return self._value(body, expected)
+        except RewardError:
+            self._shared.forget(request)
+            raise
+
+    def _value(self, body: bytes, expected: Sequence[str]) -> float:
+        """The score in the body of an answer.
+
+        Raises:
+          RewardError: there is none.
+        """
         try:
             choice = parse_json_object(body, "answer")["choices"][0]
             text = choice["message"]["content"]
             whole = choice.get("finish_reason") != "length"
         except (InputError, KeyError, TypeError, IndexError, AttributeError):
-            text, whole = None, False
+            choice, text, whole = None, None, False
         # Also null, which endpoints send where the model only called a tool.
         if not isinstance(text, str):
             raise RewardError(
                 f"answer: expected choices[0].message.content; received {short(body)}"
             )
-        return read_number(text, self._question, whole) / self._question.high
+        if self._question.answer == "probability":
+            return probability(first_token(choice), expected, self._question.against)
+        scores = [part.score(read_number(text, part, whole)) for part in self._read]
+        return sum(scores) / len(scores)
 
     def _image_url(self, image: np.ndarray) -> dict[str, Any]:
         """An image uint8 [H, W, 3] as part of a message."""
@@ -211,45 +203,28 @@ class JudgeReward(Reward):
         address = "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
         return {"type": "image_url", "image_url": {"url": address}}
 
-    def _request(self, frames: np.ndarray, prompt: str) -> dict[str, Any]:
-        """The JSON of a chat request with one message, of images [F, H, W, 3] and a text."""
-        # Not `format`: prompts of one's own ask for JSON, with braces.
-        text = self._question.prompt.replace("{prompt}", prompt)
-        content = [self._image_url(image) for image in frames]
-        content.append({"type": "text", "text": text})
-        return {
+    def _request(self, images: Sequence[dict[str, Any]], text: str) -> dict[str, Any]:
+        """The JSON of a chat request with one message, of images and a text."""
+        content = [*images, {"type": "text", "text": text}]
+        request: dict[str, Any] = {
             "model": self._model,
             "temperature": self._question.temperature,
             "max_tokens": self._question.max_tokens,
             "messages": [{"role": "user", "content": content}],
         }
+        if self._question.answer == "probability":
+            request |= {"logprobs": True, "top_logprobs": TOP}
+        return request
 
 
-def _check_question(reward: str, question: Question) -> None:
-    """Checks that a judge can be asked a question and its answer read."""
-    if "{prompt}" not in question.prompt:
-        raise InputError(
-            f"reward {reward}: expected {{prompt}} in the judge's text; received "
-            f"{short(question.prompt)}"
-        )
-    # With a field the pattern is not used, whatever it is.
-    if not question.field:
-        _check_pattern(reward, question.pattern)
-    if not question.low < question.high or question.high <= 0:
-        raise InputError(
-            f"reward {reward}: expected a range with low < high and high > 0; received "
-            f"{question.low:g} and {question.high:g}"
-        )
-
-
-def _check_pattern(reward: str, pattern: str) -> None:
-    try:
-        num_groups = re.compile(pattern).groups
-    except re.error as error:
-        raise InputError(
-            f"reward {reward}: expected a regular expression as pattern; received {error}"
-        ) from None
-    if num_groups < 1:
-        raise InputError(
-            f"reward {reward}: expected a group around the number in pattern; received {pattern!r}"
-        )
+def _readings(question: Question, number: str) -> list[Question]:
+    """The question as it is read for each number that counts, all of which come in one answer."""
+    if not number:
+        return [question]
+    readings = []
+    for name in question.numbers if number == MEAN else [number]:
+        pattern = question.numbers[name]
+        # Without a pattern it stands under its name in the answer's JSON object.
+        field = "" if pattern else name
+        readings.append(dataclasses.replace(question, pattern=pattern, field=field))
+    return readings
