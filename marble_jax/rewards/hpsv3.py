@@ -5,8 +5,8 @@
 `pip install hpsv3` brings the model's code, PyTorch and a GPU's libraries: it is meant for a machine of its own, behind
 `marble-jax reward serve --rewards=hpsv3`, which a run reaches by `{"kind": "remote", "urls": [...]}`.
 
-Source: HPSv3 (arXiv 2508.03789), `HPSv3RewardInferencer` of the package hpsv3 1.0.0, which scores an image and a text by
-a mean and a spread; the mean, a number without bounds, is the reward.
+Source: HPSv3 (arXiv 2508.03789), `HPSv3RewardInferencer` of the package hpsv3 1.0.0, which scores an image and a text
+by a mean and a spread; the mean, a number without bounds, is the reward.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from marble_jax.report.charts import Chart
+from marble_jax.report.charts import Chart, draw_alike
 from marble_jax.report.curves import Curve
 
 
@@ -74,3 +74,40 @@ def test_a_logarithmic_chart_leaves_out_a_line_without_a_positive_value(steps):
     ]
     svg = Chart(lines, label="norms", log=True).draw(350, 200)
     assert ">there</text>" in svg and ">absent</text>" not in svg
+
+
+def steps_of(svg):
+    """Numbers below the step axis."""
+    return re.findall(r'y="181"[^>]*>([\d,]+)<', svg)
+
+
+@pytest.mark.parametrize(
+    ("last", "numbers"),
+    [
+        (120, ["0", "50", "100", "120"]),
+        (60, ["0", "20", "40", "60"]),
+        (101, ["0", "50", "101"]),
+        (12000, ["0", "5,000", "12,000"]),
+    ],
+)
+def test_the_last_step_is_labelled_at_the_axis_end(last, numbers):
+    """A round number that would touch it makes room."""
+    x = np.array([0, last])
+    svg = Chart([Curve("a", x, np.array([0.0, 1.0]), 0)], label="t").draw(350, 200)
+    end = re.search(r'data-x="\S+ (\S+) ', svg).group(1)
+    assert steps_of(svg) == numbers
+    assert f'x="{end}" y="181" text-anchor="middle">{last:,}<' in svg
+    places = [float(p) for p in re.findall(r'x="([\d.]+)" y="181"', svg)]
+    assert all(b - a > 7 * len(n) for a, b, n in zip(places, places[1:], steps_of(svg)[1:]))
+
+
+def test_neighbours_have_one_step_axis():
+    x = np.arange(3)
+    small, large = (Chart([Curve("a", x, x * size, 0)], label="t") for size in (1.0, 12345.0))
+    ends = [
+        re.search(r'data-x="(\S+ \S+) ', svg).group(1)
+        for svg in draw_alike([small, large], 350, 200)
+    ]
+    assert ends[0] == ends[1] != re.search(r'data-x="(\S+ \S+) ', small.draw(350, 200)).group(1)
+    empty = Chart([], label="t")
+    assert draw_alike([empty, small], 350, 200)[0] == ""

@@ -1,4 +1,4 @@
-"""Judges with several numbers, with probabilities of tokens and with questions of metadata, against stand-in servers."""
+"""Judges with several numbers, with probabilities of tokens and questions of metadata, against stand-in servers."""
 
 from __future__ import annotations
 

@@ -117,9 +117,17 @@ def _iteration(**changes):
     return dataclasses.replace(iteration, **changes)
 
 
-def _train(state, diary, num_steps=3, evaluate_every=2, checkpoint_every=2, **changes):
+def _train(
+    state, diary, num_steps=3, evaluate_every=2, checkpoint_every=2, console=None, **changes
+):
     cadence = Cadence(num_steps, evaluate_every, checkpoint_every)
-    return train(state, _iteration(**changes), cadence, diary.hooks, Console())
+    console = console or Console()
+    return train(state, _iteration(**changes), cadence, diary.hooks, console)
+
+
+def _step_lines(capsys):
+    """What was printed about steps."""
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
 
 
 def _start():
@@ -179,13 +187,31 @@ def test_records_are_flat_and_complete(capsys):
     # Redness applies to OCR prompts alone, 1 of the 3 (the sources share 3 prompts as 2 and 1).
     assert record["rollout/missing_share/redness"] == pytest.approx(2 / 3)
     assert record["rollout/missing_share/brightness"] == 0
-    lines = capsys.readouterr().out.strip().splitlines()
+    lines = _step_lines(capsys)
     assert (
         len(lines) == 2
         and lines[0].startswith("step 1/2  brightness 0.")
         and "worst cos" in lines[0]
     )
     assert "worst cos" not in lines[1]  # the step in between solves knows no cosines
+
+
+def test_compiling_and_saving_are_told_and_on_record(capsys, monkeypatch):
+    laps = iter([0.0, 40.0, 20.0, 0.0, 0.1, 0.0, 0.0, 0.0, 7.0])
+    clock = type("Laps", (), {"lap": lambda self: next(laps)})()
+    monkeypatch.setattr("marble_jax.training.loop.compile_clock", clock)
+    _train(_start(), diary := Diary(), checkpoint_every=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "the first step compiles the programs of rollout and training",
+        "compiled in 1m00s (rollout 40s, training 20s); later steps do not",
+    ]
+    assert [line[:8] for line in lines[2:]] == ["step 1/3", "step 2/3", "step 3/3"]
+    # A tenth of a second is no compiling worth a name; a program of the third step is.
+    seconds = [diary.records[step].get("time/compile_s") for step in range(3)]
+    assert seconds == [60.0, None, 7.0]
+    # A step's record is written before it is saved: the next one has the seconds.
+    assert ["time/checkpoint_s" in diary.records[step] for step in range(3)] == [False, True, True]
 
 
 def test_speed_in_record_and_step_line_and_phases_in_a_trace(tmp_path, capsys):
@@ -203,9 +229,9 @@ def test_speed_in_record_and_step_line_and_phases_in_a_trace(tmp_path, capsys):
                 profiler=Profiler(range(2, 3), tmp_path / "profile"),
             )
 
-    _train(_start(), diary := Fast(), num_steps=2)
+    _train(_start(), diary := Fast(), num_steps=2, console=Console(verbose=True))
     assert [diary.records[s]["speed/train_mfu"] for s in range(2)] == [0.41, 0.41]
-    lines = capsys.readouterr().out.strip().splitlines()
+    lines = _step_lines(capsys)
     assert all("2.5 img/s train 81 TFLOP/s a device (MFU 41%)" in line for line in lines)
     (file,) = (tmp_path / "profile").rglob("*.trace.json.gz")
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]

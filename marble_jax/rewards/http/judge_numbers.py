@@ -3,8 +3,8 @@
     {"unified": {"kind": "openai", "urls": ["http://127.0.0.1:17140/v1"], "model": "UnifiedReward-2.0",
                  "preset": "unifiedreward2"}}
 
-stands for the rewards `unified_alignment`, `unified_coherence` and `unified_style`. With `"number": "style"` the entry is
-one reward, of that number; with `"number": "mean"` their mean.
+stands for the rewards `unified_alignment`, `unified_coherence` and `unified_style`. With `"number": "style"` the entry
+is one reward, of that number; with `"number": "mean"` their mean.
 """
 
 from __future__ import annotations

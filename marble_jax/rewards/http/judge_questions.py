@@ -125,9 +125,9 @@ PRESETS = {
 }
 """Source of "unifiedreward": image size, tag, range and divisor of `unifiedreward_scorer.py` in flow_grpo, where an
 answer without a number scores 0; of "unifiedreward2": the three scores of UnifiedReward 2.0, and (mean - 1) / 4 as
-verl-omni has it; of "geneval2": Soft-TIFA of GenEval 2 (arXiv 2512.16853), the probability of the expected answer at the
-first token, its mean and its geometric mean over a prompt's questions. The wordings are ours; a model's own goes into
-`prompt`."""
+verl-omni has it; of "geneval2": Soft-TIFA of GenEval 2 (arXiv 2512.16853), the probability of the expected answer at
+the first token, its mean and its geometric mean over a prompt's questions. The wordings are ours; a model's own goes
+into `prompt`."""
 
 
 def check_question(reward: str, question: Question) -> None:

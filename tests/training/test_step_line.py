@@ -1,0 +1,64 @@
+"""The line of a step: what fits into a hundred columns, what never goes missing, and all of it."""
+
+import re
+
+import pytest
+
+from marble_jax.training.step_line import WIDTH, step_line
+
+NAMES = ("alignment", "preference", "aesthetic", "ocr", "geneval")
+
+
+def record(names=NAMES, **change):
+    values = {"step": 11, "training/grad_norm": 0.12345, "training/skipped": 0.0}
+    values |= {"harmonize/worst_cos": -0.123, "objective/ratio_first": 1.0}
+    values |= {"time/step_s": 12.34, "time/rollout_s": 5.0, "time/train_s": 6.9}
+    values |= {
+        "speed/images_per_s": 3.21,
+        "speed/train_tflops_per_device": 81.0,
+        "speed/train_mfu": 0.41,
+    }
+    for name in names:
+        values |= {f"rollout/score_mean/{name}": 0.5, f"rollout/failed_count/{name}": 0}
+    return values | change
+
+
+def test_all_of_it():
+    assert step_line(record(), NAMES, 60, "9m") == (
+        "step 12/60  alignment 0.500 preference 0.500 aesthetic 0.500 ocr 0.500 geneval 0.500  |g| 0.123 "
+        "worst cos -0.12 ratio 1.000000 12.3s (rollout 5.0 train 6.9) 3.21 img/s train 81 TFLOP/s a device "
+        "(MFU 41%) 9m left"
+    )
+
+
+def test_a_hundred_columns_have_what_is_needed_most():
+    line = step_line(record(), NAMES, 60, "9m", WIDTH)
+    assert line == (
+        "step 12/60  alignment 0.500 preference 0.500 aesthetic 0.500 ocr 0.500 geneval 0.500  12.3s 9m left"
+    )
+    two = step_line(record(NAMES[:2]), NAMES[:2], 60, "9m", WIDTH)
+    assert two == (
+        "step 12/60  alignment 0.500 preference 0.500  |g| 0.123 worst cos -0.12 12.3s (MFU 41%) 9m left"
+    )
+
+
+@pytest.mark.parametrize("count", [1, 6, 9, 14, 40])
+@pytest.mark.parametrize("letters", [3, 12, 90])
+def test_any_rewards_fit(count, letters):
+    names = [f"{i:02d}{'x' * (letters - 2)}" for i in range(count)]
+    line = step_line(record(names), names, 10_000, "12h05m", WIDTH)
+    assert (
+        len(line) <= WIDTH and line.startswith("step 12/10000  00") and line.endswith("12h05m left")
+    )
+    shown = len(re.findall(r"\d\dx", line))
+    assert f"+{count - shown}" in line or shown == count
+
+
+def test_trouble_is_never_left_out():
+    failed = {"rollout/failed_count/ocr": 7, "training/skipped": 1.0}
+    line = step_line(record(**failed), NAMES, 60, "9m", WIDTH)
+    assert "ocr failed 7" in line and "update skipped, not finite" in line and len(line) <= WIDTH
+    many = {f"rollout/failed_count/{name}": 123 for name in NAMES}
+    assert all(
+        f"{name} failed 123" in step_line(record(**many), NAMES, 60, "9m", WIDTH) for name in NAMES
+    )
