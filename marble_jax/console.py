@@ -85,10 +85,11 @@ class Console:
             return
         form = "{desc}: {elapsed}"
         if seconds is not None:
-            form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, took {total_fmt}s before"
+            before = duration(seconds)
+            form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, took " + before + " before"
         start = time.perf_counter() - _SHORT_SECONDS
         with tqdm(
-            total=None if seconds is None else max(1, round(seconds)),
+            total=seconds,
             desc=what,
             leave=False,
             dynamic_ncols=True,
