@@ -26,6 +26,8 @@ AFFECTED = ("0.10.",)
 """Beginnings of the affected versions; other releases need not know the flag."""
 # The accelerator type only silences a warning: slices of other chips compile under it.
 _LIBTPU_ALONE = {
+    # Compiling claims no chip, so two processes may do it at a time.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from marble_jax.cli.kinds import Number, Place, Whole, Words
+from marble_jax.cli.kinds import Number, Place, Switch, Whole, Words
 from marble_jax.cli.options import Option, Verb
 from marble_jax.errors import InputError, one_of
 
@@ -13,6 +13,7 @@ PROGRAMS = {
     "decode": "decode",
     "solving": "train, solving",
     "between": "train, between",
+    "micro": "micro-batch",
 }
 """Short name of a program -> its name in the plan."""
 VERB = Verb(
@@ -34,16 +35,24 @@ VERB = Verb(
         ),
         Option(
             "topology",
-            "a TPU slice (v5e, v5p or v6e, with its shape in chips): compiles rollout, decoder and training for it "
-            "with libtpu (pip install libtpu) and says what the compiler says: HBM a chip, FLOPs, bytes, "
-            "collectives, and whether it fits. Minutes on a few CPU cores",
+            "a TPU slice (v5e, v5p or v6e, with its shape in chips) or GPUs (h100:8; a100, h200, b200): compiles "
+            "rollout, decoder and training for them with libtpu (pip install libtpu) or JAX's GPU plugin "
+            "(marble-jax[cuda]), without such a device, and says what the compiler says: memory a device, FLOPs, "
+            "bytes, fused attention, exchanges, and whether it fits. Minutes on a few CPU cores",
             shown="v5e:4x4",
         ),
         Option(
             "programs",
-            "compile only some of rollout, decode, solving, between",
+            "compile only some of rollout, decode, solving, between; and micro, one micro-batch of solving without "
+            "anchors, which is no program of a run but takes a tenth of the time to compile",
             Words(),
             "A,B",
+        ),
+        Option(
+            "roofline",
+            "with --topology: the least time that each program can take on the device, by instruction max(FLOPs / "
+            "peak, bytes / bandwidth), by source in the model, and the MFU that it caps",
+            Switch(),
         ),
         Option(
             "utilisation",
@@ -76,6 +85,10 @@ def run(options: argparse.Namespace) -> int:
     for name in options.programs:
         one_of("--programs", name, PROGRAMS)
         programs.append(PROGRAMS[name])
+    if options.roofline and not options.topology:
+        raise InputError(
+            "--roofline: expected --topology=NAME beside it, whose compiler makes the program; received none"
+        )
     from marble_jax.console import Console
     from marble_jax.plan.planner import plan
     from marble_jax.plan.request import Request
@@ -87,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
         utilisation=options.utilisation,
         file=options.json,
         programs=tuple(programs),
+        roofline=options.roofline,
     )
     plan(settings, request, Console())
     return 0

@@ -149,6 +149,7 @@ class RMSNorm(nn.Module):
         return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.named_scope("layer_norm")
 def layer_norm(x: jax.Array) -> jax.Array:
     """Layer norm over the last axis without scale or bias, computed and returned in float32."""
     x = x.astype(jnp.float32)
@@ -158,6 +159,7 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return centred * jax.lax.rsqrt(variance + EPS)
 
 
+@jax.named_scope("modulation")
 def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     """`normed * (1 + scale) + shift` in float32, cast to `dtype`.
 

@@ -73,8 +73,10 @@ class LoraDense(nn.Module):
         if self.has_variable(COLLECTION, "a"):
             a: jax.Array = self.get_variable(COLLECTION, "a").astype(x.dtype)
             b: jax.Array = self.get_variable(COLLECTION, "b").astype(x.dtype)
-            # Scaled at the narrow waist: rank values a token instead of `features`.
-            y = y + widen(self.lora_scale * (x @ a), b)
+            # The name is how `marble-jax plan --roofline` tells these products from the base layer's.
+            with jax.named_scope("lora"):
+                # Scaled at the narrow waist: rank values a token instead of `features`.
+                y = y + widen(self.lora_scale * (x @ a), b)
         if bias is None:
             return y
         return y + bias

@@ -30,6 +30,7 @@ def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+@jax.named_scope("tanh_gelu")
 def tanh_gelu(x: jax.Array) -> jax.Array:
     """Returns GELU in its tanh approximation."""
     return nn.gelu(x, approximate=True)

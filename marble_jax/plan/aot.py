@@ -1,18 +1,16 @@
-"""Ahead-of-time compilation of a run's programs for a TPU slice that this machine need not have.
+"""Ahead-of-time compilation of a run's programs for devices that this machine need not have.
 
-`libtpu` holds the compiler of the chips, and `jax.experimental.topologies` describes a slice by name; no TPU is needed.
-The programs and the shardings are those that training uses (`programs.build`, `training.step_schedule`,
-`flow.policy_sampler`, `distributed.device_mesh`), with shapes in place of values.
+`plan.topology` describes the devices and holds what compiles for them; neither a TPU nor a GPU is needed. The programs
+and the shardings are those that training uses (`programs.build`, `training.step_schedule`, `flow.policy_sampler`,
+`distributed.device_mesh`), with shapes in place of values.
 
 XLA's cost analysis counts the body of a loop once: its FLOPs and bytes are of one block, one sampling step and one
-micro-batch where the program loops over many.
+micro-batch where the program loops over many. `plan.roofline` multiplies loops out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -24,14 +22,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marble_jax.config import RolloutSettings, Settings
 from marble_jax.distributed import device_mesh
-from marble_jax.distributed.accelerators import ACCELERATORS, GIB, Accelerator
-from marble_jax.errors import InputError, nearest
+from marble_jax.distributed.accelerators import GIB
 from marble_jax.families.base import Networks
 from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.policy_sampler import make_sampler, make_transition_sampler
 from marble_jax.flow.trajectory import Transitions
-from marble_jax.plan.hlo import Collective, collectives
+from marble_jax.plan.hlo import Collective, Kernels, collectives, fused_kernels
 from marble_jax.plan.model_shapes import ModelShapes
+from marble_jax.plan.topology import compile_for
 from marble_jax.programs.build import build_steps, make_recipe
 from marble_jax.programs.noisy_rollouts import network_levels_of, stochastic_of, trains_guided
 from marble_jax.programs.open_model import decode_size, network_options
@@ -40,18 +38,19 @@ from marble_jax.training.batch_sizes import Sizes, is_stochastic, kept_shape, wi
 from marble_jax.training.latent_layout import is_split, split_layout
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.optimizer import make_optimizer
+from marble_jax.training.recipe import Recipe
 from marble_jax.training.state import TrainState
+from marble_jax.training.train_step import MicroBatches
 from marble_jax.types import PolicyVelocity
 
-SLICES = ("v5e", "v5p", "v6e")
-"""Kinds of chips that `--topology` compiles for."""
-
-_NAME = re.compile(r"(\w+):(\d+(?:x\d+){1,2})")
 _OUT_OF_MEMORY = re.compile(r"total memory required for [^(]*\(([\d.]+)([KMGT])\)")
 
 
 # The compiler's letters for powers of two, in gigabytes.
 _UNITS = {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}
+
+MICRO_BATCH = "micro-batch"
+"""Program that is no program of a run, but the part of one that takes most of its time; compiled where asked for."""
 
 Abstract = Any
 """A `jax.ShapeDtypeStruct` with a sharding, in the place of the array that it describes."""
@@ -81,7 +80,9 @@ class Program:
       flops: FLOPs by XLA's cost analysis, loop bodies counted once; None likewise.
       bytes: bytes read and written, by the same analysis; None likewise.
       collectives: exchanges between devices, by kind.
+      kernels: fused attention in the program.
       seconds: seconds that the compilation took.
+      text: the program after optimisation; empty where it did not fit.
     """
 
     name: str
@@ -91,55 +92,13 @@ class Program:
     flops: float | None
     bytes: float | None
     collectives: tuple[Collective, ...]
+    kernels: Kernels
     seconds: float
-
-
-def check_topology(name: str) -> tuple[Accelerator, int]:
-    """Returns the chip and the number of chips of a slice such as `v5e:4x4`.
-
-    Raises:
-      InputError: not the name of a slice, or no libtpu to compile with.
-    """
-    match = _NAME.fullmatch(name)
-    kind = name.partition(":")[0]
-    if match is None or kind not in SLICES:
-        hint = ""
-        if kind not in SLICES:
-            hint = nearest(kind, SLICES)
-        raise InputError(
-            f"--topology: expected a slice of {', '.join(SLICES)} with its shape in chips, such as "
-            f"v5e:4x4 or v5p:2x2x4; received {name!r}{hint}"
-        )
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            "--topology: expected the package libtpu, which holds the compiler of TPUs; received none "
-            "(pip install libtpu, or marble-jax[tpu])"
-        )
-    sides = match[2].split("x")
-    return ACCELERATORS[kind], math.prod(int(side) for side in sides)
-
-
-def slice_devices(name: str) -> list[Any]:
-    """Returns the devices of a slice, to compile for.
-
-    Raises:
-      InputError: a shape that the chips do not come in.
-    """
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:
-        # jaxlib raises the same exception, whose base class is all that is public, for whatever is wrong.
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"--topology: expected a shape made of whole hosts, such as v5e:4x4 or v5p:2x2x4; received "
-            f"{name!r} ({reason})"
-        ) from None
+    text: str = dataclasses.field(repr=False)
 
 
 def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> dict[str, Job]:
-    """Returns the compiled functions of a run by name, each with the shapes and shardings of its arguments.
+    """Returns the functions of a run by name, ready to compile, each with the shapes and shardings of its arguments.
 
     Args:
       settings: settings of the run.
@@ -172,7 +131,23 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     }
     if steps.between is not steps.refresh:
         programs["train, between"] = Job(steps.between, train)
+    if settings.harmonize.mode != "upstream":
+        index = abstract.replicated((), jnp.int32)
+        programs[MICRO_BATCH] = Job(_micro_batch(recipe, networks), (*train, index))
     return programs
+
+
+def _micro_batch(recipe: Recipe, networks: Networks) -> Callable[..., Any]:
+    """One micro-batch of a solving step without anchors and divergence, which most of them are: the rewards' sums."""
+
+    @jax.jit
+    def train(state: TrainState, params: Any, batch: RolloutBatch, index: Any) -> Any:
+        with jax.named_scope("train"):
+            parts = MicroBatches(recipe, networks.velocity, state, params, batch)
+            sums = parts.reward_sums(parts.at(index, divergence=False), anchors=False)
+            return parts.all_reduce(sums)
+
+    return train
 
 
 def _rollout_sampler(
@@ -322,23 +297,20 @@ def compile_program(name: str, job: Job) -> Program:
       RuntimeError: the compiler failed for another reason than memory.
     """
     start = time.perf_counter()
-    devices = jax.tree.leaves(job.arguments)[0].sharding.device_set
-    platform = next(iter(devices)).platform
-    # Without a platform JAX lowers for the one that it runs on.
-    elsewhere = None if platform == jax.default_backend() else (platform,)
-    lowered = job.function.trace(*job.arguments).lower(lowering_platforms=elsewhere)
     try:
-        compiled = lowered.compile()
+        compiled = compile_for(job.function, job.arguments)
     except jax.errors.JaxRuntimeError as error:
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-        return Program(name, needed, None, None, None, None, (), time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Program(name, needed, None, None, None, None, (), Kernels(0, 0), seconds, "")
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     # Results that overwrite arguments take no memory of their own.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held = memory.argument_size_in_bytes + results
+    text = compiled.as_text()
     working = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Program(
         name=name,
@@ -347,8 +319,10 @@ def compile_program(name: str, job: Job) -> Program:
         temporaries=float(memory.temp_size_in_bytes),
         flops=cost.get("flops"),
         bytes=cost.get("bytes accessed"),
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
+        kernels=fused_kernels(text),
         seconds=time.perf_counter() - start,
+        text=text,
     )
 
 
@@ -363,4 +337,8 @@ def out_of_memory(message: str) -> float | None:
 
 def as_record(programs: Mapping[str, Program]) -> dict[str, Any]:
     """Plain values of compiled programs, for JSON."""
-    return {name: dataclasses.asdict(program) for name, program in programs.items()}
+    record = {name: dataclasses.asdict(program) for name, program in programs.items()}
+    for program in record.values():
+        # Megabytes, which everything else here is read off.
+        del program["text"]
+    return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +11,11 @@ from marble_jax.config import Settings
 from marble_jax.console import Console, duration
 from marble_jax.families.base import Family
 from marble_jax.plan import aot, memory
-from marble_jax.plan.hlo import Collective
+from marble_jax.plan.hlo import Collective, Kernels
 from marble_jax.plan.hlo_costs import reason_of
 from marble_jax.plan.planned import Plan
 from marble_jax.plan.request import Request
+from marble_jax.plan.topology import compiler_of
 
 GB = 1e9
 
@@ -24,18 +24,28 @@ def compile_jobs(
     jobs: Mapping[str, aot.Job], planned: Plan, request: Request, console: Console
 ) -> dict[str, aot.Program]:
     """Compiles the programs that were asked for, prints what the compiler says of each and returns it by name."""
-    version = importlib.metadata.version("libtpu")
+    # A topology names its chip.
+    assert planned.accelerator is not None
+    compiler = compiler_of(planned.accelerator)
     console.say(
-        f"\ncompiling for {request.topology} with libtpu {version}, jax {jax.__version__}; GB a chip"
+        f"\ncompiling for {request.topology} with {compiler}, jax {jax.__version__}; GB a device"
     )
     programs: dict[str, aot.Program] = {}
     for name, job in jobs.items():
-        if request.programs and name not in request.programs:
+        wanted = name in request.programs
+        if not request.programs:
+            wanted = name != aot.MICRO_BATCH
+        if not wanted:
             continue
         program = aot.compile_program(name, job)
         programs[name] = program
-        _announce(program, memory.total(planned.sources[name]), planned.shapes.family, console)
+        _announce(program, _reckoned(planned, name), planned.shapes.family, console)
     return programs
+
+
+def _reckoned(planned: Plan, name: str) -> float:
+    """Bytes of a program by source; a micro-batch is reckoned as the step that it is a part of."""
+    return memory.total(planned.sources.get(name, planned.sources["train, solving"]))
 
 
 def _announce(program: aot.Program, reckoned: float, family: Family, console: Console) -> None:
@@ -54,8 +64,19 @@ def _announce(program: aot.Program, reckoned: float, family: Family, console: Co
             f"    XLA's cost analysis, bodies of loops once: {program.flops / 1e12:.3g} TFLOP, "
             f"{program.bytes / GB:.3g} GB read and written"
         )
+    console.say(f"    {_kernels_line(program.kernels)}")
     for collective in program.collectives:
         console.say(_collective_line(collective, family))
+
+
+def _kernels_line(kernels: Kernels) -> str:
+    """What the program has of fused attention."""
+    if not kernels:
+        return "no fused attention in the program"
+    return (
+        f"fused attention is in the program: {kernels.forward} forward and {kernels.backward} backward kernels, "
+        "those in loops once"
+    )
 
 
 def _collective_line(collective: Collective, family: Family) -> str:
@@ -86,7 +107,8 @@ def judge(
     # A topology names its chip.
     assert planned.accelerator is not None
     usable = planned.accelerator.usable
-    resident = {name: memory.total(planned.resident[name]) for name in programs}
+    solving = planned.resident["train, solving"]
+    resident = {name: memory.total(planned.resident.get(name, solving)) for name in programs}
     largest = max(programs.values(), key=lambda program: program.needed + resident[program.name])
     beside = resident[largest.name]
     free = usable - largest.needed - beside
@@ -96,7 +118,7 @@ def judge(
         answer, margin = "fits", "left for reward models"
     verdict = (
         f"{answer}: {largest.name} needs {largest.needed / GB:.2f} GB and "
-        f"{beside / GB:.2f} GB lie beside it, of {usable / GB:.2f} GB a chip: {abs(free) / GB:.2f} GB "
+        f"{beside / GB:.2f} GB lie beside it, of {usable / GB:.2f} GB a device: {abs(free) / GB:.2f} GB "
         f"{margin}"
     )
     console.say(verdict)
@@ -108,7 +130,7 @@ def judge(
         "verdict": verdict,
         "fits": fits,
         "free_bytes": free,
-        "libtpu": importlib.metadata.version("libtpu"),
+        "compiler": compiler_of(planned.accelerator),
         "jax": jax.__version__,
     }
 

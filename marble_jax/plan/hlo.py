@@ -1,4 +1,7 @@
-"""Collectives of an optimised HLO text, by kind: how many, how large, and whether a loop repeats them."""
+"""Collectives of an optimised HLO text, by kind: how many, how large, and whether a loop repeats them.
+
+And the fused attention kernels in it.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,48 @@ class Collective:
     count: int
     bytes: int
     origin: str
+
+
+_CUDNN_KERNEL = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
+_TPU_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="([^"]*)"')
+_TPU_BACKWARD = ("_dq", "_dkv")
+"""Parts of the names of the kernels of splash attention's backward pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Fused attention kernels in a program's text, those in loops once.
+
+    Attributes:
+      forward: of the forward pass.
+      backward: of the backward pass.
+    """
+
+    forward: int
+    backward: int
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return self.forward + self.backward > 0
+
+
+def fused_kernels(text: str) -> Kernels:
+    """Returns the fused attention of an HLO text: cuDNN's on GPUs, splash attention on TPUs."""
+    forward = backward = 0
+    for line in text.splitlines():
+        match = _CUDNN_KERNEL.search(line)
+        if match is not None:
+            is_backward = match[1] is not None
+        else:
+            match = _TPU_KERNEL.search(line)
+            if match is None:
+                continue
+            is_backward = any(part in match[1] for part in _TPU_BACKWARD)
+        if is_backward:
+            backward += 1
+        else:
+            forward += 1
+    return Kernels(forward, backward)
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
@@ -103,14 +148,14 @@ def whole_numbers(text: str) -> list[int]:
 
 def _size(dtype: str, sides: str) -> int:
     """Bytes of an array of a type with these sides."""
-    size = _width(dtype)
+    size = number_bytes(dtype)
     for side in whole_numbers(sides):
         size *= side
     return size
 
 
-def _width(dtype: str) -> int:
-    """Bytes of one number of a type."""
+def number_bytes(dtype: str) -> int:
+    """Bytes of one number of a type such as "bf16"."""
     if dtype in _BYTES:
         return _BYTES[dtype]
     if dtype.startswith(_EIGHT_BITS):

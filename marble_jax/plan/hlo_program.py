@@ -24,6 +24,8 @@ _SIDES = re.compile(r"\w+\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
+_NUMBER = re.compile(r"(-?\d+)\)")
+_INDEX = re.compile(r"index=(\d+)")
 _GROUPS = re.compile(r"batch_group_count=(\d+)")
 
 
@@ -62,14 +64,6 @@ class Instruction:
             for name in names.strip("{}").split(","):
                 called.append((role, name.strip().lstrip("%")))
         return called
-
-    @property
-    def trips(self) -> int:
-        """How often the body runs, of a loop; 1 where that is not known or it is no loop."""
-        count = _TRIPS.search(self.arguments)
-        if self.operation != "while" or count is None:
-            return 1
-        return int(count[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +104,58 @@ class HloProgram:
                 for role, callee in instruction.callees:
                     # Pieces of a kernel's own configuration match the pattern of a call, too.
                     if callee in self.computations:
-                        often = instruction.trips if role == "body" else 1
+                        often = self.trips(instruction) if role == "body" else 1
                         waiting.append((callee, times * often))
+
+    def trips(self, loop: Instruction) -> int:
+        """How often the body of a loop runs; 1 where the text does not say.
+
+        XLA notes the number on CPUs and GPUs. For TPUs it follows from the condition, a comparison of a counter with a
+        constant, which the body adds a constant to.
+        """
+        noted = _TRIPS.search(loop.arguments)
+        if noted is not None:
+            return int(noted[1])
+        called = dict(loop.callees)
+        condition = self.computations.get(called.get("condition", ""), [])
+        body = self.computations.get(called.get("body", ""), [])
+        for part in condition:
+            if part.is_root and part.operation == "compare" and "direction=LT" in part.arguments:
+                counter, limit = part.operands
+                end = _constant(condition, limit)
+                place = _tuple_index(condition, counter)
+                if end is not None and place is not None:
+                    return max(-(-end // _step(body, place)), 1)
+        return 1
+
+
+def _constant(body: list[Instruction], name: str) -> int | None:
+    """A whole number that an instruction of a computation is; None for another instruction."""
+    for part in body:
+        if part.name == name and part.operation == "constant":
+            match = _NUMBER.match(part.arguments)
+            return int(match[1]) if match is not None else None
+    return None
+
+
+def _tuple_index(body: list[Instruction], name: str) -> int | None:
+    """Which part of a tuple an instruction of a computation takes; None for another instruction."""
+    for part in body:
+        if part.name == name and part.operation == "get-tuple-element":
+            return int(captured(_INDEX, part.arguments))
+    return None
+
+
+def _step(body: list[Instruction], place: int) -> int:
+    """What the body of a loop adds to the counter at a place of its tuple; 1 where that is not found."""
+    for part in body:
+        if part.operation != "add":
+            continue
+        counter, step = part.operands
+        added = _constant(body, step)
+        if added is not None and _tuple_index(body, counter) == place:
+            return max(added, 1)
+    return 1
 
 
 def parse_program(text: str) -> HloProgram:

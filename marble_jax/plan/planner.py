@@ -14,11 +14,12 @@ from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.errors import InputError
 from marble_jax.networks.attention import choose
-from marble_jax.plan import aot, memory, tables
+from marble_jax.plan import aot, memory, tables, topology
 from marble_jax.plan.compiled import compile_jobs, judge
 from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.plan.planned import Plan
 from marble_jax.plan.request import Request
+from marble_jax.plan.roofline_tables import show_rooflines
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.programs.step_flops import step_flops_of
 from marble_jax.training.batch_sizes import derive_sizes
@@ -54,6 +55,8 @@ def plan(settings: Settings, request: Request, console: Console) -> dict[str, An
         jobs = aot.jobs(planned.settings, planned.shapes, planned.sizes, planned.mesh)
         programs = compile_jobs(jobs, planned, request, console)
         record["compiled"] = judge(programs, planned, count, console)
+        if request.roofline:
+            record["roofline"] = show_rooflines(programs, planned, console)
     if request.file:
         _write(request.file, record)
     return record
@@ -89,7 +92,7 @@ def _mesh(settings: MeshSettings, request: Request, count: int) -> Any:
     """Returns the mesh of a run: of the topology's devices, or of `count` that are only counted."""
     if not request.topology:
         return device_mesh.abstract_mesh(count, settings.data, settings.fsdp, settings.tensor)
-    devices = aot.slice_devices(request.topology)
+    devices = topology.topology_devices(request.topology)
     return device_mesh.make_mesh(settings.data, settings.fsdp, settings.tensor, devices)
 
 
@@ -111,18 +114,18 @@ def _devices(request: Request) -> tuple[Accelerator | None, int]:
         accelerator = accelerators.by_name(request.chip)
     if not request.topology:
         return accelerator, request.devices or 1
-    sliced, count = aot.check_topology(request.topology)
+    described, count = topology.check_topology(request.topology)
     # Said twice is fine as long as both say the same.
-    if accelerator not in (None, sliced):
+    if accelerator not in (None, described):
         raise InputError(
-            f"--chip: expected {sliced.name}, as in --topology={request.topology}; received {request.chip}"
+            f"--chip: expected {described.name}, as in --topology={request.topology}; received {request.chip}"
         )
     if request.devices not in (0, count):
         raise InputError(
             f"--devices: expected the {count} of --topology={request.topology}; received "
             f"{request.devices}"
         )
-    return sliced, count
+    return described, count
 
 
 def _record(

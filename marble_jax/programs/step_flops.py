@@ -31,6 +31,7 @@ class StepFlops:
       between: training, in a step that reuses alpha; equal to `solve` where there are none.
       recomputed: what rematerialisation adds to a training step.
       solve_share: share of steps that solve.
+      signal: training, of one micro-batch of a solving step without anchors and divergence.
     """
 
     rollout: float
@@ -39,6 +40,7 @@ class StepFlops:
     between: float
     recomputed: float
     solve_share: float
+    signal: float
 
     @property
     def train(self) -> float:
@@ -101,6 +103,7 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
         between=prompts * between,
         recomputed=prompts * sizes.samples * recomputed[settings.model.remat],
         solve_share=solve_share,
+        signal=prompts * micro_batch * signal,
     )
 
 

@@ -13,7 +13,7 @@ from marble_jax.config import default_config, settings_of
 from marble_jax.distributed import device_mesh
 from marble_jax.distributed.accelerators import GIB
 from marble_jax.errors import InputError
-from marble_jax.plan import aot, memory
+from marble_jax.plan import aot, memory, topology
 from marble_jax.plan.hlo import Collective, collectives
 from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.programs.locations import resolve_path
@@ -221,22 +221,23 @@ def test_out_of_memory():
     ],
 )
 def test_slices_that_are_none(name, message, monkeypatch):
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda package: object())
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda package: object())
     with pytest.raises(InputError, match=message):
-        aot.check_topology(name)
+        topology.check_topology(name)
 
 
 def test_a_slice_and_no_compiler(monkeypatch):
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda package: object())
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda package: object())
     assert (
-        aot.check_topology("v5p:2x2x4")[1] == 16 and aot.check_topology("v5e:4x4")[0].name == "v5e"
+        topology.check_topology("v5p:2x2x4")[1] == 16
+        and topology.check_topology("v5e:4x4")[0].name == "v5e"
     )
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(
         InputError,
         match="--topology: expected the package libtpu.*received none .pip install libtpu",
     ):
-        aot.check_topology("v5e:4x4")
+        topology.check_topology("v5e:4x4")
 
 
 def test_collectives_of_a_text():

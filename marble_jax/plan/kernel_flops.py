@@ -1,0 +1,85 @@
+"""FLOPs of library kernels in an optimised HLO text: cuBLAS's products and fused attention, which XLA calls by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from marble_jax.plan.hlo import origin_of, whole_numbers
+from marble_jax.plan.hlo_program import Instruction, captured, sides_of
+
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_TPU_KERNEL = "tpu_custom_call"
+
+FORWARD_PRODUCTS = 2
+"""Products of fused attention's forward pass: queries with keys, weights with values."""
+BACKWARD_PRODUCTS = 5
+"""Products of its backward pass in one kernel: logits again, and the cotangents of weights, values, keys, queries."""
+DQ_PRODUCTS, DKV_PRODUCTS = 3, 4
+"""The same in two kernels, both of which take logits and the weights' cotangent."""
+
+
+def kernel_target(instruction: Instruction) -> str:
+    """Returns the name of the kernel that an instruction calls; empty where it calls none."""
+    if not instruction.operation.startswith("custom-call"):
+        return ""
+    return captured(_TARGET, instruction.arguments)
+
+
+def is_attention(instruction: Instruction) -> bool:
+    """Whether an instruction is a fused attention kernel."""
+    target = kernel_target(instruction)
+    return target == _TPU_KERNEL or target.startswith("__cudnn$fmha")
+
+
+def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
+    """Returns the FLOPs of a library kernel; 0 for one that is not known, or no kernel.
+
+    Args:
+      instruction: any.
+      types: type of every instruction's result, by the instruction's name.
+    """
+    target = kernel_target(instruction)
+    if target.startswith("__cublas"):
+        return _product(instruction, types)
+    if target.startswith("__cudnn$fmha"):
+        return _cudnn(instruction, types, "Backward" in target)
+    if target == _TPU_KERNEL:
+        return _splash(instruction, types)
+    return 0.0
+
+
+def _product(instruction: Instruction, types: Mapping[str, str]) -> float:
+    """FLOPs of a matrix product."""
+    left = sides_of(types[instruction.operands[0]])
+    listed = captured(_CONTRACTED, instruction.arguments).replace('"', "")
+    summed = math.prod(left[axis] for axis in whole_numbers(listed))
+    return 2.0 * math.prod(sides_of(instruction.result)) * summed
+
+
+def _cudnn(instruction: Instruction, types: Mapping[str, str], is_backward: bool) -> float:
+    """FLOPs of cuDNN's attention: queries [N, Tq, H, d] and keys [N, Tk, H, d] are its first operands."""
+    queries, keys = (sides_of(types[name]) for name in instruction.operands[:2])
+    products = BACKWARD_PRODUCTS if is_backward else FORWARD_PRODUCTS
+    return products * 2.0 * math.prod(queries) * keys[1]
+
+
+def _splash(instruction: Instruction, types: Mapping[str, str]) -> float:
+    """FLOPs of splash attention: the largest two operands [N, H, Tq, d] and [N, H, Tk, d] are queries and keys."""
+    arrays = []
+    for name in instruction.operands:
+        sides = sides_of(types.get(name, ""))
+        if len(sides) >= 3 and not types[name].startswith("s"):
+            arrays.append(sides)
+    if len(arrays) < 2:
+        return 0.0
+    queries, keys = arrays[:2]
+    origin = origin_of(instruction.arguments)
+    products = FORWARD_PRODUCTS
+    if "_dkv" in origin:
+        products = DKV_PRODUCTS
+    elif "_dq" in origin:
+        products = DQ_PRODUCTS
+    return products * 2.0 * math.prod(queries) * keys[-2]
