@@ -32,7 +32,7 @@ class ModelSettings:
         "needs a TPU, auto takes what fits the machine, einsum is the reference",
         "xla|cudnn|splash|auto|einsum",
     )
-    remat: str = key("none", "what the backward pass recomputes", "none|full|dots")
+    remat: str = key("none", "what the backward pass recomputes", "none|full|dots|products")
     unroll: int = key(
         1,
         "transformer blocks compiled into one iteration of the loop over them: more run faster and "

@@ -15,7 +15,7 @@ Over several devices the fused kernels have to be told how the batch lies: `over
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from marble_jax.errors import one_of
 from marble_jax.networks.fused_attention import FusedAttention, cudnn
 from marble_jax.networks.lora_dense import LoraDense
 
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+AttentionFn = Callable[..., jax.Array]
 EPS = 1e-6  # of the norms in diffusers' transformer blocks
 
 
@@ -132,21 +132,105 @@ def attend(
     return implementation(q, k, v)
 
 
+def attend_jointly(
+    streams: Sequence[Sequence[jax.Array]], implementation: str | AttentionFn = "xla"
+) -> list[jax.Array]:
+    """Full softmax attention of several streams of tokens over all of them.
+
+    The streams are joined, and filled up to what a fused kernel wants, in one copy.
+
+    Args:
+      streams: queries, keys and values of each, all [N, T, H, d] with a T of its own.
+      implementation: as for `attend`.
+
+    Returns:
+      What the tokens of each stream read, [N, T, H, d].
+
+    Raises:
+      InputError: as `attend`.
+    """
+    if not callable(implementation):
+        one_of("attention", implementation, IMPLEMENTATIONS)
+        implementation = IMPLEMENTATIONS[implementation]
+    lengths = [stream[0].shape[1] for stream in streams]
+    num_tokens = sum(lengths)
+    fused = isinstance(implementation, FusedAttention)
+    added = implementation.padding(num_tokens) if fused else 0
+    joined = []
+    for parts in zip(*streams, strict=True):
+        samples, _, heads, width = parts[0].shape
+        if added:
+            parts = (*parts, jnp.zeros((samples, added, heads, width), parts[0].dtype))
+        joined.append(jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
+    if added:
+        out = implementation(*joined, num_tokens=num_tokens)
+    else:
+        out = implementation(*joined)
+    # Behind the last stream lie the tokens that were added, if any.
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return jnp.split(out, ends, axis=1)[: len(lengths)]
+
+
+def wants_flat_heads(implementation: str | AttentionFn) -> bool:
+    """Whether queries and keys had better be normed before they are cut into heads.
+
+    A TPU pads the last axis of an array to 128 lanes, twice the usual width of a head, and float32 [N, T, H, 64] is
+    moved so, into another layout and back. No other device minds.
+    """
+    fused = (
+        IMPLEMENTATIONS.get(implementation) if isinstance(implementation, str) else implementation
+    )
+    # Over devices that share the heads, sums over a head would be exchanged.
+    return isinstance(fused, FusedAttention) and fused.kind == "splash" and not fused.splits_heads
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis with a learned scale, in float32; the result has the input's dtype.
 
     Source: diffusers 0.42 `models/normalization.py` RMSNorm, eps 1e-6 as published models use it on queries and keys.
+
+    Attributes:
+      groups: parts of the last axis, each normed by itself with the same scale.
     """
+
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., d] -> [..., d]."""
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        """[..., groups * d] -> [..., groups * d]."""
+        width = x.shape[-1] // self.groups
+        scale = self.param("scale", nn.initializers.ones_init(), (width,))
+        if self.groups > 1:
+            return grouped_rms_norm(x, scale, self.groups)
         # float32 throughout: squares of half-precision activations overflow float16 and lose bits in bfloat16.
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(mean_square + EPS)
         return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def grouped_rms_norm(x: jax.Array, scale: jax.Array, groups: int) -> jax.Array:
+    """Root-mean-square norm of each of `groups` parts of the last axis, without cutting it.
+
+    Sums over a part, and their way back to its numbers, are products with a matrix of zeros and ones: exact in any
+    precision that holds the other factor.
+
+    Args:
+      x: [..., groups * d].
+      scale: [d].
+      groups: parts of the last axis.
+
+    Returns:
+      [..., groups * d] in the dtype of `x`.
+    """
+    width = scale.shape[0]
+    # Of half precision, three passes of bfloat16 hold the squares to 16 bits, where the result has 8.
+    precision = jax.lax.Precision.HIGH if x.dtype.itemsize == 2 else jax.lax.Precision.HIGHEST
+    member = jnp.repeat(jnp.eye(groups, dtype=jnp.float32), width, axis=0)
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.dot(wide * wide, member, precision=precision) / width
+    inverse = jnp.dot(jax.lax.rsqrt(mean_square + EPS), member.T, precision=precision)
+    return (wide * inverse * jnp.tile(scale.astype(jnp.float32), groups)).astype(x.dtype)
 
 
 @jax.named_scope("layer_norm")

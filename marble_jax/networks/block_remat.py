@@ -12,7 +12,8 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from marble_jax.networks.lora_dense import COLLECTION
+from marble_jax.networks.fused_attention import ATTENTION
+from marble_jax.networks.lora_dense import COLLECTION, PRODUCT
 from marble_jax.types import Params
 
 GatherParams = Callable[[tuple[str, ...], Params], Params]
@@ -25,8 +26,13 @@ REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
 }
-"""What a backward pass keeps of a block's forward pass: everything, its input alone, its products with weights."""
+"""What a backward pass keeps of a block's forward pass.
+
+Everything; its input alone; its products with weights, base and low rank apart; the outputs of its dense layers and
+what fused attention wants for its backward pass, so that nothing but norms, modulation and activations is run again.
+"""
 
 
 def wrapped_block(

@@ -3,13 +3,10 @@
 Exact gradients pull samples back one by one, under `vmap` over samples and, inside it, over directions; and the samples
 lie on many devices. Neither kernel can do that as it comes. cuDNN's batching rule takes it that everything has the
 mapped axis, which the keys of a sample do not have over its directions (jax-ml/jax#38495), and a Pallas kernel cannot
-be partitioned by the compiler. So both are run the same way here:
+be partitioned by the compiler. So both are run the same way here, see `mapped_kernel`.
 
-* under `vmap` the mapped axis joins the batch, in front of it, so that a kernel only ever sees [N, T, H, d] and the
-  samples of a device stay on it;
-* over a mesh with several devices each device runs the kernel on its own samples and heads (`shard_map`);
-* the backward pass keeps queries, keys and values alone and starts with a forward pass, which costs some 2 % of a
-  micro-batch and saves the output and statistics of every block.
+Kernels want whole blocks of tokens (splash attention) or an even number (cuDNN). Tokens that are added are masked as
+keys and cut off as queries; whoever joins streams of tokens adds them in the same copy (`padding`).
 
 Nothing here is approximate: products are in the dtype of the input, sums and softmax in float32.
 """
@@ -18,20 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
 from marble_jax.distributed.device_mesh import BATCH_AXES
 from marble_jax.errors import InputError
+from marble_jax.networks.mapped_kernel import ATTENTION, Axes, Axis, folded
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(q, k, v) -> out, all [N, T, H, d]; differentiable, need not work under `vmap`."""
+__all__ = ["ATTENTION", "FusedAttention", "block_size", "cudnn", "folded", "splash"]
 
 LANES = 128  # a block of splash attention is made of whole registers
 BLOCKS = (640, 512, 384, 256)  # tokens; larger ones do not fit next to each other in 16 MB of VMEM
@@ -55,29 +52,63 @@ class FusedAttention:
     heads: str = "tensor"
     interpret: bool = False
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int | None = None
+    ) -> jax.Array:
         """q [N, Tq, H, d], k and v [N, Tk, H, d] -> [N, Tq, H, d].
+
+        Args:
+          q: queries.
+          k: keys.
+          v: values.
+          num_tokens: how many keys and values are real, from the first; all of them when None.
 
         Raises:
           InputError: a dtype or head width that the kernel cannot do.
         """
         if self.kind == "cudnn":
             _check_cudnn(q)
-        return folded(self.kernel, self.place)(q, k, v)
+        return folded(partial(self.kernel, num_tokens=num_tokens), self.place)(q, k, v)
 
-    def kernel(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    @property
+    def splits_heads(self) -> bool:
+        """Whether devices share the heads of a sample."""
+        return self.mesh is not None and self.mesh.shape.get(self.heads, 1) > 1
+
+    def padding(self, tokens: int) -> int:
+        """How many tokens the kernel adds to so many."""
+        if self.kind == "cudnn":
+            return tokens % 2
+        return _whole_blocks(tokens, block_size(tokens)) - tokens
+
+    def kernel(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int | None = None
+    ) -> jax.Array:
         """The attention of the samples of one device."""
         if self.kind == "cudnn":
-            return cudnn(q, k, v)
-        return splash(q, k, v, self.interpret)
+            return cudnn(q, k, v, num_tokens)
+        return splash(q, k, v, self.interpret, num_tokens)
 
-    def place(self, kernel: Callable, q: jax.Array) -> Callable:
-        """`kernel` over the mesh, each device with its own part of a batch shaped like `q`."""
+    def place(self, kernel: Callable, shape: tuple[int, ...], takes: Axes, gives: Axes) -> Callable:
+        """`kernel` over the mesh, each device with its own part of a batch of queries of this shape.
+
+        Args:
+          kernel: what every device runs.
+          shape: of the queries, [N, T, H, d].
+          takes: axes of its arguments.
+          gives: axes of its results.
+        """
         if self.mesh is None or self.mesh.size == 1:
             return kernel
-        spec = self.spec(q.shape)
+        batch, _, heads, _ = self.spec(shape)
+
+        def specs(axes: Axes) -> tuple[PartitionSpec, ...]:
+            return tuple(_spec(place, batch, heads) for place in axes)
+
         # The values are the same on devices that hold the same part, which the type system cannot see in a kernel.
-        return jax.shard_map(kernel, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return jax.shard_map(
+            kernel, mesh=self.mesh, in_specs=specs(takes), out_specs=specs(gives), check_vma=False
+        )
 
     def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         """How [N, T, H, d] is split; an axis that does not divide is whole on every device."""
@@ -96,6 +127,15 @@ class FusedAttention:
         return PartitionSpec(batch, None, heads, None)
 
 
+def _spec(axes: Axis, batch: Any, heads: Any) -> PartitionSpec:
+    """How an array is split, by the places of its batch and its heads."""
+    sides = [None] * (1 + max((place for place in axes if place is not None), default=-1))
+    for place, names in zip(axes, (batch, heads)):
+        if place is not None:
+            sides[place] = names
+    return PartitionSpec(*sides)
+
+
 def _check_cudnn(q: jax.Array) -> None:
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         raise InputError(
@@ -108,73 +148,25 @@ def _check_cudnn(q: jax.Array) -> None:
         )
 
 
-def folded(
-    kernel: Kernel, place: Callable[[Callable, jax.Array], Callable] = lambda kernel, q: kernel
-) -> Kernel:
-    """`kernel` with a batching rule of our own: a mapped axis joins the batch, in front of it.
-
-    Args:
-      kernel: what runs on [N, T, H, d].
-      place: (function, q) -> the same function over the devices that hold a batch like `q`.
-    """
-
-    def with_rule(function: Callable) -> Callable:
-        mapped = custom_vmap(function)
-
-        @mapped.def_vmap
-        def rule(size: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[Any, Any]:
-            joined = []
-            for x, is_mapped in zip(arrays, batched):
-                # The kernel wants the same batch everywhere: what all directions share is repeated for each.
-                if not is_mapped:
-                    x = jnp.broadcast_to(x, (size, *x.shape))
-                joined.append(x.reshape(size * x.shape[1], *x.shape[2:]))
-            out = mapped(*joined)
-            # The mapped axis is in front of the batch, so that a reshape takes them apart again.
-            apart = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), out)
-            return apart, jax.tree.map(lambda _: True, out)
-
-        return mapped
-
-    @with_rule
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return place(kernel, q)(q, k, v)
-
-    def pull_back(
-        q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        _, pull = jax.vjp(kernel, q, k, v)
-        return pull(cotangent)
-
-    @with_rule
-    def backward(
-        q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        return place(pull_back, q)(q, k, v, cotangent)
-
-    @jax.custom_vjp
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return forward(q, k, v)
-
-    # Queries, keys and values are all that is kept for the backward pass (see the module's docstring).
-    attention.defvjp(
-        lambda q, k, v: (forward(q, k, v), (q, k, v)), lambda kept, g: backward(*kept, g)
-    )
-    return attention
-
-
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int | None = None) -> jax.Array:
     """cuDNN's kernel through JAX.
 
     JAX takes no odd number of tokens in training, and 512 px with 205 text tokens are 1229 (jax 0.10 and 0.11 count a
     bias where there is none). One token is added then; as a key it is masked, as a query cut off.
+
+    Args:
+      q: [N, Tq, H, d].
+      k: [N, Tk, H, d].
+      v: [N, Tk, H, d].
+      num_tokens: how many keys are real; all when None.
     """
     num_q, num_k = q.shape[1], k.shape[1]
+    real = num_k if num_tokens is None else num_tokens
     if num_q % 2 or num_k % 2:
         q, k, v = _even_tokens(q), _even_tokens(k), _even_tokens(v)
     num_real = None
-    if num_k % 2:
-        num_real = jnp.full(k.shape[:1], num_k, jnp.int32)
+    if real < k.shape[1]:
+        num_real = jnp.full(k.shape[:1], real, jnp.int32)
     out = jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=num_real, implementation="cudnn"
     )
@@ -196,7 +188,13 @@ def _whole_blocks(tokens: int, block: int) -> int:
     return -(-tokens // block) * block
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    interpret: bool = False,
+    num_tokens: int | None = None,
+) -> jax.Array:
     """JAX's splash attention kernel for TPUs.
 
     Tokens are padded to whole blocks. Added keys are masked; added queries are cut off, so that their cotangents are
@@ -207,6 +205,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
       k: [N, Tk, H, d].
       v: [N, Tk, H, d].
       interpret: whether to emulate the kernel.
+      num_tokens: how many keys are real; all when None.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
@@ -220,10 +219,13 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
         return jnp.pad(by_head, ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
 
     mask: Any = library.FullMask((padded_q, padded_k))
-    if padded_k > num_k:
+    real = num_k if num_tokens is None else num_tokens
+    if padded_k > real:
         # The same keys are real for every query; added queries may see what they like.
-        is_real = np.arange(padded_k) < num_k
+        is_real = np.arange(padded_k) < real
         mask = library.NumpyMask(np.broadcast_to(is_real, (padded_q, padded_k)))
+    # One kernel for all three cotangents, where all keys are one block of it; else each block would write cotangents
+    # of the queries of its own.
     sizes = library.BlockSizes(
         block_q=block_q,
         block_kv=block_k,

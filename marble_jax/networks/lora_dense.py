@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 
 from marble_jax.errors import InputError, nearest
 
 COLLECTION = "lora"
+PRODUCT = "product"
+"""Name of a layer's output, for what a backward pass keeps."""
 
 
 @jax.custom_vjp
@@ -77,9 +80,9 @@ class LoraDense(nn.Module):
             with jax.named_scope("lora"):
                 # Scaled at the narrow waist: rank values a token instead of `features`.
                 y = y + widen(self.lora_scale * (x @ a), b)
-        if bias is None:
-            return y
-        return y + bias
+        if bias is not None:
+            y = y + bias
+        return checkpoint_name(y, PRODUCT)
 
 
 def check_adapter(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> None:

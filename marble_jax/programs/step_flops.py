@@ -87,7 +87,7 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
         solve = sizes.samples * signal + micro_batch * num_anchored * anchor
     # A guided policy is the network at two prompts, in every pass of training.
     prompts = 2 if trains_guided(settings) else 1
-    recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention}
+    recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention, "products": 0.0}
     forward = sample.forward
     if settings.rollout.merge_adapter:
         # A merged policy has no low-rank products.

@@ -18,9 +18,10 @@ from marble_jax.networks.attention import (
     AdaLayerNorm,
     AttentionFn,
     RMSNorm,
-    attend,
+    attend_jointly,
     layer_norm,
     modulate,
+    wants_flat_heads,
 )
 from marble_jax.networks.lora_dense import LoraDense
 from marble_jax.networks.transformer_layers import FeedForward
@@ -55,33 +56,36 @@ class Attention(nn.Module):
             )
             return layer(y)
 
+        width = self.config.attention_head_dim
+        num_heads = self.config.width // width
+        # Where the last axis of heads would be padded, they are normed before they are cut apart.
+        groups = num_heads if wants_flat_heads(self.implementation) else 1
+
         def heads(y: jax.Array, layers: str, norms: str) -> list[jax.Array]:
             """Queries, keys and values [N, T, H, d] of one stream."""
             split = []
             for letter in "qkv":
                 projected = dense(layers.format(letter), y)
-                split.append(projected.reshape(*y.shape[:2], -1, self.config.attention_head_dim))
-            if self.config.qk_norm == "rms_norm":
                 # Values stay as they are: the norm bounds the logits, in which they have no part.
-                for i, letter in enumerate("qk"):
-                    norm = RMSNorm(name=norms.format(letter))
-                    split[i] = norm(split[i])
+                is_normed = self.config.qk_norm == "rms_norm" and letter != "v"
+                if is_normed and groups > 1:
+                    projected = RMSNorm(groups, name=norms.format(letter))(projected)
+                by_head = projected.reshape(*y.shape[:2], num_heads, width)
+                if is_normed and groups == 1:
+                    by_head = RMSNorm(name=norms.format(letter))(by_head)
+                split.append(by_head)
             return split
 
-        q, k, v = heads(x, "to_{}", "norm_{}")
+        streams = [heads(x, "to_{}", "norm_{}")]
         if c is not None:
-            # Image tokens come first, so that the outputs of both streams can be cut apart below.
-            text_q, text_k, text_v = heads(c, "add_{}_proj", "norm_added_{}")
-            q = jnp.concatenate([q, text_q], axis=1)
-            k = jnp.concatenate([k, text_k], axis=1)
-            v = jnp.concatenate([v, text_v], axis=1)
-        out = attend(q, k, v, self.implementation)
-        out = out.reshape(*out.shape[:2], -1)
-        num_image_tokens = x.shape[1]
-        attended = dense("to_out_0", out[:, :num_image_tokens])
+            # Image tokens come first.
+            streams.append(heads(c, "add_{}_proj", "norm_added_{}"))
+        read = attend_jointly(streams, self.implementation)
+        flat = [out.reshape(*out.shape[:2], -1) for out in read]
+        attended = dense("to_out_0", flat[0])
         if c is None or not self.text_out:
             return attended, None
-        return attended, dense("to_add_out", out[:, num_image_tokens:])
+        return attended, dense("to_add_out", flat[1])
 
 
 class Block(nn.Module):
