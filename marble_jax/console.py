@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 from tqdm import tqdm
 
 _GAP = "  "
-_SHORT_SECONDS = 2.0
-"""Of work that needs no bar."""
-_REDRAW_SECONDS = 0.5
 
 
 class Console:
@@ -58,49 +53,6 @@ class Console:
             disable=not self.bars,
             dynamic_ncols=True,
         )
-
-    @contextlib.contextmanager
-    def waiting(self, seconds: float | None, what: str) -> Iterator[None]:
-        """A context that shows how long work without steps of its own goes on; silent without a terminal.
-
-        Args:
-          seconds: that it took before, against which a bar grows; None for a count of seconds alone.
-          what: name of the work.
-        """
-        if not self.bars:
-            yield
-            return
-        done = threading.Event()
-        counter = threading.Thread(target=self._count, args=(seconds, what, done), daemon=True)
-        counter.start()
-        try:
-            yield
-        finally:
-            done.set()
-            counter.join()
-
-    def _count(self, seconds: float | None, what: str, done: threading.Event) -> None:
-        # Work that is over before anyone could read of it draws nothing.
-        if done.wait(_SHORT_SECONDS):
-            return
-        form = "{desc}: {elapsed}"
-        if seconds is not None:
-            before = duration(seconds)
-            form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, took " + before + " before"
-        start = time.perf_counter() - _SHORT_SECONDS
-        with tqdm(
-            total=seconds,
-            desc=what,
-            leave=False,
-            dynamic_ncols=True,
-            bar_format=form,
-        ) as bar:
-            while not done.wait(_REDRAW_SECONDS):
-                bar.n = time.perf_counter() - start
-                if bar.total is not None:
-                    # Longer than before: the bar stays full.
-                    bar.n = min(bar.n, bar.total)
-                bar.refresh()
 
     def table(self, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Writes aligned columns.

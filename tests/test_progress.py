@@ -1,7 +1,5 @@
-"""Seconds of compiling, time left without them, and the bar of work that has no steps."""
+"""Seconds of compiling, and time left without them."""
 
-import io
-import sys
 import time
 
 import jax
@@ -10,7 +8,7 @@ import pytest
 
 from marble_jax import console as module
 from marble_jax.compiling import compile_clock, union_seconds
-from marble_jax.console import Clock, Console
+from marble_jax.console import Clock
 
 
 @pytest.mark.parametrize(
@@ -44,33 +42,3 @@ def test_time_left_is_without_what_is_left_out(monkeypatch):
     assert clock.left(2) == "24s"
     clock.leave_out(1000.0)
     assert clock.left(2) == "0s"
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("before", [None, 0.2, 30.0])
-def test_long_work_has_a_bar_on_a_terminal(monkeypatch, before):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(module, "_SHORT_SECONDS", 0.01)
-    monkeypatch.setattr(module, "_REDRAW_SECONDS", 0.01)
-    with Console().waiting(before, "step 3 training"):
-        time.sleep(0.4)
-    text = terminal.getvalue()
-    assert "step 3 training: " in text
-    assert ("took" in text) == (before is not None)
-    # It took longer than before: the bar is full, and not beyond.
-    assert ("100%" in text) == (before == 0.2)
-
-
-def test_short_work_and_logs_have_none(monkeypatch, capsys):
-    with Console().waiting(5.0, "w"):
-        pass
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with Console().waiting(5.0, "w"):
-        pass
-    assert terminal.getvalue() == "" and capsys.readouterr() == ("", "")

@@ -53,8 +53,9 @@ def run(options: argparse.Namespace) -> int:
         secret = secret_of(options.workdir)
     with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout, secret):
         # JAX is imported inside of the group, so that whatever is wrong with one process ends all of them.
+        from marble_jax.distributed.waiting import is_left_behind
         from marble_jax.programs.train import train_run
-        from marble_jax.training.stops import Interrupted, held_to_deadline
+        from marble_jax.training.stops import TERMINATED, Interrupted, end_process, held_to_deadline
 
         settings = distributed.run_on_all("configuration", lambda: load_settings(options.config))
         if cluster is not None:
@@ -67,7 +68,10 @@ def run(options: argparse.Namespace) -> int:
             # Every process stops; one line is enough.
             if distributed.is_first():
                 print(f"marble-jax train: {stop}", file=sys.stderr)
-            return 143
+            if distributed.is_single_process() and is_left_behind():
+                # A compiler that is torn down at work may crash, and the exit status with it.
+                end_process(TERMINATED)
+            return TERMINATED
     return 0
 
 

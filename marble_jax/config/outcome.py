@@ -54,6 +54,13 @@ class CheckpointSettings:
     """Checkpoints of the whole state."""
 
     every_steps: int = key(30, "steps between checkpoints", "steps, >= 1", "paper", resumable=True)
+    every_minutes: float = key(
+        10.0,
+        "minutes since the last checkpoint after which the next finished step is saved, too; 0: by steps "
+        "alone",
+        "minutes, >= 0",
+        resumable=True,
+    )
     keep: int = key(
         3,
         "newest checkpoints kept; each holds the best policy too",

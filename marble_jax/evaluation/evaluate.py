@@ -16,6 +16,7 @@ import numpy as np
 
 from marble_jax import distributed
 from marble_jax.batches import UnderWay, batch_indices
+from marble_jax.distributed.waiting import call_beside, wait_for
 from marble_jax.flow.policy_sampler import Sampler, image_noise
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.scorer import Scorer, concatenate
@@ -88,7 +89,7 @@ class Evaluator:
         images: dict[int, np.ndarray | None] = {}
         for index in batch_indices(len(groups), self.batch_size):
             prompts = [self.prompts[groups[i]] for i in index]
-            decoded = self._sample(params, adapter, index, prompts)
+            decoded = self._sample(params, adapter, index, prompts, lambda: progress(0))
             # Scores are collected after the last batch: host rewards run while the device goes on sampling.
             under_way.add(
                 self.scorer.submit(decoded, prompts), decoded.nbytes // jax.process_count()
@@ -105,6 +106,7 @@ class Evaluator:
         adapter: Adapter | None,
         index: np.ndarray,
         prompts: Sequence[Prompt],
+        poll: Callable[[], object],
     ) -> jax.Array:
         """Returns images or clips of n prompts, float, from the noise that belongs to the samples' numbers."""
         noise = image_noise(jax.random.key(self.seed), index, self.latent_shape)
@@ -112,7 +114,14 @@ class Evaluator:
         # Text encoders may refuse a prompt on one process; the others must not go on to wait for it.
         cond = distributed.run_on_all("prompts", partial(self.encode, texts))
         cond, noise = self.shard_batch((cond, noise))
-        return self.decode(self.sampler(params, adapter, cond, noise))
+
+        def draw() -> jax.Array:
+            return self.decode(self.sampler(params, adapter, cond, noise))
+
+        # The first batch compiles, which takes minutes, and a run is to stop in less.
+        decoded = call_beside(draw, poll)
+        wait_for(decoded, poll)
+        return decoded
 
     def _keep(
         self, images: dict[int, np.ndarray | None], decoded: jax.Array, index: np.ndarray

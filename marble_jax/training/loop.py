@@ -40,12 +40,14 @@ class Cadence:
       evaluate_every: optimiser steps between evaluations; 0 for only before and after.
       checkpoint_every: optimiser steps between checkpoints.
       export_every: optimiser steps between exports; 0 for none.
+      checkpoint_seconds: time since the last checkpoint after which the next step is saved, too; 0 for steps alone.
     """
 
     num_steps: int
     evaluate_every: int
     checkpoint_every: int
     export_every: int = 0
+    checkpoint_seconds: float = 0.0
 
     def evaluates(self, step: int) -> bool:
         """Whether the state after `step` steps is evaluated."""
@@ -144,10 +146,9 @@ class _Run:
         self._console, self._stops = console, stops
         self._saved_step = self.step
         self._clock: Clock | None = None
-        self._first_step = self.step
         # Seconds of what is done between two steps, for the record of the next one.
         self._between: dict[str, float] = {}
-        self._train_seconds: float | None = None
+        self._saved_at = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -169,14 +170,14 @@ class _Run:
         if self._cadence.evaluates(done):
             self.evaluate()
         # A machine that is taken away may not last until the next check.
-        if self._cadence.saves(done) or self._stops.agreed():
+        if self._cadence.saves(done) or self._saves_by_time() or self._stops.agreed():
             self._save()
         if self._cadence.exports(done):
             self._hooks.export(self.state)
         return True
 
     def _trained_step(self) -> dict[str, Any] | None:
-        """Rollout and update; returns the step's record, or None when the rollout was given up."""
+        """Rollout and update; returns the step's record, or None when the step was given up."""
         start, step = time.perf_counter(), self.step
         is_first = self._clock is None
         # What was compiled between the steps is not this one's.
@@ -186,16 +187,17 @@ class _Run:
             self._clock = Clock(step, self._cadence.num_steps)
             self._console.say("the first step compiles the programs of rollout and training")
         samples = self._iteration.sampling.draw(self.state.seed, step)
-        rollout = self._rolled_out(samples)
+        rollout = self._rolled_out(samples, is_first)
         if rollout is None:
             return None
         rollout_compiled = compile_clock.lap()
-        record = self._updated(samples, rollout)
+        updated = self._updated(samples, rollout, is_first)
+        if updated is None:
+            return None
+        self.state, record = updated
         record["time/step_s"] = time.perf_counter() - start
         train_compiled = compile_clock.lap()
         compiled = rollout_compiled + train_compiled
-        # What the next one is measured against does not compile.
-        self._train_seconds = max(0.0, record["time/train_s"] - train_compiled)
         # Small programs are made now and then; their seconds are those of the step.
         if compiled >= _NAMED_SECONDS:
             record["time/compile_s"] = compiled
@@ -214,15 +216,6 @@ class _Run:
         self._console.say(step_line(record, names, self._cadence.num_steps, left, width))
         return record
 
-    def _updated(self, samples: Draw, rollout: Rollout) -> dict[str, Any]:
-        """The update of a step, with a bar where it is long; returns its record."""
-        title = f"step {self.step + 1} training"
-        if self._train_seconds is None:
-            title += " (compiling)"
-        with self._console.waiting(self._train_seconds, title):
-            self.state, record = self._iteration.update(self.state, samples, rollout)
-        return record
-
     def _record(self, step: int, record: dict[str, Any]) -> None:
         """Puts a step on record.
 
@@ -234,17 +227,33 @@ class _Run:
         except (OSError, InputError) as error:
             raise RecordError(_disk_line("the record of a step", error)) from error
 
-    def _rolled_out(self, samples: Draw) -> Rollout | None:
+    def _rolled_out(self, samples: Draw, compiles: bool) -> Rollout | None:
         """Images and scores of the step; None when the run is to stop."""
-        title = f"step {self.step + 1} rollout"
-        if self._train_seconds is None and self.step == self._first_step:
-            title += " (compiling)"
+        title = _title(self.step, "rollout", compiles)
         with phase("rollout"), self._console.bar(len(samples.prompts), title, "img") as bar:
             progress = partial(self._sampled, bar)
             try:
                 return self._iteration.roll_out(self.state, samples, progress)
             except Abandoned:
                 return None
+
+    def _updated(
+        self, samples: Draw, rollout: Rollout, compiles: bool
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """State after the step and its record; None when the run is to stop, with the state as it was."""
+        title = _title(self.step, "training", compiles)
+        with self._console.bar(0, title, "micro-batch") as bar:
+            watch = partial(self._trained, bar)
+            try:
+                return self._iteration.update(self.state, samples, rollout, watch)
+            except Abandoned:
+                return None
+
+    def _trained(self, bar: Any, done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        # Between groups of micro-batches, and while one is under way: the state before the step is still there.
+        self._stops.give_way()
 
     def _sampled(self, bar: Any, count: int) -> None:
         bar.update(count)
@@ -271,6 +280,16 @@ class _Run:
         # Writing goes on beside the next step; these are the seconds for which the run stands still.
         self._between["time/checkpoint_s"] = time.perf_counter() - start
         self._saved_step = self.step
+        self._saved_at = time.monotonic()
+
+    def _saves_by_time(self) -> bool:
+        """Whether the last checkpoint is old; processes go by the clock of the first."""
+        longest = self._cadence.checkpoint_seconds
+        if longest == 0:
+            return False
+        return distributed.broadcast_from_first(
+            "checkpoint", lambda: time.monotonic() - self._saved_at >= longest
+        )
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
@@ -293,6 +312,12 @@ class _Run:
         except Exception as problem:  # where the disk is full, it may be so for the state as well
             return f"; not saved after step {self.step}: {one_line(problem, 200)}"
         return f"; saved after step {self.step}, the same command goes on from there"
+
+
+def _title(step: int, part: str, compiles: bool) -> str:
+    """What the bar of a part of a step is called."""
+    title = f"step {step + 1} {part}"
+    return f"{title} (compiling)" if compiles else title
 
 
 def _disk_line(what: str, error: Exception) -> str:

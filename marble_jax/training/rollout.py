@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from marble_jax import distributed
 from marble_jax.batches import UnderWay, batch_indices
+from marble_jax.distributed.waiting import call_beside, wait_for
 from marble_jax.errors import InputError
 from marble_jax.flow.policy_sampler import Sampler
 from marble_jax.flow.trajectory import Transitions
@@ -139,9 +141,17 @@ class Collector:
             own_path = None
             if path is not None:
                 own_path = NoisyPath(jax.random.fold_in(path.key, number), path.start)
-            x0, kept, samples = self._sampled(
-                params, adapter, _rows(cond, group), jax.random.fold_in(key, number), own_path
+            sampled = partial(
+                self._sampled,
+                params,
+                adapter,
+                _rows(cond, group),
+                jax.random.fold_in(key, number),
+                own_path,
             )
+            # A batch may take a minute, its first one several to compile, and a run is to stop in less.
+            x0, kept, samples = call_beside(sampled, lambda: progress(0))
+            wait_for(samples, lambda: progress(0))
             # Host rewards work on this batch while the next one is sampled.
             pending = self.scorer.submit(samples, [draw.prompts[i] for i in index])
             under_way.add(pending, samples.nbytes // jax.process_count())
@@ -151,10 +161,10 @@ class Collector:
             health.append(sample_health(x0, samples, label.astype(np.int32)))
             # A last batch that was filled up repeats a sample.
             progress(len(np.unique(index)))
-        sampled = time.perf_counter()
+        finished = time.perf_counter()
         with phase("rewards"):
             scores = concatenate(under_way.results(), count)
-        seconds = {"rollout": sampled - start, "rewards_wait": self.scorer.waited_seconds - waited}
+        seconds = {"rollout": finished - start, "rewards_wait": self.scorer.waited_seconds - waited}
         if self.stack is None:
             # The last batch may have been filled up.
             whole = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *latents)

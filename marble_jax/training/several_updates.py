@@ -1,4 +1,4 @@
-"""Several updates from one rollout, each on its own part of the images, in one compiled step.
+"""Several updates from one rollout, each on its own part of the images.
 
 The rollout policy stays what it was while they last, so that ratios are those to the policy that sampled; after the
 last update it follows as it does after a single one.
@@ -7,7 +7,6 @@ last update it follows as it does after a single one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,38 +22,42 @@ FIRST = ("objective/ratio", "objective/log_prob_gap")
 """Figures of the first update that are on record beside those of the last: there the policy is the one that sampled."""
 
 
-def several_updates(recipe: Recipe, make_step: Callable[[Recipe], Step]) -> Step:
-    """The step that takes `recipe.updates` updates from a rollout; `make_step`'s own step for one.
+def first_figures(metrics: Metrics) -> Metrics:
+    """The figures of a first update that are on record, under names of their own."""
+    return {f"{name}_first": metrics[name] for name in FIRST if name in metrics}
+
+
+def several_updates(last: Step, before: Step, updates: int) -> Step:
+    """The step that takes several updates from a rollout, as one program; `last` itself for one.
 
     Args:
-      recipe: what a step does.
-      make_step: makes the step of one update from a recipe.
+      last: the last update.
+      before: the other ones; see `before_last`.
+      updates: how many there are.
     """
-    last = make_step(recipe)
-    if recipe.updates == 1:
+    if updates == 1:
         return last
-    held = dataclasses.replace(recipe.averages, rollout_decay=_stays)
-    before = make_step(dataclasses.replace(recipe, averages=held))
 
     def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
-        run_key, number = jax.random.wrap_key_data(state.key), state.step
-        later_key = stream_key(run_key, Stream.LATER_UPDATES, number)
-        parts = _parts(batch, run_key, number, recipe.updates)
+        run_key, number = state.key, state.step
         first: Metrics = {}
-        for update, part in enumerate(parts):
-            key = run_key
-            if update > 0:
-                # Numbers of its own: the step is the same.
-                key = jax.random.fold_in(later_key, update)
-            state = dataclasses.replace(state, step=number, key=jax.random.key_data(key))
-            run = last if update == recipe.updates - 1 else before
+        for update in range(updates):
+            part = update_part(batch, run_key, number, update, updates)
+            key = update_key(run_key, number, update)
+            state = dataclasses.replace(state, step=number, key=key)
+            run = last if update == updates - 1 else before
             state, metrics = run(state, params, part)
             if update == 0:
-                first = {f"{name}_first": metrics[name] for name in FIRST if name in metrics}
-        state = dataclasses.replace(state, key=jax.random.key_data(run_key))
-        return state, metrics | first
+                first = first_figures(metrics)
+        return dataclasses.replace(state, key=run_key), metrics | first
 
     return step
+
+
+def before_last(recipe: Recipe) -> Recipe:
+    """What an update does that another one from the same rollouts follows: the rollout policy stays."""
+    averages = dataclasses.replace(recipe.averages, rollout_decay=_stays)
+    return dataclasses.replace(recipe, averages=averages)
 
 
 def _stays(step: jax.Array | int) -> jax.Array:
@@ -62,24 +65,45 @@ def _stays(step: jax.Array | int) -> jax.Array:
     return jnp.ones(())
 
 
-def _parts(batch: RolloutBatch, key: jax.Array, step: jax.Array, count: int) -> list[RolloutBatch]:
-    """The images of a rollout, shuffled and dealt out to its updates."""
+def update_key(key: jax.Array, step: jax.Array, update: jax.Array | int) -> jax.Array:
+    """Key data of an update's random numbers: the run's own for the first, others for the later ones of a step.
+
+    Args:
+      key: key data of the run.
+      step: optimiser steps done.
+      update: number of the update in its step, from 0; may be traced.
+    """
+    later = stream_key(jax.random.wrap_key_data(key), Stream.LATER_UPDATES, step)
+    # Numbers of its own: the step is the same.
+    own = jax.random.key_data(jax.random.fold_in(later, update))
+    return jnp.where(update > 0, own, key)
+
+
+def update_part(
+    batch: RolloutBatch, key: jax.Array, step: jax.Array, update: jax.Array | int, updates: int
+) -> RolloutBatch:
+    """The images of a rollout that an update trains on: they are shuffled and dealt out to the updates.
+
+    Args:
+      batch: N images, N divisible by `updates`.
+      key: key data of the run.
+      step: optimiser steps done.
+      update: number of the update in its step, from 0; may be traced.
+      updates: how many there are.
+    """
     num = batch.prompt.shape[0]
-    order = jax.random.permutation(stream_key(key, Stream.UPDATE_PARTS, step), num)
-
-    def part(update: int) -> RolloutBatch:
-        rows = order[update::count]
-        kept = batch.kept
-        if not batch.is_split:
-            kept = jax.tree.map(lambda leaf: leaf[rows], kept)
-        return dataclasses.replace(
-            batch,
-            kept=kept,
-            # What is split over the devices stays as it lies.
-            rows=rows if batch.is_split else None,
-            prompt=batch.prompt[rows],
-            advantages=batch.advantages[rows],
-            valid=batch.valid[rows],
-        )
-
-    return [part(update) for update in range(count)]
+    shuffle = stream_key(jax.random.wrap_key_data(key), Stream.UPDATE_PARTS, step)
+    order = jax.random.permutation(shuffle, num)
+    rows = order.reshape(-1, updates)[:, update]
+    kept = batch.kept
+    if not batch.is_split:
+        kept = jax.tree.map(lambda leaf: leaf[rows], kept)
+    return dataclasses.replace(
+        batch,
+        kept=kept,
+        # What is split over the devices stays as it lies.
+        rows=rows if batch.is_split else None,
+        prompt=batch.prompt[rows],
+        advantages=batch.advantages[rows],
+        valid=batch.valid[rows],
+    )

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import optax
 
 from marble_jax.errors import InputError
 from marble_jax.objectives.base import Kept
-from marble_jax.training.micro_batches import RolloutBatch
-from marble_jax.training.policy_update import Metrics, Step
+from marble_jax.training.grouped_step import GroupedStep
 from marble_jax.training.recipe import Recipe
-from marble_jax.training.several_updates import several_updates
-from marble_jax.training.state import TrainState
+from marble_jax.training.several_updates import before_last
+from marble_jax.training.staged_step import StagedStep
 from marble_jax.training.train_step import amortized_step, exact_step
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules
 from marble_jax.training.upstream_step import solves, upstream_step
-from marble_jax.types import Params, PolicyVelocity
+from marble_jax.types import PolicyVelocity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +31,13 @@ class Steps:
       keeps: what the steps' objective needs of a rollout.
     """
 
-    first: Step
-    refresh: Step
-    between: Step
+    first: GroupedStep
+    refresh: GroupedStep
+    between: GroupedStep
     every: int
     keeps: Kept = Kept.CLEAN_LATENTS
 
-    def due(self, solved: bool, age: int) -> Step:
+    def due(self, solved: bool, age: int) -> GroupedStep:
         """The step to run when there was a solve (or not) and the last one is `age` steps old."""
         if not solved:
             return self.first
@@ -67,31 +65,26 @@ def make_steps(
             "harmonize.anchor_error: expected 0 with harmonize.mode=upstream, which takes every term "
             f"at every micro-batch; received {recipe.harmonization.anchor_error}"
         )
+    shards = recipe.micro_batching.shards
+
+    def upstream(solved: str) -> GroupedStep:
+        step = upstream_step(recipe, velocity, optimizer, solved, rules)
+        return GroupedStep(step, step, 1, shards)
+
     if mode == "upstream" and not solves(recipe):
-        only = _compiled(upstream_step(recipe, velocity, optimizer, "none", rules))
+        only = upstream("none")
         return Steps(only, only, only, refresh_every, keeps)
     if mode == "upstream":
-        first, refresh, between = (
-            _compiled(upstream_step(recipe, velocity, optimizer, solved, rules))
-            for solved in ("all", "first", "none")
-        )
-        return Steps(first, refresh, between, refresh_every, keeps)
+        return Steps(upstream("all"), upstream("first"), upstream("none"), refresh_every, keeps)
 
-    def compiled(make: Callable[..., Step]) -> Step:
-        return _compiled(several_updates(recipe, lambda own: make(own, velocity, optimizer)))
+    def grouped(make: Callable[..., StagedStep]) -> GroupedStep:
+        last = make(recipe, velocity, optimizer)
+        before = make(before_last(recipe), velocity, optimizer)
+        return GroupedStep(last, before, recipe.updates, shards)
 
-    # The first step and the refreshes are one program, compiled once.
-    exact = compiled(exact_step)
+    # The first step and the refreshes are the same programs, compiled once.
+    exact = grouped(exact_step)
     if mode == "exact":
         return Steps(exact, exact, exact, 1, keeps)
-    between = compiled(amortized_step)
+    between = grouped(amortized_step)
     return Steps(exact, exact, between, refresh_every, keeps)
-
-
-def _compiled(step: Step) -> Step:
-    def train(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
-        # The name of the phase on the devices' lines of a profiler trace.
-        with jax.named_scope("train"):
-            return step(state, params, batch)
-
-    return jax.jit(train, donate_argnums=0)

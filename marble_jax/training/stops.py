@@ -1,4 +1,4 @@
-"""Requests to stop a run: signals, and how a run that is sampling images gives way to them."""
+"""Requests to stop a run: signals, and how a step or an evaluation under way gives way to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from marble_jax import distributed
 
@@ -68,7 +68,7 @@ class Interrupted(Exception):
 
 
 class Abandoned(Exception):
-    """A step or an evaluation was given up while its images were sampled, because the run is to stop."""
+    """A step or an evaluation was given up before its end, because the run is to stop."""
 
 
 class StopRequests:
@@ -91,14 +91,20 @@ class StopRequests:
             raise Abandoned
 
 
+def end_process(status: int) -> NoReturn:
+    """Ends this process here and now, whatever its other threads are at."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _end() -> None:
     sys.stderr.write(
         f"marble-jax: expected to stop within {GRACE:g} s of SIGTERM; received no end of what was under way: "
         "ended, the same command goes on from the newest checkpoint\n"
     )
-    sys.stderr.flush()
     # The main thread may hang in a reward, a socket or a file system: no exception of Python reaches it.
-    os._exit(TERMINATED)
+    end_process(TERMINATED)
 
 
 @contextmanager

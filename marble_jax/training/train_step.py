@@ -3,7 +3,7 @@
 `exact` takes every reward's gradient over the whole batch and solves for alpha at every step. `amortized` does so every
 `refresh_every` steps and in between runs one backward pass on `sum_k w_k g_k`, with w_k = alpha_k mean|g| / |g_k| from
 the last solve, which is the same update rule with older coefficients. `training.upstream_step` is upstream's variant.
-Each is one compiled program for all steps.
+Each is a `StagedStep`: loops over micro-batches, then the update.
 
 The objectives are the K rewards and, when advantages are scalarized, one more: the single advantage that is trained on.
 Its per-reward companions then cost nothing and show what it does to each reward.
@@ -12,7 +12,8 @@ Its per-reward companions then cost nothing and show what it does to each reward
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -23,151 +24,41 @@ from marble_jax import tree
 from marble_jax.harmonize import alpha_state, diagnostics, history, out_of_sample
 from marble_jax.harmonize.balancers import Solution, usable
 from marble_jax.harmonize.cleaned_solve import cleaned_solve
-from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient, per_sample
+from marble_jax.harmonize.reward_gradients import per_sample
 from marble_jax.harmonize.reward_sums import RewardGradients, RewardSums, mean_gradients
 from marble_jax.training.anchor_spacing import (
     AnchorMoments,
     anchor_spread,
-    anchored_first,
     count_for_error,
     expected_error,
     fewest_anchored,
 )
-from marble_jax.training.micro_batches import (
-    MicroBatch,
-    RolloutBatch,
-    TrainingOrder,
-    frozen_policies,
-    micro_batch,
-    sum_over,
-    training_order,
-)
-from marble_jax.training.policy_update import Metrics, Step, apply_update, mean_update
+from marble_jax.training.micro_batches import RolloutBatch
+from marble_jax.training.policy_update import Metrics, apply_update, mean_update
 from marble_jax.training.recipe import Harmonization, Recipe
+from marble_jax.training.staged_step import Bounds, Earlier, Loop, StagedStep, SumLoop
 from marble_jax.training.state import TrainState
-from marble_jax.types import Adapter, Params, PolicyVelocity
-
-
-class MicroBatches:
-    """The micro-batches of one optimiser step, and what is taken at each of them.
-
-    Args:
-      recipe: what the step does.
-      velocity: the policy.
-      state: before the step.
-      params: base weights.
-      batch: the step's rollouts.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        velocity: PolicyVelocity,
-        state: TrainState,
-        params: Params,
-        batch: RolloutBatch,
-    ):
-        self._objective, self._shards = recipe.objective, recipe.micro_batching.shards
-        self._chunk_size = recipe.micro_batching.chunk_size // self._shards.count
-        self._velocity, self._adapter = partial(velocity, params), state.current
-        self._policies = frozen_policies(velocity, params, state.rollout, self._shards)
-        self._cond, self._negative = batch.cond, batch.negative
-        self._key, self._step = jax.random.wrap_key_data(state.key), state.step
-        self._order: TrainingOrder = training_order(
-            batch,
-            self._key,
-            state.step,
-            recipe.timesteps,
-            recipe.micro_batching.size,
-            self._shards,
-        )
-
-    @property
-    def count(self) -> int:
-        """Micro-batches of the step."""
-        return self._order.num_micro_batches
-
-    def anchored_first(self, count: jax.Array | int) -> jax.Array:
-        """All micro-batches, the `count` with anchors first; see `anchor_spacing.anchored_first`."""
-        order = self._order
-        return anchored_first(self._key, self._step, order.num_timesteps, order.num_slices, count)
-
-    def at(self, index: jax.Array, divergence: bool = True) -> MicroBatch:
-        """Micro-batch `index`; `divergence` as in `Objective.prepare`."""
-        return micro_batch(
-            self._objective,
-            self._policies,
-            self._order,
-            self._cond,
-            index,
-            divergence,
-            self._shards,
-            self._negative,
-        )
-
-    def reward_sums(
-        self, part: MicroBatch, anchors: bool = True, anchor_scale: jax.Array | float = 1.0
-    ) -> RewardSums:
-        """Sums of every objective's gradient at a micro-batch, device by device; see `accumulate`."""
-
-        def of_shard(shard: MicroBatch) -> RewardSums:
-            return accumulate(
-                self._objective,
-                self._velocity,
-                self._adapter,
-                shard.samples,
-                shard.advantages,
-                shard.valid,
-                chunk_size=self._chunk_size,
-                anchors=anchors,
-                anchor_scale=anchor_scale,
-            )
-
-        return self._shards.map_shards(of_shard, part)
-
-    def combined_gradient(
-        self,
-        part: MicroBatch,
-        sample_weights: jax.Array,
-        num_samples: int,
-        signals: bool = True,
-    ) -> tuple[Adapter, dict[str, Any]]:
-        """One backward pass at a micro-batch, device by device; see `reward_gradients.combined_gradient`."""
-
-        def of_shard(shard: MicroBatch) -> tuple[Adapter, dict[str, Any]]:
-            return combined_gradient(
-                self._objective,
-                self._velocity,
-                self._adapter,
-                shard.samples,
-                shard.advantages,
-                shard.valid,
-                sample_weights,
-                num_samples,
-                signals,
-            )
-
-        return self._shards.map_shards(of_shard, part)
-
-    def all_reduce(self, sums: Any) -> Any:
-        """Sum over devices of what the methods above return."""
-        return self._shards.all_reduce(sums)
+from marble_jax.training.step_gradients import MicroBatches, num_micro_batches
+from marble_jax.types import Adapter, PolicyVelocity
 
 
 def exact_step(
     recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation
-) -> Step:
+) -> StagedStep:
     """The step that takes every reward's gradient over the whole batch and solves for alpha."""
     harmonization = recipe.harmonization
     rewards = harmonization.num_rewards
     adaptive = harmonization.anchor_error > 0
+    loops = _adaptive_loops(recipe) if adaptive else _spaced_loops(harmonization.anchor_every)
 
-    def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
-        parts = MicroBatches(recipe, velocity, state, params, batch)
+    def finish(parts: MicroBatches, carries: Earlier) -> tuple[TrainState, Metrics]:
+        state = parts.state
         if adaptive:
-            sums, moments = _adaptive_sums(recipe, parts, state, batch)
-        else:
-            sums = _whole_batch_sums(parts, harmonization.anchor_every)
+            (anchored, total, squares), others = carries
+            moments = AnchorMoments(squares, tree.norm(total), _adaptive_count(recipe, parts))
+            carries = (anchored, others)
+        # The one exchange between devices of a step's gradients.
+        sums = parts.all_reduce(reduce(tree.add, carries))
         mean = mean_gradients(sums)
         gram = tree.gram(mean.gradients)
         # A reward without a valid sample in the whole batch has no gradient to balance.
@@ -210,7 +101,12 @@ def exact_step(
             }
         return state, metrics | comparison
 
-    return step
+    return StagedStep(
+        open=partial(MicroBatches, recipe, velocity),
+        count=partial(num_micro_batches, recipe),
+        loops=loops,
+        finish=finish,
+    )
 
 
 def _beside_history(
@@ -231,54 +127,80 @@ def _beside_history(
     return past, comparison
 
 
-def _whole_batch_sums(parts: MicroBatches, anchor_every: int) -> RewardSums:
-    """Sums over all micro-batches and devices, with anchors at one micro-batch in `anchor_every`."""
-    count = fewest_anchored(parts.count, anchor_every)
-    order = parts.anchored_first(count)
+def _spaced_loops(anchor_every: int) -> Callable[[int], tuple[Loop, ...]]:
+    """Loops over all micro-batches, with anchors at one micro-batch in `anchor_every`."""
 
-    def with_anchors(index: jax.Array) -> RewardSums:
-        return parts.reward_sums(parts.at(index), anchor_scale=parts.count / count)
+    def loops(num: int) -> tuple[Loop, ...]:
+        count = fewest_anchored(num, anchor_every)
 
-    # Two loops of two programs: a branch inside one loop would hold the memory of both.
-    sums = sum_over(with_anchors, order[:count])
-    if count < parts.count:
-        sums = tree.add(sums, sum_over(partial(_signal_sums, parts), order[count:]))
-    # The one exchange between devices of a step's gradients.
-    return parts.all_reduce(sums)
+        def order(parts: MicroBatches) -> jax.Array:
+            return parts.anchored_first(count)
+
+        def with_anchors(parts: MicroBatches, _: Earlier) -> Callable[[jax.Array], RewardSums]:
+            return lambda index: parts.reward_sums(parts.at(index), anchor_scale=num / count)
+
+        anchored = SumLoop(order, lambda _: (0, count), with_anchors)
+        if count == num:
+            return (anchored,)
+        # Two loops of two programs: a branch inside one loop would hold the memory of both.
+        return anchored, SumLoop(order, lambda _: (count, num), _signals)
+
+    return loops
 
 
-def _signal_sums(parts: MicroBatches, index: jax.Array) -> RewardSums:
+def _signals(parts: MicroBatches, _: Earlier) -> Callable[[jax.Array], RewardSums]:
     """Sums at a micro-batch without anchors and divergence."""
-    return parts.reward_sums(parts.at(index, divergence=False), anchors=False)
+
+    def sums(index: jax.Array) -> RewardSums:
+        return parts.reward_sums(parts.at(index, divergence=False), anchors=False)
+
+    return sums
 
 
-def _adaptive_sums(
-    recipe: Recipe, parts: MicroBatches, state: TrainState, batch: RolloutBatch
-) -> tuple[RewardSums, AnchorMoments]:
-    """Sums as `_whole_batch_sums`, with anchors at as many micro-batches as their last spread asks for.
+def _adaptive_count(recipe: Recipe, parts: MicroBatches) -> jax.Array:
+    """How many micro-batches have anchors: as many as their last spread asks for.
 
-    How many that are follows from earlier steps alone: a count that looked at this step's anchors would be biased.
+    That follows from earlier steps alone: a count that looked at this step's anchors would be biased.
     """
-    harmonization = recipe.harmonization
+    harmonization, spread = recipe.harmonization, parts.state.last_spread
     fewest = fewest_anchored(parts.count, harmonization.anchor_every)
-    count = count_for_error(state.last_spread, harmonization.anchor_error, parts.count, fewest)
-    order = parts.anchored_first(count)
-    scale = parts.count / count
-    # What the anchors weigh in the update, as far as it is known before the solve.
-    sample_weights, num_samples = _sample_weights(recipe, state, batch)
+    return count_for_error(spread, harmonization.anchor_error, parts.count, fewest)
 
-    def with_anchors(index: jax.Array) -> tuple[RewardSums, Adapter, jax.Array]:
-        part = parts.at(index)
-        sums = parts.reward_sums(part, anchor_scale=scale)
-        shares = parts.combined_gradient(part, sample_weights, num_samples, signals=False)
-        # Reduced here and not after the loop: the norm is that of all devices' samples.
-        share, _ = parts.all_reduce(shares)
-        return sums, share, tree.vdot(share, share)
 
-    sums, total, squares = sum_over(with_anchors, order, (0, count))
-    others = sum_over(partial(_signal_sums, parts), order, (count, parts.count))
-    moments = AnchorMoments(squares, tree.norm(total), count)
-    return parts.all_reduce(tree.add(sums, others)), moments
+def _adaptive_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
+    """Loops as `_spaced_loops`, with anchors at `_adaptive_count` micro-batches, whose spread is measured."""
+
+    def order(parts: MicroBatches) -> jax.Array:
+        return parts.anchored_first(_adaptive_count(recipe, parts))
+
+    def with_anchors(
+        parts: MicroBatches, _: Earlier
+    ) -> Callable[[jax.Array], tuple[RewardSums, Adapter, jax.Array]]:
+        scale = parts.count / _adaptive_count(recipe, parts)
+        # What the anchors weigh in the update, as far as it is known before the solve.
+        sample_weights, num_samples = _sample_weights(recipe, parts.state, parts.batch)
+
+        def at(index: jax.Array) -> tuple[RewardSums, Adapter, jax.Array]:
+            part = parts.at(index)
+            sums = parts.reward_sums(part, anchor_scale=scale)
+            shares = parts.combined_gradient(part, sample_weights, num_samples, signals=False)
+            # Reduced here and not after the loop: the norm is that of all devices' samples.
+            share, _ = parts.all_reduce(shares)
+            return sums, share, tree.vdot(share, share)
+
+        return at
+
+    def first(parts: MicroBatches) -> Bounds:
+        return 0, _adaptive_count(recipe, parts)
+
+    def others(parts: MicroBatches) -> Bounds:
+        return _adaptive_count(recipe, parts), parts.count
+
+    loops = (
+        SumLoop(order, first, with_anchors, per_device=(True, False, False)),
+        SumLoop(order, others, _signals),
+    )
+    return lambda num: loops
 
 
 def _sample_weights(
@@ -367,32 +289,43 @@ def _reward_diagnostics(gram: jax.Array, weights: jax.Array, alpha: jax.Array) -
 
 def amortized_step(
     recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation
-) -> Step:
+) -> StagedStep:
     """The step in between solves: one backward pass with the cached coefficients.
 
     Anchors are part of that pass and cost nothing; the divergence asks the base model and is taken where a solve would
     take it, at one micro-batch in `anchor_every`.
     """
 
-    def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
-        parts = MicroBatches(recipe, velocity, state, params, batch)
-        sample_weights, num_samples = _sample_weights(recipe, state, batch)
-        count = parts.count
+    def loops(num: int) -> tuple[Loop, ...]:
+        count = num
         if recipe.objective.kl_weight > 0:
-            count = fewest_anchored(parts.count, recipe.harmonization.anchor_every)
-        order = parts.anchored_first(count)
-        # The mean over the samples that have it, a random part of all, has no bias.
-        with_divergence = num_samples * count // parts.count
+            count = fewest_anchored(num, recipe.harmonization.anchor_every)
 
-        def gradient_at(index: jax.Array, divergence: bool) -> tuple[Adapter, dict[str, Any]]:
-            part = parts.at(index, divergence)
-            return parts.combined_gradient(part, sample_weights, with_divergence)
+        def order(parts: MicroBatches) -> jax.Array:
+            return parts.anchored_first(count)
 
-        sums = sum_over(partial(gradient_at, divergence=True), order[:count])
-        if count < parts.count:
-            others = sum_over(partial(gradient_at, divergence=False), order[count:])
-            sums = tree.add(sums, others)
-        gradient, losses = parts.all_reduce(sums)
+        def gradients(
+            parts: MicroBatches, _: Earlier, divergence: bool
+        ) -> Callable[[jax.Array], tuple[Adapter, dict[str, Any]]]:
+            sample_weights, num_samples = _sample_weights(recipe, parts.state, parts.batch)
+            # The mean over the samples that have it, a random part of all, has no bias.
+            with_divergence = num_samples * count // num
+
+            def gradient(index: jax.Array) -> tuple[Adapter, dict[str, Any]]:
+                part = parts.at(index, divergence)
+                return parts.combined_gradient(part, sample_weights, with_divergence)
+
+            return gradient
+
+        diverging = SumLoop(order, lambda _: (0, count), partial(gradients, divergence=True))
+        if count == num:
+            return (diverging,)
+        others = SumLoop(order, lambda _: (count, num), partial(gradients, divergence=False))
+        return diverging, others
+
+    def finish(parts: MicroBatches, carries: Earlier) -> tuple[TrainState, Metrics]:
+        state = parts.state
+        gradient, losses = parts.all_reduce(reduce(tree.add, carries))
         state, metrics = apply_update(recipe.averages, optimizer, state, gradient, state.alpha)
         metrics |= losses["records"].metrics()
         return state, metrics | {
@@ -403,4 +336,9 @@ def amortized_step(
             "harmonize/alpha_age": state.alpha.age,
         }
 
-    return step
+    return StagedStep(
+        open=partial(MicroBatches, recipe, velocity),
+        count=partial(num_micro_batches, recipe),
+        loops=loops,
+        finish=finish,
+    )

@@ -45,6 +45,8 @@ Source: the released code of MARBLE (arXiv 2605.06507).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,16 +57,15 @@ from marble_jax import tree
 from marble_jax.harmonize import alpha_state, diagnostics
 from marble_jax.harmonize.balancers import Fixed
 from marble_jax.harmonize.reward_sums import mean_gradients
-from marble_jax.training.micro_batches import MicroBatch, RolloutBatch, sum_over
-from marble_jax.training.policy_update import Metrics, Step, apply_update
+from marble_jax.training.micro_batches import MicroBatch, RolloutBatch
+from marble_jax.training.policy_update import Metrics, apply_update
 from marble_jax.training.recipe import Recipe
+from marble_jax.training.staged_step import Bounds, Carry, Earlier, Loop, StagedStep, SumLoop
 from marble_jax.training.state import TrainState
-from marble_jax.training.train_step import MicroBatches, solution_metrics
+from marble_jax.training.step_gradients import MicroBatches, num_micro_batches
+from marble_jax.training.train_step import solution_metrics
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules, WeightedSamples
 from marble_jax.types import Adapter, Params, PolicyVelocity
-
-Carry = tuple[Adapter, alpha_state.AlphaState, Metrics]
-"""Gradient so far, alpha, and the numbers of the last solve."""
 
 
 def upstream_step(
@@ -73,7 +74,7 @@ def upstream_step(
     optimizer: optax.GradientTransformation,
     solved: str,
     rules: UpstreamRules = PLAIN_RULES,
-) -> Step:
+) -> StagedStep:
     """One optimiser step as upstream takes it.
 
     Args:
@@ -83,7 +84,6 @@ def upstream_step(
       solved: which micro-batches solve for alpha: "all", "first" or "none"; none unless the recipe `solves`.
       rules: what is done to the samples of a micro-batch.
     """
-    balancer = recipe.harmonization.balancer
     if not solves(recipe):
         solved = "none"
     # Without a weight for every sample, the objective stays as it is.
@@ -92,18 +92,29 @@ def upstream_step(
         weighted = WeightedSamples(objective, objective.kl_weight)
         recipe = dataclasses.replace(recipe, objective=weighted)
 
-    def step(state: TrainState, params: Params, batch: RolloutBatch) -> tuple[TrainState, Metrics]:
+    def num_solves(num: int) -> int:
+        return {"all": num, "first": 1, "none": 0}[solved]
+
+    def open_step(state: TrainState, params: Params, batch: RolloutBatch) -> _Sampled:
         parts = MicroBatches(recipe, velocity, state, params, batch)
-        num_solves = {"all": parts.count, "first": 1, "none": 0}[solved]
-        gradient, alpha = tree.zeros_like(state.current), state.alpha
-        if isinstance(balancer, Fixed):
-            alpha = _fixed_alpha(balancer, alpha)
-        sampled = _Sampled(recipe, parts, state, rules)
+        return _Sampled(recipe, parts, rules)
+
+    def loops(num: int) -> tuple[Loop, ...]:
+        chosen: list[Loop] = []
+        if num_solves(num):
+            chosen.append(_SolvingLoop(recipe, num_solves(num)))
+        if num_solves(num) < num:
+            chosen.append(_combined_loop(recipe, num_solves(num), num))
+        return tuple(chosen)
+
+    def finish(sampled: _Sampled, carries: Earlier) -> tuple[TrainState, Metrics]:
+        state, parts = sampled.state, sampled.parts
+        gradient, alpha = tree.zeros_like(state.current), _first_alpha(recipe, state)
         metrics: Metrics = {}
-        if num_solves:
-            gradient, alpha, metrics = _solved_part(recipe, parts, sampled, state, num_solves)
-        if num_solves < parts.count:
-            combined, losses = _combined_part(recipe, parts, sampled, alpha.alpha, num_solves)
+        if num_solves(parts.count):
+            gradient, alpha, metrics = carries[0]
+        if num_solves(parts.count) < parts.count:
+            combined, losses = parts.all_reduce(carries[-1])
             gradient = tree.add(gradient, combined)
             # The numbers of a solve are the fuller ones where both are there.
             metrics = {
@@ -112,19 +123,27 @@ def upstream_step(
                 **losses["records"].metrics(),
             } | metrics
         state, update_metrics = apply_update(recipe.averages, optimizer, state, gradient, alpha)
-        return state, metrics | update_metrics | sampled.metrics(batch) | {
+        return state, metrics | update_metrics | sampled.metrics(parts.batch) | {
             "harmonize/alpha": alpha.alpha,
             "harmonize/alpha_age": alpha.age,
-            "harmonize/refreshed": jnp.asarray(float(num_solves > 0)),
+            "harmonize/refreshed": jnp.asarray(float(num_solves(parts.count) > 0)),
         }
 
-    return step
+    return StagedStep(open_step, partial(num_micro_batches, recipe), loops, finish)
 
 
 def solves(recipe: Recipe) -> bool:
     """Whether alpha is solved for at all: not under a scalarized advantage, nor where it is fixed."""
     harmonization = recipe.harmonization
     return not harmonization.scalarized and not isinstance(harmonization.balancer, Fixed)
+
+
+def _first_alpha(recipe: Recipe, state: TrainState) -> alpha_state.AlphaState:
+    """The alpha that a step begins with."""
+    balancer = recipe.harmonization.balancer
+    if isinstance(balancer, Fixed):
+        return _fixed_alpha(balancer, state.alpha)
+    return state.alpha
 
 
 def _fixed_alpha(balancer: Fixed, alpha: alpha_state.AlphaState) -> alpha_state.AlphaState:
@@ -142,19 +161,21 @@ class _Sampled:
     Args:
       recipe: what the step does.
       parts: its micro-batches.
-      state: before the step.
       rules: what is done to their samples.
+
+    Attributes:
+      parts: as given.
+      state: before the step.
     """
 
-    def __init__(
-        self, recipe: Recipe, parts: MicroBatches, state: TrainState, rules: UpstreamRules
-    ):
-        self._parts, self._rules = parts, rules
+    def __init__(self, recipe: Recipe, parts: MicroBatches, rules: UpstreamRules):
+        self.parts, self.state = parts, parts.state
+        self._rules = rules
         self._rewards = recipe.harmonization.num_rewards
         self._scalarized = recipe.harmonization.scalarized
         self._num_timesteps = recipe.timesteps.num_trained
         self._num_slices = parts.count // self._num_timesteps
-        self._key, self._step = jax.random.wrap_key_data(state.key), state.step
+        self._key, self._step = jax.random.wrap_key_data(self.state.key), self.state.step
 
     def in_order(self, count: int) -> jax.Array:
         """The first `count` micro-batches: all timesteps of a slice of images, then the next slice."""
@@ -164,7 +185,7 @@ class _Sampled:
 
     def at(self, index: jax.Array) -> MicroBatch:
         """Micro-batch `index` of the rewards alone, without what dropout takes away; advantages are not shaped."""
-        part = self._parts.at(index)
+        part = self.parts.at(index)
         # What lies behind the rewards, a scalarized advantage, is not one of them.
         valid = self._kept(part.valid, index // self._num_slices)
         advantages = jnp.where(valid, part.advantages[:, : self._rewards], 0.0)
@@ -183,7 +204,7 @@ class _Sampled:
         """Micro-batch `index` with one advantage, combined or scalarized, under which every sample is valid."""
         # A missing advantage is 0 and counts: every sample is valid under the combined one.
         if self._scalarized:
-            part = self._parts.at(index)
+            part = self.parts.at(index)
             combined = part.advantages[:, self._rewards :]
         else:
             part = self.at(index)
@@ -206,24 +227,60 @@ class _Sampled:
         return self._rules.kept(valid[:, : self._rewards], self._key, self._step, timestep)
 
 
-def _solved_part(
-    recipe: Recipe, parts: MicroBatches, sampled: _Sampled, state: TrainState, num_solves: int
-) -> Carry:
-    """The first micro-batches, each with an alpha of its own."""
-    harmonization, rewards = recipe.harmonization, recipe.harmonization.num_rewards
+@dataclasses.dataclass(frozen=True)
+class _SolvingLoop:
+    """The first micro-batches, each with an alpha of its own; see `staged_step.Loop`.
 
-    def solve(carry: Carry, index: jax.Array) -> tuple[Carry, None]:
+    Attributes:
+      recipe: what the step does.
+      num: how many they are.
+      per_device: nothing is: alpha is solved on all devices' samples.
+    """
+
+    recipe: Recipe
+    num: int
+    per_device: Any = False
+
+    def bounds(self, sampled: _Sampled) -> Bounds:
+        """See `Loop.bounds`."""
+        return 0, self.num
+
+    def start(self, sampled: _Sampled) -> Carry:
+        """See `Loop.start`."""
+        gradient, first = tree.zeros_like(sampled.state.current), jnp.zeros((), jnp.int32)
+        alpha = _first_alpha(self.recipe, sampled.state)
+        shapes = jax.eval_shape(lambda: self._solve(sampled, (gradient, alpha, {}), first)[2])
+        # A loop wants its carry whole from the start; the numbers of the last turn stay.
+        no_metrics = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return gradient, alpha, no_metrics
+
+    def turns(self, sampled: _Sampled, earlier: Earlier, carry: Carry, bounds: Bounds) -> Carry:
+        """See `Loop.turns`."""
+        order = sampled.in_order(self.num)
+
+        def turn(place: jax.Array, carry: Carry) -> Carry:
+            return self._solve(sampled, carry, order[place])
+
+        return jax.lax.fori_loop(*bounds, turn, carry)
+
+    def whole(self, sampled: _Sampled, earlier: Earlier) -> Carry:
+        """See `Loop.whole`."""
+        return self.turns(sampled, earlier, self.start(sampled), self.bounds(sampled))
+
+    def _solve(self, sampled: _Sampled, carry: Carry, index: jax.Array) -> Carry:
+        """The carry after a solve on micro-batch `index`."""
+        recipe, parts, harmonization = self.recipe, sampled.parts, self.recipe.harmonization
         total, alpha, _ = carry
         part = sampled.solving_at(index)
         # Reduced here and not after the loop: alpha is solved on this micro-batch alone.
         sums = parts.all_reduce(parts.reward_sums(part))
         mean = mean_gradients(sums)
         gram = tree.gram(mean.gradients)
-        solution = harmonization.balancer(gram, sums.counts > 0, state.balancer)
+        solution = harmonization.balancer(gram, sums.counts > 0, sampled.state.balancer)
         alpha = alpha_state.refresh(alpha, solution.alpha, solution.scale, harmonization.rho)
         update = tree.weighted_sum(solution.weights, mean.gradients)
         combined = tree.add(update, tree.scale(mean.kl_gradient, recipe.objective.kl_weight))
-        everything = jnp.ones(rewards, bool)
+        everything = jnp.ones(harmonization.num_rewards, bool)
         metrics = diagnostics.from_gram(gram, solution.weights, everything, alpha.alpha)
         metrics |= solution_metrics(solution)
         metrics |= {
@@ -233,28 +290,28 @@ def _solved_part(
         }
         # Upstream adds up the gradients of micro-batches, each divided by their number.
         total = tree.add(total, tree.scale(combined, 1.0 / parts.count))
-        return (total, alpha, metrics), None
+        return total, alpha, metrics
 
-    gradient = tree.zeros_like(state.current)
-    first = jnp.zeros((), jnp.int32)
-    shapes = jax.eval_shape(lambda: solve((gradient, state.alpha, {}), first)[0][2])
-    # A scan wants its carry whole from the start; the numbers of the last turn stay.
-    no_metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    carry, _ = jax.lax.scan(
-        solve, (gradient, state.alpha, no_metrics), sampled.in_order(num_solves)
+
+def _combined_loop(recipe: Recipe, first: int, num: int) -> SumLoop:
+    """The micro-batches from `first` on, of `num`, with one combined advantage for all rewards."""
+    num_samples = num * recipe.micro_batching.size
+
+    def gradients(
+        sampled: _Sampled, earlier: Earlier
+    ) -> Callable[[jax.Array], tuple[Adapter, dict[str, Any]]]:
+        # The solves before it, where there are any, have moved alpha.
+        alpha = earlier[0][1] if earlier else _first_alpha(recipe, sampled.state)
+
+        def gradient(index: jax.Array) -> tuple[Adapter, dict[str, Any]]:
+            combined = sampled.combined_at(index, alpha.alpha)
+            share = jnp.full(1, 1.0 / num_samples)
+            return sampled.parts.combined_gradient(combined, share, num_samples)
+
+        return gradient
+
+    return SumLoop(
+        order=lambda _: jnp.arange(num, dtype=jnp.int32),
+        places=lambda _: (first, num),
+        part=gradients,
     )
-    return carry
-
-
-def _combined_part(
-    recipe: Recipe, parts: MicroBatches, sampled: _Sampled, alpha: jax.Array, first: int
-) -> tuple[Adapter, dict[str, Any]]:
-    """The micro-batches from `first` on, with one combined advantage for all rewards."""
-    num_samples = parts.count * recipe.micro_batching.size
-
-    def gradient_at(index: jax.Array) -> tuple[Adapter, dict[str, Any]]:
-        combined = sampled.combined_at(index, alpha)
-        share = jnp.full(1, 1.0 / num_samples)
-        return parts.combined_gradient(combined, share, num_samples)
-
-    return parts.all_reduce(sum_over(gradient_at, range(first, parts.count)))

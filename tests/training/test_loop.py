@@ -23,6 +23,7 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.trainable import lora
+from marble_jax.training import grouped_step, loop
 from marble_jax.training.iteration import Iteration, Sampling
 from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.profile import Profiler
@@ -299,11 +300,75 @@ def test_a_signal_while_a_step_is_sampled_gives_that_step_up():
     toy.assert_identical(_train(jax.tree.map(jnp.asarray, diary.saved[1]), Diary()), _whole()[0])
 
 
+class Signalling:
+    """Compiled steps that get a signal when a step is watched for the so manieth time."""
+
+    def __init__(self, steps, at_step, at_look):
+        self._steps, self._at, self.looks = steps, (at_step, at_look), 0
+        self.every, self.keeps = steps.every, steps.keeps
+
+    def due(self, solved, age):
+        program = self._steps.due(solved, age)
+
+        def watched(state, params, batch, watch):
+            looks = 0
+
+            def look(done, total):
+                nonlocal looks
+                looks += 1
+                if (int(state.step), looks) == self._at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                watch(done, total)
+
+            state, metrics = program(state, params, batch, look)
+            self.looks = looks
+            return state, metrics
+
+        return watched
+
+
+@pytest.mark.parametrize("look", [1, 3, 5])
+def test_a_signal_between_groups_of_micro_batches_gives_the_step_up(monkeypatch, look):
+    """It comes in the update of step 2, of 9 micro-batches, before the first or behind a group: as for a rollout."""
+    monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 0.0)
+    steps = Signalling(_steps(), 1, look)
+    diary = Diary()
+    with pytest.raises(Interrupted, match="stopped after step 1;"):
+        _train(_start(), diary, steps=steps)
+    assert diary.events == [("evaluate", 0), ("record", 0), ("save", 1)]
+    assert steps.looks > 5
+    toy.assert_identical(_train(jax.tree.map(jnp.asarray, diary.saved[1]), Diary()), _whole()[0])
+
+
+def test_a_step_is_saved_when_the_last_checkpoint_is_old(monkeypatch):
+    """Steps of four minutes, and a checkpoint every ten: behind the third step, and behind the last."""
+    minutes = iter(range(0, 1000, 4))
+    monkeypatch.setattr(loop, "time", FakeTime(minutes))
+    diary = Diary()
+    cadence = Cadence(4, 0, 100, checkpoint_seconds=600.0)
+    train(_start(), _iteration(), cadence, diary.hooks, Console())
+    assert list(diary.saved) == [3, 4]
+
+
+class FakeTime:
+    """A clock that goes on by some minutes whenever it is read."""
+
+    def __init__(self, minutes):
+        self._minutes = minutes
+
+    def monotonic(self):
+        return 60.0 * next(self._minutes)
+
+    def perf_counter(self):
+        return 0.0
+
+
 def test_a_signal_after_the_save_check_is_not_lost():
     """It comes when the loop looks whether another step is due: nothing was saved on schedule, so it is saved now."""
 
     class Late(Cadence):
         checked = False
+        checkpoint_seconds = 0.0
 
         def __init__(self):
             """Nothing is fixed: how many steps there are depends on when it is asked."""

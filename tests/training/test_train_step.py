@@ -274,7 +274,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_reported(kind):
 
 
 def test_steps_are_traced_once_and_overwrite_the_state_they_are_given():
-    """Three steps of each program, from a new state, its own output and one with a fresh best score: one trace."""
+    """Three steps of each kind, from a new state, its own output and one with a fresh best score: traced once."""
     traces = []
 
     def counted(*arguments):
@@ -297,7 +297,8 @@ def test_steps_are_traced_once_and_overwrite_the_state_they_are_given():
     for program in (steps.refresh, steps.between, steps.refresh):
         state, _ = program(state, params, toy.new_batch(seed=4))
     assert len(traces) == first and int(state.step) == 5
-    assert steps.refresh._cache_size() == 1 and steps.between._cache_size() == 1
+    # A loop over micro-batches and the update.
+    assert steps.refresh.num_compiled == 2 and steps.between.num_compiled == 2
 
 
 def test_which_step_is_due():

@@ -1,0 +1,317 @@
+"""An optimiser step driven from the host: groups of micro-batches, between which a run can stop, then the update.
+
+A group is a call of a compiled loop that takes the sums so far and overwrites them. The state is given away to the last
+call alone, so that a step which is given up leaves it as it was. How many micro-batches make a group follows from the
+time that the last ones took and is the same on all hosts; sums do not depend on it, as they are taken one micro-batch
+after the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from marble_jax import distributed
+from marble_jax.distributed import device_mesh
+from marble_jax.distributed.device_mesh import Shards
+from marble_jax.distributed.waiting import call_beside, wait_for
+from marble_jax.training.micro_batches import RolloutBatch
+from marble_jax.training.policy_update import Metrics
+from marble_jax.training.several_updates import (
+    first_figures,
+    several_updates,
+    update_key,
+    update_part,
+)
+from marble_jax.training.staged_step import Bounds, Carry, Earlier, Loop, StagedStep
+from marble_jax.training.state import TrainState
+from marble_jax.types import Params
+
+GROUP_SECONDS = 5.0
+"""Time that a group of micro-batches is meant to take; one that takes longer is a group by itself."""
+
+Watch = Callable[[int, int], None]
+"""watch(micro-batches done, of the step): called after every group and now and then while one is waited for. What it
+raises gives the step up."""
+
+
+def unwatched(done: int, total: int) -> None:
+    """Watches nothing."""
+
+
+class GroupSize:
+    """How many micro-batches make the next group of a loop."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._groups = 0
+
+    def next(self, left: int) -> int:
+        """Micro-batches of the next group, at most those that are left; the same on all hosts.
+
+        The first group compiles and the second is timed, with one micro-batch each.
+        """
+        size = 1
+        if self._seconds > 0:
+            size = max(1, int(GROUP_SECONDS / self._seconds))
+        if not distributed.is_single_process():
+            # Hosts that ran loops of different lengths would wait for each other.
+            size = distributed.broadcast_from_first("group of micro-batches", lambda: size)
+        return min(size, left)
+
+    def took(self, count: int, seconds: float) -> None:
+        """Takes note of a group's time."""
+        self._groups += 1
+        if self._groups > 1:
+            self._seconds = seconds / count
+
+
+class _Programs(NamedTuple):
+    """Compiled programs of a step. All of them begin with (state, base weights, rollouts, number of the update).
+
+    Attributes:
+      start: the carries before the first turn of every loop, and the places of their turns, int32 [loops, 2].
+      turns: of every loop, from (earlier carries, own carry, first place, last place) to the carry.
+      hold: from all carries to the state after an update that is followed by another one from the same rollouts.
+      finish: the same after the last update; overwrites the state.
+    """
+
+    start: Callable[..., Any]
+    turns: tuple[Callable[..., Any], ...]
+    hold: Callable[..., Any]
+    finish: Callable[..., Any]
+
+
+class GroupedStep:
+    """One optimiser step in groups of micro-batches; a `policy_update.Step` that can be watched.
+
+    Args:
+      last: the update after which the rollout policy follows.
+      before: the update where another one from the same rollouts follows; alike but for how it finishes.
+      updates: updates that share a rollout.
+      shards: the devices that share the samples of a micro-batch.
+    """
+
+    def __init__(self, last: StagedStep, before: StagedStep, updates: int, shards: Shards):
+        self._last, self._before, self._updates = last, before, updates
+        self._mesh = shards.mesh
+        self._sizes: dict[int, GroupSize] = {}
+        self._programs: dict[int, _Programs] = {}
+        self._compiled: set[Callable[..., Any]] = set()
+
+    def __call__(
+        self, state: TrainState, params: Params, batch: RolloutBatch, watch: Watch = unwatched
+    ) -> tuple[TrainState, Metrics]:
+        """The state after the step, in place of `state`, and its numbers, which may still be on their way.
+
+        Args:
+          state: before the step; as it was where `watch` raises.
+          params: base weights.
+          batch: rollouts.
+          watch: see `Watch`.
+        """
+        first: Metrics = {}
+        for update in range(self._updates):
+            number = np.int32(update)
+            programs, carries = self._sums(state, params, batch, number, watch)
+            if update < self._updates - 1:
+                state, metrics = programs.hold(state, params, batch, number, carries)
+            else:
+                state, metrics = programs.finish(state, params, batch, number, carries)
+            if update == 0 and self._updates > 1:
+                first = first_figures(metrics)
+        return state, metrics | first
+
+    def trace(self, state: Any, params: Any, batch: Any) -> Any:
+        """The whole step as one traced program, to compile ahead of time; arguments may be shapes."""
+        return self._whole.trace(state, params, batch)
+
+    @cached_property
+    def _whole(self) -> Any:
+        whole = several_updates(self._last, self._before, self._updates)
+        return jax.jit(_in_scope(whole), donate_argnums=0)
+
+    @property
+    def num_compiled(self) -> int:
+        """Compilations of the programs that do the work: one for every loop and for every kind of update is enough."""
+        return sum(
+            program._cache_size()
+            for programs in self._programs.values()
+            for program in (*programs.turns, programs.hold, programs.finish)
+        )
+
+    def _sums(
+        self,
+        state: TrainState,
+        params: Params,
+        batch: RolloutBatch,
+        update: np.int32,
+        watch: Watch,
+    ) -> tuple[_Programs, Earlier]:
+        """Runs the loops of an update, group by group."""
+        count = self._count(batch)
+        programs = self._programs_of(count)
+        done, total = int(update) * count, self._updates * count
+        watch(done, total)
+        given = (state, params, batch, update)
+        starts, places = self._called(programs.start, given, partial(watch, done, total))
+        carries: Earlier = ()
+        for number, turns in enumerate(programs.turns):
+            place, end = np.asarray(places[number]).tolist()
+            size = self._sizes.setdefault(number, GroupSize())
+            # The list gives it up, so that the program may overwrite it.
+            carry, starts[number] = starts[number], None
+            while place < end:
+                taken = size.next(end - place)
+                begun = time.perf_counter()
+                bounds = np.int32(place), np.int32(place + taken)
+                poll = partial(watch, done, total)
+                carry = self._called(turns, (*given, carries, carry, *bounds), poll)
+                wait_for(carry, poll)
+                size.took(taken, time.perf_counter() - begun)
+                place += taken
+                done += taken
+                watch(done, total)
+            carries += (carry,)
+        return programs, carries
+
+    def _called(
+        self, program: Callable[..., Any], arguments: tuple[Any, ...], poll: Callable[[], object]
+    ) -> Any:
+        """What a program returns that leaves the state alone; its first call, which compiles, can be given up."""
+        if program in self._compiled:
+            return program(*arguments)
+        result = call_beside(lambda: program(*arguments), poll)
+        self._compiled.add(program)
+        return result
+
+    def _count(self, batch: RolloutBatch) -> int:
+        """Micro-batches of one update."""
+        images = len(batch.prompt) // self._updates
+        shape = jax.ShapeDtypeStruct((images,), jnp.int32)
+        return self._last.count(batch.replace(prompt=shape))
+
+    def _programs_of(self, count: int) -> _Programs:
+        """The programs of a step whose updates have so many micro-batches."""
+        if count in self._programs:
+            return self._programs[count]
+        loops = self._last.loops(count)
+        whole = self._placed(False)
+        per_loop = tuple(self._placed(loop.per_device) for loop in loops)
+        programs = _Programs(
+            start=_jitted(self._start(loops), (list(per_loop), whole)),
+            turns=tuple(
+                _jitted(self._turns(loop), placed, donate=5)
+                for loop, placed in zip(loops, per_loop, strict=True)
+            ),
+            hold=_jitted(self._finish(self._before, False), whole),
+            finish=_jitted(self._finish(self._last, True), whole, donate=0),
+        )
+        self._programs[count] = programs
+        return programs
+
+    def _placed(self, per_device: Any) -> Any:
+        """Shardings of arrays with a leading axis of devices, and of those that every device has whole."""
+        mesh = self._mesh
+        if not isinstance(mesh, Mesh):
+            return None
+
+        def placed(split: bool) -> NamedSharding:
+            return NamedSharding(mesh, device_mesh.BATCH if split else device_mesh.REPLICATED)
+
+        if device_mesh.batch_shards(mesh) == 1:
+            return placed(False)
+        return jax.tree.map(placed, per_device)
+
+    def _opened(
+        self,
+        step: StagedStep,
+        state: TrainState,
+        params: Params,
+        batch: RolloutBatch,
+        update: jax.Array,
+    ) -> Any:
+        """The context of an update."""
+        if self._updates > 1:
+            batch = update_part(batch, state.key, state.step, update, self._updates)
+            state = state.replace(key=update_key(state.key, state.step, update))
+        return step.open(state, params, batch)
+
+    def _start(self, loops: tuple[Loop, ...]) -> Callable[..., Any]:
+        def start(
+            state: TrainState, params: Params, batch: RolloutBatch, update: jax.Array
+        ) -> tuple[list[Carry], jax.Array]:
+            context = self._opened(self._last, state, params, batch, update)
+            places = [jnp.stack(_int32(loop.bounds(context))) for loop in loops]
+            return [loop.start(context) for loop in loops], jnp.stack(places)
+
+        return start
+
+    def _turns(self, loop: Loop) -> Callable[..., Any]:
+        def turns(
+            state: TrainState,
+            params: Params,
+            batch: RolloutBatch,
+            update: jax.Array,
+            earlier: Earlier,
+            carry: Carry,
+            first: jax.Array,
+            last: jax.Array,
+        ) -> Carry:
+            context = self._opened(self._last, state, params, batch, update)
+            return loop.turns(context, earlier, carry, (first, last))
+
+        return turns
+
+    def _finish(self, step: StagedStep, is_last: bool) -> Callable[..., Any]:
+        def finish(
+            state: TrainState,
+            params: Params,
+            batch: RolloutBatch,
+            update: jax.Array,
+            carries: Earlier,
+        ) -> tuple[TrainState, Metrics]:
+            context = self._opened(step, state, params, batch, update)
+            after, metrics = step.finish(context, carries)
+            # All updates of a rollout are one step, with the run's own key.
+            after = after.replace(key=state.key)
+            if not is_last:
+                after = after.replace(step=state.step)
+            return after, metrics
+
+        return finish
+
+
+def _int32(bounds: Bounds) -> list[jax.Array]:
+    return [jnp.asarray(bound, jnp.int32) for bound in bounds]
+
+
+def _in_scope(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The name of the phase on the devices' lines of a profiler trace, around a program."""
+
+    def train(*arguments: Any) -> Any:
+        with jax.named_scope("train"):
+            return function(*arguments)
+
+    return train
+
+
+def _jitted(function: Callable[..., Any], placed: Any, donate: int | None = None) -> Any:
+    options: dict[str, Any] = {}
+    if placed is not None and not _is_unplaced(placed):
+        options["out_shardings"] = placed
+    if donate is not None:
+        options["donate_argnums"] = donate
+    # Arguments that a program does not use still decide where its results lie.
+    return jax.jit(_in_scope(function), keep_unused=True, **options)
+
+
+def _is_unplaced(placed: Any) -> bool:
+    return not jax.tree.leaves(placed)
