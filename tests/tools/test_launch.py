@@ -59,6 +59,8 @@ def test_the_job_set():
         and pod["terminationGracePeriodSeconds"] >= 60
     )
     assert {"distributed", "config", "workdir"} == set(options_of(training["command"]))
+    (token,) = training["env"]
+    assert token["name"] == "HF_TOKEN" and token["valueFrom"]["secretKeyRef"]["optional"]
     assert rewards["restartPolicy"] == "Always" and rewards["command"][:3] == [
         "marble-jax",
         "reward",
@@ -70,6 +72,7 @@ def test_the_job_set():
 def test_the_skypilot_task():
     task = read("skypilot.yaml")
     assert task["num_nodes"] == 2 and task["resources"]["accelerators"] == "H100:8"
+    assert "install.sh" in task["setup"] and "HF_TOKEN" in task["secrets"]
     for part in ("setup", "run"):
         done = subprocess.run(["bash", "-n"], input=task[part], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -118,6 +121,14 @@ def program(tmp_path, text):
     return str(path)
 
 
+def named(folder, name, text):
+    """An executable bash script of a name."""
+    path = folder / name
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
 def run(script, *arguments, **environ):
     return subprocess.run(
         ["bash", LAUNCH / script, *arguments],
@@ -147,14 +158,15 @@ def test_a_slurm_job(tmp_path):
         PATH=f"{tmp_path}:{os.environ['PATH']}",
         SLURM_JOB_NUM_NODES="2",
         SLURM_JOB_ID="17",
+        SLURM_CPUS_PER_TASK="12",
         REWARD_ARGS="--rewards_path=rewards --rewards=geneval",
     )
     assert done.returncode == 75, done.stderr
     assert sorted((tmp_path / "asked").read_text().splitlines()) == [
         "scontrol requeue 17",
-        "srun --kill-on-bad-exit=0 marble-jax train --distributed=on --config=c.py --workdir=/a b",
-        "srun --overlap --ntasks=2 --ntasks-per-node=1 --gpus-per-task=0 marble-jax reward serve --host=127.0.0.1 "
-        "--port=8810 --rewards_path=rewards --rewards=geneval",
+        "srun --kill-on-bad-exit=0 --cpus-per-task=12 marble-jax train --distributed=on --config=c.py --workdir=/a b",
+        "srun --overlap --ntasks=2 --ntasks-per-node=1 --gpus-per-task=0 --cpus-per-task=12 marble-jax reward serve "
+        "--host=127.0.0.1 --port=8810 --rewards_path=rewards --rewards=geneval",
     ]
     header = (LAUNCH / "slurm.sbatch").read_text()
     assert re.findall(
@@ -165,33 +177,167 @@ def test_a_slurm_job(tmp_path):
     ]  # JAX gives each process under SLURM one device
 
 
-def test_a_tpu_vm(tmp_path):
-    gcloud = program(
-        tmp_path, f'printf "%s\\n" "$@" >> {tmp_path}/asked; echo == >> {tmp_path}/asked\n'
-    )
-    where = {"TPU": "slice", "ZONE": "us-west4-a", "GCLOUD": gcloud, "RESTARTS": "3"}
-    assert run("tpu_vm.sh", "train", "--config=c.py", "--workdir=gs://a b", **where).returncode == 0
-    assert (tmp_path / "asked").read_text().splitlines() == [
-        "compute",
-        "tpus",
-        "tpu-vm",
-        "ssh",
-        "slice",
-        "--zone=us-west4-a",
-        "--worker=all",
-        "--command=cd marble_jax && env PID_FILE=/tmp/marble-train.pid MARBLE=$HOME/venv/bin/marble-jax RESTARTS=3 "
-        r"bash tools/launch/host.sh --distributed=on --config=c.py --workdir=gs://a\ b",
-        "==",
+GCLOUD = """
+# gcloud compute tpus tpu-vm VERB ...: one host, which is a folder and the shell of this machine.
+verb="$4"; shift 4
+export HOME={home} PATH="{stubs}:/usr/bin:/bin"
+echo "$verb $*" >> {home}/asked
+cd "$HOME"
+case "$verb" in
+  scp) cp "$1" "${{2#*:}}" ;;
+  ssh) for word; do case "$word" in --command=*) exec env -i HOME="$HOME" PATH="$PATH" bash -c "${{word#--command=}}" ;;
+    esac; done ;;
+esac
+"""
+UV = """
+# uv venv and uv pip install of a machine that has everything.
+echo "uv $*" >> "$HOME/uv"
+case "$1" in
+  venv) mkdir -p "${{@: -1}}/bin"; ln -sf /bin/true "${{@: -1}}/bin/python" ;;
+  pip) cp {marble} "$HOME/venv/bin/marble-jax" ;;
+esac
+"""
+MARBLE = """
+if [ "$1" = --help ]; then exit 0; fi
+trap 'sleep 0.3; echo saved; exit 143' TERM
+echo "$* as ${HF_TOKEN:-nobody}"
+touch "$HOME/training"
+while true; do sleep 0.05; done
+"""
+
+
+def wait_until(happened, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_tpu_vm_from_a_bare_machine_to_a_stop(tmp_path):
+    """Setup, a run whose session breaks off, the same command again, and a stop from elsewhere."""
+    home, stubs = tmp_path / "home", tmp_path / "stubs"
+    home.mkdir()
+    stubs.mkdir()
+    marble = named(stubs, "marble", MARBLE)
+    named(stubs, "uv", UV.format(marble=marble))
+    gcloud = named(stubs, "gcloud", GCLOUD.format(home=home, stubs=stubs))
+    secret = "hf_a b"
+    environ = {"TPU": "slice", "ZONE": "us-west4-a", "GCLOUD": gcloud, "RESTARTS": "3"}
+    done = run("tpu_vm.sh", "setup", **environ)
+    assert done.returncode == 0, done.stderr
+    assert (home / "uv").read_text().splitlines() == [
+        f"uv venv -q --python 3.12 {home}/venv",
+        f"uv pip install -q --python {home}/venv/bin/python -e {home}/marble_jax[tpu,rewards,geneval,gcs]",
     ]
-    done = run("tpu_vm.sh", "trian", **where)
-    assert (
-        done.returncode == 2
-        and "expected one of setup, train, stop; received 'trian'" in done.stderr
-    )
+    arguments = ["bash", LAUNCH / "tpu_vm.sh", "train", "--config=c.py", "--workdir=gs://a b"]
+
+    def train(log, **more):
+        return subprocess.Popen(
+            arguments,
+            env=os.environ | environ | more,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    broken = train(tmp_path / "broken", HF_TOKEN=secret)
+    wait_until((home / "training").exists)
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.wait()
+    again = train(tmp_path / "again")
+    first = f"train --distributed=on --config=c.py --workdir=gs://a b as {secret}\n"
+    wait_until(lambda: (tmp_path / "again").read_text() == first)
+    stopped = run("tpu_vm.sh", "stop", **environ)
+    # Asked to stop, the run ends with the status of a saved one, on every screen.
+    assert stopped.returncode == 143, stopped.stderr
+    assert again.wait(60) == 143 and (tmp_path / "again").read_text() == f"{first}saved\n"
+    # The token was in a file that others cannot read, and on no command line.
+    assert secret not in (home / "asked").read_text()
+    assert (home / ".marble_jax" / "marble-train.env").stat().st_mode & 0o077 == 0
+    assert run("tpu_vm.sh", "stop", **environ).returncode == 2
+
+
+def test_what_a_tpu_vm_is_asked_for():
+    done = run("tpu_vm.sh", "trian", TPU="slice", ZONE="us-west4-a")
+    assert done.returncode == 2
+    assert "expected one of setup, train, stop; received 'trian'" in done.stderr
     done = run("tpu_vm.sh", "train")
-    assert (
-        done.returncode == 2 and "expected TPU, ZONE and one of setup, train, stop" in done.stderr
+    assert done.returncode == 2
+    assert "expected TPU, ZONE and one of setup, train, stop" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extras", "installed"),
+    [
+        (["cuda13"], None, "[cuda13,rewards,geneval,gcs]"),
+        (["cuda12"], "rewards,s3", "[cuda12,rewards,s3]"),
+        (["cpu"], "", ""),
+    ],
+)
+def test_what_is_installed(tmp_path, arguments, extras, installed):
+    named(tmp_path, "marble", MARBLE)
+    uv = 'case "$1" in venv) mkdir -p "$5/bin"; cp {0}/marble "$5/bin/python"; cp {0}/marble "$5/bin/marble-jax" ;;'
+    named(tmp_path, "uv", f'echo "$@" >> {tmp_path}/asked; {uv.format(tmp_path)} esac\n')
+    environ = {"VENV": str(tmp_path / "venv"), "UV": str(tmp_path / "uv"), "PYTHON": "3.11"}
+    if extras is not None:
+        environ["EXTRAS"] = extras
+    done = run("install.sh", *arguments, **environ)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        f"venv -q --python 3.11 {tmp_path}/venv",
+        f"pip install -q --python {tmp_path}/venv/bin/python -e {ROOT}{installed}",
+    ]
+
+
+def test_what_is_not_installed(tmp_path):
+    done = run("install.sh", "gpu")
+    assert done.returncode == 2 and "expected one of tpu, cuda13, cuda12, cpu" in done.stderr
+    # Both bring a cuDNN of their own to the same place.
+    done = run("install.sh", "cuda12", VENV=str(tmp_path / "venv"))
+    assert done.returncode == 2 and "expected EXTRAS without geneval" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_extras_that_launchers_name_exist():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named_extras = {"tpu", "cuda12", "cuda13", "rewards", "geneval", "gcs", "s3"}
+    assert named_extras <= set(extras)
+    # What a bucket's refusal asks for is what the extra brings.
+    from marble_jax.storage.files import BACKENDS
+
+    assert extras["gcs"][0].startswith(BACKENDS["gs"])
+    assert extras["s3"][0].startswith(BACKENDS["s3"])
+    recipe = (LAUNCH / "Dockerfile").read_text()
+    assert set(re.search(r"^ARG EXTRAS=(.*)$", recipe, re.MULTILINE)[1].split(",")) <= set(extras)
+    for source in re.findall(r"^COPY (.*) \S+$", recipe, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in source.split())
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_installs_and_trains(tmp_path):
+    """install.sh with nothing but a home and the system's path, then the first steps of a run through host.sh."""
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not there")
+    environ = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv")}
+    environ |= {"UV": uv, "PYTHON": sys.executable, "EXTRAS": "rewards"}
+    for name in ("PIP_INDEX_URL", "UV_INDEX_URL", "UV_DEFAULT_INDEX", "SSL_CERT_FILE"):
+        if name in os.environ:
+            environ[name] = os.environ[name]
+    done = subprocess.run(
+        ["bash", LAUNCH / "install.sh", "cpu"], env=environ, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr
+    environ |= {"MARBLE": f"{tmp_path}/venv/bin/marble-jax", "JAX_PLATFORMS": "cpu"}
+    command = ["bash", str(LAUNCH / "detached.sh"), "start"]
+    command += [f"--config={ROOT}/configs/embedded.py:smoke", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(
+        [*command, "--config.training.num_steps=1"], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "step 1/1" in done.stdout, done.stdout[-2000:]
 
 
 def test_a_host_starts_again_when_another_was_lost(tmp_path):
@@ -265,14 +411,16 @@ def test_ssh_starts_one_process_a_host(tmp_path):
         HOSTS="me@first second",
         ADDRESS=f"127.0.0.1:{port}",
         SSH=ssh,
+        HOME=str(tmp_path / "home"),
+        XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         MARBLE=PYTHON,
         SETUP="export JAX_PLATFORMS=cpu; cd .",
     )
     assert done.returncode == 2
     assert sorted((tmp_path / "hosts").read_text().splitlines()) == ["me@first", "second"]
-    said = sorted(line for line in done.stderr.splitlines() if line.startswith("marble-jax"))
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("marble-jax"))
     assert [re.sub(r"expected.*", "expected", line) for line in said] == [
         f"marble-jax train: process {i}: rollout.batch_size: expected" for i in (0, 1)
-    ], done.stderr
+    ], done.stdout + done.stderr
     assert not (tmp_path / "a run").exists()
     assert run("ssh.sh", HOSTS="").returncode == 2

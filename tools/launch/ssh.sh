@@ -5,12 +5,15 @@
 #
 #   HOSTS      ssh destinations, one process each, process 0 first
 #   ADDRESS    HOST:PORT of process 0 as the others reach it (the first of HOSTS, port 8476)
-#   DIRECTORY  the checkout (where this one is)
+#   DIRECTORY  the checkout (where this one is), installed on every host by install.sh
 #   SETUP      run first on every host, such as "source .venv/bin/activate"
 #   SSH        how to reach a host (ssh -o BatchMode=yes)
+#   NAME       of the run (marble-train), where hosts have several
 #   REWARD_ARGS REWARD_PORT RESTARTS MARBLE   see host.sh
+#   HF_TOKEN HF_HOME WANDB_API_KEY JAX_COMPILATION_CACHE_DIR   passed on, through standard input
 #
-# Ctrl-C or SIGTERM saves and stops the run on all hosts. The status is the first one that is not 0.
+# Ctrl-C or SIGTERM saves and stops the run on all hosts; a session that breaks off does not, and the same command shows
+# its log again. The status is the first one that is not 0.
 set -uo pipefail
 
 read -r -a hosts <<< "${HOSTS:-}"
@@ -23,28 +26,38 @@ directory="${DIRECTORY:-$here}"
 first="${hosts[0]#*@}"
 address="${ADDRESS:-$first:8476}"
 read -r -a ssh <<< "${SSH:-ssh -o BatchMode=yes}"
-run="marble-$$-$RANDOM"
+run="${NAME:-marble-train}"
 
-remote() { # what process $1 runs
-  local settings=""
-  for name in REWARD_ARGS REWARD_PORT RESTARTS MARBLE; do
-    if [ -n "${!name:-}" ]; then settings+="$name=$(printf '%q' "${!name}") "; fi
+settings() { # NAME=value of those that are set
+  for name in "$@"; do
+    if [ -n "${!name:-}" ]; then printf '%s=%q ' "$name" "${!name}"; fi
   done
-  printf 'cd %q && { %s; } && env PID_FILE=/tmp/%s-%d.pid %sbash tools/launch/host.sh' "$directory" "${SETUP:-:}" "$run" \
-    "$1" "$settings"
-  printf ' %q' "${@:2}" "--coordinator=$address" "--num_processes=${#hosts[@]}" "--process_id=$1"
+}
+
+detached() { # detached.sh on host $1 with the other arguments
+  printf 'cd %q && { %s; } && env NAME=%q ' "$directory" "${SETUP:-:}" "$run-$1"
+  settings REWARD_ARGS REWARD_PORT RESTARTS MARBLE
+  printf 'bash tools/launch/detached.sh'
+  printf ' %q' "${@:2}"
+}
+
+start() { # what process $1 runs; its secrets come through standard input
+  # shellcheck disable=SC2016
+  printf '(umask 077 && mkdir -p "$HOME/.marble_jax" && cat > "$HOME/.marble_jax/%s.env") && ' "$run-$1"
+  detached "$1" start "${@:2}" "--coordinator=$address" "--num_processes=${#hosts[@]}" "--process_id=$1"
 }
 
 stop() {
   for i in "${!hosts[@]}"; do
-    "${ssh[@]}" "${hosts[$i]}" "kill -TERM \$(cat /tmp/$run-$i.pid)" < /dev/null
+    "${ssh[@]}" "${hosts[$i]}" "$(detached "$i" stop)" < /dev/null > /dev/null &
   done
 }
 trap stop TERM INT
 
 processes=()
 for i in "${!hosts[@]}"; do
-  "${ssh[@]}" "${hosts[$i]}" "$(remote "$i" "$@")" < /dev/null &
+  settings HF_TOKEN HF_HOME WANDB_API_KEY JAX_COMPILATION_CACHE_DIR \
+    | "${ssh[@]}" "${hosts[$i]}" "$(start "$i" "$@")" &
   processes+=($!)
 done
 failed=0

@@ -5,13 +5,17 @@
 #   TPU=slice ZONE=us-west4-a tools/launch/tpu_vm.sh train --config=configs/sd3.py --workdir=gs://bucket/run
 #   TPU=slice ZONE=us-west4-a tools/launch/tpu_vm.sh stop
 #
-#   setup  copies this checkout to every host and installs it with jax[tpu]
-#   train  the run; the same command goes on after a stop, a preemption or a lost host
+#   setup  copies this checkout to every host and installs it there (install.sh), whatever Python the image has
+#   train  the run, which goes on when this session breaks off; the same command shows its log again, and goes on after
+#          a stop, a preemption or a lost host
 #   stop   saves and stops it
 #
 #   TPU ZONE PROJECT   of the slice, made with: gcloud compute tpus tpu-vm create "$TPU" --zone="$ZONE"
 #                      --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite [--spot]
+#   HF_TOKEN           read access to gated models such as SD3.5; also HF_HOME, WANDB_API_KEY,
+#                      JAX_COMPILATION_CACHE_DIR: sent as a file, not on a command line
 #   REWARD_ARGS REWARD_PORT RESTARTS   see host.sh; reward servers run on the CPUs of the slice's hosts
+#   EXTRAS PYTHON      see install.sh
 #   GCLOUD             the command (gcloud)
 set -euo pipefail
 
@@ -24,27 +28,38 @@ read -r -a gcloud <<< "${GCLOUD:-gcloud}"
 where=("--zone=$ZONE" "--worker=all")
 if [ -n "${PROJECT:-}" ]; then where+=("--project=$PROJECT"); fi
 everywhere() { "${gcloud[@]}" compute tpus tpu-vm ssh "$TPU" "${where[@]}" --command="$1"; }
-pid_file=/tmp/marble-train.pid
+send() { "${gcloud[@]}" compute tpus tpu-vm scp "$1" "$TPU:$2" "${where[@]}"; }
+settings() { # NAME=value of those that are set
+  for name in "$@"; do
+    if [ -n "${!name:-}" ]; then printf '%s=%q ' "$name" "${!name}"; fi
+  done
+}
 
 action="$1"
 shift
 case "$action" in
   setup)
-    packed="$(mktemp -d)/marble_jax.tar.gz"
-    tar -czf "$packed" --exclude=.git --exclude=runs --exclude=.venv -C "$here" .
-    "${gcloud[@]}" compute tpus tpu-vm scp "$packed" "$TPU:marble_jax.tar.gz" "${where[@]}"
-    everywhere "mkdir -p marble_jax && tar -xzf marble_jax.tar.gz -C marble_jax && python3 -m venv venv && \
-venv/bin/pip install -q -e 'marble_jax[tpu,rewards]'"
+    packed="$(mktemp -d)"
+    trap 'rm -rf "$packed"' EXIT
+    tar -czf "$packed/marble_jax.tar.gz" --exclude=.git --exclude=runs --exclude=.venv -C "$here" .
+    send "$packed/marble_jax.tar.gz" marble_jax.tar.gz
+    everywhere "mkdir -p marble_jax && tar -xzf marble_jax.tar.gz -C marble_jax && env UV_TORCH_BACKEND=cpu \
+$(settings EXTRAS PYTHON)VENV=\$HOME/venv bash marble_jax/tools/launch/install.sh tpu"
     ;;
   train)
-    settings="PID_FILE=$pid_file MARBLE=\$HOME/venv/bin/marble-jax"
-    for name in REWARD_ARGS REWARD_PORT RESTARTS; do
-      if [ -n "${!name:-}" ]; then settings+=" $name=$(printf '%q' "${!name}")"; fi
-    done
-    everywhere "cd marble_jax && env $settings bash tools/launch/host.sh --distributed=on$(printf ' %q' "$@")"
+    secrets="$(settings HF_TOKEN HF_HOME WANDB_API_KEY JAX_COMPILATION_CACHE_DIR)"
+    if [ -n "$secrets" ]; then
+      packed="$(mktemp -d)"
+      trap 'rm -rf "$packed"' EXIT
+      (umask 077 && echo "$secrets" > "$packed/env")
+      everywhere "umask 077 && mkdir -p .marble_jax && touch .marble_jax/marble-train.env"
+      send "$packed/env" .marble_jax/marble-train.env
+    fi
+    everywhere "cd marble_jax && env MARBLE=\$HOME/venv/bin/marble-jax $(settings REWARD_ARGS REWARD_PORT RESTARTS)bash \
+tools/launch/detached.sh start --distributed=on$(printf ' %q' "$@")"
     ;;
   stop)
-    everywhere "kill -TERM \$(cat $pid_file)"
+    everywhere "bash marble_jax/tools/launch/detached.sh stop"
     ;;
   *)
     echo "tpu_vm.sh: expected one of setup, train, stop; received '$action'" >&2

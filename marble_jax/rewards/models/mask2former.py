@@ -174,7 +174,7 @@ class Mask2FormerDetector:
         except ImportError as error:
             raise InputError(
                 "reward geneval: expected the package torch for the Mask2Former detector; received none "
-                "(pip install 'marble-jax[torch]')"
+                "(pip install 'marble-jax[geneval]')"
             ) from error
         from transformers import Mask2FormerForUniversalSegmentation
 
