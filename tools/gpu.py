@@ -1,23 +1,30 @@
-"""Everything that wants a GPU, on a machine with one: the GPU tests, and the benchmark against PyTorch.
+"""Everything that wants a GPU, on a machine that is had for minutes: the benchmark against PyTorch, and the GPU tests.
 
-    python -m tools.gpu --out=results/h200                              # all parts, those that are done left out
-    python -m tools.gpu --out=results/h200 --parts=tests,core --total=540
-    python -m tools.gpu --out=results/h200 --show                       # only the table of what is there
+    python -m tools.gpu --out=results/h200 --total=540     # what there is time for, the most telling first
+    python -m tools.gpu --out=results/h200                 # the parts that are left
+    python -m tools.gpu --out=results/h200 --parts=tests
+    python -m tools.gpu --out=results/h200 --show          # only the table of what is there
 
-A part is a process of its own, so that JAX and PyTorch do not share the card's memory, one failure does not take the
-rest with it, and a part that ran out of time is all that has to be repeated: what is finished lies in `--out` as
-PART.json and is not run again without `--again`. Compiled programs are kept in `~/.cache/marble_jax/xla`.
+`--out` has two files: `gpu.json`, everything that was found, and `log.txt`. A part is a process of its own, so that JAX
+and PyTorch do not share the card's memory, one failure does not take the rest with it, and a part that ran out of time
+is all that has to be repeated: what is finished stands in `gpu.json` and is not run again without `--again`. To go on
+elsewhere, bring that file. No part is begun that is unlikely to end in time, and the last one is ended before `--total`
+is over. Compiled programs are kept in `~/.cache/marble_jax/xla`. Weights are drawn on the card.
 
+  core       our weighted sum and our exact step for five rewards, with the blocks in a loop (model.unroll=1)
+  tuned      the PyTorch peer (diffusers, PEFT) with its best reasonable settings
+  dots       core with model.remat=dots
   tests      pytest -m gpu: fused attention, exact gradients in bfloat16, memory of chunks
-  core       our weighted sum and our exact step for five rewards
-  upstream   the PyTorch peer (diffusers, PEFT) as upstream's trainer runs it
-  tuned      the PyTorch peer with its best reasonable settings; `compiled` is the same through torch.compile
+  unrolled   core with all blocks one behind another (model.unroll=13), which takes minutes to compile
+  upstream   the PyTorch peer as upstream's trainer runs it
+  compiled   `tuned` through torch.compile
   more       our amortized step, twenty rewards, six separate backward passes
   presets    compiles the training step of the preset for this card at full size: does it fit as planned
 
 `gpu.json` has hardware, driver, versions, shapes, times with quartiles, TFLOP/s, MFU and ratios, and the reason for a
-part that is missing. Sides are timed in different processes, so the spread of a ratio is that of its two medians: from
-q1 / q3 to q3 / q1. PyTorch parts need torch, diffusers and peft, and are skipped without.
+part that is missing; rows of `dots` and `unrolled` end with the part's name. Sides are timed in different processes, so
+the spread of a ratio is that of its two medians: from q1 / q3 to q3 / q1. PyTorch parts need torch, diffusers and peft,
+and are skipped without. `--force --size=tiny --rows=weighted_sum --rounds=1` goes all the way on a CPU, in seconds.
 """
 
 from __future__ import annotations
@@ -29,25 +36,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
+from tools.gpu_record import ROWS, TESTS, VARIANTS, combine, table
+
 ROOT = Path(__file__).parents[1]
-ROWS = {
-    "core": "weighted_sum,weighted_sum.no_kl,exact_k5.*,solve_k5",
-    "upstream": "torch.upstream.*",
-    "tuned": "torch.tuned.*",
-    "compiled": "torch.compiled.*",
-    "more": "combined_k5,exact_k20.*,separate_k5",
-}
-TESTS = {
-    "tests": ("tests/harmonize/test_gpu_gradients.py", "tests/networks/test_gpu_attention.py"),
-    "presets": ("tests/plan/test_gpu_memory.py",),
-}
-PARTS = ("tests", *ROWS, "presets")
-OURS = ("core", "more")
+PARTS = ("core", "tuned", "dots", "tests", "unrolled", "upstream", "compiled", "more", "presets")
+"""In the order of what they tell."""
+OURS = ("core", "more", *VARIANTS)
 NEEDS = {
     **{part: ("pytest", "jax", "flax", "optax", "jaxopt", "ml_collections") for part in TESTS},
     **{
@@ -61,18 +61,11 @@ NEEDS = {
         for part in ROWS
     },
 }
-FEWEST_SECONDS = 30  # a part is not begun with less
-PAIRS = (
-    ("exact_k5", "torch.upstream.harmonised"),
-    ("exact_k5", "torch.tuned.harmonised"),
-    ("exact_k5", "torch.compiled.harmonised"),
-    ("weighted_sum", "torch.upstream.weighted_sum"),
-    ("weighted_sum", "torch.tuned.weighted_sum"),
-    ("weighted_sum", "torch.compiled.weighted_sum"),
-    ("exact_k5", "weighted_sum"),
-    ("exact_k20.signal", "exact_k5.signal"),
-    ("exact_k5", "separate_k5"),
-)
+FEWEST_SECONDS = {"core": 90, "dots": 90, "unrolled": 240, "compiled": 120, "presets": 150}
+"""A part is not begun with less time than this, or than `FEWEST` where it is not here."""
+FEWEST = 60
+MARGIN = 20
+"""Seconds that are left of `--total` when the last part is ended: its files still have to be brought away."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -94,7 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="of the benchmark")
     parser.add_argument("--seconds", type=float, default=420.0, help="longest a part may take")
     parser.add_argument(
-        "--total", type=float, default=1500.0, help="longest all of it may take, seconds"
+        "--total", type=float, default=840.0, help="longest all of it may take, seconds"
     )
     parser.add_argument("--again", action="store_true", help="run parts that are finished, too")
     parser.add_argument("--show", action="store_true", help="run nothing")
@@ -140,6 +133,7 @@ def command(part: str, options: argparse.Namespace, seconds: float, record: Path
         f"--json={record}",
         *torch,
         f"--torch-compile={'on' if part == 'compiled' else 'off'}",
+        *VARIANTS.get(part, ()),
         *(["--force"] if options.force else []),
     ]
 
@@ -152,8 +146,13 @@ def run_part(part: str, options: argparse.Namespace, seconds: float) -> dict[str
     """
     if missing := [name for name in NEEDS[part] if importlib.util.find_spec(name) is None]:
         return {"state": "skipped", "reason": f"not installed: {', '.join(missing)}"}
-    record = options.out / f".{part}.part"
-    record.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        return _run_part(part, options, seconds, Path(place) / "record")
+
+
+def _run_part(
+    part: str, options: argparse.Namespace, seconds: float, record: Path
+) -> dict[str, Any]:
     # Memory is taken as it is needed, not three quarters at once: PyTorch's parts have the card but for JAX's copy of
     # the weights. The tests' own configuration would keep JAX on the CPU.
     environ = os.environ | {
@@ -163,7 +162,7 @@ def run_part(part: str, options: argparse.Namespace, seconds: float) -> dict[str
     }
     if part in TESTS and not options.force:
         environ["JAX_PLATFORMS"] = "cuda"
-    start = time.monotonic()
+    start = monotonic()
     with open(options.out / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n=== {part}, at most {seconds:.0f} s\n")
         log.flush()
@@ -186,13 +185,12 @@ def run_part(part: str, options: argparse.Namespace, seconds: float) -> dict[str
                 "state": "stopped",
                 "reason": f"not finished within {seconds:.0f} s (log.txt says how far it came)",
             }
-    taken = round(time.monotonic() - start, 1)
+    taken = round(monotonic() - start, 1)
     if part in TESTS and record.exists():
         return {"state": "done", "seconds": taken, "result": tests_record(record, code)}
     if code or not record.exists():
         return {"state": "failed", "seconds": taken, "reason": last_line(options.out / "log.txt")}
     result = json.loads(record.read_text(encoding="utf-8"))
-    record.unlink()
     return {"state": "done", "seconds": taken, "result": result}
 
 
@@ -201,7 +199,6 @@ def tests_record(file: Path, code: int) -> dict[str, Any]:
     import xml.etree.ElementTree as xml
 
     cases = list(xml.parse(file).getroot().iter("testcase"))
-    file.unlink()
 
     def having(tag: str) -> list[dict[str, str]]:
         return [
@@ -230,105 +227,6 @@ def last_line(log: Path) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def combine(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """One record of all parts: rows of every side, and the ratios between them."""
-    results = {
-        part: found["result"]
-        for part, found in parts.items()
-        if part in ROWS and found["state"] == "done"
-    }
-    times = {name: entry for result in results.values() for name, entry in result["times"].items()}
-    first = next(iter(results.values()), {})
-    versions = {
-        name: version for result in results.values() for name, version in result["versions"].items()
-    }
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions,
-        "hardware": first.get("hardware", {}),
-        "shapes": first.get("shapes", {}),
-        "times": times,
-        "ratios": ratios(times),
-        "tests": {
-            part: parts[part]["result"]
-            for part in TESTS
-            if parts.get(part, {}).get("state") == "done"
-        },
-        "parts": {
-            part: {k: v for k, v in found.items() if k != "result"} for part, found in parts.items()
-        },
-    }
-
-
-def ratios(times: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Speeds relative to each other, from medians; low and high from the quartiles of both."""
-    found = {}
-    seldom = [("exact_k5", name) for name in times if name.startswith("weighted_sum.kl_every_")]
-    for fast, slow in (*PAIRS, *seldom):
-        if fast in times and slow in times:
-            one, other = times[fast]["milliseconds"], times[slow]["milliseconds"]
-            found[f"{fast} / {slow}"] = {
-                "median": other["median"] / one["median"],
-                "low": other["q1"] / one["q3"],
-                "high": other["q3"] / one["q1"],
-            }
-    return found
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """The record as Markdown for the README, and what is missing."""
-    lines = []
-    if size := record["shapes"]:
-        where = record["hardware"]
-        lines += [
-            f"{size['name']}: {size['num']} samples of {size['side']} x {size['side']} latents and "
-            f"{size['tokens']} text tokens, {size['parameters'] / 1e6:.0f} M parameters, {size['dtype']}; "
-            f"{'; '.join(where.get('graphics') or where['devices'])}; "
-            + ", ".join(
-                f"{name} {record['versions'][name]}"
-                for name in ("python", "jax", "torch", "diffusers")
-                if name in record["versions"]
-            ),
-            "",
-            "| micro-batch | ms (quartiles) | TFLOP/s | MFU | GB |",
-            "|---|---|---|---|---|",
-        ]
-    for name, entry in record["times"].items():
-        ms = entry["milliseconds"]
-        lines.append(
-            f"| {name} | {ms['median']:.2f} ({ms['q1']:.2f} to {ms['q3']:.2f}) | "
-            + (f"{entry['tflops']:.3g}" if "tflops" in entry else "")
-            + " | "
-            + (f"{entry['mfu']:.0%}" if "mfu" in entry else "")
-            + " | "
-            + (f"{entry['bytes'] / 1e9:.1f}" if "bytes" in entry else "")
-            + " |"
-        )
-    if record["ratios"]:
-        lines += ["", "| times as fast as | median | from | to |", "|---|---|---|---|"]
-        lines += [
-            f"| {name} | {r['median']:.2f} | {r['low']:.2f} | {r['high']:.2f} |"
-            for name, r in record["ratios"].items()
-        ]
-    for part, tests in record["tests"].items():
-        lines += [
-            "",
-            f"{part}: {tests['passed']} passed, {len(tests['failed'])} failed, {len(tests['skipped'])} "
-            "skipped",
-        ]
-        lines += [
-            f"  {kind}: {each['name']}: {each['message']}"
-            for kind in ("failed", "skipped")
-            for each in tests[kind]
-        ]
-    lines += [
-        f"{part}: {found['state']}: {found['reason']}"
-        for part, found in record["parts"].items()
-        if found["state"] != "done"
-    ]
-    return "\n".join(lines)
-
-
 def has_gpu() -> bool:
     """Whether NVIDIA's driver lists a GPU; JAX is not asked, which would open the card in this process."""
     try:
@@ -348,6 +246,23 @@ def write(path: Path, value: Any) -> None:
     beside.replace(path)
 
 
+def finished(folder: Path) -> dict[str, Any]:
+    """Parts that an earlier call finished."""
+    file = folder / "gpu.json"
+    if not file.exists():
+        return {}
+    parts = json.loads(file.read_text(encoding="utf-8"))["parts"]
+    return {name: part for name, part in parts.items() if part["state"] == "done"}
+
+
+def kept(parts: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes on record: a part that failed this time leaves what an earlier call found."""
+    return {
+        name: part if part["state"] == "done" else earlier.get(name, part)
+        for name, part in parts.items()
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if not (options.show or options.force or has_gpu()):
@@ -359,35 +274,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     options.out = options.out.resolve()
-    end, parts = time.monotonic() + options.total, {}
-    for part in PARTS:
-        file = options.out / f"{part}.json"
-        if file.exists() and not (options.again and part in options.parts):
-            parts[part] = json.loads(file.read_text(encoding="utf-8"))
+    end = monotonic() + options.total - MARGIN
+    earlier = finished(options.out)
+    parts = dict(earlier)
     for part in [] if options.show else options.parts:
-        if part in parts:
+        if part in parts and not options.again:
             continue
-        seconds = min(options.seconds, end - time.monotonic())
-        if seconds < FEWEST_SECONDS:
+        seconds = min(options.seconds, end - monotonic())
+        if seconds < FEWEST_SECONDS.get(part, FEWEST):
             parts[part] = {"state": "stopped", "reason": "no time left; the same command goes on"}
             continue
         print(f"{part} ...", file=sys.stderr, flush=True)
         parts[part] = run_part(part, options, seconds)
-        print(
-            f"{part}: {parts[part]['state']} {parts[part].get('reason', '')}",
-            file=sys.stderr,
-            flush=True,
-        )
-        if parts[part]["state"] == "done":
-            write(options.out / f"{part}.json", parts[part])
-        write(options.out / "gpu.json", combine(parts))
+        state, reason = parts[part]["state"], parts[part].get("reason", "")
+        print(f"{part}: {state} {reason}", file=sys.stderr, flush=True)
+        write(options.out / "gpu.json", combine(kept(parts, earlier)))
+    write(options.out / "gpu.json", combine(kept(parts, earlier)))
     record = combine(parts)
-    write(options.out / "gpu.json", record)
     print(table(record))
-    failed = any(found["state"] == "failed" for found in parts.values()) or any(
-        found["failed"] for found in record["tests"].values()
-    )
-    return 1 if failed else 0
+    failed = any(found["state"] == "failed" for found in parts.values())
+    return int(failed or any(found["failed"] for found in record["tests"].values()))
 
 
 if __name__ == "__main__":

@@ -58,21 +58,21 @@ def test_a_part_leaves_a_record_and_is_not_run_again(monkeypatch, tmp_path, caps
     arguments = [f"--out={out}", "--parts=core", "--force"]
     assert gpu.main(arguments) == 0
     assert "| weighted_sum | 8.00 (7.20 to 8.80) | 450 | 46% | 2.0 |" in capsys.readouterr().out
-    assert sorted(p.name for p in out.iterdir()) == ["core.json", "gpu.json", "log.txt"]
+    assert sorted(p.name for p in out.iterdir()) == ["gpu.json", "log.txt"]
     script(monkeypatch, "raise SystemExit('must not run')")
     assert gpu.main(arguments) == 0 and gpu.main([*arguments, "--show"]) == 0
     assert gpu.main([*arguments, "--again"]) == 1
     assert "core: failed: must not run" in capsys.readouterr().out
-    assert (
-        json.loads((out / "core.json").read_text())["state"] == "done"
-    )  # a failure leaves the older record alone
+    # A failure leaves the older record alone.
+    assert json.loads((out / "gpu.json").read_text())["parts"]["core"]["state"] == "done"
 
 
 def test_a_part_that_takes_too_long_is_ended_and_the_next_one_is_not_begun(
     monkeypatch, tmp_path, capsys
 ):
     script(monkeypatch, "import time; time.sleep(60)")
-    monkeypatch.setattr(gpu, "FEWEST_SECONDS", 0.4)
+    monkeypatch.setattr(gpu, "FEWEST_SECONDS", {"core": 0.4})
+    monkeypatch.setattr(gpu, "MARGIN", 0)
     assert (
         gpu.main(
             [f"--out={tmp_path}", "--parts=core,more", "--seconds=0.5", "--total=0.6", "--force"]
@@ -83,7 +83,43 @@ def test_a_part_that_takes_too_long_is_ended_and_the_next_one_is_not_begun(
     assert (
         "core: stopped: not finished within 0 s" in said and "more: stopped: no time left" in said
     )
-    assert not (tmp_path / "core.json").exists()
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {part["state"] for part in parts.values()} == {"stopped"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "log.txt"]
+
+
+def test_it_ends_before_its_time_and_begins_what_can_end(monkeypatch, tmp_path, capsys):
+    """Ten minutes: the margin off, a part of four minutes each; the one that needs four is not begun in the third."""
+    now = iter([0.0, 0.0, 240.0, 480.0, 520.0])
+    limits = {}
+
+    def run_part(part, options, seconds):
+        limits[part] = seconds
+        return {"state": "done", "result": result(**{f"{part}_row": 1.0})}
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    monkeypatch.setattr(gpu, "monotonic", lambda: next(now))
+    arguments = [f"--out={tmp_path}", "--parts=core,dots,unrolled,more", "--total=600", "--force"]
+    assert gpu.main(arguments) == 0
+    assert limits == {"core": 420.0, "dots": 340.0, "more": 60.0}
+    assert "unrolled: stopped: no time left" in capsys.readouterr().out
+    # The next call has the one that is left to do.
+    limits.clear()
+    monkeypatch.setattr(gpu, "monotonic", lambda: 0.0)
+    assert gpu.main(arguments) == 0 and list(limits) == ["unrolled"]
+
+
+def test_rows_of_a_setting_have_its_name(tmp_path):
+    parts = {
+        "core": {"state": "done", "result": result(exact_k5=10.0)},
+        "dots": {"state": "done", "result": result(exact_k5=8.0)},
+    }
+    record = gpu.combine(parts)
+    assert set(record["times"]) == {"exact_k5", "exact_k5.dots"}
+    assert record["ratios"]["exact_k5.dots / exact_k5"]["median"] == pytest.approx(1.25)
+    options = gpu.parse([f"--out={tmp_path}"])
+    assert "--remat=dots" in gpu.command("dots", options, 100.0, tmp_path / "record")
+    assert "--unroll=13" in gpu.command("unrolled", options, 100.0, tmp_path / "record")
 
 
 def test_a_part_without_its_packages_is_skipped_with_the_reason(monkeypatch, tmp_path, capsys):
@@ -144,7 +180,7 @@ def test_commands_and_their_limits(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts=core,speed"], "--parts: expected some of tests, core,"),
+        (["--parts=core,speed"], "--parts: expected some of core, tuned,"),
         (["--rounds=0"], "--rounds: expected a number"),
         (["--total=-1"], "--total: expected a number above 0; received -1.0"),
     ],
@@ -162,6 +198,16 @@ def test_a_machine_without_a_gpu(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(
         "tools.gpu: expected a machine with an NVIDIA GPU; received one"
     )
+
+
+def test_a_dry_run_of_one_row(tmp_path, capsys):
+    """The whole way in processes of its own, as on a GPU, with the smallest row."""
+    arguments = ["--size=tiny", "--force", "--parts=core", "--rows=weighted_sum", "--rounds=1"]
+    assert gpu.main([f"--out={tmp_path}", *arguments]) == 0, (tmp_path / "log.txt").read_text()
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(record["times"]) == {"weighted_sum"} and record["shapes"]["name"] == "tiny"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "log.txt"]
+    assert "| weighted_sum |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -70,6 +70,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--unroll", type=int, help="transformer blocks in one turn of our scan (that of the size)"
     )
     parser.add_argument(
+        "--remat",
+        choices=("none", "full", "dots"),
+        help="what our backward pass recomputes (that of the size)",
+    )
+    parser.add_argument(
         "--formulations",
         action="store_true",
         help="time the formulations that were not chosen, too",
@@ -134,7 +139,7 @@ def run(options: argparse.Namespace) -> dict:
     size = dataclasses.replace(SIZES[options.size](), attention=options.attention)
     chosen = {
         name: getattr(options, name)
-        for name in ("chunk", "unroll")
+        for name in ("chunk", "unroll", "remat")
         if getattr(options, name) is not None
     }
     size = dataclasses.replace(size, **chosen)
