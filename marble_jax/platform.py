@@ -46,6 +46,7 @@ _OTHER_PLUGINS = ("jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_
 _ONLY_BEFORE = "jax_cpu_get_local_topology_timeout_minutes"
 """A setting of JAX that it lets nobody change once a backend is open, and that a single process never reads."""
 _too_late = False
+_compilations = ""
 
 
 def needs_fusion_off(version: str) -> bool:
@@ -196,19 +197,36 @@ def compile_elsewhere(environ: MutableMapping[str, str] | None = None) -> None:
         environ["XLA_FLAGS"] = flags.replace(FUSION_FLAG, "").strip()
 
 
+def usable_cores() -> int:
+    """Returns the cores that this process may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
 def keep_compilations(directory: str = "") -> None:
     """Keeps compiled programs on disk, so that the second run of a configuration starts at once.
 
     Args:
-      directory: where; `~/.cache/marble_jax/xla` by default. JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) wins.
+      directory: where, also in a bucket; `~/.cache/marble_jax/xla` by default. A later call with another one counts
+        from there on. JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) wins over both.
     """
+    global _compilations
     # Inside the function: `prepare` has to run before JAX opens a backend, and this module is
     # imported for it.
     import jax
 
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds its options at run time
-    if chosen:
+    if chosen and chosen != _compilations:
         return
     if not directory:
         directory = os.path.expanduser("~/.cache/marble_jax/xla")
+    if directory == chosen:
+        return
     jax.config.update("jax_compilation_cache_dir", directory)
+    if chosen:
+        from jax.experimental.compilation_cache import compilation_cache
+
+        # JAX opens the folder once, at the first program.
+        compilation_cache.reset_cache()
+    _compilations = directory

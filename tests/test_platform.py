@@ -122,3 +122,37 @@ def test_jax_that_was_used_before_the_import_is_noticed(how, says):
         [sys.executable, "-c", CHILD, how], capture_output=True, text=True, env=environ
     )
     assert done.stdout.strip() == says, done.stderr
+
+
+CACHED = """
+import os, pathlib, sys
+import jax
+import marble_jax
+from marble_jax import platform
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+for folder in sys.argv[1:]:
+    platform.keep_compilations(folder)
+    jax.jit(lambda x: x + len(folder))(1.0)
+    print(len(list(pathlib.Path(folder).glob("*"))) > 0)
+"""
+
+
+@pytest.mark.parametrize("own, kept", [(False, ["True", "True"]), (True, ["False", "False"])])
+def test_compiled_programs_move_to_a_later_folder_unless_the_user_has_chosen_one(
+    tmp_path, own, kept
+):
+    environ = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    if own:
+        environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "own")
+    folders = [str(tmp_path / "first"), str(tmp_path / "second")]
+    done = subprocess.run(
+        [sys.executable, "-c", CACHED, *folders],
+        capture_output=True,
+        text=True,
+        env=environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.stdout.split() == kept, done.stderr[-1000:]
+
+
+def test_cores_that_may_be_used():
+    assert platform.usable_cores() == len(os.sched_getaffinity(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from marble_jax.config.keys import key
+from marble_jax.platform import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,4 +152,14 @@ class RewardSettings:
         "score golden images first, and do not start with a reward that is broken",
         resumable=True,
     )
-    num_workers: int = key(2, "host threads for host rewards", "threads, [1, 1024]", resumable=True)
+    num_workers: int = key(
+        0,
+        "host threads for host rewards; 0: as many as this process may use cores",
+        "threads, [0, 1024]",
+        resumable=True,
+    )
+
+    @property
+    def num_threads(self) -> int:
+        """Host threads for host rewards, at least 1."""
+        return self.num_workers or usable_cores()

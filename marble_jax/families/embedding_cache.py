@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -84,13 +85,14 @@ class EmbeddingCache:
         if os.fspath(folder):
             self._cache = epath.Path(os.path.expanduser(os.fspath(folder)))
             self._folder = self._open(self._cache)
+            self.look()
 
     def _placer(self, component: str) -> Any:
         """What splits a text encoder's weights over the devices of this host; None for one device."""
         return self._family.component_rules(component, HEAD_WIDTH).place_over_host()
 
     def _open(self, cache: epath.Path) -> epath.Path:
-        """Finds out which model this is, and what the cache holds of it; returns the folder of this model."""
+        """Finds out which model this is; returns its folder."""
         try:
             cache.mkdir(parents=True, exist_ok=True)
             identity = self._identity(cache / _HASHES)
@@ -102,13 +104,16 @@ class EmbeddingCache:
         key = json.dumps([_FORMAT, identity, self._length, self._dtype.name])
         self._key = key.encode()
         digest = hashlib.sha256(self._key).hexdigest()
-        folder = cache / digest[:24]
-        if folder.exists():
-            # Listed once: looking for each text on a network disk takes longer than encoding it.
-            for file in folder.iterdir():
-                if file.name.endswith(".npz"):
-                    self._stored.add(file.name.removesuffix(".npz"))
-        return folder
+        return cache / digest[:24]
+
+    def look(self) -> None:
+        """Takes note of what is on disk by now, such as texts that other processes have encoded."""
+        if self._cache is None or not self._folder.exists():
+            return
+        # Listed as a whole: looking for each text on a network disk takes longer than encoding it.
+        for file in self._folder.iterdir():
+            if file.name.endswith(".npz"):
+                self._stored.add(file.name.removesuffix(".npz"))
 
     def _identity(self, hashes: epath.Path) -> str:
         """Hash of the files that the conditioning depends on; `hashes` remembers those of files seen before."""
@@ -315,8 +320,8 @@ def _from_bytes(handle: Any) -> Value:
 
 def _write(file: epath.Path, content: bytes) -> None:
     """Writes a file whole or not at all, also when several processes write it at once."""
-    # With the process in its name: two that write the same file must not share a partial one.
-    partial = file.parent / f".{file.name}.{os.getpid()}.partial"
+    # Processes that write the same file must not share a partial one, and may be of several hosts.
+    partial = file.parent / f".{file.name}.{secrets.token_hex(8)}.partial"
     try:
         partial.write_bytes(content)
         partial.replace(file)

@@ -19,27 +19,24 @@ from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError, nearest
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.families.base import Family, Networks, Size
+from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.flow.guided_policy import guided_policy
 from marble_jax.harmonize.registry import balancer_of
-from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.check_settings import check_settings
+from marble_jax.programs.drawn_prompts import sampling_of, texts_to_draw
 from marble_jax.programs.imaging import Imaging, make_decoder
 from marble_jax.programs.locations import held_out_prompts, read_prompts, reward_directory
 from marble_jax.programs.noisy_rollouts import timesteps_of, trains_guided
 from marble_jax.programs.open_model import (
     check_model,
+    encode_ahead,
     locate,
     open_networks,
     size_of,
     text_embeddings,
 )
-from marble_jax.programs.upstream import (
-    advantage_shape,
-    is_upstream,
-    step_reward_schedule,
-    upstream_rules,
-)
+from marble_jax.programs.upstream import upstream_rules
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward, check_frames
 from marble_jax.rewards.placement import check_groups, place_rewards
@@ -83,6 +80,8 @@ class Run:
       networks: the frozen networks.
       spec: of the adapter.
       train_prompts: by source.
+      sampling: which of them a step draws.
+      encode: conditioning of prompts.
       collector: samples and scores rollouts.
       evaluator: samples and scores held-out prompts.
       recipe: what an optimiser step does.
@@ -99,6 +98,8 @@ class Run:
     networks: Networks
     spec: lora.LoraSpec
     train_prompts: dict[str, list[Prompt]]
+    sampling: Sampling
+    encode: EmbeddingCache
     collector: Collector
     evaluator: Evaluator
     recipe: Recipe
@@ -122,7 +123,7 @@ class Run:
         return Iteration(
             self.networks.params,
             self.collector,
-            _sampling(settings, self.train_prompts, self.sizes),
+            self.sampling,
             self.steps,
             partial(device_mesh.replicate, self.mesh),
             merge,
@@ -130,6 +131,17 @@ class Run:
             window_of(settings.rollout) if is_stochastic(settings.rollout) else None,
             self.negative,
         )
+
+    def encode_ahead(self, seed: int, step: int) -> None:
+        """Encodes the prompts that are drawn from a step on, where conditioning is kept on disk.
+
+        Args:
+          seed: of the state, which a rollback changes.
+          step: optimiser steps done.
+        """
+        if self.settings.prompts.embedding_cache:
+            texts = texts_to_draw(self.sampling, seed, step, self.settings.training.num_steps)
+            encode_ahead(self.encode, texts)
 
     def _rounding_marks(self) -> Callable[[Mapping[str, float]], dict[str, float]]:
         """What marks the figures of a record that rounding makes."""
@@ -162,10 +174,14 @@ def build(settings: Settings) -> Run:
     # A size that does not fit shows before text encoders are read.
     check_model(root, family, settings.model)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
-    texts = [prompt.text for prompt in itertools.chain(*train_prompts.values(), test_prompts)]
+    sampling = sampling_of(settings, train_prompts, sizes)
+    texts = [prompt.text for prompt in test_prompts]
     if settings.rollout.guided:
         texts.append(settings.rollout.negative_prompt)
-    encode = text_embeddings(root, family, settings.model, settings.prompts.embedding_cache, texts)
+    cache = settings.prompts.embedding_cache
+    if cache:
+        texts += texts_to_draw(sampling, settings.seed, 0, settings.training.num_steps)
+    encode = text_embeddings(root, family, settings.model, cache, texts)
     networks = open_networks(root, family, settings.model, spec.scale, mesh)
     imaging = Imaging(
         networks,
@@ -187,6 +203,8 @@ def build(settings: Settings) -> Run:
         networks,
         spec,
         train_prompts,
+        sampling,
+        encode,
         _collector(settings, imaging, rewards[: len(settings.rewards.train)]),
         _evaluator(settings, imaging, rewards, test_prompts),
         recipe,
@@ -194,27 +212,6 @@ def build(settings: Settings) -> Run:
         steps,
         device_mesh.replicate(mesh, state),
         imaging.negative if trains_guided(settings) else None,
-    )
-
-
-def _sampling(settings: Settings, train_prompts: dict[str, list[Prompt]], sizes: Sizes) -> Sampling:
-    """Which prompts a step draws and how their scores become advantages."""
-    rollout, advantages = settings.rollout, settings.advantages
-    shape = advantage_shape(settings)
-    # Upstream's step shapes advantages itself, after it has combined them.
-    if is_upstream(settings):
-        shape = AdvantageShape()
-    return Sampling(
-        train_prompts,
-        rollout.prompts_per_step,
-        rollout.images_per_prompt,
-        advantages.scale,
-        advantages.scalarize,
-        advantages.weights,
-        step_reward_schedule(settings),
-        shape,
-        merge_groups=advantages.groups == "prompt",
-        draws_per_step=sizes.rollout_batches if rollout.prompt_draws == "batch" else 1,
     )
 
 
@@ -278,7 +275,7 @@ def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
     rewards = load_rewards(
         reward_directory(chosen),
         (*chosen.train, *chosen.heldout),
-        chosen.num_workers,
+        chosen.num_threads,
         upstream=chosen.upstream_scoring,
         frames=chosen.frames,
         frame_reduction=chosen.frame_reduction,
@@ -310,7 +307,7 @@ def _check_sources(settings: Settings, rewards: Sequence[Reward]) -> None:
 def _scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:
     return Scorer(
         rewards,
-        settings.num_workers,
+        settings.num_threads,
         settings.on_error,
         settings.max_missing_share,
         settings.timeout,

@@ -23,7 +23,7 @@ from marble_jax.families.registry import family_of
 from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
-from marble_jax.programs.locations import resolve_path
+from marble_jax.programs.locations import model_location
 from marble_jax.programs.open_model import check_omitted, size_of
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
@@ -78,7 +78,7 @@ class ImageSampler:
         # A name that both leave out counts once.
         omit = (*settings.omit_text_encoders, *model.omit_text_encoders)
         self._omit = tuple(dict.fromkeys(omit))
-        self.root = find_model(resolve_path(model.path, "pipeline"), self._omit)
+        self.root = find_model(model_location(model.path), self._omit)
         self.family = family_of(self.root)
         check_omitted(self.family, self._omit, "--omit_text_encoders")
         self._length = self._sequence_length()

@@ -14,6 +14,7 @@ from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
 from marble_jax.prompts.hub_sets import is_on_hub, local_copy
 from marble_jax.rewards.function import is_function
+from marble_jax.storage.files import is_remote
 
 EMBEDDED = "embedded"
 """Names the directories that ship with the package."""
@@ -29,15 +30,28 @@ def resolve_path(path: str, kind: str) -> Path:
       kind: "pipeline", "prompts" or "rewards": a folder of the embedded pipeline.
 
     Raises:
-      InputError: an empty path.
+      InputError: an empty path, or one in a bucket.
     """
     if path == EMBEDDED:
         return Path(str(resources.files("marble_jax") / "embedded" / kind))
+    if is_remote(path):
+        raise InputError(
+            f"{_KEYS[kind]}: expected a directory of this machine; received {path} (copy it here first)"
+        )
     if not path:
         raise InputError(f"{_KEYS[kind]}: expected a directory or 'embedded'; received nothing")
     if kind == "prompts" and is_on_hub(path):
         return local_copy(path)
     return Path(os.path.expanduser(path))
+
+
+def model_location(path: str) -> Path | str:
+    """Returns what `find_model` finds a model by: its directory, of this machine or in a bucket, or its Hub name.
+
+    Raises:
+      InputError: an empty path.
+    """
+    return path if is_remote(path) else resolve_path(path, "pipeline")
 
 
 def reward_directory(settings: RewardSettings) -> Path | None:

@@ -19,7 +19,7 @@ from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of, family_of_published
 from marble_jax.networks import attention
-from marble_jax.programs.locations import resolve_path
+from marble_jax.programs.locations import model_location, resolve_path
 from marble_jax.types import DTYPES
 
 DECODED_AT_ONCE = 32
@@ -28,12 +28,12 @@ SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
 
 
 def locate(settings: ModelSettings) -> tuple[Path, Family]:
-    """Finds a run's model on this machine, downloading it where it is a hub id.
+    """Finds a run's model on this machine, downloading it where it is a hub id or in a bucket.
 
     Raises:
       InputError: no such model, one of no family, or a text encoder to leave out that the family needs.
     """
-    path = resolve_path(settings.path, "pipeline")
+    path = model_location(settings.path)
     # The hub's index tells the family, and that tells which text encoders may be left out: checked after.
     root = find_model(path, settings.omit_text_encoders)
     family = family_of(root)
@@ -160,17 +160,15 @@ def text_embeddings(
 ) -> EmbeddingCache:
     """Conditioning of a run's texts. With a folder on disk all of them are there on return, and no encoder in memory.
 
-    The first process fills the folder, and then every other one what it does not find there.
-
     Args:
       root: directory of the model.
       family: of the model.
       settings: of the model.
       folder: on disk; empty: the text encoders stay in memory.
-      texts: all prompts of the run.
+      texts: all prompts of the run; see `encode_ahead`.
     """
 
-    def ready() -> EmbeddingCache:
+    def opened() -> EmbeddingCache:
         cache = EmbeddingCache(
             family,
             root,
@@ -182,20 +180,39 @@ def text_embeddings(
         if not folder:
             # What is missing of the encoders shows now, not at the first rollout.
             cache.load()
-            return cache
-        missing, console = len(cache.missing(texts)), Console()
-        if missing:
-            console.say(
-                f"text embeddings: {missing} of {len(set(texts))} prompts to encode into "
-                f"{folder}, before the transformer is loaded"
-            )
-        with console.bar(missing, "text embeddings", "prompt") as bar:
-            cache.fill(texts, bar.update)
         return cache
 
-    def ready_on_first() -> EmbeddingCache | None:
-        return ready() if distributed.is_first() else None
+    cache = distributed.run_on_all("text encoders", opened)
+    if folder:
+        encode_ahead(cache, texts)
+    return cache
 
-    # One process encodes, and the others read what it wrote.
-    first = distributed.run_on_all("text embeddings", ready_on_first)
-    return first or ready()
+
+def encode_ahead(cache: EmbeddingCache, texts: Sequence[str]) -> None:
+    """Fills a cache on disk with the conditioning of texts, shared out to all processes.
+
+    Where processes see one folder, every text is encoded once; where each has its own, the shares of the others follow
+    on each of them.
+
+    Args:
+      cache: with a folder; on every process.
+      texts: the same on every process.
+    """
+    different = list(dict.fromkeys(texts))
+    console = Console()
+    missing = len(cache.missing(different))
+    if missing:
+        count, whose = distributed.count(), ""
+        if count > 1:
+            whose = f", shared out to {count} processes"
+        console.say(
+            f"text embeddings: {missing} of {len(different)} prompts to encode{whose}, before the transformer "
+            "is loaded"
+        )
+    share = different[distributed.index() :: distributed.count()]
+    with console.bar(missing, "text embeddings", "prompt") as bar:
+        distributed.run_on_all("text embeddings", lambda: cache.fill(share, bar.update))
+        if distributed.is_single_process():
+            return
+        cache.look()
+        distributed.run_on_all("text embeddings", lambda: cache.fill(different, bar.update))

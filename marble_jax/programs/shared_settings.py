@@ -17,7 +17,7 @@ from marble_jax.families.base import Family, NetworkOptions, Size
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of
 from marble_jax.programs.image_sampler import SIZE_OPTIONS, plain_model
-from marble_jax.programs.locations import resolve_path
+from marble_jax.programs.locations import model_location
 from marble_jax.programs.open_model import check_omitted, size_of
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.programs.run_state import run_settings
@@ -165,7 +165,7 @@ def _located(source: PolicySource, omit: tuple[str, ...]) -> tuple[Path, Family]
     path = source.model
     if source.workdir:
         path = run_settings(Workdir(source.workdir)).model.path
-    root = find_model(resolve_path(path, "pipeline"), omit)
+    root = find_model(model_location(path), omit)
     family = family_of(root)
     check_omitted(family, omit, "--omit_text_encoders")
     return root, family

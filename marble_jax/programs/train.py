@@ -26,6 +26,7 @@ from marble_jax.programs.tracked_run import tracked_run
 from marble_jax.report import write_report
 from marble_jax.rewards.checks import before_training
 from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.storage.files import is_remote
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.guard import Guard, fresh_stream
 from marble_jax.training.loop import Cadence, Hooks, train
@@ -72,9 +73,15 @@ def _train_run(settings: Settings, workdir: Workdir, command: str, console: Cons
     # Only now: settings that cannot be built must not claim a workdir.
     if not existed:
         distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
+    if is_remote(workdir.path) or not distributed.is_single_process():
+        # Only the first process writes compiled programs: in a folder of its own host the others never see them.
+        platform.keep_compilations(str(workdir.path / "compiled"))
     checkpoints = _open_checkpoints(settings, workdir, console)
     state, restored = _restore(run, checkpoints)
     done = int(state.step)
+    if state.seed != settings.seed:
+        # The run was rolled back before: it draws other prompts than its seed says.
+        run.encode_ahead(state.seed, done)
     if existed:
         # Later than for a new workdir: a checkpoint that does not fit leaves the record of the run as it was.
         distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
@@ -209,6 +216,7 @@ class Session:
             settings.evaluation.every_steps,
             settings.checkpoints.every_steps,
             settings.export.every_steps,
+            60.0 * settings.checkpoints.every_minutes,
         )
 
     def _hooks(self) -> Hooks:
@@ -267,7 +275,10 @@ class Session:
         self._console.say(
             f"{reason}: back to step {step} with other random numbers (rollback {number} of {most})"
         )
-        return fresh_stream(state, number)
+        state = fresh_stream(state, number)
+        # Other random numbers draw other prompts.
+        self._run.encode_ahead(state.seed, step)
+        return state
 
     def _close(self, hurried: bool) -> None:
         self._checkpoints.close()

@@ -265,3 +265,39 @@ def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch):
         InputError, match="embedding cache: expected space to write in .*; received No space left"
     ):
         cond.fill(TEXTS)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_processes_share_out_what_they_encode(model, tmp_path, monkeypatch, shared):
+    """Two processes in turn, with one folder or one each: every text once in all, or all texts on each."""
+    from marble_jax.programs import open_model
+
+    texts = ["a", "b", "c", "d", "e", "a"]
+    encoders = [Encoders(), Encoders()]
+    folders = [tmp_path / "one", tmp_path / ("one" if shared else "other")]
+    caches = [made(model, own, folder) for own, folder in zip(encoders, folders)]
+    monkeypatch.setattr(open_model.distributed, "count", lambda: 2)
+    monkeypatch.setattr(open_model.distributed, "is_single_process", lambda: False)
+
+    class Stop(Exception):
+        pass
+
+    def first_fill(label, call):
+        call()
+        raise Stop
+
+    # Shares first, on both, as a barrier has it.
+    monkeypatch.setattr(open_model.distributed, "run_on_all", first_fill)
+    for index, cache in enumerate(caches):
+        monkeypatch.setattr(open_model.distributed, "index", lambda index=index: index)
+        with pytest.raises(Stop):
+            open_model.encode_ahead(cache, texts)
+    assert [own.seen for own in encoders] == [["a", "c", "e"], ["b", "d"]]
+    monkeypatch.setattr(open_model.distributed, "run_on_all", lambda label, call: call())
+    for index, cache in enumerate(caches):
+        monkeypatch.setattr(open_model.distributed, "index", lambda index=index: index)
+        open_model.encode_ahead(cache, texts)
+    both = [sorted(own.seen) for own in encoders]
+    everything = sorted(set(texts))
+    assert both == ([["a", "c", "e"], ["b", "d"]] if shared else [everything, everything])
+    assert all(cache.missing(texts) == [] and not cache.loaded for cache in caches)
