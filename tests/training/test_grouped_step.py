@@ -121,10 +121,10 @@ def test_the_update_before_the_last_leaves_the_state_as_it_was(monkeypatch):
 
 
 def _slow_step(seconds):
-    """A step of 9 micro-batches that take so long, which changes nothing."""
+    """A step of 9 micro-batches that take `seconds[0]` each and change nothing."""
 
     def sleep(index):
-        time.sleep(seconds)
+        time.sleep(seconds[0])
         return np.float32(1.0)
 
     def part(context, earlier):
@@ -142,11 +142,12 @@ def _slow_step(seconds):
 
 def test_a_group_under_way_can_be_given_up(monkeypatch):
     """All micro-batches in one group of two seconds: what the watch raises after a fifth of one ends the waiting."""
-    step = _slow_step(0.25)
+    seconds = [0.0]
+    step = _slow_step(seconds)
     grouped = GroupedStep(step, step, 1, ONE)
-    given = toy.new_state(), toy.base_params(), toy.new_batch()
-    sizes = iter([9])
-    monkeypatch.setattr(GroupSize, "next", lambda self, left: next(sizes))
+    monkeypatch.setattr(GroupSize, "next", lambda self, left: 9)
+    state, _ = grouped(toy.new_state(), toy.base_params(), toy.new_batch())
+    seconds[0] = 0.25
     start = time.perf_counter()
 
     def stop(done, total):
@@ -154,8 +155,9 @@ def test_a_group_under_way_can_be_given_up(monkeypatch):
             raise GivenUp
 
     with pytest.raises(GivenUp):
-        grouped(*given, stop)
+        grouped(state, toy.base_params(), toy.new_batch(), stop)
     assert time.perf_counter() - start < 1.5
+    seconds[0] = 0.0
 
 
 def test_groups_grow_with_the_time_that_micro_batches_take(monkeypatch):

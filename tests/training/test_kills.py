@@ -88,6 +88,31 @@ def test_a_kill_at_some_moment(undisturbed, tmp_path):
     assert records(place) == undisturbed[1] and said == []
 
 
+def stop_at_random(command, place, chance, longest):
+    """Sends SIGTERM as `kill_at_random` kills; the seconds until the run has ended."""
+    before = lines(place)
+    process = start(command, place)
+    wait_for(process, lambda: lines(place) > before)
+    time.sleep(chance.random() * longest)
+    process.terminate()
+    begun = time.monotonic()
+    process.communicate(timeout=60)
+    return time.monotonic() - begun
+
+
+def newest_checkpoint(place):
+    return max(int(p.name) for p in (place / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_a_sigterm_at_some_moment(undisturbed, tmp_path):
+    """The last step on record is the one that was saved: nothing but the step under way is done again."""
+    place = tmp_path / "run"
+    assert stop_at_random([*SMALL, str(place)], place, random.Random(3), 0.3) < 30
+    assert newest_checkpoint(place) == lines(place)
+    toy.assert_identical(jax.device_get(toy_run.run(place)), undisturbed[0])
+    assert records(place) == undisturbed[1]
+
+
 @pytest.mark.slow
 def test_many_kills(undisturbed, tmp_path):
     """Ten runs, each killed up to four times; none ever finds a checkpoint of its own damaged."""
@@ -100,6 +125,41 @@ def test_many_kills(undisturbed, tmp_path):
         toy.assert_identical(jax.device_get(toy_run.run(place, said.append)), undisturbed[0])
         assert records(place) == undisturbed[1] and said == [], number
     assert deaths > 10
+
+
+@pytest.mark.slow
+def test_the_command_line_stopped_many_times(tmp_path):
+    """SIGTERM wherever a run of the shipped pipeline is: compiling, sampling, between and inside groups, evaluating."""
+    chance = random.Random(4)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+
+    def command(place):
+        options = ["rewards.train=aesthetic", "rewards.heldout=", "harmonize.reward_weights="]
+        # Many micro-batches, and no checkpoint but at the end: what is saved, SIGTERM saves.
+        options += ["harmonize.mode=exact", "training.micro_batch_size=2", "harmonize.chunk_size=2"]
+        options += ["checkpoints.every_steps=30", "training.num_steps=4", "export.every_steps=0"]
+        config = f"--config={ROOT}/configs/embedded.py:smoke"
+        changes = [f"--config.{option}" for option in options]
+        return [sys.executable, "-m", "marble_jax", "train", config, f"--workdir={place}", *changes]
+
+    done = subprocess.run(command(whole), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    statuses = []
+    for _ in range(6):
+        process = start(command(stopped), stopped)
+        time.sleep(8 + 20 * chance.random())
+        process.terminate()
+        begun = time.monotonic()
+        process.communicate(timeout=60)
+        assert time.monotonic() - begun < 30
+        statuses.append(process.returncode)
+        if lines(stopped):
+            assert newest_checkpoint(stopped) == lines(stopped)
+    assert 143 in statuses and set(statuses) <= {0, 143, -15}
+    done = subprocess.run(command(stopped), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for one, other in zip(state_of(whole, 4), state_of(stopped, 4), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def state_of(place, step):
