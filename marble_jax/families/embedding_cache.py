@@ -176,6 +176,11 @@ class EmbeddingCache:
         self._encoders = None
 
     @property
+    def place(self) -> str:
+        """The folder on disk that runs share; empty without one."""
+        return "" if self._cache is None else os.fspath(self._cache)
+
+    @property
     def loaded(self) -> bool:
         """Whether the text encoders are in memory."""
         return self._encoders is not None

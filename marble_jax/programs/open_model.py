@@ -206,8 +206,7 @@ def encode_ahead(cache: EmbeddingCache, texts: Sequence[str]) -> None:
         if count > 1:
             whose = f", shared out to {count} processes"
         console.say(
-            f"text embeddings: {missing} of {len(different)} prompts to encode{whose}, before the transformer "
-            "is loaded"
+            f"text embeddings: {missing} of {len(different)} prompts to encode into {cache.place}{whose}"
         )
     share = different[distributed.index() :: distributed.count()]
     with console.bar(missing, "text embeddings", "prompt") as bar:

@@ -32,7 +32,7 @@ VALUES = {
     "rollout.merge_adapter": ["2", "perhaps"],
     "rewards.train": [""],
     "rewards.timeout": ["inf", "0", "-5", "nan", "1e300"],
-    "rewards.num_workers": ["0", "1000000"],
+    "rewards.num_workers": ["-1", "1000000"],
     "rewards.max_missing_share": ["1.5", "-0.1", "nan"],
     "advantages.clip": ["0", "inf"],
     "advantages.weights": ["inf,1", "nan", "0,1", "x", "-1"],
