@@ -13,9 +13,9 @@ from marble_jax.distributed import processes
 
 ROUND_SECONDS = 2.0
 """Time after which several processes that wait ask each other how things stand."""
-LONGEST_PAUSE = 0.05
+LONGEST_PAUSE = 0.02
 """Seconds between two looks, at most."""
-PAUSE_SHARE = 0.002
+PAUSE_SHARE = 0.01
 """The same as a share of the time waited so far: what polling may cost."""
 
 _Result = TypeVar("_Result")
