@@ -31,7 +31,8 @@ def wait_for(arrays: Any, poll: Callable[[], object]) -> None:
       arrays: pytree of arrays; all processes wait for the same ones.
       poll: called now and then while they are not there; what it raises ends the waiting.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
+    # JAX's own type does not know `is_ready`.
+    leaves: list[Any] = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
     _wait(lambda: all(leaf.is_ready() for leaf in leaves), poll)
     # What a program failed with shows here.
     jax.block_until_ready(leaves)

@@ -8,6 +8,7 @@ after the other.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -83,10 +84,10 @@ class _Programs(NamedTuple):
       finish: the same after the last update; overwrites the state.
     """
 
-    start: Callable[..., Any]
-    turns: tuple[Callable[..., Any], ...]
-    hold: Callable[..., Any]
-    finish: Callable[..., Any]
+    start: Any
+    turns: tuple[Any, ...]
+    hold: Any
+    finish: Any
 
 
 class GroupedStep:
@@ -196,7 +197,7 @@ class GroupedStep:
         """Micro-batches of one update."""
         images = len(batch.prompt) // self._updates
         shape = jax.ShapeDtypeStruct((images,), jnp.int32)
-        return self._last.count(batch.replace(prompt=shape))
+        return self._last.count(dataclasses.replace(batch, prompt=shape))
 
     def _programs_of(self, count: int) -> _Programs:
         """The programs of a step whose updates have so many micro-batches."""
@@ -241,7 +242,7 @@ class GroupedStep:
         """The context of an update."""
         if self._updates > 1:
             batch = update_part(batch, state.key, state.step, update, self._updates)
-            state = state.replace(key=update_key(state.key, state.step, update))
+            state = dataclasses.replace(state, key=update_key(state.key, state.step, update))
         return step.open(state, params, batch)
 
     def _start(self, loops: tuple[Loop, ...]) -> Callable[..., Any]:
@@ -281,9 +282,9 @@ class GroupedStep:
             context = self._opened(step, state, params, batch, update)
             after, metrics = step.finish(context, carries)
             # All updates of a rollout are one step, with the run's own key.
-            after = after.replace(key=state.key)
+            after = dataclasses.replace(after, key=state.key)
             if not is_last:
-                after = after.replace(step=state.step)
+                after = dataclasses.replace(after, step=state.step)
             return after, metrics
 
         return finish

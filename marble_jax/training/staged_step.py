@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ Bounds = tuple[int | jax.Array, int | jax.Array]
 """First place in a loop's order and the one behind its last."""
 
 
+@runtime_checkable
 class Loop(Protocol):
     """A loop over micro-batches."""
 
