@@ -41,7 +41,8 @@ case "$action" in
   setup)
     packed="$(mktemp -d)"
     trap 'rm -rf "$packed"' EXIT
-    tar -czf "$packed/marble_jax.tar.gz" --exclude=.git --exclude=runs --exclude=.venv -C "$here" .
+    tar -czf "$packed/marble_jax.tar.gz" --exclude=.git --exclude=runs --exclude=.venv \
+      --exclude='.*_cache' --exclude=__pycache__ -C "$here" .
     send "$packed/marble_jax.tar.gz" marble_jax.tar.gz
     everywhere "mkdir -p marble_jax && tar -xzf marble_jax.tar.gz -C marble_jax && env UV_TORCH_BACKEND=cpu \
 $(settings EXTRAS PYTHON)VENV=\$HOME/venv bash marble_jax/tools/launch/install.sh tpu"
