@@ -111,6 +111,14 @@ ABOUT = {
     "flux1_schnell_8x80gb": "FLUX.1-schnell on eight GPUs of 80 GB",
     "flux1_schnell_v5p_16": "FLUX.1-schnell on 16 chips of TPU v5p",
     "flux1_schnell_v6e_16": "FLUX.1-schnell on 16 chips of TPU v6e, weights split",
+    "flux1_dev_flow_grpo": "FLUX.1-dev, Flow-GRPO on a sum of scores",
+    "flux1_dev_flow_grpo_marble": "FLUX.1-dev, Flow-GRPO with a gradient of every reward",
+    "flux1_dev_flow_grpo_fast": "FLUX.1-dev, Flow-GRPO-Fast on a sum of scores",
+    "flux1_dev_flow_grpo_fast_marble": "FLUX.1-dev, Flow-GRPO-Fast with a gradient of every reward",
+    "flux1_dev_grpo_guard": "FLUX.1-dev, GRPO-Guard on a sum of scores",
+    "flux1_dev_grpo_guard_marble": "FLUX.1-dev, GRPO-Guard with a gradient of every reward",
+    "flux1_dev_awm": "FLUX.1-dev, advantage-weighted matching on a sum of scores",
+    "flux1_dev_awm_marble": "FLUX.1-dev, advantage-weighted matching with a gradient of every reward",
 }
 
 

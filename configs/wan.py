@@ -135,6 +135,14 @@ ABOUT = {
     "480p_8x80gb": "clips of 33 frames of 480 x 832, on eight GPUs of 80 GB",
     "480p_v5p_16": "clips of 33 frames of 480 x 832, on 16 chips of TPU v5p",
     "480p_v6e_16": "clips of 33 frames of 480 x 832, on 16 chips of TPU v6e",
+    "flow_grpo": "Flow-GRPO on a sum of scores, on eight GPUs of 80 GB",
+    "flow_grpo_marble": "Flow-GRPO with a gradient of every reward",
+    "flow_grpo_fast": "Flow-GRPO-Fast on a sum of scores",
+    "flow_grpo_fast_marble": "Flow-GRPO-Fast with a gradient of every reward",
+    "grpo_guard": "GRPO-Guard on a sum of scores",
+    "grpo_guard_marble": "GRPO-Guard with a gradient of every reward",
+    "awm": "advantage-weighted matching on a sum of scores",
+    "awm_marble": "advantage-weighted matching with a gradient of every reward",
 }
 
 
