@@ -178,43 +178,48 @@ class _Run:
 
     def _trained_step(self) -> dict[str, Any] | None:
         """Rollout and update; returns the step's record, or None when the step was given up."""
-        start, step = time.perf_counter(), self.step
-        is_first = self._clock is None
-        # What was compiled between the steps is not this one's.
-        compile_clock.lap()
+        compiles = self._clock is None
         if self._clock is None:
             # Only now: the evaluation before the first step comes once.
-            self._clock = Clock(step, self._cadence.num_steps)
+            self._clock = Clock(self.step, self._cadence.num_steps)
             self._console.say("the first step compiles the programs of rollout and training")
+        start, step = time.perf_counter(), self.step
+        # What was compiled between the steps is not this one's.
+        compile_clock.lap()
         samples = self._iteration.sampling.draw(self.state.seed, step)
-        rollout = self._rolled_out(samples, is_first)
+        rollout = self._rolled_out(samples, compiles)
         if rollout is None:
             return None
         rollout_compiled = compile_clock.lap()
-        updated = self._updated(samples, rollout, is_first)
+        updated = self._updated(samples, rollout, compiles)
         if updated is None:
             return None
         self.state, record = updated
         record["time/step_s"] = time.perf_counter() - start
-        train_compiled = compile_clock.lap()
-        compiled = rollout_compiled + train_compiled
-        # Small programs are made now and then; their seconds are those of the step.
-        if compiled >= _NAMED_SECONDS:
-            record["time/compile_s"] = compiled
-            self._clock.leave_out(compiled)
+        self._note_compiling(record, rollout_compiled, compile_clock.lap())
         record |= self._hooks.speed(record) | self._between
         self._between = {}
         self._record(step, record)
-        if is_first:
-            self._console.say(
-                f"compiled in {duration(compiled)} (rollout {duration(rollout_compiled)}, training "
-                f"{duration(train_compiled)}); later steps do not"
-            )
         left = self._clock.left(step + 1)
         names = rollout.scores.names
         width = None if self._console.verbose else WIDTH
         self._console.say(step_line(record, names, self._cadence.num_steps, left, width))
         return record
+
+    def _note_compiling(
+        self, record: dict[str, Any], rollout_seconds: float, train_seconds: float
+    ) -> None:
+        """Puts a step's seconds of compiling on record, says them, and leaves them out of the time left."""
+        seconds = rollout_seconds + train_seconds
+        # Small programs are made now and then; their seconds are those of the step.
+        if seconds < _NAMED_SECONDS or self._clock is None:
+            return
+        record["time/compile_s"] = seconds
+        self._clock.leave_out(seconds)
+        self._console.say(
+            f"compiled for {duration(seconds)} in step {self.step} (rollout {duration(rollout_seconds)}, training "
+            f"{duration(train_seconds)})"
+        )
 
     def _record(self, step: int, record: dict[str, Any]) -> None:
         """Puts a step on record.

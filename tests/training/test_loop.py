@@ -205,9 +205,10 @@ def test_compiling_and_saving_are_told_and_on_record(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
         "the first step compiles the programs of rollout and training",
-        "compiled in 1m00s (rollout 40s, training 20s); later steps do not",
+        "compiled for 1m00s in step 1 (rollout 40s, training 20s)",
     ]
-    assert [line[:8] for line in lines[2:]] == ["step 1/3", "step 2/3", "step 3/3"]
+    told = [line[:8] for line in lines[2:]]
+    assert told == ["step 1/3", "step 2/3", "compiled", "step 3/3"]
     # A tenth of a second is no compiling worth a name; a program of the third step is.
     seconds = [diary.records[step].get("time/compile_s") for step in range(3)]
     assert seconds == [60.0, None, 7.0]
