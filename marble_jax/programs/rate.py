@@ -16,13 +16,17 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from marble_jax.console import Console
 from marble_jax.errors import InputError
+from marble_jax.evaluation.score_file import ScoreFile
 from marble_jax.programs.evaluate import add_scores
 from marble_jax.programs.evaluation_record import read_evaluation
 from marble_jax.rating.anonymous_png import anonymous_png
 from marble_jax.rating.ballot import DEFAULT_QUESTIONS, GRADES, Ballot, Kind
-from marble_jax.rating.results import human_scores, summarize
+from marble_jax.rating.results import PREFIX, human_scores, summarize
+from marble_jax.rating.rewards_and_people import preference_agreement
 from marble_jax.rating.server import RatingServer
 from marble_jax.rating.votes import NAME, VoteFile
 from marble_jax.rewards.http.access import is_loopback
@@ -155,9 +159,24 @@ class Rating:
     def summarize(self) -> dict[str, Any]:
         """Writes the summary of the votes so far, and returns it."""
         summary = summarize(self.ballot, self.votes)
+        summary["rewards"] = self._rewards()
         with writable(self.out.path):
             self.out.write_json("summary.json", summary)
         return summary
+
+    def _rewards(self) -> dict[str, Any]:
+        """Returns how often the evaluation's rewards prefer what people prefer; empty before it is scored."""
+        record = read_json(self.evaluation.path / "evaluation.json")
+        names = [name for name in record.get("columns", ()) if not name.startswith(PREFIX)]
+        if not names:
+            return {}
+        count = len(self.ballot.prompts)
+        rewards = {}
+        for model in self.ballot.models:
+            file = ScoreFile(self.evaluation.path / model / "scores.jsonl")
+            rewards[model] = file.scores(names, count)
+        _, groups = np.unique(list(self.ballot.prompts), return_inverse=True)
+        return preference_agreement(human_scores(self.ballot, self.votes), rewards, groups)
 
     def finish(self, console: Console) -> None:
         """Writes and prints what the votes come to, and adds them to the evaluation as scores."""
@@ -233,6 +252,13 @@ def _announce(summary: Mapping[str, Any], console: Console) -> None:
             rows.append((pair, *cells, str(shares["votes"])))
         if rows:
             console.table(rows, (question, "better", "alike", "worse", "votes"))
+    for question, by_reward in summary["rewards"].items():
+        rows = []
+        for reward, share in by_reward.items():
+            if share["pairs"]:
+                rows.append((reward, f"{_share(share)} of {share['pairs']} pairs"))
+        if rows:
+            console.table(rows, ("reward", f"prefers what people prefer ({question})"))
     for question, entry in summary["agreement"].items():
         # Nobody shared an image, or all votes were the same.
         if math.isfinite(entry["alpha"]):

@@ -73,6 +73,31 @@ def test_votes_become_a_summary_and_scores_of_the_evaluation(evaluation, capsys)
     assert "human_quality" in (evaluation / "index.html").read_text()
 
 
+def test_rewards_are_held_against_people(evaluation, capsys):
+    """One reward says what people say, one the contrary on two of six prompts, one sees nothing."""
+    record = json.loads((evaluation / "evaluation.json").read_text())
+    record["columns"] = ["right", "mixed", "flat", "human_quality"]
+    (evaluation / "evaluation.json").write_text(json.dumps(record))
+    for number, model in enumerate(MODELS):
+        lines = []
+        for index in range(len(TEXTS)):
+            mixed = number if index < 4 else -number
+            scores = {"right": number, "mixed": mixed, "flat": 1.0, "human_quality": None}
+            lines.append(json.dumps({"index": index, "scores": scores}) + "\n")
+        (evaluation / model / "scores.jsonl").write_text("".join(lines))
+    cast(evaluation)
+    capsys.readouterr()
+    assert main(["rate", f"--evaluation={evaluation}", "--count-only", "--no-add-scores"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"right +100% \(\d+% to 100%\) of 6 pairs", out)
+    assert re.search(r"mixed +67% \(\d+% to \d+%\) of 6 pairs", out) and "flat" not in out
+    shares = json.loads((evaluation / "rating" / "summary.json").read_text())["rewards"]
+    assert shares["human_quality"]["mixed"]["mean"] == pytest.approx(4 / 6)
+    assert shares["human_quality"]["flat"]["pairs"] == 0
+    assert shares["human_alignment"]["right"]["mean"] is None
+    assert list(shares["human_quality"]) == ["right", "mixed", "flat"]
+
+
 def test_without_votes_nothing_is_added(evaluation, capsys):
     before = (evaluation / "evaluation.json").read_text()
     assert main(["rate", f"--evaluation={evaluation}", "--count-only"]) == 0
