@@ -31,13 +31,13 @@ def time_spent(records: Records) -> str:
     recorded = _recorded(phases)
     # Shares of the phases' own sum, which is not the step's median where medians do not add up.
     whole = sum(seconds for _, _, seconds in recorded) or step_seconds
-    table = _table(recorded, whole, step_seconds) + _beside_steps(records)
+    tables = element("div", _table(recorded, whole, step_seconds), _beside_steps(records))
     panel = metric_panels(records, _STEP_SECONDS)
     return blocks.section(
         "time",
         title,
         _bar(recorded, whole),
-        element("div", table, panel, class_="beside"),
+        element("div", tables, panel, class_="beside"),
         lead=_lead(records, phases, whole),
     )
 
@@ -95,10 +95,15 @@ def _beside_steps(records: Records) -> str:
         ),
     ):
         if seconds:
-            rows.append((label, str(len(seconds)), duration(max(seconds)), duration(sum(seconds))))
+            longest, total = _unbroken(max(seconds)), _unbroken(sum(seconds))
+            rows.append((label, str(len(seconds)), longest, total))
     if not rows:
         return ""
     return blocks.table(("Beside the steps", "Times", "Longest", "In all"), rows)
+
+
+def _unbroken(seconds: float) -> str:
+    return duration(seconds).replace(" ", "&nbsp;")
 
 
 def _lead(records: Records, phases: dict[str, float], whole: float) -> str:

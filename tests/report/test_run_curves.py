@@ -90,7 +90,7 @@ def test_seconds_of_compiling_evaluating_and_saving(workdir):
     rows[4]["time/checkpoint_s"], rows[8]["time/checkpoint_s"] = 2.0, 9.0
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = time_spent(read_records(workdir)).split("Beside the steps")[-1]
-    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", section)
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", section.replace("&nbsp;", " "))
     compiling, evaluations, saving = (
         cells.index(label)
         for label in (
