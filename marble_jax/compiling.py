@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-import jax
+from jax import monitoring
 
 _PREFIX = "/jax/core/compile/"
 """Of the events that JAX reports at the end of each of the three."""
@@ -17,7 +17,7 @@ class CompileClock:
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []
         self._lock = threading.Lock()
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        monitoring.register_event_duration_secs_listener(self._hear)
 
     def _hear(self, event: str, seconds: float, **_: object) -> None:
         if not event.startswith(_PREFIX):

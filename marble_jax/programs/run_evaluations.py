@@ -54,7 +54,8 @@ class RunEvaluations:
         self._deciding = deciding_rewards(run.settings.rewards, run.settings.evaluation.best)
         self._by_raw_mean = run.settings.evaluation.best_by == "raw_mean"
         self._base: Scores | None = None
-        self._compiled = 0.0
+        # Seconds that the last evaluation compiled for; None before the first one.
+        self._compiled: float | None = None
 
     def __call__(
         self, state: TrainState, give_way: Callable[[], None] = lambda: None
@@ -148,6 +149,8 @@ class RunEvaluations:
         """Scores and kept images of a policy, and the seconds they took."""
         start, run = time.perf_counter(), self._run
         compile_clock.lap()
+        if self._compiled is None:
+            self._console.say(f"{what}: the first one compiles its programs")
         params: Params = run.networks.params
         if adapter is not None and run.settings.rollout.merge_adapter:
             # As rollouts draw: merged weights round otherwise than a sum of two products.
@@ -164,7 +167,8 @@ class RunEvaluations:
 
     def _took(self, seconds: float) -> str:
         """Seconds of the last evaluation in words, and of its compiling where that is much of them."""
-        if self._compiled < 0.1 * seconds or self._compiled < 1:
+        # A share that nobody would notice is not named.
+        if not self._compiled or self._compiled < max(1.0, 0.1 * seconds):
             return duration(seconds)
         return f"{duration(seconds)}, {duration(self._compiled)} of it compiling"
 
