@@ -16,16 +16,20 @@ and kept in `prompts.embedding_cache`: T5 never meets training.
 `flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train the same model with other objectives, with their papers'
 settings and one advantage of the sum of scores; with `_marble` behind the name, every reward has its own gradient.
 
-`gpu_80gb`, `gpu_140gb` and `gpu_8x80gb` are the exact mode of the same recipe for one GPU of 80 GB (A100, H100), one of
-140 GB (H200) and eight of 80 GB. They differ from each other in how much is computed at once and in nothing that is
-computed: 48 prompts x 24 images, fused attention, nothing recomputed in the backward pass. What they take,
-`marble-jax plan --config=sd3:gpu_80gb --devices=1 --chip=h100` says, with `--chip=h200` for the second and
-`--devices=8` for the third: 37, 73 and 40 GB a GPU, and the reward models take some 12 GB more.
+Presets for devices are the exact mode of the same recipe and differ from each other in how much is computed at once
+and in nothing that is computed: 48 prompts x 24 images, fused attention. `gpu_80gb` is for one GPU of 80 GB (A100,
+H100), `gpu_140gb` for one of 140 GB (H200), `gpu_8x80gb` for eight of 80 GB. Nothing is run again in their backward
+pass, and blocks are compiled one by one rather than as a loop, whose arrays would be filled with zeros, written and cut
+out again: it takes ten minutes to compile, once. `tpu_v5e`, `tpu_v5p` and `tpu_v6e` are for 16 chips; the loops of a TPU
+copy nothing. What they take, `marble-jax plan --config=sd3:gpu_80gb --devices=1 --chip=h100` says, with --chip=h200,
+--devices=8, or --devices=16 --chip=v6e for the others; reward models take some 12 GB more, which `tpu_v5e` has no room
+for (`marble-jax reward serve` runs them on another machine). With --topology=h100:1 and --roofline the compiler says
+what the least time is; `marble-jax help roofline` has the figures.
 
 `gpu_48gb` (L40S) and `gpu_24gb` (L4, A10G, RTX 4090) are for single smaller cards: fewer images a step, 24 prompts x 12
 and 12 x 12, less at once, and more recomputed in the backward pass. By plan they take 23.2 and 12.3 GB. `gpu_24gb` has
 room for one reward model beside that: PickScore, with OCR and GenEval on the host. Others can be served from another
-machine (`marble-jax reward serve`).
+machine.
 """
 
 from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, UPSTREAM, default_config
@@ -37,11 +41,16 @@ PRESETS = (
     "upstream",
     "exact",
     "weighted_sum",
+    "gpu_24gb",
+    "gpu_48gb",
     "gpu_80gb",
     "gpu_140gb",
     "gpu_8x80gb",
     "gpu_48gb",
     "gpu_24gb",
+    "tpu_v5e",
+    "tpu_v5p",
+    "tpu_v6e",
     "flow_grpo",
     "flow_grpo_marble",
     "flow_grpo_fast",
@@ -62,6 +71,9 @@ ABOUT = {
     "gpu_8x80gb": "the exact mode on eight GPUs of 80 GB",
     "gpu_48gb": "the exact mode on one GPU of 48 GB (L40S), a quarter of the images a step",
     "gpu_24gb": "the exact mode on one GPU of 24 GB (RTX 4090), an eighth of the images, three rewards",
+    "tpu_v5e": "the exact mode on 16 chips of v5e, reward models elsewhere",
+    "tpu_v5p": "the exact mode on 16 chips of v5p",
+    "tpu_v6e": "the exact mode on 16 chips of v6e",
     "flow_grpo": "Flow-GRPO on a sum of scores, with its paper's settings",
     "flow_grpo_marble": "Flow-GRPO with a gradient of every reward",
     "flow_grpo_fast": "Flow-GRPO-Fast on a sum of scores",
@@ -71,16 +83,20 @@ ABOUT = {
     "awm": "advantage-weighted matching on a sum of scores",
     "awm_marble": "advantage-weighted matching with a gradient of every reward",
 }
-GPUS = {  # (rollout.batch_size, training.micro_batch_size, harmonize.chunk_size a device)
-    "gpu_80gb": (144, 72, 8),
-    "gpu_140gb": (288, 72, 18),
-    "gpu_8x80gb": (576, 144, 9),
-    "gpu_48gb": (16, 24, 8),
-    "gpu_24gb": (6, 24, 6),
+# (attention, remat, unroll, rollout.batch_size, training.micro_batch_size, harmonize.chunk_size a device)
+PLACES = {
+    "gpu_24gb": ("cudnn", "full", 1, 6, 24, 6),
+    "gpu_48gb": ("cudnn", "dots", 1, 16, 24, 8),
+    "gpu_80gb": ("cudnn", "none", 13, 144, 72, 9),
+    "gpu_140gb": ("cudnn", "none", 13, 288, 72, 18),
+    "gpu_8x80gb": ("cudnn", "none", 13, 576, 144, 9),
+    "tpu_v5e": ("splash", "full", 1, 144, 144, 9),
+    "tpu_v5p": ("splash", "none", 1, 144, 144, 9),
+    "tpu_v6e": ("splash", "products", 1, 144, 144, 3),
 }
-SMALL_GPUS = {  # (rollout.prompts_per_step, rollout.images_per_prompt, model.remat)
-    "gpu_48gb": (24, 12, "dots"),
-    "gpu_24gb": (12, 12, "full"),
+SMALL_GPUS = {  # (rollout.prompts_per_step, rollout.images_per_prompt)
+    "gpu_48gb": (24, 12),
+    "gpu_24gb": (12, 12),
 }
 
 
@@ -92,18 +108,22 @@ def get_config(preset: str = PRESETS[0]):
     config.model.remat = (
         "full"  # without it the 9 samples a device of the paper take about 100 GB of activations
     )
+    # Fused where the device and the dtype allow it.
+    config.model.attention = "auto"
+    # The 9 samples a device of the paper are one chunk.
+    config.harmonize.chunk_size = 9
     config.prompts.path = "generated"
     config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
     config.rewards.path = "hub"
     config.harmonize.mode = preset if preset in ("upstream", "exact") else "amortized"
-    if preset in GPUS:
-        config.harmonize.mode = "exact"
-        config.model.update(attention="cudnn", remat="none")
-        config.rollout.batch_size, config.training.micro_batch_size, config.harmonize.chunk_size = (
-            GPUS[preset]
-        )
+    if preset in PLACES:
+        attention, remat, unroll, rollouts, micro_batch, chunk = PLACES[preset]
+        config.harmonize.update(mode="exact", chunk_size=chunk)
+        config.model.update(attention=attention, remat=remat, unroll=unroll)
+        config.rollout.batch_size = rollouts
+        config.training.micro_batch_size = micro_batch
     if preset in SMALL_GPUS:
-        prompts, images, config.model.remat = SMALL_GPUS[preset]
+        prompts, images = SMALL_GPUS[preset]
         config.rollout.update(prompts_per_step=prompts, images_per_prompt=images)
     if preset == "gpu_24gb":
         config.rewards.train = ("pickscore", "ocr", "geneval")

@@ -27,18 +27,27 @@ class ModelSettings:
         "beside bfloat16, and the streams twice as large",
         "compute|float32",
     )
+    # How a step is computed, and nothing that it computes beyond rounding: attention, remat and unroll.
     attention: str = key(
         "xla",
         "attention implementation: cudnn is fused and needs a GPU and bfloat16, splash is fused and "
         "needs a TPU, auto takes what fits the machine, einsum is the reference",
         "xla|cudnn|splash|auto|einsum",
+        resumable=True,
     )
-    remat: str = key("none", "what the backward pass recomputes", "none|full|dots|products")
+    remat: str = key(
+        "none",
+        "what the backward pass recomputes: nothing, all of a block, all but its products with weights, or "
+        "all but the outputs of its dense layers and of its attention (norms and activations)",
+        "none|full|dots|products",
+        resumable=True,
+    )
     unroll: int = key(
         1,
         "transformer blocks compiled into one iteration of the loop over them: more run faster and "
         "take longer to compile",
         ">= 1",
+        resumable=True,
     )
     height: int = key(512, "height of the images", "pixels, [1, 16384]", "paper")
     width: int = key(512, "width of the images", "pixels, [1, 16384]", "paper")

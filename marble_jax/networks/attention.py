@@ -154,21 +154,38 @@ def attend_jointly(
         implementation = IMPLEMENTATIONS[implementation]
     lengths = [stream[0].shape[1] for stream in streams]
     num_tokens = sum(lengths)
-    fused = isinstance(implementation, FusedAttention)
-    added = implementation.padding(num_tokens) if fused else 0
-    joined = []
-    for parts in zip(*streams, strict=True):
-        samples, _, heads, width = parts[0].shape
-        if added:
-            parts = (*parts, jnp.zeros((samples, added, heads, width), parts[0].dtype))
-        joined.append(jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
-    if added:
-        out = implementation(*joined, num_tokens=num_tokens)
+    fused = implementation if isinstance(implementation, FusedAttention) else None
+    added = fused.padding(num_tokens) if fused is not None else 0
+    # Joined as [N, T, H d] where the last axis of [N, T, H, d] would be padded, so that one copy is.
+    flat = wants_flat_heads(implementation)
+    queries, keys, values = zip(*streams, strict=True)
+    if fused is not None:
+        # In front of the copy, where the norm in front of it can do it on the way.
+        queries = tuple(fused.scaled(part) for part in queries)
+    q, k, v = (_joined(parts, added, flat) for parts in (queries, keys, values))
+    if fused is None:
+        out = implementation(q, k, v)
     else:
-        out = implementation(*joined)
+        out = fused(q, k, v, num_tokens if added else None, is_scaled=True)
+    samples, _, heads, width = out.shape
+    if flat:
+        out = out.reshape(samples, -1, heads * width)
     # Behind the last stream lie the tokens that were added, if any.
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    return jnp.split(out, ends, axis=1)[: len(lengths)]
+    parts = jnp.split(out, ends, axis=1)[: len(lengths)]
+    return [part.reshape(samples, -1, heads, width) for part in parts]
+
+
+def _joined(parts: Sequence[jax.Array], added: int, flat: bool) -> jax.Array:
+    """Streams of tokens [N, T, H, d] behind each other, with so many tokens of zeros behind them."""
+    samples, _, heads, width = parts[0].shape
+    sides = (heads * width,) if flat else (heads, width)
+    shaped = [part.reshape(*part.shape[:2], *sides) for part in parts]
+    if added:
+        shaped.append(jnp.zeros((samples, added, *sides), parts[0].dtype))
+    if len(shaped) == 1:
+        return parts[0]
+    return jnp.concatenate(shaped, axis=1).reshape(samples, -1, heads, width)
 
 
 def wants_flat_heads(implementation: str | AttentionFn) -> bool:

@@ -33,6 +33,8 @@ __all__ = ["ATTENTION", "FusedAttention", "block_size", "cudnn", "folded", "spla
 LANES = 128  # a block of splash attention is made of whole registers
 BLOCKS = (640, 512, 384, 256)  # tokens; larger ones do not fit next to each other in 16 MB of VMEM
 
+MOST_KEYS = 2560  # that lie in VMEM at once, with their values and the cotangents of both
+
 
 @dataclasses.dataclass(frozen=True)
 class FusedAttention:
@@ -53,7 +55,12 @@ class FusedAttention:
     interpret: bool = False
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int | None = None
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        num_tokens: int | None = None,
+        is_scaled: bool = False,
     ) -> jax.Array:
         """q [N, Tq, H, d], k and v [N, Tk, H, d] -> [N, Tq, H, d].
 
@@ -62,13 +69,23 @@ class FusedAttention:
           k: keys.
           v: values.
           num_tokens: how many keys and values are real, from the first; all of them when None.
+          is_scaled: whether the queries come from `scaled`.
 
         Raises:
           InputError: a dtype or head width that the kernel cannot do.
         """
         if self.kind == "cudnn":
             _check_cudnn(q)
+        elif not is_scaled:
+            q = self.scaled(q)
         return folded(partial(self.kernel, num_tokens=num_tokens), self.place)(q, k, v)
+
+    def scaled(self, q: jax.Array) -> jax.Array:
+        """Queries times 1/sqrt(head width), for the kernel that does not scale."""
+        if self.kind == "cudnn":
+            return q
+        # In float32: the root of a head width need not be a power of two.
+        return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
     @property
     def splits_heads(self) -> bool:
@@ -188,6 +205,29 @@ def _whole_blocks(tokens: int, block: int) -> int:
     return -(-tokens // block) * block
 
 
+def _block_sizes(library: Any, block_q: int, block_k: int, num_keys: int) -> Any:
+    """Blocks of the forward and of the backward kernel.
+
+    One backward kernel makes all three cotangents and takes the logits once, where two take them twice. It writes the
+    queries' cotangent once for every block of keys that lies in memory, so all keys are one block there, of which
+    `block_k` are multiplied at a time.
+    """
+    blocks: dict[str, Any] = {
+        "block_q": block_q,
+        "block_kv_compute": block_k,
+        "block_q_dkv": block_q,
+        "block_kv_dkv_compute": block_k,
+    }
+    for letter in "qkv":
+        # Tokens in the lanes of a register, which a head of 64 numbers would fill by half.
+        blocks[f"{letter}_layout"] = library.QKVLayout.SEQ_MINOR
+    if num_keys > MOST_KEYS:
+        blocks |= {"block_kv": block_k, "block_kv_dkv": block_k}
+        return library.BlockSizes(**blocks, block_q_dq=block_q, block_kv_dq=block_k)
+    blocks |= {"block_kv": num_keys, "block_kv_dkv": num_keys}
+    return library.BlockSizes(**blocks, use_fused_bwd_kernel=True)
+
+
 def splash(
     q: jax.Array,
     k: jax.Array,
@@ -195,7 +235,7 @@ def splash(
     interpret: bool = False,
     num_tokens: int | None = None,
 ) -> jax.Array:
-    """JAX's splash attention kernel for TPUs.
+    """JAX's splash attention kernel for TPUs, on queries that are scaled already.
 
     Tokens are padded to whole blocks. Added keys are masked; added queries are cut off, so that their cotangents are
     zero and leave no trace in the gradients of keys and values.
@@ -209,7 +249,7 @@ def splash(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
-    num_q, num_k, width = q.shape[1], k.shape[1], q.shape[-1]
+    num_q, num_k = q.shape[1], k.shape[1]
     block_q, block_k = block_size(num_q), block_size(num_k)
     padded_q, padded_k = _whole_blocks(num_q, block_q), _whole_blocks(num_k, block_k)
 
@@ -224,23 +264,10 @@ def splash(
         # The same keys are real for every query; added queries may see what they like.
         is_real = np.arange(padded_k) < real
         mask = library.NumpyMask(np.broadcast_to(is_real, (padded_q, padded_k)))
-    # One kernel for all three cotangents, where all keys are one block of it; else each block would write cotangents
-    # of the queries of its own.
-    sizes = library.BlockSizes(
-        block_q=block_q,
-        block_kv=block_k,
-        block_kv_compute=block_k,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_k,
-        block_kv_dkv_compute=block_k,
-        block_q_dq=block_q,
-        block_kv_dq=block_k,
-    )
+    sizes = _block_sizes(library, block_q, block_k, padded_k)
     # One mask serves all heads. Made anew at every trace: what the kernel holds are constants of that trace.
     kernel = library.make_splash_mha_single_device(
         library.MultiHeadMask([mask]), block_sizes=sizes, interpret=interpret
     )
-    # The kernel does not scale. In float32: the root of a head width need not be a power of two.
-    scaled = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
-    out = jax.vmap(kernel)(ready(scaled, padded_q), ready(k, padded_k), ready(v, padded_k))
+    out = jax.vmap(kernel)(ready(q, padded_q), ready(k, padded_k), ready(v, padded_k))
     return out[:, :, :num_q].swapaxes(1, 2)

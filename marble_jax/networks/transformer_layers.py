@@ -30,10 +30,37 @@ def timestep_embedding(timestep: Float[Array, " n"]) -> Float[Array, "n 256"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+_GELU_SCALE = math.sqrt(2 / math.pi)
+_GELU_CUBE = 0.044715
+
+
+@jax.custom_vjp
 @jax.named_scope("tanh_gelu")
 def tanh_gelu(x: jax.Array) -> jax.Array:
-    """Returns GELU in its tanh approximation."""
+    """Returns GELU in its tanh approximation.
+
+    A backward pass keeps the input alone: JAX's own rule keeps three arrays as wide, which moves more bytes than all
+    else that a feed-forward layer keeps, to spare arithmetic that costs nothing beside them.
+    """
     return nn.gelu(x, approximate=True)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return tanh_gelu(x), x
+
+
+@jax.named_scope("tanh_gelu")
+def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    # In float32: terms of opposite sign cancel in the slope.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = wide * wide
+    bent = jnp.tanh(_GELU_SCALE * (wide + _GELU_CUBE * wide * square))
+    inner = _GELU_SCALE * (1 + 3 * _GELU_CUBE * square)
+    slope = 0.5 * (1 + bent) + 0.5 * wide * (1 - bent * bent) * inner
+    return ((g.astype(wide.dtype) * slope).astype(x.dtype),)
+
+
+tanh_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class TwoLayer(nn.Module):

@@ -51,9 +51,9 @@ class Collective:
 
 
 _CUDNN_KERNEL = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
-_TPU_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="([^"]*)"')
+_TPU_KERNEL = re.compile(r'%?([\w.-]+) = .*custom_call_target="tpu_custom_call"')
 _TPU_BACKWARD = ("_dq", "_dkv")
-"""Parts of the names of the kernels of splash attention's backward pass."""
+"""Parts of the names of the kernels in splash attention's backward pass."""
 
 
 @dataclasses.dataclass(frozen=True)

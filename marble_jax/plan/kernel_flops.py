@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 
-from marble_jax.plan.hlo import origin_of, whole_numbers
+from marble_jax.plan.hlo import whole_numbers
 from marble_jax.plan.hlo_program import Instruction, captured, sides_of
 
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_ARRAY = re.compile(r"\w+\[([\d,]+)\]")
 _TPU_KERNEL = "tpu_custom_call"
 
 FORWARD_PRODUCTS = 2
@@ -67,19 +68,23 @@ def _cudnn(instruction: Instruction, types: Mapping[str, str], is_backward: bool
 
 
 def _splash(instruction: Instruction, types: Mapping[str, str]) -> float:
-    """FLOPs of splash attention: the largest two operands [N, H, Tq, d] and [N, H, Tk, d] are queries and keys."""
+    """FLOPs of splash attention: the first two large operands [N, H, Tq, d] and [N, H, Tk, d] are queries and keys."""
     arrays = []
     for name in instruction.operands:
         sides = sides_of(types.get(name, ""))
-        if len(sides) >= 3 and not types[name].startswith("s"):
+        # Integers say which blocks are masked.
+        if len(sides) >= 3 and not types[name].startswith(("s", "u")):
             arrays.append(sides)
     if len(arrays) < 2:
         return 0.0
     queries, keys = arrays[:2]
-    origin = origin_of(instruction.arguments)
     products = FORWARD_PRODUCTS
-    if "_dkv" in origin:
-        products = DKV_PRODUCTS
-    elif "_dq" in origin:
+    if "_dkv" in instruction.name:
+        least = min(math.prod(queries), math.prod(keys))
+        results = [math.prod(whole_numbers(sides)) for sides in _ARRAY.findall(instruction.result)]
+        # With the queries' cotangent among its results it is the only kernel.
+        cotangents = sum(size >= least for size in results)
+        products = BACKWARD_PRODUCTS if cotangents == 3 else DKV_PRODUCTS
+    elif "_dq" in instruction.name:
         products = DQ_PRODUCTS
     return products * 2.0 * math.prod(queries) * keys[-2]

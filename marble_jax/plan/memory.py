@@ -23,6 +23,7 @@ from marble_jax.distributed.sharding import SCANNED_PREFIX
 from marble_jax.objectives.registry import make_objective
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.plan.sample_memory import decoder_bytes, latent_bytes
+from marble_jax.plan.saved_activations import output_bytes, product_bytes
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.trainable import lora
 from marble_jax.training.batch_sizes import Sizes, chunk_size
@@ -33,8 +34,6 @@ NUM_MOMENTS = 2  # of AdamW
 BLOCK_ARRAYS = 28  # arrays [tokens, width] of a block's backward pass that are alive at once
 FORWARD_ARRAYS = 6  # the same of a forward pass
 KEPT_ARRAYS = 34  # arrays a block keeps for its backward pass without rematerialisation
-DOTS_ARRAYS = 9  # arrays of both streams that a block keeps under remat=dots
-SECOND_DOTS_ARRAYS = 4  # arrays of the image tokens that a second attention keeps under remat=dots
 SUMS_HELD = 3  # sums of gradients alive at once: of the loop, of its body, and of the loop before
 SPLASH_ARRAYS = 13  # arrays [tokens, width] around the TPU's fused kernel: padded to blocks and lanes, statistics
 LANES = 128  # a TPU pads the last axis of an array to this
@@ -275,16 +274,17 @@ class MemoryModel:
         if self.settings.model.remat == "full":
             return Source(SAVED, count * inputs, f"inputs of {layers} blocks")
         if self.settings.model.remat == "dots":
-            kept = inputs + self._kept_products()
+            kept = inputs + product_bytes(self.transformer, self.stream, self.image_stream)
             return Source(SAVED, count * kept, "products with weights")
+        if self.settings.model.remat == "products":
+            attention = self.settings.model.attention
+            outputs = output_bytes(
+                self.transformer, self.stream, self.image_stream, attention, self.pad
+            )
+            kept = inputs + outputs
+            return Source(SAVED, count * kept, "outputs of dense layers and attention")
         kept = self._kept_scores() + inputs + (KEPT_ARRAYS - 1) * layers * self.stream
         return Source(SAVED, count * kept, "everything (model.remat=none)")
-
-    def _kept_products(self) -> float:
-        """Bytes of the products with weights that all blocks keep of one sample."""
-        joint = DOTS_ARRAYS * self.transformer.num_layers * self.stream
-        second = SECOND_DOTS_ARRAYS * self.transformer.num_second_attentions * self.image_stream
-        return joint + second
 
     def _kept_scores(self) -> float:
         """Bytes of attention's scores that all blocks keep of one sample."""

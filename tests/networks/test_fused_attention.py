@@ -25,7 +25,14 @@ from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params, velocity
 from marble_jax.harmonize import reward_gradients
 from marble_jax.networks import fused_attention
-from marble_jax.networks.attention import attend, choose, over
+from marble_jax.networks.attention import (
+    RMSNorm,
+    attend,
+    attend_jointly,
+    choose,
+    over,
+    wants_flat_heads,
+)
 from marble_jax.networks.fused_attention import FusedAttention, block_size, folded
 from marble_jax.objectives.nft import Nft, NftBatch
 
@@ -38,7 +45,12 @@ class StandIn(FusedAttention):
 
     def kernel(self, q, k, v, num_tokens=None):
         assert q.ndim == k.ndim == v.ndim == 4
-        return attend(q, k[:, :num_tokens], v[:, :num_tokens], "einsum")
+        return attend(unscaled(self, q), k[:, :num_tokens], v[:, :num_tokens], "einsum")
+
+
+def unscaled(attention, q):
+    """Queries as the reference wants them, which scales itself."""
+    return q * q.shape[-1] ** 0.5 if attention.kind == "splash" else q
 
 
 SMALL = MMDiTConfig(
@@ -109,6 +121,31 @@ def test_splash_in_bfloat16_is_as_close_as_its_dtype():
     assert_same(got, want, 2e-2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_are_normed_alike_before_and_after_they_are_cut(dtype):
+    x, scale = draw(2, 5, 3 * 16).astype(dtype), 1 + draw(16, seed=1)
+    flat = RMSNorm(3).apply({"params": {"scale": scale}}, x)
+    cut = RMSNorm().apply({"params": {"scale": scale}}, x.reshape(2, 5, 3, 16))
+    assert flat.dtype == dtype
+    # One rounding of the result at most.
+    tolerance = 2e-6 if dtype == jnp.float32 else 2.0**-8
+    np.testing.assert_allclose(
+        np.asarray(flat, np.float32).reshape(cut.shape), np.asarray(cut, np.float32), tolerance
+    )
+    wide = np.asarray(x, np.float64).reshape(2, 5, 3, 16)
+    want = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-6) * np.asarray(scale)
+    np.testing.assert_allclose(
+        np.asarray(flat, np.float64).reshape(want.shape), want, tolerance, 2 * tolerance
+    )
+
+
+def test_heads_are_normed_whole_where_a_tpu_would_pad_them():
+    assert wants_flat_heads("splash") and wants_flat_heads(FusedAttention("splash"))
+    assert not wants_flat_heads("cudnn") and not wants_flat_heads("xla")
+    mesh = jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor"))
+    assert not wants_flat_heads(FusedAttention("splash", mesh))
+
+
 def test_blocks():
     assert [block_size(t) for t in (1, 205, 256, 1024, 1229, 1357, 4429)] == [
         256,
@@ -141,6 +178,41 @@ def test_a_mapped_axis_joins_the_batch():
         jnp.stack([q, 2 * q], axis=1), k, v
     )
     np.testing.assert_allclose(shared[:, 1], attend(2 * q, k, v, "einsum"), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["splash", "cudnn"])
+def test_streams_are_joined_with_the_tokens_that_a_kernel_adds(kind, monkeypatch):
+    """Two streams, padded in the one copy that joins them: what each reads, and its gradients."""
+    # The stand-in takes float32.
+    monkeypatch.setattr(fused_attention, "_check_cudnn", lambda q: None)
+    attention = StandIn(kind)
+    streams = [[draw(2, t, 2, 8, seed=s) for s in range(3)] for t in (6, 5)]
+
+    assert attention.padding(11) == {"splash": 245, "cudnn": 1}[kind]
+
+    def read(implementation, streams):
+        first, second = attend_jointly(streams, implementation)
+        return jnp.sum(jnp.sin(first)) + jnp.sum(jnp.cos(second)), (first, second)
+
+    def run(implementation):
+        return jax.value_and_grad(partial(read, implementation), has_aux=True)(streams)
+
+    assert_same(run(attention), run("einsum"), 2e-6)
+    alone = attend_jointly(streams[:1], attention)
+    assert_same(alone, [attend(*streams[0], "einsum")], 2e-6)
+
+
+def test_the_backward_kernel_runs_once_a_direction_and_no_forward_again():
+    """What directions share is not repeated for them, and the forward kernel's results are kept."""
+    calls = []
+
+    def kernel(q, k, v):
+        calls.append(q.shape[0])
+        return attend(q, k, v, "einsum")
+
+    text = str(jax.make_jaxpr(partial(pulled_back, folded(kernel)))(*problem(2, 5, 6, 3, 4)))
+    # Logits and weights times values, once; then four products for each of three directions.
+    assert text.count("dot_general") == 2 + 3 * 4
 
 
 def exact(attention, remat="full", mesh=None):
@@ -199,6 +271,7 @@ def plain():
     ("attention", "remat"),
     [
         (StandIn("splash"), "full"),
+        (StandIn("splash"), "products"),
         pytest.param(StandIn("splash"), "none", marks=pytest.mark.slow),
         pytest.param(EMULATED, "full", marks=pytest.mark.slow),
     ],

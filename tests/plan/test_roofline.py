@@ -159,8 +159,27 @@ def test_kernels_of_libraries_are_counted_by_their_shapes():
     assert (found["f"].source, found["c"].source) == (ATTENTION_KERNEL, LORA)
     assert fused_kernels(KERNELS) == Kernels(1, 1)
     call = 'custom-call(%q), custom_call_target="tpu_custom_call"'
-    tpu = f'%a = f32[2] {call}, metadata={{op_name="jit(f)/splash_mha_dkv"}}'
+    tpu = f"%splash_mha_dkv.3 = f32[2] {call}"
     assert fused_kernels(tpu) == Kernels(0, 1) and not fused_kernels("%a = f32[2] add(%b, %c)")
+
+
+def test_splash_attention_is_counted_by_its_kernels():
+    queries, keys = "bf16[2,3,16,8]{3,2,1,0}", "bf16[2,3,32,8]{3,2,1,0}"
+    call = 'custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call"'
+    text = f"""ENTRY %main (q: {queries}) -> {queries} {{
+  %m = s8[1,2,2]{{2,1,0}} parameter(2)
+  %q = {queries} parameter(0)
+  %k = {keys} parameter(1)
+  %splash_mha_fwd_residuals.1 = (f32[2,16,128]{{2,1,0}}, {queries}) {call}
+  %splash_mha_dq.1 = (f32[2,16,8]{{2,1,0}}, {queries}) {call}
+  %splash_mha_dkv.1 = (f32[2,32,8]{{2,1,0}}, {keys}, {keys}) {call}
+  %splash_mha_dkv.2 = (f32[2,32,8]{{2,1,0}}, {queries}, {keys}, {keys}) {call}
+}}
+"""
+    program = parse_program(text)
+    product = 2 * (2 * 3 * 16 * 8) * 32
+    flops = [kernel_flops(i, program.types()) / product for i in program.computations["main"]]
+    assert flops == [0, 0, 0, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
