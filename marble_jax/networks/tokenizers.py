@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from marble_jax.errors import InputError
+from marble_jax.networks.json_tokenizer import open_json_tokenizer
 from marble_jax.storage.file_kinds import kind_of_file
 from marble_jax.storage.files import read_json
 from marble_jax.validation import Positive, short, validated
@@ -37,7 +38,7 @@ _LEGACY_END = 2
 
 
 def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
-    """The transformers tokenizer of a component directory; code in the directory is never run.
+    """The tokenizer of a component directory as transformers has it; code in the directory is never run.
 
     Args:
       directory: holds the tokenizer's files.
@@ -47,6 +48,9 @@ def load_tokenizer(directory: pathlib.Path, kind: str | None) -> Any:
       InputError: missing or unreadable directory, files that are missing, or a tokenizer with code of its own.
     """
     _check_files(directory)
+    plain = open_json_tokenizer(directory, kind)
+    if plain is not None:
+        return plain
     import transformers  # slow to import
 
     kind = _known_class(directory, kind, transformers)
