@@ -1,7 +1,8 @@
 """Files of named tensors, in the safetensors format and without torch.
 
-The container is read here instead of through the `safetensors` package, because memory-mapped views let a stacked leaf
-be filled slice by slice (the host holds one leaf at a time, whatever the model size) and bfloat16 needs no torch.
+The container is read here instead of through the `safetensors` package, because memory-mapped views that are let go of
+again fill a stacked leaf slice by slice (the host holds one leaf at a time, whatever the model size). The package's own
+NumPy reader (0.8) copies whole tensors into memory and does not read float8; it writes the files.
 
 Source: safetensors format description (8-byte little-endian header length, JSON header, data).
 """
