@@ -257,7 +257,11 @@ def select_balancer(
     name = balancer
     if balancer == "min_norm":
         name = "marble"
-        one_of("normalize of the balancer 'min_norm'", settings.get("normalize", False), (False,))
+        if settings.get("normalize", False):
+            raise InputError(
+                "normalize of the balancer 'min_norm': expected False ('marble' solves on unit gradients); received "
+                f"{settings['normalize']!r}"
+            )
         settings = {**settings, "normalize": False}
     if weights is not None:
         if name not in _WEIGHTS:

@@ -19,12 +19,12 @@ class CompileClock:
         self._lock = threading.Lock()
         monitoring.register_event_duration_secs_listener(self._hear)
 
-    def _hear(self, event: str, seconds: float, **_: object) -> None:
+    def _hear(self, event: str, duration_secs: float, **_: object) -> None:
         if not event.startswith(_PREFIX):
             return
         end = time.perf_counter()
         with self._lock:
-            self._spans.append((end - seconds, end))
+            self._spans.append((end - duration_secs, end))
 
     def lap(self) -> float:
         """Returns the seconds since the last call."""

@@ -173,8 +173,8 @@ def parse_program(text: str) -> HloProgram:
             continue
         match = _INSTRUCTION.match(line)
         if match is not None and body is not None:
-            root, *parts = match.groups()
-            body.append(Instruction(*parts, is_root=root is not None))
+            root, name, result, operation, arguments = match.groups()
+            body.append(Instruction(name, result, operation, arguments, root is not None))
     return HloProgram(computations, entry)
 
 

@@ -30,7 +30,7 @@ class Subject(NamedTuple):
     """What a vote is about: one rater's view of one image, or of one pair of images, in one respect."""
 
     rater: str
-    index: int
+    index: int  # type: ignore[assignment]  # nobody looks for an element of a subject
     models: tuple[str, ...]
     question: str
 

@@ -86,7 +86,7 @@ def _beside_steps(records: Records) -> str:
         if math.isfinite(seconds):
             evaluations.append(seconds)
     rows = []
-    for label, seconds in (
+    for label, times in (
         ("Compiling, in steps", records.series("time/compile_s").finite.tolist()),
         ("Evaluations", evaluations),
         (
@@ -94,9 +94,9 @@ def _beside_steps(records: Records) -> str:
             records.series("time/checkpoint_s").finite.tolist(),
         ),
     ):
-        if seconds:
-            longest, total = _unbroken(max(seconds)), _unbroken(sum(seconds))
-            rows.append((label, str(len(seconds)), longest, total))
+        if times:
+            longest, total = _unbroken(max(times)), _unbroken(sum(times))
+            rows.append((label, str(len(times)), longest, total))
     if not rows:
         return ""
     return blocks.table(("Beside the steps", "Times", "Longest", "In all"), rows)

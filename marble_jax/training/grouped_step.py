@@ -196,7 +196,8 @@ class GroupedStep:
     def _count(self, batch: RolloutBatch) -> int:
         """Micro-batches of one update."""
         images = len(batch.prompt) // self._updates
-        shape = jax.ShapeDtypeStruct((images,), jnp.int32)
+        # Counting looks at the shape alone.
+        shape: Any = jax.ShapeDtypeStruct((images,), jnp.int32)
         return self._last.count(dataclasses.replace(batch, prompt=shape))
 
     def _programs_of(self, count: int) -> _Programs:

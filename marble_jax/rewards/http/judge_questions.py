@@ -73,7 +73,13 @@ class Question:
         return (number - self.zero) / (self.high - self.zero)
 
 
-_YES = {"answer": "probability", "expected": ("yes",), "against": ("no",), "max_tokens": 1}
+_YES = Question(
+    prompt='Does this image show "{prompt}"? Answer with Yes or No.',
+    answer="probability",
+    expected=("yes",),
+    against=("no",),
+    max_tokens=1,
+)
 _GENEVAL2 = Question(
     prompt="{question} Answer in one word.",
     answer="probability",
@@ -119,7 +125,7 @@ PRESETS = {
             "style": labelled("style score"),
         },
     ),
-    "yes_no": Question(prompt='Does this image show "{prompt}"? Answer with Yes or No.', **_YES),
+    "yes_no": _YES,
     "geneval2": _GENEVAL2,
     "geneval2_geometric": dataclasses.replace(_GENEVAL2, combine="geometric"),
 }
