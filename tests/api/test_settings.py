@@ -16,7 +16,7 @@ from marble_jax.programs.policy_source import SamplingSettings
 
 def test_presets_are_what_settings_are_made_of():
     presets = marble_jax.presets()
-    assert {"embedded", "embedded:smoke", "sd3"} <= set(presets)
+    assert {"embedded", "embedded:smoke", "sd3:gpu_80gb"} <= set(presets)
     assert all(presets.values())
     settings = marble_jax.load_settings("embedded:smoke")
     assert settings.training.num_steps == 3 and settings.name == "embedded-smoke"
