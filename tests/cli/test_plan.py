@@ -77,7 +77,11 @@ def test_one_device_of_unknown_kind(capsys):
         (["--utilisation=1.5"], r"--utilisation: expected a share in \(0, 1\]; received '1.5'"),
         (
             ["--programs=train"],
-            "--programs: expected one of rollout, decode, solving, between; received 'train'",
+            "--programs: expected one of rollout, decode, solving, between, micro; received 'train'",
+        ),
+        (
+            ["--roofline"],
+            "--roofline: expected --topology=NAME beside it, .*received none",
         ),
         (
             ["--topology=v5x:4x4"],
