@@ -66,6 +66,8 @@ ABOUT = {
     "upstream": "the released code's own step, peculiarities included",
     "exact": "the paper's sizes with a solve at every step",
     "weighted_sum": "the paper's sizes with one advantage of a sum of scores",
+    "gpu_24gb": "the exact mode on one GPU of 24 GB (RTX 4090), an eighth of the images, three rewards",
+    "gpu_48gb": "the exact mode on one GPU of 48 GB (L40S), a quarter of the images a step",
     "gpu_80gb": "the exact mode on one GPU of 80 GB (A100, H100)",
     "gpu_140gb": "the exact mode on one GPU of 140 GB (H200)",
     "gpu_8x80gb": "the exact mode on eight GPUs of 80 GB",
