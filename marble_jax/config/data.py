@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from marble_jax.config.keys import key
-from marble_jax.platform import usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +157,3 @@ class RewardSettings:
         "threads, [0, 1024]",
         resumable=True,
     )
-
-    @property
-    def num_threads(self) -> int:
-        """Host threads for host rewards, at least 1."""
-        return self.num_workers or usable_cores()

@@ -275,7 +275,7 @@ def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
     rewards = load_rewards(
         reward_directory(chosen),
         (*chosen.train, *chosen.heldout),
-        chosen.num_threads,
+        chosen.num_workers or platform.usable_cores(),
         upstream=chosen.upstream_scoring,
         frames=chosen.frames,
         frame_reduction=chosen.frame_reduction,
@@ -307,7 +307,7 @@ def _check_sources(settings: Settings, rewards: Sequence[Reward]) -> None:
 def _scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:
     return Scorer(
         rewards,
-        settings.num_threads,
+        settings.num_workers or platform.usable_cores(),
         settings.on_error,
         settings.max_missing_share,
         settings.timeout,
