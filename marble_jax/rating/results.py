@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -82,7 +83,7 @@ def _gains(
     for model in challengers:
         differences, indices = [], []
         for subject, value in numbers.items():
-            before = subject._replace(models=(reference,))
+            before = dataclasses.replace(subject, models=(reference,))
             if subject.models == (model,) and before in numbers:
                 differences.append(value - numbers[before])
                 indices.append(subject.index)

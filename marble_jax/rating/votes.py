@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
@@ -26,7 +27,8 @@ MOST_NAME = 40
 Grade = Annotated[int, Ge(LOW), Le(HIGH)]
 
 
-class Subject(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Subject:
     """What a vote is about: one rater's view of one image, or of one pair of images, in one respect."""
 
     rater: str

@@ -86,7 +86,7 @@ def _beside_steps(records: Records) -> str:
         if math.isfinite(seconds):
             evaluations.append(seconds)
     rows = []
-    for label, times in (
+    for label, spans in (
         ("Compiling, in steps", records.series("time/compile_s").finite.tolist()),
         ("Evaluations", evaluations),
         (
@@ -94,9 +94,9 @@ def _beside_steps(records: Records) -> str:
             records.series("time/checkpoint_s").finite.tolist(),
         ),
     ):
-        if times:
-            longest, total = _unbroken(max(times)), _unbroken(sum(times))
-            rows.append((label, str(len(times)), longest, total))
+        if spans:
+            longest, total = _unbroken(max(spans)), _unbroken(sum(spans))
+            rows.append((label, str(len(spans)), longest, total))
     if not rows:
         return ""
     return blocks.table(("Beside the steps", "Times", "Longest", "In all"), rows)

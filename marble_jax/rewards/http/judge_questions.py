@@ -73,13 +73,6 @@ class Question:
         return (number - self.zero) / (self.high - self.zero)
 
 
-_YES = Question(
-    prompt='Does this image show "{prompt}"? Answer with Yes or No.',
-    answer="probability",
-    expected=("yes",),
-    against=("no",),
-    max_tokens=1,
-)
 _GENEVAL2 = Question(
     prompt="{question} Answer in one word.",
     answer="probability",
@@ -125,7 +118,13 @@ PRESETS = {
             "style": labelled("style score"),
         },
     ),
-    "yes_no": _YES,
+    "yes_no": Question(
+        prompt='Does this image show "{prompt}"? Answer with Yes or No.',
+        answer="probability",
+        expected=("yes",),
+        against=("no",),
+        max_tokens=1,
+    ),
     "geneval2": _GENEVAL2,
     "geneval2_geometric": dataclasses.replace(_GENEVAL2, combine="geometric"),
 }
