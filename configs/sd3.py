@@ -71,8 +71,6 @@ ABOUT = {
     "gpu_80gb": "the exact mode on one GPU of 80 GB (A100, H100)",
     "gpu_140gb": "the exact mode on one GPU of 140 GB (H200)",
     "gpu_8x80gb": "the exact mode on eight GPUs of 80 GB",
-    "gpu_48gb": "the exact mode on one GPU of 48 GB (L40S), a quarter of the images a step",
-    "gpu_24gb": "the exact mode on one GPU of 24 GB (RTX 4090), an eighth of the images, three rewards",
     "tpu_v5e": "the exact mode on 16 chips of v5e, reward models elsewhere",
     "tpu_v5p": "the exact mode on 16 chips of v5p",
     "tpu_v6e": "the exact mode on 16 chips of v6e",

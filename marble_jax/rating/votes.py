@@ -32,7 +32,7 @@ class Subject:
     """What a vote is about: one rater's view of one image, or of one pair of images, in one respect."""
 
     rater: str
-    index: int  # type: ignore[assignment]  # nobody looks for an element of a subject
+    index: int
     models: tuple[str, ...]
     question: str
 
