@@ -46,8 +46,6 @@ PRESETS = (
     "gpu_80gb",
     "gpu_140gb",
     "gpu_8x80gb",
-    "gpu_48gb",
-    "gpu_24gb",
     "tpu_v5e",
     "tpu_v5p",
     "tpu_v6e",
