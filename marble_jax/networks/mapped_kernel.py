@@ -65,12 +65,14 @@ def folded(kernel: Kernel, place: Place = _on_one_device) -> Kernel:
     def forward(
         q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, tuple[list[jax.Array], jax.Array]]:
-        axes = _kept_axes(kernel, q, k)
+        places = _kept_axes(kernel, q, k)
+        axes = _batch_first(places)
 
         def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
             def alone(*arrays: jax.Array) -> tuple[jax.Array, ...]:
                 out, pull = jax.vjp(kernel, *arrays)
-                return out, *jax.tree.leaves(pull)
+                leaves = jax.tree.leaves(pull)
+                return out, *(_moved(leaf, batch, 0) for leaf, (batch, _) in zip(leaves, places))
 
             return place(alone, q.shape, (_QKV,) * 3, (_QKV, *axes))(q, k, v)
 
@@ -85,7 +87,8 @@ def folded(kernel: Kernel, place: Place = _on_one_device) -> Kernel:
         leaves, keys = kept
         num_keys = keys.shape[0]
         like_keys = (*cotangent.shape[:1], num_keys, *cotangent.shape[2:])
-        axes = _kept_axes(kernel, cotangent, jax.ShapeDtypeStruct(like_keys, cotangent.dtype))
+        places = _kept_axes(kernel, cotangent, jax.ShapeDtypeStruct(like_keys, cotangent.dtype))
+        axes = _batch_first(places)
 
         def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             def alone(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -93,7 +96,8 @@ def folded(kernel: Kernel, place: Place = _on_one_device) -> Kernel:
                 samples, _, heads, width = cotangent.shape
                 keys = (samples, num_keys, heads, width)
                 pull = _pull_back(kernel, cotangent, jax.ShapeDtypeStruct(keys, cotangent.dtype))
-                return jax.tree.unflatten(jax.tree.structure(pull), leaves)(cotangent)
+                own = [_moved(leaf, 0, batch) for leaf, (batch, _) in zip(leaves, places)]
+                return jax.tree.unflatten(jax.tree.structure(pull), own)(cotangent)
 
             return place(alone, arrays[-1].shape, (*axes, _QKV), (_QKV,) * 3)(*arrays)
 
@@ -129,6 +133,26 @@ def _kept_axes(kernel: Kernel, q: Any, k: Any) -> tuple[Axis, ...]:
         (_differing(shape, other), _differing(shape, wide))
         for shape, other, wide in zip(plain, more, wider, strict=True)
     )
+
+
+def _batch_first(axes: Axes) -> tuple[Axis, ...]:
+    """Places of batch and heads once the batch is in front."""
+    moved: list[Axis] = []
+    for batch, heads in axes:
+        if batch is None:
+            moved.append((None, heads))
+        elif heads is not None and heads < batch:
+            moved.append((0, heads + 1))
+        else:
+            moved.append((0, heads))
+    return tuple(moved)
+
+
+def _moved(x: jax.Array, source: int | None, target: int | None) -> jax.Array:
+    """An array with its batch at another place; a constant, which has none, stays as it is."""
+    if source is None or target is None:
+        return x
+    return jnp.moveaxis(x, source, target)
 
 
 def _differing(shape: tuple[int, ...], other: tuple[int, ...]) -> int | None:

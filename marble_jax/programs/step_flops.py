@@ -12,6 +12,7 @@ from typing import Any
 from marble_jax.config import Settings
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.base import Networks, SampleFlops
+from marble_jax.networks.attention import FUSED
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.programs.open_model import size_of
@@ -88,6 +89,9 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
     # A guided policy is the network at two prompts, in every pass of training.
     prompts = 2 if trains_guided(settings) else 1
     recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention, "products": 0.0}
+    if settings.model.attention not in FUSED:
+        # What attention keeps is no name's but a fused kernel's.
+        recomputed["products"] = sample.attention
     forward = sample.forward
     if settings.rollout.merge_adapter:
         # A merged policy has no low-rank products.

@@ -175,7 +175,7 @@ def test_programs_accept_the_planned_arguments():
     mesh = device_mesh.make_mesh()
     sizes = derive_sizes(settings.rollout, settings.training, mesh.size)
     jobs = aot.jobs(settings, model_shapes(settings), sizes, mesh)
-    assert list(jobs) == ["rollout", "decode", "train, solving", "train, between"]
+    assert list(jobs) == ["rollout", "decode", "train, solving", "train, between", "micro-batch"]
     latents, clips = (jax.eval_shape(f, *arguments) for f, arguments in list(jobs.values())[:2])
     assert latents.shape == (8, 8, 8, 16) and clips.shape == (8, 1, 64, 64, 3)
     step, arguments = jobs["train, between"]

@@ -42,6 +42,10 @@ def test_modes_and_options():
     assert exact.solve_share == 1 and exact.train == exact.solve == exact.between
     assert exact.recomputed == 27648 * 7 and exact.rollout == 1152 * 25 * 10
     assert made(model__remat="dots").recomputed == 27648 * 2
+    assert made(model__remat="products").recomputed == 27648 * 2
+    assert made(model__remat="products", model__attention="cudnn").recomputed == 0
+    # Two forward passes and one direction at the 144 samples of a micro-batch.
+    assert exact.signal == 144 * (11 + 11 + 13)
     alone = made(harmonize__mode="exact", nft__kl_weight=0.0, harmonize__anchor_every=1)
     assert alone.solve == 27648 * (11 + 11 + 2 * 13)
     upstream = made(harmonize__mode="upstream")

@@ -51,8 +51,8 @@ class MMDiT(nn.Module):
       dtype: compute dtype of matrix products and token streams; norms, modulation and softmax are float32.
       stream_dtype: dtype of the token streams between layers and of the head (last modulation and projection); `dtype`
         when None. float32 makes the difference of two policies' velocities two to three times as exact in bfloat16.
-      remat: what a block keeps for its backward pass: everything ("none"), its products with weights ("dots") or its
-        input alone ("full").
+      remat: what a block keeps for its backward pass: everything ("none"), its products with weights ("dots"), the
+        outputs of its dense layers and of attention ("products") or its input alone ("full").
       attention: "xla", "cudnn", "einsum" or a function; see `marble_jax.networks.attention`.
       unroll: blocks in one turn of the scan over a run of equal ones; more run faster and take longer to compile, and
         as many may be whole at a time (see `gather`).
