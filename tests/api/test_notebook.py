@@ -21,11 +21,12 @@ def _images(cells):
     return [output for output in outputs if "image/png" in output.get("data", {})]
 
 
-def test_the_notebook_is_kept_with_its_images_and_without_an_error():
+def test_the_notebook_is_kept_short_and_without_an_error():
     notebook = json.loads(FILE.read_text(encoding="utf-8"))
     cells = notebook["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
-    assert len(_images(code)) == 3
+    # Of one run from top to bottom, or of none.
+    assert len(_images(code)) in (0, 3)
     kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
     assert "error" not in kinds
     assert all("".join(cell["source"]).count("\n") < LINES for cell in cells)
