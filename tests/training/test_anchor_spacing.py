@@ -10,6 +10,7 @@ import optax
 import pytest
 import toy_policy as toy
 
+from marble_jax import tree
 from marble_jax.errors import InputError
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.training import train_step
@@ -90,9 +91,13 @@ def _gradients(kind, count):
     params = toy.base_params()
 
     def exact(state, batch, order):
-        parts = train_step.MicroBatches(made, toy.velocity, state, params, batch)
+        step = train_step.exact_step(made, toy.velocity, optax.sgd(1.0))
+        parts = step.open(state, params, batch)
         parts.anchored_first = lambda asked: order
-        return train_step._whole_batch_sums(parts, made.harmonization.anchor_every)
+        carries = ()
+        for loop in step.loops(parts.count):
+            carries += (loop.whole(parts, carries),)
+        return functools.reduce(tree.add, carries)
 
     def amortized(state, batch, order):
         class Ordered(train_step.MicroBatches):
