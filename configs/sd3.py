@@ -20,7 +20,7 @@ Presets for devices are the exact mode of the same recipe and differ from each o
 and in nothing that is computed: 48 prompts x 24 images, fused attention. `gpu_80gb` is for one GPU of 80 GB (A100,
 H100), `gpu_140gb` for one of 140 GB (H200), `gpu_8x80gb` for eight of 80 GB. Nothing is run again in their backward
 pass, and blocks are compiled one by one rather than as a loop, whose arrays would be filled with zeros, written and
-cut out again: it takes ten minutes to compile, once. `tpu_v5e`, `tpu_v5p` and `tpu_v6e` are for 16 chips; the loops of
+cut out again; that takes longer to compile, once. `tpu_v5e`, `tpu_v5p` and `tpu_v6e` are for 16 chips; the loops of
 a TPU copy nothing. What they take, `marble-jax plan --config=sd3:gpu_80gb --devices=1 --chip=h100` says, with
 --chip=h200, --devices=8, or --devices=16 --chip=v6e for the others; reward models take some 12 GB more, which
 `tpu_v5e` has no room for (`marble-jax reward serve` runs them on another machine). With --topology=h100:1 and
