@@ -105,7 +105,6 @@ class GroupedStep:
         self._mesh = shards.mesh
         self._sizes: dict[int, GroupSize] = {}
         self._programs: dict[int, _Programs] = {}
-        self._compiled: set[Callable[..., Any]] = set()
 
     def __call__(
         self, state: TrainState, params: Params, batch: RolloutBatch, watch: Watch = unwatched
@@ -162,7 +161,10 @@ class GroupedStep:
         done, total = int(update) * count, self._updates * count
         watch(done, total)
         given = (state, params, batch, update)
-        starts, places = self._called(programs.start, given, partial(watch, done, total))
+        # The first call of a program compiles, and on a CPU a call may return no sooner than it is done.
+        starts, places = call_beside(
+            lambda: programs.start(*given), poll=partial(watch, done, total)
+        )
         carries: Earlier = ()
         for number, turns in enumerate(programs.turns):
             place, end = np.asarray(places[number]).tolist()
@@ -174,7 +176,8 @@ class GroupedStep:
                 begun = time.perf_counter()
                 bounds = np.int32(place), np.int32(place + taken)
                 poll = partial(watch, done, total)
-                carry = self._called(turns, (*given, carries, carry, *bounds), poll)
+                arguments = (*given, carries, carry, *bounds)
+                carry = call_beside(partial(turns, *arguments), poll)
                 wait_for(carry, poll)
                 size.took(taken, time.perf_counter() - begun)
                 place += taken
@@ -182,16 +185,6 @@ class GroupedStep:
                 watch(done, total)
             carries += (carry,)
         return programs, carries
-
-    def _called(
-        self, program: Callable[..., Any], arguments: tuple[Any, ...], poll: Callable[[], object]
-    ) -> Any:
-        """What a program returns that leaves the state alone; its first call, which compiles, can be given up."""
-        if program in self._compiled:
-            return program(*arguments)
-        result = call_beside(lambda: program(*arguments), poll)
-        self._compiled.add(program)
-        return result
 
     def _count(self, batch: RolloutBatch) -> int:
         """Micro-batches of one update."""

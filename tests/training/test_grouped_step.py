@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 import time
 
 import jax
@@ -70,16 +71,19 @@ def test_groups_of_any_size_give_the_numbers_of_one_program(monkeypatch, case):
     expected, figures = whole(state, params, batch)
     monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 0.0)
     grouped = GroupedStep(last, before, updates, ONE)
-    seen = []
+    seen, numbers = [], []
     for _ in range(2):
         # The second time in the largest groups, which earlier times allow.
         found, metrics = grouped(
             jax.tree.map(jnp.copy, state), params, batch, lambda *look: seen.append(look)
         )
         assert set(metrics) == set(figures)
-        toy.assert_identical(found, expected)
-        toy.assert_identical(metrics, figures)
+        # Other programs, which the compiler may round otherwise in the last digit.
+        toy.assert_close((found, metrics), (expected, figures), rtol=2e-6, atol=2e-8)
+        numbers.append((found, metrics))
         monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 1e6)
+    # The same programs, however many micro-batches a call of theirs takes.
+    toy.assert_identical(*numbers)
     total = 9 if updates == 1 else 18
     assert seen[0] == (0, total) and seen[-1] == (total, total)
     assert {done for done, _ in seen} == set(range(total + 1))
@@ -143,13 +147,13 @@ def _slow_step(seconds):
 
 
 def test_a_group_under_way_can_be_given_up(monkeypatch):
-    """All micro-batches in one group of two seconds: what the watch raises after a fifth of one ends the waiting."""
+    """All micro-batches in one group of nine seconds: what the watch raises after a fifth of one ends the waiting."""
     seconds = [0.0]
     step = _slow_step(seconds)
     grouped = GroupedStep(step, step, 1, ONE)
     monkeypatch.setattr(GroupSize, "next", lambda self, left: 9)
     state, _ = grouped(toy.new_state(), toy.base_params(), toy.new_batch())
-    seconds[0] = 0.25
+    seconds[0] = 1.0
     start = time.perf_counter()
 
     def stop(done, total):
@@ -158,7 +162,7 @@ def test_a_group_under_way_can_be_given_up(monkeypatch):
 
     with pytest.raises(GivenUp):
         grouped(state, toy.base_params(), toy.new_batch(), stop)
-    assert time.perf_counter() - start < 1.5
+    assert time.perf_counter() - start < 6.0
     seconds[0] = 0.0
 
 
@@ -225,15 +229,18 @@ def test_a_call_beside_gives_its_result_or_its_failure():
 
     with pytest.raises(ValueError, match="as it was"):
         waiting.call_beside(fail, lambda: None)
-    start = time.perf_counter()
+    released = threading.Event()
 
     def stop():
         raise GivenUp
 
     with pytest.raises(GivenUp):
-        waiting.call_beside(lambda: time.sleep(0.6), stop)
-    assert waiting.is_left_behind() and time.perf_counter() - start < 0.5
-    time.sleep(0.7)
+        waiting.call_beside(released.wait, stop)
+    assert waiting.is_left_behind()
+    released.set()
+    deadline = time.monotonic() + 10.0
+    while waiting.is_left_behind() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not waiting.is_left_behind()
 
 
