@@ -51,7 +51,7 @@ VERB = Verb(
             "prompts_path",
             'files (one prompt a line, {"prompt": ...} or GenEval metadata in .jsonl, a column of .csv or .parquet as '
             "FILE#COLUMN), directories with SOURCE/test files, either of the Hub as hf://datasets/OWNER/NAME/..., "
-            "'embedded' or 'generated'; several separated by commas",
+            "'embedded', 'embedded_video' or 'generated'; several separated by commas",
             Place(),
             "FILES",
             default="embedded",
@@ -72,7 +72,7 @@ VERB = Verb(
         ),
         Option(
             "rewards_path",
-            "directory with rewards.json, or 'embedded'",
+            "directory with rewards.json, 'embedded' or 'embedded_video'",
             Place(),
             "DIR",
             default="embedded",

@@ -11,7 +11,7 @@ from marble_jax.errors import InputError
 _CHOICE = (
     Option(
         "rewards_path",
-        "directory with rewards.json, or 'embedded'",
+        "directory with rewards.json, 'embedded' or 'embedded_video'",
         Place(),
         "DIR",
         aliases=("path",),
@@ -44,7 +44,8 @@ _CHECK = Verb(
         *_CHOICE,
         Option(
             "size",
-            "pixels of the golden images (the run's own with --config; 64 for 'embedded', else 512)",
+            "pixels of the golden images (the run's own with --config; 64 for 'embedded', 48 for 'embedded_video', else "
+            "512)",
             Whole(16, 8192),
             "N",
         ),

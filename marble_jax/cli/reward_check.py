@@ -10,7 +10,7 @@ from marble_jax.cli.reward_choice import RewardChoice, chosen_rewards, load_one_
 from marble_jax.config import Settings
 from marble_jax.console import Console
 from marble_jax.errors import InputError
-from marble_jax.programs.locations import EMBEDDED
+from marble_jax.programs.locations import EMBEDDED, EMBEDDED_VIDEO
 from marble_jax.rewards import checks, throughput
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.checks import CheckResult
@@ -19,7 +19,7 @@ from marble_jax.rewards.toy_world import golden_clips, golden_images
 COLUMNS = ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", "")
 
 # Pixels of golden images where nobody says otherwise: the size that a reward will be used at.
-EMBEDDED_SIZE = 64
+SHIPPED_SIZES = {EMBEDDED: 64, EMBEDDED_VIDEO: 48}
 PUBLISHED_SIZE = 512
 
 
@@ -66,9 +66,7 @@ def _size(options: argparse.Namespace, settings: Settings | None) -> int:
     # A run's rewards see images of the run's size.
     if settings is not None:
         return settings.model.height
-    if options.rewards_path == EMBEDDED:
-        return EMBEDDED_SIZE
-    return PUBLISHED_SIZE
+    return SHIPPED_SIZES.get(options.rewards_path, PUBLISHED_SIZE)
 
 
 def _num_frames(options: argparse.Namespace, settings: Settings | None) -> int:

@@ -24,7 +24,7 @@ VERB = Verb(
     options=(
         Option(
             "model",
-            "diffusers-layout directory, hub id, or 'embedded'",
+            "diffusers-layout directory, hub id, 'embedded' or 'embedded_video'",
             Place(),
             "DIR",
             aliases=("pretrained_model_name_or_path",),

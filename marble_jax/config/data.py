@@ -14,7 +14,7 @@ class PromptSettings:
     path: str = key(
         "",
         "directory with SOURCE/{train,test} prompt files, also hf://datasets/OWNER/NAME[@REVISION] of the "
-        "Hub, 'generated' for the ready-made sets, or 'embedded'",
+        "Hub, 'generated' for the ready-made sets, 'embedded' or 'embedded_video'",
         "path",
     )
     # The same embeddings either way: only where they are kept differs.
@@ -111,7 +111,9 @@ class RewardSettings:
     heldout: tuple[str, ...] = key(
         (), "rewards only evaluated: they tell progress from reward hacking"
     )
-    path: str = key("", "directory with the reward models, 'hub', or 'embedded'", "path")
+    path: str = key(
+        "", "directory with the reward models, 'hub', 'embedded' or 'embedded_video'", "path"
+    )
     upstream_scoring: bool = key(
         False,
         "score OCR and GenEval by the rules of MARBLE's released code instead of the published ones",

@@ -13,8 +13,8 @@ class ModelSettings:
 
     path: str = key(
         "",
-        "diffusers-layout directory, of this machine or gs:// or s3://, hub id, or 'embedded' for the shipped tiny "
-        "pipeline",
+        "diffusers-layout directory, of this machine or gs:// or s3://, hub id, or 'embedded' or 'embedded_video' "
+        "for a shipped tiny pipeline",
         "path",
     )
     # Of the frozen network alone: adapters, optimiser and the solve for alpha are float32 whatever is said here.

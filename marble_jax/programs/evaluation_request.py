@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from marble_jax.errors import InputError
 from marble_jax.policies import POLICIES, check_policy
-from marble_jax.programs.locations import EMBEDDED, read_prompts
+from marble_jax.programs.locations import EMBEDDED, SHIPPED, read_prompts
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, is_prompt_file, read_file
@@ -60,7 +60,7 @@ class Request:
 def parse_models(text: str) -> dict[str, PolicySource]:
     """Models of `NAME=PLACE[:POLICY][+LORA[:weight]]...`, separated by commas.
 
-    A PLACE is a diffusers-layout directory, a hub id or 'embedded', or the workdir of a training run with one of its
+    A PLACE is a diffusers-layout directory, a hub id, 'embedded' or 'embedded_video', or the workdir of a training run with one of its
     policies (ema unless given). Without `NAME=` the last part of PLACE names the model.
 
     Raises:
@@ -147,7 +147,8 @@ def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list
 
     Args:
       text: files (one prompt a line, GenEval's `.jsonl`, or a table's FILE#COLUMN) or directories with SOURCE/test
-        files, separated by commas, each perhaps on the Hub by its `hf://` path; or 'embedded' or 'generated'.
+        files, separated by commas, each perhaps on the Hub by its `hf://` path; or 'embedded', 'embedded_video'
+        or 'generated'.
       num_prompts: at most so many, in equal shares of the sources, evenly from each; 0: all.
       images: images of each prompt.
 
@@ -183,7 +184,7 @@ def _prompts_by_source(text: str) -> dict[str, list[Prompt]]:
 def _prompts_at(place: str) -> dict[str, list[Prompt]]:
     """The prompts of a file, a directory or a shipped set, by source."""
     # A file that happens to be called like a shipped set does not hide it.
-    if place not in (EMBEDDED, generated.NAME) and is_prompt_file(place):
+    if place not in (*SHIPPED, generated.NAME) and is_prompt_file(place):
         prompts = read_file(place)
         return {prompts[0].source: prompts}
     return read_prompts(place, "test")

@@ -17,7 +17,7 @@ from marble_jax.convert.lora_files import Pairs, lora_files
 from marble_jax.convert.lora_strength import PEFT_CONFIG, PEFT_FILE
 from marble_jax.errors import InputError
 from marble_jax.families.base import Family, Size
-from marble_jax.programs.locations import EMBEDDED
+from marble_jax.programs.locations import SHIPPED
 from marble_jax.programs.model_card import Facts, model_card
 from marble_jax.report import read_records
 from marble_jax.storage.workdir import Workdir, jsonable
@@ -109,7 +109,7 @@ def facts_of(
         name=settings.name,
         base=base,
         on_hub=on_hub,
-        embedded=model.path == EMBEDDED,
+        embedded=model.path in SHIPPED,
         diffusers=family.diffusers,
         policy=policy,
         step=step,

@@ -17,7 +17,11 @@ from marble_jax.rewards.function import is_function
 from marble_jax.storage.files import is_remote
 
 EMBEDDED = "embedded"
-"""Names the directories that ship with the package."""
+"""Names the directories of the image pipeline that ships with the package."""
+EMBEDDED_VIDEO = "embedded_video"
+"""Names those of the video pipeline."""
+SHIPPED = {EMBEDDED: "embedded", EMBEDDED_VIDEO: "embedded/video"}
+"""Folders in the package by name."""
 
 _KEYS = {"pipeline": "model.path", "prompts": "prompts.path", "rewards": "rewards.path"}
 
@@ -26,14 +30,14 @@ def resolve_path(path: str, kind: str) -> Path:
     """Finds the directory of a model, prompts or rewards.
 
     Args:
-      path: a path, in which `~` is this user's home, or "embedded"; prompts may lie on the Hub, at an `hf://` path.
-      kind: "pipeline", "prompts" or "rewards": a folder of the embedded pipeline.
+      path: a path, in which `~` is this user's home, or a name of SHIPPED; prompts may lie on the Hub, at an `hf://` path.
+      kind: "pipeline", "prompts" or "rewards": a folder of a shipped pipeline.
 
     Raises:
       InputError: an empty path, or one in a bucket.
     """
-    if path == EMBEDDED:
-        return Path(str(resources.files("marble_jax") / "embedded" / kind))
+    if path in SHIPPED:
+        return Path(str(resources.files("marble_jax") / SHIPPED[path] / kind))
     if is_remote(path):
         raise InputError(
             f"{_KEYS[kind]}: expected a directory of this machine; received {path} (copy it here first)"
@@ -69,8 +73,8 @@ def read_prompts(
     """Reads the prompts of a split, by source.
 
     Args:
-      path: a directory with SOURCE/SPLIT files, also of the Hub by `hf://` path, "embedded", or "generated" for the
-        sets that need no files.
+      path: a directory with SOURCE/SPLIT files, also of the Hub by `hf://` path, a name of SHIPPED, or "generated" for
+        the sets that need no files.
       split: "train" or "test".
       sources: those wanted; all when None.
     """

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from marble_jax.families.base import DiffusersNames, Size
+from marble_jax.programs.locations import SHIPPED
 from marble_jax.report.records import Records, step_of
 from marble_jax.trainable.lora import LoraSpec
 
@@ -37,9 +38,9 @@ class Facts:
 
     Attributes:
       name: of the run.
-      base: hub id of the base model, "embedded", or its directory's name.
+      base: hub id of the base model, the name of a shipped one, or its directory's name.
       on_hub: whether `base` is a hub id.
-      embedded: whether it is the pipeline that ships with this package.
+      embedded: whether it is a pipeline that ships with this package.
       diffusers: what the family's models are called in diffusers.
       policy: the exported policy, a key of `_POLICIES`.
       step: optimiser steps it was trained for.
@@ -303,7 +304,7 @@ def _usage_of_lora(facts: Facts) -> str:
     opening, place = "", json.dumps(facts.base)
     if facts.embedded:
         opening = "from importlib.resources import files\n"
-        place = 'str(files("marble_jax") / "embedded/pipeline")'
+        place = f'str(files("marble_jax") / "{SHIPPED[facts.base]}/pipeline")'
     # Pipelines of clips return frames and take their number; those of images know neither.
     result, sample, frames = "image", "images", ""
     if facts.diffusers.num_frames is not None:

@@ -82,7 +82,7 @@ def mutate(prompt: str, rng: random.Random) -> str | None:
     """A prompt that differs in one word (ink, shape, count, relation, background) or one letter."""
     words = prompt.split(" ")
     spots = []
-    shapes = [world._plural(s, k) for s in world.SHAPES for k in (1, 2)]
+    shapes = [world.plural(s, k) for s in world.SHAPES for k in (1, 2)]
     for i, word in enumerate(words):
         for family in (
             list(world.INKS),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import world
@@ -21,7 +22,7 @@ T5_LENGTH = 12
 def words() -> list[str]:
     """Every word of the world's prompts, lower case, sign texts left out."""
     plain = "a photo of and on in sign saying left right above below two three".split()
-    shapes = [s for shape in world.SHAPES for s in (shape, world._plural(shape, 2))]
+    shapes = [s for shape in world.SHAPES for s in (shape, world.plural(shape, 2))]
     return plain + shapes + list(world.INKS) + list(world.BACKGROUNDS)
 
 
@@ -80,12 +81,25 @@ def write_clip(directory: Path, pad: str) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(str(directory))
 
 
-def write_t5(directory: Path) -> PreTrainedTokenizerFast:
-    """Writes a unigram tokenizer in T5's conventions: pad 0, end of sequence 1, unknown 2."""
+def write_t5(
+    directory: Path,
+    vocabulary: Sequence[str] = (),
+    letters: str = world.LETTERS,
+    length: int = T5_LENGTH,
+) -> PreTrainedTokenizerFast:
+    """Writes a unigram tokenizer in T5's conventions: pad 0, end of sequence 1, unknown 2.
+
+    Args:
+      directory: where.
+      vocabulary: whole words; those of the image world where there are none.
+      letters: of signs.
+      length: most tokens of a prompt.
+    """
+    vocabulary = list(dict.fromkeys(vocabulary or words()))
     directory.mkdir(parents=True, exist_ok=True)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
-    pieces += [("▁" + w, -3.0) for w in dict.fromkeys(words())]
-    characters = sorted(set("".join(words())) | set(world.LETTERS) | set('0123456789",.▁'))
+    pieces += [("▁" + w, -3.0) for w in vocabulary]
+    characters = sorted(set("".join(vocabulary)) | set(letters) | set('0123456789",.▁'))
     pieces += [('▁"', -3.0)] + [(c, -10.0) for c in characters]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFKC()
@@ -99,7 +113,7 @@ def write_t5(directory: Path) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=T5_LENGTH,
+        model_max_length=length,
     )
     fast.save_pretrained(str(directory))
     return fast

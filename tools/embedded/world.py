@@ -111,10 +111,10 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
     raise ValueError(f"unknown shape {thing.shape!r}, expected one of {SHAPES}")
 
 
-def render(scene: Scene) -> np.ndarray:
-    """The image of `scene`: uint8 [64, 64, 3]."""
+def render(scene: Scene, size: int = SIZE) -> np.ndarray:
+    """The image of `scene`: uint8 [size, size, 3]."""
     k = OVERSAMPLE
-    image = Image.new("RGB", (SIZE * k, SIZE * k), BACKGROUNDS[scene.background])
+    image = Image.new("RGB", (size * k, size * k), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     for thing in scene.things:
         if thing.shape == "circle":
@@ -123,7 +123,7 @@ def render(scene: Scene) -> np.ndarray:
         else:
             draw.polygon([(px * k, py * k) for px, py in _outline(thing)], fill=INKS[thing.ink])
     if scene.text:
-        centre = ((SIZE / 2 + scene.offset[0]) * k, (SIZE / 2 + scene.offset[1]) * k)
+        centre = ((size / 2 + scene.offset[0]) * k, (size / 2 + scene.offset[1]) * k)
         draw.text(
             centre,
             scene.text,
@@ -131,7 +131,7 @@ def render(scene: Scene) -> np.ndarray:
             fill=INKS[scene.ink],
             anchor="mm",
         )
-    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 
 def _places(
@@ -185,7 +185,7 @@ def things_scene(
     return Scene(background=background or rng.choice(list(BACKGROUNDS)), things=tuple(things))
 
 
-def _plural(shape: str, count: int) -> str:
+def plural(shape: str, count: int) -> str:
     return shape if count == 1 else shape + ("es" if shape == "cross" else "s")
 
 
@@ -193,7 +193,7 @@ def general(rng: random.Random) -> tuple[str, dict, Maker]:
     """A general description: count, colour, shape and background; returns prompt, metadata, scene maker."""
     count, shape = rng.choice((1, 1, 2, 3)), rng.choice(SHAPES)
     ink, background = rng.choice(list(INKS)), rng.choice(list(BACKGROUNDS))
-    prompt = f"{NUMBERS[count]} {ink} {_plural(shape, count)} on {background}"
+    prompt = f"{NUMBERS[count]} {ink} {plural(shape, count)} on {background}"
     return prompt, {}, lambda r: things_scene(r, [(shape, ink)] * count, background)
 
 
@@ -220,7 +220,7 @@ def composition(rng: random.Random) -> tuple[str, dict, Maker]:
         include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
     elif tag == "counting":
         count = rng.choice((2, 3))
-        prompt, wanted = f"a photo of {NUMBERS[count]} {_plural(a, count)}", [(a, None)] * count
+        prompt, wanted = f"a photo of {NUMBERS[count]} {plural(a, count)}", [(a, None)] * count
         include, exclude = [{"class": a, "count": count}], [{"class": a, "count": count + 1}]
     elif tag == "colors":
         prompt, wanted = f"a photo of a {ink_a} {a}", [(a, ink_a)]
