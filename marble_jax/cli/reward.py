@@ -44,8 +44,8 @@ _CHECK = Verb(
         *_CHOICE,
         Option(
             "size",
-            "pixels of the golden images (the run's own with --config; 64 for 'embedded', 48 for 'embedded_video', else "
-            "512)",
+            "pixels of the golden images (the run's own with --config; 64 for 'embedded', 48 for 'embedded_video', "
+            "else 512)",
             Whole(16, 8192),
             "N",
         ),

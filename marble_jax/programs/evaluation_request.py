@@ -60,8 +60,8 @@ class Request:
 def parse_models(text: str) -> dict[str, PolicySource]:
     """Models of `NAME=PLACE[:POLICY][+LORA[:weight]]...`, separated by commas.
 
-    A PLACE is a diffusers-layout directory, a hub id, 'embedded' or 'embedded_video', or the workdir of a training run with one of its
-    policies (ema unless given). Without `NAME=` the last part of PLACE names the model.
+    A PLACE is a diffusers-layout directory, a hub id, 'embedded' or 'embedded_video', or the workdir of a training run
+    with one of its policies (ema unless given). Without `NAME=` the last part of PLACE names the model.
 
     Raises:
       InputError: an empty or repeated name or place, an unknown policy, or a policy of something that is no run.

@@ -30,7 +30,8 @@ def resolve_path(path: str, kind: str) -> Path:
     """Finds the directory of a model, prompts or rewards.
 
     Args:
-      path: a path, in which `~` is this user's home, or a name of SHIPPED; prompts may lie on the Hub, at an `hf://` path.
+      path: a path, in which `~` is this user's home, or a name of SHIPPED; prompts may lie on the Hub, at an
+        `hf://` path.
       kind: "pipeline", "prompts" or "rewards": a folder of a shipped pipeline.
 
     Raises:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.resources
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from loaded_pipeline import load_pipeline
 
+from marble_jax.cli.main import main
 from marble_jax.families.base import Size
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import solver_table
@@ -28,6 +31,18 @@ PROMPTS = [
 LENGTH, STEPS = 16, 4
 SIZE = Size(48, 48, 5)
 MEBIBYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def video_world():
+    """tools/embedded/video_world.py as a module."""
+    pytest.importorskip("matplotlib")
+    folder = Path(__file__).parents[2] / "tools" / "embedded"
+    if not (folder / "video_world.py").exists():
+        pytest.skip("tools/embedded/video_world.py is not there")
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("video_world")
+    sys.path.remove(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +108,7 @@ def test_held_out_prompts_and_signs_are_not_trained_on():
     words = {}
     for split, sets in (("train", train), ("test", test)):
         words[split] = {re.search(r'"([A-Z]+)"', p.text).group(1) for p in sets["signs"]}
-    assert len(words["test"]) >= 10 and not words["train"] & words["test"]
+    assert len(words["test"]) >= 5 and not words["train"] & words["test"]
     for name in test:
         texts = [prompt.text for prompt in test[name]]
         assert len(texts) == len(set(texts)) >= 100
@@ -111,7 +126,8 @@ def test_prompts_say_what_their_metadata_says():
             if metadata["direction"] == "still":
                 told = " standing still on "
             assert told in prompt.text and f"{metadata['colour']} " in prompt.text
-            assert f'"{metadata["text"]}"' in prompt.text if "text" in metadata else True
+            assert ("text" in metadata) == ('"' in prompt.text)
+            assert metadata.get("text", "") in prompt.text
         assert directions == {"left", "right", "up", "down", "still"}
 
 
@@ -148,3 +164,18 @@ def test_rewards_prefer_the_clip_that_was_asked_for(video_world, name):
         by_frame = [reward.score({}, pixels[:, f], prompts, metadata)[0] for f in frames]
         means.append(float(np.mean(by_frame)))
     assert means[0] > 0.9 and means[0] > means[1] + 0.3
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_trains_on_five_rewards_and_is_reported(tmp_path):
+    pytest.importorskip("rapidocr")
+    config = Path(__file__).parents[2] / "configs" / "embedded_video.py"
+    workdir = tmp_path / "run"
+    command = ["train", f"--config={config}:smoke", f"--workdir={workdir}"]
+    assert main([*command, "--config.training.num_steps=2"]) == 0
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        scores = [key for key in record if key.startswith("rollout/score_mean/")]
+        assert len(scores) == 5 and record["training/grad_norm"] > 0
+    assert main(["report", f"--workdir={workdir}"]) == 0
+    assert 'class="moving"' in (workdir / "report.html").read_text()

@@ -16,7 +16,7 @@ from marble_jax.errors import InputError
 from marble_jax.storage.workdir import Workdir
 from tools.experiments import fronts, results, runner, table
 from tools.experiments.__main__ import main
-from tools.experiments.methods import METHODS, SUITES, Job, choose, jobs
+from tools.experiments.methods import METHODS, SUITES, VIDEO_METHODS, Job, choose, jobs
 
 ROOT = Path(__file__).parents[2]
 FILE = str(ROOT / "configs" / "embedded.py")
@@ -84,6 +84,18 @@ def test_the_methods_are_what_their_names_say(planned):
     assert (micro["harmonize.mode"], micro["harmonize.refresh_every"]) == ("upstream", 1)
     assert config["solve_batch"] == config["exact"]
     assert "rho_0.7" in next(job.methods for job in planned if job.name == "amortized-1")
+
+
+def test_methods_on_clips_are_presets_of_their_own_file():
+    planned = jobs(choose("video", ()), 1, Path("out"), str(ROOT / "configs" / "embedded_video.py"))
+    assert [job.methods for job in planned] == [(method.name,) for method in VIDEO_METHODS]
+    rewards = planned[0].config["rewards.train"]
+    singles = [job.config["rewards.train"] for job in planned if "_only_" in job.name]
+    assert singles == [[name] for name in rewards]
+    weights = next(job for job in planned if "weighted_sum" in job.name).config[
+        "advantages.weights"
+    ]
+    assert len(weights) == len(rewards)
 
 
 def test_choosing():

@@ -33,6 +33,7 @@ def halve(file: Path) -> None:
     """Rewrites a safetensors file in half precision."""
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(str(file)).items()}
     save_file(tensors, str(file), {"format": "pt"})
+    file.chmod(0o644)
 
 
 def main() -> None:

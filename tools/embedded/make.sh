@@ -12,4 +12,4 @@ python rewards.py prefer --base "$build/pipeline" --out "$build/rewards"
 python rewards.py judge --base "$build/pipeline" --out "$build/rewards" --steps 450
 python prompts.py --out "$out/prompts"
 python assemble.py --base "$build/pipeline" --rewards "$build/rewards" --out "$out"
-marble-jax reward check --rewards_path="$out/rewards" --size=64 --write
+marble-jax reward check --path="$out/rewards" --size=64 --write

@@ -20,6 +20,7 @@ REWARDS = {
     "smoothness": {"kind": "smoothness"},
     "ocr": {"kind": "video_ocr", "detect": False, "scale": 4},
     "geneval": {"kind": "geneval", "detector": "shapes", "frames": "count:3"},
+    "colourfulness": {"kind": "colourfulness", "frames": "count:3"},
     "compressibility": {"kind": "jpeg_compressibility", "frames": "count:3"},
     "flicker": {"kind": "flicker"},
     "block_dynamic_degree": {"kind": "block_dynamic_degree"},

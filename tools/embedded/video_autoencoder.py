@@ -92,12 +92,10 @@ def moments(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
         x = block.resample(x) if hasattr(block, "resample") else residual(block, x)
     x = clips_of(x, len(clips))
     # The first frame has a latent frame of its own; each later one is made of two and the one before.
-    later = (
-        F.conv3d(x, TIME[0].weight, TIME[0].bias, stride=(2, 1, 1))
-        if x.shape[2] > 1
-        else x[:, :, :0]
-    )
-    x = torch.cat([x[:, :, :1], later], 2)
+    if x.shape[2] > 1:
+        halves = time_conv(encoder)
+        later = F.conv3d(x, halves.weight, halves.bias, stride=(2, 1, 1))
+        x = torch.cat([x[:, :, :1], later], 2)
     x = residual(encoder.down_blocks[-1], x, causal_conv)
     x = F.silu(norm(encoder.norm_out, middle(encoder.mid_block, x)))
     return vae.quant_conv(causal_conv(encoder.conv_out, x))
@@ -128,15 +126,17 @@ def decoded(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
     return clips_of(x, count)
 
 
-TIME: list[nn.Module] = []
+def time_conv(encoder: nn.Module) -> nn.Conv3d:
+    """The convolution that halves frames."""
+    (layer,) = [block.time_conv for block in encoder.down_blocks if hasattr(block, "time_conv")]
+    return layer
 
 
 def prepare(vae: AutoencoderKLWan) -> None:
     """Sets the earlier taps to zero where a clip is treated as images, and starts with latents of little noise."""
-    TIME[:] = [b.time_conv for b in vae.encoder.down_blocks if hasattr(b, "time_conv")]
     coarse = [vae.encoder.down_blocks[-1], vae.encoder.mid_block, vae.encoder.conv_out]
     coarse += [vae.decoder.conv_in, vae.decoder.mid_block, vae.decoder.up_blocks[0]]
-    keep = {id(m) for part in coarse for m in part.modules()} | {id(TIME[0])}
+    keep = {id(m) for part in coarse for m in part.modules()} | {id(time_conv(vae.encoder))}
     with torch.no_grad():
         for module in (vae.encoder, vae.decoder):
             for layer in module.modules():
@@ -164,7 +164,7 @@ def as_input(clips: np.ndarray) -> torch.Tensor:
 def difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Mean absolute and squared error, and that of edges in space and over time."""
     edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (3, 4))
-    loss = F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x) + 0.5 * edges
+    loss = F.l1_loss(y, x) + 2.0 * F.mse_loss(y, x) + 0.5 * edges
     if x.shape[2] > 1:
         loss = loss + 0.5 * F.l1_loss(y.diff(dim=2), x.diff(dim=2))
     return loss
@@ -176,6 +176,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500, help="training time")
     parser.add_argument("--batch", type=int, default=4, help="clips of a process")
     parser.add_argument("--learning_rate", type=float, default=2.5e-3)
+    parser.add_argument(
+        "--first", default="", help="an autoencoder to go on from, with clips alone"
+    )
     launch(train, parser.parse_args())
 
 
@@ -184,8 +187,13 @@ def train(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     vae = build()
     prepare(vae)
-    torch.manual_seed(rank)
-    rng = random.Random(11 + rank)
+    image_share = IMAGE_SHARE
+    if args.first:
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(args.first).state_dict())
+        image_share = 0.0
+    seed = rank + (100 if args.first else 0)
+    torch.manual_seed(seed)
+    rng = random.Random(11 + seed)
     pool = new_clips(rng, POOL // 20)
     optimiser = torch.optim.AdamW(
         vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
@@ -201,7 +209,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             pool = np.concatenate([pool, fresh])
         else:
             pool[rng.randrange(len(pool))] = fresh[0]
-        if share < IMAGE_SHARE:
+        if share < image_share:
             # Images first: as many different ones for less time.
             chosen = rng.sample(range(len(pool)), 4 * args.batch)
             moments_in_time = rng.choices(range(video_world.NUM_FRAMES), k=len(chosen))

@@ -20,7 +20,7 @@ from marble_jax.cli.parsing import parse
 from marble_jax.errors import InputError
 from marble_jax.storage.files import write_whole
 from tools.experiments import fronts, results, runner, table
-from tools.experiments.methods import METHODS, SUITES, Job, choose, jobs
+from tools.experiments.methods import FILES, VIDEO, Job, choose, jobs, pool_of
 
 VERB = Verb(
     about="Trains the embedded pipeline with many methods and seeds, and compares what they come to.",
@@ -28,10 +28,16 @@ VERB = Verb(
     options=(
         Option(
             "suite",
-            "which methods: main, sweeps, ablations, balancers, objectives or all",
+            "which methods: main, sweeps, ablations, balancers, objectives, all of these, or video, which is of the "
+            "video pipeline",
             default="main",
         ),
-        Option("methods", "only these, whatever the suite", Words(), "A,B"),
+        Option(
+            "methods",
+            "only these, whatever the suite (of the video pipeline with --suite=video)",
+            Words(),
+            "A,B",
+        ),
         Option("seeds", "runs a method, seeds 1, 2, ...", Whole(1), default="3"),
         Option(
             "steps",
@@ -58,13 +64,18 @@ VERB = Verb(
             Place(),
             "DIR",
         ),
-        Option("pairs", "rewards against each other in fronts.svg", default=fronts.PAIRS),
+        Option(
+            "pairs",
+            f"rewards against each other in fronts.svg; {fronts.PAIRS} unless given, of the video pipeline "
+            f"{fronts.VIDEO_PAIRS}",
+        ),
         Option("list", "names the methods and their runs", Switch()),
         Option("dry_run", "prints the commands", Switch()),
         Option("collect", "trains nothing: results of what is finished", Switch()),
     ),
     config=True,
-    notes="--config=FILE is the file with the presets, configs/embedded.py unless given; keys change in all runs.",
+    notes="--config=FILE is the file with the presets, configs/embedded.py (of the suite video "
+    "configs/embedded_video.py) unless given; keys change in all runs.",
 )
 
 
@@ -86,9 +97,7 @@ def main(argv: Sequence[str], train: Sequence[str] = runner.TRAIN) -> int:
 
 def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     options = parse("experiments", VERB, argv)
-    files = [a.split("=", 1)[1] for a in options.config if a.startswith("--config=")] or [
-        "configs/embedded.py"
-    ]
+    files = [a.split("=", 1)[1] for a in options.config if a.startswith("--config=")]
     overrides = [a for a in options.config if not a.startswith("--config=")]
     if options.steps:
         overrides.append(f"--config.training.num_steps={options.steps}")
@@ -98,16 +107,19 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     methods = choose(options.suite, options.methods)
     out = Path(options.out)
     target = Path(options.results) if options.results else out
-    everything = jobs(METHODS, options.seeds, out, files[-1], overrides)
+    file = files[-1] if files else FILES[methods[0].suite]
+    pool = pool_of(methods[0].suite)
+    everything = jobs(pool, options.seeds, out, file, overrides)
     names = {method.name for method in methods}
     planned = [job for job in everything if names & set(job.methods)]
     config = planned[0].config
+    usual = fronts.VIDEO_PAIRS if pool[0].suite == VIDEO else fronts.PAIRS
     pairs = fronts.parse_pairs(
-        options.pairs, [*config["rewards.train"], *config["rewards.heldout"]]
+        options.pairs or usual, [*config["rewards.train"], *config["rewards.heldout"]]
     )
     if options.list:
-        for suite in SUITES:
-            for method in (m for m in METHODS if m.suite == suite and m in methods):
+        for suite in FILES:
+            for method in (m for m in pool if m.suite == suite and m in methods):
                 own = ", ".join(job.name for job in planned if method.name in job.methods)
                 print(f"{suite:10} {method.name:16} {method.title:52} {own}")
         return 0
@@ -132,7 +144,7 @@ def _main(argv: Sequence[str], train: Sequence[str]) -> int:
     results.write_json(on_record, found)
     write_whole(target / "table.md", table.markdown(found))
     written = ["results.json", "table.md"]
-    if (main_rows := table.rows(found, "main")) and pairs:
+    if (main_rows := table.rows(found, VIDEO if pool[0].suite == VIDEO else "main")) and pairs:
         fronts.draw(main_rows, table.columns(found), pairs, target / "fronts.svg")
         written.append("fronts.svg")
     _say(f"{len(found['runs'])} of {len(there)} runs in {target}: {', '.join(written)}")

@@ -11,6 +11,7 @@ from marble_jax.errors import InputError, one_of
 from tools.experiments.table import Row
 
 PAIRS = "aesthetic+alignment,ocr+geneval,preference+ocr,aesthetic+judge"
+VIDEO_PAIRS = "motion+smoothness,smoothness+colourfulness,ocr+motion,ocr+geneval"
 MARKERS = "osD^v<>pPXh*8d"
 
 

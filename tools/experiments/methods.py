@@ -13,6 +13,10 @@ from marble_jax.errors import InputError, one_of
 from marble_jax.storage.workdir import jsonable
 
 SUITES = ("main", "sweeps", "ablations", "balancers", "objectives")
+VIDEO = "video"
+"""The suite of the video pipeline, whose presets and rewards are those of another file; not among "all"."""
+FILES = dict.fromkeys(SUITES, "configs/embedded.py") | {VIDEO: "configs/embedded_video.py"}
+"""Configuration files of the suites, unless another is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Method:
     Attributes:
       name: short, names the run's folder.
       title: what the table says.
-      suite: one of SUITES.
+      suite: one of FILES.
       preset: of the configuration file.
       changes: configuration keys that differ from the preset, as on the command line.
     """
@@ -132,6 +136,22 @@ METHODS = (
 )
 
 
+VIDEO_METHODS = (
+    Method("video_marble", "MARBLE", VIDEO, ""),
+    Method("video_weighted_sum", "weighted sum", VIDEO, "weighted_sum"),
+    Method("video_equal", "equal alpha", VIDEO, "equal"),
+    *(
+        Method(f"video_only_{name}", f"only {name}", VIDEO, f"only_{name}")
+        for name in ("motion", "smoothness", "ocr", "geneval", "colourfulness")
+    ),
+)
+
+
+def pool_of(suite: str) -> tuple[Method, ...]:
+    """The methods that are compared with those of a suite: one configuration file's."""
+    return VIDEO_METHODS if suite == VIDEO else METHODS
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One training run.
@@ -158,15 +178,16 @@ class Job:
 
 
 def choose(suite: str, names: Sequence[str]) -> tuple[Method, ...]:
-    """The methods of a suite ("all" for every one), or those named, in the order of METHODS.
+    """The methods of a suite ("all" for every one of images), or those named, in the order of their pool.
 
     Raises:
       InputError: an unknown suite or method.
     """
-    one_of("--suite", suite, (*SUITES, "all"))
+    one_of("--suite", suite, (*FILES, "all"))
+    pool = pool_of(suite)
     for name in names:
-        one_of("--methods", name, [m.name for m in METHODS])
-    return tuple(m for m in METHODS if (m.name in names if names else suite in (m.suite, "all")))
+        one_of("--methods", name, [m.name for m in pool])
+    return tuple(m for m in pool if (m.name in names if names else suite in (m.suite, "all")))
 
 
 def jobs(
@@ -174,7 +195,7 @@ def jobs(
 ) -> tuple[Job, ...]:
     """Every run that `methods` need, seed by seed, so that a part of them compares all methods.
 
-    Methods with the same configuration share a run, under the name of the first of METHODS that has it.
+    Methods with the same configuration share a run, under the name of the first of their pool that has it.
 
     Args:
       methods: what to compare.
@@ -191,7 +212,7 @@ def jobs(
     owner: dict[str, str] = {}
     users: dict[str, list[str]] = {}
     made: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {}
-    for method in METHODS:
+    for method in pool_of(methods[0].suite):
         arguments = (
             f"--config={file}:{method.preset}",
             *overrides,

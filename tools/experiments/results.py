@@ -18,7 +18,7 @@ from marble_jax.report.reading import read_records
 from marble_jax.report.records import Records
 from marble_jax.storage.files import read_json, write_whole
 from marble_jax.storage.workdir import jsonable
-from tools.experiments.methods import METHODS, Job
+from tools.experiments.methods import METHODS, VIDEO_METHODS, Job
 from tools.experiments.runner import finished
 
 
@@ -204,7 +204,7 @@ def collect(
         **shared,
         "methods": [
             {"name": m.name, "title": m.title, "suite": m.suite}
-            for m in METHODS
+            for m in (*METHODS, *VIDEO_METHODS)
             if m.name in wanted
         ],
         "missing": [job.name for job in jobs if job.name not in runs],

@@ -17,6 +17,7 @@ HEADINGS = {
     "ablations": "Ablations",
     "balancers": "Balancers from the literature, exact mode",
     "objectives": "Other objectives",
+    "video": "Methods on clips",
 }
 
 SETS = {"trained": "all {} trained rewards", "all": "all evaluated rewards"}
