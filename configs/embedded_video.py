@@ -65,6 +65,19 @@ PRESETS = {
         "checkpoints.every_steps": 1,
     },
 }
+ABOUT = {
+    "": "MARBLE on five rewards of clips: motion as told, smoothness, OCR, GenEval, colourfulness",
+    "amortized": "the same with a solve every five steps",
+    "opposed": "MARBLE with a sixth reward that the others do not want",
+    "weighted_sum": "one advantage of a sum of the scores",
+    "equal": "equal alpha without normalised gradients",
+    "only_motion": "motion as told alone",
+    "only_smoothness": "smoothness alone",
+    "only_ocr": "OCR alone, on signs",
+    "only_geneval": "GenEval alone, on shapes",
+    "only_colourfulness": "colourfulness alone",
+    "smoke": "a few seconds, for tests",
+}
 
 
 def get_config(preset: str = ""):
