@@ -434,7 +434,7 @@ def test_config_errors(change, message):
         (
             {"remat": "ful"},
             (1, 4, 4, 3),
-            "remat: expected one of none, full, dots; received 'ful'; did you",
+            "remat: expected one of none, full, dots, products; received 'ful'; did you",
         ),
         (
             {"attention": "flash"},
