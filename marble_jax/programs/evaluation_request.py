@@ -158,7 +158,8 @@ def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list
     by_source = _prompts_by_source(text)
     if not by_source:
         raise InputError(
-            "--prompts_path: expected a file, a directory, 'embedded' or 'generated'; received none"
+            "--prompts_path: expected a file, a directory, 'embedded', 'embedded_video' or 'generated'; "
+            "received none"
         )
     if num_prompts:
         by_source = _in_equal_shares(by_source, num_prompts)

@@ -213,7 +213,10 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
             "omit_text_encoders: expected one of text_encoder_3; received 'text_encoder'",
         ),
         (["--prompts=a", "--lora=/nowhere"], "nowhere"),
-        (["--prompts= | "], "prompts: expected at least one; received none"),
+        (
+            ["--prompts= | "],
+            "sample: expected either --prompts or --prompts_path; received neither",
+        ),
     ):
         assert re.search(message, refused("sample", "--model=embedded", out, *arguments)), arguments
     assert "expected either --model or --workdir; received both" in refused(
@@ -490,7 +493,6 @@ def test_prompts_in_the_formats_users_have():
 
 
 def test_no_prompts():
-    with pytest.raises(
-        InputError, match="--prompts: expected a file, a directory, .*; received none"
-    ):
+    message = "--prompts_path: expected a file, a directory, .*; received none"
+    with pytest.raises(InputError, match=message):
         evaluation_prompts(" , ")
