@@ -35,28 +35,38 @@ CONSUMERS = (
 
 
 class Consumed:
-    """Every key that numbers were drawn with, also inside compiled functions, loops and `vmap`."""
+    """Every key that numbers were drawn with, also inside compiled functions, loops and `vmap`, and where that was.
+
+    The programs of a step draw its orders anew, each for itself: one key, at one place of the code, is one use.
+    """
 
     def __init__(self, monkeypatch):
-        self.keys = []
+        self._uses = set()
         for name in CONSUMERS:
             monkeypatch.setattr(jax.random, name, self._watched(getattr(jax.random, name)))
 
     def _watched(self, draw):
         def watched(key, *args, **kwargs):
+            caller = sys._getframe(1)
+            place = (caller.f_code.co_filename, caller.f_lineno)
             jax.debug.callback(
-                lambda data: self.keys.append(tuple(np.asarray(data).tolist())),
+                lambda data: self._uses.add((tuple(np.asarray(data).tolist()), place)),
                 jax.random.key_data(key),
             )
             return draw(key, *args, **kwargs)
 
         return watched
 
+    @property
+    def keys(self):
+        """The key of every use."""
+        jax.effects_barrier()
+        return [key for key, _ in self._uses]
+
     def with_children(self):
         """The keys, and those that a consumer may split them into."""
-        jax.effects_barrier()
-        found = list(self.keys)
-        for key in self.keys:
+        found = self.keys
+        for key in list(found):
             parent = jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32))
             children = jax.random.key_data(jax.random.split(parent, 3))
             found += [tuple(child) for child in np.asarray(children).tolist()]
@@ -115,6 +125,13 @@ def test_the_check_finds_a_key_that_is_used_twice(monkeypatch):
     jax.random.uniform(jax.random.split(key, 3)[1])
     found = consumed.with_children()
     assert len(set(found)) < len(found)
+
+
+def test_the_check_finds_a_key_that_two_places_use(monkeypatch):
+    consumed = Consumed(monkeypatch)
+    jax.random.normal(jax.random.key(0))
+    jax.random.normal(jax.random.key(0))
+    assert len(set(consumed.keys)) < len(consumed.keys)
 
 
 def test_names_of_streams_have_different_numbers():
