@@ -71,11 +71,11 @@ ABOUT = {
     "opposed": "MARBLE with a sixth reward that the others do not want",
     "weighted_sum": "one advantage of a sum of the scores",
     "equal": "equal alpha without normalised gradients",
-    "only_motion": "motion as told alone",
-    "only_smoothness": "smoothness alone",
-    "only_ocr": "OCR alone, on signs",
-    "only_geneval": "GenEval alone, on shapes",
-    "only_colourfulness": "colourfulness alone",
+    "only_motion": "one reward: motion as told",
+    "only_smoothness": "one reward: smoothness of motion",
+    "only_ocr": "one reward: OCR, on signs",
+    "only_geneval": "one reward: GenEval, on shapes",
+    "only_colourfulness": "one reward: colourfulness of frames",
     "smoke": "a few seconds, for tests",
 }
 

@@ -120,7 +120,7 @@ def test_it_exercises_what_sd35_has():
 
 def test_the_package_stays_small():
     size = sum(p.stat().st_size for p in EMBEDDED.rglob("*") if p.is_file())
-    assert size <= 20 * 2**20, f"{size / 2**20:.1f} MiB"
+    assert size <= 30 * 2**20, f"{size / 2**20:.1f} MiB"
 
 
 def test_held_out_prompts_are_not_trained_on():
