@@ -112,10 +112,10 @@ def _hosts_line(settings: Settings) -> str:
     texts = "text encoders stay, split over each host's devices (prompts.embedding_cache takes them away)"
     if settings.prompts.embedding_cache:
         texts = "text embeddings from disk, text encoders only to fill it"
-    return (
-        f"every host runs the same command; rewards that read images ({readers}) in "
-        f"{settings.rewards.num_workers} threads; {texts}"
-    )
+    threads = f"{settings.rewards.num_workers} threads"
+    if settings.rewards.num_workers == 0:
+        threads = "as many threads as the host has cores"
+    return f"every host runs the same command; rewards that read images ({readers}) in {threads}; {texts}"
 
 
 def show_memory(planned: Plan, console: Console) -> None:

@@ -34,7 +34,7 @@ def test_the_papers_recipe_on_sixteen_chips(capsys, tmp_path):
         "27648 samples",
         "8 batches of 144, 9 a device",
         "192 micro-batches of 144, 9 a device",
-        "every 10 steps, 3 samples a device",
+        "every 10 steps, 9 samples a device",
         "base weights (bfloat16",
         "train, between",
         "in all, of 16.91",
@@ -74,7 +74,7 @@ def test_one_device_of_unknown_kind(capsys):
         ),
         (["--devices=few"], "--devices: expected a whole number of at least 0; received 'few'"),
         (["--chip=v7"], "chip: expected one of v4, v5e.*received 'v7'"),
-        (["--utilisation=1.5"], r"--utilisation: expected a share in \(0, 1\]; received '1.5'"),
+        (["--utilisation=1.5"], r"--utilisation: expected a share in \(0, 1\]; received 1.5"),
         (
             ["--programs=train"],
             "--programs: expected one of rollout, decode, solving, between, micro; received 'train'",

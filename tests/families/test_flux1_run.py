@@ -89,7 +89,9 @@ def test_two_steps_change_the_policy(run):
     assert all(np.isfinite(record["training/grad_norm"]) for record in steps)
     assert steps[-1]["training/grad_norm"] > 0
     first, last = steps[0], steps[-1]
-    assert first.keys() == last.keys()
+    # Only some steps compile, or come after a checkpoint.
+    now_and_then = {"time/compile_s", "time/checkpoint_s"}
+    assert first.keys() - now_and_then == last.keys() - now_and_then
 
 
 def test_a_model_without_guidance_trains(place):

@@ -13,6 +13,7 @@ from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError
 from marble_jax.programs import build
 from marble_jax.programs.check_settings import check_settings
+from marble_jax.programs.drawn_prompts import sampling_of
 from marble_jax.programs.imaging import Imaging
 from marble_jax.programs.upstream import (
     ALWAYS,
@@ -90,7 +91,7 @@ def test_advantages_are_shaped_once():
     for file, shaped in (("embedded.py", True), ("embedded.py:upstream", False)):
         settings = _settings(file, **changes)
         sizes = derive_sizes(settings.rollout, settings.training, 1)
-        sampling = build._sampling(settings, {}, sizes)
+        sampling = sampling_of(settings, {}, sizes)
         assert sampling.shape.is_identity != shaped
         assert upstream_rules(settings).shape.mode == "binary"
         # 18 prompts x 8 images come in two rollout batches of 72.
