@@ -10,9 +10,11 @@ import optax
 from marble_jax.errors import InputError
 from marble_jax.objectives.base import Kept
 from marble_jax.training.grouped_step import GroupedStep
+from marble_jax.training.policy_update import Metrics
 from marble_jax.training.recipe import Recipe
 from marble_jax.training.several_updates import before_last
 from marble_jax.training.staged_step import StagedStep
+from marble_jax.training.state import TrainState
 from marble_jax.training.train_step import amortized_step, exact_step
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules
 from marble_jax.training.upstream_step import solves, upstream_step
@@ -37,7 +39,7 @@ class Steps:
     every: int
     keeps: Kept = Kept.CLEAN_LATENTS
 
-    def due(self, solved: bool, age: int) -> GroupedStep:
+    def due(self, solved: bool, age: int) -> Callable[..., tuple[TrainState, Metrics]]:
         """The step to run when there was a solve (or not) and the last one is `age` steps old."""
         if not solved:
             return self.first

@@ -179,7 +179,7 @@ def test_programs_accept_the_planned_arguments():
     latents, clips = (jax.eval_shape(f, *arguments) for f, arguments in list(jobs.values())[:2])
     assert latents.shape == (8, 8, 8, 16) and clips.shape == (8, 1, 64, 64, 3)
     step, arguments = jobs["train, between"]
-    state, metrics = jax.eval_shape(step, *arguments)
+    state, metrics = step.trace(*arguments).out_info
     assert (
         jax.tree.structure(state) == jax.tree.structure(arguments[0])
         and "objective/loss" in metrics

@@ -40,9 +40,10 @@ class Run:
         self.saved, self.records, self.said = {0: _copy(_start())}, [], []
         collector, steps = programs()
 
-        def program(state, params, batch):
+        def program(state, params, batch, watch):
             factor = np.nan if bad(state) else 1.0
-            state, metrics = steps.first(state, params, batch.replace(kept=batch.kept * factor))
+            batch = batch.replace(kept=batch.kept * factor)
+            state, metrics = steps.first(state, params, batch, watch)
             return after(state), metrics
 
         def rollback(why, number):
