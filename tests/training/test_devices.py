@@ -35,9 +35,10 @@ def steps() -> dict[str, object]:
     batch = toy.new_batch()
     arguments = (everywhere(toy.base_params()), everywhere(batch))
     for name in ("refresh", "between"):
-        compiled = getattr(split, name).lower(everywhere(toy.new_state()), *arguments).compile()
+        step = getattr(split, name)
+        compiled = step.trace(everywhere(toy.new_state()), *arguments).lower().compile()
         one, metrics = getattr(alone, name)(toy.new_state(), toy.base_params(), batch)
-        four, found_metrics = compiled(everywhere(toy.new_state()), *arguments)
+        four, found_metrics = step(everywhere(toy.new_state()), *arguments)
         gaps = jax.tree.map(
             lambda x, y: float(
                 np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)), initial=0)

@@ -63,7 +63,7 @@ def split_step() -> dict[str, object]:
     stacked = make_stack(mesh)(parts)
     apart = everywhere(batch).replace(kept=stacked, is_split=True)
     arguments = (everywhere(toy.base_params()), apart)
-    compiled = step.lower(everywhere(toy.new_state()), *arguments).compile()
+    compiled = step.trace(everywhere(toy.new_state()), *arguments).lower().compile()
     found, _ = compiled(everywhere(toy.new_state()), *arguments)
     expected, _ = step(everywhere(toy.new_state()), arguments[0], everywhere(batch))
     gaps = jax.tree.map(
