@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any
@@ -22,11 +21,8 @@ from annotated_types import Ge
 from marble_jax.errors import InputError
 from marble_jax.rating.ballot import ALIKE, GRADES, HIGH, LOW, PAIRS, QUESTIONS, Ballot, Task
 from marble_jax.rating.votes import Subject, Value, VoteFile, rater_name
-from marble_jax.rewards.http.connections import (
-    ConnectionHandler,
-    ConnectionServer,
-    ServerOptions,
-)
+from marble_jax.rewards.http.background import BackgroundServer
+from marble_jax.rewards.http.connections import ConnectionHandler, ServerOptions
 from marble_jax.rewards.http.images import Limits
 from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.validation import is_digits, parse_json_object, short, validated
@@ -57,7 +53,7 @@ def page() -> tuple[bytes, str]:
     return html.encode(), policy
 
 
-class RatingServer(ConnectionServer):
+class RatingServer(BackgroundServer):
     """Serves a ballot until closed; a context manager."""
 
     def __init__(
@@ -92,33 +88,13 @@ class RatingServer(ConnectionServer):
         self._image = image
         self._title = title
         options = dataclasses.replace(options, limits=LIMITS)
-        try:
-            super().__init__((host.strip("[]"), port), options, _RatingHandler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"--host, --port: expected an address that is free; received {host}:{port} "
-                f"({reason})"
-            ) from None
-        self._loop = threading.Thread(
-            target=self.serve_forever, args=(0.1,), name="rating server", daemon=True
-        )
-        self._loop.start()
+        super().__init__("rating server", host, port, options, _RatingHandler)
+        self.start()
 
     @property
     def url(self) -> str:
         """The address raters open; the token stands behind the #, which browsers do not send."""
-        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}/#{self.options.token}"
-
-    def close(self) -> None:
-        """Stops answering."""
-        self.shutdown()
-        self._loop.join()
-        self.server_close()
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+        return f"{self.origin}/#{self.options.token}"
 
     def ballot(self, query: Mapping[str, str]) -> dict[str, Any]:
         """Returns what the page needs to know before the first task, and which tasks a rater has done."""

@@ -21,7 +21,8 @@ from marble_jax.rewards import base
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.http import protocol
 from marble_jax.rewards.http.access import is_loopback
-from marble_jax.rewards.http.connections import DEFAULT_OPTIONS, ConnectionServer, ServerOptions
+from marble_jax.rewards.http.background import BackgroundServer
+from marble_jax.rewards.http.connections import DEFAULT_OPTIONS, ServerOptions
 from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.rewards.http.protocol import Request
 from marble_jax.rewards.workers.threads import Expired, Pool, TooManyLost
@@ -39,7 +40,7 @@ class _OwnFault(Exception):
         self.error = error
 
 
-class RewardServer(ConnectionServer):
+class RewardServer(BackgroundServer):
     """Serves rewards until closed; a context manager.
 
     Attributes:
@@ -78,38 +79,21 @@ class RewardServer(ConnectionServer):
         # One request at a time on the device: two would need the memory of both.
         self._device = threading.Lock()
         try:
-            super().__init__((host.strip("[]"), port), options)
-        except (OSError, OverflowError) as error:
+            super().__init__("reward server", host, port, options)
+        except InputError:
             self._pool.close()
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"--host, --port: expected an address that is free; received {host}:{port} "
-                f"({reason})"
-            ) from None
-        self._loop = threading.Thread(
-            target=self.serve_forever, args=(0.1,), name="reward server", daemon=True
-        )
-        self._loop.start()
+            raise
+        self.start()
 
     @property
     def url(self) -> str:
         """The address clients use."""
-        host = self.server_name
-        # The colons of an IPv6 address would be taken for the port's.
-        if ":" in host:
-            host = f"[{host}]"
-        scheme = "http" if self.options.tls is None else "https"
-        return f"{scheme}://{host}:{self.server_port}"
+        return self.origin
 
     def close(self) -> None:
         """Stops answering and ends the threads; calls that hang are left behind."""
-        self.shutdown()
-        self._loop.join()
-        self.server_close()
+        super().close()
         self._pool.close()
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
     def health(self) -> dict[str, Any]:
         """The answer to `/health` for who may know."""
