@@ -184,7 +184,7 @@ def measure(
     for name, job in aot.jobs(settings, shapes, sizes, mesh).items():
         if not name.endswith(wanted):
             continue
-        compiled = job.function.lower(*job.arguments).compile()
+        compiled = job.function.trace(*job.arguments).lower().compile()
         row = exchanges_of(compiled.as_text(), shapes.family)
         if run or timed:
             row["results"] = telling(name, compiled(*values(job.arguments)))

@@ -25,6 +25,9 @@ class Nothing:
     def write(self, step, record):
         pass
 
+    def write_evaluation(self, step, record, samples, rewards):
+        pass
+
 
 def scores_of(values):
     return Scores(NAMES, values, np.ones(values.shape, bool), np.zeros(values.shape, bool))
