@@ -13,14 +13,14 @@ more) and seconds of a step at 40 % of the peak, rewards apart:
 
 | preset               | options of plan           | GB of usable  | images a step | s a step |
 |----------------------|---------------------------|---------------|---------------|----------|
-| flux1_dev_80gb       | --devices=1 --chip=h100   | 47.8 of 64.4  | 24 x 12       | 636      |
-| flux1_dev_8x80gb     | --devices=8 --chip=h100   | 48.2 of 64.4  | 48 x 24       | 318      |
-| flux1_dev_v5p_16     | --devices=16 --chip=v5p   | 49.7 of 102.8 | 48 x 24       | 343      |
-| flux1_dev_v6e_16     | --devices=16 --chip=v6e   | 18.9 of 33.5  | 48 x 24       | 171      |
-| flux1_schnell_80gb   | --devices=1 --chip=h100   | 46.8 of 64.4  | 24 x 12       | 314      |
-| flux1_schnell_8x80gb | --devices=8 --chip=h100   | 47.0 of 64.4  | 48 x 24       | 157      |
-| flux1_schnell_v5p_16 | --devices=16 --chip=v5p   | 48.3 of 102.8 | 48 x 24       | 169      |
-| flux1_schnell_v6e_16 | --devices=16 --chip=v6e   | 18.4 of 33.5  | 48 x 24       | 85       |
+| flux1_dev_80gb       | --devices=1 --chip=h100   | 47.8 of 64.4  | 24 x 12       | 562      |
+| flux1_dev_8x80gb     | --devices=8 --chip=h100   | 48.2 of 64.4  | 48 x 24       | 281      |
+| flux1_dev_v5p_16     | --devices=16 --chip=v5p   | 49.7 of 102.8 | 48 x 24       | 303      |
+| flux1_dev_v6e_16     | --devices=16 --chip=v6e   | 18.9 of 33.5  | 48 x 24       | 151      |
+| flux1_schnell_80gb   | --devices=1 --chip=h100   | 46.8 of 64.4  | 24 x 12       | 274      |
+| flux1_schnell_8x80gb | --devices=8 --chip=h100   | 47.0 of 64.4  | 48 x 24       | 137      |
+| flux1_schnell_v5p_16 | --devices=16 --chip=v5p   | 48.3 of 102.8 | 48 x 24       | 147      |
+| flux1_schnell_v6e_16 | --devices=16 --chip=v6e   | 18.4 of 33.5  | 48 x 24       | 74       |
 
 `flux1_dev_flow_grpo`, `_flow_grpo_fast`, `_grpo_guard` and `_awm` train dev on eight GPUs of 80 GB with other
 objectives and one advantage of the sum of scores, and with `_marble` behind the name on every reward's own gradient.

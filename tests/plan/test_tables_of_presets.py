@@ -1,0 +1,72 @@
+"""Tables of what presets take, in README and in the docstrings of configs/: each row is what `marble-jax plan` says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from marble_jax.cli.configuration import load_config
+from marble_jax.config import settings_of
+from marble_jax.console import Console
+from marble_jax.distributed import accelerators
+from marble_jax.plan.planner import plan
+from marble_jax.plan.request import Request
+
+ROOT = Path(__file__).parents[2]
+CHIP = r"(?:--devices=(?P<devices>\d+) )?--chip=(?P<chip>\w+)"
+MEMORY = r"(?P<needed>[\d.]+) of (?P<usable>[\d.]+)"
+SECONDS = r"(?P<seconds>\d+)"
+IN_README = re.compile(
+    rf"\| `(?P<preset>[\w:]+)` \| [^|]+ \| `{CHIP}` \| {MEMORY} \| (?P<samples>\d+) \| {SECONDS} \|"
+)
+IN_CONFIGS = re.compile(
+    rf"\| (?P<preset>\w+) +\| {CHIP} +\| {MEMORY} +\| (?P<samples>\d+ x \d+) +\| {SECONDS} +\|"
+)
+
+
+def rows(text: str, pattern: re.Pattern[str], file: str = "") -> list[dict[str, str]]:
+    """Rows of a table; the preset with its file's name before it."""
+    found = [match.groupdict() for match in pattern.finditer(text)]
+    return [
+        row | {"preset": file + row["preset"], "devices": row["devices"] or "1"} for row in found
+    ]
+
+
+def of_docstring(file: str) -> list[dict[str, str]]:
+    docstring = ast.get_docstring(ast.parse((ROOT / "configs" / f"{file}.py").read_text()))
+    return rows(docstring or "", IN_CONFIGS, f"{file}:")
+
+
+SD3 = rows((ROOT / "README.md").read_text(), IN_README)
+FLUX = of_docstring("flux")
+WAN = of_docstring("wan")
+
+
+def test_the_tables_are_found():
+    assert (len(SD3), len(FLUX), len(WAN)) == (6, 8, 12)
+
+
+@pytest.mark.parametrize("row", [*SD3, *FLUX, *WAN], ids=lambda row: row["preset"])
+def test_a_row_is_what_plan_says(row):
+    settings = settings_of(load_config([f"--config={row['preset']}"]))
+    request = Request(devices=int(row["devices"]), chip=row["chip"])
+    record = plan(settings, request, Console())
+    needed = []
+    for program, sources in record["memory"].items():
+        parts = [*sources.values(), *record["resident"][program].values()]
+        needed.append(sum(part["bytes"] for part in parts))
+    prompts = settings.rollout.prompts_per_step
+    samples = settings.rollout.images_per_prompt
+    product = " x " in row["samples"]
+    assert row == {
+        "preset": row["preset"],
+        "devices": row["devices"],
+        "chip": row["chip"],
+        "needed": f"{max(needed) / 1e9:.1f}",
+        "usable": f"{accelerators.by_name(row['chip']).usable / 1e9:.1f}",
+        "samples": f"{prompts} x {samples}" if product else str(prompts * samples),
+        "seconds": f"{record['seconds']['step']:.0f}",
+    }
