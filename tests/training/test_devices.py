@@ -58,6 +58,61 @@ def steps() -> dict[str, object]:
     return found
 
 
+def policy_gradient() -> dict[str, dict[str, float]]:
+    """Runs in the process with four devices: three clipped, guided updates a rollout there and on one device."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import test_policy_gradient_step as steps
+    import toy_policy as toy
+
+    from marble_jax.distributed import device_mesh
+    from marble_jax.flow.guided_policy import guided_policy
+    from marble_jax.training.several_updates import before_last, several_updates
+    from marble_jax.training.train_step import exact_step
+
+    mesh = device_mesh.make_mesh(2, 2)
+    velocity = guided_policy(toy.velocity, 3.0)
+    negative = {"embeds": jnp.full((1, 2, 3), 0.3), "pooled": jnp.full((1, 2), -0.2)}
+    state = steps.near(toy.new_state())
+    batch = steps.new_batch(state, velocity, negative)
+    alone = steps.recipe_of(updates=3)
+    alone = dataclasses.replace(
+        alone, micro_batching=toy.recipe(micro_batch=4, chunk=4).micro_batching
+    )
+    shards = device_mesh.Shards(mesh)
+    split = dataclasses.replace(
+        alone, micro_batching=toy.recipe(micro_batch=4, chunk=4, shards=shards).micro_batching
+    )
+    results = []
+    for recipe, place in (
+        (alone, lambda tree: tree),
+        (split, lambda t: device_mesh.replicate(mesh, t)),
+    ):
+        last = exact_step(recipe, velocity, toy.optimizer())
+        before = exact_step(before_last(recipe), velocity, toy.optimizer())
+        run = jax.jit(several_updates(last, before, 3))
+        results.append(run(*(place(tree) for tree in (state, toy.base_params(), batch))))
+    (one, metrics), (four, found_metrics) = results
+    gap = jax.tree.map(
+        lambda x, y: np.max(np.abs(np.asarray(x) - np.asarray(y))), one.current, four.current
+    )
+    names = ("training/grad_norm", "objective/ratio", "objective/outside_clip_range")
+    figures = {name: [float(metrics[name]), float(found_metrics[name])] for name in names}
+    return {"gap": float(max(jax.tree.leaves(gap))), "figures": figures}
+
+
+def test_clipped_and_guided_updates_on_four_devices_are_those_on_one():
+    found = fake_devices.call(policy_gradient, devices=4)
+    assert found["gap"] < 1e-6
+    for one, four in found["figures"].values():
+        assert abs(one - four) < 1e-5 * one
+    # The clip holds some samples and not all.
+    assert 0.05 < found["figures"]["objective/outside_clip_range"][0] < 0.95
+
+
 def test_devices_share_the_samples_and_agree():
     for name, found in fake_devices.call(steps, devices=4).items():
         assert found["gap"] < 1e-6, name
