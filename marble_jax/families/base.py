@@ -317,6 +317,11 @@ class DiffusersNames:
     conditioning: Mapping[str, str]
     num_frames: str | None = None
 
+    @property
+    def task(self) -> str:
+        """What the Hugging Face Hub calls what the pipeline does."""
+        return "text-to-image" if self.num_frames is None else "text-to-video"
+
 
 class Family(abc.ABC):
     """A kind of diffusion model.

@@ -23,7 +23,7 @@ UPSTREAM_STRENGTH = (32, 64.0)
 _MARKUP = re.compile(r"[&<>\\`*_{}\[\]#|~!$@^=]")
 """Characters that mean something to Markdown or HTML, apart from what begins a line, where no such text stands."""
 _TAGS_BEFORE = ("lora", "diffusers", "peft")
-_TAGS_AFTER = ("text-to-image", "reinforcement-learning", "marble")
+_TAGS_AFTER = ("reinforcement-learning", "marble")
 _POLICIES = {
     "ema": "averaged policy, the one that is evaluated",
     "current": "policy that the optimiser updates",
@@ -135,7 +135,7 @@ def _header(facts: Facts, shown: list[ShownImages]) -> str:
     lines = ["---"]
     if facts.on_hub:
         lines += [f"base_model: {facts.base}", "base_model_relation: adapter"]
-    lines += ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    lines += ["library_name: diffusers", f"pipeline_tag: {facts.diffusers.task}"]
     if facts.embedded:
         lines.append("license: apache-2.0")
     elif facts.by_stability:
@@ -145,7 +145,8 @@ def _header(facts: Facts, shown: list[ShownImages]) -> str:
             f"license_link: https://huggingface.co/{facts.base}/blob/main/LICENSE.md",
         ]
     lines.append("tags:")
-    for tag in (*_TAGS_BEFORE, facts.diffusers.tag, *_TAGS_AFTER):
+    diffusers = facts.diffusers
+    for tag in (*_TAGS_BEFORE, diffusers.tag, diffusers.task, *_TAGS_AFTER):
         lines.append(f"- {tag}")
     if shown:
         lines.append("widget:")

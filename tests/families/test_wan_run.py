@@ -188,6 +188,7 @@ def test_the_export_of_a_run_on_clips_is_verified(place, run):
         assert reading["difference"] < 1e-3 and reading["strength"] == pytest.approx(1, abs=1e-2)
     card = (out / "README.md").read_text()
     assert "num_frames=5" in card and ".frames[0]" in card
+    assert "pipeline_tag: text-to-video" in card
 
 
 def refused(capsys, *arguments):
