@@ -72,6 +72,11 @@ VERB = Verb(
             default="0",
         ),
         Option("grid", "without grid.png", Switch(), default="true"),
+        Option(
+            "mp4",
+            "of clips, also 00000.mp4 and so on; lossy (pip install 'marble-jax[mp4]')",
+            Switch(),
+        ),
         *SAMPLING_OPTIONS,
     ),
     no_config="a run brings its own",
@@ -100,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         # The images of a prompt stand together, in files as in the grid.
         repeated += [prompt] * options.images
     source = PolicySource(options.model, options.workdir, options.policy, options.lora)
-    sample_images(repeated, options.out, source, settings, options.grid)
+    sample_images(repeated, options.out, source, settings, options.grid, options.mp4)
     return 0
 
 

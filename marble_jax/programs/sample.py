@@ -11,6 +11,7 @@ from marble_jax.programs.image_sampler import ImageSampler
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.storage.files import read_json_or_empty
 from marble_jax.storage.images import ImageFolder, writable
+from marble_jax.storage.mp4 import check_mp4
 from marble_jax.storage.workdir import Workdir
 
 _HASHES = "hashes.json"
@@ -22,6 +23,7 @@ def sample_images(
     source: PolicySource,
     settings: SamplingSettings,
     with_grid: bool,
+    with_mp4: bool = False,
 ) -> None:
     """Writes `out/00000.png` and so on; an image that is there is not drawn again.
 
@@ -31,18 +33,26 @@ def sample_images(
       source: what draws.
       settings: how.
       with_grid: also write `grid.png`.
+      with_mp4: also write each clip as MP4.
 
     Raises:
-      InputError: see `ImageSampler` and `ImageFolder.check`.
+      InputError: see `ImageSampler` and `ImageFolder.check`; MP4 of images, or without an encoder.
     """
     if not prompts:
         raise InputError("prompts: expected at least one; received none")
+    if with_mp4:
+        check_mp4()
     platform.keep_compilations()
     console, folder = Console(), ImageFolder(out)
     sampler = ImageSampler(source, settings)
+    frames_per_second = sampler.family.frames_per_second
+    if with_mp4 and frames_per_second is None:
+        raise InputError(f"--mp4: expected a model of clips; received {sampler.family.name}")
     fill_folder(folder, sampler, prompts, settings.batch, console, "sample")
     if with_grid:
         folder.save_grids(len(prompts))
+    if with_mp4 and frames_per_second is not None:
+        folder.save_mp4s(len(prompts), frames_per_second)
     console.say(f"images: {folder.path}")
 
 

@@ -13,6 +13,7 @@ from etils import epath
 from marble_jax.errors import InputError
 from marble_jax.storage.clips import animated_png, frames_of, spread_frames
 from marble_jax.storage.files import location, read_json, write_whole
+from marble_jax.storage.mp4 import mp4
 from marble_jax.storage.png_files import opened_png
 from marble_jax.storage.workdir import Workdir, check_is_folder, jsonable
 from marble_jax.validation import validated
@@ -194,6 +195,15 @@ class ImageFolder:
                 save_png(file, grid(cells, columns))
             files.append(file)
         return files
+
+    def save_mp4s(self, count: int, frames_per_second: int) -> None:
+        """Writes the first `count` clips as `00000.mp4` and so on; those that are there stay."""
+        for index in range(count):
+            file = self.file(index).with_suffix(".mp4")
+            if file.exists():
+                continue
+            with writable(self.path):
+                write_whole(file, mp4(read_frames(self.file(index)), frames_per_second))
 
     def _small(self, index: int) -> list[np.ndarray]:
         """The image of a sample, or some frames of it, as small images."""

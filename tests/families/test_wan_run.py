@@ -128,12 +128,13 @@ def test_a_policy_draws_clips_and_pictures(place, run):
     prompts = f"--prompts={'|'.join(PROMPTS[:2])}"
     for policy in ("current", "base"):
         command = ["sample", f"--workdir={run}", f"--policy={policy}", prompts, "--steps=3"]
-        assert main([*command, f"--out={place / policy}"]) == 0
+        assert main([*command, f"--out={place / policy}", "--mp4"]) == 0
     trained, base = samples(place / "current", 2), samples(place / "base", 2)
     assert trained.shape == (2, 5, 16, 32, 3) and not np.array_equal(trained, base)
     with Image.open(place / "base" / "00001.png") as clip:
         assert clip.text["prompt"] == PROMPTS[1] and clip.text["frames"] == "5"
         assert clip.info["duration"] == 1000 / 16
+    assert (place / "base" / "00001.mp4").stat().st_size > 0
     # Four frames of each side by side.
     assert read_frames(place / "base" / "grid.png").shape == (1, 16, 8 * 32, 3)
     command = ["sample", f"--workdir={run}", "--policy=base", prompts, "--steps=3"]
