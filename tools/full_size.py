@@ -1,12 +1,13 @@
-"""Full-size proof of the conversion and of the transformer: SD3.5-medium with random weights, against diffusers.
+"""Full-size proof of the conversion and of a transformer: random weights, against diffusers.
 
     python tools/full_size.py --dir=/path/with/20GB
+    python tools/full_size.py --dir=/path/with/20GB --model=wan2.1-1.3b
 
-1. diffusers makes the transformer in bfloat16 and saves it (4.9 GB, one file).
+1. diffusers makes the transformer in bfloat16 and saves it (SD3.5-medium 4.9 GB, Wan2.1-T2V-1.3B 2.8 GB, one file).
 2. `marble-jax convert` brings it into our layout, and back; both are timed against a plain copy of the file.
 3. Every tensor that came back is compared with the original, bit for bit.
-4. Both libraries compute one velocity at 512 x 512 (1024 image and 333 text tokens), in float32 on the bfloat16
-   weights, each in a process of its own whose peak memory is measured.
+4. Both libraries compute velocities in float32 on the bfloat16 weights, each in a process of its own whose peak memory
+   is measured: of SD3.5 at 512 x 512 (1024 image and 333 text tokens), of Wan at 240 x 416 with 1 and 5 frames.
 
 Prints one JSON object. Nothing is downloaded.
 """
@@ -14,6 +15,7 @@ Prints one JSON object. Nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,25 +24,48 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-TOKENS = 77 + 256
+SIGMA = 0.7
 
 
-def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Latents [1, 64, 64, 16], text embeddings, pooled embeddings and sigma."""
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    return draw(1, 64, 64, 16), draw(1, TOKENS, 4096), draw(1, 2048), 0.7
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, and what it is asked.
+
+    Attributes:
+      diffusers: class of its transformer there.
+      config: of its transformer.
+      latents: shapes of the latents of each sample, [1, h, w, C] or [1, f, h, w, C].
+      conditioning: shapes of the text arrays, by our name of them.
+      arguments: our name of a text array -> diffusers' argument.
+      tokens: text tokens that are not zeros.
+      load: (directory, options) -> our model and its parameters.
+      velocity: ours.
+    """
+
+    diffusers: str
+    config: dict[str, Any]
+    latents: tuple[tuple[int, ...], ...]
+    conditioning: dict[str, tuple[int, ...]]
+    arguments: dict[str, str]
+    tokens: int
+    load: Callable[[pathlib.Path], tuple[Any, Any]]
+    velocity: Callable[..., Any]
 
 
-def make(root: pathlib.Path) -> dict:
-    import torch
-    from diffusers import SD3Transformer2DModel
+def sd35_medium() -> Case:
+    import jax.numpy as jnp
 
-    with torch.device("meta"):
-        model = SD3Transformer2DModel(
+    from marble_jax.families.sd3.layer_names import load_mmdit
+    from marble_jax.families.sd3.transformer import velocity
+
+    return Case(
+        diffusers="SD3Transformer2DModel",
+        config=dict(
             sample_size=128,
             patch_size=2,
             in_channels=16,
@@ -54,24 +79,87 @@ def make(root: pathlib.Path) -> dict:
             pos_embed_max_size=384,
             dual_attention_layers=tuple(range(13)),
             qk_norm="rms_norm",
-        )
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
+        ),
+        latents=((1, 64, 64, 16),),
+        conditioning={"embeds": (1, 77 + 256, 4096), "pooled": (1, 2048)},
+        arguments={"embeds": "encoder_hidden_states", "pooled": "pooled_projections"},
+        tokens=77 + 256,
+        load=lambda path: load_mmdit(path, jnp.bfloat16, table_side=32, dtype=jnp.float32),
+        velocity=velocity,
+    )
+
+
+def wan21_1_3b() -> Case:
+    import jax.numpy as jnp
+
+    from marble_jax.families.wan.layer_names import load_transformer
+    from marble_jax.families.wan.transformer import velocity
+
+    return Case(
+        diffusers="WanTransformer3DModel",
+        config=dict(
+            patch_size=(1, 2, 2),
+            num_attention_heads=12,
+            attention_head_dim=128,
+            in_channels=16,
+            out_channels=16,
+            text_dim=4096,
+            freq_dim=256,
+            ffn_dim=8960,
+            num_layers=30,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=1024,
+        ),
+        # One frame of latents is one frame, two are five.
+        latents=((1, 1, 30, 52, 16), (1, 2, 30, 52, 16)),
+        conditioning={"embeds": (1, 512, 4096)},
+        arguments={"embeds": "encoder_hidden_states"},
+        tokens=40,
+        load=lambda path: load_transformer(path, jnp.bfloat16, dtype=jnp.float32),
+        velocity=velocity,
+    )
+
+
+CASES = {"sd3.5-medium": sd35_medium, "wan2.1-1.3b": wan21_1_3b}
+
+
+def inputs(case: Case) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Latents of the samples, and text arrays whose tokens beyond the prompt are zeros."""
+    rng = np.random.default_rng(0)
+    latents = [rng.standard_normal(shape).astype(np.float32) for shape in case.latents]
+    texts = {}
+    for name, shape in case.conditioning.items():
+        texts[name] = rng.standard_normal(shape).astype(np.float32)
+    texts["embeds"][:, case.tokens :] = 0
+    return latents, texts
+
+
+def make(model: str, root: pathlib.Path) -> dict:
+    import diffusers
+    import torch
+
+    case = CASES[model]()
+    with torch.device("meta"):
+        theirs = getattr(diffusers, case.diffusers)(**case.config)
+    theirs = theirs.to(torch.bfloat16).to_empty(device="cpu")
     # Two billion normal numbers take minutes; four million, taken over and over, do as well. Their count is prime, so
     # that no two rows of a matrix are the same.
     pool = (0.02 * torch.randn(4_194_301, generator=torch.Generator().manual_seed(0))).to(
         torch.bfloat16
     )
     at = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in theirs.state_dict().items():
         flat, done = tensor.view(-1), 0
         while done < flat.numel():
             count = min(len(pool) - at, flat.numel() - done)
             flat[done : done + count] = pool[at : at + count]
             done, at = done + count, (at + count) % len(pool)
-        if ".norm_" in name:
+        # Scales of norms are near one; norms without an underscore in their name have biases, too.
+        if ".norm_" in name or (".norm" in name and name.endswith(".weight")):
             tensor += 1
-    model.save_pretrained(root / "model" / "transformer")
-    return {"tensors": len(model.state_dict())}
+    theirs.save_pretrained(root / "model" / "transformer")
+    return {"tensors": len(theirs.state_dict())}
 
 
 def convert(source: pathlib.Path, target: pathlib.Path) -> dict:
@@ -110,63 +198,72 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> dict:
     return {"tensors": len(a.keys()), "different": int(different)}
 
 
-def ours(directory: pathlib.Path, out: pathlib.Path) -> dict:
+def ours(model: str, directory: pathlib.Path, out: pathlib.Path) -> dict:
     # XLA's CPU backend otherwise converts the weights of all layers to float32 before the loop over them: 9 GB more.
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes="
         "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
     ).strip()
     import jax
-    import jax.numpy as jnp
 
-    from marble_jax.families.sd3.layer_names import load_mmdit
-    from marble_jax.families.sd3.transformer import velocity
-
+    case = CASES[model]()
     start = time.perf_counter()
-    model, params = load_mmdit(directory, jnp.bfloat16, table_side=32, dtype=jnp.float32)
+    network, params = case.load(directory)
     loaded = time.perf_counter() - start
-    latents, embeds, pooled, sigma = arrays()
-    run = jax.jit(lambda p, x, e, q: velocity(model, p, None, x, sigma, {"embeds": e, "pooled": q}))
+    samples, texts = inputs(case)
+
+    def run(params: Any, latents: Any, texts: Any) -> Any:
+        return case.velocity(network, params, None, latents, SIGMA, texts)
+
     start = time.perf_counter()
-    np.save(out, np.asarray(run(params, latents, embeds, pooled)))
+    for number, latents in enumerate(samples):
+        np.save(out / f"ours_{number}.npy", np.asarray(jax.jit(run)(params, latents, texts)))
     return {"load_seconds": loaded, "forward_seconds": time.perf_counter() - start}
 
 
-def theirs(directory: pathlib.Path, out: pathlib.Path) -> dict:
+def theirs(model: str, directory: pathlib.Path, out: pathlib.Path) -> dict:
+    import diffusers
     import torch
-    from diffusers import SD3Transformer2DModel
 
+    case = CASES[model]()
     start = time.perf_counter()
-    model = SD3Transformer2DModel.from_pretrained(directory, torch_dtype=torch.bfloat16).eval()
+    opened = getattr(diffusers, case.diffusers).from_pretrained(
+        directory, torch_dtype=torch.bfloat16
+    )
+    network = opened.eval()
 
     # One layer at a time in float32, exactly; diffusers' own layerwise casting leaves every norm out.
     def widen(module, _):
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         module.narrow = [(tensor, tensor.data) for tensor in tensors]
         for tensor in tensors:
-            tensor.data = tensor.data.float()
+            # Tables of positions may be in float64.
+            if tensor.dtype == torch.bfloat16:
+                tensor.data = tensor.data.float()
 
     def narrow(module, _, out):
         for tensor, data in module.narrow:
             tensor.data = data
         return out
 
-    for module in model.modules():
+    for module in network.modules():
         if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(narrow)
     loaded = time.perf_counter() - start
-    latents, embeds, pooled, sigma = arrays()
+    samples, texts = inputs(case)
+    arguments = {case.arguments[name]: torch.from_numpy(text) for name, text in texts.items()}
     start = time.perf_counter()
-    with torch.no_grad():
-        velocity = model(
-            torch.from_numpy(latents.transpose(0, 3, 1, 2).copy()),
-            torch.from_numpy(embeds),
-            torch.from_numpy(pooled),
-            torch.tensor([sigma * 1000]),
-            return_dict=False,
-        )[0]
-    np.save(out, velocity.float().numpy().transpose(0, 2, 3, 1))
+    for number, latents in enumerate(samples):
+        channels_first = torch.from_numpy(np.moveaxis(latents, -1, 1).copy())
+        with torch.no_grad():
+            velocity = network(
+                hidden_states=channels_first,
+                timestep=torch.tensor([SIGMA * 1000]),
+                return_dict=False,
+                **arguments,
+            )[0]
+        np.save(out / f"theirs_{number}.npy", np.moveaxis(velocity.float().numpy(), 1, -1))
     return {"load_seconds": loaded, "forward_seconds": time.perf_counter() - start}
 
 
@@ -180,10 +277,14 @@ STEPS = {
 }
 
 
-def alone(step: str, *paths: pathlib.Path) -> dict:
+ABOUT_MODEL = ("make", "ours", "theirs")
+"""Steps that are told the model before their paths."""
+
+
+def alone(step: str, *arguments: Any) -> dict:
     """Runs one step in a process of its own."""
     print(f"{step} ...", file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, "--step", step, *map(str, paths)]
+    command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     record = json.loads(done.stdout.splitlines()[-1])
@@ -191,11 +292,11 @@ def alone(step: str, *paths: pathlib.Path) -> dict:
     return record
 
 
-def prove(root: pathlib.Path) -> dict:
-    """All steps; the record."""
+def prove(root: pathlib.Path, model: str = "sd3.5-medium") -> dict:
+    """All steps of a model; the record."""
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "model" / "transformer" / "config.json").is_file():
-        alone("make", root)
+        alone("make", model, root)
     (file,) = (root / "model" / "transformer").glob("*.safetensors")
     size = file.stat().st_size
     for name in ("stored", "back"):
@@ -211,14 +312,19 @@ def prove(root: pathlib.Path) -> dict:
     }
     for step in ("copy", "to_orbax", "to_diffusers"):
         record[step]["mb_per_second"] = size / 1e6 / record[step]["seconds"]
-    record["ours"] = alone("ours", root / "stored" / "transformer", root / "ours.npy")
-    record["theirs"] = alone("theirs", root / "model" / "transformer", root / "theirs.npy")
-    got, want = (np.load(root / f"{name}.npy").astype(np.float64) for name in ("ours", "theirs"))
-    record["error"] = {
-        "relative": float(np.linalg.norm(got - want) / np.linalg.norm(want)),
-        "largest": float(np.abs(got - want).max()),
-        "largest_velocity": float(np.abs(want).max()),
-    }
+    record["ours"] = alone("ours", model, root / "stored" / "transformer", root)
+    record["theirs"] = alone("theirs", model, root / "model" / "transformer", root)
+    record["errors"] = []
+    for number, _ in enumerate(CASES[model]().latents):
+        got, want = (
+            np.load(root / f"{name}_{number}.npy").astype(np.float64) for name in ("ours", "theirs")
+        )
+        error = {
+            "relative": float(np.linalg.norm(got - want) / np.linalg.norm(want)),
+            "largest": float(np.abs(got - want).max()),
+            "largest_velocity": float(np.abs(want).max()),
+        }
+        record["errors"].append(error)
     return record
 
 
@@ -227,11 +333,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", type=pathlib.Path)
+    parser.add_argument("--model", choices=CASES, default="sd3.5-medium")
     parser.add_argument("--step", choices=STEPS)
-    parser.add_argument("paths", nargs="*", type=pathlib.Path)
+    parser.add_argument("arguments", nargs="*")
     options = parser.parse_args()
     if options.step:
-        result = STEPS[options.step](*options.paths)
+        given = options.arguments
+        told = given[:1] if options.step in ABOUT_MODEL else []
+        result = STEPS[options.step](*told, *map(pathlib.Path, given[len(told) :]))
         used = resource.getrusage(resource.RUSAGE_SELF)
         print(
             json.dumps(
@@ -244,7 +353,7 @@ def main() -> None:
             )
         )
     elif options.dir:
-        print(json.dumps(prove(options.dir), indent=1))
+        print(json.dumps(prove(options.dir, options.model), indent=1))
     else:
         parser.error("expected --dir")
 
