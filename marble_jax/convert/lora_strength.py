@@ -19,7 +19,7 @@ from annotated_types import Ge, Le
 
 from marble_jax.convert.lora_keys import PEFT_PREFIX
 from marble_jax.errors import InputError
-from marble_jax.storage.files import read_json
+from marble_jax.storage.files import local_path, read_json
 from marble_jax.validation import parse_json_object, short, validated_fields
 from marble_jax.weights.formats import FileFormats
 from marble_jax.weights.hub import HUB_NAME, cache_hint, download
@@ -161,7 +161,7 @@ def find_lora(path: pathlib.Path) -> tuple[pathlib.Path, LoraConfig | None]:
       InputError: no such file; several that could be meant; a configuration of more than a plain LoRA.
     """
     # As a configuration file writes it.
-    path = path.expanduser()
+    path = local_path(path)
     if path.is_file():
         return _lora_file(path)
     if not path.exists() and HUB_NAME.fullmatch(str(path)):

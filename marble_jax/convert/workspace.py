@@ -18,7 +18,7 @@ from typing import Any
 from marble_jax.console import Console
 from marble_jax.convert.writing import FileRecords
 from marble_jax.errors import InputError
-from marble_jax.storage.files import read_json_or_empty
+from marble_jax.storage.files import local_path, read_json_or_empty
 from marble_jax.storage.manifest import write_json
 from marble_jax.validation import validated
 
@@ -30,7 +30,7 @@ def free_target(out: str) -> pathlib.Path:
     """The directory that `--out` names. Raises InputError unless it is on this machine, and new or empty."""
     if not out or "://" in out:
         raise InputError(f"--out: expected a directory on this machine; received {out!r}")
-    target = pathlib.Path(out).expanduser().absolute()
+    target = local_path(out).absolute()
     if _is_taken(target):
         raise InputError(f"--out: expected a new directory; received {target}, which exists")
     return target

@@ -14,8 +14,13 @@ from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, is_prompt_file, read_file
 from marble_jax.prompts.groups import shares
 from marble_jax.storage.files import location
+from marble_jax.validation import short
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
+_TAKEN_NAMES = frozenset(
+    ("evaluation.json", "prompts.jsonl", "summary.json", "index.html", "rating")
+)
+"""What an evaluation's folder has beside those of its models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +116,12 @@ def check_model_name(name: str, item: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise InputError(
-            "--models: expected NAME=PLACE with a name of letters, digits, '.', '-' and '_'; "
-            f"received {item!r}"
+            "--models: expected NAME=PLACE with a name of at most 100 letters, digits, '.', '-' and '_'; "
+            f"received {short(item)}"
+        )
+    if name.lower() in _TAKEN_NAMES:
+        raise InputError(
+            f"--models: expected a name that is free in the evaluation's folder; received {name!r}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,7 +13,7 @@ from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import shares
 from marble_jax.prompts.hub_sets import is_on_hub, local_copy
 from marble_jax.rewards.function import is_function
-from marble_jax.storage.files import is_remote
+from marble_jax.storage.files import is_remote, local_path
 
 EMBEDDED = "embedded"
 """Names the directories of the image pipeline that ships with the package."""
@@ -47,7 +46,7 @@ def resolve_path(path: str, kind: str) -> Path:
         raise InputError(f"{_KEYS[kind]}: expected a directory or 'embedded'; received nothing")
     if kind == "prompts" and is_on_hub(path):
         return local_copy(path)
-    return Path(os.path.expanduser(path))
+    return local_path(path)
 
 
 def model_location(path: str) -> Path | str:

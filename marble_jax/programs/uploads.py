@@ -47,11 +47,13 @@ class Uploads:
           message: of the commit.
         """
         self._collect()
-        copy = Path(tempfile.mkdtemp(prefix="marble-jax-upload-"))
+        copy = None
         try:
+            copy = Path(tempfile.mkdtemp(prefix="marble-jax-upload-"))
             _copy(folder, copy)
         except OSError as error:
-            shutil.rmtree(copy, ignore_errors=True)
+            if copy is not None:
+                shutil.rmtree(copy, ignore_errors=True)
             self._say(f"upload of {folder.name} failed, training goes on: {one_line(error, 200)}")
             return
         self._pending.append(self._pool.submit(self._upload, copy, message))

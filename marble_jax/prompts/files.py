@@ -19,6 +19,7 @@ from marble_jax.prompts.parquet_files import parquet_records
 from marble_jax.prompts.prompt_text import check_prompt
 from marble_jax.prompts.structured import PARQUET, TABLES, Record, format_of, records_of
 from marble_jax.storage.file_kinds import SHOWN_BYTES, kind_of_content
+from marble_jax.storage.files import local_path
 
 SPLIT_SUFFIXES = (
     ".txt",
@@ -129,10 +130,10 @@ def _file_and_column(place: Path | str) -> tuple[Path, str]:
     if isinstance(place, str) and is_on_hub(place):
         path = local_copy(place)
     else:
-        path = Path(place).expanduser()
+        path = local_path(place)
     name, mark, column = path.name.rpartition("#")
     # A file may well have the sign in its name.
-    if not mark or path.exists():
+    if not mark or not name or path.exists():
         return path, ""
     return path.with_name(name), column
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from marble_jax.errors import InputError, nearest
+from marble_jax.errors import InputError, nearest, one_line
 from marble_jax.prompts.geneval_metadata import short
 from marble_jax.prompts.structured import KEYS, Record
 
@@ -33,8 +33,7 @@ def parquet_records(path: Path, column: str = "") -> Iterator[Record]:
     try:
         file = parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"expected a Parquet file; received {reason}") from error
+        raise InputError(f"expected a Parquet file; received {one_line(error, 120)}") from error
     with file:
         if file.metadata.num_rows > MOST_ROWS:
             raise InputError(
@@ -51,10 +50,11 @@ def parquet_records(path: Path, column: str = "") -> Iterator[Record]:
                             f"row {number}: expected a text in {chosen!r}; received {short(text)}"
                         )
                     yield number, text, {}
-        except ArrowException as error:
-            reason = " ".join(str(error).split())[:120]
+        # Damaged pages are an error of the file to pyarrow, and so is text that is no UTF-8 to Python.
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"expected a whole Parquet file; received an error behind row {number}: {reason}"
+                f"expected a whole Parquet file; received an error behind row {number}: "
+                f"{one_line(error, 120)}"
             ) from error
 
 
@@ -65,11 +65,21 @@ def _column(names: list[str], wanted: str) -> str:
             raise InputError(
                 f"expected a column {wanted!r}; received {short(', '.join(names))}{nearest(wanted, names)}"
             )
+        _check_once(names, wanted)
         return wanted
     by_lower = {name.lower(): name for name in reversed(names)}
     for key in KEYS:
         if key in by_lower:
+            _check_once(names, by_lower[key])
             return by_lower[key]
     raise InputError(
         f"expected a column 'prompt' (or FILE#COLUMN); received {short(', '.join(names))}"
     )
+
+
+def _check_once(names: list[str], column: str) -> None:
+    """Raises InputError where two columns have the name that is asked for."""
+    if names.count(column) > 1:
+        raise InputError(
+            f"expected one column {column!r}; received {names.count(column)} of that name"
+        )

@@ -7,6 +7,7 @@ none of its brackets is a prompt.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,6 +30,19 @@ Record = tuple[int, Any, Mapping[str, Any]]
 
 _YAML = re.compile(r"\A(---\s*$|%YAML|[A-Za-z_][\w -]*:\s*(\||>)?[-+]?\s*$)", re.MULTILINE)
 _HEADER_CELL = re.compile(r"[\w #./()-]{1,40}")
+_LIST_MARKS = {
+    "a list with stars": re.compile(r"\s*\* "),
+    "a numbered list": re.compile(r"\s*[0-9]{1,6}[.)] "),
+}
+"""Marks that are no part of a prompt, where every line has them."""
+_ITEM = re.compile(r"""\s*(["']).*\1\s*,\s*$""")
+"""A line of a list of JSON or Python."""
+_BEGINNINGS = {
+    "what begins like JSON and is none": ("[\n", "{\n", '["', '[{"', '{"'),
+    "what begins like a list of Python": ("['", "{'", "[{'"),
+    "rich text": ("{\\rtf",),
+}
+"""Beginnings of files that are no prompts and yet are text."""
 
 
 def format_of(suffix: str, content: str) -> str:
@@ -71,10 +85,31 @@ def _format_by_content(content: str, lines: list[str]) -> str:
         for name, separator in (("tsv", "\t"), ("csv", ","), ("csv", ";")):
             if _is_header(lines[0].split(separator)):
                 return name
-    # Half of a list is no list, and yet its lines are no prompts.
-    if content.startswith(("[\n", "{\n", '["', '[{"', '{"')):
-        raise InputError(f"expected {FORMATS}; received what begins like JSON and is none")
+    other = _other_text(content, lines)
+    if other:
+        raise InputError(f"expected {FORMATS}; received {other}")
     return "text"
+
+
+def _other_text(content: str, lines: list[str]) -> str:
+    """What a text is whose lines are no prompts as they stand; empty where they are."""
+    # Half of a list is no list, and yet its lines are no prompts.
+    for name, beginnings in _BEGINNINGS.items():
+        if content.startswith(beginnings):
+            return name
+    # One line of that look may well be a prompt.
+    if len(lines) < 2:
+        return ""
+    first = lines[0].strip()
+    if first.strip('"').lower() in KEYS or _is_header(first.split("|")):
+        return f"a table's header {short(first)} in a file that is not called .csv or .tsv"
+    for name, mark in _LIST_MARKS.items():
+        if all(mark.match(line) for line in lines):
+            return name
+    # The last one may do without the comma.
+    if all(_ITEM.match(line) for line in lines[:-1]):
+        return "the inside of a list, in quotation marks with commas"
+    return ""
 
 
 def _is_json(text: str) -> bool:
@@ -181,6 +216,11 @@ def _table_records(content: str, kind: str, column: str) -> Iterator[Record]:
         return
     names = (column.strip().lower(),) if column else KEYS
     columns = [header.index(name) for name in names if name in header]
+    if columns and header.count(header[columns[0]]) > 1:
+        raise InputError(
+            f"1: expected one column {header[columns[0]]!r}; received "
+            f"{header.count(header[columns[0]])} of that name"
+        )
     if not columns:
         raise InputError(
             f"1: expected a header with a column {names[0]!r}; received {short(', '.join(header))}"
@@ -205,7 +245,8 @@ def _rows(content: str, kind: str) -> Iterator[tuple[int, list[str]]]:
     if kind == "tsv" and not _is_quoted(content):
         # PartiPrompts: quotation marks in a cell are part of it.
         quoting = {"quoting": csv.QUOTE_NONE}
-    reader = csv.reader(content.split("\n"), delimiter=separator, **quoting)
+    # With the ends of lines: one inside of a cell would otherwise be lost, and two words become one.
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, **quoting)
     while True:
         try:
             row = next(reader)

@@ -24,6 +24,7 @@ from marble_jax.rewards.http.judge_questions import MEAN, PRESETS, Question
 from marble_jax.rewards.http.post import CallPolicy
 from marble_jax.rewards.http.remote import PROTOCOLS, RemoteReward
 from marble_jax.rewards.registration import BuildContext, option, register_reward
+from marble_jax.storage.files import local_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def _certificates(name: str, file: str) -> str:
     """A file of certificates. Raises InputError where it holds none."""
     if not file:
         return ""
-    path = Path(file).expanduser()
+    path = local_path(file)
     try:
         ssl.create_default_context(cafile=str(path))
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pathlib
 import re
 import tempfile
 from collections.abc import Mapping
@@ -63,6 +64,14 @@ def location(what: str, path: epath.PathLike) -> epath.Path:
             f"{reason})"
         ) from error
     return place
+
+
+def local_path(path: os.PathLike[str] | str) -> pathlib.Path:
+    """Returns a path of this machine with this user's home in place of a `~`; that of no user's stays as it is.
+
+    `pathlib` has its own way, which fails for a user that there is not.
+    """
+    return pathlib.Path(os.path.expanduser(os.fspath(path)))
 
 
 def check_no_pattern(what: str, path: epath.PathLike) -> None:

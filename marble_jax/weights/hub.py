@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from marble_jax.errors import InputError
+from marble_jax.storage.files import local_path
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
 """What a Hub name looks like: owner/model, or owner/model@revision for a branch, tag or commit of it."""
@@ -158,7 +159,7 @@ def find_model(
     Raises:
       InputError: no such directory, and not a Hub model that can be had (unknown, gated, or no network).
     """
-    path = pathlib.Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         return path
     if not HUB_NAME.fullmatch(str(name)):

@@ -138,6 +138,8 @@ def test_places_that_are_no_files(tmp_path):
     assert "expected" in refusal("prompts", f"--check={tmp_path / 'nowhere.txt'}")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "expected" in refusal("prompts", f"--check={tmp_path / 'loop'}")
+    for place in ("~no_such_user/prompts.txt", "#", "#prompt", "a#b", "/", "x" * 5000, "~"):
+        assert "expected" in refusal("prompts", f"--check={place}")
     (tmp_path / "set" / "general").mkdir(parents=True)
     assert "SOURCE/train" in refusal("prompts", f"--check={tmp_path / 'set'}")
     for name in ("train.txt", "train.jsonl"):

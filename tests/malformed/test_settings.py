@@ -161,6 +161,13 @@ VERBS = [
     ("evaluate", ("--models==embedded", "--out=OUT"), "--models"),
     ("evaluate", ("--models=../a=embedded", "--out=OUT"), "--models"),
     ("evaluate", ("--models=", "--out=OUT"), "--models"),
+    # Names that the evaluation's own files have.
+    ("evaluate", ("--models=evaluation.json=embedded", "--out=OUT"), "evaluation.json"),
+    ("evaluate", ("--models=Rating=embedded", "--out=OUT"), "Rating"),
+    ("evaluate", (f"--models={'a' * 101}=embedded", "--out=OUT"), "at most 100 letters"),
+    ("evaluate", ("--models=a=~no_such_user/model", "--out=OUT"), "~no_such_user/model"),
+    ("sample", ("--model=~no_such_user/model", "--prompts=a", "--out=OUT"), "~no_such_user/model"),
+    ("convert", ("--model=~no_such_user/model", "--out=OUT"), "~no_such_user/model"),
     ("export", (), "--workdir"),
     ("export", ("--workdir=WORK", "--out=OUT", "--step=²"), "step"),
     ("export", ("--workdir=WORK", "--out=OUT", "--step=-1"), "step"),

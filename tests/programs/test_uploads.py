@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 
@@ -64,6 +66,21 @@ def test_an_upload_that_fails_is_a_line(hub, tmp_path, monkeypatch):
         "upload failed, training goes on: config.export.push_to_hub: expected to write the Hub repository "
         "'me/lora'; received a token without that right (make one with write access to it)"
     )
+
+
+def test_no_room_for_the_copy_is_a_line(hub, tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said = []
+    pushed = Uploads("me/lora", False, said.append)
+    monkeypatch.setattr(uploads.tempfile, "mkdtemp", full)
+    pushed.push(_folder(tmp_path / "step_2", "x"), "ema after step 2")
+    monkeypatch.undo()
+    pushed.close(hurried=False)
+    assert said == [
+        "upload of step_2 failed, training goes on: OSError: [Errno 28] No space left on device"
+    ]
 
 
 def test_an_upload_that_never_ends_is_given_up(hub, tmp_path, monkeypatch):

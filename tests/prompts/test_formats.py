@@ -79,6 +79,19 @@ def test_a_directory_reads_what_its_splits_are(tmp_path):
         ("l.txt", '["a",\n"b"\n', "received what begins like JSON and is none"),
         ("l.csv", "a,b\n1,2\n", "csv:1: expected a header with a column 'prompt'; received 'a, b'"),
         ("l.csv", "prompt,b\nx\n", "csv:2: expected 2 columns, as in the header; received 1"),
+        # Joined, the two words around the line's end would be one.
+        ("l.csv", 'prompt,b\n"a red\ncircle",1\n', "csv:3: .*control character U.000A"),
+        ("l.tsv", 'prompt\tb\n"a red\ncircle"\t1\n', "tsv:[23]: "),
+        ("l.csv", "Prompt,prompt\na,b\n", "csv:1: expected one column 'prompt'; received 2"),
+        ("l.txt", "prompt\na cat\na dog\n", "received a table's header 'prompt'"),
+        ("l.txt", "prompt|seed\na cat|1\n", r"received a table's header 'prompt\|seed'"),
+        ("l.txt", "['a cat', 'a dog']\n", "received what begins like a list of Python"),
+        ("l.json5", "['a cat']\n", "received what begins like a list of Python"),
+        ("l.txt", '"a cat",\n"a dog",\n', "received the inside of a list"),
+        ("l.txt", "'a cat',\n'a dog'\n", "received the inside of a list"),
+        ("l.txt", "{\\rtf1\\ansi a cat}", "received rich text"),
+        ("l.txt", "* a cat\n* a dog\n", "received a list with stars"),
+        ("l.txt", "1. a cat\n2. a dog\n", "received a numbered list"),
         ("l.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud800"}', "jsonl:2: .*surrogate pair"),
         ("l.txt", "a\nb\x00c\n", "txt:2: .*received the control character U.0000 at character 2"),
         ("l.txt", "a\x1b[31mred\n", "txt:1: .*control character U.001B"),
@@ -117,10 +130,11 @@ def test_another_encoding_is_named_with_its_line(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["می‌خواهم", "👩‍🚀 in space", "a naïve café", "24\u00a0px", "क्‍ष", "{a} [b] in braces", "- dash"],
+    ["می‌خواهم", "👩‍🚀 in space", "a naïve café", "24\u00a0px", "क्‍ष", "{a} [b] in braces", "- dash"]
+    # Lines of which not every one has the mark, or one line alone.
+    + ["1. FC on a jersey", "prompt", "* star", '"KA"\n"MI"', '"a", b\n"c" d', "1. one\ntwo"],
 )
 def test_text_of_all_scripts_passes(tmp_path, text):
     path = tmp_path / "l.txt"
     path.write_text(text, encoding="utf-8")
-    (prompt,) = read_file(path)
-    assert prompt.text == text
+    assert [prompt.text for prompt in read_file(path)] == text.split("\n")

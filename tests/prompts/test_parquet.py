@@ -63,6 +63,53 @@ def test_what_is_wrong_is_one_line(tmp_path):
         read_file(str(tmp_path / "none.parquet"))
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    arrays = [pyarrow.array(["a cat"]), pyarrow.array(["a dog"])]
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=["prompt", "prompt"]), file)
+    for place in (file, f"{file}#prompt"):
+        with pytest.raises(InputError, match="expected one column 'prompt'; received 2"):
+            read_file(str(place))
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+def test_damaged_pages_are_one_line(tmp_path, compression):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "a.parquet"
+    texts = [f"prompt {number}" for number in range(500)]
+    parquet.write_table(pyarrow.table({"prompt": texts}), file, compression=compression)
+    whole = file.read_bytes()
+    refused = 0
+    for place in range(4, len(whole) // 2, 97):
+        file.write_bytes(whole[:place] + b"\xff" * 8 + whole[place + 8 :])
+        try:
+            # Pages have no checksum: other letters are other prompts.
+            read_file(str(file))
+        except InputError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 0
+
+
+def test_text_that_is_no_utf8_is_one_line(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    offsets = pyarrow.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0]))
+    column = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": column}), file)
+    with pytest.raises(InputError, match="an error behind row 0: UnicodeDecodeError"):
+        read_file(str(file))
+
+
 def test_without_pyarrow_it_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     file = tmp_path / "a.parquet"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import stat
-from pathlib import Path
 
 from marble_jax.errors import InputError
+from marble_jax.storage.files import local_path
 
 
 def read_token(reward: str, variable: str, file: str) -> str:
@@ -32,7 +32,7 @@ def read_token(reward: str, variable: str, file: str) -> str:
     if file:
         expected = f"a token in {file}"
         try:
-            path = Path(file).expanduser()
+            path = local_path(file)
             text = path.read_text(encoding="utf-8")
             mode = path.stat().st_mode
         except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from marble_jax.errors import InputError
+from marble_jax.storage.files import local_path
 from marble_jax.weights.hub import HUB_NAME, download
 
 HUB = "hub"
@@ -129,8 +130,8 @@ def find_folder(reward: str, directory: Path | None, name: str, kind: str) -> Pa
 def _places(reward: str, directory: Path | None, name: str, kind: str) -> list[Path]:
     """Returns where a folder may lie, in the order in which it is looked for."""
     if directory is None:
-        return [Path(name).expanduser()]
-    places = [directory / Path(name).expanduser(), directory / Path(name).name]
+        return [local_path(name)]
+    places = [directory / local_path(name), directory / Path(name).name]
     # A folder under the reward's name holds its model, never the tokenizer of another.
     if kind != "tokenizer" and HUB_NAME.fullmatch(name):
         places.append(directory / reward)
