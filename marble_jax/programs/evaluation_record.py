@@ -8,20 +8,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from marble_jax.errors import InputError
-from marble_jax.programs.evaluation_request import Request
+from marble_jax.programs.evaluation_request import Request, check_model_name
 from marble_jax.programs.shared_settings import SharedSettings
 from marble_jax.prompts.files import Prompt
 from marble_jax.storage.files import read_json
 from marble_jax.storage.images import writable
 from marble_jax.storage.workdir import Workdir, jsonable
-from marble_jax.validation import parse_json_object, validated, validated_fields
+from marble_jax.validation import Natural, parse_json_object, validated, validated_fields
 
 RECORD, PROMPTS = "evaluation.json", "prompts.jsonl"
 _FIELDS: dict[str, Any] = {
     "models": dict[str, dict[str, Any]],
     "rewards": dict[str, dict[str, Any]],
     "settings": dict[str, Any],
+    "settings_from": dict[str, str],
+    "native_sizes": dict[str, str],
+    "columns": list[str],
+    "num_images": Natural,
 }
+_MODEL_FIELDS: dict[str, Any] = {
+    "source": dict[str, str],
+    "origin": str | None,
+    "trained": list[str],
+}
+"""Of `evaluation.json`, and of each of its models."""
 
 
 def new_record(
@@ -145,7 +155,13 @@ def _earlier_record(workdir: Workdir) -> dict[str, Any] | None:
     record = read_json(file)
     if not isinstance(record.get("models"), dict):
         raise InputError(f"{file}: expected the record of an evaluation; received something else")
-    return record | validated_fields(_FIELDS, record, file)
+    checked = validated_fields(_FIELDS, record, file)
+    for name, model in checked["models"].items():
+        where = f"{file}: models[{name!r}]"
+        # Names of folders in this one, wherever the file comes from.
+        check_model_name(name, name, where)
+        validated_fields(_MODEL_FIELDS, model, where)
+    return record | checked
 
 
 def _check_empty(workdir: Workdir) -> None:

@@ -104,24 +104,25 @@ def _parse_model(item: str) -> tuple[str, PolicySource]:
     return name, PolicySource(workdir=path, policy=policy or "ema", loras=added)
 
 
-def check_model_name(name: str, item: str) -> None:
+def check_model_name(name: str, item: str, where: str = "--models") -> None:
     """Checks the name of a model, which becomes a folder's.
 
     Args:
       name: of the model.
       item: what was given, for the message.
+      where: it was given, for the message.
 
     Raises:
       InputError: a name of other characters.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
-            "--models: expected NAME=PLACE with a name of at most 100 letters, digits, '.', '-' and '_'; "
+            f"{where}: expected NAME=PLACE with a name of at most 100 letters, digits, '.', '-' and '_'; "
             f"received {short(item)}"
         )
     if name.lower() in _TAKEN_NAMES:
         raise InputError(
-            f"--models: expected a name that is free in the evaluation's folder; received {name!r}"
+            f"{where}: expected a name that is free in the evaluation's folder; received {name!r}"
         )
 
 

@@ -41,16 +41,16 @@ Value = int | str
 """A grade, or the name of the better model, or ALIKE."""
 
 
-def rater_name(text: Any) -> str:
-    """Returns the name that a rater goes by, without white space around it.
+def rater_name(text: Any, what: str = "rater") -> str:
+    """Returns the name that a rater goes by, without white space around it; `what` names it in errors.
 
     Raises:
       InputError: no text, an empty or long one, or one with characters that cannot be seen.
     """
-    name = validated(str, text, "rater").strip()
+    name = validated(str, text, what).strip()
     if not name or len(name) > MOST_NAME or not name.isprintable():
         raise InputError(
-            f"rater: expected a name of 1 to {MOST_NAME} printable characters; received {short(text)}"
+            f"{what}: expected a name of 1 to {MOST_NAME} printable characters; received {short(text)}"
         )
     return name
 
@@ -85,7 +85,7 @@ class VoteFile:
 
     def _parse(self, record: dict[str, Any], where: str) -> tuple[Subject, Value]:
         subject = Subject(
-            rater_name(record.get("rater")),
+            rater_name(record.get("rater"), f"{where}: rater"),
             validated(Natural, record.get("index"), f"{where}: index"),
             validated(tuple[str, ...], record.get("models"), f"{where}: models"),
             validated(str, record.get("question"), f"{where}: question"),
@@ -116,6 +116,10 @@ class VoteFile:
             validated(Grade, value, f"{where}: value")
         elif len(subject.models) != 2:
             raise InputError(f"{where}: expected two models; received {len(subject.models)}")
+        elif subject.models[0] == subject.models[1]:
+            raise InputError(
+                f"{where}: expected two models; received {short(subject.models[0])} twice"
+            )
         elif value not in (*subject.models, ALIKE):
             raise InputError(
                 f"{where}: expected one of {', '.join(subject.models)}, {ALIKE}; received {short(value)}"

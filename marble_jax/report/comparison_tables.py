@@ -49,7 +49,13 @@ def _cells(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _count(record: Mapping[str, Any]) -> int:
-    return int(record.get("count") or 0)
+    return _whole(record.get("count"))
+
+
+def _whole(value: Any) -> int:
+    """Returns a recorded whole number; 0 where there is none."""
+    recorded = number(value)
+    return int(recorded) if recorded > 0 else 0
 
 
 def _models_table(
@@ -127,7 +133,7 @@ def _image_counts(values: Sequence[Mapping[str, Any]]) -> str:
     # A reward may have failed on some images of one model only.
     if max(counts) > min(counts):
         shown += f" to {max(counts):,}"
-    num_failed = sum(int(value.get("failed") or 0) for value in values)
+    num_failed = sum(_whole(value.get("failed")) for value in values)
     if num_failed:
         shown += element("span", f"{num_failed} failed", class_="range")
     return shown

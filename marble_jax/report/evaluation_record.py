@@ -9,6 +9,8 @@ from typing import Any
 from etils import epath
 
 from marble_jax.errors import InputError
+from marble_jax.report import forms
+from marble_jax.report.forms import well_formed
 from marble_jax.report.intervals import Interval
 from marble_jax.report.reading import parsed_json
 from marble_jax.validation import parse_json_object
@@ -129,6 +131,65 @@ def _json_or_empty(path: epath.Path, flaws: list[str]) -> Any:
     return value
 
 
+def _models(recorded: Mapping[str, Any], flaws: list[str]) -> dict[str, dict[str, Any]]:
+    """Returns the entry of every model; what in one has another form is left out."""
+    models = {}
+    for name, entry in recorded.items():
+        where = f"evaluation.json: model {name}"
+        if not isinstance(entry, dict):
+            flaws.append(f"{where} is not what it should be; the page goes on without it.")
+            entry = {}
+        models[str(name)] = well_formed(entry, forms.COMPARED_MODEL, where, flaws)
+    return models
+
+
+def _summary(value: Any, models: Sequence[str], flaws: list[str]) -> dict[str, Any]:
+    """Returns the numbers of an evaluation; empty where there are none, or where they are of other models.
+
+    Models may have been added since, and not yet scored.
+    """
+    if not value:
+        return {}
+    summary: dict[str, Any] = {}
+    if isinstance(value, dict):
+        fields = well_formed(value, forms.COMPARED, "summary.json", flaws)
+        # Null is no value of any form, and as good as nothing.
+        summary = {name: field for name, field in fields.items() if field is not None}
+    if not _is_about(summary, models):
+        flaws.append("summary.json is not of these models; the page goes on without it.")
+        return {}
+    paper = well_formed(summary.get("paper") or {}, forms.PAPER, "summary.json: paper", flaws)
+    summary["paper"] = paper if _is_whole(paper) else {}
+    return summary
+
+
+def _is_about(summary: Mapping[str, Any], models: Sequence[str]) -> bool:
+    """Returns whether a summary has what the page shows of every model."""
+    scores = summary.get("scores") or {}
+    rewards = list(scores.get(models[0], ()))
+    gains = summary.get("gains") or {}
+    if not all(model in gains for model in models[1:]):
+        return False
+    by_model = [scores, *(summary.get("sources") or {}).values()]
+    for table in by_model:
+        if not all(reward in table.get(model, ()) for model in models for reward in rewards):
+            return False
+    for table in (summary.get("geneval") or {}).values():
+        if not all("overall" in table.get(model, ()) for model in models):
+            return False
+    return bool(rewards) and "composite" in summary
+
+
+def _is_whole(paper: Mapping[str, Any]) -> bool:
+    """Returns whether a table has a number of every row in every column."""
+    if not all(paper.get(name) for name in forms.PAPER):
+        return False
+    rows = paper["rows"].values()
+    return all(len(row) == len(paper["metrics"]) for row in rows) and len(
+        paper["composite"]
+    ) == len(rows)
+
+
 def read_comparison(path: epath.PathLike) -> Comparison:
     """Reads the folder that `evaluate` writes.
 
@@ -143,8 +204,14 @@ def read_comparison(path: epath.PathLike) -> Comparison:
         models = record.get("models")
     if not isinstance(models, dict) or not models:
         raise InputError(f"evaluation: expected a folder with evaluation.json; received {root}")
+    record = well_formed(record, forms.COMPARISON, "evaluation.json", flaws)
+    record["models"] = _models(models, flaws)
+    settings = record.get("settings") or {}
+    record["settings"] = well_formed(settings, forms.DRAWING, "evaluation.json: settings", flaws)
     # Not there before scoring: the page then shows the images alone.
-    summary = _json_or_empty(root / "summary.json", flaws)
+    summary = _summary(_json_or_empty(root / "summary.json", flaws), list(record["models"]), flaws)
     prompts = _prompts(root / "prompts.jsonl", flaws)
-    by_model = {str(model): _image_scores(root / str(model) / "scores.jsonl") for model in models}
+    by_model = {}
+    for model in record["models"]:
+        by_model[model] = _image_scores(root / model / "scores.jsonl")
     return Comparison(root, record, summary, prompts, flaws, by_model)

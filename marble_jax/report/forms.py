@@ -41,6 +41,28 @@ SUMMARY: Mapping[str, Form] = {
     "curves": {"*": {}},
 }
 """Of `run.json`, a line of `evaluation.jsonl` and a file in `compare`."""
+COMPARISON: Mapping[str, Form] = {
+    "rewards": {"*": {}},
+    "settings": {},
+    "settings_from": {},
+    "native_sizes": {},
+    "num_images": NUMBER,
+}
+COMPARED_MODEL: Mapping[str, Form] = {"source": {}, "trained": [str]}
+DRAWING: Mapping[str, Form] = {"size": [NUMBER]}
+"""Of `evaluation.json`, of one of its models and of its settings."""
+COMPARED: Mapping[str, Form] = {
+    "scores": {"*": {"*": {}}},
+    "gains": {"*": {"*": {}}},
+    "joint": {"*": {"*": {}}},
+    "sources": {"*": {"*": {"*": {}}}},
+    "geneval": {"*": {"*": {"*": {}}}},
+    "composite": {},
+    "composite_of": [str],
+    "paper": {},
+}
+PAPER: Mapping[str, Form] = {"metrics": [str], "rows": {"*": [NUMBER]}, "composite": [NUMBER]}
+"""Of the `summary.json` of an evaluation, and of the paper's table in it."""
 
 
 def well_formed(

@@ -31,10 +31,10 @@ _SECTIONS = (
 
 def _first_images(comparison: Comparison) -> list[int]:
     """Returns the index of every prompt's first image."""
-    by_prompt: dict[tuple[Any, Any], int] = {}
+    by_prompt: dict[tuple[str, str], int] = {}
     for index, prompt in enumerate(comparison.prompts):
         # Several images of one prompt differ by their seed alone; the first one stands for them.
-        by_prompt.setdefault((prompt.get("source"), prompt.get("prompt")), index)
+        by_prompt.setdefault((str(prompt.get("source")), str(prompt.get("prompt"))), index)
     return list(by_prompt.values())
 
 
@@ -107,7 +107,7 @@ def _model_table(comparison: Comparison) -> str:
     rows = []
     for name, entry in comparison.record["models"].items():
         # A training run has an origin; of a plain checkpoint there is the name it was loaded by.
-        origin = entry.get("origin") or entry.get("source", {}).get("model") or ""
+        origin = entry.get("origin") or (entry.get("source") or {}).get("model") or ""
         trained = text(entry.get("trained") or NOT_ON_RECORD)
         rows.append((model_label(comparison, name), escape(str(origin)), trained))
     return blocks.table(("Model", "What it is", "Trained on"), rows, kind="config")
@@ -144,7 +144,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     record, settings = comparison.record, comparison.settings
     facts = [
         ("Models", ", ".join(comparison.models)),
-        ("Images a model", f"{record.get('num_images', 0):,}"),
+        ("Images a model", f"{record.get('num_images') or 0:,}"),
         ("Prompts", str(record.get("prompts", ""))),
     ]
     if settings:

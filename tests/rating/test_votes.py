@@ -73,6 +73,8 @@ def test_a_vote_on_a_pair_names_one_of_its_models(tmp_path):
         votes.add(Subject("Ann", 0, BOTH, "overall"), "left")
     with pytest.raises(InputError, match="expected two models; received 1"):
         votes.add(Subject("Ann", 0, ("base",), "overall"), "base")
+    with pytest.raises(InputError, match="expected two models; received 'base' twice"):
+        votes.add(Subject("Ann", 0, ("base", "base"), "overall"), "base")
     assert not votes.path.exists()
 
 

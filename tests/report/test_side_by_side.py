@@ -80,6 +80,75 @@ def folder(tmp_path):
     return tmp_path
 
 
+def rewritten(file, *path, to):
+    """Replaces one value of a JSON file."""
+    content = json.loads(file.read_text())
+    node = content
+    for step in path[:-1]:
+        node = node[step]
+    node[path[-1]] = to
+    file.write_text(json.dumps(content))
+
+
+OTHER = (5, "x", [], [1], {}, {"a": 1}, None, 1e300, True)
+"""Values that a field of another kind may have in a record that something else wrote."""
+
+
+@pytest.mark.parametrize("value", OTHER)
+@pytest.mark.parametrize(
+    "path",
+    [
+        *[("evaluation.json", name) for name in ("rewards", "settings", "num_images", "prompts")],
+        *[("evaluation.json", name) for name in ("settings_from", "native_sizes", "command")],
+        *[("evaluation.json", "models", "base", name) for name in ("source", "origin", "trained")],
+        ("evaluation.json", "models", "base"),
+        ("evaluation.json", "settings", "size"),
+        ("evaluation.json", "rewards", "ocr"),
+        *[("summary.json", name) for name in ("scores", "gains", "joint", "sources", "geneval")],
+        *[("summary.json", name) for name in ("composite", "composite_of", "paper")],
+        ("summary.json", "scores", "base"),
+        ("summary.json", "scores", "lora-a", "ocr"),
+        ("summary.json", "scores", "lora-a", "ocr", "count"),
+        ("summary.json", "gains", "lora-a"),
+        ("summary.json", "joint", "all"),
+        ("summary.json", "joint", "all", "lora-a"),
+        ("summary.json", "sources", "ocr"),
+        ("summary.json", "sources", "ocr", "base"),
+        ("summary.json", "geneval", "geneval_accuracy"),
+        ("summary.json", "geneval", "geneval_accuracy", "base"),
+        ("summary.json", "paper", "metrics"),
+        ("summary.json", "paper", "rows"),
+        ("summary.json", "paper", "composite"),
+    ],
+)
+def test_fields_of_other_kinds_cost_themselves(folder, path, value):
+    name, *fields = path
+    content = json.loads((folder / name).read_text())
+    for field in fields[:-1]:
+        content = content[field]
+    assert fields[-1] in content or fields[-1] in ("size", "settings_from", "native_sizes")
+    rewritten(folder / name, *fields, to=value)
+    page = render(read_comparison(folder), 3)
+    assert balanced(page) and '<section id="images"' in page
+
+
+def test_a_summary_of_other_models_is_not_shown(folder):
+    """A model was added and not scored yet: the images of all are shown, and the numbers of none."""
+    record = json.loads((folder / "evaluation.json").read_text())
+    record["models"]["another"] = {"source": {"model": "y"}}
+    (folder / "evaluation.json").write_text(json.dumps(record))
+    page = render(read_comparison(folder), 3)
+    assert "summary.json is not of these models" in page and "another" in page
+    assert "Not scored yet" in page and balanced(page)
+
+
+def test_prompts_of_other_kinds_are_shown_as_they_are(folder):
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    lines[0] = json.dumps({"prompt": ["a", "b"], "source": {"a": 1}, "metadata": 5})
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    assert balanced(render(read_comparison(folder), 3))
+
+
 def balanced(page: str) -> bool:
     """Whether every element that is opened is closed, in order."""
     void, stack = {"meta", "link", "img", "br", "path", "rect", "circle", "polygon"}, []
