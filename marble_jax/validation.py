@@ -222,6 +222,17 @@ def is_digits(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
+def is_host(text: str) -> bool:
+    """Returns whether a text can be the name or address of a host; Python's sockets fail on others in many ways."""
+    if not text.isprintable() or " " in text:
+        return False
+    try:
+        return bool(text.encode("idna"))
+    # An empty part, or one that is too long.
+    except UnicodeError:
+        return False
+
+
 def short(value: Any) -> str:
     """A value for an error line: at most 80 characters, whatever it is."""
     try:

@@ -19,7 +19,7 @@ from marble_jax.distributed.secret import VARIABLE, GivenSecret, Secret, challen
 from marble_jax.distributed.waiting_room import MAGIC, WaitingRoom
 from marble_jax.distributed.wire import LOST, VALUE, listen, receive, send
 from marble_jax.errors import InputError
-from marble_jax.validation import is_digits
+from marble_jax.validation import is_digits, is_host, short
 
 RETRY = 0.25
 """Seconds between two attempts to reach process 0."""
@@ -110,9 +110,9 @@ def split_address(address: str) -> tuple[str, int]:
       InputError: another form.
     """
     host, _, port = address.strip().rpartition(":")
-    if not host or not is_digits(port) or not 0 < int(port) < 65536:
+    if not is_host(host) or not is_digits(port) or not 0 < int(port) < 65536:
         raise InputError(
-            f"--coordinator: expected HOST:PORT of process 0, such as 10.0.0.2:8476; received {address!r}"
+            f"--coordinator: expected HOST:PORT of process 0, such as 10.0.0.2:8476; received {short(address)}"
         )
     is_bracketed = host.startswith("[") and host.endswith("]")
     # Without brackets the last part of an IPv6 address would be taken for the port.

@@ -145,7 +145,9 @@ def secret_of(workdir: epath.PathLike) -> Secret:
 def proof(secret: str, *parts: object) -> str:
     """Returns what only who has the secret can say about `parts`, in hexadecimal digits (HMAC-SHA256)."""
     message = "\0".join(str(part) for part in parts)
-    return hmac.new(secret.encode(), message.encode(), hashlib.sha256).hexdigest()
+    # Halves of surrogate pairs, too: what strangers say, and what an environment of other bytes holds.
+    key, content = (text.encode("utf-8", "surrogatepass") for text in (secret, message))
+    return hmac.new(key, content, hashlib.sha256).hexdigest()
 
 
 def is_proof(said: object, secret: str, *parts: object) -> bool:

@@ -231,7 +231,12 @@ def test_a_port_that_is_taken():
         rendezvous(f"localhost:{server.getsockname()[1]}", 2, 0, 1)
 
 
-@pytest.mark.parametrize("address", ["host", "host:", "host:0", "host:99999", ":80", "host:port"])
+@pytest.mark.parametrize(
+    "address",
+    ["host", "host:", "host:0", "host:99999", ":80", "host:port"]
+    # Names that no resolver takes, on which Python's sockets fail each in its own way.
+    + ["a..b:80", ".:80", "a b:80", "a\x00b:80", "\ud800:80", f"{'a' * 64}.b:80", f"{'é' * 64}:80"],
+)
 def test_addresses(address):
     with pytest.raises(InputError, match="--coordinator: expected HOST:PORT of process 0, such as"):
         split_address(address)

@@ -63,6 +63,8 @@ SAID = {
     "a number as proof": hello(proof=5),
     "letters of other scripts": hello(proof="\u00e4" * 64),
     "another secret": hello(),
+    "half a character as name": hello(name="\ud800"),
+    "half a character as nonce": hello(nonce="\udfff"),
     "true as a process": hello(process=True),
     "a text as a process": hello(process="1"),
     "another version": hello(magic="marble_jax channel 1"),

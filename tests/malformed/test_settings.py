@@ -208,6 +208,12 @@ VERBS = [
     ("reward", ("serve", "--path=embedded", "--port=99999"), "port"),
     ("reward", ("serve", "--path=embedded", "--port=-1"), "port"),
     ("reward", ("serve", "--path=embedded", "--workers=0"), "workers"),
+    (
+        "train",
+        (f"--config={CONFIG}", "--workdir=OUT", "--coordinator=a..b:8476")
+        + ("--num_processes=2", "--process_id=1"),
+        "a..b:8476",
+    ),
     ("reward", ("serve", "--path=embedded", "--workers=1000000"), "workers"),
     ("reward", ("serve", "--path=embedded", "--max_side=0"), "max_side"),
     ("reward", ("serve", "--path=embedded", "--token_file=/nowhere"), "/nowhere"),

@@ -465,6 +465,9 @@ def test_addresses():
         InputError, match="expected an address that is free; received 127.0.0.1:70000"
     ):
         RewardServer([Mean()], port=70000)
+    for host in ("a..b", "a\x00b", "é" * 80, "\ud800"):
+        with pytest.raises(InputError, match="expected an address that is free; received"):
+            RewardServer([Mean()], host=host, options=ServerOptions(token=TOKEN))
     with RewardServer([Mean()], host="0.0.0.0", options=ServerOptions(token=TOKEN)) as running:
         assert running.server_address[0] == "0.0.0.0" and running.url.startswith("http://0.0.0.0:")
 

@@ -34,7 +34,8 @@ class BackgroundServer(ConnectionServer):
         """
         try:
             super().__init__((host.strip("[]"), port), options, handler)
-        except (OSError, OverflowError) as error:
+        # The last two: names that no resolver is asked for.
+        except (OSError, OverflowError, TypeError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
                 f"--host, --port: expected an address that is free; received {host}:{port} "

@@ -23,6 +23,7 @@ from marble_jax.rewards.http.post import (
     post,
 )
 from marble_jax.rewards.workers.threads import Pool
+from marble_jax.validation import is_host
 
 log = logging.getLogger(__name__)
 
@@ -213,13 +214,16 @@ def _check_addresses(reward: str, urls: Sequence[str]) -> None:
 
 
 def _is_address(url: str) -> bool:
+    # Ends of lines are left out without a word where an address is taken apart.
+    if not url.isprintable():
+        return False
     try:
         parts = urlsplit(url)
         port = parts.port
     # A port that is no number or too large, or brackets that do not close.
     except ValueError:
         return False
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+    if parts.scheme not in ("http", "https") or not is_host(parts.hostname or "") or port == 0:
         return False
     # The path is appended, so nothing may come after it; and a user name would not be sent.
     return not (parts.query or parts.fragment or parts.username)
