@@ -40,6 +40,10 @@ Natural = Annotated[int, Ge(0), Le(2**53)]
 """A whole number of at least 0 that every JSON reader holds exactly."""
 Positive = Annotated[float, Gt(0)]
 """A finite number above 0."""
+Factor = Annotated[float, Ge(1e-4), Le(1e4)]
+"""What latents are multiplied with or divided by; published models have 0.1 to 4."""
+Offset = Annotated[float, Ge(-1e4), Le(1e4)]
+"""What is taken from latents; published models have less than 10."""
 Shift = Annotated[float, Gt(0), Le(1000)]
 """Of a grid of noise levels towards noise; published models have 1 to 16."""
 Epsilon = Annotated[float, Gt(0), Le(1)]

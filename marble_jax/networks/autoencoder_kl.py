@@ -27,7 +27,7 @@ from marble_jax.errors import InputError
 from marble_jax.networks.parameter_shapes import parameter_shapes
 from marble_jax.storage.files import part_of, place_of
 from marble_jax.types import Params
-from marble_jax.validation import Layers, Positive, Width, short, validated
+from marble_jax.validation import Factor, Layers, Offset, Width, short, validated
 from marble_jax.weights.component import load_component, open_component
 from marble_jax.weights.key_map import PlaceLeaf, path_entries
 from marble_jax.weights.published_config import config_from
@@ -57,8 +57,8 @@ class VAEConfig:
     block_out_channels: Annotated[tuple[Width, ...], MinLen(1), MaxLen(8)] = (64,)
     layers_per_block: Layers = 1
     norm_num_groups: Width = 32
-    scaling_factor: Positive = 0.18215
-    shift_factor: float = 0.0
+    scaling_factor: Factor = 0.18215
+    shift_factor: Offset = 0.0
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True

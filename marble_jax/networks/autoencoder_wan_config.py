@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from annotated_types import MaxLen, MinLen
 
 from marble_jax.errors import InputError
-from marble_jax.validation import Layers, Positive, Width
+from marble_jax.validation import Factor, Layers, Offset, Width
 from marble_jax.weights.published_config import config_from
 
 _MEAN = (
@@ -49,8 +49,8 @@ class WanVAEConfig:
     num_res_blocks: Layers = 2
     attn_scales: tuple[float, ...] = ()
     temperal_downsample: tuple[bool, ...] = (False, True, True)
-    latents_mean: tuple[float, ...] = _MEAN
-    latents_std: tuple[Positive, ...] = _STD
+    latents_mean: tuple[Offset, ...] = _MEAN
+    latents_std: tuple[Factor, ...] = _STD
     is_residual: bool = False
     in_channels: int = 3
     out_channels: int = 3

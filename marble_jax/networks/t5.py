@@ -48,6 +48,8 @@ class T5Config:
 
     Attributes:
       feed_forward_proj: an activation, with `gated-` before it for v1.1 models; `gated-gelu` means the tanh form.
+      dense_act_fn: the activation itself, which a file may hold too and which then counts, as in transformers.
+      is_gated_act: whether it has a gate, likewise.
     """
 
     vocab_size: Count = 32128
@@ -60,9 +62,12 @@ class T5Config:
     relative_attention_max_distance: Width = 128
     layer_norm_epsilon: Epsilon = 1e-6
     feed_forward_proj: str = "relu"
+    dense_act_fn: str | None = None
+    is_gated_act: bool | None = None
 
     def __post_init__(self) -> None:
-        one_of("T5 config feed_forward_proj", self.activation, ACTIVATIONS)
+        named = "feed_forward_proj" if self.dense_act_fn is None else "dense_act_fn"
+        one_of(f"T5 config {named}", self.activation, ACTIVATIONS)
         # A fourth of the buckets are for one distance each; farther ones share the others by logarithm.
         exact = self.relative_attention_num_buckets // 4
         if self.relative_attention_max_distance <= exact:
@@ -74,11 +79,15 @@ class T5Config:
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies the activated branch with a linear one."""
+        if self.is_gated_act is not None:
+            return self.is_gated_act
         return self.feed_forward_proj.startswith("gated-")
 
     @property
     def activation(self) -> str:
         """Key into `ACTIVATIONS`."""
+        if self.dense_act_fn is not None:
+            return self.dense_act_fn
         # transformers' own exception: the v1.1 configs say gelu and mean the tanh form.
         if self.feed_forward_proj == "gated-gelu":
             return "gelu_new"

@@ -138,6 +138,9 @@ VAE = [
     ({"scaling_factor": None}, "scaling_factor"),
     ({"scaling_factor": "0.8"}, "scaling_factor"),
     ({"scaling_factor": -1.0}, "scaling_factor"),
+    ({"scaling_factor": 1e-30}, "scaling_factor"),
+    ({"scaling_factor": 1e30}, "scaling_factor"),
+    ({"shift_factor": 1e300}, "shift_factor"),
     ({"shift_factor": "0"}, "shift_factor"),
     # As diffusers writes it for autoencoders without a shift: 0.
     ({"shift_factor": None}, ACCEPTED),
@@ -187,6 +190,9 @@ T5 = [
     ({"relative_attention_max_distance": 4}, "relative_attention_max_distance"),
     ({"feed_forward_proj": "gated-tanh"}, "feed_forward_proj"),
     ({"feed_forward_proj": None}, "feed_forward_proj"),
+    ({"dense_act_fn": "tanh"}, "dense_act_fn"),
+    ({"dense_act_fn": 5}, "dense_act_fn"),
+    ({"is_gated_act": "true"}, "is_gated_act"),
     ({"layer_norm_epsilon": 5}, "layer_norm_epsilon"),
 ]
 TOKENIZER = [
@@ -235,6 +241,8 @@ OTHER_CONFIGS = [
     (WanConfig.from_dict, {"rope_max_seq_len": 10**12}, "rope_max_seq_len"),
     (WanVAEConfig.from_dict, {"dim_mult": []}, "dim_mult"),
     (WanVAEConfig.from_dict, {"latents_std": [0.0] * 16}, "latents_std"),
+    (WanVAEConfig.from_dict, {"latents_std": [1e30] * 16}, "latents_std"),
+    (WanVAEConfig.from_dict, {"latents_mean": [-1e300] * 16}, "latents_mean"),
     (WanVAEConfig.from_dict, {"latents_mean": [0.0] * 3}, "latents_mean"),
     (WanVAEConfig.from_dict, {"temperal_downsample": [0, 1, 1]}, "temperal_downsample"),
     (UMT5Config.from_dict, {"model_type": 5}, "model_type"),

@@ -173,6 +173,10 @@ def test_recorded_scores_that_are_no_numbers(folder):
         ({"image_mean": 0.5}, "image_mean"),
         ({"image_mean": [0.5, 0.5]}, "image_mean"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std"),
+        ({"image_std": [0.5, 0.5, 1e-30]}, "image_std"),
+        ({"image_mean": [0.5, 0.5, 1e300]}, "image_mean"),
+        # An image resized to that has more numbers than the machine's memory.
+        ({"size": 10_000_000}, "size"),
         ({"image_std": ["a", "b", "c"]}, "image_std"),
         ({"do_resize": False}, "do_resize"),
         ({"do_normalize": "false"}, "do_normalize"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -45,6 +47,20 @@ def test_encoder_matches_transformers(feed_forward_proj, tmp_path):
     with torch.no_grad():
         want = theirs(torch.from_numpy(ids()))[0]
     assert relative_error(jax.jit(model.apply)({"params": params}, ids()), want) < 1e-5
+
+
+def test_an_activation_of_its_own_counts_as_in_transformers(tmp_path):
+    """A file holds the activation twice; transformers computes with the second one, whatever the first says."""
+    torch = pytest.importorskip("torch")
+    theirs = saved(tmp_path, feed_forward_proj="gated-gelu", dense_act_fn="relu")
+    assert theirs.config.dense_act_fn == "relu"
+    model, params = t5.load_t5(tmp_path)
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(ids()))[0]
+    assert relative_error(jax.jit(model.apply)({"params": params}, ids()), want) < 1e-5
+    file = tmp_path / "config.json"
+    config = t5.T5Config.from_dict(json.loads(file.read_text()) | {"is_gated_act": False})
+    assert config.activation == "relu" and not config.gated
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marble_jax.errors import InputError, one_of
-from marble_jax.validation import Count, Positive, short, validated
+from marble_jax.validation import Factor, Offset, Positive, Side, short, validated
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -269,8 +269,8 @@ class Preprocess:
             size=size,
             resize_to=edge,
             method=PIL_FILTERS[resample],
-            mean=_channels(config, "image_mean", CLIP_MEAN, float),
-            std=_channels(config, "image_std", CLIP_STD, Positive),
+            mean=_channels(config, "image_mean", CLIP_MEAN, Offset),
+            std=_channels(config, "image_std", CLIP_STD, Factor),
         )
         return cls(**{**fields, **overrides})
 
@@ -286,7 +286,7 @@ def _edge(size: Any, key: str, default: int) -> int:
         if size.get("height", 0) != size.get("width", size.get("height", 0)):
             raise InputError(f"{what}: expected a square; received {short(dict(size))}")
         size = size.get(key, size.get("height", default))
-    return validated(Count, default if size is None else size, what)
+    return validated(Side, default if size is None else size, what)
 
 
 def _channels(
