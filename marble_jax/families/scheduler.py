@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from marble_jax.errors import InputError
@@ -29,7 +29,7 @@ _OTHER_GRIDS = (
     "stochastic_sampling",
 )
 """Settings that are off in the grid that is here."""
-_WITHOUT_EFFECT = (
+ONLY_DYNAMIC = (
     "base_shift",
     "max_shift",
     "base_image_seq_len",
@@ -68,14 +68,8 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
     _check_grid(path, config)
     defaults = SchedulerConfig()
     shift = validated(Shift, config.get("shift", defaults.shift), f"{path}: shift")
-    timesteps = config.get("num_train_timesteps", defaults.num_train_timesteps)
-    # By type: true and 1000.0 are equal to numbers.
-    if type(timesteps) is not int or timesteps != NUM_TRAIN_TIMESTEPS:
-        raise InputError(
-            f"{path}: num_train_timesteps: expected {NUM_TRAIN_TIMESTEPS}, the scale that the network's "
-            f"timesteps are on; received {short(timesteps)}"
-        )
-    return SchedulerConfig(shift, timesteps)
+    check_timesteps(path, config)
+    return SchedulerConfig(shift)
 
 
 def check_class(path: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -85,20 +79,45 @@ def check_class(path: pathlib.Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: _class_name: expected {CLASS}; received {short(name)}")
 
 
+def check_timesteps(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError for a scheduler that tells the network its timesteps on another scale."""
+    timesteps = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
+    # By type: true and 1000.0 are equal to numbers.
+    if type(timesteps) is not int or timesteps != NUM_TRAIN_TIMESTEPS:
+        raise InputError(
+            f"{path}: num_train_timesteps: expected {NUM_TRAIN_TIMESTEPS}, the scale that the network's "
+            f"timesteps are on; received {short(timesteps)}"
+        )
+
+
+def check_known(
+    path: pathlib.Path, config: Mapping[str, Any], known: Collection[str], kind: str = CLASS
+) -> None:
+    """Raises InputError for a setting that nothing here knows, which may make other levels.
+
+    Args:
+      path: of the file, for messages.
+      config: its contents.
+      known: settings that are read, checked, or without effect.
+      kind: class of the scheduler, for messages.
+    """
+    for key, value in config.items():
+        # One that is off, such as a newer library writes, changes nothing.
+        is_off = value is None or value is False
+        if not (key.startswith("_") or key in known or is_off):
+            raise InputError(
+                f"{path}: expected only the settings of {kind}; received {key!r}: {short(value)}"
+            )
+
+
 def _check_grid(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Raises InputError for the class or a setting of another grid."""
     check_class(path, config)
-    for key, value in config.items():
-        if key.startswith("_") or key in _READ or key in _WITHOUT_EFFECT:
-            continue
-        # An unknown setting that is off, such as a newer library writes, changes nothing.
-        if value is None or value is False:
-            continue
-        expected = "null" if key == "shift_terminal" else "false"
-        if key in _OTHER_GRIDS:
+    for key in _OTHER_GRIDS:
+        value = config.get(key)
+        if value is not None and value is not False:
+            expected = "null" if key == "shift_terminal" else "false"
             raise InputError(
                 f"{path}: {key}: expected {expected} (the levels of a static shift); received {short(value)}"
             )
-        raise InputError(
-            f"{path}: expected only the settings of {CLASS}; received {key!r}: {short(value)}"
-        )
+    check_known(path, config, (*_READ, *ONLY_DYNAMIC, *_OTHER_GRIDS))

@@ -313,6 +313,11 @@ WAN = {
         (read_flux1_scheduler, FLUX1, {"shift": -1}, "shift"),
         (read_flux1_scheduler, FLUX1, {"time_shift_type": "linear"}, "time_shift_type"),
         (read_flux1_scheduler, FLUX1, {"invert_sigmas": []}, "invert_sigmas"),
+        (read_flux1_scheduler, FLUX1, {"num_train_timesteps": 500}, "num_train_timesteps & 500"),
+        (read_flux1_scheduler, FLUX1, {"num_train_timesteps": "1000"}, "num_train_timesteps"),
+        (read_flux1_scheduler, FLUX1, {"use_flow_sigmas": True}, "use_flow_sigmas"),
+        (read_flux1_scheduler, FLUX1, {"unheard_of": 1}, "unheard_of"),
+        (read_flux1_scheduler, FLUX1, {"unheard_of": None}, ACCEPTED),
         (read_wan_scheduler, WAN, {}, ACCEPTED),
         (read_wan_scheduler, WAN, {"flow_shift": "3"}, "flow_shift"),
         (read_wan_scheduler, WAN, {"flow_shift": 0}, "flow_shift"),
@@ -322,6 +327,10 @@ WAN = {
         (read_wan_scheduler, WAN, {"solver_order": "2"}, "solver_order"),
         (read_wan_scheduler, WAN, {"disable_corrector": {}}, "disable_corrector"),
         (read_wan_scheduler, WAN, {"_class_name": []}, "_class_name"),
+        (read_wan_scheduler, WAN, {"invert_sigmas": True}, "invert_sigmas"),
+        (read_wan_scheduler, WAN, {"unheard_of": 1}, "unheard_of"),
+        (read_wan_scheduler, WAN, {"unheard_of": False}, ACCEPTED),
+        (read_wan_scheduler, WAN, {"num_train_timesteps": 500}, "num_train_timesteps"),
     ],
 )
 def test_schedulers_of_other_families(tmp_path, read, usual, change, words):

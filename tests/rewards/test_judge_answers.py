@@ -48,6 +48,16 @@ def read(answer, low, high, **options):
         (0, 1, "Score: 8E-1", 0.8),
         (0, 100, "Score: 70%", 70),
         (0, 2000, "Score: 1000", 1000),
+        # Separators and signs of other scripts and of full width.
+        (0, 1, "Score: \u0660\u066b\u0665", 0.5),
+        (1, 10, "Score: \uff17\uff0e\uff15", 7.5),
+        (-5, 5, "Score: \uff0d\uff13", -3),
+        (1, 10, "Score\uff1a\uff17\uff0f\uff11\uff10", 7),
+        (1, 10, "Score: 7\u00b75", 7.5),
+        (1, 10, "Score: 7 \u00b7 good", 7),
+        # A dash apart is a dash, where nothing is negative.
+        (1, 10, "Score: - 7", 7),
+        (1, 10, "Score: \u2013 7", 7),
     ],
 )
 def test_the_number_that_a_person_reads(low, high, answer, says):
@@ -79,12 +89,28 @@ def test_the_number_that_a_person_reads(low, high, answer, says):
         (1, 10, "Score: 7e99"),
         (0, 2000, "Score: 1,000"),
         (0, 2000, "Score: 1.000,5"),
+        (0, 2000, "Score: 1 000"),
+        (0, 2000, "Score: 1\u202f000"),
+        (0, 2000, "Score: 1'000"),
+        (0, 2000, "Score: 1\u066c000"),
+        (-5, 5, "Score: - 3"),
+        (-5, 5, "Score: \u2212 3"),
         (1, 10, "Scores of others: none"),
         (1, 10, "7"),
     ],
 )
 def test_what_is_no_number_of_the_range_has_no_score(low, high, answer):
     assert read(answer, low, high) is None
+
+
+def test_the_line_shows_the_whole_number():
+    for answer, shown in (("Score: -3", "'-3'"), ("Score: .5", "'.5'"), ("Score: 1e-1", "'1e-1'")):
+        with pytest.raises(RewardError, match=f"received {shown}$"):
+            read_number(answer, Question(low=1, high=10))
+
+
+def test_a_pattern_may_name_characters_of_full_width():
+    assert read("\u8bc4\u5206\uff1a7", 1, 10, pattern="\u8bc4\u5206\uff1a(\\d+)") == 7
 
 
 def test_a_number_that_was_cut_off_is_none():
@@ -109,6 +135,8 @@ def test_a_pattern_of_a_users_own_cuts_no_number():
         ('{"score": "7"}', 7),
         ('{"score": "7/10"}', 7),
         ('{"score": "-0,5"}', None),
+        ('{"score": "\uff17\uff0e\uff15"}', 7.5),
+        ('{"score": "1 000"}', None),
         ('```json\n{"why": "a {curly} brace", "score": 7}\n```', 7),
         ('{"why": "not {\\"score\\": 2}", "score": 7}', 7),
         ('{"parts": {"score": 2}, "score": 7}', 7),

@@ -19,7 +19,7 @@ from annotated_types import Ge, Le
 from jaxtyping import Float
 
 from marble_jax.errors import InputError
-from marble_jax.families.scheduler import check_class
+from marble_jax.families.scheduler import check_class, check_known, check_timesteps
 from marble_jax.flow.levels import shifted
 from marble_jax.storage.files import read_json
 from marble_jax.validation import Count, Shift, short, validated
@@ -97,6 +97,10 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
         received = config.get(key)
         if received not in (None, only):
             raise InputError(f"{path}: {key}: expected {only!r}; received {short(received)}")
+    check_timesteps(path, config)
+    check_known(
+        path, config, (*_UNSUPPORTED, *_KINDS, "use_dynamic_shifting", "num_train_timesteps")
+    )
     chosen = {}
     for field in dataclasses.fields(SchedulerConfig):
         # null stands for the default.

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from marble_jax.errors import InputError
+from marble_jax.families.scheduler import ONLY_DYNAMIC, check_known
 from marble_jax.flow.levels import NUM_TRAIN_TIMESTEPS, shifted, sigma_grid
 from marble_jax.storage.files import read_json
 from marble_jax.validation import Shift, short, validated
@@ -61,6 +62,26 @@ _REQUIRED: Mapping[str, Mapping[str, Any]] = {
 """Settings whose defaults are those of other models."""
 
 
+_WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
+    UNIPC: (
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+        "sigma_min",
+        "sigma_max",
+        "steps_offset",
+        "timestep_spacing",
+        "time_shift_type",
+    ),
+    EULER: ONLY_DYNAMIC,
+}
+"""Settings of other noise schedules, and of what is off here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
     """A scheduler, as far as levels depend on it.
@@ -102,6 +123,8 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
         received = config.get(key)
         if received not in (None, only):
             raise InputError(f"{path}: {key}: expected {only!r}; received {short(received)}")
+    known = (*_REQUIRED[kind], *_ONLY[kind], *_WITHOUT_EFFECT[kind], SHIFT_KEYS[kind])
+    check_known(path, config, known, kind)
     # Both classes leave levels unshifted unless they are told otherwise.
     received = config.get(SHIFT_KEYS[kind])
     shift = 1.0

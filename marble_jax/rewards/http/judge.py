@@ -57,9 +57,9 @@ def read_number(text: str, question: Question, whole: bool = True) -> float:
     """
     if question.field:
         received = last_field(text, question.field)
-        value = field_number(received, question.high)
+        value = field_number(received, question.low, question.high)
     else:
-        value, received = last_match(text, question.pattern, question.high, whole)
+        value, received = last_match(text, question.pattern, question.low, question.high, whole)
     # NaN, which stands for no number, is in no range.
     if not question.low <= value <= question.high:
         raise RewardError(

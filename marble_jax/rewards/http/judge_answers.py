@@ -16,6 +16,10 @@ MOST_CHARACTERS = 200_000
 _DECODER = json.JSONDecoder()
 _SIGNS = "-+\u2212\u2010\u2011\u2012\u2013\u2014"
 """Hyphen (first, as it would be a range inside of a pattern's brackets), plus, minus, and dashes in its place."""
+_ALIKE: dict[int, int | str] = {0xFF01 + i: 0x21 + i for i in range(94)}
+_ALIKE |= {0x066B: ".", 0x066C: ",", 0xFE63: "-"}
+"""Characters of full width and separators of other scripts -> the ones that mean the same."""
+_DECIMAL_DOT = re.compile(r"(?<=\d)\u00b7(?=\d)")
 _TOKEN = re.compile(rf"[{_SIGNS}]?(?:\d+(?:[.,]\d+)*|[.,]\d+)(?:[eE][{_SIGNS}]?\d+)?")
 _OUT_OF = re.compile(
     r"\W{0,3}?(?:/|\u2044|\u2215|out of|of)\s*\W{0,2}?(\d+(?:[.,]\d+)?)", re.IGNORECASE
@@ -25,29 +29,40 @@ _PERCENT = re.compile(r"\s*(?:%|\u2030|percent|per cent)", re.IGNORECASE)
 _COMPARED = "<>\u2264\u2265~\u2248"
 _GROUPED = re.compile(r"[1-9]\d{0,2},\d{3}")
 """A comma in front of three digits: thousands to some, decimals to others."""
+_APART = re.compile(r"[ \u00a0\u2009\u202f'\u2019]\d{3}(?!\d)")
+"""Three digits behind a number: its thousands were set apart."""
 
 
-def number_at(text: str, place: int, high: float, whole: bool = True) -> float:
-    """Returns the number that covers a character of a text.
+def _in_ascii(text: str) -> str:
+    """The text with its digits' signs and separators in ASCII; every character stays where it is."""
+    return _DECIMAL_DOT.sub(".", text.translate(_ALIKE))
+
+
+def _token_at(text: str, place: int) -> re.Match[str] | None:
+    """The number that covers a character of a text."""
+    for token in _TOKEN.finditer(text):
+        if token.start() <= place < token.end():
+            return token
+    return None
+
+
+def _value(text: str, token: re.Match[str], low: float, high: float, whole: bool) -> float:
+    """The number of a token; NaN where it cannot be told which one is meant.
 
     Args:
       text: the answer.
-      place: index of one of the number's digits.
+      token: in it.
+      low: smallest number of the range: where it is not negative, a dash apart from the number is none of its signs.
       high: largest number of the range, which may stand behind the number as in "7/10".
       whole: whether the answer ended by itself; a number at the end of one that was cut off may have lost digits.
-
-    Returns:
-      The number; NaN where there is none or it cannot be told which one is meant.
     """
-    for token in _TOKEN.finditer(text):
-        if token.start() <= place < token.end():
-            return _value(text, token, high, whole)
-    return math.nan
-
-
-def _value(text: str, token: re.Match[str], high: float, whole: bool) -> float:
     before, after = text[: token.start()], text[token.end() :]
     if not whole and not after.strip(" \t\n.,"):
+        return math.nan
+    if _APART.match(after) and len(token[0].lstrip(_SIGNS)) <= 3:
+        return math.nan
+    is_apart = before.rstrip() != before
+    if low < 0 and is_apart and before.rstrip()[-1:] in tuple(_SIGNS):
         return math.nan
     # Part of a word, of a name, of a version or of a fraction such as 7 1/2.
     if (
@@ -88,14 +103,17 @@ def _plain(digits: str) -> float:
         return math.nan
 
 
-def last_match(text: str, pattern: str, high: float, whole: bool = True) -> tuple[float, str]:
-    """Returns the number at a pattern's last match, and what was matched; NaN and "" without a match.
+def last_match(
+    text: str, pattern: str, low: float, high: float, whole: bool = True
+) -> tuple[float, str]:
+    """Returns the number at a pattern's last match, and its text; NaN and "" without a match.
 
     Args:
       text: the answer.
       pattern: regular expression whose first group holds digits of the number.
-      high: as in `number_at`.
-      whole: as in `number_at`.
+      low: smallest number of the range.
+      high: largest number of the range, which may stand behind the number as in "7/10".
+      whole: whether the answer ended by itself; a number at the end of one that was cut off may have lost digits.
     """
     text = text[-MOST_CHARACTERS:]
     last = None
@@ -104,9 +122,14 @@ def last_match(text: str, pattern: str, high: float, whole: bool = True) -> tupl
             last = match
     if last is None:
         return math.nan, ""
+    # Only now: a pattern may well name characters of full width.
+    plain = _in_ascii(text)
     # A user's pattern may leave a sign or decimals out of its group: the whole number counts. Its last character
     # is a digit, whatever stands in front of it.
-    return number_at(text, last.end(1) - 1, high, whole), last[1]
+    token = _token_at(plain, last.end(1) - 1)
+    if token is None:
+        return math.nan, last[1]
+    return _value(plain, token, low, high, whole), token[0]
 
 
 def last_field(text: str, field: str) -> Any:
@@ -137,8 +160,14 @@ def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
     return error.msg.startswith("Unterminated string") or not text[error.pos :].strip()
 
 
-def field_number(value: Any, high: float) -> float:
-    """Returns the number that a field holds, as a number or in a text; NaN for anything else."""
+def field_number(value: Any, low: float, high: float) -> float:
+    """Returns the number that a field holds, as a number or in a text; NaN for anything else.
+
+    Args:
+      value: of the field.
+      low: smallest number of the range.
+      high: largest number of the range.
+    """
     # Python takes true for 1.
     if value is None or isinstance(value, bool):
         return math.nan
@@ -149,7 +178,8 @@ def field_number(value: Any, high: float) -> float:
             return math.nan
     if not isinstance(value, str):
         return math.nan
+    value = _in_ascii(value)
     tokens = list(_TOKEN.finditer(value))
     if not tokens or re.match(r"[\s*`\"']*", value)[0] != value[: tokens[0].start()]:  # type: ignore[index]
         return math.nan
-    return _value(value, tokens[0], high, True)
+    return _value(value, tokens[0], low, high, True)
