@@ -39,6 +39,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
+    # Kinds that compute something else with the same matrices, or from another base model.
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "layer_replication": (None, []),
 }
 """Values of a plain LoRA's fields, the usual one first; PEFT's versions differ in which fields they write."""
 _PLAIN_STARTS = (None, True, False, "", "gaussian", "eva", "orthogonal")

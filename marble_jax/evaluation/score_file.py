@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 from etils import epath
 
 from marble_jax.errors import InputError
@@ -14,6 +15,9 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.storage.files import append, write_whole
 from marble_jax.types import Scores
 from marble_jax.validation import Natural, parse_json_object, validated
+
+_Number = Annotated[float, Ge(-3.4e38), Le(3.4e38)]
+"""Of a float32, which scores are: one beyond would be no score without a word."""
 
 
 class ScoreFile:
@@ -45,7 +49,7 @@ class ScoreFile:
                 record = parse_json_object(line, where)
                 index = validated(Natural, record.get("index"), f"{where}: index")
                 scores = validated(
-                    dict[str, float | None], record.get("scores"), f"{where}: scores"
+                    dict[str, _Number | None], record.get("scores"), f"{where}: scores"
                 )
                 failed = validated(list[str], record.get("failed", []), f"{where}: failed")
             except InputError:

@@ -38,6 +38,7 @@ class Uploads:
         self._name, self._say = name, say
         self._pool = Pool(1, "upload")
         self._pending: list[Future] = []
+        self._copies: list[Path] = []
 
     def push(self, folder: epath.Path, message: str) -> None:
         """Uploads a copy of a folder, whose own place may be cleared before its turn comes.
@@ -56,6 +57,7 @@ class Uploads:
                 shutil.rmtree(copy, ignore_errors=True)
             self._say(f"upload of {folder.name} failed, training goes on: {one_line(error, 200)}")
             return
+        self._copies.append(copy)
         self._pending.append(self._pool.submit(self._upload, copy, message))
 
     def close(self, hurried: bool) -> None:
@@ -76,6 +78,9 @@ class Uploads:
                 break
         self._pending.clear()
         self._pool.close(0.0)
+        # Of an upload that is given up, too, whose thread will not come to it.
+        for copy in self._copies:
+            shutil.rmtree(copy, ignore_errors=True)
 
     def _collect(self) -> None:
         """Says what has become of earlier uploads."""

@@ -251,6 +251,7 @@ SCORES = [
     ('{"index": 0, "scores": {"a": "1.5"}}', "scores"),
     ('{"index": 0, "scores": {"a": NaN}}', "NaN"),
     ('{"index": 0, "scores": {"a": 1e999}}', "finite"),
+    ('{"index": 0, "scores": {"a": 1e300}}', "scores"),
     ('{"index": 0, "scores": {}, "failed": 5}', "failed"),
     ('{"index": 0, "scores": {}, "failed": [5]}', "failed"),
     (DAMAGED["deep"][0], "deep"),

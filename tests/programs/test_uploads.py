@@ -86,6 +86,7 @@ def test_no_room_for_the_copy_is_a_line(hub, tmp_path, monkeypatch):
 def test_an_upload_that_never_ends_is_given_up(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(uploads, "HURRIED_SECONDS", 0.2)
     monkeypatch.setattr(uploads, "push_folder", lambda *_: threading.Event().wait())
+    monkeypatch.setattr(uploads.tempfile, "tempdir", str(tmp_path))
     said = []
     pushed = Uploads("me/lora", False, said.append)
     start = time.monotonic()
@@ -94,6 +95,7 @@ def test_an_upload_that_never_ends_is_given_up(hub, tmp_path, monkeypatch):
     pushed.close(hurried=True)
     assert time.monotonic() - start < 5
     assert len(said) == 1 and "upload to me/lora is given up after 0.2 s" in said[0]
+    assert not list(tmp_path.glob("marble-jax-upload-*"))
 
 
 def test_a_repository_that_may_not_be_written_is_refused_before_the_first_step(hub, monkeypatch):

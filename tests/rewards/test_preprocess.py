@@ -55,7 +55,8 @@ def test_on_host_equals_on_device(image):
         pixels = preprocess.prepare(x[None].astype(np.float32) / 255, transform)
         np.testing.assert_allclose(transform.on_host(x), pixels[0], atol=1e-5)
     with pytest.raises(
-        InputError, match="preprocessing on the host: expected 8-bit and 'shortest'; received"
+        InputError,
+        match="preprocessing on the host: expected 8-bit and 'shortest' or 'stretch'; received",
     ):
         Preprocess(size=16, eight_bit=False).on_host(image[0])
 
@@ -107,10 +108,32 @@ def test_longest_edge_pads_before_normalising(image):
     np.testing.assert_allclose(inner, resize(x, 8, 16, "bicubic"), atol=1e-5)
 
 
+def test_a_height_and_a_width_stretch_as_in_transformers(image):
+    """transformers keeps the proportions for a shortest edge alone."""
+    transformers = pytest.importorskip("transformers")
+    x = image[:1, :40, :50]
+    size, crop = {"height": 30, "width": 30}, {"height": 24, "width": 24}
+    ours = Preprocess.from_config({"size": size, "crop_size": crop}, 24)
+    assert ours.fit == "stretch"
+    theirs = transformers.CLIPImageProcessor(size=size, crop_size=crop, do_convert_rgb=False)
+    want = theirs(Image.fromarray(x[0]), return_tensors="np").pixel_values[0]
+    got = np.asarray(ours(x.astype(np.float32) / 255))[0]
+    np.testing.assert_allclose(got, np.moveaxis(want, 0, -1), atol=0.02)
+    np.testing.assert_allclose(ours.on_host(x[0]), got, atol=1e-5)
+
+
 def test_jit_agrees_with_eager(image):
     x = image.astype(np.float32) / 255
     transform = Preprocess(size=24)
     np.testing.assert_allclose(jax.jit(transform)(x), transform(x), atol=1e-5)
+
+
+def test_stretched_by_pillow(image):
+    x = image[:1, :40, :50]
+    got = preprocess.prepare(x.astype(np.float32) / 255, Preprocess(size=24, fit="stretch"))
+    small = np.asarray(Image.fromarray(x[0]).resize((24, 24), Image.Resampling.BICUBIC))
+    want = (small / 255 - preprocess.CLIP_MEAN) / preprocess.CLIP_STD
+    np.testing.assert_allclose(got[0], want, atol=1e-6)
 
 
 def test_from_config_reads_old_and_new_layouts():

@@ -158,12 +158,12 @@ class Preprocess:
 
     Attributes:
       size: edge of the square result, in pixels.
-      fit: "shortest" scales the shorter edge to `resize_to` and crops the centre; "longest" scales the longer edge to
-        `size` and pads the rest with zeros before normalising.
+      fit: "shortest" scales the shorter edge to `resize_to` and crops the centre; "stretch" scales both edges to it
+        and crops; "longest" scales the longer edge to `size` and pads the rest with zeros before normalising.
       method: "bicubic" or "bilinear", antialiased.
       eight_bit: go through 256 levels, as scorers that take 8-bit images do.
-      resize_to: edge for "shortest"; None means `size`.
-      crop: "floor" or "round", how an odd margin of "shortest" is halved.
+      resize_to: edge for "shortest" and "stretch"; None means `size`.
+      crop: "floor" or "round", how an odd margin of these is halved.
       mean: per channel, subtracted.
       std: per channel, divided by.
     """
@@ -178,7 +178,7 @@ class Preprocess:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        one_of("fit", self.fit, ("shortest", "longest"))
+        one_of("fit", self.fit, ("shortest", "stretch", "longest"))
         one_of("resize method", self.method, FILTERS)
         one_of("crop", self.crop, CROPS)
         if self.resize_to is not None and self.resize_to < self.size:
@@ -194,7 +194,7 @@ class Preprocess:
             images = jnp.clip(jnp.round(images * 255), 0, 255) / 255
         height, width, top, left = self.frame(images.shape[1], images.shape[2])
         images = resize(images, height, width, self.method, self.eight_bit)
-        if self.fit == "shortest":
+        if self.fit != "longest":
             images = images[:, top : top + self.size, left : left + self.size]
         else:
             below, right = self.size - height - top, self.size - width - left
@@ -206,13 +206,13 @@ class Preprocess:
         """Returns pixels float32 [size, size, 3] of one image uint8 [H, W, 3], by Pillow: for cut-outs of many sizes.
 
         Raises:
-          InputError: a preprocessing other than 8-bit with "shortest".
+          InputError: a preprocessing other than 8-bit, or with "longest".
         """
         from PIL import Image
 
-        if not self.eight_bit or self.fit != "shortest":
+        if not self.eight_bit or self.fit == "longest":
             raise InputError(
-                f"preprocessing on the host: expected 8-bit and 'shortest'; received {self}"
+                f"preprocessing on the host: expected 8-bit and 'shortest' or 'stretch'; received {self}"
             )
         height, width, top, left = self.frame(image.shape[0], image.shape[1])
         resampling = Image.Resampling[self.method.upper()]
@@ -225,11 +225,13 @@ class Preprocess:
     def frame(self, rows: int, columns: int) -> tuple[int, int, int, int]:
         """Returns what becomes of an image of `rows` x `columns`: resized height and width, and where the square lies.
 
-        The last two are the rows and columns cut off before the crop for "shortest", added before it for "longest".
+        The last two are the rows and columns cut off before the crop, or added before the image for "longest".
         """
-        if self.fit == "shortest":
+        if self.fit != "longest":
             edge, short = self.resize_to or self.size, min(rows, columns)
             height, width = edge * rows // short, edge * columns // short
+            if self.fit == "stretch":
+                height, width = edge, edge
             margin = CROPS[self.crop]
             return height, width, margin(height - self.size), margin(width - self.size)
         factor = self.size / max(rows, columns)
@@ -246,7 +248,8 @@ class Preprocess:
           **overrides: fields to replace, for scorers that depart from their own model's file.
 
         Raises:
-          InputError: another filter than bilinear or bicubic, another crop, or a step that is switched off.
+          InputError: settings of another kind of images, another filter than bilinear or bicubic, another crop, or a
+            step that is switched off.
         """
         _check_switches(config)
         resample = config.get("resample", 3)
@@ -256,10 +259,10 @@ class Preprocess:
                 f"preprocessor_config.json resample: expected 2 (bilinear) or 3 (bicubic); received "
                 f"{short(resample)}"
             )
-        edge = _edge(config.get("size", size), "shortest_edge", size)
-        crop = _edge(config.get("crop_size", size), "height", size)
+        edge, fit = _edge(config.get("size"), "size", size)
+        crop, _ = _edge(config.get("crop_size"), "crop_size", size)
         # Without a crop the resized edge is the tower's input.
-        if not config.get("do_center_crop", True):
+        if config.get("do_center_crop") is False:
             crop = edge
         if crop != size:
             raise InputError(
@@ -267,6 +270,7 @@ class Preprocess:
             )
         fields: dict[str, Any] = dict(
             size=size,
+            fit=fit,
             resize_to=edge,
             method=PIL_FILTERS[resample],
             mean=_channels(config, "image_mean", CLIP_MEAN, Offset),
@@ -275,18 +279,33 @@ class Preprocess:
         return cls(**{**fields, **overrides})
 
 
-def _edge(size: Any, key: str, default: int) -> int:
-    """Returns an edge in pixels from a number, or from a mapping that has it under `key` or as its height.
+def _edge(size: Any, key: str, default: int) -> tuple[int, str]:
+    """Returns an edge in pixels, and how an image is fitted to it, from a number or from an object.
+
+    Args:
+      size: a number, or an object with `shortest_edge`, or with `height` and `width` of a square; None for nothing.
+      key: of the setting, for the message.
+      default: edge where nothing is said.
 
     Raises:
-      InputError: no number of pixels, or a height and a width that differ.
+      InputError: no number of pixels, a height and a width that differ, or another way of fitting.
     """
-    what = "preprocessor_config.json size"
+    what = f"preprocessor_config.json {key}"
+    fit = "shortest"
     if isinstance(size, Mapping):
-        if size.get("height", 0) != size.get("width", size.get("height", 0)):
-            raise InputError(f"{what}: expected a square; received {short(dict(size))}")
-        size = size.get(key, size.get("height", default))
-    return validated(Side, default if size is None else size, what)
+        named = {name: value for name, value in size.items() if value is not None}
+        height = named.get("height", named.get("width"))
+        others = set(named) - {"shortest_edge", "height", "width"}
+        if others or named.get("width", height) != height:
+            raise InputError(
+                f"{what}: expected shortest_edge, or height and width of a square; received "
+                f"{short(dict(size))}"
+            )
+        # As in transformers, the shortest edge comes first.
+        if "shortest_edge" not in named and height is not None:
+            fit = "stretch"
+        size = named.get("shortest_edge", height)
+    return validated(Side, default if size is None else size, what), fit
 
 
 def _channels(
@@ -301,6 +320,19 @@ def _channels(
 
 def _check_switches(config: Mapping[str, Any]) -> None:
     """Raises InputError where a step that is always taken here is switched off, or another scale is asked for."""
+    crop = config.get("do_center_crop")
+    if crop is not None and not isinstance(crop, bool):
+        raise InputError(
+            f"preprocessor_config.json do_center_crop: expected true or false; received {short(crop)}"
+        )
+    for key in ("image_processor_type", "feature_extractor_type"):
+        kind = config.get(key, "CLIP")
+        # Other classes mean other things by the same names.
+        if not isinstance(kind, str) or "CLIP" not in kind:
+            raise InputError(
+                f"preprocessor_config.json {key}: expected one of CLIP, such as CLIPImageProcessor; received "
+                f"{short(kind)}"
+            )
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if config.get(key, True) is not True and config.get(key) is not None:
             raise InputError(
