@@ -22,6 +22,10 @@ _STD = (
 )  # fmt: skip
 
 
+RGB = 3
+"""Channels of an image."""
+
+
 @dataclasses.dataclass(frozen=True)
 class WanVAEConfig:
     """Shape of an `AutoencoderKLWan`; names and defaults are those of its config.json.
@@ -68,6 +72,11 @@ class WanVAEConfig:
             raise InputError(
                 f"VAE config attn_scales: expected none; received {list(self.attn_scales)}"
             )
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) != RGB:
+                raise InputError(
+                    f"VAE config {name}: expected {RGB}, red, green and blue; received {getattr(self, name)}"
+                )
         self._check_lengths()
         # The files' factors are what a pipeline reckons sizes with; the network's are what they are.
         factors = {
