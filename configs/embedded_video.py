@@ -81,7 +81,7 @@ ABOUT = {
 
 
 def get_config(preset: str = ""):
-    one_of("preset of configs/embedded_video.py", preset, PRESETS)
+    one_of("preset of embedded_video", preset, PRESETS)
     config = default_config()
     config.name = "embedded-video" + (f"-{preset}" if preset else "")
     config.model.update(

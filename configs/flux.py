@@ -123,7 +123,7 @@ ABOUT = {
 
 
 def get_config(preset: str = PRESETS[0]):
-    one_of("preset of configs/flux.py", preset, PRESETS)
+    one_of("preset of flux", preset, PRESETS)
     model = next(name for name in MODELS if preset.startswith(name))
     rest = preset.removeprefix(model).removeprefix("_")
     objective = rest.removesuffix("_marble")

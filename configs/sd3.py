@@ -99,7 +99,7 @@ SMALL_GPUS = {  # (rollout.prompts_per_step, rollout.images_per_prompt)
 
 
 def get_config(preset: str = PRESETS[0]):
-    one_of("preset of configs/sd3.py", preset, PRESETS)
+    one_of("preset of sd3", preset, PRESETS)
     config = default_config()
     config.name = preset
     config.model.path = "stabilityai/stable-diffusion-3.5-medium"

@@ -147,7 +147,7 @@ ABOUT = {
 
 
 def get_config(preset: str = PRESETS[0]):
-    one_of("preset of configs/wan.py", preset, PRESETS)
+    one_of("preset of wan", preset, PRESETS)
     objective = preset.removesuffix("_marble")
     if objective in POLICY_GRADIENTS:
         sample, place = "240p_33", "8x80gb"

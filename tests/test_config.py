@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -275,6 +276,16 @@ def test_a_key_left_out():
     del flat["nft.beta"]
     with pytest.raises(InputError, match="config.nft.beta: expected a value .*; received none"):
         check(flat)
+
+
+def test_the_smoke_preset_asks_for_no_extra():
+    smoke = load_config([f"--config={ROOT}/configs/embedded.py:smoke"])
+    entries = json.loads(
+        (ROOT / "marble_jax" / "embedded" / "rewards" / "rewards.json").read_text()
+    )
+    rewards = (*smoke.rewards.train, *smoke.rewards.heldout)
+    assert len(rewards) == 5 and set(rewards) < set(entries)
+    assert "ocr" not in {entries[name]["kind"] for name in rewards}
 
 
 def test_the_embedded_presets_evaluate_the_same_images_on_the_same_rewards():

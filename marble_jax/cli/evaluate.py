@@ -37,7 +37,7 @@ def _drawing() -> tuple[Option, ...]:
 VERB = Verb(
     about="Compares models: images, scores of each, and a page with the gains. The same command goes on where it "
     "stopped.",
-    usage=("--models=NAME=PLACE,NAME=PLACE --prompts_path=FILES --out=DIR",),
+    usage=("--models=NAME=PLACE,NAME=PLACE [--prompts_path=FILES] --out=DIR",),
     options=(
         Option(
             "models",
@@ -49,9 +49,9 @@ VERB = Verb(
         ),
         Option(
             "prompts_path",
-            'files (one prompt a line, {"prompt": ...} or GenEval metadata in .jsonl, a column of .csv or .parquet as '
-            "FILE#COLUMN), directories with SOURCE/test files, either of the Hub as hf://datasets/OWNER/NAME/..., "
-            "'embedded', 'embedded_video' or 'generated'; several separated by commas",
+            "prompt files, directories with SOURCE/test files, 'embedded', 'embedded_video' or 'generated'; several "
+            "separated by commas, also hf://datasets/OWNER/NAME/... of the Hub. A file has one prompt a line, "
+            '{"prompt": ...} or GenEval metadata a line (.jsonl), or a column (.csv, .parquet; FILE#COLUMN)',
             Place(),
             "FILES",
             default="embedded",
@@ -85,7 +85,7 @@ VERB = Verb(
         ),
         Option(
             "out",
-            "images, scores.jsonl of each model, summary.json and index.html",
+            "images, scores, summary.json and index.html",
             Place(),
             "DIR",
             required=True,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from marble_jax.cli.options import Option, Verb
 from marble_jax.errors import one_of
@@ -57,6 +57,24 @@ def verb_help(name: str, verb: Verb, topic: str = "") -> str:
     return ""
 
 
+def actions_help(name: str, actions: Mapping[str, Verb]) -> str:
+    """Returns the short help of a verb with actions: how each is called and what it does, without their options.
+
+    Args:
+      name: of the verb.
+      actions: their declarations by name.
+    """
+    lines: list[str] = []
+    rows = []
+    for action, verb in actions.items():
+        lines += _usage(f"{name} {action}", verb, first=not lines)
+        rows.append((action, verb.about))
+    helps = [f"marble-jax {name} {action} --help" for action in actions]
+    return "\n".join(
+        [*lines, "", *columns(rows), "", *_wrapped(f"options: {', '.join(helps)}", "")]
+    )
+
+
 def config_topics() -> list[str]:
     """Topics of the configuration: its sections, "config" for all of them, and every key."""
     from marble_jax.config import KEYS, sections
@@ -85,10 +103,7 @@ def config_help(topic: str) -> str:
 
 
 def _whole(name: str, verb: Verb, brief: bool) -> str:
-    lines = []
-    for number, form in enumerate(verb.usage):
-        start = "usage: " if number == 0 else " " * len("usage: ")
-        lines += _wrapped(f"marble-jax {name} {form}", start, " " * 11)
+    lines = _usage(name, verb)
     lines += ["", *_paragraphs(verb.about)]
     groups = _groups(verb)
     if brief:
@@ -109,11 +124,20 @@ def _whole(name: str, verb: Verb, brief: bool) -> str:
     return "\n".join(lines)
 
 
+def _usage(name: str, verb: Verb, first: bool = True) -> list[str]:
+    """Lines of a verb's forms; `first` says that no other verb's stand above."""
+    lines: list[str] = []
+    for form in verb.usage:
+        start = "usage: " if first and not lines else " " * len("usage: ")
+        lines += _wrapped(f"marble-jax {name} {form}", start, " " * 11)
+    return lines
+
+
 def _begin(meaning: str) -> str:
-    """The first part of a meaning, up to a full stop, a semicolon or a colon outside of parentheses."""
+    """The first part of a meaning, up to a full stop, a semicolon or a colon outside of brackets."""
     depth = 0
     for place, character in enumerate(meaning):
-        depth += (character in "([") - (character in ")]")
+        depth += (character in "([{") - (character in ")]}")
         if depth == 0 and character in ".;:" and meaning[place + 1 : place + 2].isspace():
             return meaning[:place]
     return meaning

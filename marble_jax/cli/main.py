@@ -182,14 +182,18 @@ def _page(topic: str) -> str:
 
 def _print_help(verb: str, words: Sequence[str], topic: str) -> None:
     """Prints the help of a verb; of one of its actions, or else of all, where it has some."""
-    from marble_jax.cli.help import verb_help
+    from marble_jax.cli.help import actions_help, verb_help
 
     module = importlib.import_module(f"marble_jax.cli.{verb}")
     verbs: dict[str, Verb]
     if hasattr(module, "VERB"):
         verbs = {verb: module.VERB}
     else:
-        actions = [word for word in words if word in module.ACTIONS] or module.ACTIONS
+        chosen = [word for word in words if word in module.ACTIONS]
+        if not (chosen or topic):
+            print(actions_help(verb, module.ACTIONS))
+            return
+        actions = chosen or module.ACTIONS
         verbs = {f"{verb} {action}": module.ACTIONS[action] for action in actions}
     print("\n\n".join(verb_help(name, each, topic) for name, each in verbs.items()))
 

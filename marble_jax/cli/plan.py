@@ -23,7 +23,7 @@ VERB = Verb(
     options=(
         Option(
             "devices",
-            "devices in all, with neither weights nor topology; 1 unless given",
+            "devices in all, 1 unless given; instead of --topology",
             Whole(0, 65536),
             "N",
         ),
@@ -50,7 +50,7 @@ VERB = Verb(
         ),
         Option(
             "roofline",
-            "with --topology: the least time that each program can take on the device, by instruction max(FLOPs / "
+            "with --topology, the least time that each program can take on the device; by instruction max(FLOPs / "
             "peak, bytes / bandwidth), by source in the model, and the MFU that it caps",
             Switch(),
         ),

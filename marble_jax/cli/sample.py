@@ -43,8 +43,8 @@ VERB = Verb(
         Option("prompts", "prompts, separated by |", Words("|"), "'A|B'", aliases=("prompt",)),
         Option(
             "prompts_path",
-            'one prompt a line, {"prompt": ...} or GenEval metadata a line (.jsonl), or a table\'s column (.csv, .tsv, '
-            ".parquet; FILE#COLUMN); also hf://datasets/OWNER/NAME/FILE of the Hub",
+            'a file of prompts, also hf://datasets/OWNER/NAME/FILE. It has one prompt a line, {"prompt": ...} or '
+            "GenEval metadata a line (.jsonl), or a table's column (.csv, .tsv, .parquet; FILE#COLUMN)",
             Place(),
             "FILE",
             aliases=("file",),
@@ -58,8 +58,8 @@ VERB = Verb(
         ),
         Option(
             "out",
-            "folder of 00000.png and so on (prompt, seed and settings inside; clips are animated PNG, which is "
-            "lossless) and grid.png",
+            "folder of 00000.png and so on and grid.png. Every file says its prompt, seed and settings; clips are "
+            "animated PNG, which is lossless",
             Place(),
             "DIR",
             required=True,
@@ -71,11 +71,12 @@ VERB = Verb(
             Whole(0, MOST_SEED),
             default="0",
         ),
-        Option("grid", "without grid.png", Switch(), default="true"),
+        Option("grid", "without grid.png", Switch(), default="true", rare=True),
         Option(
             "mp4",
             "of clips, also 00000.mp4 and so on; lossy (pip install 'marble-jax[mp4]')",
             Switch(),
+            rare=True,
         ),
         *SAMPLING_OPTIONS,
     ),

@@ -91,7 +91,7 @@ def check_compiler() -> None:
     if not any(importlib.util.find_spec(name) for name in PLUGINS):
         raise InputError(
             "--topology: expected the GPU plugin of JAX, which holds the compiler of GPUs; received none "
-            "(pip install marble-jax[cuda])"
+            "(pip install 'marble-jax[cuda]')"
         )
 
 

@@ -106,7 +106,7 @@ def _check_cleaning(settings: Settings) -> None:
 def _check_wandb(logging: LoggingSettings) -> None:
     if logging.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError(
-            "logging.wandb: expected the package wandb; received none (pip install wandb)"
+            "logging.wandb: expected the package wandb; received none (pip install 'marble-jax[wandb]')"
         )
 
 

@@ -28,7 +28,7 @@ def parquet_records(path: Path, column: str = "") -> Iterator[Record]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(
-            "expected the package pyarrow for Parquet files; received none (pip install pyarrow)"
+            "expected the package pyarrow for Parquet files; received none (pip install 'marble-jax[parquet]')"
         ) from error
     try:
         file = parquet.ParquetFile(path)

@@ -236,7 +236,7 @@ def service(name: str, logging: LoggingSettings, run: TrackedRun) -> Tracker:
         module = importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"logging.{name}: expected the package {name}; received none (pip install {name})"
+            f"logging.{name}: expected the package {name}; received none (pip install 'marble-jax[{name}]')"
         ) from error
     if name == "wandb":
         _check_login(module, logging.wandb_mode)

@@ -56,7 +56,7 @@ class TorchPickleFile:
         except ImportError as error:
             raise InputError(
                 f"{self.path}: expected the package torch to read a pickled file; received none "
-                "(pip install torch, or convert the file to safetensors)"
+                "(pip install 'marble-jax[torch]', or convert the file to safetensors)"
             ) from error
         # torch maps its zip format only, and refuses to map files of before 1.6.
         mapped = zipfile.is_zipfile(self.path)
@@ -134,7 +134,8 @@ def save_weights(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         import torch  # optional
     except ImportError as error:
         raise InputError(
-            f"{path}: expected the package torch to write a pickled file; received none (pip install torch)"
+            f"{path}: expected the package torch to write a pickled file; received none "
+            "(pip install 'marble-jax[torch]')"
         ) from error
     content = {}
     for name, array in tensors.items():

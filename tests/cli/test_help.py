@@ -39,11 +39,18 @@ def columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
+@pytest.mark.parametrize("columns_of_the_terminal", [80, 100])
 @pytest.mark.parametrize("name", DECLARED)
-def test_the_short_help_fits_a_screen_and_names_every_option(name):
+def test_the_short_help_fits_a_screen_and_names_every_option(
+    name, columns_of_the_terminal, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", str(columns_of_the_terminal))
     lines = verb_help(name, DECLARED[name]).splitlines()
     assert lines[0].startswith(f"usage: marble-jax {name} ")
-    assert len(lines) <= 30 and max(map(len, lines)) <= 100
+    assert len(lines) <= 30 and max(map(len, lines)) <= columns_of_the_terminal
+    # No meaning is cut within brackets.
+    for opening, closing in ("()", "{}", "[]"):
+        assert "\n".join(lines).count(opening) == "\n".join(lines).count(closing)
     text = "\n".join(lines)
     assert all(re.search(rf"--(no-)?{o.name}\b", text) for o in DECLARED[name].options)
 
@@ -94,7 +101,11 @@ def test_topics(capsys):
     assert "--coordinator=HOST:PORT" in group and "--workdir" not in group
     assert "--port=8810" not in said(capsys, "reward", "check", "--help")
     both = said(capsys, "reward", "--help")
-    assert "usage: marble-jax reward check" in both and "usage: marble-jax reward serve" in both
+    assert "usage: marble-jax reward check" in both and "  marble-jax reward serve" in both
+    assert both.count("usage: ") == 1 and "marble-jax reward serve --help" in both
+    assert both.count("\n") <= 30 and "--port" not in both
+    everything = said(capsys, "reward", "--help=all")
+    assert everything.count("usage: ") == 2 and "--port=8810" in everything
     assert said(capsys, "help", "export") == said(capsys, "export", "--workdir=x", "-h")
 
 

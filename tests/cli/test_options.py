@@ -339,7 +339,7 @@ def test_bad_files(tmp_path):
     ):
         load_config([f"--config={FILE.replace('embedded', 'embeded')}"])
     with pytest.raises(
-        InputError, match="preset of configs/embedded.py: .*received 'smok'; did you mean 'smoke'"
+        InputError, match="preset of embedded: .*received 'smok'; did you mean 'smoke'"
     ):
         load_config([f"--config={FILE}:smok"])
     for text, message in (

@@ -81,7 +81,7 @@ def test_what_the_presets_ask_for(shapes):
         assert settings.lora.rank == 64 and not settings.lora.targets
         assert num_parameters(shapes[name].adapter) == 104_595_456
         assert shapes[name].transformer.text_tokens == tokens
-    with pytest.raises(InputError, match="preset of configs/flux.py: .*did you mean 'flux1_dev'"):
+    with pytest.raises(InputError, match="preset of flux: .*did you mean 'flux1_dev'"):
         CONFIG("flux_dev")
 
 

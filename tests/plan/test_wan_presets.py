@@ -61,5 +61,5 @@ def test_flow_grpo_has_its_published_settings():
     assert settings.policy_gradient.clip_range == 1e-3
     assert settings.policy_gradient.kl_weight == 0.004
     assert settings.training.learning_rate == 1e-4
-    with pytest.raises(InputError, match="preset of configs/wan.py: .*did you mean 'flow_grpo'"):
+    with pytest.raises(InputError, match="preset of wan: .*did you mean 'flow_grpo'"):
         CONFIG("flow_grp")

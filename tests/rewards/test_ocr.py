@@ -176,7 +176,8 @@ def test_a_broken_image_has_no_score_of_any_host_reward():
 def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(
-        InputError, match="reward ocr: expected the packages rapidocr and onnxruntime"
+        InputError,
+        match=r"reward ocr: expected the packages rapidocr and onnxruntime.*'marble-jax\[rewards\]'",
     ):
         RapidReader()
 

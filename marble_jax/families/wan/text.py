@@ -163,7 +163,7 @@ def _without_broken_unicode(prompt: str) -> str:
     except ImportError as error:
         raise InputError(
             "text encoder: expected the package ftfy for prompts beyond ASCII such as "
-            f"{prompt[:40]!r}; received none (pip install ftfy)"
+            f"{prompt[:40]!r}; received none (pip install 'marble-jax[rewards]')"
         ) from error
     return ftfy.fix_text(prompt)
 

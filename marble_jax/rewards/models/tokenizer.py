@@ -134,7 +134,7 @@ def openclip_text(prompt: str) -> str:
         except ImportError as error:
             raise InputError(
                 f"OpenCLIP tokenizer: expected the package ftfy for prompts beyond ASCII such as "
-                f"{prompt[:40]!r}; received none (pip install ftfy)"
+                f"{prompt[:40]!r}; received none (pip install 'marble-jax[rewards]')"
             ) from error
         prompt = ftfy.fix_text(prompt)
     # Twice, as OpenCLIP: texts from the web are often escaped twice.

@@ -25,7 +25,7 @@ class RapidEngine:
         except ImportError as error:
             raise InputError(
                 "reward ocr: expected the packages rapidocr and onnxruntime; received neither "
-                "(pip install rapidocr onnxruntime)"
+                "(pip install 'marble-jax[rewards]')"
             ) from error
         params: dict[str, Any] = {
             # Otherwise there is a line per model, and one per image without text.
