@@ -22,7 +22,7 @@ from marble_jax.programs.locations import resolve_path
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.function import is_function
-from marble_jax.rewards.registry import entries_of, load_rewards
+from marble_jax.rewards.registry import check_rewards, entries_of, load_rewards
 from marble_jax.rewards.scorer import Scorer
 from marble_jax.storage.images import ImageFolder, writable
 from marble_jax.storage.workdir import Workdir
@@ -35,7 +35,7 @@ def reward_entries(request: Request) -> dict[str, Any]:
     """Returns the entries of the rewards asked for, by name, each with the directory it is from.
 
     Raises:
-      InputError: a reward that is neither in the directory nor known to the package.
+      InputError: a reward that is neither in the directory nor known to the package, or that lacks a package.
     """
     path = resolve_path(request.rewards_path, "rewards")
     entries: dict[str, Any] = {}
@@ -44,7 +44,8 @@ def reward_entries(request: Request) -> dict[str, Any]:
     if not only_functions:
         entries = entries_of(path)
     names = request.rewards or tuple(entries)
-    # What has no entry is refused now, not after hours of drawing, unless the registry knows it.
+    # What has no entry, or lacks a package, is refused now, not after hours of drawing.
+    check_rewards(path, names)
     without_entry = [name for name in names if name not in entries]
     _load(request, path, without_entry)
     # What decides a score stands in the record: scores of other frames are others.

@@ -14,7 +14,7 @@ from typing import Any
 
 from marble_jax.report import charts, smoothing
 from marble_jax.report.curves import Curve
-from marble_jax.report.formatting import data, short
+from marble_jax.report.formatting import data, three_digits
 from marble_jax.report.intervals import Interval, number
 from marble_jax.report.marks import swatch
 from marble_jax.report.markup import element
@@ -111,7 +111,7 @@ def image_scores(scores: Mapping[str, Any]) -> str:
         value = number(score)
         # A reward that does not apply to the prompt, or failed, has nothing to show.
         if math.isfinite(value):
-            lines.append(element("dt", escape(str(name))) + element("dd", short(value)))
+            lines.append(element("dt", escape(str(name))) + element("dd", three_digits(value)))
     if not lines:
         return ""
     return element("dl", *[element("div", line) for line in lines], class_="points")

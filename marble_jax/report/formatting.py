@@ -62,6 +62,14 @@ def short(value: float) -> str:
     return with_minus(f"{value:.3g}")
 
 
+def three_digits(value: float) -> str:
+    """Returns a number to three significant digits, zeros at the end included, so that neighbours line up."""
+    if not math.isfinite(value):
+        return NOT_ON_RECORD
+    # The form keeps the point even where there is no digit behind it.
+    return with_minus(f"{value:#.3g}".removesuffix("."))
+
+
 def percent(share: float) -> str:
     """Returns a share in whole percent."""
     if not math.isfinite(share):

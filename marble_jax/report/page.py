@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 from html import escape
@@ -99,13 +100,30 @@ def _facts(records: Records) -> list[tuple[str, Any]]:
         last_record = number(records.rows[-1].get("time"))
         if math.isfinite(last_record):
             facts.append(("Last record", _moment(last_record)))
-    elapsed = findings.seconds_elapsed(records)
+    elapsed = _seconds_since_start(records)
     if math.isfinite(elapsed):
         facts.append(("Duration", duration(elapsed)))
     hardware = run.get("hardware")
     if hardware:
         facts.append(("Hardware", _hardware(hardware)))
     return facts
+
+
+def _seconds_since_start(records: Records) -> float:
+    """Returns wall-clock seconds from the start to the last record, compilation included; NaN without records.
+
+    A run that does not say when it began, or not in which zone, has those from its first record on.
+    """
+    recorded = records.run.get("started")
+    begun = number(recorded)
+    if isinstance(recorded, str):
+        with contextlib.suppress(ValueError, OverflowError, OSError):
+            moment = datetime.datetime.fromisoformat(recorded)
+            begun = moment.timestamp() if moment.tzinfo else math.nan
+    last = number(records.rows[-1].get("time")) if records.rows else math.nan
+    if math.isfinite(begun) and last >= begun:
+        return last - begun
+    return findings.seconds_elapsed(records)
 
 
 def _progress(records: Records, reached: str) -> str:

@@ -122,7 +122,14 @@ class GenEvalOptions:
     batch_size: int = option(8, "images a forward pass of the detector", least=1)
 
 
-@register_reward("geneval", GenEvalOptions)
+def _check(options: GenEvalOptions) -> None:
+    if options.detector == "mask2former":
+        from marble_jax.rewards.models.mask2former import require_torch
+
+        require_torch()
+
+
+@register_reward("geneval", GenEvalOptions, _check)
 def build_geneval(name: str, options: GenEvalOptions, context: BuildContext) -> GenEvalReward:
     """Builds GenEval over one of its detectors."""
     if options.detector == "shapes":

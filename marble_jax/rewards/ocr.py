@@ -27,7 +27,7 @@ from marble_jax.prompts.quotations import quoted_text
 from marble_jax.rewards.base import Metadata, Reward
 from marble_jax.rewards.frames import FrameChoice
 from marble_jax.rewards.registration import BuildContext, option, register_reward
-from marble_jax.rewards.workers.ocr_engines import PaddleEngine, RapidEngine
+from marble_jax.rewards.workers.ocr_engines import PaddleEngine, RapidEngine, require_engine
 from marble_jax.rewards.workers.processes import ProcessPool
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
@@ -268,7 +268,11 @@ class OCROptions:
     timeout: float = option(60.0, "seconds an image may take, in a process", above=0)
 
 
-@register_reward("ocr", OCROptions)
+def _check(options: OCROptions) -> None:
+    require_engine(options.engine)
+
+
+@register_reward("ocr", OCROptions, _check)
 def build_ocr(name: str, options: OCROptions, context: BuildContext) -> OCRReward:
     """Builds the reward over one of the text recognisers."""
     reader: Reader
@@ -290,7 +294,7 @@ VIDEO_FRAMES = FrameChoice("count", 3)
 mean, as "frames": "every:4" does."""
 
 
-@register_reward("video_ocr", OCROptions)
+@register_reward("video_ocr", OCROptions, _check)
 def build_video_ocr(name: str, options: OCROptions, context: BuildContext) -> Reward:
     """Builds the reward with a choice of frames of its own: mean, or smallest, of the first, middle and last frame."""
     reward = build_ocr(name, options, context)

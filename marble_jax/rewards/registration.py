@@ -62,15 +62,24 @@ class BuildContext:
 
 
 Build = Callable[[str, Any, BuildContext], Reward]
+Check = Callable[[Any], None]
+
+
+def no_check(options: Any) -> None:
+    """Asks for no package."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardKind:
-    """A kind of reward: the dataclass of its options and (name, options, context) -> reward."""
+    """A kind of reward: the dataclass of its options and (name, options, context) -> reward.
+
+    `check(options)` raises InputError where a package that they ask for is not installed, without loading anything.
+    """
 
     kind: str
     options: type
     build: Build
+    check: Check = no_check
 
 
 _KINDS: dict[str, dict[str, RewardKind]] = {}
@@ -116,12 +125,15 @@ def required(meaning: str) -> Any:
     return option(meaning=meaning)
 
 
-def register_reward(kind: str, options: type = NoOptions) -> Callable[[Build], Build]:
+def register_reward(
+    kind: str, options: type = NoOptions, check: Check = no_check
+) -> Callable[[Build], Build]:
     """Makes the decorated function the builder of a kind.
 
     Args:
       kind: name in `rewards.json`; modules do not share their names.
       options: frozen dataclass whose fields come from `option`.
+      check: raises InputError where a package that the options ask for is not installed.
 
     Raises:
       InputError: an option with a name that means something in every entry.
@@ -135,7 +147,7 @@ def register_reward(kind: str, options: type = NoOptions) -> Callable[[Build], B
 
     def register(build: Build) -> Build:
         of_module = _KINDS.setdefault(build.__module__, {})
-        of_module[kind] = RewardKind(kind, options, build)
+        of_module[kind] = RewardKind(kind, options, build, check)
         return build
 
     return register

@@ -115,18 +115,39 @@ def load_rewards(
     """
     default = _frame_choice("rewards.frames", frames)
     one_of("rewards.frame_reduction", frame_reduction, REDUCTIONS)
-    # Functions alone need no directory, and none is asked for.
-    entries: dict[str, Mapping[str, Any]] = {**published.ENTRIES, **published.CLIP_ENTRIES}
-    if not all(is_function(name) for name in names):
-        from_directory = entries_of(directory or "")
-        # The directory's own names come first in error messages, and win.
-        entries = {**from_directory, **entries, **from_directory}
+    entries = _known_entries(directory, names)
     context = _context(directory, num_workers, str(dtype), upstream)
     _check_names(names, entries, context.source)
     rewards = [build_reward(name, entries, context) for name in names]
     for reward in rewards:
         _set_frames(reward, entries.get(reward.name, {}), context.source, default, frame_reduction)
     return rewards
+
+
+def check_rewards(directory: Path | str | None, names: Sequence[str]) -> None:
+    """Checks, before work of hours, what can be known of rewards without loading them; arguments as `load_rewards`.
+
+    Raises:
+      InputError: an unknown reward, kind or option, or a package that a reward needs and that is not installed.
+    """
+    entries = _known_entries(directory, names)
+    context = _context(directory, 1, "float32", False)
+    _check_names(names, entries, context.source)
+    for name in names:
+        if name in entries:
+            kind, options, _ = _parse_entry(name, entries[name], context)
+            kind.check(options)
+
+
+def _known_entries(directory: Path | str | None, names: Sequence[str]) -> Entries:
+    """Returns the entries of a directory and, behind them, those of the published rewards."""
+    entries: dict[str, Mapping[str, Any]] = {**published.ENTRIES, **published.CLIP_ENTRIES}
+    # Functions alone need no directory, and none is asked for.
+    if all(is_function(name) for name in names):
+        return entries
+    from_directory = entries_of(directory or "")
+    # The directory's own names come first in error messages, and win.
+    return {**from_directory, **entries, **from_directory}
 
 
 def _frame_choice(what: str, text: str) -> FrameChoice | None:
@@ -192,7 +213,21 @@ def build_reward(name: str, entries: Entries, context: BuildContext) -> Reward:
     """
     if name not in entries:
         return FunctionReward(name, load_function(name, context.directory))
-    entry = dict(entries[name])
+    kind, options, sources = _parse_entry(name, entries[name], context)
+    reward = kind.build(name, options, context)
+    reward.sources = sources
+    return reward
+
+
+def _parse_entry(
+    name: str, entry: Mapping[str, Any], context: BuildContext
+) -> tuple[RewardKind, Any, tuple[str, ...]]:
+    """Returns the kind of an entry, its options, and the sources of prompts that it is for.
+
+    Raises:
+      InputError: an unknown kind, or an option that is unknown or does not fit.
+    """
+    entry = dict(entry)
     kind = find_kind(name, validated_kind(name, entry.pop("kind", None), context), context)
     # Which prompts a reward is for is no matter of its kind, nor is which frames of clips it sees (`_set_frames`).
     entry.pop("frames", None)
@@ -200,10 +235,7 @@ def build_reward(name: str, entries: Entries, context: BuildContext) -> Reward:
     sources = validated(
         tuple[str, ...], entry.pop("sources", []), f"{context.source}: sources of {name}"
     )
-    options = parse_options(kind, name, entry, context.source)
-    reward = kind.build(name, options, context)
-    reward.sources = sources
-    return reward
+    return kind, parse_options(kind, name, entry, context.source), sources
 
 
 def validated_kind(name: str, kind: Any, context: BuildContext) -> str:

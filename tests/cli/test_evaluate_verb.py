@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -389,7 +390,7 @@ def test_another_evaluation_in_the_same_place_is_refused(evaluated, refused, con
     )
 
 
-def test_evaluate_refuses_before_it_writes(refused, prompts, tmp_path):
+def test_evaluate_refuses_before_it_writes(refused, prompts, tmp_path, monkeypatch):
     out = tmp_path / "out"
     broken = tmp_path / "broken.jsonl"
     lines = GENEVAL.read_text().splitlines()[:20]
@@ -425,6 +426,10 @@ def test_evaluate_refuses_before_it_writes(refused, prompts, tmp_path):
             arguments
         )
     assert "--models: expected a value; received none" in refused("evaluate", f"--out={out}")
+    # An extra that is not installed.
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with_ocr = ["--models=base=embedded", f"--prompts={prompts}", "--rewards=geneval,ocr"]
+    assert "(pip install 'marble-jax[rewards]')" in refused("evaluate", f"--out={out}", *with_ocr)
     assert not out.exists()
 
 

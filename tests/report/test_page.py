@@ -16,6 +16,7 @@ from PIL import Image
 
 from marble_jax.errors import InputError
 from marble_jax.report import read_records, write_report
+from marble_jax.report.formatting import three_digits
 from marble_jax.storage.images import save_sample
 
 VOID = {"meta", "link", "img", "br", "input"}
@@ -406,3 +407,31 @@ def test_neither_jax_nor_matplotlib_is_imported():
         ).stdout.strip()
         == "[]"
     )
+
+
+@pytest.mark.parametrize(
+    ("started", "told"),
+    [
+        (1.7e9 - 600, "23 min"),
+        ("2023-11-14T22:03:20+00:00", "23 min"),
+        # In no zone, after the last record, and not told: from the first record on.
+        ("2023-11-14T22:03:20", "13 min"),
+        (1.8e9, "13 min"),
+        (None, "13 min"),
+    ],
+)
+def test_the_duration_counts_from_the_start_where_it_is_known(tmp_path, started, told):
+    """19 steps of 41 s behind the first record, which is ten minutes after the start."""
+    root = make_workdir(tmp_path / "run", num_steps=20, evaluate_every=5, images=False)
+    run = json.loads((root / "run.json").read_text())
+    (root / "run.json").write_text(json.dumps(run | {"started": started}))
+    rows = (root / "metrics.jsonl").read_text().splitlines()
+    times = [json.loads(row)["time"] for row in rows]
+    assert (times[0], times[-1]) == (1.7e9, 1.7e9 + 19 * 41)
+    page = write_report(root).read_text()
+    assert re.search(rf"Duration</dt>\s*<dd>{told}<", page)
+
+
+def test_scores_below_an_image_have_digits_alike():
+    texts = [three_digits(value) for value in (0.2, 0.201, 7.5, 21.25, 120.0, 1234.0, -0.0301)]
+    assert texts == ["0.200", "0.201", "7.50", "21.2", "120", "1.23e+03", "\u22120.0301"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from marble_jax.errors import InputError
+from marble_jax.programs.locations import resolve_path
 from marble_jax.prompts.quotations import quoted_text
 from marble_jax.rewards import base
 from marble_jax.rewards.ocr import (
@@ -18,6 +19,7 @@ from marble_jax.rewards.ocr import (
     edit_distance,
     spelling_score,
 )
+from marble_jax.rewards.registry import check_rewards
 from marble_jax.rewards.workers.ocr_engines import PaddleEngine
 
 
@@ -175,11 +177,15 @@ def test_a_broken_image_has_no_score_of_any_host_reward():
 
 def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
+    directory = resolve_path("embedded", "rewards")
     with pytest.raises(
         InputError,
         match=r"reward ocr: expected the packages rapidocr and onnxruntime.*'marble-jax\[rewards\]'",
     ):
         RapidReader()
+    with pytest.raises(InputError, match=r"rapidocr and onnxruntime; received neither or one"):
+        check_rewards(directory, ["geneval", "ocr"])
+    check_rewards(directory, ["geneval", "alignment", "judge"])
 
 
 def test_paddleocr_is_asked_as_its_interface_wants(monkeypatch):

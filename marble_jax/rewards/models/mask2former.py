@@ -12,6 +12,7 @@ weights' preprocessor_config.json names serves transformers' examples and is not
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,6 +114,15 @@ MAX_DETECTIONS = 100
 """(query, class) pairs looked at, the likeliest first; a query may appear under several classes."""
 
 
+def require_torch() -> None:
+    """Raises InputError where PyTorch, which runs the detector, is not installed; does not import it."""
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            "reward geneval: expected the package torch for the Mask2Former detector; received none "
+            "(pip install 'marble-jax[geneval]')"
+        )
+
+
 class Mask2FormerDetector:
     """Finds COCO's objects with box and mask; see `geneval_rules.Detector`."""
 
@@ -169,13 +179,8 @@ class Mask2FormerDetector:
             raise InputError(
                 f"{directory}: expected a Mask2Former directory with config.json; received none"
             )
-        try:
-            import torch
-        except ImportError as error:
-            raise InputError(
-                "reward geneval: expected the package torch for the Mask2Former detector; received none "
-                "(pip install 'marble-jax[geneval]')"
-            ) from error
+        require_torch()
+        import torch
         from transformers import Mask2FormerForUniversalSegmentation
 
         # Without a type: the stub does not know that the loading information makes the answer a pair.

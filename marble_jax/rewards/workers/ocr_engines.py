@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from marble_jax.errors import InputError
+
+PACKAGES = {
+    "rapidocr": ("rapidocr", "onnxruntime"),
+    "paddleocr": ("paddleocr",),
+}
+"""Modules of each engine."""
+
+
+def require_engine(name: str) -> None:
+    """Raises InputError where the packages of an engine, a key of PACKAGES, are not installed; imports none."""
+    if any(importlib.util.find_spec(module) is None for module in PACKAGES[name]):
+        raise _missing(name)
+
+
+def _missing(name: str) -> InputError:
+    if name == "rapidocr":
+        return InputError(
+            "reward ocr: expected the packages rapidocr and onnxruntime; received neither or one "
+            "(pip install 'marble-jax[rewards]')"
+        )
+    return InputError(
+        "reward ocr: expected the packages paddleocr (3.x) and paddlepaddle; received neither "
+        "(pip install 'marble-jax[paddle]')"
+    )
 
 
 class RapidEngine:
@@ -23,10 +48,7 @@ class RapidEngine:
             # Optional, and slow to import.
             import rapidocr
         except ImportError as error:
-            raise InputError(
-                "reward ocr: expected the packages rapidocr and onnxruntime; received neither "
-                "(pip install 'marble-jax[rewards]')"
-            ) from error
+            raise _missing("rapidocr") from error
         params: dict[str, Any] = {
             # Otherwise there is a line per model, and one per image without text.
             "Global.log_level": "critical",
@@ -68,10 +90,7 @@ class PaddleEngine:
             # Optional, and slow to import.
             from paddleocr import PaddleOCR
         except ImportError as error:
-            raise InputError(
-                "reward ocr: expected the packages paddleocr (3.x) and paddlepaddle; received neither "
-                "(pip install 'marble-jax[paddle]')"
-            ) from error
+            raise _missing("paddleocr") from error
         self._scale = scale
         self._engine = PaddleOCR(
             lang=lang,
