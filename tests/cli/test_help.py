@@ -124,6 +124,12 @@ def test_guides_are_printed_as_they_stand(capsys):
     assert all(name in said(capsys) for name in guide_files())
 
 
+def test_the_readme_lists_every_guide():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    listed = re.findall(r"^\| \[`([a-z_]+)`\]\(marble_jax/guides/\1\.md\)", readme, re.MULTILINE)
+    assert sorted(listed) == sorted(guide_files())
+
+
 def test_every_command_and_key_in_a_guide_and_in_the_readme_is_one():
     """What a reader copies is understood: verbs, options, presets that ship, and keys."""
     readme = Path(__file__).parents[2] / "README.md"
