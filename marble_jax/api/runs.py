@@ -12,6 +12,7 @@ from marble_jax.api.sampling import draw, sampling_settings
 from marble_jax.api.settings import load_settings
 from marble_jax.config import Settings
 from marble_jax.errors import InputError, one_of
+from marble_jax.platform import usable_cores
 from marble_jax.policies import TRAINED_POLICIES, check_policy
 from marble_jax.programs.evaluate import evaluate
 from marble_jax.programs.evaluation_request import Request, check_model_name
@@ -176,7 +177,8 @@ class Run:
             settings=sampling_settings(**{"seed": own.evaluation.seed, **settings}),
             # Options have other names than fields.
             stated=frozenset("steps" if name == "num_steps" else name for name in stated),
-            num_workers=own.rewards.num_workers,
+            # 0 in the settings stands for all cores.
+            num_workers=own.rewards.num_workers or usable_cores(),
             command="marble_jax.Run.evaluate",
         )
         summary = evaluate(request, os.fspath(out))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +13,9 @@ from marble_jax.api import runs, sampling
 from marble_jax.api.sampling import _KINDS, sampling_settings
 from marble_jax.config import Settings
 from marble_jax.errors import InputError
+from marble_jax.platform import usable_cores
 from marble_jax.programs.policy_source import SamplingSettings
+from marble_jax.rewards.workers.host_scorer import HostScorer
 
 
 def test_presets_are_what_settings_are_made_of():
@@ -131,6 +135,23 @@ def test_images_are_pillows_and_clips_are_arrays(monkeypatch, shape):
         array = np.asarray(sample)
         assert array.dtype == np.uint8 and array.shape == shape
         np.testing.assert_array_equal(array, number)
+
+
+@pytest.mark.parametrize(("num_workers", "threads"), [(0, usable_cores()), (3, 3)])
+def test_an_evaluation_scores_on_as_many_threads_as_the_run(
+    tmp_path, monkeypatch, num_workers, threads
+):
+    """The default of a run, 0, stands for all cores."""
+    rewards = dataclasses.replace(Settings().rewards, num_workers=num_workers)
+    settings = dataclasses.replace(Settings(), rewards=rewards)
+    monkeypatch.setattr(runs, "run_settings", lambda _: settings)
+    requests = []
+    monkeypatch.setattr(runs, "evaluate", lambda request, out: requests.append(request) or {})
+    marble_jax.Run(tmp_path).evaluate(tmp_path / "out")
+    assert requests[0].num_workers == threads >= 1
+    # The threads of a reward on the host, which none would leave without.
+    with HostScorer([], requests[0].num_workers):
+        pass
 
 
 def test_names_of_compared_models(tmp_path, monkeypatch):
