@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -230,14 +231,24 @@ def _evaluations(workdir: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
 
 
 def _summaries(directory: epath.Path, flaws: list[str]) -> list[dict[str, Any]]:
-    """Returns the summaries of other runs, in the order of their file names."""
+    """Returns the summaries of other runs, in the order of their file names.
+
+    Runs of one preset have one name: such runs are told apart by their files, which are called as their workdirs.
+    """
     if not directory.is_dir():
         return []
-    summaries = []
+    by_file = {}
     for file in sorted(directory.glob("*.json")):
         summary = _json_or_none(file, flaws)
         if isinstance(summary, dict):
-            summaries.append(well_formed(summary, forms.SUMMARY, f"compare/{file.name}", flaws))
+            by_file[file.stem] = well_formed(summary, forms.SUMMARY, f"compare/{file.name}", flaws)
+    counts = Counter(str(summary.get("name", "unnamed")) for summary in by_file.values())
+    summaries = []
+    for stem, summary in by_file.items():
+        name = str(summary.get("name", "unnamed"))
+        if counts[name] > 1:
+            summary = summary | {"name": f"{name} ({stem})"}
+        summaries.append(summary)
     return summaries
 
 

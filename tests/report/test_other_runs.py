@@ -97,3 +97,19 @@ def test_exact_runs_of_earlier_versions_show_what_their_updates_used(workdir):
     assert "Evenness (entropy over its maximum) last: 0" in weights(records)
     change(workdir, {"harmonize.smooth_exact": True})
     assert read_records(workdir).alpha_key == "harmonize/alpha"
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(workdir):
+    folder = workdir / "compare"
+    folder.mkdir()
+    for file, name in (("seed_1", "exact"), ("seed_2", "exact"), ("sum", "weighted sum")):
+        summary = summarise(read_records(workdir)) | {"name": name}
+        (folder / f"{file}.json").write_text(json.dumps(summary))
+    records = read_records(workdir)
+    assert [summary["name"] for summary in records.compare] == [
+        "exact (seed_1)",
+        "exact (seed_2)",
+        "weighted sum",
+    ]
+    section = comparison(records)
+    assert "exact (seed_1)" in section and "weighted sum (" not in section

@@ -115,6 +115,6 @@ def test_scores_stand_under_images(tmp_path):
     section = images(read_records(root), flaws)
     assert section.count('class="points"') == 2
     assert (
-        "<dt>geneval</dt><dd>0.25</dd>" in section and "<dt>&lt;i&gt;</dt><dd>21.2</dd>" in section
+        "<dt>geneval</dt><dd>0.250</dd>" in section and "<dt>&lt;i&gt;</dt><dd>21.2</dd>" in section
     )
     assert "<dt>ocr</dt>" not in section and not flaws
