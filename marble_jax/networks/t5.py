@@ -66,8 +66,11 @@ class T5Config:
     is_gated_act: bool | None = None
 
     def __post_init__(self) -> None:
-        named = "feed_forward_proj" if self.dense_act_fn is None else "dense_act_fn"
-        one_of(f"T5 config {named}", self.activation, ACTIVATIONS)
+        # A name that is none is refused even where the other one counts.
+        named = self.feed_forward_proj.removeprefix("gated-")
+        one_of("T5 config feed_forward_proj", named, ACTIVATIONS)
+        if self.dense_act_fn is not None:
+            one_of("T5 config dense_act_fn", self.dense_act_fn, ACTIVATIONS)
         # A fourth of the buckets are for one distance each; farther ones share the others by logarithm.
         exact = self.relative_attention_num_buckets // 4
         if self.relative_attention_max_distance <= exact:

@@ -60,7 +60,7 @@ def workdir(tmp_path):
         ),
         (
             ["--config.harmonize.fixed_alpha=0.5,0.5"],
-            "fixed_alpha: expected one number for each of 5 .*received 2",
+            "fixed_alpha: expected one number for each of 4 .*received 2",
         ),
         (
             ["--config.rollout.batch_size=5"],
@@ -92,8 +92,8 @@ def workdir(tmp_path):
             "reward_weights: expected one number for each of 1 rewards .*; received 5",
         ),
         (
-            ["--config.rewards.heldout=ocr"],
-            "rewards.heldout: expected rewards that are not trained on; received 'ocr'",
+            ["--config.rewards.heldout=geneval"],
+            "rewards.heldout: expected rewards that are not trained on; received 'geneval'",
         ),
         (
             ["--config.rewards.path=/nowhere"],

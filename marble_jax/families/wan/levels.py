@@ -123,8 +123,9 @@ def read_scheduler(directory: pathlib.Path) -> SchedulerConfig:
         received = config.get(key)
         if received not in (None, only):
             raise InputError(f"{path}: {key}: expected {only!r}; received {short(received)}")
-    known = (*_REQUIRED[kind], *_ONLY[kind], *_WITHOUT_EFFECT[kind], SHIFT_KEYS[kind])
-    check_known(path, config, known, kind)
+    known = (*_REQUIRED[kind], *_ONLY[kind], *_WITHOUT_EFFECT[kind])
+    # A scheduler that was made from the other's settings holds both shifts, and the other's says nothing.
+    check_known(path, config, (*known, *SHIFT_KEYS.values(), *ONLY_DYNAMIC), kind)
     # Both classes leave levels unshifted unless they are told otherwise.
     received = config.get(SHIFT_KEYS[kind])
     shift = 1.0
