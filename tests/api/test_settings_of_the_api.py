@@ -159,7 +159,7 @@ def test_names_of_compared_models(tmp_path, monkeypatch):
     run = marble_jax.Run(tmp_path)
     assert repr(run) == f"Run({str(tmp_path)!r})"
     for models, line in (
-        ({"a/b": "x"}, "a name of letters, digits"),
+        ({"a/b": "x"}, "a name of at most 100 letters, digits"),
         ({"ema": "x"}, "models: expected another name than a policy's; received 'ema'"),
     ):
         with pytest.raises(InputError, match=line):
