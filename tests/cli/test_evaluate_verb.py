@@ -456,7 +456,7 @@ def test_models_by_name(tmp_path):
         ("a=embedded,a=embedded", "--models: expected every name once; received 'a' twice"),
         (
             "a/b=embedded",
-            "--models: expected NAME=PLACE with a name of letters, .*; received 'a/b=embedded'",
+            "--models: expected NAME=PLACE with a name of at most 100 letters, .*; received 'a/b=embedded'",
         ),
         ("a=", r"--models: expected NAME=PLACE\[:POLICY\]\[\+LORA\]; received 'a='"),
         (
