@@ -6,11 +6,13 @@ still for ever; its record format is all that is used of it.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from marble_jax.errors import InputError
@@ -20,6 +22,23 @@ VERSION = "brain.Event:2"
 """First record of an event file. Source: TensorFlow's `EventsWriter`."""
 RGB = 3
 """Colour space of an image summary. Source: TensorFlow's `summary.proto`."""
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """A context in which PyTorch, if it is not there yet, cannot be imported.
+
+    tensorboardX takes it along wherever it is installed, for seconds and memory that a run has no use for.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    # What Python takes for a package that is not there.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class EventFile:
@@ -37,8 +56,9 @@ class EventFile:
           InputError: a package that this needs is not there.
           OSError: the file cannot be written.
         """
-        from tensorboardX.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
-        from tensorboardX.record_writer import RecordWriter, directory_check
+        with _without_torch():
+            from tensorboardX.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
+            from tensorboardX.record_writer import RecordWriter, directory_check
 
         self._event, self._summary = event_pb2, summary_pb2
         self._tensor, self._shape = tensor_pb2, tensor_shape_pb2

@@ -72,6 +72,17 @@ def test_a_tracker_that_breaks_is_given_up_with_one_line(monkeypatch):
     ]
 
 
+def test_an_event_file_takes_no_pytorch_along(tmp_path):
+    """Which tensorboardX imports wherever it is installed."""
+    code = (
+        "import sys; from marble_jax.training.event_file import EventFile; EventFile(sys.argv[1]); "
+        "print('torch' in sys.modules); import tensorboardX; print(tensorboardX.__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "tensorboardX"]
+
+
 def test_an_event_file_that_cannot_begin_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     said = []
