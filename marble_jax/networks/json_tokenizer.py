@@ -112,6 +112,11 @@ class JsonTokenizer:
         self.unk_token_id = ids.get("unk_token")
         self.pad_token_id = ids.get("pad_token")
 
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer`, by the name that transformers has for it."""
+        return self._backend
+
     def __len__(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 

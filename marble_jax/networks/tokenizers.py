@@ -6,6 +6,7 @@ which every prompt is alike. So the files have to be there, and what they make h
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ _FEWER_WORDS = 50
 """Encoders pad their tables, to 128 words say: up to a 50th of a table may be without a word."""
 _LETTERS = 256
 """Words from which on a vocabulary spells English: with a word for every byte, say."""
+_BYTE_WORD = re.compile("<0x[0-9A-F]{2}>")
+"""A word that stands for a byte, which is made of no others."""
 _LEGACY_END = 2
 """`eos_token_id` of CLIP configs from before the field was right: the largest id ends a text."""
 
@@ -81,7 +84,8 @@ def check_tokenizer(
       end_id: id that ends a text for the encoder (2: the largest one does); None where it does not ask.
 
     Raises:
-      InputError: another vocabulary, special ids that the encoder does not have, or a text that does not come back.
+      InputError: another vocabulary, special ids that the encoder does not have, merges that are missing, or a text
+        that does not come back.
     """
     words = len(tokenizer)
     fewest = vocab_size - max(vocab_size // _FEWER_WORDS, 32)
@@ -101,6 +105,7 @@ def check_tokenizer(
             f"{directory}: pad_token: expected one, as prompts are filled up; received none"
         )
     _check_end(tokenizer, directory, words, end_id)
+    _check_merges(tokenizer, directory)
     # A toy's alphabet need not have these letters.
     if words >= _LETTERS:
         _check_round_trip(tokenizer, directory)
@@ -118,8 +123,51 @@ def _check_end(tokenizer: Any, directory: pathlib.Path, words: int, end_id: int 
         )
 
 
+def _check_merges(tokenizer: Any, directory: pathlib.Path) -> None:
+    """Raises InputError where words of a byte-pair vocabulary are never made: every text would be spelt out instead.
+
+    A download that was cut off leaves the vocabulary whole and the merges not.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    # With ignored merges, or pieces that are written differently inside of a word, they do not say what is made.
+    if (
+        model["type"] != "BPE"
+        or model.get("ignore_merges")
+        or model.get("continuing_subword_prefix")
+    ):
+        return
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    made = {"".join(pair) for pair in merges}
+    made |= {word["content"] for word in content.get("added_tokens") or []}
+    ending = model.get("end_of_word_suffix") or ""
+    lost = []
+    for word in model["vocab"]:
+        is_letter = len(word.removesuffix(ending)) <= 1 or _BYTE_WORD.fullmatch(word)
+        if not is_letter and word not in made and word != model.get("unk_token"):
+            lost.append(word)
+    count = len(model["vocab"])
+    if len(lost) > count // _FEWER_WORDS:
+        raise InputError(
+            f"{directory}: expected merges that make the words of the vocabulary; received {len(merges)}, without "
+            f"which {len(lost)} of {count} words are never used, such as {short(lost[0])} (are all of its files "
+            "there?)"
+        )
+
+
 def _check_round_trip(tokenizer: Any, directory: pathlib.Path) -> None:
     ids = tokenizer(GOLDEN_TEXT).input_ids
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    ends = [getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id")]
+    # CLIP's unknown word is the one that ends a text, too.
+    if unknown in ids and unknown not in ends:
+        raise InputError(
+            f"{directory}: expected a tokenizer that knows all of {GOLDEN_TEXT!r}; received its unknown word in "
+            f"{short(list(ids))}"
+        )
     text = tokenizer.decode(ids, skip_special_tokens=True)
     # The ends of words are spaces to some, `</w>`, `##` or a bar to others.
     letters = re.sub(r"</w>|[^a-z]", "", text.lower())

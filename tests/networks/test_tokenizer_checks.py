@@ -106,6 +106,41 @@ def test_a_text_that_does_not_come_back_is_refused(folder):
         check_tokenizer(tokenizer, folder, VOCABULARY)
 
 
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", None])
+@pytest.mark.parametrize("kept", [0, 50])
+def test_merges_that_did_not_all_come_down_are_refused(folder, kind, kept):
+    """The vocabulary is whole, and every text is spelt out in letters: the encoder has never seen the like."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:kept]
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="expected merges that make the words .*; received"):
+        check_tokenizer(load_tokenizer(folder, kind), folder, VOCABULARY, VOCABULARY - 1)
+
+
+def test_merges_in_a_file_of_their_own_are_looked_at_too(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(content["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["merges"]]
+    for kept, refused in ((len(merges), False), (len(merges) // 2, True)):
+        text = "\n".join(["#version: 0.2", *merges[:kept]])
+        (folder / "merges.txt").write_text(text + "\n")
+        tokenizer = load_tokenizer(folder, "CLIPTokenizer")
+        if refused:
+            with pytest.raises(InputError, match="expected merges that make the words"):
+                check_tokenizer(tokenizer, folder, VOCABULARY)
+        else:
+            check_tokenizer(tokenizer, folder, VOCABULARY)
+
+
+def test_a_word_of_the_golden_text_that_is_unknown_is_refused(folder):
+    tokenizer = load_tokenizer(folder, None)
+    tokenizer.unk_token_id = tokenizer("a").input_ids[1]
+    with pytest.raises(InputError, match="expected a tokenizer that knows all of 'a red circle'"):
+        check_tokenizer(tokenizer, folder, VOCABULARY)
+
+
 @pytest.mark.parametrize("value", ["12", 0, -1, True, [12], {"a": 1}])
 def test_a_length_is_a_number(value):
     with pytest.raises(InputError, match="x: model_max_length: expected"):
