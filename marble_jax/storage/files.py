@@ -14,7 +14,7 @@ from etils import epath
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.storage.file_kinds import SHOWN_BYTES, kind_of_content
-from marble_jax.validation import parse_json_object
+from marble_jax.validation import parse_json_object, short
 
 _PATTERN = re.compile(r"[\[*?]")
 BACKENDS = {"gs": "gcsfs", "s3": "s3fs"}
@@ -41,8 +41,9 @@ def location(what: str, path: epath.PathLike) -> epath.Path:
       InputError: an unknown scheme, a package that is not installed, or a bucket that cannot be reached.
     """
     text = os.fspath(path)
-    if "\x00" in text:
-        raise InputError(f"{what}: expected a path; received {text!r}")
+    # Bytes that are no UTF-8 come as halves of surrogate pairs, which neither records nor Orbax can hold.
+    if "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{what}: expected a path in UTF-8 without NUL; received {short(text)}")
     if not is_remote(text):
         # No shell expands a tilde behind an equals sign.
         return epath.Path(os.path.expanduser(text))

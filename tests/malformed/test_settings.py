@@ -190,6 +190,10 @@ VERBS = [
     ("report", ("--workdir=/nowhere",), "/nowhere"),
     ("report", ("--workdir=/dev/null",), "/dev/null"),
     ("report", ("--workdir=s4://bucket/run",), "s4"),
+    # What a name of other bytes than UTF-8 comes as.
+    ("report", ("--workdir=a\udcff",), "UTF-8"),
+    ("train", (f"--config={CONFIG}", "--workdir=a\udcff"), "UTF-8"),
+    ("evaluate", ("--models=a=embedded", "--out=a\udcff"), "UTF-8"),
     ("prompts", (), "--out"),
     ("prompts", ("--out=OUT", "--check=a"), "both"),
     ("prompts", ("--out=OUT", "--seed=-1"), "seed"),

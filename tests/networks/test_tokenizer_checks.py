@@ -9,6 +9,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.families.sd3 import text
+from marble_jax.families.wan import text as wan_text
 from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer, max_length
 
 PIPELINE = Path(str(resources.files("marble_jax") / "embedded" / "pipeline"))
@@ -158,3 +159,12 @@ def test_a_model_with_half_a_tokenizer_does_not_open(tmp_path):
     (root / "tokenizer_2" / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="tokenizer_2: expected tokenizer.json"):
         text.load_text_encoders(root)
+
+
+def test_the_tokenizer_of_another_wan_does_not_open(tmp_path):
+    video = PIPELINE.parent / "video" / "pipeline"
+    root = Path(shutil.copytree(video, tmp_path / "model"))
+    assert wan_text.load_text_encoders(root).tokenizer is not None
+    shutil.copy(PIPELINE / "tokenizer_3" / "tokenizer.json", root / "tokenizer")
+    with pytest.raises(InputError, match="tokenizer: expected a tokenizer of about .* 79 words"):
+        wan_text.load_text_encoders(root)

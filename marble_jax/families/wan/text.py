@@ -23,7 +23,7 @@ from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once
 from marble_jax.families.wan.config import WanConfig
-from marble_jax.networks.tokenizers import load_tokenizer
+from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer
 from marble_jax.networks.umt5 import UMT5Encoder, load_umt5
 from marble_jax.storage.files import read_json
 from marble_jax.types import Params
@@ -203,4 +203,5 @@ def load_text_encoders(
     # The cheap part first: what is missing shows before gigabytes are read.
     tokenizer = load_tokenizer(root / TOKENIZER, component_class(index, TOKENIZER))
     encoder = load_umt5(root / COMPONENT, dtype, place(COMPONENT))
+    check_tokenizer(tokenizer, root / TOKENIZER, encoder[0].config.vocab_size)
     return WanTextEncoders(root, encoder, tokenizer, config, prompt_batch)
