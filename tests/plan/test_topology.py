@@ -60,7 +60,7 @@ def test_names_that_are_none(compilers, name, message):
         ("v5e:4x4", "expected the package libtpu.*received none .pip install libtpu"),
         (
             "h100:8",
-            r"expected the GPU plugin of JAX.*received none .pip install marble-jax\[cuda\]",
+            r"expected the GPU plugin of JAX.*received none .pip install 'marble-jax\[cuda\]'",
         ),
     ],
 )
