@@ -101,8 +101,10 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
     except InputError:
         # The file's own message, such as for an unknown preset.
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         # Whatever the user's file raises, also on its way out of the program; the cause stays attached.
+        if isinstance(error, KeyboardInterrupt):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path}: expected a file with get_config(preset) that runs; received {type(error).__name__}: "

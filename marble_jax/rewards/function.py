@@ -139,7 +139,10 @@ def import_module(name: str, module_name: str, directory: Path | str | None) -> 
             f"reward {name}: expected a module that imports; it lacks {error.name}"
         ) from error
     # Whatever the user's module raises, also on its way out of the program; the cause stays attached.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        # Ctrl-C of a user who waits for an import.
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise InputError(
             f"reward {name}: expected a module that imports; received {one_line(error)}"
         ) from error
@@ -220,7 +223,9 @@ class FunctionReward(Reward):
         try:
             return bool(self._applies(prompt, metadata))
         # Foreign code: whatever it raises.
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise RewardError(f"reward {self.name}: applies raised {one_line(error)}") from error
 
     def score(
@@ -260,8 +265,8 @@ class FunctionReward(Reward):
         for part in parts:
             try:
                 part_answers = self._call(part, images, prompts, metadata)
-            # Foreign code: whatever it raises.
-            except (Exception, SystemExit, KeyboardInterrupt) as error:
+            # Foreign code: whatever it raises, in a worker's thread, to which no Ctrl-C comes.
+            except BaseException as error:
                 errors.append(error)
                 continue
             for index, answer in zip(part, part_answers, strict=True):

@@ -109,6 +109,7 @@ FILES = {
     "nothing": ("", "get_config"),
     "raises": ("raise ValueError('no')", "ValueError"),
     "exits": ("import sys; sys.exit(0)", "SystemExit"),
+    "is cancelled": ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
     "exits inside": ("def get_config(preset=''):\n    raise SystemExit", "SystemExit"),
     "another type": ("def get_config(preset=''):\n    return {}", "dict"),
     "no function": ("get_config = 5", "TypeError"),

@@ -1,5 +1,6 @@
 """Concurrency, bookkeeping and what becomes of failures."""
 
+import asyncio
 import itertools
 import threading
 
@@ -190,9 +191,12 @@ def test_garbage_is_a_failure(answer):
     assert not result.valid.any()
 
 
-def test_a_reward_cannot_end_the_program():
+@pytest.mark.parametrize(
+    "raised", [SystemExit(0), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
+)
+def test_a_reward_cannot_end_the_program(raised):
     def leave(_):
-        raise SystemExit(0)
+        raise raised
 
     with HostScorer([Mean("bad", leave)]) as scorer:
         assert scorer.submit(IMAGES, PROMPTS, METADATA).result(10)["bad"].failed.sum() == 3

@@ -166,7 +166,7 @@ class RewardServer(BackgroundServer):
             raise ProtocolError(503, f"reward {reward.name}: {one_line(error)}"[:300]) from None
         # A reward is foreign code: whatever it raises, even on its way out of the program, costs
         # one answer.
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
+        except BaseException as error:
             reason = one_line(error)
             log.warning("reward %s failed: %s", reward.name, reason)
             raise ProtocolError(500, f"reward {reward.name}: {reason}"[:300]) from None

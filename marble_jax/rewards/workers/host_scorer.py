@@ -232,8 +232,9 @@ class HostScorer:
             return score(reward, batch.images, batch.prompts, batch.metadata)
         # A reward is foreign code: whatever it raises, even on its way out of the program, the
         # samples are missing.
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
-            # Ctrl-C comes to the main thread alone: this one was raised by the reward itself.
+        except BaseException as error:
+            # Ctrl-C comes to the main thread alone: one here was raised by the reward itself, as what asyncio or
+            # a generator is cancelled with.
             reason = one_line(error)
             if self._on_error == "fail":
                 raise RewardError(
