@@ -39,7 +39,7 @@ def plan(settings: Settings, request: Request, console: Console) -> dict[str, An
     """
     accelerator, count = _devices(request)
     # Before the work: a compile takes minutes.
-    if request.file and not Path(request.file).resolve().parent.is_dir():
+    if request.file and not Path(os.path.abspath(request.file)).parent.is_dir():
         raise InputError(
             f"--json: expected a file in a folder that is there; received {request.file!r}"
         )

@@ -42,7 +42,7 @@ class CallOptions:
     )
     ca_file: str = option("", "certificates of authorities to trust besides the system's")
     pause: float = option(0.5, "seconds before the first of them; doubles with each", least=0)
-    max_in_flight: int = option(4, "calls at the same time, over all servers", least=1)
+    max_in_flight: int = option(4, "calls at the same time, over all servers", least=1, most=1024)
     applies: str = option(
         "all", "prompts it is asked about: all, quoted, geneval or module:function"
     )
@@ -67,7 +67,7 @@ class RemoteOptions(CallOptions):
 class JudgeOptions(CallOptions):
     """Options of the kind "openai"; those of the question keep the preset's value where they are left out."""
 
-    max_in_flight: int = option(8, "calls at the same time, over all servers", least=1)
+    max_in_flight: int = option(8, "calls at the same time, over all servers", least=1, most=1024)
     model: str = option("", "its name at the endpoint")
     preset: str = option("", "question to start from; 'clip' by default where it takes clips")
     prompt: str | None = option(None, "text of the question, with {prompt} for the image's prompt")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from marble_jax.errors import InputError
 from marble_jax.rewards.base import Metadata, Reward, SharedNetwork
 from marble_jax.rewards.geneval_rules import (
     ClassifyColours,
@@ -19,6 +20,7 @@ from marble_jax.rewards.geneval_rules import (
 from marble_jax.rewards.registration import DTYPES, BuildContext, option, register_reward
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import Params
+from marble_jax.validation import short
 
 
 class GenEvalReward(Reward):
@@ -136,6 +138,12 @@ def build_geneval(name: str, options: GenEvalOptions, context: BuildContext) -> 
         # Each detector is imported where it is asked for: one needs PyTorch, the other SciPy.
         from marble_jax.rewards.toy_world.shape_detector import ShapeDetector
 
+        for without_effect in ("model", "clip", "tokenizer", "dtype", "device"):
+            if getattr(options, without_effect):
+                raise InputError(
+                    f"reward {name}: {without_effect}: expected with the detector 'mask2former' alone; received "
+                    f"{short(getattr(options, without_effect))} with 'shapes'"
+                )
         return GenEvalReward(name, ShapeDetector(), detector_colours, context.upstream_scoring)
     from marble_jax.rewards.models import published
     from marble_jax.rewards.models.clip_colours import ClipColours

@@ -263,7 +263,7 @@ class OCROptions:
 
     engine: str = option("rapidocr", "text recogniser", choices=("rapidocr", "paddleocr"))
     detect: bool = option(True, "find lines first; false takes the image as one line (RapidOCR)")
-    scale: int = option(1, "factor by which images are enlarged before reading", least=1)
+    scale: int = option(1, "factor by which images are enlarged before reading", least=1, most=16)
     processes: bool = option(False, "an engine in each process rather than thread (RapidOCR)")
     timeout: float = option(60.0, "seconds an image may take, in a process", above=0)
 

@@ -10,7 +10,10 @@ import pytest
 from attempts import ACCEPTED, DAMAGED
 
 from marble_jax.distributed.wire import unpack
+from marble_jax.rewards.base import RewardError
+from marble_jax.rewards.http import judge_answers
 from marble_jax.rewards.http.images import Limits, encode_png
+from marble_jax.rewards.http.judge import Question, read_number
 from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.rewards.http.post import reason
 from marble_jax.rewards.http.protocol import decode_request, decode_scores, reward_of
@@ -156,6 +159,14 @@ def test_a_number_beyond_floats_is_no_score():
 def test_reasons_of_refusals(content):
     line = reason(content, "none was given")
     assert isinstance(line, str) and "\n" not in line
+
+
+@pytest.mark.parametrize("answer", ["score" + "*" * 10**6, "score:" + " " * 10**6])
+def test_answers_of_judges_that_are_marks_alone(monkeypatch, answer):
+    """A search of quadratic length would take hours, in which Python does nothing else."""
+    monkeypatch.setattr(judge_answers, "MOST_CHARACTERS", 10**7)
+    with pytest.raises(RewardError, match="expected a number from 1 to 10"):
+        read_number(answer, Question())
 
 
 def message(value, kind=b"V", length=None):

@@ -227,6 +227,8 @@ VERBS = [
     ("plan", (f"--config={CONFIG}", "--utilisation=2"), "utilisation"),
     ("plan", (f"--config={CONFIG}", "--utilisation=nan"), "utilisation"),
     ("plan", (f"--config={CONFIG}", "--programs=dream"), "dream"),
+    ("plan", (f"--config={CONFIG}", "--json=/nowhere/plan.json"), "/nowhere/plan.json"),
+    ("plan", (f"--config={CONFIG}", "--json=/dev/fd/loop/plan.json"), "json"),
     ("trian", (), "did you mean 'train'"),
     ("\x1b[2J", (), "\\x1b"),
 ]

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-MOST_CHARACTERS = 200_000
+MOST_CHARACTERS = 20_000
 """Of an answer that are looked at, the last ones: a judge ends with its verdict."""
 _DECODER = json.JSONDecoder()
 _SIGNS = "-+\u2212\u2010\u2011\u2012\u2013\u2014"

@@ -31,9 +31,10 @@ def numbers_of(entry: Mapping[str, Any]) -> Mapping[str, Any]:
         return {}
     numbers = entry.get("numbers")
     if numbers is None:
-        preset = PRESETS.get(entry.get("preset") or "", PRESETS[""])
+        # Of another form, as numbers below, it is refused where options are read.
+        name = entry.get("preset")
+        preset = PRESETS.get(name if isinstance(name, str) else "", PRESETS[""])
         return preset.numbers
-    # Of another form it is refused where options are read.
     return numbers if isinstance(numbers, dict) else {}
 
 

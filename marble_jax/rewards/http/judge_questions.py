@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from marble_jax.errors import InputError, one_of
 from marble_jax.validation import short
 
+_MARKS = r"[\s*_`\"']*+"
 _LABEL = (
-    r"[\s*_`\"']*(?:[(\[][^)\]\n]{0,40}[)\]])?[\s*_`\"']*(?:[:=\uff1a]|\bis\b)[^\w\n]*\n?[^\w\n]*"
+    rf"{_MARKS}(?:[(\[][^)\]\n]{{0,40}}[)\]]{_MARKS})?(?:[:=\uff1a]|\bis\b)[^\w\n]*+\n?[^\w\n]*+"
 )
-"""Behind the word "score": marks of Markdown, the range in brackets, a colon."""
+"""Behind the word "score": marks of Markdown, the range in brackets, a colon. No repetition gives back what it took:
+in an answer of asterisks alone the search would take hours otherwise, in which Python does nothing else."""
+_MOST_TIMES, _MOST_PATTERN = 100, 1000
+_COUNTED = re.compile(r"[*+]|\{\d*,(\d*)\}|\{(\d+)\}")
 _NUMBER = r"(\d+(?:[.,]\d+)?)"
 ANSWERS = ("number", "probability")
 COMBINE = ("mean", "geometric")
@@ -189,6 +193,12 @@ def _check_expected(reward: str, question: Question) -> None:
 
 
 def _check_pattern(reward: str, pattern: str) -> None:
+    if len(pattern) > _MOST_PATTERN or _repeats_repetitions(pattern):
+        raise InputError(
+            f"reward {reward}: expected a pattern of at most {_MOST_PATTERN} characters, without repeated groups that "
+            f"hold repetitions or alternatives themselves, as some answers would take it hours; received "
+            f"{short(pattern)}"
+        )
     try:
         num_groups = re.compile(pattern).groups
     except re.error as error:
@@ -199,3 +209,48 @@ def _check_pattern(reward: str, pattern: str) -> None:
         raise InputError(
             f"reward {reward}: expected a group around the number in pattern; received {pattern!r}"
         )
+
+
+def _repeats_repetitions(pattern: str) -> bool:
+    """Whether a group that is repeated often holds a repetition or alternatives: `(a+)+`, `(a|b)*`."""
+    # Of every group that is open, and of the pattern: whether it holds any.
+    held = [False]
+    place = 0
+    while place < len(pattern):
+        character = pattern[place]
+        if character == "\\":
+            place += 2
+            continue
+        if character == "[":
+            place = _end_of_class(pattern, place)
+            continue
+        if character == "(":
+            held.append(False)
+        elif character == ")" and len(held) > 1:
+            inner = held.pop()
+            if inner and _is_often(pattern, place + 1):
+                return True
+            held[-1] |= inner
+        elif character == "|" or _is_often(pattern, place):
+            held[-1] = True
+        place += 1
+    return False
+
+
+def _is_often(pattern: str, place: int) -> bool:
+    """Whether a quantifier stands at a place that allows more than a few repetitions."""
+    counted = _COUNTED.match(pattern, place)
+    if counted is None:
+        return False
+    most = counted[1] if counted[2] is None else counted[2]
+    return not most or int(most) > _MOST_TIMES
+
+
+def _end_of_class(pattern: str, place: int) -> int:
+    """Place behind a class of characters that begins at `place`; a bracket that comes first in it is one of them."""
+    place += 1
+    place += pattern[place : place + 1] == "^"
+    place += pattern[place : place + 1] == "]"
+    while place < len(pattern) and pattern[place] != "]":
+        place += 2 if pattern[place] == "\\" else 1
+    return place + 1
