@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+MOST_SHOWN = 200
+"""Characters of a value in a message."""
+
+
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one line: what, what was expected, what came.
 
@@ -44,8 +48,9 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> None:
         # message.
         names.append(str(choice) or "'' (the default)")
     expected = ", ".join(names)
+    received = repr(value)[:MOST_SHOWN]
     raise InputError(
-        f"{what}: expected one of {expected}; received {value!r}{nearest(value, choices)}"
+        f"{what}: expected one of {expected}; received {received}{nearest(value, choices)}"
     )
 
 

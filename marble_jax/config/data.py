@@ -55,7 +55,7 @@ class RolloutSettings:
         "paper",
     )
     noise_level: float = key(
-        0.7, "strength of the noise of a stochastic solver; at most 1 for cps", "> 0"
+        0.7, "strength of the noise of a stochastic solver; at most 1 for cps", "(0, 100]"
     )
     window_size: int = key(
         0,
@@ -83,7 +83,7 @@ class RolloutSettings:
         1.0,
         "classifier-free guidance of rollouts and of the run's evaluations, on above 1; what is trained is "
         "the velocity under the prompt alone",
-        ">= 0",
+        "[0, 1000]",
     )
     negative_prompt: str = key("", "what guidance leads away from; without guidance unused")
     merge_adapter: bool = key(

@@ -124,7 +124,7 @@ def check_value(name: str, key: Key, value: Any) -> None:
         if not allowed.contains(number):
             raise InputError(
                 f"config.{name}: expected a number {allowed.text} ({key.meaning}); "
-                f"received {value!r}"
+                f"received {short(value)}"
             )
 
 
@@ -133,7 +133,7 @@ def _check_part(name: str, key: Key, part: Any) -> None:
     if isinstance(part, str):
         if _CONTROL.search(part):
             raise InputError(
-                f"config.{name}: expected text without control characters ({key.meaning}); received {part!r}"
+                f"config.{name}: expected text without control characters ({key.meaning}); received {short(part)}"
             )
         return
     # As a float key may be given a whole number, beyond what a float holds even.
@@ -162,7 +162,9 @@ def _check_kind(name: str, key: Key, value: Any) -> None:
         expected = kind.__name__
         fits = _is_a(value, kind)
     if not fits:
-        raise InputError(f"config.{name}: expected {expected} ({key.meaning}); received {value!r}")
+        raise InputError(
+            f"config.{name}: expected {expected} ({key.meaning}); received {short(value)}"
+        )
 
 
 def _is_tuple_of(value: Any, kind: type) -> bool:

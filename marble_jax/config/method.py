@@ -210,7 +210,7 @@ class PolicyGradientSettings:
         "[0, 1)",
     )
     kl_weight: float = key(
-        0.0, "weight of the divergence of a step's mean from the base model's", ">= 0"
+        0.0, "weight of the divergence of a step's mean from the base model's", "[0, 1000000]"
     )
 
 
@@ -226,8 +226,8 @@ class AwmSettings:
     )
     power: float = key(0.25, "exponent of the roots", "(0, 1]")
     rollout_weight: float = key(
-        0.0, "weight of the squared distance to the rollout policy's velocity", ">= 0"
+        0.0, "weight of the squared distance to the rollout policy's velocity", "[0, 1000000]"
     )
     kl_weight: float = key(
-        0.0, "weight of the squared distance to the base model's velocity", ">= 0"
+        0.0, "weight of the squared distance to the base model's velocity", "[0, 1000000]"
     )

@@ -183,6 +183,8 @@ def open_json_tokenizer(directory: pathlib.Path, kind: str | None) -> JsonTokeni
     except InputError:
         # transformers' own reading says what is wrong.
         return None
+    if not _is_readable(content):
+        return None
     special = {role: config[role] for role in _SPECIAL if config.get(role) is not None}
     if not set(config) <= _NEUTRAL or not _are_words_of(special, content):
         return None
@@ -198,6 +200,17 @@ def open_json_tokenizer(directory: pathlib.Path, kind: str | None) -> JsonTokeni
             raise
         return None
     return JsonTokenizer(backend, special)
+
+
+def _is_readable(content: dict[str, Any]) -> bool:
+    """Whether what is looked at here has the form that it has in every file; transformers says what is wrong."""
+    added, model = content.get("added_tokens") or [], content.get("model")
+    if not isinstance(added, list) or not isinstance(model, dict):
+        return False
+    for word in added:
+        if not isinstance(word, dict) or not isinstance(word.get("content"), str):
+            return False
+    return isinstance(model.get("vocab"), (dict, list))
 
 
 def _are_words_of(special: dict[str, Any], content: dict[str, Any]) -> bool:
@@ -218,6 +231,8 @@ def _is_clip(content: dict[str, Any], special: dict[str, str]) -> bool:
     if any(model.get(name) != value for name, value in _CLIP_MODEL.items()):
         return False
     vocabulary = model.get("vocab") or {}
+    if not isinstance(vocabulary, dict):
+        return False
     start, end = special.get("bos_token"), special.get("eos_token")
     ends = {
         "type": "RobertaProcessing",

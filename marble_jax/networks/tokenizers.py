@@ -95,7 +95,7 @@ def check_tokenizer(
             f"{words} (are all of its files there?)"
         )
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
-        number = getattr(tokenizer, name, None)
+        number = _special_id(tokenizer, name, directory)
         if number is not None and not 0 <= number < vocab_size:
             raise InputError(
                 f"{directory}: {name}: expected 0 to {vocab_size - 1}; received {number}"
@@ -109,6 +109,16 @@ def check_tokenizer(
     # A toy's alphabet need not have these letters.
     if words >= _LETTERS:
         _check_round_trip(tokenizer, directory)
+
+
+def _special_id(tokenizer: Any, name: str, directory: pathlib.Path) -> int | None:
+    """The id of a special word; None without one. Raises InputError for a word that the library falls over."""
+    try:
+        return getattr(tokenizer, name, None)
+    except (RecursionError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{directory}: {name}: expected that of a word of the vocabulary; received {type(error).__name__}"
+        ) from None
 
 
 def _check_end(tokenizer: Any, directory: pathlib.Path, words: int, end_id: int | None) -> None:

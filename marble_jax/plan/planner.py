@@ -39,10 +39,8 @@ def plan(settings: Settings, request: Request, console: Console) -> dict[str, An
     """
     accelerator, count = _devices(request)
     # Before the work: a compile takes minutes.
-    if request.file and not Path(os.path.abspath(request.file)).parent.is_dir():
-        raise InputError(
-            f"--json: expected a file in a folder that is there; received {request.file!r}"
-        )
+    if request.file:
+        _check_place(Path(os.path.abspath(request.file)))
     # Without a chip the settings have to fit this machine.
     backend = accelerator.backend if accelerator else ""
     check_settings(settings, backend)
@@ -151,6 +149,14 @@ def _record(
         "memory": memory.as_record(planned.sources),
         "resident": memory.as_record(planned.resident),
     }
+
+
+def _check_place(file: Path) -> None:
+    """Raises InputError for a place where no file can be written."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise InputError(
+            f"--json: expected a file in a folder that is there; received {str(file)!r}"
+        )
 
 
 def _write(file: str, record: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import shutil
 from pathlib import Path
 
@@ -350,6 +351,23 @@ TOKENIZER_FILES = [
     ("tokenizer.json", "{}", "Tokenizer"),
     ("tokenizer.json", "[]", "Tokenizer"),
     ("tokenizer.json", "5", "Tokenizer"),
+    *[
+        ("tokenizer.json", json.dumps({"added_tokens": added, "model": {"vocab": {}}}), "received")
+        for added in (True, -1, "x", [1], ["x"], {"a": 1}, [None], [{"content": ["a"]}])
+    ],
+    *[
+        ("tokenizer.json", json.dumps({"added_tokens": [], "model": value}), "received")
+        for value in (
+            True,
+            5,
+            "x",
+            [1],
+            {"vocab": 5},
+            {"vocab": "x"},
+            {"vocab": [1]},
+            {"vocab": True},
+        )
+    ],
     ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "received"),
     ("tokenizer.json", DAMAGED["pointer"][0], "LFS"),
     ("tokenizer.json", DAMAGED["web page"][0], "HTML"),
