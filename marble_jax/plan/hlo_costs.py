@@ -40,6 +40,9 @@ class Explanation:
         return re.search(self.origin, origin) is not None
 
 
+_JOINT = re.compile(r"(.*/)\((.+)\)")
+
+
 def explanations(family: Family) -> tuple[Explanation, ...]:
     """Every exchange that a train step, rollout or decoder is known to need, and why.
 
@@ -82,7 +85,21 @@ def explanations(family: Family) -> tuple[Explanation, ...]:
 
 
 def reason_of(kind: str, origin: str, family: Family) -> str:
-    """Why a collective of a kind and origin is there; empty where nothing explains it."""
+    """Why a collective of a kind and origin is there; empty where nothing explains it, or a part of a joint one."""
+    reasons = [_reason_of_part(kind, part, family) for part in _parts(origin)]
+    return reasons[0] if all(reasons) else ""
+
+
+def _parts(origin: str) -> list[str]:
+    """The origins of a collective that the compiler has made of several: `place/(one:other)`."""
+    joint = _JOINT.fullmatch(origin)
+    if joint is None:
+        return [origin]
+    place, names = joint.groups()
+    return [place + name for name in names.split(":")]
+
+
+def _reason_of_part(kind: str, origin: str, family: Family) -> str:
     where = "once"
     if IN_LOOP in origin:
         where = "loop"

@@ -100,6 +100,9 @@ def test_what_should_not_be_there_is_not_explained():
     for kind in ("all-reduce", "all-gather"):
         assert reason_of(kind, "jit(train)/train/gather", FAMILY) == ""
     assert reason_of("all-to-all", f"{looped}blocks_0/attn/to_q/dot_general", FAMILY) == ""
+    joint = "jit(train)/train/(reduce_sum:kp,lp->kl/dot_general:{})"
+    assert reason_of("all-reduce", joint.format("reduce_sum"), FAMILY)
+    assert reason_of("all-reduce", joint.format("gather"), FAMILY) == ""
     assert reason_of("all-reduce", f"{looped}MMDiT/block_2/ff/net_2/dot_general", FAMILY)
     assert all(explanation.reason for explanation in explanations(FAMILY))
 
