@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 MOST_SHOWN = 200
 """Characters of a value in a message."""
 
