@@ -6,7 +6,6 @@ which every prompt is alike. So the files have to be there, and what they make h
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from marble_jax.errors import InputError
 from marble_jax.networks.json_tokenizer import open_json_tokenizer
 from marble_jax.storage.file_kinds import kind_of_file
 from marble_jax.storage.files import read_json
-from marble_jax.validation import Positive, short, validated
+from marble_jax.validation import Positive, parse_json, short, validated
 
 COMPLETE = (
     ("tokenizer.json",),
@@ -141,7 +140,7 @@ def _check_merges(tokenizer: Any, directory: pathlib.Path) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return
-    content = json.loads(backend.to_str())
+    content = parse_json(backend.to_str(), f"{directory}: the tokenizer read from it", lenient=True)
     model = content["model"]
     # With ignored merges, or pieces that are written differently inside of a word, they do not say what is made.
     if (
