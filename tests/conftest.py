@@ -1,4 +1,8 @@
-"""Environment of the tests: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs."""
+"""Environment of the tests: CPU unless asked otherwise, exact float32 products, compiled programs kept between runs.
+
+Most of the time goes into compiling programs that run once or twice, so LLVM is spared most of its work; a file marked
+`optimized` compiles as users do.
+"""
 
 import ctypes
 import gc
@@ -19,6 +23,8 @@ _CACHE = (
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+_HASTE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+os.environ.setdefault(_HASTE, "1")
 
 MOST_BYTES = 4 << 30
 """Memory of a process from which on compiled programs are given up."""
@@ -57,6 +63,26 @@ def compiled_programs_do_not_pile_up():
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_as_users_compile_them(request):
+    """Compiles a file marked `optimized`, or `gpu`, as users do, in processes that it starts, too."""
+    marks = {mark.name for mark in request.node.iter_markers()}
+    if not marks & {"optimized", "gpu"} or os.environ[_HASTE] == "0":
+        yield
+        return
+    jax = importlib.import_module("jax")
+    _compile(jax, in_haste=False)
+    yield
+    _compile(jax, in_haste=True)
+
+
+def _compile(jax, in_haste):
+    """Says how programs are compiled from here on, those that are there already as well."""
+    jax.clear_caches()
+    os.environ[_HASTE] = str(int(in_haste))
+    jax.config.update(_HASTE.lower(), in_haste)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from marble_jax.prompts.files import read_directory, read_geneval
 from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.rewards.registry import load_rewards
 
+pytestmark = pytest.mark.optimized
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
 PROMPTS = [
     "two red circles on white",

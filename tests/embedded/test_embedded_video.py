@@ -23,6 +23,7 @@ from marble_jax.flow.solvers import solver_table
 from marble_jax.prompts.files import read_directory
 from marble_jax.rewards.registry import load_rewards
 
+pytestmark = pytest.mark.optimized
 VIDEO = Path(str(importlib.resources.files("marble_jax") / "embedded" / "video"))
 PROMPTS = [
     "a red circle moving left fast on white",

@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from stacked_trees import stack, take
 
 import marble_jax  # noqa: F401  first, so that its compiler setting is in place
@@ -17,6 +18,7 @@ from marble_jax import tree
 from marble_jax.harmonize import reward_gradients
 from marble_jax.objectives.nft import Nft, NftBatch
 
+pytestmark = pytest.mark.optimized
 NUM_REWARDS, NUM_SAMPLES, TOKENS, WIDTH, RANK, HEADS, BLOCKS = 3, 16, 128, 256, 16, 4, 2
 
 
