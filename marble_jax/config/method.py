@@ -84,7 +84,8 @@ class HarmonizeSettings:
 
     balancer: str = key(
         "marble",
-        "how K gradients become one update",
+        "how K gradients become one update; upgrad, pcgrad, cagrad, imtl and nash are experimental: right by their "
+        "formulas, not compared in training yet",
         "marble|equal|fixed|upgrad|pcgrad|cagrad|imtl|nash",
     )
     mode: str = key(
