@@ -17,7 +17,6 @@ from marble_jax.harmonize.reward_sums import mean_gradients
 from marble_jax.objectives import nft
 from marble_jax.objectives.nft import Nft, NftBatch
 
-pytestmark = pytest.mark.optimized
 BETA, NUM, TOKENS, WIDTH = 0.1, 6, 4, 8
 OBJECTIVE = Nft(beta=BETA)
 

@@ -15,8 +15,6 @@ from marble_jax.streams import Stream, stream_key
 from marble_jax.training import train_step
 from marble_jax.training.step_schedule import make_steps
 
-pytestmark = pytest.mark.optimized
-
 
 @functools.cache
 def _step(kind, scalarized=False, smooth=True):
