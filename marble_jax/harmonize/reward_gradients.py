@@ -172,14 +172,14 @@ def _record_sums(
 ) -> RecordSums:
     """Sums over samples for the records."""
     wide = prediction.astype(jnp.float32)
-    gap = jnp.asarray(jnp.nan)
-    if directions.gap is not None:
-        gap = jnp.sum(directions.gap)
     num_samples = len(prediction)
+    gap, num_gaps = jnp.zeros(()), 0
+    if directions.gap is not None:
+        gap, num_gaps = jnp.sum(directions.gap), num_samples
     square = jnp.sum(jnp.square(wide)) / prediction[0].size
-    count = jnp.asarray(float(num_samples), jnp.float32)
+    counts = [jnp.asarray(float(count), jnp.float32) for count in (num_samples, num_gaps)]
     reported = jax.tree.map(jnp.sum, objective.reported(directions.statistics))
-    return RecordSums(gap, square, count, reported)
+    return RecordSums(gap, square, *counts, reported)
 
 
 def _masked_mix(

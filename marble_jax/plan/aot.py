@@ -138,13 +138,17 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
 
 
 def _micro_batch(recipe: Recipe, networks: Networks) -> Callable[..., Any]:
-    """One micro-batch of a solving step without anchors and divergence, which most of them are: the rewards' sums."""
+    """One micro-batch of a solving step without anchors and divergence, which most of them are: the rewards' sums.
+
+    Without the rollout policy, where the recipe can do without.
+    """
 
     @jax.jit
     def train(state: TrainState, params: Any, batch: RolloutBatch, index: Any) -> Any:
         with jax.named_scope("train"):
             parts = MicroBatches(recipe, networks.velocity, state, params, batch)
-            sums = parts.reward_sums(parts.at(index, divergence=False), anchors=False)
+            part = parts.at(index, divergence=False, alike=recipe.alike_below > 0)
+            sums = parts.reward_sums(part, anchors=False)
             return parts.all_reduce(sums)
 
     return train

@@ -62,7 +62,7 @@ from marble_jax.training.recipe import (
     harmonization_of,
 )
 from marble_jax.training.rollout import Collector
-from marble_jax.training.rounding import marks
+from marble_jax.training.rounding import floor_of, marks
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.step_schedule import Steps, make_steps
 from marble_jax.types import Adapter, Conditioning, PolicyVelocity
@@ -343,7 +343,18 @@ def make_recipe(
         ),
         averages=averages_of(settings.rollout_policy, settings.ema),
         updates=settings.training.updates_per_rollout,
+        alike_below=_alike_below(settings, networks),
     )
+
+
+def _alike_below(settings: Settings, networks: Networks) -> float:
+    """See `Recipe.alike_below`."""
+    if not settings.nft.skip_rollout_pass:
+        return 0.0
+    model = settings.model
+    shape = networks.transformer_shape(size_of(model), model.max_sequence_length)
+    # Of velocities whose mean square is 1.
+    return floor_of(model.dtype, model.stream_dtype, shape.num_layers, 1.0)
 
 
 def build_steps(
@@ -385,4 +396,5 @@ def _first_state(
     num_rewards = recipe.harmonization.num_rewards
     balancer = recipe.harmonization.balancer.init(num_rewards)
     adaptive = settings.harmonize.anchor_error > 0
-    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed, adaptive)
+    skips = recipe.alike_below > 0
+    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed, adaptive, skips)

@@ -37,6 +37,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     _check_alpha_floor(settings)
     _check_weights(settings)
     _check_cleaning(settings)
+    _check_skipped_pass(settings)
     # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
     run_reward_schedule(settings)
@@ -100,6 +101,24 @@ def _check_cleaning(settings: Settings) -> None:
             raise InputError(
                 f"harmonize.gram: expected 'step' with {reason}, which does not solve on the whole batch's "
                 "gradients; received 'cleaned'"
+            )
+
+
+def _check_skipped_pass(settings: Settings) -> None:
+    """Raises InputError where no micro-batch could do without the rollout policy."""
+    if not settings.nft.skip_rollout_pass:
+        return
+    harmonize = settings.harmonize
+    reasons = {
+        f"objective.name={settings.objective.name}": settings.objective.name != "nft",
+        "harmonize.mode=upstream": harmonize.mode == "upstream",
+        "harmonize.anchor_every=1": harmonize.anchor_every == 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(
+                f"nft.skip_rollout_pass: expected False with {reason}, which asks the rollout policy at every "
+                "micro-batch or at none; received True"
             )
 
 
