@@ -22,6 +22,7 @@ from marble_jax.families.base import Family, Networks, Size
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.flow.guided_policy import guided_policy
 from marble_jax.harmonize.registry import balancer_of
+from marble_jax.networks.quantized import MODEL_PRODUCTS, quantize_blocks
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.programs.drawn_prompts import sampling_of, texts_to_draw
@@ -117,9 +118,11 @@ class Run:
     def iteration(self) -> Iteration:
         """What every optimiser step does."""
         settings = self.settings
-        merge = None
+        merge, quantize = None, None
         if settings.rollout.merge_adapter:
             merge = jax.jit(partial(lora.merge, scale=self.spec.scale))
+        if settings.rollout.products != MODEL_PRODUCTS:
+            quantize = jax.jit(partial(quantize_blocks, kind=settings.rollout.products))
         return Iteration(
             self.networks.params,
             self.collector,
@@ -127,6 +130,7 @@ class Run:
             self.steps,
             partial(device_mesh.replicate, self.mesh),
             merge,
+            quantize,
             self._rounding_marks(),
             window_of(settings.rollout) if is_stochastic(settings.rollout) else None,
             self.negative,

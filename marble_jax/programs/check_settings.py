@@ -10,8 +10,13 @@ from marble_jax.config import LoggingSettings, ModelSettings, Settings, check, f
 from marble_jax.errors import InputError
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks import attention
+from marble_jax.networks.quantized import MODEL_PRODUCTS
 from marble_jax.objectives.registry import make_objective
-from marble_jax.programs.noisy_rollouts import check_noisy_rollouts, check_objective_mode
+from marble_jax.programs.noisy_rollouts import (
+    check_noisy_rollouts,
+    check_objective_mode,
+    trains_on_steps,
+)
 from marble_jax.programs.run_rewards import run_reward_schedule
 from marble_jax.programs.upstream import check_upstream
 from marble_jax.training.profile import parse_steps
@@ -38,6 +43,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     _check_weights(settings)
     _check_cleaning(settings)
     _check_skipped_pass(settings)
+    _check_products(settings)
     # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
     run_reward_schedule(settings)
@@ -120,6 +126,23 @@ def _check_skipped_pass(settings: Settings) -> None:
                 f"nft.skip_rollout_pass: expected False with {reason}, which asks the rollout policy at every "
                 "micro-batch or at none; received True"
             )
+
+
+def _check_products(settings: Settings) -> None:
+    """Raises InputError for rollouts of eight bits that training could not follow, or whose weights are split."""
+    products, mesh = settings.rollout.products, settings.mesh
+    if products == MODEL_PRODUCTS:
+        return
+    if trains_on_steps(settings):
+        raise InputError(
+            f"rollout.products: expected '{MODEL_PRODUCTS}' with objective.name={settings.objective.name}, whose "
+            f"ratios are to the policy that sampled; received {products!r}"
+        )
+    if (mesh.fsdp, mesh.tensor) != (1, 1):
+        raise InputError(
+            f"rollout.products: expected '{MODEL_PRODUCTS}' with weights split over devices (mesh.fsdp={mesh.fsdp}, "
+            f"mesh.tensor={mesh.tensor}); received {products!r}"
+        )
 
 
 def _check_wandb(logging: LoggingSettings) -> None:
