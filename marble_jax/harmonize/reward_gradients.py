@@ -172,14 +172,13 @@ def _record_sums(
 ) -> RecordSums:
     """Sums over samples for the records."""
     wide = prediction.astype(jnp.float32)
-    num_samples = len(prediction)
-    gap, num_gaps = jnp.zeros(()), 0
+    count = jnp.asarray(float(len(prediction)), jnp.float32)
+    gap, num_gaps = jnp.zeros(()), jnp.zeros(())
     if directions.gap is not None:
-        gap, num_gaps = jnp.sum(directions.gap), num_samples
+        gap, num_gaps = jnp.sum(directions.gap), count
     square = jnp.sum(jnp.square(wide)) / prediction[0].size
-    counts = [jnp.asarray(float(count), jnp.float32) for count in (num_samples, num_gaps)]
     reported = jax.tree.map(jnp.sum, objective.reported(directions.statistics))
-    return RecordSums(gap, square, *counts, reported)
+    return RecordSums(gap, square, count, num_gaps, reported)
 
 
 def _masked_mix(
