@@ -11,7 +11,8 @@ that float32 is the truth; `streams` has the token streams and the head in float
 For each pair of policies: the true distance of their velocities (root mean square), what bfloat16 makes of it, the
 error of the difference relative to it, and the cosine with it. `share` is the mean squared difference a block and over
 eps^2 mean v^2, which `marble_jax.training.rounding` expects of two policies that are all but equal. With a workdir also
-the error of a whole update, |g - g32| / |g32|, next to chance: another draw of noise and timesteps.
+the error of a whole update, |g - g32| / |g32|, with the rollout policy asked at every micro-batch and at those with
+anchors alone (`nft.skip_rollout_pass`), next to chance: another draw of noise and timesteps.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from marble_jax.training.micro_batches import (
     micro_batch,
     training_order,
 )
+from marble_jax.training.recipe import Recipe
 from marble_jax.training.state import TrainState
 from marble_jax.training.train_step import exact_step
 from marble_jax.types import Adapter, Params
@@ -154,7 +156,10 @@ def _run(path: Path, lags: list[float]) -> None:
     shape = run.networks.transformer_shape(run.size, run.settings.model.max_sequence_length)
     blocks = shape.num_layers
     modes = {mode: _velocity_of(run, options) for mode, options in MODES.items()}
-    updates = {mode: _update_of(run, policy) for mode, policy in modes.items()}
+    asking = {mode: _update_of(run.recipe, policy) for mode, policy in modes.items()}
+    # Far above any distance: micro-batches without anchors never ask.
+    never = dataclasses.replace(run.recipe, alike_below=math.inf)
+    skipping = {mode: _update_of(never, policy) for mode, policy in modes.items()}
     for lag in lags:
         state = dataclasses.replace(state, rollout=anchors.policy_before(history, lag))
         batch = anchors.rollouts(run, state)
@@ -165,13 +170,15 @@ def _run(path: Path, lags: list[float]) -> None:
         for title, both in ((f"lag {lag:g}", slice(0, 2)), ("base model", slice(0, 3, 2))):
             parts = {mode: velocities[both] for mode, velocities in pairs.items()}
             compare(title, blocks, truth[both], parts)
-        whole = [updates["float32"](state, params, batch, number) for number in range(2)]
+        whole = [asking["float32"](state, params, batch, number) for number in range(2)]
         chance = distance(whole[1], whole[0])
-        errors = []
-        for mode in ("bfloat16", "streams"):
-            update = updates[mode](state, params, batch, 0)
-            errors.append(f"{mode} {distance(update, whole[0]):.4f}")
-        print(f"    error of the update: {', '.join(errors)}; chance {chance:.2f}", flush=True)
+        for title, updates in (("asking", asking), ("skipping", skipping)):
+            errors = []
+            for mode, take in updates.items():
+                error = distance(take(state, params, batch, 0), whole[0])
+                errors.append(f"{mode} {error:.4f}")
+            print(f"    error of the update, {title}: {', '.join(errors)}", flush=True)
+        print(f"    another draw: {chance:.2f}", flush=True)
     run.collector.scorer.close()
     run.evaluator.scorer.close()
 
@@ -203,14 +210,16 @@ def _velocity_of(run: Run, options: dict[str, Any]) -> Any:
     return run.networks.with_options(dataclasses.replace(run.networks.options, **options)).velocity
 
 
-def _update_of(run: Run, policy: Any) -> Any:
+def _update_of(recipe: Recipe, policy: Any) -> Any:
     descent = optax.sgd(1.0)
-    step = jax.jit(exact_step(run.recipe, policy, descent))
-    empty = descent.init(run.state.current)
+    step = jax.jit(exact_step(recipe, policy, descent))
 
     def update(state: Any, params: Params, batch: Any, number: int) -> Adapter:
         key = jax.random.key_data(jax.random.key(number))
-        after, _ = step(state.replace(key=key, opt_state=empty), params, batch)
+        empty = descent.init(state.current)
+        gap = jnp.zeros(()) if recipe.alike_below > 0 else None
+        before = state.replace(key=key, opt_state=empty, rollout_gap=gap)
+        after, _ = step(before, params, batch)
         return jax.tree.map(jnp.subtract, state.current, after.current)
 
     return update

@@ -91,6 +91,12 @@ class RolloutSettings:
         "fold the adapter into a copy of the weights for sampling: faster, exact only with float32 "
         "weights",
     )
+    products: str = key(
+        "model",
+        "products of the blocks' dense layers in rollouts: of model.dtype, or of eight bits with a scale for each "
+        "token and output; evaluations and training keep model.dtype",
+        "model|int8|fp8",
+    )
 
     @property
     def guided(self) -> bool:

@@ -193,6 +193,11 @@ class NftSettings:
     kl_weight: float = key(
         1e-4, "weight of the squared distance to the base model's velocity", "[0, 1000000]", "paper"
     )
+    skip_rollout_pass: bool = key(
+        False,
+        "micro-batches without anchors take the trained policy's velocity for the rollout policy's, a forward pass "
+        "less, at steps that follow one in which the two agreed to within rounding of model.dtype",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,14 +172,13 @@ def _record_sums(
 ) -> RecordSums:
     """Sums over samples for the records."""
     wide = prediction.astype(jnp.float32)
-    gap = jnp.asarray(jnp.nan)
+    count = jnp.asarray(float(len(prediction)), jnp.float32)
+    gap, num_gaps = jnp.zeros(()), jnp.zeros(())
     if directions.gap is not None:
-        gap = jnp.sum(directions.gap)
-    num_samples = len(prediction)
+        gap, num_gaps = jnp.sum(directions.gap), count
     square = jnp.sum(jnp.square(wide)) / prediction[0].size
-    count = jnp.asarray(float(num_samples), jnp.float32)
     reported = jax.tree.map(jnp.sum, objective.reported(directions.statistics))
-    return RecordSums(gap, square, count, reported)
+    return RecordSums(gap, square, count, num_gaps, reported)
 
 
 def _masked_mix(

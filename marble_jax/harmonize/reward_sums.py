@@ -22,22 +22,29 @@ class RecordSums:
     """Sums over samples for the records: float32 scalars.
 
     Attributes:
-      gap: mean squared distance of the trained policy's velocity from the rollout policy's; NaN where the objective
-        does not know it.
+      gap: mean squared distance of the trained policy's velocity from the rollout policy's, of samples where both are
+        known.
       square: mean square of the trained policy's velocity.
       num_samples: how many samples there were.
+      num_gaps: how many of them have a gap.
       reported: the objective's own numbers, by name.
     """
 
     gap: jax.Array
     square: jax.Array
     num_samples: jax.Array
+    num_gaps: jax.Array
     reported: dict[str, jax.Array]
 
     def metrics(self) -> dict[str, jax.Array]:
-        """Means over samples, by record key."""
-        named = {"velocity_gap": self.gap, "velocity_square": self.square, **self.reported}
-        return {f"objective/{name}": total / self.num_samples for name, total in named.items()}
+        """Means over samples, by record key; the gap is NaN where no sample has one."""
+        named = {"velocity_square": self.square, **self.reported}
+        means = {f"objective/{name}": total / self.num_samples for name, total in named.items()}
+        return {"objective/velocity_gap": self.gap / self.num_gaps} | means
+
+    def relative_gap(self) -> jax.Array:
+        """The gap over the mean square of velocities."""
+        return (self.gap / self.num_gaps) / (self.square / self.num_samples)
 
 
 @flax.struct.dataclass
@@ -83,7 +90,7 @@ def zero_sums(adapter: Adapter, num_rewards: int, reports: Sequence[str] = ()) -
         kl_gradient=tree.zeros_like(adapter),
         kl=jnp.zeros(()),
         num_samples=jnp.zeros(()),
-        records=RecordSums(zero, zero, zero, dict.fromkeys(reports, zero)),
+        records=RecordSums(zero, zero, zero, zero, dict.fromkeys(reports, zero)),
     )
 
 

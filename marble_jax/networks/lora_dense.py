@@ -17,6 +17,7 @@ from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
 from marble_jax.errors import InputError, nearest
+from marble_jax.networks.quantized import SCALES, is_quantized, quantized_matmul
 
 COLLECTION = "lora"
 PRODUCT = "product"
@@ -50,7 +51,8 @@ class LoraDense(nn.Module):
     """`y = x @ kernel + bias + lora_scale * (x @ a) @ b`, the last term only where the "lora" collection has them.
 
     The layer never creates adapter leaves; `marble_jax.trainable.lora` does, from target patterns. Leaves are stored in
-    float32 and multiplied in `dtype`, like the base weights.
+    float32 and multiplied in `dtype`, like the base weights. A quantised kernel (`networks.quantized`) multiplies in
+    eight bits.
 
     Attributes:
       features: output width.
@@ -71,8 +73,12 @@ class LoraDense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = x @ kernel
+        if is_quantized(kernel):
+            x, bias = nn.dtypes.promote_dtype(x, bias, dtype=self.dtype)
+            y = quantized_matmul(x, kernel, self.get_variable("params", SCALES))
+        else:
+            x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+            y = x @ kernel
         if self.has_variable(COLLECTION, "a"):
             a: jax.Array = self.get_variable(COLLECTION, "a").astype(x.dtype)
             b: jax.Array = self.get_variable(COLLECTION, "b").astype(x.dtype)

@@ -99,10 +99,13 @@ class FrozenPolicies:
     Attributes:
       rollout: the policy that sampled the images.
       base: the base model, without an adapter.
+      alike: whether rollout and trained policy agree to within rounding here, so that an objective with `skips_alike`
+        leaves `rollout` alone and takes the prediction in its place.
     """
 
     rollout: Velocity
     base: Velocity
+    alike: bool = False
 
 
 @flax.struct.dataclass
@@ -159,10 +162,12 @@ class Objective(abc.ABC):
 
     Attributes:
       keeps: what a rollout must keep.
+      skips_alike: whether signals can be had without the rollout policy where it is the trained one to within rounding.
       kl_weight: weight of the divergence from the base model, a term of its own that no reward scales; 0 for none.
     """
 
     keeps: ClassVar[Kept] = Kept.CLEAN_LATENTS
+    skips_alike: ClassVar[bool] = False
     kl_weight: float = 0.0
 
     @property

@@ -15,7 +15,7 @@ or wider, the weights `w` in float64 where x64 is enabled.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -68,12 +68,12 @@ class NftBatch(FlowBatch):
 
     Attributes:
       x0: [n, *latent] clean latents of the rollout policy.
-      v_rollout: [n, *latent] velocity of the rollout policy at `xt`.
+      v_rollout: [n, *latent] velocity of the rollout policy at `xt`; None takes the prediction in its place.
       v_base: [n, *latent] velocity of the base model at `xt`; None leaves the divergence out.
     """
 
     x0: jax.Array
-    v_rollout: jax.Array
+    v_rollout: jax.Array | None
     v_base: jax.Array | None = None
 
 
@@ -175,6 +175,7 @@ class Nft(Objective):
       kl_weight: weight of the squared distance to the base model's velocity, >= 0.
     """
 
+    skips_alike: ClassVar[bool] = True
     beta: float = 0.1
     clip: float = ADVANTAGE_CLIP
     kl_weight: float = 0.0
@@ -184,8 +185,10 @@ class Nft(Objective):
         x0, sigma = draws.kept, draws.sigma
         noise = jax.random.normal(draws.key, x0.shape)
         xt = interpolate(x0, noise, sigma)
-        v_rollout = policies.rollout(xt, sigma, draws.cond)
-        # The base model is asked only where the divergence is taken: that is a forward pass of its own.
+        # Asking a policy is a forward pass of its own, so each is asked only where it has something to say.
+        v_rollout = None
+        if not policies.alike:
+            v_rollout = policies.rollout(xt, sigma, draws.cond)
         v_base = None
         if divergence and self.kl_weight > 0:
             v_base = policies.base(xt, sigma, draws.cond)
@@ -193,7 +196,13 @@ class Nft(Objective):
 
     def directions(self, prediction: Float[Array, " n *latent"], batch: NftBatch) -> Directions:
         """Signal and anchor, with P and N as statistics; see `Objective.directions`."""
-        parts = error_parts(prediction, batch.v_rollout, batch.x0, batch.xt, batch.sigma, self.beta)
+        v_rollout, gap = batch.v_rollout, None
+        if v_rollout is None:
+            # Then the anchor is zero, and the signal what it is where both policies are one.
+            v_rollout = prediction
+        else:
+            gap = sample_kl(prediction, v_rollout)
+        parts = error_parts(prediction, v_rollout, batch.x0, batch.xt, batch.sigma, self.beta)
         num_elements = prediction[0].size
         signal, anchor = signal_and_anchor(parts)
         # The loss of a sample averages over its elements.
@@ -204,7 +213,7 @@ class Nft(Objective):
             anchors=(factor * anchor,),
             statistics=branch_errors(parts),
             kl=velocity_divergence(prediction, batch.v_base),
-            gap=sample_kl(prediction, batch.v_rollout),
+            gap=gap,
         )
 
     def mix(

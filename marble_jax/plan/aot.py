@@ -14,6 +14,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from marble_jax.families.base import Networks
 from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.policy_sampler import make_sampler, make_transition_sampler
 from marble_jax.flow.trajectory import Transitions
+from marble_jax.networks.quantized import MODEL_PRODUCTS, quantize_blocks
 from marble_jax.plan.hlo import Collective, Kernels, collectives, fused_kernels
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.plan.topology import compile_for
@@ -119,7 +121,7 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     noise = abstract.sharded((rollout.batch_size, *shapes.latent), jnp.float32)
     latents = abstract.decoded_latents()
     train = (state, abstract.params, abstract.rollouts(sizes))
-    drawing: tuple[Any, ...] = (abstract.params, policy, conditioning, noise)
+    drawing: tuple[Any, ...] = (abstract.sampling_params(), policy, conditioning, noise)
     if is_stochastic(rollout):
         drawing += (abstract.noise_key(),)
     if rollout.guided:
@@ -138,13 +140,17 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
 
 
 def _micro_batch(recipe: Recipe, networks: Networks) -> Callable[..., Any]:
-    """One micro-batch of a solving step without anchors and divergence, which most of them are: the rewards' sums."""
+    """One micro-batch of a solving step without anchors and divergence, which most of them are: the rewards' sums.
+
+    Without the rollout policy, where the recipe can do without.
+    """
 
     @jax.jit
     def train(state: TrainState, params: Any, batch: RolloutBatch, index: Any) -> Any:
         with jax.named_scope("train"):
             parts = MicroBatches(recipe, networks.velocity, state, params, batch)
-            sums = parts.reward_sums(parts.at(index, divergence=False), anchors=False)
+            part = parts.at(index, divergence=False, alike=recipe.alike_below > 0)
+            sums = parts.reward_sums(part, anchors=False)
             return parts.all_reduce(sums)
 
     return train
@@ -223,6 +229,15 @@ class _AbstractArguments:
     def negative_conditioning(self) -> dict[str, Abstract]:
         """Conditioning of the negative prompt, whole on every device."""
         return jax.tree.map(self._whole, self._conditioning_shapes(1))
+
+    def sampling_params(self) -> Any:
+        """Weights that rollouts are drawn with, which may be of eight bits."""
+        products = self._settings.rollout.products
+        if products == MODEL_PRODUCTS:
+            return self.params
+        shapes = jax.eval_shape(partial(quantize_blocks, kind=products), self.params)
+        # Only weights that every device holds whole can be quantised.
+        return jax.tree.map(self._whole, shapes)
 
     def _conditioning_shapes(self, count: int) -> dict[str, Any]:
         length = self._settings.model.max_sequence_length

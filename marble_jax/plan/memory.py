@@ -20,9 +20,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from marble_jax.config import Settings
 from marble_jax.distributed import device_mesh
 from marble_jax.distributed.sharding import SCANNED_PREFIX
+from marble_jax.networks.quantized import MODEL_PRODUCTS
 from marble_jax.objectives.registry import make_objective
 from marble_jax.plan.model_shapes import ModelShapes
-from marble_jax.plan.sample_memory import decoder_bytes, latent_bytes
+from marble_jax.plan.sample_memory import decoder_bytes, latent_bytes, sampling_weight_bytes
 from marble_jax.plan.saved_activations import output_bytes, product_bytes
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.trainable import lora
@@ -54,6 +55,7 @@ SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
     "block working set",
     "autoencoder",
 )
+COPIED = "transformer, and the copy that samples"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,29 +143,30 @@ def _beside_rollout(
 ) -> dict[str, float]:
     """Bytes beside the program that samples."""
     state = _state_bytes(settings, shapes)
-    if settings.rollout.merge_adapter:
-        # The program's weights are the merged copy; those that it was made of stay for training.
-        return {
-            "the rest of the state": state,
-            "transformer, and the merged copy": weight_bytes(shapes, mesh),
-            "VAE": _autoencoder_bytes(shapes),
-        }
-    # The rollout policy, one adapter of the state, is an argument of the program.
-    return {
-        "the rest of the state": state - _adapter_bytes(shapes),
-        "VAE": _autoencoder_bytes(shapes),
-    }
+    if not settings.rollout.merge_adapter:
+        # The rollout policy, one adapter of the state, is an argument of the program.
+        state -= _adapter_bytes(shapes)
+    beside = {"the rest of the state": state, "VAE": _autoencoder_bytes(shapes)}
+    if _samples_from_copy(settings):
+        # The program's weights are that copy; those that it was made of stay for training.
+        beside[COPIED] = weight_bytes(shapes, mesh)
+    return beside
 
 
 def _beside_decode(
     settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh
 ) -> dict[str, float]:
     """Bytes beside the program that decodes."""
-    weights = weight_bytes(shapes, mesh)
-    name, copies = "transformer", 1
-    if settings.rollout.merge_adapter:
-        name, copies = "transformer, and the merged copy", 2
-    return {"the rest of the state": _state_bytes(settings, shapes), name: copies * weights}
+    weights, name = weight_bytes(shapes, mesh), "transformer"
+    if _samples_from_copy(settings):
+        weights, name = weights + sampling_weight_bytes(settings, shapes, weights), COPIED
+    return {"the rest of the state": _state_bytes(settings, shapes), name: weights}
+
+
+def _samples_from_copy(settings: Settings) -> bool:
+    """Whether rollouts have weights of their own, with the adapter folded in or of eight bits."""
+    rollout = settings.rollout
+    return rollout.merge_adapter or rollout.products != MODEL_PRODUCTS
 
 
 def _adapter_bytes(shapes: ModelShapes) -> float:
@@ -327,8 +330,12 @@ class MemoryModel:
         if rollout.merge_adapter:
             policy = 0
         batch = count * (self.cond + self.latent)
+        base = self.base()
+        weights = sampling_weight_bytes(self.settings, self.shapes, base.bytes)
+        if rollout.products != MODEL_PRODUCTS:
+            base = Source(BASE, weights, f"{rollout.products} in blocks, replicated")
         return [
-            self.base(),
+            base,
             Source(ADAPTERS, policy, "the rollout policy"),
             Source(ROLLOUTS, batch, "conditioning and latents of a batch"),
             Source(BLOCK, self.forward(count), "one block, forward"),

@@ -170,17 +170,24 @@ def _cost(
     accelerator: Accelerator,
 ) -> Cost:
     """The cost of an instruction that runs so many times."""
-    half, full = _flops(instruction, program, types)
+    by_rate = _flops(instruction, program, types)
     moved = traffic.moved(instruction)
-    computing = half / accelerator.flops + full / accelerator.float32
+    rates = {
+        "half": accelerator.flops,
+        "float32": accelerator.float32,
+        "int8": accelerator.int8 * accelerator.flops,
+        "fp8": accelerator.fp8 * accelerator.flops,
+    }
+    computing = sum(flops / rates[name] for name, flops in by_rate.items())
+    total = sum(by_rate.values())
     moving = moved / accelerator.bandwidth
-    source = source_of(instruction, program, half + full)
+    source = source_of(instruction, program, total)
     return Cost(
         name=instruction.name,
         source=source,
         origin=origin_of(instruction.arguments),
         times=times,
-        flops=times * (half + full),
+        flops=times * total,
         bytes=times * moved,
         seconds=times * max(computing, moving),
         bound="compute" if computing >= moving else "memory",
@@ -200,9 +207,9 @@ def _joined(one: Cost, other: Cost) -> Cost:
 
 def _flops(
     instruction: Instruction, program: HloProgram, types: dict[str, str]
-) -> tuple[float, float]:
-    """FLOPs of an instruction's products at the peak of half precision, and at that of full float32."""
-    half = full = 0.0
+) -> dict[str, float]:
+    """FLOPs of an instruction's products, by the rate that a device computes them at."""
+    flops_by_rate: dict[str, float] = {}
     waiting = [instruction]
     while waiting:
         part = waiting.pop()
@@ -211,15 +218,24 @@ def _flops(
                 waiting.extend(program.computations.get(callee, []))
             continue
         flops = product_flops(part, types) + kernel_flops(part, types)
-        if flops and _is_full_float32(part, types):
-            full += flops
-        else:
-            half += flops
-    return half, full
+        if flops:
+            rate = _rate(part, types)
+            flops_by_rate[rate] = flops_by_rate.get(rate, 0.0) + flops
+    return flops_by_rate
 
 
-def _is_full_float32(part: Instruction, types: dict[str, str]) -> bool:
-    """Whether a product multiplies float32 numbers that are not rounded first."""
+def _rate(part: Instruction, types: dict[str, str]) -> str:
+    """The rate that a product is computed at, by the type of its factors."""
     operands = [types.get(name, "") for name in part.operands[:2]]
-    wide = all(re.match(r"f32\[", operand) for operand in operands) and bool(operands)
-    return wide and _HIGHEST in part.arguments
+
+    def are(pattern: str) -> bool:
+        return bool(operands) and all(re.match(pattern, operand) for operand in operands)
+
+    if are(r"s8\["):
+        return "int8"
+    if are(r"f8e4m3"):
+        return "fp8"
+    # Float32 factors are rounded first unless the product says otherwise.
+    if are(r"f32\[") and _HIGHEST in part.arguments:
+        return "float32"
+    return "half"

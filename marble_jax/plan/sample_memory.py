@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from marble_jax.config import Settings
 from marble_jax.distributed import device_mesh
+from marble_jax.networks.quantized import MODEL_PRODUCTS, quantize_blocks
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.programs.open_model import decode_size
 from marble_jax.trainable import lora
@@ -17,6 +20,16 @@ from marble_jax.training.latent_layout import is_split
 DECODER_ARRAYS = 4  # of the decoder's largest activation
 FLOAT32 = 4  # bytes
 CHANNELS = 3  # of a pixel
+
+
+def sampling_weight_bytes(settings: Settings, shapes: ModelShapes, whole: float) -> float:
+    """Returns bytes of the weights that rollouts are drawn with, `whole` in the model's own dtype."""
+    products = settings.rollout.products
+    if products == MODEL_PRODUCTS:
+        return whole
+    # Only weights that every device holds whole can be quantised.
+    narrow = jax.eval_shape(partial(quantize_blocks, kind=products), shapes.networks.params)
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(narrow)))
 
 
 def latent_bytes(

@@ -97,9 +97,12 @@ def _train_line(planned: Plan) -> str:
     }
     solved = solves[settings.harmonize.mode]
     chunk = chunk_size(settings.training, settings.harmonize, shards) // shards
+    asked = ""
+    if settings.nft.skip_rollout_pass:
+        asked = "; reckoned as if the rollout policy were asked at all of them"
     return (
         f"{planned.sizes.micro_batches} micro-batches of {micro_batch}, {micro_batch // shards} a device; "
-        f"gradients of every reward {solved}, {chunk} samples a device at a time"
+        f"gradients of every reward {solved}, {chunk} samples a device at a time{asked}"
     )
 
 

@@ -22,6 +22,7 @@ from marble_jax.families.base import Family, Networks, Size
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.flow.guided_policy import guided_policy
 from marble_jax.harmonize.registry import balancer_of
+from marble_jax.networks.quantized import MODEL_PRODUCTS, quantize_blocks
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.programs.drawn_prompts import sampling_of, texts_to_draw
@@ -62,7 +63,7 @@ from marble_jax.training.recipe import (
     harmonization_of,
 )
 from marble_jax.training.rollout import Collector
-from marble_jax.training.rounding import marks
+from marble_jax.training.rounding import floor_of, marks
 from marble_jax.training.state import TrainState, initial_state
 from marble_jax.training.step_schedule import Steps, make_steps
 from marble_jax.types import Adapter, Conditioning, PolicyVelocity
@@ -117,9 +118,11 @@ class Run:
     def iteration(self) -> Iteration:
         """What every optimiser step does."""
         settings = self.settings
-        merge = None
+        merge, quantize = None, None
         if settings.rollout.merge_adapter:
             merge = jax.jit(partial(lora.merge, scale=self.spec.scale))
+        if settings.rollout.products != MODEL_PRODUCTS:
+            quantize = jax.jit(partial(quantize_blocks, kind=settings.rollout.products))
         return Iteration(
             self.networks.params,
             self.collector,
@@ -127,6 +130,7 @@ class Run:
             self.steps,
             partial(device_mesh.replicate, self.mesh),
             merge,
+            quantize,
             self._rounding_marks(),
             window_of(settings.rollout) if is_stochastic(settings.rollout) else None,
             self.negative,
@@ -343,7 +347,18 @@ def make_recipe(
         ),
         averages=averages_of(settings.rollout_policy, settings.ema),
         updates=settings.training.updates_per_rollout,
+        alike_below=_alike_below(settings, networks),
     )
+
+
+def _alike_below(settings: Settings, networks: Networks) -> float:
+    """See `Recipe.alike_below`."""
+    if not settings.nft.skip_rollout_pass:
+        return 0.0
+    model = settings.model
+    shape = networks.transformer_shape(size_of(model), model.max_sequence_length)
+    # Of velocities whose mean square is 1.
+    return floor_of(model.dtype, model.stream_dtype, shape.num_layers, 1.0)
 
 
 def build_steps(
@@ -385,4 +400,5 @@ def _first_state(
     num_rewards = recipe.harmonization.num_rewards
     balancer = recipe.harmonization.balancer.init(num_rewards)
     adaptive = settings.harmonize.anchor_error > 0
-    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed, adaptive)
+    skips = recipe.alike_below > 0
+    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed, adaptive, skips)

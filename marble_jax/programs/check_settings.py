@@ -10,8 +10,13 @@ from marble_jax.config import LoggingSettings, ModelSettings, Settings, check, f
 from marble_jax.errors import InputError
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks import attention
+from marble_jax.networks.quantized import MODEL_PRODUCTS
 from marble_jax.objectives.registry import make_objective
-from marble_jax.programs.noisy_rollouts import check_noisy_rollouts, check_objective_mode
+from marble_jax.programs.noisy_rollouts import (
+    check_noisy_rollouts,
+    check_objective_mode,
+    trains_on_steps,
+)
 from marble_jax.programs.run_rewards import run_reward_schedule
 from marble_jax.programs.upstream import check_upstream
 from marble_jax.training.profile import parse_steps
@@ -37,6 +42,8 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     _check_alpha_floor(settings)
     _check_weights(settings)
     _check_cleaning(settings)
+    _check_skipped_pass(settings)
+    _check_products(settings)
     # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
     run_reward_schedule(settings)
@@ -101,6 +108,41 @@ def _check_cleaning(settings: Settings) -> None:
                 f"harmonize.gram: expected 'step' with {reason}, which does not solve on the whole batch's "
                 "gradients; received 'cleaned'"
             )
+
+
+def _check_skipped_pass(settings: Settings) -> None:
+    """Raises InputError where no micro-batch could do without the rollout policy."""
+    if not settings.nft.skip_rollout_pass:
+        return
+    harmonize = settings.harmonize
+    reasons = {
+        f"objective.name={settings.objective.name}": settings.objective.name != "nft",
+        "harmonize.mode=upstream": harmonize.mode == "upstream",
+        "harmonize.anchor_every=1": harmonize.anchor_every == 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(
+                f"nft.skip_rollout_pass: expected False with {reason}, which asks the rollout policy at every "
+                "micro-batch or at none; received True"
+            )
+
+
+def _check_products(settings: Settings) -> None:
+    """Raises InputError for rollouts of eight bits that training could not follow, or whose weights are split."""
+    products, mesh = settings.rollout.products, settings.mesh
+    if products == MODEL_PRODUCTS:
+        return
+    if trains_on_steps(settings):
+        raise InputError(
+            f"rollout.products: expected '{MODEL_PRODUCTS}' with objective.name={settings.objective.name}, whose "
+            f"ratios are to the policy that sampled; received {products!r}"
+        )
+    if (mesh.fsdp, mesh.tensor) != (1, 1):
+        raise InputError(
+            f"rollout.products: expected '{MODEL_PRODUCTS}' with weights split over devices (mesh.fsdp={mesh.fsdp}, "
+            f"mesh.tensor={mesh.tensor}); received {products!r}"
+        )
 
 
 def _check_wandb(logging: LoggingSettings) -> None:

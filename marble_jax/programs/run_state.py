@@ -91,4 +91,5 @@ def blank_state(settings: Settings, adapter: Adapter) -> TrainState:
     balancer_state = balancer.init(len(names))
     optimizer = make_optimizer(settings.training)
     adaptive = settings.harmonize.anchor_error > 0
-    return initial_state(adapter, optimizer, len(names), balancer_state, 0, adaptive)
+    skips = settings.nft.skip_rollout_pass
+    return initial_state(adapter, optimizer, len(names), balancer_state, 0, adaptive, skips)

@@ -33,6 +33,8 @@ class StepFlops:
       recomputed: what rematerialisation adds to a training step.
       solve_share: share of steps that solve.
       signal: training, of one micro-batch of a solving step without anchors and divergence.
+      skipped: what a step saves of training where micro-batches without anchors do without the rollout policy; `solve`
+        and `between` are of steps that ask it.
     """
 
     rollout: float
@@ -42,17 +44,19 @@ class StepFlops:
     recomputed: float
     solve_share: float
     signal: float
+    skipped: float = 0.0
 
     @property
     def train(self) -> float:
         """Training, on average over steps."""
         return self.solve_share * self.solve + (1 - self.solve_share) * self.between
 
-    def trained(self, solved: bool) -> float:
-        """Training, of a step that solved for alpha or did not."""
+    def trained(self, solved: bool, skipped: bool = False) -> float:
+        """Training, of a step that solved for alpha or did not, and asked the rollout policy every time or did not."""
+        saved = self.skipped if skipped else 0.0
         if solved:
-            return self.solve
-        return self.between
+            return self.solve - saved
+        return self.between - saved
 
 
 def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: float) -> StepFlops:
@@ -100,6 +104,10 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
         between = solve
     # Guidance asks the network about the negative prompt, too.
     calls = settings.rollout.num_steps * (2 if settings.rollout.guided else 1)
+    skipped, saved = 0.0, 0.0
+    if settings.nft.skip_rollout_pass:
+        saved = micro_batch * objective.rollout_passes * sample.forward
+        skipped = (sizes.micro_batches - num_anchored) * saved
     return StepFlops(
         rollout=sizes.images * calls * forward,
         decode=sizes.images * decode,
@@ -107,7 +115,8 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
         between=prompts * between,
         recomputed=prompts * sizes.samples * recomputed[settings.model.remat],
         solve_share=solve_share,
-        signal=prompts * micro_batch * signal,
+        signal=prompts * (micro_batch * signal - saved),
+        skipped=prompts * skipped,
     )
 
 
@@ -139,7 +148,9 @@ def speed(
       num_devices: of the whole run.
       accelerator: what the devices are; None for an unknown one.
     """
-    train = flops.trained(bool(record.get("harmonize/refreshed", 1.0)))
+    solved = bool(record.get("harmonize/refreshed", 1.0))
+    skipped = bool(record.get("training/rollout_skipped", 0.0))
+    train = flops.trained(solved, skipped)
     seconds = {"": record["time/step_s"], "train_": record["time/train_s"]}
     counts = {"": flops.rollout + flops.decode + train, "train_": train}
     figures = {"speed/images_per_s": images / seconds[""]}

@@ -146,6 +146,7 @@ class Iteration:
       replicate: puts a tree on every device.
       merge: folds an adapter into a copy of the weights, for sampling: faster, and exact up to rounding in the weights'
         dtype, so meant for float32. None leaves it beside them.
+      quantize: makes the products of sampling narrower than those of training; None leaves them.
       rounding: marks the figures of a record that lie below the rounding of the compute dtype; see `rounding.marks`.
       window: steps of rollouts that have noise; None for a solver of the ODE.
       negative: conditioning of the negative prompt, where the policy that is trained is guided.
@@ -157,15 +158,20 @@ class Iteration:
     steps: Steps
     replicate: Callable[[Any], Any]
     merge: Callable[[Params, Adapter], Params] | None = None
+    quantize: Callable[[Params], Params] | None = None
     rounding: Callable[[Mapping[str, float]], dict[str, float]] = lambda record: {}
     window: Window | None = None
     negative: Conditioning | None = None
 
     def rollout_policy(self, state: TrainState) -> tuple[Params, Adapter | None]:
         """Weights of the rollout policy, and its adapter where that is not folded into them."""
-        if self.merge is None:
-            return self.params, state.rollout
-        return self.merge(self.params, state.rollout), None
+        params: Params = self.params
+        adapter: Adapter | None = state.rollout
+        if self.merge is not None:
+            params, adapter = self.merge(params, state.rollout), None
+        if self.quantize is not None:
+            params = self.quantize(params)
+        return params, adapter
 
     def training_batch(
         self,

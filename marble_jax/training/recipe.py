@@ -142,6 +142,8 @@ class Recipe:
       harmonization: how rewards share the update.
       averages: how the other policies follow.
       updates: updates that share a rollout, each on a part of its images.
+      alike_below: mean squared distance of the velocities of rollout and trained policy, over their mean square, below
+        which micro-batches without anchors do without the rollout policy; 0: none does.
     """
 
     objective: Objective
@@ -150,3 +152,4 @@ class Recipe:
     harmonization: Harmonization
     averages: PolicyAverages
     updates: int = 1
+    alike_below: float = 0.0

@@ -33,6 +33,8 @@ class TrainState:
       best_score: float32 scalar, best score of an evaluation (`evaluation.best_by`); -inf before the first.
       best_step: int32 scalar, the step of that evaluation.
       best: the averaged adapter at that evaluation.
+      rollout_gap: float32 scalar, distance of the velocities of rollout and trained policy that the last step saw, see
+        `Recipe.alike_below`; None where nothing depends on it.
       anchor_spread: float32 scalar, what `training.anchor_spacing` remembers of the anchors; None where their spacing
         is fixed.
     """
@@ -50,6 +52,7 @@ class TrainState:
     best_step: jax.Array
     best: Adapter
     anchor_spread: jax.Array | None = None
+    rollout_gap: jax.Array | None = None
 
     @property
     def last_spread(self) -> jax.Array:
@@ -77,6 +80,7 @@ def initial_state(
     balancer_state: Any,
     seed: int,
     adaptive_anchors: bool = False,
+    skips_alike: bool = False,
 ) -> TrainState:
     """The state before the first step: all three policies are the same new adapter.
 
@@ -97,6 +101,8 @@ def initial_state(
         best_step=jnp.zeros((), jnp.int32),
         best=adapter,
         anchor_spread=jnp.zeros((), jnp.float32) if adaptive_anchors else None,
+        # Before the first step the two policies are one.
+        rollout_gap=jnp.zeros((), jnp.float32) if skips_alike else None,
     )
     # Three policies that share a buffer could not be donated.
     return jax.tree.map(jnp.copy, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -72,11 +73,11 @@ class MicroBatches:
         order = self._order
         return anchored_first(self._key, self._step, order.num_timesteps, order.num_slices, count)
 
-    def at(self, index: jax.Array, divergence: bool = True) -> MicroBatch:
-        """Micro-batch `index`; `divergence` as in `Objective.prepare`."""
+    def at(self, index: jax.Array, divergence: bool = True, alike: bool = False) -> MicroBatch:
+        """Micro-batch `index`; `divergence` as in `Objective.prepare`, `alike` as in `FrozenPolicies`."""
         return micro_batch(
             self._objective,
-            self._policies,
+            dataclasses.replace(self._policies, alike=alike),
             self._order,
             self._cond,
             index,

@@ -36,6 +36,7 @@ from marble_jax.training.anchor_spacing import (
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.policy_update import Metrics, apply_update, mean_update
 from marble_jax.training.recipe import Harmonization, Recipe
+from marble_jax.training.skipped_passes import loops_behind, with_rollout_gap
 from marble_jax.training.staged_step import Bounds, Earlier, Loop, StagedStep, SumLoop
 from marble_jax.training.state import TrainState
 from marble_jax.training.step_gradients import MicroBatches, num_micro_batches
@@ -49,14 +50,14 @@ def exact_step(
     harmonization = recipe.harmonization
     rewards = harmonization.num_rewards
     adaptive = harmonization.anchor_error > 0
-    loops = _adaptive_loops(recipe) if adaptive else _spaced_loops(harmonization.anchor_every)
+    loops = _adaptive_loops(recipe) if adaptive else _spaced_loops(recipe)
 
     def finish(parts: MicroBatches, carries: Earlier) -> tuple[TrainState, Metrics]:
         state = parts.state
         if adaptive:
-            (anchored, total, squares), others = carries
+            (anchored, total, squares), *others = carries
             moments = AnchorMoments(squares, tree.norm(total), _adaptive_count(recipe, parts))
-            carries = (anchored, others)
+            carries = (anchored, *others)
         # The one exchange between devices of a step's gradients.
         sums = parts.all_reduce(reduce(tree.add, carries))
         mean = mean_gradients(sums)
@@ -91,6 +92,8 @@ def exact_step(
         metrics |= _solve_metrics(mean, weights, solution, used, rewards)
         metrics["harmonize/alpha_age"] = alpha.age
         metrics |= sums.records.metrics()
+        state, skipped = with_rollout_gap(recipe, state, sums.records)
+        metrics |= skipped
         metrics |= _reward_diagnostics(gram, weights, used)
         if adaptive:
             spread = anchor_spread(state.last_spread, moments, metrics["training/grad_norm"])
@@ -127,11 +130,11 @@ def _beside_history(
     return past, comparison
 
 
-def _spaced_loops(anchor_every: int) -> Callable[[int], tuple[Loop, ...]]:
+def _spaced_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
     """Loops over all micro-batches, with anchors at one micro-batch in `anchor_every`."""
 
     def loops(num: int) -> tuple[Loop, ...]:
-        count = fewest_anchored(num, anchor_every)
+        count = fewest_anchored(num, recipe.harmonization.anchor_every)
 
         def order(parts: MicroBatches) -> jax.Array:
             return parts.anchored_first(count)
@@ -143,16 +146,18 @@ def _spaced_loops(anchor_every: int) -> Callable[[int], tuple[Loop, ...]]:
         if count == num:
             return (anchored,)
         # Two loops of two programs: a branch inside one loop would hold the memory of both.
-        return anchored, SumLoop(order, lambda _: (count, num), _signals)
+        return anchored, *loops_behind(recipe, order, lambda _: count, _signals)
 
     return loops
 
 
-def _signals(parts: MicroBatches, _: Earlier) -> Callable[[jax.Array], RewardSums]:
-    """Sums at a micro-batch without anchors and divergence."""
+def _signals(
+    parts: MicroBatches, _: Earlier, alike: bool = False
+) -> Callable[[jax.Array], RewardSums]:
+    """Sums at a micro-batch without anchors and divergence; `alike` as in `FrozenPolicies`."""
 
     def sums(index: jax.Array) -> RewardSums:
-        return parts.reward_sums(parts.at(index, divergence=False), anchors=False)
+        return parts.reward_sums(parts.at(index, divergence=False, alike=alike), anchors=False)
 
     return sums
 
@@ -193,12 +198,9 @@ def _adaptive_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
     def first(parts: MicroBatches) -> Bounds:
         return 0, _adaptive_count(recipe, parts)
 
-    def others(parts: MicroBatches) -> Bounds:
-        return _adaptive_count(recipe, parts), parts.count
-
     loops = (
         SumLoop(order, first, with_anchors, per_device=(True, False, False)),
-        SumLoop(order, others, _signals),
+        *loops_behind(recipe, order, partial(_adaptive_count, recipe), _signals),
     )
     return lambda num: loops
 
@@ -298,21 +300,21 @@ def amortized_step(
 
     def loops(num: int) -> tuple[Loop, ...]:
         count = num
-        if recipe.objective.kl_weight > 0:
+        if recipe.objective.kl_weight > 0 or recipe.alike_below > 0:
             count = fewest_anchored(num, recipe.harmonization.anchor_every)
 
         def order(parts: MicroBatches) -> jax.Array:
             return parts.anchored_first(count)
 
         def gradients(
-            parts: MicroBatches, _: Earlier, divergence: bool
+            parts: MicroBatches, _: Earlier, divergence: bool = False, alike: bool = False
         ) -> Callable[[jax.Array], tuple[Adapter, dict[str, Any]]]:
             sample_weights, num_samples = _sample_weights(recipe, parts.state, parts.batch)
             # The mean over the samples that have it, a random part of all, has no bias.
             with_divergence = num_samples * count // num
 
             def gradient(index: jax.Array) -> tuple[Adapter, dict[str, Any]]:
-                part = parts.at(index, divergence)
+                part = parts.at(index, divergence, alike)
                 return parts.combined_gradient(part, sample_weights, with_divergence)
 
             return gradient
@@ -320,14 +322,15 @@ def amortized_step(
         diverging = SumLoop(order, lambda _: (0, count), partial(gradients, divergence=True))
         if count == num:
             return (diverging,)
-        others = SumLoop(order, lambda _: (count, num), partial(gradients, divergence=False))
-        return diverging, others
+        return diverging, *loops_behind(recipe, order, lambda _: count, gradients)
 
     def finish(parts: MicroBatches, carries: Earlier) -> tuple[TrainState, Metrics]:
         state = parts.state
         gradient, losses = parts.all_reduce(reduce(tree.add, carries))
         state, metrics = apply_update(recipe.averages, optimizer, state, gradient, state.alpha)
         metrics |= losses["records"].metrics()
+        state, skipped = with_rollout_gap(recipe, state, losses["records"])
+        metrics |= skipped
         return state, metrics | {
             "objective/loss": losses["policy_loss"],
             "objective/kl": losses["kl"],

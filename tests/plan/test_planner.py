@@ -163,11 +163,32 @@ def test_a_merged_rollout_policy_is_a_copy_of_the_weights(medium):
     merged = settings_with(rollout__merge_adapter=True, prompts__embedding_cache="somewhere")
     mesh = device_mesh.abstract_mesh(16)
     weights = memory.weight_bytes(medium, mesh)
-    copies = "transformer, and the merged copy"
+    copies = "transformer, and the copy that samples"
     rollout = {s.name: s.bytes for s in memory.resident_sources(merged, medium, mesh, "rollout")}
     decode = {s.name: s.bytes for s in memory.resident_sources(merged, medium, mesh, "decode")}
     assert rollout[copies] == weights and decode[copies] == 2 * weights
     assert rollout["the rest of the state"] == decode["the rest of the state"]
+
+
+def test_rollouts_of_eight_bits_have_weights_of_their_own(medium):
+    narrow = settings_with(rollout__products="int8", prompts__embedding_cache="somewhere")
+    mesh = device_mesh.abstract_mesh(16)
+    weights = memory.weight_bytes(medium, mesh)
+    copies = "transformer, and the copy that samples"
+    rollout = {s.name: s.bytes for s in memory.resident_sources(narrow, medium, mesh, "rollout")}
+    decode = {s.name: s.bytes for s in memory.resident_sources(narrow, medium, mesh, "decode")}
+    # 24 blocks of width 1536, 13 of them with a second attention; the last has no text output: two streams of four
+    # attention and two MLP layers (8 width^2), less what the last text stream lacks.
+    width = 1536
+    products = 24 * 2 * (4 + 8) * width**2 - (1 + 8) * width**2 + 13 * 4 * width**2
+    outputs = 24 * 2 * (4 + 5) * width - (1 + 5) * width + 13 * 4 * width
+    own = weights - 2 * products + products + 4 * outputs
+    assert rollout[copies] == weights and decode[copies] == weights + own
+    sources = memory.program_sources(
+        narrow, medium, derive_sizes(narrow.rollout, narrow.training, 16), mesh
+    )
+    (base,) = (s for s in sources["rollout"] if s.name == memory.BASE)
+    assert base.bytes == own and base.note == "int8 in blocks, replicated"
 
 
 def test_programs_accept_the_planned_arguments():

@@ -122,6 +122,20 @@ def test_compute_bounds_a_large_product_and_float32_takes_longer():
     assert (rounded.seconds, full.seconds) == pytest.approx((flops / 1e12, flops / 1e11))
 
 
+@pytest.mark.parametrize("kind, times", [("s8", 4), ("f8e4m3fn", 2), ("bf16", 1), ("f8e5m2", 1)])
+def test_products_of_eight_bits_have_rates_of_their_own(kind, times):
+    text = """ENTRY %main (a: KIND[512,512]) -> f32[512,512] {
+  %a = KIND[512,512]{1,0} parameter(0)
+  %b = KIND[512,512]{1,0} parameter(1)
+  ROOT %d = f32[512,512]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+""".replace("KIND", kind)
+    fast = Accelerator("chip", (), "gpu", 1e12, 1e11, 1e9, 1e9, 1e12, 1, int8=4, fp8=2)
+    cost = costs(text, fast)["d"]
+    assert cost.flops == 2 * 512**3 and cost.bound == "compute"
+    assert cost.seconds == pytest.approx(cost.flops / (times * 1e12))
+
+
 def test_a_tpu_pads_to_tiles_and_does_not_count_its_vector_memory():
     traffic = Traffic(parse_program(""), "tpu")
     assert traffic.size("bf16[3,5,64]{2,1,0:T(8,128)(2,1)}") == 2 * 3 * 8 * 128
@@ -235,3 +249,4 @@ def test_the_bound_is_no_longer_than_the_measured_time():
 def test_rates_of_devices_are_in_their_order():
     for accelerator in ACCELERATORS.values():
         assert accelerator.bandwidth < accelerator.float32 < accelerator.flops
+        assert 1 <= accelerator.fp8 <= 2 and 1 <= accelerator.int8 <= 4

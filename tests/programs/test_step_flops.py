@@ -55,6 +55,20 @@ def test_modes_and_options():
     )  # one micro-step has two directions more
 
 
+def test_a_pass_less_where_the_rollout_policy_is_left_alone():
+    work = made(harmonize__mode="exact", nft__skip_rollout_pass=True)
+    asking = made(harmonize__mode="exact")
+    # Of 192 micro-batches of 144 samples one in eight has anchors and asks.
+    assert work.skipped == 168 * 144 * 11 and work.signal == 144 * (11 + 13)
+    assert work.solve == asking.solve and asking.skipped == 0
+    assert work.trained(True, skipped=True) == asking.solve - 168 * 144 * 11
+    record = {"time/step_s": 20.0, "time/train_s": 10.0}
+    fast = speed(work, record | {"training/rollout_skipped": 1.0}, 40, 1, None)
+    slow = speed(work, record, 40, 1, None)
+    share = fast["speed/train_tflops_per_device"] / slow["speed/train_tflops_per_device"]
+    assert share == pytest.approx(1 - work.skipped / work.solve)
+
+
 def test_speed_of_a_step():
     work = dataclasses.replace(
         made(harmonize__mode="amortized"), rollout=6e15, decode=1e15, between=8e15, solve=9e15

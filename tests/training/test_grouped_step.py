@@ -58,6 +58,7 @@ CASES = {
     # Its second loop needs what the first has come to.
     "upstream": (toy.recipe(balancer=Marble()), _upstream("first"), 1),
     "two updates": (*_exact(micro_batch=2, anchor_every=4), 2),
+    "skipping": (*_exact(anchor_every=4, alike_below=1e-3), 1),
 }
 
 
@@ -68,6 +69,8 @@ def test_groups_of_any_size_give_the_numbers_of_one_program(monkeypatch, case):
     params, batch = toy.base_params(), toy.new_batch()
     whole = jax.jit(several_updates(last, before, updates))
     state = _state(case == "adaptive")
+    if recipe.alike_below > 0:
+        state = state.replace(rollout_gap=jnp.zeros((), jnp.float32))
     expected, figures = whole(state, params, batch)
     monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 0.0)
     grouped = GroupedStep(last, before, updates, ONE)

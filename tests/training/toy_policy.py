@@ -77,6 +77,7 @@ def recipe(
     micro_batch=MICRO_BATCH,
     chunk=2,
     shards=device_mesh.SINGLE_DEVICE,
+    alike_below=0.0,
     **harmonization,
 ):
     """NFT, with a running average of alpha in exact steps; other keywords are those of `Harmonization`."""
@@ -89,6 +90,7 @@ def recipe(
         micro_batching=MicroBatching(micro_batch, chunk, shards),
         harmonization=Harmonization(**settings | harmonization),
         averages=PolicyAverages(ROLLOUT_DECAY, ema_decay=0.9),
+        alike_below=alike_below,
     )
 
 
