@@ -22,6 +22,9 @@ from marble_jax.objectives.nft import Nft
 from marble_jax.objectives.registry import make_objective, register_objective
 from marble_jax.training.step_schedule import make_steps
 
+# Sums of a clip are long, and in haste they are taken one number after the other.
+pytestmark = pytest.mark.optimized
+
 
 @flax.struct.dataclass
 class TargetBatch(FlowBatch):
