@@ -44,7 +44,7 @@ HELDOUT = ("flicker", "block_dynamic_degree", "block_motion_smoothness")
 SUM_WEIGHTS = (6.1, 29.0, 3.5, 4.1, 13.0)
 # Where the hull's unit gradients are long, the update leans less: what pale or gaudy clips please too steers less, and
 # motion and GenEval, whose gradients are nearly all noise, steer more.
-WEIGHTED = {"harmonize.reward_weights": (0.4, 2.5, 1.3, 0.4, 2.5)}
+WEIGHTED = {"harmonize.reward_weights": (0.4, 2.5, 0.6, 0.4, 6.0)}
 PRESETS = {
     "": WEIGHTED,
     "amortized": WEIGHTED | {"harmonize.mode": "amortized"},
