@@ -43,7 +43,7 @@ from marble_jax.training.micro_batches import (
     training_order,
 )
 from marble_jax.training.recipe import Recipe
-from marble_jax.training.state import TrainState
+from marble_jax.training.state import GapState, TrainState
 from marble_jax.training.train_step import exact_step
 from marble_jax.types import Adapter, Params
 from tools import anchors
@@ -217,8 +217,10 @@ def _update_of(recipe: Recipe, policy: Any) -> Any:
     def update(state: Any, params: Params, batch: Any, number: int) -> Adapter:
         key = jax.random.key_data(jax.random.key(number))
         empty = descent.init(state.current)
-        gap = jnp.zeros(()) if recipe.alike_below > 0 else None
-        before = state.replace(key=key, opt_state=empty, rollout_gap=gap)
+        before = state.replace(key=key, opt_state=empty)
+        if recipe.alike_below > 0:
+            fields = dataclasses.fields(before)
+            before = GapState(**{field.name: getattr(before, field.name) for field in fields})
         after, _ = step(before, params, batch)
         return jax.tree.map(jnp.subtract, state.current, after.current)
 

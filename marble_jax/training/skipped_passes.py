@@ -21,7 +21,7 @@ from marble_jax.harmonize.reward_sums import RecordSums
 from marble_jax.training.policy_update import Metrics
 from marble_jax.training.recipe import Recipe
 from marble_jax.training.staged_step import Bounds, SumLoop
-from marble_jax.training.state import TrainState
+from marble_jax.training.state import GapState, TrainState
 from marble_jax.training.step_gradients import MicroBatches
 
 
@@ -31,7 +31,7 @@ def policies_alike(recipe: Recipe, state: TrainState) -> jax.Array:
     Raises:
       ValueError: the state was made for a recipe that asks every time.
     """
-    if state.rollout_gap is None:
+    if not isinstance(state, GapState):
         raise ValueError("state: expected one with a distance of policies; received none")
     # A distance that is not a number is not below anything.
     return state.rollout_gap < recipe.alike_below
@@ -85,5 +85,5 @@ def with_rollout_gap(
     if recipe.alike_below == 0:
         return state, {}
     skipped = policies_alike(recipe, state).astype(jnp.float32)
-    after = dataclasses.replace(state, rollout_gap=records.relative_gap())
+    after: GapState = dataclasses.replace(state, rollout_gap=records.relative_gap())  # type: ignore[assignment, call-arg]
     return after, {"training/rollout_skipped": skipped}

@@ -33,8 +33,6 @@ class TrainState:
       best_score: float32 scalar, best score of an evaluation (`evaluation.best_by`); -inf before the first.
       best_step: int32 scalar, the step of that evaluation.
       best: the averaged adapter at that evaluation.
-      rollout_gap: float32 scalar, distance of the velocities of rollout and trained policy that the last step saw, see
-        `Recipe.alike_below`; None where nothing depends on it.
       anchor_spread: float32 scalar, what `training.anchor_spacing` remembers of the anchors; None where their spacing
         is fixed.
     """
@@ -52,7 +50,6 @@ class TrainState:
     best_step: jax.Array
     best: Adapter
     anchor_spread: jax.Array | None = None
-    rollout_gap: jax.Array | None = None
 
     @property
     def last_spread(self) -> jax.Array:
@@ -73,6 +70,20 @@ class TrainState:
         return int.from_bytes(words.tobytes(), "big")
 
 
+@flax.struct.dataclass
+class GapState(TrainState):
+    """The state of a run in which steps depend on how far rollout and trained policy are apart.
+
+    A class of its own, so that checkpoints of other runs are what they were before there was one.
+
+    Attributes:
+      rollout_gap: float32 scalar, distance of their velocities that the last step saw; see `Recipe.alike_below`. Before
+        the first step the two policies are one.
+    """
+
+    rollout_gap: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros((), jnp.float32))
+
+
 def initial_state(
     adapter: Adapter,
     optimizer: optax.GradientTransformation,
@@ -87,7 +98,8 @@ def initial_state(
     Every leaf has a buffer of its own, because steps are given the whole state to overwrite.
     """
     no_score = jnp.asarray(-jnp.inf, jnp.float32)
-    state = TrainState(
+    kind = GapState if skips_alike else TrainState
+    state = kind(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(jax.random.key(seed)),
         current=adapter,
@@ -101,8 +113,6 @@ def initial_state(
         best_step=jnp.zeros((), jnp.int32),
         best=adapter,
         anchor_spread=jnp.zeros((), jnp.float32) if adaptive_anchors else None,
-        # Before the first step the two policies are one.
-        rollout_gap=jnp.zeros((), jnp.float32) if skips_alike else None,
     )
     # Three policies that share a buffer could not be donated.
     return jax.tree.map(jnp.copy, state)

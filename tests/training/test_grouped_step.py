@@ -70,7 +70,7 @@ def test_groups_of_any_size_give_the_numbers_of_one_program(monkeypatch, case):
     whole = jax.jit(several_updates(last, before, updates))
     state = _state(case == "adaptive")
     if recipe.alike_below > 0:
-        state = state.replace(rollout_gap=jnp.zeros((), jnp.float32))
+        state = toy.new_state(skips_alike=True)
     expected, figures = whole(state, params, batch)
     monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 0.0)
     grouped = GroupedStep(last, before, updates, ONE)

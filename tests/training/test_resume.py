@@ -1,5 +1,6 @@
 """N steps, save, restore elsewhere, M steps: bit for bit what N + M steps give."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import toy_policy as toy
 import marble_jax  # noqa: F401
 from marble_jax.errors import InputError
 from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.training.state import TrainState
 from marble_jax.training.step_schedule import make_steps
 
 
@@ -147,3 +149,23 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     with pytest.raises(InputError, match=r"expected one of \[2, 3\]"):
         checkpoints.restore({"x": jnp.zeros(2, int)}, 1)
     checkpoints.close()
+
+
+def test_a_state_has_the_parts_that_checkpoints_on_disks_have():
+    """A part more, even an empty one, would make every earlier checkpoint one of another configuration."""
+    names = {field.name for field in dataclasses.fields(TrainState)}
+    assert names == {
+        "step",
+        "key",
+        "current",
+        "rollout",
+        "ema",
+        "opt_state",
+        "alpha",
+        "balancer",
+        "history",
+        "best_score",
+        "best_step",
+        "best",
+        "anchor_spread",
+    }

@@ -1,5 +1,6 @@
 """Micro-batches that do without the rollout policy: when they do, and that nothing else moves."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from marble_jax.objectives.base import Draws, FrozenPolicies
 from marble_jax.objectives.nft import Nft
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.training.state import TrainState
 from marble_jax.training.step_gradients import MicroBatches
 from marble_jax.training.train_step import amortized_step, exact_step
 
@@ -29,12 +31,13 @@ def _step(mode, alike_below=LIMIT):
 
 def _state(gap, alike=False):
     """After a step that saw the distance `gap`; policies apart from each other, or one."""
-    state = toy.new_state().replace(rollout_gap=jnp.asarray(gap, jnp.float32))
+    state = toy.new_state(skips_alike=True).replace(rollout_gap=jnp.asarray(gap, jnp.float32))
     return state.replace(rollout=state.current) if alike else state
 
 
 def _plain(state):
-    return state.replace(rollout_gap=None)
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(TrainState)}
+    return TrainState(**fields)
 
 
 def _without_gap(metrics):
@@ -151,6 +154,13 @@ def test_the_distance_is_checkpointed_and_a_resumed_step_is_the_same(tmp_path):
     resumed, _ = _step("exact")(restored, toy.base_params(), batch)
     on, _ = _step("exact")(state, toy.base_params(), batch)
     toy.assert_identical(resumed, on)
+
+
+def test_a_state_of_other_runs_is_saved_without_it():
+    """Checkpoints from before there was a distance are read."""
+    names = {field.name for field in dataclasses.fields(toy.new_state())}
+    with_gap = {field.name for field in dataclasses.fields(_state(0.0))}
+    assert with_gap - names == {"rollout_gap"}
 
 
 def test_a_step_needs_a_state_that_knows_the_distance():

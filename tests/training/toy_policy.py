@@ -101,9 +101,10 @@ def optimizer():
     )
 
 
-def new_state(adapter_seed=2, seed=5, num_rewards=REWARDS):
+def new_state(adapter_seed=2, seed=5, num_rewards=REWARDS, skips_alike=False):
     """All policies apart from each other, as in the middle of training; no solve yet."""
-    state = initial_state(new_adapter(adapter_seed), optimizer(), num_rewards, (), seed)
+    adapter = new_adapter(adapter_seed)
+    state = initial_state(adapter, optimizer(), num_rewards, (), seed, skips_alike=skips_alike)
     return state.replace(
         rollout=new_adapter(adapter_seed + 100), ema=new_adapter(adapter_seed + 200)
     )
