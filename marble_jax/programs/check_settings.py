@@ -116,7 +116,7 @@ def _check_skipped_pass(settings: Settings) -> None:
         return
     harmonize = settings.harmonize
     reasons = {
-        f"objective.name={settings.objective.name}": settings.objective.name != "nft",
+        f"objective.name={settings.objective.name}": not make_objective(settings).skips_alike,
         "harmonize.mode=upstream": harmonize.mode == "upstream",
         "harmonize.anchor_every=1": harmonize.anchor_every == 1,
     }

@@ -82,8 +82,8 @@ def with_rollout_gap(
       state: after the step, but for the distance.
       records: sums over all samples of the step.
     """
-    if recipe.alike_below == 0:
+    if not isinstance(state, GapState):
         return state, {}
     skipped = policies_alike(recipe, state).astype(jnp.float32)
-    after: GapState = dataclasses.replace(state, rollout_gap=records.relative_gap())  # type: ignore[assignment, call-arg]
+    after = dataclasses.replace(state, rollout_gap=records.relative_gap())
     return after, {"training/rollout_skipped": skipped}
