@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -23,8 +24,16 @@ MODELS = ("base", "lora-a", "lora-b")
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(evaluation, tmp_path):
+    """A copy of the evaluation, to change."""
+    shutil.copytree(evaluation, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
     """An evaluation of three models on eight prompts, made by the code that makes real ones."""
+    tmp_path = tmp_path_factory.mktemp("evaluation")
     rng = np.random.default_rng(0)
     prompts = [
         Prompt(
