@@ -156,8 +156,9 @@ def _run(path: Path, lags: list[float]) -> None:
     shape = run.networks.transformer_shape(run.size, run.settings.model.max_sequence_length)
     blocks = shape.num_layers
     modes = {mode: _velocity_of(run, options) for mode, options in MODES.items()}
-    asking = {mode: _update_of(run.recipe, policy) for mode, policy in modes.items()}
-    # Far above any distance: micro-batches without anchors never ask.
+    # Whatever the run itself did: one recipe always asks, one never does at micro-batches without anchors.
+    always = dataclasses.replace(run.recipe, alike_below=0.0)
+    asking = {mode: _update_of(always, policy) for mode, policy in modes.items()}
     never = dataclasses.replace(run.recipe, alike_below=math.inf)
     skipping = {mode: _update_of(never, policy) for mode, policy in modes.items()}
     for lag in lags:
@@ -219,8 +220,8 @@ def _update_of(recipe: Recipe, policy: Any) -> Any:
         empty = descent.init(state.current)
         before = state.replace(key=key, opt_state=empty)
         if recipe.alike_below > 0:
-            fields = dataclasses.fields(before)
-            before = GapState(**{field.name: getattr(before, field.name) for field in fields})
+            parts = {f.name: getattr(before, f.name) for f in dataclasses.fields(before)}
+            before = GapState(**parts | {"rollout_gap": jnp.zeros(())})
         after, _ = step(before, params, batch)
         return jax.tree.map(jnp.subtract, state.current, after.current)
 

@@ -48,6 +48,16 @@ class Accelerator:
     int8: float = 2.0
     fp8: float = 2.0
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """FLOP/s of products by the type of their factors; "half" is bfloat16, and float32 that is rounded first."""
+        return {
+            "half": self.flops,
+            "float32": self.float32,
+            "int8": self.int8 * self.flops,
+            "fp8": self.fp8 * self.flops,
+        }
+
     def matched_length(self, device_kind: str) -> int:
         """Returns the length of the longest of `kinds` that a device kind begins with, in any case; 0 for none.
 

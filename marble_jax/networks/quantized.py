@@ -41,7 +41,7 @@ def quantize(x: Float[Array, "..."], axis: int, kind: Any) -> tuple[Array, Float
       Numbers of the shape of `x`, and float32 scales with length 1 along `axis`.
     """
     wide = x.astype(jnp.float32)
-    largest = float(_largest(kind))
+    largest = _largest(kind)
     peak = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
     # An axis of zeros has any scale.
     scales = jnp.maximum(peak, _SMALLEST) / largest
@@ -59,7 +59,7 @@ def _largest(kind: Any) -> float:
 
 def is_quantized(kernel: Any) -> bool:
     """Whether a kernel is one of eight bits."""
-    return kernel.dtype in (jnp.int8, jnp.float8_e4m3fn)
+    return kernel.dtype in KINDS.values()
 
 
 def quantized_matmul(

@@ -14,7 +14,6 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +27,9 @@ from marble_jax.families.base import Networks
 from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.policy_sampler import make_sampler, make_transition_sampler
 from marble_jax.flow.trajectory import Transitions
-from marble_jax.networks.quantized import MODEL_PRODUCTS, quantize_blocks
 from marble_jax.plan.hlo import Collective, Kernels, collectives, fused_kernels
 from marble_jax.plan.model_shapes import ModelShapes
+from marble_jax.plan.sample_memory import quantized_shapes
 from marble_jax.plan.topology import compile_for
 from marble_jax.programs.build import build_steps, make_recipe
 from marble_jax.programs.noisy_rollouts import network_levels_of, stochastic_of, trains_guided
@@ -232,12 +231,10 @@ class _AbstractArguments:
 
     def sampling_params(self) -> Any:
         """Weights that rollouts are drawn with, which may be of eight bits."""
-        products = self._settings.rollout.products
-        if products == MODEL_PRODUCTS:
+        narrow = quantized_shapes(self._settings, self.params)
+        if narrow is None:
             return self.params
-        shapes = jax.eval_shape(partial(quantize_blocks, kind=products), self.params)
-        # Only weights that every device holds whole can be quantised.
-        return jax.tree.map(self._whole, shapes)
+        return jax.tree.map(self._whole, narrow)
 
     def _conditioning_shapes(self, count: int) -> dict[str, Any]:
         length = self._settings.model.max_sequence_length

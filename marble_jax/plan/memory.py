@@ -331,8 +331,8 @@ class MemoryModel:
             policy = 0
         batch = count * (self.cond + self.latent)
         base = self.base()
-        weights = sampling_weight_bytes(self.settings, self.shapes, base.bytes)
         if rollout.products != MODEL_PRODUCTS:
+            weights = sampling_weight_bytes(self.settings, self.shapes, base.bytes)
             base = Source(BASE, weights, f"{rollout.products} in blocks, replicated")
         return [
             base,

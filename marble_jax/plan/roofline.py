@@ -172,12 +172,7 @@ def _cost(
     """The cost of an instruction that runs so many times."""
     by_rate = _flops(instruction, program, types)
     moved = traffic.moved(instruction)
-    rates = {
-        "half": accelerator.flops,
-        "float32": accelerator.float32,
-        "int8": accelerator.int8 * accelerator.flops,
-        "fp8": accelerator.fp8 * accelerator.flops,
-    }
+    rates = accelerator.rates
     computing = sum(flops / rates[name] for name, flops in by_rate.items())
     total = sum(by_rate.values())
     moving = moved / accelerator.bandwidth
@@ -225,7 +220,7 @@ def _flops(
 
 
 def _rate(part: Instruction, types: dict[str, str]) -> str:
-    """The rate that a product is computed at, by the type of its factors."""
+    """The rate that a product is computed at, among `Accelerator.rates`."""
     operands = [types.get(name, "") for name in part.operands[:2]]
 
     def are(pattern: str) -> bool:

@@ -16,19 +16,29 @@ from marble_jax.programs.open_model import decode_size
 from marble_jax.trainable import lora
 from marble_jax.training.batch_sizes import Sizes, kept_shape
 from marble_jax.training.latent_layout import is_split
+from marble_jax.types import Params
 
 DECODER_ARRAYS = 4  # of the decoder's largest activation
 FLOAT32 = 4  # bytes
 CHANNELS = 3  # of a pixel
 
 
-def sampling_weight_bytes(settings: Settings, shapes: ModelShapes, whole: float) -> float:
-    """Returns bytes of the weights that rollouts are drawn with, `whole` in the model's own dtype."""
+def quantized_shapes(settings: Settings, params: Params) -> Params | None:
+    """Returns the shapes of weights of eight bits that rollouts are drawn with; None where they have the model's own.
+
+    Only weights that every device holds whole can be quantised, so these are whole, too.
+    """
     products = settings.rollout.products
     if products == MODEL_PRODUCTS:
+        return None
+    return jax.eval_shape(partial(quantize_blocks, kind=products), params)
+
+
+def sampling_weight_bytes(settings: Settings, shapes: ModelShapes, whole: float) -> float:
+    """Returns bytes of the weights that rollouts are drawn with, `whole` in the model's own dtype."""
+    narrow = quantized_shapes(settings, shapes.networks.params)
+    if narrow is None:
         return whole
-    # Only weights that every device holds whole can be quantised.
-    narrow = jax.eval_shape(partial(quantize_blocks, kind=products), shapes.networks.params)
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(narrow)))
 
 
