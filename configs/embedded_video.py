@@ -22,13 +22,13 @@ and range over the seeds; the last reward is never trained on:
 | block_dynamic_degree | -0.005 [-0.017, +0.003] | +0.006, -0.000 to +0.009   | -0.001, -0.004 to +0.002   |
 
 With MARBLE no trained reward falls beyond its interval in any of the four runs (flicker, which is never trained on,
-does in one, by 0.001), and no update opposes a reward on its own samples; the sum's do in 65 to 78 % of the steps (worst cosine -0.13 to -0.15): colourfulness in 99 of 180, smoothness
-in 58. The sum gains more in motion (by 0.015 +- 0.010, paired by seed) and GenEval (0.033 +- 0.036), while
-colourfulness falls in one seed of three. There is a reason: between steps, whose noise is independent, colourfulness
-opposes GenEval (mean cosine -0.03 to -0.10 in the four runs of MARBLE, of own cosines of 0.16 to 0.29 and 0.01 to
-0.04), smoothness (-0.06 to -0.13) and motion (-0.00 to -0.02; `out_of_sample/cos_pair` and `own_cosine` in metrics.jsonl), so
-that an update which serves it does not serve them as well. On the next step's samples nearly every single update of
-either opposes some reward.
+does in one, by 0.001), and no update opposes a reward on its own samples; the sum's do in 65 to 78 % of the steps
+(worst cosine -0.13 to -0.15): colourfulness in 99 of 180, smoothness in 58. The sum gains more in motion (by 0.015 +-
+0.010, paired by seed) and GenEval (0.033 +- 0.036), while colourfulness falls in one seed of three. There is a
+reason: between steps, whose noise is independent, colourfulness opposes GenEval (mean cosine -0.03 to -0.10 in the
+four runs of MARBLE, of own cosines of 0.16 to 0.29 and 0.01 to 0.04), smoothness (-0.06 to -0.13) and motion (-0.00
+to -0.02; `out_of_sample/cos_pair` and `own_cosine` in metrics.jsonl), so that an update which serves it does not
+serve them as well. On the next step's samples nearly every single update of either opposes some reward.
 
 Weights were tried by the same held-out prompts, one run each: with (0.4, 2.5, 1.3, 0.4, 2.5) OCR gains 0.12 (own seed)
 and 0.06 (seed 1), colourfulness 0.005 and 0.013; with (0.4, 2.5, 0.6, 0.4, 2.5) motion and GenEval fall with seed 1;
