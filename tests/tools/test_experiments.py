@@ -496,6 +496,10 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert main(elsewhere, FAKE) == 0 and Path(f"{plan}.calls").read_text() == calls
     assert "4 runs are on record in" in capsys.readouterr().out
     assert json.loads((tmp_path / "kept" / "results.json").read_text())["runs"] == found["runs"]
+    fewer = ["--seeds=1" if a == "--seeds=2" else a for a in elsewhere]
+    assert main(fewer, FAKE) == 0  # the other seed stays on record
+    assert "left out" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "kept" / "results.json").read_text())["runs"] == found["runs"]
     other = [*elsewhere, "--collect", "--config.nft.beta=0.5"]
     assert main(other, FAKE) == 0  # another configuration: not these runs
     said = capsys.readouterr().out

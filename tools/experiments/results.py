@@ -127,6 +127,31 @@ SHARED = ("versions", "hardware")
 """Facts that stand once where all runs share them."""
 
 
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A file of results and its runs by name; both are empty where there is no file.
+
+    Raises:
+      InputError: no file of results.
+    """
+    if not path.exists():
+        return {}, {}
+    content = read_json(path)
+    runs = content.get("runs")
+    if not isinstance(runs, dict):
+        raise InputError(f"{path}: runs: expected results by run; received {type(runs).__name__}")
+    return content, runs
+
+
+def last_seed(path: Path) -> int:
+    """The largest seed among the results of earlier collections, 0 where there are none.
+
+    Raises:
+      InputError: no file of results.
+    """
+    _, runs = _read(path)
+    return max((run.get("seed", 0) for run in runs.values()), default=0)
+
+
 def kept_results(path: Path, jobs: Sequence[Job]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Results of earlier collections for jobs of the same name and configuration whose folder is no more.
 
@@ -140,14 +165,7 @@ def kept_results(path: Path, jobs: Sequence[Job]) -> tuple[dict[str, dict[str, A
     Raises:
       InputError: no file of results.
     """
-    if not path.exists():
-        return {}, []
-    content = read_json(path)
-    earlier = content.get("runs")
-    if not isinstance(earlier, dict):
-        raise InputError(
-            f"{path}: runs: expected results by run; received {type(earlier).__name__}"
-        )
+    content, earlier = _read(path)
     shared = {key: content[key] for key in SHARED if key in content}
     shared_config = content.get("config", {})
     kept = {}
