@@ -68,23 +68,31 @@ def _cudnn(instruction: Instruction, types: Mapping[str, str], is_backward: bool
 
 
 def _splash(instruction: Instruction, types: Mapping[str, str]) -> float:
-    """FLOPs of splash attention: the first two large operands [N, H, Tq, d] and [N, H, Tk, d] are queries and keys."""
+    """FLOPs of splash attention.
+
+    The first two large operands are queries and keys, [N, H, T, d] or, with tokens in the lanes, [N, H, d, T]. Results
+    have the head last whatever the operands' layout is.
+    """
     arrays = []
     for name in instruction.operands:
         sides = sides_of(types.get(name, ""))
         # Integers say which blocks are masked.
         if len(sides) >= 3 and not types[name].startswith(("s", "u")):
             arrays.append(sides)
-    if len(arrays) < 2:
+    results = [whole_numbers(sides) for sides in _ARRAY.findall(instruction.result)]
+    # Scratch has three sides; of the results proper the first is the output or a cotangent.
+    proper = [sides for sides in results if len(sides) >= 4]
+    if len(arrays) < 2 or not proper:
         return 0.0
     queries, keys = arrays[:2]
+    head = proper[0][-1]
+    num_keys = math.prod(keys[-2:]) // head
     products = FORWARD_PRODUCTS
     if "_dkv" in instruction.name:
         least = min(math.prod(queries), math.prod(keys))
-        results = [math.prod(whole_numbers(sides)) for sides in _ARRAY.findall(instruction.result)]
+        cotangents = sum(math.prod(sides) >= least for sides in results)
         # With the queries' cotangent among its results it is the only kernel.
-        cotangents = sum(size >= least for size in results)
         products = BACKWARD_PRODUCTS if cotangents == 3 else DKV_PRODUCTS
     elif "_dq" in instruction.name:
         products = DQ_PRODUCTS
-    return products * 2.0 * math.prod(queries) * keys[-2]
+    return products * 2.0 * math.prod(queries) * num_keys

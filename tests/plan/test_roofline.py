@@ -177,13 +177,15 @@ def test_kernels_of_libraries_are_counted_by_their_shapes():
     assert fused_kernels(tpu) == Kernels(0, 1) and not fused_kernels("%a = f32[2] add(%b, %c)")
 
 
-def test_splash_attention_is_counted_by_its_kernels():
+@pytest.mark.parametrize(("q", "k"), [("16,8", "32,8"), ("8,16", "8,32")])
+def test_splash_attention_is_counted_by_its_kernels(q, k):
+    """16 queries and 32 keys of width 8, with the head or the tokens in the lanes of the operands."""
     queries, keys = "bf16[2,3,16,8]{3,2,1,0}", "bf16[2,3,32,8]{3,2,1,0}"
     call = 'custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call"'
     text = f"""ENTRY %main (q: {queries}) -> {queries} {{
   %m = s8[1,2,2]{{2,1,0}} parameter(2)
-  %q = {queries} parameter(0)
-  %k = {keys} parameter(1)
+  %q = bf16[2,3,{q}]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,3,{k}]{{3,2,1,0}} parameter(1)
   %splash_mha_fwd_residuals.1 = (f32[2,16,128]{{2,1,0}}, {queries}) {call}
   %splash_mha_dq.1 = (f32[2,16,8]{{2,1,0}}, {queries}) {call}
   %splash_mha_dkv.1 = (f32[2,32,8]{{2,1,0}}, {keys}, {keys}) {call}
