@@ -109,6 +109,13 @@ def over(name: str, dtype: Any, mesh: Mesh) -> str | FusedAttention:
     return chosen
 
 
+def is_splash(implementation: str | AttentionFn) -> bool:
+    """Whether attention is computed by the kernel for TPUs, so that what surrounds it should suit them."""
+    if isinstance(implementation, FusedAttention):
+        return implementation.kind == "splash"
+    return implementation == "splash"
+
+
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | AttentionFn = "xla"
 ) -> jax.Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -42,18 +43,43 @@ def rotary_tables(
     return np.cos(pairs).astype(np.float32), np.sin(pairs).astype(np.float32)
 
 
-def rotate(x: Float[Array, "n t h head"], tables: Tables) -> Float[Array, "n t h head"]:
+def rotate(
+    x: Float[Array, "n t h head"], tables: Tables, by_product: bool = False
+) -> Float[Array, "n t h head"]:
     """Queries or keys turned pair by pair, in float32 and then in their own dtype.
 
     Args:
       x: queries or keys.
       tables: of the T tokens.
+      by_product: whether the numbers of a pair change places by a product with a matrix of 0, 1 and -1. The result is
+        the same; a TPU, which multiplies more easily than it shifts what lies in a register, needs half the time.
     """
     # [T, head] to [T, 1, head]: all heads are turned alike.
     cosine, sine = (jnp.asarray(table)[:, None] for table in tables)
+    exchanged = _exchanged_by_product(x) if by_product else _exchanged_by_shifts(x)
+    return (x.astype(jnp.float32) * cosine + exchanged * sine).astype(x.dtype)
+
+
+def _exchanged_by_shifts(x: Float[Array, "n t h head"]) -> Float[Array, "n t h head"]:
+    """Every pair (a, b) as (-b, a), float32."""
     wide = x.astype(jnp.float32)
-    # The other number of each pair (a, b), as (-b, a). Shifted whole, not reshaped to pairs: an axis of length 2
-    # would take a whole register a pair on a TPU.
+    # Shifted whole, not reshaped to pairs: an axis of length 2 would take a whole register a pair on a TPU.
     is_first = np.arange(x.shape[-1]) % 2 == 0
-    other = jnp.where(is_first, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
-    return (wide * cosine + other * sine).astype(x.dtype)
+    return jnp.where(is_first, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+
+
+def _exchanged_by_product(x: Float[Array, "n t h head"]) -> Float[Array, "n t h head"]:
+    """Every pair (a, b) as (-b, a), float32."""
+    head = x.shape[-1]
+    first = np.arange(0, head, 2)
+    matrix = np.zeros((head, head), np.float32)
+    matrix[first + 1, first] = -1.0
+    matrix[first, first + 1] = 1.0
+    # Exact: a sum has one term that is not 0, and float32 factors are not rounded first.
+    return jnp.einsum(
+        "nthd,de->nthe",
+        x,
+        jnp.asarray(matrix, x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

@@ -18,7 +18,7 @@ from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.plan.hlo import origin_of
 from marble_jax.plan.hlo_program import HloProgram, Instruction, parse_program, product_flops
 from marble_jax.plan.hlo_traffic import NOTHING_MOVED, Traffic
-from marble_jax.plan.kernel_flops import kernel_flops
+from marble_jax.plan.kernel_flops import is_attention, kernel_flops
 from marble_jax.plan.roofline_sources import source_of
 
 _HIGHEST = "highest"
@@ -221,6 +221,9 @@ def _flops(
 
 def _rate(part: Instruction, types: dict[str, str]) -> str:
     """The rate that a product is computed at, among `Accelerator.rates`."""
+    if is_attention(part):
+        # Its first operands may be the integers that say which blocks are masked.
+        return "half"
     operands = [types.get(name, "") for name in part.operands[:2]]
 
     def are(pattern: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import jax
@@ -28,6 +29,8 @@ from marble_jax.plan.roofline_sources import (
 
 CHIP = Accelerator("chip", (), "gpu", 1e12, 1e11, 1e9, 1e9, 1e9, 1)
 """10^12 FLOP/s, a tenth of it in float32, and 10^9 bytes/s."""
+WIDE = dataclasses.replace(CHIP, backend="tpu", bandwidth=1e30)
+"""One that waits for no bytes."""
 
 LOOP = """HloModule jit_f
 
@@ -196,6 +199,9 @@ def test_splash_attention_is_counted_by_its_kernels(q, k):
     product = 2 * (2 * 3 * 16 * 8) * 32
     flops = [kernel_flops(i, program.types()) / product for i in program.computations["main"]]
     assert flops == [0, 0, 0, 2, 3, 4, 5]
+    # At the rate of their numbers, not of the integers that say which blocks are masked.
+    found = {cost.name: cost for cost in roofline(text, WIDE).costs}
+    assert found["splash_mha_fwd_residuals.1"].seconds == pytest.approx(2 * product / 1e12)
 
 
 @pytest.mark.parametrize(

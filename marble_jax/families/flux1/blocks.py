@@ -22,6 +22,7 @@ from marble_jax.networks.attention import (
     AttentionFn,
     RMSNorm,
     attend,
+    is_splash,
     layer_norm,
     modulate,
 )
@@ -68,7 +69,10 @@ class Attention(nn.Module):
             q = jnp.concatenate([text_q, q], axis=1)
             k = jnp.concatenate([text_k, k], axis=1)
             v = jnp.concatenate([text_v, v], axis=1)
-        out = attend(rotate(q, tables), rotate(k, tables), v, self.implementation)
+        by_product = is_splash(self.implementation)
+        q = rotate(q, tables, by_product)
+        k = rotate(k, tables, by_product)
+        out = attend(q, k, v, self.implementation)
         out = out.reshape(*out.shape[:2], -1)
         if c is None:
             # A single block has no output projection of its own.

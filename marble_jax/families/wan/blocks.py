@@ -18,7 +18,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from marble_jax.families.wan.config import WanConfig
-from marble_jax.networks.attention import AttentionFn, RMSNorm, attend, layer_norm, modulate
+from marble_jax.networks.attention import (
+    AttentionFn,
+    RMSNorm,
+    attend,
+    is_splash,
+    layer_norm,
+    modulate,
+)
 from marble_jax.networks.lora_dense import LoraDense
 from marble_jax.networks.rotary import Tables, rotate
 from marble_jax.networks.transformer_layers import FeedForward
@@ -84,7 +91,9 @@ class Attention(nn.Module):
         k = self._heads(RMSNorm(name="norm_k")(self._dense("to_k", source)))
         v = self._heads(self._dense("to_v", source))
         if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
+            by_product = is_splash(self.implementation)
+            q = rotate(q, tables, by_product)
+            k = rotate(k, tables, by_product)
         out = attend(q, k, v, self.implementation)
         return self._dense("to_out_0", out.reshape(x.shape))
 
