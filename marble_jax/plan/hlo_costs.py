@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from marble_jax.families.base import Family
 from marble_jax.plan.hlo import IN_LOOP, KINDS, origin_of, result_bytes
-from marble_jax.plan.hlo_program import Instruction, parse_program, product_flops
+from marble_jax.plan.hlo_program import Instruction, parse_program
+from marble_jax.plan.product_flops import product_flops
 
 ALWAYS = "always"
 """An exchange that is explained both inside of loops and outside."""

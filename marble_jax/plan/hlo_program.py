@@ -7,9 +7,8 @@ text how often that is. A loop of unknown length counts once.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from marble_jax.plan.hlo import whole_numbers
 
@@ -22,11 +21,8 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:"?(\d+)"?\}')
 _SIDES = re.compile(r"\w+\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.-]+)")
-_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 _NUMBER = re.compile(r"(-?\d+)\)")
 _INDEX = re.compile(r"index=(\d+)")
-_GROUPS = re.compile(r"batch_group_count=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,32 +172,6 @@ def parse_program(text: str) -> HloProgram:
             root, name, result, operation, arguments = match.groups()
             body.append(Instruction(name, result, operation, arguments, root is not None))
     return HloProgram(computations, entry)
-
-
-def product_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
-    """FLOPs of a matrix product or convolution: two for each product of numbers; 0 for any other operation.
-
-    Args:
-      instruction: any.
-      types: type of every instruction's result, by the instruction's name.
-    """
-    operands = instruction.operands
-    if instruction.operation == "dot":
-        summed = 1
-        left = sides_of(types[operands[0]])
-        for axis in whole_numbers(captured(_CONTRACTED, instruction.arguments)):
-            summed *= left[axis]
-    elif instruction.operation == "convolution":
-        kernel = sides_of(types[operands[1]])
-        labels = captured(_LABELS, instruction.arguments)
-        # A number of the output sums over every axis of the kernel but the output's channels.
-        summed = math.prod(kernel) // kernel[labels.index("o")]
-        groups = captured(_GROUPS, instruction.arguments)
-        # Of a batch in groups, the kernel meets one group alone.
-        summed //= int(groups or 1)
-    else:
-        return 0.0
-    return 2.0 * math.prod(sides_of(instruction.result)) * summed
 
 
 def sides_of(shape: str) -> list[int]:

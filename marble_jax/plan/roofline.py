@@ -16,9 +16,10 @@ from typing import Any
 
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.plan.hlo import origin_of
-from marble_jax.plan.hlo_program import HloProgram, Instruction, parse_program, product_flops
+from marble_jax.plan.hlo_program import HloProgram, Instruction, parse_program
 from marble_jax.plan.hlo_traffic import NOTHING_MOVED, Traffic
 from marble_jax.plan.kernel_flops import is_attention, kernel_flops
+from marble_jax.plan.product_flops import product_flops
 from marble_jax.plan.roofline_sources import source_of
 
 _HIGHEST = "highest"
