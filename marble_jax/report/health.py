@@ -54,6 +54,7 @@ _LEARNING = (
     ),
     Metric("objective/ratio", "Ratio of densities, trained over rollout policy", "ratio"),
     Metric("objective/outside_clip_range", "Samples outside the clip's range", "share"),
+    # Of an estimate one step's value may be below 0.
     Metric("objective/step_kl", "Divergence of a step from the rollout policy", "nats an element"),
     Metric(
         "objective/log_prob_gap",

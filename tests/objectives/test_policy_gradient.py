@@ -16,7 +16,7 @@ from marble_jax.flow.trajectory import Transitions
 from marble_jax.harmonize import reward_gradients
 from marble_jax.harmonize.reward_sums import mean_gradients
 from marble_jax.objectives.base import Draws, FrozenPolicies, SolverSteps
-from marble_jax.objectives.policy_gradient import PolicyGradient
+from marble_jax.objectives.policy_gradient import PolicyGradient, StepBatch
 
 NUM, WIDTH, WINDOW, START = 8, 6, 3, 2
 CLIP_RANGE = {"ppo": 0.02, "guard": 0.002}
@@ -221,14 +221,17 @@ def test_on_policy_the_signal_is_the_noise_that_was_drawn():
     slope = -(steps.current * steps.sigma / steps.noise)[:, None]
     np.testing.assert_allclose(found.signals[0], slope * eps / WIDTH, rtol=1e-4, atol=1e-6)
     reported = objective.reported(found.statistics)
-    assert np.all(np.asarray(reported["ratio"]) == 1.0)
+    assert set(reported) == set(objective.reports)
+    np.testing.assert_allclose(reported["ratio"], 1.0, atol=1e-5)
     assert np.abs(np.asarray(reported["log_prob_gap"])).max() < 1e-5
-    # Under another policy the log-probability is another one, which the ratio of an on-policy step does not show.
-    away = objective.reported(
-        objective.directions(velocity(current, before, draws.sigma, draws.cond), batch).statistics
-    )
-    assert np.all(np.asarray(away["ratio"]) == 1.0)
-    assert np.asarray(away["log_prob_gap"]).max() > 1e-3
+    # Under another policy the ratio on record is another one, though samples weigh as at a ratio of 1.
+    away = objective.directions(
+        velocity(current, before, draws.sigma, draws.cond), batch
+    ).statistics
+    np.testing.assert_array_equal(away.log_ratio, 0.0)
+    reported = objective.reported(away)
+    assert np.abs(np.asarray(reported["ratio"]) - 1.0).max() > 1e-3
+    assert np.asarray(reported["log_prob_gap"]).max() > 1e-3
 
 
 def test_what_is_reported_of_several_updates():
@@ -243,10 +246,45 @@ def test_what_is_reported_of_several_updates():
     np.testing.assert_array_equal(
         reported["outside_clip_range"], np.abs(ratio - 1) > CLIP_RANGE["ppo"]
     )
-    np.testing.assert_allclose(reported["step_kl"], ratio - 1 - np.log(ratio), atol=1e-6)
     assert set(reported) == set(objective.reports)
     assert objective.rollout_passes == 0
     assert objective_of("guard", "flow_sde", False).rollout_passes == 1
+
+
+@pytest.mark.parametrize(
+    "form, solver", [("ppo", "flow_sde"), ("ppo", "cps"), ("guard", "flow_sde")]
+)
+def test_the_divergence_of_a_step_is_that_of_two_normal_distributions(form, solver):
+    """Of unequal means and one standard deviation: `|m - m'|^2 / (2 s^2)` an element."""
+    num = 40
+    objective = objective_of(form, solver, False)
+    with jax.enable_x64(True):
+        current, rollout, _, draws, before, *_ = problem(1, solver, np.float64)
+        means = [
+            mean_of(velocity(policy, before, draws.sigma, draws.cond), before, draws.steps)[0]
+            for policy in (rollout, current)
+        ]
+        std = draws.steps.noise[0]
+        drawn = np.random.default_rng(1).normal(size=(num // 2, WIDTH))
+        # The first order of a log-ratio cancels between noise and its negative: their mean is the expectation.
+        noise = np.concatenate([drawn, -drawn])
+        after = means[0] + std * noise
+        alike = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf[:1], num, axis=0),
+            (before, draws.sigma, draws.cond, draws.steps),
+        )
+        xt, sigma, cond, steps = alike
+        sampled = log_prob_of(velocity(rollout, xt, sigma, cond), xt, after, steps, solver)
+        batch = StepBatch(xt, sigma, cond, after, steps, sampled)
+        if form == "guard":
+            batch = batch.replace(v_rollout=velocity(rollout, xt, sigma, cond))
+        statistics = objective.directions(velocity(current, xt, sigma, cond), batch).statistics
+        found = np.asarray(objective.reported(statistics)["step_kl"])
+    # KL(N(m', s) | N(m, s)), element by element.
+    want = np.mean(np.asarray(means[1] - means[0]) ** 2) / (2 * float(std) ** 2)
+    np.testing.assert_allclose(found.mean(), want, rtol=1e-9)
+    # Only means of both policies give it for every sample.
+    assert (found.std() < 1e-9 * want) == (form == "guard")
 
 
 def test_samples_draw_their_own_steps_out_of_what_was_kept():
