@@ -30,9 +30,10 @@ more) and seconds of a step at 40 % of the peak, rewards apart:
 
 `flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train clips of 33 frames of 240 x 416 on eight GPUs of 80 GB with
 other objectives and one advantage of the sum of scores, and with `_marble` behind the name on every reward's own
-gradient. Flow-GRPO's are its published settings for this model: 20 steps, guidance 4.5 in rollouts and training, clip
-1e-3, divergence 0.004, learning rate 1e-4; Fast and GRPO-Guard keep their constants of SD3.5-medium in 20 steps, as
-advantage-weighted matching does in 14: none are published for Wan.
+gradient. Flow-GRPO's are its published settings for this model but for the sizes (groups of 4 there): 20 steps,
+guidance 4.5 in rollouts and training, clip 1e-3, divergence 0.004, learning rate 1e-4, advantages over the standard
+deviation of their group; Fast and GRPO-Guard keep their constants of SD3.5-medium in 20 steps, as advantage-weighted
+matching does in 14: none are published for Wan.
 
 At 480p the weights are split over all devices but on the single GPU (`mesh.fsdp`); elsewhere every device holds them.
 """
@@ -88,6 +89,7 @@ ON_CLIPS = {
         "rollout.num_steps": 20,
         "policy_gradient.clip_range": 1e-3,
         "policy_gradient.kl_weight": 0.004,
+        "advantages.scale": "group",
         "training.timestep_fraction": 1.0,
     },
     "flow_grpo_fast": {"rollout.num_steps": 20, "training.timestep_fraction": 1.0},
