@@ -30,7 +30,7 @@ a TPU copy nothing. What they take, `marble-jax plan --config=sd3:gpu_80gb --dev
 --roofline the compiler says what the least time is; `marble-jax help roofline` has the figures.
 
 `gpu_48gb` (L40S) and `gpu_24gb` (L4, A10G, RTX 4090) are for single smaller cards: fewer images a step, 24 prompts x 12
-and 12 x 12, less at once, and more recomputed in the backward pass. By plan they take 23.2 and 12.3 GB. `gpu_24gb` has
+and 12 x 12, less at once, and more recomputed in the backward pass. By plan they take 23.3 and 12.4 GB. `gpu_24gb` has
 room for one reward model beside that: PickScore, with OCR and GenEval on the host. Others can be served from another
 machine.
 """

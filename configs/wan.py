@@ -15,15 +15,15 @@ more) and seconds of a step at 40 % of the peak, rewards apart:
 
 | preset         | options of plan           | GB of usable  | samples a step | s a step |
 |----------------|---------------------------|---------------|----------------|----------|
-| picture_80gb   | --devices=1 --chip=h100   | 43.4 of 64.4  | 24 x 12        | 130      |
+| picture_80gb   | --devices=1 --chip=h100   | 43.5 of 64.4  | 24 x 12        | 130      |
 | picture_8x80gb | --devices=8 --chip=h100   | 14.8 of 64.4  | 48 x 24        | 65       |
 | picture_v5p_16 | --devices=16 --chip=v5p   | 11.7 of 102.8 | 48 x 24        | 70       |
 | picture_v6e_16 | --devices=16 --chip=v6e   | 9.2 of 33.5   | 48 x 24        | 35       |
-| 240p_80gb      | --devices=1 --chip=h100   | 16.0 of 64.4  | 24 x 12        | 173      |
+| 240p_80gb      | --devices=1 --chip=h100   | 16.2 of 64.4  | 24 x 12        | 173      |
 | 240p_8x80gb    | --devices=8 --chip=h100   | 15.9 of 64.4  | 48 x 24        | 86       |
 | 240p_v5p_16    | --devices=16 --chip=v5p   | 12.5 of 102.8 | 48 x 24        | 93       |
 | 240p_v6e_16    | --devices=16 --chip=v6e   | 9.5 of 33.5   | 48 x 24        | 46       |
-| 480p_80gb      | --devices=1 --chip=h100   | 46.1 of 64.4  | 12 x 12        | 1076     |
+| 480p_80gb      | --devices=1 --chip=h100   | 46.6 of 64.4  | 12 x 12        | 1076     |
 | 480p_8x80gb    | --devices=8 --chip=h100   | 15.1 of 64.4  | 24 x 24        | 538      |
 | 480p_v5p_16    | --devices=16 --chip=v5p   | 18.4 of 102.8 | 24 x 24        | 580      |
 | 480p_v6e_16    | --devices=16 --chip=v6e   | 11.1 of 33.5  | 24 x 24        | 290      |
