@@ -6,7 +6,7 @@ A preset is a row of the table below: what it changes. '' is MARBLE; `only_*` tr
 others, on images of its own prompts where it does not apply to all; `smoke` takes a few seconds and no extra.
 """
 
-from marble_jax.config import UPSTREAM, default_config
+from marble_jax.config import EMBEDDED_POLICY_GRADIENTS, UPSTREAM, default_config
 from marble_jax.errors import one_of
 
 SOURCES = ("general", "ocr", "geneval")
@@ -20,25 +20,6 @@ SUM_WEIGHTS = (25.0, 8.6, 1.9, 3.0, 2.7)
 # The same of the JPEG score, whose unit is half a megabyte.
 OPPOSED_SUM_WEIGHT = 1800.0
 SUM = {"advantages.scalarize": "weighted_sum", "advantages.weights": SUM_WEIGHTS}
-ON_STEPS = {
-    "objective.name": "policy_gradient",
-    "rollout.solver": "flow_sde",
-    "rollout_policy.schedule": "copy",
-    "training.timestep_fraction": 1.0,
-}
-FLOW_GRPO = ON_STEPS | {"training.updates_per_rollout": 2, "policy_gradient.clip_range": 1e-3}
-FLOW_GRPO_FAST = ON_STEPS | {
-    "rollout.solver": "cps",
-    "rollout.noise_level": 0.8,
-    "rollout.window_size": 2,
-    "rollout.window_range": 0.5,
-}
-GRPO_GUARD = ON_STEPS | {
-    "policy_gradient.form": "guard",
-    "training.updates_per_rollout": 2,
-    "policy_gradient.clip_range": 1e-4,
-}
-AWM = {"objective.name": "awm", "rollout_policy.schedule": "copy"}
 PRESETS = {
     "": WEIGHTED,
     "exact": WEIGHTED | {"harmonize.mode": "exact"},
@@ -91,15 +72,12 @@ PRESETS = {
         "prompts.sources": ("geneval",),
         "evaluation.sources": SOURCES,
     },
-    # Other objectives, each on the sum of scores and with MARBLE. The pipeline has no guidance, and six steps.
-    "flow_grpo": SUM | FLOW_GRPO,
-    "flow_grpo_marble": WEIGHTED | FLOW_GRPO,
-    "flow_grpo_fast": SUM | FLOW_GRPO_FAST,
-    "flow_grpo_fast_marble": WEIGHTED | FLOW_GRPO_FAST,
-    "grpo_guard": SUM | GRPO_GUARD,
-    "grpo_guard_marble": WEIGHTED | GRPO_GUARD,
-    "awm": SUM | AWM,
-    "awm_marble": WEIGHTED | AWM,
+    # Other objectives, each on the sum of scores and with MARBLE.
+    **{
+        name + behind: advantage | changes
+        for name, changes in EMBEDDED_POLICY_GRADIENTS.items()
+        for behind, advantage in (("", SUM), ("_marble", WEIGHTED))
+    },
     # Rewards that need no more than the package itself: OCR asks for an extra.
     "smoke": {
         "rewards.train": ("alignment", "preference", "aesthetic", "geneval"),

@@ -37,10 +37,12 @@ with (0.4, 2.5, 0.6, 0.4, 10) colourfulness stays where it is (own seed). Cleane
 (-0.095) go. Single rewards have not been run to their end. A run takes nine minutes and 1.8 GB on two idle cores.
 
 A preset is a row of the table below: what it changes. '' is MARBLE; `only_*` train on one reward and evaluate the
-others; `smoke` takes a few seconds, for tests.
+others; `flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` are other objectives on the weighted sum, with `_marble`
+behind the name on every reward's own gradient, tried for a few steps and not yet to their end; `smoke` takes a few
+seconds, for tests.
 """
 
-from marble_jax.config import default_config
+from marble_jax.config import EMBEDDED_POLICY_GRADIENTS, default_config
 from marble_jax.errors import one_of
 
 SOURCES = ("signs", "things")
@@ -52,12 +54,13 @@ SUM_WEIGHTS = (6.1, 29.0, 3.5, 4.1, 13.0)
 # Where the hull's unit gradients are long, the update leans less: what pale or gaudy clips please steers least, and
 # motion and GenEval, whose gradients are nearly all noise, steer most.
 WEIGHTED = {"harmonize.reward_weights": (0.4, 2.5, 0.6, 0.4, 6.0)}
+SUM = {"advantages.scalarize": "weighted_sum", "advantages.weights": SUM_WEIGHTS}
 PRESETS = {
     "": WEIGHTED,
     "amortized": WEIGHTED | {"harmonize.mode": "amortized"},
     # A reward that the others do not want: clips that compress well have little in them.
     "opposed": {"rewards.train": OPPOSED},
-    "weighted_sum": {"advantages.scalarize": "weighted_sum", "advantages.weights": SUM_WEIGHTS},
+    "weighted_sum": SUM,
     "equal": {"harmonize.balancer": "equal", "harmonize.normalize": False},
     "only_motion": {"rewards.train": ("motion",)},
     "only_smoothness": {"rewards.train": ("smoothness",)},
@@ -72,6 +75,12 @@ PRESETS = {
         "evaluation.sources": SOURCES,
     },
     "only_colourfulness": {"rewards.train": ("colourfulness",)},
+    # Other objectives, each on the sum of scores and with MARBLE.
+    **{
+        name + behind: advantage | changes
+        for name, changes in EMBEDDED_POLICY_GRADIENTS.items()
+        for behind, advantage in (("", SUM), ("_marble", WEIGHTED))
+    },
     "smoke": {
         "rollout.prompts_per_step": 3,
         "rollout.images_per_prompt": 4,
@@ -100,6 +109,14 @@ ABOUT = {
     "only_ocr": "one reward: OCR, on signs",
     "only_geneval": "one reward: GenEval, on shapes",
     "only_colourfulness": "one reward: colourfulness of frames",
+    "flow_grpo": "Flow-GRPO on the weighted sum: two clipped updates a rollout",
+    "flow_grpo_marble": "Flow-GRPO with a gradient of every reward",
+    "flow_grpo_fast": "Flow-GRPO-Fast on the weighted sum: noise in a window of two steps",
+    "flow_grpo_fast_marble": "Flow-GRPO-Fast with a gradient of every reward",
+    "grpo_guard": "GRPO-Guard on the weighted sum",
+    "grpo_guard_marble": "GRPO-Guard with a gradient of every reward",
+    "awm": "advantage-weighted matching on the weighted sum",
+    "awm_marble": "advantage-weighted matching with a gradient of every reward",
     "smoke": "a few seconds, for tests",
 }
 

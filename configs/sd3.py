@@ -15,6 +15,9 @@ and kept in `prompts.embedding_cache`: T5 never meets training.
 
 `flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train the same model with other objectives, with their papers'
 settings and one advantage of the sum of scores; with `_marble` behind the name, every reward has its own gradient.
+They compute in bfloat16, in which log-probabilities are coarser than in the float16 of Flow-GRPO's released code: the
+ratio in every step's line tells by how much, and `model.dtype=float32` takes it away. `awm` draws six of all 14 noise
+levels for every image; its released code draws one out of each of six parts of levels 2 to 12.
 
 Presets for devices are the exact mode of the same recipe and differ from each other in how much is computed at once
 and in nothing that is computed: 48 prompts x 24 images, fused attention. `gpu_80gb` is for one GPU of 80 GB (A100,
@@ -27,7 +30,7 @@ a TPU copy nothing. What they take, `marble-jax plan --config=sd3:gpu_80gb --dev
 --roofline the compiler says what the least time is; `marble-jax help roofline` has the figures.
 
 `gpu_48gb` (L40S) and `gpu_24gb` (L4, A10G, RTX 4090) are for single smaller cards: fewer images a step, 24 prompts x 12
-and 12 x 12, less at once, and more recomputed in the backward pass. By plan they take 23.2 and 12.3 GB. `gpu_24gb` has
+and 12 x 12, less at once, and more recomputed in the backward pass. By plan they take 23.3 and 12.4 GB. `gpu_24gb` has
 room for one reward model beside that: PickScore, with OCR and GenEval on the host. Others can be served from another
 machine.
 """

@@ -15,24 +15,25 @@ more) and seconds of a step at 40 % of the peak, rewards apart:
 
 | preset         | options of plan           | GB of usable  | samples a step | s a step |
 |----------------|---------------------------|---------------|----------------|----------|
-| picture_80gb   | --devices=1 --chip=h100   | 43.4 of 64.4  | 24 x 12        | 130      |
+| picture_80gb   | --devices=1 --chip=h100   | 43.5 of 64.4  | 24 x 12        | 130      |
 | picture_8x80gb | --devices=8 --chip=h100   | 14.8 of 64.4  | 48 x 24        | 65       |
 | picture_v5p_16 | --devices=16 --chip=v5p   | 11.7 of 102.8 | 48 x 24        | 70       |
 | picture_v6e_16 | --devices=16 --chip=v6e   | 9.2 of 33.5   | 48 x 24        | 35       |
-| 240p_80gb      | --devices=1 --chip=h100   | 16.0 of 64.4  | 24 x 12        | 173      |
+| 240p_80gb      | --devices=1 --chip=h100   | 16.2 of 64.4  | 24 x 12        | 173      |
 | 240p_8x80gb    | --devices=8 --chip=h100   | 15.9 of 64.4  | 48 x 24        | 86       |
 | 240p_v5p_16    | --devices=16 --chip=v5p   | 12.5 of 102.8 | 48 x 24        | 93       |
 | 240p_v6e_16    | --devices=16 --chip=v6e   | 9.5 of 33.5   | 48 x 24        | 46       |
-| 480p_80gb      | --devices=1 --chip=h100   | 46.1 of 64.4  | 12 x 12        | 1076     |
+| 480p_80gb      | --devices=1 --chip=h100   | 46.6 of 64.4  | 12 x 12        | 1076     |
 | 480p_8x80gb    | --devices=8 --chip=h100   | 15.1 of 64.4  | 24 x 24        | 538      |
 | 480p_v5p_16    | --devices=16 --chip=v5p   | 18.4 of 102.8 | 24 x 24        | 580      |
 | 480p_v6e_16    | --devices=16 --chip=v6e   | 11.1 of 33.5  | 24 x 24        | 290      |
 
 `flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train clips of 33 frames of 240 x 416 on eight GPUs of 80 GB with
 other objectives and one advantage of the sum of scores, and with `_marble` behind the name on every reward's own
-gradient. Flow-GRPO's are its published settings for this model: 20 steps, guidance 4.5 in rollouts and training, clip
-1e-3, divergence 0.004, learning rate 1e-4; Fast and GRPO-Guard keep their constants of SD3.5-medium in 20 steps, as
-advantage-weighted matching does in 14: none are published for Wan.
+gradient. Flow-GRPO's are its published settings for this model but for the sizes (groups of 4 there): 20 steps,
+guidance 4.5 in rollouts and training, clip 1e-3, divergence 0.004, learning rate 1e-4, advantages over the standard
+deviation of their group; Fast and GRPO-Guard keep their constants of SD3.5-medium in 20 steps, as advantage-weighted
+matching does in 14: none are published for Wan.
 
 At 480p the weights are split over all devices but on the single GPU (`mesh.fsdp`); elsewhere every device holds them.
 """
@@ -88,6 +89,7 @@ ON_CLIPS = {
         "rollout.num_steps": 20,
         "policy_gradient.clip_range": 1e-3,
         "policy_gradient.kl_weight": 0.004,
+        "advantages.scale": "group",
         "training.timestep_fraction": 1.0,
     },
     "flow_grpo_fast": {"rollout.num_steps": 20, "training.timestep_fraction": 1.0},

@@ -11,7 +11,8 @@ GAP_LIMIT = 1e-3
 GAP_SHARE = 0.1
 """The same with a clip, in ranges of the clip: a ratio that is off by a tenth of it clips what it should not."""
 STEPS_ALIKE = 20
-"""Steps in a row at which two policies must not be the same."""
+"""Steps after the first at which two policies must not all be the same: fewer tell nothing, as policies that hardly
+differ yet may be the same to within rounding, so that a run of 20 steps or less is never told."""
 
 
 def first_gap(record: Mapping[str, Any]) -> float:

@@ -22,7 +22,11 @@ from marble_jax.config.outcome import (
     ExportSettings,
     LoggingSettings,
 )
-from marble_jax.config.policy_gradients import HARMONIZED, POLICY_GRADIENTS
+from marble_jax.config.policy_gradients import (
+    EMBEDDED_POLICY_GRADIENTS,
+    HARMONIZED,
+    POLICY_GRADIENTS,
+)
 from marble_jax.config.settings import Settings
 from marble_jax.config.table import (
     KEYS,
@@ -40,6 +44,7 @@ from marble_jax.config.training import EmaSettings, RolloutPolicySettings, Train
 from marble_jax.config.upstream import UPSTREAM
 
 __all__ = [
+    "EMBEDDED_POLICY_GRADIENTS",
     "HARMONIZED",
     "KEYS",
     "POLICY_GRADIENTS",

@@ -63,7 +63,8 @@ AWM: Mapping[str, Any] = {
     "awm.kl_weight": 1e-3,
     "advantages.scalarize": "weighted_sum",
 }
-"""Six of 14 noise levels. Published are rollouts of a stochastic solver and a pull to a second average besides.
+"""Six of 14 noise levels, out of all. Published are one out of each of six parts of levels 2 to 12, rollouts of a
+stochastic solver, and a pull to a second average besides.
 
 Source: advantage-weighted matching (arXiv 2509.25050), SD3.5-medium on GenEval.
 """
@@ -75,6 +76,40 @@ POLICY_GRADIENTS: Mapping[str, Mapping[str, Any]] = {
     "awm": AWM,
 }
 """By the name that presets have."""
+
+_EMBEDDED_ON_STEPS: Mapping[str, Any] = {
+    "objective.name": "policy_gradient",
+    "rollout.solver": "flow_sde",
+    "rollout_policy.schedule": "copy",
+    "training.timestep_fraction": 1.0,
+}
+
+EMBEDDED_POLICY_GRADIENTS: Mapping[str, dict[str, Any]] = {
+    "flow_grpo": {
+        **_EMBEDDED_ON_STEPS,
+        "training.updates_per_rollout": 2,
+        "policy_gradient.clip_range": 1e-3,
+    },
+    "flow_grpo_fast": {
+        **_EMBEDDED_ON_STEPS,
+        "rollout.solver": "cps",
+        "rollout.noise_level": 0.8,
+        "rollout.window_size": 2,
+        "rollout.window_range": 0.5,
+    },
+    "grpo_guard": {
+        **_EMBEDDED_ON_STEPS,
+        "policy_gradient.form": "guard",
+        "training.updates_per_rollout": 2,
+        "policy_gradient.clip_range": 1e-4,
+    },
+    "awm": {"objective.name": "awm", "rollout_policy.schedule": "copy"},
+}
+"""Of the shipped pipelines, by the same names; the advantage is the presets' own.
+
+They have no guidance and six steps, and a mean over a latent's few elements is noisier, so that ratios are clipped far
+wider than published. No divergence is trained, and Fast has one update a rollout and so no clip.
+"""
 
 HARMONIZED: Mapping[str, Any] = {"advantages.scalarize": "none", "harmonize.mode": "exact"}
 """A gradient for every reward in place of one for their sum."""

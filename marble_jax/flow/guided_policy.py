@@ -44,9 +44,11 @@ def guided_policy(velocity: PolicyVelocity, guidance_scale: float) -> PolicyVelo
         cond: GuidedConditioning,
     ) -> Float[Array, " n *latent"]:
         # One network call after the other: a doubled batch would move samples between devices.
-        away = velocity(params, adapter, xt, sigma, cond.negative).astype(jnp.float32)
-        towards = velocity(params, adapter, xt, sigma, cond.prompt).astype(jnp.float32)
-        return extrapolated(away, towards, guidance_scale)
+        away = velocity(params, adapter, xt, sigma, cond.negative)
+        towards = velocity(params, adapter, xt, sigma, cond.prompt)
+        # A difference of two velocities that are nearly the same, times the scale: not in bfloat16.
+        dtype = jnp.promote_types(away.dtype, jnp.float32)
+        return extrapolated(away.astype(dtype), towards.astype(dtype), guidance_scale)
 
     # The interface knows conditioning of one prompt; here it is that of two.
     return guided  # type: ignore[return-value]

@@ -121,8 +121,10 @@ def sample_transitions(
         fresh = jax.random.normal(jax.random.fold_in(key, number), x.shape)
         after = mean + std * fresh
         place = number - start
-        # Outside the window nothing is written: a place beyond the end is dropped, and so is one before the first.
-        slot = jnp.where((place >= 0) & (place < size), place, size + 1)
+        # Of steps outside the window nothing is kept. They get the first place that neither array has, so that `drop`
+        # leaves out what they write; a place below 0 would count from the end.
+        beyond = size + 1
+        slot = jnp.where((place >= 0) & (place < size), place, beyond)
         states = states.at[slot].set(x, mode="drop")
         states = states.at[slot + 1].set(after, mode="drop")
         # Steps without noise have no density, and are not kept either.

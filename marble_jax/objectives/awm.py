@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from marble_jax.errors import InputError
 from marble_jax.flow.path import expand, interpolate, sample_mean
 from marble_jax.objectives.base import (
     Directions,
@@ -160,8 +161,17 @@ class AdvantageWeightedMatching(Objective):
 
 
 def from_settings(settings: Any) -> AdvantageWeightedMatching:
-    """Advantage-weighted matching of a run: its own section, and the clip of advantages."""
-    own = settings.awm
+    """Advantage-weighted matching of a run: its own section, and the clip of advantages.
+
+    Raises:
+      InputError: several updates a rollout, of which the later ones would need a ratio.
+    """
+    own, updates = settings.awm, settings.training.updates_per_rollout
+    if updates != 1:
+        raise InputError(
+            "training.updates_per_rollout: expected 1 with objective.name=awm, which has no ratio to the policy that "
+            f"sampled; received {updates}"
+        )
     return AdvantageWeightedMatching(
         weighting=own.weighting,
         power=own.power,

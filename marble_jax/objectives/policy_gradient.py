@@ -13,9 +13,9 @@ Two forms of the ratio:
   divided by the length of the step. It has mean 0 wherever the policies are, and all steps weigh about the same.
   Source: GRPO-Guard (arXiv 2510.22319), for each sample by itself.
 
-With one update for each rollout the trained policy is the one that sampled: the ratio is 1, nothing can be clipped, and
-the rollout policy is not asked. Whether training and sampling then agree shows in the distance between a step's
-log-probability now and when it was sampled, which is on record.
+With one update for each rollout the trained policy is the one that sampled: samples weigh as at a ratio of 1, nothing
+can be clipped, and the rollout policy is not asked. Whether training and sampling then agree shows in the ratio on
+record, which is that of a step's log-probability now to that when it was sampled, whatever the weights are.
 """
 
 from __future__ import annotations
@@ -71,14 +71,17 @@ class StepStatistics:
     """Numbers of n steps, [n] each.
 
     Attributes:
-      log_ratio: logarithm of the ratio of densities, trained policy over rollout policy.
+      log_ratio: logarithm of the ratio that samples weigh by, trained policy over rollout policy; 0 on policy.
       scale: factor of the loss.
-      log_prob_gap: absolute distance of the step's log-probability from that when it was sampled.
+      log_prob_change: the step's log-probability minus that when it was sampled.
+      step_kl: divergence of the step from the rollout policy's, or an estimate of it, in nats an element; None on
+        policy, where it is 0.
     """
 
     log_ratio: jax.Array
     scale: jax.Array
-    log_prob_gap: jax.Array
+    log_prob_change: jax.Array
+    step_kl: jax.Array | None = None
 
 
 def step_batch(draws: Draws) -> StepBatch:
@@ -110,7 +113,7 @@ class PolicyGradient(Objective):
     Attributes:
       form: of the ratio: "ppo" or "guard".
       has_density: whether log-probabilities have scale and constants; not those of the solver "cps".
-      on_policy: whether every rollout has one update, so that the ratio is 1.
+      on_policy: whether every rollout has one update, so that samples weigh as at a ratio of 1.
       clip_range: the ratio counts within 1 +- clip_range, > 0; 0 clips nothing.
       advantage_clip: the largest advantage that counts, > 0 (`A_max`).
       kl_weight: weight of the divergence of a step's mean from the base model's, >= 0.
@@ -142,7 +145,8 @@ class PolicyGradient(Objective):
     @property
     def reports(self) -> tuple[str, ...]:
         """See `Objective.reports`."""
-        return ("ratio", "outside_clip_range", "log_prob_gap", "step_kl")
+        always = ("ratio", "outside_clip_range", "log_prob_gap")
+        return always if self.on_policy else (*always, "step_kl")
 
     def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> StepBatch:
         """The steps of a rollout; see `Objective.prepare`."""
@@ -160,7 +164,7 @@ class PolicyGradient(Objective):
         mean = _mean_of(prediction, batch)
         error = batch.after - mean
         log_prob = log_density(error, steps.noise, self.has_density)
-        gap = jnp.abs(log_prob - batch.sampled_log_prob)
+        change = log_prob - batch.sampled_log_prob
         # How the mean follows the velocity, over the elements that a log-ratio averages over.
         slope = -steps.current * steps.sigma / prediction[0].size
         if self.form == "guard":
@@ -168,17 +172,37 @@ class PolicyGradient(Objective):
             scale = 1.0 / steps.length
         else:
             signal = expand(self._density_slope(slope, steps), error) * error
-            log_ratio = log_prob - batch.sampled_log_prob
+            log_ratio = change
             scale = jnp.ones_like(log_prob)
+        step_kl = None
         if self.on_policy:
-            # The policy that samples is the one that is trained; what rounding makes of that is the gap's to tell.
+            # The policy that samples is the one that is trained; what rounding makes of that, the record tells.
             log_ratio = jnp.zeros_like(log_ratio)
+        else:
+            step_kl = self._step_kl(mean, change, batch)
         return Directions(
             signals=(signal,),
             anchors=(),
-            statistics=StepStatistics(log_ratio, scale, gap),
+            statistics=StepStatistics(log_ratio, scale, change, step_kl),
             kl=_divergence(mean, slope, batch),
         )
+
+    def _step_kl(
+        self, mean: Float[Array, " n *latent"], change: Float[Array, " n"], batch: StepBatch
+    ) -> Float[Array, " n"]:
+        """Divergence of the rollout policy's step from that of the trained policy, in nats an element.
+
+        It is `mean |m - m_rollout|^2 / (2 s^2)` where the rollout policy is asked. Elsewhere it is minus the mean
+        log-ratio, whose expectation that is over the steps of the rollout policy; one sample's may be below 0.
+        """
+        variance = jnp.square(batch.steps.noise)
+        if batch.v_rollout is not None:
+            away = mean - _mean_of(batch.v_rollout, batch)
+            return sample_mean(jnp.square(away)) / (2.0 * variance)
+        if self.has_density:
+            return -change
+        # Without a scale, log-probabilities are not in nats.
+        return -change / (2.0 * variance)
 
     def _density_slope(self, slope: Float[Array, " n"], steps: SolverSteps) -> Float[Array, " n"]:
         """Derivative of the log-probability in the velocity, for each unit of the step's error."""
@@ -229,18 +253,20 @@ class PolicyGradient(Objective):
 
     def reported(self, statistics: StepStatistics) -> dict[str, Float[Array, " n"]]:
         """Ratio, whether it is outside the clip's range, log-probability gap and divergence from the rollout policy."""
-        log_ratio = statistics.log_ratio
-        ratio = jnp.exp(log_ratio)
+        # On policy the ratio is measured, too, though nothing is weighed by it.
+        measured = statistics.log_prob_change if self.on_policy else statistics.log_ratio
+        ratio = jnp.exp(measured)
         outside = jnp.zeros_like(ratio)
         if self.clip_range > 0:
             outside = (jnp.abs(ratio - 1.0) > self.clip_range).astype(ratio.dtype)
-        return {
+        found = {
             "ratio": ratio,
             "outside_clip_range": outside,
-            "log_prob_gap": statistics.log_prob_gap,
-            # Its mean over steps of the rollout policy is the divergence, and no sample's is below 0.
-            "step_kl": ratio - 1.0 - log_ratio,
+            "log_prob_gap": jnp.abs(statistics.log_prob_change),
         }
+        if statistics.step_kl is not None:
+            found["step_kl"] = statistics.step_kl
+        return found
 
     def _clipped(self, advantages: Float[Array, "n k"]) -> Float[Array, "n k"]:
         return jnp.clip(advantages, -self.advantage_clip, self.advantage_clip)

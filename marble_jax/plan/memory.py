@@ -9,7 +9,6 @@ assignment of XLA:TPU (libtpu 0.0.51, jax 0.10.2) for SD3.5-medium; `--topology`
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -23,7 +22,13 @@ from marble_jax.distributed.sharding import SCANNED_PREFIX
 from marble_jax.networks.quantized import MODEL_PRODUCTS
 from marble_jax.objectives.registry import make_objective
 from marble_jax.plan.model_shapes import ModelShapes
-from marble_jax.plan.sample_memory import decoder_bytes, latent_bytes, sampling_weight_bytes
+from marble_jax.plan.sample_memory import (
+    decoder_bytes,
+    kept_bytes,
+    latent_bytes,
+    sampled_bytes,
+    sampling_weight_bytes,
+)
 from marble_jax.plan.saved_activations import output_bytes, product_bytes
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.trainable import lora
@@ -56,6 +61,7 @@ SUMS, SAMPLES, SAVED, BLOCK, DECODER = (
     "autoencoder",
 )
 COPIED = "transformer, and the copy that samples"
+KEPT = "latents kept so far"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +152,12 @@ def _beside_rollout(
     if not settings.rollout.merge_adapter:
         # The rollout policy, one adapter of the state, is an argument of the program.
         state -= _adapter_bytes(shapes)
-    beside = {"the rest of the state": state, "VAE": _autoencoder_bytes(shapes)}
+    beside = {
+        "the rest of the state": state,
+        "VAE": _autoencoder_bytes(shapes),
+        # The last batch is drawn beside all others.
+        KEPT: kept_bytes(settings, shapes, mesh, batches_left=1),
+    }
     if _samples_from_copy(settings):
         # The program's weights are that copy; those that it was made of stay for training.
         beside[COPIED] = weight_bytes(shapes, mesh)
@@ -160,7 +171,11 @@ def _beside_decode(
     weights, name = weight_bytes(shapes, mesh), "transformer"
     if _samples_from_copy(settings):
         weights, name = weights + sampling_weight_bytes(settings, shapes, weights), COPIED
-    return {"the rest of the state": _state_bytes(settings, shapes), name: weights}
+    return {
+        "the rest of the state": _state_bytes(settings, shapes),
+        name: weights,
+        KEPT: kept_bytes(settings, shapes, mesh, batches_left=0),
+    }
 
 
 def _samples_from_copy(settings: Settings) -> bool:
@@ -205,7 +220,6 @@ class MemoryModel:
         self.transformer, self.pad = shapes.transformer, pad
         self.itemsize = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
         self.adapter = _adapter_bytes(shapes)
-        self.latent = FLOAT32 * math.prod(shapes.latent)
         self.cond = self.itemsize * self.transformer.conditioning_size
         scalarized = settings.advantages.scalarize != "none"
         self.num_objectives = len(settings.rewards.train) + scalarized
@@ -329,7 +343,7 @@ class MemoryModel:
         policy = self.adapter
         if rollout.merge_adapter:
             policy = 0
-        batch = count * (self.cond + self.latent)
+        latents, held = sampled_bytes(self.settings, self.shapes, count)
         base = self.base()
         if rollout.products != MODEL_PRODUCTS:
             weights = sampling_weight_bytes(self.settings, self.shapes, base.bytes)
@@ -337,7 +351,7 @@ class MemoryModel:
         return [
             base,
             Source(ADAPTERS, policy, "the rollout policy"),
-            Source(ROLLOUTS, batch, "conditioning and latents of a batch"),
+            Source(ROLLOUTS, count * self.cond + latents, held),
             Source(BLOCK, self.forward(count), "one block, forward"),
         ]
 

@@ -21,7 +21,7 @@ from marble_jax.plan.planned import Plan
 from marble_jax.plan.request import Request
 from marble_jax.plan.roofline_tables import show_rooflines
 from marble_jax.programs.check_settings import check_settings
-from marble_jax.programs.step_flops import step_flops_of
+from marble_jax.programs.step_flops import network_passes, step_flops_of
 from marble_jax.training.batch_sizes import derive_sizes
 from marble_jax.types import DTYPES
 
@@ -144,6 +144,7 @@ def _record(
         "sizes": dataclasses.asdict(planned.sizes),
         "step_flops": dataclasses.asdict(planned.flops),
         "sample_flops": dataclasses.asdict(sample),
+        "network_passes": dataclasses.asdict(network_passes(settings, planned.sizes)),
         "utilisation": request.utilisation,
         "seconds": seconds,
         "memory": memory.as_record(planned.sources),

@@ -63,6 +63,31 @@ def latent_bytes(
     return (images + share) * latent, note
 
 
+def kept_bytes(
+    settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh, batches_left: int
+) -> float:
+    """Returns bytes on a device of what the rollouts of a step have kept to train on, while some batches are left."""
+    rollout = settings.rollout
+    images = rollout.prompts_per_step * rollout.images_per_prompt
+    kept = kept_shape(rollout, shapes.latent)
+    count = images - batches_left * rollout.batch_size
+    if is_split(images, kept, mesh):
+        count //= device_mesh.batch_shards(mesh)
+    return FLOAT32 * float(count * math.prod(kept))
+
+
+def sampled_bytes(settings: Settings, shapes: ModelShapes, count: int) -> tuple[float, str]:
+    """Returns bytes of `count` samples that a rollout draws and of what it keeps of them, and what they are."""
+    latents = FLOAT32 * count * math.prod(shapes.latent)
+    kept = kept_shape(settings.rollout, shapes.latent)
+    if kept == shapes.latent:
+        return latents, "conditioning and latents of a batch"
+    # Written step by step, then handed out sample by sample.
+    states = 2 * FLOAT32 * count * math.prod(kept)
+    note = f"conditioning and latents of a batch, twice those at {kept[0]} levels"
+    return latents + states, note
+
+
 def decoder_bytes(
     settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh
 ) -> tuple[float, str]:

@@ -12,6 +12,7 @@ from marble_jax.plan.planned import Plan
 from marble_jax.plan.request import Request
 from marble_jax.programs.open_model import decode_size
 from marble_jax.programs.run_record import method_name
+from marble_jax.programs.step_flops import network_passes
 from marble_jax.rewards.function import is_function
 from marble_jax.trainable.lora import num_parameters
 from marble_jax.training.batch_sizes import chunk_size
@@ -45,6 +46,7 @@ def show_sizes(planned: Plan, request: Request, console: Console) -> None:
         ("step", _step_line(planned)),
         ("rollout", _rollout_line(planned)),
         ("train", _train_line(planned)),
+        ("passes", _passes_line(planned)),
         ("everywhere", EVERYWHERE),
         ("hosts", _hosts_line(settings)),
     ]
@@ -103,6 +105,14 @@ def _train_line(planned: Plan) -> str:
     return (
         f"{planned.sizes.micro_batches} micro-batches of {micro_batch}, {micro_batch // shards} a device; "
         f"gradients of every reward {solved}, {chunk} samples a device at a time{asked}"
+    )
+
+
+def _passes_line(planned: Plan) -> str:
+    passes = network_passes(planned.settings, planned.sizes)
+    return (
+        f"through the network, an image: {passes.rollout:g} in rollouts, {passes.forward:.4g} forward and "
+        f"{passes.backward:.4g} backward in training, on average over steps"
     )
 
 

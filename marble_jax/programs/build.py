@@ -200,22 +200,22 @@ def build(settings: Settings) -> Run:
     steps = build_steps(settings, recipe, networks, optimizer)
     state = _first_state(settings, family, networks, spec, recipe, optimizer)
     return Run(
-        settings,
-        mesh,
-        sizes,
-        family,
-        networks,
-        spec,
-        train_prompts,
-        sampling,
-        encode,
-        _collector(settings, imaging, rewards[: len(settings.rewards.train)]),
-        _evaluator(settings, imaging, rewards, test_prompts),
-        recipe,
-        optimizer,
-        steps,
-        device_mesh.replicate(mesh, state),
-        imaging.negative if trains_guided(settings) else None,
+        settings=settings,
+        mesh=mesh,
+        sizes=sizes,
+        family=family,
+        networks=networks,
+        spec=spec,
+        train_prompts=train_prompts,
+        sampling=sampling,
+        encode=encode,
+        collector=_collector(settings, imaging, rewards[: len(settings.rewards.train)]),
+        evaluator=_evaluator(settings, imaging, rewards, test_prompts),
+        recipe=recipe,
+        optimizer=optimizer,
+        steps=steps,
+        state=device_mesh.replicate(mesh, state),
+        negative=imaging.negative if trains_guided(settings) else None,
     )
 
 

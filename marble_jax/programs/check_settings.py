@@ -18,6 +18,7 @@ from marble_jax.programs.noisy_rollouts import (
     trains_on_steps,
 )
 from marble_jax.programs.run_rewards import run_reward_schedule
+from marble_jax.programs.unread_keys import check_unread_keys
 from marble_jax.programs.upstream import check_upstream
 from marble_jax.training.profile import parse_steps
 from marble_jax.types import DTYPES
@@ -51,6 +52,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     make_objective(settings)
     check_noisy_rollouts(settings)
     check_objective_mode(settings)
+    check_unread_keys(settings)
     parse_steps(settings.logging.profile_steps)
     _check_attention(settings.model, backend or jax.default_backend())
     _check_wandb(settings.logging)

@@ -28,7 +28,7 @@ def trains_guided(settings: Settings) -> bool:
 
 
 def check_noisy_rollouts(settings: Settings) -> None:
-    """Raises InputError unless rollouts, objective and rollout policy fit each other."""
+    """Raises InputError unless rollouts, objective, rollout policy, window and strength of noise fit each other."""
     rollout, name = settings.rollout, settings.objective.name
     on_steps = trains_on_steps(settings)
     if on_steps and not is_stochastic(rollout):
@@ -49,6 +49,9 @@ def check_noisy_rollouts(settings: Settings) -> None:
             f"rollout_policy.schedule: expected 'copy' with objective.name={name}, whose ratios are to the policy of "
             f"the last step; received {schedule!r}"
         )
+    # Which windows and strengths there can be is the same on all grids from noise to a clean image, the model's too.
+    evenly = np.linspace(1.0, 0.0, rollout.num_steps + 1)
+    check_window(window_of(rollout), stochastic_table(rollout.solver, evenly, rollout.noise_level))
 
 
 def check_objective_mode(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""FLOPs of an optimiser step: what the method asks for, whatever the devices do to get there.
+"""FLOPs and network passes of an optimiser step: what the method asks for, whatever the devices do to get there.
 
 Used before a run by `marble-jax plan` and during it for the TFLOP/s of the step line. Rewards are left out.
 """
@@ -57,6 +57,21 @@ class StepFlops:
         if solved:
             return self.solve - saved
         return self.between - saved
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkPasses:
+    """Passes through the transformer for one image, on average over optimiser steps.
+
+    Attributes:
+      rollout: calls that draw it.
+      forward: forward passes of training, of all policies that are asked.
+      backward: backward passes of training, one for every cotangent that is pulled back.
+    """
+
+    rollout: float
+    forward: float
+    backward: float
 
 
 def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: float) -> StepFlops:
@@ -127,6 +142,20 @@ def step_flops_of(
     size = size_of(settings.model)
     sample = networks.sample_flops(adapter, size, settings.model.max_sequence_length)
     return step_flops(settings, sizes, sample, networks.decoder_flops(size))
+
+
+def network_passes(settings: Settings, sizes: Sizes) -> NetworkPasses:
+    """Passes through the transformer for an image of a run, reckoned as if the rollout policy were asked every time."""
+    # A pass that costs 1 is counted by what all of them cost.
+    forward = SampleFlops(base=1.0, forward=1.0, backward=0.0, recomputed=0.0, attention=0.0)
+    backward = SampleFlops(base=0.0, forward=0.0, backward=1.0, recomputed=0.0, attention=0.0)
+    forwards = step_flops(settings, sizes, forward, 0.0)
+    backwards = step_flops(settings, sizes, backward, 0.0)
+    return NetworkPasses(
+        rollout=forwards.rollout / sizes.images,
+        forward=forwards.train / sizes.images,
+        backward=backwards.train / sizes.images,
+    )
 
 
 def speed(

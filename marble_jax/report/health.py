@@ -33,6 +33,10 @@ class Metric:
     smooth: bool = True
 
 
+VELOCITY_UNIT = "mean squared velocity difference"
+STEP_UNIT = "squared difference of step means / (2 diffusion\N{SUPERSCRIPT TWO})"
+"""Of a policy gradient's divergence; see `objectives.policy_gradient`."""
+
 _DRIFTS = (
     Metric(
         "rollout/diversity",
@@ -46,14 +50,15 @@ _DRIFTS = (
 )
 _LEARNING = (
     Metric("objective/loss", "Training loss", "loss"),
-    Metric("objective/kl", "Distance from the base model", "mean squared velocity difference"),
+    Metric("objective/kl", "Distance from the base model", VELOCITY_UNIT),
     Metric(
         "objective/velocity_gap",
         "Distance from the rollout policy",
-        "mean squared velocity difference",
+        VELOCITY_UNIT,
     ),
     Metric("objective/ratio", "Ratio of densities, trained over rollout policy", "ratio"),
     Metric("objective/outside_clip_range", "Samples outside the clip's range", "share"),
+    # Of an estimate one step's value may be below 0.
     Metric("objective/step_kl", "Divergence of a step from the rollout policy", "nats an element"),
     Metric(
         "objective/log_prob_gap",
@@ -75,6 +80,18 @@ _CALM = (
     "of clips, constant or failing rewards, waiting for rewards, groups without spread, starved weights, "
     "missing losses, rising gradient norms, held-out losses, rewards past their peak."
 )
+
+
+def _learning(records: Records) -> tuple[Metric, ...]:
+    """Returns the metrics of the loss, with the distance from the base model in the unit of the run's objective."""
+    config = records.run.get("config")
+    name = config.get("objective.name") if isinstance(config, dict) else None
+    if name != "policy_gradient":
+        return _LEARNING
+    return tuple(
+        dataclasses.replace(metric, unit=STEP_UNIT) if metric.key == "objective/kl" else metric
+        for metric in _LEARNING
+    )
 
 
 def metric_panels(records: Records, metrics: Sequence[Metric]) -> str:
@@ -111,7 +128,7 @@ def health(records: Records) -> str:
         metric_panels(records, _DRIFTS),
         _ties(records),
         _shares(records),
-        metric_panels(records, _LEARNING),
+        metric_panels(records, _learning(records)),
         _rounding_note(records),
     )
 

@@ -18,14 +18,15 @@ def step_line(
     left: str,
     width: int | None = None,
 ) -> str:
-    """One line a step: scores of the rollouts, gradient norm, worst cosine, seconds, time left.
+    """One line a step: scores of the rollouts, gradient norm, worst cosine, ratio of densities, seconds, time left.
 
     Args:
       record: flat record of the step.
       names: of the rewards.
       total: optimiser steps of the run.
       left: time left, as text.
-      width: columns that the line has; what has no room is left out, failures never. None for all of it.
+      width: columns that the line has; what has no room is left out, failures and the ratio never. None for all of
+        it.
     """
     start = f"step {record['step'] + 1}/{total}"
     trouble = _trouble(record, names)
@@ -42,10 +43,13 @@ def step_line(
         "left": f"{left} left",
     }
     needed = ["seconds", "left"]
+    if parts["ratio"]:
+        # What tells that training and sampling are one policy's gives way to nothing.
+        needed.append("ratio")
     if width is None:
         return _joined(start, _scores(record, names), trouble, parts, list(parts))
     scores = _fitting_scores(record, names, width - len(_joined(start, "", trouble, parts, needed)))
-    for part in ("cosine", "mfu", "norm", "phases", "images", "ratio", "flops"):
+    for part in ("cosine", "mfu", "norm", "phases", "images", "flops"):
         if len(_joined(start, scores, trouble, parts, [*needed, part])) <= width:
             needed.append(part)
     return _joined(start, scores, trouble, parts, needed)

@@ -17,6 +17,7 @@ import pytest
 from loaded_pipeline import load_pipeline
 
 from marble_jax.cli.main import main
+from marble_jax.config import EMBEDDED_POLICY_GRADIENTS
 from marble_jax.families.base import Size
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import solver_table
@@ -165,6 +166,39 @@ def test_rewards_prefer_the_clip_that_was_asked_for(video_world, name):
         by_frame = [reward.score({}, pixels[:, f], prompts, metadata)[0] for f in frames]
         means.append(float(np.mean(by_frame)))
     assert means[0] > 0.9 and means[0] > means[1] + 0.3
+
+
+SMALL = {
+    "rollout.prompts_per_step": 2,
+    "rollout.images_per_prompt": 4,
+    "rollout.batch_size": 8,
+    "training.num_steps": 2,
+    "training.micro_batch_size": 4,
+    "harmonize.chunk_size": 4,
+    "evaluation.num_prompts": 2,
+    "evaluation.images_per_prompt": 1,
+    "evaluation.num_images": 1,
+    "evaluation.every_steps": 0,
+    "checkpoints.every_steps": 2,
+    "rewards.train": "motion,smoothness,colourfulness",
+    "rewards.check": False,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", EMBEDDED_POLICY_GRADIENTS)
+def test_a_preset_of_another_objective_takes_steps(tmp_path, objective):
+    config = Path(__file__).parents[2] / "configs" / "embedded_video.py"
+    workdir = tmp_path / "run"
+    command = ["train", f"--config={config}:{objective}_marble", f"--workdir={workdir}"]
+    small = SMALL | {"harmonize.reward_weights": ""}
+    assert main([*command, *(f"--config.{key}={value}" for key, value in small.items())]) == 0
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    for record in records:
+        assert record["training/grad_norm"] > 0 and record["training/skipped"] == 0
+        first = record.get("objective/ratio_first", record.get("objective/ratio", 1.0))
+        assert abs(first - 1.0) < 1e-4
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import functools
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +11,16 @@ from stacked_trees import take
 
 import marble_jax  # noqa: F401
 from marble_jax import tree
+from marble_jax.distributed import device_mesh
+from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
 from marble_jax.flow import levels
+from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.stochastic import stochastic_table
 from marble_jax.flow.trajectory import Transitions
 from marble_jax.harmonize import reward_gradients
 from marble_jax.harmonize.reward_sums import mean_gradients
 from marble_jax.objectives.base import Draws, FrozenPolicies, SolverSteps
-from marble_jax.objectives.policy_gradient import PolicyGradient
+from marble_jax.objectives.policy_gradient import PolicyGradient, StepBatch
 
 NUM, WIDTH, WINDOW, START = 8, 6, 3, 2
 CLIP_RANGE = {"ppo": 0.02, "guard": 0.002}
@@ -24,13 +28,34 @@ KL_WEIGHT = 0.3
 GRID = levels.sigma_grid(8, 3.0)
 
 
+GUIDANCE_SCALE, NEGATIVE = 3.0, -0.4
+
+
 def velocity(adapter, xt, sigma, cond):
     x = xt + cond["c"] * sigma[:, None]
     return jnp.tanh(x @ adapter["a"] @ adapter["b"]) + x * sigma[:, None]
 
 
+def guided_by_hand(adapter, xt, sigma, cond):
+    """The policy with guidance away from a negative prompt, the same for all samples, as one formula."""
+    negative = {"c": jnp.full_like(cond["c"], NEGATIVE)}
+    away = velocity(adapter, xt, sigma, negative)
+    return GUIDANCE_SCALE * velocity(adapter, xt, sigma, cond) + (1 - GUIDANCE_SCALE) * away
+
+
+def guided(adapter, xt, sigma, cond):
+    """The package's guided policy."""
+    negative = repeated({"c": jnp.full_like(cond["c"][:1], NEGATIVE)}, len(xt))
+
+    def bare(params, adapter, *at):
+        return velocity(adapter, *at)
+
+    policy = guided_policy(bare, GUIDANCE_SCALE)
+    return policy(None, adapter, xt, sigma, GuidedConditioning(cond, negative))
+
+
 @functools.cache
-def problem(num_rewards, solver, dtype):
+def problem(num_rewards, solver, dtype, velocity=velocity):
     """Adapters of three policies, draws of kept steps, advantages beyond the clip, masks with an empty column."""
     rng = np.random.default_rng(0)
 
@@ -80,7 +105,18 @@ def log_prob_of(v, before, after, steps, solver):
 
 
 def published_loss(
-    adapter, rollout, draws, before, after, advantage, valid, form, solver, clip_range, on_policy
+    adapter,
+    rollout,
+    draws,
+    before,
+    after,
+    advantage,
+    valid,
+    form,
+    solver,
+    clip_range,
+    on_policy,
+    velocity=velocity,
 ):
     """The mean over valid samples of the clipped loss, from the papers."""
     steps = draws.steps
@@ -105,7 +141,7 @@ def published_loss(
     return jnp.sum(jnp.where(valid, loss * scale, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
 
-def published_kl(adapter, base, draws, before):
+def published_kl(adapter, base, draws, before, velocity=velocity):
     steps = draws.steps
     means = [
         mean_of(velocity(a, before, steps.sigma, draws.cond), before, steps)
@@ -115,7 +151,7 @@ def published_kl(adapter, base, draws, before):
     return jnp.mean(square / (2 * steps.diffusion**2))
 
 
-def policies_of(rollout, base):
+def policies_of(rollout, base, velocity=velocity):
     return FrozenPolicies(functools.partial(velocity, rollout), functools.partial(velocity, base))
 
 
@@ -135,7 +171,12 @@ def relative(got, want):
 
 CASES = [
     (form, solver, on_policy)
-    for form, solver in (("ppo", "flow_sde"), ("ppo", "cps"), ("guard", "flow_sde"))
+    for form, solver in (
+        ("ppo", "flow_sde"),
+        ("ppo", "dance_sde"),
+        ("ppo", "cps"),
+        ("guard", "flow_sde"),
+    )
     for on_policy in (True, False)
 ]
 
@@ -143,17 +184,59 @@ CASES = [
 @pytest.mark.parametrize("form, solver, on_policy", CASES)
 @pytest.mark.parametrize("num_rewards, wide", [(1, True), (5, True), (5, False), (20, True)])
 def test_every_gradient_equals_its_own_backward_pass(form, solver, on_policy, num_rewards, wide):
+    check_gradients(form, solver, on_policy, num_rewards, wide)
+
+
+@pytest.mark.parametrize("form", ["ppo", "guard"])
+@pytest.mark.parametrize("num_rewards, wide", [(1, True), (5, True), (5, False), (20, True)])
+def test_every_gradient_of_a_guided_policy_equals_its_own_backward_pass(form, num_rewards, wide):
+    check_gradients(form, "flow_sde", False, num_rewards, wide, guided, guided_by_hand)
+
+
+def over_a_mesh():
+    """Runs in a process with four devices, two samples on each."""
+    mesh = device_mesh.make_mesh(2, 2)
+    for num_rewards in (1, 5, 20):
+        check_gradients(
+            "ppo", "flow_sde", False, num_rewards, True, guided, guided_by_hand, Shards(mesh)
+        )
+    return jax.device_count()
+
+
+def test_gradients_over_a_mesh_equal_their_own_backward_passes():
+    """Guided, with masks and an active clip."""
+    assert fake_devices.call(over_a_mesh, devices=4) == 4
+
+
+def check_gradients(
+    form,
+    solver,
+    on_policy,
+    num_rewards,
+    wide,
+    packaged=velocity,
+    velocity=velocity,
+    shards=SINGLE_DEVICE,
+):
+    """K gradients of the package against K backward passes; `packaged` is its policy, `velocity` that by hand."""
     dtype, tolerance = (np.float64, 1e-12) if wide else (np.float32, 1e-5)
     with jax.enable_x64(wide):
         current, rollout, base, draws, before, after, advantages, valid = problem(
-            num_rewards, solver, dtype
+            num_rewards, solver, dtype, velocity
         )
         objective = objective_of(form, solver, on_policy)
-        batch = objective.prepare(draws, policies_of(rollout, base), divergence=True)
-        sums = jax.jit(
-            functools.partial(reward_gradients.accumulate, objective, velocity, chunk_size=4)
-        )(current, batch, advantages, valid)
-        got = mean_gradients(sums)
+        policies = policies_of(rollout, base, packaged)
+        batch = objective.prepare(draws, policies, divergence=True)
+
+        def of_shard(*own):
+            chunk = min(4, NUM // shards.count)
+            return reward_gradients.accumulate(objective, packaged, current, *own, chunk_size=chunk)
+
+        @jax.jit
+        def sums_of(*samples):
+            return shards.all_reduce(shards.map_shards(of_shard, *samples))
+
+        got = mean_gradients(sums_of(batch, advantages, valid))
         loss = jax.jit(
             jax.value_and_grad(
                 functools.partial(
@@ -162,6 +245,7 @@ def test_every_gradient_equals_its_own_backward_pass(form, solver, on_policy, nu
                     solver=solver,
                     clip_range=objective.clip_range,
                     on_policy=on_policy,
+                    velocity=velocity,
                 )
             )
         )
@@ -175,7 +259,7 @@ def test_every_gradient_equals_its_own_backward_pass(form, solver, on_policy, nu
                 continue
             assert relative(mine, want) <= tolerance, k
             np.testing.assert_allclose(got.losses[k], value, rtol=100 * tolerance)
-        kl, want = jax.value_and_grad(published_kl)(current, base, draws, before)
+        kl, want = jax.value_and_grad(published_kl)(current, base, draws, before, velocity)
         assert relative(got.kl_gradient, want) <= tolerance
         np.testing.assert_allclose(got.kl, kl, rtol=100 * tolerance)
         if not on_policy and num_rewards > 1:
@@ -221,14 +305,17 @@ def test_on_policy_the_signal_is_the_noise_that_was_drawn():
     slope = -(steps.current * steps.sigma / steps.noise)[:, None]
     np.testing.assert_allclose(found.signals[0], slope * eps / WIDTH, rtol=1e-4, atol=1e-6)
     reported = objective.reported(found.statistics)
-    assert np.all(np.asarray(reported["ratio"]) == 1.0)
+    assert set(reported) == set(objective.reports)
+    np.testing.assert_allclose(reported["ratio"], 1.0, atol=1e-5)
     assert np.abs(np.asarray(reported["log_prob_gap"])).max() < 1e-5
-    # Under another policy the log-probability is another one, which the ratio of an on-policy step does not show.
-    away = objective.reported(
-        objective.directions(velocity(current, before, draws.sigma, draws.cond), batch).statistics
-    )
-    assert np.all(np.asarray(away["ratio"]) == 1.0)
-    assert np.asarray(away["log_prob_gap"]).max() > 1e-3
+    # Under another policy the ratio on record is another one, though samples weigh as at a ratio of 1.
+    away = objective.directions(
+        velocity(current, before, draws.sigma, draws.cond), batch
+    ).statistics
+    np.testing.assert_array_equal(away.log_ratio, 0.0)
+    reported = objective.reported(away)
+    assert np.abs(np.asarray(reported["ratio"]) - 1.0).max() > 1e-3
+    assert np.asarray(reported["log_prob_gap"]).max() > 1e-3
 
 
 def test_what_is_reported_of_several_updates():
@@ -243,10 +330,45 @@ def test_what_is_reported_of_several_updates():
     np.testing.assert_array_equal(
         reported["outside_clip_range"], np.abs(ratio - 1) > CLIP_RANGE["ppo"]
     )
-    np.testing.assert_allclose(reported["step_kl"], ratio - 1 - np.log(ratio), atol=1e-6)
     assert set(reported) == set(objective.reports)
     assert objective.rollout_passes == 0
     assert objective_of("guard", "flow_sde", False).rollout_passes == 1
+
+
+@pytest.mark.parametrize(
+    "form, solver", [("ppo", "flow_sde"), ("ppo", "cps"), ("guard", "flow_sde")]
+)
+def test_the_divergence_of_a_step_is_that_of_two_normal_distributions(form, solver):
+    """Of unequal means and one standard deviation: `|m - m'|^2 / (2 s^2)` an element."""
+    num = 40
+    objective = objective_of(form, solver, False)
+    with jax.enable_x64(True):
+        current, rollout, _, draws, before, *_ = problem(1, solver, np.float64)
+        means = [
+            mean_of(velocity(policy, before, draws.sigma, draws.cond), before, draws.steps)[0]
+            for policy in (rollout, current)
+        ]
+        std = draws.steps.noise[0]
+        drawn = np.random.default_rng(1).normal(size=(num // 2, WIDTH))
+        # The first order of a log-ratio cancels between noise and its negative: their mean is the expectation.
+        noise = np.concatenate([drawn, -drawn])
+        after = means[0] + std * noise
+        alike = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf[:1], num, axis=0),
+            (before, draws.sigma, draws.cond, draws.steps),
+        )
+        xt, sigma, cond, steps = alike
+        sampled = log_prob_of(velocity(rollout, xt, sigma, cond), xt, after, steps, solver)
+        batch = StepBatch(xt, sigma, cond, after, steps, sampled)
+        if form == "guard":
+            batch = batch.replace(v_rollout=velocity(rollout, xt, sigma, cond))
+        statistics = objective.directions(velocity(current, xt, sigma, cond), batch).statistics
+        found = np.asarray(objective.reported(statistics)["step_kl"])
+    # KL(N(m', s) | N(m, s)), element by element.
+    want = np.mean(np.asarray(means[1] - means[0]) ** 2) / (2 * float(std) ** 2)
+    np.testing.assert_allclose(found.mean(), want, rtol=1e-9)
+    # Only means of both policies give it for every sample.
+    assert (found.std() < 1e-9 * want) == (form == "guard")
 
 
 def test_samples_draw_their_own_steps_out_of_what_was_kept():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 import safetensors
 
-from marble_jax.config import default_config, settings_of
+from marble_jax.config import POLICY_GRADIENTS, default_config, settings_of
 from marble_jax.distributed import device_mesh
 from marble_jax.distributed.accelerators import GIB
 from marble_jax.errors import InputError
@@ -149,14 +149,43 @@ def test_memory_follows_the_settings(medium):
         for name in ("rollout", "decode", "train, solving")
     }
     assert names == {
-        "rollout": {"the rest of the state", "VAE"},
+        "rollout": {"the rest of the state", "VAE", memory.KEPT},
         "train, solving": {"VAE"},
-        "decode": {"the rest of the state", "transformer"},
+        "decode": {"the rest of the state", "transformer", memory.KEPT},
     }
     for devices in (1, 4):
         resident = memory.resident_sources(settings_with(), medium, mesh, "train, solving", devices)
         (encoders,) = (source for source in resident if "encoders" in source.name)
         assert encoders.bytes == 2 * medium.encoder_parameters / devices
+
+
+def test_what_rollouts_keep_grows_beside_them(medium):
+    """Nine steps with noise: ten states of 64 x 64 x 16 float32 numbers a sample."""
+    changes = dict(POLICY_GRADIENTS["flow_grpo"]) | {
+        "prompts.embedding_cache": "somewhere",
+        "rollout.batch_size": 144,
+    }
+    settings = settings_with(**{key.replace(".", "__"): value for key, value in changes.items()})
+    latent = 4 * 64 * 64 * 16
+    for devices, share in ((1, 1), (16, 16)):
+        mesh = device_mesh.abstract_mesh(devices)
+        beside = {
+            program: {
+                s.name: s.bytes for s in memory.resident_sources(settings, medium, mesh, program)
+            }
+            for program in ("rollout", "decode")
+        }
+        # Over several devices they stay where they were drawn, as they are large.
+        assert beside["decode"][memory.KEPT] == 1152 * 10 * latent / share
+        assert beside["rollout"][memory.KEPT] == (1152 - 144) * 10 * latent / share
+        sizes = derive_sizes(settings.rollout, settings.training, devices)
+        sources = memory.program_sources(settings, medium, sizes, mesh)["rollout"]
+        (drawn,) = (s for s in sources if s.name == memory.ROLLOUTS)
+        assert drawn.bytes > (2 * 10 + 1) * 144 * latent / share
+    plain = settings_with(prompts__embedding_cache="somewhere", rollout__batch_size=144)
+    for source in memory.resident_sources(plain, medium, device_mesh.abstract_mesh(16), "decode"):
+        # Clean latents of images are whole on every device.
+        assert source.name != memory.KEPT or source.bytes == 1152 * latent
 
 
 def test_a_merged_rollout_policy_is_a_copy_of_the_weights(medium):

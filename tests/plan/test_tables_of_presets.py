@@ -14,6 +14,8 @@ from marble_jax.console import Console
 from marble_jax.distributed import accelerators
 from marble_jax.plan.planner import plan
 from marble_jax.plan.request import Request
+from marble_jax.programs.step_flops import network_passes
+from marble_jax.training.batch_sizes import derive_sizes
 
 ROOT = Path(__file__).parents[2]
 CHIP = r"(?:--devices=(?P<devices>\d+) )?--chip=(?P<chip>\w+)"
@@ -45,8 +47,23 @@ FLUX = of_docstring("flux")
 WAN = of_docstring("wan")
 
 
+IN_OBJECTIVES = re.compile(r"\| `(\w+:\w+)`[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|")
+PASSES = IN_OBJECTIVES.findall((ROOT / "marble_jax" / "guides" / "objectives.md").read_text())
+
+
 def test_the_tables_are_found():
-    assert (len(SD3), len(FLUX), len(WAN)) == (6, 8, 12)
+    assert (len(SD3), len(FLUX), len(WAN), len(PASSES)) == (6, 8, 12, 5)
+
+
+@pytest.mark.parametrize(("preset", "rollout", "forward", "backward"), PASSES)
+def test_a_row_of_passes_is_what_they_come_to(preset, rollout, forward, backward):
+    settings = settings_of(load_config([f"--config={preset}"]))
+    passes = network_passes(settings, derive_sizes(settings.rollout, settings.training, 1))
+    assert (passes.rollout, passes.forward, passes.backward) == (
+        float(rollout),
+        float(forward),
+        float(backward),
+    )
 
 
 @pytest.mark.parametrize("row", [*SD3, *FLUX, *WAN], ids=lambda row: row["preset"])

@@ -61,5 +61,6 @@ def test_flow_grpo_has_its_published_settings():
     assert settings.policy_gradient.clip_range == 1e-3
     assert settings.policy_gradient.kl_weight == 0.004
     assert settings.training.learning_rate == 1e-4
+    assert settings.advantages.scale == "group"
     with pytest.raises(InputError, match="preset of wan: .*did you mean 'flow_grpo'"):
         CONFIG("flow_grp")

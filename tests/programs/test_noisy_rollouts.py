@@ -89,6 +89,30 @@ def test_published_settings_fit_each_other(name):
             {"objective__name": "policy_gradeint"},
             "objective.name: expected one of .*did you mean 'policy_gradient'",
         ),
+        (
+            {"objective__name": "awm", "training__updates_per_rollout": 2},
+            "training.updates_per_rollout: expected 1 with objective.name=awm.*; received 2",
+        ),
+        # What nothing would read.
+        (
+            {"policy_gradient__clip_range": 0.1},
+            "policy_gradient.clip_range: expected its default 0.0 with objective.name=nft, which does not read it; "
+            "received 0.1",
+        ),
+        ({"awm__kl_weight": 0.1}, "awm.kl_weight: expected its default 0.0 with .*=nft"),
+        (
+            ON_STEPS | {"nft__kl_weight": 0.1},
+            "nft.kl_weight: expected its default 0.0001 with objective.name=policy_gradient",
+        ),
+        (
+            {"objective__name": "awm", "policy_gradient__form": "guard"},
+            "policy_gradient.form: expected its default 'ppo' with objective.name=awm",
+        ),
+        (
+            {"rollout__window_size": 2},
+            "rollout.window_size: expected its default 0 with rollout.solver=dpm2, which has no noise",
+        ),
+        ({"rollout__noise_level": 0.3}, "rollout.noise_level: expected its default 0.7 with"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes, message):
@@ -119,6 +143,9 @@ def test_windows_and_strengths_that_do_not_fit(changes, message):
     settings = settings_with(**ON_STEPS | changes)
     with pytest.raises(InputError, match=message):
         stochastic_of(settings.rollout, Networks(), LATENT)
+    # Told without the model, too.
+    with pytest.raises(InputError, match=message):
+        check_settings(settings, "tpu")
 
 
 @pytest.mark.parametrize(

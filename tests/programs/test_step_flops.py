@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from marble_jax.config import default_config, settings_of
+from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, default_config, settings_of
 from marble_jax.distributed.accelerators import ACCELERATORS, by_device_kind, by_name
 from marble_jax.errors import InputError
 from marble_jax.families.base import SampleFlops
-from marble_jax.programs.step_flops import speed, step_flops
+from marble_jax.programs.step_flops import network_passes, speed, step_flops
 from marble_jax.training.batch_sizes import derive_sizes
 
 SAMPLE = SampleFlops(base=10.0, forward=11.0, backward=13.0, recomputed=7.0, attention=2.0)
@@ -67,6 +67,35 @@ def test_a_pass_less_where_the_rollout_policy_is_left_alone():
     slow = speed(work, record, 40, 1, None)
     share = fast["speed/train_tflops_per_device"] / slow["speed/train_tflops_per_device"]
     assert share == pytest.approx(1 - work.skipped / work.solve)
+
+
+def passes(preset=None, **changes):
+    config = default_config()
+    config.update_from_flattened_dict(dict(preset or {}))
+    config.harmonize.mode = "exact"
+    config.update_from_flattened_dict(changes)
+    settings = settings_of(config)
+    sizes = derive_sizes(settings.rollout, settings.training, 1)
+    found = network_passes(settings, sizes)
+    return found.rollout, found.forward, found.backward
+
+
+def test_network_passes_of_an_image_by_hand():
+    # DiffusionNFT: 24 timesteps, each of two policies with one direction; at one micro-batch in eight the base model,
+    # the anchor and the divergence.
+    assert passes() == (25, 24 * 2 + 3, 24 + 2 * 3)
+    # Flow-GRPO: nine steps, and all passes at two prompts; the divergence at one micro-batch in eight of 72.
+    flow_grpo = POLICY_GRADIENTS["flow_grpo"]
+    assert passes(flow_grpo) == (20, 2 * (9 + 9 / 8), 2 * (9 + 9 / 8))
+    every = {"harmonize.anchor_every": 1}
+    assert passes(flow_grpo, **every) == (20, 2 * 2 * 9, 2 * 2 * 9)
+    # Fast: three steps, no guidance and no divergence. GRPO-Guard asks the policy that sampled.
+    assert passes(POLICY_GRADIENTS["flow_grpo_fast"]) == (10, 3, 3)
+    assert passes(POLICY_GRADIENTS["grpo_guard"]) == (20, 2 * 2 * 9, 2 * 9)
+    # As many for one advantage as for all rewards, and fewer cotangents between solves.
+    assert passes(flow_grpo, **HARMONIZED) == passes(flow_grpo)
+    amortized = passes(**{"harmonize.mode": "amortized"})
+    assert amortized == pytest.approx((25, 24 * 2 + 3, 24 + 0.1 * 2 * 3))
 
 
 def test_speed_of_a_step():

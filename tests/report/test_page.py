@@ -303,6 +303,17 @@ def test_failures_and_the_share_of_waiting_are_on_the_page(full):
     assert "13\N{NO-BREAK SPACE}% of a step is spent waiting for rewards" in page.text["time"]
 
 
+@pytest.mark.parametrize("objective", ["nft", "policy_gradient"])
+def test_the_unit_of_the_divergence_is_that_of_the_objective(tmp_path, objective):
+    rows = [{"step": step, "objective/kl": 1e-3 * step} for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"objective.name": objective}}))
+    load(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert ("mean squared velocity difference" in page) == (objective == "nft")
+    assert ("squared difference of step means / (2 diffusion" in page) == (objective != "nft")
+
+
 def test_figures_below_rounding_are_named(tmp_path):
     """Three steps: the first has no distance in any dtype, the last one reads two figures that rounding makes."""
     rows = []

@@ -96,6 +96,9 @@ def test_methods_on_clips_are_presets_of_their_own_file():
         "advantages.weights"
     ]
     assert len(weights) == len(rewards)
+    # Other objectives are those that images have, too.
+    on_images = [m.preset for m in METHODS if m.suite == "objectives"]
+    assert [m.preset for m in VIDEO_METHODS][-len(on_images) :] == on_images
 
 
 def test_choosing():

@@ -44,6 +44,20 @@ def _sweep(what: str, key: str, values: Sequence[str], title: str) -> tuple[Meth
     )
 
 
+def _other_objectives(suite: str, before: str) -> tuple[Method, ...]:
+    """Objectives besides DiffusionNFT, each on the sum of scores and with MARBLE; `before` their presets' names."""
+    return tuple(
+        Method(f"{before}{name}{behind}", f"{title}, {how}", suite, f"{name}{behind}")
+        for name, title in (
+            ("flow_grpo", "Flow-GRPO"),
+            ("flow_grpo_fast", "Flow-GRPO-Fast"),
+            ("grpo_guard", "GRPO-Guard"),
+            ("awm", "advantage-weighted matching"),
+        )
+        for behind, how in (("", "weighted sum"), ("_marble", "MARBLE"))
+    )
+
+
 METHODS = (
     Method("exact", "MARBLE, exact", "main", "exact"),
     Method("amortized", "MARBLE, amortized", "main", "amortized"),
@@ -123,16 +137,7 @@ METHODS = (
             ("nash", "Nash-MTL"),
         )
     ),
-    *(
-        Method(f"{name}{behind}", f"{title}, {how}", "objectives", f"{name}{behind}")
-        for name, title in (
-            ("flow_grpo", "Flow-GRPO"),
-            ("flow_grpo_fast", "Flow-GRPO-Fast"),
-            ("grpo_guard", "GRPO-Guard"),
-            ("awm", "advantage-weighted matching"),
-        )
-        for behind, how in (("", "weighted sum"), ("_marble", "MARBLE"))
-    ),
+    *_other_objectives("objectives", ""),
 )
 
 
@@ -144,6 +149,7 @@ VIDEO_METHODS = (
         Method(f"video_only_{name}", f"only {name}", VIDEO, f"only_{name}")
         for name in ("motion", "smoothness", "ocr", "geneval", "colourfulness")
     ),
+    *_other_objectives(VIDEO, "video_"),
 )
 
 
