@@ -18,6 +18,7 @@ from marble_jax.programs.noisy_rollouts import (
     trains_on_steps,
 )
 from marble_jax.programs.run_rewards import run_reward_schedule
+from marble_jax.programs.unused_settings import check_unused
 from marble_jax.programs.upstream import check_upstream
 from marble_jax.training.profile import parse_steps
 from marble_jax.types import DTYPES
@@ -46,6 +47,7 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     _check_products(settings)
     # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
+    check_unused(settings)
     run_reward_schedule(settings)
     check_upstream(settings)
     make_objective(settings)
@@ -108,6 +110,12 @@ def _check_cleaning(settings: Settings) -> None:
                 f"harmonize.gram: expected 'step' with {reason}, which does not solve on the whole batch's "
                 "gradients; received 'cleaned'"
             )
+    if harmonize.window <= 1:
+        # The pairs of one step have no spread to judge their error by, so that no signal would ever count.
+        raise InputError(
+            "harmonize.window: expected above 1 with harmonize.gram=cleaned, as the error of a signal takes pairs of "
+            f"several steps; received {harmonize.window}"
+        )
 
 
 def _check_skipped_pass(settings: Settings) -> None:
