@@ -32,12 +32,15 @@ Not reproduced. Numbers: float16 with a loss scaler (its divergence term rounds 
 gradient elements that overflow are set to 0, and a skipped step still moves averages), images decoded in float16,
 latents and text embeddings kept in it, sums in float64, SLSQP instead of an exact solve of the same quadratic program.
 Draws: other random numbers; a micro-batch has 9 images of each device's own 72, here any; prompts that CLIP's tokenizer
-decodes alike are equal, here those alike but for case and spaces. Evaluation: noise that differs from one to the next,
-and a last batch that is dropped; its script beside the training encodes 256 tokens and scores JPEG files. Resume: there
-from averaged weights, with other random numbers and no best score. Switches that both of its configurations leave off:
-scores divided by their running mean, which changes what a weighted sum weighs, and an advantage by its epsilon alone; a
-warm-up rate of the average; an offset of the rollout policy's decay; weights and caps of prompt sources; one image a
-prompt.
+decodes alike are equal, here those alike but for case and spaces. Rewards: red and blue are swapped there in what the
+OCR reader and GenEval's detector see; that detector is mmdetection's own training of Mask2Former, here its authors'
+weights as transformers runs them; the reader is PaddleOCR, here RapidOCR unless an entry of `rewards.json` asks for
+that; a quoted text of nothing but spaces divides by zero there and is missing here; CLIPScore's images are rounded to
+float16 behind their normalisation. Evaluation: noise that differs from one to the next, and a last batch that is
+dropped; its script beside the training encodes 256 tokens and scores JPEG files. Resume: there from averaged weights,
+with other random numbers and no best score. Switches that both of its configurations leave off: scores divided by their
+running mean, which changes what a weighted sum weighs, and an advantage by its epsilon alone; a warm-up rate of the
+average; an offset of the rollout policy's decay; weights and caps of prompt sources; one image a prompt.
 
 Source: the released code of MARBLE (arXiv 2605.06507).
 """
