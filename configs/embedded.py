@@ -101,7 +101,7 @@ PRESETS = {
 ABOUT = {
     "": "MARBLE on five rewards, solved at every step; with the reward weights of this pipeline",
     "exact": "the same, said outright",
-    "amortized": "a solve every five steps and alpha averaged, as the paper has it",
+    "amortized": "a solve on the whole batch every five steps, alpha averaged and reused on gradients",
     "cleaned": "alpha of cosines cleaned of noise, averaged over some ten steps",
     "upstream": "the released code's own step, peculiarities included",
     "weighted_sum": "one advantage of a sum of scores, each over its standard deviation",
@@ -111,7 +111,7 @@ ABOUT = {
     "sequential": "one reward group after the other, each on its own prompts",
     "opposed": "MARBLE with a sixth reward that the others do not want",
     "opposed_sum": "the weighted sum with that sixth reward",
-    "equal": "equal alpha without normalised gradients, the paper's ablation",
+    "equal": "equal alpha without normalised gradients, missing rewards left out",
     "dropout": "MARBLE with half of three rewards left out at random",
     "only_alignment": "one reward alone: CLIP alignment",
     "only_preference": "one reward alone: preference",

@@ -3,15 +3,17 @@
     marble-jax train --config=sd3:sd3_multi_reward_pareto_5r_alpha_ema --workdir=gs://bucket/run
 
 48 prompts x 24 images a step, 25 dpm2 steps without guidance, 24 timesteps trained on, LoRA rank 32 on the eight
-attention projections. The presets under upstream's names are this project's amortized mode with these numbers;
-`upstream` is the released code's own step, of which `marble_jax/training/upstream_step.py` lists what it does
-otherwise. The paper reports, after training: GenEval 0.94, OCR 0.96, PickScore 22.83, CLIPScore 0.286, HPSv2.1
-0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project yet: the weights are gated, and a run takes eight
-large accelerators. `model.path` is a diffusers directory or hub id (log in first). `rewards.path` is a directory
-with the reward models as published (`marble_jax/rewards/models/published.py` lists them), 'hub' fetches them. The
-prompts are the ready-made sets (`marble-jax prompts --out=DIR` writes them down); `prompts.path=DIR` takes your
-own, SOURCE/{train,test} files for general, ocr and geneval. Their text embeddings, 1.7 MB each, are computed once
-and kept in `prompts.embedding_cache`: T5 never meets training.
+attention projections. The presets under upstream's names are this project's amortized mode with these numbers: it
+solves on the whole batch and weighs gradients where the paper solves on a mini-batch and weighs advantages, and leaves
+a missing reward out where it counts there as advantage 0. `upstream` is the released code's own step, of which
+`marble_jax/training/upstream_step.py` lists what it does otherwise. The paper reports, after training: GenEval 0.94,
+OCR 0.96, PickScore 22.83, CLIPScore 0.286, HPSv2.1 0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project
+yet: the weights are gated, and a run takes eight large accelerators. `model.path` is a diffusers directory or hub id
+(log in first). `rewards.path` is a directory with the reward models as published
+(`marble_jax/rewards/models/published.py` lists them), 'hub' fetches them. The prompts are the ready-made sets
+(`marble-jax prompts --out=DIR` writes them down); `prompts.path=DIR` takes your own, SOURCE/{train,test} files for
+general, ocr and geneval. Their text embeddings, 1.7 MB each, are computed once and kept in `prompts.embedding_cache`:
+T5 never meets training.
 
 `flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train the same model with other objectives, with their papers'
 settings and one advantage of the sum of scores; with `_marble` behind the name, every reward has its own gradient.
@@ -62,8 +64,8 @@ PRESETS = (
     "awm_marble",
 )
 ABOUT = {
-    "sd3_multi_reward_pareto_5r_alpha_ema": "the paper's recipe, amortized: a solve every ten steps",
-    "sd3_ablation_equal_alpha": "the paper's ablation: equal alpha without normalised gradients",
+    "sd3_multi_reward_pareto_5r_alpha_ema": "the paper's numbers, amortized: a whole-batch solve every ten steps",
+    "sd3_ablation_equal_alpha": "the same with equal alpha and no normalised gradients, missing rewards left out",
     "upstream": "the released code's own step, peculiarities included",
     "exact": "the paper's sizes with a solve at every step",
     "weighted_sum": "the paper's sizes with one advantage of a sum of scores",

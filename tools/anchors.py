@@ -32,6 +32,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ from jaxtyping import Float
 
 from marble_jax import platform, tree
 from marble_jax.console import Console
+from marble_jax.errors import InputError
 from marble_jax.programs.build import Run, build
 from marble_jax.programs.run_state import run_settings
 from marble_jax.storage.checkpoint import Checkpoints
@@ -59,7 +61,8 @@ Layout = tuple[int, int]
 """Samples a micro-batch, and how many micro-batches there are to one with anchors."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 bad input; other arguments than the command line's are for tests."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,15 +77,29 @@ def main() -> None:
         "--draws", type=int, default=8, help="draws of noise, timesteps and anchors, >= 3"
     )
     parser.add_argument("--json", help="file for the figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    try:
+        _measure(args)
+    except InputError as error:
+        print(f"anchors: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """Prints the figures of all lags and layouts.
+
+    Raises:
+      InputError: an option out of range, or no run or checkpoint in the workdir.
+    """
     if args.draws < 3:
-        parser.error(f"--draws: expected at least 3; received {args.draws}")
+        raise InputError(f"--draws: expected at least 3; received {args.draws}")
     if min(args.lags) < 0:
-        parser.error(f"--lags: expected at least 0; received {min(args.lags)}")
+        raise InputError(f"--lags: expected at least 0; received {min(args.lags)}")
     platform.keep_compilations()
     workdir = Workdir(args.workdir)
     run = build(run_settings(workdir))
-    layouts = [_layout(parser, text, run.sizes.images) for text in args.layouts or []]
+    layouts = [_layout(text, run.sizes.images) for text in args.layouts or []]
     if not layouts:
         harmonize, training = run.settings.harmonize, run.settings.training
         layouts = [
@@ -119,12 +136,12 @@ def main() -> None:
             json.dump(record, file, indent=1)
 
 
-def _layout(parser: argparse.ArgumentParser, text: str, images: int) -> Layout:
+def _layout(text: str, images: int) -> Layout:
     size, _, every = text.partition(":")
     if not (size.isdigit() and every.isdigit() and int(every) > 0 and int(size) > 0):
-        parser.error(f"--layouts: expected micro-batch size:anchor_every; received {text}")
+        raise InputError(f"--layouts: expected micro-batch size:anchor_every; received {text}")
     if images % int(size):
-        parser.error(f"--layouts: expected a divisor of {images} images; received {size}")
+        raise InputError(f"--layouts: expected a divisor of {images} images; received {size}")
     return int(size), int(every)
 
 
@@ -256,4 +273,4 @@ def _flat(adapter: Adapter) -> Float[np.ndarray, " p"]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import optax
 from jaxtyping import Float
 
 from marble_jax import platform, tree
+from marble_jax.errors import InputError
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.transformer import velocity
 from marble_jax.programs.build import Run, build
@@ -59,7 +61,8 @@ STEPS = (1e-4, 1e-2, 0.1, 1.0)
 """Distances of random adapters from the first, relative to its own size."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 bad input; other arguments than the command line's are for tests."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,9 +70,27 @@ def main() -> None:
     parser.add_argument("--lags", type=float, nargs="+", default=[0.06, 1, 10])
     parser.add_argument("--width", type=int, default=1536, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    try:
+        _measure(args)
+    except InputError as error:
+        print(f"rounding: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """Prints the figures of a run or of a random network.
+
+    Raises:
+      InputError: an option out of range, or no run or checkpoint in the workdir.
+    """
     if args.width < 64 or args.width % 64:
-        parser.error(f"--width: expected a multiple of 64; received {args.width}")
+        raise InputError(f"--width: expected a multiple of 64; received {args.width}")
+    if args.layers < 1:
+        raise InputError(f"--layers: expected at least 1; received {args.layers}")
+    if min(args.lags) < 0:
+        raise InputError(f"--lags: expected at least 0; received {min(args.lags)}")
     platform.keep_compilations()
     if args.workdir is None:
         _random_network(args.width, args.layers)
@@ -229,4 +250,4 @@ def _update_of(recipe: Recipe, policy: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -110,7 +110,8 @@ class HarmonizeSettings:
     )
     window: float = key(
         10.0,
-        "about how many steps that take per-reward gradients the pairs of steps reach back",
+        "about how many steps that take per-reward gradients the pairs of steps reach back; above 1 with "
+        "gram=cleaned",
         "steps, >= 1",
     )
     shrinkage: float = key(0.5, "weight of this step's cosines beside the cleaned ones", "[0, 1]")
@@ -122,7 +123,10 @@ class HarmonizeSettings:
     )
     normalize: bool = key(True, "solve on unit gradients", "-", "paper")
     reward_weights: tuple[float, ...] = key(
-        (), "one weight a reward, applied to unit gradients; empty: all one", "> 0", "paper"
+        (),
+        "one weight a reward, applied to unit gradients before balancer=marble solves; empty: all one",
+        "> 0",
+        "paper",
     )
     groups: tuple[str, ...] = key(
         (),
@@ -140,7 +144,9 @@ class HarmonizeSettings:
     fixed_alpha: tuple[float, ...] = key(
         (), "alpha of the 'fixed' balancer, one a reward, sum 1", "[0, 1]", "paper"
     )
-    alpha_floor: float = key(0.0, "least alpha of every reward", "[0, 1/K]", "paper")
+    alpha_floor: float = key(
+        0.0, "least alpha of every reward, of balancer=marble", "[0, 1/K]", "paper"
+    )
     # Other chunks give the same sums, up to rounding.
     chunk_size: int = key(
         8,

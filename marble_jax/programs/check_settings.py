@@ -110,6 +110,12 @@ def _check_cleaning(settings: Settings) -> None:
                 f"harmonize.gram: expected 'step' with {reason}, which does not solve on the whole batch's "
                 "gradients; received 'cleaned'"
             )
+    if harmonize.window <= 1:
+        # The pairs of one step have no spread to judge their error by, so that no signal would ever count.
+        raise InputError(
+            "harmonize.window: expected above 1 with harmonize.gram=cleaned, as the error of a signal takes pairs of "
+            f"several steps; received {harmonize.window}"
+        )
 
 
 def _check_skipped_pass(settings: Settings) -> None:

@@ -139,7 +139,15 @@ ALWAYS = (
     "no float16 and no loss scaler: the divergence counts, which in upstream's float16 rounds to 0, and a "
     "gradient that is not finite stops a step instead of losing elements",
     "alpha is solved exactly on the device, not by SLSQP on the host",
+    "images, latents and text embeddings keep their precision: upstream decodes and stores in float16, which "
+    "rewards see, and rounds CLIPScore's input once more",
     "random numbers are others; a micro-batch is of any images, not of as many of each device's own",
+    "prompts are equal that are alike but for case and spaces, not those that CLIP's tokenizer decodes alike",
+    "the OCR reader and GenEval's detector are other implementations (RapidOCR unless rewards.json asks for "
+    "PaddleOCR; not mmdetection) and see red and blue in their places, which upstream swaps",
+    "a quoted text of nothing but spaces has no OCR score, at which upstream divides by zero",
+    "evaluations have one noise for all and take every prompt: upstream's noise differs from one to the next, and "
+    "several devices drop the last batch",
     "resume restores every policy, the optimiser, alpha and the random state",
 )
 """What no setting changes, a sentence each."""

@@ -148,6 +148,8 @@ def summarise(records: Records) -> dict[str, Any]:
         "method": str(records.run.get("method", "")),
         "conflict_rate": _plain(records.series("harmonize/conflict").mean()),
         "worst_cos": _plain(records.series("harmonize/worst_cos").mean()),
+        "later_conflict_rate": _plain(records.series("out_of_sample/conflict").mean()),
+        "later_worst_cos": _plain(records.series("out_of_sample/worst_cos").mean()),
         "gain": gains,
         "joint": joint(records),
         "setting": setting(records),

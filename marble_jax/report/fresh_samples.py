@@ -71,11 +71,7 @@ def fresh_samples(records: Records) -> str:
     title = "On other samples"
     found = judgements(records)
     if not found:
-        message = (
-            "Nothing to compare with yet: from the second step that takes per-reward gradients on, each is "
-            "compared with those before it."
-        )
-        return blocks.section("fresh", title, blocks.absent(message))
+        return blocks.section("fresh", title, blocks.absent(_why_nothing(records)))
     chart = blocks.reward_chart(
         records,
         MEAN_UPDATE,
@@ -93,14 +89,40 @@ def fresh_samples(records: Records) -> str:
         "The mean update's cosine with gradients of later samples", caption, chart
     )
     tables = _table(records, found) + _signal_pairs(records, found)
-    return blocks.section("fresh", title, figure, tables, lead=_lead(found))
+    return blocks.section("fresh", title, figure, tables, lead=_lead(records, found))
 
 
-def _lead(found: list[Judgement]) -> str:
+def _setting(records: Records, key: str) -> object:
+    """A key of the run's configuration; None where that is not on record."""
+    config = records.run.get("config")
+    return config.get(key) if isinstance(config, dict) else None
+
+
+def _why_nothing(records: Records) -> str:
+    """Returns why no step was compared: none will be, or the second one is still to come."""
+    combined = _setting(records, "harmonize.balancer") in ("equal", "fixed")
+    scalarized = _setting(records, "advantages.scalarize") not in (None, "none")
+    if _setting(records, "harmonize.mode") == "upstream" and (combined or scalarized):
+        return "Nothing to compare with: upstream's step solves for no alpha here, and takes no reward's own gradient."
+    return (
+        "Nothing to compare with yet: from the second step that takes per-reward gradients on, each is "
+        "compared with those before it."
+    )
+
+
+def _lead(records: Records, found: list[Judgement]) -> str:
     lead = (
         "An update always agrees with the gradients that it is made of, their errors included. Here earlier updates "
         "are compared with gradients of <b>other images</b>."
     )
+    mode = _setting(records, "harmonize.mode")
+    if mode == "amortized":
+        lead += " Only steps that solve for alpha take every reward's gradient and are compared."
+    elif mode == "upstream":
+        lead += (
+            " Only steps that solve for alpha are compared, by the gradients of one micro-batch, which are noisier "
+            "than those of a step."
+        )
     bounded = [judged for judged in found if judged.mean_update.bounded]
     if not bounded:
         return lead

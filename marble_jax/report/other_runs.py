@@ -110,14 +110,18 @@ def _reward_names(records: Records, summaries: Sequence[dict[str, Any]]) -> list
 def _conflict_table(summaries: Sequence[dict[str, Any]]) -> str:
     rows = []
     for summary in summaries:
-        conflict_rate = number(summary.get("conflict_rate"))
-        worst_cosine = number(summary.get("worst_cos"))
+        cells = []
+        # Summaries of earlier versions have nothing on later samples.
+        for samples in ("", "later_"):
+            conflict_rate = number(summary.get(f"{samples}conflict_rate"))
+            worst_cosine = number(summary.get(f"{samples}worst_cos"))
+            cells.append(data(100 * conflict_rate, 0, unit="&nbsp;%"))
+            cells.append(data(worst_cosine, 2, signed=True))
         rows.append(
             (
                 text(summary.get("name", "unnamed")),
                 text(summary.get("method", "")),
-                data(100 * conflict_rate, 0, unit="&nbsp;%"),
-                data(worst_cosine, 2, signed=True),
+                *cells,
                 joint_rates.pair(summary.get("joint"), "trained"),
                 joint_rates.pair(summary.get("joint"), "all"),
             )
@@ -125,8 +129,10 @@ def _conflict_table(summaries: Sequence[dict[str, Any]]) -> str:
     head = (
         "Run",
         "Method",
-        "Steps against a reward",
-        "Mean worst cosine",
+        "Steps against a reward, in sample",
+        "Mean worst cosine, in sample",
+        "Steps against a reward, on later samples",
+        "Mean worst cosine, on later samples",
         "Images above / below base on all trained rewards",
         "on all evaluated rewards",
     )

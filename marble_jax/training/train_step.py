@@ -65,7 +65,7 @@ def exact_step(
         # A reward without a valid sample in the whole batch has no gradient to balance.
         active = sums.counts[:rewards] > 0
         reward_gram = gram[:rewards, :rewards]
-        past, comparison = _beside_history(harmonization, state, mean.gradients, gram, active)
+        past, comparison = beside_history(harmonization, state, mean.gradients, gram, active)
         if harmonization.cleaned:
             solution = cleaned_solve(
                 harmonization.balancer,
@@ -112,14 +112,22 @@ def exact_step(
     )
 
 
-def _beside_history(
+def beside_history(
     harmonization: Harmonization,
     state: TrainState,
     gradients: Adapter,
     gram: jax.Array,
     active: jax.Array,
 ) -> tuple[history.History, Metrics]:
-    """The history with this step's gradients, and how they compare with what it held before."""
+    """The history with this step's gradients, and how they compare with what it held before.
+
+    Args:
+      harmonization: of the step.
+      state: before the step.
+      gradients: raw ones of all objectives, leaves [R, ...], the rewards first.
+      gram: their inner products, [R, R].
+      active: bool [K], rewards with a valid sample.
+    """
     rewards = harmonization.num_rewards
     # A scalarized objective has no part in this: the rewards are what is compared.
     of_rewards = jax.tree.map(lambda leaf: leaf[:rewards], gradients)

@@ -32,12 +32,15 @@ Not reproduced. Numbers: float16 with a loss scaler (its divergence term rounds 
 gradient elements that overflow are set to 0, and a skipped step still moves averages), images decoded in float16,
 latents and text embeddings kept in it, sums in float64, SLSQP instead of an exact solve of the same quadratic program.
 Draws: other random numbers; a micro-batch has 9 images of each device's own 72, here any; prompts that CLIP's tokenizer
-decodes alike are equal, here those alike but for case and spaces. Evaluation: noise that differs from one to the next,
-and a last batch that is dropped; its script beside the training encodes 256 tokens and scores JPEG files. Resume: there
-from averaged weights, with other random numbers and no best score. Switches that both of its configurations leave off:
-scores divided by their running mean, which changes what a weighted sum weighs, and an advantage by its epsilon alone; a
-warm-up rate of the average; an offset of the rollout policy's decay; weights and caps of prompt sources; one image a
-prompt.
+decodes alike are equal, here those alike but for case and spaces. Rewards: red and blue are swapped there in what the
+OCR reader and GenEval's detector see; that detector is mmdetection's own training of Mask2Former, here its authors'
+weights as transformers runs them; the reader is PaddleOCR, here RapidOCR unless an entry of `rewards.json` asks for
+that; a quoted text of nothing but spaces divides by zero there and is missing here; CLIPScore's images are rounded to
+float16 behind their normalisation. Evaluation: noise that differs from one to the next, and a last batch that is
+dropped; its script beside the training encodes 256 tokens and scores JPEG files. Resume: there from averaged weights,
+with other random numbers and no best score. Switches that both of its configurations leave off: scores divided by their
+running mean, which changes what a weighted sum weighs, and an advantage by its epsilon alone; a warm-up rate of the
+average; an offset of the rollout policy's decay; weights and caps of prompt sources; one image a prompt.
 
 Source: the released code of MARBLE (arXiv 2605.06507).
 """
@@ -49,6 +52,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -63,7 +67,7 @@ from marble_jax.training.recipe import Recipe
 from marble_jax.training.staged_step import Bounds, Carry, Earlier, Loop, StagedStep, SumLoop
 from marble_jax.training.state import TrainState
 from marble_jax.training.step_gradients import MicroBatches, num_micro_batches
-from marble_jax.training.train_step import solution_metrics
+from marble_jax.training.train_step import beside_history, solution_metrics
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules, WeightedSamples
 from marble_jax.types import Adapter, Params, PolicyVelocity
 
@@ -111,8 +115,14 @@ def upstream_step(
         state, parts = sampled.state, sampled.parts
         gradient, alpha = tree.zeros_like(state.current), _first_alpha(recipe, state)
         metrics: Metrics = {}
+        comparison: Metrics = {}
+        past = None
         if num_solves(parts.count):
-            gradient, alpha, metrics = carries[0]
+            solves: _Solves = carries[0]
+            gradient, alpha, metrics = solves.gradient, solves.alpha, solves.metrics
+            past, comparison = beside_history(
+                recipe.harmonization, state, solves.gradients, solves.gram, solves.active
+            )
         if num_solves(parts.count) < parts.count:
             combined, losses = parts.all_reduce(carries[-1])
             gradient = tree.add(gradient, combined)
@@ -122,8 +132,10 @@ def upstream_step(
                 "objective/kl": losses["kl"],
                 **losses["records"].metrics(),
             } | metrics
-        state, update_metrics = apply_update(recipe.averages, optimizer, state, gradient, alpha)
-        return state, metrics | update_metrics | sampled.metrics(parts.batch) | {
+        state, update_metrics = apply_update(
+            recipe.averages, optimizer, state, gradient, alpha, history=past
+        )
+        return state, metrics | update_metrics | comparison | sampled.metrics(parts.batch) | {
             "harmonize/alpha": alpha.alpha,
             "harmonize/alpha_age": alpha.age,
             "harmonize/refreshed": jnp.asarray(float(num_solves(parts.count) > 0)),
@@ -227,6 +239,27 @@ class _Sampled:
         return self._rules.kept(valid[:, : self._rewards], self._key, self._step, timestep)
 
 
+@flax.struct.dataclass
+class _Solves:
+    """What the solves of a step have come to.
+
+    Attributes:
+      gradient: adapter tree, sum of the micro-batches' updates, each over the number of all micro-batches.
+      alpha: after the last solve.
+      gradients: adapter tree, leaves [K, ...]: every reward's gradient at the last solve, for the history.
+      gram: float32 [K, K], their inner products.
+      active: bool [K], rewards with a valid sample there.
+      metrics: numbers of the last solve.
+    """
+
+    gradient: Adapter
+    alpha: alpha_state.AlphaState
+    gradients: Adapter
+    gram: jax.Array
+    active: jax.Array
+    metrics: Metrics
+
+
 @dataclasses.dataclass(frozen=True)
 class _SolvingLoop:
     """The first micro-batches, each with an alpha of its own; see `staged_step.Loop`.
@@ -245,21 +278,21 @@ class _SolvingLoop:
         """See `Loop.bounds`."""
         return 0, self.num
 
-    def start(self, sampled: _Sampled) -> Carry:
+    def start(self, sampled: _Sampled) -> _Solves:
         """See `Loop.start`."""
         gradient, first = tree.zeros_like(sampled.state.current), jnp.zeros((), jnp.int32)
         alpha = _first_alpha(self.recipe, sampled.state)
-        shapes = jax.eval_shape(lambda: self._solve(sampled, (gradient, alpha, {}), first)[2])
-        # A loop wants its carry whole from the start; the numbers of the last turn stay.
-        no_metrics = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return gradient, alpha, no_metrics
+        shapes = jax.eval_shape(lambda: self._solve(sampled, gradient, alpha, first))
+        # A loop wants its carry whole from the start; what the last turn leaves stays.
+        empty: _Solves = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return dataclasses.replace(empty, alpha=alpha)
 
     def turns(self, sampled: _Sampled, earlier: Earlier, carry: Carry, bounds: Bounds) -> Carry:
         """See `Loop.turns`."""
         order = sampled.in_order(self.num)
 
-        def turn(place: jax.Array, carry: Carry) -> Carry:
-            return self._solve(sampled, carry, order[place])
+        def turn(place: jax.Array, solves: _Solves) -> _Solves:
+            return self._solve(sampled, solves.gradient, solves.alpha, order[place])
 
         return jax.lax.fori_loop(*bounds, turn, carry)
 
@@ -267,16 +300,18 @@ class _SolvingLoop:
         """See `Loop.whole`."""
         return self.turns(sampled, earlier, self.start(sampled), self.bounds(sampled))
 
-    def _solve(self, sampled: _Sampled, carry: Carry, index: jax.Array) -> Carry:
-        """The carry after a solve on micro-batch `index`."""
+    def _solve(
+        self, sampled: _Sampled, total: Adapter, alpha: alpha_state.AlphaState, index: jax.Array
+    ) -> _Solves:
+        """What the solves have come to after one on micro-batch `index`, from the sum and the alpha before it."""
         recipe, parts, harmonization = self.recipe, sampled.parts, self.recipe.harmonization
-        total, alpha, _ = carry
         part = sampled.solving_at(index)
         # Reduced here and not after the loop: alpha is solved on this micro-batch alone.
         sums = parts.all_reduce(parts.reward_sums(part))
         mean = mean_gradients(sums)
         gram = tree.gram(mean.gradients)
-        solution = harmonization.balancer(gram, sums.counts > 0, sampled.state.balancer)
+        active = sums.counts > 0
+        solution = harmonization.balancer(gram, active, sampled.state.balancer)
         alpha = alpha_state.refresh(alpha, solution.alpha, solution.scale, harmonization.rho)
         update = tree.weighted_sum(solution.weights, mean.gradients)
         combined = tree.add(update, tree.scale(mean.kl_gradient, recipe.objective.kl_weight))
@@ -290,7 +325,7 @@ class _SolvingLoop:
         }
         # Upstream adds up the gradients of micro-batches, each divided by their number.
         total = tree.add(total, tree.scale(combined, 1.0 / parts.count))
-        return total, alpha, metrics
+        return _Solves(total, alpha, mean.gradients, gram, active, metrics)
 
 
 def _combined_loop(recipe: Recipe, first: int, num: int) -> SumLoop:
@@ -301,7 +336,7 @@ def _combined_loop(recipe: Recipe, first: int, num: int) -> SumLoop:
         sampled: _Sampled, earlier: Earlier
     ) -> Callable[[jax.Array], tuple[Adapter, dict[str, Any]]]:
         # The solves before it, where there are any, have moved alpha.
-        alpha = earlier[0][1] if earlier else _first_alpha(recipe, sampled.state)
+        alpha = earlier[0].alpha if earlier else _first_alpha(recipe, sampled.state)
 
         def gradient(index: jax.Array) -> tuple[Adapter, dict[str, Any]]:
             combined = sampled.combined_at(index, alpha.alpha)

@@ -66,6 +66,38 @@ def held_out_prompts(made):
             {"harmonize__gram": "cleaned", "advantages__scalarize": "gdpo"},
             "harmonize.gram: expected 'step' with advantages.scalarize=gdpo, .*received 'cleaned'",
         ),
+        (
+            {"harmonize__gram": "cleaned", "harmonize__window": 1.0},
+            "harmonize.window: expected above 1 with harmonize.gram=cleaned, .*received 1.0",
+        ),
+        (
+            {"harmonize__balancer": "nash", "harmonize__reward_weights": (1.0, 2.0, 1.0, 1.0, 1.0)},
+            r"harmonize.reward_weights: expected none with harmonize.balancer=nash, .*reward_weights=\); received \(1",
+        ),
+        (
+            {"harmonize__balancer": "equal", "harmonize__alpha_floor": 0.1},
+            r"harmonize.alpha_floor: expected 0.0 with .*=equal, .*alpha_floor=0.0\); received 0.1",
+        ),
+        (
+            {"harmonize__balancer": "imtl", "harmonize__normalize": False},
+            "harmonize.normalize: expected True with harmonize.balancer=imtl, .*received False",
+        ),
+        (
+            {"harmonize__fixed_alpha": (0.2,) * 5},
+            "harmonize.fixed_alpha: expected none with harmonize.balancer=marble, .*received",
+        ),
+        (
+            {"harmonize__mode": "upstream", "harmonize__smooth_exact": True},
+            "harmonize.smooth_exact: expected False with harmonize.mode=upstream, .*received True",
+        ),
+        (
+            {"advantages__scalarize": "weighted_sum", "harmonize__smooth_exact": True},
+            "harmonize.smooth_exact: expected False with advantages.scalarize=weighted_sum",
+        ),
+        (
+            {"advantages__scalarize": "gdpo", "advantages__scale": "group"},
+            "advantages.scale: expected 'global' with advantages.scalarize=gdpo, .*'group'",
+        ),
         ({"logging__wandb": "project"}, "logging.wandb: expected the package wandb; received none"),
         (
             {"rollout_policy__schedule": "linear"},

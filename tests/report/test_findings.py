@@ -214,6 +214,11 @@ def test_summary_matches_the_records(tmp_path):
     summary = summarise(records)
     flags = [row["harmonize/conflict"] for row in records.rows if "harmonize/conflict" in row]
     assert summary["conflict_rate"] == pytest.approx(sum(flags) / len(flags))
+    for key, name in (("later_conflict_rate", "conflict"), ("later_worst_cos", "worst_cos")):
+        later = [row.get(f"out_of_sample/{name}") for row in records.rows]
+        there = [value for value in later if value is not None]
+        assert there and summary[key] == pytest.approx(sum(there) / len(there))
+        assert summary[key] != summary[key.removeprefix("later_")]
     assert summary["gain"]["ocr"] == records.trained[-1]["gain"]["ocr"]
     assert (
         set(REWARDS) < set(summary["gain"])
@@ -226,6 +231,7 @@ def test_summary_of_nothing_is_plain_json(tmp_path):
     assert (
         summary["conflict_rate"] is None and summary["worst_cos"] is None and summary["gain"] == {}
     )
+    assert summary["later_conflict_rate"] is None and summary["later_worst_cos"] is None
 
 
 def test_timings_leave_the_rest_to_other(tmp_path):

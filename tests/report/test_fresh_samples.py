@@ -50,3 +50,29 @@ def test_section_says_whom_the_mean_update_opposes(records):
 def test_a_run_without_comparisons_says_so(records):
     bare = dataclasses.replace(records, rows=records.rows[:1])
     assert "Nothing to compare with yet" in fresh_samples.fresh_samples(bare)
+
+
+@pytest.mark.parametrize(
+    ("config", "never"),
+    [
+        ({"harmonize.balancer": "equal"}, True),
+        ({"harmonize.balancer": "marble", "advantages.scalarize": "gdpo"}, True),
+        ({"harmonize.balancer": "marble", "advantages.scalarize": "none"}, False),
+    ],
+)
+def test_what_never_takes_a_rewards_gradient_is_not_waited_for(records, config, never):
+    run = records.run | {"config": {"harmonize.mode": "upstream"} | config}
+    bare = dataclasses.replace(records, rows=records.rows[:1], run=run)
+    page = fresh_samples.fresh_samples(bare)
+    assert ("takes no reward's own gradient" in page.replace("&#x27;", "'")) == never
+    assert ("with yet" in page) != never
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [("amortized", "Only steps that solve"), ("upstream", "one micro-batch"), ("exact", "")],
+)
+def test_the_section_says_which_steps_are_compared(records, mode, said):
+    run = records.run | {"config": {"harmonize.mode": mode}}
+    page = fresh_samples.fresh_samples(dataclasses.replace(records, run=run))
+    assert said in page and ("Only steps that solve" in page) == bool(said)

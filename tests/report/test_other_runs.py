@@ -66,6 +66,35 @@ def test_runs_that_differ(workdir, setting, named):
     assert all(str(value) in section for value in setting.values())
 
 
+def test_conflicts_are_told_apart_by_the_samples_they_are_on(workdir):
+    summary = summarise(read_records(workdir)) | {"name": "other"}
+    summary |= {"conflict_rate": 0.01, "worst_cos": 0.31}
+    summary |= {"later_conflict_rate": 0.89, "later_worst_cos": -0.17}
+    (workdir / "compare").mkdir()
+    (workdir / "compare" / "other.json").write_text(json.dumps(summary))
+    section = comparison(read_records(workdir))
+    table = section[: section.index("</table>")]
+    heads, own, other = (row.split("</t")[:-1] for row in table.split("<tr>")[1:])
+    for head, shown in (
+        ("Steps against a reward, in sample", "1&nbsp;%"),
+        ("Mean worst cosine, in sample", "0.31"),
+        ("Steps against a reward, on later samples", "89&nbsp;%"),
+        ("Mean worst cosine, on later samples", "0.17"),
+    ):
+        place = next(i for i, cell in enumerate(heads) if cell.endswith(f">{head}"))
+        assert shown in other[place] and shown not in own[place]
+
+
+def test_a_summary_of_an_earlier_version_has_nothing_on_later_samples(workdir):
+    summary = summarise(read_records(workdir)) | {"name": "other"}
+    (workdir / "compare").mkdir()
+    (workdir / "compare" / "other.json").write_text(
+        json.dumps({key: value for key, value in summary.items() if "later_" not in key})
+    )
+    section = comparison(read_records(workdir))
+    assert section.count("not on record") >= 2
+
+
 def test_what_is_not_on_record_is_said_and_is_no_difference(workdir):
     section = beside(workdir, seed=None)
     assert "differ in" not in section and "not on record: compare" in section

@@ -1,10 +1,10 @@
-"""Figures of `tools.anchors` on planted updates, and the policies of a lag."""
+"""Figures of `tools.anchors` on planted updates, the policies of a lag, and what it and `tools.rounding` refuse."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tools import anchors
+from tools import anchors, rounding
 
 DRAWS, SIZE = 12, 4000
 
@@ -43,3 +43,19 @@ def test_the_policy_of_a_lag_is_that_many_steps_old_on_average(lag):
     history = [{"number": jnp.float32(step)} for step in range(4)]
     policy = anchors.policy_before(history, lag)
     assert 3 - float(policy["number"]) == pytest.approx(lag, abs=1e-6)
+
+
+@pytest.mark.parametrize("tool", [anchors, rounding], ids=["anchors", "rounding"])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ((), "--workdir: expected a training run (with config.json); received {}"),
+        (("--lags", "-1"), "--lags: expected at least 0; received -1.0"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(tool, option, said, tmp_path, capsys):
+    nowhere = tmp_path / "nowhere"
+    assert tool.main([f"--workdir={nowhere}", *option]) == 2
+    name = tool.__name__.removeprefix("tools.")
+    assert capsys.readouterr().err == f"{name}: {said.format(nowhere)}\n"
+    assert not nowhere.exists()

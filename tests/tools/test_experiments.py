@@ -64,6 +64,10 @@ def test_the_methods_are_what_their_names_say(planned):
     np.testing.assert_allclose(np.array(up) / (level or 1), [1, 1, 1, 2, 2])
     assert config["weighted_sum_raw"]["advantages.weights"] == []
     assert config["unit_weights"]["harmonize.reward_weights"] == []
+    rivals = [m.name for m in METHODS if m.suite == "balancers"]
+    assert config[rivals[0]] == config["unit_weights"] and len(rivals) == 6
+    assert [config[name]["harmonize.balancer"] for name in rivals[1:]] == rivals[1:]
+    assert all(config[name]["harmonize.reward_weights"] == [] for name in rivals)
     assert (
         config["dropout"]["reward_schedule.dropout"] > 0
         and len(config["sequential"]["reward_schedule.stages"]) == 3

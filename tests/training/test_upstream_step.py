@@ -123,6 +123,40 @@ def test_the_first_step_solves_on_every_micro_batch_and_averages_alpha_along():
     _assert_same(after, twin)
 
 
+def test_a_solve_judges_the_update_before_it_and_its_own_gradients_judge_the_next():
+    """Gradients of a solve's one micro-batch, by torch, against those of the solve before and the update in between."""
+    state, batch = _solved_state(), toy.new_batch()
+    step = _step("first")
+
+    def gradients(state):
+        twin = torch_twin.Twin(state, toy.recipe())
+        found = twin.harmonised(twin.draws(state, batch)[0])[0]
+        assert len(found) == toy.REWARDS
+        return np.stack([found[k].numpy() / float(found[k].norm()) for k in found])
+
+    earlier = gradients(state)
+    state, metrics = step(state, toy.base_params(), batch)
+    assert np.isnan(metrics["out_of_sample/own_cosine"]).all()
+    later = gradients(state)
+    update = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.history.update)])
+    with_update = later @ update / np.linalg.norm(update)
+    _, metrics = step(state, toy.base_params(), batch)
+    own = np.sum(earlier * later, axis=1)
+    np.testing.assert_allclose(metrics["out_of_sample/own_cosine"], own, atol=1e-3)
+    np.testing.assert_allclose(metrics["out_of_sample/cos_update"], with_update, atol=1e-3)
+    worst = with_update.min()
+    np.testing.assert_allclose(metrics["out_of_sample/worst_cos"], worst, atol=1e-3)
+    assert float(metrics["out_of_sample/conflict"]) == (worst < 0)
+
+
+def test_steps_without_a_solve_compare_nothing_and_leave_earlier_gradients_alone():
+    batch = toy.new_batch()
+    state, _ = _step("first")(_solved_state(), toy.base_params(), batch)
+    after, metrics = _step("none")(state, toy.base_params(), batch)
+    assert not [name for name in metrics if name.startswith("out_of_sample/")]
+    toy.assert_identical(after.history.gradients, state.history.gradients)
+
+
 def _upstreams_r(advantages, mode="all", normalize=False):
     """r of advantages [n] in upstream's words, over all n samples of a device."""
     clip = toy.recipe().objective.clip

@@ -127,8 +127,22 @@ METHODS = (
         "exact",
         (("harmonize.smooth_exact", "True"),),
     ),
+    # Rivals have no reward weights: beside them MARBLE is without, too.
+    Method(
+        "unweighted",
+        "MARBLE, every reward weight 1",
+        "balancers",
+        "exact",
+        (("harmonize.reward_weights", ""),),
+    ),
     *(
-        Method(name, title, "balancers", "exact", (("harmonize.balancer", name),))
+        Method(
+            name,
+            title,
+            "balancers",
+            "exact",
+            (("harmonize.balancer", name), ("harmonize.reward_weights", "")),
+        )
         for name, title in (
             ("upgrad", "UPGrad"),
             ("pcgrad", "PCGrad"),

@@ -15,7 +15,7 @@ HEADINGS = {
     "main": "Methods",
     "sweeps": "Sweeps of N and rho, amortized",
     "ablations": "Ablations",
-    "balancers": "Balancers from the literature, exact mode",
+    "balancers": "Balancers from the literature, exact mode, no reward weights in any row",
     "objectives": "Other objectives",
     "video": "Methods on clips",
 }
