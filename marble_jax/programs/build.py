@@ -39,7 +39,7 @@ from marble_jax.programs.open_model import (
 )
 from marble_jax.programs.upstream import upstream_rules
 from marble_jax.prompts.files import Prompt
-from marble_jax.rewards.base import Reward, check_frames
+from marble_jax.rewards.base import Reward, check_default_frames, check_frames
 from marble_jax.rewards.placement import check_groups, place_rewards
 from marble_jax.rewards.registry import load_rewards
 from marble_jax.rewards.scorer import Scorer
@@ -286,6 +286,7 @@ def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
     )
     for reward in rewards:
         check_frames(reward, settings.model.num_frames)
+    check_default_frames(rewards, chosen.frames, settings.model.num_frames)
     # Rewards that are only evaluated never see the groups of a rollout.
     for reward in rewards[: len(chosen.train)]:
         check_groups(

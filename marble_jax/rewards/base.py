@@ -132,6 +132,40 @@ def check_frames(reward: Reward, num_frames: int) -> tuple[int, ...]:
     return indices
 
 
+def seen_frames(reward: Reward) -> str:
+    """Returns which frames of a clip a reward sees, in words: "all", "count:3, mean of scores"; "-" for no choice."""
+    if reward.takes == CLIPS:
+        return str(reward.frames or "all")
+    if reward.frames is None:
+        return "-"
+    # One frame has one score.
+    if reward.frames.word == "first":
+        return "first"
+    return f"{reward.frames}, {reward.reduction} of scores"
+
+
+def check_default_frames(rewards: Sequence[Reward], frames: str, num_frames: int) -> None:
+    """Checks that a run's choice of frames is one that a reward goes by.
+
+    Args:
+      rewards: of the run, loaded with that choice.
+      frames: the choice; empty for none.
+      num_frames: of a sample.
+
+    Raises:
+      InputError: each reward that takes images has a choice of its own, and that is another one.
+    """
+    choices = {str(reward.frames) for reward in rewards if reward.takes == IMAGES}
+    # Images, and rewards of clips alone, have no use for a choice: a preset's may stand.
+    if num_frames == 1 or not choices or frames in ("", *choices):
+        return
+    own = " or ".join(sorted(choices))
+    raise InputError(
+        f"rewards.frames: expected {own} or nothing, as each reward of images has a choice of its own (frames of its "
+        f"entry in rewards.json); received {frames!r}"
+    )
+
+
 def call(
     reward: Reward,
     params: Params,
