@@ -353,6 +353,21 @@ def test_frames_in_words(reward, words):
     assert base.seen_frames(reward) == words
 
 
+@pytest.mark.parametrize(
+    "reward, rate, seen",
+    [
+        (Still(), 16, 16.0),
+        (level("every:4", takes=CLIPS), 16, 4.0),
+        # Frames 0, 4 and 8.
+        (level("count:3", takes=CLIPS), 16, 4.0),
+        (level("first"), 16, None),
+        (Still(), None, None),
+    ],
+)
+def test_frames_a_second_of_what_a_reward_sees(reward, rate, seen):
+    assert base.seen_rate(reward, 9, rate) == seen
+
+
 def test_a_choice_that_no_reward_goes_by_is_refused():
     rewards = [level("count:3", name="ocr"), level("first", name="first"), Still()]
     with pytest.raises(
