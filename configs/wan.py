@@ -38,50 +38,60 @@ matching does in 14: none are published for Wan.
 At 480p the weights are split over all devices but on the single GPU (`mesh.fsdp`); elsewhere every device holds them.
 """
 
+import dataclasses
+
 from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, default_config
 from marble_jax.errors import one_of
 
 IMAGE_REWARDS = ("pickscore", "hpsv2", "clipscore")
-# What a clip is drawn as: (frames, height, width, rewards trained on, rewards only evaluated).
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What is drawn, and which rewards look at it."""
+
+    num_frames: int
+    height: int
+    width: int
+    train: tuple[str, ...] = (*IMAGE_REWARDS, "video_ocr", "motion")
+    heldout: tuple[str, ...] = ("smoothness", "flicker", "block_dynamic_degree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a machine draws in a step, and how much of it at once; `chunk` is of one device, the rest of all of them."""
+
+    attention: str
+    prompts: int
+    images: int
+    rollout_batch: int
+    micro_batch: int
+    chunk: int
+    fsdp: int = 1
+
+
 SAMPLES = {
-    "picture": (1, 480, 832, (*IMAGE_REWARDS, "ocr"), ("aesthetic", "imagereward")),
-    "240p": (
-        17,
-        240,
-        416,
-        (*IMAGE_REWARDS, "video_ocr", "motion"),
-        ("smoothness", "flicker", "block_dynamic_degree"),
+    "picture": Samples(
+        1, 480, 832, train=(*IMAGE_REWARDS, "ocr"), heldout=("aesthetic", "imagereward")
     ),
-    "240p_33": (
-        33,
-        240,
-        416,
-        (*IMAGE_REWARDS, "video_ocr", "motion"),
-        ("smoothness", "flicker", "block_dynamic_degree"),
-    ),
-    "480p": (
-        33,
-        480,
-        832,
-        (*IMAGE_REWARDS, "video_ocr", "motion"),
-        ("smoothness", "flicker", "block_dynamic_degree"),
-    ),
+    "240p": Samples(17, 240, 416),
+    "240p_33": Samples(33, 240, 416),
+    "480p": Samples(33, 480, 832),
 }
-# Where it runs: (attention, mesh.fsdp, prompts x images a step, rollout batch, micro-batch, chunk a device)
 PLACES = {
-    ("picture", "80gb"): ("cudnn", 1, (24, 12), 48, 24, 8),
-    ("picture", "8x80gb"): ("cudnn", 1, (48, 24), 384, 192, 8),
-    ("picture", "v5p_16"): ("splash", 1, (48, 24), 576, 192, 4),
-    ("picture", "v6e_16"): ("splash", 1, (48, 24), 576, 64, 2),
-    ("240p", "80gb"): ("cudnn", 1, (24, 12), 48, 24, 8),
-    ("240p", "8x80gb"): ("cudnn", 1, (48, 24), 384, 192, 8),
-    ("240p", "v5p_16"): ("splash", 1, (48, 24), 576, 192, 4),
-    ("240p", "v6e_16"): ("splash", 1, (48, 24), 192, 64, 2),
-    ("240p_33", "8x80gb"): ("cudnn", 1, (48, 24), 192, 96, 4),
-    ("480p", "80gb"): ("cudnn", 1, (12, 12), 8, 4, 2),
-    ("480p", "8x80gb"): ("cudnn", 8, (24, 24), 64, 32, 2),
-    ("480p", "v5p_16"): ("splash", 16, (24, 24), 64, 64, 2),
-    ("480p", "v6e_16"): ("splash", 16, (24, 24), 32, 16, 1),
+    ("picture", "80gb"): Place("cudnn", 24, 12, 48, 24, 8),
+    ("picture", "8x80gb"): Place("cudnn", 48, 24, 384, 192, 8),
+    ("picture", "v5p_16"): Place("splash", 48, 24, 576, 192, 4),
+    ("picture", "v6e_16"): Place("splash", 48, 24, 576, 64, 2),
+    ("240p", "80gb"): Place("cudnn", 24, 12, 48, 24, 8),
+    ("240p", "8x80gb"): Place("cudnn", 48, 24, 384, 192, 8),
+    ("240p", "v5p_16"): Place("splash", 48, 24, 576, 192, 4),
+    ("240p", "v6e_16"): Place("splash", 48, 24, 192, 64, 2),
+    ("240p_33", "8x80gb"): Place("cudnn", 48, 24, 192, 96, 4),
+    ("480p", "80gb"): Place("cudnn", 12, 12, 8, 4, 2),
+    ("480p", "8x80gb"): Place("cudnn", 24, 24, 64, 32, 2, fsdp=8),
+    ("480p", "v5p_16"): Place("splash", 24, 24, 64, 64, 2, fsdp=16),
+    ("480p", "v6e_16"): Place("splash", 24, 24, 32, 16, 1, fsdp=16),
 }
 # What differs from the settings for SD3.5-medium; the guidance is the same for all, as the base model needs it.
 ON_CLIPS = {
@@ -96,31 +106,43 @@ ON_CLIPS = {
     "grpo_guard": {"rollout.num_steps": 20, "training.timestep_fraction": 1.0},
     "awm": {},
 }
-PRESETS = (
-    "picture",
-    "240p",
-    "480p",
-    "picture_80gb",
-    "picture_8x80gb",
-    "picture_v5p_16",
-    "picture_v6e_16",
-    "240p_80gb",
-    "240p_8x80gb",
-    "240p_v5p_16",
-    "240p_v6e_16",
-    "480p_80gb",
-    "480p_8x80gb",
-    "480p_v5p_16",
-    "480p_v6e_16",
-    "flow_grpo",
-    "flow_grpo_marble",
-    "flow_grpo_fast",
-    "flow_grpo_fast_marble",
-    "grpo_guard",
-    "grpo_guard_marble",
-    "awm",
-    "awm_marble",
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Keys of SAMPLES and PLACES, and of ON_CLIPS unless DiffusionNFT trains, then on every reward or on their sum."""
+
+    samples: str
+    place: str = "8x80gb"
+    objective: str = ""
+    every_reward: bool = True
+
+
+PRESETS = {
+    "picture": Preset("picture"),
+    "240p": Preset("240p"),
+    "480p": Preset("480p"),
+    "picture_80gb": Preset("picture", "80gb"),
+    "picture_8x80gb": Preset("picture"),
+    "picture_v5p_16": Preset("picture", "v5p_16"),
+    "picture_v6e_16": Preset("picture", "v6e_16"),
+    "240p_80gb": Preset("240p", "80gb"),
+    "240p_8x80gb": Preset("240p"),
+    "240p_v5p_16": Preset("240p", "v5p_16"),
+    "240p_v6e_16": Preset("240p", "v6e_16"),
+    "480p_80gb": Preset("480p", "80gb"),
+    "480p_8x80gb": Preset("480p"),
+    "480p_v5p_16": Preset("480p", "v5p_16"),
+    "480p_v6e_16": Preset("480p", "v6e_16"),
+    "flow_grpo": Preset("240p_33", objective="flow_grpo", every_reward=False),
+    "flow_grpo_marble": Preset("240p_33", objective="flow_grpo"),
+    "flow_grpo_fast": Preset("240p_33", objective="flow_grpo_fast", every_reward=False),
+    "flow_grpo_fast_marble": Preset("240p_33", objective="flow_grpo_fast"),
+    "grpo_guard": Preset("240p_33", objective="grpo_guard", every_reward=False),
+    "grpo_guard_marble": Preset("240p_33", objective="grpo_guard"),
+    "awm": Preset("240p_33", objective="awm", every_reward=False),
+    "awm_marble": Preset("240p_33", objective="awm"),
+}
 ABOUT = {
     "picture": "pictures of 480 x 832, on eight GPUs of 80 GB",
     "240p": "clips of 17 frames of 240 x 416, on eight GPUs of 80 GB",
@@ -148,25 +170,19 @@ ABOUT = {
 }
 
 
-def get_config(preset: str = PRESETS[0]):
+def get_config(preset: str = "picture"):
     one_of("preset of wan", preset, PRESETS)
-    objective = preset.removesuffix("_marble")
-    if objective in POLICY_GRADIENTS:
-        sample, place = "240p_33", "8x80gb"
-    else:
-        sample = next(name for name in SAMPLES if preset.startswith(name))
-        place = preset.removeprefix(sample).removeprefix("_") or "8x80gb"
-    frames, height, width, rewards, heldout = SAMPLES[sample]
-    attention, fsdp, (prompts, images), batch, micro_batch, chunk = PLACES[sample, place]
+    chosen = PRESETS[preset]
+    samples, place = SAMPLES[chosen.samples], PLACES[chosen.samples, chosen.place]
     config = default_config()
     config.name = preset
     config.model.update(
         path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        num_frames=frames,
-        height=height,
-        width=width,
+        num_frames=samples.num_frames,
+        height=samples.height,
+        width=samples.width,
         max_sequence_length=512,
-        attention=attention,
+        attention=place.attention,
         remat="full",
     )
     config.lora.update(rank=32, alpha=64.0)
@@ -175,21 +191,27 @@ def get_config(preset: str = PRESETS[0]):
         sources=("general", "ocr"),
         embedding_cache="~/.cache/marble_jax/embeddings",
     )
-    config.rewards.update(path="hub", train=rewards, heldout=heldout, frames="count:3")
+    config.rewards.update(
+        path="hub", train=samples.train, heldout=samples.heldout, frames="count:3"
+    )
     config.rollout.update(
-        prompts_per_step=prompts,
-        images_per_prompt=images,
-        batch_size=batch,
+        prompts_per_step=place.prompts,
+        images_per_prompt=place.images,
+        batch_size=place.rollout_batch,
         num_steps=10,
         guidance_scale=4.5,
     )
-    config.training.update(micro_batch_size=micro_batch, timestep_fraction=0.4, learning_rate=1e-4)
-    config.harmonize.update(mode="amortized", chunk_size=chunk)
+    config.training.update(
+        micro_batch_size=place.micro_batch, timestep_fraction=0.4, learning_rate=1e-4
+    )
+    config.harmonize.update(mode="amortized", chunk_size=place.chunk)
     config.evaluation.update(num_steps=25, solver="unipc")
-    config.mesh.fsdp = fsdp
-    if objective in POLICY_GRADIENTS:
+    config.mesh.fsdp = place.fsdp
+    if chosen.objective:
         config.harmonize.mode = "exact"
-        config.update_from_flattened_dict(dict(POLICY_GRADIENTS[objective]) | ON_CLIPS[objective])
-    if preset.endswith("_marble"):
+        config.update_from_flattened_dict(
+            dict(POLICY_GRADIENTS[chosen.objective]) | ON_CLIPS[chosen.objective]
+        )
+    if chosen.objective and chosen.every_reward:
         config.update_from_flattened_dict(dict(HARMONIZED))
     return config

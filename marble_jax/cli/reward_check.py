@@ -12,11 +12,11 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.programs.locations import EMBEDDED, EMBEDDED_VIDEO
 from marble_jax.rewards import checks, throughput
-from marble_jax.rewards.base import Reward
+from marble_jax.rewards.base import Reward, seen_frames
 from marble_jax.rewards.checks import CheckResult
 from marble_jax.rewards.toy_world import golden_clips, golden_images
 
-COLUMNS = ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", "")
+COLUMNS = ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", "frames", "")
 
 # Pixels of golden images where nobody says otherwise: the size that a reward will be used at.
 SHIPPED_SIZES = {EMBEDDED: 64, EMBEDDED_VIDEO: 48}
@@ -110,6 +110,7 @@ def _row(reward: Reward, result: CheckResult, rate: float) -> tuple[str, ...]:
         f"{rate:.3g}",
         weights,
         result.kind,
+        seen_frames(reward),
         result.note,
     )
 

@@ -45,6 +45,11 @@ class Size:
         sides = f"{self.height} x {self.width}"
         return sides if self.num_frames == 1 else f"{self.num_frames} x {sides}"
 
+    @property
+    def samples(self) -> str:
+        """What samples of this size are called: "images" or "clips"."""
+        return "images" if self.num_frames == 1 else "clips"
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkOptions:

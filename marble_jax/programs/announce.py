@@ -12,6 +12,7 @@ from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.programs.build import Run
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.programs.run_record import method_name
+from marble_jax.rewards.base import seen_frames
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable.lora import num_parameters
 from marble_jax.training.batch_sizes import is_stochastic, window_of
@@ -34,6 +35,7 @@ def announce_start(run: Run, workdir: Workdir, console: Console, resumed: int | 
         ("model", _model_line(run)),
         ("base weights", layout),
         ("rewards", f"{joined(rewards.train)}; never trained on: {heldout}"),
+        *_frame_rows(run),
         ("step", _step_line(run)),
         ("sampling", _sampling_line(run)),
         ("memory", _memory_line(run)),
@@ -49,11 +51,24 @@ def _device_line(run: Run) -> str:
     return f"{len(devices)} {devices[0].device_kind}, mesh {mesh}, jax {jax.__version__}"
 
 
+def _frame_rows(run: Run) -> list[tuple[str, str]]:
+    """Which frames each reward sees; no row where samples are images."""
+    if run.size.num_frames == 1:
+        return []
+    names: dict[str, list[str]] = {}
+    for reward in run.evaluator.scorer.rewards:
+        names.setdefault(seen_frames(reward), []).append(reward.name)
+    choices = []
+    for words, seeing in names.items():
+        choices.append(f"{words}: {joined(seeing)}")
+    return [("frames", "; ".join(choices))]
+
+
 def _step_line(run: Run) -> str:
     sizes, rollout = run.sizes, run.settings.rollout
     return (
         f"{rollout.prompts_per_step} prompts x {rollout.images_per_prompt} = {sizes.images} "
-        f"images in {sizes.rollout_batches} batches, {sizes.timesteps} of {rollout.num_steps} "
+        f"{run.size.samples} in {sizes.rollout_batches} batches, {sizes.timesteps} of {rollout.num_steps} "
         f"timesteps: {sizes.samples} samples in {sizes.micro_batches} micro-batches"
     )
 
@@ -151,23 +166,24 @@ def announce_gains(run: Run, workdir: Workdir, console: Console, step: int, seco
         f"\nbefore and after {step} steps, {last['num_prompts']} held-out prompts, gain with 95 % "
         f"bootstrap interval ({duration(seconds)} in all):"
     )
-    console.table(rows, ("reward", "before", "after", "gain", "images", ""))
+    samples = run.size.samples
+    console.table(rows, ("reward", "before", "after", "gain", samples, ""))
     for rates in last.get("joint", {}).values():
-        console.say(_joint_line(rates))
+        console.say(_joint_line(rates, samples))
 
 
-def _joint_line(rates: Mapping[str, Any]) -> str:
-    """Shares of images that are above, and below, the base model's on all rewards of a set at once."""
+def _joint_line(rates: Mapping[str, Any], samples: str) -> str:
+    """Shares of samples above, and below, the base model's on all rewards of a set at once."""
     names = rates["rewards"]
     if not rates["count"]:
-        return f"no image with scores of {joined(names)}"
+        return f"no {samples} with scores of {joined(names)}"
     shares = []
     for rate, words in (("domination", "above"), ("collapse", "below")):
         share = rates[rate]
         shares.append(f"{share['mean']:.1%} {words} ({share['low']:.1%} to {share['high']:.1%})")
     return (
-        f"against the base model's image on all of {joined(names)} at once: {', '.join(shares)} of "
-        f"{rates['count']} images"
+        f"against the base model's {samples} on all of {joined(names)} at once: {', '.join(shares)} of "
+        f"{rates['count']} {samples}"
     )
 
 

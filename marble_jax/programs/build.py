@@ -39,7 +39,7 @@ from marble_jax.programs.open_model import (
 )
 from marble_jax.programs.upstream import upstream_rules
 from marble_jax.prompts.files import Prompt
-from marble_jax.rewards.base import Reward, check_frames
+from marble_jax.rewards.base import Reward, check_default_frames, seen_rate
 from marble_jax.rewards.placement import check_groups, place_rewards
 from marble_jax.rewards.registry import load_rewards
 from marble_jax.rewards.scorer import Scorer
@@ -174,7 +174,7 @@ def build(settings: Settings) -> Run:
     _check_held_out(train_prompts, test_prompts)
     root, family = locate(settings.model)
     spec = lora.lora_spec(settings.lora, family)
-    rewards = _load_rewards(settings, mesh)
+    rewards = _load_rewards(settings, mesh, family.frames_per_second)
     # A size that does not fit shows before text encoders are read.
     check_model(root, family, settings.model)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
@@ -273,8 +273,8 @@ def _check_held_out(
             )
 
 
-def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
-    """The rewards trained on, then those only evaluated, on the devices."""
+def _load_rewards(settings: Settings, mesh: Mesh, rate: float | None) -> list[Reward]:
+    """The rewards trained on, then those only evaluated, on the devices; `rate` is of clips, in frames a second."""
     chosen, rollout = settings.rewards, settings.rollout
     rewards = load_rewards(
         reward_directory(chosen),
@@ -285,7 +285,8 @@ def _load_rewards(settings: Settings, mesh: Mesh) -> list[Reward]:
         frame_reduction=chosen.frame_reduction,
     )
     for reward in rewards:
-        check_frames(reward, settings.model.num_frames)
+        reward.frames_per_second = seen_rate(reward, settings.model.num_frames, rate)
+    check_default_frames(rewards, chosen.frames, settings.model.num_frames)
     # Rewards that are only evaluated never see the groups of a rollout.
     for reward in rewards[: len(chosen.train)]:
         check_groups(

@@ -14,7 +14,7 @@ from marble_jax.config import ModelSettings, Settings
 from marble_jax.console import Console
 from marble_jax.convert.lora import add_loras
 from marble_jax.distributed import device_mesh
-from marble_jax.errors import one_of
+from marble_jax.errors import InputError, one_of
 from marble_jax.families.base import Networks, Size
 from marble_jax.families.decoding import Decoder, as_samples
 from marble_jax.families.embedding_cache import EmbeddingCache
@@ -24,7 +24,7 @@ from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.programs.locations import model_location
-from marble_jax.programs.open_model import check_omitted, size_of
+from marble_jax.programs.open_model import check_omitted, default_size, size_of
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.programs.run_state import restore_policy, run_settings
@@ -184,7 +184,7 @@ class ImageSampler:
 
     def _size(self, networks: Networks) -> Size:
         """The size asked for, the run's, or the model's own."""
-        size = networks.default_size
+        size = default_size(self._source.model, networks)
         if self.run is not None:
             size = size_of(self.run.model)
         if self._settings.size is not None:
@@ -192,7 +192,7 @@ class ImageSampler:
             size = Size(height, width, size.num_frames)
         if self._settings.num_frames is not None:
             size = Size(size.height, size.width, self._settings.num_frames)
-        networks.check_size(size, SIZE_OPTIONS)
+        check_size_option(networks, size, self.run is None and is_unasked(self._settings))
         return size
 
     def _compiled(self, networks: Networks) -> Any:
@@ -330,6 +330,34 @@ class ImageSampler:
         if self._embedded_guidance is not None:
             written["embedded guidance"] = f"{self._embedded_guidance:g}"
         return written
+
+
+def is_unasked(settings: SamplingSettings) -> bool:
+    """Whether settings leave the size to the model."""
+    return settings.size is None and settings.num_frames is None
+
+
+def check_size_option(networks: Networks, size: Size, unasked: bool) -> None:
+    """Checks the size of what is to be drawn.
+
+    Args:
+      networks: of the model.
+      size: wanted.
+      unasked: neither an option nor a run says it: it is the model's `default_size`.
+
+    Raises:
+      InputError: a size that the model cannot draw.
+    """
+    try:
+        networks.check_size(size, SIZE_OPTIONS)
+    except InputError as error:
+        # Files of some families are silent on it, and what is published for their kin need not fit.
+        if unasked:
+            raise InputError(
+                f"--size: expected a size for this model, whose files do not say its own; received none, and the "
+                f"usual {size} does not fit ({error})"
+            ) from error
+        raise
 
 
 def plain_model(path: str) -> ModelSettings:

@@ -113,7 +113,7 @@ def model_card(
         _header(facts, shown),
         _introduction(facts),
         _results(facts, evaluation),
-        _strip(shown),
+        _strip(shown, facts.size.samples),
         _usage(facts, merged),
         _verified(checks),
         _licence(facts),
@@ -223,7 +223,7 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
         f"({_sampling(records)}); gain with 95 % bootstrap interval over the prompts."
         f"{evaluated_policy}",
         "",
-        "| reward | base model | with the adapter | gain | images with a score |",
+        f"| reward | base model | with the adapter | gain | {records.samples} with a score |",
         "|---|---|---|---|---|",
     ]
     for name in records.names:
@@ -277,8 +277,8 @@ def _images(facts: Facts, step: int) -> tuple[list[ShownImages], dict[str, epath
     return shown, files
 
 
-def _strip(shown: list[ShownImages]) -> str:
-    """The table of images."""
+def _strip(shown: list[ShownImages], samples: str) -> str:
+    """The table of samples, which are images or clips."""
     if not shown:
         return ""
     rows = ["| prompt | base model | with the adapter |", "|---|---|---|"]
@@ -286,7 +286,7 @@ def _strip(shown: list[ShownImages]) -> str:
         rows.append(
             f"| {plain(images.prompt)} | ![before]({images.before}) | ![after]({images.after}) |"
         )
-    return "\n".join(["## Images", "", "Same prompt, same noise.", "", *rows, ""])
+    return "\n".join([f"## {samples.capitalize()}", "", "Same prompt, same noise.", "", *rows, ""])
 
 
 def _usage(facts: Facts, merged: bool) -> str:

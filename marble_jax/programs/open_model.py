@@ -19,12 +19,14 @@ from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of, family_of_published
 from marble_jax.networks import attention
-from marble_jax.programs.locations import model_location, resolve_path
+from marble_jax.programs.locations import EMBEDDED_VIDEO, model_location, resolve_path
 from marble_jax.types import DTYPES
 
 DECODED_AT_ONCE = 32
 """Frames that the autoencoder turns from latents to pixels together; its activations are large."""
 SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
+SHIPPED_SIZES = {EMBEDDED_VIDEO: Size(48, 48, 5)}
+"""Of shipped models whose files have no word for the size that they were made for."""
 
 
 def locate(settings: ModelSettings) -> tuple[Path, Family]:
@@ -52,6 +54,16 @@ def check_omitted(family: Family, omit: Sequence[str], what: str) -> None:
 def size_of(settings: ModelSettings) -> Size:
     """The size that a run draws at."""
     return Size(settings.height, settings.width, settings.num_frames)
+
+
+def default_size(path: str, networks: Networks) -> Size:
+    """The size that a model was made for, as far as it is known.
+
+    Args:
+      path: of the model, as settings have it.
+      networks: of the model.
+    """
+    return SHIPPED_SIZES.get(path, networks.default_size)
 
 
 def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.FusedAttention:

@@ -155,7 +155,7 @@ class RunEvaluations:
         if adapter is not None and run.settings.rollout.merge_adapter:
             # As rollouts draw: merged weights round otherwise than a sum of two products.
             params, adapter = lora.merge(params, adapter, run.spec.scale), None
-        with self._console.bar(len(run.evaluator.groups), what, "img") as bar:
+        with self._console.bar(len(run.evaluator.groups), what, "sample") as bar:
 
             def progress(count: int) -> None:
                 bar.update(count)

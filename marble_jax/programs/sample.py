@@ -53,7 +53,7 @@ def sample_images(
         folder.save_grids(len(prompts))
     if with_mp4 and frames_per_second is not None:
         folder.save_mp4s(len(prompts), frames_per_second)
-    console.say(f"images: {folder.path}")
+    console.say(f"{sampler.size.samples}: {folder.path}")
 
 
 def fill_folder(
@@ -79,7 +79,7 @@ def fill_folder(
     sampler.open(bool(missing))
     _claim(folder, sampler, prompts)
     console.say(
-        f"{what}: {len(prompts)} images of {sampler.size} px, {len(prompts) - len(missing)} already "
+        f"{what}: {len(prompts)} {sampler.size.samples} of {sampler.size} px, {len(prompts) - len(missing)} already "
         f"in {folder.path}; {sampler.origin}"
     )
     with console.bar(len(missing), what, "img") as bar:

@@ -16,9 +16,9 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import Family, NetworkOptions, Size
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of
-from marble_jax.programs.image_sampler import SIZE_OPTIONS, plain_model
+from marble_jax.programs.image_sampler import check_size_option, is_unasked, plain_model
 from marble_jax.programs.locations import model_location
-from marble_jax.programs.open_model import check_omitted, size_of
+from marble_jax.programs.open_model import check_omitted, default_size, size_of
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.programs.run_state import run_settings
 from marble_jax.storage.workdir import Workdir
@@ -103,9 +103,11 @@ def shared_settings(
       InputError: no such model or run, a size that a model cannot draw, or models that would be drawn differently.
     """
     shared = settle(_own_settings(models, asked), asked, stated)
+    has_run = any(source.workdir for source in models.values())
+    unasked = not has_run and is_unasked(asked)
     for source in models.values():
         root, family = _located(source, shared.settings.omit_text_encoders)
-        family.outline(root, NetworkOptions()).check_size(shared.size, SIZE_OPTIONS)
+        check_size_option(family.outline(root, NetworkOptions()), shared.size, unasked)
     return shared
 
 
@@ -148,7 +150,7 @@ def _of_plain_model(source: PolicySource, omit: tuple[str, ...]) -> OwnSettings:
     root, family = _located(source, omit)
     return OwnSettings(
         is_run=False,
-        size=family.outline(root, NetworkOptions()).default_size,
+        size=default_size(source.model, family.outline(root, NetworkOptions())),
         max_sequence_length=family.default_sequence_length(root),
         omit_text_encoders=omit,
         dtype=plain_model(source.model).dtype,

@@ -88,16 +88,16 @@ def _outcome_faults(records: Records) -> list[Alarm]:
         if not outcome.heldout:
             raised += _past_peak(records, outcome)
         elif outcome.kind == "down":
-            raised.append(_fallen(outcome))
+            raised.append(_fallen(records, outcome))
     return raised
 
 
-def _fallen(outcome: Outcome) -> Alarm:
+def _fallen(records: Records, outcome: Outcome) -> Alarm:
     gain = outcome.gain
     text = (
         f"The held-out reward {outcome.reward} lost {abs(gain.mean):.3g} "
         f"(interval {gain.low:.3g} to {gain.high:.3g}) while others were trained: "
-        "rewards may be won at the images' cost."
+        f"rewards may be won at the {records.samples}' cost."
     )
     return Alarm("alarm", f"{outcome.reward} fell without being trained", text)
 
@@ -144,8 +144,9 @@ def _diversity(records: Records) -> list[Alarm]:
     if drift.end <= DIVERSITY_ALARM * drift.start:
         level, title = "alarm", "Diversity has halved"
     text = (
-        f"Images of one prompt differ less than at the start: {drift.start:.3g} then, {drift.end:.3g} now "
-        f"({drift.relative:+.0%}). Collapse onto one look per prompt reads like this; see the images."
+        f"{records.samples.capitalize()} of one prompt differ less than at the start: {drift.start:.3g} then, "
+        f"{drift.end:.3g} now ({drift.relative:+.0%}). Collapse onto one look per prompt reads like this; "
+        f"see the {records.samples}."
     )
     return [Alarm(level, title, text)]
 
@@ -163,7 +164,7 @@ def _brightness(records: Records) -> list[Alarm]:
         f"Mean brightness (0 black, 1 white) went from {drift.start:.3f} to {drift.end:.3f}. A reward may be paid "
         "for light rather than for content."
     )
-    return [Alarm(level, f"Images are getting {direction}", text)]
+    return [Alarm(level, f"{records.samples.capitalize()} are getting {direction}", text)]
 
 
 def _latent_norm(records: Records) -> list[Alarm]:
@@ -182,7 +183,7 @@ def _latent_norm(records: Records) -> list[Alarm]:
 
 
 def _freezing(records: Records) -> list[Alarm]:
-    """Returns what tells of clips that come to a stand, which any reward of single frames may pay for."""
+    """Returns what tells of clips that come to a stand, which several rewards may pay for."""
     drift = records.series("rollout/motion").drift()
     # Clips that never moved cannot freeze.
     if drift is None or drift.start <= 0:
@@ -199,7 +200,8 @@ def _freezing(records: Records) -> list[Alarm]:
     risen = [name for name in records.rewards if _has_risen(records, name)]
     if risen:
         verb = "has" if len(risen) == 1 else "have"
-        text += f" Meanwhile {findings.listing(risen)} {verb} risen: rewards of single frames pay for stills."
+        text += f" Meanwhile {findings.listing(risen)} {verb} risen: "
+        text += "rewards of single frames, and of smoothness, can be won by standing still."
     return [Alarm(level, title, text)]
 
 
@@ -233,7 +235,7 @@ def _constant(records: Records, name: str) -> list[Alarm]:
     if not spread.size or spread.max() > CONSTANT_SPREAD * size:
         return []
     text = (
-        f"Every image of the last {spread.size} step(s) scored {last_mean:.4g}. A reward that is "
+        f"All {records.samples} of the last {spread.size} step(s) scored {last_mean:.4g}. A reward that is "
         "installed wrongly looks like this, and so does one that is solved."
     )
     return [Alarm("alarm", f"{name} is constant", text)]
@@ -243,7 +245,7 @@ def _never_applied(records: Records, name: str) -> list[Alarm]:
     missing = records.series(f"rollout/missing_share/{name}")
     if not missing.finite.size or missing.lowest() < 1.0:
         return []
-    text = "It was missing on every image of every step: the prompts may lack what it needs."
+    text = f"It was missing on all {records.samples} of every step: the prompts may lack what it needs."
     return [Alarm("alarm", f"{name} never applied", text)]
 
 
@@ -265,7 +267,7 @@ def _ties(records: Records, name: str) -> list[Alarm]:
     if not ties.size or ties.mean() <= ZERO_STD_WATCH:
         return []
     text = (
-        f"In {ties.mean():.0%} of the groups of the last {ties.size} step(s) every image scored alike; "
+        f"In {ties.mean():.0%} of the groups of the last {ties.size} step(s) all {records.samples} scored alike; "
         "those groups teach nothing."
     )
     return [Alarm("watch", f"{name}: most groups tie", text)]
@@ -291,8 +293,8 @@ def _failed_evaluations(records: Records) -> list[Alarm]:
     raised = []
     for name, places in failures.items():
         text = (
-            f"Held-out images without a score: {', '.join(places)}. "
-            "Gains compare the images that both have."
+            f"Held-out {records.samples} without a score: {', '.join(places)}. "
+            f"Gains compare the {records.samples} that both have."
         )
         raised.append(Alarm("watch", f"{name} failed in evaluations", text))
     return raised

@@ -16,17 +16,22 @@ from marble_jax.report.intervals import Interval, number
 from marble_jax.report.markup import element
 
 _RATES = ("domination", "collapse", "difference")
-_HEAD = ("Above on all (joint domination)", "Below on all (joint collapse)", "Difference", "Images")
+_HEAD = ("Above on all (joint domination)", "Below on all (joint collapse)", "Difference")
 _SETS = {"all": "all rewards that were evaluated", "trained": "the rewards that were trained on"}
 
 
-def lead(reference: str) -> str:
-    """Returns what the rates are, in words; `reference` is markup."""
+def lead(reference: str, samples: str = "images") -> str:
+    """Returns what the rates are, in words.
+
+    Args:
+      reference: markup; whose sample the others are compared with.
+      samples: "images" or "clips".
+    """
     return (
-        f"Share of images that are at least as high as {reference} of the same prompt and noise on every reward "
+        f"Share of {samples} that are at least as high as {reference} of the same prompt and noise on every reward "
         "that applies, and higher on one; and of those for which the reverse holds (arXiv 2605.13155). Of models "
         "that differ by chance both shares are alike: it is their difference that counts. 95&nbsp;% intervals: "
-        "Wilson's, several images of a prompt counting as fewer; of the difference, bootstrap over prompts."
+        f"Wilson's, several {samples} of a prompt counting as fewer; of the difference, bootstrap over prompts."
     )
 
 
@@ -45,7 +50,11 @@ def caption(which: str, rates: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def table(
-    first: str, labels: Mapping[str, str], rates: Mapping[str, Mapping[str, Any]], title: str
+    first: str,
+    labels: Mapping[str, str],
+    rates: Mapping[str, Mapping[str, Any]],
+    title: str,
+    samples: str = "images",
 ) -> str:
     """Returns one row for each key of `rates`.
 
@@ -54,16 +63,22 @@ def table(
       labels: markup of the first column, by key.
       rates: records, by key.
       title: markup above the table.
+      samples: "images" or "clips".
     """
     rows = []
     for key, record in rates.items():
         cells = [_cell(record.get(rate), signed=rate == "difference") for rate in _RATES]
         rows.append((labels[key], *cells, f"{number(record.get('count')):,.0f}"))
-    return blocks.table((first, *_HEAD), rows, caption=title)
+    return blocks.table((first, *_HEAD, samples.capitalize()), rows, caption=title)
 
 
-def run_table(joint: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a training run's rates over its base model, a row a set of rewards; "" where none is on record."""
+def run_table(joint: Mapping[str, Mapping[str, Any]], samples: str = "images") -> str:
+    """Returns a training run's rates over its base model, a row a set of rewards; "" where none is on record.
+
+    Args:
+      joint: records by set of rewards.
+      samples: "images" or "clips".
+    """
     if not joint:
         return ""
     labels = {}
@@ -71,8 +86,9 @@ def run_table(joint: Mapping[str, Mapping[str, Any]]) -> str:
         names = ", ".join(escape(name) for name in _names(record))
         labels[which] = f"{_SETS.get(which, escape(which))}: {names}"
     heading = element("h3", "All rewards at once")
-    words = element("p", lead("the base model's image"), class_="small")
-    return heading + table("Rewards", labels, joint, "") + words
+    sample = samples.removesuffix("s")
+    words = element("p", lead(f"the base model's {sample}", samples), class_="small")
+    return heading + table("Rewards", labels, joint, "", samples) + words
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:

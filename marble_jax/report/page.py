@@ -154,6 +154,12 @@ def _header(records: Records) -> str:
     )
 
 
+def _sections(records: Records) -> list[tuple[str, str]]:
+    """Returns anchor and name of each section."""
+    named = dict(_SECTIONS) | {"images": records.samples.capitalize()}
+    return list(named.items())
+
+
 def render(records: Records) -> str:
     """Returns the whole page as HTML text; a pure function of the records and the images they point to."""
     flaws = list(records.flaws)
@@ -181,7 +187,7 @@ def render(records: Records) -> str:
     )
     title = f"{records.name}: training report"
     body = "".join([*sections, notes])
-    return document.document(title, _header(records), _SECTIONS, body, footer)
+    return document.document(title, _header(records), _sections(records), body, footer)
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:

@@ -160,6 +160,13 @@ class Records:
         return self.names.index(reward)
 
     @property
+    def samples(self) -> str:
+        """What the run draws: "images" or "clips"."""
+        config = self.run.get("config")
+        frames = config.get("model.num_frames") if isinstance(config, dict) else None
+        return "clips" if number(frames) > 1 else "images"
+
+    @property
     def name(self) -> str:
         """The run's name, or that of its directory."""
         recorded = self.run.get("name")

@@ -26,7 +26,7 @@ _WORDS = {
     "unclear": "no clear change",
     "unknown": "not on record",
 }
-_COLUMNS = ("Gain", "Gain against zero", "Verdict", "Images")
+_COLUMNS = ("Gain", "Gain against zero", "Verdict")
 
 
 def verdict(records: Records) -> str:
@@ -108,12 +108,12 @@ def _gradient_tiles(records: Records) -> list[tuple[str, str]]:
 
 
 def _course_tiles(records: Records) -> list[tuple[str, str]]:
-    """Returns value and label of how the images' diversity moved, and of the pace."""
+    """Returns value and label of how the diversity of samples moved, and of the pace."""
     tiles = []
     drift = records.series("rollout/diversity").drift()
     if drift is not None and drift.start > 0:
         change = with_minus(f"{drift.relative:+.0%}")
-        label = "diversity of a prompt's images since the start"
+        label = f"diversity of a prompt's {records.samples} since the start"
         tiles.append((spaced_percent(change), label))
     step_seconds = findings.timings(records)["step"]
     if math.isfinite(step_seconds):
@@ -166,7 +166,7 @@ def before_after(records: Records) -> str:
     if records.trained:
         last = f"step&nbsp;{step_of(records.trained[-1]):,}"
     table = blocks.table(
-        ("Reward", "Base", f"Trained<br>({last})", *_COLUMNS),
+        ("Reward", "Base", f"Trained<br>({last})", *_COLUMNS, records.samples.capitalize()),
         rows,
         kind="outcome",
         caption="Mean score with its 95&nbsp;% interval below it, in each reward's own units; higher is better",
@@ -174,10 +174,10 @@ def before_after(records: Records) -> str:
     note = element(
         "p",
         "Bars: each row has its own scale; the upright line is zero. "
-        "<i>Images</i> counts those to which the reward applies.",
+        f"<i>{records.samples.capitalize()}</i> counts those to which the reward applies.",
         class_="small",
     )
-    rates = joint_rates.run_table(findings.joint(records))
+    rates = joint_rates.run_table(findings.joint(records), records.samples)
     return blocks.section("before-after", title, table, note, rates)
 
 

@@ -50,6 +50,8 @@ class Reward:
       reduction: how a reward that takes images makes one score of a clip's frames: "mean" or "min".
       needs_full_group: an image's score depends on the other images of its prompt, which have to be in its batch.
       sources: sources of the prompts that the reward is for; empty for all prompts that it applies to.
+      frames_per_second: of the clips that `score` is given, fewer than the model's where it sees some frames; None
+        where nobody says.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Reward:
     reduction: Reduction = "mean"
     needs_full_group: bool = False
     sources: tuple[str, ...] = ()
+    frames_per_second: float | None = None
 
     def networks(self) -> Sequence[SharedNetwork]:
         """Returns the networks whose weights are part of `params`; they move to the devices with it."""
@@ -130,6 +133,58 @@ def check_frames(reward: Reward, num_frames: int) -> tuple[int, ...]:
             f"{len(indices)}{of_them}"
         )
     return indices
+
+
+def seen_rate(reward: Reward, num_frames: int, rate: float | None) -> float | None:
+    """Returns frames a second of the frames that a reward sees, on average where they are not evenly spread.
+
+    Args:
+      reward: that sees clips.
+      num_frames: of a clip.
+      rate: of the whole clip; None where it is not known.
+
+    Raises:
+      InputError: see `check_frames`.
+    """
+    indices = check_frames(reward, num_frames)
+    # Of one frame there is no rate.
+    if rate is None or len(indices) < 2:
+        return None
+    return rate * (len(indices) - 1) / (indices[-1] - indices[0])
+
+
+def seen_frames(reward: Reward) -> str:
+    """Returns which frames of a clip a reward sees, in words: "all", "count:3, mean of scores"; "-" for no choice."""
+    if reward.takes == CLIPS:
+        return str(reward.frames or "all")
+    if reward.frames is None:
+        return "-"
+    # One frame has one score.
+    if reward.frames.word == "first":
+        return "first"
+    return f"{reward.frames}, {reward.reduction} of scores"
+
+
+def check_default_frames(rewards: Sequence[Reward], frames: str, num_frames: int) -> None:
+    """Checks that a run's choice of frames is one that a reward goes by.
+
+    Args:
+      rewards: of the run, loaded with that choice.
+      frames: the choice; empty for none.
+      num_frames: of a sample.
+
+    Raises:
+      InputError: each reward that takes images has a choice of its own, and that is another one.
+    """
+    choices = {str(reward.frames) for reward in rewards if reward.takes == IMAGES}
+    # Images, and rewards of clips alone, have no use for a choice: a preset's may stand.
+    if num_frames == 1 or not choices or frames in ("", *choices):
+        return
+    own = " or ".join(sorted(choices))
+    raise InputError(
+        f"rewards.frames: expected {own} or nothing, as each reward of images has a choice of its own (frames of its "
+        f"entry in rewards.json); received {frames!r}"
+    )
 
 
 def call(

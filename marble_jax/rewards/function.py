@@ -6,7 +6,8 @@ Its first two parameters say how it wants to be called:
     def sharpness(images, prompts, metadata): ...    # a batch -> a number each
     def rank(images, prompt, metadata): ...          # all images of one prompt -> a number each
 
-and `clip`, `clips` instead of `image`, `images`, that it takes clips. An image is float32 [H, W, 3], a clip
+and `clip`, `clips` instead of `image`, `images`, that it takes clips; with a further parameter `fps=16` it is also told
+how many frames a second they have, where that is known. An image is float32 [H, W, 3], a clip
 [F, H, W, 3], in [0, 1] (read-only); metadata is the prompt's mapping (a list of them where `images` is one). None
 instead of a number says that the function does not apply to that image; NaN, or an exception, that it failed. An
 attribute `applies`, a function (prompt, metadata) -> bool, leaves out prompts before any call. The module is looked for
@@ -49,10 +50,12 @@ class Form:
     Attributes:
       call: "pointwise", one image at a time; "batch"; "group", all images of a prompt.
       takes: see `Reward`.
+      wants_fps: whether it asks for the frames a second of clips.
     """
 
     call: Literal["pointwise", "batch", "group"]
     takes: Takes = IMAGES
+    wants_fps: bool = False
 
 
 FORMS = {
@@ -179,7 +182,8 @@ def form_of(name: str, function: Callable[..., Any]) -> Form:
     if len(parameters) >= 3 and _takes_three(parameters):
         form = FORMS.get((parameters[0].name, parameters[1].name))
         if form is not None:
-            return form
+            names = [parameter.name for parameter in parameters[3:]]
+            return dataclasses.replace(form, wants_fps=form.takes == CLIPS and "fps" in names)
     received = ", ".join(map(str, parameters)) or "none that can be read"
     raise InputError(
         f"reward {name}: expected parameters (image, prompt, metadata), (images, prompts, metadata) "
@@ -240,7 +244,7 @@ class FunctionReward(Reward):
         images = np.asarray(images).view()
         images.setflags(write=False)
         if self.form.call == "batch":
-            answer = self.function(images, list(prompts), list(metadata))
+            answer = self.function(images, list(prompts), list(metadata), **self._rate())
             answers = _as_list(answer, len(prompts))
         else:
             answers = self._call_by_part(images, prompts, metadata)
@@ -301,9 +305,16 @@ class FunctionReward(Reward):
     ) -> list[Any]:
         first = part[0]
         if self.form.call == "pointwise":
-            return [self.function(images[first], prompts[first], metadata[first])]
+            return [self.function(images[first], prompts[first], metadata[first], **self._rate())]
         part_metadata = [metadata[index] for index in part]
-        return _as_list(self.function(images[part], prompts[first], part_metadata), len(part))
+        answer = self.function(images[part], prompts[first], part_metadata, **self._rate())
+        return _as_list(answer, len(part))
+
+    def _rate(self) -> dict[str, float]:
+        """The frame rate as an argument; nothing where nobody knows it or the function does not ask."""
+        if self.frames_per_second is None or not self.form.wants_fps:
+            return {}
+        return {"fps": self.frames_per_second}
 
 
 def _as_list(answer: Any, count: int) -> list[Any]:

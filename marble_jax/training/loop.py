@@ -235,7 +235,7 @@ class _Run:
     def _rolled_out(self, samples: Draw, compiles: bool) -> Rollout | None:
         """Images and scores of the step; None when the run is to stop."""
         title = _title(self.step, "rollout", compiles)
-        with phase("rollout"), self._console.bar(len(samples.prompts), title, "img") as bar:
+        with phase("rollout"), self._console.bar(len(samples.prompts), title, "sample") as bar:
             progress = partial(self._sampled, bar)
             try:
                 return self._iteration.roll_out(self.state, samples, progress)

@@ -30,6 +30,8 @@ def step_line(
     """
     start = f"step {record['step'] + 1}/{total}"
     trouble = _trouble(record, names)
+    # Clips alone have a motion on record.
+    unit = "clip/s" if "rollout/motion" in record else "img/s"
     # In the order of the line; those that are needed most come into it first.
     parts = {
         "norm": f"|g| {record['training/grad_norm']:.3f}",
@@ -37,7 +39,7 @@ def step_line(
         "ratio": _ratio(record),
         "seconds": f"{record['time/step_s']:.1f}s",
         "phases": _phases(record),
-        "images": _speed(record, "speed/images_per_s", "{:.3g} img/s"),
+        "images": _speed(record, "speed/images_per_s", "{:.3g} " + unit),
         "flops": _speed(record, "speed/train_tflops_per_device", "train {:.3g} TFLOP/s a device"),
         "mfu": _speed(record, "speed/train_mfu", "(MFU {:.0%})"),
         "left": f"{left} left",

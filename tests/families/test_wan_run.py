@@ -244,3 +244,10 @@ def test_sizes_of_samples_are_refused_in_one_line(place, capsys, size, message):
     command = ["sample", f"--model={place / 'model'}", "--prompts=a cat", f"--out={out}"]
     assert message in refused(capsys, *command, f"--size={size}", "--max_sequence_length=6")
     assert not out.exists()
+
+
+def test_a_model_without_a_size_of_its_own_asks_for_one(place, capsys):
+    command = ["sample", f"--model={place / 'model'}", "--prompts=a cat", f"--out={place / 'none'}"]
+    line = refused(capsys, *command, "--max_sequence_length=6")
+    assert "--size: expected a size for this model, whose files do not say its own;" in line
+    assert "received none, and the usual 480 x 832 does not fit (--size: height: expected" in line

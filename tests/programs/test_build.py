@@ -155,6 +155,22 @@ def test_names_are_looked_up_before_weights_are_read(monkeypatch):
         build.build(settings_of(config(**base)))
 
 
+def test_frames_that_no_reward_goes_by_are_refused_before_the_model_is_read(monkeypatch):
+    monkeypatch.setattr(build, "open_networks", lambda *a, **k: pytest.fail("the model was read"))
+    shipped = {f"{room}__path": "embedded_video" for room in ("model", "prompts", "rewards")}
+    made = config(
+        **shipped,
+        prompts__sources=("things",),
+        rewards__train=("geneval", "colourfulness", "motion"),
+        rewards__frames="every:9",
+        model__num_frames=5,
+    )
+    with pytest.raises(
+        InputError, match="rewards.frames: expected count:3 or nothing, .*received 'every:9'$"
+    ):
+        build.build(settings_of(made))
+
+
 def test_resolve_path(tmp_path):
     resolve_path = locations.resolve_path
     assert (resolve_path("embedded", "pipeline") / "model_index.json").is_file()

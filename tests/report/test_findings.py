@@ -8,6 +8,7 @@ from make_workdir import REWARDS, make_workdir
 
 from marble_jax.report import findings, read_records, summarise
 from marble_jax.report.alarms import alarms
+from marble_jax.report.page import render
 
 
 def write(root, rows=(), evaluations=(), **run):
@@ -162,7 +163,19 @@ def test_rewards_that_rise_while_clips_freeze_are_named(tmp_path):
     ]
     (alarm,) = alarms(write(tmp_path, rows))
     assert (alarm.level, alarm.title) == ("alarm", "Clips are freezing")
-    assert "Meanwhile a has risen" in alarm.text
+    assert "Meanwhile a has risen: rewards of single frames, and of smoothness," in alarm.text
+
+
+def test_samples_of_several_frames_are_clips(tmp_path):
+    rows = steps("rollout/brightness", [0.6] * 10 + [0.45] * 10)
+    (alarm,) = alarms(write(tmp_path, rows, config={"model.num_frames": 5}))
+    assert alarm.title == "Clips are getting darker"
+    done = [evaluation(9, a=(0.2, 0.1, 0.3))]
+    page = render(write(tmp_path, evaluations=done, config={"model.num_frames": 5}))
+    assert "Clips</th>" in page and "Images</th>" not in page
+    assert '<a href="#images">Clips</a>' in page
+    page = render(write(tmp_path, evaluations=done))
+    assert "Images</th>" in page and '<a href="#images">Images</a>' in page
 
 
 def test_failures_in_evaluations_are_told(tmp_path):

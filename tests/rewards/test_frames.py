@@ -331,3 +331,53 @@ def test_every_device_keeps_the_frames_of_its_clips():
     assert same
     assert rows == [[3 * n, 3 * n + 2] for n in range(8)]
     np.testing.assert_allclose(values, (3 * np.arange(8) + 1) / 32, rtol=1e-6)
+
+
+def level(frames="", **settings):
+    """A reward of images with a choice of frames, or without."""
+    return Level(frames=parse_frames("", frames) if frames else None, **settings)
+
+
+@pytest.mark.parametrize(
+    "reward, words",
+    [
+        (level("count:3"), "count:3, mean of scores"),
+        (level("every:2", reduction="min"), "every:2, min of scores"),
+        (level("first", reduction="min"), "first"),
+        (level(), "-"),
+        (Still(), "all"),
+        (level("every:2", takes=CLIPS), "every:2"),
+    ],
+)
+def test_frames_in_words(reward, words):
+    assert base.seen_frames(reward) == words
+
+
+@pytest.mark.parametrize(
+    "reward, rate, seen",
+    [
+        (Still(), 16, 16.0),
+        (level("every:4", takes=CLIPS), 16, 4.0),
+        # Frames 0, 4 and 8.
+        (level("count:3", takes=CLIPS), 16, 4.0),
+        (level("first"), 16, None),
+        (Still(), None, None),
+    ],
+)
+def test_frames_a_second_of_what_a_reward_sees(reward, rate, seen):
+    assert base.seen_rate(reward, 9, rate) == seen
+
+
+def test_a_choice_that_no_reward_goes_by_is_refused():
+    rewards = [level("count:3", name="ocr"), level("first", name="first"), Still()]
+    with pytest.raises(
+        InputError,
+        match="^rewards.frames: expected count:3 or first or nothing, as each reward of images has a choice of its own "
+        ".*; received 'every:9'$",
+    ):
+        base.check_default_frames(rewards, "every:9", 5)
+    # As one of them has it, left to them, without a use for it at all, and of images.
+    base.check_default_frames(rewards, "first", 5)
+    base.check_default_frames(rewards, "", 5)
+    base.check_default_frames([Still()], "every:9", 5)
+    base.check_default_frames(rewards, "every:9", 1)

@@ -41,6 +41,43 @@ def test_the_three_forms():
     np.testing.assert_allclose(run(group).values, [-0.25, 0, 0.25, 0])
 
 
+def test_functions_of_clips_may_ask_for_the_frame_rate():
+    clips = np.zeros((2, 3, 4, 4, 3), np.float32)
+
+    def silent(clips, prompts, metadata):
+        return [1, 2]
+
+    def one(clip, prompt, metadata, fps=None):
+        return 0 if fps is None else fps
+
+    def many(clips, prompts, metadata, *, fps=3):
+        return [fps, fps + 1]
+
+    def of_prompt(clips, prompt, metadata, fps=3):
+        return [fps] * len(clips)
+
+    for function, before, after in (
+        (silent, [1, 2], [1, 2]),
+        (one, [0, 0], [16, 16]),
+        (many, [3, 4], [16, 17]),
+        (of_prompt, [3, 3], [16, 16]),
+    ):
+        reward = FunctionReward("r", function)
+        for rate, values in ((None, before), (16, after)):
+            reward.frames_per_second = rate
+            got, valid, _ = reward.score(None, clips, ["a", "a"], [{}, {}])
+            assert got.tolist() == values and valid.all()
+
+
+def test_images_have_no_frame_rate():
+    def one(image, prompt, metadata, fps=3):
+        return fps
+
+    reward = FunctionReward("r", one)
+    reward.frames_per_second = 16
+    assert reward.score(None, np.zeros((1, 4, 4, 3)), ["a"], [{}])[0].tolist() == [3]
+
+
 @pytest.mark.parametrize(
     "convert",
     [

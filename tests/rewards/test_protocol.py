@@ -49,6 +49,25 @@ def test_clips_arrive_as_they_were_sent(image_format):
     assert b'"version": 2, "frames": 3' in sent
 
 
+def test_a_frame_rate_arrives_and_may_be_left_out():
+    clips = np.zeros((1, 3, 4, 5, 3), np.uint8)
+    request = Request("r", clips, ["a"], [{}], 7.5)
+    sent = encode_request(request)
+    assert b'"version": 2, "frames": 3, "fps": 7.5,' in sent
+    assert decode_request(sent, Limits()).fps == 7.5
+    silent = encode_request(dataclasses.replace(request, fps=None))
+    assert b"fps" not in silent and decode_request(silent, Limits()).fps is None
+    # Images have none, whatever a header says of them.
+    assert encode_request(dataclasses.replace(REQUEST, fps=16.0)) == encode_request(REQUEST)
+    assert decode_request(body(fps=16), Limits()).fps is None
+
+
+@pytest.mark.parametrize("fps", [0, -16, "16", True, 10**400])
+def test_frame_rates_that_are_none(fps):
+    with pytest.raises(ProtocolError, match="header: expected fps above 0, or none; received"):
+        decode_request(body(version=2, frames=1, fps=fps), Limits())
+
+
 def test_clips_of_one_frame_go_to_servers_of_version_1():
     as_clips = dataclasses.replace(REQUEST, images=IMAGES[:, None])
     assert encode_request(as_clips) == encode_request(REQUEST)

@@ -16,6 +16,8 @@ from PIL import Image
 from marble_jax.errors import InputError
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Reward, RewardError
+from marble_jax.rewards.frames import parse_frames
+from marble_jax.rewards.function import FunctionReward
 from marble_jax.rewards.http.connections import ServerOptions
 from marble_jax.rewards.http.pickles import load_plain
 from marble_jax.rewards.http.server import RewardServer
@@ -160,6 +162,24 @@ def test_whole_clips_through_the_server(tmp_path, image_format):
             RewardError, match="400 reward mine: expected clips of at least 2 frames; received 1"
         ):
             run(remote)
+
+
+def test_functions_behind_a_server_are_told_the_frame_rate(tmp_path):
+    def seconds(clip, prompt, metadata, fps=-1):
+        return len(clip) / fps
+
+    served = FunctionReward("mine", seconds)
+    with RewardServer([served]) as server:
+        entry = {"kind": "remote", "urls": [server.url], "takes": "clips"}
+        remote = load(tmp_path, **entry)
+        # Nobody says: the function's own default.
+        np.testing.assert_array_equal(run_clips(remote).values, [-3] * 5)
+        remote.frames_per_second = 12
+        np.testing.assert_array_equal(run_clips(remote).values, [0.25] * 5)
+        # Frames 0 and 2, as one choice or the other has it.
+        served.frames = parse_frames("", "every:2")
+        np.testing.assert_array_equal(run_clips(remote).values, np.float32([2 / 6] * 5))
+    assert served.frames_per_second is None
 
 
 def test_frames_of_clips_through_a_server_of_images(tmp_path):

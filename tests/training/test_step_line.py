@@ -32,6 +32,11 @@ def test_all_of_it():
     )
 
 
+def test_clips_are_no_images():
+    line = step_line(record(**{"rollout/motion": 0.1}), NAMES, 60, "9m")
+    assert " 3.21 clip/s " in line
+
+
 def test_a_hundred_columns_have_what_is_needed_most():
     line = step_line(record(), NAMES, 60, "9m", WIDTH)
     assert line == (

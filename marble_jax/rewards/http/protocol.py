@@ -16,8 +16,10 @@ An image is a PNG of 8-bit grey or RGB, or bare 8-bit RGB in rows from the top (
 images of a request have one size. Metadata is what came with the prompt, GenEval's object for instance, or {}.
 
 Version 2 is for clips: it adds `"frames": F`, and lists F images for each of the N prompts, the frames of the first
-clip in order, then those of the second. Neither format loses anything. Servers of this project speak both versions, and
-clients send version 2 only where F is more than 1, so that images go to servers of version 1 as well.
+clip in order, then those of the second. `"fps": 16`, which may be left out, says how many frames a second they are: a
+judge that was trained at two a second has to pick them by it. Servers of this project speak both versions, and clients
+send version 2 only where F is more than 1, so that images go to servers of version 1 as well. Neither format of images
+loses anything.
 
 The answer to a request that could be understood is `200` with a JSON object
 
@@ -60,12 +62,16 @@ _LENGTH = struct.Struct(">I")
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """N images uint8 [N, H, W, 3], or clips [N, F, H, W, 3], with prompts and metadata, for one reward."""
+    """N images uint8 [N, H, W, 3], or clips [N, F, H, W, 3], with prompts and metadata, for one reward.
+
+    `fps` is the frames a second of clips; None where it is not said.
+    """
 
     reward: str
     images: np.ndarray
     prompts: list[str]
     metadata: list[Metadata]
+    fps: float | None = None
 
 
 def encode_request(request: Request, image_format: str = "png") -> bytes:
@@ -88,6 +94,8 @@ def encode_request(request: Request, image_format: str = "png") -> bytes:
     version: dict[str, Any] = {"version": 1}
     if num_frames > 1:
         version = {"version": 2, "frames": num_frames}
+        if request.fps is not None:
+            version["fps"] = request.fps
     header = {
         **version,
         "reward": request.reward,
@@ -139,7 +147,7 @@ def decode_request(body: bytes, limits: Limits) -> Request:
     images = _decode_images(entries, body, start, limits)
     if header["version"] == 2:
         images = images.reshape(len(prompts), num_frames, *images.shape[1:])
-    return Request(reward, images, prompts, metadata)
+    return Request(reward, images, prompts, metadata, _fps_in(header))
 
 
 def reward_of(body: bytes) -> str:
@@ -168,6 +176,16 @@ def _frames_in(header: Mapping[str, Any]) -> int:
             400, f"header: expected frames of a clip, at least 1; received {short(num_frames)}"
         )
     return num_frames
+
+
+def _fps_in(header: Mapping[str, Any]) -> float | None:
+    """Frames a second of clips; None where the header does not say them."""
+    fps = header.get("fps")
+    if fps is None or header["version"] == 1:
+        return None
+    if not is_number(fps) or not 0 < as_float(fps) < math.inf:
+        raise ProtocolError(400, f"header: expected fps above 0, or none; received {short(fps)}")
+    return as_float(fps)
 
 
 def _read_header(body: bytes) -> tuple[dict[str, Any], int]:

@@ -122,7 +122,13 @@ class RemoteReward(Reward):
             ask = self._ask_by_pickle
 
         def ask_about(part: slice) -> _Columns:
-            request = Request(self._reward, images[part], list(prompts[part]), list(metadata[part]))
+            request = Request(
+                self._reward,
+                images[part],
+                list(prompts[part]),
+                list(metadata[part]),
+                self.frames_per_second,
+            )
             return ask(request)
 
         answers = self._replicas.map(ask_about, parts)

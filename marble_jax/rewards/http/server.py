@@ -6,6 +6,7 @@ decompressed, seconds for its scores to be made. A call that hangs is given up a
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ import numpy as np
 
 from marble_jax.errors import InputError, nearest, one_line
 from marble_jax.rewards import base
-from marble_jax.rewards.base import Reward
+from marble_jax.rewards.base import CLIPS, Reward
 from marble_jax.rewards.http import protocol
 from marble_jax.rewards.http.access import is_loopback
 from marble_jax.rewards.http.background import BackgroundServer
@@ -209,6 +210,8 @@ class RewardServer(BackgroundServer):
     def _score_part(self, reward: Reward, request: Request) -> base.Result:
         images = request.images.astype(np.float32) / 255
         if reward.kind == "host":
+            if request.fps is not None and reward.takes == CLIPS:
+                reward = _at_rate(reward, request)
             return base.score(reward, images, request.prompts, request.metadata)
         return self._score_on_device(reward, images, request)
 
@@ -229,6 +232,14 @@ class RewardServer(BackgroundServer):
         )
 
 
+def _at_rate(reward: Reward, request: Request) -> Reward:
+    """A copy of a reward that knows the frame rate of a request's clips: other threads may score those of another."""
+    copied = copy.copy(reward)
+    num_frames = protocol.num_frames_of(request.images)
+    copied.frames_per_second = base.seen_rate(reward, num_frames, request.fps)
+    return copied
+
+
 def _part(request: Request, start: int, end: int) -> Request:
     """Some images or clips of a request, with their prompts and metadata."""
     return Request(
@@ -236,4 +247,5 @@ def _part(request: Request, start: int, end: int) -> Request:
         request.images[start:end],
         request.prompts[start:end],
         request.metadata[start:end],
+        request.fps,
     )

@@ -1,0 +1,46 @@
+"""What a run says at its start of clips and of images."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from marble_jax.families.base import Size
+from marble_jax.programs import announce
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.frames import parse_frames
+
+
+def run_of(num_frames: int) -> Any:
+    """As much of a run as the lines ask for."""
+    count = parse_frames("", "count:3")
+    rewards = [
+        Reward(name="motion", kind="device", takes="clips"),
+        Reward(name="ocr", kind="host", frames=count),
+        Reward(name="flicker", kind="device", takes="clips"),
+        Reward(name="geneval", kind="host", frames=count),
+    ]
+    rollout = SimpleNamespace(prompts_per_step=3, images_per_prompt=4, num_steps=6)
+    return SimpleNamespace(
+        settings=SimpleNamespace(rollout=rollout),
+        size=Size(16, 16, num_frames),
+        sizes=SimpleNamespace(
+            images=12, rollout_batches=1, timesteps=3, samples=36, micro_batches=3
+        ),
+        evaluator=SimpleNamespace(scorer=SimpleNamespace(rewards=rewards)),
+    )
+
+
+def test_the_frames_of_every_reward_are_said():
+    """Also of those that are never trained on."""
+    assert announce._frame_rows(run_of(5)) == [
+        ("frames", "all: motion, flicker; count:3, mean of scores: ocr, geneval")
+    ]
+    assert announce._frame_rows(run_of(1)) == []
+
+
+@pytest.mark.parametrize("num_frames, word", [(1, "images"), (5, "clips")])
+def test_a_step_draws_clips_or_images(num_frames, word):
+    assert announce._step_line(run_of(num_frames)).startswith(f"3 prompts x 4 = 12 {word} in 1 ")
