@@ -119,7 +119,7 @@ def _rows_of_problems(problems: Mapping[str, str]) -> list[tuple[str, ...]]:
     """Lines of the table for rewards that do not load."""
     rows: list[tuple[str, ...]] = []
     for name, problem in problems.items():
-        rows.append((name, "not loaded", "-", "-", "-", "-", "-", problem))
+        rows.append((name, "not loaded", "-", "-", "-", "-", "-", "-", problem))
     return rows
 
 

@@ -6,10 +6,12 @@ import json
 import re
 import socket
 
+import numpy as np
 import pytest
 import small_run as small
 
 from marble_jax.cli.main import main
+from marble_jax.storage.images import read_frames
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,44 @@ def test_a_run_of_two_processes_leaves_what_one_leaves(folder, tmp_path):
             k for k in one if k.split("/")[0] in ("rollout", "training", "objective", "advantages")
         ):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_score_the_clips_of_one(tmp_path):
+    """The shipped video pipeline on rewards of clips and of frames, on the devices and on the hosts."""
+    pytest.importorskip("rapidocr")
+
+    def command(name):
+        config = small.ROOT / "configs" / "embedded_video.py"
+        return [
+            "train",
+            f"--config={config}:smoke",
+            f"--workdir={tmp_path / name}",
+            "--config.training.num_steps=1",
+            "--config.logging.tensorboard=False",
+        ]
+
+    whole = small.ended([small.start(command("one"), devices=2)], 1500)
+    both = small.ended(pair([command("two")] * 2), 1500)
+    assert [status for status, _, _ in whole + both] == [0, 0, 0], (whole, both)
+
+    def records(file):
+        texts = [(tmp_path / name / file).read_text().splitlines() for name in ("one", "two")]
+        return [[json.loads(line) for line in lines] for lines in texts]
+
+    one, two = (evaluations[0] for evaluations in records("evaluation.jsonl"))
+    assert one["policy"] == "base" and len(one["scores"]) == 8
+    for name, score in one["scores"].items():
+        assert two["scores"][name]["count"] == score["count"], name
+        assert two["scores"][name]["mean"] == pytest.approx(score["mean"], rel=1e-3, abs=1e-5), name
+    (one,), (two,) = records("metrics.jsonl")
+    assert one["rollout/motion"] > 0
+    for key in (k for k in one if k.split("/")[0] in ("rollout", "training", "objective")):
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+    kept = [
+        read_frames(tmp_path / name / "samples" / "step_000000" / "00.png").astype(int)
+        for name in ("one", "two")
+    ]
+    assert kept[0].shape == (5, 48, 48, 3) and kept[0].std() > 0
+    # Roundings to eight bits may fall on either side.
+    np.testing.assert_allclose(*kept, atol=1)

@@ -124,6 +124,8 @@ def test_clip_rewards_are_checked_on_clips(here, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "12 golden images of 32 px or clips of 5 frames (own prompts" in lines[0]
     assert lines[3].split()[:2] == ["told", "ok"]
+    assert " frames" in lines[1] and " all " in lines[3]
+    assert lines[5].endswith(" count:3, mean of scores")
     assert set(json.loads((here / "golden.json").read_text())["scores"]) == {"told", "still", "red"}
     assert main([*command, "--rewards=told,still"]) == 0
     assert "as on record" in capsys.readouterr().out
