@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 import jax
 from tqdm import tqdm
 
+HEARTBEAT_SECONDS = 20.0
+"""Between two lines about work under way where there is no terminal; what takes less time has none."""
 _GAP = "  "
 
 
@@ -35,6 +37,18 @@ class Console:
             # Without a terminal Python buffers, and a log would end long before the place where a
             # run was killed.
             sys.stdout.flush()
+
+    def watched(self, total: int, what: str, unit: str) -> tqdm | Heartbeat:
+        """Returns a progress bar as `bar` does, or without a terminal a heartbeat: plain lines now and then.
+
+        Args:
+          total: units of the whole; 0 while that is not known.
+          what: name of the work.
+          unit: of the count.
+        """
+        if self.speaks and not self.bars:
+            return Heartbeat(self, total, what, unit)
+        return self.bar(total, what, unit)
 
     def bar(self, total: int, what: str, unit: str) -> tqdm:
         """Returns a progress bar with rate and remaining time, a context manager; it is silent without a terminal.
@@ -74,6 +88,44 @@ class Console:
             if header and number == 0:
                 gaps = _GAP * (len(widths) - 1)
                 self.say("  " + "-" * (sum(widths) + len(gaps)))
+
+
+class Heartbeat:
+    """What a bar is without a terminal: a line every `HEARTBEAT_SECONDS` at most, when somebody reports.
+
+    Args:
+      console: where the lines go.
+      total: units of the whole; 0 while that is not known.
+      what: name of the work.
+      unit: of the count.
+
+    Attributes:
+      n: units done.
+      total: see above; may be set.
+    """
+
+    def __init__(self, console: Console, total: int, what: str, unit: str):
+        self.n, self.total = 0, total
+        self._console, self._what, self._unit = console, what, unit
+        self._start = self._said = time.perf_counter()
+
+    def __enter__(self) -> Heartbeat:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Nothing is left on a screen."""
+
+    def update(self, count: int) -> None:
+        """Takes note of `count` more units, 0 for a mere sign of life, and says so when the last line is old."""
+        self.n += count
+        now = time.perf_counter()
+        if now - self._said < HEARTBEAT_SECONDS:
+            return
+        self._said = now
+        done = ""
+        if self.total:
+            done = f", {self.n} of {self.total} {self._unit}"
+        self._console.say(f"under way for {duration(now - self._start)}: {self._what}{done}")
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int], numbers: bool) -> str:

@@ -246,13 +246,27 @@ def write(path: Path, value: Any) -> None:
     beside.replace(path)
 
 
+class DamagedRecord(Exception):
+    """A record that cannot be read; the message is one line."""
+
+
 def finished(folder: Path) -> dict[str, Any]:
-    """Parts that an earlier call finished."""
+    """Parts that an earlier call finished.
+
+    Raises:
+      DamagedRecord: the file is cut, or no record.
+    """
     file = folder / "gpu.json"
     if not file.exists():
         return {}
-    parts = json.loads(file.read_text(encoding="utf-8"))["parts"]
-    return {name: part for name, part in parts.items() if part["state"] == "done"}
+    try:
+        parts = json.loads(file.read_text(encoding="utf-8"))["parts"]
+        return {name: part for name, part in parts.items() if part["state"] == "done"}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DamagedRecord(
+            f"--out: expected the record of an earlier call, or none, as {file}; received one that cannot be read "
+            f"({type(error).__name__}: move it away)"
+        ) from error
 
 
 def kept(parts: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +289,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     options.out = options.out.resolve()
     end = monotonic() + options.total - MARGIN
-    earlier = finished(options.out)
+    try:
+        earlier = finished(options.out)
+    except DamagedRecord as error:
+        print(f"tools.gpu: {error}", file=sys.stderr)
+        return 2
     parts = dict(earlier)
     for part in [] if options.show else options.parts:
         if part in parts and not options.again:

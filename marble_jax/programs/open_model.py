@@ -20,6 +20,7 @@ from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of, family_of_published
 from marble_jax.networks import attention
 from marble_jax.programs.locations import EMBEDDED_VIDEO, model_location, resolve_path
+from marble_jax.storage.files import is_remote
 from marble_jax.types import DTYPES
 
 DECODED_AT_ONCE = 32
@@ -149,6 +150,11 @@ def outline_networks(settings: ModelSettings, lora_scale: float) -> tuple[Family
       InputError: neither a local directory with config files nor a published name; a size, guidance scale or length
         that does not fit.
     """
+    if is_remote(settings.path):
+        raise InputError(
+            "model.path: expected a directory of this machine or a published name, as nothing is copied here (train "
+            f"copies from buckets); received {settings.path}"
+        )
     path = resolve_path(settings.path, "pipeline")
     model: Path | str
     if path.is_dir():

@@ -68,15 +68,19 @@ class RunEvaluations:
         """
         step = int(state.step)
         # All processes have to agree on what is left to do.
-        recorded = distributed.broadcast_from_first("evaluations", self._recorded_steps)
+        recorded = dict(distributed.broadcast_from_first("evaluations", self._recorded_scores))
         base = self._base_scores(0 in recorded, give_way)
         if step == 0:
             return self._with_base_as_best(state, base)
         if step in recorded:
-            return state
+            return _with_better(state, recorded[step])
         scores, images, seconds = self._scores(state.ema, f"step {step} evaluation", give_way)
         gain = gains(scores, base, self._run.evaluator.groups)
-        compared = {"gain": gain, "joint": self._joint(scores, base)}
+        if self._by_raw_mean:
+            score = raw_mean(scores, self._deciding)
+        else:
+            score = standardised_gain(scores, base, self._deciding)
+        compared = {"gain": gain, "joint": self._joint(scores, base), "best_by": score}
         distributed.broadcast_from_first(
             "evaluation", lambda: self._write(step, "ema", scores, images, compared, seconds)
         )
@@ -88,14 +92,7 @@ class RunEvaluations:
             f"evaluation after step {step} ({num_prompts} held-out prompts, {self._took(seconds)}): "
             f"gain {' '.join(words)}"
         )
-        if self._by_raw_mean:
-            score = raw_mean(scores, self._deciding)
-        else:
-            score = standardised_gain(scores, base, self._deciding)
-        # False for a score that is not a number: such a policy is never the best.
-        if score > float(state.best_score):
-            return _with_best(state, score)
-        return state
+        return _with_better(state, score)
 
     def _with_base_as_best(self, state: TrainState, base: Scores) -> TrainState:
         """The state before the first step, its policy the best so far where raw scores decide, as upstream has it."""
@@ -110,9 +107,14 @@ class RunEvaluations:
             rates[which] = joint_rates(scores, base, names, self._run.evaluator.groups)
         return rates
 
-    def _recorded_steps(self) -> list[int]:
-        """Steps of the evaluations that are on record."""
-        return [record["step"] for record in self._workdir.read(self._workdir.evaluations)]
+    def _recorded_scores(self) -> list[tuple[int, float | None]]:
+        """Steps of the evaluations that are on record, and what they decide the best policy by, where it is there."""
+        recorded = []
+        for record in self._workdir.read(self._workdir.evaluations):
+            score = record.get("best_by")
+            is_number = isinstance(score, int | float)
+            recorded.append((record["step"], score if is_number else None))
+        return recorded
 
     def _base_scores(self, on_record: bool, give_way: Callable[[], None]) -> Scores:
         """The base model's scores, evaluated once a run and read back on resume.
@@ -155,7 +157,7 @@ class RunEvaluations:
         if adapter is not None and run.settings.rollout.merge_adapter:
             # As rollouts draw: merged weights round otherwise than a sum of two products.
             params, adapter = lora.merge(params, adapter, run.spec.scale), None
-        with self._console.bar(len(run.evaluator.groups), what, "sample") as bar:
+        with self._console.watched(len(run.evaluator.groups), what, "sample") as bar:
 
             def progress(count: int) -> None:
                 bar.update(count)
@@ -188,7 +190,8 @@ class RunEvaluations:
           policy: whose images these are.
           scores: of them.
           images: that are kept, or clips; None in place of one that is not finite.
-          compared: `gain` and `joint` over the base model; empty for the base model itself.
+          compared: `gain` and `joint` over the base model, and `best_by`, the number that decides which policy is the
+            best; empty for the base model itself.
           seconds: it took.
         """
         evaluator = self._run.evaluator
@@ -232,6 +235,16 @@ def _scores_of_image(scores: Scores, index: int) -> dict[str, float | None]:
         value = float(f"{scores.values[index, k]:.8g}")
         row[name] = value if scores.valid[index, k] else None
     return row
+
+
+def _with_better(state: TrainState, score: float | None) -> TrainState:
+    """The state with its averaged policy as the best one, if its score is the highest; None is no score."""
+    if score is None:
+        return state
+    # As the state keeps it. False for a score that is not a number: such a policy is never the best.
+    if np.float32(score) > np.float32(float(state.best_score)):
+        return _with_best(state, score)
+    return state
 
 
 def _with_best(state: TrainState, score: float) -> TrainState:

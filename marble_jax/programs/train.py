@@ -68,15 +68,17 @@ def _train_run(settings: Settings, workdir: Workdir, command: str, console: Cons
         # A run that is there is held before anything of it is read: another process may be writing.
         distributed.broadcast_from_first("lock", lambda: workdir.hold(console.say))
     probe.check_shared_directory(workdir.path)
+    if existed:
+        # Before anything is built: rewards and text encoders compile, too.
+        _share_compilations(workdir)
     run = distributed.run_on_all("build", lambda: build(settings))
     distributed.run_on_all("reward check", lambda: _check_rewards(run, console))
-    # Only now: settings that cannot be built must not claim a workdir.
+    # Only now: settings that cannot be built must not claim a workdir, nor leave compiled programs there.
     if not existed:
         distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
-    if is_remote(workdir.path) or not distributed.is_single_process():
-        # Only the first process writes compiled programs: in a folder of its own host the others never see them.
-        platform.keep_compilations(str(workdir.path / "compiled"))
+        _share_compilations(workdir)
     checkpoints = _open_checkpoints(settings, workdir, console)
+    checkpoints.recover()
     state, restored = _restore(run, checkpoints)
     done = int(state.step)
     if state.seed != settings.seed:
@@ -98,11 +100,18 @@ def _train_run(settings: Settings, workdir: Workdir, command: str, console: Cons
         # There must be something to roll back to.
         checkpoints.save(0, state)
     session = Session(run, workdir, console, checkpoints, done)
-    state = session.train(state, done)
+    state = session.train(state)
     if distributed.is_first():
         seconds = time.perf_counter() - start
         announce_gains(run, workdir, console, int(state.step), seconds)
     console.say(f"report: {session.report}")
+
+
+def _share_compilations(workdir: Workdir) -> None:
+    """Keeps compiled programs in the run's folder, where a cache of the host's own would not do."""
+    if is_remote(workdir.path) or not distributed.is_single_process():
+        # Only the first process writes compiled programs: in a folder of its own host the others never see them.
+        platform.keep_compilations(str(workdir.path / "compiled"))
 
 
 def _open_checkpoints(settings: Settings, workdir: Workdir, console: Console) -> Checkpoints:
@@ -187,19 +196,11 @@ class Session:
             run.state,
         )
 
-    def train(self, state: TrainState, done: int) -> TrainState:
-        """Trains from a state to the end, and writes the report however that ends.
-
-        Args:
-          state: to go on from.
-          done: its steps.
-        """
+    def train(self, state: TrainState) -> TrainState:
+        """Trains from a state to the end, and writes the report however that ends."""
         cadence = self._cadence()
         finished = False
         try:
-            if done and cadence.evaluates(done):
-                # A reward may have stopped the run during this very evaluation.
-                state = self._evaluations(state)
             state = train(state, self._run.iteration, cadence, self._hooks(), self._console)
             finished = True
             return state
@@ -234,6 +235,7 @@ class Session:
             record=self._record,
             evaluate=self._evaluations,
             save=lambda state: self._checkpoints.save(int(state.step), state),
+            replace=lambda state: self._checkpoints.replace(int(state.step), state),
             export=self._exports,
             speed=self._speed,
             profiler=Profiler(profiled, self._workdir.path / "profile"),

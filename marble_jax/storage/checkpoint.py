@@ -8,6 +8,7 @@ are all as they were written; one that is not is named, skipped and put aside wh
     checkpoints/30/default/...      arrays
     checkpoints/30/manifest.json    size and SHA-256 of every file of them
     checkpoints/damaged_40          was skipped
+    checkpoints/superseded_30       while another state of step 30 takes its place
 
 Restoring goes onto the caller's own arrays: their shapes, dtypes and shardings, not those of the machines that saved.
 """
@@ -20,23 +21,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from marble_jax import distributed
 from marble_jax.errors import InputError, one_line
-from marble_jax.storage.files import check_no_pattern, is_remote, plain_path, read_json, write_whole
+from marble_jax.storage.files import check_no_pattern, is_remote, plain_path, write_whole
+from marble_jax.storage.intact import FINAL_FILES, HAS_MANIFEST, ITEM, problem_in, read_back
 from marble_jax.storage.leaves import quiet
-from marble_jax.storage.manifest import MANIFEST, check_hashes, checksum, files_below, read_manifest
-from marble_jax.validation import is_digits, short
+from marble_jax.storage.manifest import MANIFEST, checksum, files_below, read_manifest
+from marble_jax.validation import is_digits
 
-ITEM = "default"
-FINAL_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
-"""What Orbax writes last of all, after the manifest: dates and a marker, nothing of the state."""
-HAS_MANIFEST = "has_manifest"
-"""In Orbax's metadata: tells a checkpoint that lost its manifest from one that never had any."""
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_SUPERSEDED = "superseded_"
 
 
 class Checkpoints:
@@ -143,6 +140,46 @@ class Checkpoints:
         self._attempt(
             manager, lambda: manager.save(step, args=ocp.args.StandardSave(state), **options)
         )
+
+    def replace(self, step: int, state: Any) -> None:
+        """Saves another state of a step that has a checkpoint, and waits for it; the old one goes only then.
+
+        Args:
+          step: names the checkpoint.
+          state: tree of arrays.
+        """
+        manager = self._open()
+        self._finish_save(manager)
+        aside = self._path / f"{_SUPERSEDED}{step}"
+        if step in manager.all_steps():
+            distributed.broadcast_from_first("superseded", lambda: self._rename(step, aside))
+            manager.reload()
+        self.save(step, state)
+        self._finish_save(manager)
+        distributed.broadcast_from_first("superseded", self._clear_superseded)
+        manager.reload()
+
+    def recover(self) -> None:
+        """Brings back a checkpoint that a kill in `replace` left aside; for the one run that writes here."""
+        distributed.broadcast_from_first("superseded", self._clear_superseded)
+
+    def _rename(self, step: int, target: epath.Path) -> None:
+        (self._path / str(step)).rename(target)
+
+    def _clear_superseded(self) -> None:
+        """Removes checkpoints that were replaced, and puts those back whose successors are not whole."""
+        if not self._path.exists():
+            return
+        for aside in list(self._path.iterdir()):
+            name = aside.name.removeprefix(_SUPERSEDED)
+            if name == aside.name or not is_digits(name):
+                continue
+            successor = self._path / name
+            if successor.exists() and not problem_in(successor):
+                aside.rmtree()
+                continue
+            successor.rmtree(missing_ok=True)
+            aside.rename(successor)
 
     def restore(self, state: Any, step: int | None = None) -> tuple[int, Any]:
         """Returns a step and the state saved at it, placed like `state`.
@@ -306,105 +343,6 @@ class Checkpoints:
             manager.reload()
 
 
-def problem_in(place: epath.Path) -> str:
-    """Returns what is wrong with the checkpoint in a folder; empty for one that is intact."""
-    try:
-        _check_intact(place)
-    except InputError as error:
-        return str(error)
-    except Exception as error:  # Orbax and file systems raise many kinds for damage
-        return f"{place}: expected a checkpoint that can be read; received {one_line(error, 200)}"
-    return ""
-
-
-def _check_intact(place: epath.Path) -> None:
-    if (place / MANIFEST).exists():
-        _check_listing(place)
-        check_hashes(place)
-        # A kill between the manifest and its second writing leaves this file without a checksum.
-        read_json(place / FINAL_FILES[0])
-        return
-    if is_remote(place) and not (place / FINAL_FILES[1]).exists():
-        raise InputError(
-            f"{place}: expected a complete checkpoint; received one without {FINAL_FILES[1]}"
-        )
-    if HAS_MANIFEST in (place / FINAL_FILES[0]).read_text():
-        raise InputError(f"{place / MANIFEST}: expected the checkpoint's manifest; received none")
-    _read_everything(place / ITEM)
-
-
-def _check_listing(place: epath.Path) -> None:
-    """Raises InputError unless a manifest is of this step and lists every file of the checkpoint."""
-    step = read_json(place / MANIFEST).get("step", place.name)
-    if str(step) != place.name:
-        raise InputError(
-            f"{place / MANIFEST}: expected the state of step {place.name}; received that of step {short(step)}"
-        )
-    listed = set(read_manifest(place))
-    for name in files_below(place):
-        # The last files are listed when the manifest is written again, which a kill can come before.
-        if name not in listed and name not in (MANIFEST, *FINAL_FILES):
-            raise InputError(
-                f"{place / name}: expected a file of its manifest; received another one"
-            )
-
-
 def _write_manifest(place: epath.Path, files: Mapping[str, Any], step: int) -> None:
     # Without an end of line: cut anywhere, it is no JSON.
     write_whole(place / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
-
-
-def read_back(place: epath.Path) -> None:
-    """Reads the smallest array of a checkpoint, in this process alone.
-
-    That is cheap, and finds a checkpoint whose parts were not put together: then no array can be read.
-
-    Raises:
-      Exception: of many kinds, where it cannot be read.
-    """
-    place = plain_path(place)
-    options = _alone("read_back")
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
-    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-        metadata = checkpointer.metadata(place).item_metadata
-        if metadata is None:
-            raise OSError("no metadata that can be read")
-        leaves, structure = jax.tree.flatten(metadata.tree)
-        sizes = [int(np.prod(leaf.shape)) for leaf in leaves]
-        smallest = int(np.argmin(sizes))
-        target = jax.tree.unflatten(
-            structure, [0 if index == smallest else ocp.PLACEHOLDER for index in range(len(leaves))]
-        )
-        arguments = ocp.RestoreArgs(restore_type=np.ndarray)
-        restore_args = jax.tree.unflatten(structure, [arguments] * len(leaves))
-        checkpointer.restore(place, args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
-
-
-def _alone(key: str) -> ocp.options.MultiprocessingOptions:
-    """Options for one process that reads by itself: Orbax would otherwise wait for the others, which do not."""
-    return ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix=key,
-    )
-
-
-def _read_everything(place: epath.Path) -> None:
-    """Reads all arrays of a checkpoint without a manifest, in this process alone.
-
-    That finds missing and most shortened files, not bytes that changed: arrays have no checksums.
-    """
-    place = plain_path(place)
-    options = _alone("trial")
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
-    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-        metadata = checkpointer.metadata(place).item_metadata
-        if metadata is None:
-            raise InputError(
-                f"{place}: expected the metadata of a checkpoint; received none that can be read"
-            )
-        # As host arrays, whatever devices the checkpoint was saved from.
-        restore_args = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
-        )
-        checkpointer.restore(place, args=ocp.args.PyTreeRestore(restore_args=restore_args))

@@ -80,6 +80,7 @@ class Hooks:
       profiler: around every step.
       guard: called with the state after every step and its record; returns the state to go on from, which may be that
         of an earlier step.
+      replace: called with a state whose step is saved already and whose best policy is a new one, to save that.
     """
 
     record: Callable[[int, dict[str, Any]], None]
@@ -89,6 +90,7 @@ class Hooks:
     speed: Callable[[Mapping[str, Any]], dict[str, float]] = lambda record: {}
     profiler: Profiler = Profiler(range(0), "")
     guard: Callable[[TrainState, Mapping[str, Any]], TrainState] = lambda state, record: state
+    replace: Callable[[TrainState], None] = lambda state: None
 
 
 def train(
@@ -114,9 +116,8 @@ def train(
     with stop_requests() as stops:
         run = _Run(state, iteration, cadence, hooks, console, stops)
         with run.saved_on_failure():
-            # Whoever restores a run makes up for an evaluation that it may have stopped in.
-            if run.step == 0 and cadence.evaluates(0):
-                run.evaluate()
+            if cadence.evaluates(run.step):
+                run.make_up()
             while run.step < cadence.num_steps and not stops.agreed():
                 if not run.one_step():
                     break
@@ -235,7 +236,7 @@ class _Run:
     def _rolled_out(self, samples: Draw, compiles: bool) -> Rollout | None:
         """Images and scores of the step; None when the run is to stop."""
         title = _title(self.step, "rollout", compiles)
-        with phase("rollout"), self._console.bar(len(samples.prompts), title, "sample") as bar:
+        with phase("rollout"), self._console.watched(len(samples.prompts), title, "sample") as bar:
             progress = partial(self._sampled, bar)
             try:
                 return self._iteration.roll_out(self.state, samples, progress)
@@ -247,7 +248,7 @@ class _Run:
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """State after the step and its record; None when the run is to stop, with the state as it was."""
         title = _title(self.step, "training", compiles)
-        with self._console.bar(0, title, "micro-batch") as bar:
+        with self._console.watched(0, title, "micro-batch") as bar:
             watch = partial(self._trained, bar)
             try:
                 return self._iteration.update(self.state, samples, rollout, watch)
@@ -265,12 +266,18 @@ class _Run:
         # Between batches of images, where a step can be given up without loss.
         self._stops.give_way()
 
+    def make_up(self) -> None:
+        """The evaluation of the state to start from: the first one, or one in which the run was stopped."""
+        best = int(self.state.best_step)
+        self.evaluate()
+        # Steps give the state that is saved without its best policy no second chance: the evaluation is on record.
+        if self.step > 0 and int(self.state.best_step) != best:
+            self._hooks.replace(self.state)
+
     def evaluate(self) -> None:
-        """An evaluation that is given up is made up for when the run goes on, but not after the last step."""
-        is_last = self.step >= self._cadence.num_steps
-        give_way = _never if is_last else self._stops.give_way
+        """An evaluation that is given up is made up for when the run goes on."""
         try:
-            self.state = self._hooks.evaluate(self.state, give_way)
+            self.state = self._hooks.evaluate(self.state, self._stops.give_way)
         except Abandoned:
             return
 
@@ -329,7 +336,3 @@ def _disk_line(what: str, error: Exception) -> str:
     if isinstance(error, OSError):
         return f"workdir: expected room for {what}; received {error.strerror or error}"
     return str(error)
-
-
-def _never() -> None:
-    """Gives no way: the last evaluation is carried through."""

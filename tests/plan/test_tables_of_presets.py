@@ -1,10 +1,12 @@
-"""Tables of what presets take, in README and in the docstrings of configs/: each row is what `marble-jax plan` says."""
+"""Tables of what presets take, in README, a guide and configs/: each row is what `marble-jax plan` says."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,7 @@ SECONDS = r"(?P<seconds>\d+)"
 IN_README = re.compile(
     rf"\| `(?P<preset>[\w:]+)` \| [^|]+ \| `{CHIP}` \| {MEMORY} \| (?P<samples>\d+) \| {SECONDS} \|"
 )
+IN_GUIDE = re.compile(rf"\| \S+ \| `{CHIP}`(?:, `(?P<options>[^`]+)`)? \| {MEMORY} \| {SECONDS} \|")
 IN_CONFIGS = re.compile(
     rf"\| (?P<preset>\w+) +\| {CHIP} +\| {MEMORY} +\| (?P<samples>\d+ x \d+) +\| {SECONDS} +\|"
 )
@@ -45,14 +48,16 @@ def of_docstring(file: str) -> list[dict[str, str]]:
 SD3 = rows((ROOT / "README.md").read_text(), IN_README)
 FLUX = of_docstring("flux")
 WAN = of_docstring("wan")
-
-
 IN_OBJECTIVES = re.compile(r"\| `(\w+:\w+)`[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|")
 PASSES = IN_OBJECTIVES.findall((ROOT / "marble_jax" / "guides" / "objectives.md").read_text())
+GUIDE = [
+    match.groupdict()
+    for match in IN_GUIDE.finditer((ROOT / "marble_jax/guides/devices.md").read_text())
+]
 
 
 def test_the_tables_are_found():
-    assert (len(SD3), len(FLUX), len(WAN), len(PASSES)) == (6, 8, 12, 5)
+    assert (len(SD3), len(FLUX), len(WAN), len(GUIDE), len(PASSES)) == (6, 8, 12, 4, 5)
 
 
 @pytest.mark.parametrize(("preset", "rollout", "forward", "backward"), PASSES)
@@ -66,15 +71,30 @@ def test_a_row_of_passes_is_what_they_come_to(preset, rollout, forward, backward
     )
 
 
+def most_of(record: Mapping[str, Any]) -> float:
+    """Bytes of the largest program of a plan, with what lies beside it."""
+    needed = []
+    for program, sources in record["memory"].items():
+        parts = [*sources.values(), *record["resident"][program].values()]
+        needed.append(sum(part["bytes"] for part in parts))
+    return max(needed)
+
+
+@pytest.mark.parametrize("row", GUIDE, ids=lambda row: f"{row['chip']}-{row['devices']}")
+def test_a_row_of_the_guide_is_what_plan_says_of_sd3(row):
+    options = (row["options"] or "").split()
+    settings = settings_of(load_config(["--config=sd3", *options]))
+    record = plan(settings, Request(devices=int(row["devices"]), chip=row["chip"]), Console())
+    assert row["needed"] == f"{most_of(record) / 1e9:.1f}"
+    assert row["usable"] == f"{accelerators.by_name(row['chip']).usable / 1e9:.1f}"
+    assert row["seconds"] == f"{record['seconds']['step']:.0f}"
+
+
 @pytest.mark.parametrize("row", [*SD3, *FLUX, *WAN], ids=lambda row: row["preset"])
 def test_a_row_is_what_plan_says(row):
     settings = settings_of(load_config([f"--config={row['preset']}"]))
     request = Request(devices=int(row["devices"]), chip=row["chip"])
     record = plan(settings, request, Console())
-    needed = []
-    for program, sources in record["memory"].items():
-        parts = [*sources.values(), *record["resident"][program].values()]
-        needed.append(sum(part["bytes"] for part in parts))
     prompts = settings.rollout.prompts_per_step
     samples = settings.rollout.images_per_prompt
     product = " x " in row["samples"]
@@ -82,7 +102,7 @@ def test_a_row_is_what_plan_says(row):
         "preset": row["preset"],
         "devices": row["devices"],
         "chip": row["chip"],
-        "needed": f"{max(needed) / 1e9:.1f}",
+        "needed": f"{most_of(record) / 1e9:.1f}",
         "usable": f"{accelerators.by_name(row['chip']).usable / 1e9:.1f}",
         "samples": f"{prompts} x {samples}" if product else str(prompts * samples),
         "seconds": f"{record['seconds']['step']:.0f}",

@@ -9,8 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from marble_jax.config import EvaluationSettings, RewardSettings, RolloutSettings, Settings
+from marble_jax.config import (
+    EvaluationSettings,
+    RewardSettings,
+    RolloutSettings,
+    Settings,
+    flatten,
+)
 from marble_jax.console import Console
+from marble_jax.errors import InputError
+from marble_jax.programs import train
 from marble_jax.programs.run_evaluations import RunEvaluations
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.state import initial_state
@@ -149,3 +157,41 @@ def test_an_evaluation_that_gives_way_is_not_on_record(make, tmp_path):
         evaluations(state, give_way)
     assert [r["step"] for r in Workdir(str(tmp_path)).read(tmp_path / "evaluation.jsonl")] == [0]
     assert int(evaluations(state).best_step) == 1 and asked == [None, 1, 1]
+
+
+def test_the_best_policy_that_a_kill_kept_from_being_saved_is_known_from_the_record(make):
+    """The evaluation of step 2 is on record, the state that was saved knows nothing of it."""
+    gains = {1: (1.0, 0.1, 0.0), 2: (2.0, 0.2, 0.0)}
+    evaluations, _ = make(gains)
+    saved = evaluations(after(1, evaluations(after(0))))
+    expected = evaluations(after(2, saved))
+    evaluations, asked = make(gains)  # another process
+    found = evaluations(after(2, saved))
+    assert asked == [] and int(found.best_step) == int(found.best["step"]) == 2
+    assert float(found.best_score) == float(expected.best_score)
+    # What the state knows already is left alone.
+    assert evaluations(found) is found
+
+
+def test_a_restart_shares_compiled_programs_before_it_builds(monkeypatch, tmp_path):
+    """A new run that is refused leaves nothing behind, compiled programs included."""
+    calls = []
+    monkeypatch.setattr(train, "is_remote", lambda path: True)
+    monkeypatch.setattr(train.platform, "keep_compilations", lambda *where: calls.append(where))
+
+    def build(settings):
+        calls.append("build")
+        raise InputError("model.path: expected one; received none")
+
+    monkeypatch.setattr(train, "build", build)
+    place, settings = tmp_path / "run", Settings()
+    with pytest.raises(InputError):
+        train.train_run(settings, str(place), "train")
+    assert calls == [(), "build"] and not place.exists()
+    workdir = Workdir(str(place))
+    workdir.claim(flatten(settings))
+    workdir.let_go()
+    calls.clear()
+    with pytest.raises(InputError):
+        train.train_run(settings, str(place), "train")
+    assert calls == [(), (str(place / "compiled"),), "build"]

@@ -15,7 +15,8 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.storage import checkpoint
-from marble_jax.storage.checkpoint import HAS_MANIFEST, Checkpoints
+from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.storage.intact import HAS_MANIFEST
 
 
 def state_of(step):
@@ -122,6 +123,39 @@ def test_a_damaged_one_is_put_aside_when_its_step_comes_again(place):
     assert sorted(p.name for p in place.iterdir()) == ["2", "3", "damaged_3"]
     step, found = Checkpoints(place, say=pytest.fail).restore(state_of(0))
     assert step == 3 and same(found, 3)
+
+
+def test_another_state_takes_the_place_of_a_checkpoint(place):
+    checkpoints = Checkpoints(place, keep=2, say=pytest.fail)
+    assert checkpoints.latest() == 3
+    checkpoints.replace(3, state_of(7) | {"step": 3})
+    checkpoints.save(4, state_of(4))
+    checkpoints.close()
+    assert sorted(p.name for p in place.iterdir()) == ["3", "4"]
+    _, found = Checkpoints(place, say=pytest.fail).restore(state_of(0) | {"step": 0}, 3)
+    found.pop("step")
+    assert same(found, 7)
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_brings_the_old_one_back(place):
+    """Before the new one is there, with half of it there, and with all of it."""
+    new, aside = place / "3", place / "superseded_3"
+    other = place.parent / "other"
+    shutil.copytree(new, other)
+    for left in (None, "half", "whole"):
+        shutil.rmtree(new)
+        shutil.copytree(other, aside)
+        if left is not None:
+            shutil.copytree(place / "2", new)
+            (new / "manifest.json").unlink()
+        if left == "whole":
+            shutil.rmtree(new)
+            shutil.copytree(other, new)
+            (aside / "manifest.json").write_text("{}")  # tells them apart
+        checkpoints = Checkpoints(place, say=pytest.fail)
+        checkpoints.recover()
+        assert checkpoints.latest() == 3 and same(checkpoints.restore(state_of(0))[1], 3)
+        assert sorted(p.name for p in place.iterdir()) == ["1", "2", "3"]
 
 
 def test_the_last_good_one_outlives_damaged_newer_ones(place):

@@ -19,9 +19,10 @@ from marble_jax.evaluation.score_file import ScoreFile
 from marble_jax.programs.export import new_folder
 from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_report
-from marble_jax.storage.checkpoint import Checkpoints, problem_in
+from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.files import append, is_remote, location, write_whole
 from marble_jax.storage.images import ImageFolder, read_image, save_png
+from marble_jax.storage.intact import problem_in
 from marble_jax.storage.manifest import files_below
 from marble_jax.storage.workdir import Workdir
 from marble_jax.types import Scores

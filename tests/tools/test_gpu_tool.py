@@ -191,6 +191,16 @@ def test_bad_flags(arguments, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("left", ['{"parts": {"co', "", "[1]", '{"parts": {"core": {}}}', b"\xff"])
+def test_a_record_that_was_cut_is_one_line_and_stays(left, tmp_path, capsys):
+    left = left if isinstance(left, bytes) else left.encode()
+    (tmp_path / "gpu.json").write_bytes(left)
+    assert gpu.main([f"--out={tmp_path}", "--force"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("tools.gpu: --out: expected the record of")
+    assert (tmp_path / "gpu.json").read_bytes() == left
+
+
 def test_a_machine_without_a_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "has_gpu", lambda: False)
     out = tmp_path / "nothing"

@@ -30,8 +30,8 @@ def test_scripts_are_well_formed(script):
         assert done.returncode == 0, done.stdout
 
 
-def read(name):
-    return yaml.safe_load((LAUNCH / name).read_text())
+def read(name, without=""):
+    return yaml.safe_load((LAUNCH / name).read_text().replace(without, ""))
 
 
 def options_of(command):
@@ -49,7 +49,7 @@ def test_the_job_set():
     (slices,) = job["spec"]["replicatedJobs"]
     spec = slices["template"]["spec"]
     pod = spec["template"]["spec"]
-    (training,), (rewards,) = pod["containers"], pod["initContainers"]
+    (training,) = pod["containers"]
     chips = training["resources"]["limits"]["google.com/tpu"]
     assert training["resources"]["requests"] == training["resources"]["limits"]
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
@@ -61,12 +61,55 @@ def test_the_job_set():
     assert {"distributed", "config", "workdir"} == set(options_of(training["command"]))
     (token,) = training["env"]
     assert token["name"] == "HF_TOKEN" and token["valueFrom"]["secretKeyRef"]["optional"]
-    assert rewards["restartPolicy"] == "Always" and rewards["command"][:3] == [
-        "marble-jax",
-        "reward",
-        "serve",
-    ]
+    # What is served is a folder that the image does not have by itself.
+    assert "initContainers" not in pod
+    served = read("gke_jobset.yaml", without="#- ")
+    (slices,) = served["spec"]["replicatedJobs"]
+    pod = slices["template"]["spec"]["template"]["spec"]
+    assert pod.pop("containers") == [training]
+    (rewards,) = pod["initContainers"]
+    assert rewards["restartPolicy"] == "Always"
+    assert rewards["command"][:3] == ["marble-jax", "reward", "serve"]
     assert "--host=127.0.0.1" in rewards["command"]
+
+
+def test_the_slices_of_the_examples_have_room_for_the_rewards():
+    """By plan, with the 12 GB of reward models that README names."""
+    from marble_jax.cli.configuration import load_config
+    from marble_jax.config import settings_of
+    from marble_jax.console import Console
+    from marble_jax.distributed import accelerators
+    from marble_jax.plan.planner import plan
+    from marble_jax.plan.request import Request
+
+    texts = [(LAUNCH / name).read_text() for name in ("gke_jobset.yaml", "tpu_vm.sh")]
+    for text in texts:
+        assert "--config=sd3:tpu_v6e" in text and "v6e-16" in text and "v5litepod" not in text
+    settings = settings_of(load_config(["--config=sd3:tpu_v6e"]))
+    record = plan(settings, Request(devices=16, chip="v6e"), Console())
+    for program, sources in record["memory"].items():
+        parts = [*sources.values(), *record["resident"][program].values()]
+        needed = sum(part["bytes"] for part in parts)
+        assert needed + 12e9 < accelerators.by_name("v6e").usable, program
+
+
+def test_the_command_that_install_left_in_the_checkout_is_taken(tmp_path):
+    place = tmp_path / "a checkout" / "tools" / "launch"
+    place.mkdir(parents=True)
+    shutil.copy(LAUNCH / "host.sh", place)
+    environ = {name: value for name, value in os.environ.items() if name != "MARBLE"}
+    environ["PATH"] = f"{tmp_path}:/usr/bin:/bin"
+    named(tmp_path, "marble-jax", 'echo "of the path: $*"\n')
+    command = ["bash", str(place / "host.sh"), "--workdir=x"]
+
+    def said():
+        return subprocess.run(command, env=environ, capture_output=True, text=True).stdout
+
+    assert said() == "of the path: train --workdir=x\n"
+    binaries = tmp_path / "a checkout" / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    named(binaries, "marble-jax", 'echo "installed: $*"\n')
+    assert said() == "installed: train --workdir=x\n"
 
 
 def test_the_skypilot_task():
@@ -140,8 +183,14 @@ def run(script, *arguments, **environ):
     )
 
 
-def test_a_slurm_job(tmp_path):
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_slurm_job(tmp_path, installed):
     """With srun and scontrol that write down what they are asked for."""
+    marble = "marble-jax"
+    if installed:
+        binaries = tmp_path / ".venv" / "bin"
+        binaries.mkdir(parents=True)
+        marble = named(binaries, "marble-jax", "")
     for name in ("srun", "scontrol"):
         # A run lasts until the reward servers beside it were asked for.
         script = program(
@@ -159,13 +208,15 @@ def test_a_slurm_job(tmp_path):
         SLURM_JOB_NUM_NODES="2",
         SLURM_JOB_ID="17",
         SLURM_CPUS_PER_TASK="12",
+        SLURM_SUBMIT_DIR=str(tmp_path),
+        MARBLE="",
         REWARD_ARGS="--rewards_path=rewards --rewards=geneval",
     )
     assert done.returncode == 75, done.stderr
     assert sorted((tmp_path / "asked").read_text().splitlines()) == [
         "scontrol requeue 17",
-        "srun --kill-on-bad-exit=0 --cpus-per-task=12 marble-jax train --distributed=on --config=c.py --workdir=/a b",
-        "srun --overlap --ntasks=2 --ntasks-per-node=1 --gpus-per-task=0 --cpus-per-task=12 marble-jax reward serve "
+        f"srun --kill-on-bad-exit=0 --cpus-per-task=12 {marble} train --distributed=on --config=c.py --workdir=/a b",
+        f"srun --overlap --ntasks=2 --ntasks-per-node=1 --gpus-per-task=0 --cpus-per-task=12 {marble} reward serve "
         "--host=127.0.0.1 --port=8810 --rewards_path=rewards --rewards=geneval",
     ]
     header = (LAUNCH / "slurm.sbatch").read_text()
@@ -257,6 +308,21 @@ def test_a_tpu_vm_from_a_bare_machine_to_a_stop(tmp_path):
     assert run("tpu_vm.sh", "stop", **environ).returncode == 2
 
 
+def test_a_run_that_has_hardly_begun_can_be_stopped(tmp_path):
+    """Its secrets are still being read, and the number of an earlier run's process is there."""
+    marble = program(tmp_path, "trap 'exit 143' TERM\nwhile true; do sleep 0.05; done\n")
+    (tmp_path / "marble-train.env").write_text("sleep 2\n")
+    (tmp_path / "marble-train.host").write_text("no process")
+    environ = {"STATE": str(tmp_path), "MARBLE": marble}
+    started = subprocess.Popen(
+        ["bash", LAUNCH / "detached.sh", "start"], env=os.environ | environ, start_new_session=True
+    )
+    wait_until((tmp_path / "marble-train.pid").exists)
+    done = run("detached.sh", "stop", **environ)
+    assert done.returncode == 143 and done.stderr == ""
+    assert started.wait(60) == 143
+
+
 def test_what_a_tpu_vm_is_asked_for():
     done = run("tpu_vm.sh", "trian", TPU="slice", ZONE="us-west4-a")
     assert done.returncode == 2
@@ -295,6 +361,8 @@ def test_what_is_not_installed(tmp_path):
     # Both bring a cuDNN of their own to the same place.
     done = run("install.sh", "cuda12", VENV=str(tmp_path / "venv"))
     assert done.returncode == 2 and "expected EXTRAS without geneval" in done.stderr
+    done = run("install.sh", "cuda12", VENV=str(tmp_path / "venv"), EXTRAS="rewards,torch")
+    assert done.returncode == 2 and "expected EXTRAS without torch beside cuda12" in done.stderr
     assert not (tmp_path / "venv").exists()
 
 
@@ -353,6 +421,35 @@ def test_a_host_starts_again_when_another_was_lost(tmp_path):
     (tmp_path / "asked").unlink()
     assert run("host.sh", "--workdir=x", MARBLE=marble, RESTARTS="1").returncode == 75
     assert (tmp_path / "asked").read_text() == "train --workdir=x\n" * 2
+
+
+@pytest.mark.parametrize("moment", ["while the server starts", "before another try"])
+def test_a_host_that_is_stopped_between_trainings_starts_none(tmp_path, moment):
+    serves = moment == "while the server starts"
+    marble = program(
+        tmp_path,
+        f'touch {tmp_path}/$1; if [ "$1" = reward ]; then exec sleep 100; fi\n'
+        f"echo training >> {tmp_path}/trained; exit 75\n",
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    environ = os.environ | {"MARBLE": marble, "REWARD_PORT": port, "RESTARTS": "3"}
+    if serves:
+        environ |= {"REWARD_ARGS": "--rewards_path=rewards"}
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "host.sh"], stderr=(tmp_path / "said").open("w"), env=environ
+    )
+    try:
+        if serves:
+            wait_until((tmp_path / "reward").exists)
+        else:
+            wait_until(lambda: "starting again" in (tmp_path / "said").read_text())
+        process.terminate()
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+    trained = tmp_path / "trained"
+    assert (trained.read_text() if trained.exists() else "") == ("" if serves else "training\n")
 
 
 def test_a_host_passes_the_signal_on_and_waits(tmp_path):

@@ -197,12 +197,27 @@ def test_records_are_flat_and_complete(capsys):
     assert "worst cos" not in lines[1]  # the step in between solves knows no cosines
 
 
+def test_a_slow_step_gives_signs_of_life_in_a_log(capsys, monkeypatch):
+    """Where every line is due: from images, from micro-batches, and in the right order."""
+    monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 0.0)
+    monkeypatch.setattr("marble_jax.console.HEARTBEAT_SECONDS", 0.0)
+    _train(_start(), Diary(), num_steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.split(": ", 1)[1] for line in lines if line.startswith("under way for ")]
+    rollout, training = "step 1 rollout (compiling), ", "step 1 training (compiling), "
+    assert told[0].startswith(rollout) and told[-1] == f"{training}9 of 9 micro-batch"
+    assert {f"{training}{done} of 9 micro-batch" for done in range(10)} <= set(told)
+    assert f"{rollout}{toy.IMAGES} of {toy.IMAGES} img" in told
+
+
 def test_compiling_and_saving_are_told_and_on_record(capsys, monkeypatch):
     laps = iter([0.0, 40.0, 20.0, 0.0, 0.1, 0.0, 0.0, 0.0, 7.0])
     clock = type("Laps", (), {"lap": lambda self: next(laps)})()
     monkeypatch.setattr("marble_jax.training.loop.compile_clock", clock)
     _train(_start(), diary := Diary(), checkpoint_every=1)
     lines = capsys.readouterr().out.splitlines()
+    # Which a slow machine has.
+    lines = [line for line in lines if not line.startswith("under way")]
     assert lines[:2] == [
         "the first step compiles the programs of rollout and training",
         "compiled for 1m00s in step 1 (rollout 40s, training 20s)",
@@ -415,6 +430,29 @@ def test_a_signal_during_the_first_evaluation_stops_before_any_step():
     assert diary.events == []  # given up, to be done when the run goes on
 
 
+def test_a_signal_in_the_last_evaluation_gives_it_up_and_saves_the_steps():
+    """It is made up for by the same command, which saves the best policy that it finds."""
+    diary = Diary()
+
+    def evaluate(state, give_way):
+        if int(state.step) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return diary.evaluate(state, give_way)
+
+    hooks = dataclasses.replace(diary.hooks, evaluate=evaluate)
+    with pytest.raises(Interrupted, match="stopped after step 1"):
+        train(_start(), _iteration(), Cadence(1, 0, 1), hooks, Console())
+    assert diary.events == [("evaluate", 0), ("record", 0), ("save", 1)]
+    saved = jax.tree.map(jnp.asarray, diary.saved[1])
+    assert int(saved.best_step) == 0
+
+    replaced, later = [], Diary()
+    hooks = dataclasses.replace(later.hooks, replace=lambda state: replaced.append(state.best_step))
+    state = train(saved, _iteration(), Cadence(1, 0, 1), hooks, Console())
+    assert later.events == [("evaluate", 1)] and int(state.best_step) == 1
+    assert [int(step) for step in replaced] == [1]
+
+
 def test_a_second_signal_is_not_caught():
     # A shell that starts a command in the background has it ignore SIGINT; the test needs Python's own handler.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -431,7 +469,8 @@ def test_a_second_signal_is_not_caught():
 def test_a_finished_run_does_nothing_more():
     diary = Diary()
     state = _train(jax.tree.map(jnp.asarray, _whole()[0]), diary)
-    assert diary.events == [] and int(state.step) == 3
+    # The evaluation of its last state is asked for, and whoever evaluates knows that it is on record.
+    assert diary.events == [("evaluate", 3)] and int(state.step) == 3
 
 
 def test_merging_the_adapter_changes_rollouts_by_rounding_only():

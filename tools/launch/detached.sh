@@ -29,7 +29,7 @@ shift || true
 case "$action" in
   start)
     if ! running; then
-      rm -f "$base.pid" "$base.status"
+      rm -f "$base.pid" "$base.status" "$base.host"
       : > "$base.log"
       # shellcheck disable=SC2016
       setsid nohup bash -c 'base="$1"; shift
@@ -46,7 +46,9 @@ case "$action" in
       echo "detached.sh: expected a run called ${NAME:-marble-train} on this host; received none" >&2
       exit 2
     fi
-    kill -TERM "$(cat "$base.host")"
+    # host.sh says where it is once it can be told; the number of an earlier run may be another process by now.
+    while running && [ ! -s "$base.host" ]; do sleep 0.1; done
+    if running; then kill -TERM "$(cat "$base.host")"; fi
     end
     ;;
   *)

@@ -8,12 +8,19 @@
 #   REWARD_PORT  its port (8810)
 #   RESTARTS     how often to start again after status 75 (another host was lost), or when the training was killed (0)
 #   PID_FILE     where to leave the process id of this script; SIGTERM to it saves and stops the run on all hosts
-#   MARBLE       the command (marble-jax)
+#   MARBLE       the command (that of install.sh in this checkout's .venv, else marble-jax)
 set -uo pipefail
 
-read -r -a marble <<< "${MARBLE:-marble-jax}"
+installed="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin/marble-jax"
+if [ -n "${MARBLE:-}" ]; then
+  read -r -a marble <<< "$MARBLE"
+elif [ -x "$installed" ]; then
+  marble=("$installed")
+else
+  marble=(marble-jax)
+fi
 port="${REWARD_PORT:-8810}"
-server="" training="" stopped=""
+server="" training="" stopped="" told=""
 
 # The server again whenever it ends by itself: a reward took it along, or its calls hang (status 75).
 serve() {
@@ -33,7 +40,8 @@ serve() {
 }
 
 end_server() { if [ -n "$server" ]; then kill "$server" 2> /dev/null; fi; }
-stop() { stopped=yes; if [ -n "$training" ]; then kill -TERM "$training" 2> /dev/null; fi; }
+tell() { told=yes; kill -TERM "$training" 2> /dev/null; }
+stop() { stopped=yes; if [ -n "$training" ]; then tell; fi; }
 trap end_server EXIT
 trap stop TERM INT HUP
 if [ -n "${PID_FILE:-}" ]; then echo $$ > "$PID_FILE"; fi
@@ -43,6 +51,7 @@ if [ -n "${REWARD_ARGS:-}" ]; then
   serve &
   server=$!
   for _ in $(seq 600); do
+    if [ -n "$stopped" ]; then break; fi
     if (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then break; fi
     if ! kill -0 "$server" 2> /dev/null; then
       echo "host.sh: expected a reward server at port $port; received one that ended" >&2
@@ -54,8 +63,12 @@ fi
 
 left="${RESTARTS:-0}"
 while true; do
+  # While the server started, or before another try: there is nothing to save.
+  if [ -n "$stopped" ]; then exit 143; fi
   "${marble[@]}" train "$@" &
   training=$!
+  # A signal that came before its id was known; a second one would end it without saving.
+  if [ -n "$stopped" ] && [ -z "$told" ]; then tell; fi
   while true; do
     wait "$training"
     status=$?
@@ -66,7 +79,7 @@ while true; do
     *) exit "$status" ;;
   esac
   if [ -n "$stopped" ] || [ "$left" -le 0 ]; then exit "$status"; fi
-  left=$((left - 1))
+  left=$((left - 1)) training=""
   echo "host.sh: status $status, starting again ($left more)" >&2
   sleep 2
 done

@@ -25,8 +25,8 @@ case "${1:-}" in
 esac
 extras="$extras${EXTRAS-rewards,geneval,gcs}"
 extras="${extras%,}"
-if [[ "$1" == cuda12 && ",$extras," == *,geneval,* ]]; then
-  echo "install.sh: expected EXTRAS without geneval beside cuda12, whose cuDNN torch would overwrite; received" \
+if [[ "$1" == cuda12 && ",$extras," =~ ,(geneval|torch), ]]; then
+  echo "install.sh: expected EXTRAS without ${BASH_REMATCH[1]} beside cuda12, whose cuDNN torch would overwrite; received" \
     "'$extras' (cuda13 takes both)" >&2
   exit 2
 fi

@@ -6,7 +6,7 @@
 #   HOSTS      ssh destinations, one process each, process 0 first
 #   ADDRESS    HOST:PORT of process 0 as the others reach it (the first of HOSTS, port 8476)
 #   DIRECTORY  the checkout (where this one is), installed on every host by install.sh
-#   SETUP      run first on every host, such as "source .venv/bin/activate"
+#   SETUP      run first on every host, such as "module load cuda"
 #   SSH        how to reach a host (ssh -o BatchMode=yes)
 #   NAME       of the run (marble-train), where hosts have several
 #   REWARD_ARGS REWARD_PORT RESTARTS MARBLE   see host.sh

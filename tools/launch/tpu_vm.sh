@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice, one process a host (--worker=all); JAX finds out which host is which.
 #
-#   TPU=slice ZONE=us-west4-a tools/launch/tpu_vm.sh setup
-#   TPU=slice ZONE=us-west4-a tools/launch/tpu_vm.sh train --config=configs/sd3.py --workdir=gs://bucket/run
-#   TPU=slice ZONE=us-west4-a tools/launch/tpu_vm.sh stop
+#   TPU=slice ZONE=us-east5-b tools/launch/tpu_vm.sh setup
+#   TPU=slice ZONE=us-east5-b tools/launch/tpu_vm.sh train --config=sd3:tpu_v6e --workdir=gs://bucket/run
+#   TPU=slice ZONE=us-east5-b tools/launch/tpu_vm.sh stop
 #
 #   setup  copies this checkout to every host and installs it there (install.sh), whatever Python the image has
 #   train  the run, which goes on when this session breaks off; the same command shows its log again, and goes on after
@@ -11,7 +11,8 @@
 #   stop   saves and stops it
 #
 #   TPU ZONE PROJECT   of the slice, made with: gcloud compute tpus tpu-vm create "$TPU" --zone="$ZONE"
-#                      --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite [--spot]
+#                      --accelerator-type=v6e-16 --version=v2-alpha-tpuv6e [--spot]; a v5e has no room
+#                      for reward models beside the training
 #   HF_TOKEN           read access to gated models such as SD3.5; also HF_HOME, WANDB_API_KEY,
 #                      JAX_COMPILATION_CACHE_DIR: sent as a file, not on a command line
 #   REWARD_ARGS REWARD_PORT RESTARTS   see host.sh; reward servers run on the CPUs of the slice's hosts
