@@ -118,10 +118,15 @@ def upstream_step(
         comparison: Metrics = {}
         past = None
         if num_solves(parts.count):
-            solves: _Solves = carries[0]
-            gradient, alpha, metrics = solves.gradient, solves.alpha, solves.metrics
+            solved_parts: _Solves = carries[0]
+            gradient, alpha = solved_parts.gradient, solved_parts.alpha
+            metrics = solved_parts.metrics
             past, comparison = beside_history(
-                recipe.harmonization, state, solves.gradients, solves.gram, solves.active
+                recipe.harmonization,
+                state,
+                solved_parts.gradients,
+                solved_parts.gram,
+                solved_parts.active,
             )
         if num_solves(parts.count) < parts.count:
             combined, losses = parts.all_reduce(carries[-1])
