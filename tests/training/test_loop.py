@@ -207,7 +207,7 @@ def test_a_slow_step_gives_signs_of_life_in_a_log(capsys, monkeypatch):
     rollout, training = "step 1 rollout (compiling), ", "step 1 training (compiling), "
     assert told[0].startswith(rollout) and told[-1] == f"{training}9 of 9 micro-batch"
     assert {f"{training}{done} of 9 micro-batch" for done in range(10)} <= set(told)
-    assert f"{rollout}{toy.IMAGES} of {toy.IMAGES} img" in told
+    assert f"{rollout}{toy.IMAGES} of {toy.IMAGES} sample" in told
 
 
 def test_compiling_and_saving_are_told_and_on_record(capsys, monkeypatch):
