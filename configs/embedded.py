@@ -73,11 +73,14 @@ PRESETS = {
         "evaluation.sources": SOURCES,
     },
     # Other objectives, each on the sum of scores and with MARBLE.
-    **{
-        name + behind: advantage | changes
-        for name, changes in EMBEDDED_POLICY_GRADIENTS.items()
-        for behind, advantage in (("", SUM), ("_marble", WEIGHTED))
-    },
+    "flow_grpo": SUM | EMBEDDED_POLICY_GRADIENTS["flow_grpo"],
+    "flow_grpo_marble": WEIGHTED | EMBEDDED_POLICY_GRADIENTS["flow_grpo"],
+    "flow_grpo_fast": SUM | EMBEDDED_POLICY_GRADIENTS["flow_grpo_fast"],
+    "flow_grpo_fast_marble": WEIGHTED | EMBEDDED_POLICY_GRADIENTS["flow_grpo_fast"],
+    "grpo_guard": SUM | EMBEDDED_POLICY_GRADIENTS["grpo_guard"],
+    "grpo_guard_marble": WEIGHTED | EMBEDDED_POLICY_GRADIENTS["grpo_guard"],
+    "awm": SUM | EMBEDDED_POLICY_GRADIENTS["awm"],
+    "awm_marble": WEIGHTED | EMBEDDED_POLICY_GRADIENTS["awm"],
     # Rewards that need no more than the package itself: OCR asks for an extra.
     "smoke": {
         "rewards.train": ("alignment", "preference", "aesthetic", "geneval"),

@@ -26,12 +26,12 @@ which are never trained on, do in one, by 0.0008 and 0.0005), and four, two, fou
 (own seed, seeds 1 to 3); with the sum four, five, and four while colourfulness falls. No update of MARBLE opposes a
 reward on its own samples; the sum's do in 65 to 78 % of the steps (worst cosine -0.13 to -0.15): colourfulness in 99 of
 180, smoothness in 58. The sum gains more in motion (by 0.015 +- 0.010, paired by seed) and GenEval (0.033 +- 0.036).
-The dynamic degree is nearly saturated (1 for every clip that is told to move): that it does not fall says that clips do
-not freeze, and little more. There is a
-reason: between steps, whose noise is independent, colourfulness opposes GenEval (mean cosine -0.03 to -0.10 in the
-four runs of MARBLE, of own cosines of 0.16 to 0.29 and 0.01 to 0.04), smoothness (-0.06 to -0.13) and motion (-0.00
-to -0.02; `out_of_sample/cos_pair` and `own_cosine` in metrics.jsonl), so that an update which serves it does not
-serve them as well. On the next step's samples nearly every single update of either opposes some reward.
+There is a reason: between steps, whose noise is independent, colourfulness opposes GenEval (mean cosine -0.03 to -0.10
+in the four runs of MARBLE, of own cosines of 0.16 to 0.29 and 0.01 to 0.04), smoothness (-0.06 to -0.13) and motion
+(-0.00 to -0.02; `out_of_sample/cos_pair` and `own_cosine` in metrics.jsonl), so that an update which serves it does not
+serve them as well. On the next step's samples nearly every single update of either opposes some reward. The dynamic
+degree is nearly saturated (1 for every clip that is told to move): that it does not fall says that clips do not freeze,
+and little more.
 
 Weights were tried by the same held-out prompts, one run each: with (0.4, 2.5, 1.3, 0.4, 2.5) OCR gains 0.12 (own seed)
 and 0.06 (seed 1), colourfulness 0.005 and 0.013; with (0.4, 2.5, 0.6, 0.4, 2.5) motion and GenEval fall with seed 1;
@@ -83,11 +83,14 @@ PRESETS = {
     },
     "only_colourfulness": {"rewards.train": ("colourfulness",)},
     # Other objectives, each on the sum of scores and with MARBLE.
-    **{
-        name + behind: advantage | changes
-        for name, changes in EMBEDDED_POLICY_GRADIENTS.items()
-        for behind, advantage in (("", SUM), ("_marble", WEIGHTED))
-    },
+    "flow_grpo": SUM | EMBEDDED_POLICY_GRADIENTS["flow_grpo"],
+    "flow_grpo_marble": WEIGHTED | EMBEDDED_POLICY_GRADIENTS["flow_grpo"],
+    "flow_grpo_fast": SUM | EMBEDDED_POLICY_GRADIENTS["flow_grpo_fast"],
+    "flow_grpo_fast_marble": WEIGHTED | EMBEDDED_POLICY_GRADIENTS["flow_grpo_fast"],
+    "grpo_guard": SUM | EMBEDDED_POLICY_GRADIENTS["grpo_guard"],
+    "grpo_guard_marble": WEIGHTED | EMBEDDED_POLICY_GRADIENTS["grpo_guard"],
+    "awm": SUM | EMBEDDED_POLICY_GRADIENTS["awm"],
+    "awm_marble": WEIGHTED | EMBEDDED_POLICY_GRADIENTS["awm"],
     "smoke": {
         "rollout.prompts_per_step": 3,
         "rollout.images_per_prompt": 4,
