@@ -248,3 +248,8 @@ def short(value: Any) -> str:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 76
+
+
+def first_that_holds(reasons: Mapping[str, bool]) -> str:
+    """Returns the first of several reasons against a setting, in words, that holds; "" where none does."""
+    return next((words for words, holds in reasons.items() if holds), "")

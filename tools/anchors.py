@@ -55,6 +55,7 @@ from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.state import TrainState
 from marble_jax.training.train_step import exact_step
 from marble_jax.types import Adapter
+from tools.exit_status import exit_status
 
 Update = Callable[[TrainState, int, RolloutBatch], Adapter]
 Layout = tuple[int, int]
@@ -78,12 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args(argv)
-    try:
-        _measure(args)
-    except InputError as error:
-        print(f"anchors: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("anchors", lambda: _measure(args))
 
 
 def _measure(args: argparse.Namespace) -> None:

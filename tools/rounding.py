@@ -50,6 +50,7 @@ from marble_jax.training.train_step import exact_step
 from marble_jax.types import Adapter, Params
 from tools import anchors
 from tools.benchmark.sizes import Size, make_problem
+from tools.exit_status import exit_status
 
 Velocity = Callable[[Params, Adapter], jax.Array]
 MODES: dict[str, dict[str, Any]] = {
@@ -71,12 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=1536, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args(argv)
-    try:
-        _measure(args)
-    except InputError as error:
-        print(f"rounding: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("rounding", lambda: _measure(args))
 
 
 def _measure(args: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Mapping
 
+import numpy as np
+
 from marble_jax.plan.hlo import whole_numbers
 from marble_jax.plan.hlo_program import Instruction, captured, sides_of
 
@@ -58,10 +60,10 @@ def _convolution(instruction: Instruction, types: Mapping[str, str]) -> float:
             inputs[axis],
             kernel[axis],
             outputs[axis],
-            low=_at(window, "pad", place, "0_0", "_")[0],
-            stride=_at(window, "stride", place, "1")[0],
-            input_dilation=_at(window, "lhs_dilate", place, "1")[0],
-            kernel_dilation=_at(window, "rhs_dilate", place, "1")[0],
+            low=_first_number(window, "pad", place, 0),
+            stride=_first_number(window, "stride", place, 1),
+            input_dilation=_first_number(window, "lhs_dilate", place, 1),
+            kernel_dilation=_first_number(window, "rhs_dilate", place, 1),
         )
     return total
 
@@ -72,13 +74,12 @@ def _window(text: str) -> dict[str, list[str]]:
     return {name: value.split("x") for name, value in entries}
 
 
-def _at(
-    window: Mapping[str, list[str]], name: str, place: int, usual: str, between: str | None = None
-) -> list[int]:
-    """The numbers of an entry for one axis; `usual` where the window does not say."""
+def _first_number(window: Mapping[str, list[str]], name: str, place: int, usual: int) -> int:
+    """The number of an entry for one axis, of a padding that in front; `usual` where the window does not say."""
     values = window.get(name)
-    text = usual if values is None else values[place]
-    return [int(number) for number in text.split(between)]
+    if values is None:
+        return usual
+    return int(values[place].split("_")[0])
 
 
 def _meetings(
@@ -92,12 +93,9 @@ def _meetings(
     kernel_dilation: int,
 ) -> int:
     """How many pairs of an output and a tap meet a number of the input, along one axis."""
-    last = (num_inputs - 1) * input_dilation
-    count = 0
-    for tap in range(num_taps):
-        for output in range(num_outputs):
-            place = output * stride + tap * kernel_dilation - low
-            # Between the numbers of a dilated input there are zeros.
-            if 0 <= place <= last and place % input_dilation == 0:
-                count += 1
-    return count
+    outputs = stride * np.arange(num_outputs)[:, None]
+    taps = kernel_dilation * np.arange(num_taps)
+    places = outputs + taps - low
+    is_inside = (places >= 0) & (places <= (num_inputs - 1) * input_dilation)
+    # Between the numbers of a dilated input there are zeros.
+    return int(np.sum(is_inside & (places % input_dilation == 0)))

@@ -22,6 +22,7 @@ from marble_jax.programs.unread_keys import check_unread_keys
 from marble_jax.programs.upstream import check_upstream
 from marble_jax.training.profile import parse_steps
 from marble_jax.types import DTYPES
+from marble_jax.validation import first_that_holds
 
 _NEEDS = {"cudnn": "a GPU and bfloat16", "splash": "a TPU"}
 """What each fused kernel needs, in words."""
@@ -104,12 +105,11 @@ def _check_cleaning(settings: Settings) -> None:
         f"advantages.scalarize={settings.advantages.scalarize}": settings.advantages.scalarize
         != "none",
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise InputError(
-                f"harmonize.gram: expected 'step' with {reason}, which does not solve on the whole batch's "
-                "gradients; received 'cleaned'"
-            )
+    if reason := first_that_holds(reasons):
+        raise InputError(
+            f"harmonize.gram: expected 'step' with {reason}, which does not solve on the whole batch's "
+            "gradients; received 'cleaned'"
+        )
     if harmonize.window <= 1:
         # The pairs of one step have no spread to judge their error by, so that no signal would ever count.
         raise InputError(
@@ -128,12 +128,11 @@ def _check_skipped_pass(settings: Settings) -> None:
         "harmonize.mode=upstream": harmonize.mode == "upstream",
         "harmonize.anchor_every=1": harmonize.anchor_every == 1,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise InputError(
-                f"nft.skip_rollout_pass: expected False with {reason}, which asks the rollout policy at every "
-                "micro-batch or at none; received True"
-            )
+    if reason := first_that_holds(reasons):
+        raise InputError(
+            f"nft.skip_rollout_pass: expected False with {reason}, which asks the rollout policy at every "
+            "micro-batch or at none; received True"
+        )
 
 
 def _check_products(settings: Settings) -> None:

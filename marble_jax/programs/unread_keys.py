@@ -8,6 +8,7 @@ from typing import Any
 from marble_jax.config import KEYS, AdvantageSettings, HarmonizeSettings, Settings, flatten
 from marble_jax.errors import InputError
 from marble_jax.training.batch_sizes import is_stochastic
+from marble_jax.validation import first_that_holds
 
 OWN_SECTIONS = ("nft", "policy_gradient", "awm")
 """Sections that are read by the objective of their name alone."""
@@ -93,12 +94,11 @@ def _check_average(settings: Settings) -> None:
         f"harmonize.mode={mode}": mode != "exact",
         f"advantages.scalarize={scalarize}": scalarize != "none",
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise InputError(
-                f"harmonize.smooth_exact: expected False with {reason}, whose solves do not take the average; "
-                "received True"
-            )
+    if reason := first_that_holds(reasons):
+        raise InputError(
+            f"harmonize.smooth_exact: expected False with {reason}, whose solves do not take the average; "
+            "received True"
+        )
 
 
 def _check_scale(advantages: AdvantageSettings) -> None:

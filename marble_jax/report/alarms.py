@@ -316,10 +316,7 @@ def _policies_alike_or_apart(records: Records) -> list[Alarm]:
         raised.append(
             Alarm("alarm", "The rollout policy is the trained one", f"In this run {alike}.")
         )
-    config = records.run.get("config")
-    recorded = math.nan
-    if isinstance(config, dict):
-        recorded = number(config.get("policy_gradient.clip_range"))
+    recorded = number(records.configured("policy_gradient.clip_range"))
     clip_range = recorded if math.isfinite(recorded) else 0.0
     for series in map(records.series, ("objective/log_prob_gap_first", "objective/log_prob_gap")):
         if not series.finite.size:

@@ -159,8 +159,6 @@ def summarise(records: Records) -> dict[str, Any]:
 
 def setting(records: Records) -> dict[str, Any]:
     """Returns what two runs have to share for their gains to be comparable; None for what is not on record."""
-    config = records.run.get("config")
-    config = config if isinstance(config, dict) else {}
     last = records.trained[-1] if records.trained else {}
     done = None
     if records.last_step is not None:
@@ -168,11 +166,11 @@ def setting(records: Records) -> dict[str, Any]:
         done = records.last_step + 1
     return {
         "steps": done,
-        "prompts a step": config.get("rollout.prompts_per_step"),
-        "images a prompt": config.get("rollout.images_per_prompt"),
-        "seed": config.get("seed"),
+        "prompts a step": records.configured("rollout.prompts_per_step"),
+        "images a prompt": records.configured("rollout.images_per_prompt"),
+        "seed": records.configured("seed"),
         "evaluated prompts": last.get("num_prompts"),
-        "evaluation seed": config.get("evaluation.seed"),
+        "evaluation seed": records.configured("evaluation.seed"),
     }
 
 

@@ -92,17 +92,11 @@ def fresh_samples(records: Records) -> str:
     return blocks.section("fresh", title, figure, tables, lead=_lead(records, found))
 
 
-def _setting(records: Records, key: str) -> object:
-    """A key of the run's configuration; None where that is not on record."""
-    config = records.run.get("config")
-    return config.get(key) if isinstance(config, dict) else None
-
-
 def _why_nothing(records: Records) -> str:
     """Returns why no step was compared: none will be, or the second one is still to come."""
-    combined = _setting(records, "harmonize.balancer") in ("equal", "fixed")
-    scalarized = _setting(records, "advantages.scalarize") not in (None, "none")
-    if _setting(records, "harmonize.mode") == "upstream" and (combined or scalarized):
+    combined = records.configured("harmonize.balancer") in ("equal", "fixed")
+    scalarized = records.configured("advantages.scalarize") not in (None, "none")
+    if records.configured("harmonize.mode") == "upstream" and (combined or scalarized):
         return "Nothing to compare with: upstream's step solves for no alpha here, and takes no reward's own gradient."
     return (
         "Nothing to compare with yet: from the second step that takes per-reward gradients on, each is "
@@ -115,7 +109,7 @@ def _lead(records: Records, found: list[Judgement]) -> str:
         "An update always agrees with the gradients that it is made of, their errors included. Here earlier updates "
         "are compared with gradients of <b>other images</b>."
     )
-    mode = _setting(records, "harmonize.mode")
+    mode = records.configured("harmonize.mode")
     if mode == "amortized":
         lead += " Only steps that solve for alpha take every reward's gradient and are compared."
     elif mode == "upstream":

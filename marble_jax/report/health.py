@@ -84,9 +84,7 @@ _CALM = (
 
 def _learning(records: Records) -> tuple[Metric, ...]:
     """Returns the metrics of the loss, with the distance from the base model in the unit of the run's objective."""
-    config = records.run.get("config")
-    name = config.get("objective.name") if isinstance(config, dict) else None
-    if name != "policy_gradient":
+    if records.configured("objective.name") != "policy_gradient":
         return _LEARNING
     return tuple(
         dataclasses.replace(metric, unit=STEP_UNIT) if metric.key == "objective/kl" else metric

@@ -162,9 +162,12 @@ class Records:
     @property
     def samples(self) -> str:
         """What the run draws: "images" or "clips"."""
+        return "clips" if number(self.configured("model.num_frames")) > 1 else "images"
+
+    def configured(self, key: str) -> Any:
+        """Returns the value of a configuration key, such as "model.num_frames"; None where that is not on record."""
         config = self.run.get("config")
-        frames = config.get("model.num_frames") if isinstance(config, dict) else None
-        return "clips" if number(frames) > 1 else "images"
+        return config.get(key) if isinstance(config, dict) else None
 
     @property
     def name(self) -> str:
@@ -193,11 +196,10 @@ class Records:
 
         Exact runs of earlier versions have a running average under `harmonize/alpha`, which none of their updates used.
         """
-        config = self.run.get("config")
-        if not isinstance(config, dict) or config.get("harmonize.mode") != "exact":
+        if self.configured("harmonize.mode") != "exact":
             return "harmonize/alpha"
         solved = any(key.startswith("harmonize/alpha_solved/") for key in self.last_row)
-        if config.get("harmonize.smooth_exact") or not solved:
+        if self.configured("harmonize.smooth_exact") or not solved:
             return "harmonize/alpha"
         return "harmonize/alpha_solved"
 

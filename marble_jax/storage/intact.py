@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -72,10 +75,8 @@ def read_back(place: epath.Path) -> None:
       Exception: of many kinds, where it cannot be read.
     """
     place = plain_path(place)
-    options = _alone("read_back")
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
-    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-        metadata = checkpointer.metadata(place).item_metadata
+    with _reader("read_back") as reader:
+        metadata = reader.metadata(place).item_metadata
         if metadata is None:
             raise OSError("no metadata that can be read")
         leaves, structure = jax.tree.flatten(metadata.tree)
@@ -86,16 +87,20 @@ def read_back(place: epath.Path) -> None:
         )
         arguments = ocp.RestoreArgs(restore_type=np.ndarray)
         restore_args = jax.tree.unflatten(structure, [arguments] * len(leaves))
-        checkpointer.restore(place, args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+        reader.restore(place, args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
 
 
-def _alone(key: str) -> ocp.options.MultiprocessingOptions:
-    """Options for one process that reads by itself: Orbax would otherwise wait for the others, which do not."""
-    return ocp.options.MultiprocessingOptions(
+@contextlib.contextmanager
+def _reader(key: str) -> Iterator[ocp.Checkpointer]:
+    """What one process reads by itself with: Orbax would otherwise wait for the others, which do not read."""
+    options = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
         barrier_sync_key_prefix=key,
     )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        yield checkpointer
 
 
 def _read_everything(place: epath.Path) -> None:
@@ -104,10 +109,8 @@ def _read_everything(place: epath.Path) -> None:
     That finds missing and most shortened files, not bytes that changed: arrays have no checksums.
     """
     place = plain_path(place)
-    options = _alone("trial")
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
-    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-        metadata = checkpointer.metadata(place).item_metadata
+    with _reader("trial") as reader:
+        metadata = reader.metadata(place).item_metadata
         if metadata is None:
             raise InputError(
                 f"{place}: expected the metadata of a checkpoint; received none that can be read"
@@ -116,4 +119,4 @@ def _read_everything(place: epath.Path) -> None:
         restore_args = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
         )
-        checkpointer.restore(place, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+        reader.restore(place, args=ocp.args.PyTreeRestore(restore_args=restore_args))
