@@ -43,8 +43,16 @@ Watch = Callable[[int, int], None]
 raises gives the step up."""
 
 
+Alive = Callable[[], object]
+"""alive(): called now and then while a call is waited for that overwrites the state, so it must not raise."""
+
+
 def unwatched(done: int, total: int) -> None:
     """Watches nothing."""
+
+
+def unheard() -> None:
+    """Takes no note of a sign of life."""
 
 
 class GroupSize:
@@ -107,24 +115,33 @@ class GroupedStep:
         self._programs: dict[int, _Programs] = {}
 
     def __call__(
-        self, state: TrainState, params: Params, batch: RolloutBatch, watch: Watch = unwatched
+        self,
+        state: TrainState,
+        params: Params,
+        batch: RolloutBatch,
+        watch: Watch = unwatched,
+        alive: Alive = unheard,
     ) -> tuple[TrainState, Metrics]:
-        """The state after the step, in place of `state`, and its numbers, which may still be on their way.
+        """The state after the step, in place of `state`, and its numbers.
 
         Args:
           state: before the step; as it was where `watch` raises.
           params: base weights.
           batch: rollouts.
           watch: see `Watch`.
+          alive: see `Alive`.
         """
         first: Metrics = {}
         for update in range(self._updates):
             number = np.int32(update)
             programs, carries = self._sums(state, params, batch, number, watch)
+            end = programs.finish
             if update < self._updates - 1:
-                state, metrics = programs.hold(state, params, batch, number, carries)
-            else:
-                state, metrics = programs.finish(state, params, batch, number, carries)
+                end = programs.hold
+            # It compiles at its first call; from here on the step cannot be given up any more.
+            call = partial(end, state, params, batch, number, carries)
+            state, metrics = call_beside(call, poll=alive)
+            wait_for(metrics, poll=alive)
             if update == 0 and self._updates > 1:
                 first = first_figures(metrics)
         return state, metrics | first

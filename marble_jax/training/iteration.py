@@ -26,7 +26,7 @@ from marble_jax.objectives.advantages import (
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import Draw, draw
 from marble_jax.streams import Stream, stream_generator, stream_key
-from marble_jax.training.grouped_step import Watch, unwatched
+from marble_jax.training.grouped_step import Alive, Watch, unheard, unwatched
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.profile import phase
 from marble_jax.training.records import flat_metrics, score_metrics
@@ -227,6 +227,7 @@ class Iteration:
         samples: Draw,
         rollout: Rollout,
         watch: Watch = unwatched,
+        alive: Alive = unheard,
     ) -> tuple[TrainState, dict[str, Any]]:
         """The state after the step, in place of `state`, and the step's flat record.
 
@@ -235,6 +236,7 @@ class Iteration:
           samples: what was drawn.
           rollout: its images and scores.
           watch: called with micro-batches done and in all; what it raises goes through.
+          alive: called now and then once the step cannot be given up any more.
         """
         step, schedule = int(state.step), self.sampling.reward_schedule
         names, scored = rollout.scores.names, rollout.scores.valid
@@ -251,7 +253,7 @@ class Iteration:
         program = self.steps.due(bool(state.alpha.solved), age)
         start = time.perf_counter()
         with phase("train"):
-            state, metrics = program(state, self.params, batch, watch)
+            state, metrics = program(state, self.params, batch, watch, alive)
             # Reading the numbers waits for the step, so its seconds are those of the device.
             trained_on = flat_metrics(metrics, names)
         seconds = rollout.seconds | {"train": time.perf_counter() - start}

@@ -250,8 +250,9 @@ class _Run:
         title = _title(self.step, "training", compiles)
         with self._console.watched(0, title, "micro-batch") as bar:
             watch = partial(self._trained, bar)
+            alive = partial(bar.update, 0)
             try:
-                return self._iteration.update(self.state, samples, rollout, watch)
+                return self._iteration.update(self.state, samples, rollout, watch, alive)
             except Abandoned:
                 return None
 

@@ -169,6 +169,37 @@ def test_a_group_under_way_can_be_given_up(monkeypatch):
     seconds[0] = 0.0
 
 
+def test_the_last_call_gives_signs_of_life():
+    """The update alone takes a second, in which nobody asks whether to give up but somebody hears that it goes on."""
+
+    def sleep(value):
+        time.sleep(1.0)
+        return value
+
+    def finish(state, carries):
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return state, {"objective/loss": jax.pure_callback(sleep, shape, carries[0])}
+
+    step = dataclasses.replace(_slow_step([0.0]), finish=finish)
+    grouped = GroupedStep(step, step, 1, ONE)
+    signs = []
+    asked_at_the_end = []
+
+    def watch(done, total):
+        if signs:
+            asked_at_the_end.append((done, total))
+
+    _, metrics = grouped(
+        toy.new_state(),
+        toy.base_params(),
+        toy.new_batch(),
+        watch,
+        functools.partial(signs.append, None),
+    )
+    assert metrics["objective/loss"] == 9.0
+    assert len(signs) >= 2 and not asked_at_the_end
+
+
 def test_groups_grow_with_the_time_that_micro_batches_take(monkeypatch):
     monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 6.0)
     size = GroupSize()
