@@ -18,8 +18,7 @@ T5 never meets training.
 `flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train the same model with other objectives, with their papers'
 settings and one advantage of the sum of scores; with `_marble` behind the name, every reward has its own gradient.
 They compute in bfloat16, in which log-probabilities are coarser than in the float16 of Flow-GRPO's released code: the
-ratio in every step's line tells by how much, and `model.dtype=float32` takes it away. `awm` draws six of all 14 noise
-levels for every image; its released code draws one out of each of six parts of levels 2 to 12.
+ratio in every step's line tells by how much, and `model.dtype=float32` takes it away.
 
 Presets for devices are the exact mode of the same recipe and differ from each other in how much is computed at once
 and in nothing that is computed: 48 prompts x 24 images, fused attention. `gpu_80gb` is for one GPU of 80 GB (A100,

@@ -25,6 +25,7 @@ class Stream(enum.Enum):
     ROLLOUT_NOISE = "noise that rollouts start from"
     IMAGE_ORDER = "order of pictures in training"
     TIMESTEP_ORDER = "order of each picture's timesteps"
+    TIMESTEPS = "each picture's timestep out of every part"
     TRAINING_NOISE = "noise that clean latents are mixed with"
     ANCHORS = "micro-batches that have anchors"
     STEP_NOISE = "noise along the way of rollouts"

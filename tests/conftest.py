@@ -39,6 +39,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Tracing makes many objects that live on, which Python would look through again and again.
+    gc.set_threshold(100_000, 50, 100)
     if config.getoption("--check-shapes"):
         # Before anything of the package is imported.
         importlib.import_module("shape_checks").install()

@@ -60,11 +60,14 @@ AWM: Mapping[str, Any] = {
     "rollout.num_steps": 14,
     "rollout_policy.schedule": "copy",
     "training.timestep_fraction": 0.43,
+    "training.first_timestep": 2,
+    "training.last_timestep": 12,
     "awm.kl_weight": 1e-3,
     "advantages.scalarize": "weighted_sum",
 }
-"""Six of 14 noise levels, out of all. Published are one out of each of six parts of levels 2 to 12, rollouts of a
-stochastic solver, and a pull to a second average besides.
+"""Six of 14 noise levels, one out of each of six parts of levels 2 to 12, which each image draws for itself and a batch
+has in common in the released code. Published are rollouts of a stochastic solver, and a pull to a second average
+besides.
 
 Source: advantage-weighted matching (arXiv 2509.25050), SD3.5-medium on GenEval.
 """

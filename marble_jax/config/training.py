@@ -26,6 +26,13 @@ class TrainingSettings:
         "(0, 1]",
         "paper",
     )
+    first_timestep: int = key(
+        0,
+        "with last_timestep, levels of noise from this one on, counted from the noisiest, 1, are cut into as many "
+        "parts, nearly equal, as timesteps are trained on, and an image is trained at one of each; 0: at any levels",
+        "levels, >= 0",
+    )
+    last_timestep: int = key(0, "the last of these levels; 0 with first_timestep=0", "levels, >= 0")
     updates_per_rollout: int = key(
         1,
         "updates that share an optimiser step's images, each on its own part of them; the learning rate's schedule "

@@ -107,7 +107,7 @@ def timesteps_of(
     # The last level is clean: nothing is trained there.
     trained = levels[:-1]
     if not is_stochastic(rollout):
-        return Timesteps(tuple(map(float, trained)), sizes.timesteps)
+        return Timesteps(tuple(map(float, trained)), sizes.timesteps, parts=sizes.timestep_parts)
     told = network_levels_of(rollout, networks, latent_shape)
     if told is not None:
         # A step is trained with what the network was told when it was sampled.

@@ -22,7 +22,8 @@ from marble_jax.errors import InputError
 from marble_jax.rating.ballot import ALIKE, GRADES, HIGH, LOW, PAIRS, QUESTIONS, Ballot, Task
 from marble_jax.rating.votes import Subject, Value, VoteFile, rater_name
 from marble_jax.rewards.http.background import BackgroundServer
-from marble_jax.rewards.http.connections import ConnectionHandler, ServerOptions
+from marble_jax.rewards.http.connection_handler import ConnectionHandler
+from marble_jax.rewards.http.connections import ServerOptions
 from marble_jax.rewards.http.images import Limits
 from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.validation import is_digits, parse_json_object, short, validated

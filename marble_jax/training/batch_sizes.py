@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+
 from marble_jax.config import HarmonizeSettings, RolloutSettings, TrainingSettings
 from marble_jax.errors import InputError
 from marble_jax.flow.stochastic import STOCHASTIC_SOLVERS, Window
@@ -20,6 +22,8 @@ class Sizes:
       timesteps: timesteps that each of them is trained at.
       samples: (image, timestep) pairs trained on.
       micro_batches: micro-batches that the samples are cut into.
+      timestep_parts: bounds of the parts out of each of which an image is trained at one timestep, counted from 0, one
+        more than there are parts; empty where it is trained at any timesteps.
     """
 
     images: int
@@ -27,6 +31,7 @@ class Sizes:
     timesteps: int
     samples: int
     micro_batches: int
+    timestep_parts: tuple[int, ...] = ()
 
 
 def derive_sizes(rollout: RolloutSettings, training: TrainingSettings, num_shards: int) -> Sizes:
@@ -55,6 +60,7 @@ def derive_sizes(rollout: RolloutSettings, training: TrainingSettings, num_shard
         timesteps=timesteps,
         samples=samples,
         micro_batches=samples // training.micro_batch_size,
+        timestep_parts=timestep_parts(rollout, training),
     )
 
 
@@ -88,6 +94,34 @@ def trained_timesteps(rollout: RolloutSettings, training: TrainingSettings) -> i
         # The last step is no part of a window by default: rounded down, the share would take one more away.
         return math.ceil(training.timestep_fraction * window_of(rollout).size)
     return max(1, int(training.timestep_fraction * rollout.num_steps))
+
+
+def timestep_parts(rollout: RolloutSettings, training: TrainingSettings) -> tuple[int, ...]:
+    """Bounds of the parts of an image's timesteps, see `Sizes`; as advantage-weighted matching's released code cuts.
+
+    Raises:
+      InputError: levels that there are not, too few for the parts, or a solver that trains on its own steps.
+    """
+    first, last, parts = (
+        training.first_timestep,
+        training.last_timestep,
+        trained_timesteps(rollout, training),
+    )
+    if first == last == 0:
+        return ()
+    if is_stochastic(rollout):
+        raise InputError(
+            f"training.first_timestep, training.last_timestep: expected 0 and 0 with rollout.solver={rollout.solver}, "
+            f"which is trained at the steps of a window; received {first} and {last}"
+        )
+    if not (1 <= first and last <= rollout.num_steps and last - first + 1 >= parts):
+        raise InputError(
+            f"training.first_timestep, training.last_timestep: expected at least {parts} levels, as many as "
+            f"timesteps are trained on, within 1 to {rollout.num_steps}; received {first} to {last}"
+        )
+    bounds = np.linspace(first - 1, last, parts + 1)
+    # A rounding error below a whole number must not move a bound.
+    return tuple(int(bound) for bound in np.floor(bounds + 1e-9))
 
 
 def _check_updates(training: TrainingSettings, images: int) -> None:

@@ -132,8 +132,7 @@ def training_order(
     num, sigmas = batch.prompt.shape[0], jnp.asarray(timesteps.sigmas, jnp.float32)
     rows = jnp.arange(num) if batch.rows is None else batch.rows
     order = jax.random.permutation(stream_key(key, Stream.IMAGE_ORDER, step), num)
-    choices = jnp.arange(timesteps.num_choices, dtype=jnp.int32)
-    grid = jnp.broadcast_to(choices, (num, timesteps.num_choices))
+    grid = _timesteps_of_images(key, step, timesteps, num)
     time_key = stream_key(key, Stream.TIMESTEP_ORDER, step)
     shuffled = jax.random.permutation(time_key, grid, axis=1, independent=True)
     num_slices = num // micro_batch_size
@@ -164,6 +163,20 @@ def training_order(
         sigma=sigmas[timestep],
         steps=_solver_steps(timesteps.stochastic),
         key=stream_key(key, Stream.TRAINING_NOISE, step),
+    )
+
+
+def _timesteps_of_images(
+    key: jax.Array, step: jax.Array | int, timesteps: Timesteps, num: int
+) -> jax.Array:
+    """Timesteps that each of `num` images may be trained at, int32 [num, timesteps]; of parts, one out of each."""
+    if not timesteps.parts:
+        choices = jnp.arange(timesteps.num_choices, dtype=jnp.int32)
+        return jnp.broadcast_to(choices, (num, timesteps.num_choices))
+    bounds = jnp.asarray(timesteps.parts, jnp.int32)
+    shape = (num, timesteps.num_trained)
+    return jax.random.randint(
+        stream_key(key, Stream.TIMESTEPS, step), shape, bounds[:-1], bounds[1:], jnp.int32
     )
 
 

@@ -26,12 +26,15 @@ class Timesteps:
       num_trained: how many of them every image is trained at.
       stochastic: coefficients of a rollout solver with noise at every step; None for a solver of the ODE.
       window: steps with noise that a rollout keeps, out of which images are trained at; 0 for a solver of the ODE.
+      parts: bounds of the parts out of each of which an image is trained at one timestep, see
+        `batch_sizes.Sizes.timestep_parts`; empty where it is trained at any.
     """
 
     sigmas: tuple[float, ...]
     num_trained: int
     stochastic: StochasticTable | None = dataclasses.field(default=None, compare=False)
     window: int = 0
+    parts: tuple[int, ...] = ()
 
     @property
     def num_choices(self) -> int:

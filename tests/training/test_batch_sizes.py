@@ -23,6 +23,33 @@ def test_a_small_fraction_still_trains_one_timestep():
     assert sizes.timesteps == 1 and sizes.micro_batches == 8
 
 
+def test_parts_of_the_timesteps_are_those_of_the_released_code():
+    """By hand: 1 + (12 - 1) i / 6 rounded down, and three parts of four levels that start at the noisiest."""
+    rollout = dataclasses.replace(ROLLOUT, num_steps=14)
+    training = dataclasses.replace(
+        TRAINING, timestep_fraction=0.43, first_timestep=2, last_timestep=12
+    )
+    assert derive_sizes(rollout, training, 8).timestep_parts == (1, 2, 4, 6, 8, 10, 12)
+    training = dataclasses.replace(training, timestep_fraction=0.22, first_timestep=1)
+    assert derive_sizes(rollout, training, 8).timestep_parts == (0, 4, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("solver", "first", "last", "message"),
+    [
+        ("dpm2", 0, 12, "at least 24 levels, as many as timesteps .* 1 to 25; received 0 to 12"),
+        ("dpm2", 2, 26, "within 1 to 25; received 2 to 26"),
+        ("dpm2", 3, 25, "expected at least 24 levels.*received 3 to 25"),
+        ("cps", 2, 12, "expected 0 and 0 with rollout.solver=cps, .*received 2 and 12"),
+    ],
+)
+def test_parts_that_there_are_no_levels_for(solver, first, last, message):
+    rollout = dataclasses.replace(ROLLOUT, solver=solver)
+    training = dataclasses.replace(TRAINING, first_timestep=first, last_timestep=last)
+    with pytest.raises(InputError, match=message):
+        derive_sizes(rollout, training, 8)
+
+
 @pytest.mark.parametrize(
     ("rollout", "training", "devices", "message"),
     [

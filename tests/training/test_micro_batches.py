@@ -47,6 +47,30 @@ def test_every_image_once_a_pass_and_at_distinct_levels(num_timesteps):
         assert len({tuple(image) for image in levels.T}) > 1  # shuffled apart for each image
 
 
+def test_every_image_is_trained_at_one_level_of_each_part():
+    """Parts of levels 2 to 12 of 14 as the released code of advantage-weighted matching cuts them for six timesteps."""
+    parts = (1, 2, 4, 6, 8, 10, 12)
+    sigmas = tuple(np.linspace(1.0, 0.1, 14))
+    many = toy.new_batch().replace(
+        kept=jnp.zeros((1200, 1)),
+        prompt=jnp.zeros(1200, jnp.int32),
+        advantages=jnp.zeros((1200, 3)),
+        valid=jnp.ones((1200, 3), bool),
+    )
+    timesteps = Timesteps(sigmas, 6, parts=parts)
+    order = training_order(many, jax.random.key(0), 0, timesteps, 40)
+    per_image = np.sort(np.asarray(order.timestep).reshape(6, 1200), axis=0)
+    assert set(per_image[0]) == {1}
+    for low, levels in zip(parts[1:-1], per_image[1:]):
+        counts = np.bincount(levels, minlength=14)
+        # Either of two with the same chance: 600 times, with a standard deviation of 17.
+        assert counts[low] + counts[low + 1] == 1200 and 500 < counts[low] < 700
+    # Images meet their levels in an order of their own, so that a micro-batch has all sorts.
+    assert len(set(np.asarray(order.timestep)[0, 0])) > 3
+    other = training_order(many, jax.random.key(0), 1, timesteps, 40)
+    assert np.any(np.sort(np.asarray(other.timestep).reshape(6, 1200), axis=0) != per_image)
+
+
 def test_prompts_and_advantages_follow_their_images():
     batch, order = _order()
     images = _origin(batch, order.kept.reshape(-1, *toy.LATENT)).reshape(SLICES, toy.MICRO_BATCH)

@@ -6,7 +6,8 @@ import threading
 from typing import Any
 
 from marble_jax.errors import InputError
-from marble_jax.rewards.http.connections import ConnectionHandler, ConnectionServer, ServerOptions
+from marble_jax.rewards.http.connection_handler import ConnectionHandler
+from marble_jax.rewards.http.connections import ConnectionServer, ServerOptions
 
 
 class BackgroundServer(ConnectionServer):
@@ -18,7 +19,7 @@ class BackgroundServer(ConnectionServer):
         host: str,
         port: int,
         options: ServerOptions,
-        handler: type[ConnectionHandler] | None = None,
+        handler: type[ConnectionHandler] = ConnectionHandler,
     ):
         """Binds the address; `start` begins to answer.
 
@@ -27,7 +28,7 @@ class BackgroundServer(ConnectionServer):
           host: address to bind, an IPv6 one perhaps in brackets.
           port: to bind; 0 takes a free one.
           options: how it works.
-          handler: answers a connection; None scores.
+          handler: answers a connection; one that scores unless given.
 
         Raises:
           InputError: an address that cannot be bound.
