@@ -31,7 +31,8 @@ from marble_jax.networks.mapped_kernel import ATTENTION, Axes, Axis, folded
 __all__ = ["ATTENTION", "FusedAttention", "block_size", "cudnn", "folded", "splash"]
 
 LANES = 128  # a block of splash attention is made of whole registers
-BLOCKS = (640, 512, 384, 256)  # tokens; larger ones do not fit next to each other in 16 MB of VMEM
+# Tokens. Larger ones fit no v5e, and other chips with some numbers of keys alone (`tools.attention_blocks`).
+BLOCKS = (640, 512, 384, 256)
 
 MOST_KEYS = 2560  # that lie in VMEM at once, with their values and the cotangents of both
 
@@ -195,9 +196,9 @@ def _even_tokens(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
-def block_size(tokens: int) -> int:
-    """Tokens of a block of splash attention: the least padding, then the largest block."""
-    return min(BLOCKS, key=lambda block: (_whole_blocks(tokens, block), -block))
+def block_size(tokens: int, blocks: tuple[int, ...] = BLOCKS) -> int:
+    """Tokens of a block of splash attention, out of `blocks`: the least padding, then the largest block."""
+    return min(blocks, key=lambda block: (_whole_blocks(tokens, block), -block))
 
 
 def _whole_blocks(tokens: int, block: int) -> int:
@@ -234,6 +235,7 @@ def splash(
     v: jax.Array,
     interpret: bool = False,
     num_tokens: int | None = None,
+    blocks: tuple[int, ...] = BLOCKS,
 ) -> jax.Array:
     """JAX's splash attention kernel for TPUs, on queries that are scaled already.
 
@@ -246,11 +248,12 @@ def splash(
       v: [N, Tk, H, d].
       interpret: whether to emulate the kernel.
       num_tokens: how many keys are real; all when None.
+      blocks: tokens that a block may have.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     num_q, num_k = q.shape[1], k.shape[1]
-    block_q, block_k = block_size(num_q), block_size(num_k)
+    block_q, block_k = block_size(num_q, blocks), block_size(num_k, blocks)
     padded_q, padded_k = _whole_blocks(num_q, block_q), _whole_blocks(num_k, block_k)
 
     def ready(x: jax.Array, length: int) -> jax.Array:
