@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from marble_jax import platform
 from marble_jax.distributed.accelerators import ACCELERATORS
 from marble_jax.errors import InputError, one_line, one_of
 from marble_jax.networks.fused_attention import splash
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--width", type=int, default=64, help="of a head")
     options = parser.parse_args(argv)
+    # Before the compiler is loaded: it would look for chips, and for other processes that have them.
+    platform.compile_elsewhere()
     try:
         for chip in options.chips.split(","):
             one_of("--chips", chip, tuple(HOSTS))
