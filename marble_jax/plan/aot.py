@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from marble_jax.flow.trajectory import Transitions
 from marble_jax.plan.hlo import Collective, Kernels, collectives, fused_kernels
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.plan.sample_memory import quantized_shapes
-from marble_jax.plan.topology import compile_for
+from marble_jax.plan.topology import compile_for, program_text
 from marble_jax.programs.build import build_steps, make_recipe
 from marble_jax.programs.noisy_rollouts import network_levels_of, stochastic_of, trains_guided
 from marble_jax.programs.open_model import decode_size, network_options
@@ -308,9 +309,14 @@ def compile_program(name: str, job: Job) -> Program:
     Raises:
       RuntimeError: the compiler failed for another reason than memory.
     """
+    with tempfile.TemporaryDirectory(prefix="marble_jax_") as dump:
+        return _compiled(name, job, dump)
+
+
+def _compiled(name: str, job: Job, dump: str) -> Program:
     start = time.perf_counter()
     try:
-        compiled = compile_for(job.function, job.arguments)
+        compiled = compile_for(job.function, job.arguments, dump)
     except jax.errors.JaxRuntimeError as error:
         needed = out_of_memory(str(error))
         if needed is None:
@@ -322,7 +328,7 @@ def compile_program(name: str, job: Job) -> Program:
     # Results that overwrite arguments take no memory of their own.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held = memory.argument_size_in_bytes + results
-    text = compiled.as_text()
+    text = program_text(compiled, dump)
     working = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Program(
         name=name,

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -90,12 +91,13 @@ def compiler_of(accelerator: Accelerator) -> str:
     return f"libtpu {importlib.metadata.version('libtpu')}"
 
 
-def compile_for(function: Any, arguments: tuple[Any, ...]) -> Any:
+def compile_for(function: Any, arguments: tuple[Any, ...], dump: str = "") -> Any:
     """Compiles a jitted function for the devices that the shardings of its arguments name.
 
     Args:
       function: result of `jax.jit`.
       arguments: pytrees of `jax.ShapeDtypeStruct` with shardings.
+      dump: folder for what the compiler of TPUs writes down, which `program_text` reads; "" for none.
 
     Returns:
       A `jax.stages.Compiled`.
@@ -110,7 +112,34 @@ def compile_for(function: Any, arguments: tuple[Any, ...]) -> Any:
         return function.trace(*arguments).lower().compile()
     if platform != "gpu":
         # Without a platform JAX lowers for the one that it runs on.
-        return function.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+        lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+        options: dict[str, Any] = {}
+        if dump:
+            options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        return lowered.compile(compiler_options=options)
     with gpu_compiler.cudnn_version_told():
         lowered = function.trace(*arguments).lower(lowering_platforms=(gpu_compiler.LOWERED_FOR,))
     return lowered.compile(compiler_options=gpu_compiler.COMPILER_OPTIONS)
+
+
+def program_text(compiled: Any, dump: str = "") -> str:
+    """Returns a program after optimisation, in XLA's text form.
+
+    jaxlib and libtpu are of different versions of XLA, and jaxlib cannot read every instruction that libtpu writes
+    (updates of several asynchronous operands, jaxlib 0.10.2 beside libtpu 0.0.52): then libtpu's own text is read.
+
+    Args:
+      compiled: result of `compile_for`.
+      dump: its folder.
+
+    Raises:
+      jax.errors.JaxRuntimeError: jaxlib cannot read it, and nothing was dumped.
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        texts = list(Path(dump).glob("*.after_optimizations.txt")) if dump else []
+        if not texts:
+            raise
+        # Small programs of the compiler's own may lie beside it.
+        return max(texts, key=lambda path: path.stat().st_size).read_text(encoding="utf-8")

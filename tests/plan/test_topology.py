@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from marble_jax.distributed.accelerators import ACCELERATORS
@@ -122,6 +123,23 @@ def test_the_version_of_cudnn_is_told_and_forgotten(monkeypatch):
     with pytest.raises(InputError, match="expected a JAX that asks for cuDNN's version"):
         with gpu_compiler.cudnn_version_told():
             pass
+
+
+def test_a_program_that_jaxlib_cannot_read_is_read_from_the_compilers_own_text(tmp_path):
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operands")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="async-update"):
+        topology.program_text(Unreadable(), str(tmp_path))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="async-update"):
+        topology.program_text(Unreadable())
+    (tmp_path / "module_0000.jit_step.before_optimizations.txt").write_text("the longest of all")
+    (tmp_path / "module_0000.jit_step.after_optimizations.txt").write_text("the program")
+    (tmp_path / "module_0001.copy.after_optimizations.txt").write_text("small")
+    assert topology.program_text(Unreadable(), str(tmp_path)) == "the program"
+    readable = SimpleNamespace(as_text=lambda: "as JAX has it")
+    assert topology.program_text(readable, str(tmp_path)) == "as JAX has it"
 
 
 COMPILE = """
