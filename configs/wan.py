@@ -36,8 +36,10 @@ deviation of their group; Fast and GRPO-Guard keep their constants of SD3.5-medi
 matching does in 14: none are published for Wan.
 
 For 240p_v6e_16 the TPU compiler (`marble-jax plan --config=wan:240p_v6e_16 --topology=v6e:4x4 --roofline
---programs=rollout,decode`, libtpu 0.0.52) gives the rollout 4.13 GB a chip, by source 4.72, with an MFU of 57 % at
-most, and the decoder 2.98 GB, by source 2.01, as its channels fill 128 lanes. The training step was not compiled.
+--programs=rollout,decode,solving`, libtpu 0.0.52) gives the rollout 4.13 GB a chip, by source 4.72, with an MFU of 57 %
+at most; the decoder 2.98 GB, by source 2.01, as its channels fill 128 lanes; and the step with every reward's gradient
+8.43 GB, by source 9.03, 11.5 s at least, an MFU of 58 % at most (63 % in a micro-batch without anchors,
+`--programs=micro`).
 
 At 480p the weights are split over all devices but on the single GPU (`mesh.fsdp`); elsewhere every device holds them.
 """

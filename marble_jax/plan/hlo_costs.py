@@ -72,6 +72,12 @@ def explanations(family: Family) -> tuple[Explanation, ...]:
         ),
         Explanation(
             "all-reduce",
+            "loop",
+            r"/train/while/body/(closed_call/)?gather$",
+            "latents of a micro-batch, which lie split over the devices, brought to all of them",
+        ),
+        Explanation(
+            "all-reduce",
             "once",
             r"/train/(reduce_sum|.*dot_general)$",
             "adapter gradients summed over devices, once an optimiser step, and norms and products of them",

@@ -105,6 +105,8 @@ def test_what_should_not_be_there_is_not_explained():
     assert reason_of("all-reduce", joint.format("reduce_sum"), FAMILY)
     assert reason_of("all-reduce", joint.format("gather"), FAMILY) == ""
     assert reason_of("all-reduce", f"{looped}MMDiT/block_2/ff/net_2/dot_general", FAMILY)
+    assert reason_of("all-reduce", f"{looped}closed_call/gather", FAMILY).startswith("latents")
+    assert reason_of("all-reduce", f"{looped}while/body/closed_call/gather", FAMILY) == ""
     assert all(explanation.reason for explanation in explanations(FAMILY))
 
 
