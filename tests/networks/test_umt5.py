@@ -73,7 +73,8 @@ def test_padding_does_not_count(pair):
     _, run, _ = pair
     ids, mask = inputs()
     long, short = run(ids, mask), run(ids[:, :80], mask[:, :80])
-    np.testing.assert_allclose(long[1, :70], short[1, :70], atol=2e-6)
+    # Products over other numbers of tokens add up in another order, which differs from processor to processor.
+    np.testing.assert_allclose(long[1, :70], short[1, :70], atol=5e-6)
 
 
 @pytest.mark.parametrize("names", [t5._TIED[:1], t5._TIED], ids=["shared", "both"])

@@ -40,10 +40,10 @@ class Run:
         self.saved, self.records, self.said = {0: _copy(_start())}, [], []
         collector, steps = programs()
 
-        def program(state, params, batch, watch):
+        def program(state, params, batch, watch, alive):
             factor = np.nan if bad(state) else 1.0
             batch = batch.replace(kept=batch.kept * factor)
-            state, metrics = steps.first(state, params, batch, watch)
+            state, metrics = steps.first(state, params, batch, watch, alive)
             return after(state), metrics
 
         def rollback(why, number):

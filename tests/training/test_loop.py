@@ -326,7 +326,7 @@ class Signalling:
     def due(self, solved, age):
         program = self._steps.due(solved, age)
 
-        def watched(state, params, batch, watch):
+        def watched(state, params, batch, watch, alive):
             looks = 0
 
             def look(done, total):
@@ -336,7 +336,7 @@ class Signalling:
                     os.kill(os.getpid(), signal.SIGTERM)
                 watch(done, total)
 
-            state, metrics = program(state, params, batch, look)
+            state, metrics = program(state, params, batch, look, alive)
             self.looks = looks
             return state, metrics
 
