@@ -14,12 +14,12 @@ and range over the seeds; the last reward is never trained on:
 
 | reward               | MARBLE, own seed        | MARBLE, three seeds        | weighted_sum, three seeds  |
 |----------------------|-------------------------|----------------------------|----------------------------|
-| motion               | +0.004 [-0.010, +0.020] | +0.001, -0.004 to +0.007   | +0.016, +0.014 to +0.017   |
-| smoothness           | +0.002 [+0.002, +0.003] | +0.002, +0.0002 to +0.003  | +0.002, +0.001 to +0.004   |
-| ocr                  | +0.185 [+0.154, +0.220] | +0.127, +0.098 to +0.150   | +0.153, +0.135 to +0.175   |
-| geneval              | +0.055 [+0.031, +0.079] | +0.018, -0.002 to +0.041   | +0.051, +0.046 to +0.059   |
-| colourfulness        | +0.002 [+0.001, +0.003] | +0.009, +0.005 to +0.013   | +0.000, -0.002 to +0.002   |
-| block_dynamic_degree | -0.005 [-0.017, +0.003] | +0.006, -0.000 to +0.009   | -0.001, -0.004 to +0.002   |
+| motion               | +0.006 [-0.007, +0.022] | +0.001, -0.004 to +0.007   | +0.016, +0.014 to +0.017   |
+| smoothness           | +0.003 [+0.002, +0.003] | +0.002, +0.0002 to +0.003  | +0.002, +0.001 to +0.004   |
+| ocr                  | +0.187 [+0.155, +0.221] | +0.127, +0.098 to +0.150   | +0.153, +0.135 to +0.175   |
+| geneval              | +0.068 [+0.045, +0.091] | +0.018, -0.002 to +0.041   | +0.051, +0.046 to +0.059   |
+| colourfulness        | +0.001 [+0.000, +0.002] | +0.009, +0.005 to +0.013   | +0.000, -0.002 to +0.002   |
+| block_dynamic_degree | -0.005 [-0.018, +0.004] | +0.006, -0.000 to +0.009   | -0.001, -0.004 to +0.002   |
 
 With MARBLE no trained reward falls beyond its interval in any of the four runs (flicker and block_motion_smoothness,
 which are never trained on, do in one, by 0.0008 and 0.0005), and four, two, four and three of the five rise beyond it
