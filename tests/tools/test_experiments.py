@@ -14,7 +14,7 @@ import pytest
 from marble_jax.cli.configuration import load_config
 from marble_jax.errors import InputError
 from marble_jax.storage.workdir import Workdir
-from tools.experiments import fronts, results, runner, table
+from tools.experiments import equal_cost, fronts, results, runner, table
 from tools.experiments.__main__ import main
 from tools.experiments.methods import METHODS, SUITES, VIDEO_METHODS, Job, choose, jobs
 
@@ -101,7 +101,8 @@ def test_methods_on_clips_are_presets_of_their_own_file():
     ]
     assert len(weights) == len(rewards)
     # Other objectives are those that images have, too.
-    on_images = [m.preset for m in METHODS if m.suite == "objectives"]
+    objectives = [m for m in METHODS if m.suite == "objectives"]
+    on_images = [m.preset for m in objectives if not m.name.startswith("nft")]
     assert [m.preset for m in VIDEO_METHODS][-len(on_images) :] == on_images
 
 
@@ -259,6 +260,9 @@ def test_the_result_of_a_run(bench):
         "worst_cos_mean": None,
     }
     assert (got["seconds"], got["seconds_per_step"]) == (14.0, 3.5)
+    assert got["curve"] == [
+        {"step": 4, "seconds": 14.0, "gain": {"a": -0.25, "b": 0.5, "judge": 0.5}}
+    ]
     share = {"mean": 0.25, "low": 0.1, "high": 0.5}
     assert got["joint"] == {
         "trained": {"rewards": ["a", "b"], "count": 8}
@@ -434,6 +438,60 @@ def test_the_page():
     assert "No run is finished yet." in empty
 
 
+def with_curves():
+    """A step of p takes 10 passes and 3 s, one of q 4 passes and 2 s; c is of an earlier version."""
+    found = made_results()
+    for name, run in found["runs"].items():
+        if name.startswith("c"):
+            continue
+        passes, seconds = {"p": (10.0, 3.0), "q": (4.0, 2.0)}[name[0]]
+        run["passes_per_step"] = passes
+        ends = {n: run["gain"][n]["mean"] for n in "abj"}
+        run["curve"] = [
+            {
+                "step": step,
+                "seconds": step * seconds,
+                "gain": {n: g * step / 10 for n, g in ends.items()},
+            }
+            for step in (2, 4, 6, 10)
+        ]
+    return found
+
+
+def test_methods_at_equal_cost_by_hand():
+    """Ten steps of q take 40 passes and 20 s, which p reaches with 4 and with 6 steps."""
+    found = with_curves()
+    runs = list(found["runs"].values())
+    assert equal_cost.budget(runs, "passes") == 40.0 and equal_cost.budget(runs, "seconds") == 20.0
+    assert equal_cost.reached(runs[0], "passes", 40.0).step == 4
+    assert equal_cost.reached(runs[0], "seconds", 20.0).step == 6
+    assert equal_cost.reached(runs[0], "passes", 19.0) is None
+    assert equal_cost.reached(found["runs"]["c-1"], "passes", 40.0) is None
+    text = table.markdown(found)
+    passes, seconds = text.split("## At equal network passes")[1].split("## At equal wall time")
+    assert "40 passes." in passes and "20 seconds." in seconds
+    # Gains of p: 1 and 3, 2 and 2, 0.1 and 0.3, of which 0.4 and 0.6 are there.
+    assert "| P | 2 | 4 | 100 % | +0.8000 ± 5.0825 | +0.8000 ± 0.0000 |" in passes
+    assert "| P | 2 | 6 | 90 % | +1.2000 ± 7.6237 | +1.2000 ± 0.0000 |" in seconds
+    for section in (passes, seconds):
+        assert "| Q | 2 | 10 | 100 % | +6.0000" in section and "| 1/2 |" in section
+        assert "| C |" not in section
+    assert "At equal" not in table.markdown(made_results())
+
+
+def test_the_passes_of_a_step(tmp_path):
+    """By hand: 6 rollout steps an image; of DiffusionNFT 3 timesteps with two velocities and a pull-back each."""
+    flat = jobs(choose("main", ("weighted_sum",)), 1, tmp_path, FILE)[0].config
+    Workdir(str(tmp_path / "run")).claim(
+        {**flat, "harmonize.anchor_every": 1, "nft.kl_weight": 0.0}
+    )
+    got = equal_cost.passes_per_step(Workdir(str(tmp_path / "run")))
+    images = flat["rollout.prompts_per_step"] * flat["rollout.images_per_prompt"]
+    assert flat["rollout.num_steps"] == 6
+    # The sum's advantage scales one direction, and the anchor is the other.
+    assert got == images * (6 + 3 * 2 + 3 * 2)
+
+
 def test_a_pareto_front_by_hand():
     """(3, 1) and (1, 3) are corners, (2, 2) lies between; (2, 1) and (1, 1) are beaten, a double is not."""
     points = np.array([[2, 1], [1, 3], [3, 1], [2, 2], [1, 1], [2, 2], [np.nan, 9]])
@@ -485,7 +543,7 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert main(argv, FAKE) == 0
     found = json.loads((out / "results.json").read_text())
     assert sorted(found["runs"]) == sorted(j.name for j in every) and found["missing"] == []
-    assert {m["name"] for m in found["methods"]} == {"exact", "gdpo", "solve_batch"}
+    assert {m["name"] for m in found["methods"]} == {"exact", "nft_marble", "gdpo", "solve_batch"}
     assert (
         "| MARBLE, exact | 2 |" in (out / "table.md").read_text() and (out / "fronts.svg").exists()
     )

@@ -151,6 +151,9 @@ METHODS = (
             ("nash", "Nash-MTL"),
         )
     ),
+    # What the others are compared with; the runs are those of the main suite.
+    Method("nft_marble", "DiffusionNFT, MARBLE", "objectives", "exact"),
+    Method("nft", "DiffusionNFT, weighted sum", "objectives", "weighted_sum"),
     *_other_objectives("objectives", ""),
 )
 

@@ -17,7 +17,8 @@ from marble_jax.report.intervals import number
 from marble_jax.report.reading import read_records
 from marble_jax.report.records import Records
 from marble_jax.storage.files import read_json, write_whole
-from marble_jax.storage.workdir import jsonable
+from marble_jax.storage.workdir import Workdir, jsonable
+from tools.experiments import equal_cost
 from tools.experiments.methods import METHODS, VIDEO_METHODS, Job
 from tools.experiments.runner import finished
 
@@ -86,7 +87,8 @@ def run_result(job: Job) -> dict[str, Any]:
     `conflict_rate` is the share of the steps looked at in which the update pointed against a reward, `worst_cos` the
     mean over these steps of the smallest cosine with a reward's gradient, `least_cos` the smallest of all. They are
     null for a run on a single reward, whose update has nothing to conflict with. `out_of_sample` holds the same of
-    updates, and of means of updates, against the gradients of steps that come later.
+    updates, and of means of updates, against the gradients of steps that come later. `curve` has every evaluation's
+    mean gains with the seconds of the steps before it, and `passes_per_step` what a step asks of the network.
     """
     records = read_records(job.workdir)
     last = records.trained[-1]
@@ -113,6 +115,15 @@ def run_result(job: Job) -> dict[str, Any]:
         "least_cos": _rounded(float(cosine.min()), 4) if looked else None,
         "steps_looked_at": looked,
         "out_of_sample": _out_of_sample(records) if len(records.rewards) > 1 else {},
+        "curve": [
+            {
+                "step": point["step"],
+                "seconds": _rounded(point["seconds"], 4),
+                "gain": {name: _rounded(mean) for name, mean in point["gain"].items()},
+            }
+            for point in equal_cost.curve(records)
+        ],
+        "passes_per_step": _rounded(equal_cost.passes_per_step(Workdir(str(job.workdir)))),
         "seconds": _rounded(float(seconds.sum()), 4),
         "seconds_per_step": _rounded(float(np.median(seconds)), 4) if seconds.size else None,
         "config": _own_config(job.config),

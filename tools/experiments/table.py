@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.evaluation.statistics import composite
+from tools.experiments import equal_cost
 from tools.experiments.results import OUT_OF_SAMPLE
 
 HEADINGS = {
@@ -267,6 +268,37 @@ def differences_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
     return _grid([f"minus {first.title}", *names, *heads], body)
 
 
+def equal_cost_table(
+    results: dict[str, Any], found: Sequence[Row], names: Sequence[str], unit: str
+) -> list[str]:
+    """Gains of the methods at one budget, a row a method; empty where fewer than two have evaluations within it."""
+    runs = list(results["runs"].values())
+    limit = equal_cost.budget(runs, unit)
+    body = []
+    for row in found:
+        own = [run for run in runs if row.name in run["methods"]]
+        points = [p for run in own if (p := equal_cost.reached(run, unit, limit)) is not None]
+        if not points:
+            continue
+        steps = sorted({point.step for point in points})
+        gains = np.array([[_number(point.gain.get(name)) for name in names] for point in points])
+        up = np.all(gains[:, [names.index(name) for name in row.trained]] > 0, axis=1)
+        body.append(
+            [
+                row.title,
+                str(len(points)),
+                " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))),
+                f"{100 * np.mean([point.cost for point in points]) / limit:.0f} %",
+                *(shown(*t_interval(gains[:, c])) for c in range(len(names))),
+                f"{up.sum()}/{len(up)}",
+            ]
+        )
+    if len(body) < 2:
+        return []
+    header = ["method", "seeds", "at step", "of the budget", *names, "all its rewards up"]
+    return _grid(header, body)
+
+
 def markdown(results: dict[str, Any]) -> str:
     """All tables with what they mean and the command that makes them."""
     names = columns(results)
@@ -307,6 +339,18 @@ def markdown(results: dict[str, Any]) -> str:
                 "Difference to the first row, paired by seed:",
                 "",
                 *differences_table(found, names),
+                "",
+            ]
+    everything = rows(results)
+    for unit, what in equal_cost.COSTS.items():
+        if grid := equal_cost_table(results, everything, names, unit):
+            text += [
+                f"## At equal {what}",
+                "",
+                "Every run at its last evaluation within what the cheapest method's whole run takes: "
+                f"{equal_cost.budget(runs, unit):,.0f} {unit}.",
+                "",
+                *grid,
                 "",
             ]
     return "\n".join(text)
