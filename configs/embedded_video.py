@@ -25,9 +25,9 @@ With MARBLE no trained reward falls beyond its interval in any of the four runs 
 which are never trained on, do in one, by 0.0008 and 0.0005), and four, two, four and three of the five rise beyond it
 (own seed, seeds 1 to 3); with the sum four, five, and four while colourfulness falls. No update of MARBLE opposes a
 reward on its own samples; the sum's do in 65 to 78 % of the steps (worst cosine -0.13 to -0.15): colourfulness in 99 of
-180, smoothness in 58, and averaging does not remove it: after 60 steps mini-batches of 9 samples oppose a reward in 80
-% of the cases, the whole step of 432 in 56 % (`tools.harmony`, `marble-jax help signal_and_noise`). The sum gains more
-in motion (by 0.015 +- 0.010, paired by seed) and GenEval (0.033 +- 0.036).
+180, smoothness in 58, and averaging does not remove it: after 60 steps mini-batches of 9 samples oppose a reward in
+80 % of the cases, the whole step of 432 in 56 % (`tools.harmony`, `marble-jax help signal_and_noise`). The sum gains
+more in motion (by 0.015 +- 0.010, paired by seed) and GenEval (0.033 +- 0.036).
 
 There is a reason: between steps, whose noise is independent, colourfulness opposes GenEval (mean cosine -0.03 to -0.10
 in the four runs of MARBLE, of own cosines of 0.16 to 0.29 and 0.01 to 0.04), smoothness (-0.06 to -0.13) and motion

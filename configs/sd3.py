@@ -27,10 +27,11 @@ blocks are compiled one by one rather than as a loop, whose arrays would be fill
 again; that takes longer to compile, once. `tpu_v5e`, `tpu_v5p` and `tpu_v6e` are for 16 chips; the loops of a TPU copy
 nothing. On v5e and v6e blocks keep their products and attention's output, and run the rest again: by the TPU compiler a
 micro-batch takes 11.8 and 11.9 GB a chip and 456 and 128 ms at least, which caps MFU at 70 and 54 %; on v5p, where
-nothing is run again, 30.3 GB, 230 ms and 60 %. What they take, `marble-jax plan --config=sd3:gpu_80gb --devices=1
---chip=h100` says, with --chip=h200, --devices=8, or --devices=16 --chip=v6e for the others; reward models take some 12
-GB more, which `tpu_v5e` has no room for (`marble-jax reward serve` runs them on another machine). With
---topology=h100:1 and --roofline the compiler says what the least time is; `marble-jax help roofline` has the figures.
+nothing is run again, 30.3 GB, 230 ms and 60 %. What they take,
+`marble-jax plan --config=sd3:gpu_80gb --devices=1 --chip=h100` says, with --chip=h200, --devices=8, or
+--devices=16 --chip=v6e for the others; reward models take some 12 GB more, which `tpu_v5e` has no room for
+(`marble-jax reward serve` runs them on another machine). With --topology=h100:1 and --roofline the
+compiler says what the least time is; `marble-jax help roofline` has the figures.
 
 `gpu_48gb` (L40S) and `gpu_24gb` (L4, A10G, RTX 4090) are for single smaller cards: fewer images a step, 24 prompts x 12
 and 12 x 12, less at once, and more recomputed in the backward pass. By plan they take 23.3 and 12.4 GB. `gpu_24gb` has

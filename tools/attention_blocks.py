@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import jax
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 
 from marble_jax import platform
 from marble_jax.distributed.accelerators import ACCELERATORS
-from marble_jax.errors import InputError, one_line, one_of
-from marble_jax.networks.fused_attention import splash
+from marble_jax.errors import one_line, one_of
+from marble_jax.networks.fused_attention import splash, whole_blocks
 from marble_jax.plan import topology
 from marble_jax.plan.roofline import roofline
+from tools.exit_status import exit_status
 
 HOSTS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 """The smallest slice of a kind of chip that there is a description of."""
@@ -43,20 +45,19 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     # Before the compiler is loaded: it would look for chips, and for other processes that have them.
     platform.compile_elsewhere()
-    try:
-        for chip in options.chips.split(","):
-            one_of("--chips", chip, tuple(HOSTS))
-            device = topology.topology_devices(HOSTS[chip])[0]
-            for tokens in options.tokens:
-                shape = (options.samples, tokens, options.heads, options.width)
-                for block in options.blocks:
-                    print(
-                        f"{chip} {tokens} tokens, block {block}: {_cost(chip, device, shape, block)}"
-                    )
-    except InputError as error:
-        print(f"attention_blocks: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("attention_blocks", lambda: _print_costs(options))
+
+
+def _print_costs(options: argparse.Namespace) -> None:
+    """A line for every chip, number of tokens and block."""
+    for chip in options.chips.split(","):
+        one_of("--chips", chip, tuple(HOSTS))
+        device = topology.topology_devices(HOSTS[chip])[0]
+        for tokens in options.tokens:
+            shape = (options.samples, tokens, options.heads, options.width)
+            for block in options.blocks:
+                cost = _cost(chip, device, shape, block)
+                print(f"{chip} {tokens} tokens, block {block}: {cost}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -74,12 +75,14 @@ def _cost(chip: str, device: jax.Device, shape: tuple[int, ...], block: int) -> 
         out, pull_back = jax.vjp(lambda *x: splash(*x, blocks=(block,)), q, k, v)
         return out, pull_back(cotangent)
 
-    try:
-        compiled = topology.compile_for(jax.jit(layer), (array,) * 4)
-    except jax.errors.JaxRuntimeError as error:
-        return f"does not compile ({one_line(error, 120)})"
-    bound = roofline(compiled.as_text(), ACCELERATORS[chip])
-    padded = -(-shape[1] // block) * block
+    with tempfile.TemporaryDirectory() as dump:
+        try:
+            compiled = topology.compile_for(jax.jit(layer), (array,) * 4, dump)
+        except jax.errors.JaxRuntimeError as error:
+            return f"does not compile ({one_line(error, 120)})"
+        text = topology.program_text(compiled, dump)
+    bound = roofline(text, ACCELERATORS[chip])
+    padded = whole_blocks(shape[1], block)
     return f"{1e3 * bound.seconds:.3f} ms at least, {padded} tokens with padding, {bound.bytes / 1e6:.0f} MB moved"
 
 

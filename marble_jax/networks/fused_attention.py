@@ -28,7 +28,7 @@ from marble_jax.distributed.device_mesh import BATCH_AXES
 from marble_jax.errors import InputError
 from marble_jax.networks.mapped_kernel import ATTENTION, Axes, Axis, folded
 
-__all__ = ["ATTENTION", "FusedAttention", "block_size", "cudnn", "folded", "splash"]
+__all__ = ["ATTENTION", "FusedAttention", "block_size", "cudnn", "folded", "splash", "whole_blocks"]
 
 LANES = 128  # a block of splash attention is made of whole registers
 # Tokens. Larger ones fit no v5e, and other chips with some numbers of keys alone (`tools.attention_blocks`).
@@ -97,7 +97,7 @@ class FusedAttention:
         """How many tokens the kernel adds to so many."""
         if self.kind == "cudnn":
             return tokens % 2
-        return _whole_blocks(tokens, block_size(tokens)) - tokens
+        return whole_blocks(tokens, block_size(tokens)) - tokens
 
     def kernel(
         self, q: jax.Array, k: jax.Array, v: jax.Array, num_tokens: int | None = None
@@ -198,10 +198,10 @@ def _even_tokens(x: jax.Array) -> jax.Array:
 
 def block_size(tokens: int, blocks: tuple[int, ...] = BLOCKS) -> int:
     """Tokens of a block of splash attention, out of `blocks`: the least padding, then the largest block."""
-    return min(blocks, key=lambda block: (_whole_blocks(tokens, block), -block))
+    return min(blocks, key=lambda block: (whole_blocks(tokens, block), -block))
 
 
-def _whole_blocks(tokens: int, block: int) -> int:
+def whole_blocks(tokens: int, block: int) -> int:
     """`tokens` rounded up to a multiple of `block`."""
     return -(-tokens // block) * block
 
@@ -254,7 +254,7 @@ def splash(
 
     num_q, num_k = q.shape[1], k.shape[1]
     block_q, block_k = block_size(num_q, blocks), block_size(num_k, blocks)
-    padded_q, padded_k = _whole_blocks(num_q, block_q), _whole_blocks(num_k, block_k)
+    padded_q, padded_k = whole_blocks(num_q, block_q), whole_blocks(num_k, block_k)
 
     def ready(x: jax.Array, length: int) -> jax.Array:
         """[N, T, H, d] -> [N, H, length, d], the layout of the kernel."""

@@ -102,11 +102,8 @@ def timestep_parts(rollout: RolloutSettings, training: TrainingSettings) -> tupl
     Raises:
       InputError: levels that there are not, too few for the parts, or a solver that trains on its own steps.
     """
-    first, last, parts = (
-        training.first_timestep,
-        training.last_timestep,
-        trained_timesteps(rollout, training),
-    )
+    first, last = training.first_timestep, training.last_timestep
+    parts = trained_timesteps(rollout, training)
     if first == last == 0:
         return ()
     if is_stochastic(rollout):

@@ -269,11 +269,13 @@ def differences_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 
 def equal_cost_table(
-    results: dict[str, Any], found: Sequence[Row], names: Sequence[str], unit: str
+    runs: Sequence[dict[str, Any]],
+    found: Sequence[Row],
+    names: Sequence[str],
+    unit: str,
+    limit: float,
 ) -> list[str]:
-    """Gains of the methods at one budget, a row a method; empty where fewer than two have evaluations within it."""
-    runs = list(results["runs"].values())
-    limit = equal_cost.budget(runs, unit)
+    """Gains of the methods within a budget, a row a method; empty where fewer than two have evaluations within it."""
     body = []
     for row in found:
         own = [run for run in runs if row.name in run["methods"]]
@@ -343,12 +345,13 @@ def markdown(results: dict[str, Any]) -> str:
             ]
     everything = rows(results)
     for unit, what in equal_cost.COSTS.items():
-        if grid := equal_cost_table(results, everything, names, unit):
+        limit = equal_cost.budget(runs, unit)
+        if grid := equal_cost_table(runs, everything, names, unit, limit):
             text += [
                 f"## At equal {what}",
                 "",
                 "Every run at its last evaluation within what the cheapest method's whole run takes: "
-                f"{equal_cost.budget(runs, unit):,.0f} {unit}.",
+                f"{limit:,.0f} {unit}.",
                 "",
                 *grid,
                 "",
