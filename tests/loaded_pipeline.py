@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from marble_jax.families.base import NetworkOptions, Size
 from marble_jax.families.decoding import Decoder, as_samples
+from marble_jax.families.descriptions import NetworkOptions, Size
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of
 

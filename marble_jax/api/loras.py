@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from marble_jax.convert import lora as lora_files
-from marble_jax.convert.lora import Lora
-from marble_jax.families.base import NetworkOptions
+from marble_jax.convert import lora_reading
+from marble_jax.convert.lora_reading import Lora
+from marble_jax.families.descriptions import NetworkOptions
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of
 from marble_jax.programs.locations import resolve_path
@@ -27,4 +27,4 @@ def read_lora(path: str, model: str = "embedded") -> Lora:
     root = find_model(resolve_path(model, "pipeline"))
     family = family_of(root)
     shapes = family.outline(root, NetworkOptions()).params
-    return lora_files.read_lora(path, shapes, family.formats)
+    return lora_reading.read_lora(path, shapes, family.formats)

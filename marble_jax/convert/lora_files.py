@@ -16,8 +16,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from marble_jax.console import Console
-from marble_jax.convert.lora import Pair
 from marble_jax.convert.lora_keys import PEFT_PREFIX
+from marble_jax.convert.lora_reading import Pair
 from marble_jax.convert.lora_strength import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from marble_jax.convert.sources import open_model
 from marble_jax.convert.writing import KEEP, Cast, write_safetensors

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from marble_jax.convert.lora import Pair
 from marble_jax.convert.lora_files import Pairs
+from marble_jax.convert.lora_reading import Pair
 from marble_jax.trainable.lora import LoraSpec
 from marble_jax.weights.formats import FileFormats, LayerPart
 

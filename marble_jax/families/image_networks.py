@@ -8,7 +8,8 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from marble_jax.distributed.sharding import ShardingRules
-from marble_jax.families.base import NetworkOptions, Networks, Size
+from marble_jax.families.base import Networks
+from marble_jax.families.descriptions import NetworkOptions, Size
 from marble_jax.networks import autoencoder_flops, autoencoder_kl
 from marble_jax.networks.autoencoder_kl import AutoencoderKL
 from marble_jax.types import Params

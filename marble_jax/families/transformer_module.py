@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from marble_jax.families.base import NetworkOptions
+from marble_jax.families.descriptions import NetworkOptions
 from marble_jax.types import Params
 
 

@@ -24,7 +24,6 @@ from marble_jax.objectives.registry import make_objective
 from marble_jax.plan.model_shapes import ModelShapes
 from marble_jax.plan.sample_memory import (
     decoder_bytes,
-    kept_bytes,
     latent_bytes,
     sampled_bytes,
     sampling_weight_bytes,
@@ -112,97 +111,14 @@ def program_sources(
     return sources
 
 
-def resident_sources(
-    settings: Settings,
-    shapes: ModelShapes,
-    mesh: Mesh | AbstractMesh,
-    program: str,
-    devices_per_host: int = 1,
-) -> list[Source]:
-    """Returns what lies on a device while a program runs and is no argument of it, reward models apart.
-
-    Args:
-      settings: settings of the run.
-      shapes: shapes of its model.
-      mesh: its devices.
-      program: a key of `program_sources`.
-      devices_per_host: devices of one host, which share its text encoders.
-    """
-    if program == "rollout":
-        resident = _beside_rollout(settings, shapes, mesh)
-    elif program == "decode":
-        resident = _beside_decode(settings, shapes, mesh)
-    else:
-        resident = {"VAE": _autoencoder_bytes(shapes)}
-    if not settings.prompts.embedding_cache:
-        itemsize = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
-        resident["text encoders"] = itemsize * shapes.encoder_parameters / devices_per_host
-    sources = []
-    for name, size in resident.items():
-        if size:
-            sources.append(Source(name, size, ""))
-    return sources
-
-
-def _beside_rollout(
-    settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh
-) -> dict[str, float]:
-    """Bytes beside the program that samples."""
-    state = _state_bytes(settings, shapes)
-    if not settings.rollout.merge_adapter:
-        # The rollout policy, one adapter of the state, is an argument of the program.
-        state -= _adapter_bytes(shapes)
-    beside = {
-        "the rest of the state": state,
-        "VAE": _autoencoder_bytes(shapes),
-        # The last batch is drawn beside all others.
-        KEPT: kept_bytes(settings, shapes, mesh, batches_left=1),
-    }
-    if _samples_from_copy(settings):
-        # The program's weights are that copy; those that it was made of stay for training.
-        beside[COPIED] = weight_bytes(shapes, mesh)
-    return beside
-
-
-def _beside_decode(
-    settings: Settings, shapes: ModelShapes, mesh: Mesh | AbstractMesh
-) -> dict[str, float]:
-    """Bytes beside the program that decodes."""
-    weights, name = weight_bytes(shapes, mesh), "transformer"
-    if _samples_from_copy(settings):
-        weights, name = weights + sampling_weight_bytes(settings, shapes, weights), COPIED
-    return {
-        "the rest of the state": _state_bytes(settings, shapes),
-        name: weights,
-        KEPT: kept_bytes(settings, shapes, mesh, batches_left=0),
-    }
-
-
-def _samples_from_copy(settings: Settings) -> bool:
-    """Whether rollouts have weights of their own, with the adapter folded in or of eight bits."""
-    rollout = settings.rollout
-    return rollout.merge_adapter or rollout.products != MODEL_PRODUCTS
-
-
-def _adapter_bytes(shapes: ModelShapes) -> float:
+def adapter_bytes(shapes: ModelShapes) -> float:
     """Bytes of one adapter, which is float32 whatever the base weights are."""
     return FLOAT32 * lora.num_parameters(shapes.adapter)
 
 
-def _state_bytes(settings: Settings, shapes: ModelShapes) -> float:
-    """Bytes of the training state: the adapters of all policies, AdamW's moments, and the history."""
-    num_adapters = NUM_POLICIES + NUM_MOMENTS + _history_adapters(settings)
-    return num_adapters * _adapter_bytes(shapes)
-
-
-def _history_adapters(settings: Settings) -> int:
+def history_adapters(settings: Settings) -> int:
     """Adapters that the history holds: earlier gradients, one a reward, and the last update."""
     return len(settings.rewards.train) + 1
-
-
-def _autoencoder_bytes(shapes: ModelShapes) -> float:
-    """Bytes of the whole autoencoder, in float32."""
-    return FLOAT32 * lora.num_parameters(shapes.networks.decoder_params)
 
 
 class MemoryModel:
@@ -219,7 +135,7 @@ class MemoryModel:
         self.settings, self.shapes, self.sizes, self.mesh = settings, shapes, sizes, mesh
         self.transformer, self.pad = shapes.transformer, pad
         self.itemsize = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
-        self.adapter = _adapter_bytes(shapes)
+        self.adapter = adapter_bytes(shapes)
         self.cond = self.itemsize * self.transformer.conditioning_size
         scalarized = settings.advantages.scalarize != "none"
         self.num_objectives = len(settings.rewards.train) + scalarized
@@ -324,7 +240,7 @@ class MemoryModel:
         megabytes = self.adapter / 1e6
         # All four adapters lie on every device: they are small beside the weights that fsdp splits.
         adapters = f"{NUM_POLICIES} x {megabytes:.0f} MB float32"
-        kept = _history_adapters(self.settings)
+        kept = history_adapters(self.settings)
         return [
             self.base(),
             Source(ADAPTERS, NUM_POLICIES * self.adapter, adapters),

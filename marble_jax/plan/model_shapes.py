@@ -10,7 +10,8 @@ import dataclasses
 import jax
 
 from marble_jax.config import Settings
-from marble_jax.families.base import Family, Networks, Size, TransformerShape
+from marble_jax.families.base import Family, Networks
+from marble_jax.families.descriptions import Size, TransformerShape
 from marble_jax.programs.open_model import check_omitted, outline_networks, size_of
 from marble_jax.trainable import lora
 from marble_jax.types import Adapter

@@ -14,7 +14,7 @@ from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.errors import InputError
 from marble_jax.networks.attention import choose
-from marble_jax.plan import aot, memory, tables, topology
+from marble_jax.plan import aot, memory, resident_memory, tables, topology
 from marble_jax.plan.compiled import compile_jobs, judge
 from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.plan.planned import Plan
@@ -82,7 +82,9 @@ def _reckon(
         devices_per_host = min(mesh.size, accelerator.devices_per_host)
     resident = {}
     for name in sources:
-        resident[name] = memory.resident_sources(settings, shapes, mesh, name, devices_per_host)
+        resident[name] = resident_memory.resident_sources(
+            settings, shapes, mesh, name, devices_per_host
+        )
     return Plan(settings, shapes, sizes, mesh, accelerator, flops, sources, resident)
 
 

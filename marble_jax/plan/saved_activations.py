@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from marble_jax.families.base import TransformerShape
+from marble_jax.families.descriptions import TransformerShape
 from marble_jax.networks.attention import FUSED
 
 DOTS_ARRAYS = 9  # arrays of both streams that a block keeps under remat=dots

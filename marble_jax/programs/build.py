@@ -13,21 +13,24 @@ import optax
 from jax.sharding import Mesh
 
 from marble_jax import platform
-from marble_jax.config import RewardSettings, Settings
-from marble_jax.convert.lora import read_lora, start_from
+from marble_jax.config import Settings
+from marble_jax.convert.lora import start_from
+from marble_jax.convert.lora_reading import read_lora
 from marble_jax.distributed import device_mesh
-from marble_jax.errors import InputError, nearest
+from marble_jax.errors import InputError
 from marble_jax.evaluation.evaluate import Evaluator
-from marble_jax.families.base import Family, Networks, Size
+from marble_jax.families.base import Family, Networks
+from marble_jax.families.descriptions import Size
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.flow.guided_policy import guided_policy
 from marble_jax.harmonize.registry import balancer_of
 from marble_jax.networks.quantized import MODEL_PRODUCTS, quantize_blocks
 from marble_jax.objectives.registry import make_objective
+from marble_jax.programs.build_rewards import make_scorer, open_rewards
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.programs.drawn_prompts import sampling_of, texts_to_draw
 from marble_jax.programs.imaging import Imaging, make_decoder
-from marble_jax.programs.locations import held_out_prompts, read_prompts, reward_directory
+from marble_jax.programs.locations import held_out_prompts, read_prompts
 from marble_jax.programs.noisy_rollouts import timesteps_of, trains_guided
 from marble_jax.programs.open_model import (
     check_model,
@@ -39,10 +42,7 @@ from marble_jax.programs.open_model import (
 )
 from marble_jax.programs.upstream import upstream_rules
 from marble_jax.prompts.files import Prompt
-from marble_jax.rewards.base import Reward, check_default_frames, seen_rate
-from marble_jax.rewards.placement import check_groups, place_rewards
-from marble_jax.rewards.registry import load_rewards
-from marble_jax.rewards.scorer import Scorer
+from marble_jax.rewards.base import Reward
 from marble_jax.streams import Stream, stream_key
 from marble_jax.trainable import lora
 from marble_jax.training.batch_sizes import (
@@ -174,7 +174,7 @@ def build(settings: Settings) -> Run:
     _check_held_out(train_prompts, test_prompts)
     root, family = locate(settings.model)
     spec = lora.lora_spec(settings.lora, family)
-    rewards = _load_rewards(settings, mesh, family.frames_per_second)
+    rewards = open_rewards(settings, mesh, family.frames_per_second)
     # A size that does not fit shows before text encoders are read.
     check_model(root, family, settings.model)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
@@ -228,7 +228,7 @@ def _collector(settings: Settings, imaging: Imaging, rewards: Sequence[Reward]) 
         imaging.rollout_sampler(),
         imaging.encode,
         imaging.decode,
-        _scorer(settings.rewards, rewards),
+        make_scorer(settings.rewards, rewards),
         imaging.latent_shape,
         rollout.batch_size,
         partial(device_mesh.shard_batch, imaging.mesh),
@@ -247,7 +247,7 @@ def _evaluator(
         imaging.sampler(evaluation.solver, evaluation.num_steps, evaluation.integer_timesteps),
         imaging.encode,
         imaging.decode,
-        _scorer(settings.rewards, rewards),
+        make_scorer(settings.rewards, rewards),
         imaging.latent_shape,
         settings.rollout.batch_size,
         evaluation.seed,
@@ -271,52 +271,6 @@ def _check_held_out(
                 f"prompts: expected test prompts of {source} that are not trained on; received {len(texts)} "
                 "that all are training prompts"
             )
-
-
-def _load_rewards(settings: Settings, mesh: Mesh, rate: float | None) -> list[Reward]:
-    """The rewards trained on, then those only evaluated, on the devices; `rate` is of clips, in frames a second."""
-    chosen, rollout = settings.rewards, settings.rollout
-    rewards = load_rewards(
-        reward_directory(chosen),
-        (*chosen.train, *chosen.heldout),
-        chosen.num_workers or platform.usable_cores(),
-        upstream=chosen.upstream_scoring,
-        frames=chosen.frames,
-        frame_reduction=chosen.frame_reduction,
-    )
-    for reward in rewards:
-        reward.frames_per_second = seen_rate(reward, settings.model.num_frames, rate)
-    check_default_frames(rewards, chosen.frames, settings.model.num_frames)
-    # Rewards that are only evaluated never see the groups of a rollout.
-    for reward in rewards[: len(chosen.train)]:
-        check_groups(
-            reward, mesh, rollout.prompts_per_step, rollout.images_per_prompt, rollout.batch_size
-        )
-    _check_sources(settings, rewards)
-    place_rewards(mesh, rewards)
-    return rewards
-
-
-def _check_sources(settings: Settings, rewards: Sequence[Reward]) -> None:
-    """Raises InputError for a reward that is for a source of prompts which the run does not have."""
-    known = sorted({*settings.prompts.sources, *settings.evaluation.sources})
-    for reward in rewards:
-        for source in reward.sources:
-            if source not in known:
-                raise InputError(
-                    f"rewards: sources of {reward.name}: expected some of prompts.sources "
-                    f"({', '.join(known)}); received {source!r}{nearest(source, known)}"
-                )
-
-
-def _scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:
-    return Scorer(
-        rewards,
-        settings.num_workers or platform.usable_cores(),
-        settings.on_error,
-        settings.max_missing_share,
-        settings.timeout,
-    )
 
 
 def make_recipe(

@@ -16,7 +16,7 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.score_file import ScoreFile
-from marble_jax.families.base import Size
+from marble_jax.families.descriptions import Size
 from marble_jax.programs.evaluation_request import Request
 from marble_jax.programs.locations import resolve_path
 from marble_jax.prompts.files import Prompt

@@ -27,7 +27,8 @@ from marble_jax.convert.lora_files import merge_transformer
 from marble_jax.convert.lora_styles import STYLES, styled_lora
 from marble_jax.convert.writing import KEEP
 from marble_jax.errors import InputError, one_of
-from marble_jax.families.base import Family, NetworkOptions
+from marble_jax.families.base import Family
+from marble_jax.families.descriptions import NetworkOptions
 from marble_jax.programs.export_folder import (
     exported_pairs,
     facts_of,

@@ -16,7 +16,8 @@ from marble_jax.config import Settings
 from marble_jax.convert.lora_files import Pairs, lora_files
 from marble_jax.convert.lora_strength import PEFT_CONFIG, PEFT_FILE
 from marble_jax.errors import InputError
-from marble_jax.families.base import Family, Size
+from marble_jax.families.base import Family
+from marble_jax.families.descriptions import Size
 from marble_jax.programs.locations import SHIPPED
 from marble_jax.programs.model_card import Facts, model_card
 from marble_jax.report import read_records

@@ -15,8 +15,9 @@ from marble_jax.console import Console
 from marble_jax.convert.lora import add_loras
 from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError, one_of
-from marble_jax.families.base import Networks, Size
+from marble_jax.families.base import Networks
 from marble_jax.families.decoding import Decoder, as_samples
+from marble_jax.families.descriptions import Size
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of

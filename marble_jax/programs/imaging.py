@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from marble_jax import distributed
 from marble_jax.config import RolloutSettings
 from marble_jax.distributed import device_mesh
-from marble_jax.families.base import Networks, Size
+from marble_jax.families.base import Networks
 from marble_jax.families.decoding import Decoder, as_samples
+from marble_jax.families.descriptions import Size
 from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.policy_sampler import (
     Sampler,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from marble_jax.families.base import DiffusersNames, Size
+from marble_jax.families.descriptions import DiffusersNames, Size
 from marble_jax.programs.locations import SHIPPED
+from marble_jax.programs.markdown import code, plain
 from marble_jax.report.records import Records, step_of
 from marble_jax.trainable.lora import LoraSpec
 
@@ -20,8 +20,6 @@ NUM_IMAGES = 4
 UPSTREAM_STRENGTH = (32, 64.0)
 """Rank and alpha that MARBLE's `evaluation.py --checkpoint_path` takes for granted."""
 
-_MARKUP = re.compile(r"[&<>\\`*_{}\[\]#|~!$@^=]")
-"""Characters that mean something to Markdown or HTML, apart from what begins a line, where no such text stands."""
 _TAGS_BEFORE = ("lora", "diffusers", "peft")
 _TAGS_AFTER = ("reinforcement-learning", "marble")
 _POLICIES = {
@@ -189,7 +187,7 @@ def _introduction(facts: Facts) -> str:
         lines.append(f"- rewards: {', '.join(map(plain, records.rewards))}")
     if records.heldout:
         lines.append(f"- measured, never trained on: {', '.join(map(plain, records.heldout))}")
-    targets = ", ".join(_code(target) for target in spec.targets)
+    targets = ", ".join(code(target) for target in spec.targets)
     lines += [
         f"- size: {facts.size} px; tokens a prompt: {facts.max_sequence_length}",
         f"- adapted layers: {targets}",
@@ -203,7 +201,7 @@ def _base_in_words(facts: Facts) -> str:
         return facts.base_link
     if facts.embedded:
         return "the pipeline that ships with marble_jax"
-    return _code(facts.base)
+    return code(facts.base)
 
 
 def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
@@ -395,28 +393,6 @@ def _licence(facts: Facts) -> str:
         "## Licence\n\nAn adapter is derived from its base model; the licence of the base model "
         "applies. Add it as `license:` at the top before publishing.\n"
     )
-
-
-def plain(value: Any) -> str:
-    """Returns text for Markdown that shows as it is, in one line: no markup, no link, no image, no end of a cell.
-
-    Names and prompts come from whoever wrote them, and the card is published.
-    """
-    text = " ".join(str(value).split())
-    text = _MARKUP.sub(lambda match: f"&#{ord(match[0])};", text)
-    # What would become a link without any markup.
-    return re.sub(r"(?i)\b(https?|ftp|mailto|www)([:.])", _unlinked, text)
-
-
-def _code(value: str) -> str:
-    """Returns text as a code span, which nothing in it ends."""
-    text = " ".join(value.split()).replace("`", "'")
-    # A bar would end the cell of a table, also inside of a span.
-    return f"`{text}`".replace("|", "\\|")
-
-
-def _unlinked(match: re.Match[str]) -> str:
-    return f"{match[1]}&#{ord(match[2])};"
 
 
 def _figure(value: float) -> str:

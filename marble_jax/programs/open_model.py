@@ -14,7 +14,8 @@ from marble_jax.config import ModelSettings
 from marble_jax.console import Console
 from marble_jax.distributed import device_mesh
 from marble_jax.errors import InputError, one_of
-from marble_jax.families.base import Family, NetworkOptions, Networks, Size
+from marble_jax.families.base import Family, Networks
+from marble_jax.families.descriptions import NetworkOptions, Size
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of, family_of_published

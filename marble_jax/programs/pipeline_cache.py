@@ -9,8 +9,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from marble_jax.distributed import device_mesh
-from marble_jax.families.base import Family, NetworkOptions, Networks
+from marble_jax.families.base import Family, Networks
 from marble_jax.families.decoding import Decoder
+from marble_jax.families.descriptions import NetworkOptions
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.programs.open_model import attention_of
 from marble_jax.types import DTYPES

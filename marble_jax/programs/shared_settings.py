@@ -13,7 +13,8 @@ from typing import Any
 
 from marble_jax.console import joined
 from marble_jax.errors import InputError
-from marble_jax.families.base import Family, NetworkOptions, Size
+from marble_jax.families.base import Family
+from marble_jax.families.descriptions import NetworkOptions, Size
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of
 from marble_jax.programs.image_sampler import check_size_option, is_unasked, plain_model

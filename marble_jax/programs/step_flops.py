@@ -11,7 +11,8 @@ from typing import Any
 
 from marble_jax.config import Settings
 from marble_jax.distributed.accelerators import Accelerator
-from marble_jax.families.base import Networks, SampleFlops
+from marble_jax.families.base import Networks
+from marble_jax.families.descriptions import SampleFlops
 from marble_jax.networks.attention import FUSED
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.noisy_rollouts import trains_guided

@@ -22,8 +22,9 @@ from etils import epath
 
 from marble_jax.console import Console
 from marble_jax.errors import InputError
-from marble_jax.families.base import Family, NetworkOptions, Size
+from marble_jax.families.base import Family
 from marble_jax.families.decoding import Decoder
+from marble_jax.families.descriptions import NetworkOptions, Size
 from marble_jax.flow.policy_sampler import image_noise, make_sampler
 from marble_jax.types import Adapter
 from marble_jax.weights.safetensors_files import SafetensorsDir

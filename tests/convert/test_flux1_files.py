@@ -16,7 +16,7 @@ from marble_jax.convert import model as converting
 from marble_jax.convert.original import OriginalComponent, Piece, open_original
 from marble_jax.convert.sources import open_model
 from marble_jax.errors import InputError
-from marble_jax.families.base import NetworkOptions
+from marble_jax.families.descriptions import NetworkOptions
 from marble_jax.families.flux1.config import FLUX1_DEV, FluxConfig
 from marble_jax.families.flux1.formats import FLUX1_FORMATS
 from marble_jax.families.flux1.levels import DEV_SCHEDULER, SCHNELL_SCHEDULER, read_scheduler

@@ -9,8 +9,9 @@ import pytest
 from flux1_models import DEV
 from safetensors.numpy import load, save_file
 
-from marble_jax.convert.lora import combine, layer_widths, read_lora
+from marble_jax.convert.lora import combine
 from marble_jax.convert.lora_files import lora_files
+from marble_jax.convert.lora_reading import layer_widths, read_lora
 from marble_jax.convert.lora_styles import styled_lora
 from marble_jax.errors import InputError
 from marble_jax.families.flux1.config import FLUX1_DEV

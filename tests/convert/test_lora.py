@@ -11,9 +11,10 @@ import pytest
 import sd3_lora as adapters
 from safetensors.numpy import save_file
 
-from marble_jax.convert import lora
-from marble_jax.convert.lora import add_loras, as_lora, combine, named_loras, read_lora, start_from
+from marble_jax.convert import lora_reading
+from marble_jax.convert.lora import add_loras, as_lora, combine, named_loras, start_from
 from marble_jax.convert.lora_files import lora_files
+from marble_jax.convert.lora_reading import read_lora
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS
@@ -35,7 +36,7 @@ NAMES = sorted(
 
 def random_pairs(names=NAMES, rank=RANK, seed=0):
     """(A [r, in], B [out, r]) of torch's layout, by layer."""
-    rng, widths = np.random.default_rng(seed), lora.layer_widths(SHAPES, SD3_FORMATS)
+    rng, widths = np.random.default_rng(seed), lora_reading.layer_widths(SHAPES, SD3_FORMATS)
     return {
         n: (
             rng.standard_normal((rank, widths[n][0])).astype(np.float32),
@@ -163,7 +164,7 @@ SWAPPED = ("transformer_blocks.3.norm1_context.linear", "norm_out.linear")
     ],
 )
 def test_layers_of_the_original_repository(tmp_path, prefix, dotted, a, b):
-    rng, widths = np.random.default_rng(1), lora.layer_widths(SHAPES, SD3_FORMATS)
+    rng, widths = np.random.default_rng(1), lora_reading.layer_widths(SHAPES, SD3_FORMATS)
     tensors, wanted = {}, {}
     for layer, ours in ORIGINAL.items():
         inner, outer = widths[ours[0]]
@@ -356,13 +357,13 @@ def test_names_and_weights(tmp_path):
 def start(pairs, alpha, spec=SPEC, scale=None):
     """Training's first adapter from a LoRA of these pairs."""
     layers = {
-        n: lora.Layer(
+        n: lora_reading.Layer(
             a.T, b.T, (alpha or a.shape[0]) / a.shape[0] if scale is None else scale, alpha
         )
         for n, (a, b) in pairs.items()
     }
     new = adapters.init_adapter(jax.random.key(0), SHAPES, spec)
-    return start_from(lora.Lora("x", layers), new, SHAPES, SD3_FORMATS, spec), new
+    return start_from(lora_reading.Lora("x", layers), new, SHAPES, SD3_FORMATS, spec), new
 
 
 def test_training_starts_at_the_files_strength():

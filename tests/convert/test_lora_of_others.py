@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from marble_jax.convert.lora import combine, named_loras, read_lora
+from marble_jax.convert.lora import combine, named_loras
+from marble_jax.convert.lora_reading import read_lora
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS

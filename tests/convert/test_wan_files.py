@@ -15,7 +15,7 @@ from wan_models import TINY, build_pipeline, reference
 from marble_jax.convert import model as converting
 from marble_jax.convert.sources import open_model
 from marble_jax.errors import InputError
-from marble_jax.families.base import NetworkOptions
+from marble_jax.families.descriptions import NetworkOptions
 from marble_jax.families.registry import families, family_of
 from marble_jax.families.wan.config import WAN21_1_3B, WanConfig
 from marble_jax.families.wan.formats import WAN_FORMATS

@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load, save_file
 from wan_models import TARGETS, TINY
 
-from marble_jax.convert.lora import combine, layer_widths, read_lora
+from marble_jax.convert.lora import combine
 from marble_jax.convert.lora_files import lora_files
+from marble_jax.convert.lora_reading import layer_widths, read_lora
 from marble_jax.convert.lora_styles import styled_lora
 from marble_jax.errors import InputError
 from marble_jax.families.wan.formats import WAN_FORMATS

@@ -18,7 +18,7 @@ from loaded_pipeline import load_pipeline
 
 from marble_jax.cli.main import main
 from marble_jax.config import EMBEDDED_POLICY_GRADIENTS
-from marble_jax.families.base import Size
+from marble_jax.families.descriptions import Size
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import solver_table
 from marble_jax.prompts.files import read_directory

@@ -15,7 +15,7 @@ from loaded_pipeline import load_pipeline
 from transformer_checks import assert_close
 
 from marble_jax.errors import InputError
-from marble_jax.families.base import NetworkOptions, Size
+from marble_jax.families.descriptions import NetworkOptions, Size
 from marble_jax.families.flux1.levels import (
     DEV_SCHEDULER,
     SCHNELL_SCHEDULER,

@@ -76,7 +76,7 @@ def test_the_published_model_over_devices():
 
 
 def options():
-    from marble_jax.families.base import NetworkOptions
+    from marble_jax.families.descriptions import NetworkOptions
 
     return NetworkOptions(dtype=jnp.bfloat16)
 

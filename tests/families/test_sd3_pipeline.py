@@ -13,7 +13,7 @@ from loaded_pipeline import load_pipeline
 from tiny_tokenizers import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
 from marble_jax.errors import InputError
-from marble_jax.families.base import NetworkOptions, Size
+from marble_jax.families.descriptions import NetworkOptions, Size
 from marble_jax.families.location import find_model
 from marble_jax.families.sd3.networks import SD3Networks
 from marble_jax.families.sd3.text import SD3TextEncoders, assemble

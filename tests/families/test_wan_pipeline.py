@@ -21,7 +21,7 @@ from wan_models import (
 )
 
 from marble_jax.errors import InputError
-from marble_jax.families.base import NetworkOptions, Size
+from marble_jax.families.descriptions import NetworkOptions, Size
 from marble_jax.families.registry import family_of, family_of_published
 from marble_jax.families.wan.levels import (
     EULER,

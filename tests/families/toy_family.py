@@ -17,15 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 from marble_jax.distributed.sharding import REPLICATED_AXES, ShardingRules
 from marble_jax.errors import InputError
-from marble_jax.families.base import (
+from marble_jax.families.base import Family, Networks, TextEncoders
+from marble_jax.families.descriptions import (
     DiffusersNames,
-    Family,
     Layer,
     NetworkOptions,
-    Networks,
     SampleFlops,
     Size,
-    TextEncoders,
     TransformerShape,
 )
 from marble_jax.networks.lora_dense import COLLECTION, LoraDense, check_adapter

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from attempts import ACCEPTED, DAMAGED, changed, check, line_of
 
-from marble_jax.families.base import NetworkOptions
+from marble_jax.families.descriptions import NetworkOptions
 from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.families.flux1.levels import read_scheduler as read_flux1_scheduler
 from marble_jax.families.registry import family_of

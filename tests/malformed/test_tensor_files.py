@@ -11,7 +11,8 @@ import pytest
 from attempts import ACCEPTED, DAMAGED, changed, check, line_of
 from safetensors.numpy import save_file
 
-from marble_jax.convert.lora import layer_widths, named_loras, read_lora
+from marble_jax.convert.lora import named_loras
+from marble_jax.convert.lora_reading import layer_widths, read_lora
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params

@@ -10,7 +10,7 @@ import pytest
 
 from marble_jax.config import settings_of
 from marble_jax.distributed import accelerators, device_mesh
-from marble_jax.plan import aot, memory
+from marble_jax.plan import aot, memory, resident_memory
 from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.training.batch_sizes import derive_sizes
 
@@ -34,7 +34,9 @@ def test_the_preset_for_this_card_fits_as_planned(capsys):
     planned = memory.total(sources["train, solving"])
     job = aot.jobs(settings, shapes, sizes, mesh)["train, solving"]
     program = aot.compile_program("train, solving", job)
-    beside = memory.total(memory.resident_sources(settings, shapes, mesh, "train, solving"))
+    beside = memory.total(
+        resident_memory.resident_sources(settings, shapes, mesh, "train, solving")
+    )
     with capsys.disabled():
         print(
             f"\n{settings.name}: compiled {program.needed / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB, beside it "

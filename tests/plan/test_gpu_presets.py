@@ -10,7 +10,7 @@ import pytest
 from marble_jax.config import flatten, settings_of
 from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.errors import InputError
-from marble_jax.plan import memory
+from marble_jax.plan import memory, resident_memory
 from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.training.batch_sizes import derive_sizes
@@ -56,7 +56,7 @@ def largest(preset, count, chip, medium):
     programs = memory.program_sources(settings, medium, sizes, mesh, pad)
     most = 0.0
     for program, sources in programs.items():
-        resident = memory.resident_sources(settings, medium, mesh, program)
+        resident = resident_memory.resident_sources(settings, medium, mesh, program)
         most = max(most, memory.total(sources) + memory.total(resident))
     return most
 

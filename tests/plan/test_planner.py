@@ -13,7 +13,7 @@ from marble_jax.config import POLICY_GRADIENTS, default_config, settings_of
 from marble_jax.distributed import device_mesh
 from marble_jax.distributed.accelerators import GIB
 from marble_jax.errors import InputError
-from marble_jax.plan import aot, memory
+from marble_jax.plan import aot, memory, resident_memory
 from marble_jax.plan.hlo import Collective, collectives
 from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.programs.locations import resolve_path
@@ -145,7 +145,7 @@ def test_memory_follows_the_settings(medium):
     assert "train, between" not in memory.program_sources(exact, medium, sizes, mesh)
     cached = settings_with(prompts__embedding_cache="somewhere")
     names = {
-        name: {s.name for s in memory.resident_sources(cached, medium, mesh, name)}
+        name: {s.name for s in resident_memory.resident_sources(cached, medium, mesh, name)}
         for name in ("rollout", "decode", "train, solving")
     }
     assert names == {
@@ -154,7 +154,9 @@ def test_memory_follows_the_settings(medium):
         "decode": {"the rest of the state", "transformer", memory.KEPT},
     }
     for devices in (1, 4):
-        resident = memory.resident_sources(settings_with(), medium, mesh, "train, solving", devices)
+        resident = resident_memory.resident_sources(
+            settings_with(), medium, mesh, "train, solving", devices
+        )
         (encoders,) = (source for source in resident if "encoders" in source.name)
         assert encoders.bytes == 2 * medium.encoder_parameters / devices
 
@@ -171,7 +173,8 @@ def test_what_rollouts_keep_grows_beside_them(medium):
         mesh = device_mesh.abstract_mesh(devices)
         beside = {
             program: {
-                s.name: s.bytes for s in memory.resident_sources(settings, medium, mesh, program)
+                s.name: s.bytes
+                for s in resident_memory.resident_sources(settings, medium, mesh, program)
             }
             for program in ("rollout", "decode")
         }
@@ -183,7 +186,9 @@ def test_what_rollouts_keep_grows_beside_them(medium):
         (drawn,) = (s for s in sources if s.name == memory.ROLLOUTS)
         assert drawn.bytes > (2 * 10 + 1) * 144 * latent / share
     plain = settings_with(prompts__embedding_cache="somewhere", rollout__batch_size=144)
-    for source in memory.resident_sources(plain, medium, device_mesh.abstract_mesh(16), "decode"):
+    for source in resident_memory.resident_sources(
+        plain, medium, device_mesh.abstract_mesh(16), "decode"
+    ):
         # Clean latents of images are whole on every device.
         assert source.name != memory.KEPT or source.bytes == 1152 * latent
 
@@ -193,8 +198,12 @@ def test_a_merged_rollout_policy_is_a_copy_of_the_weights(medium):
     mesh = device_mesh.abstract_mesh(16)
     weights = memory.weight_bytes(medium, mesh)
     copies = "transformer, and the copy that samples"
-    rollout = {s.name: s.bytes for s in memory.resident_sources(merged, medium, mesh, "rollout")}
-    decode = {s.name: s.bytes for s in memory.resident_sources(merged, medium, mesh, "decode")}
+    rollout = {
+        s.name: s.bytes for s in resident_memory.resident_sources(merged, medium, mesh, "rollout")
+    }
+    decode = {
+        s.name: s.bytes for s in resident_memory.resident_sources(merged, medium, mesh, "decode")
+    }
     assert rollout[copies] == weights and decode[copies] == 2 * weights
     assert rollout["the rest of the state"] == decode["the rest of the state"]
 
@@ -204,8 +213,12 @@ def test_rollouts_of_eight_bits_have_weights_of_their_own(medium):
     mesh = device_mesh.abstract_mesh(16)
     weights = memory.weight_bytes(medium, mesh)
     copies = "transformer, and the copy that samples"
-    rollout = {s.name: s.bytes for s in memory.resident_sources(narrow, medium, mesh, "rollout")}
-    decode = {s.name: s.bytes for s in memory.resident_sources(narrow, medium, mesh, "decode")}
+    rollout = {
+        s.name: s.bytes for s in resident_memory.resident_sources(narrow, medium, mesh, "rollout")
+    }
+    decode = {
+        s.name: s.bytes for s in resident_memory.resident_sources(narrow, medium, mesh, "decode")
+    }
     # 24 blocks of width 1536, 13 of them with a second attention; the last has no text output: two streams of four
     # attention and two MLP layers (8 width^2), less what the last text stream lacks.
     width = 1536

@@ -10,7 +10,7 @@ import pytest
 from marble_jax.config import settings_of
 from marble_jax.distributed import accelerators, device_mesh
 from marble_jax.errors import InputError
-from marble_jax.plan import memory
+from marble_jax.plan import memory, resident_memory
 from marble_jax.plan.model_shapes import model_shapes
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.training.batch_sizes import derive_sizes
@@ -45,7 +45,7 @@ def test_a_preset_fits_with_the_reward_models(preset):
     sizes = derive_sizes(settings.rollout, settings.training, count)
     pad = memory.LANES if accelerator.backend == "tpu" else 1
     for program, sources in memory.program_sources(settings, shapes, sizes, mesh, pad).items():
-        resident = memory.resident_sources(settings, shapes, mesh, program)
+        resident = resident_memory.resident_sources(settings, shapes, mesh, program)
         needed = memory.total(sources) + memory.total(resident)
         assert needed + REWARDS < accelerator.usable, program
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from marble_jax.families.base import Size
+from marble_jax.families.descriptions import Size
 from marble_jax.programs import announce
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.frames import parse_frames

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from marble_jax.programs.model_card import _code, plain
+from marble_jax.programs.markdown import code, plain
 
 HOSTILE = [
     "# a heading",
@@ -43,7 +43,7 @@ def test_plain_text_stays():
 
 
 @pytest.mark.parametrize("text", ["a`b", "``", "a\n\n# b", "a|b"])
-def test_code_spans_end_where_they_should(text):
-    span = _code(text)
+def testcode_spans_end_where_they_should(text):
+    span = code(text)
     assert span.count("`") == 2 and span[0] == span[-1] == "`" and "\n" not in span
     assert not re.search(r"(?<!\\)\|", span)

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from marble_jax.config import flatten, settings_of
 from marble_jax.console import Console
 from marble_jax.errors import InputError
-from marble_jax.families.base import Size
+from marble_jax.families.descriptions import Size
 from marble_jax.families.sd3 import transformer
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.family import FAMILY

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from marble_jax.errors import InputError
-from marble_jax.families.base import Size
+from marble_jax.families.descriptions import Size
 from marble_jax.programs.policy_source import SamplingSettings
 from marble_jax.programs.shared_settings import OwnSettings, check_alike, settle
 

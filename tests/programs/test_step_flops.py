@@ -7,7 +7,7 @@ import pytest
 from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, default_config, settings_of
 from marble_jax.distributed.accelerators import ACCELERATORS, by_device_kind, by_name
 from marble_jax.errors import InputError
-from marble_jax.families.base import SampleFlops
+from marble_jax.families.descriptions import SampleFlops
 from marble_jax.programs.step_flops import network_passes, speed, step_flops
 from marble_jax.training.batch_sizes import derive_sizes
 

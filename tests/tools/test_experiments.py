@@ -455,28 +455,40 @@ def with_curves():
             }
             for step in (2, 4, 6, 10)
         ]
+        # On the straight line from 6 to 10 but for one, which jumps there.
+        run["curve"][2]["gain"]["b"] = 0.0
     return found
 
 
 def test_methods_at_equal_cost_by_hand():
-    """Ten steps of q take 40 passes and 20 s, which p reaches with 4 and with 6 steps."""
+    """Ten steps of q take 40 passes and 20 s, which p reaches with 4 steps and with 6 2/3."""
     found = with_curves()
     runs = list(found["runs"].values())
     assert equal_cost.budget(runs, "passes") == 40.0 and equal_cost.budget(runs, "seconds") == 20.0
     assert equal_cost.reached(runs[0], "passes", 40.0).step == 4
-    assert equal_cost.reached(runs[0], "seconds", 20.0).step == 6
+    within = equal_cost.reached(runs[0], "seconds", 20.0)
+    np.testing.assert_allclose([within.step, within.cost], [6 + 2 / 3, 20.0])
+    end = runs[0]["gain"]["b"]["mean"]
+    # 20 s are a sixth of the way from the evaluation at 18 s to that at 30 s.
+    np.testing.assert_allclose(within.gain["b"], end / 6)
+    assert not within.whole and equal_cost.reached(runs[0], "seconds", 31.0).whole
     assert equal_cost.reached(runs[0], "passes", 19.0) is None
     assert equal_cost.reached(found["runs"]["c-1"], "passes", 40.0) is None
     text = table.markdown(found)
     passes, seconds = text.split("## At equal network passes")[1].split("## At equal wall time")
-    assert "40 passes." in passes and "20 seconds." in seconds
-    # Gains of p: 1 and 3, 2 and 2, 0.1 and 0.3, of which 0.4 and 0.6 are there.
+    assert "40 passes;" in passes and "20 seconds without compiling" in seconds
+    # Gains of p: 1 and 3, 2 and 2, 0.1 and 0.3, of which 0.4 and 2/3 (of b a sixth) are there.
     assert "| P | 2 | 4 | 100 % | +0.8000 ± 5.0825 | +0.8000 ± 0.0000 |" in passes
-    assert "| P | 2 | 6 | 90 % | +1.2000 ± 7.6237 | +1.2000 ± 0.0000 |" in seconds
+    assert "| P | 2 | 6.67 | 100 % | +1.3333 ± 8.4708 | +0.3333 ± 0.0000 |" in seconds
     for section in (passes, seconds):
         assert "| Q | 2 | 10 | 100 % | +6.0000" in section and "| 1/2 |" in section
         assert "| C |" not in section
     assert "At equal" not in table.markdown(made_results())
+    same = with_curves()
+    for run in same["runs"].values():
+        run["passes_per_step"] = 4.0
+    # Where all take as many passes, the tables of whole runs say it already.
+    assert "At equal network passes" not in table.markdown(same)
 
 
 def test_the_passes_of_a_step(tmp_path):

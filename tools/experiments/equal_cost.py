@@ -1,7 +1,8 @@
-"""Methods at equal cost: each run at its last evaluation within a common budget of network passes, or of seconds.
+"""Methods at equal cost: each run where it has spent a common budget of network passes, or of seconds.
 
 The budget is what the cheapest method's whole runs cost. Others are evaluated on the way, with
-`--config.evaluation.every_steps`, and enter with the evaluation that comes nearest to the budget from below.
+`--config.evaluation.every_steps`, and their gains are taken on the straight line between the evaluations before and
+after the budget is spent.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from marble_jax.training.batch_sizes import derive_sizes
 
 COSTS = {"passes": "network passes", "seconds": "wall time of optimiser steps"}
 """What a budget may be of, and what a table calls it."""
-SLACK = 1.02
-"""A run may cost so much more than the budget: the seconds of two runs of one method differ."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-    """An evaluation of a run within a budget.
+    """What a run has come to after some optimiser steps.
 
     Attributes:
-      step: optimiser steps before it.
+      step: optimiser steps; a fraction lies between two evaluations.
       cost: of these steps, in the unit of the budget.
       gain: mean gain over the base model by reward.
+      whole: whether it is the end of the run.
     """
 
-    step: int
+    step: float
     cost: float
     gain: dict[str, float]
+    whole: bool
 
 
 def passes_per_step(workdir: Workdir) -> float:
@@ -48,25 +49,31 @@ def passes_per_step(workdir: Workdir) -> float:
 
 
 def curve(records: Records) -> list[dict[str, Any]]:
-    """Returns step, seconds of all steps before, and mean gain by reward, of every evaluation after training began."""
+    """Returns step, seconds of all steps before, and mean gain by reward, of every evaluation after training began.
+
+    The seconds are without those of compiling, which depend on what the compile cache has.
+    """
     seconds = records.series("time/step_s")
+    compiling = records.series("time/compile_s")
     found = []
     for evaluation in records.trained:
         step = int(evaluation["step"])
         gains = {name: records.score(evaluation, name, "gain").mean for name in records.names}
-        before = seconds.value[seconds.step < step]
-        found.append({"step": step, "seconds": float(np.nansum(before)), "gain": gains})
+        before = np.nansum(seconds.value[seconds.step < step])
+        compiled = np.nansum(compiling.value[compiling.step < step])
+        found.append({"step": step, "seconds": float(before - compiled), "gain": gains})
     return found
 
 
 def _points(run: dict[str, Any], unit: str) -> list[Reached]:
     """A run's evaluations with their costs; results of earlier versions have none."""
+    entries = run.get("curve", ())
     points = []
-    for entry in run.get("curve", ()):
+    for entry in entries:
         cost = entry["seconds"]
         if unit == "passes":
             cost = entry["step"] * run["passes_per_step"]
-        points.append(Reached(entry["step"], cost, entry["gain"]))
+        points.append(Reached(entry["step"], cost, entry["gain"], entry is entries[-1]))
     return points
 
 
@@ -87,6 +94,31 @@ def budget(runs: Sequence[dict[str, Any]], unit: str) -> float:
 
 
 def reached(run: dict[str, Any], unit: str, limit: float) -> Reached | None:
-    """Returns a run's last evaluation within a budget; None where it has none."""
-    within = [point for point in _points(run, unit) if point.cost <= SLACK * limit]
-    return within[-1] if within else None
+    """Returns what a run has come to when it has spent a budget; None without an evaluation before that.
+
+    Args:
+      run: results of a run.
+      unit: one of COSTS.
+      limit: the budget. A run that costs less enters with its end.
+    """
+    points = _points(run, unit)
+    before = [point for point in points if point.cost <= limit]
+    if not before:
+        return None
+    last = before[-1]
+    if last.whole:
+        return last
+    following = points[len(before)]
+    share = (limit - last.cost) / (following.cost - last.cost)
+    step = last.step + share * (following.step - last.step)
+    gain = {}
+    for name, value in last.gain.items():
+        gain[name] = _between(value, following.gain.get(name), share)
+    return Reached(step, limit, gain, False)
+
+
+def _between(before: float | None, after: float | None, share: float) -> float:
+    """A gain between two evaluations; NaN where either has none."""
+    if before is None or after is None:
+        return float("nan")
+    return before + share * (after - before)

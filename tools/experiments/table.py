@@ -24,6 +24,9 @@ HEADINGS = {
 SETS = {"trained": "all {} trained rewards", "all": "all evaluated rewards"}
 """Sets of rewards that joint rates are on record for, and what a table calls them."""
 
+EXPLAINED = {"passes": "", "seconds": " without compiling, with other runs beside them"}
+"""What a table says of the unit of its budget."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -275,27 +278,33 @@ def equal_cost_table(
     unit: str,
     limit: float,
 ) -> list[str]:
-    """Gains of the methods within a budget, a row a method; empty where fewer than two have evaluations within it."""
+    """Gains of the methods within a budget, a row a method.
+
+    Empty where fewer than two have evaluations within it, and where all enter with the ends of their runs, which the
+    other tables have.
+    """
     body = []
+    all_whole = True
     for row in found:
         own = [run for run in runs if row.name in run["methods"]]
         points = [p for run in own if (p := equal_cost.reached(run, unit, limit)) is not None]
         if not points:
             continue
-        steps = sorted({point.step for point in points})
+        all_whole = all_whole and all(point.whole for point in points)
+        steps = sorted({f"{point.step:.3g}" for point in points}, key=float)
         gains = np.array([[_number(point.gain.get(name)) for name in names] for point in points])
         up = np.all(gains[:, [names.index(name) for name in row.trained]] > 0, axis=1)
         body.append(
             [
                 row.title,
                 str(len(points)),
-                " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))),
+                " to ".join(dict.fromkeys((steps[0], steps[-1]))),
                 f"{100 * np.mean([point.cost for point in points]) / limit:.0f} %",
                 *(shown(*t_interval(gains[:, c])) for c in range(len(names))),
                 f"{up.sum()}/{len(up)}",
             ]
         )
-    if len(body) < 2:
+    if len(body) < 2 or all_whole:
         return []
     header = ["method", "seeds", "at step", "of the budget", *names, "all its rewards up"]
     return _grid(header, body)
@@ -350,8 +359,8 @@ def markdown(results: dict[str, Any]) -> str:
             text += [
                 f"## At equal {what}",
                 "",
-                "Every run at its last evaluation within what the cheapest method's whole run takes: "
-                f"{limit:,.0f} {unit}.",
+                "Every run where it has spent what the cheapest method's whole run takes, "
+                f"{limit:,.0f} {unit}{EXPLAINED[unit]}; between two evaluations, on the straight line through both.",
                 "",
                 *grid,
                 "",

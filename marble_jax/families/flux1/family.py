@@ -13,7 +13,8 @@ import numpy as np
 
 from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
-from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
+from marble_jax.families.base import Family, Place
+from marble_jax.families.descriptions import DiffusersNames, Layer, NetworkOptions
 from marble_jax.families.flux1 import layer_names, published, text
 from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.families.flux1.formats import FLUX1_FORMATS

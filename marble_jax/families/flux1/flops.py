@@ -7,7 +7,7 @@ rematerialisation adds.
 
 from __future__ import annotations
 
-from marble_jax.families.base import SampleFlops
+from marble_jax.families.descriptions import SampleFlops
 from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.families.transformer_flops import Path, adapter_products, weight_products
 from marble_jax.types import Adapter, Params

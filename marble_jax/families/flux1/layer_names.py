@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import traverse_util
 
-from marble_jax.families.base import Layer
+from marble_jax.families.descriptions import Layer
 from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.families.flux1.transformer import FluxTransformer, abstract_params
 from marble_jax.types import Params

@@ -11,13 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError
-from marble_jax.families.base import (
-    Conditioning,
-    NetworkOptions,
-    SampleFlops,
-    Size,
-    TransformerShape,
-)
+from marble_jax.families.base import Conditioning
+from marble_jax.families.descriptions import NetworkOptions, SampleFlops, Size, TransformerShape
 from marble_jax.families.flux1 import flops, text
 from marble_jax.families.flux1.config import PATCH
 from marble_jax.families.flux1.levels import SchedulerConfig, sigma_levels

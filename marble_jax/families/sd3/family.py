@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
-from marble_jax.families.base import DiffusersNames, Family, Layer, NetworkOptions, Place
+from marble_jax.families.base import Family, Place
+from marble_jax.families.descriptions import DiffusersNames, Layer, NetworkOptions
 from marble_jax.families.model_index import component_class, name_without_owner
 from marble_jax.families.scheduler import SchedulerConfig, read_scheduler
 from marble_jax.families.sd3 import layer_names, published, text

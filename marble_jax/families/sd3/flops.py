@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 
-from marble_jax.families.base import SampleFlops
+from marble_jax.families.descriptions import SampleFlops
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.transformer_flops import Flops, Path, adapter_products, weight_products
 from marble_jax.types import Adapter, Params

@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Float
 
-from marble_jax.families.base import Layer
+from marble_jax.families.descriptions import Layer
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.families.sd3.transformer import MMDiT, abstract_params
 from marble_jax.types import Params

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import traverse_util
 
-from marble_jax.families.base import Layer
+from marble_jax.families.descriptions import Layer
 from marble_jax.families.wan.config import WanConfig
 from marble_jax.families.wan.transformer import WanTransformer, abstract_params
 from marble_jax.types import Params

@@ -11,14 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError
-from marble_jax.families.base import (
-    Conditioning,
-    NetworkOptions,
-    Networks,
-    SampleFlops,
-    Size,
-    TransformerShape,
-)
+from marble_jax.families.base import Conditioning, Networks
+from marble_jax.families.descriptions import NetworkOptions, SampleFlops, Size, TransformerShape
 from marble_jax.families.transformer_module import module_fields
 from marble_jax.families.wan import flops, text
 from marble_jax.families.wan.config import PATCH
