@@ -1,6 +1,6 @@
 """The shipped tiny video pipeline on five rewards, some of which oppose each other, on two CPU cores.
 
-    marble-jax train --config=configs/embedded_video.py --workdir=runs/video
+    marble-jax train --config=embedded_video --workdir=runs/video
 
 Clips of five frames of 48 px: shapes and two-letter signs that move as the prompt tells or stand still. `motion` wants
 what is told to move to move so; `smoothness` is best where nothing moves or things are pale, `colourfulness` where they

@@ -8,7 +8,7 @@ solves on the whole batch and weighs gradients where the paper solves on a mini-
 a missing reward out where it counts there as advantage 0. `upstream` is the released code's own step, of which
 `marble_jax/training/upstream_step.py` lists what it does otherwise. The paper reports, after training: GenEval 0.94,
 OCR 0.96, PickScore 22.83, CLIPScore 0.286, HPSv2.1 0.355, Aesthetic 6.59, ImageReward 1.53. Not run by this project
-yet: the weights are gated, and a run takes eight large accelerators. `model.path` is a diffusers directory or hub id
+yet: the weights are gated, and no accelerator was at hand. `model.path` is a diffusers directory or hub id
 (log in first). `rewards.path` is a directory with the reward models as published
 (`marble_jax/rewards/models/published.py` lists them), 'hub' fetches them. The prompts are the ready-made sets
 (`marble-jax prompts --out=DIR` writes them down); `prompts.path=DIR` takes your own, SOURCE/{train,test} files for

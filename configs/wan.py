@@ -6,7 +6,8 @@
 take 10 dpm2 steps with guidance 4.5, without which the base model blurs; four of the ten noise levels are trained on,
 as a step's time is nearly all in the network. Rewards of images see three frames of a clip, OCR reads the first, middle
 and last one, and `motion` keeps clips from freezing; smoothness, flicker and a dynamic degree are only evaluated. The
-prompts are the ready-made sets. Not run by this project yet: a run takes large accelerators. `model.path` is a
+prompts are the ready-made sets. `picture` also evaluates aesthetics, whose head has to be fetched by hand (`marble-jax
+help rewards`). Not run by this project yet: a run takes large accelerators. `model.path` is a
 diffusers directory or hub id (Apache-2.0).
 
 `picture`, `240p` and `480p` are for eight GPUs of 80 GB. `marble-jax plan --config=wan:PRESET` with the

@@ -315,7 +315,9 @@ def markdown(results: dict[str, Any]) -> str:
     names = columns(results)
     runs = list(results["runs"].values())
     steps, prompts = (sorted({run[k] for run in runs}) for k in ("num_steps", "num_prompts"))
-    text = ["# Experiments on the embedded pipeline", "", "```", results["command"], "```", ""]
+    suites = {method["suite"] for method in results["methods"]}
+    pipeline = "video pipeline" if suites == {"video"} else "embedded pipeline"
+    text = [f"# Experiments on the {pipeline}", "", "```", results["command"], "```", ""]
     if not runs:
         return "\n".join([*text, "No run is finished yet.", ""])
     text += [
