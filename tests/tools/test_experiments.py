@@ -261,7 +261,7 @@ def test_the_result_of_a_run(bench):
     }
     assert (got["seconds"], got["seconds_per_step"]) == (14.0, 3.5)
     assert got["curve"] == [
-        {"step": 4, "seconds": 14.0, "gain": {"a": -0.25, "b": 0.5, "judge": 0.5}}
+        {"step": 4, "seconds": 12.5, "gain": {"a": -0.25, "b": 0.5, "judge": 0.5}}
     ]
     share = {"mean": 0.25, "low": 0.1, "high": 0.5}
     assert got["joint"] == {
@@ -464,7 +464,10 @@ def test_methods_at_equal_cost_by_hand():
     """Ten steps of q take 40 passes and 20 s, which p reaches with 4 steps and with 6 2/3."""
     found = with_curves()
     runs = list(found["runs"].values())
-    assert equal_cost.budget(runs, "passes") == 40.0 and equal_cost.budget(runs, "seconds") == 20.0
+    both = ("p", "q")
+    assert equal_cost.budget(runs, "passes", both) == 40.0
+    assert equal_cost.budget(runs, "seconds", both) == 20.0
+    assert equal_cost.budget(runs, "passes", ("p",)) == 100.0
     assert equal_cost.reached(runs[0], "passes", 40.0).step == 4
     within = equal_cost.reached(runs[0], "seconds", 20.0)
     np.testing.assert_allclose([within.step, within.cost], [6 + 2 / 3, 20.0])
@@ -475,7 +478,7 @@ def test_methods_at_equal_cost_by_hand():
     assert equal_cost.reached(runs[0], "passes", 19.0) is None
     assert equal_cost.reached(found["runs"]["c-1"], "passes", 40.0) is None
     text = table.markdown(found)
-    passes, seconds = text.split("## At equal network passes")[1].split("## At equal wall time")
+    passes, seconds = text.split("At equal network passes")[1].split("At equal wall time")
     assert "40 passes;" in passes and "20 seconds without compiling" in seconds
     # Gains of p: 1 and 3, 2 and 2, 0.1 and 0.3, of which 0.4 and 2/3 (of b a sixth) are there.
     assert "| P | 2 | 4 | 100 % | +0.8000 ± 5.0825 | +0.8000 ± 0.0000 |" in passes

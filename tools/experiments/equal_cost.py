@@ -8,7 +8,7 @@ after the budget is spent.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,18 +77,19 @@ def _points(run: dict[str, Any], unit: str) -> list[Reached]:
     return points
 
 
-def budget(runs: Sequence[dict[str, Any]], unit: str) -> float:
+def budget(runs: Sequence[dict[str, Any]], unit: str, methods: Collection[str]) -> float:
     """Returns what the whole runs of the cheapest method cost on average; NaN where none is on record.
 
     Args:
       runs: results of runs.
       unit: one of COSTS.
+      methods: names of the methods that are compared.
     """
     whole: dict[str, list[float]] = {}
     for run in runs:
         points = _points(run, unit)
         for name in run["methods"]:
-            if points:
+            if points and name in methods:
                 whole.setdefault(name, []).append(points[-1].cost)
     return min((float(np.mean(costs)) for costs in whole.values()), default=float("nan"))
 

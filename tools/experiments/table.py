@@ -284,6 +284,7 @@ def equal_cost_table(
     other tables have.
     """
     body = []
+    means = []
     all_whole = True
     for row in found:
         own = [run for run in runs if row.name in run["methods"]]
@@ -294,6 +295,7 @@ def equal_cost_table(
         steps = sorted({f"{point.step:.3g}" for point in points}, key=float)
         gains = np.array([[_number(point.gain.get(name)) for name in names] for point in points])
         up = np.all(gains[:, [names.index(name) for name in row.trained]] > 0, axis=1)
+        means.append(gains.mean(axis=0))
         body.append(
             [
                 row.title,
@@ -306,8 +308,32 @@ def equal_cost_table(
         )
     if len(body) < 2 or all_whole:
         return []
-    header = ["method", "seeds", "at step", "of the budget", *names, "all its rewards up"]
+    for cells, middle in zip(body, composite(np.array(means)), strict=True):
+        cells.insert(-1, shown(float(middle), digits=2))
+    header = ["method", "seeds", "at step", "of the budget", *names, "composite", "all up"]
     return _grid(header, body)
+
+
+def _equal_cost_sections(
+    runs: Sequence[dict[str, Any]], found: Sequence[Row], names: Sequence[str]
+) -> list[str]:
+    """Lines of a suite's tables at equal cost, each under its heading."""
+    methods = {row.name for row in found}
+    own = [run for run in runs if methods & set(run["methods"])]
+    lines = []
+    for unit, what in equal_cost.COSTS.items():
+        limit = equal_cost.budget(own, unit, methods)
+        grid = equal_cost_table(own, found, names, unit, limit)
+        if not grid:
+            continue
+        lines += [
+            f"At equal {what}: every run where it has spent what the cheapest method's whole run takes, "
+            f"{limit:,.0f} {unit}{EXPLAINED[unit]}; between two evaluations, on the straight line through both.",
+            "",
+            *grid,
+            "",
+        ]
+    return lines
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -354,17 +380,5 @@ def markdown(results: dict[str, Any]) -> str:
                 *differences_table(found, names),
                 "",
             ]
-    everything = rows(results)
-    for unit, what in equal_cost.COSTS.items():
-        limit = equal_cost.budget(runs, unit)
-        if grid := equal_cost_table(runs, everything, names, unit, limit):
-            text += [
-                f"## At equal {what}",
-                "",
-                "Every run where it has spent what the cheapest method's whole run takes, "
-                f"{limit:,.0f} {unit}{EXPLAINED[unit]}; between two evaluations, on the straight line through both.",
-                "",
-                *grid,
-                "",
-            ]
+        text += _equal_cost_sections(runs, found, names)
     return "\n".join(text)
