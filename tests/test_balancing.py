@@ -254,7 +254,11 @@ def test_nnx_and_linen_parameters_are_trees_like_others():
     [
         ("fixed", {"weights": [np.nan, 0.5, 0.5]}, r"weights\[0\]: expected a finite number"),
         ("weighted_sum", {"weights": [1, np.inf, 1]}, r"weights\[1\]: expected a finite number"),
-        ("marble", {"weights": [1, 1e39, 1]}, "reward weights: expected numbers above 0 that float32"),
+        (
+            "marble",
+            {"weights": [1, 1e39, 1]},
+            "reward weights: expected numbers above 0 that float32",
+        ),
         ("marble", {"weights": []}, "weights: expected one number an objective, or None; received"),
         ("marble", {"weights": ["x", 2, 3]}, r"weights\[0\]: expected a number; received 'x'"),
         ("marble", {"weights": 3.0}, "weights: expected .*; received 3.0"),
@@ -282,7 +286,9 @@ def test_numbers_of_a_balancer_are_not_traced_and_may_be_of_numpy_or_jax():
         got, _ = balancing.balance(jnp.eye(3), "weighted_sum", weights=weights)
         np.testing.assert_array_equal(got, wanted)
     compiled = jax.jit(lambda w: balancing.balance(jnp.eye(3), "weighted_sum", weights=w)[0])
-    with pytest.raises(InputError, match="weights: expected numbers that are known before the prog"):
+    with pytest.raises(
+        InputError, match="weights: expected numbers that are known before the prog"
+    ):
         compiled(jnp.ones(3))
 
 

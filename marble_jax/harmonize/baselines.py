@@ -235,7 +235,8 @@ class NashMTL(Rule):
     where the paper's has length sqrt(K) before clipping.
 
     Attributes:
-      regularisation: added to the diagonal of the unit Gram matrix, so that opposed gradients keep weights finite; >= 0.
+      regularisation: added to the diagonal of the unit Gram matrix, so that opposed gradients keep weights finite,
+        >= 0.
       num_steps: Newton steps, >= 1.
     """
 

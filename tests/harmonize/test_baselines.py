@@ -156,7 +156,7 @@ class _Broken(Rule):
 
 
 def test_a_rule_that_breaks_down_says_so():
-    """Of two opposed unit gradients the pseudo-inverse [[1, -1], [-1, 1]] / 4 makes weights 0: no shares of their sum."""
+    """The pseudo-inverse [[1, -1], [-1, 1]] / 4 of two opposed unit gradients makes weights 0, which have no shares."""
     for balancer in (IMTLG(), _Broken()):
         got = _solve(balancer, np.array([[1.0, 0.0], [-1.0, 0.0]]))
         assert int(got.status) == qp.INACCURATE
