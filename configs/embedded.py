@@ -150,7 +150,7 @@ def get_config(preset: str = ""):
         num_steps=60, micro_batch_size=72, timestep_fraction=0.5, learning_rate=1e-3
     )
     config.harmonize.update(refresh_every=5, chunk_size=36, anchor_every=4)
-    config.rollout_policy.update(schedule="linear_capped", rate=0.001, cap=0.5)
+    config.rollout_policy.update(schedule="linear_capped", cap=0.5)
     config.evaluation.update(
         num_prompts=420, images_per_prompt=2, every_steps=30, num_steps=6, solver="dpm2"
     )

@@ -250,6 +250,49 @@ def test_nnx_and_linen_parameters_are_trees_like_others():
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "line"),
+    [
+        ("fixed", {"weights": [np.nan, 0.5, 0.5]}, r"weights\[0\]: expected a finite number"),
+        ("weighted_sum", {"weights": [1, np.inf, 1]}, r"weights\[1\]: expected a finite number"),
+        (
+            "marble",
+            {"weights": [1, 1e39, 1]},
+            "reward weights: expected numbers above 0 that float32",
+        ),
+        ("marble", {"weights": []}, "weights: expected one number an objective, or None; received"),
+        ("marble", {"weights": ["x", 2, 3]}, r"weights\[0\]: expected a number; received 'x'"),
+        ("marble", {"weights": 3.0}, "weights: expected .*; received 3.0"),
+        ("marble", {"reward_weights": 3.0}, "reward_weights of the balancer 'marble': expected"),
+        ("marble", {"alpha_floor": np.nan}, "alpha_floor of the balancer 'marble': expected a fin"),
+        ("marble", {"alpha_floor": 1.5}, r"alpha floor: expected a number in \[0, 1 / K\]"),
+        ("marble", {"normalize": "no"}, "normalize of the balancer 'marble': expected a boolean"),
+        ("upgrad", {"regularisation": np.nan}, "regularisation of the balancer 'upgrad': expected"),
+        ("upgrad", {"num_sweeps": 0}, "UPGrad sweeps: expected a whole number of at least 1"),
+        ("nash", {"regularisation": -5}, "NashMTL regularisation: expected a number of at least 0"),
+        ("nash", {"num_steps": 0}, "NashMTL steps: expected a whole number of at least 1"),
+        ("cagrad", {"c": "x"}, "c of the balancer 'cagrad': expected a number; received 'x'"),
+    ],
+)
+def test_numbers_that_would_spoil_an_update_are_refused(name, settings, line):
+    with pytest.raises(InputError, match=line) as caught:
+        balancing.balance(jnp.eye(3), name, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_a_balancer_are_not_traced_and_may_be_of_numpy_or_jax():
+    wanted = balancing.balance(jnp.eye(3), "weighted_sum", weights=(1.0, 2.0, 3.0))[0]
+    np.testing.assert_allclose(wanted, [1.0, 2.0, 3.0])
+    for weights in (np.array([1, 2, 3]), jnp.array([1.0, 2.0, 3.0]), [np.float32(1), 2, 3]):
+        got, _ = balancing.balance(jnp.eye(3), "weighted_sum", weights=weights)
+        np.testing.assert_array_equal(got, wanted)
+    compiled = jax.jit(lambda w: balancing.balance(jnp.eye(3), "weighted_sum", weights=w)[0])
+    with pytest.raises(
+        InputError, match="weights: expected numbers that are known before the prog"
+    ):
+        compiled(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
     ("call", "line"),
     [
         (lambda: balancing.balance({}), r"gradients: expected leaves \[K, ...\] with the same K"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from marble_jax.api.sampling import draw, sampling_settings
 from marble_jax.api.settings import load_settings
+from marble_jax.cli.configuration import stated_keys
 from marble_jax.config import Settings
 from marble_jax.errors import InputError, one_of
 from marble_jax.platform import usable_cores
@@ -53,7 +54,13 @@ def train(
     """
     chosen = load_settings(settings, changes)
     path = os.fspath(workdir)
-    train_run(chosen, path, "marble_jax.train")
+    stated = None
+    if isinstance(settings, str):
+        # What a preset sets for other modes than its own is no news.
+        stated = stated_keys(
+            [f"--config={settings}", *(f"--config.{name}" for name in changes or {})]
+        )
+    train_run(chosen, path, "marble_jax.train", stated=stated)
     return Run(path)
 
 

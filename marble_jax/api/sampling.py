@@ -30,7 +30,7 @@ _KINDS: dict[str, Any] = {
     "num_steps": Annotated[int, Ge(1), Le(10_000)],
     "solver": str,
     "guidance": _Scale | None,
-    "negative": str,
+    "negative": str | None,
     "embedded_guidance": Annotated[float, Gt(0), Le(1000)] | None,
     "size": tuple[Side, Side] | None,
     "max_sequence_length": Annotated[int, Ge(1), Le(65536)] | None,

@@ -15,8 +15,9 @@ from marble_jax.balancing.leaves import num_objectives
 from marble_jax.errors import InputError, one_of
 from marble_jax.harmonize import diagnostics
 from marble_jax.harmonize.balancers import Balancer
-from marble_jax.harmonize.registry import BALANCERS, make_balancer
+from marble_jax.harmonize.registry import BALANCERS, make_balancer, plain_numbers
 from marble_jax.tree import Tree, gram
+from marble_jax.validation import validated
 
 BALANCER_NAMES = (*BALANCERS, "min_norm")
 """Names of balancers; "min_norm" is MGDA, "marble" the same on unit gradients."""
@@ -43,7 +44,8 @@ class BalanceInfo:
       update_norm: float32 scalar, length of the update.
       min_norm: float32 scalar, length of the shortest convex combination, where the balancer solves for it.
       kkt_residual: float32 scalar, how far that solve is from optimal, relative to the longest vector squared.
-      status: int32 scalar, index into STATUS_NAMES.
+      status: int32 scalar, index into STATUS_NAMES; "inaccurate" also where a rule broke down and gave way to equal
+        shares.
       state: the balancer's state, for its next call; empty for those that come with the package.
     """
 
@@ -76,7 +78,8 @@ def select_balancer(
       **settings: attributes of the balancer's class, such as `c` of "cagrad" or `normalize`.
 
     Raises:
-      InputError: an unknown name or setting, or weights for a balancer that has none.
+      InputError: an unknown name or setting, weights for a balancer that has none, or numbers that are not finite, out
+        of their range, or traced: a balancer is chosen before a program is compiled.
     """
     if isinstance(balancer, Balancer):
         if weights is not None or settings:
@@ -100,7 +103,10 @@ def select_balancer(
                 f"weights: expected with one of {', '.join((*_WEIGHTS, 'min_norm'))}; received them "
                 f"with {balancer!r}"
             )
-        settings = {**settings, _WEIGHTS[name]: tuple(float(weight) for weight in weights)}
+        numbers = validated(tuple[float, ...], plain_numbers("weights", weights), "weights")
+        if not numbers:
+            raise InputError("weights: expected one number an objective, or None; received none")
+        settings = {**settings, _WEIGHTS[name]: numbers}
     return make_balancer(name, **settings)
 
 

@@ -27,6 +27,32 @@ def load_settings(arguments: Sequence[str]) -> Settings:
     return settings_of(load_config(arguments))
 
 
+def stated_keys(arguments: Sequence[str]) -> frozenset[str] | None:
+    """Keys that somebody chose for this run: those of the command line, or None for all where the file is their own.
+
+    A preset that ships sets keys for modes and schedules which it leaves to the user; nobody needs to hear of them.
+
+    Args:
+      arguments: as of `load_config`.
+    """
+    stated = set()
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if option != "--config":
+            stated.add(option.removeprefix("--config."))
+        elif not is_shipped(value.partition(":")[0]):
+            return None
+    return frozenset(stated)
+
+
+def is_shipped(path: str) -> bool:
+    """Whether a configuration file is one that travels with the package, by its name or its path."""
+    file = Path(os.path.expanduser(path))
+    if not file.is_file():
+        return path in preset_files()
+    return any(file.samefile(shipped) for shipped in preset_files().values())
+
+
 def load_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """The locked configuration of `--config=FILE[:preset]` with its `--config.key=value` overrides.
 

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
       InputError: options that are wrong, or settings that do not fit each other or the devices.
     """
     from marble_jax import platform
-    from marble_jax.cli.configuration import load_settings
+    from marble_jax.cli.configuration import load_settings, stated_keys
 
     # Before anything asks JAX for a device: a plan must not claim one.
     platform.compile_elsewhere()
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         programs=tuple(programs),
         roofline=options.roofline,
     )
-    plan(settings, request, Console())
+    plan(settings, request, Console(), stated_keys(options.config))
     return 0
 
 

@@ -39,7 +39,7 @@ SAMPLING_OPTIONS = (
     ),
     Option(
         "negative",
-        "what guidance leads away from; the run's own unless given",
+        "what guidance leads away from, with guidance alone; the run's own, or nothing, unless given",
         aliases=("negative_prompt",),
         group=GROUP,
     ),
@@ -143,7 +143,7 @@ def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
         num_steps=options.steps,
         solver=options.solver,
         guidance=options.guidance,
-        negative=options.negative,
+        negative=options.negative or None,
         embedded_guidance=options.embedded_guidance,
         size=size,
         max_sequence_length=options.max_sequence_length,

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
       InputError: options that are wrong, or settings that a run cannot begin with.
     """
-    from marble_jax.cli.configuration import load_settings
+    from marble_jax.cli.configuration import load_settings, stated_keys
 
     cluster = cluster_of(options)
     init_timeout, heartbeat_timeout = options.init_timeout, options.heartbeat_timeout
@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> int:
             distributed.start_jax(cluster, init_timeout, heartbeat_timeout)
         try:
             with held_to_deadline():
-                train_run(settings, options.workdir, options.command, options.verbose)
+                stated = stated_keys(options.config)
+                train_run(settings, options.workdir, options.command, options.verbose, stated)
         except Interrupted as stop:
             # Every process stops; one line is enough.
             if distributed.is_first():

@@ -88,8 +88,8 @@ class RolloutSettings:
     negative_prompt: str = key("", "what guidance leads away from; without guidance unused")
     merge_adapter: bool = key(
         False,
-        "fold the adapter into a copy of the weights for sampling: faster, exact only with float32 "
-        "weights",
+        "fold the adapter into a copy of the weights for rollouts and the run's evaluations: faster; with "
+        "model.dtype=float32 and products=model alone, as rounding would lose most of a small adapter",
     )
     products: str = key(
         "model",

@@ -238,7 +238,11 @@ class AwmSettings:
     )
     power: float = key(0.25, "exponent of the roots", "(0, 1]")
     rollout_weight: float = key(
-        0.0, "weight of the squared distance to the rollout policy's velocity", "[0, 1000000]"
+        0.0,
+        "weight of the squared distance to the rollout policy's velocity, for a rollout policy that lags behind; 0 "
+        "with rollout_policy.schedule=copy, and only there, as samples are not weighed by a ratio to the policy that "
+        "drew them",
+        "[0, 1000000]",
     )
     kl_weight: float = key(
         0.0, "weight of the squared distance to the base model's velocity", "[0, 1000000]"

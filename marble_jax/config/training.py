@@ -78,8 +78,20 @@ class RolloutPolicySettings:
         "copy|linear_capped|delayed_linear",
         "paper",
     )
-    rate: float = key(0.001, "slope of the schedule", "1/step, [0, 1000]", "paper")
-    cap: float = key(0.95, "largest decay of the schedule", "[0, 1)", "paper")
+    # Own ones by default: a schedule that is chosen is the published one.
+    rate: float = key(
+        0.0,
+        "slope of the schedule; 0: its own, 0.001 of linear_capped, 0.0075 of delayed_linear",
+        "1/step, [0, 1000]",
+        "paper",
+    )
+    cap: float = key(
+        0.0,
+        "largest decay of the schedule; 0: its own, 0.95 of linear_capped, 0.999 of delayed_linear, which takes "
+        "another only with a rate beside it",
+        "[0, 1)",
+        "paper",
+    )
     # DiffusionNFT's schedule of this shape; MARBLE does not use it.
     delay: int = key(75, "steps before 'delayed_linear' leaves zero", "steps, >= 0", "NFT")
 

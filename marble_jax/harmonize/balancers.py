@@ -27,6 +27,8 @@ from marble_jax.harmonize import qp
 from marble_jax.harmonize.gram import divide, inverse, lengths, mean_over, pairs, rescaled
 
 GRADIENT_EPSILON = 1e-12
+MOST = float(jnp.finfo(jnp.float32).max)
+"""Largest number of a balancer's own; comparisons with it are written so that NaN fails them."""
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -64,8 +66,12 @@ def closed_form(
     used: Bool[Array, " k"],
     norms: Float[Array, " k"],
     state: Any,
+    failed: Bool[Array, ""] | bool = False,
 ) -> Solution:
-    """The solution of a rule that solves nothing and cannot fail."""
+    """The solution of a rule without an optimality condition; `failed` where it gave way to equal shares."""
+    status = _closed_form_status(used)
+    # With one reward or none there is nothing to fail at.
+    status = jnp.where(failed & (status == qp.SOLVED), qp.INACCURATE, status)
     return Solution(
         weights=weights,
         alpha=alpha,
@@ -74,7 +80,7 @@ def closed_form(
         norms=norms,
         min_norm=jnp.zeros(()),
         kkt_residual=jnp.zeros(()),
-        status=_closed_form_status(used),
+        status=status,
         state=state,
     )
 
@@ -163,11 +169,11 @@ class Marble(Balancer):
     every_member: bool = False
 
     def __post_init__(self) -> None:
-        if any(not weight > 0 for weight in self.reward_weights):
+        if not all(0 < weight <= MOST for weight in self.reward_weights):
             raise InputError(
-                f"reward weights: expected numbers above 0; received {self.reward_weights}"
+                f"reward weights: expected numbers above 0 that float32 holds; received {self.reward_weights}"
             )
-        if self.alpha_floor < 0:
+        if not 0 <= self.alpha_floor <= 1:
             raise InputError(
                 f"alpha floor: expected a number in [0, 1 / K]; received {self.alpha_floor}"
             )
@@ -259,7 +265,7 @@ class Fixed(Balancer):
             return
         # Shares are written with a few digits, and three thirds must pass.
         off = abs(sum(self.alpha) - 1.0)
-        if off > 1e-6 or any(share < 0 for share in self.alpha):
+        if not off <= 1e-6 or not all(share >= 0 for share in self.alpha):
             raise InputError(
                 f"fixed alpha: expected numbers of at least 0 that sum to 1; received {self.alpha}"
             )
@@ -295,9 +301,9 @@ class WeightedSum(Balancer):
     reward_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if any(weight < 0 for weight in self.reward_weights):
+        if not all(0 <= weight <= MOST for weight in self.reward_weights):
             raise InputError(
-                f"reward weights: expected numbers of at least 0; received {self.reward_weights}"
+                f"reward weights: expected numbers of at least 0 that float32 holds; received {self.reward_weights}"
             )
 
     def __call__(

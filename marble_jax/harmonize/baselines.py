@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from marble_jax.errors import InputError
 from marble_jax.harmonize import qp
 from marble_jax.harmonize.balancers import (
+    MOST,
     Balancer,
     Solution,
     closed_form,
@@ -33,8 +34,23 @@ from marble_jax.harmonize.gram import (
     pairs,
     rescaled,
 )
+from marble_jax.validation import short
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+Combined = tuple[Float[Array, " k"], Bool[Array, ""] | bool]
+"""Weights [K], and whether they are those of the rule: where not, equal shares take their place."""
+
+
+def _check_steps(what: str, steps: Any) -> None:
+    """Raises InputError unless an iteration has a whole number of at least one step."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InputError(f"{what}: expected a whole number of at least 1; received {short(steps)}")
+
+
+def _check_regularisation(what: str, regularisation: float) -> None:
+    """Raises InputError for what would make a Gram matrix indefinite, or nothing of it."""
+    if not 0 <= regularisation <= MOST:
+        raise InputError(f"{what}: expected a number of at least 0; received {regularisation}")
 
 
 def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
@@ -58,8 +74,8 @@ class Rule(Balancer):
     normalize: bool = False
 
     @abc.abstractmethod
-    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
-        """Weights on the scaled vectors, whose Gram matrix is 0 outside `used`."""
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Combined:
+        """Weights on the scaled vectors, whose Gram matrix is 0 outside `used`, and whether they mean anything."""
 
     def __call__(
         self, gram: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any = ()
@@ -71,11 +87,11 @@ class Rule(Balancer):
             factor = inverse(norms)
         else:
             factor = jnp.where(used, inverse(length), 0.0)
-        combined = self.combine(rescaled(gram, factor), used)
+        combined, sound = self.combine(rescaled(gram, factor), used)
         weights = jnp.where(used, combined, 0.0)
-        # A rule that breaks down on rounding falls back on equal shares.
-        finite = jnp.all(jnp.isfinite(weights))
-        weights = jnp.where(finite, weights, even_shares(used))
+        # A rule that breaks down on rounding falls back on equal shares, and its status says so.
+        sound = sound & jnp.all(jnp.isfinite(weights))
+        weights = jnp.where(sound, weights, even_shares(used))
         # A single usable gradient is taken as it is, whatever the rule makes of it.
         alone = jnp.sum(used) == 1
         weights = jnp.where(alone, used.astype(jnp.float32), weights)
@@ -84,7 +100,7 @@ class Rule(Balancer):
         # Weights of either sign can cancel: then there are no shares of their sum.
         alpha = divide(raw, total, jnp.abs(total) > 1e-30)
         scale = jnp.where(used, total, 0.0)
-        return closed_form(raw, alpha, scale, used, norms, state)
+        return closed_form(raw, alpha, scale, used, norms, state, failed=~sound)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,14 +110,18 @@ class UPGrad(Rule):
     Source: UPGrad, "Jacobian Descent for Multi-Objective Optimization" (arXiv 2406.16232).
 
     Attributes:
-      regularisation: added to the diagonal of the scaled Gram matrix.
-      num_sweeps: sweeps of coordinate descent on the K dual problems.
+      regularisation: added to the diagonal of the scaled Gram matrix, >= 0.
+      num_sweeps: sweeps of coordinate descent on the K dual problems, >= 1.
     """
 
     regularisation: float = 1e-4
     num_sweeps: int = 200
 
-    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+    def __post_init__(self) -> None:
+        _check_regularisation("UPGrad regularisation", self.regularisation)
+        _check_steps("UPGrad sweeps", self.num_sweeps)
+
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Combined:
         """See `Rule.combine`."""
         size = gram.shape[0]
         matrix = gram + self.regularisation * jnp.eye(size)
@@ -119,7 +139,7 @@ class UPGrad(Rule):
             return weights.at[:, j].set(column)
 
         weights = jax.lax.fori_loop(0, self.num_sweeps * size, update, lower)
-        return jnp.sum(weights, axis=0) / count_or_one(used)
+        return jnp.sum(weights, axis=0) / count_or_one(used), True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +150,7 @@ class PCGrad(Rule):
     gradient itself, where the paper draws it; the projections are averaged, where the paper sums them.
     """
 
-    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Combined:
         """See `Rule.combine`."""
         size = gram.shape[0]
         # The divisor is 1 for a reward that is not used: its square is 0.
@@ -150,7 +170,7 @@ class PCGrad(Rule):
         projections = jax.vmap(project)(jnp.arange(size))
         # A reward that is not used has a row all the same: it starts as its own unit vector.
         projections = jnp.where(used[:, None], projections, 0.0)
-        return jnp.sum(projections, axis=0) / count_or_one(used)
+        return jnp.sum(projections, axis=0) / count_or_one(used), True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +189,7 @@ class CAGrad(Rule):
         if not 0.0 <= self.c < 1.0:
             raise InputError(f"CAGrad radius c: expected a number in [0, 1); received {self.c}")
 
-    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Combined:
         """See `Rule.combine`."""
         even = even_shares(used)
         towards = _product(gram, even)
@@ -184,7 +204,7 @@ class CAGrad(Rule):
 
         w = qp.minimise_on_simplex(dual, used)
         factor = radius / _length(gram, w)
-        return even + factor * w
+        return even + factor * w, True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,14 +214,14 @@ class IMTLG(Rule):
     Source: IMTL-G, "Towards Impartial Multi-task Learning" (ICLR 2021), solved with a pseudo-inverse as G w = norms.
     """
 
-    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Combined:
         """See `Rule.combine`."""
         pseudo_inverse = jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True)
         weights = _product(pseudo_inverse, lengths(gram))
         total = jnp.sum(weights)
-        # Weights that nearly cancel say nothing: equal shares.
+        # Weights that nearly cancel say nothing.
         safe = jnp.abs(total) > 1e-6
-        return jnp.where(safe, divide(weights, total, safe), even_shares(used))
+        return divide(weights, total, safe), safe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,14 +235,19 @@ class NashMTL(Rule):
     where the paper's has length sqrt(K) before clipping.
 
     Attributes:
-      regularisation: added to the diagonal of the unit Gram matrix, so that opposed gradients keep weights finite.
-      num_steps: Newton steps.
+      regularisation: added to the diagonal of the unit Gram matrix, so that opposed gradients keep weights finite,
+        >= 0.
+      num_steps: Newton steps, >= 1.
     """
 
     regularisation: float = 1e-6
     num_steps: int = 50
 
-    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Float[Array, " k"]:
+    def __post_init__(self) -> None:
+        _check_regularisation("NashMTL regularisation", self.regularisation)
+        _check_steps("NashMTL steps", self.num_steps)
+
+    def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Combined:
         """See `Rule.combine`."""
         size = gram.shape[0]
         # Rescaling a gradient rescales its weight inversely, so unit gradients lose nothing and condition best.
@@ -247,4 +272,4 @@ class NashMTL(Rule):
         start = jnp.full(size, 1.0 / size**0.5)
         alpha = jax.lax.fori_loop(0, self.num_steps, newton, start)
         alpha = jnp.where(used, alpha, 0.0) * shorten
-        return alpha / _length(gram, alpha)
+        return alpha / _length(gram, alpha), True

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+import numpy as np
 
 from marble_jax.config import HarmonizeSettings
 from marble_jax.errors import InputError, one_of
 from marble_jax.harmonize.balancers import Balancer, Fixed, Marble, WeightedSum
 from marble_jax.harmonize.baselines import IMTLG, CAGrad, NashMTL, PCGrad, UPGrad
+from marble_jax.validation import validated
 
 BALANCERS: dict[str, type[Balancer]] = {
     "marble": Marble,
@@ -32,21 +37,44 @@ def make_balancer(name: str, **settings: Any) -> Balancer:
       **settings: attributes of its class; "equal" is "fixed" without an alpha.
 
     Raises:
-      InputError: an unknown name, or a setting that the balancer does not have.
+      InputError: an unknown name, a setting that the balancer does not have, or a value that is not of its kind, not
+        finite or out of its range.
     """
     one_of("balancer", name, BALANCERS)
     kind = BALANCERS[name]
+    kinds = typing.get_type_hints(kind)
     attributes = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if name == "equal":
         attributes.discard("alpha")
-    for setting in settings:
+    checked = {}
+    for setting, value in settings.items():
         one_of(f"setting of the balancer {name!r}", setting, sorted(attributes))
-    if name == "fixed" and not settings.get("alpha"):
+        what = f"{setting} of the balancer {name!r}"
+        checked[setting] = validated(kinds[setting], plain_numbers(what, value), what)
+    if name == "fixed" and not checked.get("alpha"):
         raise InputError(
             "fixed alpha: expected one share a reward that sum to 1; received none "
             "(balancer 'equal' has equal shares)"
         )
-    return kind(**settings)
+    return kind(**checked)
+
+
+def plain_numbers(what: str, value: Any) -> Any:
+    """Numbers of NumPy and of JAX as Python's own, in a sequence too; anything else as it is.
+
+    Raises:
+      InputError: an array that is being traced: a balancer is chosen before a program is compiled.
+    """
+    if isinstance(value, (tuple, list)):
+        return [plain_numbers(what, part) for part in value]
+    if not isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        return value
+    try:
+        return value.tolist()
+    except jax.errors.ConcretizationTypeError:
+        raise InputError(
+            f"{what}: expected numbers that are known before the program is compiled; received an array that is traced"
+        ) from None
 
 
 def balancer_of(harmonize: HarmonizeSettings, reward_names: Sequence[str]) -> Balancer:

@@ -2,7 +2,8 @@
 
 The clean latents of a rollout are noised anew, and minus the weighted error of the predicted velocity takes the place
 of the log-probability in a policy gradient with one update a rollout. Rollouts may use any solver, and nothing but
-clean latents is kept.
+clean latents is kept. Samples are not weighed by a ratio: they are to be those of the policy that is trained, or of one
+that a pull keeps it near.
 
 Source: advantage-weighted matching (arXiv 2509.25050), whose released code weighs errors as `weighted_error` does.
 """
@@ -164,13 +165,25 @@ def from_settings(settings: Any) -> AdvantageWeightedMatching:
     """Advantage-weighted matching of a run: its own section, and the clip of advantages.
 
     Raises:
-      InputError: several updates a rollout, of which the later ones would need a ratio.
+      InputError: several updates a rollout, of which the later ones would need a ratio; a rollout policy that lags
+        behind without a pull towards it, or a pull towards one that does not.
     """
     own, updates = settings.awm, settings.training.updates_per_rollout
+    schedule = settings.rollout_policy.schedule
     if updates != 1:
         raise InputError(
             "training.updates_per_rollout: expected 1 with objective.name=awm, which has no ratio to the policy that "
             f"sampled; received {updates}"
+        )
+    if own.rollout_weight == 0 and schedule != "copy":
+        raise InputError(
+            "rollout_policy.schedule: expected 'copy' with objective.name=awm, which has no ratio to a policy some "
+            f"steps old (awm.rollout_weight above 0 pulls towards it instead); received {schedule!r}"
+        )
+    if own.rollout_weight > 0 and schedule == "copy":
+        raise InputError(
+            "awm.rollout_weight: expected 0 with rollout_policy.schedule=copy, whose policy is the trained one, so "
+            f"that nothing pulls; received {own.rollout_weight}"
         )
     return AdvantageWeightedMatching(
         weighting=own.weighting,

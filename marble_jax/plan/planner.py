@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,22 @@ from marble_jax.plan.planned import Plan
 from marble_jax.plan.request import Request
 from marble_jax.plan.roofline_tables import show_rooflines
 from marble_jax.programs.check_settings import check_settings
+from marble_jax.programs.passed_over import passed_over
 from marble_jax.programs.step_flops import network_passes, step_flops_of
 from marble_jax.training.batch_sizes import derive_sizes
 from marble_jax.types import DTYPES
 
 
-def plan(settings: Settings, request: Request, console: Console) -> dict[str, Any]:
+def plan(
+    settings: Settings, request: Request, console: Console, stated: Collection[str] | None = None
+) -> dict[str, Any]:
     """Prints what a run comes to, and returns the same as plain values.
 
     Args:
       settings: settings of the run.
       request: what is to be planned.
       console: where the tables go.
+      stated: keys of which it is said if the run would not read them; all that were changed when None.
 
     Raises:
       InputError: settings that do not fit each other or the devices; the message names the nearest that do.
@@ -44,6 +49,9 @@ def plan(settings: Settings, request: Request, console: Console) -> dict[str, An
     # Without a chip the settings have to fit this machine.
     backend = accelerator.backend if accelerator else ""
     check_settings(settings, backend)
+    unread = passed_over(settings, stated)
+    if unread:
+        console.say(unread)
     planned = _reckon(settings, request, accelerator, count)
     tables.show_sizes(planned, request, console)
     tables.show_memory(planned, console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from marble_jax.config import RolloutSettings
 from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.programs.build import Run
 from marble_jax.programs.noisy_rollouts import trains_guided
+from marble_jax.programs.passed_over import passed_over
 from marble_jax.programs.run_record import method_name
 from marble_jax.rewards.base import seen_frames
 from marble_jax.storage.workdir import Workdir
@@ -20,8 +21,22 @@ from marble_jax.training.batch_sizes import is_stochastic, window_of
 FILES = "config.json metrics.jsonl evaluation.jsonl tensorboard/ samples/ checkpoints/ report.html"
 
 
-def announce_start(run: Run, workdir: Workdir, console: Console, resumed: int | None) -> None:
-    """Prints what the run is: devices, model, rewards, sizes of a step, memory."""
+def announce_start(
+    run: Run,
+    workdir: Workdir,
+    console: Console,
+    resumed: int | None,
+    stated: Collection[str] | None = None,
+) -> None:
+    """Prints what the run is: devices, model, rewards, sizes of a step, memory, and what it passes over.
+
+    Args:
+      run: the run.
+      workdir: its directory.
+      console: the terminal.
+      resumed: steps done where it goes on from earlier ones.
+      stated: see `passed_over`.
+    """
     settings = run.settings
     title = f"marble_jax: {settings.name}, {method_name(settings)}"
     if resumed is not None:
@@ -43,6 +58,9 @@ def announce_start(run: Run, workdir: Workdir, console: Console, resumed: int | 
         ("workdir", f"{workdir.path}: {FILES}"),
     ]
     console.table(rows)
+    unread = passed_over(settings, stated)
+    if unread:
+        console.say(unread)
 
 
 def _device_line(run: Run) -> str:

@@ -20,6 +20,7 @@ from marble_jax.programs.noisy_rollouts import (
 from marble_jax.programs.run_rewards import run_reward_schedule
 from marble_jax.programs.unread_keys import check_unread_keys
 from marble_jax.programs.upstream import check_upstream
+from marble_jax.trainable.averaging import rollout_decay_of
 from marble_jax.training.profile import parse_steps
 from marble_jax.types import DTYPES
 from marble_jax.validation import first_that_holds
@@ -46,11 +47,13 @@ def check_settings(settings: Settings, backend: str = "") -> None:
     _check_cleaning(settings)
     _check_skipped_pass(settings)
     _check_products(settings)
+    _check_merging(settings)
     # Made to see that it can be; what is made here is dropped.
     balancer_of(settings.harmonize, settings.rewards.train)
     run_reward_schedule(settings)
     check_upstream(settings)
     make_objective(settings)
+    rollout_decay_of(settings.rollout_policy)
     check_noisy_rollouts(settings)
     check_objective_mode(settings)
     check_unread_keys(settings)
@@ -136,7 +139,9 @@ def _check_skipped_pass(settings: Settings) -> None:
 
 
 def _check_products(settings: Settings) -> None:
-    """Raises InputError for rollouts of eight bits that training could not follow, or whose weights are split."""
+    """Raises InputError for rollouts of eight bits that training could not follow, or whose weights are split or hold
+    the adapter, of which rounding would leave next to nothing.
+    """
     products, mesh = settings.rollout.products, settings.mesh
     if products == MODEL_PRODUCTS:
         return
@@ -149,6 +154,23 @@ def _check_products(settings: Settings) -> None:
         raise InputError(
             f"rollout.products: expected '{MODEL_PRODUCTS}' with weights split over devices (mesh.fsdp={mesh.fsdp}, "
             f"mesh.tensor={mesh.tensor}); received {products!r}"
+        )
+    if settings.rollout.merge_adapter:
+        raise InputError(
+            f"rollout.products: expected '{MODEL_PRODUCTS}' with rollout.merge_adapter=True, as an adapter folded into "
+            f"weights of eight bits is rounded away; received {products!r} (--config.rollout.merge_adapter=False keeps "
+            "the adapter apart)"
+        )
+
+
+def _check_merging(settings: Settings) -> None:
+    """Raises InputError where rounding the sum of weights and adapter would lose most of the adapter."""
+    dtype = settings.model.dtype
+    if settings.rollout.merge_adapter and dtype != "float32":
+        raise InputError(
+            "model.dtype: expected 'float32' with rollout.merge_adapter=True, as rollouts and evaluations of an "
+            f"adapter folded into rounded weights are those of another policy; received {dtype!r} "
+            "(--config.rollout.merge_adapter=False keeps the adapter apart)"
         )
 
 

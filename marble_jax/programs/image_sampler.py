@@ -102,6 +102,11 @@ class ImageSampler:
         return self.family.default_sequence_length(self.root)
 
     @property
+    def _negative(self) -> str:
+        """What guidance leads away from; empty without guidance."""
+        return self._settings.negative or ""
+
+    @property
     def _guidance_scale(self) -> float:
         """Classifier-free guidance scale, 1 for none."""
         return max(self._settings.guidance or 1.0, 1.0)
@@ -129,7 +134,7 @@ class ImageSampler:
             return
         wanted = list(texts)
         if settings.guided:
-            wanted.append(settings.negative)
+            wanted.append(self._negative)
         missing = len(self._texts.missing(wanted))
         with console.bar(missing, "text embeddings", "prompt") as bar:
             self._texts.fill(wanted, bar.update)
@@ -259,9 +264,9 @@ class ImageSampler:
             "seed": settings.seed,
             "steps": settings.num_steps,
             "solver": settings.solver,
-            # Every scale that switches guidance off draws the same image, whatever the negative prompt.
+            # Every scale that switches guidance off draws the same image.
             "guidance": self._guidance_scale,
-            "negative": settings.negative if settings.guided else "",
+            "negative": self._negative,
             "max_sequence_length": self._length,
             "omit_text_encoders": list(self._omit),
             "dtype": self._dtype,
@@ -301,7 +306,7 @@ class ImageSampler:
         cond = self._texts(texts)
         negative = None
         if self._settings.guided:
-            negative = self._texts([self._settings.negative] * len(texts))
+            negative = self._texts([self._negative] * len(texts))
         key = jax.random.key(self._settings.seed)
         noise = image_noise(key, numbers, self._latent_shape)
         cond, negative, noise = device_mesh.shard_batch(self._mesh, (cond, negative, noise))
@@ -327,7 +332,7 @@ class ImageSampler:
             written["frames"] = str(self.size.num_frames)
             written["frames per second"] = str(self.family.frames_per_second)
         if settings.guided:
-            written["negative prompt"] = settings.negative
+            written["negative prompt"] = self._negative
         if self._embedded_guidance is not None:
             written["embedded guidance"] = f"{self._embedded_guidance:g}"
         return written

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from marble_jax.errors import InputError
+from marble_jax.validation import short
+
 if TYPE_CHECKING:
     from marble_jax.config import RolloutSettings
 
@@ -35,7 +38,7 @@ class SamplingSettings:
       num_steps: solver steps.
       solver: name of the solver.
       guidance: classifier-free guidance scale; 1 or less is off. The run's, or off when None.
-      negative: the negative prompt, used with guidance; the run's where its guidance is used and this is empty.
+      negative: the negative prompt, for guidance; the run's, or an empty one when None.
       embedded_guidance: guidance scale as an input of a guidance-distilled model; the run's, or none when None.
       size: (height, width) in pixels; the run's, or the model's own when None.
       max_sequence_length: tokens a prompt; the run's, or the model's own when None.
@@ -50,7 +53,7 @@ class SamplingSettings:
     num_steps: int = 40
     solver: str = "euler"
     guidance: float | None = None
-    negative: str = ""
+    negative: str | None = None
     embedded_guidance: float | None = None
     size: tuple[int, int] | None = None
     max_sequence_length: int | None = None
@@ -66,10 +69,28 @@ class SamplingSettings:
         return self.guidance is not None and self.guidance > 1
 
     def guided_as(self, rollout: RolloutSettings | None) -> SamplingSettings:
-        """The same settings with the guidance of a run's samples, or with none, where no other is asked for."""
-        if self.guidance is not None:
-            return self
-        if rollout is None:
-            return dataclasses.replace(self, guidance=1.0)
-        negative = self.negative or rollout.negative_prompt
-        return dataclasses.replace(self, guidance=rollout.guidance_scale, negative=negative)
+        """The same settings with the guidance and the negative prompt of a run's samples where none is asked for.
+
+        Raises:
+          InputError: a negative prompt is asked for and guidance is off.
+        """
+        guidance, negative = self.guidance, self.negative
+        if guidance is None:
+            guidance = 1.0 if rollout is None else rollout.guidance_scale
+        if negative is None:
+            negative = "" if rollout is None else rollout.negative_prompt
+        return self.guided_by(guidance, negative)
+
+    def guided_by(self, guidance: float, negative: str) -> SamplingSettings:
+        """The same settings with a guidance, and with a negative prompt where that is on.
+
+        Raises:
+          InputError: a negative prompt is asked for and guidance is off.
+        """
+        if self.negative and not guidance > 1:
+            raise InputError(
+                f"--negative: expected none without guidance (--guidance=SCALE above 1 turns it on); received "
+                f"{short(self.negative)}"
+            )
+        negative = negative if guidance > 1 else ""
+        return dataclasses.replace(self, guidance=guidance, negative=negative)

@@ -185,7 +185,8 @@ def settle(
       stated: likewise.
 
     Raises:
-      InputError: two training runs, or without a run two models, that would be drawn differently.
+      InputError: two training runs, or without a run two models, that would be drawn differently; or a negative prompt
+        without guidance.
     """
     runs = {name: model for name, model in own.items() if model.is_run}
     # Plain models follow the runs; among themselves they have to agree.
@@ -199,9 +200,12 @@ def settle(
             _agreed(deciding, "size", "num_frames"),
             whose,
         )
-    if asked.guidance is None:
-        settled["guidance"], origins["guidance"] = _agreed(deciding, "guidance"), whose
-        settled["negative"] = asked.negative or _agreed(deciding, "negative")
+    guidance, negative = asked.guidance, asked.negative
+    if guidance is None:
+        guidance, origins["guidance"] = _agreed(deciding, "guidance"), whose
+    # Without guidance nobody asks what it leads away from.
+    if negative is None and guidance > 1:
+        negative, origins["negative"] = _agreed(deciding, "negative"), whose
     if asked.size is None:
         height, width = _agreed(deciding, "size", "height"), _agreed(deciding, "size", "width")
         settled["size"], origins["size"] = (height, width), whose
@@ -222,7 +226,7 @@ def settle(
         settled["num_steps"], origins["steps"] = first.num_steps, f"evaluations of {whose}"
     if first.solver is not None and "solver" not in stated:
         settled["solver"], origins["solver"] = first.solver, f"evaluations of {whose}"
-    settings = dataclasses.replace(asked, **settled)
+    settings = dataclasses.replace(asked.guided_by(guidance, negative or ""), **settled)
     return SharedSettings(settings, origins, _other_sizes(own, settings))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,13 @@ from marble_jax.training.state import TrainState
 from marble_jax.training.stops import Interrupted
 
 
-def train_run(settings: Settings, workdir_path: str, command: str, verbose: bool = False) -> None:
+def train_run(
+    settings: Settings,
+    workdir_path: str,
+    command: str,
+    verbose: bool = False,
+    stated: Collection[str] | None = None,
+) -> None:
     """Trains in `workdir_path`; goes on where an earlier run there stopped.
 
     With several processes all of them call this with the same arguments; the first one writes.
@@ -46,6 +52,7 @@ def train_run(settings: Settings, workdir_path: str, command: str, verbose: bool
       workdir_path: its directory.
       command: as it was called, for the record.
       verbose: whether step lines may be longer than a hundred columns.
+      stated: keys of which it is said if the run does not read them; all that were changed when None.
 
     Raises:
       InputError: whatever does not fit, before anything is written to the workdir.
@@ -53,13 +60,19 @@ def train_run(settings: Settings, workdir_path: str, command: str, verbose: bool
     """
     workdir = Workdir(workdir_path)
     try:
-        _train_run(settings, workdir, command, Console(verbose))
+        _train_run(settings, workdir, command, Console(verbose), stated)
     finally:
         if distributed.is_first():
             workdir.let_go()
 
 
-def _train_run(settings: Settings, workdir: Workdir, command: str, console: Console) -> None:
+def _train_run(
+    settings: Settings,
+    workdir: Workdir,
+    command: str,
+    console: Console,
+    stated: Collection[str] | None,
+) -> None:
     start = time.perf_counter()
     platform.keep_compilations()
     config = flatten(settings)
@@ -89,7 +102,7 @@ def _train_run(settings: Settings, workdir: Workdir, command: str, console: Cons
         distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
         # Records beyond the checkpoint would come twice.
         distributed.broadcast_from_first("cut", lambda: workdir.truncate(done))
-    announce_start(run, workdir, console, done if existed else None)
+    announce_start(run, workdir, console, done if existed else None, stated)
     if done == settings.training.num_steps:
         console.say(
             f"all {done} steps are done: nothing to train; a larger training.num_steps goes on from here"

@@ -1,4 +1,7 @@
-"""Keys that were changed and that a run of these settings would never read: whoever sets one expects it to act."""
+"""Keys that were changed and that a run of these settings would never read: whoever sets one expects it to act.
+
+What would be missed in what is trained is refused here; `programs.passed_over` names the rest at a run's start.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,11 @@ def check_unread_keys(settings: Settings) -> None:
     """Checks that every key that differs from its default has a reader.
 
     Raises:
-      InputError: a key of another objective, solver, balancer, mode or advantage than the run's.
+      InputError: a key of another objective, solver, balancer, mode or advantage than the run's, or of balancers where
+        there is one advantage.
     """
     _check_objective(settings)
+    _check_scalarized(settings)
     _check_balancer(settings.harmonize)
     _check_average(settings)
     _check_scale(settings.advantages)
@@ -71,14 +76,40 @@ def _check_defaults(flat: Mapping[str, Any], keys: Sequence[str], reason: str) -
             )
 
 
+def _check_scalarized(settings: Settings) -> None:
+    """Raises InputError for a choice of how gradients become one update where there is one gradient."""
+    scalarize = settings.advantages.scalarize
+    if scalarize == "none":
+        return
+    for name in ("balancer", *_OF_BALANCERS, "groups"):
+        value, default = getattr(settings.harmonize, name), KEYS[f"harmonize.{name}"].default
+        if value == default:
+            continue
+        expected, undone = _as_expected(default)
+        # The one that people mean: rewards are weighed all the same, elsewhere.
+        hint = (
+            "; advantages.weights are the weights of its rewards"
+            if name == "reward_weights"
+            else ""
+        )
+        raise InputError(
+            f"harmonize.{name}: expected {expected} with advantages.scalarize={scalarize}, which trains on one "
+            f"advantage and harmonises nothing (--config.harmonize.{name}={undone}{hint}); received {value}"
+        )
+
+
+def _as_expected(default: Any) -> tuple[Any, Any]:
+    """A default in words, and as the command line says it, which is nothing for none."""
+    return ("none", "") if default == () else (default, default)
+
+
 def _check_balancer(harmonize: HarmonizeSettings) -> None:
     read = READ_BY_BALANCER.get(harmonize.balancer, ())
     for name in _OF_BALANCERS:
         value, default = getattr(harmonize, name), KEYS[f"harmonize.{name}"].default
         if name in read or value == default:
             continue
-        # The command line says none by nothing.
-        expected, undone = ("none", "") if default == () else (default, default)
+        expected, undone = _as_expected(default)
         raise InputError(
             f"harmonize.{name}: expected {expected} with harmonize.balancer={harmonize.balancer}, which does not read "
             f"it (--config.harmonize.{name}={undone}); received {value}"

@@ -79,9 +79,24 @@ def rollout_decay(
 
 
 def rollout_decay_of(settings: RolloutPolicySettings) -> Decay:
-    """The decay of a run's rollout policy; errors as `rollout_decay`."""
+    """The decay of a run's rollout policy, in which a rate or a cap of 0 stands for the schedule's own.
+
+    Raises:
+      InputError: see `rollout_decay`; also "delayed_linear" with a cap and no rate, such as a preset's own cap for
+        another schedule: a schedule that nobody published.
+    """
+    if settings.schedule == "delayed_linear" and settings.cap and not settings.rate:
+        own = _RAMPS[settings.schedule]
+        raise InputError(
+            f"rollout_policy.cap: expected 0, for the schedule's own {own.cap}, or a rate beside it "
+            f"(--config.rollout_policy.rate={own.rate} is its own) with rollout_policy.schedule={settings.schedule}; "
+            f"received {settings.cap}"
+        )
     return rollout_decay(
-        settings.schedule, rate=settings.rate, cap=settings.cap, delay=settings.delay
+        settings.schedule,
+        rate=settings.rate or None,
+        cap=settings.cap or None,
+        delay=settings.delay,
     )
 
 

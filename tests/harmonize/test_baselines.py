@@ -6,7 +6,8 @@ import pytest
 import scipy.optimize
 
 from marble_jax.errors import InputError
-from marble_jax.harmonize.baselines import IMTLG, CAGrad, NashMTL, PCGrad, UPGrad
+from marble_jax.harmonize import qp
+from marble_jax.harmonize.baselines import IMTLG, CAGrad, NashMTL, PCGrad, Rule, UPGrad
 
 RULES = [UPGrad(), PCGrad(), CAGrad(), IMTLG(), NashMTL()]
 ALL = [*RULES, UPGrad(normalize=True), PCGrad(normalize=True), CAGrad(normalize=True)]
@@ -145,6 +146,26 @@ def test_the_loss_scale_does_not_change_the_rule(balancer, factor):
     np.testing.assert_allclose(
         _solve(balancer, g * factor).weights, _solve(balancer, g).weights, rtol=2e-3, atol=1e-4
     )
+
+
+class _Broken(Rule):
+    """Divides by nothing."""
+
+    def combine(self, gram, used):
+        return jnp.full(len(gram), jnp.nan), True
+
+
+def test_a_rule_that_breaks_down_says_so():
+    """The pseudo-inverse [[1, -1], [-1, 1]] / 4 of two opposed unit gradients makes weights 0, which have no shares."""
+    for balancer in (IMTLG(), _Broken()):
+        got = _solve(balancer, np.array([[1.0, 0.0], [-1.0, 0.0]]))
+        assert int(got.status) == qp.INACCURATE
+        np.testing.assert_allclose(got.weights, 0.5, rtol=1e-5)
+        # One reward is its own update, whatever a rule makes of it.
+        alone = _solve(balancer, np.array([[1.0, 0.0], [-1.0, 0.0]]), [True, False])
+        assert int(alone.status) == qp.ONE_VALID
+    for balancer in RULES:
+        assert int(_solve(balancer, _gradients(0)).status) == qp.SOLVED
 
 
 def test_bad_input():

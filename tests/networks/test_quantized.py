@@ -143,12 +143,14 @@ def test_only_token_layers_of_blocks_are_narrow(name):
 
 
 def test_rollouts_alone_are_narrow():
-    settings = load_settings("embedded:smoke", {"rollout.products": "int8"})
+    changes = {"rollout.products": "int8", "rollout.merge_adapter": False}
+    settings = load_settings("embedded:smoke", changes)
     run = build(settings)
     try:
         iteration = run.iteration
         params, adapter = iteration.rollout_policy(run.state)
-        assert settings.rollout.merge_adapter and adapter is None
+        # Beside the weights, in its own precision.
+        assert adapter is run.state.rollout
         kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
         assert kinds == {"int8", "float32"}
         # What is trained and evaluated is what was read.
@@ -171,6 +173,11 @@ def test_rollouts_alone_are_narrow():
             "embedded:smoke",
             {"mesh.tensor": 2},
             "weights split over devices .mesh.fsdp=1, mesh.tensor=2.",
+        ),
+        (
+            "embedded:smoke",
+            {},
+            "rollout.merge_adapter=True, .*--config.rollout.merge_adapter=False",
         ),
     ],
 )

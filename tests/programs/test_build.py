@@ -95,13 +95,45 @@ def held_out_prompts(made):
             "harmonize.smooth_exact: expected False with advantages.scalarize=weighted_sum",
         ),
         (
+            {
+                "advantages__scalarize": "gdpo",
+                "harmonize__reward_weights": (1.0, 2.0, 1.0, 1.0, 1.0),
+            },
+            "harmonize.reward_weights: expected none with advantages.scalarize=gdpo, .*reward_weights=; "
+            r"advantages.weights are the weights of its rewards\); received \(1.0, 2.0",
+        ),
+        (
+            {"advantages__scalarize": "weighted_sum", "harmonize__balancer": "pcgrad"},
+            "harmonize.balancer: expected marble with advantages.scalarize=weighted_sum, .*balancer=marble.*'?pcgrad",
+        ),
+        (
+            {"advantages__scalarize": "weighted_sum", "harmonize__alpha_floor": 0.1},
+            "harmonize.alpha_floor: expected 0.0 with advantages.scalarize=weighted_sum, .*received 0.1",
+        ),
+        (
+            {
+                "advantages__scalarize": "advantage_sum",
+                "harmonize__groups": ("a", "a", "b", "b", "b"),
+            },
+            "harmonize.groups: expected none with advantages.scalarize=advantage_sum, .*received",
+        ),
+        (
             {"advantages__scalarize": "gdpo", "advantages__scale": "group"},
             "advantages.scale: expected 'global' with advantages.scalarize=gdpo, .*'group'",
+        ),
+        (
+            {"rollout__merge_adapter": True},
+            r"model.dtype: expected 'float32' with rollout.merge_adapter=True, .*received 'bfloat16' "
+            r"\(--config.rollout.merge_adapter=False keeps",
         ),
         ({"logging__wandb": "project"}, "logging.wandb: expected the package wandb; received none"),
         (
             {"rollout_policy__schedule": "linear"},
             "rollout_policy.schedule: expected one of copy, linear_capped, delayed_linear",
+        ),
+        (
+            {"rollout_policy__schedule": "delayed_linear", "rollout_policy__cap": 0.5},
+            "rollout_policy.cap: expected 0, for the schedule's own 0.999, or a rate beside it .*received 0.5",
         ),
         (
             {"rollout__solver": "heun"},

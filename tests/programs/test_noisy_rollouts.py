@@ -93,6 +93,18 @@ def test_published_settings_fit_each_other(name):
             {"objective__name": "awm", "training__updates_per_rollout": 2},
             "training.updates_per_rollout: expected 1 with objective.name=awm.*; received 2",
         ),
+        (
+            {"objective__name": "awm"},
+            "rollout_policy.schedule: expected 'copy' with objective.name=awm, .*; received 'linear_capped'",
+        ),
+        (
+            {
+                "objective__name": "awm",
+                "rollout_policy__schedule": "copy",
+                "awm__rollout_weight": 1.0,
+            },
+            "awm.rollout_weight: expected 0 with rollout_policy.schedule=copy, .*; received 1.0",
+        ),
         # What nothing would read.
         (
             {"policy_gradient__clip_range": 0.1},
@@ -105,7 +117,11 @@ def test_published_settings_fit_each_other(name):
             "nft.kl_weight: expected its default 0.0001 with objective.name=policy_gradient",
         ),
         (
-            {"objective__name": "awm", "policy_gradient__form": "guard"},
+            {
+                "objective__name": "awm",
+                "rollout_policy__schedule": "copy",
+                "policy_gradient__form": "guard",
+            },
             "policy_gradient.form: expected its default 'ppo' with objective.name=awm",
         ),
         (
@@ -119,6 +135,10 @@ def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(InputError, match=message) as refusal:
         check_settings(settings_with(**changes), "tpu")
     assert "\n" not in str(refusal.value)
+
+
+def test_matching_may_be_pulled_to_an_older_policy():
+    check_settings(settings_with(objective__name="awm", awm__rollout_weight=1.0), "tpu")
 
 
 @pytest.mark.parametrize(

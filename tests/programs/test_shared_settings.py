@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from marble_jax.config import RolloutSettings
 from marble_jax.errors import InputError
 from marble_jax.families.descriptions import Size
 from marble_jax.programs.policy_source import SamplingSettings
@@ -73,6 +74,53 @@ def test_a_plain_model_is_guided_as_the_run_is():
     assert (found.guidance, found.negative) == (4.5, "ugly") and found.guided
     found = settle({"run": run}, SamplingSettings(guidance=1.0), NOTHING).settings
     assert (found.guidance, found.negative) == (1.0, "") and not found.guided
+
+
+def test_guidance_that_is_stated_leads_away_from_the_negative_prompt_of_the_run():
+    run = dataclasses.replace(RUN, guidance=4.5, negative="ugly")
+    shared = settle({"base": PLAIN, "run": run}, SamplingSettings(guidance=3.0), NOTHING)
+    assert (shared.settings.guidance, shared.settings.negative) == (3.0, "ugly")
+    assert shared.origins["negative"] == "the training run 'run'"
+    assert shared.origins["guidance"] == "command line or default"
+    # An empty one can be stated, and another one.
+    for negative in ("", "blue"):
+        asked = SamplingSettings(guidance=3.0, negative=negative)
+        shared = settle({"run": run}, asked, NOTHING)
+        assert shared.settings.negative == negative
+        assert shared.origins["negative"] == "command line or default"
+    other = dataclasses.replace(run, negative="blurred")
+    with pytest.raises(InputError, match="one negative .*--negative=TEXT; received ugly of 'run'"):
+        settle({"run": run, "other": other}, SamplingSettings(guidance=3.0), NOTHING)
+    # Without guidance there is nothing to agree on.
+    plain = settle({"run": run, "other": other}, SamplingSettings(guidance=1.0), NOTHING)
+    assert plain.settings.negative == ""
+
+
+def test_one_policy_is_guided_as_its_run_is():
+    rollout = RolloutSettings(guidance_scale=4.5, negative_prompt="ugly")
+    for asked, guidance, negative in (
+        (SamplingSettings(), 4.5, "ugly"),
+        (SamplingSettings(guidance=3.0), 3.0, "ugly"),
+        (SamplingSettings(guidance=3.0, negative=""), 3.0, ""),
+        (SamplingSettings(negative="blue"), 4.5, "blue"),
+        (SamplingSettings(guidance=1.0), 1.0, ""),
+    ):
+        found = asked.guided_as(rollout)
+        assert (found.guidance, found.negative) == (guidance, negative)
+    assert SamplingSettings().guided_as(None) == SamplingSettings(guidance=1.0, negative="")
+
+
+@pytest.mark.parametrize("guidance", [None, 0.0, 1.0])
+def test_a_negative_prompt_that_nothing_would_read_is_refused(guidance):
+    asked = SamplingSettings(guidance=guidance, negative="ugly")
+    message = (
+        r"--negative: expected none without guidance .*above 1 turns it on\); received 'ugly'$"
+    )
+    for rollout in (None, RolloutSettings()):
+        with pytest.raises(InputError, match=message):
+            asked.guided_as(rollout)
+    with pytest.raises(InputError, match=message):
+        settle({"run": RUN, "base": PLAIN}, asked, NOTHING)
 
 
 def test_frames_are_stated_or_the_run_s():

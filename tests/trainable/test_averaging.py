@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from marble_jax.config import RolloutPolicySettings
 from marble_jax.errors import InputError
 from marble_jax.trainable import averaging
 
@@ -26,6 +27,36 @@ def test_rollout_decay(name, settings, expected):
     for step, value in expected.items():
         assert float(decay(step)) == pytest.approx(value, abs=1e-6)
         assert float(traced(jnp.asarray(step))) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # The paper's: min(0.001 s, 0.95).
+        ({}, {1: 0.001, 500: 0.5, 5000: 0.95}),
+        # The shipped pipelines': DiffusionNFT's cap.
+        ({"cap": 0.5}, {499: 0.499, 501: 0.5}),
+        ({"rate": 0.01}, {5: 0.05, 5000: 0.95}),
+        # DiffusionNFT's: 0 for s < 75, else min(0.0075 (s - 75), 0.999).
+        ({"schedule": "delayed_linear"}, {74: 0, 75: 0, 76: 0.0075, 275: 0.999, 5000: 0.999}),
+        ({"schedule": "delayed_linear", "delay": 10}, {10: 0, 11: 0.0075}),
+        ({"schedule": "delayed_linear", "rate": 0.0075, "cap": 0.5}, {76: 0.0075, 275: 0.5}),
+        ({"schedule": "copy"}, {1: 0, 5000: 0}),
+    ],
+)
+def test_a_schedule_of_a_run_is_the_published_one_unless_more_is_said(settings, expected):
+    decay = averaging.rollout_decay_of(RolloutPolicySettings(**settings))
+    for step, value in expected.items():
+        assert float(decay(step)) == pytest.approx(value, abs=1e-6)
+
+
+def test_a_cap_of_another_schedule_is_not_taken_over():
+    """`--config=embedded --config.rollout_policy.schedule=delayed_linear` keeps the preset's cap."""
+    mixed = RolloutPolicySettings(schedule="delayed_linear", cap=0.5)
+    with pytest.raises(
+        InputError, match=r"rollout_policy.cap: expected 0, .*0.999, or a rate .*0.5$"
+    ):
+        averaging.rollout_decay_of(mixed)
 
 
 def test_ema_decay_warms_up():

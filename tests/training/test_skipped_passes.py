@@ -173,7 +173,10 @@ def test_a_step_needs_a_state_that_knows_the_distance():
     [
         ({"harmonize.anchor_every": 1}, "harmonize.anchor_every=1"),
         ({"harmonize.mode": "upstream"}, "harmonize.mode=upstream"),
-        ({"objective.name": "awm"}, "objective.name=awm"),
+        (
+            {"objective.name": "awm", "rollout_policy.schedule": "copy"},
+            "objective.name=awm",
+        ),
     ],
 )
 def test_where_nothing_could_be_skipped_it_is_refused(changes, reason):
