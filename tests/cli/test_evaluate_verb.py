@@ -214,6 +214,10 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
             "--policy: expected 'rollout', as the policy is called now; received 'old'",
         ),
         (
+            ["--prompts=a", "--policy=best"],
+            "--policy: expected with --workdir, a training run, whose policy it is; received 'best' with --model",
+        ),
+        (
             ["--prompts=a", "--omit_text_encoders=text_encoder"],
             "omit_text_encoders: expected one of text_encoder_3; received 'text_encoder'",
         ),
