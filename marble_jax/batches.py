@@ -7,7 +7,7 @@ the last sample, and whoever puts the results together cuts what was repeated.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -41,6 +41,27 @@ def batch_indices(count: int, size: int) -> list[np.ndarray]:
         # can be cut off.
         batches.append(np.minimum(unbounded, count - 1))
     return batches
+
+
+def pack_groups(labels: Sequence[Hashable], size: int) -> list[list[int]]:
+    """Packs samples into parts that take no group apart, groups in the order of their first samples.
+
+    Args:
+      labels: of N samples; those of equal labels are a group, wherever they stand.
+      size: samples a part; a group that is larger is a part of its own.
+
+    Returns:
+      Indices of every part's samples, those of a group side by side; each of the N stands in one part.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, label in enumerate(labels):
+        groups.setdefault(label, []).append(index)
+    parts: list[list[int]] = []
+    for group in groups.values():
+        if not parts or len(parts[-1]) + len(group) > size:
+            parts.append([])
+        parts[-1] += group
+    return parts
 
 
 def batches_of(tree: Any, count: int, size: int) -> Iterator[Any]:

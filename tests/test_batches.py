@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from marble_jax.batches import batch_indices, batches_of
+from marble_jax.batches import batch_indices, batches_of, pack_groups
 from marble_jax.errors import InputError
 
 
@@ -31,3 +31,17 @@ def test_batches_of_a_tree_repeat_the_last_sample_of_every_leaf():
 def test_a_batch_without_samples_is_refused():
     with pytest.raises(InputError, match="batch: expected 1 or more; received 0"):
         batch_indices(3, 0)
+
+
+@pytest.mark.parametrize(
+    "labels, size, expected",
+    [
+        ("aabbcc", 4, [[0, 1, 2, 3], [4, 5]]),
+        # Wherever they stand; in the order of their first ones.
+        ("abcabc", 2, [[0, 3], [1, 4], [2, 5]]),
+        ("abbbc", 2, [[0], [1, 2, 3], [4]]),
+        ("", 2, []),
+    ],
+)
+def test_packed_groups_stay_together(labels, size, expected):
+    assert pack_groups(labels, size) == expected

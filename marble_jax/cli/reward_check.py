@@ -35,6 +35,9 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     console = Console()
     choice = chosen_rewards(options, settings)
     rewards, problems = load_one_by_one(choice)
+    if options.write and choice.directory is not None:
+        # Scoring takes long: what cannot be recorded is said first.
+        golden_images.check_size(choice.directory, size, choice.names)
     # Scores that are about to be recorded are not held against an earlier record.
     expected: golden_images.Expected = {}
     if not options.write:

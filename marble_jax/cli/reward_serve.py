@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ssl
+from collections.abc import Sequence
 
 from marble_jax import platform
 from marble_jax.cli.reward_choice import chosen_rewards, load_chosen
@@ -11,6 +12,7 @@ from marble_jax.cli.signals import stop_signals
 from marble_jax.config import Settings
 from marble_jax.console import Console
 from marble_jax.errors import InputError, one_line
+from marble_jax.rewards.base import Reward
 from marble_jax.rewards.http.access import is_loopback, read_token
 from marble_jax.rewards.http.connections import ServerOptions
 from marble_jax.rewards.http.images import Limits
@@ -30,6 +32,9 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     token = _token(options)
     platform.keep_compilations()
     rewards = load_chosen(chosen_rewards(options, settings))
+    for reward in rewards:
+        # One that another server computes may need whole groups, which clients of this one ask about.
+        reward.inquire()
     how = ServerOptions(
         token=token,
         workers=options.workers,
@@ -48,6 +53,8 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     console = Console()
     with stop_signals() as stop, RewardServer(rewards, options.host, options.port, how) as server:
         console.say(f"serving {names} at {server.url} ({access} a token); Ctrl-C stops")
+        for line in _passed_over(rewards):
+            console.say(line)
         if token and how.tls is None and not is_loopback(options.host):
             console.say(
                 "the token comes unencrypted: --tls_cert and --tls_key, or a tunnel, hide it"
@@ -60,6 +67,18 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
                 )
                 return BROKEN_STATUS
     return 0
+
+
+def _passed_over(rewards: Sequence[Reward]) -> list[str]:
+    """Returns a line for every reward whose entry says what only a client can go by."""
+    lines = []
+    for reward in rewards:
+        if reward.sources:
+            lines.append(
+                f"reward {reward.name}: sources ({', '.join(reward.sources)}) have no effect here, where prompts come "
+                "without a source: they belong in the client's entry"
+            )
+    return lines
 
 
 def _tls(certificate: str, key: str) -> ssl.SSLContext | None:

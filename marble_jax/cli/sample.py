@@ -13,6 +13,7 @@ from marble_jax.cli.sampling_options import (
     SAMPLING_OPTIONS,
     sampling_settings,
 )
+from marble_jax.errors import InputError
 from marble_jax.policies import check_policy
 
 VERB = Verb(
@@ -31,7 +32,9 @@ VERB = Verb(
         ),
         Option("workdir", "a training run; its model with its adapter", Place(), "RUN"),
         Option(
-            "policy", "of --workdir, which is base, current, rollout, ema or best", default="ema"
+            "policy",
+            "of --workdir, which is base, current, rollout, ema (unless given) or best",
+            shown="NAME",
         ),
         Option(
             "lora",
@@ -94,7 +97,13 @@ def run(options: argparse.Namespace) -> int:
     """
     check_either("sample", options, "model", "workdir")
     check_either("sample", options, "prompts", "prompts_path")
-    check_policy("--policy", options.policy)
+    policy = options.policy or "ema"
+    check_policy("--policy", policy)
+    if options.policy and options.model:
+        raise InputError(
+            f"--policy: expected with --workdir, a training run, whose policy it is; received {options.policy!r} with "
+            "--model"
+        )
     prompts = _prompts(options)
     settings = sampling_settings(options)
     # JAX and the networks are imported once the options are known to be right.
@@ -105,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
     for prompt in prompts:
         # The images of a prompt stand together, in files as in the grid.
         repeated += [prompt] * options.images
-    source = PolicySource(options.model, options.workdir, options.policy, options.lora)
+    source = PolicySource(options.model, options.workdir, policy, options.lora)
     sample_images(repeated, options.out, source, settings, options.grid, options.mp4)
     return 0
 

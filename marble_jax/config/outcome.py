@@ -16,7 +16,9 @@ class EvaluationSettings:
         (), "sources of the held-out prompts, in equal shares; empty: those trained on"
     )
     images_per_prompt: int = key(
-        1, "images of each; intervals resample whole prompts", "images, >= 1"
+        1,
+        "images of each, which rewards that compare those of a prompt compare; intervals resample whole prompts",
+        "images, >= 1",
     )
     # How often is free on resumption; which images are compared with the base model's is not.
     every_steps: int = key(

@@ -88,10 +88,15 @@ def open_model(
       ignore: patterns of tensors to pass over.
 
     Raises:
-      InputError: no such model, or one of no family in `formats`.
+      InputError: no such model, one of no family in `formats`, or a revision of what is on this machine.
     """
     for component in components:
         one_of("--components", component, _all_components(formats))
+    if revision and pathlib.Path(name).exists():
+        raise InputError(
+            f"--revision: expected with a Hub name, of which it is a branch, tag or commit; received {revision!r} with "
+            f"{name}, which is on this machine"
+        )
     if name.endswith(".safetensors"):
         model = _open_file(name, formats, revision, ignore)
     else:

@@ -43,7 +43,9 @@ class Judgement(Reward):
     def __init__(self, name: str, reward: GenEvalReward, verdicts: _Verdicts, field: str):
         # The verdict on a clip is made of the same frames as the score that it stands for.
         frames, reduction = reward.frames, reward.reduction
-        super().__init__(name=name, kind="host", frames=frames, reduction=reduction)
+        super().__init__(
+            name=name, kind="host", frames=frames, reduction=reduction, sources=reward.sources
+        )
         self._reward = reward
         self._verdicts = verdicts
         self._field = field

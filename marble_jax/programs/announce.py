@@ -51,6 +51,7 @@ def announce_start(
         ("base weights", layout),
         ("rewards", f"{joined(rewards.train)}; never trained on: {heldout}"),
         *_frame_rows(run),
+        *_group_rows(run),
         ("step", _step_line(run)),
         ("sampling", _sampling_line(run)),
         ("memory", _memory_line(run)),
@@ -80,6 +81,21 @@ def _frame_rows(run: Run) -> list[tuple[str, str]]:
     for words, seeing in names.items():
         choices.append(f"{words}: {joined(seeing)}")
     return [("frames", "; ".join(choices))]
+
+
+def _group_rows(run: Run) -> list[tuple[str, str]]:
+    """What rewards that compare the images of a prompt are given; no row without such a reward."""
+    evaluator = run.evaluator
+    comparing = [reward.name for reward in evaluator.scorer.rewards if reward.needs_full_group]
+    if not comparing:
+        return []
+    evaluated = f"{evaluator.images_per_prompt} in evaluations"
+    if not evaluator.comparing:
+        evaluated = "in evaluations scored on single images (evaluation.images_per_prompt)"
+    rollout = ""
+    if set(comparing) & set(run.settings.rewards.train):
+        rollout = f"{run.settings.rollout.images_per_prompt} in rollouts, "
+    return [("compared", f"images of a prompt, by {joined(comparing)}: {rollout}{evaluated}")]
 
 
 def _step_line(run: Run) -> str:

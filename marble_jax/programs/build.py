@@ -43,6 +43,7 @@ from marble_jax.programs.open_model import (
 from marble_jax.programs.upstream import upstream_rules
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
+from marble_jax.rewards.placement import rows_together
 from marble_jax.streams import Stream, stream_key
 from marble_jax.trainable import lora
 from marble_jax.training.batch_sizes import (
@@ -242,7 +243,7 @@ def _evaluator(
 ) -> Evaluator:
     """What samples and scores held-out prompts, with all rewards."""
     evaluation = settings.evaluation
-    return Evaluator(
+    evaluator = Evaluator(
         prompts,
         imaging.sampler(evaluation.solver, evaluation.num_steps, evaluation.integer_timesteps),
         imaging.encode,
@@ -254,7 +255,11 @@ def _evaluator(
         evaluation.num_images,
         evaluation.images_per_prompt,
         partial(device_mesh.shard_batch, imaging.mesh),
+        rows_together(imaging.mesh, settings.rollout.batch_size),
     )
+    # Prompts whose images do not fit together show now, not after the base model's were drawn.
+    evaluator.batches()
+    return evaluator
 
 
 def _check_held_out(

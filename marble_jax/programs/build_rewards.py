@@ -28,6 +28,7 @@ def open_rewards(settings: Settings, mesh: Mesh, rate: float | None) -> list[Rew
         frame_reduction=chosen.frame_reduction,
     )
     for reward in rewards:
+        reward.inquire()
         reward.frames_per_second = seen_rate(reward, settings.model.num_frames, rate)
     check_default_frames(rewards, chosen.frames, settings.model.num_frames)
     # Rewards that are only evaluated never see the groups of a rollout.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from marble_jax.batches import batch_indices
-from marble_jax.console import Console
+from marble_jax.batches import batch_indices, pack_groups
+from marble_jax.console import Console, joined
 from marble_jax.errors import InputError
 from marble_jax.evaluation.judgements import with_accuracy
 from marble_jax.evaluation.score_file import ScoreFile
@@ -73,10 +74,25 @@ def score_models(
     wanted = request.rewards or tuple(entries_of(path))
     # GenEval's graded score brings the share of images that are right in all respects.
     rewards = with_accuracy(_load(request, path, wanted))
+    for reward in rewards:
+        reward.inquire()
+    _say_groups(rewards, prompts, console)
     names = [reward.name for reward in rewards]
     for model in request.models:
         _score_model(request, workdir, model, rewards, prompts, console)
     return names
+
+
+def _say_groups(rewards: Sequence[Reward], prompts: Sequence[Prompt], console: Console) -> None:
+    """Says how many images are compared by rewards that compare those of a prompt."""
+    names = [reward.name for reward in rewards if reward.needs_full_group]
+    if not names:
+        return
+    sizes = sorted(set(Counter(prompt.text for prompt in prompts).values()))
+    told = f"scored on the {joined([str(size) for size in sizes])} images of each"
+    if sizes == [1]:
+        told = "scored on single images (--images=N draws several)"
+    console.say(f"{joined(names)}, which compare the images of a prompt: {told}")
 
 
 def _score_model(
@@ -89,20 +105,43 @@ def _score_model(
 ) -> None:
     """Scores what lacks a score of one model."""
     file = ScoreFile(workdir.path / model / "scores.jsonl")
-    names = [reward.name for reward in rewards]
-    lacking, missing = file.missing(names, len(prompts))
-    if not missing:
+    is_scored = True
+    for compares in (False, True):
+        # What another call has scored already is not scored again.
+        names = [reward.name for reward in rewards if reward.needs_full_group == compares]
+        lacking, missing = file.missing(names, len(prompts))
+        if not missing:
+            continue
+        is_scored = False
+        batches = _batches(missing, request.settings.batch)
+        if compares:
+            batches = _whole_groups(missing, prompts, request.settings.batch)
+        count = len(set(itertools.chain(*batches)))
+        console.say(f"{model}: {count} images to score by {', '.join(lacking)}")
+        chosen = [reward for reward in rewards if reward.name in lacking]
+        scorer = Scorer(chosen, request.num_workers, "retry")
+        with closing(scorer), console.bar(count, f"scores of {model}", "img") as bar:
+            _score_images(scorer, file, workdir, model, prompts, batches, bar)
+        with writable(workdir.path):
+            file.finish(prompts)
+    if is_scored:
         console.say(f"{model}: 0 images to score")
-        return
-    console.say(f"{model}: {len(missing)} images to score by {', '.join(lacking)}")
-    # What another call has scored already is not scored again.
-    chosen = [reward for reward in rewards if reward.name in lacking]
-    scorer = Scorer(chosen, request.num_workers, "retry")
-    size = min(request.settings.batch, len(missing))
-    with closing(scorer), console.bar(len(missing), f"scores of {model}", "img") as bar:
-        _score_images(scorer, file, workdir, model, prompts, missing, size, bar)
-    with writable(workdir.path):
-        file.finish(prompts)
+
+
+def _batches(missing: Sequence[int], size: int) -> list[list[int]]:
+    """The missing images in batches of one size; the last one repeats an image until it is full."""
+    batches = []
+    for rows in batch_indices(len(missing), min(size, len(missing))):
+        batches.append([missing[row] for row in rows])
+    return batches
+
+
+def _whole_groups(missing: Sequence[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """The missing images with all others of their prompts, in batches that take no prompt apart nor repeat an image."""
+    texts = {prompts[number].text for number in missing}
+    numbers = [number for number, prompt in enumerate(prompts) if prompt.text in texts]
+    parts = pack_groups([prompts[number].text for number in numbers], size)
+    return [[numbers[row] for row in part] for part in parts]
 
 
 def _score_images(
@@ -111,11 +150,10 @@ def _score_images(
     workdir: Workdir,
     model: str,
     prompts: Sequence[Prompt],
-    missing: Sequence[int],
-    size: int,
+    batches: Sequence[Sequence[int]],
     bar: Any,
 ) -> None:
-    """Scores the missing images of one model in batches of one size, and appends them to its file."""
+    """Scores batches of images of one model, and appends them to its file."""
     folder = ImageFolder(workdir.path / model)
     under_way: deque[tuple[list[int], Any]] = deque()
 
@@ -127,8 +165,7 @@ def _score_images(
             file.append(numbers, [prompts[i] for i in numbers], scores)
         bar.update(len(numbers))
 
-    for rows in batch_indices(len(missing), size):
-        numbers = [missing[row] for row in rows]
+    for numbers in batches:
         # From the 8-bit files: scores do not depend on whether images were drawn in this call.
         pixels = _read_alike(folder, numbers)
         images = pixels.astype(np.float32) / 255

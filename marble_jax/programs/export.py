@@ -46,6 +46,7 @@ from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
 from marble_jax.training.state import TrainState
 from marble_jax.types import Adapter
+from marble_jax.validation import short
 from marble_jax.weights.hub_upload import push_folder, ready_repository
 
 PROMPT = "a photo of a red apple on a wooden table"
@@ -80,6 +81,13 @@ class ExportOptions:
     prompt: str = ""
     push_to_hub: str = ""
     private: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a prompt that nothing would draw."""
+        if self.prompt and not self.verify:
+            raise InputError(
+                f"--prompt: expected with --verify, which draws it; received {short(self.prompt)} alone"
+            )
 
 
 def export_run(path: str, out: str, options: ExportOptions) -> None:

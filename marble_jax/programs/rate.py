@@ -10,6 +10,8 @@ OUT is the folder `rating` of the evaluation unless another is named. The votes 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import secrets
 import threading
@@ -22,7 +24,7 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.evaluation.score_file import ScoreFile
 from marble_jax.programs.evaluate import add_scores
-from marble_jax.programs.evaluation_record import read_evaluation
+from marble_jax.programs.evaluation_record import PROMPTS, read_evaluation
 from marble_jax.rating.anonymous_png import anonymous_png
 from marble_jax.rating.ballot import DEFAULT_QUESTIONS, GRADES, Ballot, Kind
 from marble_jax.rating.results import PREFIX, human_scores, summarize
@@ -119,6 +121,19 @@ class Rating:
             "models": ballot.models,
             "images": len(ballot.prompts),
             "seed": ballot.seed,
+            **self._digests(),
+        }
+
+    def _digests(self) -> dict[str, str]:
+        """What tells one evaluation from another wherever it lies: prompts, and how each model's images were made."""
+        prompts = (self.evaluation.path / PROMPTS).read_bytes()
+        makings = {}
+        for model, folder in self._folders.items():
+            makings[model] = (folder.record() or {}).get("settings", {})
+        making = json.dumps(makings, sort_keys=True).encode()
+        return {
+            "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
+            "settings_sha256": hashlib.sha256(making).hexdigest(),
         }
 
     def _check_record(self) -> None:
@@ -131,9 +146,15 @@ class Rating:
                 )
             return
         recorded, wanted = read_json(file), jsonable(self._record())
+        is_same_place = recorded.get("evaluation") == wanted["evaluation"]
         for key, value in wanted.items():
             # A folder that was moved is the same evaluation.
-            if key != "evaluation" and recorded.get(key) != value:
+            if key == "evaluation":
+                continue
+            # Votes of an earlier version: where they were cast is all that says on what.
+            if key.endswith("_sha256") and key not in recorded and is_same_place:
+                continue
+            if recorded.get(key) != value:
                 raise InputError(
                     f"--out: {file.parent} holds votes of another rating: {key}: expected "
                     f"{recorded.get(key)!r} (its own); received {value!r}; choose another --out"

@@ -65,6 +65,13 @@ class Reward:
     sources: tuple[str, ...] = ()
     frames_per_second: float | None = None
 
+    def inquire(self) -> None:
+        """Asks whoever computes the reward elsewhere for what only they know, `needs_full_group`; nothing for others.
+
+        Raises:
+          RewardError: there is no answer.
+        """
+
     def networks(self) -> Sequence[SharedNetwork]:
         """Returns the networks whose weights are part of `params`; they move to the devices with it."""
         return ()
@@ -198,7 +205,10 @@ def call(
 
     Raises:
       InputError: see `check_frames`.
+      RewardError: see `Reward.inquire`.
     """
+    # Only a run asks before the first call.
+    reward.inquire()
     indices = check_frames(reward, batch.num_frames)
     if reward.takes == CLIPS:
         return reward.score(params, batch.clips(indices), prompts, metadata)
@@ -264,6 +274,16 @@ def of_sources(result: Result, asked: np.ndarray) -> Result:
     """Returns a Result in which the reward applies only where `asked`, bool [N], is True."""
     valid = result.valid & asked
     return Result(np.where(valid, result.values, np.float32(0)), valid, result.failed & asked)
+
+
+def spread_out(result: Result, rows: np.ndarray, count: int) -> Result:
+    """Returns a Result of `count` samples from one of those at `rows`, int [n]; the reward applies to no other."""
+    columns = []
+    for column in result:
+        whole = np.zeros(count, column.dtype)
+        whole[rows] = column
+        columns.append(whole)
+    return Result(*columns)
 
 
 def finite_images(images: Any) -> Any:

@@ -163,8 +163,10 @@ def build_judge(name: str, options: JudgeOptions, context: BuildContext) -> Judg
     _check_number(name, options.number, question)
     shared = None
     if options.number:
-        # Rewards of one answer share its endpoint, and with it how many calls are made at a time.
-        judge = repr((options.urls, options.model))
+        # Rewards of one answer share its endpoint, and with it how many calls are made at a time; one that is to be
+        # called otherwise, with another token for instance, is another endpoint.
+        how = [getattr(options, field.name) for field in dataclasses.fields(CallOptions)]
+        judge = repr((how, options.model))
         shared = context.answers.setdefault(judge, SharedAnswers(replicas))
         replicas = shared.replicas
     takes = cast(Takes, options.takes)
@@ -177,8 +179,14 @@ def _check_number(name: str, number: str, question: Question) -> None:
     """Checks that a judge's answer has the number that an entry is of.
 
     Raises:
-      InputError: it has several, of which the entry names none, or it has no such number.
+      InputError: it has several, of which the entry names none, or it has no such number; or one of them is called as
+        the mean of all is.
     """
+    if MEAN in question.numbers:
+        raise InputError(
+            f"reward {name}: numbers: expected another name than {MEAN!r}, which stands for the mean of all; received "
+            f"{', '.join(question.numbers)}"
+        )
     if number and not question.numbers:
         raise InputError(
             f"reward {name}: number: expected with numbers, or a preset that has some; received {number!r}"

@@ -100,6 +100,14 @@ def check_groups(reward: Reward, mesh: Mesh, num_prompts: int, group: int, size:
         )
 
 
+def rows_together(mesh: Mesh, size: int) -> int:
+    """Returns how many images of a batch of `size`, side by side from any multiple of it, lie on one host."""
+    owners = distributed.row_processes(device_mesh.image_sharding(mesh, size), (size,))
+    # Where the next host's rows begin, and the end.
+    borders = [*np.flatnonzero(np.diff(owners)) + 1, size]
+    return int(np.gcd.reduce(borders))
+
+
 def _nearest_batch_size(mesh: Mesh, num_images: int, group: int, size: int) -> str:
     """Returns "; nearest valid ..." for the batch size next to `size` that keeps groups on one host, or nothing."""
     shards = device_mesh.batch_shards(mesh)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from marble_jax.types import Scores
 
 log = logging.getLogger(__name__)
 
+_Entry = TypeVar("_Entry")
 Reasons = dict[str, str]
 """By reward, why scores failed."""
 
@@ -62,6 +63,7 @@ class _Batch:
       device: by device reward.
       finite: bool [N], images without NaN and infinity; may still be on its way.
       asked: by reward that is for some sources of prompts, bool [N].
+      counted: int [n], rows of the images that count; None for all of them.
       host: of the host rewards, if there are any.
       processes: int [N], which process scores which image on its host; None with one process.
     """
@@ -69,6 +71,7 @@ class _Batch:
     device: Mapping[str, _DeviceScores]
     finite: Any
     asked: Mapping[str, np.ndarray]
+    counted: np.ndarray | None = None
     host: Pending | None = None
     processes: np.ndarray | None = None
 
@@ -132,10 +135,18 @@ class Scorer:
         # Why this process has to stop the run, from when it is known until all processes are told.
         self._stop_reason = ""
 
-    def submit(self, images: jax.Array, prompts: Sequence[Prompt]) -> PendingScores:
+    def submit(
+        self, images: jax.Array, prompts: Sequence[Prompt], counted: np.ndarray | None = None
+    ) -> PendingScores:
         """Hands over float32 images [N, H, W, 3], or clips [N, F, H, W, 3], in [0, 1] with their N prompts.
 
         An image is a clip of one frame, and the other way round.
+
+        Args:
+          images: see above.
+          prompts: theirs.
+          counted: bool [N], False for images that only fill the batch up: rewards on the host, and those that compare
+            the images of a prompt, do not see them. None where all count. What their scores say means nothing.
 
         Raises:
           InputError: a reward that takes images has no choice of frames, or clips have too few frames for a reward.
@@ -145,6 +156,9 @@ class Scorer:
         pixels = PixelBatch(images)
         for reward in self.rewards:
             base.check_frames(reward, pixels.num_frames)
+        rows = None
+        if counted is not None and not counted.all():
+            rows = np.flatnonzero(counted)
         finite = _finite_images(images)
         texts = [prompt.text for prompt in prompts]
         metadata = [prompt.metadata for prompt in prompts]
@@ -152,8 +166,9 @@ class Scorer:
         device = {}
         for reward in self.rewards:
             if reward.kind == "device":
-                device[reward.name] = self._start(reward, pixels, texts, metadata)
-        batch = _Batch(device, finite, self._asked(prompts))
+                seen = rows if reward.needs_full_group else None
+                device[reward.name] = self._start(reward, pixels, texts, metadata, seen)
+        batch = _Batch(device, finite, self._asked(prompts), rows)
         return PendingScores(self, self._submit_to_host(batch, images, texts, metadata))
 
     def _asked(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
@@ -175,16 +190,20 @@ class Scorer:
         if self._host is None:
             return batch
         if distributed.is_single_process():
-            host = self._host.submit(np.asarray(images), texts, metadata)
+            on_host, rows = np.asarray(images), batch.counted
+            if rows is not None:
+                on_host = on_host[rows]
+                texts, metadata = _at(rows, texts), _at(rows, metadata)
+            host = self._host.submit(on_host, texts, metadata)
             return dataclasses.replace(batch, host=host)
         # Each host scores the images that its own devices hold: none is sent anywhere.
         processes = distributed.row_processes(images.sharding, images.shape)
-        rows = np.flatnonzero(processes == jax.process_index()).tolist()
-        host = self._host.submit(
-            distributed.local_rows(images, processes),
-            [texts[row] for row in rows],
-            [metadata[row] for row in rows],
-        )
+        rows = np.flatnonzero(processes == jax.process_index())
+        on_host = distributed.local_rows(images, processes)
+        if batch.counted is not None:
+            counts = np.isin(rows, batch.counted)
+            rows, on_host = rows[counts], on_host[counts]
+        host = self._host.submit(on_host, _at(rows, texts), _at(rows, metadata))
         return dataclasses.replace(batch, host=host, processes=processes)
 
     @property
@@ -200,9 +219,17 @@ class Scorer:
             self._host.close()
 
     def _start(
-        self, reward: Reward, pixels: PixelBatch, texts: list[str], metadata: list[Metadata]
+        self,
+        reward: Reward,
+        pixels: PixelBatch,
+        texts: list[str],
+        metadata: list[Metadata],
+        rows: np.ndarray | None,
     ) -> _DeviceScores:
-        """Sets a device reward to work; nothing valid when it raises."""
+        """Sets a device reward to work on the images at `rows`, or on all; nothing valid when it raises."""
+        if rows is not None:
+            pixels = PixelBatch(pixels.pixels[rows])
+            texts, metadata = _at(rows, texts), _at(rows, metadata)
         applies = base.applicable(reward, texts, metadata)
         for _ in range(num_attempts(self._on_error)):
             try:
@@ -250,6 +277,9 @@ class Scorer:
         else:
             results, reasons = self._collect_from_all(batch)
         for name, result in results.items():
+            if len(result.values) < len(finite):
+                assert batch.counted is not None, "only images that fill a batch up are not seen"
+                result = base.spread_out(result, batch.counted, len(finite))
             result = base.without_broken_images(result, finite)
             if name in batch.asked:
                 result = base.of_sources(result, batch.asked[name])
@@ -283,7 +313,7 @@ class Scorer:
             raise RewardError(self._stop_reason)
         results = self._collect_device(batch, reports)
         for name in host_results:
-            results[name] = _put_together(name, reports, batch.processes)
+            results[name] = _put_together(name, reports, batch.processes, batch.counted)
         # What went wrong on the device shows only now that it has been read.
         stop_reason = distributed.any_process("scores", self._stop_reason)
         if stop_reason:
@@ -341,8 +371,16 @@ def _first_reasons(reports: Sequence[Mapping[str, Any]]) -> Reasons:
     return reasons
 
 
+def _at(rows: np.ndarray, entries: Sequence[_Entry]) -> list[_Entry]:
+    """Returns the entries at `rows`, int [n]."""
+    return [entries[row] for row in rows.tolist()]
+
+
 def _put_together(
-    name: str, reports: Sequence[Mapping[str, Any]], processes: np.ndarray | None
+    name: str,
+    reports: Sequence[Mapping[str, Any]],
+    processes: np.ndarray | None,
+    counted: np.ndarray | None,
 ) -> Result:
     """Returns the scores of a host reward for the whole batch, each row from the process that scored it."""
     assert processes is not None, "host rewards of several processes come with the rows of each"
@@ -350,6 +388,8 @@ def _put_together(
     result = Result(np.zeros(size, np.float32), np.zeros(size, bool), np.zeros(size, bool))
     for process, report in enumerate(reports):
         rows = processes == process
+        if counted is not None:
+            rows &= np.isin(np.arange(size), counted)
         for column, part in zip(result, report["scores"][name], strict=True):
             column[rows] = part
     return result

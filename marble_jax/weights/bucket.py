@@ -1,29 +1,41 @@
-"""Models in buckets: the folders of one that a run reads, copied to this machine once."""
+"""Models in buckets: the folders of one that a run reads, copied to this machine and kept as the bucket has them.
+
+Beside a copy `TARGET` lies `TARGET.marks` with a file of the same path for each of its files: what the bucket said of
+that file when it was copied. A copy whose mark is another now, or lacks one, is made anew.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from marble_jax.errors import InputError
-from marble_jax.storage.files import location
+from marble_jax.storage.files import is_remote, location
+
+log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 BLOCK = 1 << 24
 """Bytes copied at once."""
+PARTIAL = ".partial"
+"""End of the name of a file that is being copied."""
+_MARKS = ("generation", "ETag", "etag", "mtime", "LastModified", "updated", "created")
+"""What buckets say of a file's content or of when it was written, best first: gcsfs the first, s3fs the second."""
 
 
 def local_copy(url: str, folders: Sequence[str], cache: pathlib.Path | None = None) -> pathlib.Path:
-    """Copies a model's index and some of its folders; a file that is here with the size it has there is not copied.
+    """Copies a model's index and some of its folders; a file that is here as it is there is not copied again.
 
     Args:
       url: of a directory in diffusers' layout, `gs://...` or `s3://...`.
-      folders: components to copy.
+      folders: components to copy; files that they have here and not there are removed.
       cache: where copies are kept, a folder for every URL; `~/.cache/marble_jax/models` by default.
 
     Returns:
@@ -40,18 +52,28 @@ def local_copy(url: str, folders: Sequence[str], cache: pathlib.Path | None = No
     if cache is None:
         cache = pathlib.Path.home() / ".cache" / "marble_jax" / "models"
     target = cache / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:24]
+    copy = _Copy(target)
     try:
-        _copy(source / INDEX, target / INDEX)
+        copy.bring(source / INDEX, INDEX)
         for folder in folders:
-            if not (source / folder).is_dir():
-                continue
-            for file in _files_below(source / folder):
-                _copy(file, target / folder / os.fspath(file.relative_to(source / folder)))
+            names = set()
+            if (source / folder).is_dir():
+                for file in _files_below(source / folder):
+                    name = f"{folder}/{os.fspath(file.relative_to(source / folder))}"
+                    copy.bring(file, name)
+                    names.add(name)
+            copy.keep_only(folder, names)
     except OSError as error:
         raise InputError(
             f"model.path: expected room and access to copy {url} to {target}; received "
             f"{error.strerror or error}"
         ) from error
+    if copy.num_changed:
+        log.warning(
+            "model.path: %s is another model than when it was copied: %d files copied anew or removed",
+            url,
+            copy.num_changed,
+        )
     return target
 
 
@@ -63,15 +85,78 @@ def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
             yield place
 
 
-def _copy(source: epath.Path, target: pathlib.Path) -> None:
-    """Copies a file whole or not at all, also when several processes of a host do."""
-    if target.is_file() and target.stat().st_size == source.stat().length:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}.partial"
+class _Copy:
+    """A model's copy on this machine, whose files are replaced whole, also when several processes of a host do.
+
+    Attributes:
+      num_changed: files that were here and are no longer as the source has them.
+    """
+
+    def __init__(self, target: pathlib.Path):
+        self._target = target
+        self._marks = target.with_name(f"{target.name}.marks")
+        self.num_changed = 0
+
+    def bring(self, source: epath.Path, name: str) -> None:
+        """Copies a file, unless it is here as it is there."""
+        size, mark = _state(source)
+        file, mark_file = self._target / name, self._marks / name
+        recorded = mark_file.read_text() if mark_file.is_file() else ""
+        # A source that says nothing of its files may have changed; so may one that nothing is on record of.
+        if mark and recorded == mark and file.is_file() and file.stat().st_size == size:
+            return
+        self.num_changed += bool(recorded) and recorded != mark
+        with source.open("rb") as reader:
+            blocks = iter(lambda: reader.read(BLOCK), b"")
+            _write_whole(file, blocks)
+        # After the file: a kill in between has it copied again.
+        _write_whole(mark_file, [mark.encode()])
+
+    def keep_only(self, folder: str, names: set[str]) -> None:
+        """Removes the files of a folder that are not among `names`."""
+        for file in sorted((self._target / folder).rglob("*")):
+            name = file.relative_to(self._target).as_posix()
+            # What is being copied has another name until it is whole.
+            if name in names or file.is_dir() or file.name.endswith(PARTIAL):
+                continue
+            file.unlink(missing_ok=True)
+            (self._marks / name).unlink(missing_ok=True)
+            self.num_changed += 1
+
+
+def _state(source: epath.Path) -> tuple[int, str]:
+    """Bytes of a file, and what changes when it is written anew; an empty mark where nothing is known."""
+    path = os.fspath(source)
+    if not is_remote(path):
+        status = os.stat(path)
+        return status.st_size, _mark({"mtime": status.st_mtime_ns})
     try:
-        with source.open("rb") as reader, partial.open("wb") as writer:
-            while block := reader.read(BLOCK):
+        from fsspec.core import url_to_fs
+
+        filesystem, inside = url_to_fs(path)
+    except ImportError:
+        # TensorFlow opens the bucket.
+        status = source.stat()
+        return status.length, _mark({"mtime": status.mtime})
+    info = filesystem.info(inside)
+    return int(info["size"]), _mark(info)
+
+
+def _mark(info: Mapping[str, Any]) -> str:
+    """What is known of a file's content or of when it was written, in words."""
+    for field in _MARKS:
+        if info.get(field):
+            return f"{field} {info[field]}"
+    return ""
+
+
+def _write_whole(target: pathlib.Path, blocks: Iterator[bytes] | Sequence[bytes]) -> None:
+    """Writes a file whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{secrets.token_hex(8)}{PARTIAL}"
+    try:
+        with partial.open("wb") as writer:
+            for block in blocks:
                 writer.write(block)
         partial.replace(target)
     finally:

@@ -157,10 +157,15 @@ def find_model(
       revision: branch, tag or commit of a Hub model.
 
     Raises:
-      InputError: no such directory, and not a Hub model that can be had (unknown, gated, or no network).
+      InputError: no such directory, and not a Hub model that can be had (unknown, gated, or no network); or a
+        revision of a directory.
     """
     path = local_path(name)
     if path.is_dir():
+        if revision:
+            raise InputError(
+                f"model {str(name)!r}: expected no revision of a directory on this machine; received {revision!r}"
+            )
         return path
     if not HUB_NAME.fullmatch(str(name)):
         raise InputError(

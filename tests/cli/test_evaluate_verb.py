@@ -16,12 +16,16 @@ import sd3_lora as adapters
 from PIL import Image
 
 from marble_jax.cli.main import main
+from marble_jax.console import Console
 from marble_jax.convert.lora_files import lora_files
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.layer_names import load_mmdit
 from marble_jax.programs.evaluation_request import evaluation_prompts, parse_models
+from marble_jax.programs.evaluation_scores import _say_groups
 from marble_jax.programs.policy_source import PolicySource
+from marble_jax.prompts.files import Prompt
+from marble_jax.rewards.base import Reward
 from marble_jax.rewards.registry import FILE, entries_of
 from marble_jax.storage.images import ImageFolder, read_image
 
@@ -208,6 +212,10 @@ def test_sample_refuses_before_it_writes(refused, tmp_path):
         (
             ["--prompts=a", "--policy=old"],
             "--policy: expected 'rollout', as the policy is called now; received 'old'",
+        ),
+        (
+            ["--prompts=a", "--policy=best"],
+            "--policy: expected with --workdir, a training run, whose policy it is; received 'best' with --model",
         ),
         (
             ["--prompts=a", "--omit_text_encoders=text_encoder"],
@@ -501,3 +509,45 @@ def test_no_prompts():
     message = "--prompts_path: expected a file, a directory, .*; received none"
     with pytest.raises(InputError, match=message):
         evaluation_prompts(" , ")
+
+
+def test_images_of_a_prompt_are_compared_with_each_other(prompts, tmp_path, monkeypatch, capsys):
+    """Places of three images of a prompt (of six, where it is given twice) are 0, 1, 2 whatever the batch."""
+    (tmp_path / "marble_test_places.py").write_text(
+        "def places(images, prompt, metadata):\n"
+        "    means = images.mean((1, 2, 3))\n"
+        "    return [float((means < mean).sum()) for mean in means]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    name = "marble_test_places:places"
+    command = ["evaluate", "--models=base=embedded", f"--prompts={prompts}", "--images=3"]
+    command += [f"--rewards={name}", "--out=out", "--steps=2"]
+    assert main([*command, "--batch=4"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"{name}, which compare the images of a prompt: scored on the 3, 6 images of each"
+        in printed
+    )
+    file = tmp_path / "out" / "base" / "scores.jsonl"
+    lines = records(file)
+    of_prompts = {}
+    for line in lines:
+        of_prompts.setdefault(line["prompt"], []).append(line["scores"][name])
+    assert sorted(len(places) for places in of_prompts.values()) == [3, 3, 3, 3, 3, 6]
+    for places in of_prompts.values():
+        assert sorted(places) == list(range(len(places)))
+    # One image of a prompt is scored anew with its others; a batch of another size changes nothing.
+    kept = [line for line in file.read_text().splitlines(keepends=True) if '"index": 4' not in line]
+    file.write_text("".join(kept))
+    assert main([*command, "--batch=16", "--skip_generation"]) == 0
+    assert "base: 3 images to score" in capsys.readouterr().out
+    assert records(file) == lines
+
+
+def test_one_image_of_a_prompt_is_compared_with_none(capsys):
+    rank = Reward(name="rank", kind="host", needs_full_group=True)
+    other = Reward(name="other", kind="host")
+    _say_groups([other], [Prompt("fog", "general")] * 3, Console())
+    assert capsys.readouterr().out == ""
+    _say_groups([rank, other], [Prompt("fog", "general"), Prompt("a star", "general")], Console())
+    assert "rank, which compare the images of a prompt: scored on single" in capsys.readouterr().out

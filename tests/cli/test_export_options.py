@@ -39,6 +39,10 @@ from marble_jax.cli.main import main
             "--dtype: expected with --merge, whose weights it is of; received 'float16' alone",
         ),
         (
+            ["--workdir=x", "--out=y", "--prompt=a cat"],
+            "--prompt: expected with --verify, which draws it; received 'a cat' alone",
+        ),
+        (
             ["--workdir=x", "--out=y", "--step=last"],
             "--step: expected the number of a step; received 'last'",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 import time
 import urllib.request
@@ -173,6 +174,40 @@ def test_votes_of_another_rating_are_not_mixed(evaluation, refused):
     assert "votes.jsonl:25: index: expected" in refused(here)
     (evaluation / "rating" / "rating.json").unlink()
     assert "expected rating.json beside votes.jsonl; received none" in refused(here)
+
+
+def test_votes_of_another_evaluation_are_not_mixed(evaluation, tmp_path, refused):
+    """Of the same size, with models of the same names; a folder that was moved is no other one."""
+    votes = f"--out={tmp_path / 'votes'}"
+    ask = ["--count-only", "--no-add-scores", votes]
+    for model in MODELS:
+        record = {"settings": {"model": model}, "prompts": TEXTS}
+        (evaluation / model / "settings.json").write_text(json.dumps(record))
+    assert main(["rate", f"--evaluation={evaluation}", *ask]) == 0
+    moved = shutil.copytree(evaluation, tmp_path / "moved")
+    assert main(["rate", f"--evaluation={moved}", *ask]) == 0
+    drawn = shutil.copytree(evaluation, tmp_path / "drawn")
+    record = {"settings": {"model": "another"}, "prompts": TEXTS}
+    (drawn / "ours" / "settings.json").write_text(json.dumps(record))
+    assert "holds votes of another rating: settings_sha256" in refused(
+        f"--evaluation={drawn}", *ask
+    )
+    lines = (evaluation / "prompts.jsonl").read_text().replace("prompt 5", "prompt 6")
+    (moved / "prompts.jsonl").write_text(lines)
+    assert "holds votes of another rating: prompts_sha256" in refused(f"--evaluation={moved}", *ask)
+
+
+def test_votes_without_digests_stay_with_their_folder(evaluation, tmp_path, refused):
+    """As earlier versions left them."""
+    cast(evaluation)
+    file = evaluation / "rating" / "rating.json"
+    record = json.loads(file.read_text())
+    for key in ("prompts_sha256", "settings_sha256"):
+        assert len(record.pop(key)) == 64
+    file.write_text(json.dumps(record))
+    moved = shutil.copytree(evaluation, tmp_path / "moved")
+    assert "prompts_sha256: expected None" in refused(f"--evaluation={moved}", "--count-only")
+    assert main(["rate", f"--evaluation={evaluation}", "--count-only", "--no-add-scores"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,29 @@ def test_other_runs_are_compared(run, tmp_path, capsys):
     assert 'id="compare"' in (run / "report.html").read_text()
 
 
+def test_runs_whose_folders_have_one_name(refused, run, tmp_path, monkeypatch, capsys):
+    for parent in ("a", "b"):
+        shutil.copytree(run, tmp_path / parent / "again")
+    kept = {file.name for file in (run / "compare").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    error = refused("report", f"--workdir={run}", "--compare=a/again,b/again")
+    assert "expected runs of different names (NAME=DIR names one); received 'again' of" in error
+    assert {file.name for file in (run / "compare").iterdir()} == kept
+    assert main(["report", f"--workdir={run}", "--compare=first=a/again,b/again/"]) == 0
+    both = kept | {"first.json", "again.json"}
+    assert {file.name for file in (run / "compare").iterdir()} == both
+    assert "again.json was of" not in capsys.readouterr().out
+    # The folder that a dot stands for; figures of another one of that name go, not without a word.
+    monkeypatch.chdir(tmp_path / "a" / "again")
+    assert main(["report", f"--workdir={run}", "--compare=."]) == 0
+    was, now = tmp_path / "b" / "again", tmp_path / "a" / "again"
+    assert f"report: again.json was of {was}; it is of {now} now" in capsys.readouterr().out
+    assert {file.name for file in (run / "compare").iterdir()} == both
+    assert "expected a folder with a name, or NAME=DIR" in refused(
+        "report", f"--workdir={run}", f"--compare=x/y={now}"
+    )
+
+
 def test_bad_input(refused, run, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert "--workdir: expected a value; received none" in refused("report")

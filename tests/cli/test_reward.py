@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from marble_jax.cli.main import main
+from marble_jax.cli.reward_serve import _passed_over
+from marble_jax.rewards.base import Reward
 from marble_jax.rewards.http import protocol
 
 MODULE = """
@@ -275,3 +277,10 @@ def test_training_with_a_reward_that_fails_now_and_then(here, capsys):
     assert line.endswith(f"; saved after step {done}, the same command goes on from there")
     assert main([*command, f"--config.training.num_steps={done + 2}"]) == 0
     assert len((here / "run" / "metrics.jsonl").read_text().splitlines()) == done + 2
+
+
+def test_serving_says_that_sources_have_no_effect():
+    """Requests have prompts without a source: only the client's entry can go by one."""
+    some = Reward(name="red", kind="host", sources=("ocr", "general"))
+    (line,) = _passed_over([some, Reward(name="same", kind="host")])
+    assert line.startswith("reward red: sources (ocr, general) have no effect here")

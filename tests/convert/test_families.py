@@ -93,6 +93,16 @@ def test_a_hub_model_comes_without_the_components_that_are_not_wanted(monkeypatc
     assert not {"vae/*", "tokenizer_3/*"} & set(asked["skipped"])
 
 
+def test_a_revision_is_of_a_hub_model(tmp_path):
+    """A directory or a file of this machine has none: it would be opened as it is."""
+    save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors")
+    for place in (EMBEDDED, tmp_path / "x.safetensors"):
+        with pytest.raises(
+            InputError, match="--revision: expected with a Hub name, .* 'v2' with /"
+        ):
+            open_model(str(place), BOTH, revision="v2")
+
+
 @pytest.mark.parametrize("room", ["convert", "weights"])
 def test_no_family_is_named_below_families(room):
     named = re.compile(r"\b(SD3\w*|MMDiT\w*|T5\w*|CLIP\w*|StableDiffusion\w*|FLUX\w*|Wan)\b")

@@ -160,3 +160,9 @@ def test_accuracy_comes_from_the_same_look_as_the_score():
     )
     score(rewards[2], images[:1], asked[1][:1], asked[2][:1])
     assert detector.calls == 2
+
+
+def test_the_accuracy_is_for_the_sources_that_its_reward_is_for():
+    reward = GenEvalReward("geneval", None)
+    reward.sources = ("geneval",)
+    assert [column.sources for column in with_accuracy([reward])] == [("geneval",)] * 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import marble_jax  # noqa: F401
+from marble_jax.errors import InputError
 from marble_jax.evaluation.evaluate import Evaluator
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import image_noise, make_sampler
@@ -189,3 +190,54 @@ def test_clips_are_scored_and_kept_as_clips():
     # Each frame is rounded to 8 bits.
     assert np.abs(kept_clips[0][0] / 2 - kept_clips[0][1]).max() <= 1
     assert scores.values[0, 0] == pytest.approx(kept_clips[0][0].mean() / 255 / 2, abs=2e-3)
+
+
+class Places(Reward):
+    """Of every image, how many of its prompt's are darker."""
+
+    def score(self, params, images, prompts, metadata):
+        means = np.asarray(images).mean(axis=(1, 2, 3))
+        values = np.zeros(len(prompts), np.float32)
+        for i, prompt in enumerate(prompts):
+            same = np.array([text == prompt for text in prompts])
+            values[i] = (means[same] < means[i]).sum()
+        return values, np.ones(len(prompts), bool)
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+@pytest.mark.parametrize("batch_size, together", [(8, 0), (24, 0), (32, 0), (12, 6), (16, 8)])
+def test_images_that_are_compared_are_scored_together(scorer, kind, batch_size, together):
+    """Three of each prompt, six of the one that is there twice: places among all, other scores as ever."""
+    reward = Places(name="places", kind=kind, needs_full_group=True)
+    both = Scorer([Brightness(name="brightness", kind="device"), reward])
+    made = dataclasses.replace(
+        _evaluator(both, batch_size), images_per_prompt=3, rows_together=together
+    )
+    done = []
+    scores, kept_images = made(0.5, None, done.append)
+    both.close()
+    assert sum(done) == 21 and scores.valid.all() and not scores.failed.any()
+    alone = dataclasses.replace(_evaluator(scorer, 4), images_per_prompt=3)
+    brightness, same_images = alone(0.5, None)
+    np.testing.assert_allclose(scores.values[:, 0], brightness.values[:, 0], rtol=1e-6)
+    np.testing.assert_array_equal(kept_images, same_images)
+    texts = [TEXTS[i % 7] for i in range(21)]
+    places = []
+    for i, text in enumerate(texts):
+        rivals = [brightness.values[j, 0] for j in range(21) if texts[j] == text]
+        places.append(sum(rival < brightness.values[i, 0] for rival in rivals))
+    np.testing.assert_array_equal(scores.values[:, 1], places)
+
+
+def test_images_that_are_compared_have_to_fit_on_one_host():
+    both = Scorer([Places(name="places", kind="host", needs_full_group=True)])
+    made = dataclasses.replace(_evaluator(both, 8), images_per_prompt=3, rows_together=4)
+    with pytest.raises(
+        InputError, match="expected at most 4 images of a prompt.* received 6 of 'a cat'"
+    ):
+        made.batches()
+    # One of each: nothing is compared, and the order is that of all other rewards.
+    single = _evaluator(both, 4, prompts=PROMPTS[:6])
+    assert single.comparing == []
+    assert [index.tolist() for index, _ in single.batches()] == [[0, 1, 2, 3], [4, 5, 5, 5]]
+    both.close()

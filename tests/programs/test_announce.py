@@ -44,3 +44,22 @@ def test_the_frames_of_every_reward_are_said():
 @pytest.mark.parametrize("num_frames, word", [(1, "images"), (5, "clips")])
 def test_a_step_draws_clips_or_images(num_frames, word):
     assert announce._step_line(run_of(num_frames)).startswith(f"3 prompts x 4 = 12 {word} in 1 ")
+
+
+def test_what_rewards_that_compare_images_are_given():
+    run = run_of(1)
+    assert announce._group_rows(run) == []
+    run.evaluator.scorer.rewards.append(Reward(name="rank", kind="host", needs_full_group=True))
+    run.evaluator.images_per_prompt, run.evaluator.comparing = 2, ["rank"]
+    run.settings.rewards = SimpleNamespace(train=("rank", "ocr"))
+    assert announce._group_rows(run) == [
+        ("compared", "images of a prompt, by rank: 4 in rollouts, 2 in evaluations")
+    ]
+    # Never trained on, and one image of each prompt.
+    run.settings.rewards.train, run.evaluator.comparing = ("ocr",), []
+    assert announce._group_rows(run) == [
+        (
+            "compared",
+            "images of a prompt, by rank: in evaluations scored on single images (evaluation.images_per_prompt)",
+        )
+    ]

@@ -152,7 +152,7 @@ def test_build_checks_before_it_reads(monkeypatch):
     readers = (
         (locations, "read_directory"),
         (open_model, "find_model"),
-        (build, "load_rewards"),
+        (build, "open_rewards"),
         (build, "open_networks"),
     )
     for module, reader in readers:

@@ -239,8 +239,16 @@ def test_records_on_disk(tmp_path):
         and json.loads(file.read_text())["size"] == SIDE
     )
     assert golden_images.read_expected(tmp_path, SIDE + 1) == {}
-    golden_images.write_expected(tmp_path, SIDE + 1, {"b": [1.0] * COUNT})
-    assert set(golden_images.read_expected(tmp_path, SIDE + 1)) == {"b"}
+    before = file.read_bytes()
+    with pytest.raises(
+        InputError,
+        match=rf"--write: expected --size={SIDE}, .* holds a as well, .*; received {SIDE + 1}",
+    ):
+        golden_images.write_expected(tmp_path, SIDE + 1, {"b": [1.0] * COUNT})
+    assert file.read_bytes() == before
+    # All of them at once: nothing is lost.
+    golden_images.write_expected(tmp_path, SIDE + 1, {"b": [1.0] * COUNT, "a": [2.0] * COUNT})
+    assert set(golden_images.read_expected(tmp_path, SIDE + 1)) == {"a", "b"}
     for damage in (
         "{",
         "[]",

@@ -220,3 +220,14 @@ def test_rejects_bad_arguments():
             InputError, match="as many images, prompts and metadata; received 4, 1 and 4"
         ):
             scorer.submit(IMAGES, ["a"], METADATA)
+
+
+def test_retry_keeps_the_images_of_a_prompt_together():
+    """One image of two has failed: alone in the next call it would be compared with nothing."""
+    reward = Mean("rank", flaky(np.array([True, False, True, True]), np.array([True, True])))
+    reward.needs_full_group = True
+    with HostScorer([reward], on_error="retry") as scorer:
+        result = scorer.submit(IMAGES, ["a", "b", "b", "d"], METADATA).result(10)["rank"]
+    assert reward.sizes == [4, 2]
+    np.testing.assert_allclose(result.values, [0, 0.25, 0.5, 0.75])
+    assert result.valid.all()

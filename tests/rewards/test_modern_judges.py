@@ -109,6 +109,34 @@ def test_numbers_of_ones_own_by_pattern_and_in_json(tmp_path):
     np.testing.assert_allclose(values, [0.8, 0.5])
 
 
+def test_a_number_is_not_called_as_the_mean_of_all(tmp_path):
+    with judge(lambda text: "mean: 8 light: 2") as server:
+        numbers = {"mean": r"mean: (\d)", "light": r"light: (\d)"}
+        with pytest.raises(
+            InputError, match="numbers: expected another name than 'mean', .* mean, light"
+        ):
+            load(tmp_path, ["judge_mean"], server, numbers=numbers)
+
+
+def test_entries_with_other_tokens_are_called_with_their_own(tmp_path, monkeypatch):
+    """Of one endpoint and model: answers are shared among those that are called alike."""
+    for name in ("ONE", "TWO"):
+        monkeypatch.setenv(f"MARBLE_TEST_{name}", name)
+    with judge(lambda text: "hands: 8 light: 5") as server:
+        entry = {"kind": "openai", "urls": [server.url + "/v1"], "model": "m"}
+        entry["numbers"] = {"hands": r"hands: (\d)", "light": r"light: (\d)"}
+        entries = {
+            "first": entry | {"token_env": "MARBLE_TEST_ONE"},
+            "second": entry | {"token_env": "MARBLE_TEST_TWO"},
+        }
+        (tmp_path / "rewards.json").write_text(json.dumps(entries))
+        names = [f"{name}_{number}" for name in entries for number in ("hands", "light")]
+        for reward in load_rewards(tmp_path, names):
+            assert run(reward).valid.all()
+        tokens = [headers["Authorization"] for _, headers in server.headers]
+    assert sorted(tokens) == ["Bearer ONE"] * 2 + ["Bearer TWO"] * 2
+
+
 @pytest.mark.parametrize(
     ("tokens", "value"),
     [

@@ -19,7 +19,9 @@ from marble_jax.rewards.base import Reward, RewardError
 from marble_jax.rewards.frames import parse_frames
 from marble_jax.rewards.function import FunctionReward
 from marble_jax.rewards.http.connections import ServerOptions
+from marble_jax.rewards.http.parsing import ProtocolError
 from marble_jax.rewards.http.pickles import load_plain
+from marble_jax.rewards.http.protocol import decode_groups
 from marble_jax.rewards.http.server import RewardServer
 from marble_jax.rewards.registry import load_rewards
 
@@ -614,3 +616,63 @@ def test_functions_in_and_beside_the_catalogue(tmp_path):
         match="expected every name once; received 'marble_test_catalogue:bright' 2 times",
     ):
         load_rewards(None, ["marble_test_catalogue:bright"] * 2)
+
+
+def places(images, prompt, metadata):
+    """Of every image, how many of its prompt's are darker."""
+    means = images.mean((1, 2, 3))
+    return [float((means < mean).sum()) for mean in means]
+
+
+# Every image brighter than the one before.
+BRIGHTER = np.arange(24, dtype=np.uint8)[:, None, None, None] * np.full((1, 4, 4, 3), 10, np.uint8)
+
+
+@pytest.mark.parametrize("prompts", [["a"] * 24, ["a", "b", "c"] * 8])
+def test_no_call_takes_the_images_of_a_prompt_apart(tmp_path, prompts):
+    """24 images of one prompt have places 0 to 23, also where a call has 16; of three prompts 0 to 7 each."""
+    with RewardServer([FunctionReward("mine", places)], options=ServerOptions(batch=5)) as server:
+        remote = load(tmp_path, kind="remote", urls=[server.url])
+        result = base.score(remote, BRIGHTER.astype(np.float32) / 255, prompts, [{}] * 24)
+        assert remote.needs_full_group
+        # As a run's start asks before there is an image; nothing is asked twice.
+        server.close()
+        remote.inquire()
+    expected = [index // len(set(prompts)) for index in range(24)]
+    np.testing.assert_array_equal(result.values, expected)
+
+
+def test_whether_a_server_says_that_it_needs_groups(tmp_path):
+    with RewardServer([FunctionReward("mine", places), Mean("other")]) as server:
+        assert server.health()["groups"] == ["mine"]
+        other = load(tmp_path, kind="remote", urls=[server.url], reward="other")
+        other.inquire()
+        assert not other.needs_full_group
+    # Another project's server that has no such path.
+    with Endpoint(lambda *_: (200, {}, b'{"scores": [1, 2, 3]}')) as server:
+        remote = load(tmp_path, kind="remote", urls=[server.url])
+        np.testing.assert_array_equal(run(remote, 3).values, [1, 2, 3])
+        assert not remote.needs_full_group
+    gone = load(tmp_path, kind="remote", urls=[server.url], retries=0, connect_timeout=1)
+    with pytest.raises(RewardError, match="reward mine: http.*/health: .*refused"):
+        gone.inquire()
+
+
+@pytest.mark.parametrize(
+    "body, groups",
+    [
+        (b'{"status": "ok"}', set()),
+        (b"<html>fine</html>", set()),
+        (b"", set()),
+        (b'{"groups": ["a", "b"]}', {"a", "b"}),
+    ],
+)
+def test_what_health_says_of_groups(body, groups):
+    assert decode_groups(body) == groups
+
+
+def test_groups_that_are_no_names():
+    with pytest.raises(
+        ProtocolError, match="health: expected groups as a list of names; received 1"
+    ):
+        decode_groups(b'{"groups": 1}')

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import fsspec
 import pytest
 from etils import epath
 
@@ -66,3 +67,76 @@ def test_what_has_to_be_on_this_machine(tmp_path):
     assert named(URL) == URL and named(str(tmp_path)) == tmp_path
     with pytest.raises(InputError, match="prompts.path: expected a directory of this machine"):
         resolve_path("s3://prompts", "prompts")
+
+
+def test_weights_of_the_same_size_under_an_old_name_are_copied_again(model, caplog):
+    copied = bucket.local_copy(URL, ("vae", "transformer"))
+    kept = (copied / "transformer" / "sub" / "weights").stat().st_ino
+    file = model / "vae" / "weights"
+    before = file.stat()
+    file.write_bytes(b"eav" * 3)
+    # Whatever the clock of a fast machine says.
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert file.stat().st_size == before.st_size and "another model" not in caplog.text
+    bucket.local_copy(URL, ("vae", "transformer"))
+    assert (copied / "vae" / "weights").read_bytes() == b"eav" * 3
+    assert (copied / "transformer" / "sub" / "weights").stat().st_ino == kept
+    assert f"{URL} is another model than when it was copied: 1 files" in caplog.text
+
+
+def test_files_that_are_gone_there_are_removed_here(model, caplog):
+    """Also a whole folder; of what is not asked for, nothing."""
+    (model / "vae" / "shard_2").write_bytes(b"2")
+    copied = bucket.local_copy(URL, ("vae", "transformer", "text_encoder_3"))
+    # Another process is at it.
+    (copied / "vae" / ".weights.0123.partial").write_bytes(b"half")
+    (model / "vae" / "shard_2").unlink()
+    shutil.rmtree(model / "transformer")
+    shutil.rmtree(model / "text_encoder_3")
+    bucket.local_copy(URL, ("vae", "transformer"))
+    left = [bucket.INDEX, "text_encoder_3/weights", "vae/.weights.0123.partial", "vae/weights"]
+    assert files(copied) == left
+    assert "2 files copied anew or removed" in caplog.text
+
+
+def test_a_copy_of_which_nothing_is_on_record_is_made_anew(model):
+    """As of an earlier version, or of a process that was killed between the two."""
+    copied = bucket.local_copy(URL, ("vae",))
+    shutil.rmtree(copied.with_name(f"{copied.name}.marks"))
+    (copied / "vae" / "weights").write_bytes(b"old" * 3)
+    bucket.local_copy(URL, ("vae",))
+    assert (copied / "vae" / "weights").read_bytes() == b"vae" * 3
+
+
+@pytest.mark.parametrize(
+    "info, mark",
+    [
+        # As gcsfs, s3fs and a file system in memory say it.
+        ({"size": 1, "generation": "17", "etag": "x", "mtime": 3}, "generation 17"),
+        ({"size": 1, "ETag": '"abc"', "LastModified": 5}, 'ETag "abc"'),
+        ({"size": 1, "type": "file"}, ""),
+    ],
+)
+def test_what_buckets_say_of_a_file(info, mark):
+    assert bucket._mark(info) == mark
+
+
+def test_the_state_of_a_file_is_asked_of_its_file_system(monkeypatch):
+    monkeypatch.setattr(bucket, "is_remote", lambda path: True)
+    place = fsspec.filesystem("memory")
+    place.pipe("/marble/weights", b"one")
+    first = bucket._state(Url("memory://marble/weights"))
+    assert first == bucket._state(Url("memory://marble/weights")) and first[0] == 3
+    place.pipe("/marble/weights", b"two")
+    second = bucket._state(Url("memory://marble/weights"))
+    assert second[0] == 3 and second[1] != first[1]
+
+
+class Url:
+    """A path of a scheme that epath does not know."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __fspath__(self):
+        return self.text

@@ -46,6 +46,12 @@ def test_two_revisions(asked):
     assert asked == [] and hub.commits() == {}
 
 
+def test_a_directory_has_no_revision(asked, tmp_path):
+    with pytest.raises(InputError, match="expected no revision of a directory .*; received 'v1.0'"):
+        hub.find_model(tmp_path, ("vae",), revision="v1.0")
+    assert hub.find_model(tmp_path, ("vae",)) == tmp_path and asked == []
+
+
 @pytest.mark.parametrize("name", ["owner/model@", "owner/@a", "owner/model@a/b", "a@b", "o/m@a b"])
 def test_names_that_are_none(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ from marble_jax.rewards.http.post import (
     MAX_PAUSE_SECONDS,
     CallError,
     CallPolicy,
+    get,
     post,
 )
 from marble_jax.rewards.workers.threads import Pool
@@ -35,7 +36,7 @@ Answer = TypeVar("Answer")
 class _Replica:
     """One server: calls under way, and until when (on the monotonic clock) it counts as down."""
 
-    url: str
+    origin: str
     busy: int = 0
     down_until: float = 0.0
 
@@ -72,7 +73,8 @@ class Replicas:
         self.policy = policy
         self._token = token
         self._sleep = sleep
-        self._replicas = [_Replica(url.rstrip("/") + path) for url in urls]
+        self._path = path
+        self._replicas = [_Replica(url.rstrip("/")) for url in urls]
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(policy.max_in_flight)
 
@@ -85,16 +87,44 @@ class Replicas:
         Raises:
           RewardError: every attempt failed, or one in a way that will not pass.
         """
+        headers = {"Content-Type": content_type} | self._headers()
+        return self._persist(lambda origin: post(origin + self._path, body, headers, self.policy))
+
+    def get(self, path: str) -> bytes:
+        """Asks the least busy replica for what is at `path`, as often as `call` does.
+
+        Returns:
+          The body of the answer; empty where the server refuses, as one without such a path does.
+
+        Raises:
+          RewardError: every attempt failed.
+        """
+        try:
+            return self._persist(lambda origin: get(origin + path, self._headers(), self.policy))
+        except RewardError as error:
+            if isinstance(error.__cause__, CallError) and not error.__cause__.transient:
+                return b""
+            raise
+
+    def _headers(self) -> dict[str, str]:
         # One call a connection: a server that restarts leaves no half-open connection behind.
-        headers = {"Content-Type": content_type, "Connection": "close"}
+        headers = {"Connection": "close"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
+        return headers
+
+    def _persist(self, send: Callable[[str], bytes]) -> bytes:
+        """What `send` returns for the origin of a replica, tried again while that may help.
+
+        Raises:
+          RewardError: see `call`.
+        """
         patience = self.policy.patience_seconds
         patient_until = time.monotonic() + patience
         failures, attempt = 0, 0
         while True:
             try:
-                return self._try(attempt, body, headers)
+                return self._try(attempt, send)
             except CallError as error:
                 problem = error
             attempt += 1
@@ -132,11 +162,11 @@ class Replicas:
         finally:
             pool.close()
 
-    def _try(self, attempt: int, body: bytes, headers: dict[str, str]) -> bytes:
+    def _try(self, attempt: int, send: Callable[[str], bytes]) -> bytes:
         """One attempt; a replica that may recover counts as down for a while after a failure."""
         with self._chosen() as replica:
             try:
-                return post(replica.url, body, headers, self.policy)
+                return send(replica.origin)
             except CallError as error:
                 if error.transient:
                     pause = max(error.pause_seconds, self._pause(attempt))

@@ -1,4 +1,4 @@
-"""One POST over HTTP, bounded in time and size, whose failures say whether the same call may succeed later.
+"""One POST or GET over HTTP, bounded in time and size, whose failures say whether the same call may succeed later.
 
 Plain `http.client`: no redirects and no proxies, so a token goes where the configuration says and nowhere else.
 """
@@ -72,6 +72,11 @@ class CallPolicy:
 DEFAULT_POLICY = CallPolicy()
 
 
+def get(url: str, headers: Mapping[str, str], policy: CallPolicy) -> bytes:
+    """The body of the answer to one GET; arguments and errors as of `post`."""
+    return _send("GET", url, None, headers, policy)
+
+
 def post(url: str, body: bytes, headers: Mapping[str, str], policy: CallPolicy) -> bytes:
     """The body of the answer to one POST.
 
@@ -84,6 +89,13 @@ def post(url: str, body: bytes, headers: Mapping[str, str], policy: CallPolicy) 
     Raises:
       CallError: no connection, no time left, an answer that is too long, or a status other than 200.
     """
+    return _send("POST", url, body, headers, policy)
+
+
+def _send(
+    method: str, url: str, body: bytes | None, headers: Mapping[str, str], policy: CallPolicy
+) -> bytes:
+    """The body of the answer to one request. Raises CallError, see `post`."""
     deadline = time.monotonic() + policy.answer_seconds
     path = urlsplit(url).path or "/"
     connection = _connection(url, policy)
@@ -97,7 +109,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str], policy: CallPolicy) 
         # closed.
         wire = connection.sock
         wire.settimeout(policy.answer_seconds)
-        connection.request("POST", path, body, dict(headers))
+        connection.request(method, path, body, dict(headers))
         # A time of 0 would make the socket one that never waits, so a deadline that has passed is a
         # short time.
         wire.settimeout(max(0.01, deadline - time.monotonic()))

@@ -27,8 +27,9 @@ The answer to a request that could be understood is `200` with a JSON object
 
 one entry per image or clip: a number; null where the reward failed on it; and, where `applies` (which may be left
 out) is false, null because there is nothing to score. Anything else is answered with a 4xx or 5xx and
-`{"error": "one line"}`. `GET /health` answers 200 with `{"status": "ok"}` and, to who has the token, `rewards` and
-how busy the server is.
+`{"error": "one line"}`. `GET /health` answers 200 with `{"status": "ok"}` and, to who has the token, `rewards`, how
+busy the server is, and `"groups": ["rank"]`: the names of rewards that compare the images of a prompt, all of which
+have to be in one request. A server that leaves it out, or has no such path, has none of these.
 """
 
 from __future__ import annotations
@@ -292,6 +293,25 @@ def decode_scores(body: bytes, count: int) -> tuple[np.ndarray, np.ndarray, np.n
     # A number where the reward does not apply means nothing.
     valid = np.isfinite(values) & applies
     return values, valid, applies
+
+
+def decode_groups(body: bytes) -> frozenset[str]:
+    """Reads which rewards have to be sent all images of a prompt at once from what `/health` answered.
+
+    A body that is no JSON object, as other servers may have there, names none, and so does one without the field.
+
+    Raises:
+      ProtocolError: the field is no list of names.
+    """
+    try:
+        groups = parse_object(body, "health").get("groups", [])
+    except ProtocolError:
+        return frozenset()
+    if isinstance(groups, list) and all(isinstance(name, str) for name in groups):
+        return frozenset(groups)
+    raise ProtocolError(
+        502, f"health: expected groups as a list of names; received {short(groups)}"
+    )
 
 
 def _score_value(score: Any) -> float:

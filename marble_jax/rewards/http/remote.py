@@ -6,6 +6,8 @@ Images travel as 8-bit PNG (or bare bytes), so a reward that looks at unrounded 
 than beside the sampler. With `"takes": "clips"` the server is sent whole clips (version 2 of the protocol) and gives
 each a score; else it is sent the frames that `rewards.frames` chooses, as images. With `"protocol": "flow_grpo"` the
 client speaks the pickles of the older PyTorch servers, if `allow_pickle` says so.
+
+Where the server's `/health` says that the reward compares the images of a prompt, no call takes these apart.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from marble_jax.batches import pack_groups
 from marble_jax.errors import InputError, one_of
 from marble_jax.rewards.base import CLIPS, IMAGES, Metadata, Reward, RewardError, Takes
 from marble_jax.rewards.http import protocol
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 PROTOCOLS = ("marble", "flow_grpo")
 """Languages of a client: `protocol`, or the older servers' pickles."""
 
+HEALTH = "/health"
+"""Path at which a server says what it has."""
 _OF_VERSION_1 = "expected version 1;"
 """In what a server that knows no clips answers to one."""
 _Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -61,7 +66,8 @@ class RemoteReward(Reward):
           name: key of the reward.
           replicas: the servers.
           reward: its name there; `name` by default.
-          batch_size: images a call, every frame of a clip counted; at least one clip.
+          batch_size: images a call, every frame of a clip counted; at least one clip, or all those of a prompt where
+            the reward compares them.
           image_format: "png" or "rgb8".
           applies: which prompts the server is asked about; it can narrow that further.
           pickle_field: speak the pickle protocol of the older servers, and take the scores from this field of the
@@ -96,6 +102,19 @@ class RemoteReward(Reward):
         self._format = image_format
         self._applies = applies
         self._pickle_field = pickle_field
+        # The older servers have no word for what they need.
+        self._has_inquired = bool(pickle_field)
+
+    def inquire(self) -> None:
+        """Asks the server, once, whether the reward compares the images of a prompt; see `Reward.inquire`."""
+        if self._has_inquired:
+            return
+        try:
+            groups = protocol.decode_groups(self._replicas.get(HEALTH))
+        except (RewardError, ProtocolError) as error:
+            raise RewardError(f"reward {self.name}: {error}") from error
+        self.needs_full_group = self._reward in groups
+        self._has_inquired = True
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
         """Whether the configuration has the server asked about a prompt."""
@@ -114,19 +133,19 @@ class RemoteReward(Reward):
         images = to_uint8(images)
         count = len(prompts)
         size = max(1, self._batch_size // protocol.num_frames_of(images))
-        parts = []
-        for start in range(0, count, size):
-            parts.append(slice(start, start + size))
+        # Every image is a group of its own where a reward looks at one after the other.
+        labels: Sequence[Any] = prompts if self.needs_full_group else range(count)
+        parts = [np.array(part) for part in pack_groups(labels, size)]
         ask = self._ask
         if self._pickle_field:
             ask = self._ask_by_pickle
 
-        def ask_about(part: slice) -> _Columns:
+        def ask_about(part: np.ndarray) -> _Columns:
             request = Request(
                 self._reward,
                 images[part],
-                list(prompts[part]),
-                list(metadata[part]),
+                [prompts[i] for i in part],
+                [metadata[i] for i in part],
                 self.frames_per_second,
             )
             return ask(request)

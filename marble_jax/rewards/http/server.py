@@ -108,6 +108,9 @@ class RewardServer(BackgroundServer):
             "status": status,
             "version": VERSION,
             "rewards": sorted(self._rewards),
+            "groups": sorted(
+                name for name, reward in self._rewards.items() if reward.needs_full_group
+            ),
             "requests": self._num_requests,
             "workers": self.options.workers,
             "hanging": num_hanging,

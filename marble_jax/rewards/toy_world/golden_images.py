@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,14 @@ def read_expected(directory: Path | None, side: int) -> Expected:
     """
     if directory is None or not (directory / FILE).exists():
         return {}
-    file = directory / FILE
+    size, scores = _read(directory / FILE)
+    if size != side:
+        return {}
+    return scores
+
+
+def _read(file: Path) -> tuple[int, Expected]:
+    """Returns pixels and scores of a file. Raises InputError for one that is damaged."""
     # Whatever is wrong with the file, the way out is the same: write it anew.
     try:
         record = read_json(file)
@@ -177,16 +184,44 @@ def read_expected(directory: Path | None, side: int) -> Expected:
                     f"{file}: scores[{name!r}]: expected {2 * COUNT} numbers; received {len(row)}"
                 )
     except InputError as error:
-        raise InputError(f"{error} (write it anew with marble-jax reward check --write)") from None
-    if size != side:
-        return {}
-    return scores
+        raise InputError(
+            f"{error} (delete it and write it anew with marble-jax reward check --write)"
+        ) from None
+    return size, scores
+
+
+def check_size(directory: Path, side: int, names: Collection[str]) -> None:
+    """Checks that scores at a size may be recorded: a file holds those of one size.
+
+    Args:
+      directory: of the rewards.
+      side: pixels of the images.
+      names: rewards that are to be recorded.
+
+    Raises:
+      InputError: other rewards are on record at another size, which would be lost; or a file that is damaged.
+    """
+    file = directory / FILE
+    if not file.exists():
+        return
+    recorded, scores = _read(file)
+    lost = sorted(set(scores) - set(names))
+    if recorded != side and lost:
+        raise InputError(
+            f"--write: expected --size={recorded}, at which {file} holds {', '.join(lost)} as well, or all of its "
+            f"rewards at once; received {side}"
+        )
 
 
 def write_expected(
     directory: Path, side: int, scores: Mapping[str, Sequence[float | None]]
 ) -> Path:
-    """Records scores, whole or not at all; other rewards that are on record at this size stay."""
+    """Records scores, whole or not at all; other rewards that are on record at this size stay.
+
+    Raises:
+      InputError: see `check_size`.
+    """
+    check_size(directory, side, scores)
     rows: dict[str, Sequence[float | None]] = {**read_expected(directory, side), **scores}
     lines = []
     for name in sorted(rows):

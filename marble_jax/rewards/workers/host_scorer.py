@@ -110,7 +110,7 @@ class HostScorer:
 
     What becomes of an error is set by `on_error`: "mask" makes the whole call's samples missing, "retry" tries
     again first, "fail" stops the run. Samples for which a reward returns `valid` False count as failed as well, and
-    under "retry" they alone are scored again.
+    under "retry" they alone are scored again, with the other images of their prompts where the reward compares these.
 
     Attributes:
       errors: by reward, why it failed last.
@@ -213,6 +213,9 @@ class HostScorer:
             rows = np.flatnonzero(result.failed)
             if not rows.size:
                 break
+            if reward.needs_full_group:
+                # Scores of a group are comparable within one call: all of them are taken anew.
+                rows = _rows_of_prompts(batch, rows)
             part = self._attempt(reward, batch.select(rows), attempt)
             if part is None:
                 continue
@@ -294,6 +297,12 @@ class HostScorer:
         with self._lock:
             self._busy += busy
             self._waited += waited
+
+
+def _rows_of_prompts(batch: Batch, rows: np.ndarray) -> np.ndarray:
+    """Returns the rows int [n] of all images of the prompts that `rows` are of."""
+    asked = {batch.prompts[row] for row in rows}
+    return np.array([row for row, prompt in enumerate(batch.prompts) if prompt in asked], int)
 
 
 def num_attempts(on_error: str, retries: int = 1) -> int:
