@@ -152,3 +152,9 @@ def all_finite(tree: Tree) -> jax.Array:
     finite = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
     # The initial value also makes an empty tree finite.
     return jax.tree.reduce(jnp.logical_and, finite, jnp.array(True))
+
+
+def equal(x: Tree, y: Tree) -> jax.Array:
+    """Scalar bool: every number of two trees of the same structure is the same; what is not a number never is."""
+    same = jax.tree.map(lambda a, b: jnp.all(a == b), x, y)
+    return jax.tree.reduce(jnp.logical_and, same, jnp.array(True))

@@ -115,6 +115,33 @@ def test_terms_and_masks_by_hand():
     np.testing.assert_allclose(gradients["b"], [0.0, 2.0])
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
+def test_gradients_are_not_rounded_to_the_dtype_of_weights(dtype):
+    """By hand: two samples' gradients 1/3 and 1/7, weighed by 1 and 2 and by 4 and -1, averaged."""
+    losses, gradients = balancing.weighted_sample_gradients(
+        lambda p, x: p * x,
+        jnp.array(3.0),
+        jnp.array([1 / 3, 1 / 7]),
+        jnp.array([[1, 4], [2, -1]], dtype),
+    )
+    expected = [(1 / 3 + 2 / 7) / 2, (4 / 3 - 1 / 7) / 2]
+    np.testing.assert_allclose(gradients, expected, rtol=1e-6)
+    np.testing.assert_allclose(losses, 3 * np.array(expected), rtol=1e-6)
+    assert gradients.dtype == losses.dtype == jnp.float32
+
+
+def test_float64_parameters_have_gradients_of_float64_whatever_the_weights():
+    with jax.enable_x64(True):
+        losses, gradients = balancing.weighted_sample_gradients(
+            lambda p, x: p * x,
+            jnp.array(3.0, jnp.float64),
+            jnp.array([1 / 3, 1 / 7], jnp.float64),
+            jnp.array([[1.0], [2.0]], jnp.float32),
+        )
+        assert gradients.dtype == losses.dtype == jnp.float64
+        np.testing.assert_allclose(gradients, [(1 / 3 + 2 / 7) / 2], rtol=1e-15)
+
+
 def _shortest(vectors):
     """Shortest convex combination in float64: the best of all faces on which the affine solution is inside."""
     best, length = None, np.inf

@@ -42,6 +42,16 @@ def test_weighted_sum_matches_and_a_zero_weight_shuts_out_non_finite_trees():
     assert not bool(tree.all_finite(stacked)) and bool(tree.all_finite(got))
 
 
+def test_trees_are_equal_to_the_last_bit():
+    one = {"x": jnp.array([1.0, 0.0]), "y": jnp.array(2.0)}
+    assert bool(tree.equal(one, one)) and bool(tree.equal({}, {}))
+    # The sign of a zero makes no other number.
+    assert bool(tree.equal(one, one | {"x": jnp.array([1.0, -0.0])}))
+    assert not bool(tree.equal(one, one | {"y": jnp.nextafter(jnp.array(2.0), 3.0)}))
+    missing = one | {"y": jnp.array(jnp.nan)}
+    assert not bool(tree.equal(missing, missing))
+
+
 def test_half_precision_is_accumulated_in_float32():
     half = {"x": jnp.full(4096, 1.0, jnp.float16)}
     assert float(tree.vdot(half, half)) == 4096.0

@@ -98,7 +98,8 @@ def weighted_sample_gradients(
       chunk_size: samples pulled back together, a divisor of n; all n when None. Memory holds `chunk_size` J gradients.
 
     Returns:
-      The losses [K] and the gradients, leaves [K, ...]; both are 0 for an objective without a sample.
+      The losses [K] and the gradients, leaves [K, ...], in float32 or the wider dtype of a parameter, whatever that of
+      the weights; both are 0 for an objective without a sample.
 
     Raises:
       InputError: parameters that have no gradient, or shapes that do not go together.
@@ -120,6 +121,11 @@ def weighted_sample_gradients(
         raise InputError(
             f"valid: expected shape {list(weights.shape[:2])}; received {list(jnp.shape(valid))}"
         )
+    # Gradients are mixed in the dtype of the weights: whole numbers or half precision would round them.
+    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    for leaf in jax.tree.leaves(params):
+        wide = jnp.promote_types(wide, leaf.dtype)
+    weights = weights.astype(wide)
     # Replaced and not multiplied by 0: a weight that is not finite must not come through.
     mix = jnp.where(valid[..., None], weights, 0.0)
 

@@ -96,7 +96,11 @@ class HarmonizeSettings:
     )
     # The best of 5, 10 and 20 in the paper's ablation.
     refresh_every: int = key(
-        10, "N: optimiser steps between solves of the amortized mode", "steps, >= 1", "paper"
+        10,
+        "N: optimiser steps from one with a solve to the next in the amortized mode; where a step has several updates, "
+        "each of them solves",
+        "steps, >= 1",
+        "paper",
     )
     # The best of 0.1, 0.3, 0.5, 0.7 and 0.9 in the paper's ablation.
     rho: float = key(0.7, "weight of the old alpha in its running average", "[0, 1)", "paper")
@@ -202,7 +206,8 @@ class NftSettings:
     skip_rollout_pass: bool = key(
         False,
         "micro-batches without anchors take the trained policy's velocity for the rollout policy's, a forward pass "
-        "less, at steps that follow one in which the two agreed to within rounding of model.dtype",
+        "less, at steps that follow one in which the two agreed to within rounding of model.dtype; with "
+        "training.updates_per_rollout=1",
     )
 
 

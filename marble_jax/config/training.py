@@ -21,8 +21,8 @@ class TrainingSettings:
     )
     timestep_fraction: float = key(
         0.99,
-        "share of an image's timesteps trained on: int(fraction * N); of the steps with noise of a stochastic "
-        "solver, rounded up",
+        "share of an image's timesteps trained on: fraction * N rounded down, at least one; of the steps with noise of "
+        "a stochastic solver, rounded up",
         "(0, 1]",
         "paper",
     )

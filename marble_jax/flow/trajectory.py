@@ -31,6 +31,39 @@ class Transitions:
     log_prob: jax.Array
 
 
+@flax.struct.dataclass
+class Transition:
+    """One step with noise of each of n samples.
+
+    Attributes:
+      before: float32 [n, *latent], the state before it.
+      after: float32 [n, *latent], the state behind it.
+      log_prob: float32 [n], its log-probability under the policy that sampled it.
+    """
+
+    before: jax.Array
+    after: jax.Array
+    log_prob: jax.Array
+
+
+def transition_at(
+    kept: Transitions, samples: tuple[jax.Array, ...], step: Int[Array, " n"]
+) -> Transition:
+    """One step of each of n samples, of whose window nothing else is read.
+
+    Args:
+      kept: windows of steps; its leaves may have any number of axes in front.
+      samples: int32 [n] for each of these axes, where a sample is.
+      step: of each of them, within its window.
+    """
+    place = step - kept.start[samples]
+    return Transition(
+        before=kept.states[(*samples, place)],
+        after=kept.states[(*samples, place + 1)],
+        log_prob=kept.log_prob[(*samples, place)],
+    )
+
+
 def step_mean(
     x: Float[Array, " n *latent"],
     velocity: Float[Array, " n *latent"],

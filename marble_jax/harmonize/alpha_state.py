@@ -104,7 +104,7 @@ def _beside(solved: jax.Array, absent: jax.Array, share: jax.Array) -> jax.Array
 
 
 def advance(state: AlphaState) -> AlphaState:
-    """One optimiser step later; to be called once at the end of every step."""
+    """One optimiser step later; to be called once at the end of every step, however many updates it has."""
     return dataclasses.replace(state, age=state.age + 1)
 
 

@@ -203,6 +203,7 @@ def combined_gradient(
     sample_weights: Float[Array, " k"],
     num_samples: int | None = None,
     signals: bool = True,
+    anchor_scale: jax.Array | float = 1.0,
 ) -> tuple[Adapter, dict[str, Any]]:
     """One ordinary backward pass whose gradient is exactly `sum_k w_k g_k + kl_weight grad KL`.
 
@@ -222,6 +223,7 @@ def combined_gradient(
       num_samples: samples of the whole batch at which the divergence is taken, over which it is averaged; n when None.
       signals: whether the terms that depend on advantages are included; without them the gradient is that of anchors
         and divergence alone.
+      anchor_scale: factor of the terms that do not depend on advantages, > 1 where other micro-batches have none.
 
     Returns:
       The gradient (same tree as `adapter`), to be summed over micro-batches, and a dict with `policy_loss` and `kl`
@@ -234,8 +236,10 @@ def combined_gradient(
     directions = objective.directions(prediction, batch)
     mix = _masked_mix(objective, advantages, directions.statistics, valid)
     weights = jnp.einsum("k,nkj->nj", sample_weights, mix, precision=_HIGHEST)
+    of_signals, of_anchors = jnp.split(weights, [len(directions.signals)], axis=1)
     if not signals:
-        weights = weights.at[:, : len(directions.signals)].set(0.0)
+        of_signals = jnp.zeros_like(of_signals)
+    weights = jnp.concatenate([of_signals, anchor_scale * of_anchors], axis=1)
     every_direction = (*directions.signals, *directions.anchors)
     cotangent = _weighted(weights, every_direction)
     kl = jnp.zeros(())

@@ -76,7 +76,7 @@ class Draws:
 
     Attributes:
       kept: pytree of leaves [n, ...], what the rollout kept of the images (`Objective.keeps`): for clean latents one
-        float32 array [n, *latent], for transitions `flow.trajectory.Transitions`.
+        float32 array [n, *latent], for transitions `flow.trajectory.Transition`, the step at `timestep`.
       timestep: int32 [n], index of the noise level among those of the rollout's solver.
       sigma: float32 [n], that noise level, in (0, 1].
       cond: pytree of conditioning, leaves [n, ...].
@@ -101,11 +101,14 @@ class FrozenPolicies:
       base: the base model, without an adapter.
       alike: whether rollout and trained policy agree to within rounding here, so that an objective with `skips_alike`
         leaves `rollout` alone and takes the prediction in its place.
+      is_trained: bool scalar, whether `rollout` is the trained policy to the last bit, so that every ratio of their
+        densities is 1.
     """
 
     rollout: Velocity
     base: Velocity
     alike: bool = False
+    is_trained: jax.Array | bool = False
 
 
 @flax.struct.dataclass

@@ -14,8 +14,9 @@ Two forms of the ratio:
   Source: GRPO-Guard (arXiv 2510.22319), for each sample by itself.
 
 With one update for each rollout the trained policy is the one that sampled: samples weigh as at a ratio of 1, nothing
-can be clipped, and the rollout policy is not asked. Whether training and sampling then agree shows in the ratio on
-record, which is that of a step's log-probability now to that when it was sampled, whatever the weights are.
+can be clipped, and the rollout policy is not asked. In the first of several updates samples weigh in the same way.
+Whether training and sampling then agree shows in the ratio on record, which is measured: with one update it is that of
+a step's log-probability now to that when it was sampled, whatever the weights are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from jaxtyping import Array, Bool, Float
 
 from marble_jax.errors import InputError
 from marble_jax.flow.path import expand, sample_mean
-from marble_jax.flow.trajectory import Transitions, log_density, step_mean
+from marble_jax.flow.trajectory import Transition, log_density, step_mean
 from marble_jax.objectives.base import (
     Directions,
     Divergence,
@@ -55,6 +56,7 @@ class StepBatch(FlowBatch):
       after: float32 [n, *latent] the state behind the step.
       steps: coefficients of the steps.
       sampled_log_prob: float32 [n] log-probability of the step when it was sampled.
+      is_sampler: bool [n], whether the trained policy is the one that sampled; the same for all samples.
       v_rollout: [n, *latent] velocity of the rollout policy at `xt`; None where it is not needed.
       v_base: [n, *latent] velocity of the base model at `xt`; None leaves the divergence out.
     """
@@ -62,6 +64,7 @@ class StepBatch(FlowBatch):
     after: jax.Array
     steps: SolverSteps
     sampled_log_prob: jax.Array
+    is_sampler: jax.Array
     v_rollout: jax.Array | None = None
     v_base: jax.Array | None = None
 
@@ -71,7 +74,8 @@ class StepStatistics:
     """Numbers of n steps, [n] each.
 
     Attributes:
-      log_ratio: logarithm of the ratio that samples weigh by, trained policy over rollout policy; 0 on policy.
+      log_ratio: logarithm of the ratio that samples weigh by, trained policy over rollout policy; 0 where they are one.
+      measured: the same as it is measured, rounding included: what is on record.
       scale: factor of the loss.
       log_prob_change: the step's log-probability minus that when it was sampled.
       step_kl: divergence of the step from the rollout policy's, or an estimate of it, in nats an element; None on
@@ -79,24 +83,24 @@ class StepStatistics:
     """
 
     log_ratio: jax.Array
+    measured: jax.Array
     scale: jax.Array
     log_prob_change: jax.Array
     step_kl: jax.Array | None = None
 
 
-def step_batch(draws: Draws) -> StepBatch:
-    """The step that each sample draws, out of those that its rollout kept."""
-    kept: Transitions = draws.kept
+def step_batch(draws: Draws, policies: FrozenPolicies) -> StepBatch:
+    """The step that each sample draws, without other velocities at it."""
+    kept: Transition = draws.kept
     assert draws.steps is not None
-    place = draws.timestep - kept.start
-    rows = jnp.arange(len(place))
     return StepBatch(
-        xt=kept.states[rows, place],
+        xt=kept.before,
         sigma=draws.sigma,
         cond=draws.cond,
-        after=kept.states[rows, place + 1],
+        after=kept.after,
         steps=draws.steps,
-        sampled_log_prob=kept.log_prob[rows, place],
+        sampled_log_prob=kept.log_prob,
+        is_sampler=jnp.broadcast_to(policies.is_trained, draws.sigma.shape),
     )
 
 
@@ -150,7 +154,7 @@ class PolicyGradient(Objective):
 
     def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> StepBatch:
         """The steps of a rollout; see `Objective.prepare`."""
-        batch = step_batch(draws)
+        batch = step_batch(draws, policies)
         at = (batch.xt, batch.sigma, batch.cond)
         if self._asks_rollout_policy:
             batch = dataclasses.replace(batch, v_rollout=policies.rollout(*at))
@@ -175,15 +179,18 @@ class PolicyGradient(Objective):
             log_ratio = change
             scale = jnp.ones_like(log_prob)
         step_kl = None
+        # The policy that samples is the one that is trained; what rounding makes of that, the record tells.
         if self.on_policy:
-            # The policy that samples is the one that is trained; what rounding makes of that, the record tells.
-            log_ratio = jnp.zeros_like(log_ratio)
+            # On record is the ratio of log-probabilities, whatever the weights are.
+            measured, log_ratio = change, jnp.zeros_like(log_ratio)
         else:
+            # So it is in the first of several updates, where rounding alone would bring some ratios to the clip.
+            measured, log_ratio = log_ratio, jnp.where(batch.is_sampler, 0.0, log_ratio)
             step_kl = self._step_kl(mean, change, batch)
         return Directions(
             signals=(signal,),
             anchors=(),
-            statistics=StepStatistics(log_ratio, scale, change, step_kl),
+            statistics=StepStatistics(log_ratio, measured, scale, change, step_kl),
             kl=_divergence(mean, slope, batch),
         )
 
@@ -253,9 +260,8 @@ class PolicyGradient(Objective):
 
     def reported(self, statistics: StepStatistics) -> dict[str, Float[Array, " n"]]:
         """Ratio, whether it is outside the clip's range, log-probability gap and divergence from the rollout policy."""
-        # On policy the ratio is measured, too, though nothing is weighed by it.
-        measured = statistics.log_prob_change if self.on_policy else statistics.log_ratio
-        ratio = jnp.exp(measured)
+        # Measured also where nothing is weighed by it.
+        ratio = jnp.exp(statistics.measured)
         outside = jnp.zeros_like(ratio)
         if self.clip_range > 0:
             outside = (jnp.abs(ratio - 1.0) > self.clip_range).astype(ratio.dtype)

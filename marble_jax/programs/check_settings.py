@@ -122,7 +122,7 @@ def _check_cleaning(settings: Settings) -> None:
 
 
 def _check_skipped_pass(settings: Settings) -> None:
-    """Raises InputError where no micro-batch could do without the rollout policy."""
+    """Raises InputError where no micro-batch could do without the rollout policy, or none could tell whether."""
     if not settings.nft.skip_rollout_pass:
         return
     harmonize = settings.harmonize
@@ -135,6 +135,13 @@ def _check_skipped_pass(settings: Settings) -> None:
         raise InputError(
             f"nft.skip_rollout_pass: expected False with {reason}, which asks the rollout policy at every "
             "micro-batch or at none; received True"
+        )
+    updates = settings.training.updates_per_rollout
+    if updates > 1:
+        # A later update's policy has left the one that sampled, by more than the last step's distance tells.
+        raise InputError(
+            f"nft.skip_rollout_pass: expected False with training.updates_per_rollout={updates}, as each update would "
+            "go by the distance of policies that another one saw; received True"
         )
 
 

@@ -131,7 +131,7 @@ def anchor_spread(
     """Returns the running average of the variance of a micro-batch's anchors over the squared norm of the update.
 
     Args:
-      last: the average before, 0 at the start.
+      last: the average before; 0 as long as nothing was measured, so that the first measure is taken as it is.
       moments: of this step.
       update_norm: norm of this step's update; where it is zero or not finite, the average stays.
     """
@@ -141,4 +141,6 @@ def anchor_spread(
     spread = variance / jnp.square(update_norm)
     # A step's own figure is from few micro-batches; the policies part slowly.
     average = SPREAD_MEMORY * last + (1.0 - SPREAD_MEMORY) * spread
+    # Beside a 0 that stands for nothing it would count less than a third, and too few anchors would be taken.
+    average = jnp.where(last > 0, average, spread)
     return jnp.where(jnp.isfinite(average), average, last)

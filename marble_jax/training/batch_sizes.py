@@ -11,6 +11,9 @@ from marble_jax.config import HarmonizeSettings, RolloutSettings, TrainingSettin
 from marble_jax.errors import InputError
 from marble_jax.flow.stochastic import STOCHASTIC_SOLVERS, Window
 
+_ROUNDING = 1e-9
+"""A product this near to a whole number is that number: 0.58 of 50 comes to 28.999999999999996."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -71,7 +74,7 @@ def is_stochastic(rollout: RolloutSettings) -> bool:
 
 def window_of(rollout: RolloutSettings) -> Window:
     """Steps of a stochastic rollout that have noise; `check_window` says whether they can."""
-    end = max(1, int(rollout.window_range * rollout.num_steps))
+    end = max(1, math.floor(rollout.window_range * rollout.num_steps + _ROUNDING))
     return Window(
         size=rollout.window_size or end,
         first=0,
@@ -92,8 +95,10 @@ def trained_timesteps(rollout: RolloutSettings, training: TrainingSettings) -> i
     """Timesteps that an image is trained at."""
     if is_stochastic(rollout):
         # The last step is no part of a window by default: rounded down, the share would take one more away.
-        return math.ceil(training.timestep_fraction * window_of(rollout).size)
-    return max(1, int(training.timestep_fraction * rollout.num_steps))
+        share = training.timestep_fraction * window_of(rollout).size
+        return max(1, math.ceil(share - _ROUNDING))
+    share = training.timestep_fraction * rollout.num_steps
+    return max(1, math.floor(share + _ROUNDING))
 
 
 def timestep_parts(rollout: RolloutSettings, training: TrainingSettings) -> tuple[int, ...]:
@@ -117,8 +122,7 @@ def timestep_parts(rollout: RolloutSettings, training: TrainingSettings) -> tupl
             f"timesteps are trained on, within 1 to {rollout.num_steps}; received {first} to {last}"
         )
     bounds = np.linspace(first - 1, last, parts + 1)
-    # A rounding error below a whole number must not move a bound.
-    return tuple(int(bound) for bound in np.floor(bounds + 1e-9))
+    return tuple(int(bound) for bound in np.floor(bounds + _ROUNDING))
 
 
 def _check_updates(training: TrainingSettings, images: int) -> None:

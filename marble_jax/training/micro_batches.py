@@ -7,7 +7,6 @@ Micro-batch m = j * B + b takes the b-th slice of the images at their j-th times
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -19,7 +18,7 @@ from jax.extend.core import jaxpr_as_fun
 from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
 from marble_jax.flow.guided_policy import GuidedConditioning, repeated
 from marble_jax.flow.stochastic import StochasticTable
-from marble_jax.flow.trajectory import Transitions
+from marble_jax.flow.trajectory import Transitions, transition_at
 from marble_jax.objectives.base import (
     Batch,
     Draws,
@@ -235,11 +234,8 @@ def micro_batch(
     """
     num_slices = order.prompt.shape[0]
     part, time = index % num_slices, index // num_slices
-    if order.rows is None:
-        kept = jax.tree.map(lambda leaf: leaf[part], order.kept)
-    else:
-        kept = jax.tree.map(partial(_from_batches, rows=order.rows[part]), order.kept)
     timestep, sigma = order.timestep[time, part], order.sigma[time, part]
+    kept = _kept_of(order, part, timestep, shards)
     kept, timestep, sigma, prompt = shards.split((kept, timestep, sigma, order.prompt[part]))
     own_cond: Any = jax.tree.map(lambda leaf: leaf[prompt], cond)
     if negative is not None:
@@ -257,10 +253,19 @@ def micro_batch(
     return MicroBatch(samples, order.advantages[part], order.valid[part])
 
 
-def _from_batches(leaf: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows [n, ...] of batches [batches, m, ...], counted through; the devices exchange these alone."""
-    size = leaf.shape[1]
-    return leaf[rows // size, rows % size]
+def _kept_of(order: TrainingOrder, part: jax.Array, timestep: jax.Array, shards: Shards) -> Any:
+    """What is kept of the samples of a slice: of transitions, the one that each sample is trained at."""
+    if order.rows is None:
+        kept = shards.split(jax.tree.map(lambda leaf: leaf[part], order.kept))
+        if not isinstance(kept, Transitions):
+            return kept
+        return transition_at(kept, (jnp.arange(len(timestep)),), timestep)
+    # Rows are counted through the batches. What is asked for here is all that the devices exchange.
+    rows, size = order.rows[part], jax.tree.leaves(order.kept)[0].shape[1]
+    places = rows // size, rows % size
+    if isinstance(order.kept, Transitions):
+        return transition_at(order.kept, places, timestep)
+    return jax.tree.map(lambda leaf: leaf[places], order.kept)
 
 
 def sum_over(

@@ -34,6 +34,7 @@ def apply_update(
     alpha: alpha_state.AlphaState,
     balancer: Any = None,
     history: History | None = None,
+    ends_step: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """Clips, steps the optimiser and moves the averaged and the rollout policy.
 
@@ -47,6 +48,7 @@ def apply_update(
       alpha: after this step's solve, if there was one.
       balancer: the balancer's state after it; None leaves that as it is.
       history: with this step's gradients; None for a step that takes none.
+      ends_step: whether no other update of the same optimiser step follows; the age of alpha counts steps.
     """
     norm = tree.norm(gradient)
     finite = jnp.isfinite(norm)
@@ -60,6 +62,9 @@ def apply_update(
     history = state.history if history is None else history
     history = dataclasses.replace(history, update=gradient)
     current = keep(optax.apply_updates(state.current, updates), state.current)
+    alpha = keep(alpha, state.alpha)
+    if ends_step:
+        alpha = alpha_state.advance(alpha)
     ema_decay = averaging.ema_decay(step, averages.ema_decay)
     rollout_decay = averages.rollout_decay(step)
     new = dataclasses.replace(
@@ -67,7 +72,7 @@ def apply_update(
         step=step,
         current=current,
         opt_state=keep(opt_state, state.opt_state),
-        alpha=alpha_state.advance(keep(alpha, state.alpha)),
+        alpha=alpha,
         balancer=state.balancer if balancer is None else keep(balancer, state.balancer),
         history=keep(history, state.history),
         ema=keep(averaging.soft_update(state.ema, current, ema_decay), state.ema),

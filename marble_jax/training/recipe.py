@@ -145,6 +145,7 @@ class Recipe:
       harmonization: how rewards share the update.
       averages: how the other policies follow.
       updates: updates that share a rollout, each on a part of its images.
+      ends_step: whether no other of these updates follows.
       alike_below: mean squared distance of the velocities of rollout and trained policy, over their mean square, below
         which micro-batches without anchors do without the rollout policy; 0: none does.
     """
@@ -155,4 +156,5 @@ class Recipe:
     harmonization: Harmonization
     averages: PolicyAverages
     updates: int = 1
+    ends_step: bool = True
     alike_below: float = 0.0

@@ -136,7 +136,10 @@ class Collector:
         latents, health = [], []
         # A reward that hangs does not keep a run from stopping.
         under_way: UnderWay[Scores] = UnderWay(lambda: progress(0))
-        for number, index in enumerate(batch_indices(count, self.batch_size)):
+        batches = batch_indices(count, self.batch_size)
+        # One number for all batches, so that their figures are one program.
+        num_groups = max(len(np.unique(draw.groups[index])) for index in batches)
+        for number, index in enumerate(batches):
             group = draw.groups[index]
             own_path = None
             if path is not None:
@@ -158,7 +161,7 @@ class Collector:
             latents.append(kept if self.stack is not None else self.spread(kept))
             # Labels within the batch: a global one can be beyond the number of segments.
             _, label = np.unique(group, return_inverse=True)
-            health.append(sample_health(x0, samples, label.astype(np.int32)))
+            health.append(sample_health(x0, samples, label.astype(np.int32), num_groups))
             # A last batch that was filled up repeats a sample.
             progress(len(np.unique(index)))
         finished = time.perf_counter()
@@ -208,14 +211,18 @@ def _mean_health(batches_health: Sequence[dict[str, jax.Array]]) -> dict[str, fl
     return {name: float(np.mean([batch[name] for batch in batches_health])) for name in names}
 
 
-@jax.jit
-def sample_health(x0: jax.Array, samples: jax.Array, group: jax.Array) -> dict[str, jax.Array]:
+@partial(jax.jit, static_argnames="num_groups")
+def sample_health(
+    x0: jax.Array, samples: jax.Array, group: jax.Array, num_groups: int
+) -> dict[str, jax.Array]:
     """Figures of one batch that tell when samples degenerate.
 
     Args:
       x0: [n, *latent] clean latents.
       samples: images [n, H, W, 3] or clips [n, F, H, W, 3].
-      group: int32 [n], labels in [0, n) of samples of one prompt.
+      group: int32 [n], labels in [0, num_groups) of samples of one prompt.
+      num_groups: labels that there can be. Every device holds sums of so many whole images: as many as there are
+        samples would be the whole batch on each of them.
 
     Returns:
       `x0_norm` (root mean square), `brightness` (mean pixel), `diversity` (mean standard deviation of a pixel within a
@@ -226,24 +233,25 @@ def sample_health(x0: jax.Array, samples: jax.Array, group: jax.Array) -> dict[s
         "brightness": jnp.mean(samples),
     }
     if samples.ndim == 4:
-        return health | {"diversity": _diversity(samples, group)}
+        return health | {"diversity": _diversity(samples, group, num_groups)}
     # Frame by frame: sums over groups of whole clips would lie on every device.
     diversity = jax.lax.map(
-        lambda frame: _diversity(samples[:, frame], group), jnp.arange(samples.shape[1])
+        lambda frame: _diversity(samples[:, frame], group, num_groups),
+        jnp.arange(samples.shape[1]),
     )
     motion = jnp.mean(jnp.abs(samples[:, 1:] - samples[:, :-1]))
     return health | {"diversity": jnp.mean(diversity), "motion": motion}
 
 
-def _diversity(images: jax.Array, group: jax.Array) -> jax.Array:
+def _diversity(images: jax.Array, group: jax.Array, num_groups: int) -> jax.Array:
     """Mean standard deviation of a pixel of images [n, H, W, 3] within a group."""
     size = group.shape[0]
     flat = images.reshape(size, -1)
-    count = jax.ops.segment_sum(jnp.ones(size), group, size)
+    count = jax.ops.segment_sum(jnp.ones(size), group, num_groups)
     divisor = jnp.maximum(count, 1)[:, None]
-    mean = jax.ops.segment_sum(flat, group, size) / divisor
-    squares = jax.ops.segment_sum(jnp.square(flat - mean[group]), group, size)
+    mean = jax.ops.segment_sum(flat, group, num_groups) / divisor
+    squares = jax.ops.segment_sum(jnp.square(flat - mean[group]), group, num_groups)
     spread = jnp.mean(jnp.sqrt(squares / divisor), axis=1)
-    # A group of one has no spread to speak of, and there are as many segments as images, most of them empty.
+    # A group of one has no spread to speak of, and a batch may have fewer groups than another.
     several = count > 1
     return jnp.sum(spread * several) / jnp.maximum(jnp.sum(several), 1)

@@ -55,9 +55,9 @@ def several_updates(last: Step, before: Step, updates: int) -> Step:
 
 
 def before_last(recipe: Recipe) -> Recipe:
-    """What an update does that another one from the same rollouts follows: the rollout policy stays."""
+    """What an update does that another one from the same rollouts follows: the rollout policy and alpha's age stay."""
     averages = dataclasses.replace(recipe.averages, rollout_decay=_stays)
-    return dataclasses.replace(recipe, averages=averages)
+    return dataclasses.replace(recipe, averages=averages, ends_step=False)
 
 
 def _stays(step: jax.Array | int) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from marble_jax import tree
 from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient
 from marble_jax.harmonize.reward_sums import RewardSums
 from marble_jax.training.anchor_spacing import anchored_first
@@ -51,7 +52,10 @@ class MicroBatches:
         self._objective, self._shards = recipe.objective, recipe.micro_batching.shards
         self._chunk_size = recipe.micro_batching.chunk_size // self._shards.count
         self._velocity, self._adapter = partial(velocity, params), state.current
-        self._policies = frozen_policies(velocity, params, state.rollout, self._shards)
+        policies = frozen_policies(velocity, params, state.rollout, self._shards)
+        # Once for the step, and not in every turn of a loop.
+        is_trained = tree.equal(state.rollout, state.current)
+        self._policies = dataclasses.replace(policies, is_trained=is_trained)
         self._cond, self._negative = batch.cond, batch.negative
         self._key, self._step = jax.random.wrap_key_data(state.key), state.step
         self._order: TrainingOrder = training_order(
@@ -112,6 +116,7 @@ class MicroBatches:
         sample_weights: jax.Array,
         num_samples: int,
         signals: bool = True,
+        anchor_scale: jax.Array | float = 1.0,
     ) -> tuple[Adapter, dict[str, Any]]:
         """One backward pass at a micro-batch, device by device; see `reward_gradients.combined_gradient`."""
 
@@ -126,6 +131,7 @@ class MicroBatches:
                 sample_weights,
                 num_samples,
                 signals,
+                anchor_scale,
             )
 
         return self._shards.map_shards(of_shard, part)

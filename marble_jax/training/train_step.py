@@ -36,7 +36,7 @@ from marble_jax.training.anchor_spacing import (
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.policy_update import Metrics, apply_update, mean_update
 from marble_jax.training.recipe import Harmonization, Recipe
-from marble_jax.training.skipped_passes import loops_behind, with_rollout_gap
+from marble_jax.training.skipped_passes import loops_behind, policies_alike, with_rollout_gap
 from marble_jax.training.staged_step import Bounds, Earlier, Loop, StagedStep, SumLoop
 from marble_jax.training.state import TrainState
 from marble_jax.training.step_gradients import MicroBatches, num_micro_batches
@@ -86,7 +86,14 @@ def exact_step(
         update = tree.weighted_sum(weights, mean.gradients)
         gradient = tree.add(update, tree.scale(mean.kl_gradient, recipe.objective.kl_weight))
         state, metrics = apply_update(
-            recipe.averages, optimizer, state, gradient, alpha, solution.state, past
+            recipe.averages,
+            optimizer,
+            state,
+            gradient,
+            alpha,
+            solution.state,
+            past,
+            recipe.ends_step,
         )
         used = _used_alpha(harmonization, solution, alpha)
         metrics |= _solve_metrics(mean, weights, solution, used, rewards)
@@ -303,7 +310,8 @@ def amortized_step(
     """The step in between solves: one backward pass with the cached coefficients.
 
     Anchors are part of that pass and cost nothing; the divergence asks the base model and is taken where a solve would
-    take it, at one micro-batch in `anchor_every`.
+    take it, at one micro-batch in `anchor_every`. Where the others do without the rollout policy, anchors are taken
+    there as well, so much stronger.
     """
 
     def loops(num: int) -> tuple[Loop, ...]:
@@ -320,10 +328,17 @@ def amortized_step(
             sample_weights, num_samples = _sample_weights(recipe, parts.state, parts.batch)
             # The mean over the samples that have it, a random part of all, has no bias.
             with_divergence = num_samples * count // num
+            anchor_scale: jax.Array | float = 1.0
+            if divergence and recipe.alike_below > 0:
+                # The micro-batches behind these then have no anchors, as in a solve.
+                others_skip = policies_alike(recipe, parts.state)
+                anchor_scale = jnp.where(others_skip, num / count, 1.0)
 
             def gradient(index: jax.Array) -> tuple[Adapter, dict[str, Any]]:
                 part = parts.at(index, divergence, alike)
-                return parts.combined_gradient(part, sample_weights, with_divergence)
+                return parts.combined_gradient(
+                    part, sample_weights, with_divergence, anchor_scale=anchor_scale
+                )
 
             return gradient
 
@@ -335,7 +350,16 @@ def amortized_step(
     def finish(parts: MicroBatches, carries: Earlier) -> tuple[TrainState, Metrics]:
         state = parts.state
         gradient, losses = parts.all_reduce(reduce(tree.add, carries))
-        state, metrics = apply_update(recipe.averages, optimizer, state, gradient, state.alpha)
+        # Of this step, as a solve's is 0: the state after it is a step older.
+        age = state.alpha.age
+        state, metrics = apply_update(
+            recipe.averages,
+            optimizer,
+            state,
+            gradient,
+            state.alpha,
+            ends_step=recipe.ends_step,
+        )
         metrics |= losses["records"].metrics()
         state, skipped = with_rollout_gap(recipe, state, losses["records"])
         metrics |= skipped
@@ -344,7 +368,7 @@ def amortized_step(
             "objective/kl": losses["kl"],
             "harmonize/alpha": state.alpha.alpha,
             "harmonize/refreshed": jnp.zeros(()),
-            "harmonize/alpha_age": state.alpha.age,
+            "harmonize/alpha_age": age,
         }
 
     return StagedStep(

@@ -1,5 +1,6 @@
 """Policy gradients against losses written from the papers: one reward at a time, by automatic differentiation."""
 
+import dataclasses
 import functools
 
 import fake_devices
@@ -16,7 +17,7 @@ from marble_jax.distributed.device_mesh import SINGLE_DEVICE, Shards
 from marble_jax.flow import levels
 from marble_jax.flow.guided_policy import GuidedConditioning, guided_policy, repeated
 from marble_jax.flow.stochastic import stochastic_table
-from marble_jax.flow.trajectory import Transitions
+from marble_jax.flow.trajectory import Transitions, transition_at
 from marble_jax.harmonize import reward_gradients
 from marble_jax.harmonize.reward_sums import mean_gradients
 from marble_jax.objectives.base import Draws, FrozenPolicies, SolverSteps
@@ -81,7 +82,8 @@ def problem(num_rewards, solver, dtype, velocity=velocity):
         velocity(rollout, before, steps.sigma, cond), before, after, steps, solver
     )
     log_prob = jnp.broadcast_to(sampled[:, None], (NUM, WINDOW))
-    kept = Transitions(jnp.asarray(states), jnp.full(NUM, START, jnp.int32), log_prob)
+    window = Transitions(jnp.asarray(states), jnp.full(NUM, START, jnp.int32), log_prob)
+    kept = transition_at(window, (jnp.arange(NUM),), jnp.asarray(timestep))
     draws = Draws(kept, jnp.asarray(timestep), steps.sigma, cond, jax.random.key(0), steps)
     advantages = jnp.asarray(4 * rng.normal(size=(NUM, num_rewards)), dtype)
     valid = rng.random((NUM, num_rewards)) < 0.7
@@ -359,7 +361,8 @@ def test_the_divergence_of_a_step_is_that_of_two_normal_distributions(form, solv
         )
         xt, sigma, cond, steps = alike
         sampled = log_prob_of(velocity(rollout, xt, sigma, cond), xt, after, steps, solver)
-        batch = StepBatch(xt, sigma, cond, after, steps, sampled)
+        apart = jnp.zeros(num, bool)
+        batch = StepBatch(xt, sigma, cond, after, steps, sampled, apart)
         if form == "guard":
             batch = batch.replace(v_rollout=velocity(rollout, xt, sigma, cond))
         statistics = objective.directions(velocity(current, xt, sigma, cond), batch).statistics
@@ -378,3 +381,29 @@ def test_samples_draw_their_own_steps_out_of_what_was_kept():
     np.testing.assert_array_equal(batch.xt, before)
     np.testing.assert_array_equal(batch.after, after)
     assert batch.v_rollout is not None and batch.v_base is None
+
+
+@pytest.mark.parametrize("form", ["ppo", "guard"])
+def test_the_first_of_several_updates_weighs_as_at_a_ratio_of_one(form):
+    """Policies that are one but for rounding, which is larger than the clip's range: nothing is clipped."""
+    current, rollout, base, draws, _, _, advantages, valid = problem(2, "flow_sde", np.float32)
+    objective = objective_of(form, "flow_sde", False)
+    apart = policies_of(rollout, base)
+    one = dataclasses.replace(apart, is_trained=jnp.asarray(True))
+    found = {}
+    for name, policies in (("apart", apart), ("one", one)):
+        batch = objective.prepare(draws, policies, divergence=False)
+        prediction = velocity(current, batch.xt, batch.sigma, batch.cond)
+        found[name] = objective.directions(prediction, batch).statistics
+    # What is measured stays on record.
+    ratio = objective.reported(found["one"])["ratio"]
+    np.testing.assert_array_equal(ratio, objective.reported(found["apart"])["ratio"])
+    outside = np.abs(np.asarray(ratio) - 1) > CLIP_RANGE[form]
+    assert outside.any()
+    weights = objective.mix(advantages, found["one"], valid)[..., 0]
+    scale = 1 / draws.steps.length if form == "guard" else np.ones(NUM)
+    expected = -np.clip(advantages, -5, 5) * np.asarray(scale)[:, None]
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    np.testing.assert_allclose(objective.losses(advantages, found["one"]), expected, rtol=1e-6)
+    held = objective.mix(advantages, found["apart"], valid)[..., 0]
+    assert (np.asarray(held) == 0).any()

@@ -6,7 +6,7 @@ import pytest
 
 from marble_jax.config import HarmonizeSettings, RolloutSettings, TrainingSettings
 from marble_jax.errors import InputError
-from marble_jax.training.batch_sizes import Sizes, chunk_size, derive_sizes
+from marble_jax.training.batch_sizes import Sizes, chunk_size, derive_sizes, window_of
 
 ROLLOUT, TRAINING = RolloutSettings(), TrainingSettings()
 
@@ -21,6 +21,34 @@ def test_a_small_fraction_still_trains_one_timestep():
     training = dataclasses.replace(TRAINING, timestep_fraction=0.01)
     sizes = derive_sizes(rollout, training, 1)
     assert sizes.timesteps == 1 and sizes.micro_batches == 8
+
+
+@pytest.mark.parametrize(
+    "fraction, num_steps, timesteps",
+    [(0.58, 50, 29), (0.29, 100, 29), (0.99, 25, 24), (0.5, 25, 12), (1.0, 7, 7)],
+)
+def test_a_share_of_the_timesteps_is_that_of_exact_arithmetic(fraction, num_steps, timesteps):
+    """Rounded down: 0.58 of 50 is 29, though the product of these floating-point numbers is a little less."""
+    rollout = dataclasses.replace(ROLLOUT, num_steps=num_steps)
+    training = dataclasses.replace(TRAINING, timestep_fraction=fraction)
+    assert derive_sizes(rollout, training, 8).timesteps == timesteps
+
+
+@pytest.mark.parametrize(
+    "fraction, window, timesteps", [(0.28, 25, 7), (0.07, 100, 7), (0.99, 9, 9), (0.01, 9, 1)]
+)
+def test_a_share_of_a_window_is_that_of_exact_arithmetic(fraction, window, timesteps):
+    """Rounded up: 0.28 of 25 is 7, though the product of these floating-point numbers is a little more."""
+    rollout = dataclasses.replace(
+        ROLLOUT, num_steps=window + 1, solver="flow_sde", window_size=window, window_range=1.0
+    )
+    training = dataclasses.replace(TRAINING, timestep_fraction=fraction)
+    assert derive_sizes(rollout, training, 8).timesteps == timesteps
+
+
+def test_the_range_of_a_window_is_that_of_exact_arithmetic():
+    rollout = dataclasses.replace(ROLLOUT, num_steps=50, solver="flow_sde", window_range=0.58)
+    assert window_of(rollout).end == 29
 
 
 def test_parts_of_the_timesteps_are_those_of_the_released_code():

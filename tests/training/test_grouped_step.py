@@ -98,6 +98,27 @@ def _plain():
     return GroupedStep(make(recipe), make(recipe), 1, ONE)
 
 
+@pytest.mark.parametrize("as_one_program", [True, False])
+def test_alpha_ages_by_steps_however_many_updates_they_have(as_one_program):
+    """A solve every third step, in both of its updates; five steps in one program each or in groups."""
+    recipe, make = _exact(micro_batch=2)
+    solve, between = ((made(recipe), made(before_last(recipe))) for made in (make, _amortized))
+    if as_one_program:
+        solve, between = (jax.jit(several_updates(*updates, 2)) for updates in (solve, between))
+    else:
+        solve, between = (GroupedStep(*updates, 2, ONE) for updates in (solve, between))
+    state, ages, solved = toy.new_state(), [], []
+    for number in range(5):
+        due = not bool(state.alpha.solved) or int(state.alpha.age) >= 3
+        if due:
+            solved.append(number)
+        run = solve if due else between
+        state, metrics = run(state, toy.base_params(), toy.new_batch())
+        ages.append(int(metrics["harmonize/alpha_age"]))
+    assert solved == [0, 3]
+    assert ages == [0, 1, 2, 0, 1] and int(state.step) == 5
+
+
 def test_a_step_that_is_given_up_leaves_the_state_as_it_was(monkeypatch):
     monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 0.0)
     state, params, batch = toy.new_state(), toy.base_params(), toy.new_batch()

@@ -85,6 +85,53 @@ def split_step() -> dict[str, object]:
     }
 
 
+def split_transitions() -> dict[str, object]:
+    """Runs in the process with four devices: a micro-batch out of split windows of three states."""
+    import re
+
+    import jax.numpy as jnp
+    import test_policy_gradient_step as steps
+
+    from marble_jax.training.micro_batches import frozen_policies, micro_batch, training_order
+
+    mesh = device_mesh.make_mesh(2, 2)
+    shards, recipe = device_mesh.Shards(mesh), steps.recipe_of()
+    state = toy.new_state()
+    whole = device_mesh.replicate(mesh, steps.new_batch(state))
+    in_batches = jax.tree.map(lambda leaf: leaf.reshape(3, 4, *leaf.shape[1:]), whole.kept)
+    placed = jax.NamedSharding(mesh, jax.P(None, device_mesh.BATCH_AXES))
+    apart = whole.replace(kept=jax.device_put(in_batches, placed), is_split=True)
+    policies = frozen_policies(toy.velocity, toy.base_params(), state.rollout, shards)
+
+    def samples(batch, index):
+        key = jax.random.key(3)
+        order = training_order(batch, key, 0, recipe.timesteps, 4, shards)
+        return micro_batch(
+            recipe.objective, policies, order, batch.cond, index, False, shards
+        ).samples
+
+    compiled = jax.jit(samples).lower(apart, jnp.int32(1)).compile()
+    exchanged = [
+        int(np.prod([int(n) for n in shape.split(",")])) / 12
+        for line in compiled.as_text().splitlines()
+        if re.search(r" (all-reduce|all-gather)(-start)?\(", line)
+        for shape in re.findall(r"f32\[([\d,]*2,2,3)\]", line.split(" all-")[0])
+    ]
+    gaps = []
+    for index in range(6):
+        found, expected = (jax.jit(samples)(batch, jnp.int32(index)) for batch in (apart, whole))
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+        gaps += [float(np.abs(np.asarray(x, np.float32) - y).max()) for x, y in pairs]
+    return {"exchanged": exchanged, "gap": max(gaps)}
+
+
+def test_of_a_window_devices_exchange_the_step_that_is_trained_on():
+    """Of each of four samples the states before and behind it, and not all three of the window."""
+    found = fake_devices.call(split_transitions, devices=4)
+    assert found["gap"] == 0
+    assert 4 <= sum(found["exchanged"]) <= 8 and max(found["exchanged"]) <= 8, found["exchanged"]
+
+
 def test_devices_hold_their_own_latents_and_a_micro_batch():
     """Of 12 samples 3 are a device's own and 4 make a micro-batch."""
     found = fake_devices.call(split_step, devices=4)

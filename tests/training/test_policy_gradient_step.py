@@ -194,6 +194,30 @@ def test_two_updates_with_an_active_clip_equal_the_torch_twin():
     np.testing.assert_allclose(metrics["objective/outside_clip_range"], held[-1], atol=1e-6)
 
 
+def test_rounding_clips_nothing_in_the_first_of_several_updates():
+    """Log-probabilities that are off by more than the clip's range: as one update a rollout, which goes by no ratio."""
+    state = toy.new_state()
+    state = state.replace(rollout=state.current)
+    batch = new_batch(state)
+    off = 0.05 * toy.normal(np.random.default_rng(9), *batch.kept.log_prob.shape)
+    batch = batch.replace(kept=batch.kept.replace(log_prob=batch.kept.log_prob + off))
+
+    def first_update(recipe, state):
+        run = jax.jit(exact_step(before_last(recipe), toy.velocity, toy.optimizer()))
+        return run(state, toy.base_params(), batch)
+
+    found, metrics = first_update(recipe_of(), state)
+    expected, figures = first_update(recipe_of(on_policy=True), state)
+    toy.assert_close(found.current, expected.current, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(metrics["objective/ratio"], figures["objective/ratio"], rtol=1e-5)
+    assert float(metrics["objective/outside_clip_range"]) > 0.5
+    # A policy that is not the one that sampled, if by a hair, is held by the clip.
+    hair = state.replace(rollout=jax.tree.map(lambda leaf: leaf * (1 + 1e-6), state.current))
+    held, _ = first_update(recipe_of(), hair)
+    gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), held.current, expected.current)
+    assert max(jax.tree.leaves(gaps)) > 1e-4
+
+
 def test_an_on_policy_step_equals_the_torch_twin():
     recipe = recipe_of(updates=1, on_policy=True)
     state = toy.new_state()

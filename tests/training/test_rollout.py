@@ -1,5 +1,6 @@
 """Rollouts of a step: order of scores and latents, conditioning, health by hand."""
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.groups import Draw
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
+from marble_jax.training import rollout as rollout_module
 from marble_jax.training.rollout import Collector, sample_health
 
 
@@ -185,7 +187,7 @@ def test_health_of_clips():
     clips = rng.random((6, 5, 4, 3, 3))
     group = np.array([0, 0, 0, 1, 1, 2])
     found = sample_health(
-        jnp.asarray(clips, jnp.float32), jnp.asarray(clips, jnp.float32), jnp.asarray(group)
+        jnp.asarray(clips, jnp.float32), jnp.asarray(clips, jnp.float32), jnp.asarray(group), 3
     )
     spreads = [clips[group == label].std(axis=0).mean() for label in (0, 1)]
     assert found["diversity"] == pytest.approx(np.mean(spreads), rel=1e-5)
@@ -196,8 +198,55 @@ def test_health_of_clips():
         jnp.asarray(clips[:, 0], jnp.float32),
         jnp.asarray(clips[:, 0], jnp.float32),
         jnp.asarray(group),
+        4,  # one of which the batch does not have
     )
     assert "motion" not in images
+    of_first = [clips[group == label, 0].std(axis=0).mean() for label in (0, 1)]
+    assert images["diversity"] == pytest.approx(np.mean(of_first), rel=1e-5)
+
+
+def health_on_devices():
+    """Runs in the process with four devices: images of 192 numbers that each device holds, and their diversity."""
+    import re
+
+    from marble_jax.distributed import device_mesh
+
+    mesh = device_mesh.make_mesh()
+    images = np.random.default_rng(0).random((16, 8, 8, 3)).astype(np.float32)
+    group = np.repeat(np.arange(3, dtype=np.int32), 6)[1:17]
+    latents, split = device_mesh.shard_batch(mesh, (images[..., 0], images))
+    compiled = sample_health.lower(latents, split, group, 3).compile()
+    exchanged = [
+        int(np.prod([int(n) for n in shape.split(",") if n])) / 192
+        for line in compiled.as_text().splitlines()
+        if re.search(r"= .*(all-reduce|all-gather)\(", line)
+        for shape in re.findall(r"f32\[([\d,]*)\]", line.split("= ")[1].split("all-")[0])
+    ]
+    spreads = [images[group == label].std(axis=0).mean() for label in range(3)]
+    found = compiled(latents, split, group)["diversity"]
+    return {"exchanged": max(exchanged), "off": float(found / np.mean(spreads) - 1)}
+
+
+def test_devices_exchange_one_image_for_each_group():
+    """Sixteen images of three prompts on four devices: three sums of images each, and not the batch."""
+    found = fake_devices.call(health_on_devices, devices=4)
+    assert abs(found["off"]) < 1e-5
+    assert found["exchanged"] == 3
+
+
+@pytest.mark.parametrize("batch_size, num_groups", [(6, 2), (8, 2), (4, 1), (12, 3)])
+def test_groups_are_counted_over_all_batches(scorer, monkeypatch, batch_size, num_groups):
+    """Three prompts of four images: 0000 11|11 2222, 0000 1111|2222, 0000|1111|2222, all at once."""
+    seen = []
+
+    def told(x0, samples, group, num_groups):
+        seen.append((num_groups, int(group.max())))
+        return {}
+
+    monkeypatch.setattr(rollout_module, "sample_health", told)
+    _collector(scorer, batch_size, _noisy)(None, None, _draw(TEXTS[:3], 4), jax.random.key(0))
+    assert {number for number, _ in seen} == {num_groups}
+    assert max(label for _, label in seen) == num_groups - 1
 
 
 def test_no_more_batches_wait_for_scores_than_a_host_may_hold(scorer, monkeypatch):

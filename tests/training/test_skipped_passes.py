@@ -184,3 +184,13 @@ def test_where_nothing_could_be_skipped_it_is_refused(changes, reason):
     with pytest.raises(InputError, match=f"^nft.skip_rollout_pass: expected False with {reason}"):
         check_settings(settings)
     check_settings(load_settings("embedded:smoke", {"nft.skip_rollout_pass": True}))
+
+
+def test_with_several_updates_it_is_refused():
+    """Each update would go by the distance that another one saw: the second by that of one policy to itself."""
+    changes = {"nft.skip_rollout_pass": True, "training.updates_per_rollout": 2}
+    with pytest.raises(
+        InputError, match="False with training.updates_per_rollout=2, as each"
+    ) as told:
+        check_settings(load_settings("embedded:smoke", changes))
+    assert "\n" not in str(told.value)

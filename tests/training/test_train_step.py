@@ -212,6 +212,8 @@ def test_amortized_step_is_the_exact_step_with_the_same_weights(absent):
     for name in ("training/grad_norm", "objective/loss", "objective/kl"):
         np.testing.assert_allclose(part[name], full[name], rtol=1e-5)
     assert int(cheap.alpha.age) == 5
+    # As a solve's own is 0, on record is the age of the alpha that the step used.
+    assert int(part["harmonize/alpha_age"]) == 4 and int(full["harmonize/alpha_age"]) == 0
     assert float(part["harmonize/refreshed"]) == 0 and float(full["harmonize/refreshed"]) == 1
     toy.assert_identical((cheap.alpha.alpha, cheap.alpha.scale), (held.alpha, held.scale))
 
