@@ -6,7 +6,7 @@ import argparse
 import ssl
 
 from marble_jax import platform
-from marble_jax.cli.reward_choice import chosen_rewards, load_chosen
+from marble_jax.cli.reward_choice import UPSTREAM_RULES, chosen_rewards, load_chosen
 from marble_jax.cli.signals import stop_signals
 from marble_jax.config import Settings
 from marble_jax.console import Console
@@ -29,7 +29,8 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     # Loading rewards takes long: what is wrong with the token is said first.
     token = _token(options)
     platform.keep_compilations()
-    rewards = load_chosen(chosen_rewards(options, settings))
+    choice = chosen_rewards(options, settings)
+    rewards = load_chosen(choice)
     how = ServerOptions(
         token=token,
         workers=options.workers,
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     console = Console()
     with stop_signals() as stop, RewardServer(rewards, options.host, options.port, how) as server:
         console.say(f"serving {names} at {server.url} ({access} a token); Ctrl-C stops")
+        if choice.upstream_scoring:
+            console.say(UPSTREAM_RULES)
         if token and how.tls is None and not is_loopback(options.host):
             console.say(
                 "the token comes unencrypted: --tls_cert and --tls_key, or a tunnel, hide it"
