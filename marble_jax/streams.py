@@ -21,6 +21,7 @@ class Stream(enum.Enum):
     ROLLBACK = "numbers after a rollback"
     PROMPTS = "prompts of a step"
     PROMPT_ORDER = "order of a step's prompts"
+    SOURCE_TURNS = "sources that give a draw's left-over prompts"
     REWARD_DROPOUT = "rewards dropped in a step"
     ROLLOUT_NOISE = "noise that rollouts start from"
     IMAGE_ORDER = "order of pictures in training"

@@ -146,6 +146,7 @@ def test_host_generators_are_pairwise_different():
         (Stream.PROMPTS, (step, source)) for step, source in itertools.product(range(4), range(3))
     ]
     uses += [(Stream.PROMPT_ORDER, (step,)) for step in range(4)]
+    uses += [(Stream.SOURCE_TURNS, (turn,)) for turn in range(4)]
     uses += [
         (Stream.REWARD_DROPOUT, (step, name))
         for step, name in itertools.product(range(4), (0, 1, 3735928559))

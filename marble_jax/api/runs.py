@@ -18,7 +18,7 @@ from marble_jax.policies import TRAINED_POLICIES, check_policy
 from marble_jax.programs.evaluate import evaluate
 from marble_jax.programs.evaluation_request import Request, check_model_name
 from marble_jax.programs.export import ExportOptions, export_run
-from marble_jax.programs.locations import EMBEDDED
+from marble_jax.programs.locations import EMBEDDED, held_out_prompts
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.policy_source import PolicySource
 from marble_jax.programs.run_state import run_settings
@@ -143,7 +143,8 @@ class Run:
           out: directory of images, scores and the page `index.html`; the same call goes on where it stopped.
           policies: of the run; gains are over the first one.
           models: other models by name: diffusers-layout directories or hub ids.
-          prompts: files or directories as of `marble-jax evaluate`; the run's own held-out prompts unless given.
+          prompts: files or directories as of `marble-jax evaluate`; unless given, the held-out prompts that the run
+            itself evaluates on (`evaluation.num_prompts` of `evaluation.sources`).
           rewards: names of rewards of the run's; all that it trains on or holds out unless given.
           num_prompts: at most so many, in equal shares of the sources; 0: all.
           images: of each prompt.
@@ -187,6 +188,8 @@ class Run:
             # 0 in the settings stands for all cores.
             num_workers=own.rewards.num_workers or usable_cores(),
             command="marble_jax.Run.evaluate",
+            held_out=None if prompts else held_out_prompts(own.prompts, own.evaluation),
+            upstream_scoring=own.rewards.upstream_scoring,
         )
         summary = evaluate(request, os.fspath(out))
         assert summary is not None, "every image was scored"

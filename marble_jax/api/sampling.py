@@ -16,7 +16,7 @@ from marble_jax.console import Console
 from marble_jax.errors import InputError, one_of
 from marble_jax.programs.image_sampler import ImageSampler
 from marble_jax.programs.pipeline_cache import PipelineCache
-from marble_jax.programs.policy_source import PolicySource, SamplingSettings
+from marble_jax.programs.policy_source import STREAM_DTYPES, PolicySource, SamplingSettings
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import DTYPES
 from marble_jax.validation import Side, validated
@@ -39,6 +39,8 @@ _KINDS: dict[str, Any] = {
     "num_frames": Annotated[int, Ge(1), Le(100_000)] | None,
     "batch": Annotated[int, Ge(1), Le(65536)],
     "embedding_cache": str,
+    "stream_dtype": str | None,
+    "integer_timesteps": bool | None,
 }
 """Kinds and ranges of the fields of SamplingSettings."""
 
@@ -48,7 +50,8 @@ def sampling_settings(**settings: Any) -> SamplingSettings:
 
     Args:
       **settings: fields of `SamplingSettings`: seed, num_steps, solver, guidance, negative, embedded_guidance, size,
-        max_sequence_length, omit_text_encoders, dtype, num_frames, batch, embedding_cache.
+        max_sequence_length, omit_text_encoders, dtype, num_frames, batch, embedding_cache, stream_dtype,
+        integer_timesteps.
 
     Raises:
       InputError: an unknown field, or a value that is not of its kind.
@@ -62,6 +65,8 @@ def sampling_settings(**settings: Any) -> SamplingSettings:
         checked[name] = validated(_KINDS[name], value, name)
     if checked.get("dtype") is not None:
         one_of("dtype", checked["dtype"], DTYPES)
+    if checked.get("stream_dtype") is not None:
+        one_of("stream_dtype", checked["stream_dtype"], STREAM_DTYPES)
     return SamplingSettings(**checked)
 
 

@@ -112,6 +112,12 @@ VERB = Verb(
             rare=True,
         ),
         Option(
+            "upstream_scoring",
+            "score OCR and GenEval by the rules of MARBLE's released code",
+            Switch(),
+            rare=True,
+        ),
+        Option(
             "num_workers", "threads for rewards on the host", Whole(1, 1024), default="2", rare=True
         ),
         Option("num_images", "prompts shown on the page", Whole(0), default="24", rare=True),
@@ -153,6 +159,7 @@ def run(options: argparse.Namespace) -> int:
         rewards=options.rewards,
         frames=options.frames,
         frame_reduction=options.frame_reduction,
+        upstream_scoring=options.upstream_scoring,
         settings=settings,
         stated=stated,
         draw=not options.skip_generation,

@@ -6,7 +6,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from marble_jax import platform
-from marble_jax.cli.reward_choice import RewardChoice, chosen_rewards, load_one_by_one
+from marble_jax.cli.reward_choice import (
+    UPSTREAM_RULES,
+    RewardChoice,
+    chosen_rewards,
+    load_one_by_one,
+)
 from marble_jax.config import Settings
 from marble_jax.console import Console
 from marble_jax.errors import InputError
@@ -35,12 +40,17 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     console = Console()
     choice = chosen_rewards(options, settings)
     rewards, problems = load_one_by_one(choice)
+    if options.write and choice.upstream_scoring:
+        raise InputError(
+            "--write: expected rewards that score by the published rules, as those on record do; received "
+            "rewards.upstream_scoring=true"
+        )
     if options.write and choice.directory is not None:
         # Scoring takes long: what cannot be recorded is said first.
         golden_images.check_size(choice.directory, size, choice.names)
-    # Scores that are about to be recorded are not held against an earlier record.
+    # Scores that are about to be recorded are not held against an earlier record, nor are those by other rules.
     expected: golden_images.Expected = {}
-    if not options.write:
+    if not options.write and not choice.upstream_scoring:
         expected = golden_images.read_expected(choice.directory, size)
     results = checks.run_checks(rewards, size, expected, options.timeout, num_frames=num_frames)
     rows = []
@@ -54,6 +64,8 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
         f"{throughput.peak_memory()}"
     )
     console.table(rows, COLUMNS)
+    if choice.upstream_scoring:
+        console.say(UPSTREAM_RULES)
     not_passed = _not_passed(results, problems)
     if options.write:
         _record(choice, size, results, not_passed, console)

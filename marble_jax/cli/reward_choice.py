@@ -15,6 +15,11 @@ from marble_jax.rewards.frames import REDUCTIONS, parse_frames
 from marble_jax.rewards.function import is_function
 from marble_jax.rewards.registry import FILE, entries_of, load_rewards
 
+UPSTREAM_RULES = (
+    "OCR and GenEval by upstream's rules (rewards.upstream_scoring), not the published ones"
+)
+"""What is said of rewards of a run that scores so."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardChoice:
@@ -25,12 +30,14 @@ class RewardChoice:
       names: names in `rewards.json`, or functions as module:function.
       frames: which frames of clips rewards of images see; empty for no choice.
       frame_reduction: how these make one score of them.
+      upstream_scoring: whether OCR and GenEval go by the rules of MARBLE's released code.
     """
 
     directory: Path | None
     names: tuple[str, ...]
     frames: str = ""
     frame_reduction: str = "mean"
+    upstream_scoring: bool = False
 
 
 def chosen_rewards(options: argparse.Namespace, settings: Settings | None) -> RewardChoice:
@@ -46,20 +53,22 @@ def chosen_rewards(options: argparse.Namespace, settings: Settings | None) -> Re
     frames, reduction = _frames(options, settings)
     names = options.rewards
     path = options.rewards_path
+    upstream = False
     if settings is not None:
         path = settings.rewards.path
+        upstream = settings.rewards.upstream_scoring
         # A run's own rewards, where the options pick none of them.
         names = names or (*settings.rewards.train, *settings.rewards.heldout)
     # Functions are imported by name and need no directory.
     if not path and names and _are_functions(names):
-        return RewardChoice(None, names, frames, reduction)
+        return RewardChoice(None, names, frames, reduction, upstream)
     directory = resolve_path(path, "rewards")
     names = names or tuple(entries_of(directory))
     if not names:
         raise InputError(
             f"{directory / FILE}: expected at least one reward; received an empty object"
         )
-    return RewardChoice(directory, names, frames, reduction)
+    return RewardChoice(directory, names, frames, reduction, upstream)
 
 
 def _frames(options: argparse.Namespace, settings: Settings | None) -> tuple[str, str]:
@@ -92,6 +101,7 @@ def _load(choice: RewardChoice, names: Sequence[str]) -> list[Reward]:
     return load_rewards(
         choice.directory,
         names,
+        upstream=choice.upstream_scoring,
         frames=choice.frames,
         frame_reduction=choice.frame_reduction,
     )

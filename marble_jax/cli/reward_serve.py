@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Sequence
 
 from marble_jax import platform
-from marble_jax.cli.reward_choice import chosen_rewards, load_chosen
+from marble_jax.cli.reward_choice import UPSTREAM_RULES, chosen_rewards, load_chosen
 from marble_jax.cli.signals import stop_signals
 from marble_jax.config import Settings
 from marble_jax.console import Console
@@ -31,7 +31,8 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     # Loading rewards takes long: what is wrong with the token is said first.
     token = _token(options)
     platform.keep_compilations()
-    rewards = load_chosen(chosen_rewards(options, settings))
+    choice = chosen_rewards(options, settings)
+    rewards = load_chosen(choice)
     for reward in rewards:
         # One that another server computes may need whole groups, which clients of this one ask about.
         reward.inquire()
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
         console.say(f"serving {names} at {server.url} ({access} a token); Ctrl-C stops")
         for line in _passed_over(rewards):
             console.say(line)
+        if choice.upstream_scoring:
+            console.say(UPSTREAM_RULES)
         if token and how.tls is None and not is_loopback(options.host):
             console.say(
                 "the token comes unencrypted: --tls_cert and --tls_key, or a tunnel, hide it"

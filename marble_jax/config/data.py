@@ -26,7 +26,10 @@ class PromptSettings:
         resumable=True,
     )
     sources: tuple[str, ...] = key(
-        ("general", "ocr", "geneval"), "sources drawn from, in equal shares", "-", "paper"
+        ("general", "ocr", "geneval"),
+        "sources drawn from, in equal shares; prompts of a draw that these do not divide come from them in turn",
+        "-",
+        "paper",
     )
 
 

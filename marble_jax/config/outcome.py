@@ -11,7 +11,12 @@ from marble_jax.config.keys import SEED_UNIT, key
 class EvaluationSettings:
     """Evaluations on held-out prompts."""
 
-    num_prompts: int = key(384, "held-out prompts, in equal shares of the sources", "prompts, >= 1")
+    num_prompts: int = key(
+        384,
+        "held-out prompts, in equal shares of the sources, one of each at least: a test file's first where they have "
+        "every GenEval tag of the file, else evenly spaced over it",
+        "prompts, >= 1",
+    )
     sources: tuple[str, ...] = key(
         (), "sources of the held-out prompts, in equal shares; empty: those trained on"
     )

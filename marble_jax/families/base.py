@@ -31,6 +31,7 @@ from marble_jax.families.descriptions import (
     Size,
     TransformerShape,
 )
+from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.types import Adapter, Conditioning, Params
 from marble_jax.weights.formats import FileFormats
 
@@ -307,6 +308,18 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def text_components(self, root: Path, omit: Sequence[str] = ()) -> tuple[str, ...]:
         """Folders of a model that its conditioning depends on: text encoders and tokenizers that are there and used."""
+
+    @abc.abstractmethod
+    def prompt_limits(
+        self, root: Path, max_sequence_length: int, omit: Sequence[str] = ()
+    ) -> tuple[PromptLimit, ...]:
+        """How much of a prompt each text encoder of a model reads, without loading one.
+
+        Args:
+          root: directory with model_index.json.
+          max_sequence_length: tokens a prompt, of the encoders that it is for.
+          omit: component names of encoders to leave out.
+        """
 
     @abc.abstractmethod
     def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:

@@ -27,6 +27,7 @@ from etils import epath
 from marble_jax.distributed.sharding import HEAD_WIDTH
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, Family, TextEncoders
+from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.families.trimmed_rows import Trimmed, trim
 from marble_jax.storage.files import read_json_or_empty
 from marble_jax.weights.content_hash import content_hash
@@ -125,6 +126,19 @@ class EmbeddingCache:
         if merged != known:
             _write(hashes, json.dumps(merged).encode())
         return identity
+
+    def cut(self, texts: Sequence[str]) -> list[tuple[PromptLimit, list[str]]]:
+        """Returns what each text encoder reads at most, and which of the texts are longer, where some are.
+
+        Raises:
+          InputError: damaged tokenizers, or a text that the model does not take.
+        """
+        found = []
+        for limit in self._family.prompt_limits(self._root, self._length, self._omit):
+            longer = limit.cut(texts)
+            if longer:
+                found.append((limit, longer))
+        return found
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """The different texts that have to be encoded before `texts` are in memory or on disk."""

@@ -12,6 +12,7 @@ from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.programs.build import Run
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.programs.passed_over import passed_over
+from marble_jax.programs.prompt_remarks import reach_line
 from marble_jax.programs.run_record import method_name
 from marble_jax.rewards.base import seen_frames
 from marble_jax.storage.workdir import Workdir
@@ -52,6 +53,7 @@ def announce_start(
         ("rewards", f"{joined(rewards.train)}; never trained on: {heldout}"),
         *_frame_rows(run),
         *_group_rows(run),
+        ("prompts", _prompts_line(run)),
         ("step", _step_line(run)),
         ("sampling", _sampling_line(run)),
         ("memory", _memory_line(run)),
@@ -96,6 +98,17 @@ def _group_rows(run: Run) -> list[tuple[str, str]]:
     if set(comparing) & set(run.settings.rewards.train):
         rollout = f"{run.settings.rollout.images_per_prompt} in rollouts, "
     return [("compared", f"images of a prompt, by {joined(comparing)}: {rollout}{evaluated}")]
+
+
+def _prompts_line(run: Run) -> str:
+    """Training prompts, how a draw that they do not divide takes turns, and rewards that apply to some of them."""
+    prompts, sampling = run.train_prompts, run.sampling
+    words = f"{sum(map(len, prompts.values()))} of {joined(sorted(prompts))}"
+    of_draw = sampling.prompts_per_step // sampling.draws_per_step
+    if of_draw % len(prompts):
+        words += f" (a draw has {of_draw}: they take turns at what is left over)"
+    applied = reach_line(run.reach)
+    return f"{words}; {applied}" if applied else words
 
 
 def _step_line(run: Run) -> str:

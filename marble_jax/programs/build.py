@@ -40,6 +40,7 @@ from marble_jax.programs.open_model import (
     size_of,
     text_embeddings,
 )
+from marble_jax.programs.prompt_remarks import Reach, cut_lines, reach_of
 from marble_jax.programs.upstream import upstream_rules
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
@@ -90,6 +91,7 @@ class Run:
       optimizer: of the adapter.
       steps: the compiled optimiser steps.
       state: before the first step.
+      reach: of each reward that is trained on over the training prompts.
       negative: conditioning of the negative prompt, where the policy that is trained is guided.
     """
 
@@ -108,6 +110,7 @@ class Run:
     optimizer: optax.GradientTransformation
     steps: Steps
     state: TrainState
+    reach: Mapping[str, Reach]
     negative: Conditioning | None = None
 
     @property
@@ -136,6 +139,14 @@ class Run:
             window_of(settings.rollout) if is_stochastic(settings.rollout) else None,
             self.negative,
         )
+
+    def cut_prompts(self) -> list[str]:
+        """Lines about the prompts of training and evaluation that a text encoder does not read to their end."""
+        texts = [prompt.text for prompts in self.train_prompts.values() for prompt in prompts]
+        texts += [prompt.text for prompt in self.evaluator.prompts]
+        if self.settings.rollout.guided:
+            texts.append(self.settings.rollout.negative_prompt)
+        return cut_lines(self.encode, texts)
 
     def encode_ahead(self, seed: int, step: int) -> None:
         """Encodes the prompts that are drawn from a step on, where conditioning is kept on disk.
@@ -176,10 +187,12 @@ def build(settings: Settings) -> Run:
     root, family = locate(settings.model)
     spec = lora.lora_spec(settings.lora, family)
     rewards = open_rewards(settings, mesh, family.frames_per_second)
+    sampling = sampling_of(settings, train_prompts, sizes)
+    trained = rewards[: len(settings.rewards.train)]
+    reach = reach_of(trained, train_prompts, sampling.reward_schedule)
     # A size that does not fit shows before text encoders are read.
     check_model(root, family, settings.model)
     # Text encoders are the larger part of a model: with a cache they are gone before the transformer comes.
-    sampling = sampling_of(settings, train_prompts, sizes)
     texts = [prompt.text for prompt in test_prompts]
     if settings.rollout.guided:
         texts.append(settings.rollout.negative_prompt)
@@ -210,12 +223,13 @@ def build(settings: Settings) -> Run:
         train_prompts=train_prompts,
         sampling=sampling,
         encode=encode,
-        collector=_collector(settings, imaging, rewards[: len(settings.rewards.train)]),
+        collector=_collector(settings, imaging, trained),
         evaluator=_evaluator(settings, imaging, rewards, test_prompts),
         recipe=recipe,
         optimizer=optimizer,
         steps=steps,
         state=device_mesh.replicate(mesh, state),
+        reach=reach,
         negative=imaging.negative if trains_guided(settings) else None,
     )
 

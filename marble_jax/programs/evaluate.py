@@ -28,10 +28,11 @@ from marble_jax.programs.evaluation_record import (
     write_prompts,
     write_record,
 )
-from marble_jax.programs.evaluation_request import Request, evaluation_prompts
+from marble_jax.programs.evaluation_request import Request, requested_prompts
 from marble_jax.programs.evaluation_scores import reward_entries, score_models
 from marble_jax.programs.image_sampler import ImageSampler
 from marble_jax.programs.pipeline_cache import PipelineCache
+from marble_jax.programs.policy_source import SamplingSettings
 from marble_jax.programs.sample import fill_folder
 from marble_jax.programs.shared_settings import SharedSettings, check_alike, shared_settings
 from marble_jax.prompts.files import Prompt
@@ -50,7 +51,7 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     """
     platform.keep_compilations()
     console, workdir = Console(), Workdir(out, "--out")
-    prompts = evaluation_prompts(request.prompts, request.num_prompts, request.images)
+    prompts = requested_prompts(request)
     rewards = reward_entries(request) if request.score else {}
     shared = None
     if request.draw:
@@ -62,6 +63,7 @@ def evaluate(request: Request, out: str) -> dict[str, Any] | None:
     _check_folders(request, workdir, samplers, prompts)
     if shared is not None:
         _announce_settings(shared, console)
+    _announce_scoring(request, samplers, console)
     write_record(workdir, record)
     write_prompts(workdir, prompts)
     _draw(request, workdir, samplers, prompts, record, console)
@@ -125,10 +127,34 @@ def _announce_settings(shared: SharedSettings, console: Console) -> None:
     console.say(
         f"all models: {shared.size} px, {settings.max_sequence_length} text tokens, "
         f"{settings.num_steps} steps of {settings.solver}, guidance {settings.guidance:g}, "
-        f"{settings.dtype}; size: {shared.origins['size']}"
+        f"{settings.dtype}{_computed(settings)}; size: {shared.origins['size']}"
     )
     for name, size in shared.native_sizes.items():
         console.say(f"{name}: its own size is {size} px")
+
+
+def _computed(settings: SamplingSettings) -> str:
+    """How a run has its networks computed beyond what a plain model says, in words; empty for nothing."""
+    words = ""
+    if settings.stream_dtype not in (None, "compute", settings.dtype):
+        words += f", streams {settings.stream_dtype}"
+    if settings.integer_timesteps:
+        words += ", whole timesteps"
+    return words
+
+
+def _announce_scoring(
+    request: Request, samplers: Mapping[str, ImageSampler], console: Console
+) -> None:
+    """Says which runs trained on scores by other rules of OCR and GenEval than those that score here."""
+    if not request.score or request.upstream_scoring:
+        return
+    for name, sampler in samplers.items():
+        if sampler.run is not None and sampler.run.rewards.upstream_scoring:
+            console.say(
+                f"{name}: its run scored OCR and GenEval by upstream's rules, here the published ones score; "
+                "--upstream_scoring follows the run"
+            )
 
 
 def _draw(

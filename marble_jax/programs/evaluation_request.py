@@ -12,7 +12,7 @@ from marble_jax.programs.locations import EMBEDDED, SHIPPED, read_prompts
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, is_prompt_file, read_file
-from marble_jax.prompts.groups import shares
+from marble_jax.prompts.groups import check_enough, shares, spread
 from marble_jax.storage.files import location
 from marble_jax.validation import short
 
@@ -43,6 +43,8 @@ class Request:
       num_workers: threads for host rewards.
       num_images: images of each model on the page.
       command: as it was called, for the record.
+      held_out: the prompts themselves where a run has picked them; `prompts` then says where they are from.
+      upstream_scoring: score OCR and GenEval by the rules of MARBLE's released code instead of the published ones.
     """
 
     models: Mapping[str, PolicySource]
@@ -60,6 +62,8 @@ class Request:
     num_workers: int = 2
     num_images: int = 24
     command: str = ""
+    held_out: Sequence[Prompt] | None = None
+    upstream_scoring: bool = False
 
 
 def parse_models(text: str) -> dict[str, PolicySource]:
@@ -152,6 +156,16 @@ def _split_policy(place: str) -> tuple[str, str]:
     return place, ""
 
 
+def requested_prompts(request: Request) -> list[Prompt]:
+    """The prompts that an evaluation is asked for; see `evaluation_prompts`."""
+    if request.held_out is None:
+        return evaluation_prompts(request.prompts, request.num_prompts, request.images)
+    by_source: dict[str, list[Prompt]] = {}
+    for prompt in request.held_out:
+        by_source.setdefault(prompt.source, []).append(prompt)
+    return _chosen(by_source, request.num_prompts, request.images)
+
+
 def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list[Prompt]:
     """The prompts of an evaluation, each repeated for its images.
 
@@ -163,7 +177,7 @@ def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list
       images: images of each prompt.
 
     Raises:
-      InputError: no prompt, or a malformed file.
+      InputError: no prompt, fewer of them than sources, or a malformed file.
     """
     by_source = _prompts_by_source(text)
     if not by_source:
@@ -171,6 +185,13 @@ def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list
             "--prompts_path: expected a file, a directory, 'embedded', 'embedded_video' or 'generated'; "
             "received none"
         )
+    return _chosen(by_source, num_prompts, images)
+
+
+def _chosen(
+    by_source: Mapping[str, Sequence[Prompt]], num_prompts: int, images: int
+) -> list[Prompt]:
+    """At most `num_prompts` (0: all) of the prompts, by source, each repeated for its images."""
     if num_prompts:
         by_source = _in_equal_shares(by_source, num_prompts)
     prompts: list[Prompt] = []
@@ -205,14 +226,10 @@ def _in_equal_shares(
     by_source: Mapping[str, Sequence[Prompt]], num_prompts: int
 ) -> dict[str, list[Prompt]]:
     """At most `num_prompts` prompts, evenly from each source and not the first ones: files come sorted by kind."""
+    names = sorted(by_source)
+    check_enough("--num_prompts", num_prompts, names)
     chosen = {}
-    for name, count in shares(sorted(by_source), num_prompts).items():
-        indices = _spread(len(by_source[name]), count)
+    for name, count in shares(names, num_prompts).items():
+        indices = spread(len(by_source[name]), count)
         chosen[name] = [by_source[name][i] for i in indices]
     return chosen
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """`count` indices (all, if there are fewer) evenly from `total`."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]

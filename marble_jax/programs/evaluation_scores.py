@@ -49,10 +49,12 @@ def reward_entries(request: Request) -> dict[str, Any]:
     check_rewards(path, names)
     without_entry = [name for name in names if name not in entries]
     _load(request, path, without_entry)
-    # What decides a score stands in the record: scores of other frames are others.
+    # What decides a score stands in the record: scores of other frames or rules are others.
     about: dict[str, Any] = {"path": str(path)}
     if request.frames:
         about |= {"default_frames": request.frames, "default_reduction": request.frame_reduction}
+    if request.upstream_scoring:
+        about["upstream_scoring"] = True
     return {name: entries.get(name, {}) | about for name in names}
 
 
@@ -61,6 +63,7 @@ def _load(request: Request, path: Path | str, names: Sequence[str]) -> list[Rewa
         path,
         names,
         request.num_workers,
+        upstream=request.upstream_scoring,
         frames=request.frames,
         frame_reduction=request.frame_reduction,
     )

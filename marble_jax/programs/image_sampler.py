@@ -21,6 +21,7 @@ from marble_jax.families.descriptions import Size
 from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of
+from marble_jax.flow.levels import truncated
 from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
@@ -28,6 +29,7 @@ from marble_jax.programs.locations import model_location
 from marble_jax.programs.open_model import check_omitted, default_size, size_of
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
+from marble_jax.programs.prompt_remarks import cut_lines
 from marble_jax.programs.run_state import restore_policy, run_settings
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
@@ -76,6 +78,7 @@ class ImageSampler:
             model = self.run.model
         self._settings = settings.guided_as(self.run.rollout if self.run else None)
         self._dtype, self._attention = settings.dtype or model.dtype, model.attention
+        self._stream_dtype = settings.stream_dtype or model.stream_dtype
         # A name that both leave out counts once.
         omit = (*settings.omit_text_encoders, *model.omit_text_encoders)
         self._omit = tuple(dict.fromkeys(omit))
@@ -120,7 +123,7 @@ class ImageSampler:
         return None
 
     def prepare(self, texts: Sequence[str], console: Console) -> None:
-        """Before `open`: with an embedding cache, encodes all texts and lets go of the text encoders."""
+        """Before `open`: says which texts are cut; with an embedding cache, encodes all and drops the text encoders."""
         settings = self._settings
         self._texts = self._pipelines.texts(
             self.family,
@@ -130,11 +133,12 @@ class ImageSampler:
             self._omit,
             settings.embedding_cache,
         )
-        if not settings.embedding_cache or not texts:
-            return
         wanted = list(texts)
         if settings.guided:
             wanted.append(self._negative)
+        self._pipelines.say_once(cut_lines(self._texts, wanted), console)
+        if not settings.embedding_cache or not texts:
+            return
         missing = len(self._texts.missing(wanted))
         with console.bar(missing, "text embeddings", "prompt") as bar:
             self._texts.fill(wanted, bar.update)
@@ -149,7 +153,12 @@ class ImageSampler:
         if self._networks is not None:
             return
         networks, self._decoder = self._pipelines.networks(
-            self.family, self.root, self._dtype, self._attention, self._mesh
+            self.family,
+            self.root,
+            self._dtype,
+            self._attention,
+            self._mesh,
+            self._stream_dtype,
         )
         networks.check_guidance(self._embedded_guidance, "--embedded_guidance")
         networks.check_sequence_length(self._length, "--max_sequence_length")
@@ -206,6 +215,9 @@ class ImageSampler:
         settings = self._settings
         sigmas = networks.levels(settings.num_steps, self._latent_shape)
         network_sigmas = networks.network_levels(settings.num_steps, self._latent_shape)
+        # Levels that a pipeline truncates itself are whole already.
+        if settings.integer_timesteps and network_sigmas is None:
+            network_sigmas = truncated(sigmas[:-1])
         table = solver_table(settings.solver, sigmas)
 
         @jax.jit
@@ -274,6 +286,10 @@ class ImageSampler:
         # Only where it counts: folders of other models say nothing of it.
         if self._embedded_guidance is not None:
             plan["embedded_guidance"] = self._embedded_guidance
+        if settings.integer_timesteps:
+            plan["integer_timesteps"] = True
+        if self._stream_dtype not in ("compute", self._dtype):
+            plan["stream_dtype"] = self._stream_dtype
         return plan
 
     def _digest(self) -> str:
@@ -333,6 +349,8 @@ class ImageSampler:
             written["frames per second"] = str(self.family.frames_per_second)
         if settings.guided:
             written["negative prompt"] = self._negative
+        if settings.integer_timesteps:
+            written["timesteps"] = "whole"
         if self._embedded_guidance is not None:
             written["embedded guidance"] = f"{self._embedded_guidance:g}"
         return written

@@ -10,7 +10,7 @@ from marble_jax.config import EvaluationSettings, PromptSettings, RewardSettings
 from marble_jax.errors import InputError
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
-from marble_jax.prompts.groups import shares
+from marble_jax.prompts.groups import check_enough, shares, spread
 from marble_jax.prompts.hub_sets import is_on_hub, local_copy
 from marble_jax.rewards.function import is_function
 from marble_jax.storage.files import is_remote, local_path
@@ -85,11 +85,33 @@ def read_prompts(
 
 
 def held_out_prompts(prompts: PromptSettings, evaluation: EvaluationSettings) -> list[Prompt]:
-    """Picks the first test prompts of every source, in equal shares, sources in turn."""
+    """Picks a run's held-out prompts: equal shares of every source's test prompts, sources in turn.
+
+    Of a source they are its first prompts where these are of every kind that it has (GenEval's tags), else prompts
+    evenly spaced over it: sets come sorted by kind, too, and their beginning would then lack whole kinds.
+
+    Raises:
+      InputError: fewer prompts than sources, or files that do not read.
+    """
     sources = evaluation.sources or prompts.sources
     by_source = read_prompts(prompts.path, "test", sources)
+    # In alphabetical order: the same prompts in the same order, however a run lists its sources.
+    names = sorted(by_source)
+    check_enough("evaluation.num_prompts", evaluation.num_prompts, names)
     chosen: list[Prompt] = []
-    # Sources in alphabetical order: the same prompts in the same order, however a run lists its sources.
-    for name, count in shares(sorted(by_source), evaluation.num_prompts).items():
-        chosen += by_source[name][:count]
+    for name, count in shares(names, evaluation.num_prompts).items():
+        chosen += _of_every_kind(by_source[name], count)
     return chosen
+
+
+def _of_every_kind(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The first `count` prompts, or as many evenly spaced ones where the first are not of every kind."""
+    first = list(prompts[:count])
+    if _kinds(first) == _kinds(prompts):
+        return first
+    return [prompts[index] for index in spread(len(prompts), count)]
+
+
+def _kinds(prompts: Sequence[Prompt]) -> set[str]:
+    """The kinds of prompts: their tags, in words, as a file may have anything there."""
+    return {str(prompt.metadata.get("tag", "")) for prompt in prompts}

@@ -88,11 +88,9 @@ def decode_size(count: int, mesh: Any, frames: int = 1) -> int:
     return min(count, shards * max(1, DECODED_AT_ONCE // frames // shards))
 
 
-def stream_dtype_of(settings: ModelSettings) -> Any:
-    """Dtype of the token streams; None for that of matrix products."""
-    if settings.stream_dtype == "compute":
-        return None
-    return DTYPES[settings.stream_dtype]
+def stream_dtype_of(name: str) -> Any:
+    """Dtype of the token streams by the name that `model.stream_dtype` has for it; None for that of products."""
+    return None if name == "compute" else DTYPES[name]
 
 
 def network_options(
@@ -101,7 +99,7 @@ def network_options(
     """How a run computes its transformer."""
     return NetworkOptions(
         dtype=DTYPES[settings.dtype],
-        stream_dtype=stream_dtype_of(settings),
+        stream_dtype=stream_dtype_of(settings.stream_dtype),
         remat=settings.remat,
         unroll=settings.unroll,
         attention=attention_of(settings.attention, settings.dtype, mesh),

@@ -11,6 +11,9 @@ from marble_jax.validation import short
 if TYPE_CHECKING:
     from marble_jax.config import RolloutSettings
 
+STREAM_DTYPES = ("compute", "float32")
+"""Choices of `model.stream_dtype`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PolicySource:
@@ -47,6 +50,9 @@ class SamplingSettings:
       num_frames: of a clip; the run's, or the model's own when None.
       batch: images at once.
       embedding_cache: folder of text embeddings; with one, no text encoder is in memory while images are drawn.
+      stream_dtype: of the token streams, "compute" (that of `dtype`) or "float32"; the run's, or "compute" when None.
+      integer_timesteps: whether the network's timesteps are whole numbers, as in upstream's evaluations; in an
+        evaluation the first run's, else False when None, as are steps and solver.
     """
 
     seed: int = 0
@@ -62,6 +68,8 @@ class SamplingSettings:
     num_frames: int | None = None
     batch: int = 8
     embedding_cache: str = ""
+    stream_dtype: str | None = None
+    integer_timesteps: bool | None = None
 
     @property
     def guided(self) -> bool:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from marble_jax import distributed
 from marble_jax.compiling import compile_clock
 from marble_jax.console import Console, duration
-from marble_jax.errors import InputError
 from marble_jax.evaluation.joint_rates import joint_rates, reward_sets
 from marble_jax.evaluation.statistics import gains, raw_mean, standardised_gain, summary
+from marble_jax.programs.base_scores import (
+    BASE_SCORES,
+    base_score_record,
+    read_base_scores,
+    scores_of,
+)
 from marble_jax.programs.build import Run
 from marble_jax.programs.run_rewards import deciding_rewards
-from marble_jax.storage.files import read_json
 from marble_jax.storage.images import save_sample
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable import lora
@@ -28,15 +31,6 @@ from marble_jax.training.metric_writer import MetricWriter
 from marble_jax.training.state import TrainState
 from marble_jax.training.trackers import Shown
 from marble_jax.types import Adapter, Params, Scores
-from marble_jax.validation import validated_fields
-
-BASE_SCORES = "base_scores.json"
-_SCORE_FIELDS = {
-    "names": list[str],
-    "values": list[list[float]],
-    "valid": list[list[bool]],
-    "failed": list[list[bool]],
-}
 
 
 class RunEvaluations:
@@ -126,16 +120,17 @@ class RunEvaluations:
         if self._base is not None:
             return self._base
         file = self._workdir.path / BASE_SCORES
-        saved = distributed.broadcast_from_first("base scores", lambda: _read_scores(file))
+        saved = distributed.broadcast_from_first("base scores", lambda: read_base_scores(file))
         if saved is not None:
-            self._base = _scores_of(saved)
+            self._base = scores_of(saved)
             return self._base
         scores, images, seconds = self._scores(None, "evaluation of the base model", give_way)
 
         def write() -> None:
             if not on_record:
                 self._write(0, "base", scores, images, {}, seconds)
-            self._workdir.write_json(BASE_SCORES, _as_record(scores))
+            record = base_score_record(scores, self._run.evaluator.prompts)
+            self._workdir.write_json(BASE_SCORES, record)
 
         distributed.broadcast_from_first("evaluation", write)
         self._base = scores
@@ -266,42 +261,3 @@ def _failures(scores: Scores) -> dict[str, int]:
         if count:
             counts[name] = count
     return counts
-
-
-def _as_record(scores: Scores) -> dict[str, Any]:
-    return {
-        "names": scores.names,
-        "values": scores.values,
-        "valid": scores.valid,
-        "failed": scores.failed,
-    }
-
-
-def _read_scores(file: epath.Path) -> dict[str, Any] | None:
-    """The record of scores in a file; None where there is none, or a damaged one."""
-    if not file.exists():
-        return None
-    try:
-        record = validated_fields(_SCORE_FIELDS, read_json(file), file)
-    except InputError:
-        # A kill while it was written: the scores are taken anew.
-        return None
-    if set(record) != set(_SCORE_FIELDS):
-        return None
-    # One row an image, one number a reward: another shape is no record of these scores.
-    for field in ("values", "valid", "failed"):
-        if len(record[field]) != len(record["values"]):
-            return None
-        for row in record[field]:
-            if len(row) != len(record["names"]):
-                return None
-    return record
-
-
-def _scores_of(record: Mapping[str, Any]) -> Scores:
-    return Scores(
-        tuple(record["names"]),
-        np.asarray(record["values"], np.float32),
-        np.asarray(record["valid"], bool),
-        np.asarray(record["failed"], bool),
-    )

@@ -37,6 +37,8 @@ SHARED = {
     "dtype": "--dtype=NAME",
 }
 """What all models of an evaluation share, by its name in the record of an image folder -> the option that states it."""
+FOLLOWED = ("integer_timesteps", "stream_dtype")
+"""The same of what the first run says alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ class OwnSettings:
       negative: the negative prompt that goes with it.
       num_steps: solver steps of a run's evaluations; None for a plain model.
       solver: of a run's evaluations; None for a plain model.
+      integer_timesteps: of a run's evaluations; None for a plain model.
+      stream_dtype: of a run's token streams; None for a plain model.
     """
 
     is_run: bool
@@ -63,6 +67,8 @@ class OwnSettings:
     dtype: str
     num_steps: int | None = None
     solver: str | None = None
+    integer_timesteps: bool | None = None
+    stream_dtype: str | None = None
     embedded_guidance: float | None = None
     guidance: float = 1.0
     negative: str = ""
@@ -141,6 +147,8 @@ def _of_run(source: PolicySource, asked: SamplingSettings) -> OwnSettings:
         dtype=run.model.dtype,
         num_steps=run.evaluation.num_steps,
         solver=run.evaluation.solver,
+        integer_timesteps=run.evaluation.integer_timesteps,
+        stream_dtype=run.model.stream_dtype,
         embedded_guidance=run.model.embedded_guidance or None,
         guidance=run.rollout.guidance_scale,
         negative=run.rollout.negative_prompt if run.rollout.guided else "",
@@ -226,6 +234,11 @@ def settle(
         settled["num_steps"], origins["steps"] = first.num_steps, f"evaluations of {whose}"
     if first.solver is not None and "solver" not in stated:
         settled["solver"], origins["solver"] = first.solver, f"evaluations of {whose}"
+    # Nor has an option of its own what follows: all models are computed as the first run is.
+    if asked.integer_timesteps is None:
+        settled["integer_timesteps"] = bool(first.integer_timesteps)
+    if asked.stream_dtype is None:
+        settled["stream_dtype"] = first.stream_dtype or "compute"
     settings = dataclasses.replace(asked.guided_by(guidance, negative or ""), **settled)
     return SharedSettings(settings, origins, _other_sizes(own, settings))
 
@@ -275,7 +288,7 @@ def check_alike(records: Mapping[str, Mapping[str, Any]]) -> None:
     """
     first, *others = records
     for name in others:
-        for setting in (*SHARED, "seed"):
+        for setting in (*SHARED, *FOLLOWED, "seed"):
             expected, received = records[first].get(setting), records[name].get(setting)
             if expected != received:
                 raise InputError(

@@ -16,6 +16,7 @@ from marble_jax.console import Console
 from marble_jax.distributed import accelerators, probe
 from marble_jax.errors import InputError
 from marble_jax.programs.announce import announce_gains, announce_start
+from marble_jax.programs.base_scores import check_base_scores
 from marble_jax.programs.build import Run, build
 from marble_jax.programs.export import PeriodicExports
 from marble_jax.programs.locations import reward_directory
@@ -26,7 +27,7 @@ from marble_jax.programs.tracked_run import tracked_run
 from marble_jax.report import write_report
 from marble_jax.rewards.checks import before_training
 from marble_jax.storage.checkpoint import Checkpoints
-from marble_jax.storage.files import is_remote
+from marble_jax.storage.files import is_remote, read_json_or_empty
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.guard import Guard, fresh_stream
 from marble_jax.training.loop import Cadence, Hooks, train
@@ -34,6 +35,8 @@ from marble_jax.training.metric_writer import MetricWriter
 from marble_jax.training.profile import Profiler, parse_steps
 from marble_jax.training.state import TrainState
 from marble_jax.training.stops import Interrupted
+from marble_jax.validation import validated
+from marble_jax.weights import hub
 
 
 def train_run(
@@ -62,6 +65,7 @@ def train_run(
     try:
         _train_run(settings, workdir, command, Console(verbose), stated)
     finally:
+        hub.hold_to({})
         if distributed.is_first():
             workdir.let_go()
 
@@ -84,7 +88,16 @@ def _train_run(
     if existed:
         # Before anything is built: rewards and text encoders compile, too.
         _share_compilations(workdir)
+        downloads = distributed.broadcast_from_first("downloads", lambda: _downloads(workdir))
+        # What the run named without a revision may have moved on since.
+        hub.hold_to(downloads)
     run = distributed.run_on_all("build", lambda: build(settings))
+    if existed:
+        distributed.broadcast_from_first(
+            "held-out prompts", lambda: _check_base_scores(run, workdir, console)
+        )
+        distributed.run_on_all("downloads", lambda: _check_downloads(workdir, downloads))
+    cut = distributed.broadcast_from_first("long prompts", run.cut_prompts)
     distributed.run_on_all("reward check", lambda: _check_rewards(run, console))
     # Only now: settings that cannot be built must not claim a workdir, nor leave compiled programs there.
     if not existed:
@@ -103,6 +116,8 @@ def _train_run(
         # Records beyond the checkpoint would come twice.
         distributed.broadcast_from_first("cut", lambda: workdir.truncate(done))
     announce_start(run, workdir, console, done if existed else None, stated)
+    for line in cut:
+        console.say(line)
     if done == settings.training.num_steps:
         console.say(
             f"all {done} steps are done: nothing to train; a larger training.num_steps goes on from here"
@@ -118,6 +133,33 @@ def _train_run(
         seconds = time.perf_counter() - start
         announce_gains(run, workdir, console, int(state.step), seconds)
     console.say(f"report: {session.report}")
+
+
+def _downloads(workdir: Workdir) -> dict[str, str]:
+    """Commits of the Hub repositories that a run has used so far; empty where there is no record, or a damaged one."""
+    try:
+        record = read_json_or_empty(workdir.path / "run.json")
+        return validated(dict[str, str], record.get("downloads", {}), "downloads")
+    except InputError:
+        return {}
+
+
+def _check_downloads(workdir: Workdir, recorded: Mapping[str, str]) -> None:
+    """Raises InputError where a repository of the run came at another commit than before."""
+    for name, commit in hub.commits().items():
+        expected = recorded.get(name, commit)
+        if commit != expected:
+            raise InputError(
+                f"workdir {workdir.path}: {name}: expected commit {expected}, which the run began with; received "
+                f"{commit}, as what its revision names has moved on; choose another --workdir"
+            )
+
+
+def _check_base_scores(run: Run, workdir: Workdir, console: Console) -> None:
+    """Raises InputError where the run's held-out prompts are others than those of its base model's scores."""
+    evaluator = run.evaluator
+    names = [reward.name for reward in evaluator.scorer.rewards]
+    check_base_scores(workdir, evaluator.prompts, evaluator.images_per_prompt, names, console.say)
 
 
 def _share_compilations(workdir: Workdir) -> None:

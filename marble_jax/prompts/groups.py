@@ -1,8 +1,9 @@
 """Prompts that a training step draws, and the groups that its images form.
 
 A step takes a share of its prompts from every source and asks for several images of each; the images of one draw
-are a group, within which they are compared. All of it is a pure function of (seed, step): nothing to save, nothing that
-depends on how many devices there are. Two draws of equal texts are two groups, unless they are merged.
+are a group, within which they are compared. What equal shares leave over goes to the sources in turn, from draw to
+draw. All of it is a pure function of (seed, step): nothing to save, nothing that depends on how many devices there are.
+Two draws of equal texts are two groups, unless they are merged.
 """
 
 from __future__ import annotations
@@ -39,14 +40,18 @@ class Draw:
 
 
 def shares(
-    sources: Sequence[str], num_prompts: int, weights: Mapping[str, float] | None = None
+    sources: Sequence[str],
+    num_prompts: int,
+    weights: Mapping[str, float] | None = None,
+    order: Sequence[int] | None = None,
 ) -> dict[str, int]:
-    """Number of a step's prompts from each source, in proportion to its weight; the largest fractions are rounded up.
+    """Number of a draw's prompts from each source, in proportion to its weight; the largest fractions are rounded up.
 
     Args:
-      sources: names; ties in the fraction go to the earlier one.
+      sources: names.
       num_prompts: total to give out.
       weights: relative weights, not negative; None weighs all alike.
+      order: of the sources by number; ties in the fraction go to the earlier one. None is that of `sources`.
 
     Raises:
       InputError: a weight for an unknown source or none for a known one, a negative weight, or all weights zero.
@@ -59,8 +64,29 @@ def shares(
         weights = dict.fromkeys(sources, 1.0)
     total = _total_weight(sources, weights)
     exact = [num_prompts * weights[name] / total for name in sources]
-    counts = _rounded(exact, num_prompts)
+    counts = _rounded(exact, num_prompts, order or range(len(sources)))
     return dict(zip(sources, counts))
+
+
+def check_enough(what: str, num_prompts: int, sources: Sequence[str]) -> None:
+    """Raises InputError where prompts of one draw alone are to be shared out and some source would get none.
+
+    Args:
+      what: names the setting in the error.
+      num_prompts: total to give out.
+      sources: names.
+    """
+    if num_prompts < len(sources):
+        raise InputError(
+            f"{what}: expected at least {len(sources)}, one for each source ({', '.join(sources)}); received "
+            f"{num_prompts}"
+        )
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` indices (all, if there are fewer) evenly from `total`."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
 
 
 def _total_weight(sources: Sequence[str], weights: Mapping[str, float]) -> float:
@@ -85,17 +111,18 @@ def _check_weights(sources: Sequence[str], weights: Mapping[str, float]) -> None
             )
 
 
-def _rounded(exact: Sequence[float], total: int) -> list[int]:
-    """Integers next to `exact` that sum to `total`: the largest fractions are rounded up, earlier ones first."""
+def _rounded(exact: Sequence[float], total: int, order: Sequence[int]) -> list[int]:
+    """Integers next to `exact` that sum to `total`: the largest fractions rounded up, earlier ones of `order` first."""
     counts = [int(number) for number in exact]
 
-    def rank(index: int) -> tuple[float, int]:
+    def rank(index: int) -> float:
         fraction = exact[index] - counts[index]
         # Rounded, so that fractions which differ by the error of the division are equal and the
         # order decides.
-        return -round(fraction, 9), index
+        return -round(fraction, 9)
 
-    by_fraction = sorted(range(len(exact)), key=rank)
+    # Sorting keeps the order of what ranks alike.
+    by_fraction = sorted(order, key=rank)
     num_missing = total - sum(counts)
     for index in by_fraction[:num_missing]:
         counts[index] += 1
@@ -115,7 +142,8 @@ def draw(
 
     Every source gives the first prompts of a fresh permutation of its own, which starts again where the source has
     too few; the draws of all sources are then shuffled. With several draws, each gives its part of the prompts in
-    this way, so that two of them may give the same prompt.
+    this way, so that two of them may give the same prompt. Where the sources do not divide a draw's prompts, those with
+    one more change from draw to draw: after as many draws as there are sources, all have given equally many.
 
     Args:
       prompts: by source, as from `files.read_directory`.
@@ -136,7 +164,7 @@ def draw(
     if images_per_prompt < 1:
         raise InputError(f"images_per_prompt: expected at least 1; received {images_per_prompt}")
     names = sorted(prompts)
-    counts = shares(names, num_prompts, weights)
+    counts = shares(names, num_prompts, weights, _turns(len(names), num_prompts, seed, step))
     drawn: list[Prompt] = []
     for number, name in enumerate(names):
         # A generator per source: a source's draw does not depend on the sizes of the others.
@@ -161,15 +189,37 @@ def _parts(
             f"prompts per step: expected a multiple of {num_draws} draws; received {num_prompts}"
         )
     names, chosen = sorted(prompts), []
-    counts = shares(names, num_prompts // num_draws, weights)
+    of_part = num_prompts // num_draws
     for part in range(num_draws):
         drawn: list[Prompt] = []
+        order = _turns(len(names), of_part, seed, step * num_draws + part)
+        counts = shares(names, of_part, weights, order)
         for number, name in enumerate(names):
             generator = stream_generator(seed, Stream.PROMPTS, step, number, part)
             drawn += _draw_from(prompts[name], name, counts[name], generator)
-        order = stream_generator(seed, Stream.PROMPT_ORDER, step, part).permutation(len(drawn))
-        chosen += [drawn[index] for index in order]
+        places = stream_generator(seed, Stream.PROMPT_ORDER, step, part).permutation(len(drawn))
+        chosen += [drawn[index] for index in places]
     return chosen
+
+
+def _turns(num_sources: int, num_prompts: int, seed: int, number: int) -> list[int]:
+    """Numbers of the sources in the order in which a draw's left-over prompts go to them.
+
+    Args:
+      num_sources: of the draw.
+      num_prompts: of the draw.
+      seed: of the run.
+      number: of the draw, from the beginning of the run.
+    """
+    if not num_sources:
+        return []
+    round_number, turn = divmod(number, num_sources)
+    # Another order every round: what happens at every third step, say, would else meet the same sources each time.
+    generator = stream_generator(seed, Stream.SOURCE_TURNS, round_number)
+    order = generator.permutation(num_sources).tolist()
+    # The sources behind those that had the last draw's left-over come first.
+    first = turn * (num_prompts % num_sources) % num_sources
+    return order[first:] + order[:first]
 
 
 def _repeated(prompts: Sequence[Prompt], images_per_prompt: int) -> Draw:

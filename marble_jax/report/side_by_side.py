@@ -170,6 +170,10 @@ def _drawing(settings: Mapping[str, Any]) -> str:
         parts.append(f"{settings['max_sequence_length']} text tokens")
     if settings.get("dtype"):
         parts.append(str(settings["dtype"]))
+    if settings.get("stream_dtype") not in (None, "compute", settings.get("dtype")):
+        parts.append(f"streams {settings['stream_dtype']}")
+    if settings.get("integer_timesteps"):
+        parts.append("whole timesteps")
     parts.append(f"seed {settings.get('seed')}")
     return ", ".join(parts)
 

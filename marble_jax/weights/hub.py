@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from marble_jax.errors import InputError
 from marble_jax.storage.files import local_path
@@ -18,6 +18,7 @@ _URL = re.compile(r"hf://(datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?(
 _NOUNS = {"model": "model", "dataset": "data set"}
 
 _commits: dict[str, str] = {}
+_held: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,16 @@ def commits() -> dict[str, str]:
     return dict(_commits)
 
 
+def hold_to(commits: Mapping[str, str]) -> None:
+    """From now on downloads by a name without a revision take these commits.
+
+    Args:
+      commits: by owner/model, as `commits` had them when a run began.
+    """
+    _held.clear()
+    _held.update(commits)
+
+
 def without_revision(name: str) -> str:
     """Returns owner/model of a Hub name."""
     return name.partition("@")[0]
@@ -95,6 +106,7 @@ def download(
     from huggingface_hub import errors, snapshot_download  # needed for downloads only
 
     model, revision = _pinned(name, revision)
+    revision = revision or _held.get(model)
     noun = _NOUNS[kind]
     try:
         local = snapshot_download(

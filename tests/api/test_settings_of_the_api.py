@@ -14,6 +14,8 @@ from marble_jax.api.sampling import _KINDS, sampling_settings
 from marble_jax.config import Settings
 from marble_jax.errors import InputError
 from marble_jax.platform import usable_cores
+from marble_jax.programs.evaluation_request import requested_prompts
+from marble_jax.programs.locations import read_prompts
 from marble_jax.programs.policy_source import SamplingSettings
 from marble_jax.rewards.workers.host_scorer import HostScorer
 
@@ -70,6 +72,8 @@ def test_every_sampling_setting_has_a_kind():
         ({"size": (64,)}, "size"),
         ({"guidance": float("nan")}, "guidance"),
         ({"dtype": "float8"}, "dtype: expected one of float32, bfloat16"),
+        ({"stream_dtype": "bfloat16"}, "stream_dtype: expected one of compute, float32"),
+        ({"integer_timesteps": 1}, "integer_timesteps: expected "),
     ],
 )
 def test_sampling_settings_that_are_none(settings, line):
@@ -143,7 +147,8 @@ def test_an_evaluation_scores_on_as_many_threads_as_the_run(
 ):
     """The default of a run, 0, stands for all cores."""
     rewards = dataclasses.replace(Settings().rewards, num_workers=num_workers)
-    settings = dataclasses.replace(Settings(), rewards=rewards)
+    prompts = dataclasses.replace(Settings().prompts, path="embedded")
+    settings = dataclasses.replace(Settings(), rewards=rewards, prompts=prompts)
     monkeypatch.setattr(runs, "run_settings", lambda _: settings)
     requests = []
     monkeypatch.setattr(runs, "evaluate", lambda request, out: requests.append(request) or {})
@@ -152,6 +157,41 @@ def test_an_evaluation_scores_on_as_many_threads_as_the_run(
     # The threads of a reward on the host, which none would leave without.
     with HostScorer([], requests[0].num_workers):
         pass
+
+
+@pytest.mark.parametrize(
+    ("sources", "count"), [(("general", "ocr", "geneval"), 420), (("ocr",), 9)]
+)
+def test_an_evaluation_is_of_the_prompts_that_the_run_evaluates_on(
+    tmp_path, monkeypatch, sources, count
+):
+    """Of the test files' 500 prompts, the first of each source that the run is on, and its rules of scoring."""
+    default = Settings()
+    settings = dataclasses.replace(
+        default,
+        prompts=dataclasses.replace(default.prompts, path="embedded", sources=sources),
+        evaluation=dataclasses.replace(default.evaluation, num_prompts=count),
+        rewards=dataclasses.replace(default.rewards, upstream_scoring=True),
+    )
+    monkeypatch.setattr(runs, "run_settings", lambda _: settings)
+    requests = []
+    monkeypatch.setattr(runs, "evaluate", lambda request, out: requests.append(request) or {})
+    run = marble_jax.Run(tmp_path)
+    run.evaluate(tmp_path / "out", images=2)
+    drawn = requested_prompts(requests[0])
+    by_source = read_prompts("embedded", "test", sources)
+    expected = []
+    for name in sorted(sources):
+        for prompt in by_source[name][: count // len(sources)]:
+            expected += [prompt, prompt]
+    assert drawn == expected and requests[0].upstream_scoring
+    run.evaluate(tmp_path / "out", num_prompts=3)
+    assert len(requested_prompts(requests[1])) == 3
+    # Prompts that are asked for are all of them.
+    run.evaluate(tmp_path / "out", prompts="embedded")
+    assert len(requested_prompts(requests[2])) == sum(
+        map(len, read_prompts("embedded", "test").values())
+    )
 
 
 def test_names_of_compared_models(tmp_path, monkeypatch):

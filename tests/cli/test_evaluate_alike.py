@@ -73,6 +73,34 @@ def test_a_base_of_another_native_size_is_drawn_as_the_run_is(run, prompts, tmp_
     assert "evaluations of the training run" in page and "64 x 64 px, not drawn at" in page
 
 
+def test_a_run_s_whole_timesteps_and_streams_are_its_evaluation_s(prompts, tmp_path, capsys):
+    """Whole timesteps draw other images; the plain model follows the run, and a folder of other ones is refused."""
+    exact = {"evaluation__num_steps": 3, "evaluation__solver": "dpm2"}
+    whole = {
+        **exact,
+        "evaluation__integer_timesteps": True,
+        "model__dtype": "bfloat16",
+        "model__stream_dtype": "float32",
+    }
+    images = {}
+    for name, settings in (("exact", {**exact, "model__dtype": "bfloat16"}), ("whole", whole)):
+        run = _new_run(tmp_path / f"run_{name}", **settings)
+        out = tmp_path / name
+        models = f"--models=named=embedded,base={run}:base"
+        command = ["evaluate", models, f"--prompts={prompts}", "--no_score", "--batch=2"]
+        assert main([*command, f"--out={out}"]) == 0
+        drawn = [read_image(out / model / "00000.png") for model in ("named", "base")]
+        np.testing.assert_array_equal(*drawn)
+        images[name] = drawn[0]
+    assert (
+        "dpm2, guidance 1, bfloat16, streams float32, whole timesteps;" in capsys.readouterr().out
+    )
+    assert (images["exact"] != images["whole"]).any()
+    record = json.loads((out / "base" / "settings.json").read_text())["settings"]
+    assert record["integer_timesteps"] is True and record["stream_dtype"] == "float32"
+    assert "bfloat16, streams float32, whole timesteps, seed" in (out / "index.html").read_text()
+
+
 def test_runs_of_two_sizes_are_refused_in_a_line(run, prompts, tmp_path, refused):
     other = _new_run(tmp_path / "other")
     command = [

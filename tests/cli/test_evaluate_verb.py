@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,12 +18,15 @@ import sd3_lora as adapters
 from PIL import Image
 
 from marble_jax.cli.main import main
+from marble_jax.config import Settings
 from marble_jax.console import Console
 from marble_jax.convert.lora_files import lora_files
 from marble_jax.errors import InputError
 from marble_jax.families.sd3.formats import SD3_FORMATS
 from marble_jax.families.sd3.layer_names import load_mmdit
-from marble_jax.programs.evaluation_request import evaluation_prompts, parse_models
+from marble_jax.programs import evaluate as evaluate_program
+from marble_jax.programs import evaluation_scores
+from marble_jax.programs.evaluation_request import Request, evaluation_prompts, parse_models
 from marble_jax.programs.evaluation_scores import _say_groups
 from marble_jax.programs.policy_source import PolicySource
 from marble_jax.prompts.files import Prompt
@@ -503,6 +508,37 @@ def test_prompts_in_the_formats_users_have():
     few = evaluation_prompts(str(DATA), num_prompts=90, images=2)
     assert len(few) == 180 and few[0] == few[1] and {p.source for p in few} == set(counts)
     assert len({p.metadata["tag"] for p in few if p.metadata}) == 6
+
+
+def test_rules_of_scoring_are_those_asked_for_and_on_record(monkeypatch):
+    asked = []
+
+    def load_rewards(directory, names, *args, upstream, **options):
+        asked.append(upstream)
+        return []
+
+    monkeypatch.setattr(evaluation_scores, "load_rewards", load_rewards)
+    for upstream in (False, True):
+        request = Request({}, "embedded", rewards=("geneval",), upstream_scoring=upstream)
+        entry = evaluation_scores.reward_entries(request)["geneval"]
+        assert entry.get("upstream_scoring", False) is upstream
+    assert asked == [False, True]
+
+
+def test_runs_that_scored_by_other_rules_are_named(capsys):
+    rewards = dataclasses.replace(Settings().rewards, upstream_scoring=True)
+    run = SimpleNamespace(run=dataclasses.replace(Settings(), rewards=rewards))
+    samplers = {"a": SimpleNamespace(run=None), "b": run, "c": SimpleNamespace(run=Settings())}
+    for upstream in (True, False):
+        request = Request({}, "embedded", upstream_scoring=upstream)
+        evaluate_program._announce_scoring(request, samplers, Console())
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith("b: its run scored OCR and GenEval by upstream's")
+
+
+def test_fewer_prompts_than_sources_are_refused():
+    with pytest.raises(InputError, match="--num_prompts: expected at least 3, .*; received 2"):
+        evaluation_prompts("embedded", num_prompts=2)
 
 
 def test_no_prompts():

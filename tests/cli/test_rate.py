@@ -226,8 +226,9 @@ def test_damaged_prompts_of_an_evaluation(evaluation, refused, line, message):
 @pytest.mark.slow
 def test_models_are_drawn_first(tmp_path):
     out = tmp_path / "drawn"
-    command = ["rate", "--models=a=embedded,b=embedded", "--num_prompts=2", "--steps=1"]
+    command = ["rate", "--models=a=embedded,b=embedded", "--num_prompts=3", "--steps=1"]
     command += [f"--out={out}", "--size=16x16", "--kind=pairs", "--count_only"]
     assert main(command) == 0
-    assert sorted(file.name for file in (out / "a").glob("*.png")) == ["00000.png", "00001.png"]
+    drawn = sorted(file.name for file in (out / "a").glob("*.png"))
+    assert drawn == ["00000.png", "00001.png", "00002.png"]
     assert (out / "rating" / "rating.json").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from marble_jax.cli import reward_choice
 from marble_jax.cli.main import main
 from marble_jax.cli.reward_serve import _passed_over
 from marble_jax.rewards.base import Reward
@@ -135,6 +136,30 @@ def test_clip_rewards_are_checked_on_clips(here, capsys):
     assert main([*command, "--rewards=told", "--num_frames=9"]) == 0
     shown = capsys.readouterr().out
     assert "clips of 9 frames" in shown and "as on record" not in shown
+
+
+def test_a_run_s_rules_of_scoring_are_those_that_are_checked_and_served(
+    monkeypatch, refused, capsys
+):
+    asked = []
+    load = reward_choice.load_rewards
+
+    def load_rewards(*args, **options):
+        asked.append(options["upstream"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(reward_choice, "load_rewards", load_rewards)
+    command = ["reward", "check", *SMOKE, "--rewards=geneval", "--batch=1"]
+    assert main(command) == 0
+    assert "upstream's rules" not in capsys.readouterr().out
+    upstream = [*command, "--config.rewards.upstream_scoring=true"]
+    assert main(upstream) == 0
+    assert "OCR and GenEval by upstream's rules" in capsys.readouterr().out
+    assert asked == [False, True]
+    # Scores on record are of the published rules.
+    assert "--write: expected rewards that score by the published rules" in refused(
+        *upstream, "--write"
+    )
 
 
 def test_functions_need_no_directory(here):

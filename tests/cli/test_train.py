@@ -112,6 +112,14 @@ def workdir(tmp_path):
             "expected genral/train.txt or .*; did you mean 'general'",
         ),
         (
+            [*HOST_ONLY, "--config.prompts.sources=general", "--config.evaluation.sources=geneval"],
+            "rewards.train: geneval: expected training prompts that it applies to; received none among .* of general",
+        ),
+        (
+            [*HOST_ONLY, "--config.evaluation.num_prompts=2"],
+            "evaluation.num_prompts: expected at least 3, one for each source .*; received 2",
+        ),
+        (
             ["--config.checkpoints.keep=0"],
             "config.checkpoints.keep: expected a number >= 1 .*; received 0",
         ),

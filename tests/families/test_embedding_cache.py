@@ -123,6 +123,20 @@ def test_after_fill_no_encoder_is_needed(model, tmp_path):
     np.testing.assert_array_equal(later(TEXTS)["embeds"], encoders.encode(TEXTS, 4)["embeds"])
 
 
+def test_texts_that_are_cut_are_told_without_loading_an_encoder():
+    """A word of the shipped vocabularies is a token; CLIP has two at the ends, 14 in all, and T5 one of 6."""
+    root = EMBEDDED
+    five, six, twelve, thirteen = (" ".join(["red"] * count) for count in (5, 6, 12, 13))
+    refuse = lambda: pytest.fail("an encoder was loaded")  # noqa: E731
+    cache = EmbeddingCache(FAMILY, root, 6, jnp.float32, load=refuse)
+    found = {}
+    for limit, longer in cache.cut([five, six, twelve, thirteen]):
+        found[limit.encoder, limit.tokens] = longer
+    assert found == {("CLIP", 14): [thirteen], ("T5", 6): [six, twelve, thirteen]}
+    without = EmbeddingCache(FAMILY, root, 6, jnp.float32, omit=("text_encoder_3",), load=refuse)
+    assert [limit.encoder for limit, _ in without.cut([twelve, thirteen])] == ["CLIP"]
+
+
 def test_a_killed_fill_goes_on(model, tmp_path):
     class Killed(Exception):
         pass

@@ -67,6 +67,16 @@ def test_prompt_embeddings_match_diffusers(saved, ours):
     assert_close(got["pooled"], pooled)
 
 
+def test_what_an_encoder_does_not_read_is_told_by_its_tokens(saved, ours):
+    """Just those prompts are cut whose ids change with one more of them."""
+    root, text = saved["dev"][1], ours["dev"].text
+    clip, t5 = ours["dev"].family.prompt_limits(root, 9)
+    assert (clip.encoder, clip.tokens, t5.encoder, t5.tokens) == ("CLIP", text.clip_length, "T5", 9)
+    for limit, tokenizer in zip((clip, t5), text.tokenizers):
+        expected = [p for p in PROMPTS if len(tokenizer(p).input_ids) > limit.tokens]
+        assert limit.cut(PROMPTS) == expected and 0 < len(expected) < len(PROMPTS)
+
+
 def test_encoders_under_the_older_names_of_their_tensors(saved, broken):
     """transformers 4 wrote CLIP's tower under a prefix, which published files have."""
     from safetensors.numpy import load_file, save_file

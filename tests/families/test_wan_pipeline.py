@@ -89,6 +89,15 @@ def test_prompts_are_cleaned_as_by_diffusers(prompt):
     assert clean(prompt) == prompt_clean(prompt)
 
 
+def test_a_prompt_is_as_long_as_what_is_left_of_it_after_cleaning(saved, ours):
+    text = ours["unipc"].text
+    (limit,) = ours["unipc"].family.prompt_limits(saved["unipc"][1], 9)
+    blanks = "a" + " " * 40 + "cat"
+    words = " ".join(["red"] * 40)
+    assert len(text.tokenizer(clean(words)).input_ids) > 9 >= len(text.tokenizer("a cat").input_ids)
+    assert limit.cut([blanks, words]) == [words] and (limit.encoder, limit.tokens) == ("UMT5", 9)
+
+
 def test_prompts_beyond_ascii_need_ftfy(monkeypatch):
     pytest.importorskip("ftfy")
     assert clean("“a cat”，") == '"a cat",'

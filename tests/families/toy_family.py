@@ -209,6 +209,9 @@ class ToyFamily(Family):
     def text_components(self, root, omit=()):
         return ("text_encoder",)
 
+    def prompt_limits(self, root, max_sequence_length, omit=()):
+        return ()
+
     def layers_at(self, path, shape):
         return layers_at(path, shape)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from marble_jax.config import Settings, default_config, settings_of
 from marble_jax.errors import InputError
 from marble_jax.objectives.nft import Nft
 from marble_jax.programs import build, check_settings, locations, open_model
+from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.training.batch_sizes import Sizes
 
 
@@ -218,6 +221,51 @@ def test_held_out_prompts_may_come_from_other_sources():
     assert {p.source for p in held_out_prompts(made)} == {"ocr"}
     made.evaluation.sources = ("general", "geneval")
     assert {p.source for p in held_out_prompts(made)} == {"general", "geneval"}
+
+
+def test_fewer_held_out_prompts_than_sources_are_refused():
+    made = config(evaluation__num_prompts=2, prompts__path="embedded")
+    with pytest.raises(
+        InputError,
+        match="evaluation.num_prompts: expected at least 3, one for each source .*; received 2$",
+    ):
+        held_out_prompts(made)
+
+
+def _geneval_files(folder, tags):
+    (folder / "geneval").mkdir(parents=True)
+    thing = [{"class": "cat", "count": 1}]
+    lines = []
+    for number, tag in enumerate(tags):
+        lines.append(json.dumps({"prompt": f"a thing {number}", "tag": tag, "include": thing}))
+    (folder / "geneval" / "test_metadata.jsonl").write_text("\n".join(lines))
+
+
+def test_held_out_prompts_of_a_file_sorted_by_kind_are_of_every_kind(tmp_path):
+    """6 kinds of 10 prompts one after the other: of 12 prompts, every fifth. Shuffled, the first 12 as they come."""
+    kinds = [tag for tag in TAGS for _ in range(10)]
+    _geneval_files(tmp_path / "sorted", kinds)
+    _geneval_files(tmp_path / "mixed", kinds[::10] * 10)
+    made = config(
+        evaluation__num_prompts=12,
+        prompts__path=str(tmp_path / "sorted"),
+        prompts__sources=("geneval",),
+    )
+    assert [p.text for p in held_out_prompts(made)] == [f"a thing {i}" for i in range(0, 60, 5)]
+    made.prompts.path = str(tmp_path / "mixed")
+    assert [p.text for p in held_out_prompts(made)] == [f"a thing {i}" for i in range(12)]
+
+
+@pytest.mark.parametrize(("name", "count"), [("embedded", 420), ("embedded_video", 240)])
+def test_the_shipped_pipelines_evaluate_on_the_first_prompts_of_each_file(name, count):
+    by_source = locations.read_prompts(name, "test")
+    made = config(
+        evaluation__num_prompts=count, prompts__path=name, prompts__sources=tuple(by_source)
+    )
+    expected = []
+    for source in sorted(by_source):
+        expected += by_source[source][: count // len(by_source)]
+    assert held_out_prompts(made) == expected
 
 
 def test_held_out_prompts_come_in_equal_shares():

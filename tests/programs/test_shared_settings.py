@@ -138,6 +138,24 @@ def test_a_plain_model_takes_the_guidance_input_of_the_run():
     assert settle({"base": PLAIN, "run": run}, stated, NOTHING).settings.embedded_guidance == 2.0
 
 
+def test_all_models_are_computed_as_the_first_run_is():
+    run = dataclasses.replace(RUN, integer_timesteps=True, stream_dtype="float32")
+    for own in ({"base": PLAIN, "run": run}, {"run": run, "later": RUN}):
+        found = settle(own, ASKED, NOTHING).settings
+        assert (found.integer_timesteps, found.stream_dtype) == (True, "float32")
+    found = settle({"base": PLAIN}, ASKED, NOTHING).settings
+    assert (found.integer_timesteps, found.stream_dtype) == (False, "compute")
+    stated = SamplingSettings(integer_timesteps=False, stream_dtype="compute")
+    found = settle({"run": run}, stated, NOTHING).settings
+    assert (found.integer_timesteps, found.stream_dtype) == (False, "compute")
+
+
+@pytest.mark.parametrize("setting", ["integer_timesteps", "stream_dtype"])
+def test_images_that_were_computed_in_two_ways_are_not_compared(setting):
+    with pytest.raises(InputError, match=f"received {setting} True of 'a' and None of 'b'"):
+        check_alike({"a": {setting: True}, "b": {}})
+
+
 def test_models_without_a_run_keep_their_own_where_they_agree():
     found = _settled({"a": PLAIN, "b": PLAIN})
     assert found["size"] == (256, 256) and found["length"] == 256

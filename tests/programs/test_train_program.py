@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -19,11 +21,15 @@ from marble_jax.config import (
 from marble_jax.console import Console
 from marble_jax.errors import InputError
 from marble_jax.programs import train
+from marble_jax.programs.base_scores import check_base_scores
 from marble_jax.programs.run_evaluations import RunEvaluations
+from marble_jax.prompts.files import Prompt
 from marble_jax.storage.workdir import Workdir
 from marble_jax.training.state import initial_state
 from marble_jax.types import Scores
+from marble_jax.weights import hub
 
+PROMPTS = [Prompt(f"a thing {i}", "things", {"tag": "thing", "number": i}) for i in range(4)]
 NAMES = ("large", "small", "heldout")
 # Standard deviations 100, 0.1 and 1.
 BASE = np.array([[-100, -0.1, -1], [100, 0.1, 1], [-100, -0.1, -1], [100, 0.1, 1]], np.float32)
@@ -56,7 +62,7 @@ def make(tmp_path):
             return scores_of((BASE + gain).astype(np.float32)), np.zeros((1, 2, 2, 3))
 
         evaluate.groups, evaluate.kept = np.arange(4), [0]
-        evaluate.prompts = [SimpleNamespace(text=f"a thing {i}") for i in range(4)]
+        evaluate.prompts = PROMPTS
         settings = Settings(
             rewards=RewardSettings(train=("large", "small"), heldout=heldout),
             evaluation=EvaluationSettings(best=best, best_by=best_by),
@@ -195,3 +201,81 @@ def test_a_restart_shares_compiled_programs_before_it_builds(monkeypatch, tmp_pa
     with pytest.raises(InputError):
         train.train_run(settings, str(place), "train")
     assert calls == [(), (str(place / "compiled"),), "build"]
+
+
+@pytest.fixture
+def scored(make, tmp_path):
+    """A run whose base model was scored, and check(prompts, names) of its prompts as they are later; what is said."""
+    evaluations, _ = make({})
+    evaluations(after(0))
+    workdir, said = Workdir(str(tmp_path)), []
+
+    def check(prompts=PROMPTS, names=NAMES):
+        check_base_scores(workdir, prompts, 1, names, said.append)
+        return said
+
+    return check
+
+
+def test_the_base_model_s_scores_are_of_the_prompts_that_they_were_taken_on(scored):
+    assert scored() == []
+    for changes in ({"text": "another"}, {"source": "other"}, {"metadata": {"tag": "thing"}}):
+        edited = [*PROMPTS[:2], dataclasses.replace(PROMPTS[2], **changes), PROMPTS[3]]
+        with pytest.raises(InputError, match="base_scores.json: expected the held-out prompts .*"):
+            scored(edited)
+    with pytest.raises(InputError, match="expected the held-out prompts"):
+        scored(PROMPTS[::-1])
+    with pytest.raises(InputError, match="expected the 4 held-out images .*; received 3 by"):
+        scored(PROMPTS[:3])
+    with pytest.raises(
+        InputError, match="expected scores of large, small; received large, small, heldout"
+    ):
+        scored(names=NAMES[:2])
+
+
+def test_scores_of_an_older_run_are_told_by_their_number_and_the_images_kept(scored, tmp_path):
+    """The record has no hash then; image 0 is the one that is kept."""
+    file = tmp_path / "base_scores.json"
+    record = json.loads(file.read_text())
+    del record["prompts"]
+    file.write_text(json.dumps(record))
+    edited = [*PROMPTS[:3], Prompt("another", "things")]
+    assert len(scored(edited)) == 1 and "older" in scored()[0]
+    with pytest.raises(InputError, match="expected the 4 held-out images"):
+        scored([*PROMPTS, PROMPTS[0]])
+    with pytest.raises(InputError, match="expected the held-out prompts"):
+        scored([Prompt("another", "things"), *PROMPTS[1:]])
+    (tmp_path / "samples" / "prompts.json").write_text("[[")
+    scored([Prompt("another", "things"), *PROMPTS[1:]])
+
+
+@pytest.mark.parametrize("changed", ["prompts", "commit"])
+def test_a_resume_on_other_inputs_is_refused_before_anything_is_written(
+    scored, changed, tmp_path, monkeypatch
+):
+    workdir, settings = Workdir(str(tmp_path)), Settings()
+    workdir.write_json("config.json", flatten(settings))
+    workdir.write_json("run.json", {"downloads": {"owner/model": "old", "owner/gone": "any"}})
+    prompts = PROMPTS[::-1] if changed == "prompts" else PROMPTS
+    scorer = SimpleNamespace(rewards=[SimpleNamespace(name=name) for name in NAMES])
+    evaluator = SimpleNamespace(prompts=prompts, images_per_prompt=1, scorer=scorer)
+    held = []
+
+    def build(settings):
+        held.append(dict(hub._held))
+        return SimpleNamespace(evaluator=evaluator, settings=settings)
+
+    monkeypatch.setattr(train.platform, "keep_compilations", lambda *where: None)
+    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(hub, "_commits", {"owner/model": "old", "owner/new": "first"})
+    line = "expected the held-out prompts"
+    if changed == "commit":
+        hub._commits["owner/model"] = "new"
+        line = "owner/model: expected commit old, which the run began with; received new"
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    with pytest.raises(InputError, match=line) as caught:
+        train.train_run(settings, str(tmp_path), "train")
+    assert "\n" not in str(caught.value)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    # The run's own commits are what its names without a revision mean, and no longer than it lasts.
+    assert held == [{"owner/model": "old", "owner/gone": "any"}] and hub._held == {}

@@ -7,7 +7,8 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
-from marble_jax.prompts.groups import draw, shares
+from marble_jax.prompts.groups import check_enough, draw, shares, spread
+from marble_jax.streams import Stream, stream_generator
 
 
 def pool(**sizes):
@@ -88,6 +89,58 @@ def test_parts_drawn_apart_may_give_a_prompt_twice_and_have_equal_shares():
     assert 300 * 3 * 4 / 50 * 0.7 < met < 300 * 3 * 4 / 50 * 1.3
     with pytest.raises(InputError, match="prompts per step: expected a multiple of 4 draws"):
         draw(POOL, 0, 0, 6, 1, num_draws=4)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2, 4, 5, 7])
+def test_sources_take_turns_at_what_does_not_divide(num_prompts):
+    """Of three sources every three draws give each `num_prompts`, whatever that is, and no draw differs by two."""
+    counts = []
+    for step in range(60):
+        drawn = draw(POOL, 5, step, num_prompts, 2)
+        assert drawn.prompts == draw(POOL, 5, step, num_prompts, 2).prompts
+        counts.append(collections.Counter(prompt.source for prompt in drawn.prompts[::2]))
+        numbers = [counts[-1][name] for name in POOL]
+        assert sum(numbers) == num_prompts and max(numbers) - min(numbers) == 1
+    for first in range(0, 60, 3):
+        assert sum(counts[first : first + 3], collections.Counter()) == dict.fromkeys(
+            POOL, num_prompts
+        )
+    # What looks at every third step alone, such as a solve, does not see one source time and again.
+    for first in range(3):
+        assert len({tuple(counts[step][name] for name in POOL) for step in range(first, 60, 3)}) > 1
+
+
+def test_parts_take_turns_too():
+    """3 parts of 2 prompts: every step has 2 of each source, where one of them had none before."""
+    for step in range(5):
+        drawn = draw(POOL, 5, step, 6, 1, num_draws=3)
+        assert collections.Counter(drawn.sources) == dict.fromkeys(POOL, 2)
+        for part in range(3):
+            assert len(set(drawn.sources[2 * part : 2 * part + 2])) == 2
+
+
+def test_equal_shares_are_drawn_as_the_streams_say():
+    """Nothing of a draw that the sources divide depends on turns: a permutation a source, and one of the whole."""
+    for step in range(4):
+        expected = []
+        for number, name in enumerate(sorted(POOL)):
+            order = stream_generator(3, Stream.PROMPTS, step, number).permutation(len(POOL[name]))
+            expected += [POOL[name][index] for index in order[:2]]
+        order = stream_generator(3, Stream.PROMPT_ORDER, step).permutation(6)
+        assert list(draw(POOL, 3, step, 6, 1).prompts) == [expected[index] for index in order]
+
+
+def test_prompts_of_one_draw_alone_are_enough_for_all_sources():
+    check_enough("key", 3, ("a", "b", "c"))
+    with pytest.raises(
+        InputError,
+        match=r"^key: expected at least 3, one for each source \(a, b, c\); received 2$",
+    ):
+        check_enough("key", 2, ("a", "b", "c"))
+
+
+def test_spread_by_hand():
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 5) == [0, 1, 2]
 
 
 def test_groups_of_equal_prompts_merge_draws():

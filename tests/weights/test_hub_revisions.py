@@ -40,6 +40,17 @@ def test_a_revision_in_the_name(asked):
     assert hub.commits() == {"owner/model": COMMIT}
 
 
+def test_a_run_s_commits_are_what_names_without_a_revision_mean(asked):
+    hub.hold_to({"owner/model": COMMIT})
+    hub.find_model("owner/model", ("vae",))
+    hub.find_model("owner/model@v1.0", ("vae",))
+    hub.find_model("owner/other", ("vae",))
+    hub.hold_to({})
+    hub.find_model("owner/model", ("vae",))
+    revisions = [revision for _, revision in asked]
+    assert revisions == [COMMIT, "v1.0", None, None]
+
+
 def test_two_revisions(asked):
     with pytest.raises(InputError, match="expected one revision; received 'a' and 'b'"):
         hub.download("owner/model@a", [], revision="b")

@@ -24,6 +24,7 @@ from marble_jax.families.flux1.packing import pack
 from marble_jax.families.flux1.sharding_rules import component_rules
 from marble_jax.families.flux1.transformer import FluxTransformer, abstract_params
 from marble_jax.families.model_index import component_class, name_without_owner
+from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.families.transformer_module import module_fields, shapes_in
 from marble_jax.networks import autoencoder_kl, clip, t5
 from marble_jax.networks.autoencoder_kl import AutoencoderKL, VAEConfig, load_vae
@@ -160,6 +161,12 @@ class FluxFamily(Family):
     def text_components(self, root: Path, omit: Sequence[str] = ()) -> tuple[str, ...]:
         """See `Family.text_components`."""
         return (*text.COMPONENTS, *text.TOKENIZERS)
+
+    def prompt_limits(
+        self, root: Path, max_sequence_length: int, omit: Sequence[str] = ()
+    ) -> tuple[PromptLimit, ...]:
+        """See `Family.prompt_limits`."""
+        return text.prompt_limits(root, max_sequence_length)
 
     def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
         """See `Family.layers_at`."""

@@ -22,7 +22,9 @@ from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.families.flux1.config import FluxConfig
 from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once, token_ids
+from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.networks.clip import CLIPTextEncoder, load_text_encoder
+from marble_jax.networks.clip_config import CLIPTextConfig
 from marble_jax.networks.t5 import T5Encoder, load_t5
 from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer, max_length
 from marble_jax.storage.files import read_json
@@ -203,3 +205,20 @@ def load_text_encoders(
     check_tokenizer(clip_tokens, root / TOKENIZERS[0], shape.vocab_size, shape.eos_token_id)
     check_tokenizer(t5_tokens, root / TOKENIZERS[1], t5[0].config.vocab_size)
     return FluxTextEncoders(root, clip, t5, (clip_tokens, t5_tokens), config, prompt_batch)
+
+
+def prompt_limits(root: pathlib.Path, max_sequence_length: int) -> tuple[PromptLimit, ...]:
+    """See `Family.prompt_limits`."""
+    shape = CLIPTextConfig.from_dict(read_json(root / COMPONENTS[0] / "config.json"))
+    file = root / TOKENIZERS[0] / "tokenizer_config.json"
+    lengths = max_length(read_json(file), shape.max_position_embeddings, file), max_sequence_length
+    limits = []
+    for words, length, name in zip(("CLIP", "T5"), lengths, TOKENIZERS, strict=True):
+        limits.append(PromptLimit(words, length, functools.partial(_opened, root, name)))
+    return tuple(limits)
+
+
+def _opened(root: pathlib.Path, name: str) -> list[Any]:
+    """The tokenizer of a model by its component name, alone in a list."""
+    index = read_json(root / "model_index.json")
+    return [load_tokenizer(root / name, component_class(index, name))]

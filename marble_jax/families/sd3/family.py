@@ -15,6 +15,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import Family, Place
 from marble_jax.families.descriptions import DiffusersNames, Layer, NetworkOptions
 from marble_jax.families.model_index import component_class, name_without_owner
+from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.families.scheduler import SchedulerConfig, read_scheduler
 from marble_jax.families.sd3 import layer_names, published, text
 from marble_jax.families.sd3.config import MMDiTConfig
@@ -173,6 +174,12 @@ class SD3Family(Family):
         """See `Family.text_components`."""
         encoders = text.encoders_present(root, omit)
         return (*encoders, *text.TOKENIZERS[: len(encoders)])
+
+    def prompt_limits(
+        self, root: Path, max_sequence_length: int, omit: Sequence[str] = ()
+    ) -> tuple[PromptLimit, ...]:
+        """See `Family.prompt_limits`."""
+        return text.prompt_limits(root, max_sequence_length, omit)
 
     def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
         """See `Family.layers_at`."""

@@ -22,6 +22,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once, token_ids
+from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.families.sd3.config import MMDiTConfig
 from marble_jax.networks.clip import CLIPTextEncoder, TextOutput, load_text_encoder
 from marble_jax.networks.t5 import T5Encoder, load_t5
@@ -251,3 +252,20 @@ def clip_length(root: pathlib.Path) -> int:
     """CLIP tokens of a prompt of a model, without loading its tokenizer."""
     file = root / TOKENIZERS[0] / "tokenizer_config.json"
     return max_length(read_json(file), CLIP_LENGTH, file)
+
+
+def prompt_limits(
+    root: pathlib.Path, max_sequence_length: int, omit: Sequence[str] = ()
+) -> tuple[PromptLimit, ...]:
+    """See `Family.prompt_limits`."""
+    clips = PromptLimit("CLIP", clip_length(root), functools.partial(_opened, root, TOKENIZERS[:2]))
+    if T5 not in encoders_present(root, omit):
+        return (clips,)
+    opened = functools.partial(_opened, root, TOKENIZERS[2:])
+    return clips, PromptLimit("T5", max_sequence_length, opened)
+
+
+def _opened(root: pathlib.Path, names: Sequence[str]) -> list[Any]:
+    """The tokenizers of a model by their component names."""
+    index = read_json(root / "model_index.json")
+    return [load_tokenizer(root / name, component_class(index, name)) for name in names]

@@ -16,6 +16,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import Family, Place
 from marble_jax.families.descriptions import DiffusersNames, Layer, NetworkOptions
 from marble_jax.families.model_index import component_class, name_without_owner
+from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.families.transformer_module import module_fields
 from marble_jax.families.wan import layer_names, published, text
 from marble_jax.families.wan.config import WanConfig
@@ -155,6 +156,12 @@ class WanFamily(Family):
     def text_components(self, root: Path, omit: Sequence[str] = ()) -> tuple[str, ...]:
         """See `Family.text_components`."""
         return text.COMPONENT, text.TOKENIZER
+
+    def prompt_limits(
+        self, root: Path, max_sequence_length: int, omit: Sequence[str] = ()
+    ) -> tuple[PromptLimit, ...]:
+        """See `Family.prompt_limits`."""
+        return (text.prompt_limit(root, max_sequence_length),)
 
     def layers_at(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Layer]:
         """See `Family.layers_at`."""

@@ -22,6 +22,7 @@ from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, TextEncoders
 from marble_jax.families.model_index import component_class
 from marble_jax.families.prompt_encoding import check_prompts, encode_each_once
+from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.families.wan.config import WanConfig
 from marble_jax.networks.tokenizers import check_tokenizer, load_tokenizer
 from marble_jax.networks.umt5 import UMT5Encoder, load_umt5
@@ -205,3 +206,13 @@ def load_text_encoders(
     encoder = load_umt5(root / COMPONENT, dtype, place(COMPONENT))
     check_tokenizer(tokenizer, root / TOKENIZER, encoder[0].config.vocab_size)
     return WanTextEncoders(root, encoder, tokenizer, config, prompt_batch)
+
+
+def prompt_limit(root: pathlib.Path, max_sequence_length: int) -> PromptLimit:
+    """See `Family.prompt_limits`."""
+
+    def opened() -> list[Any]:
+        index = read_json(root / "model_index.json")
+        return [load_tokenizer(root / TOKENIZER, component_class(index, TOKENIZER))]
+
+    return PromptLimit("UMT5", max_sequence_length, opened, clean)
