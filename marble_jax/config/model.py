@@ -18,7 +18,11 @@ class ModelSettings:
         "path",
     )
     # Of the frozen network alone: adapters, optimiser and the solve for alpha are float32 whatever is said here.
-    dtype: str = key("bfloat16", "matmul dtype of the transformer", "bfloat16|float32")
+    dtype: str = key(
+        "bfloat16",
+        "matmul dtype of the transformer; float32 is multiplied as float32, not in TF32 or passes of bfloat16",
+        "bfloat16|float32",
+    )
     # The difference of two policies' velocities is what training turns on, and rounding is most of it early on.
     stream_dtype: str = key(
         "compute",

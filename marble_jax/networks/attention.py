@@ -26,21 +26,27 @@ from jax.sharding import Mesh
 from marble_jax.errors import one_of
 from marble_jax.networks.fused_attention import FusedAttention, cudnn
 from marble_jax.networks.lora_dense import LoraDense
+from marble_jax.networks.precision import product_precision
 
 AttentionFn = Callable[..., jax.Array]
 EPS = 1e-6  # of the norms in diffusers' transformer blocks
 
 
 def _einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    precision = product_precision(q.dtype)
     # The product accumulates in float32, as the fused kernels do: a sum of half-precision products loses its tail.
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "...qhd,...khd->...hqk", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
     logits = logits * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("...hqk,...khd->...qhd", weights, v)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, v, precision=precision)
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    # It takes no precision by itself.
+    with jax.default_matmul_precision(product_precision(q.dtype)):
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
 def _auto(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -22,6 +22,16 @@ GatherParams = Callable[[tuple[str, ...], Params], Params]
 GATHERED = "gathered"
 """Name of weights that were put together from several devices; a backward pass gathers them again, never keeps them."""
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether a backward pass keeps what an operation makes: all, except for weights that were put together.
+
+    Not `save_anything_except_these_names`: it says yes to everything (seen in JAX 0.10), and the constraint that
+    gathers has no name.
+    """
+    return primitive.name != "sharding_constraint" and params.get("name") != GATHERED
+
+
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -36,7 +46,11 @@ what fused attention wants for its backward pass, so that nothing but norms, mod
 
 
 def wrapped_block(
-    block: type[nn.Module], name: str, remat: str, gather: GatherParams | None, prevent_cse: bool
+    block: type[nn.Module],
+    name: str,
+    remat: str,
+    gather: GatherParams | None,
+    prevent_cse: bool = True,
 ) -> Any:
     """Returns the class of a block, with gathering and rematerialisation.
 
@@ -45,7 +59,7 @@ def wrapped_block(
       name: first part of the path of one block of its kind, by which `gather` knows how it is split.
       remat: a key of `REMAT_POLICIES`.
       gather: puts a block's weights together; None where they lie whole.
-      prevent_cse: whether the compiler could merge the recomputation with the forward pass; not under a scan.
+      prevent_cse: whether the compiler could merge the recomputation with the forward pass; not inside of a loop.
     """
     if gather is None and remat == "none":
         return block
@@ -55,27 +69,47 @@ def wrapped_block(
         wrapped = _gathered_block(block, name, gather)
         if remat == "none":
             # A backward pass gathers weights once more: kept, those of all blocks would be whole at a time.
-            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+            policy = _all_but_gathered
     return nn.remat(wrapped, prevent_cse=prevent_cse, policy=policy)
 
 
-def run_of_blocks(block: Any, length: int, unroll: int, num_shared: int) -> Any:
+def run_of_blocks(
+    block: type[nn.Module],
+    name: str,
+    remat: str,
+    gather: GatherParams | None,
+    length: int,
+    unroll: int,
+    num_shared: int,
+) -> Any:
     """Returns the class of a run of equal blocks: one scan, with parameters and adapters stacked on axis 0.
 
     Args:
-      block: class of a block, from `wrapped_block`; called on the token streams and what all blocks share.
+      block: class of a block; called on the token streams and what all blocks share.
+      name: as for `wrapped_block`.
+      remat: as for `wrapped_block`.
+      gather: as for `wrapped_block`.
       length: blocks of the run.
       unroll: blocks in one turn of the scan; no more than there are.
       num_shared: arguments behind the token streams, the same for every block.
     """
+    # Inside of a loop the recomputation cannot be merged with the forward pass, and the barrier would only cost time.
+    prevent_cse = _leaves_loop(length, unroll)
     return nn.scan(
-        block,
+        wrapped_block(block, name, remat, gather, prevent_cse),
         variable_axes={"params": 0, COLLECTION: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * num_shared,
         length=length,
         unroll=min(unroll, length),
     )
+
+
+def _leaves_loop(length: int, unroll: int) -> bool:
+    """Whether blocks of a run are compiled outside of a loop, beside their own recomputation."""
+    turns, rest = divmod(length, min(unroll, length))
+    # A loop of one turn is taken apart by JAX or the compiler; what makes no whole turn lies behind the loop.
+    return turns == 1 or rest > 0
 
 
 def _gathered_block(block: type[nn.Module], name: str, gather: GatherParams) -> Any:

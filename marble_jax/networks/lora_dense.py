@@ -17,6 +17,7 @@ from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
 from marble_jax.errors import InputError, nearest
+from marble_jax.networks.precision import product_precision
 from marble_jax.networks.quantized import SCALES, is_quantized, quantized_matmul
 
 COLLECTION = "lora"
@@ -31,17 +32,19 @@ def widen(h: jax.Array, b: jax.Array) -> jax.Array:
     JAX's own rule makes [out, r] and turns it: a product that wants the wide cotangent column by column, for which XLA
     on CPUs copies it, together with all that is fused into it.
     """
-    return h @ b
+    return jnp.matmul(h, b, precision=product_precision(h.dtype))
 
 
 def _widen_forward(h: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return h @ b, (h, b)
+    return jnp.matmul(h, b, precision=product_precision(h.dtype)), (h, b)
 
 
 def _widen_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     h, b = kept
+    precision = product_precision(h.dtype)
+    to_h = jnp.matmul(g, b.T, precision=precision)
     # `ro`, not `or` and a transpose: the contraction turns the narrow h, which is the point of this rule.
-    return g @ b.T, jnp.einsum("...r,...o->ro", h, g)
+    return to_h, jnp.einsum("...r,...o->ro", h, g, precision=precision)
 
 
 widen.defvjp(_widen_forward, _widen_backward)
@@ -57,7 +60,8 @@ class LoraDense(nn.Module):
     Attributes:
       features: output width.
       use_bias: whether the base layer has a bias.
-      dtype: dtype of the matrix products and of the result; None promotes input and weights.
+      dtype: dtype of the matrix products and of the result; None promotes input and weights. float32 is multiplied as
+        float32 on every device (`networks.precision`).
       lora_scale: alpha / rank.
     """
 
@@ -78,14 +82,15 @@ class LoraDense(nn.Module):
             y = quantized_matmul(x, kernel, self.get_variable("params", SCALES))
         else:
             x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-            y = x @ kernel
+            y = jnp.matmul(x, kernel, precision=product_precision(x.dtype))
         if self.has_variable(COLLECTION, "a"):
             a: jax.Array = self.get_variable(COLLECTION, "a").astype(x.dtype)
             b: jax.Array = self.get_variable(COLLECTION, "b").astype(x.dtype)
             # The name is how `marble-jax plan --roofline` tells these products from the base layer's.
             with jax.named_scope("lora"):
+                narrow = jnp.matmul(x, a, precision=product_precision(x.dtype))
                 # Scaled at the narrow waist: rank values a token instead of `features`.
-                y = y + widen(self.lora_scale * (x @ a), b)
+                y = y + widen(self.lora_scale * narrow, b)
         if bias is not None:
             y = y + bias
         return checkpoint_name(y, PRODUCT)

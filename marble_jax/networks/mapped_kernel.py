@@ -15,12 +15,15 @@ kernel's own derivative says: arrays with a batch are told from constants by how
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
+
+from marble_jax.networks.precision import product_precision
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(q, k, v) -> out, all [N, T, H, d]; differentiable, need not work under `vmap`."""
@@ -51,6 +54,7 @@ def folded(kernel: Kernel, place: Place = _on_one_device) -> Kernel:
       kernel: what runs on [N, T, H, d].
       place: puts a function on the devices that hold a batch.
     """
+    kernel = partial(_in_precision_of_its_type, kernel)
 
     @jax.custom_vjp
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -97,7 +101,9 @@ def folded(kernel: Kernel, place: Place = _on_one_device) -> Kernel:
                 keys = (samples, num_keys, heads, width)
                 pull = _pull_back(kernel, cotangent, jax.ShapeDtypeStruct(keys, cotangent.dtype))
                 own = [_moved(leaf, 0, batch) for leaf, (batch, _) in zip(leaves, places)]
-                return jax.tree.unflatten(jax.tree.structure(pull), own)(cotangent)
+                # A kernel's own derivative is traced when it is called, not where the kernel is.
+                with jax.default_matmul_precision(product_precision(cotangent.dtype)):
+                    return jax.tree.unflatten(jax.tree.structure(pull), own)(cotangent)
 
             return place(alone, arrays[-1].shape, (*axes, _QKV), (_QKV,) * 3)(*arrays)
 
@@ -105,6 +111,14 @@ def folded(kernel: Kernel, place: Place = _on_one_device) -> Kernel:
 
     attention.defvjp(forward, backward)
     return attention
+
+
+def _in_precision_of_its_type(
+    kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """The kernel, in which float32 is multiplied as float32; see `networks.precision`."""
+    with jax.default_matmul_precision(product_precision(q.dtype)):
+        return kernel(q, k, v)
 
 
 def _pull_back(kernel: Kernel, q: Any, k: Any) -> Any:

@@ -188,17 +188,23 @@ class MemoryModel:
         return count * (kept_scores + cotangents * pulled_back) + self.gathered()
 
     def gathered(self) -> float:
-        """Bytes of the largest block's weights, put together from several devices; 0 where every device has them."""
+        """Bytes of the weights that are put together from several devices at once; 0 where every device has them.
+
+        Those of the blocks in one turn of a run's loop, as many as `model.unroll`, whatever `model.remat`: a backward
+        pass gathers again.
+        """
         if self.mesh.shape["fsdp"] == 1:
             return 0.0
-        blocks: dict[str, float] = {}
+        turns: dict[str, float] = {}
         params = traverse_util.flatten_dict(dict(self.shapes.networks.params))
         for path, leaf in params.items():
             if path[0].startswith(SCANNED_PREFIX):
                 # The first axis counts the blocks of a run.
-                own = leaf.size // leaf.shape[0] * leaf.dtype.itemsize
-                blocks[path[0]] = blocks.get(path[0], 0.0) + own
-        return max(blocks.values(), default=0.0)
+                length = leaf.shape[0]
+                at_once = min(self.settings.model.unroll, length)
+                own = at_once * (leaf.size // length) * leaf.dtype.itemsize
+                turns[path[0]] = turns.get(path[0], 0.0) + own
+        return max(turns.values(), default=0.0)
 
     def saved(self, count: int) -> Source:
         """What all blocks keep for the backward pass of `count` samples."""

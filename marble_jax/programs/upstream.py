@@ -139,8 +139,9 @@ ALWAYS = (
     "no float16 and no loss scaler: the divergence counts, which in upstream's float16 rounds to 0, and a "
     "gradient that is not finite stops a step instead of losing elements",
     "alpha is solved exactly on the device, not by SLSQP on the host",
-    "images, latents and text embeddings keep their precision: upstream decodes and stores in float16, which "
-    "rewards see, and rounds CLIPScore's input once more",
+    "images and latents are float32 and text embeddings have model.dtype, though a TPU multiplies in bfloat16 while "
+    "it decodes and a recent GPU in TF32: upstream decodes and stores in float16, which rewards see, and rounds "
+    "CLIPScore's input once more",
     "random numbers are others; a micro-batch is of any images, not of as many of each device's own",
     "prompts are equal that are alike but for case and spaces, not those that CLIP's tokenizer decodes alike",
     "the OCR reader and GenEval's detector are other implementations (RapidOCR unless rewards.json asks for "

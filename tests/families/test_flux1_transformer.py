@@ -170,6 +170,19 @@ def test_single_block(pair, index):
     assert_close(out, torch.cat(want, dim=1))
 
 
+def test_a_single_block_keeps_one_wide_array_for_its_backward_pass():
+    """Under its tokens' feed-forward, four times as wide: the input of the activation, from which its slope follows."""
+    width, tokens = DEV.width, 7
+    x = jnp.ones((1, tokens, width))
+    temb = jnp.ones((1, width))
+    tables = (jnp.ones((tokens, DEV.attention_head_dim)),) * 2
+    block = SingleBlock(DEV)
+    variables = block.init(jax.random.key(0), x, temb, tables)
+    _, pull = jax.vjp(lambda x: block.apply(variables, x, temb, tables)[0], x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
+    assert shapes.count((1, tokens, 4 * width)) == 1
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("config", [DEV, SCHNELL], ids=["dev", "schnell"])
 def test_whole_model(config, size, tmp_path):

@@ -126,6 +126,24 @@ def test_what_is_passed_to_a_program_is_exact(medium):
         assert by_name[memory.SAVED] == 24 * 9 * 1229 * 1536 * 2
 
 
+def test_weights_are_gathered_for_as_many_blocks_as_a_turn_of_the_loop_has(medium):
+    """The widest run is that of 13 blocks with a second attention; what the backward pass keeps has no part in it."""
+
+    def gathered(fsdp=16, **changes):
+        settings = settings_with(**changes)
+        sizes = derive_sizes(settings.rollout, settings.training, 16)
+        mesh = device_mesh.abstract_mesh(16, -1, fsdp)
+        return memory.MemoryModel(settings, medium, sizes, mesh, memory.LANES).gathered()
+
+    one = gathered()
+    # Kernels [1536, 1536 n] in bfloat16: attention 8 + 4, feed-forwards 8 + 8, modulation 9 + 6. Biases are small.
+    assert one == pytest.approx(2 * 43 * 1536**2, rel=2e-3)
+    assert gathered(model__remat="full") == one
+    assert gathered(model__unroll=2) == 2 * one
+    assert gathered(model__unroll=50) == 13 * one
+    assert gathered(fsdp=1, model__unroll=2) == 0
+
+
 def test_memory_follows_the_settings(medium):
     def total(name="train, between", devices=16, **changes):
         settings = settings_with(

@@ -166,7 +166,8 @@ def add_peer(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")
+        # As our side: float32 is multiplied as float32.
+        torch.set_float32_matmul_precision("highest")
     kinds: dict[str, Callable] = {"upstream": Upstream, "tuned": Tuned}
     if compiled:
         kinds["compiled"] = lambda *args: Tuned(*args, compiled=True)

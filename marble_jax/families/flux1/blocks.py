@@ -28,7 +28,7 @@ from marble_jax.networks.attention import (
 )
 from marble_jax.networks.lora_dense import LoraDense
 from marble_jax.networks.rotary import Tables, rotate
-from marble_jax.networks.transformer_layers import FeedForward
+from marble_jax.networks.transformer_layers import FeedForward, tanh_gelu
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]
 """Queries, keys and values [N, T, H, d]."""
@@ -191,7 +191,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = AdaLayerNorm(3, self.dtype, self.lora_scale, name="norm")(temb)
         normed = modulate(layer_norm(x), shift, scale, self.dtype)
         expand = LoraDense(4 * width, name="proj_mlp", **low_rank)
-        hidden = nn.gelu(expand(normed), approximate=True)
+        hidden = tanh_gelu(expand(normed))
         attention = Attention(self.config, self.dtype, self.attention, self.lora_scale, name="attn")
         attended, _ = attention(normed, tables)
         both = jnp.concatenate([attended, hidden], axis=-1)

@@ -31,7 +31,6 @@ from marble_jax.networks.block_remat import (
     REMAT_POLICIES,
     GatherParams,
     run_of_blocks,
-    wrapped_block,
 )
 from marble_jax.networks.lora_dense import LoraDense
 from marble_jax.networks.parameter_shapes import parameter_shapes
@@ -168,9 +167,8 @@ class FluxTransformer(nn.Module):
         """A run of equal blocks, as one scan over their stacked parameters."""
         # Parameters that are only being made lie whole.
         gather = None if self.is_initializing() else self.gather
-        # Under a scan the recomputation cannot be merged with the forward pass, so the barrier would only cost time.
-        wrapped = wrapped_block(block, f"block_{kind}", self.remat, gather, prevent_cse=False)
-        run = run_of_blocks(wrapped, length, self.unroll, num_shared=2)
+        wrapping = (f"block_{kind}", self.remat, gather)
+        run = run_of_blocks(block, *wrapping, length, self.unroll, num_shared=2)
         return run(
             self.config,
             self.dtype,

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from marble_jax.families.sd3.config import MMDiTConfig
+from marble_jax.networks.precision import product_precision
 from marble_jax.networks.transformer_layers import TwoLayer, timestep_embedding
 
 
@@ -50,7 +51,15 @@ class PatchEmbed(nn.Module):
     def __call__(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n patches d"]:
         """Returns the (h/p)(w/p) tokens of latents, row by row."""
         p = self.config.patch_size
-        proj = nn.Conv(self.config.width, (p, p), (p, p), "VALID", dtype=self.dtype, name="proj")
+        proj = nn.Conv(
+            self.config.width,
+            (p, p),
+            (p, p),
+            "VALID",
+            dtype=self.dtype,
+            precision=product_precision(self.dtype),
+            name="proj",
+        )
         tokens = proj(latents)
         table = self.param("pos_embed", lambda _: position_table(self.config, self.side))
         table = table.reshape(self.side, self.side, -1)

@@ -108,15 +108,17 @@ class MMDiT(nn.Module):
         c = LoraDense(config.width, name="context_embedder", **low_rank)(embeds)
         stream_dtype = self.dtype if self.stream_dtype is None else self.stream_dtype
         x, c = x.astype(stream_dtype), c.astype(stream_dtype)
-        # Under a scan the recomputation cannot be merged with the forward pass, so the barrier would only cost time.
-        block = self._block(prevent_cse=False)
+        # Parameters that are only being made lie whole.
+        gather = None if self.is_initializing() else self.gather
+        # Every block is split in the same way: the last one's name stands for all.
+        wrapping = ("block_0", self.remat, gather)
         options = {"attention": self.attention, **low_rank}
         for first, length, dual in config.runs:
-            run = run_of_blocks(block, length, self.unroll, num_shared=1)
+            run = run_of_blocks(Block, *wrapping, length, self.unroll, num_shared=1)
             blocks = run(config, dual, name=f"blocks_{first}", **options)
             (x, c), _ = blocks((x, c), temb)
         final = config.num_layers - 1
-        last = self._block(prevent_cse=True)
+        last = wrapped_block(Block, *wrapping)
         dual = final in config.dual_attention_layers
         last_block = last(config, dual, last=True, name=f"block_{final}", **options)
         (x, _), _ = last_block((x, c), temb)
@@ -135,13 +137,6 @@ class MMDiT(nn.Module):
         # A token's values are rows, columns and channels of its patch: rows go beside rows of patches.
         cells = jnp.einsum("nhwpqc->nhpwqc", cells)
         return cells.reshape(num, height, width, channels)
-
-    def _block(self, prevent_cse: bool) -> Any:
-        """The class of a block, with gathering and rematerialisation."""
-        # Parameters that are only being made lie whole.
-        gather = None if self.is_initializing() else self.gather
-        # Every block is split in the same way: the last one's name stands for all.
-        return wrapped_block(Block, "block_0", self.remat, gather, prevent_cse)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         """Raises InputError for options or latents that the model cannot take."""

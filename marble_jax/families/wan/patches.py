@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError
 from marble_jax.families.wan.config import PATCH
+from marble_jax.networks.precision import product_precision
 
 _, ROWS, COLUMNS = PATCH
 Grid = tuple[int, int, int]
@@ -79,5 +80,6 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         patches: jax.Array = patchify(latents).astype(self.dtype)
-        product = patches @ kernel.reshape(-1, self.features).astype(self.dtype)
+        weights = kernel.reshape(-1, self.features).astype(self.dtype)
+        product = jnp.matmul(patches, weights, precision=product_precision(self.dtype))
         return product + bias.astype(self.dtype)

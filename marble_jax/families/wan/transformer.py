@@ -32,7 +32,6 @@ from marble_jax.networks.block_remat import (
     REMAT_POLICIES,
     GatherParams,
     run_of_blocks,
-    wrapped_block,
 )
 from marble_jax.networks.lora_dense import LoraDense
 from marble_jax.networks.parameter_shapes import parameter_shapes
@@ -155,9 +154,8 @@ class WanTransformer(nn.Module):
         """The blocks, as one scan over their stacked parameters."""
         # Parameters that are only being made lie whole.
         gather = None if self.is_initializing() else self.gather
-        # Under a scan the recomputation cannot be merged with the forward pass, so the barrier would only cost time.
-        wrapped = wrapped_block(WanBlock, "block_all", self.remat, gather, prevent_cse=False)
-        run = run_of_blocks(wrapped, self.config.num_layers, self.unroll, num_shared=3)
+        wrapping = ("block_all", self.remat, gather)
+        run = run_of_blocks(WanBlock, *wrapping, self.config.num_layers, self.unroll, num_shared=3)
         return run(self.config, self.dtype, self.attention, self.lora_scale, name="blocks_all")
 
     def _check(self, shape: tuple[int, ...]) -> None:
