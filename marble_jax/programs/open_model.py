@@ -20,15 +20,13 @@ from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of, family_of_published
 from marble_jax.networks import attention
-from marble_jax.programs.locations import EMBEDDED_VIDEO, model_location, resolve_path
+from marble_jax.programs.locations import SHIPPED_SIZES, model_location, resolve_path
 from marble_jax.storage.files import is_remote
 from marble_jax.types import DTYPES
 
 DECODED_AT_ONCE = 32
 """Frames that the autoencoder turns from latents to pixels together; its activations are large."""
 SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
-SHIPPED_SIZES = {EMBEDDED_VIDEO: Size(48, 48, 5)}
-"""Of shipped models whose files have no word for the size that they were made for."""
 
 
 def locate(settings: ModelSettings) -> tuple[Path, Family]:

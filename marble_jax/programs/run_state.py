@@ -67,7 +67,7 @@ def restore_policy(
     spec = lora.lora_spec(settings.lora, family)
     # Only its shapes count: the checkpoint overwrites every value.
     adapter = lora.init_adapter(jax.random.key(0), family.layers_at, shapes, spec)
-    blank = blank_state(settings, adapter)
+    blank = new_state(settings, adapter, 0)
     checkpoints = Checkpoints(workdir.checkpoints, say=Console().say)
     try:
         step, state = checkpoints.restore(blank, step)
@@ -84,12 +84,18 @@ def restore_policy(
     return state.best, int(state.best_step)
 
 
-def blank_state(settings: Settings, adapter: Adapter) -> TrainState:
-    """Returns a training state of a run's shapes, to restore a checkpoint into."""
+def new_state(settings: Settings, adapter: Adapter, seed: int) -> TrainState:
+    """Returns the training state of a run before its first step, of the shapes that its checkpoints have.
+
+    Args:
+      settings: of the run.
+      adapter: that it starts from.
+      seed: of its random key.
+    """
     names = settings.rewards.train
     balancer = balancer_of(settings.harmonize, names)
     balancer_state = balancer.init(len(names))
     optimizer = make_optimizer(settings.training)
     adaptive = settings.harmonize.anchor_error > 0
     skips = settings.nft.skip_rollout_pass
-    return initial_state(adapter, optimizer, len(names), balancer_state, 0, adaptive, skips)
+    return initial_state(adapter, optimizer, len(names), balancer_state, seed, adaptive, skips)
