@@ -211,8 +211,7 @@ class Family(abc.ABC):
       name: short, for messages: "sd3".
       pipeline_class: class in a model's `model_index.json` that means this family.
       network_components: folders of a model that images depend on, its text encoders apart.
-      text_encoders: component names of its text encoders.
-      optional_text_encoders: those of them that a model can do without.
+      optional_text_encoders: component names of the text encoders that a model can do without.
       default_targets: suffixes of the layers that an adapter adapts unless it is told otherwise.
       published_models: names of models on the Hub whose shapes are known without their files.
       tensor_parallel_modules: pattern of the flax modules whose partial products devices sum along `tensor`.
@@ -225,7 +224,6 @@ class Family(abc.ABC):
     name: str
     pipeline_class: str
     network_components: tuple[str, ...]
-    text_encoders: tuple[str, ...]
     optional_text_encoders: tuple[str, ...]
     default_targets: tuple[str, ...]
     published_models: tuple[str, ...]

@@ -223,7 +223,8 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
         "## Results",
         "",
         f"{evaluation.get('num_prompts', '?')} held-out prompts, the same noise before and after "
-        f"({plain(facts.solver)}, steps: {facts.num_steps}, seed: {facts.seed}); gain with 95 % bootstrap interval over the prompts."
+        f"({plain(facts.solver)}, steps: {facts.num_steps}, seed: {facts.seed}); gain with 95 % bootstrap "
+        "interval over the prompts."
         f"{evaluated_policy}",
         "",
         f"| reward | base model | with the adapter | gain | {records.samples} with a score |",

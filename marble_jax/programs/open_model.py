@@ -73,17 +73,18 @@ def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.Fu
     return attention.over(name, DTYPES[dtype], mesh)
 
 
-def decode_size(count: int, mesh: Any, frames: int = 1) -> int:
+def decode_size(count: int, mesh: Any, frames: int = 1, limit: int = DECODED_AT_ONCE) -> int:
     """Samples decoded at once, over all devices.
 
     Args:
       count: samples in a batch.
       mesh: the devices.
       frames: of a sample, as many as the decoder holds together.
+      limit: frames that the decoder holds together at most.
     """
     shards = device_mesh.image_shards(mesh, count)
     # The same number on every device that holds samples, one at least.
-    return min(count, shards * max(1, DECODED_AT_ONCE // frames // shards))
+    return min(count, shards * max(1, limit // frames // shards))
 
 
 def stream_dtype_of(name: str) -> Any:

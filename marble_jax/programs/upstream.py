@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from marble_jax.config import Settings
 from marble_jax.console import joined
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, nearest_number
 from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.programs.run_rewards import deciding_rewards, run_reward_schedule
 from marble_jax.training.reward_schedule import RewardSchedule
@@ -53,7 +53,7 @@ def check_upstream(settings: Settings) -> None:
         )
     if size % ranks:
         fitting = [number for number in range(1, size + 1) if size % number == 0]
-        nearest = min(fitting, key=lambda number: abs(number - ranks))
+        nearest = nearest_number(ranks, fitting)
         raise InputError(
             f"harmonize.upstream_ranks: expected a divisor of training.micro_batch_size = {size}; "
             f"received {ranks} (nearest valid choice {nearest})"

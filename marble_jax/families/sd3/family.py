@@ -49,7 +49,6 @@ class SD3Family(Family):
     name = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
     network_components = ("transformer", "vae", "scheduler")
-    text_encoders = text.COMPONENTS
     optional_text_encoders = (text.T5,)
     published_models = tuple(published.TRANSFORMERS)
     # The joint attention's eight projections; the image-only attn2 of SD3.5-medium's dual blocks is not among them.
