@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     console.say(
         f"{len(rows)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
         f"{_and_clips(results)}(own prompts, then each other's), speed in batches of {options.batch}; "
-        f"{throughput.peak_memory()}"
+        f"{throughput.memory_line()}"
     )
     console.table(rows, COLUMNS)
     if choice.upstream_scoring:

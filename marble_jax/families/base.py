@@ -192,14 +192,14 @@ class Networks(abc.ABC):
 
     @abc.abstractmethod
     def with_options(self, options: NetworkOptions) -> Networks:
-        """The same networks, computed otherwise; weights are shared."""
+        """Returns the same networks, computed otherwise; weights are shared."""
 
     def with_lora_scale(self, scale: float) -> Networks:
-        """The same networks for an adapter of another scale."""
+        """Returns the same networks for an adapter of another scale."""
         return self.with_options(dataclasses.replace(self.options, lora_scale=scale))
 
     def with_guidance(self, embedded_guidance: float | None) -> Networks:
-        """The same networks for another guidance scale as an input; see `check_guidance`."""
+        """Returns the same networks for another guidance scale as an input; see `check_guidance`."""
         options = dataclasses.replace(self.options, embedded_guidance=embedded_guidance)
         return self.with_options(options)
 

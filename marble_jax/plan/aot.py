@@ -35,6 +35,8 @@ from marble_jax.plan.topology import compile_for, program_text
 from marble_jax.programs.build import build_steps, make_recipe
 from marble_jax.programs.noisy_rollouts import network_levels_of, stochastic_of, trains_guided
 from marble_jax.programs.open_model import decode_size, network_options
+from marble_jax.programs.run_state import new_state
+from marble_jax.trainable.lora import lora_spec
 from marble_jax.training.batch_sizes import Sizes, is_stochastic, kept_shape, window_of
 from marble_jax.training.latent_layout import is_split, split_layout
 from marble_jax.training.micro_batches import RolloutBatch
@@ -196,7 +198,7 @@ class _AbstractArguments:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._batch = NamedSharding(mesh, device_mesh.BATCH)
         rules = shapes.networks.sharding_rules
-        scale = settings.lora.alpha / settings.lora.rank
+        scale = lora_spec(settings.lora, shapes.family).scale
         options = network_options(settings.model, scale, mesh, rules.gather(mesh))
         self.networks = shapes.networks.with_options(options)
         shardings = rules.shardings(mesh, shapes.networks.params)
@@ -252,13 +254,13 @@ class _AbstractArguments:
     def state(self) -> TrainState:
         """The training state, as every process keeps it: whole on every device."""
 
-        def new_state() -> TrainState:
+        def blank_state() -> TrainState:
             zeros = jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes.adapter
             )
             return new_state(self._settings, zeros, 0)
 
-        return jax.tree.map(self._whole, jax.eval_shape(new_state))
+        return jax.tree.map(self._whole, jax.eval_shape(blank_state))
 
     def rollouts(self, sizes: Sizes) -> RolloutBatch:
         """The rollouts of a step: but for large latents, whole on every device, which takes its own samples out."""

@@ -26,7 +26,7 @@ from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.programs.locations import model_location
-from marble_jax.programs.open_model import check_omitted, default_size, size_of
+from marble_jax.programs.open_model import check_omitted, decode_size, default_size, size_of
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.programs.prompt_remarks import cut_lines

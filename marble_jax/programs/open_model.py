@@ -229,5 +229,5 @@ def encode_ahead(cache: EmbeddingCache, texts: Sequence[str]) -> None:
         distributed.run_on_all("text embeddings", lambda: cache.fill(share, bar.update))
         if distributed.is_single_process():
             return
-        cache.look()
+        cache.rescan()
         distributed.run_on_all("text embeddings", lambda: cache.fill(different, bar.update))
