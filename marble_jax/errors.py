@@ -27,6 +27,15 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?"
 
 
+def nearest_number(number: int, choices: Iterable[int]) -> int:
+    """The choice closest to a number, the first of two that are equally close.
+
+    Raises:
+      ValueError: there is no choice.
+    """
+    return min(choices, key=lambda choice: abs(choice - number))
+
+
 def one_of(what: str, value: str, choices: Iterable[str]) -> None:
     """Checks a choice.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import resource
 import sys
 import warnings
 from collections.abc import MutableMapping
@@ -230,3 +231,12 @@ def keep_compilations(directory: str = "") -> None:
         # JAX opens the folder once, at the first program.
         compilation_cache.reset_cache()
     _compilations = directory
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kilobytes.
+    if sys.platform == "darwin":
+        return peak
+    return 1024 * peak

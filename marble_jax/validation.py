@@ -48,8 +48,6 @@ Shift = Annotated[float, Gt(0), Le(1000)]
 """Of a grid of noise levels towards noise; published models have 1 to 16."""
 Epsilon = Annotated[float, Gt(0), Le(1)]
 """What a norm adds to a variance."""
-Share = Annotated[float, Ge(0), Le(1)]
-"""A number in [0, 1]."""
 Id = Annotated[int, Ge(-1), Lt(MOST_SIZE)]
 """Number of a token; -1 stands for none in old files."""
 

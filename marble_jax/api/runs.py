@@ -156,19 +156,7 @@ class Run:
         Raises:
           InputError: bad input, before anything is written.
         """
-        sources: dict[str, PolicySource] = {}
-        for policy in policies:
-            check_policy("policies", policy)
-            sources[policy] = self._source(policy)
-        for name, model in (models or {}).items():
-            check_model_name(name, f"{name}={model}")
-            if name in sources:
-                raise InputError(
-                    f"models: expected another name than a policy's; received {name!r}"
-                )
-            sources[name] = PolicySource(model=model)
-        if not sources:
-            raise InputError("policies: expected at least one policy or model; received none")
+        sources = self._sources(policies, models or {})
         own = self.settings
         chosen = tuple(rewards) or (*own.rewards.train, *own.rewards.heldout)
         stated = {name for name in ("num_steps", "solver") if name in settings}
@@ -219,6 +207,29 @@ class Run:
     def report(self) -> Path:
         """Writes `report.html` into the run's directory; returns where it is."""
         return Path(write_report(self.workdir))
+
+    def _sources(
+        self, policies: Sequence[str], models: Mapping[str, str]
+    ) -> dict[str, PolicySource]:
+        """The policies of the run and the other models of an evaluation, by name.
+
+        Raises:
+          InputError: no such policy, a name that does not do or comes twice, or nothing at all.
+        """
+        sources: dict[str, PolicySource] = {}
+        for policy in policies:
+            check_policy("policies", policy)
+            sources[policy] = self._source(policy)
+        for name, model in models.items():
+            check_model_name(name, f"{name}={model}")
+            if name in sources:
+                raise InputError(
+                    f"models: expected another name than a policy's; received {name!r}"
+                )
+            sources[name] = PolicySource(model=model)
+        if not sources:
+            raise InputError("policies: expected at least one policy or model; received none")
+        return sources
 
     def _source(self, policy: str, lora: str = "") -> PolicySource:
         return PolicySource(workdir=self.workdir, policy=policy, loras=lora)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from marble_jax.cli.configuration import load_config
-from marble_jax.config import KEYS, Settings, flatten, known, settings_from_flat
+from marble_jax.config import KEYS, Settings, check_name, flatten, settings_from_flat
 from marble_jax.config.presets import described_presets, preset_files
 from marble_jax.errors import InputError
 
@@ -41,7 +41,7 @@ def load_settings(config: str | Settings, changes: Mapping[str, Any] | None = No
             f"config: expected the name of a preset, a path or Settings; received {type(config).__name__}"
         )
     for name, value in (changes or {}).items():
-        known(name)
+        check_name(name)
         # A list is what people write; the table has tuples.
         is_list = isinstance(value, list) and isinstance(KEYS[name].default, tuple)
         flat[name] = tuple(value) if is_list else value

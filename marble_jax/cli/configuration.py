@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from marble_jax.cli.kinds import word_list
-from marble_jax.config import KEYS, Settings, check, flatten, known, settings_of
+from marble_jax.config import KEYS, Settings, check, check_name, flatten, settings_of
 from marble_jax.config.presets import preset_files
 from marble_jax.errors import InputError, nearest
 
@@ -93,7 +93,7 @@ def _override(config: ml_collections.ConfigDict, overrides: dict[str, str]) -> N
     """
     overriding = []
     for name, value in overrides.items():
-        known(name)
+        check_name(name)
         if isinstance(KEYS[name].default, tuple):
             value = _as_tuple(value)
         overriding.append(f"--config.{name}={value}")
@@ -142,7 +142,7 @@ def _read(path: str, preset: str) -> ml_collections.ConfigDict:
         )
     # Before the overrides: absl's message for an unknown key does not name the nearest.
     for name in flatten(config):
-        known(name)
+        check_name(name)
     return config
 
 

@@ -62,21 +62,6 @@ class Words(Text):
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice(Text):
-    """One of several names.
-
-    Attributes:
-      names: the valid ones.
-    """
-
-    names: tuple[str, ...] = ()
-
-    def read(self, name: str, text: str) -> str:
-        one_of(f"--{name}", text, self.names)
-        return text
-
-
-@dataclasses.dataclass(frozen=True)
 class Switch(Text):
     """True or false; an option of this kind may stand alone, and has its opposite under `no-`."""
 

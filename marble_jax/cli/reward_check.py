@@ -15,7 +15,7 @@ from marble_jax.cli.reward_choice import (
 from marble_jax.config import Settings
 from marble_jax.console import Console
 from marble_jax.errors import InputError
-from marble_jax.programs.locations import EMBEDDED, EMBEDDED_VIDEO
+from marble_jax.programs.locations import SHIPPED_SIZES
 from marble_jax.rewards import checks, throughput
 from marble_jax.rewards.base import Reward, seen_frames
 from marble_jax.rewards.checks import CheckResult
@@ -24,7 +24,6 @@ from marble_jax.rewards.toy_world import golden_clips, golden_images
 COLUMNS = ("reward", "status", "own", "other", "img/s", "weights MB", "runs on", "frames", "")
 
 # Pixels of golden images where nobody says otherwise: the size that a reward will be used at.
-SHIPPED_SIZES = {EMBEDDED: 64, EMBEDDED_VIDEO: 48}
 PUBLISHED_SIZE = 512
 
 
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace, settings: Settings | None) -> int:
     console.say(
         f"{len(rows)} rewards on {2 * golden_images.COUNT} golden images of {size} px "
         f"{_and_clips(results)}(own prompts, then each other's), speed in batches of {options.batch}; "
-        f"{throughput.peak_memory()}"
+        f"{throughput.memory_line()}"
     )
     console.table(rows, COLUMNS)
     if choice.upstream_scoring:
@@ -81,7 +80,9 @@ def _size(options: argparse.Namespace, settings: Settings | None) -> int:
     # A run's rewards see images of the run's size.
     if settings is not None:
         return settings.model.height
-    return SHIPPED_SIZES.get(options.rewards_path, PUBLISHED_SIZE)
+    if options.rewards_path in SHIPPED_SIZES:
+        return SHIPPED_SIZES[options.rewards_path].height
+    return PUBLISHED_SIZE
 
 
 def _num_frames(options: argparse.Namespace, settings: Settings | None) -> int:

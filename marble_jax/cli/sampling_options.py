@@ -76,7 +76,7 @@ SAMPLING_OPTIONS = (
     ),
     Option(
         "max_sequence_length",
-        "tokens a prompt of the long text encoder; the run's own, or the model's",
+        "tokens a prompt, of the text encoder that takes any number; the run's own, or the model's",
         Whole(1, 65536),
         "N",
         group=GROUP,
@@ -84,8 +84,8 @@ SAMPLING_OPTIONS = (
     ),
     Option(
         "omit_text_encoders",
-        "text encoders left out, such as text_encoder_3: their part is zeros, as in diffusers, and their weights are "
-        "never read",
+        "text encoders left out, by component name (see the model's model_index.json): their part is zeros, as in "
+        "diffusers, and their weights are never read",
         Words(),
         "A,B",
         group=GROUP,

@@ -41,7 +41,12 @@ class RolloutSettings:
         48, "distinct prompts an optimiser step, over all devices", "prompts, >= 1", "paper"
     )
     images_per_prompt: int = key(24, "size of a group", "images, >= 2", "paper")
-    batch_size: int = key(144, "images sampled at once, over all devices", "images, >= 1", "paper")
+    batch_size: int = key(
+        144,
+        "images sampled at once, over all devices, in rollouts and in evaluations",
+        "images, >= 1",
+        "paper",
+    )
     # A second-order solver needs fewer steps than the Euler solver of evaluations.
     num_steps: int = key(25, "solver steps", "steps, [1, 10000]", "paper")
     prompt_draws: str = key(

@@ -111,7 +111,8 @@ def check_value(name: str, key: Key, value: Any) -> None:
       InputError: a value of another kind than the default, none of the choices, or outside the range.
     """
     _check_kind(name, key, value)
-    for part in value if isinstance(value, (tuple, list)) else (value,):
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    for part in parts:
         _check_part(name, key, part)
     if "|" in key.unit:
         one_of(f"config.{name}", value, key.unit.split("|"))
@@ -119,9 +120,8 @@ def check_value(name: str, key: Key, value: Any) -> None:
     allowed = range_of(key.unit)
     if allowed is None:
         return
-    numbers = value if isinstance(value, (tuple, list)) else (value,)
-    for number in numbers:
-        if not allowed.contains(number):
+    for part in parts:
+        if not allowed.contains(part):
             raise InputError(
                 f"config.{name}: expected a number {allowed.text} ({key.meaning}); "
                 f"received {short(value)}"

@@ -51,6 +51,11 @@ class AdvantageSettings:
         (), "one weight a reward, of a scalarized advantage; empty: all one", "> 0"
     )
 
+    @property
+    def scalarized(self) -> bool:
+        """Whether a single advantage is trained on instead of the rewards' own."""
+        return self.scalarize != "none"
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardScheduleSettings:
@@ -97,8 +102,8 @@ class HarmonizeSettings:
     # The best of 5, 10 and 20 in the paper's ablation.
     refresh_every: int = key(
         10,
-        "N: optimiser steps from one with a solve to the next in the amortized mode; where a step has several updates, "
-        "each of them solves",
+        "N: optimiser steps from one with a solve to the next in the amortized and the upstream mode; where a step has "
+        "several updates, each of them solves",
         "steps, >= 1",
         "paper",
     )
@@ -135,7 +140,8 @@ class HarmonizeSettings:
     groups: tuple[str, ...] = key(
         (),
         "a group name for each reward: rewards of one group enter the solve as their mean and share "
-        "its alpha; empty: every reward by itself",
+        "its alpha; with mode=upstream mean and share are over all of a group's rewards, otherwise over those with a "
+        "gradient; empty: every reward by itself",
         "-",
         "paper",
     )
@@ -175,6 +181,11 @@ class HarmonizeSettings:
         "where they are taken; 0: no more",
         "[0, 1)",
     )
+
+    @property
+    def is_upstream(self) -> bool:
+        """Whether the optimiser step is upstream's."""
+        return self.mode == "upstream"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,10 @@ class ModelSettings:
     width: int = key(512, "width of the images", "pixels, [1, 16384]", "paper")
     num_frames: int = key(1, "frames of a clip; an image has one", "frames, [1, 16384]")
     max_sequence_length: int = key(
-        128, "tokens a prompt, of the family's long text encoder", "tokens, [1, 65536]", "paper"
+        128,
+        "tokens a prompt, of the text encoder that takes any number",
+        "tokens, [1, 65536]",
+        "paper",
     )
     embedded_guidance: float = key(
         0.0,
@@ -66,7 +69,7 @@ class ModelSettings:
         "[0, 1000]",
     )
     omit_text_encoders: tuple[str, ...] = key(
-        (), "text encoders left out, by component name, such as text_encoder_3"
+        (), "text encoders left out, by component name (see the model's model_index.json)"
     )
 
 

@@ -118,7 +118,7 @@ def check(flat: Mapping[str, Any]) -> None:
     """
     # Names first: a misspelt key would otherwise be answered with the one that is then missing.
     for name in flat:
-        known(name)
+        check_name(name)
     for name, key in KEYS.items():
         if name not in flat:
             raise InputError(f"config.{name}: expected a value ({key.meaning}); received none")
@@ -184,7 +184,7 @@ def keys_meant(name: str) -> tuple[str, ...]:
     return tuple(same) if len(same) == 1 else ()
 
 
-def known(name: str) -> None:
+def check_name(name: str) -> None:
     """Raises InputError, naming today's or the nearest key, unless `name` is a key."""
     if name in RENAMED_KEYS:
         raise InputError(

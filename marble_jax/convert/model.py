@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +40,7 @@ from marble_jax.convert.writing import (
     write_safetensors,
 )
 from marble_jax.errors import InputError, one_of
+from marble_jax.platform import peak_memory
 from marble_jax.storage.manifest import MANIFEST, checksum, write_json
 from marble_jax.version import VERSION
 from marble_jax.weights.formats import FileFormats
@@ -134,15 +133,6 @@ def _run(conversion: Conversion, target: pathlib.Path, console: Console) -> dict
             target.rmdir()  # empty, as `free_target` saw
         partial.rename(target)
     return manifest
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux kilobytes.
-    if sys.platform == "darwin":
-        return peak
-    return 1024 * peak
 
 
 def _check_free(target: pathlib.Path, partial: pathlib.Path, left: int) -> None:

@@ -87,14 +87,12 @@ class ShardingRules:
       rules: the first one whose pattern matches a parameter's whole path counts.
       axes: `SHARDED_AXES` or `REPLICATED_AXES`.
       head_width: width of a head, so that no head is split.
-      optional_prefixes: names that may stand in front of a path, which the rules do not repeat.
     """
 
     network: str
     rules: tuple[Rule, ...]
     axes: MeshAxes
     head_width: int = HEAD_WIDTH
-    optional_prefixes: tuple[str, ...] = ()
 
     def rule_of(self, path: Path) -> Rule:
         """Returns the rule of a parameter.
@@ -102,8 +100,7 @@ class ShardingRules:
         Raises:
           InputError: no rule names the parameter.
         """
-        inner = path[1:] if path[0] in self.optional_prefixes else path
-        rule = _first_match(self.rules, "/".join(inner))
+        rule = _first_match(self.rules, "/".join(path))
         if rule is None:
             raise InputError(
                 f"parameter {'/'.join(path)}: expected a rule of {self.network} sharding for it; "

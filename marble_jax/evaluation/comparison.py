@@ -9,7 +9,7 @@ import numpy as np
 
 from marble_jax.evaluation.joint_rates import joint_summary, reward_sets, wilson
 from marble_jax.evaluation.judgements import ACCURACY, accuracy_name
-from marble_jax.evaluation.statistics import composite, gains, stratified, summary
+from marble_jax.evaluation.statistics import composite, gains, named, stratified, summary
 from marble_jax.prompts.files import Prompt
 from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.types import Scores
@@ -150,17 +150,12 @@ def _by_tag(scores: Scores, reward: int, tags: np.ndarray, groups: np.ndarray) -
         of_tag = valid & (tags == tag)
         if of_tag.any():
             interval = wilson(values[of_tag] > 0, groups[of_tag])
-            by_tag[tag] = _named(interval, of_tag)
+            by_tag[tag] = named(interval) | {"count": int(of_tag.sum())}
     # Prompts of other sources have no tag and are no part of the benchmark.
     tagged = valid & (tags != "")
     overall = stratified(values[tagged], tags[tagged], groups[tagged])
-    by_tag["overall"] = _named(overall, tagged)
+    by_tag["overall"] = named(overall) | {"count": int(tagged.sum())}
     return by_tag
-
-
-def _named(interval: tuple[float, float, float], mask: np.ndarray) -> dict[str, float]:
-    mean, low, high = interval
-    return {"mean": mean, "low": low, "high": high, "count": int(mask.sum())}
 
 
 def _graded(names: Sequence[str]) -> list[str]:

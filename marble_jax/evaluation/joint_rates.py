@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from marble_jax.evaluation.statistics import LEVEL, bootstrap
+from marble_jax.evaluation.statistics import LEVEL, bootstrap, named
 from marble_jax.types import Scores
 
 
@@ -53,15 +53,10 @@ def joint_rates(
     return {
         "rewards": list(names),
         "count": int(counted.sum()),
-        "domination": _named(wilson(above, of_counted)),
-        "collapse": _named(wilson(below, of_counted)),
-        "difference": _named(bootstrap(net, groups=of_counted)),
+        "domination": named(wilson(above, of_counted)),
+        "collapse": named(wilson(below, of_counted)),
+        "difference": named(bootstrap(net, groups=of_counted)),
     }
-
-
-def _named(interval: tuple[float, float, float]) -> dict[str, float]:
-    mean, low, high = interval
-    return {"mean": mean, "low": low, "high": high}
 
 
 def wilson(hits: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float, float]:

@@ -86,8 +86,9 @@ def _percentiles(mean: float, means: np.ndarray) -> tuple[float, float, float]:
     return mean, float(low), float(high)
 
 
-def _interval(values: np.ndarray, groups: np.ndarray | None) -> dict[str, float]:
-    mean, low, high = bootstrap(values, groups=groups)
+def named(interval: tuple[float, float, float]) -> dict[str, float]:
+    """Returns a mean with its interval as records have it."""
+    mean, low, high = interval
     return {"mean": mean, "low": low, "high": high}
 
 
@@ -102,7 +103,7 @@ def summary(scores: Scores, groups: np.ndarray | None = None) -> dict[str, dict[
     for k, name in enumerate(scores.names):
         # Values where a score is not valid have no meaning and must not reach the mean.
         valid = scores.valid[:, k]
-        entry = _interval(scores.values[valid, k], select_groups(groups, valid))
+        entry = named(bootstrap(scores.values[valid, k], groups=select_groups(groups, valid)))
         entry["count"] = int(valid.sum())
         by_reward[name] = entry
     return by_reward
@@ -123,7 +124,7 @@ def gains(
         # A pair of which one score is missing has no difference.
         paired = scores.valid[:, k] & reference.valid[:, k]
         difference = scores.values[paired, k] - reference.values[paired, k]
-        by_reward[name] = _interval(difference, select_groups(groups, paired))
+        by_reward[name] = named(bootstrap(difference, groups=select_groups(groups, paired)))
     return by_reward
 
 

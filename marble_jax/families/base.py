@@ -192,14 +192,14 @@ class Networks(abc.ABC):
 
     @abc.abstractmethod
     def with_options(self, options: NetworkOptions) -> Networks:
-        """The same networks, computed otherwise; weights are shared."""
+        """Returns the same networks, computed otherwise; weights are shared."""
 
     def with_lora_scale(self, scale: float) -> Networks:
-        """The same networks for an adapter of another scale."""
+        """Returns the same networks for an adapter of another scale."""
         return self.with_options(dataclasses.replace(self.options, lora_scale=scale))
 
     def with_guidance(self, embedded_guidance: float | None) -> Networks:
-        """The same networks for another guidance scale as an input; see `check_guidance`."""
+        """Returns the same networks for another guidance scale as an input; see `check_guidance`."""
         options = dataclasses.replace(self.options, embedded_guidance=embedded_guidance)
         return self.with_options(options)
 
@@ -211,8 +211,7 @@ class Family(abc.ABC):
       name: short, for messages: "sd3".
       pipeline_class: class in a model's `model_index.json` that means this family.
       network_components: folders of a model that images depend on, its text encoders apart.
-      text_encoders: component names of its text encoders.
-      optional_text_encoders: those of them that a model can do without.
+      optional_text_encoders: component names of the text encoders that a model can do without.
       default_targets: suffixes of the layers that an adapter adapts unless it is told otherwise.
       published_models: names of models on the Hub whose shapes are known without their files.
       tensor_parallel_modules: pattern of the flax modules whose partial products devices sum along `tensor`.
@@ -225,7 +224,6 @@ class Family(abc.ABC):
     name: str
     pipeline_class: str
     network_components: tuple[str, ...]
-    text_encoders: tuple[str, ...]
     optional_text_encoders: tuple[str, ...]
     default_targets: tuple[str, ...]
     published_models: tuple[str, ...]

@@ -118,6 +118,23 @@ class SampleFlops:
 
 
 @dataclasses.dataclass(frozen=True)
+class Licence:
+    """Licence of a family's published models, which holds for what is derived from them.
+
+    Attributes:
+      owner: user or organisation of the Hugging Face Hub whose models have it.
+      name: what a model card calls it in `license_name`.
+      file: of a model's repository, its text.
+      sentence: what it means for an adapter; `{base}` stands for the base model.
+    """
+
+    owner: str
+    name: str
+    file: str
+    sentence: str
+
+
+@dataclasses.dataclass(frozen=True)
 class DiffusersNames:
     """What a family's models are called in diffusers, for instructions and for opening exports there.
 
@@ -129,6 +146,7 @@ class DiffusersNames:
       pack_latents: our latents [N, *latent] as the pipeline takes them.
       conditioning: name of each conditioning array -> argument of the pipeline.
       num_frames: argument of the pipeline for the frames of a clip; None for pipelines of images.
+      licence: of the published models, where a model card needs no word of the user's; None where it does.
     """
 
     pipeline: str
@@ -138,6 +156,7 @@ class DiffusersNames:
     pack_latents: Callable[[np.ndarray], np.ndarray]
     conditioning: Mapping[str, str]
     num_frames: str | None = None
+    licence: Licence | None = None
 
     @property
     def task(self) -> str:

@@ -86,7 +86,7 @@ class EmbeddingCache:
         if os.fspath(folder):
             self._cache = epath.Path(os.path.expanduser(os.fspath(folder)))
             self._folder = self._open(self._cache)
-            self.look()
+            self.rescan()
 
     def _placer(self, component: str) -> Any:
         """What splits a text encoder's weights over the devices of this host; None for one device."""
@@ -107,7 +107,7 @@ class EmbeddingCache:
         digest = hashlib.sha256(self._key).hexdigest()
         return cache / digest[:24]
 
-    def look(self) -> None:
+    def rescan(self) -> None:
         """Takes note of what is on disk by now, such as texts that other processes have encoded."""
         if self._cache is None or not self._folder.exists():
             return

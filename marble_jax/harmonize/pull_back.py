@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, nearest_number
 from marble_jax.tree import Tree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -90,7 +90,7 @@ def resolve_chunk(num: int, chunk_size: int | None) -> int:
         return num
     if chunk_size < 1 or num % chunk_size:
         divisors = [c for c in range(1, num + 1) if num % c == 0]
-        best = min(divisors, key=lambda c: abs(c - chunk_size))
+        best = nearest_number(chunk_size, divisors)
         raise InputError(
             f"gradient chunk size: expected a divisor of the {num} samples of a micro-batch; "
             f"received {chunk_size} (nearest valid choice {best})"

@@ -102,7 +102,7 @@ def balancer_of(harmonize: HarmonizeSettings, reward_names: Sequence[str]) -> Ba
             "reward_weights": tuple(harmonize.reward_weights),
             "alpha_floor": harmonize.alpha_floor,
             "groups": group_indices(harmonize.groups),
-            "every_member": harmonize.mode == "upstream",
+            "every_member": harmonize.is_upstream,
         }
     elif harmonize.balancer == "fixed":
         settings = {"alpha": tuple(harmonize.fixed_alpha), "normalize": harmonize.normalize}

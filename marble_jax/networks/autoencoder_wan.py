@@ -4,9 +4,8 @@ Clips are [N, F, H, W, 3] in [0, 1] with F = 4 k + 1 frames, latents [N, k + 1, 
 transformer works in: (z - mean) / std by channel, of the posterior's z. The first latent frame is the first frame
 alone, so that an image is a clip of one frame; nothing looks at later frames.
 
-Both directions are one pure function of a whole clip (`encode`, `decode`), and a stream over latent frames
-(`encode_stream`, `decode_stream`, or one chunk at a time), whose memory does not grow with the clip but for what it
-returns. Both give the same.
+Clips are decoded as a stream over latent frames (`decode_stream`, or one chunk at a time), whose memory does not grow
+with the clip but for what it returns, and which gives what a whole clip at once does.
 
 Modules carry the names their tensors have in a diffusers file, dots included, so the mapping from parameters to file
 keys is the identity on paths.
@@ -23,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from marble_jax.errors import InputError
 from marble_jax.networks.autoencoder_wan_coders import Decoder, Encoder
 from marble_jax.networks.autoencoder_wan_config import WanVAEConfig
 from marble_jax.networks.causal_conv import STREAM, CausalConv
@@ -37,7 +35,7 @@ State = Any
 
 
 class AutoencoderWan(nn.Module):
-    """Encoder and decoder, without the latent scale (that is `encode` and `decode` below).
+    """Encoder and decoder, without the latent scale (that is `decode_chunk` below).
 
     Attributes:
       config: the network's shape.
@@ -106,76 +104,8 @@ def abstract_params(model: AutoencoderWan) -> dict[str, Any]:
     return parameter_shapes(model, image)
 
 
-def encode(
-    model: AutoencoderWan, params: Params, clips: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
-    """Latents of whole clips, in the transformer's scale.
-
-    Args:
-      model: the autoencoder.
-      params: its parameters.
-      clips: [N, F, H, W, 3] in [0, 1]; F one more than a multiple of the frames of a latent frame, H and W multiples of
-        the pixels of a cell.
-      key: draws from the posterior when given; the posterior mean otherwise.
-
-    Returns:
-      [N, f, h, w, C] float32.
-
-    Raises:
-      InputError: another number of frames.
-    """
-    _check_frames(model, clips.shape[1])
-    # Any: flax types the result of `apply` by `__call__`, whatever the method.
-    moments: Any = model.apply({"params": params}, _to_signal(clips), method="moments")
-    mean, logvar = moments
-    return _scaled(model.config, mean, logvar, key)
-
-
-def encode_stream(
-    model: AutoencoderWan, params: Params, clips: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
-    """As `encode`, latent frame by latent frame; arguments, result and errors as there."""
-    _check_frames(model, clips.shape[1])
-    moments, state = encode_chunk(model, params, clips[:, :1])
-    if clips.shape[1] > 1:
-        chunk = model.config.scale_factor_temporal
-        num = clips.shape[0]
-        # [N, f chunk, ...] to [f, N, chunk, ...], as a scan takes its steps from the front.
-        later = clips[:, 1:].reshape(num, -1, chunk, *clips.shape[2:])
-
-        def step(state: State, frames: jax.Array) -> tuple[State, Any]:
-            moments, state = encode_chunk(model, params, frames, state)
-            return state, moments
-
-        _, more = jax.lax.scan(step, state, jnp.moveaxis(later, 1, 0))
-        moments = jax.tree.map(_with_later_frames, moments, more)
-    return _scaled(model.config, *moments, key)
-
-
-def encode_chunk(
-    model: AutoencoderWan, params: Params, clips: jax.Array, state: State | None = None
-) -> tuple[tuple[jax.Array, jax.Array], State]:
-    """Mean and log-variance of the next frames of a stream, and what the stream keeps.
-
-    Args:
-      model: the autoencoder.
-      params: its parameters.
-      clips: [N, 1, H, W, 3] in [0, 1] at first, then [N, 4, H, W, 3], the frames of a latent frame.
-      state: returned for the frames before; None at first.
-    """
-    return _run_chunk(model, params, "moments", _to_signal(clips), state)
-
-
-def decode(model: AutoencoderWan, params: Params, latents: jax.Array) -> jax.Array:
-    """Clips [N, F, H, W, 3], float32 in [0, 1], of whole latents [N, f, h, w, C] in the transformer's scale."""
-    z = _unscaled(model.config, latents)
-    # Any: as in `encode`.
-    decoded: Any = model.apply({"params": params}, z, method="reconstruct")
-    return _to_pixels(decoded)
-
-
 def decode_stream(model: AutoencoderWan, params: Params, latents: jax.Array) -> jax.Array:
-    """As `decode`, latent frame by latent frame; arguments and result as there."""
+    """Clips [N, F, H, W, 3], float32 in [0, 1], of latents [N, f, h, w, C] in the transformer's scale."""
     clips, state = decode_chunk(model, params, latents[:, :1])
     if latents.shape[1] == 1:
         return clips
@@ -224,38 +154,12 @@ def _with_later_frames(first: jax.Array, later: jax.Array) -> jax.Array:
     return jnp.concatenate([first, frames], axis=1)
 
 
-def _check_frames(model: AutoencoderWan, count: int) -> None:
-    """Raises InputError unless a number of frames is that of whole latent frames."""
-    chunk = model.config.scale_factor_temporal
-    if count < 1 or (count - 1) % chunk:
-        raise InputError(
-            f"frames: expected one more than a multiple of {chunk}; received {count} "
-            f"(nearest valid {round((count - 1) / chunk) * chunk + 1})"
-        )
-
-
-def _to_signal(clips: jax.Array) -> jax.Array:
-    """[0, 1] to [-1, 1]."""
-    return 2.0 * jnp.asarray(clips, jnp.float32) - 1.0
-
-
 def _to_pixels(decoded: jax.Array) -> jax.Array:
     """[-1, 1] to [0, 1] in float32; a decoder overshoots at sharp edges."""
     return jnp.clip(0.5 * decoded.astype(jnp.float32) + 0.5, 0.0, 1.0)
 
 
-def _scaled(
-    config: WanVAEConfig, mean: jax.Array, logvar: jax.Array, key: jax.Array | None
-) -> jax.Array:
-    """Latents of a posterior, in the transformer's scale."""
-    z = mean.astype(jnp.float32)
-    if key is not None:
-        deviation = jnp.exp(0.5 * logvar.astype(jnp.float32))
-        z = z + deviation * jax.random.normal(key, z.shape, jnp.float32)
-    return (z - jnp.asarray(config.latents_mean)) / jnp.asarray(config.latents_std)
-
-
 def _unscaled(config: WanVAEConfig, latents: jax.Array) -> jax.Array:
-    """Latents as the decoder takes them; inverse of `_scaled`."""
+    """Latents as the decoder takes them."""
     z = jnp.asarray(latents, jnp.float32) * jnp.asarray(config.latents_std)
     return z + jnp.asarray(config.latents_mean)

@@ -186,28 +186,6 @@ class CLIPTextEncoder(nn.Module):
         return TextOutput(penultimate, last, project(pooled))
 
 
-class CLIPVisionEncoder(nn.Module):
-    """`CLIPVisionModelWithProjection`: normalised pixels [N, H, W, 3] to [N, projection_dim].
-
-    Attributes:
-      config: the tower's shape.
-      projected: False for files without `visual_projection`; the result is then [N, hidden_size].
-      dtype: of the computation.
-    """
-
-    config: CLIPVisionConfig
-    projected: bool = True
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        pooled = VisionTower(self.config, self.dtype, name="vision_model")(pixels)
-        if not self.projected:
-            return pooled
-        project = _projection(self.config.projection_dim, self.dtype, "visual_projection")
-        return project(pooled)
-
-
 class CLIPModel(nn.Module):
     """Both towers and the learned logit scale; the layout of Hugging Face's class of the same name."""
 
@@ -285,21 +263,6 @@ def abstract_text_params(model: CLIPTextEncoder) -> dict[str, Any]:
 def abstract_params(model: CLIPModel) -> dict[str, Any]:
     """Parameter tree of `jax.ShapeDtypeStruct` of a pair, without allocating anything."""
     return parameter_shapes(model, _IDS, _pixels(model.config.vision))
-
-
-def load_vision_encoder(
-    directory: pathlib.Path | str, dtype: Any = jnp.float32, place: PlaceLeaf | None = None
-) -> tuple[CLIPVisionEncoder, Params]:
-    """Model and parameters of a `CLIPVisionModelWithProjection` directory, or of one without `visual_projection`.
-
-    Raises:
-      InputError: missing or malformed directory, config or weights.
-    """
-    source = SafetensorsDir(directory)
-    config = CLIPVisionConfig.from_dict(source.config)
-    projected = "visual_projection.weight" in source.keys()
-    model = CLIPVisionEncoder(config, projected, dtype)
-    return model, _load(source, model, dtype, place, _pixels(config))
 
 
 def load_clip(

@@ -1,8 +1,8 @@
-"""Sharding rules of the networks that belong to no model family: autoencoders, CLIP, T5, BLIP and reward heads.
+"""Sharding rules of the networks that belong to no model family: autoencoders, CLIP and T5.
 
 `marble_jax.distributed.sharding` says what a rule and a logical axis are. Text encoders are split over the devices of
-a host; the autoencoder and the reward networks are small beside their activations, so that gathering their weights
-would cost more than it saves, and every device holds them whole.
+a host; the autoencoder is small beside its activations, so that gathering its weights would cost more than it saves,
+and every device holds it whole.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from marble_jax.distributed.sharding import REPLICATED_AXES, SHARDED_AXES, Rule,
 
 _CLIP_LAYER = r"(text|vision)_model/encoder\.layers\.\d+/"
 _T5_LAYER = r"encoder\.block\.\d+/layer\."
-_BLIP_TEXT_LAYER = r"blip\.text_encoder/encoder\.layer\.\d+/"
-_BLIP_VISION = r"blip\.visual_encoder/"
 
 AUTOENCODER_KL_RULES: tuple[Rule, ...] = (
     (
@@ -67,51 +65,6 @@ T5_RULES: tuple[Rule, ...] = (
     (_T5_LAYER + r"\d\.layer_norm/scale|encoder\.final_layer_norm/scale", ("vector",)),
     (r"shared/embedding", ("vocab", "embed")),
 )
-BLIP_RULES: tuple[Rule, ...] = (
-    (
-        _BLIP_TEXT_LAYER + r"(attention|crossattention)/self\.(query|key|value)/kernel",
-        ("embed", "heads"),
-    ),
-    (_BLIP_TEXT_LAYER + r"(attention|crossattention)/self\.(query|key|value)/bias", ("heads",)),
-    (_BLIP_TEXT_LAYER + r"(attention|crossattention)/output\.dense/kernel", ("heads", "embed")),
-    (_BLIP_TEXT_LAYER + r"intermediate\.dense/kernel", ("embed", "mlp")),
-    (_BLIP_TEXT_LAYER + r"intermediate\.dense/bias", ("mlp",)),
-    (_BLIP_TEXT_LAYER + r"output\.dense/kernel", ("mlp", "embed")),
-    (
-        _BLIP_TEXT_LAYER + r"(((cross)?attention/)?output\.dense/bias|.*LayerNorm/(bias|scale))",
-        ("vector",),
-    ),
-    (r"blip\.text_encoder/embeddings\.word_embeddings/embedding", ("vocab", "embed")),
-    (r"blip\.text_encoder/embeddings\.position_embeddings/embedding", ("positions", "embed")),
-    (r"blip\.text_encoder/embeddings\.LayerNorm/(bias|scale)", ("vector",)),
-    (_BLIP_VISION + r"blocks\.\d+/attn\.qkv/kernel", ("embed", "qkv")),
-    (_BLIP_VISION + r"blocks\.\d+/attn\.qkv/bias", ("qkv",)),
-    (_BLIP_VISION + r"blocks\.\d+/attn\.proj/kernel", ("heads", "embed")),
-    (_BLIP_VISION + r"blocks\.\d+/mlp\.fc1/kernel", ("embed", "mlp")),
-    (_BLIP_VISION + r"blocks\.\d+/mlp\.fc1/bias", ("mlp",)),
-    (_BLIP_VISION + r"blocks\.\d+/mlp\.fc2/kernel", ("mlp", "embed")),
-    (
-        _BLIP_VISION
-        + r"(blocks\.\d+/((attn\.proj|mlp\.fc2)/bias|norm\d/(bias|scale))|norm/(bias|scale))",
-        ("vector",),
-    ),
-    (_BLIP_VISION + r"patch_embed\.proj/kernel", ("height", "width", "inputs", "vector")),
-    (_BLIP_VISION + r"patch_embed\.proj/bias", ("vector",)),
-    (_BLIP_VISION + r"(cls_token|pos_embed)", ("stack", "positions", "embed")),
-)
-HEAD_RULES: tuple[Rule, ...] = (
-    (r"head/weight", ("vector",)),
-    (r"head/bias", ()),
-)
-"""Of a reward's head on a network's features: one affine map."""
-
 AUTOENCODER = ShardingRules("autoencoder", AUTOENCODER_KL_RULES, REPLICATED_AXES)
 VIDEO_AUTOENCODER = ShardingRules("video autoencoder", AUTOENCODER_WAN_RULES, REPLICATED_AXES)
 TEXT_ENCODERS = ShardingRules("text encoder", (*CLIP_RULES, *T5_RULES), SHARDED_AXES)
-# A reward with a head keeps its network one level down, under `clip` or `blip`.
-REWARDS = ShardingRules(
-    "reward",
-    (*CLIP_RULES, *BLIP_RULES, *HEAD_RULES),
-    REPLICATED_AXES,
-    optional_prefixes=("clip", "blip"),
-)

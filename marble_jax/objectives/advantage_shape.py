@@ -14,8 +14,10 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
-STD_EPSILON = 1e-4
+from marble_jax.objectives.advantages import STD_EPSILON
+
+ADVANTAGE_CLIP = 5.0
+"""The largest advantage that counts (`A_max`) where nobody says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class AdvantageShape:
     """
 
     mode: str = "all"
-    clip: float = 5.0
+    clip: float = ADVANTAGE_CLIP
     r_normalize_mean: bool = False
 
     @property

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from marble_jax.errors import InputError
 from marble_jax.flow.path import expand, interpolate, sample_mean
+from marble_jax.objectives.advantage_shape import ADVANTAGE_CLIP
 from marble_jax.objectives.base import (
     Directions,
     Draws,
@@ -30,7 +31,6 @@ from marble_jax.objectives.base import (
 from marble_jax.objectives.registry import register_objective
 from marble_jax.objectives.velocity_distance import sample_kl, velocity_divergence, wide
 
-WEIGHTINGS = ("uniform", "sigma", "sigma_squared", "huber", "sigma_huber")
 ROOT_FLOOR = 1e-10
 """Added to an error before a root is taken of it."""
 
@@ -90,7 +90,7 @@ class AdvantageWeightedMatching(Objective):
 
     weighting: str = "sigma_huber"
     power: float = 0.25
-    advantage_clip: float = 5.0
+    advantage_clip: float = ADVANTAGE_CLIP
     rollout_weight: float = 0.0
     kl_weight: float = 0.0
 

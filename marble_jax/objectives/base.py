@@ -184,6 +184,11 @@ class Objective(abc.ABC):
         return 1
 
     @property
+    def num_directions(self) -> int:
+        """Cotangents pulled back at a sample: its signal, the anchors, and the divergence where there is one."""
+        return 1 + self.num_anchors + int(self.kl_weight > 0)
+
+    @property
     def rollout_passes(self) -> int:
         """Calls of the rollout policy at a sample, beside that of the trained policy."""
         return 1

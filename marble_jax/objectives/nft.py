@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from marble_jax.flow.path import expand, interpolate, sample_mean
+from marble_jax.objectives.advantage_shape import ADVANTAGE_CLIP
 from marble_jax.objectives.base import (
     Directions,
     Draws,
@@ -33,7 +34,6 @@ from marble_jax.objectives.base import (
 from marble_jax.objectives.registry import register_objective
 from marble_jax.objectives.velocity_distance import sample_kl, velocity_divergence, wide
 
-ADVANTAGE_CLIP = 5.0
 WEIGHT_FLOOR = 1e-5
 
 

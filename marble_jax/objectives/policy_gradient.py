@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float
 from marble_jax.errors import InputError
 from marble_jax.flow.path import expand, sample_mean
 from marble_jax.flow.trajectory import Transition, log_density, step_mean
+from marble_jax.objectives.advantage_shape import ADVANTAGE_CLIP
 from marble_jax.objectives.base import (
     Directions,
     Divergence,
@@ -44,8 +45,6 @@ from marble_jax.objectives.base import (
 )
 from marble_jax.objectives.registry import register_objective
 from marble_jax.objectives.velocity_distance import wide
-
-FORMS = ("ppo", "guard")
 
 
 @flax.struct.dataclass
@@ -127,7 +126,7 @@ class PolicyGradient(Objective):
     has_density: bool = True
     on_policy: bool = True
     clip_range: float = 0.0
-    advantage_clip: float = 5.0
+    advantage_clip: float = ADVANTAGE_CLIP
     kl_weight: float = 0.0
 
     keeps: ClassVar[Kept] = Kept.TRANSITIONS

@@ -35,7 +35,8 @@ from marble_jax.plan.topology import compile_for, program_text
 from marble_jax.programs.build import build_steps, make_recipe
 from marble_jax.programs.noisy_rollouts import network_levels_of, stochastic_of, trains_guided
 from marble_jax.programs.open_model import decode_size, network_options
-from marble_jax.programs.run_state import blank_state
+from marble_jax.programs.run_state import new_state
+from marble_jax.trainable.lora import lora_spec
 from marble_jax.training.batch_sizes import Sizes, is_stochastic, kept_shape, window_of
 from marble_jax.training.latent_layout import is_split, split_layout
 from marble_jax.training.micro_batches import RolloutBatch
@@ -133,7 +134,7 @@ def jobs(settings: Settings, shapes: ModelShapes, sizes: Sizes, mesh: Mesh) -> d
     }
     if steps.between is not steps.refresh:
         programs["train, between"] = Job(steps.between, train)
-    if settings.harmonize.mode != "upstream":
+    if not settings.harmonize.is_upstream:
         index = abstract.replicated((), jnp.int32)
         programs[MICRO_BATCH] = Job(_micro_batch(recipe, networks), (*train, index))
     return programs
@@ -197,7 +198,7 @@ class _AbstractArguments:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._batch = NamedSharding(mesh, device_mesh.BATCH)
         rules = shapes.networks.sharding_rules
-        scale = settings.lora.alpha / settings.lora.rank
+        scale = lora_spec(settings.lora, shapes.family).scale
         options = network_options(settings.model, scale, mesh, rules.gather(mesh))
         self.networks = shapes.networks.with_options(options)
         shardings = rules.shardings(mesh, shapes.networks.params)
@@ -253,13 +254,13 @@ class _AbstractArguments:
     def state(self) -> TrainState:
         """The training state, as every process keeps it: whole on every device."""
 
-        def new_state() -> TrainState:
+        def blank_state() -> TrainState:
             zeros = jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes.adapter
             )
-            return blank_state(self._settings, zeros)
+            return new_state(self._settings, zeros, 0)
 
-        return jax.tree.map(self._whole, jax.eval_shape(new_state))
+        return jax.tree.map(self._whole, jax.eval_shape(blank_state))
 
     def rollouts(self, sizes: Sizes) -> RolloutBatch:
         """The rollouts of a step: but for large latents, whole on every device, which takes its own samples out."""
@@ -281,7 +282,7 @@ class _AbstractArguments:
             kept = Transitions(kept, array((), jnp.int32), log_prob)
         conditioning = self._conditioning_shapes(rollout.prompts_per_step)
         # A scalarized advantage is a column behind the rewards'.
-        scalarized = self._settings.advantages.scalarize != "none"
+        scalarized = self._settings.advantages.scalarized
         num_columns = len(self._settings.rewards.train) + scalarized
         return RolloutBatch(
             kept=kept,

@@ -182,6 +182,7 @@ def cudnn_version_told() -> Iterator[None]:
     Raises:
       InputError: this JAX asks in another way.
     """
+    # JAX has no public way: it asks the cuDNN that is loaded, and refuses to trace fused attention without one.
     module = "jax._src.cudnn.fused_attention_stablehlo"
     try:
         asker: Any = importlib.import_module(module)

@@ -114,7 +114,12 @@ def collectives(text: str) -> tuple[Collective, ...]:
 
 def origin_of(line: str) -> str:
     """Where an instruction comes from, by JAX's names; empty where the compiler put it there."""
-    match = _OP_NAME.search(line)
+    return captured(_OP_NAME, line)
+
+
+def captured(pattern: re.Pattern[str], text: str) -> str:
+    """What the pattern's group matches in a text; empty where the pattern does not match."""
+    match = pattern.search(text)
     if match is None:
         return ""
     return match[1]

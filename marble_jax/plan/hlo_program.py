@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from marble_jax.plan.hlo import whole_numbers
+from marble_jax.plan.hlo import captured, whole_numbers
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)$")
@@ -177,11 +177,3 @@ def parse_program(text: str) -> HloProgram:
 def sides_of(shape: str) -> list[int]:
     """Sides of the first array of a type."""
     return whole_numbers(captured(_SIDES, shape))
-
-
-def captured(pattern: re.Pattern[str], text: str) -> str:
-    """What the pattern's group matches in a text; empty where the pattern does not match."""
-    match = pattern.search(text)
-    if match is None:
-        return ""
-    return match[1]

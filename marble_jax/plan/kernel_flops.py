@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Mapping
 
-from marble_jax.plan.hlo import whole_numbers
-from marble_jax.plan.hlo_program import Instruction, captured, sides_of
+from marble_jax.plan.hlo import captured, whole_numbers
+from marble_jax.plan.hlo_program import Instruction, sides_of
 
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')

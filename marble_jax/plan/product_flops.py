@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from marble_jax.plan.hlo import whole_numbers
-from marble_jax.plan.hlo_program import Instruction, captured, sides_of
+from marble_jax.plan.hlo import captured, whole_numbers
+from marble_jax.plan.hlo_program import Instruction, sides_of
 
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")

@@ -167,9 +167,7 @@ def _model_line(run: Run) -> str:
 def _memory_line(run: Run) -> str:
     # Adapters are float32 whatever the compute dtype.
     adapter_bytes = 4 * num_parameters(run.state.current)
-    objective = run.recipe.objective
-    # The signal, anchors, and the divergence where there is one.
-    num_directions = 1 + objective.num_anchors + (objective.kl_weight > 0)
+    num_directions = run.recipe.objective.num_directions
     gradient_bytes = adapter_bytes * num_directions * run.recipe.micro_batching.chunk_size
     num_rewards = len(run.settings.rewards.train)
     return (

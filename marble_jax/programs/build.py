@@ -41,6 +41,7 @@ from marble_jax.programs.open_model import (
     text_embeddings,
 )
 from marble_jax.programs.prompt_remarks import Reach, cut_lines, reach_of
+from marble_jax.programs.run_state import new_state
 from marble_jax.programs.upstream import upstream_rules
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
@@ -66,7 +67,7 @@ from marble_jax.training.recipe import (
 )
 from marble_jax.training.rollout import Collector
 from marble_jax.training.rounding import floor_of, marks
-from marble_jax.training.state import TrainState, initial_state
+from marble_jax.training.state import TrainState
 from marble_jax.training.step_schedule import Steps, make_steps
 from marble_jax.types import Adapter, Conditioning, PolicyVelocity
 
@@ -212,7 +213,7 @@ def build(settings: Settings) -> Run:
     recipe = make_recipe(settings, sizes, mesh, networks, imaging.latent_shape)
     optimizer = make_optimizer(settings.training)
     steps = build_steps(settings, recipe, networks, optimizer)
-    state = _first_state(settings, family, networks, spec, recipe, optimizer)
+    state = _first_state(settings, family, networks, spec)
     return Run(
         settings=settings,
         mesh=mesh,
@@ -361,8 +362,6 @@ def _first_state(
     family: Family,
     networks: Networks,
     spec: lora.LoraSpec,
-    recipe: Recipe,
-    optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """The state before the first step, from a new adapter or the LoRA that the run starts from."""
     key = stream_key(jax.random.key(settings.seed), Stream.ADAPTER)
@@ -371,8 +370,4 @@ def _first_state(
         # Read against the new adapter: it says which layers the run adapts, and at which rank.
         start = read_lora(settings.lora.init, networks.params, family.formats)
         adapter = start_from(start, adapter, networks.params, family.formats, spec)
-    num_rewards = recipe.harmonization.num_rewards
-    balancer = recipe.harmonization.balancer.init(num_rewards)
-    adaptive = settings.harmonize.anchor_error > 0
-    skips = recipe.alike_below > 0
-    return initial_state(adapter, optimizer, num_rewards, balancer, settings.seed, adaptive, skips)
+    return new_state(settings, adapter, settings.seed)

@@ -54,6 +54,7 @@ def _check_sources(settings: Settings, rewards: Sequence[Reward]) -> None:
 
 
 def make_scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:
+    """Returns what scores samples with rewards, by a run's rules for threads, failures and waiting."""
     return Scorer(
         rewards,
         settings.num_workers or platform.usable_cores(),

@@ -105,8 +105,7 @@ def _check_cleaning(settings: Settings) -> None:
         return
     reasons = {
         f"harmonize.balancer={harmonize.balancer}": harmonize.balancer in ("equal", "fixed"),
-        f"advantages.scalarize={settings.advantages.scalarize}": settings.advantages.scalarize
-        != "none",
+        f"advantages.scalarize={settings.advantages.scalarize}": settings.advantages.scalarized,
     }
     if reason := first_that_holds(reasons):
         raise InputError(
@@ -128,7 +127,7 @@ def _check_skipped_pass(settings: Settings) -> None:
     harmonize = settings.harmonize
     reasons = {
         f"objective.name={settings.objective.name}": not make_objective(settings).skips_alike,
-        "harmonize.mode=upstream": harmonize.mode == "upstream",
+        "harmonize.mode=upstream": harmonize.is_upstream,
         "harmonize.anchor_every=1": harmonize.anchor_every == 1,
     }
     if reason := first_that_holds(reasons):
@@ -191,7 +190,7 @@ def _check_wandb(logging: LoggingSettings) -> None:
 def _check_weights(settings: Settings) -> None:
     """Raises InputError unless weights of a scalarized advantage are one a reward, and go with one."""
     weights, count = settings.advantages.weights, len(settings.rewards.train)
-    if weights and settings.advantages.scalarize == "none":
+    if weights and not settings.advantages.scalarized:
         raise InputError(
             "advantages.weights: expected none without advantages.scalarize (harmonize.reward_weights "
             f"weighs unit gradients); received {weights}"

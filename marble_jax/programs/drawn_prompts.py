@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from marble_jax.config import Settings
 from marble_jax.objectives.advantage_shape import AdvantageShape
-from marble_jax.programs.upstream import advantage_shape, is_upstream, step_reward_schedule
+from marble_jax.programs.upstream import advantage_shape, step_reward_schedule
 from marble_jax.prompts.files import Prompt
 from marble_jax.training.batch_sizes import Sizes
 from marble_jax.training.iteration import Sampling
@@ -17,7 +17,7 @@ def sampling_of(
     rollout, advantages = settings.rollout, settings.advantages
     shape = advantage_shape(settings)
     # Upstream's step shapes advantages itself, after it has combined them.
-    if is_upstream(settings):
+    if settings.harmonize.is_upstream:
         shape = AdvantageShape()
     return Sampling(
         train_prompts,

@@ -17,7 +17,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from marble_jax import distributed, platform
@@ -38,7 +37,7 @@ from marble_jax.programs.export_folder import (
 )
 from marble_jax.programs.model_card import Facts
 from marble_jax.programs.open_model import locate
-from marble_jax.programs.run_state import restore_policy, run_settings
+from marble_jax.programs.run_state import restore_policy, run_settings, trained_steps
 from marble_jax.programs.uploads import Uploads
 from marble_jax.programs.verify import Drawing, check_packages, verify
 from marble_jax.storage.files import location
@@ -184,18 +183,6 @@ def _say_how_to_open(console: Console, out: str, family: Family, merged: bool) -
     console.table(rows)
 
 
-def _trained_steps(state: TrainState, policy: str) -> int:
-    """Steps that a state's policy was trained for. Raises InputError for the best policy before there is one."""
-    if policy != "best":
-        return int(state.step)
-    if not np.isfinite(state.best_score):
-        raise InputError(
-            "export.policy: expected one that the run has; received 'best' before any evaluation"
-        )
-    # The best policy is older than the state that keeps it.
-    return int(state.best_step)
-
-
 class PeriodicExports:
     """Exports of a run while it trains: `exports/step_000100` beside the checkpoints.
 
@@ -247,7 +234,7 @@ class PeriodicExports:
         """
         settings, family = self._settings, self._family
         step, policy = int(state.step), settings.export.policy
-        trained = _trained_steps(state, policy)
+        trained = trained_steps(state, policy, "export.policy", str(self._workdir.path))
         spec = lora.lora_spec(settings.lora, family)
         pairs = exported_pairs(family, adapter, self._shapes, spec)
         facts = facts_of(settings, family, self._workdir, pairs, policy, trained)

@@ -120,6 +120,10 @@ def facts_of(
         size=Size(model.height, model.width, model.num_frames),
         max_sequence_length=model.max_sequence_length,
         embedded_guidance=model.embedded_guidance or None,
+        guidance=max(settings.rollout.guidance_scale, 1.0),
+        solver=settings.evaluation.solver,
+        num_steps=settings.evaluation.num_steps,
+        seed=settings.evaluation.seed,
         records=read_records(workdir.path),
     )
 

@@ -26,7 +26,7 @@ from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
 from marble_jax.programs.locations import model_location
-from marble_jax.programs.open_model import check_omitted, default_size, size_of
+from marble_jax.programs.open_model import check_omitted, decode_size, default_size, size_of
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.programs.prompt_remarks import cut_lines
@@ -327,8 +327,7 @@ class ImageSampler:
         noise = image_noise(key, numbers, self._latent_shape)
         cond, negative, noise = device_mesh.shard_batch(self._mesh, (cond, negative, noise))
         latents = self._latents(self._networks.params, self._adapter, cond, negative, noise)
-        # At least one on every device.
-        at_once = min(len(texts), max(self._mesh.size, DECODE_BATCH // self._frames_at_once))
+        at_once = decode_size(len(texts), self._mesh, self._frames_at_once, DECODE_BATCH)
         return np.asarray(as_samples(self._decoder(latents, at_once)))
 
     def texts(self, number: int, prompt: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from marble_jax.config import EvaluationSettings, PromptSettings, RewardSettings
 from marble_jax.errors import InputError
+from marble_jax.families.descriptions import Size
 from marble_jax.prompts import generated
 from marble_jax.prompts.files import Prompt, read_directory
 from marble_jax.prompts.groups import check_enough, shares, spread
@@ -21,6 +22,8 @@ EMBEDDED_VIDEO = "embedded_video"
 """Names those of the video pipeline."""
 SHIPPED = {EMBEDDED: "embedded", EMBEDDED_VIDEO: "embedded/video"}
 """Folders in the package by name."""
+SHIPPED_SIZES = {EMBEDDED: Size(64, 64), EMBEDDED_VIDEO: Size(48, 48, 5)}
+"""What the shipped pipelines were made for; the video pipeline's files have no word for it."""
 
 _KEYS = {"pipeline": "model.path", "prompts": "prompts.path", "rewards": "rewards.path"}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from marble_jax.families.descriptions import DiffusersNames, Size
+from marble_jax.families.descriptions import DiffusersNames, Licence, Size
 from marble_jax.programs.locations import SHIPPED
 from marble_jax.programs.markdown import code, plain
 from marble_jax.report.records import Records, step_of
@@ -48,6 +48,10 @@ class Facts:
       size: of the images in training.
       max_sequence_length: tokens a prompt in training.
       embedded_guidance: guidance scale that the model took as an input in training; None for a model that takes none.
+      guidance: classifier-free guidance scale of the samples trained on; 1 for none.
+      solver: that draws evaluations.
+      num_steps: of that solver.
+      seed: of the evaluations' noise.
       records: of the run.
     """
 
@@ -64,12 +68,20 @@ class Facts:
     size: Size
     max_sequence_length: int
     embedded_guidance: float | None
+    guidance: float
+    solver: str
+    num_steps: int
+    seed: int
     records: Records
 
     @property
-    def by_stability(self) -> bool:
-        """Whether the base model is one of Stability AI's."""
-        return self.on_hub and self.base.startswith("stabilityai/")
+    def licence(self) -> Licence | None:
+        """Licence of the base model; None where it is not one of the models whose licence is known."""
+        licence = self.diffusers.licence
+        if licence is None or not self.on_hub:
+            return None
+        owner, _, _ = self.base.partition("/")
+        return licence if owner == licence.owner else None
 
     @property
     def base_link(self) -> str:
@@ -136,11 +148,11 @@ def _header(facts: Facts, shown: list[ShownImages]) -> str:
     lines += ["library_name: diffusers", f"pipeline_tag: {facts.diffusers.task}"]
     if facts.embedded:
         lines.append("license: apache-2.0")
-    elif facts.by_stability:
+    elif facts.licence is not None:
         lines += [
             "license: other",
-            "license_name: stabilityai-ai-community",
-            f"license_link: https://huggingface.co/{facts.base}/blob/main/LICENSE.md",
+            f"license_name: {facts.licence.name}",
+            f"license_link: https://huggingface.co/{facts.base}/blob/main/{facts.licence.file}",
         ]
     lines.append("tags:")
     diffusers = facts.diffusers
@@ -155,17 +167,10 @@ def _header(facts: Facts, shown: list[ShownImages]) -> str:
     return "\n".join([*lines, "---", ""])
 
 
-def _guidance(records: Records) -> float:
-    """Classifier-free guidance scale of the run's samples; 1 for none."""
-    config = records.run.get("config") or {}
-    return max(float(config.get("rollout.guidance_scale") or 1.0), 1.0)
-
-
-def _guidance_words(records: Records) -> str:
+def _guidance_words(facts: Facts) -> str:
     """What the run's samples were guided by."""
-    scale = _guidance(records)
-    if scale > 1:
-        return f"on samples with classifier-free guidance {scale:g}"
+    if facts.guidance > 1:
+        return f"on samples with classifier-free guidance {facts.guidance:g}"
     return "without classifier-free guidance"
 
 
@@ -177,7 +182,7 @@ def _introduction(facts: Facts) -> str:
         "",
         f"LoRA adapter for {_base_in_words(facts)}: rank {spec.rank}, alpha {spec.alpha:g}, "
         f"{facts.num_layers} layers, {facts.num_values:,} values. Trained with reinforcement learning "
-        f"on several rewards at once (MARBLE, arXiv 2605.06507, by marble_jax), {_guidance_words(records)}.",
+        f"on several rewards at once (MARBLE, arXiv 2605.06507, by marble_jax), {_guidance_words(facts)}.",
         "",
         f"- policy: {facts.policy}, the {_POLICIES[facts.policy]}; after step {facts.step}",
     ]
@@ -218,7 +223,8 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
         "## Results",
         "",
         f"{evaluation.get('num_prompts', '?')} held-out prompts, the same noise before and after "
-        f"({_sampling(records)}); gain with 95 % bootstrap interval over the prompts."
+        f"({plain(facts.solver)}, steps: {facts.num_steps}, seed: {facts.seed}); gain with 95 % bootstrap "
+        "interval over the prompts."
         f"{evaluated_policy}",
         "",
         f"| reward | base model | with the adapter | gain | {records.samples} with a score |",
@@ -227,21 +233,6 @@ def _results(facts: Facts, evaluation: dict[str, Any] | None) -> str:
     for name in records.names:
         lines.append(_result_row(records, evaluation, name))
     return "\n".join([*lines, ""])
-
-
-def _sampling(records: Records) -> str:
-    """How the images of evaluations are sampled, as far as the record says so."""
-    config = records.run.get("config") or {}
-    labels = {
-        "evaluation.solver": "",
-        "evaluation.num_steps": "steps: ",
-        "evaluation.seed": "seed: ",
-    }
-    parts = []
-    for key, label in labels.items():
-        if key in config:
-            parts.append(f"{label}{plain(config[key])}")
-    return ", ".join(parts)
 
 
 def _result_row(records: Records, evaluation: dict[str, Any], name: str) -> str:
@@ -298,7 +289,7 @@ def _usage(facts: Facts, merged: bool) -> str:
 
 def _usage_of_lora(facts: Facts) -> str:
     pipeline, size = facts.diffusers.pipeline, facts.size
-    guidance = facts.embedded_guidance or _guidance(facts.records)
+    guidance = facts.embedded_guidance or facts.guidance
     # In the quotes of JSON, which are Python's, too.
     opening, place = "", json.dumps(facts.base)
     if facts.embedded:
@@ -384,11 +375,8 @@ def _licence(facts: Facts) -> str:
     """The licence of the base model, as far as it is known."""
     if facts.embedded:
         return "## Licence\n\nApache-2.0, as the pipeline it was trained on.\n"
-    if facts.by_stability:
-        return (
-            "## Licence\n\nDerived from a Stability AI model: the Stability AI Community License of "
-            f"{facts.base_link} applies to this adapter and to what is made with it.\n"
-        )
+    if facts.licence is not None:
+        return f"## Licence\n\n{facts.licence.sentence.format(base=facts.base_link)}\n"
     return (
         "## Licence\n\nAn adapter is derived from its base model; the licence of the base model "
         "applies. Add it as `license:` at the top before publishing.\n"

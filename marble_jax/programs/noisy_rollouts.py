@@ -56,7 +56,7 @@ def check_noisy_rollouts(settings: Settings) -> None:
 
 def check_objective_mode(settings: Settings) -> None:
     """Raises InputError for upstream's step with anything but what upstream trains, one update a rollout."""
-    if settings.harmonize.mode != "upstream":
+    if not settings.harmonize.is_upstream:
         return
     name, updates = settings.objective.name, settings.training.updates_per_rollout
     if name != "nft":

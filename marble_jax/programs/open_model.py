@@ -20,15 +20,13 @@ from marble_jax.families.embedding_cache import EmbeddingCache
 from marble_jax.families.location import find_model
 from marble_jax.families.registry import family_of, family_of_published
 from marble_jax.networks import attention
-from marble_jax.programs.locations import EMBEDDED_VIDEO, model_location, resolve_path
+from marble_jax.programs.locations import SHIPPED_SIZES, model_location, resolve_path
 from marble_jax.storage.files import is_remote
 from marble_jax.types import DTYPES
 
 DECODED_AT_ONCE = 32
 """Frames that the autoencoder turns from latents to pixels together; its activations are large."""
 SIZE_KEYS = ("model.height", "model.width", "model.num_frames")
-SHIPPED_SIZES = {EMBEDDED_VIDEO: Size(48, 48, 5)}
-"""Of shipped models whose files have no word for the size that they were made for."""
 
 
 def locate(settings: ModelSettings) -> tuple[Path, Family]:
@@ -75,17 +73,18 @@ def attention_of(name: str, dtype: str, mesh: Mesh | None) -> str | attention.Fu
     return attention.over(name, DTYPES[dtype], mesh)
 
 
-def decode_size(count: int, mesh: Any, frames: int = 1) -> int:
+def decode_size(count: int, mesh: Any, frames: int = 1, limit: int = DECODED_AT_ONCE) -> int:
     """Samples decoded at once, over all devices.
 
     Args:
       count: samples in a batch.
       mesh: the devices.
       frames: of a sample, as many as the decoder holds together.
+      limit: frames that the decoder holds together at most.
     """
     shards = device_mesh.image_shards(mesh, count)
     # The same number on every device that holds samples, one at least.
-    return min(count, shards * max(1, DECODED_AT_ONCE // frames // shards))
+    return min(count, shards * max(1, limit // frames // shards))
 
 
 def stream_dtype_of(name: str) -> Any:
@@ -230,5 +229,5 @@ def encode_ahead(cache: EmbeddingCache, texts: Sequence[str]) -> None:
         distributed.run_on_all("text embeddings", lambda: cache.fill(share, bar.update))
         if distributed.is_single_process():
             return
-        cache.look()
+        cache.rescan()
         distributed.run_on_all("text embeddings", lambda: cache.fill(different, bar.update))

@@ -94,7 +94,7 @@ def _of_harmonizing(settings: Settings) -> list[str]:
             unread.append("harmonize.rho")
     if not cleaned:
         unread.append("harmonize.shrinkage")
-    if harmonize.mode == "upstream":
+    if harmonize.is_upstream:
         unread.append("harmonize.anchor_every")
     elif objective.num_anchors == 0 and objective.kl_weight == 0:
         unread += ["harmonize.anchor_every", "harmonize.anchor_error"]

@@ -61,7 +61,7 @@ def run_record(settings: Settings, command: str) -> dict[str, Any]:
 def method_name(settings: Settings) -> str:
     """Returns the method in words: `MARBLE, amortized`, `weighted sum` and so on."""
     harmonize, schedule = settings.harmonize, settings.reward_schedule
-    if settings.advantages.scalarize != "none":
+    if settings.advantages.scalarized:
         # One advantage has one gradient: there is nothing to balance.
         parts = [settings.advantages.scalarize.replace("_", " ")]
     elif harmonize.balancer == "marble":

@@ -67,29 +67,51 @@ def restore_policy(
     spec = lora.lora_spec(settings.lora, family)
     # Only its shapes count: the checkpoint overwrites every value.
     adapter = lora.init_adapter(jax.random.key(0), family.layers_at, shapes, spec)
-    blank = blank_state(settings, adapter)
+    blank = new_state(settings, adapter, 0)
     checkpoints = Checkpoints(workdir.checkpoints, say=Console().say)
     try:
-        step, state = checkpoints.restore(blank, step)
+        _, state = checkpoints.restore(blank, step)
     finally:
         checkpoints.close()
+    return getattr(state, policy), trained_steps(state, policy, "--policy", str(workdir.path))
+
+
+def trained_steps(state: TrainState, policy: str, option: str, run: str) -> int:
+    """Returns the optimiser steps that a state's policy was trained for.
+
+    Args:
+      state: of a run.
+      policy: one of `policies.TRAINED_POLICIES`.
+      option: what chose it, for the message.
+      run: whose state it is, likewise.
+
+    Raises:
+      InputError: the best policy before there is one.
+    """
     if policy != "best":
-        return getattr(state, policy), step
+        return int(state.step)
     # Its score is minus infinity until an evaluation was better than none.
     if not np.isfinite(state.best_score):
         raise InputError(
-            f"policy: expected one that the run has; received 'best' of {workdir.path}, where no "
-            "evaluation since the start is on record"
+            f"{option}: expected one that the run has; received 'best' of {run}, where no evaluation since the start "
+            "is on record"
         )
-    return state.best, int(state.best_step)
+    # The best policy is older than the state that keeps it.
+    return int(state.best_step)
 
 
-def blank_state(settings: Settings, adapter: Adapter) -> TrainState:
-    """Returns a training state of a run's shapes, to restore a checkpoint into."""
+def new_state(settings: Settings, adapter: Adapter, seed: int) -> TrainState:
+    """Returns the training state of a run before its first step, of the shapes that its checkpoints have.
+
+    Args:
+      settings: of the run.
+      adapter: that it starts from.
+      seed: of its random key.
+    """
     names = settings.rewards.train
     balancer = balancer_of(settings.harmonize, names)
     balancer_state = balancer.init(len(names))
     optimizer = make_optimizer(settings.training)
     adaptive = settings.harmonize.anchor_error > 0
     skips = settings.nft.skip_rollout_pass
-    return initial_state(adapter, optimizer, len(names), balancer_state, 0, adaptive, skips)
+    return initial_state(adapter, optimizer, len(names), balancer_state, seed, adaptive, skips)

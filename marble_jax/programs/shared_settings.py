@@ -39,6 +39,17 @@ SHARED = {
 """What all models of an evaluation share, by its name in the record of an image folder -> the option that states it."""
 FOLLOWED = ("integer_timesteps", "stream_dtype")
 """The same of what the first run says alone."""
+_AGREED = {
+    "num_frames": (("size", "num_frames"),),
+    "guidance": (("guidance", ""),),
+    "negative": (("negative", ""),),
+    "size": (("size", "height"), ("size", "width")),
+    "max_sequence_length": (("max_sequence_length", ""),),
+    "embedded_guidance": (("embedded_guidance", ""),),
+    "dtype": (("dtype", ""),),
+}
+"""What models have to agree on where it is not stated -> the attributes of `OwnSettings` that it is made of, each with
+its part that counts, if it has parts; in this order, as one depends on another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +101,7 @@ class SharedSettings:
 
     @property
     def size(self) -> Size:
-        """Of every image."""
+        """Size of every image."""
         height_and_width, num_frames = self.settings.size, self.settings.num_frames
         assert height_and_width is not None and num_frames is not None
         return Size(*height_and_width, num_frames)
@@ -203,42 +214,32 @@ def settle(
     settled: dict[str, Any] = {}
     origins = dict.fromkeys(SHARED, "command line or default")
     whose = f"the training run {name!r}" if runs else f"the model {name!r}"
-    if asked.num_frames is None:
-        settled["num_frames"], origins["num_frames"] = (
-            _agreed(deciding, "size", "num_frames"),
-            whose,
-        )
-    guidance, negative = asked.guidance, asked.negative
-    if guidance is None:
-        guidance, origins["guidance"] = _agreed(deciding, "guidance"), whose
-    # Without guidance nobody asks what it leads away from.
-    if negative is None and guidance > 1:
-        negative, origins["negative"] = _agreed(deciding, "negative"), whose
-    if asked.size is None:
-        height, width = _agreed(deciding, "size", "height"), _agreed(deciding, "size", "width")
-        settled["size"], origins["size"] = (height, width), whose
-    if asked.max_sequence_length is None:
-        settled["max_sequence_length"] = _agreed(deciding, "max_sequence_length")
-        origins["max_sequence_length"] = whose
-    if asked.embedded_guidance is None:
-        settled["embedded_guidance"] = _agreed(deciding, "embedded_guidance")
-        origins["embedded_guidance"] = whose
-    if asked.dtype is None:
-        settled["dtype"], origins["dtype"] = _agreed(deciding, "dtype"), whose
+    for setting, parts in _AGREED.items():
+        if getattr(asked, setting) is not None:
+            continue
+        # Without guidance nobody asks what it leads away from.
+        if setting == "negative" and not settled.get("guidance", asked.guidance) > 1:
+            continue
+        values = tuple(_agreed(deciding, attribute, part) for attribute, part in parts)
+        settled[setting] = values if len(values) > 1 else values[0]
+        origins[setting] = whose
     # What a run leaves out was never trained with: stating others cannot bring it back.
     settled["omit_text_encoders"] = _agreed(deciding, "omit_text_encoders")
     if set(settled["omit_text_encoders"]) != set(asked.omit_text_encoders):
         origins["omit_text_encoders"] = whose
     # How many steps, and which, is a choice of the evaluation: a second run follows the first.
-    if first.num_steps is not None and "steps" not in stated:
-        settled["num_steps"], origins["steps"] = first.num_steps, f"evaluations of {whose}"
-    if first.solver is not None and "solver" not in stated:
-        settled["solver"], origins["solver"] = first.solver, f"evaluations of {whose}"
+    for option, setting in (("steps", "num_steps"), ("solver", "solver")):
+        value = getattr(first, setting)
+        if value is not None and option not in stated:
+            settled[setting] = value
+            origins[option] = f"evaluations of {whose}"
     # Nor has an option of its own what follows: all models are computed as the first run is.
     if asked.integer_timesteps is None:
         settled["integer_timesteps"] = bool(first.integer_timesteps)
     if asked.stream_dtype is None:
         settled["stream_dtype"] = first.stream_dtype or "compute"
+    guidance = settled.pop("guidance", asked.guidance)
+    negative = settled.pop("negative", asked.negative)
     settings = dataclasses.replace(asked.guided_by(guidance, negative or ""), **settled)
     return SharedSettings(settings, origins, _other_sizes(own, settings))
 

@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from marble_jax.config import Settings
+from marble_jax.config import ModelSettings, RolloutSettings, Settings
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.base import Networks
 from marble_jax.families.descriptions import SampleFlops
 from marble_jax.networks.attention import FUSED
+from marble_jax.objectives.base import Objective
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.programs.open_model import size_of
@@ -84,56 +85,84 @@ def step_flops(settings: Settings, sizes: Sizes, sample: SampleFlops, decode: fl
       sample: FLOPs of the transformer at one sample.
       decode: FLOPs of decoding one image.
     """
-    harmonize = settings.harmonize
-    # 1 where the divergence from the base model is part of the loss: one more network call and one more direction.
     objective = make_objective(settings)
-    reference = int(objective.kl_weight > 0)
     micro_batch = sizes.samples / sizes.micro_batches
-    # The trained policy's velocity, the rollout policy's where it is asked, and one cotangent pulled back.
-    signal = (1 + objective.rollout_passes) * sample.forward + sample.backward
-    # The base model's velocity, and the cotangents that no advantage scales.
-    anchor = reference * sample.base + (objective.num_anchors + reference) * sample.backward
-    # One micro-batch in so many has anchors and divergence, at least; `anchor_error` may ask for more.
-    num_anchored = fewest_anchored(sizes.micro_batches, harmonize.anchor_every)
-    if harmonize.mode == "upstream":
-        num_anchored = sizes.micro_batches
-    between = sizes.samples * signal + micro_batch * num_anchored * reference * sample.base
-    solve_share = 1.0
-    if harmonize.mode != "exact":
-        solve_share = 1 / harmonize.refresh_every
-    if harmonize.mode == "upstream":
+    num_anchored = _num_anchored(settings, sizes)
+    signal = _signal_flops(objective, sample)
+    signals = sizes.samples * signal
+    between = signals + micro_batch * num_anchored * _reference_flops(objective, sample)
+    if settings.harmonize.is_upstream:
         # Alpha is solved on one micro-batch of the step.
-        solve = between + micro_batch * (1 + reference) * sample.backward
+        solve = between + micro_batch * _solve_flops(objective, sample)
     else:
-        solve = sizes.samples * signal + micro_batch * num_anchored * anchor
-    # A guided policy is the network at two prompts, in every pass of training.
-    prompts = 2 if trains_guided(settings) else 1
-    recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention, "products": 0.0}
-    if settings.model.attention not in FUSED:
-        # What attention keeps is no name's but a fused kernel's.
-        recomputed["products"] = sample.attention
-    forward = sample.forward
-    if settings.rollout.merge_adapter:
-        # A merged policy has no low-rank products.
-        forward = sample.base
+        solve = signals + micro_batch * num_anchored * _anchor_flops(objective, sample)
+    solve_share = 1.0
+    if settings.harmonize.mode != "exact":
+        solve_share = 1 / settings.harmonize.refresh_every
     if solve_share == 1:
         between = solve
-    # Guidance asks the network about the negative prompt, too.
-    calls = settings.rollout.num_steps * (2 if settings.rollout.guided else 1)
-    skipped, saved = 0.0, 0.0
+    # What a micro-batch without anchors does without where the two policies are one.
+    saved = 0.0
     if settings.nft.skip_rollout_pass:
         saved = micro_batch * objective.rollout_passes * sample.forward
-        skipped = (sizes.micro_batches - num_anchored) * saved
+    # A guided policy is the network at two prompts, in every pass of training.
+    prompts = 2 if trains_guided(settings) else 1
     return StepFlops(
-        rollout=sizes.images * calls * forward,
+        rollout=_rollout_flops(settings.rollout, sizes.images, sample),
         decode=sizes.images * decode,
         solve=prompts * solve,
         between=prompts * between,
-        recomputed=prompts * sizes.samples * recomputed[settings.model.remat],
+        recomputed=prompts * sizes.samples * _recomputed_flops(settings.model, sample),
         solve_share=solve_share,
         signal=prompts * (micro_batch * signal - saved),
-        skipped=prompts * skipped,
+        skipped=prompts * (sizes.micro_batches - num_anchored) * saved,
     )
+
+
+def _num_anchored(settings: Settings, sizes: Sizes) -> int:
+    """Micro-batches of a step with anchors and divergence, at least; `anchor_error` may ask for more."""
+    if settings.harmonize.is_upstream:
+        return sizes.micro_batches
+    return fewest_anchored(sizes.micro_batches, settings.harmonize.anchor_every)
+
+
+def _signal_flops(objective: Objective, sample: SampleFlops) -> float:
+    """The trained policy's velocity, the rollout policy's where it is asked, and one cotangent pulled back."""
+    return (1 + objective.rollout_passes) * sample.forward + sample.backward
+
+
+def _anchor_flops(objective: Objective, sample: SampleFlops) -> float:
+    """The base model's velocity where it is asked, and the cotangents that no advantage scales."""
+    unscaled = objective.num_directions - 1
+    return _reference_flops(objective, sample) + unscaled * sample.backward
+
+
+def _solve_flops(objective: Objective, sample: SampleFlops) -> float:
+    """What upstream's solve adds at a sample: the signal pulled back, and the divergence where there is one."""
+    scaled = objective.num_directions - objective.num_anchors
+    return scaled * sample.backward
+
+
+def _reference_flops(objective: Objective, sample: SampleFlops) -> float:
+    """The base model's velocity, where the divergence from it is part of the loss."""
+    return sample.base if objective.kl_weight > 0 else 0.0
+
+
+def _rollout_flops(settings: RolloutSettings, images: int, sample: SampleFlops) -> float:
+    """Sampling of a step's images."""
+    # Guidance asks the network about the negative prompt, too.
+    calls = settings.num_steps * (2 if settings.guided else 1)
+    # A merged policy has no low-rank products.
+    return images * calls * (sample.base if settings.merge_adapter else sample.forward)
+
+
+def _recomputed_flops(settings: ModelSettings, sample: SampleFlops) -> float:
+    """What rematerialisation computes again at a sample."""
+    recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention, "products": 0.0}
+    if settings.attention not in FUSED:
+        # What attention keeps is no name's but a fused kernel's.
+        recomputed["products"] = sample.attention
+    return recomputed[settings.remat]
 
 
 def step_flops_of(

@@ -80,19 +80,10 @@ def _train_run(
     start = time.perf_counter()
     platform.keep_compilations()
     config = flatten(settings)
-    existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(config))
-    if existed:
-        # A run that is there is held before anything of it is read: another process may be writing.
-        distributed.broadcast_from_first("lock", lambda: workdir.hold(console.say))
-    probe.check_shared_directory(workdir.path)
-    if existed:
-        # Before anything is built: rewards and text encoders compile, too.
-        _share_compilations(workdir)
-        downloads = distributed.broadcast_from_first("downloads", lambda: _downloads(workdir))
-        # What the run named without a revision may have moved on since.
-        hub.hold_to(downloads)
+    downloads = _hold_workdir(workdir, config, console)
+    existed = downloads is not None
     run = distributed.run_on_all("build", lambda: build(settings))
-    if existed:
+    if downloads is not None:
         distributed.broadcast_from_first(
             "held-out prompts", lambda: _check_base_scores(run, workdir, console)
         )
@@ -112,9 +103,7 @@ def _train_run(
         run.encode_ahead(state.seed, done)
     if existed:
         # Later than for a new workdir: a checkpoint that does not fit leaves the record of the run as it was.
-        distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
-        # Records beyond the checkpoint would come twice.
-        distributed.broadcast_from_first("cut", lambda: workdir.truncate(done))
+        _claim_and_cut(workdir, config, done)
     announce_start(run, workdir, console, done if existed else None, stated)
     for line in cut:
         console.say(line)
@@ -133,6 +122,36 @@ def _train_run(
         seconds = time.perf_counter() - start
         announce_gains(run, workdir, console, int(state.step), seconds)
     console.say(f"report: {session.report}")
+
+
+def _hold_workdir(
+    workdir: Workdir, config: dict[str, Any], console: Console
+) -> dict[str, str] | None:
+    """Holds the workdir of a run that is there, and the downloads of this process to its commits.
+
+    Returns:
+      Commits that the run has used so far, by repository; None for a new run, whose workdir is not held yet.
+    """
+    existed = distributed.broadcast_from_first("workdir", lambda: workdir.check(config))
+    if existed:
+        # A run that is there is held before anything of it is read: another process may be writing.
+        distributed.broadcast_from_first("lock", lambda: workdir.hold(console.say))
+    probe.check_shared_directory(workdir.path)
+    if not existed:
+        return None
+    # Before anything is built: rewards and text encoders compile, too.
+    _share_compilations(workdir)
+    downloads = distributed.broadcast_from_first("downloads", lambda: _downloads(workdir))
+    # What the run named without a revision may have moved on since.
+    hub.hold_to(downloads)
+    return downloads
+
+
+def _claim_and_cut(workdir: Workdir, config: dict[str, Any], step: int) -> None:
+    """Claims the workdir of a run that goes on after `step`, and cuts its records there."""
+    distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
+    # Records beyond the checkpoint would come twice.
+    distributed.broadcast_from_first("cut", lambda: workdir.truncate(step))
 
 
 def _downloads(workdir: Workdir) -> dict[str, str]:

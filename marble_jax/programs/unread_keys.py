@@ -79,7 +79,7 @@ def _check_defaults(flat: Mapping[str, Any], keys: Sequence[str], reason: str) -
 def _check_scalarized(settings: Settings) -> None:
     """Raises InputError for a choice of how gradients become one update where there is one gradient."""
     scalarize = settings.advantages.scalarize
-    if scalarize == "none":
+    if not settings.advantages.scalarized:
         return
     for name in ("balancer", *_OF_BALANCERS, "groups"):
         value, default = getattr(settings.harmonize, name), KEYS[f"harmonize.{name}"].default
@@ -120,10 +120,10 @@ def _check_average(settings: Settings) -> None:
     """Raises InputError for an average of alpha that no solve's update would take."""
     if not settings.harmonize.smooth_exact:
         return
-    mode, scalarize = settings.harmonize.mode, settings.advantages.scalarize
+    mode, advantages = settings.harmonize.mode, settings.advantages
     reasons = {
         f"harmonize.mode={mode}": mode != "exact",
-        f"advantages.scalarize={scalarize}": scalarize != "none",
+        f"advantages.scalarize={advantages.scalarize}": advantages.scalarized,
     }
     if reason := first_that_holds(reasons):
         raise InputError(

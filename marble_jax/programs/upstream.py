@@ -7,16 +7,11 @@ from collections.abc import Callable
 
 from marble_jax.config import Settings
 from marble_jax.console import joined
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, nearest_number
 from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.programs.run_rewards import deciding_rewards, run_reward_schedule
 from marble_jax.training.reward_schedule import RewardSchedule
 from marble_jax.training.upstream_rules import UpstreamRules
-
-
-def is_upstream(settings: Settings) -> bool:
-    """Whether the run's optimiser step is upstream's."""
-    return settings.harmonize.mode == "upstream"
 
 
 def advantage_shape(settings: Settings) -> AdvantageShape:
@@ -43,7 +38,7 @@ def upstream_rules(settings: Settings) -> UpstreamRules:
 def step_reward_schedule(settings: Settings) -> RewardSchedule:
     """Returns the reward schedule of a run's steps, without the dropout that upstream's step draws by itself."""
     schedule = run_reward_schedule(settings)
-    if is_upstream(settings):
+    if settings.harmonize.is_upstream:
         return dataclasses.replace(schedule, dropout=None)
     return schedule
 
@@ -51,14 +46,14 @@ def step_reward_schedule(settings: Settings) -> RewardSchedule:
 def check_upstream(settings: Settings) -> None:
     """Raises InputError for settings of upstream's step that do not fit the run."""
     ranks, size = settings.harmonize.upstream_ranks, settings.training.micro_batch_size
-    if ranks > 1 and not is_upstream(settings):
+    if ranks > 1 and not settings.harmonize.is_upstream:
         raise InputError(
             "harmonize.upstream_ranks: expected 1 unless harmonize.mode=upstream; received "
             f"{ranks} with {settings.harmonize.mode!r}"
         )
     if size % ranks:
         fitting = [number for number in range(1, size + 1) if size % number == 0]
-        nearest = min(fitting, key=lambda number: abs(number - ranks))
+        nearest = nearest_number(ranks, fitting)
         raise InputError(
             f"harmonize.upstream_ranks: expected a divisor of training.micro_batch_size = {size}; "
             f"received {ranks} (nearest valid choice {nearest})"
@@ -69,13 +64,13 @@ def check_upstream(settings: Settings) -> None:
             "rollout.prompt_draws=batch: expected rollout.batch_size to be a multiple of "
             f"rollout.images_per_prompt = {rollout.images_per_prompt}; received {rollout.batch_size}"
         )
-    if is_upstream(settings) and settings.harmonize.gram != "step":
+    if settings.harmonize.is_upstream and settings.harmonize.gram != "step":
         raise InputError(
             "harmonize.gram: expected 'step' with harmonize.mode=upstream, which solves on single "
             f"micro-batches; received {settings.harmonize.gram!r}"
         )
-    scalarized = settings.advantages.scalarize != "none"
-    if is_upstream(settings) and scalarized and settings.reward_schedule.dropout:
+    scalarized = settings.advantages.scalarized
+    if settings.harmonize.is_upstream and scalarized and settings.reward_schedule.dropout:
         raise InputError(
             "reward_schedule.dropout: expected 0 with harmonize.mode=upstream and advantages.scalarize, "
             f"as upstream drops rewards of alpha alone; received {settings.reward_schedule.dropout}"
@@ -87,26 +82,26 @@ Difference = tuple[Callable[[Settings], bool], str]
 
 _DIFFERENCES: tuple[Difference, ...] = (
     (
-        lambda run: not is_upstream(run),
+        lambda run: not run.harmonize.is_upstream,
         "alpha is solved on the whole batch of an optimiser step, not on one micro-batch",
     ),
     (
-        lambda run: not is_upstream(run),
+        lambda run: not run.harmonize.is_upstream,
         "steps between solves weigh gradients, not advantages: a missing reward stays missing, and the "
         "factor mean|g|/|g_k| is kept",
     ),
     (
-        lambda run: not is_upstream(run),
+        lambda run: not run.harmonize.is_upstream,
         "a reward without a valid sample keeps its alpha and leaves its group's mean; upstream averages "
         "alpha 0 and gradient 0 in",
     ),
     (
-        lambda run: not is_upstream(run) or run.harmonize.upstream_ranks == 1,
+        lambda run: not run.harmonize.is_upstream or run.harmonize.upstream_ranks == 1,
         "a reward is averaged over all its valid samples; upstream averages each device's, then devices "
         "(harmonize.upstream_ranks)",
     ),
     (
-        lambda run: not is_upstream(run) and run.reward_schedule.dropout > 0,
+        lambda run: not run.harmonize.is_upstream and run.reward_schedule.dropout > 0,
         "reward dropout is drawn once a step, not for each of its timesteps",
     ),
     (

@@ -81,7 +81,7 @@ class OurImages:
 
     @property
     def change(self) -> np.ndarray:
-        """What the adapter changes."""
+        """Difference that the adapter makes."""
         return self.adapted - self.base
 
 

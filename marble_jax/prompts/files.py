@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from marble_jax.errors import InputError, nearest
-from marble_jax.prompts.geneval_metadata import short
 from marble_jax.prompts.hub_sets import is_on_hub, local_copy
 from marble_jax.prompts.parquet_files import parquet_records
 from marble_jax.prompts.prompt_text import check_prompt
@@ -63,26 +62,6 @@ def read_text(path: Path | str, source: str) -> list[Prompt]:
       InputError: no such file, not UTF-8, a line that is no prompt, or no prompt at all.
     """
     return _prompts(path, source, _text_records(_content(path)))
-
-
-def read_geneval(path: Path | str, source: str) -> list[Prompt]:
-    """Prompts of a GenEval `*_metadata.jsonl` file, with the whole object as metadata.
-
-    Args:
-      path: the file, UTF-8.
-      source: name of the set.
-
-    Raises:
-      InputError: no such file, not UTF-8, no prompt in it, or a line that is not such an object.
-    """
-    prompts = _structured(path, source, "jsonl", _content(path))
-    for number, prompt in enumerate(prompts, 1):
-        if "include" not in prompt.metadata:
-            raise InputError(
-                f"{path}: entry {number}: expected GenEval's object with 'include'; received "
-                f"{short(prompt.text)} without it"
-            )
-    return prompts
 
 
 def read_file(path: Path | str, source: str = "") -> list[Prompt]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.evaluation.joint_rates import wilson
-from marble_jax.evaluation.statistics import bootstrap
+from marble_jax.evaluation.statistics import bootstrap, named
 from marble_jax.rating.ballot import ALIKE, GRADES, Ballot
 from marble_jax.rating.reliability import ordinal_alpha
 from marble_jax.rating.votes import Subject, VoteFile
@@ -120,19 +120,14 @@ def _wins(
         better, worse = choices == second, choices == first
         net = better.astype(np.float64) - worse.astype(np.float64)
         wins[f"{second} over {first}"] = {
-            "better": _named(wilson(better, groups[indices])),
-            "alike": _named(wilson(choices == ALIKE, groups[indices])),
-            "worse": _named(wilson(worse, groups[indices])),
+            "better": named(wilson(better, groups[indices])),
+            "alike": named(wilson(choices == ALIKE, groups[indices])),
+            "worse": named(wilson(worse, groups[indices])),
             "net": _entry(net.tolist(), indices.tolist(), groups),
             "votes": len(votes),
             "images": len(set(indices.tolist())),
         }
     return wins
-
-
-def _named(interval: tuple[float, float, float]) -> dict[str, float]:
-    mean, low, high = interval
-    return {"mean": mean, "low": low, "high": high}
 
 
 def _agreement(ballot: Ballot, of_question: Sequence[tuple[Subject, Any]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from marble_jax.evaluation.joint_rates import wilson
+from marble_jax.evaluation.statistics import named
 from marble_jax.types import Scores
 
 
@@ -43,8 +44,8 @@ def preference_agreement(
                 hits.append(np.sign(by_people[decided]) == np.sign(by_score[decided]))
                 of_hits.append(groups[decided])
             pairs = np.concatenate(hits)
-            mean, low, high = wilson(pairs, np.concatenate(of_hits))
-            by_reward[reward] = {"mean": mean, "low": low, "high": high, "pairs": len(pairs)}
+            share = wilson(pairs, np.concatenate(of_hits))
+            by_reward[reward] = named(share) | {"pairs": len(pairs)}
         agreement[question] = by_reward
     return agreement
 

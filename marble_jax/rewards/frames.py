@@ -190,16 +190,16 @@ def _fold_on_device(
     return jax.lax.with_sharding_constraint(images, sharding)
 
 
-def frames_per_call(num_clips: int, num_frames: int, whole_groups: bool) -> int:
+def frames_per_call(num_clips: int, num_frames: int, needs_full_group: bool) -> int:
     """Returns how many frames of every clip are folded into one call, a divisor of `num_frames`.
 
     Args:
       num_clips: of the batch.
       num_frames: chosen of every clip.
-      whole_groups: the reward compares the images of a prompt: it sees one frame of each clip at a time, so that its
-        groups are made of the same moment.
+      needs_full_group: the reward compares the images of a prompt: it sees one frame of each clip at a time, so that
+        its groups are made of the same moment.
     """
-    if whole_groups:
+    if needs_full_group:
         return 1
     most = max(1, MAX_IMAGES_PER_CALL // max(1, num_clips))
     # A divisor, so that all calls have one shape and compile one program.
@@ -211,7 +211,7 @@ def score_frames(
     batch: PixelBatch,
     frames: tuple[int, ...],
     reduction: str,
-    whole_groups: bool,
+    needs_full_group: bool,
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]],
 ) -> Answer:
@@ -222,7 +222,7 @@ def score_frames(
       batch: N clips.
       frames: that it sees.
       reduction: "mean" or "min" of a clip's frames.
-      whole_groups: see `frames_per_call`.
+      needs_full_group: see `frames_per_call`.
       prompts: N texts.
       metadata: N mappings.
 
@@ -233,7 +233,7 @@ def score_frames(
       InputError: another number of scores than images.
     """
     one_of("frame_reduction", reduction, REDUCTIONS)
-    size = frames_per_call(len(batch), len(frames), whole_groups)
+    size = frames_per_call(len(batch), len(frames), needs_full_group)
     # A clip's frames are neighbours, as `PixelBatch.images` has them.
     texts = [prompt for prompt in prompts for _ in range(size)]
     mappings = [mapping for mapping in metadata for _ in range(size)]

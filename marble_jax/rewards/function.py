@@ -223,7 +223,7 @@ class FunctionReward(Reward):
         self._applies = applies or getattr(function, "applies", None) or APPLIES["all"]
 
     def applies(self, prompt: str, metadata: Metadata) -> bool:
-        """What the user's rule says."""
+        """Whether the reward applies to a prompt, by the user's rule."""
         try:
             return bool(self._applies(prompt, metadata))
         # Foreign code: whatever it raises.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from marble_jax import distributed
 from marble_jax.distributed import device_mesh
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, nearest_number
 from marble_jax.rewards.base import Reward
 
 
@@ -118,4 +118,4 @@ def _nearest_batch_size(mesh: Mesh, num_images: int, group: int, size: int) -> s
             valid.append(candidate)
     if not valid:
         return ""
-    return f"; nearest valid {min(valid, key=lambda candidate: abs(candidate - size))}"
+    return f"; nearest valid {nearest_number(size, valid)}"

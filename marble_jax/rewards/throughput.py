@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marble_jax.platform import peak_memory
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.checks import Samples, golden_frames
@@ -78,14 +77,9 @@ def weight_bytes(reward: Reward) -> int:
     return total
 
 
-def peak_memory() -> str:
+def memory_line() -> str:
     """Returns the largest memory of this process so far, and of the device where it tells, as text."""
-    # macOS counts bytes, Linux kilobytes.
-    unit = 1024
-    if sys.platform == "darwin":
-        unit = 1
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    text = f"peak memory {peak / 1e9:.2g} GB"
+    text = f"peak memory {peak_memory() / 1e9:.2g} GB"
     device_statistics = jax.local_devices()[0].memory_stats() or {}
     on_device = device_statistics.get("peak_bytes_in_use")
     if on_device:

@@ -103,6 +103,9 @@ def plain_path(path: epath.PathLike) -> epath.Path:
 
     Args:
       path: whose parent folder exists.
+
+    Raises:
+      InputError: the folder for such links belongs to another user.
     """
     text = os.fspath(path)
     if is_remote(text):

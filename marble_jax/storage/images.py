@@ -218,15 +218,6 @@ class ImageFolder:
         return images
 
 
-def read_image(path: epath.PathLike) -> np.ndarray:
-    """Returns an image file as uint8 [H, W, 3], of a clip the first frame.
-
-    Raises:
-      InputError: the file is missing, not a whole image, or one that `opened_png` refuses.
-    """
-    return read_frames(path)[0]
-
-
 def read_frames(path: epath.PathLike) -> np.ndarray:
     """Returns a file as frames uint8 [F, H, W, 3], of which an image has one.
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from marble_jax.config import HarmonizeSettings, RolloutSettings, TrainingSettings
-from marble_jax.errors import InputError
+from marble_jax.errors import InputError, nearest_number
 from marble_jax.flow.stochastic import STOCHASTIC_SOLVERS, Window
 
 _ROUNDING = 1e-9
@@ -133,7 +133,7 @@ def _check_updates(training: TrainingSettings, images: int) -> None:
     fitting = [n for n in range(1, images // size + 1) if images % (n * size) == 0]
     nearest = ""
     if fitting:
-        nearest = f" (nearest valid choice {min(fitting, key=lambda n: abs(n - updates))})"
+        nearest = f" (nearest valid choice {nearest_number(updates, fitting)})"
     raise InputError(
         f"training.updates_per_rollout: expected a number of parts of the {images} images of a step that "
         f"training.micro_batch_size = {size} divides; received {updates}{nearest}"
@@ -147,7 +147,7 @@ def _check_batch(name: str, size: int, images: int, step: str, num_shards: int) 
     fitting = [n for n in range(num_shards, images + 1, num_shards) if images % n == 0]
     nearest = ""
     if fitting:
-        nearest = f"; nearest valid {min(fitting, key=lambda n: abs(n - size))}"
+        nearest = f"; nearest valid {nearest_number(size, fitting)}"
     raise InputError(
         f"{name}: expected a divisor of the {step} that {num_shards} device(s) share evenly; "
         f"received {size}{nearest}"

@@ -103,7 +103,7 @@ def harmonization_of(
     return Harmonization(
         balancer=balancer,
         num_rewards=num_rewards,
-        scalarized=advantages.scalarize != "none",
+        scalarized=advantages.scalarized,
         rho=harmonize.rho,
         # Amortized steps reuse the running average, so a solve between them takes the fresh alpha.
         smooth=harmonize.mode == "exact" and harmonize.smooth_exact,

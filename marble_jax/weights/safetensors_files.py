@@ -194,7 +194,7 @@ class SafetensorsFile:
         return InputError(f"{self.path}: truncated or corrupt safetensors file: expected {detail}")
 
     def file(self, key: str) -> pathlib.Path:
-        """This file, whatever the tensor."""
+        """Path of this file, which holds every tensor."""
         return self.path
 
     def keys(self) -> list[str]:

@@ -102,7 +102,7 @@ class TorchPickleFile:
         """Does nothing: torch keeps the mapping."""
 
     def file(self, key: str) -> pathlib.Path:
-        """This file, whatever the tensor."""
+        """Path of this file, which holds every tensor."""
         return self.path
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import read_image
 
 from marble_jax.cli.configuration import load_config
 from marble_jax.cli.main import main
 from marble_jax.config import flatten
-from marble_jax.storage.images import read_image
 from marble_jax.storage.workdir import jsonable
 
 CONFIG = Path(__file__).parents[2] / "configs" / "embedded.py"

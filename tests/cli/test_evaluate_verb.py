@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import sd3_lora as adapters
+from pictures import read_image
 from PIL import Image
 
 from marble_jax.cli.main import main
@@ -32,7 +33,7 @@ from marble_jax.programs.policy_source import PolicySource
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.registry import FILE, entries_of
-from marble_jax.storage.images import ImageFolder, read_image
+from marble_jax.storage.images import ImageFolder
 
 EMBEDDED = Path(str(importlib.resources.files("marble_jax") / "embedded"))
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -23,7 +23,7 @@ SHARD = 9_980_000_000  # bytes, about those of the published files
 LOADED = """
 import json, sys
 import jax, numpy as np
-from marble_jax.convert.model import peak_memory
+from marble_jax.platform import peak_memory
 from marble_jax.families.flux1.layer_names import load_transformer
 
 before, count, largest = peak_memory(), [0, 0], [0]

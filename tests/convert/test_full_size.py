@@ -24,7 +24,7 @@ from marble_jax.weights.key_map import published_shape
 
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "full_size.py"
 MEASURED = (
-    "import sys; from marble_jax.cli.main import main; from marble_jax.convert.model import peak_memory; "
+    "import sys; from marble_jax.cli.main import main; from marble_jax.platform import peak_memory; "
     "assert main(sys.argv[1:]) == 0; print(peak_memory())"
 )
 

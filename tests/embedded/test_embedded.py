@@ -19,7 +19,7 @@ from marble_jax.families.sd3.transformer import velocity
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import solver_table
-from marble_jax.prompts.files import read_directory, read_geneval
+from marble_jax.prompts.files import read_directory, read_file
 from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.rewards.registry import load_rewards
 
@@ -145,7 +145,7 @@ def test_held_out_signs_are_not_trained_on():
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_geneval_metadata(split):
-    prompts = read_geneval(EMBEDDED / "prompts" / "geneval" / f"{split}_metadata.jsonl", "geneval")
+    prompts = read_file(EMBEDDED / "prompts" / "geneval" / f"{split}_metadata.jsonl", "geneval")
     assert {p.metadata["tag"] for p in prompts} == set(TAGS)
     for prompt in prompts:
         assert prompt.text == prompt.metadata["prompt"]

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 from flux1_models import GUIDANCE, build_pipeline
+from pictures import read_image
 from safetensors.numpy import save_file
 
 from marble_jax import platform
 from marble_jax.cli.main import main
-from marble_jax.storage.images import read_image
 
 PROMPTS = ("a red cat", "a cat", "a red thing", "nothing at all")
 CONFIG = """

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_family
+from pictures import read_image
 
 from marble_jax import platform
 from marble_jax.cli.main import main
 from marble_jax.errors import InputError
 from marble_jax.families import registry
 from marble_jax.families.registry import family_of, register_family
-from marble_jax.storage.images import read_image
 
 PROMPTS = ("a red thing", "a dark blue thing", "two green things", "nothing at all")
 CONFIG = """

@@ -167,7 +167,6 @@ class ToyFamily(Family):
     name = "toy"
     pipeline_class = "ToyPipeline"
     network_components = ("transformer", "decoder")
-    text_encoders = ("text_encoder",)
     optional_text_encoders = ()
     default_targets = ("expand", "reduce")
     published_models = ()

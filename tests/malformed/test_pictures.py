@@ -9,9 +9,10 @@ import zlib
 import numpy as np
 import pytest
 from attempts import ACCEPTED, DAMAGED, check, line_of
+from pictures import read_image
 from PIL import Image
 
-from marble_jax.storage.images import ImageFolder, read_image
+from marble_jax.storage.images import ImageFolder
 
 SIDE = 8
 

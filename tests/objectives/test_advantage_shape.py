@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marble_jax.objectives.advantage_shape import MODES, AdvantageShape
+from marble_jax.config import KEYS
+from marble_jax.objectives.advantage_shape import AdvantageShape
 from marble_jax.objectives.nft import optimality
 
 CLIP = 5.0
@@ -28,7 +29,7 @@ def _optimality(advantages, mode, normalize, valid):
     return r
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", KEYS["advantages.mode"].unit.split("|"))
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_optimality_of_a_shaped_advantage_is_upstreams(mode, normalize):
     rng = np.random.default_rng(0)

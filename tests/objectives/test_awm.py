@@ -10,9 +10,10 @@ from stacked_trees import take
 
 import marble_jax  # noqa: F401
 from marble_jax import tree
+from marble_jax.config import KEYS
 from marble_jax.harmonize import reward_gradients
 from marble_jax.harmonize.reward_sums import mean_gradients
-from marble_jax.objectives.awm import WEIGHTINGS, AdvantageWeightedMatching
+from marble_jax.objectives.awm import AdvantageWeightedMatching
 from marble_jax.objectives.base import Draws, FrozenPolicies
 
 NUM, WIDTH = 6, 5
@@ -69,7 +70,7 @@ def loss(adapter, rollout, base, draws, advantage, valid, objective):
     return jnp.sum(jnp.where(valid, policy, 0)) / jnp.sum(valid), divergence
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", KEYS["awm.weighting"].unit.split("|"))
 @pytest.mark.parametrize("rollout_weight", [0.0, 0.7])
 def test_every_gradient_equals_its_own_backward_pass(weighting, rollout_weight):
     with jax.enable_x64(True):

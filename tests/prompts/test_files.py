@@ -8,7 +8,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.prompts import geneval_metadata
-from marble_jax.prompts.files import Prompt, read_directory, read_geneval, read_text
+from marble_jax.prompts.files import Prompt, read_directory, read_file, read_text
 
 LINE = {
     "tag": "position",
@@ -40,7 +40,7 @@ def test_windows_file(tmp_path):
 
 
 def test_geneval_keeps_the_object(tmp_path):
-    (prompt,) = read_geneval(write(tmp_path / "m.jsonl", LINE, ""), "geneval")
+    (prompt,) = read_file(write(tmp_path / "m.jsonl", LINE, ""), "geneval")
     assert prompt == Prompt("a cat left of a dog", "geneval", LINE)
 
 
@@ -86,7 +86,7 @@ def test_missing_and_empty(tmp_path):
     ):
         read_text(write(tmp_path / "e.txt", "", " "), "x")
     with pytest.raises(InputError, match=r"e.jsonl: expected at least one prompt"):
-        read_geneval(write(tmp_path / "e.jsonl", ""), "x")
+        read_file(write(tmp_path / "e.jsonl", ""), "x")
     (tmp_path / "l.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(
         InputError, match="l.txt:1: expected UTF-8 text; received byte 0xe9 at offset 3"
@@ -162,7 +162,7 @@ def test_missing_and_empty(tmp_path):
 def test_malformed_geneval_names_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "m.jsonl", LINE, "", line)
     with pytest.raises(InputError, match=r"m\.jsonl:3: .*" + message) as caught:
-        read_geneval(path, "geneval")
+        read_file(path, "geneval")
     assert "\n" not in str(caught.value)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from marble_jax.errors import InputError
 from marble_jax.prompts import composition, lettering
-from marble_jax.prompts.files import read_directory, read_file, read_geneval
+from marble_jax.prompts.files import read_directory, read_file
 from marble_jax.prompts.generated import SOURCES, generate, write
 from marble_jax.prompts.geneval_metadata import TAGS
 from marble_jax.rewards.geneval_rules import evaluate_image
@@ -30,7 +30,7 @@ def test_the_published_prompts_come_out_of_their_metadata():
     file = DATA / "geneval" / "test_metadata.jsonl"
     if not file.exists():
         pytest.skip("shared/data is not there")
-    published = read_geneval(file, "geneval")
+    published = read_file(file, "geneval")
     assert {c["class"] for p in published for c in p.metadata["include"]} == set(
         composition.CLASSES
     )

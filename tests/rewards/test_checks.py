@@ -277,7 +277,7 @@ def test_speed_and_weights():
         Scripted("r", good, applies=lambda prompt: False),
     ):
         assert np.isnan(throughput.throughput(silent, SIDE, 3))
-    assert throughput.peak_memory().startswith("peak memory ")
+    assert throughput.memory_line().startswith("peak memory ")
 
 
 def test_the_embedded_rewards_score_as_recorded():

@@ -151,7 +151,7 @@ def test_large_batches_are_cut_into_calls_of_one_shape(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "num_clips, num_frames, whole_groups, size",
+    "num_clips, num_frames, needs_full_group, size",
     [
         (8, 33, False, 11),
         (8, 33, True, 1),
@@ -160,8 +160,8 @@ def test_large_batches_are_cut_into_calls_of_one_shape(monkeypatch):
         (3, 9, False, 9),
     ],
 )
-def test_frames_of_a_call(num_clips, num_frames, whole_groups, size):
-    assert frames_per_call(num_clips, num_frames, whole_groups) == size
+def test_frames_of_a_call(num_clips, num_frames, needs_full_group, size):
+    assert frames_per_call(num_clips, num_frames, needs_full_group) == size
 
 
 def test_groups_are_of_one_moment():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pictures import read_image
 from PIL import Image
 
 from marble_jax.errors import InputError
 from marble_jax.storage.clips import spread_frames
-from marble_jax.storage.images import ImageFolder, read_frames, read_image, save_sample
+from marble_jax.storage.images import ImageFolder, read_frames, save_sample
 
 
 def clip_of(num_frames: int = 5, still: bool = False) -> np.ndarray:

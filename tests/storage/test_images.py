@@ -6,10 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from pictures import read_image
 from PIL import Image
 
 from marble_jax.errors import InputError
-from marble_jax.storage.images import ImageFolder, read_image, save_png, to_uint8
+from marble_jax.storage.images import ImageFolder, save_png, to_uint8
 
 SETTINGS = {"seed": 0, "steps": 4, "size": (8, 12)}
 PROMPTS = ["a cat", 'a sign "A"', "fog"]

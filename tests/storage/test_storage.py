@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
+from pictures import read_image
 
 from marble_jax.cli.main import main
 from marble_jax.errors import InputError
@@ -21,7 +22,7 @@ from marble_jax.prompts.files import Prompt
 from marble_jax.report import write_report
 from marble_jax.storage.checkpoint import Checkpoints
 from marble_jax.storage.files import append, is_remote, location, write_whole
-from marble_jax.storage.images import ImageFolder, read_image, save_png
+from marble_jax.storage.images import ImageFolder, save_png
 from marble_jax.storage.intact import problem_in
 from marble_jax.storage.manifest import files_below
 from marble_jax.storage.workdir import Workdir

@@ -14,7 +14,7 @@ import small_run  # noqa: E402
 from marble_jax import tree  # noqa: E402
 from marble_jax.cli.configuration import load_config  # noqa: E402
 from marble_jax.config import flatten  # noqa: E402
-from marble_jax.programs.run_state import blank_state  # noqa: E402
+from marble_jax.programs.run_state import new_state  # noqa: E402
 from marble_jax.report import write_report  # noqa: E402
 from marble_jax.storage.checkpoint import Checkpoints  # noqa: E402
 from marble_jax.storage.workdir import Workdir  # noqa: E402
@@ -94,7 +94,7 @@ def test_policies_are_those_of_the_checkpoint(workdir, tmp_path):
     policy = open_policy(trained, "base")
     base, settings = policy.state.current, policy.run.settings
     policy.close()
-    saved = blank_state(settings, base).replace(
+    saved = new_state(settings, base, 0).replace(
         step=jnp.asarray(7, jnp.int32), current=tree.scale(base, 2.0), rollout=tree.scale(base, 3.0)
     )
     checkpoints = Checkpoints(trained.checkpoints, keep=1)

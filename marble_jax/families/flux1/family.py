@@ -40,7 +40,6 @@ class FluxFamily(Family):
     name = "flux1"
     pipeline_class = "FluxPipeline"
     network_components = ("transformer", "vae", "scheduler")
-    text_encoders = text.COMPONENTS
     # The transformer takes no zeros for either.
     optional_text_encoders = ()
     published_models = tuple(published.MODELS)

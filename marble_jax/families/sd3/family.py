@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from marble_jax.distributed.sharding import ShardingRules
 from marble_jax.errors import InputError
 from marble_jax.families.base import Family, Place
-from marble_jax.families.descriptions import DiffusersNames, Layer, NetworkOptions
+from marble_jax.families.descriptions import DiffusersNames, Layer, Licence, NetworkOptions
 from marble_jax.families.model_index import component_class, name_without_owner
 from marble_jax.families.prompt_limits import PromptLimit
 from marble_jax.families.scheduler import SchedulerConfig, read_scheduler
@@ -49,7 +49,6 @@ class SD3Family(Family):
     name = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
     network_components = ("transformer", "vae", "scheduler")
-    text_encoders = text.COMPONENTS
     optional_text_encoders = (text.T5,)
     published_models = tuple(published.TRANSFORMERS)
     # The joint attention's eight projections; the image-only attn2 of SD3.5-medium's dual blocks is not among them.
@@ -77,6 +76,13 @@ class SD3Family(Family):
         # Channels first.
         pack_latents=lambda latents: latents.transpose(0, 3, 1, 2),
         conditioning={"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"},
+        licence=Licence(
+            owner="stabilityai",
+            name="stabilityai-ai-community",
+            file="LICENSE.md",
+            sentence="Derived from a Stability AI model: the Stability AI Community License of {base} applies to this "
+            "adapter and to what is made with it.",
+        ),
     )
 
     def components(self, omit: Sequence[str] = ()) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from marble_jax.distributed.sharding import (
     HEAD_WIDTH,
-    REPLICATED_AXES,
     SHARDED_AXES,
     Rule,
     ShardingRules,
@@ -38,9 +37,6 @@ MMDIT_RULES: tuple[Rule, ...] = (
     (r"proj_out/kernel", ("embed", "features")),
     (r"(context_embedder|pos_embed/proj|proj_out)/bias", ("vector",)),
 )
-
-ADAPTER = ShardingRules("adapter", MMDIT_RULES, REPLICATED_AXES)
-"""Adapters of the MMDiT, and with them the optimiser's moments: small, and every device updates them alike."""
 
 
 def transformer_rules(head_width: int = HEAD_WIDTH) -> ShardingRules:

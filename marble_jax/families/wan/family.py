@@ -40,7 +40,6 @@ class WanFamily(Family):
     name = "wan"
     pipeline_class = "WanPipeline"
     network_components = ("transformer", "vae", "scheduler")
-    text_encoders = (text.COMPONENT,)
     optional_text_encoders = ()
     published_models = tuple(published.MODELS)
     # Projections of both attentions.

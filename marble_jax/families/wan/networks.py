@@ -91,7 +91,7 @@ class WanNetworks(Networks):
         return autoencoder_wan.decode_stream(self.vae, decoder_params, latents)
 
     def frames_decoded_at_once(self, num_frames: int) -> int:
-        """Those of one latent frame, as the decoder streams."""
+        """Frames of one latent frame, as the decoder streams."""
         return min(num_frames, self._chunk)
 
     @property

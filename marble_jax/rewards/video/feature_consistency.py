@@ -61,7 +61,7 @@ class FeatureConsistency(Reward):
         """See `Reward.score`."""
         clips = PixelBatch(images)
         count, num_frames = len(clips), clips.num_frames
-        size = frames_per_call(count, num_frames, whole_groups=False)
+        size = frames_per_call(count, num_frames, needs_full_group=False)
         parts = []
         for start in range(0, num_frames, size):
             part = clips.images(tuple(range(start, start + size)))
