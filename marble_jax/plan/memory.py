@@ -303,7 +303,7 @@ class MemoryModel:
         chunk = self.share(chunk_size(self.settings.training, self.settings.harmonize, shards))
         # The signal, the anchors, and the divergence from the base where that counts.
         objective = make_objective(self.settings)
-        directions = 1 + objective.num_anchors + (objective.kl_weight > 0)
+        directions = objective.num_directions
         micro_batch = self.share(self.settings.training.micro_batch_size)
         # Backward passes go chunk by chunk; the velocities that need no gradient take a whole micro-batch.
         block = max(self.backward(chunk, directions), self.forward(micro_batch))
