@@ -137,7 +137,7 @@ class MemoryModel:
         self.itemsize = jnp.dtype(DTYPES[settings.model.dtype]).itemsize
         self.adapter = adapter_bytes(shapes)
         self.cond = self.itemsize * self.transformer.conditioning_size
-        scalarized = settings.advantages.scalarize != "none"
+        scalarized = settings.advantages.scalarized
         self.num_objectives = len(settings.rewards.train) + scalarized
         self.tokens = self.transformer.tokens + self.transformer.text_tokens
         # The unit of most estimates: one array of both token streams, of one sample.

@@ -217,8 +217,9 @@ def settle(
     for setting, parts in _AGREED.items():
         if getattr(asked, setting) is not None:
             continue
+        guidance: Any = settled.get("guidance", asked.guidance)
         # Without guidance nobody asks what it leads away from.
-        if setting == "negative" and not settled.get("guidance", asked.guidance) > 1:
+        if setting == "negative" and not guidance > 1:
             continue
         values = tuple(_agreed(deciding, attribute, part) for attribute, part in parts)
         settled[setting] = values if len(values) > 1 else values[0]
