@@ -161,7 +161,7 @@ def test_bad_input():
         InputError, match="num_attention_heads: expected a divisor of hidden_size 768; received 7"
     ):
         clip.CLIPVisionConfig(num_attention_heads=7)
-    model = clip.VisionTower(clip.CLIPVisionConfig.from_dict(VISION))
+    model = clip.VisionTower(clip.CLIPVisionConfig.from_dict(VISION), jnp.float32)
     with pytest.raises(
         InputError, match=r"CLIP pixels: expected \[N, 24, 24, 3\]; received \[1, 16, 24, 3\]"
     ):
