@@ -14,8 +14,14 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from marble_jax.objectives.advantages import STD_EPSILON
+
 MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
-STD_EPSILON = 1e-4
+ADVANTAGE_CLIP = 5.0
+"""The largest advantage that counts, unless something else is asked for.
+
+Source: `adv_clip_max` in the released code of DiffusionNFT (arXiv 2509.16117) and MARBLE (arXiv 2605.06507).
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,7 @@ class AdvantageShape:
     """
 
     mode: str = "all"
-    clip: float = 5.0
+    clip: float = ADVANTAGE_CLIP
     r_normalize_mean: bool = False
 
     @property

@@ -15,14 +15,16 @@ or wider, the weights `w` in float64 where x64 is enabled.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from marble_jax.config import Settings
 from marble_jax.flow.path import expand, interpolate, sample_mean
+from marble_jax.objectives.advantage_shape import ADVANTAGE_CLIP
 from marble_jax.objectives.base import (
     Directions,
     Draws,
@@ -33,7 +35,6 @@ from marble_jax.objectives.base import (
 from marble_jax.objectives.registry import register_objective
 from marble_jax.objectives.velocity_distance import sample_kl, velocity_divergence, wide
 
-ADVANTAGE_CLIP = 5.0
 WEIGHT_FLOOR = 1e-5
 
 
@@ -237,7 +238,7 @@ class Nft(Objective):
         return self.clip / self.beta * (r * positive + (1.0 - r) * negative)
 
 
-def from_settings(settings: Any) -> Nft:
+def from_settings(settings: Settings) -> Nft:
     """NFT of a run: its own section, and the clip of advantages."""
     return Nft(
         beta=settings.nft.beta, clip=settings.advantages.clip, kl_weight=settings.nft.kl_weight
