@@ -14,9 +14,11 @@ import jax.numpy as jnp
 Tree = Any
 """A pytree of arrays."""
 
-# Accelerators multiply float32 in fewer bits by default; a Gram matrix of nearly parallel gradients
-# needs all of them.
-_HIGHEST = jax.lax.Precision.HIGHEST
+HIGHEST = jax.lax.Precision.HIGHEST
+"""Precision of products that gradients are compared and combined by.
+
+Accelerators multiply float32 in fewer bits by default; a Gram matrix of nearly parallel gradients needs all of them.
+"""
 
 
 def _wide_dtype(leaf: jax.Array) -> jnp.dtype:
@@ -38,6 +40,16 @@ def zeros_like(tree: Tree, stack: int | None = None) -> Tree:
         return jnp.zeros(shape, _wide_dtype(leaf))
 
     return jax.tree.map(zeros, tree)
+
+
+def along_first(values: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns [K] values with trailing axes of length 1, one for each of the K trees that a stacked leaf holds.
+
+    Args:
+      values: [K].
+      leaf: [K, ...], which the result broadcasts against.
+    """
+    return values.reshape((-1,) + (1,) * (leaf.ndim - 1))
 
 
 def add(x: Tree, y: Tree) -> Tree:
@@ -99,7 +111,7 @@ def gram(stacked: Tree) -> jax.Array:
     def one(leaf: jax.Array) -> jax.Array:
         num_trees = leaf.shape[0]
         flat = _wide(leaf).reshape(num_trees, -1)
-        return jnp.einsum("kp,lp->kl", flat, flat, precision=_HIGHEST)
+        return jnp.einsum("kp,lp->kl", flat, flat, precision=HIGHEST)
 
     parts = jax.tree.map(one, stacked)
     total = jax.tree.reduce(jnp.add, parts)
@@ -119,7 +131,7 @@ def products(one: Tree, other: Tree) -> jax.Array:
     def of_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
         rows = _wide(a).reshape(a.shape[0], -1)
         columns = _wide(b).reshape(b.shape[0], -1)
-        return jnp.einsum("kp,lp->kl", rows, columns, precision=_HIGHEST)
+        return jnp.einsum("kp,lp->kl", rows, columns, precision=HIGHEST)
 
     parts = jax.tree.map(of_leaf, one, other)
     return jax.tree.reduce(jnp.add, parts)
@@ -136,13 +148,12 @@ def weighted_sum(weights: jax.Array, stacked: Tree) -> Tree:
     """
 
     def one(leaf: jax.Array) -> jax.Array:
-        # Broadcast over all axes of the leaf but the first, which is the index of the tree.
-        keep = (weights != 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
+        keep = along_first(weights != 0, leaf)
         # 0 * inf is NaN, so a tree of weight 0 is replaced before the product rather than
         # multiplied away.
         kept = jnp.where(keep, leaf, 0)
         factors = weights.astype(leaf.dtype)
-        return jnp.einsum("k,k...->...", factors, kept, precision=_HIGHEST)
+        return jnp.einsum("k,k...->...", factors, kept, precision=HIGHEST)
 
     return jax.tree.map(one, stacked)
 

@@ -1,5 +1,6 @@
 """No two uses of randomness meet: all keys that a run consumes, of set-up and of several steps, are different."""
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -15,12 +16,17 @@ import toy_policy as toy
 import toy_run
 
 from marble_jax.flow.levels import sigma_grid
-from marble_jax.flow.policy_sampler import image_noise, make_sampler
+from marble_jax.flow.policy_sampler import image_noise, make_sampler, make_transition_sampler
+from marble_jax.flow.stochastic import Window, stochastic_table
+from marble_jax.objectives.policy_gradient import PolicyGradient
 from marble_jax.streams import Stream, stream_generator, stream_key
 from marble_jax.training import guard
 from marble_jax.training.iteration import Iteration, Sampling
+from marble_jax.training.recipe import Timesteps
+from marble_jax.training.reward_schedule import Dropout
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
+from marble_jax.training.upstream_rules import UpstreamRules
 
 CONSUMERS = (
     "normal",
@@ -73,6 +79,46 @@ class Consumed:
         return found
 
 
+ROLLOUT_BATCH = 6
+STEPS = 4
+
+
+def iteration_of(sampler, steps, window=None):
+    """An iteration of the toy, whose programs are traced anew: a compiled one tells no keys."""
+    collector = Collector(
+        sampler,
+        toy_run.encode,
+        jax.nn.sigmoid,
+        toy_run.programs()[0].scorer,
+        toy.LATENT,
+        ROLLOUT_BATCH,
+        lambda tree: tree,
+    )
+    sampling = Sampling(
+        toy_run.PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ()
+    )
+    return Iteration(
+        toy.base_params(), collector, sampling, steps, lambda tree: tree, window=window
+    )
+
+
+def run_steps(iteration, state):
+    """Three steps, and one more behind a rollback."""
+    for number in range(STEPS):
+        if number == STEPS - 1:
+            state = guard.fresh_stream(state, 1)
+        samples = iteration.sampling.draw(state.seed, int(state.step))
+        rollout = iteration.roll_out(state, samples, lambda count: None)
+        state, _ = iteration.update(state, samples, rollout)
+
+
+def assert_all_different(consumed, count):
+    """As many uses as were counted by hand, no two of them, nor what they may split into, of one key."""
+    assert len(consumed.keys) == count
+    found = consumed.with_children()
+    assert len(set(found)) == len(found)
+
+
 def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     consumed = Consumed(monkeypatch)
     state = toy_run.new_state()
@@ -84,38 +130,63 @@ def test_all_keys_of_setup_and_of_steps_are_pairwise_different(monkeypatch):
     spec = lora.LoraSpec(2, 2.0, ("context_embedder", "proj_out"))
     lora.init_adapter(stream_key(run_key, Stream.ADAPTER), shapes, spec)
     image_noise(run_key, range(5), toy.LATENT)
-    built = toy_run.programs()[0]
-    collector = Collector(
-        make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)),
-        toy_run.encode,
-        jax.nn.sigmoid,
-        built.scorer,
-        toy.LATENT,
-        6,
-        lambda tree: tree,
-    )
     steps = make_steps(
         toy.recipe(num_rewards=2, anchor_every=2), toy.velocity, toy.optimizer(), "exact", 1
     )
-    sampling = Sampling(
-        toy_run.PROMPTS, toy.PROMPTS, toy.IMAGES // toy.PROMPTS, "global", "none", ()
-    )
-    iteration = Iteration(toy.base_params(), collector, sampling, steps, lambda tree: tree)
-    for _ in range(3):
-        samples = sampling.draw(state.seed, int(state.step))
-        state, _ = iteration.update(
-            state, samples, iteration.roll_out(state, samples, lambda count: None)
-        )
-    state = guard.fresh_stream(state, 1)
-    samples = sampling.draw(state.seed, int(state.step))
-    iteration.update(state, samples, iteration.roll_out(state, samples, lambda count: None))
-    found = consumed.with_children()
+    run_steps(iteration_of(make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0)), steps), state)
+    rollouts = toy.IMAGES // ROLLOUT_BATCH
     micro_batches = toy.IMAGES // toy.MICRO_BATCH * toy.TIMESTEPS
-    a_step = (
-        toy.IMAGES // 6 + 2 + 1 + micro_batches
-    )  # noise of two rollout batches, two orders, the anchors' start, noise of micro-batches
-    assert len(consumed.keys) == 2 + 5 + 4 * a_step
-    assert len(set(found)) == len(found)
+    # Two orders, the anchors' start, and the noise of every micro-batch.
+    a_step = rollouts + 2 + 1 + micro_batches
+    # Before them two leaves of the adapter and the noise of five images.
+    assert_all_different(consumed, 2 + 5 + STEPS * a_step)
+
+
+def test_keys_of_noise_along_the_way_and_of_several_updates_are_pairwise_different(monkeypatch):
+    consumed = Consumed(monkeypatch)
+    updates, num_trained, window = 2, 2, Window(size=3, first=0, end=4, schedule="random")
+    table = stochastic_table("flow_sde", np.array([*toy.SIGMAS, 0.0]), 0.7)
+    recipe = toy.recipe(
+        objective=PolicyGradient(on_policy=False, kl_weight=0.1),
+        micro_batch=3,
+        chunk=3,
+        num_rewards=2,
+        anchor_every=2,
+    )
+    timesteps = Timesteps(toy.SIGMAS, num_trained, table, window.size, parts=(0, 2, 3))
+    recipe = dataclasses.replace(recipe, timesteps=timesteps, updates=updates)
+    run = make_transition_sampler(toy.velocity, table, window.size)
+
+    def sampler(params, adapter, cond, noise, path):
+        return run(params, adapter, cond, noise, path.key, path.start)
+
+    steps = make_steps(recipe, toy.velocity, toy.optimizer(), "exact", 1)
+    run_steps(iteration_of(sampler, steps, window), toy_run.new_state())
+    rollouts = toy.IMAGES // ROLLOUT_BATCH
+    # Every batch draws where it starts and the noise of each of its solver's steps, those outside the window too.
+    of_rollouts = rollouts * (1 + len(toy.SIGMAS))
+    # Of an update: two orders, the timesteps out of the parts, and where the divergence is taken; no training noise.
+    an_update = 2 + 1 + 1
+    # Both updates share one deal of the images.
+    assert_all_different(consumed, STEPS * (of_rollouts + 1 + updates * an_update))
+
+
+def test_keys_of_upstreams_dropout_and_of_parts_of_timesteps_are_pairwise_different(monkeypatch):
+    consumed = Consumed(monkeypatch)
+    num_trained = 2
+    recipe = dataclasses.replace(
+        toy.recipe(num_rewards=2), timesteps=Timesteps(toy.SIGMAS, num_trained, parts=(0, 2, 4))
+    )
+    rules = UpstreamRules(dropout=Dropout(("one",), 0.5), targets=(True, False))
+    # The second of the steps solves for nothing, the third on a micro-batch: all three programs run.
+    steps = make_steps(recipe, toy.velocity, toy.optimizer(), "upstream", 2, rules)
+    sampler = make_sampler(toy.velocity, "euler", sigma_grid(2, 1.0))
+    run_steps(iteration_of(sampler, steps), toy_run.new_state())
+    rollouts = toy.IMAGES // ROLLOUT_BATCH
+    micro_batches = toy.IMAGES // toy.MICRO_BATCH * num_trained
+    # Two orders, the timesteps out of the parts, dropout at each of them, and the noise of every micro-batch.
+    a_step = rollouts + 2 + 1 + num_trained + micro_batches
+    assert_all_different(consumed, STEPS * a_step)
 
 
 def test_the_check_finds_a_key_that_is_used_twice(monkeypatch):
@@ -146,7 +217,16 @@ def test_host_generators_are_pairwise_different():
         (Stream.PROMPTS, (step, source)) for step, source in itertools.product(range(4), range(3))
     ]
     uses += [(Stream.PROMPT_ORDER, (step,)) for step in range(4)]
+    # Of a step whose prompts are drawn in parts.
+    uses += [
+        (Stream.PROMPTS, (step, source, part))
+        for step, source, part in itertools.product(range(4), range(3), range(2))
+    ]
+    uses += [
+        (Stream.PROMPT_ORDER, (step, part)) for step, part in itertools.product(range(4), range(2))
+    ]
     uses += [(Stream.SOURCE_TURNS, (turn,)) for turn in range(4)]
+    uses += [(Stream.WINDOWS, (step,)) for step in range(4)]
     uses += [
         (Stream.REWARD_DROPOUT, (step, name))
         for step, name in itertools.product(range(4), (0, 1, 3735928559))

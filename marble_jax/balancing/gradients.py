@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from marble_jax import platform, tree
 from marble_jax.balancing.leaves import common_length
@@ -77,8 +78,8 @@ def weighted_sample_gradients(
     terms_fn: Callable[[Tree, Any], jax.Array],
     params: Tree,
     batch: Any,
-    weights: jax.Array,
-    valid: jax.Array | None = None,
+    weights: Num[ArrayLike, "n k"] | Num[ArrayLike, "n k j"],
+    valid: Bool[ArrayLike, "n k"] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, " k"], Tree]:
     """Losses and gradients of K objectives that weigh the same terms of every sample.
@@ -106,28 +107,8 @@ def weighted_sample_gradients(
     """
     platform.check_backend()
     _check_params(params)
-    weights = jnp.asarray(weights)
     num_samples = common_length(batch, "batch", "[n, ...] with the same n")
-    if weights.ndim not in (2, 3) or len(weights) != num_samples:
-        raise InputError(
-            f"weights: expected [{num_samples}, K] or [{num_samples}, K, J]; received shape "
-            f"{list(weights.shape)}"
-        )
-    if weights.ndim == 2:
-        weights = weights[..., None]
-    if valid is None:
-        valid = jnp.ones(weights.shape[:2], bool)
-    if jnp.shape(valid) != weights.shape[:2]:
-        raise InputError(
-            f"valid: expected shape {list(weights.shape[:2])}; received {list(jnp.shape(valid))}"
-        )
-    # Gradients are mixed in the dtype of the weights: whole numbers or half precision would round them.
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
-    for leaf in jax.tree.leaves(params):
-        wide = jnp.promote_types(wide, leaf.dtype)
-    weights = weights.astype(wide)
-    # Replaced and not multiplied by 0: a weight that is not finite must not come through.
-    mix = jnp.where(valid[..., None], weights, 0.0)
+    mix, counted = _checked_mix(weights, valid, num_samples, params)
 
     def sample_terms(sample: Any) -> tuple[jax.Array, Tree]:
         terms, pull_back = jax.vjp(lambda p: jnp.atleast_1d(terms_fn(p, sample)), params)
@@ -149,14 +130,56 @@ def weighted_sample_gradients(
     zeros = jnp.zeros(num_objectives, mix.dtype), tree.zeros_like(params, num_objectives)
     chunk_size = resolve_chunk(num_samples, chunk_size)
     losses, gradients = sum_over_chunks(chunk_sums, (batch, mix), zeros, chunk_size)
-    counts = jnp.sum(valid, axis=0)
+    return _means((losses, gradients), jnp.sum(counted, axis=0))
+
+
+def _checked_mix(
+    weights: Num[ArrayLike, "n k"] | Num[ArrayLike, "n k j"],
+    valid: Bool[ArrayLike, "n k"] | None,
+    num_samples: int,
+    params: Tree,
+) -> tuple[Float[Array, "n k j"], Bool[Array, "n k"]]:
+    """Weights of the samples' terms, 0 where a sample does not count, and which samples do.
+
+    Args:
+      weights: as given.
+      valid: as given.
+      num_samples: n.
+      params: whose dtypes the weights are not to fall short of.
+
+    Raises:
+      InputError: shapes that do not go together.
+    """
+    weights = jnp.asarray(weights)
+    if weights.ndim not in (2, 3) or len(weights) != num_samples:
+        raise InputError(
+            f"weights: expected [{num_samples}, K] or [{num_samples}, K, J]; received shape "
+            f"{list(weights.shape)}"
+        )
+    if weights.ndim == 2:
+        weights = weights[..., None]
+    counted = jnp.ones(weights.shape[:2], bool) if valid is None else jnp.asarray(valid)
+    if counted.shape != weights.shape[:2]:
+        raise InputError(
+            f"valid: expected shape {list(weights.shape[:2])}; received {list(counted.shape)}"
+        )
+    # Gradients are mixed in the dtype of the weights: whole numbers or half precision would round them.
+    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    for leaf in jax.tree.leaves(params):
+        wide = jnp.promote_types(wide, leaf.dtype)
+    weights = weights.astype(wide)
+    # Replaced and not multiplied by 0: a weight that is not finite must not come through.
+    return jnp.where(counted[..., None], weights, 0.0), counted
+
+
+def _means(sums: Tree, counts: Int[Array, " k"]) -> Tree:
+    """Sums of K objectives, leaves [K, ...], over their numbers of samples; 0 for an objective without one."""
     share = 1.0 / jnp.maximum(counts, 1)
 
     def mean(total: jax.Array) -> jax.Array:
-        # Objectives are the first axis of a stacked leaf.
-        return total * share.reshape((-1,) + (1,) * (total.ndim - 1)).astype(total.dtype)
+        return total * tree.along_first(share, total).astype(total.dtype)
 
-    return mean(losses), jax.tree.map(mean, gradients)
+    return jax.tree.map(mean, sums)
 
 
 def _check_params(params: Tree) -> None:

@@ -11,7 +11,9 @@ NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps that noise levels in [0, 1] are scaled to where a network takes them. Source: as for `sigma_grid`."""
 
 
-def shifted(u: np.ndarray | float, shift: float) -> np.ndarray | float:
+def shifted(
+    u: Float[np.ndarray, " *levels"] | float, shift: float
+) -> Float[np.ndarray, " *levels"] | float:
     """Moves uniform noise levels towards 1: `shift u / (1 + (shift - 1) u)`; 0 and 1 stay.
 
     Source: Esser et al. 2024 (arXiv 2403.03206), eq. 23.

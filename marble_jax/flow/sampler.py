@@ -141,8 +141,10 @@ def guided(
     return velocity_fn
 
 
-def extrapolated(away: jax.Array, towards: jax.Array, guidance_scale: float) -> jax.Array:
-    """Velocity [n, ...] of classifier-free guidance, from those of the negative prompt and of the prompt."""
+def extrapolated(
+    away: Float[Array, " n *latent"], towards: Float[Array, " n *latent"], guidance_scale: float
+) -> Float[Array, " n *latent"]:
+    """Velocity of classifier-free guidance, from those of the negative prompt and of the prompt."""
     return away + guidance_scale * (towards - away)
 
 

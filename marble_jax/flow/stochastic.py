@@ -1,6 +1,6 @@
 """Stochastic solvers: steps whose mean is linear, as in `flow.solvers`, and which add noise of a known size.
 
-With m the clean estimate `x - t v` at level t, a step to level t' draws
+With m the clean estimate `x - sigma v` at level sigma, a step to level sigma' draws
 
     x' = a x + b m + s eps,    eps standard normal,
 
@@ -8,8 +8,8 @@ so that a step has a density and a policy gradient can be taken of it. Everythin
 
 Three ways to choose the noise, each with a strength eta:
 
-* `flow_sde`: the SDE with the same marginals, whose diffusion is `eta sqrt(t / (1 - t))`. Source: Flow-GRPO (arXiv
-  2505.05470). At t = 1 the next level stands in for t in the root, as in its released code.
+* `flow_sde`: the SDE with the same marginals, whose diffusion is `eta sqrt(sigma / (1 - sigma))`. Source: Flow-GRPO
+  (arXiv 2505.05470). At sigma = 1 the next level stands in for sigma in the root, as in its released code.
 * `dance_sde`: the same SDE with the constant diffusion eta. Source: DanceGRPO (arXiv 2505.07818).
 * `cps`: noise in place of the predicted noise, so that every level keeps its amount of noise. Source:
   coefficients-preserving sampling (arXiv 2509.05952).
@@ -61,6 +61,7 @@ class StochasticTable:
         step = np.arange(self.num_steps)
         inside = (step >= start) & (step < start + size)
         euler = first_order(self.sigmas)
+        # Without noise a step's mean is not Euler's: the coefficients change along with it.
         return dataclasses.replace(
             self,
             state=np.where(inside, self.state, euler.state),
@@ -99,19 +100,19 @@ def stochastic_table(
 def _sde(levels: np.ndarray, diffusion: np.ndarray) -> StochasticTable:
     """Euler-Maruyama steps of the SDE with the marginals of the flow and the given diffusion at every step.
 
-    The drift is `v + diffusion^2 / (2 t) (x + (1 - t) v)`, the second part being half the squared diffusion times the
-    negative score.
+    The drift is `v + diffusion^2 / (2 sigma) (x + (1 - sigma) v)`, the second part being half the squared diffusion
+    times the negative score.
     """
-    t, after = levels[:-1], levels[1:]
-    step = t - after
+    sigma, after = levels[:-1], levels[1:]
+    step = sigma - after
     half_variance = np.square(diffusion) * step / 2.0
-    # Of x and of v; the clean estimate is x - t v, so v = (x - m) / t.
-    of_state = 1.0 - half_variance / t
-    of_velocity = -step - half_variance * (1.0 - t) / t
+    # Of x and of v; the clean estimate is x - sigma v, so v = (x - m) / sigma.
+    of_state = 1.0 - half_variance / sigma
+    of_velocity = -step - half_variance * (1.0 - sigma) / sigma
     return StochasticTable(
         sigmas=levels,
-        state=of_state + of_velocity / t,
-        current=-of_velocity / t,
+        state=of_state + of_velocity / sigma,
+        current=-of_velocity / sigma,
         noise=diffusion * np.sqrt(step),
         diffusion=diffusion,
         has_density=True,
@@ -119,10 +120,10 @@ def _sde(levels: np.ndarray, diffusion: np.ndarray) -> StochasticTable:
 
 
 def _flow_sde(levels: np.ndarray, noise_level: float) -> StochasticTable:
-    t = levels[:-1]
-    # The diffusion is infinite at t = 1.
-    below_one = np.where(t == 1.0, levels[1:], t)
-    return _sde(levels, noise_level * np.sqrt(t / (1.0 - below_one)))
+    sigma = levels[:-1]
+    # The diffusion is infinite at sigma = 1.
+    below_one = np.where(sigma == 1.0, levels[1:], sigma)
+    return _sde(levels, noise_level * np.sqrt(sigma / (1.0 - below_one)))
 
 
 def _dance_sde(levels: np.ndarray, noise_level: float) -> StochasticTable:
@@ -130,16 +131,16 @@ def _dance_sde(levels: np.ndarray, noise_level: float) -> StochasticTable:
 
 
 def _cps(levels: np.ndarray, noise_level: float) -> StochasticTable:
-    t, after = levels[:-1], levels[1:]
+    sigma, after = levels[:-1], levels[1:]
     angle = noise_level * np.pi / 2.0
     # Of the next level's noise, sin^2 is new and cos^2 is the predicted one.
     fresh = after * np.sin(angle)
     predicted = after * np.cos(angle)
-    # The predicted noise is x + (1 - t) v = (x - (1 - t) m) / t.
+    # The predicted noise is x + (1 - sigma) v = (x - (1 - sigma) m) / sigma.
     return StochasticTable(
         sigmas=levels,
-        state=predicted / t,
-        current=(1.0 - after) - predicted * (1.0 - t) / t,
+        state=predicted / sigma,
+        current=(1.0 - after) - predicted * (1.0 - sigma) / sigma,
         noise=fresh,
         diffusion=fresh,
         has_density=False,

@@ -25,11 +25,11 @@ from jaxtyping import Array, Bool, Float, Int
 from marble_jax.errors import InputError
 from marble_jax.harmonize import qp
 from marble_jax.harmonize.gram import divide, inverse, lengths, mean_over, pairs, rescaled
+from marble_jax.tree import HIGHEST
 
 GRADIENT_EPSILON = 1e-12
 MOST = float(jnp.finfo(jnp.float32).max)
 """Largest number of a balancer's own; comparisons with it are written so that NaN fails them."""
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
@@ -108,6 +108,7 @@ def usable(
     used = valid & jnp.isfinite(norms) & (norms > GRADIENT_EPSILON)
     # Zeroed and not multiplied by 0: a row that is not finite must go.
     clean = jnp.where(pairs(used), gram, 0.0)
+    # So must its norm, which means over all would take in.
     return clean, jnp.where(used, norms, 0.0), used
 
 
@@ -197,18 +198,11 @@ class Marble(Balancer):
         self, gram: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any = ()
     ) -> Solution:
         """See `Balancer.__call__`."""
-        num_rewards = gram.shape[0]
         gram, norms, used = usable(gram, valid)
-        members = self._membership(num_rewards)
-        if not self.every_member:
-            members = members * used
-        is_member = members > 0
-        # A group without a usable member has no share to give out; its divisor is 1.
-        size = jnp.sum(members, axis=1, keepdims=True)
-        share = members / jnp.maximum(size, 1.0)
-        grouped = jnp.einsum("gk,kl,hl->gh", share, gram, share, precision=_HIGHEST)
+        members = self._members(used)
+        share, grouped = _group_gram(gram, members)
         # A member that is not usable is a row of zeros: a group of such members alone is not usable either.
-        grouped, group_norms, group_used = usable(grouped, jnp.any(is_member, axis=1))
+        grouped, group_norms, group_used = usable(grouped, jnp.any(members > 0, axis=1))
         factor = self._group_weights(share, group_used)
         if self.normalize:
             factor = factor * inverse(group_norms)
@@ -217,13 +211,9 @@ class Marble(Balancer):
             group_scale = factor * mean_over(group_norms, group_used)
         else:
             group_scale = factor
-        # A usable reward whose group's mean vanishes leaves with its group.
-        num_groups = jnp.where(group_used, 1.0, 0.0) @ members
-        active = used & (num_groups > 0)
-        has_share = num_groups > 0 if self.every_member else active
-        alpha = jnp.where(has_share, solved.alpha @ share, 0.0)
-        # A share on a reward without a gradient moves nothing; steps between solves read it.
-        scale = jnp.where(active, group_scale @ is_member, 0.0)
+        alpha, scale, active = self._to_rewards(
+            solved.alpha, group_scale, members, share, used, group_used
+        )
         # Rounding can leave a square slightly below 0.
         min_norm = jnp.sqrt(jnp.maximum(solved.value, 0.0))
         return Solution(
@@ -231,12 +221,46 @@ class Marble(Balancer):
             alpha=alpha,
             scale=scale,
             used=active,
+            # A usable reward that left with its group has no part in the update.
             norms=jnp.where(active, norms, 0.0),
             min_norm=min_norm,
             kkt_residual=solved.kkt_residual,
             status=solved.status,
             state=state,
         )
+
+    def _members(self, used: Bool[Array, " k"]) -> Float[Array, "g k"]:
+        """1 where a reward is a member of a group that its mean runs over."""
+        members = self._membership(len(used))
+        return members if self.every_member else members * used
+
+    def _to_rewards(
+        self,
+        group_alpha: Float[Array, " g"],
+        group_scale: Float[Array, " g"],
+        members: Float[Array, "g k"],
+        share: Float[Array, "g k"],
+        used: Bool[Array, " k"],
+        group_used: Bool[Array, " g"],
+    ) -> tuple[Float[Array, " k"], Float[Array, " k"], Bool[Array, " k"]]:
+        """A group's alpha split evenly among its members, its scale for each of them, and the rewards that take part.
+
+        Args:
+          group_alpha: from the solve.
+          group_scale: from alpha to weights on the groups' gradients.
+          members: from `_members`.
+          share: of each member in its group's mean.
+          used: usable rewards.
+          group_used: usable groups.
+        """
+        # A usable reward whose group's mean vanishes leaves with its group.
+        num_groups = jnp.where(group_used, 1.0, 0.0) @ members
+        active = used & (num_groups > 0)
+        has_share = num_groups > 0 if self.every_member else active
+        alpha = jnp.where(has_share, group_alpha @ share, 0.0)
+        # A share on a reward without a gradient moves nothing; steps between solves read it.
+        scale = jnp.where(active, group_scale @ (members > 0), 0.0)
+        return alpha, scale, active
 
     def _group_weights(
         self, share: Float[Array, "g k"], group_used: Bool[Array, " g"]
@@ -246,6 +270,16 @@ class Marble(Balancer):
         # A single usable gradient is taken as it is.
         alone = jnp.sum(group_used) == 1
         return jnp.where(alone, 1.0, share @ weights)
+
+
+def _group_gram(
+    gram: Float[Array, "k k"], members: Float[Array, "g k"]
+) -> tuple[Float[Array, "g k"], Float[Array, "g g"]]:
+    """Share of each member in its group's mean, and the Gram matrix of the means."""
+    # A group without a member has no share to give out; its divisor is 1.
+    size = jnp.sum(members, axis=1, keepdims=True)
+    share = members / jnp.maximum(size, 1.0)
+    return share, jnp.einsum("gk,kl,hl->gh", share, gram, share, precision=HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +310,7 @@ class Fixed(Balancer):
         """See `Balancer.__call__`."""
         _, norms, used = usable(gram, valid)
         shares = _one_each("fixed alpha", self.alpha, gram.shape[0])
+        # What the others hold is shared out among the usable ones.
         shares = jnp.where(used, shares, 0.0)
         total = jnp.sum(shares)
         has_share = total > 0
@@ -286,6 +321,7 @@ class Fixed(Balancer):
         unmasked = jnp.ones_like(norms)
         if self.normalize:
             unmasked = mean_over(norms, used) * inverse(norms)
+        # Factors on gradients that are not usable would read as those of rewards that took part.
         scale = jnp.where(used, unmasked, 0.0)
         return closed_form(alpha * scale, alpha, scale, used, norms, state)
 
@@ -312,8 +348,11 @@ class WeightedSum(Balancer):
         """See `Balancer.__call__`."""
         _, norms, used = usable(gram, valid)
         weights = _one_each("reward weights", self.reward_weights, gram.shape[0])
+        # Of rewards that drop out; their weight goes to nobody.
         weights = jnp.where(used, weights, 0.0)
         total = jnp.sum(weights)
+        # Weights of 0 alone have no shares.
         alpha = divide(weights, total, total > 0)
+        # One scale for all, but 0 tells that a reward had no part.
         scale = jnp.where(used, total, 0.0)
         return closed_form(weights, alpha, scale, used, norms, state)

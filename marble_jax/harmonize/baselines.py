@@ -32,11 +32,11 @@ from marble_jax.harmonize.gram import (
     lengths,
     mean_over,
     pairs,
+    product,
     rescaled,
 )
 from marble_jax.validation import short
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 Combined = tuple[Float[Array, " k"], Bool[Array, ""] | bool]
 """Weights [K], and whether they are those of the rule: where not, equal shares take their place."""
 
@@ -53,13 +53,9 @@ def _check_regularisation(what: str, regularisation: float) -> None:
         raise InputError(f"{what}: expected a number of at least 0; received {regularisation}")
 
 
-def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.dot(matrix, vector, precision=_HIGHEST)
-
-
 def _length(gram: Float[Array, "k k"], weights: Float[Array, " k"]) -> Float[Array, ""]:
     """Length of the weighted sum, floored: it is divided by."""
-    square = jnp.dot(weights, _product(gram, weights))
+    square = jnp.dot(weights, product(gram, weights))
     return jnp.sqrt(jnp.maximum(square, 1e-12))
 
 
@@ -131,7 +127,7 @@ class UPGrad(Rule):
             # Row i of `weights` solves: minimise w^T G w subject to w >= e_i. One coordinate of all rows at once.
             j = index % size
             diagonal = matrix[j, j]
-            whole_slope = _product(weights, matrix[:, j])
+            whole_slope = product(weights, matrix[:, j])
             slope = whole_slope - weights[:, j] * diagonal
             # The column of a reward that is not used has only the regularisation in it.
             minimiser = jnp.where(used[j], -slope / diagonal, 0.0)
@@ -159,7 +155,7 @@ class PCGrad(Rule):
         def project(first: jax.Array) -> jax.Array:
             def visit(offset: jax.Array, weights: jax.Array) -> jax.Array:
                 j = (first + offset) % size
-                inner = _product(weights, gram[:, j])
+                inner = product(weights, gram[:, j])
                 conflicting = used[j] & (inner < 0)
                 step = jnp.where(conflicting, -inner / square[j], 0.0)
                 return weights.at[j].add(step)
@@ -192,13 +188,13 @@ class CAGrad(Rule):
     def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Combined:
         """See `Rule.combine`."""
         even = even_shares(used)
-        towards = _product(gram, even)
+        towards = product(gram, even)
         mean_square = jnp.maximum(jnp.dot(even, towards), 0.0)
         radius = self.c * jnp.sqrt(mean_square)
 
         def dual(w: jax.Array) -> jax.Array:
             # The root has no slope at 0; the constant keeps its gradient finite.
-            square = jnp.dot(w, _product(gram, w))
+            square = jnp.dot(w, product(gram, w))
             length = jnp.sqrt(square + 1e-12)
             return jnp.dot(w, towards) + radius * length
 
@@ -217,7 +213,7 @@ class IMTLG(Rule):
     def combine(self, gram: Float[Array, "k k"], used: Bool[Array, " k"]) -> Combined:
         """See `Rule.combine`."""
         pseudo_inverse = jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True)
-        weights = _product(pseudo_inverse, lengths(gram))
+        weights = product(pseudo_inverse, lengths(gram))
         total = jnp.sum(weights)
         # Weights that nearly cancel say nothing.
         safe = jnp.abs(total) > 1e-6
@@ -258,7 +254,7 @@ class NashMTL(Rule):
         matrix = jnp.where(pairs(used), regular, identity)
 
         def newton(_: jax.Array, alpha: jax.Array) -> jax.Array:
-            slope = _product(matrix, alpha) - 1.0 / alpha
+            slope = product(matrix, alpha) - 1.0 / alpha
             # In units of alpha the Hessian is D G D + I: no worse than the problem, however far alpha has spread.
             hessian = rescaled(matrix, alpha) + identity
             solved = jnp.linalg.solve(hessian, alpha * slope)

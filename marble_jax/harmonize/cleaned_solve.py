@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from marble_jax.harmonize.alpha_state import AlphaState
 from marble_jax.harmonize.balancers import Balancer, Solution
 from marble_jax.harmonize.gram import lengths, rescaled
-from marble_jax.harmonize.history import History, cleaned_gram, signal, signal_lengths
+from marble_jax.harmonize.history import History, cleaned_gram, estimate_signal, signal_lengths
 
 
 def cleaned_solve(
@@ -41,25 +41,32 @@ def cleaned_solve(
       unit_signals: give the balancer gradients as long as their signals. Where it normalises, the weights then even out
         what rewards gain by their true gradients, and a reward with much noise weighs more than one with little.
     """
-    known = signal(history)
-    cleaned = cleaned_gram(gram, known, shrinkage)
+    signal = estimate_signal(history)
+    cleaned = cleaned_gram(gram, signal, shrinkage)
     if unit_signals:
-        cleaned = rescaled(cleaned, signal_lengths(known, active))
-    any_reliable = jnp.any(active & known.reliable)
-    held = active & ~known.reliable & (remembered.scale != 0) & any_reliable
-    solution = balancer(cleaned, active & ~held, balancer_state)
+        cleaned = rescaled(cleaned, signal_lengths(signal, active))
+    any_reliable = jnp.any(active & signal.reliable)
+    was_solved = remembered.scale != 0
+    # An absent reward has no gradient to hold a share with.
+    is_hidden = active & ~signal.reliable
+    # One that was never solved for has no share to keep; and with all hidden, alpha would never be solved for again.
+    is_held = is_hidden & was_solved & any_reliable
+    solution = balancer(cleaned, active & ~is_held, balancer_state)
     norms = lengths(gram)
-    held = held & (norms > 0)
-    held_alpha = jnp.where(held, remembered.alpha, 0.0)
-    rest = 1.0 - jnp.sum(held_alpha)
-    alpha = solution.alpha * rest + held_alpha
-    scale = jnp.where(held, remembered.scale, solution.scale)
-    used = solution.used | held
+    # A gradient of 0 has no use for a share, and neither has one that is not a number.
+    is_held = is_held & (norms > 0)
+    held_alpha = jnp.where(is_held, remembered.alpha, 0.0)
+    share_left = 1.0 - jnp.sum(held_alpha)
+    alpha = solution.alpha * share_left + held_alpha
+    # Its remembered share is of gradients at the remembered scale; the balancer was not asked for another.
+    scale = jnp.where(is_held, remembered.scale, solution.scale)
+    used = solution.used | is_held
     return dataclasses.replace(
         solution,
         weights=alpha * scale,
         alpha=alpha,
         scale=scale,
         used=used,
+        # As a balancer's own: 0 where a reward has no part in the update.
         norms=jnp.where(used, norms, 0.0),
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from marble_jax.harmonize.gram import divide, finite_lengths, pair_cosines, pairs
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from marble_jax.tree import HIGHEST
 
 
 def from_gram(
@@ -16,7 +14,7 @@ def from_gram(
     weights: Float[Array, " k"],
     valid: Bool[Array, " k"],
     alpha: Float[Array, " k"] | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Float[Array, ""] | Float[Array, " k"] | Float[Array, "k k"]]:
     """Cosines, conflict and imbalance of one update.
 
     A reward conflicts when the update points against its gradient, i.e. a small step lowers its objective.
@@ -49,6 +47,7 @@ def from_gram(
     conflict = jnp.any(shown & (cos_update < 0))
     metrics = {
         "harmonize/cos_update": cos_update,
+        # Cosines with a row that is not reported on are no finding.
         "harmonize/cos_pair": jnp.where(pairs(shown), cos_pair, 0.0),
         "harmonize/conflict": conflict.astype(jnp.float32),
         "harmonize/worst_cos": _smallest(cos_update, shown),
@@ -67,25 +66,29 @@ def _update(
     weights: Float[Array, " k"],
 ) -> tuple[Float[Array, " k"], Float[Array, ""], Float[Array, ""]]:
     """Inner products of the update with the unit gradients and its length, both over the largest share; that share."""
+    # A gradient that is 0 or not finite adds nothing, whatever its weight.
     share = jnp.where(alive, weights * norms, 0.0)
     largest = jnp.max(jnp.abs(share))
     # Shares of order 1: products of squared norms would leave the range of float32.
     share = divide(share, largest, largest > 0)
-    along = jnp.dot(cosines, share, precision=_HIGHEST)
-    square = jnp.dot(share, along, precision=_HIGHEST)
+    along = jnp.dot(cosines, share, precision=HIGHEST)
+    square = jnp.dot(share, along, precision=HIGHEST)
     # Rounding can leave a square slightly below 0.
     length = jnp.sqrt(jnp.maximum(square, 0.0))
     return along, length, largest
 
 
 def _smallest(values: Float[Array, " k"], shown: Bool[Array, " k"]) -> Float[Array, ""]:
+    # Infinity stands in for what is not shown; it is the smallest of none.
     smallest = jnp.min(jnp.where(shown, values, jnp.inf))
     return jnp.where(jnp.any(shown), smallest, 0.0)
 
 
 def _imbalance(norms: Float[Array, " k"], shown: Bool[Array, " k"]) -> Float[Array, ""]:
+    # What is not shown is neither the smallest nor the largest.
     smallest = jnp.min(jnp.where(shown, norms, jnp.inf))
     largest = jnp.max(jnp.where(shown, norms, 0.0))
+    # With none that would be 0 over infinity.
     return jnp.where(jnp.any(shown), largest / smallest, 1.0)
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from marble_jax.tree import HIGHEST
+
+
+def product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """Matrix times a vector (or a vector times a matrix, as `jnp.dot` has it), in all bits of float32."""
+    return jnp.dot(matrix, vector, precision=HIGHEST)
 
 
 def pairs(mask: Bool[Array, " k"]) -> Bool[Array, "k k"]:

@@ -124,7 +124,9 @@ def new_step(
       norms: their lengths.
       active: rewards with a finite gradient above 0.
     """
-    unit = _scaled(gradients, jnp.where(active, inverse(norms), 0.0))
+    # A factor of 0 leaves a reward out, whatever its gradient and its norm are.
+    factors = jnp.where(active, inverse(norms), 0.0)
+    unit = _scaled(gradients, factors)
     return NewStep(unit, active, tree.products(unit, history.gradients))
 
 
@@ -136,19 +138,25 @@ def observe(history: History, step: NewStep, window: float) -> History:
       step: from `new_step`.
       window: steps, at least 1; sums decay by `1 - 1 / window` a step, so that this is about how many they hold.
     """
-    decay, active = 1.0 - 1.0 / window, step.active
-    new_products = 0.5 * (step.with_earlier + step.with_earlier.T)
+    decay = 1.0 - 1.0 / window
+    active = step.active
+    # Either of two rewards meets the earlier steps of the other: the mean of both ways.
+    both_ways = step.with_earlier + step.with_earlier.T
+    new_products = 0.5 * both_ways
+    # Steps that an absent reward was compared with: none.
     counts = jnp.where(active, history.counts, 0.0)
-    new_pairs = 0.5 * (counts[:, None] + counts[None])
-    own = jnp.diagonal(new_products)
-    own_square = divide(jnp.square(own), counts, counts > 0)
+    both_counts = counts[:, None] + counts[None]
+    new_pairs = 0.5 * both_counts
+    own_product = jnp.diagonal(new_products)
+    # Mean over the pairs, squared, times their number; a first step has no pair.
+    own_square = divide(jnp.square(own_product), counts, counts > 0)
 
     def decayed(mask: jax.Array, total: jax.Array, addend: jax.Array, factor: float) -> jax.Array:
+        # What is absent does not age either: its sum and its number stay those of its own last steps.
         return jnp.where(mask, factor * total + addend, total)
 
     def extended(total: jax.Array, addend: jax.Array) -> jax.Array:
-        # Rewards are the first axis of a stacked leaf.
-        mask = active.reshape((-1,) + (1,) * (total.ndim - 1))
+        mask = tree.along_first(active, total)
         return decayed(mask, total, addend, decay)
 
     both = pairs(active)
@@ -168,25 +176,29 @@ def _scaled(stacked: Adapter, factors: Float[Array, " k"]) -> Adapter:
     """Every tree of a stack times its factor; a factor of 0 leaves zeros whatever the tree holds."""
 
     def one(leaf: jax.Array) -> jax.Array:
-        factor = factors.reshape((-1,) + (1,) * (leaf.ndim - 1))
+        factor = tree.along_first(factors, leaf)
         # 0 times a number that is not finite would not be 0.
         return jnp.where(factor != 0, leaf * factor, 0.0)
 
     return jax.tree.map(one, stacked)
 
 
-def signal(history: History) -> Signal:
-    """What the pairs of steps in a history say."""
+def estimate_signal(history: History) -> Signal:
+    """Returns what the pairs of steps in a history say."""
     known = history.num_pairs > 0
     products = divide(history.products, history.num_pairs, known)
-    share, weight = jnp.diagonal(products), jnp.diagonal(history.num_pairs)
+    share = jnp.diagonal(products)
+    weight = jnp.diagonal(history.num_pairs)
     known_share = jnp.diagonal(known)
     mean_square = divide(history.squares, weight, known_share)
+    # Rounding can leave a variance slightly below 0.
     variance = jnp.maximum(mean_square - jnp.square(share), 0.0)
-    # 1 / effective number of steps, 1 with a single one, which has no spread to judge its error by.
+    # 1 / effective number of steps.
     concentration = divide(history.square_pairs, jnp.square(weight), known_share)
+    # It is 1, up to rounding, with a single one, which has no spread to judge its error by.
     several = known_share & (concentration < 1.0 - 1e-6)
     error = jnp.sqrt(divide(variance * concentration, 1.0 - concentration, several))
+    # What is not known must not read as 0, which is no signal, or no error.
     return Signal(
         share=jnp.where(known_share, share, jnp.nan),
         error=jnp.where(several, error, jnp.inf),
@@ -197,6 +209,7 @@ def signal(history: History) -> Signal:
 
 def cosines(signal: Signal) -> Float[Array, "k k"]:
     """Cosines of the true gradients, in [-1, 1] with 1 on the diagonal; NaN where a reward is not reliable."""
+    # A share that is not reliable may be below 0, or NaN; 1 stands in under the root.
     length = jnp.sqrt(jnp.where(signal.reliable, signal.share, 1.0))
     cosine = rescaled(signal.products, 1.0 / length)
     # Noise can carry an estimate past 1.
@@ -212,7 +225,9 @@ def signal_lengths(signal: Signal, active: Bool[Array, " k"]) -> Float[Array, " 
     """
     square = jnp.clip(jnp.maximum(signal.share, signal.error), 0.0, 1.0)
     known = jnp.isfinite(signal.error) & (square > 0)
+    # A reward without a gradient in this step is compared with none.
     usable = jnp.all(known | ~active)
+    # The root of 1 stands in where nothing is known.
     length = jnp.sqrt(jnp.where(known, square, 1.0))
     return jnp.where(usable, length, 1.0)
 
@@ -227,17 +242,22 @@ def cleaned_gram(
 
     Args:
       gram: inner products of this step's gradients; rows that are not finite or zero stay as they are.
-      signal: from `signal`.
+      signal: from `estimate_signal`.
       shrinkage: in [0, 1]; 1 returns `gram` up to rounding.
     """
     norms, alive = finite_lengths(gram)
     in_sample = pair_cosines(gram, norms, alive)
     clean = cosines(signal)
     known = jnp.isfinite(clean)
-    mixed = shrinkage * in_sample + (1.0 - shrinkage) * jnp.where(known, clean, 0.0)
+    # 0 stands in for NaN: it would still raise the alarm of a NaN checker.
+    clean = jnp.where(known, clean, 0.0)
+    mixed = shrinkage * in_sample + (1.0 - shrinkage) * clean
     mixed = jnp.where(known, mixed, in_sample)
-    mixed = jnp.where(jnp.eye(len(gram), dtype=bool), 1.0, mixed)
+    is_own = jnp.eye(len(gram), dtype=bool)
+    # A gradient without a length has the cosine 0 with itself, which is no matrix of cosines.
+    mixed = jnp.where(is_own, 1.0, mixed)
     nearest = _positive_part(mixed)
+    # Rows of what is not finite or 0 go on to the balancer, which screens them.
     return jnp.where(pairs(alive), rescaled(nearest, norms), gram)
 
 
@@ -245,7 +265,5 @@ def _positive_part(matrix: Float[Array, "k k"]) -> Float[Array, "k k"]:
     """The matrix without its negative eigenvalues, scaled back to a diagonal of 1."""
     values, vectors = jnp.linalg.eigh(matrix)
     positive = jnp.maximum(values, 0.0)
-    product = jnp.einsum(
-        "ki,i,li->kl", vectors, positive, vectors, precision=jax.lax.Precision.HIGHEST
-    )
+    product = jnp.einsum("ki,i,li->kl", vectors, positive, vectors, precision=tree.HIGHEST)
     return rescaled(product, inverse(lengths(product)))

@@ -15,8 +15,11 @@ from marble_jax.harmonize.gram import divide, pairs
 from marble_jax.harmonize.history import History, NewStep
 from marble_jax.types import Adapter
 
+Cosines = Float[Array, ""] | Float[Array, " k"] | Float[Array, "k k"]
+"""Of a whole step, of every reward or of every pair."""
 
-def metrics(history: History, step: NewStep, mean_update: Adapter | None) -> dict[str, jax.Array]:
+
+def metrics(history: History, step: NewStep, mean_update: Adapter | None) -> dict[str, Cosines]:
     """Cosines of this step's gradients with what earlier steps left.
 
     Args:
@@ -37,15 +40,17 @@ def metrics(history: History, step: NewStep, mean_update: Adapter | None) -> dic
     compared = step.active & (history.counts > 0)
     mean_cosine = divide(step.with_earlier, history.counts[None], history.counts[None] > 0)
     symmetric = 0.5 * (mean_cosine + mean_cosine.T)
-    found = {
+    # A reward that is absent, or that has no earlier step, is compared with nothing: that is no cosine of 0.
+    cosines = {
         "out_of_sample/own_cosine": jnp.where(compared, jnp.diagonal(symmetric), jnp.nan),
         "out_of_sample/cos_pair": jnp.where(pairs(compared), symmetric, jnp.nan),
     }
-    found |= _judged(_cosines(step, history.update), "cos_update", "worst_cos", "conflict")
+    with_last = _cosines(step, history.update)
+    cosines |= _judged(with_last, "cos_update", "worst_cos", "conflict")
     if mean_update is not None:
-        cosines = _cosines(step, mean_update)
-        found |= _judged(cosines, "cos_mean_update", "worst_cos_mean", "conflict_mean")
-    return found
+        with_mean = _cosines(step, mean_update)
+        cosines |= _judged(with_mean, "cos_mean_update", "worst_cos_mean", "conflict_mean")
+    return cosines
 
 
 def _cosines(step: NewStep, update: Adapter) -> Float[Array, " k"]:
@@ -61,7 +66,7 @@ def _cosines(step: NewStep, update: Adapter) -> Float[Array, " k"]:
 
 def _judged(
     cosines: Float[Array, " k"], name: str, worst_name: str, conflict_name: str
-) -> dict[str, jax.Array]:
+) -> dict[str, Cosines]:
     """The cosines with the smallest and whether that is negative; NaN if there is none."""
     # All NaN stays NaN, without a warning of an empty minimum.
     defined = jnp.isfinite(cosines)

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from marble_jax.errors import InputError, nearest_number
-from marble_jax.tree import Tree
+from marble_jax.tree import HIGHEST, Tree
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 _Sums = TypeVar("_Sums")
 
 
@@ -33,7 +32,7 @@ def mix_directions(mix: Float[Array, "n k j"], directions: Tree) -> Tree:
 
     def one(leaf: jax.Array) -> jax.Array:
         mixed = leaf.astype(mix.dtype)
-        return jnp.einsum("ckj,cj...->k...", mix, mixed, precision=_HIGHEST)
+        return jnp.einsum("ckj,cj...->k...", mix, mixed, precision=HIGHEST)
 
     return jax.tree.map(one, directions)
 

@@ -24,7 +24,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from marble_jax.harmonize.gram import count_or_one, divide, even_shares, pairs, rescaled
+from marble_jax.harmonize.gram import (
+    count_or_one,
+    divide,
+    even_shares,
+    pairs,
+    product,
+    rescaled,
+)
 
 SOLVED, NONE_VALID, ONE_VALID, INACCURATE = 0, 1, 2, 3
 STATUS_NAMES = ("solved", "none_valid", "one_valid", "inaccurate")
@@ -34,7 +41,6 @@ _WARM_STEPS = 60
 _RCOND = 1e-6
 _ZERO = 1e-7
 _SLOPE_ROUNDING = 2e-7
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
@@ -63,10 +69,6 @@ def _jaxopt() -> Any:
     return jaxopt
 
 
-def _product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.dot(matrix, vector, precision=_HIGHEST)
-
-
 def kkt_residual(
     gram: Float[Array, "k k"],
     alpha: Float[Array, " k"],
@@ -85,10 +87,11 @@ def kkt_residual(
       valid: rewards that take part; what the others hold is left out.
       floor: lower bound of the valid alphas.
     """
-    # Rows of rewards that are not valid may hold anything.
+    # What rewards that are not valid hold may be anything, in the matrix and in alpha.
     gram = jnp.where(pairs(valid), gram, 0.0)
     alpha = jnp.where(valid, alpha, 0.0)
-    slope = _product(gram, alpha)
+    slope = product(gram, alpha)
+    # They have no floor to be above either.
     free = jnp.where(valid, alpha - floor, 0.0)
     total_free = jnp.sum(free)
     multiplier = jnp.sum(free * slope) / jnp.maximum(total_free, 1e-30)
@@ -96,6 +99,7 @@ def kkt_residual(
     pinned = total_free <= 1e-6
     smallest = jnp.min(jnp.where(valid, slope, jnp.inf))
     multiplier = jnp.where(pinned, smallest, multiplier)
+    # The slope of a reward that cannot move may be anything.
     gap = jnp.where(valid, slope - multiplier, 0.0)
     total = jnp.sum(alpha)
     off_the_simplex = jnp.abs(total - 1.0)
@@ -106,8 +110,10 @@ def kkt_residual(
 
 def _normalised(gram: jax.Array, valid: jax.Array) -> jax.Array:
     """The valid block scaled to a largest diagonal of 1; a 1 on the diagonal elsewhere, where alpha is 0 anyway."""
+    # Replaced and not multiplied by 0: what the other rows hold need not be finite.
     gram = jnp.where(pairs(valid), gram, 0.0)
     largest = jnp.max(jnp.diagonal(gram))
+    # A block of zeros stays one.
     scaled = gram / jnp.where(largest > 0, largest, 1.0)
     # Rounding in the sums of a Gram matrix need not be symmetric.
     return 0.5 * (scaled + scaled.T)
@@ -142,6 +148,7 @@ def _projected_gradient(
     )
     start = even_shares(valid).astype(jnp.float32)
     solution = solver.run(start, None)
+    # Without a valid coordinate the projection shares the whole out among the others.
     return jnp.where(valid, solution.params, 0.0)
 
 
@@ -149,7 +156,7 @@ def _warm_start(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
     """Accelerated projected gradient on the simplex for 1/2 b^T matrix b + linear^T b."""
 
     def objective(b: jax.Array) -> jax.Array:
-        quadratic = jnp.dot(b, _product(matrix, b))
+        quadratic = jnp.dot(b, product(matrix, b))
         return 0.5 * quadratic + jnp.dot(linear, b)
 
     # The largest row sum bounds the largest eigenvalue, and its inverse the step that still descends.
@@ -177,8 +184,9 @@ def _equality_solution(matrix: jax.Array, linear: jax.Array, support: jax.Array)
     solve = _pseudo_inverse(system)
     x = solve(target)
     # One refinement: the eigenvectors of a nearly singular system are good to few digits.
-    missed = target - _product(system, x)
+    missed = target - product(system, x)
     x = x + solve(missed)
+    # The last entry is the multiplier; those outside the support are 0 up to rounding.
     b = jnp.where(support, x[:size], 0.0)
     return _down_the_flat(matrix, linear, support, b)
 
@@ -192,8 +200,8 @@ def _pseudo_inverse(system: jax.Array) -> Callable[[jax.Array], jax.Array]:
     inverse = divide(jnp.ones_like(values), values, sizes > _RCOND * largest)
 
     def solve(target: jax.Array) -> jax.Array:
-        coordinates = _product(vectors.T, target)
-        return _product(vectors, inverse * coordinates)
+        coordinates = product(vectors.T, target)
+        return product(vectors, inverse * coordinates)
 
     return solve
 
@@ -207,13 +215,13 @@ def _down_the_flat(
     stops it at the boundary.
     """
     on = support.astype(matrix.dtype)
-    slope = _product(matrix, b) + linear
+    slope = product(matrix, b) + linear
     size = jnp.maximum(jnp.sum(on), 1.0)
     mean = jnp.sum(slope * on) / size
     # Less its mean the slope keeps sum b = 1, and outside the support nothing may move.
     remainder = jnp.where(support, slope - mean, 0.0)
     square = jnp.dot(remainder, remainder)
-    curvature = jnp.dot(remainder, _product(matrix, remainder))
+    curvature = jnp.dot(remainder, product(matrix, remainder))
     length = square / jnp.maximum(curvature, 1e-9 * square + 1e-30)
     steepest = jnp.max(jnp.abs(remainder))
     return jnp.where(steepest > _SLOPE_ROUNDING, b - length * remainder, b)
@@ -235,8 +243,9 @@ def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
     size = matrix.shape[0]
 
     def violation(b: jax.Array) -> jax.Array:
-        slope = _product(matrix, b) + linear
+        slope = product(matrix, b) + linear
         multiplier = jnp.dot(b, slope)
+        # A coordinate that must stay 0 violates nothing.
         gap = jnp.where(valid, slope - multiplier, 0.0)
         return jnp.maximum(jnp.max(-gap), jnp.max(gap * b))
 
@@ -249,8 +258,9 @@ def _simplex_qp(matrix: jax.Array, linear: jax.Array, valid: jax.Array) -> jax.A
         target = _equality_solution(matrix, linear, walk.support)
         moved, leaves, blocked = _step_towards(walk.b, target, walk.support)
         # On the face's minimiser: optimal unless a coordinate has a smaller slope than the multiplier.
-        slope = _product(matrix, moved) + linear
+        slope = product(matrix, moved) + linear
         multiplier = jnp.dot(moved, slope)
+        # Nor may it be the one that enters.
         gap = jnp.where(valid, slope - multiplier, jnp.inf)
         optimal = jnp.min(gap) >= -_SLOPE_ROUNDING
         enters = _only(jnp.argmin(gap), ~blocked & ~optimal, walk.support)
@@ -330,6 +340,7 @@ def min_norm(
     count = jnp.sum(valid)
     divisor = count_or_one(valid).astype(jnp.float32)
     share = 1.0 / divisor
+    # The answer where there is nothing to solve, or nothing that could be solved.
     even = jnp.where(valid, share, 0.0)
     floor = jnp.clip(jnp.asarray(floor, jnp.float32), 0.0, share)
     matrix = _normalised(gram, valid)
@@ -340,9 +351,11 @@ def min_norm(
     centred = _spread_apart(matrix, valid)
     # alpha = floor + remainder * b moves the floor into a linear term and leaves b on the plain simplex.
     remainder = 1.0 - count * floor
+    # A reward that is not valid has no floor.
     base = jnp.where(valid, floor, 0.0)
-    b = _simplex_qp(remainder * centred, _product(centred, base), valid)
+    b = _simplex_qp(remainder * centred, product(centred, base), valid)
     above = jnp.maximum(remainder, 0.0) * b
+    # As `MinNorm` has it, whatever a walk leaves elsewhere.
     alpha = jnp.where(valid, base + above, 0.0)
     total = jnp.maximum(jnp.sum(alpha), 1e-30)
     alpha = jnp.where(finite, alpha / total, even)
@@ -353,7 +366,7 @@ def min_norm(
     alpha = jnp.where(several, alpha, even)
     # The value is in the units of the matrix that came, whose other rows may hold anything.
     clean = jnp.where(pairs(valid), gram, 0.0)
-    value = jnp.dot(alpha, _product(clean, alpha))
+    value = jnp.dot(alpha, product(clean, alpha))
     accurate = finite & (residual <= KKT_TOLERANCE)
     return MinNorm(
         alpha=alpha,

@@ -34,9 +34,8 @@ from marble_jax.objectives.base import (
     Objective,
     Statistics,
 )
+from marble_jax.tree import HIGHEST
 from marble_jax.types import Adapter
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
@@ -235,7 +234,7 @@ def combined_gradient(
     )
     directions = objective.directions(prediction, batch)
     mix = _masked_mix(objective, advantages, directions.statistics, valid)
-    weights = jnp.einsum("k,nkj->nj", sample_weights, mix, precision=_HIGHEST)
+    weights = jnp.einsum("k,nkj->nj", sample_weights, mix, precision=HIGHEST)
     of_signals, of_anchors = jnp.split(weights, [len(directions.signals)], axis=1)
     if not signals:
         of_signals = jnp.zeros_like(of_signals)

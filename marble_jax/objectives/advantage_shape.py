@@ -17,7 +17,10 @@ from jaxtyping import Array, Bool, Float
 from marble_jax.objectives.advantages import STD_EPSILON
 
 ADVANTAGE_CLIP = 5.0
-"""The largest advantage that counts (`A_max`) where nobody says otherwise."""
+"""The largest advantage that counts, unless something else is asked for.
+
+Source: `adv_clip_max` in the released code of DiffusionNFT (arXiv 2509.16117) and MARBLE (arXiv 2605.06507).
+"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from marble_jax.errors import InputError, one_of
 
 STD_EPSILON = 1e-4
+"""Added to a standard deviation that is divided by."""
 SCALES = ("global", "group")
 
 
@@ -69,6 +70,7 @@ def _grouped(
     # A group without a valid score has mean 0 and is not read.
     divisor = np.maximum(count, 1)
     mean = member @ (values * valid) / divisor
+    # A missing score is 0 here and not its group's mean: it would have a distance from it.
     centred = np.where(valid, values - mean[index], 0.0)
     variance = member @ centred**2 / divisor
     return count, mean, np.sqrt(variance)
@@ -80,6 +82,7 @@ def _overall_std(
     """Population standard deviation of all valid scores of each reward around their mean."""
     total = np.maximum(valid.sum(axis=0), 1)
     mean = (values * valid).sum(axis=0) / total
+    # As in `_grouped`.
     centred = np.where(valid, values - mean, 0.0)
     variance = (centred**2).sum(axis=0) / total
     return np.sqrt(variance)
@@ -132,6 +135,7 @@ def per_reward(
         std = group_std[index]
     else:
         std = _overall_std(values, valid)
+    # A missing score stands as 0 in `values`, some way from the mean; its advantage is 0.
     advantages = np.where(valid, (values - mean[index]) / (std + epsilon), 0.0)
     constant = _constant(values, valid, index, len(count))
     # The mean of equal floats can differ from them by rounding.
@@ -173,9 +177,11 @@ def weighted_sum(
     if groups is not None:
         values, valid = _filled_up(values, valid, groups)
     total = (valid * weights).sum(axis=1, keepdims=True)
+    # Scores that are missing may hold anything.
     weighted = np.where(valid, values * weights, 0.0)
     # Nothing is valid where the weights add up to 0: any divisor but 0 will do there.
     mean = weighted.sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
+    # A sample may have a number from its group's means alone: it stays missing, and missing ones are 0.
     return np.where(has_score, mean, 0.0), np.asarray(has_score)
 
 
@@ -214,12 +220,15 @@ def advantage_sum(
 
     Source: MixGRPO (arXiv 2507.21802), aggregation by advantage.
     """
-    own = per_reward(values, valid, groups, scale)
-    weights = _checked_weights(weights, own.values.shape[1])
-    weighted = np.where(own.valid, own.values.astype(np.float64) * weights, 0.0)
-    has_score = np.any(own.valid & (weights > 0), axis=1, keepdims=True)
+    of_rewards = per_reward(values, valid, groups, scale)
+    weights = _checked_weights(weights, of_rewards.values.shape[1])
+    # A missing one is its group's mean, which is 0.
+    weighted = np.where(of_rewards.valid, of_rewards.values.astype(np.float64) * weights, 0.0)
+    # A reward without a weight is no reason to train on a sample.
+    has_score = np.any(of_rewards.valid & (weights > 0), axis=1, keepdims=True)
+    # Already 0 but for the sign: a missing advantage is 0 on record.
     total = np.where(has_score, weighted.sum(axis=1, keepdims=True), 0.0)
-    tied = np.mean(own.tied, keepdims=True)
+    tied = np.mean(of_rewards.tied, keepdims=True)
     return Advantages(total.astype(np.float32), np.asarray(has_score), tied)
 
 
@@ -262,6 +271,7 @@ def gdpo(
     combined, active = weighted_sum(normalised.values, normalised.valid, weights, groups)
     kept = combined[active]
     if kept.size:
+        # A sample without a number is no sample of the mean, and stays 0.
         centred = np.where(active, combined - kept.mean(), 0.0)
         combined = centred / (kept.std() + epsilon)
     tied = np.mean(normalised.tied, keepdims=True)

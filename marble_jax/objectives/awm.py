@@ -11,13 +11,13 @@ Source: advantage-weighted matching (arXiv 2509.25050), whose released code weig
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from marble_jax.config import Settings
 from marble_jax.errors import InputError
 from marble_jax.flow.path import expand, interpolate, sample_mean
 from marble_jax.objectives.advantage_shape import ADVANTAGE_CLIP
@@ -48,6 +48,19 @@ class MatchingBatch(FlowBatch):
     target: jax.Array
     v_rollout: jax.Array | None = None
     v_base: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class MatchingStatistics:
+    """Numbers of n samples, [n] each.
+
+    Attributes:
+      error: weighted mean squared error, which stands in for minus the log-probability.
+      gap: mean squared distance from the rollout policy's velocity; None without a pull towards it.
+    """
+
+    error: jax.Array
+    gap: jax.Array | None = None
 
 
 def weighted_error(
@@ -133,27 +146,33 @@ class AdvantageWeightedMatching(Objective):
             anchors = (self.rollout_weight * per_element * apart,)
             gap = sample_kl(prediction, batch.v_rollout)
         divergence = velocity_divergence(prediction, batch.v_base)
-        return Directions((signal,), anchors, (value, gap), divergence, gap)
+        return Directions(
+            signals=(signal,),
+            anchors=anchors,
+            statistics=MatchingStatistics(value, gap),
+            kl=divergence,
+            gap=gap,
+        )
 
     def mix(
         self,
         advantages: Float[Array, "n k"],
-        statistics: Any,
+        statistics: MatchingStatistics,
         valid: Bool[Array, "n k"],
     ) -> Float[Array, "n k j"]:
         """`A / A_max` of the signal and 1 of the anchor, if there is one; see `Objective.mix`."""
         signal = self._weights(advantages)
-        _, gap = statistics
-        if gap is None:
+        if statistics.gap is None:
             return signal[..., None]
         return jnp.stack([signal, jnp.ones_like(signal)], axis=-1)
 
-    def losses(self, advantages: Float[Array, "n k"], statistics: Any) -> Float[Array, "n k"]:
+    def losses(
+        self, advantages: Float[Array, "n k"], statistics: MatchingStatistics
+    ) -> Float[Array, "n k"]:
         """The loss of every sample without the divergence; see `Objective.losses`."""
-        value, gap = statistics
-        loss = self._weights(advantages) * value[:, None]
-        if gap is not None:
-            loss = loss + self.rollout_weight * gap[:, None]
+        loss = self._weights(advantages) * statistics.error[:, None]
+        if statistics.gap is not None:
+            loss = loss + self.rollout_weight * statistics.gap[:, None]
         return loss
 
     def _weights(self, advantages: Float[Array, "n k"]) -> Float[Array, "n k"]:
@@ -161,36 +180,37 @@ class AdvantageWeightedMatching(Objective):
         return clipped / self.advantage_clip
 
 
-def from_settings(settings: Any) -> AdvantageWeightedMatching:
+def from_settings(settings: Settings) -> AdvantageWeightedMatching:
     """Advantage-weighted matching of a run: its own section, and the clip of advantages.
 
     Raises:
       InputError: several updates a rollout, of which the later ones would need a ratio; a rollout policy that lags
         behind without a pull towards it, or a pull towards one that does not.
     """
-    own, updates = settings.awm, settings.training.updates_per_rollout
+    section = settings.awm
+    updates = settings.training.updates_per_rollout
     schedule = settings.rollout_policy.schedule
     if updates != 1:
         raise InputError(
             "training.updates_per_rollout: expected 1 with objective.name=awm, which has no ratio to the policy that "
             f"sampled; received {updates}"
         )
-    if own.rollout_weight == 0 and schedule != "copy":
+    if section.rollout_weight == 0 and schedule != "copy":
         raise InputError(
             "rollout_policy.schedule: expected 'copy' with objective.name=awm, which has no ratio to a policy some "
             f"steps old (awm.rollout_weight above 0 pulls towards it instead); received {schedule!r}"
         )
-    if own.rollout_weight > 0 and schedule == "copy":
+    if section.rollout_weight > 0 and schedule == "copy":
         raise InputError(
             "awm.rollout_weight: expected 0 with rollout_policy.schedule=copy, whose policy is the trained one, so "
-            f"that nothing pulls; received {own.rollout_weight}"
+            f"that nothing pulls; received {section.rollout_weight}"
         )
     return AdvantageWeightedMatching(
-        weighting=own.weighting,
-        power=own.power,
+        weighting=section.weighting,
+        power=section.power,
         advantage_clip=settings.advantages.clip,
-        rollout_weight=own.rollout_weight,
-        kl_weight=own.kl_weight,
+        rollout_weight=section.rollout_weight,
+        kl_weight=section.kl_weight,
     )
 
 

@@ -179,6 +179,11 @@ class Objective(abc.ABC):
         return ()
 
     @property
+    def first_reports(self) -> tuple[str, ...]:
+        """Those of `reports` that are on record of the first of several updates too, as `NAME_first`."""
+        return ()
+
+    @property
     def num_anchors(self) -> int:
         """Anchors among the directions at a sample, beside its one signal."""
         return 1

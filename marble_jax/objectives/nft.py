@@ -15,13 +15,14 @@ or wider, the weights `w` in float64 where x64 is enabled.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from marble_jax.config import Settings
 from marble_jax.flow.path import expand, interpolate, sample_mean
 from marble_jax.objectives.advantage_shape import ADVANTAGE_CLIP
 from marble_jax.objectives.base import (
@@ -237,7 +238,7 @@ class Nft(Objective):
         return self.clip / self.beta * (r * positive + (1.0 - r) * negative)
 
 
-def from_settings(settings: Any) -> Nft:
+def from_settings(settings: Settings) -> Nft:
     """NFT of a run: its own section, and the clip of advantages."""
     return Nft(
         beta=settings.nft.beta, clip=settings.advantages.clip, kl_weight=settings.nft.kl_weight

@@ -22,13 +22,14 @@ a step's log-probability now to that when it was sampled, whatever the weights a
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from marble_jax.config import Settings
 from marble_jax.errors import InputError
 from marble_jax.flow.path import expand, sample_mean
 from marble_jax.flow.trajectory import Transition, log_density, step_mean
@@ -151,6 +152,11 @@ class PolicyGradient(Objective):
         always = ("ratio", "outside_clip_range", "log_prob_gap")
         return always if self.on_policy else (*always, "step_kl")
 
+    @property
+    def first_reports(self) -> tuple[str, ...]:
+        """See `Objective.first_reports`: there the policy is the one that sampled, and the ratio 1."""
+        return ("ratio", "log_prob_gap")
+
     def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> StepBatch:
         """The steps of a rollout; see `Objective.prepare`."""
         batch = step_batch(draws, policies)
@@ -264,14 +270,14 @@ class PolicyGradient(Objective):
         outside = jnp.zeros_like(ratio)
         if self.clip_range > 0:
             outside = (jnp.abs(ratio - 1.0) > self.clip_range).astype(ratio.dtype)
-        found = {
+        figures = {
             "ratio": ratio,
             "outside_clip_range": outside,
             "log_prob_gap": jnp.abs(statistics.log_prob_change),
         }
         if statistics.step_kl is not None:
-            found["step_kl"] = statistics.step_kl
-        return found
+            figures["step_kl"] = statistics.step_kl
+        return figures
 
     def _clipped(self, advantages: Float[Array, "n k"]) -> Float[Array, "n k"]:
         return jnp.clip(advantages, -self.advantage_clip, self.advantage_clip)
@@ -292,25 +298,26 @@ def _divergence(
     return Divergence(cotangent, sample_mean(jnp.square(away)) / (2.0 * variance))
 
 
-def from_settings(settings: Any) -> PolicyGradient:
+def from_settings(settings: Settings) -> PolicyGradient:
     """The objective of a run: its own section, the clip of advantages, and how its rollouts are made.
 
     Raises:
       InputError: a clip that can never hold, as every rollout has one update.
     """
-    own, updates = settings.policy_gradient, settings.training.updates_per_rollout
-    if own.clip_range > 0 and updates == 1:
+    section = settings.policy_gradient
+    updates = settings.training.updates_per_rollout
+    if section.clip_range > 0 and updates == 1:
         raise InputError(
             "policy_gradient.clip_range: expected 0 with training.updates_per_rollout=1, as the policy that is "
-            f"trained is the one that sampled and no ratio leaves 1; received {own.clip_range:g}"
+            f"trained is the one that sampled and no ratio leaves 1; received {section.clip_range:g}"
         )
     return PolicyGradient(
-        form=own.form,
+        form=section.form,
         has_density=settings.rollout.solver != "cps",
         on_policy=updates == 1,
-        clip_range=own.clip_range,
+        clip_range=section.clip_range,
         advantage_clip=settings.advantages.clip,
-        kl_weight=own.kl_weight,
+        kl_weight=section.kl_weight,
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from marble_jax.config import Settings
 from marble_jax.errors import InputError, one_of
 from marble_jax.objectives.base import Objective
 
-Factory = Callable[[Any], Objective]
+Factory = Callable[[Settings], Objective]
 """factory(settings of the run) -> objective."""
 
 _FACTORIES: dict[str, Factory] = {}
@@ -30,7 +30,7 @@ def register_objective(name: str, factory: Factory) -> None:
     _FACTORIES[name] = factory
 
 
-def make_objective(settings: Any) -> Objective:
+def make_objective(settings: Settings) -> Objective:
     """Objective of a run.
 
     Args:

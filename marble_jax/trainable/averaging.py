@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from marble_jax import tree
 from marble_jax.config import RolloutPolicySettings
@@ -119,7 +120,7 @@ def rollout_lag(decay: Decay, steps: int) -> float:
     return lag
 
 
-def ema_decay(step: jax.Array | int, decay: float) -> jax.Array:
+def ema_decay(step: Int[Array, "*steps"] | int, decay: float) -> Float[Array, "*steps"]:
     """Decay of the evaluation average after the optimiser step that brought the count to `step`.
 
     `min((1 + step) / (10 + step), decay)`: the first step (count 1) gives 2 / 11.

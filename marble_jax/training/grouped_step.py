@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -82,6 +82,25 @@ class GroupSize:
             self._seconds = seconds / count
 
 
+@dataclasses.dataclass
+class _Progress:
+    """Micro-batches of a step that are done, and who is to know.
+
+    Attributes:
+      watch: see `Watch`.
+      done: so far.
+      total: of the step.
+    """
+
+    watch: Watch
+    done: int
+    total: int
+
+    def tell(self) -> None:
+        """Calls the watch, whose exceptions go through."""
+        self.watch(self.done, self.total)
+
+
 class _Programs(NamedTuple):
     """Compiled programs of a step. All of them begin with (state, base weights, rollouts, number of the update).
 
@@ -106,10 +125,19 @@ class GroupedStep:
       before: the update where another one from the same rollouts follows; alike but for how it finishes.
       updates: updates that share a rollout.
       shards: the devices that share the samples of a micro-batch.
+      reports: the objective's `first_reports`.
     """
 
-    def __init__(self, last: StagedStep, before: StagedStep, updates: int, shards: Shards):
+    def __init__(
+        self,
+        last: StagedStep,
+        before: StagedStep,
+        updates: int,
+        shards: Shards,
+        reports: Sequence[str] = (),
+    ):
         self._last, self._before, self._updates = last, before, updates
+        self._reports = reports
         self._mesh = shards.mesh
         self._sizes: dict[int, GroupSize] = {}
         self._programs: dict[int, _Programs] = {}
@@ -143,7 +171,7 @@ class GroupedStep:
             state, metrics = call_beside(call, poll=alive)
             wait_for(metrics, poll=alive)
             if update == 0 and self._updates > 1:
-                first = first_figures(metrics)
+                first = first_figures(metrics, self._reports)
         return state, metrics | first
 
     def trace(self, state: Any, params: Any, batch: Any) -> Any:
@@ -152,7 +180,7 @@ class GroupedStep:
 
     @cached_property
     def _whole(self) -> Any:
-        whole = several_updates(self._last, self._before, self._updates)
+        whole = several_updates(self._last, self._before, self._updates, self._reports)
         return jax.jit(_in_scope(whole), donate_argnums=0)
 
     @property
@@ -175,31 +203,19 @@ class GroupedStep:
         """Runs the loops of an update, group by group."""
         count = self._count(batch)
         programs = self._programs_of(count)
-        done, total = int(update) * count, self._updates * count
-        watch(done, total)
-        given = (state, params, batch, update)
+        progress = _Progress(watch, int(update) * count, self._updates * count)
+        progress.tell()
+        of_step = (state, params, batch, update)
         # The first call of a program compiles, and on a CPU a call may return no sooner than it is done.
-        starts, places = call_beside(
-            lambda: programs.start(*given), poll=partial(watch, done, total)
-        )
+        starts, places = call_beside(partial(programs.start, *of_step), poll=progress.tell)
         carries: Earlier = ()
         for number, turns in enumerate(programs.turns):
-            place, end = np.asarray(places[number]).tolist()
+            first, end = np.asarray(places[number]).tolist()
             size = self._sizes.setdefault(number, GroupSize())
-            # The list gives it up, so that the program may overwrite it.
-            carry, starts[number] = starts[number], None
-            while place < end:
-                taken = size.next(end - place)
-                begun = time.perf_counter()
-                bounds = np.int32(place), np.int32(place + taken)
-                poll = partial(watch, done, total)
-                arguments = (*given, carries, carry, *bounds)
-                carry = call_beside(partial(turns, *arguments), poll)
-                wait_for(carry, poll)
-                size.took(taken, time.perf_counter() - begun)
-                place += taken
-                done += taken
-                watch(done, total)
+            # The list gives the carry up, so that the program may overwrite it.
+            carry = _run_loop(
+                partial(turns, *of_step, carries), starts.pop(0), first, end, size, progress
+            )
             carries += (carry,)
         return programs, carries
 
@@ -299,6 +315,37 @@ class GroupedStep:
             return after, metrics
 
         return finish
+
+
+def _run_loop(
+    turns: Callable[[Carry, np.int32, np.int32], Carry],
+    carry: Carry,
+    place: int,
+    end: int,
+    size: GroupSize,
+    progress: _Progress,
+) -> Carry:
+    """Runs the turns of a loop from `place` to before `end`, group by group.
+
+    Args:
+      turns: from (carry, first place, last place) to the carry; overwrites the one that it is given.
+      carry: before the first turn.
+      place: of the first turn.
+      end: the place behind the last.
+      size: of the loop's groups.
+      progress: of the step; told after every group and while one is waited for.
+    """
+    while place < end:
+        taken = size.next(end - place)
+        begun = time.perf_counter()
+        call = partial(turns, carry, np.int32(place), np.int32(place + taken))
+        carry = call_beside(call, progress.tell)
+        wait_for(carry, progress.tell)
+        size.took(taken, time.perf_counter() - begun)
+        place += taken
+        progress.done += taken
+        progress.tell()
+    return carry
 
 
 def _int32(bounds: Bounds) -> list[jax.Array]:

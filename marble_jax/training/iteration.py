@@ -187,7 +187,7 @@ class Iteration:
             jnp.asarray(valid),
         )
         prompt, cond, values, mask = self.replicate(on_host)
-        kept = rollout.kept(self.steps.keeps)
+        kept = rollout.checked_for(self.steps.keeps)
         return RolloutBatch(
             kept=kept,
             prompt=prompt,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,12 +54,17 @@ def score_metrics(scores: Scores, advantages: Advantages) -> dict[str, float]:
         failed = int(scores.failed[:, k].sum())
         sizes = np.abs(advantages.values[advantages.valid[:, k], k])
         record |= {
-            f"rollout/score_mean/{name}": float(valid.mean()) if valid.size else float("nan"),
-            f"rollout/score_std/{name}": float(valid.std()) if valid.size else float("nan"),
+            f"rollout/score_mean/{name}": _or_nan(np.mean, valid),
+            f"rollout/score_std/{name}": _or_nan(np.std, valid),
             f"rollout/missing_share/{name}": float(1 - scores.valid[:, k].mean()),
             f"rollout/failed/{name}": failed / max(valid.size + failed, 1),
             f"rollout/failed_count/{name}": failed,
             f"rollout/zero_std_share/{name}": float(advantages.tied[k]),
-            f"advantages/abs_mean/{name}": float(sizes.mean()) if sizes.size else float("nan"),
+            f"advantages/abs_mean/{name}": _or_nan(np.mean, sizes),
         }
     return record
+
+
+def _or_nan(statistic: Callable[..., Any], values: Float[np.ndarray, " n"]) -> float:
+    """A statistic of some values, NaN of none."""
+    return float(statistic(values)) if values.size else float("nan")

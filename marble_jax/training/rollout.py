@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from marble_jax import distributed
 from marble_jax.batches import UnderWay, batch_indices
@@ -50,7 +51,7 @@ class Rollout:
     """N samples, which are images or clips, and their scores.
 
     Attributes:
-      latents: pytree of what is kept to train on: float32 clean latents, or `Transitions` of rollouts with noise along
+      kept: pytree of what is left to train on: float32 clean latents, or `Transitions` of rollouts with noise along
         the way. Leaves are [N, ...] on every device, or where `is_split` [batches, n, ...], each batch split over the
         devices.
       scores: of the training rewards.
@@ -61,7 +62,7 @@ class Rollout:
       is_split: see `latent_layout`.
     """
 
-    latents: Any
+    kept: Any
     scores: Scores
     cond: Conditioning
     prompt: np.ndarray
@@ -69,18 +70,21 @@ class Rollout:
     seconds: dict[str, float]
     is_split: bool = False
 
-    def kept(self, what: Kept) -> Any:
-        """What an objective trains on, as `latents` are laid out.
+    def checked_for(self, needed: Kept) -> Any:
+        """What an objective trains on, as `kept` is laid out.
+
+        Args:
+          needed: what the objective needs of a rollout.
 
         Raises:
           InputError: rollouts of this solver keep something else.
         """
-        has = Kept.TRANSITIONS if isinstance(self.latents, Transitions) else Kept.CLEAN_LATENTS
-        if has is not what:
+        has = Kept.TRANSITIONS if isinstance(self.kept, Transitions) else Kept.CLEAN_LATENTS
+        if has is not needed:
             raise InputError(
-                f"rollout.solver: expected one that keeps {what.value}; received one that keeps {has.value}"
+                f"rollout.solver: expected one that keeps {needed.value}; received one that keeps {has.value}"
             )
-        return self.latents
+        return self.kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,32 +137,26 @@ class Collector:
         start, waited = time.perf_counter(), self.scorer.waited_seconds
         count = len(draw.prompts)
         cond = self._encoded(draw)
-        latents, health = [], []
+        kept_of_batches, health = [], []
+        poll = partial(progress, 0)
         # A reward that hangs does not keep a run from stopping.
-        under_way: UnderWay[Scores] = UnderWay(lambda: progress(0))
+        under_way: UnderWay[Scores] = UnderWay(poll)
         batches = batch_indices(count, self.batch_size)
         # One number for all batches, so that their figures are one program.
         num_groups = max(len(np.unique(draw.groups[index])) for index in batches)
         for number, index in enumerate(batches):
             group = draw.groups[index]
-            own_path = None
-            if path is not None:
-                own_path = NoisyPath(jax.random.fold_in(path.key, number), path.start)
+            noise_key, noisy_path = _batch_key_and_path(key, path, number)
             sampled = partial(
-                self._sampled,
-                params,
-                adapter,
-                _rows(cond, group),
-                jax.random.fold_in(key, number),
-                own_path,
+                self._sampled, params, adapter, _rows(cond, group), noise_key, noisy_path
             )
             # A batch may take a minute, its first one several to compile, and a run is to stop in less.
-            x0, kept, samples = call_beside(sampled, lambda: progress(0))
-            wait_for(samples, lambda: progress(0))
+            x0, kept, samples = call_beside(sampled, poll)
+            wait_for(samples, poll)
             # Host rewards work on this batch while the next one is sampled.
             pending = self.scorer.submit(samples, [draw.prompts[i] for i in index])
             under_way.add(pending, samples.nbytes // jax.process_count())
-            latents.append(kept if self.stack is not None else self.spread(kept))
+            kept_of_batches.append(kept if self.stack is not None else self.spread(kept))
             # Labels within the batch: a global one can be beyond the number of segments.
             _, label = np.unique(group, return_inverse=True)
             health.append(sample_health(x0, samples, label.astype(np.int32), num_groups))
@@ -168,13 +166,21 @@ class Collector:
         with phase("rewards"):
             scores = concatenate(under_way.results(), count)
         seconds = {"rollout": finished - start, "rewards_wait": self.scorer.waited_seconds - waited}
-        if self.stack is None:
-            # The last batch may have been filled up.
-            whole = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *latents)
-        else:
-            whole = self.stack(latents)
-        split = self.stack is not None
-        return Rollout(whole, scores, cond, draw.groups, _mean_health(health), seconds, split)
+        return Rollout(
+            kept=self._put_together(kept_of_batches, count),
+            scores=scores,
+            cond=cond,
+            prompt=draw.groups,
+            health=_mean_health(health),
+            seconds=seconds,
+            is_split=self.stack is not None,
+        )
+
+    def _put_together(self, kept_of_batches: Sequence[Any], count: int) -> Any:
+        """What is kept of `count` samples, from that of their batches, of which the last may have been filled up."""
+        if self.stack is not None:
+            return self.stack(kept_of_batches)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *kept_of_batches)
 
     def _encoded(self, draw: Draw) -> Conditioning:
         """Conditioning of the P distinct draws, in the order of their labels."""
@@ -201,6 +207,16 @@ class Collector:
         return x0, transitions, self.decode(x0)
 
 
+def _batch_key_and_path(
+    key: jax.Array, path: NoisyPath | None, number: int
+) -> tuple[jax.Array, NoisyPath | None]:
+    """Key of the noise that a batch starts from, and its noise along the way; `number` counts the batches."""
+    start_key = jax.random.fold_in(key, number)
+    if path is None:
+        return start_key, None
+    return start_key, NoisyPath(jax.random.fold_in(path.key, number), path.start)
+
+
 def _rows(cond: Conditioning, index: np.ndarray) -> Conditioning:
     return jax.tree.map(lambda leaf: leaf[index], cond)
 
@@ -213,14 +229,17 @@ def _mean_health(batches_health: Sequence[dict[str, jax.Array]]) -> dict[str, fl
 
 @partial(jax.jit, static_argnames="num_groups")
 def sample_health(
-    x0: jax.Array, samples: jax.Array, group: jax.Array, num_groups: int
-) -> dict[str, jax.Array]:
+    x0: Float[Array, " n *latent"],
+    samples: Float[Array, " n *image"],
+    group: Int[Array, " n"],
+    num_groups: int,
+) -> dict[str, Float[Array, ""]]:
     """Figures of one batch that tell when samples degenerate.
 
     Args:
-      x0: [n, *latent] clean latents.
+      x0: clean latents.
       samples: images [n, H, W, 3] or clips [n, F, H, W, 3].
-      group: int32 [n], labels in [0, num_groups) of samples of one prompt.
+      group: labels in [0, num_groups) of samples of one prompt.
       num_groups: labels that there can be. Every device holds sums of so many whole images: as many as there are
         samples would be the whole batch on each of them.
 

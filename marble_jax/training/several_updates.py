@@ -7,6 +7,7 @@ last update it follows as it does after a single one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,26 @@ from marble_jax.training.recipe import Recipe
 from marble_jax.training.state import TrainState
 from marble_jax.types import Params
 
-FIRST = ("objective/ratio", "objective/log_prob_gap")
-"""Figures of the first update that are on record beside those of the last: there the policy is the one that sampled."""
+
+def first_figures(metrics: Metrics, reports: Sequence[str]) -> Metrics:
+    """The figures of a first update that are on record beside those of the last, under names of their own.
+
+    Args:
+      metrics: of the first update.
+      reports: see `Objective.first_reports`.
+    """
+    names = [f"objective/{report}" for report in reports]
+    return {f"{name}_first": metrics[name] for name in names if name in metrics}
 
 
-def first_figures(metrics: Metrics) -> Metrics:
-    """The figures of a first update that are on record, under names of their own."""
-    return {f"{name}_first": metrics[name] for name in FIRST if name in metrics}
-
-
-def several_updates(last: Step, before: Step, updates: int) -> Step:
+def several_updates(last: Step, before: Step, updates: int, reports: Sequence[str] = ()) -> Step:
     """The step that takes several updates from a rollout, as one program; `last` itself for one.
 
     Args:
       last: the last update.
       before: the other ones; see `before_last`.
       updates: how many there are.
+      reports: the objective's `first_reports`.
     """
     if updates == 1:
         return last
@@ -48,14 +53,17 @@ def several_updates(last: Step, before: Step, updates: int) -> Step:
             run = last if update == updates - 1 else before
             state, metrics = run(state, params, part)
             if update == 0:
-                first = first_figures(metrics)
+                first = first_figures(metrics, reports)
         return dataclasses.replace(state, key=run_key), metrics | first
 
     return step
 
 
 def before_last(recipe: Recipe) -> Recipe:
-    """What an update does that another one from the same rollouts follows: the rollout policy and alpha's age stay."""
+    """Returns the recipe of an update that another one from the same rollouts follows.
+
+    The rollout policy and alpha's age stay what they are.
+    """
     averages = dataclasses.replace(recipe.averages, rollout_decay=_stays)
     return dataclasses.replace(recipe, averages=averages, ends_step=False)
 
@@ -75,8 +83,8 @@ def update_key(key: jax.Array, step: jax.Array, update: jax.Array | int) -> jax.
     """
     later = stream_key(jax.random.wrap_key_data(key), Stream.LATER_UPDATES, step)
     # Numbers of its own: the step is the same.
-    own = jax.random.key_data(jax.random.fold_in(later, update))
-    return jnp.where(update > 0, own, key)
+    own_key = jax.random.key_data(jax.random.fold_in(later, update))
+    return jnp.where(update > 0, own_key, key)
 
 
 def update_part(

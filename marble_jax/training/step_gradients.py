@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jaxtyping import Array, Float
 
 from marble_jax import tree
 from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient
@@ -113,7 +114,7 @@ class MicroBatches:
     def combined_gradient(
         self,
         part: MicroBatch,
-        sample_weights: jax.Array,
+        sample_weights: Float[Array, " r"],
         num_samples: int,
         signals: bool = True,
         anchor_scale: jax.Array | float = 1.0,

@@ -82,7 +82,7 @@ def make_steps(
     def grouped(make: Callable[..., StagedStep]) -> GroupedStep:
         last = make(recipe, velocity, optimizer)
         before = make(before_last(recipe), velocity, optimizer)
-        return GroupedStep(last, before, recipe.updates, shards)
+        return GroupedStep(last, before, recipe.updates, shards, recipe.objective.first_reports)
 
     # The first step and the refreshes are the same programs, compiled once.
     exact = grouped(exact_step)

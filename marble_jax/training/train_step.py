@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 
 from marble_jax import tree
 from marble_jax.harmonize import alpha_state, diagnostics, history, out_of_sample
@@ -48,68 +49,36 @@ def exact_step(
 ) -> StagedStep:
     """The step that takes every reward's gradient over the whole batch and solves for alpha."""
     harmonization = recipe.harmonization
-    rewards = harmonization.num_rewards
     adaptive = harmonization.anchor_error > 0
     loops = _adaptive_loops(recipe) if adaptive else _spaced_loops(recipe)
 
     def finish(parts: MicroBatches, carries: Earlier) -> tuple[TrainState, Metrics]:
-        state = parts.state
-        if adaptive:
-            (anchored, total, squares), *others = carries
-            moments = AnchorMoments(squares, tree.norm(total), _adaptive_count(recipe, parts))
-            carries = (anchored, *others)
-        # The one exchange between devices of a step's gradients.
-        sums = parts.all_reduce(reduce(tree.add, carries))
-        mean = mean_gradients(sums)
-        gram = tree.gram(mean.gradients)
-        # A reward without a valid sample in the whole batch has no gradient to balance.
-        active = sums.counts[:rewards] > 0
-        reward_gram = gram[:rewards, :rewards]
-        past, comparison = beside_history(harmonization, state, mean.gradients, gram, active)
-        if harmonization.cleaned:
-            solution = cleaned_solve(
-                harmonization.balancer,
-                reward_gram,
-                active,
-                state.balancer,
-                past,
-                state.alpha,
-                harmonization.shrinkage,
-                harmonization.unit_signals,
-            )
-        else:
-            solution = harmonization.balancer(reward_gram, active, state.balancer)
-        alpha = alpha_state.refresh(
-            state.alpha, solution.alpha, solution.scale, harmonization.rho, solution.used
-        )
-        weights = _update_weights(harmonization, solution, alpha)
-        update = tree.weighted_sum(weights, mean.gradients)
+        sums, moments = _reduce(recipe, parts, carries)
+        solved = _solve(harmonization, parts.state, sums)
+        mean = solved.mean
+        update = tree.weighted_sum(solved.weights, mean.gradients)
         gradient = tree.add(update, tree.scale(mean.kl_gradient, recipe.objective.kl_weight))
-        state, metrics = apply_update(
+        state, update_metrics = apply_update(
             recipe.averages,
             optimizer,
-            state,
+            parts.state,
             gradient,
-            alpha,
-            solution.state,
-            past,
+            solved.alpha,
+            solved.solution.state,
+            solved.past,
             recipe.ends_step,
         )
-        used = _used_alpha(harmonization, solution, alpha)
-        metrics |= _solve_metrics(mean, weights, solution, used, rewards)
-        metrics["harmonize/alpha_age"] = alpha.age
-        metrics |= sums.records.metrics()
+        metrics = update_metrics | _record(harmonization, solved, sums)
         state, skipped = with_rollout_gap(recipe, state, sums.records)
         metrics |= skipped
-        metrics |= _reward_diagnostics(gram, weights, used)
-        if adaptive:
+        if moments is not None:
             spread = anchor_spread(state.last_spread, moments, metrics["training/grad_norm"])
             state = dataclasses.replace(state, anchor_spread=spread)
             metrics |= {
                 "harmonize/anchored_share": moments.count / parts.count,
                 "harmonize/anchor_error": expected_error(spread, parts.count, moments.count),
             }
-        return state, metrics | comparison
+        return state, metrics
 
     return StagedStep(
         open=partial(MicroBatches, recipe, velocity),
@@ -119,12 +88,106 @@ def exact_step(
     )
 
 
+class _Anchored(NamedTuple):
+    """What the loop with anchors comes to where their number follows from their spread.
+
+    Attributes:
+      sums: of the micro-batches with anchors, device by device.
+      total: adapter tree, the anchors' share of the update, summed over them.
+      squares: float32 scalar, sum of their squared lengths.
+    """
+
+    sums: Any
+    total: Any
+    squares: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solved:
+    """What a step has come to before the policies move.
+
+    Attributes:
+      mean: gradients of all objectives.
+      gram: float32 [R, R], their inner products.
+      solution: of the balancer.
+      alpha: with the solve taken in.
+      weights: float32 [R], of the update on the raw gradients.
+      past: the history with this step's gradients.
+      comparison: how they compare with what it held before.
+    """
+
+    mean: RewardGradients
+    gram: Float[Array, "r r"]
+    solution: Solution
+    alpha: alpha_state.AlphaState
+    weights: Float[Array, " r"]
+    past: history.History
+    comparison: Metrics
+
+
+def _reduce(
+    recipe: Recipe, parts: MicroBatches, carries: Earlier
+) -> tuple[RewardSums, AnchorMoments | None]:
+    """Sums over micro-batches and devices, and what the anchors' spread follows from where their number does."""
+    moments = None
+    if recipe.harmonization.anchor_error > 0:
+        anchored: _Anchored = carries[0]
+        count = _adaptive_count(recipe, parts)
+        moments = AnchorMoments(anchored.squares, tree.norm(anchored.total), count)
+        carries = (anchored.sums, *carries[1:])
+    # The one exchange between devices of a step's gradients.
+    return parts.all_reduce(reduce(tree.add, carries)), moments
+
+
+def _solve(harmonization: Harmonization, state: TrainState, sums: RewardSums) -> _Solved:
+    """Alpha and the update's weights from a step's sums."""
+    rewards = harmonization.num_rewards
+    mean = mean_gradients(sums)
+    gram = tree.gram(mean.gradients)
+    # A reward without a valid sample in the whole batch has no gradient to balance.
+    active = sums.counts[:rewards] > 0
+    reward_gram = gram[:rewards, :rewards]
+    past, comparison = beside_history(harmonization, state, mean.gradients, gram, active)
+    if harmonization.cleaned:
+        solution = cleaned_solve(
+            harmonization.balancer,
+            reward_gram,
+            active,
+            state.balancer,
+            past,
+            state.alpha,
+            harmonization.shrinkage,
+            harmonization.unit_signals,
+        )
+    else:
+        solution = harmonization.balancer(reward_gram, active, state.balancer)
+    alpha = alpha_state.refresh(
+        state.alpha, solution.alpha, solution.scale, harmonization.rho, solution.used
+    )
+    weights = _update_weights(harmonization, solution, alpha)
+    return _Solved(mean, gram, solution, alpha, weights, past, comparison)
+
+
+def _record(harmonization: Harmonization, solved: _Solved, sums: RewardSums) -> Metrics:
+    """Numbers of a solve and of what its update does to every reward."""
+    used = _used_alpha(harmonization, solved.solution, solved.alpha)
+    return {
+        **_solve_metrics(
+            solved.mean, solved.weights, solved.solution, used, harmonization.num_rewards
+        ),
+        "harmonize/alpha_age": solved.alpha.age,
+        **sums.records.metrics(),
+        **_reward_diagnostics(solved.gram, solved.weights, used),
+        **solved.comparison,
+    }
+
+
 def beside_history(
     harmonization: Harmonization,
     state: TrainState,
     gradients: Adapter,
-    gram: jax.Array,
-    active: jax.Array,
+    gram: Float[Array, "r r"],
+    active: Bool[Array, " k"],
 ) -> tuple[history.History, Metrics]:
     """The history with this step's gradients, and how they compare with what it held before.
 
@@ -132,8 +195,8 @@ def beside_history(
       harmonization: of the step.
       state: before the step.
       gradients: raw ones of all objectives, leaves [R, ...], the rewards first.
-      gram: their inner products, [R, R].
-      active: bool [K], rewards with a valid sample.
+      gram: their inner products.
+      active: rewards with a valid sample.
     """
     rewards = harmonization.num_rewards
     # A scalarized objective has no part in this: the rewards are what is compared.
@@ -193,20 +256,18 @@ def _adaptive_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
     def order(parts: MicroBatches) -> jax.Array:
         return parts.anchored_first(_adaptive_count(recipe, parts))
 
-    def with_anchors(
-        parts: MicroBatches, _: Earlier
-    ) -> Callable[[jax.Array], tuple[RewardSums, Adapter, jax.Array]]:
+    def with_anchors(parts: MicroBatches, _: Earlier) -> Callable[[jax.Array], _Anchored]:
         scale = parts.count / _adaptive_count(recipe, parts)
         # What the anchors weigh in the update, as far as it is known before the solve.
         sample_weights, num_samples = _sample_weights(recipe, parts.state, parts.batch)
 
-        def at(index: jax.Array) -> tuple[RewardSums, Adapter, jax.Array]:
+        def at(index: jax.Array) -> _Anchored:
             part = parts.at(index)
             sums = parts.reward_sums(part, anchor_scale=scale)
             shares = parts.combined_gradient(part, sample_weights, num_samples, signals=False)
             # Reduced here and not after the loop: the norm is that of all devices' samples.
             share, _ = parts.all_reduce(shares)
-            return sums, share, tree.vdot(share, share)
+            return _Anchored(sums, share, tree.vdot(share, share))
 
         return at
 
@@ -214,7 +275,7 @@ def _adaptive_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
         return 0, _adaptive_count(recipe, parts)
 
     loops = (
-        SumLoop(order, first, with_anchors, per_device=(True, False, False)),
+        SumLoop(order, first, with_anchors, per_device=_Anchored(True, False, False)),
         *loops_behind(recipe, order, partial(_adaptive_count, recipe), _signals),
     )
     return lambda num: loops

@@ -129,6 +129,11 @@ class WeightedSamples(Objective):
         return self.inner.reports
 
     @property
+    def first_reports(self) -> tuple[str, ...]:
+        """See `Objective.first_reports`."""
+        return self.inner.first_reports
+
+    @property
     def num_anchors(self) -> int:
         """See `Objective.num_anchors`."""
         return self.inner.num_anchors
@@ -142,9 +147,9 @@ class WeightedSamples(Objective):
         """See `Objective.reported`; weights have no part in it."""
         return self.inner.reported(statistics[0])
 
-    def prepare(self, draws: Draws, policies: FrozenPolicies, anchors: bool) -> WeightedBatch:
+    def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> WeightedBatch:
         """See `Objective.prepare`; all weights are 1."""
-        samples = self.inner.prepare(draws, policies, anchors)
+        samples = self.inner.prepare(draws, policies, divergence)
         return WeightedBatch(samples, jnp.ones((draws.sigma.shape[0], 1)))
 
     def predict(self, velocity: Velocity, batch: WeightedBatch) -> Float[Array, " n *latent"]:
@@ -155,9 +160,9 @@ class WeightedSamples(Objective):
         self, prediction: Float[Array, " n *latent"], batch: WeightedBatch
     ) -> Directions:
         """See `Objective.directions`."""
-        found = self.inner.directions(prediction, batch.samples)
+        inner = self.inner.directions(prediction, batch.samples)
         # Statistics are what reaches the weights of the directions.
-        return dataclasses.replace(found, statistics=(found.statistics, batch.weights))
+        return dataclasses.replace(inner, statistics=(inner.statistics, batch.weights))
 
     def mix(
         self,

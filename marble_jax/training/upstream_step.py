@@ -58,7 +58,7 @@ import jax.numpy as jnp
 import optax
 
 from marble_jax import tree
-from marble_jax.harmonize import alpha_state, diagnostics
+from marble_jax.harmonize import alpha_state, diagnostics, history
 from marble_jax.harmonize.balancers import Fixed
 from marble_jax.harmonize.reward_sums import mean_gradients
 from marble_jax.training.micro_batches import MicroBatch, RolloutBatch
@@ -112,39 +112,35 @@ def upstream_step(
         return tuple(chosen)
 
     def finish(sampled: _Sampled, carries: Earlier) -> tuple[TrainState, Metrics]:
-        state, parts = sampled.state, sampled.parts
-        gradient, alpha = tree.zeros_like(state.current), _first_alpha(recipe, state)
-        metrics: Metrics = {}
-        comparison: Metrics = {}
-        past = None
-        if num_solves(parts.count):
-            solved_parts: _Solves = carries[0]
-            gradient, alpha = solved_parts.gradient, solved_parts.alpha
-            metrics = solved_parts.metrics
-            past, comparison = beside_history(
-                recipe.harmonization,
-                state,
-                solved_parts.gradients,
-                solved_parts.gram,
-                solved_parts.active,
-            )
-        if num_solves(parts.count) < parts.count:
-            combined, losses = parts.all_reduce(carries[-1])
-            gradient = tree.add(gradient, combined)
-            # The numbers of a solve are the fuller ones where both are there.
-            metrics = {
-                "objective/loss": losses["policy_loss"],
-                "objective/kl": losses["kl"],
-                **losses["records"].metrics(),
-            } | metrics
+        count = sampled.parts.count
+        solves_here = num_solves(count) > 0
+        solved = _of_solves(recipe, sampled, carries[0] if solves_here else None)
+        combined = _CombinedOutcome()
+        gradient = solved.gradient
+        if num_solves(count) < count:
+            combined = _of_combined(sampled, carries[-1])
+            gradient = tree.add(gradient, combined.gradient)
         state, update_metrics = apply_update(
-            recipe.averages, optimizer, state, gradient, alpha, history=past
+            recipe.averages,
+            optimizer,
+            sampled.state,
+            gradient,
+            solved.alpha,
+            history=solved.past,
         )
-        return state, metrics | update_metrics | comparison | sampled.metrics(parts.batch) | {
-            "harmonize/alpha": alpha.alpha,
-            "harmonize/alpha_age": alpha.age,
-            "harmonize/refreshed": jnp.asarray(float(num_solves(parts.count) > 0)),
+        metrics = {
+            **combined.metrics,
+            # The numbers of a solve are the fuller ones where both are there.
+            **solved.metrics,
+            **update_metrics,
+            **solved.comparison,
+            **sampled.metrics(sampled.parts.batch),
+            # Of the step, and not of its last solve.
+            "harmonize/alpha": solved.alpha.alpha,
+            "harmonize/alpha_age": solved.alpha.age,
+            "harmonize/refreshed": jnp.asarray(float(solves_here)),
         }
+        return state, metrics
 
     return StagedStep(open_step, partial(num_micro_batches, recipe), loops, finish)
 
@@ -263,6 +259,60 @@ class _Solves:
     gram: jax.Array
     active: jax.Array
     metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class _SolveOutcome:
+    """What the solves of a step leave, or what it begins with where there is none.
+
+    Attributes:
+      gradient: adapter tree, their part of the update.
+      alpha: after them.
+      metrics: numbers of the last one.
+      past: the history with its gradients; None without a solve.
+      comparison: how these compare with what the history held before.
+    """
+
+    gradient: Adapter
+    alpha: alpha_state.AlphaState
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+    past: history.History | None = None
+    comparison: Metrics = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CombinedOutcome:
+    """What the micro-batches under the combined advantage come to; nothing where there is none.
+
+    Attributes:
+      gradient: adapter tree, their part of the update.
+      metrics: their numbers.
+    """
+
+    gradient: Adapter | None = None
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+
+
+def _of_solves(recipe: Recipe, sampled: _Sampled, last: _Solves | None) -> _SolveOutcome:
+    """The outcome of a step's solves; None for a step without one."""
+    state = sampled.state
+    if last is None:
+        return _SolveOutcome(tree.zeros_like(state.current), _first_alpha(recipe, state))
+    past, comparison = beside_history(
+        recipe.harmonization, state, last.gradients, last.gram, last.active
+    )
+    return _SolveOutcome(last.gradient, last.alpha, last.metrics, past, comparison)
+
+
+def _of_combined(sampled: _Sampled, carry: Carry) -> _CombinedOutcome:
+    """The outcome of the micro-batches under the combined advantage, summed over devices."""
+    gradient, losses = sampled.parts.all_reduce(carry)
+    metrics = {
+        "objective/loss": losses["policy_loss"],
+        "objective/kl": losses["kl"],
+        **losses["records"].metrics(),
+    }
+    return _CombinedOutcome(gradient, metrics)
 
 
 @dataclasses.dataclass(frozen=True)

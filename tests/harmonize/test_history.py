@@ -47,7 +47,7 @@ def _unit(rows):
 
 def test_products_are_those_of_all_pairs_of_steps():
     steps = np.random.default_rng(0).normal(size=(7, K, 14)) * [[[1.0], [30.0], [0.01]]]
-    found = history.signal(_observed(steps))
+    found = history.estimate_signal(_observed(steps))
     unit, decay = _unit(steps), 1 - 1 / WINDOW
     total, pairs = np.zeros((K, K)), 0.0
     for t in range(7):
@@ -63,7 +63,7 @@ def test_products_are_those_of_all_pairs_of_steps():
 
 def test_error_is_that_of_a_weighted_mean_over_steps():
     steps = np.random.default_rng(1).normal(size=(6, K, 14)) + 0.5
-    found = history.signal(_observed(steps))
+    found = history.estimate_signal(_observed(steps))
     unit, decay = _unit(steps), 1 - 1 / WINDOW
     values, weights, ages = [], [], []
     for t in range(1, 6):
@@ -81,7 +81,7 @@ def test_error_is_that_of_a_weighted_mean_over_steps():
 
 def test_one_step_says_nothing_and_two_have_no_error():
     steps = np.random.default_rng(2).normal(size=(2, K, 14)) + 2
-    one, two = (history.signal(_observed(steps[:n])) for n in (1, 2))
+    one, two = (history.estimate_signal(_observed(steps[:n])) for n in (1, 2))
     assert np.isnan(one.share).all() and np.isnan(one.products).all()
     assert np.isinf(one.error).all() and np.isinf(two.error).all()
     assert not np.any(one.reliable) and not np.any(two.reliable)
@@ -96,11 +96,11 @@ def test_an_absent_reward_leaves_its_part_alone():
     active[2, 1] = False
     broken = steps.copy()
     broken[2, 1] = np.nan
-    found = history.signal(_observed(broken, active))
+    found = history.estimate_signal(_observed(broken, active))
     # Reward 1 saw three steps, as if the third had not been.
-    without = history.signal(_observed(np.delete(steps, 2, axis=0)))
+    without = history.estimate_signal(_observed(np.delete(steps, 2, axis=0)))
     np.testing.assert_allclose(found.share[1], without.share[1], atol=2e-7)
-    whole = history.signal(_observed(steps))
+    whole = history.estimate_signal(_observed(steps))
     np.testing.assert_allclose(found.share[0], whole.share[0], atol=2e-7)
     assert np.isfinite(found.products).all()
 
@@ -132,7 +132,7 @@ def _planted():
 
 def test_planted_signal_is_found_under_correlated_noise():
     state, cosines, shared, gradients = _planted()
-    found = history.signal(state)
+    found = history.estimate_signal(state)
     expected_share = 0.35**2 / (0.35**2 + 1.0)
     np.testing.assert_allclose(found.share, expected_share, rtol=0.1)
     assert np.all(found.reliable)
@@ -158,7 +158,7 @@ def test_noise_alone_is_seldom_reliable():
             rows = rng.normal(size=(2, 200)).astype(np.float32)
             norms = jnp.asarray(np.linalg.norm(rows, axis=1))
             state = observe(state, {"w": jnp.asarray(rows)}, norms, jnp.ones(2, bool), 8.0)
-        count += int(np.sum(history.signal(state).reliable))
+        count += int(np.sum(history.estimate_signal(state).reliable))
     assert 0.05 < count / (2 * trials) < 0.3
 
 
@@ -166,10 +166,10 @@ def test_noise_alone_is_seldom_reliable():
 def test_cleaned_gram_keeps_norms_and_mixes_cosines(shrinkage):
     state, _, _, gradients = _planted()
     gram = (gradients @ gradients.T * np.outer([1, 10, 0.1], [1, 10, 0.1])).astype(np.float32)
-    found = history.cleaned_gram(jnp.asarray(gram), history.signal(state), shrinkage)
+    found = history.cleaned_gram(jnp.asarray(gram), history.estimate_signal(state), shrinkage)
     np.testing.assert_allclose(np.diagonal(found), np.diagonal(gram), rtol=1e-4)
     size = np.sqrt(np.diagonal(gram))
-    clean = np.asarray(history.cosines(history.signal(state)), np.float64)
+    clean = np.asarray(history.cosines(history.estimate_signal(state)), np.float64)
     expected = shrinkage * gram / np.outer(size, size) + (1 - shrinkage) * clean
     np.fill_diagonal(expected, 1.0)
     assert np.linalg.eigvalsh(expected)[0] > 0  # nothing to cut off here
@@ -269,7 +269,7 @@ def test_a_reward_below_its_own_error_keeps_its_last_share():
     weight = state.num_pairs[1, 1]
     state = state.replace(squares=state.squares.at[1].set(1e3 * weight))
     gram, everyone = jnp.asarray(gradients @ gradients.T), jnp.ones(K, bool)
-    assert list(np.asarray(history.signal(state).reliable)) == [True, False, True]
+    assert list(np.asarray(history.estimate_signal(state).reliable)) == [True, False, True]
     remembered = alpha_state.refresh(
         alpha_state.init(K), jnp.array([0.5, 0.2, 0.3]), jnp.array([1.0, 3.0, 1.0]), 0.7
     )

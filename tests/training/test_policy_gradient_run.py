@@ -66,7 +66,7 @@ def test_rollouts_keep_the_steps_of_a_window_that_is_drawn_for_every_step():
     starts = set()
     for step in range(8):
         _, rollout = rolled_out(state.replace(step=jnp.asarray(step, jnp.int32)))
-        kept = rollout.latents
+        kept = rollout.kept
         assert kept.states.shape == (toy.IMAGES, 3, *toy.LATENT)
         assert kept.log_prob.shape == (toy.IMAGES, 2)
         # One window for all images of a step.
@@ -78,7 +78,7 @@ def test_rollouts_keep_the_steps_of_a_window_that_is_drawn_for_every_step():
 
 def test_rollouts_with_noise_are_their_own_and_repeat():
     state = on_policy_state()
-    one, same = (rolled_out(state)[1].latents for _ in range(2))
+    one, same = (rolled_out(state)[1].kept for _ in range(2))
     toy.assert_identical(one, same)
     # Images of both batches have noise of their own along the way: no two steps draw the same.
     errors = []
@@ -140,7 +140,7 @@ def test_an_objective_of_steps_refuses_rollouts_that_keep_none():
     samples = run.sampling.draw(state.seed, 0)
     rollout = collector(toy.base_params(), state.rollout, samples, jax.random.key(0))
     with pytest.raises(InputError, match="expected one that keeps states at steps with noise"):
-        rollout.kept(run.steps.keeps)
+        rollout.checked_for(run.steps.keeps)
 
 
 @pytest.mark.parametrize(

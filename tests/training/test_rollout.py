@@ -88,8 +88,8 @@ def test_scores_and_latents_come_back_in_the_order_of_the_draw(scorer, batch_siz
     rollout = _collector(scorer, batch_size, _noisy)(
         None, None, draw, jax.random.key(0), done.append
     )
-    assert rollout.latents.shape == (10, 1, 2, 3) and sum(done) == 10
-    x0, lengths = np.asarray(rollout.latents), np.array([len(p.text) for p in draw.prompts])
+    assert rollout.kept.shape == (10, 1, 2, 3) and sum(done) == 10
+    x0, lengths = np.asarray(rollout.kept), np.array([len(p.text) for p in draw.prompts])
     np.testing.assert_allclose(x0.mean(axis=(1, 2, 3)), lengths / 100, atol=0.02)
     assert rollout.scores.names == ("length", "brightness")
     np.testing.assert_allclose(rollout.scores.values[:, 1], x0.mean(axis=(1, 2, 3)), rtol=1e-6)
@@ -126,8 +126,7 @@ def test_every_draw_is_encoded_once_and_conditions_its_images(scorer):
 def test_noise_is_a_function_of_the_key_and_differs_between_images(scorer):
     collect = _collector(scorer, 5, _noisy)
     one, same, other = (
-        np.asarray(collect(None, None, _draw(TEXTS, 2), jax.random.key(k)).latents)
-        for k in (1, 1, 2)
+        np.asarray(collect(None, None, _draw(TEXTS, 2), jax.random.key(k)).kept) for k in (1, 1, 2)
     )
     np.testing.assert_array_equal(one, same)
     assert np.all(one != other)
@@ -140,7 +139,7 @@ def test_policy_and_weights_reach_the_sampler(scorer):
         return jnp.zeros_like(noise) + params + adapter
 
     rollout = _collector(scorer, 2, sampler)(0.25, 0.5, _draw(TEXTS[:1], 2), jax.random.key(0))
-    assert np.all(np.asarray(rollout.latents) == 0.75)
+    assert np.all(np.asarray(rollout.kept) == 0.75)
 
 
 @pytest.mark.parametrize(
