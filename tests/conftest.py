@@ -38,7 +38,37 @@ def pytest_addoption(parser):
     )
 
 
+DEAREST = (
+    "api/test_notebook.py",
+    "training/test_devices.py",
+    "training/test_several_processes.py",
+    "families/test_flux1_run.py",
+    "cli/test_train.py",
+    "convert/test_flux1_lora.py",
+    "families/test_wan_run.py",
+    "rewards/test_reward_devices.py",
+    "plan/test_hlo_costs.py",
+    "families/test_flux1_scaling.py",
+)
+"""Files that take a minute or more, few tests each: begun first, as the one begun last keeps one process alone."""
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        """Number of an item's file among the dearest; the others come behind them, in their order."""
+        path = item.path.as_posix()
+        for number, file in enumerate(DEAREST):
+            if path.endswith(f"tests/{file}"):
+                return number
+        return len(DEAREST)
+
+    items.sort(key=place)
+
+
 def pytest_configure(config):
+    # pytest-xdist would begin with the files of most tests, which are quick.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
     # Tracing makes many objects that live on, which Python would look through again and again.
     gc.set_threshold(100_000, 50, 100)
     if config.getoption("--check-shapes"):
