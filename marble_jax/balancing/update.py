@@ -156,7 +156,7 @@ def balance(
 def solve(
     rule: Balancer, products: Float[Array, "k k"], valid: Bool[Array, " k"], state: Any
 ) -> BalanceInfo:
-    """What a balancer makes of a Gram matrix."""
+    """Returns what a balancer makes of a Gram matrix."""
     if type(rule).__hash__ is None:
         # A balancer of the user's that cannot name a compiled program.
         return _solved(rule, products, valid, state)

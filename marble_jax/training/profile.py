@@ -64,9 +64,10 @@ class Profiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`, from 1; the trace starts at the first of the chosen steps and ends after the last.
+        """Returns a context for step `number`, from 1.
 
-        A run that goes on in the middle of them takes the rest; one that fails keeps what it has.
+        The trace starts at the first of the chosen steps and ends after the last. A run that goes on in the middle of
+        them takes the rest; one that fails keeps what it has.
         """
         if number in self._steps and not self._running:
             jax.profiler.start_trace(self._local)
