@@ -43,7 +43,7 @@ from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.optimizer import make_optimizer
 from marble_jax.training.recipe import Recipe
 from marble_jax.training.state import TrainState
-from marble_jax.training.train_step import MicroBatches
+from marble_jax.training.step_gradients import MicroBatches
 from marble_jax.types import PolicyVelocity
 
 _OUT_OF_MEMORY = re.compile(r"total memory required for [^(]*\(([\d.]+)([KMGT])\)")

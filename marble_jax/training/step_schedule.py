@@ -9,13 +9,14 @@ import optax
 
 from marble_jax.errors import InputError
 from marble_jax.objectives.base import Kept
+from marble_jax.training.amortized_step import amortized_step
 from marble_jax.training.grouped_step import GroupedStep
 from marble_jax.training.policy_update import Metrics
 from marble_jax.training.recipe import Recipe
 from marble_jax.training.several_updates import before_last
 from marble_jax.training.staged_step import StagedStep
 from marble_jax.training.state import TrainState
-from marble_jax.training.train_step import amortized_step, exact_step
+from marble_jax.training.train_step import exact_step
 from marble_jax.training.upstream_rules import PLAIN_RULES, UpstreamRules
 from marble_jax.training.upstream_step import solves, upstream_step
 from marble_jax.types import PolicyVelocity

@@ -2,8 +2,8 @@
 
 `exact` takes every reward's gradient over the whole batch and solves for alpha at every step. `amortized` does so every
 `refresh_every` steps and in between runs one backward pass on `sum_k w_k g_k`, with w_k = alpha_k mean|g| / |g_k| from
-the last solve, which is the same update rule with older coefficients. `training.upstream_step` is upstream's variant.
-Each is a `StagedStep`: loops over micro-batches, then the update.
+the last solve, which is the same update rule with older coefficients (`training.amortized_step`).
+`training.upstream_step` is upstream's variant. Each is a `StagedStep`: loops over micro-batches, then the update.
 
 The objectives are the K rewards and, when advantages are scalarized, one more: the single advantage that is trained on.
 Its per-reward companions then cost nothing and show what it does to each reward.
@@ -25,7 +25,6 @@ from marble_jax import tree
 from marble_jax.harmonize import alpha_state, diagnostics, history, out_of_sample
 from marble_jax.harmonize.balancers import Solution, usable
 from marble_jax.harmonize.cleaned_solve import cleaned_solve
-from marble_jax.harmonize.reward_gradients import per_sample
 from marble_jax.harmonize.reward_sums import RewardGradients, RewardSums, mean_gradients
 from marble_jax.training.anchor_spacing import (
     AnchorMoments,
@@ -34,10 +33,10 @@ from marble_jax.training.anchor_spacing import (
     expected_error,
     fewest_anchored,
 )
-from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.policy_update import Metrics, apply_update, mean_update
 from marble_jax.training.recipe import Harmonization, Recipe
-from marble_jax.training.skipped_passes import loops_behind, policies_alike, with_rollout_gap
+from marble_jax.training.sample_weights import remembered_weights, scalarized_weights
+from marble_jax.training.skipped_passes import loops_behind, with_rollout_gap
 from marble_jax.training.staged_step import Bounds, Earlier, Loop, StagedStep, SumLoop
 from marble_jax.training.state import TrainState
 from marble_jax.training.step_gradients import MicroBatches, num_micro_batches
@@ -259,7 +258,7 @@ def _adaptive_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
     def with_anchors(parts: MicroBatches, _: Earlier) -> Callable[[jax.Array], _Anchored]:
         scale = parts.count / _adaptive_count(recipe, parts)
         # What the anchors weigh in the update, as far as it is known before the solve.
-        sample_weights, num_samples = _sample_weights(recipe, parts.state, parts.batch)
+        sample_weights, num_samples = remembered_weights(recipe, parts.state, parts.batch)
 
         def at(index: jax.Array) -> _Anchored:
             part = parts.at(index)
@@ -281,28 +280,12 @@ def _adaptive_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
     return lambda num: loops
 
 
-def _sample_weights(
-    recipe: Recipe, state: TrainState, batch: RolloutBatch
-) -> tuple[jax.Array, int]:
-    """The remembered weights on the rewards' gradients, each over its number of valid samples, and that of all samples.
-
-    Every image is a sample at each of its timesteps, valid at all of them or at none.
-    """
-    rewards = recipe.harmonization.num_rewards
-    counts = jnp.sum(batch.valid, axis=0) * recipe.timesteps.num_trained
-    num_samples = len(batch.prompt) * recipe.timesteps.num_trained
-    weights = alpha_state.active_weights(state.alpha, counts[:rewards] > 0)
-    if recipe.harmonization.scalarized:
-        weights = _scalarized_weights(rewards)
-    return per_sample(weights, counts), num_samples
-
-
 def _update_weights(
     harmonization: Harmonization, solution: Solution, alpha: alpha_state.AlphaState
 ) -> jax.Array:
     """Weights [R] of the update on the raw gradients of all objectives."""
     if harmonization.scalarized:
-        return _scalarized_weights(harmonization.num_rewards)
+        return scalarized_weights(harmonization.num_rewards)
     if harmonization.smooth:
         return alpha_state.active_alpha(alpha, solution.used) * solution.scale
     return solution.weights
@@ -318,11 +301,6 @@ def _used_alpha(
     if harmonization.smooth:
         return alpha_state.active_alpha(alpha, solution.used)
     return solution.alpha
-
-
-def _scalarized_weights(num_rewards: int) -> jax.Array:
-    """All weight on the last objective, the single advantage; the rewards are only watched."""
-    return jnp.concatenate([jnp.zeros(num_rewards), jnp.ones(1)])
 
 
 def _solve_metrics(
@@ -363,78 +341,3 @@ def _reward_diagnostics(gram: jax.Array, weights: jax.Array, alpha: jax.Array) -
     metrics["harmonize/cos_update"] = metrics["harmonize/cos_update"][:num_rewards]
     metrics["harmonize/cos_pair"] = metrics["harmonize/cos_pair"][:num_rewards, :num_rewards]
     return metrics
-
-
-def amortized_step(
-    recipe: Recipe, velocity: PolicyVelocity, optimizer: optax.GradientTransformation
-) -> StagedStep:
-    """The step in between solves: one backward pass with the cached coefficients.
-
-    Anchors are part of that pass and cost nothing; the divergence asks the base model and is taken where a solve would
-    take it, at one micro-batch in `anchor_every`. Where the others do without the rollout policy, anchors are taken
-    there as well, so much stronger.
-    """
-
-    def loops(num: int) -> tuple[Loop, ...]:
-        count = num
-        if recipe.objective.kl_weight > 0 or recipe.alike_below > 0:
-            count = fewest_anchored(num, recipe.harmonization.anchor_every)
-
-        def order(parts: MicroBatches) -> jax.Array:
-            return parts.anchored_first(count)
-
-        def gradients(
-            parts: MicroBatches, _: Earlier, divergence: bool = False, alike: bool = False
-        ) -> Callable[[jax.Array], tuple[Adapter, dict[str, Any]]]:
-            sample_weights, num_samples = _sample_weights(recipe, parts.state, parts.batch)
-            # The mean over the samples that have it, a random part of all, has no bias.
-            with_divergence = num_samples * count // num
-            anchor_scale: jax.Array | float = 1.0
-            if divergence and recipe.alike_below > 0:
-                # The micro-batches behind these then have no anchors, as in a solve.
-                others_skip = policies_alike(recipe, parts.state)
-                anchor_scale = jnp.where(others_skip, num / count, 1.0)
-
-            def gradient(index: jax.Array) -> tuple[Adapter, dict[str, Any]]:
-                part = parts.at(index, divergence, alike)
-                return parts.combined_gradient(
-                    part, sample_weights, with_divergence, anchor_scale=anchor_scale
-                )
-
-            return gradient
-
-        diverging = SumLoop(order, lambda _: (0, count), partial(gradients, divergence=True))
-        if count == num:
-            return (diverging,)
-        return diverging, *loops_behind(recipe, order, lambda _: count, gradients)
-
-    def finish(parts: MicroBatches, carries: Earlier) -> tuple[TrainState, Metrics]:
-        state = parts.state
-        gradient, losses = parts.all_reduce(reduce(tree.add, carries))
-        # Of this step, as a solve's is 0: the state after it is a step older.
-        age = state.alpha.age
-        state, metrics = apply_update(
-            recipe.averages,
-            optimizer,
-            state,
-            gradient,
-            state.alpha,
-            ends_step=recipe.ends_step,
-        )
-        metrics |= losses["records"].metrics()
-        state, skipped = with_rollout_gap(recipe, state, losses["records"])
-        metrics |= skipped
-        return state, metrics | {
-            "objective/loss": losses["policy_loss"],
-            "objective/kl": losses["kl"],
-            "harmonize/alpha": state.alpha.alpha,
-            "harmonize/refreshed": jnp.zeros(()),
-            "harmonize/alpha_age": age,
-        }
-
-    return StagedStep(
-        open=partial(MicroBatches, recipe, velocity),
-        count=partial(num_micro_batches, recipe),
-        loops=loops,
-        finish=finish,
-    )

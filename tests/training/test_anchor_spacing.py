@@ -13,7 +13,7 @@ import toy_policy as toy
 from marble_jax import tree
 from marble_jax.errors import InputError
 from marble_jax.storage.checkpoint import Checkpoints
-from marble_jax.training import train_step
+from marble_jax.training import amortized_step, train_step
 from marble_jax.training.anchor_spacing import (
     AnchorMoments,
     anchor_spread,
@@ -108,7 +108,7 @@ def _gradients(kind, count, alike_below=0.0):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_step, "MicroBatches", Ordered)
-            step = train_step.amortized_step(made, toy.velocity, optax.sgd(1.0))
+            step = amortized_step.amortized_step(made, toy.velocity, optax.sgd(1.0))
             state = state.replace(opt_state=optax.sgd(1.0).init(state.current))
             after, metrics = step(state, params, batch)
         moved = jax.tree.map(jnp.subtract, state.current, after.current)

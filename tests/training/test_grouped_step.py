@@ -15,10 +15,11 @@ from marble_jax import tree
 from marble_jax.distributed import device_mesh, waiting
 from marble_jax.harmonize.balancers import Fixed, Marble
 from marble_jax.training import grouped_step
+from marble_jax.training.amortized_step import amortized_step
 from marble_jax.training.grouped_step import GroupedStep, GroupSize
 from marble_jax.training.several_updates import before_last, several_updates
 from marble_jax.training.staged_step import StagedStep, SumLoop
-from marble_jax.training.train_step import amortized_step, exact_step
+from marble_jax.training.train_step import exact_step
 from marble_jax.training.upstream_step import upstream_step
 
 ONE = device_mesh.SINGLE_DEVICE

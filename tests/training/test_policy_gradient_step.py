@@ -16,10 +16,11 @@ from marble_jax.flow.stochastic import stochastic_table
 from marble_jax.harmonize.registry import BALANCERS, make_balancer
 from marble_jax.objectives.policy_gradient import PolicyGradient
 from marble_jax.streams import Stream, stream_key
+from marble_jax.training.amortized_step import amortized_step
 from marble_jax.training.micro_batches import frozen_policies, micro_batch, training_order
 from marble_jax.training.recipe import Timesteps
 from marble_jax.training.several_updates import before_last, several_updates
-from marble_jax.training.train_step import amortized_step, exact_step
+from marble_jax.training.train_step import exact_step
 
 GRID = np.array([*toy.SIGMAS, 0.0])
 TABLE = stochastic_table("flow_sde", GRID, 0.7)

@@ -15,9 +15,10 @@ from marble_jax.objectives.base import Draws, FrozenPolicies
 from marble_jax.objectives.nft import Nft
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.storage.checkpoint import Checkpoints
+from marble_jax.training.amortized_step import amortized_step
 from marble_jax.training.state import TrainState
 from marble_jax.training.step_gradients import MicroBatches
-from marble_jax.training.train_step import amortized_step, exact_step
+from marble_jax.training.train_step import exact_step
 
 LIMIT = 1e-3
 MAKE = {"exact": exact_step, "amortized": amortized_step}

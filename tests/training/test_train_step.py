@@ -12,13 +12,13 @@ import toy_policy as toy
 import marble_jax  # noqa: F401
 from marble_jax.harmonize import alpha_state
 from marble_jax.streams import Stream, stream_key
-from marble_jax.training import train_step
+from marble_jax.training import amortized_step, train_step
 from marble_jax.training.step_schedule import make_steps
 
 
 @functools.cache
 def _step(kind, scalarized=False, smooth=True):
-    maker = {"exact": train_step.exact_step, "amortized": train_step.amortized_step}[kind]
+    maker = {"exact": train_step.exact_step, "amortized": amortized_step.amortized_step}[kind]
     made = toy.recipe(scalarized=scalarized, smooth=smooth)
     return jax.jit(maker(made, toy.velocity, toy.optimizer()))
 
