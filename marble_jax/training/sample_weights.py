@@ -17,7 +17,8 @@ def remembered_weights(
 ) -> tuple[jax.Array, int]:
     """Returns the remembered weights on the rewards' gradients, each over its number of valid samples.
 
-    Beside them the number of all samples. Every image is a sample at each of its timesteps, valid at all of them or at none.
+    Beside them the number of all samples. Every image is a sample at each of its timesteps, valid at all of them or at
+    none.
     """
     rewards = recipe.harmonization.num_rewards
     counts = jnp.sum(batch.valid, axis=0) * recipe.timesteps.num_trained
