@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from marble_jax.distributed.sharding import REPLICATED_AXES, SHARDED_AXES, Rule, ShardingRules
 
-_CLIP_LAYER = r"(text|vision)_model/encoder\.layers\.\d+/"
+_CLIP_LAYER = r"text_model/encoder\.layers\.\d+/"
 _T5_LAYER = r"encoder\.block\.\d+/layer\."
 
 AUTOENCODER_KL_RULES: tuple[Rule, ...] = (
@@ -29,17 +29,11 @@ CLIP_RULES: tuple[Rule, ...] = (
     (_CLIP_LAYER + r"mlp\.fc2/kernel", ("mlp", "embed")),
     (_CLIP_LAYER + r"((self_attn\.out_proj|mlp\.fc2)/bias|layer_norm\d/(bias|scale))", ("vector",)),
     (r"text_model/embeddings\.token_embedding/embedding", ("vocab", "embed")),
-    (r"(text|vision)_model/embeddings\.position_embedding/embedding", ("positions", "embed")),
-    (r"vision_model/embeddings\.class_embedding", ("vector",)),
-    (r"vision_model/embeddings\.patch_embedding/kernel", ("height", "width", "inputs", "vector")),
-    (
-        r"(text_model/final_layer_norm|vision_model/(pre_layrnorm|post_layernorm))/(bias|scale)",
-        ("vector",),
-    ),
-    (r"(text|visual)_projection/kernel", ("embed", "features")),
-    (r"logit_scale", ()),
+    (r"text_model/embeddings\.position_embedding/embedding", ("positions", "embed")),
+    (r"text_model/final_layer_norm/(bias|scale)", ("vector",)),
+    (r"text_projection/kernel", ("embed", "features")),
 )
-"""Of CLIP, and of OpenCLIP, whose parameters have the same names here."""
+"""Of CLIP's text encoders, and of OpenCLIP's, whose parameters have the same names here."""
 _WAN_CODER = r"(en|de)coder/"
 _WAN_BLOCK = _WAN_CODER + r"(mid_block|down_blocks|up_blocks)\.[^/]+/"
 AUTOENCODER_WAN_RULES: tuple[Rule, ...] = (
