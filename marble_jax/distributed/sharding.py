@@ -51,7 +51,6 @@ SHARDED_AXES: MeshAxes = (
     ("width", None),
     ("inputs", None),  # channels
     ("outputs", None),
-    ("qkv", None),  # three projections in one matrix
     ("rank", None),  # of an adapter
 )
 """Logical axis -> axis of the mesh, for networks whose weights are large."""

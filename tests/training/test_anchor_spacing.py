@@ -107,7 +107,7 @@ def _gradients(kind, count, alike_below=0.0):
                 return order
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_step, "MicroBatches", Ordered)
+            patch.setattr(amortized_step, "MicroBatches", Ordered)
             step = amortized_step.amortized_step(made, toy.velocity, optax.sgd(1.0))
             state = state.replace(opt_state=optax.sgd(1.0).init(state.current))
             after, metrics = step(state, params, batch)
