@@ -11,12 +11,13 @@ from annotated_types import Ge, Gt, Le
 from PIL import Image
 
 from marble_jax import platform
+from marble_jax.config import KEYS
 from marble_jax.config.keys import MOST_SEED
 from marble_jax.console import Console
 from marble_jax.errors import InputError, one_of
 from marble_jax.programs.image_sampler import ImageSampler
 from marble_jax.programs.pipeline_cache import PipelineCache
-from marble_jax.programs.policy_source import STREAM_DTYPES, PolicySource, SamplingSettings
+from marble_jax.programs.policy_source import PolicySource, SamplingSettings
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import DTYPES
 from marble_jax.validation import Side, validated
@@ -66,7 +67,7 @@ def sampling_settings(**settings: Any) -> SamplingSettings:
     if checked.get("dtype") is not None:
         one_of("dtype", checked["dtype"], DTYPES)
     if checked.get("stream_dtype") is not None:
-        one_of("stream_dtype", checked["stream_dtype"], STREAM_DTYPES)
+        one_of("stream_dtype", checked["stream_dtype"], KEYS["model.stream_dtype"].choices)
     return SamplingSettings(**checked)
 
 

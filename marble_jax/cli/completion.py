@@ -69,7 +69,7 @@ def _add_options(parser: argparse.ArgumentParser, verb: Verb) -> None:
     config = parser.add_argument("--config", help="preset or configuration file")
     config.complete = _files()  # type: ignore[attr-defined]
     for name, key in KEYS.items():
-        choices = key.unit.split("|") if "|" in key.unit else None
+        choices = key.choices or None
         parser.add_argument(f"--config.{name}", help=_escaped(key.meaning), choices=choices)
 
 

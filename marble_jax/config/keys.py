@@ -53,6 +53,11 @@ class Key:
     source: str = "ours"
     resumable: bool = False
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Values that the key may have, where `unit` lists them; empty for a number or free text."""
+        return tuple(self.unit.split("|")) if "|" in self.unit else ()
+
 
 def key(
     default: Any, meaning: str, unit: str = "-", source: str = "ours", resumable: bool = False
@@ -114,8 +119,8 @@ def check_value(name: str, key: Key, value: Any) -> None:
     parts = value if isinstance(value, (tuple, list)) else (value,)
     for part in parts:
         _check_part(name, key, part)
-    if "|" in key.unit:
-        one_of(f"config.{name}", value, key.unit.split("|"))
+    if key.choices:
+        one_of(f"config.{name}", value, key.choices)
         return
     allowed = range_of(key.unit)
     if allowed is None:

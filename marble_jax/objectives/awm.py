@@ -63,6 +63,10 @@ class MatchingStatistics:
     gap: jax.Array | None = None
 
 
+ROOT_WEIGHTINGS = ("huber", "sigma_huber")
+"""Weightings that take a power of the error."""
+
+
 def weighted_error(
     error: Float[Array, " n"], sigma: Float[Array, " n"], weighting: str, power: float
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
@@ -82,7 +86,7 @@ def weighted_error(
         "huber": jnp.ones_like(sigma),
         "sigma_huber": sigma,
     }[weighting]
-    if weighting not in ("huber", "sigma_huber"):
+    if weighting not in ROOT_WEIGHTINGS:
         return factor * error, factor
     base = error + ROOT_FLOOR
     value = (base**power - ROOT_FLOOR**power) / power

@@ -44,6 +44,7 @@ from marble_jax.programs.prompt_remarks import Reach, cut_lines, reach_of
 from marble_jax.programs.run_state import new_state
 from marble_jax.programs.upstream import upstream_rules
 from marble_jax.prompts.files import Prompt
+from marble_jax.prompts.groups import by_source
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.placement import rows_together
 from marble_jax.streams import Stream, stream_key
@@ -281,14 +282,11 @@ def _check_held_out(
     train_prompts: Mapping[str, Sequence[Prompt]], test_prompts: Sequence[Prompt]
 ) -> None:
     """Raises InputError where the held-out prompts of a source are those trained on: they would hold nothing out."""
-    by_source: dict[str, list[str]] = {}
-    for prompt in test_prompts:
-        by_source.setdefault(prompt.source, []).append(prompt.text)
     trained = {prompt.text for prompt in itertools.chain(*train_prompts.values())}
-    for source, texts in sorted(by_source.items()):
-        if trained.issuperset(texts):
+    for source, held_out in sorted(by_source(test_prompts).items()):
+        if trained.issuperset(prompt.text for prompt in held_out):
             raise InputError(
-                f"prompts: expected test prompts of {source} that are not trained on; received {len(texts)} "
+                f"prompts: expected test prompts of {source} that are not trained on; received {len(held_out)} "
                 "that all are training prompts"
             )
 

@@ -10,7 +10,7 @@ from marble_jax.errors import InputError
 from marble_jax.policies import POLICIES, check_policy
 from marble_jax.programs.locations import EMBEDDED, SHIPPED, read_prompts
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
-from marble_jax.prompts import generated
+from marble_jax.prompts import generated, groups
 from marble_jax.prompts.files import Prompt, is_prompt_file, read_file
 from marble_jax.prompts.groups import check_enough, shares, spread
 from marble_jax.storage.files import location
@@ -160,10 +160,7 @@ def requested_prompts(request: Request) -> list[Prompt]:
     """The prompts that an evaluation is asked for; see `evaluation_prompts`."""
     if request.held_out is None:
         return evaluation_prompts(request.prompts, request.num_prompts, request.images)
-    by_source: dict[str, list[Prompt]] = {}
-    for prompt in request.held_out:
-        by_source.setdefault(prompt.source, []).append(prompt)
-    return _chosen(by_source, request.num_prompts, request.images)
+    return _chosen(groups.by_source(request.held_out), request.num_prompts, request.images)
 
 
 def evaluation_prompts(text: str, num_prompts: int = 0, images: int = 1) -> list[Prompt]:

@@ -11,11 +11,9 @@ from collections.abc import Collection
 from typing import Any
 
 from marble_jax.config import KEYS, Settings, flatten
+from marble_jax.objectives.awm import ROOT_WEIGHTINGS
 from marble_jax.objectives.registry import make_objective
 from marble_jax.training.batch_sizes import is_stochastic, window_of
-
-ROOT_WEIGHTINGS = ("huber", "sigma_huber")
-"""Weightings of advantage-weighted matching that take a root."""
 
 
 def passed_over(settings: Settings, stated: Collection[str] | None = None) -> str:

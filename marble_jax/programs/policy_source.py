@@ -11,9 +11,6 @@ from marble_jax.validation import short
 if TYPE_CHECKING:
     from marble_jax.config import RolloutSettings
 
-STREAM_DTYPES = ("compute", "float32")
-"""Choices of `model.stream_dtype`."""
-
 
 @dataclasses.dataclass(frozen=True)
 class PolicySource:

@@ -71,8 +71,7 @@ def _sources_of(
 def _reach(reward: Reward, prompts: Sequence[Prompt]) -> Reach:
     applies = 0
     for prompt in prompts:
-        is_asked = not reward.sources or prompt.source in reward.sources
-        applies += is_asked and reward.applies(prompt.text, prompt.metadata)
+        applies += reward.is_for(prompt.source) and reward.applies(prompt.text, prompt.metadata)
     return Reach(applies, len(prompts))
 
 

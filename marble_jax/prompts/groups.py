@@ -83,6 +83,14 @@ def check_enough(what: str, num_prompts: int, sources: Sequence[str]) -> None:
         )
 
 
+def by_source(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Prompts of each source, sources in the order of their first prompts."""
+    found: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.source, []).append(prompt)
+    return found
+
+
 def spread(total: int, count: int) -> list[int]:
     """`count` indices (all, if there are fewer) evenly from `total`."""
     count = min(count, total)

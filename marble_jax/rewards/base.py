@@ -65,6 +65,10 @@ class Reward:
     sources: tuple[str, ...] = ()
     frames_per_second: float | None = None
 
+    def is_for(self, source: str) -> bool:
+        """Whether the reward is for prompts of a source."""
+        return not self.sources or source in self.sources
+
     def inquire(self) -> None:
         """Asks whoever computes the reward elsewhere for what only they know, `needs_full_group`; nothing for others.
 

@@ -176,7 +176,7 @@ class Scorer:
         asked = {}
         for reward in self.rewards:
             if reward.sources:
-                asked[reward.name] = np.array([p.source in reward.sources for p in prompts], bool)
+                asked[reward.name] = np.array([reward.is_for(p.source) for p in prompts], bool)
         return asked
 
     def _submit_to_host(
