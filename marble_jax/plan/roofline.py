@@ -1,9 +1,11 @@
 """A lower bound of the time of a compiled program on a device: the roofline of every instruction, added up.
 
 An instruction takes at least its FLOPs over the peak and at least its bytes over the bandwidth of the memory; of the
-two, the longer. Instructions of loops count as often as they run. FLOPs are those of products and fused attention; what
-else a device computes is taken to be free, and so are exchanges between devices, launches and idle hosts. The share of
-the peak that the method's own FLOPs come to in that time is the MFU that the program, as compiled, cannot exceed.
+two, the longer. A transfer beside which other instructions run counts with what those leave no bandwidth for
+(`plan.hidden_transfers`). Instructions of loops count as often as they run. FLOPs are those of products and fused
+attention; what else a device computes is taken to be free, and so are exchanges between devices, launches and idle
+hosts. The share of the peak that the method's own FLOPs come to in that time is the MFU that the program, as compiled,
+cannot exceed.
 
 Source: Williams et al. 2009, "Roofline: an insightful visual performance model".
 """
@@ -15,6 +17,7 @@ import re
 from typing import Any
 
 from marble_jax.distributed.accelerators import Accelerator
+from marble_jax.plan.hidden_transfers import HiddenTransfers, Need, is_transfer
 from marble_jax.plan.hlo import origin_of
 from marble_jax.plan.hlo_program import HloProgram, Instruction, parse_program
 from marble_jax.plan.hlo_traffic import NOTHING_MOVED, Traffic
@@ -144,50 +147,67 @@ def roofline(text: str, accelerator: Accelerator) -> Roofline:
       accelerator: the device that runs it, not necessarily the one that it was compiled for.
     """
     program = parse_program(text)
-    types = program.types()
-    traffic = Traffic(program, accelerator.backend)
+    work = _Work(program, accelerator)
+    transfers = HiddenTransfers(program, work.need)
     costs: dict[str, Cost] = {}
     for name, times in program.runs(into_fusions=False):
+        waited = transfers.waited(name)
         for instruction in program.computations[name]:
             if instruction.operation in NOTHING_MOVED:
                 continue
+            seconds = work.need(instruction).seconds
+            if is_transfer(instruction):
+                seconds = waited[instruction.name]
+            cost = work.cost(instruction, times, seconds)
             known = costs.get(instruction.name)
-            cost = _cost(instruction, times, program, types, traffic, accelerator)
             if known is not None:
                 # A computation that is called from several places.
                 cost = _joined(known, cost)
-            if cost.seconds > 0:
+            if cost.flops > 0 or cost.bytes > 0:
                 costs[instruction.name] = cost
     ordered = sorted(costs.values(), key=lambda cost: -cost.seconds)
     return Roofline(tuple(ordered), accelerator)
 
 
-def _cost(
-    instruction: Instruction,
-    times: int,
-    program: HloProgram,
-    types: dict[str, str],
-    traffic: Traffic,
-    accelerator: Accelerator,
-) -> Cost:
-    """The cost of an instruction that runs so many times."""
-    by_rate = _flops(instruction, program, types)
-    moved = traffic.moved(instruction)
-    rates = accelerator.rates
-    computing = sum(flops / rates[name] for name, flops in by_rate.items())
-    total = sum(by_rate.values())
-    moving = moved / accelerator.bandwidth
-    source = source_of(instruction, program, total)
-    return Cost(
-        name=instruction.name,
-        source=source,
-        origin=origin_of(instruction.arguments),
-        times=times,
-        flops=times * total,
-        bytes=times * moved,
-        seconds=times * max(computing, moving),
-        bound="compute" if computing >= moving else "memory",
-    )
+class _Work:
+    """What instructions of a program ask of a device.
+
+    Args:
+      program: the program.
+      accelerator: the device.
+    """
+
+    def __init__(self, program: HloProgram, accelerator: Accelerator):
+        self._program, self._types = program, program.types()
+        self._traffic = Traffic(program, accelerator.backend)
+        self._accelerator = accelerator
+        self._needs: dict[str, Need] = {}
+
+    def need(self, instruction: Instruction) -> Need:
+        """Seconds of one run of an instruction."""
+        known = self._needs.get(instruction.name)
+        if known is None:
+            device = self._accelerator
+            by_rate = _flops(instruction, self._program, self._types)
+            computing = sum(flops / device.rates[name] for name, flops in by_rate.items())
+            known = Need(computing, self._traffic.moved(instruction) / device.bandwidth)
+            self._needs[instruction.name] = known
+        return known
+
+    def cost(self, instruction: Instruction, times: int, seconds: float) -> Cost:
+        """The cost of an instruction that runs so many times and takes so long in each."""
+        need = self.need(instruction)
+        flops = sum(_flops(instruction, self._program, self._types).values())
+        return Cost(
+            name=instruction.name,
+            source=source_of(instruction, self._program, flops),
+            origin=origin_of(instruction.arguments),
+            times=times,
+            flops=times * flops,
+            bytes=times * self._traffic.moved(instruction),
+            seconds=times * seconds,
+            bound="compute" if need.computing >= need.moving else "memory",
+        )
 
 
 def _joined(one: Cost, other: Cost) -> Cost:

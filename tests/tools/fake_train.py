@@ -72,7 +72,7 @@ for step in range(done, steps):
     if step < 2:
         look |= {"out_of_sample/conflict": step % 2, "out_of_sample/worst_cos": -step / 2}
     with metrics.open("a") as file:
-        row = {"step": step, "time/step_s": 2.0 + step}
+        row = {"step": step, "time/step_s": 2.0 + step, "harmonize/refreshed": float(step == 1)}
         if step == 0:
             row["time/compile_s"] = 1.5
         file.write(json.dumps(row | look) + "\n")

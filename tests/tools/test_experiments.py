@@ -260,8 +260,14 @@ def test_the_result_of_a_run(bench):
         "worst_cos_mean": None,
     }
     assert (got["seconds"], got["seconds_per_step"]) == (14.0, 3.5)
+    # Without 1.5 s of compiling: 3 s of the step with a solve, and three times 4 s, the median of 0.5, 4 and 5.
     assert got["curve"] == [
-        {"step": 4, "seconds": 12.5, "gain": {"a": -0.25, "b": 0.5, "judge": 0.5}}
+        {
+            "step": 4,
+            "seconds": 15.0,
+            "gain": {"a": -0.25, "b": 0.5, "judge": 0.5},
+            "joint": {"trained": {"domination": 0.25, "collapse": 0.25}},
+        }
     ]
     share = {"mean": 0.25, "low": 0.1, "high": 0.5}
     assert got["joint"] == {
@@ -452,6 +458,7 @@ def with_curves():
                 "step": step,
                 "seconds": step * seconds,
                 "gain": {n: g * step / 10 for n, g in ends.items()},
+                "joint": {"all": {"domination": step / 20, "collapse": step / 40}},
             }
             for step in (2, 4, 6, 10)
         ]
@@ -474,6 +481,7 @@ def test_methods_at_equal_cost_by_hand():
     end = runs[0]["gain"]["b"]["mean"]
     # 20 s are a sixth of the way from the evaluation at 18 s to that at 30 s.
     np.testing.assert_allclose(within.gain["b"], end / 6)
+    np.testing.assert_allclose(within.joint["all"]["domination"], (6 + 2 / 3) / 20)
     assert not within.whole and equal_cost.reached(runs[0], "seconds", 31.0).whole
     assert equal_cost.reached(runs[0], "passes", 19.0) is None
     assert equal_cost.reached(found["runs"]["c-1"], "passes", 40.0) is None

@@ -127,6 +127,17 @@ METHODS = (
         "exact",
         (("harmonize.smooth_exact", "True"),),
     ),
+    *(
+        Method(
+            f"rollouts_{kind}",
+            f"exact, products of rollouts in {kind}",
+            "ablations",
+            "exact",
+            # Folded into weights of eight bits, the adapter would be rounded away.
+            (("rollout.products", kind), ("rollout.merge_adapter", "False")),
+        )
+        for kind in ("int8", "fp8")
+    ),
     # Rivals have no reward weights: beside them MARBLE is without, too.
     Method(
         "unweighted",

@@ -120,6 +120,10 @@ def run_result(job: Job) -> dict[str, Any]:
                 "step": point["step"],
                 "seconds": _rounded(point["seconds"], 4),
                 "gain": {name: _rounded(mean) for name, mean in point["gain"].items()},
+                "joint": {
+                    which: {name: _rounded(mean) for name, mean in rates.items()}
+                    for which, rates in point["joint"].items()
+                },
             }
             for point in equal_cost.curve(records)
         ],

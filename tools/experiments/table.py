@@ -24,7 +24,10 @@ HEADINGS = {
 SETS = {"trained": "all {} trained rewards", "all": "all evaluated rewards"}
 """Sets of rewards that joint rates are on record for, and what a table calls them."""
 
-EXPLAINED = {"passes": "", "seconds": " without compiling, with other runs beside them"}
+EXPLAINED = {
+    "passes": "",
+    "seconds": " without compiling, of a run's median step, with other runs beside it",
+}
 """What a table says of the unit of its budget."""
 
 
@@ -86,7 +89,13 @@ def _number(value: Any) -> float:
 def _joint(run: dict[str, Any], which: str) -> list[float]:
     """Shares of a run's images above and below the base model's on all rewards of a set."""
     rates = run.get("joint", {}).get(which, {})
-    return [_number(rates.get(rate, {}).get("mean")) for rate in ("domination", "collapse")]
+    return [_number(rates.get(rate, {}).get("mean")) for rate in equal_cost.JOINT_RATES]
+
+
+def _joint_at(point: equal_cost.Reached, which: str) -> list[float]:
+    """The same of a run where it has spent a budget."""
+    rates = point.joint.get(which, {})
+    return [_number(rates.get(rate)) for rate in equal_cost.JOINT_RATES]
 
 
 def _later(run: dict[str, Any]) -> list[float]:
@@ -169,10 +178,14 @@ def shown(mean: float, half: float = float("nan"), digits: int = 4) -> str:
     return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
-def joint_cell(row: Row, which: str) -> str:
-    """`12.3 ± 4.5 / 6.7 ± 8.9 %`: images above and below the base model's on all rewards of a set, over seeds."""
+def joint_cell(joint: np.ndarray) -> str:
+    """`12.3 ± 4.5 / 6.7 ± 8.9 %`: images above and below the base model's on all rewards of a set, over seeds.
+
+    Args:
+      joint: [S, 2].
+    """
     cells = []
-    for shares in 100 * row.joint[which].T:
+    for shares in 100 * joint.T:
         mean, half = t_interval(shares)
         if not np.isfinite(mean):
             return "-"
@@ -220,7 +233,7 @@ def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
         "composite",
         f"all {len(rewards)} up",
         "clearly",
-        *(f"above / below base on {SETS[which].format(len(rewards))}" for which in sets),
+        *(_joint_heading(which, rewards) for which in sets),
         "conflict rate",
         "worst cosine: mean (least)",
         "next step: conflict, worst cosine",
@@ -239,7 +252,9 @@ def gains_table(found: Sequence[Row], names: Sequence[str]) -> list[str]:
                 *verdict(row, rewards, names),
                 *(
                     # A method that trains on fewer rewards has another, easier set.
-                    "-" if which == "trained" and row.trained != rewards else joint_cell(row, which)
+                    "-"
+                    if which == "trained" and row.trained != rewards
+                    else joint_cell(row.joint[which])
                     for which in sets
                 ),
                 f"{100 * conflict:.0f} %" if np.isfinite(conflict) else "-",
@@ -286,6 +301,8 @@ def equal_cost_table(
     body = []
     means = []
     all_whole = True
+    rewards = max((row.trained for row in found), key=len)
+    sets = joint_sets(found)
     for row in found:
         own = [run for run in runs if row.name in run["methods"]]
         points = [p for run in own if (p := equal_cost.reached(run, unit, limit)) is not None]
@@ -296,6 +313,10 @@ def equal_cost_table(
         gains = np.array([[_number(point.gain.get(name)) for name in names] for point in points])
         up = np.all(gains[:, [names.index(name) for name in row.trained]] > 0, axis=1)
         means.append(gains.mean(axis=0))
+        joint = {which: np.array([_joint_at(point, which) for point in points]) for which in sets}
+        if row.trained != rewards:
+            # Another, easier set.
+            joint["trained"] = np.full((len(points), 2), np.nan)
         body.append(
             [
                 row.title,
@@ -304,14 +325,31 @@ def equal_cost_table(
                 f"{100 * np.mean([point.cost for point in points]) / limit:.0f} %",
                 *(shown(*t_interval(gains[:, c])) for c in range(len(names))),
                 f"{up.sum()}/{len(up)}",
+                *(joint_cell(joint[which]) for which in sets),
             ]
         )
     if len(body) < 2 or all_whole:
         return []
+    # Behind the gains; it takes all methods to say.
+    place = 4 + len(names)
     for cells, middle in zip(body, composite(np.array(means)), strict=True):
-        cells.insert(-1, shown(float(middle), digits=2))
-    header = ["method", "seeds", "at step", "of the budget", *names, "composite", "all up"]
+        cells.insert(place, shown(float(middle), digits=2))
+    header = [
+        "method",
+        "seeds",
+        "at step",
+        "of the budget",
+        *names,
+        "composite",
+        "all up",
+        *(_joint_heading(which, rewards) for which in sets),
+    ]
     return _grid(header, body)
+
+
+def _joint_heading(which: str, rewards: Sequence[str]) -> str:
+    """Heading of a set's joint rates."""
+    return f"above / below base on {SETS[which].format(len(rewards))}"
 
 
 def _equal_cost_sections(
