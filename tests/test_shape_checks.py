@@ -35,6 +35,25 @@ def test_a_structure_may_hold_what_stands_for_an_array():
     assert Pair(None).left is None
 
 
+def length(values: np.ndarray) -> int:
+    return len(values)
+
+
+def test_inner_functions_are_decorated_where_they_state_a_shape():
+    decorate = shape_checks.but_inner_functions(jaxtyped)(typechecker=shape_checks.check)
+
+    def plain(values: np.ndarray) -> int:
+        return len(values)
+
+    def shaped(values: "Float[np.ndarray, ' k']") -> int:
+        return len(values)
+
+    assert decorate(plain) is plain and decorate(length) is not length
+    assert decorate(shaped)(np.ones(3)) == 3
+    with pytest.raises(TypeCheckError, match="values"):
+        decorate(shaped)(np.ones((3, 2)))
+
+
 def test_the_flag_covers_the_mathematics(request):
     """With the flag on, a function of the package refuses samples last."""
     if not request.config.getoption("--check-shapes"):

@@ -201,6 +201,11 @@ class Shards:
         per_device = jax.vmap(function, spmd_axis_name=BATCH_AXES)(*dealt)
         return jax.tree.map(stay, per_device)
 
+    def zeros_like(self, tree: Any) -> Any:
+        """Zeros of what `map_shards` returns where its function returns arrays like those of a tree."""
+        lead = () if self.count == 1 else (self.count,)
+        return jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), tree)
+
     def all_reduce(self, tree: Any) -> Any:
         """Returns the sum over devices of what `map_shards` returned: here they exchange."""
         if self.count == 1:

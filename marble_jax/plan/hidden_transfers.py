@@ -85,7 +85,9 @@ class HiddenTransfers:
                 end = ends.get(instruction.name, len(body))
                 under_way[instruction.name] = _Transfer(end, self._need(instruction).moving)
                 continue
-            for name in [name for name, transfer in under_way.items() if transfer.waited_at == place]:
+            for name in [
+                name for name, transfer in under_way.items() if transfer.waited_at == place
+            ]:
                 self._waits[name] = under_way.pop(name).left
             spare += _hide(under_way, self._left_by(instruction))
         # Whatever nobody waits for is over with the computation.

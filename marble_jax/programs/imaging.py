@@ -49,9 +49,18 @@ class Imaging:
     decode: Callable[[jax.Array], jax.Array]
     mesh: Mesh
     rollout: RolloutSettings
+    _samplers: dict[tuple[Any, ...], Sampler] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def sampler(self, solver: str, num_steps: int, integer_timesteps: bool = False) -> Sampler:
-        """A compiled sampler of the model, with the run's guidance."""
+        """A compiled sampler of the model, with the run's guidance; the same one whenever it is asked for again."""
+        key = (solver, num_steps, integer_timesteps)
+        if key not in self._samplers:
+            self._samplers[key] = self._sampler(*key)
+        return self._samplers[key]
+
+    def _sampler(self, solver: str, num_steps: int, integer_timesteps: bool) -> Sampler:
         run = make_sampler(
             self.networks.velocity,
             solver,

@@ -42,6 +42,7 @@ def loops_behind(
     order: Callable[[MicroBatches], jax.Array],
     first: Callable[[MicroBatches], int | jax.Array],
     part: Callable[..., Callable[[jax.Array], Any]],
+    zeros: Callable[[MicroBatches], Any] | None = None,
 ) -> tuple[SumLoop, ...]:
     """Loops over the micro-batches without anchors.
 
@@ -53,9 +54,10 @@ def loops_behind(
       order: micro-batches of the step, those with anchors first.
       first: place of the first one without anchors.
       part: as `SumLoop.part`, with a keyword argument `alike`, see `FrozenPolicies`.
+      zeros: see `SumLoop.zeros`.
     """
     if recipe.alike_below == 0:
-        return (SumLoop(order, lambda parts: (first(parts), parts.count), part),)
+        return (SumLoop(order, lambda parts: (first(parts), parts.count), part, zeros=zeros),)
 
     def behind_skipping(parts: MicroBatches) -> jax.Array:
         return jnp.where(policies_alike(recipe, parts.state), parts.count, first(parts))
@@ -67,8 +69,8 @@ def loops_behind(
         return behind_skipping(parts), parts.count
 
     return (
-        SumLoop(order, skipping, partial(part, alike=True)),
-        SumLoop(order, asking, part),
+        SumLoop(order, skipping, partial(part, alike=True), zeros=zeros),
+        SumLoop(order, asking, part, zeros=zeros),
     )
 
 

@@ -67,12 +67,14 @@ class SumLoop:
       places: see `Loop.bounds`.
       part: of the context and earlier carries, the function from a micro-batch's index to a pytree that is added up.
       per_device: see `Loop.per_device`.
+      zeros: of the context, the sums before the first turn; None where `part` has to be traced to know them.
     """
 
     order: Callable[[Context], jax.Array]
     places: Callable[[Context], Bounds]
     part: Callable[[Context, Earlier], Callable[[jax.Array], Any]]
     per_device: Any = True
+    zeros: Callable[[Context], Carry] | None = None
 
     def bounds(self, context: Context) -> Bounds:
         """See `Loop.bounds`."""
@@ -80,6 +82,8 @@ class SumLoop:
 
     def start(self, context: Context) -> Carry:
         """See `Loop.start`."""
+        if self.zeros is not None:
+            return self.zeros(context)
         # What earlier loops came to decides no shapes.
         shapes = jax.eval_shape(self.part(context, ()), jnp.zeros((), jnp.int32))
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

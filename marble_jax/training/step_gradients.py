@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from marble_jax import tree
 from marble_jax.harmonize.reward_gradients import accumulate, combined_gradient
-from marble_jax.harmonize.reward_sums import RewardSums
+from marble_jax.harmonize.reward_sums import RewardSums, zero_sums
 from marble_jax.training.anchor_spacing import anchored_first
 from marble_jax.training.micro_batches import (
     MicroBatch,
@@ -110,6 +110,12 @@ class MicroBatches:
             )
 
         return self._shards.map_shards(of_shard, part)
+
+    def zero_sums(self) -> RewardSums:
+        """What `reward_sums` of micro-batches are added to, device by device."""
+        num_objectives = self.batch.advantages.shape[-1]
+        zeros = zero_sums(self._adapter, num_objectives, self._objective.reports)
+        return self._shards.zeros_like(zeros)
 
     def combined_gradient(
         self,

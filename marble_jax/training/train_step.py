@@ -219,11 +219,12 @@ def _spaced_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
         def with_anchors(parts: MicroBatches, _: Earlier) -> Callable[[jax.Array], RewardSums]:
             return lambda index: parts.reward_sums(parts.at(index), anchor_scale=num / count)
 
-        anchored = SumLoop(order, lambda _: (0, count), with_anchors)
+        anchored = SumLoop(order, lambda _: (0, count), with_anchors, zeros=MicroBatches.zero_sums)
         if count == num:
             return (anchored,)
         # Two loops of two programs: a branch inside one loop would hold the memory of both.
-        return anchored, *loops_behind(recipe, order, lambda _: count, _signals)
+        behind = loops_behind(recipe, order, lambda _: count, _signals, MicroBatches.zero_sums)
+        return anchored, *behind
 
     return loops
 
@@ -275,7 +276,9 @@ def _adaptive_loops(recipe: Recipe) -> Callable[[int], tuple[Loop, ...]]:
 
     loops = (
         SumLoop(order, first, with_anchors, per_device=_Anchored(True, False, False)),
-        *loops_behind(recipe, order, partial(_adaptive_count, recipe), _signals),
+        *loops_behind(
+            recipe, order, partial(_adaptive_count, recipe), _signals, MicroBatches.zero_sums
+        ),
     )
     return lambda num: loops
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from marble_jax.distributed.accelerators import Accelerator
-from marble_jax.plan.hlo_program import parse_program
 from marble_jax.plan.hidden_transfers import is_transfer
+from marble_jax.plan.hlo_program import parse_program
 from marble_jax.plan.roofline import roofline
 
 CHIP = Accelerator("chip", (), "tpu", 1e12, 1e11, 1e9, 1e9, 1e10, 1)

@@ -2,8 +2,8 @@
 
 The budget is what the cheapest method's whole runs cost. Others are evaluated on the way, with
 `--config.evaluation.every_steps`, and their gains are taken on the straight line between the evaluations before and
-after the budget is spent. A step counts with the median time of the run's steps of its kind, so that what else a machine
-did for a while is in no method's way.
+after the budget is spent. A step counts with the median time of the run's steps of its kind, so that what else a
+machine did for a while is in no method's way.
 """
 
 from __future__ import annotations
