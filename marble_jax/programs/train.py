@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from marble_jax import distributed, platform
-from marble_jax.agreement import became_regression, disagreement
+from marble_jax.agreement import became_regression, disagreement, gap_limit
 from marble_jax.config import Settings, flatten
 from marble_jax.console import Console
 from marble_jax.distributed import accelerators, probe
@@ -330,9 +330,11 @@ class Session:
         """Says once where policies agree that should not, or do not that should."""
         gap = values.get("objective/velocity_gap")
         self._gaps.append(math.nan if gap is None else gap)
-        clip_range = self._run.settings.policy_gradient.clip_range
+        settings = self._run.settings
+        constants = settings.policy_gradient
+        limit = gap_limit(settings.model.dtype, constants.clip_range, constants.form)
         for kind, text in (
-            ("apart", disagreement(values, clip_range)),
+            ("apart", disagreement(values, limit)),
             ("alike", became_regression(self._gaps)),
         ):
             if text and kind not in self._told:

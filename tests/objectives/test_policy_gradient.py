@@ -386,7 +386,9 @@ def test_samples_draw_their_own_steps_out_of_what_was_kept():
 @pytest.mark.parametrize("form", ["ppo", "guard"])
 def test_the_first_of_several_updates_weighs_as_at_a_ratio_of_one(form):
     """Policies that are one but for rounding, which is larger than the clip's range: nothing is clipped."""
-    current, rollout, base, draws, _, _, advantages, valid = problem(2, "flow_sde", np.float32)
+    current, rollout, base, draws, before, after, advantages, valid = problem(
+        2, "flow_sde", np.float32
+    )
     objective = objective_of(form, "flow_sde", False)
     apart = policies_of(rollout, base)
     one = dataclasses.replace(apart, is_trained=jnp.asarray(True))
@@ -395,10 +397,16 @@ def test_the_first_of_several_updates_weighs_as_at_a_ratio_of_one(form):
         batch = objective.prepare(draws, policies, divergence=False)
         prediction = velocity(current, batch.xt, batch.sigma, batch.cond)
         found[name] = objective.directions(prediction, batch).statistics
-    # What is measured stays on record.
-    ratio = objective.reported(found["one"])["ratio"]
-    np.testing.assert_array_equal(ratio, objective.reported(found["apart"])["ratio"])
-    outside = np.abs(np.asarray(ratio) - 1) > CLIP_RANGE[form]
+    # What is measured stays on record: of one policy the densities' ratio, whatever ratio the form weighs by.
+    told, elsewhere = (objective.reported(found[name]) for name in ("one", "apart"))
+    sampled = draws.kept.log_prob
+    change = log_prob_of(prediction, before, after, draws.steps, "flow_sde") - sampled
+    np.testing.assert_allclose(told["ratio"], np.exp(change), rtol=1e-5)
+    alike = np.asarray(told["ratio"]) == np.asarray(elsewhere["ratio"])
+    assert alike.all() if form == "ppo" else not alike.any()
+    # The clip's range is that of the form's own ratio.
+    outside = np.abs(np.asarray(elsewhere["ratio"]) - 1) > CLIP_RANGE[form]
+    np.testing.assert_array_equal(told["outside_clip_range"], outside)
     assert outside.any()
     weights = objective.mix(advantages, found["one"], valid)[..., 0]
     scale = 1 / draws.steps.length if form == "guard" else np.ones(NUM)

@@ -207,6 +207,26 @@ def test_a_steady_run_raises_nothing(tmp_path):
     assert alarms(write(tmp_path, rows)) == ()
 
 
+@pytest.mark.parametrize(
+    "changes, gap, wrong",
+    [
+        ({"policy_gradient.clip_range": 1e-5}, 5e-6, True),
+        ({"policy_gradient.clip_range": 1e-4}, 5e-6, False),
+        # GRPO-Guard's clip is in another unit, and rounding in bfloat16 is wider.
+        ({"policy_gradient.clip_range": 2e-6, "policy_gradient.form": "guard"}, 5e-6, False),
+        ({"policy_gradient.clip_range": 2e-6, "policy_gradient.form": "guard"}, 2e-5, True),
+        ({"policy_gradient.form": "guard", "model.dtype": "bfloat16"}, 2e-5, False),
+        ({"policy_gradient.form": "guard", "model.dtype": "bfloat16"}, 2e-2, True),
+        ({"policy_gradient.clip_range": None, "model.dtype": None}, 5e-6, False),
+    ],
+)
+def test_log_probabilities_of_training_and_rollouts_that_are_apart(tmp_path, changes, gap, wrong):
+    config = {"model.dtype": "float32", "policy_gradient.form": "ppo"} | changes
+    rows = steps("objective/log_prob_gap_first", [1e-8] * 9 + [gap])
+    raised = alarms(write(tmp_path, rows, config=config))
+    assert [alarm.title for alarm in raised] == ["Training and rollout disagree"] * wrong
+
+
 def test_a_falling_heldout_reward_is_an_alarm_and_a_passed_peak_a_watch(tmp_path):
     records = write(
         tmp_path,
