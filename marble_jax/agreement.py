@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -64,17 +64,54 @@ def disagreement(record: Mapping[str, Any], limit: float) -> str:
     )
 
 
-def became_regression(gaps: Sequence[float]) -> str:
-    """What is wrong if the trained policy's velocity never left the rollout policy's; "" if it did.
+def same_policy(record: Mapping[str, Any]) -> float:
+    """1 where a step was taken with a rollout policy that was the trained one to the last bit, 0 where it was not; NaN
+    where the objective does not compare the two.
+
+    Velocities do not tell: those of one policy differ by rounding where they are computed in batches of unlike size.
+    """
+    gap, same = record.get("objective/velocity_gap"), record.get("rollout_policy/is_trained")
+    if gap is None or same is None or math.isnan(gap):
+        return math.nan
+    return float(same)
+
+
+def became_regression(same: Sequence[float]) -> str:
+    """What is wrong if the trained policy never left the rollout policy; "" if it did.
 
     Args:
-      gaps: mean squared distances by optimiser step, from the first on; NaN where the objective does not know it.
+      same: `same_policy` by optimiser step, from the first on.
     """
     # Before the first update the two are the same.
-    later = [gap for gap in gaps[1:] if not math.isnan(gap)]
-    if len(later) < STEPS_ALIKE or any(later):
+    later = [value for value in same[1:] if not math.isnan(value)]
+    if len(later) < STEPS_ALIKE or not all(later):
         return ""
     return (
-        f"the velocity of the trained policy was that of the rollout policy at each of {len(later)} steps: nothing but "
-        "weighted regression on the rollouts is left of the objective; look at rollout_policy.schedule and rate"
+        f"the rollout policy was the trained one at each of {len(later)} steps after the first: nothing but weighted "
+        "regression on the rollouts is left of the objective; look at rollout_policy.schedule, rate and delay"
     )
+
+
+class PolicyWatch:
+    """Says once in a run where policies agree that should not, and where they do not that should.
+
+    Args:
+      limit: see `gap_limit`.
+      say: called with a line of warning.
+    """
+
+    def __init__(self, limit: float, say: Callable[[str], object]):
+        self._limit, self._say = limit, say
+        self._same: list[float] = []
+        self._told: set[str] = set()
+
+    def see(self, record: Mapping[str, Any]) -> None:
+        """Looks at the record of an optimiser step, the next one each time."""
+        self._same.append(same_policy(record))
+        for kind, text in (
+            ("apart", disagreement(record, self._limit)),
+            ("alike", became_regression(self._same)),
+        ):
+            if text and kind not in self._told:
+                self._told.add(kind)
+                self._say(f"warning: {text}")

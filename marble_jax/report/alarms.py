@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -311,7 +312,7 @@ def _failures(evaluation: dict[str, Any]) -> dict[str, float]:
 def _policies_alike_or_apart(records: Records) -> list[Alarm]:
     """Policies that agree where they must not, or do not where they must."""
     raised = []
-    alike = agreement.became_regression(records.series("objective/velocity_gap").value.tolist())
+    alike = agreement.became_regression([_same_policy(row) for row in records.rows])
     if alike:
         raised.append(
             Alarm("alarm", "The rollout policy is the trained one", f"In this run {alike}.")
@@ -325,6 +326,12 @@ def _policies_alike_or_apart(records: Records) -> list[Alarm]:
             raised.append(Alarm("alarm", "Training and rollout disagree", f"At worst, {apart}."))
         break
     return raised
+
+
+def _same_policy(row: Mapping[str, Any]) -> float:
+    """Returns `agreement.same_policy` of a record, in which null, text and the like are no numbers."""
+    keys = ("objective/velocity_gap", "rollout_policy/is_trained")
+    return agreement.same_policy({key: number(row.get(key)) for key in keys})
 
 
 def _gap_limit(records: Records) -> float:

@@ -83,6 +83,8 @@ def apply_update(
         "training/skipped": 1.0 - finite,
         "ema/decay": ema_decay,
         "rollout_policy/decay": rollout_decay,
+        # Of the step, not of the state behind it: what its samples were drawn by.
+        "rollout_policy/is_trained": tree.equal(state.rollout, state.current).astype(jnp.float32),
     }
 
 

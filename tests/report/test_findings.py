@@ -208,6 +208,18 @@ def test_a_steady_run_raises_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "gap, same, wrong",
+    [(1e-14, 1.0, True), (1e-14, 0.0, False), (None, 1.0, False), (0.0, None, False)],
+)
+def test_a_rollout_policy_that_was_the_trained_one_all_along(tmp_path, gap, same, wrong):
+    values = {"objective/velocity_gap": gap, "rollout_policy/is_trained": same}
+    raised = alarms(write(tmp_path, [{"step": step} | values for step in range(30)]))
+    assert [alarm.title for alarm in raised] == ["The rollout policy is the trained one"] * wrong
+    if wrong:
+        assert "at each of 29 steps after the first" in raised[0].text
+
+
+@pytest.mark.parametrize(
     "changes, gap, wrong",
     [
         ({"policy_gradient.clip_range": 1e-5}, 5e-6, True),

@@ -144,18 +144,21 @@ def test_an_objective_of_steps_refuses_rollouts_that_keep_none():
 
 
 @pytest.mark.parametrize(
-    "gaps, wrong",
+    "same, wrong",
     [
-        ([0.0] * 21, True),
-        ([math.nan] + [0.0] * 20, True),
-        ([0.0] * 20, False),
-        ([0.0] * 20 + [1e-12], False),
+        ([1.0] * 21, True),
+        # The first step says nothing: before the first update the two are one.
+        ([0.0] + [1.0] * 20, True),
+        ([math.nan] + [1.0] * 20, True),
+        ([1.0] * 20, False),
+        ([1.0] * 20 + [0.0], False),
+        ([0.0] * 40, False),
         ([math.nan] * 40, False),
         ([], False),
     ],
 )
-def test_a_policy_that_never_leaves_the_rollout_policy_is_told(gaps, wrong):
-    assert ("weighted regression" in agreement.became_regression(gaps)) == wrong
+def test_a_policy_that_never_leaves_the_rollout_policy_is_told(same, wrong):
+    assert ("weighted regression" in agreement.became_regression(same)) == wrong
 
 
 @pytest.mark.parametrize(
