@@ -160,6 +160,11 @@ class PolicyGradient(Objective):
         """See `Objective.first_reports`: there the policy is the one that sampled, and the ratio 1."""
         return ("ratio", "log_prob_gap")
 
+    @property
+    def clips(self) -> bool:
+        """See `Objective.clips`."""
+        return self.clip_range > 0
+
     def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> StepBatch:
         """The steps of a rollout; see `Objective.prepare`."""
         batch = step_batch(draws, policies)
@@ -248,12 +253,18 @@ class PolicyGradient(Objective):
         clipped = self._clipped(advantages)
         ratio = jnp.exp(statistics.log_ratio)[:, None]
         weights = -clipped * ratio * statistics.scale[:, None]
-        if self.clip_range > 0:
-            # A ratio that has gone the way its advantage asks for, far enough, is asked no further.
-            above = (clipped > 0) & (ratio > 1.0 + self.clip_range)
-            below = (clipped < 0) & (ratio < 1.0 - self.clip_range)
-            weights = jnp.where(above | below, 0.0, weights)
+        if self.clips:
+            weights = jnp.where(self.held_by_clip(advantages, statistics), 0.0, weights)
         return weights[..., None]
+
+    def held_by_clip(
+        self, advantages: Float[Array, "n k"], statistics: StepStatistics
+    ) -> Bool[Array, "n k"]:
+        """A ratio that has gone the way its advantage asks for, far enough, is asked no further."""
+        ratio = jnp.exp(statistics.log_ratio)[:, None]
+        above = (advantages > 0) & (ratio > 1.0 + self.clip_range)
+        below = (advantages < 0) & (ratio < 1.0 - self.clip_range)
+        return above | below
 
     def losses(
         self, advantages: Float[Array, "n k"], statistics: StepStatistics
@@ -262,7 +273,7 @@ class PolicyGradient(Objective):
         clipped = self._clipped(advantages)
         ratio = jnp.exp(statistics.log_ratio)[:, None]
         loss = -clipped * ratio
-        if self.clip_range > 0:
+        if self.clips:
             held = jnp.clip(ratio, 1.0 - self.clip_range, 1.0 + self.clip_range)
             loss = jnp.maximum(loss, -clipped * held)
         return loss * statistics.scale[:, None]
@@ -272,7 +283,7 @@ class PolicyGradient(Objective):
         # Measured also where nothing is weighed by it; the clip's range is in units of the form's own ratio.
         measured = jnp.exp(statistics.measured)
         outside = jnp.zeros_like(measured)
-        if self.clip_range > 0:
+        if self.clips:
             outside = (jnp.abs(measured - 1.0) > self.clip_range).astype(measured.dtype)
         figures = {
             "ratio": jnp.exp(statistics.recorded),

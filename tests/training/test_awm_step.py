@@ -31,8 +31,6 @@ def test_an_amortized_step_is_a_full_step_with_the_same_weights(rollout_weight):
     assert max(map(float, jax.tree.leaves(moved))) > 1e-4
     # Weights other than those of the solve take another step.
     other = solved.alpha.replace(alpha=jnp.roll(solved.alpha.alpha, 1))
-    elsewhere, _ = between(
-        dataclasses.replace(state, alpha=other), toy.base_params(), batch
-    )
+    elsewhere, _ = between(dataclasses.replace(state, alpha=other), toy.base_params(), batch)
     apart = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), elsewhere.current, solved.current)
     assert max(map(float, jax.tree.leaves(apart))) > 1e-4

@@ -109,6 +109,8 @@ def test_two_updates_on_one_advantage_equal_the_torch_twin():
     np.testing.assert_allclose(metrics["objective/ratio"], ratio.mean(), rtol=1e-4)
     outside = (np.abs(ratio - 1) > CLIP_RANGE).mean()
     np.testing.assert_allclose(metrics["objective/outside_clip_range"], outside, atol=1e-6)
+    np.testing.assert_allclose(metrics["objective/clipped_share"], held[1].mean(), atol=1e-6)
+    assert held[1].mean() < outside
 
 
 def test_a_last_update_that_is_skipped_leaves_no_other_policy_to_sample():

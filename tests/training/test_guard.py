@@ -94,9 +94,7 @@ def test_a_step_without_a_finite_gradient_changes_the_counts_and_the_rollout_pol
     decay = float(metrics["rollout_policy/decay"])
     toy.assert_close(
         after.rollout,
-        jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new, kept.rollout, kept.current
-        ),
+        jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, kept.rollout, kept.current),
         rtol=1e-6,
     )
     alpha = after.alpha.replace(age=kept.alpha.age)
