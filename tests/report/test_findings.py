@@ -239,6 +239,17 @@ def test_log_probabilities_of_training_and_rollouts_that_are_apart(tmp_path, cha
     assert [alarm.title for alarm in raised] == ["Training and rollout disagree"] * wrong
 
 
+def test_what_the_clip_of_a_ratio_does_has_panels(tmp_path):
+    rows = [
+        {"step": step, "objective/outside_clip_range": 0.3, "objective/clipped_share": 0.1 * step}
+        for step in range(5)
+    ]
+    page = render(write(tmp_path, rows))
+    assert "Samples outside the clip" in page and "Weights that the clip sets to 0" in page
+    page = render(write(tmp_path, [{"step": step} for step in range(5)]))
+    assert "Weights that the clip sets to 0" not in page
+
+
 def test_a_falling_heldout_reward_is_an_alarm_and_a_passed_peak_a_watch(tmp_path):
     records = write(
         tmp_path,
