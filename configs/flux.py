@@ -25,7 +25,9 @@ more) and seconds of a step at 40 % of the peak, rewards apart:
 `flux1_dev_flow_grpo`, `_flow_grpo_fast`, `_grpo_guard` and `_awm` train dev on eight GPUs of 80 GB with other
 objectives and one advantage of the sum of scores, and with `_marble` behind the name on every reward's own gradient.
 Flow-GRPO's are its published settings for FLUX.1-dev: 6 steps, noise 0.9 (Fast 0.8), no divergence, LoRA on attention
-and feed-forward; the other two have their constants of SD3.5-medium, as none are published for FLUX.1.
+and feed-forward. GRPO-Guard has its constants of SD3.5-medium. So does advantage-weighted matching but for the weight
+of the divergence from the base model, 0.4, which its author names for FLUX.1 on GenEval and OCR (0.01 on PickScore) in
+issue 4 of scxue/advantage_weighted_matching.
 
 On v6e-16 the weights are split over all chips (`mesh.fsdp=16`); elsewhere every device holds the 23.8 GB. The TPU
 compiler (`--topology=v6e:4x4`, libtpu 0.0.52) gave the rollout of flux1_dev_v6e_16 10.74 GB a chip, by source 10.57.
@@ -78,7 +80,7 @@ ON_FLUX = {
     "flow_grpo": SHORT | {"rollout.noise_level": 0.9},
     "flow_grpo_fast": SHORT,
     "grpo_guard": SHORT | {"rollout.noise_level": 0.9},
-    "awm": {},
+    "awm": {"awm.kl_weight": 0.4},
 }
 PRESETS = (
     "flux1_dev",

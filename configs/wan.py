@@ -34,7 +34,11 @@ other objectives and one advantage of the sum of scores, and with `_marble` behi
 gradient. Flow-GRPO's are its published settings for this model but for the sizes (groups of 4 there): 20 steps,
 guidance 4.5 in rollouts and training, clip 1e-3, divergence 0.004, learning rate 1e-4, advantages over the standard
 deviation of their group; Fast and GRPO-Guard keep their constants of SD3.5-medium in 20 steps, as advantage-weighted
-matching does in 14: none are published for Wan.
+matching does in 14: none are published for Wan. Guidance is that of Flow-GRPO for all of them. Fast is published
+without any, and has been seen to collapse with 4.5 on SD3.5-medium (issues 182 and 224 of yifan123/flow_grpo).
+Matching trains the velocity under the prompt alone, so that guided clips are not its own policy's, as they should be
+where nothing weighs them by a ratio. `--config.rollout.guidance_scale=1` is what both ask for, and the base model blurs
+then.
 
 For 240p_v6e_16 the TPU compiler (`marble-jax plan --config=wan:240p_v6e_16 --topology=v6e:4x4 --roofline
 --programs=rollout,decode,solving`, libtpu 0.0.52) gives the rollout 4.13 GB a chip, by source 4.72, with an MFU of 57 %

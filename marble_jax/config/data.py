@@ -89,8 +89,8 @@ class RolloutSettings:
     )
     guidance_scale: float = key(
         1.0,
-        "classifier-free guidance of rollouts and of the run's evaluations, on above 1; what is trained is "
-        "the velocity under the prompt alone",
+        "classifier-free guidance of rollouts and of the run's evaluations, on above 1; what is trained is the guided "
+        "velocity with objective.name=policy_gradient, with others the velocity under the prompt alone",
         "[0, 1000]",
     )
     negative_prompt: str = key("", "what guidance leads away from; without guidance unused")

@@ -87,7 +87,7 @@ def stochastic_table(
     if not 0 <= noise_level < np.inf or (name == "cps" and noise_level > 1):
         most = "1" if name == "cps" else "any finite number"
         raise InputError(
-            f"noise level of {name}: expected from 0 to {most}; received {noise_level}"
+            f"rollout.noise_level: expected from 0 to {most} with rollout.solver={name}; received {noise_level}"
         )
     euler = first_order(sigmas)
     levels = np.asarray(sigmas, np.float64)
@@ -204,12 +204,12 @@ def check_window(window: Window, table: StochasticTable) -> None:
     within = 0 <= window.first and window.end <= num_steps
     if not within or window.size < 1 or window.num_starts < 1:
         raise InputError(
-            f"rollout window: expected {window.size} steps within those from {window.first} to "
-            f"{window.end}, of a run of {num_steps} steps; received no room for them"
+            f"rollout.window_size, rollout.window_range: expected {window.size} steps within those from {window.first} "
+            f"to {window.end}, of a run of {num_steps} steps; received no room for them"
         )
     silent = [i for i in range(window.first, window.end) if table.noise[i] == 0]
     if silent:
         raise InputError(
-            f"rollout window: expected steps that have noise; received step {silent[0]} of {num_steps} "
-            "(counted from 0), which has none: its solver ends in a clean image, or its noise level is 0"
+            f"rollout.window_range: expected steps that have noise; received step {silent[0]} of {num_steps} "
+            "(counted from 0), which has none: its solver ends in a clean image, or rollout.noise_level is 0"
         )

@@ -16,6 +16,7 @@ this needs.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -101,7 +102,7 @@ def accumulate(
         pulled = jax.vmap(pull_back)(samples)
         return _chunk_sums(objective, pulled, chunk_advantages, chunk_valid, anchors, anchor_scale)
 
-    zeros = zero_sums(adapter, num_rewards, objective.reports)
+    zeros = zero_sums(adapter, num_rewards, objective.reports, objective.clips)
     return sum_over_chunks(chunk_sums, (batch, advantages, valid), zeros, chunk_size)
 
 
@@ -162,7 +163,13 @@ def _chunk_sums(
         kl_gradient=jax.tree.map(divergence, pulled.directions),
         kl=jnp.sum(pulled.divergence),
         num_samples=jnp.asarray(float(len(advantages) * anchors), jnp.float32),
-        records=jax.tree.map(jnp.sum, pulled.records),
+        records=_with_held(
+            objective,
+            jax.tree.map(jnp.sum, pulled.records),
+            advantages,
+            pulled.statistics,
+            valid,
+        ),
     )
 
 
@@ -178,6 +185,24 @@ def _record_sums(
     square = jnp.sum(jnp.square(wide)) / prediction[0].size
     reported = jax.tree.map(jnp.sum, objective.reported(directions.statistics))
     return RecordSums(gap, square, count, num_gaps, reported)
+
+
+def _with_held(
+    objective: Objective,
+    records: RecordSums,
+    advantages: Float[Array, "n k"],
+    statistics: Statistics,
+    valid: Bool[Array, "n k"],
+) -> RecordSums:
+    """The sums with the weights that the clip sets to 0, where the objective has one."""
+    if not objective.clips:
+        return records
+    held = objective.held_by_clip(advantages, statistics) & valid
+    return dataclasses.replace(
+        records,
+        held=jnp.sum(held.astype(jnp.float32), axis=0),
+        num_weights=jnp.sum(valid.astype(jnp.float32), axis=0),
+    )
 
 
 def _masked_mix(
@@ -251,6 +276,7 @@ def combined_gradient(
     losses = objective.losses(advantages, directions.statistics)
     policy_loss = jnp.sum(jnp.where(valid, sample_weights * losses, 0.0))
     records = _record_sums(objective, prediction, directions)
+    records = _with_held(objective, records, advantages, directions.statistics, valid)
     return gradient, {"policy_loss": policy_loss, "kl": kl, "records": records}
 
 

@@ -28,6 +28,8 @@ class RecordSums:
       num_samples: how many samples there were.
       num_gaps: how many of them have a gap.
       reported: the objective's own numbers, by name.
+      held: [R], under every objective the valid weights that the clip set to 0; None without a clip.
+      num_weights: [R], the valid weights there are; None without a clip.
     """
 
     gap: jax.Array
@@ -35,12 +37,24 @@ class RecordSums:
     num_samples: jax.Array
     num_gaps: jax.Array
     reported: dict[str, jax.Array]
+    held: jax.Array | None = None
+    num_weights: jax.Array | None = None
 
-    def metrics(self) -> dict[str, jax.Array]:
-        """Means over samples, by record key; the gap is NaN where no sample has one."""
+    def metrics(self, scalarized: bool = False) -> dict[str, jax.Array]:
+        """Means over samples, by record key; the gap is NaN where no sample has one.
+
+        Args:
+          scalarized: whether the last objective alone is trained on.
+        """
         named = {"velocity_square": self.square, **self.reported}
         means = {f"objective/{name}": total / self.num_samples for name, total in named.items()}
-        return {"objective/velocity_gap": self.gap / self.num_gaps} | means
+        means["objective/velocity_gap"] = self.gap / self.num_gaps
+        if self.held is None or self.num_weights is None:
+            return means
+        # What is not trained on has no part in what the clip does to training.
+        first = -1 if scalarized else 0
+        num_weights = jnp.maximum(jnp.sum(self.num_weights[first:]), 1.0)
+        return means | {"objective/clipped_share": jnp.sum(self.held[first:]) / num_weights}
 
     def relative_gap(self) -> jax.Array:
         """The gap over the mean square of velocities."""
@@ -80,9 +94,19 @@ class RewardGradients:
     kl: jax.Array
 
 
-def zero_sums(adapter: Adapter, num_rewards: int, reports: Sequence[str] = ()) -> RewardSums:
-    """The neutral element of `tree.add` on RewardSums; `reports` are the names of an objective's own numbers."""
+def zero_sums(
+    adapter: Adapter, num_rewards: int, reports: Sequence[str] = (), clips: bool = False
+) -> RewardSums:
+    """The neutral element of `tree.add` on RewardSums.
+
+    Args:
+      adapter: tree of trainable leaves.
+      num_rewards: objectives that have a gradient each.
+      reports: names of an objective's own numbers.
+      clips: see `Objective.clips`.
+    """
     zero = jnp.zeros(())
+    of_clip = jnp.zeros(num_rewards) if clips else None
     return RewardSums(
         gradients=tree.zeros_like(adapter, num_rewards),
         counts=jnp.zeros(num_rewards),
@@ -90,7 +114,7 @@ def zero_sums(adapter: Adapter, num_rewards: int, reports: Sequence[str] = ()) -
         kl_gradient=tree.zeros_like(adapter),
         kl=jnp.zeros(()),
         num_samples=jnp.zeros(()),
-        records=RecordSums(zero, zero, zero, zero, dict.fromkeys(reports, zero)),
+        records=RecordSums(zero, zero, zero, zero, dict.fromkeys(reports, zero), of_clip, of_clip),
     )
 
 

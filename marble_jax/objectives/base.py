@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from marble_jax.types import Adapter
@@ -198,6 +199,11 @@ class Objective(abc.ABC):
         """Calls of the rollout policy at a sample, beside that of the trained policy."""
         return 1
 
+    @property
+    def clips(self) -> bool:
+        """Whether a clip may set weights to 0; records then hold the share of them."""
+        return False
+
     @abc.abstractmethod
     def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> Batch:
         """The micro-batch, with everything that no gradient flows through.
@@ -237,6 +243,12 @@ class Objective(abc.ABC):
         Returns:
           Weights in the order of signals, then anchors: j runs over S + A.
         """
+
+    def held_by_clip(
+        self, advantages: Float[Array, "n k"], statistics: Statistics
+    ) -> Bool[Array, "n k"]:
+        """Which weights of `mix` the clip sets to 0; arguments as there."""
+        return jnp.zeros(advantages.shape, bool)
 
     @abc.abstractmethod
     def losses(

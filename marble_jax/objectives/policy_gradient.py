@@ -15,8 +15,8 @@ Two forms of the ratio:
 
 With one update for each rollout the trained policy is the one that sampled: samples weigh as at a ratio of 1, nothing
 can be clipped, and the rollout policy is not asked. In the first of several updates samples weigh in the same way.
-Whether training and sampling then agree shows in the ratio on record, which is measured: with one update it is that of
-a step's log-probability now to that when it was sampled, whatever the weights are.
+Whether training and sampling then agree shows in the ratio on record, which is measured: where the trained policy is
+the one that sampled, it is that of a step's density now to that when it was sampled, whatever the form and the weights.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class StepStatistics:
 
     Attributes:
       log_ratio: logarithm of the ratio that samples weigh by, trained policy over rollout policy; 0 where they are one.
-      measured: the same as it is measured, rounding included: what is on record.
+      measured: the same as it is measured, rounding included; on policy the change of the log-probability.
+      recorded: of the ratio on record: the change of the log-probability where the policies are one, `measured`
+        elsewhere.
       scale: factor of the loss.
       log_prob_change: the step's log-probability minus that when it was sampled.
       step_kl: divergence of the step from the rollout policy's, or an estimate of it, in nats an element; None on
@@ -84,6 +86,7 @@ class StepStatistics:
 
     log_ratio: jax.Array
     measured: jax.Array
+    recorded: jax.Array
     scale: jax.Array
     log_prob_change: jax.Array
     step_kl: jax.Array | None = None
@@ -157,6 +160,11 @@ class PolicyGradient(Objective):
         """See `Objective.first_reports`: there the policy is the one that sampled, and the ratio 1."""
         return ("ratio", "log_prob_gap")
 
+    @property
+    def clips(self) -> bool:
+        """See `Objective.clips`."""
+        return self.clip_range > 0
+
     def prepare(self, draws: Draws, policies: FrozenPolicies, divergence: bool) -> StepBatch:
         """The steps of a rollout; see `Objective.prepare`."""
         batch = step_batch(draws, policies)
@@ -186,16 +194,17 @@ class PolicyGradient(Objective):
         step_kl = None
         # The policy that samples is the one that is trained; what rounding makes of that, the record tells.
         if self.on_policy:
-            # On record is the ratio of log-probabilities, whatever the weights are.
-            measured, log_ratio = change, jnp.zeros_like(log_ratio)
+            measured, recorded, log_ratio = change, change, jnp.zeros_like(log_ratio)
         else:
             # So it is in the first of several updates, where rounding alone would bring some ratios to the clip.
             measured, log_ratio = log_ratio, jnp.where(batch.is_sampler, 0.0, log_ratio)
+            # Guard's own compares two velocities of training: of one policy it is 1, however the step was sampled.
+            recorded = jnp.where(batch.is_sampler, change, measured)
             step_kl = self._step_kl(mean, change, batch)
         return Directions(
             signals=(signal,),
             anchors=(),
-            statistics=StepStatistics(log_ratio, measured, scale, change, step_kl),
+            statistics=StepStatistics(log_ratio, measured, recorded, scale, change, step_kl),
             kl=_divergence(mean, slope, batch),
         )
 
@@ -244,12 +253,18 @@ class PolicyGradient(Objective):
         clipped = self._clipped(advantages)
         ratio = jnp.exp(statistics.log_ratio)[:, None]
         weights = -clipped * ratio * statistics.scale[:, None]
-        if self.clip_range > 0:
-            # A ratio that has gone the way its advantage asks for, far enough, is asked no further.
-            above = (clipped > 0) & (ratio > 1.0 + self.clip_range)
-            below = (clipped < 0) & (ratio < 1.0 - self.clip_range)
-            weights = jnp.where(above | below, 0.0, weights)
+        if self.clips:
+            weights = jnp.where(self.held_by_clip(advantages, statistics), 0.0, weights)
         return weights[..., None]
+
+    def held_by_clip(
+        self, advantages: Float[Array, "n k"], statistics: StepStatistics
+    ) -> Bool[Array, "n k"]:
+        """A ratio that has gone the way its advantage asks for, far enough, is asked no further."""
+        ratio = jnp.exp(statistics.log_ratio)[:, None]
+        above = (advantages > 0) & (ratio > 1.0 + self.clip_range)
+        below = (advantages < 0) & (ratio < 1.0 - self.clip_range)
+        return above | below
 
     def losses(
         self, advantages: Float[Array, "n k"], statistics: StepStatistics
@@ -258,20 +273,20 @@ class PolicyGradient(Objective):
         clipped = self._clipped(advantages)
         ratio = jnp.exp(statistics.log_ratio)[:, None]
         loss = -clipped * ratio
-        if self.clip_range > 0:
+        if self.clips:
             held = jnp.clip(ratio, 1.0 - self.clip_range, 1.0 + self.clip_range)
             loss = jnp.maximum(loss, -clipped * held)
         return loss * statistics.scale[:, None]
 
     def reported(self, statistics: StepStatistics) -> dict[str, Float[Array, " n"]]:
         """Ratio, whether it is outside the clip's range, log-probability gap and divergence from the rollout policy."""
-        # Measured also where nothing is weighed by it.
-        ratio = jnp.exp(statistics.measured)
-        outside = jnp.zeros_like(ratio)
-        if self.clip_range > 0:
-            outside = (jnp.abs(ratio - 1.0) > self.clip_range).astype(ratio.dtype)
+        # Measured also where nothing is weighed by it; the clip's range is in units of the form's own ratio.
+        measured = jnp.exp(statistics.measured)
+        outside = jnp.zeros_like(measured)
+        if self.clips:
+            outside = (jnp.abs(measured - 1.0) > self.clip_range).astype(measured.dtype)
         figures = {
-            "ratio": ratio,
+            "ratio": jnp.exp(statistics.recorded),
             "outside_clip_range": outside,
             "log_prob_gap": jnp.abs(statistics.log_prob_change),
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from marble_jax.config import RolloutSettings
+from marble_jax.config import RolloutSettings, Settings
 from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.programs.build import Run
 from marble_jax.programs.noisy_rollouts import trains_guided
@@ -61,9 +61,9 @@ def announce_start(
         ("workdir", f"{workdir.path}: {FILES}"),
     ]
     console.table(rows)
-    unread = passed_over(settings, stated)
-    if unread:
-        console.say(unread)
+    for line in (_guidance_remark(settings), passed_over(settings, stated)):
+        if line:
+            console.say(line)
 
 
 def _device_line(run: Run) -> str:
@@ -137,6 +137,17 @@ def _sampling_line(run: Run) -> str:
         split = "; latents split over the devices"
     return (
         f"{rollout.num_steps} steps of {rollout.solver}{_noise(rollout)}{told}, {guidance}{split}"
+    )
+
+
+def _guidance_remark(settings: Settings) -> str:
+    """What guidance does to an objective whose samples are to be those of the policy that is trained; "" without."""
+    rollout = settings.rollout
+    if settings.objective.name != "awm" or not rollout.guided:
+        return ""
+    return (
+        f"rollout.guidance_scale={rollout.guidance_scale:g}: advantage-weighted matching trains the velocity under the "
+        "prompt alone and takes what guidance drew for samples of it (--config.rollout.guidance_scale=1 draws its own)"
     )
 
 

@@ -123,7 +123,10 @@ def _num_anchored(settings: Settings, sizes: Sizes) -> int:
     """Micro-batches of a step with anchors and divergence, at least; `anchor_error` may ask for more."""
     if settings.harmonize.is_upstream:
         return sizes.micro_batches
-    return fewest_anchored(sizes.micro_batches, settings.harmonize.anchor_every)
+    # Each update rounds up by itself.
+    updates = settings.training.updates_per_rollout
+    of_update = fewest_anchored(sizes.micro_batches // updates, settings.harmonize.anchor_every)
+    return updates * of_update
 
 
 def _signal_flops(objective: Objective, sample: SampleFlops) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 
 from marble_jax import distributed, platform
-from marble_jax.agreement import became_regression, disagreement
+from marble_jax.agreement import PolicyWatch, gap_limit
 from marble_jax.config import Settings, flatten
 from marble_jax.console import Console
 from marble_jax.distributed import accelerators, probe
@@ -247,9 +246,10 @@ class Session:
         self._run, self._workdir, self._console = run, workdir, console
         self._checkpoints = checkpoints
         self.report = ""
-        self._gaps: list[float] = []
-        self._told: set[str] = set()
         settings = run.settings
+        constants = settings.policy_gradient
+        limit = gap_limit(settings.model.dtype, constants.clip_range, constants.form)
+        self._policies = PolicyWatch(limit, console.say)
         # One process writes for all.
         self._writer = MetricWriter.silent()
         if distributed.is_first():
@@ -324,20 +324,7 @@ class Session:
             self._writer.write(step, values)
 
         distributed.broadcast_from_first("record", write)
-        self._watch_policies(values)
-
-    def _watch_policies(self, values: Mapping[str, Any]) -> None:
-        """Says once where policies agree that should not, or do not that should."""
-        gap = values.get("objective/velocity_gap")
-        self._gaps.append(math.nan if gap is None else gap)
-        clip_range = self._run.settings.policy_gradient.clip_range
-        for kind, text in (
-            ("apart", disagreement(values, clip_range)),
-            ("alike", became_regression(self._gaps)),
-        ):
-            if text and kind not in self._told:
-                self._told.add(kind)
-                self._console.say(f"warning: {text}")
+        self._policies.see(values)
 
     def _speed(self, record: Mapping[str, Any]) -> dict[str, float]:
         images, devices = self._run.sizes.images, jax.device_count()

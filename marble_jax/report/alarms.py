@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -311,21 +312,39 @@ def _failures(evaluation: dict[str, Any]) -> dict[str, float]:
 def _policies_alike_or_apart(records: Records) -> list[Alarm]:
     """Policies that agree where they must not, or do not where they must."""
     raised = []
-    alike = agreement.became_regression(records.series("objective/velocity_gap").value.tolist())
+    alike = agreement.became_regression([_same_policy(row) for row in records.rows])
     if alike:
         raised.append(
             Alarm("alarm", "The rollout policy is the trained one", f"In this run {alike}.")
         )
-    recorded = number(records.configured("policy_gradient.clip_range"))
-    clip_range = recorded if math.isfinite(recorded) else 0.0
+    limit = _gap_limit(records)
     for series in map(records.series, ("objective/log_prob_gap_first", "objective/log_prob_gap")):
         if not series.finite.size:
             continue
-        apart = agreement.disagreement({"objective/log_prob_gap": series.finite.max()}, clip_range)
+        apart = agreement.disagreement({"objective/log_prob_gap": series.finite.max()}, limit)
         if apart:
             raised.append(Alarm("alarm", "Training and rollout disagree", f"At worst, {apart}."))
         break
     return raised
+
+
+def _same_policy(row: Mapping[str, Any]) -> float:
+    """Returns `agreement.same_policy` of a record, in which null, text and the like are no numbers."""
+    keys = ("objective/velocity_gap", "rollout_policy/is_trained")
+    return agreement.same_policy({key: number(row.get(key)) for key in keys})
+
+
+def _gap_limit(records: Records) -> float:
+    """Returns the distance of log-probabilities that is told; see `agreement.gap_limit`."""
+    dtype = str(records.configured("model.dtype"))
+    if dtype not in agreement.ROUNDING:
+        # Not on record, or damaged: the wider one accuses nobody wrongly.
+        dtype = "bfloat16"
+    clip_range = number(records.configured("policy_gradient.clip_range"))
+    if not math.isfinite(clip_range):
+        clip_range = 0.0
+    form = str(records.configured("policy_gradient.form"))
+    return agreement.gap_limit(dtype, clip_range, form)
 
 
 def _missing_numbers(records: Records) -> list[Alarm]:

@@ -58,6 +58,8 @@ _LEARNING = (
     ),
     Metric("objective/ratio", "Ratio of densities, trained over rollout policy", "ratio"),
     Metric("objective/outside_clip_range", "Samples outside the clip's range", "share"),
+    # Outside on the side that the advantage asks for; the last of several updates'.
+    Metric("objective/clipped_share", "Weights that the clip sets to 0", "share"),
     # Of an estimate one step's value may be below 0.
     Metric("objective/step_kl", "Divergence of a step from the rollout policy", "nats an element"),
     Metric(

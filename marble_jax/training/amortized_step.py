@@ -80,7 +80,7 @@ def amortized_step(
             state.alpha,
             ends_step=recipe.ends_step,
         )
-        metrics |= losses["records"].metrics()
+        metrics |= losses["records"].metrics(recipe.harmonization.scalarized)
         state, skipped = with_rollout_gap(recipe, state, losses["records"])
         metrics |= skipped
         return state, metrics | {

@@ -38,7 +38,8 @@ def apply_update(
 ) -> tuple[TrainState, Metrics]:
     """Clips, steps the optimiser and moves the averaged and the rollout policy.
 
-    A non-finite gradient leaves everything as it was and is reported; the step counts all the same.
+    A non-finite gradient leaves everything but the rollout policy as it was and is reported; the step counts all the
+    same. The rollout policy follows the trained one as after any step, which earlier updates of it may have moved.
 
     Args:
       averages: how the other policies follow.
@@ -76,13 +77,16 @@ def apply_update(
         balancer=state.balancer if balancer is None else keep(balancer, state.balancer),
         history=keep(history, state.history),
         ema=keep(averaging.soft_update(state.ema, current, ema_decay), state.ema),
-        rollout=keep(averaging.soft_update(state.rollout, current, rollout_decay), state.rollout),
+        # Finite, as the policy that it follows is. Left behind, it would have the next rollouts be of another policy.
+        rollout=averaging.soft_update(state.rollout, current, rollout_decay),
     )
     return new, {
         "training/grad_norm": norm,
         "training/skipped": 1.0 - finite,
         "ema/decay": ema_decay,
         "rollout_policy/decay": rollout_decay,
+        # Of the step, not of the state behind it: what its samples were drawn by.
+        "rollout_policy/is_trained": tree.equal(state.rollout, state.current).astype(jnp.float32),
     }
 
 

@@ -175,7 +175,7 @@ def _record(harmonization: Harmonization, solved: _Solved, sums: RewardSums) -> 
             solved.mean, solved.weights, solved.solution, used, harmonization.num_rewards
         ),
         "harmonize/alpha_age": solved.alpha.age,
-        **sums.records.metrics(),
+        **sums.records.metrics(harmonization.scalarized),
         **_reward_diagnostics(solved.gram, solved.weights, used),
         **solved.comparison,
     }

@@ -9,6 +9,8 @@ from marble_jax.errors import InputError
 from marble_jax.flow import levels, sampler, solvers
 from marble_jax.flow.stochastic import Window, check_window, stochastic_table
 from marble_jax.flow.trajectory import log_density, sample_transitions, step_mean, table_rows
+from marble_jax.objectives.base import SolverSteps
+from marble_jax.objectives.policy_gradient import PolicyGradient, StepBatch
 
 # Ten steps of the grid with shift 3. Of Flow-GRPO's released sampler with strength 0.7: diffusion, standard deviation,
 # and the mean's coefficients of state and velocity; of the coefficients-preserving sampler with 0.8: standard deviation
@@ -25,6 +27,22 @@ GOLDEN = np.array(
         [0.652438, 0.282007, 0.914463, -0.232600, 0.264440, -0.2896],
         [0.434415, 0.225360, 0.908672, -0.335055, 0.008492, -0.2736],
         [0.066441, 0.006278, 0.997793, -0.011116, 0.0, -0.0089],
+    ]
+)
+# Of the first sampler, what a step gives training: the length of the log-probability's derivative in the velocity, for
+# each unit of the noise that was drawn, and the factor of the squared difference of velocities in the divergence.
+GOLDEN_FACTORS = np.array(
+    [
+        [0.057, 6.5e-5],
+        [0.078, 1.4e-4],
+        [0.129, 4.7e-4],
+        [0.188, 1.2e-3],
+        [0.264, 2.9e-3],
+        [0.371, 7.2e-3],
+        [0.536, 2.0e-2],
+        [0.825, 6.4e-2],
+        [1.487, 0.297],
+        [1.771, 0.014],
     ]
 )
 GRID = levels.sigma_grid(10, 3.0)
@@ -47,6 +65,34 @@ def test_the_golden_table():
     cps = stochastic_table("cps", GRID, 0.8)
     np.testing.assert_allclose(cps.noise, GOLDEN[:, 4], atol=6e-7)
     np.testing.assert_allclose(slope_of(cps), GOLDEN[:, 5], atol=6e-5)
+
+
+def test_what_the_steps_of_the_golden_table_give_training():
+    """By the objective itself: its signal for noise of mean square 1, and its divergence for velocities 1 apart."""
+    table = stochastic_table("flow_sde", GRID, 0.7)
+    width = 4
+    columns = (table.sigmas[:-1], table.state, table.current, table.noise, table.diffusion)
+    rows = (jnp.asarray(c, jnp.float32) for c in (*columns, -np.diff(table.sigmas)))
+    steps = SolverSteps(*rows)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(10, width)), jnp.float32)
+    v = jnp.ones_like(x)
+    drawn = steps.noise[:, None] * jnp.asarray([1.0, -1.0, 1.0, -1.0])
+    mean = step_mean(x, v, steps.sigma, steps.state, steps.current)
+    batch = StepBatch(
+        xt=x,
+        sigma=steps.sigma,
+        cond=(),
+        after=mean + drawn,
+        steps=steps,
+        sampled_log_prob=jnp.zeros(10),
+        is_sampler=jnp.ones(10, bool),
+        v_base=v - 1.0,
+    )
+    found = PolicyGradient(kl_weight=1.0).directions(v, batch)
+    # The log-probability is a mean over the elements.
+    length = np.linalg.norm(found.signals[0], axis=1) * np.sqrt(width)
+    np.testing.assert_allclose(length, GOLDEN_FACTORS[:, 0], atol=6e-4)
+    np.testing.assert_allclose(found.kl.divergence, GOLDEN_FACTORS[:, 1], rtol=0.04)
 
 
 def published_mean(name, x, v, t, after, strength, grid):
@@ -214,9 +260,15 @@ def test_random_windows_are_within_their_range_and_alike():
 @pytest.mark.parametrize(
     "name, strength, window, message",
     [
-        ("cps", 0.8, Window(3, 7, 10), "expected steps that have noise; received step 9 of 10"),
-        ("flow_sde", 0.0, Window(3, 0, 9), "expected steps that have noise; received step 0"),
-        ("flow_sde", 0.7, Window(3, 8, 10), "expected 3 steps within those from 8 to 10"),
+        ("cps", 0.8, Window(3, 7, 10), "^rollout.window_range: expected steps that have noise"),
+        ("cps", 0.8, Window(3, 7, 10), "received step 9 of 10"),
+        ("flow_sde", 0.0, Window(3, 0, 9), "received step 0 of 10 .*rollout.noise_level is 0$"),
+        (
+            "flow_sde",
+            0.7,
+            Window(3, 8, 10),
+            "^rollout.window_size, rollout.window_range: expected 3 steps within those from 8 to 10",
+        ),
         ("flow_sde", 0.7, Window(3, 0, 11), "of a run of 10 steps"),
         ("flow_sde", 0.7, Window(0, 0, 9), "expected 0 steps"),
     ],
@@ -230,8 +282,12 @@ def test_windows_that_do_not_fit(name, strength, window, message):
     "name, strength, message",
     [
         ("flow_sed", 0.7, "expected one of flow_sde, dance_sde, cps; received 'flow_sed'"),
-        ("cps", 1.2, "noise level of cps: expected from 0 to 1; received 1.2"),
-        ("flow_sde", -0.1, "expected from 0 to any finite number"),
+        (
+            "cps",
+            1.2,
+            "^rollout.noise_level: expected from 0 to 1 with rollout.solver=cps; received 1.2$",
+        ),
+        ("flow_sde", -0.1, "expected from 0 to any finite number with rollout.solver=flow_sde"),
         ("flow_sde", float("nan"), "expected from 0"),
     ],
 )

@@ -181,16 +181,18 @@ CASES = [
     )
     for on_policy in (True, False)
 ]
+COUNTS = [(num_rewards, wide) for num_rewards in (1, 5, 20) for wide in (True, False)]
+"""Rewards, and whether in float64."""
 
 
 @pytest.mark.parametrize("form, solver, on_policy", CASES)
-@pytest.mark.parametrize("num_rewards, wide", [(1, True), (5, True), (5, False), (20, True)])
+@pytest.mark.parametrize("num_rewards, wide", COUNTS)
 def test_every_gradient_equals_its_own_backward_pass(form, solver, on_policy, num_rewards, wide):
     check_gradients(form, solver, on_policy, num_rewards, wide)
 
 
 @pytest.mark.parametrize("form", ["ppo", "guard"])
-@pytest.mark.parametrize("num_rewards, wide", [(1, True), (5, True), (5, False), (20, True)])
+@pytest.mark.parametrize("num_rewards, wide", COUNTS)
 def test_every_gradient_of_a_guided_policy_equals_its_own_backward_pass(form, num_rewards, wide):
     check_gradients(form, "flow_sde", False, num_rewards, wide, guided, guided_by_hand)
 
@@ -198,9 +200,9 @@ def test_every_gradient_of_a_guided_policy_equals_its_own_backward_pass(form, nu
 def over_a_mesh():
     """Runs in a process with four devices, two samples on each."""
     mesh = device_mesh.make_mesh(2, 2)
-    for num_rewards in (1, 5, 20):
+    for form, num_rewards in (("ppo", 1), ("ppo", 5), ("ppo", 20), ("guard", 5)):
         check_gradients(
-            "ppo", "flow_sde", False, num_rewards, True, guided, guided_by_hand, Shards(mesh)
+            form, "flow_sde", False, num_rewards, True, guided, guided_by_hand, Shards(mesh)
         )
     return jax.device_count()
 
@@ -264,7 +266,7 @@ def check_gradients(
         kl, want = jax.value_and_grad(published_kl)(current, base, draws, before, velocity)
         assert relative(got.kl_gradient, want) <= tolerance
         np.testing.assert_allclose(got.kl, kl, rtol=100 * tolerance)
-        if not on_policy and num_rewards > 1:
+        if not on_policy:
             # The clip holds some samples of some rewards and not all of them.
             statistics = objective.directions(
                 velocity(current, before, draws.sigma, draws.cond), batch
@@ -386,7 +388,9 @@ def test_samples_draw_their_own_steps_out_of_what_was_kept():
 @pytest.mark.parametrize("form", ["ppo", "guard"])
 def test_the_first_of_several_updates_weighs_as_at_a_ratio_of_one(form):
     """Policies that are one but for rounding, which is larger than the clip's range: nothing is clipped."""
-    current, rollout, base, draws, _, _, advantages, valid = problem(2, "flow_sde", np.float32)
+    current, rollout, base, draws, before, after, advantages, valid = problem(
+        2, "flow_sde", np.float32
+    )
     objective = objective_of(form, "flow_sde", False)
     apart = policies_of(rollout, base)
     one = dataclasses.replace(apart, is_trained=jnp.asarray(True))
@@ -395,10 +399,16 @@ def test_the_first_of_several_updates_weighs_as_at_a_ratio_of_one(form):
         batch = objective.prepare(draws, policies, divergence=False)
         prediction = velocity(current, batch.xt, batch.sigma, batch.cond)
         found[name] = objective.directions(prediction, batch).statistics
-    # What is measured stays on record.
-    ratio = objective.reported(found["one"])["ratio"]
-    np.testing.assert_array_equal(ratio, objective.reported(found["apart"])["ratio"])
-    outside = np.abs(np.asarray(ratio) - 1) > CLIP_RANGE[form]
+    # What is measured stays on record: of one policy the densities' ratio, whatever ratio the form weighs by.
+    told, elsewhere = (objective.reported(found[name]) for name in ("one", "apart"))
+    sampled = draws.kept.log_prob
+    change = log_prob_of(prediction, before, after, draws.steps, "flow_sde") - sampled
+    np.testing.assert_allclose(told["ratio"], np.exp(change), rtol=1e-5)
+    alike = np.asarray(told["ratio"]) == np.asarray(elsewhere["ratio"])
+    assert alike.all() if form == "ppo" else not alike.any()
+    # The clip's range is that of the form's own ratio.
+    outside = np.abs(np.asarray(elsewhere["ratio"]) - 1) > CLIP_RANGE[form]
+    np.testing.assert_array_equal(told["outside_clip_range"], outside)
     assert outside.any()
     weights = objective.mix(advantages, found["one"], valid)[..., 0]
     scale = 1 / draws.steps.length if form == "guard" else np.ones(NUM)

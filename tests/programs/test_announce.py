@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from marble_jax.api.settings import load_settings
 from marble_jax.families.descriptions import Size
 from marble_jax.programs import announce
 from marble_jax.rewards.base import Reward
@@ -44,6 +45,16 @@ def test_the_frames_of_every_reward_are_said():
 @pytest.mark.parametrize("num_frames, word", [(1, "images"), (5, "clips")])
 def test_a_step_draws_clips_or_images(num_frames, word):
     assert announce._step_line(run_of(num_frames)).startswith(f"3 prompts x 4 = 12 {word} in 1 ")
+
+
+@pytest.mark.parametrize(
+    "objective, scale, said", [("awm", 4.5, True), ("awm", 1.0, False), ("nft", 4.5, False)]
+)
+def test_guidance_that_matching_does_not_train_is_named(objective, scale, said):
+    changes = {"objective.name": objective, "rollout.guidance_scale": scale}
+    line = announce._guidance_remark(load_settings("embedded:awm", changes))
+    assert line.startswith("rollout.guidance_scale=4.5: ") == said and "\n" not in line
+    assert bool(line) == said
 
 
 def test_what_rewards_that_compare_images_are_given():

@@ -146,7 +146,7 @@ def test_matching_may_be_pulled_to_an_older_policy():
     [
         (
             {"rollout__window_size": 11},
-            "rollout window: expected 11 steps within those from 0 to 9",
+            "^rollout.window_size, rollout.window_range: expected 11 steps within those from 0 to 9",
         ),
         ({"rollout__window_size": 6, "rollout__window_range": 0.5}, "expected 6 steps within .* 5"),
         (
@@ -155,7 +155,7 @@ def test_matching_may_be_pulled_to_an_older_policy():
         ),
         (
             {"rollout__solver": "cps", "rollout__noise_level": 1.5},
-            "noise level of cps: expected from",
+            "^rollout.noise_level: expected from 0 to 1 with rollout.solver=cps",
         ),
     ],
 )

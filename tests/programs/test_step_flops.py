@@ -84,9 +84,15 @@ def test_network_passes_of_an_image_by_hand():
     # DiffusionNFT: 24 timesteps, each of two policies with one direction; at one micro-batch in eight the base model,
     # the anchor and the divergence.
     assert passes() == (25, 24 * 2 + 3, 24 + 2 * 3)
-    # Flow-GRPO: nine steps, and all passes at two prompts; the divergence at one micro-batch in eight of 72.
+    # Flow-GRPO: nine steps, and all passes at two prompts. 1152 images at nine steps are 72 micro-batches of 144, 36 of
+    # each of two updates, which take the divergence at five of them, one in eight rounded up: at ten of 72.
     flow_grpo = POLICY_GRADIENTS["flow_grpo"]
-    assert passes(flow_grpo) == (20, 2 * (9 + 9 / 8), 2 * (9 + 9 / 8))
+    assert passes(flow_grpo) == (20, 2 * (9 + 9 * 10 / 72), 2 * (9 + 9 * 10 / 72))
+    assert passes(flow_grpo)[1] == 20.5
+    # In one update at nine of 72, and in four, of 18 micro-batches each, at three of each.
+    once = {"training.updates_per_rollout": 1, "policy_gradient.clip_range": 0.0}
+    assert passes(flow_grpo, **once)[1] == 2 * (9 + 9 * 9 / 72)
+    assert passes(flow_grpo, **{"training.updates_per_rollout": 4})[1] == 2 * (9 + 9 * 12 / 72)
     every = {"harmonize.anchor_every": 1}
     assert passes(flow_grpo, **every) == (20, 2 * 2 * 9, 2 * 2 * 9)
     # Fast: three steps, no guidance and no divergence. GRPO-Guard asks the policy that sampled.

@@ -207,6 +207,49 @@ def test_a_steady_run_raises_nothing(tmp_path):
     assert alarms(write(tmp_path, rows)) == ()
 
 
+@pytest.mark.parametrize(
+    "gap, same, wrong",
+    [(1e-14, 1.0, True), (1e-14, 0.0, False), (None, 1.0, False), (0.0, None, False)],
+)
+def test_a_rollout_policy_that_was_the_trained_one_all_along(tmp_path, gap, same, wrong):
+    values = {"objective/velocity_gap": gap, "rollout_policy/is_trained": same}
+    raised = alarms(write(tmp_path, [{"step": step} | values for step in range(30)]))
+    assert [alarm.title for alarm in raised] == ["The rollout policy is the trained one"] * wrong
+    if wrong:
+        assert "at each of 29 steps after the first" in raised[0].text
+
+
+@pytest.mark.parametrize(
+    "changes, gap, wrong",
+    [
+        ({"policy_gradient.clip_range": 1e-5}, 5e-6, True),
+        ({"policy_gradient.clip_range": 1e-4}, 5e-6, False),
+        # GRPO-Guard's clip is in another unit, and rounding in bfloat16 is wider.
+        ({"policy_gradient.clip_range": 2e-6, "policy_gradient.form": "guard"}, 5e-6, False),
+        ({"policy_gradient.clip_range": 2e-6, "policy_gradient.form": "guard"}, 2e-5, True),
+        ({"policy_gradient.form": "guard", "model.dtype": "bfloat16"}, 2e-5, False),
+        ({"policy_gradient.form": "guard", "model.dtype": "bfloat16"}, 2e-2, True),
+        ({"policy_gradient.clip_range": None, "model.dtype": None}, 5e-6, False),
+    ],
+)
+def test_log_probabilities_of_training_and_rollouts_that_are_apart(tmp_path, changes, gap, wrong):
+    config = {"model.dtype": "float32", "policy_gradient.form": "ppo"} | changes
+    rows = steps("objective/log_prob_gap_first", [1e-8] * 9 + [gap])
+    raised = alarms(write(tmp_path, rows, config=config))
+    assert [alarm.title for alarm in raised] == ["Training and rollout disagree"] * wrong
+
+
+def test_what_the_clip_of_a_ratio_does_has_panels(tmp_path):
+    rows = [
+        {"step": step, "objective/outside_clip_range": 0.3, "objective/clipped_share": 0.1 * step}
+        for step in range(5)
+    ]
+    page = render(write(tmp_path, rows))
+    assert "Samples outside the clip" in page and "Weights that the clip sets to 0" in page
+    page = render(write(tmp_path, [{"step": step} for step in range(5)]))
+    assert "Weights that the clip sets to 0" not in page
+
+
 def test_a_falling_heldout_reward_is_an_alarm_and_a_passed_peak_a_watch(tmp_path):
     records = write(
         tmp_path,

@@ -81,7 +81,7 @@ class Run:
         return [record["step"] for record in self.records]
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts():
+def test_a_step_without_a_finite_gradient_changes_the_counts_and_the_rollout_policy_alone():
     step = programs()[1].first
     before, _ = step(_start(), toy.base_params(), _batch(3))
     kept = _copy(before)
@@ -91,9 +91,14 @@ def test_a_step_without_a_finite_gradient_changes_nothing_but_the_counts():
     )
     assert metrics["training/skipped"] == 1 and bool(all_finite(after))
     assert int(after.step) == 2 and int(after.alpha.age) == int(kept.alpha.age) + 1
-    toy.assert_identical(
-        after.replace(step=kept.step, alpha=after.alpha.replace(age=kept.alpha.age)), kept
+    decay = float(metrics["rollout_policy/decay"])
+    toy.assert_close(
+        after.rollout,
+        jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, kept.rollout, kept.current),
+        rtol=1e-6,
     )
+    alpha = after.alpha.replace(age=kept.alpha.age)
+    toy.assert_identical(after.replace(step=kept.step, alpha=alpha, rollout=kept.rollout), kept)
 
 
 def test_all_finite_looks_at_everything_that_training_goes_on_from():

@@ -182,6 +182,7 @@ def test_records_are_flat_and_complete(capsys):
         "rollout/missing_share/redness",
         "advantages/abs_mean/redness",
         "rollout_policy/decay",
+        "rollout_policy/is_trained",
     }
     assert expected <= set(record)
     assert "harmonize/cos_pair/redness|brightness" not in record

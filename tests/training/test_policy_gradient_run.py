@@ -103,7 +103,7 @@ def test_steps_of_training_have_the_ratio_one_at_the_first_update(updates):
         first = record.get("objective/ratio_first", record["objective/ratio"])
         assert abs(first - 1) < 1e-5
         assert agreement.first_gap(record) < 1e-5
-        assert agreement.disagreement(record, 0.01) == ""
+        assert agreement.disagreement(record, agreement.gap_limit("float32", 0.01, "ppo")) == ""
         assert int(state.step) == step + 1
     if updates == 2:
         # The second update is away from the policy that sampled.
@@ -121,7 +121,7 @@ def test_a_policy_that_did_not_sample_is_told():
     samples, rollout = rolled_out(state)
     _, record = iteration(1).update(jax.tree.map(jnp.copy, state), samples, rollout)
     assert abs(record["objective/ratio"] - 1) > 1e-3
-    told = agreement.disagreement(record, 0.0)
+    told = agreement.disagreement(record, agreement.gap_limit("float32", 0.0, "ppo"))
     assert "training and rollout disagree" in told and "\n" not in told
 
 
@@ -144,31 +144,56 @@ def test_an_objective_of_steps_refuses_rollouts_that_keep_none():
 
 
 @pytest.mark.parametrize(
-    "gaps, wrong",
+    "same, wrong",
     [
-        ([0.0] * 21, True),
-        ([math.nan] + [0.0] * 20, True),
-        ([0.0] * 20, False),
-        ([0.0] * 20 + [1e-12], False),
+        ([1.0] * 21, True),
+        # The first step says nothing: before the first update the two are one.
+        ([0.0] + [1.0] * 20, True),
+        ([math.nan] + [1.0] * 20, True),
+        ([1.0] * 20, False),
+        ([1.0] * 20 + [0.0], False),
+        ([0.0] * 40, False),
         ([math.nan] * 40, False),
         ([], False),
     ],
 )
-def test_a_policy_that_never_leaves_the_rollout_policy_is_told(gaps, wrong):
-    assert ("weighted regression" in agreement.became_regression(gaps)) == wrong
+def test_a_policy_that_never_leaves_the_rollout_policy_is_told(same, wrong):
+    assert ("weighted regression" in agreement.became_regression(same)) == wrong
 
 
 @pytest.mark.parametrize(
-    "record, clip_range, wrong",
+    "dtype, clip_range, form, limit",
     [
-        ({"objective/log_prob_gap": 2e-3}, 0.0, True),
-        ({"objective/log_prob_gap": 5e-4}, 0.0, False),
-        ({"objective/log_prob_gap": 5e-6}, 1e-5, True),
-        ({"objective/log_prob_gap": 5e-7}, 1e-5, False),
-        # Of several updates, the first is the one that tells.
-        ({"objective/log_prob_gap": 1.0, "objective/log_prob_gap_first": 1e-7}, 1e-5, False),
-        ({}, 0.0, False),
+        # A tenth of the clip, in any dtype: Flow-GRPO's for Wan and for SD3.5-medium, and Fast's.
+        ("float32", 1e-3, "ppo", 1e-4),
+        ("bfloat16", 1e-4, "ppo", 1e-5),
+        ("bfloat16", 1e-5, "ppo", 1e-6),
+        # Nothing is told within eight units in the last place of a float32 log-probability of about 1.
+        ("float32", 2e-6, "ppo", 8 * 1.1920929e-7),
+        # GRPO-Guard clips another ratio; a tenth of its 2e-6 would be told of every run.
+        ("float32", 2e-6, "guard", 1e-5),
+        ("bfloat16", 2e-6, "guard", 1e-2),
+        ("float32", 0.0, "ppo", 1e-5),
+        ("bfloat16", 0.0, "guard", 1e-2),
     ],
 )
-def test_how_far_training_and_rollout_may_be_apart(record, clip_range, wrong):
-    assert bool(agreement.disagreement(record, clip_range)) == wrong
+def test_how_far_training_and_rollout_may_be_apart(dtype, clip_range, form, limit):
+    found = agreement.gap_limit(dtype, clip_range, form)
+    assert found == pytest.approx(limit, rel=1e-9)
+    for gap, wrong in ((0.99 * limit, False), (1.01 * limit, True)):
+        told = agreement.disagreement({"objective/log_prob_gap": gap}, found)
+        assert ("training and rollout disagree" in told) == wrong
+
+
+@pytest.mark.parametrize(
+    "record, wrong",
+    [
+        # Of several updates, the first is the one that tells.
+        ({"objective/log_prob_gap": 1.0, "objective/log_prob_gap_first": 1e-7}, False),
+        ({"objective/log_prob_gap": 1e-7, "objective/log_prob_gap_first": 1e-4}, True),
+        ({"objective/log_prob_gap": math.nan}, False),
+        ({}, False),
+    ],
+)
+def test_which_distance_is_judged(record, wrong):
+    assert bool(agreement.disagreement(record, 1e-5)) == wrong
