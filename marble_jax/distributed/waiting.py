@@ -1,4 +1,4 @@
-"""Waiting for devices, compilers and rewards without being deaf: a signal is noticed meanwhile, on every process at once."""
+"""Waiting for devices, compilers and rewards without being deaf: a signal is noticed, on every process at once."""
 
 from __future__ import annotations
 

@@ -324,9 +324,7 @@ class Scorer:
             raise RewardError(stop_reason)
         return results, _first_reasons(reports)
 
-    def _collect_host(
-        self, batch: _Batch, poll: Callable[[], object] | None
-    ) -> dict[str, Result]:
+    def _collect_host(self, batch: _Batch, poll: Callable[[], object] | None) -> dict[str, Result]:
         """Returns this process's part of the host rewards' scores; keeps the reason to stop for the others.
 
         All processes have host rewards, or none has: they wait in rounds, until the last one has its scores.
@@ -405,12 +403,3 @@ def _put_together(
         for column, part in zip(result, report["scores"][name], strict=True):
             column[rows] = part
     return result
-
-
-def concatenate(parts: Sequence[Scores], count: int) -> Scores:
-    """Returns the scores of several batches as one, cut to `count` samples (the last batch may have been filled up)."""
-    # Samples are the first axis.
-    values = np.concatenate([part.values for part in parts])[:count]
-    valid = np.concatenate([part.valid for part in parts])[:count]
-    failed = np.concatenate([part.failed for part in parts])[:count]
-    return Scores(parts[0].names, values, valid, failed)

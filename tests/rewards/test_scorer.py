@@ -189,7 +189,9 @@ def test_processes_wait_for_the_slowest_reward_in_rounds(monkeypatch):
 
 
 def test_a_reward_that_fails_here_stops_all_processes_once_all_have_waited(monkeypatch):
-    pair = pair_of(monkeypatch, lambda label, count: count == 1 if label == "wait" else {"stop": ""})
+    pair = pair_of(
+        monkeypatch, lambda label, count: count == 1 if label == "wait" else {"stop": ""}
+    )
     scorer = Scorer([Scripted("r", OSError("gone"), kind="host")], on_error="fail")
     with pytest.raises(RewardError, match=r"^process 0 \(here\): reward r: failed on .*: gone"):
         scorer.submit(IMAGES, PROMPTS).result(lambda: None)
