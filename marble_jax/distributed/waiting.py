@@ -1,4 +1,4 @@
-"""Waiting for devices and compilers without being deaf: a signal is noticed meanwhile, on every process at once."""
+"""Waiting for devices, compilers and rewards without being deaf: a signal is noticed, on every process at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def wait_for(arrays: Any, poll: Callable[[], object]) -> None:
 
 
 def call_beside(call: Callable[[], _Result], poll: Callable[[], object]) -> _Result:
-    """Returns what a call returns that may compile for minutes, in a thread beside the one that hears signals.
+    """Returns what a call returns that may take minutes, in a thread beside the one that hears signals.
+
+    Several processes wait together, as in `wait_for`: none goes on before the call has ended on all of them.
 
     Args:
       call: must not overwrite arrays that are needed where `poll` raises: it then goes on by itself.
@@ -54,7 +56,7 @@ def call_beside(call: Callable[[], _Result], poll: Callable[[], object]) -> _Res
         except BaseException as failure:
             failures.append(failure)
 
-    thread = threading.Thread(target=run, name="compiling", daemon=True)
+    thread = threading.Thread(target=run, name="beside", daemon=True)
     thread.start()
     try:
         _wait(lambda: not thread.is_alive(), poll)

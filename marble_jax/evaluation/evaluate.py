@@ -21,7 +21,8 @@ from marble_jax.distributed.waiting import call_beside, wait_for
 from marble_jax.errors import InputError
 from marble_jax.flow.policy_sampler import Sampler, image_noise
 from marble_jax.prompts.files import Prompt
-from marble_jax.rewards.scorer import Scorer, concatenate
+from marble_jax.rewards.base import concatenate
+from marble_jax.rewards.scorer import Scorer
 from marble_jax.storage.images import to_uint8
 from marble_jax.types import Adapter, Conditioning, Params, Scores
 

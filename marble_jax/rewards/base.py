@@ -331,3 +331,12 @@ def stack(results: Mapping[str, Result]) -> Scores:
     # Samples are the first axis of every array of scores, rewards the second.
     values, valid, failed = (np.stack(column, axis=1) for column in zip(*results.values()))
     return Scores(tuple(results), values, valid, failed)
+
+
+def concatenate(parts: Sequence[Scores], count: int) -> Scores:
+    """Returns the scores of several batches as one, cut to `count` samples (the last batch may have been filled up)."""
+    # Samples are the first axis.
+    values = np.concatenate([part.values for part in parts])[:count]
+    valid = np.concatenate([part.valid for part in parts])[:count]
+    failed = np.concatenate([part.failed for part in parts])[:count]
+    return Scores(parts[0].names, values, valid, failed)

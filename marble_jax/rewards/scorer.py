@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from marble_jax import distributed
+from marble_jax.distributed.waiting import call_beside
 from marble_jax.errors import InputError, one_line
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
@@ -86,8 +88,8 @@ class PendingScores:
         """Waits for every reward; rewards in the run's order.
 
         Args:
-          poll: called now and then while host rewards are waited for; what it raises ends the waiting. With several
-            processes it is not called, as the others would wait on.
+          poll: called now and then while host rewards are waited for; what it raises ends the waiting. Several
+            processes call it together, as often and between the same rounds, so that what it agrees on is asked alike.
 
         Raises:
           RewardError: as `host_scorer.Pending.result`, or a reward failed too often.
@@ -275,7 +277,7 @@ class Scorer:
         if distributed.is_single_process():
             results, reasons = self._collect_here(batch, poll)
         else:
-            results, reasons = self._collect_from_all(batch)
+            results, reasons = self._collect_from_all(batch, poll)
         for name, result in results.items():
             if len(result.values) < len(finite):
                 assert batch.counted is not None, "only images that fill a batch up are not seen"
@@ -298,7 +300,9 @@ class Scorer:
             results |= batch.host.result(self._timeout, poll)
         return results, self._reasons()
 
-    def _collect_from_all(self, batch: _Batch) -> tuple[dict[str, Result], Reasons]:
+    def _collect_from_all(
+        self, batch: _Batch, poll: Callable[[], object] | None
+    ) -> tuple[dict[str, Result], Reasons]:
         """Returns every process's part of the scores, put together, and why scores failed.
 
         What a device reward gives is read only if no process failed to start it: reading takes all of them.
@@ -306,7 +310,7 @@ class Scorer:
         Raises:
           RewardError: on every process, if one of them has to stop.
         """
-        host_results = self._collect_host(batch)
+        host_results = self._collect_host(batch, poll)
         reports = distributed.exchange("scores", self._report(batch, host_results))
         self._stop_reason = distributed.first_reason([report["stop"] for report in reports])
         if self._stop_reason:
@@ -320,12 +324,18 @@ class Scorer:
             raise RewardError(stop_reason)
         return results, _first_reasons(reports)
 
-    def _collect_host(self, batch: _Batch) -> dict[str, Result]:
-        """Returns this process's part of the host rewards' scores; keeps the reason to stop for the others."""
+    def _collect_host(self, batch: _Batch, poll: Callable[[], object] | None) -> dict[str, Result]:
+        """Returns this process's part of the host rewards' scores; keeps the reason to stop for the others.
+
+        All processes have host rewards, or none has: they wait in rounds, until the last one has its scores.
+        """
         if batch.host is None:
             return {}
+        collect = partial(batch.host.result, self._timeout)
         try:
-            return batch.host.result(self._timeout)
+            if poll is None:
+                return collect()
+            return call_beside(collect, poll)
         except RewardError as error:
             self._stop_reason = self._stop_reason or str(error)
             return {}
@@ -393,12 +403,3 @@ def _put_together(
         for column, part in zip(result, report["scores"][name], strict=True):
             column[rows] = part
     return result
-
-
-def concatenate(parts: Sequence[Scores], count: int) -> Scores:
-    """Returns the scores of several batches as one, cut to `count` samples (the last batch may have been filled up)."""
-    # Samples are the first axis.
-    values = np.concatenate([part.values for part in parts])[:count]
-    valid = np.concatenate([part.valid for part in parts])[:count]
-    failed = np.concatenate([part.failed for part in parts])[:count]
-    return Scores(parts[0].names, values, valid, failed)

@@ -11,6 +11,8 @@ are all as they were written; one that is not is named, skipped and put aside wh
     checkpoints/superseded_30       while another state of step 30 takes its place
 
 Restoring goes onto the caller's own arrays: their shapes, dtypes and shardings, not those of the machines that saved.
+
+Saving runs no program on the devices: it would queue behind what they are still at, such as a batch that was given up.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -138,7 +141,7 @@ class Checkpoints:
         # Forced, as Orbax otherwise refuses a step below the newest one, silently.
         options = {"force": True, "custom_metadata": {HAS_MANIFEST: True}}
         self._attempt(
-            manager, lambda: manager.save(step, args=ocp.args.StandardSave(state), **options)
+            manager, lambda: manager.save(step, args=ocp.args.PyTreeSave(state), **options)
         )
 
     def replace(self, step: int, state: Any) -> None:
@@ -261,7 +264,9 @@ class Checkpoints:
             for step in [step for step, problem in self._problems.items() if problem]:
                 self._put_aside(step)
             self._path.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(plain_path(self._path), options=self._options())
+            self._manager = ocp.CheckpointManager(
+                plain_path(self._path), options=self._options(), handler_registry=_handlers()
+            )
         return self._manager
 
     def _options(self) -> ocp.CheckpointManagerOptions:
@@ -277,6 +282,9 @@ class Checkpoints:
         return ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
+            # The folder is there; Orbax does not make it for processes that are named.
+            create=False,
+            multiprocessing_options=_processes(),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_manifest),
             **options,
         )
@@ -341,6 +349,35 @@ class Checkpoints:
             # Its half-written files take the room that the next one needs.
             (self._path / f"{self._saving}{_TEMPORARY}").rmtree(missing_ok=True)
             manager.reload()
+
+
+def _processes() -> ocp.options.MultiprocessingOptions:
+    """All processes, by name: Orbax then lets them meet over the network, and otherwise by a program on the devices."""
+    if distributed.is_single_process():
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(distributed.count())))
+
+
+def _handlers() -> ocp.DefaultCheckpointHandlerRegistry:
+    """How a tree of arrays is written: what several devices hold comes from one of them, in a copy.
+
+    By default each of them writes a part, which a program on the device cuts out first.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    numbers = ocp.type_handlers.ScalarHandler()
+    types = ocp.type_handlers.create_type_handler_registry(
+        (int, numbers),
+        (float, numbers),
+        (np.number, numbers),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (jax.Array, arrays),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=_processes(), type_handler_registry=types
+    )
+    handlers = ocp.DefaultCheckpointHandlerRegistry()
+    handlers.add(ITEM, ocp.args.PyTreeSave, handler)
+    return handlers
 
 
 def _write_manifest(place: epath.Path, files: Mapping[str, Any], step: int) -> None:

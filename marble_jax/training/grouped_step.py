@@ -1,9 +1,9 @@
 """An optimiser step driven from the host: groups of micro-batches, between which a run can stop, then the update.
 
 A group is a call of a compiled loop that takes the sums so far and overwrites them. The state is given away to the last
-call alone, so that a step which is given up leaves it as it was. How many micro-batches make a group follows from the
-time that the last ones took and is the same on all hosts; sums do not depend on it, as they are taken one micro-batch
-after the other.
+call alone, which is compiled before, so that a step which is given up leaves it as it was. How many micro-batches make
+a group follows from the time that the last ones took and is the same on all hosts; sums do not depend on it, as they
+are taken one micro-batch after the other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from marble_jax import distributed
 from marble_jax.distributed import device_mesh
 from marble_jax.distributed.device_mesh import Shards
 from marble_jax.distributed.waiting import call_beside, wait_for
+from marble_jax.training.ahead_of_time import AheadOfTime
 from marble_jax.training.micro_batches import RolloutBatch
 from marble_jax.training.policy_update import Metrics
 from marble_jax.training.several_updates import (
@@ -113,8 +114,8 @@ class _Programs(NamedTuple):
 
     start: Any
     turns: tuple[Any, ...]
-    hold: Any
-    finish: Any
+    hold: AheadOfTime
+    finish: AheadOfTime
 
 
 class GroupedStep:
@@ -160,16 +161,20 @@ class GroupedStep:
           alive: see `Alive`.
         """
         first: Metrics = {}
+        count = self._count(batch)
+        programs = self._programs_of(count)
+        progress = _Progress(watch, 0, self._updates * count)
         for update in range(self._updates):
-            number = np.int32(update)
-            programs, carries = self._sums(state, params, batch, number, watch)
-            end = programs.finish
-            if update < self._updates - 1:
-                end = programs.hold
-            # It compiles at its first call; from here on the step cannot be given up any more.
-            call = partial(end, state, params, batch, number, carries)
-            state, metrics = call_beside(call, poll=alive)
-            wait_for(metrics, poll=alive)
+            of_step = (state, params, batch, np.int32(update))
+            carries = self._sums(programs, of_step, progress)
+            is_last = update == self._updates - 1
+            end = programs.finish if is_last else programs.hold
+            # Compiling may take longer than a machine that is taken away lasts: it can be given up, the call cannot.
+            compiled = call_beside(partial(end.compiled_for, *of_step, carries), poll=progress.tell)
+            # Before the last update the state that the step began with is still there.
+            poll = alive if is_last else progress.tell
+            state, metrics = call_beside(partial(compiled, *of_step, carries), poll)
+            wait_for(metrics, poll)
             if update == 0 and self._updates > 1:
                 first = first_figures(metrics, self._reports)
         return state, metrics | first
@@ -187,25 +192,20 @@ class GroupedStep:
     def num_compiled(self) -> int:
         """Compilations of the programs that do the work: one for every loop and for every kind of update is enough."""
         return sum(
-            program._cache_size()
+            sum(turns._cache_size() for turns in programs.turns)
+            + programs.hold.num_compiled
+            + programs.finish.num_compiled
             for programs in self._programs.values()
-            for program in (*programs.turns, programs.hold, programs.finish)
         )
 
     def _sums(
         self,
-        state: TrainState,
-        params: Params,
-        batch: RolloutBatch,
-        update: np.int32,
-        watch: Watch,
-    ) -> tuple[_Programs, Earlier]:
-        """Runs the loops of an update, group by group."""
-        count = self._count(batch)
-        programs = self._programs_of(count)
-        progress = _Progress(watch, int(update) * count, self._updates * count)
+        programs: _Programs,
+        of_step: tuple[TrainState, Params, RolloutBatch, np.int32],
+        progress: _Progress,
+    ) -> Earlier:
+        """Runs the loops of an update, group by group; their carries."""
         progress.tell()
-        of_step = (state, params, batch, update)
         # The first call of a program compiles, and on a CPU a call may return no sooner than it is done.
         starts, places = call_beside(partial(programs.start, *of_step), poll=progress.tell)
         carries: Earlier = ()
@@ -217,7 +217,7 @@ class GroupedStep:
                 partial(turns, *of_step, carries), starts.pop(0), first, end, size, progress
             )
             carries += (carry,)
-        return programs, carries
+        return carries
 
     def _count(self, batch: RolloutBatch) -> int:
         """Micro-batches of one update."""
@@ -239,8 +239,8 @@ class GroupedStep:
                 _jitted(self._turns(loop), placed, donate=5)
                 for loop, placed in zip(loops, per_loop, strict=True)
             ),
-            hold=_jitted(self._finish(self._before, False), whole),
-            finish=_jitted(self._finish(self._last, True), whole, donate=0),
+            hold=AheadOfTime(_jitted(self._finish(self._before, False), whole)),
+            finish=AheadOfTime(_jitted(self._finish(self._last, True), whole, donate=0)),
         )
         self._programs[count] = programs
         return programs

@@ -21,7 +21,8 @@ from marble_jax.flow.policy_sampler import Sampler
 from marble_jax.flow.trajectory import Transitions
 from marble_jax.objectives.base import Kept
 from marble_jax.prompts.groups import Draw
-from marble_jax.rewards.scorer import Scorer, concatenate
+from marble_jax.rewards.base import concatenate
+from marble_jax.rewards.scorer import Scorer
 from marble_jax.training.profile import phase
 from marble_jax.types import Adapter, Conditioning, Params, Scores
 

@@ -1,14 +1,19 @@
 """All rewards of a run together: failures on the device, the cap, and host rewards beside the sampling."""
 
+import threading
+import time
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from marble_jax.distributed import processes, waiting
 from marble_jax.errors import InputError
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward, RewardError, to_result
 from marble_jax.rewards.missing_cap import MissingCap
 from marble_jax.rewards.scorer import Scorer
+from marble_jax.training.stops import Abandoned, StopRequests
 
 IMAGES = jnp.arange(4.0)[:, None, None, None] / 4 * jnp.ones((1, 2, 2, 3))
 PROMPTS = [Prompt(text, "general") for text in ("a", "b", "skip", "d")]
@@ -109,6 +114,89 @@ def test_device_failures_stop_the_run_under_fail(answer, message):
 def test_a_device_reward_that_raises_is_tried_again():
     reward = Scripted("r", OSError("busy"), GOOD)
     assert not scores(reward, on_error="retry").failed.any() and reward.calls == 2
+
+
+class Gated(Reward):
+    """A host reward that answers when its gate is open."""
+
+    def __init__(self):
+        super().__init__(name="r", kind="host")
+        self.gate = threading.Event()
+
+    def score(self, params, images, prompts, metadata):
+        self.gate.wait(60)
+        return GOOD, np.ones(len(prompts), bool)
+
+
+class Pair:
+    """The channel of process 0 of two; the other holds no image, and its answers are a script's.
+
+    Args:
+      answer: from (what is asked, how often it was asked before) to what the other process says.
+    """
+
+    index, count, names = 0, 2, ("here", "there")
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def exchange(self, label, value, refusal=""):
+        other = self.answer(label, self.asked.count(label))
+        self.asked.append(label)
+        if label == "scores" and isinstance(value, dict):
+            other = value | {"scores": {"r": [[], [], []]}}
+        return [value, other]
+
+
+def pair_of(monkeypatch, answer):
+    """Two processes that wait in short rounds."""
+    pair = Pair(answer)
+    monkeypatch.setattr(processes, "_channel", pair)
+    monkeypatch.setattr(waiting, "ROUND_SECONDS", 0.05)
+    return pair
+
+
+def test_a_stop_is_heard_by_all_processes_while_a_reward_hangs(monkeypatch):
+    """The other process has its scores, and its signal comes in the third round."""
+
+    def answer(label, count):
+        if label == "stop":
+            return "SIGTERM" if count == 2 else ""
+        return label == "wait"
+
+    pair = pair_of(monkeypatch, answer)
+    reward = Gated()
+    scorer = Scorer([reward])
+    start = time.perf_counter()
+    with pytest.raises(Abandoned):
+        scorer.submit(IMAGES, PROMPTS).result(StopRequests().give_way)
+    assert time.perf_counter() - start < 20
+    assert pair.asked == ["wait", "stop"] * 3
+    reward.gate.set()
+    scorer.close()
+
+
+def test_processes_wait_for_the_slowest_reward_in_rounds(monkeypatch):
+    """This process has its scores at once, the other in the fourth round."""
+    pair = pair_of(monkeypatch, lambda label, count: count == 3 if label == "wait" else "")
+    reward, polls = Gated(), []
+    reward.gate.set()
+    scorer = Scorer([reward])
+    got = scorer.submit(IMAGES, PROMPTS).result(lambda: polls.append(1))
+    scorer.close()
+    np.testing.assert_array_equal(got.values[:, 0], GOOD)
+    assert len(polls) == 3 and pair.asked == ["wait"] * 4 + ["scores"] * 2
+
+
+def test_a_reward_that_fails_here_stops_all_processes_once_all_have_waited(monkeypatch):
+    pair = pair_of(
+        monkeypatch, lambda label, count: count == 1 if label == "wait" else {"stop": ""}
+    )
+    scorer = Scorer([Scripted("r", OSError("gone"), kind="host")], on_error="fail")
+    with pytest.raises(RewardError, match=r"^process 0 \(here\): reward r: failed on .*: gone"):
+        scorer.submit(IMAGES, PROMPTS).result(lambda: None)
+    scorer.close()
+    assert pair.asked == ["wait", "wait", "scores"]
 
 
 def result(failed, total):

@@ -311,14 +311,29 @@ def on_eight_devices(path):
         found["adapter"]["a"].sharding.is_equivalent_to(split, 2)
         and found["key"].sharding.is_fully_replicated
     )
-    checkpoints.save(
-        10, jax.device_put(state_of(10), jax.tree.map(lambda leaf: leaf.sharding, like))
-    )
+    state = jax.device_put(state_of(10), jax.tree.map(lambda leaf: leaf.sharding, like))
+    # Two parts, each of which four devices hold.
+    twice = NamedSharding(mesh, PartitionSpec("fsdp"))
+    state["key"] = jax.device_put(state["key"], twice)
+    made = []
+
+    def hear(event, seconds, **_):
+        if event.startswith("/jax/core/compile/"):
+            made.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    checkpoints.save(10, state)
     checkpoints.close()
+    programs = list(made)
+    # What is heard is heard.
+    jax.lax.slice_in_dim(state["adapter"]["a"], 0, 1).block_until_ready()
+    assert len(made) > len(programs)
+    return programs
 
 
 def test_from_one_device_to_eight_and_back(place):
-    fake_devices.call(on_eight_devices, place)
+    # Saving runs no program, which would wait for those that the devices are still at.
+    assert fake_devices.call(on_eight_devices, place) == []
     step, found = Checkpoints(place, say=pytest.fail).restore(state_of(0))
     assert step == 10 and same(found, 10)
     without_manifest(place, 10)  # the trial copes with what eight devices wrote, too

@@ -222,6 +222,54 @@ def test_the_last_call_gives_signs_of_life():
     assert len(signs) >= 2 and not asked_at_the_end
 
 
+def test_a_step_is_given_up_while_its_last_call_compiles():
+    """Tracing the update hangs until it is given up; the next step goes on from the same state."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def finish(state, carries):
+        begun.set()
+        gate.wait(60)
+        after = dataclasses.replace(state, step=state.step + 1)
+        return after, {"objective/loss": carries[0]}
+
+    step = dataclasses.replace(_slow_step([0.0]), finish=finish)
+    grouped = GroupedStep(step, step, 1, ONE)
+    state, params, batch = toy.new_state(), toy.base_params(), toy.new_batch()
+    kept = jax.tree.map(np.array, state)
+    looks = []
+
+    def stop(done, total):
+        if begun.is_set():
+            looks.append((done, total))
+            raise GivenUp
+
+    with pytest.raises(GivenUp):
+        grouped(state, params, batch, stop)
+    assert looks == [(9, 9)]
+    toy.assert_identical(state, kept)
+    gate.set()
+    after, _ = grouped(state, params, batch)
+    assert int(after.step) == 1 and state.current["first"]["a"].is_deleted()
+    assert grouped.num_compiled == 2
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again(caplog):
+    """One program for the start, one for the loop and one for the update; the second step makes none."""
+    step = _slow_step([0.0])
+    grouped = GroupedStep(step, step, 1, ONE)
+    states = [toy.new_state() for _ in range(2)]
+    params, batch = toy.base_params(), toy.new_batch()
+    jax.config.update("jax_log_compiles", True)
+    try:
+        for state in states:
+            grouped(state, params, batch)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    lines = [record.getMessage() for record in caplog.records]
+    made = [line for line in lines if "Finished XLA compilation of jit(train)" in line]
+    assert len(made) == 3, lines
+
+
 def test_groups_grow_with_the_time_that_micro_batches_take(monkeypatch):
     monkeypatch.setattr(grouped_step, "GROUP_SECONDS", 6.0)
     size = GroupSize()
