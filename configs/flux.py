@@ -135,7 +135,7 @@ def get_config(preset: str = PRESETS[0]):
     config.name = preset
     config.lora.update(rank=64, alpha=128.0)
     config.prompts.path = "generated"
-    config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
+    config.prompts.embedding_cache = "auto"
     config.rewards.path = "hub"
     config.harmonize.update(mode="amortized", chunk_size=chunk)
     config.mesh.fsdp = fsdp

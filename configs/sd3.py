@@ -12,8 +12,8 @@ yet: the weights are gated, and no accelerator was at hand. `model.path` is a di
 (log in first). `rewards.path` is a directory with the reward models as published
 (`marble_jax/rewards/models/published.py` lists them), 'hub' fetches them. The prompts are the ready-made sets
 (`marble-jax prompts --out=DIR` writes them down); `prompts.path=DIR` takes your own, SOURCE/{train,test} files for
-general, ocr and geneval. Their text embeddings, 1.7 MB each, are computed once and kept in `prompts.embedding_cache`:
-T5 never meets training.
+general, ocr and geneval. Their text embeddings, 1.7 MB each, are computed once, by several hosts in shares, and kept in
+`prompts.embedding_cache`: T5 never meets training.
 
 `flow_grpo`, `flow_grpo_fast`, `grpo_guard` and `awm` train the same model with other objectives, with their papers'
 settings and one advantage of the sum of scores; with `_marble` behind the name, every reward has its own gradient.
@@ -118,7 +118,7 @@ def get_config(preset: str = PRESETS[0]):
     # The 9 samples a device of the paper are one chunk.
     config.harmonize.chunk_size = 9
     config.prompts.path = "generated"
-    config.prompts.embedding_cache = "~/.cache/marble_jax/embeddings"
+    config.prompts.embedding_cache = "auto"
     config.rewards.path = "hub"
     config.harmonize.mode = preset if preset in ("upstream", "exact") else "amortized"
     if preset in PLACES:

@@ -200,7 +200,7 @@ def get_config(preset: str = "picture"):
     config.prompts.update(
         path="generated",
         sources=("general", "ocr"),
-        embedding_cache="~/.cache/marble_jax/embeddings",
+        embedding_cache="auto",
     )
     config.rewards.update(
         path="hub", train=samples.train, heldout=samples.heldout, frames="count:3"

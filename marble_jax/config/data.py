@@ -21,7 +21,8 @@ class PromptSettings:
     embedding_cache: str = key(
         "",
         "folder for text embeddings, filled before training so that no text encoder stays in memory; "
-        "may be shared by runs; empty: encoders stay",
+        "may be shared by runs; 'auto': WORKDIR/embeddings with several processes, which fill it together, else "
+        "~/.cache/marble_jax/embeddings; empty: encoders stay",
         "path",
         resumable=True,
     )

@@ -16,7 +16,9 @@ import os
 import pathlib
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from marble_jax import distributed
 from marble_jax.distributed.sharding import HEAD_WIDTH
 from marble_jax.errors import InputError
 from marble_jax.families.base import Conditioning, Family, TextEncoders
@@ -35,7 +38,9 @@ from marble_jax.weights.content_hash import content_hash
 MEMORY_BYTES = 1 << 30
 """Host memory for conditioning at hand; the longest unused goes first."""
 
-_HASHES = "hashes.json"
+READERS = 16
+"""Files read at once: one from a bucket takes much longer to come than to read."""
+
 _FORMAT = 2
 """Version of the files, and part of their names: another one makes other files."""
 
@@ -96,7 +101,7 @@ class EmbeddingCache:
         """Finds out which model this is; returns its folder."""
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            identity = self._identity(cache / _HASHES)
+            identity = self._identity(cache / _hashes_name())
         except OSError as error:
             raise InputError(
                 f"embedding cache: expected a writable folder; received {cache} "
@@ -223,11 +228,14 @@ class EmbeddingCache:
         """Values of different texts, wherever they come from."""
         new = self.missing(texts)
         values: dict[str, Value] = {}
+        stored = []
         for text in texts:
             if text in self._values:
                 values[text] = self._values[text]
             elif text not in new:
-                values[text] = self._read(text)
+                stored.append(text)
+        with ThreadPoolExecutor(READERS) as pool:
+            values |= zip(stored, pool.map(self._read, stored))
         while new:
             batch_size = self.load().prompt_batch
             values |= self._encode(new[:batch_size])
@@ -304,6 +312,14 @@ class EmbeddingCache:
                 f"embedding cache: expected {needed / 1e9:.1f} GB of free space in {place}; received "
                 f"{free / 1e9:.1f} GB"
             )
+
+
+def _hashes_name() -> str:
+    """Name of the file that remembers the hashes of a model's files."""
+    if distributed.is_single_process():
+        return "hashes.json"
+    # Copies on several hosts have one path and different times: in one file each would undo what the other remembers.
+    return f"hashes_{socket.gethostname()}.json"
 
 
 def _num_bytes(value: Value) -> int:

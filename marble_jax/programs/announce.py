@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 
+from marble_jax import distributed
 from marble_jax.config import RolloutSettings, Settings
 from marble_jax.console import Console, duration, joined, quantity, shown
 from marble_jax.programs.build import Run
+from marble_jax.programs.locations import AUTO
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.programs.passed_over import passed_over
 from marble_jax.programs.prompt_remarks import reach_line
 from marble_jax.programs.run_record import method_name
 from marble_jax.rewards.base import seen_frames
+from marble_jax.storage.files import is_remote
 from marble_jax.storage.workdir import Workdir
 from marble_jax.trainable.lora import num_parameters
 from marble_jax.training.batch_sizes import is_stochastic, window_of
@@ -54,6 +57,7 @@ def announce_start(
         *_frame_rows(run),
         *_group_rows(run),
         ("prompts", _prompts_line(run)),
+        ("texts", _texts_line(run)),
         ("step", _step_line(run)),
         ("sampling", _sampling_line(run)),
         ("memory", _memory_line(run)),
@@ -109,6 +113,21 @@ def _prompts_line(run: Run) -> str:
         words += f" (a draw has {of_draw}: they take turns at what is left over)"
     applied = reach_line(run.reach)
     return f"{words}; {applied}" if applied else words
+
+
+def _texts_line(run: Run) -> str:
+    """Where text embeddings are, and which processes encode them."""
+    place = run.encode.place
+    if not place:
+        return "text encoders stay in memory (prompts.embedding_cache takes them away)"
+    words = f"embeddings in {place}, no text encoder in memory"
+    count = distributed.count()
+    if count == 1:
+        return words
+    if run.settings.prompts.embedding_cache == AUTO or is_remote(place):
+        return f"{words}; {count} processes encode a share each"
+    # Whether a directory is one and the same on all hosts is known of the workdir alone.
+    return f"{words}; {count} processes encode a share each, or all texts each unless they share the folder"
 
 
 def _step_line(run: Run) -> str:

@@ -30,7 +30,7 @@ from marble_jax.programs.build_rewards import make_scorer, open_rewards
 from marble_jax.programs.check_settings import check_settings
 from marble_jax.programs.drawn_prompts import sampling_of, texts_to_draw
 from marble_jax.programs.imaging import Imaging, make_decoder
-from marble_jax.programs.locations import held_out_prompts, read_prompts
+from marble_jax.programs.locations import embedding_folder, held_out_prompts, read_prompts
 from marble_jax.programs.noisy_rollouts import timesteps_of, trains_guided
 from marble_jax.programs.open_model import (
     check_model,
@@ -173,8 +173,13 @@ class Run:
         )
 
 
-def build(settings: Settings) -> Run:
-    """Makes everything for training; reads models, prompts and rewards, computes nothing.
+def build(settings: Settings, done: int = 0, shared: str = "") -> Run:
+    """Makes everything for training; reads models, prompts and rewards, computes nothing but text embeddings.
+
+    Args:
+      settings: of the run.
+      done: optimiser steps done, whose prompts need no text embeddings.
+      shared: folder for text embeddings that all processes see, see `embedding_folder`; empty for none.
 
     Raises:
       InputError: whatever in the settings, or in the files they name, does not fit.
@@ -198,10 +203,10 @@ def build(settings: Settings) -> Run:
     texts = [prompt.text for prompt in test_prompts]
     if settings.rollout.guided:
         texts.append(settings.rollout.negative_prompt)
-    cache = settings.prompts.embedding_cache
-    if cache:
-        texts += texts_to_draw(sampling, settings.seed, 0, settings.training.num_steps)
-    encode = text_embeddings(root, family, settings.model, cache, texts)
+    folder = embedding_folder(settings.prompts.embedding_cache, shared)
+    if folder:
+        texts += texts_to_draw(sampling, settings.seed, done, settings.training.num_steps)
+    encode = text_embeddings(root, family, settings.model, folder, texts)
     networks = open_networks(root, family, settings.model, spec.scale, mesh)
     imaging = Imaging(
         networks,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from marble_jax import distributed
 from marble_jax.config import EvaluationSettings, PromptSettings, RewardSettings
 from marble_jax.errors import InputError
 from marble_jax.families.descriptions import Size
@@ -24,6 +25,11 @@ SHIPPED = {EMBEDDED: "embedded", EMBEDDED_VIDEO: "embedded/video"}
 """Folders in the package by name."""
 SHIPPED_SIZES = {EMBEDDED: Size(64, 64), EMBEDDED_VIDEO: Size(48, 48, 5)}
 """What the shipped pipelines were made for; the video pipeline's files have no word for it."""
+
+AUTO = "auto"
+"""Value of `prompts.embedding_cache` that goes by how many processes a run has."""
+OWN_EMBEDDINGS = "~/.cache/marble_jax/embeddings"
+"""Folder of text embeddings that the runs of a machine share."""
 
 _KEYS = {"pipeline": "model.path", "prompts": "prompts.path", "rewards": "rewards.path"}
 
@@ -59,6 +65,21 @@ def model_location(path: str) -> Path | str:
       InputError: an empty path.
     """
     return path if is_remote(path) else resolve_path(path, "pipeline")
+
+
+def embedding_folder(chosen: str, shared: str) -> str:
+    """Returns the folder of a run's text embeddings; empty where the text encoders stay in memory.
+
+    Args:
+      chosen: `prompts.embedding_cache`.
+      shared: a folder that all processes of the run see; empty for none.
+    """
+    if chosen != AUTO:
+        return chosen
+    if shared and not distributed.is_single_process():
+        # In a folder of its own each host would encode what all the others encode, too.
+        return shared
+    return OWN_EMBEDDINGS
 
 
 def reward_directory(settings: RewardSettings) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -81,7 +82,14 @@ def _train_run(
     config = flatten(settings)
     downloads = _hold_workdir(workdir, config, console)
     existed = downloads is not None
-    run = distributed.run_on_all("build", lambda: build(settings))
+    checkpoints = _open_checkpoints(settings, workdir, console)
+    expected = 0
+    if existed:
+        # Brought back first, as it is found out only once which checkpoint is the newest.
+        checkpoints.recover()
+        expected = checkpoints.latest() or 0
+    embeddings = os.fspath(workdir.embeddings)
+    run = distributed.run_on_all("build", lambda: build(settings, expected, embeddings))
     if downloads is not None:
         distributed.broadcast_from_first(
             "held-out prompts", lambda: _check_base_scores(run, workdir, console)
@@ -93,8 +101,6 @@ def _train_run(
     if not existed:
         distributed.broadcast_from_first("claim", lambda: workdir.claim(config))
         _share_compilations(workdir)
-    checkpoints = _open_checkpoints(settings, workdir, console)
-    checkpoints.recover()
     state, restored = _restore(run, checkpoints)
     done = int(state.step)
     if state.seed != settings.seed:

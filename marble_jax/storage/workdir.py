@@ -77,6 +77,7 @@ class Workdir:
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.events = self.path / "tensorboard"
+        self.embeddings = self.path / "embeddings"
         self.report = self.path / "report.html"
 
     def check(self, config: dict[str, Any]) -> bool:
@@ -107,7 +108,10 @@ class Workdir:
             return
         for file in self.path.iterdir():
             # A kill can leave the half-written record of the configuration behind, and the lock.
-            if not file.name.endswith(".partial") and file.name != lock.NAME:
+            if file.name.endswith(".partial") or file.name == lock.NAME:
+                continue
+            # Text embeddings are made before a run is known to be one; those of any run are good for the next.
+            if file.name != self.embeddings.name:
                 raise InputError(
                     f"workdir: expected an empty or new directory, or one made by train; received "
                     f"{self.path} with other files in it"

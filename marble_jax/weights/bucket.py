@@ -1,11 +1,14 @@
 """Models in buckets: the folders of one that a run reads, copied to this machine and kept as the bucket has them.
 
 Beside a copy `TARGET` lies `TARGET.marks` with a file of the same path for each of its files: what the bucket said of
-that file when it was copied. A copy whose mark is another now, or lacks one, is made anew.
+that file when it was copied. A copy whose mark is another now, or lacks one, is made anew. One process of a machine
+copies at a time, the one that holds the system's lock of `TARGET.lock`; the others find what it has copied.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -33,6 +36,8 @@ _MARKS = ("generation", "ETag", "etag", "mtime", "LastModified", "updated", "cre
 def local_copy(url: str, folders: Sequence[str], cache: pathlib.Path | None = None) -> pathlib.Path:
     """Copies a model's index and some of its folders; a file that is here as it is there is not copied again.
 
+    A process that finds another one of this machine at it waits for its end, however that comes.
+
     Args:
       url: of a directory in diffusers' layout, `gs://...` or `s3://...`.
       folders: components to copy; files that they have here and not there are removed.
@@ -54,15 +59,10 @@ def local_copy(url: str, folders: Sequence[str], cache: pathlib.Path | None = No
     target = cache / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:24]
     copy = _Copy(target)
     try:
-        copy.bring(source / INDEX, INDEX)
-        for folder in folders:
-            names = set()
-            if (source / folder).is_dir():
-                for file in _files_below(source / folder):
-                    name = f"{folder}/{os.fspath(file.relative_to(source / folder))}"
-                    copy.bring(file, name)
-                    names.add(name)
-            copy.keep_only(folder, names)
+        with _one_at_a_time(target, url):
+            copy.bring(source / INDEX, INDEX)
+            for folder in folders:
+                _bring_folder(copy, source / folder, folder)
     except OSError as error:
         raise InputError(
             f"model.path: expected room and access to copy {url} to {target}; received "
@@ -75,6 +75,62 @@ def local_copy(url: str, folders: Sequence[str], cache: pathlib.Path | None = No
             copy.num_changed,
         )
     return target
+
+
+@contextlib.contextmanager
+def _one_at_a_time(target: pathlib.Path, url: str) -> Iterator[None]:
+    """Holds the lock of a copy among the processes of this machine; says so where it has to wait for it."""
+    descriptor = _open_lock(target.with_name(f"{target.name}.lock"))
+    try:
+        if descriptor >= 0:
+            _wait_for(descriptor, target, url)
+        yield
+    finally:
+        if descriptor >= 0:
+            # Let go by name: a child of this process may have inherited the file and would keep the lock.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+
+def _open_lock(file: pathlib.Path) -> int:
+    """Opens the file of a lock, which stays: removed, it would be locked by one process and made anew by the next.
+
+    Returns:
+      Its descriptor; -1 where nothing can be written, as there the copy is whole, or fails by itself.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:
+        return -1
+
+
+def _wait_for(descriptor: int, target: pathlib.Path, url: str) -> None:
+    """Takes the system's lock, which ends with its holder; a file system without any has none to wait for."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning(
+            "model.path: waiting for another process of this machine, which copies %s to %s",
+            url,
+            target,
+        )
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        # Files are replaced whole: several processes at once cost time and nothing else.
+        return
+
+
+def _bring_folder(copy: _Copy, source: epath.Path, folder: str) -> None:
+    """Copies a folder, and removes here what it no longer has there."""
+    names = set()
+    if source.is_dir():
+        for file in _files_below(source):
+            name = f"{folder}/{os.fspath(file.relative_to(source))}"
+            copy.bring(file, name)
+            names.add(name)
+    copy.keep_only(folder, names)
 
 
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:

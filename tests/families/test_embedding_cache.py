@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -266,6 +267,35 @@ def test_bad_places_and_files(model, tmp_path, monkeypatch):
     (cache / "hashes.json").write_text("{")
     assert made(model, Encoders(), cache).missing(["a cat"]) == []
     assert json.loads((cache / "hashes.json").read_text())
+
+
+def test_hosts_that_share_a_folder_keep_hashes_of_their_own(model, tmp_path, monkeypatch):
+    """The same path has other times on another host, and one record of both would be made anew at every start."""
+    monkeypatch.setattr(module.distributed, "is_single_process", lambda: False)
+    for host in ("one", "two"):
+        monkeypatch.setattr(module.socket, "gethostname", lambda host=host: host)
+        made(model, Encoders(), tmp_path / "cache")
+    assert sorted(file.name for file in (tmp_path / "cache").glob("*.json")) == [
+        "hashes_one.json",
+        "hashes_two.json",
+    ]
+
+
+def test_files_are_read_together(model, tmp_path, monkeypatch):
+    """From a bucket each takes long to come: as many as are read at once are under way before the first has come."""
+    texts = [f"text {number}" for number in range(module.READERS)]
+    made(model, Encoders(), tmp_path / "cache").fill(texts)
+    cond = made(model, Encoders(), tmp_path / "cache")
+    barrier, read = threading.Barrier(module.READERS), cond._read
+
+    def slowly(text):
+        barrier.wait(60)
+        return read(text)
+
+    monkeypatch.setattr(cond, "_read", slowly)
+    got = cond(texts)
+    want = Encoders().encode(texts, 4)
+    np.testing.assert_array_equal(got["embeds"], want["embeds"])
 
 
 def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch):

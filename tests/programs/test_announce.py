@@ -57,6 +57,34 @@ def test_guidance_that_matching_does_not_train_is_named(objective, scale, said):
     assert bool(line) == said
 
 
+@pytest.mark.parametrize(
+    ("place", "chosen", "processes", "line"),
+    [
+        ("", "", 2, "text encoders stay in memory (prompts.embedding_cache takes them away)"),
+        ("/home/me", "auto", 1, "embeddings in /home/me, no text encoder in memory"),
+        (
+            "/run/embeddings",
+            "auto",
+            8,
+            "embeddings in /run/embeddings, no text encoder in memory; 8 processes encode a share each",
+        ),
+        (
+            "/mine",
+            "/mine",
+            8,
+            "embeddings in /mine, no text encoder in memory; 8 processes encode a share each, or all texts each unless "
+            "they share the folder",
+        ),
+    ],
+)
+def test_where_text_embeddings_are(monkeypatch, place, chosen, processes, line):
+    run = run_of(1)
+    run.encode = SimpleNamespace(place=place)
+    run.settings.prompts = SimpleNamespace(embedding_cache=chosen)
+    monkeypatch.setattr(announce.distributed, "count", lambda: processes)
+    assert announce._texts_line(run) == line
+
+
 def test_what_rewards_that_compare_images_are_given():
     run = run_of(1)
     assert announce._group_rows(run) == []

@@ -357,6 +357,64 @@ def test_text_embeddings_leave_no_encoder_in_memory(tmp_path, capsys):
     np.testing.assert_array_equal(kept(texts)["embeds"], encode(texts)["embeds"])
 
 
+@pytest.mark.parametrize(
+    ("chosen", "shared", "processes", "folder"),
+    [
+        ("auto", "gs://bucket/run/embeddings", 2, "gs://bucket/run/embeddings"),
+        ("auto", "gs://bucket/run/embeddings", 1, locations.OWN_EMBEDDINGS),
+        # A tool that opens a run has no folder to share.
+        ("auto", "", 2, locations.OWN_EMBEDDINGS),
+        ("/mine", "gs://bucket/run/embeddings", 2, "/mine"),
+        ("", "gs://bucket/run/embeddings", 2, ""),
+    ],
+)
+def test_hosts_share_text_embeddings_unless_told_otherwise(
+    monkeypatch, chosen, shared, processes, folder
+):
+    monkeypatch.setattr(locations.distributed, "is_single_process", lambda: processes == 1)
+    assert locations.embedding_folder(chosen, shared) == folder
+
+
+def test_prompts_of_steps_that_are_done_are_not_encoded(monkeypatch):
+    """Those of evaluations and the negative prompt are, at every start."""
+    shipped = {f"{room}__path": "embedded" for room in ("model", "prompts", "rewards")}
+    made = config(
+        **shipped,
+        model__height=64,
+        model__width=64,
+        model__max_sequence_length=12,
+        prompts__embedding_cache="auto",
+        rewards__train=("geneval",),
+        rollout__prompts_per_step=3,
+        rollout__images_per_prompt=4,
+        rollout__batch_size=12,
+        rollout__guidance_scale=2.0,
+        rollout__negative_prompt="blurred",
+        training__num_steps=3,
+        training__micro_batch_size=12,
+        evaluation__num_prompts=3,
+    )
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def text_embeddings(root, family, settings, folder, texts):
+        asked.append((folder, texts))
+        raise Asked
+
+    monkeypatch.setattr(build, "text_embeddings", text_embeddings)
+    for done in range(4):
+        with pytest.raises(Asked):
+            build.build(settings_of(made), done)
+    evaluated = [prompt.text for prompt in held_out_prompts(made)] + ["blurred"]
+    drawn = [texts[len(evaluated) :] for _, texts in asked]
+    assert all(folder == locations.OWN_EMBEDDINGS for folder, _ in asked)
+    assert all(texts[: len(evaluated)] == evaluated for _, texts in asked)
+    # Three prompts a step, the later ones of which an earlier step may have drawn, too.
+    assert drawn[3] == [] and len(drawn[2]) == 3 and set(drawn[2]) < set(drawn[1]) < set(drawn[0])
+
+
 def test_ready_made_prompts_need_no_directory():
     made = config(prompts__path="generated", evaluation__num_prompts=9)
     assert {p.source for p in held_out_prompts(made)} == {"general", "ocr", "geneval"}

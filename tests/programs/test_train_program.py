@@ -185,7 +185,7 @@ def test_a_restart_shares_compiled_programs_before_it_builds(monkeypatch, tmp_pa
     monkeypatch.setattr(train, "is_remote", lambda path: True)
     monkeypatch.setattr(train.platform, "keep_compilations", lambda *where: calls.append(where))
 
-    def build(settings):
+    def build(settings, done, shared):
         calls.append("build")
         raise InputError("model.path: expected one; received none")
 
@@ -201,6 +201,26 @@ def test_a_restart_shares_compiled_programs_before_it_builds(monkeypatch, tmp_pa
     with pytest.raises(InputError):
         train.train_run(settings, str(place), "train")
     assert calls == [(), (str(place / "compiled"),), "build"]
+
+
+@pytest.mark.parametrize("restored", [None, 7])
+def test_a_restart_prepares_the_steps_that_are_left(monkeypatch, tmp_path, restored):
+    """Another machine in the place of a lost one encodes no prompts of steps that are done."""
+    place, settings, asked = tmp_path / "run", Settings(), []
+
+    def build(settings, done, shared):
+        asked.append((done, shared))
+        raise InputError("model.path: expected one; received none")
+
+    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(train.Checkpoints, "latest", lambda checkpoints: restored)
+    if restored is not None:
+        workdir = Workdir(str(place))
+        workdir.claim(flatten(settings))
+        workdir.let_go()
+    with pytest.raises(InputError):
+        train.train_run(settings, str(place), "train")
+    assert asked == [(restored or 0, str(place / "embeddings"))]
 
 
 @pytest.fixture
@@ -261,7 +281,7 @@ def test_a_resume_on_other_inputs_is_refused_before_anything_is_written(
     evaluator = SimpleNamespace(prompts=prompts, images_per_prompt=1, scorer=scorer)
     held = []
 
-    def build(settings):
+    def build(settings, done, shared):
         held.append(dict(hub._held))
         return SimpleNamespace(evaluator=evaluator, settings=settings)
 

@@ -162,6 +162,11 @@ def test_places_that_are_no_workdir(tmp_path):
         InputError, match="workdir: expected an empty or new directory, .* with other files in it"
     ):
         Workdir(tmp_path / "other").claim(CONFIG)
+    # Text embeddings of a run that went no further are no other files.
+    early = Workdir(tmp_path / "early")
+    early.embeddings.mkdir(parents=True)
+    (early.embeddings / "hashes.json").write_text("{}")
+    assert early.check(CONFIG) is False
     (tmp_path / "other" / "config.json").write_text("[")
     with pytest.raises(
         InputError,

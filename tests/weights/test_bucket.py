@@ -1,7 +1,14 @@
 """Models in buckets: what is copied, once, and what is said of one that cannot be had; a folder is the bucket here."""
 
+import errno
+import fcntl
+import logging
 import os
 import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
@@ -54,7 +61,8 @@ def test_a_copy_that_breaks_off_leaves_no_half_file(model, monkeypatch):
     monkeypatch.setattr("pathlib.Path.replace", full)
     with pytest.raises(InputError, match="model.path: expected room and access .*No space left"):
         bucket.local_copy(URL, ("vae",))
-    assert files(model.parent / "home") == []
+    (left,) = files(model.parent / "home")
+    assert left.endswith(".lock")
 
 
 def test_a_bucket_without_a_model_is_refused(model):
@@ -106,6 +114,88 @@ def test_a_copy_of_which_nothing_is_on_record_is_made_anew(model):
     (copied / "vae" / "weights").write_bytes(b"old" * 3)
     bucket.local_copy(URL, ("vae",))
     assert (copied / "vae" / "weights").read_bytes() == b"vae" * 3
+
+
+@pytest.fixture
+def waited():
+    """Set once a process has said what it waits for."""
+    said = threading.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if (
+                f"waiting for another process of this machine, which copies {URL} to"
+                in record.getMessage()
+            ):
+                said.set()
+
+    handler = Handler()
+    bucket.log.addHandler(handler)
+    yield said
+    bucket.log.removeHandler(handler)
+
+
+def test_a_machine_reads_the_bucket_once(model, waited, monkeypatch):
+    """The second comes while the first is at it, and reads nothing."""
+    read, begun = [], threading.Event()
+    write_whole = bucket._write_whole
+
+    def slowly(target, blocks):
+        if ".marks" not in str(target):
+            read.append(target.name)
+            begun.set()
+            assert waited.wait(30)
+        write_whole(target, blocks)
+
+    monkeypatch.setattr(bucket, "_write_whole", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(bucket.local_copy, URL, ("vae", "transformer"))
+        assert begun.wait(30)
+        second = pool.submit(bucket.local_copy, URL, ("vae", "transformer"))
+        assert first.result(60) == second.result(60)
+    assert read == [bucket.INDEX, "weights", "weights"]
+
+
+HOLDER = """
+import fcntl, sys, time
+handle = open(sys.argv[1], "w")
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free(model, waited):
+    copied = bucket.local_copy(URL, ())
+    lock = copied.with_name(f"{copied.name}.lock")
+    command = [sys.executable, "-c", HOLDER, lock]
+    with (
+        ThreadPoolExecutor(1) as pool,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder,
+    ):
+        try:
+            assert holder.stdout.readline() == "held\n"
+            copying = pool.submit(bucket.local_copy, URL, ("vae",))
+            assert waited.wait(30) and not copying.done()
+        finally:
+            holder.kill()
+        assert copying.result(60) == copied
+    assert "vae/weights" in files(copied)
+
+
+def test_a_file_system_without_locks_and_one_that_is_read_alone(model, tmp_path, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    copied = bucket.local_copy(URL, ("vae",))
+    assert "vae/weights" in files(copied)
+
+    def read_only(path, *more):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert bucket.local_copy(URL, ("vae",)) == copied
 
 
 @pytest.mark.parametrize(
