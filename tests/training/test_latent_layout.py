@@ -129,16 +129,26 @@ def split_transitions() -> dict[str, object]:
     return {"exchanged": exchanged, "gap": max(gaps)}
 
 
-def test_of_a_window_devices_exchange_the_step_that_is_trained_on():
+def on_four_devices() -> dict[str, dict[str, object]]:
+    """Both in one process, which imports everything once."""
+    return {"step": split_step(), "transitions": split_transitions()}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return fake_devices.call(on_four_devices, devices=4)
+
+
+def test_of_a_window_devices_exchange_the_step_that_is_trained_on(measured):
     """Of each of four samples the states before and behind it, and not all three of the window."""
-    found = fake_devices.call(split_transitions, devices=4)
+    found = measured["transitions"]
     assert found["gap"] == 0
     assert 4 <= sum(found["exchanged"]) <= 8 and max(found["exchanged"]) <= 8, found["exchanged"]
 
 
-def test_devices_hold_their_own_latents_and_a_micro_batch():
+def test_devices_hold_their_own_latents_and_a_micro_batch(measured):
     """Of 12 samples 3 are a device's own and 4 make a micro-batch."""
-    found = fake_devices.call(split_step, devices=4)
+    found = measured["step"]
     assert found["gap"] < 1e-6 and found["same"]
     assert found["own"] == [1, 1, 1, 1]
     assert max(found["held"]) <= 4, found["held"]
