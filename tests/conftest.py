@@ -24,7 +24,7 @@ _CACHE = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 _HASTE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-os.environ.setdefault(_HASTE, "1")
+_HASTE_ASKED_FOR = os.environ.setdefault(_HASTE, "1")
 
 MOST_BYTES = 4 << 30
 """Memory of a process from which on compiled programs are given up."""
@@ -60,7 +60,10 @@ def pytest_collection_modifyitems(items):
         for number, file in enumerate(DEAREST):
             if path.endswith(f"tests/{file}"):
                 return number
-        return len(DEAREST)
+        # One behind another: where the way of compiling changes, all programs that are there are given up.
+        if item.get_closest_marker("optimized") is not None:
+            return len(DEAREST)
+        return len(DEAREST) + 1
 
     items.sort(key=place)
 
@@ -101,20 +104,17 @@ def compiled_programs_do_not_pile_up():
 def programs_as_users_compile_them(request):
     """Compiles a file marked `optimized`, or `gpu`, as users do, in processes that it starts, too."""
     marks = {mark.name for mark in request.node.iter_markers()}
-    if not marks & {"optimized", "gpu"} or os.environ[_HASTE] == "0":
-        yield
-        return
-    jax = importlib.import_module("jax")
-    _compile(jax, in_haste=False)
-    yield
-    _compile(jax, in_haste=True)
+    haste = "0" if marks & {"optimized", "gpu"} else _HASTE_ASKED_FOR
+    # Left as it is behind a file: the next one may be compiled alike.
+    if os.environ[_HASTE] != haste:
+        _compile(importlib.import_module("jax"), haste)
 
 
-def _compile(jax, in_haste):
+def _compile(jax, haste):
     """Says how programs are compiled from here on, those that are there already as well."""
     jax.clear_caches()
-    os.environ[_HASTE] = str(int(in_haste))
-    jax.config.update(_HASTE.lower(), in_haste)
+    os.environ[_HASTE] = haste
+    jax.config.update(_HASTE.lower(), haste != "0")
 
 
 @pytest.fixture(scope="session")

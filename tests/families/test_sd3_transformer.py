@@ -306,7 +306,8 @@ run_gradient = jax.jit(gradient, static_argnums=0, compiler_options=QUICK)
 
 @pytest.mark.parametrize(
     "changes",
-    [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"unroll": 50, "remat": "full"}],
+    # In a loop and out of it: runs have two blocks, so that any number above 1 unrolls them whole.
+    [{"remat": "dots"}, {"unroll": 50, "remat": "full"}],
     ids=str,
 )
 def test_how_a_run_of_blocks_is_compiled_keeps_the_gradient(pair, changes):

@@ -1,5 +1,8 @@
 """Balancers from the literature: their defining properties, explicit twins on vectors, and SciPy where one solves."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,11 +20,17 @@ def _gradients(seed, count=3):
     return np.random.default_rng(seed).normal(size=(count, 8)) + 0.1
 
 
+@functools.cache
+def _compiled(balancer):
+    """Their loops would be compiled anew at every call."""
+    return jax.jit(lambda gram, valid: balancer(gram, valid, balancer.init(len(gram))))
+
+
 def _solve(balancer, g, valid=None):
     valid = jnp.ones(len(g), bool) if valid is None else jnp.asarray(valid)
     with np.errstate(invalid="ignore"):
         gram = g @ g.T
-    return balancer(jnp.asarray(gram, jnp.float32), valid, balancer.init(len(g)))
+    return _compiled(balancer)(jnp.asarray(gram, jnp.float32), valid)
 
 
 def _update(balancer, g):
@@ -146,6 +155,14 @@ def test_the_loss_scale_does_not_change_the_rule(balancer, factor):
     np.testing.assert_allclose(
         _solve(balancer, g * factor).weights, _solve(balancer, g).weights, rtol=2e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("balancer", RULES, ids=str)
+def test_without_jit_the_answer_is_the_same(balancer):
+    g = _gradients(2)
+    gram = jnp.asarray(g @ g.T, jnp.float32)
+    eager = balancer(gram, jnp.ones(len(g), bool), balancer.init(len(g)))
+    np.testing.assert_allclose(eager.weights, _solve(balancer, g).weights, rtol=1e-4, atol=1e-6)
 
 
 class _Broken(Rule):

@@ -269,7 +269,7 @@ def plain():
 @pytest.mark.parametrize(
     ("attention", "remat"),
     [
-        (StandIn("splash"), "full"),
+        # With "full" over devices, below.
         (StandIn("splash"), "products"),
         pytest.param(StandIn("splash"), "none", marks=pytest.mark.slow),
         pytest.param(EMULATED, "full", marks=pytest.mark.slow),

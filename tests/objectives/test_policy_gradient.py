@@ -153,6 +153,27 @@ def published_kl(adapter, base, draws, before, velocity=velocity):
     return jnp.mean(square / (2 * steps.diffusion**2))
 
 
+@functools.cache
+def compiled_loss(form, solver, on_policy, velocity):
+    """`published_loss` and its gradient, one program for all rewards and any number of them."""
+    clip_range = objective_of(form, solver, on_policy).clip_range
+    loss = functools.partial(
+        published_loss,
+        form=form,
+        solver=solver,
+        clip_range=clip_range,
+        on_policy=on_policy,
+        velocity=velocity,
+    )
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@functools.cache
+def compiled_kl(velocity):
+    """`published_kl` and its gradient."""
+    return jax.jit(jax.value_and_grad(functools.partial(published_kl, velocity=velocity)))
+
+
 def policies_of(rollout, base, velocity=velocity):
     return FrozenPolicies(functools.partial(velocity, rollout), functools.partial(velocity, base))
 
@@ -241,18 +262,7 @@ def check_gradients(
             return shards.all_reduce(shards.map_shards(of_shard, *samples))
 
         got = mean_gradients(sums_of(batch, advantages, valid))
-        loss = jax.jit(
-            jax.value_and_grad(
-                functools.partial(
-                    published_loss,
-                    form=form,
-                    solver=solver,
-                    clip_range=objective.clip_range,
-                    on_policy=on_policy,
-                    velocity=velocity,
-                )
-            )
-        )
+        loss = compiled_loss(form, solver, on_policy, velocity)
         for k in range(num_rewards):
             value, want = loss(
                 current, rollout, draws, before, after, advantages[:, k], valid[:, k]
@@ -263,7 +273,7 @@ def check_gradients(
                 continue
             assert relative(mine, want) <= tolerance, k
             np.testing.assert_allclose(got.losses[k], value, rtol=100 * tolerance)
-        kl, want = jax.value_and_grad(published_kl)(current, base, draws, before, velocity)
+        kl, want = compiled_kl(velocity)(current, base, draws, before)
         assert relative(got.kl_gradient, want) <= tolerance
         np.testing.assert_allclose(got.kl, kl, rtol=100 * tolerance)
         if not on_policy:

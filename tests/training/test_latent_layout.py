@@ -9,6 +9,7 @@ import pytest
 import toy_policy as toy
 
 from marble_jax.distributed import device_mesh
+from marble_jax.harmonize.balancers import Fixed
 from marble_jax.training.latent_layout import is_split
 from marble_jax.training.step_schedule import make_steps
 
@@ -38,7 +39,9 @@ def in_batches(batch):
 
 def test_a_step_on_batches_is_the_step_on_all_latents():
     """Up to the rounding of another program: which samples meet is decided before anything is looked up."""
-    step = make_steps(toy.recipe(), toy.velocity, toy.optimizer(), "exact", 1).refresh
+    # Only latents are looked up in another way, and a fixed alpha compiles in a fraction of a solver's time.
+    recipe = toy.recipe(balancer=Fixed())
+    step = make_steps(recipe, toy.velocity, toy.optimizer(), "exact", 1).refresh
     batch = toy.new_batch()
     whole, _ = step(toy.new_state(), toy.base_params(), batch)
     apart, _ = step(toy.new_state(), toy.base_params(), in_batches(batch))
@@ -56,7 +59,8 @@ def split_step() -> dict[str, object]:
     def everywhere(tree):
         return device_mesh.replicate(mesh, tree)
 
-    recipe = toy.recipe(micro_batch=4, chunk=4, shards=device_mesh.Shards(mesh))
+    shards = device_mesh.Shards(mesh)
+    recipe = toy.recipe(micro_batch=4, chunk=4, shards=shards, balancer=Fixed())
     step = make_steps(recipe, toy.velocity, toy.optimizer(), "exact", 1).refresh
     batch = toy.new_batch()
     parts = [device_mesh.shard_batch(mesh, batch.kept[i : i + 4]) for i in range(0, 12, 4)]
@@ -125,16 +129,26 @@ def split_transitions() -> dict[str, object]:
     return {"exchanged": exchanged, "gap": max(gaps)}
 
 
-def test_of_a_window_devices_exchange_the_step_that_is_trained_on():
+def on_four_devices() -> dict[str, dict[str, object]]:
+    """Both in one process, which imports everything once."""
+    return {"step": split_step(), "transitions": split_transitions()}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return fake_devices.call(on_four_devices, devices=4)
+
+
+def test_of_a_window_devices_exchange_the_step_that_is_trained_on(measured):
     """Of each of four samples the states before and behind it, and not all three of the window."""
-    found = fake_devices.call(split_transitions, devices=4)
+    found = measured["transitions"]
     assert found["gap"] == 0
     assert 4 <= sum(found["exchanged"]) <= 8 and max(found["exchanged"]) <= 8, found["exchanged"]
 
 
-def test_devices_hold_their_own_latents_and_a_micro_batch():
+def test_devices_hold_their_own_latents_and_a_micro_batch(measured):
     """Of 12 samples 3 are a device's own and 4 make a micro-batch."""
-    found = fake_devices.call(split_step, devices=4)
+    found = measured["step"]
     assert found["gap"] < 1e-6 and found["same"]
     assert found["own"] == [1, 1, 1, 1]
     assert max(found["held"]) <= 4, found["held"]

@@ -1,65 +1,27 @@
-"""An objective that is no part of the package: one file, found by name, with exact gradients and whole steps."""
+"""An objective that is no part of the package: one file, found by name, with exact gradients."""
 
-import dataclasses
-
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy_policy as toy
 from stacked_trees import take
+from weighted_flow_matching import TargetBatch, WeightedFlowMatching, registered
 
 from marble_jax import tree
 from marble_jax.config import ObjectiveSettings, Settings
 from marble_jax.errors import InputError
-from marble_jax.flow.path import interpolate
 from marble_jax.harmonize import reward_gradients
 from marble_jax.harmonize.reward_sums import mean_gradients
-from marble_jax.objectives import registry
-from marble_jax.objectives.base import Directions, FlowBatch, Objective
 from marble_jax.objectives.nft import Nft
 from marble_jax.objectives.registry import make_objective, register_objective
-from marble_jax.training.step_schedule import make_steps
 
 # Sums of a clip are long, and in haste they are taken one number after the other.
 pytestmark = pytest.mark.optimized
 
 
-@flax.struct.dataclass
-class TargetBatch(FlowBatch):
-    target: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightedFlowMatching(Objective):
-    """Advantage-weighted flow matching, `loss_k = mean_n A_nk |v - (noise - x0)|^2`: one direction, no anchor."""
-
-    bound: float = 4.0
-
-    def prepare(self, draws, policies, divergence):
-        noise = jax.random.normal(draws.key, draws.kept.shape)
-        xt = interpolate(draws.kept, noise, draws.sigma)
-        return TargetBatch(xt, draws.sigma, draws.cond, noise - draws.kept)
-
-    def directions(self, prediction, batch):
-        error = prediction - batch.target
-        each = jnp.sum(jnp.square(error).reshape(len(error), -1), axis=1)
-        return Directions(signals=(2.0 * error,), anchors=(), statistics=each)
-
-    def mix(self, advantages, statistics, valid):
-        return jnp.clip(advantages, -self.bound, self.bound)[..., None]
-
-    def losses(self, advantages, statistics):
-        return jnp.clip(advantages, -self.bound, self.bound) * statistics[:, None]
-
-
 @pytest.fixture
 def objective(monkeypatch):
-    """Registered under a name and found by it in the settings of a run."""
-    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
-    register_objective("flow_matching", lambda settings: WeightedFlowMatching())
-    return make_objective(Settings(objective=ObjectiveSettings("flow_matching")))
+    return registered(monkeypatch)
 
 
 def test_objectives_are_found_by_name(objective):
@@ -130,18 +92,3 @@ def test_its_gradients_are_those_of_separate_passes(objective, shape, anchors):
     )
     assert _relative(combined, total) <= 1e-5
     assert float(tree.norm(got.kl_gradient)) == 0.0
-
-
-@pytest.mark.parametrize("mode", ["exact", "amortized", "upstream"])
-def test_it_trains(objective, mode):
-    recipe = toy.recipe(objective=objective, anchor_every=2)
-    steps = make_steps(recipe, toy.velocity, toy.optimizer(), mode, 2)
-    state, params = toy.new_state(), toy.base_params()
-    before = jax.tree.map(np.array, state.current)
-    for _ in range(2):
-        program = steps.due(bool(state.alpha.solved), int(state.alpha.age))
-        state, metrics = program(state, params, toy.new_batch())
-        assert np.isfinite(float(metrics["objective/loss"]))
-        assert float(metrics["training/skipped"]) == 0.0
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), before, state.current)
-    assert min(jax.tree.leaves(moved)) > 1e-4

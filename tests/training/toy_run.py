@@ -17,6 +17,7 @@ import marble_jax  # noqa: F401
 from marble_jax.console import Console
 from marble_jax.flow.levels import sigma_grid
 from marble_jax.flow.policy_sampler import make_sampler
+from marble_jax.harmonize.balancers import Fixed
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards.base import Reward
 from marble_jax.rewards.scorer import Scorer
@@ -59,9 +60,9 @@ def programs():
         6,
         lambda tree: tree,
     )
-    return collector, make_steps(
-        toy.recipe(num_rewards=2), toy.velocity, toy.optimizer(), "exact", 1
-    )
+    # Every process that is killed compiles its steps: a fixed alpha takes a fraction of a solver's time.
+    recipe = toy.recipe(num_rewards=2, balancer=Fixed())
+    return collector, make_steps(recipe, toy.velocity, toy.optimizer(), "exact", 1)
 
 
 def new_state():
