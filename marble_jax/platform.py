@@ -205,6 +205,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def host_threads(num_workers: int) -> int:
+    """Returns the threads for rewards on the host, where 0 stands for as many as this process may use cores."""
+    return num_workers or usable_cores()
+
+
 def keep_compilations(directory: str = "") -> None:
     """Keeps compiled programs on disk, so that the second run of a configuration starts at once.
 

@@ -21,6 +21,7 @@ ROWS = (
             "types",
             "version",
             "platform",
+            "process_end",
             "tree",
             "batches",
             "streams",

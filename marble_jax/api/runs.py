@@ -13,7 +13,6 @@ from marble_jax.api.settings import load_settings
 from marble_jax.cli.configuration import stated_keys
 from marble_jax.config import Settings
 from marble_jax.errors import InputError, one_of
-from marble_jax.platform import usable_cores
 from marble_jax.policies import TRAINED_POLICIES, check_policy
 from marble_jax.programs.evaluate import evaluate
 from marble_jax.programs.evaluation_request import Request, check_model_name
@@ -173,8 +172,7 @@ class Run:
             settings=sampling_settings(**{"seed": own.evaluation.seed, **settings}),
             # Options have other names than fields.
             stated=frozenset("steps" if name == "num_steps" else name for name in stated),
-            # 0 in the settings stands for all cores.
-            num_workers=own.rewards.num_workers or usable_cores(),
+            num_workers=own.rewards.num_workers,
             command="marble_jax.Run.evaluate",
             held_out=None if prompts else held_out_prompts(own.prompts, own.evaluation),
             upstream_scoring=own.rewards.upstream_scoring,

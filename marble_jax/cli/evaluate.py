@@ -118,7 +118,11 @@ VERB = Verb(
             rare=True,
         ),
         Option(
-            "num_workers", "threads for rewards on the host", Whole(1, 1024), default="2", rare=True
+            "num_workers",
+            "threads for rewards on the host; 0: as many as this process may use cores",
+            Whole(0, 1024),
+            default="0",
+            rare=True,
         ),
         Option("num_images", "prompts shown on the page", Whole(0), default="24", rare=True),
         *_drawing(),

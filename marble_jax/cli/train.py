@@ -54,8 +54,9 @@ def run(options: argparse.Namespace) -> int:
     with distributed.process_group(cluster, "train", init_timeout, heartbeat_timeout, secret):
         # JAX is imported inside of the group, so that whatever is wrong with one process ends all of them.
         from marble_jax.distributed.waiting import is_left_behind
+        from marble_jax.process_end import end_process
         from marble_jax.programs.train import train_run
-        from marble_jax.training.stops import TERMINATED, Interrupted, end_process, held_to_deadline
+        from marble_jax.training.stops import TERMINATED, Interrupted, held_to_deadline
 
         settings = distributed.run_on_all("configuration", lambda: load_settings(options.config))
         if cluster is not None:

@@ -12,7 +12,6 @@ thread hangs in a collective.
 
 from __future__ import annotations
 
-import os
 import queue
 import socket
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from marble_jax.distributed.wire import BYE, LOST, VALUE, Peer, keep_alive
+from marble_jax.process_end import end_process
 from marble_jax.validation import short
 
 GRACE = 10.0
@@ -251,9 +251,8 @@ class Channel:
         if self._closed:
             return
         sys.stderr.write(f"marble-jax: process {self.index}: {self.lost}\n")
-        sys.stderr.flush()
         # The main thread may hang in a collective, which no exception of Python reaches.
-        os._exit(LOST_STATUS)
+        end_process(LOST_STATUS)
 
 
 class SingleProcess:

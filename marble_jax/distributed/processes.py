@@ -7,7 +7,6 @@ can fail on one of them (files, signals, rewards on the host) goes through `broa
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from marble_jax.distributed.cluster_detection import Cluster
 from marble_jax.distributed.rendezvous import rendezvous
 from marble_jax.distributed.secret import Secret
 from marble_jax.errors import InputError, one_line
+from marble_jax.process_end import end_process
 
 Value = TypeVar("Value")
 _STATUSES: tuple[tuple[type[BaseException], int], ...] = (
@@ -110,8 +110,9 @@ def _end(channel: Channel, verb: str, error: BaseException) -> NoReturn:
             message = f"process {channel.index} ({channel.names[channel.index]}): {message}"
         channel.leave(message)
     finally:
-        # Python's own way out would wait for threads that wait for processes that are gone.
-        os._exit(status)
+        # Python's own way out would wait for threads that wait for processes that are gone. The others have left by
+        # now: nobody writes to what this process lets go of.
+        end_process(status)
 
 
 def _diagnose(channel: Channel, error: BaseException) -> tuple[int, str]:

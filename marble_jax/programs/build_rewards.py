@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from marble_jax import platform
 from marble_jax.config import RewardSettings, Settings
 from marble_jax.errors import InputError, nearest
 from marble_jax.programs.locations import reward_directory
@@ -22,7 +21,7 @@ def open_rewards(settings: Settings, mesh: Mesh, rate: float | None) -> list[Rew
     rewards = load_rewards(
         reward_directory(chosen),
         (*chosen.train, *chosen.heldout),
-        chosen.num_workers or platform.usable_cores(),
+        chosen.num_workers,
         upstream=chosen.upstream_scoring,
         frames=chosen.frames,
         frame_reduction=chosen.frame_reduction,
@@ -57,7 +56,7 @@ def make_scorer(settings: RewardSettings, rewards: Sequence[Reward]) -> Scorer:
     """Returns what scores samples with rewards, by a run's rules for threads, failures and waiting."""
     return Scorer(
         rewards,
-        settings.num_workers or platform.usable_cores(),
+        settings.num_workers,
         settings.on_error,
         settings.max_missing_share,
         settings.timeout,

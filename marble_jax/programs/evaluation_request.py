@@ -40,7 +40,7 @@ class Request:
       stated: which of "steps" and "solver" are asked for; the others of them are settled, too.
       draw: whether images are drawn; they are expected to be there otherwise.
       score: whether they are scored.
-      num_workers: threads for host rewards.
+      num_workers: threads for host rewards; 0: as many as this process may use cores.
       num_images: images of each model on the page.
       command: as it was called, for the record.
       held_out: the prompts themselves where a run has picked them; `prompts` then says where they are from.
@@ -59,7 +59,7 @@ class Request:
     stated: frozenset[str] = frozenset()
     draw: bool = True
     score: bool = True
-    num_workers: int = 2
+    num_workers: int = 0
     num_images: int = 24
     command: str = ""
     held_out: Sequence[Prompt] | None = None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from marble_jax.errors import InputError, nearest, one_of
+from marble_jax.platform import host_threads
 from marble_jax.rewards.base import CLIPS, IMAGES, Reward
 from marble_jax.rewards.frames import REDUCTIONS, FrameChoice, Reduction, parse_frames
 from marble_jax.rewards.function import FunctionReward, import_module, is_function, load_function
@@ -91,7 +92,7 @@ def entries_of(directory: Path | str) -> dict[str, dict[str, Any]]:
 def load_rewards(
     directory: Path | str | None,
     names: Sequence[str],
-    num_workers: int = 2,
+    num_workers: int = 0,
     dtype: Any = "float32",
     upstream: bool = False,
     frames: str = "",
@@ -103,7 +104,7 @@ def load_rewards(
       directory: holds the folders of models and perhaps `rewards.json`; "hub" where there is none and all models come
         from the Hub; None will do when all names are functions.
       names: rewards wanted, in the order of the reward axis.
-      num_workers: images a host reward works on at the same time.
+      num_workers: images a host reward works on at the same time; 0: as many as this process may use cores.
       dtype: of the networks on the device, unless an entry says otherwise.
       upstream: score OCR and GenEval as MARBLE's released code does where our rules differ.
       frames: which frames of a clip rewards that take images see, unless their entry says otherwise; empty for no
@@ -190,7 +191,8 @@ def _context(
         folder = Path(directory)
         source = str(folder / FILE)
     one_of("dtype of rewards", dtype, DTYPES)
-    return BuildContext(folder, source, num_workers, dtype, upstream, SharedEncoders(folder))
+    threads = host_threads(num_workers)
+    return BuildContext(folder, source, threads, dtype, upstream, SharedEncoders(folder))
 
 
 def _check_names(names: Sequence[str], entries: Entries, source: str) -> None:

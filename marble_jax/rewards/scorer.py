@@ -18,6 +18,7 @@ import numpy as np
 from marble_jax import distributed
 from marble_jax.distributed.waiting import call_beside
 from marble_jax.errors import InputError, one_line
+from marble_jax.platform import host_threads
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base
 from marble_jax.rewards.base import Metadata, Result, Reward, RewardError
@@ -102,7 +103,7 @@ class Scorer:
 
     Args:
       rewards: with distinct names, in the order of the reward axis.
-      num_workers: threads for host rewards.
+      num_workers: threads for host rewards; 0: as many as this process may use cores.
       on_error: see `HostScorer`; a device reward that raises or gives a number that is not finite has failed too. It
         is tried again, under "retry", only where it raises.
       max_missing_share: see `MissingCap`.
@@ -119,7 +120,7 @@ class Scorer:
     def __init__(
         self,
         rewards: Sequence[Reward],
-        num_workers: int = 2,
+        num_workers: int = 0,
         on_error: str = "mask",
         max_missing_share: float = 0.5,
         timeout: float = 120.0,
@@ -131,7 +132,7 @@ class Scorer:
         host_rewards = [reward for reward in rewards if reward.kind == "host"]
         self._host: HostScorer | None = None
         if host_rewards:
-            self._host = HostScorer(host_rewards, num_workers, on_error)
+            self._host = HostScorer(host_rewards, host_threads(num_workers), on_error)
         self._on_error, self._timeout = on_error, timeout
         self._device_reasons: Reasons = {}
         # Why this process has to stop the run, from when it is known until all processes are told.

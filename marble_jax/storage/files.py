@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from etils.epath import backend
 
 from marble_jax.errors import InputError, one_of
 from marble_jax.storage.file_kinds import SHOWN_BYTES, kind_of_content
@@ -140,6 +141,24 @@ def append(path: epath.Path, text: str) -> None:
         return
     with path.open("a") as handle:
         handle.write(text)
+
+
+def forget_listings(path: epath.PathLike) -> None:
+    """Has the next look at a bucket be a new one; does nothing on this machine.
+
+    fsspec remembers what it has listed, with the sizes of files, for as long as the process runs: what another process
+    writes there in the meantime is not seen, or read with the length of what it replaced.
+
+    Args:
+      path: in the bucket.
+    """
+    if not is_remote(path):
+        return
+    try:
+        backend.fsspec_backend.fs(path).invalidate_cache()
+    except Exception:
+        # TensorFlow opens this bucket, or the look itself will say what is wrong.
+        pass
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:

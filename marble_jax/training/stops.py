@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from marble_jax import distributed
+from marble_jax.process_end import end_process
 
 GRACE = 27.0
 """Seconds between SIGTERM and the end of a process that does not stop by itself."""
@@ -24,10 +24,12 @@ class _Deadline:
 
     Attributes:
       covers_all: whether it holds beyond the loop: until the command has ended.
+      handler: of SIGTERM, for when it no longer holds; None where that is in place.
     """
 
     def __init__(self) -> None:
         self.covers_all = False
+        self.handler: Any = None
         self._timer: threading.Timer | None = None
 
     def begin(self) -> None:
@@ -39,9 +41,18 @@ class _Deadline:
 
     def cancel(self) -> None:
         """Stops counting, unless the command as a whole is held to it."""
-        if self._timer is not None and not self.covers_all:
-            self._timer.cancel()
-            self._timer = None
+        if self._timer is None or self.covers_all:
+            return
+        if self.handler is not None:
+            signal.signal(signal.SIGTERM, self.handler)
+            self.handler = None
+        self._timer.cancel()
+        self._timer = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it counts, and does so beyond the loop."""
+        return self._timer is not None and self.covers_all
 
 
 _deadline = _Deadline()
@@ -91,13 +102,6 @@ class StopRequests:
             raise Abandoned
 
 
-def end_process(status: int) -> NoReturn:
-    """Ends this process here and now, whatever its other threads are at."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def _end() -> None:
     sys.stderr.write(
         f"marble-jax: expected to stop within {GRACE:g} s of SIGTERM; received no end of what was under way: "
@@ -109,7 +113,10 @@ def _end() -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Collects SIGTERM and SIGINT instead of dying from them; a second one does.
+    """Collects SIGTERM and SIGINT instead of dying from them.
+
+    A second SIGINT, a person's at a terminal, ends the process. Another SIGTERM does nothing while the deadline counts:
+    a machine that shuts down signals every process, and a launcher passes on the one that it received itself.
 
     In another thread than the main one, where Python lets nobody handle signals, they are left as they are.
     """
@@ -117,10 +124,12 @@ def stop_requests() -> Iterator[StopRequests]:
     before: dict[int, Any] = {}
 
     def handler(number: int, _: FrameType | None) -> None:
-        requests.received.append(number)
+        if number not in requests.received:
+            requests.received.append(number)
         if number == signal.SIGTERM:
             _deadline.begin()
-        # A second signal meets the handler that was there before, which ends the process.
+            return
+        # A second one meets the handler that was there before, which ends the process.
         signal.signal(number, before[number])
 
     caught_here: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
@@ -131,6 +140,10 @@ def stop_requests() -> Iterator[StopRequests]:
     try:
         yield requests
     finally:
-        _deadline.cancel()
         for caught, previous in before.items():
+            if caught == signal.SIGTERM and _deadline.goes_on:
+                # What is closed after the loop is part of what is saved: no other one ends that, either.
+                _deadline.handler = previous
+                continue
             signal.signal(caught, previous)
+        _deadline.cancel()

@@ -9,15 +9,16 @@ import pytest
 from PIL import Image
 
 import marble_jax
+from marble_jax import platform
 from marble_jax.api import runs, sampling
 from marble_jax.api.sampling import _KINDS, sampling_settings
 from marble_jax.config import Settings
 from marble_jax.errors import InputError
-from marble_jax.platform import usable_cores
 from marble_jax.programs.evaluation_request import requested_prompts
 from marble_jax.programs.locations import read_prompts
 from marble_jax.programs.policy_source import SamplingSettings
-from marble_jax.rewards.workers.host_scorer import HostScorer
+from marble_jax.rewards.base import Reward
+from marble_jax.rewards.scorer import Scorer
 
 
 def test_presets_are_what_settings_are_made_of():
@@ -141,11 +142,12 @@ def test_images_are_pillows_and_clips_are_arrays(monkeypatch, shape):
         np.testing.assert_array_equal(array, number)
 
 
-@pytest.mark.parametrize(("num_workers", "threads"), [(0, usable_cores()), (3, 3)])
+@pytest.mark.parametrize(("num_workers", "threads"), [(0, 7), (3, 3)])
 def test_an_evaluation_scores_on_as_many_threads_as_the_run(
     tmp_path, monkeypatch, num_workers, threads
 ):
     """The default of a run, 0, stands for all cores."""
+    monkeypatch.setattr(platform, "usable_cores", lambda: 7)
     rewards = dataclasses.replace(Settings().rewards, num_workers=num_workers)
     prompts = dataclasses.replace(Settings().prompts, path="embedded")
     settings = dataclasses.replace(Settings(), rewards=rewards, prompts=prompts)
@@ -153,10 +155,9 @@ def test_an_evaluation_scores_on_as_many_threads_as_the_run(
     requests = []
     monkeypatch.setattr(runs, "evaluate", lambda request, out: requests.append(request) or {})
     marble_jax.Run(tmp_path).evaluate(tmp_path / "out")
-    assert requests[0].num_workers == threads >= 1
-    # The threads of a reward on the host, which none would leave without.
-    with HostScorer([], requests[0].num_workers):
-        pass
+    scorer = Scorer([Reward(name="one", kind="host")], requests[0].num_workers)
+    assert len(scorer._host._pool._threads) == threads
+    scorer.close()
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ VERBS = [
     ("sample", ("--model=embedded", "--file=/nowhere", "--out=OUT"), "/nowhere"),
     ("evaluate", (), "--models"),
     ("evaluate", ("--models=a=embedded", "--out=OUT", "--images=0"), "images"),
-    ("evaluate", ("--models=a=embedded", "--out=OUT", "--num_workers=0"), "num_workers"),
+    ("evaluate", ("--models=a=embedded", "--out=OUT", "--num_workers=-1"), "num_workers"),
     ("evaluate", ("--models=a=embedded", "--out=OUT", "--num_prompts=-1"), "num_prompts"),
     ("evaluate", ("--models==embedded", "--out=OUT"), "--models"),
     ("evaluate", ("--models=../a=embedded", "--out=OUT"), "--models"),

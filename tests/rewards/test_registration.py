@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from marble_jax import platform
+from marble_jax.cli import evaluate
+from marble_jax.cli.parsing import parse
 from marble_jax.errors import InputError
+from marble_jax.programs.evaluation_request import Request
 from marble_jax.prompts.files import Prompt
 from marble_jax.rewards import base, checks
 from marble_jax.rewards.base import Reward
@@ -69,6 +73,19 @@ def load(folder, **entry):
 
 
 KIND = {"kind": "marble_test_kinds:level"}
+
+
+def test_images_are_worked_on_by_all_cores_unless_said_otherwise(folder, monkeypatch):
+    """By whoever loads rewards or scores with them: a run, `evaluate`, `reward serve`."""
+    monkeypatch.setattr(platform, "usable_cores", lambda: 7)
+    assert load(folder, **KIND, gain=2).context.num_workers == 5
+    (reward,) = load_rewards(folder, ["mine"])
+    assert reward.context.num_workers == 7
+    scorer = Scorer([reward])
+    assert len(scorer._host._pool._threads) == 7
+    scorer.close()
+    options = parse("evaluate", evaluate.VERB, ["--models=a=embedded", "--out=out"])
+    assert options.num_workers == Request({}, "embedded").num_workers == 0
 
 
 def test_every_built_in_kind_is_registered_with_frozen_options():

@@ -68,7 +68,7 @@ def kill_at_random(command, place, chance, longest):
 
 def test_a_kill_in_the_middle_of_a_checkpoint_costs_that_checkpoint_only(undisturbed, tmp_path):
     place = tmp_path / "run"
-    process = start([*SMALL, str(place), "4"], place)
+    process = start([*SMALL, str(place), "--stall=4"], place)
     assert wait_for(process, (place / "stalled").exists)
     process.kill()
     process.communicate()
@@ -88,27 +88,28 @@ def test_a_kill_at_some_moment(undisturbed, tmp_path):
     assert records(place) == undisturbed[1] and said == []
 
 
-def stop_at_random(command, place, chance, longest):
-    """Sends SIGTERM as `kill_at_random` kills; the seconds until the run has ended."""
-    before = lines(place)
-    process = start(command, place)
-    wait_for(process, lambda: lines(place) > before)
-    time.sleep(chance.random() * longest)
+def newest_checkpoint(place):
+    folder = place / "checkpoints"
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    return max(steps, default=0)
+
+
+@pytest.mark.parametrize("gap", [None, 0.0, 0.02], ids=["one", "two at once", "two in a row"])
+def test_a_sigterm_at_some_moment(undisturbed, tmp_path, gap):
+    """The last step on record is saved, which nothing but the signal saves; a host that goes down sends two of them."""
+    place = tmp_path / "run"
+    process = start([*SMALL, str(place), "--sparse"], place)
+    assert wait_for(process, lambda: lines(place) > 0)
+    time.sleep(random.Random(gap or 3).random() * 0.3)
     process.terminate()
     begun = time.monotonic()
-    process.communicate(timeout=60)
-    return time.monotonic() - begun
-
-
-def newest_checkpoint(place):
-    return max(int(p.name) for p in (place / "checkpoints").iterdir() if p.name.isdigit())
-
-
-def test_a_sigterm_at_some_moment(undisturbed, tmp_path):
-    """The last step on record is the one that was saved: nothing but the step under way is done again."""
-    place = tmp_path / "run"
-    assert stop_at_random([*SMALL, str(place)], place, random.Random(3), 0.3) < 30
-    assert newest_checkpoint(place) == lines(place)
+    if gap is not None:
+        time.sleep(gap)
+        process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said.decode()[-2000:]
+    assert time.monotonic() - begun < 30
+    assert 0 < newest_checkpoint(place) == lines(place) < toy_run.NUM_STEPS
     toy.assert_identical(jax.device_get(toy_run.run(place)), undisturbed[0])
     assert records(place) == undisturbed[1]
 

@@ -1,5 +1,6 @@
 """Full disks, trackers that break and rewards that hang: one line, the state saved if it can be, and an end in time."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -149,3 +150,66 @@ def test_a_run_that_stops_by_itself_is_not_ended(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.agreed() == "SIGTERM"
     time.sleep(0.5)
+
+
+class Ended(Exception):
+    """In place of the end of this process."""
+
+
+@pytest.fixture
+def ends():
+    """SIGTERM raises `Ended` where it would end the process."""
+
+    def end(number, frame):
+        raise Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_more_sigterms_end_nothing_until_all_is_closed(ends):
+    """A shutdown signals every process, and a launcher sends one of its own."""
+    with stops.held_to_deadline():
+        with stops.stop_requests() as requests:
+            terminate()
+            terminate()
+            assert requests.agreed() == "SIGTERM"
+        terminate()  # while checkpoints are written and files are closed
+    with pytest.raises(Ended):
+        terminate()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_sigterm_ends_what_was_not_asked_to_stop_before(ends, held):
+    with stops.held_to_deadline() if held else contextlib.nullcontext():
+        with stops.stop_requests() as requests:
+            if not held:
+                terminate()
+        assert requests.received == ([] if held else [signal.SIGTERM])
+        # Without a deadline nothing else would end it.
+        with pytest.raises(Ended):
+            terminate()
+
+
+LETS_GO = """
+import sys, threading
+from marble_jax import process_end
+process_end.before_end(lambda: 1 / 0)
+process_end.before_end(lambda: print("let go", flush=True))
+if sys.argv[1] == "hangs":
+    process_end.before_end(threading.Event().wait)
+threading.Thread(target=threading.Event().wait).start()
+process_end.end_process(75)
+"""
+
+
+@pytest.mark.parametrize("how", ["quick", "hangs"])
+def test_a_process_that_ends_at_once_lets_go_first_and_waits_for_nothing(how):
+    command = [sys.executable, "-c", LETS_GO, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "let go\n", "")

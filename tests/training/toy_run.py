@@ -1,8 +1,10 @@
-"""A training of seconds with a real workdir and real checkpoints, to be killed: `python toy_run.py WORKDIR [STALL]`.
+"""A training of seconds with a real workdir and real checkpoints, to be killed: `python toy_run.py WORKDIR`.
 
-With STALL it stops for good in the middle of writing the checkpoint of that step, and makes the file `stalled`.
+With `--stall=STEP` it stops for good in the middle of writing that step's checkpoint, and makes the file `stalled`.
+With `--sparse` it saves the last step alone and takes longer for each; stopped by a signal it ends with status 143.
 """
 
+import argparse
 import functools
 import sys
 import time
@@ -28,6 +30,7 @@ from marble_jax.training.iteration import Iteration, Sampling
 from marble_jax.training.loop import Cadence, Hooks, train
 from marble_jax.training.rollout import Collector
 from marble_jax.training.step_schedule import make_steps
+from marble_jax.training.stops import TERMINATED, Interrupted, held_to_deadline
 
 PROMPTS = {"general": [Prompt(f"a thing {i}", "general") for i in range(5)]}
 NUM_STEPS = 12
@@ -70,8 +73,8 @@ def new_state():
     return jax.device_put(toy.new_state(num_rewards=2), jax.devices()[0])
 
 
-def run(place, say=print):
-    """Trains to the end from wherever the workdir stands; returns the final state."""
+def run(place, say=print, every=1, pause=0.0):
+    """Trains to the end from wherever the workdir stands, a checkpoint every so many steps; returns the final state."""
     workdir, config = Workdir(str(place)), {"name": "small"}
     workdir.claim(config)
     checkpoints = Checkpoints(workdir.checkpoints, keep=2, say=say)
@@ -79,8 +82,13 @@ def run(place, say=print):
     if latest is not None:
         _, state = checkpoints.restore(state, latest)
     workdir.truncate(int(state.step))
+
+    def record(step, values):
+        workdir.append(workdir.metrics, values)
+        time.sleep(pause)
+
     hooks = Hooks(
-        lambda step, record: workdir.append(workdir.metrics, record),
+        record,
         lambda state, give_way: state,
         lambda state: checkpoints.save(int(state.step), state),
     )
@@ -94,7 +102,7 @@ def run(place, say=print):
             steps,
             lambda tree: jax.device_put(tree, jax.devices()[0]),
         )
-        return train(state, iteration, Cadence(NUM_STEPS, 0, 1), hooks, Console())
+        return train(state, iteration, Cadence(NUM_STEPS, 0, every), hooks, Console())
     finally:
         checkpoints.close()
 
@@ -112,7 +120,25 @@ def stall_at(place, step):
     checkpoint.checksum = stalling
 
 
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("--stall", type=int)
+    parser.add_argument("--sparse", action="store_true")
+    options = parser.parse_args()
+    if options.stall is not None:
+        stall_at(options.workdir, options.stall)
+    if not options.sparse:
+        run(options.workdir)
+        return 0
+    try:
+        # As the command does it: what is closed after the loop belongs to the run.
+        with held_to_deadline():
+            run(options.workdir, every=NUM_STEPS, pause=0.05)
+    except Interrupted:
+        return TERMINATED
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        stall_at(sys.argv[1], int(sys.argv[2]))
-    run(sys.argv[1])
+    sys.exit(main())

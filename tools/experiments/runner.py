@@ -139,7 +139,7 @@ def run(
                     running[place] = job, _start(job, train, logs, places[place]), time.monotonic()
                     resumed = f", from step {steps_done(job)}" if steps_done(job) else ""
                     say(f"{job.name}: {job.num_steps} steps{resumed}")
-            if stops and not told:  # once: a second signal would end them without saving
+            if stops and not told:
                 told = True
                 for _, process, _ in running.values():
                     process.terminate()

@@ -20,7 +20,7 @@ else
   marble=(marble-jax)
 fi
 port="${REWARD_PORT:-8810}"
-server="" training="" stopped="" told=""
+server="" training="" stopped=""
 
 # The server again whenever it ends by itself: a reward took it along, or its calls hang (status 75).
 serve() {
@@ -40,7 +40,8 @@ serve() {
 }
 
 end_server() { if [ -n "$server" ]; then kill "$server" 2> /dev/null; fi; }
-tell() { told=yes; kill -TERM "$training" 2> /dev/null; }
+# Where the whole host is told to stop, the training has a SIGTERM of its own already: it takes several for one.
+tell() { kill -TERM "$training" 2> /dev/null; }
 stop() { stopped=yes; if [ -n "$training" ]; then tell; fi; }
 trap end_server EXIT
 trap stop TERM INT HUP
@@ -67,8 +68,8 @@ while true; do
   if [ -n "$stopped" ]; then exit 143; fi
   "${marble[@]}" train "$@" &
   training=$!
-  # A signal that came before its id was known; a second one would end it without saving.
-  if [ -n "$stopped" ] && [ -z "$told" ]; then tell; fi
+  # A signal that came before its id was known.
+  if [ -n "$stopped" ]; then tell; fi
   while true; do
     wait "$training"
     status=$?
