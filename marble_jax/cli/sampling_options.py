@@ -93,8 +93,8 @@ SAMPLING_OPTIONS = (
     ),
     Option(
         "embedding_cache",
-        "keep text embeddings there; all texts are then encoded first, and no text encoder is in memory while images "
-        "are drawn",
+        "keep text embeddings there ('auto': ~/.cache/marble_jax/embeddings); all texts are then encoded first, and no "
+        "text encoder is in memory while images are drawn",
         Place(),
         "DIR",
         group=GROUP,

@@ -25,7 +25,7 @@ from marble_jax.flow.levels import truncated
 from marble_jax.flow.policy_sampler import image_noise
 from marble_jax.flow.sampler import guided, sample
 from marble_jax.flow.solvers import SOLVERS, solver_table
-from marble_jax.programs.locations import model_location
+from marble_jax.programs.locations import embedding_folder, model_location
 from marble_jax.programs.open_model import check_omitted, decode_size, default_size, size_of
 from marble_jax.programs.pipeline_cache import PipelineCache
 from marble_jax.programs.policy_source import PolicySource, SamplingSettings
@@ -131,7 +131,7 @@ class ImageSampler:
             self._length,
             self._dtype,
             self._omit,
-            settings.embedding_cache,
+            embedding_folder(settings.embedding_cache, ""),
         )
         wanted = list(texts)
         if settings.guided:
