@@ -34,9 +34,10 @@ nothing is run again, 30.3 GB, 230 ms and 60 %. What they take,
 compiler says what the least time is; `marble-jax help roofline` has the figures.
 
 `gpu_48gb` (L40S) and `gpu_24gb` (L4, A10G, RTX 4090) are for single smaller cards: fewer images a step, 24 prompts x 12
-and 12 x 12, less at once, and more recomputed in the backward pass. By plan they take 23.3 and 12.4 GB. `gpu_24gb` has
-room for one reward model beside that: PickScore, with OCR and GenEval on the host. Others can be served from another
-machine.
+and 12 x 12, less at once, and more recomputed in the backward pass: all but the products and attention's output on the
+larger one, whole blocks on the smaller. Their blocks, too, are compiled one by one. By plan they take 24.1 and 12.4 GB.
+`gpu_24gb` has room for one reward model beside that: PickScore, with OCR and GenEval on the host. Others can be served
+from another machine.
 """
 
 from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, UPSTREAM, default_config
@@ -90,8 +91,8 @@ ABOUT = {
 }
 # (attention, remat, unroll, rollout.batch_size, training.micro_batch_size, harmonize.chunk_size a device)
 PLACES = {
-    "gpu_24gb": ("cudnn", "full", 1, 6, 24, 6),
-    "gpu_48gb": ("cudnn", "dots", 1, 16, 24, 8),
+    "gpu_24gb": ("cudnn", "full", 13, 6, 24, 6),
+    "gpu_48gb": ("cudnn", "products", 13, 16, 24, 8),
     "gpu_80gb": ("cudnn", "none", 13, 144, 72, 9),
     "gpu_140gb": ("cudnn", "none", 13, 288, 72, 18),
     "gpu_8x80gb": ("cudnn", "none", 13, 576, 144, 9),
@@ -113,8 +114,6 @@ def get_config(preset: str = PRESETS[0]):
     config.model.remat = (
         "full"  # without it the 9 samples a device of the paper take about 100 GB of activations
     )
-    # Fused where the device and the dtype allow it.
-    config.model.attention = "auto"
     # The 9 samples a device of the paper are one chunk.
     config.harmonize.chunk_size = 9
     config.prompts.path = "generated"

@@ -12,31 +12,36 @@ elsewhere, bring that file. No part is begun that is unlikely to end in time, an
 is over. Compiled programs are kept in `~/.cache/marble_jax/xla`. Weights are drawn on the card.
 
   core       our weighted sum and our exact step for five rewards, with the blocks in a loop (model.unroll=1)
+  unrolled   core with all blocks one behind another (model.unroll=13), as presets for 80 and 140 GB have them; compiles
+             for minutes
   tuned      the PyTorch peer (diffusers, PEFT) with its best reasonable settings
-  dots       core with model.remat=dots
   tests      pytest -m gpu: fused attention, exact gradients in bfloat16, memory of chunks
-  unrolled   core with all blocks one behind another (model.unroll=13), which takes minutes to compile
+  dots       core with model.remat=dots, which no preset has
   upstream   the PyTorch peer as upstream's trainer runs it
   compiled   `tuned` through torch.compile
   more       our amortized step, twenty rewards, six separate backward passes
   presets    compiles the training step of the preset for this card at full size: does it fit as planned
 
 `gpu.json` has hardware, driver, versions, shapes, times with quartiles, TFLOP/s, MFU and ratios, and the reason for a
-part that is missing; rows of `dots` and `unrolled` end with the part's name. Sides are timed in different processes, so
-the spread of a ratio is that of its two medians: from q1 / q3 to q3 / q1. PyTorch parts need torch, diffusers and peft,
-and are skipped without. `--force --size=tiny --rows=weighted_sum --rounds=1` goes all the way on a CPU, in seconds.
+part that is missing; beside MFU stands the cap that the roofline of the compiled program sets, on a card that
+`marble_jax.distributed.accelerators` knows. Rows of `dots` and `unrolled` end with the part's name. Sides are timed in
+different processes, so the spread of a ratio is that of its two medians: from q1 / q3 to q3 / q1. A part whose packages
+are not installed is skipped; PyTorch's need torch, diffusers and peft, too. `--force --size=tiny --rows=weighted_sum
+--rounds=1` goes all the way on a CPU, in seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
@@ -45,22 +50,27 @@ from typing import Any
 from tools.gpu_record import ROWS, TESTS, VARIANTS, combine, table
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("core", "tuned", "dots", "tests", "unrolled", "upstream", "compiled", "more", "presets")
-"""In the order of what they tell."""
+PARTS = ("core", "unrolled", "tuned", "tests", "dots", "upstream", "compiled", "more", "presets")
+"""In the order of what they tell: what the presets run comes before what none of them does."""
 OURS = ("core", "more", *VARIANTS)
-NEEDS = {
-    **{part: ("pytest", "jax", "flax", "optax", "jaxopt", "ml_collections") for part in TESTS},
-    **{
-        part: (
-            "jax",
-            "flax",
-            "jaxopt",
-            "ml_collections",
-            *(() if part in OURS else ("torch", "diffusers", "peft")),
-        )
-        for part in ROWS
-    },
-}
+
+
+def distributions(requirements: Sequence[str]) -> tuple[str, ...]:
+    """Names of distributions in requirements such as "etils[epath]>=1.10"."""
+    return tuple(re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in requirements)
+
+
+def needed_distributions() -> dict[str, tuple[str, ...]]:
+    """Distributions that each part needs: those of the package, by pyproject, and pytest or those of PyTorch's side."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    own = distributions(project["dependencies"])
+    peer = own + distributions(project["optional-dependencies"]["torch"])
+    needed = dict.fromkeys(TESTS, (*own, "pytest"))
+    needed |= {part: own if part in OURS else peer for part in ROWS}
+    return needed
+
+
+NEEDS = needed_distributions()
 FEWEST_SECONDS = {"core": 90, "dots": 90, "unrolled": 240, "compiled": 120, "presets": 150}
 """A part is not begun with less time than this, or than `FEWEST` where it is not here."""
 FEWEST = 60
@@ -138,13 +148,25 @@ def command(part: str, options: argparse.Namespace, seconds: float, record: Path
     ]
 
 
+def not_installed(names: Sequence[str]) -> list[str]:
+    """Those of some distributions that this Python has not."""
+    missing = []
+    for name in names:
+        # By distribution: a module may be called otherwise, and a folder of the same name is none.
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    return missing
+
+
 def run_part(part: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """Runs a part in a process of its own for at most `seconds`.
 
     Returns:
       {"state": "done", "result": ...}, or "skipped", "failed" or "stopped" with a reason.
     """
-    if missing := [name for name in NEEDS[part] if importlib.util.find_spec(name) is None]:
+    if missing := not_installed(NEEDS[part]):
         return {"state": "skipped", "reason": f"not installed: {', '.join(missing)}"}
     with tempfile.TemporaryDirectory() as place:
         return _run_part(part, options, seconds, Path(place) / "record")

@@ -33,9 +33,9 @@ class ModelSettings:
     )
     # How a step is computed, and nothing that it computes beyond rounding: attention, remat and unroll.
     attention: str = key(
-        "xla",
+        "auto",
         "attention implementation: cudnn is fused and needs a GPU and bfloat16, splash is fused and "
-        "needs a TPU, auto takes what fits the machine, einsum is the reference",
+        "needs a TPU, auto takes what fits the machine (in float32 and on a CPU xla), einsum is the reference",
         "xla|cudnn|splash|auto|einsum",
         resumable=True,
     )

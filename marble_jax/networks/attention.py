@@ -7,7 +7,7 @@ Implementations of attention are interchangeable functions (q, k, v) -> out, cho
 * "einsum": the two products and the softmax written out; the plain reference.
 * "cudnn": the fused flash kernel on NVIDIA GPUs, float16 or bfloat16 only; memory linear in the number of tokens.
 * "splash": the fused flash kernel on TPUs; memory linear in the number of tokens.
-* "auto": "cudnn" on a GPU in a half precision, "splash" on a TPU, "xla" elsewhere.
+* "auto": in a half precision "cudnn" on a GPU and "splash" on a TPU, "xla" elsewhere.
 * a callable: a kernel of one's own. It must be differentiable and work under `jax.vmap`.
 
 Over several devices the fused kernels have to be told how the batch lies: `over` gives the function that does.
@@ -73,10 +73,11 @@ def choose(name: str, dtype: Any, platform: str) -> str:
     """
     if name != "auto":
         return name
+    # cuDNN has no float32, and splash attention leaves the precision of its float32 products to the compiler.
+    if platform not in FUSED.values() or jnp.dtype(dtype).itemsize != 2:
+        return "xla"
     if platform == "tpu":
         return "splash"
-    if platform != "gpu" or jnp.dtype(dtype).itemsize != 2:
-        return "xla"
     # A plan for GPUs is made on any machine; only a GPU of this machine can be asked what it does.
     if jax.default_backend() == "gpu" and not has_cudnn(dtype):
         return "xla"

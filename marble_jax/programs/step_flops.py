@@ -9,18 +9,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from marble_jax.config import ModelSettings, RolloutSettings, Settings
 from marble_jax.distributed.accelerators import Accelerator
 from marble_jax.families.base import Networks
 from marble_jax.families.descriptions import SampleFlops
-from marble_jax.networks.attention import FUSED
+from marble_jax.networks.attention import FUSED, choose
 from marble_jax.objectives.base import Objective
 from marble_jax.objectives.registry import make_objective
 from marble_jax.programs.noisy_rollouts import trains_guided
 from marble_jax.programs.open_model import size_of
 from marble_jax.training.anchor_spacing import fewest_anchored
 from marble_jax.training.batch_sizes import Sizes
-from marble_jax.types import Adapter
+from marble_jax.types import DTYPES, Adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,11 @@ def _rollout_flops(settings: RolloutSettings, images: int, sample: SampleFlops) 
 def _recomputed_flops(settings: ModelSettings, sample: SampleFlops) -> float:
     """What rematerialisation computes again at a sample."""
     recomputed = {"none": 0.0, "full": sample.recomputed, "dots": sample.attention, "products": 0.0}
-    if settings.attention not in FUSED:
+    attention = settings.attention
+    # A plan says which one its devices take; a run takes what this machine's do.
+    if attention == "auto":
+        attention = choose(attention, DTYPES[settings.dtype], jax.default_backend())
+    if attention not in FUSED:
         # What attention keeps is no name's but a fused kernel's.
         recomputed["products"] = sample.attention
     return recomputed[settings.remat]

@@ -120,7 +120,9 @@ class GenEvalOptions:
     clip: str = option("", "folder or Hub name of the CLIP pair that names colours")
     tokenizer: str = option("", "folder or Hub name of its tokenizer, where its own has none")
     dtype: str = option("", "of the CLIP pair; the run's by default", choices=DTYPES)
-    device: str | None = option(None, "where PyTorch runs the detector; its GPU by default")
+    device: str | None = option(
+        None, "where PyTorch runs the detector; the GPU of this process by default"
+    )
     batch_size: int = option(8, "images a forward pass of the detector", least=1)
 
 

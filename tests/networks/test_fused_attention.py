@@ -327,6 +327,7 @@ def test_auto_takes_what_fits():
     )
     assert (
         choose("auto", jnp.bfloat16, "tpu") == "splash"
+        and choose("auto", jnp.float32, "tpu") == "xla"
         and choose("auto", jnp.bfloat16, "cpu") == "xla"
     )
     assert choose("einsum", jnp.bfloat16, "tpu") == "einsum"

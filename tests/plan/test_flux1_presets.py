@@ -85,6 +85,16 @@ def test_what_the_presets_ask_for(shapes):
         CONFIG("flux_dev")
 
 
+def test_presets_for_gpus_compile_blocks_one_by_one(shapes):
+    config = shapes["flux1_dev"].transformer
+    for preset in ("flux1_dev", "flux1_schnell_80gb", "flux1_dev_8x80gb", "flux1_dev_awm"):
+        # Whole turns of both runs, of 19 and 38 blocks: what is left over would lie behind the loop.
+        unroll = settings_of(CONFIG(preset)).model.unroll
+        assert unroll == 19 and config.num_layers == 3 * unroll
+    for preset in ("flux1_dev_v5p_16", "flux1_dev_v6e_16"):
+        assert settings_of(CONFIG(preset)).model.unroll == 1
+
+
 @pytest.mark.parametrize("model, change", [("flux1_dev", 0.0), ("flux1_schnell", 3.5)])
 def test_a_plan_refuses_the_wrong_guidance(model, change):
     config = CONFIG(model)

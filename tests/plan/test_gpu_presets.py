@@ -84,6 +84,13 @@ def test_a_preset_changes_nothing_but_how_much_is_done_at_once(preset):
     )
 
 
+def test_presets_for_gpus_have_no_loop_over_blocks():
+    """Runs of 13 and 10 blocks, and one behind them; on TPUs, whose loops copy nothing, a block a turn."""
+    for preset in (*PRESETS, *SMALL):
+        model = CONFIG(preset).model
+        assert model.unroll == (13 if preset.startswith("gpu_") else 1), preset
+
+
 @pytest.mark.parametrize("preset", SMALL)
 def test_a_preset_of_a_small_card_fits_with_its_reward_models(preset, medium):
     name, rewards, images = SMALL[preset]

@@ -50,6 +50,14 @@ def test_a_preset_fits_with_the_reward_models(preset):
         assert needed + REWARDS < accelerator.usable, program
 
 
+def test_presets_for_gpus_compile_all_blocks_one_by_one():
+    for preset in MODULE["PRESETS"]:
+        model = settings_of(CONFIG(preset)).model
+        on_tpu = preset.endswith(("v5p_16", "v6e_16"))
+        assert model.unroll == (1 if on_tpu else 30), preset
+    assert model_shapes(settings_of(CONFIG("240p"))).transformer.num_layers == 30
+
+
 def test_flow_grpo_has_its_published_settings():
     settings = settings_of(CONFIG("flow_grpo"))
     assert (settings.model.num_frames, settings.model.height, settings.model.width) == (

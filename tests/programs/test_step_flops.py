@@ -8,6 +8,7 @@ from marble_jax.config import HARMONIZED, POLICY_GRADIENTS, default_config, sett
 from marble_jax.distributed.accelerators import ACCELERATORS, by_device_kind, by_name
 from marble_jax.errors import InputError
 from marble_jax.families.descriptions import SampleFlops
+from marble_jax.programs import step_flops as of_steps
 from marble_jax.programs.step_flops import network_passes, speed, step_flops
 from marble_jax.training.batch_sizes import derive_sizes
 
@@ -37,13 +38,17 @@ def test_the_papers_step_by_hand():
     assert work.trained(True) == work.solve and work.trained(False) == work.between
 
 
-def test_modes_and_options():
+def test_modes_and_options(monkeypatch):
     exact = made(harmonize__mode="exact", model__remat="full", rollout__merge_adapter=True)
     assert exact.solve_share == 1 and exact.train == exact.solve == exact.between
     assert exact.recomputed == 27648 * 7 and exact.rollout == 1152 * 25 * 10
     assert made(model__remat="dots").recomputed == 27648 * 2
     assert made(model__remat="products").recomputed == 27648 * 2
     assert made(model__remat="products", model__attention="cudnn").recomputed == 0
+    # On a CPU auto, the default, is none of the fused ones.
+    assert made(model__remat="products", model__attention="auto").recomputed == 27648 * 2
+    monkeypatch.setattr(of_steps, "choose", lambda name, dtype, platform: "splash")
+    assert made(model__remat="products").recomputed == 0
     # Two forward passes and one direction at the 144 samples of a micro-batch.
     assert exact.signal == 144 * (11 + 11 + 13)
     alone = made(harmonize__mode="exact", nft__kl_weight=0.0, harmonize__anchor_every=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ ENTRY = {
     "milliseconds": {"median": 10.0, "q1": 9.0, "q3": 11.0, "num": 3},
     "tflops": 450.0,
     "mfu": 0.455,
+    "mfu_cap": 0.803,
     "bytes": 2e9,
 }
 
@@ -57,7 +59,9 @@ def test_a_part_leaves_a_record_and_is_not_run_again(monkeypatch, tmp_path, caps
     out = tmp_path / "new"
     arguments = [f"--out={out}", "--parts=core", "--force"]
     assert gpu.main(arguments) == 0
-    assert "| weighted_sum | 8.00 (7.20 to 8.80) | 450 | 46% | 2.0 |" in capsys.readouterr().out
+    assert (
+        "| weighted_sum | 8.00 (7.20 to 8.80) | 450 | 46% | 80% | 2.0 |" in capsys.readouterr().out
+    )
     assert sorted(p.name for p in out.iterdir()) == ["gpu.json", "log.txt"]
     script(monkeypatch, "raise SystemExit('must not run')")
     assert gpu.main(arguments) == 0 and gpu.main([*arguments, "--show"]) == 0
@@ -122,8 +126,36 @@ def test_rows_of_a_setting_have_its_name(tmp_path):
     assert "--unroll=13" in gpu.command("unrolled", options, 100.0, tmp_path / "record")
 
 
+def test_what_the_presets_run_is_begun_within_a_lent_machines_time(tmp_path):
+    """The first four parts, each with the least that it is begun with, in nine minutes less the margin."""
+    first = gpu.PARTS[:4]
+    assert first == ("core", "unrolled", "tuned", "tests")
+    assert sum(gpu.FEWEST_SECONDS.get(part, gpu.FEWEST) for part in first) <= 540 - gpu.MARGIN
+    # The presets for large cards have what the second part is about.
+    presets = runpy.run_path(str(gpu.ROOT / "configs" / "sd3.py"))["get_config"]
+    for name in ("gpu_80gb", "gpu_140gb", "gpu_8x80gb"):
+        model = presets(name).model
+        assert (model.remat, f"--unroll={model.unroll}") == ("none", *gpu.VARIANTS["unrolled"])
+
+
+def test_a_part_needs_what_the_package_does():
+    for part in gpu.PARTS:
+        assert {"jax", "jaxtyping", "orbax-checkpoint", "etils", "annotated-types"} <= set(
+            gpu.NEEDS[part]
+        )
+    assert "torch" in gpu.NEEDS["tuned"] and "torch" not in gpu.NEEDS["unrolled"]
+    assert "pytest" in gpu.NEEDS["tests"] and "pytest" not in gpu.NEEDS["core"]
+    assert gpu.distributions(["a.b-c[d,e]>=1", "f_g", "h ; python_version<'4'"]) == (
+        "a.b-c",
+        "f_g",
+        "h",
+    )
+    # The distribution's name is not the module's: orbax-checkpoint brings orbax, and yaml is no distribution.
+    assert gpu.not_installed(["orbax-checkpoint", "ml-collections", "yaml"]) == ["yaml"]
+
+
 def test_a_part_without_its_packages_is_skipped_with_the_reason(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(gpu.NEEDS, "upstream", ("json", "no_such_package"))
+    monkeypatch.setitem(gpu.NEEDS, "upstream", ("jax", "no_such_package"))
     assert gpu.main([f"--out={tmp_path}", "--parts=upstream", "--force"]) == 0
     assert "upstream: skipped: not installed: no_such_package" in capsys.readouterr().out
 
@@ -180,7 +212,7 @@ def test_commands_and_their_limits(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts=core,speed"], "--parts: expected some of core, tuned,"),
+        (["--parts=core,speed"], "--parts: expected some of core, unrolled,"),
         (["--rounds=0"], "--rounds: expected a number"),
         (["--total=-1"], "--total: expected a number above 0; received -1.0"),
     ],

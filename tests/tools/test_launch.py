@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from launch_scripts import LAUNCH, MARBLE, ROOT, named, program, run
 
 yaml = pytest.importorskip("yaml")
-ROOT = Path(__file__).parents[2]
-LAUNCH = ROOT / "tools" / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 PYTHON = f"{sys.executable} -m marble_jax"
 
@@ -49,6 +48,11 @@ def test_the_job_set():
     (slices,) = job["spec"]["replicatedJobs"]
     spec = slices["template"]["spec"]
     pod = spec["template"]["spec"]
+    # Checkpoints are written by the account of the pod, which the file's first lines make and give the right to.
+    account = pod["serviceAccountName"]
+    header = (LAUNCH / "gke_jobset.yaml").read_text().partition("apiVersion")[0]
+    assert f"create serviceaccount {account}\n" in header and f"/sa/{account}\n" in header
+    assert "roles/storage.objectUser" in header
     (training,) = pod["containers"]
     chips = training["resources"]["limits"]["google.com/tpu"]
     assert training["resources"]["requests"] == training["resources"]["limits"]
@@ -87,10 +91,10 @@ def test_the_slices_of_the_examples_have_room_for_the_rewards():
         assert "--config=sd3:tpu_v6e" in text and "v6e-16" in text and "v5litepod" not in text
     settings = settings_of(load_config(["--config=sd3:tpu_v6e"]))
     record = plan(settings, Request(devices=16, chip="v6e"), Console())
-    for program, sources in record["memory"].items():
-        parts = [*sources.values(), *record["resident"][program].values()]
+    for name, sources in record["memory"].items():
+        parts = [*sources.values(), *record["resident"][name].values()]
         needed = sum(part["bytes"] for part in parts)
-        assert needed + 12e9 < accelerators.by_name("v6e").usable, program
+        assert needed + 12e9 < accelerators.by_name("v6e").usable, name
 
 
 def test_the_command_that_install_left_in_the_checkout_is_taken(tmp_path):
@@ -122,6 +126,20 @@ def test_the_skypilot_task():
     assert all(isinstance(value, str) for value in task["envs"].values())
 
 
+@pytest.mark.parametrize("name", ["skypilot.yaml", "slurm.sbatch", "ssh.sh"])
+def test_the_examples_for_gpus_name_the_preset_of_their_machines(name):
+    """Eight H100 a host, by a preset whose sizes divide over the two hosts of the examples."""
+    from marble_jax.cli.configuration import load_config
+    from marble_jax.config import settings_of
+    from marble_jax.training.batch_sizes import derive_sizes
+
+    text = (LAUNCH / name).read_text()
+    named = re.findall(r"(?:--config=|^ *CONFIG: )([\w:./]+)", text, re.MULTILINE)
+    assert named == ["sd3:gpu_8x80gb"]
+    settings = settings_of(load_config([f"--config={named[0]}"]))
+    derive_sizes(settings.rollout, settings.training, 16)
+
+
 def test_what_the_skypilot_task_runs(tmp_path):
     task = read("skypilot.yaml")
     place = tmp_path / "tools" / "launch"
@@ -143,9 +161,8 @@ def test_what_the_skypilot_task_runs(tmp_path):
         "JAX_COORDINATOR_ADDRESS=10.0.0.7:8476",
         "JAX_NUM_PROCESSES=2",
         "JAX_PROCESS_ID=1",
-        "--config=configs/sd3.py --workdir=gs://bucket/run",
+        "--config=sd3:gpu_8x80gb --workdir=gs://bucket/run",
     ], done.stderr
-    assert (ROOT / task["envs"]["CONFIG"]).exists()
     done = subprocess.run(
         ["bash", "-c", task["run"]],
         env=task["envs"] | node | {"TPU": "1"},
@@ -153,34 +170,7 @@ def test_what_the_skypilot_task_runs(tmp_path):
         text=True,
         capture_output=True,
     )
-    assert done.stdout.splitlines() == ["--config=configs/sd3.py --workdir=gs://bucket/run"]
-
-
-def program(tmp_path, text):
-    """An executable bash script."""
-    path = tmp_path / "program"
-    path.write_text("#!/usr/bin/env bash\n" + text)
-    path.chmod(0o755)
-    return str(path)
-
-
-def named(folder, name, text):
-    """An executable bash script of a name."""
-    path = folder / name
-    path.write_text("#!/usr/bin/env bash\n" + text)
-    path.chmod(0o755)
-    return str(path)
-
-
-def run(script, *arguments, **environ):
-    return subprocess.run(
-        ["bash", LAUNCH / script, *arguments],
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=200,
-    )
+    assert done.stdout.splitlines() == ["--config=sd3:gpu_8x80gb --workdir=gs://bucket/run"]
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -247,13 +237,6 @@ case "$1" in
   venv) mkdir -p "${{@: -1}}/bin"; ln -sf /bin/true "${{@: -1}}/bin/python" ;;
   pip) cp {marble} "$HOME/venv/bin/marble-jax" ;;
 esac
-"""
-MARBLE = """
-if [ "$1" = --help ]; then exit 0; fi
-trap 'sleep 0.3; echo saved; exit 143' TERM
-echo "$* as ${HF_TOKEN:-nobody}"
-touch "$HOME/training"
-while true; do sleep 0.05; done
 """
 
 
@@ -330,40 +313,6 @@ def test_what_a_tpu_vm_is_asked_for():
     done = run("tpu_vm.sh", "train")
     assert done.returncode == 2
     assert "expected TPU, ZONE and one of setup, train, stop" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "extras", "installed"),
-    [
-        (["cuda13"], None, "[cuda13,rewards,geneval,gcs]"),
-        (["cuda12"], "rewards,s3", "[cuda12,rewards,s3]"),
-        (["cpu"], "", ""),
-    ],
-)
-def test_what_is_installed(tmp_path, arguments, extras, installed):
-    named(tmp_path, "marble", MARBLE)
-    uv = 'case "$1" in venv) mkdir -p "$5/bin"; cp {0}/marble "$5/bin/python"; cp {0}/marble "$5/bin/marble-jax" ;;'
-    named(tmp_path, "uv", f'echo "$@" >> {tmp_path}/asked; {uv.format(tmp_path)} esac\n')
-    environ = {"VENV": str(tmp_path / "venv"), "UV": str(tmp_path / "uv"), "PYTHON": "3.11"}
-    if extras is not None:
-        environ["EXTRAS"] = extras
-    done = run("install.sh", *arguments, **environ)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "asked").read_text().splitlines() == [
-        f"venv -q --python 3.11 {tmp_path}/venv",
-        f"pip install -q --python {tmp_path}/venv/bin/python -e {ROOT}{installed}",
-    ]
-
-
-def test_what_is_not_installed(tmp_path):
-    done = run("install.sh", "gpu")
-    assert done.returncode == 2 and "expected one of tpu, cuda13, cuda12, cpu" in done.stderr
-    # Both bring a cuDNN of their own to the same place.
-    done = run("install.sh", "cuda12", VENV=str(tmp_path / "venv"))
-    assert done.returncode == 2 and "expected EXTRAS without geneval" in done.stderr
-    done = run("install.sh", "cuda12", VENV=str(tmp_path / "venv"), EXTRAS="rewards,torch")
-    assert done.returncode == 2 and "expected EXTRAS without torch beside cuda12" in done.stderr
-    assert not (tmp_path / "venv").exists()
 
 
 def test_extras_that_launchers_name_exist():

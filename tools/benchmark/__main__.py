@@ -28,7 +28,9 @@ Times are rows, in milliseconds:
   torch.upstream.*       diffusers and PEFT as upstream's trainer runs them; harmonised is K = 5
   torch.tuned.*          with the rollout policy merged, inference mode, float32 losses; torch.compiled.* compiled too
 
-TFLOP/s and MFU count what the mathematics asks for (`marble_jax.families.sd3.flops`), not what is computed again.
+TFLOP/s and MFU count what the mathematics asks for (`marble_jax.families.sd3.flops`), not what is computed again. The
+cap beside it is the MFU that the roofline of our compiled program leaves room for (`marble-jax help roofline`), on a
+device whose peak and bandwidth are known.
 Memory is what the compiler reserves for temporaries (ours) or PyTorch's peak allocation (on a GPU).
 """
 
@@ -71,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--remat",
-        choices=("none", "full", "dots"),
+        choices=("none", "full", "dots", "products"),
         help="what our backward pass recomputes (that of the size)",
     )
     parser.add_argument(
@@ -132,7 +134,7 @@ def run(options: argparse.Namespace) -> dict:
     from marble_jax import platform
     from marble_jax.distributed import accelerators
     from marble_jax.errors import InputError
-    from tools.benchmark import cases, measure, record
+    from tools.benchmark import bounds, cases, measure, record
     from tools.benchmark.sizes import SIZES, make_problem
 
     platform.keep_compilations()
@@ -197,7 +199,11 @@ def run(options: argparse.Namespace) -> dict:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "shapes": record.shapes(problem),
         "times": record.times_record(
-            times, found.memory, cases.flops(problem), chip.flops if chip else None
+            times,
+            found.memory,
+            cases.flops(problem),
+            chip.flops if chip else None,
+            bounds.bounds(found.ours, size, chip, say),
         ),
         "ratios": cases.ratios(size, times),
     }

@@ -109,16 +109,21 @@ def times_record(
     memory: Mapping[str, int],
     flops: Mapping[str, float] | None = None,
     peak: float | None = None,
+    bounds: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Quartiles in milliseconds, the single times, and where they are known bytes of memory, TFLOP/s and MFU.
+
+    Where a bound is known, `bound_milliseconds` is it, and `mfu_cap` the MFU that the program would have at it.
 
     Args:
       times: seconds by name, one a round.
       memory: bytes by name.
       flops: FLOPs that the mathematics asks for, by name.
       peak: FLOP/s of the device; None where it is not in the table of chips.
+      bounds: the least seconds that the compiled program can take, by name.
     """
     found = {}
+    bounds = bounds or {}
     for name, values in times.items():
         entry: dict[str, Any] = {
             "milliseconds": measure.quartiles([1e3 * t for t in values]),
@@ -131,6 +136,10 @@ def times_record(
             entry |= {"flops": flops[name], "tflops": rate / 1e12} | (
                 {"mfu": rate / peak} if peak else {}
             )
+        if name in bounds:
+            entry["bound_milliseconds"] = 1e3 * bounds[name]
+            if "mfu" in entry:
+                entry["mfu_cap"] = flops[name] / (bounds[name] * peak)
         found[name] = entry
     return found
 
@@ -151,7 +160,7 @@ def table(record: Mapping[str, Any]) -> str:
         ),
         "",
         f"{'milliseconds a micro-batch':44s} {'median':>9s} {'q1':>9s} {'q3':>9s} {'memory MB':>10s} "
-        f"{'TFLOP/s':>8s} {'MFU':>4s}",
+        f"{'TFLOP/s':>8s} {'MFU':>4s} {'cap':>4s}",
     ]
     for name, entry in record["times"].items():
         ms, held = entry["milliseconds"], entry.get("bytes")
@@ -160,6 +169,7 @@ def table(record: Mapping[str, Any]) -> str:
             + (f"{held / 1e6:10.1f}" if held is not None else " " * 10)
             + (f" {entry['tflops']:8.3g}" if "tflops" in entry else "")
             + (f" {entry['mfu']:4.0%}" if "mfu" in entry else "")
+            + (f" {entry['mfu_cap']:4.0%}" if "mfu_cap" in entry else "")
         )
         lines.append(line.rstrip())
     lines += [

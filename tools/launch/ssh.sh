@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on hosts that ssh reaches, all of them with this checkout at the same place and one shared directory.
 #
-#   HOSTS="gpu0 gpu1" tools/launch/ssh.sh --config=configs/sd3.py --workdir=/shared/run
+#   HOSTS="gpu0 gpu1" tools/launch/ssh.sh --config=sd3:gpu_8x80gb --workdir=/shared/run
 #
 #   HOSTS      ssh destinations, one process each, process 0 first
 #   ADDRESS    HOST:PORT of process 0 as the others reach it (the first of HOSTS, port 8476)

@@ -22,6 +22,7 @@ import numpy as np
 
 from marble_jax.errors import InputError, one_line
 from marble_jax.rewards.geneval_rules import SCORE_THRESHOLD, Detection
+from marble_jax.rewards.models.torch_device import torch_device
 
 COCO = (
     "person",
@@ -168,7 +169,7 @@ class Mask2FormerDetector:
 
         Args:
           directory: holds the network.
-          device: where PyTorch runs it; None is its GPU if it has one.
+          device: where PyTorch runs it; None is the GPU that JAX has in this process, else PyTorch's own, else the CPU.
           **options: of the constructor.
 
         Raises:
@@ -199,9 +200,7 @@ class Mask2FormerDetector:
             ) from error
         _check_loading(directory, loading)
         if device is None:
-            device = "cpu"
-            if torch.cuda.is_available():
-                device = "cuda"
+            device = torch_device(torch)
         # Evaluation mode: dropout would make scores random.
         model = model.eval()
         return cls(model.to(device), **options)
